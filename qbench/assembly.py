@@ -1,0 +1,156 @@
+"""From a configuration to the things a run is made of: data, method, network, float weights to start from."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qbench import registry
+from qbench.config import Config, parent
+from qbench.cost.count import count_macs
+from qbench.data.dataset import Dataset
+from qbench.errors import CheckpointError, ConfigError
+from qbench.quant.layers import install
+from qbench.quant.method import Bits, Method, Unsupported
+from qbench.quant.policy import Policy, PolicyError
+from qbench.train.checkpoint import load_float, load_plain, seed_everything, unpack
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, checked against each other before anything is written."""
+
+    config: Config
+    data: Dataset
+    method: Method
+    macs: dict[str, int]
+    device: torch.device
+
+    @property
+    def parent(self) -> Config:
+        """The run of the float network to start from."""
+        return parent(self.config, self.method.requires.norm)
+
+    def float_model(self) -> nn.Module:
+        """Return the float network with the initial weights of the run's seed."""
+        return _build_model(self.config, self.data, self.method)
+
+    def install(self, model: nn.Module) -> nn.Module:
+        """Put the method into a float network, under the run's layer policy."""
+        layers = self.config.layers
+        policy = Policy(
+            first=layers.first, last=layers.last, downsample=layers.downsample, input=layers.input,
+            rules=layers.rules, image_range=self.data.image_range,
+        )  # fmt: skip
+        example = torch.zeros(1, *self.data.shape)
+        try:
+            return install(self.method, model, policy, example=example, act=str(self.config.model.get("act", "auto")))
+        except PolicyError as error:
+            raise ConfigError(f"layers.{error.key}: {error}") from None
+
+
+def assemble(config: Config) -> Parts:
+    """Build everything once, on the CPU, to find what does not fit before any work.
+
+    Raises:
+        ConfigError: keys or values that no part takes, or that contradict each other.
+        Unsupported: the method cannot do this on this network.
+    """
+    set_process(config)
+    device = choose_device(config.runtime.device)
+    data: Dataset = registry.create("dataset", config.dataset)
+    method: Method = registry.create("method", config.method, w=config.bits.w, a=config.bits.a, g=config.bits.g)
+    bits = Bits(config.bits.w or 32, config.bits.a or 32, config.bits.g or 32)
+    method.check(bits)
+    _check_requirements(config, method)
+    model = _build_model(config, data, method)
+    parts = Parts(config, data, method, count_macs(model, data.shape), device)
+    parts.install(model)
+    return parts
+
+
+def set_process(config: Config) -> None:
+    """Set threads and determinism of this process as the run wants them."""
+    torch.set_num_threads(config.runtime.threads)
+    if config.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS wants it
+    torch.use_deterministic_algorithms(config.runtime.deterministic)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; `auto` is the first CUDA device where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"runtime.device={name}: allowed are auto, cpu, cuda, cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"runtime.device={name}: torch finds no CUDA device here; try runtime.device=cpu")
+    return device
+
+
+def _check_requirements(config: Config, method: Method) -> None:
+    """Refuse keys of the network that were set against what the method requires."""
+    needs = {"norm": method.requires.norm, "act": None if method.requires.act == "either" else method.requires.act}
+    if method.bits.a == 32:
+        del needs["act"]
+    for key, need in needs.items():
+        got = config.model.get(key, "auto")
+        if need is not None and got not in ("auto", need):
+            raise ConfigError(
+                f"model.{key}={got} contradicts method={method.name}, which requires {need}; leave model.{key}=auto"
+            )
+    if config.model.get("act", "auto") not in ("auto", "kept", "replaced"):
+        raise ConfigError(f"model.act={config.model['act']}: allowed are auto, kept, replaced")
+
+
+def _build_model(config: Config, data: Dataset, method: Method) -> nn.Module:
+    node = {key: value for key, value in config.model.items() if key != "act"}
+    if node.get("norm") == "auto":
+        del node["norm"]
+        if method.requires.norm is not None:
+            node["norm"] = method.requires.norm
+    seed_everything(config.seed)
+    model = registry.create("model", node, data.shape, data.classes)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={config.model['name']}: returned a {type(model).__name__}, not a torch.nn.Module")
+    _check_norm(model, method)
+    return model.to(memory_format=torch.channels_last)
+
+
+def _check_norm(model: nn.Module, method: Method) -> None:
+    """A network that is not ours does not say its normalization: look at it."""
+    affine = any(getattr(m, "affine", False) and "BatchNorm" in type(m).__name__ for m in model.modules())
+    if method.requires.norm == "plain" and not hasattr(model, "norm") and affine:
+        raise Unsupported(
+            f"{method.name} requires batch normalization without scale and shift; {type(model).__name__} has both"
+        )
+
+
+def load_start(model: nn.Module, path: Path, identity: str | None = None) -> str:
+    """Load float weights from a checkpoint file or a run's best.pt; return what was loaded, skipped, left new.
+
+    Args:
+        identity: what the checkpoint must say of itself, where it is known.
+
+    Raises:
+        CheckpointError: damaged, of another run or of another network.
+    """
+    file = path / "best.pt" if path.is_dir() else path
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}; the weights to start from are gone") from None
+    ours = path.is_dir() or identity is not None
+    state: dict[str, Any] = unpack(data, str(file)) if ours else load_plain(data, str(file))
+    if identity is not None and state.get("identity") != identity:
+        raise CheckpointError(f"{file} belongs to another run; train the parent anew with rerun=true")
+    weights = state.get("model", state)
+    skipped, new = load_float(model, weights, str(file))
+    notes = [f"{len(skipped)} skipped ({', '.join(skipped[:3])}, ...)"] if skipped else []
+    notes += [f"{len(new)} new ({', '.join(new[:3])}, ...)"] if new else []
+    return f"weights from {file}: {len(weights) - len(skipped)} tensors loaded" + "".join(f", {n}" for n in notes)

@@ -1,0 +1,306 @@
+"""The configuration as dataclasses: types, ranges, what follows from what, and the identity of a run.
+
+YAML under `conf/` holds the values. Nothing here imports torch, so that `--help` and the repeat of a finished run
+answer at once.
+"""
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from qbench.errors import ConfigError
+
+SCHEMA = 1
+"""Counts changes after which the same configuration gives another result; part of every run's identity."""
+
+FLOAT = 32
+
+
+def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
+    """Return a field for a finite number low <= x <= high (low < x with `above`)."""
+    text = f"a number {'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
+    if not above and high == math.inf:
+        text = f"a number of at least {low:g}"
+
+    def holds(x: Any) -> bool:
+        return bool(math.isfinite(x) and x <= high and (x > low if above else x >= low))
+
+    return field(default=default, metadata={"holds": holds, "allowed": text})
+
+
+def one_of(default: Any, *choices: str) -> Any:
+    """Return a field for one of some words."""
+    return field(default=default, metadata={"holds": lambda x: x in choices, "allowed": ", ".join(choices)})
+
+
+def layer_width(default: str) -> Any:
+    """Return a field for a layer's width: float, same or a number of bits."""
+    return field(default=default, metadata={"holds": is_width, "allowed": WIDTHS})
+
+
+WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}"
+
+
+def is_width(x: Any) -> bool:
+    """Whether x is float, same or a number of bits."""
+    return x in ("float", "same") or (isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT)
+
+
+@dataclass
+class Bits:
+    """Widths of weights, activations, gradients; unset ones are the method's own."""
+
+    w: int | None = within(None, 1, FLOAT)
+    a: int | None = within(None, 1, FLOAT)
+    g: int | None = within(None, 1, FLOAT)
+
+    def __str__(self) -> str:
+        return "".join(f"{key}{width}" for key, width in dataclasses.asdict(self).items() if width is not None)
+
+
+@dataclass
+class Optim:
+    """Optimizer and learning-rate schedule, and what else belongs to a step."""
+
+    name: str = one_of("adam", "adam", "sgd")
+    lr: float = within(MISSING, 0, above=True)
+    schedule: str = one_of("constant", "constant", "linear", "cosine", "exponential", "step")
+    lr_end: float = within(0.0, 0)
+    milestones: list[float] = field(default_factory=list)
+    gamma: float = within(0.1, 0, 1, above=True)
+    batch_size: int = within(64, 1)
+    weight_decay: float = within(0.0, 0)
+    momentum: float = within(0.9, 0, 1)
+    nesterov: bool = False
+    eps: float = within(1e-8, 0, above=True)
+    label_smoothing: float = within(0.0, 0, 1)
+    clip_norm: float | None = within(None, 0, above=True)
+    ema: float | None = within(None, 0, 1)
+    patience: int | None = within(None, 1)
+
+
+@dataclass
+class Pretrain:
+    """The float parent's recipe."""
+
+    epochs: int = within(MISSING, 1)
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass
+class Layers:
+    """Which layers stay float or get a width of their own; see `qbench.quant.policy.Policy`."""
+
+    first: int | str = layer_width("float")
+    last: int | str = layer_width("float")
+    downsample: int | str = layer_width("same")
+    input: int | str = layer_width("same")
+    rules: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Distill:
+    """Distillation from a teacher; `none` for now."""
+
+    name: str = one_of("none", "none")
+
+
+@dataclass
+class Runtime:
+    """How a run is carried out. Only `threads` and `deterministic` can change its numbers."""
+
+    device: str = "auto"
+    threads: int = within(1, 1, 1024)
+    deterministic: bool = True
+    tensorboard: bool = True
+    progress: bool = True
+    log_every: int = within(10, 1)
+    save_seconds: float = within(30.0, 0)
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: dict[str, Any] = MISSING
+    dataset: dict[str, Any] = MISSING
+    method: dict[str, Any] = MISSING
+    bits: Bits = field(default_factory=Bits)
+    optim: Optim = field(default_factory=Optim)
+    layers: Layers = field(default_factory=Layers)
+    distill: Distill = field(default_factory=Distill)
+    runtime: Runtime = field(default_factory=Runtime)
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    seed: int = within(0, 0, 2**31 - 1)
+    epochs: int = within(MISSING, 1)
+    init: str = "auto"
+    out: str = "outputs"
+    rerun: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the result, as plain values."""
+        everything = to_dict(self)
+        for free in ("out", "rerun"):
+            del everything[free]
+        everything["runtime"] = {key: everything["runtime"][key] for key in ("threads", "deterministic")}
+        everything["dataset"].pop("recipe", None)
+        return {"schema": SCHEMA} | everything
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the part of the identity that two runs must share to be compared fairly."""
+        shared = self.identity()
+        for own in ("method", "bits", "seed", "runtime", "schema"):
+            del shared[own]
+        shared["model"] = {k: v for k, v in shared["model"].items() if k not in ("norm", "act")}
+        return shared
+
+    def directory(self) -> str:
+        """Return the run's place below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<hash8>."""
+        dataset, model, method = (_safe(str(node["name"])) for node in (self.dataset, self.model, self.method))
+        return f"{dataset}-{model}/{method}-{self.bits}-s{self.seed}-{digest(self.identity())[:8]}"
+
+    @property
+    def is_parent(self) -> bool:
+        """Whether this is a float network trained from scratch by the recipe under `pretrain`."""
+        return self.method["name"] == "float" and self.init == "scratch"
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Return the sha256 of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return a configuration as plain dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Return the configuration of a stored `config.yaml`; see `from_node`."""
+    return from_node(OmegaConf.create(dict(values)))
+
+
+def from_node(node: DictConfig) -> Config:
+    """Check a composed configuration against the schema, fill in what follows, and return it as dataclasses.
+
+    Raises:
+        ConfigError: a key that does not exist, a value of the wrong type or out of range, named as typed.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), node)
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown(str(error.full_key), Config)) from None
+    except ValidationError as error:
+        raise ConfigError(_wrong_type(error, node)) from None
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ConfigError(f"{key}{str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    _check(config)
+    return _filled(config)
+
+
+def parse_bits(text: str) -> dict[str, int | None]:
+    """Read `w2a2g6`, or some of its parts in this order, into widths; None for what is left out."""
+    match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
+    if not match or not text:
+        raise ConfigError(f"bits={text}: write the widths as w2, w2a2 or w2a2g6, each 1 to {FLOAT}, or bits.w=2 bits.a=2")
+    return {key: int(width) if width else None for key, width in zip("wag", match.groups(), strict=True)}
+
+
+def parent(config: Config, norm: str | None = None) -> Config:
+    """Return the run of the float network that `config` starts from; `norm` is what its method requires of it."""
+    own = copy.deepcopy(config)
+    own.method, own.bits = {"name": "float"}, Bits(FLOAT, FLOAT, FLOAT)
+    own.epochs, own.optim = own.pretrain.epochs, own.pretrain.optim
+    own.layers, own.distill, own.init, own.rerun = Layers(), Distill(), "scratch", False
+    if "act" in own.model:
+        own.model["act"] = "auto"
+    if norm is not None and own.model.get("norm") == "auto":
+        own.model["norm"] = norm
+    return own
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean ...?` for a word close to a known one, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _filled(config: Config) -> Config:
+    """Fill in the widths that the method decides; make a float run from scratch the parent it is."""
+    own = parse_bits(str(config.method.pop("bits", f"w{FLOAT}")))
+    for key in "wag":
+        if getattr(config.bits, key) is None:
+            setattr(config.bits, key, own[key] or FLOAT)
+    _check(config)
+    if config.method["name"] == "float" and config.bits == Bits(FLOAT, FLOAT, FLOAT):
+        return dataclasses.replace(parent(config), rerun=config.rerun) if config.init in ("auto", "scratch") else config
+    if config.init == "auto":
+        config.init = "float"
+    return config
+
+
+def _check(node: Any, path: str = "") -> None:
+    """Check the declared ranges of a dataclass and those inside it."""
+    for item in dataclasses.fields(node):
+        value, key = getattr(node, item.name), f"{path}{item.name}"
+        if dataclasses.is_dataclass(value):
+            _check(value, f"{key}.")
+        elif value is not None and "holds" in item.metadata and not item.metadata["holds"](value):
+            raise ConfigError(f"{key}={value}: allowed is {item.metadata['allowed']}")
+    if isinstance(node, Optim):
+        _check_schedule(node, path)
+    if isinstance(node, Layers):
+        for pattern, width in node.rules.items():
+            if not is_width(width):
+                raise ConfigError(f"{path}rules[{pattern}]={width}: allowed is {WIDTHS}")
+    if isinstance(node, Config):
+        for group in ("model", "dataset", "method"):
+            if not isinstance(getattr(node, group).get("name"), str):
+                raise ConfigError(f"{group}.name is missing; choose one with {group}=NAME")
+
+
+def _check_schedule(optim: Optim, path: str) -> None:
+    marks = optim.milestones
+    if marks != sorted(marks) or not all(0 < mark < 1 for mark in marks):
+        raise ConfigError(f"{path}milestones={marks}: allowed are ascending parts of a phase between 0 and 1")
+    if optim.schedule == "step" and not marks:
+        raise ConfigError(f"{path}schedule=step wants milestones, e.g. '{path}milestones=[0.5,0.75]'")
+    if optim.schedule == "exponential" and not 0 < optim.lr_end <= optim.lr:
+        raise ConfigError(f"{path}lr_end={optim.lr_end:g}: an exponential schedule wants one above 0, up to lr={optim.lr:g}")
+
+
+def _unknown(key: str, schema: type) -> str:
+    """Say that a key does not exist, with the nearest and all of its neighbours."""
+    *way, leaf = key.split(".")
+    for part in way:
+        kinds = {f.name: f.type for f in dataclasses.fields(schema)}
+        schema = kinds.get(part, schema)  # type: ignore[assignment]
+    names = [f.name for f in dataclasses.fields(schema)]
+    prefix = "".join(f"{part}." for part in way)
+    return f"{key}: no such key{nearest(leaf, names)}\nallowed: {', '.join(prefix + name for name in names)}"
+
+
+def _wrong_type(error: ValidationError, node: DictConfig) -> str:
+    key = str(error.full_key)
+    got = OmegaConf.select(node, key)
+    wanted = re.search(r"(Integer|Float|Boolean|String|Union\[[^]]*\])", str(error))
+    words = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+    kind = words.get(wanted.group(1), WIDTHS) if wanted else "another type"
+    return f"{key}={got}: allowed is {kind}"
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+]+", ".", name).strip(".")

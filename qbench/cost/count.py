@@ -1,0 +1,58 @@
+"""What a network costs: parameters, multiply-accumulates, BitOps, bytes, effective bits per weight.
+
+BitOps are summed over convolutions and linear layers: MACs x bits of the weights x bits of the activations, 32 where
+something is float. Bytes count parameters, not batch-norm statistics; scales and codebooks are charged.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from qbench.quant.layers import QLayer, quantized_layers
+from qbench.quant.method import FLOAT, Bits, Storage
+from qbench.quant.policy import quantizable
+
+
+def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
+    """Return the multiply-accumulates of every convolution and linear layer of a float network, for one image.
+
+    Counted on a copy without memory (meta tensors), so that any size costs nothing.
+    """
+    ghost = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ghost(torch.empty(1, *shape, device="meta"))
+    counts = counter.get_flop_counts()
+    root = type(ghost).__name__
+    return {name: sum(counts.get(f"{root}.{name}", {}).values()) // 2 for name in quantizable(model)}
+
+
+def count_cost(model: nn.Module, macs: dict[str, int]) -> dict[str, Any]:
+    """Return the costs of a (quantized) network, given the MACs of its layers."""
+    layers = quantized_layers(model)
+    stored = {name: storage(layer) for name, layer in layers.items() if layer.bits.w < FLOAT}
+    codes = sum(s.codes for s in stored.values())
+    params = sum(p.numel() for n, p in model.named_parameters() if not _of_quantizer(n))
+    floats = 4 * (params - sum(layers[name].weight.numel() for name in stored))
+    bits = {name: layers[name].bits if name in layers else Bits() for name in macs}
+    return {
+        "params": params,
+        "macs": sum(macs.values()),
+        "bitops": sum(count * bits[name].w * bits[name].a for name, count in macs.items()),
+        "bytes_float": 4 * params,
+        "bytes_ideal": floats + sum(s.ideal for s in stored.values()),
+        "bytes_packed": floats + sum(s.packed for s in stored.values()),
+        "bits_per_weight": 8 * sum(s.ideal for s in stored.values()) / codes if codes else float(FLOAT),
+    }
+
+
+def storage(layer: QLayer) -> Storage:
+    """Return what a layer's quantized weights occupy, as its quantizer says."""
+    with torch.no_grad():
+        return layer.weight_q.bytes(layer.weight)  # type: ignore[operator,no-any-return]
+
+
+def _of_quantizer(parameter: str) -> bool:
+    return any(part in ("weight_q", "input_q", "output_q") for part in parameter.split("."))

@@ -1,0 +1,205 @@
+"""glyphs: digits and capitals drawn offline from the fonts that matplotlib ships, on test fonts never trained on.
+
+CIFAR's shape, any number of images, seeded. 34 classes: 0-9 and A-Z without I and O, as on number plates: I is a 1
+or a bar and O a 0 in many fonts, and most small letters are their capitals once size is random. Of matplotlib's 42
+fonts, 21 hold digits and capitals as such (DejaVu Sans, Sans Mono, Serif; STIXGeneral; cmb, cmr, cmss, cmti, cmtt):
+16 draw the training images, 5 the test images, one of each family. Left out: fonts of symbols (STIXSiz*, STIXNonUni*,
+cmex10, cmsy10, DejaVu*Display, LastResort) and cmmi10, whose digits are old-style. The validation part is held out of
+the training images, so it shows known fonts.
+
+The glyph is brighter than the ground in every channel, and every image has mean 128: with a random polarity per channel
+and a free mean, a small net stays at chance for many epochs.
+
+`difficulty` is one factor on everything random but colour: rotation, shear, size, proportions, place, loss of
+contrast, uneven ground, fragments of other glyphs at the border, noise. 0 is an upright, centred, clean glyph;
+the same seed draws the same glyphs, fonts and colours at every difficulty and every size.
+
+MEASURED
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from qbench.data.dataset import Augment, Dataset, Split, hold_out, mean_and_std
+
+# Shapes: N images, C channels, H height, W width; F fonts, L letters, S the side of a mask.
+
+CLASSES = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
+TEST_FONTS = ("DejaVuSans-BoldOblique", "DejaVuSansMono", "DejaVuSerif-Italic", "STIXGeneralBol", "cmss10")
+TRAIN_FONTS = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"),
+    *("DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique"),
+    *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic"),
+    *("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBolIta"),
+    *("cmb10", "cmr10", "cmti10", "cmtt10"),
+)
+
+# Images drawn at once, each label eight times. A constant: image i then depends on (seed, i), not on the count.
+CHUNK = 8 * len(CLASSES)
+CAPITAL = 0.5  # height of an H, as a part of the image's side
+CONTRAST = 0.5  # glyph minus ground, as a part of the full scale
+TINT = 0.1  # largest shift of a channel's ground
+FRAGMENTS, FAR, FAR_SPREAD = 2, 0.95, 0.15  # other glyphs, and their distance from the middle in half sides
+# What difficulty 1 allows:
+TURN = 0.45  # radians to either side
+SHEAR = 0.3  # widths per height
+SHRINK = 0.35  # log size
+STRETCH = 0.15  # log of width and of 1 / height
+SHIFT = 0.2  # half sides
+FADE = 1.5  # contrast falls to 1 / (1 + FADE)
+SHADE = 0.12  # of the full scale, uneven ground
+CLUTTER = 0.85  # highest opacity of a fragment
+NOISE = 0.08  # highest standard deviation of a pixel, of the full scale; the lowest is half of it
+
+
+def build(
+    *,
+    train: int = 12000,
+    test: int = 10000,
+    size: int = 32,
+    difficulty: float = 1.0,
+    seed: int = 0,
+    val: float = 0.1,
+    pad: int = 2,
+) -> Dataset:
+    """Render the data set.
+
+    Args:
+        train, test: number of images; `val` of the training images are held out.
+        size: height and width in pixels, 8 or more.
+        difficulty: 0 (clean) to 2; 1 is tuned, see the head of this file.
+        seed: of both sets, 0 or more; two seeds share no draw.
+        pad: of the random crop; the border is repeated, since images are not black outside.
+    """
+    drawn = render(train, size=size, fonts=TRAIN_FONTS, seed=2 * seed, difficulty=difficulty)
+    kept, held = hold_out(drawn, val)
+    mean, std = mean_and_std(kept.images)
+    return Dataset(
+        name="glyphs",
+        train=kept,
+        val=held,
+        test=render(test, size=size, fonts=TEST_FONTS, seed=2 * seed + 1, difficulty=difficulty),
+        classes=len(CLASSES),
+        mean=mean,
+        std=std,
+        augment=Augment(pad=pad, replicate=True),
+        made=True,
+    )
+
+
+def render(count: int, *, size: int = 32, fonts: Sequence[str], seed: int, difficulty: float) -> Split:
+    """Draw `count` images, uint8 (N, 3, size, size), each with mean 128 but for clipping, and their labels (N,).
+
+    Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or any global state;
+    its bytes hold for one build of torch and of Pillow on one kind of CPU. Each run of 34 images from a multiple of 34 holds each class once.
+
+    Raises:
+        ValueError: an argument out of its range.
+        FileNotFoundError: matplotlib does not ship the font.
+    """
+    if count < 1 or seed < 0 or size < 8 or not fonts:
+        got = f"count={count} size={size} seed={seed} with {len(fonts)} fonts"
+        raise ValueError(f"{got}: allowed are count >= 1, size >= 8, seed >= 0 and at least one font")
+    if not 0 <= difficulty <= 2:
+        raise ValueError(f"difficulty={difficulty}: allowed is 0 (clean) to 2 (hardly legible); 1 is tuned")
+    masks = _masks(fonts, 2 * size)
+    chunks = [_chunk(masks, size, seed, k, difficulty) for k in range(-(-count // CHUNK))]
+    images, labels = (torch.cat(parts)[:count] for parts in zip(*chunks, strict=True))
+    return Split(images, labels)
+
+
+def _masks(fonts: Sequence[str], side: int) -> Tensor:
+    """Draw every letter of every font once, centred: uint8 (F, L, S, S)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    out = np.zeros((len(fonts), len(CLASSES), side, side), np.uint8)
+    for i, name in enumerate(fonts):
+        path = _path(name)
+        basic = ImageFont.Layout.BASIC  # Raqm, where installed, would set the same letters elsewhere
+        _, top, _, bottom = ImageFont.truetype(path, 256, layout_engine=basic).getbbox("H")
+        font = ImageFont.truetype(path, 256 * CAPITAL * side / (bottom - top), layout_engine=basic)
+        for j, letter in enumerate(CLASSES):
+            left, top, right, bottom = font.getbbox(letter)
+            page = Image.new("L", (side, side))
+            corner = (round((side - left - right) / 2), round((side - top - bottom) / 2))
+            ImageDraw.Draw(page).text(corner, letter, fill=255, font=font)
+            out[i, j] = np.asarray(page)
+    return torch.from_numpy(out)
+
+
+def _path(font: str) -> str:
+    # Not matplotlib.get_data_path(): importing matplotlib takes 0.2 s and makes a folder in the user's home.
+    spec = find_spec("matplotlib")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("dataset=glyphs draws with matplotlib's fonts: pip install matplotlib")
+    path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{font}.ttf"
+    if not path.is_file():
+        raise FileNotFoundError(f"no font at {path}: take one of TRAIN_FONTS, TEST_FONTS, or reinstall matplotlib")
+    return str(path)
+
+
+def _chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) -> tuple[Tensor, Tensor]:
+    """Draw chunk k: images uint8 (CHUNK, 3, size, size) and labels (CHUNK,). The order of the draws is the format."""
+    state = int(np.random.SeedSequence([seed, k]).generate_state(1)[0])
+    draw = Generator().manual_seed(state)
+
+    def unit(*shape: int) -> Tensor:
+        return torch.rand(CHUNK, *shape, generator=draw) * 2 - 1
+
+    def part(*shape: int) -> Tensor:
+        return torch.rand(CHUNK, *shape, generator=draw)
+
+    def place(label_N: Tensor, centre_N2: Tensor | float) -> Tensor:
+        font_N = torch.randint(len(masks_FLSS), (CHUNK,), generator=draw)
+        return _warp(masks_FLSS[font_N, label_N], unit(4), centre_N2 + SHIFT * d * unit(2), size, d)
+
+    labels = torch.rand(CHUNK // len(CLASSES), len(CLASSES), generator=draw).argsort(1).flatten()
+    ink = place(labels, 0.0)
+    for _ in range(FRAGMENTS):
+        angle = torch.pi * unit(1)
+        centre = torch.cat([angle.cos(), angle.sin()], 1) * (FAR + FAR_SPREAD * unit(1))
+        opacity = (CLUTTER * d * part(1, 1, 1)).clamp(max=1)
+        other = place(torch.randint(len(CLASSES), (CHUNK,), generator=draw), centre)
+        ink = ink + (1 - ink) * opacity * other
+    contrast = CONTRAST / (1 + FADE * d * part(3, 1, 1))
+    ground = _uneven(unit(3, 4, 4), size)
+    deviation = NOISE * d * (1 + part(1, 1, 1)) / 2
+    noise = deviation * torch.randn(CHUNK, 3, size, size, generator=draw)
+    x = (255 * (TINT * unit(3, 1, 1) + contrast * ink + SHADE * d * ground + noise)).round_()
+    # Whole numbers, so that the sum is exact in any order: with any number of threads.
+    mean = x.sum((1, 2, 3), keepdim=True, dtype=torch.float64) / x[0].numel()
+    return (x - mean.round().float() + 128).clamp_(0, 255).to(torch.uint8), labels
+
+
+def _uneven(knots_NC44: Tensor, size: int) -> Tensor:
+    """Join 4x4 knots linearly: (N, C, size, size). F.interpolate's last bit depends on the threads at 96x96 and above."""
+    place = 3 * torch.arange(size) / (size - 1)
+    w = (1 - (place - torch.arange(4)[:, None]).abs()).clamp(min=0)
+    k = knots_NC44[..., None]
+    k = k[:, :, :, 0] * w[0] + k[:, :, :, 1] * w[1] + k[:, :, :, 2] * w[2] + k[:, :, :, 3] * w[3]
+    k, w = k[..., None, :], w[..., None]
+    return k[:, :, 0] * w[0] + k[:, :, 1] * w[1] + k[:, :, 2] * w[2] + k[:, :, 3] * w[3]
+
+
+def _warp(mask_NSS: Tensor, u_N4: Tensor, centre_N2: Tensor, size: int, d: float) -> Tensor:
+    """Turn, shear, scale and move masks: ink in [0, 1], (N, 1, size, size).
+
+    A pixel at p shows the mask at inv(turn @ shear @ scale) (p - centre); the middle is 0, a half side 1. Written out,
+    since a matrix product may sum in an order that depends on the threads.
+    """
+    turn, shear, shrink, stretch = (d * u_N4)[:, :, None, None].unbind(1)
+    wide, tall = (SHRINK * shrink + STRETCH * stretch).exp(), (SHRINK * shrink - STRETCH * stretch).exp()
+    cos, sin, lean = (TURN * turn).cos(), (TURN * turn).sin(), SHEAR * shear
+    axis = (2 * torch.arange(size) + 1) / size - 1
+    x = axis[None, None, :] - centre_N2[:, 0, None, None]
+    y = axis[None, :, None] - centre_N2[:, 1, None, None]
+    at_x = (cos + lean * sin) / wide * x + (sin - lean * cos) / wide * y
+    at_y = cos / tall * y - sin / tall * x
+    at_NHW2 = torch.stack([at_x, at_y], -1)
+    return F.grid_sample(mask_NSS[:, None].float() / 255, at_NHW2, mode="bilinear", align_corners=False)

@@ -1,0 +1,168 @@
+"""A run, from its configuration to its result: the main path."""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.assembly import Parts, assemble, load_start
+from qbench.config import Config, digest
+from qbench.cost.count import count_cost
+from qbench.data.dataset import Loader
+from qbench.errors import Diverged, Interrupted
+from qbench.quant.layers import fully_quantized
+from qbench.quant.method import Probe, Unsupported
+from qbench.quant.verify import NotQuantized, verify
+from qbench.record import manifest
+from qbench.record.pictures import levels_figure
+from qbench.record.run import Result, RunDirectory
+from qbench.session import Desk, Session, record_failure
+from qbench.train import optim
+from qbench.train.checkpoint import copied, seed_everything, weights_sha256
+from qbench.train.loop import Average, State, Task, evaluate, evaluated_weights, fit
+
+PROBE_IMAGES = 256
+
+
+def run(config: Config, desk: Desk | None = None) -> Result:
+    """Return the result of a configuration: the stored one, else by doing the work, or what is left of it.
+
+    Raises:
+        QbenchError: of the kind that `qbench.errors` names. A run that had begun keeps its directory.
+    """
+    desk = desk or Desk()
+    directory = RunDirectory(config)
+    if not config.rerun and (stored := directory.stored()):
+        return stored
+    try:
+        parts = assemble(config)
+    except Unsupported as reason:
+        with directory.held(desk.check):
+            directory.write_config()
+            return directory.conclude(directory.new_result("unsupported", reason=str(reason)))
+    with directory.held(desk.check):
+        if not config.rerun and (stored := directory.stored()):  # another process finished it meanwhile
+            return stored
+        if config.rerun:
+            directory.start_over()
+        parent, start = _start(parts, desk)
+        desk.screen.log = directory.path / "log.txt"
+        try:
+            return directory.conclude(_work(parts, directory, parent, start, desk))
+        except Interrupted:
+            raise
+        except BaseException as error:
+            status = "diverged" if isinstance(error, Diverged) else "failed"
+            record_failure(directory, error, status, traceback.format_exc())
+            raise
+        finally:
+            desk.screen.stop()
+            desk.screen.log = None
+
+
+def _start(parts: Parts, desk: Desk) -> tuple[Result | None, Path | None]:
+    """Return the float parent's result and the path of the weights to start from; train the parent if need be."""
+    config = parts.config
+    if config.init == "scratch":
+        return None, None
+    if config.init != "float":
+        return None, Path(config.init)
+    parent = run(parts.parent, desk)
+    return parent, Path(parent.run)
+
+
+def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: Path | None, desk: Desk) -> Result:
+    """Train, evaluate and verify one run in its directory; return the result."""
+    config = parts.config
+    directory.write_config()
+    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
+    manifest.write(
+        directory.path / "manifest.json", threads=config.runtime.threads, device=parts.device, data=parts.data.fingerprint()
+    )
+    session = Session(directory, desk, config.runtime.tensorboard)
+    try:
+        model = parts.float_model()
+        if start and not session.saved:
+            desk.screen.say(load_start(model, start, digest(parts.parent.identity()) if parent else None))
+        model = parts.install(model).to(parts.device)
+        probe = Probe(list(loader.plain("train", PROBE_IMAGES)), F.cross_entropy)
+        if parts.method.prepare and not session.saved:
+            parts.method.prepare(model, probe)
+        task = Task(
+            model=model, method=parts.method, optim=config.optim, epochs=config.epochs, steps=loader.steps,
+            train=loader.train, validate=lambda: loader.plain("val"), probe=probe,
+        )  # fmt: skip
+        state = _state(task, session.saved, config.seed)
+        fit(task, state, session.watch(task, state, loader.batch_size))
+        desk.screen.stop()
+        return _conclude(parts, task, state, loader, session, parent)
+    finally:
+        session.book.close()
+
+
+def _state(task: Task, saved: dict[str, Any] | None, seed: int) -> State:
+    """Return the state to train from: a new one, or a saved one with model, optimizer and random numbers in place."""
+    if saved:
+        names = set(saved["state"]["trainable"])
+        for name, p in task.model.named_parameters():
+            p.requires_grad_(name in names)
+    average = Average(task.model, task.optim.ema) if task.optim.ema is not None else None
+    state = State(optim.build(task.model, task.optim), average)
+    if saved:
+        state.load(task.model, saved["state"])
+    else:
+        seed_everything(seed)
+    return state
+
+
+def _conclude(
+    parts: Parts, task: Task, state: State, loader: Loader, session: Session, parent: Result | None
+) -> Result:
+    """Evaluate on the test split, verify, publish the weights, and return the result."""
+    model = task.model
+    with evaluated_weights(model, state):
+        last = copied(model.state_dict())
+    best_weights = state.best["model"] if state.best else last
+    best = _measure(model, best_weights, loader) | {"epoch": state.best["epoch"]} if state.best else None
+    final = _measure(model, last, loader) | {"epoch": state.epoch - 1}
+    if not fully_quantized(model):
+        raise NotQuantized("after the last epoch some weights are still float")
+    verified = verify(model, next(iter(loader.plain("train", 64)))[0])
+    session.publish("last.pt", last)
+    session.publish("best.pt", best_weights)
+    result = session.directory.new_result(
+        "done", made_data=parts.data.made, final=final, best=best, verified=verified,
+        levels=max((layer["w"]["allowed"] for layer in verified.values() if "w" in layer), default=None),
+        float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
+        cost=count_cost(model, parts.macs), speed=session.speed(parts.device),
+        weights_sha256=weights_sha256(last), wall_seconds=session.wall_seconds,
+    )  # fmt: skip
+    _show(model, state, session, result)
+    return result
+
+
+def _measure(model: nn.Module, weights: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
+    model.load_state_dict(weights)
+    return {split: evaluate(model, loader.plain(split)) for split in ("val", "test")}
+
+
+def _show(model: nn.Module, state: State, session: Session, result: Result) -> None:
+    """Write the final record, and for TensorBoard the levels and the hyper-parameters beside the final metrics."""
+    config, final = session.config, result.final or {}
+    metrics = {f"{split}_{key}": value for split in ("val", "test") for key, value in final[split].items()}
+    session.book.record("final", state.step, metrics)
+    if not config.runtime.tensorboard:
+        return
+    if (figure := levels_figure(model)) is not None:
+        session.book.figure(state.step, "levels", figure)
+    bits = config.bits
+    session.book.hparams(
+        {
+            "method": str(config.method["name"]), "w": bits.w or 32, "a": bits.a or 32, "g": bits.g or 32,
+            "model": str(config.model["name"]), "dataset": str(config.dataset["name"]), "seed": config.seed,
+            "epochs": config.epochs, "optimizer": config.optim.name, "lr": config.optim.lr,
+        },
+        {f"hparam/{key}": value for key, value in metrics.items()},
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""Float: the network as it is, nothing quantized. The parent of every other run, and the control.
+
+Paper
+    None: this is the baseline that each paper compares itself with.
+
+Idea
+    A quantized network is judged by its distance from the float network it came from. `method=float` is that parent
+    itself, trained by the recipe under `pretrain`; with `init=float` it is the parent trained on by the recipe of the
+    quantized runs, a control for what fine-tuning alone brings.
+
+Forward
+    The network's own.
+
+Backward
+    The network's own.
+
+Schedule
+    One phase.
+
+Sites
+    None.
+
+State
+    None.
+
+Bits
+    w, a and g are 32.
+
+Protocol
+    `pretrain.epochs` and `pretrain.optim` as the parent; `epochs` and `optim` with `init=float`.
+
+Choices
+    None.
+
+Deviations
+    None known.
+
+Results
+    The column `float` of every table.
+"""
+
+from qbench.quant.method import Bits, Method
+
+
+def build(*, w: int = 32, a: int = 32, g: int = 32) -> Method:
+    """Return the method that quantizes nothing."""
+    return Method(name="float", bits=Bits(w, a, g), legal={})

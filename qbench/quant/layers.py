@@ -1,0 +1,233 @@
+"""Quantized layers: a method put into a float network in place, and taken out of it again."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.quant.method import FLOAT, Bits, Grid, Method, Unsupported, quietly
+from qbench.quant.ops import levels_k, quantize_k
+from qbench.quant.policy import Policy, assign, quantizable
+
+# Shapes: N batch, C channels, H height, W width.
+
+
+class KeepOutput(nn.Module):
+    """The output slot of a layer whose method has nothing to do there."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y."""
+        return y
+
+
+class QConv2d(nn.Conv2d):
+    """A convolution with three quantizers; `weight` and `bias` stay the float layer's own (latent) parameters."""
+
+    bits: Bits
+    input_q: nn.Module
+    weight_q: nn.Module
+    output_q: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the quantized input with the quantized weights."""
+        x, w = self.input_q(input), self.weight_q(self.weight)
+        y = F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.output_q(y, input)  # type: ignore[no-any-return]
+
+
+class QLinear(nn.Linear):
+    """A linear layer with three quantizers; see `QConv2d`."""
+
+    bits: Bits
+    input_q: nn.Module
+    weight_q: nn.Module
+    output_q: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply the quantized input by the quantized weights."""
+        y = F.linear(self.input_q(input), self.weight_q(self.weight), self.bias)
+        return self.output_q(y, input)  # type: ignore[no-any-return]
+
+
+QLayer = QConv2d | QLinear
+_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: QConv2d, nn.Linear: QLinear}
+_PLAIN = {quantized: plain for plain, quantized in _QUANTIZED.items()}
+
+
+class ImageQuantizer(nn.Module):
+    """Rounds the network's input to 2^bits levels per channel, evenly over the range that images have.
+
+    With 8 bits and images that were 8-bit files this changes nothing but float rounding.
+    """
+
+    low: Tensor
+    span: Tensor
+
+    def __init__(self, bits: int, low: tuple[float, ...], high: tuple[float, ...]) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("low", torch.tensor(low).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("span", (torch.tensor(high) - torch.tensor(low)).reshape(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return the rounded image."""
+        scaled = ((x_NCHW - self.low) / self.span).clamp(0, 1)
+        return quantize_k(scaled, self.bits) * self.span + self.low
+
+    def grid(self, x_NCHW: Tensor) -> Grid:
+        """One scale group per channel."""
+        points = levels_k(self.bits, x_NCHW) * self.span.reshape(-1, 1) + self.low.reshape(-1, 1)
+        channels = points.shape[0]
+        return Grid(
+            points.unsqueeze(-1), lambda t: t.movedim(1, 0).reshape(channels, -1, 1)
+        )
+
+
+class Replaced(nn.Module):
+    """Stands where an activation function stood whose place the next layers' input quantizers took."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+        self.active = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (the activation itself only inside `as_float`)."""
+        return self.act(x) if self.active else x  # type: ignore[no-any-return]
+
+
+def install(
+    method: Method,
+    model: nn.Module,
+    policy: Policy | None = None,
+    *,
+    example: Tensor | None = None,
+    act: str = "auto",
+) -> nn.Module:
+    """Put a method's quantizers into a float network, in place, and return it.
+
+    Only exact `Conv2d` and `Linear` layers are changed, by class and by three new submodules; parameters keep their
+    names and identity, so optimizers, hooks and float checkpoints go on working.
+
+    Args:
+        policy: which layers; first and last stay float by default.
+        example: one image batch (N, C, H, W) to learn the execution order from; without it, order of registration.
+        act: "kept" or "replaced" for the activation functions in front of input quantizers; "auto" as the method needs.
+
+    Raises:
+        Unsupported: the method does not know a width or the network does not fit it.
+        PolicyError: a rule of the policy matches nothing.
+    """
+    policy = policy or Policy()
+    layers = quantizable(model)
+    if any(isinstance(layer, QLayer) for layer in layers.values()):
+        raise Unsupported(f"{type(model).__name__} holds quantizers already; install into a float network")
+    assigned = assign(model, method.bits, policy, example)
+    image = next(iter(assigned))
+    for name, bits in assigned.items():
+        if bits != Bits():
+            _check_layer(name, layers[name])
+            method.check(bits._replace(a=FLOAT) if name == image else bits)
+    _replace_activations(method, model, assigned, act)
+    for name, bits in assigned.items():
+        _swap(method, name, layers[name], bits, policy if name == image else None)
+    return model
+
+
+def _swap(method: Method, name: str, layer: nn.Module, bits: Bits, image: Policy | None) -> None:
+    """Turn one float layer into its quantized class; `image` is given for the layer that reads the image."""
+    layer.__class__ = _QUANTIZED.get(type(layer), type(layer))
+    if not isinstance(layer, QLayer):
+        return  # a subclass that the policy leaves float
+    device = layer.weight.device
+    layer.bits = bits
+    layer.weight_q = nn.Identity()
+    layer.input_q = nn.Identity()
+    layer.output_q = KeepOutput()
+    if bits.w < FLOAT and method.weight:
+        layer.weight_q = method.weight(name, layer, bits.w).to(device)
+    if bits.a < FLOAT and image:
+        layer.input_q = ImageQuantizer(bits.a, *image.image_range).to(device)
+    elif bits.a < FLOAT and method.input:
+        layer.input_q = method.input(name, layer, bits.a).to(device)
+    if method.output and bits.g < FLOAT:
+        layer.output_q = method.output(name, layer, bits.g).to(device)
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    if type(layer) not in _QUANTIZED:
+        raise Unsupported(f"{name} is a {type(layer).__name__}; only exact Conv2d and Linear layers are quantized")
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        raise Unsupported(f"{name} pads with {layer.padding_mode!r}; only zero padding is quantized")
+
+
+def _replace_activations(method: Method, model: nn.Module, assigned: dict[str, Bits], act: str) -> None:
+    """Take away the activation functions whose readers all have a quantizer that is the activation itself."""
+    needs = method.requires.act
+    if {act, needs} == {"kept", "replaced"} and method.bits.a < FLOAT:
+        raise Unsupported(f"{method.name} wants the activations in front of its quantizers {needs}, not {act}")
+    if method.bits.a == FLOAT or "kept" in (act, needs):
+        return
+    feeds: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
+    if not feeds and (needs == "replaced" or act == "replaced"):
+        raise Unsupported(
+            f"{method.name} takes the activation's place, but {type(model).__name__} does not say which layers its "
+            "activations feed (attribute `feeds`); the networks of qbench do"
+        )
+    for name, readers in feeds.items():
+        quantized = [reader for reader in readers if assigned[reader].a < FLOAT]
+        if len(quantized) == len(readers):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Replaced(model.get_submodule(name)))
+        elif quantized and needs == "replaced":
+            kept = ", ".join(sorted(set(readers) - set(quantized)))
+            raise Unsupported(f"{name} feeds {quantized[0]} (quantized) and {kept} (float): give both the same bits")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QLayer]:
+    """Return the layers of which anything is quantized, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QLayer) and m.bits != Bits()}
+
+
+def effective_weight(layer: QLayer) -> Tensor:
+    """Return the weights that the layer computes with in evaluation, without gradient."""
+    with quietly(layer), torch.no_grad():
+        return layer.weight_q(layer.weight).detach()  # type: ignore[no-any-return]
+
+
+def fully_quantized(model: nn.Module) -> bool:
+    """Whether every weight lies on its grid now. Incremental methods say so by `complete` of their modules."""
+    return all(getattr(layer.weight_q, "complete", True) for layer in quantized_layers(model).values())
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters are the effective weights, with no weight quantizer left to run."""
+    baked = copy.deepcopy(model)
+    for layer in quantized_layers(baked).values():
+        layer.weight.data = effective_weight(layer).clone()
+        layer.weight_q = nn.Identity()
+    return baked
+
+
+@contextmanager
+def as_float(model: nn.Module) -> Iterator[nn.Module]:
+    """Let a network compute as the float one it was made from, on its latent weights, for a while."""
+    swapped: list[tuple[Any, type[nn.Module]]] = []
+    replaced = [m for m in model.modules() if isinstance(m, Replaced)]
+    try:
+        for layer in model.modules():
+            if type(layer) in _PLAIN:
+                swapped.append((layer, type(layer)))
+                layer.__class__ = _PLAIN[type(layer)]
+        for module in replaced:
+            module.active = True
+        yield model
+    finally:
+        for layer, kind in swapped:
+            layer.__class__ = kind
+        for module in replaced:
+            module.active = False

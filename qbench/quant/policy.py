@@ -1,0 +1,102 @@
+"""Which layers a method quantizes, and how widely: ordered rules, the first that matches a layer wins."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from qbench.quant.method import FLOAT, Bits, quietly, recorded_calls
+
+Width = str | int
+"""`float`, `same` (as the other layers) or a number of bits."""
+
+
+class PolicyError(ValueError):
+    """A rule that matches no layer or cannot be read; `key` is its place below `layers`."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Rules for the layers, tried in this order: `rules`, then first, last, downsample, else `same`.
+
+    A number sets w, and a too where the method's a is below 32. First and last are meant by execution order;
+    downsample layers are 1x1 convolutions whose name holds `downsample` or `shortcut`.
+
+    Args:
+        input: the image: `same` as the first layer's activations, `float` or a number of bits. It is rounded on
+            `image_range`, not by the method: a method's activation quantizer is made for activations.
+        rules: layer-name pattern (fnmatch) -> width, in order.
+        image_range: per channel (lowest, highest) value of an image as the network gets it.
+    """
+
+    first: Width = "float"
+    last: Width = "float"
+    downsample: Width = "same"
+    input: Width = "same"
+    rules: Mapping[str, Width] = field(default_factory=dict)
+    image_range: tuple[tuple[float, ...], tuple[float, ...]] = ((0.0,), (1.0,))
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the convolutions and linear layers by name, in the order they are registered."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
+def execution_order(model: nn.Module, example: Tensor | None) -> list[str]:
+    """Return the layers' names in the order in which they first run on `example` (N, C, H, W); the order of
+    registration without one. Layers that do not run in eval mode (auxiliary heads) are left out.
+    """
+    names = list(quantizable(model))
+    if example is None:
+        return names
+    with quietly(model), torch.no_grad(), recorded_calls(model, names) as calls:
+        model(example)
+    return list(dict.fromkeys(name for name, _, _ in calls))
+
+
+def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None = None) -> dict[str, Bits]:
+    """Return every layer's widths, in execution order. Raises `PolicyError` for a rule without a layer."""
+    layers = quantizable(model)
+    order = execution_order(model, example)
+    if not order:
+        raise PolicyError("rules", f"{type(model).__name__} has no convolution or linear layer")
+    rules: list[tuple[str, Width, list[str]]] = [
+        (f"rules[{pattern}]", width, [n for n in order if fnmatchcase(n, pattern)])
+        for pattern, width in policy.rules.items()
+    ]
+    rules += [("first", policy.first, order[:1]), ("last", policy.last, order[-1:])]
+    if policy.downsample != "same":
+        rules += [("downsample", policy.downsample, [n for n in order if _is_downsample(n, layers[n])])]
+    assigned = dict.fromkeys(order, bits)
+    for key, width, names in reversed(rules):  # the first rule has the last word
+        if not names:
+            raise PolicyError(key, f"matches no layer; the layers are {', '.join(order)}")
+        assigned.update({name: _widths(key, width, bits) for name in names})
+    if policy.input != "same":
+        assigned[order[0]] = assigned[order[0]]._replace(a=_image_width(policy.input))
+    return assigned
+
+
+def _is_downsample(name: str, layer: nn.Module) -> bool:
+    named = "downsample" in name or "shortcut" in name
+    return named and isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
+
+
+def _widths(key: str, width: Width, bits: Bits) -> Bits:
+    if width == "float":
+        return Bits()
+    if width == "same":
+        return bits
+    if isinstance(width, int) and not isinstance(width, bool) and 1 <= width <= FLOAT:
+        return bits._replace(w=width, a=width if bits.a < FLOAT else FLOAT)
+    raise PolicyError(key, f"got {width!r}; allowed: float, same or a number of bits from 1 to {FLOAT}")
+
+
+def _image_width(width: Width) -> int:
+    return _widths("input", width, Bits(a=1)).a

@@ -1,0 +1,100 @@
+"""What a run writes down while it works: metrics.jsonl for machines, TensorBoard for people, log.txt for both."""
+
+import io
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbench.record import files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Logbook:
+    """Appends records to a run's directory.
+
+    Args:
+        path: the run's directory.
+        size: bytes of metrics.jsonl that the checkpoint knew of; what was appended later is cut off.
+        step: training step to go on from; later points of TensorBoard are hidden.
+    """
+
+    def __init__(self, path: Path, *, size: int = 0, step: int = 0, tensorboard: bool = True) -> None:
+        self.path = path
+        self._metrics = path / "metrics.jsonl"
+        files.cut(self._metrics, size)
+        self._writer = _writer(path, step) if tensorboard else None
+
+    @property
+    def size(self) -> int:
+        """Bytes of metrics.jsonl, for the checkpoint."""
+        return self._metrics.stat().st_size if self._metrics.exists() else 0
+
+    def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line `{"kind": ..., "step": ..., **values}`; numbers go to TensorBoard as `kind/name`."""
+        line = json.dumps({"kind": kind, "step": step} | dict(values), allow_nan=False) + "\n"
+
+        def append() -> None:
+            with open(self._metrics, "ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+        files.guarded(append, self._metrics, len(line))
+        if self._writer:
+            for name, value in values.items():
+                if isinstance(value, int | float) and name not in ("epoch",):
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def histograms(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
+        """Add a histogram of each tensor to TensorBoard."""
+        if self._writer:
+            for name, tensor in tensors.items():
+                self._writer.add_histogram(name, tensor.detach().cpu().numpy(), step)
+
+    def figure(self, step: int, name: str, figure: Any) -> None:
+        """Add a matplotlib figure to TensorBoard."""
+        if self._writer:
+            self._writer.add_figure(name, figure, step)
+
+    def hparams(self, values: Mapping[str, bool | int | float | str], metrics: Mapping[str, float]) -> None:
+        """Add hyper-parameters and final metrics, in this same event file (`add_hparams` would add a false run)."""
+        if not self._writer:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(dict(values), dict(metrics)):
+            self._writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, 0)
+
+    def close(self) -> None:
+        """Flush and close what is open."""
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append lines with the time to log.txt."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
+    buffer = io.StringIO()
+    for line in text.splitlines() or [""]:
+        buffer.write(f"{stamp}{line}\n")
+
+    def append() -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(buffer.getvalue())
+
+    files.guarded(append, path, len(text))
+
+
+def _writer(path: Path, step: int) -> "SummaryWriter":
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(path), purge_step=step or None)

@@ -1,0 +1,135 @@
+"""A run's directory and its result: where a run lives, what was stored, what an interrupted one left.
+
+The path follows from the configuration alone, so the same line finds the same run again, from a single run, a sweep
+or a launcher. `result.json` is written last; until then the directory holds checkpoints to go on from.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from qbench.config import Config, digest, to_dict
+from qbench.record import files
+
+SCHEMA = 1
+FINAL = ("done", "unsupported")
+KEPT_STATES = 2
+Seconds = float  # below, `float` is a field: the float parent
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What `result.json` holds; see the README for each field."""
+
+    schema: int = SCHEMA
+    status: str
+    reason: str | None = None
+    method: str
+    bits: dict[str, int]
+    levels: int | None = None
+    seed: int
+    dataset: str
+    model: str
+    made_data: bool = False
+    run: str = ""
+    protocol: dict[str, Any]
+    float: dict[str, Any] | None = None
+    final: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    verified: dict[str, Any] | None = None
+    cost: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
+    weights_sha256: str | None = None
+    wall_seconds: Seconds | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class RunDirectory:
+    """The directory of one run; nothing is created before `held`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.identity = config.identity()
+        self.path = Path(config.out) / config.directory()
+
+    def stored(self) -> Result | None:
+        """Return the stored result that a repeat need not compute again: done or unsupported."""
+        values = files.read_json(self.path / "result.json")
+        known = {f.name for f in fields(Result)}
+        if not values or values.get("schema") != SCHEMA or values.get("status") not in FINAL or set(values) - known:
+            return None
+        if values.get("protocol", {}).get("identity") != digest(self.identity):
+            return None
+        return Result(**values | {"run": str(self.path)})
+
+    @contextmanager
+    def held(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Make the directory and hold its lock; `waiting` is called every half second while another process has it."""
+        files.make_directory(self.path)
+        lock = FileLock(self.path / ".lock")
+        while True:
+            try:
+                lock.acquire(timeout=0.5)
+                break
+            except Timeout:
+                waiting()
+        try:
+            self._sweep_up()
+            yield
+        finally:
+            lock.release()
+
+    def write_config(self) -> None:
+        """Write config.yaml: the resolved configuration, which `qbench` would run again."""
+        text = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
+        files.write(self.path / "config.yaml", text.encode())
+
+    def new_result(self, status: str, **values: Any) -> Result:
+        """Return a result with what the configuration says filled in."""
+        config = self.config
+        protocol = config.protocol()
+        return Result(
+            status=status, method=config.method["name"], bits=asdict(config.bits), seed=config.seed,
+            dataset=config.dataset["name"], model=config.model["name"], run=str(self.path),
+            protocol={"hash": digest(protocol), "identity": digest(self.identity), "keys": protocol}, **values,
+        )  # fmt: skip
+
+    def conclude(self, result: Result) -> Result:
+        """Write result.json and clear the checkpoints that only an unfinished run needs."""
+        files.write_json(self.path / "result.json", {k: v for k, v in asdict(result).items() if k != "run"})
+        if result.status in FINAL:
+            for path in self.states():
+                path.unlink()
+        return result
+
+    def save_state(self, step: int, data: bytes) -> None:
+        """Write the checkpoint of a step; keep the newest two."""
+        files.write(self.path / f"state-{step}.pt", data)
+        for path in self.states()[KEPT_STATES:]:
+            path.unlink()
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Write a file that outlives the run, such as last.pt."""
+        files.write(self.path / name, data)
+
+    def states(self) -> list[Path]:
+        """Return the checkpoints of an unfinished run, newest first."""
+        found = [(int(m[1]), p) for p in self.path.glob("state-*.pt") if (m := re.fullmatch(r"state-(\d+)\.pt", p.name))]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def start_over(self) -> None:
+        """Remove what a former try left, its result first."""
+        names = ["result.json", *(p.name for p in self.states()), "metrics.jsonl", "last.pt", "best.pt", "log.txt"]
+        for path in [*(self.path / name for name in names), *self.path.glob("events.out.tfevents.*")]:
+            path.unlink(missing_ok=True)
+
+    def _sweep_up(self) -> None:
+        """Remove temporary files of a process that was killed while it wrote."""
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)

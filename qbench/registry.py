@@ -1,0 +1,133 @@
+"""Names to functions: methods, models and data sets of our own, of other packages, and of the user's own files.
+
+A name is a file below `qbench/<group>/` that holds `build`, an entry point of the group `qbench.<group>`, or
+`package.module:function`. The keyword arguments of that function, with the types of their defaults, are the keys that
+its node of the configuration may have.
+"""
+
+import ast
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qbench.config import nearest
+from qbench.errors import ConfigError
+
+GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
+ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
+Factory = Callable[..., Any]
+
+
+def names(group: str) -> list[str]:
+    """Return the group's names that need no file of the user's, ours first."""
+    folder = Path(__file__).parent / GROUPS[group]
+    own = sorted(path.stem for path in folder.glob("*.py") if _defines_build(path))
+    return own + sorted(entry.name for entry in entry_points(group=ENTRY_POINTS[group]))
+
+
+def card(name: str) -> str:
+    """Return a method's card, the docstring of its module, without importing it where it is ours.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    path = Path(__file__).parent / GROUPS["method"] / f"{name}.py"
+    if name.isidentifier() and path.exists():
+        return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return inspect.getdoc(inspect.getmodule(find("method", name))) or ""
+
+
+def find(group: str, name: str) -> Factory:
+    """Return the function behind a name.
+
+    Raises:
+        ConfigError: no such name, or the module named cannot be imported.
+    """
+    if ":" in name:
+        return _named_outright(group, name)
+    if name.isidentifier() and find_spec(f"qbench.{GROUPS[group]}.{name}"):
+        return importlib.import_module(f"qbench.{GROUPS[group]}.{name}").build  # type: ignore[no-any-return]
+    for entry in entry_points(group=ENTRY_POINTS[group], name=name):
+        return entry.load()  # type: ignore[no-any-return]
+    known = names(group)
+    raise ConfigError(f"{group}={name}: no such {group}{nearest(name, known)}\nknown: {', '.join(known)}")
+
+
+def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) -> Any:
+    """Call the function that a configuration's node names, with the node's other keys as arguments.
+
+    Args:
+        node: `name`, perhaps `family` (the file, where several names share one), and the function's own keys.
+        positional, fixed: arguments that the caller decides; of `fixed`, the function gets those it takes.
+
+    Raises:
+        ConfigError: a key that the function does not have, or a value of another type or out of its range.
+    """
+    name = str(node["name"])
+    factory = find(group, str(node.get("family", name)))
+    options = {key: value for key, value in node.items() if key not in ("name", "family", "recipe")}
+    known = {
+        key: p.default for key, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY
+    }
+    for key, value in options.items():
+        if key not in known or key in fixed:
+            allowed = [f"{group}.{k}" for k in known if k not in fixed]
+            hint = nearest(f"{group}.{key}", allowed)
+            raise ConfigError(f"{group}.{key}: {name} has no such key{hint}\nallowed: {', '.join(allowed) or 'none'}")
+        if not _same_type(value, known[key]):
+            raise ConfigError(f"{group}.{key}={value}: allowed is {_kind(known[key])}, such as {known[key]}")
+    try:
+        return factory(*positional, **options, **{key: value for key, value in fixed.items() if key in known})
+    except ValueError as error:
+        raise ConfigError(f"{group}.{error}") from None
+
+
+def defaults(group: str, name: str) -> dict[str, Any]:
+    """Return the node of a function that has no YAML of its own: its keyword arguments' defaults."""
+    found = {}
+    for key, parameter in inspect.signature(find(group, name)).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
+            found[key] = parameter.default
+    if group == "method":
+        found["bits"] = "".join(f"{key}{found.pop(key)}" for key in "wag" if key in found) or "w32"
+    return {"name": name} | found
+
+
+def _named_outright(group: str, name: str) -> Factory:
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # the user's own file lies where they work
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(f"{group}={name}: {error}; looked in {os.getcwd()} and the installed packages") from None
+    except AttributeError:
+        raise ConfigError(f"{group}={name}: module {module} has no {attribute!r}") from None
+    if not callable(found):
+        raise ConfigError(f"{group}={name}: {attribute} is not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    if default is None or default is inspect.Parameter.empty:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return isinstance(value, type(default))
+
+
+def _kind(default: Any) -> str:
+    kinds: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    return kinds.get(type(default), f"a {type(default).__name__}")
+
+
+def _defines_build(path: Path) -> bool:
+    return "\ndef build(" in path.read_text(encoding="utf-8")

@@ -1,0 +1,161 @@
+"""One run at work: where it goes on, what it writes after every step and epoch, when it saves, whether to stop."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.config import digest
+from qbench.errors import CheckpointError, Interrupted
+from qbench.record import files
+from qbench.record.logbook import Logbook
+from qbench.record.pictures import weight_tensors
+from qbench.record.run import RunDirectory
+from qbench.record.screen import Screen
+from qbench.train.checkpoint import pack, unpack
+from qbench.train.loop import State, Task, Watch
+
+HISTOGRAMS = 10
+"""Times a run's weights are written to TensorBoard, about."""
+
+
+@dataclass
+class Desk:
+    """What the caller provides: where to show progress, and whether to stop (a signal's number, 0 for none)."""
+
+    screen: Screen = field(default_factory=Screen)
+    stop: Callable[[], int] = lambda: 0
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a stop was asked for."""
+        if self.stop():
+            raise Interrupted(f"stopped by signal {self.stop()}; the same command goes on from here")
+
+
+class Session:
+    """Ties a run's training to its directory.
+
+    Args:
+        directory: the run's, held by this process.
+        desk: the caller's.
+        tensorboard: whether to write event files.
+    """
+
+    def __init__(self, directory: RunDirectory, desk: Desk, tensorboard: bool) -> None:
+        self.directory, self.desk = directory, desk
+        self.config = directory.config
+        self.identity = digest(directory.identity)
+        self.saved = self._newest()
+        past = self.saved["session"] if self.saved else {}
+        self.train_seconds: float = past.get("train_seconds", 0.0)
+        self.train_images: int = past.get("train_images", 0)
+        self._wall_before: float = past.get("wall_seconds", 0.0)
+        self._began = self._saved_at = time.perf_counter()
+        step = self.saved["state"]["counters"][2] if self.saved else 0
+        self.book = Logbook(directory.path, size=past.get("log_size", 0), step=step, tensorboard=tensorboard)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of work on this run, those before an interruption included."""
+        return self._wall_before + time.perf_counter() - self._began
+
+    def watch(self, task: Task, state: State, images: int) -> Watch:
+        """Return what the loop calls; `images` is the batch size, for the display."""
+        screen = self.desk.screen
+        screen.start(self._title(), task.epochs * task.steps, state.step, images)
+
+        def step(state: State, loss: Tensor) -> None:
+            screen.step(state.step, loss.item)
+            asked = self.desk.stop()
+            late = time.perf_counter() - self._saved_at > self.config.runtime.save_seconds
+            if (asked or late) and state.batch < task.steps:  # the epoch's last step is saved with the epoch
+                self.save(task, state)
+            if asked and state.batch < task.steps:
+                self.desk.check()
+
+        def epoch(state: State, record: dict[str, Any], losses: list[Tensor]) -> None:
+            self._write_epoch(task, state, record, losses)
+            screen.epoch(state.step, record)
+            self.save(task, state)
+            self.desk.check()
+
+        return Watch(step, epoch)
+
+    def save(self, task: Task, state: State) -> None:
+        """Write a checkpoint from which the run goes on."""
+        session = {
+            "train_seconds": self.train_seconds,
+            "train_images": self.train_images,
+            "wall_seconds": self.wall_seconds,
+            "log_size": self.book.size,
+        }
+        data = pack({"identity": self.identity, "state": state.save(task.model), "session": session})
+        self.directory.save_state(state.step, data)
+        self._saved_at = time.perf_counter()
+
+    def publish(self, name: str, weights: dict[str, Tensor]) -> None:
+        """Write last.pt or best.pt."""
+        self.directory.publish(name, pack({"model": weights, "identity": self.identity}))
+
+    def speed(self, device: torch.device) -> dict[str, float | int]:
+        """Return images per second and seconds per epoch of training alone, and the peak memory in bytes."""
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        seconds = max(self.train_seconds, 1e-9)
+        return {
+            "images_per_second": self.train_images / seconds,
+            "seconds_per_epoch": seconds / self.config.epochs,
+            "peak_bytes": peak,
+        }
+
+    def _write_epoch(self, task: Task, state: State, record: dict[str, Any], losses: list[Tensor]) -> None:
+        self.train_seconds += record["seconds"]
+        self.train_images += record["images"]
+        first, every = state.step - len(losses) + 1, self.config.runtime.log_every
+        for i, loss in enumerate(torch.stack(losses).tolist()):
+            if (first + i) % every == 0:
+                self.book.record("step", first + i, {"loss": loss})
+        self.book.record("epoch", state.step, record)
+        if state.epoch % max(1, task.epochs // HISTOGRAMS) == 0 or state.epoch == task.epochs:
+            self.book.histograms(state.step, weight_tensors(task.model))
+
+    def _newest(self) -> dict[str, Any] | None:
+        """Return the newest checkpoint that verifies; say which do not."""
+        for path in self.directory.states():
+            try:
+                saved = unpack(path.read_bytes(), str(path))
+                if saved.get("identity") != self.identity:
+                    raise CheckpointError(f"{path} belongs to another run")
+            except CheckpointError as error:
+                self.desk.screen.say(f"warning: {error}; trying the one before")
+                continue
+            self.desk.screen.say(f"going on from {path.name}")
+            return saved
+        return None
+
+    def _title(self) -> str:
+        config = self.config
+        stage = "float" if config.is_parent else f"{config.method['name']} {config.bits}"
+        return f"{stage}  {config.model['name']} on {config.dataset['name']}, seed {config.seed}"
+
+
+def record_failure(directory: RunDirectory, error: BaseException, status: str, trace: str) -> None:
+    """Write a failed or diverged result and the traceback; a full disk must not hide the error itself."""
+    try:
+        directory.conclude(directory.new_result(status, reason=f"{type(error).__name__}: {error}"))
+        files.guarded(lambda: _append(directory, trace), directory.path)
+    except Exception as second:
+        print(f"qbench: could not record the failure in {directory.path}: {second}", file=sys.stderr)
+
+
+def _append(directory: RunDirectory, trace: str) -> None:
+    with open(directory.path / "log.txt", "a", encoding="utf-8") as file:
+        file.write(trace + os.linesep)

@@ -1,0 +1,123 @@
+"""Checkpoints as bytes: packed with a digest that is verified before anything is parsed; random states; weights' names.
+
+`torch.load` ignores what follows the archive, so a footer with the sha256 leaves the file an ordinary checkpoint that
+loads with `weights_only=True`; without the footer single flipped bits would load in silence.
+"""
+
+import hashlib
+import io
+import pickle
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qbench.errors import CheckpointError
+
+_MARK = b"\nqbench sha256 "
+_FOOTER = len(_MARK) + 64
+
+
+def pack(state: dict[str, Any]) -> bytes:
+    """Return a checkpoint of tensors, numbers, strings and containers of them, with its digest at the end."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    body = buffer.getvalue()
+    return body + _MARK + hashlib.sha256(body).hexdigest().encode()
+
+
+def unpack(data: bytes, source: str) -> dict[str, Any]:
+    """Return the state of a checkpoint made by `pack`.
+
+    Raises:
+        CheckpointError: the digest is missing or wrong, or the content is no plain state.
+    """
+    body, footer = data[:-_FOOTER], data[-_FOOTER:]
+    if footer[: len(_MARK)] != _MARK or hashlib.sha256(body).hexdigest().encode() != footer[len(_MARK) :]:
+        raise CheckpointError(f"{source} is damaged: its sha256 does not match its content")
+    return load_plain(body, source)
+
+
+def load_plain(data: bytes, source: str) -> dict[str, Any]:
+    """Return the dictionary of any `torch.save` file that holds plain values; code in it never runs."""
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{source} holds a {type(state).__name__}, not a state_dict")
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of torch's, NumPy's and Python's generators as tensors and numbers."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set the generators to a state that `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's, NumPy's and Python's generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state_dict with tensors of its own, on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """Return the sha256 over sorted name, dtype, shape and contiguous bytes of a state_dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_float(model: nn.Module, state: dict[str, Any], source: str) -> tuple[list[str], list[str]]:
+    """Load a float network's weights; return the names skipped (quantizers of the source) and left new.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown or of another shape; the message names them.
+    """
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    own = model.state_dict()
+    skipped = [name for name in tensors if name not in own and _of_quantizer(name)]
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in tensors if name not in own and name not in skipped]
+    for what, found in (("other shape", wrong), ("missing", missing), ("unknown", unknown)):
+        if found:
+            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+            raise CheckpointError(f"{source} is of another network: {what}: {', '.join(found[:4])}{more}")
+    model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+    return skipped, [name for name in own if name not in tensors]
+
+
+def _of_quantizer(name: str) -> bool:
+    return any(part in ("weight_q", "input_q", "output_q") for part in name.split("."))

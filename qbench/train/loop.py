@@ -1,0 +1,229 @@
+"""The training loop: the one loop, for float pretraining and for fine-tuning alike, and the one evaluation."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.config import Optim
+from qbench.errors import Diverged
+from qbench.quant.layers import fully_quantized
+from qbench.quant.method import Batch, Method, Probe
+from qbench.train.checkpoint import copied, random_state, set_random_state
+from qbench.train.optim import learning_rate, set_learning_rate
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, how long. `train(epoch, start)` yields the batches of an epoch from a place on."""
+
+    model: nn.Module
+    method: Method
+    optim: Optim
+    epochs: int
+    steps: int
+    train: Callable[[int, int], Iterable[Batch]]
+    validate: Callable[[], Iterable[Batch]]
+    probe: Probe
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of a batch, a scalar: the method's own, else cross entropy."""
+        if self.method.loss is not None:
+            return self.method.loss(self.model, logits, batch)
+        return F.cross_entropy(logits, batch[1], label_smoothing=self.optim.label_smoothing)
+
+    def phase(self, epoch: int) -> tuple[int, int]:
+        """Return first and last + 1 epoch of the phase that an epoch belongs to."""
+        borders = sorted({0, *self.method.phases(self.epochs), self.epochs})
+        return next((start, stop) for start, stop in pairwise(borders) if start <= epoch < stop)
+
+
+@dataclass
+class State:
+    """Where training stands: with the random state, all that a resumed run needs to go on bit for bit."""
+
+    optimizer: torch.optim.Optimizer
+    average: "Average | None" = None
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    images: int = 0
+    hits: int | Tensor = 0
+    best: dict[str, Any] | None = None
+    stale: int = 0
+    stopped: bool = False
+
+    def save(self, model: nn.Module) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "model": copied(model.state_dict()),
+            "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values if self.average else None,
+            "counters": [self.epoch, self.batch, self.step, self.images, int(self.hits), self.stale, self.stopped],
+            "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
+            "best": self.best,
+            "random": random_state(),
+        }
+
+    def load(self, model: nn.Module, saved: dict[str, Any]) -> None:
+        """Take over what `save` returned, into the model too."""
+        model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average:
+            self.average.values = {k: v.to(self.average.values[k].device) for k, v in saved["average"].items()}
+        self.epoch, self.batch, self.step, self.images, self.hits, self.stale, self.stopped = saved["counters"]
+        self.losses = list(saved["losses"].unbind())
+        self.best = saved["best"]
+        set_random_state(saved["random"])
+
+
+class Average:
+    """Exponential moving average of the parameters; buffers are the network's own."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the averages towards the parameters."""
+        for name, p in model.named_parameters():
+            self.values[name].lerp_(p, 1 - self.decay)
+
+    @contextmanager
+    def used(self, model: nn.Module) -> Iterator[None]:
+        """Give the network its averaged parameters for a while."""
+        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model.load_state_dict(self.values, strict=False)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own, strict=False)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on: `step(state, loss)` after every batch, `epoch(state, record, losses)` after every epoch, when
+    `state` stands at the next one. Both may save, and raise to stop.
+    """
+
+    step: Callable[[State, Tensor], None] = lambda state, loss: None
+    epoch: Callable[[State, dict[str, Any], list[Tensor]], None] = lambda state, record, losses: None
+
+
+def fit(task: Task, state: State, watch: Watch = Watch()) -> None:  # noqa: B008 - frozen
+    """Train from where `state` stands to the end, or until early stop."""
+    while state.epoch < task.epochs and not state.stopped:
+        if state.batch == 0:
+            _begin_epoch(task, state)
+        began, first = time.perf_counter(), state.step
+        rate = train_epoch(task, state, watch)
+        record = {"epoch": state.epoch, "lr": rate, **_train_metrics(state)}
+        record["seconds"] = time.perf_counter() - began
+        record["images"] = (state.step - first) * state.images // max(state.batch, 1)  # by this process
+        with evaluated_weights(task.model, state):
+            record |= {f"val_{key}": value for key, value in evaluate(task.model, task.validate()).items()}
+            _keep_best(task, state, record)
+        losses, state.losses, state.images, state.hits, state.batch = state.losses, [], 0, 0, 0
+        state.epoch += 1
+        watch.epoch(state, record, losses)
+
+
+def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> float:  # noqa: B008 - frozen
+    """Train the rest of the current epoch; return its last learning rate."""
+    model, method, optim = task.model, task.method, task.optim
+    model.train()
+    for teacher in method.frozen:
+        teacher.eval()
+    start, stop = task.phase(state.epoch)
+    rate = 0.0
+    for batch in task.train(state.epoch, state.batch):
+        rate = learning_rate(optim, (state.epoch - start) * task.steps + state.batch, (stop - start) * task.steps)
+        set_learning_rate(state.optimizer, rate)
+        logits = model(batch[0])
+        loss = task.loss(logits, batch)
+        state.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        if method.step is None:
+            state.optimizer.step()
+        else:
+            method.step(model, state.optimizer)
+        if state.average:
+            state.average.update(model)
+        loss = loss.detach()
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            raise Diverged(f"the loss is {loss.item()} in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
+        state.batch, state.step = state.batch + 1, state.step + 1
+        state.losses.append(loss)
+        state.images += len(batch[1])
+        state.hits = state.hits + (logits.argmax(1) == batch[1]).sum()
+        watch.step(state, loss)
+    return rate
+
+
+def _begin_epoch(task: Task, state: State) -> None:
+    """Call the method before an epoch's first batch; at the start of a later phase, forget momentum."""
+    if state.epoch and task.phase(state.epoch)[0] == state.epoch:
+        state.optimizer.state.clear()
+    if task.method.on_epoch is not None:
+        task.method.on_epoch(task.model, state.epoch, task.epochs, task.probe)
+
+
+def _train_metrics(state: State) -> Metrics:
+    losses = torch.stack(state.losses)
+    if not torch.isfinite(losses).all():
+        raise Diverged(f"the loss is not finite in epoch {state.epoch}; try a lower optim.lr")
+    return {"train_loss": losses.double().mean().item(), "train_top1": 100 * int(state.hits) / state.images}
+
+
+def _keep_best(task: Task, state: State, record: dict[str, Any]) -> None:
+    """Keep the weights with the best validation top-1 (then loss); stop early after `patience` epochs without.
+
+    An epoch of an incremental method counts only when every layer is fully quantized.
+    """
+    if "val_top1" not in record or not fully_quantized(task.model):
+        return
+    rank = [record["val_top1"], -record["val_loss"]]
+    if state.best is None or rank > state.best["rank"]:
+        state.best = {"rank": rank, "epoch": record["epoch"], "model": copied(task.model.state_dict())}
+        state.stale = 0
+    else:
+        state.stale += 1
+    state.stopped = task.optim.patience is not None and state.stale >= task.optim.patience
+
+
+@contextmanager
+def evaluated_weights(model: nn.Module, state: State) -> Iterator[None]:
+    """Give the network the weights that evaluation uses: the averaged ones where averaging is on."""
+    if state.average is None:
+        yield
+    else:
+        with state.average.used(model):
+            yield
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+    """Return top1 and top5 in percent and the mean cross entropy; nothing for no images. Leaves eval mode on."""
+    model.eval()
+    count, top1, top5, loss = 0, 0, 0, 0.0
+    for images, labels in batches:
+        logits = model(images).float()
+        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+        count += len(labels)
+        top1 += int(best[:, 0].sum())
+        top5 += int(best.sum())
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count} if count else {}
