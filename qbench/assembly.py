@@ -43,7 +43,7 @@ class Parts:
         layers = self.config.layers
         policy = Policy(
             first=layers.first, last=layers.last, downsample=layers.downsample, input=layers.input,
-            rules=layers.rules, image_range=self.data.image_range,
+            rules=layers.rules or {}, image_range=self.data.image_range,
         )  # fmt: skip
         example = torch.zeros(1, *self.data.shape)
         try:

@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -28,9 +30,7 @@ FLOAT = 32
 
 def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
     """Return a field for a finite number low <= x <= high (low < x with `above`)."""
-    text = f"a number {'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
-    if not above and high == math.inf:
-        text = f"a number of at least {low:g}"
+    text = f"a number {'above' if above else 'from'} {low:.12g}" + (f" to {high:.12g}" if high < math.inf else " on")
 
     def holds(x: Any) -> bool:
         return bool(math.isfinite(x) and x <= high and (x > low if above else x >= low))
@@ -105,7 +105,7 @@ class Layers:
     last: int | str = layer_width("float")
     downsample: int | str = layer_width("same")
     input: int | str = layer_width("same")
-    rules: dict[str, Any] = field(default_factory=dict)
+    rules: dict[str, Any] | None = None
 
 
 @dataclass
@@ -154,6 +154,8 @@ class Config:
             del everything[free]
         everything["runtime"] = {key: everything["runtime"][key] for key in ("threads", "deterministic")}
         everything["dataset"].pop("recipe", None)
+        if self.init not in ("float", "scratch"):
+            everything["init"] = _file_sha256(self.init)
         return {"schema": SCHEMA} | everything
 
     def protocol(self) -> dict[str, Any]:
@@ -240,6 +242,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _filled(config: Config) -> Config:
     """Fill in the widths that the method decides; make a float run from scratch the parent it is."""
+    if config.init not in ("auto", "float", "scratch") and not Path(config.init).exists():
+        raise ConfigError(
+            f"init={config.init}: no such file or directory\n"
+            "allowed: auto, float, scratch, or the path of a run's directory or a checkpoint"
+        )
     own = parse_bits(str(config.method.pop("bits", f"w{FLOAT}")))
     for key in "wag":
         if getattr(config.bits, key) is None:
@@ -263,7 +270,7 @@ def _check(node: Any, path: str = "") -> None:
     if isinstance(node, Optim):
         _check_schedule(node, path)
     if isinstance(node, Layers):
-        for pattern, width in node.rules.items():
+        for pattern, width in (node.rules or {}).items():
             if not is_width(width):
                 raise ConfigError(f"{path}rules[{pattern}]={width}: allowed is {WIDTHS}")
     if isinstance(node, Config):
@@ -300,6 +307,16 @@ def _wrong_type(error: ValidationError, node: DictConfig) -> str:
     words = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
     kind = words.get(wanted.group(1), WIDTHS) if wanted else "another type"
     return f"{key}={got}: allowed is {kind}"
+
+
+@cache
+def _file_sha256(path: str) -> str:
+    """Return the sha256 of a checkpoint to start from: another content is another run, wherever it lies."""
+    file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"init={path}: cannot read {file}: {error.strerror}") from None
 
 
 def _safe(name: str) -> str:

@@ -27,8 +27,12 @@ Factory = Callable[..., Any]
 def names(group: str) -> list[str]:
     """Return the group's names that need no file of the user's, ours first."""
     folder = Path(__file__).parent / GROUPS[group]
-    own = sorted(path.stem for path in folder.glob("*.py") if _defines_build(path))
-    return own + sorted(entry.name for entry in entry_points(group=ENTRY_POINTS[group]))
+    return sorted(path.stem for path in folder.glob("*.py") if _defines_build(path)) + entry_names(group)
+
+
+def entry_names(group: str) -> list[str]:
+    """Return the names that other installed packages bring."""
+    return sorted(entry.name for entry in entry_points(group=ENTRY_POINTS[group]))
 
 
 def card(name: str) -> str:

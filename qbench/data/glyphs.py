@@ -1,18 +1,18 @@
-"""glyphs: digits and capitals drawn offline from the fonts that matplotlib ships, on test fonts never trained on.
+"""glyphs: digits and capitals drawn offline from matplotlib's fonts, a quarter of the fonts only for test.
 
-CIFAR's shape, any number of images, seeded. 34 classes: 0-9 and A-Z without I and O, as on number plates: I is a 1
-or a bar and O a 0 in many fonts, and most small letters are their capitals once size is random. Of matplotlib's 42
-fonts, 21 hold digits and capitals as such (DejaVu Sans, Sans Mono, Serif; STIXGeneral; cmb, cmr, cmss, cmti, cmtt):
-16 draw the training images, 5 the test images, one of each family. Left out: fonts of symbols (STIXSiz*, STIXNonUni*,
-cmex10, cmsy10, DejaVu*Display, LastResort) and cmmi10, whose digits are old-style. The validation part is held out of
-the training images, so it shows known fonts.
+CIFAR's shape, any number of images, seeded. 34 classes: 0-9 and A-Z without I and O, as on number plates; in
+many fonts I is a bar or a 1 and O a 0, and many small letters are their capitals once the size is random. 21
+of matplotlib's 40 fonts hold digits and letters as such (DejaVu Sans, Sans Mono and Serif; STIXGeneral; cmb,
+cmr, cmss, cmti, cmtt): 16 draw the training images, 5 the test images. Left out: symbols (STIXSiz*,
+STIXNonUni*, cmex10, cmsy10, DejaVu*Display, LastResort) and cmmi10, whose digits are old-style. The
+validation images are held out of the training images: on known fonts.
 
-The glyph is brighter than the ground in every channel, and every image has mean 128: with a random polarity per channel
-and a free mean, a small net stays at chance for many epochs.
+The glyph is brighter than the ground in every channel, and every image is shifted to mean 128: in a trial
+with random polarity per channel and a free mean, a small net stayed at chance for ten epochs.
 
-`difficulty` is one factor on everything random but colour: rotation, shear, size, proportions, place, loss of
-contrast, uneven ground, fragments of other glyphs at the border, noise. 0 is an upright, centred, clean glyph;
-the same seed draws the same glyphs, fonts and colours at every difficulty and every size.
+`difficulty` is one factor on all that is random but colour and font: rotation, shear, size, proportions,
+place, loss of contrast, uneven ground, fragments of other glyphs at the border, noise. 0 is an upright,
+centred, clean glyph. One seed draws the same glyphs, fonts and colours at every difficulty and size.
 
 MEASURED
 """
@@ -27,6 +27,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from qbench.data.dataset import Augment, Dataset, Split, hold_out, mean_and_std
+from qbench.errors import DataError
 
 # Shapes: N images, C channels, H height, W width; F fonts, L letters, S the side of a mask.
 
@@ -40,11 +41,11 @@ TRAIN_FONTS = (
     *("cmb10", "cmr10", "cmti10", "cmtt10"),
 )
 
-# Images drawn at once, each label eight times. A constant: image i then depends on (seed, i), not on the count.
+# Images drawn at once, each label eight times. Constant, so that image i depends on (seed, i), not on count.
 CHUNK = 8 * len(CLASSES)
 CAPITAL = 0.5  # height of an H, as a part of the image's side
 CONTRAST = 0.5  # glyph minus ground, as a part of the full scale
-TINT = 0.1  # largest shift of a channel's ground
+TINT = 0.1  # of the full scale, to either side, per channel
 FRAGMENTS, FAR, FAR_SPREAD = 2, 0.95, 0.15  # other glyphs, and their distance from the middle in half sides
 # What difficulty 1 allows:
 TURN = 0.45  # radians to either side
@@ -74,9 +75,11 @@ def build(
         train, test: number of images; `val` of the training images are held out.
         size: height and width in pixels, 8 or more.
         difficulty: 0 (clean) to 2; 1 is tuned, see the head of this file.
-        seed: of both sets, 0 or more; two seeds share no draw.
+        seed: of both sets, 0 or more; the two sets draw apart.
         pad: of the random crop; the border is repeated, since images are not black outside.
     """
+    _at_least(0, seed=seed, pad=pad)
+    _at_least(1, train=train, test=test)
     drawn = render(train, size=size, fonts=TRAIN_FONTS, seed=2 * seed, difficulty=difficulty)
     kept, held = hold_out(drawn, val)
     mean, std = mean_and_std(kept.images)
@@ -94,24 +97,31 @@ def build(
 
 
 def render(count: int, *, size: int = 32, fonts: Sequence[str], seed: int, difficulty: float) -> Split:
-    """Draw `count` images, uint8 (N, 3, size, size), each with mean 128 but for clipping, and their labels (N,).
+    """Draw `count` images uint8 (N, 3, size, size), mean 128 but for clipping, and labels int64 (N,).
 
-    Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or any global state;
-    its bytes hold for one build of torch and of Pillow on one kind of CPU. Each run of 34 images from a multiple of 34 holds each class once.
+    Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or any global
+    state. Its bytes hold for one build of torch and of Pillow on one kind of CPU. Images 0-33, 34-67,
+    ... hold each class once.
 
     Raises:
         ValueError: an argument out of its range.
-        FileNotFoundError: matplotlib does not ship the font.
+        DataError: matplotlib does not ship the font.
     """
-    if count < 1 or seed < 0 or size < 8 or not fonts:
-        got = f"count={count} size={size} seed={seed} with {len(fonts)} fonts"
-        raise ValueError(f"{got}: allowed are count >= 1, size >= 8, seed >= 0 and at least one font")
+    _at_least(0, seed=seed)
+    _at_least(1, count=count, fonts=len(fonts))
+    _at_least(8, size=size)
     if not 0 <= difficulty <= 2:
         raise ValueError(f"difficulty={difficulty}: allowed is 0 (clean) to 2 (hardly legible); 1 is tuned")
     masks = _masks(fonts, 2 * size)
     chunks = [_chunk(masks, size, seed, k, difficulty) for k in range(-(-count // CHUNK))]
     images, labels = (torch.cat(parts)[:count] for parts in zip(*chunks, strict=True))
     return Split(images, labels)
+
+
+def _at_least(least: int, **given: int) -> None:
+    for key, value in given.items():
+        if value < least:
+            raise ValueError(f"{key}={value}: allowed is {least} or more")
 
 
 def _masks(fonts: Sequence[str], side: int) -> Tensor:
@@ -137,15 +147,15 @@ def _path(font: str) -> str:
     # Not matplotlib.get_data_path(): importing matplotlib takes 0.2 s and makes a folder in the user's home.
     spec = find_spec("matplotlib")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError("dataset=glyphs draws with matplotlib's fonts: pip install matplotlib")
+        raise DataError("dataset=glyphs draws with matplotlib's fonts: pip install matplotlib")
     path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{font}.ttf"
     if not path.is_file():
-        raise FileNotFoundError(f"no font at {path}: take one of TRAIN_FONTS, TEST_FONTS, or reinstall matplotlib")
+        raise DataError(f"no font at {path}: take one of TRAIN_FONTS or TEST_FONTS, or reinstall matplotlib")
     return str(path)
 
 
 def _chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) -> tuple[Tensor, Tensor]:
-    """Draw chunk k: images uint8 (CHUNK, 3, size, size) and labels (CHUNK,). The order of the draws is the format."""
+    """Draw chunk k: images uint8 (CHUNK, 3, size, size), labels (CHUNK,). The draws' order is fixed."""
     state = int(np.random.SeedSequence([seed, k]).generate_state(1)[0])
     draw = Generator().manual_seed(state)
 
@@ -168,17 +178,18 @@ def _chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) -> tuple[
         other = place(torch.randint(len(CLASSES), (CHUNK,), generator=draw), centre)
         ink = ink + (1 - ink) * opacity * other
     contrast = CONTRAST / (1 + FADE * d * part(3, 1, 1))
-    ground = _uneven(unit(3, 4, 4), size)
+    ground = TINT * unit(3, 1, 1) + SHADE * d * _uneven(unit(3, 4, 4), size)
     deviation = NOISE * d * (1 + part(1, 1, 1)) / 2
+    # The last draw, since its length depends on the size.
     noise = deviation * torch.randn(CHUNK, 3, size, size, generator=draw)
-    x = (255 * (TINT * unit(3, 1, 1) + contrast * ink + SHADE * d * ground + noise)).round_()
+    x = (255 * (ground + contrast * ink + noise)).round_()
     # Whole numbers, so that the sum is exact in any order: with any number of threads.
     mean = x.sum((1, 2, 3), keepdim=True, dtype=torch.float64) / x[0].numel()
     return (x - mean.round().float() + 128).clamp_(0, 255).to(torch.uint8), labels
 
 
 def _uneven(knots_NC44: Tensor, size: int) -> Tensor:
-    """Join 4x4 knots linearly: (N, C, size, size). F.interpolate's last bit depends on the threads at 96x96 and above."""
+    """Join 4x4 knots linearly: (N, C, size, size). F.interpolate's last bit varies with threads."""
     place = 3 * torch.arange(size) / (size - 1)
     w = (1 - (place - torch.arange(4)[:, None]).abs()).clamp(min=0)
     k = knots_NC44[..., None]
@@ -190,8 +201,8 @@ def _uneven(knots_NC44: Tensor, size: int) -> Tensor:
 def _warp(mask_NSS: Tensor, u_N4: Tensor, centre_N2: Tensor, size: int, d: float) -> Tensor:
     """Turn, shear, scale and move masks: ink in [0, 1], (N, 1, size, size).
 
-    A pixel at p shows the mask at inv(turn @ shear @ scale) (p - centre); the middle is 0, a half side 1. Written out,
-    since a matrix product may sum in an order that depends on the threads.
+    A pixel at p shows the mask at inv(turn @ shear @ scale) (p - centre); the middle is 0, a half side is 1.
+    Written out, since a matrix product may sum in an order that depends on the threads.
     """
     turn, shear, shrink, stretch = (d * u_N4)[:, :, None, None].unbind(1)
     wide, tall = (SHRINK * shrink + STRETCH * stretch).exp(), (SHRINK * shrink - STRETCH * stretch).exp()

@@ -1,0 +1,192 @@
+"""The front door: verbs first, then Hydra. Nothing on the way to `--help` or to a stored result imports torch."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from qbench.config import Config, nearest
+from qbench.errors import ConfigError, QbenchError
+
+if TYPE_CHECKING:
+    from qbench.record.run import Result
+
+BUG, SWEEP_WITH_FAILURES = 1, 8
+MULTIRUN = ("-m", "--multirun")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, or what `qbench.errors` says of the error."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(help_screen())
+            return 0
+        if arguments[0] == "--version":
+            print(_version())
+            return 0
+        word = arguments[0]
+        if word in VERBS:
+            return VERBS[word](arguments[1:])
+        if "=" not in word and word[0] not in "-+~":
+            raise ConfigError(f"{word}: neither a verb nor key=value{nearest(word, VERBS)}\nverbs: {', '.join(VERBS)}")
+        return train(arguments)
+    except QbenchError as error:
+        print(_three_lines(error), file=sys.stderr)
+        return error.status
+    except BrokenPipeError:  # the reader of our output has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("QBENCH_TRACEBACK"):
+            traceback.print_exc()
+        print(
+            f"qbench: a bug, or an error in your own code: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
+            "the traceback is in the run's log.txt; QBENCH_TRACEBACK=1 shows it here",
+            file=sys.stderr,
+        )
+        return BUG
+
+
+def train(arguments: list[str]) -> int:
+    """Run what a command line configures, once or (-m) for every combination; print the table."""
+    from qbench import compose
+
+    sweep = any(flag in arguments for flag in MULTIRUN)
+    results: list[Result] = []
+    failures: list[QbenchError] = []
+
+    with signals() as received:
+
+        def job(config: Config) -> None:
+            try:
+                results.append(run_or_show(config, received))
+            except ConfigError:
+                raise
+            except QbenchError as error:
+                if not sweep or error.status == 75:
+                    raise
+                failures.append(error)
+
+        compose.launch(arguments, job)
+    if results:
+        from qbench.row import table
+
+        print(table(results))
+    for error in failures:
+        print(_three_lines(error), file=sys.stderr)
+    return SWEEP_WITH_FAILURES if failures else 0
+
+
+def run_or_show(config: Config, received: Callable[[], int]) -> "Result":
+    """Return a run's result; a stored one without importing torch."""
+    from qbench.record import manifest
+    from qbench.record.run import RunDirectory
+
+    directory = RunDirectory(config)
+    if not config.rerun and (stored := directory.stored()):
+        for change in manifest.changed_since(directory.path / "manifest.json"):
+            print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
+        return stored
+    from qbench.experiment import run
+    from qbench.record.screen import Screen
+    from qbench.session import Desk
+
+    return run(config, Desk(Screen(live=config.runtime.progress), received))
+
+
+def describe(arguments: list[str]) -> int:
+    """Print a method's card."""
+    from qbench import registry
+
+    if len(arguments) != 1:
+        raise ConfigError(f"describe wants one method: qbench describe NAME\nknown: {', '.join(registry.names('method'))}")
+    print(registry.card(arguments[0].removeprefix("method=")))
+    return 0
+
+
+def listing(arguments: list[str]) -> int:
+    """Print the names in a group, one a line."""
+    from qbench import compose
+
+    groups = {f"{group}s" if group[-1] != "s" else group: group for group in compose.groups()}
+    if len(arguments) != 1 or arguments[0] not in groups:
+        typed = " ".join(arguments)
+        raise ConfigError(f"list {typed}: which?{nearest(typed, groups)}\nallowed: {', '.join(groups)}")
+    print("\n".join(compose.names(groups[arguments[0]])))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"describe": describe, "list": listing}
+
+
+def help_screen() -> str:
+    """Return what `qbench --help` prints."""
+    from qbench.compose import groups, names
+
+    shown = "\n".join(f"  {group:<11}{', '.join(names(group))}" for group in groups())
+    return f"""\
+qbench: papers on low-precision CNNs on one trainer and one protocol
+
+  qbench method=dorefa bits.w=2                 float pretraining (once), fine-tuning, evaluation, one row
+  qbench -m method=dorefa bits.w=1,2,4 seed=0,1 every combination; stored runs are not run again
+  qbench describe METHOD                        the method's card: formulas, choices, deviations
+  qbench list GROUPs                            the names in a group, e.g. qbench list methods
+
+Groups, as GROUP=NAME, and keys inside them, as GROUP.KEY=VALUE:
+{shown}
+  bits takes any widths: bits=w2a2, bits=w4a4g8, or bits.w=2 bits.a=2
+  method, model and dataset also take a function of your own: model=my.net:build
+
+Keys of their own: seed, epochs, pretrain.epochs, init (auto, float, scratch or a path), out, rerun
+  qbench method=dorefa --cfg job                shows the whole configuration and runs nothing
+  qbench --hydra-help                           the flags of Hydra, which composes the configuration
+  qbench --shell-completion install=bash        how to switch completion on: eval "$(qbench -sc install=bash)"
+
+Results lie below out (default: outputs), one directory a run. Repeating a line shows the stored row; a stopped run goes
+on. Exit status: 0 done, 1 a bug, 2 usage, 3 data, 4 checkpoint, 5 resources, 6 diverged, 8 sweep with failures,
+75 interrupted and resumable."""
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[], int]]:
+    """Turn SIGINT, SIGTERM and SIGUSR1 into a number that the loops ask for; a second SIGINT leaves at once.
+
+    Nothing is lost by leaving at once: files appear whole or not at all, and locks end with the process.
+    """
+    number = 0
+
+    def note(received: int, frame: FrameType | None) -> None:
+        nonlocal number
+        if received == signal.SIGINT and number:
+            os._exit(75)
+        number = received
+
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {kind: signal.signal(kind, note) for kind in kinds}
+    try:
+        yield lambda: number
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _three_lines(error: QbenchError) -> str:
+    lines = str(error).strip().splitlines()[:3] or [type(error).__name__]
+    return "\n".join([f"qbench: {lines[0]}", *lines[1:]])
+
+
+def _version() -> str:
+    try:
+        return f"qbench {version('qbench-papers')}"
+    except PackageNotFoundError:
+        return "qbench, not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Composing a configuration from `conf/` and the command line: the only importer of Hydra.
+
+Hydra's own errors are reworded here: what was typed, the nearest name, all that is allowed.
+"""
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qbench import registry
+from qbench.config import Config, from_node, nearest, parse_bits
+from qbench.errors import ConfigError
+
+FLAGS = (
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
+    *("--multirun", "-m", "--shell-completion", "-sc", "--config-dir", "-cd", "--info", "-i"),
+)
+TAKES_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd")
+
+
+def conf_directory() -> Path:
+    """Return the folder of YAML files: beside the package in a clone, inside it where it was installed.
+
+    In this order, since an editable installation leaves a stale copy inside.
+    """
+    package = Path(__file__).parent
+    beside = package.parent / "conf"
+    return beside if (beside / "config.yaml").exists() else package / "conf"
+
+
+def names(group: str) -> list[str]:
+    """Return the names that a group offers: its files, and what installed packages bring."""
+    folder = conf_directory() / group
+    files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return files + (registry.entry_names(group) if group in registry.GROUPS else [])
+
+
+class Unwritten(ConfigSource):  # type: ignore[misc]
+    """Configurations that no file holds: `bits/w2a2g6` for any widths, and functions named outright, `my.net:build`."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Return what a search path begins with to name this source."""
+        return "unwritten"
+
+    def available(self) -> bool:
+        """Always: there is nothing to look for."""
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        """Whether this source serves the group."""
+        return config_path in ("bits", *registry.GROUPS)
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether a path is `bits/` with widths, or `method/`, `model/`, `dataset/` with a function or entry point."""
+        group, _, name = config_path.removesuffix(".yaml").partition("/")
+        if group == "bits":
+            return bool(re.fullmatch(r"(w\d+)?(a\d+)?(g\d+)?", name)) and bool(name)
+        return group in registry.GROUPS and (":" in name or name in registry.entry_names(group))
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return the widths that a name spells, or the defaults of the function it names."""
+        path = config_path.removesuffix(".yaml")
+        group, _, name = path.partition("/")
+        values = parse_bits(name) if group == "bits" else registry.defaults(group, name)
+        header = {"package": group}
+        return ConfigResult(provider=self.provider, path=path, config=OmegaConf.create(values), header=header)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Return nothing: the names cannot be counted."""
+        return []
+
+
+def launch(arguments: list[str], job: Callable[[Config], Any]) -> None:
+    """Compose the configuration of a command line and call `job` with it; with -m, once for each combination.
+
+    Raises:
+        ConfigError: the command line does not make a configuration.
+        BaseException: whatever `job` raised.
+    """
+    check_arguments(arguments)
+    Plugins.instance().register(Unwritten)
+    raised: list[BaseException] = []
+
+    def guarded(node: DictConfig) -> None:
+        try:
+            job(from_node(node))
+        except BaseException as error:
+            raised.append(error)
+            if not isinstance(error, Exception):
+                raise
+
+    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    with tempfile.TemporaryDirectory(prefix="qbench-") as scratch:  # Hydra's own notes on a sweep; nobody reads them
+        sys.argv = ["qbench", *arguments, f"hydra.sweep.dir={scratch}"]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(guarded)()
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(reworded(error)) from None
+        finally:
+            sys.argv = before[0]
+            os.environ.pop("HYDRA_FULL_ERROR") if before[1] is None else os.environ.update(HYDRA_FULL_ERROR=before[1])
+    if raised:
+        raise raised[0]
+
+
+def check_arguments(arguments: Iterable[str]) -> None:
+    """Refuse flags that do not exist and words that are no `key=value`."""
+    value_follows = False
+    for argument in arguments:
+        if value_follows:
+            value_follows = False
+        elif argument.startswith("-"):
+            flag = argument.partition("=")[0]
+            if flag not in FLAGS:
+                raise ConfigError(f"{argument}: no such flag{nearest(flag, FLAGS)}\nsee qbench --help")
+            value_follows = flag in TAKES_VALUE and "=" not in argument
+        elif "=" not in argument and not argument.startswith("~"):
+            raise ConfigError(f"{argument}: neither a verb nor key=value\nsee qbench --help for the verbs and keys")
+
+
+def reworded(error: Exception) -> str:
+    """Return what one of Hydra's errors means to the person who typed the command line."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _missing_option(str(error.missing_cfg_file))
+    text = str(error).strip()
+    cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read as key=value: {text.splitlines()[0]}"
+    if isinstance(error, ConfigCompositionException) or isinstance(cause, OmegaConfBaseException):
+        typed = re.search(r"Could not (?:override|append|add|delete)[^']*'([^']+)'", text)
+        if typed and (known := _unknown_key(typed[1].lstrip("+~").partition("@")[0])):
+            return known
+    return " ".join(text.splitlines()[:2])
+
+
+def _missing_option(path: str) -> str:
+    group, _, name = path.removesuffix(".yaml").partition("/")
+    if group == "bits":
+        parse_bits(name)
+    known = names(group)
+    if not known:
+        return f"{group}={name}: no such group{nearest(group, groups())}\nallowed: {', '.join(groups())}"
+    return f"{group}={name}: no such {group}{nearest(name, known)}\nallowed: {_listed(known)}"
+
+
+def groups() -> list[str]:
+    """Return the configuration's groups."""
+    return sorted(path.name for path in conf_directory().iterdir() if path.is_dir())
+
+
+def _unknown_key(key: str) -> str | None:
+    """Say that a key does not exist, with its neighbours; None where it does exist."""
+    parent, _, leaf = key.rpartition(".")
+    with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        node: Any = OmegaConf.to_container(hydra.compose("config"))
+    for part in parent.split(".") if parent else []:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf in node:
+        return None
+    known = [f"{parent}.{name}" if parent else name for name in node]
+    return f"{key}: no such key{nearest(key, known)}\nallowed: {_listed(known)}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,40 @@
+"""What the tests share: configurations composed as the command line composes them, and small runs of them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qbench import compose
+from qbench.config import Config
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+ROOT = Path(__file__).parents[1]
+
+Configure = Callable[..., Config]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """Return a function from command-line words to the configuration they make, under a folder of the test's own."""
+
+    def made(*words: str) -> Config:
+        found: list[Config] = []
+        compose.launch([f"out={tmp_path}", *words], found.append)
+        assert len(found) == 1
+        return found[0]
+
+    return made
+
+
+@pytest.fixture
+def smoke(configure: Configure) -> Configure:
+    """The same for a run of a few seconds: thin network, one float epoch, `epochs` quantized ones."""
+    return lambda *words: configure("experiment=smoke", "runtime.tensorboard=false", *words)

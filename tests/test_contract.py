@@ -1,0 +1,178 @@
+"""What every method must hold, whatever its paper: one test each over all files of conf/method."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from conftest import Configure
+
+from qbench import compose, registry
+from qbench.assembly import Parts, assemble
+from qbench.config import Config, parse_bits
+from qbench.data.dataset import Loader
+from qbench.experiment import run
+from qbench.quant.layers import effective_weight, quantized_layers
+from qbench.quant.method import FLOAT, Probe, Unsupported
+from qbench.quant.verify import verify
+from qbench.session import Desk
+from qbench.train import optim
+from qbench.train.checkpoint import pack, seed_everything, unpack, weights_sha256
+from qbench.train.loop import State, Task, evaluate, fit
+
+METHODS = compose.names("method")
+SECTIONS = (
+    "Paper", "Idea", "Forward", "Backward", "Schedule", "Sites", "State", "Bits", "Protocol", "Choices", "Deviations",
+    "Results",
+)  # fmt: skip
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def widest(name: str) -> str:
+    """The narrowest widths that quantize all that a method can: 2 bits where legal, else its smallest; 4 for g."""
+    method = registry.create("method", {"name": name})
+    legal = {key: [k for k in range(1, FLOAT) if k in method.legal.get(key, ())] for key in "wag"}
+    chosen = {key: (4 if key == "g" else 2) for key in "wag"}
+    return "".join(f"{k}{chosen[k] if chosen[k] in legal[k] else (legal[k] or [FLOAT])[0]}" for k in "wag")
+
+
+def trained(config: Config, parts: Parts | None = None, epochs: int | None = None) -> tuple[Task, State, list[float]]:
+    """Train a configuration in memory from scratch; return the step losses too."""
+    parts = parts or assemble(config)
+    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
+    model = parts.install(parts.float_model())
+    probe = Probe(list(loader.plain("train", 64)), torch.nn.functional.cross_entropy)
+    if parts.method.prepare:
+        parts.method.prepare(model, probe)
+    task = Task(
+        model=model, method=parts.method, optim=config.optim, epochs=epochs or config.epochs, steps=loader.steps,
+        train=loader.train, validate=lambda: loader.plain("val"), probe=probe,
+    )  # fmt: skip
+    seed_everything(config.seed)
+    state, losses = State(optim.build(model, config.optim)), []
+    from qbench.train.loop import Watch
+
+    fit(task, state, Watch(step=lambda state, loss: losses.append(loss.item())))
+    return task, state, losses
+
+
+@every_method
+def test_card_has_every_section(name: str) -> None:
+    card = registry.card(name)
+    headings = [line for line in card.splitlines() if line and not line.startswith(" ")]
+    assert headings[1:] == list(SECTIONS)
+    for heading in SECTIONS:
+        body = card.split(f"\n{heading}\n")[1].split("\n\n")[0]
+        assert body.strip(), f"{heading} is empty"
+
+
+@every_method
+def test_yaml_and_factory_agree(name: str, configure: Configure) -> None:
+    config = configure(f"method={name}")
+    signature = inspect.signature(registry.find("method", name)).parameters
+    options = {key: p.default for key, p in signature.items() if key not in "wag"}
+    assert {k: v for k, v in config.method.items() if k != "name"} == options
+    defaults = {key: signature[key].default for key in "wag" if key in signature}
+    assert {key: getattr(config.bits, key) for key in defaults} == defaults
+
+
+@every_method
+def test_something_is_quantized_and_lies_on_its_levels(name: str, smoke: Configure) -> None:
+    recipe = ["optim=adam_cosine", "optim.lr=0.01", "epochs=4", "pretrain.epochs=4"]
+    task, _, losses = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch", *recipe))
+    assert sum(losses[-9:]) < 0.9 * sum(losses[:9])
+    images = next(iter(task.probe.batches))[0]
+    found = verify(task.model, images)
+    if name == "float":
+        assert not found
+        return
+    assert found
+    bits = parse_bits(widest(name))
+    for layer in found.values():
+        for key, count in layer.items():
+            assert 2 <= count["found"] <= count["allowed"] <= 2 ** (bits[key] or 0) + 1, (key, count)
+
+
+@every_method
+def test_trains_the_same_from_the_same_seed(name: str, smoke: Configure) -> None:
+    first, second, other = (
+        trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch", f"seed={s}")) for s in (0, 0, 1)
+    )
+    assert first[2] == second[2]
+    assert weights_sha256(first[0].model.state_dict()) == weights_sha256(second[0].model.state_dict())
+    assert first[2] != other[2]
+
+
+@every_method
+def test_evaluation_is_deterministic_and_draws_nothing(name: str, smoke: Configure) -> None:
+    task, _, _ = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch"))
+    before = torch.get_rng_state()
+    assert evaluate(task.model, task.validate()) == evaluate(task.model, task.validate())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_method
+def test_checkpoint_round_trip_is_exact(name: str, smoke: Configure) -> None:
+    config = smoke(f"method={name}", f"bits={widest(name)}", "init=scratch")
+    task, state, _ = trained(config)
+    saved = unpack(pack(state.save(task.model)), "memory")
+    parts = assemble(config)
+    model = parts.install(parts.float_model())
+    again = State(optim.build(model, config.optim))
+    again.load(model, saved)
+    assert weights_sha256(model.state_dict()) == weights_sha256(task.model.state_dict())
+    images = next(iter(task.probe.batches))[0]
+    assert torch.equal(model.eval()(images), task.model.eval()(images))
+    for one, two in zip(quantized_layers(model).values(), quantized_layers(task.model).values(), strict=True):
+        assert torch.equal(effective_weight(one), effective_weight(two))
+
+
+@every_method
+def test_no_tensor_of_a_quantizer_misses_the_state_dict(name: str, smoke: Configure) -> None:
+    task, _, _ = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch"))
+    kept = {id(t) for t in [*task.model.parameters(), *task.model.buffers()]}
+    for layer in quantized_layers(task.model).values():
+        for module in (m for site in (layer.weight_q, layer.input_q, layer.output_q) for m in site.modules()):
+            loose = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
+            assert not loose, (type(module).__name__, loose)
+            assert all(id(p) in kept for p in module.parameters())
+
+
+@every_method
+def test_32_bits_are_the_float_computation_bit_for_bit(name: str, smoke: Configure) -> None:
+    bits = "" if name == "float" else f"bits=w{FLOAT}a{FLOAT}g{FLOAT}"
+    words = ["optim=sgd", "init=scratch", "epochs=2", "pretrain.epochs=2"]
+    _, _, float_losses = trained(smoke("method=float", *words))
+    _, _, losses = trained(smoke(f"method={name}", *([bits] if bits else []), *words))
+    assert losses == float_losses
+
+
+@every_method
+def test_two_and_two_epochs_are_four(name: str, smoke: Configure) -> None:
+    words = [f"method={name}", f"bits={widest(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
+    whole = run(smoke(*words), Desk())
+    asked = {"steps": 0}
+
+    def stop() -> int:  # asked after every step and epoch: in the middle of the third epoch
+        asked["steps"] += 1
+        return 15 if asked["steps"] >= 48 else 0
+
+    from qbench.errors import Interrupted
+
+    stopped = smoke(*words, "rerun=true")
+    with pytest.raises(Interrupted):
+        run(stopped, Desk(stop=stop))
+    again = run(smoke(*words), Desk())
+    assert again.weights_sha256 == whole.weights_sha256
+    assert again.final == whole.final
+    assert again.best == whole.best
+
+
+@every_method
+def test_widths_that_a_method_cannot_use_are_unsupported(name: str, smoke: Configure) -> None:
+    method = registry.create("method", {"name": name})
+    for key in "wag":
+        illegal: list[Any] = [k for k in range(1, FLOAT) if k not in method.legal.get(key, ())]
+        if illegal:
+            with pytest.raises(Unsupported, match=rf"bits\.{key}={illegal[0]}"):
+                assemble(smoke(f"method={name}", f"bits.{key}={illegal[0]}"))
