@@ -80,6 +80,8 @@ def train(arguments: list[str]) -> int:
         print(table(results))
     for error in failures:
         print(_three_lines(error), file=sys.stderr)
+    if not sweep and any(result.status == "unsupported" for result in results):
+        return ConfigError.status
     return SWEEP_WITH_FAILURES if failures else 0
 
 

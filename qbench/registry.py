@@ -21,6 +21,9 @@ from qbench.errors import ConfigError
 
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
+RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
+"""Epochs and Adam's rates for a data set of the user's own, which brings no YAML to say them."""
+
 Factory = Callable[..., Any]
 
 
@@ -93,13 +96,19 @@ def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) 
 
 
 def defaults(group: str, name: str) -> dict[str, Any]:
-    """Return the node of a function that has no YAML of its own: its keyword arguments' defaults."""
+    """Return the node of a function that has no YAML of its own: its keyword arguments' defaults, and what every
+    node of the group has.
+    """
     found = {}
     for key, parameter in inspect.signature(find(group, name)).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
             found[key] = parameter.default
     if group == "method":
         found["bits"] = "".join(f"{key}{found.pop(key)}" for key in "wag" if key in found) or "w32"
+    if group == "model":
+        found |= {"act": "auto"} | ({"norm": "auto"} if "norm" in found else {})
+    if group == "dataset":
+        found["recipe"] = dict(RECIPE)
     return {"name": name} | found
 
 
