@@ -95,7 +95,10 @@ def choose_device(name: str) -> torch.device:
 
 def _check_requirements(config: Config, method: Method) -> None:
     """Refuse keys of the network that were set against what the method requires."""
-    needs = {"norm": method.requires.norm, "act": None if method.requires.act == "either" else method.requires.act}
+    needs = {
+        "norm": method.requires.norm,
+        "act": None if method.requires.act == "either" else method.requires.act,
+    }
     if method.bits.a == 32:
         del needs["act"]
     for key, need in needs.items():
@@ -115,11 +118,11 @@ def _build_model(config: Config, data: Dataset, method: Method) -> nn.Module:
         if method.requires.norm is not None:
             node["norm"] = method.requires.norm
     seed_everything(config.seed)
-    model = registry.create("model", node, data.shape, data.classes)
+    model: nn.Module = registry.create("model", node, data.shape, data.classes)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={config.model['name']}: returned a {type(model).__name__}, not a torch.nn.Module")
     _check_norm(model, method)
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _check_norm(model: nn.Module, method: Method) -> None:

@@ -107,7 +107,9 @@ def describe(arguments: list[str]) -> int:
     from qbench import registry
 
     if len(arguments) != 1:
-        raise ConfigError(f"describe wants one method: qbench describe NAME\nknown: {', '.join(registry.names('method'))}")
+        raise ConfigError(
+            f"describe wants one method: qbench describe NAME\nknown: {', '.join(registry.names('method'))}"
+        )
     print(registry.card(arguments[0].removeprefix("method=")))
     return 0
 

@@ -217,7 +217,9 @@ def parse_bits(text: str) -> dict[str, int | None]:
     """Read `w2a2g6`, or some of its parts in this order, into widths; None for what is left out."""
     match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
     if not match or not text:
-        raise ConfigError(f"bits={text}: write the widths as w2, w2a2 or w2a2g6, each 1 to {FLOAT}, or bits.w=2 bits.a=2")
+        raise ConfigError(
+            f"bits={text}: write the widths as w2, w2a2 or w2a2g6, each 1 to {FLOAT}, or bits.w=2 bits.a=2"
+        )
     return {key: int(width) if width else None for key, width in zip("wag", match.groups(), strict=True)}
 
 
@@ -286,7 +288,9 @@ def _check_schedule(optim: Optim, path: str) -> None:
     if optim.schedule == "step" and not marks:
         raise ConfigError(f"{path}schedule=step wants milestones, e.g. '{path}milestones=[0.5,0.75]'")
     if optim.schedule == "exponential" and not 0 < optim.lr_end <= optim.lr:
-        raise ConfigError(f"{path}lr_end={optim.lr_end:g}: an exponential schedule wants one above 0, up to lr={optim.lr:g}")
+        raise ConfigError(
+            f"{path}lr_end={optim.lr_end:g}: an exponential schedule wants one above 0, up to lr={optim.lr:g}"
+        )
 
 
 def _unknown(key: str, schema: type) -> str:

@@ -79,7 +79,10 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
     directory.write_config()
     loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
     manifest.write(
-        directory.path / "manifest.json", threads=config.runtime.threads, device=parts.device, data=parts.data.fingerprint()
+        directory.path / "manifest.json",
+        threads=config.runtime.threads,
+        device=parts.device,
+        data=parts.data.fingerprint(),
     )
     session = Session(directory, desk, config.runtime.tensorboard)
     try:

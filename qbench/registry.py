@@ -79,9 +79,7 @@ def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) 
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
     options = {key: value for key, value in node.items() if key not in ("name", "family", "recipe")}
-    known = {
-        key: p.default for key, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY
-    }
+    known = {key: p.default for key, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for key, value in options.items():
         if key not in known or key in fixed:
             allowed = [f"{group}.{k}" for k in known if k not in fixed]

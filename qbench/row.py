@@ -4,7 +4,20 @@ from collections.abc import Sequence
 
 from qbench.record.run import Result
 
-HEAD = ("method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", "diff", "size", "BitOps", "time")
+HEAD = (
+    "method",
+    "W",
+    "A",
+    "G",
+    "levels",
+    "bits/weight",
+    "float",
+    "quantized",
+    "diff",
+    "size",
+    "BitOps",
+    "time",
+)
 
 
 def table(results: Sequence[Result]) -> str:

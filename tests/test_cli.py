@@ -43,7 +43,20 @@ def run_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
 def test_the_row_and_the_progress(run_once: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     _, done = run_once
     head, row, *rest = done.stdout.splitlines()
-    assert head.split() == ["method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", "diff", "size", "BitOps", "time"]
+    assert head.split() == [
+        "method",
+        "W",
+        "A",
+        "G",
+        "levels",
+        "bits/weight",
+        "float",
+        "quantized",
+        "diff",
+        "size",
+        "BitOps",
+        "time",
+    ]
     assert re.match(r"dorefa +2 +2 +6 +4 +2\.00 +[\d.]+ % +[\d.]+ % +[+-][\d.]+ ", row)
     assert rest[0].startswith("run   ")
     assert "test top-1 after the last epoch" in rest[1]
@@ -55,14 +68,23 @@ def test_the_directory(run_once: tuple[Path, subprocess.CompletedProcess[str]]) 
     out, _ = run_once
     (run,) = (out / "digits-resnet8").glob("dorefa-w2a2g6-s0-*")
     names = {re.sub(r"events.out.tfevents.*", "events", p.name) for p in run.iterdir()}
-    assert names - {".lock"} == {"config.yaml", "manifest.json", "metrics.jsonl", "events", "result.json", "last.pt", "best.pt", "log.txt"}
+    assert names - {".lock"} == {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "events",
+        "result.json",
+        "last.pt",
+        "best.pt",
+        "log.txt",
+    }
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "done"
     assert set(result["final"]["test"]) == {"top1", "top5", "loss"}
     assert result["bits"] == {"w": 2, "a": 2, "g": 6}
-    assert result["verified"]["layer1.0.conv1"] == {
-        "w": {"found": 4, "allowed": 4}, "a": {"found": 4, "allowed": 4}, "g": {"found": result["verified"]["layer1.0.conv1"]["g"]["found"], "allowed": 64},
-    }  # fmt: skip
+    counts = result["verified"]["layer1.0.conv1"]
+    assert counts["w"] == counts["a"] == {"found": 4, "allowed": 4}
+    assert counts["g"]["allowed"] == 64
     assert {"params", "macs", "bitops", "bytes_ideal", "bytes_packed"} <= set(result["cost"])
     assert {"images_per_second", "seconds_per_epoch", "peak_bytes"} == set(result["speed"])
     last = torch.load(run / "last.pt", weights_only=True)["model"]
@@ -156,11 +178,19 @@ def test_a_network_and_a_data_set_of_ones_own(tmp_path: Path) -> None:
         "from qbench.data import digits\n"
         "def net(shape, classes, *, width: int = 4):\n"
         "    return nn.Sequential(nn.Conv2d(shape[0], width, 3), nn.BatchNorm2d(width), nn.ReLU(),\n"
-        "        nn.Conv2d(width, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, classes))\n"
+        "        nn.Conv2d(width, width, 3), nn.BatchNorm2d(width), nn.ReLU(),\n"
+        "        nn.Flatten(), nn.Linear(16 * width, classes))\n"
         "def data(*, val: float = 0.2):\n"
         "    return digits.build(val=val)\n"
     )
-    words = ["method=dorefa", "bits=w2a2", "model=mine:net", "dataset=mine:data", "epochs=1", "pretrain.epochs=1"]
+    words = [
+        "method=dorefa",
+        "bits=w2a2",
+        "model=mine:net",
+        "dataset=mine:data",
+        "epochs=1",
+        "pretrain.epochs=1",
+    ]
     done = qbench(*words, "model.width=5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "mine.data-mine.net").is_dir()
@@ -223,7 +253,10 @@ KILLED = [*SMOKE, "bits=w2a2g4", "epochs=6", "pretrain.epochs=4", "runtime.save_
 
 def _killed(out: Path, after: float, kind: signal.Signals) -> int:
     process = subprocess.Popen(
-        [sys.executable, "-m", "qbench", *KILLED, f"out={out}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "qbench", *KILLED, f"out={out}"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     began = time.monotonic()
     while not list(out.rglob("state-*.pt")) and process.poll() is None and time.monotonic() - began < 60:
@@ -264,7 +297,10 @@ def test_a_signal_stops_with_status_75_and_the_same_line_goes_on(tmp_path: Path)
 def test_processes_that_start_together_train_the_parent_once(tmp_path: Path, count: int) -> None:
     command = [sys.executable, "-m", "qbench", *SMOKE, f"out={tmp_path}", "pretrain.epochs=3"]
     started = [
-        subprocess.Popen([*command, f"optim.lr={1e-4 * (i + 1)}"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        subprocess.Popen(
+            [*command, f"optim.lr={1e-4 * (i + 1)}"],
+            cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
         for i in range(count)
     ]  # fmt: skip
     logs = [process.communicate(timeout=300)[1] for process in started]

@@ -101,7 +101,15 @@ def test_the_same_run_however_it_is_typed(configure: Configure) -> None:
         configure("method=dorefa", "init=float", "runtime.log_every=3", "runtime.device=cpu", "rerun=true"),
     ]
     assert len({config.directory() for config in same}) == 1
-    other = ["bits.w=3", "seed=1", "epochs=2", "optim.lr=0.5", "layers.last=8", "runtime.threads=2", "init=scratch"]
+    other = [
+        "bits.w=3",
+        "seed=1",
+        "epochs=2",
+        "optim.lr=0.5",
+        "layers.last=8",
+        "runtime.threads=2",
+        "init=scratch",
+    ]
     found = {configure("method=dorefa", word).directory() for word in other}
     assert len(found) == len(other)
     assert same[0].directory() not in found

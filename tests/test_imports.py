@@ -76,14 +76,21 @@ def test_imports_run_one_way() -> None:
 
 
 def test_hydra_is_imported_in_one_place() -> None:
-    users = {_module(p) for p in (ROOT / "qbench").rglob("*.py") if any(n.partition(".")[0] == "hydra" for n in _imports(ast.parse(p.read_text())))}
+    users = {
+        _module(p)
+        for p in (ROOT / "qbench").rglob("*.py")
+        if any(n.partition(".")[0] == "hydra" for n in _imports(ast.parse(p.read_text())))
+    }
     assert users == HYDRA
 
 
 def test_no_private_torch_and_no_fx() -> None:
     for path in (ROOT / "qbench").rglob("*.py"):
         for name in _imports(ast.parse(path.read_text())):
-            assert not name.startswith(("torch._", "torch.fx", "torch.ao", "torch.nn.utils.parametrize")), (path, name)
+            assert not name.startswith(("torch._", "torch.fx", "torch.ao", "torch.nn.utils.parametrize")), (
+                path,
+                name,
+            )
 
 
 def test_straight_through_lives_in_ops() -> None:

@@ -9,7 +9,14 @@ from torch import nn
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
 from qbench.quant.layers import (
-    ImageQuantizer, QConv2d, Replaced, as_float, bake, effective_weight, install, quantized_layers,
+    ImageQuantizer,
+    QConv2d,
+    Replaced,
+    as_float,
+    bake,
+    effective_weight,
+    install,
+    quantized_layers,
 )  # fmt: skip
 from qbench.quant.method import Bits, Unsupported
 from qbench.quant.policy import Policy, PolicyError, assign, execution_order
@@ -65,7 +72,11 @@ def test_a_number_leaves_float_activations_float() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "key"),
-    [(Policy(downsample=8), "downsample"), (Policy(rules={"nosuch": 8}), "rules"), (Policy(first=0), "first")],
+    [
+        (Policy(downsample=8), "downsample"),
+        (Policy(rules={"nosuch": 8}), "rules"),
+        (Policy(first=0), "first"),
+    ],
 )
 def test_a_rule_that_matches_nothing_names_the_layers(policy: Policy, key: str) -> None:
     with pytest.raises(PolicyError) as caught:
@@ -112,7 +123,10 @@ def test_only_exact_layers_with_zero_padding() -> None:
     class Own(nn.Conv2d):
         pass
 
-    for layer, phrase in ((Own(3, 3, 3), "Own"), (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), "reflect")):
+    for layer, phrase in (
+        (Own(3, 3, 3), "Own"),
+        (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), "reflect"),
+    ):
         model = nn.Sequential(nn.Conv2d(3, 3, 1), layer, nn.Conv2d(3, 3, 1))
         with pytest.raises(Unsupported, match=phrase):
             install(dorefa.build(w=2), model, example=X)
@@ -139,7 +153,10 @@ def test_reading_a_weight_runs_no_quantizer() -> None:
 
 def test_the_image_is_rounded_on_its_own_range_and_8_bit_images_are_not_changed() -> None:
     images = torch.randint(0, 256, (4, 3, 8, 8))
-    mean, std = torch.tensor([0.4, 0.5, 0.6]).reshape(1, -1, 1, 1), torch.tensor([0.2, 0.3, 0.4]).reshape(1, -1, 1, 1)
+    mean, std = (
+        torch.tensor([0.4, 0.5, 0.6]).reshape(1, -1, 1, 1),
+        torch.tensor([0.2, 0.3, 0.4]).reshape(1, -1, 1, 1),
+    )
     x = (images / 255 - mean) / std
     low, high = tuple((-mean / std).flatten().tolist()), tuple(((1 - mean) / std).flatten().tolist())
     policy = Policy(first=8, image_range=(low, high))

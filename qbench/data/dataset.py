@@ -85,7 +85,7 @@ def _sha256(split: Split) -> str:
     digest = hashlib.sha256()
     for tensor in (split.images, split.labels):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -102,7 +102,7 @@ def hold_out(split: Split, val: float) -> tuple[Split, Split]:
         raise ValueError(f"val={val}: allowed is a part of the training images, from 0 to below 1")
     order = torch.randperm(len(split), generator=Generator().manual_seed(0))
     held = torch.zeros(len(split), dtype=torch.bool)
-    for label in split.labels.unique():
+    for label in split.labels.unique():  # type: ignore[no-untyped-call]
         members = order[split.labels[order] == label]
         held[members[: round(val * len(members))]] = True
     train, rest = torch.arange(len(split))[~held], torch.arange(len(split))[held]

@@ -39,5 +39,12 @@ def build(*, val: float = 0.1, pad: int = 1) -> Dataset:
     train, held = hold_out(rest, val)
     mean, std = mean_and_std(train.images)
     return Dataset(
-        name="digits", train=train, val=held, test=test, classes=10, mean=mean, std=std, augment=Augment(pad=pad)
+        name="digits",
+        train=train,
+        val=held,
+        test=test,
+        classes=10,
+        mean=mean,
+        std=std,
+        augment=Augment(pad=pad),
     )

@@ -14,7 +14,18 @@ with random polarity per channel and a free mean, a small net stayed at chance f
 place, loss of contrast, uneven ground, fragments of other glyphs at the border, noise. 0 is an upright,
 centred, clean glyph. One seed draws the same glyphs, fonts and colours at every difficulty and size.
 
-MEASURED
+Measured: top-1 on the 10,000 test images (95 % interval +-0.5) of a float pre-activation ResNet-8 of width 16
+(3x3 stem, stages of one block with 16, 32, 64 channels, stride 2 in the last two), trained on the 10,810
+images that the defaults leave, 10 epochs: SGD, momentum 0.9, weight decay 5e-4, lr 0.1 with cosine, batch
+128, crops out of 2 repeated pixels, no flip; one thread, torch 2.13. Data seed 0; net seeds 0, 1, 2.
+
+    difficulty   stem of stride 1      stride 2
+    0.5          99.9                  99.9                  (one seed)
+    1            93.3 92.5 92.6        92.9 93.6 93.5        (data seed 1, stride 1, net seed 0: 92.6)
+    1.5          46.7                  52.2                  (one seed; still rising)
+
+22,000 images take 1.8 to 2.5 s of one core (0.06 ms an image drawn, and the statistics), training about 90 s
+with stride 1 and 22 s with stride 2.
 """
 
 from collections.abc import Sequence

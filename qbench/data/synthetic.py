@@ -32,6 +32,12 @@ def build(
     kept, held = hold_out(rest, val)
     mean, std = mean_and_std(kept.images)
     return Dataset(
-        name="synthetic", train=kept, val=held, test=everything.take(torch.arange(train, train + test)),
-        classes=classes, mean=mean, std=std, made=True,
+        name="synthetic",
+        train=kept,
+        val=held,
+        test=everything.take(torch.arange(train, train + test)),
+        classes=classes,
+        mean=mean,
+        std=std,
+        made=True,
     )

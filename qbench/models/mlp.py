@@ -1,10 +1,11 @@
 """Multilayer perceptron: hidden layers of equal width, each linear, batch normalization, activation."""
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
-NORMS = {
+NORMS: dict[str, Callable[[int], nn.Module]] = {
     "affine": nn.BatchNorm1d,
     "plain": lambda features: nn.BatchNorm1d(features, affine=False),
     "none": lambda features: nn.Identity(),

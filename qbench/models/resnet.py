@@ -84,7 +84,7 @@ class PreActResNet(nn.Module):
             for stride in strides:
                 stack.append(Block(inside, outside, stride, shortcut, make_norm))
                 inside = outside
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*stack))
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*stack))
         self.bn = make_norm(inside)
         self.act = nn.ReLU()
         self.fc = nn.Linear(inside, classes)
@@ -101,7 +101,8 @@ class PreActResNet(nn.Module):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, classes)."""
         x = self.conv1(x_NCHW)
-        x = self.layer3(self.layer2(self.layer1(x)))
+        for stage in ("layer1", "layer2", "layer3"):
+            x = self.get_submodule(stage)(x)
         return self.fc(torch.mean(self.act(self.bn(x)), (2, 3)))  # type: ignore[no-any-return]
 
 

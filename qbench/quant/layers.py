@@ -82,9 +82,7 @@ class ImageQuantizer(nn.Module):
         """One scale group per channel."""
         points = levels_k(self.bits, x_NCHW) * self.span.reshape(-1, 1) + self.low.reshape(-1, 1)
         channels = points.shape[0]
-        return Grid(
-            points.unsqueeze(-1), lambda t: t.movedim(1, 0).reshape(channels, -1, 1)
-        )
+        return Grid(points.unsqueeze(-1), lambda t: t.movedim(1, 0).reshape(channels, -1, 1))
 
 
 class Replaced(nn.Module):
@@ -97,7 +95,7 @@ class Replaced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (the activation itself only inside `as_float`)."""
-        return self.act(x) if self.active else x  # type: ignore[no-any-return]
+        return self.act(x) if self.active else x
 
 
 def install(

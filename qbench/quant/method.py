@@ -22,7 +22,7 @@ Site = Callable[[str, nn.Module, int], nn.Module]
 """(layer name, float layer, bits) -> quantizer module of that layer; called for widths below 32 only."""
 
 
-class Unsupported(Exception):  # noqa: N818 - an outcome of a sweep's cell, not a failure
+class Unsupported(Exception):
     """The method cannot use this width, option or network; the message says why and what would do."""
 
 

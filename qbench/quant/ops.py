@@ -6,16 +6,16 @@ and squashing keep their true derivatives. No function writes to its input.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Tensor])
 
 
-def in_float32(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+def in_float32(function: F) -> F:
     """Decorate a function of a tensor: half types are computed in float32, the result has the input's type.
 
     float16 holds no more than 11 significant bits, so that the levels of 8 bits and their thresholds would blur;
@@ -23,12 +23,12 @@ def in_float32(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[C
     """
 
     @wraps(function)
-    def wrapped(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if x.dtype in (torch.float16, torch.bfloat16):
             return function(x.float(), *args, **kwargs).to(x.dtype)
         return function(x, *args, **kwargs)
 
-    return wrapped
+    return cast(F, wrapped)
 
 
 class _Round(Function):
@@ -87,11 +87,11 @@ def sign(x: Tensor) -> Tensor:
 
 def quantize_k(x: Tensor, bits: int) -> Tensor:
     """DoReFa's Qk on x in [0, 1]: round(x n) / n with n = 2^bits - 1, straight-through (1606.06160, eq. 5-6)."""
-    n = 2**bits - 1
+    n = float(2**bits - 1)
     return round_ste(x * n) / n
 
 
 def levels_k(bits: int, like: Tensor) -> Tensor:
     """Return the 2^bits values of `quantize_k`, ascending in [0, 1], of `like`'s type and device."""
     n = 2**bits - 1
-    return torch.arange(n + 1, device=like.device).to(like.dtype) / n
+    return torch.arange(n + 1, device=like.device).to(like.dtype) / float(n)

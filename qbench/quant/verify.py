@@ -12,7 +12,7 @@ TOLERANCE = 1e-5
 """Largest distance from a level, relative to the group's largest level: float32 rounding, and no more."""
 
 
-class NotQuantized(Exception):  # noqa: N818 - reads as the finding it is
+class NotQuantized(Exception):
     """Values that a quantizer produced lie off its declared grid."""
 
 
@@ -63,7 +63,9 @@ def _count(what: str, site: Any, before: Tensor, after: Tensor) -> dict[str, int
     scale = grid.points.abs().nan_to_num(0).amax().clamp(min=torch.finfo(after.dtype).tiny)
     off = ~(distance <= TOLERANCE * scale)  # true for NaN too
     if off.any():
-        raise NotQuantized(f"{what}: {int(off.sum())} of {off.numel()} values lie off the {grid.points.shape[1]} levels")
+        raise NotQuantized(
+            f"{what}: {int(off.sum())} of {off.numel()} values lie off the {grid.points.shape[1]} levels"
+        )
     used = torch.zeros(grid.points.shape[:2], dtype=torch.bool, device=index.device).scatter_(1, index, True)
     allowed = ~grid.points[..., 0].isnan()
     return {"found": int(used.sum(1).max()), "allowed": int(allowed.sum(1).max())}

@@ -69,7 +69,7 @@ class Logbook:
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(dict(values), dict(metrics)):
-            self._writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+            self._writer.file_writer.add_summary(summary)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, 0)
 

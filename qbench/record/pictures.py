@@ -35,7 +35,7 @@ def levels_figure(model: torch.nn.Module) -> Any:
     figure = Figure(figsize=(3 * columns, 2.2 * rows), layout="constrained")
     for panel, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
         latent = tensors[f"latent/{name}"].detach().cpu().flatten().numpy()
-        levels, counts = tensors[f"quantized/{name}"].cpu().flatten().unique(return_counts=True)
+        levels, counts = torch.unique(tensors[f"quantized/{name}"].cpu(), return_counts=True)
         panel.hist(latent, bins=60, density=True, color="0.75", label="latent")
         twin = panel.twinx()
         twin.vlines(levels.numpy(), 0, (counts / counts.sum()).numpy(), color="C0", label="quantized")

@@ -120,12 +120,21 @@ class RunDirectory:
 
     def states(self) -> list[Path]:
         """Return the checkpoints of an unfinished run, newest first."""
-        found = [(int(m[1]), p) for p in self.path.glob("state-*.pt") if (m := re.fullmatch(r"state-(\d+)\.pt", p.name))]
+        found = [
+            (int(m[1]), p) for p in self.path.glob("state-*.pt") if (m := re.fullmatch(r"state-(\d+)\.pt", p.name))
+        ]
         return [path for _, path in sorted(found, reverse=True)]
 
     def start_over(self) -> None:
         """Remove what a former try left, its result first."""
-        names = ["result.json", *(p.name for p in self.states()), "metrics.jsonl", "last.pt", "best.pt", "log.txt"]
+        names = [
+            "result.json",
+            *(p.name for p in self.states()),
+            "metrics.jsonl",
+            "last.pt",
+            "best.pt",
+            "log.txt",
+        ]
         for path in [*(self.path / name for name in names), *self.path.glob("events.out.tfevents.*")]:
             path.unlink(missing_ok=True)
 

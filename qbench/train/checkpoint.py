@@ -8,6 +8,7 @@ import hashlib
 import io
 import pickle
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
 def load_plain(data: bytes, source: str) -> dict[str, Any]:
     """Return the dictionary of any `torch.save` file that holds plain values; code in it never runs."""
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of unusual pickles, which end in an error or in plain values
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{source} is no readable checkpoint: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict):
@@ -91,7 +93,7 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -69,7 +69,15 @@ class State:
             "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.values if self.average else None,
-            "counters": [self.epoch, self.batch, self.step, self.images, int(self.hits), self.stale, self.stopped],
+            "counters": [
+                self.epoch,
+                self.batch,
+                self.step,
+                self.images,
+                int(self.hits),
+                self.stale,
+                self.stopped,
+            ],
             "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
             "best": self.best,
             "random": random_state(),
@@ -121,7 +129,7 @@ class Watch:
     epoch: Callable[[State, dict[str, Any], list[Tensor]], None] = lambda state, record, losses: None
 
 
-def fit(task: Task, state: State, watch: Watch = Watch()) -> None:  # noqa: B008 - frozen
+def fit(task: Task, state: State, watch: Watch = Watch()) -> None:
     """Train from where `state` stands to the end, or until early stop."""
     while state.epoch < task.epochs and not state.stopped:
         if state.batch == 0:
@@ -139,7 +147,7 @@ def fit(task: Task, state: State, watch: Watch = Watch()) -> None:  # noqa: B008
         watch.epoch(state, record, losses)
 
 
-def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> float:  # noqa: B008 - frozen
+def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> float:
     """Train the rest of the current epoch; return its last learning rate."""
     model, method, optim = task.model, task.method, task.optim
     model.train()

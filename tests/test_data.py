@@ -1,0 +1,132 @@
+"""Data sets, splits, the order of images and their augmentation."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from qbench.data import digits, synthetic
+from qbench.data.dataset import Augment, Dataset, Loader, Split, augmented, hold_out
+
+CPU = torch.device("cpu")
+
+
+def made(count: int = 100, **options: object) -> Dataset:
+    return synthetic.build(train=count, test=20, size=8, **options)  # type: ignore[arg-type]
+
+
+def test_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    theirs, ours = load_digits(), digits.read()
+    assert torch.equal(ours.images.squeeze(1).double() / 15, torch.from_numpy(theirs.images))
+    assert torch.equal(ours.labels, torch.from_numpy(theirs.target))
+
+
+def test_digits_are_split_once_and_for_all() -> None:
+    data = digits.build()
+    assert len(data.train) + len(data.val) + len(data.test) == 1797
+    assert len(data.test) == pytest.approx(1797 / 4, abs=5)
+    assert len(data.val) == pytest.approx(0.1 * (1797 - len(data.test)), abs=5)
+    assert data.shape == (1, 8, 8)
+    parts = [{bytes(image.flatten().tolist()) for image in s.images} for s in (data.train, data.val, data.test)]
+    assert len(set.union(*parts)) == sum(map(len, parts)), "a split shares an image with another"
+    assert data.test.labels.bincount().tolist() == digits.build(val=0.3).test.labels.bincount().tolist()
+    assert digits.build(val=0.3).fingerprint()["test_sha256"] == data.fingerprint()["test_sha256"]
+    assert digits.build(val=0.0).fingerprint()["val_images"] == 0
+
+
+def test_hold_out_is_stratified_and_refuses_empty_parts() -> None:
+    split = Split(torch.zeros(100, 1, 2, 2, dtype=torch.uint8), torch.arange(100) % 4)
+    train, held = hold_out(split, 0.2)
+    assert held.labels.bincount().tolist() == [5, 5, 5, 5]
+    assert len(train) == 80
+    for val, phrase in ((1.0, "below 1"), (-0.1, "from 0"), (0.999, "to train on"), (1e-6, "to validate on")):
+        with pytest.raises(ValueError, match=phrase):
+            hold_out(split, val)
+
+
+def test_order_and_augmentation_follow_from_seed_epoch_and_place() -> None:
+    data = Dataset(**{**vars(made()), "augment": Augment(pad=2, flip=True)})
+    loader = Loader(data, 16, 3, CPU)
+    whole = list(loader.train(5))
+    assert len(whole) == loader.steps == len(data.train) // 16
+    torch.manual_seed(99)
+    torch.rand(7)  # the global generator has no say
+    for (x, y), (x2, y2) in zip(whole[3:], Loader(data, 16, 3, CPU).train(5, start=3), strict=True):
+        assert torch.equal(x, x2)
+        assert torch.equal(y, y2)
+    for other in (Loader(data, 16, 4, CPU).train(5), loader.train(6)):
+        assert not torch.equal(next(iter(other))[0], whole[0][0])
+    labels = torch.cat([y for _, y in whole])
+    assert not torch.equal(labels, data.train.labels[: len(labels)])
+
+
+def test_an_image_is_augmented_the_same_in_any_batch() -> None:
+    data = Dataset(**{**vars(made()), "augment": Augment(pad=2)})
+    wide, narrow = (torch.cat([x for x, _ in Loader(data, size, 0, CPU).train(0)])[:30] for size in (30, 10))
+    assert torch.equal(wide, narrow)
+
+
+def test_every_image_once_an_epoch() -> None:
+    data = made(96, val=0.0)
+    marked = Split(data.train.images, torch.arange(96))
+    loader = Loader(Dataset(**{**vars(data), "train": marked}), 32, 0, CPU)
+    assert torch.cat([y for _, y in loader.train(0)]).sort().values.tolist() == list(range(96))
+
+
+def test_crop_and_flip_by_hand() -> None:
+    image = torch.arange(1, 10, dtype=torch.uint8).reshape(1, 1, 3, 3)
+    cases = {  # draws: vertical, horizontal, mirror; crop of an image padded by 1, place 0 is up and left
+        (0.0, 0.5, 0.9): [[0, 0, 0], [1, 2, 3], [4, 5, 6]],
+        (0.5, 0.0, 0.9): [[0, 1, 2], [0, 4, 5], [0, 7, 8]],
+        (0.99, 0.99, 0.9): [[5, 6, 0], [8, 9, 0], [0, 0, 0]],
+        (0.5, 0.5, 0.1): [[3, 2, 1], [6, 5, 4], [9, 8, 7]],
+    }
+    for draws, expected in cases.items():
+        cropped = augmented(image, torch.tensor([draws]), Augment(pad=1, flip=True))
+        assert cropped[0, 0].tolist() == expected, draws
+    repeated = augmented(image, torch.tensor([[0.0, 0.5, 0.9]]), Augment(pad=1, replicate=True))
+    assert repeated[0, 0].tolist() == [[1, 2, 3], [1, 2, 3], [4, 5, 6]]
+    assert augmented(image, torch.tensor([[0.0, 0.0, 0.0]]), Augment()) is image
+
+
+def test_shifts_are_uniform_and_differ_by_image() -> None:
+    images = torch.zeros(4000, 1, 5, 5, dtype=torch.uint8)
+    images[:, 0, 2, 2] = 1
+    draws = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
+    found = augmented(images, draws, Augment(pad=1)).flatten(1).argmax(1).bincount(minlength=25)
+    assert (found > 0).sum() == 9
+    assert (found[found > 0] - 4000 / 9).abs().max() < 5 * (4000 / 9) ** 0.5
+
+
+def test_normalized_in_channels_last() -> None:
+    data = made()
+    x, _ = next(iter(Loader(data, 50, 0, CPU).plain("train")))
+    expected = (data.train.images.double() / 255 - torch.tensor(data.mean).reshape(1, -1, 1, 1)) / torch.tensor(
+        data.std
+    ).reshape(1, -1, 1, 1)
+    torch.testing.assert_close(x.double(), expected[: len(x)], atol=1e-6, rtol=0)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    low, high = (torch.tensor(t).reshape(1, -1, 1, 1) for t in data.image_range)
+    assert (x >= low - 1e-5).all()
+    assert (x <= high + 1e-5).all()
+
+
+def test_a_batch_wider_than_the_set_is_the_set() -> None:
+    loader = Loader(made(50, val=0.0), 64, 0, CPU)
+    assert (loader.steps, len(next(iter(loader.train(0)))[1])) == (1, 50)
+
+
+def test_plain_batches_are_in_order_and_limited() -> None:
+    data = made()
+    loader = Loader(data, 16, 0, CPU)
+    labels = torch.cat([y for _, y in loader.plain("train", limit=33, size=10)])
+    assert torch.equal(labels, data.train.labels[:33])
+    assert len(list(islice(loader.plain("test", size=8), 10))) == 3
+
+
+def test_synthetic_refuses_nonsense() -> None:
+    for options in ({"train": 0}, {"signal": 2.0}):
+        with pytest.raises(ValueError, match="allowed"):
+            synthetic.build(**options)  # type: ignore[arg-type]
