@@ -75,9 +75,9 @@ def train(arguments: list[str]) -> int:
 
         compose.launch(arguments, job)
     if results:
-        from qbench.row import table
+        from qbench.report.row import row
 
-        print(table(results))
+        print(row(results))
     for error in failures:
         print(_three_lines(error), file=sys.stderr)
     if not sweep and any(result.status == "unsupported" for result in results):
@@ -114,6 +114,29 @@ def describe(arguments: list[str]) -> int:
     return 0
 
 
+def compare(arguments: list[str]) -> int:
+    """Print the runs below some directories side by side."""
+    from qbench.report import runs, table
+    from qbench.report.compare import compare as tables_of
+
+    form, directories = "text", []
+    words = iter(arguments)
+    for word in words:
+        if word.partition("=")[0] == "--format":
+            form = word.partition("=")[2] or next(words, "")
+        elif word.startswith("-"):
+            raise ConfigError(f"compare: no such flag: {word}\nallowed: --format {'|'.join(table.FORMATS)}")
+        else:
+            directories.append(word)
+    if form not in table.FORMATS:
+        raise ConfigError(f"compare --format {form}{nearest(form, table.FORMATS)}\nallowed: {', '.join(table.FORMATS)}")
+    if not directories:
+        raise ConfigError("compare wants directories of runs: qbench compare outputs")
+    tables = tables_of(runs.read(directories))
+    print(table.FORMATS[form](tables) if tables else "no runs there")
+    return 0
+
+
 def listing(arguments: list[str]) -> int:
     """Print the names in a group, one a line."""
     from qbench import compose
@@ -126,7 +149,7 @@ def listing(arguments: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"describe": describe, "list": listing}
+VERBS: dict[str, Callable[[list[str]], int]] = {"compare": compare, "describe": describe, "list": listing}
 
 
 def help_screen() -> str:
@@ -139,6 +162,7 @@ qbench: papers on low-precision CNNs on one trainer and one protocol
 
   qbench method=dorefa bits.w=2                 float pretraining (once), fine-tuning, evaluation, one row
   qbench -m method=dorefa bits.w=1,2,4 seed=0,1 every combination; stored runs are not run again
+  qbench compare outputs [--format md]          runs side by side: text, md, csv, json, latex
   qbench describe METHOD                        the method's card: formulas, choices, deviations
   qbench list GROUPs                            the names in a group, e.g. qbench list methods
 

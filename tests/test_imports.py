@@ -22,7 +22,7 @@ ARROWS = {
     "train": {"train", "config", "errors", "quant.method", "quant.layers"},
     "record": {"record", "config", "errors", "quant.layers", "quant.method"},
     "cost": {"quant.method", "quant.layers", "quant.policy"},
-    "row": {"record"},
+    "report": {"report", "record", "config", "errors"},
     "assembly": {"config", "errors", "registry", "quant", "cost", "data", "train"},
     "session": {"config", "errors", "record", "train"},
     "experiment": {"assembly", "session", "config", "errors", "quant", "cost", "data", "record", "train"},
@@ -30,7 +30,7 @@ ARROWS = {
     "cli": {"config", "errors"},
     "__main__": {"cli"},
 }
-INSIDE_FUNCTIONS = {"cli": {"compose", "registry", "record", "experiment", "session", "row"}}
+INSIDE_FUNCTIONS = {"cli": {"compose", "registry", "record", "experiment", "session", "report"}}
 HYDRA = {"compose"}
 
 

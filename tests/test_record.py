@@ -14,7 +14,7 @@ from qbench.record import files, manifest
 from qbench.record.logbook import Logbook
 from qbench.record.run import Result, RunDirectory
 from qbench.record.screen import Screen
-from qbench.row import table
+from qbench.report.row import row
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def _result(**values: Any) -> Result:
 
 def test_the_row() -> None:
     child = _result(float={"final": {"test": {"top1": 91.25}}}, notes=["a hint"])
-    text = table([child, _result(method="float", levels=None), _result(status="unsupported", final=None, reason="why")])
+    text = row([child, _result(method="float", levels=None), _result(status="unsupported", final=None, reason="why")])
     head, first, parent, unsupported, *rest = text.splitlines()
     assert head.split()[:4] == ["method", "W", "A", "G"]
     assert "91.25 %  90.00 %    -1.25" in first

@@ -42,8 +42,16 @@ def write_json(path: Path, values: Any) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a JSON object, or None where the file is missing, torn or something else."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return parse_json(path.read_bytes())
+    except OSError:
+        return None
+
+
+def parse_json(data: bytes) -> dict[str, Any] | None:
+    """Return a JSON object, or None where the bytes are torn or something else."""
+    try:
+        values = json.loads(data)
+    except ValueError:
         return None
     return values if isinstance(values, dict) else None
 

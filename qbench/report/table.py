@@ -1,0 +1,118 @@
+"""A table and its forms: terminal, Markdown, CSV, JSON, LaTeX."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+NUMBERS = frozenset("0123456789+-.±")
+
+
+@dataclass
+class Table:
+    """Rows of cells under a head. `values` holds each row's plain numbers, for JSON; notes stand under the table."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    values: list[dict[str, Any]] = field(default_factory=list)
+    title: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def text(tables: Sequence[Table]) -> str:
+    """Return tables for a terminal, as wide as they need to be."""
+    from rich.console import Console
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=1000, highlight=False, color_system=None, soft_wrap=True)
+    for i, table in enumerate(tables):
+        if i:
+            console.print()
+        if table.title:
+            console.print(Text(table.title))
+        if table.rows:
+            grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            for name, numeric in zip(table.head, _numeric(table), strict=True):
+                grid.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+            for row in table.rows:
+                grid.add_row(*(Text(cell) for cell in row))
+            console.print(grid)
+        for note in table.notes:
+            console.print(Text(note))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """Return GitHub Markdown."""
+    parts = []
+    for table in tables:
+        lines = [f"**{table.title}**", ""] if table.title else []
+        if table.rows:
+            lines.append(_bar(table.head))
+            lines.append(_bar(["---:" if numeric else "---" for numeric in _numeric(table)]))
+            lines += [_bar(cell.replace("|", "\\|") for cell in row) for row in table.rows]
+            lines += [""] if table.notes else []
+        parts.append("\n".join([*lines, *(f"- {note}" for note in table.notes)]))
+    return "\n\n".join(parts)
+
+
+def comma_separated(tables: Sequence[Table]) -> str:
+    """Return one CSV with a column `table` in front; notes are rows with `note` there."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    head = next((table.head for table in tables if table.rows), ())
+    writer.writerow(["table", *head])
+    for table in tables:
+        writer.writerows([table.title, *row] for row in table.rows if table.head == head)
+    for table in tables:
+        if table.head != head:
+            writer.writerows([table.title, *row] for row in table.rows)
+        writer.writerows(["note", note] for note in table.notes)
+    return buffer.getvalue().rstrip("\n")
+
+
+def as_json(tables: Sequence[Table]) -> str:
+    """Return every table's title, plain values and notes."""
+    plain = [{"title": t.title, "rows": t.values, "notes": t.notes} for t in tables]
+    return json.dumps({"tables": plain}, indent=2, allow_nan=False)
+
+
+def latex(tables: Sequence[Table]) -> str:
+    """Return a tabular for each table, with booktabs' rules."""
+    parts = []
+    for table in tables:
+        lines = [f"% {table.title}"] if table.title else []
+        if table.rows:
+            columns = "".join("r" if numeric else "l" for numeric in _numeric(table))
+            lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+            lines += [_tex_row(table.head), r"\midrule", *map(_tex_row, table.rows), r"\bottomrule", r"\end{tabular}"]
+        parts.append("\n".join([*lines, *(f"% {note}" for note in table.notes)]))
+    return "\n\n".join(parts)
+
+
+FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
+    "text": text,
+    "md": markdown,
+    "csv": comma_separated,
+    "json": as_json,
+    "latex": latex,
+}
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Whether each column holds numbers alone, which are set flush right."""
+    return [all(not cell or cell[0] in NUMBERS for cell in column) for column in zip(*table.rows, strict=True)]
+
+
+def _bar(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    escapes = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    escapes |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    return " & ".join("".join(escapes.get(c, c) for c in cell) for cell in cells) + r" \\"
