@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.assembly import Parts, assemble, load_start
-from qbench.config import Config, digest
+from qbench.config import FLOAT, Config, digest
 from qbench.cost.count import count_cost
 from qbench.data.dataset import Loader
 from qbench.errors import Diverged, Interrupted
@@ -140,10 +140,22 @@ def _conclude(
         levels=max((layer["w"]["allowed"] for layer in verified.values() if "w" in layer), default=None),
         float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device),
-        weights_sha256=weights_sha256(last), wall_seconds=session.wall_seconds,
+        weights_sha256=weights_sha256(last), wall_seconds=session.wall_seconds, notes=_hints(parts),
     )  # fmt: skip
     _show(model, state, session, result)
     return result
+
+
+def _hints(parts: Parts) -> list[str]:
+    """Return what a reader of the row should bear in mind."""
+    bits, legal = parts.method.bits, parts.method.legal
+    if parts.config.is_parent:
+        return ["trained by pretrain.epochs and pretrain.optim; epochs and optim are for what starts from it"]
+    if bits.w == bits.a == bits.g == FLOAT:
+        return ["nothing quantized"]
+    if bits.w < FLOAT and bits.a == FLOAT and bits.w in legal.get("a", ()):
+        return [f"activations float; papers' {bits.w}-bit nets are usually bits=w{bits.w}a{bits.w}"]
+    return []
 
 
 def _measure(model: nn.Module, weights: dict[str, Tensor], loader: Loader) -> dict[str, Any]:

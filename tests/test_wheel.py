@@ -33,7 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(site),
         str(wheel),
     ]
-    assert subprocess.run(pip, capture_output=True, text=True, timeout=300).returncode == 0
+    assert subprocess.run([*pip, str(wheel)], capture_output=True, text=True, timeout=300).returncode == 0
     ours = next(p for p in sys.path if p.endswith("site-packages"))
     # Only the installed packages of this environment, not the editable link to the repository.
     (site / "zz_others.pth").write_text(f"import sys; sys.path.append({ours!r})\n")

@@ -31,6 +31,7 @@ class Result:
     status: str
     reason: str | None = None
     method: str
+    options: dict[str, Any] = field(default_factory=dict)
     bits: dict[str, int]
     levels: int | None = None
     seed: int
@@ -50,6 +51,17 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
+def load_result(path: Path) -> Result | None:
+    """Return the result stored in a run's directory; None where there is none, or it is torn or of another schema."""
+    values = files.read_json(path / "result.json")
+    if values is None or values.get("schema") != SCHEMA or set(values) - {f.name for f in fields(Result)}:
+        return None
+    try:
+        return Result(**values | {"run": str(path)})
+    except TypeError:  # fields are missing
+        return None
+
+
 class RunDirectory:
     """The directory of one run; nothing is created before `held`."""
 
@@ -60,13 +72,10 @@ class RunDirectory:
 
     def stored(self) -> Result | None:
         """Return the stored result that a repeat need not compute again: done or unsupported."""
-        values = files.read_json(self.path / "result.json")
-        known = {f.name for f in fields(Result)}
-        if not values or values.get("schema") != SCHEMA or values.get("status") not in FINAL or set(values) - known:
+        result = load_result(self.path)
+        if result is None or result.status not in FINAL or result.protocol.get("identity") != digest(self.identity):
             return None
-        if values.get("protocol", {}).get("identity") != digest(self.identity):
-            return None
-        return Result(**values | {"run": str(self.path)})
+        return result
 
     @contextmanager
     def held(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -95,7 +104,9 @@ class RunDirectory:
         config = self.config
         protocol = config.protocol()
         return Result(
-            status=status, method=config.method["name"], bits=asdict(config.bits), seed=config.seed,
+            status=status, method=config.method["name"],
+            options={key: value for key, value in config.method.items() if key != "name"},
+            bits=asdict(config.bits), seed=config.seed,
             dataset=config.dataset["name"], model=config.model["name"], run=str(self.path),
             protocol={"hash": digest(protocol), "identity": digest(self.identity), "keys": protocol}, **values,
         )  # fmt: skip

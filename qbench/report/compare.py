@@ -103,9 +103,11 @@ def _without_figure(found: Sequence[Found]) -> list[Table]:
     rest = [run for run in found if run.status != DONE]
     if not rest:
         return []
-    rows = [(run.status, str(run.path), run.reason.partition("\n")[0]) for run in sorted(rest, key=lambda r: r.status)]
-    values = [{"status": s, "run": p, "reason": why} for s, p, why in rows]
-    return [Table(("status", "run", "reason"), rows, values, title="without a figure")]
+    table = Table(("status", "run", "reason"), title="without a figure")
+    for run in sorted(rest, key=lambda r: r.status):
+        table.rows.append((run.status, str(run.path), run.reason.partition("\n")[0]))
+        table.values.append({"status": run.status, "run": str(run.path), "reason": run.reason})
+    return [table]
 
 
 def _titles(blocks: Iterable[tuple[str, str, str]] | dict[tuple[str, str, str], list[Result]]) -> dict[Any, str]:
@@ -126,7 +128,7 @@ def _titles(blocks: Iterable[tuple[str, str, str]] | dict[tuple[str, str, str], 
 def _flat(values: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(values, dict):
         return {prefix: json.dumps(values)}
-    found = {}
+    found: dict[str, str] = {}
     for key, value in values.items():
         found |= _flat(value, f"{prefix}.{key}" if prefix else key)
     return found

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from qbench.config import digest, from_dict
 from qbench.errors import ConfigError
 from qbench.record import files
-from qbench.record.run import SCHEMA, Result
+from qbench.record.run import Result, load_result
 
 DONE = "done"
 FROM_LOGS = "from the logs"
@@ -46,16 +46,10 @@ def read(directories: Iterable[str]) -> list[Found]:
 
 def read_run(path: Path) -> Found:
     """Return what one run directory tells."""
-    stored = path / "result.json"
-    if stored.exists():
-        values = files.read_json(stored)
-        if (
-            values is None
-            or values.get("schema") != SCHEMA
-            or set(values) != {f.name for f in fields(Result)} - {"run"}
-        ):
+    if (path / "result.json").exists():
+        result = load_result(path)
+        if result is None:
             return Found(path=path, status="torn", reason="result.json is torn or of another version")
-        result = Result(**values, run=str(path))
         return Found(path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes)
     if _is_held(path):
         return Found(path=path, status="running", reason=_progress(path))
@@ -130,9 +124,8 @@ def _from_events(path: Path) -> Result | None:
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 1, "histograms": 1, "images": 1}).Reload()
     metadata = events.summary_metadata.get("_hparams_/session_start_info")
-    final = {
-        tag.removeprefix("final/"): events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if "final/" in tag
-    }
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("final/")]
+    final = {tag.removeprefix("final/"): events.Scalars(tag)[-1].value for tag in tags}
     if metadata is None or not final:
         return None
     stored = HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info.hparams
