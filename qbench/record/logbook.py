@@ -48,7 +48,7 @@ class Logbook:
         files.guarded(append, self._metrics, len(line))
         if self._writer:
             for name, value in values.items():
-                if isinstance(value, int | float) and name not in ("epoch",):
+                if isinstance(value, int | float) and name not in ("epoch", "images"):
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def histograms(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:

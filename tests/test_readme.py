@@ -1,0 +1,74 @@
+"""The README is true: its commands compose, its table's commands are the ones that made them, its files exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import torch
+from conftest import ROOT, Configure
+
+from qbench import cli, compose
+from qbench.models import mlp
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Every `qbench ...` line and inline command of the README."""
+    blocks = re.findall(r"^    (?:scripts/)?(qbench .*)$", README, re.MULTILINE)
+    inline = re.findall(r"`(qbench [^`]*=[^`]*)`", README)
+    return [shlex.split(text, comments=True)[1:] for text in blocks + inline if "<" not in text]
+
+
+def test_every_command_of_the_readme_is_one(configure: Configure) -> None:
+    assert len(commands()) >= 6
+    for words in commands():
+        if words[0] in cli.VERBS:
+            continue
+        assert "did" not in words
+        found: list[object] = []
+        if "--cfg" in words:
+            words = words[: words.index("--cfg")]
+        compose.launch(words, found.append)
+        assert found, words
+
+
+def test_the_verbs_of_the_readme_exist() -> None:
+    for verb in set(re.findall(r"qbench (compare|describe|list|plan|check|draw)\b", README)):
+        assert verb in cli.VERBS, verb
+
+
+def test_tables_are_filled() -> None:
+    tables = re.findall(r"<!-- table: (.*?) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert tables
+    for command, body in tables:
+        assert f"`{command}`" in body, "run scripts/readme_tables"
+        assert "without a figure" not in body
+
+
+def test_three_lines_of_python() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = mlp.build((1, 4, 4), 3, hidden=2, width=8)
+    exec(code, {"model": model})
+    model(torch.randn(2, 1, 4, 4)).sum().backward()
+    assert model.get_submodule("fc2").weight_q(model.get_submodule("fc2").weight).unique().numel() <= 4
+
+
+def test_groups_of_the_readme_are_whole() -> None:
+    for group in ("model", "dataset", "optim"):
+        (row,) = re.findall(rf"^\| `{group}=`(.*)$", README, re.MULTILINE)
+        assert all(f"`{name}`" in row for name in compose.names(group)), group
+    assert all(f"`{name}`" in README for name in compose.names("method"))
+
+
+def test_linked_files_exist() -> None:
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_scripts_are_sound() -> None:
+    for name in ("qbench", "test", "install"):
+        assert subprocess.run(["bash", "-n", ROOT / "scripts" / name]).returncode == 0
+    compile((ROOT / "scripts" / "readme_tables").read_text(), "readme_tables", "exec")
+    assert sys.version_info >= (3, 11)
