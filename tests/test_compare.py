@@ -156,7 +156,7 @@ def test_every_format_holds_every_figure(configure: Configure) -> None:
     for name, document in shown.items():
         assert "97.25" in document, name
         assert "failed" in document, name
-    assert list(csv.reader(io.StringIO(shown["csv"])))[0][:3] == ["table", "method", "W"]
+    assert next(csv.reader(io.StringIO(shown["csv"])))[:3] == ["table", "method", "W"]
     assert json.loads(shown["json"])["tables"][0]["rows"][1]["top1_mean"] == 97.25
     assert r"a \| b" in shown["md"]
     assert r"\& c\_d" in shown["latex"]
