@@ -1,7 +1,9 @@
 """From a configuration to the things a run is made of: data, method, network, float weights to start from."""
 
+import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ def assemble(config: Config) -> Parts:
     """
     set_process(config)
     device = choose_device(config.runtime.device)
-    data: Dataset = registry.create("dataset", config.dataset)
+    data = _dataset(json.dumps(config.dataset, sort_keys=True))
     method: Method = registry.create("method", config.method, w=config.bits.w, a=config.bits.a, g=config.bits.g)
     bits = Bits(config.bits.w or 32, config.bits.a or 32, config.bits.g or 32)
     method.check(bits)
@@ -70,6 +72,13 @@ def assemble(config: Config) -> Parts:
     parts = Parts(config, data, method, count_macs(model, data.shape), device)
     parts.install(model)
     return parts
+
+
+@lru_cache(maxsize=2)
+def _dataset(node: str) -> Dataset:
+    """Return the data set of a node given as JSON; the cells of a sweep share it."""
+    data: Dataset = registry.create("dataset", json.loads(node))
+    return data
 
 
 def set_process(config: Config) -> None:

@@ -1,20 +1,14 @@
 """The front door: verbs first, then Hydra. Nothing on the way to `--help` or to a stored result imports torch."""
 
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from types import FrameType
-from typing import TYPE_CHECKING
 
 from qbench.config import Config, nearest
-from qbench.errors import ConfigError, QbenchError
-
-if TYPE_CHECKING:
-    from qbench.record.run import Result
+from qbench.errors import ConfigError, Interrupted, QbenchError
+from qbench.interrupt import signals
 
 BUG, SWEEP_WITH_FAILURES = 1, 8
 MULTIRUN = ("-m", "--multirun")
@@ -58,48 +52,68 @@ def train(arguments: list[str]) -> int:
     from qbench import compose
 
     sweep = any(flag in arguments for flag in MULTIRUN)
-    results: list[Result] = []
-    failures: list[QbenchError] = []
-
-    with signals() as received:
-
-        def job(config: Config) -> None:
-            try:
-                results.append(run_or_show(config, received))
-            except ConfigError:
-                raise
-            except QbenchError as error:
-                if not sweep or error.status == 75:
-                    raise
-                failures.append(error)
-
-        compose.launch(arguments, job)
-    if results:
-        from qbench.report.row import row
-
-        print(row(results))
-    for error in failures:
-        print(_three_lines(error), file=sys.stderr)
-    if not sweep and any(result.status == "unsupported" for result in results):
-        return ConfigError.status
-    return SWEEP_WITH_FAILURES if failures else 0
+    if not sweep and compose.launcher(arguments):
+        raise ConfigError("hydra/launcher works on a sweep: put -m first")
+    configs = compose.configurations(arguments)
+    if not configs:  # Hydra has shown what was asked for
+        return 0
+    return train_all(arguments, configs) if sweep else train_one(configs[0])
 
 
-def run_or_show(config: Config, received: Callable[[], int]) -> "Result":
-    """Return a run's result; a stored one without importing torch."""
+def train_one(config: Config) -> int:
+    """Run one configuration and print its row; a stored one without importing torch."""
     from qbench.record import manifest
     from qbench.record.run import RunDirectory
+    from qbench.report.row import row
 
     directory = RunDirectory(config)
-    if not config.rerun and (stored := directory.stored()):
+    result = None if config.rerun else directory.stored()
+    if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
             print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
-        return stored
-    from qbench.experiment import run
-    from qbench.record.screen import Screen
-    from qbench.session import Desk
+    else:
+        from qbench.experiment import run
+        from qbench.record.screen import Screen
+        from qbench.session import Desk
 
-    return run(config, Desk(Screen(live=config.runtime.progress), received))
+        with signals() as stop:
+            result = run(config, Desk(Screen(live=config.runtime.progress), stop))
+    print(row([result]))
+    return ConfigError.status if result.status == "unsupported" else 0
+
+
+def train_all(arguments: list[str], configs: list[Config]) -> int:
+    """Run a sweep and print the table of its runs."""
+    from qbench import compose, sweep
+    from qbench.record.run import RunDirectory
+    from qbench.report.compare import compare as tables_of
+    from qbench.report.table import text
+
+    configs = list({RunDirectory(config).path: config for config in configs}.values())
+    stopped = 0
+    if any(config.rerun or not RunDirectory(config).stored() for config in configs):
+        sweep.check(configs)
+        with signals() as stop:
+            launcher = compose.launcher(arguments)
+            found = sweep.launch_all(arguments, configs, launcher) if launcher else sweep.run_all(configs, stop)
+            stopped = stop()
+    else:
+        found = [sweep.outcome(config) for config in configs]
+    print(text(tables_of(found)))
+    if stopped:
+        print(f"qbench: stopped by signal {stopped}; the same command goes on from here", file=sys.stderr)
+        return Interrupted.status
+    return SWEEP_WITH_FAILURES if any(run.status not in ("done", "unsupported") for run in found) else 0
+
+
+def plan(arguments: list[str]) -> int:
+    """Print what a command line would run and how long it would take; train nothing."""
+    from qbench import compose
+    from qbench.plan import plan as table_of
+    from qbench.report.table import text
+
+    print(text([table_of(compose.configurations(arguments))]))
+    return 0
 
 
 def describe(arguments: list[str]) -> int:
@@ -141,7 +155,9 @@ def listing(arguments: list[str]) -> int:
     """Print the names in a group, one a line."""
     from qbench import compose
 
-    groups = {f"{group}s" if group[-1] != "s" else group: group for group in compose.groups()}
+    groups = {f"{group}s" if group[-1] != "s" else group: group for group in compose.groups()} | {"runs": ""}
+    if arguments[:1] == ["runs"]:
+        return runs(arguments[1:] or ["outputs"])
     if len(arguments) != 1 or arguments[0] not in groups:
         typed = " ".join(arguments)
         raise ConfigError(f"list {typed}: which?{nearest(typed, groups)}\nallowed: {', '.join(groups)}")
@@ -149,7 +165,22 @@ def listing(arguments: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"compare": compare, "describe": describe, "list": listing}
+def runs(directories: list[str]) -> int:
+    """Print the runs below some directories, a line each."""
+    from qbench.report.runs import read
+
+    for run in read(directories):
+        top1 = run.result.final["test"]["top1"] if run.status == "done" and run.result and run.result.final else None
+        print(f"{run.status:<12}{run.path}" + ("" if top1 is None else f"  {top1:.2f} %"))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "compare": compare,
+    "describe": describe,
+    "list": listing,
+    "plan": plan,
+}
 
 
 def help_screen() -> str:
@@ -162,9 +193,10 @@ qbench: papers on low-precision CNNs on one trainer and one protocol
 
   qbench method=dorefa bits.w=2                 float pretraining (once), fine-tuning, evaluation, one row
   qbench -m method=dorefa bits.w=1,2,4 seed=0,1 every combination; stored runs are not run again
+  qbench plan -m method=dorefa seed=0,1         what would run, and about how long; trains nothing
   qbench compare outputs [--format md]          runs side by side: text, md, csv, json, latex
   qbench describe METHOD                        the method's card: formulas, choices, deviations
-  qbench list GROUPs                            the names in a group, e.g. qbench list methods
+  qbench list methods                           the names in a group: models, datasets, ...; or list runs [DIR]
 
 Groups, as GROUP=NAME, and keys inside them, as GROUP.KEY=VALUE:
 {shown}
@@ -173,35 +205,13 @@ Groups, as GROUP=NAME, and keys inside them, as GROUP.KEY=VALUE:
 
 Keys of their own: seed, epochs, pretrain.epochs, init (auto, float, scratch or a path), out, rerun
   qbench method=dorefa --cfg job                shows the whole configuration and runs nothing
+  qbench -m ... hydra/launcher=joblib           a sweep on all cores (extra `sweep`); submitit_local (extra `slurm`)
   qbench --hydra-help                           the flags of Hydra, which composes the configuration
   qbench --shell-completion install=bash        how to switch completion on: eval "$(qbench -sc install=bash)"
 
 Results lie below out (default: outputs), one directory a run. Repeating a line shows the stored row; a stopped run goes
 on. Exit status: 0 done, 1 a bug, 2 usage, 3 data, 4 checkpoint, 5 resources, 6 diverged, 8 sweep with failures,
 75 interrupted and resumable."""
-
-
-@contextmanager
-def signals() -> Iterator[Callable[[], int]]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into a number that the loops ask for; a second SIGINT leaves at once.
-
-    Nothing is lost by leaving at once: files appear whole or not at all, and locks end with the process.
-    """
-    number = 0
-
-    def note(received: int, frame: FrameType | None) -> None:
-        nonlocal number
-        if received == signal.SIGINT and number:
-            os._exit(75)
-        number = received
-
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {kind: signal.signal(kind, note) for kind in kinds}
-    try:
-        yield lambda: number
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def _three_lines(error: QbenchError) -> str:

@@ -44,6 +44,7 @@ FLAGS = (
     ),
     *("--multirun", "-m", "--shell-completion", "-sc", "--config-dir", "-cd", "--info", "-i"),
 )
+LAUNCHER_KEYS = ("hydra/launcher=", "hydra.launcher.", "+hydra.launcher.", "hydra.sweeper.")
 TAKES_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd")
 
 
@@ -100,38 +101,55 @@ class Unwritten(ConfigSource):  # type: ignore[misc]
         return []
 
 
-def launch(arguments: list[str], job: Callable[[Config], Any]) -> None:
-    """Compose the configuration of a command line and call `job` with it; with -m, once for each combination.
+def configurations(arguments: list[str]) -> list[Config]:
+    """Return the configuration of a command line, or with -m those of all its combinations; none where the line only
+    asks Hydra to show something (`--cfg job`).
 
     Raises:
         ConfigError: the command line does not make a configuration.
-        BaseException: whatever `job` raised.
     """
+    found: list[Config] = []
+    wrong: list[ConfigError] = []
+
+    def collect(node: DictConfig) -> None:
+        try:
+            found.append(from_node(node))
+        except ConfigError as error:  # Hydra would print it and go on its own way
+            wrong.append(error)
+
+    _hydra([a for a in arguments if not a.startswith(LAUNCHER_KEYS)], collect)
+    if wrong:
+        raise wrong[0]
+    return found
+
+
+def launcher(arguments: Iterable[str]) -> str | None:
+    """Return the launcher that a command line names, such as joblib; None where jobs run one after the other here."""
+    chosen = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
+    return chosen[-1] if chosen and chosen[-1] != "basic" else None
+
+
+def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
+    """Let Hydra's launcher call `job`, a function of a module, with the node of every combination, in its processes."""
+    _hydra(arguments, job)
+
+
+def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
     check_arguments(arguments)
     Plugins.instance().register(Unwritten)
-    raised: list[BaseException] = []
-
-    def guarded(node: DictConfig) -> None:
-        try:
-            job(from_node(node))
-        except BaseException as error:
-            raised.append(error)
-            if not isinstance(error, Exception):
-                raise
-
-    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    typed, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     with tempfile.TemporaryDirectory(prefix="qbench-") as scratch:  # Hydra's own notes on a sweep; nobody reads them
         sys.argv = ["qbench", *arguments, f"hydra.sweep.dir={scratch}"]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
         try:
-            hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(guarded)()
+            hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(job)()
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(reworded(error)) from None
         finally:
-            sys.argv = before[0]
-            os.environ.pop("HYDRA_FULL_ERROR") if before[1] is None else os.environ.update(HYDRA_FULL_ERROR=before[1])
-    if raised:
-        raise raised[0]
+            sys.argv = typed
+            del os.environ["HYDRA_FULL_ERROR"]
+            if full_error is not None:
+                os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
 def check_arguments(arguments: Iterable[str]) -> None:

@@ -27,10 +27,16 @@ ARROWS = {
     "session": {"config", "errors", "record", "train"},
     "experiment": {"assembly", "session", "config", "errors", "quant", "cost", "data", "record", "train"},
     "compose": {"config", "errors", "registry"},
-    "cli": {"config", "errors"},
+    "interrupt": set(),
+    "sweep": {"config", "errors", "interrupt", "record", "report"},
+    "plan": {"assembly", "config", "data", "quant", "record", "report", "train"},
+    "cli": {"config", "errors", "interrupt"},
     "__main__": {"cli"},
 }
-INSIDE_FUNCTIONS = {"cli": {"compose", "registry", "record", "experiment", "session", "report"}}
+INSIDE_FUNCTIONS = {
+    "cli": {"compose", "registry", "record", "experiment", "session", "report", "sweep", "plan"},
+    "sweep": {"assembly", "compose", "experiment", "quant.method", "session"},
+}
 HYDRA = {"compose"}
 
 

@@ -35,10 +35,16 @@ class _Stage:
 
 
 class Screen:
-    """Progress and messages of one process, on stderr; `log` is the file that keeps them, once a run has one."""
+    """Progress and messages of one process, on stderr; `log` is the file that keeps them, once a run has one.
 
-    def __init__(self, *, live: bool = True) -> None:
-        self._live = live and sys.stderr.isatty()
+    Args:
+        live: whether to draw a bar where there is a terminal.
+        quiet: show nothing, only keep: a sweep shows all of its runs in one view.
+    """
+
+    def __init__(self, *, live: bool = True, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live = live and not quiet and sys.stderr.isatty()
         self._bar: Any = None
         self._stage = _Stage("", 1, 0, 1)
         self.log: Path | None = None
@@ -47,7 +53,7 @@ class Screen:
         """Print a message above the bar and keep it."""
         if self._bar:
             self._bar.console.print(text, highlight=False, markup=False)
-        else:
+        elif not self._quiet:
             print(text, file=sys.stderr, flush=True)
         self.keep(text)
 
@@ -61,7 +67,7 @@ class Screen:
         self.stop()
         self._stage = _Stage(title, total, done, images)
         if self._live:
-            self._bar = _bar()
+            self._bar = live_bar()
             self._bar.start()
             self._bar.add_task(title, total=total, completed=done, text="")
 
@@ -82,7 +88,7 @@ class Screen:
         line = f"{stage.title}: epoch {record['epoch'] + 1}, step {done} of {stage.total}  loss "
         line += f"{record['train_loss']:.4f}  {stage.note}{stage.speed(done):,.0f} images/s"
         slot = done * PLAIN_LINES // stage.total
-        if not self._bar and slot != stage.printed:
+        if not self._bar and not self._quiet and slot != stage.printed:
             print(line, file=sys.stderr, flush=True)
         stage.printed = slot
         self.keep(line)
@@ -94,7 +100,8 @@ class Screen:
             self._bar = None
 
 
-def _bar() -> Any:
+def live_bar() -> Any:
+    """Return a rich progress bar on stderr, with a field `text` for each task."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

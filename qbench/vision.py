@@ -1,0 +1,40 @@
+"""The one place that imports torchvision, which beside a CPU-only build of torch fails to import by itself.
+
+Its compiled part is then missing, and `import torchvision` ends in "operator torchvision::nms does not exist", though
+networks and data sets need no such operator. Declaring the operators, without an implementation, lets it import.
+"""
+
+import importlib
+import re
+import sys
+from functools import cache
+from types import ModuleType
+
+import torch
+
+_BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+_MISSING = re.compile(r"operator torchvision::\w+ does not exist")
+_declared: list[torch.library.Library] = []
+"""Operators live as long as the library object that declared them."""
+
+
+@cache
+def torchvision() -> ModuleType:
+    """Import torchvision and return it. A build that matches torch's is imported as it is."""
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if not _MISSING.search(str(error)):
+            raise
+    _declare("nms", "qnms")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # half imported
+    return importlib.import_module("torchvision")
+
+
+def _declare(*operators: str) -> None:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in operators:
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}{_BOXES}")
+    _declared.append(library)
