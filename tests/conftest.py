@@ -26,10 +26,8 @@ def configure(tmp_path: Path) -> Configure:
     """Return a function from command-line words to the configuration they make, under a folder of the test's own."""
 
     def made(*words: str) -> Config:
-        found: list[Config] = []
-        compose.launch([f"out={tmp_path}", *words], found.append)
-        assert len(found) == 1
-        return found[0]
+        (config,) = compose.configurations([f"out={tmp_path}", *words])
+        return config
 
     return made
 

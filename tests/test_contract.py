@@ -142,7 +142,8 @@ def test_no_tensor_of_a_quantizer_misses_the_state_dict(name: str, smoke: Config
 def test_32_bits_are_the_float_computation_bit_for_bit(name: str, smoke: Configure) -> None:
     bits = "" if name == "float" else f"bits=w{FLOAT}a{FLOAT}g{FLOAT}"
     words = ["optim=sgd", "init=scratch", "epochs=2", "pretrain.epochs=2"]
-    _, _, float_losses = trained(smoke("method=float", *words))
+    norm = registry.create("method", {"name": name}).requires.norm  # the float network that the method asks for
+    _, _, float_losses = trained(smoke("method=float", *words, *([f"model.norm={norm}"] if norm else [])))
     _, _, losses = trained(smoke(f"method={name}", *([bits] if bits else []), *words))
     assert losses == float_losses
 

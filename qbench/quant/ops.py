@@ -95,3 +95,30 @@ def levels_k(bits: int, like: Tensor) -> Tensor:
     """Return the 2^bits values of `quantize_k`, ascending in [0, 1], of `like`'s type and device."""
     n = 2**bits - 1
     return torch.arange(n + 1, device=like.device).to(like.dtype) / float(n)
+
+
+def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
+    """Return for every element the nearest of `levels` (L,), ascending; half way the lower one. No gradient."""
+    x, edges = x.detach(), (levels[1:] + levels[:-1]) / 2
+    if x.dim() == 4 and not x.is_contiguous():  # channels_last: search along memory
+        return levels[torch.bucketize(x.movedim(1, 3).contiguous(), edges)].movedim(3, 1)
+    return levels[torch.bucketize(x.contiguous(), edges)]
+
+
+class _Surrogate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grads[0] * slope, None, None
+
+
+def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """Return exactly `value`; its gradient goes to x times `slope`, the derivative that the paper puts in place of the
+    staircase's. Both have x's shape; a boolean slope is a mask.
+    """
+    return _Surrogate.apply(x, value.detach(), slope.detach())  # type: ignore[no-any-return,no-untyped-call]

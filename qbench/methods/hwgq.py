@@ -1,0 +1,244 @@
+"""HWGQ-Net: activations on levels fitted once to half of a Gaussian, weights binary.
+
+Paper
+    Cai, He, Sun, Vasconcelos, "Deep Learning with Low Precision by Half-wave Gaussian Quantization", CVPR 2017,
+    arXiv 1702.00953. Authors' code: zhaoweicai/hwgq (Caffe).
+
+Idea
+    Batch normalization without scale and shift makes what enters a nonlinearity close to N(0, 1), in every layer: one
+    set of levels, optimal for the positive half of that Gaussian, serves all. What the backward pass puts in place of
+    the staircase's derivative decides whether deep networks train.
+
+Forward
+    Activations, positive levels q_1 < ... < q_m, m = 2^b - 1: 0 for x <= 0; else the q_i with t_i-1 < x <= t_i, t_i
+    half way between levels, t_0 = 0 and t_m infinite. Levels minimize E (Q(x) - x)^2 over the positive half of N(0, 1);
+    uniform ones are i times a step. Weights, per output filter: mean|w| sign(w), sign(0) = +1.
+
+Backward
+    Activations: vanilla 1{x > 0}; clipped 1{0 < x <= q_m}; log_tailed the same and 1 / (x - (q_m - 1)) above q_m.
+    Weights: dL/dw = dL/dw_hat, unclipped, without alpha.
+
+Schedule
+    One phase.
+
+Sites
+    weight, input.
+
+State
+    None: levels are constants.
+
+Bits
+    w 1 or 32, a 1-8 or 32, g 32; by default w1a2g32.
+
+Protocol
+    The authors' CIFAR-10 network: VGG-small, SGD with momentum 0.9 at 0.01 falling linearly to 0 over 200 epochs, batch
+    100, decay 5e-4; replicate-padded crops; first and last layer float, nothing rounded in front of the last.
+
+Choices
+    levels: `uniform` (the paper's networks) or `optimal` (non-uniform, Lloyd-Max).
+    constants: `exact` computes the optimum; `authors` takes the rounded ones of their code (steps 0.799, 0.538, 0.3217,
+    0.185 for 1-4 bits; 0.453 and 1.51 are their non-uniform levels of 2 bits, three values in all).
+    threshold: `zero` is the paper's; `half_step` puts the first threshold at half a step, round(x / step), with the
+    step that is optimal then; later code by the same author does so with the old constants.
+    The log tail's offset is not in the released code; q_m - 1 follows from continuity.
+
+Deviations
+    In the networks here the last batch normalization, in front of the linear layer, has no scale and shift either.
+
+Results
+    README (digits, glyphs).
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from qbench.methods.xnor import Weight as BinaryWeight
+from qbench.methods.xnor import filter_scale
+from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Unsupported
+from qbench.quant.ops import in_float32, nearest_level, sign, straight_through, surrogate
+
+BACKWARDS = ("vanilla", "clipped", "log_tailed")
+AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
+AUTHORS_OPTIMAL = {2: (0.453, 1.51)}
+NEWTON_STEPS, BISECTIONS = 50, 80
+
+
+def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
+    """Return the 2^bits - 1 positive levels, ascending, float32, that are optimal for the positive half of N(0, 1).
+
+    Zero is the level of x <= 0 and not among them. Section 4.1, eq. 12-14. Allowed: 1 to 8 bits.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits}: allowed are 1 to 8")
+    m = 2**bits - 1
+    return torch.tensor([i * _step(m, 0.0) for i in range(1, m + 1)] if uniform else _lloyd_max(m))
+
+
+def half_step_levels(bits: int) -> Tensor:
+    """Return the uniform levels that are optimal when the first threshold is half a step: round(x / step)."""
+    m = 2**bits - 1
+    return torch.tensor([i * _step(m, 0.5) for i in range(1, m + 1)])
+
+
+@in_float32
+def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
+    """Quantize activations to 0 and the positive `levels` (m,), ascending.
+
+    Args:
+        backward: vanilla, clipped or log_tailed; see the card.
+    """
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward={backward}: allowed are {', '.join(BACKWARDS)}")
+    levels = levels.to(x)
+    value = torch.where(x > 0, nearest_level(x, levels), 0.0)
+    return surrogate(x, value, _slope(x.detach(), levels[-1], backward))
+
+
+@in_float32
+def quantize_activation_half_step(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
+    """The same for uniform levels with the first threshold at half a step."""
+    levels = torch.cat([levels.new_zeros(1), levels]).to(x)
+    return surrogate(x, nearest_level(x, levels), _slope(x.detach(), levels[-1], backward))
+
+
+def _slope(x: Tensor, top: Tensor, backward: str) -> Tensor:
+    if backward == "vanilla":
+        return x > 0
+    if backward == "clipped":
+        return (x > 0) & (x <= top)
+    return torch.where(x > top, 1 / (x - (top - 1)).clamp(min=1), (x > 0).to(x.dtype))
+
+
+def _density(x: Tensor) -> Tensor:
+    """N(0, 1)'s density; 0 at infinity."""
+    return torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _above(x: Tensor) -> Tensor:
+    """N(0, 1)'s probability above x, exact in the tail."""
+    return torch.erfc(x / math.sqrt(2)) / 2
+
+
+@lru_cache
+def _step(m: int, first: float) -> float:
+    """Return the step of m uniform levels for thresholds (first, 1.5, 2.5, ...) steps: the root of the MSE's slope."""
+    i = torch.arange(1, m + 1, dtype=torch.float64)
+
+    def slope(step: float) -> float:
+        edges = torch.cat([step * (i - 0.5), torch.tensor([math.inf], dtype=torch.float64)])
+        edges[0] = step * first
+        density, above = _density(edges), _above(edges)
+        mass, moment = above[:-1] - above[1:], density[:-1] - density[1:]
+        return float((i * (moment - i * step * mass)).sum())
+
+    low, high = 1e-4, 4.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+@lru_cache
+def _lloyd_max(m: int) -> list[float]:
+    """Return m levels that are the centroids of their cells on the half line, by Newton's method.
+
+    Lloyd's iteration has the same fixed point but creeps there for many levels. It starts from the levels of high
+    resolution, whose density goes with the cube root of the Gaussian's (Panter and Dite 1951): another Gaussian of
+    variance 3.
+    """
+    ranks = (torch.arange(m, dtype=torch.float64) + 0.5) / m
+    q = math.sqrt(3) * math.sqrt(2) * torch.erfinv(ranks)
+    zero, infinite = torch.zeros(1, dtype=torch.float64), torch.tensor([math.inf], dtype=torch.float64)
+    for _ in range(NEWTON_STEPS):
+        t = torch.cat([zero, (q[1:] + q[:-1]) / 2, infinite])
+        density, above = _density(t), _above(t)
+        mass = above[:-1] - above[1:]
+        centroid = (density[:-1] - density[1:]) / mass
+        down = density[:-1] * (centroid - t[:-1]) / mass  # d centroid / d lower threshold; the first one is fixed
+        up = torch.cat([density[1:-1] * (t[1:-1] - centroid[:-1]), zero]) / mass
+        down[0] = 0
+        jacobian = torch.diag(1 - (down + up) / 2) - torch.diag(down[1:], -1) / 2 - torch.diag(up[:-1], 1) / 2
+        move = torch.linalg.solve(jacobian, centroid - q)
+        q = (q + move).sort().values.clamp(min=1e-9)
+        if move.abs().max() < 1e-13:
+            break
+    return q.tolist()
+
+
+class Weight(BinaryWeight):
+    """Binary weights as in BWN, with the identity as straight-through gradient."""
+
+    def __init__(self) -> None:
+        super().__init__("identity")
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the binarized weights."""
+        return straight_through(w, (filter_scale(w) * sign(w)).to(w.dtype))
+
+
+class Activation(nn.Module):
+    """Half-wave Gaussian quantization in front of one layer."""
+
+    levels: Tensor
+
+    def __init__(self, levels: Tensor, backward: str) -> None:
+        super().__init__()
+        self.backward = backward
+        self.register_buffer("levels", levels, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized activations."""
+        return quantize_activation(x, self.levels, self.backward)
+
+    def grid(self, x: Tensor) -> Grid:
+        """Zero and the positive levels."""
+        return Grid(torch.cat([self.levels.new_zeros(1), self.levels]).to(x.dtype).reshape(1, -1, 1))
+
+
+class HalfStepActivation(Activation):
+    """The same with the first threshold at half a step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized activations."""
+        return quantize_activation_half_step(x, self.levels, self.backward)
+
+
+def _levels(bits: int, kind: str, constants: str, threshold: str) -> Tensor:
+    if constants == "authors":
+        if kind == "uniform" and bits in AUTHORS_STEPS:
+            return AUTHORS_STEPS[bits] * torch.arange(1, 2**bits, dtype=torch.float64).float()
+        if kind == "optimal" and bits in AUTHORS_OPTIMAL:
+            return torch.tensor(AUTHORS_OPTIMAL[bits])
+        raise Unsupported(f"the authors' code has no {kind} constants for bits.a={bits}; method.constants=exact has")
+    return half_step_levels(bits) if threshold == "half_step" else half_wave_levels(bits, kind == "uniform")
+
+
+def build(
+    *,
+    w: int = 1,
+    a: int = 2,
+    levels: str = "uniform",
+    constants: str = "exact",
+    threshold: str = "zero",
+    backward: str = "clipped",
+) -> Method:
+    """Return HWGQ; for the options see the card."""
+    allowed = {"levels": ("uniform", "optimal"), "constants": ("exact", "authors"), "threshold": ("zero", "half_step")}
+    given = {"levels": levels, "constants": constants, "threshold": threshold, "backward": backward}
+    for key, choices in (allowed | {"backward": BACKWARDS}).items():
+        if given[key] not in choices:
+            raise ValueError(f"{key}={given[key]}: allowed are {', '.join(choices)}")
+    if threshold == "half_step" and levels != "uniform":
+        raise Unsupported("threshold=half_step is round(x / step): it wants levels=uniform")
+    kind = HalfStepActivation if threshold == "half_step" else Activation
+    return Method(
+        name="hwgq",
+        bits=Bits(w, a),
+        legal={"w": (1, FLOAT), "a": (*range(1, 9), FLOAT)},
+        requires=Requires(norm="plain", act="replaced"),
+        weight=lambda name, layer, bits: Weight(),
+        input=lambda name, layer, bits: kind(_levels(bits, levels, constants, threshold), backward),
+    )
