@@ -33,8 +33,8 @@ def torchvision() -> ModuleType:
 
 
 def _declare(*operators: str) -> None:
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in operators:
         if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}{_BOXES}")
+            library.define(f"{name}{_BOXES}")  # type: ignore[no-untyped-call]
     _declared.append(library)

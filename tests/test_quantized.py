@@ -12,6 +12,7 @@ from qbench.quant.method import Grid, Method, Storage
 from qbench.quant.ops import levels_k, on_backward, round_ste, sign, straight_through
 from qbench.quant.policy import Policy
 from qbench.quant.verify import NotQuantized, nearest_points, verify
+from qbench.vision import torchvision
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -118,6 +119,19 @@ def test_resnet20_has_the_known_size() -> None:
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.27e6, rel=0.01)
     assert len(count_macs(model, (3, 32, 32))) == 20
     assert sum(count_macs(model, (3, 32, 32)).values()) == pytest.approx(40.6e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("bits", "ends", "expected"), [(32, "same", 1857.6), (8, "same", 116.1), (4, 8, 34.71), (2, 8, 14.37)]
+)
+def test_bitops_of_resnet18_at_224(bits: int, ends: str | int, expected: float) -> None:
+    """In G, as the literature counts them: convolutions and the linear layer, the image at 8 bits with the ends."""
+    with torch.device("meta"):
+        model = torchvision().models.resnet18(weights=None)
+    macs = count_macs(model, (3, 224, 224))
+    example = torch.empty(1, 3, 224, 224, device="meta")
+    install(dorefa.build(w=bits, a=bits), model, Policy(first=ends, last=ends), example=example)
+    assert count_cost(model, macs)["bitops"] / 1e9 == pytest.approx(expected, rel=5e-4)
 
 
 def test_straight_through_pieces() -> None:

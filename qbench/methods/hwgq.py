@@ -40,6 +40,8 @@ Choices
     0.185 for 1-4 bits; 0.453 and 1.51 are their non-uniform levels of 2 bits, three values in all).
     threshold: `zero` is the paper's; `half_step` puts the first threshold at half a step, round(x / step), with the
     step that is optimal then; later code by the same author does so with the old constants.
+    A ReLU in front of the quantizer changes nothing, since x <= 0 gives 0 either way; where the network allows it is
+    taken out.
     The log tail's offset is not in the released code; q_m - 1 follows from continuity.
 
 Deviations
@@ -238,7 +240,7 @@ def build(
         name="hwgq",
         bits=Bits(w, a),
         legal={"w": (1, FLOAT), "a": (*range(1, 9), FLOAT)},
-        requires=Requires(norm="plain", act="replaced"),
+        requires=Requires(norm="plain", act="either"),
         weight=lambda name, layer, bits: Weight(),
         input=lambda name, layer, bits: kind(_levels(bits, levels, constants, threshold), backward),
     )

@@ -1,9 +1,19 @@
-"""Pre-activation residual networks for small images (He et al. 2016, arXiv 1603.05027): BN, activation, convolution.
+"""Residual networks for small images, both forms: pre-activation and post-activation.
 
 Depth is 6 n + 2: a 3x3 stem, three stages of n basic blocks of width, 2 width and 4 width channels at full, half and
-quarter resolution, then BN, activation, global average and one linear layer. Every activation in a block feeds
-convolutions alone, so a quantizer can take its place; the shortcut carries the block's raw input. Layers are named as
-in torchvision's ResNet.
+quarter resolution, global average and one linear layer. Layers are named as in torchvision's ResNet.
+
+`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): BN, activation, convolution; BN and activation once more
+behind the last block. Every activation in a block feeds convolutions alone, so a quantizer can take its place. With
+shortcut A (no parameters, as TTQ's authors have it) the sum gets the block's raw input, with B (a 1x1 convolution) the
+convolved activated input where the shape changes.
+
+`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385): convolution, BN, activation; the block's second
+activation stands behind the sum. It feeds the next shortcut too, so a quantizer can take the first one's place only.
+Shortcut B is a 1x1 convolution with BN.
+
+Shortcut A averages 2x2, as TTQ's authors do, and puts half of the zero channels on either side; the paper of the post
+form takes every second pixel instead.
 """
 
 from collections.abc import Callable
@@ -35,8 +45,8 @@ class Pad(nn.Module):
         return F.pad(x_NCHW, (0, 0, 0, 0, self.new_channels // 2, self.new_channels - self.new_channels // 2))
 
 
-class Block(nn.Module):
-    """A basic pre-activation block; shortcut B is a 1x1 convolution of the activated input, A is `Pad`."""
+class PreBlock(nn.Module):
+    """BN, activation, convolution, twice; shortcut B is a 1x1 convolution of the activated input, A is `Pad`."""
 
     def __init__(self, inside: int, outside: int, stride: int, shortcut: str, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -63,37 +73,91 @@ class Block(nn.Module):
             x = self.pad(x)
         return x + self.conv2(self.act2(self.bn2(self.conv1(inner))))  # type: ignore[no-any-return]
 
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        """Return the activations that feed layers alone, with those layers."""
+        extra = ("downsample.0",) if self.downsample is not None else ()
+        return {"act1": ("conv1", *extra), "act2": ("conv2",)}
 
-class PreActResNet(nn.Module):
-    """See the module's docstring. `feeds` names, for every activation that feeds layers alone, those layers."""
+
+class PostBlock(nn.Module):
+    """Convolution, BN, activation, convolution, BN, sum, activation; shortcut B is a 1x1 convolution with BN."""
+
+    def __init__(self, inside: int, outside: int, stride: int, shortcut: str, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = norm(outside)
+        self.act1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.bn2 = norm(outside)
+        self.pad: nn.Module | None = None
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inside != outside:
+            if shortcut == "B":
+                self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), norm(outside))
+            else:
+                self.pad = Pad(outside - inside, stride)
+        self.act2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activated sum of shortcut and branch."""
+        branch = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.pad is not None:
+            x = self.pad(x)
+        return self.act2(x + branch)  # type: ignore[no-any-return]
+
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        """Return the activation within the block, with the layer that it feeds alone."""
+        return {"act1": ("conv2",)}
+
+
+Block = PreBlock | PostBlock
+FORMS: dict[str, type[PreBlock] | type[PostBlock]] = {"pre": PreBlock, "post": PostBlock}
+
+
+class ResNet(nn.Module):
+    """See the module's docstring. `feeds` names activations that feed layers alone, and those layers."""
 
     feeds: dict[str, tuple[str, ...]]
 
     def __init__(
-        self, channels: int, classes: int, blocks: int, width: int, stem_stride: int, shortcut: str, norm: str
+        self,
+        channels: int,
+        classes: int,
+        *,
+        blocks: int,
+        width: int,
+        stem_stride: int,
+        shortcut: str,
+        norm: str,
+        form: str,
     ) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm, self.form = norm, form
         make_norm = NORMS[norm]
         self.conv1 = nn.Conv2d(channels, width, 3, stem_stride, 1, bias=norm == "none")
+        if form == "post":
+            self.bn1 = make_norm(width)
+            self.act = nn.ReLU()
         inside = width
         for stage in range(3):
             outside = width * 2**stage
-            strides = [1 if stage == 0 else 2] + [1] * (blocks - 1)
             stack = []
-            for stride in strides:
-                stack.append(Block(inside, outside, stride, shortcut, make_norm))
+            for stride in [1 if stage == 0 else 2] + [1] * (blocks - 1):
+                stack.append(FORMS[form](inside, outside, stride, shortcut, make_norm))
                 inside = outside
             self.add_module(f"layer{stage + 1}", nn.Sequential(*stack))
-        self.bn = make_norm(inside)
-        self.act = nn.ReLU()
+        if form == "pre":
+            self.bn = make_norm(inside)
+            self.act = nn.ReLU()
         self.fc = nn.Linear(inside, classes)
-        self.feeds = {}
-        for name, block in self.named_modules():
-            if isinstance(block, Block):
-                extra = (f"{name}.downsample.0",) if block.downsample is not None else ()
-                self.feeds[f"{name}.act1"] = (f"{name}.conv1", *extra)
-                self.feeds[f"{name}.act2"] = (f"{name}.conv2",)
+        self.feeds = {
+            f"{name}.{act}": tuple(f"{name}.{layer}" for layer in layers)
+            for name, block in self.named_modules()
+            if isinstance(block, Block)
+            for act, layers in block.feeds().items()
+        }
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -101,9 +165,13 @@ class PreActResNet(nn.Module):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, classes)."""
         x = self.conv1(x_NCHW)
+        if self.form == "post":
+            x = self.act(self.bn1(x))
         for stage in ("layer1", "layer2", "layer3"):
             x = self.get_submodule(stage)(x)
-        return self.fc(torch.mean(self.act(self.bn(x)), (2, 3)))  # type: ignore[no-any-return]
+        if self.form == "pre":
+            x = self.act(self.bn(x))
+        return self.fc(torch.mean(x, (2, 3)))  # type: ignore[no-any-return]
 
 
 def build(
@@ -115,8 +183,9 @@ def build(
     stem_stride: int = 1,
     shortcut: str = "A",
     norm: str = "affine",
+    form: str = "pre",
 ) -> nn.Module:
-    """Return a pre-activation ResNet for images of `shape` (C, H, W); depth 6 n + 2, shortcut A or B."""
+    """Return a ResNet for images of `shape` (C, H, W); depth 6 n + 2, shortcut A or B, form pre or post."""
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth={depth}: allowed are 6 n + 2: 8, 14, 20, 32, 44, 56, 110")
     if width < 1:
@@ -127,4 +196,9 @@ def build(
         raise ValueError(f"shortcut={shortcut}: allowed are A (average, zero channels) and B (1x1 convolution)")
     if norm not in NORMS:
         raise ValueError(f"norm={norm}: allowed are auto, {', '.join(NORMS)}")
-    return PreActResNet(shape[0], classes, (depth - 2) // 6, width, stem_stride, shortcut, norm)
+    if form not in FORMS:
+        raise ValueError(f"form={form}: allowed are pre (BN, activation, convolution) and post (activation last)")
+    blocks, channels = (depth - 2) // 6, shape[0]
+    return ResNet(
+        channels, classes, blocks=blocks, width=width, stem_stride=stem_stride, shortcut=shortcut, norm=norm, form=form
+    )

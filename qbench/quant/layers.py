@@ -176,6 +176,14 @@ def _replace_activations(method: Method, model: nn.Module, assigned: dict[str, B
             f"{method.name} takes the activation's place, but {type(model).__name__} does not say which layers its "
             "activations feed (attribute `feeds`); the networks of qbench do"
         )
+    fed = {reader for readers in feeds.values() for reader in readers}
+    image = next(iter(assigned))
+    unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name != image]
+    if needs == "replaced" and unfed:
+        raise Unsupported(
+            f"{method.name} takes the activation's place, but in front of {unfed[0]} there is none that feeds it "
+            "alone; leave its activations float"
+        )
     for name, readers in feeds.items():
         quantized = [reader for reader in readers if assigned[reader].a < FLOAT]
         if len(quantized) == len(readers):

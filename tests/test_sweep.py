@@ -1,0 +1,169 @@
+"""Sweeps: what stops them, what does not, by which launcher, and that the same line completes them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_cli import qbench, results
+
+SMOKE = ["-m", "experiment=smoke", "runtime.tensorboard=false"]
+SABOTAGE = """
+import dataclasses, os, sys
+from qbench.methods import dorefa
+
+def build(*, w: int = 2, a: int = 32, g: int = 32, how: str = "not"):
+    def step(model, optimizer):
+        if how == "raise":
+            raise KeyError("planted")
+        if how == "exit":
+            sys.exit(3)
+        if how == "memory":
+            raise MemoryError
+        if how == "spoil":
+            for p in model.parameters():
+                p.data.fill_(float("nan"))
+        if how == "kill" and not os.path.exists("killed"):
+            open("killed", "w").close()
+            os.kill(os.getpid(), 9)
+        optimizer.step()
+    return dataclasses.replace(dorefa.build(w=w, a=a, g=g), name="mine", step=step)
+"""
+
+
+def digests(out: Path) -> dict[str, object]:
+    return {name: r["weights_sha256"] for name, r in results(out).items() if r["status"] == "done"}
+
+
+def test_a_malformed_value_stops_before_the_first_job(tmp_path: Path) -> None:
+    for word in ("bits.w=2,two", "model.width=4,0", "seed=0,-1", "layers.downsample=same,8", "method=dorefa,dorfa"):
+        method = [] if word.startswith("method") else ["method=dorefa"]
+        done = qbench(*SMOKE, *method, word, "out=o", cwd=tmp_path)
+        assert done.returncode == 2, (word, done)
+        assert word.partition("=")[0] in done.stderr
+        assert len(done.stderr.strip().splitlines()) <= 3, done.stderr
+        assert not list(tmp_path.iterdir()), word
+
+
+def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SABOTAGE)
+    words = [*SMOKE, "method=mine:build", "method.how=raise,not,exit,memory,spoil", "bits.w=2,4", "epochs=2", "out=o"]
+    done = qbench(*words, cwd=tmp_path)
+    assert done.returncode == 8, done.stderr
+    found = list((tmp_path / "o").rglob("mine*/result.json"))
+    assert len(found) == 10
+    stored = [json.loads(path.read_text()) for path in found]
+    by_how = {
+        how: {r["status"] for r in stored if r["options"]["how"] == how} for how in ("raise", "exit", "spoil", "not")
+    }
+    assert by_how == {"raise": {"failed"}, "exit": {"failed"}, "spoil": {"diverged"}, "not": {"done"}}
+    assert done.stdout.count("failed") == 6
+    assert done.stdout.count("diverged") == 2
+    for reason in ("KeyError: 'planted'", "SystemExit: 3", "MemoryError", "the loss is nan"):
+        assert reason in done.stdout, reason
+    solo = qbench(*SMOKE[1:], "method=mine:build", "bits.w=2", "epochs=2", "out=solo", cwd=tmp_path)
+    assert solo.returncode == 0
+    (alone,) = (digest for name, digest in digests(tmp_path / "solo").items() if name.startswith("mine"))
+    assert alone in [r["weights_sha256"] for r in stored]
+    before = {path: path.stat().st_mtime_ns for path in found}
+    again = qbench(*words, cwd=tmp_path)
+    assert again.returncode == 8
+    changed = {json.loads(p.read_text())["options"]["how"] for p in found if p.stat().st_mtime_ns != before[p]}
+    assert changed == {"raise", "exit", "memory", "spoil"}, "what is done is not run again, what failed is"
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(tmp_path: Path, launcher: str) -> None:
+    words = [*SMOKE, "method=dorefa", "bits=w2,w2a2g4", "seed=0,1"]
+    alone = qbench(*words, "out=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    side_by_side = qbench(*words, "out=beside", f"hydra/launcher={launcher}", cwd=tmp_path)
+    assert side_by_side.returncode == 0, side_by_side.stderr
+    assert len(digests(tmp_path / "alone")) == 6
+    assert digests(tmp_path / "beside") == digests(tmp_path / "alone")
+    assert side_by_side.stdout.replace("beside", "alone") == alone.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"alone", "beside"}
+
+
+def test_workers_times_threads_never_exceed_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qbench import compose, sweep
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(compose, "dispatch", lambda arguments, job: seen.append(arguments))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for typed, threads, expected in (
+        ([], 1, 8),
+        ([], 3, 2),
+        (["99"], 2, 4),
+        (["3"], 2, 3),
+        (["-1"], 1, 8),
+        ([], 99, 1),
+    ):
+        words = [f"hydra.launcher.n_jobs={n}" for n in typed]
+        configs = compose.configurations(["method=dorefa", f"runtime.threads={threads}", f"out={tmp_path}"])
+        sweep.launch_all([*words, "hydra/launcher=joblib"], configs, "joblib")
+        assert seen[-1][-1] == f"hydra.launcher.n_jobs={expected}", (typed, threads)
+
+
+def test_a_killed_worker_costs_no_finished_work(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SABOTAGE)
+    words = [*SMOKE, "method=mine:build", "method.how=not,kill", "seed=0,1", "out=o", "hydra/launcher=joblib"]
+    first = qbench(*words, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}")
+    assert first.returncode == 8, first.stderr
+    assert (tmp_path / "killed").exists()
+    done = digests(tmp_path / "o")
+    again = qbench(*words, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}")
+    assert again.returncode == 0, again.stderr
+    after = digests(tmp_path / "o")
+    assert {name: after[name] for name in done} == done
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
+    words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4", "epochs=3", f"out={tmp_path}"]
+    process = subprocess.Popen([sys.executable, "-m", "qbench", *words], stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.rglob("dorefa*/result.json"))) < 1 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, message
+    assert "the same command goes on" in message
+    finished = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    assert 1 <= len(finished) < 4
+    assert qbench(*words).returncode == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
+    assert len(results(tmp_path)) == 4
+
+
+def test_every_method_by_glob(tmp_path: Path) -> None:
+    done = qbench(*SMOKE, "method=glob(*)", f"out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    names = {r["method"] for r in results(tmp_path).values()}
+    assert {"float", "dorefa"} < names
+
+
+def test_plan_names_every_run_and_trains_nothing(tmp_path: Path) -> None:
+    words = ["-m", "experiment=smoke", "method=dorefa", "bits.w=2,17", "seed=0,1", f"out={tmp_path / 'o'}"]
+    planned = qbench("plan", *words)
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.count("float-w32a32g32") == 2
+    assert planned.stdout.count("new ") == 4
+    assert planned.stdout.count("unsupported: dorefa does not know bits.w=17") == 2
+    assert "one after the other" in planned.stdout
+    assert not (tmp_path / "o").exists()
+    assert qbench(*words).returncode == 0
+    assert qbench("plan", *words).stdout.count("stored") == 4
+    listed = qbench("list", "runs", str(tmp_path / "o"))
+    assert listed.stdout.count("done") == 4
+    assert listed.stdout.count("unsupported") == 2
+
+
+def test_a_launcher_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    for words in ((*SMOKE, "hydra/launcher=jobib"), ("hydra/launcher=joblib",)):
+        done = qbench(*words, "method=dorefa", f"out={tmp_path}")
+        assert done.returncode == 2, done
+        assert "hydra/launcher" in done.stderr
+        assert not list(tmp_path.iterdir())
