@@ -104,9 +104,15 @@ def _without_figure(found: Sequence[Found]) -> list[Table]:
     if not rest:
         return []
     table = Table(("status", "run", "reason"), title="without a figure")
-    for run in sorted(rest, key=lambda r: r.status):
-        table.rows.append((run.status, str(run.path), run.reason.partition("\n")[0]))
-        table.values.append({"status": run.status, "run": str(run.path), "reason": run.reason})
+    cells: dict[tuple[str, str, str], list[Found]] = defaultdict(list)
+    for run in rest:  # what a method does not know is the same for all seeds: one line; all else is a run of its own
+        known = run.status == "unsupported" and run.result is not None
+        name = f"{run.result.method} {_bits(run.result)}" if known and run.result else str(run.path)
+        cells[run.status, name, run.reason].append(run)
+    for (status, name, reason), runs in sorted(cells.items()):
+        count = f", {len(runs)} runs" if len(runs) > 1 else ""
+        table.rows.append((status, name + count, reason.partition("\n")[0]))
+        table.values.append({"status": status, "runs": [str(run.path) for run in runs], "reason": reason})
     return [table]
 
 
