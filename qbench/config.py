@@ -153,7 +153,8 @@ class Config:
         for free in ("out", "rerun"):
             del everything[free]
         everything["runtime"] = {key: everything["runtime"][key] for key in ("threads", "deterministic")}
-        everything["dataset"].pop("recipe", None)
+        for free in ("recipe", "root", "download"):  # the epochs stand elsewhere; where files lie decides nothing
+            everything["dataset"].pop(free, None)
         if self.init not in ("float", "scratch"):
             everything["init"] = _file_sha256(self.init)
         return {"schema": SCHEMA} | everything

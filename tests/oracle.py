@@ -1,6 +1,6 @@
 """DoReFa-Net (arXiv 1606.06160) as slow, exact arithmetic: what the tensor code is held against.
 
-Sections are those of shared/papers/dorefa_xnor_hwgq.md. Everything rational stays a Fraction from the input
+Sections count the project's notes on the papers. Everything rational stays a Fraction from the input
 to the level; only tanh goes through float64. `k` is the bit-width, `n = 2^k - 1` the number of steps.
 A `*_unit` function is the map into [0, 1] in front of the rounding; tests use it to see how far an input
 lies from a rounding threshold.

@@ -1,7 +1,7 @@
 """DoReFa-Net against tests/oracle.py, hand-worked rows, properties, and mutants the comparison must reject.
 
 The check_* functions take the implementation as an argument, so that mutants can be put through them too.
-Sections are those of shared/papers/dorefa_xnor_hwgq.md. k or bits: bit-width; n = 2^k - 1 steps.
+Sections count the project's notes on the papers. k or bits: bit-width; n = 2^k - 1 steps.
 """
 
 from collections.abc import Callable

@@ -74,7 +74,7 @@ def test_resnet20_by_hand() -> None:
 
 
 def test_vgg_small_is_hwgqs() -> None:
-    """shared/papers: 4,657,546 parameters and 607.6 M multiply-adds, counted from the authors' prototxt."""
+    """4,657,546 parameters and 607.6 M multiply-adds, counted from the authors' prototxt."""
     model = vgg_small.build(CIFAR, 10, norm="plain")
     assert count(model) == 4_657_546
     assert sum(count_macs(model, CIFAR).values()) / 1e6 == pytest.approx(607.6, abs=0.05)

@@ -106,6 +106,12 @@ def quantize_activation_half_step(x: Tensor, levels: Tensor, backward: str = "cl
     return surrogate(x, nearest_level(x, levels), _slope(x.detach(), levels[-1], backward))
 
 
+@in_float32
+def binarize_weight(w: Tensor) -> Tensor:
+    """Binarize weights (O, ...) per output filter, mean|w| sign(w), with the identity as gradient. Section 3."""
+    return straight_through(w, filter_scale(w) * sign(w))
+
+
 def _slope(x: Tensor, top: Tensor, backward: str) -> Tensor:
     if backward == "vanilla":
         return x > 0
@@ -178,7 +184,7 @@ class Weight(BinaryWeight):
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the binarized weights."""
-        return straight_through(w, (filter_scale(w) * sign(w)).to(w.dtype))
+        return binarize_weight(w)
 
 
 class Activation(nn.Module):

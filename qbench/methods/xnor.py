@@ -73,6 +73,8 @@ def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
     Args:
         gradient: paper or authors; see the card.
     """
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient={gradient}: allowed are {', '.join(GRADIENTS)}")
     alpha, n = filter_scale(w), w[0].numel()
     if gradient == "authors":
         slope = (alpha * (w.detach().abs() < 1) + 1 / n) * (1 - 1 / w.shape[1]) * n
