@@ -153,8 +153,9 @@ class Config:
         for free in ("out", "rerun"):
             del everything[free]
         everything["runtime"] = {key: everything["runtime"][key] for key in ("threads", "deterministic")}
-        for free in ("recipe", "root", "download"):  # the epochs stand elsewhere; where files lie decides nothing
-            everything["dataset"].pop(free, None)
+        everything["dataset"].pop("recipe", None)
+        if "download" in everything["dataset"]:  # a published set: where its files lie decides nothing
+            del everything["dataset"]["root"], everything["dataset"]["download"]
         if self.init not in ("float", "scratch"):
             everything["init"] = _file_sha256(self.init)
         return {"schema": SCHEMA} | everything

@@ -115,6 +115,12 @@ def test_the_same_run_however_it_is_typed(configure: Configure) -> None:
     assert same[0].directory() not in found
 
 
+def test_where_published_files_lie_decides_nothing(configure: Configure) -> None:
+    first, second = (configure("dataset=cifar10", f"dataset.root={root}") for root in ("a", "b"))
+    assert first.directory() == second.directory()
+    assert first.directory() != configure("dataset=cifar10", "dataset.flip=false").directory()
+
+
 def test_protocol_ignores_what_belongs_to_the_method(configure: Configure) -> None:
     first = configure("method=dorefa").protocol()
     assert configure("method=dorefa", "bits=w4a4", "seed=3", "model.act=kept", "runtime.threads=2").protocol() == first

@@ -1,0 +1,26 @@
+"""CIFAR-10 (A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images"): small colour photographs.
+
+50,000 training and 10,000 test images, 3x32x32, in ten classes of equal size: airplane, automobile, bird, cat, deer,
+dog, frog, horse, ship, truck. With 10,000 test images one run's sampling error is about 0.5 points at 92 %.
+
+Read from `<root>/cifar-10-batches-py/`, the Python version's files: data_batch_1 to data_batch_5, test_batch and
+batches.meta. The augmentation is the usual one (He et al. 2015, arXiv 1512.03385, section 4.2): a crop out of the image
+padded by 4 pixels, and mirroring. `replicate` pads with the border instead of black.
+"""
+
+from qbench.data.dataset import Augment, Dataset
+from qbench.data.published import assembled, cifar
+
+
+def build(
+    *,
+    root: str = "data",
+    download: bool = False,
+    val: float = 0.1,
+    pad: int = 4,
+    flip: bool = True,
+    replicate: bool = False,
+) -> Dataset:
+    """Return CIFAR-10; `val` is the part of the training images held out."""
+    train, test = cifar("CIFAR10", root, download)
+    return assembled("cifar10", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate))
