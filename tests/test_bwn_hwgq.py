@@ -379,7 +379,7 @@ def test_xnors_activations() -> None:
 
 
 def test_xnors_input_scale_by_hand() -> None:
-    """K is the mean over channels of |x| under the kernel's box; here 3x3 with padding 1 over 1..9 and -3 times that."""
+    """K: the mean over channels of |x| under the kernel's box; here 3x3 with padding 1 over 1..9 and -3 times that."""
     layer = torch.nn.Conv2d(2, 4, 3, padding=1)
     plane = torch.arange(1.0, 10).reshape(1, 1, 3, 3)
     x = torch.cat([plane, -3 * plane], 1)
