@@ -36,6 +36,12 @@ class Parts:
         """The run of the float network to start from."""
         return parent(self.config, self.method.requires.norm)
 
+    @property
+    def network(self) -> dict[str, str]:
+        """What is unusual about the network around the quantizers, because the method requires it or a key says so."""
+        norm = self.method.requires.norm or self.config.model.get("norm", "auto")
+        return {} if norm in ("auto", "affine") else {"norm": str(norm)}
+
     def float_model(self) -> nn.Module:
         """Return the float network with the initial weights of the run's seed."""
         return _build_model(self.config, self.data, self.method)

@@ -136,7 +136,7 @@ def _conclude(
     session.publish("last.pt", last)
     session.publish("best.pt", best_weights)
     result = session.directory.new_result(
-        "done", made_data=parts.data.made, final=final, best=best, verified=verified,
+        "done", network=parts.network, made_data=parts.data.made, final=final, best=best, verified=verified,
         levels=max((layer["w"]["allowed"] for layer in verified.values() if "w" in layer), default=None),
         float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device),

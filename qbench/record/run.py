@@ -33,6 +33,7 @@ class Result:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     bits: dict[str, int]
+    network: dict[str, str] = field(default_factory=dict)
     levels: int | None = None
     seed: int
     dataset: str

@@ -41,15 +41,21 @@ def _block(
     title: str, results: list[Result], parents: dict[str, Result], labels: dict[str, str], logged: set[str]
 ) -> Table:
     table = Table(HEAD, title=title)
-    own = {_key(Path(r.float["run"])): r for r in results if r.float}
-    if own:
-        _add(table, "float", [parents.get(key) or _parent_of(child) for key, child in sorted(own.items())], logged)
+    origins: dict[str, dict[str, Result]] = defaultdict(dict)
+    for result in results:
+        if result.float:
+            key = _key(Path(result.float["run"]))
+            origins[_network(result)][key] = parents.get(key) or _parent_of(result)
+    for network, own in sorted(origins.items()):
+        _add(table, f"float {network}".strip(), list(own.values()), logged)
     cells: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for result in results:
         bits = result.bits
         cells[labels[_method(result)], -bits["w"], -bits["a"], -bits["g"]].append(result)
     for (label, *_), members in sorted(cells.items(), key=lambda item: item[0]):
         _add(table, label, members, logged)
+    for label, network in sorted({(labels[_method(r)], _network(r)) for r in results if r.network}):
+        table.notes.append(f"{label} is on a network with {network}, as its float parent is")
     if any(r.made_data for r in results):
         table.notes.append("made data: not for comparison with papers' tables")
     return table
@@ -161,6 +167,10 @@ def _identity(name: str, options: dict[str, Any]) -> str:
 
 def _method(result: Result) -> str:
     return _identity(result.method, result.options)
+
+
+def _network(result: Result) -> str:
+    return " ".join(f"{key}={value}" for key, value in sorted(result.network.items()))
 
 
 def _is_parent(result: Result) -> bool:
