@@ -95,6 +95,18 @@ def test_options_of_a_method_are_another_row_named_as_typed(configure: Configure
     assert [row[0] for row in table.rows] == ["float", "dorefa activation=abs", "dorefa activation=clip"]
 
 
+def test_float_parents_on_another_kind_of_network_are_a_row_of_their_own(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 97.0, 98.0)
+    path = plant(configure("method=hwgq"), 95.0, 97.5, network={"norm": "plain"})
+    stored = json.loads((path / "result.json").read_text())
+    stored["float"]["run"] = stored["float"]["run"].replace("00000000", "11111111")
+    (path / "result.json").write_text(json.dumps(stored))
+    (table,) = tables(configure())
+    assert [row[0] for row in table.rows] == ["float", "float norm=plain", "dorefa", "hwgq"]
+    assert [row[6] for row in table.rows] == ["98.00", "97.50", "97.00", "95.00"]
+    assert table.notes == ["hwgq is on a network with norm=plain, as its float parent is"]
+
+
 def test_the_same_seed_twice_is_said(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.0, 98.0)
     plant(configure("method=dorefa", "runtime.threads=2"), 96.0, 98.0)
