@@ -28,24 +28,14 @@ from qbench import registry
 from qbench.config import Config, from_node, nearest, parse_bits
 from qbench.errors import ConfigError
 
-FLAGS = (
-    *(
-        "--help",
-        "-h",
-        "--hydra-help",
-        "--version",
-        "--cfg",
-        "-c",
-        "--resolve",
-        "--package",
-        "-p",
-        "--run",
-        "-r",
-    ),
-    *("--multirun", "-m", "--shell-completion", "-sc", "--config-dir", "-cd", "--info", "-i"),
-)
+FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> values it takes, () for any, None for none
+    **dict.fromkeys(("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")),
+    **dict.fromkeys(("--shell-completion", "-sc")),
+    **dict.fromkeys(("--cfg", "-c"), ("job", "hydra", "all")),
+    **dict.fromkeys(("--info", "-i"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+    **dict.fromkeys(("--package", "-p", "--config-dir", "-cd"), ()),
+}
 LAUNCHER_KEYS = ("hydra/launcher=", "hydra.launcher.", "+hydra.launcher.", "hydra.sweeper.")
-TAKES_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd")
 
 
 def conf_directory() -> Path:
@@ -135,11 +125,11 @@ def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
 
 
 def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
-    check_arguments(arguments)
+    flags, overrides = sorted_out(arguments)
     Plugins.instance().register(Unwritten)
     typed, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     with tempfile.TemporaryDirectory(prefix="qbench-") as scratch:  # Hydra's own notes on a sweep; nobody reads them
-        sys.argv = ["qbench", *arguments, f"hydra.sweep.dir={scratch}"]
+        sys.argv = ["qbench", *flags, *overrides, f"hydra.sweep.dir={scratch}"]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
         try:
             hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(job)()
@@ -152,19 +142,37 @@ def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
                 os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def check_arguments(arguments: Iterable[str]) -> None:
-    """Refuse flags that do not exist and words that are no `key=value`."""
-    value_follows = False
-    for argument in arguments:
-        if value_follows:
-            value_follows = False
-        elif argument.startswith("-"):
-            flag = argument.partition("=")[0]
-            if flag not in FLAGS:
-                raise ConfigError(f"{argument}: no such flag{nearest(flag, FLAGS)}\nsee qbench --help")
-            value_follows = flag in TAKES_VALUE and "=" not in argument
-        elif "=" not in argument and not argument.startswith("~"):
-            raise ConfigError(f"{argument}: neither a verb nor key=value\nsee qbench --help for the verbs and keys")
+def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Part a command line into Hydra's flags with their values, and overrides: Hydra wants the latter in one piece.
+
+    Raises:
+        ConfigError: a flag or a value that does not exist, or a word that is no `key=value`.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        flag, _, value = word.partition("=")
+        if not word.startswith("-"):
+            if "=" not in word and not word.startswith("~"):
+                raise ConfigError(f"{word}: neither a verb nor key=value\nsee qbench --help for the verbs and keys")
+            overrides.append(word)
+            continue
+        if flag not in FLAGS:
+            raise ConfigError(f"{word}: no such flag{nearest(flag, FLAGS)}\nsee qbench --help")
+        allowed = FLAGS[flag]
+        if allowed is None:
+            flags.append(flag)
+            continue
+        if not value and words and "=" not in words[0] and words[0][:1] not in "-~":
+            value = words.pop(0)
+        if not value and flag in ("--info", "-i"):
+            value = "all"
+        if not value or (allowed and value not in allowed):
+            raise ConfigError(f"{flag} {value}: allowed is {', '.join(allowed) or 'a value'}".replace(" :", ":"))
+        flags += [flag, value]
+    return flags, overrides
 
 
 def reworded(error: Exception) -> str:

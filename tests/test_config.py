@@ -46,6 +46,8 @@ REFUSED = {
     "~method": ("method",),
     "method=no.such.module:build": ("no.such.module:build", "No module named"),
     "--frobnicate": ("--frobnicate", "no such flag"),
+    "--cfg=jop": ("--cfg jop", "job, hydra, all"),
+    "--package": ("--package", "a value"),
     "frobnicate": ("frobnicate", "key=value"),
 }
 
@@ -168,6 +170,13 @@ def test_bits_are_read() -> None:
     for text in ("", "2", "w", "a2w2", "w2x2", "w2a2g6 "):
         with pytest.raises(ConfigError):
             parse_bits(text)
+
+
+def test_flags_may_stand_anywhere() -> None:
+    assert compose.sorted_out(["a=1", "-m", "b=2", "--cfg", "job", "-p", "bits", "c=3", "--info"]) == (
+        ["-m", "--cfg", "job", "-p", "bits", "--info", "all"], ["a=1", "b=2", "c=3"],
+    )  # fmt: skip
+    assert compose.sorted_out(["--info", "plugins", "~seed"]) == (["--info", "plugins"], ["~seed"])
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"], ["list", "methods"], ["describe", "dorefa"]])
