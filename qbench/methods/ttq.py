@@ -1,0 +1,136 @@
+"""Trained Ternary Quantization: weights of three values, the two scales of a layer learned.
+
+Paper
+    Zhu, Han, Mao, Dally, "Trained Ternary Quantization", ICLR 2017, arXiv 1612.01064. Authors' code:
+    czhu95/ternarynet (tensorpack).
+
+Idea
+    Which weights are positive, zero or negative follows from latent weights; what they are worth is trained: one scale
+    for the positive ones of a layer, one for the negative.
+
+Forward
+    w_hat = Wp where w > delta, -Wn where w < -delta, else 0. threshold=max: delta = t max|w|; threshold=sparsity:
+    delta is the quantile of |w| below which the part r of the layer lies. Delta carries no gradient.
+
+Backward
+    dL/dWp = sum of dL/dw_hat over w > delta; dL/dWn = minus the sum over w < -delta (the minus that the paper's eq. 7
+    and ports leave out, and the authors' code has); sums, not means. Latent: dL/dw = dL/dw_hat times Wp, 1 or Wn in the
+    positive, zero and negative zone: a weight can leave zero.
+
+Schedule
+    One phase, from a float network.
+
+Sites
+    weight.
+
+State
+    positive, negative (scalars): Wp and Wn of a layer.
+
+Bits
+    w 2 (three values) or 32, a and g 32; by default w2a32g32.
+
+Protocol
+    CIFAR-10, authors' log: SGD with momentum 0.9 at 0.1, 0.01 from epoch 83, 0.001 from 124, 0.0002 from 301 of 400;
+    decay 2e-4 on the scales too; the network pre-activation ResNet-20 to 56 with a float first layer.
+
+Choices
+    t = 0.05 as in the paper. initial: the authors start both scales at 1, which blows up networks without batch
+    normalization; `mean` (default) starts them at the mean magnitude of their zone, `one` at 1.
+    decay: the authors decay the scales with the weights; 0 by default.
+    Weights are not divided by max|w| first, as the authors' code does not either.
+
+Deviations
+    The scales are kept at 1e-8 or more: below zero both zones would have the same sign, which was seen to cost points.
+    The last layer stays float by the layer policy, as in the paper; in the authors' CIFAR code it is ternary.
+
+Results
+    README (digits).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qbench.quant.layers import quantized_layers
+from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
+from qbench.quant.ops import in_float32, surrogate
+
+SMALLEST = 1e-8
+THRESHOLDS, INITIALS = ("max", "sparsity"), ("mean", "one")
+
+
+@in_float32
+def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor | float) -> Tensor:
+    """Ternarize a layer's weights (any shape) to `positive`, 0 and minus `negative`, by |w| > `threshold`.
+
+    Args:
+        positive, negative: scalars above 0, which get gradients.
+        threshold: a scalar, which gets none.
+    """
+    latent = w.detach()
+    above, below = latent > threshold, latent < -threshold
+    one, zero = torch.ones_like(latent), torch.zeros_like(latent)
+    slope = torch.where(above, positive.detach(), torch.where(below, negative.detach(), one))
+    values = torch.where(above, positive, torch.where(below, -negative, zero))
+    return values + surrogate(w, zero, slope)
+
+
+class Weight(nn.Module):
+    """Ternary weights of one layer with learned scales."""
+
+    def __init__(self, layer: nn.Module, threshold: str, t: float, initial: str, decay: float) -> None:
+        super().__init__()
+        self.threshold, self.t, self.weight_decay = threshold, t, decay
+        assert isinstance(layer.weight, Tensor)
+        w = layer.weight.detach()
+        delta = self.delta(w)
+        zones = [w[w > delta], -w[w < -delta]]
+        starts = [zone.mean() if initial == "mean" and len(zone) else torch.ones(()) for zone in zones]
+        self.positive, self.negative = (nn.Parameter(start.to(w.dtype).clone()) for start in starts)
+
+    def delta(self, w: Tensor) -> Tensor:
+        """Return the threshold of latent weights."""
+        magnitude = w.detach().abs().flatten()
+        if self.threshold == "max":
+            return self.t * magnitude.max()
+        return magnitude.kthvalue(max(1, round(self.t * magnitude.numel()))).values
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the ternarized weights."""
+        return ternarize_weight(w, self.positive, self.negative, self.delta(w))
+
+    def grid(self, w: Tensor) -> Grid:
+        """One group: -Wn, 0, Wp."""
+        return Grid(torch.stack([-self.negative, torch.zeros_like(self.positive), self.positive]).reshape(1, 3, 1))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Two bits a weight and both scales."""
+        return Storage(w.numel(), 2, 8)
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step, then keep the scales above zero."""
+    optimizer.step()
+    with torch.no_grad():
+        for layer in quantized_layers(model).values():
+            if isinstance(layer.weight_q, Weight):
+                layer.weight_q.positive.clamp_(min=SMALLEST)
+                layer.weight_q.negative.clamp_(min=SMALLEST)
+
+
+def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str = "mean", decay: float = 0.0) -> Method:
+    """Return TTQ; t is the part of max|w| (threshold=max), or the part of weights that are zero (sparsity)."""
+    if threshold not in THRESHOLDS:
+        raise ValueError(f"threshold={threshold}: allowed are {', '.join(THRESHOLDS)}")
+    if initial not in INITIALS:
+        raise ValueError(f"initial={initial}: allowed are {', '.join(INITIALS)}")
+    if not 0 <= t < 1:
+        raise ValueError(f"t={t}: allowed is a part from 0 to below 1")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay={decay}: allowed is 0 to below 1")
+    return Method(
+        name="ttq",
+        bits=Bits(w),
+        legal={"w": (2, FLOAT)},
+        weight=lambda name, layer, bits: Weight(layer, threshold, t, initial, decay),
+        step=stepped,
+    )

@@ -1,0 +1,88 @@
+"""Ternary Weight Networks: weights of three values, the scale and the threshold computed from the weights.
+
+Paper
+    Li, Zhang, Liu, "Ternary Weight Networks", arXiv 1605.04711 (2016).
+
+Idea
+    Of all ternary tensors alpha {-1, 0, 1}, take about the one nearest to W in the mean square: the threshold has no
+    closed form, but 0.7 of the mean magnitude is close to the optimum for Gaussian and uniform weights alike.
+
+Forward
+    Per layer: delta = 0.7 mean|w|; w_hat = alpha sign(w) where |w| > delta, else 0; alpha the mean of the |w| kept.
+
+Backward
+    dL/dw = dL/dw_hat.
+
+Schedule
+    One phase.
+
+Sites
+    weight.
+
+State
+    None.
+
+Bits
+    w 2 (three values) or 32, a and g 32; by default w2a32g32.
+
+Protocol
+    Not recorded here; the unified recipe is used.
+
+Choices
+    None.
+
+Deviations
+    None known. A layer whose weights are all zero stays zero, where the formula gives 0/0.
+
+Results
+    README (digits).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
+from qbench.quant.ops import in_float32, sign, straight_through
+
+
+def threshold_and_scale(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return delta = 0.7 mean|w| and alpha, the mean of the |w| above it; scalars without gradient."""
+    magnitude = w.detach().abs()
+    delta = 0.7 * magnitude.mean()
+    kept = magnitude > delta
+    return delta, (magnitude * kept).sum() / kept.sum().clamp(min=1)
+
+
+@in_float32
+def ternarize_weight(w: Tensor) -> Tensor:
+    """Ternarize a layer's weights (any shape): -alpha, 0, alpha."""
+    delta, alpha = threshold_and_scale(w)
+    return straight_through(w, alpha * sign(w) * (w.detach().abs() > delta))
+
+
+class Weight(nn.Module):
+    """Ternary weights of one layer."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the ternarized weights."""
+        return ternarize_weight(w)
+
+    def grid(self, w: Tensor) -> Grid:
+        """One group: -alpha, 0, alpha."""
+        _, alpha = threshold_and_scale(w)
+        return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha]).reshape(1, 3, 1))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Two bits a weight and the scale."""
+        return Storage(w.numel(), 2, 4)
+
+
+def build(*, w: int = 2) -> Method:
+    """Return TWN."""
+    return Method(
+        name="twn",
+        bits=Bits(w),
+        legal={"w": (2, FLOAT)},
+        traits=frozenset({"odd"}),
+        weight=lambda name, layer, bits: Weight(),
+    )
