@@ -1,0 +1,171 @@
+"""LSQ: uniform levels whose step is learned, for weights and activations.
+
+Paper
+    Esser, McKinstry, Bablani, Appuswamy, Modha, "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153.
+
+Idea
+    Learn the step by the gradient that rounding itself has, not only that of the clip, and scale that gradient so that
+    step and weights move at comparable rates.
+
+Forward
+    v_hat = s round(clip(v / s, -Qn, Qp)). Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1; activations: Qn = 0,
+    Qp = 2^b - 1.
+
+Backward
+    dL/dv = dL/dv_hat where -Qn <= v / s <= Qp, else 0. dv_hat/ds = round(v / s) - v / s inside, -Qn or Qp outside;
+    dL/ds is scaled by 1 / sqrt(N Qp), N the number of weights, or of a sample's activations.
+
+Schedule
+    One phase, from a float network.
+
+Sites
+    weight, input.
+
+State
+    step (scalar): of a layer's weights, and of its input. signed (bool): whether the input's levels include negative
+    ones; ready (bool): whether the input's step was set from data.
+
+Bits
+    w 2-16 or 32, a 1-16 or 32, g 32; by default w2a2g32.
+
+Protocol
+    ImageNet: SGD with momentum 0.9 and a cosine over 90 epochs from a float network; first and last layer 8 bits.
+
+Choices
+    Steps start at 2 mean|v| / sqrt(Qp): weights' from the weights; activations' from the Probe, where the paper takes
+    the first batch. An input with negative values there gets levels of both signs.
+
+Deviations
+    Steps are kept at 1e-8 or more.
+
+Results
+    README (digits).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qbench.quant.layers import as_float, quantized_layers
+from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Requires, Storage
+from qbench.quant.ops import in_float32, on_backward, round_ste
+
+SMALLEST = 1e-8
+
+
+def limits(bits: int, signed: bool) -> tuple[int, int]:
+    """Return (Qn, Qp)."""
+    return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+@in_float32
+def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
+    """Quantize to step times the integers of b bits; `step` is a scalar above 0, which gets the gradient of eq. 3."""
+    if bits == FLOAT:
+        return x
+    low, high = limits(bits, signed)
+    step = step.to(x.dtype)
+    return round_ste((x / step).clamp(-low, high)) * step
+
+
+def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
+    """Return 2 mean|x| / sqrt(Qp), or 1 where x is all zero."""
+    start = 2 * x.detach().abs().mean() / max(limits(bits, signed)[1], 1) ** 0.5
+    return torch.where(start > 0, start, torch.ones_like(start))
+
+
+def scaled(step: Tensor, count: int, bits: int, signed: bool) -> Tensor:
+    """Return the step, its gradient times 1 / sqrt(count Qp). Section 2.2."""
+    factor = (count * max(limits(bits, signed)[1], 1)) ** -0.5
+    return on_backward(step, lambda grad: grad * factor)
+
+
+def _points(step: Tensor, bits: int, signed: bool) -> Grid:
+    low, high = limits(bits, signed)
+    return Grid((torch.arange(-low, high + 1, device=step.device) * step).reshape(1, -1, 1))
+
+
+class Weight(nn.Module):
+    """A layer's weights with their learned step."""
+
+    def __init__(self, layer: nn.Module, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        assert isinstance(layer.weight, Tensor)
+        self.step = nn.Parameter(initial_step(layer.weight, bits, signed=True))
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the quantized weights."""
+        return quantize(w, scaled(self.step, w.numel(), self.bits, signed=True), self.bits, True)
+
+    def grid(self, w: Tensor) -> Grid:
+        """Step times the integers of b bits."""
+        return _points(self.step, self.bits, signed=True)
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Codes and the step."""
+        return Storage(w.numel(), self.bits, 4)
+
+
+class Activation(nn.Module):
+    """A layer's input with its learned step."""
+
+    signed: Tensor
+    ready: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.step = nn.Parameter(torch.ones(()))
+        self.register_buffer("signed", torch.tensor(False))
+        self.register_buffer("ready", torch.tensor(False))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Set sign and step from inputs."""
+        self.signed.fill_(bool((x < 0).any()) and self.bits > 1)
+        self.step.copy_(initial_step(x, self.bits, bool(self.signed)))
+        self.ready.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized activations; the first ones decide the step where no probe did."""
+        if not self.ready:
+            self.fit(x)
+        signed = bool(self.signed)
+        return quantize(x, scaled(self.step, x[0].numel(), self.bits, signed), self.bits, signed)
+
+    def grid(self, x: Tensor) -> Grid:
+        """Step times the integers of b bits."""
+        return _points(self.step, self.bits, bool(self.signed))
+
+
+def prepare(model: nn.Module, probe: Probe) -> None:
+    """Set the steps of all inputs from what the float network's layers read."""
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer.input_q, Activation):
+            with as_float(model):
+                inputs, _ = probe.responses(model, name)
+            layer.input_q.fit(inputs)
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step, then keep the steps above zero."""
+    optimizer.step()
+    with torch.no_grad():
+        for layer in quantized_layers(model).values():
+            for site in (layer.weight_q, layer.input_q):
+                if isinstance(site, Weight | Activation):
+                    site.step.clamp_(min=SMALLEST)
+
+
+def build(*, w: int = 2, a: int = 2) -> Method:
+    """Return LSQ."""
+    return Method(
+        name="lsq",
+        bits=Bits(w, a),
+        legal={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
+        requires=Requires(act="kept"),
+        weight=lambda name, layer, bits: Weight(layer, bits),
+        input=lambda name, layer, bits: Activation(bits),
+        prepare=prepare,
+        step=stepped,
+    )

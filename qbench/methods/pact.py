@@ -1,0 +1,110 @@
+"""PACT: activations clipped at a learned level, weights as in DoReFa-Net.
+
+Paper
+    Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", arXiv 1805.06085 (2018).
+
+Idea
+    A fixed clip of activations at 1 suits no network; let each layer learn where to clip, and let decay pull the clip
+    down, since a smaller range has finer steps.
+
+Forward
+    y = 0.5 (|x| - |x - alpha| + alpha), that is x clipped to [0, alpha]; x_hat = round(y n / alpha) alpha / n,
+    n = 2^k - 1. Weights: DoReFa-Net's function of the same width.
+
+Backward
+    dL/dx = dL/dx_hat where 0 <= x < alpha, else 0. dL/dalpha = the sum of dL/dx_hat over x >= alpha; nothing from the
+    rounded part.
+
+Schedule
+    One phase, from a float network.
+
+Sites
+    weight, input.
+
+State
+    alpha (scalar): the clipping level of a layer's input.
+
+Bits
+    w and a each 1-16 or 32, g 32; by default w2a2g32.
+
+Protocol
+    CIFAR-10 ResNet-20: SGD with momentum 0.9 at 0.1, a tenth from epochs 60 and 120 of 200, batch 128, decay 2e-4;
+    first and last layer in high precision.
+
+Choices
+    initial: where alpha starts; 10 by default (as remembered of the paper, not checked against its text).
+    decay: of alpha by weight decay, 2e-4 by default as the weights' in the paper's protocol; it acts whatever the
+    optimizer's own weight decay is.
+
+Deviations
+    Alpha is kept at 1e-3 or more.
+
+Results
+    README (digits).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qbench.methods.dorefa import Weight
+from qbench.quant.layers import quantized_layers
+from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires
+from qbench.quant.ops import in_float32, levels_k, straight_through
+
+SMALLEST = 1e-3
+
+
+@in_float32
+def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
+    """Quantize activations to 2^bits levels in [0, alpha]; alpha is a scalar above 0, which gets a gradient."""
+    if bits == FLOAT:
+        return x
+    n = float(2**bits - 1)
+    alpha = alpha.to(x.dtype)
+    clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))  # the tie belongs to alpha, as the gradient of eq. 3 says
+    top = alpha.detach()
+    return straight_through(clipped, (clipped.detach() * (n / top)).round() * (top / n))
+
+
+class Activation(nn.Module):
+    """PACT in front of one layer."""
+
+    def __init__(self, bits: int, initial: float, decay: float) -> None:
+        super().__init__()
+        self.bits, self.weight_decay = bits, decay
+        self.alpha = nn.Parameter(torch.tensor(initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized activations."""
+        return quantize_activation(x, self.alpha, self.bits)
+
+    def grid(self, x: Tensor) -> Grid:
+        """2^bits levels from 0 to alpha."""
+        return Grid((levels_k(self.bits, x) * self.alpha).reshape(1, -1, 1))
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step, then keep the clipping levels above zero."""
+    optimizer.step()
+    with torch.no_grad():
+        for layer in quantized_layers(model).values():
+            if isinstance(layer.input_q, Activation):
+                layer.input_q.alpha.clamp_(min=SMALLEST)
+
+
+def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4) -> Method:
+    """Return PACT; alpha starts at `initial` and decays with weight decay `decay`."""
+    if initial <= SMALLEST:
+        raise ValueError(f"initial={initial}: allowed is a number above {SMALLEST}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay={decay}: allowed is 0 to below 1")
+    widths = (*range(1, 17), FLOAT)
+    return Method(
+        name="pact",
+        bits=Bits(w, a),
+        legal={"w": widths, "a": widths},
+        requires=Requires(act="either"),
+        weight=lambda name, layer, bits: Weight(bits),
+        input=lambda name, layer, bits: Activation(bits, initial, decay),
+        step=stepped,
+    )

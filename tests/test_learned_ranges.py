@@ -1,0 +1,79 @@
+"""PACT and LSQ against plain transcriptions of their equations, forward and backward."""
+
+import numpy as np
+import pytest
+import torch
+
+from qbench.methods import lsq, pact
+from qbench.models import mlp
+from qbench.quant.layers import install, quantized_layers
+from qbench.quant.method import Probe
+
+GRID = torch.arange(-48, 49, dtype=torch.float64) / 16
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("alpha", [0.75, 2.0])
+def test_pact_by_its_equations(bits: int, alpha: float) -> None:
+    x, a = GRID.clone().requires_grad_(), torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
+    up = torch.linspace(1, 2, len(GRID), dtype=torch.float64)
+    out = pact.quantize_activation(x, a, bits)
+    v, n = GRID.numpy(), 2**bits - 1
+    y = 0.5 * (np.abs(v) - np.abs(v - alpha) + alpha)  # eq. 1
+    np.testing.assert_allclose(out.detach(), np.round(y * n / alpha) * alpha / n, atol=1e-12)
+    dx, da = torch.autograd.grad(out, (x, a), up)
+    np.testing.assert_allclose(dx, up.numpy() * ((v >= 0) & (v < alpha)))
+    assert da.item() == pytest.approx((up.numpy() * (v >= alpha)).sum())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("step", [0.25, 0.375])
+def test_lsq_by_its_equations(bits: int, step: float, signed: bool) -> None:
+    x, s = GRID.clone().requires_grad_(), torch.tensor(step, dtype=torch.float64, requires_grad=True)
+    up = torch.linspace(1, 2, len(GRID), dtype=torch.float64)
+    out = lsq.quantize(x, s, bits, signed)
+    q_n, q_p = (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    v = GRID.numpy() / step
+    np.testing.assert_array_equal(out.detach(), np.round(np.clip(v, -q_n, q_p)) * step)  # eq. 1, 2
+    slope = np.where(v <= -q_n, -q_n, np.where(v >= q_p, q_p, np.round(v) - v))  # eq. 3
+    dx, ds = torch.autograd.grad(out, (x, s), up)
+    inside = (v >= -q_n) & (v <= q_p)
+    np.testing.assert_allclose(dx, up.numpy() * inside)
+    assert ds.item() == pytest.approx((up.numpy() * slope).sum(), rel=1e-12)
+
+
+def test_lsqs_gradient_scale_and_initial_step() -> None:
+    w = torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
+    assert lsq.initial_step(w, 3, True).item() == pytest.approx(2 * w.abs().mean().item() / 3**0.5)
+    assert lsq.initial_step(torch.zeros(3), 3, True) == 1
+    s = torch.tensor(0.1, requires_grad=True)
+    plain, scaled = (
+        torch.autograd.grad(lsq.quantize(w, step, 3, True).sum(), s)[0] for step in (s, lsq.scaled(s, 400, 3, True))
+    )
+    assert scaled.item() == pytest.approx(plain.item() / (400 * 3) ** 0.5)
+
+
+def test_lsqs_inputs_are_fitted_on_the_probe_and_know_their_sign() -> None:
+    model = install(lsq.build(w=4, a=4), mlp.build((1, 2, 2), 3, hidden=2, width=8))
+    x = torch.randn(32, 1, 2, 2)
+    probe = Probe([(x, torch.zeros(32, dtype=torch.long))], torch.nn.functional.cross_entropy)
+    lsq.prepare(model, probe)
+    (site,) = (layer.input_q for layer in quantized_layers(model).values())
+    assert site.ready
+    assert not site.signed, "the input follows a ReLU"
+    assert site.step != 1
+    site.fit(torch.randn(10))
+    assert site.signed
+
+
+@pytest.mark.parametrize("method", [pact, lsq])
+def test_half_types_are_computed_in_float32(method: object) -> None:
+    x = torch.rand(64).half()
+    scale = torch.tensor(1 / 3)
+    if method is pact:
+        out, exact = pact.quantize_activation(x, scale, 8), pact.quantize_activation(x.float(), scale, 8)
+    else:
+        out, exact = lsq.quantize(x, scale / 100, 8, True), lsq.quantize(x.float(), scale / 100, 8, True)
+    assert out.dtype == torch.half
+    assert torch.equal(out, exact.half())
