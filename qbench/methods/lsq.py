@@ -12,7 +12,7 @@ Forward
     Qp = 2^b - 1.
 
 Backward
-    dL/dv = dL/dv_hat where -Qn <= v / s <= Qp, else 0. dv_hat/ds = round(v / s) - v / s inside, -Qn or Qp outside;
+    dL/dv = dL/dv_hat where -Qn < v / s < Qp, else 0. dv_hat/ds = round(v / s) - v / s inside, -Qn or Qp outside;
     dL/ds is scaled by 1 / sqrt(N Qp), N the number of weights, or of a sample's activations.
 
 Schedule
@@ -64,7 +64,9 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
         return x
     low, high = limits(bits, signed)
     step = step.to(x.dtype)
-    return round_ste((x / step).clamp(-low, high)) * step
+    v = x / step
+    ends = torch.where(v >= high, float(high), torch.full_like(v, -low))
+    return torch.where((v > -low) & (v < high), round_ste(v), ends) * step
 
 
 def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:

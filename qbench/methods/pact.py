@@ -63,7 +63,7 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     alpha = alpha.to(x.dtype)
     clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))  # the tie belongs to alpha, as the gradient of eq. 3 says
     top = alpha.detach()
-    return straight_through(clipped, (clipped.detach() * (n / top)).round() * (top / n))
+    return straight_through(clipped, (clipped.detach() * n / top).round() * top / n)
 
 
 class Activation(nn.Module):
