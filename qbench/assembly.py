@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from qbench import registry
-from qbench.config import Config, parent
+from qbench.config import Config, digest, parent
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset
 from qbench.errors import CheckpointError, ConfigError
 from qbench.quant.layers import install
 from qbench.quant.method import Bits, Method, Unsupported
 from qbench.quant.policy import Policy, PolicyError
-from qbench.train.checkpoint import load_float, load_plain, seed_everything, unpack
+from qbench.train.checkpoint import is_sealed, load_float, load_plain, seed_everything, unpack
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ def assemble(config: Config) -> Parts:
     bits = Bits(config.bits.w or 32, config.bits.a or 32, config.bits.g or 32)
     method.check(bits)
     _check_requirements(config, method)
+    if config.optim.patience is not None and not len(data.val):
+        raise ConfigError("optim.patience waits for a better validation top-1, and dataset.val holds nothing out")
+    if not len(data.test):
+        raise ConfigError(f"dataset={config.dataset['name']}: its test split is empty")
     model = _build_model(config, data, method)
     parts = Parts(config, data, method, count_macs(model, data.shape), device)
     parts.install(model)
@@ -103,8 +107,10 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"runtime.device={name}: allowed are auto, cpu, cuda, cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"runtime.device={name}: torch finds no CUDA device here; try runtime.device=cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"runtime.device={name}: allowed are auto, cpu, cuda, cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"runtime.device={name}: torch finds no such CUDA device here; try runtime.device=cpu")
     return device
 
 
@@ -122,8 +128,8 @@ def _check_requirements(config: Config, method: Method) -> None:
             raise ConfigError(
                 f"model.{key}={got} contradicts method={method.name}, which requires {need}; leave model.{key}=auto"
             )
-    if config.model.get("act", "auto") not in ("auto", "kept", "replaced"):
-        raise ConfigError(f"model.act={config.model['act']}: allowed are auto, kept, replaced")
+    if config.model.get("act") == "replaced" and config.bits.a == 32:
+        raise Unsupported("model.act=replaced has no effect at bits.a=32: no quantizer takes the activation's place")
 
 
 def _build_model(config: Config, data: Dataset, method: Method) -> nn.Module:
@@ -149,6 +155,14 @@ def _check_norm(model: nn.Module, method: Method) -> None:
         )
 
 
+def verifies(file: Path, identity: dict[str, Any]) -> bool:
+    """Whether a run's published weights are there, undamaged, and of this run."""
+    try:
+        return unpack(file.read_bytes(), str(file)).get("identity") == digest(identity)
+    except (OSError, CheckpointError):
+        return False
+
+
 def load_start(model: nn.Module, path: Path, identity: str | None = None) -> str:
     """Load float weights from a checkpoint file or a run's best.pt; return what was loaded, skipped, left new.
 
@@ -163,11 +177,13 @@ def load_start(model: nn.Module, path: Path, identity: str | None = None) -> str
         data = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}; the weights to start from are gone") from None
-    ours = path.is_dir() or identity is not None
+    ours = path.is_dir() or identity is not None or is_sealed(data)
     state: dict[str, Any] = unpack(data, str(file)) if ours else load_plain(data, str(file))
     if identity is not None and state.get("identity") != identity:
         raise CheckpointError(f"{file} belongs to another run; train the parent anew with rerun=true")
     weights = state.get("model", state)
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{file}: its key `model` holds a {type(weights).__name__}, not a state_dict")
     skipped, new = load_float(model, weights, str(file))
     notes = [f"{len(skipped)} skipped ({', '.join(skipped[:3])}, ...)"] if skipped else []
     notes += [f"{len(new)} new ({', '.join(new[:3])}, ...)"] if new else []

@@ -18,21 +18,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, or what `qbench.errors` says of the error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
+        if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
             print(help_screen())
             return 0
-        if arguments[0] == "--version":
+        if "--version" in arguments:
             print(_version())
             return 0
         word = arguments[0]
         if word in VERBS:
             return VERBS[word](arguments[1:])
-        if "=" not in word and word[0] not in "-+~":
+        if "=" not in word and word[:1] not in ("-", "+", "~"):
             raise ConfigError(f"{word}: neither a verb nor key=value{nearest(word, VERBS)}\nverbs: {', '.join(VERBS)}")
         return train(arguments)
     except QbenchError as error:
         print(_three_lines(error), file=sys.stderr)
         return error.status
+    except KeyboardInterrupt:  # before a run began; after that signals are the run's own
+        return Interrupted.status
     except BrokenPipeError:  # the reader of our output has gone, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(
             f"qbench: a bug, or an error in your own code: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
-            "the traceback is in the run's log.txt; QBENCH_TRACEBACK=1 shows it here",
+            "QBENCH_TRACEBACK=1 shows the traceback; once a run has begun, its log.txt has it too",
             file=sys.stderr,
         )
         return BUG
@@ -71,14 +73,17 @@ def train_one(config: Config) -> int:
     if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
             print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
+        print(row([result]))
     else:
-        from qbench.experiment import run
-        from qbench.record.screen import Screen
-        from qbench.session import Desk
-
         with signals() as stop:
+            from qbench.experiment import run
+            from qbench.record.logbook import append_text
+            from qbench.record.screen import Screen
+            from qbench.session import Desk
+
             result = run(config, Desk(Screen(live=config.runtime.progress), stop))
-    print(row([result]))
+        print(row([result]))
+        append_text(directory.path / "log.txt", row([result]))
     return ConfigError.status if result.status == "unsupported" else 0
 
 
@@ -92,8 +97,8 @@ def train_all(arguments: list[str], configs: list[Config]) -> int:
     configs = list({RunDirectory(config).path: config for config in configs}.values())
     stopped = 0
     if any(config.rerun or not RunDirectory(config).stored() for config in configs):
-        sweep.check(configs)
         with signals() as stop:
+            sweep.check(configs)
             launcher = compose.launcher(arguments)
             found = sweep.launch_all(arguments, configs, launcher) if launcher else sweep.run_all(configs, stop)
             stopped = stop()
@@ -147,7 +152,7 @@ def compare(arguments: list[str]) -> int:
     if not directories:
         raise ConfigError("compare wants directories of runs: qbench compare outputs")
     tables = tables_of(runs.read(directories))
-    print(table.FORMATS[form](tables) if tables else "no runs there")
+    print("no runs there" if form == "text" and not tables else table.FORMATS[form](tables))
     return 0
 
 

@@ -16,7 +16,6 @@ from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.errors import (
     ConfigCompositionException,
-    HydraException,
     MissingConfigException,
     OverrideParseException,
 )
@@ -99,15 +98,20 @@ def configurations(arguments: list[str]) -> list[Config]:
         ConfigError: the command line does not make a configuration.
     """
     found: list[Config] = []
-    wrong: list[ConfigError] = []
+    wrong: list[Exception] = []
 
     def collect(node: DictConfig) -> None:
         try:
             found.append(from_node(node))
-        except ConfigError as error:  # Hydra would print it and go on its own way
+        except Exception as error:  # Hydra would print it and go on its own way
             wrong.append(error)
 
-    _hydra([a for a in arguments if not a.startswith(LAUNCHER_KEYS)], collect)
+    try:
+        _hydra([a for a in arguments if not a.startswith(LAUNCHER_KEYS)], collect)
+    except ConfigError:
+        raise
+    except Exception as error:  # Hydra's and OmegaConf's own errors, and a YAML file of the user's that cannot be read
+        raise ConfigError(reworded(error, arguments)) from None
     if wrong:
         raise wrong[0]
     return found
@@ -133,8 +137,6 @@ def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
         try:
             hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(job)()
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(reworded(error)) from None
         finally:
             sys.argv = typed
             del os.environ["HYDRA_FULL_ERROR"]
@@ -175,19 +177,26 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def reworded(error: Exception) -> str:
+def reworded(error: Exception, arguments: list[str]) -> str:
     """Return what one of Hydra's errors means to the person who typed the command line."""
+    for argument in arguments:  # a group given a value that is no name at all: null, 3, [1]
+        key, _, value = argument.partition("=")
+        if isinstance(error, ValueError | TypeError) and key in groups() and value not in names(key):
+            return _missing_option(f"{key}/{value}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(str(error.missing_cfg_file))
     text = str(error).strip()
     cause = error.__cause__
+    if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{ambiguous[1]}: several values are a sweep\nput -m in front, or write a list as key=[a,b]"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as key=value: {text.splitlines()[0]}"
+        why = text.splitlines()[0]
+        return f"{error.override}: cannot be read as key=value: {why}\nquote odd characters twice: 'key=\"value\"'"
     if isinstance(error, ConfigCompositionException) or isinstance(cause, OmegaConfBaseException):
         typed = re.search(r"Could not (?:override|append|add|delete)[^']*'([^']+)'", text)
         if typed and (known := _unknown_key(typed[1].lstrip("+~").partition("@")[0])):
             return known
-    return " ".join(text.splitlines()[:2])
+    return " ".join(text.splitlines()[:2]) or type(error).__name__
 
 
 def _missing_option(path: str) -> str:

@@ -28,12 +28,13 @@ SCHEMA = 1
 FLOAT = 32
 
 
-def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
-    """Return a field for a finite number low <= x <= high (low < x with `above`)."""
-    text = f"a number {'above' if above else 'from'} {low:.12g}" + (f" to {high:.12g}" if high < math.inf else " on")
+def within(default: Any, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Any:
+    """Return a field for a finite number low <= x <= high (low < x with `above`, x < high with `below`)."""
+    text = f"a number {'above' if above else 'from'} {low:.12g}"
+    text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
 
     def holds(x: Any) -> bool:
-        return bool(math.isfinite(x) and x <= high and (x > low if above else x >= low))
+        return bool(math.isfinite(x) and (x < high if below else x <= high) and (x > low if above else x >= low))
 
     return field(default=default, metadata={"holds": holds, "allowed": text})
 
@@ -49,6 +50,9 @@ def layer_width(default: str) -> Any:
 
 
 WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}"
+
+
+ACTS = ("auto", "kept", "replaced")
 
 
 def is_width(x: Any) -> bool:
@@ -80,12 +84,12 @@ class Optim:
     gamma: float = within(0.1, 0, 1, above=True)
     batch_size: int = within(64, 1)
     weight_decay: float = within(0.0, 0)
-    momentum: float = within(0.9, 0, 1)
+    momentum: float = within(0.9, 0, 1, below=True)
     nesterov: bool = False
     eps: float = within(1e-8, 0, above=True)
-    label_smoothing: float = within(0.0, 0, 1)
+    label_smoothing: float = within(0.0, 0, 1, below=True)
     clip_norm: float | None = within(None, 0, above=True)
-    ema: float | None = within(None, 0, 1)
+    ema: float | None = within(None, 0, 1, below=True)
     patience: int | None = within(None, 1)
 
 
@@ -154,7 +158,8 @@ class Config:
             del everything[free]
         everything["runtime"] = {key: everything["runtime"][key] for key in ("threads", "deterministic")}
         everything["dataset"].pop("recipe", None)
-        if "download" in everything["dataset"]:  # a published set: where its files lie decides nothing
+        own = ":" in everything["dataset"]["name"]
+        if not own and {"root", "download"} <= set(everything["dataset"]):  # where published files lie decides nothing
             del everything["dataset"]["root"], everything["dataset"]["download"]
         if self.init not in ("float", "scratch"):
             everything["init"] = _file_sha256(self.init)
@@ -181,7 +186,16 @@ class Config:
 
 def digest(values: Mapping[str, Any]) -> str:
     """Return the sha256 of plain values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Write 1.0 as 1: the two are the same value, however it was typed."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -200,6 +214,7 @@ def from_node(node: DictConfig) -> Config:
     Raises:
         ConfigError: a key that does not exist, a value of the wrong type or out of range, named as typed.
     """
+    _check_nodes(Config, node)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), node)
         config = OmegaConf.to_object(merged)
@@ -213,6 +228,22 @@ def from_node(node: DictConfig) -> Config:
     assert isinstance(config, Config)
     _check(config)
     return _filled(config)
+
+
+def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
+    """Refuse a plain value in the place of a group of keys, which OmegaConf would name in its own words."""
+    values: Any = OmegaConf.to_container(node)
+    for item in dataclasses.fields(schema):
+        nested, optional = dataclasses.is_dataclass(item.type), item.name == "rules"
+        holds_keys = nested or "dict" in str(item.type)
+        if item.name not in values or not holds_keys or (optional and values[item.name] is None):
+            continue
+        if not isinstance(values[item.name], dict):
+            choice = f"{item.name}@{path}{item.name}=NAME" if path else f"{item.name}=NAME"
+            allowed = "layer-name patterns and widths, {layer1.*: 8}" if optional else choice
+            raise ConfigError(f"{path}{item.name}={values[item.name]}: it holds keys of its own\nallowed: {allowed}")
+        if nested:
+            _check_nodes(item.type, node[item.name], f"{path}{item.name}.")  # type: ignore[arg-type]
 
 
 def parse_bits(text: str) -> dict[str, int | None]:
@@ -246,7 +277,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _filled(config: Config) -> Config:
     """Fill in the widths that the method decides; make a float run from scratch the parent it is."""
-    if config.init not in ("auto", "float", "scratch") and not Path(config.init).exists():
+    if config.init not in ("auto", "float", "scratch") and not (config.init and Path(config.init).exists()):
         raise ConfigError(
             f"init={config.init}: no such file or directory\n"
             "allowed: auto, float, scratch, or the path of a run's directory or a checkpoint"
@@ -281,6 +312,8 @@ def _check(node: Any, path: str = "") -> None:
         for group in ("model", "dataset", "method"):
             if not isinstance(getattr(node, group).get("name"), str):
                 raise ConfigError(f"{group}.name is missing; choose one with {group}=NAME")
+        if node.model.get("act", "auto") not in ACTS:
+            raise ConfigError(f"model.act={node.model['act']}: allowed are {', '.join(ACTS)}")
 
 
 def _check_schedule(optim: Optim, path: str) -> None:
@@ -291,8 +324,10 @@ def _check_schedule(optim: Optim, path: str) -> None:
         raise ConfigError(f"{path}schedule=step wants milestones, e.g. '{path}milestones=[0.5,0.75]'")
     if optim.schedule == "exponential" and not 0 < optim.lr_end <= optim.lr:
         raise ConfigError(
-            f"{path}lr_end={optim.lr_end:g}: an exponential schedule wants one above 0, up to lr={optim.lr:g}"
+            f"{path}lr={optim.lr:g} with {path}lr_end={optim.lr_end:g}: an exponential schedule wants 0 < lr_end <= lr"
         )
+    if optim.nesterov and not optim.momentum:
+        raise ConfigError(f"{path}nesterov=true wants {path}momentum above 0")
 
 
 def _unknown(key: str, schema: type) -> str:
@@ -311,7 +346,7 @@ def _wrong_type(error: ValidationError, node: DictConfig) -> str:
     got = OmegaConf.select(node, key)
     wanted = re.search(r"(Integer|Float|Boolean|String|Union\[[^]]*\])", str(error))
     words = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
-    kind = words.get(wanted.group(1), WIDTHS) if wanted else "another type"
+    kind = words.get(wanted.group(1), WIDTHS) if wanted else "a value" if got is None else "another type"
     return f"{key}={got}: allowed is {kind}"
 
 

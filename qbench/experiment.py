@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.assembly import Parts, assemble, load_start
+from qbench.assembly import Parts, assemble, load_start, verifies
 from qbench.config import FLOAT, Config, digest
 from qbench.cost.count import count_cost
 from qbench.data.dataset import Loader
 from qbench.errors import Diverged, Interrupted
-from qbench.quant.layers import fully_quantized
+from qbench.quant.layers import fully_quantized, quantized_layers
 from qbench.quant.method import Probe, Unsupported
 from qbench.quant.verify import NotQuantized, verify
 from qbench.record import manifest
@@ -26,15 +26,18 @@ from qbench.train.loop import Average, State, Task, evaluate, evaluated_weights,
 PROBE_IMAGES = 256
 
 
-def run(config: Config, desk: Desk | None = None) -> Result:
+def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Result:
     """Return the result of a configuration: the stored one, else by doing the work, or what is left of it.
+
+    Args:
+        intact: a stored result counts only if its best.pt verifies too, since somebody wants to start from it.
 
     Raises:
         QbenchError: of the kind that `qbench.errors` names. A run that had begun keeps its directory.
     """
     desk = desk or Desk()
     directory = RunDirectory(config)
-    if not config.rerun and (stored := directory.stored()):
+    if not config.rerun and (stored := _stored(directory, intact)):
         return stored
     try:
         parts = assemble(config)
@@ -43,13 +46,13 @@ def run(config: Config, desk: Desk | None = None) -> Result:
             directory.write_config()
             return directory.conclude(directory.new_result("unsupported", reason=str(reason)))
     with directory.held(desk.check):
-        if not config.rerun and (stored := directory.stored()):  # another process finished it meanwhile
+        if not config.rerun and (stored := _stored(directory, intact)):  # another process finished it meanwhile
             return stored
-        if config.rerun:
-            directory.start_over()
-        parent, start = _start(parts, desk)
-        desk.screen.log = directory.path / "log.txt"
+        if directory.has_result():  # done, and wanted anew; or failed, and tried again from its last checkpoint
+            directory.start_over(whole=config.rerun or directory.stored() is not None)
         try:
+            parent, start = _start(parts, desk)
+            desk.screen.log = directory.path / "log.txt"
             return directory.conclude(_work(parts, directory, parent, start, desk))
         except Interrupted:
             raise
@@ -62,6 +65,14 @@ def run(config: Config, desk: Desk | None = None) -> Result:
             desk.screen.log = None
 
 
+def _stored(directory: RunDirectory, intact: bool) -> Result | None:
+    """Return the stored result; with `intact` only if the weights beside it verify."""
+    stored = directory.stored()
+    if stored and intact and stored.status == "done" and not verifies(directory.path / "best.pt", directory.identity):
+        return None
+    return stored
+
+
 def _start(parts: Parts, desk: Desk) -> tuple[Result | None, Path | None]:
     """Return the float parent's result and the path of the weights to start from; train the parent if need be."""
     config = parts.config
@@ -69,7 +80,7 @@ def _start(parts: Parts, desk: Desk) -> tuple[Result | None, Path | None]:
         return None, None
     if config.init != "float":
         return None, Path(config.init)
-    parent = run(parts.parent, desk)
+    parent = run(parts.parent, desk, intact=True)
     return parent, Path(parent.run)
 
 
@@ -78,6 +89,8 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
     config = parts.config
     directory.write_config()
     loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
+    if loader.batch_size < config.optim.batch_size:
+        desk.screen.say(f"optim.batch_size={config.optim.batch_size}: there are {loader.batch_size} training images")
     manifest.write(
         directory.path / "manifest.json",
         threads=config.runtime.threads,
@@ -137,24 +150,37 @@ def _conclude(
     session.publish("best.pt", best_weights)
     result = session.directory.new_result(
         "done", network=parts.network, made_data=parts.data.made, final=final, best=best, verified=verified,
-        levels=max((layer["w"]["allowed"] for layer in verified.values() if "w" in layer), default=None),
+        levels=_levels(model, verified, parts.method.bits.w),
         float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device),
-        weights_sha256=weights_sha256(last), wall_seconds=session.wall_seconds, notes=_hints(parts),
+        weights_sha256=weights_sha256(last), wall_seconds=session.wall_seconds, notes=_hints(parts, verified),
     )  # fmt: skip
     _show(model, state, session, result)
     return result
 
 
-def _hints(parts: Parts) -> list[str]:
+def _levels(model: nn.Module, verified: dict[str, Any], width: int) -> int | None:
+    """Return the levels that the weights of the method's own width may take, not those of layers with another one."""
+    layers = quantized_layers(model)
+    counts = {name: found["w"]["allowed"] for name, found in verified.items() if "w" in found}
+    own = [count for name, count in counts.items() if layers[name].bits.w == width]
+    return max(own or counts.values(), default=None)
+
+
+def _hints(parts: Parts, verified: dict[str, Any]) -> list[str]:
     """Return what a reader of the row should bear in mind."""
     bits, legal = parts.method.bits, parts.method.legal
     if parts.config.is_parent:
         return ["trained by pretrain.epochs and pretrain.optim; epochs and optim are for what starts from it"]
-    if bits.w == bits.a == bits.g == FLOAT:
+    if not verified:
         return ["nothing quantized"]
     if bits.w < FLOAT and bits.a == FLOAT and bits.w in legal.get("a", ()):
-        return [f"activations float; papers' {bits.w}-bit nets are usually bits=w{bits.w}a{bits.w}"]
+        both = f"bits=w{bits.w}a{bits.w}"
+        return [
+            f"activations float; papers' 2-bit nets are usually {both}"
+            if bits.w == 2
+            else f"activations float; {both} quantizes them too"
+        ]
     return []
 
 

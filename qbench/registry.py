@@ -6,6 +6,7 @@ its node of the configuration may have.
 """
 
 import ast
+import hashlib
 import importlib
 import inspect
 import os
@@ -78,7 +79,7 @@ def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) 
     """
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
-    options = {key: value for key, value in node.items() if key not in ("name", "family", "recipe")}
+    options = {key: value for key, value in node.items() if key not in ("name", "family", "recipe", "source")}
     known = {key: p.default for key, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for key, value in options.items():
         if key not in known or key in fixed:
@@ -100,13 +101,17 @@ def defaults(group: str, name: str) -> dict[str, Any]:
     found = {}
     for key, parameter in inspect.signature(find(group, name)).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
-            found[key] = parameter.default
+            found[key] = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     if group == "method":
         found["bits"] = "".join(f"{key}{found.pop(key)}" for key in "wag" if key in found) or "w32"
     if group == "model":
         found |= {"act": "auto"} | ({"norm": "auto"} if "norm" in found else {})
     if group == "dataset":
         found["recipe"] = dict(RECIPE)
+    if ":" in name:  # what the user's own file holds is part of what decides the result
+        spec = find_spec(name.partition(":")[0])
+        if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
+            found["source"] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
     return {"name": name} | found
 
 
@@ -132,11 +137,13 @@ def _same_type(value: Any, default: Any) -> bool:
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(default, float):
         return isinstance(value, int | float)
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple)
     return isinstance(value, type(default))
 
 
 def _kind(default: Any) -> str:
-    kinds: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list"}
     return kinds.get(type(default), f"a {type(default).__name__}")
 
 

@@ -114,6 +114,33 @@ def test_the_same_seed_twice_is_said(configure: Configure) -> None:
     assert any("more than once" in note for note in table.notes)
 
 
+def test_a_copy_of_a_run_is_not_a_second_run(configure: Configure, tmp_path: Path) -> None:
+    path = plant(configure("method=dorefa"), 97.0, 98.0)
+    shutil.copytree(path, path.with_name("copy"))
+    (table,) = tables(configure())
+    assert table.values[1]["n"] == 1
+    assert "copies of runs listed already" in table.notes[-1]
+
+
+def test_an_odd_result_is_torn_and_harms_no_other(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 97.0, 98.0)
+    odd = [
+        {"final": None},
+        {"final": {}},
+        {"protocol": {}},
+        {"notes": None},
+        {"bits": {}},
+        {"cost": 3},
+        {"options": []},
+    ]
+    for seed, change in enumerate(odd, start=1):
+        path = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0) / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    first, rest = tables(configure())
+    assert first.values[1]["n"] == 1
+    assert [row[0] for row in rest.rows] == ["torn"] * len(odd)
+
+
 def test_torn_running_and_unfinished_runs_are_named(configure: Configure) -> None:
     good = plant(configure("method=dorefa"), 97.0, 98.0)
     for seed, text in ((1, '{"schema": 1, "sta'), (2, "[]"), (3, '{"schema": 99}'), (4, "\xff\x00")):

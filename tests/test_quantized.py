@@ -57,6 +57,35 @@ def test_a_network_that_is_not_quantized_is_found_out(part: str) -> None:
         verify(model, X)
 
 
+def test_a_large_group_hides_no_small_one_and_fine_steps_count() -> None:
+    class Grouped(nn.Module):
+        def __init__(self, points: torch.Tensor, add: float) -> None:
+            super().__init__()
+            self.points, self.add = points, add
+
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            scale = self.points[:, -1].reshape(-1, 1, 1, 1)
+            return torch.where(w >= 0, scale, -scale) + self.add * (torch.arange(len(w)) == 1).reshape(-1, 1, 1, 1)
+
+        def grid(self, w: torch.Tensor) -> Grid:
+            return Grid(self.points.unsqueeze(-1), lambda t: t.reshape(len(t), -1, 1))
+
+    model = net(dorefa.build(w=2))
+    layer = quantized_layers(model)["layer2.0.conv1"]
+    scales = torch.ones(len(layer.weight))
+    scales[0] = 1e4
+    points = torch.stack([-scales, scales], 1)
+    layer.weight_q = Grouped(points, 0.0)
+    assert verify(model, X)["layer2.0.conv1"]["w"] == {"found": 2, "allowed": 2}
+    layer.weight_q = Grouped(points, 0.01)
+    with pytest.raises(NotQuantized):
+        verify(model, X)
+    fine = torch.linspace(-1, 1, 2**16).expand(len(layer.weight), -1)
+    layer.weight_q = Grouped(fine, -0.3 * 2 / 65535)
+    with pytest.raises(NotQuantized):
+        verify(model, X)
+
+
 def test_not_a_number_is_off_the_grid() -> None:
     model = net(dorefa.build(w=2))
     with torch.no_grad():

@@ -21,12 +21,19 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
 
     Counted on a copy without memory (meta tensors), so that any size costs nothing.
     """
-    ghost = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ghost(torch.empty(1, *shape, device="meta"))
-    counts = counter.get_flop_counts()
-    root = type(ghost).__name__
+    root = type(model).__name__
+    try:
+        counts = _flops(copy.deepcopy(model).to("meta"), torch.empty(1, *shape, device="meta"))
+    except Exception:  # a network of the user's own may make tensors on the CPU, or look at values
+        counts = _flops(copy.deepcopy(model), torch.zeros(1, *shape))
     return {name: sum(counts.get(f"{root}.{name}", {}).values()) // 2 for name in quantizable(model)}
+
+
+def _flops(model: nn.Module, images: torch.Tensor) -> dict[str, Any]:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(images)
+    counts: dict[str, Any] = counter.get_flop_counts()
+    return counts
 
 
 def count_cost(model: nn.Module, macs: dict[str, int]) -> dict[str, Any]:

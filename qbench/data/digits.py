@@ -35,6 +35,8 @@ def read() -> Split:
 
 def build(*, val: float = 0.1, pad: int = 1) -> Dataset:
     """Return the digits; `val` is the part of the training images held out, `pad` the random shift in pixels."""
+    if not 0 <= pad < 8:
+        raise ValueError(f"pad={pad}: allowed are 0 to 7 pixels")
     rest, test = hold_out(read(), TEST)
     train, held = hold_out(rest, val)
     mean, std = mean_and_std(train.images)

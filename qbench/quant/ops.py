@@ -87,6 +87,8 @@ def sign(x: Tensor) -> Tensor:
 
 def quantize_k(x: Tensor, bits: int) -> Tensor:
     """DoReFa's Qk on x in [0, 1]: round(x n) / n with n = 2^bits - 1, straight-through (1606.06160, eq. 5-6)."""
+    if bits < 1:
+        raise ValueError(f"bits={bits}: allowed is 1 or more")
     n = float(2**bits - 1)
     return round_ste(x * n) / n
 

@@ -4,12 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import FLOAT, Grid, quietly, recorded_calls
 
-TOLERANCE = 1e-5
-"""Largest distance from a level, relative to the group's largest level: float32 rounding, and no more."""
+ROUNDING = 4e-7
+"""Largest distance from a level, relative to the scale group's largest level, that is float32's doing."""
+
+LOOSE, OF_A_STEP = 1e-5, 0.05
+"""A method's own arithmetic may add up to 1e-5 of that level, as long as it is less than 0.05 of the nearest step."""
 
 
 class NotQuantized(Exception):
@@ -17,7 +21,7 @@ class NotQuantized(Exception):
 
 
 def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, dict[str, int]]]:
-    """Count levels in every quantized layer during one forward pass, and of its gradients.
+    """Count levels in every quantized layer during one forward pass, and of its gradients in the backward pass.
 
     Returns:
         layer -> w, a, g (those quantized) -> levels `found` in the fullest scale group, and levels `allowed` there.
@@ -26,42 +30,36 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, dict[str, in
         NotQuantized: some value is off its grid, or a quantizer declares none; the message names layer and tensor.
     """
     layers = quantized_layers(model)
-    sites = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q")]
-    with quietly(model), torch.no_grad(), recorded_calls(model, sites) as calls:
-        model(images)
-    passed = {site: (x, y) for site, x, y in calls}
+    sites = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q", "output_q")]
+    with quietly(model), torch.enable_grad(), recorded_calls(model, sites) as calls:
+        logits = model(images)
+        passed = {site: (x, y) for site, x, y in calls}
+        gradients = [f"{name}.output_q" for name, layer in layers.items() if layer.bits.g < FLOAT]
+        if gradients:
+            loss = F.cross_entropy(logits, (logits.detach().argmax(1) + 1) % logits.shape[1])
+            wanted = [t for site in gradients for t in (passed[site][1], passed[site][0])]  # arriving, leaving
+            found = iter(torch.autograd.grad(loss, wanted))
+            passed |= {site: (next(found), next(found)) for site in gradients}
     return {name: _verify_layer(name, layer, passed) for name, layer in layers.items()}
 
 
 def _verify_layer(name: str, layer: QLayer, passed: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, int]]:
     found = {}
-    if layer.bits.w < FLOAT:
-        found["w"] = _count(f"{name}: weights", layer.weight_q, *passed[f"{name}.weight_q"])
-    if layer.bits.a < FLOAT:
-        found["a"] = _count(f"{name}: activations", layer.input_q, *passed[f"{name}.input_q"])
-    if layer.bits.g < FLOAT:
-        found["g"] = _count(f"{name}: gradients", layer.output_q, *_gradient_through(layer.output_q))
+    kinds = (("w", "weights", "weight_q"), ("a", "activations", "input_q"), ("g", "gradients", "output_q"))
+    for key, what, slot in kinds:
+        if getattr(layer.bits, key) < FLOAT:
+            found[key] = _count(f"{name}: {what}", getattr(layer, slot), *passed[f"{name}.{slot}"])
     return found
-
-
-def _gradient_through(site: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return a gradient of four samples and what the output quantizer makes of it."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.zeros(4, 64, requires_grad=True)
-    arriving = torch.randn(4, 64, generator=generator)
-    with quietly(site), torch.enable_grad():
-        leaving = torch.autograd.grad(site(y, y.detach()), y, arriving)[0]
-    return arriving, leaving
 
 
 def _count(what: str, site: Any, before: Tensor, after: Tensor) -> dict[str, int]:
     if not hasattr(site, "grid"):
         raise NotQuantized(f"{what}: {type(site).__name__} declares no grid")
     with torch.no_grad():
+        before, after = before.detach(), after.detach()
         grid: Grid = site.grid(before)
         index, distance = nearest_points(grid.arrange(after), grid.points)
-    scale = grid.points.abs().nan_to_num(0).amax().clamp(min=torch.finfo(after.dtype).tiny)
-    off = ~(distance <= TOLERANCE * scale)  # true for NaN too
+    off = ~(distance <= _tolerance(grid.points))  # true for NaN too
     if off.any():
         raise NotQuantized(
             f"{what}: {int(off.sum())} of {off.numel()} values lie off the {grid.points.shape[1]} levels"
@@ -69,6 +67,14 @@ def _count(what: str, site: Any, before: Tensor, after: Tensor) -> dict[str, int
     used = torch.zeros(grid.points.shape[:2], dtype=torch.bool, device=index.device).scatter_(1, index, True)
     allowed = ~grid.points[..., 0].isnan()
     return {"found": int(used.sum(1).max()), "allowed": int(allowed.sum(1).max())}
+
+
+def _tolerance(points: Tensor) -> Tensor:
+    """Return for points (G, L, D) how far from a level a value of each group may lie, (G, 1)."""
+    scale = points.abs().nan_to_num(0).amax((1, 2)).clamp(min=torch.finfo(points.dtype).tiny)
+    steps = (points[:, 1:] - points[:, :-1]).norm(dim=-1).nan_to_num(torch.inf)
+    step = torch.where(steps > 0, steps, torch.inf).amin(1) if steps.shape[1] else torch.full_like(scale, torch.inf)
+    return torch.maximum(ROUNDING * scale, torch.minimum(LOOSE * scale, OF_A_STEP * step)).unsqueeze(1)
 
 
 def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,10 +74,14 @@ def guarded(action: Callable[[], T], path: Path, need: int = 0) -> T:
     try:
         return action()
     except OSError as error:
-        needed = f" ({need:,} bytes needed)" if need else ""
-        raise ResourceError(
-            f"cannot write {path}{needed}: {error.strerror or error}\nmake room or choose another place with out=DIR"
-        ) from error
+        raise refusal(error, path, need) from error
+
+
+def refusal(error: OSError, path: Path, need: int = 0) -> ResourceError:
+    """Return the error that tells a person why the system refused to write."""
+    needed = f" ({need:,} bytes needed)" if need else ""
+    why = error.strerror or error
+    return ResourceError(f"cannot write {path}{needed}: {why}\nmake room or choose another place with out=DIR")
 
 
 def sync_directory(path: Path) -> None:

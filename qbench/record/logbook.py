@@ -97,4 +97,4 @@ def append_text(path: Path, text: str) -> None:
 def _writer(path: Path, step: int) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(path), purge_step=step or None)
+    return SummaryWriter(str(path), purge_step=step + 1 if step else None)

@@ -69,7 +69,7 @@ def changed_since(path: Path) -> list[str]:
     stored = files.read_json(path) or {}
     pairs = [
         ("commit", stored.get("commit"), commit()),
-        ("torch", stored.get("versions", {}).get("torch"), versions()["torch"]),
+        ("torch", (stored.get("versions") or {}).get("torch"), versions()["torch"]),
     ]
     return [f"{what} {then} (now {now})" for what, then, now in pairs if then and now and then != now]
 

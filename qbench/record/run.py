@@ -58,9 +58,25 @@ def load_result(path: Path) -> Result | None:
     if values is None or values.get("schema") != SCHEMA or set(values) - {f.name for f in fields(Result)}:
         return None
     try:
-        return Result(**values | {"run": str(path)})
+        result = Result(**values | {"run": str(path)})
     except TypeError:  # fields are missing
         return None
+    return result if _is_sound(result) else None
+
+
+def _is_sound(result: Result) -> bool:
+    """Whether a result that was read has the parts that readers rely on."""
+    try:
+        measured = [result.final] if result.status == "done" else []
+        measured += [result.float["final"]] if result.float else []
+        figures = [part["test"]["top1"] for part in measured if part or result.status == "done"]  # type: ignore[index]
+        keys = [result.bits[key] for key in "wag"]
+        whole = isinstance(result.protocol["keys"], dict) and isinstance(result.protocol["hash"], str)
+        return whole and all(isinstance(x, int | float) for x in [*figures, *keys, result.seed]) and all(
+            isinstance(part, dict) for part in (result.options, result.network, *([result.cost] if result.cost else []))
+        ) and isinstance(result.notes, list)  # fmt: skip
+    except (TypeError, KeyError):
+        return False
 
 
 class RunDirectory:
@@ -89,6 +105,8 @@ class RunDirectory:
                 break
             except Timeout:
                 waiting()
+            except OSError as error:
+                raise files.refusal(error, self.path / ".lock") from error
         try:
             self._sweep_up()
             yield
@@ -137,17 +155,17 @@ class RunDirectory:
         ]
         return [path for _, path in sorted(found, reverse=True)]
 
-    def start_over(self) -> None:
-        """Remove what a former try left, its result first."""
-        names = [
-            "result.json",
-            *(p.name for p in self.states()),
-            "metrics.jsonl",
-            "last.pt",
-            "best.pt",
-            "log.txt",
-        ]
-        for path in [*(self.path / name for name in names), *self.path.glob("events.out.tfevents.*")]:
+    def has_result(self) -> bool:
+        """Whether a result stands here, of whatever status."""
+        return (self.path / "result.json").exists()
+
+    def start_over(self, *, whole: bool) -> None:
+        """Remove what a former try left, its result first; without `whole` only the result, so that it goes on."""
+        paths = [self.path / "result.json"]
+        if whole:
+            paths += [*self.states(), *self.path.glob("events.out.tfevents.*")]
+            paths += [self.path / name for name in ("metrics.jsonl", "last.pt", "best.pt", "log.txt")]
+        for path in paths:
             path.unlink(missing_ok=True)
 
     def _sweep_up(self) -> None:

@@ -69,14 +69,14 @@ class Screen:
         if self._live:
             self._bar = live_bar()
             self._bar.start()
-            self._bar.add_task(title, total=total, completed=done, text="")
+            self._bar.add_task(title.partition("  ")[0], total=total, completed=done, text="")
 
     def step(self, done: int, loss: Callable[[], float]) -> None:
         """Show that `done` steps are behind us; `loss` is read only when it is shown."""
         stage, now = self._stage, time.perf_counter()
         if self._bar and now - stage.shown_at > REFRESH:
             stage.shown_at = now
-            text = f"loss {loss():.4f}  {stage.note}{stage.speed(done):,.0f} images/s"
+            text = f"loss {loss():.3f}  {stage.speed(done):,.0f} images/s  {stage.note}"
             self._bar.update(self._bar.task_ids[0], completed=done, text=text)
 
     def epoch(self, done: int, record: dict[str, Any]) -> None:
@@ -104,11 +104,14 @@ def live_bar() -> Any:
     """Return a rich progress bar on stderr, with a field `text` for each task."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.percentage:>3.0f} %  {task.fields[text]}"),
-        TimeRemainingColumn(compact=True),
+    whole, short = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    columns = (  # on a narrow terminal the text gives way, not the bar and the time left
+        TextColumn("{task.description}", table_column=whole),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:>3.0f} %", table_column=whole),
+        TimeRemainingColumn(compact=True, table_column=whole),
+        TextColumn("{task.fields[text]}", table_column=short),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, expand=True)

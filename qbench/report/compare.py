@@ -21,6 +21,7 @@ def compare(found: Sequence[Found]) -> list[Table]:
     the last epoch. The difference is to each run's own float parent. Runs of unlike protocol are never averaged, nor
     set in one table; the keys in which protocols differ are named.
     """
+    found, copies = _without_copies(found)
     runs = [run.result for run in found if run.status == DONE and run.result is not None]
     parents = [r for r in runs if _is_parent(r)]
     children = [r for r in runs if not _is_parent(r)]
@@ -34,7 +35,25 @@ def compare(found: Sequence[Found]) -> list[Table]:
     labels = _labels(runs)
     titles = _titles(blocks)
     tables = [_block(titles[key], results, by_place, labels, logged) for key, results in sorted(blocks.items())]
+    if tables and copies:
+        tables[-1].notes.append(f"copies of runs listed already, left out: {', '.join(copies)}")
     return tables + _without_figure(found)
+
+
+def _without_copies(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
+    """Return the runs with every identity once, and the paths of the copies left out."""
+    kept: list[Found] = []
+    copies: list[str] = []
+    seen: set[str] = set()
+    for run in sorted(found, key=lambda r: str(r.path)):
+        identity = run.result.protocol.get("identity") if run.result and run.status == DONE else None
+        if identity in seen:
+            copies.append(str(run.path))
+            continue
+        kept.append(run)
+        if identity:
+            seen.add(identity)
+    return kept, copies
 
 
 def _block(
@@ -150,7 +169,7 @@ def _labels(results: Iterable[Result]) -> dict[str, str]:
     """Name each method with its options as typed, those that differ between runs of the same method only."""
     options: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
-        options[result.method].append(result.options)
+        options[result.method].append(_options(result))
     labels = {}
     for name, seen in options.items():
         keys = sorted(set().union(*seen))
@@ -166,7 +185,13 @@ def _identity(name: str, options: dict[str, Any]) -> str:
 
 
 def _method(result: Result) -> str:
-    return _identity(result.method, result.options)
+    return _identity(result.method, _options(result))
+
+
+def _options(result: Result) -> dict[str, Any]:
+    """Return a method's options; a fine-tuned float network says that it is no parent."""
+    init = result.protocol["keys"].get("init")
+    return result.options | ({"init": init} if result.method == "float" and init else {})
 
 
 def _network(result: Result) -> str:

@@ -46,13 +46,13 @@ def read(directories: Iterable[str]) -> list[Found]:
 
 def read_run(path: Path) -> Found:
     """Return what one run directory tells."""
+    if _is_held(path):
+        return Found(path=path, status="running", reason=_progress(path))
     if (path / "result.json").exists():
         result = load_result(path)
         if result is None:
             return Found(path=path, status="torn", reason="result.json is torn or of another version")
         return Found(path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes)
-    if _is_held(path):
-        return Found(path=path, status="running", reason=_progress(path))
     try:
         logged = _from_metrics(path) or _from_events(path)
     except (ConfigError, yaml.YAMLError, OSError, ValueError, KeyError, TypeError) as error:
@@ -97,7 +97,7 @@ def _from_metrics(path: Path) -> Result | None:
     """Return a result from config.yaml and the final record of metrics.jsonl, or None."""
     final = next((r for r in reversed(_records(path)) if r.get("kind") == "final"), None)
     file = path / "config.yaml"
-    if final is None or not file.exists():
+    if final is None or "test_top1" not in final or not file.exists():
         return None
     config = from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
     protocol = config.protocol()
@@ -126,7 +126,7 @@ def _from_events(path: Path) -> Result | None:
     metadata = events.summary_metadata.get("_hparams_/session_start_info")
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("final/")]
     final = {tag.removeprefix("final/"): events.Scalars(tag)[-1].value for tag in tags}
-    if metadata is None or not final:
+    if metadata is None or "test_top1" not in final:
         return None
     stored = HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info.hparams
     values = {key: getattr(value, value.WhichOneof("kind")) for key, value in stored.items()}

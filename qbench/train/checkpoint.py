@@ -6,7 +6,6 @@ loads with `weights_only=True`; without the footer single flipped bits would loa
 
 import hashlib
 import io
-import pickle
 import random
 import warnings
 from typing import Any
@@ -41,13 +40,19 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
     return load_plain(body, source)
 
 
+def is_sealed(data: bytes) -> bool:
+    """Whether a file claims to be made by `pack`."""
+    return data[-_FOOTER:][: len(_MARK)] == _MARK
+
+
 def load_plain(data: bytes, source: str) -> dict[str, Any]:
     """Return the dictionary of any `torch.save` file that holds plain values; code in it never runs."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of unusual pickles, which end in an error or in plain values
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble over
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{source} is no readable checkpoint: {why}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{source} holds a {type(state).__name__}, not a state_dict")
     return state

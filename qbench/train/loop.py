@@ -1,5 +1,6 @@
 """The training loop: the one loop, for float pretraining and for fine-tuning alike, and the one evaluation."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -141,6 +142,9 @@ def fit(task: Task, state: State, watch: Watch = Watch()) -> None:
         record["images"] = (state.step - first) * state.images // max(state.batch, 1)  # by this process
         with evaluated_weights(task.model, state):
             record |= {f"val_{key}": value for key, value in evaluate(task.model, task.validate()).items()}
+            if not math.isfinite(record.get("val_loss", 0.0)):
+                bad = record["val_loss"]
+                raise Diverged(f"the validation loss is {bad} in epoch {state.epoch}; try a lower optim.lr")
             _keep_best(task, state, record)
         losses, state.losses, state.images, state.hits, state.batch = state.losses, [], 0, 0, 0
         state.epoch += 1
