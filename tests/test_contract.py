@@ -95,6 +95,16 @@ def test_something_is_quantized_and_lies_on_its_levels(name: str, smoke: Configu
 
 
 @every_method
+def test_declared_properties_hold(name: str) -> None:
+    method = registry.create("method", {"name": name})
+    assert method.traits <= {"odd"}
+    if "odd" in method.traits:
+        layer = torch.nn.Linear(6, 5)
+        site = method.weight(name, layer, method.bits.w)
+        assert torch.equal(site(-layer.weight), -site(layer.weight))
+
+
+@every_method
 def test_trains_the_same_from_the_same_seed(name: str, smoke: Configure) -> None:
     first, second, other = (
         trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch", f"seed={s}")) for s in (0, 0, 1)

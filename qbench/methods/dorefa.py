@@ -192,7 +192,6 @@ def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> 
         bits=Bits(w, a, g),
         legal={"w": widths, "a": widths, "g": widths},
         requires=Requires(act="either" if activation == "clip" else "replaced"),
-        traits=frozenset({"stochastic"}) if g < FLOAT else frozenset(),
         weight=lambda name, layer, bits: Weight(bits),
         input=lambda name, layer, bits: Activation(function, low, bits),
         output=lambda name, layer, bits: Gradient(bits),

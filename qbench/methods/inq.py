@@ -146,7 +146,6 @@ def build(*, w: int = 5, portions: Sequence[float] = (0.5, 0.75, 0.875, 1.0), pa
         name="inq",
         bits=Bits(w),
         legal={"w": (*range(2, 9), FLOAT)},
-        traits=frozenset({"incremental"}),
         weight=lambda name, layer, bits: Weight(layer.weight.detach(), bits),  # type: ignore[operator]
         phases=(lambda epochs: stage_borders(epochs, len(steps))) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,

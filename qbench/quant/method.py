@@ -130,7 +130,7 @@ class Method:
         bits: the widths of this value.
         legal: widths that the method knows for w, a and g, 32 always among them.
         requires: what the network around it must be like.
-        traits: declared properties that the conformance kit checks: "odd", "idempotent", "stochastic", ...
+        traits: declared properties of the weights' function that the contract tests check: "odd".
         weight, input, output: sites; see `Site`.
         prepare: once, after the quantizers are in place and before the optimizer exists; never again on a resume.
         phases: epochs -> first epochs of the phases after the first, where the learning-rate schedule starts anew and

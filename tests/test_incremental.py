@@ -1,0 +1,140 @@
+"""INQ: its levels by the paper's equations, its masks, and what must never move a frozen weight."""
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from qbench.methods import inq
+from qbench.models import mlp
+from qbench.quant.layers import effective_weight, fully_quantized, install, quantized_layers
+from qbench.quant.masks import FrozenWeight, grow, stage, stage_borders
+
+
+def level_of(w: Fraction, n1: int, bits: int) -> Fraction:
+    """Eq. 4: neighbouring magnitudes l < h, |w| in [(l + h) / 2, 3 h / 2) gives h; beyond the largest, the largest."""
+    n2 = n1 + 1 - 2 ** (bits - 1) // 2
+    magnitudes = [Fraction(0)] + [Fraction(2) ** n for n in range(n2, n1 + 1)]
+    sign = 1 if w >= 0 else -1
+    for low, high in pairwise(magnitudes):
+        if (low + high) / 2 <= abs(w) < Fraction(3, 2) * high:
+            return sign * high
+    return sign * magnitudes[-1] if abs(w) >= Fraction(3, 2) * magnitudes[-1] else Fraction(0)
+
+
+@pytest.mark.parametrize(("bits", "count"), [(5, 17), (4, 9), (3, 5), (2, 3)])
+def test_levels_of_the_paper(bits: int, count: int) -> None:
+    """Section 2: n1 = floor(log2(4 s / 3)); 5 bits reach from n1 - 7 to n1, 2 bits are ternary."""
+    w = torch.tensor([0.9, -0.2, 0.01])
+    levels = inq.power_of_two_levels(w, bits)
+    assert len(levels) == count
+    assert levels[-1] == 1.0, "4 * 0.9 / 3 = 1.2, so n1 = 0"
+    assert levels[len(levels) // 2 + 1] == 2.0 ** (1 - 2 ** (bits - 1) // 2)
+    assert torch.equal(levels, -levels.flip(0))
+
+
+def test_the_largest_weight_goes_to_the_largest_level() -> None:
+    for i in range(1, 400):
+        s = i / 100
+        n1 = inq.largest_exponent(torch.tensor([s, -s / 3]))
+        assert 0.75 * 2.0**n1 <= s * (1 + 1e-6)
+        assert s < 1.5 * 2.0**n1 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_rounding_on_every_border(bits: int) -> None:
+    values = [Fraction(i, 64) for i in range(-90, 91)]
+    w = torch.tensor([float(v) for v in values])
+    n1 = inq.largest_exponent(w)
+    expected = [float(level_of(v, n1, bits)) for v in values]
+    assert inq.quantize_weight(w, bits).tolist() == expected
+
+
+def test_an_outlier_goes_to_the_largest_level_and_never_to_zero() -> None:
+    levels = inq.levels_from(0, 5)
+    assert inq.snapped(torch.tensor([1.49, 1.5, 7.0, -100.0]), levels).tolist() == [1, 1, 1, -1]
+
+
+def test_the_largest_first_and_masks_only_grow() -> None:
+    w = torch.tensor([0.1, -0.9, 0.5, 0.3, -0.7, 0.2, 0.8, -0.4])
+    frozen = torch.zeros(8, dtype=torch.bool)
+    first = inq.select_largest(w, 0.5, frozen)
+    assert first.tolist() == [False, True, True, False, True, False, True, False]
+    moved = torch.tensor([9.0, 0.0, 0.0, 0.3, 0.0, 0.2, 0.0, -0.4])
+    second = inq.select_largest(moved, 0.75, first)
+    assert second.tolist() == [True, True, True, False, True, False, True, True], "old ones stay, small as they are now"
+    assert not frozen.any()
+    assert torch.equal(grow(second, w.abs(), 0.5), second), "a smaller portion takes nothing back"
+    assert inq.select_largest(w, 1.0, second).all()
+    ties = grow(torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3), 0.5)
+    assert ties.tolist() == [[True, True, True], [False, False, False]]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_frozen_weights_are_bit_identical_under_momentum_and_decay(kind: type[torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    model = install(inq.build(w=3), mlp.build((1, 2, 2), 3, hidden=2, width=8))
+    (layer,) = quantized_layers(model).values()
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1, **options)  # type: ignore[call-arg]
+    x, y = torch.randn(16, 1, 2, 2), torch.randint(3, (16,))
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    train(3)
+    site = layer.weight_q
+    assert isinstance(site, inq.Weight)
+    site.advance(layer.weight, 0.5, "largest")
+    frozen, before = site.frozen.clone(), effective_weight(layer).clone()
+    latent = layer.weight.detach().clone()
+    train(5)
+    after = effective_weight(layer)
+    assert torch.equal(after[frozen], before[frozen])
+    assert not torch.equal(after[~frozen], before[~frozen]), "free weights train on"
+    assert not torch.equal(layer.weight[frozen], latent[frozen]), "momentum moved what lies beneath"
+    layer.weight.data.mul_(100)  # free weights outgrow the levels
+    site.advance(layer.weight, 1.0, "largest")
+    assert torch.equal(effective_weight(layer)[frozen], before[frozen])
+    assert site.complete
+    assert fully_quantized(model)
+    assert set(effective_weight(layer).unique().tolist()) <= set(inq.levels_from(int(site.n1), 3).tolist())
+
+
+def test_random_partition_draws_from_the_global_generator() -> None:
+    w = torch.randn(100)
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        site = inq.Weight(w, 5)
+        site.advance(w, 0.3, "random")
+        masks.append(site.frozen.clone())
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    assert masks[0].sum() == 30
+
+
+def test_stages_share_the_epochs_and_the_last_epoch_is_complete() -> None:
+    assert [stage(e, 8, 4) for e in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [stage(e, 3, 4) for e in range(3)] == [0, 1, 3]
+    assert stage(0, 1, 4) == 3
+    assert stage_borders(8, 4) == [2, 4, 6]
+    assert stage_borders(1, 4) == []
+
+
+def test_freezing_keeps_the_first_value() -> None:
+    site = FrozenWeight(torch.zeros(3))
+    site.freeze(torch.tensor([True, False, False]), torch.tensor([1.0, 1, 1]))
+    site.freeze(torch.tensor([True, True, False]), torch.tensor([2.0, 2, 2]))
+    assert site(torch.tensor([9.0, 9, 9])).tolist() == [1, 2, 9]
+
+
+@pytest.mark.parametrize("portions", [[], [0.5], [1.0, 0.5], [0.0, 1.0], [0.5, 0.5, 1.0]])
+def test_portions_are_accumulated(portions: list[float]) -> None:
+    with pytest.raises(ValueError, match="ascending"):
+        inq.build(portions=portions)
