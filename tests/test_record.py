@@ -51,6 +51,24 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.125)]
 
 
+def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write(size: int, step: int, steps: list[int]) -> int:
+        book = Logbook(tmp_path, size=size, step=step)
+        for at in steps:
+            book.record("epoch", at, {"loss": float(at)})
+        book.close()
+        return book.size
+
+    write(0, 0, [18])  # killed before its first checkpoint
+    size = write(0, 0, [18, 36])
+    write(0, 36, [])
+    write(size, 36, [54, 72])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("epoch/loss")] == [18, 36, 54, 72]
+
+
 def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) -> None:
     directory = RunDirectory(configure("method=dorefa"))
     assert directory.stored() is None

@@ -28,6 +28,9 @@ class Logbook:
         self.path = path
         self._metrics = path / "metrics.jsonl"
         files.cut(self._metrics, size)
+        if not step:  # a try that came to no checkpoint left points that would stand twice
+            for events in path.glob("events.out.tfevents.*"):
+                events.unlink()
         self._writer = _writer(path, step) if tensorboard else None
 
     @property
