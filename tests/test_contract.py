@@ -11,10 +11,12 @@ from qbench import compose, registry
 from qbench.assembly import Parts, assemble
 from qbench.config import Config, parse_bits
 from qbench.data.dataset import Loader
+from qbench.errors import Interrupted
 from qbench.experiment import run
 from qbench.quant.layers import effective_weight, quantized_layers
 from qbench.quant.method import FLOAT, Probe, Unsupported
 from qbench.quant.verify import verify
+from qbench.record.run import Result
 from qbench.session import Desk
 from qbench.train import optim
 from qbench.train.checkpoint import pack, seed_everything, unpack, weights_sha256
@@ -159,25 +161,37 @@ def test_32_bits_are_the_float_computation_bit_for_bit(name: str, smoke: Configu
     assert losses == float_losses
 
 
+def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple[Result, Result]:
+    """Run a configuration undisturbed, and again with a stop at the given question of the loop; return both results."""
+    whole = run(smoke(*words), Desk())
+    asked = {"times": 0}
+
+    def stop() -> int:  # asked after every step and epoch
+        asked["times"] += 1
+        return 15 if asked["times"] >= calls else 0
+
+    with pytest.raises(Interrupted):
+        run(smoke(*words, "rerun=true"), Desk(stop=stop))
+    return whole, run(smoke(*words), Desk())
+
+
 @every_method
 def test_two_and_two_epochs_are_four(name: str, smoke: Configure) -> None:
     words = [f"method={name}", f"bits={widest(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
-    whole = run(smoke(*words), Desk())
-    asked = {"steps": 0}
-
-    def stop() -> int:  # asked after every step and epoch: in the middle of the third epoch
-        asked["steps"] += 1
-        return 15 if asked["steps"] >= 48 else 0
-
-    from qbench.errors import Interrupted
-
-    stopped = smoke(*words, "rerun=true")
-    with pytest.raises(Interrupted):
-        run(stopped, Desk(stop=stop))
-    again = run(smoke(*words), Desk())
+    whole, again = stopped_and_resumed(smoke, words, calls=48)  # in the middle of the third epoch
     assert again.weights_sha256 == whole.weights_sha256
-    assert again.final == whole.final
-    assert again.best == whole.best
+    assert (again.final, again.best) == (whole.final, whole.best)
+
+
+@pytest.mark.parametrize("calls", [1, 17, 18, 19, 20])
+@pytest.mark.parametrize("optimizer", ["sgd", "unified"])
+def test_a_resume_keeps_every_option_of_the_optimizer(smoke: Configure, optimizer: str, calls: int) -> None:
+    """Stops after the first, the last but one and the last batch of an epoch, after the epoch, and in the next one."""
+    options = ["optim.ema=0.9", "optim.clip_norm=1", "optim.label_smoothing=0.1", "optim.patience=5"]
+    words = ["method=dorefa", "bits=w2a2g4", "init=scratch", "epochs=3", f"optim={optimizer}", *options]
+    whole, again = stopped_and_resumed(smoke, words, calls)
+    assert again.weights_sha256 == whole.weights_sha256
+    assert (again.final, again.best) == (whole.final, whole.best)
 
 
 @every_method
