@@ -42,10 +42,10 @@ def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Re
     try:
         parts = assemble(config)
     except Unsupported as reason:
-        with directory.held(desk.check):
+        with directory.held(desk.waiting(directory.path)):
             directory.write_config()
             return directory.conclude(directory.new_result("unsupported", reason=str(reason)))
-    with directory.held(desk.check):
+    with directory.held(desk.waiting(directory.path)):
         if not config.rerun and (stored := _stored(directory, intact)):  # another process finished it meanwhile
             return stored
         if directory.has_result():  # done, and wanted anew; or failed, and tried again from its last checkpoint

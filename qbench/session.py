@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,18 @@ class Desk:
         """Raise `Interrupted` if a stop was asked for."""
         if self.stop():
             raise Interrupted(f"stopped by signal {self.stop()}; the same command goes on from here")
+
+    def waiting(self, path: Path) -> Callable[[], None]:
+        """Return what to call while another process works on a run: it says so once, and raises if asked to stop."""
+        said: list[Path] = []
+
+        def wait() -> None:
+            if not said:
+                self.screen.say(f"waiting: another process works on {path}")
+                said.append(path)
+            self.check()
+
+        return wait
 
 
 class Session:
