@@ -1,0 +1,149 @@
+"""Uniform: min-max fake quantization, the control that every paper is measured against.
+
+Paper
+    None of its own; the scheme of Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", CVPR 2018, arXiv 1712.05877, with symmetric weights.
+
+Idea
+    Even steps over the range that the values have. What a method gains must be counted from here.
+
+Forward
+    Weights: s round(w / s), s = max|w| / (2^(b-1) - 1), per output channel or per layer: 2^b - 1 levels, zero among
+    them. Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1), with [l, h] a moving average of
+    the batches' minima and maxima, widened to hold zero, which is a level.
+
+Backward
+    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where x rounds to a code in range, else 0.
+
+Schedule
+    One phase, from a float network.
+
+Sites
+    weight, input.
+
+State
+    low, high (scalars): the range of a layer's input; seen (bool): whether any batch was.
+
+Bits
+    w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
+
+Protocol
+    The unified recipe.
+
+Choices
+    channel: scales of weights per output channel (default) or per layer. momentum: of the moving average, 0.1.
+
+Deviations
+    None known.
+
+Results
+    README (digits).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage
+from qbench.quant.ops import in_float32, round_ste, straight_through
+
+
+@in_float32
+def quantize_weight(w: Tensor, bits: int, channel: bool = True) -> Tensor:
+    """Quantize weights (O, ...) symmetrically to 2^bits - 1 levels over +-max|w| of each channel or of the layer."""
+    scale = weight_scale(w, bits, channel)
+    return straight_through(w, (w.detach() / scale).round() * scale)
+
+
+def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
+    """Return the step, (O, 1, ..., 1) or a scalar; 1 where all weights are zero."""
+    magnitude = w.detach().abs()
+    top = magnitude.amax(tuple(range(1, w.dim())), keepdim=True) if channel else magnitude.max()
+    scale = top / (2 ** (bits - 1) - 1)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+@in_float32
+def quantize_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Quantize activations to 2^bits levels over [low, high] (scalars, low <= 0 <= high), shifted so that 0 is one."""
+    step, zero = step_and_zero(low.to(x.dtype), high.to(x.dtype), bits)
+    code = round_ste(x / step) + zero
+    return (code.clamp(0, 2**bits - 1) - zero) * step
+
+
+def step_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the step and the code of zero."""
+    step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(low.dtype).tiny)
+    return step, (-low / step).round()
+
+
+class Weight(nn.Module):
+    """A layer's weights on an even grid."""
+
+    def __init__(self, bits: int, channel: bool) -> None:
+        super().__init__()
+        self.bits, self.channel = bits, channel
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the quantized weights."""
+        return quantize_weight(w, self.bits, self.channel)
+
+    def grid(self, w: Tensor) -> Grid:
+        """One group per output channel, or one."""
+        top = 2 ** (self.bits - 1) - 1
+        scale = weight_scale(w, self.bits, self.channel).reshape(-1, 1)
+        points = (torch.arange(-top, top + 1, device=w.device) * scale).unsqueeze(-1)
+        return Grid(points, lambda t: t.reshape(len(points), -1, 1))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Codes, and a scale per group."""
+        return Storage(w.numel(), self.bits, 4 * (len(w) if self.channel else 1))
+
+
+class Activation(nn.Module):
+    """A layer's input on an even grid over a moving range."""
+
+    low: Tensor
+    high: Tensor
+    seen: Tensor
+
+    def __init__(self, bits: int, momentum: float) -> None:
+        super().__init__()
+        self.bits, self.momentum = bits, momentum
+        self.register_buffer("low", torch.tensor(0.0))
+        self.register_buffer("high", torch.tensor(1.0))
+        self.register_buffer("seen", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized activations; training moves the range first."""
+        if self.training:
+            self.follow(x)
+        return quantize_activation(x, self.low, self.high, self.bits)
+
+    @torch.no_grad()
+    def follow(self, x: Tensor) -> None:
+        """Move the range towards a batch's, all the way for the first one."""
+        low, high = x.min().float().clamp(max=0), x.max().float().clamp(min=0)
+        pace = torch.where(self.seen, self.momentum, 1.0)
+        self.low.lerp_(low, pace)
+        self.high.lerp_(high, pace)
+        self.seen.fill_(True)
+
+    def grid(self, x: Tensor) -> Grid:
+        """2^bits levels, zero among them."""
+        step, zero = step_and_zero(self.low, self.high, self.bits)
+        return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
+
+
+def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1) -> Method:
+    """Return the min-max control; `momentum` is of the activations' moving range."""
+    if not 0 < momentum <= 1:
+        raise ValueError(f"momentum={momentum}: allowed is above 0 to 1")
+    return Method(
+        name="uniform",
+        bits=Bits(w, a),
+        legal={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
+        requires=Requires(act="kept"),
+        traits=frozenset({"odd"}),
+        weight=lambda name, layer, bits: Weight(bits, channel),
+        input=lambda name, layer, bits: Activation(bits, momentum),
+    )
