@@ -1,6 +1,7 @@
 """The front door: verbs first, then Hydra. Nothing on the way to `--help` or to a stored result imports torch."""
 
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -69,11 +70,12 @@ def train_one(config: Config) -> int:
     from qbench.report.row import row
 
     directory = RunDirectory(config)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     result = None if config.rerun else directory.stored()
     if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
             print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
-        print(row([result]))
+        print(row([result], width))
     else:
         with signals() as stop:
             from qbench.experiment import run
@@ -82,7 +84,7 @@ def train_one(config: Config) -> int:
             from qbench.session import Desk
 
             result = run(config, Desk(Screen(live=config.runtime.progress), stop))
-        print(row([result]))
+        print(row([result], width))
         append_text(directory.path / "log.txt", row([result]))
     return ConfigError.status if result.status == "unsupported" else 0
 

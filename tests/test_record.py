@@ -165,6 +165,11 @@ def _result(**values: Any) -> Result:
 def test_the_row() -> None:
     child = _result(float={"final": {"test": {"top1": 91.25}}}, notes=["a hint"])
     text = row([child, _result(method="float", levels=None), _result(status="unsupported", final=None, reason="why")])
+    narrow = row([child], width=80).splitlines()
+    assert max(map(len, narrow)) <= 80
+    assert narrow[0].split() == ["method", "dorefa"]
+    assert narrow[6].split() == ["float", "91.25", "%"]
+    assert row([child], width=200) == row([child])
     head, first, parent, unsupported, *rest = text.splitlines()
     assert head.split()[:4] == ["method", "W", "A", "G"]
     assert " ".join(first.split()) == (

@@ -9,10 +9,18 @@ from qbench.report.table import Table, text
 HEAD = ("method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", "diff", "size", "BitOps", "time")
 
 
-def row(results: Sequence[Result]) -> str:
-    """Return a table of results, one line each, and under it where the runs lie and what to bear in mind."""
+def row(results: Sequence[Result], width: int | None = None) -> str:
+    """Return a table of results, one line each, and under it where the runs lie and what to bear in mind.
+
+    Where the table is wider than `width` columns, every result's cells stand one below the other.
+    """
     notes = [line for result in results for line in _remarks(result)]
-    return text([Table(HEAD, [cells(result) for result in results], notes=notes)])
+    wide = text([Table(HEAD, [cells(result) for result in results])])
+    if width is not None and max(map(len, wide.splitlines())) > width:
+        wide = "\n\n".join(
+            "\n".join(f"{name:<13}{cell}" for name, cell in zip(HEAD, cells(result), strict=True)) for result in results
+        )
+    return "\n".join([wide, *notes])
 
 
 def cells(result: Result) -> tuple[str, ...]:
