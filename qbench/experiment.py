@@ -152,7 +152,7 @@ def _conclude(
         "done", network=parts.network, made_data=parts.data.made, final=final, best=best, verified=verified,
         levels=_levels(model, verified, parts.method.bits.w),
         float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
-        cost=count_cost(model, parts.macs), speed=session.speed(parts.device),
+        cost=count_cost(model, parts.macs), speed=session.speed(parts.device, state.epoch),
         weights_sha256=weights_sha256(last), wall_seconds=session.wall_seconds, notes=_hints(parts, verified),
     )  # fmt: skip
     _show(model, state, session, result)

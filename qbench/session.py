@@ -116,8 +116,8 @@ class Session:
         """Write last.pt or best.pt."""
         self.directory.publish(name, pack({"model": weights, "identity": self.identity}))
 
-    def speed(self, device: torch.device) -> dict[str, float | int]:
-        """Return images per second and seconds per epoch of training alone, and the peak memory in bytes."""
+    def speed(self, device: torch.device, epochs: int) -> dict[str, float | int]:
+        """Return images per second and seconds per epoch of training alone, over `epochs`, and peak memory in bytes."""
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         else:
@@ -125,7 +125,7 @@ class Session:
         seconds = max(self.train_seconds, 1e-9)
         return {
             "images_per_second": self.train_images / seconds,
-            "seconds_per_epoch": seconds / self.config.epochs,
+            "seconds_per_epoch": seconds / epochs,
             "peak_bytes": peak,
         }
 

@@ -182,8 +182,7 @@ def _watch(configs: Sequence[Config], workers: int, ended: threading.Event) -> N
 
 
 def _line(result: Result) -> str:
-    bits = "".join(f"{key}{result.bits[key]}" for key in "wag")
-    name = f"{result.method} {bits} s{result.seed}"
+    name = f"{result.method} {result.widths} s{result.seed}"
     if result.status != "done" or result.final is None:
         return f"{name}: {result.status}: {(result.reason or '').partition(chr(10))[0]}"
     return f"{name}: {result.final['test']['top1']:.2f} %, {result.wall_seconds or 0:.1f} s"

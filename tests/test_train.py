@@ -1,11 +1,14 @@
 """The loop, the schedules, the options of a step, checkpoints."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Configure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -166,6 +169,18 @@ def test_best_is_the_first_of_the_best_validation_and_patience_stops() -> None:
     assert state.stopped
     assert state.epoch < 30
     assert state.epoch == state.best["epoch"] + 1 + 3  # type: ignore[index]
+
+
+def test_seconds_per_epoch_count_the_epochs_that_were_trained(smoke: Configure) -> None:
+    from qbench.experiment import run
+
+    words = ["method=dorefa", "optim=sgd", "optim.lr=1e-12", "epochs=40", "optim.patience=2"]
+    result = run(smoke(*words))
+    epochs = result.final["epoch"] + 1  # type: ignore[index]
+    assert epochs < 40
+    records = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(record["seconds"] for record in records if record["kind"] == "epoch")
+    assert result.speed["seconds_per_epoch"] == pytest.approx(seconds / epochs)  # type: ignore[index]
 
 
 def test_an_incremental_method_has_no_best_before_it_is_complete() -> None:

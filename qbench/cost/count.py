@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qbench.quant.layers import QLayer, quantized_layers
+from qbench.quant.layers import QLayer, of_quantizer, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Storage
 from qbench.quant.policy import quantizable
 
@@ -41,7 +41,7 @@ def count_cost(model: nn.Module, macs: dict[str, int]) -> dict[str, Any]:
     layers = quantized_layers(model)
     stored = {name: storage(layer) for name, layer in layers.items() if layer.bits.w < FLOAT}
     codes = sum(s.codes for s in stored.values())
-    params = sum(p.numel() for n, p in model.named_parameters() if not _of_quantizer(n))
+    params = sum(p.numel() for n, p in model.named_parameters() if not of_quantizer(n))
     floats = 4 * (params - sum(layers[name].weight.numel() for name in stored))
     bits = {name: layers[name].bits if name in layers else Bits() for name in macs}
     return {
@@ -59,7 +59,3 @@ def storage(layer: QLayer) -> Storage:
     """Return what a layer's quantized weights occupy, as its quantizer says."""
     with torch.no_grad():
         return layer.weight_q.bytes(layer.weight)  # type: ignore[operator,no-any-return]
-
-
-def _of_quantizer(parameter: str) -> bool:
-    return any(part in ("weight_q", "input_q", "output_q") for part in parameter.split("."))

@@ -45,7 +45,7 @@ Results
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.layers import as_float, quantized_layers
+from qbench.quant.layers import as_float, keep_above, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Requires, Storage
 from qbench.quant.ops import in_float32, on_backward, round_ste
 
@@ -152,11 +152,7 @@ def prepare(model: nn.Module, probe: Probe) -> None:
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Step, then keep the steps above zero."""
     optimizer.step()
-    with torch.no_grad():
-        for layer in quantized_layers(model).values():
-            for site in (layer.weight_q, layer.input_q):
-                if isinstance(site, Weight | Activation):
-                    site.step.clamp_(min=SMALLEST)
+    keep_above(model, {Weight: ("step",), Activation: ("step",)}, SMALLEST)
 
 
 def build(*, w: int = 2, a: int = 2) -> Method:

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.methods.dorefa import Weight
-from qbench.quant.layers import quantized_layers
+from qbench.quant.layers import keep_above
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires
 from qbench.quant.ops import in_float32, levels_k, straight_through
 
@@ -86,10 +86,7 @@ class Activation(nn.Module):
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Step, then keep the clipping levels above zero."""
     optimizer.step()
-    with torch.no_grad():
-        for layer in quantized_layers(model).values():
-            if isinstance(layer.input_q, Activation):
-                layer.input_q.alpha.clamp_(min=SMALLEST)
+    keep_above(model, {Activation: ("alpha",)}, SMALLEST)
 
 
 def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4) -> Method:

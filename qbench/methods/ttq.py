@@ -50,7 +50,7 @@ Results
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.layers import quantized_layers
+from qbench.quant.layers import keep_above
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
 from qbench.quant.ops import in_float32, surrogate
 
@@ -110,11 +110,7 @@ class Weight(nn.Module):
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Step, then keep the scales above zero."""
     optimizer.step()
-    with torch.no_grad():
-        for layer in quantized_layers(model).values():
-            if isinstance(layer.weight_q, Weight):
-                layer.weight_q.positive.clamp_(min=SMALLEST)
-                layer.weight_q.negative.clamp_(min=SMALLEST)
+    keep_above(model, {Weight: ("positive", "negative")}, SMALLEST)
 
 
 def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str = "mean", decay: float = 0.0) -> Method:

@@ -199,6 +199,20 @@ def quantized_layers(model: nn.Module) -> dict[str, QLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QLayer) and m.bits != Bits()}
 
 
+def of_quantizer(name: str) -> bool:
+    """Whether a parameter or buffer of this name belongs to a quantizer, not to the float network."""
+    return any(part in ("weight_q", "input_q", "output_q") for part in name.split("."))
+
+
+def keep_above(model: nn.Module, kinds: dict[type[nn.Module], tuple[str, ...]], smallest: float) -> None:
+    """Clamp learned scales in place: for every quantizer of a type, its parameters of these names."""
+    with torch.no_grad():
+        for layer in quantized_layers(model).values():
+            for site in (layer.weight_q, layer.input_q):
+                for name in kinds.get(type(site), ()):
+                    site.get_parameter(name).clamp_(min=smallest)
+
+
 def effective_weight(layer: QLayer) -> Tensor:
     """Return the weights that the layer computes with in evaluation, without gradient."""
     with quietly(layer), torch.no_grad():

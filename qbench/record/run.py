@@ -51,6 +51,11 @@ class Result:
     wall_seconds: Seconds | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def widths(self) -> str:
+        """The widths as people write them: w2a2g32."""
+        return "".join(f"{key}{self.bits[key]}" for key in "wag")
+
 
 def load_result(path: Path) -> Result | None:
     """Return the result stored in a run's directory; None where there is none, or it is torn or of another schema."""

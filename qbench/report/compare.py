@@ -85,7 +85,7 @@ def _add(table: Table, label: str, members: list[Result], logged: set[str]) -> N
     members = sorted(members, key=lambda r: r.seed)
     seeds = [r.seed for r in members]
     if len(set(seeds)) < len(seeds):
-        table.notes.append(f"{label} {_bits(members[0])}: a seed stands more than once: {_runs(members)}")
+        table.notes.append(f"{label} {members[0].widths}: a seed stands more than once: {_runs(members)}")
     top1 = [_top1(r) for r in members]
     diffs = [_top1(r) - r.float["final"]["test"]["top1"] for r in members if r.float]
     first, cost = members[0], next((r.cost for r in members if r.cost), None)
@@ -106,7 +106,7 @@ def _add(table: Table, label: str, members: list[Result], logged: set[str]) -> N
     }
     table.values.append(values)
     if values["source"] == FROM_LOGS:
-        table.notes.append(f"{label} {_bits(first)}: {FROM_LOGS}: {_runs([r for r in members if r.run in logged])}")
+        table.notes.append(f"{label} {first.widths}: {FROM_LOGS}: {_runs([r for r in members if r.run in logged])}")
     table.rows.append(
         (
             label,
@@ -132,7 +132,7 @@ def _without_figure(found: Sequence[Found]) -> list[Table]:
     cells: dict[tuple[str, str, str], list[Found]] = defaultdict(list)
     for run in rest:  # what a method does not know is the same for all seeds: one line; all else is a run of its own
         known = run.status == "unsupported" and run.result is not None
-        name = f"{run.result.method} {_bits(run.result)}" if known and run.result else str(run.path)
+        name = f"{run.result.method} {run.result.widths}" if known and run.result else str(run.path)
         cells[run.status, name, run.reason].append(run)
     for (status, name, reason), runs in sorted(cells.items()):
         count = f", {len(runs)} runs" if len(runs) > 1 else ""
@@ -223,10 +223,6 @@ def _parent_of(child: Result) -> Result:
 def _top1(result: Result) -> float:
     assert result.final is not None
     return float(result.final["test"]["top1"])
-
-
-def _bits(result: Result) -> str:
-    return "".join(f"{key}{result.bits[key]}" for key in "wag")
 
 
 def _runs(results: Iterable[Result]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.errors import CheckpointError
+from qbench.quant.layers import of_quantizer
 
 _MARK = b"\nqbench sha256 "
 _FOOTER = len(_MARK) + 64
@@ -110,7 +111,7 @@ def load_float(model: nn.Module, state: dict[str, Any], source: str) -> tuple[li
     """
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     own = model.state_dict()
-    skipped = [name for name in tensors if name not in own and _of_quantizer(name)]
+    skipped = [name for name in tensors if name not in own and of_quantizer(name)]
     wrong = [
         f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
         for name in own
@@ -124,7 +125,3 @@ def load_float(model: nn.Module, state: dict[str, Any], source: str) -> tuple[li
             raise CheckpointError(f"{source} is of another network: {what}: {', '.join(found[:4])}{more}")
     model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
     return skipped, [name for name in own if name not in tensors]
-
-
-def _of_quantizer(name: str) -> bool:
-    return any(part in ("weight_q", "input_q", "output_q") for part in name.split("."))
