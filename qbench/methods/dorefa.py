@@ -194,5 +194,5 @@ def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> 
         requires=Requires(act="either" if activation == "clip" else "replaced"),
         weight=lambda name, layer, bits: Weight(bits),
         input=lambda name, layer, bits: Activation(function, low, bits),
-        output=lambda name, layer, bits: Gradient(bits),
+        output=lambda name, layer, bits: Gradient(bits) if bits < FLOAT else None,
     )

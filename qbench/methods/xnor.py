@@ -141,6 +141,11 @@ class InputScale(nn.Module):
         return y * F.conv2d(x.detach().abs().mean(1, keepdim=True), box, None, stride, padding, dilation)
 
 
+def _input_scale(layer: nn.Module) -> nn.Module | None:
+    """K for a layer whose input is binary; none for one that reads the image or floats."""
+    return InputScale(layer) if isinstance(layer.input_q, Activation) else None
+
+
 def tidy(model: nn.Module, *, center: bool, clamp: bool) -> None:
     """Center the latent weights over input channels and clamp them to [-1, 1], in place (authors' code)."""
     with torch.no_grad():
@@ -176,7 +181,7 @@ def build(
         traits=frozenset({"odd"}),
         weight=lambda name, layer, bits: Weight(gradient),
         input=lambda name, layer, bits: Activation(),
-        output=(lambda name, layer, bits: InputScale(layer)) if scale == "K" else None,
+        output=(lambda name, layer, bits: _input_scale(layer)) if scale == "K" else None,
         prepare=(lambda model, probe: tidy(model, center=center, clamp=clamp)) if center or clamp else None,
         step=(lambda m, optimizer: stepped(m, optimizer, center=center, clamp=clamp)) if center or clamp else None,
     )

@@ -152,8 +152,8 @@ def _swap(method: Method, name: str, layer: nn.Module, bits: Bits, image: Policy
         layer.input_q = ImageQuantizer(bits.a, *image.image_range).to(device)
     elif bits.a < FLOAT and method.input:
         layer.input_q = method.input(name, layer, bits.a).to(device)
-    if method.output and bits.g < FLOAT:
-        layer.output_q = method.output(name, layer, bits.g).to(device)
+    if method.output and (behind := method.output(name, layer, bits.g)) is not None:
+        layer.output_q = behind.to(device)
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:

@@ -19,7 +19,12 @@ Batch = tuple[Tensor, Tensor]
 """Images (N, C, H, W) as the network takes them, and labels (N,)."""
 
 Site = Callable[[str, nn.Module, int], nn.Module]
-"""(layer name, float layer, bits) -> quantizer module of that layer; called for widths below 32 only."""
+"""(layer name, layer, bits) -> quantizer module of that layer's weights or input; called for widths below 32 only."""
+
+OutputSite = Callable[[str, nn.Module, int], nn.Module | None]
+"""(layer name, layer, bits of the gradient) -> module behind the layer, or None; called last, for every quantized layer:
+`layer.bits`, `layer.weight_q` and `layer.input_q` are in place.
+"""
 
 
 class Unsupported(Exception):
@@ -45,10 +50,15 @@ class Requires:
     the network has. `act`: "kept" wants the network's activation function before the input quantizer; "replaced"
     wants none, the quantizer being the activation; "either" holds the activation within itself (so both give the same
     values) and takes its place where the network says which layers an activation feeds.
+
+    `start`: "scratch" trains from random weights; the float parent is trained too, to compare with.
+    `teacher`: the loss is a distillation from the float parent unless `distill` says otherwise.
     """
 
     norm: Literal["affine", "plain", "none"] | None = None
     act: Literal["kept", "either", "replaced"] = "kept"
+    start: Literal["float", "scratch"] = "float"
+    teacher: bool = False
 
 
 class Storage(NamedTuple):
@@ -89,7 +99,11 @@ class Grid:
 
 
 class WeightQuantizer(Protocol):
-    """A module for a layer's weights: `forward(w) -> w_hat`, plus what it promises about w_hat."""
+    """A module for a layer's weights: `forward(w) -> w_hat`, plus what it promises about w_hat.
+
+    Optional, for any quantizer: `complete` (bool), false while part of the weights is float; `report() -> dict` of
+    numbers and words about its state that a reader of the result wants (sparsity, order, counts).
+    """
 
     def grid(self, w: Tensor) -> Grid:
         """Return the values allowed for the latent weights w."""
@@ -138,6 +152,7 @@ class Method:
         on_epoch: (model, epoch, epochs, probe), before an epoch's first batch; never again on a resume within it.
         loss: (model, logits, batch) -> scalar; None is the task's own loss.
         step: (model, optimizer), in place of optimizer.step(); may round updates, momentum, parameters.
+        trained: false for post-training quantization: `prepare` does it all, and no epoch is trained.
         frozen: networks of its own (teachers) that the trainer moves to the device and keeps in eval mode.
     """
 
@@ -148,12 +163,13 @@ class Method:
     traits: frozenset[str] = frozenset()
     weight: Site | None = None
     input: Site | None = None
-    output: Site | None = None
+    output: OutputSite | None = None
     prepare: Prepare | None = None
     phases: Callable[[int], Sequence[int]] = field(default=lambda epochs: ())
     on_epoch: OnEpoch | None = None
     loss: Loss | None = None
     step: Step | None = None
+    trained: bool = True
     frozen: tuple[nn.Module, ...] = ()
 
     def check(self, bits: Bits) -> None:
