@@ -3,20 +3,24 @@
 import json
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
+from torch.nn import functional as F
 
 from qbench import registry
-from qbench.config import Config, digest, parent
+from qbench.config import Config, digest, from_dict, parent
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset
+from qbench.deviations.registry import deviate, deviations
 from qbench.errors import CheckpointError, ConfigError
+from qbench.quant.combine import combine, distilled
 from qbench.quant.layers import install
-from qbench.quant.method import Bits, Method, Unsupported
+from qbench.quant.method import FLOAT, Bits, Method, Unsupported
 from qbench.quant.policy import Policy, PolicyError
 from qbench.train.checkpoint import is_sealed, load_float, load_plain, seed_everything, unpack
 
@@ -41,6 +45,42 @@ class Parts:
         """What is unusual about the network around the quantizers, because the method requires it or a key says so."""
         norm = self.method.requires.norm or self.config.model.get("norm", "auto")
         return {} if norm in ("auto", "affine") else {"norm": str(norm)}
+
+    @property
+    def asks(self) -> list[str]:
+        """What the method does otherwise than the shared protocol, because it asks for it."""
+        return [
+            *(["trained from scratch, as it asks"] if self.config.init == "method" else []),
+            *(["distilled from its float parent, as it asks"] if self.config.distill.name == "method" else []),
+            *([] if self.method.trained else ["not trained: post-training quantization"]),
+        ]
+
+    @property
+    def card(self) -> dict[str, dict[str, str]]:
+        """What a reader of the result must know: method -> choices, deviations, and the deviation asked for, if any."""
+        nodes = [node for node in (self.config.method, self.config.activation) if node["name"] != "none"]
+        return {str(node["name"]): _card(node) for node in nodes}
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are trained."""
+        return self.config.epochs if self.method.trained else 0
+
+    def taught(self, parent: Path | None) -> Method:
+        """Return the method, with its teacher where there is one; `parent` is the float parent's run."""
+        distill, config = self.config.distill, self.config
+        if not distill.on:
+            return self.method
+        if distill.teacher == "parent":
+            teacher = self.float_model()
+            assert parent is not None
+            load_start(teacher, parent, digest(self.parent.identity()))
+        else:
+            teacher = _finished(Path(distill.teacher), self.data)
+            set_process(config)
+        hard = partial(F.cross_entropy, label_smoothing=config.optim.label_smoothing)
+        teacher = teacher.to(self.device).eval().requires_grad_(False)
+        return distilled(self.method, teacher, temperature=distill.temperature, weight=distill.weight, hard=hard)
 
     def float_model(self) -> nn.Module:
         """Return the float network with the initial weights of the run's seed."""
@@ -70,10 +110,12 @@ def assemble(config: Config) -> Parts:
     set_process(config)
     device = choose_device(config.runtime.device)
     data = _dataset(json.dumps(config.dataset, sort_keys=True))
-    method: Method = registry.create("method", config.method, w=config.bits.w, a=config.bits.a, g=config.bits.g)
-    bits = Bits(config.bits.w or 32, config.bits.a or 32, config.bits.g or 32)
-    method.check(bits)
+    method = _method(config)
     _check_requirements(config, method)
+    if config.optim.ema is not None and "no_master" in method.traits:
+        raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
+    if config.distill.on and not method.trained:
+        raise Unsupported(f"{method.name} is not trained: a teacher has no effect; leave distill=none")
     if config.optim.patience is not None and not len(data.val):
         raise ConfigError("optim.patience waits for a better validation top-1, and dataset.val holds nothing out")
     if not len(data.test):
@@ -82,6 +124,36 @@ def assemble(config: Config) -> Parts:
     parts = Parts(config, data, method, count_macs(model, data.shape), device)
     parts.install(model)
     return parts
+
+
+def _method(config: Config) -> Method:
+    """Return the method of a configuration: one, or two composed, deviating where asked, at known widths."""
+    bits = Bits(config.bits.w or FLOAT, config.bits.a or FLOAT, config.bits.g or FLOAT)
+    if config.activation["name"] == "none":
+        method = create_method(config.method, bits)
+    else:
+        weight = create_method(config.method, bits._replace(a=FLOAT))
+        method = combine(weight, create_method(config.activation, bits._replace(w=FLOAT), "activation"))
+    method.check(bits)
+    return method
+
+
+def create_method(node: dict[str, Any], bits: Bits, key: str = "method") -> Method:
+    """Build the method that a node names, under its deviation if it has one; `key` is the node's place, for errors."""
+    try:
+        method: Method = registry.create("method", node, **bits._asdict())
+        return deviate(node["name"], str(node.get("deviation", "none")), method)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("method.", f"{key}.")) from None
+    except ValueError as error:
+        raise ConfigError(f"{key}.{error}") from None
+
+
+def _card(node: dict[str, Any]) -> dict[str, str]:
+    found = registry.sections(registry.card(node["name"]))
+    kept = {key.lower(): found[key] for key in ("Choices", "Deviations") if key in found}
+    asked = deviations(node["name"]).get(str(node.get("deviation", "none")))
+    return kept | ({"deviation": f"{node['deviation']}: {asked.what} Source: {asked.source}"} if asked else {})
 
 
 @lru_cache(maxsize=2)
@@ -161,6 +233,22 @@ def verifies(file: Path, identity: dict[str, Any]) -> bool:
         return unpack(file.read_bytes(), str(file)).get("identity") == digest(identity)
     except (OSError, CheckpointError):
         return False
+
+
+def _finished(run: Path, data: Dataset) -> nn.Module:
+    """Return the network of a finished run, quantized as it is, with its best weights."""
+    try:
+        config = from_dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        state = unpack((run / "best.pt").read_bytes(), str(run / "best.pt"))
+    except OSError as error:
+        raise CheckpointError(f"distill.teacher={run}: {error.filename}: {error.strerror}; is the run done?") from None
+    parts = assemble(config)
+    if (parts.data.shape, parts.data.classes) != (data.shape, data.classes):
+        raise ConfigError(f"distill.teacher={run} knows {parts.data.classes} classes of {parts.data.shape} images; "
+                          f"here are {data.classes} of {data.shape}")  # fmt: skip
+    model = parts.install(parts.float_model())
+    model.load_state_dict(state["model"])
+    return model
 
 
 def load_start(model: nn.Module, path: Path, identity: str | None = None) -> str:

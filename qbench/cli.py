@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from qbench.config import Config, nearest
 from qbench.errors import ConfigError, Interrupted, QbenchError
 from qbench.interrupt import signals
+from qbench.values import FLOAT
 
 BUG, SWEEP_WITH_FAILURES = 1, 8
 MULTIRUN = ("-m", "--multirun")
@@ -123,6 +124,27 @@ def plan(arguments: list[str]) -> int:
     return 0
 
 
+def check(arguments: list[str]) -> int:
+    """Hold a method against the properties that every method must have; 0 only if all hold."""
+    from qbench import compose
+
+    if not arguments:
+        raise ConfigError("check wants a method: qbench check method=NAME, or my.module:build")
+    words = [word if "=" in word else f"method={word}" for word in arguments]
+    (config,) = compose.configurations(words)
+    from qbench.assembly import create_method
+    from qbench.check.kit import check as findings_of
+    from qbench.check.kit import report
+    from qbench.check.subject import Subject
+    from qbench.quant.method import Bits
+
+    default = Bits(config.bits.w or FLOAT, config.bits.a or FLOAT, config.bits.g or FLOAT)
+    subject = Subject(config.method_name, lambda bits: create_method(config.method, bits), default)
+    findings = findings_of(subject)
+    print(report(subject, findings))
+    return BUG if any(finding.failures for finding in findings) else 0
+
+
 def describe(arguments: list[str]) -> int:
     """Print a method's card."""
     from qbench import registry
@@ -131,7 +153,15 @@ def describe(arguments: list[str]) -> int:
         raise ConfigError(
             f"describe wants one method: qbench describe NAME\nknown: {', '.join(registry.names('method'))}"
         )
-    print(registry.card(arguments[0].removeprefix("method=")))
+    name = arguments[0].removeprefix("method=")
+    print(registry.card(name))
+    from qbench.deviations.registry import deviations
+
+    known = deviations(name)
+    if known:
+        print(f"\nKnown deviations of public code, as {name}'s key method.deviation")
+    for key, deviation in known.items():
+        print(f"    {key}: {deviation.what}\n        {deviation.source}")
     return 0
 
 
@@ -183,6 +213,7 @@ def runs(directories: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
+    "check": check,
     "compare": compare,
     "describe": describe,
     "list": listing,
@@ -203,6 +234,7 @@ qbench: papers on low-precision CNNs on one trainer and one protocol
   qbench plan -m method=dorefa seed=0,1         what would run, and about how long; trains nothing
   qbench compare outputs [--format md]          runs side by side: text, md, csv, json, latex
   qbench describe METHOD                        the method's card: formulas, choices, deviations
+  qbench check METHOD                           is it sound? levels, gradients, odd tensors, resume, at all widths
   qbench list methods                           the names in a group: models, datasets, ...; or list runs [DIR]
 
 Groups, as GROUP=NAME, and keys inside them, as GROUP.KEY=VALUE:

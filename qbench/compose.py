@@ -51,11 +51,19 @@ def names(group: str) -> list[str]:
     """Return the names that a group offers: its files, and what installed packages bring."""
     folder = conf_directory() / group
     files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    if group == "activation":
+        return files + names("method")
     return files + (registry.entry_names(group) if group in registry.GROUPS else [])
 
 
+def _file(group: str, name: str) -> Path:
+    return conf_directory() / group / f"{name}.yaml"
+
+
 class Unwritten(ConfigSource):  # type: ignore[misc]
-    """Configurations that no file holds: `bits/w2a2g6` for any widths, and functions named outright, `my.net:build`."""
+    """Configurations that no file holds: `bits/w2a2g6` for any widths, functions named outright, `my.net:build`, and
+    `activation/NAME`, which is the file of the method.
+    """
 
     @staticmethod
     def scheme() -> str:
@@ -68,11 +76,13 @@ class Unwritten(ConfigSource):  # type: ignore[misc]
 
     def is_group(self, config_path: str) -> bool:
         """Whether this source serves the group."""
-        return config_path in ("bits", *registry.GROUPS)
+        return config_path in ("bits", "activation", *registry.GROUPS)
 
     def is_config(self, config_path: str) -> bool:
         """Whether a path is `bits/` with widths, or `method/`, `model/`, `dataset/` with a function or entry point."""
         group, _, name = config_path.removesuffix(".yaml").partition("/")
+        if group == "activation":
+            return self.is_config(f"method/{name}") or _file("method", name).is_file()
         if group == "bits":
             return bool(re.fullmatch(r"(w\d+)?(a\d+)?(g\d+)?", name)) and bool(name)
         return group in registry.GROUPS and (":" in name or name in registry.entry_names(group))
@@ -81,7 +91,12 @@ class Unwritten(ConfigSource):  # type: ignore[misc]
         """Return the widths that a name spells, or the defaults of the function it names."""
         path = config_path.removesuffix(".yaml")
         group, _, name = path.partition("/")
-        values = parse_bits(name) if group == "bits" else registry.defaults(group, name)
+        if group == "bits":
+            values: Any = parse_bits(name)
+        elif group == "activation" and _file("method", name).is_file():
+            values = OmegaConf.load(_file("method", name))
+        else:
+            values = registry.defaults("method" if group == "activation" else group, name)
         header = {"package": group}
         return ConfigResult(provider=self.provider, path=path, config=OmegaConf.create(values), header=header)
 

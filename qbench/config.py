@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,43 +20,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from qbench.errors import ConfigError
+from qbench.values import ACTS, FLOAT, WIDTHS, is_width, layer_width, one_of, within
 
 SCHEMA = 1
 """Counts changes after which the same configuration gives another result; part of every run's identity."""
 
-FLOAT = 32
 
-
-def within(default: Any, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Any:
-    """Return a field for a finite number low <= x <= high (low < x with `above`, x < high with `below`)."""
-    text = f"a number {'above' if above else 'from'} {low:.12g}"
-    text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
-
-    def holds(x: Any) -> bool:
-        return bool(math.isfinite(x) and (x < high if below else x <= high) and (x > low if above else x >= low))
-
-    return field(default=default, metadata={"holds": holds, "allowed": text})
-
-
-def one_of(default: Any, *choices: str) -> Any:
-    """Return a field for one of some words."""
-    return field(default=default, metadata={"holds": lambda x: x in choices, "allowed": ", ".join(choices)})
-
-
-def layer_width(default: str) -> Any:
-    """Return a field for a layer's width: float, same or a number of bits."""
-    return field(default=default, metadata={"holds": is_width, "allowed": WIDTHS})
-
-
-WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}"
-
-
-ACTS = ("auto", "kept", "replaced")
-
-
-def is_width(x: Any) -> bool:
-    """Whether x is float, same or a number of bits."""
-    return x in ("float", "same") or (isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT)
+STARTS = ("float", "scratch", "method")
+"""Values of `init` that are no path; `method` is what `auto` becomes where the method trains from scratch."""
 
 
 @dataclass
@@ -114,9 +84,20 @@ class Layers:
 
 @dataclass
 class Distill:
-    """Distillation from a teacher; `none` for now."""
+    """Distillation from a teacher, the float parent or a finished run.
 
-    name: str = one_of("none", "none")
+    `method` is what `auto` becomes where the method asks for a teacher; it is `kd` then.
+    """
+
+    name: str = one_of("auto", "auto", "none", "kd", "method")
+    teacher: str = "parent"
+    temperature: float = within(2.0, 0, above=True)
+    weight: float = within(0.7, 0, 1)
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a teacher."""
+        return self.name in ("kd", "method")
 
 
 @dataclass
@@ -139,6 +120,7 @@ class Config:
     model: dict[str, Any] = MISSING
     dataset: dict[str, Any] = MISSING
     method: dict[str, Any] = MISSING
+    activation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     bits: Bits = field(default_factory=Bits)
     optim: Optim = field(default_factory=Optim)
     layers: Layers = field(default_factory=Layers)
@@ -150,38 +132,60 @@ class Config:
     init: str = "auto"
     out: str = "outputs"
     rerun: bool = False
+    claim: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the result, as plain values."""
         everything = to_dict(self)
-        for free in ("out", "rerun"):
+        for free in ("out", "rerun", "claim"):
             del everything[free]
         everything["runtime"] = {key: everything["runtime"][key] for key in ("threads", "deterministic")}
         everything["dataset"].pop("recipe", None)
         own = ":" in everything["dataset"]["name"]
         if not own and {"root", "download"} <= set(everything["dataset"]):  # where published files lie decides nothing
             del everything["dataset"]["root"], everything["dataset"]["download"]
-        if self.init not in ("float", "scratch"):
-            everything["init"] = _file_sha256(self.init)
+        if self.init not in STARTS:
+            everything["init"] = _file_sha256("init", self.init)
+        if self.distill.teacher != "parent":
+            everything["distill"]["teacher"] = _file_sha256("distill.teacher", self.distill.teacher)
         return {"schema": SCHEMA} | everything
 
     def protocol(self) -> dict[str, Any]:
-        """Return the part of the identity that two runs must share to be compared fairly."""
+        """Return the part of the identity that two runs must share to be compared fairly.
+
+        A start or a teacher that the method itself asks for is part of the method, as the network's norm is.
+        """
         shared = self.identity()
-        for own in ("method", "bits", "seed", "runtime", "schema"):
+        for own in ("method", "activation", "bits", "seed", "runtime", "schema"):
             del shared[own]
+        if self.init == "method":
+            shared["init"] = "float"
+        if self.distill.name == "method":
+            shared["distill"] |= {"name": "none"}
         shared["model"] = {k: v for k, v in shared["model"].items() if k not in ("norm", "act")}
         return shared
 
     def directory(self) -> str:
         """Return the run's place below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<hash8>."""
-        dataset, model, method = (_safe(str(node["name"])) for node in (self.dataset, self.model, self.method))
+        dataset, model, method = (_safe(name) for name in (self.dataset["name"], self.model["name"], self.method_name))
         return f"{dataset}-{model}/{method}-{self.bits}-s{self.seed}-{digest(self.identity())[:8]}"
+
+    @property
+    def method_name(self) -> str:
+        """Return the method's name, `ttq+hwgq` where another one quantizes the activations."""
+        composed = self.activation["name"] != "none"
+        return str(self.method["name"]) + (f"+{self.activation['name']}" if composed else "")
+
+    def options(self) -> dict[str, Any]:
+        """Return the method's own keys, those of the one composed with it as `activation.KEY`; no deviation is none."""
+        own = {key: value for key, value in self.method.items() if key != "name"}
+        own |= {f"activation.{key}": value for key, value in self.activation.items() if key != "name"}
+        return {key: value for key, value in own.items() if not key.endswith("deviation") or value != "none"}
 
     @property
     def is_parent(self) -> bool:
         """Whether this is a float network trained from scratch by the recipe under `pretrain`."""
-        return self.method["name"] == "float" and self.init == "scratch"
+        return self.method_name == "float" and self.init == "scratch"
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -234,14 +238,18 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
     """Refuse a plain value in the place of a group of keys, which OmegaConf would name in its own words."""
     values: Any = OmegaConf.to_container(node)
     for item in dataclasses.fields(schema):
-        nested, optional = dataclasses.is_dataclass(item.type), item.name == "rules"
+        nested, optional = dataclasses.is_dataclass(item.type), item.name in ("rules", "claim")
         holds_keys = nested or "dict" in str(item.type)
         if item.name not in values or not holds_keys or (optional and values[item.name] is None):
             continue
         if not isinstance(values[item.name], dict):
             choice = f"{item.name}@{path}{item.name}=NAME" if path else f"{item.name}=NAME"
-            allowed = "layer-name patterns and widths, {layer1.*: 8}" if optional else choice
-            raise ConfigError(f"{path}{item.name}={values[item.name]}: it holds keys of its own\nallowed: {allowed}")
+            allowed = {
+                "rules": "layer-name patterns and widths, {layer1.*: 8}",
+                "claim": "what an experiment file says",
+            }
+            raise ConfigError(f"{path}{item.name}={values[item.name]}: it holds keys of its own\n"
+                              f"allowed: {allowed.get(item.name, choice)}")  # fmt: skip
         if nested:
             _check_nodes(item.type, node[item.name], f"{path}{item.name}.")  # type: ignore[arg-type]
 
@@ -259,9 +267,9 @@ def parse_bits(text: str) -> dict[str, int | None]:
 def parent(config: Config, norm: str | None = None) -> Config:
     """Return the run of the float network that `config` starts from; `norm` is what its method requires of it."""
     own = copy.deepcopy(config)
-    own.method, own.bits = {"name": "float"}, Bits(FLOAT, FLOAT, FLOAT)
+    own.method, own.activation, own.bits = {"name": "float"}, {"name": "none"}, Bits(FLOAT, FLOAT, FLOAT)
     own.epochs, own.optim = own.pretrain.epochs, own.pretrain.optim
-    own.layers, own.distill, own.init, own.rerun = Layers(), Distill(), "scratch", False
+    own.layers, own.distill, own.init, own.rerun = Layers(), Distill("none"), "scratch", False
     if "act" in own.model:
         own.model["act"] = "auto"
     if norm is not None and own.model.get("norm") == "auto":
@@ -277,21 +285,53 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _filled(config: Config) -> Config:
     """Fill in the widths that the method decides; make a float run from scratch the parent it is."""
-    if config.init not in ("auto", "float", "scratch") and not (config.init and Path(config.init).exists()):
+    if config.init not in ("auto", *STARTS) and not (config.init and Path(config.init).exists()):
         raise ConfigError(
             f"init={config.init}: no such file or directory\n"
             "allowed: auto, float, scratch, or the path of a run's directory or a checkpoint"
         )
-    own = parse_bits(str(config.method.pop("bits", f"w{FLOAT}")))
+    nodes = (config.method, config.activation)
+    own, composed = (parse_bits(str(node.pop("bits", f"w{FLOAT}"))) for node in nodes)
+    from_scratch = "scratch" in [node.pop("init", "") for node in nodes]
+    taught = "kd" in [node.pop("distill", "") for node in nodes]
+    _fill_bits(config, own, composed)
+    _check(config)
+    _fill_distill(config, taught)
+    if config.method_name == "float" and config.bits == Bits(FLOAT, FLOAT, FLOAT):
+        if config.init not in ("auto", "scratch"):
+            return config
+        return dataclasses.replace(parent(config), rerun=config.rerun, claim=config.claim)
+    if from_scratch and config.init in ("auto", "scratch"):
+        config.init = "method"
+    elif config.init == "auto":
+        config.init = "float"
+    return config
+
+
+def _fill_bits(config: Config, own: dict[str, int | None], composed: dict[str, int | None]) -> None:
+    """Take the widths left unset from the method, those of activations from the one composed with it."""
+    name = config.activation["name"]
+    if name != "none":
+        own = own | {"a": composed["a"]}
     for key in "wag":
         if getattr(config.bits, key) is None:
             setattr(config.bits, key, own[key] or FLOAT)
-    _check(config)
-    if config.method["name"] == "float" and config.bits == Bits(FLOAT, FLOAT, FLOAT):
-        return dataclasses.replace(parent(config), rerun=config.rerun) if config.init in ("auto", "scratch") else config
-    if config.init == "auto":
-        config.init = "float"
-    return config
+    if name != "none" and config.bits.a == FLOAT:
+        raise ConfigError(f"activation={name} has no effect at bits.a={FLOAT}; say how wide activations are: bits.a=2")
+
+
+def _fill_distill(config: Config, taught: bool) -> None:
+    """Decide on `auto`; refuse keys of a teacher where there is none."""
+    distill = config.distill
+    if distill.name == "auto" or (distill.name == "kd" and taught):
+        distill.name = "method" if taught else "none"
+    if distill.teacher != "parent" and not (distill.teacher and Path(distill.teacher).is_dir()):
+        raise ConfigError(
+            f"distill.teacher={distill.teacher}: no such directory\nallowed: parent, or the directory of a finished run"
+        )
+    for item in dataclasses.fields(Distill):
+        if not distill.on and item.name != "name" and getattr(distill, item.name) != item.default:
+            raise ConfigError(f"distill.{item.name} has no effect without a teacher; add distill=kd")
 
 
 def _check(node: Any, path: str = "") -> None:
@@ -309,7 +349,7 @@ def _check(node: Any, path: str = "") -> None:
             if not is_width(width):
                 raise ConfigError(f"{path}rules[{pattern}]={width}: allowed is {WIDTHS}")
     if isinstance(node, Config):
-        for group in ("model", "dataset", "method"):
+        for group in ("model", "dataset", "method", "activation"):
             if not isinstance(getattr(node, group).get("name"), str):
                 raise ConfigError(f"{group}.name is missing; choose one with {group}=NAME")
         if node.model.get("act", "auto") not in ACTS:
@@ -351,13 +391,13 @@ def _wrong_type(error: ValidationError, node: DictConfig) -> str:
 
 
 @cache
-def _file_sha256(path: str) -> str:
-    """Return the sha256 of a checkpoint to start from: another content is another run, wherever it lies."""
+def _file_sha256(key: str, path: str) -> str:
+    """Return the sha256 of a checkpoint that a key names: another content is another run, wherever it lies."""
     file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise ConfigError(f"init={path}: cannot read {file}: {error.strerror}") from None
+        raise ConfigError(f"{key}={path}: cannot read {file}: {error.strerror}") from None
 
 
 def _safe(name: str) -> str:

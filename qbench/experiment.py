@@ -4,16 +4,17 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.assembly import Parts, assemble, load_start, verifies
-from qbench.config import FLOAT, Config, digest
+from qbench.config import Config, digest
 from qbench.cost.count import count_cost
 from qbench.data.dataset import Loader
 from qbench.errors import Diverged, Interrupted
-from qbench.quant.layers import fully_quantized, quantized_layers
-from qbench.quant.method import Probe, Unsupported
+from qbench.quant.layers import NotFinite, fully_quantized, quantized_layers, reports
+from qbench.quant.method import FLOAT, Probe, Unsupported
 from qbench.quant.verify import NotQuantized, verify
 from qbench.record import manifest
 from qbench.record.pictures import levels_figure
@@ -74,14 +75,17 @@ def _stored(directory: RunDirectory, intact: bool) -> Result | None:
 
 
 def _start(parts: Parts, desk: Desk) -> tuple[Result | None, Path | None]:
-    """Return the float parent's result and the path of the weights to start from; train the parent if need be."""
+    """Return the float parent's result and the path of the weights to start from; train the parent if need be.
+
+    A method that starts from scratch is compared with the parent, and a teacher may be the parent.
+    """
     config = parts.config
-    if config.init == "scratch":
-        return None, None
-    if config.init != "float":
-        return None, Path(config.init)
-    parent = run(parts.parent, desk, intact=True)
-    return parent, Path(parent.run)
+    taught = config.distill.on and config.distill.teacher == "parent"
+    wanted = config.init in ("float", "method") or taught
+    parent = run(parts.parent, desk, intact=True) if wanted else None
+    if config.init in ("scratch", "method"):
+        return parent, None
+    return parent, Path(parent.run) if parent and config.init == "float" else Path(config.init)
 
 
 def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: Path | None, desk: Desk) -> Result:
@@ -99,21 +103,25 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
     )
     session = Session(directory, desk, config.runtime.tensorboard)
     try:
+        method = parts.taught(Path(parent.run) if parent else None)
         model = parts.float_model()
         if start and not session.saved:
-            desk.screen.say(load_start(model, start, digest(parts.parent.identity()) if parent else None))
+            own = parent is not None and config.init == "float"
+            desk.screen.say(load_start(model, start, digest(parts.parent.identity()) if own else None))
         model = parts.install(model).to(parts.device)
         probe = Probe(list(loader.plain("train", PROBE_IMAGES)), F.cross_entropy)
-        if parts.method.prepare and not session.saved:
-            parts.method.prepare(model, probe)
+        if method.prepare and not session.saved:
+            method.prepare(model, probe)
         task = Task(
-            model=model, method=parts.method, optim=config.optim, epochs=config.epochs, steps=loader.steps,
+            model=model, method=method, optim=config.optim, epochs=parts.epochs, steps=loader.steps,
             train=loader.train, validate=lambda: loader.plain("val"), probe=probe,
         )  # fmt: skip
         state = _state(task, session.saved, config.seed)
         fit(task, state, session.watch(task, state, loader.batch_size))
         desk.screen.stop()
         return _conclude(parts, task, state, loader, session, parent)
+    except NotFinite as error:
+        raise Diverged(f"{error}; try a lower optim.lr") from None
     finally:
         session.book.close()
 
@@ -142,10 +150,12 @@ def _conclude(
         last = copied(model.state_dict())
     best_weights = state.best["model"] if state.best else last
     best = _measure(model, best_weights, loader) | {"epoch": state.best["epoch"]} if state.best else None
-    final = _measure(model, last, loader) | {"epoch": state.epoch - 1}
+    answers: list[Tensor] = []
+    final = _measure(model, last, loader, answers) | {"epoch": state.epoch - 1}
     if not fully_quantized(model):
         raise NotQuantized("after the last epoch some weights are still float")
     verified = verify(model, next(iter(loader.plain("train", 64)))[0])
+    session.predictions(torch.cat(answers))
     session.publish("last.pt", last)
     session.publish("best.pt", best_weights)
     result = session.directory.new_result(
@@ -153,6 +163,7 @@ def _conclude(
         levels=_levels(model, verified, parts.method.bits.w),
         float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device, state.epoch),
+        quantizers=reports(model), card=parts.card, asks=parts.asks,
         weights_sha256=weights_sha256(last), wall_seconds=session.wall_seconds, notes=_hints(parts, verified),
     )  # fmt: skip
     _show(model, state, session, result)
@@ -170,23 +181,27 @@ def _levels(model: nn.Module, verified: dict[str, Any], width: int) -> int | Non
 def _hints(parts: Parts, verified: dict[str, Any]) -> list[str]:
     """Return what a reader of the row should bear in mind."""
     bits, legal = parts.method.bits, parts.method.legal
+    asks = [f"{parts.method.name}: {ask}" for ask in parts.asks]
     if parts.config.is_parent:
         return ["trained by pretrain.epochs and pretrain.optim; epochs and optim are for what starts from it"]
     if not verified:
         return ["nothing quantized"]
     if bits.w < FLOAT and bits.a == FLOAT and bits.w in legal.get("a", ()):
         both = f"bits=w{bits.w}a{bits.w}"
-        return [
+        asks.append(
             f"activations float; papers' 2-bit nets are usually {both}"
             if bits.w == 2
             else f"activations float; {both} quantizes them too"
-        ]
-    return []
+        )
+    return asks
 
 
-def _measure(model: nn.Module, weights: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
+def _measure(
+    model: nn.Module, weights: dict[str, Tensor], loader: Loader, answers: list[Tensor] | None = None
+) -> dict[str, Any]:
+    """Evaluate weights on both splits; `answers` gets labels and predictions on the test split."""
     model.load_state_dict(weights)
-    return {split: evaluate(model, loader.plain(split)) for split in ("val", "test")}
+    return {"val": evaluate(model, loader.plain("val")), "test": evaluate(model, loader.plain("test"), answers)}
 
 
 def _show(model: nn.Module, state: State, session: Session, result: Result) -> None:
@@ -201,7 +216,7 @@ def _show(model: nn.Module, state: State, session: Session, result: Result) -> N
     bits = config.bits
     session.book.hparams(
         {
-            "method": str(config.method["name"]), "w": bits.w or 32, "a": bits.a or 32, "g": bits.g or 32,
+            "method": config.method_name, "w": bits.w or 32, "a": bits.a or 32, "g": bits.g or 32,
             "model": str(config.model["name"]), "dataset": str(config.dataset["name"]), "seed": config.seed,
             "epochs": config.epochs, "optimizer": config.optim.name, "lr": config.optim.lr,
         },

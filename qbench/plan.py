@@ -44,7 +44,7 @@ def plan(configs: Sequence[Config]) -> Table:
 
 def _with_parent(config: Config) -> list[Config]:
     """Return the float parent, where the run starts from one, and the run."""
-    if config.init != "float":
+    if config.init not in ("float", "method"):
         return [config]
     try:
         return [assemble(config).parent, config]
@@ -62,7 +62,7 @@ def _state(config: Config, speeds: dict[str, float]) -> tuple[str, int, float]:
     except Unsupported as reason:
         return f"unsupported: {reason}", 0, 0.0
     loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
-    steps = config.epochs * loader.steps
+    steps = parts.epochs * loader.steps
     kind = f"{directory.path.parent.name} {config.method} {config.bits} {config.optim.batch_size} {config.model}"
     if kind not in speeds:
         speeds[kind] = _seconds_per_step(parts, loader)
@@ -80,7 +80,10 @@ def _seconds_per_step(parts: Parts, loader: Loader) -> float:
             began = time.perf_counter()
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        if parts.method.step is None:
+            optimizer.step()
+        else:
+            parts.method.step(model, optimizer)
     if parts.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - began) / STEPS

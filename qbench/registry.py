@@ -25,6 +25,9 @@ ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset":
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
 """Epochs and Adam's rates for a data set of the user's own, which brings no YAML to say them."""
 
+NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation")
+"""Keys of a node that its function does not take."""
+
 Factory = Callable[..., Any]
 
 
@@ -49,6 +52,16 @@ def card(name: str) -> str:
     if name.isidentifier() and path.exists():
         return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return inspect.getdoc(inspect.getmodule(find("method", name))) or ""
+
+
+def sections(card: str) -> dict[str, str]:
+    """Return a card's sections: heading -> text. A heading is one word at the margin, its text indented below it."""
+    found: dict[str, str] = {}
+    for block in card.split("\n\n"):
+        heading, _, text = block.partition("\n")
+        if heading.isalpha() and text.startswith("    "):
+            found[heading] = inspect.cleandoc(text)
+    return found
 
 
 def find(group: str, name: str) -> Factory:
@@ -79,7 +92,7 @@ def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) 
     """
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
-    options = {key: value for key, value in node.items() if key not in ("name", "family", "recipe", "source")}
+    options = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
     known = {key: p.default for key, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for key, value in options.items():
         if key not in known or key in fixed:
@@ -104,6 +117,9 @@ def defaults(group: str, name: str) -> dict[str, Any]:
             found[key] = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     if group == "method":
         found["bits"] = "".join(f"{key}{found.pop(key)}" for key in "wag" if key in found) or "w32"
+        requires = find(group, name)().requires
+        found |= {"init": "scratch"} if requires.start == "scratch" else {}
+        found |= {"distill": "kd"} if requires.teacher else {}
     if group == "model":
         found |= {"act": "auto"} | ({"norm": "auto"} if "norm" in found else {})
     if group == "dataset":

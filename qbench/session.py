@@ -1,5 +1,6 @@
 """One run at work: where it goes on, what it writes after every step and epoch, when it saves, whether to stop."""
 
+import io
 import os
 import resource
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,6 +118,12 @@ class Session:
         """Write last.pt or best.pt."""
         self.directory.publish(name, pack({"model": weights, "identity": self.identity}))
 
+    def predictions(self, answers: Tensor) -> None:
+        """Write predictions.npy: int16 (N, 2), label and predicted class of every test image after the last epoch."""
+        buffer = io.BytesIO()
+        np.save(buffer, answers.cpu().numpy().astype(np.int16))
+        self.directory.publish("predictions.npy", buffer.getvalue())
+
     def speed(self, device: torch.device, epochs: int) -> dict[str, float | int]:
         """Return images per second and seconds per epoch of training alone, over `epochs`, and peak memory in bytes."""
         if device.type == "cuda":
@@ -125,7 +133,7 @@ class Session:
         seconds = max(self.train_seconds, 1e-9)
         return {
             "images_per_second": self.train_images / seconds,
-            "seconds_per_epoch": seconds / epochs,
+            "seconds_per_epoch": seconds / max(epochs, 1),
             "peak_bytes": peak,
         }
 
@@ -156,7 +164,7 @@ class Session:
 
     def _title(self) -> str:
         config = self.config
-        stage = "float" if config.is_parent else f"{config.method['name']} {config.bits}"
+        stage = "float" if config.is_parent else f"{config.method_name} {config.bits}"
         return f"{stage}  {config.model['name']} on {config.dataset['name']}, seed {config.seed}"
 
 

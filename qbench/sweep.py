@@ -23,6 +23,9 @@ LAUNCHERS = {  # name -> (module that must be installed, extra that brings it, k
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "slurm", "hydra.sweeper.max_batch_size"),
     "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "slurm", ""),
 }
+KINDS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
+"""Parts of a configuration in which cells must differ to be checked each."""
+
 POLL = 0.5
 """Seconds between two looks at the runs' directories."""
 
@@ -38,7 +41,7 @@ def check(configs: Sequence[Config]) -> None:
 
     seen = set()
     for config in configs:
-        kinds = {k: v for k, v in to_dict(config).items() if k in ("model", "dataset", "method", "bits", "layers")}
+        kinds = {k: v for k, v in to_dict(config).items() if k in KINDS}
         key = json.dumps([kinds, config.runtime.device], sort_keys=True)
         if key not in seen and not RunDirectory(config).stored():
             seen.add(key)

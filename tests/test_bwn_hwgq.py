@@ -380,11 +380,11 @@ def test_xnors_activations() -> None:
 
 def test_xnors_input_scale_by_hand() -> None:
     """K: the mean over channels of |x| under the kernel's box; here 3x3 with padding 1 over 1..9 and -3 times that."""
-    layer = torch.nn.Conv2d(2, 4, 3, padding=1)
+    layer = torch.nn.Conv2d(2, 4, 3, padding=1, bias=False)
     plane = torch.arange(1.0, 10).reshape(1, 1, 3, 3)
     x = torch.cat([plane, -3 * plane], 1)
     scaled = xnor.InputScale(layer)(torch.ones(1, 4, 3, 3), x)
     assert scaled[0, 0, 1, 1].item() == pytest.approx(2 * 45 / 9)
     assert scaled[0, 3, 0, 0].item() == pytest.approx(2 * (1 + 2 + 4 + 5) / 9)
-    linear = xnor.InputScale(torch.nn.Linear(3, 2))(torch.ones(1, 2), torch.tensor([[1.0, -2, 6]]))
+    linear = xnor.InputScale(torch.nn.Linear(3, 2, bias=False))(torch.ones(1, 2), torch.tensor([[1.0, -2, 6]]))
     assert linear.tolist() == [[3.0, 3.0]]

@@ -13,7 +13,7 @@ from qbench.config import from_dict, parse_bits, to_dict
 from qbench.errors import ConfigError
 
 REFUSED = {
-    "method=dorfa": ("method=dorfa", "did you mean dorefa?", "dorefa, float"),
+    "method=dorfa": ("method=dorfa", "did you mean dorefa?", "allowed: bwn, dorefa"),
     "metod=dorefa": ("metod", "did you mean method?"),
     "model=resnet9": ("model=resnet9", "resnet8"),
     "experiment=nosuch": ("experiment=nosuch", "smoke"),
@@ -168,7 +168,7 @@ def test_a_stored_configuration_comes_back(configure: Configure) -> None:
 def test_every_yaml_of_the_tree_composes(configure: Configure) -> None:
     for group in compose.groups():
         for name in compose.names(group):
-            config = configure(f"{group}={name}")
+            config = configure(f"{group}={name}", *(["bits.a=2"] if group == "activation" and name != "none" else []))
             node = getattr(config, group, None)
             if isinstance(node, dict):
                 assert node["name"] == name

@@ -9,11 +9,12 @@ from conftest import Configure
 
 from qbench import compose, registry
 from qbench.assembly import Parts, assemble
-from qbench.config import Config, parse_bits
+from qbench.config import Config
 from qbench.data.dataset import Loader
+from qbench.deviations.registry import deviations
 from qbench.errors import Interrupted
 from qbench.experiment import run
-from qbench.quant.layers import effective_weight, quantized_layers
+from qbench.quant.layers import effective_weight, of_quantizer, quantized_layers
 from qbench.quant.method import FLOAT, Probe, Unsupported
 from qbench.quant.verify import verify
 from qbench.record.run import Result
@@ -27,6 +28,7 @@ SECTIONS = (
     "Paper", "Idea", "Forward", "Backward", "Schedule", "Sites", "State", "Bits", "Protocol", "Choices", "Deviations",
     "Results",
 )  # fmt: skip
+TRAITS = {"odd", "monotone", "idempotent", "monotone_input", "idempotent_input", "clipped_input", "no_master"}
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -74,7 +76,11 @@ def test_yaml_and_factory_agree(name: str, configure: Configure) -> None:
     signature = inspect.signature(registry.find("method", name)).parameters
     options = {key: p.default for key, p in signature.items() if key not in "wag"}
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    assert {k: v for k, v in config.method.items() if k != "name"} == options
+    assert {k: v for k, v in config.method.items() if k not in ("name", "deviation")} == options
+    assert ("deviation" in config.method) == bool(deviations(name))
+    requires = registry.create("method", {"name": name}).requires
+    assert (config.init == "method") == (requires.start == "scratch")
+    assert (config.distill.name == "method") == requires.teacher
     defaults = {key: signature[key].default for key in "wag" if key in signature}
     assert {key: getattr(config.bits, key) for key in defaults} == defaults
 
@@ -83,23 +89,23 @@ def test_yaml_and_factory_agree(name: str, configure: Configure) -> None:
 def test_something_is_quantized_and_lies_on_its_levels(name: str, smoke: Configure) -> None:
     recipe = ["optim=adam_cosine", "optim.lr=0.01", "epochs=4", "pretrain.epochs=4"]
     task, _, losses = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch", *recipe))
-    assert sum(losses[-9:]) < 0.95 * sum(losses[:9])
+    if any(p.requires_grad and not of_quantizer(n) for n, p in task.model.named_parameters()):  # dq trains points alone
+        assert sum(losses[-9:]) < 0.95 * sum(losses[:9])
     images = next(iter(task.probe.batches))[0]
     found = verify(task.model, images)
     if name == "float":
         assert not found
         return
     assert found
-    bits = parse_bits(widest(name))
     for layer in found.values():
         for key, count in layer.items():
-            assert 2 <= count["found"] <= count["allowed"] <= 2 ** (bits[key] or 0) + 1, (key, count)
+            assert 2 <= count["found"] <= count["allowed"], (key, count)
 
 
 @every_method
 def test_declared_properties_hold(name: str) -> None:
     method = registry.create("method", {"name": name})
-    assert method.traits <= {"odd"}
+    assert method.traits <= TRAITS
     if "odd" in method.traits:
         layer = torch.nn.Linear(6, 5)
         site = method.weight(name, layer, method.bits.w)
@@ -131,6 +137,8 @@ def test_checkpoint_round_trip_is_exact(name: str, smoke: Configure) -> None:
     saved = unpack(pack(state.save(task.model)), "memory")
     parts = assemble(config)
     model = parts.install(parts.float_model())
+    for key, p in model.named_parameters():
+        p.requires_grad_(key in saved["trainable"])
     again = State(optim.build(model, config.optim))
     again.load(model, saved)
     assert weights_sha256(model.state_dict()) == weights_sha256(task.model.state_dict())
@@ -178,6 +186,12 @@ def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple
 @every_method
 def test_two_and_two_epochs_are_four(name: str, smoke: Configure) -> None:
     words = [f"method={name}", f"bits={widest(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
+    if not registry.create("method", {"name": name}).trained:
+        result = run(smoke(*words), Desk())
+        assert result.best is None
+        assert result.final is not None
+        assert result.asks == ["not trained: post-training quantization"]
+        return
     whole, again = stopped_and_resumed(smoke, words, calls=48)  # in the middle of the third epoch
     assert again.weights_sha256 == whole.weights_sha256
     assert (again.final, again.best) == (whole.final, whole.best)

@@ -9,7 +9,8 @@ from conftest import ROOT
 # methods, which raise only what tensors and networks give reason for.
 ARROWS = {
     "errors": set(),
-    "config": {"errors"},
+    "values": set(),
+    "config": {"errors", "values"},
     "registry": {"config", "errors"},
     "quant.ops": set(),
     "quant.method": set(),
@@ -17,7 +18,11 @@ ARROWS = {
     "quant.layers": {"quant.method", "quant.ops", "quant.policy"},
     "quant.masks": set(),
     "quant.verify": {"quant.method", "quant.layers"},
-    "methods": {"methods", "quant.method", "quant.ops", "quant.layers", "quant.masks"},
+    "quant.kmeans": set(),
+    "quant.product": {"quant.kmeans"},
+    "quant.combine": {"quant.method"},
+    "methods": {"methods", "quant.method", "quant.ops", "quant.layers", "quant.masks", "quant.kmeans", "quant.product"},
+    "deviations": {"deviations", "methods", "quant.method", "quant.ops", "quant.layers", "quant.masks"},
     "vision": set(),
     "models": {"models", "vision"},
     "data": {"data", "errors", "vision"},
@@ -25,18 +30,22 @@ ARROWS = {
     "record": {"record", "config", "errors", "quant.layers", "quant.method"},
     "cost": {"quant.method", "quant.layers", "quant.policy"},
     "report": {"report", "record", "config", "errors"},
-    "assembly": {"config", "errors", "registry", "quant", "cost", "data", "train"},
+    "assembly": {"config", "deviations", "errors", "registry", "quant", "cost", "data", "train"},
     "session": {"config", "errors", "record", "train"},
     "experiment": {"assembly", "session", "config", "errors", "quant", "cost", "data", "record", "train"},
+    "check": {"check", "config", "models", "quant", "train"},
     "compose": {"config", "errors", "registry"},
     "interrupt": set(),
     "sweep": {"config", "errors", "interrupt", "record", "report"},
     "plan": {"assembly", "config", "data", "quant", "record", "report", "train"},
-    "cli": {"config", "errors", "interrupt"},
+    "cli": {"config", "errors", "interrupt", "values"},
     "__main__": {"cli"},
 }
 INSIDE_FUNCTIONS = {
-    "cli": {"compose", "registry", "record", "experiment", "session", "report", "sweep", "plan"},
+    "cli": {
+        *("assembly", "check", "compose", "deviations", "experiment", "plan", "quant.method", "record"),
+        *("registry", "report", "session", "sweep"),
+    },
     "sweep": {"assembly", "compose", "experiment", "quant.method", "session"},
 }
 HYDRA = {"compose"}

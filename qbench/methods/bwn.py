@@ -39,7 +39,7 @@ Results
     README (digits, glyphs).
 """
 
-from qbench.methods.xnor import GRADIENTS, Weight, stepped, tidy
+from qbench.methods.xnor import GRADIENTS, site, stepped, tidy
 from qbench.quant.method import FLOAT, Bits, Method
 
 
@@ -51,8 +51,8 @@ def build(*, w: int = 1, gradient: str = "paper", center: bool = False, clamp: b
         name="bwn",
         bits=Bits(w),
         legal={"w": (1, FLOAT)},
-        traits=frozenset({"odd"}),
-        weight=lambda name, layer, bits: Weight(gradient),
+        traits=frozenset({"odd", "monotone", "idempotent"}),
+        weight=lambda name, layer, bits: site(layer, gradient, center),
         prepare=(lambda model, probe: tidy(model, center=center, clamp=clamp)) if center or clamp else None,
         step=(lambda m, optimizer: stepped(m, optimizer, center=center, clamp=clamp)) if center or clamp else None,
     )

@@ -179,6 +179,9 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, int], Tensor], float]] = {
 }
 
 
+CLIPPED = ("monotone_input", "idempotent_input", "clipped_input")
+
+
 def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> Method:
     """Return DoReFa at the given widths; `activation` is the bounded function h: clip, abs or tanh."""
     if activation not in ACTIVATIONS:
@@ -191,6 +194,7 @@ def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> 
         name="dorefa",
         bits=Bits(w, a, g),
         legal={"w": widths, "a": widths, "g": widths},
+        traits=frozenset({"monotone", *(CLIPPED if activation == "clip" else ())}),
         requires=Requires(act="either" if activation == "clip" else "replaced"),
         weight=lambda name, layer, bits: Weight(bits),
         input=lambda name, layer, bits: Activation(function, low, bits),

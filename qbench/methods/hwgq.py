@@ -35,7 +35,8 @@ Protocol
     100, decay 5e-4; replicate-padded crops; first and last layer float, nothing rounded in front of the last.
 
 Choices
-    levels: `uniform` (the paper's networks) or `optimal` (non-uniform, Lloyd-Max).
+    levels: `uniform` (the paper's networks), `optimal` (non-uniform, Lloyd-Max) or `sign`, the paper's control: one
+    bit, sign(x) with hard tanh's derivative 1{|x| < 1}, in the place of the half wave.
     constants: `exact` computes the optimum; `authors` takes the rounded ones of their code (steps 0.799, 0.538, 0.3217,
     0.185 for 1-4 bits; 0.453 and 1.51 are their non-uniform levels of 2 bits, three values in all).
     threshold: `zero` is the paper's; `half_step` puts the first threshold at half a step, round(x / step), with the
@@ -57,6 +58,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from qbench.methods.xnor import Activation as SignActivation
 from qbench.methods.xnor import Weight as BinaryWeight
 from qbench.methods.xnor import filter_scale
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Unsupported
@@ -65,6 +67,7 @@ from qbench.quant.ops import in_float32, nearest_level, sign, straight_through, 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
 AUTHORS_OPTIMAL = {2: (0.453, 1.51)}
+TRAITS = frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"})
 NEWTON_STEPS, BISECTIONS = 50, 80
 
 
@@ -224,6 +227,19 @@ def _levels(bits: int, kind: str, constants: str, threshold: str) -> Tensor:
     return half_step_levels(bits) if threshold == "half_step" else half_wave_levels(bits, kind == "uniform")
 
 
+def _sign_control(w: int, a: int) -> Method:
+    """Return the paper's control: binary activations beside the same weights."""
+    return Method(
+        name="hwgq",
+        bits=Bits(w, a),
+        legal={"w": (1, FLOAT), "a": (1, FLOAT)},
+        requires=Requires(norm="plain", act="replaced"),
+        traits=TRAITS | {"clipped_input"},
+        weight=lambda name, layer, bits: Weight(),
+        input=lambda name, layer, bits: SignActivation(),
+    )
+
+
 def build(
     *,
     w: int = 1,
@@ -234,11 +250,19 @@ def build(
     backward: str = "clipped",
 ) -> Method:
     """Return HWGQ; for the options see the card."""
-    allowed = {"levels": ("uniform", "optimal"), "constants": ("exact", "authors"), "threshold": ("zero", "half_step")}
+    allowed = {
+        "levels": ("uniform", "optimal", "sign"),
+        "constants": ("exact", "authors"),
+        "threshold": ("zero", "half_step"),
+    }
     given = {"levels": levels, "constants": constants, "threshold": threshold, "backward": backward}
     for key, choices in (allowed | {"backward": BACKWARDS}).items():
         if given[key] not in choices:
             raise ValueError(f"{key}={given[key]}: allowed are {', '.join(choices)}")
+    if levels == "sign":
+        if (constants, threshold, backward) != ("exact", "zero", "clipped"):
+            raise Unsupported("levels=sign has no constants or thresholds, and hard tanh's backward; leave these keys")
+        return _sign_control(w, a)
     if threshold == "half_step" and levels != "uniform":
         raise Unsupported("threshold=half_step is round(x / step): it wants levels=uniform")
     kind = HalfStepActivation if threshold == "half_step" else Activation
@@ -247,6 +271,7 @@ def build(
         bits=Bits(w, a),
         legal={"w": (1, FLOAT), "a": (*range(1, 9), FLOAT)},
         requires=Requires(norm="plain", act="either"),
+        traits=TRAITS | ({"clipped_input"} if backward == "clipped" else frozenset()),
         weight=lambda name, layer, bits: Weight(),
         input=lambda name, layer, bits: kind(_levels(bits, levels, constants, threshold), backward),
     )

@@ -64,7 +64,10 @@ PARTITIONS = ("largest", "random")
 def largest_exponent(w: Tensor) -> int:
     """Return n1 of a layer's weights; 0 where they are all zero. Eq. 2."""
     s = w.detach().abs().max().item()
-    return floor(log2(4 * s / 3)) if s > 0 else 0
+    if s == 0:
+        return 0
+    n = floor(log2(4 * s / 3))  # rounded: beside a border it may be one too high
+    return n - 1 if 3 * 2.0**n > 4 * s else n
 
 
 def power_of_two_levels(w: Tensor, bits: int) -> Tensor:

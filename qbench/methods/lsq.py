@@ -76,9 +76,14 @@ def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
 
 
 def scaled(step: Tensor, count: int, bits: int, signed: bool) -> Tensor:
-    """Return the step, its gradient times 1 / sqrt(count Qp). Section 2.2."""
-    factor = (count * max(limits(bits, signed)[1], 1)) ** -0.5
+    """Return the step, its gradient times `gradient_scale`."""
+    factor = gradient_scale(count, bits, signed)
     return on_backward(step, lambda grad: grad * factor)
+
+
+def gradient_scale(count: int, bits: int, signed: bool) -> float:
+    """Return 1 / sqrt(count Qp). Section 2.2."""
+    return float((count * max(limits(bits, signed)[1], 1)) ** -0.5)
 
 
 def _points(step: Tensor, bits: int, signed: bool) -> Grid:
@@ -98,6 +103,10 @@ class Weight(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
         return quantize(w, scaled(self.step, w.numel(), self.bits, signed=True), self.bits, True)
+
+    def gradient_factor(self, w: Tensor) -> float:
+        """What the step's gradient is multiplied by."""
+        return gradient_scale(w.numel(), self.bits, signed=True)
 
     def grid(self, w: Tensor) -> Grid:
         """Step times the integers of b bits."""
@@ -135,6 +144,10 @@ class Activation(nn.Module):
         signed = bool(self.signed)
         return quantize(x, scaled(self.step, x[0].numel(), self.bits, signed), self.bits, signed)
 
+    def gradient_factor(self, x: Tensor) -> float:
+        """What the step's gradient is multiplied by."""
+        return gradient_scale(x[0].numel(), self.bits, bool(self.signed))
+
     def grid(self, x: Tensor) -> Grid:
         """Step times the integers of b bits."""
         return _points(self.step, self.bits, bool(self.signed))
@@ -162,6 +175,7 @@ def build(*, w: int = 2, a: int = 2) -> Method:
         bits=Bits(w, a),
         legal={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
         requires=Requires(act="kept"),
+        traits=frozenset({"monotone", "idempotent", "monotone_input", "idempotent_input", "clipped_input"}),
         weight=lambda name, layer, bits: Weight(layer, bits),
         input=lambda name, layer, bits: Activation(bits),
         prepare=prepare,

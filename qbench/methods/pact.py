@@ -101,6 +101,7 @@ def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4)
         bits=Bits(w, a),
         legal={"w": widths, "a": widths},
         requires=Requires(act="either"),
+        traits=frozenset({"monotone", "monotone_input", "idempotent_input", "clipped_input"}),
         weight=lambda name, layer, bits: Weight(bits),
         input=lambda name, layer, bits: Activation(bits, initial, decay),
         step=stepped,

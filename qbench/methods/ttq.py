@@ -92,7 +92,8 @@ class Weight(nn.Module):
         magnitude = w.detach().abs().flatten()
         if self.threshold == "max":
             return self.t * magnitude.max()
-        return magnitude.kthvalue(max(1, round(self.t * magnitude.numel()))).values
+        zeros = round(self.t * magnitude.numel())
+        return magnitude.kthvalue(zeros).values if zeros else magnitude.new_zeros(())
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -127,6 +128,7 @@ def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str =
         name="ttq",
         bits=Bits(w),
         legal={"w": (2, FLOAT)},
+        traits=frozenset({"monotone"}),
         weight=lambda name, layer, bits: Weight(layer, threshold, t, initial, decay),
         step=stepped,
     )

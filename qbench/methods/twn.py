@@ -83,6 +83,6 @@ def build(*, w: int = 2) -> Method:
         name="twn",
         bits=Bits(w),
         legal={"w": (2, FLOAT)},
-        traits=frozenset({"odd"}),
+        traits=frozenset({"odd", "monotone"}),
         weight=lambda name, layer, bits: Weight(),
     )

@@ -143,7 +143,7 @@ def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1
         bits=Bits(w, a),
         legal={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
         requires=Requires(act="kept"),
-        traits=frozenset({"odd"}),
+        traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),
         weight=lambda name, layer, bits: Weight(bits, channel),
         input=lambda name, layer, bits: Activation(bits, momentum),
     )

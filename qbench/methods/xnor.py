@@ -123,27 +123,47 @@ class Activation(nn.Module):
 
 
 class InputScale(nn.Module):
-    """Multiplies a layer's output by K, the mean magnitude of the inputs that each output read. Section 3.2."""
+    """Multiplies a layer's products by K, the mean magnitude of the inputs that each output read. Section 3.2.
+
+    The layer's bias is not multiplied: K stands for what the convolution's signs lost.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.window = None
-        if isinstance(layer, nn.Conv2d):
-            kernel = (layer.kernel_size[0], layer.kernel_size[1])
-            self.window = (kernel, layer.stride, layer.padding, layer.dilation)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        self.owner = (layer,)  # in a tuple, or the layer would be a part of its own part
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y K."""
-        if self.window is None:
-            return y * x.detach().abs().mean(-1, keepdim=True)
-        kernel, stride, padding, dilation = self.window
-        box = x.new_full((1, 1, *kernel), 1 / (kernel[0] * kernel[1]))
-        return y * F.conv2d(x.detach().abs().mean(1, keepdim=True), box, None, stride, padding, dilation)
+        """Return (y - bias) K + bias."""
+        (layer,) = self.owner
+        k = self._k(layer, x.detach().abs())
+        if layer.bias is None:
+            return y * k
+        return y * k + layer.bias.reshape(-1, *[1] * (y.dim() - 2)) * (1 - k)
+
+    def _k(self, layer: nn.Conv2d | nn.Linear, magnitude: Tensor) -> Tensor:
+        """Return K, of y's shape or broadcast to it."""
+        if not isinstance(layer, nn.Conv2d):
+            return magnitude.mean(-1, keepdim=True)
+        kernel = (layer.kernel_size[0], layer.kernel_size[1])
+        mean = magnitude.reshape(len(magnitude), layer.groups, -1, *magnitude.shape[2:]).mean(2)  # of each group
+        box = mean.new_full((layer.groups, 1, *kernel), 1 / (kernel[0] * kernel[1]))
+        k = F.conv2d(mean, box, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return k.repeat_interleave(layer.out_channels // layer.groups, 1) if layer.groups > 1 else k
 
 
 def _input_scale(layer: nn.Module) -> nn.Module | None:
     """K for a layer whose input is binary; none for one that reads the image or floats."""
     return InputScale(layer) if isinstance(layer.input_q, Activation) else None
+
+
+def site(layer: nn.Module, gradient: str, center: bool) -> nn.Module:
+    """Return a layer's weight quantizer; refuse what the authors' formulas make of filters with one input channel."""
+    assert isinstance(layer.weight, Tensor)
+    if layer.weight.shape[1] == 1 and (gradient == "authors" or center):
+        what = "gradient=authors" if gradient == "authors" else "center=true"
+        raise Unsupported(f"{what} makes filters of one input channel stand still; leave such layers float")
+    return Weight(gradient)
 
 
 def tidy(model: nn.Module, *, center: bool, clamp: bool) -> None:
@@ -178,8 +198,8 @@ def build(
         bits=Bits(w, a),
         legal={"w": (1, FLOAT), "a": (1, FLOAT)},
         requires=Requires(act="replaced"),
-        traits=frozenset({"odd"}),
-        weight=lambda name, layer, bits: Weight(gradient),
+        traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input", "clipped_input"}),
+        weight=lambda name, layer, bits: site(layer, gradient, center),
         input=lambda name, layer, bits: Activation(),
         output=(lambda name, layer, bits: _input_scale(layer)) if scale == "K" else None,
         prepare=(lambda model, probe: tidy(model, center=center, clamp=clamp)) if center or clamp else None,

@@ -24,9 +24,22 @@ class KeepOutput(nn.Module):
         return y
 
 
+class NotFinite(ValueError):
+    """What enters a quantizer holds inf or nan; most of them would turn it into an ordinary level in silence."""
+
+
+def _finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
+    """Return x. On the CPU raise `NotFinite` where it is not finite; elsewhere the question would stop the device."""
+    if x.device.type == "cpu" and not x.detach().sum(dtype=torch.float32).isfinite() and not x.isfinite().all():
+        count = int((~x.isfinite()).sum())
+        raise NotFinite(f"{layer.label}: {count} of {x.numel()} values of its {what} are inf or nan")
+    return x
+
+
 class QConv2d(nn.Conv2d):
     """A convolution with three quantizers; `weight` and `bias` stay the float layer's own (latent) parameters."""
 
+    label: str
     bits: Bits
     input_q: nn.Module
     weight_q: nn.Module
@@ -34,7 +47,7 @@ class QConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input with the quantized weights."""
-        x, w = self.input_q(input), self.weight_q(self.weight)
+        x, w = self.input_q(_finite(self, "input", input)), self.weight_q(_finite(self, "weights", self.weight))
         y = F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return self.output_q(y, input)  # type: ignore[no-any-return]
 
@@ -42,6 +55,7 @@ class QConv2d(nn.Conv2d):
 class QLinear(nn.Linear):
     """A linear layer with three quantizers; see `QConv2d`."""
 
+    label: str
     bits: Bits
     input_q: nn.Module
     weight_q: nn.Module
@@ -49,7 +63,8 @@ class QLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the quantized input by the quantized weights."""
-        y = F.linear(self.input_q(input), self.weight_q(self.weight), self.bias)
+        x, w = self.input_q(_finite(self, "input", input)), self.weight_q(_finite(self, "weights", self.weight))
+        y = F.linear(x, w, self.bias)
         return self.output_q(y, input)  # type: ignore[no-any-return]
 
 
@@ -74,15 +89,19 @@ class ImageQuantizer(nn.Module):
         self.register_buffer("span", (torch.tensor(high) - torch.tensor(low)).reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the rounded image."""
-        scaled = ((x_NCHW - self.low) / self.span).clamp(0, 1)
-        return quantize_k(scaled, self.bits) * self.span + self.low
+        """Return the rounded image; one that a perceptron flattened, (N, C H W), comes back flat."""
+        x = self._in_channels(x_NCHW)
+        scaled = ((x - self.low) / self.span).clamp(0, 1)
+        return (quantize_k(scaled, self.bits) * self.span + self.low).reshape(x_NCHW.shape)
 
     def grid(self, x_NCHW: Tensor) -> Grid:
         """One scale group per channel."""
         points = levels_k(self.bits, x_NCHW) * self.span.reshape(-1, 1) + self.low.reshape(-1, 1)
         channels = points.shape[0]
-        return Grid(points.unsqueeze(-1), lambda t: t.movedim(1, 0).reshape(channels, -1, 1))
+        return Grid(points.unsqueeze(-1), lambda t: self._in_channels(t).movedim(1, 0).reshape(channels, -1, 1))
+
+    def _in_channels(self, x: Tensor) -> Tensor:
+        return x if x.dim() == 4 else x.reshape(len(x), self.low.numel(), -1, 1)
 
 
 class Replaced(nn.Module):
@@ -142,7 +161,7 @@ def _swap(method: Method, name: str, layer: nn.Module, bits: Bits, image: Policy
     if not isinstance(layer, QLayer):
         return  # a subclass that the policy leaves float
     device = layer.weight.device
-    layer.bits = bits
+    layer.label, layer.bits = name, bits
     layer.weight_q = nn.Identity()
     layer.input_q = nn.Identity()
     layer.output_q = KeepOutput()
@@ -152,7 +171,7 @@ def _swap(method: Method, name: str, layer: nn.Module, bits: Bits, image: Policy
         layer.input_q = ImageQuantizer(bits.a, *image.image_range).to(device)
     elif bits.a < FLOAT and method.input:
         layer.input_q = method.input(name, layer, bits.a).to(device)
-    if method.output and (behind := method.output(name, layer, bits.g)) is not None:
+    if bits != Bits() and method.output and (behind := method.output(name, layer, bits.g)) is not None:
         layer.output_q = behind.to(device)
 
 
@@ -209,7 +228,7 @@ def keep_above(model: nn.Module, kinds: dict[type[nn.Module], tuple[str, ...]], 
     with torch.no_grad():
         for layer in quantized_layers(model).values():
             for site in (layer.weight_q, layer.input_q):
-                for name in kinds.get(type(site), ()):
+                for name in (name for kind, names in kinds.items() if isinstance(site, kind) for name in names):
                     site.get_parameter(name).clamp_(min=smallest)
 
 
@@ -222,6 +241,16 @@ def effective_weight(layer: QLayer) -> Tensor:
 def fully_quantized(model: nn.Module) -> bool:
     """Whether every weight lies on its grid now. Incremental methods say so by `complete` of their modules."""
     return all(getattr(layer.weight_q, "complete", True) for layer in quantized_layers(model).values())
+
+
+def reports(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what the quantizers say of their state: layer -> slot -> numbers and words; nothing for silent ones."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in quantized_layers(model).items():
+        sites = (("w", layer.weight_q), ("a", layer.input_q), ("g", layer.output_q))
+        said = {slot: site.report() for slot, site in sites if hasattr(site, "report")}  # type: ignore[operator]
+        found |= {name: said} if said else {}
+    return found
 
 
 def bake(model: nn.Module) -> nn.Module:

@@ -4,6 +4,9 @@ A layer's weights are free or frozen. Frozen ones compute with a stored value, w
 latent weight beneath; free ones are trained on and frozen later.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +56,17 @@ class FrozenWeight(nn.Module):
         new = mask & ~self.frozen
         self.value.copy_(torch.where(new, value, self.value))
         self.frozen.logical_or_(mask)
+
+    @contextmanager
+    def frozen_for_now(self, mask: Tensor, value: Tensor) -> Iterator[None]:
+        """Freeze for a while, to measure what freezing these weights would do."""
+        kept = self.frozen.clone(), self.value.clone()
+        self.freeze(mask, value)
+        try:
+            yield
+        finally:
+            self.frozen.copy_(kept[0])
+            self.value.copy_(kept[1])
 
 
 def stage(epoch: int, epochs: int, stages: int) -> int:

@@ -22,8 +22,9 @@ Site = Callable[[str, nn.Module, int], nn.Module]
 """(layer name, layer, bits) -> quantizer module of that layer's weights or input; called for widths below 32 only."""
 
 OutputSite = Callable[[str, nn.Module, int], nn.Module | None]
-"""(layer name, layer, bits of the gradient) -> module behind the layer, or None; called last, for every quantized layer:
-`layer.bits`, `layer.weight_q` and `layer.input_q` are in place.
+"""(layer name, layer, bits of the gradient) -> module behind the layer, or None.
+
+It is called last, for every quantized layer: `layer.bits`, `layer.weight_q` and `layer.input_q` are in place.
 """
 
 
@@ -144,7 +145,10 @@ class Method:
         bits: the widths of this value.
         legal: widths that the method knows for w, a and g, 32 always among them.
         requires: what the network around it must be like.
-        traits: declared properties of the weights' function that the contract tests check: "odd".
+        traits: declared properties that `qbench check` holds it to: "odd", "monotone", "idempotent" of the weights'
+            function within a scale group; "monotone_input", "idempotent_input" of the activations', "clipped_input"
+            where its gradient is 0 beyond the levels and nowhere between them. "no_master": the parameters themselves
+            lie on the levels, so that nothing may average them.
         weight, input, output: sites; see `Site`.
         prepare: once, after the quantizers are in place and before the optimizer exists; never again on a resume.
         phases: epochs -> first epochs of the phases after the first, where the learning-rate schedule starts anew and

@@ -4,7 +4,8 @@ A straight-through estimator stands around the rounding alone (Bengio et al. 201
 and squashing keep their true derivatives. No function writes to its input.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -31,10 +32,27 @@ def in_float32(function: F) -> F:
     return cast(F, wrapped)
 
 
+_rounding = True
+
+
+@contextmanager
+def without_rounding() -> Iterator[None]:
+    """Let `round_ste` and `straight_through` return x for a while: what is left is the function that is derived.
+
+    With it the gradients of learned scales can be held against finite differences.
+    """
+    global _rounding
+    _rounding = False
+    try:
+        yield
+    finally:
+        _rounding = True
+
+
 class _Round(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
+        return x.round() if _rounding else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -44,7 +62,7 @@ class _Round(Function):
 class _StraightThrough(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+        return value.view_as(value) if _rounding else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -80,7 +80,8 @@ def _tolerance(points: Tensor) -> Tensor:
 def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return for values (G, n, D) the index (G, n) of the nearest of points (G, L, D), and its distance (G, n)."""
     if values.shape[-1] > 1:
-        distance, index = torch.cdist(values, points.nan_to_num(nan=float("inf"))).min(-1)
+        exactly = "donot_use_mm_for_euclid_dist"  # a matrix product loses half of the digits
+        distance, index = torch.cdist(values, points.nan_to_num(nan=float("inf")), compute_mode=exactly).min(-1)
         return index, distance
     line, sought = points[..., 0].nan_to_num(nan=float("inf")).contiguous(), values[..., 0].contiguous()
     right = torch.searchsorted(line, sought).clamp(max=line.shape[1] - 1)

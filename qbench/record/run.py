@@ -20,6 +20,7 @@ from qbench.record import files
 SCHEMA = 1
 FINAL = ("done", "unsupported")
 KEPT_STATES = 2
+KEPT = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
 Seconds = float  # below, `float` is a field: the float parent
 
 
@@ -45,10 +46,13 @@ class Result:
     final: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     verified: dict[str, Any] | None = None
+    quantizers: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
     weights_sha256: str | None = None
     wall_seconds: Seconds | None = None
+    asks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -128,8 +132,7 @@ class RunDirectory:
         config = self.config
         protocol = config.protocol()
         return Result(
-            status=status, method=config.method["name"],
-            options={key: value for key, value in config.method.items() if key != "name"},
+            status=status, method=config.method_name, options=config.options(),
             bits=asdict(config.bits), seed=config.seed,
             dataset=config.dataset["name"], model=config.model["name"], run=str(self.path),
             protocol={"hash": digest(protocol), "identity": digest(self.identity), "keys": protocol}, **values,
@@ -169,7 +172,7 @@ class RunDirectory:
         paths = [self.path / "result.json"]
         if whole:
             paths += [*self.states(), *self.path.glob("events.out.tfevents.*")]
-            paths += [self.path / name for name in ("metrics.jsonl", "last.pt", "best.pt", "log.txt")]
+            paths += [self.path / name for name in KEPT]
         for path in paths:
             path.unlink(missing_ok=True)
 

@@ -75,6 +75,8 @@ def _block(
         _add(table, label, members, logged)
     for label, network in sorted({(labels[_method(r)], _network(r)) for r in results if r.network}):
         table.notes.append(f"{label} is on a network with {network}, as its float parent is")
+    for label, ask in sorted({(labels[_method(r)], ask) for r in results for ask in r.asks}):
+        table.notes.append(f"{label}: {ask}")
     if any(r.made_data for r in results):
         table.notes.append("made data: not for comparison with papers' tables")
     return table

@@ -103,8 +103,8 @@ def _from_metrics(path: Path) -> Result | None:
     protocol = config.protocol()
     return Result(
         status=DONE,
-        method=config.method["name"],
-        options={key: value for key, value in config.method.items() if key != "name"},
+        method=config.method_name,
+        options=config.options(),
         bits={key: getattr(config.bits, key) for key in "wag"},
         seed=config.seed,
         dataset=config.dataset["name"],

@@ -227,13 +227,20 @@ def evaluated_weights(model: nn.Module, state: State) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
-    """Return top1 and top5 in percent and the mean cross entropy; nothing for no images. Leaves eval mode on."""
+def evaluate(model: nn.Module, batches: Iterable[Batch], answers: list[Tensor] | None = None) -> Metrics:
+    """Return top1 and top5 in percent and the mean cross entropy; nothing for no images. Leaves eval mode on.
+
+    Args:
+        answers: a list that gets a tensor (N, 2) of labels and predicted classes for every batch.
+    """
     model.eval()
     count, top1, top5, loss = 0, 0, 0, 0.0
     for images, labels in batches:
         logits = model(images).float()
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+        classes = logits.topk(min(5, logits.shape[1]), 1).indices
+        best = classes == labels[:, None]
+        if answers is not None:
+            answers.append(torch.stack([labels, classes[:, 0]], 1))
         count += len(labels)
         top1 += int(best[:, 0].sum())
         top5 += int(best.sum())

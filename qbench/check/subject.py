@@ -1,0 +1,104 @@
+"""What is checked: a method at some widths, put into small networks with data of its own, all seeded."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.models import mlp, resnet
+from qbench.quant.layers import QLayer, install, quantized_layers
+from qbench.quant.method import FLOAT, Batch, Bits, Method, Probe
+
+SHAPE, CLASSES, IMAGES, BATCH = (1, 8, 8), 3, 48, 16
+EPOCHS = 4
+"""Epochs that incremental methods get to finish in."""
+
+Make = Callable[[Bits], Method]
+
+
+class Violated(Exception):
+    """A property does not hold; the message says where and by how much."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method as a function of its widths; `default` are those that its name stands for."""
+
+    name: str
+    make: Make
+    default: Bits
+    _networks: dict[Bits, nn.Module] = field(default_factory=dict)
+
+    def widths(self, key: str) -> list[int]:
+        """Return the legal widths of w, a or g below 32."""
+        legal = self.make(self.default).legal.get(key, ())
+        return [width for width in range(1, FLOAT) if width in legal]
+
+    @property
+    def legal(self) -> list[Bits]:
+        """Every legal width of each kind, with the others at 32, and the default ones."""
+        single = [Bits(**{key: width}) for key in "wag" for width in self.widths(key)]
+        return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
+
+    def float_network(self) -> nn.Module:
+        """Return a small convolutional network of the kind that the method requires, always the same."""
+        torch.manual_seed(1)
+        norm = self.make(self.default).requires.norm or "affine"
+        return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
+
+    def network(self, bits: Bits) -> nn.Module:
+        """Return a copy of it with the method installed, prepared and brought to its last epoch."""
+        if bits not in self._networks:
+            method, model = self.make(bits), self.float_network()
+            install(method, model, example=torch.zeros(1, *SHAPE))
+            advance(method, model)
+            self._networks[bits] = model.eval()
+        return copy.deepcopy(self._networks[bits])
+
+    def layers(self, bits: Bits) -> Iterator[tuple[str, QLayer]]:
+        """Yield the quantized layers of `network`, by name."""
+        yield from quantized_layers(self.network(bits)).items()
+
+
+def advance(method: Method, model: nn.Module, data: Probe | None = None) -> None:
+    """Prepare a method and begin all of its epochs, without training in between."""
+    data = data or probe()
+    torch.manual_seed(2)
+    if method.prepare:
+        method.prepare(model, data)
+    for epoch in range(EPOCHS):
+        if method.on_epoch:
+            method.on_epoch(model, epoch, EPOCHS, data)
+
+
+def batches(shape: tuple[int, int, int] = SHAPE) -> list[Batch]:
+    """Return batches of noise with a class-dependent mean, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(IMAGES) % CLASSES
+    images = torch.rand(IMAGES, *shape, generator=generator) + labels.reshape(-1, 1, 1, 1) / CLASSES
+    return [(images[i : i + BATCH], labels[i : i + BATCH]) for i in range(0, IMAGES, BATCH)]
+
+
+def probe(shape: tuple[int, int, int] = SHAPE) -> Probe:
+    """Return a probe over the first batch."""
+    return Probe(batches(shape)[:1], F.cross_entropy)
+
+
+def tiny_network(norm: str, width: int = 1) -> nn.Module:
+    """Return a perceptron whose hidden layers are `width` by `width`: with 1, tensors of one element."""
+    torch.manual_seed(1)
+    return mlp.build((1, 1, width), CLASSES, hidden=3, width=width, norm=norm)
+
+
+def gradient_of(module: nn.Module, x: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    """Return a module's value at x and, for an upstream gradient of ones, the gradient at x (zeros if none)."""
+    x = x.detach().clone().requires_grad_()
+    y = module(x, *more)
+    if not y.requires_grad:
+        return y.detach(), torch.zeros_like(x)
+    (grad,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
+    return y.detach(), torch.zeros_like(x) if grad is None else grad

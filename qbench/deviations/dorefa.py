@@ -1,0 +1,346 @@
+"""DoReFa-Net as public code has it otherwise than the paper and the authors' code of today."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qbench.deviations.registry import Deviation, recast
+from qbench.methods.dorefa import Activation, Gradient, Weight, quantize_activation, quantize_weight
+from qbench.quant.method import FLOAT, Grid, Method, Storage, Unsupported
+from qbench.quant.ops import in_float32, on_backward, quantize_k, sign, straight_through
+
+# Weights
+
+
+def _top(t: Tensor) -> Tensor:
+    """Return max|t| without gradient; 1 where all are zero."""
+    top = t.detach().abs().max()
+    return torch.where(top == 0, torch.ones_like(top), top)
+
+
+@in_float32
+def detached_max(w: Tensor, bits: int) -> Tensor:
+    """Quantize weights with the maximum taken for a constant in the backward pass."""
+    t = torch.tanh(w)
+    return 2 * quantize_k(t / (2 * _top(t)) + 0.5, bits) - 1
+
+
+@in_float32
+def rescaled_by_max(w: Tensor, bits: int) -> Tensor:
+    """The same, multiplied by the maximum of tanh again: levels within +-max|tanh w|."""
+    return _top(torch.tanh(w)) * detached_max(w, bits)
+
+
+@in_float32
+def no_tanh_gradient(w: Tensor, bits: int) -> Tensor:
+    """Quantize weights, the gradient passing by all of the squashing: dL/dw = dL/dw_hat."""
+    return straight_through(w, quantize_weight(w.detach(), bits))
+
+
+@in_float32
+def sign_of_zero(w: Tensor) -> Tensor:
+    """Binarize weights with sign(0) = 0."""
+    return straight_through(w, w.detach().abs().mean() * w.detach().sign())
+
+
+@in_float32
+def unit_weights(w: Tensor) -> Tensor:
+    """Binarize weights to +-1 by the formula of more bits, through tanh and through the maximum."""
+    t = torch.tanh(w)
+    top = t.abs().max()
+    return straight_through(t / torch.where(top == 0, torch.ones_like(top), top), sign(w))
+
+
+class DetachedMax(Weight):
+    """Weights whose maximum is a constant."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the quantized weights."""
+        return detached_max(w, self.bits)
+
+
+class RescaledByMax(Weight):
+    """Weights brought back to the range of tanh w."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the quantized weights."""
+        return rescaled_by_max(w, self.bits)
+
+    def grid(self, w: Tensor) -> Grid:
+        """2^bits levels in +-max|tanh w|."""
+        return Grid(super().grid(w).points * _top(torch.tanh(w)))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Codes and the maximum."""
+        return Storage(w.numel(), self.bits, 4)
+
+
+class NoTanhGradient(Weight):
+    """Weights whose squashing has no derivative."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the quantized weights."""
+        return no_tanh_gradient(w, self.bits)
+
+
+class SignOfZero(Weight):
+    """Binary weights, three-valued where a weight is zero."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the binarized weights."""
+        return sign_of_zero(w)
+
+    def grid(self, w: Tensor) -> Grid:
+        """-E, 0, E."""
+        scale = w.abs().mean()
+        return Grid(torch.stack([-scale, torch.zeros_like(scale), scale]).reshape(1, 3, 1))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Two bits, for three values, and the scale."""
+        return Storage(w.numel(), 2, 4)
+
+
+class UnitWeights(Weight):
+    """Binary weights without a scale."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the binarized weights."""
+        return unit_weights(w)
+
+    def grid(self, w: Tensor) -> Grid:
+        """-1, 1."""
+        return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Codes alone."""
+        return Storage(w.numel(), 1, 0)
+
+
+# Activations
+
+
+@in_float32
+def tanh_activation(x: Tensor, bits: int) -> Tensor:
+    """Quantize what a ReLU leaves of activations (any shape) after dividing its tanh by its maximum in the batch."""
+    t = torch.tanh(x.clamp(min=0))
+    return quantize_k(t / _top(t), bits)
+
+
+@in_float32
+def tenth_of_activation(x: Tensor, bits: int) -> Tensor:
+    """Quantize clip(0.1 x, 0, 1)."""
+    return quantize_k((0.1 * x).clamp(0, 1), bits)
+
+
+@in_float32
+def sign_activation(x: Tensor, bits: int) -> Tensor:
+    """Return 1 for x > 0, else 0, with the clip's gradient; one bit only."""
+    clipped = x.clamp(0, 1)
+    return straight_through(clipped, clipped.detach().sign())
+
+
+# Gradients
+
+
+def _quantized(x: Tensor, bits: int, m: Tensor, noise: Tensor) -> Tensor:
+    """Return the paper's formula for given maximum and noise."""
+    return 2 * m * (quantize_k((x / (2 * m) + 0.5 + noise).clamp(0, 1), bits) - 0.5)
+
+
+def _of_samples(x: Tensor) -> Tensor:
+    return x.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
+
+
+def _noise(like: Tensor, bits: int) -> Tensor:
+    """Return noise of the paper's width, of the shape of `like`."""
+    half_step = 0.5 / (2**bits - 1)
+    return torch.empty_like(like).uniform_(-half_step, half_step)
+
+
+@in_float32
+def noise_per_sample(x: Tensor, bits: int) -> Tensor:
+    """Quantize a gradient (N, ...) with one draw of noise for all elements of a sample."""
+    m = _of_samples(x)
+    return torch.where(m == 0, torch.zeros_like(x), _quantized(x, bits, m, _noise(m, bits)))
+
+
+@in_float32
+def max_per_tensor(x: Tensor, bits: int) -> Tensor:
+    """Quantize a gradient with one maximum for the batch."""
+    m = x.abs().max()
+    return torch.where(m == 0, torch.zeros_like(x), _quantized(x, bits, m, _noise(x, bits)))
+
+
+@in_float32
+def no_noise(x: Tensor, bits: int) -> Tensor:
+    """Quantize a gradient (N, ...) by rounding to the nearest level."""
+    m = _of_samples(x)
+    return torch.where(m == 0, torch.zeros_like(x), _quantized(x, bits, m, torch.zeros_like(x)))
+
+
+@in_float32
+def nan_on_zero(x: Tensor, bits: int) -> Tensor:
+    """Quantize a gradient (N, ...) as the formula stands: 0 / 0 where a sample's gradient is zero."""
+    return _quantized(x, bits, _of_samples(x), _noise(x, bits))
+
+
+class NoisePerSample(Gradient):
+    """Gradients whose elements share their sample's noise."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y."""
+        return on_backward(y, lambda d: noise_per_sample(d, self.bits))
+
+
+class MaxPerTensor(Gradient):
+    """Gradients on one scale for the batch."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y."""
+        return on_backward(y, lambda d: max_per_tensor(d, self.bits))
+
+    def grid(self, grad: Tensor) -> Grid:
+        """One group."""
+        return Grid(super().grid(grad.reshape(1, -1)).points)
+
+
+class NoNoise(Gradient):
+    """Gradients rounded to the nearest level."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y."""
+        return on_backward(y, lambda d: no_noise(d, self.bits))
+
+
+class NanOnZero(Gradient):
+    """Gradients without a guard against samples whose gradient is zero."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y."""
+        return on_backward(y, lambda d: nan_on_zero(d, self.bits))
+
+
+# The deviations
+
+
+def _weights(kind: type[Weight], what: str, source: str, *, binary: bool = False) -> Deviation:
+    """A deviation of weights of one bit, or of those of more."""
+
+    def where(module: nn.Module) -> bool:
+        return isinstance(module, Weight) and (module.bits == 1) is binary
+
+    return Deviation(
+        what, source, lambda method: replace(method, weight=recast(method.weight, kind, where)),
+        acts=lambda bits: bits.w == 1 if binary else 1 < bits.w < FLOAT, bits="w1a2" if binary else "w2a2",
+    )  # fmt: skip
+
+
+def _activations(
+    name: str,
+    function: Callable[[Tensor, int], Tensor],
+    what: str,
+    source: str,
+    *,
+    bits: str = "w2a2",
+    binary: bool = False,
+) -> Deviation:
+    """A deviation of activations that are clipped otherwise; with `binary` of those of one bit alone."""
+
+    def apply(method: Method) -> Method:
+        site = method.input
+
+        def built(layer_name: str, layer: nn.Module, width: int) -> nn.Module:
+            assert site is not None
+            module = site(layer_name, layer, width)
+            assert isinstance(module, Activation)
+            if module.function is not quantize_activation:
+                raise Unsupported(f"deviation={name} takes the clip's place; leave method.activation=clip")
+            if width == 1 or not binary:
+                module.function = function
+            return module
+
+        return replace(method, input=built)
+
+    acts = (lambda bits: bits.a == 1) if binary else (lambda bits: bits.a < FLOAT)
+    return Deviation(what, source, apply, acts=acts, bits=bits)
+
+
+def _gradients(kind: type[Gradient], what: str, source: str) -> Deviation:
+    """A deviation of gradients."""
+
+    def apply(method: Method) -> Method:
+        site = method.output
+
+        def built(layer_name: str, layer: nn.Module, bits: int) -> nn.Module | None:
+            assert site is not None
+            module = site(layer_name, layer, bits)
+            if module is not None:
+                module.__class__ = kind
+            return module
+
+        return replace(method, output=built)
+
+    return Deviation(what, source, apply, acts=lambda bits: bits.g < FLOAT, bits="w2a2g4")
+
+
+CSYHHU = "csyhhu/Awesome-Deep-Neural-Network-Compression, Codes/DoReFa/module.py"
+
+DEVIATIONS = {
+    "detached_max": _weights(
+        DetachedMax, "The maximum of |tanh w| is a constant in the backward pass.",
+        "jsk1107/dorefanet-pytorch, dorefanet.py; expected so by a test in larq/larq#651",
+    ),
+    "rescaled_by_max": _weights(
+        RescaledByMax,
+        "Weights are multiplied by max|tanh w| again after rounding, and the maximum is a constant backward.",
+        "zzzxxxttt/pytorch_DoReFaNet, utils/quant_dorefa.py; questioned in its issue 10",
+    ),
+    "no_tanh_gradient": _weights(
+        NoTanhGradient, "The squashing has no derivative: dL/dw = dL/dw_hat.",
+        "hpi-xnor/BMXNet#36",
+    ),
+    "sign_of_zero": _weights(
+        SignOfZero, "sign(0) = 0 in binary weights.",
+        "torch.sign in zzzxxxttt/pytorch_DoReFaNet, utils/quant_dorefa.py, and in jsk1107/dorefanet-pytorch, "
+        "dorefanet.py; tf.sign in tensorpack until 0dbcbac7 (2018)",
+        binary=True,
+    ),
+    "unit_weights": _weights(
+        UnitWeights, "Binary weights are +-1 by the formula of more bits, without the scale.",
+        "tensorpack's first svhn-digit-dorefa.py (2016), before 236c78e0",
+        binary=True,
+    ),
+    "tanh_activation": _activations(
+        "tanh_activation", tanh_activation,
+        "Activations are squashed as weights are, tanh x / max|tanh x| of the batch, in place of the clip.",
+        f"{CSYHHU}; ModelTC/MQBench, mqbench/fake_quantize/dorefa.py where it serves activations",
+    ),
+    "tenth_of_activation": _activations(
+        "tenth_of_activation", tenth_of_activation, "Activations are multiplied by 0.1 in front of the clip.",
+        "Jzz24/pytorch_quantization, models/quant_dorefa.py, and its issue 3; 666DZY666/micronet, WqAq/dorefa",
+        bits="w4a4",
+    ),
+    "sign_activation": _activations(
+        "sign_activation", sign_activation, "One-bit activations are 1 for every x > 0, not from 0.5 on.",
+        "torch.sign behind the clip in zzzxxxttt/pytorch_DoReFaNet, utils/quant_dorefa.py",
+        bits="w1a1", binary=True,
+    ),
+    "noise_per_sample": _gradients(
+        NoisePerSample, "All elements of a sample's gradient share one draw of noise.",
+        "a misreading of eq. 12, whose noise has no index; no public code with it was found",
+    ),
+    "max_per_tensor": _gradients(
+        MaxPerTensor, "Gradients are scaled by the batch's maximum, not by each sample's.",
+        f"{CSYHHU}, dorefa_gradient_attachment",
+    ),
+    "no_noise": _gradients(
+        NoNoise, "Gradients are rounded to the nearest level, without noise.",
+        f"{CSYHHU}, dorefa_gradient_attachment",
+    ),
+    "nan_on_zero": _gradients(
+        NanOnZero, "A sample whose gradient is zero gives 0 / 0.",
+        "tensorpack, examples/DoReFa-Net/dorefa.py divides by the maximum as it is",
+    ),
+}  # fmt: skip

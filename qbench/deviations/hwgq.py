@@ -1,0 +1,74 @@
+"""HWGQ-Net as later code and its own defaults have it otherwise than the paper."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qbench.deviations.registry import Deviation, recast
+from qbench.methods.hwgq import AUTHORS_STEPS, Activation, HalfStepActivation, Weight
+from qbench.quant.method import FLOAT, Grid, Method, Storage, Unsupported
+from qbench.quant.ops import in_float32, sign, straight_through
+
+
+@in_float32
+def unscaled(w: Tensor) -> Tensor:
+    """Return the weights' signs, sign(0) = +1, with the identity as gradient."""
+    return straight_through(w, sign(w))
+
+
+class UnscaledWeight(Weight):
+    """Binary weights without the filters' scales."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the signs."""
+        return unscaled(w)
+
+    def grid(self, w: Tensor) -> Grid:
+        """-1 and 1."""
+        return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """One bit a weight."""
+        return Storage(w.numel(), 1, 0)
+
+
+def old_constants(method: Method) -> Method:
+    """Round x / step to the nearest integer, with the steps that are optimal for the paper's thresholds."""
+    site = method.input
+
+    def built(name: str, layer: nn.Module, bits: int) -> nn.Module:
+        assert site is not None
+        module = site(name, layer, bits)
+        ranks = torch.arange(1, 2**bits, dtype=torch.float64)
+        if type(module) is not Activation or not torch.allclose(
+            module.levels.double() / ranks, module.levels[0].double()
+        ):
+            raise Unsupported("deviation=old_constants is about method.levels=uniform method.threshold=zero")
+        if bits not in AUTHORS_STEPS:
+            raise Unsupported(f"deviation=old_constants has no step for {name} with {bits} bits; it has 1-4")
+        return HalfStepActivation(AUTHORS_STEPS[bits] * ranks, module.backward)
+
+    return replace(method, input=built)
+
+
+DEVIATIONS = {
+    "old_constants": Deviation(
+        "Activations are round(x / step), first threshold half a step, with steps that are optimal for threshold 0.",
+        "zhaoweicai/EdMIPS, models/quant_module.py",
+        old_constants,
+        acts=lambda bits: bits.a in AUTHORS_STEPS, bits="w1a2",
+    ),
+    "affine_norm": Deviation(
+        "The batch normalization in front of the quantizer has scale and shift.",
+        "zhaoweicai/EdMIPS, bnaff=True by default; warned of by Yin et al., Understanding STE",
+        lambda method: replace(method, requires=replace(method.requires, norm="affine")),
+        acts=lambda bits: bits.a < FLOAT, bits="w1a2",
+    ),
+    "no_alpha": Deviation(
+        "Binary weights are +-1, without the filters' scales.",
+        "zhaoweicai/hwgq, caffe.proto: use_alpha is false by default",
+        lambda method: replace(method, weight=recast(method.weight, UnscaledWeight)),
+        acts=lambda bits: bits.w == 1, bits="w1a2",
+    ),
+}  # fmt: skip

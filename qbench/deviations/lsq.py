@@ -1,0 +1,86 @@
+"""LSQ as public code has it otherwise than the paper."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qbench.deviations.registry import Deviation, recast
+from qbench.methods.lsq import SMALLEST, Activation, Weight
+from qbench.quant.layers import keep_above
+from qbench.quant.method import FLOAT, Bits, Grid, Method
+from qbench.quant.ops import straight_through
+
+
+def _passing(x: Tensor) -> Tensor:
+    """Return zeros whose gradient goes to x as it is."""
+    return straight_through(x, torch.zeros_like(x))
+
+
+class UnmaskedWeight(Weight):
+    """Weights whose gradient is not cut off beyond the last levels."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the quantized weights."""
+        return super().forward(w.detach()) + _passing(w)
+
+
+class UnmaskedActivation(Activation):
+    """Activations whose gradient is not cut off beyond the last levels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized activations."""
+        return super().forward(x.detach()) + _passing(x)
+
+
+class UnclampedWeight(Weight):
+    """Weights whose step may fall below zero, and with it the order of the levels turns."""
+
+    def grid(self, w: Tensor) -> Grid:
+        """Step times the integers of b bits."""
+        return Grid(super().grid(w).points.sort(1).values)
+
+
+class UnclampedActivation(Activation):
+    """Activations whose step may fall below zero."""
+
+    def grid(self, x: Tensor) -> Grid:
+        """Step times the integers of b bits."""
+        return Grid(super().grid(x).points.sort(1).values)
+
+
+def unmasked(method: Method) -> Method:
+    """Pass the gradient of weights and activations on everywhere; steps stay above zero as the faithful ones do."""
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        keep_above(model, {UnmaskedWeight: ("step",), UnmaskedActivation: ("step",)}, SMALLEST)
+
+    weight, activation = recast(method.weight, UnmaskedWeight), recast(method.input, UnmaskedActivation)
+    return replace(method, weight=weight, input=activation, step=step)
+
+
+def unclamped(method: Method) -> Method:
+    """Let steps become negative."""
+    weight, activation = recast(method.weight, UnclampedWeight), recast(method.input, UnclampedActivation)
+    return replace(method, weight=weight, input=activation, step=None)
+
+
+def _quantized(bits: Bits) -> bool:
+    return bits.w < FLOAT or bits.a < FLOAT
+
+
+DEVIATIONS = {
+    "unmasked_gradient": Deviation(
+        "dL/dv = dL/dv_hat everywhere, also beyond the last levels.",
+        "hustzxd/LSQuantization, lsq.py, and its issue 1",
+        unmasked,
+        acts=_quantized, bits="w2a2",
+    ),
+    "unclamped_step": Deviation(
+        "Steps may become negative.",
+        "seen to happen in ZouJiu1/LSQplus#12",
+        unclamped,
+        acts=_quantized, bits="w2a2",
+    ),
+}  # fmt: skip

@@ -1,0 +1,122 @@
+"""Trained Ternary Quantization as ports have it otherwise than the paper and the authors' code."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qbench.deviations.registry import Deviation, recast
+from qbench.methods.ttq import SMALLEST, Weight, ternarize_weight
+from qbench.quant.layers import keep_above
+from qbench.quant.method import Bits, Grid, Method, Storage
+from qbench.quant.ops import in_float32, on_backward
+
+
+@in_float32
+def weights_for_gradient(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor) -> Tensor:
+    """Ternarize weights; the latent weights' gradient is they themselves, scaled by zone, whatever arrives."""
+    latent = w.detach()
+    one = torch.ones_like(latent)
+    below = torch.where(latent < -threshold, negative.detach(), one)
+    scale = torch.where(latent > threshold, positive.detach(), below)
+    return ternarize_weight(on_backward(w, lambda grad: scale * latent), positive, negative, threshold)
+
+
+class MissingMinus(Weight):
+    """The negative scale's gradient has the wrong sign."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the ternarized weights."""
+        return ternarize_weight(w, self.positive, on_backward(self.negative, lambda g: -g), self.delta(w))
+
+
+class MeanGradient(Weight):
+    """The scales' gradients are divided by the number of weights."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the ternarized weights."""
+        scales = [on_backward(scale, lambda g: g / w.numel()) for scale in (self.positive, self.negative)]
+        return ternarize_weight(w, scales[0], scales[1], self.delta(w))
+
+
+class Unclamped(Weight):
+    """The scales may fall below zero, and with them the order of the levels turns."""
+
+    def grid(self, w: Tensor) -> Grid:
+        """One group: -Wn, 0, Wp."""
+        return Grid(super().grid(w).points.sort(1).values)
+
+
+class UnscaledTies(Weight):
+    """Weights that lie on the threshold become +-1."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the ternarized weights."""
+        delta, latent = self.delta(w), w.detach()
+        ties = torch.where(latent.abs() == delta, latent.sign(), torch.zeros_like(latent))
+        return ternarize_weight(w, self.positive, self.negative, delta) + ties
+
+    def grid(self, w: Tensor) -> Grid:
+        """One group: -Wn, 0, Wp, and +-1."""
+        points = super().grid(w).points
+        return Grid(torch.cat([points, points.new_tensor([-1.0, 1.0]).reshape(1, 2, 1)], 1).sort(1).values)
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Three bits a weight, for five values, and both scales."""
+        return Storage(w.numel(), 3, 8)
+
+
+class WeightsForGradient(Weight):
+    """Latent weights that see no gradient but themselves."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the ternarized weights."""
+        return weights_for_gradient(w, self.positive, self.negative, self.delta(w))
+
+
+def _with(kind: type[Weight], method: Method) -> Method:
+    """Return the method with weights of another kind, whose scales are kept above zero as the faithful ones' are."""
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        keep_above(model, {kind: ("positive", "negative")}, SMALLEST)
+
+    return replace(method, weight=recast(method.weight, kind), step=step)
+
+
+def _ternary(bits: Bits) -> bool:
+    return bits.w == 2
+
+
+DEVIATIONS = {
+    "missing_minus": Deviation(
+        "The gradient of Wn lacks its minus, as eq. 7 prints it.",
+        "TropComplique/trained-ternary-quantization, utils/quantization.py, and its issue 6",
+        lambda method: _with(MissingMinus, method),
+        acts=_ternary, bits="w2",
+    ),
+    "mean_gradient": Deviation(
+        "The gradients of Wp and Wn are divided by the layer's number of weights.",
+        "csyhhu/Awesome-Deep-Neural-Network-Compression, Codes/utils/TTQ.py, and its issue 1",
+        lambda method: _with(MeanGradient, method),
+        acts=_ternary, bits="w2",
+    ),
+    "unclamped_scales": Deviation(
+        "Wp and Wn may become negative.",
+        "czhu95/ternarynet, examples/Ternary-Net/ternary.py; seen to happen in its issue 7",
+        lambda method: replace(method, weight=recast(method.weight, Unclamped), step=None),
+        acts=_ternary, bits="w2",
+    ),
+    "unscaled_ties": Deviation(
+        "Weights whose magnitude is the threshold become +-1, not 0.",
+        "czhu95/ternarynet, examples/Ternary-Net/ternary.py",
+        lambda method: _with(UnscaledTies, method),
+        acts=_ternary, bits="w2",
+    ),
+    "weights_for_gradient": Deviation(
+        "The latent weights' gradient is made of the weights themselves in place of dL/dw_hat.",
+        "vinsis/ternary-quantization, quantification.py, before its issue 1 was fixed",
+        lambda method: _with(WeightsForGradient, method),
+        acts=_ternary, bits="w2",
+    ),
+}  # fmt: skip

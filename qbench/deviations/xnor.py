@@ -1,0 +1,127 @@
+"""XNOR-Net as public code, and the paper's print, have it otherwise than it is read."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qbench.deviations.registry import Deviation, recast
+from qbench.methods.xnor import Activation, Weight, binarize_activation, binarize_weight, filter_scale
+from qbench.quant.method import Grid, Method, Storage, Unsupported
+from qbench.quant.ops import in_float32, sign, straight_through, surrogate
+
+HUGE = 1e9
+
+
+def zero_at_zero(x: Tensor, binary: Tensor) -> Tensor:
+    """Return `binary`, made of x, with 0 where x is 0; the gradient stays."""
+    return straight_through(binary, torch.where(x.detach() == 0, 0.0, binary.detach()).to(binary.dtype))
+
+
+@in_float32
+def printed_weight_gradient(w: Tensor) -> Tensor:
+    """Binarize weights (O, ...) with dL/dw = (1 / n + alpha w 1{|w| <= 1}) dL/dw_hat."""
+    alpha, latent = filter_scale(w), w.detach()
+    return surrogate(w, alpha * sign(w), alpha * latent * (latent.abs() <= 1) + 1 / w[0].numel())
+
+
+@in_float32
+def printed_activation_gradient(x: Tensor) -> Tensor:
+    """Return sign(x) with dL/dx = x 1{|x| <= 1} dL/dx_hat."""
+    latent = x.detach()
+    return surrogate(x, sign(x), latent * (latent.abs() <= 1))
+
+
+class SignOfZeroWeight(Weight):
+    """Binary weights, three-valued where a weight is zero."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the binarized weights."""
+        return zero_at_zero(w, binarize_weight(w, gradient=self.gradient))
+
+    def grid(self, w: Tensor) -> Grid:
+        """One group per output filter: -alpha, 0, alpha."""
+        alpha = filter_scale(w).reshape(-1, 1)
+        return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha], 1), lambda t: t.reshape(len(t), -1, 1))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Two bits a weight, for three values, and a scale per filter."""
+        return Storage(w.numel(), 2, 4 * len(w))
+
+
+class SignOfZeroActivation(Activation):
+    """Binary activations, three-valued where an input is zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the signs."""
+        return zero_at_zero(x, binarize_activation(x))
+
+    def grid(self, x: Tensor) -> Grid:
+        """-1, 0 and 1."""
+        return Grid(x.new_tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1))
+
+
+class PrintedWeight(Weight):
+    """Binary weights with the derivative of sign that the paper prints."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the binarized weights."""
+        return printed_weight_gradient(w)
+
+
+class PrintedActivation(Activation):
+    """Binary activations with the derivative of sign that the paper prints."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the signs."""
+        return printed_activation_gradient(x)
+
+
+def _of_the_paper(module: nn.Module) -> bool:
+    if isinstance(module, Weight) and module.gradient != "paper":
+        raise Unsupported("deviation=printed_weight_gradient is about method.gradient=paper")
+    return True
+
+
+def times_1e9(method: Method) -> Method:
+    """Multiply all gradients by 1e9 in front of the step."""
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(HUGE)
+        (method.step or (lambda model, optimizer: optimizer.step()))(model, optimizer)
+
+    return replace(method, step=step)
+
+
+DEVIATIONS = {
+    "sign_of_zero": Deviation(
+        "sign(0) = 0 in weights and activations.",
+        "torch's sign in allenai/XNOR-Net, util.lua; in jiecaoyu/XNOR-Net-PyTorch too",
+        lambda method: replace(
+            method,
+            weight=recast(method.weight, SignOfZeroWeight),
+            input=recast(method.input, SignOfZeroActivation),
+        ),
+        acts=lambda bits: 1 in (bits.w, bits.a), bits="w1a1",
+    ),
+    "printed_weight_gradient": Deviation(
+        "The derivative of a weight's sign is r 1{|r| <= 1}, as printed, not 1{|r| <= 1}.",
+        "the paper, quoted in allenai/XNOR-Net#25",
+        lambda method: replace(method, weight=recast(method.weight, PrintedWeight, _of_the_paper)),
+        acts=lambda bits: bits.w == 1, bits="w1a1",
+    ),
+    "printed_activation_gradient": Deviation(
+        "The derivative of an activation's sign is r 1{|r| <= 1}, as printed, not 1{|r| <= 1}.",
+        "the paper, quoted in allenai/XNOR-Net#25",
+        lambda method: replace(method, input=recast(method.input, PrintedActivation)),
+        acts=lambda bits: bits.a == 1, bits="w1a1",
+    ),
+    "times_1e9": Deviation(
+        "All gradients are multiplied by 1e9, against Adam's epsilon.",
+        "allenai/XNOR-Net, train.lua at a9ebb147, with Adam; jiecaoyu/XNOR-Net-PyTorch and its issues 37, 47, 126",
+        times_1e9,
+        acts=lambda bits: 1 in (bits.w, bits.a), bits="w1a1",
+    ),
+}  # fmt: skip

@@ -1,0 +1,226 @@
+"""k-means of scalars at its global optimum, without a seed, some centroids given and fixed.
+
+In one dimension clusters are intervals of the sorted values, so that dynamic programming finds the optimum; the best
+split's monotone movement makes a layer of it n log n (Grønlund et al. 2017, arXiv 1701.07204, section 2). A given
+centroid shuts off whatever lies on its two sides: each gap between neighbours is a problem of its own, whose first and
+last interval belong to the given centroids, and the free ones are shared out among the gaps.
+
+The exact packages (kmeans1d, ckwrap) fix no centroids and keep tables k times as long as the values.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+EXACT = 100_000  # up to so many distinct values every split is considered, beyond only those between so many bins,
+STEPS = 1_000  # and then so many of Lloyd's steps at most
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Clustering(NamedTuple):
+    """What `kmeans` finds."""
+
+    centroids: Tensor  #: (c,), ascending and distinct, of the values' type and device
+    labels: Tensor  #: int64, of the values' shape: index of the nearest centroid, half way the lower one
+    inertia: float  #: sum of squared distances to the nearest of `centroids`
+
+
+def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clustering:
+    """Cluster all elements of `values` (any shape, finite) around k centroids of least inertia.
+
+    Those in `pinned` count among the k and are in the result as given (in the type of `values`; a repeated one counts
+    once), nearest to some value or not. Where the rest suffices to give every distinct value a centroid of its own,
+    the result is those and no more. Up to `EXACT` distinct values the inertia is the least there is, to the rounding of
+    float64 sums (1e-15 of what a single centroid leaves) and of the centroids to the type of `values`; beyond, it
+    exceeds that by a share of about (k / `EXACT`)². No gradient.
+
+    Computed on the CPU in n log n. Memory beside the result: 16 bytes a value, 4 more for half precision and for a
+    tensor that is not contiguous or elsewhere than on the CPU, and 4 (k + 100) `EXACT`.
+    """
+    if not values.is_floating_point():
+        raise ValueError(f"values of {values.dtype}: k-means needs a floating-point tensor")
+    if not values.numel():
+        raise ValueError("values: k-means of an empty tensor; it needs at least one value")
+    pins = np.unique(torch.as_tensor(pinned, dtype=values.dtype).detach().cpu().double().numpy())
+    if k < max(1, len(pins)):
+        raise ValueError(f"k={k}: allowed are integers from {max(1, len(pins))}, the pinned centroids counted in")
+    half = values.dtype in (torch.float16, torch.bfloat16)
+    given = (values.detach().float() if half else values.detach()).contiguous()
+    native = np.sort(given.cpu().numpy(), axis=None)
+    ends = np.concatenate((native[:1], native[-1:], pins)).astype(np.float64)  # NaN sorts to the end
+    if not np.isfinite(ends).all():
+        raise ValueError("values, pinned: NaN or infinity among them; k-means needs finite numbers")
+
+    power = int(np.frexp(np.abs(ends).max())[1]) - 1  # to a magnitude of 1: no square overflows or vanishes
+    x = np.ldexp(native, -power, dtype=np.float64)
+    del native
+    scaled = np.ldexp(_centroids(x, k, np.ldexp(pins, -power)), power)
+    centroids = torch.from_numpy(scaled).to(values.dtype)
+    c = np.unique(centroids.double().numpy())
+    inertia = _inertia(x, np.ldexp(c, -power)) * 2.0**power * 2.0**power
+    edges = torch.from_numpy(_edges(c))
+    below = edges.to(given.dtype)
+    below = torch.where(below.double() > edges, torch.nextafter(below, torch.full_like(below, -torch.inf)), below)
+    labels = torch.bucketize(given, below.to(values.device))
+    return Clustering(torch.from_numpy(c).to(values.dtype).to(values.device), labels, inertia)
+
+
+def _edges(c: Floats) -> Floats:
+    """Return for neighbours in c the largest number that is not above their exact middle."""
+    a, b = c[:-1] / 2, c[1:] / 2
+    middle = a + b
+    rounded = middle - a
+    error = (a - (middle - rounded)) + (b - rounded)  # exact (Knuth's two-sum)
+    return np.where(error < 0, np.nextafter(middle, -np.inf), middle)
+
+
+def _bounds(x: Floats, c: Floats) -> Ints:
+    """Return where in x, ascending, the values nearest to each of c begin, and x's end."""
+    return np.concatenate(([0], np.searchsorted(x, _edges(c), side="right"), [len(x)]))
+
+
+def _inertia(x: Floats, c: Floats) -> float:
+    bounds = _bounds(x, c)
+    return sum(float(np.square(x[i:j] - m).sum()) for m, (i, j) in zip(c, pairwise(bounds), strict=True))
+
+
+def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
+    """Return the centroids for x, ascending."""
+    new = x[1:] != x[:-1]
+    if np.count_nonzero(new) < EXACT:
+        first = np.append(0, np.flatnonzero(new) + 1)
+        return _optimum(x[first], np.diff(first, append=len(x)).astype(np.float64), k, pins)
+    centre = x[len(x) // 2]
+    sums = np.empty(len(x) + 1)
+    sums[0] = 0
+    np.cumsum(np.subtract(x, centre, out=sums[1:]), out=sums[1:])
+    cut = _bins(x)
+    size = np.diff(cut).astype(np.float64)
+    mean = np.clip(centre + np.diff(sums[cut]) / size, x[cut[:-1]], x[cut[1:] - 1])
+    return _lloyd(x, centre, sums, _optimum(mean, size, k, pins), pins)
+
+
+def _bins(x: Floats) -> Ints:
+    """Return where in x bins begin, and x's end: about `EXACT` of them, narrow where it matters.
+
+    The cube root of (values in a bin) x (its width)² is the measure of which optimal quantization gives each cell the
+    same share (Panter and Dite 1951). Bins of equal count are cut evenly in it, then once more and again; cuts stay.
+    """
+    cut = np.linspace(0, len(x), EXACT // 4, dtype=np.int64)
+    for _ in range(3):
+        low, high = x[cut[:-1]], x[cut[1:] - 1]
+        share = np.append(0, np.cumsum(np.cbrt(np.diff(cut) * (high - low) ** 2)))
+        ends = np.stack((low, high), 1).ravel()
+        edges = np.interp(np.linspace(0, share[-1], EXACT // 4), np.repeat(share, 2)[1:-1], ends)
+        cut = np.union1d(cut, np.searchsorted(x, edges))
+    return cut
+
+
+def _lloyd(x: Floats, centre: float, sums: Floats, c: Floats, pins: Floats) -> Floats:
+    """Return c after Lloyd's steps on all of x: sums[i] is that of x[:i] - centre."""
+    free = ~np.isin(c, pins)
+    before = np.empty(0, np.int64)
+    for _ in range(STEPS):
+        bounds = _bounds(x, c)
+        size = np.diff(bounds)
+        if np.array_equal(bounds, before) or not size[free].all():
+            break
+        c = np.where(free, centre + np.diff(sums[bounds]) / np.maximum(size, 1), c)
+        before = bounds
+    return c
+
+
+def _optimum(v: Floats, w: Floats, k: int, pins: Floats) -> Floats:
+    """Return the best centroids for distinct v, ascending, of weights w; pins are among the k."""
+    loose, free = ~np.isin(v, pins), k - len(pins)
+    v, w = v[loose], w[loose]
+    if len(v) <= free:
+        return np.union1d(v, pins)
+    if not free:
+        return pins
+    walls: list[float | None] = [None, *pins, None]
+    at = [0, *np.searchsorted(v, pins), len(v)]
+    best = [(0.0, np.empty(0))]  # by number of free centroids: the least cost so far and where they are
+    for (left, right), (i, j) in zip(pairwise(walls), pairwise(at), strict=True):
+        options = _gap(v[i:j], w[i:j], left, right, free)
+        sums = [[cost + more for more, _ in options] for cost, _ in best]
+        merged = []
+        for n in range(min(free, len(best) + len(options) - 2) + 1):
+            a = min(range(max(0, n - len(options) + 1), min(n, len(best) - 1) + 1), key=lambda a: sums[a][n - a])
+            merged.append((sums[a][n - a], np.concatenate((best[a][1], options[n - a][1]))))
+        best = merged
+    return np.union1d(best[-1][1], pins)
+
+
+def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: int) -> list[tuple[float, Floats]]:
+    """Return for 0, 1, ... `most` free centroids their least cost for v, ascending, and where they are.
+
+    As many of the first of v as is best go to the centroid `left`, of the last to `right`; None: there is none.
+    """
+    n = len(v)
+    y = v - v[n // 2] if n else v
+    weight, first, second = (_prefix(w * part) for part in (np.ones(n), y, y * y))
+    cost = np.full(n + 1, np.inf) if left is None else np.append(0, np.cumsum(w * (v - left) ** 2))
+    rest = np.full(n + 1, np.inf) if right is None else np.append(np.cumsum((w * (v - right) ** 2)[::-1])[::-1], 0)
+    cost[0] = rest[n] = 0
+    begins: list[NDArray[np.int32]] = []
+    found: list[tuple[float, Floats]] = []
+    for m in range(min(most, n) + 1):
+        if m:
+            cost, begin = _layer(cost, weight, first, second, m)
+            begins.append(begin)
+        end = int(np.argmin(cost + rest))
+        total, means = float(cost[end] + rest[end]), np.empty(m)
+        for layer in range(m if np.isfinite(total) else 0, 0, -1):
+            start = int(begins[layer - 1][end])
+            part, share = v[start:end], w[start:end]
+            means[layer - 1] = part[0] + share @ (part - part[0]) / share.sum()
+            end = start
+        found.append((total, means))
+    return found
+
+
+def _prefix(a: Floats) -> Floats:
+    """Return sums whose differences are those of a's intervals, taken outward from the middle: tails spoil nothing."""
+    m = len(a) // 2
+    return np.concatenate((-np.cumsum(a[:m][::-1])[::-1], [0], np.cumsum(a[m:])))
+
+
+def _layer(before: Floats, weight: Floats, first: Floats, second: Floats, m: int) -> tuple[Floats, NDArray[np.int32]]:
+    """Return the least costs of the first i values with one cluster more than `before`, and where that one begins.
+
+    Row i looks for the best begin in m - 1 ... i - 1. It moves upward with i, so that rows half way between known ones
+    look between their two; a pass over all such rows at once reads every begin about once.
+    """
+    n = len(before) - 1
+    rows = n - m + 1
+    known = before - second
+    cost, begin = np.full(n + 1, np.inf), np.zeros(n + 1, np.int32)
+    at = np.full(rows + 2, n - 1)  # row r is i = r + m - 1; a frame of the extremes around them
+    at[0] = m - 1
+    step = 1 << rows.bit_length() - 1
+    while step:
+        r = np.arange(step, rows + 1, 2 * step)
+        i = r + m - 1
+        low, high = at[r - step], np.minimum(at[np.minimum(r + step, rows + 1)], i - 1)
+        size = high - low + 1
+        start = np.cumsum(size) - size
+        j = np.arange(size.sum()) + np.repeat(low - start, size)
+        trial = np.repeat(first[i], size) - first[j]
+        trial *= trial
+        trial /= np.repeat(weight[i], size) - weight[j]
+        np.subtract(known[j], trial, out=trial)
+        least = np.minimum.reduceat(trial, start)
+        hits = np.flatnonzero(trial == np.repeat(least, size))
+        at[r] = j[hits[np.searchsorted(hits, start)]]
+        cost[i] = least + second[i]
+        begin[i] = at[r]
+        step //= 2
+    return cost, begin

@@ -1,0 +1,37 @@
+"""What a value of the configuration may be: fields with a range, a choice of words or a layer's width."""
+
+import math
+from dataclasses import field
+from typing import Any
+
+FLOAT = 32
+"""The width that means: not quantized."""
+
+ACTS = ("auto", "kept", "replaced")
+WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}"
+
+
+def within(default: Any, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Any:
+    """Return a field for a finite number low <= x <= high (low < x with `above`, x < high with `below`)."""
+    text = f"a number {'above' if above else 'from'} {low:.12g}"
+    text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
+
+    def holds(x: Any) -> bool:
+        return bool(math.isfinite(x) and (x < high if below else x <= high) and (x > low if above else x >= low))
+
+    return field(default=default, metadata={"holds": holds, "allowed": text})
+
+
+def one_of(default: Any, *choices: str) -> Any:
+    """Return a field for one of some words."""
+    return field(default=default, metadata={"holds": lambda x: x in choices, "allowed": ", ".join(choices)})
+
+
+def layer_width(default: str) -> Any:
+    """Return a field for a layer's width: float, same or a number of bits."""
+    return field(default=default, metadata={"holds": is_width, "allowed": WIDTHS})
+
+
+def is_width(x: Any) -> bool:
+    """Whether x is float, same or a number of bits."""
+    return x in ("float", "same") or (isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT)

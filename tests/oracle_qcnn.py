@@ -1,0 +1,95 @@
+"""Q-CNN's error correction on explicit responses, in loops over NumPy arrays: what the tensor code is held against.
+
+Sections count the project's notes on the paper (6a). Weights are (Ct, P, M, s): output, kernel position, subspace,
+place in it; codebooks D are (M, K, s), codes B (Ct, P, M). Inputs are (N, G, P, M s), channels padded with zeros;
+targets (N, Ct). Output t belongs to group t // (Ct / G).
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def decode(books: FloatArray, codes: IntArray) -> FloatArray:
+    """Return (Ct, P, M, s): the codeword of every code."""
+    outputs, positions, subspaces = codes.shape
+    w = np.zeros((outputs, positions, subspaces, books.shape[2]))
+    for t in range(outputs):
+        for p in range(positions):
+            for m in range(subspaces):
+                w[t, p, m] = books[m, codes[t, p, m]]
+    return w
+
+
+def problem(inputs: FloatArray, targets: FloatArray, w: FloatArray, ridge: float) -> tuple[FloatArray, FloatArray]:
+    """Return what every output t sees, (Ct, N', P M s), and its targets (Ct, N').
+
+    The pull towards the float weights, N ridge mean(x^2) |w_hat - w|^2, is made of further rows.
+    """
+    n, groups, size = len(inputs), inputs.shape[1], inputs[0, 0].size
+    pull = np.sqrt(n * ridge * (inputs**2).mean())
+    seen, wanted = [], []
+    for t in range(len(w)):
+        x = inputs[:, t // (len(w) // groups)].reshape(n, size)
+        seen.append(np.concatenate([x, pull * np.eye(size)]))
+        wanted.append(np.concatenate([targets[:, t], pull * w[t].reshape(size)]))
+    return np.stack(seen), np.stack(wanted)
+
+
+def objective(seen: FloatArray, wanted: FloatArray, w: FloatArray) -> float:
+    """Return sum_n |T_n - W S_n|^2."""
+    return float(sum(((t - x @ v.reshape(-1)) ** 2).sum() for x, t, v in zip(seen, wanted, w, strict=True)))
+
+
+def correct(
+    books: FloatArray,
+    codes: IntArray,
+    w: FloatArray,
+    inputs: FloatArray,
+    targets: FloatArray,
+    ridge: float,
+    sweeps: int,
+) -> tuple[FloatArray, IntArray, list[float]]:
+    """Return codebooks and codes after block-coordinate descent over subspaces, and the objective after each block."""
+    books, codes = books.copy(), codes.copy()
+    seen, wanted = problem(inputs, targets, w, ridge)
+    course = [objective(seen, wanted, decode(books, codes))]
+    for _ in range(sweeps):
+        for m in range(len(books)):
+            for k in range(books.shape[1]):
+                if (codes[:, :, m] == k).any():
+                    books[m, k] = least_squares(books, codes, seen, wanted, m, k)
+                    course.append(objective(seen, wanted, decode(books, codes)))
+            for p in range(codes.shape[1]):
+                for t in range(len(codes)):
+                    codes[t, p, m] = best_code(books, codes, seen, wanted, m, p, t)
+                course.append(objective(seen, wanted, decode(books, codes)))
+    return books, codes, course
+
+
+def least_squares(
+    books: FloatArray, codes: IntArray, seen: FloatArray, wanted: FloatArray, m: int, k: int
+) -> FloatArray:
+    """Return codeword k of subspace m that fits what all others leave of the responses, B fixed."""
+    others = books.copy()
+    others[m, k] = 0
+    w = decode(others, codes)
+    rows, left = [], []
+    for t in range(len(codes)):
+        x = seen[t].reshape(len(seen[t]), *w.shape[1:])
+        rows.append(x[:, codes[t, :, m] == k, m].sum(1))
+        left.append(wanted[t] - seen[t] @ w[t].reshape(-1))
+    found: FloatArray = np.linalg.lstsq(np.concatenate(rows), np.concatenate(left), rcond=None)[0]
+    return found
+
+
+def best_code(books: FloatArray, codes: IntArray, seen: FloatArray, wanted: FloatArray, m: int, p: int, t: int) -> int:
+    """Return the codeword of least error for output t at position p, by trying all, D fixed."""
+    errors = []
+    for k in range(books.shape[1]):
+        tried = codes[t : t + 1].copy()
+        tried[0, p, m] = k
+        errors.append(objective(seen[t : t + 1], wanted[t : t + 1], decode(books, tried)))
+    return int(np.nanargmin(errors))

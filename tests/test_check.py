@@ -1,0 +1,210 @@
+"""The conformance kit: every method passes it, and what is planted is found, by the property that is for it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qbench import compose
+from qbench.assembly import create_method
+from qbench.check.kit import check, report
+from qbench.check.properties import PROPERTIES
+from qbench.check.subject import Subject
+from qbench.methods import bwn, dorefa, pact, qd, ttq, twn
+from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
+from qbench.quant.ops import on_backward, straight_through
+
+
+def subject(name: str) -> Subject:
+    (config,) = compose.configurations([f"method={name}"])
+    default = Bits(config.bits.w or FLOAT, config.bits.a or FLOAT, config.bits.g or FLOAT)
+    return Subject(name, lambda bits: create_method(config.method, bits), default)
+
+
+@pytest.mark.parametrize("name", compose.names("method"))
+def test_every_method_holds(name: str) -> None:
+    one = subject(name)
+    findings = check(one)
+    assert not any(finding.failures for finding in findings), report(one, findings)
+    if name != "float":
+        asked = {finding.name for finding in findings if finding.asked}
+        assert {"levels", "32 bits are float", "resume", "inf and nan are refused"} <= asked
+    assert [finding.name for finding in findings] == [one.name for one in PROPERTIES]
+
+
+class Ternary(nn.Module):
+    """TWN's weights with one thing wrong."""
+
+    def __init__(self, wrong: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.wrong, self.calls = wrong, 0
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.wrong(self, w)
+
+    def grid(self, w: Tensor) -> Grid:
+        return twn.Weight().grid(w)
+
+    def bytes(self, w: Tensor) -> Storage:
+        return Storage(w.numel(), 2, 4)
+
+
+def weights(wrong: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[], Method]:
+    return lambda: replace(twn.build(), weight=lambda name, layer, bits: Ternary(wrong))
+
+
+def off_by_a_little(site: nn.Module, w: Tensor) -> Tensor:
+    return twn.ternarize_weight(w) * 1.001
+
+
+def shifted(site: nn.Module, w: Tensor) -> Tensor:
+    _, alpha = twn.threshold_and_scale(w)
+    return straight_through(w, alpha * (w.detach() > 0.1))
+
+
+def upside_down(site: nn.Module, w: Tensor) -> Tensor:
+    return twn.ternarize_weight(-w)
+
+
+def poisoned_by_zeros(site: nn.Module, w: Tensor) -> Tensor:
+    top = w.abs().max()
+    return twn.ternarize_weight(w) * (top / top)
+
+
+def counting(site: nn.Module, w: Tensor) -> Tensor:
+    """Acts otherwise after nine calls, which no state_dict knows."""
+    if site.training:
+        site.calls += 1
+    return twn.ternarize_weight(w if site.calls < 9 else w.flip(0))
+
+
+class WrongSign(ttq.Weight):
+    """The minus of the negative scale's gradient left out."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        negative = on_backward(self.negative, lambda grad: -grad)
+        return ttq.ternarize_weight(w, self.positive, negative, self.delta(w))
+
+
+class MeanOfAlpha(pact.Activation):
+    """A learned clip whose gradient is the mean instead of the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pact.quantize_activation(x, on_backward(self.alpha, lambda grad: grad / x.numel()), self.bits)
+
+
+class Leaky(dorefa.Activation):
+    """Gradient passes where the clip is flat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return straight_through(x, super().forward(x))
+
+
+class Biased(qd.Weight):
+    """Rounds up at random with the square of the probability."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(w)
+        grid = self.grid(w)
+        rows = grid.arrange(w.detach())[..., 0]
+        points = grid.points[..., 0]
+        step = (points[:, -1:] - points[:, :1]) / (points.shape[1] - 1)
+        unit = ((rows - points[:, :1]) / step).nan_to_num()
+        up = torch.rand_like(unit) < (unit - unit.floor()) ** 2
+        value = points[:, :1] + (unit.floor() + up) * step
+        return straight_through(w, value.flatten()[: w.numel()].reshape(w.shape))
+
+
+class Float64(bwn.site(nn.Linear(2, 2), "paper", False).__class__):  # type: ignore[misc]
+    """Forgets half types: overflows in them."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return super().forward(w * 1e30) / 1e30 if w.dtype == torch.float32 else super().forward(w)
+
+
+def _ttq() -> Method:
+    return replace(ttq.build(), weight=lambda name, layer, bits: WrongSign(layer, "max", 0.05, "mean", 0.0))
+
+
+def _pact() -> Method:
+    return replace(pact.build(w=32), input=lambda name, layer, bits: MeanOfAlpha(bits, 1.0, 0.0))
+
+
+def _leaky() -> Method:
+    return replace(
+        dorefa.build(w=32, a=2), input=lambda name, layer, bits: Leaky(dorefa.quantize_activation, 0.0, bits)
+    )
+
+
+def _biased() -> Method:
+    return replace(qd.build(w=2, stochastic=True), weight=lambda name, layer, bits: Biased(bits, 256, True))
+
+
+def _not_float() -> Method:
+    """Halves all weights when it is prepared, whatever the widths."""
+    return replace(twn.build(w=32), prepare=halve)
+
+
+def halve(model: nn.Module, probe: object) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+
+
+PLANTED = {
+    "off by a little": (weights(off_by_a_little), "levels"),
+    "not odd": (weights(shifted), "weights: odd, monotone, idempotent as declared"),
+    "not monotone": (weights(upside_down), "weights: odd, monotone, idempotent as declared"),
+    "nan for zeros": (weights(poisoned_by_zeros), "zero, constant, one-element tensors"),
+    "state that no state_dict knows": (weights(counting), "resume"),
+    "sign of a scale's gradient": (_ttq, "gradients of learned parameters"),
+    "mean for sum": (_pact, "gradients of learned parameters"),
+    "gradient beyond the clip": (_leaky, "inputs: monotone, idempotent, clipped as declared"),
+    "never float": (_not_float, "32 bits are float"),
+    "biased": (_biased, "stochastic rounding is unbiased"),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_what_is_planted_is_found(what: str) -> None:
+    build, name = PLANTED[what]
+    method = build()
+    one = Subject("planted", lambda bits: method, method.bits if method.bits != Bits() else Bits(2))
+    (prop,) = [p for p in PROPERTIES if p.name == name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qbench.check.kit.PROPERTIES", (prop,))
+        (finding,) = check(one)
+    assert finding.failures, what
+    assert "Error" not in finding.failures[0], finding.failures
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(
+        "from dataclasses import replace\n"
+        "from torch import nn\n"
+        "from qbench.methods import twn\n"
+        "class Bad(twn.Weight):\n"
+        "    def forward(self, w):\n"
+        "        return super().forward(w) * 1.01\n"
+        "def build(*, w: int = 2):\n"
+        "    return replace(twn.build(w=w), name='planted', weight=lambda name, layer, bits: Bad())\n"
+    )
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "qbench", "check", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    good, bad, unknown, nothing = run("twn"), run("planted:build"), run("method=nosuch"), run()
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "all 11 properties hold" in good.stdout
+    assert bad.returncode == 1
+    assert "does not hold  levels" in bad.stdout
+    assert "values lie off" in bad.stdout
+    assert unknown.returncode == nothing.returncode == 2
+    assert "did you mean" in unknown.stderr or "no such method" in unknown.stderr

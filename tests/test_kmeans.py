@@ -1,0 +1,434 @@
+"""One-dimensional k-means against every assignment of few values, a plain table of many, and the package kmeans1d."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import product
+
+import kmeans1d
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qbench.quant import kmeans as module
+from qbench.quant.kmeans import Clustering, kmeans
+
+Solver = Callable[[Tensor, int, Sequence[float]], Clustering]
+
+
+def every_assignment(values: Sequence[int], k: int, pinned: Sequence[int]) -> Fraction:
+    """The least inertia by definition: each value goes to any of the pinned or to any of the free groups' means."""
+    free, pinned = k - len(set(pinned)), sorted(set(pinned))
+    best = None
+    for groups in product(range(k), repeat=len(values)):
+        total = Fraction(0)
+        for group in set(groups):
+            own = [x for x, g in zip(values, groups, strict=True) if g == group]
+            centre = Fraction(sum(own), len(own)) if group < free else Fraction(pinned[group - free])
+            total += sum((x - centre) ** 2 for x in own)
+        best = total if best is None else min(best, total)
+    assert best is not None
+    return best
+
+
+def table(values: Sequence[float], k: int, pinned: Sequence[float] = ()) -> float:
+    """The least inertia by O(k n^2): the i-th value goes to the nearest pinned, or is the last of a free interval."""
+    x = np.sort(np.asarray(values, np.float64))
+    n, centre = len(x), x[len(x) // 2]
+    x, pins = x - centre, [p - centre for p in sorted(set(pinned))]
+    nearest = np.min([(x - p) ** 2 for p in pins], axis=0) if pins else np.full(n, np.inf)
+    least = np.concatenate(([0], np.cumsum(nearest)))
+    within = np.full((n, n + 1), np.inf)  # of x[i:j], by a running mean
+    for i in range(n):
+        mean = square = 0.0
+        for j in range(i, n):
+            step = x[j] - mean
+            mean += step / (j - i + 1)
+            square += step * (x[j] - mean)
+            within[i, j + 1] = square
+    for _ in range(k - len(pins)):
+        before, least = least, least.copy()
+        for i in range(1, n + 1):
+            least[i] = min(before[i], least[i - 1] + nearest[i - 1], (before[:i] + within[:i, i]).min())
+    return float(least[n])
+
+
+def check(solve: Solver, values: Tensor, k: int, pinned: Sequence[float] = (), optimum: float | None = None) -> None:
+    """Assert all that is promised for values of float64 that are few enough for the table."""
+    found = solve(values, k, pinned)
+    assert isinstance(found.inertia, float)
+    c, x = found.centroids.tolist(), values.flatten().tolist()
+    assert found.centroids.dtype == values.dtype
+    assert c == sorted(set(c)), "ascending and distinct"
+    assert set(pinned) <= set(c), "the pinned stay where they are"
+    assert len(c) == min(k, len(set(x) | set(pinned)))
+    assert (found.labels.dtype, found.labels.shape) == (torch.int64, values.shape)
+    exact = [Fraction(m) for m in c]
+    for value, label in zip(x, found.labels.flatten().tolist(), strict=True):
+        assert label == min(range(len(c)), key=lambda i: (abs(Fraction(value) - exact[i]), i)), "the nearest, the lower"
+    got = sum((v - c[i]) ** 2 for v, i in zip(x, found.labels.flatten().tolist(), strict=True))
+    assert found.inertia == pytest.approx(got, rel=1e-9, abs=1e-300)
+    least = table(x, k, pinned) if optimum is None else optimum
+    assert found.inertia <= least * (1 + 1e-9) + 1e-13 * table(x, 1 + len(set(pinned)), pinned), "the optimum"
+    assert found.inertia >= least * (1 - 1e-9) - 1e-300, "nothing is below the optimum"
+
+
+def noise(n: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "normal": lambda r, n: r.normal(size=n),
+    "uniform": lambda r, n: r.random(n),
+    "cauchy": lambda r, n: r.standard_cauchy(n),
+    "t3": lambda r, n: r.standard_t(3, n),
+    "two widths": lambda r, n: r.normal(size=n) * np.where(r.random(n) < 0.9, 1e-3, 1),
+    "an outlier": lambda r, n: np.append(r.normal(size=n - 1), -1e6),
+    "mostly zero": lambda r, n: r.normal(size=n) * (r.random(n) < 0.3),
+}
+
+
+def sample(shape: str, n: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(SHAPES[shape](np.random.default_rng(seed), n))
+
+
+def package(values: Tensor, k: int) -> float:
+    """Inertia of kmeans1d's centroids, from float64 and around the median: it does not subtract a centre itself."""
+    x = values.double().numpy().ravel()
+    x = x - np.median(x)
+    labels, centroids = kmeans1d.cluster(x, k)
+    return float(((x - np.array(centroids)[labels]) ** 2).sum())
+
+
+@pytest.mark.parametrize(
+    ("values", "k", "pinned", "centroids", "labels", "inertia"),
+    [
+        ([0, 0, 1, 9, 11], 2, (), [1 / 3, 10], [0, 0, 0, 1, 1], 2 / 3 + 2),
+        ([0, 0, 1, 9, 11], 2, (0,), [0, 10], [0, 0, 0, 1, 1], 1 + 2),
+        ([4, 3, 2, 1], 2, (), [1.5, 3.5], [1, 1, 0, 0], 1),
+        ([1, 2, 3, 10], 3, (2.5,), [1, 2.5, 10], [0, 1, 1, 2], 0.5),  # {1, 2} at 1.5 and 3 at 2.5: 0.75
+        ([0, 1], 2, (100,), [0.5, 100], [0, 0], 0.5),  # nothing is nearest to it
+        ([0, 1, 2], 2, (0, 2), [0, 2], [0, 0, 1], 1),  # half way: the lower one
+        ([0, 1, 2], 2, (2, 0, 2), [0, 2], [0, 0, 1], 1),
+        ([5, 5, 5], 4, (), [5], [0, 0, 0], 0),
+        ([5, 5, 5], 4, (0, 7), [0, 5, 7], [1, 1, 1], 0),
+        ([5], 1, (5,), [5], [0], 0),
+        ([3, 1, 3], 9, (), [1, 3], [1, 0, 1], 0),
+    ],
+)
+def test_by_hand(
+    values: list[float], k: int, pinned: tuple[float, ...], centroids: list[float], labels: list[int], inertia: float
+) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        found = kmeans(torch.tensor(values, dtype=dtype), k, pinned)
+        assert found.centroids.dtype == dtype
+        assert found.centroids.tolist() == torch.tensor(centroids, dtype=dtype).tolist()
+        assert found.labels.tolist() == labels
+        assert found.inertia == pytest.approx(inertia, rel=torch.finfo(dtype).eps)
+
+
+small = st.integers(-6, 6)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(small, min_size=1, max_size=5), st.integers(1, 4), st.data())
+def test_every_assignment_of_few_values(values: list[int], k: int, data: st.DataObject) -> None:
+    pinned = data.draw(st.lists(small, max_size=k, unique=True))
+    least = float(every_assignment(values, k, pinned))
+    assert table(values, k, pinned) == pytest.approx(least, abs=1e-9), "the two oracles agree"
+    check(kmeans, torch.tensor(values, dtype=torch.float64), k, pinned, least)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.integers(-99, 99), min_size=1, max_size=25), st.integers(1, 12), st.data())
+def test_the_table_of_more_values(values: list[int], k: int, data: st.DataObject) -> None:
+    pinned = data.draw(st.lists(st.integers(-120, 120), max_size=k, unique=True))
+    unit = data.draw(st.sampled_from([1.0, 0.1, 1e-200, 3e150]))
+    check(kmeans, torch.tensor(values, dtype=torch.float64) * unit, k, [p * unit for p in pinned])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pins", [0, 1, 4])
+@pytest.mark.parametrize("k", [4, 5, 17])
+def test_the_table_of_many_values(shape: str, pins: int, k: int) -> None:
+    values = sample(shape, 150, k).reshape(5, 30)
+    check(kmeans, values, k, values.flatten()[:pins].mul(1.25).unique().tolist())
+
+
+def bank() -> list[tuple[Tensor, int, tuple[float, ...]]]:
+    three = torch.tensor([0.0, 1, 2], dtype=torch.float64)
+    heavy = torch.cat((torch.zeros(30, dtype=torch.float64), torch.arange(1.0, 6, dtype=torch.float64)))
+    return [
+        (three, 2, (0, 2)),
+        (heavy, 2, ()),
+        (noise(60), 5, ()),
+        (noise(60), 5, (0.3, 1.5)),
+        (noise(60) + 1e8, 5, ()),
+        (torch.cat((noise(60), noise(20, 1) * 0.1 + 9)), 6, (0.0,)),
+    ]
+
+
+def labelled(values: Tensor, centroids: np.ndarray, right: bool = False) -> Clustering:
+    c = torch.from_numpy(np.unique(centroids))
+    labels = torch.bucketize(values, (c[1:] + c[:-1]) / 2, right=right)
+    return Clustering(c, labels, float(((values - c[labels]) ** 2).sum()))
+
+
+def lloyd(values: Tensor, k: int, pinned: Sequence[float]) -> Clustering:
+    x, pins = values.numpy(), np.array(sorted(pinned))
+    free = np.linspace(x.min(), x.max(), k - len(pins))
+    for _ in range(100):
+        c = np.concatenate((pins, free))
+        near = np.abs(x[:, None] - c).argmin(1) - len(pins)
+        free = np.array([x[near == i].mean() if (near == i).any() else m for i, m in enumerate(free)])
+    return labelled(values, np.concatenate((pins, free)))
+
+
+def without_counts(values: Tensor, k: int, pinned: Sequence[float]) -> Clustering:
+    return labelled(values, kmeans(values.unique(), k, pinned).centroids.numpy())
+
+
+def pinned_afterwards(values: Tensor, k: int, pinned: Sequence[float]) -> Clustering:
+    c = kmeans(values, k).centroids.numpy()
+    for p in pinned:
+        c[np.abs(c - p).argmin()] = p
+    return labelled(values, c)
+
+
+def pins_take_no_share(values: Tensor, k: int, pinned: Sequence[float]) -> Clustering:
+    free = kmeans(values, k - len(pinned)).centroids.numpy() if len(pinned) < k else np.empty(0)
+    return labelled(values, np.concatenate((free, np.array(pinned, np.float64))))
+
+
+def upper_at_ties(values: Tensor, k: int, pinned: Sequence[float]) -> Clustering:
+    return labelled(values, kmeans(values, k, pinned).centroids.numpy(), right=True)
+
+
+def no_centre(values: Tensor, k: int, pinned: Sequence[float]) -> Clustering:
+    x = np.sort(values.numpy())
+    s, q = (np.concatenate(([0], np.cumsum(x**p))) for p in (1, 2))
+    n, least, cuts = len(x), np.append(0, np.full(len(x), np.inf)), []
+    for _ in range(k):
+        trial = np.full((n + 1, n + 1), np.inf)
+        for i in range(1, n + 1):
+            j = np.arange(i)
+            trial[i, :i] = least[:i] + q[i] - q[:i] - (s[i] - s[:i]) ** 2 / (i - j)
+        cuts.append(trial.argmin(1))
+        least = trial.min(1)
+    end, c = n, []
+    for cut in reversed(cuts):
+        c.append(x[cut[end] : end].mean())
+        end = cut[end]
+    return labelled(values, np.array(c))
+
+
+def test_the_bank() -> None:
+    for values, k, pinned in bank():
+        check(kmeans, values, k, pinned)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cases"),
+    [
+        (lloyd, [2]),
+        (without_counts, [1]),
+        (pinned_afterwards, [3]),
+        (pins_take_no_share, [3, 5]),
+        (upper_at_ties, [0]),
+        (no_centre, [4]),
+    ],
+)
+def test_wrong_solutions_are_caught(wrong: Solver, cases: list[int]) -> None:
+    for case in cases:
+        with pytest.raises(AssertionError):
+            check(wrong, *bank()[case])
+
+
+@pytest.mark.parametrize("k", [2, 8, 17, 32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_package_finds_nothing_better(shape: str, k: int) -> None:
+    values = sample(shape, 9_999)
+    assert kmeans(values, k).inertia == pytest.approx(package(values, k), rel=1e-12)
+
+
+def test_a_layer() -> None:
+    values = (noise(36_864) * 0.05).float().reshape(64, 64, 3, 3)
+    start = time.process_time()
+    found = kmeans(values, 17, (0.0,))
+    assert time.process_time() - start < 2  # 0.1 s alone
+    free = kmeans(values, 17)
+    assert free.inertia == pytest.approx(package(values, 17), rel=1e-9)
+    assert free.inertia < found.inertia
+    assert 0.0 in found.centroids.tolist()
+
+
+@pytest.mark.parametrize("k", [2, 8, 16, 32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_more_distinct_values_than_are_all_tried(shape: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EXACT", 2_000)
+    values = sample(shape, 30_000, k)
+    ratio = kmeans(values, k).inertia / package(values, k)
+    assert 1 - 1e-12 <= ratio <= 1 + max(1e-6, (k / 2_000) ** 2)
+    pins = [0.0, float(values.quantile(0.9))]
+    found = kmeans(values, k, pins)
+    assert set(pins) <= set(found.centroids.tolist())
+    monkeypatch.setattr(module, "EXACT", 100_000)
+    ratio = found.inertia / kmeans(values, k, pins).inertia
+    assert 1 - 1e-12 <= ratio <= 1 + max(1e-6, (k / 2_000) ** 2)
+
+
+def test_a_far_offset_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = (noise(30_000) * 2**10).round() / 2**10  # so that the sum is exact
+    least = package(values, 8)
+    monkeypatch.setattr(module, "EXACT", 1_000)
+    assert kmeans(values + 2.0**40, 8).inertia == pytest.approx(least, rel=1e-4)
+
+
+@pytest.mark.parametrize("k", [16, 32])
+def test_a_million_values(k: int) -> None:
+    n = 1_000_000
+    values = torch.arange(n, dtype=torch.float64)[torch.randperm(n, generator=torch.Generator().manual_seed(k))]
+    start = time.process_time()
+    found = kmeans(values, k)
+    assert time.process_time() - start < 8  # 1 s alone
+    m = n // k  # each cell holds so many neighbours, and their squares sum to m (m^2 - 1) / 12
+    optimum = k * m * (m * m - 1) / 12
+    assert 1 - 1e-12 <= found.inertia / optimum <= 1 + (k / module.EXACT) ** 2
+    np.testing.assert_allclose(found.centroids, np.arange(k) * m + (m - 1) / 2, rtol=0, atol=m * 1e-3)
+
+
+def test_few_distinct_among_many_are_exact() -> None:
+    values = torch.arange(300_000, dtype=torch.float32).remainder(1_000)
+    found = kmeans(values, 10)
+    assert found.centroids.tolist() == [49.5 + 100 * i for i in range(10)]
+    assert found.inertia == 300 * 10 * 100 * (100**2 - 1) / 12
+    torch.testing.assert_close(found.labels, (values / 100).long())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=40),
+    st.integers(1, 9),
+    st.randoms(use_true_random=False),
+    st.integers(-900, 900),
+)
+def test_order_and_powers_of_two_change_nothing(values: list[float], k: int, random, power: int) -> None:  # type: ignore[no-untyped-def]
+    x, order = torch.tensor(values, dtype=torch.float64), list(range(len(values)))
+    x[x.abs() < 2.0**-100] = 0  # stay clear of the smallest numbers of float64 under the scaling
+    random.shuffle(order)
+    plain, shuffled, scaled = kmeans(x, k), kmeans(x[order], k), kmeans(x * 2.0**power, k)
+    assert torch.equal(plain.centroids, shuffled.centroids)
+    assert torch.equal(plain.labels[order], shuffled.labels)
+    assert plain.inertia == shuffled.inertia
+    assert torch.equal(plain.centroids * 2.0**power, scaled.centroids)
+    assert torch.equal(plain.labels, scaled.labels)
+    assert scaled.inertia == plain.inertia * 2.0**power * 2.0**power
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.floats(-1e3, 1e3), st.floats(1e-3, 1e3), st.booleans())
+def test_shift_and_scale(seed: int, k: int, shift: float, scale: float, flip: bool) -> None:
+    x, pinned = noise(50, seed), [0.0, 1.0][: k - 1]
+    a = -scale if flip else scale
+    plain, moved = kmeans(x, k, pinned), kmeans(a * x + shift, k, [a * p + shift for p in pinned])
+    assert moved.inertia == pytest.approx(a * a * plain.inertia, rel=1e-6)
+    expected = (a * plain.centroids + shift).sort().values
+    torch.testing.assert_close(moved.centroids, expected, rtol=1e-9, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_far_offset_and_a_far_value_spoil_nothing(seed: int) -> None:
+    x = noise(300, seed)
+    least = table(x.tolist(), 6)
+    assert kmeans(x + 1e6, 6).inertia == pytest.approx(least, rel=1e-6)
+    assert kmeans(torch.cat((x, torch.tensor([-1e8]))), 7).inertia == pytest.approx(least, rel=1e-9)
+    assert kmeans(torch.cat((x, torch.tensor([1e8, 1e12]))), 8).inertia == pytest.approx(least, rel=1e-9)
+    assert kmeans(torch.cat((x * 1e-9, torch.tensor([-3.0, 1.0]))), 8).inertia == pytest.approx(least * 1e-18, rel=1e-6)
+    two = kmeans(torch.tensor([0, 1e-20, 1], dtype=torch.float64), 3).centroids.tolist()
+    assert two == [0, 1e-20, 1]
+
+
+def test_pinning_the_optimum_changes_nothing() -> None:
+    x = torch.cat((noise(400), noise(200, 1).mul(0.1) + 2))
+    best = kmeans(x, 17)
+    inertia = [kmeans(x, 17, best.centroids[:: 17 // n][:n]).inertia for n in (1, 4, 8, 16, 17)]
+    assert inertia == [pytest.approx(best.inertia, rel=1e-12)] * 5
+    stages = [kmeans(x, 17, [0.1 * i for i in range(n)]).inertia for n in range(18)]
+    assert stages == sorted(stages), "a pin never helps"
+    more = [kmeans(x, k, [0.0]).inertia for k in range(1, 12)]
+    assert more == sorted(more, reverse=True), "a centroid never hurts"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_types_and_layouts(dtype: torch.dtype) -> None:
+    x = noise(2 * 3 * 4 * 5).to(dtype).reshape(2, 3, 4, 5).requires_grad_()
+    before = x.detach().clone()
+    found = kmeans(x, 5, (0.3,))
+    assert torch.equal(x, before), "the input is never written to"
+    assert not found.centroids.requires_grad
+    assert found.labels.shape == x.shape
+    assert torch.tensor(0.3, dtype=dtype) in found.centroids
+    for other in (x.to(memory_format=torch.channels_last), x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)):
+        again = kmeans(other, 5, torch.tensor([0.3], dtype=dtype))
+        assert torch.equal(again.labels, found.labels)
+        assert torch.equal(again.centroids, found.centroids)
+    exact = [Fraction(m) for m in found.centroids.tolist()]
+    for value, label in zip(x.flatten().tolist(), found.labels.flatten().tolist(), strict=True):
+        assert label == min(range(5), key=lambda i: (abs(Fraction(value) - exact[i]), i))
+    wide = kmeans(before.double(), 5, (float(torch.tensor(0.3, dtype=dtype)),))
+    assert torch.equal(wide.centroids.to(dtype), found.centroids)
+    assert kmeans(before.flatten()[0], 3).labels.shape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_middle_between_neighbours_is_not_rounded(dtype: torch.dtype) -> None:
+    """The middle of 1 + e and 1 + 2e is rounded to the even one, the upper, which would then go to the lower."""
+    e = torch.finfo(dtype).eps
+    low, high = torch.tensor([1 + e, 1 + 2 * e], dtype=dtype)
+    assert (low / 2 + high / 2) == high, "else the test shows nothing"
+    assert kmeans(torch.stack((high, low)), 2, (float(low), float(high))).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "k", "pinned", "message"),
+    [
+        ([], 1, (), "empty tensor"),
+        ([1.0], 0, (), "k=0: allowed are integers from 1"),
+        ([1.0], -1, (), "k=-1: allowed are integers from 1"),
+        ([1.0], 2, (1, 2, 3), "k=2: allowed are integers from 3"),
+        ([1.0, float("nan"), 2], 1, (), "NaN or infinity"),
+        ([1.0, float("inf")], 1, (), "NaN or infinity"),
+        ([1.0, -float("inf")], 1, (), "NaN or infinity"),
+        ([1.0], 1, (float("nan"),), "NaN or infinity"),
+        ([1.0], 1, (1e300,), "NaN or infinity"),  # not a float32
+    ],
+)
+def test_what_cannot_be(values: list[float], k: int, pinned: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kmeans(torch.tensor(values), k, pinned)
+    with pytest.raises(ValueError, match="int64"):
+        kmeans(torch.tensor([1, 2]), 1)
+
+
+@pytest.mark.full
+def test_memory_of_ten_million_values() -> None:
+    code = """
+import resource, time, torch
+from qbench.quant.kmeans import kmeans
+kmeans(torch.randn(200_000), 32, (0.0,))
+x = torch.randn(10_000_000)
+with open("/proc/self/statm") as statm:
+    now = int(statm.read().split()[1]) * resource.getpagesize()
+start = time.process_time()
+kmeans(x, 32, (0.0,))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - now, time.process_time() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    memory, seconds = map(float, done.stdout.split())
+    assert memory < 16e7 + 4 * 132 * module.EXACT
+    assert seconds < 15  # 1 s alone
