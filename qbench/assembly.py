@@ -16,7 +16,7 @@ from qbench import registry
 from qbench.config import Config, digest, from_dict, parent
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset
-from qbench.deviations.registry import deviate, deviations
+from qbench.deviations.registry import deviate
 from qbench.errors import CheckpointError, ConfigError
 from qbench.quant.combine import combine, distilled
 from qbench.quant.layers import install
@@ -115,7 +115,7 @@ def assemble(config: Config) -> Parts:
     if config.optim.ema is not None and "no_master" in method.traits:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
     if config.distill.on and not method.trained:
-        raise Unsupported(f"{method.name} is not trained: a teacher has no effect; leave distill=none")
+        raise Unsupported(f"{method.name} is not trained: a teacher has no effect; add distill=none")
     if config.optim.patience is not None and not len(data.val):
         raise ConfigError("optim.patience waits for a better validation top-1, and dataset.val holds nothing out")
     if not len(data.test):
@@ -152,8 +152,8 @@ def create_method(node: dict[str, Any], bits: Bits, key: str = "method") -> Meth
 def _card(node: dict[str, Any]) -> dict[str, str]:
     found = registry.sections(registry.card(node["name"]))
     kept = {key.lower(): found[key] for key in ("Choices", "Deviations") if key in found}
-    asked = deviations(node["name"]).get(str(node.get("deviation", "none")))
-    return kept | ({"deviation": f"{node['deviation']}: {asked.what} Source: {asked.source}"} if asked else {})
+    asked = registry.known_deviations(node["name"]).get(str(node.get("deviation", "none")))
+    return kept | ({"deviation": f"{node['deviation']}: {asked[0]} Source: {asked[1]}"} if asked else {})
 
 
 @lru_cache(maxsize=2)

@@ -155,13 +155,11 @@ def describe(arguments: list[str]) -> int:
         )
     name = arguments[0].removeprefix("method=")
     print(registry.card(name))
-    from qbench.deviations.registry import deviations
-
-    known = deviations(name)
+    known = registry.known_deviations(name)
     if known:
-        print(f"\nKnown deviations of public code, as {name}'s key method.deviation")
-    for key, deviation in known.items():
-        print(f"    {key}: {deviation.what}\n        {deviation.source}")
+        print("\nDeviations of public code, run by method.deviation=NAME")
+    for key, (what, source) in known.items():
+        print(f"    {key}: {what}\n        {source}")
     return 0
 
 

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +52,27 @@ def card(name: str) -> str:
     if name.isidentifier() and path.exists():
         return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return inspect.getdoc(inspect.getmodule(find("method", name))) or ""
+
+
+def known_deviations(name: str) -> dict[str, tuple[str, str]]:
+    """Return a method's known deviations, name -> (what it does, where it was seen), without importing anything."""
+    path = Path(__file__).parent / "deviations" / f"{name}.py"
+    if not name.isidentifier() or not path.exists():
+        return {}
+    constants: dict[str, ast.expr] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            constants[node.targets[0].id] = node.value
+    table = constants["DEVIATIONS"]
+    assert isinstance(table, ast.Dict)
+
+    def texts(expressions: Iterable[ast.expr | None]) -> list[str]:
+        literal = (constants.get(getattr(e, "id", ""), e) for e in expressions)
+        return [e.value for e in literal if isinstance(e, ast.Constant) and isinstance(e.value, str)]
+
+    entries = zip(texts(table.keys), table.values, strict=True)
+    said = {key: texts(call.args) for key, call in entries if isinstance(call, ast.Call)}
+    return {key: (what, source) for key, (what, source) in said.items()}
 
 
 def sections(card: str) -> dict[str, str]:

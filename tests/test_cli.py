@@ -77,6 +77,7 @@ def test_the_directory(run_once: tuple[Path, subprocess.CompletedProcess[str]]) 
         "result.json",
         "last.pt",
         "best.pt",
+        "predictions.npy",
         "log.txt",
     }
     result = json.loads((run / "result.json").read_text())

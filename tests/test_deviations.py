@@ -21,6 +21,7 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
+from qbench import registry
 from qbench.config import parse_bits
 from qbench.deviations.registry import deviate, deviations
 from qbench.methods import dorefa, hwgq, inq, lsq, ttq, xnor
@@ -560,3 +561,9 @@ def test_commands_measure_every_deviation_once_beside_the_faithful_method() -> N
         for name in names:
             deviate(keys["method"], name, method)
     assert sorted(measured) == sorted(ALL)
+
+
+def test_what_describe_prints_is_what_the_code_says() -> None:
+    for method in ("dorefa", "xnor", "ttq", "inq", "hwgq", "lsq", "twn", "nosuch"):
+        read = registry.known_deviations(method)
+        assert read == {name: (d.what, d.source) for name, d in deviations(method).items()}

@@ -43,7 +43,7 @@ ARROWS = {
 }
 INSIDE_FUNCTIONS = {
     "cli": {
-        *("assembly", "check", "compose", "deviations", "experiment", "plan", "quant.method", "record"),
+        *("assembly", "check", "compose", "experiment", "plan", "quant.method", "record"),
         *("registry", "report", "session", "sweep"),
     },
     "sweep": {"assembly", "compose", "experiment", "quant.method", "session"},

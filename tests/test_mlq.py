@@ -171,7 +171,7 @@ def test_steps_share_the_epochs() -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 16, 30])
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_boundaries_of_all_layers_come_before_any_zero_cluster(bits: int, epochs: int) -> None:
     torch.manual_seed(0)
     method = mlq.build(w=bits)

@@ -7,7 +7,7 @@ from torch import nn
 from qbench.cost.count import count_cost, count_macs
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
-from qbench.quant.layers import KeepOutput, install, quantized_layers
+from qbench.quant.layers import KeepOutput, NotFinite, install, quantized_layers
 from qbench.quant.method import Grid, Method, Storage
 from qbench.quant.ops import levels_k, on_backward, round_ste, sign, straight_through
 from qbench.quant.policy import Policy
@@ -90,7 +90,7 @@ def test_not_a_number_is_off_the_grid() -> None:
     model = net(dorefa.build(w=2))
     with torch.no_grad():
         quantized_layers(model)["layer2.0.conv1"].weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(NotQuantized):
+    with pytest.raises(NotFinite):
         verify(model, X)
 
 

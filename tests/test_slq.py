@@ -101,7 +101,7 @@ def test_centroids_are_ascending_distinct_and_of_the_weights_type(dtype: torch.d
 @pytest.mark.parametrize("method", ["slq", "mlq"])
 def test_level_counts(method: str, bits: int, k: int) -> None:
     """2^(b-1) + 1: ternary is 2 bits, 17 clusters are 5."""
-    if method == "mlq" and bits > 3:
+    if method == "mlq" and bits > 4:
         with pytest.raises(Unsupported, match=r"bits\.w=[45]"):
             install(mlq.build(w=bits), Parallel([[1.0, 2.0]]), ALL_LAYERS)
         return

@@ -31,7 +31,7 @@ State
     over all layers, 0 for not yet; loss (float64, one a group): what was measured for it then, NaN for nothing.
 
 Bits
-    w 2 (three values), 3 (five) or 32; a and g 32; by default w2a32g32.
+    w 2 (three values), 3 (five), 4 (nine) or 32; a and g 32; by default w2a32g32.
 
 Protocol
     CIFAR-10, ResNet-20 and ImageNet networks; at least 18 iterations by the authors' file names, their rates unknown.
@@ -41,7 +41,8 @@ Choices
     symmetric; `pinned` keeps a centroid at 0.
     All layers have boundaries before any has its zero cluster: our reading of "boundary before zero", the sources have
     states of single layers only. Layers that are left are measured anew each time.
-    3 bits, five clusters, our reading throughout: the outermost two, then the inner two, then the middle one.
+    3 and 4 bits, five and nine clusters, our reading throughout: the outermost two, then the next two inwards, and so
+    on to the middle one.
     depth: `false` is the ablation, all layers at once where a phase starts; nothing is measured.
 
 Deviations
@@ -64,7 +65,11 @@ from qbench.quant.layers import quantized_layers
 from qbench.quant.masks import stage, stage_borders
 from qbench.quant.method import FLOAT, Bits, Method, Probe
 
-GROUPS = {2: ("boundary", "zero"), 3: ("outer", "inner", "zero")}
+GROUPS = {
+    2: ("boundary", "zero"),
+    3: ("outer", "inner", "zero"),
+    4: ("outer", "second", "third", "inner", "zero"),
+}
 PINNED: dict[str, tuple[float, ...]] = {"mean": (), "pinned": (0.0,)}
 ADVANCING = 0.5
 

@@ -38,6 +38,7 @@ Protocol
 Choices
     bucket: k, 256 as in the paper; 0 takes a tensor as one bucket (the paper's "no bucketing").
     stochastic: false as in the authors' experiments; true draws in training only, evaluation rounds.
+    trained: false rounds the parent's weights afterwards and trains nothing, the paper's control (with distill=none).
     Half way goes to the even level, as the authors' round does.
     KL is the mean over the batch of the sum over classes. The authors' code takes the mean over classes too (default
     of its PyTorch version, from memory): per sample its weight is 0.7 T^2 / classes.
@@ -176,13 +177,14 @@ def check_bucket(bucket: int) -> None:
         raise ValueError(f"bucket={bucket}: allowed are 3 or more, and 0 for one bucket a tensor")
 
 
-def build(*, w: int = 4, bucket: int = 256, stochastic: bool = False) -> Method:
-    """Return quantized distillation; bucket=0 gives every tensor a single scale."""
+def build(*, w: int = 4, bucket: int = 256, stochastic: bool = False, trained: bool = True) -> Method:
+    """Return quantized distillation; bucket=0 gives every tensor a single scale, trained=false rounds afterwards."""
     check_bucket(bucket)
     return Method(
         name="qd",
         bits=Bits(w),
         legal={"w": (*range(1, 9), FLOAT)},
-        requires=Requires(teacher=True),
+        requires=Requires(teacher=trained),
         weight=lambda name, layer, bits: Weight(bits, bucket, stochastic),
+        trained=trained,
     )
