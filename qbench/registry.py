@@ -11,7 +11,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,13 +66,21 @@ def known_deviations(name: str) -> dict[str, tuple[str, str]]:
     table = constants["DEVIATIONS"]
     assert isinstance(table, ast.Dict)
 
-    def texts(expressions: Iterable[ast.expr | None]) -> list[str]:
-        literal = (constants.get(getattr(e, "id", ""), e) for e in expressions)
-        return [e.value for e in literal if isinstance(e, ast.Constant) and isinstance(e.value, str)]
+    def text(expression: ast.AST | None) -> str | None:
+        if isinstance(expression, ast.Name) and expression.id in constants:
+            return text(constants[expression.id])
+        if isinstance(expression, ast.FormattedValue):
+            return text(expression.value)
+        if isinstance(expression, ast.JoinedStr):
+            return "".join(text(part) or "" for part in expression.values)
+        return expression.value if isinstance(expression, ast.Constant) and isinstance(expression.value, str) else None
 
-    entries = zip(texts(table.keys), table.values, strict=True)
-    said = {key: texts(call.args) for key, call in entries if isinstance(call, ast.Call)}
-    return {key: (what, source) for key, (what, source) in said.items()}
+    found = {}
+    for key, call in zip(table.keys, table.values, strict=True):
+        assert isinstance(call, ast.Call)
+        *_, what, source = (said for argument in call.args if (said := text(argument)) is not None)
+        found[text(key) or ""] = (what, source)
+    return found
 
 
 def sections(card: str) -> dict[str, str]:
