@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from qbench.errors import ConfigError
-from qbench.values import ACTS, FLOAT, WIDTHS, is_width, layer_width, one_of, within
+from qbench.values import ACTS, FLOAT, WIDTHS, is_width, layer_width, one_of, parse_bits, within
 
 SCHEMA = 1
 """Counts changes after which the same configuration gives another result; part of every run's identity."""
@@ -252,16 +252,6 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
                               f"allowed: {allowed.get(item.name, choice)}")  # fmt: skip
         if nested:
             _check_nodes(item.type, node[item.name], f"{path}{item.name}.")  # type: ignore[arg-type]
-
-
-def parse_bits(text: str) -> dict[str, int | None]:
-    """Read `w2a2g6`, or some of its parts in this order, into widths; None for what is left out."""
-    match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
-    if not match or not text:
-        raise ConfigError(
-            f"bits={text}: write the widths as w2, w2a2 or w2a2g6, each 1 to {FLOAT}, or bits.w=2 bits.a=2"
-        )
-    return {key: int(width) if width else None for key, width in zip("wag", match.groups(), strict=True)}
 
 
 def parent(config: Config, norm: str | None = None) -> Config:

@@ -1,8 +1,11 @@
-"""What a value of the configuration may be: fields with a range, a choice of words or a layer's width."""
+"""What a value of the configuration may be: fields with a range or a choice of words, a layer's width, widths."""
 
 import math
+import re
 from dataclasses import field
 from typing import Any
+
+from qbench.errors import ConfigError
 
 FLOAT = 32
 """The width that means: not quantized."""
@@ -35,3 +38,13 @@ def layer_width(default: str) -> Any:
 def is_width(x: Any) -> bool:
     """Whether x is float, same or a number of bits."""
     return x in ("float", "same") or (isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT)
+
+
+def parse_bits(text: str) -> dict[str, int | None]:
+    """Read `w2a2g6`, or some of its parts in this order, into widths; None for what is left out."""
+    match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
+    if not match or not text:
+        raise ConfigError(
+            f"bits={text}: write the widths as w2, w2a2 or w2a2g6, each 1 to {FLOAT}, or bits.w=2 bits.a=2"
+        )
+    return {key: int(width) if width else None for key, width in zip("wag", match.groups(), strict=True)}

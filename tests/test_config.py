@@ -9,8 +9,9 @@ import yaml
 from conftest import ROOT, Configure
 
 from qbench import compose
-from qbench.config import from_dict, parse_bits, to_dict
+from qbench.config import from_dict, to_dict
 from qbench.errors import ConfigError
+from qbench.values import parse_bits
 
 REFUSED = {
     "method=dorfa": ("method=dorfa", "did you mean dorefa?", "allowed: bwn, dorefa"),

@@ -22,7 +22,6 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 from qbench import registry
-from qbench.config import parse_bits
 from qbench.deviations.registry import deviate, deviations
 from qbench.methods import dorefa, hwgq, inq, lsq, ttq, xnor
 from qbench.models import mlp
@@ -32,6 +31,7 @@ from qbench.quant.verify import verify
 from qbench.record import files
 from qbench.record.run import Result
 from qbench.report.runs import read
+from qbench.values import parse_bits
 
 METHODS = {"dorefa": dorefa, "xnor": xnor, "hwgq": hwgq, "ttq": ttq, "inq": inq, "lsq": lsq}
 ALL = [(method, name) for method in METHODS for name in deviations(method)]

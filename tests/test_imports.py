@@ -9,7 +9,7 @@ from conftest import ROOT
 # methods, which raise only what tensors and networks give reason for.
 ARROWS = {
     "errors": set(),
-    "values": set(),
+    "values": {"errors"},
     "config": {"errors", "values"},
     "registry": {"config", "errors"},
     "quant.ops": set(),
@@ -34,7 +34,7 @@ ARROWS = {
     "session": {"config", "errors", "record", "train"},
     "experiment": {"assembly", "session", "config", "errors", "quant", "cost", "data", "record", "train"},
     "check": {"check", "config", "models", "quant", "train"},
-    "compose": {"config", "errors", "registry"},
+    "compose": {"config", "errors", "registry", "values"},
     "interrupt": set(),
     "sweep": {"config", "errors", "interrupt", "record", "report"},
     "plan": {"assembly", "config", "data", "quant", "record", "report", "train"},
