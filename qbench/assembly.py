@@ -49,9 +49,10 @@ class Parts:
     @property
     def asks(self) -> list[str]:
         """What the method does otherwise than the shared protocol, because it asks for it."""
+        teacher = "its float parent" if self.config.distill.teacher == "parent" else "another run"
         return [
             *(["trained from scratch, as it asks"] if self.config.init == "method" else []),
-            *(["distilled from its float parent, as it asks"] if self.config.distill.name == "method" else []),
+            *([f"distilled from {teacher}, as it asks"] if self.config.distill.name == "method" else []),
             *([] if self.method.trained else ["not trained: post-training quantization"]),
         ]
 
@@ -76,7 +77,7 @@ class Parts:
             assert parent is not None
             load_start(teacher, parent, digest(self.parent.identity()))
         else:
-            teacher = _finished(Path(distill.teacher), self.data)
+            teacher = _finished(Path(distill.teacher), self.data, str(config.dataset["name"]))
             set_process(config)
         hard = partial(F.cross_entropy, label_smoothing=config.optim.label_smoothing)
         teacher = teacher.to(self.device).eval().requires_grad_(False)
@@ -110,10 +111,14 @@ def assemble(config: Config) -> Parts:
     set_process(config)
     device = choose_device(config.runtime.device)
     data = _dataset(json.dumps(config.dataset, sort_keys=True))
-    method = _method(config)
+    method = make_method(config, widths(config))
+    method.check(widths(config))
     _check_requirements(config, method)
     if config.optim.ema is not None and "no_master" in method.traits:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
+    if config.distill.on and config.distill.teacher != "parent":
+        _finished(Path(config.distill.teacher), data, str(config.dataset["name"]))
+        set_process(config)
     if config.distill.on and not method.trained:
         raise Unsupported(f"{method.name} is not trained: a teacher has no effect; add distill=none")
     if config.optim.patience is not None and not len(data.val):
@@ -126,25 +131,28 @@ def assemble(config: Config) -> Parts:
     return parts
 
 
-def _method(config: Config) -> Method:
-    """Return the method of a configuration: one, or two composed, deviating where asked, at known widths."""
-    bits = Bits(config.bits.w or FLOAT, config.bits.a or FLOAT, config.bits.g or FLOAT)
+def make_method(config: Config, bits: Bits) -> Method:
+    """Return the method of a configuration at some widths: one, or two composed, deviating where asked."""
     if config.activation["name"] == "none":
-        method = create_method(config.method, bits)
-    else:
-        weight = create_method(config.method, bits._replace(a=FLOAT))
-        method = combine(weight, create_method(config.activation, bits._replace(w=FLOAT), "activation"))
-    method.check(bits)
-    return method
+        return _create(config.method, bits)
+    weight = _create(config.method, bits._replace(a=FLOAT))
+    return combine(weight, _create(config.activation, bits._replace(w=FLOAT), "activation"))
 
 
-def create_method(node: dict[str, Any], bits: Bits, key: str = "method") -> Method:
+def widths(config: Config) -> Bits:
+    """Return a configuration's widths."""
+    return Bits(config.bits.w or FLOAT, config.bits.a or FLOAT, config.bits.g or FLOAT)
+
+
+def _create(node: dict[str, Any], bits: Bits, key: str = "method") -> Method:
     """Build the method that a node names, under its deviation if it has one; `key` is the node's place, for errors."""
     try:
         method: Method = registry.create("method", node, **bits._asdict())
         return deviate(node["name"], str(node.get("deviation", "none")), method)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("method.", f"{key}.")) from None
+        raise ConfigError(str(error).replace("method.", f"{key}.").replace("method=", f"{key}=")) from None
+    except Unsupported as error:
+        raise Unsupported(str(error).replace("method.", f"{key}.")) from None
     except ValueError as error:
         raise ConfigError(f"{key}.{error}") from None
 
@@ -235,19 +243,38 @@ def verifies(file: Path, identity: dict[str, Any]) -> bool:
         return False
 
 
-def _finished(run: Path, data: Dataset) -> nn.Module:
-    """Return the network of a finished run, quantized as it is, with its best weights."""
+def _finished(run: Path, data: Dataset, dataset: str) -> nn.Module:
+    """Return the network of a finished run, quantized as it is, with its best weights.
+
+    Raises:
+        CheckpointError: the run is not whole.
+        ConfigError: it was trained on other data.
+    """
     try:
-        config = from_dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         state = unpack((run / "best.pt").read_bytes(), str(run / "best.pt"))
+        values |= {"init": "scratch", "distill": {"name": "none"}}  # where its own weights came from no longer matters
+        values["runtime"]["device"] = "cpu"
+        config = from_dict(values)
     except OSError as error:
         raise CheckpointError(f"distill.teacher={run}: {error.filename}: {error.strerror}; is the run done?") from None
+    except (yaml.YAMLError, TypeError, KeyError, ConfigError) as error:
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(f"distill.teacher={run}: its config.yaml cannot be used: {why}") from None
+    if config.dataset["name"] != dataset:
+        raise ConfigError(f"distill.teacher={run} was trained on {config.dataset['name']}; here is dataset={dataset}")
     parts = assemble(config)
     if (parts.data.shape, parts.data.classes) != (data.shape, data.classes):
-        raise ConfigError(f"distill.teacher={run} knows {parts.data.classes} classes of {parts.data.shape} images; "
-                          f"here are {data.classes} of {data.shape}")  # fmt: skip
+        raise ConfigError(
+            f"distill.teacher={run} knows {parts.data.classes} classes of {parts.data.shape} images; here are "
+            f"{data.classes} classes of {data.shape}"
+        )
     model = parts.install(parts.float_model())
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError) as error:
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(f"distill.teacher={run}: best.pt is of another network than config.yaml: {why}") from None
     return model
 
 

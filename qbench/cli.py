@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from qbench.config import Config, nearest
 from qbench.errors import ConfigError, Interrupted, QbenchError
 from qbench.interrupt import signals
-from qbench.values import FLOAT
 
 BUG, SWEEP_WITH_FAILURES = 1, 8
 MULTIRUN = ("-m", "--multirun")
@@ -128,18 +127,23 @@ def check(arguments: list[str]) -> int:
     """Hold a method against the properties that every method must have; 0 only if all hold."""
     from qbench import compose
 
-    if not arguments:
-        raise ConfigError("check wants a method: qbench check method=NAME, or my.module:build")
+    names = [word for word in arguments if "=" not in word or word.startswith("method=")]
+    if len(names) != 1 or any(word.startswith("-") for word in arguments):
+        raise ConfigError("check wants one method and perhaps keys of it: qbench check NAME [method.KEY=VALUE ...]")
     words = [word if "=" in word else f"method={word}" for word in arguments]
     (config,) = compose.configurations(words)
-    from qbench.assembly import create_method
+    from qbench.assembly import make_method, widths
     from qbench.check.kit import check as findings_of
     from qbench.check.kit import report
     from qbench.check.subject import Subject
-    from qbench.quant.method import Bits
+    from qbench.quant.method import Unsupported
 
-    default = Bits(config.bits.w or FLOAT, config.bits.a or FLOAT, config.bits.g or FLOAT)
-    subject = Subject(config.method_name, lambda bits: create_method(config.method, bits), default)
+    default = widths(config)
+    try:
+        make_method(config, default).check(default)
+    except Unsupported as reason:
+        raise ConfigError(str(reason)) from None
+    subject = Subject(config.method_name, lambda bits: make_method(config, bits), default)
     findings = findings_of(subject)
     print(report(subject, findings))
     return BUG if any(finding.failures for finding in findings) else 0

@@ -197,7 +197,8 @@ def reworded(error: Exception, arguments: list[str]) -> str:
     """Return what one of Hydra's errors means to the person who typed the command line."""
     for argument in arguments:  # a group given a value that is no name at all: null, 3, [1]
         key, _, value = argument.partition("=")
-        if isinstance(error, ValueError | TypeError) and key in groups() and value not in names(key):
+        named = key in groups() and ":" not in value  # a function of the user's own may raise what it likes
+        if isinstance(error, ValueError | TypeError) and named and value not in names(key):
             return _missing_option(f"{key}/{value}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(str(error.missing_cfg_file))
@@ -210,7 +211,7 @@ def reworded(error: Exception, arguments: list[str]) -> str:
         return f"{error.override}: cannot be read as key=value: {why}\nquote odd characters twice: 'key=\"value\"'"
     if isinstance(error, ConfigCompositionException) or isinstance(cause, OmegaConfBaseException):
         typed = re.search(r"Could not (?:override|append|add|delete)[^']*'([^']+)'", text)
-        if typed and (known := _unknown_key(typed[1].lstrip("+~").partition("@")[0])):
+        if typed and (known := _unknown_key(typed[1].lstrip("+~").partition("@")[0], arguments)):
             return known
     return " ".join(text.splitlines()[:2]) or type(error).__name__
 
@@ -230,11 +231,12 @@ def groups() -> list[str]:
     return sorted(path.name for path in conf_directory().iterdir() if path.is_dir())
 
 
-def _unknown_key(key: str) -> str | None:
-    """Say that a key does not exist, with its neighbours; None where it does exist."""
+def _unknown_key(key: str, arguments: list[str]) -> str | None:
+    """Say that a key does not exist, with its neighbours under the groups that were chosen; None where it exists."""
     parent, _, leaf = key.rpartition(".")
+    chosen = [a for a in arguments if a.partition("=")[0] in groups() and "," not in a]
     with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        node: Any = OmegaConf.to_container(hydra.compose("config"))
+        node: Any = OmegaConf.to_container(hydra.compose("config", overrides=chosen))
     for part in parent.split(".") if parent else []:
         node = node.get(part) if isinstance(node, dict) else None
     if not isinstance(node, dict) or leaf in node:

@@ -177,9 +177,14 @@ class Config:
         return str(self.method["name"]) + (f"+{self.activation['name']}" if composed else "")
 
     def options(self) -> dict[str, Any]:
-        """Return the method's own keys, those of the one composed with it as `activation.KEY`; no deviation is none."""
+        """Return the method's own keys, those of the one composed with it as `activation.KEY`; no deviation is none.
+
+        A start or teacher that the method asked for, and got, is an option too: without it the run is another one.
+        """
         own = {key: value for key, value in self.method.items() if key != "name"}
         own |= {f"activation.{key}": value for key, value in self.activation.items() if key != "name"}
+        own |= {"init": "scratch"} if self.init == "method" else {}
+        own |= {"distill": "kd"} if self.distill.name == "method" else {}
         return {key: value for key, value in own.items() if not key.endswith("deviation") or value != "none"}
 
     @property
@@ -280,6 +285,7 @@ def _filled(config: Config) -> Config:
             f"init={config.init}: no such file or directory\n"
             "allowed: auto, float, scratch, or the path of a run's directory or a checkpoint"
         )
+    _refuse_asks(config)
     nodes = (config.method, config.activation)
     own, composed = (parse_bits(str(node.pop("bits", f"w{FLOAT}"))) for node in nodes)
     from_scratch = "scratch" in [node.pop("init", "") for node in nodes]
@@ -298,6 +304,20 @@ def _filled(config: Config) -> Config:
     return config
 
 
+def _refuse_asks(config: Config) -> None:
+    """Refuse on a command line what only a stored configuration says: there, the method's node has no `bits` left."""
+    if "bits" not in config.method:
+        return
+    if config.init == "method":
+        raise ConfigError("init=method: allowed are auto, float, scratch, or the path of a run or a checkpoint")
+    if config.distill.name == "method":
+        raise ConfigError("distill.name=method: allowed are auto, none, kd")
+    for group, node in (("method", config.method), ("activation", config.activation)):
+        for key, known in (("init", "scratch"), ("distill", "kd")):
+            if node.get(key, known) != known:
+                raise ConfigError(f"{group}.{key}={node[key]}: that is the method's to say; write {key}={node[key]}")
+
+
 def _fill_bits(config: Config, own: dict[str, int | None], composed: dict[str, int | None]) -> None:
     """Take the widths left unset from the method, those of activations from the one composed with it."""
     name = config.activation["name"]
@@ -307,7 +327,10 @@ def _fill_bits(config: Config, own: dict[str, int | None], composed: dict[str, i
         if getattr(config.bits, key) is None:
             setattr(config.bits, key, own[key] or FLOAT)
     if name != "none" and config.bits.a == FLOAT:
-        raise ConfigError(f"activation={name} has no effect at bits.a={FLOAT}; say how wide activations are: bits.a=2")
+        raise ConfigError(
+            f"activation={name} has no effect at bits.a={FLOAT}; say how wide activations are: bits.a=2 "
+            f"(qbench describe {name} says which widths it knows)"
+        )
 
 
 def _fill_distill(config: Config, taught: bool) -> None:

@@ -44,7 +44,8 @@ def plan(configs: Sequence[Config]) -> Table:
 
 def _with_parent(config: Config) -> list[Config]:
     """Return the float parent, where the run starts from one, and the run."""
-    if config.init not in ("float", "method"):
+    taught = config.distill.on and config.distill.teacher == "parent"
+    if config.init not in ("float", "method") and not taught:
         return [config]
     try:
         return [assemble(config).parent, config]
@@ -63,7 +64,8 @@ def _state(config: Config, speeds: dict[str, float]) -> tuple[str, int, float]:
         return f"unsupported: {reason}", 0, 0.0
     loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
     steps = parts.epochs * loader.steps
-    kind = f"{directory.path.parent.name} {config.method} {config.bits} {config.optim.batch_size} {config.model}"
+    parts_of_speed = (config.method, config.activation, config.bits, config.optim.batch_size, config.model)
+    kind = " ".join(map(str, (directory.path.parent.name, *parts_of_speed)))
     if kind not in speeds:
         speeds[kind] = _seconds_per_step(parts, loader)
     return ("unfinished" if directory.states() else "new"), steps, steps * speeds[kind]

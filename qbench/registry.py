@@ -146,9 +146,7 @@ def defaults(group: str, name: str) -> dict[str, Any]:
             found[key] = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     if group == "method":
         found["bits"] = "".join(f"{key}{found.pop(key)}" for key in "wag" if key in found) or "w32"
-        requires = find(group, name)().requires
-        found |= {"init": "scratch"} if requires.start == "scratch" else {}
-        found |= {"distill": "kd"} if requires.teacher else {}
+        found |= _asks(find(group, name))
     if group == "model":
         found |= {"act": "auto"} | ({"norm": "auto"} if "norm" in found else {})
     if group == "dataset":
@@ -158,6 +156,17 @@ def defaults(group: str, name: str) -> dict[str, Any]:
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
             found["source"] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
     return {"name": name} | found
+
+
+def _asks(factory: Factory) -> dict[str, str]:
+    """Return what a YAML would say of a method's start and teacher, from what the method itself says."""
+    free = [p for p in inspect.signature(factory).parameters.values() if p.default is p.empty]
+    try:
+        requires = factory(**{p.name: 32 for p in free}).requires
+    except Exception:  # it comes again where the method is built, and is told of there
+        return {}
+    asks = {"init": "scratch"} if requires.start == "scratch" else {}
+    return asks | ({"distill": "kd"} if requires.teacher else {})
 
 
 def _named_outright(group: str, name: str) -> Factory:

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from qbench import compose
-from qbench.assembly import create_method
+from qbench.assembly import make_method, widths
 from qbench.check.kit import check, report
 from qbench.check.properties import PROPERTIES
 from qbench.check.subject import Subject
 from qbench.methods import bwn, dorefa, pact, qd, ttq, twn
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
+from qbench.quant.method import Bits, Grid, Method, Storage
 from qbench.quant.ops import on_backward, straight_through
 
 
 def subject(name: str) -> Subject:
     (config,) = compose.configurations([f"method={name}"])
-    default = Bits(config.bits.w or FLOAT, config.bits.a or FLOAT, config.bits.g or FLOAT)
-    return Subject(name, lambda bits: create_method(config.method, bits), default)
+    return Subject(name, lambda bits: make_method(config, bits), widths(config))
 
 
 @pytest.mark.parametrize("name", compose.names("method"))
@@ -201,6 +200,10 @@ def test_the_command_line(tmp_path: Path) -> None:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     good, bad, unknown, nothing = run("twn"), run("planted:build"), run("method=nosuch"), run()
+    assert run("ttq", "dorefa").returncode == run("ttq", "--cfg=job").returncode == 2
+    assert run("ttq", "bits.w=5").returncode == 2
+    assert run("bwn", "activation=hwgq").returncode == 0
+    assert run("xnor", "method.scale=K").returncode == 0
     assert good.returncode == 0, good.stdout + good.stderr
     assert "all 11 properties hold" in good.stdout
     assert bad.returncode == 1

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qbench.assembly import assemble
-from qbench.errors import ConfigError, Diverged
+from qbench.errors import CheckpointError, ConfigError, Diverged
 from qbench.experiment import run
 from qbench.methods import bwn, dorefa, gupta, hwgq, inq, lsq, pact, ttq, xnor
 from qbench.methods import float as float_method
@@ -132,7 +132,7 @@ def test_a_finished_run_teaches(configure: Configure, tmp_path: Path) -> None:
     again = result_of(configure, "method=bwn", "distill=kd")
     assert taught.weights_sha256 != again.weights_sha256, "the parent is another teacher"
     assert taught.protocol["keys"]["distill"]["teacher"] != "parent"
-    with pytest.raises(ConfigError, match="classes"):
+    with pytest.raises(ConfigError, match="was trained on digits"):
         result_of(configure, "method=bwn", "dataset=synthetic", "distill=kd", f"distill.teacher={teacher.run}")
     with pytest.raises(ConfigError, match="no such directory"):
         configure("method=bwn", "distill=kd", f"distill.teacher={tmp_path / 'nothing'}")
@@ -155,6 +155,53 @@ def test_mistakes_are_refused_with_the_fix(configure: Configure, words: list[str
 def test_a_wrong_key_of_the_second_method_is_named_as_typed(configure: Configure) -> None:
     with pytest.raises(ConfigError, match=r"activation\.levels=odd"):
         assemble(configure("method=bwn", "activation=hwgq", "activation.levels=odd"))
+
+
+def test_with_and_without_what_a_method_asks_for_are_two_rows(configure: Configure, tmp_path: Path) -> None:
+    from qbench.report.compare import compare
+    from qbench.report.runs import read
+
+    for words in (["method=qd"], ["method=qd", "distill=none"], ["method=gupta"], ["method=gupta", "init=float"]):
+        result_of(configure, *words)
+    result_of(configure, "method=ttq", "method.deviation=missing_minus")
+    rows = {row["method"]: row["n"] for table in compare(read([str(tmp_path)])) for row in table.values}
+    assert rows.pop("ttq deviation=missing_minus") == 1, "never under the paper's name"
+    asked = {name: n for name, n in rows.items() if not name.startswith("float")}
+    assert asked == {"qd": 1, "qd distill=kd": 1, "gupta": 1, "gupta init=scratch": 1}
+
+
+@pytest.mark.parametrize("word", ["init=method", "distill.name=method", "+method.init=banana"])
+def test_what_only_a_method_may_say_is_refused(configure: Configure, word: str) -> None:
+    with pytest.raises(ConfigError, match=r"allowed are|the method's to say"):
+        configure("method=dorefa", word)
+
+
+def test_wrong_keys_are_answered_with_the_methods_own(configure: Configure) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean method\.threshold"):
+        configure("method=ttq", "method.thresold=max")
+    with pytest.raises(ConfigError, match=r"did you mean activation\.levels"):
+        configure("method=bwn", "activation=hwgq", "activation.level=sign")
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_trained(
+    configure: Configure, tmp_path: Path
+) -> None:
+    teacher = result_of(configure, "method=bwn")
+    before = set(tmp_path.rglob("config.yaml"))
+    with pytest.raises(ConfigError, match="was trained on digits"):
+        result_of(configure, "method=bwn", "dataset=synthetic", "distill=kd", f"distill.teacher={teacher.run}")
+    config = Path(teacher.run) / "config.yaml"
+    whole = config.read_text()
+    for broken in ("", "{", whole.replace("width: 4", "width: 5")):
+        config.write_text(broken)
+        with pytest.raises(CheckpointError, match=r"distill\.teacher="):
+            result_of(configure, "method=lsq", "distill=kd", f"distill.teacher={teacher.run}")
+    assert set(tmp_path.rglob("config.yaml")) == before
+
+
+def test_mlq_refuses_layers_of_unlike_width(configure: Configure) -> None:
+    with pytest.raises(Unsupported, match="one width"):
+        assemble(configure("method=mlq", "bits=w3", "layers.first=2"))
 
 
 def test_a_method_from_scratch_is_compared_with_its_float_twin(configure: Configure) -> None:

@@ -496,6 +496,7 @@ def store(root: Path, method: str, bits: str, deviation: str, seed: int, top1: f
         bits={key: width or 32 for key, width in parse_bits(bits).items()},
         seed=seed, dataset="glyphs", model="resnet8",
         protocol={"hash": changed.get("hash", "a"), "keys": {}}, final=final, wall_seconds=2.0,
+        weights_sha256=changed.get("weights", f"{deviation} {seed}"),
     )  # fmt: skip
     path.mkdir(parents=True)
     files.write_json(path / "result.json", {k: v for k, v in asdict(result).items() if k != "run"})
@@ -509,6 +510,7 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
         store(tmp_path, "ttq", "w2", "none", seed, faithful)
         store(tmp_path, "ttq", "w2", "missing_minus", seed, minus)
         store(tmp_path, "ttq", "w2", "unscaled_ties", seed, ties)
+        store(tmp_path, "ttq", "w2", "unclamped_scales", seed, faithful, weights=f"none {seed}")
         store(tmp_path, "float", "w32", "none", seed, 95.0)
     store(tmp_path, "ttq", "w2", "missing_minus", 3, 0.0)  # beyond the seeds asked for
     table = made.table(read([str(tmp_path)]), 3)
@@ -525,14 +527,16 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
     # Differences -0.5 and 0.5 in the seeds that ended; the third is counted and named.
     assert (ties["points lost"], ties["n"], ties["without a figure"]) == ("+0.00", "2", "1 diverged")
     assert "ttq w2 unscaled_ties, seed 1: diverged: Diverged: the loss is nan" in table.notes
+    assert "ttq w2 unclamped_scales never acted: the same weights in 3 of 3 seeds" in table.notes
+    assert rows["ttq", "unclamped_scales"]["p (Holm)"] == "-", "no test where nothing differed"
     # p of 9 / (1 / sqrt(3)) with two degrees of freedom is 0.00408; two rows have one: twice that, by Holm.
     assert minus["p (Holm)"] == "0.0082"
     assert ties["p (Holm)"] == "1"
     assert (mean_gradient["top-1 %"], mean_gradient["n"], mean_gradient["without a figure"]) == ("-", "0", "3 missing")
     page = made.document(table, ["qbench -m method=ttq"], tmp_path)
     assert "    qbench -m method=ttq\n" in page
-    assert "13 runs" in page
-    assert "26 s of work" in page
+    assert "16 runs" in page
+    assert "32 s of work" in page
     assert "| ttq | w2 | missing_minus | 82.00 | +9.00 |" in page
 
 

@@ -52,7 +52,7 @@ def deviate(method_name: str, name: str, method: Method) -> Method:
     if name not in known:
         raise ValueError(f"deviation={name}: allowed are {', '.join(['none', *known])}")
     if not known[name].acts(method.bits):
-        raise Unsupported(f"deviation={name} has no effect at bits={method.bits}; try bits={known[name].bits}")
+        raise Unsupported(f"method.deviation={name} has no effect at bits={method.bits}; try bits={known[name].bits}")
     return known[name].apply(method)
 
 

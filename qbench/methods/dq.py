@@ -106,7 +106,7 @@ def initial_points(w: Tensor, count: int, bucket_size: int | None = 256, initial
 
 
 def allocate_points(norms: Sequence[float], points: int, most: int | None = None) -> list[int]:
-    """Return how many points each layer gets, `points` on average, given the norms of their gradients. Section 4.
+    """Return how many points each layer gets, `points` on average, given the norms of their gradients.
 
     Args:
         points: 2 or more; half of them every layer keeps, the others are shared in proportion to the norms.

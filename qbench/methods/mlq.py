@@ -63,7 +63,7 @@ from qbench.methods import slq
 from qbench.methods.slq import Clusters, loss_when_frozen
 from qbench.quant.layers import quantized_layers
 from qbench.quant.masks import stage, stage_borders
-from qbench.quant.method import FLOAT, Bits, Method, Probe
+from qbench.quant.method import FLOAT, Bits, Method, Probe, Unsupported
 
 GROUPS = {
     2: ("boundary", "zero"),
@@ -145,6 +145,12 @@ def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
         raise ValueError(f"zero={zero}: allowed are {', '.join(PINNED)}")
     groups = len(GROUPS.get(w, GROUPS[2]))
 
+    def site(name: str, layer: nn.Module, bits: int) -> nn.Module:
+        if bits != w:  # layers take turns, group by group: all have the same groups
+            raise Unsupported(f"mlq gives all layers one width: {name} has {bits} bits, bits.w is {w}")
+        assert isinstance(layer.weight, Tensor)
+        return Weight(layer.weight.detach(), bits, PINNED[zero])
+
     def on_epoch(model: nn.Module, epoch: int, epochs: int, probe: Probe) -> None:
         advance(model, due(epoch, epochs, len(_sites(model)), groups, depth), depth, probe)
 
@@ -152,7 +158,7 @@ def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
         name="mlq",
         bits=Bits(w),
         legal={"w": (*GROUPS, FLOAT)},
-        weight=lambda name, layer, bits: Weight(layer.weight.detach(), bits, PINNED[zero]),  # type: ignore[operator]
+        weight=site,
         phases=(lambda epochs: stage_borders(epochs, groups)) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
     )

@@ -77,7 +77,7 @@ def quantize_bucketed(
     stochastic: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Quantize weights (any shape) to 2^bits even levels from minimum to maximum of each bucket. Section 3.
+    """Quantize weights (any shape) to 2^bits even levels from minimum to maximum of each bucket.
 
     Args:
         bits: 1 or more.

@@ -44,7 +44,7 @@ def combine(weight: Method, activation: Method) -> Method:
         bits=bits,
         legal={"w": weight.legal.get("w", ()), "a": activation.legal.get("a", ()), "g": owner.legal.get("g", ())},
         requires=_required(weight, activation),
-        traits=weight.traits,
+        traits=_of_inputs(activation.traits) | (weight.traits - _of_inputs(weight.traits)),
         weight=weight.weight,
         input=activation.input,
         output=_behind(weight, activation, owner),
@@ -85,6 +85,10 @@ def distilled(
         return weight * temperature**2 * soft + (1 - weight) * own(model, logits, batch)
 
     return replace(method, loss=loss, frozen=(*method.frozen, teacher))
+
+
+def _of_inputs(traits: frozenset[str]) -> frozenset[str]:
+    return frozenset(trait for trait in traits if trait.endswith("_input"))
 
 
 def _known(method: Method, key: str) -> list[int]:

@@ -68,7 +68,11 @@ class Claim:
 
 @dataclass(kw_only=True)
 class Judged:
-    """One comparison with its runs' answer. `p` is before, `p_holm` after adjustment; both None without a verdict."""
+    """One comparison with its runs' answer.
+
+    `fails_to_train`: the first arm is done and the second diverged, in all seeds. `p` is before, `p_holm` after
+    adjustment; both None without a verdict.
+    """
 
     comparison: Comparison
     seeds: list[int]
@@ -76,6 +80,7 @@ class Judged:
     difference: Difference | None = None
     troubles: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    fails_to_train: bool = False
     p: float | None = None
     holds: bool = False
     p_holm: float | None = None
@@ -149,6 +154,11 @@ def judge(comparison: Comparison, measure: str, first: Mapping[int, Found], seco
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
     for name, runs in arms.items():
         judged.troubles += _troubles(name, runs)
+    judged.fails_to_train = (
+        bool(judged.seeds)
+        and comparison.second is not None
+        and all(first[s].status == DONE and second[s].status == "diverged" for s in judged.seeds)
+    )
     seeds = [s for s in judged.seeds if all(runs[s].status == DONE for runs in arms.values())]
     try:
         own = [_figures(first[s], measure) for s in seeds]
@@ -248,7 +258,9 @@ def conclude(family: Sequence[Judged]) -> None:
             one.p, one.holds = found.p, found.holds
     for one, adjusted in zip(family, holm([1.0 if one.p is None else one.p for one in family]), strict=True):
         one.p_holm = None if one.p is None else adjusted
-        if one.p is None:
+        if one.p is None and one.fails_to_train and one.comparison.test != "equal":
+            one.outcome = f"holds: the second arm diverged in all {len(one.seeds)} seeds"
+        elif one.p is None:
             waiting = one.difference is None and all("not begun" in t for t in one.troubles)
             one.outcome = "not run" if waiting else f"no verdict: {'; '.join(one.troubles)}"
         elif adjusted < ALPHA:

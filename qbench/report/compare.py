@@ -175,7 +175,7 @@ def _labels(results: Iterable[Result]) -> dict[str, str]:
     labels = {}
     for name, seen in options.items():
         keys = sorted(set().union(*seen))
-        differing = [k for k in keys if len({json.dumps(o.get(k)) for o in seen}) > 1]
+        differing = [k for k in keys if k.endswith("deviation") or len({json.dumps(o.get(k)) for o in seen}) > 1]
         for one in seen:
             typed = [f"{k}={one[k]}" for k in differing if k in one]
             labels[_identity(name, one)] = " ".join([name, *typed])

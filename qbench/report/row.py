@@ -6,6 +6,7 @@ from qbench.record.run import Result
 from qbench.report.compare import short
 from qbench.report.table import Table, text
 
+DEVIATION = ("deviation", "activation.deviation")
 HEAD = ("method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", "diff", "size", "BitOps", "time")
 
 
@@ -50,4 +51,5 @@ def _remarks(result: Result) -> list[str]:
     if result.made_data:
         top1 += "; made data, not for comparison with papers"
     remarks = [result.reason] if result.reason else [top1]
+    remarks += [f"{key}={value}: not the paper's method" for key, value in result.options.items() if key in DEVIATION]
     return [f"run   {result.run}", *(f"      {line}" for line in remarks + result.notes)]
