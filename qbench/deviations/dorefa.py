@@ -233,7 +233,7 @@ def _weights(kind: type[Weight], what: str, source: str, *, binary: bool = False
 
     return Deviation(
         what, source, lambda method: replace(method, weight=recast(method.weight, kind, where)),
-        acts=lambda bits: bits.w == 1 if binary else 1 < bits.w < FLOAT, bits="w1a2" if binary else "w2a2",
+        acts=lambda bits: bits.w == 1 if binary else 1 < bits.w < FLOAT, bits="w1" if binary else "w2",
     )  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def _activations(
     what: str,
     source: str,
     *,
-    bits: str = "w2a2",
+    bits: str = "w32a2",
     binary: bool = False,
 ) -> Deviation:
     """A deviation of activations that are clipped otherwise; with `binary` of those of one bit alone."""
@@ -282,7 +282,7 @@ def _gradients(kind: type[Gradient], what: str, source: str) -> Deviation:
 
         return replace(method, output=built)
 
-    return Deviation(what, source, apply, acts=lambda bits: bits.g < FLOAT, bits="w2a2g4")
+    return Deviation(what, source, apply, acts=lambda bits: bits.g < FLOAT, bits="w32a32g4")
 
 
 CSYHHU = "csyhhu/Awesome-Deep-Neural-Network-Compression, Codes/DoReFa/module.py"
@@ -320,12 +320,12 @@ DEVIATIONS = {
     "tenth_of_activation": _activations(
         "tenth_of_activation", tenth_of_activation, "Activations are multiplied by 0.1 in front of the clip.",
         "Jzz24/pytorch_quantization, models/quant_dorefa.py, and its issue 3; 666DZY666/micronet, WqAq/dorefa",
-        bits="w4a4",
+        bits="w32a4",
     ),
     "sign_activation": _activations(
         "sign_activation", sign_activation, "One-bit activations are 1 for every x > 0, not from 0.5 on.",
         "torch.sign behind the clip in zzzxxxttt/pytorch_DoReFaNet, utils/quant_dorefa.py",
-        bits="w1a1", binary=True,
+        bits="w32a1", binary=True,
     ),
     "noise_per_sample": _gradients(
         NoisePerSample, "All elements of a sample's gradient share one draw of noise.",

@@ -57,18 +57,18 @@ DEVIATIONS = {
         "Activations are round(x / step), first threshold half a step, with steps that are optimal for threshold 0.",
         "zhaoweicai/EdMIPS, models/quant_module.py",
         old_constants,
-        acts=lambda bits: bits.a in AUTHORS_STEPS, bits="w1a2",
+        acts=lambda bits: bits.a in AUTHORS_STEPS, bits="w32a2",
     ),
     "affine_norm": Deviation(
         "The batch normalization in front of the quantizer has scale and shift.",
         "zhaoweicai/EdMIPS, bnaff=True by default; warned of by Yin et al., Understanding STE",
         lambda method: replace(method, requires=replace(method.requires, norm="affine")),
-        acts=lambda bits: bits.a < FLOAT, bits="w1a2",
+        acts=lambda bits: bits.a < FLOAT, bits="w32a2",
     ),
     "no_alpha": Deviation(
         "Binary weights are +-1, without the filters' scales.",
         "zhaoweicai/hwgq, caffe.proto: use_alpha is false by default",
         lambda method: replace(method, weight=recast(method.weight, UnscaledWeight)),
-        acts=lambda bits: bits.w == 1, bits="w1a2",
+        acts=lambda bits: bits.w == 1, bits="w1a32",
     ),
 }  # fmt: skip

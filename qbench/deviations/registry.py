@@ -22,7 +22,7 @@ class Deviation:
         source: where it was seen, and by whom it was pointed out.
         apply: the faithful method -> the deviating one.
         acts: whether it makes any difference at these widths.
-        bits: widths at which it does.
+        bits: widths at which it does: what it touches alone, the rest float.
     """
 
     what: str

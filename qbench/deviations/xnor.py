@@ -104,24 +104,24 @@ DEVIATIONS = {
             weight=recast(method.weight, SignOfZeroWeight),
             input=recast(method.input, SignOfZeroActivation),
         ),
-        acts=lambda bits: 1 in (bits.w, bits.a), bits="w1a1",
+        acts=lambda bits: 1 in (bits.w, bits.a), bits="w1a32",
     ),
     "printed_weight_gradient": Deviation(
         "The derivative of a weight's sign is r 1{|r| <= 1}, as printed, not 1{|r| <= 1}.",
         "the paper, quoted in allenai/XNOR-Net#25",
         lambda method: replace(method, weight=recast(method.weight, PrintedWeight, _of_the_paper)),
-        acts=lambda bits: bits.w == 1, bits="w1a1",
+        acts=lambda bits: bits.w == 1, bits="w1a32",
     ),
     "printed_activation_gradient": Deviation(
         "The derivative of an activation's sign is r 1{|r| <= 1}, as printed, not 1{|r| <= 1}.",
         "the paper, quoted in allenai/XNOR-Net#25",
         lambda method: replace(method, input=recast(method.input, PrintedActivation)),
-        acts=lambda bits: bits.a == 1, bits="w1a1",
+        acts=lambda bits: bits.a == 1, bits="w32a1",
     ),
     "times_1e9": Deviation(
         "All gradients are multiplied by 1e9, against Adam's epsilon.",
         "allenai/XNOR-Net, train.lua at a9ebb147, with Adam; jiecaoyu/XNOR-Net-PyTorch and its issues 37, 47, 126",
         times_1e9,
-        acts=lambda bits: 1 in (bits.w, bits.a), bits="w1a1",
+        acts=lambda bits: 1 in (bits.w, bits.a), bits="w1a32",
     ),
 }  # fmt: skip
