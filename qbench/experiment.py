@@ -151,7 +151,7 @@ def _conclude(
     best_weights = state.best["model"] if state.best else last
     best = _measure(model, best_weights, loader) | {"epoch": state.best["epoch"]} if state.best else None
     answers: list[Tensor] = []
-    final = _measure(model, last, loader, answers) | {"epoch": state.epoch - 1}
+    final = _measure(model, last, loader, answers) | {"epoch": state.epoch - 1 if state.epoch else None}
     if not fully_quantized(model):
         raise NotQuantized("after the last epoch some weights are still float")
     verified = verify(model, next(iter(loader.plain("train", 64)))[0])

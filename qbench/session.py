@@ -133,7 +133,7 @@ class Session:
         seconds = max(self.train_seconds, 1e-9)
         return {
             "images_per_second": self.train_images / seconds,
-            "seconds_per_epoch": seconds / max(epochs, 1),
+            "seconds_per_epoch": seconds / epochs if epochs else 0.0,
             "peak_bytes": peak,
         }
 
