@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from qbench import registry
-from qbench.config import Config, digest, from_dict, parent
+from qbench.config import Config, digest, parent
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset
 from qbench.deviations.registry import deviate
 from qbench.errors import CheckpointError, ConfigError
+from qbench.filling import from_dict
 from qbench.quant.combine import combine, distilled
 from qbench.quant.layers import install
 from qbench.quant.method import FLOAT, Bits, Method, Unsupported

@@ -24,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qbench import registry
-from qbench.config import Config, from_node, nearest
+from qbench.config import Config, nearest
 from qbench.errors import ConfigError
+from qbench.filling import from_node
 from qbench.values import parse_bits
 
 FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> values it takes, () for any, None for none

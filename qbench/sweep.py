@@ -12,8 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from qbench.config import Config, from_node, to_dict
+from qbench.config import Config, to_dict
 from qbench.errors import ConfigError, Interrupted, QbenchError
+from qbench.filling import from_node
 from qbench.interrupt import signals
 from qbench.record.run import Result, RunDirectory, load_result
 from qbench.report.runs import Found, read_run

@@ -9,8 +9,9 @@ import yaml
 from conftest import ROOT, Configure
 
 from qbench import compose
-from qbench.config import from_dict, to_dict
+from qbench.config import to_dict
 from qbench.errors import ConfigError
+from qbench.filling import from_dict
 from qbench.values import parse_bits
 
 REFUSED = {

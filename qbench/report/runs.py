@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from qbench.config import digest, from_dict
+from qbench.config import digest
 from qbench.errors import ConfigError
+from qbench.filling import from_dict
 from qbench.record import files
 from qbench.record.run import Result, load_result
 
