@@ -120,6 +120,8 @@ def assemble(config: Config) -> Parts:
     if config.distill.on and config.distill.teacher != "parent":
         _finished(Path(config.distill.teacher), data, str(config.dataset["name"]))
         set_process(config)
+    if config.distill.name == "method" and not method.requires.teacher:
+        raise Unsupported(f"{method.name} with these options has no use for the teacher it asks for; add distill=none")
     if config.distill.on and not method.trained:
         raise Unsupported(f"{method.name} is not trained: a teacher has no effect; add distill=none")
     if config.optim.patience is not None and not len(data.val):

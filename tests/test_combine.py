@@ -199,6 +199,14 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_trained(
     assert set(tmp_path.rglob("config.yaml")) == before
 
 
+def test_a_method_that_rounds_afterwards_takes_no_teacher(configure: Configure) -> None:
+    for more, asks in (([], ["not trained: post-training quantization"]), (["activation=lsq"], [])):
+        words = ["method=qd", "method.trained=false", *more]
+        with pytest.raises(Unsupported, match="distill=none"):
+            assemble(configure(*words))
+        assert assemble(configure(*words, "distill=none")).asks == asks
+
+
 def test_mlq_refuses_layers_of_unlike_width(configure: Configure) -> None:
     with pytest.raises(Unsupported, match="one width"):
         assemble(configure("method=mlq", "bits=w3", "layers.first=2"))
