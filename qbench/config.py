@@ -85,7 +85,7 @@ class Layers:
 class Distill:
     """Distillation from a teacher, the float parent or a finished run.
 
-    `method` is what `auto` becomes where the method asks for a teacher; it is `kd` then.
+    `method` is what `auto` becomes where the method asks for a teacher; it does what `kd` does.
     """
 
     name: str = one_of("auto", "auto", "none", "kd", "method")

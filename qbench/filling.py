@@ -62,7 +62,11 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
 
 
 def _filled(config: Config) -> Config:
-    """Fill in the widths that the method decides; make a float run from scratch the parent it is."""
+    """Fill in the widths that the method decides; make a float run from scratch the parent it is.
+
+    What is left at `auto` and the method asks for becomes `method`: its own, beside others under the shared protocol.
+    What is typed is a protocol of its own, under which other methods can be run as well.
+    """
     if config.init not in ("auto", *STARTS) and not (config.init and Path(config.init).exists()):
         raise ConfigError(
             f"init={config.init}: no such file or directory\n"
@@ -80,10 +84,8 @@ def _filled(config: Config) -> Config:
         if config.init not in ("auto", "scratch"):
             return config
         return dataclasses.replace(parent(config), rerun=config.rerun, claim=config.claim)
-    if from_scratch and config.init in ("auto", "scratch"):
-        config.init = "method"
-    elif config.init == "auto":
-        config.init = "float"
+    if config.init == "auto":
+        config.init = "method" if from_scratch else "float"
     return config
 
 
@@ -119,7 +121,7 @@ def _fill_bits(config: Config, own: dict[str, int | None], composed: dict[str, i
 def _fill_distill(config: Config, taught: bool) -> None:
     """Decide on `auto`; refuse keys of a teacher where there is none."""
     distill = config.distill
-    if distill.name == "auto" or (distill.name == "kd" and taught):
+    if distill.name == "auto":
         distill.name = "method" if taught else "none"
     if distill.teacher != "parent" and not (distill.teacher and Path(distill.teacher).is_dir()):
         raise ConfigError(

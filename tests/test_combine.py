@@ -119,8 +119,10 @@ def test_a_teacher_for_every_method(configure: Configure) -> None:
 def test_a_method_that_asks_for_its_teacher_keeps_the_protocol(configure: Configure) -> None:
     asked, explicit, without = (configure("method=qd", *words) for words in ([], ["distill=kd"], ["distill=none"]))
     other = configure("method=dorefa")
-    assert asked.directory() == explicit.directory() != without.directory()
+    assert len({config.directory() for config in (asked, explicit, without)}) == 3
     assert asked.distill.on
+    assert explicit.distill.on
+    assert explicit.protocol() == configure("method=dorefa", "distill=kd").protocol(), "typed, it is everybody's"
     assert not without.distill.on
     assert asked.protocol() == other.protocol()
     assert "distilled from its float parent, as it asks" in assemble(asked).asks
@@ -216,7 +218,7 @@ def test_a_method_from_scratch_is_compared_with_its_float_twin(configure: Config
     result = result_of(configure, "method=gupta")
     assert result.float is not None
     assert result.asks == ["trained from scratch, as it asks"]
-    assert configure("method=gupta", "init=scratch").directory() == configure("method=gupta").directory()
+    assert configure("method=gupta", "init=scratch").protocol() == configure("method=dorefa", "init=scratch").protocol()
     assert configure("method=gupta").protocol() == configure("method=dorefa").protocol()
     assert configure("method=gupta", "init=float").protocol() == configure("method=dorefa").protocol()
 
