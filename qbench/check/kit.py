@@ -59,18 +59,16 @@ def _first(error: Exception) -> str:
 
 
 def _widths(one: Property, subject: Subject) -> list[Bits]:
+    if one.where == "default":  # and all that the method can quantize, at its narrowest
+        narrow = Bits(*(min(subject.widths(key), default=FLOAT) for key in "wag"))
+        return list(dict.fromkeys(bits for bits in (subject.default, narrow) if bits != Bits()))
     kinds: dict[str, Callable[[Bits], bool]] = {
         "weights": lambda bits: bits.w < FLOAT,
         "inputs": lambda bits: bits.a < FLOAT,
         "every": lambda bits: bits != Bits(),
-        "default": lambda bits: bits == subject.default,
         "own": lambda bits: bits == subject.default,
     }
-    own = [bits for bits in subject.legal if kinds[one.where](bits)]
-    if one.where == "default":  # and with all that the method can quantize, at its narrowest
-        narrow = Bits(*(min(subject.widths(key), default=FLOAT) for key in "wag"))
-        own = list(dict.fromkeys(bits for bits in (subject.default, narrow) if bits != Bits()))
-    return own
+    return [bits for bits in subject.legal if kinds[one.where](bits)]
 
 
 def report(subject: Subject, findings: list[Finding]) -> str:

@@ -203,7 +203,7 @@ def degenerate(subject: Subject, bits: Bits) -> None:
     """Weights that are all zero, all the same, or one element alone: everything stays finite and on its levels."""
     norm = subject.make(bits).requires.norm or "affine"
     for what, fill in (("zero", 0.0), ("constant", 0.3), ("negative constant", -0.3), ("one-element", None)):
-        model = tiny_network(norm, 1) if fill is None else subject.float_network()
+        model = tiny_network(norm) if fill is None else subject.float_network()
         shape = (1, 1, 1) if fill is None else SHAPE
         with torch.no_grad():
             for layer in model.modules():

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,16 +87,16 @@ def probe(shape: tuple[int, int, int] = SHAPE) -> Probe:
     return Probe(batches(shape)[:1], F.cross_entropy)
 
 
-def tiny_network(norm: str, width: int = 1) -> nn.Module:
-    """Return a perceptron whose hidden layers are `width` by `width`: with 1, tensors of one element."""
+def tiny_network(norm: str) -> nn.Module:
+    """Return a perceptron whose hidden layers have weights of one element."""
     torch.manual_seed(1)
-    return mlp.build((1, 1, width), CLASSES, hidden=3, width=width, norm=norm)
+    return mlp.build((1, 1, 1), CLASSES, hidden=3, width=1, norm=norm)
 
 
-def gradient_of(module: nn.Module, x: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+def gradient_of(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return a module's value at x and, for an upstream gradient of ones, the gradient at x (zeros if none)."""
     x = x.detach().clone().requires_grad_()
-    y = module(x, *more)
+    y = module(x)
     if not y.requires_grad:
         return y.detach(), torch.zeros_like(x)
     (grad,) = torch.autograd.grad(y.sum(), x, allow_unused=True)

@@ -26,20 +26,15 @@ class SmallestFirst(Weight):
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
         effective = self(w)
-        self.freeze(grow(self.frozen, -effective.abs(), portion), snapped(effective, self._levels(w)))
+        self.freeze(grow(self.frozen, -effective.abs(), portion), self.level(effective))
 
 
 class OutlierToZero(Weight):
     """Weights that outgrew the largest level are frozen at zero."""
 
-    @torch.no_grad()
-    def advance(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze the layer up to an accumulated portion."""
-        if not self.frozen.any():
-            self.n1.fill_(largest_exponent(w))
-        effective = self(w)
-        score = torch.rand_like(effective) if partition == "random" else effective.abs()
-        self.freeze(grow(self.frozen, score, portion), zero_beyond(effective, self._levels(w)))
+    def level(self, w: Tensor) -> Tensor:
+        """Return the values at which weights are frozen."""
+        return zero_beyond(w, self._levels(w))
 
 
 class RemadeMasks(Weight):
@@ -56,7 +51,7 @@ class RemadeMasks(Weight):
         effective = self(w)
         mask = grow(torch.zeros_like(self.frozen), effective.abs(), portion)
         w.copy_(torch.where(self.frozen & ~mask, effective, w))  # it goes on from the level that it had
-        self.value.copy_(torch.where(mask, snapped(effective, self._levels(w)), 0.0))
+        self.value.copy_(torch.where(mask, self.level(effective), 0.0))
         self.frozen.copy_(mask)
 
 

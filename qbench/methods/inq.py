@@ -118,7 +118,11 @@ class Weight(FrozenWeight):
             self.n1.fill_(largest_exponent(w))
         effective = self(w)
         score = torch.rand_like(effective) if partition == "random" else effective.abs()
-        self.freeze(grow(self.frozen, score, portion), snapped(effective, self._levels(w)))
+        self.freeze(grow(self.frozen, score, portion), self.level(effective))
+
+    def level(self, w: Tensor) -> Tensor:
+        """Return the values at which weights are frozen."""
+        return snapped(w, self._levels(w))
 
     def grid(self, w: Tensor) -> Grid:
         """One group: the powers of two and zero."""
