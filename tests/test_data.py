@@ -1,6 +1,7 @@
 """Data sets, splits, the order of images and their augmentation."""
 
-from itertools import islice
+import hashlib
+from itertools import islice, product
 
 import pytest
 import torch
@@ -13,6 +14,34 @@ CPU = torch.device("cpu")
 
 def made(count: int = 100, **options: object) -> Dataset:
     return synthetic.build(train=count, test=20, size=8, **options)  # type: ignore[arg-type]
+
+
+def random_images(count: int, channels: int, height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+def of(images: torch.Tensor, augment: Augment) -> Dataset:
+    """Return a data set of these images in every split, each labelled by its number."""
+    split, channels = Split(images, torch.arange(len(images))), images.shape[1]
+    mean, std = (0.49, 0.48, 0.45)[:channels], (0.25, 0.24, 0.26)[:channels]
+    return Dataset(
+        name="given", train=split, val=split, test=split, classes=2, mean=mean, std=std, augment=augment
+    )  # fmt: skip
+
+
+def plain_augmented(image_CHW: torch.Tensor, draw: torch.Tensor, augment: Augment) -> torch.Tensor:
+    """Crop and mirror one image, pixel by pixel: the definition that stored runs rely on."""
+    _, height, width = image_CHW.shape
+    dy, dx = (int(uniform * (2 * augment.pad + 1)) - augment.pad for uniform in draw[:2])
+    cropped = torch.zeros_like(image_CHW)
+    for y, x in product(range(height), range(width)):
+        row, column = y + dy, dx + (width - 1 - x if augment.flip and draw[2] < 0.5 else x)
+        if augment.replicate:
+            row, column = min(max(row, 0), height - 1), min(max(column, 0), width - 1)
+        if 0 <= row < height and 0 <= column < width:
+            cropped[:, y, x] = image_CHW[:, row, column]
+    return cropped
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -68,6 +97,14 @@ def test_an_image_is_augmented_the_same_in_any_batch() -> None:
     assert torch.equal(wide, narrow)
 
 
+def test_an_image_is_augmented_the_same_by_any_number_of_threads() -> None:
+    loader, found = Loader(of(random_images(300, 3, 32, 32), Augment(4, True)), 150, 0, CPU), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(torch.cat([x for x, _ in loader.train(0)]))
+    assert torch.equal(*found)
+
+
 def test_every_image_once_an_epoch() -> None:
     data = made(96, val=0.0)
     marked = Split(data.train.images, torch.arange(96))
@@ -89,6 +126,46 @@ def test_crop_and_flip_by_hand() -> None:
     repeated = augmented(image, torch.tensor([[0.0, 0.5, 0.9]]), Augment(pad=1, replicate=True))
     assert repeated[0, 0].tolist() == [[1, 2, 3], [1, 2, 3], [4, 5, 6]]
     assert augmented(image, torch.tensor([[0.0, 0.0, 0.0]]), Augment()) is image
+
+
+@pytest.mark.parametrize("replicate", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("pad", [0, 1, 3, 7])
+@pytest.mark.parametrize("shape", [(3, 6, 5), (1, 4, 7)])
+def test_crop_and_flip_are_the_plain_definitions(
+    shape: tuple[int, int, int], pad: int, flip: bool, replicate: bool
+) -> None:
+    augment, images = Augment(pad, flip, replicate), random_images(12, *shape)
+    draws = torch.rand(12, 3, generator=torch.Generator().manual_seed(pad))
+    draws[0], draws[1] = 0.0, 1 - 2**-24  # the ends of torch.rand's range
+    expected = torch.stack([plain_augmented(*pair, augment) for pair in zip(images, draws, strict=True)])
+    for source in (images, images.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(augmented(source, draws, augment), expected)
+    for count in (0, 1):
+        assert torch.equal(augmented(images[:count], draws[:count], augment), expected[:count])
+
+
+@pytest.mark.parametrize("augment", [Augment(), Augment(2, True), Augment(2, False, True)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_batch_is_the_plain_definition_bit_for_bit(channels: int, augment: Augment) -> None:
+    data = of(random_images(20, channels, 6, 5), augment)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"order 7 11").digest()[:8]) >> 1)
+    order, draws = torch.randperm(20, generator=generator), torch.rand(20, 3, generator=generator)
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (data.mean, data.std))
+    batches = list(Loader(data, 6, 7, CPU).train(11))
+    assert torch.equal(torch.cat([y for _, y in batches]), order[:18])
+    for x, labels in batches:
+        assert x.stride() == torch.empty(x.shape, memory_format=torch.channels_last).stride()
+        for got, n in zip(x, labels, strict=True):
+            image = plain_augmented(data.train.images[n], draws[n], augment)
+            assert torch.equal(got, (image.float() - 255 * mean) * (1 / (255 * std)))
+
+
+@pytest.mark.parametrize("replicate", [False, True])
+def test_augmentation_reads_no_value_back_from_the_device(replicate: bool) -> None:
+    images = torch.empty(4, 3, 6, 5, dtype=torch.uint8, device="meta")  # a device without values
+    found = augmented(images, torch.empty(4, 3, device="meta"), Augment(2, True, replicate))
+    assert (found.shape, found.dtype, found.device.type) == (images.shape, torch.uint8, "meta")
 
 
 def test_shifts_are_uniform_and_differ_by_image() -> None:

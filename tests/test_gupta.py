@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from qbench.methods import gupta, uniform
 from qbench.methods.gupta import Format, to_fixed
 from qbench.models import mlp
+from qbench.quant import ops
 from qbench.quant.layers import KeepOutput, effective_weight, install, quantized_layers
 from qbench.quant.method import Bits, Method, Unsupported
 from qbench.quant.policy import Policy
@@ -96,11 +97,15 @@ def test_stochastic_takes_a_neighbour_and_leaves_the_grid_alone() -> None:
     check_stochastic(to_fixed)
 
 
-def test_a_draw_of_zero_leaves_the_grid_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "uniform_", lambda self, **options: self.zero_())
-    x = torch.arange(-16, 16) / 8
-    assert torch.equal(to_fixed(x, 2, 3, "stochastic"), x), "up with probability 0, and a draw is in [0, 1)"
-    assert to_fixed(torch.tensor([0.001]), 2, 3, "stochastic").item() == 1 / 8
+def test_the_extreme_draws_leave_the_grid_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, beside = torch.arange(-16, 16) / 8, torch.tensor([0.001, 0.124])
+    for bits, shift, expected in ((2**15 - 1, 255 / 256, 1 / 8), (-(2**15), 0.0, 0.0)):
+        monkeypatch.setattr(
+            ops, "uniform_16", lambda like, g, bits=bits: torch.full_like(like, bits, dtype=torch.int16)
+        )
+        monkeypatch.setattr(ops, "_shift", lambda like, g, shift=shift: torch.tensor(shift))
+        assert torch.equal(to_fixed(x, 2, 3, "stochastic"), x), "up with probability 0"
+        assert to_fixed(beside, 2, 3, "stochastic").tolist() == [expected] * 2
 
 
 def test_stochastic_is_unbiased() -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from qbench.methods import dq, qd
 from qbench.models import resnet
+from qbench.quant import ops
 from qbench.quant.layers import effective_weight, install, quantized_layers
 from qbench.quant.method import Batch, Probe
 from qbench.quant.policy import Policy
@@ -108,7 +109,9 @@ def test_qd_is_the_exact_arithmetic(count: int, size: int, bits: int) -> None:
 def test_stochastic_qd_is_floor_and_a_draw(count: int, size: int, bits: int) -> None:
     w = random(count, bits)
     rows = oracle.buckets(w.numpy(), size)
-    draws = torch.rand(len(rows), len(rows[0]), dtype=w.dtype, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    own = ops.uniform_16(torch.from_numpy(np.array(rows, np.float64)), generator)
+    draws = (32768 - own.double() - ops._shift(w, generator)) / 65536
     got = qd.quantize_bucketed(w, bits, size, True, torch.Generator().manual_seed(5))
     want = oracle.quantize(w.numpy(), bits, size, draws.numpy())
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-12, atol=1e-14)

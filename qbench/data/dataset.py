@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 # Shapes: N images, C channels, H height, W width.
@@ -25,8 +26,8 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
-        """Return the split on a device."""
-        return Split(self.images.to(device), self.labels.to(device))
+        """Return the split on a device, its images in channels_last."""
+        return Split(self.images.to(device, memory_format=torch.channels_last), self.labels.to(device))
 
     def take(self, index: Tensor) -> "Split":
         """Return the images of an index tensor (n,)."""
@@ -129,7 +130,7 @@ class Loader:
     """Makes batches: the network's input float32 (N, C, H, W) in channels_last, and labels.
 
     Args:
-        data: the data set; its splits are moved to `device` whole.
+        data: the data set; its splits are moved to `device` whole, copied unless they are there in channels_last.
         batch_size: images per training batch; images beyond the last full batch of an epoch wait for the next one.
         seed: the order and the augmentation follow from (seed, epoch).
     """
@@ -140,8 +141,11 @@ class Loader:
         self.batch_size = min(batch_size, len(data.train))
         self.steps = len(data.train) // self.batch_size
         self.seed, self.device = seed, device
-        self._mean = 255 * torch.tensor(data.mean, device=device).reshape(1, -1, 1, 1)
-        self._scale = 1 / (255 * torch.tensor(data.std, device=device).reshape(1, -1, 1, 1))
+        # Whole images: numbers per channel, broadcast in channels_last, are eight times slower.
+        channels, height, width = data.shape
+        mean, std = (torch.tensor(v, device=device).expand(height, width, channels) for v in (data.mean, data.std))
+        self._mean = (255 * mean).contiguous().movedim(2, 0)
+        self._scale = (1 / (255 * std)).contiguous().movedim(2, 0)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the epoch's training batches from number `start` on."""
@@ -151,8 +155,8 @@ class Loader:
         draws = torch.rand(len(split), 3, generator=generator).to(self.device)  # by image, whatever its place
         for step in range(start, self.steps):
             index = order[step * self.batch_size : (step + 1) * self.batch_size]
-            batch = split.take(index)
-            yield self.normalize(augmented(batch.images, draws[index], self.augment)), batch.labels
+            images = split.images.movedim(1, 3).index_select(0, index).movedim(3, 1)  # rows of memory, copied whole
+            yield self.normalize(augmented(images, draws[index], self.augment)), split.labels[index]
 
     def plain(self, name: str, limit: int | None = None, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a split's images (the first `limit`) in order, not augmented."""
@@ -176,23 +180,25 @@ def augmented(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
     """
     if not augment.pad and not augment.flip:
         return images_NCHW
-    count, _, height, width = images_NCHW.shape
-    places = 2 * augment.pad + 1
-    dy, dx = ((draws[:, :2] * places).long() - augment.pad).unbind(1)
-    rows = torch.arange(height, device=draws.device) + dy[:, None]
-    columns = torch.arange(width, device=draws.device).expand(count, -1)
-    if augment.flip:
-        columns = torch.where(draws[:, 2:] < 0.5, columns.flip(1), columns)
-    columns = columns + dx[:, None]
-    inside = _inside(rows, height)[:, None, :, None] & _inside(columns, width)[:, None, None, :]
-    image = torch.arange(count, device=draws.device)[:, None, None]
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    picked = images_NCHW.movedim(1, 3)[image, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
-    return picked if augment.replicate else picked * inside
+    pad, (count, _, height, width) = augment.pad, images_NCHW.shape
+    image = torch.arange(count, device=draws.device)
+    dy, dx = (draws[:, :2] * (2 * pad + 1)).long().unbind(1)
+    images = images_NCHW.movedim(1, 3)
+    if augment.flip:  # the mirror image of a crop is the crop, at the mirrored place, of the mirror image
+        mirrored = draws[:, 2] < 0.5
+        images = torch.cat([images, images.flip(2)])
+        image, dx = image + count * mirrored, torch.where(mirrored, 2 * pad - dx, dx)
+    windows = _padded(images, pad, augment.replicate).unfold(1, height, 1).unfold(2, width, 1)
+    return windows[image, dy, dx]
 
 
-def _inside(index: Tensor, size: int) -> Tensor:
-    return (index >= 0) & (index < size)
+def _padded(images_NHWC: Tensor, pad: int, replicate: bool) -> Tensor:
+    if not replicate:
+        return F.pad(images_NHWC, (0, 0, pad, pad, pad, pad))
+    for axis in (1, 2):  # torch's own replication of uint8 is five times slower
+        first, last = (images_NHWC.narrow(axis, at, 1) for at in (0, images_NHWC.shape[axis] - 1))
+        images_NHWC = torch.cat([first] * pad + [images_NHWC] + [last] * pad, axis)
+    return images_NHWC
 
 
 def _mix(seed: int, epoch: int) -> int:

@@ -58,7 +58,18 @@ import torch
 from torch import Generator, Tensor, nn
 
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
-from qbench.quant.ops import in_float32, levels_k, on_backward, quantize_k, sign, straight_through
+from qbench.quant.ops import (
+    Cells,
+    grad_within,
+    in_float32,
+    levels_k,
+    on_backward,
+    quantize_k,
+    sign,
+    staircase,
+    straight_through,
+    uniform,
+)
 
 
 @in_float32
@@ -72,22 +83,71 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
         return w
     if bits == 1:
         return straight_through(w, w.detach().abs().mean() * sign(w))
-    t = torch.tanh(w)
+    n = float(2**bits - 1)
+
+    def plain(w: Tensor) -> Tensor:
+        t = torch.tanh(w)
+        top = t.abs().max()
+        return 2 * quantize_k(t / (2 * torch.where(top == 0, torch.ones_like(top), top)) + 0.5, bits) - 1
+
+    def value(w: Tensor) -> Tensor:
+        t = torch.tanh(w)
+        return t.div_(2 * _largest(t)).add_(0.5).mul_(n).round_().div_(n).mul_(2).sub_(1)
+
+    def backward(grad: Tensor, w: Tensor) -> Tensor:
+        t = torch.tanh(w)  # what follows is the derivative of t / max|t|, the maximum's share going to where it is
+        top = _largest(t)
+        share = torch.where(t.abs() == top, t.sign(), 0.0)
+        share.mul_((grad * t).sum() / (top * share.abs().sum().clamp(min=1)))
+        return (grad - share).div_(top).mul_(t.square_().neg_().add_(1))
+
+    return staircase(w, plain=plain, value=value, backward=backward)
+
+
+def _largest(t: Tensor) -> Tensor:
+    """Return max|t|, a scalar; 1 where all are zero."""
     top = t.abs().max()
-    top = torch.where(top == 0, torch.ones_like(top), top)
-    return 2 * quantize_k(t / (2 * top) + 0.5, bits) - 1
+    return torch.where(top == 0, torch.ones_like(top), top)
 
 
 @in_float32
 def quantize_activation(x: Tensor, bits: int) -> Tensor:
     """Quantize activations: Qk(clip(x, 0, 1)), 2^bits levels in [0, 1]; 32 returns x itself. Section 2.4, eq. 11."""
-    return x if bits == FLOAT else quantize_k(x.clamp(0, 1), bits)
+    if bits == FLOAT:
+        return x
+    n = float(2**bits - 1)
+    return staircase(
+        x,
+        plain=lambda x: quantize_k(x.clamp(0, 1), bits),
+        value=lambda x: x.clamp(0, 1).mul_(n).round_().div_(n),
+        backward=lambda grad, x: grad_within(grad, x, 0, 1),
+        cells=_cells(n),
+    )
+
+
+def _cells(n: float) -> Cells:
+    """Return the cells of Qk(clip(x, 0, 1)): 0 below the range, one for each level, one above the range."""
+
+    def number(x: Tensor) -> Tensor:
+        clipped = x.clamp(0, 1)
+        side = x.sub(clipped).sign_()
+        return clipped.mul_(n).round_().add_(side).add_(1)
+
+    return Cells(number, lambda c: c.sub_(1).div_(n), int(n) + 3)
 
 
 @in_float32
 def quantize_activation_abs(x: Tensor, bits: int) -> Tensor:
     """Quantize activations by h(x) = min(1, |x|): the authors' SVHN script until October 2018."""
-    return x if bits == FLOAT else quantize_k(x.abs().clamp(max=1), bits)
+    if bits == FLOAT:
+        return x
+    n = float(2**bits - 1)
+    return staircase(
+        x,
+        plain=lambda x: quantize_k(x.abs().clamp(max=1), bits),
+        value=lambda x: x.abs().clamp_(max=1).mul_(n).round_().div_(n),
+        backward=lambda grad, x: grad_within(grad, x, -1, 1).mul_(x.sign()),
+    )
 
 
 @in_float32
@@ -107,15 +167,15 @@ def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = Non
         return x
     n = 2**bits - 1
     m = _sample_max(x)
-    noise = torch.empty_like(x).uniform_(-0.5, 0.5, generator=generator) / n
-    unit = (x / (2 * m) + 0.5 + noise).clamp(0, 1)
-    return torch.where(m == 0, torch.zeros_like(x), 2 * m * (quantize_k(unit, bits) - 0.5))
+    noise = uniform(x, generator).sub_(0.5).div_(n)
+    unit = x.detach().div(torch.where(m == 0, 1.0, 2 * m)).add_(0.5).add_(noise).clamp_(0, 1)
+    return unit.mul_(n).round_().div_(n).sub_(0.5).mul_(2 * m)
 
 
 def _sample_max(x: Tensor) -> Tensor:
     """Return max|x| of every sample, (N, 1, ..., 1)."""
     axes = tuple(range(1, x.dim()))
-    return x.abs().amax(dim=axes, keepdim=True) if axes else x.abs()
+    return x.detach().abs().amax(dim=axes, keepdim=True) if axes else x.detach().abs()
 
 
 class Weight(nn.Module):

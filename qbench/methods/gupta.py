@@ -66,7 +66,7 @@ from torch import Generator, Tensor, nn
 
 from qbench.quant.layers import ImageQuantizer, QLayer, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
-from qbench.quant.ops import in_float32, on_backward, straight_through
+from qbench.quant.ops import grad_within, in_float32, on_backward, round_up_or_down, staircase, straight_through
 
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTUMS = ("float", "fixed")
@@ -95,14 +95,22 @@ def to_fixed(
         total = integer_bits + fraction_bits
         raise ValueError(f"integer_bits + fraction_bits={total}: allowed are 1 to {held}, the bits computed with")
     eps = 2.0**-fraction_bits
-    saturated = x.clamp(-(2.0 ** (integer_bits - 1)), 2.0 ** (integer_bits - 1) - eps)
-    steps = saturated.detach() / eps
-    low = steps.floor()
-    if rounding == "nearest":
-        up = steps > low + 0.5
-    else:  # not floor(steps + u): for large steps that sum rounds up, and values on the grid would move
-        up = torch.empty_like(steps).uniform_(generator=generator) < steps - low
-    return straight_through(saturated, (low + up) * eps)
+    low, high = -(2.0 ** (integer_bits - 1)), 2.0 ** (integer_bits - 1) - eps
+
+    def value(x: Tensor) -> Tensor:
+        steps = x.detach().clamp(low, high).div_(eps)
+        if rounding == "stochastic":
+            return round_up_or_down(steps, generator).mul_(eps)
+        down = steps.floor()
+        return steps.gt_(down.add(0.5)).add_(down).mul_(eps)
+
+    return staircase(
+        x,
+        plain=lambda x: straight_through(x.clamp(low, high), value(x)),
+        value=value,
+        backward=lambda grad, x: grad_within(grad, x, low, high),
+        repeatable=rounding == "nearest",
+    )
 
 
 class Format(NamedTuple):

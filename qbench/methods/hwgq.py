@@ -53,7 +53,7 @@ Results
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,19 @@ from qbench.methods.xnor import Activation as SignActivation
 from qbench.methods.xnor import Weight as BinaryWeight
 from qbench.methods.xnor import filter_scale
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Unsupported
-from qbench.quant.ops import in_float32, nearest_level, sign, straight_through, surrogate
+from qbench.quant.ops import (
+    Cells,
+    beside,
+    grad_between,
+    in_float32,
+    looked_up,
+    scalar,
+    sign,
+    staircase,
+    step_function,
+    straight_through,
+    surrogate,
+)
 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
@@ -98,15 +110,44 @@ def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") ->
     if backward not in BACKWARDS:
         raise ValueError(f"backward={backward}: allowed are {', '.join(BACKWARDS)}")
     levels = levels.to(x)
-    value = torch.where(x > 0, nearest_level(x, levels), 0.0)
-    return surrogate(x, value, _slope(x.detach(), levels[-1], backward))
+    return _quantized(x, torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2]), levels, backward)
 
 
 @in_float32
 def quantize_activation_half_step(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
     """The same for uniform levels with the first threshold at half a step."""
-    levels = torch.cat([levels.new_zeros(1), levels]).to(x)
-    return surrogate(x, nearest_level(x, levels), _slope(x.detach(), levels[-1], backward))
+    levels = levels.to(x)
+    return _quantized(x, torch.cat([levels[:1] / 2, (levels[1:] + levels[:-1]) / 2]), levels, backward)
+
+
+def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> Tensor:
+    """Return levels[i] where x is above thresholds[i], the last such i, and 0 where there is none."""
+    top = levels[-1]
+
+    def plain(x: Tensor) -> Tensor:
+        return surrogate(x, looked_up(x, thresholds, levels), _slope(x.detach(), top, backward))
+
+    def derivative(grad: Tensor, x: Tensor) -> Tensor:
+        if backward == "clipped":
+            return grad_between(grad, x, 0, beside(scalar(top), math.inf, x.dtype))
+        passed = grad_between(grad, x, 0, math.inf)
+        return passed if backward == "vanilla" else passed.div_(x.sub(top - 1).clamp_(min=1))
+
+    cells = None if backward == "log_tailed" else _cells(thresholds, levels)
+    value = partial(step_function, edges=thresholds, heights=levels)
+    return staircase(x, plain=plain, value=value, backward=derivative, cells=cells)
+
+
+def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
+    """Return the cells between thresholds, parted once more at 0 and at the last level, where slopes change."""
+    edges = torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]).unique()  # type: ignore[no-untyped-call]
+    numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
+    middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
+
+    def inside(c: Tensor) -> Tensor:
+        return step_function(c, numbers - 0.5, middles)  # 0 for what is not above 0
+
+    return Cells(partial(step_function, edges=edges, heights=numbers), inside, len(edges) + 1)
 
 
 @in_float32

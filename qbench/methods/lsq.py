@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from qbench.quant.layers import as_float, keep_above, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Requires, Storage
-from qbench.quant.ops import in_float32, on_backward, round_ste
+from qbench.quant.ops import grad_between, in_float32, on_backward, round_ste, staircase
 
 SMALLEST = 1e-8
 
@@ -63,10 +63,23 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     if bits == FLOAT:
         return x
     low, high = limits(bits, signed)
-    step = step.to(x.dtype)
-    v = x / step
-    ends = torch.where(v >= high, float(high), torch.full_like(v, -low))
-    return torch.where((v > -low) & (v < high), round_ste(v), ends) * step
+
+    def plain(x: Tensor, step: Tensor) -> Tensor:
+        v = x / step
+        ends = torch.where(v >= high, float(high), torch.full_like(v, -low))
+        return torch.where((v > -low) & (v < high), round_ste(v), ends) * step
+
+    def value(x: Tensor, step: Tensor) -> Tensor:
+        return x.div(step).clamp_(-low, high).round_().mul_(step)
+
+    def backward(grad: Tensor, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        v = x / step
+        inside = grad_between(grad, v, -low, high)
+        v.clamp_(-low, high)
+        at_ends = grad.sub(inside).mul_(v).sum()
+        return inside, v.round().sub_(v).mul_(grad).sum() + at_ends  # rounding moves nothing at the ends
+
+    return staircase(x, step.to(x.dtype), plain=plain, value=value, backward=backward)
 
 
 def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:

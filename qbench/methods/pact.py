@@ -43,13 +43,25 @@ Results
     README (digits).
 """
 
+from math import inf
+
 import torch
 from torch import Tensor, nn
 
 from qbench.methods.dorefa import Weight
 from qbench.quant.layers import keep_above
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires
-from qbench.quant.ops import in_float32, levels_k, straight_through
+from qbench.quant.ops import (
+    Cells,
+    at_least,
+    beside,
+    grad_between,
+    in_float32,
+    levels_k,
+    scalar,
+    staircase,
+    straight_through,
+)
 
 SMALLEST = 1e-3
 
@@ -60,10 +72,35 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     if bits == FLOAT:
         return x
     n = float(2**bits - 1)
+
+    def plain(x: Tensor, alpha: Tensor) -> Tensor:
+        clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))  # the tie belongs to alpha, as eq. 3's gradient says
+        top = alpha.detach()
+        return straight_through(clipped, (clipped.detach() * n / top).round() * top / n)
+
+    def value(x: Tensor, alpha: Tensor) -> Tensor:
+        return x.clamp(min=0).clamp_(max=scalar(alpha)).mul_(n).div_(alpha).round_().mul_(alpha).div_(n)
+
+    def backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        top = scalar(alpha)
+        clipped = grad_between(grad, x, beside(top, -inf, x.dtype), inf)
+        return grad_between(grad, x, beside(0, -inf, x.dtype), top), clipped.sum()
+
     alpha = alpha.to(x.dtype)
-    clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))  # the tie belongs to alpha, as the gradient of eq. 3 says
-    top = alpha.detach()
-    return straight_through(clipped, (clipped.detach() * n / top).round() * top / n)
+    return staircase(x, alpha, plain=plain, value=value, backward=backward, cells=_cells(alpha.detach(), n))
+
+
+def _cells(alpha: Tensor, n: float) -> Cells | None:
+    """Return the cells, up to 8 bits: 0 below the range, one for each level, one from alpha on."""
+
+    def number(x: Tensor) -> Tensor:
+        code = x.clamp(min=0).clamp_(max=scalar(alpha)).mul_(n).div_(alpha).round_()
+        return code.add_(at_least(x, 0)).add_(at_least(x, scalar(alpha)))
+
+    def inside(c: Tensor) -> Tensor:  # a little below each level: alpha itself belongs to the cell above
+        return c.sub_(1).mul_(alpha * (1 - 2**-10) / n)
+
+    return Cells(number, inside, int(n) + 3) if n <= 255 else None
 
 
 class Activation(nn.Module):

@@ -61,7 +61,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage
-from qbench.quant.ops import in_float32, levels_k, straight_through
+from qbench.quant.ops import in_float32, levels_k, round_up_or_down, straight_through
 
 # Shapes: B buckets, K elements of one, L levels.
 
@@ -91,11 +91,7 @@ def quantize_bucketed(
     alpha, beta = bucket_scale(v_BK)
     steps = float(2**bits - 1)
     y = (v_BK - beta) / alpha * steps
-    if stochastic:
-        draws = torch.rand(y.shape, generator=generator, dtype=y.dtype, device=y.device)
-        code = y.floor() + (draws < y - y.floor())
-    else:
-        code = y.round()
+    code = round_up_or_down(y, generator) if stochastic else y.round()
     return straight_through(w, from_buckets(code / steps * alpha + beta, w))
 
 

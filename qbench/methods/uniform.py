@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage
-from qbench.quant.ops import in_float32, round_ste, straight_through
+from qbench.quant.ops import grad_within, in_float32, round_ste, staircase, straight_through
 
 
 @in_float32
@@ -66,8 +66,18 @@ def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
 def quantize_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Quantize activations to 2^bits levels over [low, high] (scalars, low <= 0 <= high), shifted so that 0 is one."""
     step, zero = step_and_zero(low.to(x.dtype), high.to(x.dtype), bits)
-    code = round_ste(x / step) + zero
-    return (code.clamp(0, 2**bits - 1) - zero) * step
+    top = 2**bits - 1
+
+    def plain(x: Tensor) -> Tensor:
+        return ((round_ste(x / step) + zero).clamp(0, top) - zero) * step
+
+    def value(x: Tensor) -> Tensor:
+        return x.div(step).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(step)
+
+    def backward(grad: Tensor, x: Tensor) -> Tensor:
+        return grad_within(grad, x.div(step).round_().add_(zero), 0, top)
+
+    return staircase(x, plain=plain, value=value, backward=backward)
 
 
 def step_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ from torch.nn import functional as F
 
 from qbench.quant.layers import quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
-from qbench.quant.ops import in_float32, sign, surrogate
+from qbench.quant.ops import Cells, above, at_least, grad_between, in_float32, sign, staircase, surrogate
 
 GRADIENTS = ("paper", "authors")
 SCALES = ("none", "K")
@@ -86,7 +86,13 @@ def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
 @in_float32
 def binarize_activation(x: Tensor) -> Tensor:
     """Return sign(x), sign(0) = +1, with gradient 1 where |x| < 1 and 0 elsewhere."""
-    return surrogate(x, sign(x), x.detach().abs() < 1)
+    return staircase(
+        x,
+        plain=lambda x: surrogate(x, sign(x), x.detach().abs() < 1),
+        value=sign,
+        backward=lambda grad, x: grad_between(grad, x, -1, 1),
+        cells=Cells(lambda x: above(x, -1).add_(at_least(x, 0)).add_(at_least(x, 1)), lambda c: c.sub_(1.5), 4),
+    )
 
 
 class Weight(nn.Module):

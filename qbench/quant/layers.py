@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Unsupported, quietly
-from qbench.quant.ops import levels_k, quantize_k
+from qbench.quant.ops import levels_k, made_anew, quantize_k
 from qbench.quant.policy import Policy, assign, quantizable
 
 # Shapes: N batch, C channels, H height, W width.
@@ -48,7 +48,8 @@ class QConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input with the quantized weights."""
         x, w = self.input_q(_finite(self, "input", input)), self.weight_q(_finite(self, "weights", self.weight))
-        y = F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        with made_anew(x):
+            y = F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return self.output_q(y, input)  # type: ignore[no-any-return]
 
 
@@ -64,7 +65,8 @@ class QLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the quantized input by the quantized weights."""
         x, w = self.input_q(_finite(self, "input", input)), self.weight_q(_finite(self, "weights", self.weight))
-        y = F.linear(x, w, self.bias)
+        with made_anew(x):
+            y = F.linear(x, w, self.bias)
         return self.output_q(y, input)  # type: ignore[no-any-return]
 
 

@@ -2,16 +2,23 @@
 
 A straight-through estimator stands around the rounding alone (Bengio et al. 2013, arXiv 1308.3432): scaling, clipping
 and squashing keep their true derivatives. No function writes to its input.
+
+Quantizers that every activation passes have two forms, side by side in their method's file: the plain definition, for
+autograd to differentiate, and a fast one that works in place and saves one tensor (`staircase`). `plainly` chooses the
+first; tests hold the two equal. On a CPU a comparison that makes a bool tensor costs ten passes over floats: that is
+why fast forms compare into floats and mask by hardtanh's derivative.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, TypeVar, cast
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -32,21 +39,47 @@ def in_float32(function: F) -> F:
     return cast(F, wrapped)
 
 
-_rounding = True
+MOST_EDGES = 31
+"""Above so many, searching is faster than comparing with each."""
+
+_rounding, _fast, _compressing = True, True, False
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Let all quantizers compute by their plain definitions for a while."""
+    global _fast
+    before, _fast = _fast, False
+    try:
+        yield
+    finally:
+        _fast = before
 
 
 @contextmanager
 def without_rounding() -> Iterator[None]:
     """Let `round_ste` and `straight_through` return x for a while: what is left is the function that is derived.
 
-    With it the gradients of learned scales can be held against finite differences.
+    With it the gradients of learned scales can be held against finite differences. Plain definitions are used.
     """
     global _rounding
     _rounding = False
     try:
-        yield
+        with plainly():
+            yield
     finally:
         _rounding = True
+
+
+@contextmanager
+def compressed(on: bool = True) -> Iterator[None]:
+    """Let activation quantizers keep whole numbers for backward, a byte or two each, where that loses nothing."""
+    global _compressing
+    before, _compressing = _compressing, on
+    try:
+        yield
+    finally:
+        _compressing = before
 
 
 class _Round(Function):
@@ -98,33 +131,6 @@ def on_backward(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     return _OnBackward.apply(x, change)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def sign(x: Tensor) -> Tensor:
-    """Sign with sign(0) = +1, so that a binary value has two levels, never three. No gradient."""
-    return torch.where(x.detach() >= 0, 1.0, -1.0).to(x.dtype)
-
-
-def quantize_k(x: Tensor, bits: int) -> Tensor:
-    """DoReFa's Qk on x in [0, 1]: round(x n) / n with n = 2^bits - 1, straight-through (1606.06160, eq. 5-6)."""
-    if bits < 1:
-        raise ValueError(f"bits={bits}: allowed is 1 or more")
-    n = float(2**bits - 1)
-    return round_ste(x * n) / n
-
-
-def levels_k(bits: int, like: Tensor) -> Tensor:
-    """Return the 2^bits values of `quantize_k`, ascending in [0, 1], of `like`'s type and device."""
-    n = 2**bits - 1
-    return torch.arange(n + 1, device=like.device).to(like.dtype) / float(n)
-
-
-def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
-    """Return for every element the nearest of `levels` (L,), ascending; half way the lower one. No gradient."""
-    x, edges = x.detach(), (levels[1:] + levels[:-1]) / 2
-    if x.dim() == 4 and not x.is_contiguous():  # channels_last: search along memory
-        return levels[torch.bucketize(x.movedim(1, 3).contiguous(), edges)].movedim(3, 1)
-    return levels[torch.bucketize(x.contiguous(), edges)]
-
-
 class _Surrogate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
@@ -142,3 +148,202 @@ def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     staircase's. Both have x's shape; a boolean slope is a mask.
     """
     return _Surrogate.apply(x, value.detach(), slope.detach())  # type: ignore[no-any-return,no-untyped-call]
+
+
+class Cells(NamedTuple):
+    """For a staircase all of whose cells have one value and one slope each: what must be kept of x is its cell."""
+
+    number: Callable[[Tensor], Tensor]  #: x -> the number of every element's cell, 0 ... count - 1, in x's type
+    inside: Callable[[Tensor], Tensor]  #: such numbers -> an x somewhere inside each cell
+    size: int  #: how many; more than 2^15 are not numbered
+
+
+class _Staircase(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, restored: Any, value: Any, slope: Any, *learned: Tensor) -> Tensor:
+        ctx.save_for_backward(kept, *learned)
+        ctx.restored, ctx.slope = restored, slope
+        return value(x, *learned)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept, *learned = ctx.saved_tensors
+        found = ctx.slope(grads[0], ctx.restored(kept), *learned)
+        first, *more = found if isinstance(found, tuple) else (found,)
+        return first, None, None, None, None, *more
+
+
+def staircase(
+    x: Tensor,
+    *learned: Tensor,
+    plain: Callable[..., Tensor],
+    value: Callable[..., Tensor],
+    backward: Callable[..., Tensor | tuple[Tensor, ...]],
+    cells: Cells | None = None,
+    repeatable: bool = True,
+) -> Tensor:
+    """Quantize element by element, keeping x alone, or its cells (see `compressed`), for the backward pass.
+
+    The result needs not be kept either: what reads it inside `made_anew` computes it a second time instead.
+
+    Args:
+        learned: scales and the like that get gradients.
+        plain: (x, *learned) -> x quantized, in operations that autograd differentiates: the definition.
+        value: the same numbers in as few passes as it takes, in place but for the first.
+        backward: (grad, x, *learned) -> the gradient of x, or those of x and of all `learned`.
+        repeatable: whether `value` gives the same again; where it draws random numbers, the result is kept.
+    """
+    if not _fast or torch.compiler.is_compiling():
+        return plain(x, *learned)
+    kept, restored = x.detach(), _same
+    if _compressing and cells and cells.size <= 2**15:
+        dtype, numbers = x.dtype, torch.uint8 if cells.size <= 256 else torch.int16
+        kept, restored = cells.number(kept).to(numbers), lambda number: cells.inside(number.to(dtype))
+    made: Tensor = _Staircase.apply(x, kept, restored, value, backward, *learned)  # type: ignore[no-untyped-call]
+    if made.requires_grad and repeatable:
+        fixed = [parameter.detach() for parameter in learned]
+        made.anew = lambda: value(restored(kept), *fixed)  # type: ignore[attr-defined]
+    return made
+
+
+def _same(number: Tensor) -> Tensor:
+    return number
+
+
+@contextmanager
+def made_anew(x: Tensor) -> Iterator[None]:
+    """While it lasts, what saves x for the backward pass saves how `staircase` made it instead, if it did."""
+    anew = getattr(x, "anew", None)
+    if anew is None or not torch.is_grad_enabled():
+        yield
+        return
+    place = _place(x)  # pack lives as long as what it packed, and x must not
+    with saved_tensors_hooks(
+        lambda saved: anew if _place(saved) == place else saved,
+        lambda saved: saved if isinstance(saved, Tensor) else saved(),
+    ):
+        yield
+
+
+def _place(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return x.data_ptr(), x.shape, x.stride()
+
+
+def scalar(x: Tensor) -> float | Tensor:
+    """Return the number in a tensor of one element; x itself on other devices than the CPU, which would stop for it."""
+    return x.item() if x.device.type == "cpu" else x.detach()
+
+
+def beside(value: float | Tensor, towards: float, dtype: torch.dtype) -> float | Tensor:
+    """Return the number of a type next to `value`: as a bound that does not count, it lets `value` itself count."""
+    if isinstance(value, Tensor):
+        return torch.nextafter(value, torch.full_like(value, towards))
+    return _beside(value, towards, dtype)
+
+
+@lru_cache
+def _beside(value: float, towards: float, dtype: torch.dtype) -> float:
+    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(towards, dtype=dtype)).item()
+
+
+def grad_between(grad: Tensor, x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Return grad where low < x < high, else 0, in one pass where the bounds are numbers."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return torch.where((x > low) & (x < high), grad, 0.0)
+    return torch.ops.aten.hardtanh_backward(grad, x, low, high)  # type: ignore[no-any-return]
+
+
+def grad_within(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Return grad where low <= x <= high, else 0: the derivative of clamp."""
+    return grad_between(grad, x, beside(low, -math.inf, x.dtype), beside(high, math.inf, x.dtype))
+
+
+def at_least(x: Tensor, bound: float | Tensor) -> Tensor:
+    """Return 1 where x >= bound, else 0, in x's own type."""
+    return torch.ge(x.detach(), bound, out=torch.empty_like(x))
+
+
+def above(x: Tensor, bound: float | Tensor) -> Tensor:
+    """Return 1 where x > bound, else 0, in x's own type."""
+    return torch.gt(x.detach(), bound, out=torch.empty_like(x))
+
+
+def sign(x: Tensor) -> Tensor:
+    """Sign with sign(0) = +1, so that a binary value has two levels, never three. No gradient."""
+    return at_least(x, 0).mul_(2).sub_(1)
+
+
+def uniform_16(like: Tensor, generator: Generator | None = None) -> Tensor:
+    """Return integers, int16, evenly spread over -32768 ... 32767, of `like`'s shape, strides and device.
+
+    One 64-bit number is drawn for every four of them, one after the other in memory: a quarter of the time that a
+    float each takes, and the same whatever the number of threads.
+    """
+    made = torch.empty_like(like, dtype=torch.int16)
+    flat = made.as_strided((made.numel(),), (1,))
+    whole = made.numel() // 4 * 4
+    flat[:whole].view(torch.int64).random_(-(2**63), None, generator=generator)
+    flat[whole:].random_(-(2**15), 2**15, generator=generator)
+    return made
+
+
+def _shift(like: Tensor, generator: Generator | None) -> Tensor:
+    """Return one number out of 0, 1/256, ... 255/256."""
+    return torch.randint(256, (), generator=generator, device=like.device).to(like.dtype).div_(256)
+
+
+def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
+    """Return numbers evenly spread over [0, 1), multiples of 2^-24, of `like`'s floating-point type, shape and strides.
+
+    For rounding: of each number's 24 bits 16 are its own and 8 are the whole tensor's. Every number for itself has
+    the distribution of torch.rand's, so that there is no bias; what they share is below 2^-16.
+    """
+    made = torch.empty_like(like).copy_(uniform_16(like, generator))
+    return made.add_(_shift(like, generator).add_(32768)).div_(65536)
+
+
+def round_up_or_down(x: Tensor, generator: Generator | None = None) -> Tensor:
+    """Round to an integer below or above at random, so that the mean is x (Gupta et al. 2015, section 3). No gradient.
+
+    Integers stay: this is not floor(x + u), a sum that is rounded where x is large. Random numbers as in `uniform`.
+    """
+    x = x.detach()
+    low = x.floor()
+    rest = x.sub(low).mul_(65536)
+    return low.add_(rest.add_(uniform_16(x, generator)).ge_(32768 - _shift(x, generator)))
+
+
+def quantize_k(x: Tensor, bits: int) -> Tensor:
+    """DoReFa's Qk on x in [0, 1]: round(x n) / n with n = 2^bits - 1, straight-through (1606.06160, eq. 5-6)."""
+    if bits < 1:
+        raise ValueError(f"bits={bits}: allowed is 1 or more")
+    n = float(2**bits - 1)
+    return round_ste(x * n) / n
+
+
+def levels_k(bits: int, like: Tensor) -> Tensor:
+    """Return the 2^bits values of `quantize_k`, ascending in [0, 1], of `like`'s type and device."""
+    n = 2**bits - 1
+    return torch.arange(n + 1, device=like.device).to(like.dtype) / float(n)
+
+
+def looked_up(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
+    """Return heights[i] where x is above edges[i], the last such i; 0 where it is above none. No gradient.
+
+    Args:
+        edges, heights: (L,), both ascending, heights not below 0.
+    """
+    x, table = x.detach(), torch.cat([heights.new_zeros(1), heights])
+    if x.dim() == 4 and not x.is_contiguous():  # channels_last: search along memory
+        return table[torch.bucketize(x.movedim(1, 3).contiguous(), edges)].movedim(3, 1)
+    return table[torch.bucketize(x.contiguous(), edges)]
+
+
+def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
+    """Return what `looked_up` does; on the CPU by comparing with every edge, up to some 30 of them much faster."""
+    if x.device.type != "cpu" or len(edges) > MOST_EDGES:
+        return looked_up(x, edges, heights)
+    found = torch.zeros_like(x)
+    for edge, height in zip(edges.tolist(), heights.tolist(), strict=True):
+        torch.maximum(found, above(x, edge).mul_(height), out=found)
+    return found

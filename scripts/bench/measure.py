@@ -1,0 +1,92 @@
+"""What the benchmarks share: contenders timed in turn within one process, ratios by round, tables in Markdown."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of a contender over the baseline's in the same round: median, quartiles, rounds; and its own median."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3, repeat: int = 1) -> dict[str, Ratio]:
+    """Time every contender `repeat` times in every round, in an order that turns; the first one is the baseline.
+
+    Machines are shared: only what ran in the same round is compared.
+    """
+    names = list(contenders)
+    for _ in range(warm):
+        for work in contenders.values():
+            work()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            times[name].append(seconds(contenders[name], repeat))
+    found = {}
+    for name in names:
+        ratios = [t / base for t, base in zip(times[name], times[names[0]], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        found[name] = Ratio(median, low, high, rounds, statistics.median(times[name]))
+    return found
+
+
+def seconds(work: Work, repeat: int = 1) -> float:
+    """Return the mean wall time of one call."""
+    began = time.perf_counter()
+    for _ in range(repeat):
+        work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeat
+
+
+def machine() -> str:
+    """Return what the figures were measured on, in one line."""
+    system = f"{platform.system()}, Python {platform.python_version()}"
+    return f"{processor()}, {os.cpu_count()} cores, {system}, {versions('torch')}"
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions(*packages: str) -> str:
+    """Return `package version, ...` of those that are installed."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

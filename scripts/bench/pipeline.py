@@ -1,0 +1,113 @@
+"""Images per second of the batch pipeline: crop (pad 4), mirror and normalise 3x32x32 images of uint8, on one thread.
+
+    .venv/bin/python scripts/bench/pipeline.py
+
+In every round each way makes the same number of images, out of 50,000 random ones. torchvision transforms them one by
+one in two workers of a DataLoader, which live from round to round and get tensors: that spares them PIL. Beside the
+clock's time stands the processor's, for a machine that others use too; that of the workers is not known here.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain, count, islice
+
+import torch
+import torch.nn.functional as F
+from measure import Ratio, Work, interleaved, machine, markdown, versions
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from qbench.data.dataset import Augment, Dataset, Loader, Split
+from qbench.vision import torchvision
+
+IMAGES, BATCH, BATCHES, PAD, SIZE = 50_000, 128, 48, 4, 32
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+OURS, THEIRS = "ours: crop, mirror, normalise", "torchvision v2, DataLoader, 2 workers"
+BARS = {OURS: ">= 150,000 images/s", THEIRS: ">= 5"}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    images = torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)
+    split = Split(images, torch.zeros(IMAGES, dtype=torch.int64)).to(torch.device("cpu"))
+    ways: dict[str, Work] = {
+        OURS: ours(split, Augment(PAD, flip=True)),
+        "the same, the border repeated instead of zeros": ours(split, Augment(PAD, flip=True, replicate=True)),
+        "the same, normalised only": ours(split, Augment()),
+        THEIRS: theirs(images, split.labels),
+        "plain torch, image by image": partial(by_image, images),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    found = interleaved({name: partial(clocked, ways[name], spent[name]) for name in ways})
+    print(f"{machine()}, {versions('torchvision')}; 1 thread, batches of {BATCH}, {BATCHES} in a round\n")
+    columns = ("way", "images/s", "images/s of processor time", "time over ours (quartiles)", "bar")
+    print(markdown(columns, [row(name, found[name], spent[name]) for name in ways]))
+    read, copied = (f"{x.nbytes / 1e6:.0f} MB" for x in (images, split.images))
+    print(f"\nMemory: {read} of images as read, {copied} for the loader's copy in channels_last, once.")
+
+
+def ours(split: Split, augment: Augment) -> Work:
+    """Return what takes the next batches of the project's loader, epoch after epoch."""
+    none = split.take(torch.arange(0))
+    data = Dataset(
+        name="random", train=split, val=none, test=none, classes=1, mean=MEAN, std=STD, augment=augment
+    )  # fmt: skip
+    batches = chain.from_iterable(map(Loader(data, BATCH, 0, torch.device("cpu")).train, count()))
+    return lambda: drain(islice(batches, BATCHES))
+
+
+def theirs(images: Tensor, labels: Tensor) -> Work:
+    """Return what takes as many batches of torchvision's transforms."""
+    torchvision()
+    from torchvision.transforms import v2
+
+    crop, mirror = v2.RandomCrop(SIZE, padding=PAD), v2.RandomHorizontalFlip()
+    transform = v2.Compose([crop, mirror, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    data = TensorDataset(images, labels)
+    batches = DataLoader(
+        data, BATCH, sampler=RandomSampler(data, num_samples=BATCH * BATCHES), num_workers=2, persistent_workers=True,
+        collate_fn=partial(collated, transform),
+    )  # fmt: skip
+    return lambda: drain(batches)
+
+
+def collated(transform: Callable[[Tensor], Tensor], samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the batch of a worker's samples, each transformed by itself."""
+    return torch.stack([transform(image) for image, _ in samples]), torch.stack([label for _, label in samples])
+
+
+def by_image(images: Tensor) -> None:
+    """Make as many batches by the plain definition."""
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (MEAN, STD))
+    for index in torch.randint(IMAGES, (BATCHES, BATCH)):
+        batch = []
+        for image in images[index]:
+            y, x = torch.randint(2 * PAD + 1, (2,)).tolist()
+            crop = F.pad(image, (PAD, PAD, PAD, PAD))[:, y : y + SIZE, x : x + SIZE]
+            batch.append(((crop.flip(2) if torch.rand(()) < 0.5 else crop) / 255 - mean) / std)
+        torch.stack(batch)
+
+
+def drain(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Take every batch and see that none is missing."""
+    assert sum(len(labels) for _, labels in batches) == BATCH * BATCHES
+
+
+def clocked(work: Work, spent: list[float]) -> None:
+    """Work, and note the processor's time."""
+    began = time.process_time()
+    work()
+    spent.append(time.process_time() - began)
+
+
+def row(name: str, found: Ratio, spent: list[float]) -> tuple[str, ...]:
+    """Return a way's line of the table."""
+    made = BATCH * BATCHES
+    processor = "-" if name == THEIRS else f"{made / statistics.median(spent):,.0f}"
+    return name, f"{made / found.seconds:,.0f}", processor, str(found), BARS.get(name, "")
+
+
+if __name__ == "__main__":
+    main()
