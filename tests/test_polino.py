@@ -110,8 +110,9 @@ def test_stochastic_qd_is_floor_and_a_draw(count: int, size: int, bits: int) -> 
     w = random(count, bits)
     rows = oracle.buckets(w.numpy(), size)
     generator = torch.Generator().manual_seed(5)
-    own = ops.uniform_16(torch.from_numpy(np.array(rows, np.float64)), generator)
-    draws = (32768 - own.double() - ops._shift(w, generator)) / 65536
+    shift = ops._shift(w, generator)
+    own = ops.uniform_16(len(rows) * len(rows[0]), w, generator).reshape(len(rows), -1)
+    draws = (32768 - own.double() - shift) / 65536
     got = qd.quantize_bucketed(w, bits, size, True, torch.Generator().manual_seed(5))
     want = oracle.quantize(w.numpy(), bits, size, draws.numpy())
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-12, atol=1e-14)

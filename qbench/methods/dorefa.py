@@ -85,29 +85,26 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
         return straight_through(w, w.detach().abs().mean() * sign(w))
     n = float(2**bits - 1)
 
-    def plain(w: Tensor) -> Tensor:
-        t = torch.tanh(w)
+    def plain(t: Tensor) -> Tensor:
         top = t.abs().max()
         return 2 * quantize_k(t / (2 * torch.where(top == 0, torch.ones_like(top), top)) + 0.5, bits) - 1
 
-    def value(w: Tensor) -> Tensor:
-        t = torch.tanh(w)
-        return t.div_(2 * _largest(t)).add_(0.5).mul_(n).round_().div_(n).mul_(2).sub_(1)
+    def value(t: Tensor) -> Tensor:
+        return t.div(2 * _largest(t)).add_(0.5).mul_(n).round_().div_(n).mul_(2).sub_(1)
 
-    def backward(grad: Tensor, w: Tensor) -> Tensor:
-        t = torch.tanh(w)  # what follows is the derivative of t / max|t|, the maximum's share going to where it is
-        top = _largest(t)
-        share = torch.where(t.abs() == top, t.sign(), 0.0)
+    def backward(grad: Tensor, t: Tensor) -> Tensor:
+        top = _largest(t)  # of t / top; the maximum's share goes to where it is
+        share = t.abs().ge_(top).mul_(t.sign())
         share.mul_((grad * t).sum() / (top * share.abs().sum().clamp(min=1)))
-        return (grad - share).div_(top).mul_(t.square_().neg_().add_(1))
+        return share.neg_().add_(grad).div_(top)
 
-    return staircase(w, plain=plain, value=value, backward=backward)
+    return staircase(torch.tanh(w), plain=plain, value=value, backward=backward)
 
 
 def _largest(t: Tensor) -> Tensor:
     """Return max|t|, a scalar; 1 where all are zero."""
-    top = t.abs().max()
-    return torch.where(top == 0, torch.ones_like(top), top)
+    top = t.abs().amax()
+    return torch.where(top == 0, 1.0, top)
 
 
 @in_float32

@@ -66,7 +66,15 @@ from torch import Generator, Tensor, nn
 
 from qbench.quant.layers import ImageQuantizer, QLayer, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
-from qbench.quant.ops import grad_within, in_float32, on_backward, round_up_or_down, staircase, straight_through
+from qbench.quant.ops import (
+    blockwise,
+    grad_within,
+    in_float32,
+    on_backward,
+    rounding_up_or_down,
+    staircase,
+    straight_through,
+)
 
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTUMS = ("float", "fixed")
@@ -98,11 +106,13 @@ def to_fixed(
     low, high = -(2.0 ** (integer_bits - 1)), 2.0 ** (integer_bits - 1) - eps
 
     def value(x: Tensor) -> Tensor:
-        steps = x.detach().clamp(low, high).div_(eps)
-        if rounding == "stochastic":
-            return round_up_or_down(steps, generator).mul_(eps)
-        down = steps.floor()
-        return steps.gt_(down.add(0.5)).add_(down).mul_(eps)
+        rounded = rounding_up_or_down(x, generator) if rounding == "stochastic" else _nearest
+
+        def fill(piece: Tensor, made: Tensor) -> None:
+            rounded(piece.clamp(low, high).mul_(1 / eps), made)
+            made.mul_(eps)
+
+        return blockwise(x, fill)
 
     return staircase(
         x,
@@ -111,6 +121,11 @@ def to_fixed(
         backward=lambda grad, x: grad_within(grad, x, low, high),
         repeatable=rounding == "nearest",
     )
+
+
+def _nearest(steps: Tensor, made: Tensor) -> None:
+    half = torch.floor(steps, out=made).add(0.5)
+    made.add_(steps.gt_(half))
 
 
 class Format(NamedTuple):

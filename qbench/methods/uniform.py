@@ -132,7 +132,7 @@ class Activation(nn.Module):
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:
         """Move the range towards a batch's, all the way for the first one."""
-        low, high = x.min().float().clamp(max=0), x.max().float().clamp(min=0)
+        low, high = x.amin().float().clamp(max=0), x.amax().float().clamp(min=0)
         pace = torch.where(self.seen, self.momentum, 1.0)
         self.low.lerp_(low, pace)
         self.high.lerp_(high, pace)

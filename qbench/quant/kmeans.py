@@ -17,8 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-EXACT = 100_000  # up to so many distinct values every split is considered, beyond only those between so many bins,
-STEPS = 1_000  # and then so many of Lloyd's steps at most
+EXACT = 10_000  # up to so many distinct values every split is considered, beyond only those between bins:
+BINS = 128  # so many a centroid,
+RANGE = (2_000, 100_000)  # but from so many to so many in all;
+ZOOMS, REACH, PARTS = 3, 8, 4  # then so often those in so many bins on either side of each split, in so many parts each
+CHUNK = 1 << 16  # elements at a time: as many as stay in cache
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -37,12 +40,14 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
 
     Those in `pinned` count among the k and are in the result as given (in the type of `values`; a repeated one counts
     once), nearest to some value or not. Where the rest suffices to give every distinct value a centroid of its own,
-    the result is those and no more. Up to `EXACT` distinct values the inertia is the least there is, to the rounding of
-    float64 sums (1e-15 of what a single centroid leaves) and of the centroids to the type of `values`; beyond, it
-    exceeds that by a share of about (k / `EXACT`)². No gradient.
+    the result is those and no more. Up to `EXACT` distinct values (and up to as many as there are bins) the inertia is
+    the least there is, to the rounding of float64 sums (1e-15 of what a single centroid leaves) and of the centroids to
+    the type of `values`. Beyond, it is the least within some bins of the best splits between bins, hardly more (a
+    share of 1e-7 or none) unless splits that are far apart are almost equally good; then more by a share of about
+    (k / bins)² or less: 6e-5 up to k = 781. No gradient.
 
     Computed on the CPU in n log n. Memory beside the result: 16 bytes a value, 4 more for half precision and for a
-    tensor that is not contiguous or elsewhere than on the CPU, and 4 (k + 100) `EXACT`.
+    tensor that is not contiguous or elsewhere than on the CPU, and 4 (k + 100) for each of the bins or of `EXACT`.
     """
     if not values.is_floating_point():
         raise ValueError(f"values of {values.dtype}: k-means needs a floating-point tensor")
@@ -68,7 +73,10 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
     edges = torch.from_numpy(_edges(c))
     below = edges.to(given.dtype)
     below = torch.where(below.double() > edges, torch.nextafter(below, torch.full_like(below, -torch.inf)), below)
-    labels = torch.bucketize(given, below.to(values.device))
+    if values.device.type == "cpu" and len(below) < 256:
+        labels = torch.from_numpy(_labels(given.numpy().reshape(-1), below.numpy())).reshape(values.shape)
+    else:
+        labels = torch.bucketize(given, below.to(values.device))
     return Clustering(torch.from_numpy(c).to(values.dtype).to(values.device), labels, inertia)
 
 
@@ -87,54 +95,100 @@ def _bounds(x: Floats, c: Floats) -> Ints:
 
 
 def _inertia(x: Floats, c: Floats) -> float:
-    bounds = _bounds(x, c)
-    return sum(float(np.square(x[i:j] - m).sum()) for m, (i, j) in zip(c, pairwise(bounds), strict=True))
+    total, bounds = 0.0, _bounds(x, c)
+    for m, (begin, end) in zip(c, pairwise(bounds), strict=True):
+        for i in range(begin, end, CHUNK):
+            away = x[i : min(i + CHUNK, end)] - m
+            total += float(np.square(away, out=away).sum())
+    return total
+
+
+def _labels(x: NDArray[np.floating], below: NDArray[np.floating]) -> Ints:
+    """Return how many of `below` are less than each of x: to compare with all beats any search where they are few."""
+    labels = np.empty(x.shape, np.int64)
+    less, count = np.empty(min(x.size, CHUNK), np.bool_), np.empty(min(x.size, CHUNK), np.uint8)
+    for i in range(0, x.size, CHUNK):
+        part = x[i : i + CHUNK]
+        n = len(part)
+        count[:n] = 0
+        for edge in below:
+            np.greater(part, edge, out=less[:n])
+            np.add(count[:n], less[:n].view(np.uint8), out=count[:n])
+        labels[i : i + n] = count[:n]
+    return labels
 
 
 def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
     """Return the centroids for x, ascending."""
+    bins = min(max(RANGE[0], BINS * k), RANGE[1])
     new = x[1:] != x[:-1]
-    if np.count_nonzero(new) < EXACT:
+    if np.count_nonzero(new) < max(EXACT, bins):
         first = np.append(0, np.flatnonzero(new) + 1)
         return _optimum(x[first], np.diff(first, append=len(x)).astype(np.float64), k, pins)
+    del new  # for its memory
     centre = x[len(x) // 2]
-    sums = np.empty(len(x) + 1)
-    sums[0] = 0
-    np.cumsum(np.subtract(x, centre, out=sums[1:]), out=sums[1:])
-    cut = _bins(x)
-    size = np.diff(cut).astype(np.float64)
-    mean = np.clip(centre + np.diff(sums[cut]) / size, x[cut[:-1]], x[cut[1:] - 1])
-    return _lloyd(x, centre, sums, _optimum(mean, size, k, pins), pins)
+    y = x - centre
+    cut = _bins(x, bins)
+    begin, size = cut[:-1], np.diff(cut).astype(np.float64)
+    mean = np.clip(centre + np.add.reduceat(y, begin) / size, x[begin], x[cut[1:] - 1])
+    return _zoomed(x, y, cut, _optimum(mean, size, k, pins), pins)
 
 
-def _bins(x: Floats) -> Ints:
-    """Return where in x bins begin, and x's end: about `EXACT` of them, narrow where it matters.
+def _bins(x: Floats, n: int) -> Ints:
+    """Return where in x bins begin, and x's end: about n of them, narrow where it matters.
 
     The cube root of (values in a bin) x (its width)² is the measure of which optimal quantization gives each cell the
     same share (Panter and Dite 1951). Bins of equal count are cut evenly in it, then once more and again; cuts stay.
     """
-    cut = np.linspace(0, len(x), EXACT // 4, dtype=np.int64)
+    cut = np.linspace(0, len(x), n // 4, dtype=np.int64)
     for _ in range(3):
         low, high = x[cut[:-1]], x[cut[1:] - 1]
         share = np.append(0, np.cumsum(np.cbrt(np.diff(cut) * (high - low) ** 2)))
         ends = np.stack((low, high), 1).ravel()
-        edges = np.interp(np.linspace(0, share[-1], EXACT // 4), np.repeat(share, 2)[1:-1], ends)
+        edges = np.interp(np.linspace(0, share[-1], n // 4), np.repeat(share, 2)[1:-1], ends)
         cut = np.union1d(cut, np.searchsorted(x, edges))
     return cut
 
 
-def _lloyd(x: Floats, centre: float, sums: Floats, c: Floats, pins: Floats) -> Floats:
-    """Return c after Lloyd's steps on all of x: sums[i] is that of x[:i] - centre."""
-    free = ~np.isin(c, pins)
-    before = np.empty(0, np.int64)
-    for _ in range(STEPS):
+def _zoomed(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> Floats:
+    """Return c after looking for better splits of x near its own; y is x less a constant, `cut` where bins begin."""
+    centre, fixed = x[0] - y[0], np.isin(c, pins)
+    near = np.arange(-REACH * PARTS, REACH * PARTS + 1)[:, None] / PARTS
+    for _ in range(ZOOMS):
         bounds = _bounds(x, c)
-        size = np.diff(bounds)
-        if np.array_equal(bounds, before) or not size[free].all():
+        if not np.diff(bounds)[~fixed].all():
             break
-        c = np.where(free, centre + np.diff(sums[bounds]) / np.maximum(size, 1), c)
-        before = bounds
+        options = np.interp(np.searchsorted(cut, bounds[1:-1]) + near, np.arange(len(cut)), cut).astype(np.int64)
+        options = np.pad(options, ((0, 0), (1, 1)), constant_values=(0, len(x)))
+        options = np.concatenate((bounds[None], options))
+        c = np.unique(np.where(fixed, c, centre + _best_of(options, y, c - centre, fixed)))
+        cut = np.unique(options)
     return c
+
+
+def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> Floats:
+    """Return the means of the best clusters of y, each bound of which is one of `options` (o, c + 1); first those of c.
+
+    A cluster's squares about its mean are those about c less size x (mean - c)²; `fixed` ones count about c. A value
+    that goes from one of c to the next below adds twice the distance of these two times its own from their middle.
+    """
+    spots = np.unique(options)
+    where = np.searchsorted(spots, options)
+    n, s = spots[where].astype(np.float64), _prefix(np.add.reduceat(y, spots[:-1]))[where]
+    moved = np.zeros(n.shape)
+    moved[:, 1:-1] = np.diff(c) * (2 * (s - s[0])[:, 1:-1] - (c[1:] + c[:-1]) * (n - n[0])[:, 1:-1])
+    cost, begins = np.zeros(len(n)), []
+    for i, m in enumerate(c):
+        size = n[:, i + 1] - n[:, i, None]
+        gain = 0 if fixed[i] else (s[:, i + 1] - s[:, i, None] - m * size) ** 2 / np.maximum(size, 1)
+        trial = np.where(size < (0 if fixed[i] else 1), np.inf, cost[:, None] - gain)
+        begins.append(trial.argmin(0))
+        cost = trial.min(0) + moved[:, i + 1]
+    row, means = 0, np.empty(len(c))
+    for i in reversed(range(len(c))):
+        end, row = row, begins[i][row]
+        means[i] = (s[end, i + 1] - s[row, i]) / max(n[end, i + 1] - n[row, i], 1)
+    return means
 
 
 def _optimum(v: Floats, w: Floats, k: int, pins: Floats) -> Floats:
@@ -174,7 +228,7 @@ def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: in
     found: list[tuple[float, Floats]] = []
     for m in range(min(most, n) + 1):
         if m:
-            cost, begin = _layer(cost, weight, first, second, m)
+            cost, begin = _layer(cost, weight, first, second, m, last=m == most and right is None)
             begins.append(begin)
         end = int(np.argmin(cost + rest))
         total, means = float(cost[end] + rest[end]), np.empty(m)
@@ -193,26 +247,33 @@ def _prefix(a: Floats) -> Floats:
     return np.concatenate((-np.cumsum(a[:m][::-1])[::-1], [0], np.cumsum(a[m:])))
 
 
-def _layer(before: Floats, weight: Floats, first: Floats, second: Floats, m: int) -> tuple[Floats, NDArray[np.int32]]:
+def _layer(
+    before: Floats, weight: Floats, first: Floats, second: Floats, m: int, last: bool
+) -> tuple[Floats, NDArray[np.int32]]:
     """Return the least costs of the first i values with one cluster more than `before`, and where that one begins.
 
-    Row i looks for the best begin in m - 1 ... i - 1. It moves upward with i, so that rows half way between known ones
-    look between their two; a pass over all such rows at once reads every begin about once.
+    Row i looks for the best begin in m - 1 ... i - 1. It moves upward with i, so that rows between known ones look
+    between theirs; a pass over all such rows at once reads every begin a few times. `last`: only that of all values.
     """
     n = len(before) - 1
     rows = n - m + 1
     known = before - second
     cost, begin = np.full(n + 1, np.inf), np.zeros(n + 1, np.int32)
-    at = np.full(rows + 2, n - 1)  # row r is i = r + m - 1; a frame of the extremes around them
+    single = np.isinf(before[m])  # no begin but the first
+    at = np.full(rows + 2, m - 1 if single else n - 1)  # row r is i = r + m - 1; a frame of the extremes around them
     at[0] = m - 1
-    step = 1 << rows.bit_length() - 1
-    while step:
-        r = np.arange(step, rows + 1, 2 * step)
-        i = r + m - 1
-        low, high = at[r - step], np.minimum(at[np.minimum(r + step, rows + 1)], i - 1)
+    bits = 3 if rows < 2_500 else 2 if rows < 6_000 else 1  # fewer passes for more reads, while those stay in cache
+    steps = [1 << s for s in range((rows.bit_length() - 1) // bits * bits, -1, -bits)]
+    wide = rows + 1
+    for step in [rows] if last else [1] if single else steps:
+        r = np.arange(step, rows + 1, step)
+        r = r[r % wide > 0]
+        i, lower = r + m - 1, r - r % wide
+        low, high = at[lower], np.minimum(at[np.minimum(lower + wide, rows + 1)], i - 1)
         size = high - low + 1
-        start = np.cumsum(size) - size
-        j = np.arange(size.sum()) + np.repeat(low - start, size)
+        end = np.cumsum(size)
+        start = end - size
+        j = np.arange(end[-1]) + np.repeat(low - start, size)
         trial = np.repeat(first[i], size) - first[j]
         trial *= trial
         trial /= np.repeat(weight[i], size) - weight[j]
@@ -222,5 +283,5 @@ def _layer(before: Floats, weight: Floats, first: Floats, second: Floats, m: int
         at[r] = j[hits[np.searchsorted(hits, start)]]
         cost[i] = least + second[i]
         begin[i] = at[r]
-        step //= 2
+        wide = step
     return cost, begin

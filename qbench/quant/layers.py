@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class NotFinite(ValueError):
 
 def _finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
     """Return x. On the CPU raise `NotFinite` where it is not finite; elsewhere the question would stop the device."""
-    if x.device.type == "cpu" and not x.detach().sum(dtype=torch.float32).isfinite() and not x.isfinite().all():
+    if x.device.type == "cpu" and not isfinite(x.detach().sum(dtype=torch.float32).item()) and not x.isfinite().all():
         count = int((~x.isfinite()).sum())
         raise NotFinite(f"{layer.label}: {count} of {x.numel()} values of its {what} are inf or nan")
     return x

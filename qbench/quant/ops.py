@@ -42,6 +42,9 @@ def in_float32(function: F) -> F:
 MOST_EDGES = 31
 """Above so many, searching is faster than comparing with each."""
 
+BLOCK = 2**17
+"""Elements of a piece in `blockwise`: half a megabyte of floats."""
+
 _rounding, _fast, _compressing = True, True, False
 
 
@@ -195,12 +198,14 @@ def staircase(
     """
     if not _fast or torch.compiler.is_compiling():
         return plain(x, *learned)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *learned)):
+        return value(x.detach(), *learned)
     kept, restored = x.detach(), _same
     if _compressing and cells and cells.size <= 2**15:
         dtype, numbers = x.dtype, torch.uint8 if cells.size <= 256 else torch.int16
         kept, restored = cells.number(kept).to(numbers), lambda number: cells.inside(number.to(dtype))
     made: Tensor = _Staircase.apply(x, kept, restored, value, backward, *learned)  # type: ignore[no-untyped-call]
-    if made.requires_grad and repeatable:
+    if repeatable:
         fixed = [parameter.detach() for parameter in learned]
         made.anew = lambda: value(restored(kept), *fixed)  # type: ignore[attr-defined]
     return made
@@ -273,18 +278,14 @@ def sign(x: Tensor) -> Tensor:
     return at_least(x, 0).mul_(2).sub_(1)
 
 
-def uniform_16(like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return integers, int16, evenly spread over -32768 ... 32767, of `like`'s shape, strides and device.
+def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> Tensor:
+    """Return integers (count,), int16, evenly spread over -32768 ... 32767, on `like`'s device.
 
-    One 64-bit number is drawn for every four of them, one after the other in memory: a quarter of the time that a
-    float each takes, and the same whatever the number of threads.
+    One 64-bit number is drawn for every four of them, one after the other: a quarter of the time that a float each
+    takes, and the same whatever the number of threads.
     """
-    made = torch.empty_like(like, dtype=torch.int16)
-    flat = made.as_strided((made.numel(),), (1,))
-    whole = made.numel() // 4 * 4
-    flat[:whole].view(torch.int64).random_(-(2**63), None, generator=generator)
-    flat[whole:].random_(-(2**15), 2**15, generator=generator)
-    return made
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device)
+    return draws.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
 
 
 def _shift(like: Tensor, generator: Generator | None) -> Tensor:
@@ -298,19 +299,47 @@ def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
     For rounding: of each number's 24 bits 16 are its own and 8 are the whole tensor's. Every number for itself has
     the distribution of torch.rand's, so that there is no bias; what they share is below 2^-16.
     """
-    made = torch.empty_like(like).copy_(uniform_16(like, generator))
-    return made.add_(_shift(like, generator).add_(32768)).div_(65536)
+    shift = _shift(like, generator).add_(32768)
+
+    def fill(piece: Tensor, made: Tensor) -> None:
+        made.copy_(uniform_16(len(made), like, generator)).add_(shift).div_(65536)
+
+    return blockwise(like, fill)
 
 
 def round_up_or_down(x: Tensor, generator: Generator | None = None) -> Tensor:
-    """Round to an integer below or above at random, so that the mean is x (Gupta et al. 2015, section 3). No gradient.
+    """Round to a neighbouring integer at random, so that the mean is x (Gupta et al. 2015, section 3). No gradient.
 
-    Integers stay: this is not floor(x + u), a sum that is rounded where x is large. Random numbers as in `uniform`.
+    Integers stay: this is not floor(x + u), a sum that is rounded where x is large. Random numbers as in `uniform`;
+    on the CPU none are drawn for a block of integers.
     """
-    x = x.detach()
-    low = x.floor()
-    rest = x.sub(low).mul_(65536)
-    return low.add_(rest.add_(uniform_16(x, generator)).ge_(32768 - _shift(x, generator)))
+    return blockwise(x, rounding_up_or_down(x, generator))
+
+
+def rounding_up_or_down(like: Tensor, generator: Generator | None = None) -> Callable[[Tensor, Tensor], Any]:
+    """Return what `round_up_or_down` does with each piece of a tensor, for use in `blockwise`."""
+    bound = 32768 - _shift(like, generator)
+
+    def fill(piece: Tensor, made: Tensor) -> None:
+        rest = piece.sub(torch.floor(piece, out=made))
+        if rest.device.type != "cpu" or rest.sum():
+            made.add_(rest.mul_(65536).add_(uniform_16(len(rest), like, generator)).ge_(bound))
+
+    return fill
+
+
+def blockwise(x: Tensor, fill: Callable[[Tensor, Tensor], Any]) -> Tensor:
+    """Return a tensor of x's shape and strides that `fill(piece of x, same piece of the result)` has filled.
+
+    On the CPU the pieces are one-dimensional and stay in the cache from one operation to the next. No gradient.
+    """
+    made = torch.empty_like(x)
+    source = x.detach() if x.stride() == made.stride() else torch.empty_like(made).copy_(x.detach())
+    size = BLOCK if x.device.type == "cpu" else max(1, x.numel())
+    pieces = [torch.split(t.as_strided((x.numel(),), (1,)), size) for t in (source, made)]
+    for piece, result in zip(*pieces, strict=True):
+        fill(piece, result)
+    return made
 
 
 def quantize_k(x: Tensor, bits: int) -> Tensor:
@@ -343,7 +372,11 @@ def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
     """Return what `looked_up` does; on the CPU by comparing with every edge, up to some 30 of them much faster."""
     if x.device.type != "cpu" or len(edges) > MOST_EDGES:
         return looked_up(x, edges, heights)
-    found = torch.zeros_like(x)
-    for edge, height in zip(edges.tolist(), heights.tolist(), strict=True):
-        torch.maximum(found, above(x, edge).mul_(height), out=found)
-    return found
+    steps = list(zip(edges.tolist(), heights.tolist(), strict=True))
+
+    def fill(piece: Tensor, made: Tensor) -> None:
+        made.zero_()
+        for edge, height in steps:
+            torch.maximum(made, above(piece, edge).mul_(height), out=made)
+
+    return blockwise(x, fill)

@@ -1,0 +1,96 @@
+"""The net and the step that the peers share: ResNet-20 for 3x32x32 images, batch 64, cross entropy, SGD."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.models.resnet import build
+
+Work = Callable[[], Tensor]
+Hook = Callable[[], object]
+Make = Callable[..., Work]  # (device, layout=NCHW)
+Device = torch.device | str
+Layout = torch.memory_format
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+SHAPE, CLASSES, BATCH = (3, 32, 32), 10, 64
+
+
+def plain(
+    convolution: Callable[[nn.Conv2d], nn.Module] = lambda layer: layer,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> nn.Module:
+    """Return a ResNet-20, all but its first and last layer and the activation before the last replaced."""
+    net = build(SHAPE, CLASSES)
+    feeds: dict[str, tuple[str, ...]] = net.feeds  # type: ignore[assignment]
+    for name, layers in feeds.items():
+        net.set_submodule(name, activation())
+        for layer in layers:
+            net.set_submodule(layer, convolution(net.get_submodule(layer)))  # type: ignore[arg-type]
+    return net
+
+
+def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """Return torch's SGD with its defaults."""
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def placed(net: nn.Module, device: Device, layout: Layout) -> nn.Module:
+    """Return the net itself, moved."""
+    return net.to(device).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def training_step(
+    net: nn.Module,
+    device: Device,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    layout: Layout = NCHW,
+    before: Hook = lambda: None,
+    between: Hook = lambda: None,
+    after: Hook = lambda: None,
+    batch: int = BATCH,
+) -> Work:
+    """Return one step on a batch that stands: zero_grad, `before`, forward, backward, `between`, update, `after`."""
+    placed(net, device, layout).train()
+    optimizer = optimizer or sgd(net.parameters())
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *SHAPE, generator=draw).to(device, memory_format=layout)
+    labels = torch.randint(CLASSES, (batch,), generator=draw).to(device)
+
+    def work() -> Tensor:
+        optimizer.zero_grad()
+        before()
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        between()
+        optimizer.step()
+        after()
+        return loss.detach()
+
+    return work
+
+
+class Conv(nn.Conv2d):
+    """A convolution like `layer` whose weights pass through a function or module first."""
+
+    def __init__(self, layer: nn.Conv2d, quantize: Callable[[Tensor], Tensor]) -> None:
+        size = layer.weight.shape[2]
+        super().__init__(layer.in_channels, layer.out_channels, size, layer.stride[0], size // 2, bias=False)
+        self.load_state_dict(layer.state_dict())
+        self.quantize = quantize
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.quantize(self.weight), None, self.stride, self.padding)
+
+
+class Act(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
