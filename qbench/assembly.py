@@ -1,7 +1,11 @@
 """From a configuration to the things a run is made of: data, method, network, float weights to start from."""
 
+import ctypes
 import json
 import os
+import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -9,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench import registry
@@ -24,6 +28,10 @@ from qbench.quant.layers import install
 from qbench.quant.method import FLOAT, Bits, Method, Unsupported
 from qbench.quant.policy import Policy, PolicyError
 from qbench.train.checkpoint import is_sealed, load_float, load_plain, seed_everything, unpack
+
+COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))
+MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
+"""glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,22 @@ class Parts:
         """Return the float network with the initial weights of the run's seed."""
         return _build_model(self.config, self.data, self.method)
 
+    def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return what computes the network's output in training and evaluation, as `runtime` wants it.
+
+        Measurements and verification call the network itself, in float32.
+        """
+        runtime = self.config.runtime
+        run: Callable[[Tensor], Tensor] = torch.compile(model) if runtime.compile else model
+        if runtime.precision == "fp32":
+            return run
+
+        def in_bfloat16(images: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16):
+                return run(images).float()
+
+        return in_bfloat16
+
     def install(self, model: nn.Module) -> nn.Module:
         """Put the method into a float network, under the run's layer policy."""
         layers = self.config.layers
@@ -115,6 +139,7 @@ def assemble(config: Config) -> Parts:
     method = make_method(config, widths(config))
     method.check(widths(config))
     _check_requirements(config, method)
+    _check_runtime(config, method, device)
     if config.optim.ema is not None and "no_master" in method.traits:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
     if config.distill.on and config.distill.teacher != "parent":
@@ -180,6 +205,17 @@ def set_process(config: Config) -> None:
     if config.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS wants it
     torch.use_deterministic_algorithms(config.runtime.deterministic)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed activations: else it goes back to the system, and comes anew, page by page,
+    in every training step. Other C libraries are left as they are.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is not None and hasattr(library, "mallopt"):
+        for option, value in MALLOC_OPTIONS.items():
+            library.mallopt(option, value)
 
 
 def choose_device(name: str) -> torch.device:
@@ -213,6 +249,19 @@ def _check_requirements(config: Config, method: Method) -> None:
             )
     if config.model.get("act") == "replaced" and config.bits.a == 32:
         raise Unsupported("model.act=replaced has no effect at bits.a=32: no quantizer takes the activation's place")
+
+
+def _check_runtime(config: Config, method: Method, device: torch.device) -> None:
+    """Refuse what would have no effect, or cannot be had here."""
+    runtime = config.runtime
+    cells = "cells_input" in method.traits and method.bits.a <= 8
+    if runtime.compress_activations and not config.is_parent and not cells:
+        why = "no activations are quantized" if method.bits.a == FLOAT else "its backward pass needs what was quantized"
+        raise ConfigError(f"runtime.compress_activations=true has no effect with {method.name} {method.bits}: {why}")
+    if runtime.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+        raise ConfigError(
+            f"runtime.compile=true needs a C++ compiler on the CPU; none of {', '.join(COMPILERS)} is here"
+        )
 
 
 def _build_model(config: Config, data: Dataset, method: Method) -> nn.Module:

@@ -101,15 +101,24 @@ class Distill:
 
 @dataclass
 class Runtime:
-    """How a run is carried out. Only `threads` and `deterministic` can change its numbers."""
+    """How a run is carried out. Threads, determinism, precision and compiling can change its numbers, no other key."""
 
     device: str = "auto"
     threads: int = within(1, 1, 1024)
     deterministic: bool = True
+    precision: str = one_of("fp32", "fp32", "bf16")
+    compile: bool = False
+    compress_activations: bool = False
     tensorboard: bool = True
     progress: bool = True
     log_every: int = within(10, 1)
     save_seconds: float = within(30.0, 0)
+
+    def numerics(self) -> dict[str, Any]:
+        """Return what of it can change a run's numbers; the later keys only where they are not at their defaults."""
+        found: dict[str, Any] = {"threads": self.threads, "deterministic": self.deterministic}
+        found |= {"precision": self.precision} if self.precision != "fp32" else {}
+        return found | ({"compile": True} if self.compile else {})
 
 
 @dataclass
@@ -138,7 +147,7 @@ class Config:
         everything = to_dict(self)
         for free in ("out", "rerun", "claim"):
             del everything[free]
-        everything["runtime"] = {key: everything["runtime"][key] for key in ("threads", "deterministic")}
+        everything["runtime"] = self.runtime.numerics()
         everything["dataset"].pop("recipe", None)
         own = ":" in everything["dataset"]["name"]
         if not own and {"root", "download"} <= set(everything["dataset"]):  # where published files lie decides nothing
@@ -162,6 +171,8 @@ class Config:
         if self.distill.name == "method":
             shared["distill"] |= {"name": "none"}
         shared["model"] = {k: v for k, v in shared["model"].items() if k not in ("norm", "act")}
+        if self.runtime.precision != "fp32":
+            shared["precision"] = self.runtime.precision
         return shared
 
     def directory(self) -> str:

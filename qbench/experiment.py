@@ -15,6 +15,7 @@ from qbench.data.dataset import Loader
 from qbench.errors import Diverged, Interrupted
 from qbench.quant.layers import NotFinite, fully_quantized, quantized_layers, reports
 from qbench.quant.method import FLOAT, Probe, Unsupported
+from qbench.quant.ops import compressed
 from qbench.quant.verify import NotQuantized, verify
 from qbench.record import manifest
 from qbench.record.pictures import levels_figure
@@ -114,10 +115,11 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
             method.prepare(model, probe)
         task = Task(
             model=model, method=method, optim=config.optim, epochs=parts.epochs, steps=loader.steps,
-            train=loader.train, validate=lambda: loader.plain("val"), probe=probe,
+            train=loader.train, validate=lambda: loader.plain("val"), probe=probe, forward=parts.forward(model),
         )  # fmt: skip
         state = _state(task, session.saved, config.seed)
-        fit(task, state, session.watch(task, state, loader.batch_size))
+        with compressed(config.runtime.compress_activations):
+            fit(task, state, session.watch(task, state, loader.batch_size))
         desk.screen.stop()
         return _conclude(parts, task, state, loader, session, parent)
     except NotFinite as error:
@@ -149,9 +151,9 @@ def _conclude(
     with evaluated_weights(model, state):
         last = copied(model.state_dict())
     best_weights = state.best["model"] if state.best else last
-    best = _measure(model, best_weights, loader) | {"epoch": state.best["epoch"]} if state.best else None
+    best = _measure(task, best_weights, loader) | {"epoch": state.best["epoch"]} if state.best else None
     answers: list[Tensor] = []
-    final = _measure(model, last, loader, answers) | {"epoch": state.epoch - 1 if state.epoch else None}
+    final = _measure(task, last, loader, answers) | {"epoch": state.epoch - 1 if state.epoch else None}
     if not fully_quantized(model):
         raise NotQuantized("after the last epoch some weights are still float")
     verified = verify(model, next(iter(loader.plain("train", 64)))[0])
@@ -197,11 +199,12 @@ def _hints(parts: Parts, verified: dict[str, Any]) -> list[str]:
 
 
 def _measure(
-    model: nn.Module, weights: dict[str, Tensor], loader: Loader, answers: list[Tensor] | None = None
+    task: Task, weights: dict[str, Tensor], loader: Loader, answers: list[Tensor] | None = None
 ) -> dict[str, Any]:
     """Evaluate weights on both splits; `answers` gets labels and predictions on the test split."""
-    model.load_state_dict(weights)
-    return {"val": evaluate(model, loader.plain("val")), "test": evaluate(model, loader.plain("test"), answers)}
+    task.model.load_state_dict(weights)
+    val = evaluate(task.model, loader.plain("val"), task.logits)
+    return {"val": val, "test": evaluate(task.model, loader.plain("test"), task.logits, answers)}
 
 
 def _show(model: nn.Module, state: State, session: Session, result: Result) -> None:

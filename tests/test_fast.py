@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qbench import compose, registry
 from qbench.methods import dorefa, gupta, hwgq, lsq, pact, uniform, xnor
 from qbench.models import resnet
 from qbench.quant import ops
 from qbench.quant.layers import install
-from qbench.quant.method import Probe
+from qbench.quant.method import Method, Probe
 
 METHODS = [name for name in registry.names("method") if name not in ("float",)]
 
@@ -136,14 +138,148 @@ def test_networks(name: str) -> None:
             torch.testing.assert_close(grad, theirs[key], rtol=1e-4, atol=1e-6 * float(theirs[key].abs().max() + 1))
 
 
-def saved_bytes(model: nn.Module, images: Tensor) -> int:
-    """Return the bytes of distinct storages that a forward pass keeps for backward."""
+def network(method: Method | None = None) -> nn.Module:
+    """Return a ResNet-20 whose activations outweigh everything else, with a method or without, in channels_last."""
+    torch.manual_seed(0)
+    model = resnet.build((3, 16, 16), 10, depth=20, width=4)
+    if method is not None:
+        install(method, model, example=torch.zeros(1, 3, 16, 16))
+    return model.to(memory_format=torch.channels_last)
+
+
+IMAGES = torch.randn(64, 3, 16, 16).to(memory_format=torch.channels_last)
+
+
+def alive(model: nn.Module) -> int:
+    """Return the bytes that a forward pass leaves allocated, whoever holds them."""
+    model(IMAGES)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        logits = model(IMAGES)
+    del logits
+    return sum(event.self_cpu_memory_usage for event in found.key_averages())
+
+
+def saved(model: nn.Module) -> int:
+    """Return the bytes of the distinct storages that saved_tensors_hooks are shown."""
     storages: dict[int, int] = {}
 
-    def pack(x: Tensor) -> Tensor:
+    def keep(x: Tensor) -> Tensor:
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(images).sum()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(IMAGES)
     return sum(storages.values())
+
+
+@pytest.mark.parametrize("build", [dorefa.build, pact.build, xnor.build, hwgq.build, lsq.build])
+def test_no_more_is_kept_for_backward_than_by_float(build) -> None:
+    method = build() if build in (xnor.build, hwgq.build) else build(w=2, a=2)
+    plain, model = network(), network(method)
+    assert alive(model) <= 1.05 * alive(plain)
+    assert saved(model) <= 1.05 * saved(plain)
+    with ops.plainly():
+        assert alive(model) > 1.1 * alive(plain), "what the fast forms save"
+    if "cells_input" in method.traits:
+        with ops.compressed():
+            assert saved(model) <= 0.65 * saved(plain)
+            assert alive(model) <= 0.68 * alive(plain)
+
+
+class Count(TorchDispatchMode):
+    """Counts operations that make or change tensors of at least `size` elements, and bool tensors among them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.passes, self.masks = size, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.numel() >= self.size and function not in VIEWS:
+            self.passes += 1
+            self.masks += made.dtype == torch.bool
+        return made
+
+
+VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.alias.default}
+
+
+@pytest.mark.parametrize(
+    ("function", "passes"),
+    [
+        (lambda x: dorefa.quantize_activation(x, 2), 4 + 1),
+        (lambda x: xnor.binarize_activation(x), 4 + 1),
+        (lambda x: pact.quantize_activation(x, T(1.0), 2), 7 + 2),
+        (lambda x: lsq.quantize(x, T(0.3), 2, False), 4 + 8),
+    ],
+)
+def test_passes_over_the_activations(function, passes: int) -> None:
+    x = torch.randn(4096, requires_grad=True)
+    with Count(4096) as count:
+        function(x).backward(torch.ones(4096))
+    assert count.passes - 1 <= passes, "one more accumulates x.grad"
+    assert count.masks == 0
+
+
+def test_what_reads_a_staircase_outside_the_layers_keeps_it() -> None:
+    """The plain way stays right: a network that calls the functions itself has the layers' gradients."""
+    x, w = torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    F.conv2d(dorefa.quantize_activation(x, 2), w).square().sum().backward()
+    mine = x.grad, w.grad
+    x.grad = w.grad = None
+    made = dorefa.quantize_activation(x, 2)
+    with ops.made_anew(made):
+        y = F.conv2d(made, w)
+    del made
+    y.square().sum().backward()
+    assert torch.equal(mine[0], x.grad)
+    assert torch.equal(mine[1], w.grad)
+
+
+def test_a_scale_learned_meanwhile_does_not_change_what_is_made_anew() -> None:
+    """Optimizers write to parameters in place: what backward computes again must be what forward computed."""
+    step, x = T(0.5, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    w = torch.randn(4, 3, requires_grad=True)
+    made = lsq.quantize(x, step, 2, True)
+    with ops.made_anew(made):
+        y = F.linear(made, w)
+    with torch.no_grad():
+        step.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_draws_do_not_depend_on_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(3)
+    made = ops.uniform(torch.empty(300_001))
+    assert made.double().mul(2**24).frac().eq(0).all()
+    assert made.min() >= 0
+    assert made.max() < 1
+    assert abs(float(made.mean()) - 0.5) < 5 * (1 / 12 / 300_001) ** 0.5
+    assert (made[[0, 1, -1]] * 2**24).tolist() == [11336042, 3492202, 9198186]
+
+
+@pytest.mark.parametrize("x", [0.0, 3.0, 0.25, -0.75, 2**-18, 1 - 2**-18, 1000.5])
+def test_stochastic_rounding_has_no_bias(x: float) -> None:
+    torch.manual_seed(0)
+    calls = [ops.round_up_or_down(torch.full((2**16,), x)) for _ in range(40)]
+    made = torch.stack(calls).double()
+    assert set(made.unique().tolist()) <= {math.floor(x), math.floor(x) + 1.0}
+    p, n = x - math.floor(x), made.numel()
+    assert abs(float(made.mean()) - x) <= 5 * (p * (1 - p) / n) ** 0.5
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch itself
+@pytest.mark.parametrize("method", ["dorefa", "lsq"])
+def test_a_step_can_be_captured_whole(method: str) -> None:
+    """torch.compile finds nothing in the layers for which it would have to leave the graph."""
+    build = {"dorefa": dorefa.build, "lsq": lsq.build}[method]
+    model = resnet.build((3, 8, 8), 4, depth=8, width=4)
+    install(build(w=2, a=2), model, example=torch.zeros(1, 3, 8, 8))
+    images = torch.randn(4, 3, 8, 8)
+    model(images)  # LSQ's steps start from the first batch
+    eager = model(images)
+    captured = torch.compile(model, backend="eager", fullgraph=True)(images)
+    torch.testing.assert_close(captured, eager)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from qbench.check.subject import (
@@ -29,7 +30,7 @@ from qbench.check.subject import (
 from qbench.config import Optim
 from qbench.quant.layers import NotFinite, install, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Method, Unsupported
-from qbench.quant.ops import without_rounding
+from qbench.quant.ops import compressed, without_rounding
 from qbench.quant.verify import NotQuantized, verify
 from qbench.train import optim
 from qbench.train.checkpoint import pack, unpack, weights_sha256
@@ -105,6 +106,27 @@ def function_of_inputs(subject: Subject, bits: Bits) -> None:
             raise Violated(f"{name}: gradient passes beyond the levels {low:g} to {high:g}")
         if "clipped_input" in traits and inside.any() and not (slope[inside] != 0).all():
             raise Violated(f"{name}: no gradient passes within the levels {low:g} to {high:g}")
+
+
+def compressed_inputs(subject: Subject, bits: Bits) -> None:
+    """Where levels are declared to be all that backward needs, integers are kept of the inputs and no floats."""
+    if "cells_input" not in subject.make(bits).traits or bits.a > 8:
+        return
+    floats: list[int] = []
+
+    def keep(t: Tensor) -> Tensor:
+        floats.append(t.numel() if t.is_floating_point() else 0)
+        return t
+
+    for name, layer in subject.layers(bits):
+        x = torch.linspace(-4, 4, 64 * layer.weight.shape[1]).reshape(1, layer.weight.shape[1], 8, 8)
+        floats.clear()
+        with compressed(), saved_tensors_hooks(keep, lambda t: t):
+            small = gradient_of(layer.input_q, x)
+        if max(floats) >= x.numel():
+            raise Violated(f"{name}: keeps floats of its inputs, declared cells_input")
+        if not all(map(torch.equal, small, gradient_of(layer.input_q, x))):
+            raise Violated(f"{name}: other results from levels than from the inputs themselves")
 
 
 def _monotone(name: str, site: nn.Module, x: Tensor, like: Tensor) -> None:
@@ -351,6 +373,7 @@ PROPERTIES = (
     Property("levels", levels, "every"),
     Property("weights: odd, monotone, idempotent as declared", function_of_weights, "weights"),
     Property("inputs: monotone, idempotent, clipped as declared", function_of_inputs, "inputs"),
+    Property("inputs: kept as levels with the same results, as declared", compressed_inputs, "inputs"),
     Property("gradients of learned parameters", learned_parameters, "default"),
     Property("stochastic rounding is unbiased", randomness, "every"),
     Property("32 bits are float", float_at_32, "default"),

@@ -236,7 +236,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, int], Tensor], float]] = {
 }
 
 
-CLIPPED = ("monotone_input", "idempotent_input", "clipped_input")
+CLIPPED = ("monotone_input", "idempotent_input", "clipped_input", "cells_input")
 
 
 def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> Method:

@@ -79,6 +79,7 @@ from qbench.quant.ops import (
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
 AUTHORS_OPTIMAL = {2: (0.453, 1.51)}
+OF_BACKWARD = {"vanilla": {"cells_input"}, "clipped": {"clipped_input", "cells_input"}, "log_tailed": set[str]()}
 TRAITS = frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"})
 NEWTON_STEPS, BISECTIONS = 50, 80
 
@@ -275,7 +276,7 @@ def _sign_control(w: int, a: int) -> Method:
         bits=Bits(w, a),
         legal={"w": (1, FLOAT), "a": (1, FLOAT)},
         requires=Requires(norm="plain", act="replaced"),
-        traits=TRAITS | {"clipped_input"},
+        traits=TRAITS | {"clipped_input", "cells_input"},
         weight=lambda name, layer, bits: Weight(),
         input=lambda name, layer, bits: SignActivation(),
     )
@@ -312,7 +313,7 @@ def build(
         bits=Bits(w, a),
         legal={"w": (1, FLOAT), "a": (*range(1, 9), FLOAT)},
         requires=Requires(norm="plain", act="either"),
-        traits=TRAITS | ({"clipped_input"} if backward == "clipped" else frozenset()),
+        traits=TRAITS | OF_BACKWARD[backward],
         weight=lambda name, layer, bits: Weight(),
         input=lambda name, layer, bits: kind(_levels(bits, levels, constants, threshold), backward),
     )

@@ -142,20 +142,24 @@ class Activation(nn.Module):
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("signed", torch.tensor(False))
         self.register_buffer("ready", torch.tensor(False))
+        self.is_signed: bool | None = None  # `signed`, asked for once: a GPU would stop for it in every step
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Set sign and step from inputs."""
-        self.signed.fill_(bool((x < 0).any()) and self.bits > 1)
-        self.step.copy_(initial_step(x, self.bits, bool(self.signed)))
+        self.is_signed = bool((x < 0).any()) and self.bits > 1
+        self.signed.fill_(self.is_signed)
+        self.step.copy_(initial_step(x, self.bits, self.is_signed))
         self.ready.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations; the first ones decide the step where no probe did."""
-        if not self.ready:
-            self.fit(x)
-        signed = bool(self.signed)
-        return quantize(x, scaled(self.step, x[0].numel(), self.bits, signed), self.bits, signed)
+        if self.is_signed is None:
+            if not self.ready:
+                self.fit(x)
+            self.is_signed = bool(self.signed)
+        return quantize(x, scaled(self.step, x[0].numel(), self.bits, self.is_signed), self.bits, self.is_signed)
 
     def gradient_factor(self, x: Tensor) -> float:
         """What the step's gradient is multiplied by."""
@@ -164,6 +168,11 @@ class Activation(nn.Module):
     def grid(self, x: Tensor) -> Grid:
         """Step times the integers of b bits."""
         return _points(self.step, self.bits, bool(self.signed))
+
+
+def _forget(module: nn.Module, keys: object) -> None:
+    """Ask for the sign anew: a state_dict was loaded."""
+    module.is_signed = None  # type: ignore[assignment]
 
 
 def prepare(model: nn.Module, probe: Probe) -> None:

@@ -90,8 +90,8 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     return staircase(x, alpha, plain=plain, value=value, backward=backward, cells=_cells(alpha.detach(), n))
 
 
-def _cells(alpha: Tensor, n: float) -> Cells | None:
-    """Return the cells, up to 8 bits: 0 below the range, one for each level, one from alpha on."""
+def _cells(alpha: Tensor, n: float) -> Cells:
+    """Return the cells: 0 below the range, one for each level, one from alpha on."""
 
     def number(x: Tensor) -> Tensor:
         code = x.clamp(min=0).clamp_(max=scalar(alpha)).mul_(n).div_(alpha).round_()
@@ -100,7 +100,7 @@ def _cells(alpha: Tensor, n: float) -> Cells | None:
     def inside(c: Tensor) -> Tensor:  # a little below each level: alpha itself belongs to the cell above
         return c.sub_(1).mul_(alpha * (1 - 2**-10) / n)
 
-    return Cells(number, inside, int(n) + 3) if n <= 255 else None
+    return Cells(number, inside, int(n) + 3)
 
 
 class Activation(nn.Module):
@@ -138,7 +138,7 @@ def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4)
         bits=Bits(w, a),
         legal={"w": widths, "a": widths},
         requires=Requires(act="either"),
-        traits=frozenset({"monotone", "monotone_input", "idempotent_input", "clipped_input"}),
+        traits=frozenset({"monotone", "monotone_input", "idempotent_input", "clipped_input", "cells_input"}),
         weight=lambda name, layer, bits: Weight(bits),
         input=lambda name, layer, bits: Activation(bits, initial, decay),
         step=stepped,

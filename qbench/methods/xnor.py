@@ -59,6 +59,7 @@ from qbench.quant.ops import Cells, above, at_least, grad_between, in_float32, s
 
 GRADIENTS = ("paper", "authors")
 SCALES = ("none", "K")
+SIGNS = {"monotone_input", "idempotent_input", "clipped_input", "cells_input"}
 
 
 def filter_scale(w: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def build(
         bits=Bits(w, a),
         legal={"w": (1, FLOAT), "a": (1, FLOAT)},
         requires=Requires(act="replaced"),
-        traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input", "clipped_input"}),
+        traits=frozenset({"odd", "monotone", "idempotent"} | SIGNS),
         weight=lambda name, layer, bits: site(layer, gradient, center),
         input=lambda name, layer, bits: Activation(),
         output=(lambda name, layer, bits: _input_scale(layer)) if scale == "K" else None,

@@ -147,7 +147,8 @@ class Method:
         requires: what the network around it must be like.
         traits: declared properties that `qbench check` holds it to: "odd", "monotone", "idempotent" of the weights'
             function within a scale group; "monotone_input", "idempotent_input" of the activations', "clipped_input"
-            where its gradient is 0 beyond the levels and nowhere between them. "no_master": the parameters themselves
+            where its gradient is 0 beyond the levels and nowhere between them, "cells_input" where up to 8 bits its
+            backward pass needs no more than the level (see `ops.compressed`). "no_master": the parameters themselves
             lie on the levels, so that nothing may average them.
         weight, input, output: sites; see `Site`.
         prepare: once, after the quantizers are in place and before the optimizer exists; never again on a resume.

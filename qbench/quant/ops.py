@@ -42,6 +42,9 @@ def in_float32(function: F) -> F:
 MOST_EDGES = 31
 """Above so many, searching is faster than comparing with each."""
 
+MOST_CELLS = 2**8 + 3
+"""Those of 8 bits and of what lies beyond on either side."""
+
 BLOCK = 2**17
 """Elements of a piece in `blockwise`: half a megabyte of floats."""
 
@@ -158,7 +161,7 @@ class Cells(NamedTuple):
 
     number: Callable[[Tensor], Tensor]  #: x -> the number of every element's cell, 0 ... count - 1, in x's type
     inside: Callable[[Tensor], Tensor]  #: such numbers -> an x somewhere inside each cell
-    size: int  #: how many; more than 2^15 are not numbered
+    size: int  #: how many; more than `MOST_CELLS` are not numbered
 
 
 class _Staircase(Function):
@@ -201,7 +204,7 @@ def staircase(
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *learned)):
         return value(x.detach(), *learned)
     kept, restored = x.detach(), _same
-    if _compressing and cells and cells.size <= 2**15:
+    if _compressing and cells and cells.size <= MOST_CELLS:
         dtype, numbers = x.dtype, torch.uint8 if cells.size <= 256 else torch.int16
         kept, restored = cells.number(kept).to(numbers), lambda number: cells.inside(number.to(dtype))
     made: Tensor = _Staircase.apply(x, kept, restored, value, backward, *learned)  # type: ignore[no-untyped-call]
@@ -218,7 +221,7 @@ def _same(number: Tensor) -> Tensor:
 @contextmanager
 def made_anew(x: Tensor) -> Iterator[None]:
     """While it lasts, what saves x for the backward pass saves how `staircase` made it instead, if it did."""
-    anew = getattr(x, "anew", None)
+    anew = None if torch.compiler.is_compiling() else getattr(x, "anew", None)
     if anew is None or not torch.is_grad_enabled():
         yield
         return

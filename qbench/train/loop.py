@@ -34,6 +34,11 @@ class Task:
     train: Callable[[int, int], Iterable[Batch]]
     validate: Callable[[], Iterable[Batch]]
     probe: Probe
+    forward: Callable[[Tensor], Tensor] | None = None
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the network's output as the run computes it: compiled perhaps, or in another precision."""
+        return (self.forward or self.model)(images)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss of a batch, a scalar: the method's own, else cross entropy."""
@@ -141,7 +146,7 @@ def fit(task: Task, state: State, watch: Watch = Watch()) -> None:
         record["seconds"] = time.perf_counter() - began
         record["images"] = (state.step - first) * state.images // max(state.batch, 1)  # by this process
         with evaluated_weights(task.model, state):
-            record |= {f"val_{key}": value for key, value in evaluate(task.model, task.validate()).items()}
+            record |= {f"val_{key}": value for key, value in evaluate(task.model, task.validate(), task.logits).items()}
             if not math.isfinite(record.get("val_loss", 0.0)):
                 bad = record["val_loss"]
                 raise Diverged(f"the validation loss is {bad} in epoch {state.epoch}; try a lower optim.lr")
@@ -162,7 +167,7 @@ def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> float:
     for batch in task.train(state.epoch, state.batch):
         rate = learning_rate(optim, (state.epoch - start) * task.steps + state.batch, (stop - start) * task.steps)
         set_learning_rate(state.optimizer, rate)
-        logits = model(batch[0])
+        logits = task.logits(batch[0])
         loss = task.loss(logits, batch)
         state.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -227,16 +232,22 @@ def evaluated_weights(model: nn.Module, state: State) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch], answers: list[Tensor] | None = None) -> Metrics:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    forward: Callable[[Tensor], Tensor] | None = None,
+    answers: list[Tensor] | None = None,
+) -> Metrics:
     """Return top1 and top5 in percent and the mean cross entropy; nothing for no images. Leaves eval mode on.
 
     Args:
+        forward: what computes the network's output, if not the network itself.
         answers: a list that gets a tensor (N, 2) of labels and predicted classes for every batch.
     """
     model.eval()
     count, top1, top5, loss = 0, 0, 0, 0.0
     for images, labels in batches:
-        logits = model(images).float()
+        logits = (forward or model)(images).float()
         classes = logits.topk(min(5, logits.shape[1]), 1).indices
         best = classes == labels[:, None]
         if answers is not None:

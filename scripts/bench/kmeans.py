@@ -4,7 +4,7 @@
 
 Two tables: a million weights from a normal distribution, times relative to np.sort of the same float32 array; then
 layers, relative to the exact kmeans1d. Inertia is relative to the least found, from the returned centroids in float64.
-Packages: scikit-learn, kmeans1d, ckwrap, ckmeans-1d-dp; what is slow is timed twice. Takes about a minute.
+Packages, in the peers' environment: scikit-learn, kmeans1d, ckwrap, ckmeans-1d-dp; what is slow is timed twice. Takes about a minute.
 """
 
 import importlib
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from measure import Ratio, Work, interleaved, machine, markdown, seconds, versions
 from numpy.typing import NDArray
+from peers_venv import VENV, enter
 
 from qbench.quant.kmeans import kmeans
 
@@ -115,6 +116,7 @@ def layers(solvers: dict[str, Solver]) -> None:
 
 
 def main() -> None:
+    enter(VENV)
     torch.set_num_threads(1)
     packages = versions("numpy", "scikit-learn", "kmeans1d", "ckwrap", "ckmeans_1d_dp")
     print(f"{machine()}, {packages}; 1 thread")

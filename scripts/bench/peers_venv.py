@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-VENV = ROOT / "outputs" / "bench" / "venv"
+VENV = ROOT / ".venv-peers"
 # setuptools before 81: Brevitas asks for it. ninja: QPyTorch compiles itself at its first import.
-PEERS = ("brevitas", "qtorch ninja")
+PEERS = ("brevitas", "qtorch ninja", "kmeans1d", "ckwrap", "ckmeans-1d-dp")
 
 
 def enter(path: Path, packages: Sequence[str] = PEERS) -> None:

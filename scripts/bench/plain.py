@@ -1,4 +1,4 @@
-"""The net and the step that the peers share: ResNet-20 for 3x32x32 images, batch 64, cross entropy, SGD."""
+"""The net and the step that all contenders share: ResNet-20 for 3x32x32 images, batch 64, cross entropy, SGD."""
 
 from collections.abc import Callable, Iterable
 
@@ -20,9 +20,11 @@ SHAPE, CLASSES, BATCH = (3, 32, 32), 10, 64
 def plain(
     convolution: Callable[[nn.Conv2d], nn.Module] = lambda layer: layer,
     activation: Callable[[], nn.Module] = nn.ReLU,
+    norm: str = "affine",
 ) -> nn.Module:
     """Return a ResNet-20, all but its first and last layer and the activation before the last replaced."""
-    net = build(SHAPE, CLASSES)
+    torch.manual_seed(0)
+    net = build(SHAPE, CLASSES, norm=norm).train()
     feeds: dict[str, tuple[str, ...]] = net.feeds  # type: ignore[assignment]
     for name, layers in feeds.items():
         net.set_submodule(name, activation())
@@ -50,14 +52,17 @@ def training_step(
     before: Hook = lambda: None,
     between: Hook = lambda: None,
     after: Hook = lambda: None,
+    update: Hook | None = None,
     batch: int = BATCH,
 ) -> Work:
-    """Return one step on a batch that stands: zero_grad, `before`, forward, backward, `between`, update, `after`."""
+    """Return one step on a batch that stands: zero_grad, `before`, forward, backward, `between`, update, `after`.
+
+    The update is the optimizer's own step, unless another is given.
+    """
     placed(net, device, layout).train()
     optimizer = optimizer or sgd(net.parameters())
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *SHAPE, generator=draw).to(device, memory_format=layout)
-    labels = torch.randint(CLASSES, (batch,), generator=draw).to(device)
+    images, labels = data(device, layout, batch)
+    update = update or optimizer.step
 
     def work() -> Tensor:
         optimizer.zero_grad()
@@ -65,11 +70,18 @@ def training_step(
         loss = F.cross_entropy(net(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         between()
-        optimizer.step()
+        update()
         after()
         return loss.detach()
 
     return work
+
+
+def data(device: Device, layout: Layout, batch: int = BATCH) -> tuple[Tensor, Tensor]:
+    """Return images and labels, the same each time."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *SHAPE, generator=draw).to(device, memory_format=layout)
+    return images, torch.randint(CLASSES, (batch,), generator=draw).to(device)
 
 
 class Conv(nn.Conv2d):

@@ -1,32 +1,37 @@
-"""Times a training step of ResNet-20 (batch 64, 3x32x32, SGD) under every method against float, and the peers beside.
+"""Times a training step of ResNet-20 (batch 64, 3x32x32, SGD) under every method against float, peers beside ours.
 
-    .venv/bin/python scripts/bench/step.py [--threads 1] [--rounds 21] [--device cpu] [NAME ...]
+    .venv/bin/python scripts/bench/step.py [--threads 1] [--rounds 21] [--device cpu] [--no-peers] [NAME ...]
 
-Ratios are of one process, interleaved: the median of the rounds and its quartiles. fp32 channels_last is the baseline;
-its column of ratios to stock fp32 (NCHW, torch.optim.SGD as it comes) stands beside.
+Ratios are of one process, interleaved: the median of the rounds and its quartiles. fp32 in channels_last is the
+baseline; beside it the ratio of medians to stock fp32 (NCHW, torch's SGD with its defaults). The peers (peers.py) are
+in NCHW, as they come; their packages are installed into an environment of their own on first use.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from measure import Work, interleaved, machine, markdown
-from torch import Tensor, nn
+from measure import interleaved, machine, markdown, versions
+from peers import contenders
+from peers_venv import VENV, enter
+from plain import NHWC, SHAPE, Act, Conv, Device, Work, data, plain, training_step
+from torch import nn
 from torch.nn import functional as F
 
 from qbench import registry
+from qbench.assembly import keep_freed_memory
 from qbench.config import Optim
 from qbench.methods import dorefa
-from qbench.models import resnet
 from qbench.quant.layers import install
 from qbench.quant.method import Method, Probe
 from qbench.train import optim
 
-BATCH, SHAPE, CLASSES, EPOCHS = 64, (3, 32, 32), 10, 30
-SGD = Optim(name="sgd", lr=1e-3, momentum=0.9)
+EPOCHS = 30
+SGD = Optim(name="sgd", lr=0.01, momentum=0.9)
+PUBLIC = "dorefa w2a2, public functions in a plain net"
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Case:
     label: str
     method: str
     options: dict[str, Any]
-    bar: float | None = 1.5
+    bar: float = 1.5
     epoch: int = 0
 
 
@@ -62,62 +67,6 @@ CASES = (
 )
 
 
-def network(norm: str = "affine") -> nn.Module:
-    """Return a float ResNet-20, the same each time."""
-    torch.manual_seed(0)
-    return resnet.build(SHAPE, CLASSES, norm=norm).train()
-
-
-def data(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a batch, channels_last."""
-    torch.manual_seed(1)
-    images, labels = torch.randn(BATCH, *SHAPE), torch.randint(CLASSES, (BATCH,))
-    return images.to(device, memory_format=torch.channels_last), labels.to(device)
-
-
-def step(
-    model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, method: Method | None = None
-) -> Work:
-    """Return one training step."""
-
-    def work() -> None:
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if method is not None and method.step is not None:
-            method.step(model, optimizer)
-        else:
-            optimizer.step()
-
-    return work
-
-
-def fp32(device: torch.device) -> Work:
-    """Return the baseline: the same network, loop and optimizer, without quantizers."""
-    model = network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return step(model, *data(device), optim.build(model, SGD))
-
-
-def stock(device: torch.device) -> Work:
-    """Return fp32 as everybody has it."""
-    model, (images, labels) = network().to(device), data(device)
-    return step(model, images.contiguous(), labels, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9))
-
-
-def quantized(case: Case, device: torch.device) -> Work:
-    """Return a step through the project's layers."""
-    method = built(case)
-    model = installed(method).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images, labels = data(device)
-    probe = Probe([(images, labels)], F.cross_entropy)
-    if method.prepare:
-        method.prepare(model, probe)
-    if method.on_epoch:
-        for epoch in range(case.epoch + 1):
-            method.on_epoch(model, epoch, EPOCHS, probe)
-    return step(model.train(), images, labels, optim.build(model, SGD), method)
-
-
 def built(case: Case) -> Method:
     """Return the method of a case."""
     method: Method = registry.find("method", case.method)(**case.options)
@@ -125,60 +74,77 @@ def built(case: Case) -> Method:
 
 
 def installed(method: Method) -> nn.Module:
-    """Return a ResNet-20 with a method in it."""
-    return install(method, network(method.requires.norm or "affine"), example=torch.zeros(1, *SHAPE))
+    """Return a ResNet-20 with a method in it, in channels_last."""
+    model = install(method, plain(norm=method.requires.norm or "affine"), example=torch.zeros(1, *SHAPE))
+    return model.to(memory_format=NHWC)  # type: ignore[call-overload,no-any-return]
 
 
-class PlainConv(nn.Conv2d):
-    """A convolution in a net of one's own that calls DoReFa's public functions."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the convolution of quantized input and weights."""
-        x, w = dorefa.quantize_activation(input, 2), dorefa.quantize_weight(self.weight, 2)
-        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+def fp32(device: Device) -> Work:
+    """Return the baseline: the same network, loop and optimizer, without quantizers."""
+    net = plain().to(device)
+    return training_step(net, device, optim.build(net, SGD), layout=NHWC)
 
 
-def public_functions(device: torch.device) -> Work:
-    """Return a step of a plain network that calls the public functions, its ReLUs taken out."""
-    model = network()
-    for name, module in list(model.named_modules()):
-        parent, _, leaf = name.rpartition(".")
-        if isinstance(module, nn.Conv2d) and name != "conv1":
-            module.__class__ = PlainConv
-        elif isinstance(module, nn.ReLU) and parent:
-            setattr(model.get_submodule(parent), leaf, nn.Identity())
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return step(model, *data(device), torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True))
+def quantized(case: Case, device: Device) -> Work:
+    """Return a step through the project's layers."""
+    method = built(case)
+    model = installed(method).to(device)
+    probe = Probe([data(device, NHWC)], F.cross_entropy)
+    if method.prepare:
+        method.prepare(model, probe)
+    for epoch in range(case.epoch + 1 if method.on_epoch else 0):
+        assert method.on_epoch is not None
+        method.on_epoch(model, epoch, EPOCHS, probe)
+    optimizer = optim.build(model, SGD)
+    update = partial(method.step, model, optimizer) if method.step else None
+    return training_step(model, device, optimizer, layout=NHWC, update=update)
+
+
+def public_functions(device: Device) -> Work:
+    """Return a step of a net of one's own that calls DoReFa's public functions."""
+    net = plain(
+        lambda layer: Conv(layer, partial(dorefa.quantize_weight, bits=2)),
+        lambda: Act(partial(dorefa.quantize_activation, bits=2)),
+    ).to(device)
+    return training_step(net, device, optim.build(net, SGD), layout=NHWC)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only cases whose label holds one of these")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only contenders whose name holds one of these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-peers", action="store_true")
     asked = parser.parse_args()
+    if not asked.no_peers:
+        enter(VENV)
     torch.set_num_threads(asked.threads)
-    device = torch.device(asked.device)
-    made: dict[str, Callable[[], Work]] = {
-        "fp32 channels_last": lambda: fp32(device),
-        "fp32 stock": lambda: stock(device),
-        "dorefa w2a2, public functions in a plain net": lambda: public_functions(device),
-        **{case.label: lambda case=case: quantized(case, device) for case in CASES},  # type: ignore[misc]
+    keep_freed_memory()
+    made: dict[str, Callable[[Device], Work]] = {
+        "fp32 channels_last": fp32,
+        "fp32 stock": lambda device: training_step(plain(), device),
+        PUBLIC: public_functions,
+        **{case.label: partial(quantized, case) for case in CASES},
     }
-    bars = {"dorefa w2a2, public functions in a plain net": 1.3, **{case.label: case.bar for case in CASES}}
+    if not asked.no_peers:
+        made |= {f"peer: {name}": make for name, make in contenders().items()}
     words = [*asked.names, "fp32"] if asked.names else [""]
-    wanted = {name: make for name, make in made.items() if any(word in name for word in words)}
-    found = interleaved({name: make() for name, make in wanted.items()}, asked.rounds)
+    works = {name: make(asked.device) for name, make in made.items() if any(word in name for word in words)}
+    found = interleaved(works, asked.rounds)
+    bars = {PUBLIC: "1.3 / 1.05", **{case.label: f"{case.bar}" for case in CASES}, "dorefa w2a2": "1.15 / 0.92"}
+    if asked.threads > 1:
+        bars = {"dorefa w2a2": "1.2"}
     base = found["fp32 stock"].median
     rows = [
-        (name, str(ratio), f"{ratio.median / base:.2f}", f"{bars.get(name) or ''}", f"{1000 * ratio.seconds:.0f} ms")
+        (name, str(ratio), f"{ratio.median / base:.2f}", bars.get(name, ""), f"{1000 * ratio.seconds:.0f} ms")
         for name, ratio in found.items()
     ]
-    print(f"{machine()}, {asked.threads} thread(s), {asked.device}, {asked.rounds} rounds\n")
+    where = ", ".join(filter(None, (machine(), versions("brevitas", "qtorch"), f"{asked.threads} thread(s)")))
+    print(f"{where}, {asked.device}, {asked.rounds} rounds\n")
     print(markdown(("step of ResNet-20, batch 64", "of fp32 channels_last", "of fp32 stock", "bar", "median"), rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,104 @@
+"""Times an epoch of the training loop, with logging and progress on, against a bare loop over the same model and data.
+
+.venv/bin/python scripts/bench/loop.py [--rounds 21] [KEY=VALUE ...]
+"""
+
+import argparse
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from measure import Work, interleaved, machine, markdown
+from torch.nn import functional as F
+
+from qbench import compose
+from qbench.assembly import assemble
+from qbench.data.dataset import Loader
+from qbench.quant.method import Probe
+from qbench.record.run import RunDirectory
+from qbench.record.screen import Screen
+from qbench.session import Desk, Session
+from qbench.train import optim
+from qbench.train.loop import State, Task, train_epoch
+
+CASES = {"digits, resnet8, float": [], "digits, resnet8, DoReFa W2A2": ["method=dorefa", "bits=w2a2"]}
+
+
+def works(words: list[str], out: str) -> tuple[Work, Work]:
+    """Return an epoch of a bare loop, and one of ours."""
+    (config,) = compose.configurations([*words, "init=scratch", "dataset.pad=0", f"out={out}"])
+    parts = assemble(config)
+    loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)
+
+    def bare() -> None:
+        model.train()
+        for images, labels in loader.train(0):
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+    model = parts.install(parts.float_model())
+    optimizer = optim.build(model, config.optim)
+    own = parts.install(parts.float_model())
+    task = Task(
+        model=own, method=parts.method, optim=config.optim, epochs=10**6, steps=loader.steps, train=loader.train,
+        validate=lambda: (), probe=Probe([], F.cross_entropy),
+    )  # fmt: skip
+    directory = RunDirectory(config)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    session = Session(directory, Desk(Screen(live=True)), tensorboard=True)
+    state = State(optim.build(own, config.optim))
+    watch = session.watch(task, state, loader.batch_size)
+
+    def ours() -> None:
+        train_epoch(task, state, watch)
+        state.losses, state.images, state.hits, state.batch = [], 0, 0, 0
+
+    return bare, ours
+
+
+@contextmanager
+def terminal() -> Iterator[None]:
+    """Let stderr be a terminal for a while, whose text nobody reads: the progress bar is drawn on nothing else."""
+    ours, theirs = os.openpty()
+    kept = os.dup(2)
+    os.dup2(theirs, 2)
+    reader = threading.Thread(target=_drain, args=(ours,), daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(theirs)
+
+
+def _drain(descriptor: int) -> None:
+    try:
+        while os.read(descriptor, 65536):
+            pass
+    except OSError:  # the other end is closed
+        os.close(descriptor)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--rounds", type=int, default=21)
+    asked = parser.parse_args()
+    rows = []
+    for name, words in CASES.items():
+        with tempfile.TemporaryDirectory() as folder, terminal():
+            bare, ours = works([*words, *asked.words], str(Path(folder)))
+            found = interleaved({"bare": bare, "ours": ours}, asked.rounds, repeat=3)
+            rows.append((name, str(found["ours"]), "1.03", f"{1000 * found['bare'].seconds:.0f} ms"))
+    print(f"{machine()}, 1 thread, {asked.rounds} rounds of 3 epochs\n")
+    print(markdown(("an epoch of the training loop", "of a bare loop", "bar", "bare loop"), rows))
+
+
+if __name__ == "__main__":
+    main()

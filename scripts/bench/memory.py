@@ -1,0 +1,69 @@
+"""Weighs what ResNet-20 (batch 64, 3x32x32) keeps for the backward pass under every method that quantizes activations.
+
+    .venv/bin/python scripts/bench/memory.py
+
+Alive: bytes that are allocated after a forward pass and were not before it, by torch's profiler. Saved: distinct
+storages that saved_tensors_hooks are shown, which do not see what a layer computes a second time instead of saving.
+Both relative to the float network, whose ReLU is replaced by the quantizer where the method takes its place.
+"""
+
+from measure import machine, markdown
+from plain import NHWC, data, placed, plain
+from step import CASES, built, installed
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from qbench.quant import ops
+
+
+def alive(model: nn.Module, images: Tensor) -> int:
+    """Return the bytes that a forward pass leaves allocated."""
+    model(images)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        logits = model(images)
+    del logits
+    return sum(event.self_cpu_memory_usage for event in found.key_averages())
+
+
+def saved(model: nn.Module, images: Tensor) -> int:
+    """Return the bytes of the distinct storages that are saved for backward."""
+    storages: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        model(images)
+    return sum(storages.values())
+
+
+def main() -> None:
+    """Print the table."""
+    images, _ = data("cpu", NHWC)
+    float_model = placed(plain(), "cpu", NHWC)
+    bases = alive(float_model, images), saved(float_model, images)
+    rows: list[tuple[str, ...]] = [("float", f"1.00 ({bases[0] / 1e6:.1f} MB)", "1.00", "", "", "", "")]
+    for case in CASES:
+        method = built(case)
+        if method.bits.a == 32:
+            continue
+        model = installed(method).train()
+        columns = [alive(model, images) / bases[0], saved(model, images) / bases[1]]
+        with ops.compressed():
+            columns += [alive(model, images) / bases[0], saved(model, images) / bases[1]]
+        with ops.plainly():
+            columns += [alive(model, images) / bases[0]]
+        if "cells_input" not in method.traits:
+            columns[2:4] = [float("nan")] * 2
+        bar = "1.05, compressed 0.65" if case.label == "dorefa w2a2" else ""
+        cells = ["" if c != c else f"{c:.2f}" for c in columns]
+        rows.append((case.label, *cells, bar))
+    print(f"{machine()}\n")
+    head = ("kept for backward", "alive", "saved", "compressed: alive", "saved", "plain definition: alive", "bar")
+    print(markdown(head, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Times stochastic rounding of 2^20 numbers against floor(x n + rand_like(x)).
+
+.venv/bin/python scripts/bench/rounding.py [--threads 1] [--rounds 41]
+"""
+
+import argparse
+
+import torch
+from measure import interleaved, machine, markdown
+
+from qbench.assembly import keep_freed_memory
+from qbench.methods import dorefa, gupta
+from qbench.quant import ops
+
+COUNT, LEVELS = 2**20, 255
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=41)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    keep_freed_memory()
+    x = torch.rand(COUNT)
+    gradient = torch.randn(64, COUNT // 64)
+    works = {
+        "floor(x n + rand_like(x))": lambda: torch.floor(x * LEVELS + torch.rand_like(x)),
+        "round_up_or_down(x n)": lambda: ops.round_up_or_down(x * LEVELS),
+        "uniform(x), in place of rand_like(x)": lambda: ops.uniform(x),
+        "gupta.to_fixed, stochastic, <2,14>": lambda: gupta.to_fixed(x, 2, 14, "stochastic"),
+        "dorefa.quantize_gradient, 6 bits": lambda: dorefa.quantize_gradient(gradient, 6),
+    }
+    found = interleaved(works, asked.rounds)
+    rows = [
+        (name, str(ratio), "0.6" if "up_or_down" in name else "", f"{1000 * ratio.seconds:.2f} ms")
+        for name, ratio in found.items()
+    ]
+    print(f"{machine()}, {asked.threads} thread(s), {asked.rounds} rounds\n")
+    print(markdown((f"{COUNT:,} numbers", "of the first", "bar", "median"), rows))
+
+
+if __name__ == "__main__":
+    main()

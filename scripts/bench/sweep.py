@@ -1,0 +1,71 @@
+"""Times a sweep of 24 short runs, one after the other and by joblib on all cores, and compares their results.
+
+    .venv/bin/python scripts/bench/sweep.py [--rounds 3]
+
+Both ways train their own float parents, one for each seed; processes and their start are counted in.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import machine, markdown
+
+WORDS = [
+    "-m",
+    "method=dorefa,ttq",
+    "bits.w=2",
+    "seed=0,1,2,3",
+    "optim.lr=0.001,0.0005,0.0002",
+    "epochs=4",
+    "pretrain.epochs=4",
+]
+
+
+def timed(words: list[str], folder: Path) -> tuple[float, dict[str, str], int]:
+    """Return the seconds that a sweep takes, the weights' digests by run, and how many float networks were trained."""
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "qbench", *WORDS, *words, f"out={folder}"], capture_output=True, text=True, check=True
+    )
+    took = time.perf_counter() - began
+    results = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("result.json")}
+    parents = sum(name.startswith("float") for name in results)
+    return took, {name: result["weights_sha256"] for name, result in results.items()}, parents
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    ratios, times, equal, parents = [], [], True, set()
+    for _ in range(asked.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            one, weights, trained = timed([], Path(folder) / "one")
+            all_cores, others, again = timed(["hydra/launcher=joblib"], Path(folder) / "all")
+        ratios.append(one / all_cores)
+        times.append((one, all_cores))
+        equal &= weights == others and len(weights) == 24 + trained
+        parents |= {trained, again}
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    mean = [statistics.median(column) for column in zip(*times, strict=True)]
+    row = (
+        spread,
+        "1.5",
+        "equal" if equal else "NOT EQUAL",
+        ", ".join(map(str, parents)),
+        *[f"{t:.0f} s" for t in mean],
+    )
+    print(f"{machine()}, {os.cpu_count()} workers, {asked.rounds} rounds\n")
+    print(markdown(("throughput of joblib", "bar", "results", "float parents", "one by one", "joblib"), [row]))
+
+
+if __name__ == "__main__":
+    main()
