@@ -50,6 +50,8 @@ class QConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(input)
         x, w = self.input_q(_finite(self, "input", input)), self.weight_q(_finite(self, "weights", self.weight))
         with made_anew(x):
             y = F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -67,6 +69,8 @@ class QLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the quantized input by the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(input)
         x, w = self.input_q(_finite(self, "input", input)), self.weight_q(_finite(self, "weights", self.weight))
         with made_anew(x):
             y = F.linear(x, w, self.bias)

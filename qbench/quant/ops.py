@@ -326,7 +326,8 @@ def rounding_up_or_down(like: Tensor, generator: Generator | None = None) -> Cal
     def fill(piece: Tensor, made: Tensor) -> None:
         rest = piece.sub(torch.floor(piece, out=made))
         if rest.device.type != "cpu" or rest.sum():
-            made.add_(rest.mul_(65536).add_(uniform_16(len(rest), like, generator)).ge_(bound))
+            draws = uniform_16(len(rest), like, generator)
+            made.add_(torch.add(draws, rest, alpha=65536, out=rest).ge_(bound))
 
     return fill
 

@@ -12,8 +12,8 @@ from qbench.record.logbook import append_text
 PLAIN_LINES = 10
 """Lines that a stage prints where there is no terminal, about."""
 
-REFRESH = 0.1
-"""Seconds between two changes of the live bar."""
+REFRESH = 0.25
+"""Seconds between two changes of the live bar; drawing it takes some milliseconds from training."""
 
 
 @dataclass
@@ -114,4 +114,4 @@ def live_bar() -> Any:
         TimeRemainingColumn(compact=True, table_column=whole),
         TextColumn("{task.fields[text]}", table_column=short),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, expand=True, refresh_per_second=1 / REFRESH)

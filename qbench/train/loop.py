@@ -180,7 +180,7 @@ def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> float:
         if state.average:
             state.average.update(model)
         loss = loss.detach()
-        if loss.device.type == "cpu" and not torch.isfinite(loss):
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             raise Diverged(f"the loss is {loss.item()} in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
         state.batch, state.step = state.batch + 1, state.step + 1
         state.losses.append(loss)

@@ -4,7 +4,8 @@
 
 Two tables: a million weights from a normal distribution, times relative to np.sort of the same float32 array; then
 layers, relative to the exact kmeans1d. Inertia is relative to the least found, from the returned centroids in float64.
-Packages, in the peers' environment: scikit-learn, kmeans1d, ckwrap, ckmeans-1d-dp; what is slow is timed twice. Takes about a minute.
+Packages, in the peers' environment: scikit-learn, kmeans1d, ckwrap, ckmeans-1d-dp; what is slow is timed twice. About a
+minute.
 """
 
 import importlib

@@ -7,6 +7,12 @@ storages that saved_tensors_hooks are shown, which do not see what a layer compu
 Both relative to the float network, whose ReLU is replaced by the quantizer where the method takes its place.
 """
 
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 from measure import machine, markdown
 from plain import NHWC, data, placed, plain
 from step import CASES, built, installed
@@ -39,6 +45,15 @@ def saved(model: nn.Module, images: Tensor) -> int:
     return sum(storages.values())
 
 
+def peak(epochs: int) -> int:
+    """Return the peak memory in bytes of the default run's process, with so many epochs."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"out={folder}", "method=dorefa", "bits=w2a2", "init=scratch", f"epochs={epochs}"]
+        subprocess.run([sys.executable, "-m", "qbench", *words], check=True, capture_output=True)
+        (result,) = Path(folder).rglob("result.json")
+        return int(json.loads(result.read_text())["speed"]["peak_bytes"])
+
+
 def main() -> None:
     """Print the table."""
     images, _ = data("cpu", NHWC)
@@ -63,6 +78,9 @@ def main() -> None:
     print(f"{machine()}\n")
     head = ("kept for backward", "alive", "saved", "compressed: alive", "saved", "plain definition: alive", "bar")
     print(markdown(head, rows))
+    peaks = {epochs: f"{peak(epochs) / 2**20:.0f} MiB" for epochs in (5, 200)}
+    print("\n" + markdown([f"{epochs} epochs" for epochs in peaks], [list(peaks.values())]))
+    print("\nPeak memory of a process that trains DoReFa W2A2 with the defaults (resnet8, digits).")
 
 
 if __name__ == "__main__":

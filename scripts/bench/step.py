@@ -8,21 +8,23 @@ in NCHW, as they come; their packages are installed into an environment of their
 """
 
 import argparse
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from measure import interleaved, machine, markdown, versions
+from measure import interleaved, machine, markdown, seconds, versions
 from peers import contenders
 from peers_venv import VENV, enter
 from plain import NHWC, SHAPE, Act, Conv, Device, Work, data, plain, training_step
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench import registry
-from qbench.assembly import keep_freed_memory
+from qbench.assembly import COMPILERS, keep_freed_memory
 from qbench.config import Optim
 from qbench.methods import dorefa
 from qbench.quant.layers import install
@@ -109,6 +111,43 @@ def public_functions(device: Device) -> Work:
     return training_step(net, device, optim.build(net, SGD), layout=NHWC)
 
 
+def compiled(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
+    """Return the maker of a network's step under torch.compile, warm."""
+
+    def made(device: Device) -> Work:
+        net = make().to(device)
+        optimizer = optim.build(net, SGD)
+        net.compile()
+        work = training_step(net, device, optimizer, layout=NHWC)
+        print(f"torch.compile: {seconds(work):.0f} s for the first step", file=sys.stderr, flush=True)
+        return work
+
+    return made
+
+
+def in_bfloat16(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
+    """Return the maker of a network's step with autocast to bfloat16."""
+
+    def made(device: Device) -> Work:
+        net = make().to(device)
+        optimizer = optim.build(net, SGD)
+        forward = net.forward
+
+        def half(images: Tensor) -> Tensor:
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                return forward(images).float()
+
+        net.forward = half  # type: ignore[method-assign]
+        return training_step(net, device, optimizer, layout=NHWC)
+
+    return made
+
+
+def dorefa_w2a2() -> nn.Module:
+    """Return a network with DoReFa in it, two bits each."""
+    return installed(dorefa.build(w=2, a=2))
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -128,10 +167,15 @@ def main() -> None:
         PUBLIC: public_functions,
         **{case.label: partial(quantized, case) for case in CASES},
     }
+    for name, net in (("fp32", plain), ("dorefa w2a2", dorefa_w2a2)):
+        if any(map(shutil.which, COMPILERS)):
+            made[f"{name}, runtime.compile=true"] = compiled(net)
+        made[f"{name}, runtime.precision=bf16"] = in_bfloat16(net)
     if not asked.no_peers:
         made |= {f"peer: {name}": make for name, make in contenders().items()}
     words = [*asked.names, "fp32"] if asked.names else [""]
-    works = {name: make(asked.device) for name, make in made.items() if any(word in name for word in words)}
+    chosen = {name: make for name, make in made.items() if any(word in name for word in words)}
+    works = {name: make(asked.device) for name, make in chosen.items() if asked.threads == 1 or "runtime" not in name}
     found = interleaved(works, asked.rounds)
     bars = {PUBLIC: "1.3 / 1.05", **{case.label: f"{case.bar}" for case in CASES}, "dorefa w2a2": "1.15 / 0.92"}
     if asked.threads > 1:
