@@ -135,9 +135,10 @@ def in_bfloat16(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
 
         def half(images: Tensor) -> Tensor:
             with torch.autocast(torch.device(device).type, torch.bfloat16):
-                return forward(images).float()
+                logits: Tensor = forward(images)
+                return logits.float()
 
-        net.forward = half  # type: ignore[method-assign]
+        net.forward = half
         return training_step(net, device, optimizer, layout=NHWC)
 
     return made

@@ -1,0 +1,154 @@
+"""Would many small networks train faster as one? N seeds by grouped convolutions against the same N in turn.
+
+    .venv/bin/python scripts/bench/replicas.py [-n 8] [--rounds 21]
+
+The networks stay what they are: parameters, quantizers, optimizers and batch norm of their own, so that every method
+fits; their convolutions, norms and sums run together on activations (B, N C, H, W). One thread. It is left out of the
+project: docs/performance.md says why.
+"""
+
+import argparse
+import copy
+
+import torch
+from measure import Work, interleaved, machine, markdown
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.methods import dorefa
+from qbench.methods import float as nothing
+from qbench.models.resnet import Pad, build
+from qbench.quant.layers import QConv2d, QLinear, install
+from qbench.quant.method import Method
+
+BATCH = 64
+CASES = [((1, 8, 8), 8), ((1, 8, 8), 16), ((3, 32, 32), 8)]
+
+
+class Convolutions(nn.Module):
+    """N convolutions as one with groups; every one quantizes its own weights and channels."""
+
+    def __init__(self, layers: list[QConv2d]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, N O, H, W)."""
+        layers: list[QConv2d] = list(self.layers)  # type: ignore[arg-type]
+        weights = torch.cat([layer.weight_q(layer.weight) for layer in layers])
+        if not isinstance(layers[0].input_q, nn.Identity):
+            parts = zip(layers, x.chunk(len(layers), 1), strict=True)
+            x = torch.cat([layer.input_q(part) for layer, part in parts], 1)
+        return F.conv2d(x, weights, None, layers[0].stride, layers[0].padding, groups=len(layers))
+
+
+class Norms(nn.Module):
+    """N batch normalizations over N C channels."""
+
+    def __init__(self, norms: list[nn.BatchNorm2d]) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(norms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize; the statistics of evaluation, which no step needs, are left alone."""
+        weight, bias = (torch.cat([getattr(norm, key) for norm in self.norms]) for key in ("weight", "bias"))
+        return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
+class Linears(nn.Module):
+    """N linear layers over (B, N C), giving (N, B, K)."""
+
+    def __init__(self, layers: list[QLinear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of all."""
+        parts = zip(self.layers, x.chunk(len(self.layers), 1), strict=True)
+        return torch.stack([layer(part) for layer, part in parts])
+
+
+class Pads(nn.Module):
+    """N parameter-free shortcuts: each fills its own part of the channels."""
+
+    def __init__(self, pads: list[Pad]) -> None:
+        super().__init__()
+        self.pads = nn.ModuleList(pads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the padded parts side by side."""
+        return torch.cat([pad(part) for pad, part in zip(self.pads, x.chunk(len(self.pads), 1), strict=True)], 1)
+
+
+TOGETHER = {QConv2d: Convolutions, nn.BatchNorm2d: Norms, QLinear: Linears, Pad: Pads}
+
+
+def joined(networks: list[nn.Module]) -> nn.Module:
+    """Return one network whose layers are those of all."""
+    whole = copy.deepcopy(networks[0])
+    for name, module in networks[0].named_modules():
+        if kind := TOGETHER.get(type(module)):
+            whole.set_submodule(name, kind([network.get_submodule(name) for network in networks]))
+    return whole.train()
+
+
+def network(method: Method, shape: tuple[int, int, int], width: int, seed: int) -> nn.Module:
+    """Return a ResNet-8 with a method in it."""
+    torch.manual_seed(seed)
+    model = install(method, build(shape, 10, depth=8, width=width), example=torch.zeros(1, *shape))
+    return model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload,no-any-return]
+
+
+def steps(method: Method, shape: tuple[int, int, int], width: int, n: int) -> tuple[Work, Work, Work]:
+    """Return a step of N networks one after the other, one of all together, and what tells the two losses apart."""
+    networks = [network(method, shape, width, seed) for seed in range(n)]
+    others = [network(method, shape, width, seed) for seed in range(n)]
+    whole = joined(others)
+    images = [torch.randn(BATCH, *shape).to(memory_format=torch.channels_last) for _ in range(n)]
+    labels = torch.randint(10, (n, BATCH))
+    alone = [torch.optim.Adam(one.parameters(), fused=True) for one in networks]
+    together = torch.optim.Adam([p for one in others for p in one.parameters()], fused=True)
+
+    def one_by_one() -> list[float]:
+        losses = []
+        for model, optimizer, x, y in zip(networks, alone, images, labels, strict=True):
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def all_together() -> list[float]:
+        logits = whole(torch.cat(images, 1))
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").reshape(n, -1).mean(1)
+        together.zero_grad()
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        together.step()
+        return losses.tolist()
+
+    return one_by_one, all_together, lambda: max(abs(a - b) for a, b in zip(one_by_one(), all_together(), strict=True))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("-n", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=21)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for shape, width in CASES:
+        for name, method in (("float", nothing.build()), ("DoReFa W2A2", dorefa.build(w=2, a=2))):
+            alone, together, differ = steps(method, shape, width, asked.n)
+            apart = differ()
+            ratio = interleaved({"together": together, "one by one": alone}, asked.rounds)["one by one"]
+            image = "x".join(map(str, shape))
+            rows.append((f"ResNet-8 of width {width}, {image}", name, str(ratio), f"{apart:.0e}"))
+    print(f"{machine()}, 1 thread, {asked.n} networks, {asked.rounds} rounds\n")
+    columns = ("network", "method", "one by one, of all together", "first losses apart by")
+    print(markdown(columns, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Shows where the time goes: a pass over 2^20 numbers by kind, and a training step's operations before and after.
+
+    .venv/bin/python scripts/bench/where.py
+
+The step is ResNet-20's, batch 64, 3x32x32, one thread, under torch's profiler (which adds some per cent of its own).
+Before: the quantizers' plain definitions, by autograd (`ops.plainly`). After: their fast forms.
+"""
+
+import contextlib
+import statistics
+
+import torch
+from measure import machine, markdown, seconds
+from plain import Work, plain, training_step
+from step import Case, fp32, quantized
+from torch.profiler import ProfilerActivity, profile
+
+from qbench.assembly import keep_freed_memory
+from qbench.quant import ops
+
+COUNT, STEPS = 2**20, 5
+KINDS = {
+    "convolutions": ("convolution", "mkldnn_convolution"),
+    "batch normalization": ("batch_norm",),
+    "masks: comparisons to bool, where, bool products": ("where", "eq", "ge", "gt", "le", "lt", "logical_and", "logical_or", "bitwise_and"),
+}
+
+
+def passes() -> list[tuple[str, str]]:
+    """Return what single operations take, in microseconds for 2^20 float32 numbers."""
+    x, y, other = torch.randn(COUNT), torch.randn(COUNT), torch.randn(COUNT)
+    mask = x > 0
+    works: dict[str, Work] = {
+        "relu, into new memory": lambda: torch.relu(x),
+        "mul_ by a number, in place": lambda: y.mul_(1.0),
+        "round_, in place": lambda: y.round_(),
+        "hardtanh_backward": lambda: torch.ops.aten.hardtanh_backward(x, other, 0, 1),
+        "ge_, in place, into floats": lambda: y.ge_(0.5),
+        "x > 0, into bool": lambda: x > 0,
+        "where(mask, x, 0)": lambda: torch.where(mask, x, 0.0),
+        "x * mask": lambda: x * mask,
+        "max of all": lambda: x.max(),
+        "amax of all": lambda: x.amax(),
+        "bucketize into 4": lambda: torch.bucketize(x, torch.tensor([0.3, 0.9, 1.4])),
+        "rand_like": lambda: torch.rand_like(x),
+        "a quarter as many 64-bit draws": lambda: torch.empty(COUNT // 4, dtype=torch.int64).random_(-(2**63), None),
+    }
+    return [(name, f"{1e6 * statistics.median(seconds(work) for _ in range(31)):.0f}") for name, work in works.items()]
+
+
+def kinds(work: Work) -> dict[str, float]:
+    """Return the milliseconds of a step by kind of operation."""
+    for _ in range(3):
+        work()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(STEPS):
+            work()
+    times = dict.fromkeys([*KINDS, "other operations"], 0.0)
+    for event in found.key_averages():
+        name = event.key.removeprefix("aten::").rstrip("_")
+        mine = (kind for kind, words in KINDS.items() if name in words or any(len(w) > 9 and w in name for w in words))
+        times[next(mine, "other operations")] += event.self_cpu_time_total / 1e3 / STEPS
+    return times
+
+
+def main() -> None:
+    """Print both tables."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    print(f"{machine()}, 1 thread\n")
+    print(markdown(("a pass over 2^20 numbers", "microseconds"), passes()) + "\n")
+    case = Case("dorefa w2a2", "dorefa", {"w": 2, "a": 2})
+    columns = {"fp32 stock": training_step(plain(), "cpu"), "fp32 channels_last": fp32("cpu")}
+    columns |= {"DoReFa W2A2 before": quantized(case, "cpu"), "DoReFa W2A2 after": quantized(case, "cpu")}
+    found = {}
+    for name, work in columns.items():
+        with ops.plainly() if name.endswith("before") else contextlib.nullcontext():
+            found[name] = kinds(work)
+    rows = [(kind, *[f"{times[kind]:.1f}" for times in found.values()]) for kind in next(iter(found.values()))]
+    rows.append(("all", *[f"{sum(times.values()):.1f}" for times in found.values()]))
+    print(markdown(("milliseconds of a step", *found), rows))
+
+
+if __name__ == "__main__":
+    main()
