@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qbench import compose, registry
 from qbench.methods import dorefa, gupta, hwgq, lsq, pact, uniform, xnor
 from qbench.models import resnet
-from qbench.quant import ops
+from qbench.quant import ops, passes
 from qbench.quant.layers import install
 from qbench.quant.method import Method, Probe
 
@@ -253,7 +253,7 @@ def test_a_scale_learned_meanwhile_does_not_change_what_is_made_anew() -> None:
 def test_draws_do_not_depend_on_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(3)
-    made = ops.uniform(torch.empty(300_001))
+    made = passes.uniform(torch.empty(300_001))
     assert made.double().mul(2**24).frac().eq(0).all()
     assert made.min() >= 0
     assert made.max() < 1
@@ -264,7 +264,7 @@ def test_draws_do_not_depend_on_threads(threads: int) -> None:
 @pytest.mark.parametrize("x", [0.0, 3.0, 0.25, -0.75, 2**-18, 1 - 2**-18, 1000.5])
 def test_stochastic_rounding_has_no_bias(x: float) -> None:
     torch.manual_seed(0)
-    calls = [ops.round_up_or_down(torch.full((2**16,), x)) for _ in range(40)]
+    calls = [passes.round_up_or_down(torch.full((2**16,), x)) for _ in range(40)]
     made = torch.stack(calls).double()
     assert set(made.unique().tolist()) <= {math.floor(x), math.floor(x) + 1.0}
     p, n = x - math.floor(x), made.numel()

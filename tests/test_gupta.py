@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from qbench.methods import gupta, uniform
 from qbench.methods.gupta import Format, to_fixed
 from qbench.models import mlp
-from qbench.quant import ops
+from qbench.quant import passes
 from qbench.quant.layers import KeepOutput, effective_weight, install, quantized_layers
 from qbench.quant.method import Bits, Method, Unsupported
 from qbench.quant.policy import Policy
@@ -100,8 +100,8 @@ def test_stochastic_takes_a_neighbour_and_leaves_the_grid_alone() -> None:
 def test_the_extreme_draws_leave_the_grid_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     x, beside = torch.arange(-16, 16) / 8, torch.tensor([0.001, 0.124])
     for bits, shift, expected in ((2**15 - 1, 255 / 256, 1 / 8), (-(2**15), 0.0, 0.0)):
-        monkeypatch.setattr(ops, "uniform_16", lambda n, x, g, bits=bits: torch.full((n,), bits))
-        monkeypatch.setattr(ops, "_shift", lambda like, g, shift=shift: torch.tensor(shift))
+        monkeypatch.setattr(passes, "uniform_16", lambda n, x, g, bits=bits: torch.full((n,), bits))
+        monkeypatch.setattr(passes, "_shift", lambda like, g, shift=shift: torch.tensor(shift))
         assert torch.equal(to_fixed(x, 2, 3, "stochastic"), x), "up with probability 0"
         assert to_fixed(beside, 2, 3, "stochastic").tolist() == [expected] * 2
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from qbench.methods import dq, qd
 from qbench.models import resnet
-from qbench.quant import ops
+from qbench.quant import passes
 from qbench.quant.layers import effective_weight, install, quantized_layers
 from qbench.quant.method import Batch, Probe
 from qbench.quant.policy import Policy
@@ -110,8 +110,8 @@ def test_stochastic_qd_is_floor_and_a_draw(count: int, size: int, bits: int) -> 
     w = random(count, bits)
     rows = oracle.buckets(w.numpy(), size)
     generator = torch.Generator().manual_seed(5)
-    shift = ops._shift(w, generator)
-    own = ops.uniform_16(len(rows) * len(rows[0]), w, generator).reshape(len(rows), -1)
+    shift = passes._shift(w, generator)
+    own = passes.uniform_16(len(rows) * len(rows[0]), w, generator).reshape(len(rows), -1)
     draws = (32768 - own.double() - shift) / 65536
     got = qd.quantize_bucketed(w, bits, size, True, torch.Generator().manual_seed(5))
     want = oracle.quantize(w.numpy(), bits, size, draws.numpy())

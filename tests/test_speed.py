@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from qbench.assembly import keep_freed_memory
 from qbench.data.dataset import Augment, Dataset, Loader, Split
-from qbench.quant import ops
+from qbench.quant import passes
 from qbench.quant.kmeans import kmeans
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
@@ -37,7 +37,7 @@ def test_training_steps() -> None:
 def test_stochastic_rounding() -> None:
     x = torch.rand(2**20)
     found = interleaved(
-        {"usual": lambda: torch.floor(x * 255 + torch.rand_like(x)), "ours": lambda: ops.round_up_or_down(x * 255)}
+        {"usual": lambda: torch.floor(x * 255 + torch.rand_like(x)), "ours": lambda: passes.round_up_or_down(x * 255)}
     )
     assert found["ours"].median < SLACK * 0.6
 

@@ -58,18 +58,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
-from qbench.quant.ops import (
-    Cells,
-    grad_within,
-    in_float32,
-    levels_k,
-    on_backward,
-    quantize_k,
-    sign,
-    staircase,
-    straight_through,
-    uniform,
-)
+from qbench.quant.ops import Cells, in_float32, levels_k, on_backward, quantize_k, sign, staircase, straight_through
+from qbench.quant.passes import grad_within, uniform
 
 
 @in_float32

@@ -66,15 +66,8 @@ from torch import Generator, Tensor, nn
 
 from qbench.quant.layers import ImageQuantizer, QLayer, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
-from qbench.quant.ops import (
-    blockwise,
-    grad_within,
-    in_float32,
-    on_backward,
-    rounding_up_or_down,
-    staircase,
-    straight_through,
-)
+from qbench.quant.ops import in_float32, on_backward, staircase, straight_through
+from qbench.quant.passes import blockwise, grad_within, rounding_up_or_down
 
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTUMS = ("float", "fixed")

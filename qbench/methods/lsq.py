@@ -47,7 +47,8 @@ from torch import Tensor, nn
 
 from qbench.quant.layers import as_float, keep_above, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Requires, Storage
-from qbench.quant.ops import grad_between, in_float32, on_backward, round_ste, staircase
+from qbench.quant.ops import in_float32, on_backward, round_ste, staircase
+from qbench.quant.passes import grad_between
 
 SMALLEST = 1e-8
 

@@ -5,20 +5,20 @@ and squashing keep their true derivatives. No function writes to its input.
 
 Quantizers that every activation passes have two forms, side by side in their method's file: the plain definition, for
 autograd to differentiate, and a fast one that works in place and saves one tensor (`staircase`). `plainly` chooses the
-first; tests hold the two equal. On a CPU a comparison that makes a bool tensor costs ten passes over floats: that is
-why fast forms compare into floats and mask by hardtanh's derivative.
+first; tests hold the two equal. What fast forms are made of stands in `passes.py`.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
+
+from qbench.quant.passes import at_least
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -39,14 +39,8 @@ def in_float32(function: F) -> F:
     return cast(F, wrapped)
 
 
-MOST_EDGES = 31
-"""Above so many, searching is faster than comparing with each."""
-
 MOST_CELLS = 2**8 + 3
 """Those of 8 bits and of what lies beyond on either side."""
-
-BLOCK = 2**17
-"""Elements of a piece in `blockwise`: half a megabyte of floats."""
 
 _rounding, _fast, _compressing = True, True, False
 
@@ -237,113 +231,9 @@ def _place(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return x.data_ptr(), x.shape, x.stride()
 
 
-def scalar(x: Tensor) -> float | Tensor:
-    """Return the number in a tensor of one element; x itself on other devices than the CPU, which would stop for it."""
-    return x.item() if x.device.type == "cpu" else x.detach()
-
-
-def beside(value: float | Tensor, towards: float, dtype: torch.dtype) -> float | Tensor:
-    """Return the number of a type next to `value`: as a bound that does not count, it lets `value` itself count."""
-    if isinstance(value, Tensor):
-        return torch.nextafter(value, torch.full_like(value, towards))
-    return _beside(value, towards, dtype)
-
-
-@lru_cache
-def _beside(value: float, towards: float, dtype: torch.dtype) -> float:
-    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(towards, dtype=dtype)).item()
-
-
-def grad_between(grad: Tensor, x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Return grad where low < x < high, else 0, in one pass where the bounds are numbers."""
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return torch.where((x > low) & (x < high), grad, 0.0)
-    return torch.ops.aten.hardtanh_backward(grad, x, low, high)  # type: ignore[no-any-return]
-
-
-def grad_within(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    """Return grad where low <= x <= high, else 0: the derivative of clamp."""
-    return grad_between(grad, x, beside(low, -math.inf, x.dtype), beside(high, math.inf, x.dtype))
-
-
-def at_least(x: Tensor, bound: float | Tensor) -> Tensor:
-    """Return 1 where x >= bound, else 0, in x's own type."""
-    return torch.ge(x.detach(), bound, out=torch.empty_like(x))
-
-
-def above(x: Tensor, bound: float | Tensor) -> Tensor:
-    """Return 1 where x > bound, else 0, in x's own type."""
-    return torch.gt(x.detach(), bound, out=torch.empty_like(x))
-
-
 def sign(x: Tensor) -> Tensor:
     """Sign with sign(0) = +1, so that a binary value has two levels, never three. No gradient."""
     return at_least(x, 0).mul_(2).sub_(1)
-
-
-def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return integers (count,), int16, evenly spread over -32768 ... 32767, on `like`'s device.
-
-    One 64-bit number is drawn for every four of them, one after the other: a quarter of the time that a float each
-    takes, and the same whatever the number of threads.
-    """
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device)
-    return draws.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
-
-
-def _shift(like: Tensor, generator: Generator | None) -> Tensor:
-    """Return one number out of 0, 1/256, ... 255/256."""
-    return torch.randint(256, (), generator=generator, device=like.device).to(like.dtype).div_(256)
-
-
-def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return numbers evenly spread over [0, 1), multiples of 2^-24, of `like`'s floating-point type, shape and strides.
-
-    For rounding: of each number's 24 bits 16 are its own and 8 are the whole tensor's. Every number for itself has
-    the distribution of torch.rand's, so that there is no bias; what they share is below 2^-16.
-    """
-    shift = _shift(like, generator).add_(32768)
-
-    def fill(piece: Tensor, made: Tensor) -> None:
-        made.copy_(uniform_16(len(made), like, generator)).add_(shift).div_(65536)
-
-    return blockwise(like, fill)
-
-
-def round_up_or_down(x: Tensor, generator: Generator | None = None) -> Tensor:
-    """Round to a neighbouring integer at random, so that the mean is x (Gupta et al. 2015, section 3). No gradient.
-
-    Integers stay: this is not floor(x + u), a sum that is rounded where x is large. Random numbers as in `uniform`;
-    on the CPU none are drawn for a block of integers.
-    """
-    return blockwise(x, rounding_up_or_down(x, generator))
-
-
-def rounding_up_or_down(like: Tensor, generator: Generator | None = None) -> Callable[[Tensor, Tensor], Any]:
-    """Return what `round_up_or_down` does with each piece of a tensor, for use in `blockwise`."""
-    bound = 32768 - _shift(like, generator)
-
-    def fill(piece: Tensor, made: Tensor) -> None:
-        rest = piece.sub(torch.floor(piece, out=made))
-        if rest.device.type != "cpu" or rest.sum():
-            draws = uniform_16(len(rest), like, generator)
-            made.add_(torch.add(draws, rest, alpha=65536, out=rest).ge_(bound))
-
-    return fill
-
-
-def blockwise(x: Tensor, fill: Callable[[Tensor, Tensor], Any]) -> Tensor:
-    """Return a tensor of x's shape and strides that `fill(piece of x, same piece of the result)` has filled.
-
-    On the CPU the pieces are one-dimensional and stay in the cache from one operation to the next. No gradient.
-    """
-    made = torch.empty_like(x)
-    source = x.detach() if x.stride() == made.stride() else torch.empty_like(made).copy_(x.detach())
-    size = BLOCK if x.device.type == "cpu" else max(1, x.numel())
-    pieces = [torch.split(t.as_strided((x.numel(),), (1,)), size) for t in (source, made)]
-    for piece, result in zip(*pieces, strict=True):
-        fill(piece, result)
-    return made
 
 
 def quantize_k(x: Tensor, bits: int) -> Tensor:
@@ -358,29 +248,3 @@ def levels_k(bits: int, like: Tensor) -> Tensor:
     """Return the 2^bits values of `quantize_k`, ascending in [0, 1], of `like`'s type and device."""
     n = 2**bits - 1
     return torch.arange(n + 1, device=like.device).to(like.dtype) / float(n)
-
-
-def looked_up(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return heights[i] where x is above edges[i], the last such i; 0 where it is above none. No gradient.
-
-    Args:
-        edges, heights: (L,), both ascending, heights not below 0.
-    """
-    x, table = x.detach(), torch.cat([heights.new_zeros(1), heights])
-    if x.dim() == 4 and not x.is_contiguous():  # channels_last: search along memory
-        return table[torch.bucketize(x.movedim(1, 3).contiguous(), edges)].movedim(3, 1)
-    return table[torch.bucketize(x.contiguous(), edges)]
-
-
-def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return what `looked_up` does; on the CPU by comparing with every edge, up to some 30 of them much faster."""
-    if x.device.type != "cpu" or len(edges) > MOST_EDGES:
-        return looked_up(x, edges, heights)
-    steps = list(zip(edges.tolist(), heights.tolist(), strict=True))
-
-    def fill(piece: Tensor, made: Tensor) -> None:
-        made.zero_()
-        for edge, height in steps:
-            torch.maximum(made, above(piece, edge).mul_(height), out=made)
-
-    return blockwise(x, fill)

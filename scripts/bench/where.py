@@ -22,7 +22,17 @@ COUNT, STEPS = 2**20, 5
 KINDS = {
     "convolutions": ("convolution", "mkldnn_convolution"),
     "batch normalization": ("batch_norm",),
-    "masks: comparisons to bool, where, bool products": ("where", "eq", "ge", "gt", "le", "lt", "logical_and", "logical_or", "bitwise_and"),
+    "masks: comparisons to bool, where, bool products": (
+        "where",
+        "eq",
+        "ge",
+        "gt",
+        "le",
+        "lt",
+        "logical_and",
+        "logical_or",
+        "bitwise_and",
+    ),
 }
 
 
