@@ -203,3 +203,18 @@ def test_quick_answers_do_not_import_torch(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, done.stderr
     assert any(word in done.stdout for word in ("dorefa", "resnet8", "DoReFa"))
+
+
+def test_training_imports_what_it_uses(tmp_path: Path) -> None:
+    """Without TensorBoard, torchvision's networks or pictures none of the packages behind them is loaded."""
+    code = (
+        "import sys; from qbench.cli import main; status = main(sys.argv[1:]);"
+        "heavy = {'sklearn', 'matplotlib', 'tensorboard', 'torchvision', 'scipy', 'PIL'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    words = ["experiment=smoke", "method=dorefa", "runtime.tensorboard=false", f"out={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    again = code.replace("'scipy'", "'scipy', 'torch'")
+    done = subprocess.run([sys.executable, "-c", again, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, "a finished run's repeat needs no torch: " + done.stderr
