@@ -98,7 +98,7 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
         desk.screen.say(f"optim.batch_size={config.optim.batch_size}: there are {loader.batch_size} training images")
     manifest.write(
         directory.path / "manifest.json",
-        threads=config.runtime.threads,
+        numerics=config.runtime.numerics(),
         device=parts.device,
         data=parts.data.fingerprint(),
     )

@@ -37,8 +37,8 @@ def commit() -> str | None:
     return _git(root, "rev-parse", "HEAD")
 
 
-def write(path: Path, *, threads: int, device: "torch.device", data: dict[str, Any]) -> None:
-    """Write manifest.json.
+def write(path: Path, *, numerics: dict[str, Any], device: "torch.device", data: dict[str, Any]) -> None:
+    """Write manifest.json; `numerics` is what of the runtime decides the numbers.
 
     Equality of results is promised for the same commit, torch build, kind of device, thread count and precision.
     """
@@ -56,8 +56,8 @@ def write(path: Path, *, threads: int, device: "torch.device", data: dict[str, A
             "processor": platform.machine(),
             "device": device.type,
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
-            "threads": threads,
-            "precision": "float32",
+            "precision": "fp32",
+            **numerics,
             "data": data,
             "command": sys.argv[1:],
         },
