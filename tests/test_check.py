@@ -205,7 +205,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert run("bwn", "activation=hwgq").returncode == 0
     assert run("xnor", "method.scale=K").returncode == 0
     assert good.returncode == 0, good.stdout + good.stderr
-    assert "all 11 properties hold" in good.stdout
+    assert "all 12 properties hold" in good.stdout
     assert bad.returncode == 1
     assert "does not hold  levels" in bad.stdout
     assert "values lie off" in bad.stdout

@@ -28,7 +28,10 @@ SECTIONS = (
     "Paper", "Idea", "Forward", "Backward", "Schedule", "Sites", "State", "Bits", "Protocol", "Choices", "Deviations",
     "Results",
 )  # fmt: skip
-TRAITS = {"odd", "monotone", "idempotent", "monotone_input", "idempotent_input", "clipped_input", "no_master"}
+TRAITS = {
+    *("odd", "monotone", "idempotent", "no_master"),
+    *("monotone_input", "idempotent_input", "clipped_input", "cells_input"),
+}
 every_method = pytest.mark.parametrize("name", METHODS)
 
 

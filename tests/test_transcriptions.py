@@ -19,6 +19,7 @@ from transcriptions import Array, Layer, Pair, Site
 
 from qbench.methods import bwn, dorefa, hwgq, inq, lsq, pact, ttq, twn, uniform, xnor
 from qbench.models import mlp
+from qbench.quant import passes
 from qbench.quant.layers import install, quantized_layers
 from qbench.quant.method import Method, Probe
 from qbench.quant.ops import quantize_k, sign, straight_through, surrogate
@@ -289,7 +290,7 @@ def test_dorefas_activations(x: Array, bits: int, activation: str) -> None:
 
 
 def noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Array:
-    return torch.rand(*shape, dtype=torch.float64, generator=generator).numpy() - 0.5
+    return passes.uniform(torch.empty(*shape, dtype=torch.float64), generator).numpy() - 0.5
 
 
 @inputs

@@ -50,9 +50,10 @@ class QConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input with the quantized weights."""
+        x, w = _finite(self, "input", input), _finite(self, "weights", self.weight)
         if self.bits == Bits():
-            return super().forward(input)
-        x, w = self.input_q(_finite(self, "input", input)), self.weight_q(_finite(self, "weights", self.weight))
+            return super().forward(x)
+        x, w = self.input_q(x), self.weight_q(w)
         with made_anew(x):
             y = F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return self.output_q(y, input)  # type: ignore[no-any-return]
@@ -69,9 +70,10 @@ class QLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the quantized input by the quantized weights."""
+        x, w = _finite(self, "input", input), _finite(self, "weights", self.weight)
         if self.bits == Bits():
-            return super().forward(input)
-        x, w = self.input_q(_finite(self, "input", input)), self.weight_q(_finite(self, "weights", self.weight))
+            return super().forward(x)
+        x, w = self.input_q(x), self.weight_q(w)
         with made_anew(x):
             y = F.linear(x, w, self.bias)
         return self.output_q(y, input)  # type: ignore[no-any-return]
