@@ -126,10 +126,7 @@ class Session:
 
     def speed(self, device: torch.device, epochs: int) -> dict[str, float | int]:
         """Return images per second and seconds per epoch of training alone, over `epochs`, and peak memory in bytes."""
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_bytes()
         seconds = max(self.train_seconds, 1e-9)
         return {
             "images_per_second": self.train_images / seconds,
@@ -166,6 +163,16 @@ class Session:
         config = self.config
         stage = "float" if config.is_parent else f"{config.method_name} {config.bits}"
         return f"{stage}  {config.model['name']} on {config.dataset['name']}, seed {config.seed}"
+
+
+def _peak_bytes() -> int:
+    """Return the most memory that this process has held; Linux's getrusage counts what its parent held as well."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def record_failure(directory: RunDirectory, error: BaseException, status: str, trace: str) -> None:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from qbench.assembly import keep_freed_memory
 from qbench.quant import ops
 
-COUNT, STEPS = 2**20, 5
+COUNT, STEPS, ROUNDS = 2**20, 3, 7
 KINDS = {
     "convolutions": ("convolution", "mkldnn_convolution"),
     "batch normalization": ("batch_norm",),
@@ -82,10 +82,12 @@ def main() -> None:
     case = Case("dorefa w2a2", "dorefa", {"w": 2, "a": 2})
     columns = {"fp32 stock": training_step(plain(), "cpu"), "fp32 channels_last": fp32("cpu")}
     columns |= {"DoReFa W2A2 before": quantized(case, "cpu"), "DoReFa W2A2 after": quantized(case, "cpu")}
-    found = {}
-    for name, work in columns.items():
-        with ops.plainly() if name.endswith("before") else contextlib.nullcontext():
-            found[name] = kinds(work)
+    found: dict[str, dict[str, float]] = {name: {} for name in columns}
+    for _ in range(ROUNDS):
+        for name, work in columns.items():
+            with ops.plainly() if name.endswith("before") else contextlib.nullcontext():
+                for kind, time in kinds(work).items():
+                    found[name][kind] = found[name].get(kind, 0.0) + time / ROUNDS
     rows = [(kind, *[f"{times[kind]:.1f}" for times in found.values()]) for kind in next(iter(found.values()))]
     rows.append(("all", *[f"{sum(times.values()):.1f}" for times in found.values()]))
     print(markdown(("milliseconds of a step", *found), rows))
