@@ -38,7 +38,8 @@ class Task:
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the network's output as the run computes it: compiled perhaps, or in another precision."""
-        return (self.forward or self.model)(images)
+        run = self.model if self.forward is None else self.forward
+        return run(images)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss of a batch, a scalar: the method's own, else cross entropy."""
@@ -245,9 +246,10 @@ def evaluate(
         answers: a list that gets a tensor (N, 2) of labels and predicted classes for every batch.
     """
     model.eval()
+    run = model if forward is None else forward
     count, top1, top5, loss = 0, 0, 0, 0.0
     for images, labels in batches:
-        logits = (forward or model)(images).float()
+        logits = run(images).float()
         classes = logits.topk(min(5, logits.shape[1]), 1).indices
         best = classes == labels[:, None]
         if answers is not None:
