@@ -103,14 +103,7 @@ class Parts:
         """
         runtime = self.config.runtime
         run: Callable[[Tensor], Tensor] = torch.compile(model) if runtime.compile else model
-        if runtime.precision == "fp32":
-            return run
-
-        def in_bfloat16(images: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16):
-                return run(images).float()
-
-        return in_bfloat16
+        return in_bfloat16(run, self.device) if runtime.precision == "bf16" else run
 
     def install(self, model: nn.Module) -> nn.Module:
         """Put the method into a float network, under the run's layer policy."""
@@ -197,6 +190,16 @@ def _dataset(node: str) -> Dataset:
     """Return the data set of a node given as JSON; the cells of a sweep share it."""
     data: Dataset = registry.create("dataset", json.loads(node))
     return data
+
+
+def in_bfloat16(run: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return a network's function with what autocast chooses computed in bfloat16; its result is float32."""
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return run(images).float()
+
+    return forward
 
 
 def set_process(config: Config) -> None:

@@ -1,6 +1,7 @@
 """Tensor functions without gradient that take few passes over memory: comparisons, masks, rounding at random, blocks.
 
-On a CPU a comparison that makes a bool tensor, `where` over one, or a search costs as much as ten passes over floats.
+On a CPU a comparison that makes a bool tensor, `where` over one, or a search costs many passes over floats: measured by
+scripts/bench/where.py.
 These functions compare into floats and mask by hardtanh's derivative. None writes to its input.
 """
 
@@ -86,7 +87,7 @@ def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> Tensor:
     """Return integers (count,), int16, evenly spread over -32768 ... 32767, on `like`'s device.
 
-    One 64-bit number is drawn for every four of them, one after the other: a quarter of the time that a float each
+    One 64-bit number is drawn for every four of them, one after the other: a third of the time that a float each
     takes, and the same whatever the number of threads.
     """
     draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device)

@@ -20,11 +20,11 @@ from measure import interleaved, machine, markdown, seconds, versions
 from peers import contenders
 from peers_venv import VENV, enter
 from plain import NHWC, SHAPE, Act, Conv, Device, Work, data, plain, training_step
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from qbench import registry
-from qbench.assembly import COMPILERS, keep_freed_memory
+from qbench.assembly import COMPILERS, in_bfloat16, keep_freed_memory
 from qbench.config import Optim
 from qbench.methods import dorefa
 from qbench.quant.layers import install
@@ -125,20 +125,13 @@ def compiled(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
     return made
 
 
-def in_bfloat16(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
-    """Return the maker of a network's step with autocast to bfloat16."""
+def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
+    """Return the maker of a network's step as runtime.precision=bf16 has it."""
 
     def made(device: Device) -> Work:
         net = make().to(device)
         optimizer = optim.build(net, SGD)
-        forward = net.forward
-
-        def half(images: Tensor) -> Tensor:
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
-                logits: Tensor = forward(images)
-                return logits.float()
-
-        net.forward = half
+        net.forward = in_bfloat16(net.forward, torch.device(device))
         return training_step(net, device, optimizer, layout=NHWC)
 
     return made
@@ -171,7 +164,7 @@ def main() -> None:
     for name, net in (("fp32", plain), ("dorefa w2a2", dorefa_w2a2)):
         if any(map(shutil.which, COMPILERS)):
             made[f"{name}, runtime.compile=true"] = compiled(net)
-        made[f"{name}, runtime.precision=bf16"] = in_bfloat16(net)
+        made[f"{name}, runtime.precision=bf16"] = half_precision(net)
     if not asked.no_peers:
         made |= {f"peer: {name}": make for name, make in contenders().items()}
     words = [*asked.names, "fp32"] if asked.names else [""]
