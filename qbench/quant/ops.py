@@ -153,7 +153,7 @@ def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
 class Cells(NamedTuple):
     """For a staircase all of whose cells have one value and one slope each: what must be kept of x is its cell."""
 
-    number: Callable[[Tensor], Tensor]  #: x -> the number of every element's cell, 0 ... count - 1, in x's type
+    number: Callable[[Tensor], Tensor]  #: x -> the number of every element's cell, 0 ... size - 1, in x's type
     inside: Callable[[Tensor], Tensor]  #: such numbers -> an x somewhere inside each cell
     size: int  #: how many; more than `MOST_CELLS` are not numbered
 
@@ -184,7 +184,8 @@ def staircase(
 ) -> Tensor:
     """Quantize element by element, keeping x alone, or its cells (see `compressed`), for the backward pass.
 
-    The result needs not be kept either: what reads it inside `made_anew` computes it a second time instead.
+    The result needs not be kept either: what reads it inside `made_anew` computes it a second time instead. Therefore
+    nothing may be written into it.
 
     Args:
         learned: scales and the like that get gradients.
