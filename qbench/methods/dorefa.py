@@ -59,7 +59,7 @@ from torch import Generator, Tensor, nn
 
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
 from qbench.quant.ops import Cells, in_float32, levels_k, on_backward, quantize_k, sign, staircase, straight_through
-from qbench.quant.passes import grad_within, uniform
+from qbench.quant.passes import divided, grad_within, uniform
 
 
 @in_float32
@@ -79,22 +79,19 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
         top = t.abs().max()
         return 2 * quantize_k(t / (2 * torch.where(top == 0, torch.ones_like(top), top)) + 0.5, bits) - 1
 
+    t = torch.tanh(w)
+    top = t.detach().abs().amax()
+    top = torch.where(top == 0, 1.0, top)
+
     def value(t: Tensor) -> Tensor:
-        return t.div(2 * _largest(t)).add_(0.5).mul_(n).round_().div_(n).mul_(2).sub_(1)
+        return divided(t.div(2 * top).add_(0.5).mul_(n).round_(), n).mul_(2).sub_(1)
 
     def backward(grad: Tensor, t: Tensor) -> Tensor:
-        top = _largest(t)  # of t / top; the maximum's share goes to where it is
-        share = t.abs().ge_(top).mul_(t.sign())
-        share.mul_((grad * t).sum() / (top * share.abs().sum().clamp(min=1)))
-        return share.neg_().add_(grad).div_(top)
+        ends = t.div(top).trunc_()  # -1 or 1 where the maximum is: its share of the gradient goes there
+        share = (grad * t).sum().div_(top).div_(ends.abs().sum().clamp_(min=1))
+        return torch.addcmul(grad, ends, share, value=-1).div_(top)
 
-    return staircase(torch.tanh(w), plain=plain, value=value, backward=backward)
-
-
-def _largest(t: Tensor) -> Tensor:
-    """Return max|t|, a scalar; 1 where all are zero."""
-    top = t.abs().amax()
-    return torch.where(top == 0, 1.0, top)
+    return staircase(t, plain=plain, value=value, backward=backward)
 
 
 @in_float32
@@ -106,7 +103,7 @@ def quantize_activation(x: Tensor, bits: int) -> Tensor:
     return staircase(
         x,
         plain=lambda x: quantize_k(x.clamp(0, 1), bits),
-        value=lambda x: x.clamp(0, 1).mul_(n).round_().div_(n),
+        value=lambda x: divided(x.clamp(0, 1).mul_(n).round_(), n),
         backward=lambda grad, x: grad_within(grad, x, 0, 1),
         cells=_cells(n),
     )
@@ -132,7 +129,7 @@ def quantize_activation_abs(x: Tensor, bits: int) -> Tensor:
     return staircase(
         x,
         plain=lambda x: quantize_k(x.abs().clamp(max=1), bits),
-        value=lambda x: x.abs().clamp_(max=1).mul_(n).round_().div_(n),
+        value=lambda x: divided(x.abs().clamp_(max=1).mul_(n).round_(), n),
         backward=lambda grad, x: grad_within(grad, x, -1, 1).mul_(x.sign()),
     )
 

@@ -101,11 +101,11 @@ def to_fixed(
     def value(x: Tensor) -> Tensor:
         rounded = rounding_up_or_down(x, generator) if rounding == "stochastic" else _nearest
 
-        def fill(piece: Tensor, made: Tensor) -> None:
-            rounded(piece.clamp(low, high).mul_(1 / eps), made)
+        def fill(piece: Tensor, made: Tensor, steps: Tensor, *scratch: Tensor) -> None:
+            rounded(torch.clamp(piece, low, high, out=steps).mul_(1 / eps), made, *scratch)
             made.mul_(eps)
 
-        return blockwise(x, fill)
+        return blockwise(x, fill, scratch=3)
 
     return staircase(
         x,
@@ -116,8 +116,8 @@ def to_fixed(
     )
 
 
-def _nearest(steps: Tensor, made: Tensor) -> None:
-    half = torch.floor(steps, out=made).add(0.5)
+def _nearest(steps: Tensor, made: Tensor, half: Tensor, *scratch: Tensor) -> None:
+    torch.add(torch.floor(steps, out=made), 0.5, out=half)
     made.add_(steps.gt_(half))
 
 

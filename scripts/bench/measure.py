@@ -31,7 +31,8 @@ class Ratio:
 def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3, repeat: int = 1) -> dict[str, Ratio]:
     """Time every contender `repeat` times in every round, in an order that turns; the first one is the baseline.
 
-    Machines are shared: only what ran in the same round is compared.
+    Machines are shared: only what ran in the same round is compared. Each runs once untimed before it is timed: in
+    practice a step follows one of its own kind, not one of a stranger that has filled the caches.
     """
     names = list(contenders)
     for _ in range(warm):
@@ -40,6 +41,7 @@ def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3,
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            contenders[name]()
             times[name].append(seconds(contenders[name], repeat))
     found = {}
     for name in names:
