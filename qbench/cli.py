@@ -12,7 +12,6 @@ from qbench.errors import ConfigError, Interrupted, QbenchError
 from qbench.interrupt import signals
 
 BUG, SWEEP_WITH_FAILURES = 1, 8
-MULTIRUN = ("-m", "--multirun")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +53,7 @@ def train(arguments: list[str]) -> int:
     """Run what a command line configures, once or (-m) for every combination; print the table."""
     from qbench import compose
 
-    sweep = any(flag in arguments for flag in MULTIRUN)
+    sweep = any(flag in arguments for flag in compose.MULTIRUN)
     if not sweep and compose.launcher(arguments):
         raise ConfigError("hydra/launcher works on a sweep: put -m first")
     configs = compose.configurations(arguments)
@@ -100,9 +99,8 @@ def train_all(arguments: list[str], configs: list[Config]) -> int:
     stopped = 0
     if any(config.rerun or not RunDirectory(config).stored() for config in configs):
         with signals() as stop:
-            sweep.check(configs)
-            launcher = compose.launcher(arguments)
-            found = sweep.launch_all(arguments, configs, launcher) if launcher else sweep.run_all(configs, stop)
+            name = compose.launcher(arguments)
+            found = sweep.launch_all(arguments, configs, name, stop) if name else sweep.run_all(configs, stop)
             stopped = stop()
     else:
         found = [sweep.outcome(config) for config in configs]

@@ -8,11 +8,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import (
     ConfigCompositionException,
@@ -36,6 +39,7 @@ FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> values it takes, () for 
     **dict.fromkeys(("--info", "-i"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
     **dict.fromkeys(("--package", "-p", "--config-dir", "-cd"), ()),
 }
+MULTIRUN = ("-m", "--multirun")
 LAUNCHER_KEYS = ("hydra/launcher=", "hydra.launcher.", "+hydra.launcher.", "hydra.sweeper.")
 
 
@@ -114,24 +118,37 @@ def configurations(arguments: list[str]) -> list[Config]:
     Raises:
         ConfigError: the command line does not make a configuration.
     """
-    found: list[Config] = []
-    wrong: list[Exception] = []
-
-    def collect(node: DictConfig) -> None:
-        try:
-            found.append(from_node(node))
-        except Exception as error:  # Hydra would print it and go on its own way
-            wrong.append(error)
-
+    words = [a for a in arguments if not a.startswith(LAUNCHER_KEYS)]
+    nodes: list[DictConfig] = []
     try:
-        _hydra([a for a in arguments if not a.startswith(LAUNCHER_KEYS)], collect)
+        flags, overrides = sorted_out(words)
+        if set(flags) <= {*MULTIRUN, "--run", "-r"}:
+            nodes = _composed(overrides, sweep=any(flag in MULTIRUN for flag in flags))
+        else:
+            _hydra(words, nodes.append)
     except ConfigError:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own errors, and a YAML file of the user's that cannot be read
         raise ConfigError(reworded(error, arguments)) from None
-    if wrong:
-        raise wrong[0]
-    return found
+    return [from_node(node) for node in nodes]
+
+
+def _composed(overrides: list[str], sweep: bool) -> list[DictConfig]:
+    """Return the nodes of all combinations, without Hydra's own job around each: twice as fast as its sweeper, which
+    composes every cell twice.
+    """
+    Plugins.instance().register(Unwritten)
+    with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        if not sweep:
+            return [hydra.compose("config", overrides)]
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        values = [
+            [f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()]
+            if word.is_sweep_override()
+            else [word.input_line or ""]
+            for word in parser.parse_overrides(overrides)
+        ]
+        return [hydra.compose("config", list(words)) for words in product(*values)]
 
 
 def launcher(arguments: Iterable[str]) -> str | None:

@@ -1,29 +1,31 @@
 """Many runs: checked before the first, one after the other or by a launcher, shown while they work, summed up."""
 
+import gc
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
+from multiprocessing import active_children
 from typing import Any
 
 from omegaconf import DictConfig
 
-from qbench.config import Config, to_dict
+from qbench.config import Config, digest, parent, to_dict
 from qbench.errors import ConfigError, Interrupted, QbenchError
 from qbench.filling import from_node
 from qbench.interrupt import signals
 from qbench.record.run import Result, RunDirectory, load_result
 from qbench.report.runs import Found, read_run
 
-LAUNCHERS = {  # name -> (module that must be installed, extra that brings it, key that limits the jobs at a time)
-    "joblib": ("hydra_plugins.hydra_joblib_launcher", "sweep", "hydra.launcher.n_jobs"),
-    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "slurm", "hydra.sweeper.max_batch_size"),
-    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "slurm", ""),
-}
+LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper.max_batch_size", "submitit_slurm": ""}
+"""Name -> the key that limits the jobs at a time. joblib's processes are ours, submitit's come by Hydra's plugin."""
 KINDS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
 """Parts of a configuration in which cells must differ to be checked each."""
 
@@ -73,17 +75,23 @@ def attempt(config: Config, stop: Callable[[], int]) -> Result:
         return stored if stored and stored.status != "done" else directory.new_result("failed", reason=reason)
 
 
-def work(node: DictConfig) -> None:
-    """Do one cell in a launcher's process; what became of it stands in its directory."""
+def work(config: Config) -> None:
+    """Do one cell in a process of its own; what became of it stands in its directory."""
     with signals() as stop:
         try:
-            attempt(from_node(node), stop)
+            attempt(config, stop)
         except Interrupted:
             return
 
 
+def work_on(node: DictConfig) -> None:
+    """Do one cell in a process that Hydra's launcher started."""
+    work(from_node(node))
+
+
 def run_all(configs: Sequence[Config], stop: Callable[[], int]) -> list[Found]:
     """Run the cells one after the other; return what became of each."""
+    check(configs)
     failed: dict[str, Found] = {}
     with view(configs, 1):
         for config in configs:
@@ -97,37 +105,120 @@ def run_all(configs: Sequence[Config], stop: Callable[[], int]) -> list[Found]:
     return [failed.get(str(RunDirectory(c).path)) or outcome(c) for c in configs]
 
 
-def launch_all(arguments: list[str], configs: Sequence[Config], name: str) -> list[Found]:
+def launch_all(arguments: list[str], configs: Sequence[Config], name: str, stop: Callable[[], int]) -> list[Found]:
     """Let a launcher run the cells in processes of its own; return what became of each.
 
-    Workers times threads never exceed the cores. A worker that is killed costs the runs it had in hand; those that
-    are finished stay, and the same command completes the rest.
+    Workers times threads never exceed the cores.
     """
-    from qbench import compose
-
     if name not in LAUNCHERS:
         raise ConfigError(f"hydra/launcher={name}: no such launcher\nallowed: basic, {', '.join(LAUNCHERS)}")
-    module, extra, key = LAUNCHERS[name]
+    key = LAUNCHERS[name]
+    typed = [a.partition("=")[2] for a in arguments if key and a.startswith(f"{key}=")]
+    workers = most_workers(configs, typed[-1] if typed else "")
+    with view(configs, workers):
+        if name == "joblib":
+            _in_processes(configs, workers, stop)
+        else:
+            limit = [f"{key}={workers}"] if key else []
+            _by_hydra([a for a in arguments if not key or not a.startswith(f"{key}=")] + limit, configs)
+    return [outcome(config) for config in configs]
+
+
+def most_workers(configs: Sequence[Config], wanted: str = "") -> int:
+    """Return how many processes may work at a time: as many as wanted, and never more threads than cores."""
+    most = max(1, (os.cpu_count() or 1) // max(config.runtime.threads for config in configs))
+    return min(int(wanted) if wanted.isdecimal() else most, most) or most
+
+
+def _by_hydra(arguments: list[str], configs: Sequence[Config]) -> None:
+    from qbench import compose
+
     try:
-        installed = find_spec(module) is not None
+        installed = find_spec("hydra_plugins.hydra_submitit_launcher") is not None
     except ModuleNotFoundError:
         installed = False
     if not installed:
-        raise ConfigError(f"hydra/launcher={name} is not installed\nin a clone: pip install -e '.[{extra}]'")
-    workers = max(1, (os.cpu_count() or 1) // max(c.runtime.threads for c in configs))
-    if key:
-        typed = [a.partition("=")[2] for a in arguments if a.startswith(f"{key}=")]
-        wanted = int(typed[-1]) if typed and typed[-1].isdecimal() else workers
-        workers = min(wanted, workers) or workers
-        arguments = [a for a in arguments if not a.startswith(f"{key}=")] + [f"{key}={workers}"]
-    with view(configs, workers):
-        try:
-            compose.dispatch(arguments, work)
-        except QbenchError:
-            raise
-        except Exception as error:  # a worker was killed; what it had in hand is unfinished
-            print(f"warning: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-    return [outcome(config) for config in configs]
+        raise ConfigError("hydra/launcher=submitit_... is not installed\nin a clone: pip install -e '.[slurm]'")
+    check(configs)
+    try:
+        compose.dispatch(arguments, work_on)
+    except QbenchError:
+        raise
+    except Exception as error:  # a worker was killed; what it had in hand is unfinished
+        print(f"warning: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+
+
+def _in_processes(configs: Sequence[Config], workers: int, stop: Callable[[], int]) -> None:
+    """Run the cells in processes of joblib's.
+
+    Where one is killed, what was in hand waits until the end; then each gets a process to itself, one after the other:
+    what kills its process then has harmed nobody else.
+    """
+    left, suspects = parents_first(configs), list[Config]()
+    checked = False
+    while left and not stop():
+        with _pool(workers) as pool:
+            if not checked:
+                pool.submit(check, configs).result()
+                checked = True
+            if in_hand := _finish(pool, left, workers, stop):
+                print(f"warning: a worker was killed; it had one of {len(in_hand)} runs in hand", file=sys.stderr)
+                suspects += in_hand
+    for config in suspects:
+        with _pool(1) as pool:
+            if _finish(pool, [config], 1, stop):
+                print(f"warning: the process of {RunDirectory(config).path} was killed again", file=sys.stderr)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Any]:
+    from joblib.externals.loky.process_executor import ProcessPoolExecutor
+
+    pool = ProcessPoolExecutor(workers, initializer=_ready)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(kill_workers=True)
+
+
+def _ready() -> None:
+    """Import what every run needs, out of the garbage collector's sight; leave signals between runs to the sweep."""
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(kind, signal.SIG_IGN)
+    for module in ("qbench.experiment", "torch.utils.tensorboard"):
+        import_module(module)
+    import torch
+
+    torch.optim.SGD([torch.zeros(1)])  # torch imports half of itself at its first optimizer
+    gc.freeze()  # joblib's workers collect after every second of work
+
+
+def _finish(pool: Any, left: list[Config], workers: int, stop: Callable[[], int]) -> list[Config]:
+    """Let a pool run the cells, taking them from `left` one by one; return those in hand when a process was killed."""
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    working: dict[Future[None], Config] = {}
+    while working or (left and not stop()):
+        while left and len(working) < workers and not stop():
+            config = left.pop(0)
+            working[pool.submit(work, config)] = config
+        ended, _ = wait(working, POLL, FIRST_COMPLETED)
+        if any(isinstance(job.exception(), BrokenProcessPool) for job in ended):
+            return [config for job, config in working.items() if not job.done() or job.exception()]
+        for job in ended:
+            job.result()
+            del working[job]
+        for process in active_children() if stop() else ():
+            process.terminate()  # it saves what it has in hand
+    return []
+
+
+def parents_first(configs: Sequence[Config]) -> list[Config]:
+    """Return the cells, those first that are the first to need a float parent: processes side by side train several
+    parents then, where they would wait for one.
+    """
+    parents = [digest(parent(config).identity()) for config in configs]
+    return [c for _, c in sorted(enumerate(configs), key=lambda cell: parents.index(parents[cell[0]]) != cell[0])]
 
 
 def outcome(config: Config) -> Found:

@@ -30,6 +30,8 @@ def build(*, w: int = 2, a: int = 32, g: int = 32, how: str = "not"):
         if how == "kill" and not os.path.exists("killed"):
             open("killed", "w").close()
             os.kill(os.getpid(), 9)
+        if how == "die":
+            os.kill(os.getpid(), 9)
         optimizer.step()
     return dataclasses.replace(dorefa.build(w=w, a=a, g=g), name="mine", step=step)
 """
@@ -92,34 +94,55 @@ def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(tmp_path: Path, lau
 def test_workers_times_threads_never_exceed_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qbench import compose, sweep
 
-    seen: list[list[str]] = []
-    monkeypatch.setattr(compose, "dispatch", lambda arguments, job: seen.append(arguments))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    for typed, threads, expected in (
-        ([], 1, 8),
-        ([], 3, 2),
-        (["99"], 2, 4),
-        (["3"], 2, 3),
-        (["-1"], 1, 8),
-        ([], 99, 1),
-    ):
-        words = [f"hydra.launcher.n_jobs={n}" for n in typed]
+    for typed, threads, expected in (("", 1, 8), ("", 3, 2), ("99", 2, 4), ("3", 2, 3), ("-1", 1, 8), ("", 99, 1)):
         configs = compose.configurations(["method=dorefa", f"runtime.threads={threads}", f"out={tmp_path}"])
-        sweep.launch_all([*words, "hydra/launcher=joblib"], configs, "joblib")
-        assert seen[-1][-1] == f"hydra.launcher.n_jobs={expected}", (typed, threads)
+        assert sweep.most_workers(configs, typed) == expected, (typed, threads)
 
 
-def test_a_killed_worker_costs_no_finished_work(tmp_path: Path) -> None:
+def test_the_first_jobs_need_different_parents() -> None:
+    from qbench import compose, sweep
+
+    configs = compose.configurations(["-m", "method=dorefa,ttq", "bits.w=2", "seed=0,1,2", "optim.lr=1e-3,1e-4"])
+    ordered = sweep.parents_first(configs)
+    assert [c.seed for c in ordered[:3]] == [0, 1, 2]
+    assert [c.method_name for c in ordered] == ["dorefa"] * 6 + ["ttq"] * 6
+    assert sorted(map(repr, ordered)) == sorted(map(repr, configs))
+
+
+def test_a_killed_worker_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(SABOTAGE)
-    words = [*SMOKE, "method=mine:build", "method.how=not,kill", "seed=0,1", "out=o", "hydra/launcher=joblib"]
-    first = qbench(*words, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}")
-    assert first.returncode == 8, first.stderr
+    words = [*SMOKE, "method=mine:build", "method.how=not,kill,die", "seed=0,1", "out=o", "hydra/launcher=joblib"]
+    done = qbench(*words, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}")
+    assert done.returncode == 8, done.stderr
     assert (tmp_path / "killed").exists()
-    done = digests(tmp_path / "o")
-    again = qbench(*words, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}")
-    assert again.returncode == 0, again.stderr
-    after = digests(tmp_path / "o")
-    assert {name: after[name] for name in done} == done
+    assert "a worker was killed" in done.stderr
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "o").rglob("mine*/result.json")]
+    stored = {(r["options"]["how"], r["seed"]): r["weights_sha256"] for r in cells}
+    assert {how for how, _ in stored} == {"not", "kill"}, "what kills every process that works on it has no result"
+    for seed in (0, 1):
+        assert stored["kill", seed] == stored["not", seed] is not None
+    assert done.stdout.count("unfinished") == 2
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_processes_side_by_side_stop_and_go_on(tmp_path: Path, kind: signal.Signals) -> None:
+    words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4,w5", "epochs=200", f"out={tmp_path}", "hydra/launcher=joblib"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qbench", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(list(tmp_path.rglob("dorefa*/state*"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, kind) if kind == signal.SIGINT else process.send_signal(kind)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, message
+    assert "Traceback" not in message
+    time.sleep(2)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody of its group is left
+    begun = list(tmp_path.rglob("dorefa*/config.yaml"))
+    assert 1 <= len(begun) <= 2
+    assert not list(tmp_path.rglob("dorefa*/result.json"))
 
 
 def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:

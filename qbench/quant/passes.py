@@ -130,7 +130,7 @@ def round_up_or_down(x: Tensor, generator: Generator | None = None) -> Tensor:
 
 
 def rounding_up_or_down(like: Tensor, generator: Generator | None = None) -> Fill:
-    """Return what `round_up_or_down` does with each piece of a tensor, for use in `blockwise` with two scratch pieces."""
+    """Return what `round_up_or_down` does with each piece of a tensor, for `blockwise` with scratch=2."""
     bound = scalar(32768 - _shift(like, generator))
 
     def fill(piece: Tensor, made: Tensor, rest: Tensor, draws: Tensor) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from qbench.quant.layers import effective_weight, quantized_layers
@@ -21,7 +22,7 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def levels_figure(model: torch.nn.Module) -> Any:
-    """Return a matplotlib figure with a panel a layer: latent weights as a histogram, quantized ones as bars on their
+    """Return a matplotlib figure with a panel a layer: latent weights as a histogram, quantized ones as lines on their
     levels. None where no weights are quantized.
     """
     tensors: Mapping[str, torch.Tensor] = weight_tensors(model)
@@ -32,19 +33,21 @@ def levels_figure(model: torch.nn.Module) -> Any:
 
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3 * columns, 2.2 * rows), layout="constrained")
-    for panel, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
+    height = 1.9 * rows + 0.4
+    figure = Figure(figsize=(3 * columns, height))  # a layout engine and twin axes would cost more than a short run
+    figure.subplots_adjust(0.5 / (3 * columns), 0.6 / height, 0.99, 1 - 0.3 / height, 0.14, 0.5)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for panel, name in zip(panels, names, strict=False):
         latent = tensors[f"latent/{name}"].detach().cpu().flatten().numpy()
         levels, counts = torch.unique(tensors[f"quantized/{name}"].cpu(), return_counts=True)
-        panel.hist(latent, bins=60, density=True, color="0.75", label="latent")
-        twin = panel.twinx()
-        twin.vlines(levels.numpy(), 0, (counts / counts.sum()).numpy(), color="C0", label="quantized")
-        twin.set_ylim(0, 1)
-        twin.tick_params(labelsize=6)
-        panel.tick_params(labelsize=6)
-        panel.set_yticks([])
+        heights, edges = np.histogram(latent, bins=60)
+        panel.stairs(heights / heights.max(), edges, fill=True, color="0.75")
+        panel.vlines(levels.numpy(), 0, (counts / counts.sum()).numpy(), color="C0")
         panel.set_title(f"{name}: {len(levels)} levels", fontsize=8)
-    for panel in list(figure.axes)[len(names) : rows * columns]:
-        panel.set_visible(False)
-    figure.supylabel("share of quantized weights (lines); latent density (grey)", fontsize=8)
+        panel.set(ylim=(0, 1), yticks=(0, 0.5, 1))
+        panel.locator_params(axis="x", nbins=5)
+        panel.tick_params(labelsize=6)
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    figure.supxlabel("lines: share of the quantized weights; grey: latent weights, the tallest bar 1", fontsize=8)
     return figure
