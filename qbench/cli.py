@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from qbench.config import Config, nearest
-from qbench.errors import ConfigError, Interrupted, QbenchError
+from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 from qbench.interrupt import signals
 
 BUG, SWEEP_WITH_FAILURES = 1, 8
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (OSError, MemoryError) as error:
+        print(_three_lines(_resource(error)), file=sys.stderr)
+        return ResourceError.status
     except Exception as error:
         if os.environ.get("QBENCH_TRACEBACK"):
             traceback.print_exc()
@@ -49,6 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BUG
 
 
+def _resource(error: OSError | MemoryError) -> QbenchError:
+    """Return what the system's refusal means, where nobody nearer to it said so."""
+    if isinstance(error, MemoryError):
+        return ResourceError(f"out of memory: {error}\ntry a smaller optim.batch_size or network")
+    named = f"{error.filename}: " if error.filename else ""
+    return ResourceError(f"{named}{error.strerror or error}")
+
+
 def train(arguments: list[str]) -> int:
     """Run what a command line configures, once or (-m) for every combination; print the table."""
     from qbench import compose
@@ -56,13 +67,14 @@ def train(arguments: list[str]) -> int:
     sweep = any(flag in arguments for flag in compose.MULTIRUN)
     if not sweep and compose.launcher(arguments):
         raise ConfigError("hydra/launcher works on a sweep: put -m first")
-    configs = compose.configurations(arguments)
-    if not configs:  # Hydra has shown what was asked for
-        return 0
-    return train_all(arguments, configs) if sweep else train_one(configs[0])
+    with signals() as stop:
+        configs = compose.configurations(arguments)
+        if not configs:  # Hydra has shown what was asked for
+            return 0
+        return train_all(arguments, configs, stop) if sweep else train_one(configs[0], stop)
 
 
-def train_one(config: Config) -> int:
+def train_one(config: Config, stop: Callable[[], int]) -> int:
     """Run one configuration and print its row; a stored one without importing torch."""
     from qbench.record import manifest
     from qbench.record.run import RunDirectory
@@ -76,19 +88,18 @@ def train_one(config: Config) -> int:
             print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
         print(row([result], width))
     else:
-        with signals() as stop:
-            from qbench.experiment import run
-            from qbench.record.logbook import append_text
-            from qbench.record.screen import Screen
-            from qbench.session import Desk
+        from qbench.experiment import run
+        from qbench.record.logbook import append_text
+        from qbench.record.screen import Screen
+        from qbench.session import Desk
 
-            result = run(config, Desk(Screen(live=config.runtime.progress), stop))
+        result = run(config, Desk(Screen(live=config.runtime.progress), stop))
         print(row([result], width))
         append_text(directory.path / "log.txt", row([result]))
     return ConfigError.status if result.status == "unsupported" else 0
 
 
-def train_all(arguments: list[str], configs: list[Config]) -> int:
+def train_all(arguments: list[str], configs: list[Config], stop: Callable[[], int]) -> int:
     """Run a sweep and print the table of its runs."""
     from qbench import compose, sweep
     from qbench.record.run import RunDirectory
@@ -96,17 +107,14 @@ def train_all(arguments: list[str], configs: list[Config]) -> int:
     from qbench.report.table import text
 
     configs = list({RunDirectory(config).path: config for config in configs}.values())
-    stopped = 0
     if any(config.rerun or not RunDirectory(config).stored() for config in configs):
-        with signals() as stop:
-            name = compose.launcher(arguments)
-            found = sweep.launch_all(arguments, configs, name, stop) if name else sweep.run_all(configs, stop)
-            stopped = stop()
+        name = compose.launcher(arguments)
+        found = sweep.launch_all(arguments, configs, name, stop) if name else sweep.run_all(configs, stop)
     else:
         found = [sweep.outcome(config) for config in configs]
     print(text(tables_of(found)))
-    if stopped:
-        print(f"qbench: stopped by signal {stopped}; the same command goes on from here", file=sys.stderr)
+    if stop():
+        print(f"qbench: stopped by signal {stop()}; the same command goes on from here", file=sys.stderr)
         return Interrupted.status
     return SWEEP_WITH_FAILURES if any(run.status not in ("done", "unsupported") for run in found) else 0
 
@@ -244,7 +252,7 @@ Groups, as GROUP=NAME, and keys inside them, as GROUP.KEY=VALUE:
 
 Keys of their own: seed, epochs, pretrain.epochs, init (auto, float, scratch or a path), out, rerun
   qbench method=dorefa --cfg job                shows the whole configuration and runs nothing
-  qbench -m ... hydra/launcher=joblib           a sweep on all cores (extra `sweep`); submitit_local (extra `slurm`)
+  qbench -m ... hydra/launcher=joblib           a sweep on all cores; or submitit_local, submitit_slurm (extra `slurm`)
   qbench --hydra-help                           the flags of Hydra, which composes the configuration
   qbench --shell-completion install=bash        how to switch completion on: eval "$(qbench -sc install=bash)"
 

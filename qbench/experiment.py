@@ -19,7 +19,7 @@ from qbench.quant.ops import compressed
 from qbench.quant.verify import NotQuantized, verify
 from qbench.record import manifest
 from qbench.record.pictures import levels_figure
-from qbench.record.run import Result, RunDirectory
+from qbench.record.run import Result, RunDirectory, load_result
 from qbench.session import Desk, Session, record_failure
 from qbench.train import optim
 from qbench.train.checkpoint import copied, seed_everything, weights_sha256
@@ -39,7 +39,7 @@ def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Re
     """
     desk = desk or Desk()
     directory = RunDirectory(config)
-    if not config.rerun and (stored := _stored(directory, intact)):
+    if not config.rerun and (stored := _stored(directory, intact, desk)):
         return stored
     try:
         parts = assemble(config)
@@ -48,7 +48,7 @@ def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Re
             directory.write_config()
             return directory.conclude(directory.new_result("unsupported", reason=str(reason)))
     with directory.held(desk.waiting(directory.path)):
-        if not config.rerun and (stored := _stored(directory, intact)):  # another process finished it meanwhile
+        if not config.rerun and (stored := _stored(directory, intact, desk)):  # another process finished it meanwhile
             return stored
         if directory.has_result():  # done, and wanted anew; or failed, and tried again from its last checkpoint
             directory.start_over(whole=config.rerun or directory.stored() is not None)
@@ -67,10 +67,13 @@ def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Re
             desk.screen.log = None
 
 
-def _stored(directory: RunDirectory, intact: bool) -> Result | None:
-    """Return the stored result; with `intact` only if the weights beside it verify."""
+def _stored(directory: RunDirectory, intact: bool, desk: Desk) -> Result | None:
+    """Return the stored result; with `intact` only if the weights beside it verify. Say what is damaged."""
     stored = directory.stored()
+    if directory.has_result() and load_result(directory.path) is None:
+        desk.screen.say(f"warning: {directory.path / 'result.json'} is damaged; the run is done anew")
     if stored and intact and stored.status == "done" and not verifies(directory.path / "best.pt", directory.identity):
+        desk.screen.say(f"warning: {directory.path / 'best.pt'} is damaged or gone; the run is done anew")
         return None
     return stored
 
@@ -115,7 +118,7 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
             method.prepare(model, probe)
         task = Task(
             model=model, method=method, optim=config.optim, epochs=parts.epochs, steps=loader.steps,
-            train=loader.train, validate=lambda: loader.plain("val"), probe=probe, forward=parts.forward(model),
+            train=loader.train, validate=lambda: desk.checked(loader.plain("val")), probe=probe, forward=parts.forward(model),
         )  # fmt: skip
         state = _state(task, session.saved, config.seed)
         with compressed(config.runtime.compress_activations):
@@ -151,9 +154,10 @@ def _conclude(
     with evaluated_weights(model, state):
         last = copied(model.state_dict())
     best_weights = state.best["model"] if state.best else last
-    best = _measure(task, best_weights, loader) | {"epoch": state.best["epoch"]} if state.best else None
+    ended = state.digest(model)
+    best = _measure(task, best_weights, loader, session) | {"epoch": state.best["epoch"]} if state.best else None
     answers: list[Tensor] = []
-    final = _measure(task, last, loader, answers) | {"epoch": state.epoch - 1 if state.epoch else None}
+    final = _measure(task, last, loader, session, answers) | {"epoch": state.epoch - 1 if state.epoch else None}
     if not fully_quantized(model):
         raise NotQuantized("after the last epoch some weights are still float")
     verified = verify(model, next(iter(loader.plain("train", 64)))[0])
@@ -166,7 +170,7 @@ def _conclude(
         float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device, state.epoch),
         quantizers=reports(model), card=parts.card, asks=parts.asks,
-        weights_sha256=weights_sha256(last), wall_seconds=session.wall_seconds, notes=_hints(parts, verified),
+        weights_sha256=weights_sha256(last), state_sha256=ended, wall_seconds=session.wall_seconds, notes=_hints(parts, verified),
     )  # fmt: skip
     _show(model, state, session, result)
     return result
@@ -199,12 +203,15 @@ def _hints(parts: Parts, verified: dict[str, Any]) -> list[str]:
 
 
 def _measure(
-    task: Task, weights: dict[str, Tensor], loader: Loader, answers: list[Tensor] | None = None
+    task: Task, weights: dict[str, Tensor], loader: Loader, session: Session, answers: list[Tensor] | None = None
 ) -> dict[str, Any]:
     """Evaluate weights on both splits; `answers` gets labels and predictions on the test split."""
     task.model.load_state_dict(weights)
-    val = evaluate(task.model, loader.plain("val"), task.logits)
-    return {"val": val, "test": evaluate(task.model, loader.plain("test"), task.logits, answers)}
+    val, test = (session.desk.checked(loader.plain(split)) for split in ("val", "test"))
+    return {
+        "val": evaluate(task.model, val, task.logits),
+        "test": evaluate(task.model, test, task.logits, answers),
+    }
 
 
 def _show(model: nn.Module, state: State, session: Session, result: Result) -> None:

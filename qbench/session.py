@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from qbench.config import digest
-from qbench.errors import CheckpointError, Interrupted
+from qbench.errors import CheckpointError, Diverged, Interrupted
+from qbench.quant.method import Batch
 from qbench.record import files
 from qbench.record.logbook import Logbook
 from qbench.record.pictures import weight_tensors
 from qbench.record.run import RunDirectory
 from qbench.record.screen import Screen
-from qbench.train.checkpoint import pack, unpack
+from qbench.train.checkpoint import not_finite, pack, unpack
 from qbench.train.loop import State, Task, Watch
 
 HISTOGRAMS = 10
@@ -39,6 +40,12 @@ class Desk:
         """Raise `Interrupted` if a stop was asked for."""
         if self.stop():
             raise Interrupted(f"stopped by signal {self.stop()}; the same command goes on from here")
+
+    def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches; between two of them raise `Interrupted` if a stop was asked for."""
+        for batch in batches:
+            self.check()
+            yield batch
 
     def waiting(self, path: Path) -> Callable[[], None]:
         """Return what to call while another process works on a run: it says so once, and raises if asked to stop."""
@@ -74,6 +81,8 @@ class Session:
         self._began = self._saved_at = time.perf_counter()
         step = self.saved["state"]["counters"][2] if self.saved else 0
         self.book = Logbook(directory.path, size=past.get("log_size", 0), step=step, tensorboard=tensorboard)
+        if self.book.lost:
+            desk.screen.say(f"warning: {directory.path / 'metrics.jsonl'} is damaged: {self.book.lost} bytes are lost")
 
     @property
     def wall_seconds(self) -> float:
@@ -89,9 +98,9 @@ class Session:
             screen.step(state.step, loss.item)
             asked = self.desk.stop()
             late = time.perf_counter() - self._saved_at > self.config.runtime.save_seconds
-            if (asked or late) and state.batch < task.steps:  # the epoch's last step is saved with the epoch
+            if asked or (late and state.batch < task.steps):  # the epoch's last step is saved with the epoch
                 self.save(task, state)
-            if asked and state.batch < task.steps:
+            if asked:
                 self.desk.check()
 
         def epoch(state: State, record: dict[str, Any], losses: list[Tensor]) -> None:
@@ -100,17 +109,24 @@ class Session:
             self.save(task, state)
             self.desk.check()
 
-        return Watch(step, epoch)
+        return Watch(step, epoch, lambda state: self.save(task, state))
 
     def save(self, task: Task, state: State) -> None:
-        """Write a checkpoint from which the run goes on."""
+        """Write a checkpoint from which the run goes on.
+
+        Raises:
+            Diverged: it holds inf or nan; nothing is written.
+        """
         session = {
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
             "wall_seconds": self.wall_seconds,
             "log_size": self.book.size,
         }
-        data = pack({"identity": self.identity, "state": state.save(task.model), "session": session})
+        saved = state.save(task.model)
+        if bad := not_finite(saved):
+            raise Diverged(f"{bad} is not finite in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
+        data = pack({"identity": self.identity, "state": saved, "session": session})
         self.directory.save_state(state.step, data)
         self._saved_at = time.perf_counter()
 

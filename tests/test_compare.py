@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from qbench.config import Config
 from qbench.errors import ConfigError
-from qbench.record.run import RunDirectory
+from qbench.record.run import RunDirectory, sealed
 from qbench.report.compare import compare
 from qbench.report.runs import FROM_LOGS, read
 from qbench.report.table import FORMATS, Table
@@ -100,7 +100,7 @@ def test_float_parents_on_another_kind_of_network_are_a_row_of_their_own(configu
     path = plant(configure("method=hwgq"), 95.0, 97.5, network={"norm": "plain"})
     stored = json.loads((path / "result.json").read_text())
     stored["float"]["run"] = stored["float"]["run"].replace("00000000", "11111111")
-    (path / "result.json").write_text(json.dumps(stored))
+    (path / "result.json").write_text(json.dumps(sealed(stored)))
     (table,) = tables(configure())
     assert [row[0] for row in table.rows] == ["float", "float norm=plain", "dorefa", "hwgq"]
     assert [row[6] for row in table.rows] == ["98.00", "97.50", "97.00", "95.00"]
@@ -135,7 +135,7 @@ def test_an_odd_result_is_torn_and_harms_no_other(configure: Configure) -> None:
     ]
     for seed, change in enumerate(odd, start=1):
         path = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0) / "result.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        path.write_text(json.dumps(sealed(json.loads(path.read_text()) | change)))
     first, rest = tables(configure())
     assert first.values[1]["n"] == 1
     assert [row[0] for row in rest.rows] == ["torn"] * len(odd)

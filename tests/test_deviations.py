@@ -9,7 +9,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,8 +28,7 @@ from qbench.models import mlp
 from qbench.quant.layers import QLinear, effective_weight, install, quantized_layers
 from qbench.quant.method import FLOAT, Method, Unsupported
 from qbench.quant.verify import verify
-from qbench.record import files
-from qbench.record.run import Result
+from qbench.record.run import Result, store_result
 from qbench.report.runs import read
 from qbench.values import parse_bits
 
@@ -500,7 +499,7 @@ def store(root: Path, method: str, bits: str, deviation: str, seed: int, top1: f
         weights_sha256=changed.get("weights", f"{deviation} {seed}"),
     )  # fmt: skip
     path.mkdir(parents=True)
-    files.write_json(path / "result.json", {k: v for k, v in asdict(result).items() if k != "run"})
+    store_result(path, result)
     manifest = {"processor": "x86_64", "versions": {"torch": torch.__version__}}
     (path / "manifest.json").write_text(json.dumps(manifest))
 

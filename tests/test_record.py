@@ -12,7 +12,7 @@ from conftest import Configure
 from qbench.errors import ResourceError
 from qbench.record import files, manifest
 from qbench.record.logbook import Logbook
-from qbench.record.run import Result, RunDirectory
+from qbench.record.run import Result, RunDirectory, sealed
 from qbench.record.screen import Screen
 from qbench.report.row import row
 
@@ -89,8 +89,10 @@ def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) ->
         {"protocol": {}},
         {"protocol": good["protocol"] | {"identity": "another"}},
     ):
-        path.write_text(json.dumps(good | change))
+        path.write_text(json.dumps(sealed(good | change)))
         assert directory.stored() is None, change
+    path.write_text(json.dumps(good | {"seed": 1}))
+    assert directory.stored() is None, "its sha256 is of another content"
     path.write_text(json.dumps(good)[:-20])
     assert directory.stored() is None
 

@@ -93,8 +93,17 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def cut(path: Path, size: int) -> None:
-    """Cut an append-only file back to its first `size` bytes."""
-    if path.exists():
+def cut(path: Path, size: int) -> int:
+    """Cut an append-only file of lines back to the whole lines among its first `size` bytes; return their bytes.
+
+    Raises:
+        ResourceError: the disk or its permissions do not allow it.
+    """
+
+    def truncate() -> int:
         with open(path, "r+b") as file:
-            file.truncate(size)
+            kept = file.read(size).rfind(b"\n") + 1
+            file.truncate(kept)
+        return kept
+
+    return guarded(truncate, path) if path.exists() else 0

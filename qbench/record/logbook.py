@@ -20,14 +20,15 @@ class Logbook:
 
     Args:
         path: the run's directory.
-        size: bytes of metrics.jsonl that the checkpoint knew of; what was appended later is cut off.
+        size: bytes of metrics.jsonl that the checkpoint knew of; what was appended later is cut off, and so is a
+            torn line at the end of what is there. `lost` says how many bytes of those known are gone.
         step: training step to go on from; later points of TensorBoard are hidden.
     """
 
     def __init__(self, path: Path, *, size: int = 0, step: int = 0, tensorboard: bool = True) -> None:
         self.path = path
         self._metrics = path / "metrics.jsonl"
-        files.cut(self._metrics, size)
+        self.lost = size - files.cut(self._metrics, size)
         if not step:  # a try that came to no checkpoint left points that would stand twice
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()

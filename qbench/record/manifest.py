@@ -13,6 +13,8 @@ from qbench.record import files
 if TYPE_CHECKING:
     import torch
 
+EQUAL_UNDER = ("commit", "torch build", "kind of device", "threads", "precision")
+"""What must be the same for a repeat to give the same bits."""
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn", "tensorboard")
 
 
@@ -58,6 +60,7 @@ def write(path: Path, *, numerics: dict[str, Any], device: "torch.device", data:
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "precision": "fp32",
             **numerics,
+            "equal_under": EQUAL_UNDER,
             "data": data,
             "command": sys.argv[1:],
         },

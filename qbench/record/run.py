@@ -4,6 +4,7 @@ The path follows from the configuration alone, so the same line finds the same r
 or a launcher. `result.json` is written last; until then the directory holds checkpoints to go on from.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 from qbench.config import Config, digest, to_dict
 from qbench.record import files
 
-SCHEMA = 1
+SCHEMA = 2
 FINAL = ("done", "unsupported")
 KEPT_STATES = 2
 KEPT = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
@@ -51,6 +52,7 @@ class Result:
     cost: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
     weights_sha256: str | None = None
+    state_sha256: str | None = None
     wall_seconds: Seconds | None = None
     asks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,9 +64,11 @@ class Result:
 
 
 def load_result(path: Path) -> Result | None:
-    """Return the result stored in a run's directory; None where there is none, or it is torn or of another schema."""
+    """Return the result stored in a run's directory; None where there is none, or it is damaged or of another schema."""
     values = files.read_json(path / "result.json")
-    if values is None or values.get("schema") != SCHEMA or set(values) - {f.name for f in fields(Result)}:
+    if values is None or values.pop("sha256", None) != digest(values) or values.get("schema") != SCHEMA:
+        return None
+    if set(values) - {f.name for f in fields(Result)}:
         return None
     try:
         result = Result(**values | {"run": str(path)})
@@ -86,6 +90,19 @@ def _is_sound(result: Result) -> bool:
         ) and isinstance(result.notes, list)  # fmt: skip
     except (TypeError, KeyError):
         return False
+
+
+def store_result(path: Path, result: Result) -> None:
+    """Write result.json into a run's directory."""
+    values = {name: value for name, value in asdict(result).items() if name != "run"}
+    files.write_json(path / "result.json", sealed(values))
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with the sha256 of what a reader of their JSON will find; one that is there is replaced."""
+    found = json.loads(json.dumps(values, allow_nan=False)) | {"sha256": None}
+    del found["sha256"]
+    return found | {"sha256": digest(found)}
 
 
 class RunDirectory:
@@ -140,7 +157,7 @@ class RunDirectory:
 
     def conclude(self, result: Result) -> Result:
         """Write result.json and clear the checkpoints that only an unfinished run needs."""
-        files.write_json(self.path / "result.json", {k: v for k, v in asdict(result).items() if k != "run"})
+        store_result(self.path, result)
         if result.status in FINAL:
             for path in self.states():
                 path.unlink()

@@ -7,7 +7,11 @@ loads with `weights_only=True`; without the footer single flipped bits would loa
 import hashlib
 import io
 import random
+import resource
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,8 @@ from qbench.quant.layers import of_quantizer
 
 _MARK = b"\nqbench sha256 "
 _FOOTER = len(_MARK) + 64
+ROOM = 2**29
+"""Bytes that reading a checkpoint may take besides some times its own size."""
 
 
 def pack(state: dict[str, Any]) -> bytes:
@@ -49,7 +55,7 @@ def is_sealed(data: bytes) -> bool:
 def load_plain(data: bytes, source: str) -> dict[str, Any]:
     """Return the dictionary of any `torch.save` file that holds plain values; code in it never runs."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of unusual pickles, which end in an error or in plain values
+        with bounded_memory(ROOM + 8 * len(data)), warnings.catch_warnings(action="ignore"):  # of unusual pickles
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble over
         why = str(error).partition("\n")[0] or type(error).__name__
@@ -57,6 +63,26 @@ def load_plain(data: bytes, source: str) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{source} holds a {type(state).__name__}, not a state_dict")
     return state
+
+
+@contextmanager
+def bounded_memory(size: int) -> Iterator[None]:
+    """Let this process have no more than `size` bytes on top of what it has, for a while; Linux only.
+
+    A few bytes of a hostile file can ask for any amount.
+    """
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        yield
+        return
+    used = int(status.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (soft, hard, used + size) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def random_state() -> dict[str, Any]:
@@ -101,6 +127,39 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def content_sha256(value: Any) -> str:
+    """Return the sha256 of tensors, numbers, strings and containers of them: types, shapes and bits, no timing."""
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, dict):
+            digest.update(f"dict {len(part)}\n".encode())
+            for key in sorted(part, key=repr):
+                add(key)
+                add(part[key])
+        elif isinstance(part, list | tuple):
+            digest.update(f"list {len(part)}\n".encode())
+            for item in part:
+                add(item)
+        elif isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            digest.update(f"{part!r}\n".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def not_finite(value: Any, name: str = "") -> str | None:
+    """Return the dotted name of the first tensor in nested containers that holds inf or nan; None if all are finite."""
+    if isinstance(value, Tensor):
+        return name if value.is_floating_point() and not torch.isfinite(value).all() else None
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found = (not_finite(item, f"{name}.{key}" if name else str(key)) for key, item in items)
+    return next((bad for bad in found if bad), None)
 
 
 def load_float(model: nn.Module, state: dict[str, Any], source: str) -> tuple[list[str], list[str]]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.config import Optim
-from qbench.errors import Diverged
-from qbench.quant.layers import fully_quantized
+from qbench.errors import Diverged, Interrupted
+from qbench.quant.layers import NotFinite, fully_quantized
 from qbench.quant.method import Batch, Method, Probe
-from qbench.train.checkpoint import copied, random_state, set_random_state
+from qbench.train.checkpoint import content_sha256, copied, random_state, set_random_state
 from qbench.train.optim import learning_rate, set_learning_rate
 
 Metrics = dict[str, float]
@@ -47,6 +47,11 @@ class Task:
             return self.method.loss(self.model, logits, batch)
         return F.cross_entropy(logits, batch[1], label_smoothing=self.optim.label_smoothing)
 
+    def rate(self, epoch: int, batch: int) -> float:
+        """Return the learning rate of a batch; every phase has the schedule from its beginning."""
+        start, stop = self.phase(epoch)
+        return learning_rate(self.optim, (epoch - start) * self.steps + batch, (stop - start) * self.steps)
+
     def phase(self, epoch: int) -> tuple[int, int]:
         """Return first and last + 1 epoch of the phase that an epoch belongs to."""
         borders = sorted({0, *self.method.phases(self.epochs), self.epochs})
@@ -65,6 +70,7 @@ class State:
     losses: list[Tensor] = field(default_factory=list)
     images: int = 0
     hits: int | Tensor = 0
+    seconds: float = 0.0
     best: dict[str, Any] | None = None
     stale: int = 0
     stopped: bool = False
@@ -88,7 +94,12 @@ class State:
             "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
             "best": self.best,
             "random": random_state(),
+            "seconds": self.seconds,
         }
+
+    def digest(self, model: nn.Module) -> str:
+        """Return the sha256 of everything saved but the time it took: model, optimizer, counters, random states."""
+        return content_sha256({name: part for name, part in self.save(model).items() if name != "seconds"})
 
     def load(self, model: nn.Module, saved: dict[str, Any]) -> None:
         """Take over what `save` returned, into the model too."""
@@ -98,7 +109,7 @@ class State:
             self.average.values = {k: v.to(self.average.values[k].device) for k, v in saved["average"].items()}
         self.epoch, self.batch, self.step, self.images, self.hits, self.stale, self.stopped = saved["counters"]
         self.losses = list(saved["losses"].unbind())
-        self.best = saved["best"]
+        self.best, self.seconds = saved["best"], saved["seconds"]
         set_random_state(saved["random"])
 
 
@@ -129,11 +140,13 @@ class Average:
 @dataclass(frozen=True)
 class Watch:
     """Who looks on: `step(state, loss)` after every batch, `epoch(state, record, losses)` after every epoch, when
-    `state` stands at the next one. Both may save, and raise to stop.
+    `state` stands at the next one, `leave(state)` when an evaluation between the two was interrupted. All may save,
+    and raise to stop.
     """
 
     step: Callable[[State, Tensor], None] = lambda state, loss: None
     epoch: Callable[[State, dict[str, Any], list[Tensor]], None] = lambda state, record, losses: None
+    leave: Callable[[State], None] = lambda state: None
 
 
 def fit(task: Task, state: State, watch: Watch = Watch()) -> None:
@@ -141,39 +154,52 @@ def fit(task: Task, state: State, watch: Watch = Watch()) -> None:
     while state.epoch < task.epochs and not state.stopped:
         if state.batch == 0:
             _begin_epoch(task, state)
-        began, first = time.perf_counter(), state.step
-        rate = train_epoch(task, state, watch)
+        train_epoch(task, state, watch)
+        rate = task.rate(state.epoch, task.steps - 1)
         record = {"epoch": state.epoch, "lr": rate, **_train_metrics(state)}
-        record["seconds"] = time.perf_counter() - began
-        record["images"] = (state.step - first) * state.images // max(state.batch, 1)  # by this process
-        with evaluated_weights(task.model, state):
-            record |= {f"val_{key}": value for key, value in evaluate(task.model, task.validate(), task.logits).items()}
-            if not math.isfinite(record.get("val_loss", 0.0)):
-                bad = record["val_loss"]
-                raise Diverged(f"the validation loss is {bad} in epoch {state.epoch}; try a lower optim.lr")
-            _keep_best(task, state, record)
+        record |= {"seconds": state.seconds, "images": state.images}
+        try:
+            with evaluated_weights(task.model, state):
+                validated = evaluate(task.model, task.validate(), task.logits)
+                record |= {f"val_{key}": value for key, value in validated.items()}
+                if not math.isfinite(record.get("val_loss", 0.0)):
+                    bad = record["val_loss"]
+                    raise Diverged(f"the validation loss is {bad} in epoch {state.epoch}; try a lower optim.lr")
+                _keep_best(task, state, record)
+        except Interrupted:
+            watch.leave(state)
+            raise
         losses, state.losses, state.images, state.hits, state.batch = state.losses, [], 0, 0, 0
-        state.epoch += 1
+        state.epoch, state.seconds = state.epoch + 1, 0.0
         watch.epoch(state, record, losses)
 
 
-def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> float:
-    """Train the rest of the current epoch; return its last learning rate."""
+def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> None:
+    """Train the rest of the current epoch.
+
+    Raises:
+        Diverged: a loss, gradient or what enters a layer is not finite; the weights are those before the step.
+    """
     model, method, optim = task.model, task.method, task.optim
     model.train()
     for teacher in method.frozen:
         teacher.eval()
-    start, stop = task.phase(state.epoch)
-    rate = 0.0
+    began = time.perf_counter()
     for batch in task.train(state.epoch, state.batch):
-        rate = learning_rate(optim, (state.epoch - start) * task.steps + state.batch, (stop - start) * task.steps)
-        set_learning_rate(state.optimizer, rate)
-        logits = task.logits(batch[0])
+        set_learning_rate(state.optimizer, task.rate(state.epoch, state.batch))
+        try:
+            logits = task.logits(batch[0])
+        except NotFinite as error:
+            raise diverged(task, state, str(error), batch[0]) from None
         loss = task.loss(logits, batch)
         state.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        norm = total_norm(model)
+        if loss.device.type == "cpu" and not math.isfinite(loss.item() + norm.item()):  # a GPU would stop for it
+            what = "a gradient" if math.isfinite(loss.item()) else "the loss"
+            raise diverged(task, state, f"{what} is not finite", batch[0])
         if optim.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+            nn.utils.clip_grads_with_norm_(model.parameters(), optim.clip_norm, norm)
         if method.step is None:
             state.optimizer.step()
         else:
@@ -181,14 +207,57 @@ def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> float:
         if state.average:
             state.average.update(model)
         loss = loss.detach()
-        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise Diverged(f"the loss is {loss.item()} in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
         state.batch, state.step = state.batch + 1, state.step + 1
         state.losses.append(loss)
         state.images += len(batch[1])
         state.hits = state.hits + (logits.argmax(1) == batch[1]).sum()
+        now = time.perf_counter()
+        state.seconds, began = state.seconds + now - began, now
         watch.step(state, loss)
-    return rate
+
+
+def total_norm(model: nn.Module) -> Tensor:
+    """Return the norm of all gradients, a scalar: not finite if any of them is not."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
+
+
+def diverged(task: Task, state: State, what: str, images: Tensor) -> Diverged:
+    """Return the error that says where a number stopped being finite: epoch, step and the first part to blame."""
+    where = first_not_finite(task, images)
+    at = f"in epoch {state.epoch}, step {state.step}{f', first at {where}' if where else ''}"
+    return Diverged(f"{what} {at}; try a lower optim.lr")
+
+
+def first_not_finite(task: Task, images: Tensor) -> str | None:
+    """Return what to blame: a parameter or buffer, else the first module whose output is not finite on these images
+    though its input is, else the last parameter whose gradient is not. Changes the network's buffers.
+    """
+    model = task.model
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            return name
+    found: list[str] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(images)
+    except NotFinite as error:
+        found.append(str(error))
+    finally:
+        for hook_handle in hooks:
+            hook_handle.remove()
+    if found or not torch.isfinite(images).all():
+        return found[0] if torch.isfinite(images).all() else "the images"
+    spoilt = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return f"the gradient of {spoilt[-1]}" if spoilt else None
 
 
 def _begin_epoch(task: Task, state: State) -> None:
