@@ -118,7 +118,8 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
             method.prepare(model, probe)
         task = Task(
             model=model, method=method, optim=config.optim, epochs=parts.epochs, steps=loader.steps,
-            train=loader.train, validate=lambda: desk.checked(loader.plain("val")), probe=probe, forward=parts.forward(model),
+            train=loader.train, validate=lambda: desk.checked(loader.plain("val")), probe=probe,
+            forward=parts.forward(model),
         )  # fmt: skip
         state = _state(task, session.saved, config.seed)
         with compressed(config.runtime.compress_activations):
@@ -170,7 +171,8 @@ def _conclude(
         float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device, state.epoch),
         quantizers=reports(model), card=parts.card, asks=parts.asks,
-        weights_sha256=weights_sha256(last), state_sha256=ended, wall_seconds=session.wall_seconds, notes=_hints(parts, verified),
+        weights_sha256=weights_sha256(last), state_sha256=ended, wall_seconds=session.wall_seconds,
+        notes=_hints(parts, verified),
     )  # fmt: skip
     _show(model, state, session, result)
     return result

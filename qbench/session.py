@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from qbench.config import digest
 from qbench.errors import CheckpointError, Diverged, Interrupted
-from qbench.quant.method import Batch
 from qbench.record import files
 from qbench.record.logbook import Logbook
 from qbench.record.pictures import weight_tensors
 from qbench.record.run import RunDirectory
 from qbench.record.screen import Screen
 from qbench.train.checkpoint import not_finite, pack, unpack
-from qbench.train.loop import State, Task, Watch
+from qbench.train.loop import State, Task, Watch, numbers
 
+T = TypeVar("T")
 HISTOGRAMS = 10
 """Times a run's weights are written to TensorBoard, about."""
 
@@ -41,7 +41,7 @@ class Desk:
         if self.stop():
             raise Interrupted(f"stopped by signal {self.stop()}; the same command goes on from here")
 
-    def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def checked(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield batches; between two of them raise `Interrupted` if a stop was asked for."""
         for batch in batches:
             self.check()
@@ -124,7 +124,9 @@ class Session:
             "log_size": self.book.size,
         }
         saved = state.save(task.model)
-        if bad := not_finite(saved):
+        if bad := not_finite(
+            {"model": numbers(task.model), **{k: saved[k] for k in ("optimizer", "average", "losses")}}
+        ):
             raise Diverged(f"{bad} is not finite in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
         data = pack({"identity": self.identity, "state": saved, "session": session})
         self.directory.save_state(state.step, data)

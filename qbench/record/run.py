@@ -64,7 +64,7 @@ class Result:
 
 
 def load_result(path: Path) -> Result | None:
-    """Return the result stored in a run's directory; None where there is none, or it is damaged or of another schema."""
+    """Return the result stored in a run's directory; None where it is missing, damaged or of another schema."""
     values = files.read_json(path / "result.json")
     if values is None or values.pop("sha256", None) != digest(values) or values.get("schema") != SCHEMA:
         return None
@@ -100,8 +100,8 @@ def store_result(path: Path, result: Result) -> None:
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
     """Return values with the sha256 of what a reader of their JSON will find; one that is there is replaced."""
-    found = json.loads(json.dumps(values, allow_nan=False)) | {"sha256": None}
-    del found["sha256"]
+    found: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
+    found.pop("sha256", None)
     return found | {"sha256": digest(found)}
 
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from qbench.config import Optim
 from qbench.errors import Diverged, Interrupted
-from qbench.quant.layers import NotFinite, fully_quantized
+from qbench.quant.layers import NotFinite, fully_quantized, of_quantizer
 from qbench.quant.method import Batch, Method, Probe
-from qbench.train.checkpoint import content_sha256, copied, random_state, set_random_state
+from qbench.train.checkpoint import content_sha256, copied, not_finite, random_state, set_random_state
 from qbench.train.optim import learning_rate, set_learning_rate
 
 Metrics = dict[str, float]
@@ -216,6 +216,12 @@ def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> None:
         watch.step(state, loss)
 
 
+def numbers(model: nn.Module) -> dict[str, Tensor]:
+    """Return what must be finite: parameters and buffers. Buffers of quantizers may mark as nan what is not set yet."""
+    parameters = {name for name, _ in model.named_parameters()}
+    return {n: t for n, t in model.state_dict().items() if n in parameters or not of_quantizer(n)}
+
+
 def total_norm(model: nn.Module) -> Tensor:
     """Return the norm of all gradients, a scalar: not finite if any of them is not."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
@@ -233,9 +239,8 @@ def first_not_finite(task: Task, images: Tensor) -> str | None:
     though its input is, else the last parameter whose gradient is not. Changes the network's buffers.
     """
     model = task.model
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            return name
+    if spoilt := not_finite(numbers(model)):
+        return spoilt
     found: list[str] = []
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -256,8 +261,8 @@ def first_not_finite(task: Task, images: Tensor) -> str | None:
             hook_handle.remove()
     if found or not torch.isfinite(images).all():
         return found[0] if torch.isfinite(images).all() else "the images"
-    spoilt = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return f"the gradient of {spoilt[-1]}" if spoilt else None
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return f"the gradient of {bad[-1]}" if bad else None
 
 
 def _begin_epoch(task: Task, state: State) -> None:
