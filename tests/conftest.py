@@ -16,6 +16,13 @@ ROOT = Path(__file__).parents[1]
 Configure = Callable[..., Config]
 
 
+def counted(line: str) -> None:
+    """Note what a long test has covered, for docs/reliability.md."""
+    if path := os.environ.get("QBENCH_RELIABILITY"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
