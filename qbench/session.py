@@ -124,9 +124,7 @@ class Session:
             "log_size": self.book.size,
         }
         saved = state.save(task.model)
-        if bad := not_finite(
-            {"model": numbers(task.model), **{k: saved[k] for k in ("optimizer", "average", "losses")}}
-        ):
+        if bad := not_finite({"model": numbers(task.model)} | {k: saved[k] for k in ("optimizer", "average")}):
             raise Diverged(f"{bad} is not finite in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
         data = pack({"identity": self.identity, "state": saved, "session": session})
         self.directory.save_state(state.step, data)

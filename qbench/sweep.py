@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qbench.config import Config, digest, parent, to_dict
-from qbench.errors import ConfigError, Interrupted, QbenchError
+from qbench.errors import CheckpointError, ConfigError, DataError, Interrupted, QbenchError, ResourceError
 from qbench.filling import from_node
 from qbench.interrupt import signals
 from qbench.record.run import Result, RunDirectory, load_result
@@ -50,7 +50,7 @@ def check(configs: Sequence[Config]) -> None:
             seen.add(key)
             try:
                 assemble(config)
-            except Unsupported:
+            except (Unsupported, DataError, CheckpointError, ResourceError):
                 continue  # listed with its reason when its turn comes
 
 

@@ -14,7 +14,11 @@ from test_cli import qbench, results
 SMOKE = ["-m", "experiment=smoke", "runtime.tensorboard=false"]
 SABOTAGE = """
 import dataclasses, os, sys
+from qbench.errors import DataError
 from qbench.methods import dorefa
+
+def data(*, val: float = 0.1):
+    raise DataError("planted: no such file")
 
 def build(*, w: int = 2, a: int = 32, g: int = 32, how: str = "not"):
     def step(model, optimizer):
@@ -32,6 +36,8 @@ def build(*, w: int = 2, a: int = 32, g: int = 32, how: str = "not"):
             os.kill(os.getpid(), 9)
         if how == "die":
             os.kill(os.getpid(), 9)
+        if how == "data":
+            raise DataError("planted: a file is damaged")
         optimizer.step()
     return dataclasses.replace(dorefa.build(w=w, a=a, g=g), name="mine", step=step)
 """
@@ -108,6 +114,41 @@ def test_the_first_jobs_need_different_parents() -> None:
     assert [c.seed for c in ordered[:3]] == [0, 1, 2]
     assert [c.method_name for c in ordered] == ["dorefa"] * 6 + ["ttq"] * 6
     assert sorted(map(repr, ordered)) == sorted(map(repr, configs))
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_twelve_cells_of_which_five_are_sabotaged(tmp_path: Path, launcher: str) -> None:
+    """R18: with joblib one worker is killed besides."""
+    (tmp_path / "mine.py").write_text(SABOTAGE)
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"}
+    good = ["a", "b", "c", "d", "e", "f", "kill" if launcher == "joblib" else "g"]
+    bad = ["raise", "exit", "spoil", "memory", "data"]
+    hows = [how for pair in zip(good, bad, strict=False) for how in pair] + good[len(bad) :]
+    one = [word for word in SMOKE if word != "-m"] + ["method=mine:build", "bits.w=2"]
+    words = ["-m", *one, f"method.how={','.join(hows)}", "out=o", f"hydra/launcher={launcher}"]
+    done = qbench(*words, cwd=tmp_path, **environment)
+    assert done.returncode == 8, done.stderr
+    assert (done.stdout.count("mine:build how="), done.stdout.count("/mine.build-")) == (7, 5), done.stdout
+    paths = {json.loads(p.read_text())["options"]["how"]: p for p in (tmp_path / "o").rglob("mine*/result.json")}
+    stored = {how: json.loads(path.read_text()) for how, path in paths.items()}
+    assert {how: r["status"] for how, r in stored.items()} == {
+        **dict.fromkeys(good, "done"), **dict.fromkeys(bad, "failed"), "spoil": "diverged",
+    }  # fmt: skip
+    alone = qbench(*one, "method.how=a", "out=alone", cwd=tmp_path, **environment)
+    assert alone.returncode == 0, alone.stderr
+    (solo,) = (json.loads(path.read_text()) for path in (tmp_path / "alone").rglob("mine*/result.json"))
+    assert {stored[how]["state_sha256"] for how in good} == {solo["state_sha256"]}
+    before = {how: path.stat().st_mtime_ns for how, path in paths.items()}
+    assert qbench(*words, cwd=tmp_path, **environment).returncode == 8
+    assert {how for how, path in paths.items() if path.stat().st_mtime_ns != before[how]} == set(bad)
+
+
+def test_data_that_one_cell_lacks_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SABOTAGE)
+    done = qbench(*SMOKE, "method=dorefa", "bits.w=2", "dataset=mine:data,digits", "out=o", cwd=tmp_path)
+    assert done.returncode == 8, done.stderr
+    assert "planted: no such file" in done.stdout
+    assert [r["status"] for r in results(tmp_path / "o").values() if r["method"] == "dorefa"] == ["done"]
 
 
 def test_a_killed_worker_costs_nothing(tmp_path: Path) -> None:

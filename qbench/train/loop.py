@@ -163,12 +163,13 @@ def fit(task: Task, state: State, watch: Watch = Watch()) -> None:
                 validated = evaluate(task.model, task.validate(), task.logits)
                 record |= {f"val_{key}": value for key, value in validated.items()}
                 if not math.isfinite(record.get("val_loss", 0.0)):
-                    bad = record["val_loss"]
-                    raise Diverged(f"the validation loss is {bad} in epoch {state.epoch}; try a lower optim.lr")
+                    raise diverged(task, state, "the validation loss is not finite")
                 _keep_best(task, state, record)
         except Interrupted:
             watch.leave(state)
             raise
+        except NotFinite as error:
+            raise diverged(task, state, str(error)) from None
         losses, state.losses, state.images, state.hits, state.batch = state.losses, [], 0, 0, 0
         state.epoch, state.seconds = state.epoch + 1, 0.0
         watch.epoch(state, record, losses)
@@ -227,20 +228,23 @@ def total_norm(model: nn.Module) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
 
 
-def diverged(task: Task, state: State, what: str, images: Tensor) -> Diverged:
+def diverged(task: Task, state: State, what: str, images: Tensor | None = None) -> Diverged:
     """Return the error that says where a number stopped being finite: epoch, step and the first part to blame."""
     where = first_not_finite(task, images)
     at = f"in epoch {state.epoch}, step {state.step}{f', first at {where}' if where else ''}"
     return Diverged(f"{what} {at}; try a lower optim.lr")
 
 
-def first_not_finite(task: Task, images: Tensor) -> str | None:
+def first_not_finite(task: Task, images: Tensor | None) -> str | None:
     """Return what to blame: a parameter or buffer, else the first module whose output is not finite on these images
     though its input is, else the last parameter whose gradient is not. Changes the network's buffers.
     """
     model = task.model
-    if spoilt := not_finite(numbers(model)):
+    spoilt = not_finite(numbers(model))
+    if spoilt or images is None:
         return spoilt
+    if not torch.isfinite(images).all():
+        return "the images"
     found: list[str] = []
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -259,8 +263,8 @@ def first_not_finite(task: Task, images: Tensor) -> str | None:
     finally:
         for hook_handle in hooks:
             hook_handle.remove()
-    if found or not torch.isfinite(images).all():
-        return found[0] if torch.isfinite(images).all() else "the images"
+    if found:
+        return found[0]
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     return f"the gradient of {bad[-1]}" if bad else None
 
