@@ -21,6 +21,7 @@ from qbench.models import lenet, mlp, mobilenet_v2, resnet, vgg_small
 from qbench.models import torchvision as zoo
 
 CONF = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
+HEAVY = ("alexnet", "vgg16", "vgg16_bn")
 CIFAR, MNIST, IMAGENET, DIGITS = (3, 32, 32), (1, 28, 28), (3, 224, 224), (1, 8, 8)
 NORMS = ("affine", "plain", "none")
 
@@ -184,12 +185,13 @@ def test_other_sizes_of_images(build: Build, shape: tuple[int, int, int], option
     assert build(shape, 3, **options)(torch.randn(2, *shape)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", CONF)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in HEAVY else n for n in CONF])
 def test_every_file_of_conf_builds_and_learns_a_batch(name: str) -> None:
     torch.manual_seed(0)
-    thin = {"width": 4, "width_mult": 0.25}
-    model = made(name, CIFAR, 4, **{key: value for key, value in thin.items() if key in CONF[name]})
-    x, labels = torch.randn(8, *CIFAR), torch.arange(8) % 4
+    thin = {"width": 4, "width_mult": 0.25, "widen": 1}
+    shape = (3, 64, 64) if "alexnet" in name or name.startswith("svhn_") else CIFAR
+    model = made(name, shape, 4, **{key: value for key, value in thin.items() if key in CONF[name]})
+    x, labels = torch.randn(8, *shape), torch.arange(8) % 4
     before = [p.detach().clone() for p in model.parameters()]
     loss = F.cross_entropy(model(x), labels)
     loss.backward()
