@@ -1,13 +1,18 @@
 """Data sets, splits, the order of images and their augmentation."""
 
 import hashlib
+import math
 from itertools import islice, product
 
+import numpy as np
 import pytest
 import torch
 
-from qbench.data import digits, synthetic
-from qbench.data.dataset import Augment, Dataset, Loader, Split, augmented, hold_out
+from qbench.data import digits, svhn, synthetic
+from qbench.data.augment import ATTEMPTS, COLOUR, CROP, centred, coloured, random_box
+from qbench.data.dataset import PIXELS, Augment, Dataset, Loader, Split, augmented, hold_out
+from qbench.data.normalize import FIXED, statistics
+from qbench.vision import torchvision
 
 CPU = torch.device("cpu")
 
@@ -207,3 +212,160 @@ def test_synthetic_refuses_nonsense() -> None:
     for options in ({"train": 0}, {"signal": 2.0}):
         with pytest.raises(ValueError, match="allowed"):
             synthetic.build(**options)  # type: ignore[arg-type]
+
+
+def box(height: int, width: int, *attempts: float, area: float = 0.08, place: float = 0.0) -> tuple[int, int, int, int]:
+    filled = [*attempts, *([1.0, 0.0] * ATTEMPTS)][: 2 * ATTEMPTS]
+    return random_box(height, width, [place, place] + [0.0] * (CROP + COLOUR - 2) + filled, area)
+
+
+def test_random_boxes_by_hand() -> None:
+    """Szegedy et al. 2014, section 6: 8 % to 100 % of the area, aspect 3/4 to 4/3, uniform on a logarithmic scale."""
+    assert box(100, 100, 1.0, 0.5) == (0, 0, 100, 100)  # all of it, square: the middle of the scale
+    assert box(100, 100, 0.0, 0.5) == (0, 0, 28, 28)  # 800 pixels
+    assert box(100, 100, 0.0, 0.0) == (0, 0, 33, 24)  # sqrt(800 / 0.75) and sqrt(800 * 0.75)
+    assert box(100, 100, 0.0, 1.0) == (0, 0, 24, 33)
+    assert box(100, 100, 1.0, 0.0, 0.0, 0.5) == (0, 0, 28, 28)  # 115 rows do not fit: the second attempt
+    assert box(100, 100, 0.0, 0.5, place=0.999) == (72, 72, 28, 28)
+    # nothing fits: the greatest box in the centre whose aspect is allowed
+    assert box(30, 300, *[1.0, 0.5] * 10) == (0, 130, 30, 40)
+    assert box(300, 30, *[1.0, 0.5] * 10) == (130, 0, 40, 30)
+    assert box(100, 100, *[1.0, 0.0] * 10, area=1.0) == (0, 0, 100, 100)
+
+
+def test_random_boxes_have_the_stated_distribution() -> None:
+    height, width, count = 300, 400, 4000
+    draws = torch.rand(count, 26, generator=torch.Generator().manual_seed(0)).tolist()
+    boxes = [random_box(height, width, draw, 0.08) for draw in draws]
+    areas = np.array([rows * columns / (height * width) for _, _, rows, columns in boxes])
+    aspects = np.array([columns / rows for _, _, rows, columns in boxes])
+    assert all(0 <= top <= height - rows and 0 <= left <= width - columns for top, left, rows, columns in boxes)
+    assert areas.min() == pytest.approx(0.08, abs=0.005)
+    assert areas.max() == pytest.approx(1, abs=0.02)
+    assert aspects.min() == pytest.approx(3 / 4, abs=0.02)
+    assert aspects.max() == pytest.approx(4 / 3, abs=0.02)
+    torchvision()
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])[2:] for _ in range(count)])
+    for ours, other in (
+        (areas, theirs.prod(1) / (height * width)),
+        (np.log(aspects), np.log(theirs[:, 1] / theirs[:, 0])),
+    ):
+        for quantile in np.linspace(0.05, 0.95, 19):  # shares of both samples below it: 4 standard deviations apart
+            bound = np.quantile(other, quantile)
+            assert abs((ours <= bound).mean() - quantile) < 4 * math.sqrt(2 * quantile * (1 - quantile) / count)
+    places = np.array([(top / (height - rows + 1), left / (width - columns + 1)) for top, left, rows, columns in boxes])
+    assert np.abs(places[areas < 0.5].mean(0) - 0.5).max() < 0.03
+    assert abs(np.mean([draw[2] < 0.5 for draw in draws]) - 0.5) < 0.03
+
+
+def random_batch(count: int = 5) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_brightness_and_contrast_are_tensorpacks() -> None:
+    """x + v, then (x - mean) * factor + mean for each channel, both kept in 0 to 255 (its imgaug, see svhn.py)."""
+    batch, augment = random_batch(), Augment(brightness=30, contrast=0.5)
+    draws = torch.rand(5, augment.draws, generator=torch.Generator().manual_seed(2))
+    found = coloured(batch, draws, augment)
+    for i in range(5):
+        v, factor = 30 * (2 * draws[i, CROP].item() - 1), 0.5 + draws[i, CROP + 1].item()
+        shifted = np.clip(batch[i].numpy().astype(np.float64) + v, 0, 255)
+        mean = shifted.mean((1, 2), keepdims=True)
+        np.testing.assert_allclose(found[i], np.clip((shifted - mean) * factor + mean, 0, 255), atol=1e-3)
+    extreme = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.5, 0.0, 0.0]])
+    ends = coloured(batch[:2], extreme, augment)
+    torch.testing.assert_close(ends[0], (batch[0].float() - 30).clamp(0, 255))
+    half = batch[1].float()
+    torch.testing.assert_close(ends[1], (half + half.mean((1, 2), keepdim=True)) / 2)
+
+
+def test_jitter_is_torchvisions() -> None:
+    torchvision()
+    from torchvision.transforms import functional as theirs
+
+    batch, augment = random_batch(), Augment(jitter=0.4)
+    draws = torch.rand(5, augment.draws, generator=torch.Generator().manual_seed(2))
+    found = coloured(batch, draws, augment) / 255
+    for i in range(5):
+        factors = [1 + 0.4 * (2 * u - 1) for u in draws[i, CROP:].tolist()]
+        one = theirs.adjust_brightness(batch[i].float() / 255, factors[0])
+        one = theirs.adjust_saturation(theirs.adjust_contrast(one, factors[1]), factors[2])
+        torch.testing.assert_close(found[i], one, atol=2e-4, rtol=0)  # torchvision writes .2989 and .587 of grey
+
+
+def test_colours_left_alone_are_the_images() -> None:
+    batch = random_batch()
+    assert coloured(batch, torch.rand(5, 3), Augment(4, True)) is batch
+    grey = batch[:, :1]
+    assert coloured(grey, torch.full((5, 6), 0.5), Augment(jitter=0.4)).shape == grey.shape
+
+
+def test_svhn_at_40_pixels_with_brightness_and_contrast() -> None:
+    split = Split(random_batch(12).repeat(1, 1, 8, 6)[:, :, :32, :32], torch.arange(12) % 10)
+    found = svhn.resized(split, 40)
+    assert found.images.shape == (12, 3, 40, 40)
+    x, weights = split.images[3, 1].double(), torch.zeros(40, 32, dtype=torch.float64)
+    for i in range(40):  # the pixel's centre lies between those of two old ones
+        place = (i + 0.5) * 32 / 40 - 0.5
+        low = min(max(math.floor(place), 0), 31)
+        share = min(max(place - low, 0.0), 1.0)
+        weights[i, low] += 1 - share
+        weights[i, min(low + 1, 31)] += share
+    expected = weights @ x @ weights.T
+    assert (found.images[3, 1].double() - expected).abs().max() <= 0.5 + 1e-3
+    assert svhn.resized(split, 32) is split
+    augment = Augment(brightness=30, contrast=0.5)
+    mean, std = statistics("by256", found.images)
+    data = Dataset(
+        name="svhn", train=found, val=found.take(torch.arange(0)), test=found, classes=10, mean=mean, std=std,
+        augment=augment,
+    )  # fmt: skip
+    x, _ = next(iter(Loader(data, 12, 0, CPU).plain("test")))
+    torch.testing.assert_close(x, found.images.float() / 256)
+    trained = torch.cat([x for x, _ in Loader(data, 12, 0, CPU).train(0)])
+    assert trained.min() >= 0
+    assert trained.max() <= 255 / 256
+    assert not torch.equal(trained, torch.cat([x for x, _ in Loader(data, 12, 0, CPU).train(1)]))
+    for (x, y), (u, v) in zip(
+        list(Loader(data, 4, 0, CPU).train(0))[1:], Loader(data, 4, 0, CPU).train(0, 1), strict=True
+    ):
+        assert torch.equal(x, u)
+        assert torch.equal(y, v)
+
+
+def test_normalizations() -> None:
+    batch = random_batch()
+    assert statistics("unit", batch) == ((0.0,) * 3, (1.0,) * 3)
+    assert statistics("half", batch[:, :1]) == ((0.5,), (0.5,))
+    with pytest.raises(ValueError, match="is for 3 channels; here are 1"):
+        statistics("imagenet", batch[:, :1])
+    torchvision()
+    from torchvision.transforms._presets import ImageClassification
+
+    theirs = ImageClassification(crop_size=224)
+    assert FIXED["imagenet"] == (tuple(theirs.mean), tuple(theirs.std))
+
+
+def test_crops_of_images_in_memory_are_the_slow_definition() -> None:
+    batch = random_batch(8).repeat(1, 1, 3, 2)
+    draws = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
+    found = augmented(batch, draws, Augment(1, True, size=7))
+    for image, draw, got in zip(batch, draws, found, strict=True):
+        wide = torch.nn.functional.pad(image, (1, 1, 1, 1))
+        top, left = int(draw[0] * 8), int(draw[1] * 8)
+        crop = wide[:, top : top + 7, left : left + 7]
+        assert torch.equal(got, crop.flip(2) if draw[2] < 0.5 else crop)
+    same = plain_augmented(batch[0], draws[0], Augment(1, True))
+    assert torch.equal(augmented(batch[:1], draws[:1], Augment(1, True))[0], same)
+    assert torch.equal(centred(batch, 7), batch[:, :, 2:9, 2:9])
+
+
+def test_large_images_are_evaluated_in_small_batches() -> None:
+    many = Split(torch.zeros(100, 1, 400, 400, dtype=torch.uint8), torch.arange(100))
+    data = Dataset(name="big", train=many, val=many, test=many, classes=2, mean=(0.0,), std=(1.0,))
+    sizes = [len(y) for _, y in Loader(data, 4, 0, CPU).plain("test")]
+    assert sizes == [PIXELS // 160_000, 100 - PIXELS // 160_000]

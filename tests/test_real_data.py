@@ -276,6 +276,30 @@ def test_svhn_parts_labels_and_axes(tmp_path: Path, datasets: ModuleType, monkey
         build(split="all")
 
 
+def test_svhn_as_in_dorefas_script(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resized to 40x40, brightness and contrast changed, divided by 256; nothing is cropped or held out."""
+    write_svhn(tmp_path, datasets.SVHN, monkeypatch, train=30, extra=50, test=20)
+    data = svhn.build(
+        root=str(tmp_path), split="both", val=0.0, size=40, pad=0, brightness=30, contrast=0.5, normalize="by256"
+    )
+    assert (data.shape, len(data.train), len(data.val)) == ((3, 40, 40), 80, 0)
+    assert data.augment == Augment(brightness=30, contrast=0.5)
+    assert (data.mean, data.std) == ((0.0,) * 3, (256 / 255,) * 3)
+    for key, value in (("size", 0), ("brightness", 256.0), ("contrast", 2.0)):
+        with pytest.raises(ValueError, match=rf"^{key}={value}: allowed is"):
+            svhn.build(root=str(tmp_path), **{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_named_normalizations(name: str, tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(name, tmp_path, datasets, monkeypatch)
+    half = BUILDS[name](root=str(tmp_path), val=0.0, normalize="half")
+    channels = half.shape[0]
+    assert (half.mean, half.std) == ((0.5,) * channels, (0.5,) * channels)
+    with pytest.raises(ValueError, match="normalize=theirs: allowed are own, unit, half, by256, imagenet"):
+        BUILDS[name](root=str(tmp_path), val=0.0, normalize="theirs")
+
+
 def test_svhn_asks_only_for_what_the_split_needs(
     tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,11 @@ def build(
     pad: int = 4,
     flip: bool = True,
     replicate: bool = False,
+    normalize: str = "own",
 ) -> Dataset:
     """Return CIFAR-10; `val` is the part of the training images held out."""
     train, test = cifar("CIFAR10", root, download)
-    return assembled("cifar10", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate))
+    return assembled(
+        "cifar10", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate),
+        normalize=normalize,
+    )  # fmt: skip

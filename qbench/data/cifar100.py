@@ -16,7 +16,11 @@ def build(
     pad: int = 4,
     flip: bool = True,
     replicate: bool = False,
+    normalize: str = "own",
 ) -> Dataset:
     """Return CIFAR-100; `val` is the part of the training images held out."""
     train, test = cifar("CIFAR100", root, download)
-    return assembled("cifar100", train, test, classes=100, val=val, augment=Augment(pad, flip, replicate))
+    return assembled(
+        "cifar100", train, test, classes=100, val=val, augment=Augment(pad, flip, replicate),
+        normalize=normalize,
+    )  # fmt: skip

@@ -19,7 +19,11 @@ def build(
     pad: int = 4,
     flip: bool = True,
     replicate: bool = False,
+    normalize: str = "own",
 ) -> Dataset:
     """Return Fashion-MNIST; `val` is the part of the training images held out."""
     train, test = mnist("FashionMNIST", root, download)
-    return assembled("fashion_mnist", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate))
+    return assembled(
+        "fashion_mnist", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate),
+        normalize=normalize,
+    )  # fmt: skip

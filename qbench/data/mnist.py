@@ -12,7 +12,9 @@ from qbench.data.dataset import Augment, Dataset
 from qbench.data.published import assembled, mnist
 
 
-def build(*, root: str = "data", download: bool = False, val: float = 0.1, pad: int = 0) -> Dataset:
+def build(
+    *, root: str = "data", download: bool = False, val: float = 0.1, pad: int = 0, normalize: str = "own"
+) -> Dataset:
     """Return MNIST; `val` is the part of the training images held out."""
     train, test = mnist("MNIST", root, download)
-    return assembled("mnist", train, test, classes=10, val=val, augment=Augment(pad))
+    return assembled("mnist", train, test, classes=10, val=val, augment=Augment(pad), normalize=normalize)

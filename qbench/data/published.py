@@ -2,7 +2,7 @@
 
 Names of files, addresses and checksums are torchvision's, and so is the layout below `root`: what another program
 downloaded with torchvision is found. What comes back is uint8 images (N, C, H, W) and int64 labels in memory. The
-means and deviations are those of the images trained on.
+means and deviations are those of the images trained on, unless `normalize` names others.
 """
 
 import errno
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from qbench.data.dataset import Augment, Dataset, Split, hold_out, mean_and_std
+from qbench.data.dataset import Augment, Dataset, Split, hold_out
+from qbench.data.normalize import statistics
 from qbench.errors import DataError, ResourceError
 from qbench.vision import torchvision
 
@@ -29,17 +30,19 @@ Files = Mapping[Path, str | None]
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
-def assembled(name: str, train: Split, test: Split, *, classes: int, val: float, augment: Augment) -> Dataset:
+def assembled(
+    name: str, train: Split, test: Split, *, classes: int, val: float, augment: Augment, normalize: str = "own"
+) -> Dataset:
     """Hold `val` of the training images out and return the data set.
 
     Raises:
-        ValueError: `val` or the augmentation's `pad` out of range.
+        ValueError: `val`, `normalize` or the augmentation's `pad` out of range.
     """
     side = min(train.images.shape[2:])
     if not 0 <= augment.pad < side:
         raise ValueError(f"pad={augment.pad}: allowed are 0 to {side - 1} pixels")
     kept, held = hold_out(train, val)
-    mean, std = mean_and_std(kept.images)
+    mean, std = statistics(normalize, kept.images)
     return Dataset(
         name=name, train=kept, val=held, test=test, classes=classes, mean=mean, std=std, augment=augment
     )  # fmt: skip

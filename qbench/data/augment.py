@@ -1,0 +1,154 @@
+"""Augmentation: crops and mirroring of uint8 images, colours of float images, each image by draws of its own.
+
+A batch at a time; what streams from files is cropped one by one, by the same function.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Shapes: N images, C channels, H height, W width.
+
+CROP, COLOUR, ATTEMPTS = 3, 3, 10
+"""Draws of an image: vertical place, horizontal place, mirroring; three for colours; two an attempt at a random box."""
+
+ASPECT = (3 / 4, 4 / 3)
+"""Width by height of a crop with random area: Szegedy et al. 2014, arXiv 1409.4842, section 6."""
+
+GREY = (0.299, 0.587, 0.114)
+"""Luma of red, green and blue: ITU-R BT.601."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is done to a training image; an image to be evaluated is cropped in the centre, to the same size.
+
+    Args:
+        pad: pixels put on each side before the random crop: black, or the border's with `replicate`.
+        flip: whether half of the images are mirrored.
+        size: the crop's side; 0 stands for the image's own height and width.
+        area: the least part of the image that a crop with random area and aspect covers; 0 for crops of `size` pixels.
+        brightness: most grey values of 255 that are added or taken away.
+        contrast: distances from the mean of each channel are multiplied by 1 - contrast to 1 + contrast.
+        jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter.
+    """
+
+    pad: int = 0
+    flip: bool = False
+    replicate: bool = False
+    size: int = 0
+    area: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("brightness", 255), ("contrast", 1), ("jitter", 1), ("area", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed is 0 to {most}")
+
+    @property
+    def colours(self) -> bool:
+        """Whether anything but place and mirroring is drawn."""
+        return bool(self.brightness or self.contrast or self.jitter)
+
+    @property
+    def draws(self) -> int:
+        """Uniform numbers that an image takes."""
+        return CROP + COLOUR + 2 * ATTEMPTS if self.area else CROP + COLOUR if self.colours else CROP
+
+
+def augmented(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
+    """Crop and mirror every image by its own draws.
+
+    Args:
+        draws: uniform numbers in [0, 1), (N, 3 or more): vertical place, horizontal place, mirroring.
+    """
+    pad, (count, _, height, width) = augment.pad, images_NCHW.shape
+    rows, columns = augment.size or height, augment.size or width
+    if not pad and not augment.flip and (rows, columns) == (height, width):
+        return images_NCHW
+    below, right = height + 2 * pad - rows, width + 2 * pad - columns  # the last place
+    image = torch.arange(count, device=draws.device)
+    dy, dx = (draws[:, 0] * (below + 1)).long(), (draws[:, 1] * (right + 1)).long()
+    images = images_NCHW.movedim(1, 3)
+    if augment.flip:  # the mirror image of a crop is the crop, at the mirrored place, of the mirror image
+        mirrored = draws[:, 2] < 0.5
+        images = torch.cat([images, images.flip(2)])
+        image, dx = image + count * mirrored, torch.where(mirrored, right - dx, dx)
+    windows = _padded(images, pad, augment.replicate).unfold(1, rows, 1).unfold(2, columns, 1)
+    return windows[image, dy, dx]
+
+
+def _padded(images_NHWC: Tensor, pad: int, replicate: bool) -> Tensor:
+    if not replicate:
+        return F.pad(images_NHWC, (0, 0, pad, pad, pad, pad))
+    for axis in (1, 2):  # torch's own replication of uint8 is five times slower
+        first, last = (images_NHWC.narrow(axis, at, 1) for at in (0, images_NHWC.shape[axis] - 1))
+        images_NHWC = torch.cat([first] * pad + [images_NHWC] + [last] * pad, axis)
+    return images_NHWC
+
+
+def centred(images_NCHW: Tensor, size: int) -> Tensor:
+    """Return the centre crop with sides of `size` pixels, rounded as torchvision rounds; 0 is the whole image."""
+    height, width = images_NCHW.shape[2:]
+    if not size or (size, size) == (height, width):
+        return images_NCHW
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return images_NCHW[:, :, top : top + size, left : left + size]
+
+
+def random_box(height: int, width: int, draws: Sequence[float], area: float) -> tuple[int, int, int, int]:
+    """Return (top, left, rows, columns) of a crop that covers `area` to all of an image, with a random aspect.
+
+    The share is uniform and the aspect uniform on a logarithmic scale, as in torchvision: shapes that do not fit are
+    drawn again, ten times; then it is the greatest box in the centre whose aspect is allowed.
+    """
+    low, high = map(math.log, ASPECT)
+    for share, turn in zip(*[iter(draws[CROP + COLOUR :])] * 2, strict=True):
+        pixels, aspect = height * width * (area + (1 - area) * share), math.exp(low + (high - low) * turn)
+        rows, columns = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        if 0 < rows <= height and 0 < columns <= width:
+            return int(draws[0] * (height - rows + 1)), int(draws[1] * (width - columns + 1)), rows, columns
+    rows, columns = min(height, round(width / ASPECT[0])), min(width, round(height * ASPECT[1]))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+def coloured(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
+    """Change brightness, contrast and saturation of every image by its own draws; the values stay in 0 to 255.
+
+    Returns:
+        float32, or the images themselves where the augmentation leaves colours alone.
+
+    Brightness is shifted and contrast changed about each channel's mean as in DoReFa's training script for SVHN
+    (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py), then what `jitter` says: brightness, contrast about the mean
+    grey, saturation, in this order (He's ImageNet training code in Torch, fb.resnet.torch, draws the order too).
+    """
+    if not augment.colours:
+        return images_NCHW
+    x = images_NCHW.to(torch.float32)
+    u = 2 * draws[:, CROP : CROP + COLOUR, None, None, None] - 1
+    if augment.brightness:
+        x = (x + augment.brightness * u[:, 0]).clamp_(0, 255)
+    if augment.contrast:
+        x = _blend(x, x.mean((2, 3), keepdim=True), 1 + augment.contrast * u[:, 1])
+    if augment.jitter:
+        x = (x * (1 + augment.jitter * u[:, 0])).clamp_(0, 255)
+        x = _blend(x, _grey(x).mean((2, 3), keepdim=True), 1 + augment.jitter * u[:, 1])
+        x = _blend(x, _grey(x), 1 + augment.jitter * u[:, 2])
+    return x
+
+
+def _blend(x_NCHW: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return ((x_NCHW - other) * factor + other).clamp_(0, 255)
+
+
+def _grey(x_NCHW: Tensor) -> Tensor:
+    """Return (N, 1, H, W)."""
+    if x_NCHW.shape[1] != 3:
+        return x_NCHW.mean(1, keepdim=True)
+    return sum((c * x_NCHW[:, i : i + 1] for i, c in enumerate(GREY)), torch.zeros_like(x_NCHW[:, :1]))

@@ -1,0 +1,47 @@
+"""Normalization of images by channel: x / 255, minus a mean, divided by a deviation, both named by `dataset.normalize`.
+
+`own` is the mean and deviation of the images trained on; the other names stand for fixed numbers.
+"""
+
+import torch
+from torch import Tensor
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+FIXED: dict[str, Statistics] = {
+    "unit": ((0.0,), (1.0,)),  # [0, 1]: Gupta et al.
+    "half": ((0.5,), (0.5,)),  # [-1, 1]: Polino et al.'s code for CIFAR
+    "by256": ((0.0,), (256 / 255,)),  # x / 256: DoReFa's training script for SVHN
+    # what all of torchvision's ImageNet weights were trained with: pytorch.org/vision, "Models and pre-trained weights"
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def statistics(name: str, images_NCHW: Tensor) -> Statistics:
+    """Return (mean, std) per channel that a value of `normalize` stands for.
+
+    Raises:
+        ValueError: no such name, or the numbers are for three channels.
+    """
+    if name == "own":
+        return mean_and_std(images_NCHW)
+    if name not in FIXED:
+        raise ValueError(f"normalize={name}: allowed are own, {', '.join(FIXED)}")
+    mean, std = FIXED[name]
+    channels = images_NCHW.shape[1]
+    if len(mean) not in (1, channels):
+        raise ValueError(f"normalize={name} is for {len(mean)} channels; here are {channels}: allowed is own")
+    return (mean, std) if len(mean) == channels else (mean * channels, std * channels)
+
+
+def mean_and_std(images_NCHW: Tensor) -> Statistics:
+    """Return mean and standard deviation per channel of uint8 images, on the scale [0, 1].
+
+    Counted by grey value: exact for any number of images, without a float copy of them.
+    """
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images_NCHW.unbind(1)])
+    weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = (weights * values).sum(1)
+    std = (weights * (values - mean[:, None]).square()).sum(1).sqrt()
+    return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
