@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench import registry
-from qbench.config import Config, digest, parent
+from qbench.config import STARTS, Config, digest, parent
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset
 from qbench.deviations.registry import deviate
@@ -27,7 +26,9 @@ from qbench.quant.combine import combine, distilled
 from qbench.quant.layers import install
 from qbench.quant.method import FLOAT, Bits, Method, Unsupported
 from qbench.quant.policy import Policy, PolicyError
-from qbench.train.checkpoint import is_sealed, load_float, load_plain, seed_everything, unpack
+from qbench.record import files
+from qbench.record.run import load_result
+from qbench.train.checkpoint import is_sealed, is_zip, load_float, load_plain, seed_everything, unpack
 
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))
 MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
@@ -147,6 +148,8 @@ def assemble(config: Config) -> Parts:
     if not len(data.test):
         raise ConfigError(f"dataset={config.dataset['name']}: its test split is empty")
     model = _build_model(config, data, method)
+    if config.init not in STARTS:
+        load_start(model, Path(config.init))
     parts = Parts(config, data, method, count_macs(model, data.shape), device)
     parts.install(model)
     return parts
@@ -168,7 +171,9 @@ def widths(config: Config) -> Bits:
 def _create(node: dict[str, Any], bits: Bits, key: str = "method") -> Method:
     """Build the method that a node names, under its deviation if it has one; `key` is the node's place, for errors."""
     try:
-        method: Method = registry.create("method", node, **bits._asdict())
+        method = registry.create("method", node, **bits._asdict())
+        if not isinstance(method, Method):
+            raise ConfigError(f"method={node['name']}: returned a {type(method).__name__}, not a Method")
         return deviate(node["name"], str(node.get("deviation", "none")), method)
     except ConfigError as error:
         raise ConfigError(str(error).replace("method.", f"{key}.").replace("method=", f"{key}=")) from None
@@ -188,7 +193,9 @@ def _card(node: dict[str, Any]) -> dict[str, str]:
 @lru_cache(maxsize=2)
 def _dataset(node: str) -> Dataset:
     """Return the data set of a node given as JSON; the cells of a sweep share it."""
-    data: Dataset = registry.create("dataset", json.loads(node))
+    data = registry.create("dataset", json.loads(node))
+    if not isinstance(data, Dataset):
+        raise ConfigError(f"dataset={json.loads(node)['name']}: returned a {type(data).__name__}, not a Dataset")
     return data
 
 
@@ -283,17 +290,19 @@ def _build_model(config: Config, data: Dataset, method: Method) -> nn.Module:
 
 def _check_norm(model: nn.Module, method: Method) -> None:
     """A network that is not ours does not say its normalization: look at it."""
-    affine = any(getattr(m, "affine", False) and "BatchNorm" in type(m).__name__ for m in model.modules())
-    if method.requires.norm == "plain" and not hasattr(model, "norm") and affine:
+    norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
+    affine = any(getattr(m, "affine", False) for m in norms)
+    if method.requires.norm == "plain" and not hasattr(model, "norm") and (affine or not norms):
+        found = "has both" if affine else "has none"
         raise Unsupported(
-            f"{method.name} requires batch normalization without scale and shift; {type(model).__name__} has both"
+            f"{method.name} requires batch normalization without scale and shift; {type(model).__name__} {found}"
         )
 
 
 def verifies(file: Path, identity: dict[str, Any]) -> bool:
     """Whether a run's published weights are there, undamaged, and of this run."""
     try:
-        return unpack(file.read_bytes(), str(file)).get("identity") == digest(identity)
+        return unpack(files.read(file), str(file)).get("identity") == digest(identity)
     except (OSError, CheckpointError):
         return False
 
@@ -306,14 +315,14 @@ def _finished(run: Path, data: Dataset, dataset: str) -> nn.Module:
         ConfigError: it was trained on other data.
     """
     try:
-        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        state = unpack((run / "best.pt").read_bytes(), str(run / "best.pt"))
+        values = files.read_yaml(run / "config.yaml")
+        state = _published(run)
         values |= {"init": "scratch", "distill": {"name": "none"}}  # where its own weights came from no longer matters
         values["runtime"]["device"] = "cpu"
         config = from_dict(values)
     except OSError as error:
         raise CheckpointError(f"distill.teacher={run}: {error.filename}: {error.strerror}; is the run done?") from None
-    except (yaml.YAMLError, TypeError, KeyError, ConfigError) as error:
+    except (TypeError, KeyError, ConfigError) as error:
         why = str(error).partition("\n")[0]
         raise CheckpointError(f"distill.teacher={run}: its config.yaml cannot be used: {why}") from None
     if config.dataset["name"] != dataset:
@@ -333,6 +342,23 @@ def _finished(run: Path, data: Dataset, dataset: str) -> nn.Module:
     return model
 
 
+def _published(run: Path) -> dict[str, Any]:
+    """Return what a finished run's best.pt holds.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: it is damaged, or not of the run that the result beside it tells of.
+    """
+    file = run / "best.pt"
+    state = unpack(files.read(file), str(file))
+    result = load_result(run)
+    if result is None and (run / "result.json").exists():
+        raise CheckpointError(f"{run / 'result.json'} is damaged; the command that made the run makes it whole again")
+    if result and result.protocol.get("identity") != state.get("identity"):
+        raise CheckpointError(f"{file} and result.json beside it are of two runs")
+    return state
+
+
 def load_start(model: nn.Module, path: Path, identity: str | None = None) -> str:
     """Load float weights from a checkpoint file or a run's best.pt; return what was loaded, skipped, left new.
 
@@ -343,18 +369,22 @@ def load_start(model: nn.Module, path: Path, identity: str | None = None) -> str
         CheckpointError: damaged, of another run or of another network.
     """
     file = path / "best.pt" if path.is_dir() else path
+    notes = []
     try:
-        data = file.read_bytes()
+        if path.is_dir():
+            state = _published(path)
+        else:
+            data = files.read(file)
+            state = unpack(data, str(file)) if is_sealed(data) else load_plain(data, str(file))
+            notes = [] if is_zip(data) else ["in a format without checksums: nobody can tell whether they are damaged"]
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}; the weights to start from are gone") from None
-    ours = path.is_dir() or identity is not None or is_sealed(data)
-    state: dict[str, Any] = unpack(data, str(file)) if ours else load_plain(data, str(file))
     if identity is not None and state.get("identity") != identity:
         raise CheckpointError(f"{file} belongs to another run; train the parent anew with rerun=true")
     weights = state.get("model", state)
     if not isinstance(weights, dict):
         raise CheckpointError(f"{file}: its key `model` holds a {type(weights).__name__}, not a state_dict")
     skipped, new = load_float(model, weights, str(file))
-    notes = [f"{len(skipped)} skipped ({', '.join(skipped[:3])}, ...)"] if skipped else []
+    notes += [f"{len(skipped)} skipped ({', '.join(skipped[:3])}, ...)"] if skipped else []
     notes += [f"{len(new)} new ({', '.join(new[:3])}, ...)"] if new else []
     return f"weights from {file}: {len(weights) - len(skipped)} tensors loaded" + "".join(f", {n}" for n in notes)

@@ -1,63 +1,107 @@
 """The front door: verbs first, then Hydra. Nothing on the way to `--help` or to a stored result imports torch."""
 
+import io
 import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from typing import TextIO
 
 from qbench.config import Config, nearest
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 from qbench.interrupt import signals
 
 BUG, SWEEP_WITH_FAILURES = 1, 8
+TOO_MUCH = ("allocate memory", "out of memory", "not enough memory", "overflow")
+"""What torch says of sizes that no machine has."""
+WIDEST = 1000
+"""Characters of a line of an error message; of what is longer, the middle is left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, or what `qbench.errors` says of the error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not lose a table
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
-            print(help_screen())
-            return 0
-        if "--version" in arguments:
-            print(_version())
-            return 0
-        word = arguments[0]
-        if word in VERBS:
-            return VERBS[word](arguments[1:])
-        if "=" not in word and word[:1] not in ("-", "+", "~"):
-            raise ConfigError(f"{word}: neither a verb nor key=value{nearest(word, VERBS)}\nverbs: {', '.join(VERBS)}")
-        return train(arguments)
+        os.getcwd()
+    except FileNotFoundError:
+        _tell(["the working directory is gone; change to another one"])
+        return ResourceError.status
+    try:
+        status = _answer(arguments)
+        print(end="", flush=True)  # here, where it can still be told of, not when Python ends
+        return status
     except QbenchError as error:
-        print(_three_lines(error), file=sys.stderr)
+        if os.environ.get("QBENCH_TRACEBACK"):
+            traceback.print_exc()
+        _tell(str(error).strip().splitlines() or [type(error).__name__])
         return error.status
     except KeyboardInterrupt:  # before a run began; after that signals are the run's own
         return Interrupted.status
     except BrokenPipeError:  # the reader of our output has gone, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritten(sys.stdout)
         return 0
-    except (OSError, MemoryError) as error:
-        print(_three_lines(_resource(error)), file=sys.stderr)
-        return ResourceError.status
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit in a function of the user's own would look like success
+        if refused := _refused(error):
+            _tell(refused)
+            _drop_unwritten(sys.stdout)
+            return ResourceError.status
         if os.environ.get("QBENCH_TRACEBACK"):
             traceback.print_exc()
-        print(
-            f"qbench: a bug, or an error in your own code: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
-            "QBENCH_TRACEBACK=1 shows the traceback; once a run has begun, its log.txt has it too",
-            file=sys.stderr,
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        _tell(
+            [
+                f"a bug, or an error in your own code: {what}",
+                "QBENCH_TRACEBACK=1 shows the traceback; once a run has begun, its log.txt has it too",
+            ]
         )
         return BUG
 
 
-def _resource(error: OSError | MemoryError) -> QbenchError:
-    """Return what the system's refusal means, where nobody nearer to it said so."""
-    if isinstance(error, MemoryError):
-        return ResourceError(f"out of memory: {error}\ntry a smaller optim.batch_size or network")
-    named = f"{error.filename}: " if error.filename else ""
-    return ResourceError(f"{named}{error.strerror or error}")
+def _answer(arguments: list[str]) -> int:
+    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
+        print(help_screen())
+        return 0
+    if "--version" in arguments:
+        print(_version())
+        return 0
+    word = arguments[0]
+    if word in VERBS:
+        return VERBS[word](arguments[1:])
+    if "=" not in word and word[:1] not in ("-", "+", "~"):
+        raise ConfigError(f"{word}: neither a verb nor key=value{nearest(word, VERBS)}\nverbs: {', '.join(VERBS)}")
+    return train(arguments)
+
+
+def _drop_unwritten(stream: TextIO) -> None:
+    """Throw away what a stream still holds and cannot write: Python would try again when it ends."""
+    if isinstance(stream, io.TextIOWrapper):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _refused(error: BaseException) -> list[str]:
+    """Say what the system's refusal means, where nobody nearer to it did; nothing where it refused nothing."""
+    if isinstance(error, OSError):
+        return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in TOO_MUCH)):
+        return [f"out of memory: {error}".splitlines()[0], "try a smaller optim.batch_size, network or data set"]
+    return []
+
+
+def _tell(lines: Iterable[str]) -> None:
+    """Print an error in at most three lines that do nothing to a terminal but stand there."""
+    shown = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines][:3]
+    short = [x if len(x) <= WIDEST else f"{x[: WIDEST // 2]} ... {x[-WIDEST // 2 :]}" for x in shown]
+    with suppress(OSError):  # nobody to tell; the status says it
+        print("\n".join([f"qbench: {short[0]}", *short[1:]]), file=sys.stderr)
+    _drop_unwritten(sys.stderr)
 
 
 def train(arguments: list[str]) -> int:
@@ -67,6 +111,9 @@ def train(arguments: list[str]) -> int:
     sweep = any(flag in arguments for flag in compose.MULTIRUN)
     if not sweep and compose.launcher(arguments):
         raise ConfigError("hydra/launcher works on a sweep: put -m first")
+    for word in arguments:
+        if not compose.launcher(arguments) and word.lstrip("+").startswith(("hydra.launcher.", "hydra.sweeper.")):
+            raise ConfigError(f"{word} has no effect without hydra/launcher=NAME")
     with signals() as stop:
         configs = compose.configurations(arguments)
         if not configs:  # Hydra has shown what was asked for
@@ -87,6 +134,7 @@ def train_one(config: Config, stop: Callable[[], int]) -> int:
         for change in manifest.changed_since(directory.path / "manifest.json"):
             print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
         print(row([result], width))
+        directory.tidy()
     else:
         from qbench.experiment import run
         from qbench.record.logbook import append_text
@@ -136,6 +184,9 @@ def check(arguments: list[str]) -> int:
     names = [word for word in arguments if "=" not in word or word.startswith("method=")]
     if len(names) != 1 or any(word.startswith("-") for word in arguments):
         raise ConfigError("check wants one method and perhaps keys of it: qbench check NAME [method.KEY=VALUE ...]")
+    for word in arguments:
+        if "=" in word and word.partition("=")[0].partition(".")[0] not in ("method", "activation", "bits"):
+            raise ConfigError(f"{word} has no effect on check\nallowed: method.KEY=VALUE, bits.KEY=N, activation=NAME")
     words = [word if "=" in word else f"method={word}" for word in arguments]
     (config,) = compose.configurations(words)
     from qbench.assembly import make_method, widths
@@ -220,10 +271,19 @@ def runs(directories: list[str]) -> int:
     return 0
 
 
+def ledger(arguments: list[str]) -> int:
+    """Print what papers published beside what was measured."""
+    from qbench.report.ledger import ledger as tables
+
+    print(tables(arguments))
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "compare": compare,
     "describe": describe,
+    "ledger": ledger,
     "list": listing,
     "plan": plan,
 }
@@ -231,9 +291,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 def help_screen() -> str:
     """Return what `qbench --help` prints."""
-    from qbench.compose import groups, names
+    from qbench.compose import groups, listed, names
 
-    shown = "\n".join(f"  {group:<11}{', '.join(names(group))}" for group in groups())
+    shown = "\n".join(f"  {group:<11}{listed(names(group))}" for group in groups())
     return f"""\
 qbench: papers on low-precision CNNs on one trainer and one protocol
 
@@ -241,6 +301,7 @@ qbench: papers on low-precision CNNs on one trainer and one protocol
   qbench -m method=dorefa bits.w=1,2,4 seed=0,1 every combination; stored runs are not run again
   qbench plan -m method=dorefa seed=0,1         what would run, and about how long; trains nothing
   qbench compare outputs [--format md]          runs side by side: text, md, csv, json, latex
+  qbench ledger [--paper X] [--missing]         what was published, by whom, how we know, and what was measured here
   qbench describe METHOD                        the method's card: formulas, choices, deviations
   qbench check METHOD                           is it sound? levels, gradients, odd tensors, resume, at all widths
   qbench list methods                           the names in a group: models, datasets, ...; or list runs [DIR]
@@ -259,11 +320,6 @@ Keys of their own: seed, epochs, pretrain.epochs, init (auto, float, scratch or 
 Results lie below out (default: outputs), one directory a run. Repeating a line shows the stored row; a stopped run goes
 on. Exit status: 0 done, 1 a bug, 2 usage, 3 data, 4 checkpoint, 5 resources, 6 diverged, 8 sweep with failures,
 75 interrupted and resumable."""
-
-
-def _three_lines(error: QbenchError) -> str:
-    lines = str(error).strip().splitlines()[:3] or [type(error).__name__]
-    return "\n".join([f"qbench: {lines[0]}", *lines[1:]])
 
 
 def _version() -> str:

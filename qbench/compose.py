@@ -7,12 +7,18 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
-from itertools import product
+from itertools import islice, pairwise, product
+from math import prod
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,11 +31,13 @@ from hydra.errors import (
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from qbench import registry
 from qbench.config import Config, nearest
-from qbench.errors import ConfigError
+from qbench.errors import ConfigError, QbenchError
 from qbench.filling import from_node
+from qbench.record.files import read_yaml
 from qbench.values import parse_bits
 
 FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> values it takes, () for any, None for none
@@ -40,7 +48,11 @@ FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> values it takes, () for 
     **dict.fromkeys(("--package", "-p", "--config-dir", "-cd"), ()),
 }
 MULTIRUN = ("-m", "--multirun")
+CONFIG_DIRECTORY = ("--config-dir", "-cd")
 LAUNCHER_KEYS = ("hydra/launcher=", "hydra.launcher.", "+hydra.launcher.", "hydra.sweeper.")
+HYDRA_KEYS = (*LAUNCHER_KEYS, "hydra.searchpath=")
+MOST_CELLS = 10_000
+"""Combinations of a sweep; a mistyped range can ask for any number."""
 
 
 def conf_directory() -> Path:
@@ -64,6 +76,26 @@ def names(group: str) -> list[str]:
 
 def _file(group: str, name: str) -> Path:
     return conf_directory() / group / f"{name}.yaml"
+
+
+class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
+    """Hydra's reader of YAML files, in whose place it stands: a file of the user's that cannot be read is named, and
+    the bounds of `read_yaml` hold.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return what a file below a configuration directory holds."""
+        file = Path(self.path) / self._normalize_file_name(config_path)
+        if self.provider == "main":
+            return super().load_config(config_path)
+        values = read_yaml(file)
+        if not isinstance(values, dict | NoneType):
+            raise ConfigError(f"{file}: holds {values!r}\nallowed are keys and values, such as `epochs: 3`")
+        try:
+            return super().load_config(config_path)
+        except Exception as error:  # what OmegaConf and Hydra's own header ask for on top of YAML
+            why = error.problem if isinstance(error, MarkedYAMLError) else str(error).partition("\n")[0]
+            raise ConfigError(f"{file}: {why}") from None
 
 
 class Unwritten(ConfigSource):  # type: ignore[misc]
@@ -122,33 +154,48 @@ def configurations(arguments: list[str]) -> list[Config]:
     nodes: list[DictConfig] = []
     try:
         flags, overrides = sorted_out(words)
-        if set(flags) <= {*MULTIRUN, "--run", "-r"}:
-            nodes = _composed(overrides, sweep=any(flag in MULTIRUN for flag in flags))
-        else:
-            _hydra(words, nodes.append)
-    except ConfigError:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", r"provider=.* is not available")  # a search path that leads nowhere
+            folders = [value for flag, value in pairwise(flags) if flag in CONFIG_DIRECTORY]
+            if set(flags) - set(folders) <= {*MULTIRUN, *CONFIG_DIRECTORY, "--run", "-r"}:
+                nodes = _composed(overrides, any(flag in MULTIRUN for flag in flags), *folders[-1:])
+            else:
+                _hydra(words, nodes.append)
+    except QbenchError:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own errors, and a YAML file of the user's that cannot be read
         raise ConfigError(reworded(error, arguments)) from None
     return [from_node(node) for node in nodes]
 
 
-def _composed(overrides: list[str], sweep: bool) -> list[DictConfig]:
+def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
     """Return the nodes of all combinations, without Hydra's own job around each: twice as fast as its sweeper, which
-    composes every cell twice.
+    composes every cell twice. `folder` is a configuration directory of the user's own.
     """
-    Plugins.instance().register(Unwritten)
+    if folder is not None and not os.path.isdir(folder):
+        raise ConfigError(f"{CONFIG_DIRECTORY[0]} {folder}: no such directory")
+    _register()
     with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        if folder is not None:
+            path = GlobalHydra.instance().config_loader().get_search_path()
+            path.prepend("command-line", f"file://{os.path.abspath(folder)}", SearchPathQuery(provider="schema"))
         if not sweep:
             return [hydra.compose("config", overrides)]
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         values = [
-            [f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()]
+            [f"{word.get_key_element()}={value}" for value in islice(word.sweep_string_iterator(), MOST_CELLS + 1)]
             if word.is_sweep_override()
             else [word.input_line or ""]
             for word in parser.parse_overrides(overrides)
         ]
+        if prod(map(len, values)) > MOST_CELLS:
+            raise ConfigError(f"a sweep of more than {MOST_CELLS:,} combinations; write it as several")
         return [hydra.compose("config", list(words)) for words in product(*values)]
+
+
+def _register() -> None:
+    Plugins.instance().register(Unwritten)
+    SourcesRegistry.instance().types["file"] = FileConfigSource  # `register` leaves what is there
 
 
 def launcher(arguments: Iterable[str]) -> str | None:
@@ -164,7 +211,7 @@ def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
 
 def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
     flags, overrides = sorted_out(arguments)
-    Plugins.instance().register(Unwritten)
+    _register()
     typed, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     with tempfile.TemporaryDirectory(prefix="qbench-") as scratch:  # Hydra's own notes on a sweep; nobody reads them
         sys.argv = ["qbench", *flags, *overrides, f"hydra.sweep.dir={scratch}"]
@@ -191,8 +238,11 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
         word = words.pop(0)
         flag, _, value = word.partition("=")
         if not word.startswith("-"):
-            if "=" not in word and not word.startswith("~"):
+            if not flag or ("=" not in word and not word.startswith("~")):
                 raise ConfigError(f"{word}: neither a verb nor key=value\nsee qbench --help for the verbs and keys")
+            if flag.startswith("hydra") and not word.startswith(HYDRA_KEYS):
+                known = ", ".join(key.rstrip("=.") for key in HYDRA_KEYS if key[0] != "+")
+                raise ConfigError(f"{word}: has no effect here\nof Hydra's keys, allowed are {known}")
             overrides.append(word)
             continue
         if flag not in FLAGS:
@@ -216,12 +266,15 @@ def reworded(error: Exception, arguments: list[str]) -> str:
     for argument in arguments:  # a group given a value that is no name at all: null, 3, [1]
         key, _, value = argument.partition("=")
         named = key in groups() and ":" not in value  # a function of the user's own may raise what it likes
-        if isinstance(error, ValueError | TypeError) and named and value not in names(key):
+        refused = isinstance(error, TypeError) or "Config group override must be" in str(error)
+        if refused and named and value not in names(key):
             return _missing_option(f"{key}/{value}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(str(error.missing_cfg_file))
     text = str(error).strip()
     cause = error.__cause__
+    if isinstance(error, RecursionError):
+        return "nested too deeply, or made of itself"
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{ambiguous[1]}: several values are a sweep\nput -m in front, or write a list as key=[a,b]"
     if isinstance(error, OverrideParseException):
@@ -241,7 +294,7 @@ def _missing_option(path: str) -> str:
     known = names(group)
     if not known:
         return f"{group}={name}: no such group{nearest(group, groups())}\nallowed: {', '.join(groups())}"
-    return f"{group}={name}: no such {group}{nearest(name, known)}\nallowed: {_listed(known)}"
+    return f"{group}={name}: no such {group}{nearest(name, known)}\nallowed: {listed(known)}"
 
 
 def groups() -> list[str]:
@@ -253,15 +306,23 @@ def _unknown_key(key: str, arguments: list[str]) -> str | None:
     """Say that a key does not exist, with its neighbours under the groups that were chosen; None where it exists."""
     parent, _, leaf = key.rpartition(".")
     chosen = [a for a in arguments if a.partition("=")[0] in groups() and "," not in a]
-    with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        node: Any = OmegaConf.to_container(hydra.compose("config", overrides=chosen))
+    try:
+        with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            node: Any = OmegaConf.to_container(hydra.compose("config", overrides=chosen))
+    except Exception:  # it is one of those chosen that is wrong
+        return None
     for part in parent.split(".") if parent else []:
         node = node.get(part) if isinstance(node, dict) else None
     if not isinstance(node, dict) or leaf in node:
         return None
     known = [f"{parent}.{name}" if parent else name for name in node]
-    return f"{key}: no such key{nearest(key, known)}\nallowed: {_listed(known)}"
+    return f"{key}: no such key{nearest(key, known)}\nallowed: {listed(known)}"
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
+def listed(names: Iterable[str]) -> str:
+    """Return names in a line, those of a folder as its name with their number."""
+    found: dict[str, int] = {}
+    for name in names:
+        folder, slash, _ = name.partition("/")
+        found[folder + slash] = found.get(folder + slash, 0) + 1
+    return ", ".join(f"{name}... ({count})" if name.endswith("/") else name for name, count in found.items())

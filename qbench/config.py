@@ -19,7 +19,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from qbench.errors import ConfigError
-from qbench.values import FLOAT, layer_width, one_of, within
+from qbench.record.files import read
+from qbench.values import FLOAT, layer_width, one_of, printable, within
 
 SCHEMA = 1
 """Counts changes after which the same configuration gives another result; part of every run's identity."""
@@ -113,6 +114,7 @@ class Runtime:
     progress: bool = True
     log_every: int = within(10, 1)
     save_seconds: float = within(30.0, 0)
+    workers: int = within(2, 0, 64)
 
     def numerics(self) -> dict[str, Any]:
         """Return what of it can change a run's numbers; the later keys only where they are not at their defaults."""
@@ -138,7 +140,7 @@ class Config:
     seed: int = within(0, 0, 2**31 - 1)
     epochs: int = within(MISSING, 1)
     init: str = "auto"
-    out: str = "outputs"
+    out: str = printable("outputs")
     rerun: bool = False
     claim: dict[str, Any] | None = None
 
@@ -246,7 +248,7 @@ def _file_sha256(key: str, path: str) -> str:
     """Return the sha256 of a checkpoint that a key names: another content is another run, wherever it lies."""
     file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(read(file)).hexdigest()
     except OSError as error:
         raise ConfigError(f"{key}={path}: cannot read {file}: {error.strerror}") from None
 

@@ -12,7 +12,7 @@ from qbench.assembly import Parts, assemble, load_start, verifies
 from qbench.config import Config, digest
 from qbench.cost.count import count_cost
 from qbench.data.dataset import Loader
-from qbench.errors import Diverged, Interrupted
+from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.quant.layers import NotFinite, fully_quantized, quantized_layers, reports
 from qbench.quant.method import FLOAT, Probe, Unsupported
 from qbench.quant.ops import compressed
@@ -22,8 +22,8 @@ from qbench.record.pictures import levels_figure
 from qbench.record.run import Result, RunDirectory, load_result
 from qbench.session import Desk, Session, record_failure
 from qbench.train import optim
-from qbench.train.checkpoint import copied, seed_everything, weights_sha256
-from qbench.train.loop import Average, State, Task, evaluate, evaluated_weights, fit
+from qbench.train.checkpoint import copied, not_finite, seed_everything, weights_sha256
+from qbench.train.loop import Average, State, Task, evaluate, evaluated_weights, fit, numbers
 
 PROBE_IMAGES = 256
 
@@ -40,6 +40,7 @@ def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Re
     desk = desk or Desk()
     directory = RunDirectory(config)
     if not config.rerun and (stored := _stored(directory, intact, desk)):
+        directory.tidy()
         return stored
     try:
         parts = assemble(config)
@@ -70,8 +71,10 @@ def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Re
 def _stored(directory: RunDirectory, intact: bool, desk: Desk) -> Result | None:
     """Return the stored result; with `intact` only if the weights beside it verify. Say what is damaged."""
     stored = directory.stored()
-    if directory.has_result() and load_result(directory.path) is None:
-        desk.screen.say(f"warning: {directory.path / 'result.json'} is damaged; the run is done anew")
+    found = load_result(directory.path)
+    if directory.has_result() and (not found or found.protocol.get("identity") != digest(directory.identity)):
+        what = "belongs to another run" if found else "is damaged"
+        desk.screen.say(f"warning: {directory.path / 'result.json'} {what}; the run is done anew")
     if stored and intact and stored.status == "done" and not verifies(directory.path / "best.pt", directory.identity):
         desk.screen.say(f"warning: {directory.path / 'best.pt'} is damaged or gone; the run is done anew")
         return None
@@ -96,7 +99,7 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
     """Train, evaluate and verify one run in its directory; return the result."""
     config = parts.config
     directory.write_config()
-    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
+    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device, config.runtime.workers)
     if loader.batch_size < config.optim.batch_size:
         desk.screen.say(f"optim.batch_size={config.optim.batch_size}: there are {loader.batch_size} training images")
     manifest.write(
@@ -129,21 +132,27 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
     except NotFinite as error:
         raise Diverged(f"{error}; try a lower optim.lr") from None
     finally:
-        session.book.close()
+        session.book.abandon()
 
 
 def _state(task: Task, saved: dict[str, Any] | None, seed: int) -> State:
     """Return the state to train from: a new one, or a saved one with model, optimizer and random numbers in place."""
-    if saved:
+    average = Average(task.model, task.optim.ema) if task.optim.ema is not None else None
+    if not saved:
+        state = State(optim.build(task.model, task.optim), average)
+        seed_everything(seed)
+        return state
+    try:
         names = set(saved["state"]["trainable"])
         for name, p in task.model.named_parameters():
             p.requires_grad_(name in names)
-    average = Average(task.model, task.optim.ema) if task.optim.ema is not None else None
-    state = State(optim.build(task.model, task.optim), average)
-    if saved:
+        state = State(optim.build(task.model, task.optim), average)
         state.load(task.model, saved["state"])
-    else:
-        seed_everything(seed)
+    except Exception as error:  # its digest is right, so somebody wrote it so
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(f"the checkpoint to go on from does not fit: {why}\nbegin anew: rerun=true") from error
+    if bad := not_finite(numbers(task.model)):
+        raise CheckpointError(f"the checkpoint to go on from holds inf or nan: {bad}\nbegin anew: rerun=true")
     return state
 
 
@@ -175,6 +184,7 @@ def _conclude(
         notes=_hints(parts, verified),
     )  # fmt: skip
     _show(model, state, session, result)
+    session.book.close()
     return result
 
 

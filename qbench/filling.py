@@ -1,13 +1,14 @@
 """From a composed configuration to a checked one: types, ranges, what follows from what, mistakes named as typed."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from qbench.config import STARTS, Bits, Config, Distill, Layers, Optim, nearest, parent
 from qbench.errors import ConfigError
@@ -16,7 +17,10 @@ from qbench.values import ACTS, FLOAT, WIDTHS, is_width, parse_bits
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Return the configuration of a stored `config.yaml`; see `from_node`."""
-    return from_node(OmegaConf.create(dict(values)))
+    try:
+        return from_node(OmegaConf.create(dict(values)))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"no configuration: {str(error).partition(chr(10))[0]}") from None
 
 
 def from_node(node: DictConfig) -> Config:
@@ -25,20 +29,43 @@ def from_node(node: DictConfig) -> Config:
     Raises:
         ConfigError: a key that does not exist, a value of the wrong type or out of range, named as typed.
     """
-    _check_nodes(Config, node)
     try:
+        _check_nodes(Config, node)
         merged = OmegaConf.merge(OmegaConf.structured(Config), node)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown(str(error.full_key), Config)) from None
     except ValidationError as error:
         raise ConfigError(_wrong_type(error, node)) from None
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; give it one: {error.full_key}=VALUE") from None
+    except OverflowError as error:
+        raise ConfigError(f"a number is out of range: {str(error).partition(chr(10))[0]}") from None
+    except RecursionError:
+        raise ConfigError("nested too deeply, or made of itself") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise ConfigError(f"{key}{str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
     _check(config)
+    _check_plain(config)
     return _filled(config)
+
+
+def _check_plain(value: Any, path: str = "") -> None:
+    """Refuse what YAML can say and no key means: bytes, dates, numbers beyond 64 bits, keys that are no text."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{path}{key}={item}: a key is text; quote it: '{key}'")
+            _check_plain(item, f"{path}{key}.")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_plain(item, path)
+    elif not isinstance(value, str | float | NoneType) and not (isinstance(value, int) and abs(value) < 2**63):
+        raise ConfigError(f"{path[:-1]}={value}: allowed are text, numbers up to 64 bits, true, false, null and lists")
 
 
 def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
@@ -67,7 +94,7 @@ def _filled(config: Config) -> Config:
     What is left at `auto` and the method asks for becomes `method`: its own, beside others under the shared protocol.
     What is typed is a protocol of its own, under which other methods can be run as well.
     """
-    if config.init not in ("auto", *STARTS) and not (config.init and Path(config.init).exists()):
+    if config.init not in ("auto", *STARTS) and not os.path.exists(config.init):
         raise ConfigError(
             f"init={config.init}: no such file or directory\n"
             "allowed: auto, float, scratch, or the path of a run's directory or a checkpoint"
@@ -123,7 +150,7 @@ def _fill_distill(config: Config, taught: bool) -> None:
     distill = config.distill
     if distill.name == "auto":
         distill.name = "method" if taught else "none"
-    if distill.teacher != "parent" and not (distill.teacher and Path(distill.teacher).is_dir()):
+    if distill.teacher != "parent" and not os.path.isdir(distill.teacher):
         raise ConfigError(
             f"distill.teacher={distill.teacher}: no such directory\nallowed: parent, or the directory of a finished run"
         )
@@ -170,6 +197,8 @@ def _check_schedule(optim: Optim, path: str) -> None:
 
 def _unknown(key: str, schema: type) -> str:
     """Say that a key does not exist, with the nearest and all of its neighbours."""
+    if key == "experiment":
+        return "experiment: no such key\na file of an experiment says `# @package _global_` in its first line"
     *way, leaf = key.split(".")
     for part in way:
         kinds = {f.name: f.type for f in dataclasses.fields(schema)}
@@ -182,7 +211,10 @@ def _unknown(key: str, schema: type) -> str:
 def _wrong_type(error: ValidationError, node: DictConfig) -> str:
     key = str(error.full_key)
     got = OmegaConf.select(node, key)
-    wanted = re.search(r"(Integer|Float|Boolean|String|Union\[[^]]*\])", str(error))
-    words = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+    wanted = re.search(r"(?:to |valid |not a |hint ')(Integer|Float|bool|string|ListConfig|Union\[[^]]*\])", str(error))
+    words = {
+        "Integer": "a whole number", "Float": "a number", "bool": "true or false", "string": "text",
+        "ListConfig": "a list",
+    }  # fmt: skip
     kind = words.get(wanted.group(1), WIDTHS) if wanted else "a value" if got is None else "another type"
     return f"{key}={got}: allowed is {kind}"

@@ -62,7 +62,7 @@ def _state(config: Config, speeds: dict[str, float]) -> tuple[str, int, float]:
         parts = assemble(config)
     except Unsupported as reason:
         return f"unsupported: {reason}", 0, 0.0
-    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
+    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device, config.runtime.workers)
     steps = parts.epochs * loader.steps
     parts_of_speed = (config.method, config.activation, config.bits, config.optim.batch_size, config.model)
     kind = " ".join(map(str, (directory.path.parent.name, *parts_of_speed)))

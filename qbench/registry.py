@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qbench.config import nearest
-from qbench.errors import ConfigError
+from qbench.errors import ConfigError, QbenchError
 
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
@@ -173,14 +173,17 @@ def _named_outright(group: str, name: str) -> Factory:
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # the user's own file lies where they work
         sys.path.insert(0, os.getcwd())
+    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        raise ConfigError(f"{group}={name}: write a function of your own as package.module:function")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
         raise ConfigError(f"{group}={name}: {error}; looked in {os.getcwd()} and the installed packages") from None
-    except AttributeError:
-        raise ConfigError(f"{group}={name}: module {module} has no {attribute!r}") from None
+    except Exception as error:
+        raise QbenchError(f"{group}={name}: an error in your own code: {type(error).__name__}: {error}") from error
     if not callable(found):
-        raise ConfigError(f"{group}={name}: {attribute} is not a function")
+        why = "is not a function" if found is not None else f"is not in module {module}"
+        raise ConfigError(f"{group}={name}: {attribute} {why}")
     return found  # type: ignore[no-any-return]
 
 

@@ -162,14 +162,17 @@ class Session:
             self.book.histograms(state.step, weight_tensors(task.model))
 
     def _newest(self) -> dict[str, Any] | None:
-        """Return the newest checkpoint that verifies; say which do not."""
+        """Return the newest checkpoint that verifies; say which do not, and remove them: they count as the newest."""
         for path in self.directory.states():
             try:
                 saved = unpack(path.read_bytes(), str(path))
                 if saved.get("identity") != self.identity:
                     raise CheckpointError(f"{path} belongs to another run")
+                if path.name != f"state-{_step(saved, path)}.pt":
+                    raise CheckpointError(f"{path} is of step {_step(saved, path)}")
             except CheckpointError as error:
-                self.desk.screen.say(f"warning: {error}; trying the one before")
+                self.desk.screen.say(f"warning: {error}; removed, trying the one before")
+                files.guarded(path.unlink, path)
                 continue
             self.desk.screen.say(f"going on from {path.name}")
             return saved
@@ -179,6 +182,16 @@ class Session:
         config = self.config
         stage = "float" if config.is_parent else f"{config.method_name} {config.bits}"
         return f"{stage}  {config.model['name']} on {config.dataset['name']}, seed {config.seed}"
+
+
+def _step(saved: dict[str, Any], path: Path) -> int:
+    """Return the step at which a checkpoint was saved."""
+    try:
+        if not isinstance(saved["session"], dict):
+            raise TypeError
+        return int(saved["state"]["counters"][2])
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise CheckpointError(f"{path} holds no state of a training") from None
 
 
 def _peak_bytes() -> int:

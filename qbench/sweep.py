@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -114,6 +115,9 @@ def launch_all(arguments: list[str], configs: Sequence[Config], name: str, stop:
         raise ConfigError(f"hydra/launcher={name}: no such launcher\nallowed: basic, {', '.join(LAUNCHERS)}")
     key = LAUNCHERS[name]
     typed = [a.partition("=")[2] for a in arguments if key and a.startswith(f"{key}=")]
+    for word in (w for w in arguments if name == "joblib" and w.lstrip("+").startswith("hydra.")):
+        if not re.fullmatch(rf"{key}=(-1|[1-9]\d{{,5}})|hydra\.searchpath=.*", word):
+            raise ConfigError(f"{word}: with joblib, allowed is {key}=N, N jobs at a time or -1 for one on every core")
     workers = most_workers(configs, typed[-1] if typed else "")
     with view(configs, workers):
         if name == "joblib":

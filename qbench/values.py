@@ -20,7 +20,8 @@ def within(default: Any, low: float, high: float = math.inf, *, above: bool = Fa
     text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
 
     def holds(x: Any) -> bool:
-        return bool(math.isfinite(x) and (x < high if below else x <= high) and (x > low if above else x >= low))
+        finite = isinstance(x, int) or math.isfinite(x)  # an integer can be too large for a float
+        return bool(finite and (x < high if below else x <= high) and (x > low if above else x >= low))
 
     return field(default=default, metadata={"holds": holds, "allowed": text})
 
@@ -28,6 +29,12 @@ def within(default: Any, low: float, high: float = math.inf, *, above: bool = Fa
 def one_of(default: Any, *choices: str) -> Any:
     """Return a field for one of some words."""
     return field(default=default, metadata={"holds": lambda x: x in choices, "allowed": ", ".join(choices)})
+
+
+def printable(default: str) -> Any:
+    """Return a field for text without control characters, such as a path that tables show."""
+    allowed = "one or more characters that can be printed"
+    return field(default=default, metadata={"holds": lambda x: bool(x) and x.isprintable(), "allowed": allowed})
 
 
 def layer_width(default: str) -> Any:

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -134,25 +133,6 @@ def test_a_repeat_prints_the_stored_row_without_torch(
     anew = qbench(*words, "rerun=true")
     assert anew.returncode == 0
     assert (next(out.rglob("dorefa*")) / "result.json").stat().st_mtime_ns > before
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["method=dorfa"], ["+bits.x=3"], ["bits.w=two"], ["bits.w=0"], ["optim.lr=nan"], ["seed=-1"], ["epochs=0"],
-        ["dataset.val=0.9999"], ["trian"], ["method=dorefa", "oops"], ["model.width=0"], ["layers.first=abc"],
-        ["describe"], ["describe", "dorfa"], ["list", "method"], ["--nope"], ["-m", "bits.w=two"],
-    ],
-    ids=" ".join,
-)  # fmt: skip
-def test_refused_with_status_2_and_nothing_created(words: list[str], tmp_path: Path) -> None:
-    done = qbench(*words, cwd=tmp_path)
-    assert done.returncode == 2, done
-    assert done.stdout == ""
-    assert 1 <= len(done.stderr.strip().splitlines()) <= 3, done.stderr
-    assert done.stderr.startswith("qbench: ")
-    assert words[-1].lstrip("+").partition("=")[0] in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def test_unsupported_is_recorded_with_its_reason(tmp_path: Path) -> None:
@@ -309,22 +289,6 @@ def _killed(out: Path, after: float, kind: signal.Signals, *more: str) -> int:
     return process.wait(timeout=60)
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(40, marks=pytest.mark.full)])
-def test_killed_at_any_moment_and_repeated_gives_the_same_weights(tmp_path: Path, count: int) -> None:
-    left_alone = qbench(*KILLED, f"out={tmp_path / 'alone'}")
-    assert left_alone.returncode == 0, left_alone.stderr
-    expected = {name: r["weights_sha256"] for name, r in results(tmp_path / "alone").items()}
-    draw = random.Random(count)
-    for i in range(count):
-        out = tmp_path / f"killed{i}"
-        for _ in range(3):
-            _killed(out, draw.uniform(0, 1.5), signal.SIGKILL)
-        assert qbench(*KILLED, f"out={out}").returncode == 0
-        assert {name: r["weights_sha256"] for name, r in results(out).items()} == expected
-        assert not list(out.rglob("state-*.pt"))
-        assert not list(out.rglob(".*.tmp"))
-
-
 def test_a_signal_stops_with_status_75_and_the_same_line_goes_on(tmp_path: Path) -> None:
     status = _killed(tmp_path, 0.2, signal.SIGTERM)
     assert status == 75
@@ -334,21 +298,3 @@ def test_a_signal_stops_with_status_75_and_the_same_line_goes_on(tmp_path: Path)
     for log in tmp_path.rglob("metrics.jsonl"):
         epochs = [json.loads(line)["epoch"] for line in log.read_text().splitlines() if '"kind": "epoch"' in line]
         assert epochs == list(range(len(epochs)))
-
-
-@pytest.mark.parametrize("count", [4, pytest.param(16, marks=pytest.mark.full)])
-def test_processes_that_start_together_train_the_parent_once(tmp_path: Path, count: int) -> None:
-    command = [sys.executable, "-m", "qbench", *SMOKE, f"out={tmp_path}", "pretrain.epochs=3"]
-    started = [
-        subprocess.Popen(
-            [*command, f"optim.lr={1e-4 * (i + 1)}"],
-            cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )
-        for i in range(count)
-    ]  # fmt: skip
-    logs = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * count, logs
-    assert sum("float  resnet8 on digits, seed 0: epoch 1," in log for log in logs) == 1
-    children = [json.loads(p.read_text()) for p in tmp_path.rglob("dorefa-*/result.json")]
-    assert len(children) == count
-    assert len({json.dumps(child["float"], sort_keys=True) for child in children}) == 1

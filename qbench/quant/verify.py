@@ -58,6 +58,8 @@ def _count(what: str, site: Any, before: Tensor, after: Tensor) -> dict[str, int
     with torch.no_grad():
         before, after = before.detach(), after.detach()
         grid: Grid = site.grid(before)
+        if not grid.points.shape[1]:
+            raise NotQuantized(f"{what}: its grid has no levels")
         index, distance = nearest_points(grid.arrange(after), grid.points)
     off = ~(distance <= _tolerance(grid.points))  # true for NaN too
     if off.any():

@@ -1,14 +1,20 @@
 """The one writer of durable files: a file is there whole or not at all. And readers that say what is damaged."""
 
+import errno
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qbench.errors import ResourceError
+import yaml
+
+from qbench.errors import ConfigError, ResourceError
 
 T = TypeVar("T")
+YAML_BYTES, YAML_VALUES = 2**16, 2**14
+"""Bounds of a YAML file; one of ours has less than a tenth."""
 
 
 def write(path: Path, data: bytes) -> None:
@@ -39,19 +45,70 @@ def write_json(path: Path, values: Any) -> None:
     write(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
+def read(path: Path) -> bytes:
+    """Return a file's bytes; a pipe or a device, which might never end, is refused.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the plain values of a YAML file, bounded in what reading it costs: no tags that make objects, a size, and
+    a count of values with those that aliases repeat.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ConfigError: it is no YAML, or too large.
+    """
+    data = read(path)
+    try:
+        loader = yaml.SafeLoader(data[: YAML_BYTES + 1])
+        node = loader.get_single_node() if len(data) <= YAML_BYTES else None
+        if len(data) > YAML_BYTES or _values(node, {}) > YAML_VALUES:
+            most = f"{YAML_BYTES:,} bytes and, with what aliases repeat, {YAML_VALUES:,} values"
+            raise ConfigError(f"{path}: too large: allowed are {most}")
+        return None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path}: {where}{error.problem or error.context}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # the last three are of odd scalars
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+
+def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Return how many values a node holds where every alias is written out; infinitely many where it holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a JSON object, or None where the file is missing, torn or something else."""
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read(path))
     except OSError:
         return None
 
 
 def parse_json(data: bytes) -> dict[str, Any] | None:
     """Return a JSON object, or None where the bytes are torn or something else."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
     try:
-        values = json.loads(data)
-    except ValueError:
+        values = json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 
@@ -94,16 +151,20 @@ def sync_directory(path: Path) -> None:
 
 
 def cut(path: Path, size: int) -> int:
-    """Cut an append-only file of lines back to the whole lines among its first `size` bytes; return their bytes.
+    """Cut an append-only file of JSON lines back to the whole ones among its first `size` bytes; return their bytes.
 
     Raises:
         ResourceError: the disk or its permissions do not allow it.
     """
 
     def truncate() -> int:
-        with open(path, "r+b") as file:
-            kept = file.read(size).rfind(b"\n") + 1
-            file.truncate(kept)
-        return kept
+        with open(path, "rb") as file:
+            known = file.read(size)
+        whole = b"".join(line + b"\n" for line in known.split(b"\n") if parse_json(line) is not None)
+        if whole == known:
+            os.truncate(path, size)
+        else:
+            write(path, whole)
+        return len(whole)
 
     return guarded(truncate, path) if path.exists() else 0

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,10 @@ class Logbook:
         if not step:  # a try that came to no checkpoint left points that would stand twice
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
-        self._writer = _writer(path, step) if tensorboard else None
+        self._writer: SummaryWriter | None = None
+        if tensorboard:
+            self._hook, threading.excepthook = threading.excepthook, _unless_refused
+            self._writer = files.guarded(lambda: _writer(path, step), path)
 
     @property
     def size(self) -> int:
@@ -50,38 +55,65 @@ class Logbook:
                 os.fsync(file.fileno())
 
         files.guarded(append, self._metrics, len(line))
-        if self._writer:
+
+        def add(writer: "SummaryWriter") -> None:
             for name, value in values.items():
                 if isinstance(value, int | float) and name not in ("epoch", "images"):
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+                    writer.add_scalar(f"{kind}/{name}", value, step)
+
+        self._show(add)
 
     def histograms(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
         """Add a histogram of each tensor to TensorBoard."""
-        if self._writer:
+
+        def add(writer: "SummaryWriter") -> None:
             for name, tensor in tensors.items():
-                self._writer.add_histogram(name, tensor.detach().cpu().numpy(), step)
+                writer.add_histogram(name, tensor.detach().cpu().numpy(), step)
+
+        self._show(add)
 
     def figure(self, step: int, name: str, figure: Any) -> None:
         """Add a matplotlib figure to TensorBoard."""
-        if self._writer:
-            self._writer.add_figure(name, figure, step)
+        self._show(lambda writer: writer.add_figure(name, figure, step))
 
     def hparams(self, values: Mapping[str, bool | int | float | str], metrics: Mapping[str, float]) -> None:
         """Add hyper-parameters and final metrics, in this same event file (`add_hparams` would add a false run)."""
-        if not self._writer:
-            return
-        from torch.utils.tensorboard.summary import hparams
 
-        for summary in hparams(dict(values), dict(metrics)):
-            self._writer.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, 0)
+        def add(writer: "SummaryWriter") -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            for summary in hparams(dict(values), dict(metrics)):
+                writer.file_writer.add_summary(summary)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, 0)
+
+        self._show(add)
 
     def close(self) -> None:
-        """Flush and close what is open."""
+        """Flush and close what is open.
+
+        Raises:
+            ResourceError: not all of it could be written.
+        """
+        self._show(lambda writer: writer.flush())
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close what is open, whether or not all of it can be written."""
         if self._writer:
-            self._writer.close()
-            self._writer = None
+            with suppress(OSError):
+                self._writer.close()
+            self._writer, threading.excepthook = None, self._hook
+
+    def _show(self, action: Callable[["SummaryWriter"], None]) -> None:
+        if writer := self._writer:
+            files.guarded(lambda: action(writer), self.path)
+
+
+def _unless_refused(args: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, but not the system's refusal to write: TensorBoard's writer raises that once more."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def append_text(path: Path, text: str) -> None:

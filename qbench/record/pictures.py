@@ -1,6 +1,7 @@
 """Pictures of a quantized network for TensorBoard: histograms of weights, and each layer's levels in one figure."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ def levels_figure(model: torch.nn.Module) -> Any:
     names = [key.removeprefix("latent/") for key in tensors if key.startswith("latent/")]
     if not names:
         return None
+    os.environ["MPLBACKEND"] = "agg"  # a backend that is set but not there would end the import
     from matplotlib.figure import Figure
 
     columns = min(4, len(names))

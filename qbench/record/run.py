@@ -7,8 +7,9 @@ or a launcher. `result.json` is written last; until then the directory holds che
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,10 @@ def load_result(path: Path) -> Result | None:
         result = Result(**values | {"run": str(path)})
     except TypeError:  # fields are missing
         return None
-    return result if _is_sound(result) else None
+    return result if is_sound(result) else None
 
 
-def _is_sound(result: Result) -> bool:
+def is_sound(result: Result) -> bool:
     """Whether a result that was read has the parts that readers rely on."""
     try:
         measured = [result.final] if result.status == "done" else []
@@ -163,6 +164,16 @@ class RunDirectory:
                 path.unlink()
         return result
 
+    def tidy(self) -> None:
+        """Remove checkpoints beside a stored result: a process was killed before it could.
+
+        Quietly does nothing where another process has the directory, or it is not to be written to.
+        """
+        if self.states():
+            with suppress(OSError), FileLock(self.path / ".lock", timeout=0):
+                for path in self.states() if self.stored() else ():
+                    path.unlink()
+
     def save_state(self, step: int, data: bytes) -> None:
         """Write the checkpoint of a step; keep the newest two."""
         files.write(self.path / f"state-{step}.pt", data)
@@ -176,7 +187,9 @@ class RunDirectory:
     def states(self) -> list[Path]:
         """Return the checkpoints of an unfinished run, newest first."""
         found = [
-            (int(m[1]), p) for p in self.path.glob("state-*.pt") if (m := re.fullmatch(r"state-(\d+)\.pt", p.name))
+            (int(m[1]), p)
+            for p in self.path.glob("state-*.pt")
+            if (m := re.fullmatch(r"state-(\d+)\.pt", p.name)) and p.is_file()
         ]
         return [path for _, path in sorted(found, reverse=True)]
 
@@ -191,7 +204,7 @@ class RunDirectory:
             paths += [*self.states(), *self.path.glob("events.out.tfevents.*")]
             paths += [self.path / name for name in KEPT]
         for path in paths:
-            path.unlink(missing_ok=True)
+            files.guarded(partial(path.unlink, missing_ok=True), path)
 
     def _sweep_up(self) -> None:
         """Remove temporary files of a process that was killed while it wrote."""

@@ -45,6 +45,8 @@ class Screen:
     def __init__(self, *, live: bool = True, quiet: bool = False) -> None:
         self._quiet = quiet
         self._live = live and not quiet and sys.stderr.isatty()
+        if self._live:
+            import rich.style  # noqa: F401  draws from Python's generator when imported: not after a run has seeded it
         self._bar: Any = None
         self._stage = _Stage("", 1, 0, 1)
         self.log: Path | None = None

@@ -37,7 +37,10 @@ def compare(found: Sequence[Found]) -> list[Table]:
     tables = [_block(titles[key], results, by_place, labels, logged) for key, results in sorted(blocks.items())]
     if tables and copies:
         tables[-1].notes.append(f"copies of runs listed already, left out: {', '.join(copies)}")
-    return tables + _without_figure(found)
+    tables += _without_figure(found)
+    for run in found:
+        tables[-1].notes += [f"{run.path.name}: {what}" for what in run.unread]
+    return tables
 
 
 def _without_copies(found: Sequence[Found]) -> tuple[list[Found], list[str]]:

@@ -1,33 +1,39 @@
 """Reading run directories: results where there are any, else what the logs still tell."""
 
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from qbench.config import digest
 from qbench.errors import ConfigError
 from qbench.filling import from_dict
 from qbench.record import files
-from qbench.record.run import Result, load_result
+from qbench.record.run import Result, is_sound, load_result
 
 DONE = "done"
 FROM_LOGS = "from the logs"
+AROUND = 16
+"""Bytes of an event file around each record."""
 
 
 @dataclass(kw_only=True)
 class Found:
-    """A run directory: its result, or why there is none. `status` is the result's, or running, unfinished, torn."""
+    """A run directory: its result, or why there is none. `status` is the result's, or running, unfinished, torn.
+
+    `unread` says what of its files is damaged.
+    """
 
     path: Path
     status: str
     reason: str = ""
     result: Result | None = None
     notes: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
 def read(directories: Iterable[str]) -> list[Found]:
@@ -39,7 +45,7 @@ def read(directories: Iterable[str]) -> list[Found]:
     paths: set[Path] = set()
     for name in directories:
         root = Path(name)
-        if not root.is_dir():
+        if not os.path.isdir(name):
             raise ConfigError(f"{name}: no such directory\nname a directory of runs, such as outputs")
         paths |= set(_run_directories(root))
     return [read_run(path) for path in sorted(paths)]
@@ -48,19 +54,25 @@ def read(directories: Iterable[str]) -> list[Found]:
 def read_run(path: Path) -> Found:
     """Return what one run directory tells."""
     if _is_held(path):
-        return Found(path=path, status="running", reason=_progress(path))
-    if (path / "result.json").exists():
-        result = load_result(path)
-        if result is None:
-            return Found(path=path, status="torn", reason="result.json is torn or of another version")
+        return Found(path=path, status="running", reason=_progress(_records(path)[0]))
+    sealed = (path / "result.json").exists()
+    if sealed and (result := load_result(path)):
         return Found(path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes)
-    try:
-        logged = _from_metrics(path) or _from_events(path)
-    except (ConfigError, yaml.YAMLError, OSError, ValueError, KeyError, TypeError) as error:
-        return Found(path=path, status="torn", reason=f"the logs cannot be read: {str(error).partition(chr(10))[0]}")
-    if logged:
-        return Found(path=path, status=DONE, result=logged, notes=[FROM_LOGS])
-    return Found(path=path, status="unfinished", reason=_progress(path))
+    reasons = ["result.json is torn or of another version"] if sealed else []
+    records, lost = _records(path)
+    unread = [f"metrics.jsonl: {lost}"] if lost else []
+    readers: list[Callable[[], Result | None]]
+    readers = [lambda: _from_metrics(path, records), lambda: _from_events(path, unread)]
+    for read_logs in readers:
+        try:
+            logged = read_logs()
+        except Exception as error:  # whatever a damaged log makes its readers stumble over
+            reasons.append(f"the logs cannot be read: {str(error).partition(chr(10))[0] or type(error).__name__}")
+            continue
+        if logged and is_sound(logged):
+            return Found(path=path, status=DONE, result=logged, notes=[FROM_LOGS], unread=[*reasons, *unread])
+    status, reason = ("torn", "; ".join(reasons)) if reasons else ("unfinished", _progress(records))
+    return Found(path=path, status=status, reason=reason, unread=unread)
 
 
 def _run_directories(root: Path) -> Iterator[Path]:
@@ -82,25 +94,30 @@ def _is_held(path: Path) -> bool:
         return True
 
 
-def _progress(path: Path) -> str:
-    epochs = [record["epoch"] for record in _records(path) if record.get("kind") == "epoch"]
-    return f"{len(epochs)} epochs done" if epochs else "no epoch done"
+def _progress(records: list[dict[str, Any]]) -> str:
+    epochs = sum(record.get("kind") == "epoch" for record in records)
+    return f"{epochs} epochs done" if epochs else "no epoch done"
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of metrics.jsonl; a torn tail is left out."""
+def _records(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return the lines of metrics.jsonl that are whole, and what is to be said of the others."""
     file = path / "metrics.jsonl"
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    return [record for line in lines if (record := files.parse_json(line)) is not None]
+    try:
+        lines = [line for line in files.read(file).split(b"\n") if line] if file.exists() else []
+    except OSError as error:
+        return [], error.strerror or str(error)
+    records = [record for line in lines if (record := files.parse_json(line)) is not None]
+    lost = len(lines) - len(records)
+    return records, f"{lost} line{'s' * (lost > 1)} cannot be read" if lost else ""
 
 
-def _from_metrics(path: Path) -> Result | None:
-    """Return a result from config.yaml and the final record of metrics.jsonl, or None."""
-    final = next((r for r in reversed(_records(path)) if r.get("kind") == "final"), None)
+def _from_metrics(path: Path, records: list[dict[str, Any]]) -> Result | None:
+    """Return a result from config.yaml and the final one of the records, or None."""
+    final = next((r for r in reversed(records) if r.get("kind") == "final"), None)
     file = path / "config.yaml"
     if final is None or "test_top1" not in final or not file.exists():
         return None
-    config = from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    config = from_dict(files.read_yaml(file))
     protocol = config.protocol()
     return Result(
         status=DONE,
@@ -116,20 +133,33 @@ def _from_metrics(path: Path) -> Result | None:
     )
 
 
-def _from_events(path: Path) -> Result | None:
-    """Return a result from event files alone, or None: hyper-parameters and final scalars, no protocol."""
-    if not next(path.glob("events.out.tfevents.*"), None):
+def _from_events(path: Path, unread: list[str]) -> Result | None:
+    """Return a result from event files alone, or None: hyper-parameters and final scalars, no protocol.
+
+    What cannot be read is added to `unread`.
+    """
+    paths = sorted(path.glob("events.out.tfevents.*"))
+    if not paths:
         return None
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    events = EventAccumulator(str(path), size_guidance={"scalars": 1, "histograms": 1, "images": 1}).Reload()
-    metadata = events.summary_metadata.get("_hparams_/session_start_info")
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("final/")]
-    final = {tag.removeprefix("final/"): events.Scalars(tag)[-1].value for tag in tags}
-    if metadata is None or "test_top1" not in final:
+    content, final = b"", {}
+    for file in paths:
+        data = files.read(file)
+        lost = len(data)
+        for record in _event_records(data):
+            lost -= len(record) + AROUND
+            for value in Event.FromString(record).summary.value:
+                if value.tag == "_hparams_/session_start_info":
+                    content = value.metadata.plugin_data.content
+                elif value.tag.startswith("final/"):
+                    final[value.tag.removeprefix("final/")] = value.simple_value
+        if lost:
+            unread.append(f"{file.name}: {lost:,} bytes cannot be read")
+    if not content or "test_top1" not in final:
         return None
-    stored = HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info.hparams
+    stored = HParamsPluginData.FromString(content).session_start_info.hparams
     values = {key: getattr(value, value.WhichOneof("kind")) for key, value in stored.items()}
     return Result(
         status=DONE,
@@ -142,6 +172,27 @@ def _from_events(path: Path) -> Result | None:
         protocol={"hash": "", "keys": {"epochs": int(values["epochs"])}},
         final=_final(final),
     )
+
+
+def _event_records(data: bytes) -> Iterator[bytes]:
+    """Yield the records of an event file whose checksums match; TensorBoard's own reader gives up at the first other.
+
+    A record is its length (8 bytes), the checksum of that (4), the content, the checksum of that (4).
+    """
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    def matches(start: int, stop: int) -> bool:
+        found: int = masked_crc32c(data[start:stop])
+        return found == int.from_bytes(data[stop : stop + 4], "little")
+
+    at = 0
+    while at + AROUND <= len(data):
+        end = at + AROUND + int.from_bytes(data[at : at + 8], "little")
+        if end <= len(data) and matches(at, at + 8) and matches(at + 12, end - 4):
+            yield data[at + 12 : end - 4]
+            at = end
+        else:
+            at += 1
 
 
 def _final(record: dict[str, Any]) -> dict[str, Any]:

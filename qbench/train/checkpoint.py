@@ -9,6 +9,7 @@ import io
 import random
 import resource
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ _MARK = b"\nqbench sha256 "
 _FOOTER = len(_MARK) + 64
 ROOM = 2**29
 """Bytes that reading a checkpoint may take besides some times its own size."""
+CONTENTS = 2**24
+"""Bytes of names and shapes that a checkpoint may have: some hundred thousand tensors."""
 
 
 def pack(state: dict[str, Any]) -> bytes:
@@ -53,16 +56,47 @@ def is_sealed(data: bytes) -> bool:
 
 
 def load_plain(data: bytes, source: str) -> dict[str, Any]:
-    """Return the dictionary of any `torch.save` file that holds plain values; code in it never runs."""
+    """Return the dictionary of any `torch.save` file that holds plain values; code in it never runs.
+
+    Raises:
+        CheckpointError: it is none, or the checksums inside it do not match. The format before torch 1.6 has none.
+    """
+    if is_zip(data):
+        _check_zip(data, source)
     try:
         with bounded_memory(ROOM + 8 * len(data)), warnings.catch_warnings(action="ignore"):  # of unusual pickles
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble over
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{source} is no readable checkpoint: {why}") from None
+        why = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{source} is no readable checkpoint: {_shown(why, 200)}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{source} holds a {type(state).__name__}, not a state_dict")
     return state
+
+
+def is_zip(data: bytes) -> bool:
+    """Whether a checkpoint is in the format since torch 1.6, in which every tensor has a checksum."""
+    return data[:4] == b"PK\x03\x04"
+
+
+def _check_zip(data: bytes, source: str) -> None:
+    """Refuse an archive that torch.load would read though it is damaged, or that is larger inside than outside."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+            end = data.rfind(b"PK\x05\x06") + 22 + len(archive.comment)
+            if end != len(data) and not is_sealed(data):
+                raise CheckpointError(f"{source} is damaged: something follows the end of its archive")
+            if any(r.compress_type for r in records) or sum(r.file_size for r in records) > len(data):
+                raise CheckpointError(f"{source} is no checkpoint: torch.save compresses nothing")
+            if any(r.file_size > CONTENTS for r in records if r.filename.endswith("data.pkl")):
+                raise CheckpointError(f"{source} names too many tensors; at most {CONTENTS:,} bytes of names")
+            if bad := archive.testzip():
+                raise CheckpointError(f"{source} is damaged: the checksum of its {_shown(bad)} does not match")
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile raises many kinds on what is torn
+        raise CheckpointError(f"{source} is damaged: {_shown(str(error), 200) or type(error).__name__}") from None
 
 
 @contextmanager
@@ -168,19 +202,37 @@ def load_float(model: nn.Module, state: dict[str, Any], source: str) -> tuple[li
     Raises:
         CheckpointError: tensors are missing, unknown or of another shape; the message names them.
     """
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     own = model.state_dict()
     skipped = [name for name in tensors if name not in own and of_quantizer(name)]
+    odd = [name for name in own if name in tensors and not _fits(tensors[name], own[name])]
+    kinds = [f"{name} ({tensors[name].dtype}, {tensors[name].layout})" for name in odd]
     wrong = [
         f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
         for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        if not odd and name in tensors and tensors[name].shape != own[name].shape
     ]
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
     unknown = [name for name in tensors if name not in own and name not in skipped]
-    for what, found in (("other shape", wrong), ("missing", missing), ("unknown", unknown)):
+    for what, found in (("other type", kinds), ("other shape", wrong), ("missing", missing), ("unknown", unknown)):
         if found:
             more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-            raise CheckpointError(f"{source} is of another network: {what}: {', '.join(found[:4])}{more}")
+            raise CheckpointError(f"{source} is of another network: {what}: {', '.join(map(_shown, found[:4]))}{more}")
+    if bad := not_finite({name: tensors[name] for name in own if name in tensors}):
+        raise CheckpointError(f"{source}: {bad} holds inf or nan")
     model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
-    return skipped, [name for name in own if name not in tensors]
+    return [*map(_shown, skipped)], [name for name in own if name not in tensors]
+
+
+def _fits(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor that was read is a plain one, of the same kind of numbers."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_quantized or tensor.is_nested:
+        return False
+    alike = tensor.is_floating_point() == own.is_floating_point()
+    return alike and torch.can_cast(tensor.dtype, own.dtype)
+
+
+def _shown(text: str, most: int = 99) -> str:
+    """Return a stranger's words as they can be printed."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
