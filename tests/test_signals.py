@@ -53,7 +53,8 @@ def test_any_moment(tmp_path: Path, count: int) -> None:
             assert again.wait(60) == 0, (replay, again.stderr())
             assert ended(out) == expected, replay
         assert stopped > count // 2
-    counted(f"R16: {count} signals at random moments, {stopped} ended with 75, others had finished; equal ends")
+    if count == 100:
+        counted(f"R16: {count} signals at random moments, {stopped} ended with 75, others had finished; equal ends")
 
 
 @pytest.mark.parametrize("kind", KINDS)
