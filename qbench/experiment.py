@@ -42,6 +42,7 @@ def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Re
     if not config.rerun and (stored := _stored(directory, intact, desk)):
         directory.tidy()
         return stored
+    manifest.changed()  # asks git now: started while a lock is held, it could hold that longer than we live
     try:
         parts = assemble(config)
     except Unsupported as reason:

@@ -39,6 +39,14 @@ def commit() -> str | None:
     return _git(root, "rev-parse", "HEAD")
 
 
+@cache
+def changed() -> bool | None:
+    """Return whether the clone held changes that no commit has, when first asked; None outside a clone."""
+    root = Path(__file__).parents[2]
+    status = _git(root, "status", "--porcelain", "--untracked-files=no") if commit() else None
+    return None if status is None else bool(status)
+
+
 def write(path: Path, *, numerics: dict[str, Any], device: "torch.device", data: dict[str, Any]) -> None:
     """Write manifest.json; `numerics` is what of the runtime decides the numbers.
 
@@ -46,13 +54,11 @@ def write(path: Path, *, numerics: dict[str, Any], device: "torch.device", data:
     """
     import torch
 
-    root = Path(__file__).parents[2]
-    status = _git(root, "status", "--porcelain", "--untracked-files=no") if commit() else None
     files.write_json(
         path,
         {
             "commit": commit(),
-            "uncommitted_changes": None if status is None else bool(status),
+            "uncommitted_changes": changed(),
             "versions": versions(),
             "platform": platform.platform(),
             "processor": platform.machine(),
