@@ -17,6 +17,8 @@ Fill = Callable[..., Any]
 """What fills a piece of a tensor in `blockwise`."""
 BLOCK = 2**18
 """Elements of a piece in `blockwise`: a megabyte of floats."""
+MIXING = 0x2C1B3C6D
+"""An odd number, so that multiplying 32 bits by it is one to one."""
 MOST_EDGES = 31
 """Above so many, searching is faster than comparing with each."""
 
@@ -92,13 +94,20 @@ def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 
 
 def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return integers (count,), int16, evenly spread over -32768 ... 32767, on `like`'s device.
+    """Return integers (count,), int16, each evenly spread over -32768 ... 32767 and any two independent.
 
-    One 64-bit number is drawn for every four of them, one after the other: a third of the time that a float each
-    takes, and the same whatever the number of threads.
+    The xor of every one of some 64-bit numbers with every one of others has both properties, so that about
+    sqrt(count) draws do; without bias, and sums have the variance that independent numbers give them. What holds
+    between four of them, in the corners of a rectangle, is broken by a one-to-one mixing of each 32 bits, which keeps
+    both. A tenth of the time that drawing all of them takes; the same whatever the number of threads.
     """
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device)
-    return draws.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
+    words = (count + 3) // 4
+    rows = math.isqrt(words) + 1
+    columns = -(-words // rows)
+    draws = torch.empty(rows + columns, dtype=torch.int64, device=like.device)
+    draws.random_(-(2**63), None, generator=generator)
+    mixed = (draws[:rows, None] ^ draws[rows:]).view(-1).view(torch.int32).mul_(MIXING)
+    return mixed.view(torch.int16)[:count]
 
 
 def _shift(like: Tensor, generator: Generator | None) -> Tensor:
