@@ -262,9 +262,10 @@ def test_draws_do_not_depend_on_threads(threads: int) -> None:
 
 
 def test_draws_are_uniform_and_uncorrelated() -> None:
-    """Over 4,000 tensors of 300: each place evenly spread, no two correlated, nor four in the corners of a rectangle."""
+    """Over 4,000 tensors: each place evenly spread, no two correlated, nor four in the corners of a rectangle."""
     seeds, count = 4000, 300
-    draws = torch.stack([passes.uniform_16(count, torch.empty(0), torch.Generator().manual_seed(seed)) for seed in range(seeds)])
+    sources = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    draws = torch.stack([passes.uniform_16(count, torch.empty(0), source) for source in sources])
     assert draws.dtype == torch.int16
     assert len({tuple(row) for row in draws.tolist()}) == seeds
     for bit in range(16):
