@@ -33,8 +33,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from qbench import registry
-from qbench.config import Config, nearest
+from qbench import registry, tuning
+from qbench.config import Config, nearest, to_dict
 from qbench.errors import ConfigError, QbenchError
 from qbench.filling import from_node
 from qbench.record.files import read_yaml
@@ -144,8 +144,8 @@ class Unwritten(ConfigSource):  # type: ignore[misc]
 
 
 def configurations(arguments: list[str]) -> list[Config]:
-    """Return the configuration of a command line, or with -m those of all its combinations; none where the line only
-    asks Hydra to show something (`--cfg job`).
+    """Return the configuration of a command line, or with -m those of all its combinations, with recipe=tuned one for
+    each learning rate; none where the line only asks Hydra to show something (`--cfg job`).
 
     Raises:
         ConfigError: the command line does not make a configuration.
@@ -165,7 +165,7 @@ def configurations(arguments: list[str]) -> list[Config]:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own errors, and a YAML file of the user's that cannot be read
         raise ConfigError(reworded(error, arguments)) from None
-    return [from_node(node) for node in nodes]
+    return [run for node in nodes for run in tuning.runs(from_node(node))]
 
 
 def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
@@ -205,8 +205,15 @@ def launcher(arguments: Iterable[str]) -> str | None:
 
 
 def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
-    """Let Hydra's launcher call `job`, a function of a module, with the node of every combination, in its processes."""
-    _hydra(arguments, job)
+    """Let Hydra's launcher call `job` with the node of every run, in its processes; those of one combination's grid of
+    learning rates one after the other.
+    """
+
+    def each(node: DictConfig) -> None:
+        for run in tuning.runs(from_node(node)):
+            job(OmegaConf.create(to_dict(run)))
+
+    _hydra(arguments, each)
 
 
 def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:

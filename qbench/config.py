@@ -9,10 +9,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from qbench.values import FLOAT, layer_width, one_of, printable, within
 SCHEMA = 1
 """Counts changes after which the same configuration gives another result; part of every run's identity."""
 
+RATE = "optim.lr"
+"""The option, beside a method's own, of a run that is one of a grid of learning rates."""
 
 STARTS = ("float", "scratch", "method")
 """Values of `init` that are no path; `method` is what `auto` becomes where the method trains from scratch."""
@@ -69,6 +73,29 @@ class Pretrain:
 
     epochs: int = within(MISSING, 1)
     optim: Optim = field(default_factory=Optim)
+
+
+@dataclass
+class Grid:
+    """The learning rates of `recipe=tuned`: factors of the recipe's own ones.
+
+    In a run made of one of them, `lr` and `lr_end` are the recipe's own; the run's are under `optim`.
+    """
+
+    factors: list[float] = field(
+        default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0],
+        metadata={
+            "holds": lambda x: len(x) > 1 and all(a < b for a, b in pairwise([0, *x, math.inf])),
+            "allowed": "two or more ascending numbers above 0, [0.1,0.3,1,3,10]",
+        },
+    )
+    lr: float | None = within(None, 0, above=True)
+    lr_end: float | None = within(None, 0)
+
+
+def scaled(rate: float, factor: float) -> float:
+    """Return a rate times a factor as one would type it: 0.0003, not 0.00030000000000000003."""
+    return float(f"{rate * factor:.12g}")
 
 
 @dataclass
@@ -139,6 +166,8 @@ class Config:
     pretrain: Pretrain = field(default_factory=Pretrain)
     seed: int = within(0, 0, 2**31 - 1)
     epochs: int = within(MISSING, 1)
+    recipe: str = one_of("unified", "unified", "tuned")
+    grid: Grid = field(default_factory=Grid)
     init: str = "auto"
     out: str = printable("outputs")
     rerun: bool = False
@@ -149,6 +178,8 @@ class Config:
         everything = to_dict(self)
         for free in ("out", "rerun", "claim"):
             del everything[free]
+        if self.recipe == "unified":
+            del everything["recipe"], everything["grid"]
         everything["runtime"] = self.runtime.numerics()
         everything["dataset"].pop("recipe", None)
         own = ":" in everything["dataset"]["name"]
@@ -163,7 +194,8 @@ class Config:
     def protocol(self) -> dict[str, Any]:
         """Return the part of the identity that two runs must share to be compared fairly.
 
-        A start or a teacher that the method itself asks for is part of the method, as the network's norm is.
+        A start or a teacher that the method itself asks for is part of the method, as the network's norm is; a learning
+        rate that was one of a grid is no more than a candidate, and the grid is what they share.
         """
         shared = self.identity()
         for own in ("method", "activation", "bits", "seed", "runtime", "schema"):
@@ -173,6 +205,10 @@ class Config:
         if self.distill.name == "method":
             shared["distill"] |= {"name": "none"}
         shared["model"] = {k: v for k, v in shared["model"].items() if k not in ("norm", "act")}
+        if self.grid.lr is not None:
+            shared["optim"] |= {"lr": self.grid.lr, "lr_end": self.grid.lr_end}
+        if self.recipe == "tuned":
+            shared["grid"] = {"factors": self.grid.factors}
         if self.runtime.precision != "fp32":
             shared["precision"] = self.runtime.precision
         return shared
@@ -191,12 +227,14 @@ class Config:
     def options(self) -> dict[str, Any]:
         """Return the method's own keys, those of the one composed with it as `activation.KEY`; no deviation is none.
 
-        A start or teacher that the method asked for, and got, is an option too: without it the run is another one.
+        A start or teacher that the method asked for, and got, is an option too: without it the run is another one. So
+        is the learning rate of a run that is one of a grid.
         """
         own = {key: value for key, value in self.method.items() if key != "name"}
         own |= {f"activation.{key}": value for key, value in self.activation.items() if key != "name"}
         own |= {"init": "scratch"} if self.init == "method" else {}
         own |= {"distill": "kd"} if self.distill.name == "method" else {}
+        own |= {RATE: self.optim.lr} if self.grid.lr is not None else {}
         return {key: value for key, value in own.items() if not key.endswith("deviation") or value != "none"}
 
     @property
@@ -230,6 +268,7 @@ def parent(config: Config, norm: str | None = None) -> Config:
     own.method, own.activation, own.bits = {"name": "float"}, {"name": "none"}, Bits(FLOAT, FLOAT, FLOAT)
     own.epochs, own.optim = own.pretrain.epochs, own.pretrain.optim
     own.layers, own.distill, own.init, own.rerun = Layers(), Distill("none"), "scratch", False
+    own.recipe, own.grid = "unified", Grid()
     if "act" in own.model:
         own.model["act"] = "auto"
     if norm is not None and own.model.get("norm") == "auto":

@@ -81,6 +81,7 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
             allowed = {
                 "rules": "layer-name patterns and widths, {layer1.*: 8}",
                 "claim": "what an experiment file says",
+                "grid": "grid.factors=[0.1,0.3,1,3,10]",
             }
             raise ConfigError(f"{path}{item.name}={values[item.name]}: it holds keys of its own\n"
                               f"allowed: {allowed.get(item.name, choice)}")  # fmt: skip

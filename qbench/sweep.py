@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from qbench.config import Config, digest, parent, to_dict
+from qbench.config import RATE, Config, digest, parent, to_dict
 from qbench.errors import CheckpointError, ConfigError, DataError, Interrupted, QbenchError, ResourceError
 from qbench.filling import from_node
 from qbench.interrupt import signals
@@ -282,6 +282,11 @@ def _watch(configs: Sequence[Config], workers: int, ended: threading.Event) -> N
 
 def _line(result: Result) -> str:
     name = f"{result.method} {result.widths} s{result.seed}"
+    if rate := result.options.get(RATE):
+        name += f" {RATE}={rate:g}"
     if result.status != "done" or result.final is None:
         return f"{name}: {result.status}: {(result.reason or '').partition(chr(10))[0]}"
-    return f"{name}: {result.final['test']['top1']:.2f} %, {result.wall_seconds or 0:.1f} s"
+    seconds = f"{result.wall_seconds or 0:.1f} s"
+    if rate:  # among those to choose from: only what is chosen shows its test figure
+        return f"{name}: validation {result.final['val'].get('top1', float('nan')):.2f} %, {seconds}"
+    return f"{name}: {result.final['test']['top1']:.2f} %, {seconds}"

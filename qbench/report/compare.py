@@ -7,7 +7,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from qbench.config import RATE
 from qbench.record.run import Result
+from qbench.report import choice
 from qbench.report.runs import DONE, FROM_LOGS, Found
 from qbench.report.table import Table
 
@@ -19,7 +21,8 @@ def compare(found: Sequence[Found]) -> list[Table]:
 
     A cell is one method with its options at one set of widths; its figure is the mean over seeds of test top-1 after
     the last epoch. The difference is to each run's own float parent. Runs of unlike protocol are never averaged, nor
-    set in one table; the keys in which protocols differ are named.
+    set in one table; the keys in which protocols differ are named. Of runs with recipe=tuned, those of the learning
+    rate that is best on validation are the cell, and the test figures of the others stand nowhere.
     """
     found, copies = _without_copies(found)
     runs = [run.result for run in found if run.status == DONE and run.result is not None]
@@ -34,7 +37,8 @@ def compare(found: Sequence[Found]) -> list[Table]:
     logged = {str(run.path) for run in found if FROM_LOGS in run.notes}
     labels = _labels(runs)
     titles = _titles(blocks)
-    tables = [_block(titles[key], results, by_place, labels, logged) for key, results in sorted(blocks.items())]
+    lost = [r.result for r in found if r.status != DONE and r.result and choice.is_candidate(r.result)]
+    tables = [_block(titles[key], results, by_place, labels, logged, lost) for key, results in sorted(blocks.items())]
     if tables and copies:
         tables[-1].notes.append(f"copies of runs listed already, left out: {', '.join(copies)}")
     tables += _without_figure(found)
@@ -60,7 +64,12 @@ def _without_copies(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
 
 
 def _block(
-    title: str, results: list[Result], parents: dict[str, Result], labels: dict[str, str], logged: set[str]
+    title: str,
+    results: list[Result],
+    parents: dict[str, Result],
+    labels: dict[str, str],
+    logged: set[str],
+    lost: list[Result],
 ) -> Table:
     table = Table(HEAD, title=title)
     origins: dict[str, dict[str, Result]] = defaultdict(dict)
@@ -75,7 +84,15 @@ def _block(
         bits = result.bits
         cells[labels[_method(result)], -bits["w"], -bits["a"], -bits["g"]].append(result)
     for (label, *_), members in sorted(cells.items(), key=lambda item: item[0]):
-        _add(table, label, members, logged)
+        if not choice.is_candidate(members[0]):
+            _add(table, label, members, logged)
+            continue
+        without = [r for r in lost if _cell(r) == _cell(members[0])]
+        made = choice.choose(f"{label} {members[0].widths}", members, without)
+        if made.runs:
+            _add(table, label, made.runs, logged)
+            table.values[-1]["tuned"] = made.values
+        table.notes += made.notes
     for label, network in sorted({(labels[_method(r)], _network(r)) for r in results if r.network}):
         table.notes.append(f"{label} is on a network with {network}, as its float parent is")
     for label, ask in sorted({(labels[_method(r)], ask) for r in results for ask in r.asks}):
@@ -152,13 +169,19 @@ def _titles(blocks: Iterable[tuple[str, str, str]] | dict[tuple[str, str, str], 
     titles = {}
     for key in blocks:
         dataset, model, _ = key
-        rivals = {k: _flat(v[0].protocol["keys"]) for k, v in blocks.items() if k[:2] == key[:2]}
-        titles[key] = f"{model} on {dataset}"
-        if len(rivals) > 1:
-            names = sorted(set().union(*rivals.values()))
-            differing = [n for n in names if len({rival.get(n, "?") for rival in rivals.values()}) > 1]
-            titles[key] += "; protocol with " + ", ".join(f"{n}={rivals[key].get(n, '?')}" for n in differing)
+        rivals = {k: _shown(v[0].protocol["keys"]) for k, v in blocks.items() if k[:2] == key[:2]}
+        own, names = rivals[key], sorted(set().union(*rivals.values()))
+        differing = [n for n in names if len({rival.get(n, "?") for rival in rivals.values()}) > 1]
+        if own.get("recipe") == '"tuned"':
+            differing = sorted({*differing, "grid.factors", "recipe"})
+        told = [f"{n}={own.get(n, '?')}" for n in differing if n in own or not n.startswith("grid.")]
+        titles[key] = f"{model} on {dataset}" + (f"; protocol with {', '.join(told)}" if told else "")
     return titles
+
+
+def _shown(keys: dict[str, Any]) -> dict[str, str]:
+    """Return a protocol's keys as typed; `recipe` is left out of those that have the usual one."""
+    return _flat({"recipe": "unified"} | keys if "optim" in keys else keys)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, str]:
@@ -193,10 +216,16 @@ def _method(result: Result) -> str:
     return _identity(result.method, _options(result))
 
 
+def _cell(result: Result) -> tuple[str, ...]:
+    """Return what the runs of one cell share."""
+    return result.dataset, result.model, result.protocol["hash"], _method(result), result.widths
+
+
 def _options(result: Result) -> dict[str, Any]:
-    """Return a method's options; a fine-tuned float network says that it is no parent."""
+    """Return a method's options, not the rate to be chosen; a fine-tuned float network says that it is no parent."""
     init = result.protocol["keys"].get("init")
-    return result.options | ({"init": init} if result.method == "float" and init else {})
+    own = {key: value for key, value in result.options.items() if key != RATE}
+    return own | ({"init": init} if result.method == "float" and init else {})
 
 
 def _network(result: Result) -> str:
