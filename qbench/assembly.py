@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from qbench import registry
 from qbench.config import STARTS, Config, digest, parent
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset
+from qbench.data.outline import outline
 from qbench.deviations.registry import deviate
 from qbench.errors import CheckpointError, ConfigError
 from qbench.filling import from_dict
@@ -27,8 +29,8 @@ from qbench.quant.layers import install
 from qbench.quant.method import FLOAT, Bits, Method, Unsupported
 from qbench.quant.policy import Policy, PolicyError
 from qbench.record import files
-from qbench.record.run import load_result
-from qbench.train.checkpoint import is_sealed, is_zip, load_float, load_plain, seed_everything, unpack
+from qbench.start import load_start, published
+from qbench.train.checkpoint import seed_everything
 
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))
 MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
@@ -93,9 +95,10 @@ class Parts:
         teacher = teacher.to(self.device).eval().requires_grad_(False)
         return distilled(self.method, teacher, temperature=distill.temperature, weight=distill.weight, hard=hard)
 
-    def float_model(self) -> nn.Module:
-        """Return the float network with the initial weights of the run's seed."""
-        return _build_model(self.config, self.data, self.method)
+    def float_model(self, device: str = "cpu") -> nn.Module:
+        """Return the float network with the initial weights of the run's seed; `meta` gives one without memory."""
+        with torch.device(device):
+            return _build_model(self.config, self.data, self.method)
 
     def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return what computes the network's output in training and evaluation, as `runtime` wants it.
@@ -113,15 +116,18 @@ class Parts:
             first=layers.first, last=layers.last, downsample=layers.downsample, input=layers.input,
             rules=layers.rules or {}, image_range=self.data.image_range,
         )  # fmt: skip
-        example = torch.zeros(1, *self.data.shape)
+        example = torch.zeros(1, *self.data.shape, device=next(model.parameters()).device)
         try:
             return install(self.method, model, policy, example=example, act=str(self.config.model.get("act", "auto")))
         except PolicyError as error:
             raise ConfigError(f"layers.{error.key}: {error}") from None
 
 
-def assemble(config: Config) -> Parts:
+def assemble(config: Config, *, planned: bool = False) -> Parts:
     """Build everything once, on the CPU, to find what does not fit before any work.
+
+    Args:
+        planned: without the images of published data sets, of which shapes and counts are known; nothing can train.
 
     Raises:
         ConfigError: keys or values that no part takes, or that contradict each other.
@@ -129,7 +135,7 @@ def assemble(config: Config) -> Parts:
     """
     set_process(config)
     device = choose_device(config.runtime.device)
-    data = _dataset(json.dumps(config.dataset, sort_keys=True))
+    data = (_outline(config.dataset) if planned else None) or _dataset(json.dumps(config.dataset, sort_keys=True))
     method = make_method(config, widths(config))
     method.check(widths(config))
     _check_requirements(config, method)
@@ -147,12 +153,30 @@ def assemble(config: Config) -> Parts:
         raise ConfigError("optim.patience waits for a better validation top-1, and dataset.val holds nothing out")
     if not len(data.test):
         raise ConfigError(f"dataset={config.dataset['name']}: its test split is empty")
-    model = _build_model(config, data, method)
+    parts = Parts(config, data, method, {}, device)
+    if planned and config.init in STARTS:
+        with suppress(NotImplementedError, RuntimeError):  # a network or method of the user's own may look at values
+            return _checked(parts, parts.float_model("meta"))
+    model = parts.float_model()
     if config.init not in STARTS:
         load_start(model, Path(config.init))
-    parts = Parts(config, data, method, count_macs(model, data.shape), device)
+    return _checked(parts, model)
+
+
+def _checked(parts: Parts, model: nn.Module) -> Parts:
+    """Count a float network's operations and put the method into it, to see whether it fits."""
+    parts.macs.clear()
+    parts.macs.update(count_macs(model, parts.data.shape))
     parts.install(model)
     return parts
+
+
+def _outline(node: dict[str, Any]) -> Dataset | None:
+    registry.checked("dataset", node)
+    try:
+        return outline(node)
+    except ValueError as error:
+        raise ConfigError(f"dataset.{error}") from None
 
 
 def make_method(config: Config, bits: Bits) -> Method:
@@ -299,14 +323,6 @@ def _check_norm(model: nn.Module, method: Method) -> None:
         )
 
 
-def verifies(file: Path, identity: dict[str, Any]) -> bool:
-    """Whether a run's published weights are there, undamaged, and of this run."""
-    try:
-        return unpack(files.read(file), str(file)).get("identity") == digest(identity)
-    except (OSError, CheckpointError):
-        return False
-
-
 def _finished(run: Path, data: Dataset, dataset: str) -> nn.Module:
     """Return the network of a finished run, quantized as it is, with its best weights.
 
@@ -316,7 +332,7 @@ def _finished(run: Path, data: Dataset, dataset: str) -> nn.Module:
     """
     try:
         values = files.read_yaml(run / "config.yaml")
-        state = _published(run)
+        state = published(run)
         values |= {"init": "scratch", "distill": {"name": "none"}}  # where its own weights came from no longer matters
         values["runtime"]["device"] = "cpu"
         config = from_dict(values)
@@ -340,51 +356,3 @@ def _finished(run: Path, data: Dataset, dataset: str) -> nn.Module:
         why = str(error).partition("\n")[0]
         raise CheckpointError(f"distill.teacher={run}: best.pt is of another network than config.yaml: {why}") from None
     return model
-
-
-def _published(run: Path) -> dict[str, Any]:
-    """Return what a finished run's best.pt holds.
-
-    Raises:
-        OSError: it cannot be read.
-        CheckpointError: it is damaged, or not of the run that the result beside it tells of.
-    """
-    file = run / "best.pt"
-    state = unpack(files.read(file), str(file))
-    result = load_result(run)
-    if result is None and (run / "result.json").exists():
-        raise CheckpointError(f"{run / 'result.json'} is damaged; the command that made the run makes it whole again")
-    if result and result.protocol.get("identity") != state.get("identity"):
-        raise CheckpointError(f"{file} and result.json beside it are of two runs")
-    return state
-
-
-def load_start(model: nn.Module, path: Path, identity: str | None = None) -> str:
-    """Load float weights from a checkpoint file or a run's best.pt; return what was loaded, skipped, left new.
-
-    Args:
-        identity: what the checkpoint must say of itself, where it is known.
-
-    Raises:
-        CheckpointError: damaged, of another run or of another network.
-    """
-    file = path / "best.pt" if path.is_dir() else path
-    notes = []
-    try:
-        if path.is_dir():
-            state = _published(path)
-        else:
-            data = files.read(file)
-            state = unpack(data, str(file)) if is_sealed(data) else load_plain(data, str(file))
-            notes = [] if is_zip(data) else ["in a format without checksums: nobody can tell whether they are damaged"]
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}; the weights to start from are gone") from None
-    if identity is not None and state.get("identity") != identity:
-        raise CheckpointError(f"{file} belongs to another run; train the parent anew with rerun=true")
-    weights = state.get("model", state)
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{file}: its key `model` holds a {type(weights).__name__}, not a state_dict")
-    skipped, new = load_float(model, weights, str(file))
-    notes += [f"{len(skipped)} skipped ({', '.join(skipped[:3])}, ...)"] if skipped else []
-    notes += [f"{len(new)} new ({', '.join(new[:3])}, ...)"] if new else []
-    return f"weights from {file}: {len(weights) - len(skipped)} tensors loaded" + "".join(f", {n}" for n in notes)

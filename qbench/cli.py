@@ -118,7 +118,7 @@ def train(arguments: list[str]) -> int:
         configs = compose.configurations(arguments)
         if not configs:  # Hydra has shown what was asked for
             return 0
-        return train_all(arguments, configs, stop) if sweep else train_one(configs[0], stop)
+        return train_all(arguments, configs, stop) if sweep or len(configs) > 1 else train_one(configs[0], stop)
 
 
 def train_one(config: Config, stop: Callable[[], int]) -> int:
@@ -168,12 +168,12 @@ def train_all(arguments: list[str], configs: list[Config], stop: Callable[[], in
 
 
 def plan(arguments: list[str]) -> int:
-    """Print what a command line would run and how long it would take; train nothing."""
+    """Print what a command line would run, what it costs and how long it would take; train nothing."""
     from qbench import compose
-    from qbench.plan import plan as table_of
+    from qbench.plan import plan as tables_of
     from qbench.report.table import text
 
-    print(text([table_of(compose.configurations(arguments))]))
+    print(text(tables_of(compose.configurations(arguments))))
     return 0
 
 
@@ -216,11 +216,20 @@ def describe(arguments: list[str]) -> int:
         )
     name = arguments[0].removeprefix("method=")
     print(registry.card(name))
+    print(f"\nPicture\n    qbench draw {name}; made ones lie in docs/pictures/ of the repository")
     known = registry.known_deviations(name)
     if known:
         print("\nDeviations of public code, run by method.deviation=NAME")
     for key, (what, source) in known.items():
         print(f"    {key}: {what}\n        {source}")
+    return 0
+
+
+def draw(arguments: list[str]) -> int:
+    """Draw what a method does to single values, or (--poster) all methods, into a file."""
+    from qbench.report.draw import draw as drawn
+
+    print(f"wrote {drawn(arguments)}")
     return 0
 
 
@@ -283,6 +292,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "compare": compare,
     "describe": describe,
+    "draw": draw,
     "ledger": ledger,
     "list": listing,
     "plan": plan,
@@ -299,10 +309,11 @@ qbench: papers on low-precision CNNs on one trainer and one protocol
 
   qbench method=dorefa bits.w=2                 float pretraining (once), fine-tuning, evaluation, one row
   qbench -m method=dorefa bits.w=1,2,4 seed=0,1 every combination; stored runs are not run again
-  qbench plan -m method=dorefa seed=0,1         what would run, and about how long; trains nothing
+  qbench plan model=resnet18 dataset=imagenet   runs, layers, costs, time; needs no data and trains nothing
   qbench compare outputs [--format md]          runs side by side: text, md, csv, json, latex
   qbench ledger [--paper X] [--missing]         what was published, by whom, how we know, and what was measured here
   qbench describe METHOD                        the method's card: formulas, choices, deviations
+  qbench draw METHOD [--out FILE.png|pdf|svg]   staircase, gradient, levels, thresholds; --poster: all methods
   qbench check METHOD                           is it sound? levels, gradients, odd tensors, resume, at all widths
   qbench list methods                           the names in a group: models, datasets, ...; or list runs [DIR]
 
@@ -311,7 +322,8 @@ Groups, as GROUP=NAME, and keys inside them, as GROUP.KEY=VALUE:
   bits takes any widths: bits=w2a2, bits=w4a4g8, or bits.w=2 bits.a=2
   method, model and dataset also take a function of your own: model=my.net:build
 
-Keys of their own: seed, epochs, pretrain.epochs, init (auto, float, scratch or a path), out, rerun
+Keys of their own: seed, epochs, pretrain.epochs, init (auto, float, scratch or a path), recipe (unified, tuned), out,
+  rerun
   qbench method=dorefa --cfg job                shows the whole configuration and runs nothing
   qbench -m ... hydra/launcher=joblib           a sweep on all cores; or submitit_local, submitit_slurm (extra `slurm`)
   qbench --hydra-help                           the flags of Hydra, which composes the configuration

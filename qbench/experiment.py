@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.assembly import Parts, assemble, load_start, verifies
+from qbench.assembly import Parts, assemble
 from qbench.config import Config, digest
 from qbench.cost.count import count_cost
 from qbench.data.dataset import Loader
@@ -21,6 +21,7 @@ from qbench.record import manifest
 from qbench.record.pictures import levels_figure
 from qbench.record.run import Result, RunDirectory, load_result
 from qbench.session import Desk, Session, record_failure
+from qbench.start import load_start, verifies
 from qbench.train import optim
 from qbench.train.checkpoint import copied, not_finite, seed_everything, weights_sha256
 from qbench.train.loop import Average, State, Task, evaluate, evaluated_weights, fit, numbers

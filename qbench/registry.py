@@ -11,7 +11,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,6 +119,21 @@ def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) 
     Raises:
         ConfigError: a key that the function does not have, or a value of another type or out of its range.
     """
+    factory, options, known = checked(group, node, fixed)
+    try:
+        return factory(*positional, **options, **{key: value for key, value in fixed.items() if key in known})
+    except ValueError as error:
+        raise ConfigError(f"{group}.{error}") from None
+
+
+def checked(
+    group: str, node: Mapping[str, Any], fixed: Container[str] = ()
+) -> tuple[Factory, dict[str, Any], dict[str, Any]]:
+    """Return the function that a node names, the node's keys for it, and all its keyword arguments with defaults.
+
+    Raises:
+        ConfigError: a key that the function does not have, or that is among those `fixed`, or a value of another type.
+    """
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
     options = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
@@ -130,10 +145,7 @@ def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) 
             raise ConfigError(f"{group}.{key}: {name} has no such key{hint}\nallowed: {', '.join(allowed) or 'none'}")
         if not _same_type(value, known[key]):
             raise ConfigError(f"{group}.{key}={value}: allowed is {_kind(known[key])}, such as {known[key]}")
-    try:
-        return factory(*positional, **options, **{key: value for key, value in fixed.items() if key in known})
-    except ValueError as error:
-        raise ConfigError(f"{group}.{error}") from None
+    return factory, options, known
 
 
 def defaults(group: str, name: str) -> dict[str, Any]:

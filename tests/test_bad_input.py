@@ -28,11 +28,11 @@ from conftest import ROOT, counted
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
-from qbench import cli, compose
-from qbench.assembly import load_start
+from qbench import cli, compose, plan
 from qbench.cost.count import count_macs
 from qbench.errors import CheckpointError
 from qbench.models import mlp
+from qbench.start import load_start
 from qbench.train.checkpoint import load_plain, pack, unpack
 
 SECONDS = 20
@@ -604,7 +604,7 @@ def shards(total: int, each: int) -> list[Any]:
 @pytest.fixture
 def quick(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No example may last because it asks for much work: nothing is timed, no method checked, sweeps stay small."""
-    monkeypatch.setattr("qbench.plan._seconds_per_step", lambda parts, loader: 0.0)
+    monkeypatch.setattr("qbench.plan.Kinds._pace", lambda self, parts: plan.Pace(0.0, 0.0, 0.0))
     monkeypatch.setattr("qbench.check.kit.check", lambda subject: [])
     monkeypatch.setattr(compose, "MOST_CELLS", 4)
     counts: dict[tuple[str, Any], dict[str, int]] = {}

@@ -66,6 +66,16 @@ def test_linked_files_exist() -> None:
 def test_scripts_are_sound() -> None:
     for name in ("qbench", "test", "install"):
         assert subprocess.run(["bash", "-n", ROOT / "scripts" / name]).returncode == 0
-    for name in ("readme_tables", "every_method", "deviations", "claims", "experiments", "reliability"):
+    names = (
+        "readme_tables",
+        "every_method",
+        "deviations",
+        "claims",
+        "experiments",
+        "reliability",
+        "papers",
+        "pictures",
+    )
+    for name in names:
         compile((ROOT / "scripts" / name).read_text(), name, "exec")
     assert sys.version_info >= (3, 11)

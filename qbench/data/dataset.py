@@ -18,7 +18,7 @@ from qbench.data.augment import Augment, augmented, centred, coloured
 from qbench.data.normalize import mean_and_std
 from qbench.data.stream import Files, batches
 
-__all__ = ("Augment", "Dataset", "Files", "Loader", "Split", "augmented", "hold_out", "mean_and_std")
+__all__ = ("Augment", "Dataset", "Files", "Loader", "Split", "augmented", "batches_of", "hold_out", "mean_and_std")
 
 # Shapes: N images, C channels, H height, W width.
 
@@ -124,7 +124,7 @@ def hold_out(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     train, rest = torch.arange(len(split))[~held], torch.arange(len(split))[held]
     if not len(train) or (val and not len(rest)):
         where = "to train on" if not len(train) else "to validate on"
-        raise ValueError(f"val={val} leaves no image {where} out of {len(split)}; try val=0.1")
+        raise ValueError(f"val={val} leaves no image {where} out of {len(split)}; try val={0.1 if val != 0.1 else 0}")
     return split.take(train), split.take(rest)  # type: ignore[return-value]  # of the same kind
 
 
@@ -144,8 +144,7 @@ class Loader:
             name: getattr(data, name).to(device) for name in ("train", "val", "test")
         }
         self.augment = data.augment
-        self.batch_size = min(batch_size, len(data.train))
-        self.steps = len(data.train) // self.batch_size
+        self.batch_size, self.steps = batches_of(data, batch_size)
         self.seed, self.device, self.workers = seed, device, workers
         # Whole images: numbers per channel, broadcast in channels_last, are eight times slower.
         channels, height, width = data.shape
@@ -191,6 +190,12 @@ class Loader:
         """Return (x / 255 - mean) / std as float32 in channels_last."""
         floats = images_NCHW.to(torch.float32, memory_format=torch.channels_last)
         return floats.sub_(self._mean).mul_(self._scale)
+
+
+def batches_of(data: Dataset, batch_size: int) -> tuple[int, int]:
+    """Return the images of a training batch, no more than there are, and the full batches of an epoch."""
+    size = min(batch_size, len(data.train))
+    return size, len(data.train) // size
 
 
 def _mix(seed: int, epoch: int) -> int:
