@@ -193,7 +193,7 @@ def _row(layer: LayerCost) -> tuple[str, ...]:
 def _count(levels: Levels | None) -> str:
     if levels is None:
         return "-"
-    return str(levels.count) if levels.dimension == 1 else f"{levels.count} of {levels.dimension}"
+    return str(levels.number) if levels.dimension == 1 else f"{levels.number} of {levels.dimension}"
 
 
 def _memory(parts: Parts, params: int) -> float:
@@ -283,7 +283,8 @@ def bytes_of(count: float) -> str:
 
 def _duration(seconds: float) -> str:
     """Write a time with its two largest units: 3 h 20 min."""
-    rest, found = round(seconds), []
+    rest = round(seconds)
+    found: list[str] = []
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
         if rest >= size or (unit == "s" and not found):
             found.append(f"{rest // size} {unit}")

@@ -197,8 +197,8 @@ def test_levels_are_the_quantizers_own(configure: Configure) -> None:
         parts = assemble(configure(f"method={name}", f"bits={bits}"))
         layer = layer_costs(parts.install(parts.float_model()), parts.method, parts.macs)[2]
         assert layer.weights is not None
-        assert (layer.weights.count, layer.weights.per, layer.weights.steps) == weights, name
-        assert (layer.inputs and (layer.inputs.count, layer.inputs.per, layer.inputs.steps)) == inputs, name
+        assert (layer.weights.number, layer.weights.per, layer.weights.steps) == weights, name
+        assert (layer.inputs and (layer.inputs.number, layer.inputs.per, layer.inputs.steps)) == inputs, name
 
 
 def test_a_method_without_levels_is_no_error() -> None:

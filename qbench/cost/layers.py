@@ -19,12 +19,12 @@ WIDEST = 16
 class Levels(NamedTuple):
     """The values that a quantizer allows in one scale group.
 
-    `count` of them; `dimension` above 1 is a product code's. `per` says what a group is: layer, channel, or so many
+    `number` of them; `dimension` above 1 is a product code's. `per` says what a group is: layer, channel, or so many
     values. `steps`: the largest multiple of one common step that a level is; None where they are not multiples of one,
     0 where that is not known before the method has seen data.
     """
 
-    count: int
+    number: int
     dimension: int
     per: str
     steps: int | None
@@ -95,9 +95,10 @@ def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Lev
     """Ask a quantizer in a small layer of random weights, for shapes alone do not tell the levels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = nn.Conv2d(shape[1], shape[0], shape[2:]) if len(shape) > 2 else nn.Linear(shape[1], shape[0])
-        layer = layer.to(memory_format=torch.channels_last) if len(shape) > 2 else layer
-        value = layer.weight.detach()
+        layer: Any = nn.Linear(shape[1], shape[0])
+        if len(shape) > 2:
+            layer = nn.Conv2d(shape[1], shape[0], (shape[2], shape[3])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        value: Tensor = layer.weight.detach()
         if slot == "input":
             value = torch.rand(2, shape[1], *((4, 4) if len(shape) > 2 else ()))
         try:

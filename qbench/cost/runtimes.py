@@ -62,7 +62,7 @@ def runs_on(layers: Sequence[LayerCost]) -> list[str]:
 
 
 def _two(levels: Levels | None) -> bool:
-    return levels is not None and levels.count == 2 and levels.per in ("layer", "channel")
+    return levels is not None and levels.number == 2 and levels.per in ("layer", "channel")
 
 
 def _linear(levels: Levels | None) -> bool:
