@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,12 +13,18 @@ from typing import Any
 import pytest
 from conftest import Configure
 from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from qbench import cli, compose
 from qbench.config import Config
 from qbench.errors import ConfigError
-from qbench.record.run import RunDirectory, sealed
+from qbench.record.run import Result, RunDirectory, sealed
+from qbench.report import asked
 from qbench.report.compare import compare
-from qbench.report.runs import FROM_LOGS, read
+from qbench.report.conclude import conclude
+from qbench.report.ledger import absent
+from qbench.report.runs import FROM_LOGS, Found, read
 from qbench.report.table import FORMATS, Table
 
 
@@ -59,8 +67,10 @@ def test_mean_spread_number_and_difference(configure: Configure) -> None:
     assert (cell["n"], cell["seeds"]) == (3, [0, 1, 2])
     assert cell["diff_mean"] == pytest.approx(mean([a - b for a, b in figures.values()]))
     assert table.values[1]["top1_std"] is None
-    assert table.rows[1][7] == "-", "one run has no spread"
-    assert table.rows[2][6:10] == ("96.17", "1.04", "3", "-1.67")
+    assert table.rows[1][7:11] == ("no spread", "1", "", "+1.00")
+    assert table.rows[2][6:12] == ("96.17", "1.04", "3", "±2.59", "-1.67", "±3.99"), (
+        "4.3027 times 1.0408, 1.6073 / 3^0.5"
+    )
 
 
 def test_order_of_runs_and_failed_ones_never_change_a_figure(configure: Configure) -> None:
@@ -202,3 +212,314 @@ def test_every_format_holds_every_figure(configure: Configure) -> None:
     for line in shown["md"].splitlines():
         if line.startswith("|") and "status" not in line and "failed" not in line and "---" not in line:
             assert line.replace(r"\|", "").count("|") == len(found[0].head) + 1
+
+
+# --- each format, whole: two seeds of one method, a run that failed
+
+GOLDEN = {
+    "text": """\
+resnet8 on digits
+method   W   A   G  top-1 %   std  n   95 %   diff  diff 95 %
+float   32  32  32    98.25  0.35  2  ±3.18      -
+dorefa   2  32  32    97.50  0.71  2  ±6.35  -0.75      ±3.18
+error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds
+
+without a figure
+status  run  reason
+failed  RUN  a | b & c_d""",
+    "md": """\
+**resnet8 on digits**
+
+| method | W | A | G | top-1 % | std | n | 95 % | diff | diff 95 % |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| float | 32 | 32 | 32 | 98.25 | 0.35 | 2 | ±3.18 | - |  |
+| dorefa | 2 | 32 | 32 | 97.50 | 0.71 | 2 | ±6.35 | -0.75 | ±3.18 |
+
+- error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds
+
+**without a figure**
+
+| status | run | reason |
+| --- | --- | --- |
+| failed | RUN | a \\| b & c_d |""",
+    "csv": """\
+table,method,W,A,G,top-1 %,std,n,95 %,diff,diff 95 %
+resnet8 on digits,float,32,32,32,98.25,0.35,2,±3.18,-,
+resnet8 on digits,dorefa,2,32,32,97.50,0.71,2,±6.35,-0.75,±3.18
+note,"error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds"
+without a figure,failed,RUN,a | b & c_d""",
+    "latex": """\
+% resnet8 on digits
+\\begin{tabular}{lrrrrrrrrr}
+\\toprule
+method & W & A & G & top-1 \\% & std & n & 95 \\% & diff & diff 95 \\% \\\\
+\\midrule
+float & 32 & 32 & 32 & 98.25 & 0.35 & 2 & $\\pm$3.18 & - &  \\\\
+dorefa & 2 & 32 & 32 & 97.50 & 0.71 & 2 & $\\pm$6.35 & -0.75 & $\\pm$3.18 \\\\
+\\bottomrule
+\\end{tabular}
+% error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds
+
+% without a figure
+\\begin{tabular}{lll}
+\\toprule
+status & run & reason \\\\
+\\midrule
+failed & RUN & a | b \\& c\\_d \\\\
+\\bottomrule
+\\end{tabular}""",
+}
+"""97 and 98, parents 98 and 98.5: std 1 / 2^0.5 and 0.5 / 2^0.5, half intervals t(1) 12.706 times 0.5 and 0.25; the
+differences -1 and -0.5 have the latter too. 98.25 % and 97.5 % of 400: 196 (0.9825 0.0175 / 400)^0.5 = 1.29, 1.53.
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Configure]:
+    """Return what makes a folder that several tests share, as `configure` for it."""
+
+    def folder() -> Configure:
+        out = tmp_path_factory.mktemp("runs")
+        return lambda *words: compose.configurations([f"out={out}", *words])[0]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planted(elsewhere: Callable[[], Configure]) -> tuple[str, Path]:
+    """Two seeds of a method and one that failed; the folder, and the directory of the latter."""
+    configure = elsewhere()
+    for seed, own, parent in ((0, 97.0, 98.0), (1, 98.0, 98.5)):
+        path = plant(configure("method=dorefa", f"seed={seed}"), own, parent)
+        (path / "manifest.json").write_text('{"data": {"test_images": 400}}')
+    failed = plant(configure("method=dorefa", "seed=3"), 0.0, status="failed", reason="a | b & c_d\nmore")
+    return configure().out, failed
+
+
+@pytest.mark.parametrize("form", GOLDEN)
+def test_golden(form: str, planted: tuple[str, Path]) -> None:
+    out, failed = planted
+    shown = asked.answer([out, "--columns", "accuracy", "--format", form])
+    path = str(failed).replace("_", r"\_") if form == "latex" else str(failed)
+    tidy = re.sub(r"run +reason", "run  reason", shown.replace(path, "RUN"))  # a column is as wide as the path was
+    assert tidy == GOLDEN[form]
+
+
+def test_golden_json(planted: tuple[str, Path]) -> None:
+    out, failed = planted
+    block, rest = json.loads(asked.answer([out, "--format=json"]))["tables"]
+    child = block["rows"][1]
+    numbers = {
+        key: child[key] for key in ("top1_mean", "top1_std", "top1_half", "diff_mean", "diff_half", "sample_half")
+    }
+    assert numbers == pytest.approx(
+        {"top1_mean": 97.5, "top1_std": 0.5**0.5, "top1_half": 6.3531, "diff_mean": -0.75, "diff_half": 3.1766,
+         "sample_half": 1.5300}, abs=1e-4,
+    )  # fmt: skip
+    plain = {
+        "method": "dorefa", "n": 2, "seeds": [0, 1], "top1": [97.0, 98.0], "float_top1": [98.0, 98.5], "bytes": 7176,
+        "bitops": 16_842_752, "test_images": 400, "is_parent": False, "pairs": [], "winner": False,
+    }  # fmt: skip
+    assert {key: child[key] for key in plain} == plain
+    assert block["rows"][0]["is_parent"]
+    assert rest["rows"] == [{"status": "failed", "runs": [str(failed)], "reason": "a | b & c_d\nmore"}]
+
+
+# --- what a command line may ask for
+
+
+@pytest.fixture(scope="module")
+def several(elsewhere: Callable[[], Configure]) -> str:
+    """Two methods, one at two widths, at most two seeds, and one that failed."""
+    configure = elsewhere()
+    figures = {("dorefa", "w2a2"): (97.0, 96.0), ("dorefa", "w4a4"): (98.0,), ("lsq", "w2a2"): (95.0, 94.5)}
+    for (method, bits), own in figures.items():
+        for seed, top1 in enumerate(own):
+            plant(configure(f"method={method}", f"bits={bits}", f"seed={seed}"), top1, 98.0 + seed)
+    plant(configure("method=dorefa", "bits=w2a2", "seed=2"), 0.0, status="failed", reason="why")
+    return configure().out
+
+
+@pytest.mark.parametrize(
+    ("words", "cells", "others"),
+    [
+        ([], {("dorefa", 2, 2), ("dorefa", 4, 1), ("lsq", 2, 2)}, 1),
+        (["method=lsq"], {("lsq", 2, 2)}, 0),
+        (["method=lsq,dorefa", "bits.w=2"], {("dorefa", 2, 2), ("lsq", 2, 2)}, 1),
+        (["bits=w4"], {("dorefa", 4, 1)}, 0),
+        (["bits=w4a2"], set(), 0),
+        (["seed=0"], {("dorefa", 2, 1), ("dorefa", 4, 1), ("lsq", 2, 1)}, 0),
+        (["optim.lr=1e-2", "optim.schedule=exponential", "seed=1"], {("dorefa", 2, 1), ("lsq", 2, 1)}, 0),
+        (["epochs=3"], set(), 0),
+        (["method.activation=clip"], {("dorefa", 2, 2), ("dorefa", 4, 1)}, 1),
+        (["layers.rules=null", "model=resnet8", "dataset=digits", "dataset.val=0.1,0.2", "status=done"],
+         {("dorefa", 2, 2), ("dorefa", 4, 1), ("lsq", 2, 2)}, 0),
+    ],
+)  # fmt: skip
+def test_filters(several: str, words: list[str], cells: set[tuple[str, int, int]], others: int) -> None:
+    found = asked.tables(asked.parse([several, *words]))
+    rows = [v for t in found for v in t.values]
+    assert {(v["method"], v["bits"]["w"], v["n"]) for v in rows if v.get("is_parent") is False} == cells
+    assert sum("status" in v for v in rows) == others
+    parents = [v["seeds"] for v in rows if v.get("is_parent")]
+    assert parents == (
+        [sorted({s for v in rows if "pairs" in v and not v["is_parent"] for s in v["seeds"]})] if cells else []
+    )
+
+
+def test_columns_order_and_parts(several: str) -> None:
+    (block, _) = asked.tables(asked.parse([several, "--columns", "cost,verification,speed"]))
+    assert block.head == ("method", "W", "A", "G", "levels", "bits/weight", "size", "BitOps", "images/s", "s/epoch",
+                          "peak", "verified layers", "levels found")  # fmt: skip
+    order = {
+        "top-1": ["float", "dorefa", "dorefa", "lsq"], "-": [], "diff": ["dorefa", "dorefa", "lsq", "float"],
+        "w": ["dorefa", "lsq", "dorefa", "float"], "95 %": ["lsq", "float", "dorefa", "dorefa"],
+    }  # fmt: skip
+    for key, methods in order.items():
+        if methods:
+            assert [v["method"] for v in asked.tables(asked.parse([several, f"--sort={key}"]))[0].values] == methods, (
+                key
+            )
+    titles = [t.title for t in asked.tables(asked.parse([several, "--by", "bits.w,seed"]))]
+    assert titles == [f"resnet8 on digits; bits.w={w}; seed={s}" for w, s in ((2, 0), (2, 1), (4, 0))] + [
+        "without a figure"
+    ]
+
+
+def test_accuracy_at_equal_bytes(configure: Configure) -> None:
+    """100, 105 and 106 bytes: the third is more than 5 % above the first and opens the next group."""
+    for seed, (bytes_ideal, top1) in enumerate(((100, 90.0), (105, 95.0), (106, 94.0), (111, 96.0))):
+        cost = {"bits_per_weight": 2.0, "bytes_ideal": bytes_ideal, "bitops": 1}
+        plant(configure("method=dorefa", f"bits=w{seed + 2}"), top1, cost=cost)
+    (table,) = asked.tables(asked.parse([configure().out, "--sort", "equal-bytes"]))
+    assert [(v["bytes_group"], v["bytes"], v["top1_mean"]) for v in table.values] == [
+        (1, 105, 95.0), (1, 100, 90.0), (2, 111, 96.0), (2, 106, 94.0),
+    ]  # fmt: skip
+    assert table.head[0] == "equal-bytes"
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["metod=lsq"], "metod: no run has this key; did you mean method"),
+        (["--by", "bits.x"], "did you mean bits"),
+        (["--sort", "acuracy"], "no such column; did you mean accuracy"),
+        (["--columns", "acuracy"], "did you mean accuracy"),
+        (["--columns"], "wants a value"),
+        (["--margin", "0"], "above 0"),
+        (["--margin=wide"], "above 0"),
+        (["--format", "txt"], "did you mean text"),
+        (["--pape"], "did you mean --paper"),
+    ],
+)
+def test_what_is_refused(several: str, words: list[str], phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", several, *words]) == ConfigError.status
+    assert phrase in capsys.readouterr().err
+
+
+def test_the_margin_is_stated(several: str) -> None:
+    assert "margin ±2 points" in asked.answer([several, "--margin", "2"])
+    assert "margin ±0.5 points" in asked.answer([several])
+
+
+def test_what_papers_claim(configure: Configure) -> None:
+    """TTQ's ResNet-20 error on CIFAR-10 is 8.87 (verified), 91.13 % right; DoReFa's paper has no CIFAR-10, and a third
+    party's figure is of a known deviation from it.
+    """
+    words = ("model=resnet20", "dataset=cifar10")
+    plant(configure(*words, "method=ttq"), 90.0, 92.0)
+    plant(configure(*words, "method=dorefa"), 89.0, 92.0)
+    plant(configure(*words, "method=dorefa", "method.deviation=rescaled_by_max"), 88.0, 92.0)
+    plant(configure(*words, "method=ttq", "model.width=8"), 80.0, 82.0)
+    tables = asked.tables(asked.parse([configure().out, "--paper"]))
+    own, thin = sorted(tables, key=lambda t: len(t.rows), reverse=True)
+    cells = {v["method"]: v for v in own.values}
+    assert cells["ttq"]["published"][0]["claimed"] == 8.87
+    assert cells["ttq"]["paper_gap"] == pytest.approx(90 - 91.13)
+    row = next(row for row in own.rows if row[0] == "ttq")
+    place = own.head.index("paper")
+    assert own.head[place : place + 3] == ("paper", "gap", "ran by")
+    assert row[place : place + 2] == ("91.13", "-1.13")
+    assert not cells["dorefa"]["published"]
+    (third,) = {r["ran_by"] for r in cells["dorefa deviation=rescaled_by_max"]["published"]}
+    assert third.startswith("third party")
+    assert absent("dorefa", "resnet20", "cifar10") in own.notes
+    assert all(not v.get("published") for v in thin.values), "a thinner network is not the paper's"
+    made = plant(configure("method=dorefa", f"out={configure().out}/digits"), 97.0, 98.0)
+    (digits,) = asked.tables(asked.parse([str(made), "--paper"]))
+    assert "digits is in no paper of the ledger" in digits.notes
+
+
+# --- whatever stands beside them, figures stay
+
+NAMES = st.tuples(st.sampled_from(["dorefa", "lsq", "ttq"]), st.sampled_from([1, 2, 4]), st.integers(0, 4))
+ENDED = st.tuples(NAMES, st.sampled_from(["failed", "diverged", "unsupported", "unfinished", "torn", "running"]))
+
+
+@pytest.fixture(scope="module")
+def model_result() -> Result:
+    (config,) = compose.configurations(["method=dorefa"])
+    return RunDirectory(config).new_result("done")
+
+
+def _run(model: Result, place: str, method: str, width: int, seed: int, status: str, top1: float = 0.0) -> Found:
+    values = {**vars(model), "method": method, "bits": {"w": width, "a": 32, "g": 32}, "seed": seed, "status": status}
+    protocol = model.protocol | {"identity": place}
+    final = {"test": {"top1": top1}} if status == "done" else None
+    result = Result(**values | {"run": place, "protocol": protocol, "final": final, "options": {}})
+    known = status not in ("unfinished", "torn", "running")
+    return Found(path=Path(place), status=status, reason="why", result=result if known else None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(NAMES, st.floats(0, 100, width=16), min_size=1, max_size=12),
+    st.lists(ENDED, max_size=6),
+    st.randoms(),
+)
+def test_neither_order_nor_runs_without_a_figure_change_figures(
+    model_result: Result, done: dict[tuple[str, int, int], float], ended: list[Any], random: Any
+) -> None:
+    runs = [_run(model_result, f"o/{m}{w}{s}", m, w, s, "done", top1) for (m, w, s), top1 in done.items()]
+    before = compare(runs)
+    conclude(before)
+    others = [_run(model_result, f"o/e{i}", *name, status) for i, (name, status) in enumerate(ended)]
+    shuffled = [*runs, *others]
+    random.shuffle(shuffled)
+    after = compare(shuffled)
+    conclude(after)
+    assert after[: len(before)] == before
+    names = {str(run) for t in after[len(before) :] for v in t.values for run in v["runs"]}
+    assert names == {f"o/e{i}" for i in range(len(ended))}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, model_result: Result, data: Any) -> None:
+    out = tmp_path_factory.mktemp("damaged")
+    for seed in (0, 1):
+        path = out / f"dorefa-w2a32g32-s{seed}-0000000{seed}"
+        path.mkdir()
+        whole = {**vars(model_result), "seed": seed, "final": {"test": {"top1": 97.0 + seed}}}
+        del whole["run"]
+        text = json.dumps(sealed(whole | {"protocol": model_result.protocol | {"identity": str(seed)}}))
+        for name, content in (
+            ("result.json", text),
+            ("manifest.json", "{}"),
+            ("predictions.npy", "x"),
+            ("config.yaml", ""),
+        ):
+            (path / name).write_text(content)
+    victim = path / data.draw(st.sampled_from(["result.json", "manifest.json", "predictions.npy", "config.yaml"]))
+    old = bytearray(victim.read_bytes())
+    at = data.draw(st.integers(0, max(len(old) - 1, 0)))
+    victim.write_bytes(
+        data.draw(st.sampled_from([old[:at], old[:at] + b"\xff" + old[at + 1 :], b"", b"{}", b"[1, 2]"]))
+    )
+    found = asked.tables(asked.parse([str(out)]))
+    named = [run for t in found for v in t.values for run in v["runs"]]
+    assert sorted(map(str, named)) == sorted(str(p) for p in out.iterdir())
+    figures = [v["top1"][0] for t in found for v in t.values if "top1" in v]
+    assert figures[:1] == [97.0]
+    statuses = [v["status"] for t in found for v in t.values if "status" in v]
+    assert statuses == (["torn"] if victim.name == "result.json" and victim.read_bytes() != bytes(old) else [])

@@ -14,11 +14,10 @@ import yaml
 from qbench.config import nearest
 from qbench.errors import ConfigError
 from qbench.record.run import Result
+from qbench.report.answers import Figures, alike, compared, of_run
 from qbench.report.runs import DONE, Found, read_run
-from qbench.report.statistics import ALPHA, SEEDS_LIMIT, TESTS, Difference, evidence, holm, needed, paired, two_way
+from qbench.report.statistics import ALPHA, SEEDS_LIMIT, TESTS, Difference, evidence, holm, needed, paired
 from qbench.report.table import Table
-
-Array = Any  # of numpy, imported where it is used
 
 PARENT = "parent"
 MEASURES = ("top1", "drop", "gradient_mismatch")
@@ -168,7 +167,9 @@ def judge(comparison: Comparison, measure: str, first: Mapping[int, Found], seco
         return judged
     if not seeds:
         return judged
-    judged.difference = _compared(own, other, judged.notes)
+    judged.difference = compared(own, other)
+    if judged.difference.items is None:
+        judged.notes.append("interval over seeds alone: some run has no predictions.npy of the same test images")
     judged.means = (_mean([x.top1 for x in own]), _mean([x.top1 for x in other]))
     return judged
 
@@ -183,51 +184,22 @@ def judge_values(comparison: Comparison, first: Mapping[int, float], second: Map
     return judged
 
 
-@dataclass(frozen=True)
-class _Figures:
-    top1: float
-    labels: Array = None
-    hits: Array = None
-
-
-def _figures(found: Found, measure: str) -> _Figures:
+def _figures(found: Found, measure: str) -> Figures:
     """Return a run's figure in percent and, where its predictions are kept, the part of every test image in it."""
     result = found.result
     assert result is not None
     assert result.final is not None
-    own = _of_run(result.run, float(result.final["test"]["top1"]))
+    own = of_run(result.run, float(result.final["test"]["top1"]))
     if measure == "top1":
         return own
     if result.float is None:
         raise ValueError(f"{result.run} has no float parent to compare with")
-    base = _of_run(result.float["run"], float(result.float["final"]["test"]["top1"]))
+    base = of_run(result.float["run"], float(result.float["final"]["test"]["top1"]))
     if measure == PARENT:
         return base
-    if own.hits is None or base.hits is None or list(own.labels) != list(base.labels):
-        return _Figures(own.top1 - base.top1)
-    return _Figures(own.top1 - base.top1, own.labels, own.hits - base.hits)
-
-
-def _of_run(run: str, top1: float) -> _Figures:
-    """Return a run's hits (N,) from its predictions, unless they contradict its figure."""
-    import numpy as np
-
-    try:
-        labels, predicted = np.load(Path(run) / "predictions.npy").T
-    except Exception:  # whatever NumPy stumbles over in a damaged file
-        return _Figures(top1)
-    hits = (labels == predicted).astype(float)
-    return _Figures(top1, labels, hits) if abs(100 * hits.mean() - top1) < 0.01 else _Figures(top1)
-
-
-def _compared(first: Sequence[_Figures], second: Sequence[_Figures], notes: list[str]) -> Difference:
-    import numpy as np
-
-    labels = [x.labels for x in (*first, *second)]
-    if all(x is not None and np.array_equal(x, labels[0]) for x in labels):
-        return two_way(np.stack([x.hits for x in first]), np.stack([x.hits for x in second]))
-    notes.append("interval over seeds alone: some run has no predictions.npy of the same test images")
-    return paired([x.top1 for x in first], [x.top1 for x in second])
+    if not alike([own, base]):
+        return Figures(own.top1 - base.top1)
+    return Figures(own.top1 - base.top1, own.labels, own.hits.astype(float) - base.hits)
 
 
 def _mean(values: Sequence[float]) -> float:

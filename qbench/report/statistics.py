@@ -1,7 +1,7 @@
 """Differences between two arms of an experiment: intervals, tests, and how many seeds a decision would take.
 
 Arms are paired: the same seeds, and where single predictions are kept, the same test images. scipy is imported where a
-distribution is needed, numpy where arrays are.
+distribution is needed (its bare functions: `scipy.stats` takes a second to import), numpy where arrays are.
 """
 
 import math
@@ -13,6 +13,8 @@ Array = Any  # of numpy, which is not imported here
 
 TESTS = ("better", "at_least", "equal")
 ALPHA, POWER = 0.05, 0.8
+NORMAL = 1.959963984540054
+"""The normal distribution's quantile of 97.5 %."""
 SEEDS_LIMIT = 1000
 
 
@@ -78,25 +80,85 @@ def two_way(first_hits: Array, second_hits: Array) -> Difference:
     """
     import numpy as np
 
-    first, second = np.asarray(first_hits, dtype=float), np.asarray(second_hits, dtype=float)
+    first, second = np.asarray(first_hits), np.asarray(second_hits)
     if first.ndim != 2 or not first.size or first.shape != second.shape:
         raise ValueError(f"shapes {first.shape} and {second.shape}: allowed is (seeds, items) twice")
-    d = 100 * (first - second)
+    whole = first.dtype == second.dtype == bool  # a byte each, and sums without rounding
+    d = np.subtract(first, second, dtype=np.int8 if whole else float)
     seeds, items = d.shape
-    mean = float(d.mean())
+    mean = 100 * float(d.mean())
     if seeds == 1 or items == 1:
         return _difference(mean, seeds, math.inf, 0.0, 0.0, items)
-    rows, columns = d.mean(1), d.mean(0)
+    rows, columns = 100 * d.mean(1), 100 * d.mean(0)
     ms_seeds = items * _variance(rows)
     ms_items = seeds * _variance(columns)
-    rest = d - rows[:, None] - columns[None, :] + mean
-    ms_rest = float((rest * rest).sum()) / ((seeds - 1) * (items - 1))
+    squares = 1e4 * float(np.count_nonzero(d) if whole else (d * d).sum())
+    rest = squares - d.size * mean**2 - ms_seeds * (seeds - 1) - ms_items * (items - 1)
+    ms_rest = (rest if rest > 1e-12 * squares else 0.0) / ((seeds - 1) * (items - 1))
     seeds_part = max(ms_seeds, ms_rest) / d.size
     items_part = max(ms_items - ms_rest, 0.0) / d.size
     terms = ms_seeds**2 / (seeds - 1) + ms_items**2 / (items - 1) + ms_rest**2 / ((seeds - 1) * (items - 1))
     total = (seeds_part + items_part) * d.size
     freedom = max(total**2 / terms, 1.0) if terms > 0 else seeds - 1.0
     return _difference(mean, seeds, seeds_part, items_part, freedom, items)
+
+
+def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Return the mean difference of two arms of different seeds, with Welch's interval (1947).
+
+    Raises:
+        ValueError: an arm of fewer than two figures.
+    """
+    import numpy as np
+
+    arms = [np.asarray(arm, dtype=float) for arm in (first, second)]
+    if min(map(len, arms)) < 2:
+        raise ValueError(f"{len(first)} and {len(second)} figures: allowed are two or more in each arm")
+    parts = [_variance(arm) / len(arm) for arm in arms]
+    total = sum(parts)
+    terms = sum(part**2 / (len(arm) - 1) for part, arm in zip(parts, arms, strict=True))
+    n = min(map(len, arms))
+    freedom = total**2 / terms if terms > 0 else n - 1.0
+    return _difference(float(arms[0].mean() - arms[1].mean()), n, total, 0.0, freedom, None)
+
+
+def cautious(d: Difference) -> Difference:
+    """Return a difference with no more degrees of freedom than its seeds have, n - 1.
+
+    Those of `two_way` are an estimate; with two to five seeds its p below 0.01 come several times too often, and
+    families of many pairs and repeated looks ask for just those. With n - 1 no p is below that of `paired` on the same
+    seeds, which is exact (but where all seeds differ alike, which `paired` takes with more caution still).
+    """
+    freedom = min(d.freedom, d.n - 1.0)
+    return d if freedom == d.freedom else _difference(d.mean, d.n, d.seeds_part, d.items_part, freedom, d.items)
+
+
+def half_width(d: Difference, alpha: float) -> float:
+    """Return half the length of the interval that holds the true difference with probability 1 - alpha."""
+    return math.inf if math.isinf(d.error) else _quantile(1 - alpha / 2, d.freedom) * d.error
+
+
+def sample_error(percent: float, items: int) -> float:
+    """Return half the 95 % interval, in points, of a percentage of that many test images (binomial, normal limit).
+
+    At 0 and 100 % half an image is taken as wrong or right: no sample is without error.
+    """
+    p = min(max(percent / 100, 0.5 / items), 1 - 0.5 / items)
+    return 100 * NORMAL * math.sqrt(p * (1 - p) / items)
+
+
+def mcnemar(first_hits: Array, second_hits: Array) -> float:
+    """Return the exact two-sided p of two networks' hits (N,) on the same test images (McNemar 1947): of the images
+    that one has right and the other wrong, each has half.
+
+    It is about these two networks, not about what other seeds of the same methods would give.
+    """
+    import numpy as np
+    from scipy import special
+
+    first, second = np.asarray(first_hits, dtype=bool), np.asarray(second_hits, dtype=bool)
+    mine, other = int((first & ~second).sum()), int((second & ~first).sum())
+    return min(1.0, 2 * float(special.bdtr(min(mine, other), mine + other, 0.5)))
 
 
 def noninferior(difference: Difference, margin: float) -> float:
@@ -142,58 +204,74 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def needed(
-    difference: Difference, test: str = "better", margin: float = 0.0, alpha: float = ALPHA, power: float = POWER
+    difference: Difference,
+    test: str = "better",
+    margin: float = 0.0,
+    alpha: float = ALPHA,
+    power: float = POWER,
+    *,
+    seeds_alone: bool = False,
 ) -> int | None:
     """Return the number of seeds at which a difference of this size would be told from the test's border.
 
-    That is, with this power at a two-sided `alpha`, if the observed mean and variances are the true ones. None where no
-    number up to 1000 is enough: the part of the error that comes from the test items alone is too large, the difference
-    lies on the border, or one seed showed no variance.
+    That is, with this power at a two-sided `alpha`, if the observed mean and variances are the true ones; with
+    `seeds_alone` by the degrees of freedom of `cautious`. None where no number up to 1000 is enough: the part of the
+    error that comes from the test items alone is too large, the difference lies on the border, or one seed showed no
+    variance.
     """
-    from scipy import stats
+    import numpy as np
+    from scipy import special
 
     if not math.isfinite(difference.error):
         return None
     border = {"better": margin, "at_least": -margin}.get(test, math.copysign(margin, difference.mean))
     distance = abs(difference.mean - border)
     power = power if test != "equal" else (1 + power) / 2  # both borders are to be told from it
-    for n in range(2, SEEDS_LIMIT + 1):
+    for n in (np.arange(2, 33), np.arange(33, SEEDS_LIMIT + 1)):  # most need few: the quantiles are what takes time
         own = difference.seeds_part * difference.n / n
         variance = own + difference.items_part
         parts = own**2 / (n - 1) + difference.items_part**2 / max((difference.items or 2) - 1, 1)
-        freedom = variance**2 / parts if parts > 0 else n - 1
-        reach = stats.t.ppf(1 - alpha / 2, freedom) + stats.t.ppf(power, freedom)
-        if distance > 0 and distance >= reach * math.sqrt(variance):
-            return n
+        freedom = np.divide(variance**2, parts, out=n - 1.0, where=parts > 0)
+        freedom = np.minimum(freedom, n - 1.0) if seeds_alone else freedom
+        reach = special.stdtrit(freedom, 1 - alpha / 2) + special.stdtrit(freedom, power)
+        enough = (distance > 0) & (distance >= reach * np.sqrt(variance))
+        if enough.any():
+            return int(n[enough.argmax()])
     return None
 
 
 def _difference(
     mean: float, n: int, seeds_part: float, items_part: float, freedom: float, items: int | None
 ) -> Difference:
-    from scipy import stats
-
     error = math.sqrt(seeds_part + items_part)
-    reach = math.inf if math.isinf(error) else float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
+    reach = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, freedom) * error
     plain = Difference(mean, mean - reach, mean + reach, n, 1.0, error, freedom, seeds_part, items_part, items)
     p = min(1.0, 2 * min(_above(plain, 0.0), _above(_mirrored(plain), 0.0)))
     return Difference(mean, mean - reach, mean + reach, n, p, error, freedom, seeds_part, items_part, items)
 
 
 def _variance(values: Array) -> float:
-    """Return the unbiased variance, exactly 0 where all values are equal."""
-    return 0.0 if (values == values[0]).all() else float(values.var(ddof=1))
+    """Return the unbiased variance, exactly 0 where all values are equal but for their rounding."""
+    close = 1e-12 * (1 + abs(values).max())
+    return 0.0 if values.max() - values.min() <= close else float(values.var(ddof=1))
+
+
+def _quantile(p: float, freedom: float) -> float:
+    """Return Student's quantile."""
+    from scipy import special
+
+    return float(special.stdtrit(freedom, p))
 
 
 def _above(difference: Difference, border: float) -> float:
     """Return the one-sided p of "the true difference is at most `border`"."""
-    from scipy import stats
+    from scipy import special
 
     if math.isinf(difference.error):
         return 1.0
     if difference.error == 0:
         return 0.5**difference.n if difference.mean > border else 1.0
-    return float(stats.t.sf((difference.mean - border) / difference.error, difference.freedom))
+    return float(special.stdtr(difference.freedom, (border - difference.mean) / difference.error))
 
 
 def _mirrored(d: Difference) -> Difference:

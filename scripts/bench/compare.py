@@ -1,0 +1,118 @@
+"""Times `qbench compare` over many results: reading, grouping, concluding, printing, and the whole command.
+
+    .venv/bin/python scripts/bench/compare.py [--runs 10000] [--rounds 3] [--predictions 0]
+
+Made results of 20 methods at 5 widths and 5 seeds under 20 protocols, without logs; with --predictions N each run has
+the answers to N test images beside it, which are read too.
+"""
+
+import argparse
+import copy
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import machine, markdown
+
+from qbench import compose
+from qbench.record.run import Result, RunDirectory, sealed
+from qbench.report.compare import compare
+from qbench.report.conclude import conclude
+from qbench.report.runs import read
+from qbench.report.table import as_json, text
+
+METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
+
+
+def plant(folder: Path, runs: int, images: int) -> None:
+    """Write results as runs do, small but whole."""
+    (config,) = compose.configurations(["method=dorefa", f"out={folder}"])
+    made = RunDirectory(config).new_result("done")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, images)
+    cells = product(range(1, -(-runs // (METHODS * len(WIDTHS) * len(SEEDS))) + 1), range(METHODS), WIDTHS, SEEDS)
+    for epochs, method, (w, a), seed in islice(cells, runs):
+        path = folder / "digits-resnet8" / f"m{method}-w{w}a{a}g32-s{seed}-{epochs:08x}"
+        path.mkdir(parents=True)
+        hits = rng.random(images) < 0.9 + method / 400
+        top1 = 100 * float(hits.mean()) if images else 90 + method / 4 + float(rng.normal())
+        result = _result(made, f"m{method}", {"w": w, "a": a, "g": 32}, seed, epochs, top1)
+        (path / "result.json").write_text(json.dumps(sealed(result), indent=2))
+        if images:
+            buffer = io.BytesIO()
+            np.save(buffer, np.stack([labels, np.where(hits, labels, (labels + 1) % 10)], 1).astype(np.int16))
+            (path / "predictions.npy").write_bytes(buffer.getvalue())
+
+
+def _result(made: Result, method: str, bits: dict[str, int], seed: int, epochs: int, top1: float) -> dict[str, Any]:
+    values = copy.deepcopy(vars(made))
+    del values["run"]
+    values["protocol"]["keys"]["epochs"] = epochs
+    values["protocol"] |= {"hash": f"{epochs:064x}", "identity": f"{method}{bits}{seed}{epochs}"}
+    part = {"test": {"top1": top1, "top5": 99.0, "loss": 0.3}, "val": {"top1": top1, "top5": 99.0, "loss": 0.3}}
+    base = {"run": f"float-s{seed}-{epochs}", "final": {"test": {"top1": 98.0}, "val": {}}, "best": None}
+    cost = {"params": 19000, "macs": 189000, "bitops": 5780000, "bytes_float": 76300, "bytes_ideal": 7180}
+    layer = {"w": {"found": 4, "allowed": 4}, "a": {"found": 4, "allowed": 4}}
+    return values | {
+        "method": method, "options": {}, "bits": bits, "seed": seed, "final": part, "best": part, "float": base,
+        "cost": cost | {"bytes_packed": 7200, "bits_per_weight": 2.0}, "levels": 4, "wall_seconds": 3.0,
+        "verified": {f"layer{i}.conv{j}": layer for i in range(1, 4) for j in (1, 2)},
+        "speed": {"images_per_second": 9000.0, "seconds_per_epoch": 0.2, "peak_bytes": 500000000},
+    }  # fmt: skip
+
+
+def timed(folder: Path) -> dict[str, float]:
+    """Return the seconds of every step, and of the command as a process of its own."""
+    found: dict[str, float] = {}
+    clock = time.perf_counter
+
+    def step(name: str, began: float) -> float:
+        found[name] = clock() - began
+        return clock()
+
+    began = clock()
+    runs = read([str(folder)])
+    began = step("reading", began)
+    tables = compare(runs)
+    began = step("grouping", began)
+    conclude(tables)
+    began = step("concluding", began)
+    text(tables)
+    began = step("as text", began)
+    as_json(tables)
+    step("as JSON", began)
+    began = clock()
+    subprocess.run([sys.executable, "-m", "qbench", "compare", str(folder)], stdout=subprocess.DEVNULL, check=True)
+    step("the whole command", began)
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--predictions", type=int, default=0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        plant(Path(folder), asked.runs, asked.predictions)
+        rounds = [timed(Path(folder)) for _ in range(asked.rounds)]
+    rows = []
+    for name in rounds[0]:
+        times = sorted(one[name] for one in rounds)
+        rows.append((name, f"{statistics.median(times):.2f} s ({times[0]:.2f}-{times[-1]:.2f})"))
+    kept = f", answers to {asked.predictions:,} test images each" if asked.predictions else ""
+    print(f"{machine()}, {asked.runs:,} results{kept}, {asked.rounds} rounds\n")
+    print(markdown(("step", "median (least-most)"), rows))
+
+
+if __name__ == "__main__":
+    main()
