@@ -89,7 +89,7 @@ class Parts:
             assert parent is not None
             load_start(teacher, parent, digest(self.parent.identity()))
         else:
-            teacher = _finished(Path(distill.teacher), self.data, str(config.dataset["name"]))
+            teacher = _teacher(config, self.data)
             set_process(config)
         hard = partial(F.cross_entropy, label_smoothing=config.optim.label_smoothing)
         teacher = teacher.to(self.device).eval().requires_grad_(False)
@@ -143,7 +143,7 @@ def assemble(config: Config, *, planned: bool = False) -> Parts:
     if config.optim.ema is not None and "no_master" in method.traits:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
     if config.distill.on and config.distill.teacher != "parent":
-        _finished(Path(config.distill.teacher), data, str(config.dataset["name"]))
+        _teacher(config, data)
         set_process(config)
     if config.distill.name == "method" and not method.requires.teacher:
         raise Unsupported(f"{method.name} with these options has no use for the teacher it asks for; add distill=none")
@@ -323,36 +323,62 @@ def _check_norm(model: nn.Module, method: Method) -> None:
         )
 
 
-def _finished(run: Path, data: Dataset, dataset: str) -> nn.Module:
-    """Return the network of a finished run, quantized as it is, with its best weights.
+def finished(run: Path, *, weights: str = "best", device: str = "cpu") -> tuple[Parts, nn.Module]:
+    """Return what a finished run is made of, and its network, quantized as it is, on the CPU.
+
+    Args:
+        weights: those `best` on validation, or those of the `last` epoch.
+        device: the value of `runtime.device` in `Parts.config`.
 
     Raises:
         CheckpointError: the run is not whole.
+        DataError: its data is not at hand.
+    """
+    config, state = _stored(run, str(run), weights, device)
+    parts = assemble(config)
+    return parts, _loaded(parts, state, f"{run}: {weights}.pt")
+
+
+def _teacher(config: Config, data: Dataset) -> nn.Module:
+    """Return the network of the finished run that is to teach, with its best weights.
+
+    Raises:
         ConfigError: it was trained on other data.
     """
-    try:
-        values = files.read_yaml(run / "config.yaml")
-        state = published(run)
-        values |= {"init": "scratch", "distill": {"name": "none"}}  # where its own weights came from no longer matters
-        values["runtime"]["device"] = "cpu"
-        config = from_dict(values)
-    except OSError as error:
-        raise CheckpointError(f"distill.teacher={run}: {error.filename}: {error.strerror}; is the run done?") from None
-    except (TypeError, KeyError, ConfigError) as error:
-        why = str(error).partition("\n")[0]
-        raise CheckpointError(f"distill.teacher={run}: its config.yaml cannot be used: {why}") from None
-    if config.dataset["name"] != dataset:
-        raise ConfigError(f"distill.teacher={run} was trained on {config.dataset['name']}; here is dataset={dataset}")
-    parts = assemble(config)
+    run, dataset = Path(config.distill.teacher), config.dataset["name"]
+    named = f"distill.teacher={run}"
+    own, state = _stored(run, named)
+    if own.dataset["name"] != dataset:
+        raise ConfigError(f"{named} was trained on {own.dataset['name']}; here is dataset={dataset}")
+    parts = assemble(own)
     if (parts.data.shape, parts.data.classes) != (data.shape, data.classes):
         raise ConfigError(
-            f"distill.teacher={run} knows {parts.data.classes} classes of {parts.data.shape} images; here are "
+            f"{named} knows {parts.data.classes} classes of {parts.data.shape} images; here are "
             f"{data.classes} classes of {data.shape}"
         )
+    return _loaded(parts, state, f"{named}: best.pt")
+
+
+def _stored(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
+    """Return a finished run's configuration, where its own weights came from left out, and its checkpoint."""
+    try:
+        values = files.read_yaml(run / "config.yaml")
+        state = published(run, f"{weights}.pt")
+        values |= {"init": "scratch", "distill": {"name": "none"}}
+        values["runtime"]["device"] = device
+        return from_dict(values), state
+    except OSError as error:
+        raise CheckpointError(f"{named}: {error.filename}: {error.strerror}; is the run done?") from None
+    except (TypeError, KeyError, ConfigError) as error:
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(f"{named}: its config.yaml cannot be used: {why}") from None
+
+
+def _loaded(parts: Parts, state: dict[str, Any], named: str) -> nn.Module:
     model = parts.install(parts.float_model())
     try:
         model.load_state_dict(state["model"])
     except (RuntimeError, KeyError) as error:
         why = str(error).partition("\n")[0]
-        raise CheckpointError(f"distill.teacher={run}: best.pt is of another network than config.yaml: {why}") from None
+        raise CheckpointError(f"{named} is of another network than config.yaml: {why}") from None
     return model

@@ -234,25 +234,38 @@ def draw(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """Print the runs below some directories side by side."""
-    from qbench.report import runs, table
-    from qbench.report.compare import compare as tables_of
+    """Print the runs below some directories side by side, and what may be concluded."""
+    from qbench.report.asked import answer
 
-    form, directories = "text", []
-    words = iter(arguments)
-    for word in words:
-        if word.partition("=")[0] == "--format":
-            form = word.partition("=")[2] or next(words, "")
-        elif word.startswith("-"):
-            raise ConfigError(f"compare: no such flag: {word}\nallowed: --format {'|'.join(table.FORMATS)}")
-        else:
-            directories.append(word)
-    if form not in table.FORMATS:
-        raise ConfigError(f"compare --format {form}{nearest(form, table.FORMATS)}\nallowed: {', '.join(table.FORMATS)}")
-    if not directories:
-        raise ConfigError("compare wants directories of runs: qbench compare outputs")
-    tables = tables_of(runs.read(directories))
-    print("no runs there" if form == "text" and not tables else table.FORMATS[form](tables))
+    print(answer(arguments))
+    return 0
+
+
+def settle(arguments: list[str]) -> int:
+    """Run more seeds of two cells until they are told apart or as good as each other; print the verdict."""
+    from qbench import sweep
+    from qbench.record.run import RunDirectory
+    from qbench.report import settle as settling
+    from qbench.report.runs import Found
+
+    asked = settling.parse(arguments)
+    with signals() as stop:
+
+        def run(configs: list[Config]) -> list[Found]:
+            missing = [config for config in configs if not RunDirectory(config).stored()]
+            if missing and asked.launcher == "joblib":
+                sweep.launch_all([], missing, asked.launcher, stop)
+            elif missing:
+                sweep.run_all(missing, stop)
+            if stop():
+                raise Interrupted(f"stopped by signal {stop()}; the same command goes on from here")
+            return [sweep.outcome(config) for config in configs]
+
+        try:
+            print(settling.settle(asked, run, lambda text: print(text, file=sys.stderr, flush=True)))
+        except settling.Lost as lost:
+            _tell([str(lost)])
+            return SWEEP_WITH_FAILURES
     return 0
 
 
@@ -288,14 +301,42 @@ def ledger(arguments: list[str]) -> int:
     return 0
 
 
+def inspect(arguments: list[str]) -> int:
+    """Print what each layer of a finished run holds, loses, and costs the network."""
+    from qbench.understand import verbs
+
+    print(verbs.inspect(arguments))
+    return 0
+
+
+def sensitivity(arguments: list[str]) -> int:
+    """Choose one width a layer of a run under a budget, print the choices, and write one to a file."""
+    from qbench.understand import verbs
+
+    print(verbs.sensitivity(arguments))
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Print a finished run's figures on its test split, or on other data."""
+    from qbench.understand import verbs
+
+    print(verbs.evaluate(arguments))
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "compare": compare,
     "describe": describe,
     "draw": draw,
+    "evaluate": evaluate,
+    "inspect": inspect,
     "ledger": ledger,
     "list": listing,
     "plan": plan,
+    "sensitivity": sensitivity,
+    "settle": settle,
 }
 
 
@@ -310,7 +351,13 @@ qbench: papers on low-precision CNNs on one trainer and one protocol
   qbench method=dorefa bits.w=2                 float pretraining (once), fine-tuning, evaluation, one row
   qbench -m method=dorefa bits.w=1,2,4 seed=0,1 every combination; stored runs are not run again
   qbench plan model=resnet18 dataset=imagenet   runs, layers, costs, time; needs no data and trains nothing
-  qbench compare outputs [--format md]          runs side by side: text, md, csv, json, latex
+  qbench compare outputs [method=NAME ...]      runs side by side and what may be concluded; --by, --sort, --columns,
+                                                --margin 0.5, --paper, --format text|md|csv|json|latex
+  qbench compare outputs --html report.html     one page to sort and filter, with pictures; --plot FILE.png|pdf|svg
+  qbench settle "KEY=VALUE ..." RUN             more seeds of two cells until they are decided; --margin 0.5, --most 20
+  qbench inspect RUN                            its layers: levels, SQNR, clipped, dead, and which of them hurt most
+  qbench sensitivity RUN --budget w=3           bits.yaml, a width a layer under a budget; layers=@bits.yaml trains it
+  qbench evaluate RUN [dataset=NAME]            test split or other data: accuracy, calibration, predictions
   qbench ledger [--paper X] [--missing]         what was published, by whom, how we know, and what was measured here
   qbench describe METHOD                        the method's card: formulas, choices, deviations
   qbench draw METHOD [--out FILE.png|pdf|svg]   staircase, gradient, levels, thresholds; --poster: all methods

@@ -99,8 +99,8 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
 
 
 class Unwritten(ConfigSource):  # type: ignore[misc]
-    """Configurations that no file holds: `bits/w2a2g6` for any widths, functions named outright, `my.net:build`, and
-    `activation/NAME`, which is the file of the method.
+    """Configurations that no file of ours holds: `bits/w2a2g6` for any widths, functions named outright,
+    `my.net:build`, `activation/NAME`, which is the file of the method, and `layers/@FILE`, the user's own rules.
     """
 
     @staticmethod
@@ -114,13 +114,15 @@ class Unwritten(ConfigSource):  # type: ignore[misc]
 
     def is_group(self, config_path: str) -> bool:
         """Whether this source serves the group."""
-        return config_path in ("bits", "activation", *registry.GROUPS)
+        return config_path in ("bits", "activation", "layers", *registry.GROUPS)
 
     def is_config(self, config_path: str) -> bool:
         """Whether a path is `bits/` with widths, or `method/`, `model/`, `dataset/` with a function or entry point."""
         group, _, name = config_path.removesuffix(".yaml").partition("/")
         if group == "activation":
             return self.is_config(f"method/{name}") or _file("method", name).is_file()
+        if group == "layers":
+            return name.startswith("@")
         if group == "bits":
             return bool(re.fullmatch(r"(w\d+)?(a\d+)?(g\d+)?", name)) and bool(name)
         return group in registry.GROUPS and (":" in name or name in registry.entry_names(group))
@@ -131,6 +133,8 @@ class Unwritten(ConfigSource):  # type: ignore[misc]
         group, _, name = path.partition("/")
         if group == "bits":
             values: Any = parse_bits(name)
+        elif group == "layers":
+            values = OmegaConf.merge(OmegaConf.load(_file("layers", "default")), {"rules": _rules(name)})
         elif group == "activation" and _file("method", name).is_file():
             values = OmegaConf.load(_file("method", name))
         else:
@@ -141,6 +145,19 @@ class Unwritten(ConfigSource):  # type: ignore[misc]
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Return nothing: the names cannot be counted."""
         return []
+
+
+def _rules(name: str) -> dict[str, Any]:
+    """Return the rules of `layers=@FILE`, a YAML file of layer-name patterns and widths; Hydra cuts off `.yaml`."""
+    file = Path(name[1:])
+    file = file if file.is_file() else Path(f"{file}.yaml")
+    try:
+        rules = read_yaml(file)
+    except OSError as error:
+        raise ConfigError(f"layers={name}: cannot read {file}: {error.strerror}") from None
+    if not isinstance(rules, dict) or not rules:
+        raise ConfigError(f"layers={name}: {file} holds {rules!r}\nallowed are patterns and widths: `layer1.*: 8`")
+    return rules
 
 
 def configurations(arguments: list[str]) -> list[Config]:

@@ -20,14 +20,14 @@ def verifies(file: Path, identity: dict[str, Any]) -> bool:
         return False
 
 
-def published(run: Path) -> dict[str, Any]:
-    """Return what a finished run's best.pt holds.
+def published(run: Path, name: str = "best.pt") -> dict[str, Any]:
+    """Return what a finished run's best.pt holds, or its last.pt.
 
     Raises:
         OSError: it cannot be read.
         CheckpointError: it is damaged, or not of the run that the result beside it tells of.
     """
-    file = run / "best.pt"
+    file = run / name
     state = unpack(files.read(file), str(file))
     result = load_result(run)
     if result is None and (run / "result.json").exists():

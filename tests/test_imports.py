@@ -46,10 +46,17 @@ ARROWS = {
     "assembly": {
         *("filling", "config", "deviations", "errors", "registry", "quant", "cost", "data", "record", "start", "train"),
     },
-    "session": {"config", "errors", "record", "train"},
+    "observe": {"quant.layers", "quant.masks", "quant.method", "quant.verify"},
+    "sentinels": {"errors", "observe", "quant.layers"},
+    "lookout": {"errors", "observe", "quant.layers", "record", "sentinels", "train"},
+    "session": {"config", "errors", "lookout", "record", "train"},
     "experiment": {"assembly", "session", "config", "errors", "quant", "cost", "data", "record", "start", "train"},
     "check": {"check", "config", "models", "quant", "train"},
     "tuning": {"config", "errors", "registry"},
+    "understand": {
+        *("understand", "assembly", "compose", "config", "cost", "data", "errors", "experiment", "methods", "quant"),
+        *("record", "registry", "report", "start", "train", "values"),
+    },
     "compose": {"filling", "config", "errors", "record.files", "registry", "tuning", "values"},
     "interrupt": set(),
     "sweep": {"filling", "config", "errors", "interrupt", "record", "report"},
@@ -60,7 +67,7 @@ ARROWS = {
 INSIDE_FUNCTIONS = {
     "cli": {
         *("assembly", "check", "compose", "experiment", "plan", "quant.method", "record"),
-        *("registry", "report", "session", "sweep"),
+        *("registry", "report", "session", "sweep", "understand"),
     },
     "report": {"compose"},
     "report.draw": {"assembly", "compose", "quant.method", "registry"},
