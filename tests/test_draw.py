@@ -308,9 +308,9 @@ def test_marks_are_told_apart_without_colour() -> None:
 def test_pictures_of_the_documents_are_there_and_small() -> None:
     folder = ROOT / "docs" / "pictures"
     names = {path.stem for path in folder.iterdir()}
-    assert {"poster", "hwgq"} <= names <= {*compose.names("method"), "poster"}
+    assert {"poster", "hwgq"} <= names <= {*compose.names("method"), "poster", "report"}
     for path in folder.iterdir():
-        assert path.stat().st_size < (400_000 if path.stem == "poster" else 60_000), path
+        assert path.stat().st_size < (400_000 if path.stem in ("poster", "report") else 60_000), path
 
 
 @pytest.mark.full
