@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,16 +23,17 @@ from conftest import ROOT, counted
 from torch import Tensor, nn
 
 from qbench import cli, compose
-from qbench.assembly import assemble, load_start, verifies
+from qbench.assembly import assemble
 from qbench.config import Config, parent
 from qbench.errors import CheckpointError, Interrupted, QbenchError
 from qbench.experiment import run
 from qbench.record.run import Result, RunDirectory, load_result
 from qbench.record.screen import Screen
-from qbench.report.claims import _of_run
+from qbench.report.answers import of_run
 from qbench.report.compare import compare
-from qbench.report.runs import FROM_LOGS, read, read_run
+from qbench.report.runs import AROUND, FROM_LOGS, read, read_run
 from qbench.session import Desk
+from qbench.start import load_start, verifies
 from qbench.train.checkpoint import bounded_memory, pack, unpack, weights_sha256
 
 WORDS = ("experiment=smoke", "method=dorefa", "epochs=2", "runtime.save_seconds=0")
@@ -146,6 +148,16 @@ def damages(data: bytes, seed: int, flips: int, cuts: int) -> Iterator[tuple[str
     yield "twice", data + data
 
 
+def tried(what: str, data: bytes, seed: int, flips: int, cuts: int) -> Iterator[tuple[str, bytes]]:
+    """Yield damaged copies, all of which a test must see through; note in the long tier how many there were."""
+    count = 0
+    for case, damaged in damages(data, seed, flips, cuts):
+        yield f"seed {seed}: {case}", damaged
+        count += 1
+    if flips == 1000:
+        counted(f"R6 {what}: {count} damages ({flips} flips, {cuts} truncations), all detected")
+
+
 def one(data: bytes, seed: int) -> tuple[str, bytes]:
     """Return one damage, of whatever kind."""
     found = list(damages(data, seed, 6, 4))
@@ -158,12 +170,8 @@ def one(data: bytes, seed: int) -> tuple[str, bytes]:
 @flips_and_cuts
 def test_no_damage_to_a_checkpoint_is_overlooked(broken_off: Path, flips: int, cuts: int) -> None:
     newest = RunDirectory(composed(broken_off)).states()[0]
-    tried = 0
-    for what, data in damages(newest.read_bytes(), 1, flips, cuts):
-        assert refused(unpack, data, what), f"seed 1: {what}: read in silence"
-        tried += 1
-    if flips == 1000:
-        counted(f"R6 checkpoint: {tried} damages ({flips} flips, {cuts} truncations), all detected")
+    for case, data in tried("checkpoint", newest.read_bytes(), 1, flips, cuts):
+        assert refused(unpack, data, case), f"{case}: read in silence"
 
 
 @samples
@@ -230,21 +238,18 @@ def test_no_damage_to_published_weights_is_overlooked(
     """The parent's best.pt; the same file by `init=PATH`, as a file and as its run's directory."""
     config = composed(whole)
     run_path, identity = parent_of(copied(whole)), parent(config).identity()
-    file, model, tried = run_path / "best.pt", assemble(config).float_model(), 0
+    file, model = run_path / "best.pt", assemble(config).float_model()
     good = file.read_bytes()
     assert verifies(file, identity)
     load_start(model, file)
     load_start(model, run_path)
-    for what, data in damages(good, 2, flips, cuts):
+    for case, data in tried("parent, init=FILE, init=RUN", good, 2, flips, cuts):
         if data == good[: good.rfind(b"\nqbench sha256 ")]:
             continue  # cut exactly before the footer: a whole checkpoint of nobody's
         file.write_bytes(data)
-        assert not verifies(file, identity), f"seed 2: {what}"
+        assert not verifies(file, identity), case
         for start in (file, run_path):
-            assert refused(load_start, model, start), f"seed 2: {what}: loaded in silence from {start}"
-        tried += 1
-    if flips == 1000:
-        counted(f"R6 parent, init=FILE, init=RUN: {tried} damages each ({flips} flips, {cuts} cuts), all detected")
+            assert refused(load_start, model, start), f"{case}: loaded in silence from {start}"
 
 
 @flips_and_cuts
@@ -404,11 +409,11 @@ def test_damaged_predictions_never_enter_a_claim(
     assert stored is not None
     assert stored.final is not None
     top1 = stored.final["test"]["top1"]
-    good = _of_run(str(path), top1)
+    good = of_run(str(path), top1)
     assert good.hits is not None
     for what, data in damages(file.read_bytes(), 5, flips, cuts):
         file.write_bytes(data)
-        found = _of_run(str(path), top1)
+        found = of_run(str(path), top1)
         assert found.top1 == top1, f"seed 5: {what}"
         assert found.hits is None or 100 * found.hits.mean() == pytest.approx(top1, abs=0.01), f"seed 5: {what}"
 
@@ -548,7 +553,8 @@ PHRASES = {
 READER = """
 import json, resource, sys, time
 from pathlib import Path
-from qbench.assembly import assemble, load_start
+from qbench.assembly import assemble
+from qbench.start import load_start
 from qbench import compose
 from qbench.errors import QbenchError
 import warnings
@@ -931,6 +937,32 @@ def test_compare_from_damaged_event_files(whole: Path, tmp_path: Path, count: in
     assert kinds["done"] > count / 2, "most flips hit a record that nobody needs"
     if count == 300:
         counted(f"R20 event files: {len(cases)} truncations and flips compared, 0 tracebacks: {kinds}")
+
+
+LARGE = 50_000_000
+
+
+@pytest.mark.parametrize("what", ["zeros", "noise", "small numbers", "the first length", "a content"])
+def test_a_large_damaged_event_file_is_read_at_once(what: str, whole: Path, tmp_path: Path) -> None:
+    path = logs_only(whole, tmp_path, events=True)
+    (file,) = path.glob("events.*")
+    good, noise = file.read_bytes(), random.Random(9).randbytes(LARGE)
+    data = {
+        "zeros": good + bytes(LARGE),
+        "noise": good + noise,
+        "small numbers": good + b"\1\0\0\0\0\0\0\0" * (LARGE // 8),  # what lengths look like
+        "the first length": b"\xff" + good[1:] + noise,
+        "a content": good[:12] + b"\xff" + good[13:] + noise,
+    }[what]
+    read_run(path)  # imports
+    file.write_bytes(data)
+    began = time.process_time()
+    found = read_run(path)
+    assert time.process_time() - began < 5
+    first = AROUND + int.from_bytes(good[:8], "little")
+    lost = LARGE + (first if what in ("the first length", "a content") else 0)
+    assert found.unread == [f"{file.name}: {lost:,} bytes cannot be read"]
+    assert found.status == "done", "the figures are before it"
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.full)], ids=["fast", "full"])

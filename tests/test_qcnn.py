@@ -18,7 +18,7 @@ from qbench.methods import qcnn
 from qbench.models import resnet
 from qbench.quant import product
 from qbench.quant.layers import QLayer, as_float, effective_weight, install, quantized_layers
-from qbench.quant.method import Probe, Unsupported, quietly, recorded_calls
+from qbench.quant.method import Method, Probe, Unsupported, quietly, recorded_calls
 from qbench.quant.policy import Policy
 from qbench.quant.verify import verify
 
@@ -290,9 +290,40 @@ def execution(model: nn.Module, images: Tensor, name: str) -> int:
     return [n for n, _, _ in calls].index(name)
 
 
+def prepared(method: Method, net: nn.Module, policy: Policy | None = None) -> nn.Module:
+    """Return a network whose weights are k-means' codes."""
+    model = install(method, net, policy)
+    qcnn.encode(model, Probe([], F.cross_entropy), correct=False)
+    return model
+
+
+def test_installing_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes, names, bytes and the grid's shape are those that `prepare` leaves, also with few or odd weights."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("k-means at once")
+
+    net = nn.Sequential(nn.Conv2d(5, 4, (3, 2)), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(6, 40), nn.Linear(40, 3))
+    method = qcnn.build(w=2, subspace=3, fc_subspace=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(qcnn, "product_codes", refuse)
+        fresh = install(method, copy.deepcopy(net), ALL)
+    model = prepared(method, copy.deepcopy(net), ALL)
+    for one, other in zip(quantized_layers(fresh).values(), quantized_layers(model).values(), strict=True):
+        early, late = (cast(qcnn.Weight, layer.weight_q) for layer in (one, other))
+        for key, tensor in late.state_dict().items():
+            assert (early.state_dict()[key].shape, early.state_dict()[key].dtype) == (tensor.shape, tensor.dtype)
+        assert early.bytes(one.weight) == late.bytes(other.weight)
+        assert early.grid(one.weight).points.shape == late.grid(other.weight).points.shape
+        assert not effective_weight(one).any()
+    fresh.load_state_dict(model.state_dict())
+    for one, other in zip(quantized_layers(fresh).values(), quantized_layers(model).values(), strict=True):
+        assert torch.equal(effective_weight(one), effective_weight(other))
+
+
 def test_codes_stay_and_the_rest_trains() -> None:
     torch.manual_seed(0)
-    model = install(qcnn.build(subspace=2), resnet.build((1, 8, 8), 10, depth=8, width=4, norm="affine"))
+    model = prepared(qcnn.build(subspace=2), resnet.build((1, 8, 8), 10, depth=8, width=4, norm="affine"))
     layers = quantized_layers(model)
     before = {name: effective_weight(layer).clone() for name, layer in layers.items()}
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -411,7 +442,7 @@ def test_widths_that_contradict_the_codes_are_unsupported(options: dict[str, int
 def test_nominal_widths(w: int, subspace: int, codewords: int, count: int) -> None:
     """The paper's 8/128 is a bit a weight, 4/32 and 3/32 two, 1/16 four."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(24, 400), nn.Linear(4, 4))
-    model = install(qcnn.build(w=w, fc_subspace=subspace, fc_codewords=codewords), net)
+    model = prepared(qcnn.build(w=w, fc_subspace=subspace, fc_codewords=codewords), net)
     site = quantized_layers(model)["1"].weight_q
     assert isinstance(site, qcnn.Weight)
     assert site.codebooks.shape == (24 // subspace, count, subspace)

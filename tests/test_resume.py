@@ -1,10 +1,8 @@
 """A run that was stopped goes on as if nothing had happened, wherever it stood; how a run is watched changes nothing.
 
 Promises R3 and R4 of the reliability contract, and its mutation check: whatever piece of the saved state is lost, the
-comparison that these promises rest on notices. Of R4 two things
-are not tried: workers (the data set used here lies in memory, nothing is loaded while a run trains; those that decode
-images from files belong to its tests) and how often is evaluated (once an epoch, always); that more evaluations, and in
-other batches, leave no trace in what is trained is tried instead.
+comparison that these promises rest on notices. Of R4 one thing is not tried: how often is evaluated (once an epoch,
+always); that more evaluations, and in other batches, leave no trace in what is trained is tried instead.
 
 The clock of the training loop counts calls here, so that metrics.jsonl is equal to the byte, `seconds` too.
 """
@@ -29,12 +27,13 @@ import pytest
 import torch
 from conftest import Configure, counted
 from test_contract import widest
+from test_folders import write as photographs
 from torch import nn
 
 from qbench import compose, experiment, registry
 from qbench.assembly import assemble
 from qbench.config import Config
-from qbench.data.dataset import Loader
+from qbench.data.dataset import Files, Loader
 from qbench.errors import CheckpointError, Interrupted
 from qbench.quant.layers import of_quantizer
 from qbench.quant.method import Batch, Unsupported
@@ -277,6 +276,27 @@ def test_how_a_run_is_watched_changes_nothing(name: str, at: At, monkeypatch: py
         logged = {"metrics.jsonl"} if any("log_every" in word for word in more) else set()
         assert differences(base, again) - logged == set(), replay(how)
         tally("runs watched otherwise (R4)")
+
+
+def test_how_many_processes_decode_images_changes_nothing(
+    at: At, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = photographs(tmp_path / "set", count=12)
+    words = [*recipe("dorefa", "sgd", None, epochs=2, batch_size=8), "dataset=folder", f"dataset.root={root}"]
+    words += ["dataset.size=12", "dataset.resize=16", "dataset.val=0.25"]
+    config = at("alone", *words)
+    assert isinstance(assemble(config).data.train, Files), "they stream"
+    base, questions = alone(config)
+    for workers in (1, 2):
+        again, asked = alone(at(f"workers{workers}", *words, f"runtime.workers={workers}"))
+        assert differences(base, again) == set(), replay(f"{workers} workers")
+        assert asked == questions
+        tally("runs with other workers (R4)")
+    other = beside(at("alone", *words, "runtime.workers=2"), base, "stopped")
+    stopped(other, questions // 2)
+    fewer = dataclasses.replace(other, runtime=dataclasses.replace(other.runtime, workers=0))
+    assert differences(base, resumed(fewer)) == set(), replay("stopped with 2 workers, resumed with none")
 
 
 def test_a_live_bar_draws_no_random_numbers() -> None:

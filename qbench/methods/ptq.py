@@ -24,8 +24,8 @@ Sites
     weight, input.
 
 State
-    scale, (O, 1, ...) or a scalar: step of weights. low, high (scalars): range of a layer's input, 0 and 1 where
-    nothing was calibrated.
+    scale, (O, 1, ...) or a scalar: step of weights, that of minmax until `prepare`. low, high (scalars): range of a
+    layer's input, 0 and 1 where nothing was calibrated.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
@@ -116,7 +116,7 @@ class Weight(nn.Module):
     def __init__(self, weight: Tensor, bits: int, channel: bool, how: str) -> None:
         super().__init__()
         self.bits, self.channel, self.how = bits, channel, how
-        self.register_buffer("scale", weight_scale(weight.detach(), bits, channel, how))
+        self.register_buffer("scale", uniform.weight_scale(weight.detach(), bits, channel))
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""

@@ -26,7 +26,7 @@ Sites
 
 State
     codebooks (M, K, Cs'), NaN where there are fewer distinct sub-vectors than K; codes, int16, (Ct, kh, kw, M) or
-    (Ct, M): which codeword.
+    (Ct, M): which codeword. Both zero until `prepare`.
 
 Bits
     w 1-8 or 32: log2(K) / Cs' rounded up, a code having 10 bits at most; a and g 32; by default w1a32g32, K = 16 for
@@ -100,7 +100,7 @@ def conv_bytes(inputs: int, outputs: int, kernel: int, subspace: int, codewords:
 
 
 class Weight(nn.Module):
-    """A layer's weights as codes."""
+    """A layer's weights as codes; all zero until `encode`, since to find them takes minutes in a large network."""
 
     codebooks: Tensor
     codes: Tensor
@@ -108,9 +108,9 @@ class Weight(nn.Module):
     def __init__(self, weight: Tensor, subspace: int, codewords: int) -> None:
         super().__init__()
         self.subspace, self.codewords = subspace, codewords
-        codebooks, codes = product_codes(weight, subspace, codewords)
-        self.register_buffer("codebooks", codebooks)
-        self.register_buffer("codes", codes.short())
+        outputs, parts = weight.movedim(1, -1).shape[:-1], -(-weight.shape[1] // subspace)
+        self.register_buffer("codebooks", weight.new_zeros(parts, min(codewords, outputs.numel()), subspace))
+        self.register_buffer("codes", weight.new_zeros(*outputs, parts, dtype=torch.int16))
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the decoded weights; the latent ones get no gradient."""

@@ -74,6 +74,12 @@ def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: T
     return values + surrogate(w, zero, slope)
 
 
+def mean_within(zone: Tensor, w: Tensor) -> Tensor:
+    """Return the mean of the |w| where `zone` (bool, as w) is true, a scalar; 1 where it nowhere is."""
+    mean = (w.abs() * zone).sum() / zone.sum()
+    return torch.where(zone.any(), mean, torch.ones_like(mean))
+
+
 class Weight(nn.Module):
     """Ternary weights of one layer with learned scales."""
 
@@ -83,9 +89,8 @@ class Weight(nn.Module):
         assert isinstance(layer.weight, Tensor)
         w = layer.weight.detach()
         delta = self.delta(w)
-        zones = [w[w > delta], -w[w < -delta]]
-        starts = [zone.mean() if initial == "mean" and len(zone) else torch.ones(()) for zone in zones]
-        self.positive, self.negative = (nn.Parameter(start.to(w.dtype).clone()) for start in starts)
+        starts = [mean_within(zone, w) if initial == "mean" else w.new_ones(()) for zone in (w > delta, w < -delta)]
+        self.positive, self.negative = (nn.Parameter(start) for start in starts)
 
     def delta(self, w: Tensor) -> Tensor:
         """Return the threshold of latent weights."""

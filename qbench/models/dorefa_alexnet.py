@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.models import mlp
-from qbench.models.dorefa_svhn import HEADS
+from qbench.models.dorefa_svhn import HEADS, start_as_authors
 from qbench.models.resnet import NORMS
 
 CONVS = ((96, 12, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2))
@@ -66,13 +66,7 @@ class DoReFaAlexNet(nn.Sequential):
         self.norm = norm
         self.feeds = {f"act{i}": (f"conv{i + 1}",) for i in range(4)}
         self.feeds |= {"act4": ("fc0",), "actfc0": ("fc1",), "actfc1": ("fct",)}
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-                module.eps = 1e-4
+        start_as_authors(self)
 
 
 def build(

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qbench.models.resnet import NORMS
+from qbench.models.resnet import NORMS, start_by_fan_in
 
 CONVS = ((3, 5, 0), (4, 3, 1), (4, 3, 1), (8, 3, 0), (8, 3, 1), (8, 3, 0), (32, 5, 0))
 """Channels in widths, kernel, padding of `conv0` to `conv6`."""
@@ -70,6 +70,14 @@ class Restore(nn.Module):
         return y / (1 - self.p) if self.training and self.p else y
 
 
+def start_as_authors(model: nn.Module) -> None:
+    """Start as tensorpack's scripts do: weights by fan-in, biases at 0, and an eps of 1e-4 in every BN."""
+    start_by_fan_in(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.eps = 1e-4
+
+
 class SVHNNet(nn.Sequential):
     """Layers `conv0` to `conv6` with `bn`, `pool`, `act` of the same number behind, and `fc1`."""
 
@@ -96,13 +104,7 @@ class SVHNNet(nn.Sequential):
         self.norm = norm
         self.feeds = {f"act{i}": (f"conv{i + 1}",) for i in range(6)}
         self.feeds["act6"] = ("fc1",)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.eps = 1e-4
+        start_as_authors(self)
 
 
 def build(

@@ -14,7 +14,7 @@ torch's 0.1.
 from torch import Tensor, nn
 
 from qbench.models.imagenet_resnet import DEPTHS, PreBlock, block_layers
-from qbench.models.resnet import NORMS
+from qbench.models.resnet import NORMS, feeds_of_blocks, start_by_fan_in
 
 
 class HWGQResNet(nn.Module):
@@ -39,17 +39,8 @@ class HWGQResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*stack))
         self.act = nn.ReLU()
         self.fc = nn.Linear(inside, classes)
-        self.feeds = {
-            f"{name}.{act}": tuple(f"{name}.{layer}" for layer in layers)
-            for name, block in self.named_modules()
-            if isinstance(block, PreBlock)
-            for act, layers in block.feeds().items()
-        }
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # Caffe's msra: fan-in
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.feeds = feeds_of_blocks(self)
+        start_by_fan_in(self)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, classes)."""

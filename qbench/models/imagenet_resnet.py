@@ -18,7 +18,7 @@ antspy/quantized_distillation, cnn_models/resnet_kfilters.py).
 
 from torch import Tensor, nn
 
-from qbench.models.resnet import NORMS
+from qbench.models.resnet import NORMS, feeds_of_blocks
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 """Blocks of the four stages; from 50 on a block is a bottleneck."""
@@ -103,7 +103,6 @@ class PreBlock(nn.Module):
         return {f"act{i}": (f"conv{i}", *(extra if i == 1 else ())) for i in range(1, self.count + 1)}
 
 
-Block = PostBlock | PreBlock
 FORMS: dict[str, type[PostBlock] | type[PreBlock]] = {"post": PostBlock, "pre": PreBlock}
 
 
@@ -130,12 +129,7 @@ class ResNet(nn.Module):
         if form == "pre":
             self.bn = NORMS[norm](inside)
         self.fc = nn.Linear(inside, classes)
-        self.feeds = {
-            f"{name}.{act}": tuple(f"{name}.{layer}" for layer in layers)
-            for name, block in self.named_modules()
-            if isinstance(block, Block)
-            for act, layers in block.feeds().items()
-        }
+        self.feeds = feeds_of_blocks(self)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

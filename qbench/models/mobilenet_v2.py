@@ -6,7 +6,7 @@ the parameters: 3,504,872 for 1000 classes. For ImageNet take `model=torchvision
 
 from torch import Tensor, nn
 
-from qbench.models.resnet import NORMS
+from qbench.models.resnet import NORMS, feeds_of_blocks
 
 STAGES = (
     (1, 16, 1, 1),
@@ -63,19 +63,16 @@ class MobileNetV2(nn.Module):
         self.norm = norm
         inside = divisible(32 * width_mult)
         parts: list[nn.Module] = [_unit(channels, inside, 3, norm)]
-        self.feeds = {}
         for expansion, c, blocks, stride in STAGES:
             outside = divisible(c * width_mult)
             for i in range(blocks):
-                block = InvertedResidual(inside, outside, stride if i == 0 else 1, expansion, norm)
-                if len(parts) == 1 and not block.residual:
-                    self.feeds["features.0.2"] = ("features.1.conv.0.0",)
-                prefix = f"features.{len(parts)}"
-                self.feeds |= {f"{prefix}.{act}": (f"{prefix}.{layer}",) for act, (layer,) in block.feeds().items()}
-                parts.append(block)
+                parts.append(InvertedResidual(inside, outside, stride if i == 0 else 1, expansion, norm))
                 inside = outside
         last = divisible(1280 * max(1.0, width_mult))
         self.features = nn.Sequential(*parts, _unit(inside, last, 1, norm))
+        self.feeds = feeds_of_blocks(self)
+        if not parts[1].residual:
+            self.feeds["features.0.2"] = ("features.1.conv.0.0",)
         linear = nn.Linear(last, classes)
         self.classifier = nn.Sequential(nn.Dropout(dropout), linear)
         for module in self.modules():

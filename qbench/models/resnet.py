@@ -112,8 +112,26 @@ class PostBlock(nn.Module):
         return {"act1": ("conv2",)}
 
 
-Block = PreBlock | PostBlock
 FORMS: dict[str, type[PreBlock] | type[PostBlock]] = {"pre": PreBlock, "post": PostBlock}
+
+
+def feeds_of_blocks(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return what the blocks of a network say by their `feeds()`, with the names that all have in the network."""
+    return {
+        f"{name}.{act}": tuple(f"{name}.{layer}" for layer in layers)
+        for name, block in model.named_modules()
+        if name and hasattr(block, "feeds")
+        for act, layers in block.feeds().items()
+    }
+
+
+def start_by_fan_in(model: nn.Module) -> None:
+    """Draw weights from a Gaussian by their inputs (He et al. 2015, arXiv 1502.01852; Caffe's msra); biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class ResNet(nn.Module):
@@ -152,12 +170,7 @@ class ResNet(nn.Module):
             self.bn = make_norm(inside)
             self.act = nn.ReLU()
         self.fc = nn.Linear(inside, classes)
-        self.feeds = {
-            f"{name}.{act}": tuple(f"{name}.{layer}" for layer in layers)
-            for name, block in self.named_modules()
-            if isinstance(block, Block)
-            for act, layers in block.feeds().items()
-        }
+        self.feeds = feeds_of_blocks(self)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

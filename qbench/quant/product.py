@@ -80,7 +80,7 @@ def error_corrected(
     x = split(inputs.double().flatten(0, 2), s).reshape(n, g, -1).transpose(0, 1)
     gram = x.mT @ x / n
     pull = ridge * gram.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-12)
-    gram += pull * torch.eye(gram.shape[1]).to(gram)
+    gram.diagonal(dim1=1, dim2=2).add_(pull)
     books, chosen = codebooks.double().clone(), codes.long().reshape(g, -1, p, m).clone()
     off = split(w.double(), s).reshape(*chosen.shape[:2], -1) * pull
     now = books[torch.arange(m, device=codes.device), chosen].flatten(2)

@@ -83,7 +83,9 @@ def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return for values (G, n, D) the index (G, n) of the nearest of points (G, L, D), and its distance (G, n)."""
     if values.shape[-1] > 1:
         exactly = "donot_use_mm_for_euclid_dist"  # a matrix product loses half of the digits
-        distance, index = torch.cdist(values, points.nan_to_num(nan=float("inf")), compute_mode=exactly).min(-1)
+        pairs = zip(values, points.nan_to_num(nan=float("inf")), strict=True)  # one by one: all together take gigabytes
+        found = [torch.cdist(value, point, compute_mode=exactly).min(-1) for value, point in pairs]
+        distance, index = (torch.stack(each) for each in zip(*found, strict=True))
         return index, distance
     line, sought = points[..., 0].nan_to_num(nan=float("inf")).contiguous(), values[..., 0].contiguous()
     right = torch.searchsorted(line, sought).clamp(max=line.shape[1] - 1)

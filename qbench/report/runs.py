@@ -19,6 +19,8 @@ DONE = "done"
 FROM_LOGS = "from the logs"
 AROUND = 16
 """Bytes of an event file around each record."""
+TRIED = 2**16
+"""Places behind damage at which a record is looked for, in a whole event file: more would take minutes."""
 
 
 @dataclass(kw_only=True)
@@ -177,7 +179,8 @@ def _from_events(path: Path, unread: list[str]) -> Result | None:
 def _event_records(data: bytes) -> Iterator[bytes]:
     """Yield the records of an event file whose checksums match; TensorBoard's own reader gives up at the first other.
 
-    A record is its length (8 bytes), the checksum of that (4), the content, the checksum of that (4).
+    A record is its length (8 bytes), the checksum of that (4), the content, the checksum of that (4). Damaged content
+    is passed over by its length; where a length is damaged, the next record is looked for, up to `TRIED` times.
     """
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
@@ -185,14 +188,15 @@ def _event_records(data: bytes) -> Iterator[bytes]:
         found: int = masked_crc32c(data[start:stop])
         return found == int.from_bytes(data[stop : stop + 4], "little")
 
-    at = 0
-    while at + AROUND <= len(data):
+    at = tried = 0
+    while at + AROUND <= len(data) and tried < TRIED:
         end = at + AROUND + int.from_bytes(data[at : at + 8], "little")
-        if end <= len(data) and matches(at, at + 8) and matches(at + 12, end - 4):
+        if end > len(data) or not matches(at, at + 8):
+            at, tried = at + 1, tried + 1
+            continue
+        if matches(at + 12, end - 4):
             yield data[at + 12 : end - 4]
-            at = end
-        else:
-            at += 1
+        at = end
 
 
 def _final(record: dict[str, Any]) -> dict[str, Any]:
