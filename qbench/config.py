@@ -138,6 +138,7 @@ class Runtime:
     compile: bool = False
     compress_activations: bool = False
     tensorboard: bool = True
+    observe: str = one_of("light", "off", "light", "full")
     progress: bool = True
     log_every: int = within(10, 1)
     save_seconds: float = within(30.0, 0)

@@ -35,7 +35,7 @@ class ResourceError(QbenchError):
 
 
 class Diverged(QbenchError):
-    """Training met a number that is not finite."""
+    """Training met a number that is not finite, or weights or scales that have run away."""
 
     status = 6
 

@@ -124,7 +124,7 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
         task = Task(
             model=model, method=method, optim=config.optim, epochs=parts.epochs, steps=loader.steps,
             train=loader.train, validate=lambda: desk.checked(loader.plain("val")), probe=probe,
-            forward=parts.forward(model),
+            forward=parts.forward(model), classes=parts.data.classes,
         )  # fmt: skip
         state = _state(task, session.saved, config.seed)
         with compressed(config.runtime.compress_activations):
@@ -183,7 +183,7 @@ def _conclude(
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device, state.epoch),
         quantizers=reports(model), card=parts.card, asks=parts.asks,
         weights_sha256=weights_sha256(last), state_sha256=ended, wall_seconds=session.wall_seconds,
-        notes=_hints(parts, verified),
+        notes=[*_hints(parts, verified), *session.lookout.warned.values()],
     )  # fmt: skip
     _show(model, state, session, result)
     session.book.close()
@@ -229,20 +229,10 @@ def _measure(
 
 
 def _show(model: nn.Module, state: State, session: Session, result: Result) -> None:
-    """Write the final record, and for TensorBoard the levels and the hyper-parameters beside the final metrics."""
-    config, final = session.config, result.final or {}
+    """Write the final record, and for TensorBoard the levels and what its table of hyper-parameters ends with."""
+    final = result.final or {}
     metrics = {f"{split}_{key}": value for split in ("val", "test") for key, value in final[split].items()}
     session.book.record("final", state.step, metrics)
-    if not config.runtime.tensorboard:
-        return
-    if (figure := levels_figure(model)) is not None:
+    if session.config.runtime.tensorboard and (figure := levels_figure(model)) is not None:
         session.book.figure(state.step, "levels", figure)
-    bits = config.bits
-    session.book.hparams(
-        {
-            "method": config.method_name, "w": bits.w or 32, "a": bits.a or 32, "g": bits.g or 32,
-            "model": str(config.model["name"]), "dataset": str(config.dataset["name"]), "seed": config.seed,
-            "epochs": config.epochs, "optimizer": config.optim.name, "lr": config.optim.lr,
-        },
-        {f"hparam/{key}": value for key, value in metrics.items()},
-    )  # fmt: skip
+    session.book.end({f"hparam/{key}": value for key, value in metrics.items()})

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from qbench.config import digest
 from qbench.errors import CheckpointError, Diverged, Interrupted
+from qbench.lookout import Lookout
 from qbench.record import files
 from qbench.record.logbook import Logbook
-from qbench.record.pictures import weight_tensors
+from qbench.record.pictures import CHARTS, METRICS, columns
 from qbench.record.run import RunDirectory
 from qbench.record.screen import Screen
 from qbench.train.checkpoint import not_finite, pack, unpack
 from qbench.train.loop import State, Task, Watch, numbers
 
 T = TypeVar("T")
-HISTOGRAMS = 10
-"""Times a run's weights are written to TensorBoard, about."""
 
 
 @dataclass
@@ -81,6 +80,8 @@ class Session:
         self._began = self._saved_at = time.perf_counter()
         step = self.saved["state"]["counters"][2] if self.saved else 0
         self.book = Logbook(directory.path, size=past.get("log_size", 0), step=step, tensorboard=tensorboard)
+        self.book.begin(columns(self.config), [f"hparam/{name}" for name in METRICS], CHARTS)
+        self.lookout = Lookout(self.config.runtime.observe, self.book, desk.screen, **past.get("memory", {}))
         if self.book.lost:
             desk.screen.say(f"warning: {directory.path / 'metrics.jsonl'} is damaged: {self.book.lost} bytes are lost")
 
@@ -93,6 +94,9 @@ class Session:
         """Return what the loop calls; `images` is the batch size, for the display."""
         screen = self.desk.screen
         screen.start(self._title(), task.epochs * task.steps, state.step, images)
+        self.lookout.begin(task.model)
+        if not task.epochs:
+            self.book.records(self.lookout.epoch(task, state, {"images": 0}, "without training"))
 
         def step(state: State, loss: Tensor) -> None:
             screen.step(state.step, loss.item)
@@ -115,17 +119,19 @@ class Session:
         """Write a checkpoint from which the run goes on.
 
         Raises:
-            Diverged: it holds inf or nan; nothing is written.
+            Diverged: it holds inf or nan, or `Lookout.check` refuses it; nothing is written.
         """
         session = {
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
             "wall_seconds": self.wall_seconds,
             "log_size": self.book.size,
+            "memory": self.lookout.memory(task.model),
         }
         saved = state.save(task.model)
         if bad := not_finite({"model": numbers(task.model)} | {k: saved[k] for k in ("optimizer", "average")}):
             raise Diverged(f"{bad} is not finite in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
+        self.lookout.check(task.model, f"in epoch {state.epoch}, step {state.step}")
         data = pack({"identity": self.identity, "state": saved, "session": session})
         self.directory.save_state(state.step, data)
         self._saved_at = time.perf_counter()
@@ -154,12 +160,12 @@ class Session:
         self.train_seconds += record["seconds"]
         self.train_images += record["images"]
         first, every = state.step - len(losses) + 1, self.config.runtime.log_every
+        records: list[tuple[str, int, dict[str, Any]]] = []
         for i, loss in enumerate(torch.stack(losses).tolist()):
             if (first + i) % every == 0:
-                self.book.record("step", first + i, {"loss": loss})
-        self.book.record("epoch", state.step, record)
-        if state.epoch % max(1, task.epochs // HISTOGRAMS) == 0 or state.epoch == task.epochs:
-            self.book.histograms(state.step, weight_tensors(task.model))
+                records.append(("step", first + i, {"loss": loss}))
+        records += self.lookout.epoch(task, state, record, f"in epoch {record['epoch']}, step {state.step}")
+        self.book.records([*records, ("epoch", state.step, record)])
 
     def _newest(self) -> dict[str, Any] | None:
         """Return the newest checkpoint that verifies; say which do not, and remove them: they count as the newest."""

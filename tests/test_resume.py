@@ -410,6 +410,7 @@ UNTRIED = {
     "identity": "without it a checkpoint is refused (tests/test_damage.py)",
     "state.random.cuda": "empty without a GPU",
     "session.wall_seconds": "test_a_run_may_be_stopped_again_and_again",
+    "session.memory": "what warnings and observation remember (tests/test_observe.py)",
 }
 
 

@@ -36,6 +36,8 @@ class UnmaskedActivation(Activation):
 class UnclampedWeight(Weight):
     """Weights whose step may fall below zero, and with it the order of the levels turns."""
 
+    above_zero: tuple[str, ...] = ()
+
     def grid(self, w: Tensor) -> Grid:
         """Step times the integers of b bits."""
         return Grid(super().grid(w).points.sort(1).values)
@@ -43,6 +45,8 @@ class UnclampedWeight(Weight):
 
 class UnclampedActivation(Activation):
     """Activations whose step may fall below zero."""
+
+    above_zero: tuple[str, ...] = ()
 
     def grid(self, x: Tensor) -> Grid:
         """Step times the integers of b bits."""

@@ -42,6 +42,8 @@ class MeanGradient(Weight):
 class Unclamped(Weight):
     """The scales may fall below zero, and with them the order of the levels turns."""
 
+    above_zero: tuple[str, ...] = ()
+
     def grid(self, w: Tensor) -> Grid:
         """One group: -Wn, 0, Wp."""
         return Grid(super().grid(w).points.sort(1).values)

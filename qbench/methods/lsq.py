@@ -108,6 +108,8 @@ def _points(step: Tensor, bits: int, signed: bool) -> Grid:
 class Weight(nn.Module):
     """A layer's weights with their learned step."""
 
+    above_zero: tuple[str, ...] = ("step",)
+
     def __init__(self, layer: nn.Module, bits: int) -> None:
         super().__init__()
         self.bits = bits
@@ -133,6 +135,8 @@ class Weight(nn.Module):
 
 class Activation(nn.Module):
     """A layer's input with its learned step."""
+
+    above_zero: tuple[str, ...] = ("step",)
 
     signed: Tensor
     ready: Tensor

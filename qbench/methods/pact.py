@@ -97,6 +97,8 @@ def _cells(alpha: Tensor, n: float) -> Cells:
 class Activation(nn.Module):
     """PACT in front of one layer."""
 
+    above_zero: tuple[str, ...] = ("alpha",)
+
     def __init__(self, bits: int, initial: float, decay: float) -> None:
         super().__init__()
         self.bits, self.weight_decay = bits, decay

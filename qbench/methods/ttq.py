@@ -83,6 +83,8 @@ def mean_within(zone: Tensor, w: Tensor) -> Tensor:
 class Weight(nn.Module):
     """Ternary weights of one layer with learned scales."""
 
+    above_zero: tuple[str, ...] = ("positive", "negative")
+
     def __init__(self, layer: nn.Module, threshold: str, t: float, initial: str, decay: float) -> None:
         super().__init__()
         self.threshold, self.t, self.weight_decay = threshold, t, decay

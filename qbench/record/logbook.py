@@ -5,16 +5,25 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from qbench.record import files
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
+
+
+BINS = 64
+"""Of a histogram."""
+
+Layout = dict[str, dict[str, list[Any]]]
+"""Category -> chart -> ["Multiline", regular expressions of tags]; equal ones of several runs are one."""
 
 
 class Logbook:
@@ -46,29 +55,55 @@ class Logbook:
 
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line `{"kind": ..., "step": ..., **values}`; numbers go to TensorBoard as `kind/name`."""
-        line = json.dumps({"kind": kind, "step": step} | dict(values), allow_nan=False) + "\n"
+        self.records([(kind, step, values)])
+
+    def records(self, records: Sequence[tuple[str, int, Mapping[str, Any]]]) -> None:
+        """Append several lines at once, (kind, step, values) each; see `record`."""
+        whole = [{"kind": kind, "step": step} | dict(values) for kind, step, values in records]
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in whole).encode()
 
         def append() -> None:
             with open(self._metrics, "ab") as file:
-                file.write(line.encode())
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
 
-        files.guarded(append, self._metrics, len(line))
+        files.guarded(append, self._metrics, len(text))
+        for kind, step, values in records:
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            self.scalars(step, {f"{kind}/{n}": value for n, value in numbers.items() if n not in ("epoch", "images")})
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add numbers to TensorBoard alone, under these tags."""
 
         def add(writer: "SummaryWriter") -> None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and name not in ("epoch", "images"):
-                    writer.add_scalar(f"{kind}/{name}", value, step)
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            writer.file_writer.add_summary(Summary(value=found), step)
 
         self._show(add)
 
     def histograms(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
-        """Add a histogram of each tensor to TensorBoard."""
+        """Add a histogram of each tensor to TensorBoard, in even bins: its own would cost twenty times as much."""
 
         def add(writer: "SummaryWriter") -> None:
             for name, tensor in tensors.items():
-                writer.add_histogram(name, tensor.detach().cpu().numpy(), step)
+                values = tensor.detach().float().cpu().flatten().numpy()
+                counts, edges = np.histogram(values, bins=BINS)
+                _bars(writer, name, step, counts, edges, (values.size, values.sum(), values.dot(values)))
+
+        self._show(add)
+
+    def counts(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
+        """Add counts (n,) to TensorBoard as histograms of 0 to n - 1."""
+
+        def add(writer: "SummaryWriter") -> None:
+            for name, tensor in tensors.items():
+                counts = tensor.cpu().numpy()
+                at = np.arange(len(counts))
+                sums = (counts.sum(), counts @ at, counts @ (at * at))
+                _bars(writer, name, step, counts, np.arange(len(counts) + 1) - 0.5, sums)
 
         self._show(add)
 
@@ -76,18 +111,32 @@ class Logbook:
         """Add a matplotlib figure to TensorBoard."""
         self._show(lambda writer: writer.add_figure(name, figure, step))
 
-    def hparams(self, values: Mapping[str, bool | int | float | str], metrics: Mapping[str, float]) -> None:
-        """Add hyper-parameters and final metrics, in this same event file (`add_hparams` would add a false run)."""
+    def begin(self, hparams: Mapping[str, bool | int | float | str], metrics: Sequence[str], layout: Layout) -> None:
+        """Add hyper-parameters, which metrics will follow, and the charts of the custom-scalars tab.
+
+        They stand in this same event file: `add_hparams` would add a false run.
+        """
+
+        def add(writer: "SummaryWriter") -> None:
+            from torch.utils.tensorboard.summary import custom_scalars
+            from torch.utils.tensorboard.summary import hparams as summaries
+
+            experiment, start, _ = summaries(dict(hparams), dict.fromkeys(metrics, 0.0))
+            for summary in (experiment, start, custom_scalars(layout)):
+                writer.file_writer.add_summary(summary)
+
+        self._show(add)
+
+    def end(self, metrics: Mapping[str, float]) -> None:
+        """Add the metrics that `begin` has named, and that the run has ended well."""
 
         def add(writer: "SummaryWriter") -> None:
             from torch.utils.tensorboard.summary import hparams
 
-            for summary in hparams(dict(values), dict(metrics)):
-                writer.file_writer.add_summary(summary)
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, 0)
+            writer.file_writer.add_summary(hparams({}, {})[2])
 
         self._show(add)
+        self.scalars(0, metrics)
 
     def close(self) -> None:
         """Flush and close what is open.
@@ -128,6 +177,11 @@ def append_text(path: Path, text: str) -> None:
             file.write(buffer.getvalue())
 
     files.guarded(append, path, len(text))
+
+
+def _bars(writer: "SummaryWriter", name: str, step: int, counts: Any, edges: Any, sums: tuple[Any, ...]) -> None:
+    """Add counts (n,) between edges (n + 1,); `sums` are the values' count, sum and sum of squares."""
+    writer.add_histogram_raw(name, edges[0], edges[-1], *sums, edges[1:], counts, step)
 
 
 def _writer(path: Path, step: int) -> "SummaryWriter":

@@ -1,4 +1,6 @@
-"""Pictures of a quantized network for TensorBoard: histograms of weights, and each layer's levels in one figure."""
+"""What TensorBoard shows of a run beside its curves: each layer's levels in one figure, charts of several curves, and
+the columns of its hyper-parameters' table.
+"""
 
 import math
 import os
@@ -8,8 +10,59 @@ from typing import Any
 import numpy as np
 import torch
 
+from qbench.config import Config
 from qbench.quant.layers import effective_weight, quantized_layers
 from qbench.quant.method import FLOAT
+
+METRICS = tuple(f"{split}_{key}" for split in ("val", "test") for key in ("top1", "top5", "loss"))
+"""Final figures; a run that validates on nothing has no `val_` ones, and the same columns."""
+
+
+def _chart(*tags: str) -> list[Any]:
+    return ["Multiline", list(tags)]
+
+
+TOLD = ("top", "dead", "entropy", "flips", "frozen", "clipped", "grad")
+CHARTS = {
+    "float and quantized": {
+        "top-1 on training images, %": _chart("epoch/train_top1$"),
+        "top-1 on validation images, %": _chart("epoch/val_top1$"),
+        "training loss": _chart("epoch/train_loss$"),
+        "validation loss": _chart("epoch/val_loss$"),
+        "learning rate": _chart("epoch/lr$"),
+    },
+    "layers: quantized against float": {
+        "signal over error of outputs, dB": _chart("sqnr/"),
+        "cosine of outputs": _chart("cosine/"),
+    },
+    "layers: levels": {
+        "entropy of weights, bits": _chart("w.entropy/"),
+        "entropy of inputs, bits": _chart("a.entropy/"),
+        "dead levels of weights": _chart("w.dead/"),
+        "dead levels of inputs": _chart("a.dead/"),
+        "clipped inputs": _chart("a.clipped/"),
+        "largest level of weights": _chart("w.top/"),
+        "largest level of inputs": _chart("a.top/"),
+    },
+    "layers: motion": {
+        "weights on another level than before": _chart("w.flips/"),
+        "frozen weights": _chart("w.frozen/"),
+        "gradient of latent weights": _chart("w.grad/"),
+        "numbers of quantizers: steps, scales, clips": _chart(rf"[wag][.](?!({'|'.join(TOLD)})/)\w+/"),
+        "gradients of quantizers": _chart("[wag][.].+[.]grad/"),
+    },
+}
+"""Charts that hold all runs, and so the float parent's curve beside the quantized one's. The same for every run."""
+
+
+def columns(config: Config) -> dict[str, bool | int | float | str]:
+    """Return what the table of hyper-parameters tells of a run: the same names for every run."""
+    bits = config.bits
+    return {
+        "method": config.method_name, "w": bits.w or FLOAT, "a": bits.a or FLOAT, "g": bits.g or FLOAT,
+        "model": str(config.model["name"]), "dataset": str(config.dataset["name"]), "seed": config.seed,
+        "epochs": config.epochs, "optimizer": config.optim.name, "lr": config.optim.lr,
+    }  # fmt: skip
 
 
 def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

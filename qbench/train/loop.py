@@ -24,7 +24,9 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, how long. `train(epoch, start)` yields the batches of an epoch from a place on."""
+    """What is trained, on what, how long. `train(epoch, start)` yields the batches of an epoch from a place on; of
+    `classes` 0 means: not known.
+    """
 
     model: nn.Module
     method: Method
@@ -35,6 +37,7 @@ class Task:
     validate: Callable[[], Iterable[Batch]]
     probe: Probe
     forward: Callable[[Tensor], Tensor] | None = None
+    classes: int = 0
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the network's output as the run computes it: compiled perhaps, or in another precision."""

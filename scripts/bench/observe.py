@@ -1,0 +1,87 @@
+"""Times epochs with runtime.observe off, light and full, each with what is logged and saved after it, side by side.
+
+    .venv/bin/python scripts/bench/observe.py [--rounds 21] [KEY=VALUE ...]
+
+The baseline, blind, is a run whose layers nobody looks at; even `off` looks, for warnings. TensorBoard is on. Not
+validating makes all ratios larger; looks and histograms come as often as in a run of the default length.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from measure import Work, interleaved, machine, markdown
+from torch.nn import functional as F
+
+from qbench import compose
+from qbench.assembly import assemble
+from qbench.data.dataset import Loader
+from qbench.quant.method import Probe
+from qbench.record.run import RunDirectory
+from qbench.record.screen import Screen
+from qbench.session import Desk, Session
+from qbench.train import optim
+from qbench.train.loop import State, Task, train_epoch
+
+CASES = {
+    "digits, resnet8, DoReFa W2A2": ["method=dorefa", "bits=w2a2"],
+    "digits, resnet8, LSQ W2A2": ["method=lsq", "bits=w2a2"],
+    "digits, resnet8, INQ W5": ["method=inq"],
+}
+LEVELS, BAR = ("blind", "off", "light", "full"), "1.03"
+IMAGES, EPOCHS = 256, 6
+
+
+def work(words: list[str], out: Path, level: str) -> Work:
+    """Return an epoch of a run whose layers are looked at so closely."""
+    told = "off" if level == "blind" else level
+    (config,) = compose.configurations([*words, "init=scratch", f"runtime.observe={told}", f"out={out / level}"])
+    parts = assemble(config)
+    loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)
+    model, method = parts.install(parts.float_model()), parts.method
+    probe = Probe(list(loader.plain("train", IMAGES)), F.cross_entropy)
+    if method.prepare:
+        method.prepare(model, probe)
+    if method.on_epoch:
+        method.on_epoch(model, 0, config.epochs, probe)
+    task = Task(
+        model=model, method=method, optim=config.optim, epochs=config.epochs, steps=loader.steps, train=loader.train,
+        validate=lambda: (), probe=Probe([], F.cross_entropy) if level == "blind" else probe,
+        classes=parts.data.classes,
+    )  # fmt: skip
+    directory = RunDirectory(config)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    session = Session(directory, Desk(Screen(quiet=True)), tensorboard=True)
+    state = State(optim.build(model, config.optim))
+    watch = session.watch(task, state, loader.batch_size)
+
+    def epoch() -> None:
+        state.epoch %= config.epochs
+        train_epoch(task, state, watch)
+        record = {"epoch": state.epoch, "train_loss": 0.0, "train_top1": 100.0, "seconds": 0.0, "images": state.images}
+        losses, state.losses, state.images, state.hits, state.batch = state.losses, [], 0, 0, 0
+        state.epoch += 1
+        watch.epoch(state, record, losses)
+
+    return epoch
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--rounds", type=int, default=21)
+    asked = parser.parse_args()
+    rows = []
+    for name, words in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            works = {level: work([*words, *asked.words], Path(folder), level) for level in LEVELS}
+            found = interleaved(works, asked.rounds, repeat=EPOCHS)
+            ratios = [str(found[level]) for level in LEVELS[1:]]
+            rows.append((name, *ratios, BAR, f"{1000 * found['blind'].seconds:.0f} ms"))
+    print(f"{machine()}, 1 thread, {asked.rounds} rounds of {EPOCHS} epochs\n")
+    print(markdown(("an epoch of", *LEVELS[1:], "bar of light", "blind"), rows))
+
+
+if __name__ == "__main__":
+    main()
