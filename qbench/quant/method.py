@@ -103,8 +103,8 @@ class WeightQuantizer(Protocol):
     """A module for a layer's weights: `forward(w) -> w_hat`, plus what it promises about w_hat.
 
     Optional, for any quantizer: `complete` (bool), false while part of the weights is float; `report() -> dict` of
-    numbers and words about its state that a reader of the result wants (sparsity, order, counts); `above_zero`, names of
-    its parameters or buffers that must stay above 0: a run stops where one is not.
+    numbers and words about its state that a reader of the result wants (sparsity, order, counts); `above_zero`, names
+    of its parameters or buffers that must stay above 0: a run stops where one is not.
     """
 
     def grid(self, w: Tensor) -> Grid:
