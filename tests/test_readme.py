@@ -76,6 +76,7 @@ def test_scripts_are_sound() -> None:
         "reliability",
         "papers",
         "pictures",
+        "unified",
     )
     for name in names:
         compile((ROOT / "scripts" / name).read_text(), name, "exec")
