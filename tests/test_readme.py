@@ -30,6 +30,11 @@ def test_every_command_of_the_readme_is_one(configure: Configure) -> None:
         assert bool(compose.configurations(words)) is not asks, words
 
 
+def test_tables_of_results_are_those_of_their_records() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts/readme_tables", "--check"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_verbs_of_the_readme_exist() -> None:
     verbs = "compare|describe|list|plan|check|draw|ledger|settle|inspect|sensitivity|evaluate"
     for verb in set(re.findall(rf"qbench ({verbs})\b", README)):
