@@ -1,8 +1,10 @@
 """Files are there whole or not at all; logs are cut back; the screen tells and keeps."""
 
 import errno
+import itertools
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,9 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.125)]
 
 
-def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path) -> None:
+def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(1_700_000_000)  # event files are read in the order of their names, which hold the second
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def write(size: int, step: int, steps: list[int]) -> int:

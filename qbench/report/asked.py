@@ -43,7 +43,7 @@ def answer(arguments: Iterable[str]) -> str:
         ConfigError: a flag, key or value that does not exist, or no directory.
     """
     asked = parse(arguments)
-    made, found = tables(asked)
+    made, found = gathered(asked)
     for path in asked.plots:
         from qbench.report.plots import plot
 
@@ -116,8 +116,13 @@ def _split(value: str) -> list[str]:
     return re.split(r",(?![^\[]*\])", value)
 
 
-def tables(asked: Asked) -> tuple[list[Table], list[Found]]:
-    """Return the tables that a command line asks for, with what may be concluded, and the runs they tell of."""
+def tables(asked: Asked) -> list[Table]:
+    """Return the tables that a command line asks for, with what may be concluded."""
+    return gathered(asked)[0]
+
+
+def gathered(asked: Asked) -> tuple[list[Table], list[Found]]:
+    """Return the tables that a command line asks for, and the runs they tell of."""
     found = read(asked.directories)
     if found and (asked.where or asked.by):
         own = {id(run): naming.facts(run.result) for run in found if run.result is not None}
