@@ -12,19 +12,16 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from qbench import registry
+from qbench import compose, registry
+from qbench.assembly import make_method, widths
 from qbench.config import Bits
+from qbench.quant.method import FLOAT
 from qbench.report.ledger import lacking, papers
 from qbench.report.ledger_rows import PROVENANCES, Paper, Row
 
 PAGE = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
 RELATED: list[dict[str, Any]] = yaml.safe_load((ROOT / "docs" / "papers.yaml").read_text(encoding="utf-8"))["papers"]
 ASKED = ("LQ-Nets", "APoT", "DSQ", "QIL", "Mostly 4-bit", "ShrinkBench")
-QUANTIZED = {
-    "bwn": "w", "dorefa": "wag", "dq": "w", "eslq": "w", "float": "", "gupta": "wag", "hwgq": "wa", "inq": "w",
-    "lsq": "wa", "mlq": "w", "pact": "wa", "ptq": "wa", "qcnn": "w", "qd": "w", "slq": "w", "ttq": "w", "twn": "w",
-    "uniform": "wa", "xnor": "wa",
-}  # fmt: skip
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 
 
@@ -110,7 +107,11 @@ def test_methods_stand_with_their_papers(script: ModuleType) -> None:
 
 
 def test_what_is_quantized_is_read_from_the_card(script: ModuleType) -> None:
-    assert {name: script.quantized(name) for name in registry.names("method")} == QUANTIZED
+    for name in registry.names("method"):
+        (config,) = compose.configurations([f"method={name}"])
+        legal = make_method(config, widths(config)).legal
+        known = "".join(key for key in "wag" if any(k in legal.get(key, ()) for k in range(1, FLOAT)))
+        assert script.quantized(name) == known, f"{name}: the card's Bits, as `w 1 or 32, a 32, g 32`"
 
 
 def test_every_claim_and_every_known_deviation_appears() -> None:

@@ -207,6 +207,8 @@ def _replace_activations(method: Method, model: nn.Module, assigned: dict[str, B
             "activations feed (attribute `feeds`); the networks of qbench do"
         )
     fed = {reader for readers in feeds.values() for reader in readers}
+    if unknown := {*feeds, *fed} - dict(model.named_modules()).keys():
+        raise Unsupported(f"{type(model).__name__} says in `feeds` what it does not have: {', '.join(sorted(unknown))}")
     image = next(iter(assigned))
     unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name != image]
     if needs == "replaced" and unfed:
