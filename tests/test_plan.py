@@ -14,6 +14,7 @@ from torch import nn
 
 from qbench import compose, plan
 from qbench.assembly import assemble
+from qbench.config import Config
 from qbench.cost.count import count_cost
 from qbench.cost.layers import Levels, layer_costs
 from qbench.cost.runtimes import BINARY, FPGA, INT8, runs_on
@@ -30,13 +31,20 @@ EXPERIMENTS = sorted(
 Planned = Callable[..., list[Table]]
 
 
+compose_anew = compose.configurations
+
+
+@functools.cache
+def composed(words: tuple[str, ...]) -> list[Config]:
+    """Composing takes longer than planning, and rows that are near each other are composed for each other."""
+    return compose_anew(list(words))
+
+
 @pytest.fixture
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
     """Return a function from words of a command line to its plan, in a folder without data."""
     monkeypatch.chdir(tmp_path)
-    once = functools.cache(lambda words: compose_anew(list(words)))
-    compose_anew = compose.configurations
-    monkeypatch.setattr(compose, "configurations", lambda words: once(tuple(words)))
+    monkeypatch.setattr(compose, "configurations", lambda words: composed(tuple(words)))
     return lambda *words: plan.plan(compose.configurations(list(words)))
 
 
