@@ -21,7 +21,7 @@ from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batches_of
 from qbench.quant.method import FLOAT, Unsupported
 from qbench.record.run import RunDirectory
-from qbench.report.compare import short
+from qbench.report.columns import short
 from qbench.report.recipe import departures
 from qbench.report.table import Table
 from qbench.train import optim
@@ -48,9 +48,10 @@ class Pace(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What runs have in common that differ in their seed: parts, costs and pace; or why they cannot be."""
+    """What runs have in common that differ in their seed: parts, network, costs and pace; or why they cannot be."""
 
     parts: Parts | None
+    model: nn.Module | None
     cost: dict[str, Any]
     pace: Pace
     unsupported: str = ""
@@ -70,23 +71,24 @@ class Kinds:
         if key not in self.known:
             try:
                 parts = assemble(config, planned=True)
-                self.known[key] = Kind(parts, count_cost(*installed(parts)), self._pace(parts))
+                model, cost = installed(parts)
+                self.known[key] = Kind(parts, model, cost, self._pace(parts, model))
             except Unsupported as reason:
-                self.known[key] = Kind(None, {}, Pace(0, 0, 0), str(reason))
+                self.known[key] = Kind(None, None, {}, Pace(0, 0, 0), str(reason))
         return self.known[key]
 
-    def _pace(self, parts: Parts) -> Pace:
+    def _pace(self, parts: Parts, model: nn.Module) -> Pace:
         """Return a network's pace, timed, or reckoned from the one of nearest size by multiply-accumulates."""
         macs = max(1, sum(parts.macs.values()))
-        if _least(parts) * macs > 2 * TIMED_MACS and parts.device.type == "cpu":
+        if _least(parts, model) * macs > 2 * TIMED_MACS and parts.device.type == "cpu":
             self.reckoned += 1
-            return _reckoned(parts, macs)
+            return _reckoned(parts, model, macs)
         if self.spent > PATIENCE:
             self.reckoned += 1
             count, pace = min(self.timed, key=lambda timed: abs(math.log(timed[0] / macs)))
             return Pace(*(value * macs / count for value in pace))
         began = time.perf_counter()
-        pace = _timed(parts, macs)
+        pace = _timed(parts, macs, _least(parts, model))
         self.timed.append((macs, pace))
         self.spent += time.perf_counter() - began
         return pace
@@ -101,13 +103,15 @@ def plan(configs: Sequence[Config]) -> list[Table]:
     kinds = Kinds()
     runs = {RunDirectory(one).path: one for config in configs for one in _with_parent(config, kinds)}
     total = sum(_add(table, one, kinds.of(one)) for one in runs.values())
-    parts = kinds.of(configs[-1]).parts if configs else None
-    device = parts.device.type if parts else "cpu"
+    last = kinds.of(configs[-1]) if configs else None
+    device = last.parts.device.type if last and last.parts else "cpu"
     table.notes.append(f"about {_duration(total)} one after the other on this machine's {device}, evaluation left out")
     table.notes.append("memory: weights, gradients, optimizer and what is kept for the backward pass")
     if kinds.reckoned:
         table.notes.append(f"reckoned from multiply-accumulates, not timed: {kinds.reckoned} of these networks")
-    return [table] if len(configs) > 1 or parts is None else [table, _layers(parts)]
+    if len(configs) > 1 or last is None or last.parts is None or last.model is None:
+        return [table]
+    return [table, _layers(last.parts, last.model, last.cost)]
 
 
 def _with_parent(config: Config, kinds: Kinds) -> list[Config]:
@@ -142,27 +146,25 @@ def _add(table: Table, config: Config, kind: Kind) -> float:
     return seconds
 
 
-def installed(parts: Parts) -> tuple[nn.Module, dict[str, int]]:
-    """Return the quantized network without memory, with where its costs cannot be told so, and its MACs by layer."""
+def installed(parts: Parts) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the quantized network, without memory where its costs can be told so, and these costs."""
     try:
         model = parts.install(parts.float_model("meta"))
-        count_cost(model, parts.macs)
+        return model, count_cost(model, parts.macs)
     except (NotImplementedError, RuntimeError):  # a quantizer looks at values
         model = parts.install(parts.float_model())
-    return model, parts.macs
+        return model, count_cost(model, parts.macs)
 
 
-def _layers(parts: Parts) -> Table:
+def _layers(parts: Parts, model: nn.Module, whole: dict[str, Any]) -> Table:
     """Return the table of a run's layers, with their sum as `qbench compare` counts it."""
-    config, (model, macs) = parts.config, installed(parts)
-    costs = layer_costs(model, parts.method, macs)
+    config, costs = parts.config, layer_costs(model, parts.method, parts.macs)
     table = Table(
         LAYERS, title=f"{config.model['name']} on {config.dataset['name']}, {config.method_name} {config.bits}"
     )
     for layer in costs:
         table.rows.append(_row(layer))
         table.values.append(layer._asdict() | {"bits": layer.bits._asdict()})
-    whole = count_cost(model, macs)
     rest = whole["params"] - sum(layer.params for layer in costs)
     blank = ("",) * 7
     if rest:
@@ -203,18 +205,18 @@ def _memory(parts: Parts, params: int) -> float:
     return 4 * params * (2 + state + (recipe.ema is not None))
 
 
-def _least(parts: Parts) -> int:
+def _least(parts: Parts, model: nn.Module) -> int:
     """Return the least images of a training batch: batch normalization wants two values of a channel."""
-    norms = any("BatchNorm" in type(module).__name__ for module in installed(parts)[0].modules())
+    norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
     return min(batches_of(parts.data, parts.config.optim.batch_size)[0], 2 if norms else 1)
 
 
-def _timed(parts: Parts, macs: int) -> Pace:
+def _timed(parts: Parts, macs: int, least: int) -> Pace:
     """Run training steps on a few random images, on the run's device."""
     model = parts.install(parts.float_model()).to(parts.device).train()
     optimizer = optim.build(model, parts.config.optim)
     whole = batches_of(parts.data, parts.config.optim.batch_size)[0]
-    size = whole if parts.device.type == "cuda" else min(whole, max(_least(parts), int(TIMED_MACS / macs)))
+    size = whole if parts.device.type == "cuda" else min(whole, max(least, int(TIMED_MACS / macs)))
     images = torch.randn(size, *parts.data.shape, device=parts.device).to(memory_format=torch.channels_last)
     labels = torch.randint(parts.data.classes, (size,), device=parts.device)
     saved, fixed = _saved(model, images)
@@ -222,12 +224,12 @@ def _timed(parts: Parts, macs: int) -> Pace:
     return Pace(_seconds(parts, model, optimizer, (images, labels), steps) / size, saved / size, fixed)
 
 
-def _reckoned(parts: Parts, macs: int) -> Pace:
+def _reckoned(parts: Parts, model: nn.Module, macs: int) -> Pace:
     """Reckon the pace of a network too large to try: its operations at a convolution's speed, its memory by shapes."""
-    size, model = _least(parts), installed(parts)[0].train()
+    size = _least(parts, model)
     images = torch.empty(size, *parts.data.shape, device=next(model.parameters()).device)
     try:
-        saved, fixed = _saved(model, images)
+        saved, fixed = _saved(model.train(), images)
     except (NotImplementedError, RuntimeError):  # a quantizer looks at values: as its float network then
         saved, fixed = _saved(parts.float_model("meta").train(), images.to("meta"))
     conv = nn.Conv2d(128, 128, 3, padding=1)

@@ -604,7 +604,7 @@ def shards(total: int, each: int) -> list[Any]:
 @pytest.fixture
 def quick(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No example may last because it asks for much work: nothing is timed, no method checked, sweeps stay small."""
-    monkeypatch.setattr("qbench.plan.Kinds._pace", lambda self, parts: plan.Pace(0.0, 0.0, 0.0))
+    monkeypatch.setattr("qbench.plan.Kinds._pace", lambda self, parts, model: plan.Pace(0.0, 0.0, 0.0))
     monkeypatch.setattr("qbench.check.kit.check", lambda subject: [])
     monkeypatch.setattr(compose, "MOST_CELLS", 4)
     counts: dict[tuple[str, Any], dict[str, int]] = {}

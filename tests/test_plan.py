@@ -50,7 +50,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
 
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.Kinds, "_pace", lambda self, parts: plan.Pace(1e-3, 10.0, 1.0))
+    monkeypatch.setattr(plan.Kinds, "_pace", lambda self, parts, model: plan.Pace(1e-3, 10.0, 1.0))
 
 
 def _lines(table: Table) -> dict[str, dict[str, str]]:
@@ -134,7 +134,7 @@ def test_every_experiment_plans_without_data(planned: Planned, untimed: None, ex
 def test_a_sweep_costs_one_look_a_kind(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
 
-    def pace(self: plan.Kinds, parts: plan.Parts) -> plan.Pace:
+    def pace(self: plan.Kinds, parts: plan.Parts, model: nn.Module) -> plan.Pace:
         looked.append(parts.config.method_name)
         return plan.Pace(2e-3, 0.0, 0.0)
 

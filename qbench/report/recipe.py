@@ -1,12 +1,12 @@
 """How a run departs from what its method's paper did: from the ledger's nearest row, key by key."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from qbench.config import Config, to_dict
 from qbench.report.ledger import absent, lacking, words
 from qbench.report.ledger_rows import Row, names, papers
+from qbench.report.naming import flat
 
 CANDIDATES = 4
 """Rows whose experiments are composed, to find the one that differs least."""
@@ -107,13 +107,5 @@ def _keys(config: Config) -> dict[str, str]:
     """Return a configuration's keys that decide what is compared: protocol, method's own, widths."""
     widths = {key: getattr(config.bits, key) or 32 for key in "wag"}
     own = {key: value for key, value in config.method.items() if key != "name"}
-    return _flat(config.protocol() | {"method": own, "bits": widths})
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(values, Mapping):
-        found: dict[str, str] = {}
-        for key, value in values.items():
-            found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-        return found
-    return {prefix: json.dumps(values).strip('"')}
+    found = flat(config.protocol() | {"method": own, "bits": widths})
+    return {key: value.strip('"') for key, value in found.items()}
