@@ -325,6 +325,35 @@ def test_golden_json(planted: tuple[str, Path]) -> None:
     assert rest["rows"] == [{"status": "failed", "runs": [str(failed)], "reason": "a | b & c_d\nmore"}]
 
 
+# --- runs in one file
+
+
+def test_a_record_gives_the_tables_of_its_runs(planted: tuple[str, Path], tmp_path: Path) -> None:
+    here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "few.json"
+    shutil.copytree(planted[0], here)
+    (here / "torn").mkdir()
+    (here / "torn" / "result.json").write_text("{")
+    file.write_text(asked.answer([str(here), "--format", "record"]))
+    here.rename(there)
+    assert asked.answer([str(file), "--format", "record"]) == file.read_text()
+    for words in (["--format", "md"], ["--format", "csv", "method=dorefa"]):
+        whole = asked.answer([str(there), *words]).replace(str(there), str(here))
+        without_sample = re.sub(r"(?m)^(- |note,\")error at 95 %: test sample.*\n\n?", "", whole)
+        assert without_sample != whole
+        assert asked.answer([str(file), *words]).replace("\n\n\n", "\n\n") == without_sample
+    shutil.rmtree(there / Path(planted[1]).relative_to(planted[0]))
+    both = asked.answer([str(there), str(file)])
+    assert "copies of runs listed already, left out" in both
+    assert re.search(r"^failed +\S+here", both, re.MULTILINE), "what only the record has"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": [{"path": "x"}], "protocols": {}}', "\x00"])
+def test_another_file_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text(content)
+    assert cli.main(["compare", str(tmp_path / "x.json")]) == ConfigError.status
+    assert "x.json: not a record of runs" in capsys.readouterr().err
+
+
 # --- what a command line may ask for
 
 

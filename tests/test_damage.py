@@ -31,7 +31,8 @@ from qbench.record.run import Result, RunDirectory, load_result
 from qbench.record.screen import Screen
 from qbench.report.answers import of_run
 from qbench.report.compare import compare
-from qbench.report.runs import AROUND, FROM_LOGS, read, read_run
+from qbench.report.events import AROUND
+from qbench.report.runs import FROM_LOGS, read, read_run
 from qbench.session import Desk
 from qbench.start import load_start, verifies
 from qbench.train.checkpoint import bounded_memory, pack, unpack, weights_sha256

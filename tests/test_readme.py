@@ -49,6 +49,14 @@ def test_tables_are_filled() -> None:
         assert "failed" not in body
 
 
+def test_speed_in_words_is_that_of_the_table() -> None:
+    one_thread = README.partition("**Training step, one thread**")[2].partition("\n**")[0]
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \(.*?\) \| ([\d.]+) ", one_thread, re.MULTILINE)
+    of_float = {name: figures for name, *figures in rows}
+    said = re.findall(r"takes (\S+) of the float network's.*?and (\S+) of that.*?it takes (\S+)\.\n", README, re.DOTALL)
+    assert said == [(*of_float["dorefa w2a2"], of_float["peer: DoReFa W2A2 as everybody writes it"][0])]
+
+
 def test_three_lines_of_python() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = mlp.build((1, 4, 4), 3, hidden=2, width=8)

@@ -12,11 +12,13 @@ from qbench.errors import ConfigError
 from qbench.report import columns, naming
 from qbench.report.compare import compare
 from qbench.report.conclude import MARGIN, conclude
-from qbench.report.runs import DONE, Found, read
+from qbench.report.runs import DONE, Found, packed, read
 from qbench.report.table import FORMATS, Table
 
 VALUED = ("--by", "--sort", "--columns", "--margin", "--format", "--plot", "--html")
 FLAGS = (*VALUED, "--paper")
+RECORD = "record"
+"""A format beside those of tables: the runs themselves in one small file, which `qbench compare` reads again."""
 DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
 
 
@@ -52,6 +54,8 @@ def answer(arguments: Iterable[str]) -> str:
         from qbench.report.page import page
 
         page(made, found, path)
+    if asked.form == RECORD:
+        return packed(found)
     return "no runs there" if asked.form == "text" and not made else FORMATS[asked.form](made)
 
 
@@ -66,7 +70,7 @@ def parse(arguments: Iterable[str]) -> Asked:
             _put(asked, flag, value if equals else next(words, ""))
         elif word.startswith("-"):
             raise ConfigError(f"compare: no such flag: {word}{nearest(flag, FLAGS)}\nallowed: {', '.join(FLAGS)}")
-        elif equals and not os.path.isdir(word):
+        elif equals and not os.path.exists(word):
             asked.where.setdefault(flag, []).extend(_split(value))
         else:
             asked.directories.append(word)
@@ -77,7 +81,7 @@ def parse(arguments: Iterable[str]) -> Asked:
 
 def _put(asked: Asked, flag: str, value: str) -> None:
     """Read a flag's value."""
-    known: dict[str, Sequence[str]] = {"--columns": columns.SETS, "--format": tuple(FORMATS)}
+    known: dict[str, Sequence[str]] = {"--columns": columns.SETS, "--format": (*FORMATS, RECORD)}
     listed = [part for part in value.split(",") if part]
     if not listed:
         raise ConfigError(f"compare {flag} wants a value")

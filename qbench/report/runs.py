@@ -1,9 +1,9 @@
-"""Reading run directories: results where there are any, else what the logs still tell."""
+"""Reading runs: results where a directory has any, else what its logs still tell; or records of many runs in a file."""
 
-import os
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ from qbench.errors import ConfigError
 from qbench.filling import from_dict
 from qbench.record import files
 from qbench.record.run import Result, is_sound, load_result
+from qbench.report import events
 
 DONE = "done"
 FROM_LOGS = "from the logs"
-AROUND = 16
-"""Bytes of an event file around each record."""
-TRIED = 2**16
-"""Places behind damage at which a record is looked for, in a whole event file: more would take minutes."""
+LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "weights_sha256", "state_sha256")
+"""Fields of results that a record leaves out: they are large, or tell of the machine and its files."""
 
 
 @dataclass(kw_only=True)
@@ -38,19 +37,64 @@ class Found:
     unread: list[str] = field(default_factory=list)
 
 
-def read(directories: Iterable[str]) -> list[Found]:
-    """Return every run at or below the directories, in order of their paths.
+def read(names: Iterable[str]) -> list[Found]:
+    """Return every run at or below the directories, and of the files those that `packed` put there, in order of paths.
 
     Raises:
-        ConfigError: a directory that does not exist.
+        ConfigError: a name that does not exist, or a file of something else.
     """
     paths: set[Path] = set()
-    for name in directories:
-        root = Path(name)
-        if not os.path.isdir(name):
-            raise ConfigError(f"{name}: no such directory\nname a directory of runs, such as outputs")
-        paths |= set(_run_directories(root))
-    return [read_run(path) for path in sorted(paths)]
+    recorded: dict[Path, Found] = {}
+    for place in map(Path, names):
+        if place.is_file():
+            recorded |= {run.path: run for run in unpacked(place)}
+        elif place.is_dir():
+            paths |= set(_run_directories(place))
+        else:
+            raise ConfigError(f"{place}: no such directory or file\nname a directory of runs, such as outputs")
+    found = [read_run(path) for path in sorted(paths)]
+    return sorted([*found, *recorded.values()], key=lambda run: run.path) if recorded else found
+
+
+def packed(found: Sequence[Found]) -> str:
+    """Return runs as JSON that `unpacked` reads: results without `LEFT_OUT`, each protocol once."""
+    protocols: dict[str, Any] = {}
+    runs = []
+    for run in found:
+        values: dict[str, Any] = {"path": str(run.path), "status": run.status, "reason": run.reason}
+        values |= {"notes": run.notes} if FROM_LOGS in run.notes else {}
+        if run.result:
+            own = {key: value for key, value in asdict(run.result).items() if key not in LEFT_OUT}
+            protocols[own["protocol"]["hash"]] = own["protocol"]["keys"]
+            own["protocol"] = own["protocol"] | {"keys": None}
+            values["result"] = own
+        runs.append(values)
+    return json.dumps({"protocols": protocols, "runs": runs}, separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def unpacked(file: Path) -> list[Found]:
+    """Return the runs of a file that `packed` filled.
+
+    Raises:
+        ConfigError: another file, or a torn one.
+    """
+    try:
+        values = json.loads(files.read(file))
+        return [_unpacked(run, values["protocols"]) for run in values["runs"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        made_by = "qbench compare DIR --format record"
+        raise ConfigError(f"{file}: not a record of runs\nname a directory, or a file that {made_by} wrote") from None
+
+
+def _unpacked(run: dict[str, Any], protocols: dict[str, Any]) -> Found:
+    path = Path(run["path"])
+    found = Found(path=path, status=run["status"], reason=run["reason"] or "", notes=run.get("notes") or [])
+    if own := run.get("result"):
+        protocol = own["protocol"] | {"keys": protocols[own["protocol"]["hash"]]}
+        found.result = Result(**own | {"run": str(path), "protocol": protocol})
+        if not is_sound(found.result):
+            raise ValueError(path)
+    return found
 
 
 def read_run(path: Path) -> Found:
@@ -140,29 +184,11 @@ def _from_events(path: Path, unread: list[str]) -> Result | None:
 
     What cannot be read is added to `unread`.
     """
-    paths = sorted(path.glob("events.out.tfevents.*"))
-    if not paths:
+    told = events.summary(path)
+    unread += told.unread
+    if not told.hparams or "test_top1" not in told.final:
         return None
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    content, final = b"", {}
-    for file in paths:
-        data = files.read(file)
-        lost = len(data)
-        for record in _event_records(data):
-            lost -= len(record) + AROUND
-            for value in Event.FromString(record).summary.value:
-                if value.tag == "_hparams_/session_start_info":
-                    content = value.metadata.plugin_data.content
-                elif value.tag.startswith("final/"):
-                    final[value.tag.removeprefix("final/")] = value.simple_value
-        if lost:
-            unread.append(f"{file.name}: {lost:,} bytes cannot be read")
-    if not content or "test_top1" not in final:
-        return None
-    stored = HParamsPluginData.FromString(content).session_start_info.hparams
-    values = {key: getattr(value, value.WhichOneof("kind")) for key, value in stored.items()}
+    values = told.hparams
     return Result(
         status=DONE,
         method=values["method"],
@@ -172,31 +198,8 @@ def _from_events(path: Path, unread: list[str]) -> Result | None:
         model=values["model"],
         run=str(path),
         protocol={"hash": "", "keys": {"epochs": int(values["epochs"])}},
-        final=_final(final),
+        final=_final(told.final),
     )
-
-
-def _event_records(data: bytes) -> Iterator[bytes]:
-    """Yield the records of an event file whose checksums match; TensorBoard's own reader gives up at the first other.
-
-    A record is its length (8 bytes), the checksum of that (4), the content, the checksum of that (4). Damaged content
-    is passed over by its length; where a length is damaged, the next record is looked for, up to `TRIED` times.
-    """
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-
-    def matches(start: int, stop: int) -> bool:
-        found: int = masked_crc32c(data[start:stop])
-        return found == int.from_bytes(data[stop : stop + 4], "little")
-
-    at = tried = 0
-    while at + AROUND <= len(data) and tried < TRIED:
-        end = at + AROUND + int.from_bytes(data[at : at + 8], "little")
-        if end > len(data) or not matches(at, at + 8):
-            at, tried = at + 1, tried + 1
-            continue
-        if matches(at + 12, end - 4):
-            yield data[at + 12 : end - 4]
-        at = end
 
 
 def _final(record: dict[str, Any]) -> dict[str, Any]:
