@@ -152,6 +152,7 @@ def train_all(arguments: list[str], configs: list[Config], stop: Callable[[], in
     from qbench import compose, sweep
     from qbench.record.run import RunDirectory
     from qbench.report.compare import compare as tables_of
+    from qbench.report.runs import with_parents
     from qbench.report.table import text
 
     configs = list({RunDirectory(config).path: config for config in configs}.values())
@@ -160,7 +161,7 @@ def train_all(arguments: list[str], configs: list[Config], stop: Callable[[], in
         found = sweep.launch_all(arguments, configs, name, stop) if name else sweep.run_all(configs, stop)
     else:
         found = [sweep.outcome(config) for config in configs]
-    print(text(tables_of(found)))
+    print(text(tables_of(with_parents(found))))
     if stop():
         print(f"qbench: stopped by signal {stop()}; the same command goes on from here", file=sys.stderr)
         return Interrupted.status

@@ -19,7 +19,7 @@ from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.lookout import Lookout
 from qbench.record import files
 from qbench.record.logbook import Logbook
-from qbench.record.pictures import CHARTS, METRICS, columns
+from qbench.record.pictures import CHARTS, FIRST, METRICS, columns
 from qbench.record.run import RunDirectory
 from qbench.record.screen import Screen
 from qbench.train.checkpoint import not_finite, pack, unpack
@@ -80,7 +80,7 @@ class Session:
         self._began = self._saved_at = time.perf_counter()
         step = self.saved["state"]["counters"][2] if self.saved else 0
         self.book = Logbook(directory.path, size=past.get("log_size", 0), step=step, tensorboard=tensorboard)
-        self.book.begin(columns(self.config), [f"hparam/{name}" for name in METRICS], CHARTS)
+        self.book.begin(columns(self.config), FIRST, [f"hparam/{name}" for name in METRICS], CHARTS)
         self.lookout = Lookout(self.config.runtime.observe, self.book, desk.screen, **past.get("memory", {}))
         if self.book.lost:
             desk.screen.say(f"warning: {directory.path / 'metrics.jsonl'} is damaged: {self.book.lost} bytes are lost")

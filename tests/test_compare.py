@@ -24,7 +24,7 @@ from qbench.report import asked
 from qbench.report.compare import compare
 from qbench.report.conclude import conclude
 from qbench.report.ledger import absent
-from qbench.report.runs import FROM_LOGS, Found, read
+from qbench.report.runs import FROM_LOGS, Found, read, with_parents
 from qbench.report.table import FORMATS, Table
 
 
@@ -115,6 +115,18 @@ def test_float_parents_on_another_kind_of_network_are_a_row_of_their_own(configu
     assert [row[0] for row in table.rows] == ["float", "float norm=plain", "dorefa", "hwgq"]
     assert [row[6] for row in table.rows] == ["98.00", "97.50", "97.00", "95.00"]
     assert table.notes == ["hwgq is on a network with norm=plain, as its float parent is"]
+
+
+def test_parents_beside_runs_are_read_and_none_twice(configure: Configure) -> None:
+    parent = plant(configure("method=float"), 98.0)
+    told = {"float": {"run": f"elsewhere/before/{parent.name}", "final": {"test": {"top1": 98.0}}}}
+    child = plant(configure("method=dorefa"), 97.0, **told)
+    plant(configure("method=dorefa", "seed=1"), 96.0, 98.0)  # its parent is gone
+    below = read([configure().out])
+    found = with_parents([run for run in below if run.path == child])
+    assert [run.path for run in found] == [child, parent]
+    assert [row[0] for row in compare(found)[0].rows] == ["float", "dorefa"]
+    assert len(with_parents(below)) == len(below) == 3
 
 
 def test_the_same_seed_twice_is_said(configure: Configure) -> None:

@@ -334,6 +334,7 @@ def test_the_table_of_hyper_parameters_has_the_same_columns_for_all_runs(
         data = {tag: HParamsPluginData.FromString(entry.content) for tag, entry in found.items()}
         experiment = data["_hparams_/experiment"].experiment
         start = data["_hparams_/session_start_info"].session_start_info
+        assert {i.name for i in experiment.hparam_infos if i.differs} == {"method", "w", "a", "g", "seed"}
         columns[name] = ([i.name for i in experiment.hparam_infos], [m.name.tag for m in experiment.metric_infos])
         assert set(start.hparams) == set(columns[name][0])
         ended[name] = "_hparams_/session_end_info" in data

@@ -111,8 +111,15 @@ class Logbook:
         """Add a matplotlib figure to TensorBoard."""
         self._show(lambda writer: writer.add_figure(name, figure, step))
 
-    def begin(self, hparams: Mapping[str, bool | int | float | str], metrics: Sequence[str], layout: Layout) -> None:
-        """Add hyper-parameters, which metrics will follow, and the charts of the custom-scalars tab.
+    def begin(
+        self,
+        hparams: Mapping[str, bool | int | float | str],
+        first: Sequence[str],
+        metrics: Sequence[str],
+        layout: Layout,
+    ) -> None:
+        """Add hyper-parameters, those in `first` to be shown first, which metrics will follow, and the charts of the
+        custom-scalars tab.
 
         They stand in this same event file: `add_hparams` would add a false run.
         """
@@ -122,6 +129,7 @@ class Logbook:
             from torch.utils.tensorboard.summary import hparams as summaries
 
             experiment, start, _ = summaries(dict(hparams), dict.fromkeys(metrics, 0.0))
+            _in_front(experiment, first)
             for summary in (experiment, start, custom_scalars(layout)):
                 writer.file_writer.add_summary(summary)
 
@@ -182,6 +190,17 @@ def append_text(path: Path, text: str) -> None:
 def _bars(writer: "SummaryWriter", name: str, step: int, counts: Any, edges: Any, sums: tuple[Any, ...]) -> None:
     """Add counts (n,) between edges (n + 1,); `sums` are the values' count, sum and sum of squares."""
     writer.add_histogram_raw(name, edges[0], edges[-1], *sums, edges[1:], counts, step)
+
+
+def _in_front(experiment: Any, names: Sequence[str]) -> None:
+    """Say that hyper-parameters differ between runs: of all, TensorBoard shows five at first, these before others."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        info.differs = info.name in names
+    plugin.content = data.SerializeToString()
 
 
 def _writer(path: Path, step: int) -> "SummaryWriter":

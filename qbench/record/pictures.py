@@ -16,6 +16,8 @@ from qbench.quant.method import FLOAT
 
 METRICS = tuple(f"{split}_{key}" for split in ("val", "test") for key in ("top1", "top5", "loss"))
 """Final figures; a run that validates on nothing has no `val_` ones, and the same columns."""
+FIRST = ("method", "w", "a", "g", "seed")
+"""The columns that TensorBoard shows before one asks for more."""
 
 
 def _chart(*tags: str) -> list[Any]:

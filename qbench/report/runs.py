@@ -56,6 +56,13 @@ def read(names: Iterable[str]) -> list[Found]:
     return sorted([*found, *recorded.values()], key=lambda run: run.path) if recorded else found
 
 
+def with_parents(found: Sequence[Found]) -> list[Found]:
+    """Return runs and, behind them, their float parents: those that lie beside them and are not among them."""
+    own = {run.path for run in found}
+    parents = {run.path.parent / Path(run.result.float["run"]).name for run in found if run.result and run.result.float}
+    return [*found, *(read_run(path) for path in sorted(parents - own) if path.is_dir())]
+
+
 def packed(found: Sequence[Found]) -> str:
     """Return runs as JSON that `unpacked` reads: results without `LEFT_OUT`, each protocol once."""
     protocols: dict[str, Any] = {}
