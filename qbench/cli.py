@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from textwrap import fill
 from typing import TextIO
 
 from qbench.config import Config, nearest
@@ -345,7 +346,10 @@ def help_screen() -> str:
     """Return what `qbench --help` prints."""
     from qbench.compose import groups, listed, names
 
-    shown = "\n".join(f"  {group:<11}{listed(names(group))}" for group in groups())
+    shown = "\n".join(
+        fill(listed(names(group)), 118, initial_indent=f"  {group:<11}", subsequent_indent=" " * 13)
+        for group in groups()
+    )
     return f"""\
 qbench: papers on low-precision CNNs on one trainer and one protocol
 
@@ -353,7 +357,7 @@ qbench: papers on low-precision CNNs on one trainer and one protocol
   qbench -m method=dorefa bits.w=1,2,4 seed=0,1 every combination; stored runs are not run again
   qbench plan model=resnet18 dataset=imagenet   runs, layers, costs, time; needs no data and trains nothing
   qbench compare outputs [method=NAME ...]      runs side by side and what may be concluded; --by, --sort, --columns,
-                                                --margin 0.5, --paper, --format text|md|csv|json|latex
+                                                --margin 0.5, --paper, --format text|md|csv|json|latex|record
   qbench compare outputs --html report.html     one page to sort and filter, with pictures; --plot FILE.png|pdf|svg
   qbench settle "KEY=VALUE ..." RUN             more seeds of two cells until they are decided; --margin 0.5, --most 20
   qbench inspect RUN                            its layers: levels, SQNR, clipped, dead, and which of them hurt most
