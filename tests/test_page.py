@@ -71,7 +71,7 @@ def out(configure: Configure) -> str:
     """Return a folder with two widths of a method, a foul one, and runs without a figure."""
     for seed, top1 in enumerate((96.0, 97.0, 98.0)):
         layers = {"layer1.conv1": {"w": {"found": 3 + seed % 2, "allowed": 4}}}
-        card = {"dorefa": {"choices": "clip, of three", "deviations": "a zero stays zero"}}
+        card = {"dorefa": {"choices": "`clip`, of <three>", "deviations": "a zero stays zero"}}
         path = plant(configure("method=dorefa", f"seed={seed}"), top1, 98.0, verified=layers, card=card, notes=["well"])
         log(path, [epoch(0, 50.0), epoch(1, 60.0), '{"kind": "epo'])
     plant(configure("method=dorefa", "bits.w=10"), 98.5, 98.0)
@@ -140,7 +140,7 @@ def test_a_cell_tells_its_runs_layers_choices_and_configuration(out: str) -> Non
     assert words.count("3-4 of 4") == 1
     assert words.count("well") == 1, "the same note of three runs is one"
     assert 'href="#m0"' in cell
-    assert "clip, of three" in text.partition('id="m0"')[2]
+    assert "<code>clip</code>, of &lt;three&gt;" in text.partition('id="m0"')[2]
     assert "name: dorefa" in cell
     assert "validation top-1 (%)" in cell
     (line,) = re.findall(r'<polyline class="own" points="([^"]*)"', cell)

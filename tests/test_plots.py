@@ -5,6 +5,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Configure
 from test_compare import plant
@@ -12,7 +13,7 @@ from test_compare import plant
 from qbench.errors import ConfigError
 from qbench.record.run import sealed
 from qbench.report.compare import compare
-from qbench.report.history import epochs, is_float, layer_errors, learning, observed, widths
+from qbench.report.history import epochs, fitted_sqnr, is_float, layer_errors, learning, observed, widths
 from qbench.report.plots import KINDS, front, picture, plot
 from qbench.report.runs import read
 from qbench.report.strokes import COLOURS, DASHES, MARKERS
@@ -131,20 +132,32 @@ def test_a_torn_log_loses_only_the_torn_part(tmp_path: Path, torn: str) -> None:
 def test_layers_are_drawn_where_somebody_looked(configure: Configure, runs: Any) -> None:
     tables, found = runs()
     assert picture(tables, found, ["layers"]) is None
-    for seed, sqnr in enumerate((10.0, 14.0)):
+    for seed, error in enumerate((0.1, 0.01)):
         path = plant(configure("method=dorefa", f"seed={seed}"), 95.0, 98.0)
-        told = {"conv1": {"sqnr": 1.0}, "conv2": {"sqnr": 2.0}}
-        late = {"conv1": {"sqnr": sqnr, "w.dead": 0.0}, "conv2": {"w.dead": 1.0}, "fc": {"sqnr": 30.0}}
+        told = {"conv1": {"cosine": 0.1}, "conv2": {"cosine": 0.2}}
+        late = {"conv1": {"cosine": (1 - error) ** 0.5, "sqnr": -9.0}, "conv2": {"w.dead": 1.0}, "fc": {"cosine": 1.0}}
         looks = [{"kind": "layers", "step": i, "epoch": i, "layers": t} for i, t in enumerate((told, late))]
         log(path, [epoch(0, 50.0), *map(json.dumps, looks)])
-    assert observed(path)["fc"] == {"sqnr": 30.0}
+    assert observed(path)["fc"] == {"cosine": 1.0}
     tables, found = runs()
     lines, names = layer_errors([cell for cell in tables[0].values if not is_float(cell)])
     assert names == ["conv1", "fc"]
-    assert lines["dorefa"]["W2"] == ([0, 1], [12.0, 30.0], [10.0, 30.0], [14.0, 30.0])
+    assert lines["dorefa"]["W2"].x == [0, 1]
+    own = [lines["dorefa"]["W2"].mean, lines["dorefa"]["W2"].low, lines["dorefa"]["W2"].high]
+    assert own == [pytest.approx(wanted) for wanted in ([15, 60], [10, 60], [20, 60])], "errors of 1/10 and 1/100"
     (panel,) = picture(tables, found, ["layers"]).subfigs[0].axes
     assert [tick.get_text() for tick in panel.get_xticklabels()] == names
-    assert list(panel.lines[0].get_ydata()) == [12.0, 30.0]
+    assert list(panel.lines[0].get_ydata()) == pytest.approx([15, 60])
+
+
+def test_an_output_at_another_scale_is_no_error() -> None:
+    wanted, got = np.array([3.0, 4.0, 0.0]), 0.1 * np.array([3.0, 4.0, 0.5])
+    cosine = wanted @ got / np.linalg.norm(wanted) / np.linalg.norm(got)
+    scale = wanted @ got / (got @ got)
+    by_hand = 10 * np.log10(wanted @ wanted / np.sum((wanted - scale * got) ** 2))
+    assert fitted_sqnr({"cosine": cosine}) == pytest.approx(by_hand)
+    assert [fitted_sqnr({"cosine": c}) for c in (0.0, -1.0, 1.0000001)] == [0, 0, 60]
+    assert fitted_sqnr({"sqnr": 3.0}) is fitted_sqnr({"cosine": None}) is None
 
 
 def test_every_method_looks_different(configure: Configure, runs: Any) -> None:

@@ -1,6 +1,7 @@
 """What metrics.jsonl tells of the runs of a table: learning curves, and what was seen of each layer."""
 
 from collections.abc import Mapping, Sequence
+from math import log10
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ Cell = dict[str, Any]
 
 MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%)"}
 PARENT = "float"
+EXACT = 60.0
+"""dB from which on an output is as good as exact: cosines are single precision."""
 
 
 class Line(NamedTuple):
@@ -96,18 +99,31 @@ def learning(cells: Sequence[Cell], results: Mapping[str, Result | None]) -> tup
 
 
 def layer_errors(cells: Sequence[Cell]) -> tuple[Lines, list[str]]:
-    """Return the last SQNR in dB of each layer, and the names of the layers, in their order."""
+    """Return the last `fitted_sqnr` of each layer, and the names of the layers, in their order."""
     seen = {
-        run: {n: told["sqnr"] for n, told in observed(Path(run)).items() if isinstance(told.get("sqnr"), int | float)}
-        for cell in cells
-        for run in cell["runs"]
+        run: {name: fitted_sqnr(told) for name, told in observed(Path(run)).items()} for c in cells for run in c["runs"]
     }
-    layers = list(dict.fromkeys(name for told in seen.values() for name in told))
+    layers = list(dict.fromkeys(name for told in seen.values() for name, sqnr in told.items() if sqnr is not None))
     lines: Lines = {}
     for cell in cells:
-        if found := line([{layers.index(name): sqnr for name, sqnr in seen[run].items()} for run in cell["runs"]]):
+        at = [{layers.index(n): sqnr for n, sqnr in seen[run].items() if sqnr is not None} for run in cell["runs"]]
+        if found := line(at):
             lines.setdefault(cell["method"], {})[widths(cell)] = found
     return lines, layers
+
+
+def fitted_sqnr(told: Mapping[str, Any]) -> float | None:
+    """Return the SQNR in dB that a layer's output has at the scale that fits best, at most `EXACT`; None where its
+    cosine with the float output was not recorded.
+
+    Normalization undoes the scale, and some methods' weights are on another one than the latent weights: DoReFa's
+    output may be all error and still point where it should. Of a signal, 1 - cosine^2 is error at the best scale.
+    """
+    cosine = told.get("cosine")
+    if not isinstance(cosine, int | float):
+        return None
+    error = 1 - min(max(cosine, 0), 1) ** 2
+    return min(EXACT, -10 * log10(error)) if error else EXACT
 
 
 def line(seeds: Sequence[Mapping[int, float]]) -> Line | None:

@@ -47,13 +47,14 @@ def page(tables: Sequence[Table], found: Sequence[Found], path: Path) -> None:
 def html(tables: Sequence[Table], found: Sequence[Found]) -> str:
     """Return the page."""
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     style, script = (HERE.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
     results = {str(run.path): run.result for run in found if run.result}
     methods = _methods(results.values())
     sections = [_section(f"t{i}", table, found, results, methods) for i, table in enumerate(tables)]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["code"] = lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
     template = environment.from_string(HERE.with_suffix(".html").read_text(encoding="utf-8"))
     return template.render(
         title=_title(tables),

@@ -25,8 +25,8 @@ SUFFIXES = (".png", ".pdf", ".svg")
 TITLES = {
     "bits": "Accuracy and bits; bars: 95 % intervals over seeds",
     "pareto": "Accuracy and cost; bars: 95 % intervals over seeds; rings: nothing cheaper is as good",
-    "curves": "Learning curves, float stage left of the line, quantized right; bands: lowest to highest seed",
-    "layers": "Signal over quantization error of each layer's output; bands: lowest to highest seed",
+    "curves": "Learning curves, float stage left of the line, quantized right; bands: all seeds",
+    "layers": "Outputs of layers against the float network's of the same latent weights, up to scale; bands: all seeds",
 }
 
 
