@@ -105,7 +105,8 @@ def plan(configs: Sequence[Config]) -> list[Table]:
     total = sum(_add(table, one, kinds.of(one)) for one in runs.values())
     last = kinds.of(configs[-1]) if configs else None
     device = last.parts.device.type if last and last.parts else "cpu"
-    table.notes.append(f"about {_duration(total)} one after the other on this machine's {device}, evaluation left out")
+    left_out = "evaluation, and what methods do once before they train, left out"
+    table.notes.append(f"about {_duration(total)} one after the other on this machine's {device}; {left_out}")
     table.notes.append("memory: weights, gradients, optimizer and what is kept for the backward pass")
     if kinds.reckoned:
         table.notes.append(f"reckoned from multiply-accumulates, not timed: {kinds.reckoned} of these networks")
