@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qbench.config import digest
-from qbench.errors import CheckpointError, Diverged, Interrupted
+from qbench.errors import CheckpointError, Diverged, Interrupted, QbenchError
 from qbench.lookout import Lookout
 from qbench.record import files
 from qbench.record.logbook import Logbook
@@ -213,7 +213,8 @@ def _peak_bytes() -> int:
 def record_failure(directory: RunDirectory, error: BaseException, status: str, trace: str) -> None:
     """Write a failed or diverged result and the traceback; a full disk must not hide the error itself."""
     try:
-        directory.conclude(directory.new_result(status, reason=f"{type(error).__name__}: {error}"))
+        reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
+        directory.conclude(directory.new_result(status, reason=reason))
         files.guarded(lambda: _append(directory, trace), directory.path)
     except Exception as second:
         print(f"qbench: could not record the failure in {directory.path}: {second}", file=sys.stderr)

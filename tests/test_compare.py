@@ -24,6 +24,7 @@ from qbench.report import asked
 from qbench.report.compare import compare
 from qbench.report.conclude import conclude
 from qbench.report.ledger import absent
+from qbench.report.ledger_rows import rows
 from qbench.report.runs import FROM_LOGS, Found, read, with_parents
 from qbench.report.table import FORMATS, Table
 
@@ -129,10 +130,22 @@ def test_parents_beside_runs_are_read_and_none_twice(configure: Configure) -> No
     assert len(with_parents(below)) == len(below) == 3
 
 
-def test_the_same_seed_twice_is_said(configure: Configure) -> None:
+def test_unlike_networks_are_never_averaged(configure: Configure) -> None:
+    for seed in (0, 1):
+        plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0)
+        plant(configure("method=dorefa", "model.norm=plain", f"seed={seed + 1}"), 90.0, 92.0, network={"norm": "plain"})
+    (table,) = tables(configure())
+    assert [(v["method"], v["n"], v["top1_mean"]) for v in table.values] == [
+        ("float", 2, 98.0), ("float norm=plain", 2, 92.0), ("dorefa", 2, 97.0), ("dorefa model.norm=plain", 2, 90.0),
+    ]  # fmt: skip
+
+
+def test_the_same_seed_twice_is_said_and_counts_once(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.0, 98.0)
     plant(configure("method=dorefa", "runtime.threads=2"), 96.0, 98.0)
     (table,) = tables(configure())
+    cell = table.values[1]
+    assert (cell["n"], cell["top1_mean"], cell["top1_std"], cell["diff_mean"]) == (1, 96.5, None, -1.5)
     assert any("more than once" in note for note in table.notes)
 
 
@@ -142,6 +155,26 @@ def test_a_copy_of_a_run_is_not_a_second_run(configure: Configure, tmp_path: Pat
     (table,) = tables(configure())
     assert table.values[1]["n"] == 1
     assert "copies of runs listed already" in table.notes[-1]
+
+
+def test_runs_moved_out_of_their_folder_keep_their_parents(configure: Configure, tmp_path: Path) -> None:
+    parent = plant(configure("method=float"), 98.0)
+    told = {"run": str(parent), "final": {"test": {"top1": 98.0}}}
+    plant(configure("method=dorefa"), 97.0, float=told)
+    before = [(t.title, t.rows) for t in tables(configure())]
+    parent.parent.rename(tmp_path / "moved")
+    assert [(t.title, t.rows) for t in compare(read([str(tmp_path / "moved")]))] == before
+
+
+def test_a_run_told_by_event_files_alone_spoils_no_title(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 97.0, 98.0)
+    path = plant(configure("method=twn"), 96.0, 98.0)
+    stored = json.loads((path / "result.json").read_text())
+    told = stored | {"protocol": {"hash": "", "keys": {"epochs": 30}, "identity": ""}}
+    (path / "result.json").write_text(json.dumps(sealed(told)))
+    assert sorted(t.title for t in tables(configure())) == [
+        "resnet8 on digits", "resnet8 on digits; protocol not known",
+    ]  # fmt: skip
 
 
 def test_an_odd_result_is_torn_and_harms_no_other(configure: Configure) -> None:
@@ -359,6 +392,54 @@ def test_a_record_gives_the_tables_of_its_runs(planted: tuple[str, Path], tmp_pa
     assert re.search(r"^failed +\S+here", both, re.MULTILINE), "what only the record has"
 
 
+def test_a_directory_stands_before_its_record(planted: tuple[str, Path], tmp_path: Path) -> None:
+    other = json.loads(asked.answer([planted[0], "--format", "record"]))
+    for run in other["runs"]:
+        run["path"] = run["path"].replace(planted[0], "0/first")
+    done = next(run["result"] for run in other["runs"] if run["status"] == "done")
+    done["final"]["test"]["top1"] -= 10
+    (tmp_path / "a.json").write_text(json.dumps(other))
+    both = asked.tables(asked.parse([str(tmp_path / "a.json"), planted[0]]))
+    alone = asked.tables(asked.parse([planted[0]]))
+    assert [table.values for table in both if "top1_mean" in table.values[0]] == [alone[0].values]
+    notes = "\n".join(note for table in both for note in table.notes)
+    assert "copies of runs listed already, left out: 0/first/digits-resnet8/dorefa-w2a32g32-s0" in notes
+    assert re.search(r"copies 1 have another top-1.* 87\.00, listed 97\.00$", notes, re.MULTILINE)
+
+
+WRONG = [None, {}, [], "x", "", -40, 9600, True, float("nan"), [[]], {"a": None}]
+
+
+def test_no_change_to_one_value_of_a_record_is_a_bug(planted: tuple[str, Path], tmp_path: Path) -> None:
+    """Refused, or read: figures that are none are refused."""
+    whole = asked.answer([planted[0], "--format", "record"])
+    file = tmp_path / "x.json"
+
+    def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        return [path, *(p for key, value in inner for p in places(value, (*path, key)))]
+
+    changed = json.loads(whole)
+    changed["runs"] = changed["runs"][:2]
+    kept = json.dumps(changed)
+    refused = 0
+    for *path, key in [place for place in places(changed) if place]:
+        for value in WRONG:
+            values = json.loads(kept)
+            node = values
+            for part in path:
+                node = node[part]
+            node[key] = value
+            file.write_text(json.dumps(values))
+            try:
+                asked.answer([str(file), "--paper", "seed=0,1,3"])
+            except ConfigError:
+                refused += 1
+                continue
+            assert key != "top1" or "final" not in path or "val" in path, (path, value)
+    assert refused > 100
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": [{"path": "x"}], "protocols": {}}', "\x00"])
 def test_another_file_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text(content)
@@ -388,10 +469,8 @@ def several(elsewhere: Callable[[], Configure]) -> str:
         (["method=lsq"], {("lsq", 2, 2)}, 0),
         (["method=lsq,dorefa", "bits.w=2"], {("dorefa", 2, 2), ("lsq", 2, 2)}, 1),
         (["bits=w4"], {("dorefa", 4, 1)}, 0),
-        (["bits=w4a2"], set(), 0),
         (["seed=0"], {("dorefa", 2, 1), ("dorefa", 4, 1), ("lsq", 2, 1)}, 0),
         (["optim.lr=1e-2", "optim.schedule=exponential", "seed=1"], {("dorefa", 2, 1), ("lsq", 2, 1)}, 0),
-        (["epochs=3"], set(), 0),
         (["method.activation=clip"], {("dorefa", 2, 2), ("dorefa", 4, 1)}, 1),
         (["layers.rules=null", "model=resnet8", "dataset=digits", "dataset.val=0.1,0.2", "status=done"],
          {("dorefa", 2, 2), ("dorefa", 4, 1), ("lsq", 2, 2)}, 0),
@@ -451,6 +530,10 @@ def test_accuracy_at_equal_bytes(configure: Configure) -> None:
         (["--margin=wide"], "above 0"),
         (["--format", "txt"], "did you mean text"),
         (["--pape"], "did you mean --paper"),
+        (["method=dorefaa"], "method=dorefaa: no run has it; did you mean dorefa?\nthere are: dorefa, lsq"),
+        (["epochs=3"], "epochs=3: no run has it\nthere are: 30"),
+        (["bits=w4a2"], "bits=w4a2: no run has it; did you mean w4a4g32?\nthere are: w2a2g32, w4a4g32"),
+        (["bits.w=3"], "bits.w=3: no run has it\nthere are: 2, 4"),
     ],
 )
 def test_what_is_refused(several: str, words: list[str], phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -458,9 +541,23 @@ def test_what_is_refused(several: str, words: list[str], phrase: str, capsys: py
     assert phrase in capsys.readouterr().err
 
 
+def test_a_value_that_no_run_has_is_noted_beside_those_that_some_have(several: str) -> None:
+    assert "no run has method=twn" in asked.answer([several, "method=lsq,twn"])
+    assert "no run has" not in asked.answer([several, "method=lsq"])
+
+
 def test_the_margin_is_stated(several: str) -> None:
     assert "margin ±2 points" in asked.answer([several, "--margin", "2"])
     assert "margin ±0.5 points" in asked.answer([several])
+
+
+def test_a_claim_without_a_figure_is_shown_and_is_no_number(configure: Configure) -> None:
+    nobody = next(r for r in rows() if r.metric.startswith("top1") and r.value is None and r.words)
+    config = configure(f"experiment={nobody.paper}/{nobody.id}")
+    plant(config, 90.0, 92.0)
+    text = asked.answer([config.out, "--paper", "--sort", "paper", "--format", "json"])
+    (cell,) = [v for v in json.loads(text)["tables"][0]["rows"] if v.get("name") == nobody.method]
+    assert (cell["paper_top1"], cell["paper_shown"]) == (None, "?")
 
 
 def test_what_papers_claim(configure: Configure) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qbench.report.answers import Figures, compared
-from qbench.report.conclude import DIFFERS, EQUAL, SAME, UNDECIDED, Pair, conclude, judge
+from qbench.report.conclude import ABOVE, BELOW, EQUAL, SAME, UNDECIDED, Pair, conclude, judge
 from qbench.report.statistics import (
     cautious,
     equivalent,
@@ -137,12 +137,12 @@ def test_pairs_are_tested_by_seed_and_adjusted_together() -> None:
     got = first["pairs"] + third["pairs"]
     assert [pair["p"] for pair in got] == pytest.approx(p)
     assert [pair["p_holm"] for pair in got] == pytest.approx(holm(p))
-    assert [pair["verdict"] for pair in got] == [UNDECIDED, DIFFERS, DIFFERS]
+    assert [pair["verdict"] for pair in got] == [UNDECIDED, ABOVE, ABOVE]
     assert got[1]["difference"] == pytest.approx(np.mean(A) - np.mean(B))
     assert not first["winner"]
     assert table.notes[0].startswith("compared by seed at 95 %, Holm over 3 pairs, margin ±0.5 points")
     more = got[0]["more_seeds"]
-    assert more == needed(paired(A, C), "equal", 0.5, seeds_alone=True) - 4  # type: ignore[operator]
+    assert more == needed(paired(A, C), "equal", 0.5, 2 * 0.05, seeds_alone=True) - 4  # type: ignore[operator]
     assert f"is above b (+5.00 ±0.13); cannot be told from c (+0.10 ±0.47, {more} more seeds)" in table.notes[1]
 
 
@@ -159,6 +159,36 @@ def test_as_good_as_within_the_margin_only() -> None:
     assert concluded(cell("a", A), cell("c", C), margin=0.43).values[0]["pairs"][0]["verdict"] == UNDECIDED
     with pytest.raises(ValueError, match="above 0"):
         conclude([], 0.0)
+
+
+def test_the_sign_is_that_of_the_seeds_in_common() -> None:
+    """a is far better in seeds that b has not, and 2 points worse in those that both have."""
+    a, b = [90.0, 90.1, 89.9, 90.0, 98.0, 98.1, 97.9, 98.0], [92.0, 92.2, 91.9, 91.9]
+    table = concluded(cell("a", a, list(range(8))), cell("b", b, list(range(4))))
+    (pair,) = table.values[0]["pairs"]
+    assert pair["difference"] == pytest.approx(-2.0)
+    assert pair["verdict"] == BELOW
+    assert not any(values["winner"] for values in table.values)
+    assert "a 94.00 is, over the seeds they share, below b (-2.00" in table.notes[-1]
+
+
+def test_seeds_that_equal_differences_want() -> None:
+    """p is 2^(1 - n): of six equal differences 1/32, of five 1/16."""
+    table = concluded(cell("a", [97.0, 96.0, 98.0]), cell("b", [96.0, 95.0, 97.0]))
+    (pair,) = table.values[0]["pairs"]
+    assert (pair["verdict"], pair["p"], pair["more_seeds"]) == (UNDECIDED, 0.25, 3)
+    assert "b (+1.00 in each of 3 seeds, 3 more seeds)" in table.notes[-1]
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 0.5), (0.1, 0.5), (0.0, 0.7)])
+def test_seeds_advised_for_as_good_have_the_power(mean: float, spread: float) -> None:
+    rng = np.random.default_rng(0)
+    d = paired(mean + spread * np.array([-1.0, 1.0]) / 2**0.5, [0.0, 0.0])
+    assert d.seeds_part * 2 == pytest.approx(spread**2)
+    n = needed(d, "equal", 0.5, 2 * 0.05, seeds_alone=True)
+    assert n
+    found = [equivalent(paired(rng.normal(mean, spread, n), [0.0] * n), 0.5) < 0.05 for _ in range(FAMILIES)]
+    assert 0.76 <= sum(found) / FAMILIES <= 0.9
 
 
 def test_only_the_same_widths_of_one_block_are_compared() -> None:
@@ -239,8 +269,10 @@ def test_no_winner_has_an_interval_that_holds_zero(runs: list[list[float]]) -> N
     assert sum(values["winner"] for values in table.values) <= 1
     for values in table.values:
         for pair in values["pairs"]:
-            if pair["verdict"] == DIFFERS or values["winner"]:
-                assert pair["interval"][0] > 0 or pair["interval"][1] < 0
+            if pair["verdict"] == ABOVE or values["winner"]:
+                assert pair["interval"][0] > 0
+            if pair["verdict"] == BELOW:
+                assert pair["interval"][1] < 0
 
 
 # --- A against A
@@ -257,7 +289,7 @@ def test_false_decisions_between_equal_methods() -> None:
             for i, j in combinations(range(6), 2)
         ]
         judge(pairs, 0.5)
-        wrong += any(pair.verdict == DIFFERS for pair in pairs)
+        wrong += any(pair.verdict in (ABOVE, BELOW) for pair in pairs)
         unadjusted += any(pair.difference.p < 0.05 for pair in pairs if pair.difference)
     assert wrong / FAMILIES <= 0.05
     assert unadjusted / FAMILIES > 0.2, "or the adjustment is not tested"

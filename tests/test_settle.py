@@ -9,7 +9,7 @@ import pytest
 from qbench import cli
 from qbench.config import Config
 from qbench.errors import ConfigError
-from qbench.record.run import Result
+from qbench.record.run import Result, RunDirectory
 from qbench.report import settle
 from qbench.report.answers import Figures
 from qbench.report.runs import Found
@@ -26,6 +26,35 @@ def drawn(
     shared = rng.normal(0, spread, 20)
     arms = [mean + shared + rng.normal(0, spread, 20) for mean in means]
     return lambda n: ([Figures(x) for x in arms[0][:n]], [Figures(x) for x in arms[1][:n]])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ("method=dorefa", "method=twn", ("dorefa auto", "twn auto")),
+        ("method=dorefa epochs=1", "method=twn", ("dorefa auto epochs=1", "twn auto epochs=30")),
+        ("method=dorefa model.width=4", "method=twn", ("dorefa auto model.width=4", "twn auto model.width=8")),
+        (
+            "method=dorefa model.norm=plain",
+            "method=twn",
+            ('dorefa auto model.norm="plain"', 'twn auto model.norm="auto"'),
+        ),
+    ],
+)
+def test_cells_of_unlike_protocol_say_so(first: str, second: str, told: tuple[str, str]) -> None:
+    own = [name.replace(" w2a32g32", " auto") for name in settle.names(settle.parse([first, second]))]
+    assert tuple(own) == told
+
+
+def test_a_run_that_was_moved_is_not_trained_anew_elsewhere(configure: Callable[..., Config], tmp_path: Path) -> None:
+    config = configure("method=dorefa")
+    directory = RunDirectory(config)
+    with directory.held():
+        directory.write_config()
+    assert settle.parse([str(directory.path), OTHER]).first.identity() == config.identity()
+    moved = directory.path.rename(tmp_path / directory.path.name)
+    with pytest.raises(ConfigError, match="moved out of its folder digits-resnet8"):
+        settle.parse([str(moved), OTHER])
 
 
 def test_looks_grow_by_half_and_end_at_the_most() -> None:

@@ -5,6 +5,7 @@ or a launcher. `result.json` is written last; until then the directory holds che
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -85,12 +86,25 @@ def is_sound(result: Result) -> bool:
         measured += [result.float["final"]] if result.float else []
         figures = [part["test"]["top1"] for part in measured if part or result.status == "done"]  # type: ignore[index]
         keys = [result.bits[key] for key in "wag"]
-        whole = isinstance(result.protocol["keys"], dict) and isinstance(result.protocol["hash"], str)
-        return whole and all(isinstance(x, int | float) for x in [*figures, *keys, result.seed]) and all(
-            isinstance(part, dict) for part in (result.options, result.network, *([result.cost] if result.cost else []))
-        ) and isinstance(result.notes, list)  # fmt: skip
-    except (TypeError, KeyError):
+        names = [result.status, result.method, result.dataset, result.model, result.protocol["hash"]]
+        names += [result.protocol.get("identity", ""), *([result.float["run"]] if result.float else [])]
+        costs = [cost for cost in (result.cost or {}).values() if cost is not None]
+        return (
+            result.schema == SCHEMA
+            and all(isinstance(name, str) for name in names)
+            and all(_is_number(x) and 0 <= x <= 100 for x in figures)
+            and all(isinstance(x, int) and not isinstance(x, bool) for x in [*keys, result.seed])
+            and all(isinstance(part, dict) for part in (result.options, result.network, result.protocol["keys"]))
+            and all(isinstance(part, list) for part in (result.notes, result.asks))
+            and all(isinstance(said, str) for said in (*result.notes, *result.asks))
+            and all(_is_number(cost) for cost in costs)
+        )
+    except (TypeError, KeyError, AttributeError):
         return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def store_result(path: Path, result: Result) -> None:

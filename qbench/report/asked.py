@@ -17,6 +17,8 @@ from qbench.report.table import FORMATS, Table
 
 VALUED = ("--by", "--sort", "--columns", "--margin", "--format", "--plot", "--html")
 FLAGS = (*VALUED, "--paper")
+MOST = 20
+"""Values that a message names."""
 RECORD = "record"
 """A format beside those of tables: the runs themselves in one small file, which `qbench compare` reads again."""
 DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
@@ -127,13 +129,14 @@ def tables(asked: Asked) -> list[Table]:
 
 def gathered(asked: Asked) -> tuple[list[Table], list[Found]]:
     """Return the tables that a command line asks for, and the runs they tell of."""
-    found = read(asked.directories)
+    found, notes = read(asked.directories), list[str]()
     if found and (asked.where or asked.by):
         own = {id(run): naming.facts(run.result) for run in found if run.result is not None}
         known = set().union(*own.values())
         for key in (*asked.where, *asked.by):
             if known and key not in known:
                 raise ConfigError(_no_key(key, known))
+        notes = _missing(asked.where, found, own)
         found = _filtered(found, asked.where, own)
     made = compare(found, asked.by)
     conclude(made, asked.margin)
@@ -142,6 +145,8 @@ def gathered(asked: Asked) -> tuple[list[Table], list[Found]]:
 
         publish(made)
     _arrange(made, asked)
+    if made:
+        made[-1].notes += notes
     return made, list(found)
 
 
@@ -160,6 +165,28 @@ def _no_key(key: str, known: Iterable[str]) -> str:
     return f"compare {key}: no run has this key{nearest(key, known)}\nallowed: {', '.join(short)} and keys below them"
 
 
+def _missing(
+    where: Mapping[str, Sequence[str]], found: Sequence[Found], facts: Mapping[int, Mapping[str, str]]
+) -> list[str]:
+    """Return a note on every value that no run has.
+
+    Raises:
+        ConfigError: no run has any of those typed for a key.
+    """
+    every = [facts.get(id(run)) or _by_name(run) for run in found]
+    notes = []
+    for key, values in where.items():
+        there = [own[key] for own in every if key in own]
+        absent = [value for value in values if there and not any(_is(key, own, value) for own in there)]
+        if absent == values:
+            known = sorted({str(json.loads(own)) for own in there}, key=lambda v: (v.isdecimal() and int(v), v))
+            hint = "" if values[0].isdecimal() else nearest(values[0], known)
+            shown = ", ".join(known[:MOST]) + (f" and {len(known) - MOST} more" if len(known) > MOST else "")
+            raise ConfigError(f"compare {key}={','.join(values)}: no run has it{hint}\nthere are: {shown}")
+        notes += [f"no run has {key}={value}" for value in absent]
+    return notes
+
+
 def _filtered(
     found: Sequence[Found], where: Mapping[str, Sequence[str]], facts: Mapping[int, Mapping[str, str]]
 ) -> list[Found]:
@@ -176,8 +203,8 @@ def _filtered(
     return [run for run in found if id(run) in chosen]
 
 
-def _place(path: str) -> tuple[str, ...]:
-    return tuple(path.rstrip("/").split("/")[-2:])
+def _place(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _by_name(run: Found) -> dict[str, str]:

@@ -13,28 +13,30 @@ from qbench.report.statistics import paired
 def values(label: str, members: list[Result], source: str) -> dict[str, Any]:
     """Return a cell's plain values; `seeds`, `runs`, `top1` and `float_top1` have an entry for each run, in order.
 
-    `top1_half` and `diff_half` are half of the 95 % intervals of the means, None for one seed: it has no spread.
+    `top1_half` and `diff_half` are half of the 95 % intervals of the means, None for one seed: it has no spread. `n`
+    counts seeds; of one that stands more than once, its mean is averaged.
     """
     first, seeds = members[0], [r.seed for r in members]
     top1 = [_top1(r.final) for r in members]
     base = [_top1(r.float["final"]) if r.float else None for r in members]
     diffs = [a - b for a, b in zip(top1, base, strict=True) if b is not None]
     has_diff = len(diffs) == len(top1)
+    own = by_seed(seeds, top1)
     cost = next((r.cost for r in members if r.cost), None) or {}
     return {
         "method": label,
         "bits": first.bits,
-        "levels": first.levels,
+        "levels": next((r.levels for r in members if r.levels is not None), None),
         "bits_per_weight": cost.get("bits_per_weight"),
-        "top1_mean": mean(top1),
-        "top1_std": stdev(top1) if len(top1) > 1 else None,
-        "top1_half": _half(seeds, top1),
-        "n": len(top1),
+        "top1_mean": mean(own),
+        "top1_std": stdev(own) if len(own) > 1 else None,
+        "top1_half": _half(own),
+        "n": len(own),
         "seeds": seeds,
         "top1": top1,
         "float_top1": base if has_diff else None,
-        "diff_mean": mean(diffs) if has_diff else None,
-        "diff_half": _half(seeds, diffs) if has_diff else None,
+        "diff_mean": mean(by_seed(seeds, diffs)) if has_diff else None,
+        "diff_half": _half(by_seed(seeds, diffs)) if has_diff else None,
         "bytes": cost.get("bytes_ideal"),
         "bytes_packed": cost.get("bytes_packed"),
         "params": cost.get("params"),
@@ -56,14 +58,19 @@ def values(label: str, members: list[Result], source: str) -> dict[str, Any]:
     }
 
 
-def _half(seeds: Sequence[int], figures: Sequence[float]) -> float | None:
-    """Return half the 95 % interval of a mean over seeds; of a seed that stands more than once, the mean counts."""
+def by_seed(seeds: Sequence[int], figures: Sequence[float]) -> list[float]:
+    """Return a figure for each seed: of one that stands more than once, the mean."""
     own: dict[int, list[float]] = defaultdict(list)
     for seed, figure in zip(seeds, figures, strict=True):
         own[seed].append(figure)
-    if len(own) < 2:
+    return [mean(values) for values in own.values()]
+
+
+def _half(figures: Sequence[float]) -> float | None:
+    """Return half the 95 % interval of a mean over seeds; None for one seed."""
+    if len(figures) < 2:
         return None
-    spread = paired([mean(values) for values in own.values()], [0.0] * len(own))
+    spread = paired(figures, [0.0] * len(figures))
     return spread.high - spread.mean
 
 

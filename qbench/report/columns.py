@@ -57,6 +57,14 @@ def _levels_found(values: Values) -> str:
     return ", ".join(told)
 
 
+def _claim(values: Values) -> float | None:
+    """Return what a claim is sorted by; one that is no top-1, or that nobody has a figure of, comes last of all."""
+    if "paper_shown" not in values:
+        return None
+    top1: float | None = values["paper_top1"]
+    return float("-inf") if top1 is None else top1
+
+
 COLUMNS = (
     Column(EQUAL_BYTES, EQUAL_BYTES, lambda v: v.get("bytes_group"), lambda v: str(v["bytes_group"])),
     _plain("method", "", "method", "{}"),
@@ -69,7 +77,7 @@ COLUMNS = (
     _plain("95 %", "accuracy", "top1_half", "±{:.2f}", bare=""),
     _plain("diff", "accuracy", "diff_mean", "{:+.2f}", down=True),
     _plain("diff 95 %", "accuracy", "diff_half", "±{:.2f}", bare=""),
-    Column("paper", "paper", lambda v: v.get("paper_top1"), lambda v: v["paper_shown"], down=True, bare=""),
+    Column("paper", "paper", _claim, lambda v: v["paper_shown"], down=True, bare=""),
     _plain("gap", "paper", "paper_gap", "{:+.2f}", down=True, bare=""),
     _plain("ran by", "paper", "paper_ran_by", "{}", bare=""),
     _unit("size", "cost", "bytes", "B"),

@@ -4,7 +4,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ def compare(found: Sequence[Found], by: Sequence[str] = ()) -> list[Table]:
         for key, results in sorted(blocks.items())
         for told, own in _parted(results, by)
     ]
-    if tables and copies:
-        tables[-1].notes.append(f"copies of runs listed already, left out: {', '.join(copies)}")
+    if tables:
+        tables[-1].notes += copies
     tables += _without_figure(found)
     for run in found:
         tables[-1].notes += [f"{run.path.name}: {what}" for what in run.unread]
@@ -84,19 +84,32 @@ def _whole(run: Found) -> Found:
 
 
 def _without_copies(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
-    """Return the runs with every identity once, and the paths of the copies left out."""
-    kept: list[Found] = []
-    copies: list[str] = []
-    seen: set[str] = set()
-    for run in sorted(found, key=lambda r: str(r.path)):
-        identity = run.result.protocol.get("identity") if run.result and run.status == DONE else None
-        if identity in seen:
-            copies.append(str(run.path))
-            continue
-        kept.append(run)
-        if identity:
-            seen.add(identity)
-    return kept, copies
+    """Return the runs with every identity once, directories before records, and what to say of the copies left out."""
+    kept: dict[Any, Found] = {}
+    copies: list[Found] = []
+    for run in sorted(found, key=lambda r: (r.recorded, str(r.path))):
+        final = run.result and run.status in (DONE, "unsupported")
+        identity = (run.result.protocol.get("identity") if final and run.result else None) or id(run)
+        copies += [run] if identity in kept else []
+        kept.setdefault(identity, run)
+    return list(kept.values()), [*_of_copies(copies, kept)]
+
+
+def _of_copies(copies: Sequence[Found], kept: Mapping[Any, Found]) -> Iterator[str]:
+    """Say how many runs were left out, and which of them have another figure than the one that stands."""
+    if not copies:
+        return
+    where = f"{copies[0].path}" + (f" and {len(copies) - 1} more" if len(copies) > 1 else "")
+    yield f"copies of runs listed already, left out: {where}"
+    pairs = [(run, kept[run.result.protocol["identity"]]) for run in copies if run.result]
+    unlike = [f"{run.path} {_top1(run)}, listed {_top1(own)}" for run, own in pairs if _top1(run) != _top1(own)]
+    if unlike:
+        more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+        yield f"of these copies {len(unlike)} have another top-1, by other versions or machines: {unlike[0]}{more}"
+
+
+def _top1(run: Found) -> str:
+    return f"{run.result.final['test']['top1']:.2f}" if run.result and run.result.final else "-"
 
 
 def _parted(results: list[Result], by: Sequence[str]) -> list[tuple[str, list[Result]]]:
@@ -203,5 +216,5 @@ def _runs(results: Iterable[Result]) -> str:
 
 
 def _key(run: str) -> str:
-    """Return the part of a run's path that stays when the folder around it is moved."""
-    return "/".join(Path(run).parts[-2:])
+    """Return the part of a run's path that stays when the folder around it is moved: its name ends in a hash."""
+    return Path(run).name

@@ -33,17 +33,18 @@ from qbench.report.table import Table
 Values = dict[str, Any]
 MARGIN = 0.5
 """Points of top-1 within which two cells are as good as each other."""
-SAME, DIFFERS, EQUAL, UNDECIDED, NO_SPREAD = "the same", "differs", "as good", "undecided", "no spread"
+SAME, ABOVE, BELOW, EQUAL, UNDECIDED, NO_SPREAD = "the same", "above", "below", "as good", "undecided", "no spread"
 
 
 @dataclass(kw_only=True)
 class Pair:
     """Two cells of the same widths, the one of the higher mean first.
 
-    `difference` is first minus second in points, None where fewer than two seeds could be compared; then `networks_p`
-    may say whether the answers of their two networks differ. `p_holm` is against no difference, `p_equal_holm` against
-    a difference of the margin or more, both adjusted. The pairs of the best cell of some widths are `leading`; for
-    those that are undecided `more_seeds` would probably decide, None: no number up to 1000.
+    `difference` is first minus second in points over the seeds that both have, and so may be below 0; None where fewer
+    than two seeds could be compared; then `networks_p` may say whether the answers of their two networks differ.
+    `p_holm` is against no difference, `p_equal_holm` against a difference of the margin or more, both adjusted. The
+    pairs of the best cell of some widths are `leading`; for those that are undecided `more_seeds` would probably
+    decide, None: no number up to 1000.
     """
 
     first: Values
@@ -63,7 +64,9 @@ class Pair:
             return NO_SPREAD
         if self.difference.mean == self.difference.error == 0:  # every seed and image alike: no question is left
             return SAME
-        return DIFFERS if self.p_holm < ALPHA else EQUAL if self.p_equal_holm < ALPHA else UNDECIDED
+        if self.p_holm < ALPHA:
+            return ABOVE if self.difference.mean > 0 else BELOW
+        return EQUAL if self.p_equal_holm < ALPHA else UNDECIDED
 
     def values(self, margin: float) -> Values:
         """Return the pair as plain values, for the first cell."""
@@ -119,7 +122,7 @@ def _mark(rows: Iterable[Values], pairs: Sequence[Pair], margin: float) -> None:
     for values in rows:
         found = own[id(values)]
         values["pairs"] = [pair.values(margin) for pair in found]
-        values["winner"] = bool(found) and all(pair.leading and pair.verdict == DIFFERS for pair in found)
+        values["winner"] = bool(found) and all(pair.leading and pair.verdict == ABOVE for pair in found)
         values["test_images"] = items
         values["sample_half"] = sample_error(values["top1_mean"], items) if items else None
 
@@ -141,8 +144,9 @@ def judge(family: Sequence[Pair], margin: float) -> int:
 
 def _more_seeds(d: Difference, margin: float, alpha: float) -> int | None:
     """Return how many more seeds would probably answer one of the two questions."""
-    tests = [("better", 0.0), *([("equal", margin)] if abs(d.mean) < margin else [])]
-    counts = [needed(d, test, border, alpha, seeds_alone=True) for test, border in tests]
+    counts = [needed(d, "better", 0.0, alpha, seeds_alone=True)]
+    if abs(d.mean) < margin:  # asked on one side, where `needed` takes two
+        counts.append(needed(d, "equal", margin, 2 * alpha, seeds_alone=True))
     return min((max(n - d.n, 1) for n in counts if n is not None), default=None)
 
 

@@ -17,11 +17,14 @@ def titles(blocks: Mapping[Block, list[Result]]) -> dict[Block, str]:
     shown = {key: _protocol(runs[0].protocol["keys"]) for key, runs in blocks.items()}
     rivals: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for key, own in shown.items():
-        rivals[key[:2]].append(own)
+        rivals[key[:2]] += [own] if key[2] else []
     differing = {pair: _differing(found) for pair, found in rivals.items()}
     named = {}
     for key, own in shown.items():
-        dataset, model, _ = key
+        dataset, model, protocol = key
+        if not protocol:  # event files tell no protocol
+            named[key] = f"{model} on {dataset}; protocol not known"
+            continue
         names = differing[key[:2]]
         if own.get("recipe") == '"tuned"':
             names = sorted({*names, "grid.factors", "recipe"})
@@ -62,7 +65,7 @@ def labels(results: Iterable[Result]) -> dict[str, str]:
     """Name each method with its options as typed, those that differ between runs of the same method only."""
     seen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for result in results:
-        seen[result.method].setdefault(identity(result), options(result))
+        seen[result.method].setdefault(identity(result), variant(result))
     named = {}
     for name, variants in seen.items():
         keys = sorted(set().union(*variants.values()))
@@ -74,8 +77,8 @@ def labels(results: Iterable[Result]) -> dict[str, str]:
 
 
 def identity(result: Result) -> str:
-    """Return what runs of one method with the same options share, whatever their widths."""
-    return result.method + json.dumps(options(result), sort_keys=True)
+    """Return what runs of one method with the same options on the same kind of network share, whatever their widths."""
+    return result.method + json.dumps(variant(result), sort_keys=True)
 
 
 def cell(result: Result) -> tuple[str, ...]:
@@ -88,6 +91,13 @@ def options(result: Result) -> dict[str, Any]:
     init = result.protocol["keys"].get("init")
     own = {key: value for key, value in result.options.items() if key != RATE}
     return own | ({"init": init} if result.method == "float" and init else {})
+
+
+def variant(result: Result) -> dict[str, Any]:
+    """Return a method's options and, as keys of the network, what this has of its own: runs that differ in either are
+    cells of their own.
+    """
+    return options(result) | {f"model.{key}": value for key, value in result.network.items()}
 
 
 def network(result: Result) -> str:

@@ -54,8 +54,6 @@ def _add(values: Values, rows: Sequence[Row]) -> None:
     values["paper_shown"] = ledger.claimed(row) if row.metric == "top1" else _as_accuracy(row, plain)
     values["paper_gap"] = plain["gap"]
     values["paper_ran_by"] = row.ran_by
-    if plain["top1"] is None:  # a change to float alone, or a figure that nobody has
-        values["paper_top1"] = float("-inf") if row.value is None else row.accuracy(row.value)
 
 
 def _plain(row: Row, values: Values) -> Values:

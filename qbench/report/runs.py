@@ -26,7 +26,7 @@ LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "weights_s
 class Found:
     """A run directory: its result, or why there is none. `status` is the result's, or running, unfinished, torn.
 
-    `unread` says what of its files is damaged.
+    `unread` says what of its files is damaged; `recorded`: it was read from a record of many runs.
     """
 
     path: Path
@@ -35,6 +35,7 @@ class Found:
     result: Result | None = None
     notes: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+    recorded: bool = False
 
 
 def read(names: Iterable[str]) -> list[Found]:
@@ -88,18 +89,21 @@ def unpacked(file: Path) -> list[Found]:
     try:
         values = json.loads(files.read(file))
         return [_unpacked(run, values["protocols"]) for run in values["runs"]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         made_by = "qbench compare DIR --format record"
         raise ConfigError(f"{file}: not a record of runs\nname a directory, or a file that {made_by} wrote") from None
 
 
 def _unpacked(run: dict[str, Any], protocols: dict[str, Any]) -> Found:
-    path = Path(run["path"])
-    found = Found(path=path, status=run["status"], reason=run["reason"] or "", notes=run.get("notes") or [])
+    path, status, reason = Path(run["path"]), run["status"], run["reason"]
+    notes = run.get("notes", [])
+    if not isinstance(status, str) or not isinstance(reason, str) or not isinstance(notes, list):
+        raise ValueError(path)
+    found = Found(path=path, status=status, reason=reason, notes=notes, recorded=True)
     if own := run.get("result"):
         protocol = own["protocol"] | {"keys": protocols[own["protocol"]["hash"]]}
         found.result = Result(**own | {"run": str(path), "protocol": protocol})
-        if not is_sound(found.result):
+        if not is_sound(found.result) or found.result.status != status:
             raise ValueError(path)
     return found
 

@@ -52,13 +52,15 @@ def _sentence(own: Sequence["Pair"], margin: float, family: int) -> str:
     """Say how the best cell of some widths stands to the others."""
     best, groups = own[0].first, defaultdict(list)
     for pair in own:
-        alone = pair.verdict == "undecided" and pair.difference is not None and pair.difference.p < ALPHA
+        d = pair.difference
+        alone = pair.verdict == "undecided" and d is not None and d.p < ALPHA and d.mean > 0
         groups["alone" if alone else pair.verdict].append(_named(pair, margin))
     parts = {
-        "differs": "is above",
+        "above": "is above",
+        "below": "is, over the seeds they share, below",
         "the same": "gives the same as",
         "as good": f"is as good, within ±{margin:g}, as",
-        "alone": f"would be above, were it the only pair and not one of {family},",
+        "alone": f"would be above, tested alone and not as one of {family} pairs,",
         "undecided": "cannot be told from",
         "no spread": "has too few seeds in common with",
     }
@@ -75,8 +77,8 @@ def _named(pair: "Pair", margin: float) -> str:
             return name
         differ = "differ" if pair.networks_p < ALPHA else "cannot be told apart"
         return f"{name} (these two networks {differ}: exact McNemar, p {pair.networks_p:.2g})"
-    told = f"{d.mean:+.2f} ±{d.high - d.mean:.2f}"
-    if pair.verdict == "differs" and pair.p_equal_holm < ALPHA:
+    told = f"{d.mean:+.2f} ±{d.high - d.mean:.2f}" if d.error else f"{d.mean:+.2f} in each of {d.n} seeds"
+    if pair.verdict in ("above", "below") and pair.p_equal_holm < ALPHA:
         told += f", within ±{margin:g}"
     if pair.verdict == "undecided":
         more = pair.more_seeds

@@ -23,6 +23,8 @@ from qbench.report.runs import DONE, Found
 from qbench.report.statistics import ALPHA, SEEDS_LIMIT, Difference, cautious, equivalent, half_width, needed
 
 FIRST, GROWTH, MOST = 3, 1.5, 20
+TOLD = 3
+"""Keys that a cell's name tells; the others are counted."""
 ABOVE, BELOW, EQUAL, UNDECIDED = "above", "below", "as good", "undecided"
 FLAGS = ("--margin", "--most")
 LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
@@ -134,10 +136,18 @@ def _cell(word: str) -> Config:
         from qbench.filling import from_dict
 
         config = from_dict(files.read_yaml(path / "config.yaml"))
+        folder = Path(config.directory()).parent.name
+        if path.absolute().parent.name != folder:  # its seeds would be trained anew, elsewhere
+            raise ConfigError(
+                f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"
+            )
         return replace(config, seed=0, out=str(path.absolute().parents[1]), rerun=False)
     from qbench import compose
 
-    words = shlex.split(word)
+    try:
+        words = shlex.split(word)
+    except ValueError as error:
+        raise ConfigError(f"settle {word}: {str(error).lower()}\nwrite key=value words in one pair of quotes") from None
     for typed in words:
         if typed.partition("=")[0] in ("seed", "rerun"):
             raise ConfigError(f"settle {word}: leave {typed} out: seeds 0, 1, 2, ... run until it is decided")
@@ -208,8 +218,9 @@ def sentence(asked: Settling, verdict: Verdict) -> str:
 
 def _wanted(asked: Settling, verdict: Verdict) -> str:
     d = verdict.difference
-    tests = [("better", 0.0), *([("equal", asked.margin)] if abs(d.mean) < asked.margin else [])]
-    counts = [needed(d, test, margin, verdict.level, seeds_alone=True) for test, margin in tests]
+    counts = [needed(d, "better", 0.0, verdict.level, seeds_alone=True)]
+    if abs(d.mean) < asked.margin:  # asked on one side, where `needed` takes two
+        counts.append(needed(d, "equal", asked.margin, 2 * verdict.level, seeds_alone=True))
     most = min((n for n in counts if n is not None), default=None)
     if most is None:
         few = f"The {d.items:,} test images are too few" if d.items and d.items_part else f"{SEEDS_LIMIT:,} seeds"
@@ -218,16 +229,23 @@ def _wanted(asked: Settling, verdict: Verdict) -> str:
 
 
 def names(asked: Settling) -> tuple[str, str]:
-    """Return what the two cells are called, with the keys in which they differ where their names do not tell them."""
+    """Return what the two cells are called, with the keys in which their protocols and networks differ; where their
+    names are the same, with all in which they do.
+    """
     from qbench.report.naming import flat
 
+    cells = asked.first, asked.second
     both = name(asked.first), name(asked.second)
-    if both[0] != both[1]:
-        return both
-    keys = [flat(cell.identity()) for cell in (asked.first, asked.second)]
+    keys = [flat(cell.identity() if both[0] == both[1] else _setting(cell)) for cell in cells]
     differing = [key for key in sorted(set().union(*keys)) if keys[0].get(key) != keys[1].get(key)]
-    told = [" ".join(f"{key}={own.get(key, '?')}" for key in differing[:3]) for own in keys]
-    return f"{both[0]} {told[0]}", f"{both[1]} {told[1]}"
+    left = f" and {len(differing) - TOLD} keys more" if len(differing) > TOLD else ""
+    told = [" ".join(f"{key}={own.get(key, '?')}" for key in differing[:TOLD]) + left for own in keys]
+    return f"{both[0]} {told[0]}".rstrip(), f"{both[1]} {told[1]}".rstrip()
+
+
+def _setting(cell: Config) -> dict[str, object]:
+    """Return what all methods of a table share: the protocol, with what else was typed of the network."""
+    return cell.protocol() | {"model": cell.model}
 
 
 def name(config: Config) -> str:

@@ -226,15 +226,18 @@ def needed(
         return None
     border = {"better": margin, "at_least": -margin}.get(test, math.copysign(margin, difference.mean))
     distance = abs(difference.mean - border)
-    power = power if test != "equal" else (1 + power) / 2  # both borders are to be told from it
+    if difference.error == 0:  # all seeds differ alike: p is 2^(1 - n)
+        return math.floor(1 - math.log2(alpha)) + 1 if distance else None
+    far = margin + abs(difference.mean) if test == "equal" and abs(difference.mean) < margin else math.inf
     for n in (np.arange(2, 33), np.arange(33, SEEDS_LIMIT + 1)):  # most need few: the quantiles are what takes time
         own = difference.seeds_part * difference.n / n
         variance = own + difference.items_part
         parts = own**2 / (n - 1) + difference.items_part**2 / max((difference.items or 2) - 1, 1)
         freedom = np.divide(variance**2, parts, out=n - 1.0, where=parts > 0)
         freedom = np.minimum(freedom, n - 1.0) if seeds_alone else freedom
-        reach = special.stdtrit(freedom, 1 - alpha / 2) + special.stdtrit(freedom, power)
-        enough = (distance > 0) & (distance >= reach * np.sqrt(variance))
+        reach, error = special.stdtrit(freedom, 1 - alpha / 2), np.sqrt(variance)
+        chances = [special.stdtr(freedom, at / error - reach) for at in (distance, far)]
+        enough = (distance > 0) & (sum(chances) - 1 >= power)  # both borders of `equal` are to be told from it
         if enough.any():
             return int(n[enough.argmax()])
     return None

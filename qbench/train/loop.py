@@ -200,7 +200,7 @@ def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         norm = total_norm(model)
         if loss.device.type == "cpu" and not math.isfinite(loss.item() + norm.item()):  # a GPU would stop for it
-            what = "a gradient" if math.isfinite(loss.item()) else "the loss"
+            what = "the gradients' norm" if math.isfinite(loss.item()) else "the loss"
             raise diverged(task, state, f"{what} is not finite", batch[0])
         if optim.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), optim.clip_norm, norm)
@@ -240,7 +240,8 @@ def diverged(task: Task, state: State, what: str, images: Tensor | None = None) 
 
 def first_not_finite(task: Task, images: Tensor | None) -> str | None:
     """Return what to blame: a parameter or buffer, else the first module whose output is not finite on these images
-    though its input is, else the last parameter whose gradient is not. Changes the network's buffers.
+    though its input is, else the last parameter whose gradient is not, else the one whose gradient is the largest.
+    Changes the network's buffers.
     """
     model = task.model
     spoilt = not_finite(numbers(model))
@@ -268,8 +269,11 @@ def first_not_finite(task: Task, images: Tensor | None) -> str | None:
             hook_handle.remove()
     if found:
         return found[0]
-    bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return f"the gradient of {bad[-1]}" if bad else None
+    largest = {n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None}
+    if bad := [name for name, value in largest.items() if not math.isfinite(value)]:
+        return f"the gradient of {bad[-1]}"
+    name = max(largest, key=lambda n: largest[n], default=None)
+    return f"the gradient of {name}, up to {largest[name]:.2g}" if name else None
 
 
 def _begin_epoch(task: Task, state: State) -> None:
