@@ -8,12 +8,12 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from textwrap import fill
 from typing import TextIO
 
 from qbench.config import Config, nearest
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 from qbench.interrupt import signals
+from qbench.manual import PAGES, help_screen
 
 BUG, SWEEP_WITH_FAILURES = 1, 8
 TOO_MUCH = ("allocate memory", "out of memory", "not enough memory", "overflow")
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(arguments: list[str]) -> int:
     if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
-        print(help_screen())
+        print(PAGES.get((*arguments, "")[0]) or help_screen())
         return 0
     if "--version" in arguments:
         print(_version())
@@ -218,7 +218,8 @@ def describe(arguments: list[str]) -> int:
         )
     name = arguments[0].removeprefix("method=")
     print(registry.card(name))
-    print(f"\nPicture\n    qbench draw {name}; made ones lie in docs/pictures/ of the repository")
+    made = "" if ":" in name else f"; a made one is docs/pictures/{name}.png of the repository"
+    print(f"\nPicture\n    qbench draw {name}{made}")
     known = registry.known_deviations(name)
     if known:
         print("\nDeviations of public code, run by method.deviation=NAME")
@@ -340,50 +341,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "sensitivity": sensitivity,
     "settle": settle,
 }
-
-
-def help_screen() -> str:
-    """Return what `qbench --help` prints."""
-    from qbench.compose import groups, listed, names
-
-    shown = "\n".join(
-        fill(listed(names(group)), 118, initial_indent=f"  {group:<11}", subsequent_indent=" " * 13)
-        for group in groups()
-    )
-    return f"""\
-qbench: papers on low-precision CNNs on one trainer and one protocol
-
-  qbench method=dorefa bits.w=2                 float pretraining (once), fine-tuning, evaluation, one row
-  qbench -m method=dorefa bits.w=1,2,4 seed=0,1 every combination; stored runs are not run again
-  qbench plan model=resnet18 dataset=imagenet   runs, layers, costs, time; needs no data and trains nothing
-  qbench compare outputs [method=NAME ...]      runs side by side and what may be concluded; --by, --sort, --columns,
-                                                --margin 0.5, --paper, --format text|md|csv|json|latex|record
-  qbench compare outputs --html report.html     one page to sort and filter, with pictures; --plot FILE.png|pdf|svg
-  qbench settle "KEY=VALUE ..." RUN             more seeds of two cells until they are decided; --margin 0.5, --most 20
-  qbench inspect RUN                            its layers: levels, SQNR, clipped, dead, and which of them hurt most
-  qbench sensitivity RUN --budget w=3           bits.yaml, a width a layer under a budget; layers=@bits.yaml trains it
-  qbench evaluate RUN [dataset=NAME]            test split or other data: accuracy, calibration, predictions
-  qbench ledger [--paper X] [--missing]         what was published, by whom, how we know, and what was measured here
-  qbench describe METHOD                        the method's card: formulas, choices, deviations
-  qbench draw METHOD [--out FILE.png|pdf|svg]   staircase, gradient, levels, thresholds; --poster: all methods
-  qbench check METHOD                           is it sound? levels, gradients, odd tensors, resume, at all widths
-  qbench list methods                           the names in a group: models, datasets, ...; or list runs [DIR]
-
-Groups, as GROUP=NAME, and keys inside them, as GROUP.KEY=VALUE:
-{shown}
-  bits takes any widths: bits=w2a2, bits=w4a4g8, or bits.w=2 bits.a=2
-  method, model and dataset also take a function of your own: model=my.net:build
-
-Keys of their own: seed, epochs, pretrain.epochs, init (auto, float, scratch or a path), recipe (unified, tuned), out,
-  rerun
-  qbench method=dorefa --cfg job                shows the whole configuration and runs nothing
-  qbench -m ... hydra/launcher=joblib           a sweep on all cores; or submitit_local, submitit_slurm (extra `slurm`)
-  qbench --hydra-help                           the flags of Hydra, which composes the configuration
-  qbench --shell-completion install=bash        how to switch completion on: eval "$(qbench -sc install=bash)"
-
-Results lie below out (default: outputs), one directory a run. Repeating a line shows the stored row; a stopped run goes
-on. Exit status: 0 done, 1 a bug, 2 usage, 3 data, 4 checkpoint, 5 resources, 6 diverged, 8 sweep with failures,
-75 interrupted and resumable."""
 
 
 def _version() -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+from qbench import cli
 from qbench.train.checkpoint import weights_sha256
 
 SMOKE = ["experiment=smoke", "method=dorefa"]
@@ -298,3 +300,23 @@ def test_a_signal_stops_with_status_75_and_the_same_line_goes_on(tmp_path: Path)
     for log in tmp_path.rglob("metrics.jsonl"):
         epochs = [json.loads(line)["epoch"] for line in log.read_text().splitlines() if '"kind": "epoch"' in line]
         assert epochs == list(range(len(epochs)))
+
+
+def test_every_verb_has_a_page_with_all_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    from qbench.manual import PAGES
+    from qbench.report import asked, settle
+    from qbench.understand import words
+
+    flags: dict[str, Iterable[str]] = {"compare": asked.FLAGS, "settle": settle.FLAGS}
+    for verb, own in (("inspect", words.INSPECT), ("sensitivity", words.SENSITIVITY), ("evaluate", words.EVALUATE)):
+        flags[verb] = [f"--{name}" for name in {**own, **words.COMMON}]
+    assert set(PAGES) == set(cli.VERBS)
+    for verb, page in PAGES.items():
+        assert cli.main([verb, "--help"]) == 0
+        assert capsys.readouterr().out == page + "\n"
+        assert page.startswith(f"qbench {verb} ")
+        assert all(
+            re.search(rf"^  {flag}\b", page, re.MULTILINE) or f"[{flag} " in page for flag in flags.get(verb, ())
+        )
+    assert cli.main(["help"]) == cli.main(["-m", "--help"]) == 0
+    assert capsys.readouterr().out.count("qbench: papers on low-precision CNNs") == 2

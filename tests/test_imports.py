@@ -61,7 +61,8 @@ ARROWS = {
     "interrupt": set(),
     "sweep": {"filling", "config", "errors", "interrupt", "record", "report"},
     "plan": {"assembly", "config", "cost", "data", "quant", "record", "report", "train"},
-    "cli": {"config", "errors", "interrupt", "values"},
+    "manual": set(),
+    "cli": {"config", "errors", "interrupt", "manual", "values"},
     "__main__": {"cli"},
 }
 INSIDE_FUNCTIONS = {
@@ -69,6 +70,7 @@ INSIDE_FUNCTIONS = {
         *("assembly", "check", "compose", "experiment", "plan", "quant.method", "record"),
         *("registry", "report", "session", "sweep", "understand"),
     },
+    "manual": {"compose"},
     "report": {"compose"},
     "report.draw": {"assembly", "compose", "quant.method", "registry"},
     "sweep": {"filling", "assembly", "compose", "experiment", "quant.method", "session"},

@@ -4,7 +4,9 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT, Configure
 
@@ -15,10 +17,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[list[str]]:
-    """Every `qbench ...` line and inline command of the README."""
+    """Every `qbench ...` line and inline command of the README, but those about the method that it has one write."""
     blocks = re.findall(r"^    (?:scripts/)?(qbench .*)$", README, re.MULTILINE)
     inline = re.findall(r"`(qbench [^`]*=[^`]*)`", README)
-    return [shlex.split(text, comments=True)[1:] for text in blocks + inline if "<" not in text]
+    return [shlex.split(text, comments=True)[1:] for text in blocks + inline if not re.search("<|my_method", text)]
 
 
 def test_every_command_of_the_readme_is_one(configure: Configure) -> None:
@@ -58,11 +60,23 @@ def test_speed_in_words_is_that_of_the_table() -> None:
 
 
 def test_three_lines_of_python() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = mlp.build((1, 4, 4), 3, hidden=2, width=8)
     exec(code, {"model": model})
     model(torch.randn(2, 1, 4, 4)).sum().backward()
     assert model.get_submodule("fc2").weight_q(model.get_submodule("fc2").weight).unique().numel() <= 4
+
+
+def test_a_method_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "my_method.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["check", "my_method:build"]) == 0
+    assert "properties hold" in capsys.readouterr().out
+    (config,) = compose.configurations(["method=my_method:build", "method.factor=3"])
+    assert config.method["factor"] == 3
 
 
 def test_groups_of_the_readme_are_whole() -> None:
