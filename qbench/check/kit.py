@@ -1,22 +1,24 @@
 """The conformance kit: a method held against every property, at every legal width; what `qbench check` prints."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from qbench.check.properties import PROPERTIES, Property
-from qbench.check.subject import Subject, Violated
+from qbench.check.subject import NothingToAsk, Subject, Violated
 from qbench.quant.method import FLOAT, Bits, Unsupported
 
 
 @dataclass
 class Finding:
-    """What became of one property: at how many widths it was asked, and where it does not hold."""
+    """What became of one property: at how many widths it was asked, where it does not hold, why it was not asked."""
 
     name: str
     asked: int = 0
+    nothing: str = ""
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -38,14 +40,22 @@ def _ask(one: Property, subject: Subject) -> Finding:
         widths = _widths(one, subject)
     except Exception as error:
         widths, finding.failures = [], [f"{type(error).__name__}: {_first(error)}"]
+    if not widths:
+        finding.nothing = {"weights": "it leaves weights float", "inputs": "it leaves inputs float"}.get(
+            one.where, "it quantizes nothing"
+        )
     for bits in widths:
         finding.asked += 1
         try:
             one.holds(subject, bits)
         except Violated as violation:
             finding.failures.append(f"{bits}: {violation}")
+        except NothingToAsk as reason:
+            finding.asked -= 1
+            finding.nothing = finding.nothing or str(reason)
         except Unsupported as reason:
             finding.asked -= 1
+            finding.nothing = finding.nothing or str(reason)
             if bits == subject.default:  # at other widths alone, options may ask for more
                 finding.failures.append(f"{bits}: {reason}")
         except Exception as error:
@@ -72,17 +82,30 @@ def _widths(one: Property, subject: Subject) -> list[Bits]:
 
 
 def report(subject: Subject, findings: list[Finding]) -> str:
-    """Return the findings as lines: what holds, and at which widths what does not."""
+    """Return the findings as lines: what holds, what has nothing to ask, and at which widths what does not hold."""
     lines = []
     for finding in findings:
-        state = "does not hold" if finding.failures else "holds" if finding.asked else "nothing to ask"
-        width = f"{finding.asked} width{'s' if finding.asked != 1 else ''}"
-        lines.append(f"{state:<15}{finding.name}  ({width}, {finding.seconds:.1f} s)")
+        state, plural = _state(finding), "" if finding.asked == 1 else "s"
+        why = finding.nothing if state == NOTHING else f"{finding.asked} width{plural}, {finding.seconds:.1f} s"
+        lines.append(f"{state:<15}{finding.name}  ({why})")
         lines += [f"               {failure}" for failure in finding.failures[:6]]
         lines += [f"               and {len(finding.failures) - 6} more"] if len(finding.failures) > 6 else []
-    broken = sum(bool(finding.failures) for finding in findings)
-    total = sum(finding.seconds for finding in findings)
-    verdict = (
-        f"{broken} of {len(findings)} properties do not hold" if broken else f"all {len(findings)} properties hold"
-    )
-    return "\n".join([*lines, f"{subject.name}: {verdict}, {total:.1f} s"])
+    return "\n".join([*lines, f"{subject.name}: {_verdict(findings)}, {sum(f.seconds for f in findings):.1f} s"])
+
+
+FAILS, HOLDS, NOTHING = "does not hold", "holds", "nothing to ask"
+
+
+def _state(finding: Finding) -> str:
+    return FAILS if finding.failures else HOLDS if finding.asked else NOTHING
+
+
+def _verdict(findings: list[Finding]) -> str:
+    """Return how many properties fail (left out where none does), hold, and have nothing to ask (left out too)."""
+    count = Counter(map(_state, findings))
+    said = [(count[FAILS], "does not hold", "do not hold"), (count[HOLDS], "holds", "hold")]
+    said += [(count[NOTHING], "has nothing to ask of it", "have nothing to ask of it")]
+    kept = [(n, one if n == 1 else many) for n, one, many in said if n or many == "hold"]
+    (first, verb), *rest = kept
+    noun = "property" if first == 1 else "properties"
+    return ", ".join([f"{first} {noun} {verb}", *(f"{n} {verb}" for n, verb in rest)])

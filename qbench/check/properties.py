@@ -1,10 +1,9 @@
 """The properties that every method must have, each a function that raises `Violated` where it does not.
 
-A property takes the subject and one of its widths; `PROPERTIES` says at which widths each is asked: at every legal
-one, or (where it trains) at the default ones.
+A property takes the subject and one of its widths, and raises `NothingToAsk` where the method has nothing that it could
+test. `PROPERTIES` says at which widths each is asked: at every legal one, or (where it trains) at the default ones.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from qbench.check.backward import learned_parameters, reaching
 from qbench.check.subject import (
     EPOCHS,
     SHAPE,
+    NothingToAsk,
     Subject,
     Violated,
     advance,
@@ -30,7 +31,7 @@ from qbench.check.subject import (
 from qbench.config import Optim
 from qbench.quant.layers import NotFinite, install, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Method, Unsupported
-from qbench.quant.ops import compressed, without_rounding
+from qbench.quant.ops import compressed
 from qbench.quant.verify import NotQuantized, verify
 from qbench.train import optim
 from qbench.train.checkpoint import pack, unpack, weights_sha256
@@ -72,10 +73,17 @@ def _verified(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
         raise Violated(str(error)) from None
 
 
+def _declared(subject: Subject, bits: Bits, *traits: str) -> frozenset[str]:
+    declared = subject.make(bits).traits.intersection(traits)
+    if not declared:
+        raise NothingToAsk(f"its traits do not name {' or '.join(traits)}")
+    return declared
+
+
 def function_of_weights(subject: Subject, bits: Bits) -> None:
     """The weights' function is odd, monotone, idempotent where it declares that, within every scale group."""
-    traits = subject.make(bits).traits
-    for name, layer in subject.layers(bits) if traits else ():
+    traits = _declared(subject, bits, "odd", "monotone", "idempotent")
+    for name, layer in subject.layers(bits):
         w, site = layer.weight.detach(), layer.weight_q
         if "odd" in traits and not torch.equal(site(-w), -site(w)):
             raise Violated(f"{name}: weights declared odd, Q(-w) is not -Q(w)")
@@ -87,7 +95,7 @@ def function_of_weights(subject: Subject, bits: Bits) -> None:
 
 def function_of_inputs(subject: Subject, bits: Bits) -> None:
     """The activations' function is monotone and idempotent, its gradient 0 where it clips, where it declares that."""
-    traits = subject.make(bits).traits
+    traits = _declared(subject, bits, "monotone_input", "idempotent_input", "clipped_input")
     for name, layer in subject.layers(bits):
         site, channels = layer.input_q, layer.weight.shape[1]
         x = torch.linspace(-4, 4, 64 * channels).reshape(channels, 1, 8, 8).transpose(0, 1).contiguous()
@@ -97,8 +105,6 @@ def function_of_inputs(subject: Subject, bits: Bits) -> None:
         if "idempotent_input" in traits and not torch.allclose(site(site(x)), site(x), rtol=1e-5, atol=1e-7):
             raise Violated(f"{name}: inputs declared idempotent, Q(Q(x)) is not Q(x)")
         _, slope = gradient_of(site, x)
-        if not slope.isfinite().all():
-            raise Violated(f"{name}: the gradient at its inputs is not finite")
         low, high = float(points.nan_to_num(0).min()), float(points.nan_to_num(0).max())
         margin = 1e-3 * (high - low)
         beyond, inside = (x < low - margin) | (x > high + margin), (x > low + margin) & (x < high - margin)
@@ -110,8 +116,9 @@ def function_of_inputs(subject: Subject, bits: Bits) -> None:
 
 def compressed_inputs(subject: Subject, bits: Bits) -> None:
     """Where levels are declared to be all that backward needs, integers are kept of the inputs and no floats."""
-    if "cells_input" not in subject.make(bits).traits or bits.a > 8:
-        return
+    _declared(subject, bits, "cells_input")
+    if bits.a > 8:
+        raise NothingToAsk("above 8 bits nothing is kept as levels")
     floats: list[int] = []
 
     def keep(t: Tensor) -> Tensor:
@@ -137,35 +144,9 @@ def _monotone(name: str, site: nn.Module, x: Tensor, like: Tensor) -> None:
         raise Violated(f"{name}: declared monotone, {int((steps < 0).sum())} steps go down")
 
 
-def learned_parameters(subject: Subject, bits: Bits) -> None:
-    """Gradients of learned parameters agree with finite differences in float64, with rounding out of the way."""
-    for name, layer in subject.layers(bits):
-        x = torch.rand(2, layer.weight.shape[1], 4, 4, dtype=torch.float64) * 1.5
-        for site, value in ((layer.weight_q, layer.weight.detach().double()), (layer.input_q, x)):
-            own = copy.deepcopy(site).double()
-            for key, p in own.named_parameters():
-                factor = own.gradient_factor(value) if hasattr(own, "gradient_factor") else 1.0  # type: ignore[operator]
-                _differences(f"{name}: {key}", own, p, value, float(factor))
-
-
-def _differences(name: str, site: nn.Module, p: nn.Parameter, x: Tensor, factor: float) -> None:
-    up = torch.rand(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    with without_rounding():
-        (grad,) = torch.autograd.grad((site(x) * up).sum(), p)
-        small, flat = 1e-6, p.data.view(-1)
-        for i in range(min(flat.numel(), 8)):
-            there = []
-            for move in (small, -2 * small):
-                flat[i] += move
-                there.append((site(x) * up).sum().item())
-            flat[i] += small
-            expected, got = factor * (there[0] - there[1]) / (2 * small), grad.view(-1)[i].item()
-            if abs(got - expected) > 1e-4 * max(1.0, abs(expected)):
-                raise Violated(f"{name}[{i}]: gradient {got:g}, finite differences {expected:g}")
-
-
 def randomness(subject: Subject, bits: Bits) -> None:
     """Stochastic rounding is unbiased: the mean of many draws is within Hoeffding's bound of the input."""
+    drawn = False
     for name, layer in islice(subject.layers(bits), 2):
         layer.train()
         x = torch.rand(4, layer.weight.shape[1], 3, 3) * 0.9 + 0.05
@@ -176,7 +157,9 @@ def randomness(subject: Subject, bits: Bits) -> None:
             ("gradients", lambda layer=layer, y=y, x=x: _left(layer, y, x), y),  # type: ignore[misc]
         ]
         for what, draw, wanted in cases:
-            _unbiased(f"{name}: {what}", draw, wanted)
+            drawn |= _unbiased(f"{name}: {what}", draw, wanted)
+    if not drawn:
+        raise NothingToAsk("it draws nothing at random")
 
 
 def _left(layer: nn.Module, grad: Tensor, x: Tensor) -> Tensor:
@@ -185,11 +168,12 @@ def _left(layer: nn.Module, grad: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(layer.output_q(y, x), y, grad)[0]  # type: ignore[operator]
 
 
-def _unbiased(name: str, draw: Callable[[], Tensor], wanted: Tensor) -> None:
+def _unbiased(name: str, draw: Callable[[], Tensor], wanted: Tensor) -> bool:
+    """Return whether anything is drawn; raise `Violated` where the draws are biased."""
     torch.manual_seed(7)
     first = draw().detach()
     if torch.equal(first, draw().detach()):
-        return  # it draws nothing
+        return False
     draws = torch.stack([draw().detach().double() for _ in range(DRAWS)])
     step = (draws.amax(0) - draws.amin(0)).max().item()  # each draw is one of two neighbouring levels
     error = draws.mean(0) - wanted.double().clamp(draws.min(), draws.max())
@@ -198,14 +182,15 @@ def _unbiased(name: str, draw: Callable[[], Tensor], wanted: Tensor) -> None:
         raise Violated(f"{name}: biased by up to {error.abs().max() / step:.2f} steps over {DRAWS} draws")
     if error.mean().abs() > bound / math.sqrt(error.numel()) + 1e-6:
         raise Violated(f"{name}: biased by {error.mean() / step:.3f} steps on average over {DRAWS} draws")
+    return True
 
 
 def float_at_32(subject: Subject, bits: Bits) -> None:
     """At 32 bits everywhere, outputs and gradients are the float network's bit for bit."""
     try:
         method = subject.make(Bits())
-    except Unsupported:  # an option that means nothing there
-        return
+    except Unsupported as reason:  # an option that means nothing there
+        raise NothingToAsk(str(reason)) from None
     plain, ours = subject.float_network().train(), subject.float_network()
     try:
         install(method, ours, example=torch.zeros(1, *SHAPE))
@@ -305,6 +290,8 @@ def round_trip(subject: Subject, bits: Bits) -> None:
 
 def resume(subject: Subject, bits: Bits) -> None:
     """Training that stops in the middle of an epoch and goes on ends in the same bits."""
+    if not subject.make(bits).trained:
+        raise NothingToAsk("it trains no epoch")
     whole, state = _task(subject, bits)
     fit(whole, state)
     first, state = _task(subject, bits)
@@ -322,7 +309,7 @@ def resume(subject: Subject, bits: Bits) -> None:
     except _Stop:
         saved = unpack(pack(state.save(first.model)), "memory")
     else:
-        saved = unpack(pack(state.save(first.model)), "memory")  # a method that trains no epoch
+        raise Violated(f"training ends before step {stop}")
     again, state = _task(subject, bits, prepare=False)
     for name, p in again.model.named_parameters():
         p.requires_grad_(name in saved["trainable"])
@@ -374,6 +361,7 @@ PROPERTIES = (
     Property("weights: odd, monotone, idempotent as declared", function_of_weights, "weights"),
     Property("inputs: monotone, idempotent, clipped as declared", function_of_inputs, "inputs"),
     Property("inputs: kept as levels with the same results, as declared", compressed_inputs, "inputs"),
+    Property("gradients reach what is trained", reaching, "every"),
     Property("gradients of learned parameters", learned_parameters, "default"),
     Property("stochastic rounding is unbiased", randomness, "every"),
     Property("32 bits are float", float_at_32, "default"),

@@ -23,6 +23,10 @@ class Violated(Exception):
     """A property does not hold; the message says where and by how much."""
 
 
+class NothingToAsk(Exception):
+    """A property finds nothing in the method that it could test; the message says what is missing."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A method as a function of its widths; `default` are those that its name stands for."""
@@ -30,7 +34,7 @@ class Subject:
     name: str
     make: Make
     default: Bits
-    _networks: dict[Bits, nn.Module] = field(default_factory=dict)
+    _networks: dict[tuple[Bits, int], nn.Module] = field(default_factory=dict)
 
     def widths(self, key: str) -> list[int]:
         """Return the legal widths of w, a or g below 32."""
@@ -49,27 +53,29 @@ class Subject:
         norm = self.make(self.default).requires.norm or "affine"
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
 
-    def network(self, bits: Bits) -> nn.Module:
-        """Return a copy of it with the method installed, prepared and brought to its last epoch."""
-        if bits not in self._networks:
-            method, model = self.make(bits), self.float_network()
+    def network(self, bits: Bits, epoch: int = EPOCHS - 1) -> nn.Module:
+        """Return a copy of it with the method installed, prepared and brought to an epoch, the last one by default."""
+        method = self.make(bits)
+        key = bits, epoch if method.on_epoch else 0
+        if key not in self._networks:
+            model = self.float_network()
             install(method, model, example=torch.zeros(1, *SHAPE))
-            advance(method, model)
-            self._networks[bits] = model.eval()
-        return copy.deepcopy(self._networks[bits])
+            advance(method, model, last=epoch)
+            self._networks[key] = model.eval()
+        return copy.deepcopy(self._networks[key])
 
     def layers(self, bits: Bits) -> Iterator[tuple[str, QLayer]]:
         """Yield the quantized layers of `network`, by name."""
         yield from quantized_layers(self.network(bits)).items()
 
 
-def advance(method: Method, model: nn.Module, data: Probe | None = None) -> None:
-    """Prepare a method and begin all of its epochs, without training in between."""
+def advance(method: Method, model: nn.Module, data: Probe | None = None, last: int = EPOCHS - 1) -> None:
+    """Prepare a method and begin its epochs up to `last`, without training in between."""
     data = data or probe()
     torch.manual_seed(2)
     if method.prepare:
         method.prepare(model, data)
-    for epoch in range(EPOCHS):
+    for epoch in range(last + 1):
         if method.on_epoch:
             method.on_epoch(model, epoch, EPOCHS, data)
 
