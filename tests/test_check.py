@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from qbench import compose
 from qbench.assembly import make_method, widths
-from qbench.check.kit import check, report
+from qbench.check.kit import Finding, check, report
 from qbench.check.properties import PROPERTIES
 from qbench.check.subject import Subject
-from qbench.methods import bwn, dorefa, pact, qd, ttq, twn
+from qbench.methods import bwn, dorefa, dq, inq, pact, qcnn, qd, ttq, twn
 from qbench.quant.method import Bits, Grid, Method, Storage
 from qbench.quant.ops import on_backward, straight_through
 
@@ -25,6 +25,19 @@ def subject(name: str) -> Subject:
     return Subject(name, lambda bits: make_method(config, bits), widths(config))
 
 
+REACH, LEARNED = "gradients reach what is trained", "gradients of learned parameters"
+UNBIASED, RESUME = "stochastic rounding is unbiased", "resume"
+
+WITH_ANSWER = {
+    LEARNED: {"dq", "lsq", "pact", "ttq"},  # points, steps, clips, scales that are trained
+    UNBIASED: {"dorefa", "gupta"},  # noise in gradients, stochastic rounding; qd's is an option
+}
+WITHOUT_ANSWER = {
+    REACH: {"float", "ptq", "qcnn"},  # nothing is quantized, no epoch is trained, the codes are fixed
+    RESUME: {"float", "ptq"},
+}
+
+
 @pytest.mark.parametrize("name", compose.names("method"))
 def test_every_method_holds(name: str) -> None:
     one = subject(name)
@@ -32,7 +45,9 @@ def test_every_method_holds(name: str) -> None:
     assert not any(finding.failures for finding in findings), report(one, findings)
     if name != "float":
         asked = {finding.name for finding in findings if finding.asked}
-        assert {"levels", "32 bits are float", "resume", "inf and nan are refused"} <= asked
+        assert {"levels", "32 bits are float", "state_dict round trip", "inf and nan are refused"} <= asked
+        assert {one for one in WITH_ANSWER if name in WITH_ANSWER[one]} == asked & WITH_ANSWER.keys()
+        assert {one for one in WITHOUT_ANSWER if name not in WITHOUT_ANSWER[one]} == asked & WITHOUT_ANSWER.keys()
     assert [finding.name for finding in findings] == [one.name for one in PROPERTIES]
 
 
@@ -183,6 +198,141 @@ def test_what_is_planted_is_found(what: str) -> None:
     assert "Error" not in finding.failures[0], finding.failures
 
 
+def plainly_rounded(site: nn.Module, w: Tensor) -> Tensor:
+    """TWN's values, no gradient of their own: those of w go nowhere, though the result hangs on w."""
+    return twn.ternarize_weight(w).detach() + 0 * w.round()
+
+
+def with_a_live_scale(site: nn.Module, w: Tensor) -> Tensor:
+    """TWN's values, the scale's derivative kept, the rounding's zero: every weight above the threshold gets some."""
+    code = twn.ternarize_weight(w).detach().sign()
+    return code * ((w * code).sum() / code.abs().sum().clamp(min=1))
+
+
+def cut_off(site: nn.Module, w: Tensor) -> Tensor:
+    return twn.ternarize_weight(w).detach()
+
+
+class Rounded(nn.Module):
+    """DoReFa's activations without its straight-through gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.clamp(0, 1) * 3).round() / 3
+
+    def grid(self, x: Tensor) -> Grid:
+        return Grid((torch.arange(4) / 3).reshape(1, -1, 1).to(x))
+
+
+class Unlearned(pact.Activation):
+    """A learned clip that nothing of the result depends on, for autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pact.quantize_activation(x, self.alpha.detach(), self.bits)
+
+
+class RoundedOutput(nn.Module):
+    """Rounds a layer's output, and so its gradient to zero."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return (y * 64).round() / 64
+
+
+def _rounded() -> Method:
+    method = dorefa.build(w=32, a=2)
+    return replace(method, traits=frozenset(), legal={"a": (2, 32)}, input=lambda name, layer, bits: Rounded())
+
+
+def _unlearned() -> Method:
+    return replace(pact.build(w=32, a=2), input=lambda name, layer, bits: Unlearned(bits, 1.0, 0.0))
+
+
+def _behind() -> Method:
+    return replace(twn.build(), output=lambda name, layer, bits: RoundedOutput())
+
+
+GRADIENTLESS = {
+    "weights rounded": (weights(plainly_rounded), "its weights is zero everywhere"),
+    "weights rounded, scale not": (weights(with_a_live_scale), "its weights is zero everywhere"),
+    "weights detached": (weights(cut_off), "no gradient arrives at its weights"),
+    "weights neither trained nor fixed": (lambda: replace(dq.build(), prepare=None), "`requires_grad_(False)`"),
+    "inputs rounded": (_rounded, "its inputs is zero everywhere"),
+    "outputs rounded": (_behind, "its outputs is zero everywhere"),
+    "clip detached": (_unlearned, "no gradient arrives at its learned parameters"),
+}
+
+
+def findings_of(method: Method) -> dict[str, Finding]:
+    return {finding.name: finding for finding in check(Subject("planted", lambda bits: method, method.bits))}
+
+
+@pytest.mark.parametrize("what", GRADIENTLESS)
+def test_what_is_trained_must_get_a_gradient(what: str) -> None:
+    build, said = GRADIENTLESS[what]
+    failures = findings_of(build())[REACH].failures
+    assert failures
+    assert said in failures[0], failures
+    assert "learned" in said or "`straight_through` in qbench/quant/ops.py" in failures[0], failures
+
+
+def test_no_other_property_looks_for_the_gradient_of_weights() -> None:
+    broken = [name for name, finding in findings_of(weights(plainly_rounded)()).items() if finding.failures]
+    assert broken == [REACH]
+
+
+@pytest.mark.parametrize(
+    ("build", "asked"),
+    [
+        (lambda: inq.build(portions=(0.95, 1.0)), True),  # a weight in twenty is free in the first epoch
+        (lambda: inq.build(portions=(1.0,)), False),  # none is
+        (dq.build, True),  # its points, not its weights
+        (qcnn.build, False),
+        (lambda: qd.build(trained=False), False),
+    ],
+)
+def test_what_is_not_trained_is_not_asked(build: Callable[[], Method], asked: bool) -> None:
+    method = build()
+    one = Subject("fixed", lambda bits: replace(build(), bits=bits), method.bits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qbench.check.kit.PROPERTIES", [p for p in PROPERTIES if p.name == REACH])
+        (finding,) = check(one)
+    assert not finding.failures
+    assert bool(finding.asked) == asked
+    assert bool(finding.nothing) != asked
+
+
+def test_nothing_to_ask_is_said_and_counted() -> None:
+    """Weights rounded to nearest, without a trait, a learned parameter or a quantized input: five have nothing."""
+    one = Subject("bare", lambda bits: replace(twn.build(w=bits.w), traits=frozenset()), Bits(2))
+    findings = check(one)
+    assert {finding.name for finding in findings if not finding.asked} == {
+        "weights: odd, monotone, idempotent as declared",
+        "inputs: monotone, idempotent, clipped as declared",
+        "inputs: kept as levels with the same results, as declared",
+        LEARNED,
+        UNBIASED,
+    }
+    text = report(one, findings)
+    assert f"nothing to ask {UNBIASED}  (it draws nothing at random)" in text
+    assert "nothing to ask inputs: monotone, idempotent, clipped as declared  (it leaves inputs float)" in text
+    assert "(it declares no trait odd or monotone or idempotent)" in text
+    assert "bare: 8 properties hold, 5 have nothing to ask of it, " in text
+
+
+@pytest.mark.parametrize(
+    ("findings", "verdict"),
+    [
+        ([Finding("a", 1), Finding("b", 2)], "2 properties hold"),
+        ([Finding("a", 1), Finding("b", nothing="why")], "1 property holds, 1 has nothing to ask of it"),
+        ([Finding("a", nothing="why")], "0 properties hold, 1 has nothing to ask of it"),
+        ([Finding("a", 1, failures=["w2"]), Finding("b", 1)], "1 property does not hold, 1 holds"),
+        ([Finding("a", 1, failures=["w2"])] * 2, "2 properties do not hold, 0 hold"),
+    ],
+)
+def test_the_closing_line(findings: list[Finding], verdict: str) -> None:
+    one = Subject("one", lambda bits: twn.build(), Bits(2))
+    assert report(one, findings).splitlines()[-1] == f"one: {verdict}, 0.0 s"
+
+
 def test_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(
         "from dataclasses import replace\n"
@@ -195,6 +345,16 @@ def test_the_command_line(tmp_path: Path) -> None:
         "    return replace(twn.build(w=w), name='planted', weight=lambda name, layer, bits: Bad())\n"
     )
 
+    (tmp_path / "rounded.py").write_text(
+        "from dataclasses import replace\n"
+        "from qbench.methods import twn\n"
+        "class Bad(twn.Weight):\n"
+        "    def forward(self, w):\n"
+        "        return super().forward(w).detach() + 0 * w.round()\n"
+        "def build(*, w: int = 2):\n"
+        "    return replace(twn.build(w=w), name='rounded', weight=lambda name, layer, bits: Bad())\n"
+    )
+
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "qbench", "check", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -205,9 +365,13 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert run("bwn", "activation=hwgq").returncode == 0
     assert run("xnor", "method.scale=K").returncode == 0
     assert good.returncode == 0, good.stdout + good.stderr
-    assert "all 12 properties hold" in good.stdout
+    assert "twn: 9 properties hold, 4 have nothing to ask of it, " in good.stdout
     assert bad.returncode == 1
     assert "does not hold  levels" in bad.stdout
     assert "values lie off" in bad.stdout
+    flat = run("rounded:build")
+    assert flat.returncode == 1
+    assert f"does not hold  {REACH}" in flat.stdout
+    assert "1 property does not hold" in flat.stdout
     assert unknown.returncode == nothing.returncode == 2
     assert "did you mean" in unknown.stderr or "no such method" in unknown.stderr

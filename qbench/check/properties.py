@@ -76,7 +76,7 @@ def _verified(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
 def _declared(subject: Subject, bits: Bits, *traits: str) -> frozenset[str]:
     declared = subject.make(bits).traits.intersection(traits)
     if not declared:
-        raise NothingToAsk(f"its traits do not name {' or '.join(traits)}")
+        raise NothingToAsk(f"it declares no trait {' or '.join(traits)}")
     return declared
 
 
