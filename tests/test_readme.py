@@ -12,6 +12,7 @@ from conftest import ROOT, Configure
 
 from qbench import cli, compose
 from qbench.models import mlp
+from qbench.report import asked
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -41,6 +42,14 @@ def test_the_verbs_of_the_readme_exist() -> None:
     verbs = "compare|describe|list|plan|check|draw|ledger|settle|inspect|sensitivity|evaluate"
     for verb in set(re.findall(rf"qbench ({verbs})\b", README)):
         assert verb in cli.VERBS, verb
+
+
+def test_conclusions_quoted_are_those_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    said = asked.answer(["docs/records/methods-glyphs.json"]).splitlines()
+    quoted = re.findall(r"^    (w\d+a\d+g\d+: .*)$", README, re.MULTILINE)
+    assert len(quoted) == 2
+    assert set(quoted) <= set(said)
 
 
 def test_tables_are_filled() -> None:
