@@ -261,22 +261,26 @@ GRADIENTLESS = {
 }
 
 
-def findings_of(method: Method) -> dict[str, Finding]:
-    return {finding.name: finding for finding in check(Subject("planted", lambda bits: method, method.bits))}
+def asked_to_reach(method: Method) -> Finding:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qbench.check.kit.PROPERTIES", [p for p in PROPERTIES if p.name == REACH])
+        (finding,) = check(Subject("planted", lambda bits: replace(method, bits=bits), method.bits))
+    return finding
 
 
 @pytest.mark.parametrize("what", GRADIENTLESS)
 def test_what_is_trained_must_get_a_gradient(what: str) -> None:
     build, said = GRADIENTLESS[what]
-    failures = findings_of(build())[REACH].failures
+    failures = asked_to_reach(build()).failures
     assert failures
     assert said in failures[0], failures
     assert "learned" in said or "`straight_through` in qbench/quant/ops.py" in failures[0], failures
 
 
 def test_no_other_property_looks_for_the_gradient_of_weights() -> None:
-    broken = [name for name, finding in findings_of(weights(plainly_rounded)()).items() if finding.failures]
-    assert broken == [REACH]
+    method = weights(plainly_rounded)()
+    plain = Subject("planted", lambda bits: method if bits == method.bits else twn.build(w=bits.w), method.bits)
+    assert [finding.name for finding in check(plain) if finding.failures] == [REACH]
 
 
 @pytest.mark.parametrize(
@@ -290,11 +294,7 @@ def test_no_other_property_looks_for_the_gradient_of_weights() -> None:
     ],
 )
 def test_what_is_not_trained_is_not_asked(build: Callable[[], Method], asked: bool) -> None:
-    method = build()
-    one = Subject("fixed", lambda bits: replace(build(), bits=bits), method.bits)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qbench.check.kit.PROPERTIES", [p for p in PROPERTIES if p.name == REACH])
-        (finding,) = check(one)
+    finding = asked_to_reach(build())
     assert not finding.failures
     assert bool(finding.asked) == asked
     assert bool(finding.nothing) != asked
