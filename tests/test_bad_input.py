@@ -387,7 +387,7 @@ VERBS = [
     row(["compare", "x" * 300], "no such directory", name="compare 300 characters"),
     row("compare --format xml .", "compare --format xml"),
     row("compare --nope .", "no such flag: --nope"),
-    row("compare file", "file: no such directory", files={"file": "a file"}),
+    row("compare file", "file: not a record of runs", files={"file": "a file"}),
     row("check", "check wants one method"),
     row("check dorfa", "did you mean dorefa?"),
     row("check dorefa bits.w=40", "bits.w=40"),

@@ -242,6 +242,11 @@ def test_runs_can_be_moved_and_named_one_by_one(configure: Configure, tmp_path: 
         read([str(tmp_path / "nowhere")])
 
 
+def test_markdown_takes_no_cell_for_html() -> None:
+    shown = FORMATS["md"]([Table(("a",), [("<b>x</b> | <8,8>",)])])
+    assert shown.splitlines()[-1] == "| &lt;b>x&lt;/b> \\| <8,8> |"
+
+
 def test_every_format_holds_every_figure(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.25, 98.0)
     plant(configure("method=dorefa", "seed=3"), 0.0, status="failed", reason="a | b & c_d")

@@ -1,6 +1,7 @@
 """Reading runs: results where a directory has any, else what its logs still tell; or records of many runs in a file."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -46,13 +47,13 @@ def read(names: Iterable[str]) -> list[Found]:
     """
     paths: set[Path] = set()
     recorded: dict[Path, Found] = {}
-    for place in map(Path, names):
-        if place.is_file():
-            recorded |= {run.path: run for run in unpacked(place)}
-        elif place.is_dir():
-            paths |= set(_run_directories(place))
+    for name in names:  # os.path: a name that is empty or too long is no file and no error
+        if os.path.isfile(name):
+            recorded |= {run.path: run for run in unpacked(Path(name))}
+        elif os.path.isdir(name):
+            paths |= set(_run_directories(Path(name)))
         else:
-            raise ConfigError(f"{place}: no such directory or file\nname a directory of runs, such as outputs")
+            raise ConfigError(f"{name}: no such directory or file\nname a directory of runs, such as outputs")
     found = [read_run(path) for path in sorted(paths)]
     return sorted([*found, *recorded.values()], key=lambda run: run.path) if recorded else found
 

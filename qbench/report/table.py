@@ -3,10 +3,13 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+TAG = re.compile(r"<(?=[A-Za-z/!?])")
+"""What Markdown would take for HTML."""
 NUMBERS = frozenset("0123456789+-.±")
 
 
@@ -54,7 +57,7 @@ def markdown(tables: Sequence[Table]) -> str:
         if table.rows:
             lines.append(_bar(table.head))
             lines.append(_bar(["---:" if numeric else "---" for numeric in _numeric(table)]))
-            lines += [_bar(cell.replace("|", "\\|") for cell in row) for row in table.rows]
+            lines += [_bar(TAG.sub("&lt;", cell.replace("|", "\\|")) for cell in row) for row in table.rows]
             lines += [""] if table.notes else []
         parts.append("\n".join([*lines, *(f"- {note}" for note in table.notes)]))
     return "\n\n".join(parts)
