@@ -21,10 +21,10 @@ from qbench.report.statistics import (
     ALPHA,
     Difference,
     cautious,
+    deciding,
     equivalent,
     holm,
     mcnemar,
-    needed,
     sample_error,
     unpaired,
 )
@@ -138,16 +138,9 @@ def judge(family: Sequence[Pair], margin: float) -> int:
         pair.p_holm, pair.p_equal_holm = differ, equal
     left = [pair for pair in asked if pair.verdict == UNDECIDED]
     for pair, d in ((pair, pair.difference) for pair in left if pair.leading):
-        pair.more_seeds = _more_seeds(d, margin, ALPHA / len(left)) if d else None
+        n = deciding(d, margin, ALPHA / len(left)) if d else None
+        pair.more_seeds = max(n - d.n, 1) if d and n is not None else None
     return len(asked)
-
-
-def _more_seeds(d: Difference, margin: float, alpha: float) -> int | None:
-    """Return how many more seeds would probably answer one of the two questions."""
-    counts = [needed(d, "better", 0.0, alpha, seeds_alone=True)]
-    if abs(d.mean) < margin:  # asked on one side, where `needed` takes two
-        counts.append(needed(d, "equal", margin, 2 * alpha, seeds_alone=True))
-    return min((max(n - d.n, 1) for n in counts if n is not None), default=None)
 
 
 def _pairs(rows: Iterable[Values], known: dict[str, Figures]) -> list[Pair]:

@@ -20,7 +20,7 @@ from qbench.report.answers import Figures, compared, of_run
 from qbench.report.asked import margin_of
 from qbench.report.conclude import MARGIN
 from qbench.report.runs import DONE, Found
-from qbench.report.statistics import ALPHA, SEEDS_LIMIT, Difference, cautious, equivalent, half_width, needed
+from qbench.report.statistics import ALPHA, SEEDS_LIMIT, Difference, cautious, deciding, equivalent, half_width
 
 FIRST, GROWTH, MOST = 3, 1.5, 20
 TOLD = 3
@@ -218,10 +218,7 @@ def sentence(asked: Settling, verdict: Verdict) -> str:
 
 def _wanted(asked: Settling, verdict: Verdict) -> str:
     d = verdict.difference
-    counts = [needed(d, "better", 0.0, verdict.level, seeds_alone=True)]
-    if abs(d.mean) < asked.margin:  # asked on one side, where `needed` takes two
-        counts.append(needed(d, "equal", asked.margin, 2 * verdict.level, seeds_alone=True))
-    most = min((n for n in counts if n is not None), default=None)
+    most = deciding(d, asked.margin, verdict.level)
     if most is None:
         few = f"The {d.items:,} test images are too few" if d.items and d.items_part else f"{SEEDS_LIMIT:,} seeds"
         return f"{few}{'' if d.items and d.items_part else ' would not decide'}."

@@ -243,6 +243,16 @@ def needed(
     return None
 
 
+def deciding(difference: Difference, margin: float, alpha: float) -> int | None:
+    """Return the number of seeds at which one of two questions would be answered, by the degrees of freedom of
+    `cautious`: do the arms differ, and, where they lie within the margin, are they as good? None: at none up to 1000.
+    """
+    counts = [needed(difference, "better", 0.0, alpha, seeds_alone=True)]
+    if abs(difference.mean) < margin:  # `equivalent` is one-sided, `needed` doubles
+        counts.append(needed(difference, "equal", margin, 2 * alpha, seeds_alone=True))
+    return min((n for n in counts if n is not None), default=None)
+
+
 def _difference(
     mean: float, n: int, seeds_part: float, items_part: float, freedom: float, items: int | None
 ) -> Difference:
