@@ -2,6 +2,6 @@
 
 import sys
 
-from qbench.cli import main
+from qbench.cli.main import main
 
 sys.exit(main())

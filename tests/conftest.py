@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qbench import compose
-from qbench.config import Config
+from qbench.config import compose
+from qbench.config.schema import Config
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 ROOT = Path(__file__).parents[1]

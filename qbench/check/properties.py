@@ -28,14 +28,14 @@ from qbench.check.subject import (
     probe,
     tiny_network,
 )
-from qbench.config import Optim
+from qbench.config.schema import Optim
 from qbench.quant.layers import NotFinite, install, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Method, Unsupported
 from qbench.quant.ops import compressed
 from qbench.quant.verify import NotQuantized, verify
-from qbench.train import optim
-from qbench.train.checkpoint import pack, unpack, weights_sha256
-from qbench.train.loop import State, Task, Watch, fit
+from qbench.training import optimizer as optim
+from qbench.training.checkpoint import pack, unpack, weights_sha256
+from qbench.training.loop import State, Task, Watch, fit
 
 DRAWS = 400
 CHANCE = 1e-9

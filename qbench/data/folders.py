@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Files, Split, hold_out
+from qbench.data.file_check import THREADS, Survey, survey
 from qbench.data.images import Bytes, damaged, decoded, reason
 from qbench.data.normalize import statistics
-from qbench.data.survey import THREADS, Survey, survey
 from qbench.errors import DataError, ResourceError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

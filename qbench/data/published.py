@@ -22,7 +22,7 @@ from filelock import FileLock
 from qbench.data.dataset import Augment, Dataset, Split, hold_out
 from qbench.data.normalize import statistics
 from qbench.errors import DataError, ResourceError
-from qbench.vision import torchvision
+from qbench.system.torchvision import torchvision
 
 Files = Mapping[Path, str | None]
 """Paths, and the md5 that torchvision expects of them; None where it expects none."""

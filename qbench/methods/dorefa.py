@@ -57,9 +57,9 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
+from qbench.quant.fused_kernels import divided, grad_within, uniform
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
 from qbench.quant.ops import Cells, in_float32, levels_k, on_backward, quantize_k, sign, staircase, straight_through
-from qbench.quant.passes import divided, grad_within, uniform
 
 
 @in_float32

@@ -64,10 +64,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from qbench.quant.fused_kernels import blockwise, grad_within, rounding_up_or_down
 from qbench.quant.layers import ImageQuantizer, QLayer, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
 from qbench.quant.ops import in_float32, on_backward, staircase, straight_through
-from qbench.quant.passes import blockwise, grad_within, rounding_up_or_down
 
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTUMS = ("float", "fixed")

@@ -61,9 +61,9 @@ from torch import Tensor, nn
 from qbench.methods.xnor import Activation as SignActivation
 from qbench.methods.xnor import Weight as BinaryWeight
 from qbench.methods.xnor import filter_scale
+from qbench.quant.fused_kernels import beside, grad_between, looked_up, scalar, step_function
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Unsupported
 from qbench.quant.ops import Cells, in_float32, sign, staircase, straight_through, surrogate
-from qbench.quant.passes import beside, grad_between, looked_up, scalar, step_function
 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}

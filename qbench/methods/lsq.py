@@ -45,10 +45,10 @@ Results
 import torch
 from torch import Tensor, nn
 
+from qbench.quant.fused_kernels import grad_between
 from qbench.quant.layers import as_float, keep_above, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Requires, Storage
 from qbench.quant.ops import in_float32, on_backward, round_ste, staircase
-from qbench.quant.passes import grad_between
 
 SMALLEST = 1e-8
 

@@ -49,10 +49,10 @@ import torch
 from torch import Tensor, nn
 
 from qbench.methods.dorefa import Weight
+from qbench.quant.fused_kernels import at_least, beside, grad_between, scalar
 from qbench.quant.layers import keep_above
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires
 from qbench.quant.ops import Cells, in_float32, levels_k, staircase, straight_through
-from qbench.quant.passes import at_least, beside, grad_between, scalar
 
 SMALLEST = 1e-3
 

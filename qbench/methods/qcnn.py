@@ -62,7 +62,7 @@ from torch.nn import functional as F
 from qbench.quant.layers import QLayer, as_float, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Storage, Unsupported, quietly, recorded_calls
 from qbench.quant.ops import in_float32
-from qbench.quant.product import decoded, error_corrected, product_codes, split
+from qbench.quant.product_quantization import decoded, error_corrected, product_codes, split
 
 # Ct outputs, Cs inputs, M subspaces, K codewords, G groups, P kernel positions, N responses.
 

@@ -60,9 +60,9 @@ from heapq import heapify, heappop, heapreplace
 import torch
 from torch import Tensor, nn
 
+from qbench.quant.fused_kernels import round_up_or_down
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage
 from qbench.quant.ops import in_float32, levels_k, straight_through
-from qbench.quant.passes import round_up_or_down
 
 # Shapes: B buckets, K elements of one, L levels.
 

@@ -43,9 +43,9 @@ Results
 import torch
 from torch import Tensor, nn
 
+from qbench.quant.fused_kernels import grad_within
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage
 from qbench.quant.ops import in_float32, round_ste, staircase, straight_through
-from qbench.quant.passes import grad_within
 
 
 @in_float32

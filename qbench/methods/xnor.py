@@ -53,10 +53,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.quant.fused_kernels import above, at_least, grad_between
 from qbench.quant.layers import quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
 from qbench.quant.ops import Cells, in_float32, sign, staircase, surrogate
-from qbench.quant.passes import above, at_least, grad_between
 
 GRADIENTS = ("paper", "authors")
 SCALES = ("none", "K")

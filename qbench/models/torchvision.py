@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qbench.vision import torchvision
+from qbench.system.torchvision import torchvision
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},

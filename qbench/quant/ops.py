@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
-from qbench.quant.passes import at_least
+from qbench.quant.fused_kernels import at_least
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 

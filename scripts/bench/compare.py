@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from measure import machine, markdown
 
-from qbench import compose
-from qbench.record.run import Result, RunDirectory, sealed
-from qbench.report.compare import compare
-from qbench.report.conclude import conclude
-from qbench.report.runs import read
-from qbench.report.table import as_json, text
+from qbench.config import compose
+from qbench.report.comparison.compare import compare
+from qbench.report.comparison.pairs import conclude
+from qbench.report.tables.table import as_json, text
+from qbench.runs.directory import Result, RunDirectory, sealed
+from qbench.runs.reader import read
 
 METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from measure import Work, interleaved, machine, markdown
 from torch.nn import functional as F
 
-from qbench import compose
-from qbench.assembly import assemble
+from qbench.config import compose
 from qbench.data.dataset import Loader
+from qbench.experiment.session import Desk, Session
+from qbench.experiment.setup import assemble
 from qbench.quant.method import Probe
-from qbench.record.run import RunDirectory
-from qbench.record.screen import Screen
-from qbench.session import Desk, Session
-from qbench.train import optim
-from qbench.train.loop import State, Task, train_epoch
+from qbench.runs.directory import RunDirectory
+from qbench.runs.progress import Screen
+from qbench.training import optimizer as optim
+from qbench.training.loop import State, Task, train_epoch
 
 CASES = {
     "digits, resnet8, DoReFa W2A2": ["method=dorefa", "bits=w2a2"],

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from qbench.data.dataset import Augment, Dataset, Loader, Split
-from qbench.vision import torchvision
+from qbench.system.torchvision import torchvision
 
 IMAGES, BATCH, BATCHES, PAD, SIZE = 50_000, 128, 48, 4, 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -8,9 +8,9 @@ import argparse
 import torch
 from measure import interleaved, machine, markdown
 
-from qbench.assembly import keep_freed_memory
+from qbench.experiment.setup import keep_freed_memory
 from qbench.methods import dorefa, gupta
-from qbench.quant import passes
+from qbench.quant import fused_kernels as passes
 
 COUNT, LEVELS = 2**20, 255
 

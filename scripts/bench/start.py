@@ -22,16 +22,16 @@ ANSWERS = {
     "list methods": ["list", "methods"],
     "a finished run's repeat": ["method=dorefa", "bits.w=2", "epochs=1", "pretrain.epochs=1"],
 }
-QUICK = "import sys; from qbench.cli import main; main(sys.argv[1:]); {told}"
+QUICK = "import sys; from qbench.cli.main import main; main(sys.argv[1:]); {told}"
 FIRST = """
 import sys
-from qbench.train import loop
+from qbench.training import loop
 def stop(task, state, watch):
     {told}
     sys.stdout.flush()
     import os; os._exit(0)
 loop.train_epoch = stop
-from qbench.cli import main
+from qbench.cli.main import main
 main(sys.argv[1:])
 """
 TOLD = f"print('HEAVY', *[name for name in {HEAVY} if name in sys.modules])"

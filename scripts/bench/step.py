@@ -23,13 +23,13 @@ from plain import NHWC, SHAPE, Act, Conv, Device, Work, data, plain, training_st
 from torch import nn
 from torch.nn import functional as F
 
-from qbench import registry
-from qbench.assembly import COMPILERS, in_bfloat16, keep_freed_memory
-from qbench.config import Optim
+from qbench.config import registry
+from qbench.config.schema import Optim
+from qbench.experiment.setup import COMPILERS, in_bfloat16, keep_freed_memory
 from qbench.methods import dorefa
 from qbench.quant.layers import install
 from qbench.quant.method import Method, Probe
-from qbench.train import optim
+from qbench.training import optimizer as optim
 
 EPOCHS = 30
 SGD = Optim(name="sgd", lr=0.01, momentum=0.9)

@@ -1,0 +1,67 @@
+"""A finished run opened again, to be looked at: its network, its data, its validation images."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from qbench.data.dataset import Dataset, Loader
+from qbench.errors import CheckpointError
+from qbench.experiment.run import PROBE_IMAGES
+from qbench.experiment.setup import Parts, finished
+from qbench.quant.method import Batch
+from qbench.runs.directory import Result, load_result
+
+
+class Opened(NamedTuple):
+    """A run's result, what it is made of, and its network in eval mode on its device."""
+
+    result: Result
+    parts: Parts
+    model: nn.Module
+
+
+def opened(run: Path, weights: str = "last", device: str = "auto") -> Opened:
+    """Open a finished run with the weights of the `last` epoch, or those `best` on validation.
+
+    Raises:
+        CheckpointError: it is not done, or not whole.
+        DataError: its data is not at hand.
+    """
+    result = load_result(run)
+    if result is None and not (run / "config.yaml").exists():
+        raise CheckpointError(f"{run} is no run's directory: it has no config.yaml\nqbench list runs names some")
+    if result is None and not (run / "result.json").exists():
+        raise CheckpointError(f"{run} is not done: it has no result.json; the command that began it goes on from there")
+    if result is not None and result.status != "done":
+        raise CheckpointError(f"{run} is not done but {result.status}: {result.reason}".splitlines()[0])
+    parts, model = finished(run, weights=weights, device=device)
+    if result is None:  # `finished` has refused a damaged one
+        raise CheckpointError(f"{run / 'result.json'} is gone")
+    return Opened(result, parts, model.to(parts.device).eval())
+
+
+def loader(parts: Parts, data: Dataset | None = None) -> Loader:
+    """Return what makes batches of the run's data, or of others, on its device."""
+    config = parts.config
+    return Loader(data or parts.data, config.optim.batch_size, config.seed, parts.device, config.runtime.workers)
+
+
+def validation(parts: Parts, images: int) -> tuple[list[Batch], str]:
+    """Return the first validation images, and what is to be said of them; training images where none are held out."""
+    split = "val" if len(parts.data.val) else "train"
+    batches = list(loader(parts).plain(split, images))
+    count = sum(len(labels) for _, labels in batches)
+    if split == "val":
+        return batches, f"measured on {count} validation images, none of the test split"
+    return batches, f"measured on {count} training images, for the run holds none out (dataset.val=0)"
+
+
+def probe_batches(parts: Parts) -> list[Batch]:
+    """Return the training images that methods measure on, and normalization where it is measured anew."""
+    return list(loader(parts).plain("train", PROBE_IMAGES))
+
+
+def said_of_norms(anew: bool) -> str:
+    """Return what is to be said of normalization."""
+    return f"measured anew on {PROBE_IMAGES} training images" if anew else "kept as it is"

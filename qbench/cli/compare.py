@@ -1,0 +1,245 @@
+"""What a command line of `qbench compare` asks for, and the answer: filters, columns, order, format."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qbench.config.schema import nearest
+from qbench.errors import ConfigError
+from qbench.report.comparison import naming
+from qbench.report.comparison.compare import compare
+from qbench.report.comparison.pairs import MARGIN, conclude
+from qbench.report.tables import columns
+from qbench.report.tables.table import FORMATS, Table
+from qbench.runs.reader import DONE, Found, packed, read
+
+VALUED = ("--by", "--sort", "--columns", "--margin", "--format", "--plot", "--html")
+FLAGS = (*VALUED, "--paper")
+MOST = 20
+"""Values that a message names."""
+RECORD = "record"
+"""A format beside those of tables: the runs themselves in one small file, which `qbench compare` reads again."""
+DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
+
+
+@dataclass(kw_only=True)
+class Asked:
+    """A command line, read. `where`: key -> the values allowed, as typed."""
+
+    directories: list[str] = field(default_factory=list)
+    where: dict[str, list[str]] = field(default_factory=dict)
+    by: list[str] = field(default_factory=list)
+    sort: str = ""
+    columns: list[str] = field(default_factory=lambda: list(columns.DEFAULT))
+    margin: float = MARGIN
+    paper: bool = False
+    form: str = "text"
+    plots: list[Path] = field(default_factory=list)
+    pages: list[Path] = field(default_factory=list)
+
+
+def answer(arguments: Iterable[str]) -> str:
+    """Return what `qbench compare DIR... [flags] [KEY=VALUE ...]` prints.
+
+    Raises:
+        ConfigError: a flag, key or value that does not exist, or no directory.
+    """
+    asked = parse(arguments)
+    made, found = gathered(asked)
+    for path in asked.plots:
+        from qbench.report.plots.plots import plot
+
+        plot(made, found, path)
+    for path in asked.pages:
+        from qbench.report.html.page import page
+
+        page(made, found, path)
+    if asked.form == RECORD:
+        return packed(found)
+    return "no runs there" if asked.form == "text" and not made else FORMATS[asked.form](made)
+
+
+def parse(arguments: Iterable[str]) -> Asked:
+    """Read a command line; keys are held against the runs by `tables`."""
+    asked, words = Asked(), iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word == "--paper":
+            asked.paper = True
+        elif flag in VALUED:
+            _put(asked, flag, value if equals else next(words, ""))
+        elif word.startswith("-"):
+            raise ConfigError(f"compare: no such flag: {word}{nearest(flag, FLAGS)}\nallowed: {', '.join(FLAGS)}")
+        elif equals and not os.path.exists(word):
+            asked.where.setdefault(flag, []).extend(_split(value))
+        else:
+            asked.directories.append(word)
+    if not asked.directories:
+        raise ConfigError("compare wants directories of runs: qbench compare outputs")
+    return asked
+
+
+def _put(asked: Asked, flag: str, value: str) -> None:
+    """Read a flag's value."""
+    known: dict[str, Sequence[str]] = {"--columns": columns.SETS, "--format": (*FORMATS, RECORD)}
+    listed = [part for part in value.split(",") if part]
+    if not listed:
+        raise ConfigError(f"compare {flag} wants a value")
+    for part in listed if flag == "--columns" else [value]:
+        if flag in known and part not in known[flag]:
+            hint = nearest(part, known[flag])
+            raise ConfigError(f"compare {flag} {part}{hint}\nallowed: {', '.join(known[flag])}")
+    if flag == "--margin":
+        asked.margin = margin_of("compare", value)
+    elif flag == "--format":
+        asked.form = value
+    elif flag == "--sort":
+        asked.sort = value
+        columns.sort(Table(()), value)
+    elif flag == "--by":
+        asked.by = listed
+    elif flag in ("--plot", "--html"):
+        (asked.plots if flag == "--plot" else asked.pages).append(Path(value))
+    else:
+        asked.columns = listed
+
+
+def margin_of(verb: str, value: str) -> float:
+    """Return the points that a `--margin` names."""
+    try:
+        margin = float(value)
+    except ValueError:
+        margin = 0.0
+    if not 0 < margin <= 100:
+        raise ConfigError(f"{verb} --margin {value}: allowed is a number of points of top-1 above 0, such as 0.5")
+    return margin
+
+
+def _split(value: str) -> list[str]:
+    """Return the parts of a comma list; commas in brackets part nothing."""
+    return re.split(r",(?![^\[]*\])", value)
+
+
+def tables(asked: Asked) -> list[Table]:
+    """Return the tables that a command line asks for, with what may be concluded."""
+    return gathered(asked)[0]
+
+
+def gathered(asked: Asked) -> tuple[list[Table], list[Found]]:
+    """Return the tables that a command line asks for, and the runs they tell of."""
+    found, notes = read(asked.directories), list[str]()
+    if found and (asked.where or asked.by):
+        own = {id(run): naming.facts(run.result) for run in found if run.result is not None}
+        known = set().union(*own.values())
+        for key in (*asked.where, *asked.by):
+            if known and key not in known:
+                raise ConfigError(_no_key(key, known))
+        notes = _missing(asked.where, found, own)
+        found = _filtered(found, asked.where, own)
+    made = compare(found, asked.by)
+    conclude(made, asked.margin)
+    if asked.paper:
+        from qbench.papers.matching import publish
+
+        publish(made)
+    _arrange(made, asked)
+    if made:
+        made[-1].notes += notes
+    return made, list(found)
+
+
+def _arrange(made: Sequence[Table], asked: Asked) -> None:
+    groups = [*asked.columns, *(["paper"] if asked.paper else [])]
+    groups += [columns.EQUAL_BYTES] if asked.sort == columns.EQUAL_BYTES else []
+    for table in made:
+        if table.values and "top1_mean" in table.values[0]:
+            if asked.sort:
+                columns.sort(table, asked.sort)
+            columns.show(table, columns.chosen(groups))
+
+
+def _no_key(key: str, known: Iterable[str]) -> str:
+    short = sorted(name for name in known if "." not in name)
+    return f"compare {key}: no run has this key{nearest(key, known)}\nallowed: {', '.join(short)} and keys below them"
+
+
+def _missing(
+    where: Mapping[str, Sequence[str]], found: Sequence[Found], facts: Mapping[int, Mapping[str, str]]
+) -> list[str]:
+    """Return a note on every value that no run has.
+
+    Raises:
+        ConfigError: no run has any of those typed for a key.
+    """
+    every = [facts.get(id(run)) or _by_name(run) for run in found]
+    notes = []
+    for key, values in where.items():
+        there = [own[key] for own in every if key in own]
+        absent = [value for value in values if there and not any(_is(key, own, value) for own in there)]
+        if absent == values:
+            known = sorted({str(json.loads(own)) for own in there}, key=lambda v: (v.isdecimal() and int(v), v))
+            hint = "" if values[0].isdecimal() else nearest(values[0], known)
+            shown = ", ".join(known[:MOST]) + (f" and {len(known) - MOST} more" if len(known) > MOST else "")
+            raise ConfigError(f"compare {key}={','.join(values)}: no run has it{hint}\nthere are: {shown}")
+        notes += [f"no run has {key}={value}" for value in absent]
+    return notes
+
+
+def _filtered(
+    found: Sequence[Found], where: Mapping[str, Sequence[str]], facts: Mapping[int, Mapping[str, str]]
+) -> list[Found]:
+    """Return the runs that match, and the float parents of those: they are what differences are to.
+
+    Of a run without a result its directory's name tells method, widths and seed; it is left out where those do not
+    match, and stays where they do or the name says nothing.
+    """
+    kept = [run for run in found if _matches(facts.get(id(run)) or _by_name(run), where, run.result is None)]
+    wanted = {_place(r.result.float["run"]) for r in kept if r.result and r.result.float}
+    chosen = {id(run) for run in kept}
+    parents = [r for r in found if r.result and r.status == DONE and naming.is_parent(r.result)]
+    chosen |= {id(run) for run in parents if _place(str(run.path)) in wanted}
+    return [run for run in found if id(run) in chosen]
+
+
+def _place(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _by_name(run: Found) -> dict[str, str]:
+    match = DIRECTORY.fullmatch(run.path.name)
+    if not match:
+        return {}
+    widths = dict(re.findall(r"([wag])(\d+)", match["bits"]))
+    named = {"method": json.dumps(match["method"]), "bits": json.dumps(match["bits"]), "seed": match["seed"]}
+    return named | {f"bits.{key}": width for key, width in widths.items()}
+
+
+def _matches(own: Mapping[str, str], where: Mapping[str, Sequence[str]], lenient: bool) -> bool:
+    """Whether a run has one of the values allowed for every key; with `lenient` one that is not known matches."""
+    for key, allowed in where.items():
+        if key not in own:
+            if not lenient:
+                return False
+        elif not any(_is(key, own[key], value) for value in allowed):
+            return False
+    return True
+
+
+def _is(key: str, own: str, typed: str) -> bool:
+    """Whether a value, as JSON, is what was typed: 0.001 is 1e-3, w2a2 are widths of w2a2g32."""
+    value = json.loads(own)
+    if isinstance(value, str):
+        return value == typed or (key == "bits" and bool(typed) and set(_widths(typed)) <= set(_widths(value)))
+    if isinstance(value, bool) or value is None:
+        return typed.lower() in (own, {"null": "none"}.get(own))
+    try:
+        return bool(json.loads(typed) == value)
+    except ValueError:
+        return typed == own
+
+
+def _widths(text: str) -> list[str]:
+    return re.findall(r"[wag]\d+", text)

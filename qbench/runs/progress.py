@@ -1,0 +1,119 @@
+"""What a run shows while it works: a live bar on a terminal, plain lines elsewhere; both end up in log.txt."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qbench.runs.metrics_logger import append_text
+
+PLAIN_LINES = 10
+"""Lines that a stage prints where there is no terminal, about."""
+
+REFRESH = 0.25
+"""Seconds between two changes of the live bar; drawing it takes some milliseconds from training."""
+
+
+@dataclass
+class _Stage:
+    """A stretch of training: `total` steps of `images` images, `first` of them done before this process."""
+
+    title: str
+    total: int
+    first: int
+    images: int
+    since: float = field(default_factory=time.perf_counter)
+    note: str = ""
+    shown_at: float = 0.0
+    printed: int = -1
+
+    def speed(self, done: int) -> float:
+        """Images per second since the stage began."""
+        return (done - self.first) * self.images / max(time.perf_counter() - self.since, 1e-9)
+
+
+class Screen:
+    """Progress and messages of one process, on stderr; `log` is the file that keeps them, once a run has one.
+
+    Args:
+        live: whether to draw a bar where there is a terminal.
+        quiet: show nothing, only keep: a sweep shows all of its runs in one view.
+    """
+
+    def __init__(self, *, live: bool = True, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live = live and not quiet and sys.stderr.isatty()
+        if self._live:
+            import rich.style  # noqa: F401  draws from Python's generator when imported: not after a run has seeded it
+        self._bar: Any = None
+        self._stage = _Stage("", 1, 0, 1)
+        self.log: Path | None = None
+
+    def say(self, text: str) -> None:
+        """Print a message above the bar and keep it."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+        self.keep(text)
+
+    def keep(self, text: str) -> None:
+        """Write to log.txt alone."""
+        if self.log:
+            append_text(self.log, text)
+
+    def start(self, title: str, total: int, done: int, images: int) -> None:
+        """Begin a stage of `total` steps of `images` images each, `done` of them behind us."""
+        self.stop()
+        self._stage = _Stage(title, total, done, images)
+        if self._live:
+            self._bar = live_bar()
+            self._bar.start()
+            self._bar.add_task(title.partition("  ")[0], total=total, completed=done, text="")
+
+    def step(self, done: int, loss: Callable[[], float]) -> None:
+        """Show that `done` steps are behind us; `loss` is read only when it is shown."""
+        stage, now = self._stage, time.perf_counter()
+        if self._bar and now - stage.shown_at > REFRESH:
+            stage.shown_at = now
+            text = f"loss {loss():.3f}  {stage.speed(done):,.0f} images/s  {stage.note}"
+            self._bar.update(self._bar.task_ids[0], completed=done, text=text)
+
+    def epoch(self, done: int, record: dict[str, Any]) -> None:
+        """Show an epoch's record."""
+        stage = self._stage
+        stage.note = f"train {record['train_top1']:.1f} %  "
+        if "val_top1" in record:
+            stage.note += f"val {record['val_top1']:.1f} %  "
+        line = f"{stage.title}: epoch {record['epoch'] + 1}, step {done} of {stage.total}  loss "
+        line += f"{record['train_loss']:.4f}  {stage.note}{stage.speed(done):,.0f} images/s"
+        slot = done * PLAIN_LINES // stage.total
+        if not self._bar and not self._quiet and slot != stage.printed:
+            print(line, file=sys.stderr, flush=True)
+        stage.printed = slot
+        self.keep(line)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def live_bar() -> Any:
+    """Return a rich progress bar on stderr, with a field `text` for each task."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    whole, short = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    columns = (  # on a narrow terminal the text gives way, not the bar and the time left
+        TextColumn("{task.description}", table_column=whole),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:>3.0f} %", table_column=whole),
+        TimeRemainingColumn(compact=True, table_column=whole),
+        TextColumn("{task.fields[text]}", table_column=short),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True, expand=True, refresh_per_second=1 / REFRESH)

@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+"""Makes docs/pictures: what every method does to single values, by `qbench draw`, a file each and a poster of all.
+
+Usage, after scripts/test made the environment: .venv/bin/python scripts/pictures.py [METHOD ...]
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from qbench.cli.plot import draw, telling  # noqa: E402
+from qbench.config import compose  # noqa: E402
+from qbench.experiment.setup import make_method, widths  # noqa: E402
+
+
+def main() -> None:
+    folder = ROOT / "docs" / "pictures"
+    folder.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or compose.names("method"):
+        (config,) = compose.configurations([f"method={name}"])
+        bits = telling(make_method(config, widths(config)))
+        print(draw([f"method={name}", f"bits={bits}", "--out", str(folder / f"{name}.png")]))
+    if not sys.argv[1:]:
+        print(draw(["--poster", "--out", str(folder / "poster.png")]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""`qbench plan`: what would run, what each layer holds and costs, without data and without training."""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, Configure
+from torch import nn
+
+from qbench.analysis import plan
+from qbench.config import compose
+from qbench.config.schema import Config
+from qbench.cost.count import count_cost
+from qbench.cost.layers import Levels, layer_costs
+from qbench.cost.runtimes import BINARY, FPGA, INT8, runs_on
+from qbench.data.spec import outline
+from qbench.errors import ConfigError
+from qbench.experiment.setup import assemble
+from qbench.quant.method import FLOAT, Bits, Method
+from qbench.report.tables.table import FORMATS, Table
+from qbench.runs.directory import RunDirectory
+
+EXPERIMENTS = sorted(
+    str(path.relative_to(ROOT / "conf/experiment").with_suffix(""))
+    for path in (ROOT / "conf/experiment").rglob("*.yaml")
+)
+Planned = Callable[..., list[Table]]
+
+
+compose_anew = compose.configurations
+
+
+@functools.cache
+def composed(words: tuple[str, ...]) -> list[Config]:
+    """Composing takes longer than planning, and rows that are near each other are composed for each other."""
+    return compose_anew(list(words))
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
+    """Return a function from words of a command line to its plan, in a folder without data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compose, "configurations", lambda words: composed(tuple(words)))
+    return lambda *words: plan.plan(compose.configurations(list(words)))
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Kinds, "_pace", lambda self, parts, model: plan.Pace(1e-3, 10.0, 1.0))
+
+
+def _lines(table: Table) -> dict[str, dict[str, str]]:
+    return {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
+
+
+def test_layers_of_the_default_network_by_hand(planned: Planned, untimed: None) -> None:
+    """W2A2 inside; the first and the last layer float, so that their BitOps are MACs x 32 x 32."""
+    runs, layers = planned("method=dorefa", "bits=w2a2")
+    assert [value["state"] for value in runs.values] == ["new", "new"]
+    found = {value["name"]: value for value in layers.values}
+    inner = {"layer1.0.conv1": 64 * 8 * 8 * 9, "layer2.0.conv1": 16 * 16 * 8 * 9, "layer3.0.conv2": 4 * 32 * 32 * 9}
+    for name, macs in inner.items():
+        assert (found[name]["macs"], found[name]["bitops"]) == (macs, 4 * macs)
+        assert found[name]["weights"] == Levels(4, 1, "layer", 3)
+        assert found[name]["inputs"] == Levels(4, 1, "layer", 3)
+    assert found["layer1.0.conv1"]["bytes_ideal"] == 8 * 8 * 9 * 2 / 8
+    assert found["conv1"]["bitops"] == 64 * 8 * 9 * 32 * 32
+    assert found["fc"]["bytes_ideal"] == 4 * (10 * 32 + 10)
+    assert found["all"]["bitops"] == (64 * 8 * 9 + 320) * 1024 + 4 * (4 * 36_864 + 2 * 18_432)
+    rows = _lines(layers)
+    assert rows["layer1.0.conv1"]["quantizers"] == "dorefa.Weight dorefa.Activation"
+    assert [rows["conv1"][key] for key in "WAG"] == ["float"] * 3
+    assert {value["run"] for value in runs.values} == {
+        str(RunDirectory(config).path)
+        for config in plan._with_parent(compose.configurations(["method=dorefa", "bits=w2a2"])[0], plan.Kinds())
+    }
+
+
+def test_sums_are_what_compare_counts(planned: Planned, untimed: None) -> None:
+    for words in (("method=ttq",), ("method=qd", "bits.w=4"), ("method=hwgq",), ("method=lsq", "layers.first=8")):
+        runs, layers = planned(*words)
+        *each, whole = layers.values
+        (config,) = compose.configurations(list(words))
+        parts = assemble(config)
+        cost = count_cost(parts.install(parts.float_model()), parts.macs)
+        assert {key: whole[key] for key in cost} == cost, words
+        assert {key: runs.values[-1][key] for key in cost} == cost
+        rest = cost["params"] - sum(layer["params"] for layer in each)
+        for key in ("bitops", "bytes_ideal", "bytes_packed", "macs"):
+            floats = 4 * rest if key.startswith("bytes") else 0
+            assert sum(layer[key] for layer in each) + floats == pytest.approx(cost[key]), (words, key)
+
+
+@pytest.mark.parametrize(
+    ("words", "params", "macs"),
+    [
+        (("model=vgg16", "dataset=imagenet"), 138_357_544, 15_470_264_320),
+        (("model=resnet50", "dataset=imagenet"), 25_557_032, 4_089_184_256),
+        (("model=alexnet", "dataset=imagenet", "dataset.size=224"), 61_100_840, 714_188_480),
+    ],
+)
+def test_networks_for_imagenet_take_no_memory(
+    planned: Planned, untimed: None, words: tuple[str, ...], params: int, macs: int
+) -> None:
+    """torchvision's documented parameters; MACs worked out from its layers."""
+    runs, layers = planned(*words, "method=inq")
+    assert (layers.values[-1]["params"], layers.values[-1]["macs"]) == (params, macs)
+    (config,) = compose.configurations([*words, "method=inq"])
+    assert next(plan.installed(assemble(config, planned=True))[0].parameters()).device.type == "meta"
+    assert runs.values[-1]["steps"] == 30 * (round(0.99 * 1_281_167) // 64)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_plans_without_data(planned: Planned, untimed: None, experiment: str) -> None:
+    tables = planned(f"experiment={experiment}")
+    assert len(tables) == 2, "one run, and its layers"
+    assert all(value["state"] == "new" for value in tables[0].values)
+    layers = [value for value in tables[1].values if "shape" in value]
+    (config,) = compose.configurations([f"experiment={experiment}"])
+    if config.bits.w != FLOAT:
+        assert any(value["bits"]["w"] < FLOAT for value in layers)
+    if not experiment.startswith(("claims/", "smoke")):
+        same = [note for note in tables[1].notes if note.startswith("as experiment=") and note.endswith("key by key")]
+        assert same or config.is_parent, "two rows of one recipe are each other's nearest"
+    for form in FORMATS.values():
+        assert form(tables)
+    json.loads(FORMATS["json"](tables))
+
+
+def test_a_sweep_costs_one_look_a_kind(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+
+    def pace(self: plan.Kinds, parts: plan.Parts, model: nn.Module) -> plan.Pace:
+        looked.append(parts.config.method_name)
+        return plan.Pace(2e-3, 0.0, 0.0)
+
+    monkeypatch.setattr(plan.Kinds, "_pace", pace)
+    (table,) = planned("-m", "method=dorefa,ttq,mlq", "bits.w=2", "seed=0,1,2", "bits.a=32,2")
+    assert sorted(looked) == ["dorefa", "dorefa", "float", "mlq", "ttq"]
+    states = [row[1].partition(":")[0] for row in table.rows]
+    assert (states.count("new"), states.count("unsupported")) == (3 + 6 + 3 + 3, 3 + 3), "ttq, mlq: no activations"
+    steps = {value["run"]: value.get("steps") for value in table.values}
+    assert set(steps.values()) == {60 * 18, 30 * 18, None}
+    seconds = sum(value["seconds"] for value in table.values)
+    assert seconds == pytest.approx((3 * 60 + 12 * 30) * 18 * 64 * 2e-3)
+
+
+def test_time_and_memory_of_a_small_network(planned: Planned) -> None:
+    """What is kept for the backward pass, by hand, of a network without anything else: two inputs and a mask less."""
+    began = time.perf_counter()
+    (table, _) = planned("model=resnet50", "dataset=imagenet", "method=lsq")
+    assert time.perf_counter() - began < 60
+    assert any("reckoned from multiply-accumulates" in note for note in table.notes)
+    assert all(value["seconds"] > 0 for value in table.values)
+    weights = 4 * 25_557_032
+    assert table.values[0]["memory"] > 2 * weights
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4 * 6 * 6, 5, bias=False))
+    images, fixed = plan._saved(model, torch.zeros(7, 3, 8, 8))
+    assert images == 4 * 7 * (3 * 8 * 8 + 4 * 6 * 6)
+    assert fixed == 0, "weights are counted as weights"
+    assert plan._saved(model.to("meta"), torch.zeros(7, 3, 8, 8, device="meta")) == (images, fixed)
+
+
+def test_larger_networks_take_longer(planned: Planned) -> None:
+    (small, _), (large, _) = (planned("dataset=synthetic", f"model={name}") for name in ("resnet8", "resnet56"))
+    assert large.values[0]["seconds"] > 2 * small.values[0]["seconds"] > 0
+
+
+def _layer(w: Levels | None, a: Levels | None, bits: Bits, rescaled: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(weights=w, inputs=a, bits=bits, rescaled=rescaled)
+
+
+def test_what_runs_on_what() -> None:
+    two, four, far = Levels(2, 1, "layer", 1), Levels(4, 1, "channel", 3), Levels(16, 1, "layer", 300)
+    uneven, later, bucket = Levels(3, 1, "layer", None), Levels(256, 1, "layer", 0), Levels(16, 1, "256 values", 15)
+
+    def said(w: Levels | None, a: Levels | None, bits: Bits, rescaled: bool = False) -> str:
+        return "\n".join(runs_on([_layer(w, a, bits, rescaled)]))  # type: ignore[list-item]
+
+    names = (BINARY[0], INT8[0], FPGA[0])
+    for w, a, expected in (
+        (two, two, (True, True, True)), (four, four, (False, True, True)), (far, four, (False, False, True)),
+        (uneven, four, (False, False, False)), (bucket, four, (False, False, False)),
+    ):  # fmt: skip
+        text = said(w, a, Bits(4, 4))
+        assert tuple(name in text for name in names) == expected, (w, a)
+    assert "simulation only" in said(uneven, four, Bits(4, 4))
+    assert "known only once it has seen data" in said(four, later, Bits(8, 8))
+    assert "computed from each input" in said(two, two, Bits(1, 1), rescaled=True)
+    assert "stored as codes" in said(four, None, Bits(4))
+    assert "weights are float" in said(None, four, Bits(32, 4))
+    assert runs_on([_layer(None, None, Bits())]) == ["runs on anything: nothing is quantized"]  # type: ignore[list-item]
+
+
+def test_levels_are_the_quantizers_own(configure: Configure) -> None:
+    for name, bits, weights, inputs in (
+        ("twn", "w2", (3, "layer", 1), None), ("ttq", "w2", (3, "layer", None), None),
+        ("hwgq", "w1a2", (2, "channel", 1), (4, "layer", 3)),
+        ("gupta", "w8a8g8", (256, "layer", 128), (256, "layer", 128)), ("inq", "w3", (5, "layer", 2), None),
+    ):  # fmt: skip
+        parts = assemble(configure(f"method={name}", f"bits={bits}"))
+        layer = layer_costs(parts.install(parts.float_model()), parts.method, parts.macs)[2]
+        assert layer.weights is not None
+        assert (layer.weights.number, layer.weights.per, layer.weights.steps) == weights, name
+        assert (layer.inputs and (layer.inputs.number, layer.inputs.per, layer.inputs.steps)) == inputs, name
+
+
+def test_a_method_without_levels_is_no_error() -> None:
+    method = Method(name="mine", bits=Bits(2), legal={"w": (2,)}, weight=lambda name, layer, bits: nn.Identity())
+    from qbench.cost.layers import _levels
+
+    assert _levels(method, "weight", (4, 4, 3, 3), 2) is None
+
+
+def test_the_nearest_row_and_how_the_run_departs(planned: Planned, untimed: None) -> None:
+    notes = planned("method=ttq", "model=resnet20", "dataset=cifar10", "epochs=7")[1].notes
+    nearest = next(note for note in notes if note.startswith("nearest published row: experiment=ttq/resnet20"))
+    assert "epochs=7 (there 400)" in nearest
+    assert "schedule=" in nearest
+    assert any("DoReFa has no CIFAR-10 result" in n for n in planned("method=dorefa", "dataset=cifar10")[1].notes)
+    (said,) = [n for n in planned("method=uniform")[1].notes if "ledger" in n]
+    assert "no recipe for uniform" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        ("dataset=cifar10 dataset.val=1.5", "dataset.val=1.5"),
+        ("dataset=cifar10 +dataset.nosuch=1", "dataset.nosuch"),
+        ("dataset=imagenet dataset.size=small", "dataset.size"),
+    ],
+)
+def test_keys_are_checked_without_data(planned: Planned, words: str, phrase: str) -> None:
+    with pytest.raises(ConfigError, match=phrase):
+        planned(*words.split())
+
+
+def test_outlines_are_what_the_loaders_give(configure: Configure) -> None:
+    for name, train in (("glyphs", 340), ("synthetic", 100)):
+        config = configure(f"dataset={name}", f"dataset.train={train}", "dataset.test=34")
+        known, read = outline(config.dataset), assemble(config).data
+        assert known is not None
+        assert (known.shape, known.classes, known.made) == (read.shape, read.classes, read.made)
+        assert (len(known.train) + len(known.val), len(known.test)) == (len(read.train) + len(read.val), len(read.test))

@@ -1,0 +1,377 @@
+"""The conformance kit: every method passes it, and what is planted is found, by the property that is for it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qbench.check.kit import Finding, check, report
+from qbench.check.properties import PROPERTIES
+from qbench.check.subject import Subject
+from qbench.config import compose
+from qbench.experiment.setup import make_method, widths
+from qbench.methods import bwn, dorefa, dq, inq, pact, qcnn, qd, ttq, twn
+from qbench.quant.method import Bits, Grid, Method, Storage
+from qbench.quant.ops import on_backward, straight_through
+
+
+def subject(name: str) -> Subject:
+    (config,) = compose.configurations([f"method={name}"])
+    return Subject(name, lambda bits: make_method(config, bits), widths(config))
+
+
+REACH, LEARNED = "gradients reach what is trained", "gradients of learned parameters"
+UNBIASED, RESUME = "stochastic rounding is unbiased", "resume"
+
+WITH_ANSWER = {
+    LEARNED: {"dq", "lsq", "pact", "ttq"},  # points, steps, clips, scales that are trained
+    UNBIASED: {"dorefa", "gupta"},  # noise in gradients, stochastic rounding; qd's is an option
+}
+WITHOUT_ANSWER = {
+    REACH: {"float", "ptq", "qcnn"},  # nothing is quantized, no epoch is trained, the codes are fixed
+    RESUME: {"float", "ptq"},
+}
+
+
+@pytest.mark.parametrize("name", compose.names("method"))
+def test_every_method_holds(name: str) -> None:
+    one = subject(name)
+    findings = check(one)
+    assert not any(finding.failures for finding in findings), report(one, findings)
+    if name != "float":
+        asked = {finding.name for finding in findings if finding.asked}
+        assert {"levels", "32 bits are float", "state_dict round trip", "inf and nan are refused"} <= asked
+        assert {one for one in WITH_ANSWER if name in WITH_ANSWER[one]} == asked & WITH_ANSWER.keys()
+        assert {one for one in WITHOUT_ANSWER if name not in WITHOUT_ANSWER[one]} == asked & WITHOUT_ANSWER.keys()
+    assert [finding.name for finding in findings] == [one.name for one in PROPERTIES]
+
+
+class Ternary(nn.Module):
+    """TWN's weights with one thing wrong."""
+
+    def __init__(self, wrong: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.wrong, self.calls = wrong, 0
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.wrong(self, w)
+
+    def grid(self, w: Tensor) -> Grid:
+        return twn.Weight().grid(w)
+
+    def bytes(self, w: Tensor) -> Storage:
+        return Storage(w.numel(), 2, 4)
+
+
+def weights(wrong: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[], Method]:
+    return lambda: replace(twn.build(), weight=lambda name, layer, bits: Ternary(wrong))
+
+
+def off_by_a_little(site: nn.Module, w: Tensor) -> Tensor:
+    return twn.ternarize_weight(w) * 1.001
+
+
+def shifted(site: nn.Module, w: Tensor) -> Tensor:
+    _, alpha = twn.threshold_and_scale(w)
+    return straight_through(w, alpha * (w.detach() > 0.1))
+
+
+def upside_down(site: nn.Module, w: Tensor) -> Tensor:
+    return twn.ternarize_weight(-w)
+
+
+def poisoned_by_zeros(site: nn.Module, w: Tensor) -> Tensor:
+    top = w.abs().max()
+    return twn.ternarize_weight(w) * (top / top)
+
+
+def counting(site: nn.Module, w: Tensor) -> Tensor:
+    """Acts otherwise after nine calls, which no state_dict knows."""
+    if site.training:
+        site.calls += 1
+    return twn.ternarize_weight(w if site.calls < 9 else w.flip(0))
+
+
+class WrongSign(ttq.Weight):
+    """The minus of the negative scale's gradient left out."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        negative = on_backward(self.negative, lambda grad: -grad)
+        return ttq.ternarize_weight(w, self.positive, negative, self.delta(w))
+
+
+class MeanOfAlpha(pact.Activation):
+    """A learned clip whose gradient is the mean instead of the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pact.quantize_activation(x, on_backward(self.alpha, lambda grad: grad / x.numel()), self.bits)
+
+
+class Leaky(dorefa.Activation):
+    """Gradient passes where the clip is flat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return straight_through(x, super().forward(x))
+
+
+class Biased(qd.Weight):
+    """Rounds up at random with the square of the probability."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(w)
+        grid = self.grid(w)
+        rows = grid.arrange(w.detach())[..., 0]
+        points = grid.points[..., 0]
+        step = (points[:, -1:] - points[:, :1]) / (points.shape[1] - 1)
+        unit = ((rows - points[:, :1]) / step).nan_to_num()
+        up = torch.rand_like(unit) < (unit - unit.floor()) ** 2
+        value = points[:, :1] + (unit.floor() + up) * step
+        return straight_through(w, value.flatten()[: w.numel()].reshape(w.shape))
+
+
+class Float64(bwn.site(nn.Linear(2, 2), "paper", False).__class__):  # type: ignore[misc]
+    """Forgets half types: overflows in them."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return super().forward(w * 1e30) / 1e30 if w.dtype == torch.float32 else super().forward(w)
+
+
+def _ttq() -> Method:
+    return replace(ttq.build(), weight=lambda name, layer, bits: WrongSign(layer, "max", 0.05, "mean", 0.0))
+
+
+def _pact() -> Method:
+    return replace(pact.build(w=32), input=lambda name, layer, bits: MeanOfAlpha(bits, 1.0, 0.0))
+
+
+def _leaky() -> Method:
+    return replace(
+        dorefa.build(w=32, a=2), input=lambda name, layer, bits: Leaky(dorefa.quantize_activation, 0.0, bits)
+    )
+
+
+def _biased() -> Method:
+    return replace(qd.build(w=2, stochastic=True), weight=lambda name, layer, bits: Biased(bits, 256, True))
+
+
+def _not_float() -> Method:
+    """Halves all weights when it is prepared, whatever the widths."""
+    return replace(twn.build(w=32), prepare=halve)
+
+
+def halve(model: nn.Module, probe: object) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+
+
+PLANTED = {
+    "off by a little": (weights(off_by_a_little), "levels"),
+    "not odd": (weights(shifted), "weights: odd, monotone, idempotent as declared"),
+    "not monotone": (weights(upside_down), "weights: odd, monotone, idempotent as declared"),
+    "nan for zeros": (weights(poisoned_by_zeros), "zero, constant, one-element tensors"),
+    "state that no state_dict knows": (weights(counting), "resume"),
+    "sign of a scale's gradient": (_ttq, "gradients of learned parameters"),
+    "mean for sum": (_pact, "gradients of learned parameters"),
+    "gradient beyond the clip": (_leaky, "inputs: monotone, idempotent, clipped as declared"),
+    "never float": (_not_float, "32 bits are float"),
+    "biased": (_biased, "stochastic rounding is unbiased"),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_what_is_planted_is_found(what: str) -> None:
+    build, name = PLANTED[what]
+    method = build()
+    one = Subject("planted", lambda bits: method, method.bits if method.bits != Bits() else Bits(2))
+    (prop,) = [p for p in PROPERTIES if p.name == name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qbench.check.kit.PROPERTIES", (prop,))
+        (finding,) = check(one)
+    assert finding.failures, what
+    assert "Error" not in finding.failures[0], finding.failures
+
+
+def plainly_rounded(site: nn.Module, w: Tensor) -> Tensor:
+    """TWN's values, no gradient of their own: those of w go nowhere, though the result hangs on w."""
+    return twn.ternarize_weight(w).detach() + 0 * w.round()
+
+
+def with_a_live_scale(site: nn.Module, w: Tensor) -> Tensor:
+    """TWN's values, the scale's derivative kept, the rounding's zero: every weight above the threshold gets some."""
+    code = twn.ternarize_weight(w).detach().sign()
+    return code * ((w * code).sum() / code.abs().sum().clamp(min=1))
+
+
+def cut_off(site: nn.Module, w: Tensor) -> Tensor:
+    return twn.ternarize_weight(w).detach()
+
+
+class Rounded(nn.Module):
+    """DoReFa's activations without its straight-through gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.clamp(0, 1) * 3).round() / 3
+
+    def grid(self, x: Tensor) -> Grid:
+        return Grid((torch.arange(4) / 3).reshape(1, -1, 1).to(x))
+
+
+class Unlearned(pact.Activation):
+    """A learned clip that nothing of the result depends on, for autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pact.quantize_activation(x, self.alpha.detach(), self.bits)
+
+
+class RoundedOutput(nn.Module):
+    """Rounds a layer's output, and so its gradient to zero."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return (y * 64).round() / 64
+
+
+def _rounded() -> Method:
+    method = dorefa.build(w=32, a=2)
+    return replace(method, traits=frozenset(), legal={"a": (2, 32)}, input=lambda name, layer, bits: Rounded())
+
+
+def _unlearned() -> Method:
+    return replace(pact.build(w=32, a=2), input=lambda name, layer, bits: Unlearned(bits, 1.0, 0.0))
+
+
+def _behind() -> Method:
+    return replace(twn.build(), output=lambda name, layer, bits: RoundedOutput())
+
+
+GRADIENTLESS = {
+    "weights rounded": (weights(plainly_rounded), "its weights is zero everywhere"),
+    "weights rounded, scale not": (weights(with_a_live_scale), "its weights is zero everywhere"),
+    "weights detached": (weights(cut_off), "no gradient arrives at its weights"),
+    "weights neither trained nor fixed": (lambda: replace(dq.build(), prepare=None), "`requires_grad_(False)`"),
+    "inputs rounded": (_rounded, "its inputs is zero everywhere"),
+    "outputs rounded": (_behind, "its outputs is zero everywhere"),
+    "clip detached": (_unlearned, "no gradient arrives at its learned parameters"),
+}
+
+
+def asked_to_reach(method: Method) -> Finding:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qbench.check.kit.PROPERTIES", [p for p in PROPERTIES if p.name == REACH])
+        (finding,) = check(Subject("planted", lambda bits: replace(method, bits=bits), method.bits))
+    return finding
+
+
+@pytest.mark.parametrize("what", GRADIENTLESS)
+def test_what_is_trained_must_get_a_gradient(what: str) -> None:
+    build, said = GRADIENTLESS[what]
+    failures = asked_to_reach(build()).failures
+    assert failures
+    assert said in failures[0], failures
+    assert "learned" in said or "`straight_through` in qbench/quant/ops.py" in failures[0], failures
+
+
+def test_no_other_property_looks_for_the_gradient_of_weights() -> None:
+    method = weights(plainly_rounded)()
+    plain = Subject("planted", lambda bits: method if bits == method.bits else twn.build(w=bits.w), method.bits)
+    assert [finding.name for finding in check(plain) if finding.failures] == [REACH]
+
+
+@pytest.mark.parametrize(
+    ("build", "asked"),
+    [
+        (lambda: inq.build(portions=(0.95, 1.0)), True),  # a weight in twenty is free in the first epoch
+        (lambda: inq.build(portions=(1.0,)), False),  # none is
+        (dq.build, True),  # its points, not its weights
+        (qcnn.build, False),
+        (lambda: qd.build(trained=False), False),
+    ],
+)
+def test_what_is_not_trained_is_not_asked(build: Callable[[], Method], asked: bool) -> None:
+    finding = asked_to_reach(build())
+    assert not finding.failures
+    assert bool(finding.asked) == asked
+    assert bool(finding.nothing) != asked
+
+
+def test_nothing_to_ask_is_said_and_counted() -> None:
+    """Weights rounded to nearest, without a trait, a learned parameter or a quantized input: five have nothing."""
+    one = Subject("bare", lambda bits: replace(twn.build(w=bits.w), traits=frozenset()), Bits(2))
+    findings = check(one)
+    assert {finding.name for finding in findings if not finding.asked} == {
+        "weights: odd, monotone, idempotent as declared",
+        "inputs: monotone, idempotent, clipped as declared",
+        "inputs: kept as levels with the same results, as declared",
+        LEARNED,
+        UNBIASED,
+    }
+    text = report(one, findings)
+    assert f"nothing to ask {UNBIASED}  (it draws nothing at random)" in text
+    assert "nothing to ask inputs: monotone, idempotent, clipped as declared  (it leaves inputs float)" in text
+    assert "(it declares no trait odd or monotone or idempotent)" in text
+    assert "bare: 8 properties hold, 5 have nothing to ask of it, " in text
+
+
+@pytest.mark.parametrize(
+    ("findings", "verdict"),
+    [
+        ([Finding("a", 1), Finding("b", 2)], "2 properties hold"),
+        ([Finding("a", 1), Finding("b", nothing="why")], "1 property holds, 1 has nothing to ask of it"),
+        ([Finding("a", nothing="why")], "0 properties hold, 1 has nothing to ask of it"),
+        ([Finding("a", 1, failures=["w2"]), Finding("b", 1)], "1 property does not hold, 1 holds"),
+        ([Finding("a", 1, failures=["w2"])] * 2, "2 properties do not hold, 0 hold"),
+    ],
+)
+def test_the_closing_line(findings: list[Finding], verdict: str) -> None:
+    one = Subject("one", lambda bits: twn.build(), Bits(2))
+    assert report(one, findings).splitlines()[-1] == f"one: {verdict}, 0.0 s"
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(
+        "from dataclasses import replace\n"
+        "from torch import nn\n"
+        "from qbench.methods import twn\n"
+        "class Bad(twn.Weight):\n"
+        "    def forward(self, w):\n"
+        "        return super().forward(w) * 1.01\n"
+        "def build(*, w: int = 2):\n"
+        "    return replace(twn.build(w=w), name='planted', weight=lambda name, layer, bits: Bad())\n"
+    )
+
+    (tmp_path / "rounded.py").write_text(
+        "from dataclasses import replace\n"
+        "from qbench.methods import twn\n"
+        "class Bad(twn.Weight):\n"
+        "    def forward(self, w):\n"
+        "        return super().forward(w).detach() + 0 * w.round()\n"
+        "def build(*, w: int = 2):\n"
+        "    return replace(twn.build(w=w), name='rounded', weight=lambda name, layer, bits: Bad())\n"
+    )
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "qbench", "check", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    good, bad, unknown, nothing = run("twn"), run("planted:build"), run("method=nosuch"), run()
+    assert run("ttq", "dorefa").returncode == run("ttq", "--cfg=job").returncode == 2
+    assert run("ttq", "bits.w=5").returncode == 2
+    assert run("bwn", "activation=hwgq").returncode == 0
+    assert run("xnor", "method.scale=K").returncode == 0
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "twn: 9 properties hold, 4 have nothing to ask of it, " in good.stdout
+    assert bad.returncode == 1
+    assert "does not hold  levels" in bad.stdout
+    assert "values lie off" in bad.stdout
+    flat = run("rounded:build")
+    assert flat.returncode == 1
+    assert f"does not hold  {REACH}" in flat.stdout
+    assert "1 property does not hold" in flat.stdout
+    assert unknown.returncode == nothing.returncode == 2
+    assert "did you mean" in unknown.stderr or "no such method" in unknown.stderr

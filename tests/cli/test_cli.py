@@ -1,0 +1,323 @@
+"""The command line end to end on the real digits: what it prints, writes, refuses, resumes."""
+
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from qbench.cli.main import main as cli
+from qbench.training.checkpoint import weights_sha256
+
+SMOKE = ["experiment=smoke", "method=dorefa"]
+
+
+def qbench(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would, without a terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", "qbench", *words],
+        capture_output=True, text=True, cwd=cwd, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )  # fmt: skip
+
+
+def results(out: Path) -> dict[str, dict[str, object]]:
+    return {p.parent.name.rsplit("-", 1)[0]: json.loads(p.read_text()) for p in out.rglob("result.json")}
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("out")
+    done = qbench(*SMOKE, f"out={out}", "epochs=2", "bits=w2a2g6")
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_the_row_and_the_progress(run_once: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, done = run_once
+    head, row, *rest = done.stdout.splitlines()
+    assert head.split() == [
+        "method",
+        "W",
+        "A",
+        "G",
+        "levels",
+        "bits/weight",
+        "float",
+        "quantized",
+        "diff",
+        "size",
+        "BitOps",
+        "time",
+    ]
+    assert re.match(r"dorefa +2 +2 +6 +4 +2\.00 +[\d.]+ % +[\d.]+ % +[+-][\d.]+ ", row)
+    assert rest[0].startswith("run   ")
+    assert "test top-1 after the last epoch" in rest[1]
+    assert "float  resnet8 on digits, seed 0: epoch 1" in done.stderr
+    assert "dorefa w2a2g6  resnet8 on digits, seed 0: epoch 2" in done.stderr
+
+
+def test_the_directory(run_once: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = run_once
+    (run,) = (out / "digits-resnet8").glob("dorefa-w2a2g6-s0-*")
+    names = {re.sub(r"events.out.tfevents.*", "events", p.name) for p in run.iterdir()}
+    assert names - {".lock"} == {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "events",
+        "result.json",
+        "last.pt",
+        "best.pt",
+        "predictions.npy",
+        "log.txt",
+    }
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "done"
+    assert set(result["final"]["test"]) == {"top1", "top5", "loss"}
+    assert result["bits"] == {"w": 2, "a": 2, "g": 6}
+    counts = result["verified"]["layer1.0.conv1"]
+    assert counts["w"] == counts["a"] == {"found": 4, "allowed": 4}
+    assert counts["g"]["allowed"] == 64
+    assert {"params", "macs", "bitops", "bytes_ideal", "bytes_packed"} <= set(result["cost"])
+    assert {"images_per_second", "seconds_per_epoch", "peak_bytes"} == set(result["speed"])
+    last = torch.load(run / "last.pt", weights_only=True)["model"]
+    assert weights_sha256(last) == result["weights_sha256"]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] == importlib.metadata.version("torch")
+    assert manifest["data"]["test_images"] == 450
+    assert yaml.safe_load((run / "config.yaml").read_text())["bits"] == {"w": 2, "a": 2, "g": 6}
+    kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("epoch") == 2
+    assert kinds[-1] == "final"
+    assert "epoch 2" in (run / "log.txt").read_text()
+
+
+def test_tensorboard_reads_scalars_histograms_figure_and_hparams_as_one_run(
+    run_once: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    out, _ = run_once
+    reader = EventMultiplexer().AddRunsFromDirectory(str(out))
+    reader.Reload()
+    runs = reader.Runs()
+    assert len(runs) == 2, sorted(runs)
+    (name,) = (n for n in runs if "dorefa" in n)
+    tags = runs[name]
+    assert {"epoch/train_loss", "epoch/val_top1", "epoch/lr", "step/loss", "final/test_top1"} <= set(tags["scalars"])
+    assert {"latent/layer1.0.conv1", "quantized/layer1.0.conv1"} <= set(tags["histograms"])
+    assert tags["images"] == ["levels"]
+    plugin = reader.GetAccumulator(name).summary_metadata
+    assert any(m.plugin_data.plugin_name == "hparams" for m in plugin.values())
+
+
+def test_a_repeat_prints_the_stored_row_without_torch(
+    run_once: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out, first = run_once
+    poisoned = tmp_path / "torch.py"
+    poisoned.write_text("raise AssertionError('a repeat imported torch')")
+    words = [*SMOKE, f"out={out}", "epochs=2", "bits=w2a2g6"]
+    again = qbench(*words, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == first.stdout
+    before = (next(out.rglob("dorefa*")) / "result.json").stat().st_mtime_ns
+    anew = qbench(*words, "rerun=true")
+    assert anew.returncode == 0
+    assert (next(out.rglob("dorefa*")) / "result.json").stat().st_mtime_ns > before
+
+
+def test_unsupported_is_recorded_with_its_reason(tmp_path: Path) -> None:
+    for _ in range(2):
+        done = qbench("method=float", "bits.w=2", f"out={tmp_path}")
+        assert done.returncode == 2
+        assert "leaves weights float" in done.stdout
+    (result,) = results(tmp_path).values()
+    assert result["status"] == "unsupported"
+
+
+def test_a_sweep_runs_all_lists_the_unsupported_and_repeats_at_once(tmp_path: Path) -> None:
+    words = ["-m", *SMOKE, "bits.w=2,17", "seed=0,1", f"out={tmp_path}"]
+    done = qbench(*words, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unsupported") == 1
+    assert "dorefa w17a32g32, 2 runs" in done.stdout
+    assert len(results(tmp_path)) == 6
+    assert qbench(*words).stdout == done.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"digits-resnet8"}
+
+
+def test_a_network_and_a_data_set_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "from qbench.data import digits\n"
+        "def net(shape, classes, *, width: int = 4):\n"
+        "    return nn.Sequential(nn.Conv2d(shape[0], width, 3), nn.BatchNorm2d(width), nn.ReLU(),\n"
+        "        nn.Conv2d(width, width, 3), nn.BatchNorm2d(width), nn.ReLU(),\n"
+        "        nn.Flatten(), nn.Linear(16 * width, classes))\n"
+        "def data(*, val: float = 0.2):\n"
+        "    return digits.build(val=val)\n"
+    )
+    words = [
+        "method=dorefa",
+        "bits=w2a2",
+        "model=mine:net",
+        "dataset=mine:data",
+        "epochs=1",
+        "pretrain.epochs=1",
+    ]
+    done = qbench(*words, "model.width=5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "mine.data-mine.net").is_dir()
+    wrong = qbench(*words, "model.widht=5", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "model.width" in wrong.stderr
+
+
+def test_start_from_a_checkpoint_and_refuse_one_of_another_network(
+    run_once: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out, _ = run_once
+    (parent,) = (out / "digits-resnet8").glob("float-*")
+    done = qbench(*SMOKE, f"out={tmp_path}", f"init={parent}")
+    assert done.returncode == 0, done.stderr
+    assert "tensors loaded" in done.stderr
+    from_file = qbench(*SMOKE, f"out={tmp_path}", f"init={parent / 'best.pt'}")
+    assert from_file.stdout == done.stdout
+    wrong = qbench(*SMOKE, f"out={tmp_path}", f"init={parent}", "model.width=5")
+    assert wrong.returncode == 4
+    assert "conv1.weight (4, 1, 3, 3) for (5, 1, 3, 3)" in wrong.stderr
+    assert len(wrong.stderr.strip().splitlines()) <= 3
+
+
+def test_a_damaged_parent_is_trained_anew(tmp_path: Path) -> None:
+    words = [*SMOKE, f"out={tmp_path}", "runtime.tensorboard=false"]
+    assert qbench(*words).returncode == 0
+    before = results(tmp_path)
+    (weights,) = tmp_path.rglob("float-*/best.pt")
+    damaged = bytearray(weights.read_bytes())
+    damaged[1000] ^= 1
+    weights.write_bytes(damaged)
+    assert qbench(*words, f"init={weights}", "bits.w=3").returncode == 4, "not used in silence"
+    done = qbench(*words, "bits.w=3")
+    assert done.returncode == 0, done.stderr
+    assert "float  resnet8" in done.stderr
+    after = results(tmp_path)
+    assert after["float-w32a32g32-s0"]["weights_sha256"] == before["float-w32a32g32-s0"]["weights_sha256"]
+
+
+def test_a_rerun_that_is_stopped_goes_on(tmp_path: Path) -> None:
+    words = [*KILLED, f"out={tmp_path}"]
+    assert qbench(*words).returncode == 0
+    before = results(tmp_path)
+    assert _killed(tmp_path, 0.2, signal.SIGTERM, "rerun=true") == 75
+    again = qbench(*words, "rerun=true")
+    assert again.returncode == 0
+    assert "going on from state-" in again.stderr
+    assert {n: r["weights_sha256"] for n, r in results(tmp_path).items()} == {
+        n: r["weights_sha256"] for n, r in before.items()
+    }
+
+
+def test_a_file_of_ones_own_is_part_of_a_runs_identity(tmp_path: Path) -> None:
+    source = "from qbench.models import mlp\ndef net(shape, classes): return mlp.build(shape, classes, width=%d)\n"
+    words = ["method=dorefa", "model=mine:net", "epochs=1", "pretrain.epochs=1", "runtime.tensorboard=false", "out=o"]
+    for width in (8, 9):
+        (tmp_path / "mine.py").write_text(source % width)
+        assert qbench(*words, cwd=tmp_path).returncode == 0
+    assert len(results(tmp_path / "o")) == 2
+    assert len(list((tmp_path / "o").rglob("result.json"))) == 4, "another network, another parent"
+
+
+def test_a_failed_run_leaves_its_traceback(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\n"
+        "from qbench.methods import dorefa\n"
+        "def broken(*, w: int = 2, a: int = 32, g: int = 32):\n"
+        "    def step(model, optimizer): raise ZeroDivisionError('planted')\n"
+        "    return dataclasses.replace(dorefa.build(w=w, a=a, g=g), name='broken', step=step)\n"
+        "def unquantized(*, w: int = 2, a: int = 32, g: int = 32):\n"
+        "    import torch\n"
+        "    class Lazy(dorefa.Weight):\n"
+        "        def forward(self, w): return torch.tanh(w)\n"
+        "    return dataclasses.replace(dorefa.build(w=w, a=a, g=g), name='lazy', weight=lambda n, l, b: Lazy(b))\n"
+    )
+    done = qbench("experiment=smoke", "method=mine:broken", "out=o", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ZeroDivisionError: planted" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 5, "two lines of progress, two of the error"
+    assert "Traceback" not in done.stderr
+    (run,) = (tmp_path / "o" / "digits-resnet8").glob("mine.broken-*")
+    assert json.loads((run / "result.json").read_text())["status"] == "failed"
+    assert "in step" in (run / "log.txt").read_text()
+    lazy = qbench("experiment=smoke", "method=mine:unquantized", "out=o", cwd=tmp_path)
+    assert lazy.returncode == 1
+    assert "layer1.0.conv1: weights" in lazy.stderr
+    assert "lie off the 4 levels" in lazy.stderr
+
+
+def test_a_diverging_run_stops_with_status_6(tmp_path: Path) -> None:
+    done = qbench(*SMOKE, f"out={tmp_path}", "optim=sgd", "optim.lr=1e30", "epochs=3")
+    assert done.returncode == 6, done.stderr
+    (result,) = (r for r in results(tmp_path).values() if r["method"] == "dorefa")
+    assert result["status"] == "diverged"
+
+
+KILLED = [*SMOKE, "bits=w2a2g4", "epochs=6", "pretrain.epochs=4", "runtime.save_seconds=0"]
+
+
+def _killed(out: Path, after: float, kind: signal.Signals, *more: str) -> int:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qbench", *KILLED, f"out={out}", *more],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    began = time.monotonic()
+    while not list(out.rglob("state-*.pt")) and process.poll() is None and time.monotonic() - began < 60:
+        time.sleep(0.01)
+    time.sleep(after)
+    process.send_signal(kind)
+    return process.wait(timeout=60)
+
+
+def test_a_signal_stops_with_status_75_and_the_same_line_goes_on(tmp_path: Path) -> None:
+    status = _killed(tmp_path, 0.2, signal.SIGTERM)
+    assert status == 75
+    again = qbench(*KILLED, f"out={tmp_path}")
+    assert again.returncode == 0
+    assert "going on from state-" in again.stderr
+    for log in tmp_path.rglob("metrics.jsonl"):
+        epochs = [json.loads(line)["epoch"] for line in log.read_text().splitlines() if '"kind": "epoch"' in line]
+        assert epochs == list(range(len(epochs)))
+
+
+def test_every_verb_has_a_page_with_all_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    from qbench.cli import compare as asked
+    from qbench.cli import run_arguments as words
+    from qbench.cli import settle
+    from qbench.cli.help import PAGES
+
+    flags: dict[str, Iterable[str]] = {"compare": asked.FLAGS, "settle": settle.FLAGS}
+    for verb, own in (("inspect", words.INSPECT), ("sensitivity", words.SENSITIVITY), ("evaluate", words.EVALUATE)):
+        flags[verb] = [f"--{name}" for name in {**own, **words.COMMON}]
+    assert set(PAGES) == set(cli.VERBS)
+    for verb, page in PAGES.items():
+        assert cli.main([verb, "--help"]) == 0
+        assert capsys.readouterr().out == page + "\n"
+        assert page.startswith(f"qbench {verb} ")
+        assert all(
+            re.search(rf"^  {flag}\b", page, re.MULTILINE) or f"[{flag} " in page for flag in flags.get(verb, ())
+        )
+    assert cli.main(["help"]) == cli.main(["-m", "--help"]) == 0
+    assert capsys.readouterr().out.count("qbench: papers on low-precision CNNs") == 2

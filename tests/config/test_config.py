@@ -1,0 +1,220 @@
+"""The configuration: what is refused, and how; what follows from what; the identity of a run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Configure
+
+from qbench.config import compose
+from qbench.config.fields import parse_bits
+from qbench.config.schema import to_dict
+from qbench.config.validate import from_dict
+from qbench.errors import ConfigError
+
+REFUSED = {
+    "method=dorfa": ("method=dorfa", "did you mean dorefa?", "allowed: bwn, dorefa"),
+    "metod=dorefa": ("metod", "did you mean method?"),
+    "model=resnet9": ("model=resnet9", "resnet8"),
+    "experiment=nosuch": ("experiment=nosuch", "smoke"),
+    "optim@pretrain.optim=adm": ("adm", "did you mean adam?"),
+    "+bits.x=3": ("bits.x", "bits.w, bits.a, bits.g"),
+    "bits.x=3": ("bits.x", "bits.w, bits.a, bits.g"),
+    "+foo=1": ("foo", "no such key"),
+    "bits.w=two": ("bits.w=two", "whole number"),
+    "bits.w=0": ("bits.w=0", "1 to 32"),
+    "bits.w=33": ("bits.w=33", "1 to 32"),
+    "bits=w2b3": ("bits=w2b3", "w2a2g6"),
+    "bits=w99": ("bits.w=99", "1 to 32"),
+    "optim.lr=nan": ("optim.lr=nan", "above 0"),
+    "optim.lr=inf": ("optim.lr=inf", "above 0"),
+    "optim.lr=abc": ("optim.lr=abc", "a number"),
+    "optim.lrr=1": ("optim.lrr", "did you mean optim.lr?"),
+    "optim.lr_end=0": ("optim.lr_end=0", "exponential"),
+    "optim.momentum=0.5": ("optim.momentum", "no such key"),
+    "pretrain.optim.lr=-1": ("pretrain.optim.lr=-1", "above 0"),
+    "seed=-1": ("seed=-1", "from 0"),
+    "seed=1.5": ("seed=1.5", "whole number"),
+    "seed=[": ("seed=[", "key=value"),
+    "epochs=0": ("epochs=0", "from 1"),
+    "layers.first=abc": ("layers.first=abc", "float, same or a number of bits"),
+    "layers.first=8.5": ("layers.first=8.5", "float, same or a number of bits"),
+    "layers.rules={conv1: 0}": ("layers.rules[conv1]=0", "float, same or a number of bits"),
+    "runtime.threads=0": ("runtime.threads=0", "from 1"),
+    "init=nowhere": ("init=nowhere", "scratch"),
+    "method=null": ("method=null", "no such method", "dorefa"),
+    "optim=null": ("optim=null", "no such optim", "sgd"),
+    "bits=2": ("bits=2", "w2a2g6"),
+    "runtime=[1]": ("runtime=[1]", "no such runtime"),
+    "pretrain.optim=adam": ("pretrain.optim=adam", "optim@pretrain.optim=NAME"),
+    "layers.rules=abc": ("layers.rules=abc", "{layer1.*: 8}"),
+    "seed=null": ("seed=None", "a value"),
+    "seed=1,2": ("seed=1,2", "put -m in front"),
+    "init=": ("init=", "scratch"),
+    "init=é": ("init=é", "quote odd characters"),
+    "optim.ema=1": ("optim.ema=1", "below 1"),
+    "model.act=odd": ("model.act=odd", "auto, kept, replaced"),
+    "~method": ("method",),
+    "method=no.such.module:build": ("no.such.module:build", "No module named"),
+    "--frobnicate": ("--frobnicate", "no such flag"),
+    "--cfg=jop": ("--cfg jop", "job, hydra, all"),
+    "--package": ("--package", "a value"),
+    "frobnicate": ("frobnicate", "key=value"),
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_refused_in_three_lines_that_name_the_key(configure: Configure, word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure("method=dorefa", word) if not word.startswith(("method", "~")) else configure(word)
+    message = str(caught.value)
+    for phrase in REFUSED[word]:
+        assert phrase in message, message
+    assert len(message.splitlines()) <= 3
+
+
+def test_refused_by_the_factory_before_any_work(configure: Configure) -> None:
+    from qbench.experiment.run import run
+
+    cases = {
+        "model.depth=9": "model.depth=9",
+        "model.depth=x": "model.depth=x: allowed is a whole number",
+        "method.activation=relu": "method.activation=relu: allowed are clip, abs, tanh",
+        "dataset.val=1": "dataset.val=1",
+        "dataset.val=0.9999": "leaves no image to train on",
+        "dataset.val=-0.1": "dataset.val=-0.1",
+        "layers.downsample=8": "layers.downsample: matches no layer",
+        "layers.rules={nosuch*: 8}": "rules[nosuch*]: matches no layer; the layers are conv1",
+        "model.norm=odd": "model.norm=odd",
+        "dataset.pad=-1": "dataset.pad=-1: allowed are 0 to 7",
+        "runtime.device=meta": "runtime.device=meta: allowed",
+        "runtime.device=tpu9": "runtime.device=tpu9",
+    }
+    for word, phrase in cases.items():
+        config = configure("method=dorefa", word)
+        with pytest.raises(ConfigError) as caught:
+            run(config)
+        assert str(caught.value).startswith(word.partition("=")[0])
+        assert phrase in str(caught.value)
+    assert not list(Path(config.out).iterdir())
+
+
+def test_unset_widths_are_the_methods_own(configure: Configure) -> None:
+    assert str(configure("method=dorefa").bits) == "w2a32g32"
+    assert str(configure("method=dorefa", "bits.a=4").bits) == "w2a4g32"
+    assert str(configure("method=dorefa", "bits=w3a4g5").bits) == "w3a4g5"
+    assert str(configure("method=dorefa", "bits=a4").bits) == "w2a4g32"
+    assert str(configure().bits) == "w32a32g32"
+
+
+def test_the_same_run_however_it_is_typed(configure: Configure) -> None:
+    same = [
+        configure("method=dorefa"),
+        configure("method=dorefa", "bits.w=2"),
+        configure("method=dorefa", "bits=w2a32"),
+        configure("method=dorefa", "init=float", "runtime.log_every=3", "runtime.device=cpu", "rerun=true"),
+    ]
+    assert len({config.directory() for config in same}) == 1
+    other = [
+        "bits.w=3",
+        "seed=1",
+        "epochs=2",
+        "optim.lr=0.5",
+        "layers.last=8",
+        "runtime.threads=2",
+        "init=scratch",
+    ]
+    found = {configure("method=dorefa", word).directory() for word in other}
+    assert len(found) == len(other)
+    assert same[0].directory() not in found
+
+
+def test_where_published_files_lie_decides_nothing(configure: Configure) -> None:
+    first, second = (configure("dataset=cifar10", f"dataset.root={root}") for root in ("a", "b"))
+    assert first.directory() == second.directory()
+    assert first.directory() != configure("dataset=cifar10", "dataset.flip=false").directory()
+
+
+def test_protocol_ignores_what_belongs_to_the_method(configure: Configure) -> None:
+    first = configure("method=dorefa").protocol()
+    assert configure("method=dorefa", "bits=w4a4", "seed=3", "model.act=kept", "runtime.threads=2").protocol() == first
+    assert configure("method=dorefa", "epochs=7").protocol() != first
+
+
+def test_a_float_run_is_the_parent_of_the_others(configure: Configure) -> None:
+    from qbench.config.schema import parent
+
+    child = configure("method=dorefa", "bits=w2a2", "epochs=3", "optim.lr=0.5", "layers.first=8", "seed=4")
+    assert parent(child).directory() == configure("method=float", "seed=4").directory()
+    assert parent(child).directory() == configure("method=float", "seed=4", "epochs=9", "init=scratch").directory()
+    control = configure("method=float", "init=float", "epochs=3")
+    assert not control.is_parent
+    assert control.epochs == 3
+
+
+def test_experiment_is_beaten_by_the_command_line(configure: Configure) -> None:
+    assert configure("method=dorefa", "experiment=smoke").epochs == 1
+    assert configure("method=dorefa", "experiment=smoke", "epochs=5").epochs == 5
+    assert configure("epochs=5", "experiment=smoke", "method=dorefa").epochs == 5
+
+
+def test_a_stored_configuration_comes_back(configure: Configure) -> None:
+    config = configure("method=dorefa", "bits=w2a2g6", "layers.rules={layer1.*: 8}", "optim=sgd_step")
+    again = from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))))
+    assert again == config
+    assert again.directory() == config.directory()
+
+
+def test_every_yaml_of_the_tree_composes(configure: Configure) -> None:
+    for group in compose.groups():
+        for name in compose.names(group):
+            config = configure(f"{group}={name}", *(["bits.a=2"] if group == "activation" and name != "none" else []))
+            node = getattr(config, group, None)
+            if isinstance(node, dict):
+                assert node["name"] == name
+            if group == "optim":
+                configure(f"optim@pretrain.optim={name}")
+
+
+def test_bits_are_read() -> None:
+    assert parse_bits("w2a2g6") == {"w": 2, "a": 2, "g": 6}
+    assert parse_bits("a4") == {"w": None, "a": 4, "g": None}
+    for text in ("", "2", "w", "a2w2", "w2x2", "w2a2g6 "):
+        with pytest.raises(ConfigError):
+            parse_bits(text)
+
+
+def test_flags_may_stand_anywhere() -> None:
+    assert compose.sorted_out(["a=1", "-m", "b=2", "--cfg", "job", "-p", "bits", "c=3", "--info"]) == (
+        ["-m", "--cfg", "job", "-p", "bits", "--info", "all"], ["a=1", "b=2", "c=3"],
+    )  # fmt: skip
+    assert compose.sorted_out(["--info", "plugins", "~seed"]) == (["--info", "plugins"], ["~seed"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"], ["list", "methods"], ["describe", "dorefa"]])
+def test_quick_answers_do_not_import_torch(words: list[str]) -> None:
+    code = (
+        "import sys; from qbench.cli.main import main; status = main(sys.argv[1:]);"
+        "heavy = {'torch', 'sklearn', 'matplotlib', 'tensorboard', 'torchvision', 'numpy'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert any(word in done.stdout for word in ("dorefa", "resnet8", "DoReFa"))
+
+
+def test_training_imports_what_it_uses(tmp_path: Path) -> None:
+    """Without TensorBoard, torchvision's networks or pictures none of the packages behind them is loaded."""
+    code = (
+        "import sys; from qbench.cli.main import main; status = main(sys.argv[1:]);"
+        "heavy = {'sklearn', 'matplotlib', 'tensorboard', 'torchvision', 'scipy', 'PIL'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    words = ["experiment=smoke", "method=dorefa", "runtime.tensorboard=false", f"out={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    again = code.replace("'scipy'", "'scipy', 'torch'")
+    done = subprocess.run([sys.executable, "-c", again, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, "a finished run's repeat needs no torch: " + done.stderr

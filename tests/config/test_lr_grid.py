@@ -1,0 +1,260 @@
+"""`recipe=tuned`: which runs a line becomes, and which of them the table shows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Configure
+from test_compare import plant
+
+from qbench.cli.main import main
+from qbench.config import compose
+from qbench.config.schema import Config, parent, to_dict
+from qbench.config.validate import from_dict, from_node
+from qbench.errors import ConfigError
+from qbench.report.comparison.compare import compare
+from qbench.report.tables.table import FORMATS, Table
+from qbench.runs.reader import read
+
+LOW, OWN, HIGH = 0.001, 0.01, 0.1  # of digits' recipe, with factors 0.1, 1 and 10
+THREE = "grid.factors=[0.1,1,10]"
+
+
+def tuned(out: Path, *words: str) -> list[Config]:
+    return compose.configurations([f"out={out}", "recipe=tuned", *words])
+
+
+def planted(out: Path, val: dict[float, float], *words: str, method: str = "dorefa") -> None:
+    """Write runs with the validation figure that `val` has for their rate; test figures are 50, 51, 52 by rate."""
+    for place, config in enumerate(tuned(out, THREE, f"method={method}", *words)):
+        if config.optim.lr in val:
+            final = {"test": {"top1": 50.0 + place}, "val": {"top1": val[config.optim.lr]}, "epoch": 0}
+            plant(config, 0.0, 90.0, final=final)
+
+
+def only_table(out: Path) -> Table:
+    (table,) = compare(read([str(out)]))
+    return table
+
+
+def test_a_line_becomes_a_run_for_each_rate(tmp_path: Path) -> None:
+    runs = tuned(tmp_path, "method=dorefa")
+    assert [c.optim.lr for c in runs] == [0.001, 0.003, 0.01, 0.03, 0.1], "digits' 0.01 times 0.1, 0.3, 1, 3, 10"
+    assert [c.optim.lr_end for c in runs] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "its 1e-4 alike"
+    assert len({c.directory() for c in runs}) == 5
+    assert len({json.dumps(c.protocol(), sort_keys=True) for c in runs}) == 1
+    (unified,) = compose.configurations(["method=dorefa"])
+    assert {parent(c).directory() for c in runs} == {parent(unified).directory()}
+    assert unified.directory() not in {c.directory() for c in runs}
+
+
+def test_the_grid_lies_around_the_rate_given(tmp_path: Path) -> None:
+    runs = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.02", "grid.factors=[0.5,1,2]")
+    assert [(c.optim.lr, c.optim.lr_end) for c in runs] == [(0.01, 0.0), (0.02, 0.0), (0.04, 0.0)]
+    other = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.01", "grid.factors=[0.5,1,2]")
+    assert other[1].optim == runs[0].optim
+    assert other[1].protocol() != runs[0].protocol(), "another grid"
+    wider = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.02", "grid.factors=[0.25,1]")
+    assert wider[1].protocol() != runs[1].protocol()
+
+
+def test_every_cell_of_a_sweep_has_the_same_grid(tmp_path: Path) -> None:
+    runs = tuned(tmp_path, "-m", "method=dorefa,ttq,lsq,gupta", "seed=0,1")
+    assert len(runs) == len({c.directory() for c in runs}) == 4 * 2 * 5
+    assert len({json.dumps(c.protocol(), sort_keys=True) for c in runs}) == 1
+    assert len({parent(c).directory() for c in runs}) == 2, "a float parent for each seed"
+    mixed = compose.configurations(["-m", "method=dorefa", "recipe=unified,tuned"])
+    assert [c.recipe for c in mixed] == ["unified"] + ["tuned"] * 5
+
+
+def test_what_trains_nothing_is_one_run(tmp_path: Path) -> None:
+    (alone,) = tuned(tmp_path, "method=float")
+    assert alone.directory() == compose.configurations(["method=float"])[0].directory()
+    (ptq,) = tuned(tmp_path, "method=ptq")
+    assert ptq.protocol() == tuned(tmp_path, "method=dorefa")[0].protocol(), "it stands in the table of the others"
+    assert "optim.lr" not in ptq.options()
+    assert len(tuned(tmp_path, "method=qd", "method.trained=false", "distill=none")) == 1
+    assert len(tuned(tmp_path, "method=qd")) == 5
+    assert len(tuned(tmp_path, "method=float", "init=float")) == 5, "the control is tuned as the others are"
+    assert len(tuned(tmp_path, "method=ttq", "activation=ptq", "bits.a=8")) == 5
+    assert len(tuned(tmp_path, "method=dorefa", "bits.w=17")) == 5, "what cannot be built says so when its turn comes"
+
+
+def test_a_unified_run_is_the_one_it_was(configure: Configure) -> None:
+    config = configure("method=dorefa")
+    for part in (config.identity(), config.protocol()):
+        assert not {"recipe", "grid"} & set(part)
+    assert configure("method=dorefa", "recipe=unified").directory() == config.directory()
+
+
+def test_a_stored_run_of_the_grid_comes_back_as_itself(tmp_path: Path) -> None:
+    for config in tuned(tmp_path, "method=dorefa", "bits=w2a2", "optim=sgd_step"):
+        again = from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))))
+        assert again == config
+        assert again.directory() == config.directory()
+
+
+@pytest.mark.parametrize("words", [["-m", "method=dorefa,ptq", "seed=0,1"], ["-m", "method=ttq"]])
+def test_launchers_of_hydra_get_the_same_runs(tmp_path: Path, words: list[str]) -> None:
+    got: list[Any] = []
+    compose.dispatch(["recipe=tuned", f"out={tmp_path}", *words], got.append)
+    assert [from_node(node) for node in got] == tuned(tmp_path, *words)
+
+
+REFUSED = {
+    "recipe=tunned": ("recipe=tunned", "unified, tuned"),
+    "dataset.val=0": ("dataset.val=0", "add dataset.val=0.1"),
+    "grid.factors=[1]": ("grid.factors", "two or more ascending numbers"),
+    "grid.factors=[1,0.5]": ("grid.factors", "ascending"),
+    "grid.factors=[0,1]": ("grid.factors", "above 0"),
+    "grid.factors=[1,inf]": ("grid.factors", "ascending"),
+    "grid.factors=3": ("grid.factors=3", "a list"),
+    "grid.factor=[1,2]": ("grid.factor", "grid.factors"),
+    "grid.lr=0.1": ("grid.lr", "no such key"),
+    "+grid.lr=0.1": ("grid.lr", "set optim.lr"),
+    "grid.factors=[1,1e400]": ("grid.factors", "ascending"),
+    "optim.lr=1e308": ("no learning rate", "optim.lr=1e+308"),
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_refused_with_the_fix(tmp_path: Path, word: str) -> None:
+    words = ["recipe=tuned", word] if not word.startswith("recipe") else [word]
+    with pytest.raises(ConfigError) as caught:
+        compose.configurations(["method=dorefa", *words])
+    for phrase in REFUSED[word]:
+        assert phrase in str(caught.value), str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_grid_that_nobody_uses_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no effect without recipe=tuned"):
+        compose.configurations(["method=dorefa", "grid.factors=[1,2]"])
+
+
+def test_validation_chooses_and_test_figures_of_the_others_stay_hidden(tmp_path: Path) -> None:
+    """Test figures are 50, 51 and 52 by rate: the highest test figure is not at the chosen rate."""
+    for seed in (0, 1):
+        planted(tmp_path, {LOW: 80.0, OWN: 90.0 + seed, HIGH: 89.0}, f"seed={seed}")
+    found = compare(read([str(tmp_path)]))
+    (table,) = found
+    assert [row[0] for row in table.rows] == ["float", "dorefa"]
+    cell = table.values[1]
+    assert (cell["top1_mean"], cell["n"], cell["diff_mean"]) == (51.0, 2, -39.0)
+    assert cell["tuned"] == {
+        "optim.lr": OWN,
+        "chosen_on_seeds": [0, 1],
+        "grid": [
+            {"optim.lr": LOW, "val_top1_mean": 80.0},
+            {"optim.lr": OWN, "val_top1_mean": 90.5},
+            {"optim.lr": HIGH, "val_top1_mean": 89.0},
+        ],
+    }
+    assert table.notes == [
+        "dorefa w2a32g32: optim.lr=0.01 chosen of 3 on validation top-1, seeds 0, 1; 3 x 30 epochs a seed"
+    ]
+    for name, form in FORMATS.items():
+        shown = form(found)
+        assert "51.00" in shown or "51.0" in shown, name
+        assert not any(hidden in shown for hidden in ("50.0", "52.0")), name
+
+
+def test_order_of_runs_does_not_matter(tmp_path: Path) -> None:
+    for seed in range(3):
+        planted(tmp_path, {LOW: 70.0 + seed, OWN: 71.0, HIGH: 71.0 - seed / 3}, f"seed={seed}")
+    found = read([str(tmp_path)])
+    assert compare(found) == compare(found[::-1])
+
+
+def test_each_method_and_width_has_its_own_rate(tmp_path: Path) -> None:
+    planted(tmp_path, {LOW: 1.0, OWN: 2.0, HIGH: 1.5})
+    planted(tmp_path, {LOW: 1.0, OWN: 2.0, HIGH: 3.0}, "bits.w=4")
+    planted(tmp_path, {LOW: 4.0, OWN: 2.0, HIGH: 3.0}, method="ttq")
+    planted(tmp_path, {LOW: 5.0, OWN: 2.0, HIGH: 3.0}, "method.activation=abs", "bits=w2a2")
+    (ptq,) = tuned(tmp_path, THREE, "method=ptq")
+    plant(ptq, 61.0, 90.0)
+    table = only_table(tmp_path)
+    rates = {(v["method"], v["bits"]["w"], v["bits"]["a"]): v.get("tuned", {}).get("optim.lr") for v in table.values}
+    assert rates == {
+        ("float", 32, 32): None,
+        ("dorefa activation=clip", 2, 32): OWN,
+        ("dorefa activation=clip", 4, 32): HIGH,
+        ("dorefa activation=abs", 2, 2): LOW,
+        ("ttq", 2, 32): LOW,
+        ("ptq", 8, 8): None,
+    }
+    ends = [note.split(": ")[0] for note in table.notes if "of the grid, beyond may be better" in note]
+    assert ends == ["dorefa activation=abs w2a2g32", "dorefa activation=clip w4a32g32", "ttq w2a32g32"]
+
+
+def test_of_equal_rates_the_one_nearest_the_recipes_own(tmp_path: Path) -> None:
+    planted(tmp_path, {LOW: 90.0, OWN: 90.0, HIGH: 90.0})
+    planted(tmp_path, {LOW: 90.0, OWN: 89.0, HIGH: 90.0}, "bits.w=4")
+    rates = {v["bits"]["w"]: v["tuned"]["optim.lr"] for v in only_table(tmp_path).values[1:]}
+    assert rates == {2: OWN, 4: LOW}, "both ends are as near: the lower one"
+
+
+def test_a_mean_of_the_seeds_that_all_rates_have(tmp_path: Path) -> None:
+    """Seed 1, where HIGH is best by far, is missing at LOW: seed 0 decides."""
+    planted(tmp_path, {LOW: 80.0, OWN: 90.0, HIGH: 85.0}, "seed=0")
+    planted(tmp_path, {OWN: 90.0, HIGH: 99.0}, "seed=1")
+    table = only_table(tmp_path)
+    assert table.values[1]["tuned"]["optim.lr"] == OWN
+    assert table.values[1]["tuned"]["chosen_on_seeds"] == [0]
+    assert table.values[1]["seeds"] == [0, 1]
+    assert table.notes[-1] == "dorefa w2a32g32: no validation figure at optim.lr 0.001 (not there, seed 1)"
+
+
+def test_a_rate_that_diverges_is_not_chosen_for_its_other_seeds(tmp_path: Path) -> None:
+    planted(tmp_path, {LOW: 80.0, OWN: 90.0, HIGH: 99.0}, "seed=0")
+    planted(tmp_path, {LOW: 80.0, OWN: 90.0}, "seed=1")
+    (lost,) = (c for c in tuned(tmp_path, THREE, "method=dorefa", "seed=1") if c.optim.lr == HIGH)
+    plant(lost, 0.0, status="diverged", reason="the loss is nan")
+    table, rest = compare(read([str(tmp_path)]))
+    assert table.values[1]["tuned"]["optim.lr"] == OWN
+    assert table.values[1]["tuned"]["chosen_on_seeds"] == [0, 1]
+    assert table.values[1]["tuned"]["grid"][2] == {"optim.lr": HIGH, "val_top1_mean": None}
+    assert table.notes[-1] == "dorefa w2a32g32: no validation figure at optim.lr 0.1 (diverged, seed 1)"
+    assert rest.rows[0][0] == "diverged"
+
+
+def test_without_validation_figures_nothing_is_chosen(tmp_path: Path) -> None:
+    (first, *_) = tuned(tmp_path, THREE, "method=dorefa")
+    plant(first, 97.0, 90.0)
+    table = only_table(tmp_path)
+    assert [row[0] for row in table.rows] == ["float"]
+    assert "no optim.lr of 3 chosen" in table.notes[0]
+    assert "97" not in str(table.values)
+
+
+def test_tuned_and_unified_stand_apart(configure: Configure, tmp_path: Path) -> None:
+    planted(tmp_path, {LOW: 80.0, OWN: 90.0, HIGH: 85.0})
+    title = 'resnet8 on digits; protocol with grid.factors=[0.1, 1.0, 10.0], recipe="tuned"'
+    assert only_table(tmp_path).title == title
+    plant(configure("method=dorefa"), 60.0, 90.0)
+    titles = {table.title: table.values[1]["top1_mean"] for table in compare(read([str(tmp_path)]))}
+    assert titles == {
+        title: 51.0,
+        'resnet8 on digits; protocol with recipe="unified"': 60.0,
+    }
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One float parent, a run for each rate, one row; the same line again trains nothing."""
+    words = ["experiment=smoke", "method=dorefa", "recipe=tuned", "grid.factors=[0.01,1]", "runtime.tensorboard=false"]
+    assert main([*words, f"out={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    stored = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert sorted(path.parent.name.partition("-")[0] for path in stored) == ["dorefa", "dorefa", "float"]
+    children = [json.loads(path.read_text()) for path in stored if path.parent.name.startswith("dorefa")]
+    assert {r["options"]["optim.lr"] for r in children} == {0.0001, 0.01}
+    best = max(children, key=lambda r: r["final"]["val"]["top1"])
+    assert len({r["final"]["val"]["top1"] for r in children}) == 2, "between equals there is no choice to see"
+    assert f"optim.lr={best['options']['optim.lr']:g} chosen of 2" in shown
+    assert "2 x 1 epochs a seed" in shown
+    assert len([line for line in shown.splitlines() if line.startswith("dorefa   ")]) == 1
+    assert main([*words, f"out={tmp_path}"]) == 0
+    assert capsys.readouterr().out == shown
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == stored

@@ -1,0 +1,284 @@
+"""docs/papers.md: as its sources have it, whole, its links lead somewhere, nothing remembered passes as known."""
+
+import dataclasses
+import importlib.util
+import re
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from qbench.config import compose, registry
+from qbench.config.schema import Bits
+from qbench.experiment.setup import make_method, widths
+from qbench.papers.published import lacking, papers
+from qbench.papers.rows import PROVENANCES, Paper, Row
+from qbench.quant.method import FLOAT
+
+PAGE = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+RELATED: list[dict[str, Any]] = yaml.safe_load((ROOT / "docs" / "papers.yaml").read_text(encoding="utf-8"))["papers"]
+ASKED = ("LQ-Nets", "APoT", "DSQ", "QIL", "Mostly 4-bit", "ShrinkBench")
+SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    loader = SourceFileLoader("papers_script", str(ROOT / "scripts" / "papers.py"))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def shown(paper: Paper) -> list[dict[str, str]]:
+    """Return the published rows that a paper's section shows, by the heads of its table."""
+    lines = [line for line in SECTIONS[paper.name].splitlines() if line.startswith("| ")]
+    head, *cells = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines] or [[]]
+    return [dict(zip(head, row, strict=True)) for row in cells[1:]]
+
+
+def row_of(paper: Paper, cell: str) -> Row:
+    (row,) = (row for row in paper.rows if row.id == re.sub(r"\[(\w+)\].*", r"\1", cell))
+    return row
+
+
+# --- it is made anew
+
+
+def test_the_page_is_as_its_sources_have_it(script: ModuleType) -> None:
+    assert script.page() == PAGE, "run scripts/papers.py"
+    assert script.main(["--check"]) == 0
+
+
+def test_check_names_what_is_stale_and_writes_nothing(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "papers.md"
+    page.write_text(PAGE.replace("# The papers", "# Papers"), encoding="utf-8")
+    monkeypatch.setattr(script, "PAGE", page)
+    before = page.read_text(encoding="utf-8")
+    assert script.main(["--check"]) == 1
+    assert "-# Papers\n" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == before
+    assert script.main([]) == 0
+    assert page.read_text(encoding="utf-8") == PAGE
+    page.unlink()
+    assert script.main(["--check"]) == 1
+    assert not page.exists()
+
+
+# --- it is whole
+
+
+def test_every_paper_of_the_ledger_has_its_section() -> None:
+    for paper in papers():
+        said = " ".join(SECTIONS[paper.name].replace("\n> ", " ").split())
+        assert f"**{paper.title}.** {', '.join(paper.authors)}; {paper.year};" in said
+        assert f"]({paper.link})" in said
+        assert " ".join(paper.idea.split()) in said
+        assert f"`qbench ledger --paper {paper.key}`" in said
+        for part in ("Claimed", "Measured here", "Deviations"):
+            assert f"**{part}**" in said, (paper.name, part)
+        assert paper.affiliation in said or "Affiliation not known" in said
+        assert (paper.affiliation_provenance == "verified") is (f"{paper.affiliation} (verified)" in said)
+
+
+def test_every_method_appears_once_with_its_card() -> None:
+    for name in registry.names("method"):
+        heads = re.findall(rf"^- \[`{name}`\]\(\.\./qbench/methods/{name}\.py\): ", PAGE, re.MULTILINE)
+        assert len(heads) == 1, name
+        assert " ".join(registry.sections(registry.card(name))["Idea"].split()) in " ".join(PAGE.split())
+    for name in ("float", "ptq", "uniform"):
+        assert f"[`{name}`]" in SECTIONS["Controls"]
+
+
+def test_methods_stand_with_their_papers(script: ModuleType) -> None:
+    found = {paper.key: script.methods_of(paper) for paper in papers()}
+    assert found["xnor"] == ["xnor", "bwn"]
+    assert found["slq"] == ["slq", "mlq", "eslq"]
+    assert found["polino"] == ["qd", "dq"]
+    listed = [name for methods in found.values() for name in methods]
+    assert sorted([*listed, "float", "ptq", "uniform"]) == registry.names("method")
+
+
+def test_what_is_quantized_is_read_from_the_card(script: ModuleType) -> None:
+    for name in registry.names("method"):
+        (config,) = compose.configurations([f"method={name}"])
+        legal = make_method(config, widths(config)).legal
+        known = "".join(key for key in "wag" if any(k in legal.get(key, ()) for k in range(1, FLOAT)))
+        assert script.quantized(name) == known, f"{name}: the card's Bits, as `w 1 or 32, a 32, g 32`"
+
+
+def test_every_claim_and_every_known_deviation_appears() -> None:
+    for path in (ROOT / "conf" / "experiment" / "claims").glob("*.yaml"):
+        assert f"- [{path.stem}](claims.md#{path.stem}): " in PAGE, path
+    for name in registry.names("method"):
+        for deviation in registry.known_deviations(name):
+            assert f"- `{deviation}` (" in PAGE, (name, deviation)
+
+
+def test_what_has_not_been_run_is_said() -> None:
+    for paper in papers():
+        ran, ready = (sum(map(what, paper.rows)) for what in (lambda r: bool(r.measured), lambda r: not lacking(r)))
+        said = f"Run here: {ran}; ready to run where the data are at hand: {ready}."
+        assert said in " ".join(SECTIONS[paper.name].split())
+
+
+# --- its links
+
+
+def test_links_lead_somewhere(script: ModuleType) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGE)
+    assert len(links) > 100
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if path.startswith(("https://", "http://")):
+            assert not anchor
+            continue
+        target = (ROOT / "docs" / path).resolve() if path else ROOT / "docs" / "papers.md"
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(script.slug, headings), link
+
+
+def test_lines_are_short_and_lists_are_lists() -> None:
+    for line in PAGE.splitlines():
+        assert len(line) <= 120 or line.startswith("|"), line
+        marker = re.match(r"\s*([-+*>]|\d+\.) ", line)
+        assert marker is None or line.startswith(("- ", "> ", "  - Widths: ", "  - Formulas: ")), line
+
+
+# --- provenance
+
+
+def test_no_remembered_figure_stands_without_its_mark() -> None:
+    seen = 0
+    for paper in papers():
+        for cells in shown(paper):
+            row = row_of(paper, cells["row"])
+            assert cells["provenance"] == row.provenance
+            assert cells["ran by"] == row.ran_by
+            remembered = row.provenance.startswith("memory")
+            assert cells["claimed"].startswith("~") is remembered, row.id
+            base = (row.baseline_provenance or row.provenance).startswith("memory")
+            assert cells["float"] == "-" or cells["float"].startswith("~") is base, row.id
+            assert cells["to float"] == "-" or cells["to float"].startswith("~") is (remembered or base), row.id
+            assert f"{row.value:g}" in cells["claimed"]
+            seen += remembered
+    assert seen > 10
+
+
+def test_what_a_remembered_recipe_says_is_marked() -> None:
+    said = " ".join(PAGE.split())
+    texts = [t for p in papers() for r in p.recipes.values() if "memory" in r.provenance for t in (*r.open, *r.departs)]
+    assert texts
+    for text in texts:
+        rest = said.partition(text[1:])[2]
+        assert rest.startswith(" (from memory).") or re.search("memory|remember", text), text
+
+
+def test_affiliations_say_how_they_are_known() -> None:
+    said = " ".join(PAGE.split())
+    for paper in papers():
+        if paper.affiliation_provenance.startswith("memory"):
+            assert f"{paper.affiliation} (from memory)." in said
+
+
+def made(**change: Any) -> Row:
+    bits = Bits(2, 32, 32)
+    base = Row(
+        paper="ttq", id="a", method="ttq", dataset="cifar10", net="resnet20", bits=bits, metric="top1_error", value=9.0,
+        baseline=8.0, ran_by="authors' paper", source="s", provenance="verified", recipe="cifar",
+    )  # fmt: skip
+    return dataclasses.replace(base, **change)
+
+
+def chosen(script: ModuleType, *rows: Row) -> list[str]:
+    (ttq,) = (paper for paper in papers() if paper.key == "ttq")
+    return [row.id for row in script.telling(dataclasses.replace(ttq, rows=rows))]
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"provenance": "memory-high", "value": 1.0},
+        {"ran_by": "authors' repository", "value": 1.0},
+        {"ran_by": "third party: X", "value": 1.0},
+        {"recipe": "", "value": 1.0},
+        {"metric": "top5_error", "value": 1.0},
+        {"bits": Bits(1, 1, 1), "value": 1.0},
+        {"value": 9.5},
+    ],
+)
+def test_one_row_for_each_network_by_the_rule_stated(script: ModuleType, worse: dict[str, Any]) -> None:
+    assert chosen(script, made(id="worse", **worse), made()) == ["a"]
+
+
+def test_rows_without_a_figure_and_companions_are_not_shown(script: ModuleType) -> None:
+    assert chosen(script, made(value=None)) == []
+    assert chosen(script, made(of="b")) == []
+    assert chosen(script, made(method="bnn")) == []
+
+
+def test_at_most_six_rows(script: ModuleType) -> None:
+    nets = ("resnet20", "resnet32", "resnet44", "resnet56", "vgg_small", "nin", "wrn_28_10", "wrn_22_8")
+    assert len(chosen(script, *(made(net=net) for net in nets))) == 6
+    assert all(len(shown(paper)) <= 6 for paper in papers())
+
+
+def test_a_documents_table_is_read_by_its_heads(script: ModuleType, tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    document.write_text(
+        "| other | n |\n| --- | --- |\n| a | 1 |\n\n| claim | what |\n| --- | ---: |\n| a: b | 2 |\n"
+        "| c | \\|x\\| and \\|y\\| |\n\n| d | 3 |\n",
+        encoding="utf-8",
+    )
+    found = script.rows_of(document, "claim")
+    assert [row["claim"] for row in found] == ["a: b", "c"]
+    assert found[0]["what"] == "2"
+
+
+def test_a_comparison_says_what_it_claims(script: ModuleType) -> None:
+    assert script.border({"arms": "method=inq - float parent > 0"}) == ""
+    assert script.border({"arms": "method=inq - float parent > -0.5"}) == " (claimed above -0.5)"
+    assert script.border({"arms": "method=inq - method=float within 0.5"}) == " (claimed within 0.5)"
+
+
+# --- what is not implemented
+
+
+def test_those_that_readers_ask_for_are_there() -> None:
+    names = [paper["name"] for paper in RELATED]
+    assert set(ASKED) <= set(names)
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("paper", RELATED, ids=lambda paper: paper["name"])
+def test_a_related_paper_is_marked_and_has_all(paper: dict[str, Any]) -> None:
+    assert paper["status"] == "not implemented"
+    (entry,) = re.findall(rf"^- \*\*{re.escape(paper['name'])}\*\*, .*?(?=^- |^#|\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    entry = " ".join(entry.split())
+    assert entry.startswith(f"- **{paper['name']}**, *not implemented*. ")
+    assert f"]({paper['link']})" in entry
+    assert "*Nearest here:* " in entry
+    assert str(paper["year"]) in paper["venue"]
+    assert paper["authors"]
+    assert paper["link"] not in {other.link for other in papers()}
+    assert re.search(r"\[`\w+`\]\(|qbench", entry.partition("*Nearest here:* ")[2])
+    assert set(paper["provenance"]) == {"paper", "link"}
+    known = [*paper["provenance"].values(), *(fact["provenance"] for fact in paper["facts"])]
+    assert set(known) <= set(PROVENANCES)
+    for fact in paper["facts"]:
+        remembered = fact["provenance"].startswith("memory")
+        assert not (remembered and re.search(r"\d", fact["says"])), "a figure from memory"
+        assert (f"{fact['says'].removesuffix('.')} (from memory)." in entry) is remembered
+
+
+def test_every_group_has_papers(script: ModuleType) -> None:
+    assert {paper["group"] for paper in RELATED} == set(script.texts()["groups"])

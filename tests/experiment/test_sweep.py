@@ -1,0 +1,236 @@
+"""Sweeps: what stops them, what does not, by which launcher, and that the same line completes them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_cli import qbench, results
+
+SMOKE = ["-m", "experiment=smoke", "runtime.tensorboard=false"]
+SABOTAGE = """
+import dataclasses, os, sys
+from qbench.errors import DataError
+from qbench.methods import dorefa
+
+def data(*, val: float = 0.1):
+    raise DataError("planted: no such file")
+
+def build(*, w: int = 2, a: int = 32, g: int = 32, how: str = "not"):
+    def step(model, optimizer):
+        if how == "raise":
+            raise KeyError("planted")
+        if how == "exit":
+            sys.exit(3)
+        if how == "memory":
+            raise MemoryError
+        if how == "spoil":
+            for p in model.parameters():
+                p.data.fill_(float("nan"))
+        if how == "kill" and not os.path.exists("killed"):
+            open("killed", "w").close()
+            os.kill(os.getpid(), 9)
+        if how == "die":
+            os.kill(os.getpid(), 9)
+        if how == "data":
+            raise DataError("planted: a file is damaged")
+        optimizer.step()
+    return dataclasses.replace(dorefa.build(w=w, a=a, g=g), name="mine", step=step)
+"""
+
+
+def digests(out: Path) -> dict[str, object]:
+    return {name: r["weights_sha256"] for name, r in results(out).items() if r["status"] == "done"}
+
+
+def test_a_malformed_value_stops_before_the_first_job(tmp_path: Path) -> None:
+    for word in ("bits.w=2,two", "model.width=4,0", "seed=0,-1", "layers.downsample=same,8", "method=dorefa,dorfa"):
+        method = [] if word.startswith("method") else ["method=dorefa"]
+        done = qbench(*SMOKE, *method, word, "out=o", cwd=tmp_path)
+        assert done.returncode == 2, (word, done)
+        assert word.partition("=")[0] in done.stderr
+        assert len(done.stderr.strip().splitlines()) <= 3, done.stderr
+        assert not list(tmp_path.iterdir()), word
+
+
+def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SABOTAGE)
+    words = [*SMOKE, "method=mine:build", "method.how=raise,not,exit,memory,spoil", "bits.w=2,4", "epochs=2", "out=o"]
+    done = qbench(*words, cwd=tmp_path)
+    assert done.returncode == 8, done.stderr
+    found = list((tmp_path / "o").rglob("mine*/result.json"))
+    assert len(found) == 10
+    stored = [json.loads(path.read_text()) for path in found]
+    by_how = {
+        how: {r["status"] for r in stored if r["options"]["how"] == how} for how in ("raise", "exit", "spoil", "not")
+    }
+    assert by_how == {"raise": {"failed"}, "exit": {"failed"}, "spoil": {"diverged"}, "not": {"done"}}
+    assert done.stdout.count("failed") == 6
+    assert done.stdout.count("diverged") == 2
+    for reason in ("KeyError: 'planted'", "SystemExit: 3", "MemoryError", "inf or nan"):
+        assert reason in done.stdout, reason
+    solo = qbench(*SMOKE[1:], "method=mine:build", "bits.w=2", "epochs=2", "out=solo", cwd=tmp_path)
+    assert solo.returncode == 0
+    (alone,) = (digest for name, digest in digests(tmp_path / "solo").items() if name.startswith("mine"))
+    assert alone in [r["weights_sha256"] for r in stored]
+    before = {path: path.stat().st_mtime_ns for path in found}
+    again = qbench(*words, cwd=tmp_path)
+    assert again.returncode == 8
+    changed = {json.loads(p.read_text())["options"]["how"] for p in found if p.stat().st_mtime_ns != before[p]}
+    assert changed == {"raise", "exit", "memory", "spoil"}, "what is done is not run again, what failed is"
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(tmp_path: Path, launcher: str) -> None:
+    words = [*SMOKE, "method=dorefa", "bits=w2,w2a2g4", "seed=0,1"]
+    alone = qbench(*words, "out=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    side_by_side = qbench(*words, "out=beside", f"hydra/launcher={launcher}", cwd=tmp_path)
+    assert side_by_side.returncode == 0, side_by_side.stderr
+    assert len(digests(tmp_path / "alone")) == 6
+    assert digests(tmp_path / "beside") == digests(tmp_path / "alone")
+    assert side_by_side.stdout.replace("beside", "alone") == alone.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"alone", "beside"}
+
+
+def test_workers_times_threads_never_exceed_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qbench.config import compose
+    from qbench.experiment import sweep
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for typed, threads, expected in (("", 1, 8), ("", 3, 2), ("99", 2, 4), ("3", 2, 3), ("-1", 1, 8), ("", 99, 1)):
+        configs = compose.configurations(["method=dorefa", f"runtime.threads={threads}", f"out={tmp_path}"])
+        assert sweep.most_workers(configs, typed) == expected, (typed, threads)
+
+
+def test_the_first_jobs_need_different_parents() -> None:
+    from qbench.config import compose
+    from qbench.experiment import sweep
+
+    configs = compose.configurations(["-m", "method=dorefa,ttq", "bits.w=2", "seed=0,1,2", "optim.lr=1e-3,1e-4"])
+    ordered = sweep.parents_first(configs)
+    assert [c.seed for c in ordered[:3]] == [0, 1, 2]
+    assert [c.method_name for c in ordered] == ["dorefa"] * 6 + ["ttq"] * 6
+    assert sorted(map(repr, ordered)) == sorted(map(repr, configs))
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_twelve_cells_of_which_five_are_sabotaged(tmp_path: Path, launcher: str) -> None:
+    """R18: with joblib one worker is killed besides."""
+    (tmp_path / "mine.py").write_text(SABOTAGE)
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    good = ["a", "b", "c", "d", "e", "f", "kill" if launcher == "joblib" else "g"]
+    bad = ["raise", "exit", "spoil", "memory", "data"]
+    hows = [how for pair in zip(good, bad, strict=False) for how in pair] + good[len(bad) :]
+    one = [word for word in SMOKE if word != "-m"] + ["method=mine:build", "bits.w=2"]
+    words = ["-m", *one, f"method.how={','.join(hows)}", "out=o", f"hydra/launcher={launcher}"]
+    done = qbench(*words, cwd=tmp_path, **environment)
+    assert done.returncode == 8, done.stderr
+    assert (done.stdout.count("mine:build how="), done.stdout.count("/mine.build-")) == (7, 5), done.stdout
+    paths = {json.loads(p.read_text())["options"]["how"]: p for p in (tmp_path / "o").rglob("mine*/result.json")}
+    stored = {how: json.loads(path.read_text()) for how, path in paths.items()}
+    assert {how: r["status"] for how, r in stored.items()} == {
+        **dict.fromkeys(good, "done"), **dict.fromkeys(bad, "failed"), "spoil": "diverged",
+    }  # fmt: skip
+    alone = qbench(*one, "method.how=a", "out=alone", cwd=tmp_path, **environment)
+    assert alone.returncode == 0, alone.stderr
+    (solo,) = (json.loads(path.read_text()) for path in (tmp_path / "alone").rglob("mine*/result.json"))
+    assert {stored[how]["state_sha256"] for how in good} == {solo["state_sha256"]}
+    before = {how: path.stat().st_mtime_ns for how, path in paths.items()}
+    assert qbench(*words, cwd=tmp_path, **environment).returncode == 8
+    assert {how for how, path in paths.items() if path.stat().st_mtime_ns != before[how]} == set(bad)
+
+
+def test_data_that_one_cell_lacks_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SABOTAGE)
+    done = qbench(*SMOKE, "method=dorefa", "bits.w=2", "dataset=mine:data,digits", "out=o", cwd=tmp_path)
+    assert done.returncode == 8, done.stderr
+    assert "planted: no such file" in done.stdout
+    assert [r["status"] for r in results(tmp_path / "o").values() if r["method"] == "dorefa"] == ["done"]
+
+
+def test_a_killed_worker_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SABOTAGE)
+    words = [*SMOKE, "method=mine:build", "method.how=not,kill,die", "seed=0,1", "out=o", "hydra/launcher=joblib"]
+    done = qbench(*words, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 8, done.stderr
+    assert (tmp_path / "killed").exists()
+    assert "a worker was killed" in done.stderr
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "o").rglob("mine*/result.json")]
+    stored = {(r["options"]["how"], r["seed"]): r["weights_sha256"] for r in cells}
+    assert {how for how, _ in stored} == {"not", "kill"}, "what kills every process that works on it has no result"
+    for seed in (0, 1):
+        assert stored["kill", seed] == stored["not", seed] is not None
+    assert done.stdout.count("unfinished") == 2
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_processes_side_by_side_stop_and_go_on(tmp_path: Path, kind: signal.Signals) -> None:
+    words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4,w5", "epochs=200", f"out={tmp_path}", "hydra/launcher=joblib"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qbench", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(list(tmp_path.rglob("dorefa*/state*"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, kind) if kind == signal.SIGINT else process.send_signal(kind)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, message
+    assert "Traceback" not in message
+    time.sleep(2)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody of its group is left
+    begun = list(tmp_path.rglob("dorefa*/config.yaml"))
+    assert 1 <= len(begun) <= 2
+    assert not list(tmp_path.rglob("dorefa*/result.json"))
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
+    words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4", "epochs=3", f"out={tmp_path}"]
+    process = subprocess.Popen([sys.executable, "-m", "qbench", *words], stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.rglob("dorefa*/result.json"))) < 1 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, message
+    assert "the same command goes on" in message
+    finished = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    assert 1 <= len(finished) < 4
+    assert qbench(*words).returncode == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
+    assert len(results(tmp_path)) == 4
+
+
+def test_every_method_by_glob(tmp_path: Path) -> None:
+    done = qbench(*SMOKE, "method=glob(*)", f"out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    names = {r["method"] for r in results(tmp_path).values()}
+    assert {"float", "dorefa"} < names
+
+
+def test_plan_names_every_run_and_trains_nothing(tmp_path: Path) -> None:
+    words = ["-m", "experiment=smoke", "method=dorefa", "bits.w=2,17", "seed=0,1", f"out={tmp_path / 'o'}"]
+    planned = qbench("plan", *words)
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.count("float-w32a32g32") == 2
+    assert planned.stdout.count("new ") == 4
+    assert planned.stdout.count("unsupported: dorefa does not know bits.w=17") == 2
+    assert "one after the other" in planned.stdout
+    assert not (tmp_path / "o").exists()
+    assert qbench(*words).returncode == 0
+    assert qbench("plan", *words).stdout.count("stored") == 4
+    listed = qbench("list", "runs", str(tmp_path / "o"))
+    assert listed.stdout.count("done") == 4
+    assert listed.stdout.count("unsupported") == 2
+
+
+def test_a_launcher_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    for words in ((*SMOKE, "hydra/launcher=jobib"), ("hydra/launcher=joblib",)):
+        done = qbench(*words, "method=dorefa", f"out={tmp_path}")
+        assert done.returncode == 2, done
+        assert "hydra/launcher" in done.stderr
+        assert not list(tmp_path.iterdir())

@@ -1,0 +1,221 @@
+"""What every method must hold, whatever its paper: one test each over all files of conf/method."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from conftest import Configure
+
+from qbench.config import compose, registry
+from qbench.config.schema import Config
+from qbench.data.dataset import Loader
+from qbench.deviations.registry import deviations
+from qbench.errors import Interrupted
+from qbench.experiment.run import run
+from qbench.experiment.session import Desk
+from qbench.experiment.setup import Parts, assemble
+from qbench.quant.layers import effective_weight, of_quantizer, quantized_layers
+from qbench.quant.method import FLOAT, Probe, Unsupported
+from qbench.quant.verify import verify
+from qbench.runs.directory import Result
+from qbench.training import optimizer as optim
+from qbench.training.checkpoint import pack, seed_everything, unpack, weights_sha256
+from qbench.training.loop import State, Task, evaluate, fit
+
+METHODS = compose.names("method")
+SECTIONS = (
+    "Paper", "Idea", "Forward", "Backward", "Schedule", "Sites", "State", "Bits", "Protocol", "Choices", "Deviations",
+    "Results",
+)  # fmt: skip
+TRAITS = {
+    *("odd", "monotone", "idempotent", "no_master"),
+    *("monotone_input", "idempotent_input", "clipped_input", "cells_input"),
+}
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def widest(name: str) -> str:
+    """The narrowest widths that quantize all that a method can: 2 bits where legal, else its smallest; 4 for g."""
+    method = registry.create("method", {"name": name})
+    legal = {key: [k for k in range(1, FLOAT) if k in method.legal.get(key, ())] for key in "wag"}
+    chosen = {key: (4 if key == "g" else 2) for key in "wag"}
+    return "".join(f"{k}{chosen[k] if chosen[k] in legal[k] else (legal[k] or [FLOAT])[0]}" for k in "wag")
+
+
+def trained(config: Config, parts: Parts | None = None, epochs: int | None = None) -> tuple[Task, State, list[float]]:
+    """Train a configuration in memory from scratch; return the step losses too."""
+    parts = parts or assemble(config)
+    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
+    model = parts.install(parts.float_model())
+    probe = Probe(list(loader.plain("train", 64)), torch.nn.functional.cross_entropy)
+    if parts.method.prepare:
+        parts.method.prepare(model, probe)
+    task = Task(
+        model=model, method=parts.method, optim=config.optim, epochs=epochs or config.epochs, steps=loader.steps,
+        train=loader.train, validate=lambda: loader.plain("val"), probe=probe,
+    )  # fmt: skip
+    seed_everything(config.seed)
+    state, losses = State(optim.build(model, config.optim)), []
+    from qbench.training.loop import Watch
+
+    fit(task, state, Watch(step=lambda state, loss: losses.append(loss.item())))
+    return task, state, losses
+
+
+@every_method
+def test_card_has_every_section(name: str) -> None:
+    card = registry.card(name)
+    headings = [line for line in card.splitlines() if line and not line.startswith(" ")]
+    assert headings[1:] == list(SECTIONS)
+    for heading in SECTIONS:
+        body = card.split(f"\n{heading}\n")[1].split("\n\n")[0]
+        assert body.strip(), f"{heading} is empty"
+
+
+@every_method
+def test_yaml_and_factory_agree(name: str, configure: Configure) -> None:
+    config = configure(f"method={name}")
+    signature = inspect.signature(registry.find("method", name)).parameters
+    options = {key: p.default for key, p in signature.items() if key not in "wag"}
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    assert {k: v for k, v in config.method.items() if k not in ("name", "deviation")} == options
+    assert ("deviation" in config.method) == bool(deviations(name))
+    requires = registry.create("method", {"name": name}).requires
+    assert (config.init == "method") == (requires.start == "scratch")
+    assert (config.distill.name == "method") == requires.teacher
+    defaults = {key: signature[key].default for key in "wag" if key in signature}
+    assert {key: getattr(config.bits, key) for key in defaults} == defaults
+
+
+@every_method
+def test_something_is_quantized_and_lies_on_its_levels(name: str, smoke: Configure) -> None:
+    recipe = ["optim=adam_cosine", "optim.lr=0.01", "epochs=4", "pretrain.epochs=4"]
+    task, _, losses = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch", *recipe))
+    if any(p.requires_grad and not of_quantizer(n) for n, p in task.model.named_parameters()):  # dq trains points alone
+        assert sum(losses[-9:]) < 0.95 * sum(losses[:9])
+    images = next(iter(task.probe.batches))[0]
+    found = verify(task.model, images)
+    if name == "float":
+        assert not found
+        return
+    assert found
+    for layer in found.values():
+        for key, count in layer.items():
+            assert 2 <= count["found"] <= count["allowed"], (key, count)
+
+
+@every_method
+def test_declared_properties_hold(name: str) -> None:
+    method = registry.create("method", {"name": name})
+    assert method.traits <= TRAITS
+    if "odd" in method.traits:
+        layer = torch.nn.Linear(6, 5)
+        site = method.weight(name, layer, method.bits.w)
+        assert torch.equal(site(-layer.weight), -site(layer.weight))
+
+
+@every_method
+def test_trains_the_same_from_the_same_seed(name: str, smoke: Configure) -> None:
+    first, second, other = (
+        trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch", f"seed={s}")) for s in (0, 0, 1)
+    )
+    assert first[2] == second[2]
+    assert weights_sha256(first[0].model.state_dict()) == weights_sha256(second[0].model.state_dict())
+    assert first[2] != other[2]
+
+
+@every_method
+def test_evaluation_is_deterministic_and_draws_nothing(name: str, smoke: Configure) -> None:
+    task, _, _ = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch"))
+    before = torch.get_rng_state()
+    assert evaluate(task.model, task.validate()) == evaluate(task.model, task.validate())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_method
+def test_checkpoint_round_trip_is_exact(name: str, smoke: Configure) -> None:
+    config = smoke(f"method={name}", f"bits={widest(name)}", "init=scratch")
+    task, state, _ = trained(config)
+    saved = unpack(pack(state.save(task.model)), "memory")
+    parts = assemble(config)
+    model = parts.install(parts.float_model())
+    for key, p in model.named_parameters():
+        p.requires_grad_(key in saved["trainable"])
+    again = State(optim.build(model, config.optim))
+    again.load(model, saved)
+    assert weights_sha256(model.state_dict()) == weights_sha256(task.model.state_dict())
+    images = next(iter(task.probe.batches))[0]
+    assert torch.equal(model.eval()(images), task.model.eval()(images))
+    for one, two in zip(quantized_layers(model).values(), quantized_layers(task.model).values(), strict=True):
+        assert torch.equal(effective_weight(one), effective_weight(two))
+
+
+@every_method
+def test_no_tensor_of_a_quantizer_misses_the_state_dict(name: str, smoke: Configure) -> None:
+    task, _, _ = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch"))
+    kept = {id(t) for t in [*task.model.parameters(), *task.model.buffers()]}
+    for layer in quantized_layers(task.model).values():
+        for module in (m for site in (layer.weight_q, layer.input_q, layer.output_q) for m in site.modules()):
+            loose = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
+            assert not loose, (type(module).__name__, loose)
+            assert all(id(p) in kept for p in module.parameters())
+
+
+@every_method
+def test_32_bits_are_the_float_computation_bit_for_bit(name: str, smoke: Configure) -> None:
+    bits = "" if name == "float" else f"bits=w{FLOAT}a{FLOAT}g{FLOAT}"
+    words = ["optim=sgd", "init=scratch", "epochs=2", "pretrain.epochs=2"]
+    norm = registry.create("method", {"name": name}).requires.norm  # the float network that the method asks for
+    _, _, float_losses = trained(smoke("method=float", *words, *([f"model.norm={norm}"] if norm else [])))
+    _, _, losses = trained(smoke(f"method={name}", *([bits] if bits else []), *words))
+    assert losses == float_losses
+
+
+def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple[Result, Result]:
+    """Run a configuration undisturbed, and again with a stop at the given question of the loop; return both results."""
+    whole = run(smoke(*words), Desk())
+    asked = {"times": 0}
+
+    def stop() -> int:  # asked after every step and epoch
+        asked["times"] += 1
+        return 15 if asked["times"] >= calls else 0
+
+    with pytest.raises(Interrupted):
+        run(smoke(*words, "rerun=true"), Desk(stop=stop))
+    return whole, run(smoke(*words), Desk())
+
+
+@every_method
+def test_two_and_two_epochs_are_four(name: str, smoke: Configure) -> None:
+    words = [f"method={name}", f"bits={widest(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
+    if not registry.create("method", {"name": name}).trained:
+        result = run(smoke(*words), Desk())
+        assert result.best is None
+        assert result.final is not None
+        assert result.asks == ["not trained: post-training quantization"]
+        return
+    whole, again = stopped_and_resumed(smoke, words, calls=48)  # in the middle of the third epoch
+    assert again.weights_sha256 == whole.weights_sha256
+    assert (again.final, again.best) == (whole.final, whole.best)
+
+
+@pytest.mark.parametrize("calls", [1, 17, 18, 19, 20])
+@pytest.mark.parametrize("optimizer", ["sgd", "unified"])
+def test_a_resume_keeps_every_option_of_the_optimizer(smoke: Configure, optimizer: str, calls: int) -> None:
+    """Stops after the first, the last but one and the last batch of an epoch, after the epoch, and in the next one."""
+    options = ["optim.ema=0.9", "optim.clip_norm=1", "optim.label_smoothing=0.1", "optim.patience=5"]
+    words = ["method=dorefa", "bits=w2a2g4", "init=scratch", "epochs=3", f"optim={optimizer}", *options]
+    whole, again = stopped_and_resumed(smoke, words, calls)
+    assert again.weights_sha256 == whole.weights_sha256
+    assert (again.final, again.best) == (whole.final, whole.best)
+
+
+@every_method
+def test_widths_that_a_method_cannot_use_are_unsupported(name: str, smoke: Configure) -> None:
+    method = registry.create("method", {"name": name})
+    for key in "wag":
+        illegal: list[Any] = [k for k in range(1, FLOAT) if k not in method.legal.get(key, ())]
+        if illegal:
+            with pytest.raises(Unsupported, match=rf"bits\.{key}={illegal[0]}"):
+                assemble(smoke(f"method={name}", f"bits.{key}={illegal[0]}"))

@@ -1,0 +1,215 @@
+"""Every experiment file makes one run, and every network of theirs trains with its method, on two random images.
+
+Pairs of network and method are tried at the papers' own sizes in the long tier; in the fast one thin, and one of each
+family of networks and method. Claims' files compose in tests/papers/test_claims.py; their pairs are among these.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Configure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.config import compose, registry
+from qbench.config.schema import Config
+from qbench.cost.count import count_cost
+from qbench.experiment.setup import assemble
+from qbench.methods import lsq
+from qbench.papers.claims import read_claims
+from qbench.quant import product_quantization as product
+from qbench.quant.combine import distilled
+from qbench.quant.layers import fully_quantized, quantized_layers
+from qbench.quant.method import Bits, Probe
+from qbench.quant.policy import quantizable
+from qbench.quant.verify import verify
+from qbench.training import optimizer as optim
+from qbench.training.loop import State, Task, Watch, fit
+
+STEPS = 2
+FILES = [name for name in compose.names("experiment") if "/" in name and not name.startswith("claims/")]
+PAPERS = sorted({name.partition("/")[0] for name in FILES})
+every_paper = pytest.mark.parametrize("paper", PAPERS)
+NARROW = {"width": 4, "width_mult": 0.05, "widen": 1}
+
+
+@functools.cache
+def composed(paper: str) -> dict[str, list[Config]]:
+    """Return what each of a paper's files makes; of `claims`, what each arm makes."""
+    if paper != "claims":
+        names = [name for name in FILES if name.startswith(f"{paper}/")]
+        return {name: compose.configurations([f"experiment={name}"]) for name in names}
+    arms = [(claim.name, arm) for claim in read_claims(ROOT / "conf" / "experiment" / "claims") for arm in claim.arms]
+    lines = [(f"experiment=claims/{name}", *arm) for name, arm in arms]
+    return {" ".join(line): compose.configurations(list(line)) for line in lines}
+
+
+def pairs(paper: str) -> dict[str, Config]:
+    """Return the first file of each network, method with its options, widths and activations' method."""
+    found: dict[str, tuple[str, Config]] = {}
+    for name, (config,) in composed(paper).items():
+        network = (config.model, config.dataset["name"], config.dataset.get("size"))
+        found.setdefault(repr((network, config.method, config.bits, config.activation)), (name, config))
+    return {name: copy.deepcopy(config) for name, config in found.values()}
+
+
+def families(paper: str) -> dict[str, Config]:
+    """Return the first file of each family of networks and method, its network thin and its photographs small."""
+    found: dict[tuple[str, str], tuple[str, Config]] = {}
+    for name, config in pairs(paper).items():
+        found.setdefault((config.model.get("family", config.model["name"]), config.method_name), (name, config))
+    for _, config in found.values():
+        config.model |= {key: value for key, value in NARROW.items() if key in config.model}
+        if "convs" in config.model:
+            config.model["convs"] = [max(4, channels // 16) for channels in config.model["convs"]]
+        if config.dataset["name"] == "imagenet":
+            config.dataset |= {"size": 64, "resize": 64}
+    return dict(found.values())
+
+
+def narrowed(model: nn.Module) -> nn.Module:
+    """Divide the channels and units of torchvision's AlexNet and VGG, which have no key for it, by 16."""
+    if type(model).__name__ not in ("AlexNet", "VGG"):
+        return model
+    layers = list(quantizable(model).items())
+    for i, (name, layer) in enumerate(layers):
+        out, inside = layer.weight.shape[:2]  # type: ignore[union-attr]
+        out, inside = out if i == len(layers) - 1 else out // 16, inside if i == 0 else inside // 16
+        if isinstance(layer, nn.Conv2d):
+            model.set_submodule(name, nn.Conv2d(inside, out, layer.kernel_size, layer.stride, layer.padding))  # type: ignore[arg-type]
+        else:
+            model.set_submodule(name, nn.Linear(inside, out))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q-CNN's k-means and correction in one round."""
+    monkeypatch.setattr(product, "ITERATIONS", 1)
+    monkeypatch.setattr(product, "SWEEPS", 1)
+
+
+@every_paper
+def test_every_file_makes_one_run(paper: str) -> None:
+    made = composed(paper)
+    assert made
+    for name, configs in made.items():
+        assert len(configs) == 1, name
+        (config,) = configs
+        assert config.method_name, name
+        assert config.dataset["name"] in ("mnist", "svhn", "cifar10", "cifar100", "imagenet"), name
+
+
+def test_all_files_are_looked_at() -> None:
+    there = [path for path in (ROOT / "conf" / "experiment").rglob("*/*.yaml") if path.parent.name != "claims"]
+    assert len(FILES) == len(there) > 60
+
+
+def some_of(p: Tensor) -> Tensor:
+    return p.detach().flatten()[:1000].clone()
+
+
+def trains(config: Config) -> None:
+    """Hold two steps on two images: finite losses, moved parameters, all quantized layers on their grids."""
+    parts = assemble(config, planned=True)
+    torch.manual_seed(0)
+    batch = torch.rand(2, *parts.data.shape).to(memory_format=torch.channels_last), torch.tensor([0, 1])
+    model, method = parts.install(parts.float_model()), parts.method
+    if config.distill.on:
+        assert config.distill.teacher == "parent"
+        method = distilled(method, parts.float_model().eval().requires_grad_(False))
+    probe = Probe([batch], F.cross_entropy)
+    if method.prepare:
+        method.prepare(model, probe)
+    before = {name: some_of(p) for name, p in model.named_parameters() if p.requires_grad}
+    task = Task(
+        model=model, method=method, optim=config.optim, epochs=STEPS if method.trained else 0, steps=1,
+        train=lambda epoch, start: [batch], validate=list, probe=probe,
+    )  # fmt: skip
+    losses: list[float] = []
+    fit(task, State(optim.build(model, config.optim)), Watch(step=lambda state, loss: losses.append(loss.item())))
+    assert len(losses) == task.epochs
+    assert all(map(math.isfinite, losses)), losses
+    moved = any(not torch.equal(some_of(p), before[name]) for name, p in model.named_parameters() if name in before)
+    assert moved == method.trained, "parameters"
+    assert fully_quantized(model)
+    found = verify(model, batch[0])
+    assert bool(found) == (parts.method.bits != Bits())
+    assert all(counts["w"]["found"] > 1 for counts in found.values() if "w" in counts), "one value for all weights"
+
+
+def failures(configs: dict[str, Config]) -> list[str]:
+    """Return the files whose pair does not train, with what went wrong."""
+    found = []
+    for name, config in configs.items():
+        try:
+            trains(config)
+        except Exception as error:  # all of them are told at once
+            found.append(f"{name}: {type(error).__name__}: {error}")
+    return found
+
+
+@every_paper
+def test_thin_networks_train_with_their_methods(paper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = registry.create
+
+    def create(group: str, *arguments: Any, **options: Any) -> Any:
+        made = own(group, *arguments, **options)
+        return narrowed(made) if group == "model" else made
+
+    monkeypatch.setattr(registry, "create", create)
+    assert failures(families(paper)) == []
+
+
+def test_what_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, config = next(iter(families("lsq").items()))
+    mutants: dict[str, tuple[object, str, Callable[..., Any]]] = {
+        "AssertionError: parameters": (lsq, "stepped", lambda model, optimizer: None),
+        "NotQuantized: ": (lsq.Weight, "forward", lambda site, w: w * site.step),
+        "AssertionError: one value": (lsq.Weight, "forward", lambda site, w: 0 * w * site.step),
+    }
+    for told, (owner, key, mutant) in mutants.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, key, mutant)
+            (found,) = failures({name: config})
+            assert found.startswith(f"{name}: {told}"), found
+
+
+def first_points(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cluster points around the first k: what k-means gives, in shape."""
+    return points[:k], torch.cdist(points, points[:k]).argmin(1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("paper", [*PAPERS, "claims"])
+def test_networks_of_the_papers_size_train_with_their_methods(paper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_lloyd", first_points)
+    configs = pairs(paper)
+    for config in configs.values():
+        if "error_correction" in config.method:
+            config.method["error_correction"] = False  # hours and 15 GB in the linear layers of AlexNet and VGG
+    assert failures(configs) == []
+
+
+@every_paper
+def test_networks_of_the_papers_size_take_their_methods_without_memory(paper: str) -> None:
+    for name, config in pairs(paper).items():
+        parts = assemble(config, planned=True)
+        model = parts.install(parts.float_model("meta"))
+        assert all(p.is_meta for p in model.parameters()), name
+        assert bool(quantized_layers(model)) == (parts.method.bits != Bits()), name
+
+
+@pytest.mark.parametrize("name", compose.names("method"))
+def test_a_network_without_memory_costs_as_much(name: str, configure: Configure) -> None:
+    parts = assemble(configure(f"method={name}", "dataset=cifar10", "model=resnet20", "model.width=4"), planned=True)
+    meta, real = (parts.install(parts.float_model(device)) for device in ("meta", "cpu"))
+    shapes = [{key: (t.shape, t.dtype) for key, t in model.state_dict().items()} for model in (meta, real)]
+    assert shapes[0] == shapes[1]
+    if name != "dq":  # counts its points, which are shared out after a look at the gradients
+        assert count_cost(meta, parts.macs) == count_cost(real, parts.macs)

@@ -1,0 +1,543 @@
+"""The papers' networks: sizes from the papers and their code, order of layers, torchvision's names, methods on them."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.config import registry
+from qbench.cost.count import count_macs
+from qbench.methods import dorefa, hwgq, xnor
+from qbench.models import (
+    dorefa_alexnet,
+    dorefa_svhn,
+    gupta,
+    hwgq_alexnet,
+    hwgq_resnet,
+    imagenet_resnet,
+    polino,
+    resnet,
+    wide_resnet,
+)
+from qbench.models import torchvision as zoo
+from qbench.quant.layers import Replaced, install, quantized_layers
+from qbench.quant.method import Unsupported
+from qbench.quant.policy import Policy, quantizable
+from qbench.system import torchvision as vision
+
+Shape = tuple[int, int, int]
+Build = Callable[..., nn.Module]
+CONF = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
+CIFAR, MNIST, SVHN, IMAGENET, CAFFE = (3, 32, 32), (1, 28, 28), (3, 40, 40), (3, 224, 224), (3, 227, 227)
+
+THIN: dict[str, tuple[Build, Shape, dict[str, Any]]] = {
+    "svhn": (dorefa_svhn.build, SVHN, {"width": 2}),
+    "svhn clip": (dorefa_svhn.build, (3, 44, 37), {"width": 1, "head": "clip"}),
+    "dorefa_alexnet": (dorefa_alexnet.build, (3, 44, 61), {"width_mult": 0.05}),
+    "hwgq_alexnet": (hwgq_alexnet.build, (3, 39, 43), {"width_mult": 0.05}),
+    "hwgq_resnet18": (hwgq_resnet.build, (3, 33, 30), {"width": 4}),
+    "hwgq_resnet50": (hwgq_resnet.build, CIFAR, {"width": 4, "depth": 50}),
+    "resnet18": (imagenet_resnet.build, (3, 33, 30), {"width": 4}),
+    "resnet50": (imagenet_resnet.build, CIFAR, {"width": 4, "depth": 50}),
+    "preresnet18": (imagenet_resnet.build, (3, 33, 30), {"width": 4, "form": "pre"}),
+    "preresnet50": (imagenet_resnet.build, CIFAR, {"width": 4, "depth": 50, "form": "pre"}),
+    "gupta_mlp": (gupta.build, MNIST, {"hidden": (20, 20), "std": 0.1}),
+    "gupta_mnist": (gupta.build, MNIST, {"convs": (4, 8), "hidden": (16,), "std": 0.1}),
+    "gupta_cifar": (gupta.build, (3, 31, 33), {"convs": (8, 8, 8), "hidden": (), "pad": 2, "pool": 3, "std": 0.1}),
+    "polino": (polino.build, (3, 17, 18), {"convs": (8, 6, 6, 4), "hidden": (20,)}),
+    "wrn": (wide_resnet.build, (3, 18, 17), {"depth": 10, "widen": 1}),
+}
+NORMED = [name for name in THIN if not name.startswith("gupta")]
+FED = [name for name in THIN if name not in ("polino", "resnet18", "resnet50", "wrn")]
+"""Networks in which activations feed every layer but the first, alone."""
+
+
+def thin(name: str, **options: object) -> nn.Module:
+    build, shape, fixed = THIN[name]
+    torch.manual_seed(0)
+    return build(shape, 5, **fixed | options)
+
+
+def images(name: str, count: int = 4) -> Tensor:
+    return torch.randn(count, *THIN[name][1], generator=torch.Generator().manual_seed(1))
+
+
+def published(name: str, shape: Shape, classes: int, **options: object) -> nn.Module:
+    """Build what a file of conf/model says, without memory."""
+    node = {k: v for k, v in (CONF[name] | options).items() if v != "auto" and k != "act"}
+    with torch.device("meta"):
+        return registry.create("model", node, shape, classes)  # type: ignore[no-any-return]
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "millions", "share"),
+    [("a", 2_082_378, 41.7, 0.11), ("b", 523_306, 11.6, 0.20), ("c", 132_186, 3.48, 0.34), ("d", 33_730, 1.16, 0.50)],
+)
+def test_svhn_models(name: str, parameters: int, millions: float, share: float) -> None:
+    """Counted from the authors' script: parameters, multiply-adds (83.5 MFLOP in A), and the float layers' share."""
+    model = published(f"svhn_{name}", SVHN, 10)
+    macs = count_macs(model, SVHN)
+    assert count(model) == parameters
+    assert sum(macs.values()) / 1e6 == pytest.approx(millions, rel=0.003)
+    assert (macs["conv0"] + macs["fc1"]) / sum(macs.values()) == pytest.approx(share, abs=0.005)
+    if name == "a":
+        assert 2 * sum(macs.values()) / 1e6 == pytest.approx(83.5, abs=0.05)
+
+
+def test_dorefas_alexnet() -> None:
+    """60,985,416 as in the log of tensorpack's issue 810; sizes 54, 27, 14, 6 as the sheet of the script has them."""
+    model = published("dorefa_alexnet", IMAGENET, 1000)
+    assert count(model) == 60_985_416
+    macs = count_macs(model, IMAGENET)
+    assert macs["conv0"] == 54**2 * 96 * 3 * 12**2
+    assert macs["conv1"] == 54**2 * 256 * 48 * 5**2
+    assert macs["conv2"] == 27**2 * 384 * 256 * 3**2
+    assert macs["conv4"] == 14**2 * 256 * 192 * 3**2
+    assert macs["fc0"] == 6**2 * 256 * 4096
+
+
+def test_hwgqs_alexnet() -> None:
+    """By hand from the prototxt: eight layers without bias but the last, no scale or shift anywhere."""
+    convs = 11**2 * 3 * 96 + 5**2 * 96 * 256 + 9 * (256 * 384 + 384 * 384 + 384 * 256)
+    model = published("hwgq_alexnet", CAFFE, 1000, norm="plain")
+    assert count(model) == convs + 9216 * 4096 + 4096**2 + 4096 * 1000 + 1000 == 62_368_776
+    with torch.device("meta"):
+        assert count(hwgq_alexnet.build(IMAGENET, 1000, norm="plain")) == 62_368_776  # Caffe's maximum rounds up
+
+
+def test_hwgqs_resnet18() -> None:
+    """torchvision's 11,689,512 without BN's 9,600; conv1's bias; scale and shift in front of the eight sums."""
+    ends = 2 * (2 * (64 + 128 + 256 + 512) + 128 + 256 + 512)
+    assert count(published("hwgq_resnet18", IMAGENET, 1000, norm="plain")) == 11_689_512 - 9_600 + 64 + ends
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("18", 11_689_512), ("34", 21_797_672), ("50", 25_557_032)])
+def test_imagenet_resnets(name: str, parameters: int) -> None:
+    """The counts of torchvision's documentation; `pre` lacks the downsampling BNs, has one behind the last block."""
+    post, pre = (published(f"resnet{name}", IMAGENET, 1000, form=form) for form in ("post", "pre"))
+    assert count(post) == parameters
+    convs = [sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d)) for model in (post, pre)]
+    assert convs[0] == convs[1]
+    assert sum(count_macs(post, IMAGENET).values()) == sum(count_macs(pre, IMAGENET).values())
+
+
+def test_multiply_adds_of_torchvisions_documentation() -> None:
+    """GFLOPS of torchvision's tables, which are multiply-adds: 1.81, 3.66, 4.09; MobileNetV2 0.30, VGG-16 15.47, ..."""
+    expected = {"resnet18": 1.81, "resnet34": 3.66, "resnet50": 4.09, "mobilenet_v2_imagenet": 0.30, "vgg16": 15.47}
+    for name, giga in (expected | {"alexnet": 0.71, "googlenet": 1.50}).items():
+        macs = sum(count_macs(published(name, IMAGENET, 1000), IMAGENET).values())
+        assert macs / 1e9 == pytest.approx(giga, abs=0.006), name
+
+
+def test_resnet18b_has_one_and_a_half_times_the_filters() -> None:
+    wide, model = published("resnet18b", IMAGENET, 1000), published("resnet18", IMAGENET, 1000)
+    pairs = list(zip(wide.modules(), model.modules(), strict=True))
+    assert {a.out_channels / b.out_channels for a, b in pairs if isinstance(b, nn.Conv2d)} == {1.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("polino_teacher", 5.346),
+        ("polino_s0", 1.000),
+        ("polino_s1", 0.318),
+        ("polino_s2", 0.112),
+        ("polino_deeper", 5.83),
+        ("wrn_28_20", 145.8),
+        ("wrn_16_22", 82.7),
+        ("wrn_22_8", 17.2),
+        ("wrn_28_10", 36.5),
+    ],
+)
+def test_polinos_networks(name: str, millions: float) -> None:
+    """Counted from the authors' code: parameters in millions, rounded (21.38, 4.00, 1.27, 0.45, ..., 583 megabytes)."""
+    digits = len(str(millions).partition(".")[2])
+    assert round(count(published(name, CIFAR, 10)) / 1e6, digits) == millions
+
+
+def test_guptas_networks_by_hand() -> None:
+    assert count(published("gupta_mlp", MNIST, 10)) == 784_000 + 1000 + 1_000_000 + 1000 + 10_010
+    assert count(published("gupta_mnist", MNIST, 10)) == 208 + 3_216 + (16 * 4 * 4 * 128 + 128) + 1_290
+    assert count(published("gupta_cifar", CIFAR, 10)) == 4_864 + 2 * 102_464 + (64 * 4 * 4 * 10 + 10)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"])
+def test_ttqs_resnets_by_hand(name: str) -> None:
+    """Pre-activation, no biases, shortcuts without parameters; BN in front of each convolution and of the head."""
+    m = 2 * (int(name.removeprefix("resnet")) - 2) // 6  # convolutions of a stage
+    convs = 9 * (3 * 16 + m * 16**2 + 16 * 32 + (m - 1) * 32**2 + 32 * 64 + (m - 1) * 64**2)
+    norms = 2 * (m * 16 + 16 + (m - 1) * 32 + 32 + (m - 1) * 64 + 64)
+    model = published(name, CIFAR, 10)
+    assert count(model) == convs + norms + 650
+    assert model.form == "pre"
+
+
+def test_ttqs_shortcut_averages_and_pads_half_of_the_zeros_on_either_side() -> None:
+    block = resnet.build(CIFAR, 10, depth=8, width=4).get_submodule("layer2.0")
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 4, 6, 6)
+    y = block(x)
+    assert y.shape == (2, 8, 3, 3)
+    torch.testing.assert_close(y[:, 2:6], x.reshape(2, 4, 3, 2, 3, 2).mean((3, 5)))
+    assert not y[:, :2].any()
+    assert not y[:, 6:].any()
+
+
+# Order
+
+
+def kinds(model: nn.Module) -> str:
+    """Return the layers of a chain as the papers write them; Q is an activation."""
+    letters = {"Conv2d": "C", "Linear": "F", "ReLU": "Q", "Hardtanh": "h", "SamePool": "M", "MaxPool2d": "M"}
+    letters |= {"BatchNorm2d": "B", "BatchNorm1d": "B", "Dropout": "d", "Dropout2d": "d", "Drop": "d", "Restore": "r"}
+    found = "".join(letters.get(type(m).__name__, "") for m in model.children())
+    return found[0] + found[1:].replace("C", " C").replace("F", " F")
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("svhn clip", "CMQ CBQ CBMQ CBQ CBQ CBQd CrBh F"),
+        ("dorefa_alexnet", "CQ CBMQ CBMQ CBQ CBMQ FBQ FBQ F"),
+        ("hwgq_alexnet", "CMBQ CMBQ CBQ CBQ CMBQ FBQ FBQ F"),
+        ("gupta_mnist", "CQM CQM FQ F"),
+        ("gupta_cifar", "CQM CQM CQM F"),
+        ("polino", "CQB CQBMd CQB CQBMd FQBd FQ"),
+    ],
+)
+def test_order_of_pool_norm_activation(name: str, order: str) -> None:
+    assert kinds(thin(name)) == order
+
+
+def test_polinos_teacher_drops_as_the_authors_do() -> None:
+    model = published("polino_teacher", CIFAR, 10)
+    assert kinds(model) == "CQB CQBMd CQB CQBMd CQB CQB CQB CQBMd FQBd FQBd FQ"
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout2d)] == [0.2, 0.3, 0.35]
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.4, 0.4]
+    assert not [m for m in published("polino_s0", CIFAR, 10, dropout=[]).modules() if getattr(m, "p", 0)]
+
+
+def test_which_normalizations_hwgq_leaves_scale_and_shift() -> None:
+    model = hwgq_resnet.build(CIFAR, 5, depth=18, width=4, norm="plain")
+    affine = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine}
+    blocks = [f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)]
+    assert affine == {f"{b}.bn" for b in blocks} | {f"layer{stage}.0.downsample.1" for stage in (2, 3, 4)}
+    assert isinstance(model.get_submodule("layer1.0.bn1"), nn.Identity)
+
+
+@pytest.mark.parametrize(("build", "strides"), [(hwgq_resnet.build, (2, 1, 1)), (imagenet_resnet.build, (1, 2, 1))])
+def test_where_a_bottleneck_strides(build: Build, strides: tuple[int, ...]) -> None:
+    block = build(CIFAR, 5, depth=50, width=4).get_submodule("layer2.0")
+    assert tuple(getattr(block, f"conv{i}").stride[0] for i in (1, 2, 3)) == strides
+
+
+def test_first_block_of_hwgqs_resnet_adds_the_normalized_stem() -> None:
+    model = thin("hwgq_resnet18").eval()
+    for name in ("layer1.0.conv2.weight", "layer1.0.bn.bias"):
+        nn.init.zeros_(model.get_parameter(name))
+    nn.init.constant_(model.bn1.bias, -1.5)
+    seen: list[Tensor] = []
+    model.bn1.register_forward_hook(lambda module, x, y: seen.append(y))
+    model.get_submodule("layer1.0").register_forward_hook(lambda module, x, y: seen.append(y))
+    model(images("hwgq_resnet18"))
+    assert seen[0].min() < 0
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("name", ["hwgq_resnet18", "preresnet18"])
+def test_shortcuts_that_change_shape_read_the_activated_input(name: str) -> None:
+    block = thin(name).get_submodule("layer2.0").eval()
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(block(x), block.downsample(x.div((1 + block.bn1.eps) ** 0.5).relu()))
+    nn.init.constant_(block.bn1.bias, -9)
+    assert not block(x).any()
+
+
+@pytest.mark.parametrize("name", ["hwgq_resnet18", "preresnet18", "resnet18", "wrn"])
+def test_the_last_layer_reads_an_average_of_activated_values(name: str) -> None:
+    model = thin(name).train()
+    seen: list[Tensor] = []
+    last = model.get_submodule(list(quantizable(model))[-1])
+    last.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    model(images(name))
+    assert seen[0].min() >= 0
+    assert seen[0].max() > 0
+
+
+def test_wide_resnet_strides_late_and_its_shortcut_reads_the_raw_input() -> None:
+    model = thin("wrn")
+    block = model.get_submodule("layer2.0")
+    assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 16, 6, 6)
+    assert torch.equal(block(x), block.shortcut[0](x))
+    assert model.bn1.momentum == 0.9
+
+
+@pytest.mark.parametrize("size", [5, 6, 27, 54])
+def test_same_pool_is_tensorflows(size: int) -> None:
+    """Output ceil(n / 2); of the padding that this needs, the half rounded down comes first."""
+    x = torch.randn(1, 2, size, size + 1)
+    y = dorefa_alexnet.SamePool()(x)
+    assert y.shape[2:] == (-(-size // 2), -(-(size + 1) // 2))
+    before = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) // 2 for n in x.shape[2:]]
+    for row in range(y.shape[2]):
+        for column in range(y.shape[3]):
+            top, left = 2 * row - before[0], 2 * column - before[1]
+            cells = x[0, :, max(top, 0) : top + 3, max(left, 0) : left + 3]
+            assert torch.equal(y[0, :, row, column], cells.amax((1, 2)))
+
+
+def test_svhn_drops_behind_the_quantizer() -> None:
+    model = install(dorefa.build(w=2, a=2), thin("svhn"), example=images("svhn")).train()
+    x = torch.randn(3, 16, 5, 5)
+    torch.manual_seed(4)
+    y = model.restore6(model.conv6(model.drop5(x)))
+    torch.manual_seed(4)
+    kept = torch.empty_like(x).bernoulli_(0.5)
+    quantized = dorefa.quantize_activation(x, 2) * kept / 0.5
+    torch.testing.assert_close(y, F.conv2d(quantized, model.conv6.weight_q(model.conv6.weight)))
+    assert 0.3 < kept.mean() < 0.7
+    model.eval()
+    assert torch.equal(model.restore6(model.drop5(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"), [("relu", [0, 0.5, 3]), ("clip", [0, 0.5, 1]), ("magnitude", [1, 0.5, 1])]
+)
+def test_heads(head: str, expected: list[float]) -> None:
+    act = dorefa_svhn.build(SVHN, 10, width=1, head=head).act6
+    assert act(torch.tensor([-2, 0.5, 3])).tolist() == expected
+
+
+# torchvision's names
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_imagenet_resnets_take_torchvisions_weights(depth: int) -> None:
+    with torch.device("meta"):
+        theirs = getattr(vision.torchvision().models, f"resnet{depth}")(weights=None)
+    ours = published(f"resnet{depth}", IMAGENET, 1000)
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
+        (k, v.shape) for k, v in theirs.state_dict().items()
+    ]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_imagenet_resnets_compute_what_torchvisions_do(depth: int) -> None:
+    theirs = getattr(vision.torchvision().models, f"resnet{depth}")(weights=None, num_classes=7).eval()
+    ours = imagenet_resnet.build((3, 40, 36), 7, depth=depth).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):  # statistics that are not 0 and 1, and no explosion
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(1, 2)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 40, 36)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "googlenet", "alexnet", "mobilenet_v2_imagenet"])
+def test_torchvisions_own_state_dicts_fit(name: str) -> None:
+    extra = {"init_weights": True} if name == "googlenet" else {}
+    with torch.device("meta"):
+        theirs = vision.torchvision().models.get_model(CONF[name]["net"], weights=None, **extra)
+    found = published(name, IMAGENET, 1000).load_state_dict(theirs.state_dict(), strict=False, assign=True)
+    assert found.missing_keys == []
+    assert {key.partition(".")[0] for key in found.unexpected_keys} == ({"aux1", "aux2"} if extra else set())
+
+
+# Which layers an activation feeds
+
+
+@pytest.mark.parametrize("name", FED)
+def test_replacing_activations_changes_no_value(name: str) -> None:
+    """DoReFa's quantizer clips at 0 itself: with the ReLU or without, unless it feeds something else too."""
+    float_model = thin(name)
+    for module in float_model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.running_mean.normal_(0, 0.5)
+    x = images(name)
+    kept, replaced = (
+        install(dorefa.build(w=4, a=4), copy.deepcopy(float_model), example=x, act=act).eval()
+        for act in ("kept", "replaced")
+    )
+    last = list(quantizable(float_model))[-1]
+    taken = {n for n, m in replaced.named_modules() if isinstance(m, Replaced)}
+    assert taken == {act for act, readers in float_model.feeds.items() if readers != (last,)}
+    assert torch.equal(kept(x), replaced(x))
+
+
+@pytest.mark.parametrize("name", FED)
+def test_methods_that_are_the_activation_take_every_layer(name: str) -> None:
+    float_model = thin(name)
+    for method, model in (
+        (xnor.build(w=1, a=1), copy.deepcopy(float_model)),
+        (hwgq.build(w=1, a=2), thin(name, norm="plain") if name in NORMED else copy.deepcopy(float_model)),
+    ):
+        layers = list(quantizable(model))
+        install(method, model, example=images(name))
+        found = quantized_layers(model)
+        assert len(found) == len(layers) - 2
+        assert all(type(layer.input_q) is not nn.Identity for layer in found.values())
+        loss = F.cross_entropy(model.train()(images(name)), torch.arange(4))
+        loss.backward()
+        assert loss.isfinite()
+        assert all(layer.weight.grad.isfinite().all() for layer in found.values())
+
+
+def test_where_no_activation_feeds_a_layer_alone() -> None:
+    with pytest.raises(Unsupported, match=r"layer1\.0\.conv1 there is none that feeds it alone"):
+        install(xnor.build(w=1, a=1), thin("resnet18"), example=images("resnet18"))
+    with pytest.raises(Unsupported, match=r"shortcut\.0 there is none that feeds it alone"):
+        install(xnor.build(w=1, a=1), thin("wrn"), example=images("wrn"))
+    with pytest.raises(Unsupported, match="feeds"):
+        install(xnor.build(w=1, a=1), thin("polino"), example=images("polino"))
+    model = install(xnor.build(w=1, a=1), thin("wrn"), Policy(downsample="float"), example=images("wrn"))
+    assert set(quantized_layers(model)) == {f"layer{s}.0.conv{i}" for s in (1, 2, 3) for i in (1, 2)}
+
+
+def test_torchvisions_chains_feed_through_maximum_dropout_and_an_idle_average() -> None:
+    feeds = published("vgg16", IMAGENET, 1000).feeds
+    convs = [2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    readers = [f"features.{i}" for i in convs] + [f"classifier.{i}" for i in (0, 3, 6)]
+    assert [layer for (layer,) in feeds.values()] == readers
+    assert (feeds["features.29"], feeds["features.3"]) == (("classifier.0",), ("features.5",))
+    small = published("vgg16", CIFAR, 10).feeds  # 1x1 features, which the average repeats
+    assert "features.29" not in small
+    assert feeds.items() - small.items() == {("features.29", ("classifier.0",))}
+    assert list(published("alexnet", IMAGENET, 1000).feeds.values()) == [
+        *((f"features.{i}",) for i in (3, 6, 8, 10)),
+        *((f"classifier.{i}",) for i in (1, 4, 6)),
+    ]
+    assert not hasattr(published("googlenet", IMAGENET, 1000), "feeds")
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "alexnet"])
+def test_xnor_takes_every_layer_of_torchvisions_chains(name: str) -> None:
+    model = published(name, IMAGENET, 1000)
+    example = torch.zeros(1, *IMAGENET, device="meta")
+    install(xnor.build(w=1, a=1), model, example=example)
+    assert len(quantized_layers(model)) == len(quantizable(model)) - 2
+    assert model(example).shape == (1, 1000)
+
+
+def test_replacing_activations_of_torchvisions_alexnet_changes_no_value() -> None:
+    torch.manual_seed(0)
+    model = zoo.build(IMAGENET, 5, net="alexnet")
+    x, method = torch.randn(1, *IMAGENET), dorefa.build(w=32, a=4)
+    with torch.no_grad():
+        kept = install(method, copy.deepcopy(model), example=x, act="kept").eval()(x)
+        assert torch.equal(install(method, model, example=x, act="replaced").eval()(x), kept)
+    assert kept.std() > 0
+
+
+# One step
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_two_bits_of_dorefa_train(name: str) -> None:
+    model = thin(name)
+    x, labels = images(name), torch.arange(4)
+    install(dorefa.build(w=2, a=2), model, example=x).train()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    first = next(n for n, p in model.named_parameters())
+    assert not torch.equal(model.state_dict()[first], before[first])
+    assert model(x).shape == (4, 5)
+
+
+@pytest.mark.parametrize("norm", ["affine", "plain", "none"])
+@pytest.mark.parametrize("name", NORMED)
+def test_normalizations(name: str, norm: str) -> None:
+    model = thin(name, norm=norm)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)]
+    assert model.norm == norm
+    assert model(images(name)).isfinite().all()
+    assert bool(norms) == (norm != "none")
+    assert all(m.affine for m in norms) == (norm != "plain" or not norms)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("build", "smallest", "options"),
+    [
+        (dorefa_svhn.build, 37, {"width": 1}),
+        (dorefa_alexnet.build, 44, {"width_mult": 0.01}),
+        (hwgq_alexnet.build, 39, {"width_mult": 0.01}),
+        (hwgq_resnet.build, 5, {"width": 1}),
+        (polino.build, 4, {"convs": (2, 2, 2, 2), "hidden": (2,)}),
+        (gupta.build, 13, {"convs": (2, 2), "hidden": ()}),
+    ],
+)
+def test_images_that_are_too_small(build: Build, smallest: int, options: dict[str, Any]) -> None:
+    for shape in ((3, smallest, smallest + 3), (3, smallest + 1, smallest)):
+        assert build(shape, 3, **options)(torch.randn(2, *shape)).shape == (2, 3)
+    for shape in ((3, smallest - 1, 300), (3, 300, smallest - 1), (3, 1, 1)):
+        with pytest.raises(ValueError, match=f"images of {shape[1]}x{shape[2]}"):
+            build(shape, 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (dorefa_svhn.build, {"width": 0}, r"width=0: allowed is 1 or more; models A to D have 16, 8, 4 and 2"),
+        (dorefa_svhn.build, {"dropout": 1.0}, r"dropout=1.0: allowed is 0 or more and below 1"),
+        (dorefa_svhn.build, {"head": "tanh"}, r"head=tanh: allowed are relu, clip, magnitude"),
+        (dorefa_alexnet.build, {"head": "tanh"}, r"head=tanh: allowed are relu, clip, magnitude"),
+        (dorefa_alexnet.build, {"width_mult": 0.0}, r"width_mult=0.0: allowed is a factor above 0"),
+        (hwgq_alexnet.build, {"width_mult": -1.0}, r"width_mult=-1.0: allowed is a factor above 0"),
+        (hwgq_resnet.build, {"depth": 20}, r"depth=20: allowed are 18, 34, 50"),
+        (hwgq_resnet.build, {"width": 0}, r"width=0: allowed is 1 or more channels"),
+        (imagenet_resnet.build, {"depth": 101}, r"depth=101: allowed are 18, 34, 50"),
+        (imagenet_resnet.build, {"width": 0}, r"width=0: allowed is 1 or more channels"),
+        (imagenet_resnet.build, {"form": "middle"}, r"form=middle: allowed are pre .* and post"),
+        (gupta.build, {"convs": (8, 0)}, r"convs=\[8, 0\] and hidden=\[1000, 1000\]: allowed are one layer or more"),
+        (gupta.build, {"convs": (), "hidden": ()}, r"convs=\[\] and hidden=\[\]: allowed are one layer or more"),
+        (gupta.build, {"pad": 3}, r"pad=3: allowed are 0, 1 and 2"),
+        (gupta.build, {"pool": 4}, r"pool=4: allowed are 2 and 3"),
+        (gupta.build, {"std": 0.0}, r"std=0.0: allowed is more than 0"),
+        (polino.build, {"convs": ()}, r"convs=\[\]: allowed are one layer or more"),
+        (polino.build, {"hidden": (0,)}, r"hidden=\[0\]: allowed are layers of 1 or more"),
+        (polino.build, {"kernel": 4}, r"kernel=4: allowed are odd sizes"),
+        (polino.build, {"pools": (4, 2)}, r"pools=\[4, 2\]: allowed are numbers from 1 to 4, rising"),
+        (polino.build, {"pools": (5,)}, r"pools=\[5\]: allowed are numbers from 1 to 4"),
+        (polino.build, {"dropout": (0.2,)}, r"dropout=\[0.2\]: allowed are 3 rates"),
+        (polino.build, {"dropout": (0.2, 0.3, 1.0)}, r"dropout=\[0.2, 0.3, 1.0\]: allowed are 3 rates"),
+        (wide_resnet.build, {"depth": 20}, r"depth=20: allowed are 6 n \+ 4"),
+        (wide_resnet.build, {"widen": 0}, r"widen=0: allowed is 1 or more"),
+        (wide_resnet.build, {"dropout": -0.1}, r"dropout=-0.1: allowed is 0 or more and below 1"),
+    ],
+)
+def test_refusals(build: Build, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build((3, 64, 64), 10, **options)
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_unknown_normalization(name: str) -> None:
+    with pytest.raises(ValueError, match=r"norm=batch: allowed are auto, affine, plain, none"):
+        thin(name, norm="batch")

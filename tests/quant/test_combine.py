@@ -1,0 +1,264 @@
+"""Methods made of methods: activations of another paper, a teacher over any of them, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Configure
+from torch import nn
+from torch.nn import functional as F
+
+from qbench.errors import CheckpointError, ConfigError, Diverged
+from qbench.experiment.run import run
+from qbench.experiment.setup import assemble
+from qbench.methods import bwn, dorefa, gupta, hwgq, inq, lsq, pact, ttq, xnor
+from qbench.methods import float as float_method
+from qbench.models import mlp
+from qbench.quant.combine import combine, distilled
+from qbench.quant.layers import NotFinite, install, quantized_layers
+from qbench.quant.method import Unsupported
+from qbench.runs.directory import Result
+
+SHAPE = (1, 4, 4)
+
+
+def test_each_half_quantizes_what_it_is_for() -> None:
+    method = combine(ttq.build(), hwgq.build(w=32, a=3))
+    assert str(method.bits) == "w2a3g32"
+    assert method.name == "ttq+hwgq"
+    assert method.requires.norm == "plain"
+    model = install(method, mlp.build(SHAPE, 3, hidden=3, width=8, norm="plain"))
+    for layer in quantized_layers(model).values():
+        assert isinstance(layer.weight_q, ttq.Weight)
+        assert isinstance(layer.input_q, hwgq.Activation)
+
+
+def test_both_finish_the_step_and_the_optimizer_steps_once() -> None:
+    method = combine(ttq.build(), lsq.build(w=32, a=2))
+    model = install(method, mlp.build(SHAPE, 3, hidden=2, width=8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (layer,) = quantized_layers(model).values()
+    with torch.no_grad():
+        layer.weight_q.positive.fill_(-1.0)
+        layer.input_q.step.fill_(-1.0)
+        layer.weight.grad = torch.ones_like(layer.weight)
+    before = layer.weight.detach().clone()
+    assert method.step is not None
+    method.step(model, optimizer)
+    torch.testing.assert_close(layer.weight.detach(), before - 0.1)
+    assert layer.weight_q.positive > 0, "the first one's own part"
+    assert layer.input_q.step > 0, "the second one's own part"
+
+
+def test_gradients_belong_to_the_one_that_knows_them() -> None:
+    assert combine(dorefa.build(w=2, g=4), pact.build(w=32, a=2)).bits.g == 4
+    assert combine(ttq.build(), dorefa.build(w=32, a=2, g=4)).bits.g == 4
+    method = combine(ttq.build(), dorefa.build(w=32, a=2, g=4))
+    (layer,) = quantized_layers(install(method, mlp.build(SHAPE, 3, hidden=2, width=8))).values()
+    assert isinstance(layer.output_q, dorefa.Gradient)
+
+
+def test_phases_and_scratch_come_from_either() -> None:
+    assert list(combine(inq.build(), dorefa.build(w=32, a=2)).phases(8)) == list(inq.build().phases(8))
+    assert combine(gupta.build(a=32, g=32), lsq.build(w=32, a=4)).requires.start == "scratch"
+
+
+def test_what_excludes_each_other_is_refused() -> None:
+    with pytest.raises(Unsupported, match="itself"):
+        combine(dorefa.build(), dorefa.build(w=32, a=2))
+    with pytest.raises(Unsupported, match="norm"):
+        combine(gupta.build(), hwgq.build(w=32))
+    both = combine(dorefa.build(w=2, g=4), xnor.build(w=32, scale="K"))
+    with pytest.raises(Unsupported, match="behind"):
+        install(both, mlp.build(SHAPE, 3, hidden=2, width=8))
+
+
+def test_float_weights_under_another_papers_activations() -> None:
+    method = combine(float_method.build(), dorefa.build(w=32, a=2))
+    (layer,) = quantized_layers(install(method, mlp.build(SHAPE, 3, hidden=2, width=8))).values()
+    assert torch.equal(layer.weight_q(layer.weight), layer.weight)
+    assert layer.input_q(torch.rand(50)).unique().numel() <= 4
+
+
+def test_distillation_by_its_formula() -> None:
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(5, 3), nn.Linear(5, 3)
+    x, y = torch.randn(7, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    method = distilled(bwn.build(), teacher, temperature=3.0, weight=0.6)
+    assert method.frozen == (teacher,)
+    assert method.loss is not None
+    found = method.loss(student, student(x), (x, y))
+
+    def softmax(z: np.ndarray) -> np.ndarray:
+        e = np.exp(z - z.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    s, t = student(x).detach().double().numpy(), teacher(x).detach().double().numpy()
+    p, q = softmax(t / 3), softmax(s / 3)
+    kl = (p * (np.log(p) - np.log(q))).sum(1).mean()
+    hard = -np.log(softmax(s)[np.arange(7), y.numpy()]).mean()
+    assert found.item() == pytest.approx(0.6 * 9 * kl + 0.4 * hard, rel=1e-5)
+    found.backward()
+    assert student.weight.grad is not None
+    assert teacher.weight.grad is None
+
+
+def result_of(configure: Configure, *words: str) -> Result:
+    return run(configure("experiment=smoke", "runtime.tensorboard=false", *words))
+
+
+def test_a_teacher_for_every_method(configure: Configure) -> None:
+    plain, taught = (result_of(configure, "method=dorefa", *words) for words in ([], ["distill=kd"]))
+    assert plain.weights_sha256 != taught.weights_sha256
+    assert plain.protocol["hash"] != taught.protocol["hash"], "a teacher is protocol where the method does not ask"
+    assert plain.float == taught.float
+
+
+def test_a_method_that_asks_for_its_teacher_keeps_the_protocol(configure: Configure) -> None:
+    asked, explicit, without = (configure("method=qd", *words) for words in ([], ["distill=kd"], ["distill=none"]))
+    other = configure("method=dorefa")
+    assert len({config.directory() for config in (asked, explicit, without)}) == 3
+    assert asked.distill.on
+    assert explicit.distill.on
+    assert explicit.protocol() == configure("method=dorefa", "distill=kd").protocol(), "typed, it is everybody's"
+    assert not without.distill.on
+    assert asked.protocol() == other.protocol()
+    assert "distilled from its float parent, as it asks" in assemble(asked).asks
+
+
+def test_a_finished_run_teaches(configure: Configure, tmp_path: Path) -> None:
+    teacher = result_of(configure, "method=ttq", "epochs=2", "pretrain.epochs=2")
+    taught = result_of(configure, "method=bwn", "distill=kd", f"distill.teacher={teacher.run}")
+    again = result_of(configure, "method=bwn", "distill=kd")
+    assert taught.weights_sha256 != again.weights_sha256, "the parent is another teacher"
+    assert taught.protocol["keys"]["distill"]["teacher"] != "parent"
+    with pytest.raises(ConfigError, match="was trained on digits"):
+        result_of(configure, "method=bwn", "dataset=synthetic", "distill=kd", f"distill.teacher={teacher.run}")
+    with pytest.raises(ConfigError, match="no such directory"):
+        configure("method=bwn", "distill=kd", f"distill.teacher={tmp_path / 'nothing'}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method=bwn", "distill.weight=0.5"], "distill=kd"),
+        (["method=bwn", "activation=dorefa"], "bits.a=2"),
+        (["method=bwn", "activation=nosuch", "bits.a=2"], "no such activation"),
+        (["method=bwn", "distill=kd", "distill.temperature=0"], "above 0"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_with_the_fix(configure: Configure, words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configure(*words)
+
+
+def test_a_wrong_key_of_the_second_method_is_named_as_typed(configure: Configure) -> None:
+    with pytest.raises(ConfigError, match=r"activation\.levels=odd"):
+        assemble(configure("method=bwn", "activation=hwgq", "activation.levels=odd"))
+
+
+def test_with_and_without_what_a_method_asks_for_are_two_rows(configure: Configure, tmp_path: Path) -> None:
+    from qbench.report.comparison.compare import compare
+    from qbench.runs.reader import read
+
+    for words in (["method=qd"], ["method=qd", "distill=none"], ["method=gupta"], ["method=gupta", "init=float"]):
+        result_of(configure, *words)
+    result_of(configure, "method=ttq", "method.deviation=missing_minus")
+    rows = {row["method"]: row["n"] for table in compare(read([str(tmp_path)])) for row in table.values}
+    assert rows.pop("ttq deviation=missing_minus") == 1, "never under the paper's name"
+    asked = {name: n for name, n in rows.items() if not name.startswith("float")}
+    assert asked == {"qd": 1, "qd distill=kd": 1, "gupta": 1, "gupta init=scratch": 1}
+
+
+@pytest.mark.parametrize("word", ["init=method", "distill.name=method", "+method.init=banana"])
+def test_what_only_a_method_may_say_is_refused(configure: Configure, word: str) -> None:
+    with pytest.raises(ConfigError, match=r"allowed are|the method's to say"):
+        configure("method=dorefa", word)
+
+
+def test_wrong_keys_are_answered_with_the_methods_own(configure: Configure) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean method\.threshold"):
+        configure("method=ttq", "method.thresold=max")
+    with pytest.raises(ConfigError, match=r"did you mean activation\.levels"):
+        configure("method=bwn", "activation=hwgq", "activation.level=sign")
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_trained(
+    configure: Configure, tmp_path: Path
+) -> None:
+    teacher = result_of(configure, "method=bwn")
+    before = set(tmp_path.rglob("config.yaml"))
+    with pytest.raises(ConfigError, match="was trained on digits"):
+        result_of(configure, "method=bwn", "dataset=synthetic", "distill=kd", f"distill.teacher={teacher.run}")
+    config = Path(teacher.run) / "config.yaml"
+    whole = config.read_text()
+    for broken in ("", "{", whole.replace("width: 4", "width: 5")):
+        config.write_text(broken)
+        with pytest.raises(CheckpointError, match=r"distill\.teacher="):
+            result_of(configure, "method=lsq", "distill=kd", f"distill.teacher={teacher.run}")
+    assert set(tmp_path.rglob("config.yaml")) == before
+
+
+def test_a_method_that_rounds_afterwards_takes_no_teacher(configure: Configure) -> None:
+    for more, asks in (([], ["not trained: post-training quantization"]), (["activation=lsq"], [])):
+        words = ["method=qd", "method.trained=false", *more]
+        with pytest.raises(Unsupported, match="distill=none"):
+            assemble(configure(*words))
+        assert assemble(configure(*words, "distill=none")).asks == asks
+
+
+def test_mlq_refuses_layers_of_unlike_width(configure: Configure) -> None:
+    with pytest.raises(Unsupported, match="one width"):
+        assemble(configure("method=mlq", "bits=w3", "layers.first=2"))
+
+
+def test_a_method_from_scratch_is_compared_with_its_float_twin(configure: Configure) -> None:
+    result = result_of(configure, "method=gupta")
+    assert result.float is not None
+    assert result.asks == ["trained from scratch, as it asks"]
+    assert configure("method=gupta", "init=scratch").protocol() == configure("method=dorefa", "init=scratch").protocol()
+    assert configure("method=gupta").protocol() == configure("method=dorefa").protocol()
+    assert configure("method=gupta", "init=float").protocol() == configure("method=dorefa").protocol()
+
+
+def test_every_result_carries_the_card_and_the_predictions(configure: Configure) -> None:
+    result = result_of(configure, "method=ttq", "activation=dorefa", "bits.a=2")
+    assert set(result.card) == {"ttq", "dorefa"}
+    assert "t = 0.05" in result.card["ttq"]["choices"]
+    assert result.card["dorefa"]["deviations"]
+    stored = json.loads((Path(result.run) / "result.json").read_text())
+    assert stored["card"] == result.card
+    answers = np.load(Path(result.run) / "predictions.npy")
+    assert answers.dtype == np.int16
+    assert result.final is not None
+    assert 100 * (answers[:, 0] == answers[:, 1]).mean() == pytest.approx(result.final["test"]["top1"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_has_a_name(bad: float) -> None:
+    model = install(hwgq.build(), mlp.build(SHAPE, 3, hidden=3, width=8, norm="plain"))
+    x = torch.randn(4, *SHAPE)
+    x[0, 0, 0, 0] = bad
+    with pytest.raises(NotFinite, match=r"fc1: 1 of 64 values of its input are inf or nan"):
+        model(x)
+    with torch.no_grad():
+        model.get_submodule("fc2").weight[0, 0] = bad
+    with pytest.raises(NotFinite, match="fc2: 1 of 64 values of its weights"):
+        model(torch.randn(4, *SHAPE))
+
+
+def test_a_run_that_explodes_is_diverged(configure: Configure) -> None:
+    with pytest.raises(Diverged, match=r"inf or nan|not finite|loss is"):
+        result_of(configure, "method=dorefa", "bits=w2a2", "optim=sgd", "optim.lr=1e30", "init=scratch")
+
+
+def test_xnors_scale_is_installed_where_the_input_is_binary() -> None:
+    model = install(xnor.build(scale="K"), mlp.build(SHAPE, 3, hidden=3, width=8))
+    layers = quantized_layers(model)
+    assert all(isinstance(layer.output_q, xnor.InputScale) for layer in layers.values())
+    x = torch.randn(5, 8)
+    layer = layers["fc2"]
+    expected = F.linear(torch.where(x >= 0, 1.0, -1.0), layer.weight_q(layer.weight)) * x.abs().mean(1, keepdim=True)
+    torch.testing.assert_close(layer(x), expected)

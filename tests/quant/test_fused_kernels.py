@@ -1,0 +1,306 @@
+"""The fast form of every quantizer against its plain definition: forward exactly, gradients to a millionth."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qbench.config import compose, registry
+from qbench.methods import dorefa, gupta, hwgq, lsq, pact, uniform, xnor
+from qbench.models import resnet
+from qbench.quant import fused_kernels as passes
+from qbench.quant import ops
+from qbench.quant.layers import install
+from qbench.quant.method import Method, Probe
+
+METHODS = [name for name in registry.names("method") if name not in ("float",)]
+
+
+def awkward(levels: int = 4) -> Tensor:
+    """Return activations with ties, ends, borders of cells and zeros of both signs among them, channels_last."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 5, 5) * 1.5
+    flat = x.view(-1)
+    for i, n in enumerate((1, 2, 3, 7, 15)):
+        special = torch.arange(-2 * n, 2 * n + 1) / (2 * n)
+        flat[60 * i : 60 * i + len(special)] = special
+    flat[300:304] = torch.tensor([0.0, -0.0, 1.0, -1.0])
+    flat[304:308] = torch.tensor([math.nextafter(1, 2), math.nextafter(1, 0), 1e-40, -1e-40])
+    return x.to(memory_format=torch.channels_last)
+
+
+def both(function, x: Tensor, *learned: Tensor) -> list[list[Tensor]]:
+    """Return value and gradients by the fast form, the compressed one, and the plain definition."""
+    torch.manual_seed(1)
+    weights, found = torch.randn_like(x), []
+    for context in (ops.compressed(False), ops.compressed(), ops.plainly()):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *learned)]
+        with context:
+            y = function(*leaves)
+            y.backward(weights)
+        found.append([y.detach(), *[leaf.grad for leaf in leaves]])
+    return found
+
+
+T = torch.tensor
+ACTIVATIONS = {
+    **{f"dorefa {b}": (lambda x, b=b: dorefa.quantize_activation(x, b), ()) for b in (1, 2, 3, 4, 8, 16)},
+    **{f"dorefa abs {b}": (lambda x, b=b: dorefa.quantize_activation_abs(x, b), ()) for b in (1, 3, 8)},
+    **{f"pact {b}": (lambda x, a, b=b: pact.quantize_activation(x, a, b), (T(0.7),)) for b in (1, 2, 4, 8, 16)},
+    "pact, alpha 1": (lambda x, a: pact.quantize_activation(x, a, 2), (T(1.0),)),
+    **{
+        f"lsq {b} {signed}": (lambda x, s, b=b, signed=signed: lsq.quantize(x, s, b, signed), (T(step),))
+        for b, signed, step in ((1, False, 1.0), (2, False, 0.5), (2, True, 0.5), (4, True, 0.21), (8, False, 0.01))
+    },
+    **{
+        f"uniform {b}": (lambda x, b=b: uniform.quantize_activation(x, T(-0.4), T(1.3), b), ())
+        for b in (1, 2, 4, 8, 16)
+    },
+    "xnor": (xnor.binarize_activation, ()),
+    **{
+        f"hwgq {b} {u} {how}": (
+            lambda x, b=b, u=u, how=how: hwgq.quantize_activation(x, hwgq.half_wave_levels(b, u), how),
+            (),
+        )
+        for b in (1, 2, 4, 6)
+        for u in (True, False)
+        for how in hwgq.BACKWARDS
+    },
+    **{
+        f"hwgq half step {how}": (
+            lambda x, how=how: hwgq.quantize_activation_half_step(x, T([0.5, 1.0, 1.5]), how),
+            (),
+        )
+        for how in hwgq.BACKWARDS
+    },
+    "gupta": (lambda x: gupta.to_fixed(x, 1, 3, "nearest"), ()),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations(name: str, dtype: torch.dtype) -> None:
+    function, learned = ACTIVATIONS[name]
+    fast, small, plain = both(function, awkward().to(dtype), *[t.to(dtype) for t in learned])
+    for other in (fast, small):
+        assert torch.equal(other[0], plain[0])
+        assert other[0].stride() == plain[0].stride()
+        for mine, theirs in zip(other[1:], plain[1:], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
+            if mine.dim():
+                assert torch.equal(mine == 0, theirs == 0)  # the masks are the same, ends included
+    assert all(torch.equal(a, b) for a, b in zip(fast[:2], small[:2], strict=True))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+@pytest.mark.parametrize("w", [torch.randn(7, 5, 3, 3), torch.zeros(3, 2), T([0.5, -0.5, 0.1]), T([-2.0])])
+def test_dorefa_weights(bits: int, w: Tensor) -> None:
+    fast, _, plain = both(lambda w: dorefa.quantize_weight(w, bits), w)
+    assert torch.equal(fast[0], plain[0])
+    torch.testing.assert_close(fast[1], plain[1], rtol=1e-5, atol=1e-6)
+
+
+def trained_step(name: str, context) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return logits and gradients of a small network under a method, after `prepare` and the first `on_epoch`."""
+    (config,) = compose.configurations([f"method={name}"])
+    from qbench.experiment.setup import make_method, widths
+
+    method = make_method(config, widths(config))
+    torch.manual_seed(0)
+    norm = method.requires.norm or "affine"
+    model = install(method, resnet.build((3, 8, 8), 4, depth=8, width=4, norm=norm), example=torch.zeros(1, 3, 8, 8))
+    model = model.to(memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 8, 8).to(memory_format=torch.channels_last)
+    labels = torch.arange(8) % 4
+    probe = Probe([(images, labels)], F.cross_entropy)
+    if method.prepare:
+        method.prepare(model, probe)
+    if method.on_epoch:
+        method.on_epoch(model, 0, 4, probe)
+    torch.manual_seed(2)
+    with context:
+        logits = model.train()(images)
+        F.cross_entropy(logits, labels).backward()
+    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_networks(name: str) -> None:
+    logits, grads = trained_step(name, ops.compressed(False))
+    for context in (ops.compressed(), ops.plainly()):
+        others, theirs = trained_step(name, context)
+        assert torch.equal(logits, others)
+        assert grads.keys() == theirs.keys()
+        for key, grad in grads.items():
+            torch.testing.assert_close(grad, theirs[key], rtol=1e-4, atol=1e-6 * float(theirs[key].abs().max() + 1))
+
+
+def network(method: Method | None = None) -> nn.Module:
+    """Return a ResNet-20 whose activations outweigh everything else, with a method or without, in channels_last."""
+    torch.manual_seed(0)
+    model = resnet.build((3, 16, 16), 10, depth=20, width=4)
+    if method is not None:
+        install(method, model, example=torch.zeros(1, 3, 16, 16))
+    return model.to(memory_format=torch.channels_last)
+
+
+IMAGES = torch.randn(64, 3, 16, 16).to(memory_format=torch.channels_last)
+
+
+def alive(model: nn.Module) -> int:
+    """Return the bytes that a forward pass leaves allocated, whoever holds them."""
+    model(IMAGES)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        logits = model(IMAGES)
+    del logits
+    return sum(event.self_cpu_memory_usage for event in found.key_averages())
+
+
+def saved(model: nn.Module) -> int:
+    """Return the bytes of the distinct storages that saved_tensors_hooks are shown."""
+    storages: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(IMAGES)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("build", [dorefa.build, pact.build, xnor.build, hwgq.build, lsq.build])
+def test_no_more_is_kept_for_backward_than_by_float(build) -> None:
+    method = build() if build in (xnor.build, hwgq.build) else build(w=2, a=2)
+    plain, model = network(), network(method)
+    assert alive(model) <= 1.05 * alive(plain)
+    assert saved(model) <= 1.05 * saved(plain)
+    with ops.plainly():
+        assert alive(model) > 1.1 * alive(plain), "what the fast forms save"
+    if "cells_input" in method.traits:
+        with ops.compressed():
+            assert saved(model) <= 0.65 * saved(plain)
+            assert alive(model) <= 0.68 * alive(plain)
+
+
+class Count(TorchDispatchMode):
+    """Counts operations that make or change tensors of at least `size` elements, and bool tensors among them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.passes, self.masks = size, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.numel() >= self.size and function not in VIEWS:
+            self.passes += 1
+            self.masks += made.dtype == torch.bool
+        return made
+
+
+VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.alias.default}
+
+
+@pytest.mark.parametrize(
+    ("function", "passes"),
+    [
+        (lambda x: dorefa.quantize_activation(x, 2), 4 + 1),
+        (lambda x: xnor.binarize_activation(x), 4 + 1),
+        (lambda x: pact.quantize_activation(x, T(1.0), 2), 7 + 2),
+        (lambda x: lsq.quantize(x, T(0.3), 2, False), 4 + 8),
+    ],
+)
+def test_passes_over_the_activations(function, passes: int) -> None:
+    x = torch.randn(4096, requires_grad=True)
+    with Count(4096) as count:
+        function(x).backward(torch.ones(4096))
+    assert count.passes - 1 <= passes, "one more accumulates x.grad"
+    assert count.masks == 0
+
+
+def test_what_reads_a_staircase_outside_the_layers_keeps_it() -> None:
+    """The plain way stays right: a network that calls the functions itself has the layers' gradients."""
+    x, w = torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    F.conv2d(dorefa.quantize_activation(x, 2), w).square().sum().backward()
+    mine = x.grad, w.grad
+    x.grad = w.grad = None
+    made = dorefa.quantize_activation(x, 2)
+    with ops.made_anew(made):
+        y = F.conv2d(made, w)
+    del made
+    y.square().sum().backward()
+    assert torch.equal(mine[0], x.grad)
+    assert torch.equal(mine[1], w.grad)
+
+
+def test_a_scale_learned_meanwhile_does_not_change_what_is_made_anew() -> None:
+    """Optimizers write to parameters in place: what backward computes again must be what forward computed."""
+    step, x = T(0.5, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    w = torch.randn(4, 3, requires_grad=True)
+    made = lsq.quantize(x, step, 2, True)
+    with ops.made_anew(made):
+        y = F.linear(made, w)
+    with torch.no_grad():
+        step.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_draws_do_not_depend_on_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(3)
+    made = passes.uniform(torch.empty(300_001))
+    assert made.double().mul(2**24).frac().eq(0).all()
+    assert made.min() >= 0
+    assert made.max() < 1
+    assert abs(float(made.mean()) - 0.5) < 5 * (1 / 12 / 300_001) ** 0.5
+    assert (made[[0, 1, -1]] * 2**24).tolist() == [6816874, 14401642, 3095658]
+
+
+def test_draws_are_uniform_and_uncorrelated() -> None:
+    """Over 4,000 tensors: each place evenly spread, no two correlated, nor four in the corners of a rectangle."""
+    seeds, count = 4000, 300
+    sources = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    draws = torch.stack([passes.uniform_16(count, torch.empty(0), source) for source in sources])
+    assert draws.dtype == torch.int16
+    assert len({tuple(row) for row in draws.tolist()}) == seeds
+    for bit in range(16):
+        share = (draws >> bit & 1).double().mean(0)
+        assert (share - 0.5).abs().max() < 5.5 * 0.5 / seeds**0.5, f"bit {bit}"
+    unit = (draws.double() + 0.5) / (2**15 * 3**-0.5)  # variance 1
+    correlation = unit.T @ unit / seeds
+    assert (correlation.diagonal() - 1).abs().max() < 5.5 * 0.8**0.5 / seeds**0.5
+    assert correlation.fill_diagonal_(0).abs().max() < 5.5 / seeds**0.5, "some two, of 44,850 pairs"
+    grid = unit[:, : 8 * 9 * 4].reshape(seeds, 8, 9, 4)  # of 75 words 8 full rows of 9, each word four numbers
+    for column in range(1, 9):
+        corners = grid[:, :-1, 0] * grid[:, :-1, column] * grid[:, 1:, 0] * grid[:, 1:, column]
+        assert corners.mean((0, 1)).abs().max() < 6 / (seeds * 7) ** 0.5 + 0.004, f"column {column}"
+
+
+@pytest.mark.parametrize("x", [0.0, 3.0, 0.25, -0.75, 2**-18, 1 - 2**-18, 1000.5])
+def test_stochastic_rounding_has_no_bias(x: float) -> None:
+    torch.manual_seed(0)
+    calls = [passes.round_up_or_down(torch.full((2**16,), x)) for _ in range(40)]
+    made = torch.stack(calls).double()
+    assert set(made.unique().tolist()) <= {math.floor(x), math.floor(x) + 1.0}
+    p, n = x - math.floor(x), made.numel()
+    assert abs(float(made.mean()) - x) <= 5 * (p * (1 - p) / n) ** 0.5
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch itself
+@pytest.mark.parametrize("method", ["dorefa", "lsq"])
+def test_a_step_can_be_captured_whole(method: str) -> None:
+    """torch.compile finds nothing in the layers for which it would have to leave the graph."""
+    build = {"dorefa": dorefa.build, "lsq": lsq.build}[method]
+    model = resnet.build((3, 8, 8), 4, depth=8, width=4)
+    install(build(w=2, a=2), model, example=torch.zeros(1, 3, 8, 8))
+    images = torch.randn(4, 3, 8, 8)
+    model(images)  # LSQ's steps start from the first batch
+    eager = model(images)
+    captured = torch.compile(model, backend="eager", fullgraph=True)(images)
+    torch.testing.assert_close(captured, eager)

@@ -1,0 +1,181 @@
+"""Verification, storage and cost: what a result says of its network."""
+
+import pytest
+import torch
+from torch import nn
+
+from qbench.cost.count import count_cost, count_macs
+from qbench.methods import dorefa
+from qbench.models import mlp, resnet
+from qbench.quant.layers import KeepOutput, NotFinite, install, quantized_layers
+from qbench.quant.method import Grid, Method, Storage
+from qbench.quant.ops import levels_k, on_backward, round_ste, sign, straight_through
+from qbench.quant.policy import Policy
+from qbench.quant.verify import NotQuantized, nearest_points, verify
+from qbench.system.torchvision import torchvision
+
+X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def net(method: Method, policy: Policy | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    return install(method, resnet.build((3, 8, 8), 10, depth=8, width=4), policy, example=X)
+
+
+def test_levels_are_counted_where_the_layer_computes() -> None:
+    found = verify(net(dorefa.build(w=3, a=2, g=4), Policy(last=8, first=8)), X)
+    assert list(found) == ["conv1", *[f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)], "fc"]
+    assert found["layer1.0.conv1"]["w"] == {"found": 8, "allowed": 8}
+    assert found["layer1.0.conv1"]["a"] == {"found": 4, "allowed": 4}
+    assert found["layer1.0.conv1"]["g"]["allowed"] == 16
+    assert 8 < found["layer1.0.conv1"]["g"]["found"] <= 16
+    assert found["conv1"]["w"]["allowed"] == 256
+
+
+@pytest.mark.parametrize("part", ["w", "a", "g"])
+def test_a_network_that_is_not_quantized_is_found_out(part: str) -> None:
+    model = net(dorefa.build(w=2, a=2, g=4))
+    layer = quantized_layers(model)["layer2.0.conv1"]
+
+    class Through(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            return x
+
+        def grid(self, x: torch.Tensor) -> Grid:
+            return self.inner.grid(x)  # type: ignore[operator,no-any-return]
+
+    slot = {"w": "weight_q", "a": "input_q", "g": "output_q"}[part]
+    setattr(layer, slot, Through(getattr(layer, slot)))
+    with pytest.raises(NotQuantized, match=r"layer2.0.conv1: .* lie off"):
+        verify(model, X)
+    setattr(layer, slot, KeepOutput() if part == "g" else nn.Identity())
+    with pytest.raises(NotQuantized, match="declares no grid"):
+        verify(model, X)
+
+
+def test_a_large_group_hides_no_small_one_and_fine_steps_count() -> None:
+    class Grouped(nn.Module):
+        def __init__(self, points: torch.Tensor, add: float) -> None:
+            super().__init__()
+            self.points, self.add = points, add
+
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            scale = self.points[:, -1].reshape(-1, 1, 1, 1)
+            return torch.where(w >= 0, scale, -scale) + self.add * (torch.arange(len(w)) == 1).reshape(-1, 1, 1, 1)
+
+        def grid(self, w: torch.Tensor) -> Grid:
+            return Grid(self.points.unsqueeze(-1), lambda t: t.reshape(len(t), -1, 1))
+
+    model = net(dorefa.build(w=2))
+    layer = quantized_layers(model)["layer2.0.conv1"]
+    scales = torch.ones(len(layer.weight))
+    scales[0] = 1e4
+    points = torch.stack([-scales, scales], 1)
+    layer.weight_q = Grouped(points, 0.0)
+    assert verify(model, X)["layer2.0.conv1"]["w"] == {"found": 2, "allowed": 2}
+    layer.weight_q = Grouped(points, 0.01)
+    with pytest.raises(NotQuantized):
+        verify(model, X)
+    fine = torch.linspace(-1, 1, 2**16).expand(len(layer.weight), -1)
+    layer.weight_q = Grouped(fine, -0.3 * 2 / 65535)
+    with pytest.raises(NotQuantized):
+        verify(model, X)
+
+
+def test_not_a_number_is_off_the_grid() -> None:
+    model = net(dorefa.build(w=2))
+    with torch.no_grad():
+        quantized_layers(model)["layer2.0.conv1"].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NotFinite):
+        verify(model, X)
+
+
+def test_nearest_point_on_a_line_and_in_the_plane() -> None:
+    points = torch.tensor([[-1.0, 0, 2, float("nan")], [0, 1, 2, 3]]).unsqueeze(-1)
+    values = torch.tensor([[-3.0, 0.9, 1.1, 9], [0.4, 0.6, 2, 7]]).unsqueeze(-1)
+    index, distance = nearest_points(values, points)
+    assert index.tolist() == [[0, 1, 2, 2], [0, 1, 2, 3]]
+    assert distance[0].tolist() == pytest.approx([2, 0.9, 0.9, 7])
+    index, distance = nearest_points(torch.tensor([[[3.0, 4]]]), torch.tensor([[[0.0, 0], [3, 0]]]))
+    assert (index.item(), distance.item()) == (1, 4)
+
+
+def test_storage_by_hand() -> None:
+    assert Storage(10, 3, 4).ideal == pytest.approx(10 * 3 / 8 + 4)
+    assert Storage(10, 3, 4).packed == 5 + 4  # three bits in lanes of four
+    assert [Storage(8, bits, 0).packed for bits in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
+
+
+def test_cost_by_hand() -> None:
+    """An MLP 4 -> 6 -> 6 -> 3 at w2a4, first and last float: MACs 24, 36, 18."""
+    model = mlp.build((1, 2, 2), 3, hidden=2, width=6)
+    macs = count_macs(model, (1, 2, 2))
+    assert macs == {"fc1": 24, "fc2": 36, "fc3": 18}
+    cost = count_cost(install(dorefa.build(w=2, a=4), model), macs)
+    params = 24 + 12 + 36 + 12 + 18 + 3
+    assert cost["params"] == params
+    assert cost["bitops"] == 24 * 1024 + 36 * 8 + 18 * 1024
+    assert cost["bytes_float"] == 4 * params
+    assert cost["bytes_ideal"] == cost["bytes_packed"] == 4 * (params - 36) + 9
+    assert cost["bits_per_weight"] == 2
+
+
+def test_one_bit_weights_are_charged_for_their_scale() -> None:
+    model = mlp.build((1, 2, 2), 3, hidden=2, width=6)
+    cost = count_cost(install(dorefa.build(w=1), model), count_macs(model, (1, 2, 2)))
+    assert cost["bits_per_weight"] == pytest.approx((36 + 32) / 36)
+
+
+def test_macs_agree_with_hand_counts_of_a_residual_network() -> None:
+    model = resnet.build((3, 8, 8), 10, depth=8, width=4, shortcut="B")
+    macs = count_macs(model, (3, 8, 8))
+    assert macs["conv1"] == 64 * 9 * 3 * 4
+    assert macs["layer2.0.conv1"] == 16 * 9 * 4 * 8
+    assert macs["layer2.0.downsample.0"] == 16 * 4 * 8
+    assert macs["fc"] == 160
+    assert (
+        sum(macs.values()) == 64 * 9 * (3 * 4 + 2 * 16) + 16 * (9 * (32 + 64) + 32) + 4 * (9 * (128 + 256) + 128) + 160
+    )
+
+
+def test_resnet20_has_the_known_size() -> None:
+    """He et al. 2016: 0.27 M parameters; 6 n + 2 weighted layers."""
+    model = resnet.build((3, 32, 32), 10, depth=20)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.27e6, rel=0.01)
+    assert len(count_macs(model, (3, 32, 32))) == 20
+    assert sum(count_macs(model, (3, 32, 32)).values()) == pytest.approx(40.6e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("bits", "ends", "expected"), [(32, "same", 1857.6), (8, "same", 116.1), (4, 8, 34.71), (2, 8, 14.37)]
+)
+def test_bitops_of_resnet18_at_224(bits: int, ends: str | int, expected: float) -> None:
+    """In G, as the literature counts them: convolutions and the linear layer, the image at 8 bits with the ends."""
+    with torch.device("meta"):
+        model = torchvision().models.resnet18(weights=None)
+    macs = count_macs(model, (3, 224, 224))
+    example = torch.empty(1, 3, 224, 224, device="meta")
+    install(dorefa.build(w=bits, a=bits), model, Policy(first=ends, last=ends), example=example)
+    assert count_cost(model, macs)["bitops"] / 1e9 == pytest.approx(expected, rel=5e-4)
+
+
+def test_straight_through_pieces() -> None:
+    x = torch.tensor([-0.6, 0.5, 1.5, 2.5], requires_grad=True)
+    y = round_ste(x * 1.0)
+    assert y.tolist() == [-1, 0, 2, 2]
+    (grad,) = torch.autograd.grad((y * torch.arange(4.0)).sum(), x)
+    assert grad.tolist() == [0, 1, 2, 3]
+    value = torch.tensor([0.1, 0.2, 0.3, 0.4], requires_grad=True)
+    through = straight_through(x, value)
+    assert torch.equal(through, value)
+    grads = torch.autograd.grad(through.sum(), (x, value), allow_unused=True)
+    assert grads[0].tolist() == [1, 1, 1, 1]
+    assert grads[1] is None
+    assert sign(torch.tensor([-2.0, -0.0, 0.0, 3])).tolist() == [-1, 1, 1, 1]
+    (doubled,) = torch.autograd.grad(on_backward(x, lambda g: 2 * g).sum(), x)
+    assert doubled.tolist() == [2, 2, 2, 2]
+    assert levels_k(2, x).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])

@@ -1,0 +1,317 @@
+"""Runs that are killed go on, runs that start together share their work, and records tell the truth (issue 6)."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+import yaml
+from conftest import counted
+from faults import Job, Server
+from test_cli import qbench
+
+from qbench.config.schema import Config, digest
+from qbench.config.validate import from_dict
+from qbench.errors import CheckpointError
+from qbench.runs import reader as runs
+from qbench.runs.directory import load_result
+from qbench.system.files import parse_json
+from qbench.training.checkpoint import unpack, weights_sha256
+
+SIZE = "optim.batch_size={0} pretrain.optim.batch_size={0}"
+LINE = ["experiment=smoke", "method=dorefa", "bits=w2a2g4", "optim.ema=0.9"]
+LONG = [*LINE, *SIZE.format(128).split(), "epochs=2", "pretrain.epochs=2"]  # 10 steps an epoch
+SHORT = [*LINE, *SIZE.format(512).split(), "epochs=2", "runtime.save_seconds=0"]  # 2 steps an epoch
+QUIET = "runtime.tensorboard=false"
+VARIANTS = [
+    [tensorboard, saving]
+    for tensorboard in (QUIET, "runtime.tensorboard=true")
+    for saving in ("runtime.save_seconds=60", "runtime.save_seconds=0")
+]  # the last one takes longest
+Note = Callable[[str], None]
+SECONDS = 120  # that no command here may take
+
+
+def tiers(fast: Any, full: Any) -> list[Any]:
+    return [fast, pytest.param(*full if isinstance(full, tuple) else (full,), marks=pytest.mark.full)]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with faults.server() as server:
+        yield server
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Note:
+    """Return what notes the full tier's counts; those of the fast tier are known."""
+    return counted if request.node.get_closest_marker("full") else lambda line: None
+
+
+def ended(out: Path) -> dict[str, tuple[str | None, str | None]]:
+    """Return name -> H and weights of every run below that is done."""
+    found = {path.parent.name: load_result(path.parent) for path in out.rglob("result.json")}
+    return {name: (r.state_sha256, r.weights_sha256) for name, r in found.items() if r and r.status == "done"}
+
+
+def alone(server: Server, words: list[str], out: Path) -> dict[str, tuple[str | None, str | None]]:
+    """Return the same of a line that nobody disturbs."""
+    job = server.start(words, out=out)
+    assert job.wait(SECONDS) == 0, job.stderr()
+    return ended(out)
+
+
+def configuration(run: Path) -> Config:
+    return from_dict(yaml.safe_load((run / "config.yaml").read_text()))
+
+
+def checkpoint(file: Path) -> dict[str, Any] | None:
+    """Return what a checkpoint holds that verifies and belongs to the run it lies in; else None."""
+    try:
+        content = unpack(file.read_bytes(), str(file))
+    except (OSError, CheckpointError):
+        return None
+    return content if content.get("identity") == digest(configuration(file.parent).identity()) else None
+
+
+def untrue(out: Path) -> list[str]:
+    """Return what the records below say that is not so, when no process is at work there (R19)."""
+    wrong = []
+    for found in runs.read([str(out)]) if out.exists() else []:
+        if found.status == "running":
+            wrong.append(f"{found.path}: running")
+        if found.status != "done":
+            continue
+        last, best = (checkpoint(found.path / name) for name in ("last.pt", "best.pt"))
+        if not last or not best:
+            wrong.append(f"{found.path}: done, but its weights do not verify")
+        elif found.notes != [runs.FROM_LOGS] and (
+            not found.result or found.result.weights_sha256 != weights_sha256(last["model"])
+        ):
+            wrong.append(f"{found.path}: done, with other weights than result.json says")
+    return wrong
+
+
+def left_over(out: Path) -> list[str]:
+    return [p.name for pattern in ("state-*.pt", ".*.tmp") for p in out.rglob(pattern)]
+
+
+def unlike_once(out: Path) -> list[str]:
+    """Return the logs of ended runs that tell anything but each epoch once."""
+    wrong = []
+    for log in out.rglob("metrics.jsonl"):
+        config = configuration(log.parent)
+        torn = {"kind": "epoch", "epoch": "a torn line"}
+        records = [parse_json(line) or torn for line in log.read_bytes().splitlines()]
+        epochs = [record["epoch"] for record in records if record["kind"] == "epoch"]
+        if epochs != list(range((config.pretrain if config.is_parent else config).epochs)):
+            wrong.append(f"{log}: epochs {epochs}")
+    return wrong
+
+
+@pytest.mark.parametrize("count", tiers(10, 200))
+def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, note: Note) -> None:
+    """R1, R19: the same line again and again until it ends by itself gives H as if it had been left alone."""
+    apart = qbench(*LONG, f"out={tmp_path / 'apart'}")  # an ordinary process, not the kit's
+    assert apart.returncode == 0, apart.stderr
+    expected = ended(tmp_path / "apart")
+    assert len(expected) == 2
+    assert all(None not in hashes for hashes in expected.values())
+    began = time.monotonic()
+    assert alone(server, [*LONG, *VARIANTS[-1]], tmp_path / "alone") == expected
+    duration = time.monotonic() - began
+
+    kills = resumed = folder = 0
+    while kills < count:
+        draw, out, delays, status = random.Random(folder), tmp_path / f"killed{folder}", list[float](), -1
+        variant = draw.randrange(len(VARIANTS))
+        while status != 0:
+            job = server.start([*LONG, *VARIANTS[variant]], out=out)
+            if kills < count:
+                delays.append(round(draw.uniform(0, duration), 3))
+                time.sleep(delays[-1])
+                job.kill()
+            status = job.wait(SECONDS)
+            told = f"random.Random({folder}), variant {variant}, killed after {delays} s: {job.stderr()}"
+            assert status in (0, -signal.SIGKILL), told
+            assert untrue(out) == [], told
+            resumed += "going on from state-" in job.stderr()
+            kills += status != 0
+        assert ended(out) == expected, told
+        assert left_over(out) == unlike_once(out) == [], told
+        shutil.rmtree(out)
+        folder += 1
+    assert resumed, "no kill hit a run that had saved"
+    note(f"R1, R19: {kills} kills at random moments, {folder} runs ended with H, {resumed} times from a checkpoint")
+
+
+@pytest.mark.parametrize("count", tiers(2, None))
+@pytest.mark.parametrize("kind", ["kill_at", "half_at"])
+@pytest.mark.parametrize("tensorboard", ["true", "false"])
+def test_killed_at_a_point(
+    server: Server, tmp_path: Path, tensorboard: str, kind: str, count: int | None, note: Note
+) -> None:
+    """R2, R19: before every event, and half-way through every write. QBENCH_POINT=n tries that point alone."""
+    words = [*SHORT, f"runtime.tensorboard={tensorboard}"]
+    job = server.start(words, out=tmp_path / "alone", count=tmp_path / "count")
+    assert job.wait(SECONDS) == 0, job.stderr()
+    expected = ended(tmp_path / "alone")
+    every = json.loads((tmp_path / "count").read_text())["named"]
+    names = [name for name in every if name.startswith("write ") == (kind == "half_at")]
+    total = len(names)
+    points = list(range(1, total + 1))
+    if count:  # and where a result stands with checkpoints beside it
+        last = {Path(name).parent: i for i, name in enumerate(names, 1) if name.startswith("remove ")}
+        points = [*random.Random(f"{kind} {tensorboard}").sample(points, count), *last.values()]
+    if chosen := os.environ.get("QBENCH_POINT"):
+        points = [int(chosen)]
+    beyond = announcements = 0
+    for point in points:
+        out, announced = tmp_path / f"point{point}", tmp_path / f"announced{point}"
+        job = server.start(words, out=out, announce=announced, **{kind: point})
+        status = job.wait(SECONDS)
+        told = f"{kind}={point} of {total}, {names[point - 1]}; QBENCH_POINT={point} tries it again: {job.stderr()}"
+        assert status == -signal.SIGKILL or (status == 0 and tensorboard == "true"), told
+        beyond += status == 0  # TensorBoard's thread joins several records into one write, or does not
+        assert untrue(out) == [], told
+        newest = {run: newest_step(run) for run in faults.announced(announced) if not load_result(run)}
+        for run, step in newest.items():
+            announcements += 1
+            assert step >= faults.announced(announced)[run], f"a save of {run.name} is lost: {told}"
+        again = server.start(words, out=out)
+        assert again.wait(SECONDS) == 0, f"{told}, then {again.stderr()}"
+        assert all(f"going on from state-{step}.pt" in again.stderr() for step in newest.values()), told
+        assert ended(out) == expected, told
+        assert untrue(out) == left_over(out) == unlike_once(out) == [], told
+        shutil.rmtree(out)
+    assert beyond <= len(points) // 10
+    note(
+        f"R2, R19: {len(points) - beyond} of {total} points with {kind}, tensorboard={tensorboard}, resumed to H; "
+        f"{announcements} announced saves found again"
+    )
+
+
+def newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint that verifies, -1 if there is none."""
+    states = [checkpoint(file) for file in run.glob("state-*.pt")]
+    return max((state["state"]["counters"][2] for state in states if state), default=-1)
+
+
+def together(server: Server, lines: list[list[str]], out: Path) -> list[Job]:
+    """Let commands begin at the same moment; return them when all have ended well."""
+    gate = out.with_name(f"{out.name}.gate")
+    jobs = [server.start(line, out=out, hold=gate) for line in lines]
+    until(lambda: all(gate.with_name(f"{gate.name}.{job.pid}").exists() or job.status() for job in jobs), "began", jobs)
+    gate.touch()
+    statuses = [job.wait(SECONDS) for job in jobs]
+    assert statuses == [0] * len(jobs), [job.stderr() for job in jobs]
+    return jobs
+
+
+def until(so: Callable[[], bool], what: str, jobs: list[Job]) -> None:
+    end = time.monotonic() + SECONDS
+    while not so():
+        assert time.monotonic() < end, (what, [job.stderr() for job in jobs])
+        time.sleep(0.01)
+
+
+def trained(jobs: list[Job], run: Path) -> int:
+    """Return how many processes trained a run."""
+    config = configuration(run)
+    title = "float" if config.is_parent else f"{config.method_name} {config.bits}"
+    return sum(f"{title}  resnet8 on digits, seed {config.seed}: epoch " in job.stderr() for job in jobs)
+
+
+def one(out: Path, pattern: str) -> Path:
+    (path,) = (p for p in out.glob(f"*/{pattern}") if p.is_dir())
+    return path
+
+
+@pytest.mark.parametrize(("rounds", "count"), tiers((2, 4), (20, 16)))
+def test_processes_on_one_cold_parent(server: Server, tmp_path: Path, rounds: int, count: int, note: Note) -> None:
+    """R9: different cells, then one and the same, from a parent that nobody has trained."""
+    for seed in range(rounds):
+        words = [*LINE, QUIET, f"seed={seed}", "pretrain.epochs=2"]
+        expected = alone(server, words, tmp_path / f"alone{seed}")
+        cells = [[*words, f"optim.lr={1e-4 * (i + 2)}"] for i in range(count)]
+        out = tmp_path / f"different{seed}"
+        jobs = together(server, cells, out)
+        parent = one(out, "float-*")
+        assert trained(jobs, parent) == 1, [job.stderr() for job in jobs]
+        found = ended(out)
+        assert found[parent.name] == expected[parent.name], f"seed {seed}"
+        assert len(found) == count + 1
+        children = [load_result(path.parent) for path in out.glob("*/dorefa-*/result.json")]
+        assert len({json.dumps(child.float, sort_keys=True) for child in children if child}) == 1
+
+        out = tmp_path / f"same{seed}"
+        jobs = together(server, [words] * count, out)
+        assert ended(out) == expected, f"seed {seed}"
+        assert [trained(jobs, one(out, f"{method}-*")) for method in ("float", "dorefa")] == [1, 1]
+        assert len({job.stdout() for job in jobs}) == 1
+        assert untrue(tmp_path) == unlike_once(tmp_path) == []
+    note(f"R9: {rounds} rounds of {count} different and {count} identical processes on one cold parent, trained once")
+
+
+@pytest.mark.parametrize("rounds", tiers(1, 20))
+def test_a_waiter_takes_over(server: Server, tmp_path: Path, rounds: int, note: Note) -> None:
+    """R10: whoever trains the parent is killed while four wait; one of them goes on from its checkpoint."""
+    slowest = 0.0
+    for seed in range(rounds):
+        words = [*LINE, QUIET, "pretrain.epochs=6", "runtime.save_seconds=0", f"seed={seed}"]
+        expected = alone(server, words, tmp_path / f"alone{seed}")
+        out, announced = tmp_path / f"killed{seed}", tmp_path / f"announced{seed}"
+        leader = server.start([*words, "optim.lr=0.01"], out=out, announce=announced)
+        least = random.Random(seed).randrange(1, 80)  # of 108 steps
+        until(lambda: max(faults.announced(announced).values(), default=0) >= least, "saved", [leader])  # noqa: B023
+        leader.kill(signal.SIGSTOP)  # it holds the lock until it is killed, however slow the others begin
+        ((parent, step),) = faults.announced(announced).items()
+        jobs = [server.start([*words, f"optim.lr={1e-4 * (i + 1)}"], out=out) for i in range(4)]
+        until(lambda: all(f"works on {parent}" in job.stderr() for job in jobs), "waiting", jobs)  # noqa: B023
+        killed = time.monotonic()
+        leader.kill()
+        assert leader.wait(SECONDS) == -signal.SIGKILL
+        assert [job.wait(SECONDS) for job in jobs] == [0] * 4, [job.stderr() for job in jobs]
+        slowest = max(slowest, time.monotonic() - killed)
+        logs = [job.stderr() for job in jobs]
+        steps = [int(number) for log in logs for number in re.findall(r"going on from state-(\d+)", log)]
+        assert len(steps) == 1, logs
+        assert steps[0] >= step, f"seed {seed}: begun at step {steps} though {step} was saved"
+        assert trained(jobs, parent) == 1, logs
+        assert ended(out)[parent.name] == expected[parent.name], f"seed {seed}"
+        assert len(ended(out)) == 5
+        assert untrue(out) == unlike_once(parent) == []
+    assert slowest < 15
+    note(f"R10: {rounds} times the parent's process was killed; four waiters ended within {slowest:.1f} s of it")
+
+
+@pytest.mark.parametrize(("different", "same"), tiers((8, 4), (32, 16)))
+def test_many_runs_at_once(server: Server, tmp_path: Path, different: int, same: int, note: Note) -> None:
+    """R24: different runs do not disturb each other; of identical ones one works and the others wait."""
+    lines = [[*LINE, QUIET, f"seed={i // 4}", f"bits.w={1 + i % 4}"] for i in range(different)]
+    for line in lines:
+        expected = alone(server, line, tmp_path / "alone")
+    out = tmp_path / "together"
+    jobs = together(server, lines, out)
+    assert ended(out) == expected
+    runs_of = {method: list(out.glob(f"*/{method}-*/")) for method in ("dorefa", "float")}
+    assert {method: len(paths) for method, paths in runs_of.items()} == {"dorefa": different, "float": different // 4}
+    assert [trained(jobs, run) for paths in runs_of.values() for run in paths] == [1] * (different * 5 // 4)
+
+    words = [*LONG, QUIET, "epochs=8"]
+    expected = alone(server, words, tmp_path / "alone-same")
+    out = tmp_path / "same"
+    jobs = together(server, [words] * same, out)
+    assert ended(out) == expected
+    assert [trained(jobs, one(out, f"{method}-*")) for method in ("float", "dorefa")] == [1, 1]
+    assert sum(f"waiting: another process works on {one(out, 'dorefa-*')}" in job.stderr() for job in jobs) == same - 1
+    assert untrue(tmp_path) == unlike_once(tmp_path) == []
+    note(f"R24: {different} different runs at once equal their solo runs; of {same} identical ones {same - 1} waited")

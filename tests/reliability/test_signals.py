@@ -1,0 +1,117 @@
+"""SIGINT, SIGTERM and SIGUSR1 at any moment: status 75, a checkpoint that verifies, nobody left behind (R16)."""
+
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+from conftest import Configure, counted
+from filelock import FileLock
+
+from qbench.config.schema import parent
+from qbench.runs.directory import RunDirectory, load_result
+from qbench.training.checkpoint import unpack
+
+WORDS = ["experiment=smoke", "method=dorefa", "bits=w2a2g4", "epochs=4", "pretrain.epochs=3", "runtime.save_seconds=0"]
+KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SOON = 10.0
+
+
+def ended(out: Path) -> dict[str, str | None]:
+    found = [(path.parent.name, load_result(path.parent)) for path in out.rglob("result.json")]
+    return {name: result.state_sha256 for name, result in found if result and result.status == "done"}
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.full)])
+def test_any_moment(tmp_path: Path, count: int) -> None:
+    with faults.server() as server:
+        assert server.start(["--version"]).wait(120) == 0  # the server is warm now
+        began = time.monotonic()
+        alone = server.start([*WORDS, f"out={tmp_path / 'alone'}"])
+        assert alone.wait(60) == 0, alone.stderr()
+        took, expected, stopped = time.monotonic() - began, ended(tmp_path / "alone"), 0
+        draw = random.Random(count)
+        for i in range(count):
+            out, kind, after = tmp_path / f"run{i}", KINDS[i % 3], draw.uniform(0.05, 0.9 * took)
+            replay = f"seed {count}, number {i}: {kind.name} after {after:.3f} s"
+            job = server.start([*WORDS, f"out={out}"])
+            time.sleep(after)
+            job.kill(kind)
+            sent = time.monotonic()
+            status = job.wait(60)
+            assert time.monotonic() - sent < SOON, replay
+            assert status in (75, 0), (replay, status, job.stderr())
+            if status == 75:
+                stopped += 1
+                assert "Traceback" not in job.stderr(), replay
+                for path in out.rglob("state-*.pt"):
+                    assert unpack(path.read_bytes(), replay)["identity"]
+                assert not list(out.rglob(".*.tmp")), replay
+            again = server.start([*WORDS, f"out={out}"])
+            assert again.wait(60) == 0, (replay, again.stderr())
+            assert ended(out) == expected, replay
+        assert stopped >= count // 3
+    if count == 100:
+        counted(f"R16: {count} signals at random moments, {stopped} ended with 75, others had finished; equal ends")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_while_waiting_for_another_process(configure: Configure, tmp_path: Path, kind: signal.Signals) -> None:
+    config = configure(*WORDS)
+    waited = RunDirectory(parent(config)).path
+    waited.mkdir(parents=True)
+    with faults.server() as server, FileLock(waited / ".lock"):
+        job = server.start([*WORDS, f"out={tmp_path}"])
+        deadline = time.monotonic() + 30
+        said = job.folder / "stderr"
+        while not (said.exists() and "waiting" in said.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert "another process works on" in job.stderr()
+        job.kill(kind)
+        assert job.wait(SOON) == 75, job.stderr()
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_second_interrupt_leaves_at_once_and_spoils_nothing(tmp_path: Path) -> None:
+    with faults.server() as server:
+        alone = server.start([*WORDS, f"out={tmp_path / 'alone'}"])
+        assert alone.wait(60) == 0
+        for i in range(4):
+            out = tmp_path / f"run{i}"
+            job = server.start([*WORDS, f"out={out}"])
+            time.sleep(0.15 + 0.1 * i)
+            job.kill(signal.SIGINT)
+            job.kill(signal.SIGINT)
+            assert job.wait(SOON) in (75, 0), job.stderr()
+            again = server.start([*WORDS, f"out={out}"])
+            assert again.wait(60) == 0, again.stderr()
+            assert ended(out) == ended(tmp_path / "alone"), i
+
+
+def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qbench.data.dataset import Loader
+    from qbench.errors import Interrupted
+    from qbench.experiment.run import run
+    from qbench.experiment.session import Desk
+    from qbench.runs.progress import Screen
+
+    config = configure(*WORDS, "method=float", "bits=w32a32g32", "runtime.save_seconds=1e9")
+    plain, asked = Loader.plain, []
+
+    def slow(self: Loader, name: str, limit: int | None = None, size: int = 500) -> Any:
+        for number, batch in enumerate(plain(self, name, limit, 20)):
+            if name == "val" and number == 1 and not asked:
+                asked.append(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Loader, "plain", slow)
+    with pytest.raises(Interrupted):
+        run(config, Desk(Screen(quiet=True), lambda: int(asked[0]) if asked == [signal.SIGTERM] else 0))
+    directory = RunDirectory(config)
+    (newest, *_) = directory.states()
+    assert newest.name == "state-18.pt", "the whole first epoch, though its validation had only begun"
+    asked.append(signal.SIGTERM)
+    assert run(config, Desk(Screen(quiet=True))).status == "done"

@@ -1,0 +1,669 @@
+"""Comparison from records: what is averaged, what is not, what is listed, in every format."""
+
+import csv
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+from conftest import Configure
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qbench.cli import compare as asked
+from qbench.cli.main import main as cli
+from qbench.config import compose
+from qbench.config.schema import Config
+from qbench.errors import ConfigError
+from qbench.papers.published import absent
+from qbench.papers.rows import rows
+from qbench.report.comparison.compare import compare
+from qbench.report.comparison.pairs import conclude
+from qbench.report.tables.table import FORMATS, Table
+from qbench.runs.directory import Result, RunDirectory, sealed
+from qbench.runs.reader import FROM_LOGS, Found, read, with_parents
+
+
+def plant(config: Config, top1: float, parent: float | None = None, status: str = "done", **values: Any) -> Path:
+    """Write a run with a known figure, as a run would."""
+    directory = RunDirectory(config)
+    with directory.held():
+        directory.write_config()
+        final = {"test": {"top1": top1, "top5": 99.0, "loss": 0.1}, "val": {}, "epoch": 0}
+        base = {
+            "run": str(directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"),
+            "final": None,
+            "best": None,
+        }
+        if parent is not None:
+            base["final"] = {"test": {"top1": parent, "top5": 99.0, "loss": 0.1}, "val": {}}
+        cost = {"bits_per_weight": 2.0, "bytes_ideal": 7176, "bitops": 16_842_752, "bytes_float": 1, "macs": 1}
+        done = {"final": final, "float": base if parent is not None else None, "cost": cost, "levels": 4}
+        directory.conclude(directory.new_result(status, **(done if status == "done" else {}) | values))
+    return directory.path
+
+
+def tables(config: Config) -> list[Table]:
+    return compare(read([config.out]))
+
+
+def test_mean_spread_number_and_difference(configure: Configure) -> None:
+    figures = {0: (97.0, 98.0), 1: (95.0, 98.5), 2: (96.5, 97.0)}
+    for seed, (own, parent) in figures.items():
+        plant(configure("method=dorefa", f"seed={seed}"), own, parent)
+    plant(configure("method=dorefa", "bits.w=4"), 99.0, 98.0)
+    (table,) = tables(configure())
+    assert [row[:4] for row in table.rows] == [
+        ("float", "32", "32", "32"), ("dorefa", "4", "32", "32"), ("dorefa", "2", "32", "32"),
+    ]  # fmt: skip
+    cell = table.values[2]
+    own = [a for a, _ in figures.values()]
+    assert cell["top1_mean"] == pytest.approx(mean(own))
+    assert cell["top1_std"] == pytest.approx(stdev(own))
+    assert (cell["n"], cell["seeds"]) == (3, [0, 1, 2])
+    assert cell["diff_mean"] == pytest.approx(mean([a - b for a, b in figures.values()]))
+    assert table.values[1]["top1_std"] is None
+    assert table.rows[1][7:11] == ("no spread", "1", "", "+1.00")
+    assert table.rows[2][6:12] == ("96.17", "1.04", "3", "±2.59", "-1.67", "±3.99"), (
+        "4.3027 times 1.0408, 1.6073 / 3^0.5"
+    )
+
+
+def test_order_of_runs_and_failed_ones_never_change_a_figure(configure: Configure) -> None:
+    for seed in range(4):
+        plant(configure("method=dorefa", f"seed={seed}"), 90.0 + seed**2, 98.0)
+    found = read([configure().out])
+    before = compare(found)
+    assert [t.values for t in compare(found[::-1])] == [t.values for t in before]
+    plant(configure("method=dorefa", "seed=9"), 0.0, status="failed", reason="why\nmore")
+    plant(configure("method=dorefa", "seed=10"), 0.0, status="diverged", reason="the loss is nan")
+    plant(configure("method=dorefa", "bits.w=17"), 0.0, status="unsupported", reason="does not know")
+    after = tables(configure())
+    assert after[:-1] == before
+    assert [row[0] for row in after[-1].rows] == ["diverged", "failed", "unsupported"]
+    assert after[-1].rows[1][2] == "why"
+
+
+def test_unlike_protocols_stand_apart_and_say_what_differs(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 97.0, 98.0)
+    plant(configure("method=dorefa", "epochs=3", "seed=1"), 50.0, 98.0)
+    first, second = tables(configure())
+    assert {len(first.values), len(second.values)} == {2}
+    assert {first.title, second.title} == {
+        "resnet8 on digits; protocol with epochs=30", "resnet8 on digits; protocol with epochs=3",
+    }  # fmt: skip
+
+
+def test_options_of_a_method_are_another_row_named_as_typed(configure: Configure) -> None:
+    plant(configure("method=dorefa", "bits=w2a2"), 97.0, 98.0)
+    plant(configure("method=dorefa", "bits=w2a2", "method.activation=abs"), 96.0, 98.0)
+    (table,) = tables(configure())
+    assert [row[0] for row in table.rows] == ["float", "dorefa activation=abs", "dorefa activation=clip"]
+
+
+def test_float_parents_on_another_kind_of_network_are_a_row_of_their_own(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 97.0, 98.0)
+    path = plant(configure("method=hwgq"), 95.0, 97.5, network={"norm": "plain"})
+    stored = json.loads((path / "result.json").read_text())
+    stored["float"]["run"] = stored["float"]["run"].replace("00000000", "11111111")
+    (path / "result.json").write_text(json.dumps(sealed(stored)))
+    (table,) = tables(configure())
+    assert [row[0] for row in table.rows] == ["float", "float norm=plain", "dorefa", "hwgq"]
+    assert [row[6] for row in table.rows] == ["98.00", "97.50", "97.00", "95.00"]
+    assert table.notes == ["hwgq is on a network with norm=plain, as its float parent is"]
+
+
+def test_parents_beside_runs_are_read_and_none_twice(configure: Configure) -> None:
+    parent = plant(configure("method=float"), 98.0)
+    told = {"float": {"run": f"elsewhere/before/{parent.name}", "final": {"test": {"top1": 98.0}}}}
+    child = plant(configure("method=dorefa"), 97.0, **told)
+    plant(configure("method=dorefa", "seed=1"), 96.0, 98.0)  # its parent is gone
+    below = read([configure().out])
+    found = with_parents([run for run in below if run.path == child])
+    assert [run.path for run in found] == [child, parent]
+    assert [row[0] for row in compare(found)[0].rows] == ["float", "dorefa"]
+    assert len(with_parents(below)) == len(below) == 3
+
+
+def test_unlike_networks_are_never_averaged(configure: Configure) -> None:
+    for seed in (0, 1):
+        plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0)
+        plant(configure("method=dorefa", "model.norm=plain", f"seed={seed + 1}"), 90.0, 92.0, network={"norm": "plain"})
+    (table,) = tables(configure())
+    assert [(v["method"], v["n"], v["top1_mean"]) for v in table.values] == [
+        ("float", 2, 98.0), ("float norm=plain", 2, 92.0), ("dorefa", 2, 97.0), ("dorefa model.norm=plain", 2, 90.0),
+    ]  # fmt: skip
+
+
+def test_the_same_seed_twice_is_said_and_counts_once(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 97.0, 98.0)
+    plant(configure("method=dorefa", "runtime.threads=2"), 96.0, 98.0)
+    (table,) = tables(configure())
+    cell = table.values[1]
+    assert (cell["n"], cell["top1_mean"], cell["top1_std"], cell["diff_mean"]) == (1, 96.5, None, -1.5)
+    assert any("more than once" in note for note in table.notes)
+
+
+def test_a_copy_of_a_run_is_not_a_second_run(configure: Configure, tmp_path: Path) -> None:
+    path = plant(configure("method=dorefa"), 97.0, 98.0)
+    shutil.copytree(path, path.with_name("copy"))
+    (table,) = tables(configure())
+    assert table.values[1]["n"] == 1
+    assert "copies of runs listed already" in table.notes[-1]
+
+
+def test_runs_moved_out_of_their_folder_keep_their_parents(configure: Configure, tmp_path: Path) -> None:
+    parent = plant(configure("method=float"), 98.0)
+    told = {"run": str(parent), "final": {"test": {"top1": 98.0}}}
+    plant(configure("method=dorefa"), 97.0, float=told)
+    before = [(t.title, t.rows) for t in tables(configure())]
+    parent.parent.rename(tmp_path / "moved")
+    assert [(t.title, t.rows) for t in compare(read([str(tmp_path / "moved")]))] == before
+
+
+def test_a_run_told_by_event_files_alone_spoils_no_title(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 97.0, 98.0)
+    path = plant(configure("method=twn"), 96.0, 98.0)
+    stored = json.loads((path / "result.json").read_text())
+    told = stored | {"protocol": {"hash": "", "keys": {"epochs": 30}, "identity": ""}}
+    (path / "result.json").write_text(json.dumps(sealed(told)))
+    assert sorted(t.title for t in tables(configure())) == [
+        "resnet8 on digits", "resnet8 on digits; protocol not known",
+    ]  # fmt: skip
+
+
+def test_an_odd_result_is_torn_and_harms_no_other(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 97.0, 98.0)
+    odd = [
+        {"final": None},
+        {"final": {}},
+        {"protocol": {}},
+        {"notes": None},
+        {"bits": {}},
+        {"cost": 3},
+        {"options": []},
+    ]
+    for seed, change in enumerate(odd, start=1):
+        path = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0) / "result.json"
+        path.write_text(json.dumps(sealed(json.loads(path.read_text()) | change)))
+    first, rest = tables(configure())
+    assert first.values[1]["n"] == 1
+    assert [row[0] for row in rest.rows] == ["torn"] * len(odd)
+
+
+def test_torn_running_and_unfinished_runs_are_named(configure: Configure) -> None:
+    good = plant(configure("method=dorefa"), 97.0, 98.0)
+    for seed, text in ((1, '{"schema": 1, "sta'), (2, "[]"), (3, '{"schema": 99}'), (4, "\xff\x00")):
+        torn = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0)
+        (torn / "result.json").write_text(text, encoding="latin-1")
+    for seed in (5, 6):
+        begun = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0)
+        (begun / "result.json").unlink()
+        (begun / "metrics.jsonl").write_text('{"kind": "epoch", "step": 18, "epoch": 0}\n{"kind": "epo')
+    with FileLock(begun / ".lock"):
+        *_, rest = tables(configure())
+    assert [row[0] for row in rest.rows] == ["running", "torn", "torn", "torn", "torn", "unfinished"]
+    assert rest.rows[-1][2] == "1 epochs done"
+    assert good.name not in str(rest.rows)
+
+
+def test_from_the_logs_where_the_result_is_missing(smoke: Configure) -> None:
+    from qbench.experiment.run import run
+
+    config = smoke("method=dorefa", "runtime.tensorboard=true")
+    result = run(config)
+    expected = result.final["test"]["top1"]  # type: ignore[index]
+    path = Path(result.run)
+    for missing in (["result.json"], ["config.yaml", "metrics.jsonl"]):
+        for name in missing:
+            (path / name).unlink()
+        rows = [v for t in tables(config) for v in t.values if v["method"] == "dorefa"]
+        assert [row["top1_mean"] for row in rows] == [pytest.approx(expected, rel=1e-5)], missing
+        assert rows[0]["source"] == FROM_LOGS
+        assert rows[0]["bits"] == {"w": 2, "a": 32, "g": 32}
+        assert any(FROM_LOGS in note for t in tables(config) for note in t.notes)
+    for event in path.glob("events.*"):
+        event.write_bytes(event.read_bytes()[:100])
+    (rest,) = (t for t in tables(config) if t.title == "without a figure")
+    assert rest.rows[0][0] in ("unfinished", "torn")
+
+
+def test_runs_can_be_moved_and_named_one_by_one(configure: Configure, tmp_path: Path) -> None:
+    path = plant(configure("method=dorefa"), 97.0, 98.0)
+    before = compare(read([str(tmp_path)]))
+    shutil.move(tmp_path / "digits-resnet8", tmp_path / "elsewhere")
+    assert [t.rows for t in compare(read([str(tmp_path / "elsewhere" / path.name)]))] == [t.rows for t in before]
+    with pytest.raises(ConfigError, match="no such directory"):
+        read([str(tmp_path / "nowhere")])
+
+
+def test_markdown_takes_no_cell_for_html() -> None:
+    shown = FORMATS["md"]([Table(("a",), [("<b>x</b> | <8,8>",)])])
+    assert shown.splitlines()[-1] == "| &lt;b>x&lt;/b> \\| <8,8> |"
+
+
+def test_every_format_holds_every_figure(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 97.25, 98.0)
+    plant(configure("method=dorefa", "seed=3"), 0.0, status="failed", reason="a | b & c_d")
+    found = tables(configure())
+    shown = {name: form(found) for name, form in FORMATS.items()}
+    for name, document in shown.items():
+        assert "97.25" in document, name
+        assert "failed" in document, name
+    assert next(csv.reader(io.StringIO(shown["csv"])))[:3] == ["table", "method", "W"]
+    assert json.loads(shown["json"])["tables"][0]["rows"][1]["top1_mean"] == 97.25
+    assert r"a \| b" in shown["md"]
+    assert r"\& c\_d" in shown["latex"]
+    for line in shown["md"].splitlines():
+        if line.startswith("|") and "status" not in line and "failed" not in line and "---" not in line:
+            assert line.replace(r"\|", "").count("|") == len(found[0].head) + 1
+
+
+# --- each format, whole: two seeds of one method, a run that failed
+
+GOLDEN = {
+    "text": """\
+resnet8 on digits
+method   W   A   G  top-1 %   std  n   95 %   diff  diff 95 %
+float   32  32  32    98.25  0.35  2  ±3.18      -
+dorefa   2  32  32    97.50  0.71  2  ±6.35  -0.75      ±3.18
+error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds
+
+without a figure
+status  run  reason
+failed  RUN  a | b & c_d""",
+    "md": """\
+**resnet8 on digits**
+
+| method | W | A | G | top-1 % | std | n | 95 % | diff | diff 95 % |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| float | 32 | 32 | 32 | 98.25 | 0.35 | 2 | ±3.18 | - |  |
+| dorefa | 2 | 32 | 32 | 97.50 | 0.71 | 2 | ±6.35 | -0.75 | ±3.18 |
+
+- error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds
+
+**without a figure**
+
+| status | run | reason |
+| --- | --- | --- |
+| failed | RUN | a \\| b & c_d |""",
+    "csv": """\
+table,method,W,A,G,top-1 %,std,n,95 %,diff,diff 95 %
+resnet8 on digits,float,32,32,32,98.25,0.35,2,±3.18,-,
+resnet8 on digits,dorefa,2,32,32,97.50,0.71,2,±6.35,-0.75,±3.18
+note,"error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds"
+without a figure,failed,RUN,a | b & c_d""",
+    "latex": """\
+% resnet8 on digits
+\\begin{tabular}{lrrrrrrrrr}
+\\toprule
+method & W & A & G & top-1 \\% & std & n & 95 \\% & diff & diff 95 \\% \\\\
+\\midrule
+float & 32 & 32 & 32 & 98.25 & 0.35 & 2 & $\\pm$3.18 & - &  \\\\
+dorefa & 2 & 32 & 32 & 97.50 & 0.71 & 2 & $\\pm$6.35 & -0.75 & $\\pm$3.18 \\\\
+\\bottomrule
+\\end{tabular}
+% error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds
+
+% without a figure
+\\begin{tabular}{lll}
+\\toprule
+status & run & reason \\\\
+\\midrule
+failed & RUN & a | b \\& c\\_d \\\\
+\\bottomrule
+\\end{tabular}""",
+}
+"""97 and 98, parents 98 and 98.5: std 1 / 2^0.5 and 0.5 / 2^0.5, half intervals t(1) 12.706 times 0.5 and 0.25; the
+differences -1 and -0.5 have the latter too. 98.25 % and 97.5 % of 400: 196 (0.9825 0.0175 / 400)^0.5 = 1.29, 1.53.
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Configure]:
+    """Return what makes a folder that several tests share, as `configure` for it."""
+
+    def folder() -> Configure:
+        out = tmp_path_factory.mktemp("runs")
+        return lambda *words: compose.configurations([f"out={out}", *words])[0]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planted(elsewhere: Callable[[], Configure]) -> tuple[str, Path]:
+    """Two seeds of a method and one that failed; the folder, and the directory of the latter."""
+    configure = elsewhere()
+    for seed, own, parent in ((0, 97.0, 98.0), (1, 98.0, 98.5)):
+        path = plant(configure("method=dorefa", f"seed={seed}"), own, parent)
+        (path / "manifest.json").write_text('{"data": {"test_images": 400}}')
+    failed = plant(configure("method=dorefa", "seed=3"), 0.0, status="failed", reason="a | b & c_d\nmore")
+    return configure().out, failed
+
+
+@pytest.mark.parametrize("form", GOLDEN)
+def test_golden(form: str, planted: tuple[str, Path]) -> None:
+    out, failed = planted
+    shown = asked.answer([out, "--columns", "accuracy", "--format", form])
+    path = str(failed).replace("_", r"\_") if form == "latex" else str(failed)
+    tidy = re.sub(r"run +reason", "run  reason", shown.replace(path, "RUN"))  # a column is as wide as the path was
+    assert tidy == GOLDEN[form]
+
+
+def test_golden_json(planted: tuple[str, Path]) -> None:
+    out, failed = planted
+    block, rest = json.loads(asked.answer([out, "--format=json"]))["tables"]
+    child = block["rows"][1]
+    numbers = {
+        key: child[key] for key in ("top1_mean", "top1_std", "top1_half", "diff_mean", "diff_half", "sample_half")
+    }
+    assert numbers == pytest.approx(
+        {"top1_mean": 97.5, "top1_std": 0.5**0.5, "top1_half": 6.3531, "diff_mean": -0.75, "diff_half": 3.1766,
+         "sample_half": 1.5300}, abs=1e-4,
+    )  # fmt: skip
+    plain = {
+        "method": "dorefa", "n": 2, "seeds": [0, 1], "top1": [97.0, 98.0], "float_top1": [98.0, 98.5], "bytes": 7176,
+        "bitops": 16_842_752, "test_images": 400, "is_parent": False, "pairs": [], "winner": False,
+    }  # fmt: skip
+    assert {key: child[key] for key in plain} == plain
+    assert block["rows"][0]["is_parent"]
+    assert rest["rows"] == [{"status": "failed", "runs": [str(failed)], "reason": "a | b & c_d\nmore"}]
+
+
+# --- runs in one file
+
+
+def test_a_record_gives_the_tables_of_its_runs(planted: tuple[str, Path], tmp_path: Path) -> None:
+    here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "few.json"
+    shutil.copytree(planted[0], here)
+    (here / "torn").mkdir()
+    (here / "torn" / "result.json").write_text("{")
+    file.write_text(asked.answer([str(here), "--format", "record"]))
+    here.rename(there)
+    assert asked.answer([str(file), "--format", "record"]) == file.read_text()
+    for words in (["--format", "md"], ["--format", "csv", "method=dorefa"]):
+        whole = asked.answer([str(there), *words]).replace(str(there), str(here))
+        without_sample = re.sub(r"(?m)^(- |note,\")error at 95 %: test sample.*\n\n?", "", whole)
+        assert without_sample != whole
+        assert asked.answer([str(file), *words]).replace("\n\n\n", "\n\n") == without_sample
+    shutil.rmtree(there / Path(planted[1]).relative_to(planted[0]))
+    both = asked.answer([str(there), str(file)])
+    assert "copies of runs listed already, left out" in both
+    assert re.search(r"^failed +\S+here", both, re.MULTILINE), "what only the record has"
+
+
+def test_a_directory_stands_before_its_record(planted: tuple[str, Path], tmp_path: Path) -> None:
+    other = json.loads(asked.answer([planted[0], "--format", "record"]))
+    for run in other["runs"]:
+        run["path"] = run["path"].replace(planted[0], "0/first")
+    done = next(run["result"] for run in other["runs"] if run["status"] == "done")
+    done["final"]["test"]["top1"] -= 10
+    (tmp_path / "a.json").write_text(json.dumps(other))
+    both = asked.tables(asked.parse([str(tmp_path / "a.json"), planted[0]]))
+    alone = asked.tables(asked.parse([planted[0]]))
+    assert [table.values for table in both if "top1_mean" in table.values[0]] == [alone[0].values]
+    notes = "\n".join(note for table in both for note in table.notes)
+    assert "copies of runs listed already, left out: 0/first/digits-resnet8/dorefa-w2a32g32-s0" in notes
+    assert re.search(r"copies 1 have another top-1.* 87\.00, listed 97\.00$", notes, re.MULTILINE)
+
+
+WRONG = [None, {}, [], "x", "", -40, 9600, True, float("nan"), [[]], {"a": None}]
+
+
+def test_no_change_to_one_value_of_a_record_is_a_bug(planted: tuple[str, Path], tmp_path: Path) -> None:
+    """Refused, or read: figures that are none are refused."""
+    whole = asked.answer([planted[0], "--format", "record"])
+    file = tmp_path / "x.json"
+
+    def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        return [path, *(p for key, value in inner for p in places(value, (*path, key)))]
+
+    changed = json.loads(whole)
+    changed["runs"] = changed["runs"][:2]
+    kept = json.dumps(changed)
+    refused = 0
+    for *path, key in [place for place in places(changed) if place]:
+        for value in WRONG:
+            values = json.loads(kept)
+            node = values
+            for part in path:
+                node = node[part]
+            node[key] = value
+            file.write_text(json.dumps(values))
+            try:
+                asked.answer([str(file), "--paper", "seed=0,1,3"])
+            except ConfigError:
+                refused += 1
+                continue
+            assert key != "top1" or "final" not in path or "val" in path, (path, value)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": [{"path": "x"}], "protocols": {}}', "\x00"])
+def test_another_file_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text(content)
+    assert cli.main(["compare", str(tmp_path / "x.json")]) == ConfigError.status
+    assert "x.json: not a record of runs" in capsys.readouterr().err
+
+
+# --- what a command line may ask for
+
+
+@pytest.fixture(scope="module")
+def several(elsewhere: Callable[[], Configure]) -> str:
+    """Two methods, one at two widths, at most two seeds, and one that failed."""
+    configure = elsewhere()
+    figures = {("dorefa", "w2a2"): (97.0, 96.0), ("dorefa", "w4a4"): (98.0,), ("lsq", "w2a2"): (95.0, 94.5)}
+    for (method, bits), own in figures.items():
+        for seed, top1 in enumerate(own):
+            plant(configure(f"method={method}", f"bits={bits}", f"seed={seed}"), top1, 98.0 + seed)
+    plant(configure("method=dorefa", "bits=w2a2", "seed=2"), 0.0, status="failed", reason="why")
+    return configure().out
+
+
+@pytest.mark.parametrize(
+    ("words", "cells", "others"),
+    [
+        ([], {("dorefa", 2, 2), ("dorefa", 4, 1), ("lsq", 2, 2)}, 1),
+        (["method=lsq"], {("lsq", 2, 2)}, 0),
+        (["method=lsq,dorefa", "bits.w=2"], {("dorefa", 2, 2), ("lsq", 2, 2)}, 1),
+        (["bits=w4"], {("dorefa", 4, 1)}, 0),
+        (["seed=0"], {("dorefa", 2, 1), ("dorefa", 4, 1), ("lsq", 2, 1)}, 0),
+        (["optim.lr=1e-2", "optim.schedule=exponential", "seed=1"], {("dorefa", 2, 1), ("lsq", 2, 1)}, 0),
+        (["method.activation=clip"], {("dorefa", 2, 2), ("dorefa", 4, 1)}, 1),
+        (["layers.rules=null", "model=resnet8", "dataset=digits", "dataset.val=0.1,0.2", "status=done"],
+         {("dorefa", 2, 2), ("dorefa", 4, 1), ("lsq", 2, 2)}, 0),
+    ],
+)  # fmt: skip
+def test_filters(several: str, words: list[str], cells: set[tuple[str, int, int]], others: int) -> None:
+    found = asked.tables(asked.parse([several, *words]))
+    rows = [v for t in found for v in t.values]
+    assert {(v["method"], v["bits"]["w"], v["n"]) for v in rows if v.get("is_parent") is False} == cells
+    assert sum("status" in v for v in rows) == others
+    parents = [v["seeds"] for v in rows if v.get("is_parent")]
+    assert parents == (
+        [sorted({s for v in rows if "pairs" in v and not v["is_parent"] for s in v["seeds"]})] if cells else []
+    )
+
+
+def test_columns_order_and_parts(several: str) -> None:
+    (block, _) = asked.tables(asked.parse([several, "--columns", "cost,verification,speed"]))
+    assert block.head == ("method", "W", "A", "G", "levels", "bits/weight", "size", "BitOps", "images/s", "s/epoch",
+                          "peak", "verified layers", "levels found")  # fmt: skip
+    order = {
+        "top-1": ["float", "dorefa", "dorefa", "lsq"], "-": [], "diff": ["dorefa", "dorefa", "lsq", "float"],
+        "w": ["dorefa", "lsq", "dorefa", "float"], "95 %": ["lsq", "float", "dorefa", "dorefa"],
+    }  # fmt: skip
+    for key, methods in order.items():
+        if methods:
+            assert [v["method"] for v in asked.tables(asked.parse([several, f"--sort={key}"]))[0].values] == methods, (
+                key
+            )
+    titles = [t.title for t in asked.tables(asked.parse([several, "--by", "bits.w,seed"]))]
+    assert titles == [f"resnet8 on digits; bits.w={w}; seed={s}" for w, s in ((2, 0), (2, 1), (4, 0))] + [
+        "without a figure"
+    ]
+
+
+def test_accuracy_at_equal_bytes(configure: Configure) -> None:
+    """100, 105 and 106 bytes: the third is more than 5 % above the first and opens the next group."""
+    for seed, (bytes_ideal, top1) in enumerate(((100, 90.0), (105, 95.0), (106, 94.0), (111, 96.0))):
+        cost = {"bits_per_weight": 2.0, "bytes_ideal": bytes_ideal, "bitops": 1}
+        plant(configure("method=dorefa", f"bits=w{seed + 2}"), top1, cost=cost)
+    (table,) = asked.tables(asked.parse([configure().out, "--sort", "equal-bytes"]))
+    assert [(v["bytes_group"], v["bytes"], v["top1_mean"]) for v in table.values] == [
+        (1, 105, 95.0), (1, 100, 90.0), (2, 111, 96.0), (2, 106, 94.0),
+    ]  # fmt: skip
+    assert table.head[0] == "equal-bytes"
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["metod=lsq"], "metod: no run has this key; did you mean method"),
+        (["--by", "bits.x"], "did you mean bits"),
+        (["--sort", "acuracy"], "no such column; did you mean accuracy"),
+        (["--columns", "acuracy"], "did you mean accuracy"),
+        (["--columns"], "wants a value"),
+        (["--margin", "0"], "above 0"),
+        (["--margin=wide"], "above 0"),
+        (["--format", "txt"], "did you mean text"),
+        (["--pape"], "did you mean --paper"),
+        (["method=dorefaa"], "method=dorefaa: no run has it; did you mean dorefa?\nthere are: dorefa, lsq"),
+        (["epochs=3"], "epochs=3: no run has it\nthere are: 30"),
+        (["bits=w4a2"], "bits=w4a2: no run has it; did you mean w4a4g32?\nthere are: w2a2g32, w4a4g32"),
+        (["bits.w=3"], "bits.w=3: no run has it\nthere are: 2, 4"),
+    ],
+)
+def test_what_is_refused(several: str, words: list[str], phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", several, *words]) == ConfigError.status
+    assert phrase in capsys.readouterr().err
+
+
+def test_a_value_that_no_run_has_is_noted_beside_those_that_some_have(several: str) -> None:
+    assert "no run has method=twn" in asked.answer([several, "method=lsq,twn"])
+    assert "no run has" not in asked.answer([several, "method=lsq"])
+
+
+def test_the_margin_is_stated(several: str) -> None:
+    assert "margin ±2 points" in asked.answer([several, "--margin", "2"])
+    assert "margin ±0.5 points" in asked.answer([several])
+
+
+def test_a_claim_without_a_figure_is_shown_and_is_no_number(configure: Configure) -> None:
+    nobody = next(r for r in rows() if r.metric.startswith("top1") and r.value is None and r.words)
+    config = configure(f"experiment={nobody.paper}/{nobody.id}")
+    plant(config, 90.0, 92.0)
+    text = asked.answer([config.out, "--paper", "--sort", "paper", "--format", "json"])
+    (cell,) = [v for v in json.loads(text)["tables"][0]["rows"] if v.get("name") == nobody.method]
+    assert (cell["paper_top1"], cell["paper_shown"]) == (None, "?")
+
+
+def test_what_papers_claim(configure: Configure) -> None:
+    """TTQ's ResNet-20 error on CIFAR-10 is 8.87 (verified), 91.13 % right; DoReFa's paper has no CIFAR-10, and a third
+    party's figure is of a known deviation from it.
+    """
+    words = ("model=resnet20", "dataset=cifar10")
+    plant(configure(*words, "method=ttq"), 90.0, 92.0)
+    plant(configure(*words, "method=dorefa"), 89.0, 92.0)
+    plant(configure(*words, "method=dorefa", "method.deviation=rescaled_by_max"), 88.0, 92.0)
+    plant(configure(*words, "method=ttq", "model.width=8"), 80.0, 82.0)
+    tables = asked.tables(asked.parse([configure().out, "--paper"]))
+    own, thin = sorted(tables, key=lambda t: len(t.rows), reverse=True)
+    cells = {v["method"]: v for v in own.values}
+    assert cells["ttq"]["published"][0]["claimed"] == 8.87
+    assert cells["ttq"]["paper_gap"] == pytest.approx(90 - 91.13)
+    row = next(row for row in own.rows if row[0] == "ttq")
+    place = own.head.index("paper")
+    assert own.head[place : place + 3] == ("paper", "gap", "ran by")
+    assert row[place : place + 2] == ("91.13", "-1.13")
+    assert not cells["dorefa"]["published"]
+    (third,) = {r["ran_by"] for r in cells["dorefa deviation=rescaled_by_max"]["published"]}
+    assert third.startswith("third party")
+    assert absent("dorefa", "resnet20", "cifar10") in own.notes
+    assert all(not v.get("published") for v in thin.values), "a thinner network is not the paper's"
+    made = plant(configure("method=dorefa", f"out={configure().out}/digits"), 97.0, 98.0)
+    (digits,) = asked.tables(asked.parse([str(made), "--paper"]))
+    assert "digits is in no paper of the ledger" in digits.notes
+
+
+# --- whatever stands beside them, figures stay
+
+NAMES = st.tuples(st.sampled_from(["dorefa", "lsq", "ttq"]), st.sampled_from([1, 2, 4]), st.integers(0, 4))
+ENDED = st.tuples(NAMES, st.sampled_from(["failed", "diverged", "unsupported", "unfinished", "torn", "running"]))
+
+
+@pytest.fixture(scope="module")
+def model_result() -> Result:
+    (config,) = compose.configurations(["method=dorefa"])
+    return RunDirectory(config).new_result("done")
+
+
+def _run(model: Result, place: str, method: str, width: int, seed: int, status: str, top1: float = 0.0) -> Found:
+    values = {**vars(model), "method": method, "bits": {"w": width, "a": 32, "g": 32}, "seed": seed, "status": status}
+    protocol = model.protocol | {"identity": place}
+    final = {"test": {"top1": top1}} if status == "done" else None
+    result = Result(**values | {"run": place, "protocol": protocol, "final": final, "options": {}})
+    known = status not in ("unfinished", "torn", "running")
+    return Found(path=Path(place), status=status, reason="why", result=result if known else None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(NAMES, st.floats(0, 100, width=16), min_size=1, max_size=12),
+    st.lists(ENDED, max_size=6),
+    st.randoms(),
+)
+def test_neither_order_nor_runs_without_a_figure_change_figures(
+    model_result: Result, done: dict[tuple[str, int, int], float], ended: list[Any], random: Any
+) -> None:
+    runs = [_run(model_result, f"o/{m}{w}{s}", m, w, s, "done", top1) for (m, w, s), top1 in done.items()]
+    before = compare(runs)
+    conclude(before)
+    others = [_run(model_result, f"o/e{i}", *name, status) for i, (name, status) in enumerate(ended)]
+    shuffled = [*runs, *others]
+    random.shuffle(shuffled)
+    after = compare(shuffled)
+    conclude(after)
+    assert after[: len(before)] == before
+    names = {str(run) for t in after[len(before) :] for v in t.values for run in v["runs"]}
+    assert names == {f"o/e{i}" for i in range(len(ended))}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, model_result: Result, data: Any) -> None:
+    out = tmp_path_factory.mktemp("damaged")
+    for seed in (0, 1):
+        path = out / f"dorefa-w2a32g32-s{seed}-0000000{seed}"
+        path.mkdir()
+        whole = {**vars(model_result), "seed": seed, "final": {"test": {"top1": 97.0 + seed}}}
+        del whole["run"]
+        text = json.dumps(sealed(whole | {"protocol": model_result.protocol | {"identity": str(seed)}}))
+        for name, content in (
+            ("result.json", text),
+            ("manifest.json", "{}"),
+            ("predictions.npy", "x"),
+            ("config.yaml", ""),
+        ):
+            (path / name).write_text(content)
+    victim = path / data.draw(st.sampled_from(["result.json", "manifest.json", "predictions.npy", "config.yaml"]))
+    old = bytearray(victim.read_bytes())
+    at = data.draw(st.integers(0, max(len(old) - 1, 0)))
+    victim.write_bytes(
+        data.draw(st.sampled_from([old[:at], old[:at] + b"\xff" + old[at + 1 :], b"", b"{}", b"[1, 2]"]))
+    )
+    found = asked.tables(asked.parse([str(out)]))
+    named = [run for t in found for v in t.values for run in v["runs"]]
+    assert sorted(map(str, named)) == sorted(str(p) for p in out.iterdir())
+    figures = [v["top1"][0] for t in found for v in t.values if "top1" in v]
+    assert figures[:1] == [97.0]
+    statuses = [v["status"] for t in found for v in t.values if "status" in v]
+    assert statuses == (["torn"] if victim.name == "result.json" and victim.read_bytes() != bytes(old) else [])

@@ -1,0 +1,223 @@
+"""Pictures of a comparison: what is read back from the figures is what the runs hold, worked out by hand."""
+
+import json
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Configure
+from test_compare import plant
+
+from qbench.errors import ConfigError
+from qbench.report.comparison.compare import compare
+from qbench.report.plots.plots import KINDS, front, picture, plot
+from qbench.report.plots.style import COLOURS, DASHES, MARKERS
+from qbench.runs.directory import sealed
+from qbench.runs.history import epochs, fitted_sqnr, is_float, layer_errors, learning, observed, widths
+from qbench.runs.reader import read
+
+STUDENT_2 = 4.302653  # 97.5 % of Student's t with 2 degrees of freedom, from any table
+
+
+@pytest.fixture
+def runs(configure: Configure) -> Any:
+    """Return a function from nothing to what `compare` makes of the runs planted."""
+
+    def made() -> tuple[Any, Any]:
+        found = read([configure().out])
+        return compare(found), found
+
+    return made
+
+
+def log(path: Path, lines: list[str]) -> None:
+    (path / "metrics.jsonl").write_text("\n".join(lines))
+
+
+def epoch(number: int, top1: float) -> str:
+    return json.dumps({"kind": "epoch", "step": number, "epoch": number, "val_top1": top1})
+
+
+def test_bits_are_means_with_student_s_interval(configure: Configure, runs: Any) -> None:
+    for seed, top1 in enumerate((96.0, 97.0, 98.0)):
+        plant(configure("method=dorefa", "bits=w2a32", f"seed={seed}"), top1, 98.0 + seed / 2)
+    plant(configure("method=dorefa", "bits=w4a32"), 98.25, 98.0)
+    figure = picture(*runs(), ["bits"])
+    panel = figure.subfigs[0].axes[0]
+    ((line, _, (segments,)),) = [bars.lines for bars in panel.containers]
+    (x2, y2), (x4, y4) = line.get_xydata()
+    assert (y2, y4) == pytest.approx((97.0, 98.25))
+    assert (x2, x4) == pytest.approx((0, 1)), "one line stands in the middle of its width's place"
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["2", "4"]
+    ends = segments.get_segments()[0][:, 1]
+    half = STUDENT_2 * 1.0 / 3**0.5  # the deviation of 96, 97, 98 is 1
+    assert ends == pytest.approx([97 - half, 97 + half], abs=1e-4)
+    assert not any(isfinite(y) for _, y in segments.get_segments()[1]), "one seed has no interval"
+    band = [patch for patch in panel.patches if patch.get_alpha() == 0.22]
+    low, high = band[0].get_y(), band[0].get_y() + band[0].get_height()
+    assert (low + high) / 2 == pytest.approx(98.5)  # parents: 98, 98.5, 99
+    assert (high - low) / 2 == pytest.approx(STUDENT_2 * 0.5 / 3**0.5, abs=1e-4)
+
+
+def test_far_figures_are_on_the_axis_of_the_error_and_near_ones_are_not(configure: Configure, runs: Any) -> None:
+    plant(configure("method=dorefa", "bits=w4a32"), 97.0, 98.0)
+    plant(configure("method=dorefa", "bits=w2a32"), 96.0, 98.0)
+    near = picture(*runs(), ["bits"]).subfigs[0].axes[0]
+    assert (near.get_yscale(), near.get_ylabel()) == ("linear", "test top-1 (%)")
+    plant(configure("method=dorefa", "bits=w1a32"), 60.0, 98.0)
+    far = picture(*runs(), ["bits"]).subfigs[0].axes[0]
+    assert far.get_ylabel() == "test top-1 (%), log of the error"
+    low, high, third = (far.transData.transform((0, y))[1] for y in (61.0, 81.0, 91.0))
+    assert third - high == pytest.approx(high - low), "40, 20 and 10 errors in a hundred, and one, are a step apart"
+    ends = far.get_ylim()
+    assert ends[0] < 60 < 98 < ends[1]
+
+
+def test_what_leaves_weights_float_has_a_panel_of_its_own(configure: Configure, runs: Any) -> None:
+    for words in ("bits=w2a2", "bits=w4a4", "bits=w1a2", "bits=w32a2", "bits=w2a2g6"):
+        plant(configure("method=dorefa", words), 95.0, 98.0)
+    figure = picture(*runs(), ["bits"])
+    assert [panel.get_xlabel() for panel in figure.subfigs[0].axes] == ["bits a weight, W", "bits an activation, A"]
+    labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
+    assert sorted(labels) == ["dorefa", "dorefa, A2", "dorefa, A=W", "dorefa, A=W G6", "float"]
+
+
+def test_the_pareto_front_of_points_worked_out_by_hand() -> None:
+    assert front([(4, 90), (1, 80), (2, 85), (3, 84), (2, 70), (5, 90)]) == [1, 2, 0]
+    assert front([(1, 50)]) == [0]
+    assert front([]) == []
+
+
+def test_pareto_marks_the_front_over_bytes_and_bitops(configure: Configure, runs: Any) -> None:
+    cost = {"bits_per_weight": 2.0, "bytes_float": 1, "macs": 1}
+    for words, top1, size, ops in (
+        ("bits=w1", 90.0, 100, 9000), ("bits=w2", 95.0, 200, 2000), ("bits=w4", 94.0, 400, 4000)
+    ):  # fmt: skip
+        own = cost | {"bytes_ideal": size, "bitops": ops}
+        plant(configure("method=dorefa", words), top1, 98.0, cost=own)
+    left, right = picture(*runs(), ["pareto"]).subfigs[0].axes
+    for panel, wanted in ((left, [(100, 90), (200, 95)]), (right, [(2000, 95)])):
+        (rings,) = [line for line in panel.lines if line.get_markersize() == 9]
+        assert [tuple(point) for point in rings.get_xydata()] == wanted
+        assert panel.get_xscale() == "log"
+    assert [text.get_text() for text in left.texts] == ["dorefa W1", "dorefa W2"]
+
+
+def test_curves_are_the_mean_and_the_extremes_of_seeds(configure: Configure, runs: Any) -> None:
+    for seed, values in enumerate(((50.0, 70.0), (60.0, 90.0))):
+        path = plant(configure("method=dorefa", f"seed={seed}"), 95.0, 98.0)
+        log(path, [json.dumps({"kind": "step", "step": 1, "loss": 1.0}), *(epoch(i, v) for i, v in enumerate(values))])
+        parent = path.parent / f"float-w32a32g32-s{seed}-00000000"
+        parent.mkdir()
+        log(parent, [epoch(0, 20.0 + seed), epoch(1, 30.0), epoch(2, 40.0)])
+    tables, found = runs()
+    lines, measure = learning(tables[0].values[1:], {str(run.path): run.result for run in found})
+    assert measure == "val_top1"
+    assert lines["dorefa"]["W2"] == ([1, 2], [55.0, 80.0], [50.0, 70.0], [60.0, 90.0])
+    assert lines["dorefa"]["float"] == ([-2, -1, 0], [20.5, 30.0, 40.0], [20.0, 30.0, 40.0], [21.0, 30.0, 40.0])
+    (panel,) = picture(tables, found, ["curves"]).subfigs[0].axes
+    assert [list(line.get_ydata()) for line in panel.lines[:2]] == [[20.5, 30.0, 40.0], [55.0, 80.0]]
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "3", "2"]
+
+
+@pytest.mark.parametrize("torn", ['{"kind": "epoch", "epoch": 1, "val_t', "[1, 2]", "\x00\x01", '{"epoch": NaN}'])
+def test_a_torn_log_loses_only_the_torn_part(tmp_path: Path, torn: str) -> None:
+    log(tmp_path, [epoch(0, 50.0), torn, epoch(2, 70.0), '{"kind": "epoch", "epoch": "3"}'])
+    assert {e: values["val_top1"] for e, values in epochs(tmp_path).items()} == {0: 50.0, 2: 70.0}
+    assert epochs(tmp_path / "nowhere") == {}
+
+
+def test_layers_are_drawn_where_somebody_looked(configure: Configure, runs: Any) -> None:
+    tables, found = runs()
+    assert picture(tables, found, ["layers"]) is None
+    for seed, error in enumerate((0.1, 0.01)):
+        path = plant(configure("method=dorefa", f"seed={seed}"), 95.0, 98.0)
+        told = {"conv1": {"cosine": 0.1}, "conv2": {"cosine": 0.2}}
+        late = {"conv1": {"cosine": (1 - error) ** 0.5, "sqnr": -9.0}, "conv2": {"w.dead": 1.0}, "fc": {"cosine": 1.0}}
+        looks = [{"kind": "layers", "step": i, "epoch": i, "layers": t} for i, t in enumerate((told, late))]
+        log(path, [epoch(0, 50.0), *map(json.dumps, looks)])
+    assert observed(path)["fc"] == {"cosine": 1.0}
+    tables, found = runs()
+    lines, names = layer_errors([cell for cell in tables[0].values if not is_float(cell)])
+    assert names == ["conv1", "fc"]
+    assert lines["dorefa"]["W2"].x == [0, 1]
+    own = [lines["dorefa"]["W2"].mean, lines["dorefa"]["W2"].low, lines["dorefa"]["W2"].high]
+    assert own == [pytest.approx(wanted) for wanted in ([15, 60], [10, 60], [20, 60])], "errors of 1/10 and 1/100"
+    (panel,) = picture(tables, found, ["layers"]).subfigs[0].axes
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == names
+    assert list(panel.lines[0].get_ydata()) == pytest.approx([15, 60])
+
+
+def test_an_output_at_another_scale_is_no_error() -> None:
+    wanted, got = np.array([3.0, 4.0, 0.0]), 0.1 * np.array([3.0, 4.0, 0.5])
+    cosine = wanted @ got / np.linalg.norm(wanted) / np.linalg.norm(got)
+    scale = wanted @ got / (got @ got)
+    by_hand = 10 * np.log10(wanted @ wanted / np.sum((wanted - scale * got) ** 2))
+    assert fitted_sqnr({"cosine": cosine}) == pytest.approx(by_hand)
+    assert [fitted_sqnr({"cosine": c}) for c in (0.0, -1.0, 1.0000001)] == [0, 0, 60]
+    assert fitted_sqnr({"sqnr": 3.0}) is fitted_sqnr({"cosine": None}) is None
+
+
+def test_every_method_looks_different(configure: Configure, runs: Any) -> None:
+    plant(configure("method=dorefa"), 95.0, 98.0)
+    path = plant(configure("method=dorefa", "seed=1"), 95.0, 98.0)
+    stored = json.loads((path / "result.json").read_text())
+    for i in range(20):
+        own = path.with_name(f"m{i}")
+        own.mkdir()
+        identity = stored["protocol"] | {"identity": str(i)}
+        made = sealed(stored | {"method": f"_${i}_{{", "protocol": identity})
+        (own / "result.json").write_text(json.dumps(made))
+    figure = picture(*runs(), ["bits", "pareto"])
+    looks = {(line.get_color(), line.get_marker()) for bars in figure.subfigs[0].axes[0].containers
+             for line in bars.lines[:1]}  # fmt: skip
+    assert len(looks) == 21
+    labels = [text.get_text().strip() for text in figure.subfigs[0].legends[0].get_texts()]
+    assert "_$3_{" in labels, "a name is text, never mathematics"
+    assert len({(c, m) for i in range(66) for c, m in [(COLOURS[i % 6], MARKERS[i % 11])]}) == 66
+    assert len(set(DASHES)) == len(DASHES)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml"), (".SVG", b"<?xml")]
+)
+def test_files_are_what_their_suffix_says_and_always_the_same(
+    configure: Configure, runs: Any, tmp_path: Path, suffix: str, start: bytes
+) -> None:
+    plant(configure("method=dorefa"), 95.0, 98.0)
+    plot(*runs(), tmp_path / f"one{suffix}")
+    plot(*runs(), tmp_path / f"two{suffix}")
+    data = (tmp_path / f"one{suffix}").read_bytes()
+    assert data.startswith(start)
+    assert data == (tmp_path / f"two{suffix}").read_bytes()
+
+
+def test_the_name_of_the_file_says_which_picture(configure: Configure, runs: Any, tmp_path: Path) -> None:
+    path = plant(configure("method=dorefa"), 95.0, 98.0)
+    log(path, [epoch(0, 50.0)])
+    tables, found = runs()
+    plot(tables, found, tmp_path / "bits.svg")
+    plot(tables, found, tmp_path / "other.svg")
+    assert len(picture(tables, found, KINDS).subfigs) == 3
+    assert (tmp_path / "other.svg").stat().st_size > 1.5 * (tmp_path / "bits.svg").stat().st_size
+    with pytest.raises(ConfigError, match=r"allowed: \.png, \.pdf, \.svg"):
+        plot(tables, found, tmp_path / "bits.jpg")
+    with pytest.raises(ConfigError, match="records of their layers"):
+        plot(tables, found, tmp_path / "layers.png")
+
+
+def test_nothing_to_draw_is_said(configure: Configure, runs: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        plot([], [], tmp_path / "all.png")
+    plant(configure("method=dorefa"), 0.0, status="failed", reason="why")
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        plot(*runs(), tmp_path / "all.png")
+    assert not (tmp_path / "all.png").exists()
+
+
+def test_widths_are_named_without_what_is_float() -> None:
+    assert widths({"bits": {"w": 2, "a": 32, "g": 32}}) == "W2"
+    assert widths({"bits": {"w": 2, "a": 4, "g": 6}}) == "W2 A4 G6"
+    assert widths({"bits": {"w": 32, "a": 32, "g": 32}}) == "W32"

@@ -1,0 +1,188 @@
+"""Files are there whole or not at all; logs are cut back; the screen tells and keeps."""
+
+import errno
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Configure
+
+from qbench.errors import ResourceError
+from qbench.report.tables.run_row import row
+from qbench.runs import manifest
+from qbench.runs.directory import Result, RunDirectory, sealed
+from qbench.runs.metrics_logger import Logbook
+from qbench.runs.progress import Screen
+from qbench.system import files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": 1})
+    for name in ("fsync", "replace"):
+
+        def fail(*args: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(ResourceError, match=r"a\.json.*bytes needed.*No space left"):
+                files.write(path, b"other")
+        assert files.read_json(path) == {"x": 1}
+        assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert files.read_json(tmp_path / "none.json") is None
+    path.write_text('{"x": ')
+    assert files.read_json(path) is None
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.write_json(path, {"x": float("nan")})
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    book = Logbook(tmp_path, tensorboard=False)
+    book.record("epoch", 1, {"loss": 0.5})
+    size = book.size
+    book.record("epoch", 2, {"loss": 0.25})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "ep')
+    again = Logbook(tmp_path, size=size, tensorboard=False)
+    again.record("epoch", 2, {"loss": 0.125})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.125)]
+
+
+def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(1_700_000_000)  # event files are read in the order of their names, which hold the second
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write(size: int, step: int, steps: list[int]) -> int:
+        book = Logbook(tmp_path, size=size, step=step)
+        for at in steps:
+            book.record("epoch", at, {"loss": float(at)})
+        book.close()
+        return book.size
+
+    write(0, 0, [18])  # killed before its first checkpoint
+    size = write(0, 0, [18, 36])
+    write(0, 36, [])
+    write(size, 36, [54, 72])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("epoch/loss")] == [18, 36, 54, 72]
+
+
+def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) -> None:
+    directory = RunDirectory(configure("method=dorefa"))
+    assert directory.stored() is None
+    assert not directory.path.exists()
+    with directory.held():
+        directory.conclude(directory.new_result("unsupported"))
+    stored = directory.stored()
+    assert stored is not None
+    assert stored.run == str(directory.path)
+    path = directory.path / "result.json"
+    good = json.loads(path.read_text())
+    for change in (
+        {"schema": 99},
+        {"status": "failed"},
+        {"surprise": 1},
+        {"status": "done"},
+        {"notes": None},
+        {"protocol": {}},
+        {"protocol": good["protocol"] | {"identity": "another"}},
+    ):
+        path.write_text(json.dumps(sealed(good | change)))
+        assert directory.stored() is None, change
+    path.write_text(json.dumps(good | {"seed": 1}))
+    assert directory.stored() is None, "its sha256 is of another content"
+    path.write_text(json.dumps(good)[:-20])
+    assert directory.stored() is None
+
+
+def test_the_newest_two_checkpoints_are_kept(configure: Configure) -> None:
+    directory = RunDirectory(configure("method=dorefa"))
+    with directory.held():
+        for step in (5, 9, 10, 100):
+            directory.save_state(step, b"x")
+        assert [p.name for p in directory.states()] == ["state-100.pt", "state-10.pt"]
+        (directory.path / ".result.json.77.tmp").write_text("torn")
+    with directory.held():
+        assert not list(directory.path.glob(".*.tmp"))
+        directory.conclude(directory.new_result("failed"))
+        assert len(directory.states()) == 2, "a failed run can go on"
+        directory.conclude(directory.new_result("done"))
+        assert directory.states() == []
+
+
+def test_only_one_process_holds_a_directory(configure: Configure) -> None:
+    first, second = (RunDirectory(configure("method=dorefa")) for _ in range(2))
+
+    class Waited(Exception):
+        pass
+
+    def waiting() -> None:
+        raise Waited
+
+    with first.held(), pytest.raises(Waited), second.held(waiting):
+        raise AssertionError("two held it")
+    with second.held(waiting):
+        pass
+
+
+def test_changes_since_a_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    assert manifest.changed_since(path) == []
+    files.write_json(path, {"commit": manifest.commit(), "versions": dict(manifest.versions())})
+    assert manifest.changed_since(path) == []
+    files.write_json(path, {"commit": manifest.commit(), "versions": {"torch": "1.0"}})
+    (change,) = manifest.changed_since(path)
+    assert change.startswith("torch 1.0 (now ")
+
+
+def test_plain_lines_are_few_and_all_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(live=False)
+    screen.log = tmp_path / "log.txt"
+    screen.start("stage", 1000, 0, 64)
+    for epoch in range(100):
+        screen.step(10 * epoch + 10, lambda: 0.5)
+        screen.epoch(10 * epoch + 10, {"epoch": epoch, "train_loss": 0.5, "train_top1": 50.0, "val_top1": 40.0})
+    screen.say("hello")
+    shown = capsys.readouterr().err.splitlines()
+    assert 10 <= len(shown) <= 13
+    assert "epoch 100, step 1000 of 1000  loss 0.5000  train 50.0 %  val 40.0 %" in shown[-2]
+    assert shown[-1] == "hello"
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 101
+
+
+def _result(**values: Any) -> Result:
+    bits = {"w": 2, "a": 32, "g": 32}
+    own = {"final": {"test": {"top1": 90.0}}, "cost": {
+        "bits_per_weight": 2.0, "bytes_ideal": 7176, "bytes_float": 76296, "bitops": 16_842_752, "macs": 189_248,
+    }}  # fmt: skip
+    given = {
+        "status": "done", "method": "dorefa", "bits": bits, "seed": 0, "dataset": "digits", "model": "resnet8",
+        "protocol": {}, "run": "outputs/x", "levels": 4, "wall_seconds": 3.21,
+    }  # fmt: skip
+    return Result(**given | own | values)
+
+
+def test_the_row() -> None:
+    child = _result(float={"final": {"test": {"top1": 91.25}}}, notes=["a hint"])
+    text = row([child, _result(method="float", levels=None), _result(status="unsupported", final=None, reason="why")])
+    narrow = row([child], width=80).splitlines()
+    assert max(map(len, narrow)) <= 80
+    assert narrow[0].split() == ["method", "dorefa"]
+    assert narrow[6].split() == ["float", "91.25", "%"]
+    assert row([child], width=200) == row([child])
+    head, first, parent, unsupported, *rest = text.splitlines()
+    assert head.split()[:4] == ["method", "W", "A", "G"]
+    assert " ".join(first.split()) == (
+        "dorefa 2 32 32 4 2.00 91.25 % 90.00 % -1.25 7.18 kB of 76.3 kB 16.8 M of 194 M 3.2 s"
+    )
+    assert " ".join(parent.split()).startswith("float 2 32 32 - 2.00 90.00 % - - 7.18 kB")
+    assert unsupported.split()[-1] == "unsupported"
+    assert "      a hint" in rest
+    assert "      why" in rest

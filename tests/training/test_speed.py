@@ -1,0 +1,60 @@
+"""Ratios of the benchmarks in scripts/bench, with half as much again as their bars allow: for a busy machine."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from qbench.data.dataset import Augment, Dataset, Loader, Split
+from qbench.experiment.setup import keep_freed_memory
+from qbench.quant import fused_kernels as passes
+from qbench.quant.kmeans import kmeans
+
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+
+from measure import interleaved, seconds
+from plain import plain as network
+from plain import training_step
+from step import CASES, PUBLIC, fp32, public_functions, quantized
+
+pytestmark = pytest.mark.full
+SLACK = 1.5
+
+
+def test_training_steps() -> None:
+    keep_freed_memory()
+    works = {"fp32": fp32("cpu"), "stock": training_step(network(), "cpu"), PUBLIC: public_functions("cpu")}
+    works |= {case.label: quantized(case, "cpu") for case in CASES}
+    found = interleaved(works, rounds=7)
+    bars = {PUBLIC: 1.3, **{case.label: case.bar for case in CASES}}
+    slow = {name: str(found[name]) for name, bar in bars.items() if found[name].median > SLACK * bar}
+    assert not slow
+    assert found["dorefa w2a2"].median < SLACK * 0.92 * found["stock"].median
+
+
+def test_stochastic_rounding() -> None:
+    x = torch.rand(2**20)
+    found = interleaved(
+        {"usual": lambda: torch.floor(x * 255 + torch.rand_like(x)), "ours": lambda: passes.round_up_or_down(x * 255)}
+    )
+    assert found["ours"].median < SLACK * 0.6
+
+
+def test_kmeans() -> None:
+    values = torch.randn(10**6)
+    array = values.numpy()
+    found = interleaved({"sort": lambda: np.sort(array), "kmeans": lambda: kmeans(values, 16)}, rounds=9)
+    assert found["kmeans"].median < SLACK * 12
+
+
+def test_batches() -> None:
+    split = Split(torch.randint(256, (12_800, 3, 32, 32), dtype=torch.uint8), torch.zeros(12_800, dtype=torch.long))
+    data = Dataset(
+        name="noise", train=split, val=split.take(torch.arange(0)), test=split.take(torch.arange(1)), classes=2,
+        mean=(0.5,) * 3, std=(0.25,) * 3, augment=Augment(pad=4, flip=True),
+    )  # fmt: skip
+    loader = Loader(data, 128, 0, torch.device("cpu"))
+    best = min(seconds(lambda: sum(1 for _ in loader.train(0))) for _ in range(7))
+    assert 12_800 / best > 150_000 / SLACK

@@ -1,0 +1,357 @@
+"""The loop, the schedules, the options of a step, checkpoints."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Configure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.config.schema import Optim, digest
+from qbench.errors import CheckpointError, ConfigError, Diverged
+from qbench.experiment.run import run
+from qbench.experiment.setup import COMPILERS
+from qbench.methods import dorefa
+from qbench.methods import float as nothing
+from qbench.models import mlp
+from qbench.quant.layers import install
+from qbench.quant.method import Method, Probe
+from qbench.training import optimizer as optim
+from qbench.training.checkpoint import (
+    load_float,
+    load_plain,
+    pack,
+    random_state,
+    set_random_state,
+    unpack,
+    weights_sha256,
+)
+from qbench.training.loop import Average, State, Task, evaluate, fit
+from qbench.training.optimizer import learning_rate, parameter_groups
+
+STEPS = 5
+generator = torch.Generator().manual_seed(0)
+X = torch.randn(STEPS * 20, 1, 4, 4, generator=generator)
+Y = (X.flatten(1)[:, :3].argmax(1)).long()
+
+
+def task(method: Method | None = None, epochs: int = 3, model: nn.Module | None = None, **options: Any) -> Task:
+    torch.manual_seed(0)
+    method = method or nothing.build()
+    model = install(method, model or mlp.build((1, 4, 4), 3, hidden=1, width=16))
+    batches = [(x, y) for x, y in zip(X.split(20), Y.split(20), strict=True)]
+    settings = Optim(**{"name": "sgd", "lr": 0.1, "batch_size": 20} | options)
+    return Task(
+        model=model, method=method, optim=settings, epochs=epochs, steps=STEPS,
+        train=lambda epoch, start: batches[start:],
+        validate=lambda: batches[:2], probe=Probe(batches[:1], F.cross_entropy),
+    )  # fmt: skip
+
+
+def state_of(job: Task) -> State:
+    average = Average(job.model, job.optim.ema) if job.optim.ema is not None else None
+    return State(optim.build(job.model, job.optim), average)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"schedule": "constant"}, [1, 1, 1, 1]),
+        ({"schedule": "linear", "lr_end": 0.2}, [1, 0.8, 0.6, 0.4]),
+        ({"schedule": "cosine"}, [1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2]),
+        ({"schedule": "exponential", "lr_end": 1e-4}, [1, 0.1, 0.01, 0.001]),
+        ({"schedule": "step", "milestones": [0.5, 0.75], "gamma": 0.1}, [1, 1, 0.1, 0.01]),
+    ],
+)
+def test_schedules_by_hand(schedule: dict[str, Any], expected: list[float]) -> None:
+    rates = [learning_rate(Optim(lr=1.0, **schedule), step, 4) for step in range(4)]
+    assert rates == pytest.approx(expected)
+
+
+def test_adam_from_1e_4_falls_to_1e_6() -> None:
+    rates = [learning_rate(Optim(lr=1e-4, schedule="exponential", lr_end=1e-6), s, 100) for s in range(101)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[50] == pytest.approx(1e-5)
+    assert rates[100] == pytest.approx(1e-6)
+
+
+def test_a_phase_starts_the_schedule_anew_and_forgets_momentum() -> None:
+    seen: list[tuple[float, bool]] = []
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        seen.append((optimizer.param_groups[0]["lr"], bool(optimizer.state)))
+        optimizer.step()
+
+    method = replace(nothing.build(), phases=lambda epochs: (1, 3), step=step)
+    job = task(method, epochs=4, schedule="linear")
+    fit(job, state_of(job))
+    rates = [rate for rate, _ in seen]
+    ten = [0.1 * (1 - i / (2 * STEPS)) for i in range(2 * STEPS)]
+    five = [0.1 * (1 - i / STEPS) for i in range(STEPS)]
+    assert rates == pytest.approx(five + ten + five)
+    assert [i for i, (_, momentum) in enumerate(seen) if not momentum] == [0, STEPS, 3 * STEPS]
+
+
+def test_the_methods_parts_are_called_when_they_should() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def loss(model: nn.Module, logits: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(("loss", len(batch[1])))
+        return F.cross_entropy(logits, batch[1])
+
+    teacher = nn.Dropout()
+    method = replace(
+        nothing.build(),
+        loss=loss,
+        on_epoch=lambda m, epoch, epochs, probe: calls.append(("epoch", epoch)),
+        frozen=(teacher,),
+    )
+    job = task(method, epochs=2)
+    fit(job, state_of(job))
+    assert calls == [("epoch", 0), *[("loss", 20)] * STEPS, ("epoch", 1), *[("loss", 20)] * STEPS]
+    assert not teacher.training
+
+
+def test_decay_spares_biases_and_norms_and_quantizers_say_their_own() -> None:
+    class Own(dorefa.Weight):
+        lr_scale, weight_decay = 0.1, 0.5
+
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.scale = nn.Parameter(torch.ones(()))
+
+    method = replace(dorefa.build(w=2), weight=lambda name, layer, bits: Own())
+    model = install(method, mlp.build((1, 4, 4), 3, hidden=2, width=16))
+    groups = {(g["lr_scale"], g["weight_decay"]): len(g["params"]) for g in parameter_groups(model, 1e-3)}  # type: ignore[arg-type]
+    assert groups == {(1.0, 1e-3): 3, (1.0, 0.0): 5, (0.1, 0.5): 1}
+    optimizer = optim.build(model, Optim(name="sgd", lr=1.0))
+    optim.set_learning_rate(optimizer, 0.5)
+    assert sorted({g["lr"] for g in optimizer.param_groups}) == [0.05, 0.5]
+
+
+def test_clipping_smoothing_and_averaging() -> None:
+    norms = []
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+        optimizer.step()
+
+    job = task(replace(nothing.build(), step=step), clip_norm=0.01)
+    fit(job, state_of(job))
+    assert max(norms) <= 0.01 * (1 + 1e-5)
+    smooth = task(label_smoothing=0.3)
+    logits = smooth.model(X[:20])
+    assert smooth.loss(logits, (X[:20], Y[:20])).item() == pytest.approx(
+        F.cross_entropy(logits, Y[:20], label_smoothing=0.3).item()
+    )
+    averaged = task(ema=0.5)
+    state = state_of(averaged)
+    name, p = next(iter(averaged.model.named_parameters()))
+    expected = p.detach().clone()
+    for batch in averaged.train(0, 0):
+        averaged.loss(averaged.model(batch[0]), batch).backward()
+        state.optimizer.step()
+        state.average.update(averaged.model)  # type: ignore[union-attr]
+        expected = 0.5 * expected + 0.5 * p.detach()
+    torch.testing.assert_close(state.average.values[name], expected)  # type: ignore[union-attr]
+    with state.average.used(averaged.model):  # type: ignore[union-attr]
+        torch.testing.assert_close(p.detach(), expected)
+    assert not torch.allclose(p.detach(), expected)
+
+
+def test_best_is_the_first_of_the_best_validation_and_patience_stops() -> None:
+    job = task(epochs=30, lr=1e-12, patience=3)
+    state = state_of(job)
+    fit(job, state)
+    assert state.stopped
+    assert state.epoch < 30
+    assert state.epoch == state.best["epoch"] + 1 + 3  # type: ignore[index]
+
+
+def test_seconds_per_epoch_count_the_epochs_that_were_trained(smoke: Configure) -> None:
+    words = ["method=dorefa", "optim=sgd", "optim.lr=1e-12", "epochs=40", "optim.patience=2"]
+    result = run(smoke(*words))
+    epochs = result.final["epoch"] + 1  # type: ignore[index]
+    assert epochs < 40
+    records = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(record["seconds"] for record in records if record["kind"] == "epoch")
+    assert result.speed["seconds_per_epoch"] == pytest.approx(seconds / epochs)  # type: ignore[index]
+
+
+def test_an_incremental_method_has_no_best_before_it_is_complete() -> None:
+    class Half(dorefa.Weight):
+        complete = False
+
+    method = replace(dorefa.build(w=2), weight=lambda name, layer, bits: Half(bits))
+    job = task(method, model=mlp.build((1, 4, 4), 3, hidden=2, width=16))
+    state = state_of(job)
+    fit(job, state)
+    assert state.best is None
+
+
+def test_not_a_number_stops_at_its_step() -> None:
+    method = replace(nothing.build(), loss=lambda model, logits, batch: logits.sum() * float("nan"))
+    job = task(method)
+    with pytest.raises(Diverged, match="epoch 0, step 0"):
+        fit(job, state_of(job))
+
+
+def test_evaluation_by_hand() -> None:
+    logits = torch.tensor([[3.0, 2, 1, 0, 0, 0, 0], [0, 3, 2, 1, 0.5, 0.4, 0], [9, 8, 7, 6, 5, 4, 0]])
+    labels = torch.tensor([0, 4, 6])
+    found = evaluate(nn.Identity(), [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
+    assert found["top1"] == pytest.approx(100 / 3)
+    assert found["top5"] == pytest.approx(200 / 3)
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item())
+    assert evaluate(nn.Identity(), []) == {}
+
+
+def test_a_checkpoint_is_verified_before_it_is_parsed() -> None:
+    data = pack({"a": torch.arange(5), "b": [1, 2.5, "x"]})
+    assert unpack(data, "it")["b"] == [1, 2.5, "x"]
+    assert load_plain(data, "it")["b"] == [1, 2.5, "x"], "an ordinary checkpoint for anyone else"
+    for place in range(0, len(data), 97):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << (place % 8)
+        with pytest.raises(CheckpointError, match="damaged"):
+            unpack(bytes(flipped), "it")
+    for bad in (b"", data[:-1], data[:100], data + b"x"):
+        with pytest.raises(CheckpointError):
+            unpack(bad, "it")
+
+
+def test_code_in_a_checkpoint_never_runs(tmp_path: Any) -> None:
+    import io
+    import pickle
+
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tmp_path.joinpath("ran").write_text, ("x",))
+
+    buffer = io.BytesIO()
+    torch.save({"model": Hostile()}, buffer)
+    for data in (buffer.getvalue(), pickle.dumps(Hostile())):
+        with pytest.raises(CheckpointError):
+            load_plain(data, "it")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_random_states_come_back() -> None:
+    import random
+
+    import numpy as np
+
+    torch.randn(3)
+    saved = unpack(pack(random_state()), "it")
+    first = (torch.rand(3), np.random.rand(3), random.random())
+    set_random_state(saved)
+    again = (torch.rand(3), np.random.rand(3), random.random())
+    assert torch.equal(first[0], again[0])
+    assert (first[1] == again[1]).all()
+    assert first[2] == again[2]
+
+
+def test_loading_a_float_network_names_what_does_not_fit() -> None:
+    model, narrow = (mlp.build((1, 4, 4), 3, hidden=1, width=w) for w in (16, 8))
+    state = model.state_dict()
+    with pytest.raises(CheckpointError, match=r"fc1.weight \(16, 16\) for \(8, 16\)"):
+        load_float(narrow, state, "it")
+    with pytest.raises(CheckpointError, match=r"missing: fc1.weight"):
+        load_float(model, {k: v for k, v in state.items() if k != "fc1.weight"}, "it")
+    with pytest.raises(CheckpointError, match="unknown: extra"):
+        load_float(model, state | {"extra": torch.ones(1)}, "it")
+    skipped, new = load_float(model, state | {"fc1.weight_q.scale": torch.ones(1)}, "it")
+    assert (skipped, new) == (["fc1.weight_q.scale"], [])
+
+
+def test_the_digest_of_weights_sees_name_type_shape_and_bytes() -> None:
+    base = {"a": torch.arange(6.0)}
+    same = {"a": torch.arange(12.0)[::2] / 2}
+    assert weights_sha256(base) == weights_sha256(same)
+    for other in (
+        {"b": base["a"]},
+        {"a": base["a"].double()},
+        {"a": base["a"].reshape(2, 3)},
+        {"a": base["a"] + 1},
+    ):
+        assert weights_sha256(other) != weights_sha256(base)
+
+
+def test_the_probe_disturbs_nothing() -> None:
+    model = mlp.build((1, 4, 4), 3, hidden=1, width=16)
+    model.add_module("drop", nn.Dropout())
+    probe = Probe([(X[:20], Y[:20]), (X[20:30], Y[20:30])], F.cross_entropy)
+    before, random_before = weights_sha256(model.state_dict()), torch.get_rng_state()
+    expected = F.cross_entropy(model.eval()(X[:30]), Y[:30])
+    model.train()
+    assert probe.loss(model) == pytest.approx(expected.item(), rel=1e-5)
+    inputs, outputs = probe.responses(model, "fc1")
+    assert inputs.shape == (30, 16)
+    torch.testing.assert_close(outputs, F.linear(inputs, model.get_submodule("fc1").weight))
+    grads = probe.gradients(model)
+    assert set(grads) == {name for name, _ in model.named_parameters()}
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert weights_sha256(model.state_dict()) == before
+    assert torch.equal(torch.get_rng_state(), random_before)
+
+
+def test_how_a_run_is_computed_is_part_of_it_and_how_much_it_keeps_is_not(smoke: Configure) -> None:
+    usual = smoke("method=dorefa", "bits=w2a2")
+    assert usual.identity()["runtime"] == {"threads": 1, "deterministic": True}
+    for word, same in (("compress_activations=true", True), ("precision=bf16", False), ("compile=true", False)):
+        other = smoke("method=dorefa", "bits=w2a2", f"runtime.{word}")
+        assert (digest(other.identity()) == digest(usual.identity())) is same
+        assert (other.protocol() == usual.protocol()) is (word != "precision=bf16"), "bf16 is compared with bf16"
+
+
+def test_compressed_activations_change_no_bit(smoke: Configure, tmp_path: Path) -> None:
+    first = run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'a'}"))
+    second = run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'b'}", "runtime.compress_activations=true"))
+    assert first.weights_sha256 == second.weights_sha256
+    assert first.final == second.final
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("method=dorefa", "bits=w2"), "no activations are quantized"),
+        (("method=lsq", "bits=w2a2"), "needs what was quantized"),
+        (("method=dorefa", "bits=w2a16"), "needs what was quantized"),
+    ],
+)
+def test_compression_without_effect_is_refused(smoke: Configure, words: tuple[str, ...], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        run(smoke(*words, "runtime.compress_activations=true"))
+
+
+def test_bfloat16_trains_and_its_quantizers_are_exact(smoke: Configure) -> None:
+    result = run(smoke("method=dorefa", "bits=w2a2", "runtime.precision=bf16"))
+    assert result.status == "done"
+    assert all(
+        found[slot]["allowed"] == 4 for found in result.verified.values() for slot in ("w", "a") if slot in found
+    )
+    usual = run(smoke("method=dorefa", "bits=w2a2"))
+    assert usual.weights_sha256 != result.weights_sha256
+
+
+def test_compiling_wants_a_compiler(smoke: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"runtime.compile=true needs a C\+\+ compiler"):
+        run(smoke("method=dorefa", "bits=w2a2", "runtime.compile=true"))
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+def test_a_compiled_run_learns_what_the_usual_one_does(smoke: Configure) -> None:
+    usual = run(smoke("method=dorefa", "bits=w2a2", "init=scratch"))
+    compiled = run(smoke("method=dorefa", "bits=w2a2", "init=scratch", "runtime.compile=true"))
+    assert compiled.status == "done"
+    assert abs(compiled.final["test"]["loss"] - usual.final["test"]["loss"]) < 0.1
