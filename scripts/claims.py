@@ -22,10 +22,10 @@ from qbench.config import compose
 from qbench.config.schema import Config
 from qbench.errors import ConfigError, QbenchError
 from qbench.papers import claims as kept
-from qbench.papers.claims import BACKWARD, Claim, Judged
+from qbench.papers.claims import BACKWARD, Claim, ClaimResult
 from qbench.report.tables.table import Table, markdown
 from qbench.runs.directory import RunDirectory
-from qbench.runs.reader import DONE, Found
+from qbench.runs.reader import DONE, RunRecord
 from qbench.system import files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,12 +104,12 @@ def configs_of(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> 
     return found
 
 
-def runs_of(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> dict[int, Found]:
+def runs_of(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> dict[int, RunRecord]:
     """Return what stands in an arm's runs; a line that makes no configuration has failed for every seed."""
     try:
         configs = configs_of(claim, arm, seeds, out)
     except ConfigError as error:
-        return {seed: Found(path=Path(out), status="failed", reason=str(error)) for seed in seeds}
+        return {seed: RunRecord(path=Path(out), status="failed", reason=str(error)) for seed in seeds}
     return kept.read_arm({seed: RunDirectory(config).path for seed, config in configs.items()})
 
 
@@ -171,8 +171,8 @@ def stored_seconds(path: Path) -> float:
 
 def report(family: list[Claim], seeds: list[int], out: str, docs: Path) -> None:
     """Judge every claim and write OUT/claims.json and the document."""
-    judged: list[Judged] = []
-    runs: dict[str, dict[tuple[str, ...], dict[int, Found]]] = {}
+    judged: list[ClaimResult] = []
+    runs: dict[str, dict[tuple[str, ...], dict[int, RunRecord]]] = {}
     measured: dict[str, Any] = {}
     for claim in family:
         arms = runs[claim.name] = {arm: runs_of(claim, arm, seeds, out) for arm in claim.arms}
@@ -182,7 +182,7 @@ def report(family: list[Claim], seeds: list[int], out: str, docs: Path) -> None:
             continue
         for c in claim.comparisons:
             second = {} if c.second is None else arms[c.second]
-            judged.append(kept.judge(c, claim.measure, arms[c.first], second))
+            judged.append(kept.evaluate_claim(c, claim.measure, arms[c.first], second))
     kept.conclude(judged)
     table = kept.summary(judged, {claim.name: claim for claim in family})
     machine = machine_of(runs)
@@ -213,8 +213,8 @@ def report(family: list[Claim], seeds: list[int], out: str, docs: Path) -> None:
 
 def section(
     claim: Claim,
-    own: list[Judged],
-    arms: dict[tuple[str, ...], dict[int, Found]],
+    own: list[ClaimResult],
+    arms: dict[tuple[str, ...], dict[int, RunRecord]],
     seeds: list[int],
     out: str,
     machine: str,
@@ -235,7 +235,7 @@ def section(
     return "\n".join(lines) + "\n"
 
 
-def machine_of(runs: dict[str, dict[tuple[str, ...], dict[int, Found]]]) -> str:
+def machine_of(runs: dict[str, dict[tuple[str, ...], dict[int, RunRecord]]]) -> str:
     """Return the machine of the first run that says it, and the commits of all; every manifest.json has its own."""
     paths = {run.path for arms in runs.values() for arm in arms.values() for run in arm.values()}
     manifests = [known for path in sorted(paths) if (known := files.read_json(path / "manifest.json"))]
@@ -249,7 +249,7 @@ def machine_of(runs: dict[str, dict[tuple[str, ...], dict[int, Found]]]) -> str:
     )
 
 
-def measure(claim: Claim, net: dict[int, Found], out: str) -> dict[str, Any]:
+def measure(claim: Claim, net: dict[int, RunRecord], out: str) -> dict[str, Any]:
     """Return {seed: {sigma: {backward: {layer: (cosine, bias)}}}} of a claim's networks; measured once."""
     store = Path(out) / "gradient_mismatch.json"
     known = files.read_json(store) or {}
@@ -292,7 +292,7 @@ def mismatch_of(config: Config, names: list[str]) -> dict[str, Any]:
     return mismatch(model.to(parts.device), list(loader.plain("train", PROBE_IMAGES)), F.cross_entropy, names)
 
 
-def mismatches(claim: Claim, net: dict[int, Found], measured: dict[str, Any]) -> list[Judged]:
+def mismatches(claim: Claim, net: dict[int, RunRecord], measured: dict[str, Any]) -> list[ClaimResult]:
     """Judge the mean cosine over layers, at the noise that verdicts are made at."""
     from qbench.analysis.gradient_mismatch import STATED
 

@@ -26,7 +26,7 @@ from qbench.deviations.registry import deviations
 from qbench.report.statistics.differences import Difference, holm, paired
 from qbench.report.tables.table import Table, markdown
 from qbench.runs.directory import Result
-from qbench.runs.reader import DONE, Found, read
+from qbench.runs.reader import DONE, RunRecord, read
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "qbench/deviations").glob("[a-z]*.py") if path.stem != "registry")
@@ -37,7 +37,7 @@ HEAD = (
     "what it does", "source",
 )  # fmt: skip
 
-Cell = dict[int, Found]
+Cell = dict[int, RunRecord]
 """Runs by seed."""
 
 
@@ -86,7 +86,7 @@ def groups() -> Iterable[tuple[str, str, list[str]]]:
             yield method, bits, names
 
 
-def table(found: Sequence[Found], seeds: int) -> Table:
+def table(found: Sequence[RunRecord], seeds: int) -> Table:
     """Return the table of all deviations, from runs of one protocol; runs without a figure are counted and named.
 
     A point lost is one of test top-1 after the last epoch, the faithful method's minus the deviation's, over the seeds
@@ -166,7 +166,7 @@ def _figures(cell: Cell) -> dict[int, float]:
     return {s: run.result.final["test"]["top1"] for s, run in cell.items() if run.status == DONE and run.result.final}
 
 
-def _is_float(run: Found) -> bool:
+def _is_float(run: RunRecord) -> bool:
     result: Result | None = run.result
     return result is not None and result.method == "float"
 

@@ -45,7 +45,7 @@ KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
 def widths(method: str) -> list[str]:
     """Return every legal width of each kind alone."""
     (config,) = compose.configurations([f"method={method}"])
-    legal = make_method(config, widths_of(config)).legal
+    legal = make_method(config, widths_of(config)).supported_bits
     single = (Bits(**{key: k}) for key in "wag" for k in range(1, FLOAT) if k in legal.get(key, ()))
     return [str(bits) for bits in single]
 

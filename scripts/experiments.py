@@ -66,7 +66,7 @@ def experiments() -> dict[Path, str]:
     found = {}
     for paper in ledger.papers():
         for row in paper.rows:
-            if not row.of and not ledger.lacking(row):
+            if not row.of and not ledger.missing_requirements(row):
                 second = [other for other in paper.rows if other.of == row.id]
                 found[CONF / "experiment" / paper.key / f"{row.id}.yaml"] = experiment(paper, row, second)
     return found

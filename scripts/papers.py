@@ -169,7 +169,7 @@ def rank(row: Row) -> tuple[Any, ...]:
     who = next(i for i, kind in enumerate((PAPER, REPOSITORY, THIRD)) if row.ran_by.startswith(kind))
     known, second = PROVENANCES.index(row.provenance), "top5" in row.metric
     other, better = widths != own_bits(row.method), -row.accuracy(row.value or 0)
-    return known, who, bool(ledger.lacking(row)), second, other, sum(widths.values()), better
+    return known, who, bool(ledger.missing_requirements(row)), second, other, sum(widths.values()), better
 
 
 # --- parts of the page
@@ -233,7 +233,7 @@ def claimed(paper: Paper) -> str:
         cells += [ledger.number(row.measured[-1].value) if row.measured else "-"] if ours else []
         made.rows.append(tuple(cells))
     ran = sum(bool(row.measured) for row in paper.rows)
-    runnable = sum(not ledger.lacking(row) for row in paper.rows)
+    runnable = sum(not ledger.missing_requirements(row) for row in paper.rows)
     many = len(paper.rows)
     said = f"{len(shown)} of {many} rows" if shown else f"No figure of its {many} rows is known here"
     said += f"; `qbench ledger --paper {paper.key}` has all. "
@@ -244,7 +244,7 @@ def claimed(paper: Paper) -> str:
 
 
 def row_link(paper: Paper, row: Row) -> str:
-    return row.id if ledger.lacking(row) else f"[{row.id}](../conf/experiment/{paper.key}/{row.id}.yaml)"
+    return row.id if ledger.missing_requirements(row) else f"[{row.id}](../conf/experiment/{paper.key}/{row.id}.yaml)"
 
 
 def measured(paper: Paper) -> str:
@@ -291,7 +291,7 @@ def left_open(paper: Paper) -> str:
     """Return what the sources at hand leave open, and what cannot be run."""
     found = of_recipes(paper, "open")
     found += [flat(paper.scope)] if paper.scope else []
-    reasons = Counter(reason.replace("; ", ", ") for row in paper.rows if (reason := ledger.lacking(row)))
+    reasons = Counter(reason.replace("; ", ", ") for row in paper.rows if (reason := ledger.missing_requirements(row)))
     lacks = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
     found += [f"Rows that cannot be run: {lacks}."] if lacks else []
     return "\n".join(["**Open**", "", *map(bullet, found)]) if found else ""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from qbench.report.comparison.compare import compare
 from qbench.report.tables.table import markdown
-from qbench.runs.reader import packed, read, unpacked
+from qbench.runs.reader import dump_records, load_records, read
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = "README.md", "docs/performance.md", "docs/reliability.md", "docs/unified.md"
@@ -40,7 +40,7 @@ def record_of(command: str) -> Path:
 
 def shown(record: Path) -> str:
     """Return the table of a sweep, from its record."""
-    return f"{markdown(compare(unpacked(record)))}\n\n{json.loads(record.read_text())['told']}\n"
+    return f"{markdown(compare(load_records(record)))}\n\n{json.loads(record.read_text())['told']}\n"
 
 
 def table(command: str) -> str:
@@ -65,7 +65,7 @@ def table(command: str) -> str:
     )
     record = record_of(command)
     record.parent.mkdir(exist_ok=True)
-    record.write_text(json.dumps(json.loads(packed(found)) | {"told": told}, separators=(",", ":")) + "\n")
+    record.write_text(json.dumps(json.loads(dump_records(found)) | {"told": told}, separators=(",", ":")) + "\n")
     return shown(record)
 
 

@@ -28,12 +28,13 @@ from qbench.config import compose
 from qbench.config.schema import Config
 from qbench.errors import ConfigError, Interrupted, QbenchError
 from qbench.experiment import sweep
-from qbench.report.comparison.compare import compare, short
+from qbench.report.comparison.compare import compare
 from qbench.report.statistics.differences import Difference, paired
+from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.directory import RunDirectory
-from qbench.runs.reader import DONE, Found, packed, unpacked, with_parents
-from qbench.system.signals import signals
+from qbench.runs.reader import DONE, RunRecord, dump_records, load_records, with_parents
+from qbench.system.signals import stop_on_signals
 
 DEFAULTS = {"dataset": "cifar10", "model": "resnet20", "bits": "w2a32,w3a32,w4a32", "seed": "0,1,2"}
 DEFAULTS |= {"out": "outputs/unified", "runtime.tensorboard": "false"}
@@ -61,15 +62,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--from", dest="kept", type=Path, metavar="FILE")
     asked = parser.parse_args(arguments)
     try:
-        with signals() as stop:
+        with stop_on_signals() as stop:
             launcher = [key for key in asked.keys if key.startswith("hydra")]
-            found = unpacked(asked.kept) if asked.kept else train(words_of(asked.keys), launcher, stop)
+            found = load_records(asked.kept) if asked.kept else train(words_of(asked.keys), launcher, stop)
     except QbenchError as error:
         print(f"scripts/unified.py: {error}", file=sys.stderr)
         return error.status
     told = json.loads(asked.kept.read_text())["told"] if asked.kept else footer(asked.keys, found)
     if asked.record:
-        asked.record.write_text(json.dumps(json.loads(packed(found)) | {"told": told}, separators=(",", ":")) + "\n")
+        asked.record.write_text(
+            json.dumps(json.loads(dump_records(found)) | {"told": told}, separators=(",", ":")) + "\n"
+        )
     print(FORMATS[asked.format](tables(found)))
     if asked.format == "md":
         print(f"\n{told}")
@@ -90,7 +93,7 @@ def composed(words: dict[str, str]) -> list[Config]:
     return compose.configurations(["-m", *(f"{key}={value}" for key, value in words.items())])
 
 
-def train(words: dict[str, str], launcher: list[str], stop: Callable[[], int]) -> list[Found]:
+def train(words: dict[str, str], launcher: list[str], stop: Callable[[], int]) -> list[RunRecord]:
     """Run what is not stored, first the methods, then the controls that their bytes ask for; return all, with parents.
 
     Raises:
@@ -106,7 +109,7 @@ def train(words: dict[str, str], launcher: list[str], stop: Callable[[], int]) -
     return with_parents(list((found | run(narrow, launcher, stop)).values()))
 
 
-def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> dict[Path, Found]:
+def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> dict[Path, RunRecord]:
     unique = {RunDirectory(config).path: config for config in configs}
     if any(not RunDirectory(config).stored() for config in unique.values()):
         sweep.launch_all(launcher, list(unique.values()), "joblib", stop)
@@ -142,7 +145,7 @@ def at_width(config: Config, width: int) -> Config:
     return replace(copy.deepcopy(config), model=config.model | {"width": width})
 
 
-def rows_of(found: Sequence[Found]) -> list[Row]:
+def rows_of(found: Sequence[RunRecord]) -> list[Row]:
     """Return the rows of `qbench compare`, each with its network's width, its figure for every seed, and its role:
     cell, parent or a kind of control; cells with their controls and the differences, paired by seed.
     """
@@ -172,7 +175,7 @@ def against(row: Row, kind: str, rows: Iterable[Row]) -> tuple[Row, Difference] 
     return None
 
 
-def tables(found: Sequence[Found]) -> list[Table]:
+def tables(found: Sequence[RunRecord]) -> list[Table]:
     """Return a table of the float network, one for every width of weights with its controls below, and one of the runs
     without a figure.
     """
@@ -220,7 +223,7 @@ def shown(row: Row, full: int) -> tuple[str, ...]:
         str(row["levels"] or "-"),
         "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}",
         str(row["width"]),
-        "-" if row["bytes"] is None else f"{short(row['bytes'])}B",
+        "-" if row["bytes"] is None else f"{si_format(row['bytes'])}B",
         f"{row['top1_mean']:.2f}",
         "-" if row["top1_std"] is None else f"{row['top1_std']:.2f}",
         str(row["n"]),
@@ -245,7 +248,7 @@ def plain(row: Row) -> Row:
     return found
 
 
-def footer(typed: Sequence[str], found: Sequence[Found]) -> str:
+def footer(typed: Sequence[str], found: Sequence[RunRecord]) -> str:
     """Say what was run and how long it took; where runs lie and how many work at a time decides nothing: left out."""
     seconds = [run.result.wall_seconds or 0 for run in found if run.result and run.status == DONE]
     times = [file.stat().st_mtime for run in found for file in run.path.glob("*.json")]

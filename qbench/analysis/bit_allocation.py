@@ -25,7 +25,7 @@ class Budget(NamedTuple):
         return f"{self.kind}={short(self.most)}"
 
 
-class TooLittle(ValueError):
+class BudgetInfeasible(ValueError):
     """No choice of widths keeps the budget."""
 
 
@@ -69,7 +69,7 @@ def allocate(harm: By, costs: By, most: float) -> dict[str, int]:
         TooLittle: even the cheapest widths cost more.
     """
     if extremes(costs)[0] > most:
-        raise TooLittle(f"{extremes(costs)[0]:g} is the least")
+        raise BudgetInfeasible(f"{extremes(costs)[0]:g} is the least")
     for bound in (most, most * (1 - SLACK), most * (1 - 10 * SLACK)):
         found = _solve(harm, costs, bound)
         if found and total(costs, found) <= most:

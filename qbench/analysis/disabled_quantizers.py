@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from qbench.methods.ptq import reestimate_norms
-from qbench.quant.layers import KeepOutput, Replaced, quantized_layers
+from qbench.quant.layers import BypassedActivation, IdentityOutput, quantized_layers
 from qbench.quant.method import Batch
 from qbench.training.loop import Metrics, evaluate
 
@@ -27,7 +27,7 @@ class Front(nn.Module):
 
 
 @contextmanager
-def off(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Let the layers of these names compute as float on their latent weights; all else stays as it is.
 
     All layers off is what `as_float` computes. Nothing that is trained or stored changes.
@@ -38,7 +38,7 @@ def off(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         for layer, _ in kept:
             act = fronts.get(layer.label)
             layer.input_q = nn.Identity() if act is None else Front(act).train(layer.training)
-            layer.weight_q, layer.output_q = nn.Identity(), KeepOutput()
+            layer.weight_q, layer.output_q = nn.Identity(), IdentityOutput()
         yield
     finally:
         for layer, slots in kept:
@@ -50,7 +50,7 @@ def _fronts(model: nn.Module) -> dict[str, nn.Module]:
     """Return layer -> the activation function in front of it whose place quantizers took."""
     feeds: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
     modules = dict(model.named_modules())
-    replaced = {name: modules[name] for name in feeds if isinstance(modules.get(name), Replaced)}
+    replaced = {name: modules[name] for name in feeds if isinstance(modules.get(name), BypassedActivation)}
     return {reader: module.act for name, module in replaced.items() for reader in feeds[name]}
 
 

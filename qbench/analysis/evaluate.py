@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbench.analysis.finished_run import loader, opened
+from qbench.analysis.finished_run import load_finished_run, loader
 from qbench.cli.run_arguments import dataset_node
 from qbench.config import registry
 from qbench.data.dataset import Dataset
@@ -58,7 +58,7 @@ def evaluate(
     Raises:
         ConfigError: the other data has another shape or other classes.
     """
-    found = opened(run, weights, device)
+    found = load_finished_run(run, weights, device)
     parts, data = found.parts, found.parts.data
     if words:
         data = _other(data, dataset_node(parts.config.dataset, words))

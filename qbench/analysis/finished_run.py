@@ -8,20 +8,20 @@ from torch import nn
 from qbench.data.dataset import Dataset, Loader
 from qbench.errors import CheckpointError
 from qbench.experiment.run import PROBE_IMAGES
-from qbench.experiment.setup import Parts, finished
+from qbench.experiment.setup import ExperimentSetup, load_finished_network
 from qbench.quant.method import Batch
 from qbench.runs.directory import Result, load_result
 
 
-class Opened(NamedTuple):
+class FinishedRun(NamedTuple):
     """A run's result, what it is made of, and its network in eval mode on its device."""
 
     result: Result
-    parts: Parts
+    parts: ExperimentSetup
     model: nn.Module
 
 
-def opened(run: Path, weights: str = "last", device: str = "auto") -> Opened:
+def load_finished_run(run: Path, weights: str = "last", device: str = "auto") -> FinishedRun:
     """Open a finished run with the weights of the `last` epoch, or those `best` on validation.
 
     Raises:
@@ -35,19 +35,19 @@ def opened(run: Path, weights: str = "last", device: str = "auto") -> Opened:
         raise CheckpointError(f"{run} is not done: it has no result.json; the command that began it goes on from there")
     if result is not None and result.status != "done":
         raise CheckpointError(f"{run} is not done but {result.status}: {result.reason}".splitlines()[0])
-    parts, model = finished(run, weights=weights, device=device)
-    if result is None:  # `finished` has refused a damaged one
+    parts, model = load_finished_network(run, weights=weights, device=device)
+    if result is None:  # `load_finished_network` has refused a damaged one
         raise CheckpointError(f"{run / 'result.json'} is gone")
-    return Opened(result, parts, model.to(parts.device).eval())
+    return FinishedRun(result, parts, model.to(parts.device).eval())
 
 
-def loader(parts: Parts, data: Dataset | None = None) -> Loader:
+def loader(parts: ExperimentSetup, data: Dataset | None = None) -> Loader:
     """Return what makes batches of the run's data, or of others, on its device."""
     config = parts.config
     return Loader(data or parts.data, config.optim.batch_size, config.seed, parts.device, config.runtime.workers)
 
 
-def validation(parts: Parts, images: int) -> tuple[list[Batch], str]:
+def validation(parts: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
     """Return the first validation images, and what is to be said of them; training images where none are held out."""
     split = "val" if len(parts.data.val) else "train"
     batches = list(loader(parts).plain(split, images))
@@ -57,7 +57,7 @@ def validation(parts: Parts, images: int) -> tuple[list[Batch], str]:
     return batches, f"measured on {count} training images, for the run holds none out (dataset.val=0)"
 
 
-def probe_batches(parts: Parts) -> list[Batch]:
+def probe_batches(parts: ExperimentSetup) -> list[Batch]:
     """Return the training images that methods measure on, and normalization where it is measured anew."""
     return list(loader(parts).plain("train", PROBE_IMAGES))
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbench.analysis.disabled_quantizers import measured, off
-from qbench.analysis.finished_run import opened, probe_batches, said_of_norms, validation
+from qbench.analysis.disabled_quantizers import measured, quantizers_disabled
+from qbench.analysis.finished_run import load_finished_run, probe_batches, said_of_norms, validation
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import FLOAT, Batch, Bits, Grid, recorded_calls
 from qbench.quant.verify import verify
@@ -81,7 +81,9 @@ def _decibel(signal: float, noise: float) -> float | None:
 
 @torch.inference_mode()
 def signals(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Signal]:
-    """Return what passes the quantized layers of a network in eval mode; float is as `off` makes it, on equal input."""
+    """Return what passes the quantized layers of a network in eval mode; float is as `quantizers_disabled` makes it,
+    on equal input.
+    """
     layers = quantized_layers(model)
     found = {name: Signal() for name in layers}
     for images, _ in batches:
@@ -94,7 +96,7 @@ def signals(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Signal]:
 
 def _pass(layer: QLayer, x: Tensor, signal: Signal, model: nn.Module) -> None:
     y_hat = layer(x)
-    with off(model, [layer.label]):
+    with quantizers_disabled(model, [layer.label]):
         y = layer(x)
     signal.add(_channels_last(layer, y), _channels_last(layer, y_hat))
     signal.extend("out", _channels_last(layer, y_hat))
@@ -121,7 +123,8 @@ def _beyond(grid: Grid, x: Tensor) -> int:
 def switched(
     model: nn.Module, batches: Sequence[Batch], norms: Sequence[Batch] = ()
 ) -> tuple[dict[str, Metrics], dict[str, tuple[Metrics, Metrics]]]:
-    """Return metrics with all layers `on` and all `off`, and of every layer with it alone off and it alone on.
+    """Return metrics with all layers `on` and all `quantizers_disabled`, and of every layer with it alone off and it
+    alone on.
 
     Args:
         norms: see `measured`.
@@ -129,7 +132,7 @@ def switched(
     names = list(quantized_layers(model))
 
     def without(*layers: str) -> Metrics:
-        with off(model, layers):
+        with quantizers_disabled(model, layers):
             return measured(model, batches, norms)
 
     single = {name: (without(name), without(*(other for other in names if other != name))) for name in names}
@@ -148,7 +151,7 @@ def inspect(
         sort: hurt (loss gained by switching the layer off), alone (loss lost to it alone), sqnr, each worst first;
             or order.
     """
-    found = opened(run, weights, device)
+    found = load_finished_run(run, weights, device)
     batches, said = validation(found.parts, images)
     layers = quantized_layers(found.model)
     table = Table(HEAD, title=f"{run}, weights of {weights}.pt")

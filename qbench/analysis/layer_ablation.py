@@ -12,26 +12,26 @@ from torch.nn import functional as F
 
 from qbench.analysis.bit_allocation import total
 from qbench.analysis.disabled_quantizers import measured
-from qbench.analysis.finished_run import opened, probe_batches, validation
+from qbench.analysis.finished_run import load_finished_run, probe_batches, validation
 from qbench.cli.run_arguments import method_of
 from qbench.config.schema import STARTS, digest
 from qbench.cost.count import count_cost, storage
 from qbench.errors import CheckpointError, ConfigError
-from qbench.experiment.setup import Parts, assemble
+from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import effective_weight, quantized_layers
 from qbench.quant.method import FLOAT, Batch, Probe, Unsupported
 from qbench.system import files
-from qbench.training.initial_weights import load_start
+from qbench.training.initial_weights import load_initial_weights
 from qbench.training.loop import Metrics
 
 
-class Start(NamedTuple):
+class FloatBaseline(NamedTuple):
     """A float network with its weights, and what is measured on: validation batches, the training images of a Probe.
 
     `norms`: see `measured`.
     """
 
-    parts: Parts
+    parts: ExperimentSetup
     model: nn.Module
     batches: Sequence[Batch]
     probe: Probe
@@ -61,7 +61,7 @@ class Start(NamedTuple):
 
 
 @dataclass
-class Figures:
+class LayerSensitivity:
     """Layer -> width -> loss gained by that layer alone, squared error of its weights, and costs.
 
     `weights` counts each layer's weights; `rest` holds what everything else costs.
@@ -82,7 +82,7 @@ class Figures:
         return {name: {k: k * self.weights[name] for k in of} for name, of in self.loss.items()}
 
 
-def started(run: Path, words: Sequence[str], *, images: int, anew: bool, device: str) -> tuple[Start, str]:
+def started(run: Path, words: Sequence[str], *, images: int, anew: bool, device: str) -> tuple[FloatBaseline, str]:
     """Return the float weights that a run started from, with the run's method or the one that words name.
 
     Also what is to be said of the images measured on. `anew`: whether normalization is measured anew each time.
@@ -91,7 +91,7 @@ def started(run: Path, words: Sequence[str], *, images: int, anew: bool, device:
         CheckpointError: the run or its float parent is not whole.
         ConfigError: words that make no method for this network.
     """
-    found = opened(run, "best", device)
+    found = load_finished_run(run, "best", device)
     own = found.parts
     where, identity = _weights(run, own)
     config = replace(method_of(own.config, words), init="scratch")
@@ -101,16 +101,16 @@ def started(run: Path, words: Sequence[str], *, images: int, anew: bool, device:
             why = f"{parts.config.method_name} requires model.norm={parts.method.requires.norm}"
             raise ConfigError(f"{why}, and {run} has another; name a run of that method, whose float parent has it")
         model = parts.float_model()
-        load_start(model, where, identity)
+        load_initial_weights(model, where, identity)
         batches, said = validation(parts, images)
         seen = probe_batches(parts)
         probe = Probe(seen, F.cross_entropy)
-        return Start(parts, model.to(parts.device).eval(), batches, probe, seen if anew else ()), said
+        return FloatBaseline(parts, model.to(parts.device).eval(), batches, probe, seen if anew else ()), said
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None
 
 
-def _weights(run: Path, parts: Parts) -> tuple[Path, str | None]:
+def _weights(run: Path, parts: ExperimentSetup) -> tuple[Path, str | None]:
     """Return where the float weights lie, and the identity they must have where it is known."""
     init = str(files.read_yaml(run / "config.yaml")["init"])
     if parts.method.name == "float":
@@ -123,10 +123,10 @@ def _weights(run: Path, parts: Parts) -> tuple[Path, str | None]:
     return place, digest(parts.parent.identity())
 
 
-def figures(start: Start, widths: Sequence[int]) -> Figures:
+def figures(start: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:
     """Measure every layer that the run quantizes, at every width that the method knows for it, alone."""
     layers = _quantized(start)
-    found = Figures({name: _weight(start, name).numel() for name in layers})
+    found = LayerSensitivity({name: _weight(start, name).numel() for name in layers})
     found.base = start.measure(start.quantized({}))
     for name in layers:
         slots = [figure.setdefault(name, {}) for figure in (found.loss, found.mse, found.bytes, found.bitops)]
@@ -145,7 +145,7 @@ def figures(start: Start, widths: Sequence[int]) -> Figures:
     return found
 
 
-def _quantized(start: Start) -> list[str]:
+def _quantized(start: FloatBaseline) -> list[str]:
     """Return the layers whose weights the run quantizes."""
     layers = quantized_layers(start.parts.install(copy.deepcopy(start.model)))
     names = [name for name, layer in layers.items() if layer.bits.w < FLOAT]
@@ -154,7 +154,7 @@ def _quantized(start: Start) -> list[str]:
     return names
 
 
-def _alone(start: Start, name: str, width: int, found: Figures) -> tuple[float, float, float, float]:
+def _alone(start: FloatBaseline, name: str, width: int, found: LayerSensitivity) -> tuple[float, float, float, float]:
     """Return loss gained, squared error, bytes and BitOps of a layer at a width."""
     model = start.quantized({name: width})
     layer = quantized_layers(model)[name]
@@ -163,7 +163,7 @@ def _alone(start: Start, name: str, width: int, found: Figures) -> tuple[float, 
     return start.measure(model)["loss"] - found.base["loss"], error, storage(layer).ideal, bitops
 
 
-def _weight(start: Start, name: str) -> Tensor:
+def _weight(start: FloatBaseline, name: str) -> Tensor:
     return start.model.get_parameter(f"{name}.weight").detach()
 
 
@@ -175,7 +175,7 @@ def squared_error(w: Tensor, w_hat: Tensor) -> float:
     return float(((w - factor * w_hat) ** 2).sum())
 
 
-def _rest(start: Start, found: Figures) -> dict[str, float]:
+def _rest(start: FloatBaseline, found: LayerSensitivity) -> dict[str, float]:
     """Return what all else costs, from the whole network with every layer at its first width."""
     first = {name: next(iter(of)) for name, of in found.loss.items()}
     whole = count_cost(start.quantized(first), start.parts.macs)

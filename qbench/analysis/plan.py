@@ -18,10 +18,10 @@ from qbench.cost.count import count_cost
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batches_of
-from qbench.experiment.setup import Parts, assemble
-from qbench.papers.recipe_differences import departures
+from qbench.experiment.setup import ExperimentSetup, assemble
+from qbench.papers.recipe_differences import recipe_differences
 from qbench.quant.method import FLOAT, Unsupported
-from qbench.report.tables.columns import short
+from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import Table
 from qbench.runs.directory import RunDirectory
 from qbench.training import optimizer as optim
@@ -39,7 +39,7 @@ STEPS = 3
 """Training steps that are timed, after one that is not, where they are short."""
 
 
-class Pace(NamedTuple):
+class StepCost(NamedTuple):
     """What training takes: seconds and bytes kept for the backward pass, of an image; bytes kept of the weights."""
 
     seconds: float
@@ -47,37 +47,37 @@ class Pace(NamedTuple):
     fixed: float
 
 
-class Kind(NamedTuple):
+class RunCost(NamedTuple):
     """What runs have in common that differ in their seed: parts, network, costs and pace; or why they cannot be."""
 
-    parts: Parts | None
+    parts: ExperimentSetup | None
     model: nn.Module | None
     cost: dict[str, Any]
-    pace: Pace
+    pace: StepCost
     unsupported: str = ""
 
 
-class Kinds:
+class CostEstimator:
     """Looks at each kind of run once, and times it as long as there is patience for it."""
 
     def __init__(self) -> None:
-        self.known: dict[str, Kind] = {}
-        self.timed: list[tuple[int, Pace]] = []
+        self.known: dict[str, RunCost] = {}
+        self.timed: list[tuple[int, StepCost]] = []
         self.spent, self.reckoned = 0.0, 0
 
-    def of(self, config: Config) -> Kind:
+    def of(self, config: Config) -> RunCost:
         """Return what kind of run a configuration asks for."""
         key = digest(config.identity() | {"seed": 0})
         if key not in self.known:
             try:
                 parts = assemble(config, planned=True)
                 model, cost = installed(parts)
-                self.known[key] = Kind(parts, model, cost, self._pace(parts, model))
+                self.known[key] = RunCost(parts, model, cost, self._pace(parts, model))
             except Unsupported as reason:
-                self.known[key] = Kind(None, None, {}, Pace(0, 0, 0), str(reason))
+                self.known[key] = RunCost(None, None, {}, StepCost(0, 0, 0), str(reason))
         return self.known[key]
 
-    def _pace(self, parts: Parts, model: nn.Module) -> Pace:
+    def _pace(self, parts: ExperimentSetup, model: nn.Module) -> StepCost:
         """Return a network's pace, timed, or reckoned from the one of nearest size by multiply-accumulates."""
         macs = max(1, sum(parts.macs.values()))
         if _least(parts, model) * macs > 2 * TIMED_MACS and parts.device.type == "cpu":
@@ -86,7 +86,7 @@ class Kinds:
         if self.spent > PATIENCE:
             self.reckoned += 1
             count, pace = min(self.timed, key=lambda timed: abs(math.log(timed[0] / macs)))
-            return Pace(*(value * macs / count for value in pace))
+            return StepCost(*(value * macs / count for value in pace))
         began = time.perf_counter()
         pace = _timed(parts, macs, _least(parts, model))
         self.timed.append((macs, pace))
@@ -100,7 +100,7 @@ def plan(configs: Sequence[Config]) -> list[Table]:
     Of a single run, a second table tells every layer, and below it what it runs on and how it departs from its paper.
     """
     table = Table(HEAD, title=f"{len(configs)} run{'s' if len(configs) > 1 else ''}")
-    kinds = Kinds()
+    kinds = CostEstimator()
     runs = {RunDirectory(one).path: one for config in configs for one in _with_parent(config, kinds)}
     total = sum(_add(table, one, kinds.of(one)) for one in runs.values())
     last = kinds.of(configs[-1]) if configs else None
@@ -115,7 +115,7 @@ def plan(configs: Sequence[Config]) -> list[Table]:
     return [table, _layers(last.parts, last.model, last.cost)]
 
 
-def _with_parent(config: Config, kinds: Kinds) -> list[Config]:
+def _with_parent(config: Config, kinds: CostEstimator) -> list[Config]:
     """Return the float parent, where the run starts from one, and the run."""
     taught = config.distill.on and config.distill.teacher == "parent"
     parts = kinds.of(config).parts
@@ -124,11 +124,11 @@ def _with_parent(config: Config, kinds: Kinds) -> list[Config]:
     return [parent(config, parts.method.requires.norm), config]
 
 
-def _add(table: Table, config: Config, kind: Kind) -> float:
+def _add(table: Table, config: Config, kind: RunCost) -> float:
     """Add a run's row; return the seconds that are left to train."""
     directory = RunDirectory(config)
     path, stored, parts = str(directory.path), directory.stored(), kind.parts
-    state = stored.status if stored else "unfinished" if directory.states() else "new"
+    state = stored.status if stored else "unfinished" if directory.checkpoints() else "new"
     if parts is None:
         table.rows.append((path, f"unsupported: {kind.unsupported}", *"-" * (len(HEAD) - 2)))
         table.values.append({"run": path, "state": "unsupported", "reason": kind.unsupported, "seconds": 0.0})
@@ -138,7 +138,8 @@ def _add(table: Table, config: Config, kind: Kind) -> float:
     seconds = 0.0 if stored else steps * size * kind.pace.seconds
     memory = _memory(parts, kind.cost["params"]) + kind.pace.fixed + size * kind.pace.saved
     figures = (
-        short(kind.cost["params"]).rstrip(), bytes_of(kind.cost["bytes_ideal"]), short(kind.cost["bitops"]).rstrip(),
+        si_format(kind.cost["params"]).rstrip(), bytes_of(kind.cost["bytes_ideal"]),
+        si_format(kind.cost["bitops"]).rstrip(),
         bytes_of(memory), _duration(seconds) if seconds else "-",
     )  # fmt: skip
     table.rows.append((path, "stored" if state == "done" else state, str(parts.epochs), str(steps), *figures))
@@ -147,7 +148,7 @@ def _add(table: Table, config: Config, kind: Kind) -> float:
     return seconds
 
 
-def installed(parts: Parts) -> tuple[nn.Module, dict[str, Any]]:
+def installed(parts: ExperimentSetup) -> tuple[nn.Module, dict[str, Any]]:
     """Return the quantized network, without memory where its costs can be told so, and these costs."""
     try:
         model = parts.install(parts.float_model("meta"))
@@ -157,7 +158,7 @@ def installed(parts: Parts) -> tuple[nn.Module, dict[str, Any]]:
         return model, count_cost(model, parts.macs)
 
 
-def _layers(parts: Parts, model: nn.Module, whole: dict[str, Any]) -> Table:
+def _layers(parts: ExperimentSetup, model: nn.Module, whole: dict[str, Any]) -> Table:
     """Return the table of a run's layers, with their sum as `qbench compare` counts it."""
     config, costs = parts.config, layer_costs(model, parts.method, parts.macs)
     table = Table(
@@ -171,12 +172,12 @@ def _layers(parts: Parts, model: nn.Module, whole: dict[str, Any]) -> Table:
     if rest:
         table.rows.append(("the rest", "", *blank, str(rest), "0", "0", str(4 * rest), str(4 * rest)))
     sums = (whole["params"], whole["macs"], whole["bitops"], whole["bytes_ideal"], whole["bytes_packed"])
-    table.rows.append(("all", "", *blank, *(short(value).rstrip() for value in sums)))
+    table.rows.append(("all", "", *blank, *(si_format(value).rstrip() for value in sums)))
     table.values.append({"name": "all"} | whole)
     table.notes += [
         f"weights: {whole['bits_per_weight']:.2f} bits each where quantized, scales and codebooks included; "
         f"float: {bytes_of(whole['bytes_float'])}",
-        *runs_on(costs), *departures(config), *parts.asks,
+        *runs_on(costs), *recipe_differences(config), *parts.protocol_changes,
     ]  # fmt: skip
     return table
 
@@ -189,7 +190,7 @@ def _row(layer: LayerCost) -> tuple[str, ...]:
     scales = layer.weights.per if layer.weights else "-"
     return (
         layer.name, shape, *widths, _count(layer.weights), scales, _count(layer.inputs), quantizers,
-        *(f"{number:.0f}" if number < 1e4 else short(number).rstrip() for number in numbers),
+        *(f"{number:.0f}" if number < 1e4 else si_format(number).rstrip() for number in numbers),
     )  # fmt: skip
 
 
@@ -199,20 +200,20 @@ def _count(levels: Levels | None) -> str:
     return str(levels.number) if levels.dimension == 1 else f"{levels.number} of {levels.dimension}"
 
 
-def _memory(parts: Parts, params: int) -> float:
+def _memory(parts: ExperimentSetup, params: int) -> float:
     """Return the bytes of weights, gradients, the optimizer's state and an average of the weights."""
     recipe = parts.config.optim
     state = 2 if recipe.name.startswith("adam") else 1 if recipe.momentum else 0
     return 4 * params * (2 + state + (recipe.ema is not None))
 
 
-def _least(parts: Parts, model: nn.Module) -> int:
+def _least(parts: ExperimentSetup, model: nn.Module) -> int:
     """Return the least images of a training batch: batch normalization wants two values of a channel."""
     norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
     return min(batches_of(parts.data, parts.config.optim.batch_size)[0], 2 if norms else 1)
 
 
-def _timed(parts: Parts, macs: int, least: int) -> Pace:
+def _timed(parts: ExperimentSetup, macs: int, least: int) -> StepCost:
     """Run training steps on a few random images, on the run's device."""
     model = parts.install(parts.float_model()).to(parts.device).train()
     optimizer = optim.build(model, parts.config.optim)
@@ -222,10 +223,10 @@ def _timed(parts: Parts, macs: int, least: int) -> Pace:
     labels = torch.randint(parts.data.classes, (size,), device=parts.device)
     saved, fixed = _saved(model, images)
     steps = 1 if size * macs > TIMED_MACS / 2 else STEPS
-    return Pace(_seconds(parts, model, optimizer, (images, labels), steps) / size, saved / size, fixed)
+    return StepCost(_seconds(parts, model, optimizer, (images, labels), steps) / size, saved / size, fixed)
 
 
-def _reckoned(parts: Parts, model: nn.Module, macs: int) -> Pace:
+def _reckoned(parts: ExperimentSetup, model: nn.Module, macs: int) -> StepCost:
     """Reckon the pace of a network too large to try: its operations at a convolution's speed, its memory by shapes."""
     size = _least(parts, model)
     images = torch.empty(size, *parts.data.shape, device=next(model.parameters()).device)
@@ -239,7 +240,7 @@ def _reckoned(parts: Parts, model: nn.Module, macs: int) -> Pace:
     conv(batch).sum().backward()
     began = time.perf_counter()
     conv(batch).sum().backward()
-    return Pace((time.perf_counter() - began) / count * macs, saved / size, fixed)
+    return StepCost((time.perf_counter() - began) / count * macs, saved / size, fixed)
 
 
 def _saved(model: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -263,7 +264,7 @@ def _saved(model: nn.Module, images: Tensor) -> tuple[int, int]:
 
 
 def _seconds(
-    parts: Parts, model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], steps: int
+    parts: ExperimentSetup, model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], steps: int
 ) -> float:
     """Return the time of one training step, forward, backward and optimizer."""
     step: Callable[[], object] = optimizer.step
@@ -281,7 +282,7 @@ def _seconds(
 
 def bytes_of(count: float) -> str:
     """Write a number of bytes with three digits and a unit: 7.18 kB."""
-    return f"{short(count)}B"
+    return f"{si_format(count)}B"
 
 
 def _duration(seconds: float) -> str:

@@ -7,9 +7,18 @@ from typing import Any
 
 import yaml
 
-from qbench.analysis.bit_allocation import Budget, TooLittle, allocate, extremes, parse_budget, short, total, uniform
+from qbench.analysis.bit_allocation import (
+    Budget,
+    BudgetInfeasible,
+    allocate,
+    extremes,
+    parse_budget,
+    short,
+    total,
+    uniform,
+)
 from qbench.analysis.finished_run import said_of_norms
-from qbench.analysis.layer_ablation import Figures, Start, figures, started
+from qbench.analysis.layer_ablation import FloatBaseline, LayerSensitivity, figures, started
 from qbench.errors import ConfigError
 from qbench.quant.method import Unsupported
 from qbench.report.tables.table import Table
@@ -20,7 +29,7 @@ MARK = "# qbench sensitivity "
 MEASURES = {"loss": "loss", "mse": "weight MSE"}
 
 
-def choices(found: Figures, budget: Budget) -> dict[str, dict[str, int] | None]:
+def choices(found: LayerSensitivity, budget: Budget) -> dict[str, dict[str, int] | None]:
     """Return the widths by each measure and, for comparison, the largest uniform width, under a budget.
 
     Raises:
@@ -34,7 +43,7 @@ def choices(found: Figures, budget: Budget) -> dict[str, dict[str, int] | None]:
             "loss": allocate(found.loss, costs, room),
             "mse": allocate(found.mse, costs, room),
         }
-    except TooLittle:
+    except BudgetInfeasible:
         low, high = (short((rest + bound) / unit) for bound in extremes(costs))
         raise ConfigError(
             f"--budget {budget}: these layers and widths cost at least {budget.kind}={low}\n"
@@ -85,7 +94,11 @@ def sensitivity(
 
 
 def _allocations(
-    run: Path, start: Start, found: Figures, chosen: Mapping[str, dict[str, int] | None], budget: Budget
+    run: Path,
+    start: FloatBaseline,
+    found: LayerSensitivity,
+    chosen: Mapping[str, dict[str, int] | None],
+    budget: Budget,
 ) -> Table:
     table = Table(HEAD, title=f"{run}: {start.parts.config.method_name}, not trained, under {budget}")
     labels = MEASURES | {"uniform": "uniform"}
@@ -112,7 +125,7 @@ def _allocations(
     return table
 
 
-def _layers(found: Figures, chosen: Mapping[str, dict[str, int] | None]) -> Table:
+def _layers(found: LayerSensitivity, chosen: Mapping[str, dict[str, int] | None]) -> Table:
     """Return a row for every layer: the widths chosen, and the loss that each width alone adds."""
     widths = sorted({width for of in found.loss.values() for width in of})
     head = ("layer", "weights", "loss", "MSE", "uniform", *(f"+ at {width}" for width in widths))
@@ -138,7 +151,7 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"--out {out}: {error.strerror}") from None
 
 
-def _file(typed: str, measure: str, widths: Mapping[str, int], start: Start, table: Table) -> str:
+def _file(typed: str, measure: str, widths: Mapping[str, int], start: FloatBaseline, table: Table) -> str:
     """Return widths as `layers.rules` takes them; the run's own rules follow, for layers that are not named."""
     by = "the validation loss that each layer alone adds" if measure == "loss" else "the squared error of the weights"
     lines = [

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from qbench.check.subject import NothingToAsk, Subject, Violated, batches
-from qbench.quant.layers import KeepOutput, QLayer, quantized_layers
+from qbench.check.subject import MethodUnderTest, NotApplicable, PropertyViolation, batches
+from qbench.quant.layers import IdentityOutput, QLayer, quantized_layers
 from qbench.quant.method import Bits, recorded_calls
 from qbench.quant.ops import without_rounding
 
@@ -23,14 +23,14 @@ HINTS = {
 }
 
 
-def reaching(subject: Subject, bits: Bits) -> None:
+def reaching(subject: MethodUnderTest, bits: Bits) -> None:
     """In the first epoch, weights, inputs and learned parameters get gradients, finite and not zero everywhere.
 
     Quantizers are asked one by one: one that stops the gradient is not blamed on the layers before it. Not asked:
     post-training methods, weights that require no gradient, layers whose weights are all frozen already.
     """
-    if not subject.make(bits).trained:
-        raise NothingToAsk("it trains no epoch")
+    if not subject.make(bits).needs_training:
+        raise NotApplicable("it trains no epoch")
     model = subject.network(bits, epoch=0).train()
     layers = quantized_layers(model)
     torch.manual_seed(6)
@@ -42,7 +42,7 @@ def reaching(subject: Subject, bits: Bits) -> None:
             asked += 1
             _arrived(name, what, grads)
     if not asked:
-        raise NothingToAsk("its weights are fixed before the first step, and nothing else wants a gradient")
+        raise NotApplicable("its weights are fixed before the first step, and nothing else wants a gradient")
 
 
 def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[Tensor | None]]]:
@@ -55,7 +55,7 @@ def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[
         ("inputs", layer.input_q, layer.input_q, torch.cat([x, torch.randn_like(x)])),  # x may be zero all over
     ]
     for what, site, function, value in cases:
-        if isinstance(site, nn.Identity | KeepOutput):
+        if isinstance(site, nn.Identity | IdentityOutput):
             continue
         value = value.detach().clone()
         if what != "weights" or not fixed:
@@ -93,15 +93,15 @@ def _past_levels(result: Tensor) -> Tensor:
 def _arrived(name: str, what: str, grads: list[Tensor | None]) -> None:
     there = [grad for grad in grads if grad is not None]
     if not there:
-        raise Violated(f"{name}: no gradient arrives at its {what}: {HINTS[what]}")
+        raise PropertyViolation(f"{name}: no gradient arrives at its {what}: {HINTS[what]}")
     if not all(grad.isfinite().all() for grad in there):
-        raise Violated(f"{name}: the gradient of its {what} is not finite")
+        raise PropertyViolation(f"{name}: the gradient of its {what} is not finite")
     floor, scale = (0, "") if what == "learned parameters" else (FLOOR, ", a scale's part left out")
     if not any((grad.abs() > floor).any() for grad in there):
-        raise Violated(f"{name}: the gradient of its {what} is zero everywhere{scale}: {HINTS[what]}")
+        raise PropertyViolation(f"{name}: the gradient of its {what} is zero everywhere{scale}: {HINTS[what]}")
 
 
-def learned_parameters(subject: Subject, bits: Bits) -> None:
+def learned_parameters(subject: MethodUnderTest, bits: Bits) -> None:
     """Gradients of learned parameters agree with finite differences in float64, with rounding out of the way."""
     asked = 0
     for name, layer in subject.layers(bits):
@@ -113,7 +113,7 @@ def learned_parameters(subject: Subject, bits: Bits) -> None:
                 factor = own.gradient_factor(value) if hasattr(own, "gradient_factor") else 1.0  # type: ignore[operator]
                 _differences(f"{name}: {key}", own, p, value, float(factor))
     if not asked:
-        raise NothingToAsk("it learns no parameters of its own")
+        raise NotApplicable("it learns no parameters of its own")
 
 
 def _differences(name: str, site: nn.Module, p: nn.Parameter, x: Tensor, factor: float) -> None:
@@ -129,4 +129,4 @@ def _differences(name: str, site: nn.Module, p: nn.Parameter, x: Tensor, factor:
             flat[i] += small
             expected, got = factor * (there[0] - there[1]) / (2 * small), grad.view(-1)[i].item()
             if abs(got - expected) > 1e-4 * max(1.0, abs(expected)):
-                raise Violated(f"{name}[{i}]: gradient {got:g}, finite differences {expected:g}")
+                raise PropertyViolation(f"{name}[{i}]: gradient {got:g}, finite differences {expected:g}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qbench.check.properties import PROPERTIES, Property
-from qbench.check.subject import NothingToAsk, Subject, Violated
+from qbench.check.subject import MethodUnderTest, NotApplicable, PropertyViolation
 from qbench.quant.method import FLOAT, Bits, Unsupported
 
 
@@ -23,7 +23,7 @@ class Finding:
     seconds: float = 0.0
 
 
-def check(subject: Subject) -> list[Finding]:
+def check(subject: MethodUnderTest) -> list[Finding]:
     """Return a finding for every property. An error inside the method is a failure of the property that met it."""
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def check(subject: Subject) -> list[Finding]:
         torch.set_rng_state(random)
 
 
-def _ask(one: Property, subject: Subject) -> Finding:
+def _ask(one: Property, subject: MethodUnderTest) -> Finding:
     finding, began = Finding(one.name), time.perf_counter()
     try:
         widths = _widths(one, subject)
@@ -48,9 +48,9 @@ def _ask(one: Property, subject: Subject) -> Finding:
         finding.asked += 1
         try:
             one.holds(subject, bits)
-        except Violated as violation:
+        except PropertyViolation as violation:
             finding.failures.append(f"{bits}: {violation}")
-        except NothingToAsk as reason:
+        except NotApplicable as reason:
             finding.asked -= 1
             finding.nothing = finding.nothing or str(reason)
         except Unsupported as reason:
@@ -68,7 +68,7 @@ def _first(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _widths(one: Property, subject: Subject) -> list[Bits]:
+def _widths(one: Property, subject: MethodUnderTest) -> list[Bits]:
     if one.where == "default":  # and all that the method can quantize, at its narrowest
         narrow = Bits(*(min(subject.widths(key), default=FLOAT) for key in "wag"))
         return list(dict.fromkeys(bits for bits in (subject.default, narrow) if bits != Bits()))
@@ -78,10 +78,10 @@ def _widths(one: Property, subject: Subject) -> list[Bits]:
         "every": lambda bits: bits != Bits(),
         "own": lambda bits: bits == subject.default,
     }
-    return [bits for bits in subject.legal if kinds[one.where](bits)]
+    return [bits for bits in subject.supported_bits if kinds[one.where](bits)]
 
 
-def report(subject: Subject, findings: list[Finding]) -> str:
+def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
     """Return the findings as lines: what holds, what has nothing to ask, and at which widths what does not hold."""
     lines = []
     for finding in findings:

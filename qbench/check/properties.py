@@ -1,6 +1,7 @@
-"""The properties that every method must have, each a function that raises `Violated` where it does not.
+"""The properties that every method must have, each a function that raises `PropertyViolation` where it does not.
 
-A property takes the subject and one of its widths, and raises `NothingToAsk` where the method has nothing that it could
+A property takes the subject and one of its widths, and raises `NotApplicable` where the method has nothing that it
+could
 test. `PROPERTIES` says at which widths each is asked: at every legal one, or (where it trains) at the default ones.
 """
 
@@ -19,9 +20,9 @@ from qbench.check.backward import learned_parameters, reaching
 from qbench.check.subject import (
     EPOCHS,
     SHAPE,
-    NothingToAsk,
-    Subject,
-    Violated,
+    MethodUnderTest,
+    NotApplicable,
+    PropertyViolation,
     advance,
     batches,
     gradient_of,
@@ -31,35 +32,35 @@ from qbench.check.subject import (
 from qbench.config.schema import Optim
 from qbench.quant.layers import NotFinite, install, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Method, Unsupported
-from qbench.quant.ops import compressed
+from qbench.quant.ops import compress_activations
 from qbench.quant.verify import NotQuantized, verify
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import pack, unpack, weights_sha256
-from qbench.training.loop import State, Task, Watch, fit
+from qbench.training.loop import Callbacks, State, Task, fit
 
 DRAWS = 400
 CHANCE = 1e-9
 """Of an unbiased rounding to miss Hoeffding's bound (1963) for the mean of bounded draws."""
 
 
-def levels(subject: Subject, bits: Bits) -> None:
+def levels(subject: MethodUnderTest, bits: Bits) -> None:
     """Weights, activations and gradients lie on the levels declared, not too many for the width."""
     found = _verified(subject.network(bits))
     if not found:
-        raise Violated("no layer is quantized")
+        raise PropertyViolation("no layer is quantized")
     limits = {key: 2**width + 1 for key, width in bits._asdict().items() if width < FLOAT}
     for key, limit in limits.items():
         counts = [layer[key] for layer in found.values() if key in layer]
         if not counts:
-            raise Violated(f"bits.{key}={getattr(bits, key)} quantizes nothing")
+            raise PropertyViolation(f"bits.{key}={getattr(bits, key)} quantizes nothing")
         mean = sum(count["allowed"] for count in counts) / len(counts)
         if mean > limit and not _is_product(subject, bits, key):
-            raise Violated(f"{key}: {mean:g} levels allowed on average, more than {limit} for {bits}")
+            raise PropertyViolation(f"{key}: {mean:g} levels allowed on average, more than {limit} for {bits}")
         if key == "w" and max(count["found"] for count in counts) < 2:
-            raise Violated("weights have a single value on every layer")
+            raise PropertyViolation("weights have a single value on every layer")
 
 
-def _is_product(subject: Subject, bits: Bits, key: str) -> bool:
+def _is_product(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
     """Whether levels are vectors: a codebook for several weights at a time has more of them."""
     _, layer = next(subject.layers(bits))
     return key == "w" and layer.weight_q.grid(layer.weight).points.shape[-1] > 1  # type: ignore[operator]
@@ -70,30 +71,30 @@ def _verified(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
     try:
         return verify(model, batches(shape)[0][0])
     except NotQuantized as error:
-        raise Violated(str(error)) from None
+        raise PropertyViolation(str(error)) from None
 
 
-def _declared(subject: Subject, bits: Bits, *traits: str) -> frozenset[str]:
+def _declared(subject: MethodUnderTest, bits: Bits, *traits: str) -> frozenset[str]:
     declared = subject.make(bits).traits.intersection(traits)
     if not declared:
-        raise NothingToAsk(f"it declares no trait {' or '.join(traits)}")
+        raise NotApplicable(f"it declares no trait {' or '.join(traits)}")
     return declared
 
 
-def function_of_weights(subject: Subject, bits: Bits) -> None:
+def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
     """The weights' function is odd, monotone, idempotent where it declares that, within every scale group."""
     traits = _declared(subject, bits, "odd", "monotone", "idempotent")
     for name, layer in subject.layers(bits):
         w, site = layer.weight.detach(), layer.weight_q
         if "odd" in traits and not torch.equal(site(-w), -site(w)):
-            raise Violated(f"{name}: weights declared odd, Q(-w) is not -Q(w)")
+            raise PropertyViolation(f"{name}: weights declared odd, Q(-w) is not -Q(w)")
         if "monotone" in traits:
             _monotone(name, site, w, w)
         if "idempotent" in traits and not torch.allclose(site(site(w)), site(w), rtol=1e-5, atol=1e-7):
-            raise Violated(f"{name}: weights declared idempotent, Q(Q(w)) is not Q(w)")
+            raise PropertyViolation(f"{name}: weights declared idempotent, Q(Q(w)) is not Q(w)")
 
 
-def function_of_inputs(subject: Subject, bits: Bits) -> None:
+def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
     """The activations' function is monotone and idempotent, its gradient 0 where it clips, where it declares that."""
     traits = _declared(subject, bits, "monotone_input", "idempotent_input", "clipped_input")
     for name, layer in subject.layers(bits):
@@ -103,22 +104,22 @@ def function_of_inputs(subject: Subject, bits: Bits) -> None:
         if "monotone_input" in traits:
             _monotone(name, site, x, x)
         if "idempotent_input" in traits and not torch.allclose(site(site(x)), site(x), rtol=1e-5, atol=1e-7):
-            raise Violated(f"{name}: inputs declared idempotent, Q(Q(x)) is not Q(x)")
+            raise PropertyViolation(f"{name}: inputs declared idempotent, Q(Q(x)) is not Q(x)")
         _, slope = gradient_of(site, x)
         low, high = float(points.nan_to_num(0).min()), float(points.nan_to_num(0).max())
         margin = 1e-3 * (high - low)
         beyond, inside = (x < low - margin) | (x > high + margin), (x > low + margin) & (x < high - margin)
         if "clipped_input" in traits and (slope[beyond] != 0).any():
-            raise Violated(f"{name}: gradient passes beyond the levels {low:g} to {high:g}")
+            raise PropertyViolation(f"{name}: gradient passes beyond the levels {low:g} to {high:g}")
         if "clipped_input" in traits and inside.any() and not (slope[inside] != 0).all():
-            raise Violated(f"{name}: no gradient passes within the levels {low:g} to {high:g}")
+            raise PropertyViolation(f"{name}: no gradient passes within the levels {low:g} to {high:g}")
 
 
-def compressed_inputs(subject: Subject, bits: Bits) -> None:
+def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
     """Where levels are declared to be all that backward needs, integers are kept of the inputs and no floats."""
     _declared(subject, bits, "cells_input")
     if bits.a > 8:
-        raise NothingToAsk("above 8 bits nothing is kept as levels")
+        raise NotApplicable("above 8 bits nothing is kept as levels")
     floats: list[int] = []
 
     def keep(t: Tensor) -> Tensor:
@@ -128,12 +129,12 @@ def compressed_inputs(subject: Subject, bits: Bits) -> None:
     for name, layer in subject.layers(bits):
         x = torch.linspace(-4, 4, 64 * layer.weight.shape[1]).reshape(1, layer.weight.shape[1], 8, 8)
         floats.clear()
-        with compressed(), saved_tensors_hooks(keep, lambda t: t):
+        with compress_activations(), saved_tensors_hooks(keep, lambda t: t):
             small = gradient_of(layer.input_q, x)
         if max(floats) >= x.numel():
-            raise Violated(f"{name}: keeps floats of its inputs, declared cells_input")
+            raise PropertyViolation(f"{name}: keeps floats of its inputs, declared cells_input")
         if not all(map(torch.equal, small, gradient_of(layer.input_q, x))):
-            raise Violated(f"{name}: other results from levels than from the inputs themselves")
+            raise PropertyViolation(f"{name}: other results from levels than from the inputs themselves")
 
 
 def _monotone(name: str, site: nn.Module, x: Tensor, like: Tensor) -> None:
@@ -141,10 +142,10 @@ def _monotone(name: str, site: nn.Module, x: Tensor, like: Tensor) -> None:
     before, after = grid.arrange(x)[..., 0], grid.arrange(site(x))[..., 0]
     steps = after.gather(1, before.argsort(1)).diff(dim=1)
     if (steps < 0).any():
-        raise Violated(f"{name}: declared monotone, {int((steps < 0).sum())} steps go down")
+        raise PropertyViolation(f"{name}: declared monotone, {int((steps < 0).sum())} steps go down")
 
 
-def randomness(subject: Subject, bits: Bits) -> None:
+def randomness(subject: MethodUnderTest, bits: Bits) -> None:
     """Stochastic rounding is unbiased: the mean of many draws is within Hoeffding's bound of the input."""
     drawn = False
     for name, layer in islice(subject.layers(bits), 2):
@@ -159,7 +160,7 @@ def randomness(subject: Subject, bits: Bits) -> None:
         for what, draw, wanted in cases:
             drawn |= _unbiased(f"{name}: {what}", draw, wanted)
     if not drawn:
-        raise NothingToAsk("it draws nothing at random")
+        raise NotApplicable("it draws nothing at random")
 
 
 def _left(layer: nn.Module, grad: Tensor, x: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ def _left(layer: nn.Module, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _unbiased(name: str, draw: Callable[[], Tensor], wanted: Tensor) -> bool:
-    """Return whether anything is drawn; raise `Violated` where the draws are biased."""
+    """Return whether anything is drawn; raise `PropertyViolation` where the draws are biased."""
     torch.manual_seed(7)
     first = draw().detach()
     if torch.equal(first, draw().detach()):
@@ -179,34 +180,34 @@ def _unbiased(name: str, draw: Callable[[], Tensor], wanted: Tensor) -> bool:
     error = draws.mean(0) - wanted.double().clamp(draws.min(), draws.max())
     bound = step * math.sqrt(math.log(2 / CHANCE) / (2 * DRAWS)) + 1e-6
     if error.abs().max() > bound:
-        raise Violated(f"{name}: biased by up to {error.abs().max() / step:.2f} steps over {DRAWS} draws")
+        raise PropertyViolation(f"{name}: biased by up to {error.abs().max() / step:.2f} steps over {DRAWS} draws")
     if error.mean().abs() > bound / math.sqrt(error.numel()) + 1e-6:
-        raise Violated(f"{name}: biased by {error.mean() / step:.3f} steps on average over {DRAWS} draws")
+        raise PropertyViolation(f"{name}: biased by {error.mean() / step:.3f} steps on average over {DRAWS} draws")
     return True
 
 
-def float_at_32(subject: Subject, bits: Bits) -> None:
+def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
     """At 32 bits everywhere, outputs and gradients are the float network's bit for bit."""
     try:
         method = subject.make(Bits())
     except Unsupported as reason:  # an option that means nothing there
-        raise NothingToAsk(str(reason)) from None
+        raise NotApplicable(str(reason)) from None
     plain, ours = subject.float_network().train(), subject.float_network()
     try:
         install(method, ours, example=torch.zeros(1, *SHAPE))
         advance(method, ours)
     except Unsupported as reason:
-        raise Violated(f"32 bits everywhere are refused: {reason}") from None
+        raise PropertyViolation(f"32 bits everywhere are refused: {reason}") from None
     ours.train()
     images, labels = batches()[0]
     for model in (plain, ours):
         F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
     for (name, one), two in zip(plain.named_parameters(), ours.parameters(), strict=True):
         if one.grad is None or two.grad is None or not torch.equal(one.grad, two.grad):
-            raise Violated(f"32 bits: the gradient of {name} is not the float network's")
+            raise PropertyViolation(f"32 bits: the gradient of {name} is not the float network's")
 
 
-def degenerate(subject: Subject, bits: Bits) -> None:
+def degenerate(subject: MethodUnderTest, bits: Bits) -> None:
     """Weights that are all zero, all the same, or one element alone: everything stays finite and on its levels."""
     norm = subject.make(bits).requires.norm or "affine"
     for what, fill in (("zero", 0.0), ("constant", 0.3), ("negative constant", -0.3), ("one-element", None)):
@@ -223,9 +224,9 @@ def degenerate(subject: Subject, bits: Bits) -> None:
             _verified(model.eval())
             _finite_everywhere(method, model.train(), shape)
         except NotFinite as error:
-            raise Violated(f"{what} weights: {error}") from None
-        except Violated as error:
-            raise Violated(f"{what} weights: {error}") from None
+            raise PropertyViolation(f"{what} weights: {error}") from None
+        except PropertyViolation as error:
+            raise PropertyViolation(f"{what} weights: {error}") from None
 
 
 def _finite_everywhere(method: Method, model: nn.Module, shape: tuple[int, int, int]) -> None:
@@ -233,13 +234,13 @@ def _finite_everywhere(method: Method, model: nn.Module, shape: tuple[int, int, 
         logits = model(images)
         F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
         if not logits.isfinite().all():
-            raise Violated("outputs are not finite")
+            raise PropertyViolation("outputs are not finite")
         for name, p in model.named_parameters():
             if p.grad is not None and not p.grad.isfinite().all():
-                raise Violated(f"the gradient of {name} is not finite")
+                raise PropertyViolation(f"the gradient of {name} is not finite")
 
 
-def not_finite(subject: Subject, bits: Bits) -> None:
+def not_finite(subject: MethodUnderTest, bits: Bits) -> None:
     """inf and nan, in weights and inputs, end in an error that names the layer, never in an ordinary level."""
     for bad in (float("nan"), float("inf")):
         model = subject.network(bits)
@@ -257,10 +258,10 @@ def _refused(what: str, model: nn.Module, images: Tensor) -> None:
         model(images)
     except NotFinite:
         return
-    raise Violated(f"{what} is taken without an error")
+    raise PropertyViolation(f"{what} is taken without an error")
 
 
-def half_types(subject: Subject, bits: Bits) -> None:
+def half_types(subject: MethodUnderTest, bits: Bits) -> None:
     """Under autocast to float16 and bfloat16, forward and backward are finite and parameters keep float32 gradients."""
     for dtype in (torch.bfloat16, torch.float16):
         model = subject.network(bits).train()
@@ -270,12 +271,12 @@ def half_types(subject: Subject, bits: Bits) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         if not loss.isfinite() or not all(g.isfinite().all() for g in grads):
-            raise Violated(f"{dtype}: loss or gradients are not finite")
+            raise PropertyViolation(f"{dtype}: loss or gradients are not finite")
         if any(g.dtype != torch.float32 for g in grads):
-            raise Violated(f"{dtype}: a float32 parameter has a gradient of another type")
+            raise PropertyViolation(f"{dtype}: a float32 parameter has a gradient of another type")
 
 
-def round_trip(subject: Subject, bits: Bits) -> None:
+def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
     """A fresh network with the state_dict of a trained one gives the same outputs, bit for bit."""
     task, state = _task(subject, bits)
     fit(task, state)
@@ -285,13 +286,13 @@ def round_trip(subject: Subject, bits: Bits) -> None:
     fresh.load_state_dict(saved)
     images = batches()[0][0]
     if not torch.equal(fresh.eval()(images), task.model.eval()(images)):
-        raise Violated("outputs differ after saving and loading the state_dict")
+        raise PropertyViolation("outputs differ after saving and loading the state_dict")
 
 
-def resume(subject: Subject, bits: Bits) -> None:
+def resume(subject: MethodUnderTest, bits: Bits) -> None:
     """Training that stops in the middle of an epoch and goes on ends in the same bits."""
-    if not subject.make(bits).trained:
-        raise NothingToAsk("it trains no epoch")
+    if not subject.make(bits).needs_training:
+        raise NotApplicable("it trains no epoch")
     whole, state = _task(subject, bits)
     fit(whole, state)
     first, state = _task(subject, bits)
@@ -305,11 +306,11 @@ def resume(subject: Subject, bits: Bits) -> None:
             raise _Stop
 
     try:
-        fit(first, state, Watch(step=watch))
+        fit(first, state, Callbacks(step=watch))
     except _Stop:
         saved = unpack(pack(state.save(first.model)), "memory")
     else:
-        raise Violated(f"training ends before step {stop}")
+        raise PropertyViolation(f"training ends before step {stop}")
     again, state = _task(subject, bits, prepare=False)
     for name, p in again.model.named_parameters():
         p.requires_grad_(name in saved["trainable"])
@@ -317,7 +318,7 @@ def resume(subject: Subject, bits: Bits) -> None:
     state.load(again.model, saved)
     fit(again, state)
     if weights_sha256(again.model.state_dict()) != weights_sha256(whole.model.state_dict()):
-        raise Violated("training that was interrupted ends in other weights")
+        raise PropertyViolation("training that was interrupted ends in other weights")
 
 
 RECIPE = Optim(name="sgd", lr=0.02, schedule="cosine", batch_size=16)
@@ -329,7 +330,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return optim.build(model, RECIPE)
 
 
-def _task(subject: Subject, bits: Bits, *, prepare: bool = True) -> tuple[Task, State]:
+def _task(subject: MethodUnderTest, bits: Bits, *, prepare: bool = True) -> tuple[Task, State]:
     method, model = subject.make(bits), subject.float_network()
     install(method, model, example=torch.zeros(1, *SHAPE))
     torch.manual_seed(2)
@@ -337,7 +338,7 @@ def _task(subject: Subject, bits: Bits, *, prepare: bool = True) -> tuple[Task, 
         method.prepare(model, probe())
     data = batches()
     task = Task(
-        model=model, method=method, optim=RECIPE, epochs=EPOCHS if method.trained else 0, steps=len(data),
+        model=model, method=method, optim=RECIPE, epochs=EPOCHS if method.needs_training else 0, steps=len(data),
         train=lambda epoch, start: data[start:], validate=lambda: data, probe=probe(),
     )  # fmt: skip
     torch.manual_seed(4)
@@ -352,7 +353,7 @@ class Property:
     """A property and the widths at which it is asked."""
 
     name: str
-    holds: Callable[[Subject, Bits], None]
+    holds: Callable[[MethodUnderTest, Bits], None]
     where: Where
 
 

@@ -19,16 +19,16 @@ EPOCHS = 4
 Make = Callable[[Bits], Method]
 
 
-class Violated(Exception):
+class PropertyViolation(Exception):
     """A property does not hold; the message says where and by how much."""
 
 
-class NothingToAsk(Exception):
+class NotApplicable(Exception):
     """A property finds nothing in the method that it could test; the message says what is missing."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class MethodUnderTest:
     """A method as a function of its widths; `default` are those that its name stands for."""
 
     name: str
@@ -38,11 +38,11 @@ class Subject:
 
     def widths(self, key: str) -> list[int]:
         """Return the legal widths of w, a or g below 32."""
-        legal = self.make(self.default).legal.get(key, ())
+        legal = self.make(self.default).supported_bits.get(key, ())
         return [width for width in range(1, FLOAT) if width in legal]
 
     @property
-    def legal(self) -> list[Bits]:
+    def supported_bits(self) -> list[Bits]:
         """Every legal width of each kind, with the others at 32, and the default ones."""
         single = [Bits(**{key: width}) for key in "wag" for width in self.widths(key)]
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))

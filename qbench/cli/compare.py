@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qbench.config.schema import nearest
+from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.comparison import naming
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import MARGIN, conclude
 from qbench.report.tables import columns
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.reader import DONE, Found, packed, read
+from qbench.runs.reader import DONE, RunRecord, dump_records, read
 
 VALUED = ("--by", "--sort", "--columns", "--margin", "--format", "--plot", "--html")
 FLAGS = (*VALUED, "--paper")
@@ -26,7 +26,7 @@ DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)
 
 
 @dataclass(kw_only=True)
-class Asked:
+class CompareOptions:
     """A command line, read. `where`: key -> the values allowed, as typed."""
 
     directories: list[str] = field(default_factory=list)
@@ -41,14 +41,14 @@ class Asked:
     pages: list[Path] = field(default_factory=list)
 
 
-def answer(arguments: Iterable[str]) -> str:
+def run_compare(arguments: Iterable[str]) -> str:
     """Return what `qbench compare DIR... [flags] [KEY=VALUE ...]` prints.
 
     Raises:
         ConfigError: a flag, key or value that does not exist, or no directory.
     """
     asked = parse(arguments)
-    made, found = gathered(asked)
+    made, found = build_tables(asked)
     for path in asked.plots:
         from qbench.report.plots.plots import plot
 
@@ -58,13 +58,13 @@ def answer(arguments: Iterable[str]) -> str:
 
         page(made, found, path)
     if asked.form == RECORD:
-        return packed(found)
+        return dump_records(found)
     return "no runs there" if asked.form == "text" and not made else FORMATS[asked.form](made)
 
 
-def parse(arguments: Iterable[str]) -> Asked:
+def parse(arguments: Iterable[str]) -> CompareOptions:
     """Read a command line; keys are held against the runs by `tables`."""
-    asked, words = Asked(), iter(arguments)
+    asked, words = CompareOptions(), iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
         if word == "--paper":
@@ -72,7 +72,7 @@ def parse(arguments: Iterable[str]) -> Asked:
         elif flag in VALUED:
             _put(asked, flag, value if equals else next(words, ""))
         elif word.startswith("-"):
-            raise ConfigError(f"compare: no such flag: {word}{nearest(flag, FLAGS)}\nallowed: {', '.join(FLAGS)}")
+            raise ConfigError(f"compare: no such flag: {word}{did_you_mean(flag, FLAGS)}\nallowed: {', '.join(FLAGS)}")
         elif equals and not os.path.exists(word):
             asked.where.setdefault(flag, []).extend(_split(value))
         else:
@@ -82,7 +82,7 @@ def parse(arguments: Iterable[str]) -> Asked:
     return asked
 
 
-def _put(asked: Asked, flag: str, value: str) -> None:
+def _put(asked: CompareOptions, flag: str, value: str) -> None:
     """Read a flag's value."""
     known: dict[str, Sequence[str]] = {"--columns": columns.SETS, "--format": (*FORMATS, RECORD)}
     listed = [part for part in value.split(",") if part]
@@ -90,7 +90,7 @@ def _put(asked: Asked, flag: str, value: str) -> None:
         raise ConfigError(f"compare {flag} wants a value")
     for part in listed if flag == "--columns" else [value]:
         if flag in known and part not in known[flag]:
-            hint = nearest(part, known[flag])
+            hint = did_you_mean(part, known[flag])
             raise ConfigError(f"compare {flag} {part}{hint}\nallowed: {', '.join(known[flag])}")
     if flag == "--margin":
         asked.margin = margin_of("compare", value)
@@ -123,12 +123,12 @@ def _split(value: str) -> list[str]:
     return re.split(r",(?![^\[]*\])", value)
 
 
-def tables(asked: Asked) -> list[Table]:
+def tables(asked: CompareOptions) -> list[Table]:
     """Return the tables that a command line asks for, with what may be concluded."""
-    return gathered(asked)[0]
+    return build_tables(asked)[0]
 
 
-def gathered(asked: Asked) -> tuple[list[Table], list[Found]]:
+def build_tables(asked: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
     """Return the tables that a command line asks for, and the runs they tell of."""
     found, notes = read(asked.directories), list[str]()
     if found and (asked.where or asked.by):
@@ -151,7 +151,7 @@ def gathered(asked: Asked) -> tuple[list[Table], list[Found]]:
     return made, list(found)
 
 
-def _arrange(made: Sequence[Table], asked: Asked) -> None:
+def _arrange(made: Sequence[Table], asked: CompareOptions) -> None:
     groups = [*asked.columns, *(["paper"] if asked.paper else [])]
     groups += [columns.EQUAL_BYTES] if asked.sort == columns.EQUAL_BYTES else []
     for table in made:
@@ -163,11 +163,13 @@ def _arrange(made: Sequence[Table], asked: Asked) -> None:
 
 def _no_key(key: str, known: Iterable[str]) -> str:
     short = sorted(name for name in known if "." not in name)
-    return f"compare {key}: no run has this key{nearest(key, known)}\nallowed: {', '.join(short)} and keys below them"
+    return (
+        f"compare {key}: no run has this key{did_you_mean(key, known)}\nallowed: {', '.join(short)} and keys below them"
+    )
 
 
 def _missing(
-    where: Mapping[str, Sequence[str]], found: Sequence[Found], facts: Mapping[int, Mapping[str, str]]
+    where: Mapping[str, Sequence[str]], found: Sequence[RunRecord], facts: Mapping[int, Mapping[str, str]]
 ) -> list[str]:
     """Return a note on every value that no run has.
 
@@ -181,7 +183,7 @@ def _missing(
         absent = [value for value in values if there and not any(_is(key, own, value) for own in there)]
         if absent == values:
             known = sorted({str(json.loads(own)) for own in there}, key=lambda v: (v.isdecimal() and int(v), v))
-            hint = "" if values[0].isdecimal() else nearest(values[0], known)
+            hint = "" if values[0].isdecimal() else did_you_mean(values[0], known)
             shown = ", ".join(known[:MOST]) + (f" and {len(known) - MOST} more" if len(known) > MOST else "")
             raise ConfigError(f"compare {key}={','.join(values)}: no run has it{hint}\nthere are: {shown}")
         notes += [f"no run has {key}={value}" for value in absent]
@@ -189,8 +191,8 @@ def _missing(
 
 
 def _filtered(
-    found: Sequence[Found], where: Mapping[str, Sequence[str]], facts: Mapping[int, Mapping[str, str]]
-) -> list[Found]:
+    found: Sequence[RunRecord], where: Mapping[str, Sequence[str]], facts: Mapping[int, Mapping[str, str]]
+) -> list[RunRecord]:
     """Return the runs that match, and the float parents of those: they are what differences are to.
 
     Of a run without a result its directory's name tells method, widths and seed; it is left out where those do not
@@ -208,7 +210,7 @@ def _place(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
-def _by_name(run: Found) -> dict[str, str]:
+def _by_name(run: RunRecord) -> dict[str, str]:
     match = DIRECTORY.fullmatch(run.path.name)
     if not match:
         return {}

@@ -5,10 +5,10 @@ from textwrap import fill
 
 def help_screen() -> str:
     """Return what `qbench --help` prints."""
-    from qbench.config.compose import groups, listed, names
+    from qbench.config.compose import format_names, groups, names
 
     shown = "\n".join(
-        fill(listed(names(group)), 118, initial_indent=f"  {group:<11}", subsequent_indent=" " * 13)
+        fill(format_names(names(group)), 118, initial_indent=f"  {group:<11}", subsequent_indent=" " * 13)
         for group in groups()
     )
     return f"""\

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO
 
 from qbench.cli.help import PAGES, help_screen
-from qbench.config.schema import Config, nearest
+from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
-from qbench.system.signals import signals
+from qbench.system.signals import stop_on_signals
 
 BUG, SWEEP_WITH_FAILURES = 1, 8
 TOO_MUCH = ("allocate memory", "out of memory", "not enough memory", "overflow")
@@ -74,7 +74,7 @@ def _answer(arguments: list[str]) -> int:
     if word in VERBS:
         return VERBS[word](arguments[1:])
     if "=" not in word and word[:1] not in ("-", "+", "~"):
-        raise ConfigError(f"{word}: neither a verb nor key=value{nearest(word, VERBS)}\nverbs: {', '.join(VERBS)}")
+        raise ConfigError(f"{word}: neither a verb nor key=value{did_you_mean(word, VERBS)}\nverbs: {', '.join(VERBS)}")
     return train(arguments)
 
 
@@ -115,7 +115,7 @@ def train(arguments: list[str]) -> int:
     for word in arguments:
         if not compose.launcher(arguments) and word.lstrip("+").startswith(("hydra.launcher.", "hydra.sweeper.")):
             raise ConfigError(f"{word} has no effect without hydra/launcher=NAME")
-    with signals() as stop:
+    with stop_on_signals() as stop:
         configs = compose.configurations(arguments)
         if not configs:  # Hydra has shown what was asked for
             return 0
@@ -135,14 +135,14 @@ def train_one(config: Config, stop: Callable[[], int]) -> int:
         for change in manifest.changed_since(directory.path / "manifest.json"):
             print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
         print(row([result], width))
-        directory.tidy()
+        directory.remove_checkpoints()
     else:
         from qbench.experiment.run import run
-        from qbench.experiment.session import Desk
+        from qbench.experiment.session import RunContext
         from qbench.runs.metrics_logger import append_text
-        from qbench.runs.progress import Screen
+        from qbench.runs.progress import ProgressReporter
 
-        result = run(config, Desk(Screen(live=config.runtime.progress), stop))
+        result = run(config, RunContext(ProgressReporter(live=config.runtime.progress), stop))
         print(row([result], width))
         append_text(directory.path / "log.txt", row([result]))
     return ConfigError.status if result.status == "unsupported" else 0
@@ -194,7 +194,7 @@ def check(arguments: list[str]) -> int:
     (config,) = compose.configurations(words)
     from qbench.check.kit import check as findings_of
     from qbench.check.kit import report
-    from qbench.check.subject import Subject
+    from qbench.check.subject import MethodUnderTest
     from qbench.experiment.setup import make_method, widths
     from qbench.quant.method import Unsupported
 
@@ -203,7 +203,7 @@ def check(arguments: list[str]) -> int:
         make_method(config, default).check(default)
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None
-    subject = Subject(config.method_name, lambda bits: make_method(config, bits), default)
+    subject = MethodUnderTest(config.method_name, lambda bits: make_method(config, bits), default)
     findings = findings_of(subject)
     print(report(subject, findings))
     return BUG if any(finding.failures for finding in findings) else 0
@@ -239,9 +239,9 @@ def draw(arguments: list[str]) -> int:
 
 def compare(arguments: list[str]) -> int:
     """Print the runs below some directories side by side, and what may be concluded."""
-    from qbench.cli.compare import answer
+    from qbench.cli.compare import run_compare
 
-    print(answer(arguments))
+    print(run_compare(arguments))
     return 0
 
 
@@ -250,12 +250,12 @@ def settle(arguments: list[str]) -> int:
     from qbench.cli import settle as settling
     from qbench.experiment import sweep
     from qbench.runs.directory import RunDirectory
-    from qbench.runs.reader import Found
+    from qbench.runs.reader import RunRecord
 
     asked = settling.parse(arguments)
-    with signals() as stop:
+    with stop_on_signals() as stop:
 
-        def run(configs: list[Config]) -> list[Found]:
+        def run(configs: list[Config]) -> list[RunRecord]:
             missing = [config for config in configs if not RunDirectory(config).stored()]
             if missing and asked.launcher == "joblib":
                 sweep.launch_all([], missing, asked.launcher, stop)
@@ -267,7 +267,7 @@ def settle(arguments: list[str]) -> int:
 
         try:
             print(settling.settle(asked, run, lambda text: print(text, file=sys.stderr, flush=True)))
-        except settling.Lost as lost:
+        except settling.MissingRunError as lost:
             _tell([str(lost)])
             return SWEEP_WITH_FAILURES
     return 0
@@ -282,7 +282,7 @@ def listing(arguments: list[str]) -> int:
         return runs(arguments[1:] or ["outputs"])
     if len(arguments) != 1 or arguments[0] not in groups:
         typed = " ".join(arguments)
-        raise ConfigError(f"list {typed}: which?{nearest(typed, groups)}\nallowed: {', '.join(groups)}")
+        raise ConfigError(f"list {typed}: which?{did_you_mean(typed, groups)}\nallowed: {', '.join(groups)}")
     print("\n".join(compose.names(groups[arguments[0]])))
     return 0
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qbench.config.schema import nearest
+from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
 from qbench.system import files
 
@@ -63,7 +63,7 @@ def telling(method: "Method") -> "Bits":
 
     widths = {}
     for key, own in method.bits._asdict().items():
-        legal = [width for width in range(1, FLOAT) if width in method.legal.get(key, ())]
+        legal = [width for width in range(1, FLOAT) if width in method.supported_bits.get(key, ())]
         wanted = 4 if key == "g" else 2
         widths[key] = own if own <= SEEN or not legal else wanted if wanted in legal else legal[0]
     return Bits(**widths)
@@ -80,7 +80,7 @@ def _asked(arguments: list[str]) -> tuple[list[str], bool, str | None]:
         elif flag == "--poster":
             poster = True
         elif word.startswith("-"):
-            raise ConfigError(f"draw: no such flag: {word}{nearest(flag, ('--out', '--poster'))}\n{USAGE}")
+            raise ConfigError(f"draw: no such flag: {word}{did_you_mean(flag, ('--out', '--poster'))}\n{USAGE}")
         elif "=" in word and word.partition("=")[0].partition(".")[0] not in GROUPS:
             raise ConfigError(f"{word} has no effect on draw\nallowed: method.KEY=VALUE, bits.KEY=N, activation=NAME")
         else:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from qbench.config import compose
 from qbench.config.fields import FLOAT
-from qbench.config.schema import Config, nearest
+from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.tables.table import FORMATS, Table
 
@@ -25,7 +25,7 @@ EVALUATE: Flags = {"predictions": ("",), "weights": ("last", "best")}
 PREDICTIONS = (".csv", ".npy")
 
 
-class Asked(NamedTuple):
+class RunOptions(NamedTuple):
     """A run's directory, the flags' values and the words KEY=VALUE."""
 
     run: Path
@@ -56,7 +56,7 @@ class Asked(NamedTuple):
         return Path(name) if name else None
 
 
-def asked(verb: str, arguments: Sequence[str], flags: Flags, *, words: str = "") -> Asked:
+def asked(verb: str, arguments: Sequence[str], flags: Flags, *, words: str = "") -> RunOptions:
     """Read a verb's command line.
 
     Args:
@@ -73,7 +73,7 @@ def asked(verb: str, arguments: Sequence[str], flags: Flags, *, words: str = "")
             name, _, value = word.removeprefix("--").partition("=")
             if name not in known:
                 allowed = ", ".join(f"--{flag}" for flag in known)
-                raise ConfigError(f"{verb}: no such flag: {word}{nearest(name, known)}\nallowed: {allowed}")
+                raise ConfigError(f"{verb}: no such flag: {word}{did_you_mean(name, known)}\nallowed: {allowed}")
             values[name] = _value(verb, name, value or next(rest, ""), known[name])
         elif "=" in word and not os.path.isdir(word):
             pairs.append(word)
@@ -86,13 +86,13 @@ def asked(verb: str, arguments: Sequence[str], flags: Flags, *, words: str = "")
         raise ConfigError(f"{verb} wants the directory of one run: {usage}\nqbench list runs names those below outputs")
     if not os.path.isdir(runs[0]):
         raise ConfigError(f"{runs[0]}: no such directory\nqbench list runs names the runs below outputs")
-    return Asked(Path(runs[0]), values, pairs)
+    return RunOptions(Path(runs[0]), values, pairs)
 
 
 def _value(verb: str, name: str, value: str, allowed: tuple[str, ...]) -> str:
     if not value or (len(allowed) > 1 and value not in allowed):
         choice = ", ".join(allowed) if len(allowed) > 1 else "a value"
-        raise ConfigError(f"{verb} --{name} {value}{nearest(value, allowed)}\nallowed: {choice}")
+        raise ConfigError(f"{verb} --{name} {value}{did_you_mean(value, allowed)}\nallowed: {choice}")
     return value
 
 
@@ -147,6 +147,6 @@ def _composed(words: Sequence[str]) -> Config:
     return config
 
 
-def shown(asked: Asked, tables: Sequence[Table]) -> str:
+def shown(asked: RunOptions, tables: Sequence[Table]) -> str:
     """Return tables in the form asked for."""
     return FORMATS[asked.flags["format"]](tables)

@@ -14,20 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qbench.cli.compare import margin_of
-from qbench.config.schema import Config, nearest
+from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.comparison.pairs import MARGIN
-from qbench.report.comparison.predictions import Figures, compared, of_run
+from qbench.report.comparison.predictions import RunAccuracy, of_run, paired_difference
 from qbench.report.statistics.differences import (
     ALPHA,
     SEEDS_LIMIT,
     Difference,
-    cautious,
-    deciding,
     equivalent,
     half_width,
+    seeds_to_decide,
+    with_seed_dof,
 )
-from qbench.runs.reader import DONE, Found
+from qbench.runs.reader import DONE, RunRecord
 from qbench.system import files
 
 FIRST, GROWTH, MOST = 3, 1.5, 20
@@ -39,7 +39,7 @@ LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settling:
+class SequentialTest:
     """What a command line asks for: two cells as their runs with seed 0, and how many seeds at most."""
 
     first: Config
@@ -68,7 +68,7 @@ def looks(most: int) -> list[int]:
 
 
 def decide(
-    figures: Callable[[int], tuple[Sequence[Figures], Sequence[Figures]]],
+    figures: Callable[[int], tuple[Sequence[RunAccuracy], Sequence[RunAccuracy]]],
     margin: float,
     most: int,
     tell: Callable[[str], None] = lambda text: None,
@@ -84,7 +84,7 @@ def decide(
     level = ALPHA / len(numbers)
     for n in numbers:
         first, second = figures(n)
-        d = cautious(compared(first, second))
+        d = with_seed_dof(paired_difference(first, second))
         means = tuple(sum(run.top1 for run in arm) / n for arm in (first, second))
         if d.p < level:
             outcome = ABOVE if d.mean > 0 else BELOW
@@ -96,7 +96,7 @@ def decide(
     raise AssertionError
 
 
-def parse(arguments: Iterable[str]) -> Settling:
+def parse(arguments: Iterable[str]) -> SequentialTest:
     """Read `A B [--margin X] [--most N] [hydra/launcher=NAME]`; A and B are run directories or quoted command lines.
 
     Raises:
@@ -118,7 +118,7 @@ def parse(arguments: Iterable[str]) -> Settling:
             launcher = value
         elif word.startswith(("-", "hydra")) and " " not in word:
             known = (*FLAGS, *LAUNCHERS)
-            raise ConfigError(f"settle: no such flag: {word}{nearest(word, known)}\nallowed: {', '.join(known)}")
+            raise ConfigError(f"settle: no such flag: {word}{did_you_mean(word, known)}\nallowed: {', '.join(known)}")
         else:
             cells.append(word)
     if len(cells) != 2:
@@ -132,7 +132,7 @@ def parse(arguments: Iterable[str]) -> Settling:
     if first.dataset["name"] != second.dataset["name"]:
         names = first.dataset["name"], second.dataset["name"]
         raise ConfigError(f"settle: {names[0]} and {names[1]} are different data sets; choose cells on the same one")
-    return Settling(first=first, second=second, margin=margin, most=most, launcher=launcher)
+    return SequentialTest(first=first, second=second, margin=margin, most=most, launcher=launcher)
 
 
 def _cell(word: str) -> Config:
@@ -168,7 +168,9 @@ def _cell(word: str) -> Config:
 
 
 def settle(
-    asked: Settling, run: Callable[[list[Config]], list[Found]], tell: Callable[[str], None] = lambda text: None
+    asked: SequentialTest,
+    run: Callable[[list[Config]], list[RunRecord]],
+    tell: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Return a verdict in words; `run` does what is not stored yet and returns what became of every run.
 
@@ -176,21 +178,21 @@ def settle(
         Lost: a run has no figure; those that have one are no fair sample.
     """
 
-    def figures(n: int) -> tuple[list[Figures], list[Figures]]:
+    def figures(n: int) -> tuple[list[RunAccuracy], list[RunAccuracy]]:
         configs = [_with_seed(cell, seed) for cell in (asked.first, asked.second) for seed in range(n)]
         found = run(configs)
         if lost := [one for one in found if one.status != DONE]:
-            raise Lost(lost)
+            raise MissingRunError(lost)
         own = [of_run(str(one.path), _top1(one)) for one in found]
         return own[:n], own[n:]
 
     return sentence(asked, decide(figures, asked.margin, asked.most, tell))
 
 
-class Lost(Exception):
+class MissingRunError(Exception):
     """Runs that ended without a figure."""
 
-    def __init__(self, runs: Sequence[Found]) -> None:
+    def __init__(self, runs: Sequence[RunRecord]) -> None:
         reason = runs[0].reason.partition("\n")[0]
         super().__init__(f"no verdict: {runs[0].path} {runs[0].status}" + (f": {reason}" if reason else ""))
         self.runs = list(runs)
@@ -200,13 +202,13 @@ def _with_seed(config: Config, seed: int) -> Config:
     return replace(copy.deepcopy(config), seed=seed)
 
 
-def _top1(found: Found) -> float:
+def _top1(found: RunRecord) -> float:
     assert found.result
     assert found.result.final
     return float(found.result.final["test"]["top1"])
 
 
-def sentence(asked: Settling, verdict: Verdict) -> str:
+def sentence(asked: SequentialTest, verdict: Verdict) -> str:
     """Say a verdict with its figures in two sentences."""
     d = verdict.difference
     first, second = names(asked)
@@ -224,16 +226,16 @@ def sentence(asked: Settling, verdict: Verdict) -> str:
     return f"{first} and {second} are not decided: {figures}. {_wanted(asked, verdict)}"
 
 
-def _wanted(asked: Settling, verdict: Verdict) -> str:
+def _wanted(asked: SequentialTest, verdict: Verdict) -> str:
     d = verdict.difference
-    most = deciding(d, asked.margin, verdict.level)
+    most = seeds_to_decide(d, asked.margin, verdict.level)
     if most is None:
         few = f"The {d.items:,} test images are too few" if d.items and d.items_part else f"{SEEDS_LIMIT:,} seeds"
         return f"{few}{'' if d.items and d.items_part else ' would not decide'}."
     return f"About {max(most - d.n, 1)} more seeds would decide: --most {max(most, d.n + 1)}."
 
 
-def names(asked: Settling) -> tuple[str, str]:
+def names(asked: SequentialTest) -> tuple[str, str]:
     """Return what the two cells are called, with the keys in which their protocols and networks differ; where their
     names are the same, with all in which they do.
     """

@@ -36,7 +36,7 @@ from yaml import MarkedYAMLError
 from qbench.config import lr_grid as tuning
 from qbench.config import registry
 from qbench.config.fields import parse_bits
-from qbench.config.schema import Config, nearest, to_dict
+from qbench.config.schema import Config, did_you_mean, to_dict
 from qbench.config.validate import from_node
 from qbench.errors import ConfigError, QbenchError
 from qbench.system.files import read_yaml
@@ -99,7 +99,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
             raise ConfigError(f"{file}: {why}") from None
 
 
-class Unwritten(ConfigSource):  # type: ignore[misc]
+class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
     """Configurations that no file of ours holds: `bits/w2a2g6` for any widths, functions named outright,
     `my.net:build`, `activation/NAME`, which is the file of the method, and `layers/@FILE`, the user's own rules.
     """
@@ -182,7 +182,7 @@ def configurations(arguments: list[str]) -> list[Config]:
     except QbenchError:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own errors, and a YAML file of the user's that cannot be read
-        raise ConfigError(reworded(error, arguments)) from None
+        raise ConfigError(translate_hydra_error(error, arguments)) from None
     return [run for node in nodes for run in tuning.runs(from_node(node))]
 
 
@@ -212,7 +212,7 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
 
 
 def _register() -> None:
-    Plugins.instance().register(Unwritten)
+    Plugins.instance().register(DynamicConfigSource)
     SourcesRegistry.instance().types["file"] = FileConfigSource  # `register` leaves what is there
 
 
@@ -271,7 +271,7 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
             overrides.append(word)
             continue
         if flag not in FLAGS:
-            raise ConfigError(f"{word}: no such flag{nearest(flag, FLAGS)}\nsee qbench --help")
+            raise ConfigError(f"{word}: no such flag{did_you_mean(flag, FLAGS)}\nsee qbench --help")
         allowed = FLAGS[flag]
         if allowed is None:
             flags.append(flag)
@@ -286,7 +286,7 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def reworded(error: Exception, arguments: list[str]) -> str:
+def translate_hydra_error(error: Exception, arguments: list[str]) -> str:
     """Return what one of Hydra's errors means to the person who typed the command line."""
     for argument in arguments:  # a group given a value that is no name at all: null, 3, [1]
         key, _, value = argument.partition("=")
@@ -318,8 +318,8 @@ def _missing_option(path: str) -> str:
         parse_bits(name)
     known = names(group)
     if not known:
-        return f"{group}={name}: no such group{nearest(group, groups())}\nallowed: {', '.join(groups())}"
-    return f"{group}={name}: no such {group}{nearest(name, known)}\nallowed: {listed(known)}"
+        return f"{group}={name}: no such group{did_you_mean(group, groups())}\nallowed: {', '.join(groups())}"
+    return f"{group}={name}: no such {group}{did_you_mean(name, known)}\nallowed: {format_names(known)}"
 
 
 def groups() -> list[str]:
@@ -341,10 +341,10 @@ def _unknown_key(key: str, arguments: list[str]) -> str | None:
     if not isinstance(node, dict) or leaf in node:
         return None
     known = [f"{parent}.{name}" if parent else name for name in node]
-    return f"{key}: no such key{nearest(key, known)}\nallowed: {listed(known)}"
+    return f"{key}: no such key{did_you_mean(key, known)}\nallowed: {format_names(known)}"
 
 
-def listed(names: Iterable[str]) -> str:
+def format_names(names: Iterable[str]) -> str:
     """Return names in a line, those of a folder as its name with their number."""
     found: dict[str, int] = {}
     for name in names:

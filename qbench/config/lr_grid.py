@@ -9,7 +9,7 @@ import math
 from functools import lru_cache
 
 from qbench.config import registry
-from qbench.config.schema import Config, Grid, scaled
+from qbench.config.schema import Config, LearningRateGrid, scaled
 from qbench.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def runs(config: Config) -> list[Config]:
     if grid.lr is not None or grid.lr_end is not None:
         raise ConfigError("grid.lr and grid.lr_end are what a run of a grid stores; set optim.lr and optim.lr_end")
     if config.recipe != "tuned":
-        if grid != Grid():
+        if grid != LearningRateGrid():
             raise ConfigError("grid.factors has no effect without recipe=tuned; add it")
         return [config]
     if config.dataset.get("val") == 0:
@@ -43,7 +43,7 @@ def _at(config: Config, factor: float) -> Config:
     if not 0 < lr < math.inf:
         raise ConfigError(f"grid.factors: {factor:g} times optim.lr={own.lr:g} is no learning rate")
     optim = dataclasses.replace(own, lr=lr, lr_end=lr_end)
-    return dataclasses.replace(config, optim=optim, grid=Grid(config.grid.factors, own.lr, own.lr_end))
+    return dataclasses.replace(config, optim=optim, grid=LearningRateGrid(config.grid.factors, own.lr, own.lr_end))
 
 
 def _trains(config: Config) -> bool:
@@ -58,4 +58,4 @@ def _trains(config: Config) -> bool:
 @lru_cache(maxsize=256)
 def _is_trained(values: str) -> bool:
     node, widths = json.loads(values)
-    return bool(registry.create("method", node, **widths).trained)
+    return bool(registry.create("method", node, **widths).needs_training)

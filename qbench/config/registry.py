@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qbench.config.schema import nearest
+from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError, QbenchError
 
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
@@ -106,7 +106,7 @@ def find(group: str, name: str) -> Factory:
     for entry in entry_points(group=ENTRY_POINTS[group], name=name):
         return entry.load()  # type: ignore[no-any-return]
     known = names(group)
-    raise ConfigError(f"{group}={name}: no such {group}{nearest(name, known)}\nknown: {', '.join(known)}")
+    raise ConfigError(f"{group}={name}: no such {group}{did_you_mean(name, known)}\nknown: {', '.join(known)}")
 
 
 def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) -> Any:
@@ -141,7 +141,7 @@ def checked(
     for key, value in options.items():
         if key not in known or key in fixed:
             allowed = [f"{group}.{k}" for k in known if k not in fixed]
-            hint = nearest(f"{group}.{key}", allowed)
+            hint = did_you_mean(f"{group}.{key}", allowed)
             raise ConfigError(f"{group}.{key}: {name} has no such key{hint}\nallowed: {', '.join(allowed) or 'none'}")
         if not _same_type(value, known[key]):
             raise ConfigError(f"{group}.{key}={value}: allowed is {_kind(known[key])}, such as {known[key]}")

@@ -76,7 +76,7 @@ class Pretrain:
 
 
 @dataclass
-class Grid:
+class LearningRateGrid:
     """The learning rates of `recipe=tuned`: factors of the recipe's own ones.
 
     In a run made of one of them, `lr` and `lr_end` are the recipe's own; the run's are under `optim`.
@@ -168,7 +168,7 @@ class Config:
     seed: int = within(0, 0, 2**31 - 1)
     epochs: int = within(MISSING, 1)
     recipe: str = one_of("unified", "unified", "tuned")
-    grid: Grid = field(default_factory=Grid)
+    grid: LearningRateGrid = field(default_factory=LearningRateGrid)
     init: str = "auto"
     out: str = printable("outputs")
     rerun: bool = False
@@ -269,7 +269,7 @@ def parent(config: Config, norm: str | None = None) -> Config:
     own.method, own.activation, own.bits = {"name": "float"}, {"name": "none"}, Bits(FLOAT, FLOAT, FLOAT)
     own.epochs, own.optim = own.pretrain.epochs, own.pretrain.optim
     own.layers, own.distill, own.init, own.rerun = Layers(), Distill("none"), "scratch", False
-    own.recipe, own.grid = "unified", Grid()
+    own.recipe, own.grid = "unified", LearningRateGrid()
     if "act" in own.model:
         own.model["act"] = "auto"
     if norm is not None and own.model.get("norm") == "auto":
@@ -277,7 +277,7 @@ def parent(config: Config, norm: str | None = None) -> Config:
     return own
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` for a word close to a known one, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from qbench.config.fields import ACTS, FLOAT, WIDTHS, is_width, parse_bits
-from qbench.config.schema import STARTS, Bits, Config, Distill, Layers, Optim, nearest, parent
+from qbench.config.schema import STARTS, Bits, Config, Distill, Layers, Optim, did_you_mean, parent
 from qbench.errors import ConfigError
 
 
@@ -206,7 +206,7 @@ def _unknown(key: str, schema: type) -> str:
         schema = kinds.get(part, schema)  # type: ignore[assignment]
     names = [f.name for f in dataclasses.fields(schema)]
     prefix = "".join(f"{part}." for part in way)
-    return f"{key}: no such key{nearest(leaf, names)}\nallowed: {', '.join(prefix + name for name in names)}"
+    return f"{key}: no such key{did_you_mean(leaf, names)}\nallowed: {', '.join(prefix + name for name in names)}"
 
 
 def _wrong_type(error: ValidationError, node: DictConfig) -> str:

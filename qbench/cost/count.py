@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qbench.quant.layers import QLayer, of_quantizer, quantized_layers
+from qbench.quant.layers import QLayer, is_quantizer_key, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Storage
 from qbench.quant.policy import quantizable
 
@@ -41,7 +41,7 @@ def count_cost(model: nn.Module, macs: dict[str, int]) -> dict[str, Any]:
     layers = quantized_layers(model)
     stored = {name: storage(layer) for name, layer in layers.items() if layer.bits.w < FLOAT}
     codes = sum(s.codes for s in stored.values())
-    params = sum(p.numel() for n, p in model.named_parameters() if not of_quantizer(n))
+    params = sum(p.numel() for n, p in model.named_parameters() if not is_quantizer_key(n))
     floats = 4 * (params - sum(layers[name].weight.numel() for name in stored))
     bits = {name: layers[name].bits if name in layers else Bits() for name in macs}
     return {

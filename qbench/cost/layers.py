@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.cost.count import storage
-from qbench.quant.layers import ImageQuantizer, KeepOutput, QLayer
+from qbench.quant.layers import IdentityOutput, ImageQuantizer, QLayer
 from qbench.quant.method import FLOAT, Bits, Grid, Method
 from qbench.quant.policy import quantizable
 
@@ -71,7 +71,7 @@ def _cost(name: str, layer: Any, ask: Callable[..., Levels | None], macs: int) -
         {slot: _title(site) for slot, site in sites.items() if hasattr(site, "grid")},
         ask("weight", _kind(layer), bits.w) if bits.w < FLOAT else None,
         _image(layer) or (ask("input", _kind(layer), bits.a) if "a" in sites and bits.a < FLOAT else None),
-        bits.g == FLOAT and type(sites.get("g", KeepOutput())) is not KeepOutput,
+        bits.g == FLOAT and type(sites.get("g", IdentityOutput())) is not IdentityOutput,
         layer.weight.numel() + rest, macs, macs * bits.w * bits.a, ideal, packed,
     )  # fmt: skip
 

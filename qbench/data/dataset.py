@@ -18,7 +18,17 @@ from qbench.data.augment import Augment, augmented, centred, coloured
 from qbench.data.normalize import mean_and_std
 from qbench.data.stream import Files, batches
 
-__all__ = ("Augment", "Dataset", "Files", "Loader", "Split", "augmented", "batches_of", "hold_out", "mean_and_std")
+__all__ = (
+    "Augment",
+    "Dataset",
+    "Files",
+    "Loader",
+    "Split",
+    "augmented",
+    "batches_of",
+    "mean_and_std",
+    "split_validation",
+)
 
 # Shapes: N images, C channels, H height, W width.
 
@@ -105,7 +115,7 @@ def _sha256(split: Split | Files) -> str:
     return digest.hexdigest()
 
 
-def hold_out(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
+def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     """Part a training split into (train, val), stratified, always the same way.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qbench.data.dataset import Augment, Dataset, Split, hold_out, mean_and_std
+from qbench.data.dataset import Augment, Dataset, Split, mean_and_std, split_validation
 
 TEST = 0.25
 
@@ -37,8 +37,8 @@ def build(*, val: float = 0.1, pad: int = 1) -> Dataset:
     """Return the digits; `val` is the part of the training images held out, `pad` the random shift in pixels."""
     if not 0 <= pad < 8:
         raise ValueError(f"pad={pad}: allowed are 0 to 7 pixels")
-    rest, test = hold_out(read(), TEST)
-    train, held = hold_out(rest, val)
+    rest, test = split_validation(read(), TEST)
+    train, held = split_validation(rest, val)
     mean, std = mean_and_std(train.images)
     return Dataset(
         name="digits",

@@ -39,7 +39,7 @@ MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 
 
 @dataclass(frozen=True)
-class Survey:
+class FileCheck:
     """What was found: the files' number, bytes and hash, what was hashed, and (height, width) if all have the same."""
 
     count: int
@@ -62,7 +62,7 @@ class _Look(NamedTuple):
     width: int
 
 
-def survey(root: str, names: Sequence[str]) -> Survey:
+def survey(root: str, names: Sequence[str]) -> FileCheck:
     """Look at all files, or remember having done so.
 
     Raises:
@@ -91,7 +91,7 @@ def survey(root: str, names: Sequence[str]) -> Survey:
 
 def _look_at_all(
     root: str, names: Sequence[str], sizes: Sequence[int], whole: bool, bad: list[tuple[str, str]]
-) -> Survey:
+) -> FileCheck:
     """Look at all files; what is wrong with some is added to `bad`."""
     total, shapes = hashlib.sha256(), set()
 
@@ -110,7 +110,7 @@ def _look_at_all(
             shapes.add((one.height, one.width))
     height, width = shapes.pop() if len(shapes) == 1 else (0, 0)
     hashed = "names and whole files" if whole else f"names, sizes, first and last {END} bytes of each file"
-    return Survey(len(names), sum(sizes), total.hexdigest(), hashed, height, width)
+    return FileCheck(len(names), sum(sizes), total.hexdigest(), hashed, height, width)
 
 
 def _look(path: str, size: int, whole: bool) -> _Look:
@@ -138,15 +138,15 @@ def _cache(root: str) -> Path:
     return Path(folder) / "qbench" / "data" / f"{name}.json"
 
 
-def _remembered(path: Path, key: str) -> Survey | None:
+def _remembered(path: Path, key: str) -> FileCheck | None:
     try:
         stored = json.loads(path.read_bytes())
-        return Survey(**stored["found"]) if stored["key"] == key else None
+        return FileCheck(**stored["found"]) if stored["key"] == key else None
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours: look again
         return None
 
 
-def _remember(path: Path, key: str, found: Survey) -> None:
+def _remember(path: Path, key: str, found: FileCheck) -> None:
     """Write what was found; where that cannot be, the next run looks again."""
     new = path.with_suffix(f".{os.getpid()}.tmp")
     with suppress(OSError):

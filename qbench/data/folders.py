@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qbench.data.augment import Augment
-from qbench.data.dataset import Dataset, Files, Split, hold_out
-from qbench.data.file_check import THREADS, Survey, survey
+from qbench.data.dataset import Dataset, Files, Split, split_validation
+from qbench.data.file_check import THREADS, FileCheck, survey
 from qbench.data.images import Bytes, damaged, decoded, reason
 from qbench.data.normalize import statistics
 from qbench.errors import DataError, ResourceError
@@ -28,7 +28,7 @@ SAMPLE = 1000
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageFiles:
     """Image files: names below the root, in order, a label each, and how many files were passed over."""
 
     names: tuple[str, ...]
@@ -51,7 +51,7 @@ def classes_in(folder: Path) -> list[str]:
     return found
 
 
-def find_images(root: Path, part: str, classes: Sequence[str]) -> Found:
+def find_images(root: Path, part: str, classes: Sequence[str]) -> ImageFiles:
     """Return the images below root/part/CLASS, at any depth; their suffixes say which files are images.
 
     Raises:
@@ -70,7 +70,7 @@ def find_images(root: Path, part: str, classes: Sequence[str]) -> Found:
         empty += [] if images else [name]
     if empty and (part == "train" or not names):
         raise _layout(root, f"{len(empty)} class folders of {root / part} hold no images: {_some(empty)}")
-    return Found(tuple(names), tuple(labels), ignored)
+    return ImageFiles(tuple(names), tuple(labels), ignored)
 
 
 def evaluated_part(root: Path, part: str) -> str:
@@ -92,8 +92,8 @@ def evaluated_part(root: Path, part: str) -> str:
 
 
 def assembled_from_files(
-    name: str, root: Path, train: Found, test: Found, *, classes: int, val: float, side: int, augment: Augment,
-    normalize: str, shape: tuple[int, int] | None = None,
+    name: str, root: Path, train: ImageFiles, test: ImageFiles, *, classes: int, val: float, side: int,
+    augment: Augment, normalize: str, shape: tuple[int, int] | None = None,
 ) -> Dataset:  # fmt: skip
     """Return the data set of image files; images all alike that fit into memory are kept there.
 
@@ -111,13 +111,13 @@ def assembled_from_files(
         raise ValueError(f"pad={augment.pad}: allowed are 0 to {augment.size - 1} pixels")
     looked = survey(str(root), [*train.names, *test.names])
     stored = shape or _shape(looked, side, augment)
-    make: Callable[[Found], Split | Files]
+    make: Callable[[ImageFiles], Split | Files]
     if stored:
         make = lambda found: _in_memory(root, found, side, stored)  # noqa: E731
     else:
         make = lambda found: Files(str(root), found.names, torch.tensor(found.labels), side)  # noqa: E731
     whole, tested = make(train), make(test)
-    kept, held = hold_out(whole, val)
+    kept, held = split_validation(whole, val)
     mean, std = statistics(normalize, _sample(kept) if normalize == "own" else torch.empty(0, 3, 1, 1))
     facts = looked.facts() | {"files_ignored": train.ignored + test.ignored}
     return Dataset(
@@ -125,7 +125,7 @@ def assembled_from_files(
     )  # fmt: skip
 
 
-def _shape(looked: Survey, side: int, augment: Augment) -> tuple[int, int] | None:
+def _shape(looked: FileCheck, side: int, augment: Augment) -> tuple[int, int] | None:
     """Return (H, W) of the resized images if all are alike and fit into memory."""
     height, width = looked.height, looked.width
     if not height or augment.area:
@@ -137,7 +137,7 @@ def _shape(looked: Survey, side: int, augment: Augment) -> tuple[int, int] | Non
     return (side, long) if height <= width else (long, side)
 
 
-def _in_memory(root: Path, found: Found, side: int, shape: tuple[int, int]) -> Split:
+def _in_memory(root: Path, found: ImageFiles, side: int, shape: tuple[int, int]) -> Split:
     """Decode all images, each (H, W) after resizing."""
     images, bad = torch.empty(len(found.names), *shape, 3, dtype=torch.uint8), []
 

@@ -34,7 +34,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from qbench.data.dataset import Augment, Dataset, Split, hold_out, mean_and_std
+from qbench.data.dataset import Augment, Dataset, Split, mean_and_std, split_validation
 from qbench.errors import DataError
 
 # Shapes: N images, C channels, H height, W width; F fonts, L letters, S the side of a mask.
@@ -89,7 +89,7 @@ def build(
     _at_least(0, seed=seed, pad=pad)
     _at_least(1, train=train, test=test)
     drawn = render(train, size=size, fonts=TRAIN_FONTS, seed=2 * seed, difficulty=difficulty)
-    kept, held = hold_out(drawn, val)
+    kept, held = split_validation(drawn, val)
     mean, std = mean_and_std(kept.images)
     return Dataset(
         name="glyphs",

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from qbench.data.dataset import Augment, Dataset, Split, hold_out
+from qbench.data.dataset import Augment, Dataset, Split, split_validation
 from qbench.data.normalize import statistics
 from qbench.errors import DataError, ResourceError
 from qbench.system.torchvision import torchvision
@@ -41,7 +41,7 @@ def assembled(
     side = min(train.images.shape[2:])
     if not 0 <= augment.pad < side:
         raise ValueError(f"pad={augment.pad}: allowed are 0 to {side - 1} pixels")
-    kept, held = hold_out(train, val)
+    kept, held = split_validation(train, val)
     mean, std = statistics(normalize, kept.images)
     return Dataset(
         name=name, train=kept, val=held, test=test, classes=classes, mean=mean, std=std, augment=augment

@@ -10,7 +10,7 @@ from qbench.data.dataset import Dataset, Split
 SVHN = {"train": 73_257, "extra": 531_131, "both": 604_388}
 
 
-class Outline(NamedTuple):
+class DatasetSpec(NamedTuple):
     """Channels, height and width as the network gets them; classes; images to train on, val among them, and to test."""
 
     shape: tuple[int, int, int]
@@ -40,22 +40,22 @@ def outline(node: Mapping[str, Any]) -> Dataset | None:
     )  # fmt: skip
 
 
-def _known(node: Mapping[str, Any]) -> Outline | None:
+def _known(node: Mapping[str, Any]) -> DatasetSpec | None:
     """Return what a node's data set looks like; the counts are those of each set's own paper or site."""
     name, side = str(node["name"]), int(node.get("size", 0))
     fixed = {
-        "cifar10": Outline((3, 32, 32), 10, 50_000, 10_000),
-        "cifar100": Outline((3, 32, 32), 100, 50_000, 10_000),
-        "fashion_mnist": Outline((1, 28, 28), 10, 60_000, 10_000),
-        "mnist": Outline((1, 28, 28), 10, 60_000, 10_000),
-        "tiny_imagenet": Outline((3, 64, 64), 200, 100_000, 10_000),
-        "imagenet": Outline((3, side, side), 1000, 1_281_167, 50_000),
-        "svhn": Outline((3, side, side), 10, SVHN.get(str(node.get("split")), 0), 26_032),
+        "cifar10": DatasetSpec((3, 32, 32), 10, 50_000, 10_000),
+        "cifar100": DatasetSpec((3, 32, 32), 100, 50_000, 10_000),
+        "fashion_mnist": DatasetSpec((1, 28, 28), 10, 60_000, 10_000),
+        "mnist": DatasetSpec((1, 28, 28), 10, 60_000, 10_000),
+        "tiny_imagenet": DatasetSpec((3, 64, 64), 200, 100_000, 10_000),
+        "imagenet": DatasetSpec((3, side, side), 1000, 1_281_167, 50_000),
+        "svhn": DatasetSpec((3, side, side), 10, SVHN.get(str(node.get("split")), 0), 26_032),
     }
     if name == "glyphs":
-        return Outline((3, side, side), 34, node["train"], node["test"], made=True)
+        return DatasetSpec((3, side, side), 34, node["train"], node["test"], made=True)
     if name == "synthetic":
-        return Outline((node["channels"], side, side), node["classes"], node["train"], node["test"], made=True)
+        return DatasetSpec((node["channels"], side, side), node["classes"], node["train"], node["test"], made=True)
     return fixed.get(name)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator
 
-from qbench.data.dataset import Dataset, Split, hold_out, mean_and_std
+from qbench.data.dataset import Dataset, Split, mean_and_std, split_validation
 
 
 def build(
@@ -29,7 +29,7 @@ def build(
     images = (255 * torch.lerp(noise, patterns[labels], signal)).to(torch.uint8)
     everything = Split(images, labels)
     rest = everything.take(torch.arange(train))
-    kept, held = hold_out(rest, val)
+    kept, held = split_validation(rest, val)
     mean, std = mean_and_std(kept.images)
     return Dataset(
         name="synthetic",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset
-from qbench.data.folders import SUFFIXES, Found, assembled_from_files, classes_in, find_images
+from qbench.data.folders import SUFFIXES, ImageFiles, assembled_from_files, classes_in, find_images
 from qbench.data.published import absolute
 from qbench.errors import DataError
 
@@ -49,7 +49,7 @@ def build(
     )  # fmt: skip
 
 
-def _annotated(root: Path, classes: list[str]) -> Found:
+def _annotated(root: Path, classes: list[str]) -> ImageFiles:
     """Return the images that val_annotations.txt lists: a line each, file, class and box parted by tabs."""
     path, names, labels = root / "val" / ANNOTATIONS, [], []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
@@ -64,4 +64,4 @@ def _annotated(root: Path, classes: list[str]) -> Found:
     if unlisted or not names:
         such = f", such as {unlisted[0]}" if unlisted else ""
         raise DataError(f"{path} lists {len(names)} images; without a line there are {len(unlisted)}{such}")
-    return Found(tuple(names), tuple(labels), len(here - set(names)))
+    return ImageFiles(tuple(names), tuple(labels), len(here - set(names)))

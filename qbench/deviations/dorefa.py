@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.deviations.registry import Deviation, recast
-from qbench.methods.dorefa import Activation, Gradient, Weight, quantize_activation, quantize_weight
+from qbench.methods.dorefa import DoReFaActivation, DoReFaGradient, DoReFaWeight, quantize_activation, quantize_weight
 from qbench.quant.method import FLOAT, Grid, Method, Storage, Unsupported
 from qbench.quant.ops import in_float32, on_backward, quantize_k, sign, straight_through
 
@@ -53,7 +53,7 @@ def unit_weights(w: Tensor) -> Tensor:
     return straight_through(t / torch.where(top == 0, torch.ones_like(top), top), sign(w))
 
 
-class DetachedMax(Weight):
+class DetachedMax(DoReFaWeight):
     """Weights whose maximum is a constant."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class DetachedMax(Weight):
         return detached_max(w, self.bits)
 
 
-class RescaledByMax(Weight):
+class RescaledByMax(DoReFaWeight):
     """Weights brought back to the range of tanh w."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class RescaledByMax(Weight):
         return Storage(w.numel(), self.bits, 4)
 
 
-class NoTanhGradient(Weight):
+class NoTanhGradient(DoReFaWeight):
     """Weights whose squashing has no derivative."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class NoTanhGradient(Weight):
         return no_tanh_gradient(w, self.bits)
 
 
-class SignOfZero(Weight):
+class SignOfZero(DoReFaWeight):
     """Binary weights, three-valued where a weight is zero."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class SignOfZero(Weight):
         return Storage(w.numel(), 2, 4)
 
 
-class UnitWeights(Weight):
+class UnitWeights(DoReFaWeight):
     """Binary weights without a scale."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def nan_on_zero(x: Tensor, bits: int) -> Tensor:
     return _quantized(x, bits, _of_samples(x), _noise(x, bits))
 
 
-class NoisePerSample(Gradient):
+class NoisePerSample(DoReFaGradient):
     """Gradients whose elements share their sample's noise."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class NoisePerSample(Gradient):
         return on_backward(y, lambda d: noise_per_sample(d, self.bits))
 
 
-class MaxPerTensor(Gradient):
+class MaxPerTensor(DoReFaGradient):
     """Gradients on one scale for the batch."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class MaxPerTensor(Gradient):
         return Grid(super().grid(grad.reshape(1, -1)).points)
 
 
-class NoNoise(Gradient):
+class NoNoise(DoReFaGradient):
     """Gradients rounded to the nearest level."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class NoNoise(Gradient):
         return on_backward(y, lambda d: no_noise(d, self.bits))
 
 
-class NanOnZero(Gradient):
+class NanOnZero(DoReFaGradient):
     """Gradients without a guard against samples whose gradient is zero."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -225,11 +225,11 @@ class NanOnZero(Gradient):
 # The deviations
 
 
-def _weights(kind: type[Weight], what: str, source: str, *, binary: bool = False) -> Deviation:
+def _weights(kind: type[DoReFaWeight], what: str, source: str, *, binary: bool = False) -> Deviation:
     """A deviation of weights of one bit, or of those of more."""
 
     def where(module: nn.Module) -> bool:
-        return isinstance(module, Weight) and (module.bits == 1) is binary
+        return isinstance(module, DoReFaWeight) and (module.bits == 1) is binary
 
     return Deviation(
         what, source, lambda method: replace(method, weight=recast(method.weight, kind, where)),
@@ -254,7 +254,7 @@ def _activations(
         def built(layer_name: str, layer: nn.Module, width: int) -> nn.Module:
             assert site is not None
             module = site(layer_name, layer, width)
-            assert isinstance(module, Activation)
+            assert isinstance(module, DoReFaActivation)
             if module.function is not quantize_activation:
                 raise Unsupported(f"deviation={name} takes the clip's place; leave method.activation=clip")
             if width == 1 or not binary:
@@ -267,7 +267,7 @@ def _activations(
     return Deviation(what, source, apply, acts=acts, bits=bits)
 
 
-def _gradients(kind: type[Gradient], what: str, source: str) -> Deviation:
+def _gradients(kind: type[DoReFaGradient], what: str, source: str) -> Deviation:
     """A deviation of gradients."""
 
     def apply(method: Method) -> Method:

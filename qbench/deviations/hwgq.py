@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.deviations.registry import Deviation, recast
-from qbench.methods.hwgq import AUTHORS_STEPS, Activation, HalfStepActivation, Weight
+from qbench.methods.hwgq import AUTHORS_STEPS, HalfStepHWGQActivation, HWGQActivation, HWGQWeight
 from qbench.quant.method import FLOAT, Grid, Method, Storage, Unsupported
 from qbench.quant.ops import in_float32, sign, straight_through
 
@@ -17,7 +17,7 @@ def unscaled(w: Tensor) -> Tensor:
     return straight_through(w, sign(w))
 
 
-class UnscaledWeight(Weight):
+class UnscaledWeight(HWGQWeight):
     """Binary weights without the filters' scales."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -41,13 +41,13 @@ def old_constants(method: Method) -> Method:
         assert site is not None
         module = site(name, layer, bits)
         ranks = torch.arange(1, 2**bits, dtype=torch.float64)
-        if type(module) is not Activation or not torch.allclose(
+        if type(module) is not HWGQActivation or not torch.allclose(
             module.levels.double() / ranks, module.levels[0].double()
         ):
             raise Unsupported("deviation=old_constants is about method.levels=uniform method.threshold=zero")
         if bits not in AUTHORS_STEPS:
             raise Unsupported(f"deviation=old_constants has no step for {name} with {bits} bits; it has 1-4")
-        return HalfStepActivation(AUTHORS_STEPS[bits] * ranks, module.backward)
+        return HalfStepHWGQActivation(AUTHORS_STEPS[bits] * ranks, module.backward)
 
     return replace(method, input=built)
 

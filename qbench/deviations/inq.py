@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qbench.deviations.registry import Deviation, recast
-from qbench.methods.inq import Weight, largest_exponent, snapped
-from qbench.quant.masks import grow
+from qbench.methods.inq import INQWeight, largest_exponent, snapped
+from qbench.quant.masks import extend_mask
 from qbench.quant.method import FLOAT, Method, Unsupported
 
 
@@ -16,20 +16,20 @@ def zero_beyond(w: Tensor, levels: Tensor) -> Tensor:
     return torch.where(w.detach().abs() >= 1.5 * levels[-1], 0.0, snapped(w, levels)).to(w.dtype)
 
 
-class SmallestFirst(Weight):
+class SmallestFirst(INQWeight):
     """Freezes the smallest magnitudes first."""
 
     @torch.no_grad()
-    def advance(self, w: Tensor, portion: float, partition: str) -> None:
+    def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
         """Freeze the layer up to an accumulated portion."""
         _by_magnitude("smallest_first", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
         effective = self(w)
-        self.freeze(grow(self.frozen, -effective.abs(), portion), self.level(effective))
+        self.freeze(extend_mask(self.frozen, -effective.abs(), portion), self.level(effective))
 
 
-class OutlierToZero(Weight):
+class OutlierToZero(INQWeight):
     """Weights that outgrew the largest level are frozen at zero."""
 
     def level(self, w: Tensor) -> Tensor:
@@ -37,11 +37,11 @@ class OutlierToZero(Weight):
         return zero_beyond(w, self._levels(w))
 
 
-class RemadeMasks(Weight):
+class RemadeMasks(INQWeight):
     """Every portion is chosen anew from all weights: a frozen one that others have outgrown is free again."""
 
     @torch.no_grad()
-    def advance(self, w: Tensor, portion: float, partition: str) -> None:
+    def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
         """Freeze the layer's largest `portion`, and that alone; once a portion."""
         _by_magnitude("remade_masks", partition)
         if not self.frozen.any():
@@ -49,7 +49,7 @@ class RemadeMasks(Weight):
         if round(portion * w.numel()) <= int(self.frozen.sum()):
             return
         effective = self(w)
-        mask = grow(torch.zeros_like(self.frozen), effective.abs(), portion)
+        mask = extend_mask(torch.zeros_like(self.frozen), effective.abs(), portion)
         w.copy_(torch.where(self.frozen & ~mask, effective, w))  # it goes on from the level that it had
         self.value.copy_(torch.where(mask, self.level(effective), 0.0))
         self.frozen.copy_(mask)
@@ -60,7 +60,7 @@ def _by_magnitude(name: str, partition: str) -> None:
         raise Unsupported(f"deviation={name} is about method.partition=largest, not {partition}")
 
 
-def _with(kind: type[Weight], method: Method) -> Method:
+def _with(kind: type[INQWeight], method: Method) -> Method:
     return replace(method, weight=recast(method.weight, kind))
 
 

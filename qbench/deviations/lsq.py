@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qbench.deviations.registry import Deviation, recast
-from qbench.methods.lsq import SMALLEST, Activation, Weight
-from qbench.quant.layers import keep_above
+from qbench.methods.lsq import SMALLEST, LSQActivation, LSQWeight
+from qbench.quant.layers import clamp_min_
 from qbench.quant.method import FLOAT, Bits, Grid, Method
 from qbench.quant.ops import straight_through
 
@@ -17,7 +17,7 @@ def _passing(x: Tensor) -> Tensor:
     return straight_through(x, torch.zeros_like(x))
 
 
-class UnmaskedWeight(Weight):
+class UnmaskedWeight(LSQWeight):
     """Weights whose gradient is not cut off beyond the last levels."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class UnmaskedWeight(Weight):
         return super().forward(w.detach()) + _passing(w)
 
 
-class UnmaskedActivation(Activation):
+class UnmaskedActivation(LSQActivation):
     """Activations whose gradient is not cut off beyond the last levels."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,20 +33,20 @@ class UnmaskedActivation(Activation):
         return super().forward(x.detach()) + _passing(x)
 
 
-class UnclampedWeight(Weight):
+class UnclampedWeight(LSQWeight):
     """Weights whose step may fall below zero, and with it the order of the levels turns."""
 
-    above_zero: tuple[str, ...] = ()
+    positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
         """Step times the integers of b bits."""
         return Grid(super().grid(w).points.sort(1).values)
 
 
-class UnclampedActivation(Activation):
+class UnclampedActivation(LSQActivation):
     """Activations whose step may fall below zero."""
 
-    above_zero: tuple[str, ...] = ()
+    positive_parameters: tuple[str, ...] = ()
 
     def grid(self, x: Tensor) -> Grid:
         """Step times the integers of b bits."""
@@ -58,7 +58,7 @@ def unmasked(method: Method) -> Method:
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
-        keep_above(model, {UnmaskedWeight: ("step",), UnmaskedActivation: ("step",)}, SMALLEST)
+        clamp_min_(model, {UnmaskedWeight: ("step",), UnmaskedActivation: ("step",)}, SMALLEST)
 
     weight, activation = recast(method.weight, UnmaskedWeight), recast(method.input, UnmaskedActivation)
     return replace(method, weight=weight, input=activation, step=step)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qbench.deviations.registry import Deviation, recast
-from qbench.methods.ttq import SMALLEST, Weight, ternarize_weight
-from qbench.quant.layers import keep_above
+from qbench.methods.ttq import SMALLEST, TTQWeight, ternarize_weight
+from qbench.quant.layers import clamp_min_
 from qbench.quant.method import Bits, Grid, Method, Storage
 from qbench.quant.ops import in_float32, on_backward
 
@@ -22,7 +22,7 @@ def weights_for_gradient(w: Tensor, positive: Tensor, negative: Tensor, threshol
     return ternarize_weight(on_backward(w, lambda grad: scale * latent), positive, negative, threshold)
 
 
-class MissingMinus(Weight):
+class MissingMinus(TTQWeight):
     """The negative scale's gradient has the wrong sign."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class MissingMinus(Weight):
         return ternarize_weight(w, self.positive, on_backward(self.negative, lambda g: -g), self.delta(w))
 
 
-class MeanGradient(Weight):
+class MeanGradient(TTQWeight):
     """The scales' gradients are divided by the number of weights."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -39,17 +39,17 @@ class MeanGradient(Weight):
         return ternarize_weight(w, scales[0], scales[1], self.delta(w))
 
 
-class Unclamped(Weight):
+class Unclamped(TTQWeight):
     """The scales may fall below zero, and with them the order of the levels turns."""
 
-    above_zero: tuple[str, ...] = ()
+    positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
         """One group: -Wn, 0, Wp."""
         return Grid(super().grid(w).points.sort(1).values)
 
 
-class UnscaledTies(Weight):
+class UnscaledTies(TTQWeight):
     """Weights that lie on the threshold become +-1."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class UnscaledTies(Weight):
         return Storage(w.numel(), 3, 8)
 
 
-class WeightsForGradient(Weight):
+class WeightsForGradient(TTQWeight):
     """Latent weights that see no gradient but themselves."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ class WeightsForGradient(Weight):
         return weights_for_gradient(w, self.positive, self.negative, self.delta(w))
 
 
-def _with(kind: type[Weight], method: Method) -> Method:
+def _with(kind: type[TTQWeight], method: Method) -> Method:
     """Return the method with weights of another kind, whose scales are kept above zero as the faithful ones' are."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
-        keep_above(model, {kind: ("positive", "negative")}, SMALLEST)
+        clamp_min_(model, {kind: ("positive", "negative")}, SMALLEST)
 
     return replace(method, weight=recast(method.weight, kind), step=step)
 

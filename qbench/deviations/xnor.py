@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.deviations.registry import Deviation, recast
-from qbench.methods.xnor import Activation, Weight, binarize_activation, binarize_weight, filter_scale
+from qbench.methods.xnor import BinaryActivation, BinaryWeight, binarize_activation, binarize_weight, filter_scale
 from qbench.quant.method import Grid, Method, Storage, Unsupported
 from qbench.quant.ops import in_float32, sign, straight_through, surrogate
 
@@ -32,7 +32,7 @@ def printed_activation_gradient(x: Tensor) -> Tensor:
     return surrogate(x, sign(x), latent * (latent.abs() <= 1))
 
 
-class SignOfZeroWeight(Weight):
+class SignOfZeroWeight(BinaryWeight):
     """Binary weights, three-valued where a weight is zero."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class SignOfZeroWeight(Weight):
         return Storage(w.numel(), 2, 4 * len(w))
 
 
-class SignOfZeroActivation(Activation):
+class SignOfZeroActivation(BinaryActivation):
     """Binary activations, three-valued where an input is zero."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class SignOfZeroActivation(Activation):
         return Grid(x.new_tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1))
 
 
-class PrintedWeight(Weight):
+class PrintedWeight(BinaryWeight):
     """Binary weights with the derivative of sign that the paper prints."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class PrintedWeight(Weight):
         return printed_weight_gradient(w)
 
 
-class PrintedActivation(Activation):
+class PrintedActivation(BinaryActivation):
     """Binary activations with the derivative of sign that the paper prints."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PrintedActivation(Activation):
 
 
 def _of_the_paper(module: nn.Module) -> bool:
-    if isinstance(module, Weight) and module.gradient != "paper":
+    if isinstance(module, BinaryWeight) and module.gradient != "paper":
         raise Unsupported("deviation=printed_weight_gradient is about method.gradient=paper")
     return True
 

@@ -12,24 +12,24 @@ from qbench.config.schema import Config, digest
 from qbench.cost.count import count_cost
 from qbench.data.dataset import Loader
 from qbench.errors import CheckpointError, Diverged, Interrupted
-from qbench.experiment.session import Desk, Session, record_failure
-from qbench.experiment.setup import Parts, assemble
+from qbench.experiment.session import RunContext, TrainingSession, record_failure
+from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import NotFinite, fully_quantized, quantized_layers, reports
 from qbench.quant.method import FLOAT, Probe, Unsupported
-from qbench.quant.ops import compressed
+from qbench.quant.ops import compress_activations
 from qbench.quant.verify import NotQuantized, verify
 from qbench.runs import manifest
 from qbench.runs.directory import Result, RunDirectory, load_result
 from qbench.runs.tensorboard import levels_figure
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import copied, not_finite, seed_everything, weights_sha256
-from qbench.training.initial_weights import load_start, verifies
+from qbench.training.initial_weights import is_intact, load_initial_weights
 from qbench.training.loop import Average, State, Task, evaluate, evaluated_weights, fit, numbers
 
 PROBE_IMAGES = 256
 
 
-def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Result:
+def run(config: Config, desk: RunContext | None = None, *, intact: bool = False) -> Result:
     """Return the result of a configuration: the stored one, else by doing the work, or what is left of it.
 
     Args:
@@ -38,27 +38,27 @@ def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Re
     Raises:
         QbenchError: of the kind that `qbench.errors` names. A run that had begun keeps its directory.
     """
-    desk = desk or Desk()
+    desk = desk or RunContext()
     directory = RunDirectory(config)
     if not config.rerun and (stored := _stored(directory, intact, desk)):
-        directory.tidy()
+        directory.remove_checkpoints()
         return stored
     manifest.changed()  # asks git now: started while a lock is held, it could hold that longer than we live
     try:
         parts = assemble(config)
     except Unsupported as reason:
-        with directory.held(desk.waiting(directory.path)):
+        with directory.lock(desk.waiting(directory.path)):
             directory.write_config()
-            return directory.conclude(directory.new_result("unsupported", reason=str(reason)))
-    with directory.held(desk.waiting(directory.path)):
+            return directory.finish(directory.new_result("unsupported", reason=str(reason)))
+    with directory.lock(desk.waiting(directory.path)):
         if not config.rerun and (stored := _stored(directory, intact, desk)):  # another process finished it meanwhile
             return stored
         if directory.has_result():  # done, and wanted anew; or failed, and tried again from its last checkpoint
-            directory.start_over(whole=config.rerun or directory.stored() is not None)
+            directory.reset(whole=config.rerun or directory.stored() is not None)
         try:
             parent, start = _start(parts, desk)
             desk.screen.log = directory.path / "log.txt"
-            return directory.conclude(_work(parts, directory, parent, start, desk))
+            return directory.finish(_work(parts, directory, parent, start, desk))
         except Interrupted:
             raise
         except BaseException as error:
@@ -70,20 +70,20 @@ def run(config: Config, desk: Desk | None = None, *, intact: bool = False) -> Re
             desk.screen.log = None
 
 
-def _stored(directory: RunDirectory, intact: bool, desk: Desk) -> Result | None:
+def _stored(directory: RunDirectory, intact: bool, desk: RunContext) -> Result | None:
     """Return the stored result; with `intact` only if the weights beside it verify. Say what is damaged."""
     stored = directory.stored()
     found = load_result(directory.path)
     if directory.has_result() and (not found or found.protocol.get("identity") != digest(directory.identity)):
         what = "belongs to another run" if found else "is damaged"
         desk.screen.say(f"warning: {directory.path / 'result.json'} {what}; the run is done anew")
-    if stored and intact and stored.status == "done" and not verifies(directory.path / "best.pt", directory.identity):
+    if stored and intact and stored.status == "done" and not is_intact(directory.path / "best.pt", directory.identity):
         desk.screen.say(f"warning: {directory.path / 'best.pt'} is damaged or gone; the run is done anew")
         return None
     return stored
 
 
-def _start(parts: Parts, desk: Desk) -> tuple[Result | None, Path | None]:
+def _start(parts: ExperimentSetup, desk: RunContext) -> tuple[Result | None, Path | None]:
     """Return the float parent's result and the path of the weights to start from; train the parent if need be.
 
     A method that starts from scratch is compared with the parent, and a teacher may be the parent.
@@ -97,7 +97,9 @@ def _start(parts: Parts, desk: Desk) -> tuple[Result | None, Path | None]:
     return parent, Path(parent.run) if parent and config.init == "float" else Path(config.init)
 
 
-def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: Path | None, desk: Desk) -> Result:
+def _work(
+    parts: ExperimentSetup, directory: RunDirectory, parent: Result | None, start: Path | None, desk: RunContext
+) -> Result:
     """Train, evaluate and verify one run in its directory; return the result."""
     config = parts.config
     directory.write_config()
@@ -110,13 +112,13 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
         device=parts.device,
         data=parts.data.fingerprint(),
     )
-    session = Session(directory, desk, config.runtime.tensorboard)
+    session = TrainingSession(directory, desk, config.runtime.tensorboard)
     try:
-        method = parts.taught(Path(parent.run) if parent else None)
+        method = parts.with_teacher(Path(parent.run) if parent else None)
         model = parts.float_model()
         if start and not session.saved:
             own = parent is not None and config.init == "float"
-            desk.screen.say(load_start(model, start, digest(parts.parent.identity()) if own else None))
+            desk.screen.say(load_initial_weights(model, start, digest(parts.parent.identity()) if own else None))
         model = parts.install(model).to(parts.device)
         probe = Probe(list(loader.plain("train", PROBE_IMAGES)), F.cross_entropy)
         if method.prepare and not session.saved:
@@ -127,7 +129,7 @@ def _work(parts: Parts, directory: RunDirectory, parent: Result | None, start: P
             forward=parts.forward(model), classes=parts.data.classes,
         )  # fmt: skip
         state = _state(task, session.saved, config.seed)
-        with compressed(config.runtime.compress_activations):
+        with compress_activations(config.runtime.compress_activations):
             fit(task, state, session.watch(task, state, loader.batch_size))
         desk.screen.stop()
         return _conclude(parts, task, state, loader, session, parent)
@@ -159,7 +161,7 @@ def _state(task: Task, saved: dict[str, Any] | None, seed: int) -> State:
 
 
 def _conclude(
-    parts: Parts, task: Task, state: State, loader: Loader, session: Session, parent: Result | None
+    parts: ExperimentSetup, task: Task, state: State, loader: Loader, session: TrainingSession, parent: Result | None
 ) -> Result:
     """Evaluate on the test split, verify, publish the weights, and return the result."""
     model = task.model
@@ -174,14 +176,14 @@ def _conclude(
         raise NotQuantized("after the last epoch some weights are still float")
     verified = verify(model, next(iter(loader.plain("train", 64)))[0])
     session.predictions(torch.cat(answers))
-    session.publish("last.pt", last)
-    session.publish("best.pt", best_weights)
+    session.write_artifact("last.pt", last)
+    session.write_artifact("best.pt", best_weights)
     result = session.directory.new_result(
         "done", network=parts.network, made_data=parts.data.made, final=final, best=best, verified=verified,
         levels=_levels(model, verified, parts.method.bits.w),
         float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device, state.epoch),
-        quantizers=reports(model), card=parts.card, asks=parts.asks,
+        quantizers=reports(model), card=parts.card, protocol_changes=parts.protocol_changes,
         weights_sha256=weights_sha256(last), state_sha256=ended, wall_seconds=session.wall_seconds,
         notes=[*_hints(parts, verified), *session.lookout.warned.values()],
     )  # fmt: skip
@@ -198,10 +200,10 @@ def _levels(model: nn.Module, verified: dict[str, Any], width: int) -> int | Non
     return max(own or counts.values(), default=None)
 
 
-def _hints(parts: Parts, verified: dict[str, Any]) -> list[str]:
+def _hints(parts: ExperimentSetup, verified: dict[str, Any]) -> list[str]:
     """Return what a reader of the row should bear in mind."""
-    bits, legal = parts.method.bits, parts.method.legal
-    asks = [f"{parts.method.name}: {ask}" for ask in parts.asks]
+    bits, legal = parts.method.bits, parts.method.supported_bits
+    asks = [f"{parts.method.name}: {ask}" for ask in parts.protocol_changes]
     if parts.config.is_parent:
         return ["trained by pretrain.epochs and pretrain.optim; epochs and optim are for what starts from it"]
     if not verified:
@@ -217,7 +219,11 @@ def _hints(parts: Parts, verified: dict[str, Any]) -> list[str]:
 
 
 def _measure(
-    task: Task, weights: dict[str, Tensor], loader: Loader, session: Session, answers: list[Tensor] | None = None
+    task: Task,
+    weights: dict[str, Tensor],
+    loader: Loader,
+    session: TrainingSession,
+    answers: list[Tensor] | None = None,
 ) -> dict[str, Any]:
     """Evaluate weights on both splits; `answers` gets labels and predictions on the test split."""
     task.model.load_state_dict(weights)
@@ -228,7 +234,7 @@ def _measure(
     }
 
 
-def _show(model: nn.Module, state: State, session: Session, result: Result) -> None:
+def _show(model: nn.Module, state: State, session: TrainingSession, result: Result) -> None:
     """Write the final record, and for TensorBoard the levels and what its table of hyper-parameters ends with."""
     final = result.final or {}
     metrics = {f"{split}_{key}": value for split in ("val", "test") for key, value in final[split].items()}

@@ -17,22 +17,22 @@ from torch import Tensor
 from qbench.config.schema import digest
 from qbench.errors import CheckpointError, Diverged, Interrupted, QbenchError
 from qbench.runs.directory import RunDirectory
-from qbench.runs.metrics_logger import Logbook
-from qbench.runs.progress import Screen
+from qbench.runs.metrics_logger import MetricsLogger
+from qbench.runs.progress import ProgressReporter
 from qbench.runs.tensorboard import CHARTS, FIRST, METRICS, columns
 from qbench.system import files
 from qbench.training.checkpoint import not_finite, pack, unpack
-from qbench.training.loop import State, Task, Watch, numbers
-from qbench.training.monitor import Lookout
+from qbench.training.loop import Callbacks, State, Task, numbers
+from qbench.training.monitor import TrainingMonitor
 
 T = TypeVar("T")
 
 
 @dataclass
-class Desk:
+class RunContext:
     """What the caller provides: where to show progress, and whether to stop (a signal's number, 0 for none)."""
 
-    screen: Screen = field(default_factory=Screen)
+    screen: ProgressReporter = field(default_factory=ProgressReporter)
     stop: Callable[[], int] = lambda: 0
 
     def check(self) -> None:
@@ -59,7 +59,7 @@ class Desk:
         return wait
 
 
-class Session:
+class TrainingSession:
     """Ties a run's training to its directory.
 
     Args:
@@ -68,7 +68,7 @@ class Session:
         tensorboard: whether to write event files.
     """
 
-    def __init__(self, directory: RunDirectory, desk: Desk, tensorboard: bool) -> None:
+    def __init__(self, directory: RunDirectory, desk: RunContext, tensorboard: bool) -> None:
         self.directory, self.desk = directory, desk
         self.config = directory.config
         self.identity = digest(directory.identity)
@@ -79,9 +79,9 @@ class Session:
         self._wall_before: float = past.get("wall_seconds", 0.0)
         self._began = self._saved_at = time.perf_counter()
         step = self.saved["state"]["counters"][2] if self.saved else 0
-        self.book = Logbook(directory.path, size=past.get("log_size", 0), step=step, tensorboard=tensorboard)
+        self.book = MetricsLogger(directory.path, size=past.get("log_size", 0), step=step, tensorboard=tensorboard)
         self.book.begin(columns(self.config), FIRST, [f"hparam/{name}" for name in METRICS], CHARTS)
-        self.lookout = Lookout(self.config.runtime.observe, self.book, desk.screen, **past.get("memory", {}))
+        self.lookout = TrainingMonitor(self.config.runtime.observe, self.book, desk.screen, **past.get("memory", {}))
         if self.book.lost:
             desk.screen.say(f"warning: {directory.path / 'metrics.jsonl'} is damaged: {self.book.lost} bytes are lost")
 
@@ -90,7 +90,7 @@ class Session:
         """Seconds of work on this run, those before an interruption included."""
         return self._wall_before + time.perf_counter() - self._began
 
-    def watch(self, task: Task, state: State, images: int) -> Watch:
+    def watch(self, task: Task, state: State, images: int) -> Callbacks:
         """Return what the loop calls; `images` is the batch size, for the display."""
         screen = self.desk.screen
         screen.start(self._title(), task.epochs * task.steps, state.step, images)
@@ -113,13 +113,13 @@ class Session:
             self.save(task, state)
             self.desk.check()
 
-        return Watch(step, epoch, lambda state: self.save(task, state))
+        return Callbacks(step, epoch, lambda state: self.save(task, state))
 
     def save(self, task: Task, state: State) -> None:
         """Write a checkpoint from which the run goes on.
 
         Raises:
-            Diverged: it holds inf or nan, or `Lookout.check` refuses it; nothing is written.
+            Diverged: it holds inf or nan, or `TrainingMonitor.check` refuses it; nothing is written.
         """
         session = {
             "train_seconds": self.train_seconds,
@@ -136,15 +136,15 @@ class Session:
         self.directory.save_state(state.step, data)
         self._saved_at = time.perf_counter()
 
-    def publish(self, name: str, weights: dict[str, Tensor]) -> None:
+    def write_artifact(self, name: str, weights: dict[str, Tensor]) -> None:
         """Write last.pt or best.pt."""
-        self.directory.publish(name, pack({"model": weights, "identity": self.identity}))
+        self.directory.write_artifact(name, pack({"model": weights, "identity": self.identity}))
 
     def predictions(self, answers: Tensor) -> None:
         """Write predictions.npy: int16 (N, 2), label and predicted class of every test image after the last epoch."""
         buffer = io.BytesIO()
         np.save(buffer, answers.cpu().numpy().astype(np.int16))
-        self.directory.publish("predictions.npy", buffer.getvalue())
+        self.directory.write_artifact("predictions.npy", buffer.getvalue())
 
     def speed(self, device: torch.device, epochs: int) -> dict[str, float | int]:
         """Return images per second and seconds per epoch of training alone, over `epochs`, and peak memory in bytes."""
@@ -169,7 +169,7 @@ class Session:
 
     def _newest(self) -> dict[str, Any] | None:
         """Return the newest checkpoint that verifies; say which do not, and remove them: they count as the newest."""
-        for path in self.directory.states():
+        for path in self.directory.checkpoints():
             try:
                 saved = unpack(path.read_bytes(), str(path))
                 if saved.get("identity") != self.identity:
@@ -178,7 +178,7 @@ class Session:
                     raise CheckpointError(f"{path} is of step {_step(saved, path)}")
             except CheckpointError as error:
                 self.desk.screen.say(f"warning: {error}; removed, trying the one before")
-                files.guarded(path.unlink, path)
+                files.convert_os_errors(path.unlink, path)
                 continue
             self.desk.screen.say(f"going on from {path.name}")
             return saved
@@ -214,8 +214,8 @@ def record_failure(directory: RunDirectory, error: BaseException, status: str, t
     """Write a failed or diverged result and the traceback; a full disk must not hide the error itself."""
     try:
         reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
-        directory.conclude(directory.new_result(status, reason=reason))
-        files.guarded(lambda: _append(directory, trace), directory.path)
+        directory.finish(directory.new_result(status, reason=reason))
+        files.convert_os_errors(lambda: _append(directory, trace), directory.path)
     except Exception as second:
         print(f"qbench: could not record the failure in {directory.path}: {second}", file=sys.stderr)
 

@@ -30,7 +30,7 @@ from qbench.quant.method import FLOAT, Bits, Method, Unsupported
 from qbench.quant.policy import Policy, PolicyError
 from qbench.system import files
 from qbench.training.checkpoint import seed_everything
-from qbench.training.initial_weights import load_start, published
+from qbench.training.initial_weights import load_initial_weights, published
 
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))
 MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
@@ -38,7 +38,7 @@ MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
 
 
 @dataclass(frozen=True)
-class Parts:
+class ExperimentSetup:
     """What a run is made of, checked against each other before anything is written."""
 
     config: Config
@@ -59,13 +59,13 @@ class Parts:
         return {} if norm in ("auto", "affine") else {"norm": str(norm)}
 
     @property
-    def asks(self) -> list[str]:
+    def protocol_changes(self) -> list[str]:
         """What the method does otherwise than the shared protocol, because it asks for it."""
         teacher = "its float parent" if self.config.distill.teacher == "parent" else "another run"
         return [
             *(["trained from scratch, as it asks"] if self.config.init == "method" else []),
             *([f"distilled from {teacher}, as it asks"] if self.config.distill.name == "method" else []),
-            *([] if self.method.trained else ["not trained: post-training quantization"]),
+            *([] if self.method.needs_training else ["not trained: post-training quantization"]),
         ]
 
     @property
@@ -77,9 +77,9 @@ class Parts:
     @property
     def epochs(self) -> int:
         """Epochs that are trained."""
-        return self.config.epochs if self.method.trained else 0
+        return self.config.epochs if self.method.needs_training else 0
 
-    def taught(self, parent: Path | None) -> Method:
+    def with_teacher(self, parent: Path | None) -> Method:
         """Return the method, with its teacher where there is one; `parent` is the float parent's run."""
         distill, config = self.config.distill, self.config
         if not distill.on:
@@ -87,10 +87,10 @@ class Parts:
         if distill.teacher == "parent":
             teacher = self.float_model()
             assert parent is not None
-            load_start(teacher, parent, digest(self.parent.identity()))
+            load_initial_weights(teacher, parent, digest(self.parent.identity()))
         else:
             teacher = _teacher(config, self.data)
-            set_process(config)
+            configure_torch(config)
         hard = partial(F.cross_entropy, label_smoothing=config.optim.label_smoothing)
         teacher = teacher.to(self.device).eval().requires_grad_(False)
         return distilled(self.method, teacher, temperature=distill.temperature, weight=distill.weight, hard=hard)
@@ -107,7 +107,7 @@ class Parts:
         """
         runtime = self.config.runtime
         run: Callable[[Tensor], Tensor] = torch.compile(model) if runtime.compile else model
-        return in_bfloat16(run, self.device) if runtime.precision == "bf16" else run
+        return bf16_autocast(run, self.device) if runtime.precision == "bf16" else run
 
     def install(self, model: nn.Module) -> nn.Module:
         """Put the method into a float network, under the run's layer policy."""
@@ -123,7 +123,7 @@ class Parts:
             raise ConfigError(f"layers.{error.key}: {error}") from None
 
 
-def assemble(config: Config, *, planned: bool = False) -> Parts:
+def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
     """Build everything once, on the CPU, to find what does not fit before any work.
 
     Args:
@@ -133,7 +133,7 @@ def assemble(config: Config, *, planned: bool = False) -> Parts:
         ConfigError: keys or values that no part takes, or that contradict each other.
         Unsupported: the method cannot do this on this network.
     """
-    set_process(config)
+    configure_torch(config)
     device = choose_device(config.runtime.device)
     data = (_outline(config.dataset) if planned else None) or _dataset(json.dumps(config.dataset, sort_keys=True))
     method = make_method(config, widths(config))
@@ -144,26 +144,26 @@ def assemble(config: Config, *, planned: bool = False) -> Parts:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
     if config.distill.on and config.distill.teacher != "parent":
         _teacher(config, data)
-        set_process(config)
+        configure_torch(config)
     if config.distill.name == "method" and not method.requires.teacher:
         raise Unsupported(f"{method.name} with these options has no use for the teacher it asks for; add distill=none")
-    if config.distill.on and not method.trained:
+    if config.distill.on and not method.needs_training:
         raise Unsupported(f"{method.name} is not trained: a teacher has no effect; add distill=none")
     if config.optim.patience is not None and not len(data.val):
         raise ConfigError("optim.patience waits for a better validation top-1, and dataset.val holds nothing out")
     if not len(data.test):
         raise ConfigError(f"dataset={config.dataset['name']}: its test split is empty")
-    parts = Parts(config, data, method, {}, device)
+    parts = ExperimentSetup(config, data, method, {}, device)
     if planned and config.init in STARTS:
         with suppress(NotImplementedError, RuntimeError):  # a network or method of the user's own may look at values
             return _checked(parts, parts.float_model("meta"))
     model = parts.float_model()
     if config.init not in STARTS:
-        load_start(model, Path(config.init))
+        load_initial_weights(model, Path(config.init))
     return _checked(parts, model)
 
 
-def _checked(parts: Parts, model: nn.Module) -> Parts:
+def _checked(parts: ExperimentSetup, model: nn.Module) -> ExperimentSetup:
     """Count a float network's operations and put the method into it, to see whether it fits."""
     parts.macs.clear()
     parts.macs.update(count_macs(model, parts.data.shape))
@@ -223,7 +223,7 @@ def _dataset(node: str) -> Dataset:
     return data
 
 
-def in_bfloat16(run: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
     """Return a network's function with what autocast chooses computed in bfloat16; its result is float32."""
 
     def forward(images: Tensor) -> Tensor:
@@ -233,16 +233,16 @@ def in_bfloat16(run: Callable[[Tensor], Tensor], device: torch.device) -> Callab
     return forward
 
 
-def set_process(config: Config) -> None:
+def configure_torch(config: Config) -> None:
     """Set threads and determinism of this process as the run wants them."""
     torch.set_num_threads(config.runtime.threads)
     if config.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS wants it
     torch.use_deterministic_algorithms(config.runtime.deterministic)
-    keep_freed_memory()
+    tune_malloc()
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc keep the memory of freed activations: else it goes back to the system, and comes anew, page by page,
     in every training step. Other C libraries are left as they are.
     """
@@ -323,12 +323,14 @@ def _check_norm(model: nn.Module, method: Method) -> None:
         )
 
 
-def finished(run: Path, *, weights: str = "best", device: str = "cpu") -> tuple[Parts, nn.Module]:
+def load_finished_network(
+    run: Path, *, weights: str = "best", device: str = "cpu"
+) -> tuple[ExperimentSetup, nn.Module]:
     """Return what a finished run is made of, and its network, quantized as it is, on the CPU.
 
     Args:
         weights: those `best` on validation, or those of the `last` epoch.
-        device: the value of `runtime.device` in `Parts.config`.
+        device: the value of `runtime.device` in `ExperimentSetup.config`.
 
     Raises:
         CheckpointError: the run is not whole.
@@ -374,7 +376,7 @@ def _stored(run: Path, named: str, weights: str = "best", device: str = "cpu") -
         raise CheckpointError(f"{named}: its config.yaml cannot be used: {why}") from None
 
 
-def _loaded(parts: Parts, state: dict[str, Any], named: str) -> nn.Module:
+def _loaded(parts: ExperimentSetup, state: dict[str, Any], named: str) -> nn.Module:
     model = parts.install(parts.float_model())
     try:
         model.load_state_dict(state["model"])

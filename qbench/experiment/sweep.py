@@ -22,8 +22,8 @@ from qbench.config.schema import RATE, Config, digest, parent, to_dict
 from qbench.config.validate import from_node
 from qbench.errors import CheckpointError, ConfigError, DataError, Interrupted, QbenchError, ResourceError
 from qbench.runs.directory import Result, RunDirectory, load_result
-from qbench.runs.reader import Found, read_run
-from qbench.system.signals import signals
+from qbench.runs.reader import RunRecord, read_run
+from qbench.system.signals import stop_on_signals
 
 LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper.max_batch_size", "submitit_slurm": ""}
 """Name -> the key that limits the jobs at a time. joblib's processes are ours, submitit's come by Hydra's plugin."""
@@ -55,19 +55,19 @@ def check(configs: Sequence[Config]) -> None:
                 continue  # listed with its reason when its turn comes
 
 
-def attempt(config: Config, stop: Callable[[], int]) -> Result:
+def run_catching(config: Config, stop: Callable[[], int]) -> Result:
     """Return a run's result, whatever becomes of it: a failure is a result too.
 
     Raises:
         Interrupted: a signal asked to stop; the run goes on the next time.
     """
     from qbench.experiment.run import run
-    from qbench.experiment.session import Desk
-    from qbench.runs.progress import Screen
+    from qbench.experiment.session import RunContext
+    from qbench.runs.progress import ProgressReporter
 
     directory = RunDirectory(config)
     try:
-        return run(config, Desk(Screen(quiet=True), stop))
+        return run(config, RunContext(ProgressReporter(quiet=True), stop))
     except Interrupted:
         raise
     except BaseException as error:  # sys.exit or no memory in one job must not end the others
@@ -78,9 +78,9 @@ def attempt(config: Config, stop: Callable[[], int]) -> Result:
 
 def work(config: Config) -> None:
     """Do one cell in a process of its own; what became of it stands in its directory."""
-    with signals() as stop:
+    with stop_on_signals() as stop:
         try:
-            attempt(config, stop)
+            run_catching(config, stop)
         except Interrupted:
             return
 
@@ -90,23 +90,23 @@ def work_on(node: DictConfig) -> None:
     work(from_node(node))
 
 
-def run_all(configs: Sequence[Config], stop: Callable[[], int]) -> list[Found]:
+def run_all(configs: Sequence[Config], stop: Callable[[], int]) -> list[RunRecord]:
     """Run the cells one after the other; return what became of each."""
     check(configs)
-    failed: dict[str, Found] = {}
+    failed: dict[str, RunRecord] = {}
     with view(configs, 1):
         for config in configs:
             try:
-                result = attempt(config, stop)
+                result = run_catching(config, stop)
             except Interrupted:
                 break
             if load_result(RunDirectory(config).path) is None:  # it never came to have a directory
                 path = RunDirectory(config).path
-                failed[str(path)] = Found(path=path, status=result.status, reason=result.reason or "")
+                failed[str(path)] = RunRecord(path=path, status=result.status, reason=result.reason or "")
     return [failed.get(str(RunDirectory(c).path)) or outcome(c) for c in configs]
 
 
-def launch_all(arguments: list[str], configs: Sequence[Config], name: str, stop: Callable[[], int]) -> list[Found]:
+def launch_all(arguments: list[str], configs: Sequence[Config], name: str, stop: Callable[[], int]) -> list[RunRecord]:
     """Let a launcher run the cells in processes of its own; return what became of each.
 
     Workers times threads never exceed the cores.
@@ -225,10 +225,10 @@ def parents_first(configs: Sequence[Config]) -> list[Config]:
     return [c for _, c in sorted(enumerate(configs), key=lambda cell: parents.index(parents[cell[0]]) != cell[0])]
 
 
-def outcome(config: Config) -> Found:
+def outcome(config: Config) -> RunRecord:
     """Return what stands in a run's directory now."""
     path = RunDirectory(config).path
-    return read_run(path) if path.is_dir() else Found(path=path, status="not begun")
+    return read_run(path) if path.is_dir() else RunRecord(path=path, status="not begun")
 
 
 @contextmanager

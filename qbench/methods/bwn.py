@@ -50,7 +50,7 @@ def build(*, w: int = 1, gradient: str = "paper", center: bool = False, clamp: b
     return Method(
         name="bwn",
         bits=Bits(w),
-        legal={"w": (1, FLOAT)},
+        supported_bits={"w": (1, FLOAT)},
         traits=frozenset({"odd", "monotone", "idempotent"}),
         weight=lambda name, layer, bits: site(layer, gradient, center),
         prepare=(lambda model, probe: tidy(model, center=center, clamp=clamp)) if center or clamp else None,

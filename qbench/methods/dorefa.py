@@ -59,7 +59,16 @@ from torch import Generator, Tensor, nn
 
 from qbench.quant.fused_kernels import divided, grad_within, uniform
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
-from qbench.quant.ops import Cells, in_float32, levels_k, on_backward, quantize_k, sign, staircase, straight_through
+from qbench.quant.ops import (
+    Cells,
+    fused_quantizer,
+    in_float32,
+    levels_k,
+    on_backward,
+    quantize_k,
+    sign,
+    straight_through,
+)
 
 
 @in_float32
@@ -91,7 +100,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
         share = (grad * t).sum().div_(top).div_(ends.abs().sum().clamp_(min=1))
         return torch.addcmul(grad, ends, share, value=-1).div_(top)
 
-    return staircase(t, plain=plain, value=value, backward=backward)
+    return fused_quantizer(t, plain=plain, value=value, backward=backward)
 
 
 @in_float32
@@ -100,7 +109,7 @@ def quantize_activation(x: Tensor, bits: int) -> Tensor:
     if bits == FLOAT:
         return x
     n = float(2**bits - 1)
-    return staircase(
+    return fused_quantizer(
         x,
         plain=lambda x: quantize_k(x.clamp(0, 1), bits),
         value=lambda x: divided(x.clamp(0, 1).mul_(n).round_(), n),
@@ -126,7 +135,7 @@ def quantize_activation_abs(x: Tensor, bits: int) -> Tensor:
     if bits == FLOAT:
         return x
     n = float(2**bits - 1)
-    return staircase(
+    return fused_quantizer(
         x,
         plain=lambda x: quantize_k(x.abs().clamp(max=1), bits),
         value=lambda x: divided(x.abs().clamp_(max=1).mul_(n).round_(), n),
@@ -162,7 +171,7 @@ def _sample_max(x: Tensor) -> Tensor:
     return x.detach().abs().amax(dim=axes, keepdim=True) if axes else x.detach().abs()
 
 
-class Weight(nn.Module):
+class DoReFaWeight(nn.Module):
     """DoReFa's weights of one layer."""
 
     def __init__(self, bits: int) -> None:
@@ -183,7 +192,7 @@ class Weight(nn.Module):
         return Storage(w.numel(), self.bits, 4 if self.bits == 1 else 0)
 
 
-class Activation(nn.Module):
+class DoReFaActivation(nn.Module):
     """DoReFa's activations in front of one layer, for a function with `levels` of 2^bits values from `low` on."""
 
     def __init__(self, function: Callable[[Tensor, int], Tensor], low: float, bits: int) -> None:
@@ -199,7 +208,7 @@ class Activation(nn.Module):
         return Grid((levels_k(self.bits, x) + self.low).reshape(1, -1, 1))
 
 
-class Gradient(nn.Module):
+class DoReFaGradient(nn.Module):
     """Quantizes the gradient of a layer's output."""
 
     def __init__(self, bits: int) -> None:
@@ -237,10 +246,10 @@ def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> 
     return Method(
         name="dorefa",
         bits=Bits(w, a, g),
-        legal={"w": widths, "a": widths, "g": widths},
+        supported_bits={"w": widths, "a": widths, "g": widths},
         traits=frozenset({"monotone", *(CLIPPED if activation == "clip" else ())}),
         requires=Requires(act="either" if activation == "clip" else "replaced"),
-        weight=lambda name, layer, bits: Weight(bits),
-        input=lambda name, layer, bits: Activation(function, low, bits),
-        output=lambda name, layer, bits: Gradient(bits) if bits < FLOAT else None,
+        weight=lambda name, layer, bits: DoReFaWeight(bits),
+        input=lambda name, layer, bits: DoReFaActivation(function, low, bits),
+        output=lambda name, layer, bits: DoReFaGradient(bits) if bits < FLOAT else None,
     )

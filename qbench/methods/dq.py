@@ -65,7 +65,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.methods.qd import bucket_scale, bucketed_grid, check_bucket, from_buckets, in_buckets, scale_bytes
-from qbench.quant.layers import QLayer, as_float, of_quantizer, quantized_layers
+from qbench.quant.layers import QLayer, float_mode, is_quantizer_key, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Requires, Storage
 from qbench.quant.ops import in_float32
 
@@ -124,7 +124,7 @@ def allocate_points(norms: Sequence[float], points: int, most: int | None = None
     return counts
 
 
-class Weight(nn.Module):
+class DQWeight(nn.Module):
     """A layer's weights, frozen, on trained points."""
 
     count: Tensor
@@ -172,9 +172,9 @@ class Weight(nn.Module):
         return torch.where(rank < self.count, self.points, torch.inf)
 
 
-def _sites(model: nn.Module) -> dict[str, tuple[QLayer, Weight]]:
+def _sites(model: nn.Module) -> dict[str, tuple[QLayer, DQWeight]]:
     layers = quantized_layers(model)
-    return {name: (layer, layer.weight_q) for name, layer in layers.items() if isinstance(layer.weight_q, Weight)}
+    return {name: (layer, layer.weight_q) for name, layer in layers.items() if isinstance(layer.weight_q, DQWeight)}
 
 
 def share(model: nn.Module, probe: Probe, allocation: str) -> None:
@@ -184,7 +184,7 @@ def share(model: nn.Module, probe: Probe, allocation: str) -> None:
         return
     norms: dict[str, float] = {}
     if allocation == "gradient":
-        with as_float(model):
+        with float_mode(model):
             gradients = probe.gradients(model)
         norms = {name: gradients[f"{name}.weight"].norm().item() for name in sites}
     for bits in {layer.bits.w for layer, _ in sites.values()}:
@@ -193,7 +193,7 @@ def share(model: nn.Module, probe: Probe, allocation: str) -> None:
         for (layer, site), count in zip(alike.values(), counts, strict=True):
             site.place(layer.weight, count)
     for name, p in model.named_parameters():
-        if not of_quantizer(name):
+        if not is_quantizer_key(name):
             p.requires_grad_(False)
 
 
@@ -214,9 +214,9 @@ def build(*, w: int = 4, bucket: int = 256, initial: str = "quantiles", allocati
     return Method(
         name="dq",
         bits=Bits(w),
-        legal={"w": (*range(2, 9), FLOAT)},
+        supported_bits={"w": (*range(2, 9), FLOAT)},
         requires=Requires(teacher=True),
-        weight=lambda name, layer, bits: Weight(layer.weight.detach(), bits, bucket, initial),  # type: ignore[operator]
+        weight=lambda name, layer, bits: DQWeight(layer.weight.detach(), bits, bucket, initial),  # type: ignore[operator]
         prepare=lambda model, probe: share(model, probe, allocation),
         step=stepped,
     )

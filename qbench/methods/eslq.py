@@ -56,7 +56,7 @@ from qbench.methods.inq import largest_exponent, levels_from, snapped
 from qbench.quant.method import Method, Storage
 
 
-class Weight(slq.Weight):
+class ESLQWeight(slq.SLQWeight):
     """A layer's weights, part of them powers of two next to centroids."""
 
     n1: Tensor
@@ -78,4 +78,4 @@ class Weight(slq.Weight):
 
 def build(*, w: int = 5, partition: str = "probe", portions: Sequence[float] = slq.PORTIONS) -> Method:
     """Return ESLQ; see SLQ for its keys."""
-    return slq.incremental("eslq", Weight, w, partition, portions)
+    return slq.incremental("eslq", ESLQWeight, w, partition, portions)

@@ -44,4 +44,4 @@ from qbench.quant.method import Bits, Method
 
 def build(*, w: int = 32, a: int = 32, g: int = 32) -> Method:
     """Return the method that quantizes nothing."""
-    return Method(name="float", bits=Bits(w, a, g), legal={})
+    return Method(name="float", bits=Bits(w, a, g), supported_bits={})

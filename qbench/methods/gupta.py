@@ -67,7 +67,7 @@ from torch import Generator, Tensor, nn
 from qbench.quant.fused_kernels import blockwise, grad_within, rounding_up_or_down
 from qbench.quant.layers import ImageQuantizer, QLayer, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
-from qbench.quant.ops import in_float32, on_backward, staircase, straight_through
+from qbench.quant.ops import fused_quantizer, in_float32, on_backward, straight_through
 
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTUMS = ("float", "fixed")
@@ -107,7 +107,7 @@ def to_fixed(
 
         return blockwise(x, fill, scratch=3)
 
-    return staircase(
+    return fused_quantizer(
         x,
         plain=lambda x: straight_through(x.clamp(low, high), value(x)),
         value=value,
@@ -141,7 +141,7 @@ class Format(NamedTuple):
         return Grid((codes * 2.0**-self.fraction).reshape(1, -1, 1))
 
 
-class Weight(nn.Module):
+class GuptaWeight(nn.Module):
     """A layer's weights, which lie on their grid after `prepare` and each step; holds what is stored with them too."""
 
     def __init__(self, weights: Format, biases: Format, updates: Format, momentum: Format) -> None:
@@ -161,7 +161,7 @@ class Weight(nn.Module):
         return Storage(w.numel(), self.weights.integer + self.weights.fraction, 0)
 
 
-class Activation(nn.Module):
+class GuptaActivation(nn.Module):
     """A layer's input in the activations' format."""
 
     def __init__(self, activations: Format) -> None:
@@ -177,7 +177,7 @@ class Activation(nn.Module):
         return self.activations.grid(x)
 
 
-class Output(nn.Module):
+class GuptaOutput(nn.Module):
     """A layer's output in the activations' format, and its gradient in the errors'."""
 
     def __init__(self, activations: Format, errors: Format) -> None:
@@ -195,10 +195,10 @@ class Output(nn.Module):
         return self.errors.grid(grad)
 
 
-def stored(model: nn.Module) -> Iterator[tuple[Tensor, Format, Weight]]:
+def stored(model: nn.Module) -> Iterator[tuple[Tensor, Format, GuptaWeight]]:
     """Yield every weight and bias in fixed point, with its format and its layer's others."""
     for layer in quantized_layers(model).values():
-        if isinstance(site := layer.weight_q, Weight):
+        if isinstance(site := layer.weight_q, GuptaWeight):
             yield layer.weight, site.weights, site
             if layer.bias is not None:
                 yield layer.bias, site.biases, site
@@ -252,24 +252,24 @@ def build(
     def form(kind: str, bits: int) -> Format:
         return Format(integers[kind], bits - integers[kind], rounding)
 
-    def weight(name: str, layer: nn.Module, bits: int) -> Weight:
+    def weight(name: str, layer: nn.Module, bits: int) -> GuptaWeight:
         kept = form("momentum", bits if momentum == "fixed" else FLOAT)
-        return Weight(form("weights", bits), form("biases", bits), form("updates", bits), kept)
+        return GuptaWeight(form("weights", bits), form("biases", bits), form("updates", bits), kept)
 
-    def output(name: str, layer: nn.Module, bits: int) -> Output | None:
+    def output(name: str, layer: nn.Module, bits: int) -> GuptaOutput | None:
         own, image = cast(QLayer, layer).bits, isinstance(layer.input_q, ImageQuantizer)  # own.a may be the image's
         width = a if image or FLOAT in (a, own.a) else own.a  # float where activations are another method's
         absent = own == Bits() or bits == width == FLOAT
-        return None if absent else Output(form("activations", width), form("errors", bits))
+        return None if absent else GuptaOutput(form("activations", width), form("errors", bits))
 
     return Method(
         name="gupta",
         bits=Bits(w, a, g),
-        legal=dict.fromkeys("wag", WIDTHS),
+        supported_bits=dict.fromkeys("wag", WIDTHS),
         requires=Requires(norm="none", start="scratch", act="kept"),
         traits=frozenset({"monotone_input", "idempotent_input", "clipped_input", "no_master"}),
         weight=weight,
-        input=lambda name, layer, bits: Activation(form("activations", bits)),
+        input=lambda name, layer, bits: GuptaActivation(form("activations", bits)),
         output=output,
         prepare=prepare,
         step=stepped,

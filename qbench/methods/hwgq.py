@@ -58,12 +58,11 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 
-from qbench.methods.xnor import Activation as SignActivation
-from qbench.methods.xnor import Weight as BinaryWeight
-from qbench.methods.xnor import filter_scale
-from qbench.quant.fused_kernels import beside, grad_between, looked_up, scalar, step_function
+from qbench.methods.xnor import BinaryActivation as SignActivation
+from qbench.methods.xnor import BinaryWeight, filter_scale
+from qbench.quant.fused_kernels import beside, grad_between, lookup, scalar, step_function
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Unsupported
-from qbench.quant.ops import Cells, in_float32, sign, staircase, straight_through, surrogate
+from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, straight_through, surrogate
 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
@@ -115,7 +114,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
     top = levels[-1]
 
     def plain(x: Tensor) -> Tensor:
-        return surrogate(x, looked_up(x, thresholds, levels), _slope(x.detach(), top, backward))
+        return surrogate(x, lookup(x, thresholds, levels), _slope(x.detach(), top, backward))
 
     def derivative(grad: Tensor, x: Tensor) -> Tensor:
         if backward == "clipped":
@@ -125,7 +124,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
     cells = None if backward == "log_tailed" else _cells(thresholds, levels)
     value = partial(step_function, edges=thresholds, heights=levels)
-    return staircase(x, plain=plain, value=value, backward=derivative, cells=cells)
+    return fused_quantizer(x, plain=plain, value=value, backward=derivative, cells=cells)
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
@@ -210,7 +209,7 @@ def _lloyd_max(m: int) -> list[float]:
     return q.tolist()
 
 
-class Weight(BinaryWeight):
+class HWGQWeight(BinaryWeight):
     """Binary weights as in BWN, with the identity as straight-through gradient."""
 
     def __init__(self) -> None:
@@ -221,7 +220,7 @@ class Weight(BinaryWeight):
         return binarize_weight(w)
 
 
-class Activation(nn.Module):
+class HWGQActivation(nn.Module):
     """Half-wave Gaussian quantization in front of one layer."""
 
     levels: Tensor
@@ -240,7 +239,7 @@ class Activation(nn.Module):
         return Grid(torch.cat([self.levels.new_zeros(1), self.levels]).to(x.dtype).reshape(1, -1, 1))
 
 
-class HalfStepActivation(Activation):
+class HalfStepHWGQActivation(HWGQActivation):
     """The same with the first threshold at half a step."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,10 +262,10 @@ def _sign_control(w: int, a: int) -> Method:
     return Method(
         name="hwgq",
         bits=Bits(w, a),
-        legal={"w": (1, FLOAT), "a": (1, FLOAT)},
+        supported_bits={"w": (1, FLOAT), "a": (1, FLOAT)},
         requires=Requires(norm="plain", act="replaced"),
         traits=TRAITS | {"clipped_input", "cells_input"},
-        weight=lambda name, layer, bits: Weight(),
+        weight=lambda name, layer, bits: HWGQWeight(),
         input=lambda name, layer, bits: SignActivation(),
     )
 
@@ -296,13 +295,13 @@ def build(
         return _sign_control(w, a)
     if threshold == "half_step" and levels != "uniform":
         raise Unsupported("threshold=half_step is round(x / step): it wants levels=uniform")
-    kind = HalfStepActivation if threshold == "half_step" else Activation
+    kind = HalfStepHWGQActivation if threshold == "half_step" else HWGQActivation
     return Method(
         name="hwgq",
         bits=Bits(w, a),
-        legal={"w": (1, FLOAT), "a": (*range(1, 9), FLOAT)},
+        supported_bits={"w": (1, FLOAT), "a": (*range(1, 9), FLOAT)},
         requires=Requires(norm="plain", act="either"),
         traits=TRAITS | OF_BACKWARD[backward],
-        weight=lambda name, layer, bits: Weight(),
+        weight=lambda name, layer, bits: HWGQWeight(),
         input=lambda name, layer, bits: kind(_levels(bits, levels, constants, threshold), backward),
     )

@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 
 from qbench.quant.layers import quantized_layers
-from qbench.quant.masks import FrozenWeight, grow, stage, stage_borders
+from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
 from qbench.quant.ops import in_float32
 
@@ -98,10 +98,10 @@ def snapped(w: Tensor, levels: Tensor) -> Tensor:
 
 def select_largest(w: Tensor, portion: float, frozen: Tensor) -> Tensor:
     """Return the mask `frozen` grown by the largest free magnitudes to the accumulated `portion` of the layer."""
-    return grow(frozen, w.abs(), portion)
+    return extend_mask(frozen, w.abs(), portion)
 
 
-class Weight(FrozenWeight):
+class INQWeight(FrozenWeight):
     """A layer's weights, part of them powers of two."""
 
     n1: Tensor
@@ -112,13 +112,13 @@ class Weight(FrozenWeight):
         self.register_buffer("n1", torch.tensor(0))
 
     @torch.no_grad()
-    def advance(self, w: Tensor, portion: float, partition: str) -> None:
+    def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
         """Freeze the layer up to an accumulated portion."""
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
         effective = self(w)
         score = torch.rand_like(effective) if partition == "random" else effective.abs()
-        self.freeze(grow(self.frozen, score, portion), self.level(effective))
+        self.freeze(extend_mask(self.frozen, score, portion), self.level(effective))
 
     def level(self, w: Tensor) -> Tensor:
         """Return the values at which weights are frozen."""
@@ -146,14 +146,14 @@ def build(*, w: int = 5, portions: Sequence[float] = (0.5, 0.75, 0.875, 1.0), pa
 
     def on_epoch(model: torch.nn.Module, epoch: int, epochs: int, probe: object) -> None:
         for layer in quantized_layers(model).values():
-            if isinstance(layer.weight_q, Weight):
-                layer.weight_q.advance(layer.weight, steps[stage(epoch, epochs, len(steps))], partition)
+            if isinstance(layer.weight_q, INQWeight):
+                layer.weight_q.freeze_next(layer.weight, steps[stage(epoch, epochs, len(steps))], partition)
 
     return Method(
         name="inq",
         bits=Bits(w),
-        legal={"w": (*range(2, 9), FLOAT)},
-        weight=lambda name, layer, bits: Weight(layer.weight.detach(), bits),  # type: ignore[operator]
+        supported_bits={"w": (*range(2, 9), FLOAT)},
+        weight=lambda name, layer, bits: INQWeight(layer.weight.detach(), bits),  # type: ignore[operator]
         phases=(lambda epochs: stage_borders(epochs, len(steps))) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
     )

@@ -46,9 +46,9 @@ import torch
 from torch import Tensor, nn
 
 from qbench.quant.fused_kernels import grad_between
-from qbench.quant.layers import as_float, keep_above, quantized_layers
+from qbench.quant.layers import clamp_min_, float_mode, quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Requires, Storage
-from qbench.quant.ops import in_float32, on_backward, round_ste, staircase
+from qbench.quant.ops import fused_quantizer, in_float32, on_backward, round_ste
 
 SMALLEST = 1e-8
 
@@ -80,7 +80,7 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
         at_ends = grad.sub(inside).mul_(v).sum()
         return inside, v.round().sub_(v).mul_(grad).sum() + at_ends  # rounding moves nothing at the ends
 
-    return staircase(x, step.to(x.dtype), plain=plain, value=value, backward=backward)
+    return fused_quantizer(x, step.to(x.dtype), plain=plain, value=value, backward=backward)
 
 
 def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
@@ -105,10 +105,10 @@ def _points(step: Tensor, bits: int, signed: bool) -> Grid:
     return Grid((torch.arange(-low, high + 1, device=step.device) * step).reshape(1, -1, 1))
 
 
-class Weight(nn.Module):
+class LSQWeight(nn.Module):
     """A layer's weights with their learned step."""
 
-    above_zero: tuple[str, ...] = ("step",)
+    positive_parameters: tuple[str, ...] = ("step",)
 
     def __init__(self, layer: nn.Module, bits: int) -> None:
         super().__init__()
@@ -133,10 +133,10 @@ class Weight(nn.Module):
         return Storage(w.numel(), self.bits, 4)
 
 
-class Activation(nn.Module):
+class LSQActivation(nn.Module):
     """A layer's input with its learned step."""
 
-    above_zero: tuple[str, ...] = ("step",)
+    positive_parameters: tuple[str, ...] = ("step",)
 
     signed: Tensor
     ready: Tensor
@@ -183,8 +183,8 @@ def _forget(module: nn.Module, keys: object) -> None:
 def prepare(model: nn.Module, probe: Probe) -> None:
     """Set the steps of all inputs from what the float network's layers read."""
     for name, layer in quantized_layers(model).items():
-        if isinstance(layer.input_q, Activation):
-            with as_float(model):
+        if isinstance(layer.input_q, LSQActivation):
+            with float_mode(model):
                 inputs, _ = probe.responses(model, name)
             layer.input_q.fit(inputs)
 
@@ -192,7 +192,7 @@ def prepare(model: nn.Module, probe: Probe) -> None:
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Step, then keep the steps above zero."""
     optimizer.step()
-    keep_above(model, {Weight: ("step",), Activation: ("step",)}, SMALLEST)
+    clamp_min_(model, {LSQWeight: ("step",), LSQActivation: ("step",)}, SMALLEST)
 
 
 def build(*, w: int = 2, a: int = 2) -> Method:
@@ -200,11 +200,11 @@ def build(*, w: int = 2, a: int = 2) -> Method:
     return Method(
         name="lsq",
         bits=Bits(w, a),
-        legal={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
+        supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
         requires=Requires(act="kept"),
         traits=frozenset({"monotone", "idempotent", "monotone_input", "idempotent_input", "clipped_input"}),
-        weight=lambda name, layer, bits: Weight(layer, bits),
-        input=lambda name, layer, bits: Activation(bits),
+        weight=lambda name, layer, bits: LSQWeight(layer, bits),
+        input=lambda name, layer, bits: LSQActivation(bits),
         prepare=prepare,
         step=stepped,
     )

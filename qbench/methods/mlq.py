@@ -74,7 +74,7 @@ PINNED: dict[str, tuple[float, ...]] = {"mean": (), "pinned": (0.0,)}
 ADVANCING = 0.5
 
 
-class Weight(slq.Weight):
+class MLQWeight(slq.SLQWeight):
     """A layer's weights: float, then with boundary clusters shared, then all shared."""
 
     turn: Tensor
@@ -120,7 +120,7 @@ def due(epoch: int, epochs: int, layers: int, groups: int, depth: bool = True) -
 
 
 @torch.no_grad()
-def advance(model: nn.Module, count: int, depth: bool, probe: Probe) -> None:
+def freeze_next(model: nn.Module, count: int, depth: bool, probe: Probe) -> None:
     """Advance layers, those of largest loss first, until `count` steps are done; all of a group before the next."""
     sites = _sites(model)
     while (done := sum(site.state for site, _ in sites)) < count:
@@ -134,9 +134,9 @@ def advance(model: nn.Module, count: int, depth: bool, probe: Probe) -> None:
             site.turn[group], site.loss[group] = turn, losses[i]
 
 
-def _sites(model: nn.Module) -> list[tuple[Weight, Tensor]]:
+def _sites(model: nn.Module) -> list[tuple[MLQWeight, Tensor]]:
     layers = quantized_layers(model).values()
-    return [(layer.weight_q, layer.weight) for layer in layers if isinstance(layer.weight_q, Weight)]
+    return [(layer.weight_q, layer.weight) for layer in layers if isinstance(layer.weight_q, MLQWeight)]
 
 
 def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
@@ -149,15 +149,15 @@ def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
         if bits != w:  # layers take turns, group by group: all have the same groups
             raise Unsupported(f"mlq gives all layers one width: {name} has {bits} bits, bits.w is {w}")
         assert isinstance(layer.weight, Tensor)
-        return Weight(layer.weight.detach(), bits, PINNED[zero])
+        return MLQWeight(layer.weight.detach(), bits, PINNED[zero])
 
     def on_epoch(model: nn.Module, epoch: int, epochs: int, probe: Probe) -> None:
-        advance(model, due(epoch, epochs, len(_sites(model)), groups, depth), depth, probe)
+        freeze_next(model, due(epoch, epochs, len(_sites(model)), groups, depth), depth, probe)
 
     return Method(
         name="mlq",
         bits=Bits(w),
-        legal={"w": (*GROUPS, FLOAT)},
+        supported_bits={"w": (*GROUPS, FLOAT)},
         weight=site,
         phases=(lambda epochs: stage_borders(epochs, groups)) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,

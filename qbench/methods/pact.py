@@ -48,11 +48,11 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from qbench.methods.dorefa import Weight
+from qbench.methods.dorefa import DoReFaWeight
 from qbench.quant.fused_kernels import at_least, beside, grad_between, scalar
-from qbench.quant.layers import keep_above
+from qbench.quant.layers import clamp_min_
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires
-from qbench.quant.ops import Cells, in_float32, levels_k, staircase, straight_through
+from qbench.quant.ops import Cells, fused_quantizer, in_float32, levels_k, straight_through
 
 SMALLEST = 1e-3
 
@@ -78,7 +78,7 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
         return grad_between(grad, x, beside(0, -inf, x.dtype), top), clipped.sum()
 
     alpha = alpha.to(x.dtype)
-    return staircase(x, alpha, plain=plain, value=value, backward=backward, cells=_cells(alpha.detach(), n))
+    return fused_quantizer(x, alpha, plain=plain, value=value, backward=backward, cells=_cells(alpha.detach(), n))
 
 
 def _cells(alpha: Tensor, n: float) -> Cells:
@@ -94,10 +94,10 @@ def _cells(alpha: Tensor, n: float) -> Cells:
     return Cells(number, inside, int(n) + 3)
 
 
-class Activation(nn.Module):
+class PACTActivation(nn.Module):
     """PACT in front of one layer."""
 
-    above_zero: tuple[str, ...] = ("alpha",)
+    positive_parameters: tuple[str, ...] = ("alpha",)
 
     def __init__(self, bits: int, initial: float, decay: float) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Activation(nn.Module):
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Step, then keep the clipping levels above zero."""
     optimizer.step()
-    keep_above(model, {Activation: ("alpha",)}, SMALLEST)
+    clamp_min_(model, {PACTActivation: ("alpha",)}, SMALLEST)
 
 
 def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4) -> Method:
@@ -129,10 +129,10 @@ def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4)
     return Method(
         name="pact",
         bits=Bits(w, a),
-        legal={"w": widths, "a": widths},
+        supported_bits={"w": widths, "a": widths},
         requires=Requires(act="either"),
         traits=frozenset({"monotone", "monotone_input", "idempotent_input", "clipped_input", "cells_input"}),
-        weight=lambda name, layer, bits: Weight(bits),
-        input=lambda name, layer, bits: Activation(bits, initial, decay),
+        weight=lambda name, layer, bits: DoReFaWeight(bits),
+        input=lambda name, layer, bits: PACTActivation(bits, initial, decay),
         step=stepped,
     )

@@ -53,8 +53,19 @@ import torch
 from torch import Tensor, nn
 
 from qbench.methods import uniform
-from qbench.quant.layers import as_float, quantized_layers
-from qbench.quant.method import FLOAT, Batch, Bits, Grid, Method, Probe, Requires, Storage, quietly, recorded_calls
+from qbench.quant.layers import float_mode, quantized_layers
+from qbench.quant.method import (
+    FLOAT,
+    Batch,
+    Bits,
+    Grid,
+    Method,
+    Probe,
+    Requires,
+    Storage,
+    eval_mode_keeping_rng,
+    recorded_calls,
+)
 from qbench.quant.ops import in_float32, straight_through
 
 WEIGHTS, CALIBRATIONS = ("minmax", "mse"), ("minmax", "percentile", "mse")
@@ -108,7 +119,7 @@ def mse_range(x: Tensor, bits: int) -> Range:
     return low * part, high * part
 
 
-class Weight(nn.Module):
+class PTQWeight(nn.Module):
     """A layer's weights on an even grid that stays."""
 
     scale: Tensor
@@ -137,7 +148,7 @@ class Weight(nn.Module):
         return Storage(w.numel(), self.bits, 4 * self.scale.numel())
 
 
-class Activation(nn.Module):
+class PTQActivation(nn.Module):
     """A layer's input on an even grid over a range that stays."""
 
     low: Tensor
@@ -173,9 +184,9 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], find: Callable[[Tensor
         whole: whether the extremes of each batch are all that `find` wants to see.
     """
     layers = quantized_layers(model)
-    sites = {name: layer.input_q for name, layer in layers.items() if isinstance(layer.input_q, Activation)}
+    sites = {name: layer.input_q for name, layer in layers.items() if isinstance(layer.input_q, PTQActivation)}
     seen: dict[str, list[Tensor]] = {}
-    with as_float(model), quietly(model), recorded_calls(model, list(sites)) as calls:
+    with float_mode(model), eval_mode_keeping_rng(model), recorded_calls(model, list(sites)) as calls:
         for images, _ in batches:
             model(images)
             for name, x, _ in calls:
@@ -192,7 +203,7 @@ def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     try:
-        with quietly(model):
+        with eval_mode_keeping_rng(model):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # torch's word for an even average
@@ -230,7 +241,7 @@ def build(
     def prepare(model: nn.Module, probe: Probe) -> None:
         layers = quantized_layers(model)
         for layer in layers.values():
-            if isinstance(layer.weight_q, Weight):
+            if isinstance(layer.weight_q, PTQWeight):
                 layer.weight_q.calibrate(layer.weight)
         calibrate(model, probe.batches, ranges[calibration], calibration == "minmax")
         if reestimate and layers:
@@ -239,11 +250,11 @@ def build(
     return Method(
         name="ptq",
         bits=Bits(w, a),
-        legal={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
+        supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
         requires=Requires(act="kept"),
         traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),
-        weight=lambda name, layer, bits: Weight(layer.weight, bits, channel, weights),  # type: ignore[arg-type]
-        input=lambda name, layer, bits: Activation(bits),
+        weight=lambda name, layer, bits: PTQWeight(layer.weight, bits, channel, weights),  # type: ignore[arg-type]
+        input=lambda name, layer, bits: PTQActivation(bits),
         prepare=prepare,
-        trained=False,
+        needs_training=False,
     )

@@ -59,8 +59,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.quant.layers import QLayer, as_float, quantized_layers
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Storage, Unsupported, quietly, recorded_calls
+from qbench.quant.layers import QLayer, float_mode, quantized_layers
+from qbench.quant.method import (
+    FLOAT,
+    Bits,
+    Grid,
+    Method,
+    Probe,
+    Storage,
+    Unsupported,
+    eval_mode_keeping_rng,
+    recorded_calls,
+)
 from qbench.quant.ops import in_float32
 from qbench.quant.product_quantization import decoded, error_corrected, product_codes, split
 
@@ -99,7 +109,7 @@ def conv_bytes(inputs: int, outputs: int, kernel: int, subspace: int, codewords:
     return 4 * inputs // groups * codewords + codes * (codewords - 1).bit_length() / 8
 
 
-class Weight(nn.Module):
+class QCNNWeight(nn.Module):
     """A layer's weights as codes; all zero until `encode`, since to find them takes minutes in a large network."""
 
     codebooks: Tensor
@@ -173,7 +183,7 @@ def _over(model: nn.Module, probe: Probe, layers: dict[str, QLayer], take: Take)
     """
     found: dict[str, list[Tensor]] = {}
     limit = -(-POSITIONS // len(probe.batches))
-    with quietly(model), recorded_calls(model, list(layers)) as calls:
+    with eval_mode_keeping_rng(model), recorded_calls(model, list(layers)) as calls:
         for images, _ in probe.batches:
             model(images)
             for name, _, y in calls:
@@ -184,13 +194,13 @@ def _over(model: nn.Module, probe: Probe, layers: dict[str, QLayer], take: Take)
 
 def encode(model: nn.Module, probe: Probe, correct: bool) -> None:
     """Encode the weights of a network's layers as they run."""
-    layers = {n: layer for n, layer in quantized_layers(model).items() if isinstance(layer.weight_q, Weight)}
-    sites = {name: cast(Weight, layer.weight_q) for name, layer in layers.items()}
+    layers = {n: layer for n, layer in quantized_layers(model).items() if isinstance(layer.weight_q, QCNNWeight)}
+    sites = {name: cast(QCNNWeight, layer.weight_q) for name, layer in layers.items()}
     for name, layer in layers.items():
         sites[name].encode(layer.weight)  # which may have been loaded since the quantizer was made
     if not correct:
         return
-    with as_float(model):
+    with float_mode(model):
         targets = _over(model, probe, layers, responses)
     for name, target in targets.items():
         source = f"{name}.input_q"
@@ -231,14 +241,14 @@ def build(
     def site(name: str, layer: nn.Module, bits: int) -> nn.Module:
         prefix = "fc_" if isinstance(layer, nn.Linear) else ""
         size, count = options[f"{prefix}subspace"], options[f"{prefix}codewords"]
-        quantizer = Weight(cast(Tensor, layer.weight), size, _codewords(bits, size, count, prefix))
+        quantizer = QCNNWeight(cast(Tensor, layer.weight), size, _codewords(bits, size, count, prefix))
         layer.weight.requires_grad_(False)  # before the optimizer exists, and on a resume too
         return quantizer
 
     return Method(
         name="qcnn",
         bits=Bits(w),
-        legal={"w": (*range(1, 9), FLOAT)},
+        supported_bits={"w": (*range(1, 9), FLOAT)},
         weight=site,
         prepare=lambda model, probe: encode(model, probe, error_correction),
     )

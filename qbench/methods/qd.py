@@ -148,7 +148,7 @@ def huffman_bits(counts: Iterable[int]) -> float:
     return bits / total
 
 
-class Weight(nn.Module):
+class QDWeight(nn.Module):
     """A layer's weights on even levels, bucket by bucket."""
 
     def __init__(self, bits: int, bucket: int, stochastic: bool) -> None:
@@ -180,8 +180,8 @@ def build(*, w: int = 4, bucket: int = 256, stochastic: bool = False, trained: b
     return Method(
         name="qd",
         bits=Bits(w),
-        legal={"w": (*range(1, 9), FLOAT)},
+        supported_bits={"w": (*range(1, 9), FLOAT)},
         requires=Requires(teacher=trained),
-        weight=lambda name, layer, bits: Weight(bits, bucket, stochastic),
-        trained=trained,
+        weight=lambda name, layer, bits: QDWeight(bits, bucket, stochastic),
+        needs_training=trained,
     )

@@ -62,7 +62,7 @@ from torch import Tensor, nn
 
 from qbench.quant.kmeans import kmeans
 from qbench.quant.layers import quantized_layers
-from qbench.quant.masks import FrozenWeight, grow, stage, stage_borders
+from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Storage
 
 PARTITIONS = ("probe", "weight_error", "magnitude", "random")
@@ -100,7 +100,7 @@ def weight_errors(w: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([squares[labels == c].sum() for c in range(centroids.numel())])
 
 
-def outside_in(centroids: Tensor) -> Tensor:
+def magnitude_order(centroids: Tensor) -> Tensor:
     """Return scores (m,), float, that fall in the authors' order: 0, then pairs by decreasing magnitude, + first."""
     index = torch.arange(centroids.numel(), device=centroids.device)
     pair = torch.where(centroids > 0, centroids.numel() - 1 - index, index)
@@ -117,7 +117,7 @@ class Clusters(NamedTuple):
     settled: Tensor
 
 
-class Weight(FrozenWeight):
+class SLQWeight(FrozenWeight):
     """A layer's weights, part of them centroids."""
 
     centroids: Tensor
@@ -170,10 +170,10 @@ def loss_when_frozen(model: nn.Module, probe: Probe, site: FrozenWeight, found: 
         return probe.loss(model)
 
 
-def scores(model: nn.Module, probe: Probe, site: Weight, w: Tensor, found: Clusters, partition: str) -> Tensor:
+def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, found: Clusters, partition: str) -> Tensor:
     """Return a score for each cluster (m,); the highest is frozen first. Only those of free clusters mean anything."""
     if partition == "magnitude":
-        return outside_in(found.centroids)
+        return magnitude_order(found.centroids)
     if partition == "weight_error":
         return weight_errors(w, found.centroids, found.labels)
     if partition == "random":
@@ -185,16 +185,16 @@ def scores(model: nn.Module, probe: Probe, site: Weight, w: Tensor, found: Clust
 
 
 @torch.no_grad()
-def advance(model: nn.Module, portion: float, partition: str, probe: Probe) -> None:
+def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) -> None:
     """Freeze every layer's next clusters, up to an accumulated portion of them, one at least."""
     layers = [(layer.weight_q, layer.weight) for layer in quantized_layers(model).values()]
-    open_ = [(s, w, s.clusters(w)) for s, w in layers if isinstance(s, Weight) and not s.complete]
+    open_ = [(s, w, s.clusters(w)) for s, w in layers if isinstance(s, SLQWeight) and not s.complete]
     for site, _, found in open_:
         site.settle(found, found.settled)  # absorbs
     ranked = [scores(model, probe, site, w, found, partition) for site, w, found in open_]
     for (site, _, found), score in zip(open_, ranked, strict=True):
         count = max(_count(portion, score.numel()), int(found.settled.sum()) + 1)
-        site.settle(found, grow(found.settled, score, count / score.numel()))
+        site.settle(found, extend_mask(found.settled, score, count / score.numel()))
 
 
 def _count(portion: float, clusters: int) -> int:
@@ -203,11 +203,11 @@ def _count(portion: float, clusters: int) -> int:
 
 def build(*, w: int = 5, partition: str = "probe", portions: Sequence[float] = PORTIONS) -> Method:
     """Return SLQ; `portions` are accumulated parts of the clusters, ascending, the last one 1."""
-    return incremental("slq", Weight, w, partition, portions)
+    return incremental("slq", SLQWeight, w, partition, portions)
 
 
 def incremental(
-    name: str, site: Callable[[Tensor, int], Weight], w: int, partition: str, portions: Sequence[float]
+    name: str, site: Callable[[Tensor, int], SLQWeight], w: int, partition: str, portions: Sequence[float]
 ) -> Method:
     """Return a method that freezes clusters portion by portion; `site` makes its weight quantizer."""
     steps = [float(p) for p in portions]
@@ -219,12 +219,12 @@ def incremental(
 
     def on_epoch(model: nn.Module, epoch: int, epochs: int, probe: Probe) -> None:
         if epoch in (0, *stage_borders(epochs, len(stages))):
-            advance(model, stages[stage(epoch, epochs, len(stages))], partition, probe)
+            freeze_next(model, stages[stage(epoch, epochs, len(stages))], partition, probe)
 
     return Method(
         name=name,
         bits=Bits(w),
-        legal={"w": (*range(2, 9), FLOAT)},
+        supported_bits={"w": (*range(2, 9), FLOAT)},
         weight=lambda name, layer, bits: site(layer.weight.detach(), bits),  # type: ignore[operator]
         phases=(lambda epochs: stage_borders(epochs, len(stages))) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,

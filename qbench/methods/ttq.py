@@ -50,7 +50,7 @@ Results
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.layers import keep_above
+from qbench.quant.layers import clamp_min_
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
 from qbench.quant.ops import in_float32, surrogate
 
@@ -80,10 +80,10 @@ def mean_within(zone: Tensor, w: Tensor) -> Tensor:
     return torch.where(zone.any(), mean, torch.ones_like(mean))
 
 
-class Weight(nn.Module):
+class TTQWeight(nn.Module):
     """Ternary weights of one layer with learned scales."""
 
-    above_zero: tuple[str, ...] = ("positive", "negative")
+    positive_parameters: tuple[str, ...] = ("positive", "negative")
 
     def __init__(self, layer: nn.Module, threshold: str, t: float, initial: str, decay: float) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Weight(nn.Module):
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Step, then keep the scales above zero."""
     optimizer.step()
-    keep_above(model, {Weight: ("positive", "negative")}, SMALLEST)
+    clamp_min_(model, {TTQWeight: ("positive", "negative")}, SMALLEST)
 
 
 def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str = "mean", decay: float = 0.0) -> Method:
@@ -134,8 +134,8 @@ def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str =
     return Method(
         name="ttq",
         bits=Bits(w),
-        legal={"w": (2, FLOAT)},
+        supported_bits={"w": (2, FLOAT)},
         traits=frozenset({"monotone"}),
-        weight=lambda name, layer, bits: Weight(layer, threshold, t, initial, decay),
+        weight=lambda name, layer, bits: TTQWeight(layer, threshold, t, initial, decay),
         step=stepped,
     )

@@ -60,7 +60,7 @@ def ternarize_weight(w: Tensor) -> Tensor:
     return straight_through(w, alpha * sign(w) * (w.detach().abs() > delta))
 
 
-class Weight(nn.Module):
+class TWNWeight(nn.Module):
     """Ternary weights of one layer."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def build(*, w: int = 2) -> Method:
     return Method(
         name="twn",
         bits=Bits(w),
-        legal={"w": (2, FLOAT)},
+        supported_bits={"w": (2, FLOAT)},
         traits=frozenset({"odd", "monotone"}),
-        weight=lambda name, layer, bits: Weight(),
+        weight=lambda name, layer, bits: TWNWeight(),
     )

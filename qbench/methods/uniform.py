@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from qbench.quant.fused_kernels import grad_within
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage
-from qbench.quant.ops import in_float32, round_ste, staircase, straight_through
+from qbench.quant.ops import fused_quantizer, in_float32, round_ste, straight_through
 
 
 @in_float32
@@ -78,7 +78,7 @@ def quantize_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tens
     def backward(grad: Tensor, x: Tensor) -> Tensor:
         return grad_within(grad, x.div(step).round_().add_(zero), 0, top)
 
-    return staircase(x, plain=plain, value=value, backward=backward)
+    return fused_quantizer(x, plain=plain, value=value, backward=backward)
 
 
 def step_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def step_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]
     return step, (-low / step).round()
 
 
-class Weight(nn.Module):
+class UniformWeight(nn.Module):
     """A layer's weights on an even grid."""
 
     def __init__(self, bits: int, channel: bool) -> None:
@@ -110,7 +110,7 @@ class Weight(nn.Module):
         return Storage(w.numel(), self.bits, 4 * (len(w) if self.channel else 1))
 
 
-class Activation(nn.Module):
+class UniformActivation(nn.Module):
     """A layer's input on an even grid over a moving range."""
 
     low: Tensor
@@ -152,9 +152,9 @@ def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1
     return Method(
         name="uniform",
         bits=Bits(w, a),
-        legal={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
+        supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
         requires=Requires(act="kept"),
         traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),
-        weight=lambda name, layer, bits: Weight(bits, channel),
-        input=lambda name, layer, bits: Activation(bits, momentum),
+        weight=lambda name, layer, bits: UniformWeight(bits, channel),
+        input=lambda name, layer, bits: UniformActivation(bits, momentum),
     )

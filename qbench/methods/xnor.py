@@ -56,7 +56,7 @@ from torch.nn import functional as F
 from qbench.quant.fused_kernels import above, at_least, grad_between
 from qbench.quant.layers import quantized_layers
 from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
-from qbench.quant.ops import Cells, in_float32, sign, staircase, surrogate
+from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, surrogate
 
 GRADIENTS = ("paper", "authors")
 SCALES = ("none", "K")
@@ -88,7 +88,7 @@ def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
 @in_float32
 def binarize_activation(x: Tensor) -> Tensor:
     """Return sign(x), sign(0) = +1, with gradient 1 where |x| < 1 and 0 elsewhere."""
-    return staircase(
+    return fused_quantizer(
         x,
         plain=lambda x: surrogate(x, sign(x), x.detach().abs() < 1),
         value=sign,
@@ -97,7 +97,7 @@ def binarize_activation(x: Tensor) -> Tensor:
     )
 
 
-class Weight(nn.Module):
+class BinaryWeight(nn.Module):
     """Binary weights of one layer."""
 
     def __init__(self, gradient: str) -> None:
@@ -118,7 +118,7 @@ class Weight(nn.Module):
         return Storage(w.numel(), 1, 4 * len(w))
 
 
-class Activation(nn.Module):
+class BinaryActivation(nn.Module):
     """Binary activations in front of one layer."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class InputScale(nn.Module):
 
 def _input_scale(layer: nn.Module) -> nn.Module | None:
     """K for a layer whose input is binary; none for one that reads the image or floats."""
-    return InputScale(layer) if isinstance(layer.input_q, Activation) else None
+    return InputScale(layer) if isinstance(layer.input_q, BinaryActivation) else None
 
 
 def site(layer: nn.Module, gradient: str, center: bool) -> nn.Module:
@@ -171,14 +171,14 @@ def site(layer: nn.Module, gradient: str, center: bool) -> nn.Module:
     if layer.weight.shape[1] == 1 and (gradient == "authors" or center):
         what = "gradient=authors" if gradient == "authors" else "center=true"
         raise Unsupported(f"{what} makes filters of one input channel stand still; leave such layers float")
-    return Weight(gradient)
+    return BinaryWeight(gradient)
 
 
 def tidy(model: nn.Module, *, center: bool, clamp: bool) -> None:
     """Center the latent weights over input channels and clamp them to [-1, 1], in place (authors' code)."""
     with torch.no_grad():
         for layer in quantized_layers(model).values():
-            if isinstance(layer.weight_q, Weight):
+            if isinstance(layer.weight_q, BinaryWeight):
                 if center:
                     layer.weight.sub_(layer.weight.mean(1, keepdim=True))
                 if clamp:
@@ -204,11 +204,11 @@ def build(
     return Method(
         name="xnor",
         bits=Bits(w, a),
-        legal={"w": (1, FLOAT), "a": (1, FLOAT)},
+        supported_bits={"w": (1, FLOAT), "a": (1, FLOAT)},
         requires=Requires(act="replaced"),
         traits=frozenset({"odd", "monotone", "idempotent"} | SIGNS),
         weight=lambda name, layer, bits: site(layer, gradient, center),
-        input=lambda name, layer, bits: Activation(),
+        input=lambda name, layer, bits: BinaryActivation(),
         output=(lambda name, layer, bits: _input_scale(layer)) if scale == "K" else None,
         prepare=(lambda model, probe: tidy(model, center=center, clamp=clamp)) if center or clamp else None,
         step=(lambda m, optimizer: stepped(m, optimizer, center=center, clamp=clamp)) if center or clamp else None,

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from qbench.config.schema import nearest
+from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
-from qbench.report.comparison.predictions import Figures, alike, compared, of_run
+from qbench.report.comparison.predictions import RunAccuracy, of_run, paired_difference, same_test_images
 from qbench.report.statistics.differences import (
     ALPHA,
     SEEDS_LIMIT,
@@ -26,7 +26,7 @@ from qbench.report.statistics.differences import (
 )
 from qbench.report.tables.table import Table
 from qbench.runs.directory import Result
-from qbench.runs.reader import DONE, Found, read_run
+from qbench.runs.reader import DONE, RunRecord, read_run
 
 PARENT = "parent"
 MEASURES = ("top1", "drop", "gradient_mismatch")
@@ -75,7 +75,7 @@ class Claim:
 
 
 @dataclass(kw_only=True)
-class Judged:
+class ClaimResult:
     """One comparison with its runs' answer.
 
     `fails_to_train`: the first arm is done and the second diverged, in all seeds. `p` is before, `p_holm` after
@@ -149,16 +149,20 @@ def _parental(entry: dict[str, Any]) -> bool:
 def _refuse_unknown(path: Path, node: dict[str, Any], known: Sequence[str]) -> None:
     for key in node:
         if key not in known:
-            raise ConfigError(f"{path}: claim.{key}: no such key{nearest(key, known)}\nallowed: {', '.join(known)}")
+            raise ConfigError(
+                f"{path}: claim.{key}: no such key{did_you_mean(key, known)}\nallowed: {', '.join(known)}"
+            )
 
 
-def judge(comparison: Comparison, measure: str, first: Mapping[int, Found], second: Mapping[int, Found]) -> Judged:
+def evaluate_claim(
+    comparison: Comparison, measure: str, first: Mapping[int, RunRecord], second: Mapping[int, RunRecord]
+) -> ClaimResult:
     """Return what the runs of two arms, by seed, tell about a comparison; without a verdict where any seed lacks.
 
     Figures of single seeds that failed or diverged are not left out in silence: the difference of the others is
     given, and no verdict, since those that survive are not a fair sample.
     """
-    judged = Judged(comparison=comparison, seeds=sorted(first))
+    judged = ClaimResult(comparison=comparison, seeds=sorted(first))
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
     for name, runs in arms.items():
         judged.troubles += _troubles(name, runs)
@@ -176,24 +180,24 @@ def judge(comparison: Comparison, measure: str, first: Mapping[int, Found], seco
         return judged
     if not seeds:
         return judged
-    judged.difference = compared(own, other)
+    judged.difference = paired_difference(own, other)
     if judged.difference.items is None:
         judged.notes.append("interval over seeds alone: some run has no predictions.npy of the same test images")
     judged.means = (_mean([x.top1 for x in own]), _mean([x.top1 for x in other]))
     return judged
 
 
-def judge_values(comparison: Comparison, first: Mapping[int, float], second: Mapping[int, float]) -> Judged:
+def judge_values(comparison: Comparison, first: Mapping[int, float], second: Mapping[int, float]) -> ClaimResult:
     """Return what one figure a seed tells about a comparison: for measures that are not top-1."""
     seeds = sorted(set(first) & set(second))
-    judged = Judged(comparison=comparison, seeds=seeds)
+    judged = ClaimResult(comparison=comparison, seeds=seeds)
     if seeds:
         own, other = [first[s] for s in seeds], [second[s] for s in seeds]
         judged.difference, judged.means = paired(own, other), (_mean(own), _mean(other))
     return judged
 
 
-def _figures(found: Found, measure: str) -> Figures:
+def _figures(found: RunRecord, measure: str) -> RunAccuracy:
     """Return a run's figure in percent and, where its predictions are kept, the part of every test image in it."""
     result = found.result
     assert result is not None
@@ -206,16 +210,16 @@ def _figures(found: Found, measure: str) -> Figures:
     base = of_run(result.float["run"], float(result.float["final"]["test"]["top1"]))
     if measure == PARENT:
         return base
-    if not alike([own, base]):
-        return Figures(own.top1 - base.top1)
-    return Figures(own.top1 - base.top1, own.labels, own.hits.astype(float) - base.hits)
+    if not same_test_images([own, base]):
+        return RunAccuracy(own.top1 - base.top1)
+    return RunAccuracy(own.top1 - base.top1, own.labels, own.hits.astype(float) - base.hits)
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _troubles(name: str, runs: Mapping[int, Found]) -> list[str]:
+def _troubles(name: str, runs: Mapping[int, RunRecord]) -> list[str]:
     """Say of an arm which seeds are not done, by status."""
     seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for seed, run in sorted(runs.items()):
@@ -228,7 +232,7 @@ def _troubles(name: str, runs: Mapping[int, Found]) -> list[str]:
     ]
 
 
-def conclude(family: Sequence[Judged]) -> None:
+def conclude(family: Sequence[ClaimResult]) -> None:
     """Give every comparison its verdict, adjusted for the number of all comparisons that the claims' files state.
 
     One without a verdict counts as p = 1, so that no other verdict depends on what has not been run yet.
@@ -251,7 +255,7 @@ def conclude(family: Sequence[Judged]) -> None:
             one.would_take = _would_take(one, len(family))
 
 
-def _would_take(one: Judged, family: int) -> str:
+def _would_take(one: ClaimResult, family: int) -> str:
     """Return the number of seeds it would take, at the level that Holm asks of the family's smallest p."""
     d = one.difference
     assert d is not None
@@ -264,7 +268,7 @@ def _would_take(one: Judged, family: int) -> str:
     return f"more than {SEEDS_LIMIT}{few}"
 
 
-def summary(family: Sequence[Judged], claims: Mapping[str, Claim]) -> Table:
+def summary(family: Sequence[ClaimResult], claims: Mapping[str, Claim]) -> Table:
     """Return one row a comparison; `values` has all numbers for machines."""
     head = ("claim", "source", "arms", "effect", "95 % interval", "n", "p (Holm)", "outcome", "n it would take")
     table = Table(head)
@@ -295,7 +299,7 @@ def _second(c: Comparison) -> str:
     return "float parent" if c.second is None else " ".join(c.second) or "as it stands"
 
 
-def _plain(one: Judged, claim: Claim) -> dict[str, Any]:
+def _plain(one: ClaimResult, claim: Claim) -> dict[str, Any]:
     c, d = one.comparison, one.difference
     numbers = {} if d is None else {name: getattr(d, name) for name in Difference.__dataclass_fields__}
     return {
@@ -320,12 +324,12 @@ def _plain(one: Judged, claim: Claim) -> dict[str, Any]:
     }
 
 
-def read_arm(paths: Mapping[int, Path]) -> dict[int, Found]:
+def read_arm(paths: Mapping[int, Path]) -> dict[int, RunRecord]:
     """Return what stands in the directories of an arm's runs, by seed."""
-    return {s: read_run(p) if p.is_dir() else Found(path=p, status="not begun") for s, p in paths.items()}
+    return {s: read_run(p) if p.is_dir() else RunRecord(path=p, status="not begun") for s, p in paths.items()}
 
 
-def wall_seconds(runs: Sequence[Found]) -> float:
+def wall_seconds(runs: Sequence[RunRecord]) -> float:
     """Return the seconds of work in the runs that have a result."""
     results: list[Result] = [run.result for run in runs if run.result is not None]
     return sum(result.wall_seconds or 0.0 for result in results)

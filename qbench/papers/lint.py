@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
-from qbench.config.schema import nearest
+from qbench.config.schema import did_you_mean
 from qbench.papers.rows import METRICS, PAPER, PROVENANCES, REPOSITORY, THIRD, Names, Row
 
 BETTER = 1.0
@@ -25,7 +25,7 @@ def lint(rows: Sequence[Row], names: Names) -> list[str]:
     for row in rows:
         for rule in row.waive if not row.of else ():
             if (row.paper, row.id, rule) not in broken:
-                lines.append(f"{row.paper}/{row.id}: waive: {rule} finds nothing here{nearest(rule, RULES)}")
+                lines.append(f"{row.paper}/{row.id}: waive: {rule} finds nothing here{did_you_mean(rule, RULES)}")
     return lines
 
 
@@ -44,7 +44,7 @@ def unknown_name(rows: Iterable[Row], names: Names) -> Iterator[Finding]:
         known = (("net", names.nets), ("dataset", names.datasets), ("method", names.methods), ("metric", METRICS))
         for key, allowed in known:
             if (got := getattr(row, key)) not in allowed:
-                yield row, f"{key} {got or '(none)'}{nearest(got, allowed)}"
+                yield row, f"{key} {got or '(none)'}{did_you_mean(got, allowed)}"
 
 
 def no_origin(rows: Iterable[Row], names: Names) -> Iterator[Finding]:

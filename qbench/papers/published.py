@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from qbench.config.schema import nearest
+from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
 from qbench.papers.rows import THIRD, Paper, Row, names, papers, rows
 from qbench.report.tables.table import FORMATS, Table
 
-__all__ = ["absent", "lacking", "ledger", "papers", "rows", "table", "words"]
+__all__ = ["absent", "ledger", "missing_requirements", "papers", "rows", "table", "words"]
 
 HEAD = (
     "row", "dataset", "net", "bits", "metric", "claimed", "float", "to float", "ours", "gap", "ours to float", "n",
@@ -26,7 +26,7 @@ UNKNOWN = "? no figure: not known here, or only a curve was published"
 SIGNS = "to float, gap: points of accuracy, + is better than the float network, or than claimed"
 
 
-def lacking(row: Row) -> str:
+def missing_requirements(row: Row) -> str:
     """Return why a row has no experiment; empty where it has one."""
     if row.lacks:
         return row.lacks
@@ -36,8 +36,10 @@ def lacking(row: Row) -> str:
 
 
 def words(row: Row) -> list[str]:
-    """Return the words of the command line that make a row's run; see `lacking` for rows that have none."""
-    if reason := lacking(row):
+    """Return the words of the command line that make a row's run; see `missing_requirements` for rows that have
+    none.
+    """
+    if reason := missing_requirements(row):
         raise ValueError(f"{row.paper}/{row.id}: {reason}")
     (recipe,) = (p.recipes[row.recipe] for p in papers() if p.key == row.paper)
     own = [*names().datasets[row.dataset]["words"], *names().nets[row.net]["words"], f"method={row.method}"]
@@ -80,8 +82,12 @@ def table(chosen: Sequence[Row], title: str = "", *, missing: bool = False) -> T
         dataset, net = known.datasets[row.dataset]["title"], known.nets[row.net]["title"]
         bits = f"{row.bits}" + (f", {row.levels} levels" if row.levels else "")
         front = (f"{row.paper}/{row.id}", dataset, net, bits, row.metric, claimed(row))
-        plain = dataclasses.asdict(row) | {"to_float": to_float(row), "experiment": "", "lacking": lacking(row)}
-        if not plain["lacking"]:
+        plain = dataclasses.asdict(row) | {
+            "to_float": to_float(row),
+            "experiment": "",
+            "missing_requirements": missing_requirements(row),
+        }
+        if not plain["missing_requirements"]:
             plain["experiment"] = f"{row.paper}/{row.of or row.id}"
         back = (row.ran_by, row.provenance)
         if missing:
@@ -171,9 +177,9 @@ def ledger(arguments: Iterable[str]) -> str:
                 raise ConfigError(f"ledger {flag} wants a value")
         else:
             known = (*asked, "--missing")
-            raise ConfigError(f"ledger: no such flag: {word}{nearest(word, known)}\nallowed: {', '.join(known)}")
+            raise ConfigError(f"ledger: no such flag: {word}{did_you_mean(word, known)}\nallowed: {', '.join(known)}")
     if (form := asked["--format"]) not in FORMATS:
-        raise ConfigError(f"ledger --format {form}{nearest(form, FORMATS)}\nallowed: {', '.join(FORMATS)}")
+        raise ConfigError(f"ledger --format {form}{did_you_mean(form, FORMATS)}\nallowed: {', '.join(FORMATS)}")
     chosen = rows(asked["--paper"] or None, asked["--provenance"] or None)
     tables = [
         _with_head(paper, table([row for row in chosen if row.paper == paper.key], missing=missing))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qbench.config.schema import Config, to_dict
-from qbench.papers.published import absent, lacking, words
+from qbench.papers.published import absent, missing_requirements, words
 from qbench.papers.rows import Row, names, papers
 from qbench.report.comparison.naming import flat
 
@@ -15,13 +15,18 @@ SHOWN = 12
 NODES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 
 
-def departures(config: Config) -> list[str]:
+def recipe_differences(config: Config) -> list[str]:
     """Return sentences: which published row is nearest, how its experiment differs, what the paper leaves open.
 
     Compared are the keys of the protocol and the method's own; seeds, devices and places are not.
     """
     name = str(config.method["name"])
-    rows = [row for paper in papers() for row in paper.rows if row.method == name and not row.of and not lacking(row)]
+    rows = [
+        row
+        for paper in papers()
+        for row in paper.rows
+        if row.method == name and not row.of and not missing_requirements(row)
+    ]
     if not rows or config.is_parent:
         return [] if config.is_parent else [f"the ledger has no recipe for {name}: nothing to compare with"]
     near = sorted(rows, key=lambda row: _nearness(row, config), reverse=True)[:CANDIDATES]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qbench.config.schema import Bits, nearest
+from qbench.config.schema import Bits, did_you_mean
 from qbench.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "figures"
@@ -161,9 +161,11 @@ def rows(paper: str | None = None, provenance: str | None = None) -> list[Row]:
     """
     known = {p.key: p for p in papers()}
     if paper is not None and paper not in known:
-        raise ConfigError(f"ledger --paper {paper}: no such paper{nearest(paper, known)}\nallowed: {', '.join(known)}")
+        raise ConfigError(
+            f"ledger --paper {paper}: no such paper{did_you_mean(paper, known)}\nallowed: {', '.join(known)}"
+        )
     if provenance is not None and provenance not in PROVENANCES:
-        hint = nearest(provenance, PROVENANCES)
+        hint = did_you_mean(provenance, PROVENANCES)
         raise ConfigError(f"ledger --provenance {provenance}{hint}\nallowed: {', '.join(PROVENANCES)}")
     allowed = PROVENANCES[: PROVENANCES.index(provenance) + 1] if provenance else None
     found = [row for p in ([known[paper]] if paper else known.values()) for row in p.rows]
@@ -203,7 +205,7 @@ def _rows(where: str, recipes: Mapping[str, Recipe], values: dict[str, Any]) -> 
     where = f"{where}: {values.get('id', 'a row without id')}"
     if (name := values.get("recipe")) and name not in recipes:
         raise ConfigError(
-            f"{where}: recipe {name}: no such recipe{nearest(name, recipes)}\nknown: {', '.join(recipes)}"
+            f"{where}: recipe {name}: no such recipe{did_you_mean(name, recipes)}\nknown: {', '.join(recipes)}"
         )
     if name:
         values = {key: getattr(recipes[name], key) for key in INHERITED} | values
@@ -228,7 +230,7 @@ def _made(kind: Any, where: str, values: Mapping[str, Any]) -> Any:
     fields = {item.name: item for item in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}: {key}: no such key{nearest(key, fields)}\nallowed: {', '.join(fields)}")
+            raise ConfigError(f"{where}: {key}: no such key{did_you_mean(key, fields)}\nallowed: {', '.join(fields)}")
     optional = (dataclasses.MISSING, dataclasses.MISSING)
     for key, item in fields.items():
         if key not in values and (item.default, item.default_factory) == optional:

@@ -42,7 +42,11 @@ def combine(weight: Method, activation: Method) -> Method:
     return Method(
         name=f"{weight.name}+{activation.name}",
         bits=bits,
-        legal={"w": weight.legal.get("w", ()), "a": activation.legal.get("a", ()), "g": owner.legal.get("g", ())},
+        supported_bits={
+            "w": weight.supported_bits.get("w", ()),
+            "a": activation.supported_bits.get("a", ()),
+            "g": owner.supported_bits.get("g", ()),
+        },
         requires=_required(weight, activation),
         traits=_of_inputs(activation.traits) | (weight.traits - _of_inputs(weight.traits)),
         weight=weight.weight,
@@ -53,8 +57,8 @@ def combine(weight: Method, activation: Method) -> Method:
         on_epoch=_both(weight.on_epoch, activation.on_epoch),
         loss=weight.loss or activation.loss,
         step=_steps(weight, activation),
-        trained=weight.trained or activation.trained,
-        frozen=weight.frozen + activation.frozen,
+        needs_training=weight.needs_training or activation.needs_training,
+        teachers=weight.teachers + activation.teachers,
     )
 
 
@@ -84,7 +88,7 @@ def distilled(
         soft = F.kl_div(F.log_softmax(logits / temperature, 1), wanted, reduction="batchmean", log_target=True)
         return weight * temperature**2 * soft + (1 - weight) * own(model, logits, batch)
 
-    return replace(method, loss=loss, frozen=(*method.frozen, teacher))
+    return replace(method, loss=loss, teachers=(*method.teachers, teacher))
 
 
 def _of_inputs(traits: frozenset[str]) -> frozenset[str]:
@@ -92,7 +96,7 @@ def _of_inputs(traits: frozenset[str]) -> frozenset[str]:
 
 
 def _known(method: Method, key: str) -> list[int]:
-    return [width for width in range(1, FLOAT) if width in method.legal.get(key, ())]
+    return [width for width in range(1, FLOAT) if width in method.supported_bits.get(key, ())]
 
 
 def _required(weight: Method, activation: Method) -> Requires:

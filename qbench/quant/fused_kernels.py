@@ -67,7 +67,7 @@ def above(x: Tensor, bound: float | Tensor) -> Tensor:
     return torch.gt(x.detach(), bound, out=torch.empty_like(x))
 
 
-def looked_up(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
+def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
     """Return heights[i] where x is above edges[i], the last such i; 0 where it is above none. No gradient.
 
     Args:
@@ -80,9 +80,9 @@ def looked_up(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 
 
 def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return what `looked_up` does; on the CPU by comparing with every edge, up to some 30 of them much faster."""
+    """Return what `lookup` does; on the CPU by comparing with every edge, up to some 30 of them much faster."""
     if x.device.type != "cpu" or len(edges) > MOST_EDGES:
-        return looked_up(x, edges, heights)
+        return lookup(x, edges, heights)
     steps = list(zip(edges.tolist(), heights.tolist(), strict=True))
 
     def fill(piece: Tensor, made: Tensor) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Unsupported, quietly
-from qbench.quant.ops import levels_k, made_anew, quantize_k
+from qbench.quant.method import FLOAT, Bits, Grid, Method, Unsupported, eval_mode_keeping_rng
+from qbench.quant.ops import levels_k, quantize_k, recompute_in_backward
 from qbench.quant.policy import Policy, assign, quantizable
 
 # Shapes: N batch, C channels, H height, W width.
 
 
-class KeepOutput(nn.Module):
+class IdentityOutput(nn.Module):
     """The output slot of a layer whose method has nothing to do there."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class QConv2d(nn.Conv2d):
         if self.bits == Bits():
             return super().forward(x)
         x, w = self.input_q(x), self.weight_q(w)
-        with made_anew(x):
+        with recompute_in_backward(x):
             y = F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return self.output_q(y, input)  # type: ignore[no-any-return]
 
@@ -74,7 +74,7 @@ class QLinear(nn.Linear):
         if self.bits == Bits():
             return super().forward(x)
         x, w = self.input_q(x), self.weight_q(w)
-        with made_anew(x):
+        with recompute_in_backward(x):
             y = F.linear(x, w, self.bias)
         return self.output_q(y, input)  # type: ignore[no-any-return]
 
@@ -115,7 +115,7 @@ class ImageQuantizer(nn.Module):
         return x if x.dim() == 4 else x.reshape(len(x), self.low.numel(), -1, 1)
 
 
-class Replaced(nn.Module):
+class BypassedActivation(nn.Module):
     """Stands where an activation function stood whose place the next layers' input quantizers took."""
 
     def __init__(self, act: nn.Module) -> None:
@@ -124,7 +124,7 @@ class Replaced(nn.Module):
         self.active = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x (the activation itself only inside `as_float`)."""
+        """Return x (the activation itself only inside `float_mode`)."""
         return self.act(x) if self.active else x
 
 
@@ -175,7 +175,7 @@ def _swap(method: Method, name: str, layer: nn.Module, bits: Bits, image: Policy
     layer.label, layer.bits = name, bits
     layer.weight_q = nn.Identity()
     layer.input_q = nn.Identity()
-    layer.output_q = KeepOutput()
+    layer.output_q = IdentityOutput()
     if bits.w < FLOAT and method.weight:
         layer.weight_q = method.weight(name, layer, bits.w).to(device)
     if bits.a < FLOAT and image:
@@ -220,7 +220,7 @@ def _replace_activations(method: Method, model: nn.Module, assigned: dict[str, B
         quantized = [reader for reader in readers if assigned[reader].a < FLOAT]
         if len(quantized) == len(readers):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Replaced(model.get_submodule(name)))
+            setattr(model.get_submodule(parent), leaf, BypassedActivation(model.get_submodule(name)))
         elif quantized and needs == "replaced":
             kept = ", ".join(sorted(set(readers) - set(quantized)))
             raise Unsupported(f"{name} feeds {quantized[0]} (quantized) and {kept} (float): give both the same bits")
@@ -231,12 +231,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QLayer) and m.bits != Bits()}
 
 
-def of_quantizer(name: str) -> bool:
+def is_quantizer_key(name: str) -> bool:
     """Whether a parameter or buffer of this name belongs to a quantizer, not to the float network."""
     return any(part in ("weight_q", "input_q", "output_q") for part in name.split("."))
 
 
-def keep_above(model: nn.Module, kinds: dict[type[nn.Module], tuple[str, ...]], smallest: float) -> None:
+def clamp_min_(model: nn.Module, kinds: dict[type[nn.Module], tuple[str, ...]], smallest: float) -> None:
     """Clamp learned scales in place: for every quantizer of a type, its parameters of these names."""
     with torch.no_grad():
         for layer in quantized_layers(model).values():
@@ -247,7 +247,7 @@ def keep_above(model: nn.Module, kinds: dict[type[nn.Module], tuple[str, ...]], 
 
 def effective_weight(layer: QLayer) -> Tensor:
     """Return the weights that the layer computes with in evaluation, without gradient."""
-    with quietly(layer), torch.no_grad():
+    with eval_mode_keeping_rng(layer), torch.no_grad():
         return layer.weight_q(layer.weight).detach()  # type: ignore[no-any-return]
 
 
@@ -266,7 +266,7 @@ def reports(model: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def bake(model: nn.Module) -> nn.Module:
+def fold_quantized_weights(model: nn.Module) -> nn.Module:
     """Return a copy whose parameters are the effective weights, with no weight quantizer left to run."""
     baked = copy.deepcopy(model)
     for layer in quantized_layers(baked).values():
@@ -276,10 +276,10 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def as_float(model: nn.Module) -> Iterator[nn.Module]:
+def float_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Let a network compute as the float one it was made from, on its latent weights, for a while."""
     swapped: list[tuple[Any, type[nn.Module]]] = []
-    replaced = [m for m in model.modules() if isinstance(m, Replaced)]
+    replaced = [m for m in model.modules() if isinstance(m, BypassedActivation)]
     try:
         for layer in model.modules():
             if type(layer) in _PLAIN:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def grow(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
+def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
     """Return `frozen` grown to the part `portion` of all weights by the free ones of highest score.
 
     Args:

@@ -103,8 +103,8 @@ class WeightQuantizer(Protocol):
     """A module for a layer's weights: `forward(w) -> w_hat`, plus what it promises about w_hat.
 
     Optional, for any quantizer: `complete` (bool), false while part of the weights is float; `report() -> dict` of
-    numbers and words about its state that a reader of the result wants (sparsity, order, counts); `above_zero`, names
-    of its parameters or buffers that must stay above 0: a run stops where one is not.
+    numbers and words about its state that a reader of the result wants (sparsity, order, counts);
+    `positive_parameters`, names of its parameters or buffers that must stay above 0: a run stops where one is not.
     """
 
     def grid(self, w: Tensor) -> Grid:
@@ -158,13 +158,13 @@ class Method:
         on_epoch: (model, epoch, epochs, probe), before an epoch's first batch; never again on a resume within it.
         loss: (model, logits, batch) -> scalar; None is the task's own loss.
         step: (model, optimizer), in place of optimizer.step(); may round updates, momentum, parameters.
-        trained: false for post-training quantization: `prepare` does it all, and no epoch is trained.
-        frozen: networks of its own (teachers) that the trainer moves to the device and keeps in eval mode.
+        needs_training: false for post-training quantization: `prepare` does it all, and no epoch is trained.
+        teachers: networks of its own (teachers) that the trainer moves to the device and keeps in eval mode.
     """
 
     name: str
     bits: Bits
-    legal: Mapping[str, Container[int]]
+    supported_bits: Mapping[str, Container[int]]
     requires: Requires = Requires()
     traits: frozenset[str] = frozenset()
     weight: Site | None = None
@@ -175,14 +175,14 @@ class Method:
     on_epoch: OnEpoch | None = None
     loss: Loss | None = None
     step: Step | None = None
-    trained: bool = True
-    frozen: tuple[nn.Module, ...] = ()
+    needs_training: bool = True
+    teachers: tuple[nn.Module, ...] = ()
 
     def check(self, bits: Bits) -> None:
         """Raise `Unsupported` for a width that the method does not know."""
         for key, width in bits._asdict().items():
-            if width != FLOAT and width not in self.legal.get(key, ()):
-                allowed = [k for k in range(1, FLOAT) if k in self.legal.get(key, ())]
+            if width != FLOAT and width not in self.supported_bits.get(key, ()):
+                allowed = [k for k in range(1, FLOAT) if k in self.supported_bits.get(key, ())]
                 what = {"w": "weights", "a": "activations", "g": "gradients"}[key]
                 known = f"{_ranges(allowed)} or {FLOAT}" if allowed else f"{FLOAT} only: it leaves {what} float"
                 raise Unsupported(f"{self.name} does not know bits.{key}={width} for {what}; it knows {known}")
@@ -232,19 +232,19 @@ class Probe:
 
     def loss(self, model: nn.Module) -> float:
         """Return the mean loss over the probe."""
-        with quietly(model), torch.no_grad():
+        with eval_mode_keeping_rng(model), torch.no_grad():
             return self._mean(model).item()
 
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the gradient of the mean loss by parameter name; `.grad` of the parameters is not touched."""
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        with quietly(model), torch.enable_grad():
+        with eval_mode_keeping_rng(model), torch.enable_grad():
             grads = torch.autograd.grad(self._mean(model), list(named.values()), allow_unused=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
 
     def responses(self, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
         """Return a layer's inputs and outputs over the probe, along the first axis, without gradient."""
-        with quietly(model), torch.no_grad(), recorded_calls(model, [layer]) as calls:
+        with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, [layer]) as calls:
             for images, _ in self.batches:
                 model(images)
         return torch.cat([x for _, x, _ in calls]), torch.cat([y for _, _, y in calls])
@@ -256,7 +256,7 @@ class Probe:
 
 
 @contextmanager
-def quietly(model: nn.Module) -> Iterator[None]:
+def eval_mode_keeping_rng(model: nn.Module) -> Iterator[None]:
     """Put a network into eval mode for a while and give the random state back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}

@@ -4,8 +4,8 @@ A straight-through estimator stands around the rounding alone (Bengio et al. 201
 and squashing keep their true derivatives. No function writes to its input.
 
 Quantizers that every activation passes have two forms, side by side in their method's file: the plain definition, for
-autograd to differentiate, and a fast one that works in place and saves one tensor (`staircase`). `plainly` chooses the
-first; tests hold the two equal. What fast forms are made of stands in `passes.py`.
+autograd to differentiate, and a fast one that works in place and saves one tensor (`fused_quantizer`).
+`reference_kernels` chooses the first; tests hold the two equal. What fast forms are made of stands in `passes.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ _rounding, _fast, _compressing = True, True, False
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def reference_kernels() -> Iterator[None]:
     """Let all quantizers compute by their plain definitions for a while."""
     global _fast
     before, _fast = _fast, False
@@ -65,14 +65,14 @@ def without_rounding() -> Iterator[None]:
     global _rounding
     _rounding = False
     try:
-        with plainly():
+        with reference_kernels():
             yield
     finally:
         _rounding = True
 
 
 @contextmanager
-def compressed(on: bool = True) -> Iterator[None]:
+def compress_activations(on: bool = True) -> Iterator[None]:
     """Let activation quantizers keep whole numbers for backward, a byte or two each, where that loses nothing."""
     global _compressing
     before, _compressing = _compressing, on
@@ -173,7 +173,7 @@ class _Staircase(Function):
         return first, None, None, None, None, *more
 
 
-def staircase(
+def fused_quantizer(
     x: Tensor,
     *learned: Tensor,
     plain: Callable[..., Tensor],
@@ -182,10 +182,10 @@ def staircase(
     cells: Cells | None = None,
     repeatable: bool = True,
 ) -> Tensor:
-    """Quantize element by element, keeping x alone, or its cells (see `compressed`), for the backward pass.
+    """Quantize element by element, keeping x alone, or its cells (see `compress_activations`), for the backward pass.
 
-    The result needs not be kept either: what reads it inside `made_anew` computes it a second time instead. Therefore
-    nothing may be written into it.
+    The result needs not be kept either: what reads it inside `recompute_in_backward` computes it a second time
+    instead. Therefore nothing may be written into it.
 
     Args:
         learned: scales and the like that get gradients.
@@ -214,8 +214,8 @@ def _same(number: Tensor) -> Tensor:
 
 
 @contextmanager
-def made_anew(x: Tensor) -> Iterator[None]:
-    """While it lasts, what saves x for the backward pass saves how `staircase` made it instead, if it did."""
+def recompute_in_backward(x: Tensor) -> Iterator[None]:
+    """While it lasts, what saves x for the backward pass saves how `fused_quantizer` made it instead, if it did."""
     anew = None if torch.compiler.is_compiling() else getattr(x, "anew", None)
     if anew is None or not torch.is_grad_enabled():
         yield

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.method import FLOAT, Bits, quietly, recorded_calls
+from qbench.quant.method import FLOAT, Bits, eval_mode_keeping_rng, recorded_calls
 
 Width = str | int
 """`float`, `same` (as the other layers) or a number of bits."""
@@ -55,7 +55,7 @@ def execution_order(model: nn.Module, example: Tensor | None) -> list[str]:
     names = list(quantizable(model))
     if example is None:
         return names
-    with quietly(model), torch.no_grad(), recorded_calls(model, names) as calls:
+    with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, names) as calls:
         model(example)
     return list(dict.fromkeys(name for name, _, _ in calls))
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.quant.layers import QLayer, quantized_layers
-from qbench.quant.method import FLOAT, Grid, quietly, recorded_calls
+from qbench.quant.method import FLOAT, Grid, eval_mode_keeping_rng, recorded_calls
 
 ROUNDING = 4e-7
 """Largest distance from a level, relative to the scale group's largest level, that is float32's doing."""
@@ -31,7 +31,7 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, dict[str, in
     """
     layers = quantized_layers(model)
     sites = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q", "output_q")]
-    with quietly(model), torch.enable_grad(), recorded_calls(model, sites) as calls:
+    with eval_mode_keeping_rng(model), torch.enable_grad(), recorded_calls(model, sites) as calls:
         logits = model(images)
         passed = {site: (x, y) for site, x, y in calls}
         gradients = [f"{name}.output_q" for name, layer in layers.items() if layer.bits.g < FLOAT]

@@ -56,7 +56,7 @@ class Result:
     weights_sha256: str | None = None
     state_sha256: str | None = None
     wall_seconds: Seconds | None = None
-    asks: list[str] = field(default_factory=list)
+    protocol_changes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -95,8 +95,8 @@ def is_sound(result: Result) -> bool:
             and all(_is_number(x) and 0 <= x <= 100 for x in figures)
             and all(isinstance(x, int) and not isinstance(x, bool) for x in [*keys, result.seed])
             and all(isinstance(part, dict) for part in (result.options, result.network, result.protocol["keys"]))
-            and all(isinstance(part, list) for part in (result.notes, result.asks))
-            and all(isinstance(said, str) for said in (*result.notes, *result.asks))
+            and all(isinstance(part, list) for part in (result.notes, result.protocol_changes))
+            and all(isinstance(said, str) for said in (*result.notes, *result.protocol_changes))
             and all(_is_number(cost) for cost in costs)
         )
     except (TypeError, KeyError, AttributeError):
@@ -110,10 +110,10 @@ def _is_number(value: Any) -> bool:
 def store_result(path: Path, result: Result) -> None:
     """Write result.json into a run's directory."""
     values = {name: value for name, value in asdict(result).items() if name != "run"}
-    files.write_json(path / "result.json", sealed(values))
+    files.write_json(path / "result.json", with_checksum(values))
 
 
-def sealed(values: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(values: dict[str, Any]) -> dict[str, Any]:
     """Return values with the sha256 of what a reader of their JSON will find; one that is there is replaced."""
     found: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
     found.pop("sha256", None)
@@ -121,7 +121,7 @@ def sealed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class RunDirectory:
-    """The directory of one run; nothing is created before `held`."""
+    """The directory of one run; nothing is created before `lock`."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -136,7 +136,7 @@ class RunDirectory:
         return result
 
     @contextmanager
-    def held(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def lock(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Make the directory and hold its lock; `waiting` is called every half second while another process has it."""
         files.make_directory(self.path)
         lock = FileLock(self.path / ".lock")
@@ -147,7 +147,7 @@ class RunDirectory:
             except Timeout:
                 waiting()
             except OSError as error:
-                raise files.refusal(error, self.path / ".lock") from error
+                raise files.resource_error(error, self.path / ".lock") from error
         try:
             self._sweep_up()
             yield
@@ -170,35 +170,35 @@ class RunDirectory:
             protocol={"hash": digest(protocol), "identity": digest(self.identity), "keys": protocol}, **values,
         )  # fmt: skip
 
-    def conclude(self, result: Result) -> Result:
+    def finish(self, result: Result) -> Result:
         """Write result.json and clear the checkpoints that only an unfinished run needs."""
         store_result(self.path, result)
         if result.status in FINAL:
-            for path in self.states():
+            for path in self.checkpoints():
                 path.unlink()
         return result
 
-    def tidy(self) -> None:
+    def remove_checkpoints(self) -> None:
         """Remove checkpoints beside a stored result: a process was killed before it could.
 
         Quietly does nothing where another process has the directory, or it is not to be written to.
         """
-        if self.states():
+        if self.checkpoints():
             with suppress(OSError), FileLock(self.path / ".lock", timeout=0):
-                for path in self.states() if self.stored() else ():
+                for path in self.checkpoints() if self.stored() else ():
                     path.unlink()
 
     def save_state(self, step: int, data: bytes) -> None:
         """Write the checkpoint of a step; keep the newest two."""
         files.write(self.path / f"state-{step}.pt", data)
-        for path in self.states()[KEPT_STATES:]:
+        for path in self.checkpoints()[KEPT_STATES:]:
             path.unlink()
 
-    def publish(self, name: str, data: bytes) -> None:
+    def write_artifact(self, name: str, data: bytes) -> None:
         """Write a file that outlives the run, such as last.pt."""
         files.write(self.path / name, data)
 
-    def states(self) -> list[Path]:
+    def checkpoints(self) -> list[Path]:
         """Return the checkpoints of an unfinished run, newest first."""
         found = [
             (int(m[1]), p)
@@ -211,14 +211,14 @@ class RunDirectory:
         """Whether a result stands here, of whatever status."""
         return (self.path / "result.json").exists()
 
-    def start_over(self, *, whole: bool) -> None:
+    def reset(self, *, whole: bool) -> None:
         """Remove what a former try left, its result first; without `whole` only the result, so that it goes on."""
         paths = [self.path / "result.json"]
         if whole:
-            paths += [*self.states(), *self.path.glob("events.out.tfevents.*")]
+            paths += [*self.checkpoints(), *self.path.glob("events.out.tfevents.*")]
             paths += [self.path / name for name in KEPT]
         for path in paths:
-            files.guarded(partial(path.unlink, missing_ok=True), path)
+            files.convert_os_errors(partial(path.unlink, missing_ok=True), path)
 
     def _sweep_up(self) -> None:
         """Remove temporary files of a process that was killed while it wrote."""

@@ -26,7 +26,7 @@ Layout = dict[str, dict[str, list[Any]]]
 """Category -> chart -> ["Multiline", regular expressions of tags]; equal ones of several runs are one."""
 
 
-class Logbook:
+class MetricsLogger:
     """Appends records to a run's directory.
 
     Args:
@@ -46,7 +46,7 @@ class Logbook:
         self._writer: SummaryWriter | None = None
         if tensorboard:
             self._hook, threading.excepthook = threading.excepthook, _unless_refused
-            self._writer = files.guarded(lambda: _writer(path, step), path)
+            self._writer = files.convert_os_errors(lambda: _writer(path, step), path)
 
     @property
     def size(self) -> int:
@@ -68,7 +68,7 @@ class Logbook:
                 file.flush()
                 os.fsync(file.fileno())
 
-        files.guarded(append, self._metrics, len(text))
+        files.convert_os_errors(append, self._metrics, len(text))
         for kind, step, values in records:
             numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
             self.scalars(step, {f"{kind}/{n}": value for n, value in numbers.items() if n not in ("epoch", "images")})
@@ -164,7 +164,7 @@ class Logbook:
 
     def _show(self, action: Callable[["SummaryWriter"], None]) -> None:
         if writer := self._writer:
-            files.guarded(lambda: action(writer), self.path)
+            files.convert_os_errors(lambda: action(writer), self.path)
 
 
 def _unless_refused(args: threading.ExceptHookArgs) -> None:
@@ -184,7 +184,7 @@ def append_text(path: Path, text: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(buffer.getvalue())
 
-    files.guarded(append, path, len(text))
+    files.convert_os_errors(append, path, len(text))
 
 
 def _bars(writer: "SummaryWriter", name: str, step: int, counts: Any, edges: Any, sums: tuple[Any, ...]) -> None:

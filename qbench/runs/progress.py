@@ -34,7 +34,7 @@ class _Stage:
         return (done - self.first) * self.images / max(time.perf_counter() - self.since, 1e-9)
 
 
-class Screen:
+class ProgressReporter:
     """Progress and messages of one process, on stderr; `log` is the file that keeps them, once a run has one.
 
     Args:

@@ -24,7 +24,7 @@ LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "weights_s
 
 
 @dataclass(kw_only=True)
-class Found:
+class RunRecord:
     """A run directory: its result, or why there is none. `status` is the result's, or running, unfinished, torn.
 
     `unread` says what of its files is damaged; `recorded`: it was read from a record of many runs.
@@ -39,17 +39,18 @@ class Found:
     recorded: bool = False
 
 
-def read(names: Iterable[str]) -> list[Found]:
-    """Return every run at or below the directories, and of the files those that `packed` put there, in order of paths.
+def read(names: Iterable[str]) -> list[RunRecord]:
+    """Return every run at or below the directories, and of the files those that `dump_records` put there, in order
+    of paths.
 
     Raises:
         ConfigError: a name that does not exist, or a file of something else.
     """
     paths: set[Path] = set()
-    recorded: dict[Path, Found] = {}
+    recorded: dict[Path, RunRecord] = {}
     for name in names:  # os.path: a name that is empty or too long is no file and no error
         if os.path.isfile(name):
-            recorded |= {run.path: run for run in unpacked(Path(name))}
+            recorded |= {run.path: run for run in load_records(Path(name))}
         elif os.path.isdir(name):
             paths |= set(_run_directories(Path(name)))
         else:
@@ -58,15 +59,15 @@ def read(names: Iterable[str]) -> list[Found]:
     return sorted([*found, *recorded.values()], key=lambda run: run.path) if recorded else found
 
 
-def with_parents(found: Sequence[Found]) -> list[Found]:
+def with_parents(found: Sequence[RunRecord]) -> list[RunRecord]:
     """Return runs and, behind them, their float parents: those that lie beside them and are not among them."""
     own = {run.path for run in found}
     parents = {run.path.parent / Path(run.result.float["run"]).name for run in found if run.result and run.result.float}
     return [*found, *(read_run(path) for path in sorted(parents - own) if path.is_dir())]
 
 
-def packed(found: Sequence[Found]) -> str:
-    """Return runs as JSON that `unpacked` reads: results without `LEFT_OUT`, each protocol once."""
+def dump_records(found: Sequence[RunRecord]) -> str:
+    """Return runs as JSON that `load_records` reads: results without `LEFT_OUT`, each protocol once."""
     protocols: dict[str, Any] = {}
     runs = []
     for run in found:
@@ -81,8 +82,8 @@ def packed(found: Sequence[Found]) -> str:
     return json.dumps({"protocols": protocols, "runs": runs}, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
 
-def unpacked(file: Path) -> list[Found]:
-    """Return the runs of a file that `packed` filled.
+def load_records(file: Path) -> list[RunRecord]:
+    """Return the runs of a file that `dump_records` filled.
 
     Raises:
         ConfigError: another file, or a torn one.
@@ -95,12 +96,12 @@ def unpacked(file: Path) -> list[Found]:
         raise ConfigError(f"{file}: not a record of runs\nname a directory, or a file that {made_by} wrote") from None
 
 
-def _unpacked(run: dict[str, Any], protocols: dict[str, Any]) -> Found:
+def _unpacked(run: dict[str, Any], protocols: dict[str, Any]) -> RunRecord:
     path, status, reason = Path(run["path"]), run["status"], run["reason"]
     notes = run.get("notes", [])
     if not isinstance(status, str) or not isinstance(reason, str) or not isinstance(notes, list):
         raise ValueError(path)
-    found = Found(path=path, status=status, reason=reason, notes=notes, recorded=True)
+    found = RunRecord(path=path, status=status, reason=reason, notes=notes, recorded=True)
     if own := run.get("result"):
         protocol = own["protocol"] | {"keys": protocols[own["protocol"]["hash"]]}
         found.result = Result(**own | {"run": str(path), "protocol": protocol})
@@ -109,13 +110,13 @@ def _unpacked(run: dict[str, Any], protocols: dict[str, Any]) -> Found:
     return found
 
 
-def read_run(path: Path) -> Found:
+def read_run(path: Path) -> RunRecord:
     """Return what one run directory tells."""
     if _is_held(path):
-        return Found(path=path, status="running", reason=_progress(_records(path)[0]))
+        return RunRecord(path=path, status="running", reason=_progress(_records(path)[0]))
     sealed = (path / "result.json").exists()
     if sealed and (result := load_result(path)):
-        return Found(path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes)
+        return RunRecord(path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes)
     reasons = ["result.json is torn or of another version"] if sealed else []
     records, lost = _records(path)
     unread = [f"metrics.jsonl: {lost}"] if lost else []
@@ -128,9 +129,9 @@ def read_run(path: Path) -> Found:
             reasons.append(f"the logs cannot be read: {str(error).partition(chr(10))[0] or type(error).__name__}")
             continue
         if logged and is_sound(logged):
-            return Found(path=path, status=DONE, result=logged, notes=[FROM_LOGS], unread=[*reasons, *unread])
+            return RunRecord(path=path, status=DONE, result=logged, notes=[FROM_LOGS], unread=[*reasons, *unread])
     status, reason = ("torn", "; ".join(reasons)) if reasons else ("unfinished", _progress(records))
-    return Found(path=path, status=status, reason=reason, unread=unread)
+    return RunRecord(path=path, status=status, reason=reason, unread=unread)
 
 
 def _run_directories(root: Path) -> Iterator[Path]:

@@ -37,7 +37,7 @@ def write(path: Path, data: bytes) -> None:
             raise
         sync_directory(path.parent)
 
-    guarded(put, path, len(data))
+    convert_os_errors(put, path, len(data))
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -119,10 +119,10 @@ def make_directory(path: Path) -> None:
     Raises:
         ResourceError: the disk or its permissions do not allow it.
     """
-    guarded(lambda: path.mkdir(parents=True, exist_ok=True), path)
+    convert_os_errors(lambda: path.mkdir(parents=True, exist_ok=True), path)
 
 
-def guarded(action: Callable[[], T], path: Path, need: int = 0) -> T:
+def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
     """Run something that writes; turn the system's refusal into a message with path and need.
 
     Raises:
@@ -131,10 +131,10 @@ def guarded(action: Callable[[], T], path: Path, need: int = 0) -> T:
     try:
         return action()
     except OSError as error:
-        raise refusal(error, path, need) from error
+        raise resource_error(error, path, need) from error
 
 
-def refusal(error: OSError, path: Path, need: int = 0) -> ResourceError:
+def resource_error(error: OSError, path: Path, need: int = 0) -> ResourceError:
     """Return the error that tells a person why the system refused to write."""
     needed = f" ({need:,} bytes needed)" if need else ""
     why = error.strerror or error
@@ -167,4 +167,4 @@ def cut(path: Path, size: int) -> int:
             write(path, whole)
         return len(whole)
 
-    return guarded(truncate, path) if path.exists() else 0
+    return convert_os_errors(truncate, path) if path.exists() else 0

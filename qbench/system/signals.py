@@ -8,7 +8,7 @@ from types import FrameType
 
 
 @contextmanager
-def signals() -> Iterator[Callable[[], int]]:
+def stop_on_signals() -> Iterator[Callable[[], int]]:
     """Turn SIGINT, SIGTERM and SIGUSR1 into a number that the loops ask for; a second SIGINT leaves at once.
 
     Nothing is lost by leaving at once: files appear whole or not at all, and locks end with the process.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.errors import CheckpointError
-from qbench.quant.layers import of_quantizer
+from qbench.quant.layers import is_quantizer_key
 
 _MARK = b"\nqbench sha256 "
 _FOOTER = len(_MARK) + 64
@@ -204,7 +204,7 @@ def load_float(model: nn.Module, state: dict[str, Any], source: str) -> tuple[li
     """
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     own = model.state_dict()
-    skipped = [name for name in tensors if name not in own and of_quantizer(name)]
+    skipped = [name for name in tensors if name not in own and is_quantizer_key(name)]
     odd = [name for name in own if name in tensors and not _fits(tensors[name], own[name])]
     kinds = [f"{name} ({tensors[name].dtype}, {tensors[name].layout})" for name in odd]
     wrong = [

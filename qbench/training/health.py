@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qbench.errors import Diverged
 from qbench.quant.layers import QLayer, quantized_layers
-from qbench.training.layer_stats import SLOTS, Passed, Seen
+from qbench.training.layer_stats import SLOTS, LayerTrace, QuantizedTensor
 
 GROWN = 100.0
 """Times its start that a layer's largest weight may reach unnoticed. Steps as large as the rate, which is what Adam
@@ -26,7 +26,7 @@ LEARNT = 300
 SIGMAS = 3.0
 """Standard errors above chance that count as better: by luck 1 epoch in 740."""
 
-Found = dict[str, str]
+HealthWarnings = dict[str, str]
 """What to say, by what it is about: the same thing is said once."""
 
 
@@ -35,7 +35,7 @@ def starts(model: nn.Module) -> dict[str, float]:
     return {name: max(_largest(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
 
 
-def run_away(model: nn.Module, start: Mapping[str, float], at: str) -> Found:
+def exploding_weights(model: nn.Module, start: Mapping[str, float], at: str) -> HealthWarnings:
     """Return the layers whose weights have outgrown their start.
 
     Args:
@@ -57,7 +57,7 @@ def run_away(model: nn.Module, start: Mapping[str, float], at: str) -> Found:
 
 
 def check_scales(model: nn.Module, at: str) -> None:
-    """Raise `Diverged` where a scale is not above zero, of those that a quantizer names in `above_zero`."""
+    """Raise `Diverged` where a scale is not above zero, of those that a quantizer names in `positive_parameters`."""
     for name, layer in quantized_layers(model).items():
         for slot in SLOTS.values():
             site: Any = getattr(layer, slot)
@@ -70,12 +70,12 @@ def check_scales(model: nn.Module, at: str) -> None:
                     )
 
 
-def dead(model: nn.Module, seen: Mapping[str, Seen], at: str) -> Found:
+def degenerate_layers(model: nn.Module, seen: Mapping[str, LayerTrace], at: str) -> HealthWarnings:
     """Return the layers that tell nothing apart: all weights on one of several levels, or one answer to all images.
 
     A layer that reads the same of all images is named only if no layer before it is.
     """
-    found: Found = {}
+    found: HealthWarnings = {}
     layers, silent = quantized_layers(model), False
     for name, sight in seen.items():
         levels = _levels(layers[name], sight.weights)
@@ -90,7 +90,7 @@ def dead(model: nn.Module, seen: Mapping[str, Seen], at: str) -> Found:
     return found
 
 
-def by_chance(record: Mapping[str, Any], classes: int, step: int, at: str) -> Found:
+def at_chance(record: Mapping[str, Any], classes: int, step: int, at: str) -> HealthWarnings:
     """Return whether an epoch's training accuracy is no better than guessing one of `classes`."""
     if step < LEARNT or classes < 2 or not record["images"]:
         return {}
@@ -111,7 +111,7 @@ def _largest(layer: QLayer) -> float:
     return max(-low.item(), high.item())
 
 
-def _levels(layer: QLayer, weights: Passed | None) -> Tensor:
+def _levels(layer: QLayer, weights: QuantizedTensor | None) -> Tensor:
     """Return how many weights lie on each level; nothing where that could not be otherwise, or they are float yet."""
     if weights is None or layer.weight.numel() == 1 or not getattr(layer.weight_q, "complete", True):
         return layer.weight.new_zeros(0)

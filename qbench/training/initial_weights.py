@@ -12,7 +12,7 @@ from qbench.system import files
 from qbench.training.checkpoint import is_sealed, is_zip, load_float, load_plain, unpack
 
 
-def verifies(file: Path, identity: dict[str, Any]) -> bool:
+def is_intact(file: Path, identity: dict[str, Any]) -> bool:
     """Whether a run's published weights are there, undamaged, and of this run."""
     try:
         return unpack(files.read(file), str(file)).get("identity") == digest(identity)
@@ -37,7 +37,7 @@ def published(run: Path, name: str = "best.pt") -> dict[str, Any]:
     return state
 
 
-def load_start(model: nn.Module, path: Path, identity: str | None = None) -> str:
+def load_initial_weights(model: nn.Module, path: Path, identity: str | None = None) -> str:
     """Load float weights from a checkpoint file or a run's best.pt; return what was loaded, skipped, left new.
 
     Args:

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.layers import QLayer, as_float, quantized_layers
+from qbench.quant.layers import QLayer, float_mode, quantized_layers
 from qbench.quant.masks import FrozenWeight
-from qbench.quant.method import Grid, quietly, recorded_calls
+from qbench.quant.method import Grid, eval_mode_keeping_rng, recorded_calls
 from qbench.quant.verify import nearest_points
 
 LEAST, MOST, SHARE, PIXELS = 8, 64, 64, 2**17
@@ -43,11 +43,11 @@ DIGITS = 6
 """That are kept."""
 SLOTS = {"w": "weight_q", "a": "input_q", "g": "output_q"}
 
-Told = dict[str, dict[str, float]]
+LayerMetrics = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Passed:
+class QuantizedTensor:
     """A tensor before and after its quantizer, and the values allowed."""
 
     before: Tensor
@@ -66,11 +66,11 @@ class Passed:
         return self.codes.flatten().bincount(minlength=len(allowed))[allowed]
 
 
-class Seen(NamedTuple):
+class LayerTrace(NamedTuple):
     """What a layer made of some images: its quantized weights and input, None where they are float, and its output."""
 
-    weights: Passed | None
-    inputs: Passed | None
+    weights: QuantizedTensor | None
+    inputs: QuantizedTensor | None
     input: Tensor
     output: Tensor
 
@@ -82,33 +82,35 @@ def few(images: Tensor, trained: int) -> Tensor:
 
 
 @torch.no_grad()
-def look(model: nn.Module, images: Tensor) -> dict[str, Seen]:
+def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
     """Return what each quantized layer makes of images; in the order in which they run; of one that runs
     several times the last time counts."""
     if not (layers := quantized_layers(model)):
         return {}
     slots = [f"{name}.{slot}" for name in layers for slot in ("weight_q", "input_q")]
-    with quietly(model), recorded_calls(model, [*layers, *slots]) as calls:
+    with eval_mode_keeping_rng(model), recorded_calls(model, [*layers, *slots]) as calls:
         model(images)
         passed = {name: (x, y) for name, x, y in calls}
         return {
-            name: Seen(_passed(layer.weight_q, *passed[f"{name}.weight_q"]),
+            name: LayerTrace(_passed(layer.weight_q, *passed[f"{name}.weight_q"]),
                        _passed(layer.input_q, *passed[f"{name}.input_q"]), *passed[name])
             for name in passed if (layer := layers.get(name)) is not None
         }  # fmt: skip
 
 
-def _passed(site: Any, before: Tensor, after: Tensor) -> Passed | None:
+def _passed(site: Any, before: Tensor, after: Tensor) -> QuantizedTensor | None:
     """Look at one quantizer; None where it declares no levels: float, or without any yet."""
     grid = site.grid(before) if hasattr(site, "grid") else None
-    return Passed(before, after, grid) if grid is not None and grid.points.shape[1] else None
+    return QuantizedTensor(before, after, grid) if grid is not None and grid.points.shape[1] else None
 
 
-def tell(model: nn.Module, images: Tensor, seen: Mapping[str, Seen], before: Mapping[str, Tensor], grads: Told) -> Told:
+def layer_metrics(
+    model: nn.Module, images: Tensor, seen: Mapping[str, LayerTrace], before: Mapping[str, Tensor], grads: LayerMetrics
+) -> LayerMetrics:
     """Return what there is to tell of every layer; see above.
 
     Args:
-        seen: what `look` has seen on these images.
+        seen: what `trace_layers` has seen on these images.
         before: what `codes` returned of the look before; empty for none.
         grads: what `gradients` returned of the last step.
     """
@@ -129,7 +131,7 @@ def tell(model: nn.Module, images: Tensor, seen: Mapping[str, Seen], before: Map
     return told
 
 
-def codes(seen: Mapping[str, Seen]) -> dict[str, Tensor]:
+def codes(seen: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
     """Return the codes of every layer's weights, to tell by the next look which have flipped."""
     found = {}
     for name, sight in seen.items():
@@ -139,9 +141,9 @@ def codes(seen: Mapping[str, Seen]) -> dict[str, Tensor]:
     return found
 
 
-def gradients(model: nn.Module) -> Told:
+def gradients(model: nn.Module) -> LayerMetrics:
     """Return the norms of the gradients that a step has left, by layer; nothing where it has left none."""
-    found: Told = {}
+    found: LayerMetrics = {}
     for name, layer in quantized_layers(model).items():
         named = [("w.grad", layer.weight)]
         for key, slot in SLOTS.items():
@@ -151,33 +153,33 @@ def gradients(model: nn.Module) -> Told:
     return found
 
 
-def weight_tensors(seen: Mapping[str, Seen]) -> dict[str, Tensor]:
+def weight_tensors(seen: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
     """Return latent and quantized weights, named for TensorBoard."""
     sights = {name: sight.weights for name, sight in seen.items() if sight.weights is not None}
     latent = {f"latent/{name}": passed.before for name, passed in sights.items()}
     return latent | {f"quantized/{name}": passed.after for name, passed in sights.items()}
 
 
-def input_tensors(seen: Mapping[str, Seen]) -> dict[str, Tensor]:
+def input_tensors(seen: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
     """Return inputs before and after quantization, named for TensorBoard."""
     sights = {name: sight.inputs for name, sight in seen.items() if sight.inputs is not None}
     before = {f"input/{name}": passed.before for name, passed in sights.items()}
     return before | {f"quantized_input/{name}": passed.after for name, passed in sights.items()}
 
 
-def occupancy(seen: Mapping[str, Seen]) -> dict[str, Tensor]:
+def occupancy(seen: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
     """Return how many values lie on each level, ascending, named for TensorBoard."""
     pairs = [(n, key, p) for n, s in seen.items() for key, p in (("w", s.weights), ("a", s.inputs)) if p is not None]
     return {f"{key}.levels/{name}": passed.counts for name, key, passed in pairs}
 
 
 def _float_outputs(model: nn.Module, images: Tensor, names: list[str]) -> dict[str, Tensor]:
-    with as_float(model), quietly(model), torch.no_grad(), recorded_calls(model, names) as calls:
+    with float_mode(model), eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, names) as calls:
         model(images)
         return {name: y for name, _, y in calls}
 
 
-def _use(passed: Passed) -> dict[str, float]:
+def _use(passed: QuantizedTensor) -> dict[str, float]:
     counts = passed.counts.double()
     parts = counts[counts > 0] / counts.sum()
     return {
@@ -187,7 +189,7 @@ def _use(passed: Passed) -> dict[str, float]:
     }
 
 
-def _clipped(passed: Passed) -> float:
+def _clipped(passed: QuantizedTensor) -> float:
     x, points = passed.grid.arrange(passed.before), passed.grid.points
     low, high = (points.nan_to_num(torch.inf).amin(1, True), points.nan_to_num(-torch.inf).amax(1, True))
     return ((x > high) | ((x < low) & (low < 0))).float().mean().item()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qbench.config.schema import Optim
 from qbench.errors import Diverged, Interrupted
-from qbench.quant.layers import NotFinite, fully_quantized, of_quantizer
+from qbench.quant.layers import NotFinite, fully_quantized, is_quantizer_key
 from qbench.quant.method import Batch, Method, Probe
 from qbench.training.checkpoint import content_sha256, copied, not_finite, random_state, set_random_state
 from qbench.training.optimizer import learning_rate, set_learning_rate
@@ -141,7 +141,7 @@ class Average:
 
 
 @dataclass(frozen=True)
-class Watch:
+class Callbacks:
     """Who looks on: `step(state, loss)` after every batch, `epoch(state, record, losses)` after every epoch, when
     `state` stands at the next one, `leave(state)` when an evaluation between the two was interrupted. All may save,
     and raise to stop.
@@ -152,7 +152,7 @@ class Watch:
     leave: Callable[[State], None] = lambda state: None
 
 
-def fit(task: Task, state: State, watch: Watch = Watch()) -> None:
+def fit(task: Task, state: State, watch: Callbacks = Callbacks()) -> None:
     """Train from where `state` stands to the end, or until early stop."""
     while state.epoch < task.epochs and not state.stopped:
         if state.batch == 0:
@@ -178,7 +178,7 @@ def fit(task: Task, state: State, watch: Watch = Watch()) -> None:
         watch.epoch(state, record, losses)
 
 
-def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> None:
+def train_epoch(task: Task, state: State, watch: Callbacks = Callbacks()) -> None:
     """Train the rest of the current epoch.
 
     Raises:
@@ -186,7 +186,7 @@ def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> None:
     """
     model, method, optim = task.model, task.method, task.optim
     model.train()
-    for teacher in method.frozen:
+    for teacher in method.teachers:
         teacher.eval()
     began = time.perf_counter()
     for batch in task.train(state.epoch, state.batch):
@@ -223,7 +223,7 @@ def train_epoch(task: Task, state: State, watch: Watch = Watch()) -> None:
 def numbers(model: nn.Module) -> dict[str, Tensor]:
     """Return what must be finite: parameters and buffers. Buffers of quantizers may mark as nan what is not set yet."""
     parameters = {name for name, _ in model.named_parameters()}
-    return {n: t for n, t in model.state_dict().items() if n in parameters or not of_quantizer(n)}
+    return {n: t for n, t in model.state_dict().items() if n in parameters or not is_quantizer_key(n)}
 
 
 def total_norm(model: nn.Module) -> Tensor:

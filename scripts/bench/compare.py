@@ -26,7 +26,7 @@ from qbench.config import compose
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import as_json, text
-from qbench.runs.directory import Result, RunDirectory, sealed
+from qbench.runs.directory import Result, RunDirectory, with_checksum
 from qbench.runs.reader import read
 
 METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
@@ -45,7 +45,7 @@ def plant(folder: Path, runs: int, images: int) -> None:
         hits = rng.random(images) < 0.9 + method / 400
         top1 = 100 * float(hits.mean()) if images else 90 + method / 4 + float(rng.normal())
         result = _result(made, f"m{method}", {"w": w, "a": a, "g": 32}, seed, epochs, top1)
-        (path / "result.json").write_text(json.dumps(sealed(result), indent=2))
+        (path / "result.json").write_text(json.dumps(with_checksum(result), indent=2))
         if images:
             buffer = io.BytesIO()
             np.save(buffer, np.stack([labels, np.where(hits, labels, (labels + 1) % 10)], 1).astype(np.int16))

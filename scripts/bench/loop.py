@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from qbench.config import compose
 from qbench.data.dataset import Loader
-from qbench.experiment.session import Desk, Session
+from qbench.experiment.session import RunContext, TrainingSession
 from qbench.experiment.setup import assemble
 from qbench.quant.method import Probe
 from qbench.runs.directory import RunDirectory
-from qbench.runs.progress import Screen
+from qbench.runs.progress import ProgressReporter
 from qbench.training import optimizer as optim
 from qbench.training.loop import State, Task, train_epoch
 
@@ -50,8 +50,8 @@ def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
     )  # fmt: skip
     directory = RunDirectory(config)
     directory.path.mkdir(parents=True, exist_ok=True)
-    screen = Screen(live=True)
-    session = Session(directory, Desk(screen), tensorboard=True)
+    screen = ProgressReporter(live=True)
+    session = TrainingSession(directory, RunContext(screen), tensorboard=True)
     state = State(optim.build(own, config.optim))
     watch = session.watch(task, state, loader.batch_size)
 

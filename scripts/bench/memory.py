@@ -66,9 +66,9 @@ def main() -> None:
             continue
         model = installed(method).train()
         columns = [alive(model, images) / bases[0], saved(model, images) / bases[1]]
-        with ops.compressed():
+        with ops.compress_activations():
             columns += [alive(model, images) / bases[0], saved(model, images) / bases[1]]
-        with ops.plainly():
+        with ops.reference_kernels():
             columns += [alive(model, images) / bases[0]]
         if "cells_input" not in method.traits:
             columns[2:4] = [float("nan")] * 2

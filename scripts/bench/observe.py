@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from qbench.config import compose
 from qbench.data.dataset import Loader
-from qbench.experiment.session import Desk, Session
+from qbench.experiment.session import RunContext, TrainingSession
 from qbench.experiment.setup import assemble
 from qbench.quant.method import Probe
 from qbench.runs.directory import RunDirectory
-from qbench.runs.progress import Screen
+from qbench.runs.progress import ProgressReporter
 from qbench.training import optimizer as optim
 from qbench.training.loop import State, Task, train_epoch
 
@@ -51,7 +51,7 @@ def work(words: list[str], out: Path, level: str) -> Work:
     )  # fmt: skip
     directory = RunDirectory(config)
     directory.path.mkdir(parents=True, exist_ok=True)
-    session = Session(directory, Desk(Screen(quiet=True)), tensorboard=True)
+    session = TrainingSession(directory, RunContext(ProgressReporter(quiet=True)), tensorboard=True)
     state = State(optim.build(model, config.optim))
     watch = session.watch(task, state, loader.batch_size)
 

@@ -8,7 +8,7 @@ import argparse
 import torch
 from measure import interleaved, machine, markdown
 
-from qbench.experiment.setup import keep_freed_memory
+from qbench.experiment.setup import tune_malloc
 from qbench.methods import dorefa, gupta
 from qbench.quant import fused_kernels as passes
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=41)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    keep_freed_memory()
+    tune_malloc()
     x = torch.rand(COUNT)
     gradient = torch.randn(64, COUNT // 64)
     works = {

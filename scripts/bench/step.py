@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from qbench.config import registry
 from qbench.config.schema import Optim
-from qbench.experiment.setup import COMPILERS, in_bfloat16, keep_freed_memory
+from qbench.experiment.setup import COMPILERS, bf16_autocast, tune_malloc
 from qbench.methods import dorefa
 from qbench.quant.layers import install
 from qbench.quant.method import Method, Probe
@@ -131,7 +131,7 @@ def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
     def made(device: Device) -> Work:
         net = make().to(device)
         optimizer = optim.build(net, SGD)
-        net.forward = in_bfloat16(net.forward, torch.device(device))
+        net.forward = bf16_autocast(net.forward, torch.device(device))
         return training_step(net, device, optimizer, layout=NHWC)
 
     return made
@@ -154,7 +154,7 @@ def main() -> None:
     if not asked.no_peers:
         enter(VENV)
     torch.set_num_threads(asked.threads)
-    keep_freed_memory()
+    tune_malloc()
     made: dict[str, Callable[[Device], Work]] = {
         "fp32 channels_last": fp32,
         "fp32 stock": lambda device: training_step(plain(), device),

@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench/where.py
 
 The step is ResNet-20's, batch 64, 3x32x32, one thread, under torch's profiler (which adds some per cent of its own).
-Before: the quantizers' plain definitions, by autograd (`ops.plainly`). After: their fast forms.
+Before: the quantizers' plain definitions, by autograd (`ops.reference_kernels`). After: their fast forms.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from plain import Work, plain, training_step
 from step import Case, fp32, quantized
 from torch.profiler import ProfilerActivity, profile
 
-from qbench.experiment.setup import keep_freed_memory
+from qbench.experiment.setup import tune_malloc
 from qbench.quant import ops
 
 COUNT, STEPS, ROUNDS = 2**20, 3, 7
@@ -76,7 +76,7 @@ def kinds(work: Work) -> dict[str, float]:
 def main() -> None:
     """Print both tables."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    tune_malloc()
     print(f"{machine()}, 1 thread\n")
     print(markdown(("a pass over 2^20 numbers", "microseconds"), passes()) + "\n")
     case = Case("dorefa w2a2", "dorefa", {"w": 2, "a": 2})
@@ -85,7 +85,7 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {name: {} for name in columns}
     for _ in range(ROUNDS):
         for name, work in columns.items():
-            with ops.plainly() if name.endswith("before") else contextlib.nullcontext():
+            with ops.reference_kernels() if name.endswith("before") else contextlib.nullcontext():
                 for kind, time in kinds(work).items():
                     found[name][kind] = found[name].get(kind, 0.0) + time / ROUNDS
     rows = [(kind, *[f"{times[kind]:.1f}" for times in found.values()]) for kind in next(iter(found.values()))]

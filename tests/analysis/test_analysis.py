@@ -19,20 +19,20 @@ from conftest import ROOT, Configure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.analysis.bit_allocation import Budget, TooLittle, allocate, parse_budget, total, uniform
-from qbench.analysis.disabled_quantizers import Front, off
+from qbench.analysis.bit_allocation import Budget, BudgetInfeasible, allocate, parse_budget, total, uniform
+from qbench.analysis.disabled_quantizers import Front, quantizers_disabled
 from qbench.analysis.evaluate import calibration_error, interval
 from qbench.analysis.inspect import signals, switched
-from qbench.analysis.layer_ablation import Start, figures, squared_error
+from qbench.analysis.layer_ablation import FloatBaseline, figures, squared_error
 from qbench.analysis.sensitivity import choices
 from qbench.cli.main import main as cli
 from qbench.config import compose
 from qbench.cost.count import count_cost
 from qbench.errors import CheckpointError, ConfigError
-from qbench.experiment.setup import assemble, finished
+from qbench.experiment.setup import assemble, load_finished_network
 from qbench.methods import dorefa, xnor
 from qbench.models import mlp, resnet
-from qbench.quant.layers import as_float, install, quantized_layers
+from qbench.quant.layers import float_mode, install, quantized_layers
 from qbench.quant.method import Bits, Grid, Method, Probe
 from qbench.quant.policy import Policy
 
@@ -56,7 +56,7 @@ class Changed(nn.Module):
 def changing(weight: Any, act: Any = None, levels: tuple[float, ...] = (0.0, 1.0)) -> Method:
     """Return a method that changes weights by (layer name, weights), and inputs."""
     return Method(
-        name="changing", bits=Bits(2, 2 if act else 32), legal={"w": (2,), "a": (2,)},
+        name="changing", bits=Bits(2, 2 if act else 32), supported_bits={"w": (2,), "a": (2,)},
         weight=lambda name, layer, bits: Changed(lambda w: weight(name, w)),
         input=lambda name, layer, bits: Changed(act, levels),
     )  # fmt: skip
@@ -81,14 +81,14 @@ def test_all_layers_off_compute_as_the_float_network_and_none_as_the_quantized_o
     names = list(quantized_layers(model))
     before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
     quantized = model(x)
-    with as_float(model):
+    with float_mode(model):
         wanted = model(x)
-    with off(model, names):
+    with quantizers_disabled(model, names):
         assert torch.equal(model(x), wanted)
-    with off(model, names[:1]):
+    with quantizers_disabled(model, names[:1]):
         assert not torch.equal(model(x), wanted)
         assert not torch.equal(model(x), quantized)
-    with off(model, []):
+    with quantizers_disabled(model, []):
         assert torch.equal(model(x), quantized)
     assert torch.equal(model(x), quantized)
     assert list(model.modules()) == modules, "the same quantizers, in the same places"
@@ -196,7 +196,7 @@ def test_the_integer_program_equals_brute_force_and_keeps_the_budget() -> None:
         found = allocate(harm, costs, most)
         assert total(costs, found) <= most
         assert total(harm, found) == pytest.approx(least, abs=1e-9)
-        with pytest.raises(TooLittle):
+        with pytest.raises(BudgetInfeasible):
             allocate(harm, costs, low - 1)
         assert allocate(harm, costs, low) == dict.fromkeys(layers, 1), "a budget met exactly"
 
@@ -246,7 +246,7 @@ def test_squared_error_is_up_to_a_factor() -> None:
 
 
 @pytest.fixture
-def planted(configure: Configure) -> Start:
+def planted(configure: Configure) -> FloatBaseline:
     """A network in which few bits lose all of fc3: one weight is 60 times the others, at an input that is always 0."""
     parts = assemble(configure("method=uniform", "bits=w3a32", "method.channel=false", "model=mlp", "model.width=24"))
     torch.manual_seed(0)
@@ -261,10 +261,10 @@ def planted(configure: Configure) -> Start:
         model.bn2.weight[0] = model.bn2.bias[0] = 0.0  # type: ignore[index,union-attr]
         model.fc3.weight[0, 0] = 60 * model.fc3.weight.abs().max()  # type: ignore[index,operator,union-attr]
     data = [(images, labels)]
-    return Start(parts, model.eval(), data, Probe([(images[:64], labels[:64])], F.cross_entropy))
+    return FloatBaseline(parts, model.eval(), data, Probe([(images[:64], labels[:64])], F.cross_entropy))
 
 
-def test_a_planted_fragile_layer_gets_the_most_bits(planted: Start) -> None:
+def test_a_planted_fragile_layer_gets_the_most_bits(planted: FloatBaseline) -> None:
     found = figures(planted, [2, 3, 4, 5, 6, 7, 8])
     assert list(found.loss) == ["fc2", "fc3"], "first and last stay float"
     assert found.loss["fc3"][3] > 5 * abs(found.loss["fc2"][3])
@@ -286,7 +286,7 @@ def test_a_planted_fragile_layer_gets_the_most_bits(planted: Start) -> None:
             )
 
 
-def test_a_budget_out_of_reach_names_the_least_and_the_most(planted: Start) -> None:
+def test_a_budget_out_of_reach_names_the_least_and_the_most(planted: FloatBaseline) -> None:
     found = figures(planted, [2, 4])
     with pytest.raises(ConfigError, match=r"at least w=2\n.*from w=2, at most of use is w=4"):
         choices(found, parse_budget("w=1.9"))
@@ -294,7 +294,7 @@ def test_a_budget_out_of_reach_names_the_least_and_the_most(planted: Start) -> N
     assert choices(found, parse_budget("w=2"))["loss"] == {"fc2": 2, "fc3": 2}
 
 
-def test_one_layer_alone_is_quantized_at_its_width(planted: Start) -> None:
+def test_one_layer_alone_is_quantized_at_its_width(planted: FloatBaseline) -> None:
     model = planted.quantized({"fc3": 5})
     assert {name: layer.bits for name, layer in quantized_layers(model).items()} == {"fc3": Bits(5)}
     assert torch.equal(model.fc2.weight, planted.model.fc2.weight)  # type: ignore[arg-type,union-attr]
@@ -326,7 +326,7 @@ SMOKE = ["experiment=smoke", "bits=w2a2", "runtime.tensorboard=false", "runtime.
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    assert cli.main([*SMOKE, "method=dorefa", "pretrain.epochs=4", "epochs=2", f"out={out}"]) == 0
+    assert cli([*SMOKE, "method=dorefa", "pretrain.epochs=4", "epochs=2", f"out={out}"]) == 0
     (path,) = out.glob("*/dorefa-*")
     return path
 
@@ -334,7 +334,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(capsys: pytest.CaptureFixture[str], *words: str | Path) -> list[dict[str, Any]]:
     """Run a verb; return the tables it prints as JSON."""
     capsys.readouterr()
-    assert cli.main([*map(str, words), "--format", "json"]) == 0, capsys.readouterr().err
+    assert cli([*map(str, words), "--format", "json"]) == 0, capsys.readouterr().err
     return json.loads(capsys.readouterr().out)["tables"]  # type: ignore[no-any-return]
 
 
@@ -408,9 +408,9 @@ def test_widths_chosen_are_trained_and_the_files_place_is_no_part_of_the_run(
     moved = tmp_path / "moved"
     moved.mkdir()
     shutil.copy(file, moved / "other.yaml")
-    assert cli.main([*line, f"layers=@{file}"]) == 0
+    assert cli([*line, f"layers=@{file}"]) == 0
     trained = set(run.parent.glob("dorefa-*")) - {run}
-    assert cli.main([*line, f"layers=@{moved / 'other.yaml'}"]) == 0
+    assert cli([*line, f"layers=@{moved / 'other.yaml'}"]) == 0
     assert set(run.parent.glob("dorefa-*")) - {run} == trained, "stored, not trained again"
     (path,) = trained
     result = json.loads((path / "result.json").read_text())
@@ -461,7 +461,7 @@ def test_mistakes_are_named_with_the_fix(
     (tmp_path / "list.yaml").write_text("- 1\n")
     (parent,) = run.parent.glob("float-*")
     places = {"RUN": str(run), "PARENT": str(parent)}
-    assert cli.main([places.get(word, word) for word in words]) == status
+    assert cli([places.get(word, word) for word in words]) == status
     error = capsys.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) <= 3
@@ -477,7 +477,7 @@ def test_a_run_that_is_not_whole_is_refused(run: Path, tmp_path: Path, capsys: p
             (twin / name).unlink()
             if (verb == "sensitivity") != (name == "best.pt") and name != "result.json":
                 continue
-            assert cli.main([verb, str(twin)]) == CheckpointError.status
+            assert cli([verb, str(twin)]) == CheckpointError.status
             assert said in capsys.readouterr().err
     shutil.rmtree(twin)
     shutil.copytree(run, twin)
@@ -485,16 +485,16 @@ def test_a_run_that_is_not_whole_is_refused(run: Path, tmp_path: Path, capsys: p
         damaged = bytearray((twin / name).read_bytes())
         damaged[len(damaged) // 2] ^= 1
         (twin / name).write_bytes(damaged)
-        assert cli.main(["evaluate", str(twin)]) == CheckpointError.status
+        assert cli(["evaluate", str(twin)]) == CheckpointError.status
         assert "damaged" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert cli.main(["inspect", str(tmp_path / "empty")]) == CheckpointError.status
+    assert cli(["inspect", str(tmp_path / "empty")]) == CheckpointError.status
     capsys.readouterr()
 
 
 def test_sensitivity_wants_the_float_parent(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, tmp_path / "x" / run.name)
-    assert cli.main(["sensitivity", str(tmp_path / "x" / run.name), "--out", str(tmp_path / "b.yaml")]) == 4
+    assert cli(["sensitivity", str(tmp_path / "x" / run.name), "--out", str(tmp_path / "b.yaml")]) == 4
     assert "its float parent is not beside it: float-" in capsys.readouterr().err
 
 
@@ -510,7 +510,7 @@ def test_wrong_words_are_answered_without_torch(run: Path, tmp_path: Path) -> No
 
 
 def test_a_finished_runs_network_is_the_one_that_was_measured(run: Path) -> None:
-    parts, model = finished(run, weights="last")
+    parts, model = load_finished_network(run, weights="last")
     stored = torch.load(run / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
     assert parts.config.method_name == "dorefa"

@@ -51,7 +51,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
 
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.Kinds, "_pace", lambda self, parts, model: plan.Pace(1e-3, 10.0, 1.0))
+    monkeypatch.setattr(plan.CostEstimator, "_pace", lambda self, parts, model: plan.StepCost(1e-3, 10.0, 1.0))
 
 
 def _lines(table: Table) -> dict[str, dict[str, str]]:
@@ -73,11 +73,11 @@ def test_layers_of_the_default_network_by_hand(planned: Planned, untimed: None) 
     assert found["fc"]["bytes_ideal"] == 4 * (10 * 32 + 10)
     assert found["all"]["bitops"] == (64 * 8 * 9 + 320) * 1024 + 4 * (4 * 36_864 + 2 * 18_432)
     rows = _lines(layers)
-    assert rows["layer1.0.conv1"]["quantizers"] == "dorefa.Weight dorefa.Activation"
+    assert rows["layer1.0.conv1"]["quantizers"] == "dorefa.DoReFaWeight dorefa.DoReFaActivation"
     assert [rows["conv1"][key] for key in "WAG"] == ["float"] * 3
     assert {value["run"] for value in runs.values} == {
         str(RunDirectory(config).path)
-        for config in plan._with_parent(compose.configurations(["method=dorefa", "bits=w2a2"])[0], plan.Kinds())
+        for config in plan._with_parent(compose.configurations(["method=dorefa", "bits=w2a2"])[0], plan.CostEstimator())
     }
 
 
@@ -135,11 +135,11 @@ def test_every_experiment_plans_without_data(planned: Planned, untimed: None, ex
 def test_a_sweep_costs_one_look_a_kind(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
 
-    def pace(self: plan.Kinds, parts: plan.Parts, model: nn.Module) -> plan.Pace:
+    def pace(self: plan.CostEstimator, parts: plan.Parts, model: nn.Module) -> plan.StepCost:
         looked.append(parts.config.method_name)
-        return plan.Pace(2e-3, 0.0, 0.0)
+        return plan.StepCost(2e-3, 0.0, 0.0)
 
-    monkeypatch.setattr(plan.Kinds, "_pace", pace)
+    monkeypatch.setattr(plan.CostEstimator, "_pace", pace)
     (table,) = planned("-m", "method=dorefa,ttq,mlq", "bits.w=2", "seed=0,1,2", "bits.a=32,2")
     assert sorted(looked) == ["dorefa", "dorefa", "float", "mlq", "ttq"]
     states = [row[1].partition(":")[0] for row in table.rows]
@@ -211,7 +211,9 @@ def test_levels_are_the_quantizers_own(configure: Configure) -> None:
 
 
 def test_a_method_without_levels_is_no_error() -> None:
-    method = Method(name="mine", bits=Bits(2), legal={"w": (2,)}, weight=lambda name, layer, bits: nn.Identity())
+    method = Method(
+        name="mine", bits=Bits(2), supported_bits={"w": (2,)}, weight=lambda name, layer, bits: nn.Identity()
+    )
     from qbench.cost.layers import _levels
 
     assert _levels(method, "weight", (4, 4, 3, 3), 2) is None

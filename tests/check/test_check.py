@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qbench.check.kit import Finding, check, report
 from qbench.check.properties import PROPERTIES
-from qbench.check.subject import Subject
+from qbench.check.subject import MethodUnderTest
 from qbench.config import compose
 from qbench.experiment.setup import make_method, widths
 from qbench.methods import bwn, dorefa, dq, inq, pact, qcnn, qd, ttq, twn
@@ -20,9 +20,9 @@ from qbench.quant.method import Bits, Grid, Method, Storage
 from qbench.quant.ops import on_backward, straight_through
 
 
-def subject(name: str) -> Subject:
+def subject(name: str) -> MethodUnderTest:
     (config,) = compose.configurations([f"method={name}"])
-    return Subject(name, lambda bits: make_method(config, bits), widths(config))
+    return MethodUnderTest(name, lambda bits: make_method(config, bits), widths(config))
 
 
 REACH, LEARNED = "gradients reach what is trained", "gradients of learned parameters"
@@ -62,7 +62,7 @@ class Ternary(nn.Module):
         return self.wrong(self, w)
 
     def grid(self, w: Tensor) -> Grid:
-        return twn.Weight().grid(w)
+        return twn.TWNWeight().grid(w)
 
     def bytes(self, w: Tensor) -> Storage:
         return Storage(w.numel(), 2, 4)
@@ -97,7 +97,7 @@ def counting(site: nn.Module, w: Tensor) -> Tensor:
     return twn.ternarize_weight(w if site.calls < 9 else w.flip(0))
 
 
-class WrongSign(ttq.Weight):
+class WrongSign(ttq.TTQWeight):
     """The minus of the negative scale's gradient left out."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -105,21 +105,21 @@ class WrongSign(ttq.Weight):
         return ttq.ternarize_weight(w, self.positive, negative, self.delta(w))
 
 
-class MeanOfAlpha(pact.Activation):
+class MeanOfAlpha(pact.PACTActivation):
     """A learned clip whose gradient is the mean instead of the sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         return pact.quantize_activation(x, on_backward(self.alpha, lambda grad: grad / x.numel()), self.bits)
 
 
-class Leaky(dorefa.Activation):
+class Leaky(dorefa.DoReFaActivation):
     """Gradient passes where the clip is flat."""
 
     def forward(self, x: Tensor) -> Tensor:
         return straight_through(x, super().forward(x))
 
 
-class Biased(qd.Weight):
+class Biased(qd.QDWeight):
     """Rounds up at random with the square of the probability."""
 
     def forward(self, w: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ PLANTED = {
 def test_what_is_planted_is_found(what: str) -> None:
     build, name = PLANTED[what]
     method = build()
-    one = Subject("planted", lambda bits: method, method.bits if method.bits != Bits() else Bits(2))
+    one = MethodUnderTest("planted", lambda bits: method, method.bits if method.bits != Bits() else Bits(2))
     (prop,) = [p for p in PROPERTIES if p.name == name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qbench.check.kit.PROPERTIES", (prop,))
@@ -223,7 +223,7 @@ class Rounded(nn.Module):
         return Grid((torch.arange(4) / 3).reshape(1, -1, 1).to(x))
 
 
-class Unlearned(pact.Activation):
+class Unlearned(pact.PACTActivation):
     """A learned clip that nothing of the result depends on, for autograd."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class RoundedOutput(nn.Module):
 
 def _rounded() -> Method:
     method = dorefa.build(w=32, a=2)
-    return replace(method, traits=frozenset(), legal={"a": (2, 32)}, input=lambda name, layer, bits: Rounded())
+    return replace(method, traits=frozenset(), supported_bits={"a": (2, 32)}, input=lambda name, layer, bits: Rounded())
 
 
 def _unlearned() -> Method:
@@ -264,7 +264,7 @@ GRADIENTLESS = {
 def asked_to_reach(method: Method) -> Finding:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qbench.check.kit.PROPERTIES", [p for p in PROPERTIES if p.name == REACH])
-        (finding,) = check(Subject("planted", lambda bits: replace(method, bits=bits), method.bits))
+        (finding,) = check(MethodUnderTest("planted", lambda bits: replace(method, bits=bits), method.bits))
     return finding
 
 
@@ -279,7 +279,7 @@ def test_what_is_trained_must_get_a_gradient(what: str) -> None:
 
 def test_no_other_property_looks_for_the_gradient_of_weights() -> None:
     method = weights(plainly_rounded)()
-    plain = Subject("planted", lambda bits: method if bits == method.bits else twn.build(w=bits.w), method.bits)
+    plain = MethodUnderTest("planted", lambda bits: method if bits == method.bits else twn.build(w=bits.w), method.bits)
     assert [finding.name for finding in check(plain) if finding.failures] == [REACH]
 
 
@@ -302,7 +302,7 @@ def test_what_is_not_trained_is_not_asked(build: Callable[[], Method], asked: bo
 
 def test_nothing_to_ask_is_said_and_counted() -> None:
     """Weights rounded to nearest, without a trait, a learned parameter or a quantized input: five have nothing."""
-    one = Subject("bare", lambda bits: replace(twn.build(w=bits.w), traits=frozenset()), Bits(2))
+    one = MethodUnderTest("bare", lambda bits: replace(twn.build(w=bits.w), traits=frozenset()), Bits(2))
     findings = check(one)
     assert {finding.name for finding in findings if not finding.asked} == {
         "weights: odd, monotone, idempotent as declared",
@@ -329,7 +329,7 @@ def test_nothing_to_ask_is_said_and_counted() -> None:
     ],
 )
 def test_the_closing_line(findings: list[Finding], verdict: str) -> None:
-    one = Subject("one", lambda bits: twn.build(), Bits(2))
+    one = MethodUnderTest("one", lambda bits: twn.build(), Bits(2))
     assert report(one, findings).splitlines()[-1] == f"one: {verdict}, 0.0 s"
 
 
@@ -338,7 +338,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         "from dataclasses import replace\n"
         "from torch import nn\n"
         "from qbench.methods import twn\n"
-        "class Bad(twn.Weight):\n"
+        "class Bad(twn.TWNWeight):\n"
         "    def forward(self, w):\n"
         "        return super().forward(w) * 1.01\n"
         "def build(*, w: int = 2):\n"
@@ -348,7 +348,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "rounded.py").write_text(
         "from dataclasses import replace\n"
         "from qbench.methods import twn\n"
-        "class Bad(twn.Weight):\n"
+        "class Bad(twn.TWNWeight):\n"
         "    def forward(self, w):\n"
         "        return super().forward(w).detach() + 0 * w.round()\n"
         "def build(*, w: int = 2):\n"

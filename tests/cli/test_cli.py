@@ -15,23 +15,12 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from helpers import qbench, results
 
 from qbench.cli.main import main as cli
 from qbench.training.checkpoint import weights_sha256
 
 SMOKE = ["experiment=smoke", "method=dorefa"]
-
-
-def qbench(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user would, without a terminal."""
-    return subprocess.run(
-        [sys.executable, "-m", "qbench", *words],
-        capture_output=True, text=True, cwd=cwd, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-    )  # fmt: skip
-
-
-def results(out: Path) -> dict[str, dict[str, object]]:
-    return {p.parent.name.rsplit("-", 1)[0]: json.loads(p.read_text()) for p in out.rglob("result.json")}
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +237,7 @@ def test_a_failed_run_leaves_its_traceback(tmp_path: Path) -> None:
         "    return dataclasses.replace(dorefa.build(w=w, a=a, g=g), name='broken', step=step)\n"
         "def unquantized(*, w: int = 2, a: int = 32, g: int = 32):\n"
         "    import torch\n"
-        "    class Lazy(dorefa.Weight):\n"
+        "    class Lazy(dorefa.DoReFaWeight):\n"
         "        def forward(self, w): return torch.tanh(w)\n"
         "    return dataclasses.replace(dorefa.build(w=w, a=a, g=g), name='lazy', weight=lambda n, l, b: Lazy(b))\n"
     )
@@ -313,11 +302,11 @@ def test_every_verb_has_a_page_with_all_its_flags(capsys: pytest.CaptureFixture[
         flags[verb] = [f"--{name}" for name in {**own, **words.COMMON}]
     assert set(PAGES) == set(cli.VERBS)
     for verb, page in PAGES.items():
-        assert cli.main([verb, "--help"]) == 0
+        assert cli([verb, "--help"]) == 0
         assert capsys.readouterr().out == page + "\n"
         assert page.startswith(f"qbench {verb} ")
         assert all(
             re.search(rf"^  {flag}\b", page, re.MULTILINE) or f"[{flag} " in page for flag in flags.get(verb, ())
         )
-    assert cli.main(["help"]) == cli.main(["-m", "--help"]) == 0
+    assert cli(["help"]) == cli(["-m", "--help"]) == 0
     assert capsys.readouterr().out.count("qbench: papers on low-precision CNNs") == 2

@@ -10,10 +10,10 @@ from qbench.cli import settle
 from qbench.cli.main import main as cli
 from qbench.config.schema import Config
 from qbench.errors import ConfigError
-from qbench.report.comparison.predictions import Figures
+from qbench.report.comparison.predictions import RunAccuracy
 from qbench.report.statistics.differences import paired
 from qbench.runs.directory import Result, RunDirectory
-from qbench.runs.reader import Found
+from qbench.runs.reader import RunRecord
 
 LINE, OTHER = "method=dorefa bits=w2a2", "method=dorefa bits=w4a4"
 SIMULATED = 2000
@@ -21,11 +21,11 @@ SIMULATED = 2000
 
 def drawn(
     rng: np.random.Generator, means: tuple[float, float], spread: float
-) -> Callable[[int], tuple[list[Figures], list[Figures]]]:
+) -> Callable[[int], tuple[list[RunAccuracy], list[RunAccuracy]]]:
     """Return figures of two cells, whose seeds share half of their variance."""
     shared = rng.normal(0, spread, 20)
     arms = [mean + shared + rng.normal(0, spread, 20) for mean in means]
-    return lambda n: ([Figures(x) for x in arms[0][:n]], [Figures(x) for x in arms[1][:n]])
+    return lambda n: ([RunAccuracy(x) for x in arms[0][:n]], [RunAccuracy(x) for x in arms[1][:n]])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_cells_of_unlike_protocol_say_so(first: str, second: str, told: tuple[st
 def test_a_run_that_was_moved_is_not_trained_anew_elsewhere(configure: Callable[..., Config], tmp_path: Path) -> None:
     config = configure("method=dorefa")
     directory = RunDirectory(config)
-    with directory.held():
+    with directory.lock():
         directory.write_config()
     assert settle.parse([str(directory.path), OTHER]).first.identity() == config.identity()
     moved = directory.path.rename(tmp_path / directory.path.name)
@@ -98,17 +98,17 @@ def test_it_stops_at_the_first_look_that_decides() -> None:
 
 def stub(
     figures: dict[str, list[float]], statuses: dict[int, str] | None = None
-) -> Callable[[list[Config]], list[Found]]:
+) -> Callable[[list[Config]], list[RunRecord]]:
     """Return what gives runs of known figures, by widths and seed."""
 
-    def run(configs: list[Config]) -> list[Found]:
+    def run(configs: list[Config]) -> list[RunRecord]:
         found = []
         for c in configs:
             status = (statuses or {}).get(c.seed, "done")
             final = {"test": {"top1": figures[str(c.bits)][c.seed]}}
             values = {"method": "x", "bits": {}, "seed": c.seed, "dataset": "d", "model": "m", "protocol": {}}
             result = Result(status=status, final=final, **values)  # type: ignore[arg-type]
-            found.append(Found(path=Path("nowhere"), status=status, reason="why\nmore", result=result))
+            found.append(RunRecord(path=Path("nowhere"), status=status, reason="why\nmore", result=result))
         return found
 
     return run
@@ -133,7 +133,7 @@ def test_the_verdict_in_words() -> None:
 def test_a_run_without_a_figure_leaves_no_verdict() -> None:
     asked = settle.parse([LINE, OTHER])
     figures = {"w2a2g32": [94.0] * 20, "w4a4g32": [90.0] * 20}
-    with pytest.raises(settle.Lost, match=r"diverged: why$"):
+    with pytest.raises(settle.MissingRunError, match=r"diverged: why$"):
         settle.settle(asked, stub(figures, {2: "diverged"}))
 
 
@@ -168,7 +168,7 @@ def test_the_same_name_is_told_apart_by_keys() -> None:
 def test_from_command_to_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = f"experiment=smoke runtime.tensorboard=false out={tmp_path / 'o'} bits=w2"
     words = ["settle", f"{small} method=dorefa", f"{small} method=ttq", "--most", "3"]
-    assert cli.main(words) == 0
+    assert cli(words) == 0
     said = capsys.readouterr().out
     assert "3 seeds, 450 test images" in said
     runs = sorted(path.parent for path in (tmp_path / "o").rglob("result.json"))
@@ -177,9 +177,9 @@ def test_from_command_to_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[s
         next(run for run in runs if run.name.startswith(f"{name}-w2a32g32-s2")) for name in ("dorefa", "ttq")
     )
     before = [(run / "result.json").stat().st_mtime_ns for run in runs]
-    assert cli.main(["settle", str(dorefa), str(ttq), "--most", "3"]) == 0
+    assert cli(["settle", str(dorefa), str(ttq), "--most", "3"]) == 0
     assert capsys.readouterr().out == said, "run directories are the cells that they belong to"
     assert [(run / "result.json").stat().st_mtime_ns for run in runs] == before
-    assert cli.main(["settle", str(dorefa), f"{small} method=ttq bits=w9", "--most", "3"]) == cli.SWEEP_WITH_FAILURES
+    assert cli(["settle", str(dorefa), f"{small} method=ttq bits=w9", "--most", "3"]) == cli.SWEEP_WITH_FAILURES
     assert "no verdict" in capsys.readouterr().err
-    assert cli.main(["settle", str(dorefa), str(tmp_path)]) == ConfigError.status
+    assert cli(["settle", str(dorefa), str(tmp_path)]) == ConfigError.status

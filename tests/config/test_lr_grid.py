@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Configure
-from test_compare import plant
+from helpers import plant
 
 from qbench.cli.main import main
 from qbench.config import compose

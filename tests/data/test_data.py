@@ -10,7 +10,7 @@ import torch
 
 from qbench.data import digits, svhn, synthetic
 from qbench.data.augment import ATTEMPTS, COLOUR, CROP, centred, coloured, random_box
-from qbench.data.dataset import PIXELS, Augment, Dataset, Loader, Split, augmented, hold_out
+from qbench.data.dataset import PIXELS, Augment, Dataset, Loader, Split, augmented, split_validation
 from qbench.data.normalize import FIXED, statistics
 from qbench.system.torchvision import torchvision
 
@@ -72,12 +72,12 @@ def test_digits_are_split_once_and_for_all() -> None:
 
 def test_hold_out_is_stratified_and_refuses_empty_parts() -> None:
     split = Split(torch.zeros(100, 1, 2, 2, dtype=torch.uint8), torch.arange(100) % 4)
-    train, held = hold_out(split, 0.2)
+    train, held = split_validation(split, 0.2)
     assert held.labels.bincount().tolist() == [5, 5, 5, 5]
     assert len(train) == 80
     for val, phrase in ((1.0, "below 1"), (-0.1, "from 0"), (0.999, "to train on"), (1e-6, "to validate on")):
         with pytest.raises(ValueError, match=phrase):
-            hold_out(split, val)
+            split_validation(split, val)
 
 
 def test_order_and_augmentation_follow_from_seed_epoch_and_place() -> None:

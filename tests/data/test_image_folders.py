@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, Configure
 from filelock import FileLock
+from helpers import CLASSES, picture, write_images
 from PIL import Image
 from torch import Tensor
 
@@ -32,31 +33,11 @@ from qbench.errors import ConfigError, DataError
 from qbench.system.torchvision import torchvision
 
 CPU = torch.device("cpu")
-CLASSES = ("ant", "bee", "cow")
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    """A picture with large and small structures, so that JPEG keeps most of it."""
-    rough = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def write(
-    root: Path, count: int = 6, suffix: str = "jpg", size: tuple[int, int] | None = None, tested: str = "val"
-) -> Path:
-    """Write train and `tested` with three classes; of one (width, height), or of many."""
-    for part, many in (("train", count), (tested, count // 2)):
-        for c, name in enumerate(CLASSES):
-            (root / part / name).mkdir(parents=True)
-            for i in range(many):
-                seed = 1000 * (part == "train") + 100 * c + i
-                picture(seed, *(size or (20 + 3 * i, 18 + 2 * c))).save(root / part / name / f"{i}.{suffix}")
-    return root
 
 
 def built(root: Path, **options: object) -> Dataset:
@@ -76,7 +57,7 @@ def equal(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) 
 
 
 def test_classes_labels_and_ignored_files(tmp_path: Path) -> None:
-    root = write(tmp_path / "set")
+    root = write_images(tmp_path / "set")
     (root / "train" / "ant" / "deeper").mkdir()
     picture(7, 20, 20).save(root / "train" / "ant" / "deeper" / "x.PNG")
     (root / "train" / "bee" / "notes.txt").write_text("no image")
@@ -99,7 +80,7 @@ def test_classes_labels_and_ignored_files(tmp_path: Path) -> None:
 
 
 def test_a_part_of_train_is_held_out(tmp_path: Path) -> None:
-    data = built(write(tmp_path / "set"), val=0.5)
+    data = built(write_images(tmp_path / "set"), val=0.5)
     assert data.train.labels.bincount().tolist() == data.val.labels.bincount().tolist() == [3, 3, 3]
     assert isinstance(data.train, Files)
     assert isinstance(data.val, Files)
@@ -107,9 +88,9 @@ def test_a_part_of_train_is_held_out(tmp_path: Path) -> None:
 
 
 def test_the_test_split_is_val_or_test(tmp_path: Path) -> None:
-    root = write(tmp_path / "set", tested="test")
+    root = write_images(tmp_path / "set", tested="test")
     assert len(built(root).test) == 9
-    write(tmp_path / "other", tested="val")
+    write_images(tmp_path / "other", tested="val")
     (tmp_path / "other" / "val").rename(root / "val")
     with pytest.raises(DataError, match=r"holds val/ and test/\ntype dataset\.test=val or dataset\.test=test"):
         built(root)
@@ -144,7 +125,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_another_layout_is_told_with_what_is_expected(case: str, tmp_path: Path) -> None:
     change, phrase = LAYOUTS[case]
-    root = write(tmp_path / "set")
+    root = write_images(tmp_path / "set")
     change(root)
     with pytest.raises(DataError, match=phrase) as raised:
         built(root)
@@ -155,7 +136,7 @@ def test_another_layout_is_told_with_what_is_expected(case: str, tmp_path: Path)
 
 
 def test_an_empty_class_of_the_test_split_is_allowed(tmp_path: Path) -> None:
-    root = write(tmp_path / "set")
+    root = write_images(tmp_path / "set")
     _remove(root / "val" / "bee")
     assert built(root).test.labels.unique().tolist() == [0, 2]  # type: ignore[no-untyped-call]
 
@@ -174,7 +155,7 @@ def test_an_empty_class_of_the_test_split_is_allowed(tmp_path: Path) -> None:
     ],
 )
 def test_values_out_of_range(options: dict[str, object], phrase: str, tmp_path: Path) -> None:
-    root = write(tmp_path / "set")
+    root = write_images(tmp_path / "set")
     with pytest.raises(ConfigError, match=rf"^dataset\.{phrase}"):
         create("dataset", {"name": "folder", "root": str(root), "size": 12, "resize": 16} | options)
 
@@ -268,7 +249,7 @@ def test_sixteen_bits_cmyk_palettes_and_orientation(tmp_path: Path) -> None:
 
 @pytest.fixture
 def streamed(tmp_path: Path) -> Path:
-    return write(tmp_path / "set", count=8)
+    return write_images(tmp_path / "set", count=8)
 
 
 @pytest.mark.parametrize("augment", ["plain", "inception"])
@@ -299,7 +280,7 @@ def test_an_image_is_augmented_the_same_in_any_batch(streamed: Path) -> None:
 
 
 def test_streamed_and_kept_in_memory_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write(tmp_path / "set", suffix="png", size=(20, 18))
+    root = write_images(tmp_path / "set", suffix="png", size=(20, 18))
     kept = built(root, pad=2, jitter=0.3, val=0.4)
     monkeypatch.setattr(folders, "MEMORY", 1000)
     files = built(root, pad=2, jitter=0.3, val=0.4)
@@ -488,7 +469,7 @@ def test_every_bad_file_is_named(
     if read == "ends":
         monkeypatch.setattr(survey, "WHOLE", 0)
         monkeypatch.setattr(survey, "END", 300)
-    root = write(tmp_path / "set", suffix=suffix)
+    root = write_images(tmp_path / "set", suffix=suffix)
     bad = [f"train/ant/1.{suffix}", f"train/cow/5.{suffix}", f"val/bee/0.{suffix}"]
     for name in bad:
         change(root / name)
@@ -503,7 +484,7 @@ def test_every_bad_file_is_named(
 
 
 def test_twenty_are_named_and_the_rest_counted(tmp_path: Path) -> None:
-    root = write(tmp_path / "set", count=10)
+    root = write_images(tmp_path / "set", count=10)
     for path in (root / "train").rglob("*.jpg"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"^30 of 45 image files .*\n.*, and 10 more\n") as raised:
@@ -513,7 +494,7 @@ def test_twenty_are_named_and_the_rest_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_that_shows_only_in_decoding_is_collected(workers: int, tmp_path: Path) -> None:
-    root = write(tmp_path / "set", suffix="png")
+    root = write_images(tmp_path / "set", suffix="png")
     data = built(root)
     for name in ("train/ant/1.png", "train/bee/2.png"):
         path = root / name
@@ -536,7 +517,7 @@ def test_damage_that_shows_only_in_decoding_is_collected(workers: int, tmp_path:
 
 def test_damage_in_decoding_ends_the_batches_at_once(tmp_path: Path) -> None:
     """What was trained on before is as if nothing were damaged: a run resumes there once the file is whole."""
-    root = write(tmp_path / "set")
+    root = write_images(tmp_path / "set")
     data = built(root)
     assert isinstance(data.train, Files)
     expected, found = all_batches(data), []
@@ -569,7 +550,7 @@ def test_errors_that_are_not_the_files_fault_are_not_told_as_such(streamed: Path
 
 
 def test_the_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, looked = write(tmp_path / "set"), []
+    root, looked = write_images(tmp_path / "set"), []
     look = survey._look
 
     def counted(path: str, size: int, whole: bool) -> survey._Look:
@@ -600,7 +581,7 @@ def test_the_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_of_large_sets_the_ends_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "WHOLE", 1000)
     monkeypatch.setattr(survey, "END", 100)
-    root = write(tmp_path / "set", suffix="bmp")
+    root = write_images(tmp_path / "set", suffix="bmp")
     first = built(root).fingerprint()
     assert first["files_hashed"] == "names, sizes, first and last 100 bytes of each file"
     path = root / "train" / "ant" / "0.bmp"
@@ -614,14 +595,14 @@ def test_of_large_sets_the_ends_are_hashed(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_nothing_is_remembered_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write(tmp_path / "set")
+    root = write_images(tmp_path / "set")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert built(root).fingerprint() == built(root).fingerprint()
 
 
 def test_the_split_is_part_of_the_fingerprint(tmp_path: Path) -> None:
-    root = write(tmp_path / "set")
+    root = write_images(tmp_path / "set")
     first, second = (built(root, val=val).fingerprint() for val in (0.2, 0.4))
     assert {key for key in first if first[key] != second[key]} == {
         "train_images", "val_images", "train_sha256", "val_sha256"
@@ -740,7 +721,7 @@ def test_what_decides_the_result(configure: Configure) -> None:
 
 @pytest.mark.parametrize("sizes", ["one", "many"])
 def test_one_epoch_end_to_end(sizes: str, tmp_path: Path) -> None:
-    root = write(tmp_path / "set", count=8, size=(20, 20) if sizes == "one" else None)
+    root = write_images(tmp_path / "set", count=8, size=(20, 20) if sizes == "one" else None)
     words = [
         "dataset=folder", f"dataset.root={root}", "dataset.size=16", "dataset.resize=18", "dataset.val=0.25",
         "experiment=smoke", "method=dorefa", "bits=w2", "optim.batch_size=6", "pretrain.optim.batch_size=6",

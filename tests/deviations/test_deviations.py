@@ -366,7 +366,11 @@ def test_registry(method: str, name: str) -> None:
     faithful.check(faithful.bits)
     deviating = deviate(method, name, faithful)
     assert deviating is not faithful
-    assert (deviating.name, deviating.bits, deviating.legal) == (faithful.name, faithful.bits, faithful.legal)
+    assert (deviating.name, deviating.bits, deviating.supported_bits) == (
+        faithful.name,
+        faithful.bits,
+        faithful.supported_bits,
+    )
     with pytest.raises(Unsupported, match=f"deviation={name} has no effect at bits=w32a32g32; try bits={known.bits}"):
         deviate(method, name, replace(faithful, bits=type(faithful.bits)()))
 
@@ -455,7 +459,7 @@ def test_declared_levels_are_those_it_has_after_training(method: str, name: str)
             step(model, optimizer)
     for layer in quantized_layers(model).values():
         layer.weight.data[0, :3] = torch.tensor([0.0, -0.0, 0.5])
-        if isinstance(layer.weight_q, ttq.Weight):
+        if isinstance(layer.weight_q, ttq.TTQWeight):
             layer.weight.data[1, 0] = layer.weight_q.delta(layer.weight)
         if name.startswith("unclamped"):
             next(layer.weight_q.parameters()).data.neg_()

@@ -15,7 +15,7 @@ from conftest import ROOT
 from qbench.config import compose, registry
 from qbench.config.schema import Bits
 from qbench.experiment.setup import make_method, widths
-from qbench.papers.published import lacking, papers
+from qbench.papers.published import missing_requirements, papers
 from qbench.papers.rows import PROVENANCES, Paper, Row
 from qbench.quant.method import FLOAT
 
@@ -109,7 +109,7 @@ def test_methods_stand_with_their_papers(script: ModuleType) -> None:
 def test_what_is_quantized_is_read_from_the_card(script: ModuleType) -> None:
     for name in registry.names("method"):
         (config,) = compose.configurations([f"method={name}"])
-        legal = make_method(config, widths(config)).legal
+        legal = make_method(config, widths(config)).supported_bits
         known = "".join(key for key in "wag" if any(k in legal.get(key, ()) for k in range(1, FLOAT)))
         assert script.quantized(name) == known, f"{name}: the card's Bits, as `w 1 or 32, a 32, g 32`"
 
@@ -124,7 +124,9 @@ def test_every_claim_and_every_known_deviation_appears() -> None:
 
 def test_what_has_not_been_run_is_said() -> None:
     for paper in papers():
-        ran, ready = (sum(map(what, paper.rows)) for what in (lambda r: bool(r.measured), lambda r: not lacking(r)))
+        ran, ready = (
+            sum(map(what, paper.rows)) for what in (lambda r: bool(r.measured), lambda r: not missing_requirements(r))
+        )
         said = f"Run here: {ran}; ready to run where the data are at hand: {ready}."
         assert said in " ".join(SECTIONS[paper.name].split())
 

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, Configure
 
 from qbench.cli import compare as asked
+from qbench.cli.main import VERBS
 from qbench.cli.main import main as cli
 from qbench.config import compose
 from qbench.models import mlp
@@ -28,7 +29,7 @@ def commands() -> list[list[str]]:
 def test_every_command_of_the_readme_is_one(configure: Configure) -> None:
     assert len(commands()) >= 6
     for words in commands():
-        if words[0] in cli.VERBS:
+        if words[0] in VERBS:
             continue
         asks = "--cfg" in words
         assert bool(compose.configurations(words)) is not asks, words
@@ -44,12 +45,12 @@ def test_tables_of_results_are_those_of_their_records() -> None:
 def test_the_verbs_of_the_readme_exist() -> None:
     verbs = "compare|describe|list|plan|check|draw|ledger|settle|inspect|sensitivity|evaluate"
     for verb in set(re.findall(rf"qbench ({verbs})\b", README)):
-        assert verb in cli.VERBS, verb
+        assert verb in VERBS, verb
 
 
 def test_conclusions_quoted_are_those_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    said = asked.answer(["docs/records/methods-glyphs.json"]).splitlines()
+    said = asked.run_compare(["docs/records/methods-glyphs.json"]).splitlines()
     quoted = re.findall(r"^    (w\d+a\d+g\d+: .*)$", README, re.MULTILINE)
     assert len(quoted) == 2
     assert set(quoted) <= set(said)
@@ -85,7 +86,7 @@ def test_a_method_of_ones_own(
     _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "my_method.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["check", "my_method:build"]) == 0
+    assert cli(["check", "my_method:build"]) == 0
     assert "properties hold" in capsys.readouterr().out
     (config,) = compose.configurations(["method=my_method:build", "method.factor=3"])
     assert config.method["factor"] == 3

@@ -20,7 +20,7 @@ from qbench.experiment import sweep
 from qbench.experiment.setup import assemble
 from qbench.quant.method import Unsupported
 from qbench.runs.directory import RunDirectory
-from qbench.runs.reader import Found, read
+from qbench.runs.reader import RunRecord, read
 
 THIN = ("dataset=digits", "model=resnet8")
 
@@ -103,16 +103,16 @@ def plant(config: Config, top1: float, size: float, parent: tuple[Config, float]
     own, figure = parent
     base = {"run": str(RunDirectory(own).path), "final": {"test": {"top1": figure}, "val": {}}, "best": None}
     cost = {"bits_per_weight": 2.0, "bytes_ideal": size, "bitops": 1, "bytes_float": 1, "macs": 1}
-    with directory.held():
+    with directory.lock():
         directory.write_config()
         alone = config.is_parent
-        directory.conclude(
+        directory.finish(
             directory.new_result("done", final=final, float=None if alone else base, cost=cost, wall_seconds=1.0)
         )
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[RunRecord]:
     """Three methods at W2, one at W3, float at width 8; controls of 700 and 900 bytes; three seeds."""
     figures = {  # words -> bytes, top-1 of the three seeds
         ("method=float",): (4000, [95.0, 96.0, 97.0]),
@@ -139,7 +139,7 @@ def composed(out: Path, *words: str) -> Config:
     return config
 
 
-def test_every_network_is_set_against_what_fits_into_its_bytes(script: ModuleType, found: list[Found]) -> None:
+def test_every_network_is_set_against_what_fits_into_its_bytes(script: ModuleType, found: list[RunRecord]) -> None:
     rows = {
         (row["method"].split()[0], row["bits"]["w"], row["width"], row["role"]): row for row in script.rows_of(found)
     }
@@ -158,7 +158,7 @@ def test_every_network_is_set_against_what_fits_into_its_bytes(script: ModuleTyp
     assert (d.mean, d.low, d.high) == (-1.0, -1.0, -1.0)
 
 
-def test_the_table(script: ModuleType, found: list[Found]) -> None:
+def test_the_table(script: ModuleType, found: list[RunRecord]) -> None:
     whole, two, three = script.tables(found)
     assert [row[0] for row in whole.rows] == ["float", "float, fine-tuned"]
     assert [row[0] for row in two.rows] == [
@@ -185,7 +185,7 @@ def test_the_table(script: ModuleType, found: list[Found]) -> None:
     assert three.notes[:2] == [f"W3: no {kind} network within these bytes" for kind in script.CONTROLS]
 
 
-def test_the_sentence_of_a_width(script: ModuleType, found: list[Found]) -> None:
+def test_the_sentence_of_a_width(script: ModuleType, found: list[RunRecord]) -> None:
     """dorefa: +4 +5 +6; lsq: +1 +3 +5, 3 +- 4.97; ttq: -2 -1.9 -2.1. Of the 8-bit net: +2 +1 +0, and -1 -1 -1."""
     _, two, _ = script.tables(found)
     against_float, against_int8 = two.notes[:2]
@@ -196,13 +196,13 @@ def test_the_sentence_of_a_width(script: ModuleType, found: list[Found]) -> None
     assert against_int8.endswith("above: none; below: lsq; not told apart: dorefa")
 
 
-def test_a_seed_that_a_control_lacks_is_left_out(script: ModuleType, found: list[Found]) -> None:
+def test_a_seed_that_a_control_lacks_is_left_out(script: ModuleType, found: list[RunRecord]) -> None:
     some = [run for run in found if run.result and not (run.result.bits["w"] == 8 and run.result.seed == 0)]
     row = next(r for r in script.rows_of(some) if r["method"] == "dorefa" and r["bits"]["w"] == 2)
     assert (row["n"], row["against"]["8-bit"][1].n) == (3, 2)
 
 
-def test_failed_runs_are_listed(script: ModuleType, found: list[Found]) -> None:
+def test_failed_runs_are_listed(script: ModuleType, found: list[RunRecord]) -> None:
     failed = replace(found[0], status="failed", reason="why", result=None)
     assert script.tables([failed, *found[1:]])[-1].values[0]["reason"] == "why"
 

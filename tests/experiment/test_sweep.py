@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_cli import qbench, results
+from helpers import qbench, results
 
 SMOKE = ["-m", "experiment=smoke", "runtime.tensorboard=false"]
 SABOTAGE = """

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Configure
+from helpers import quantizing_bits
 
 from qbench.config import compose, registry
 from qbench.config.schema import Config
@@ -13,9 +14,9 @@ from qbench.data.dataset import Loader
 from qbench.deviations.registry import deviations
 from qbench.errors import Interrupted
 from qbench.experiment.run import run
-from qbench.experiment.session import Desk
-from qbench.experiment.setup import Parts, assemble
-from qbench.quant.layers import effective_weight, of_quantizer, quantized_layers
+from qbench.experiment.session import RunContext
+from qbench.experiment.setup import ExperimentSetup, assemble
+from qbench.quant.layers import effective_weight, is_quantizer_key, quantized_layers
 from qbench.quant.method import FLOAT, Probe, Unsupported
 from qbench.quant.verify import verify
 from qbench.runs.directory import Result
@@ -35,15 +36,9 @@ TRAITS = {
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
-def widest(name: str) -> str:
-    """The narrowest widths that quantize all that a method can: 2 bits where legal, else its smallest; 4 for g."""
-    method = registry.create("method", {"name": name})
-    legal = {key: [k for k in range(1, FLOAT) if k in method.legal.get(key, ())] for key in "wag"}
-    chosen = {key: (4 if key == "g" else 2) for key in "wag"}
-    return "".join(f"{k}{chosen[k] if chosen[k] in legal[k] else (legal[k] or [FLOAT])[0]}" for k in "wag")
-
-
-def trained(config: Config, parts: Parts | None = None, epochs: int | None = None) -> tuple[Task, State, list[float]]:
+def trained(
+    config: Config, parts: ExperimentSetup | None = None, epochs: int | None = None
+) -> tuple[Task, State, list[float]]:
     """Train a configuration in memory from scratch; return the step losses too."""
     parts = parts or assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
@@ -57,9 +52,9 @@ def trained(config: Config, parts: Parts | None = None, epochs: int | None = Non
     )  # fmt: skip
     seed_everything(config.seed)
     state, losses = State(optim.build(model, config.optim)), []
-    from qbench.training.loop import Watch
+    from qbench.training.loop import Callbacks
 
-    fit(task, state, Watch(step=lambda state, loss: losses.append(loss.item())))
+    fit(task, state, Callbacks(step=lambda state, loss: losses.append(loss.item())))
     return task, state, losses
 
 
@@ -91,8 +86,10 @@ def test_yaml_and_factory_agree(name: str, configure: Configure) -> None:
 @every_method
 def test_something_is_quantized_and_lies_on_its_levels(name: str, smoke: Configure) -> None:
     recipe = ["optim=adam_cosine", "optim.lr=0.01", "epochs=4", "pretrain.epochs=4"]
-    task, _, losses = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch", *recipe))
-    if any(p.requires_grad and not of_quantizer(n) for n, p in task.model.named_parameters()):  # dq trains points alone
+    task, _, losses = trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", *recipe))
+    if any(
+        p.requires_grad and not is_quantizer_key(n) for n, p in task.model.named_parameters()
+    ):  # dq trains points alone
         assert sum(losses[-9:]) < 0.95 * sum(losses[:9])
     images = next(iter(task.probe.batches))[0]
     found = verify(task.model, images)
@@ -118,7 +115,8 @@ def test_declared_properties_hold(name: str) -> None:
 @every_method
 def test_trains_the_same_from_the_same_seed(name: str, smoke: Configure) -> None:
     first, second, other = (
-        trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch", f"seed={s}")) for s in (0, 0, 1)
+        trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", f"seed={s}"))
+        for s in (0, 0, 1)
     )
     assert first[2] == second[2]
     assert weights_sha256(first[0].model.state_dict()) == weights_sha256(second[0].model.state_dict())
@@ -127,7 +125,7 @@ def test_trains_the_same_from_the_same_seed(name: str, smoke: Configure) -> None
 
 @every_method
 def test_evaluation_is_deterministic_and_draws_nothing(name: str, smoke: Configure) -> None:
-    task, _, _ = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch"))
+    task, _, _ = trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch"))
     before = torch.get_rng_state()
     assert evaluate(task.model, task.validate()) == evaluate(task.model, task.validate())
     assert torch.equal(torch.get_rng_state(), before)
@@ -135,7 +133,7 @@ def test_evaluation_is_deterministic_and_draws_nothing(name: str, smoke: Configu
 
 @every_method
 def test_checkpoint_round_trip_is_exact(name: str, smoke: Configure) -> None:
-    config = smoke(f"method={name}", f"bits={widest(name)}", "init=scratch")
+    config = smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch")
     task, state, _ = trained(config)
     saved = unpack(pack(state.save(task.model)), "memory")
     parts = assemble(config)
@@ -153,7 +151,7 @@ def test_checkpoint_round_trip_is_exact(name: str, smoke: Configure) -> None:
 
 @every_method
 def test_no_tensor_of_a_quantizer_misses_the_state_dict(name: str, smoke: Configure) -> None:
-    task, _, _ = trained(smoke(f"method={name}", f"bits={widest(name)}", "init=scratch"))
+    task, _, _ = trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch"))
     kept = {id(t) for t in [*task.model.parameters(), *task.model.buffers()]}
     for layer in quantized_layers(task.model).values():
         for module in (m for site in (layer.weight_q, layer.input_q, layer.output_q) for m in site.modules()):
@@ -174,7 +172,7 @@ def test_32_bits_are_the_float_computation_bit_for_bit(name: str, smoke: Configu
 
 def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple[Result, Result]:
     """Run a configuration undisturbed, and again with a stop at the given question of the loop; return both results."""
-    whole = run(smoke(*words), Desk())
+    whole = run(smoke(*words), RunContext())
     asked = {"times": 0}
 
     def stop() -> int:  # asked after every step and epoch
@@ -182,18 +180,18 @@ def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple
         return 15 if asked["times"] >= calls else 0
 
     with pytest.raises(Interrupted):
-        run(smoke(*words, "rerun=true"), Desk(stop=stop))
-    return whole, run(smoke(*words), Desk())
+        run(smoke(*words, "rerun=true"), RunContext(stop=stop))
+    return whole, run(smoke(*words), RunContext())
 
 
 @every_method
 def test_two_and_two_epochs_are_four(name: str, smoke: Configure) -> None:
-    words = [f"method={name}", f"bits={widest(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
-    if not registry.create("method", {"name": name}).trained:
-        result = run(smoke(*words), Desk())
+    words = [f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
+    if not registry.create("method", {"name": name}).needs_training:
+        result = run(smoke(*words), RunContext())
         assert result.best is None
         assert result.final is not None
-        assert result.asks == ["not trained: post-training quantization"]
+        assert result.protocol_changes == ["not trained: post-training quantization"]
         return
     whole, again = stopped_and_resumed(smoke, words, calls=48)  # in the middle of the third epoch
     assert again.weights_sha256 == whole.weights_sha256
@@ -215,7 +213,7 @@ def test_a_resume_keeps_every_option_of_the_optimizer(smoke: Configure, optimize
 def test_widths_that_a_method_cannot_use_are_unsupported(name: str, smoke: Configure) -> None:
     method = registry.create("method", {"name": name})
     for key in "wag":
-        illegal: list[Any] = [k for k in range(1, FLOAT) if k not in method.legal.get(key, ())]
+        illegal: list[Any] = [k for k in range(1, FLOAT) if k not in method.supported_bits.get(key, ())]
         if illegal:
             with pytest.raises(Unsupported, match=rf"bits\.{key}={illegal[0]}"):
                 assemble(smoke(f"method={name}", f"bits.{key}={illegal[0]}"))

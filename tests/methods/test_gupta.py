@@ -17,7 +17,7 @@ from qbench.methods import gupta, uniform
 from qbench.methods.gupta import Format, to_fixed
 from qbench.models import mlp
 from qbench.quant import fused_kernels as passes
-from qbench.quant.layers import KeepOutput, effective_weight, install, quantized_layers
+from qbench.quant.layers import IdentityOutput, effective_weight, install, quantized_layers
 from qbench.quant.method import Bits, Method, Unsupported
 from qbench.quant.policy import Policy
 from qbench.quant.verify import NotQuantized, verify
@@ -310,7 +310,10 @@ def test_rounding_is_random_in_training_and_to_nearest_in_evaluation() -> None:
     images = torch.rand(16, 1, 2, 2)
     assert not torch.equal(model.train()(images), model(images))
     x = torch.randn(64, 3, generator=seeded()).requires_grad_()
-    site, state = gupta.Output(Format(6, 2, "stochastic"), Format(-4, 12, "stochastic")).eval(), torch.get_rng_state()
+    site, state = (
+        gupta.GuptaOutput(Format(6, 2, "stochastic"), Format(-4, 12, "stochastic")).eval(),
+        torch.get_rng_state(),
+    )
     y = site(x, x)
     up = torch.randn(64, 3, generator=seeded(1)) / 99
     assert torch.equal(y, to_fixed(x, 6, 2, "nearest"))
@@ -513,7 +516,7 @@ def test_the_images_width_is_not_that_of_the_first_layers_output(image: int | st
     layers = quantized_layers(model)
     found = [layers[name].output_q.activations for name in ("fc1", "fc2", "fc3")]
     assert found == [Format(6, fraction, "stochastic") for fraction in (10, 6, 10)]
-    assert isinstance(model.fc4.output_q, KeepOutput), "a float layer's output is not touched"
+    assert isinstance(model.fc4.output_q, IdentityOutput), "a float layer's output is not touched"
 
 
 def test_weights_alone_leave_outputs_alone() -> None:
@@ -522,7 +525,7 @@ def test_weights_alone_leave_outputs_alone() -> None:
     other = replace(uniform.build(w=32, a=8), bits=Bits(16, 8), weight=alone.weight, output=alone.output)
     for method in (alone, other):
         model = install(method, mlp.build((1, 2, 2), 3, norm="none"))
-        assert all(isinstance(found.output_q, KeepOutput) for found in quantized_layers(model).values())
+        assert all(isinstance(found.output_q, IdentityOutput) for found in quantized_layers(model).values())
 
 
 def test_initial_weights_are_rounded_to_nearest_and_draw_nothing() -> None:

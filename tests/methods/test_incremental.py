@@ -10,7 +10,7 @@ from torch import nn
 from qbench.methods import inq
 from qbench.models import mlp
 from qbench.quant.layers import effective_weight, fully_quantized, install, quantized_layers
-from qbench.quant.masks import FrozenWeight, grow, stage, stage_borders
+from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
 
 
 def level_of(w: Fraction, n1: int, bits: int) -> Fraction:
@@ -66,9 +66,9 @@ def test_the_largest_first_and_masks_only_grow() -> None:
     second = inq.select_largest(moved, 0.75, first)
     assert second.tolist() == [True, True, True, False, True, False, True, True], "old ones stay, small as they are now"
     assert not frozen.any()
-    assert torch.equal(grow(second, w.abs(), 0.5), second), "a smaller portion takes nothing back"
+    assert torch.equal(extend_mask(second, w.abs(), 0.5), second), "a smaller portion takes nothing back"
     assert inq.select_largest(w, 1.0, second).all()
-    ties = grow(torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3), 0.5)
+    ties = extend_mask(torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3), 0.5)
     assert ties.tolist() == [[True, True, True], [False, False, False]]
 
 
@@ -89,8 +89,8 @@ def test_frozen_weights_are_bit_identical_under_momentum_and_decay(kind: type[to
 
     train(3)
     site = layer.weight_q
-    assert isinstance(site, inq.Weight)
-    site.advance(layer.weight, 0.5, "largest")
+    assert isinstance(site, inq.INQWeight)
+    site.freeze_next(layer.weight, 0.5, "largest")
     frozen, before = site.frozen.clone(), effective_weight(layer).clone()
     latent = layer.weight.detach().clone()
     train(5)
@@ -99,7 +99,7 @@ def test_frozen_weights_are_bit_identical_under_momentum_and_decay(kind: type[to
     assert not torch.equal(after[~frozen], before[~frozen]), "free weights train on"
     assert not torch.equal(layer.weight[frozen], latent[frozen]), "momentum moved what lies beneath"
     layer.weight.data.mul_(100)  # free weights outgrow the levels
-    site.advance(layer.weight, 1.0, "largest")
+    site.freeze_next(layer.weight, 1.0, "largest")
     assert torch.equal(effective_weight(layer)[frozen], before[frozen])
     assert site.complete
     assert fully_quantized(model)
@@ -111,8 +111,8 @@ def test_random_partition_draws_from_the_global_generator() -> None:
     masks = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        site = inq.Weight(w, 5)
-        site.advance(w, 0.3, "random")
+        site = inq.INQWeight(w, 5)
+        site.freeze_next(w, 0.3, "random")
         masks.append(site.frozen.clone())
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])

@@ -29,7 +29,7 @@ from qbench.quant.method import Bits, Probe
 from qbench.quant.policy import quantizable
 from qbench.quant.verify import verify
 from qbench.training import optimizer as optim
-from qbench.training.loop import State, Task, Watch, fit
+from qbench.training.loop import Callbacks, State, Task, fit
 
 STEPS = 2
 FILES = [name for name in compose.names("experiment") if "/" in name and not name.startswith("claims/")]
@@ -128,15 +128,15 @@ def trains(config: Config) -> None:
         method.prepare(model, probe)
     before = {name: some_of(p) for name, p in model.named_parameters() if p.requires_grad}
     task = Task(
-        model=model, method=method, optim=config.optim, epochs=STEPS if method.trained else 0, steps=1,
+        model=model, method=method, optim=config.optim, epochs=STEPS if method.needs_training else 0, steps=1,
         train=lambda epoch, start: [batch], validate=list, probe=probe,
     )  # fmt: skip
     losses: list[float] = []
-    fit(task, State(optim.build(model, config.optim)), Watch(step=lambda state, loss: losses.append(loss.item())))
+    fit(task, State(optim.build(model, config.optim)), Callbacks(step=lambda state, loss: losses.append(loss.item())))
     assert len(losses) == task.epochs
     assert all(map(math.isfinite, losses)), losses
     moved = any(not torch.equal(some_of(p), before[name]) for name, p in model.named_parameters() if name in before)
-    assert moved == method.trained, "parameters"
+    assert moved == method.needs_training, "parameters"
     assert fully_quantized(model)
     found = verify(model, batch[0])
     assert bool(found) == (parts.method.bits != Bits())
@@ -170,8 +170,8 @@ def test_what_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     name, config = next(iter(families("lsq").items()))
     mutants: dict[str, tuple[object, str, Callable[..., Any]]] = {
         "AssertionError: parameters": (lsq, "stepped", lambda model, optimizer: None),
-        "NotQuantized: ": (lsq.Weight, "forward", lambda site, w: w * site.step),
-        "AssertionError: one value": (lsq.Weight, "forward", lambda site, w: 0 * w * site.step),
+        "NotQuantized: ": (lsq.LSQWeight, "forward", lambda site, w: w * site.step),
+        "AssertionError: one value": (lsq.LSQWeight, "forward", lambda site, w: 0 * w * site.step),
     }
     for told, (owner, key, mutant) in mutants.items():
         with monkeypatch.context() as patch:

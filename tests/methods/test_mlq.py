@@ -36,12 +36,12 @@ def check_one_layer() -> None:
     """Section MLQ: float, boundaries shared, clustered anew with those fast, all shared."""
     model = install(mlq.build(), Parallel([WEIGHTS]), ALL_LAYERS)
     probe, (layer,) = probe_of(model, [1.0] * 7), quantized_layers(model).values()
-    mlq.advance(model, 1, True, probe)
+    mlq.freeze_next(model, 1, True, probe)
     assert weights_now(model)[0] == pytest.approx([-2.9, -2.9, -0.2, 0.1, 0.4, 2.1, 2.1])
     assert not fully_quantized(model)
     layer.weight.data += torch.tensor([9.0, 0.0, 0.1, 1.9, 0.2, -9.0, 0.0])  # trained: -0.1, 2.0 and 0.6 are free
     assert weights_now(model)[0] == pytest.approx([-2.9, -2.9, -0.1, 2.0, 0.6, 2.1, 2.1])
-    mlq.advance(model, 2, True, probe)
+    mlq.freeze_next(model, 2, True, probe)
     assert weights_now(model)[0] == pytest.approx([-2.9, -2.9, 0.25, 2.1, 0.25, 2.1, 2.1]), "2.0 is absorbed"
     assert fully_quantized(model)
 
@@ -52,17 +52,17 @@ def test_boundaries_first_then_zero_at_its_mean() -> None:
 
 @pytest.mark.parametrize("mutant", ["zero cluster first", "zero pinned", "all at once"])
 def test_wrong_steps_are_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def zero_first(site: mlq.Weight, w: Tensor) -> tuple[Clusters, Tensor]:
+    def zero_first(site: mlq.MLQWeight, w: Tensor) -> tuple[Clusters, Tensor]:
         return true(site, w)[0], torch.tensor([site.state > 0, True, site.state > 0])
 
-    def at_once(site: mlq.Weight, w: Tensor) -> tuple[Clusters, Tensor]:
+    def at_once(site: mlq.MLQWeight, w: Tensor) -> tuple[Clusters, Tensor]:
         return true(site, w)[0], torch.ones(3, dtype=torch.bool)
 
-    true = mlq.Weight.next
+    true = mlq.MLQWeight.next
     if mutant == "zero pinned":
         monkeypatch.setitem(mlq.PINNED, "mean", (0.0,))
     else:
-        monkeypatch.setattr(mlq.Weight, "next", {"zero cluster first": zero_first, "all at once": at_once}[mutant])
+        monkeypatch.setattr(mlq.MLQWeight, "next", {"zero cluster first": zero_first, "all at once": at_once}[mutant])
     with pytest.raises(AssertionError):
         check_one_layer()
 
@@ -80,7 +80,7 @@ def test_five_clusters_go_from_outside_in() -> None:
     model = install(mlq.build(w=3), Parallel([weights]), ALL_LAYERS)
     probe, (site,) = probe_of(model, [1.0] * 10), sites_of(model)
     for step, settled in enumerate(([-9.0, 8.0], [-9.0, -4.0, 5.0, 8.0], values), 1):
-        mlq.advance(model, step, True, probe)
+        mlq.freeze_next(model, step, True, probe)
         assert site.centroids[site.settled].tolist() == pytest.approx(settled)
     assert fully_quantized(model)
 
@@ -99,7 +99,7 @@ def check_order() -> None:
     for scales, expected in (((2.0, 1.0, 3.0), [2, 3, 1]), ((1.0, 3.0, 2.0), [3, 1, 2])):
         model = install(mlq.build(), Parallel([LAYER] * 3), ALL_LAYERS)
         probe = probe_of(model, scaled(*scales))
-        mlq.advance(model, 3, True, probe)
+        mlq.freeze_next(model, 3, True, probe)
         assert [turn[0] for turn in turns(model)] == expected
         losses = [site.loss[0].item() for site in sites_of(model)]  # type: ignore[operator]
         assert losses == pytest.approx([(0.1 * s) ** 2 for s in scales], rel=1e-4), "measured with the others float"
@@ -123,7 +123,7 @@ def test_what_is_left_is_measured_anew() -> None:
     model = install(mlq.build(), Parallel([LAYER] * 3), ALL_LAYERS)
     probe = probe_of(model, scaled(2.0, -1.0, 1.5))
     for count in (1, 2, 3):
-        mlq.advance(model, count, True, probe)
+        mlq.freeze_next(model, count, True, probe)
     assert [turn[0] for turn in turns(model)] == [1, 3, 2]
     losses = [site.loss[0].item() for site in sites_of(model)]  # type: ignore[operator]
     assert losses == pytest.approx([0.04, (0.2 + 0.15 - 0.1) ** 2, 0.35**2], rel=1e-4)
@@ -140,7 +140,7 @@ def test_stages_are_those_of_the_transcription(k: int, bits: int, groups: int, s
     done = 0
     for _ in range(groups):
         for count in (1, 2):
-            mlq.advance(model, done + count, True, probe)
+            mlq.freeze_next(model, done + count, True, probe)
             for i, measured in mlq_steps(layers, k, groups, count, loss):
                 done += 1
                 site, step = sites_of(model)[i], layers[i].step - 1
@@ -198,17 +198,17 @@ def test_without_depth_all_layers_advance_at_once_and_nothing_is_measured() -> N
     assert method.phases(4) == mlq.build().phases(4) == [2], "the learning rate is that of the other"
     measured = install(mlq.build(), Parallel([LAYER, WEIGHTS]), ALL_LAYERS)
     with pytest.raises(AssertionError, match="the probe is asked"):
-        mlq.advance(measured, 1, True, probe)
+        mlq.freeze_next(measured, 1, True, probe)
 
 
 def test_order_and_losses_outlive_a_checkpoint_and_are_reported() -> None:
     model = install(mlq.build(), Parallel([LAYER] * 3), ALL_LAYERS)
     probe = probe_of(model, scaled(2.0, 1.0, 3.0))
-    mlq.advance(model, 4, True, probe)
+    mlq.freeze_next(model, 4, True, probe)
     again = install(mlq.build(), Parallel([LAYER] * 3), ALL_LAYERS)
     again.load_state_dict(model.state_dict())
     for one in (model, again):
-        mlq.advance(one, 5, True, probe)
+        mlq.freeze_next(one, 5, True, probe)
     assert turns(again) == turns(model)
     assert weights_now(again) == weights_now(model)
     told = [site.report() for site in sites_of(again)]
@@ -223,4 +223,4 @@ def test_options() -> None:
         mlq.build(zero="half")
     assert mlq.build(w=32).phases(30) == ()
     assert mlq.build(w=3).phases(30) == [10, 20]
-    assert mlq.Weight(torch.zeros(10), 2).bytes(torch.zeros(10)) == (10, 2, 12)
+    assert mlq.MLQWeight(torch.zeros(10), 2).bytes(torch.zeros(10)) == (10, 2, 12)

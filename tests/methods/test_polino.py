@@ -132,7 +132,7 @@ def test_stochastic_rounding_is_unbiased() -> None:
 
 
 def test_draws_come_from_the_global_generator_in_training_only() -> None:
-    w, site = random(600), qd.Weight(2, 256, stochastic=True)
+    w, site = random(600), qd.QDWeight(2, 256, stochastic=True)
     torch.manual_seed(1)
     first = site(w)
     assert not torch.equal(first, site(w))
@@ -140,7 +140,7 @@ def test_draws_come_from_the_global_generator_in_training_only() -> None:
     assert torch.equal(first, site(w))
     before = torch.get_rng_state()
     assert torch.equal(site.eval()(w), qd.quantize_bucketed(w, 2))
-    assert torch.equal(qd.Weight(2, 256, stochastic=False)(w), site(w)), "training without draws"
+    assert torch.equal(qd.QDWeight(2, 256, stochastic=False)(w), site(w)), "training without draws"
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -196,10 +196,10 @@ def test_ratios_of_the_paper() -> None:
     """k f / (k b + 2 f) for k = 256, f = 32; and what the quantizer itself reports, for whole buckets."""
     assert [round(qd.compression_ratio(b), 2) for b in (2, 4, 8)] == [14.22, 7.53, 3.88]
     for bits in (2, 4, 8):
-        stored = qd.Weight(bits, 256, False).bytes(torch.empty(10 * 256))
+        stored = qd.QDWeight(bits, 256, False).bytes(torch.empty(10 * 256))
         assert 10 * 256 * 4 / stored.ideal == pytest.approx(qd.compression_ratio(bits), rel=1e-12)
-    assert qd.Weight(2, 256, False).bytes(torch.empty(3, 100)) == (300, 2, 16), "two buckets"
-    assert qd.Weight(2, 0, False).bytes(torch.empty(3, 100)) == (300, 2, 8)
+    assert qd.QDWeight(2, 256, False).bytes(torch.empty(3, 100)) == (300, 2, 16), "two buckets"
+    assert qd.QDWeight(2, 0, False).bytes(torch.empty(3, 100)) == (300, 2, 8)
 
 
 def test_huffman_by_hand() -> None:
@@ -349,9 +349,9 @@ def batch(count: int = 64, seed: int = 1) -> Batch:
     return x, y
 
 
-def points_of(model: nn.Module) -> dict[str, dq.Weight]:
+def points_of(model: nn.Module) -> dict[str, dq.DQWeight]:
     found = {name: layer.weight_q for name, layer in quantized_layers(model).items()}
-    assert all(isinstance(site, dq.Weight) for site in found.values())
+    assert all(isinstance(site, dq.DQWeight) for site in found.values())
     return found  # type: ignore[return-value]
 
 
@@ -450,7 +450,7 @@ def test_prepare_starts_from_the_weights_it_finds_and_leaves_no_gradient() -> No
 
 def test_without_prepare_a_layer_has_its_quantiles() -> None:
     layer = nn.Linear(50, 20)
-    site = dq.Weight(layer.weight.detach(), 3, 256, "quantiles")
+    site = dq.DQWeight(layer.weight.detach(), 3, 256, "quantiles")
     assert site.report() == {"points": 8}
     assert torch.equal(site.points[:8], dq.initial_points(layer.weight, 8))
     assert (site.points[8:] == site.points[7]).all(), "filled up with the last one"
@@ -474,7 +474,7 @@ def test_at_32_bits_nothing_is_frozen() -> None:
 
 def test_points_that_cross_are_sorted_and_the_fill_stays_out() -> None:
     w = random(300)
-    site = dq.Weight(w, 2, 64, "uniform")
+    site = dq.DQWeight(w, 2, 64, "uniform")
     site.place(w, 3)
     with torch.no_grad():
         site.points.copy_(torch.tensor([0.7, 0.2, 0.9, *[0.1] * 13]))
@@ -516,7 +516,7 @@ def test_one_weight_off_its_buckets_levels_is_found() -> None:
 def test_bytes_charge_the_points() -> None:
     """300 weights in two buckets: 16 bytes of scales; five points: 20 bytes and 3 bits a weight."""
     w = random(300)
-    site = dq.Weight(w, 2, 256, "quantiles")
+    site = dq.DQWeight(w, 2, 256, "quantiles")
     assert site.bytes(w) == (300, 2, 16 + 16)
     for count, bits in ((2, 1), (3, 2), (5, 3), (8, 3), (9, 4)):
         site.place(w, count)

@@ -13,7 +13,7 @@ from qbench.data import digits
 from qbench.data.dataset import Loader
 from qbench.methods import ptq
 from qbench.models import resnet
-from qbench.quant.layers import as_float, install, quantized_layers
+from qbench.quant.layers import float_mode, install, quantized_layers
 from qbench.quant.method import Probe, Unsupported
 from qbench.quant.policy import Policy
 from qbench.quant.verify import verify
@@ -227,7 +227,7 @@ def at_the_usual_pace(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) ->
 
 
 def of_the_float_network(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    with as_float(model):
+    with float_mode(model):
         ptq.reestimate_norms(model, batches)
 
 
@@ -249,7 +249,7 @@ def test_activations_are_calibrated_on_the_float_network(calibration: str) -> No
     torch.manual_seed(2)
     model, batches = Net(), some_batches()
     layers = prepared(model, batches, w=2, a=2, calibration=calibration, percentile=90.0, reestimate=False)
-    with torch.no_grad(), as_float(model.eval()):
+    with torch.no_grad(), float_mode(model.eval()):
         x = torch.cat([images for images, _ in batches])
         x = model.act(model.bn1(model.fc1(x)))
     expected = {
@@ -258,7 +258,7 @@ def test_activations_are_calibrated_on_the_float_network(calibration: str) -> No
         "mse": best_range(x.flatten().double().numpy(), 2),
     }
     site = quantized_layers(layers)["fc2"].input_q
-    assert isinstance(site, ptq.Activation)
+    assert isinstance(site, ptq.PTQActivation)
     assert (site.low.item(), site.high.item()) == pytest.approx(expected[calibration], abs=1e-5)
 
 
@@ -267,7 +267,7 @@ def test_weights_loaded_after_installing_count() -> None:
     model.load_state_dict(other.state_dict(), strict=False)
     method.prepare(model, Probe(some_batches(), F.cross_entropy))  # type: ignore[misc]
     site = quantized_layers(model)["fc1"].weight_q
-    assert isinstance(site, ptq.Weight)
+    assert isinstance(site, ptq.PTQWeight)
     assert torch.equal(site.scale, ptq.weight_scale(other.fc1.weight, 8, True, "mse"))
 
 
@@ -276,7 +276,7 @@ def test_all_that_was_fitted_is_in_the_state_dict() -> None:
     model = prepared(Net(), batches, w=4, a=3).eval()
     fresh = install(ptq.build(w=4, a=3), Net(), ALL).eval()
     site = quantized_layers(fresh)["fc2"].input_q
-    assert isinstance(site, ptq.Activation)
+    assert isinstance(site, ptq.PTQActivation)
     assert (site.low.item(), site.high.item()) == (0, 1), "what the card says of an uncalibrated range"
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(batches[0][0]), model(batches[0][0]))
@@ -287,7 +287,7 @@ def test_32_bits_leave_the_network_alone() -> None:
     kept = copy.deepcopy(model.state_dict())
     prepared(model, some_batches(), w=32, a=32)
     assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
-    assert not ptq.build().trained
+    assert not ptq.build().needs_training
 
 
 def test_int8_is_within_a_point_of_float_on_digits() -> None:

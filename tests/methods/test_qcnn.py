@@ -17,8 +17,8 @@ from qbench.data.dataset import Loader
 from qbench.methods import qcnn
 from qbench.models import resnet
 from qbench.quant import product_quantization as product
-from qbench.quant.layers import QLayer, as_float, effective_weight, install, quantized_layers
-from qbench.quant.method import Method, Probe, Unsupported, quietly, recorded_calls
+from qbench.quant.layers import QLayer, effective_weight, float_mode, install, quantized_layers
+from qbench.quant.method import Method, Probe, Unsupported, eval_mode_keeping_rng, recorded_calls
 from qbench.quant.policy import Policy
 from qbench.quant.verify import verify
 
@@ -239,11 +239,11 @@ def trained_network() -> tuple[nn.Module, Tensor]:
 def response_errors(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Each quantized layer's mean squared error against the float network's response, in units of its mean square."""
     names = list(quantized_layers(model))
-    with torch.no_grad(), quietly(model), recorded_calls(model, names) as calls:
+    with torch.no_grad(), eval_mode_keeping_rng(model), recorded_calls(model, names) as calls:
         model(images)
         found = {name: y for name, _, y in calls}
         calls.clear()
-        with as_float(model):
+        with float_mode(model):
             model(images)
         wanted = {name: y for name, _, y in calls}
     return {n: ((found[n] - wanted[n]).square().sum() / wanted[n].square().sum()).item() for n in names}
@@ -277,7 +277,7 @@ def test_correction_lowers_response_errors_on_images_held_out(monkeypatch: pytes
         x, _ = probe.responses(model, name)
         limit = qcnn.POSITIONS
         torch.testing.assert_close(inputs, qcnn.patches(layer, x, limit), msg=name)
-        with as_float(model):
+        with float_mode(model):
             float_x, y = probe.responses(model, name)
         torch.testing.assert_close(targets, qcnn.responses(layer, y, limit), msg=name)
         assert name in order[:2] or not torch.allclose(x, float_x), "errors before it are in its inputs"
@@ -285,7 +285,7 @@ def test_correction_lowers_response_errors_on_images_held_out(monkeypatch: pytes
 
 def execution(model: nn.Module, images: Tensor, name: str) -> int:
     names = list(quantized_layers(model))
-    with torch.no_grad(), quietly(model), recorded_calls(model, names) as calls:
+    with torch.no_grad(), eval_mode_keeping_rng(model), recorded_calls(model, names) as calls:
         model(images[:2])
     return [n for n, _, _ in calls].index(name)
 
@@ -310,7 +310,7 @@ def test_installing_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         fresh = install(method, copy.deepcopy(net), ALL)
     model = prepared(method, copy.deepcopy(net), ALL)
     for one, other in zip(quantized_layers(fresh).values(), quantized_layers(model).values(), strict=True):
-        early, late = (cast(qcnn.Weight, layer.weight_q) for layer in (one, other))
+        early, late = (cast(qcnn.QCNNWeight, layer.weight_q) for layer in (one, other))
         for key, tensor in late.state_dict().items():
             assert (early.state_dict()[key].shape, early.state_dict()[key].dtype) == (tensor.shape, tensor.dtype)
         assert early.bytes(one.weight) == late.bytes(other.weight)
@@ -410,7 +410,7 @@ def test_published_figures_of_vgg16(size: tuple[int, int], speedup: float, megab
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(16, 32, 3, groups=2), nn.Linear(16, 40)])
 def test_stored_bytes_are_the_formula(layer: nn.Conv2d | nn.Linear) -> None:
-    site = qcnn.Weight(layer.weight.detach(), 4, 16)
+    site = qcnn.QCNNWeight(layer.weight.detach(), 4, 16)
     if isinstance(layer, nn.Conv2d):
         expected = qcnn.conv_bytes(16, 32, 3, 4, 16, 2)
         assert expected == 4 * 8 * 16 + 9 * 32 * 2 * 4 / 8
@@ -444,7 +444,7 @@ def test_nominal_widths(w: int, subspace: int, codewords: int, count: int) -> No
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(24, 400), nn.Linear(4, 4))
     model = prepared(qcnn.build(w=w, fc_subspace=subspace, fc_codewords=codewords), net)
     site = quantized_layers(model)["1"].weight_q
-    assert isinstance(site, qcnn.Weight)
+    assert isinstance(site, qcnn.QCNNWeight)
     assert site.codebooks.shape == (24 // subspace, count, subspace)
     assert int(site.codes.max()) == count - 1
 

@@ -49,9 +49,9 @@ def probe_of(model: nn.Module, *rows: list[float]) -> Probe:
     return Probe([(x, model(x)[:, 0].detach())], squared)
 
 
-def sites_of(model: nn.Module) -> list[slq.Weight]:
+def sites_of(model: nn.Module) -> list[slq.SLQWeight]:
     sites = [layer.weight_q for layer in quantized_layers(model).values()]
-    assert all(isinstance(site, slq.Weight) for site in sites)
+    assert all(isinstance(site, slq.SLQWeight) for site in sites)
     return sites  # type: ignore[return-value]
 
 
@@ -132,7 +132,7 @@ def order_of(partition: str) -> list[float]:
     probe, (site,) = probe_of(model, X), sites_of(model)
     order: list[float] = []
     for portion in (1 / 3, 2 / 3, 1.0):
-        slq.advance(model, portion, partition, probe)
+        slq.freeze_next(model, portion, partition, probe)
         order += [c for c in site.centroids[site.settled].tolist() if c not in order]
     return order
 
@@ -177,7 +177,7 @@ def test_losses_and_distances_by_hand() -> None:
 
 def test_the_authors_order_is_zero_then_pairs_from_outside_in() -> None:
     centroids = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.4, 2.0])
-    order = slq.outside_in(centroids).argsort(descending=True)
+    order = slq.magnitude_order(centroids).argsort(descending=True)
     assert centroids[order].tolist() == pytest.approx([0.0, 2.0, -3.0, 0.4, -1.0, -0.5])
 
 
@@ -314,7 +314,7 @@ def check_stages(seed: int) -> int:
     for portion in (0.3, 0.6, 0.8, 1.0):
         fixed = [np.array(layer.fixed) for layer in layers]
         before = [layer.frozen for layer in layers]
-        slq.advance(model, portion, "probe", probe)
+        slq.freeze_next(model, portion, "probe", probe)
         slq_stage(layers, 5, portion, loss)
         compared(model, layers)
         for layer, old, values in zip(layers, before, fixed, strict=True):
@@ -362,10 +362,10 @@ def test_layers_of_few_distinct_weights(method: Method, weights: list[float]) ->
 def test_a_finished_layer_is_left_alone() -> None:
     model = install(slq.build(w=2), Parallel([[0.0, 1.0], [0.0, 1.0, -1.0, 2.0]]), ALL_LAYERS)
     probe, (small, large) = probe_of(model, [1.0] * 6), sites_of(model)
-    slq.advance(model, 0.34, "probe", probe)
-    slq.advance(model, 0.67, "probe", probe)
+    slq.freeze_next(model, 0.34, "probe", probe)
+    slq.freeze_next(model, 0.67, "probe", probe)
     assert (small.complete, large.complete) == (True, False)
-    slq.advance(model, 1.0, "probe", probe)
+    slq.freeze_next(model, 1.0, "probe", probe)
     assert large.complete
 
 
@@ -383,7 +383,7 @@ def test_eslq_moves_centroids_to_powers_of_two() -> None:
 
 
 def test_eslq_borders_are_in_the_linear_middle() -> None:
-    site = eslq.Weight(torch.zeros(4), 4)
+    site = eslq.ESLQWeight(torch.zeros(4), 4)
     site.n1.fill_(0)
     site.settled[0] = True  # the exponent stands
     centroids = torch.tensor([-5.0, -0.75, -0.74, 0.06, 0.0624, 0.19, 0.37])
@@ -441,8 +441,8 @@ def test_portions_of_the_same_count_are_one_stage() -> None:
 
 def test_storage() -> None:
     w = torch.zeros(10)
-    assert slq.Weight(w, 5).bytes(w) == (10, 5, 4 * 17)
-    assert eslq.Weight(w, 5).bytes(w) == (10, 5, 1)
+    assert slq.SLQWeight(w, 5).bytes(w) == (10, 5, 4 * 17)
+    assert eslq.ESLQWeight(w, 5).bytes(w) == (10, 5, 1)
 
 
 def test_what_is_frozen_for_now_is_free_again_even_after_an_error() -> None:
@@ -462,12 +462,12 @@ def test_report() -> None:
     model = install(slq.build(w=2), Parallel([WEIGHTS]), ALL_LAYERS)
     (site,) = sites_of(model)
     assert site.report() == {"clusters": 0, "settled": 0, "frozen": 0.0}
-    slq.advance(model, 0.34, "probe", probe_of(model, X))
+    slq.freeze_next(model, 0.34, "probe", probe_of(model, X))
     assert site.report() == pytest.approx({"clusters": 3, "settled": 1, "frozen": 2 / 6})
 
 
 def test_a_pinned_zero_without_weights_takes_no_stage() -> None:
     model = install(slq.build(w=2, partition="magnitude"), Parallel([[1.0, 1.0, 2.0, 2.0]]), ALL_LAYERS)
     (site,) = sites_of(model)
-    slq.advance(model, 1 / 3, "magnitude", probe_of(model, [1.0] * 4))
+    slq.freeze_next(model, 1 / 3, "magnitude", probe_of(model, [1.0] * 4))
     assert site.frozen[0].tolist() == [False, False, True, True], "authors' order, but zero is nobody's"

@@ -100,11 +100,11 @@ def test_thresholds_and_initial_scales() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(40, 25)
     w = layer.weight.detach()
-    site = ttq.Weight(layer, "max", 0.05, "mean", 0.0)
+    site = ttq.TTQWeight(layer, "max", 0.05, "mean", 0.0)
     assert site.delta(w) == 0.05 * w.abs().max()
     assert site.positive.item() == pytest.approx(w[w > site.delta(w)].mean().item())
     assert site.negative.item() == pytest.approx(-w[w < -site.delta(w)].mean().item())
-    sparse = ttq.Weight(layer, "sparsity", 0.4, "one", 0.0)
+    sparse = ttq.TTQWeight(layer, "sparsity", 0.4, "one", 0.0)
     assert (sparse(w) == 0).sum() == 0.4 * w.numel()
     assert sparse.positive == sparse.negative == 1
 

@@ -39,7 +39,7 @@ def test_activations(low: float, high: float, bits: int) -> None:
 
 
 def test_the_range_follows_batches_in_training_only() -> None:
-    site = uniform.Activation(4, 0.1).train()
+    site = uniform.UniformActivation(4, 0.1).train()
     site(torch.tensor([0.5, 2.0]))
     assert (site.low.item(), site.high.item()) == (0, 2), "the first batch decides"
     site(torch.tensor([-1.0, 1.0]))

@@ -26,7 +26,7 @@ from qbench.models import (
     wide_resnet,
 )
 from qbench.models import torchvision as zoo
-from qbench.quant.layers import Replaced, install, quantized_layers
+from qbench.quant.layers import BypassedActivation, install, quantized_layers
 from qbench.quant.method import Unsupported
 from qbench.quant.policy import Policy, quantizable
 from qbench.system import torchvision as vision
@@ -377,7 +377,7 @@ def test_replacing_activations_changes_no_value(name: str) -> None:
         for act in ("kept", "replaced")
     )
     last = list(quantizable(float_model))[-1]
-    taken = {n for n, m in replaced.named_modules() if isinstance(m, Replaced)}
+    taken = {n for n, m in replaced.named_modules() if isinstance(m, BypassedActivation)}
     assert taken == {act for act, readers in float_model.feeds.items() if readers != (last,)}
     assert torch.equal(kept(x), replaced(x))
 

@@ -23,7 +23,7 @@ from qbench.analysis import gradient_mismatch as mismatch
 from qbench.cli.main import main as cli
 from qbench.errors import ConfigError
 from qbench.papers import claims
-from qbench.papers.claims import Comparison, Judged
+from qbench.papers.claims import ClaimResult, Comparison
 from qbench.report.statistics.differences import (
     Difference,
     equivalent,
@@ -35,7 +35,7 @@ from qbench.report.statistics.differences import (
     two_way,
 )
 from qbench.runs.directory import Result
-from qbench.runs.reader import Found
+from qbench.runs.reader import RunRecord
 
 FOLDER = ROOT / "conf" / "experiment" / "claims"
 
@@ -303,11 +303,11 @@ class _Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from qbench.methods.hwgq import Activation, half_wave_levels
+        from qbench.methods.hwgq import HWGQActivation, half_wave_levels
 
         self.one = nn.Conv2d(1, 4, 3, bias=False)
         self.norm = nn.BatchNorm2d(4, affine=False)
-        self.quantizer = Activation(half_wave_levels(2), "clipped")
+        self.quantizer = HWGQActivation(half_wave_levels(2), "clipped")
         self.two = nn.Conv2d(4, 3, 3, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -409,7 +409,7 @@ def test_every_arm_can_be_assembled(claim: claims.Claim, arm: tuple[str, ...]) -
 # --- verdicts
 
 
-def _run(tmp_path: Path, name: str, hits: list[int] | None, top1: float, base: Found | None = None) -> Found:
+def _run(tmp_path: Path, name: str, hits: list[int] | None, top1: float, base: RunRecord | None = None) -> RunRecord:
     path = tmp_path / name
     path.mkdir(parents=True)
     if hits is not None:
@@ -422,7 +422,7 @@ def _run(tmp_path: Path, name: str, hits: list[int] | None, top1: float, base: F
     result = Result(
         status="done", method="x", run=str(path), final=final, float=parent, protocol={}, wall_seconds=2.0, **values
     )
-    return Found(path=path, status="done", result=result)
+    return RunRecord(path=path, status="done", result=result)
 
 
 def _compare(test: str = "better", margin: float = 0.0, parent: bool = False) -> Comparison:
@@ -430,9 +430,9 @@ def _compare(test: str = "better", margin: float = 0.0, parent: bool = False) ->
     return Comparison(claim="c", name="c", first=("a",), second=second, test=test, margin=margin)
 
 
-def _arms(tmp_path: Path, kept: bool = True) -> tuple[dict[int, Found], dict[int, Found]]:
+def _arms(tmp_path: Path, kept: bool = True) -> tuple[dict[int, RunRecord], dict[int, RunRecord]]:
     rng = np.random.default_rng(0)
-    found: list[dict[int, Found]] = []
+    found: list[dict[int, RunRecord]] = []
     for arm, chance in (("a", 0.9), ("b", 0.6)):
         hits = rng.random((3, 100)) < chance
         found.append(
@@ -443,13 +443,13 @@ def _arms(tmp_path: Path, kept: bool = True) -> tuple[dict[int, Found], dict[int
 
 def test_predictions_give_the_two_way_interval_and_their_absence_the_seeds(tmp_path: Path) -> None:
     first, second = _arms(tmp_path / "with")
-    judged = claims.judge(_compare(), "top1", first, second)
+    judged = claims.evaluate_claim(_compare(), "top1", first, second)
     assert judged.difference
     assert judged.difference.items == 100
     assert not judged.notes
     assert judged.means
     assert judged.difference.mean == pytest.approx(judged.means[0] - judged.means[1])
-    plain = claims.judge(_compare(), "top1", *_arms(tmp_path / "without", kept=False))
+    plain = claims.evaluate_claim(_compare(), "top1", *_arms(tmp_path / "without", kept=False))
     assert plain.difference
     assert plain.difference.items is None
     assert plain.difference.mean == pytest.approx(judged.difference.mean)
@@ -459,7 +459,7 @@ def test_predictions_give_the_two_way_interval_and_their_absence_the_seeds(tmp_p
 def test_predictions_that_contradict_the_figure_are_not_used(tmp_path: Path) -> None:
     first = {0: _run(tmp_path, "a", [1, 1, 0, 1], 75.0), 1: _run(tmp_path, "a1", [1, 1, 1, 1], 75.0)}
     second = {s: _run(tmp_path, f"b{s}", [1, 0, 0, 1], 50.0) for s in (0, 1)}
-    judged = claims.judge(_compare(), "top1", first, second)
+    judged = claims.evaluate_claim(_compare(), "top1", first, second)
     assert judged.difference
     assert judged.difference.items is None
     assert judged.difference.mean == 25
@@ -469,34 +469,34 @@ def test_against_the_float_parent_and_of_drops(tmp_path: Path) -> None:
     base = _run(tmp_path, "float", [1, 1, 1, 0], 75.0)
     first = {0: _run(tmp_path, "a", [1, 1, 1, 1], 100.0, base)}
     second = {0: _run(tmp_path, "b", [1, 0, 0, 0], 25.0, base)}
-    against = claims.judge(_compare(parent=True), "top1", first, {})
+    against = claims.evaluate_claim(_compare(parent=True), "top1", first, {})
     assert against.difference
     assert (against.difference.mean, against.difference.items) == (25, 4)
-    drops = claims.judge(_compare(), "drop", first, second)
+    drops = claims.evaluate_claim(_compare(), "drop", first, second)
     assert drops.means == (25, -50)
     assert drops.difference
     assert (drops.difference.mean, drops.difference.items) == (75, 4)
-    orphan = claims.judge(_compare(parent=True), "top1", {0: _run(tmp_path, "c", None, 1.0)}, {})
+    orphan = claims.evaluate_claim(_compare(parent=True), "top1", {0: _run(tmp_path, "c", None, 1.0)}, {})
     assert "no float parent" in orphan.troubles[0]
 
 
 def test_what_did_not_finish_is_named_and_has_no_verdict(tmp_path: Path) -> None:
     first, second = _arms(tmp_path)
-    second[1] = Found(path=tmp_path, status="diverged", reason="the loss is nan\nmore")
-    judged = claims.judge(_compare(), "top1", first, second)
+    second[1] = RunRecord(path=tmp_path, status="diverged", reason="the loss is nan\nmore")
+    judged = claims.evaluate_claim(_compare(), "top1", first, second)
     claims.conclude([judged])
     assert judged.difference
     assert judged.difference.n == 2
     assert judged.outcome == "no verdict: second arm diverged in 1 of 3 seeds (1): the loss is nan"
     assert judged.p_holm is None
-    nothing = {s: Found(path=tmp_path, status="not begun") for s in first}
-    waiting = claims.judge(_compare(), "top1", nothing, nothing)
+    nothing = {s: RunRecord(path=tmp_path, status="not begun") for s in first}
+    waiting = claims.evaluate_claim(_compare(), "top1", nothing, nothing)
     claims.conclude([waiting])
     assert waiting.outcome == "not run"
     assert waiting.difference is None
 
 
-def _judged(values: list[float], test: str = "better", margin: float = 0.0) -> Judged:
+def _judged(values: list[float], test: str = "better", margin: float = 0.0) -> ClaimResult:
     pairs = dict(enumerate(values))
     return claims.judge_values(_compare(test, margin), pairs, dict.fromkeys(pairs, 0.0))
 
@@ -504,7 +504,7 @@ def _judged(values: list[float], test: str = "better", margin: float = 0.0) -> J
 def test_verdicts_of_a_family() -> None:
     good, bad = _judged([1.0, 1.1, 0.9, 1.0, 1.05]), _judged([-1.0, -1.1, -0.9, -1.0, -1.05])
     same, open_ = _judged([0.0, 0.1, -0.1, 0.05, -0.05], "equal", 0.5), _judged([0.5, -0.6, 0.9, 1.0, -0.2])
-    missing = Judged(comparison=_compare(), seeds=[0], troubles=["first arm not begun in 1 of 1 seeds (0)"])
+    missing = ClaimResult(comparison=_compare(), seeds=[0], troubles=["first arm not begun in 1 of 1 seeds (0)"])
     family = [good, bad, same, open_, missing]
     claims.conclude(family)
     assert [j.outcome for j in family] == ["holds", "does not hold", "holds", "not separable at 5", "not run"]
@@ -516,7 +516,7 @@ def test_more_comparisons_make_a_verdict_harder() -> None:
     values = [1.0, 0.2, 0.9, 1.3, 0.4]
     alone, among = _judged(values), _judged(values)
     claims.conclude([alone])
-    claims.conclude([among, *(Judged(comparison=_compare(), seeds=[]) for _ in range(40))])
+    claims.conclude([among, *(ClaimResult(comparison=_compare(), seeds=[]) for _ in range(40))])
     assert alone.outcome == "holds"
     assert among.outcome == "not separable at 5"
 
@@ -565,7 +565,7 @@ def two_claims(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
 
     def in_process(words: list[str], **_: Any) -> SimpleNamespace:
         assert words[:3] == [sys.executable, "-m", "qbench"]
-        return SimpleNamespace(returncode=cli.main(words[3:]))
+        return SimpleNamespace(returncode=cli(words[3:]))
 
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=in_process, DEVNULL=None))
     command = script.command

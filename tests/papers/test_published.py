@@ -19,7 +19,7 @@ from qbench.config.schema import Bits
 from qbench.errors import ConfigError
 from qbench.papers import published as shown
 from qbench.papers.lint import RULES, lint
-from qbench.papers.published import absent, lacking, ledger, papers, rows, table, words
+from qbench.papers.published import absent, ledger, missing_requirements, papers, rows, table, words
 from qbench.papers.rows import Measured, Row, names, read_paper
 from qbench.report.tables.table import text
 
@@ -363,7 +363,7 @@ def script() -> ModuleType:
     return module
 
 
-RUNNABLE = [row for row in rows() if not row.of and not lacking(row)]
+RUNNABLE = [row for row in rows() if not row.of and not missing_requirements(row)]
 
 
 def test_files_are_what_the_generator_writes(script: ModuleType) -> None:
@@ -421,8 +421,8 @@ def test_the_same_optimizer_for_the_parent() -> None:
 
 
 def test_a_row_that_cannot_be_run_says_why() -> None:
-    assert lacking(by_id("inq", "alexnet_dns_w5")) == "pruning is not in qbench"
-    assert lacking(by_id("hwgq", "vgg_w1a2")) == "qbench has no HWGQ's VGG variant"
+    assert missing_requirements(by_id("inq", "alexnet_dns_w5")) == "pruning is not in qbench"
+    assert missing_requirements(by_id("hwgq", "vgg_w1a2")) == "qbench has no HWGQ's VGG variant"
     with pytest.raises(ValueError, match="inq/alexnet_dns_w5: pruning"):
         words(by_id("inq", "alexnet_dns_w5"))
     assert text([table([by_id("inq", "alexnet_dns_w5")])])

@@ -31,8 +31,8 @@ def test_each_half_quantizes_what_it_is_for() -> None:
     assert method.requires.norm == "plain"
     model = install(method, mlp.build(SHAPE, 3, hidden=3, width=8, norm="plain"))
     for layer in quantized_layers(model).values():
-        assert isinstance(layer.weight_q, ttq.Weight)
-        assert isinstance(layer.input_q, hwgq.Activation)
+        assert isinstance(layer.weight_q, ttq.TTQWeight)
+        assert isinstance(layer.input_q, hwgq.HWGQActivation)
 
 
 def test_both_finish_the_step_and_the_optimizer_steps_once() -> None:
@@ -57,7 +57,7 @@ def test_gradients_belong_to_the_one_that_knows_them() -> None:
     assert combine(ttq.build(), dorefa.build(w=32, a=2, g=4)).bits.g == 4
     method = combine(ttq.build(), dorefa.build(w=32, a=2, g=4))
     (layer,) = quantized_layers(install(method, mlp.build(SHAPE, 3, hidden=2, width=8))).values()
-    assert isinstance(layer.output_q, dorefa.Gradient)
+    assert isinstance(layer.output_q, dorefa.DoReFaGradient)
 
 
 def test_phases_and_scratch_come_from_either() -> None:
@@ -87,7 +87,7 @@ def test_distillation_by_its_formula() -> None:
     student, teacher = nn.Linear(5, 3), nn.Linear(5, 3)
     x, y = torch.randn(7, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0])
     method = distilled(bwn.build(), teacher, temperature=3.0, weight=0.6)
-    assert method.frozen == (teacher,)
+    assert method.teachers == (teacher,)
     assert method.loss is not None
     found = method.loss(student, student(x), (x, y))
 
@@ -125,7 +125,7 @@ def test_a_method_that_asks_for_its_teacher_keeps_the_protocol(configure: Config
     assert explicit.protocol() == configure("method=dorefa", "distill=kd").protocol(), "typed, it is everybody's"
     assert not without.distill.on
     assert asked.protocol() == other.protocol()
-    assert "distilled from its float parent, as it asks" in assemble(asked).asks
+    assert "distilled from its float parent, as it asks" in assemble(asked).protocol_changes
 
 
 def test_a_finished_run_teaches(configure: Configure, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_method_that_rounds_afterwards_takes_no_teacher(configure: Configure) 
         words = ["method=qd", "method.trained=false", *more]
         with pytest.raises(Unsupported, match="distill=none"):
             assemble(configure(*words))
-        assert assemble(configure(*words, "distill=none")).asks == asks
+        assert assemble(configure(*words, "distill=none")).protocol_changes == asks
 
 
 def test_mlq_refuses_layers_of_unlike_width(configure: Configure) -> None:
@@ -217,7 +217,7 @@ def test_mlq_refuses_layers_of_unlike_width(configure: Configure) -> None:
 def test_a_method_from_scratch_is_compared_with_its_float_twin(configure: Configure) -> None:
     result = result_of(configure, "method=gupta")
     assert result.float is not None
-    assert result.asks == ["trained from scratch, as it asks"]
+    assert result.protocol_changes == ["trained from scratch, as it asks"]
     assert configure("method=gupta", "init=scratch").protocol() == configure("method=dorefa", "init=scratch").protocol()
     assert configure("method=gupta").protocol() == configure("method=dorefa").protocol()
     assert configure("method=gupta", "init=float").protocol() == configure("method=dorefa").protocol()

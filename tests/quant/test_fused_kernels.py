@@ -37,7 +37,7 @@ def both(function, x: Tensor, *learned: Tensor) -> list[list[Tensor]]:
     """Return value and gradients by the fast form, the compressed one, and the plain definition."""
     torch.manual_seed(1)
     weights, found = torch.randn_like(x), []
-    for context in (ops.compressed(False), ops.compressed(), ops.plainly()):
+    for context in (ops.compress_activations(False), ops.compress_activations(), ops.reference_kernels()):
         leaves = [t.detach().clone().requires_grad_() for t in (x, *learned)]
         with context:
             y = function(*leaves)
@@ -130,8 +130,8 @@ def trained_step(name: str, context) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_networks(name: str) -> None:
-    logits, grads = trained_step(name, ops.compressed(False))
-    for context in (ops.compressed(), ops.plainly()):
+    logits, grads = trained_step(name, ops.compress_activations(False))
+    for context in (ops.compress_activations(), ops.reference_kernels()):
         others, theirs = trained_step(name, context)
         assert torch.equal(logits, others)
         assert grads.keys() == theirs.keys()
@@ -179,10 +179,10 @@ def test_no_more_is_kept_for_backward_than_by_float(build) -> None:
     plain, model = network(), network(method)
     assert alive(model) <= 1.05 * alive(plain)
     assert saved(model) <= 1.05 * saved(plain)
-    with ops.plainly():
+    with ops.reference_kernels():
         assert alive(model) > 1.1 * alive(plain), "what the fast forms save"
     if "cells_input" in method.traits:
-        with ops.compressed():
+        with ops.compress_activations():
             assert saved(model) <= 0.65 * saved(plain)
             assert alive(model) <= 0.68 * alive(plain)
 
@@ -229,7 +229,7 @@ def test_what_reads_a_staircase_outside_the_layers_keeps_it() -> None:
     mine = x.grad, w.grad
     x.grad = w.grad = None
     made = dorefa.quantize_activation(x, 2)
-    with ops.made_anew(made):
+    with ops.recompute_in_backward(made):
         y = F.conv2d(made, w)
     del made
     y.square().sum().backward()
@@ -242,7 +242,7 @@ def test_a_scale_learned_meanwhile_does_not_change_what_is_made_anew() -> None:
     step, x = T(0.5, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     w = torch.randn(4, 3, requires_grad=True)
     made = lsq.quantize(x, step, 2, True)
-    with ops.made_anew(made):
+    with ops.recompute_in_backward(made):
         y = F.linear(made, w)
     with torch.no_grad():
         step.mul_(3)

@@ -7,7 +7,7 @@ from torch import nn
 from qbench.cost.count import count_cost, count_macs
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
-from qbench.quant.layers import KeepOutput, NotFinite, install, quantized_layers
+from qbench.quant.layers import IdentityOutput, NotFinite, install, quantized_layers
 from qbench.quant.method import Grid, Method, Storage
 from qbench.quant.ops import levels_k, on_backward, round_ste, sign, straight_through
 from qbench.quant.policy import Policy
@@ -52,7 +52,7 @@ def test_a_network_that_is_not_quantized_is_found_out(part: str) -> None:
     setattr(layer, slot, Through(getattr(layer, slot)))
     with pytest.raises(NotQuantized, match=r"layer2.0.conv1: .* lie off"):
         verify(model, X)
-    setattr(layer, slot, KeepOutput() if part == "g" else nn.Identity())
+    setattr(layer, slot, IdentityOutput() if part == "g" else nn.Identity())
     with pytest.raises(NotQuantized, match="declares no grid"):
         verify(model, X)
 

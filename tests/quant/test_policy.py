@@ -9,12 +9,12 @@ from torch import nn
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
 from qbench.quant.layers import (
+    BypassedActivation,
     ImageQuantizer,
     QConv2d,
-    Replaced,
-    as_float,
-    bake,
     effective_weight,
+    float_mode,
+    fold_quantized_weights,
     install,
     quantized_layers,
 )  # fmt: skip
@@ -96,7 +96,7 @@ def test_install_keeps_parameters_and_names() -> None:
 
 def test_activations_are_replaced_where_all_their_readers_are_quantized() -> None:
     model = install(dorefa.build(w=2, a=2), net(), example=X)
-    assert isinstance(model.get_submodule("layer1.0.act1"), Replaced)
+    assert isinstance(model.get_submodule("layer1.0.act1"), BypassedActivation)
     assert isinstance(model.get_submodule("act"), nn.ReLU)
     mixed = install(dorefa.build(w=2, a=2), net(), Policy(rules={"layer1.0.conv1": "float"}), example=X)
     assert isinstance(mixed.get_submodule("layer1.0.act1"), nn.ReLU)
@@ -173,10 +173,10 @@ def test_as_float_and_bake() -> None:
     model = install(dorefa.build(w=2, a=2), copy.deepcopy(original), example=X).eval()
     quantized = model(X)
     assert not torch.equal(quantized, expected)
-    with as_float(model):
+    with float_mode(model):
         assert torch.equal(model(X), expected)
     assert torch.equal(model(X), quantized)
-    baked = bake(model)
+    baked = fold_quantized_weights(model)
     assert torch.equal(baked(X), quantized)
     assert baked.get_submodule("layer1.0.conv1").weight.unique().numel() == 4
     assert model.get_submodule("layer1.0.conv1").weight.unique().numel() > 4

@@ -5,7 +5,7 @@
         assert job.wait(60) == -signal.SIGKILL
 
 `python tests/reliability/faults.py` is that process: it imports what every run needs, once, so that a run begins
-within some milliseconds and 200 kills take minutes. A run is `qbench.cli.main(words)` in a process of its own, with
+within some milliseconds and 200 kills take minutes. A run is `qbench.cli(words)` in a process of its own, with
 the real exit status, stdout and stderr.
 
 Points. An event is an open for writing, rename, remove, mkdir, truncate or fsync of a path below the run's `out`, and a

@@ -35,7 +35,7 @@ from qbench.cost.count import count_macs
 from qbench.errors import CheckpointError
 from qbench.models import mlp
 from qbench.training.checkpoint import load_plain, pack, unpack
-from qbench.training.initial_weights import load_start
+from qbench.training.initial_weights import load_initial_weights
 
 SECONDS = 20
 """What an answer may take; the bar of 5 s is for a machine with nothing else to do."""
@@ -82,7 +82,7 @@ def answer(words: list[str]) -> Answer:
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, limits[1]))
     try:
         with at_most(SECONDS), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = cli.main(words)
+            status = cli(words)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
         sys.path[:] = path
@@ -606,7 +606,7 @@ def shards(total: int, each: int) -> list[Any]:
 @pytest.fixture
 def quick(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No example may last because it asks for much work: nothing is timed, no method checked, sweeps stay small."""
-    monkeypatch.setattr("qbench.analysis.plan.Kinds._pace", lambda self, parts, model: plan.Pace(0.0, 0.0, 0.0))
+    monkeypatch.setattr("qbench.analysis.plan.Kinds._pace", lambda self, parts, model: plan.StepCost(0.0, 0.0, 0.0))
     monkeypatch.setattr("qbench.check.kit.check", lambda subject: [])
     monkeypatch.setattr(compose, "MOST_CELLS", 4)
     counts: dict[tuple[str, Any], dict[str, int]] = {}
@@ -817,7 +817,7 @@ def test_fuzzed_checkpoints(shard: int, count: int, desk: Path) -> None:
         file.write_bytes(data)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for read in (
-            lambda: unpack(data, "it"), lambda: load_plain(data, "it"), lambda: load_start(model, file),
+            lambda: unpack(data, "it"), lambda: load_plain(data, "it"), lambda: load_initial_weights(model, file),
         ):  # fmt: skip
             try:
                 with at_most(SECONDS):

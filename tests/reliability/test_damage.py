@@ -27,16 +27,16 @@ from qbench.config import compose
 from qbench.config.schema import Config, parent
 from qbench.errors import CheckpointError, Interrupted, QbenchError
 from qbench.experiment.run import run
-from qbench.experiment.session import Desk
+from qbench.experiment.session import RunContext
 from qbench.experiment.setup import assemble
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.predictions import of_run
 from qbench.runs.directory import Result, RunDirectory, load_result
 from qbench.runs.event_files import AROUND
-from qbench.runs.progress import Screen
+from qbench.runs.progress import ProgressReporter
 from qbench.runs.reader import FROM_LOGS, read, read_run
 from qbench.training.checkpoint import bounded_memory, pack, unpack, weights_sha256
-from qbench.training.initial_weights import load_start, verifies
+from qbench.training.initial_weights import is_intact, load_initial_weights
 
 WORDS = ("experiment=smoke", "method=dorefa", "epochs=2", "runtime.save_seconds=0")
 STOPPED = 25  # step of 36 at which the run is interrupted, in its second epoch
@@ -69,9 +69,9 @@ def done(config: Config, stop_at: int | None = None) -> tuple[Result, list[str]]
         looks += 1
         return signal.SIGTERM if stop_at is not None and looks >= stop_at else 0
 
-    screen, said = Screen(quiet=True), []
+    screen, said = ProgressReporter(quiet=True), []
     screen.keep = said.append  # type: ignore[method-assign]
-    return run(config, Desk(screen, stop)), said
+    return run(config, RunContext(screen, stop)), said
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def broken_off(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (0, 1):
         with pytest.raises(Interrupted):
             done(composed(out, f"seed={seed}"), stop_at=STOPPED)
-        assert len(RunDirectory(composed(out, f"seed={seed}")).states()) == 2
+        assert len(RunDirectory(composed(out, f"seed={seed}")).checkpoints()) == 2
     return out
 
 
@@ -171,7 +171,7 @@ def one(data: bytes, seed: int) -> tuple[str, bytes]:
 
 @flips_and_cuts
 def test_no_damage_to_a_checkpoint_is_overlooked(broken_off: Path, flips: int, cuts: int) -> None:
-    newest = RunDirectory(composed(broken_off)).states()[0]
+    newest = RunDirectory(composed(broken_off)).checkpoints()[0]
     for case, data in tried("checkpoint", newest.read_bytes(), 1, flips, cuts):
         assert refused(unpack, data, case), f"{case}: read in silence"
 
@@ -183,7 +183,7 @@ def test_a_run_falls_back_to_the_checkpoint_before(
     expected = digest(whole)
     for seed in range(count):
         out = copied(broken_off)
-        newest, before = RunDirectory(composed(out)).states()
+        newest, before = RunDirectory(composed(out)).checkpoints()
         what, data = one(newest.read_bytes(), seed)
         newest.write_bytes(data)
         result, said = done(composed(out))
@@ -199,11 +199,11 @@ def test_without_any_good_checkpoint_it_begins_anew_and_keeps_what_it_saves(
     whole: Path, broken_off: Path, copied: Callable[[Path], Path]
 ) -> None:
     out = copied(broken_off)
-    for path in RunDirectory(composed(out)).states():
+    for path in RunDirectory(composed(out)).checkpoints():
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(Interrupted):
         done(composed(out), stop_at=4)
-    assert [path.name for path in RunDirectory(composed(out)).states()] == ["state-4.pt", "state-3.pt"]
+    assert [path.name for path in RunDirectory(composed(out)).checkpoints()] == ["state-4.pt", "state-3.pt"]
     result, said = done(composed(out))
     assert "going on from state-4.pt" in said, "what was announced is not lost to damaged files with higher numbers"
     assert result.state_sha256 == digest(whole)
@@ -214,9 +214,9 @@ def test_checkpoints_in_the_wrong_place(
     whole: Path, broken_off: Path, copied: Callable[[Path], Path], swap: str
 ) -> None:
     out = copied(broken_off)
-    newest, before = RunDirectory(composed(out)).states()
+    newest, before = RunDirectory(composed(out)).checkpoints()
     if swap == "another run's":
-        newest.write_bytes(RunDirectory(composed(out, "seed=1")).states()[0].read_bytes())
+        newest.write_bytes(RunDirectory(composed(out, "seed=1")).checkpoints()[0].read_bytes())
     elif swap == "older as newer":
         newest.write_bytes(before.read_bytes())
     elif swap == "newer as older":
@@ -242,16 +242,16 @@ def test_no_damage_to_published_weights_is_overlooked(
     run_path, identity = parent_of(copied(whole)), parent(config).identity()
     file, model = run_path / "best.pt", assemble(config).float_model()
     good = file.read_bytes()
-    assert verifies(file, identity)
-    load_start(model, file)
-    load_start(model, run_path)
+    assert is_intact(file, identity)
+    load_initial_weights(model, file)
+    load_initial_weights(model, run_path)
     for case, data in tried("parent, init=FILE, init=RUN", good, 2, flips, cuts):
         if data == good[: good.rfind(b"\nqbench sha256 ")]:
             continue  # cut exactly before the footer: a whole checkpoint of nobody's
         file.write_bytes(data)
-        assert not verifies(file, identity), case
+        assert not is_intact(file, identity), case
         for start in (file, run_path):
-            assert refused(load_start, model, start), f"{case}: loaded in silence from {start}"
+            assert refused(load_initial_weights, model, start), f"{case}: loaded in silence from {start}"
 
 
 @flips_and_cuts
@@ -270,7 +270,7 @@ def test_damage_to_a_strangers_checkpoint_changes_no_weight_in_silence(
             for tensor in model.state_dict().values():
                 tensor.zero_()
         try:
-            load_start(model, tmp_path / "damaged.pt")
+            load_initial_weights(model, tmp_path / "damaged.pt")
         except CheckpointError:
             refused += 1
             continue
@@ -286,9 +286,9 @@ def test_damage_to_a_strangers_checkpoint_changes_no_weight_in_silence(
 def test_a_format_without_checksums_is_said(whole: Path, tmp_path: Path) -> None:
     model = assemble(composed(whole)).float_model()
     torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert "without checksums" in load_start(model, tmp_path / "old.pt")
+    assert "without checksums" in load_initial_weights(model, tmp_path / "old.pt")
     torch.save(model.state_dict(), tmp_path / "new.pt")
-    assert "checksums" not in load_start(model, tmp_path / "new.pt")
+    assert "checksums" not in load_initial_weights(model, tmp_path / "new.pt")
 
 
 @flips_and_cuts
@@ -331,7 +331,7 @@ def test_runs_with_a_damaged_result_or_parent_come_out_the_same(
         again = load_result(first)
         assert again is not None
         assert again.state_sha256 == base.state_sha256, case
-        assert verifies(first / "best.pt", parent(composed(out)).identity()), case
+        assert is_intact(first / "best.pt", parent(composed(out)).identity()), case
         shutil.rmtree(out)
     if count > 3:
         counted(f"R6 result, parent: {count} whole runs with a damaged file, final state equal, each with a warning")
@@ -635,11 +635,11 @@ def test_hostile_files_with_a_right_digest_in_a_runs_directory(
     for i, (name, body) in enumerate(found.items()):
         data = body + b"\nqbench sha256 " + hashlib.sha256(body).hexdigest().encode()
         (first / "best.pt").write_bytes(data)
-        assert not verifies(first / "best.pt", identity), name
-        assert refused(load_start, model, first), name
+        assert not is_intact(first / "best.pt", identity), name
+        assert refused(load_initial_weights, model, first), name
         if i % 4 == 0 or "code" in name:
             (own / f"state-{1000 + i}.pt").write_bytes(data)
-    planted = RunDirectory(composed(out)).states()
+    planted = RunDirectory(composed(out)).checkpoints()
     result, said = done(composed(out))
     assert result.state_sha256 == digest(whole)
     assert sum("state-" in line and line.startswith("warning: ") for line in said) == len(planted) > 10
@@ -653,7 +653,7 @@ def test_hostile_files_with_a_right_digest_in_a_runs_directory(
 def test_a_checkpoint_of_ours_with_wrong_content(broken_off: Path, copied: Callable[[Path], Path], wrong: str) -> None:
     """Its digest, name and run are right: somebody made it so."""
     out = copied(broken_off)
-    newest = RunDirectory(composed(out)).states()[0]
+    newest = RunDirectory(composed(out)).checkpoints()[0]
     saved_state = unpack(newest.read_bytes(), "it")
     state = saved_state["state"]
     if wrong == "keys":
@@ -724,7 +724,7 @@ def test_what_is_no_file_is_refused_at_once(name: str, tmp_path: Path, capsys: p
     signal.alarm(20)
     try:
         with bounded_memory(2**31):
-            assert cli.main([*WORDS, f"out={out}", f"init={path}"]) == 2
+            assert cli([*WORDS, f"out={out}", f"init={path}"]) == 2
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -884,15 +884,15 @@ def test_compare_with_damaged_files_of_every_kind(
         found = read_run(path)
         assert (found.status, found.notes) == ("done", [FROM_LOGS])
         assert found.unread == ["result.json is torn or of another version"]
-        assert cli.main(["compare", str(out)]) == 0
+        assert cli(["compare", str(out)]) == 0
         assert f"{path.name}: result.json is torn" in capsys.readouterr().out
     for name in ("metrics.jsonl", "config.yaml", "result.json"):
         (path / name).unlink(missing_ok=True)
         (path / name).mkdir()
-        assert cli.main(["compare", str(out)]) == 0
+        assert cli(["compare", str(out)]) == 0
         (path / name).rmdir()
         os.mkfifo(path / name)
-        assert cli.main(["compare", str(out)]) == 0
+        assert cli(["compare", str(out)]) == 0
         capsys.readouterr()
     for events in path.glob("events.*"):
         events.unlink()

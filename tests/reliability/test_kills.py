@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import counted
 from faults import Job, Server
-from test_cli import qbench
+from helpers import qbench
 
 from qbench.config.schema import Config, digest
 from qbench.config.validate import from_dict

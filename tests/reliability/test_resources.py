@@ -10,9 +10,8 @@ from pathlib import Path
 
 import faults
 import pytest
-from conftest import counted
-from test_cli import ROOT, qbench
-from test_signals import ended
+from conftest import ROOT, counted
+from helpers import finished_digests, qbench
 
 from qbench.training.checkpoint import unpack
 
@@ -41,7 +40,7 @@ def test_any_refused_write(tmp_path: Path, count: int, tensorboard: bool) -> Non
     with faults.server() as server:
         alone = server.start([*words, f"out={tmp_path / 'alone'}"], count=str(tmp_path / "counts"))
         assert alone.wait(60) == 0, alone.stderr()
-        expected = ended(tmp_path / "alone")
+        expected = finished_digests(tmp_path / "alone")
         counts = json.loads((tmp_path / "counts").read_text())
         total = counts["events"] + counts["writes"]
         points = random.Random(1).sample(range(1, total + 1), count) if count else range(1, total + 1)
@@ -61,7 +60,7 @@ def test_any_refused_write(tmp_path: Path, count: int, tensorboard: bool) -> Non
             sound(out)
             again = server.start([*words, f"out={out}"])
             assert again.wait(60) == 0, (replay, again.stderr())
-            assert ended(out) == expected, replay
+            assert finished_digests(out) == expected, replay
     assert refused > len(points) // 2
     shown = f"TensorBoard {'on' if tensorboard else 'off'}"
     if not count:
@@ -100,7 +99,7 @@ def test_a_small_disk(tmp_path: Path) -> None:
         assert statuses[0] == 5
         assert statuses[-1] == 0
         assert qbench(*WORDS, "runtime.tensorboard=false", f"out={tmp_path / 'alone'}").returncode == 0
-        assert ended(disk) == ended(tmp_path / "alone")
+        assert finished_digests(disk) == finished_digests(tmp_path / "alone")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -26,8 +26,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Configure, counted
-from test_contract import widest
-from test_image_folders import write as photographs
+from helpers import quantizing_bits, write_images
 from torch import nn
 
 from qbench.config import compose, registry
@@ -35,17 +34,17 @@ from qbench.config.schema import Config
 from qbench.data.dataset import Files, Loader
 from qbench.errors import CheckpointError, Interrupted
 from qbench.experiment.run import run as experiment
-from qbench.experiment.session import Desk, Session
+from qbench.experiment.session import RunContext, TrainingSession
 from qbench.experiment.setup import assemble
-from qbench.quant.layers import of_quantizer
+from qbench.quant.layers import is_quantizer_key
 from qbench.quant.method import Batch, Unsupported
 from qbench.quant.verify import NotQuantized
 from qbench.runs.directory import Result, RunDirectory
-from qbench.runs.progress import Screen
+from qbench.runs.progress import ProgressReporter
 from qbench.training import loop
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import content_sha256, unpack
-from qbench.training.loop import Average, State, Task, Watch, evaluate, fit
+from qbench.training.loop import Average, Callbacks, State, Task, evaluate, fit
 
 METHODS = compose.names("method")
 STEPS, EPOCHS, BATCH = 6, 5, 192
@@ -91,24 +90,29 @@ def recipe(name: str, optimizer: str, ema: float | None, epochs: int = EPOCHS, *
     """The words of a run; those of the float network's own recipe where that is what is run."""
     options: dict[str, Any] = {"lr": 0.01, "batch_size": BATCH, "ema": "null" if ema is None else ema} | more
     group, key = ("optim@pretrain.optim", "pretrain.optim") if name == "float" else ("optim", "optim")
-    words = [f"method={name}", f"bits={widest(name)}", f"{group}={optimizer}", f"pretrain.optim.batch_size={BATCH}"]
+    words = [
+        f"method={name}",
+        f"bits={quantizing_bits(name)}",
+        f"{group}={optimizer}",
+        f"pretrain.optim.batch_size={BATCH}",
+    ]
     words += [f"{key}.{option}={value}" for option, value in options.items()]
     return [*words, f"{'pretrain.' if name == 'float' else ''}epochs={epochs}", "runtime.log_every=1"]
 
 
-def stopping(at: int) -> Desk:
+def stopping(at: int) -> RunContext:
     """A desk that answers the question number `at` (from 1), and all after it, with a signal."""
     asked = itertools.count(1)
-    return Desk(Screen(quiet=True), lambda: 15 if next(asked) >= at else 0)
+    return RunContext(ProgressReporter(quiet=True), lambda: 15 if next(asked) >= at else 0)
 
 
 def alone(config: Config) -> tuple[Result, int]:
     """Run undisturbed; return the result and how often the run asked whether to stop, its parent's questions not."""
     parts = assemble(config)
     if not config.is_parent:
-        experiment.run(parts.parent, Desk(Screen(quiet=True)))
+        experiment.run(parts.parent, RunContext(ProgressReporter(quiet=True)))
     asked = itertools.count()
-    result = experiment.run(config, Desk(Screen(quiet=True), lambda: 0 * next(asked)))
+    result = experiment.run(config, RunContext(ProgressReporter(quiet=True), lambda: 0 * next(asked)))
     assert result.status == "done", result.reason
     return result, next(asked)
 
@@ -142,13 +146,13 @@ def spoil_random_numbers() -> None:
 
 def saved_in(directory: RunDirectory) -> dict[str, Any]:
     """The newest checkpoint."""
-    path = directory.states()[0]
+    path = directory.checkpoints()[0]
     return unpack(path.read_bytes(), str(path))
 
 
 def resumed(config: Config) -> Result:
     """The same line again."""
-    return experiment.run(config, Desk(Screen(quiet=True)))
+    return experiment.run(config, RunContext(ProgressReporter(quiet=True)))
 
 
 def comparable(result: Result) -> dict[str, Any]:
@@ -203,12 +207,12 @@ def test_a_run_stopped_anywhere_ends_as_if_left_alone(name: str, optimizer: str,
         return
     whole, questions = alone(config)
     places = moments(EPOCHS // 2, questions)
-    if not method.trained:  # one evaluation is all there is, and it saves nothing on the way
+    if not method.needs_training:  # one evaluation is all there is, and it saves nothing on the way
         places = {"final evaluation": (questions - TEST, [])}
     for i, (moment, (question, left)) in enumerate(places.items()):
         again = beside(config, whole, f"stopped{i}")
         directory = stopped(again, question)
-        found = saved_in(directory)["state"]["counters"][:2] if directory.states() else []
+        found = saved_in(directory)["state"]["counters"][:2] if directory.checkpoints() else []
         assert found == left, replay(moment)
         assert differences(whole, resumed(again)) == set(), replay(moment)
         tally("runs stopped and resumed (R3)")
@@ -231,7 +235,7 @@ def test_a_run_may_be_stopped_again_and_again(at: At) -> None:
 def test_images_and_epochs_count_the_whole_run(at: At) -> None:
     config = at("alone", *recipe("dorefa", "sgd", None))
     stopped(config, 3)  # in the float parent
-    experiment.run(assemble(config).parent, Desk(Screen(quiet=True)))
+    experiment.run(assemble(config).parent, RunContext(ProgressReporter(quiet=True)))
     stopped(config, 2 * ASKED + 3)
     result = resumed(config)
     lines = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
@@ -266,15 +270,15 @@ def test_how_a_run_is_watched_changes_nothing(name: str, at: At, monkeypatch: py
     for i, (how, more) in enumerate(WATCHED.items()):
         if "activations" in how and "cells_input" not in method.traits:
             continue  # refused: tests/training/test_training.py
-        screen = Screen(quiet=True)
+        screen = ProgressReporter(quiet=True)
         with monkeypatch.context() as patch:
             if "runtime.progress=true" in more:
                 patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-                screen = Screen(live=True)
+                screen = ProgressReporter(live=True)
             if how == "evaluated twice":
                 patch.setattr(loop, "evaluate", twice)
                 patch.setattr(experiment, "evaluate", twice)
-            again = experiment.run(at(f"watched{i}", *words, *more), Desk(screen))
+            again = experiment.run(at(f"watched{i}", *words, *more), RunContext(screen))
         logged = {"metrics.jsonl"} if any("log_every" in word for word in more) else set()
         assert differences(base, again) - logged == set(), replay(how)
         tally("runs watched otherwise (R4)")
@@ -284,7 +288,7 @@ def test_how_many_processes_decode_images_changes_nothing(
     at: At, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    root = photographs(tmp_path / "set", count=12)
+    root = write_images(tmp_path / "set", count=12)
     words = [*recipe("dorefa", "sgd", None, epochs=2, batch_size=8), "dataset=folder", f"dataset.root={root}"]
     words += ["dataset.size=12", "dataset.resize=16", "dataset.val=0.25"]
     config = at("alone", *words)
@@ -427,12 +431,14 @@ def noticed(config: Config, question: int, pieces: dict[str, set[str]]) -> None:
     whole, _ = alone(config)
     halted = beside(config, whole, "stopped")
     stopped(halted, question)
-    fresh, newest = as_begun(config), Session._newest
+    fresh, newest = as_begun(config), TrainingSession._newest
     for i, piece in enumerate(("", *pieces)):
         again = replaced_out(config, Path(config.out).with_name(f"without{i}"))
         shutil.copytree(halted.out, again.out)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Session, "_newest", lambda session, piece=piece: without(newest(session), fresh, piece))
+            patch.setattr(
+                TrainingSession, "_newest", lambda session, piece=piece: without(newest(session), fresh, piece)
+            )
             try:
                 result = resumed(again)
             except (CheckpointError, NotQuantized, ValueError) as error:  # the run itself notices
@@ -517,7 +523,7 @@ def test_whatever_a_quantizer_keeps_is_noticed_when_lost(name: str, at: At) -> N
     config = at("alone", *QUANTIZERS[name])
     parts = assemble(config)
     kept = parts.install(parts.float_model()).state_dict()
-    leaves = {key.rpartition(".")[2] for key in kept if of_quantizer(key)}
+    leaves = {key.rpartition(".")[2] for key in kept if is_quantizer_key(key)}
     if not parts.epochs or not leaves:
         return  # nothing saved on the way, or nothing in its quantizers
     noticed(config, HALF, {f"state.model:{leaf}": END for leaf in sorted(leaves)})
@@ -528,12 +534,12 @@ RECOMPUTED = {
     "task.probe": "images of the data set",
     "task.train.__self__": "the loader: the data set, its mean and deviation",
     "task.validate": "the loader",
-    "task.method.frozen": "the teacher: loaded anew from the float parent, never trained",
+    "task.method.teachers": "the teacher: loaded anew from the float parent, never trained",
     "task.method.loss(teacher)": "the teacher",
     "task.model: ImageQuantizer.low": "from the range of images",
     "task.model: ImageQuantizer.span": "from the range of images",
-    "task.model: hwgq.Activation.levels": "from width and options",
-    "task.model: lsq.Activation.is_signed": "`signed` of the state_dict, asked for once; a load forgets it",
+    "task.model: hwgq.HWGQActivation.levels": "from width and options",
+    "task.model: lsq.LSQActivation.is_signed": "`signed` of the state_dict, asked for once; a load forgets it",
 }
 """What may live outside the state_dict: each is the same again, whenever it is made anew."""
 
@@ -544,7 +550,7 @@ def test_nothing_that_a_run_needs_hides_from_the_state(name: str, at: At, monkey
     seen: list[Task] = []
     before: dict[str, str] = {}
 
-    def watched(task: Task, state: State, watch: Watch) -> None:
+    def watched(task: Task, state: State, watch: Callbacks) -> None:
         if task.method.name == name:
             before.update(plain_values(task.model))
             seen.append(task)
@@ -575,7 +581,7 @@ def unexplained(paths: Iterable[str]) -> list[str]:
 def hidden(thing: Any, path: str, kept: set[int], met: dict[int, Any] | None = None) -> list[str]:
     """Paths to tensors, arrays and random generators that can be reached from a thing and are not `kept`.
 
-    An attribute of the network's parts is named by their kind: `task.model: lsq.Activation.step`.
+    An attribute of the network's parts is named by their kind: `task.model: lsq.LSQActivation.step`.
     """
     met = {} if met is None else met
     if id(thing) in met or id(thing) in kept or isinstance(thing, PLAIN):
@@ -593,7 +599,7 @@ STATEFUL = (torch.Tensor, np.ndarray, torch.Generator, np.random.Generator, np.r
 
 
 def kind(module: nn.Module) -> str:
-    """`lsq.Activation`, `BatchNorm2d`."""
+    """`lsq.LSQActivation`, `BatchNorm2d`."""
     own = type(module).__module__
     return (f"{own.rpartition('.')[2]}." if own.startswith("qbench.methods") else "") + type(module).__name__
 

@@ -10,19 +10,15 @@ import faults
 import pytest
 from conftest import Configure, counted
 from filelock import FileLock
+from helpers import finished_digests
 
 from qbench.config.schema import parent
-from qbench.runs.directory import RunDirectory, load_result
+from qbench.runs.directory import RunDirectory
 from qbench.training.checkpoint import unpack
 
 WORDS = ["experiment=smoke", "method=dorefa", "bits=w2a2g4", "epochs=4", "pretrain.epochs=3", "runtime.save_seconds=0"]
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SOON = 10.0
-
-
-def ended(out: Path) -> dict[str, str | None]:
-    found = [(path.parent.name, load_result(path.parent)) for path in out.rglob("result.json")]
-    return {name: result.state_sha256 for name, result in found if result and result.status == "done"}
 
 
 @pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.full)])
@@ -32,7 +28,7 @@ def test_any_moment(tmp_path: Path, count: int) -> None:
         began = time.monotonic()
         alone = server.start([*WORDS, f"out={tmp_path / 'alone'}"])
         assert alone.wait(60) == 0, alone.stderr()
-        took, expected, stopped = time.monotonic() - began, ended(tmp_path / "alone"), 0
+        took, expected, stopped = time.monotonic() - began, finished_digests(tmp_path / "alone"), 0
         draw = random.Random(count)
         for i in range(count):
             out, kind, after = tmp_path / f"run{i}", KINDS[i % 3], draw.uniform(0.05, 0.9 * took)
@@ -52,7 +48,7 @@ def test_any_moment(tmp_path: Path, count: int) -> None:
                 assert not list(out.rglob(".*.tmp")), replay
             again = server.start([*WORDS, f"out={out}"])
             assert again.wait(60) == 0, (replay, again.stderr())
-            assert ended(out) == expected, replay
+            assert finished_digests(out) == expected, replay
         assert stopped >= count // 3
     if count == 100:
         counted(f"R16: {count} signals at random moments, {stopped} ended with 75, others had finished; equal ends")
@@ -88,15 +84,15 @@ def test_a_second_interrupt_leaves_at_once_and_spoils_nothing(tmp_path: Path) ->
             assert job.wait(SOON) in (75, 0), job.stderr()
             again = server.start([*WORDS, f"out={out}"])
             assert again.wait(60) == 0, again.stderr()
-            assert ended(out) == ended(tmp_path / "alone"), i
+            assert finished_digests(out) == finished_digests(tmp_path / "alone"), i
 
 
 def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     from qbench.data.dataset import Loader
     from qbench.errors import Interrupted
     from qbench.experiment.run import run
-    from qbench.experiment.session import Desk
-    from qbench.runs.progress import Screen
+    from qbench.experiment.session import RunContext
+    from qbench.runs.progress import ProgressReporter
 
     config = configure(*WORDS, "method=float", "bits=w32a32g32", "runtime.save_seconds=1e9")
     plain, asked = Loader.plain, []
@@ -109,9 +105,9 @@ def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, m
 
     monkeypatch.setattr(Loader, "plain", slow)
     with pytest.raises(Interrupted):
-        run(config, Desk(Screen(quiet=True), lambda: int(asked[0]) if asked == [signal.SIGTERM] else 0))
+        run(config, RunContext(ProgressReporter(quiet=True), lambda: int(asked[0]) if asked == [signal.SIGTERM] else 0))
     directory = RunDirectory(config)
-    (newest, *_) = directory.states()
+    (newest, *_) = directory.checkpoints()
     assert newest.name == "state-18.pt", "the whole first epoch, though its validation had only begun"
     asked.append(signal.SIGTERM)
-    assert run(config, Desk(Screen(quiet=True))).status == "done"
+    assert run(config, RunContext(ProgressReporter(quiet=True))).status == "done"

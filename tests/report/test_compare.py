@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import Configure
 from filelock import FileLock
+from helpers import plant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,27 +27,8 @@ from qbench.papers.rows import rows
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.directory import Result, RunDirectory, sealed
-from qbench.runs.reader import FROM_LOGS, Found, read, with_parents
-
-
-def plant(config: Config, top1: float, parent: float | None = None, status: str = "done", **values: Any) -> Path:
-    """Write a run with a known figure, as a run would."""
-    directory = RunDirectory(config)
-    with directory.held():
-        directory.write_config()
-        final = {"test": {"top1": top1, "top5": 99.0, "loss": 0.1}, "val": {}, "epoch": 0}
-        base = {
-            "run": str(directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"),
-            "final": None,
-            "best": None,
-        }
-        if parent is not None:
-            base["final"] = {"test": {"top1": parent, "top5": 99.0, "loss": 0.1}, "val": {}}
-        cost = {"bits_per_weight": 2.0, "bytes_ideal": 7176, "bitops": 16_842_752, "bytes_float": 1, "macs": 1}
-        done = {"final": final, "float": base if parent is not None else None, "cost": cost, "levels": 4}
-        directory.conclude(directory.new_result(status, **(done if status == "done" else {}) | values))
-    return directory.path
+from qbench.runs.directory import Result, RunDirectory, with_checksum
+from qbench.runs.reader import FROM_LOGS, RunRecord, read, with_parents
 
 
 def tables(config: Config) -> list[Table]:
@@ -112,7 +94,7 @@ def test_float_parents_on_another_kind_of_network_are_a_row_of_their_own(configu
     path = plant(configure("method=hwgq"), 95.0, 97.5, network={"norm": "plain"})
     stored = json.loads((path / "result.json").read_text())
     stored["float"]["run"] = stored["float"]["run"].replace("00000000", "11111111")
-    (path / "result.json").write_text(json.dumps(sealed(stored)))
+    (path / "result.json").write_text(json.dumps(with_checksum(stored)))
     (table,) = tables(configure())
     assert [row[0] for row in table.rows] == ["float", "float norm=plain", "dorefa", "hwgq"]
     assert [row[6] for row in table.rows] == ["98.00", "97.50", "97.00", "95.00"]
@@ -172,7 +154,7 @@ def test_a_run_told_by_event_files_alone_spoils_no_title(configure: Configure) -
     path = plant(configure("method=twn"), 96.0, 98.0)
     stored = json.loads((path / "result.json").read_text())
     told = stored | {"protocol": {"hash": "", "keys": {"epochs": 30}, "identity": ""}}
-    (path / "result.json").write_text(json.dumps(sealed(told)))
+    (path / "result.json").write_text(json.dumps(with_checksum(told)))
     assert sorted(t.title for t in tables(configure())) == [
         "resnet8 on digits", "resnet8 on digits; protocol not known",
     ]  # fmt: skip
@@ -191,7 +173,7 @@ def test_an_odd_result_is_torn_and_harms_no_other(configure: Configure) -> None:
     ]
     for seed, change in enumerate(odd, start=1):
         path = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0) / "result.json"
-        path.write_text(json.dumps(sealed(json.loads(path.read_text()) | change)))
+        path.write_text(json.dumps(with_checksum(json.loads(path.read_text()) | change)))
     first, rest = tables(configure())
     assert first.values[1]["n"] == 1
     assert [row[0] for row in rest.rows] == ["torn"] * len(odd)
@@ -350,7 +332,7 @@ def planted(elsewhere: Callable[[], Configure]) -> tuple[str, Path]:
 @pytest.mark.parametrize("form", GOLDEN)
 def test_golden(form: str, planted: tuple[str, Path]) -> None:
     out, failed = planted
-    shown = asked.answer([out, "--columns", "accuracy", "--format", form])
+    shown = asked.run_compare([out, "--columns", "accuracy", "--format", form])
     path = str(failed).replace("_", r"\_") if form == "latex" else str(failed)
     tidy = re.sub(r"run +reason", "run  reason", shown.replace(path, "RUN"))  # a column is as wide as the path was
     assert tidy == GOLDEN[form]
@@ -358,7 +340,7 @@ def test_golden(form: str, planted: tuple[str, Path]) -> None:
 
 def test_golden_json(planted: tuple[str, Path]) -> None:
     out, failed = planted
-    block, rest = json.loads(asked.answer([out, "--format=json"]))["tables"]
+    block, rest = json.loads(asked.run_compare([out, "--format=json"]))["tables"]
     child = block["rows"][1]
     numbers = {
         key: child[key] for key in ("top1_mean", "top1_std", "top1_half", "diff_mean", "diff_half", "sample_half")
@@ -384,22 +366,22 @@ def test_a_record_gives_the_tables_of_its_runs(planted: tuple[str, Path], tmp_pa
     shutil.copytree(planted[0], here)
     (here / "torn").mkdir()
     (here / "torn" / "result.json").write_text("{")
-    file.write_text(asked.answer([str(here), "--format", "record"]))
+    file.write_text(asked.run_compare([str(here), "--format", "record"]))
     here.rename(there)
-    assert asked.answer([str(file), "--format", "record"]) == file.read_text()
+    assert asked.run_compare([str(file), "--format", "record"]) == file.read_text()
     for words in (["--format", "md"], ["--format", "csv", "method=dorefa"]):
-        whole = asked.answer([str(there), *words]).replace(str(there), str(here))
+        whole = asked.run_compare([str(there), *words]).replace(str(there), str(here))
         without_sample = re.sub(r"(?m)^(- |note,\")error at 95 %: test sample.*\n\n?", "", whole)
         assert without_sample != whole
-        assert asked.answer([str(file), *words]).replace("\n\n\n", "\n\n") == without_sample
+        assert asked.run_compare([str(file), *words]).replace("\n\n\n", "\n\n") == without_sample
     shutil.rmtree(there / Path(planted[1]).relative_to(planted[0]))
-    both = asked.answer([str(there), str(file)])
+    both = asked.run_compare([str(there), str(file)])
     assert "copies of runs listed already, left out" in both
     assert re.search(r"^failed +\S+here", both, re.MULTILINE), "what only the record has"
 
 
 def test_a_directory_stands_before_its_record(planted: tuple[str, Path], tmp_path: Path) -> None:
-    other = json.loads(asked.answer([planted[0], "--format", "record"]))
+    other = json.loads(asked.run_compare([planted[0], "--format", "record"]))
     for run in other["runs"]:
         run["path"] = run["path"].replace(planted[0], "0/first")
     done = next(run["result"] for run in other["runs"] if run["status"] == "done")
@@ -418,7 +400,7 @@ WRONG = [None, {}, [], "x", "", -40, 9600, True, float("nan"), [[]], {"a": None}
 
 def test_no_change_to_one_value_of_a_record_is_a_bug(planted: tuple[str, Path], tmp_path: Path) -> None:
     """Refused, or read: figures that are none are refused."""
-    whole = asked.answer([planted[0], "--format", "record"])
+    whole = asked.run_compare([planted[0], "--format", "record"])
     file = tmp_path / "x.json"
 
     def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -438,7 +420,7 @@ def test_no_change_to_one_value_of_a_record_is_a_bug(planted: tuple[str, Path], 
             node[key] = value
             file.write_text(json.dumps(values))
             try:
-                asked.answer([str(file), "--paper", "seed=0,1,3"])
+                asked.run_compare([str(file), "--paper", "seed=0,1,3"])
             except ConfigError:
                 refused += 1
                 continue
@@ -449,7 +431,7 @@ def test_no_change_to_one_value_of_a_record_is_a_bug(planted: tuple[str, Path], 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": [{"path": "x"}], "protocols": {}}', "\x00"])
 def test_another_file_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text(content)
-    assert cli.main(["compare", str(tmp_path / "x.json")]) == ConfigError.status
+    assert cli(["compare", str(tmp_path / "x.json")]) == ConfigError.status
     assert "x.json: not a record of runs" in capsys.readouterr().err
 
 
@@ -543,25 +525,25 @@ def test_accuracy_at_equal_bytes(configure: Configure) -> None:
     ],
 )
 def test_what_is_refused(several: str, words: list[str], phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["compare", several, *words]) == ConfigError.status
+    assert cli(["compare", several, *words]) == ConfigError.status
     assert phrase in capsys.readouterr().err
 
 
 def test_a_value_that_no_run_has_is_noted_beside_those_that_some_have(several: str) -> None:
-    assert "no run has method=twn" in asked.answer([several, "method=lsq,twn"])
-    assert "no run has" not in asked.answer([several, "method=lsq"])
+    assert "no run has method=twn" in asked.run_compare([several, "method=lsq,twn"])
+    assert "no run has" not in asked.run_compare([several, "method=lsq"])
 
 
 def test_the_margin_is_stated(several: str) -> None:
-    assert "margin ±2 points" in asked.answer([several, "--margin", "2"])
-    assert "margin ±0.5 points" in asked.answer([several])
+    assert "margin ±2 points" in asked.run_compare([several, "--margin", "2"])
+    assert "margin ±0.5 points" in asked.run_compare([several])
 
 
 def test_a_claim_without_a_figure_is_shown_and_is_no_number(configure: Configure) -> None:
     nobody = next(r for r in rows() if r.metric.startswith("top1") and r.value is None and r.words)
     config = configure(f"experiment={nobody.paper}/{nobody.id}")
     plant(config, 90.0, 92.0)
-    text = asked.answer([config.out, "--paper", "--sort", "paper", "--format", "json"])
+    text = asked.run_compare([config.out, "--paper", "--sort", "paper", "--format", "json"])
     (cell,) = [v for v in json.loads(text)["tables"][0]["rows"] if v.get("name") == nobody.method]
     assert (cell["paper_top1"], cell["paper_shown"]) == (None, "?")
 
@@ -606,13 +588,13 @@ def model_result() -> Result:
     return RunDirectory(config).new_result("done")
 
 
-def _run(model: Result, place: str, method: str, width: int, seed: int, status: str, top1: float = 0.0) -> Found:
+def _run(model: Result, place: str, method: str, width: int, seed: int, status: str, top1: float = 0.0) -> RunRecord:
     values = {**vars(model), "method": method, "bits": {"w": width, "a": 32, "g": 32}, "seed": seed, "status": status}
     protocol = model.protocol | {"identity": place}
     final = {"test": {"top1": top1}} if status == "done" else None
     result = Result(**values | {"run": place, "protocol": protocol, "final": final, "options": {}})
     known = status not in ("unfinished", "torn", "running")
-    return Found(path=Path(place), status=status, reason="why", result=result if known else None)
+    return RunRecord(path=Path(place), status=status, reason="why", result=result if known else None)
 
 
 @settings(max_examples=60, deadline=None)
@@ -646,7 +628,7 @@ def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, m
         path.mkdir()
         whole = {**vars(model_result), "seed": seed, "final": {"test": {"top1": 97.0 + seed}}}
         del whole["run"]
-        text = json.dumps(sealed(whole | {"protocol": model_result.protocol | {"identity": str(seed)}}))
+        text = json.dumps(with_checksum(whole | {"protocol": model_result.protocol | {"identity": str(seed)}}))
         for name, content in (
             ("result.json", text),
             ("manifest.json", "{}"),

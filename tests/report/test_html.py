@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 from conftest import Configure
-from test_compare import plant
-from test_plots import epoch, log
+from helpers import epoch_line, plant, write_metrics
 
 from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.html.page import html, page
-from qbench.runs.directory import sealed
+from qbench.runs.directory import with_checksum
 from qbench.runs.reader import read
 
 EVIL = "<script>window.evil = 1</script>"
@@ -63,7 +62,7 @@ class Reader(HTMLParser):
 def change(path: Path, **values: Any) -> None:
     """Change a stored result."""
     stored = json.loads((path / "result.json").read_text())
-    (path / "result.json").write_text(json.dumps(sealed(stored | values)))
+    (path / "result.json").write_text(json.dumps(with_checksum(stored | values)))
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def out(configure: Configure) -> str:
         layers = {"layer1.conv1": {"w": {"found": 3 + seed % 2, "allowed": 4}}}
         card = {"dorefa": {"choices": "`clip`, of <three>", "deviations": "a zero stays zero"}}
         path = plant(configure("method=dorefa", f"seed={seed}"), top1, 98.0, verified=layers, card=card, notes=["well"])
-        log(path, [epoch(0, 50.0), epoch(1, 60.0), '{"kind": "epo'])
+        write_metrics(path, [epoch_line(0, 50.0), epoch_line(1, 60.0), '{"kind": "epo'])
     plant(configure("method=dorefa", "bits.w=10"), 98.5, 98.0)
     change(plant(configure("method=ttq"), 90.0, 98.0), method=EVIL)
     plant(configure("method=dorefa", "seed=8"), 0.0, status="failed", reason=f"{EVIL}\nsecond line")
@@ -177,7 +176,9 @@ def test_damaged_parts_of_a_result_leave_the_page_whole(configure: Configure, tm
     for seed, values in enumerate(odd):
         path = plant(configure("method=dorefa", f"seed={seed}"), 95.0, 98.0)
         change(path, **values)
-        log(path, ['{"kind": "epoch", "epoch": 0, "val_top1": "high"}', '{"epoch": 1, "layers": {"conv": 2}}'])
+        write_metrics(
+            path, ['{"kind": "epoch", "epoch": 0, "val_top1": "high"}', '{"epoch": 1, "layers": {"conv": 2}}']
+        )
         (path / "config.yaml").write_bytes(b"\xff\xfe: [")
         (path / "manifest.json").write_text("[1]")
     assert len(Reader(made(str(tmp_path))).all("details")) == 2
@@ -194,8 +195,8 @@ def test_three_hundred_runs_stay_below_five_megabytes(configure: Configure, tmp_
             "method": f"method{i // 15}", "bits": {"w": 1 + i % 15 // 3, "a": 32, "g": 32}, "seed": i % 3,
             "protocol": stored["protocol"] | {"identity": str(i)},
         }  # fmt: skip
-        (own / "result.json").write_text(json.dumps(sealed(stored | values)))
-        log(own, [epoch(e, 50.0 + e) for e in range(60)])
+        (own / "result.json").write_text(json.dumps(with_checksum(stored | values)))
+        write_metrics(own, [epoch_line(e, 50.0 + e) for e in range(60)])
         shutil.copy(path / "config.yaml", own)
     found = read([str(tmp_path)])
     tables = compare(found)

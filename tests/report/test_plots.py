@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Configure
-from test_compare import plant
+from helpers import epoch_line, plant, write_metrics
 
 from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
 from qbench.report.plots.plots import KINDS, front, picture, plot
 from qbench.report.plots.style import COLOURS, DASHES, MARKERS
-from qbench.runs.directory import sealed
+from qbench.runs.directory import with_checksum
 from qbench.runs.history import epochs, fitted_sqnr, is_float, layer_errors, learning, observed, widths
 from qbench.runs.reader import read
 
@@ -30,14 +30,6 @@ def runs(configure: Configure) -> Any:
         return compare(found), found
 
     return made
-
-
-def log(path: Path, lines: list[str]) -> None:
-    (path / "metrics.jsonl").write_text("\n".join(lines))
-
-
-def epoch(number: int, top1: float) -> str:
-    return json.dumps({"kind": "epoch", "step": number, "epoch": number, "val_top1": top1})
 
 
 def test_bits_are_means_with_student_s_interval(configure: Configure, runs: Any) -> None:
@@ -108,10 +100,13 @@ def test_pareto_marks_the_front_over_bytes_and_bitops(configure: Configure, runs
 def test_curves_are_the_mean_and_the_extremes_of_seeds(configure: Configure, runs: Any) -> None:
     for seed, values in enumerate(((50.0, 70.0), (60.0, 90.0))):
         path = plant(configure("method=dorefa", f"seed={seed}"), 95.0, 98.0)
-        log(path, [json.dumps({"kind": "step", "step": 1, "loss": 1.0}), *(epoch(i, v) for i, v in enumerate(values))])
+        write_metrics(
+            path,
+            [json.dumps({"kind": "step", "step": 1, "loss": 1.0}), *(epoch_line(i, v) for i, v in enumerate(values))],
+        )
         parent = path.parent / f"float-w32a32g32-s{seed}-00000000"
         parent.mkdir()
-        log(parent, [epoch(0, 20.0 + seed), epoch(1, 30.0), epoch(2, 40.0)])
+        write_metrics(parent, [epoch_line(0, 20.0 + seed), epoch_line(1, 30.0), epoch_line(2, 40.0)])
     tables, found = runs()
     lines, measure = learning(tables[0].values[1:], {str(run.path): run.result for run in found})
     assert measure == "val_top1"
@@ -124,7 +119,7 @@ def test_curves_are_the_mean_and_the_extremes_of_seeds(configure: Configure, run
 
 @pytest.mark.parametrize("torn", ['{"kind": "epoch", "epoch": 1, "val_t', "[1, 2]", "\x00\x01", '{"epoch": NaN}'])
 def test_a_torn_log_loses_only_the_torn_part(tmp_path: Path, torn: str) -> None:
-    log(tmp_path, [epoch(0, 50.0), torn, epoch(2, 70.0), '{"kind": "epoch", "epoch": "3"}'])
+    write_metrics(tmp_path, [epoch_line(0, 50.0), torn, epoch_line(2, 70.0), '{"kind": "epoch", "epoch": "3"}'])
     assert {e: values["val_top1"] for e, values in epochs(tmp_path).items()} == {0: 50.0, 2: 70.0}
     assert epochs(tmp_path / "nowhere") == {}
 
@@ -137,7 +132,7 @@ def test_layers_are_drawn_where_somebody_looked(configure: Configure, runs: Any)
         told = {"conv1": {"cosine": 0.1}, "conv2": {"cosine": 0.2}}
         late = {"conv1": {"cosine": (1 - error) ** 0.5, "sqnr": -9.0}, "conv2": {"w.dead": 1.0}, "fc": {"cosine": 1.0}}
         looks = [{"kind": "layers", "step": i, "epoch": i, "layers": t} for i, t in enumerate((told, late))]
-        log(path, [epoch(0, 50.0), *map(json.dumps, looks)])
+        write_metrics(path, [epoch_line(0, 50.0), *map(json.dumps, looks)])
     assert observed(path)["fc"] == {"cosine": 1.0}
     tables, found = runs()
     lines, names = layer_errors([cell for cell in tables[0].values if not is_float(cell)])
@@ -168,7 +163,7 @@ def test_every_method_looks_different(configure: Configure, runs: Any) -> None:
         own = path.with_name(f"m{i}")
         own.mkdir()
         identity = stored["protocol"] | {"identity": str(i)}
-        made = sealed(stored | {"method": f"_${i}_{{", "protocol": identity})
+        made = with_checksum(stored | {"method": f"_${i}_{{", "protocol": identity})
         (own / "result.json").write_text(json.dumps(made))
     figure = picture(*runs(), ["bits", "pareto"])
     looks = {(line.get_color(), line.get_marker()) for bars in figure.subfigs[0].axes[0].containers
@@ -196,7 +191,7 @@ def test_files_are_what_their_suffix_says_and_always_the_same(
 
 def test_the_name_of_the_file_says_which_picture(configure: Configure, runs: Any, tmp_path: Path) -> None:
     path = plant(configure("method=dorefa"), 95.0, 98.0)
-    log(path, [epoch(0, 50.0)])
+    write_metrics(path, [epoch_line(0, 50.0)])
     tables, found = runs()
     plot(tables, found, tmp_path / "bits.svg")
     plot(tables, found, tmp_path / "other.svg")

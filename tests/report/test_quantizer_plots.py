@@ -18,7 +18,7 @@ from qbench.quant.method import Bits, Method
 from qbench.report.quantizer_plots.curves import PICKS, read
 from qbench.report.quantizer_plots.panels import BLUE, ORANGE, SKY, VERMILLION, handles
 from qbench.report.quantizer_plots.probe_network import VALUES, normal_values
-from qbench.report.quantizer_plots.readings import DRAWS, Codewords, Reading
+from qbench.report.quantizer_plots.readings import DRAWS, Codewords, QuantizerCurves
 
 NORMAL = NormalDist()
 LARGEST = NORMAL.inv_cdf(1 - 0.5 / VALUES)
@@ -27,13 +27,13 @@ SAMPLING = 2e-3
 """What a threshold may be off by: half the distance of two neighbouring weights, near zero."""
 
 
-def curves(method: Method) -> list[Reading]:
+def curves(method: Method) -> list[QuantizerCurves]:
     readings = read(method)
-    assert all(isinstance(reading, Reading) for reading in readings)
+    assert all(isinstance(reading, QuantizerCurves) for reading in readings)
     return readings  # type: ignore[return-value]
 
 
-def at(reading: Reading, x: float) -> float:
+def at(reading: QuantizerCurves, x: float) -> float:
     """Return the slope at the pick nearest to x."""
     assert reading.slope is not None
     return reading.slope[(reading.forward.x[reading.picks] - x).abs().argmin()].item()

@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from qbench.report.comparison.pairs import ABOVE, BELOW, EQUAL, SAME, UNDECIDED, Pair, conclude, judge
-from qbench.report.comparison.predictions import Figures, compared
+from qbench.report.comparison.pairs import ABOVE, BELOW, EQUAL, SAME, UNDECIDED, SettingPair, adjust_p_values, conclude
+from qbench.report.comparison.predictions import RunAccuracy, paired_difference
 from qbench.report.statistics.differences import (
-    cautious,
     equivalent,
     half_width,
     holm,
@@ -23,6 +22,7 @@ from qbench.report.statistics.differences import (
     sample_error,
     two_way,
     unpaired,
+    with_seed_dof,
 )
 from qbench.report.tables.table import Table
 
@@ -74,7 +74,7 @@ def test_equivalence_is_two_one_sided_tests() -> None:
 def test_cautious_has_the_seeds_freedom_alone() -> None:
     rng = np.random.default_rng(3)
     arms = [rng.random((3, 500)) < chance for chance in (0.9, 0.8)]
-    plain, careful = two_way(*arms), cautious(two_way(*arms))
+    plain, careful = two_way(*arms), with_seed_dof(two_way(*arms))
     assert plain.freedom > careful.freedom == 2
     assert careful.error == plain.error
     assert careful.p == pytest.approx(2 * stats.t.sf(careful.mean / careful.error, 2))
@@ -82,7 +82,7 @@ def test_cautious_has_the_seeds_freedom_alone() -> None:
     assert half_width(careful, 0.01) == pytest.approx(stats.t.ppf(0.995, 2) * careful.error)
     assert careful.p >= paired(*(100 * arm.mean(1) for arm in arms)).p
     alike = paired([1.0, 2.0, 4.0], [0.0, 0.0, 1.0])
-    assert cautious(alike) is alike
+    assert with_seed_dof(alike) is alike
 
 
 @pytest.mark.parametrize(("distance", "spread"), [(1.0, 1.0), (0.3, 1.0), (3.0, 0.5)])
@@ -240,7 +240,7 @@ def test_predictions_are_read_where_both_have_them(tmp_path: Path) -> None:
     table = concluded(*cells)
     (pair,) = table.values[0]["pairs"]
     assert pair["by"] == "seed and test image"
-    assert pair["p"] == pytest.approx(cautious(two_way(hits["a"], hits["b"])).p)
+    assert pair["p"] == pytest.approx(with_seed_dof(two_way(hits["a"], hits["b"])).p)
     single = concluded(*({**c, "top1": c["top1"][:1], "seeds": [0], "runs": c["runs"][:1]} for c in cells))
     p = stats.binomtest(int((hits["a"][0] & ~hits["b"][0]).sum()), int((hits["a"][0] ^ hits["b"][0]).sum())).pvalue
     assert single.values[0]["pairs"][0]["networks_p"] == pytest.approx(p)
@@ -285,10 +285,10 @@ def test_false_decisions_between_equal_methods() -> None:
     for _ in range(FAMILIES):
         common, own = rng.normal(0, 0.5, 4), rng.normal(95, 1.0, (6, 4))
         pairs = [
-            Pair(first={}, second={}, difference=paired(own[i] + common, own[j] + common))
+            SettingPair(first={}, second={}, difference=paired(own[i] + common, own[j] + common))
             for i, j in combinations(range(6), 2)
         ]
-        judge(pairs, 0.5)
+        adjust_p_values(pairs, 0.5)
         wrong += any(pair.verdict in (ABOVE, BELOW) for pair in pairs)
         unadjusted += any(pair.difference.p < 0.05 for pair in pairs if pair.difference)
     assert wrong / FAMILIES <= 0.05
@@ -307,7 +307,7 @@ def test_false_decisions_by_seed_and_test_image(seeds: int) -> None:
         hits = [images + 0.5 * rng.standard_normal((seeds, 1)) + rng.standard_normal((seeds, 200)) > 0 for _ in "ab"]
         difference = two_way(*hits)
         plain += difference.p < 0.01
-        wrong += cautious(difference).p < 0.05
+        wrong += with_seed_dof(difference).p < 0.05
     assert wrong / FAMILIES <= 0.05
     if seeds == 2:
         assert plain / FAMILIES > 0.02
@@ -318,8 +318,8 @@ def test_false_equivalence_at_the_margin() -> None:
     rng = np.random.default_rng(1)
     wrong = 0
     for _ in range(FAMILIES):
-        pair = Pair(first={}, second={}, difference=paired(rng.normal(95.5, 0.2, 5), rng.normal(95, 0.2, 5)))
-        judge([pair], 0.5)
+        pair = SettingPair(first={}, second={}, difference=paired(rng.normal(95.5, 0.2, 5), rng.normal(95, 0.2, 5)))
+        adjust_p_values([pair], 0.5)
         wrong += pair.p_equal_holm < 0.05
     assert 0.03 < wrong / FAMILIES <= 0.05
 
@@ -327,7 +327,7 @@ def test_false_equivalence_at_the_margin() -> None:
 def test_arms_of_runs_are_compared_by_what_is_kept() -> None:
     hits = np.array([True, False, True, True])
     labels = np.arange(4)
-    full, bare = Figures(75.0, labels, hits), Figures(75.0)
-    assert compared([full, full], [full, full]).items == 4
-    assert compared([full, bare], [full, full]).items is None
-    assert compared([full, full], [Figures(75.0, labels + 1, hits)] * 2).items is None
+    full, bare = RunAccuracy(75.0, labels, hits), RunAccuracy(75.0)
+    assert paired_difference([full, full], [full, full]).items == 4
+    assert paired_difference([full, bare], [full, full]).items is None
+    assert paired_difference([full, full], [RunAccuracy(75.0, labels + 1, hits)] * 2).items is None

@@ -14,9 +14,9 @@ from conftest import Configure
 from qbench.errors import ResourceError
 from qbench.report.tables.run_row import row
 from qbench.runs import manifest
-from qbench.runs.directory import Result, RunDirectory, sealed
-from qbench.runs.metrics_logger import Logbook
-from qbench.runs.progress import Screen
+from qbench.runs.directory import Result, RunDirectory, with_checksum
+from qbench.runs.metrics_logger import MetricsLogger
+from qbench.runs.progress import ProgressReporter
 from qbench.system import files
 
 
@@ -42,13 +42,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    book = Logbook(tmp_path, tensorboard=False)
+    book = MetricsLogger(tmp_path, tensorboard=False)
     book.record("epoch", 1, {"loss": 0.5})
     size = book.size
     book.record("epoch", 2, {"loss": 0.25})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "ep')
-    again = Logbook(tmp_path, size=size, tensorboard=False)
+    again = MetricsLogger(tmp_path, size=size, tensorboard=False)
     again.record("epoch", 2, {"loss": 0.125})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.125)]
@@ -60,7 +60,7 @@ def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path, monkey
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def write(size: int, step: int, steps: list[int]) -> int:
-        book = Logbook(tmp_path, size=size, step=step)
+        book = MetricsLogger(tmp_path, size=size, step=step)
         for at in steps:
             book.record("epoch", at, {"loss": float(at)})
         book.close()
@@ -78,8 +78,8 @@ def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) ->
     directory = RunDirectory(configure("method=dorefa"))
     assert directory.stored() is None
     assert not directory.path.exists()
-    with directory.held():
-        directory.conclude(directory.new_result("unsupported"))
+    with directory.lock():
+        directory.finish(directory.new_result("unsupported"))
     stored = directory.stored()
     assert stored is not None
     assert stored.run == str(directory.path)
@@ -94,7 +94,7 @@ def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) ->
         {"protocol": {}},
         {"protocol": good["protocol"] | {"identity": "another"}},
     ):
-        path.write_text(json.dumps(sealed(good | change)))
+        path.write_text(json.dumps(with_checksum(good | change)))
         assert directory.stored() is None, change
     path.write_text(json.dumps(good | {"seed": 1}))
     assert directory.stored() is None, "its sha256 is of another content"
@@ -104,17 +104,17 @@ def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) ->
 
 def test_the_newest_two_checkpoints_are_kept(configure: Configure) -> None:
     directory = RunDirectory(configure("method=dorefa"))
-    with directory.held():
+    with directory.lock():
         for step in (5, 9, 10, 100):
             directory.save_state(step, b"x")
-        assert [p.name for p in directory.states()] == ["state-100.pt", "state-10.pt"]
+        assert [p.name for p in directory.checkpoints()] == ["state-100.pt", "state-10.pt"]
         (directory.path / ".result.json.77.tmp").write_text("torn")
-    with directory.held():
+    with directory.lock():
         assert not list(directory.path.glob(".*.tmp"))
-        directory.conclude(directory.new_result("failed"))
-        assert len(directory.states()) == 2, "a failed run can go on"
-        directory.conclude(directory.new_result("done"))
-        assert directory.states() == []
+        directory.finish(directory.new_result("failed"))
+        assert len(directory.checkpoints()) == 2, "a failed run can go on"
+        directory.finish(directory.new_result("done"))
+        assert directory.checkpoints() == []
 
 
 def test_only_one_process_holds_a_directory(configure: Configure) -> None:
@@ -126,9 +126,9 @@ def test_only_one_process_holds_a_directory(configure: Configure) -> None:
     def waiting() -> None:
         raise Waited
 
-    with first.held(), pytest.raises(Waited), second.held(waiting):
+    with first.lock(), pytest.raises(Waited), second.lock(waiting):
         raise AssertionError("two held it")
-    with second.held(waiting):
+    with second.lock(waiting):
         pass
 
 
@@ -143,7 +143,7 @@ def test_changes_since_a_manifest(tmp_path: Path) -> None:
 
 
 def test_plain_lines_are_few_and_all_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    screen = Screen(live=False)
+    screen = ProgressReporter(live=False)
     screen.log = tmp_path / "log.txt"
     screen.start("stage", 1000, 0, 64)
     for epoch in range(100):

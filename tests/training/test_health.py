@@ -8,31 +8,31 @@ from typing import Any
 import pytest
 import torch
 from conftest import Configure
-from test_contract import widest
+from helpers import quantizing_bits
 from torch import Tensor, nn
 
 from qbench.config import compose
 from qbench.errors import Diverged
 from qbench.experiment.run import run
-from qbench.experiment.session import Desk
+from qbench.experiment.session import RunContext
 from qbench.methods import dorefa, lsq
 from qbench.quant.layers import install
 from qbench.quant.method import Method
 from qbench.runs.directory import RunDirectory, load_result
-from qbench.runs.progress import Screen
+from qbench.runs.progress import ProgressReporter
 from qbench.training import health as sentinels
 from qbench.training import monitor as lookout
 from qbench.training.checkpoint import unpack
-from qbench.training.layer_stats import look
+from qbench.training.layer_stats import trace_layers
 
 STEP = 21  # of 18 an epoch: one checkpoint stands behind it
 LAYER = "layer2.0.conv1"
-NAMED = "method=test_sentinels:build"
+NAMED = "method=test_health:build"
 QUIET = ["experiment=smoke", "runtime.tensorboard=false", "init=scratch", "epochs=3"]
 
 
-class Declared(lsq.Weight):
-    above_zero = ("step",)
+class Declared(lsq.LSQWeight):
+    positive_parameters = ("step",)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,7 +80,7 @@ class Dark(nn.Module):
 
 def said(config: Any) -> tuple[list[str], list[str]]:
     """Run; return the warnings in the result's notes and those in the log."""
-    result = run(config, Desk(Screen(quiet=True)))
+    result = run(config, RunContext(ProgressReporter(quiet=True)))
     assert result.status == "done", result.reason
     log = (Path(result.run) / "log.txt").read_text().splitlines()
     return [n for n in result.notes if n.startswith("warning")], [line for line in log if " warning: " in line]
@@ -111,7 +111,7 @@ def test_what_was_said_before_an_interruption_is_not_said_again(configure: Confi
 
     config = configure(*words)
     with pytest.raises(Exception, match="stopped by signal 15"):
-        run(config, Desk(Screen(quiet=True), stop))
+        run(config, RunContext(ProgressReporter(quiet=True), stop))
     notes, log = said(config)
     assert (len(notes), len(log)) == (1, 1)
 
@@ -123,13 +123,13 @@ def test_weights_that_grow_are_told_and_those_that_run_away_stop_the_run(configu
     assert "times what it started with, in epoch 1, step 36; likely optim.lr is too high" in notes[0]
     config = configure(*QUIET, NAMED, "method.fault=range", "method.times=3e4", "runtime.save_seconds=0")
     with pytest.raises(Diverged, match=f"{LAYER}: its largest weight, .*, in epoch 1, step {STEP}; likely") as caught:
-        run(config, Desk(Screen(quiet=True)))
+        run(config, RunContext(ProgressReporter(quiet=True)))
     assert caught.value.status == 6
     directory = RunDirectory(config)
     result = load_result(directory.path)
     assert result is not None
     assert result.status == "diverged"
-    newest = unpack(directory.states()[0].read_bytes(), "")["state"]
+    newest = unpack(directory.checkpoints()[0].read_bytes(), "")["state"]
     assert newest["counters"][2] == STEP - 1
     assert newest["model"][f"{LAYER}.weight"].abs().max() < 10, "the checkpoint before stays, and is sound"
 
@@ -137,8 +137,8 @@ def test_weights_that_grow_are_told_and_those_that_run_away_stop_the_run(configu
 def test_it_stops_at_the_end_of_the_epoch_where_nothing_is_saved_before(configure: Configure) -> None:
     config = configure(*QUIET, NAMED, "method.fault=range", "method.times=3e4", "runtime.observe=off")
     with pytest.raises(Diverged, match=f"{LAYER}: its largest weight, .*, in epoch 1, step 36; likely"):
-        run(config, Desk(Screen(quiet=True)))
-    assert [path.name for path in RunDirectory(config).states()] == ["state-18.pt"]
+        run(config, RunContext(ProgressReporter(quiet=True)))
+    assert [path.name for path in RunDirectory(config).checkpoints()] == ["state-18.pt"]
 
 
 @pytest.mark.parametrize(("often", "step", "newest"), [("0", STEP, STEP - 1), ("1e9", 36, 18)])
@@ -146,8 +146,8 @@ def test_a_scale_below_zero_stops_the_run(configure: Configure, often: str, step
     config = configure(*QUIET, NAMED, "method.fault=scale", f"runtime.save_seconds={often}")
     expected = f"{LAYER}.weight_q.step is -0.25, and must be above 0, in epoch 1, step {step}; likely a step was too"
     with pytest.raises(Diverged, match=expected):
-        run(config, Desk(Screen(quiet=True)))
-    saved = unpack(RunDirectory(config).states()[0].read_bytes(), "")["state"]
+        run(config, RunContext(ProgressReporter(quiet=True)))
+    saved = unpack(RunDirectory(config).checkpoints()[0].read_bytes(), "")["state"]
     assert saved["counters"][2] == newest
     assert saved["model"][f"{LAYER}.weight_q.step"] > 0, "the checkpoint before stays"
 
@@ -155,7 +155,7 @@ def test_a_scale_below_zero_stops_the_run(configure: Configure, often: str, step
 def test_accuracy_at_chance_is_told_after_enough_steps(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["experiment=smoke", "runtime.tensorboard=false", "method=float", "init=scratch", "pretrain.epochs=3"]
     monkeypatch.setattr(sentinels, "LEARNT", 30)
-    notes, _ = said(configure(*words, "model=test_sentinels:blind"))
+    notes, _ = said(configure(*words, "model=test_health:blind"))
     assert len(notes) == 1
     assert "% of 10 classes, which is chance, in epoch 1, step 36; likely optim.lr" in notes[0]
     assert said(configure(*words))[0] == []
@@ -177,19 +177,19 @@ def test_accuracy_at_chance_is_told_after_enough_steps(configure: Configure, mon
 )
 def test_chance_is_an_interval(top1: float, images: int, classes: int, step: int, told: bool) -> None:
     record = {"train_top1": top1, "images": images}
-    assert bool(sentinels.by_chance(record, classes, step, "here")) == told
+    assert bool(sentinels.at_chance(record, classes, step, "here")) == told
 
 
 def test_only_the_layer_that_is_to_blame_is_named() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
     install(dorefa.build(w=2), model)
     images = torch.rand(8, 4)
-    assert sentinels.dead(model, look(model, images), "") == {}
+    assert sentinels.degenerate_layers(model, trace_layers(model, images), "") == {}
     with torch.no_grad():
         model[2].weight.copy_(torch.eye(4))
         model[1].weight.zero_()
         model[1].weight_q = nn.Identity()
-    assert list(sentinels.dead(model, look(model, images), "")) == ["output 1"]
+    assert list(sentinels.degenerate_layers(model, trace_layers(model, images), "")) == ["output 1"]
 
 
 def test_a_range_is_measured_by_the_start_and_by_the_inputs_where_that_is_zero() -> None:
@@ -204,11 +204,11 @@ def test_a_range_is_measured_by_the_start_and_by_the_inputs_where_that_is_zero()
         with torch.no_grad():
             model[0].weight.fill_(factor)
             model[1].weight.fill_(-factor / 8)
-        assert list(sentinels.run_away(model, start, "")) == found
+        assert list(sentinels.exploding_weights(model, start, "")) == found
     with torch.no_grad():
         model[1].weight.fill_(-5001.0)
     with pytest.raises(Diverged, match="1: its largest weight, 5e"):
-        sentinels.run_away(model, start, "")
+        sentinels.exploding_weights(model, start, "")
 
 
 SOUND = ("dorefa", "hwgq", "mlq", "ttq")
@@ -220,5 +220,11 @@ METHODS = compose.names("method")
 )
 def test_nothing_is_said_of_a_sound_run(name: str, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sentinels, "LEARNT", 50)
-    words = ["experiment=smoke", "runtime.tensorboard=false", f"method={name}", f"bits={widest(name)}", "epochs=4"]
+    words = [
+        "experiment=smoke",
+        "runtime.tensorboard=false",
+        f"method={name}",
+        f"bits={quantizing_bits(name)}",
+        "epochs=4",
+    ]
     assert said(configure(*words, "pretrain.epochs=4")) == ([], [])

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import Configure
-from test_contract import widest
+from helpers import quantizing_bits
 from torch import Tensor, nn
 
 from qbench.config import compose
 from qbench.errors import ConfigError, Diverged, Interrupted
 from qbench.experiment.run import run
-from qbench.experiment.session import Desk, Session
+from qbench.experiment.session import RunContext, TrainingSession
 from qbench.methods import bwn, inq
 from qbench.quant.layers import QLayer, install, quantized_layers
 from qbench.quant.method import Bits, Grid, Method
 from qbench.runs.directory import Result
-from qbench.runs.progress import Screen
+from qbench.runs.progress import ProgressReporter
 from qbench.runs.tensorboard import CHARTS, METRICS
 from qbench.training import layer_stats as observe
 from qbench.training import monitor as lookout
@@ -69,7 +69,7 @@ def network(method: Method, weight: list[list[float]]) -> tuple[nn.Module, QLaye
 
 def by_hand() -> tuple[nn.Module, QLayer]:
     method = Method(
-        name="hand", bits=Bits(2, 2), legal={"w": (2,), "a": (2,)},
+        name="hand", bits=Bits(2, 2), supported_bits={"w": (2,), "a": (2,)},
         weight=lambda name, layer, bits: Nearest(-1.0, 0.0, 1.0),
         input=lambda name, layer, bits: Nearest(0.0, 1.0, 2.0, 3.0),
     )  # fmt: skip
@@ -77,8 +77,8 @@ def by_hand() -> tuple[nn.Module, QLayer]:
 
 
 def told(model: nn.Module, before: dict[str, Tensor] | None = None) -> dict[str, float]:
-    seen = observe.look(model, SEEN)
-    return observe.tell(model, SEEN, seen, before or {}, observe.gradients(model))["1"]
+    seen = observe.trace_layers(model, SEEN)
+    return observe.layer_metrics(model, SEEN, seen, before or {}, observe.gradients(model))["1"]
 
 
 def test_numbers_of_a_layer_by_hand() -> None:
@@ -100,7 +100,7 @@ def test_numbers_of_a_layer_by_hand() -> None:
 
 def test_flips_are_weights_on_another_level_than_before() -> None:
     model, layer = by_hand()
-    before = observe.codes(observe.look(model, SEEN))
+    before = observe.codes(observe.trace_layers(model, SEEN))
     assert told(model, before)["w.flips"] == 0
     with torch.no_grad():
         layer.weight[0, 0] = 0.6
@@ -120,8 +120,8 @@ def test_groups_are_counted_together_and_frozen_weights_told() -> None:
     assert (values["w.top"], values["w.entropy"], values["w.dead"]) == (4, 1, 0)
     assert "a.top" not in values
     model, layer = network(inq.build(), [[1.0, 0.5], [0.25, 0.7]])
-    assert isinstance(layer.weight_q, inq.Weight)
-    layer.weight_q.advance(layer.weight, 0.5, "largest")
+    assert isinstance(layer.weight_q, inq.INQWeight)
+    layer.weight_q.freeze_next(layer.weight, 0.5, "largest")
     assert told(model)["w.frozen"] == 0.5
 
 
@@ -155,7 +155,7 @@ METHODS = compose.names("method")
 
 
 def quiet(config: Any) -> Result:
-    return run(config, Desk(Screen(quiet=True)))
+    return run(config, RunContext(ProgressReporter(quiet=True)))
 
 
 def lines(result: Result, kind: str | None = None) -> list[dict[str, Any]]:
@@ -167,7 +167,12 @@ def lines(result: Result, kind: str | None = None) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", [*RUNS, *(pytest.param(n, marks=pytest.mark.full) for n in METHODS if n not in RUNS)])
 def test_a_run_is_the_same_however_much_is_told(name: str, configure: Configure, tmp_path: Path) -> None:
-    words = [*QUIET, f"method={name}", *(RUNS.get(name) or [f"bits={widest(name)}"]), "runtime.tensorboard=false"]
+    words = [
+        *QUIET,
+        f"method={name}",
+        *(RUNS.get(name) or [f"bits={quantizing_bits(name)}"]),
+        "runtime.tensorboard=false",
+    ]
     if name == "float":
         words.append("pretrain.epochs=3")
     off, light, full = (
@@ -190,7 +195,7 @@ def test_a_resumed_run_tells_the_same(asked: int, configure: Configure, tmp_path
     config = configure(*words, f"out={tmp_path / 'stopped'}")
     count = itertools.count(1)
     with pytest.raises(Interrupted):
-        run(config, Desk(Screen(quiet=True), lambda: 15 if next(count) >= asked else 0))
+        run(config, RunContext(ProgressReporter(quiet=True), lambda: 15 if next(count) >= asked else 0))
     again = quiet(config)
     assert lines(again, "layers") == lines(whole, "layers")
     flips = ["w.flips" in record["layers"][LAYER] for record in lines(again, "layers")]
@@ -201,7 +206,10 @@ def test_another_level_than_before_an_interruption_costs_one_epochs_flips(config
     words = [*QUIET, "method=lsq", "runtime.tensorboard=false"]
     count = itertools.count(1)
     with pytest.raises(Interrupted):
-        run(configure(*words, "runtime.observe=off"), Desk(Screen(quiet=True), lambda: 15 * (next(count) > 30)))
+        run(
+            configure(*words, "runtime.observe=off"),
+            RunContext(ProgressReporter(quiet=True), lambda: 15 * (next(count) > 30)),
+        )
     told = lines(quiet(configure(*words)), "layers")
     assert ["w.flips" in record["layers"][LAYER] for record in told] == [False, True]
 
@@ -211,17 +219,17 @@ def test_a_checkpoint_without_what_was_remembered_is_noticed(
 ) -> None:
     config, count = configure(*QUIET, "method=lsq", "runtime.tensorboard=false"), itertools.count(1)
     with pytest.raises(Interrupted):
-        run(config, Desk(Screen(quiet=True), lambda: 15 * (next(count) > 30)))
-    newest = Session._newest
+        run(config, RunContext(ProgressReporter(quiet=True), lambda: 15 * (next(count) > 30)))
+    newest = TrainingSession._newest
 
-    def without(session: Session) -> dict[str, Any] | None:
+    def without(session: TrainingSession) -> dict[str, Any] | None:
         saved = newest(session)
         assert saved is not None
         assert saved["session"]["memory"]["codes"][LAYER].dtype == torch.uint8
         del saved["session"]["memory"]
         return saved
 
-    monkeypatch.setattr(Session, "_newest", without)
+    monkeypatch.setattr(TrainingSession, "_newest", without)
     assert ["w.flips" in record["layers"][LAYER] for record in lines(quiet(config), "layers")] == [False, False, True]
 
 
@@ -364,8 +372,8 @@ def test_looking_leaves_no_trace(name: str, configure: Configure) -> None:
         return digest, [m.training for m in model.modules()], [len(m._forward_hooks) for m in model.modules()]
 
     before = trace()
-    seen = observe.look(model, images)
-    observe.tell(model, images, seen, observe.codes(seen), observe.gradients(model))
+    seen = observe.trace_layers(model, images)
+    observe.layer_metrics(model, images, seen, observe.codes(seen), observe.gradients(model))
     observe.occupancy(seen)
     assert trace() == before
     model(images)

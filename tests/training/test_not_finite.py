@@ -1,13 +1,14 @@
 """inf and nan planted in every place: the run ends there, names step and part, and nothing of it is saved (R14)."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Configure
-from test_cli import qbench
+from conftest import ROOT, Configure
+from helpers import qbench
 from torch import Tensor, nn
 
 from qbench.errors import Diverged
@@ -103,7 +104,7 @@ def test_the_run_ends_where_it_appears_and_saves_nothing_of_it(configure: Config
     assert result.status == "diverged"
     assert result.reason is not None
     assert PLACES[place] in result.reason
-    states = directory.states()
+    states = directory.checkpoints()
     assert states, "the checkpoint before stays"
     for path in states:
         state = unpack(path.read_bytes(), str(path))["state"]
@@ -131,7 +132,11 @@ def test_a_network_without_learned_scales_says_it_too(configure: Configure, meth
 
 
 def test_the_command_ends_with_status_6(tmp_path: Path) -> None:
-    done = qbench(*words("gradient", "none"), f"out={tmp_path}", PYTHONPATH=str(Path(__file__).parent))
+    done = qbench(
+        *words("gradient", "none"),
+        f"out={tmp_path}",
+        PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)]),
+    )
     assert done.returncode == 6, done.stderr
     assert f"in epoch 1, step {STEP}, first at the gradient of {LAYER}.weight" in done.stderr
     assert "try a lower optim.lr" in done.stderr

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 from qbench.data.dataset import Augment, Dataset, Loader, Split
-from qbench.experiment.setup import keep_freed_memory
+from qbench.experiment.setup import tune_malloc
 from qbench.quant import fused_kernels as passes
 from qbench.quant.kmeans import kmeans
 
@@ -24,7 +24,7 @@ SLACK = 1.5
 
 
 def test_training_steps() -> None:
-    keep_freed_memory()
+    tune_malloc()
     works = {"fp32": fp32("cpu"), "stock": training_step(network(), "cpu"), PUBLIC: public_functions("cpu")}
     works |= {case.label: quantized(case, "cpu") for case in CASES}
     found = interleaved(works, rounds=7)

@@ -110,7 +110,7 @@ def test_the_methods_parts_are_called_when_they_should() -> None:
         nothing.build(),
         loss=loss,
         on_epoch=lambda m, epoch, epochs, probe: calls.append(("epoch", epoch)),
-        frozen=(teacher,),
+        teachers=(teacher,),
     )
     job = task(method, epochs=2)
     fit(job, state_of(job))
@@ -119,7 +119,7 @@ def test_the_methods_parts_are_called_when_they_should() -> None:
 
 
 def test_decay_spares_biases_and_norms_and_quantizers_say_their_own() -> None:
-    class Own(dorefa.Weight):
+    class Own(dorefa.DoReFaWeight):
         lr_scale, weight_decay = 0.1, 0.5
 
         def __init__(self) -> None:
@@ -185,7 +185,7 @@ def test_seconds_per_epoch_count_the_epochs_that_were_trained(smoke: Configure) 
 
 
 def test_an_incremental_method_has_no_best_before_it_is_complete() -> None:
-    class Half(dorefa.Weight):
+    class Half(dorefa.DoReFaWeight):
         complete = False
 
     method = replace(dorefa.build(w=2), weight=lambda name, layer, bits: Half(bits))

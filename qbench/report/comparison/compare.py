@@ -12,18 +12,26 @@ from typing import Any
 from qbench.report.comparison import lr_selection as choice
 from qbench.report.comparison import naming
 from qbench.report.comparison.settings import values
-from qbench.report.tables.columns import DEFAULT, HEAD, chosen, short, show
+from qbench.report.tables.columns import DEFAULT, HEAD, chosen, show
 from qbench.report.tables.table import Table
 from qbench.runs.directory import Result
-from qbench.runs.reader import DONE, FROM_LOGS, Found
+from qbench.runs.reader import DONE, FROM_LOGS, RunRecord
 
-__all__ = ["HEAD", "compare", "short"]
+__all__ = ["HEAD", "compare"]
 
-KINDS = {"method": str, "dataset": str, "model": str, "asks": list, "network": dict, "options": dict, "bits": dict}
+KINDS = {
+    "method": str,
+    "dataset": str,
+    "model": str,
+    "protocol_changes": list,
+    "network": dict,
+    "options": dict,
+    "bits": dict,
+}
 """Fields of a result that tables are made of."""
 
 
-def compare(found: Sequence[Found], by: Sequence[str] = ()) -> list[Table]:
+def compare(found: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
     """Return a table for every data set, network and protocol, and last the runs that have no figure.
 
     A cell is one method with its options at one set of widths; its figure is the mean over seeds of test top-1 after
@@ -72,7 +80,7 @@ class _Context:
     lost: Sequence[Result]
 
 
-def _whole(run: Found) -> Found:
+def _whole(run: RunRecord) -> RunRecord:
     """Return a run, as torn where its result lacks what tables are made of."""
     result = run.result
     if result is None:
@@ -84,10 +92,10 @@ def _whole(run: Found) -> Found:
     return replace(run, status="torn", result=None, reason=f"result.json: {', '.join(odd)} cannot be read")
 
 
-def _without_copies(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
+def _without_copies(found: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
     """Return the runs with every identity once, directories before records, and what to say of the copies left out."""
-    kept: dict[Any, Found] = {}
-    copies: list[Found] = []
+    kept: dict[Any, RunRecord] = {}
+    copies: list[RunRecord] = []
     for run in sorted(found, key=lambda r: (r.recorded, str(r.path))):
         final = run.result and run.status in (DONE, "unsupported")
         identity = (run.result.protocol.get("identity") if final and run.result else None) or id(run)
@@ -96,7 +104,7 @@ def _without_copies(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
     return list(kept.values()), [*_of_copies(copies, kept)]
 
 
-def _of_copies(copies: Sequence[Found], kept: Mapping[Any, Found]) -> Iterator[str]:
+def _of_copies(copies: Sequence[RunRecord], kept: Mapping[Any, RunRecord]) -> Iterator[str]:
     """Say how many runs were left out, and which of them have another figure than the one that stands."""
     if not copies:
         return
@@ -109,7 +117,7 @@ def _of_copies(copies: Sequence[Found], kept: Mapping[Any, Found]) -> Iterator[s
         yield f"of these copies {len(unlike)} have another top-1, by other versions or machines: {unlike[0]}{more}"
 
 
-def _top1(run: Found) -> str:
+def _top1(run: RunRecord) -> str:
     return f"{run.result.final['test']['top1']:.2f}" if run.result and run.result.final else "-"
 
 
@@ -156,7 +164,7 @@ def _block(title: str, results: list[Result], context: _Context) -> Table:
         table.notes += made.notes
     for label, network in sorted({(names[id(r)], naming.network(r)) for r in results if r.network}):
         table.notes.append(f"{label} is on a network with {network}, as its float parent is")
-    for label, ask in sorted({(names[id(r)], ask) for r in results for ask in r.asks}):
+    for label, ask in sorted({(names[id(r)], ask) for r in results for ask in r.protocol_changes}):
         table.notes.append(f"{label}: {ask}")
     if any(r.made_data for r in results):
         table.notes.append("made data: not for comparison with papers' tables")
@@ -176,13 +184,13 @@ def _add(table: Table, label: str, members: list[Result], logged: set[str]) -> N
     table.values.append(values(label, members, FROM_LOGS if read else "result.json"))
 
 
-def _without_figure(found: Sequence[Found]) -> list[Table]:
+def _without_figure(found: Sequence[RunRecord]) -> list[Table]:
     """Return the table of the runs that failed, diverged, are unsupported, unfinished, running or torn."""
     rest = [run for run in found if run.status != DONE]
     if not rest:
         return []
     table = Table(("status", "run", "reason"), title="without a figure")
-    cells: dict[tuple[str, str, str], list[Found]] = defaultdict(list)
+    cells: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)
     for run in rest:  # what a method does not know is the same for all seeds: one line; all else is a run of its own
         known = run.status == "unsupported" and run.result is not None
         name = f"{run.result.method} {run.result.widths}" if known and run.result else str(run.path)

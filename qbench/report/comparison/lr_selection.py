@@ -12,7 +12,7 @@ from qbench.runs.directory import Result
 
 
 @dataclass(kw_only=True)
-class Choice:
+class SelectedLearningRate:
     """Among the runs of one method at its widths, those of the learning rate that is best on validation.
 
     `validation` holds for each rate of the grid, lowest first, the mean over `seeds` of validation top-1 in percent
@@ -32,7 +32,7 @@ class Choice:
         return {RATE: self.rate, "chosen_on_seeds": self.seeds, "grid": grid}
 
 
-def choose(name: str, runs: Sequence[Result], lost: Sequence[Result] = ()) -> Choice:
+def choose(name: str, runs: Sequence[Result], lost: Sequence[Result] = ()) -> SelectedLearningRate:
     """Return the rate with the best mean validation top-1 over the seeds that all candidates have.
 
     Of equal ones it is the rate nearest the recipe's own. A rate that diverged is no candidate, whatever its other
@@ -58,7 +58,7 @@ def choose(name: str, runs: Sequence[Result], lost: Sequence[Result] = ()) -> Ch
 
     best = max(candidates, key=rank) if seeds else None
     chosen = [run for run in runs if run.options[RATE] == best and run.seed in figures[run.options[RATE]]]
-    found = Choice(rate=best, runs=chosen, validation=validation, seeds=seeds)
+    found = SelectedLearningRate(rate=best, runs=chosen, validation=validation, seeds=seeds)
     epochs = runs[0].protocol["keys"].get("epochs", "?")
     found.notes = [f"{name}: {_told(found, epochs)}", *_missing(name, rates, figures, lost)]
     return found
@@ -71,7 +71,7 @@ def _grid(run: Result) -> tuple[float, list[float]]:
     return own, sorted({scaled(own, factor) for factor in keys["grid"]["factors"]})
 
 
-def _told(choice: Choice, epochs: Any) -> str:
+def _told(choice: SelectedLearningRate, epochs: Any) -> str:
     rates = list(choice.validation)
     if choice.rate is None:
         return f"no {RATE} of {len(rates)} chosen: no seed has a validation figure at every rate that did not diverge"

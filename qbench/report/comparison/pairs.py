@@ -16,17 +16,17 @@ from typing import Any
 
 from qbench.report.comparison import predictions as answers
 from qbench.report.comparison import sentences
-from qbench.report.comparison.predictions import Figures
+from qbench.report.comparison.predictions import RunAccuracy
 from qbench.report.statistics.differences import (
     ALPHA,
     Difference,
-    cautious,
-    deciding,
     equivalent,
     holm,
     mcnemar,
     sample_error,
+    seeds_to_decide,
     unpaired,
+    with_seed_dof,
 )
 from qbench.report.tables.table import Table
 from qbench.system import files
@@ -38,7 +38,7 @@ SAME, ABOVE, BELOW, EQUAL, UNDECIDED, NO_SPREAD = "the same", "above", "below", 
 
 
 @dataclass(kw_only=True)
-class Pair:
+class SettingPair:
     """Two cells of the same widths, the one of the higher mean first.
 
     `difference` is first minus second in points over the seeds that both have, and so may be below 0; None where fewer
@@ -104,20 +104,20 @@ def conclude(tables: Sequence[Table], margin: float = MARGIN) -> None:
         if cells := [v for v in table.values if "top1_mean" in v]:
             blocks[cells[0]["dataset"], cells[0]["model"], cells[0]["protocol"]].append(table)
     for own in blocks.values():
-        known: dict[str, Figures] = {}
+        known: dict[str, RunAccuracy] = {}
         pairs = {id(table): _pairs(table.values, known) for table in own}
-        asked = judge([pair for found in pairs.values() for pair in found], margin)
+        asked = adjust_p_values([pair for found in pairs.values() for pair in found], margin)
         for table in own:
             found = pairs[id(table)]
             _mark(table.values, found, margin)
             table.notes += [*sentences.sample(table.values), *sentences.pairs(found, margin, asked)]
 
 
-def _mark(rows: Iterable[Values], pairs: Sequence[Pair], margin: float) -> None:
+def _mark(rows: Iterable[Values], pairs: Sequence[SettingPair], margin: float) -> None:
     """Put into every cell's values its pairs, whether it is above all others, and the error of the test sample."""
     rows = list(rows)
     items = next((n for v in rows for run in v["runs"][:2] if (n := tested_on(Path(run)))), None)
-    own: dict[int, list[Pair]] = defaultdict(list)
+    own: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
         own[id(pair.first)].append(pair)
     for values in rows:
@@ -128,7 +128,7 @@ def _mark(rows: Iterable[Values], pairs: Sequence[Pair], margin: float) -> None:
         values["sample_half"] = sample_error(values["top1_mean"], items) if items else None
 
 
-def judge(family: Sequence[Pair], margin: float) -> int:
+def adjust_p_values(family: Sequence[SettingPair], margin: float) -> int:
     """Adjust the p of all pairs of a block for their number, which is returned; those without a difference are neither
     asked nor counted.
     """
@@ -139,12 +139,12 @@ def judge(family: Sequence[Pair], margin: float) -> int:
         pair.p_holm, pair.p_equal_holm = differ, equal
     left = [pair for pair in asked if pair.verdict == UNDECIDED]
     for pair, d in ((pair, pair.difference) for pair in left if pair.leading):
-        n = deciding(d, margin, ALPHA / len(left)) if d else None
+        n = seeds_to_decide(d, margin, ALPHA / len(left)) if d else None
         pair.more_seeds = max(n - d.n, 1) if d and n is not None else None
     return len(asked)
 
 
-def _pairs(rows: Iterable[Values], known: dict[str, Figures]) -> list[Pair]:
+def _pairs(rows: Iterable[Values], known: dict[str, RunAccuracy]) -> list[SettingPair]:
     """Return every pair of cells at the same widths, higher means first; float parents are no rivals."""
     widths: dict[tuple[int, ...], list[Values]] = defaultdict(list)
     for values in rows:
@@ -159,33 +159,33 @@ def _pairs(rows: Iterable[Values], known: dict[str, Figures]) -> list[Pair]:
     return found
 
 
-def _pair(first: Values, second: Values, known: dict[str, Figures]) -> Pair:
+def _pair(first: Values, second: Values, known: dict[str, RunAccuracy]) -> SettingPair:
     arms = [_arm(cell, known) for cell in (first, second)]
     seeds = sorted(set(arms[0]) & set(arms[1]))
     if len(seeds) > 1:
         own = [[arm[seed]() for seed in seeds] for arm in arms]
-        d = cautious(answers.compared(*own))
-        return Pair(first=first, second=second, difference=d, by="seed and test image" if d.items else "seed")
+        d = with_seed_dof(answers.paired_difference(*own))
+        return SettingPair(first=first, second=second, difference=d, by="seed and test image" if d.items else "seed")
     if min(map(len, arms)) > 1:
         figures = [[run().top1 for run in arm.values()] for arm in arms]
-        return Pair(first=first, second=second, difference=unpaired(*figures), by="nothing: the seeds differ")
-    found = Pair(first=first, second=second)
+        return SettingPair(first=first, second=second, difference=unpaired(*figures), by="nothing: the seeds differ")
+    found = SettingPair(first=first, second=second)
     if seeds:
         networks = [arm[seeds[0]]() for arm in arms]
-        if answers.alike(networks):
+        if answers.same_test_images(networks):
             found.networks_p = mcnemar(networks[0].hits, networks[1].hits)
     return found
 
 
-def _arm(cell: Values, known: dict[str, Figures]) -> dict[int, Callable[[], Figures]]:
+def _arm(cell: Values, known: dict[str, RunAccuracy]) -> dict[int, Callable[[], RunAccuracy]]:
     """Return a cell's figures by seed, each read when it is asked for; of a seed that stands twice, the mean."""
     runs: dict[int, list[tuple[str, float]]] = defaultdict(list)
     for seed, run, top1 in zip(cell["seeds"], cell["runs"], cell["top1"], strict=True):
         runs[seed].append((run, top1))
 
-    def read(own: list[tuple[str, float]]) -> Figures:
+    def read(own: list[tuple[str, float]]) -> RunAccuracy:
         if len(own) > 1:
-            return Figures(mean(top1 for _, top1 in own))
+            return RunAccuracy(mean(top1 for _, top1 in own))
         run, top1 = own[0]
         if run not in known:
             known[run] = answers.of_run(run, top1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qbench.report.statistics.differences import ALPHA
 
 if TYPE_CHECKING:
-    from qbench.report.comparison.pairs import Pair
+    from qbench.report.comparison.pairs import SettingPair
 
 MOST = 6
 """Names in one part of a sentence; the others are counted."""
@@ -28,14 +28,14 @@ def sample(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{told}, seeds {_range([v['top1_half'] for v in spread])}: the larger is that of the {larger}{where}"]
 
 
-def pairs(found: Sequence["Pair"], margin: float, family: int) -> list[str]:
+def pairs(found: Sequence["SettingPair"], margin: float, family: int) -> list[str]:
     """Return a sentence for each width that several methods share, under one that says how they were compared.
 
     Args:
         found: all pairs of a table.
         family: how many pairs Holm's adjustment is for.
     """
-    widths: dict[int, list[Pair]] = defaultdict(list)
+    widths: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in found:
         if pair.leading:
             widths[id(pair.first)].append(pair)
@@ -48,7 +48,7 @@ def pairs(found: Sequence["Pair"], margin: float, family: int) -> list[str]:
     return [f"{head}; in brackets the difference, and about how many more seeds would decide", *told]
 
 
-def _sentence(own: Sequence["Pair"], margin: float, family: int) -> str:
+def _sentence(own: Sequence["SettingPair"], margin: float, family: int) -> str:
     """Say how the best cell of some widths stands to the others."""
     best, groups = own[0].first, defaultdict(list)
     for pair in own:
@@ -69,7 +69,7 @@ def _sentence(own: Sequence["Pair"], margin: float, family: int) -> str:
     return f"{widths}: {best['method']} {best['top1_mean']:.2f} {'; '.join(said)}"
 
 
-def _named(pair: "Pair", margin: float) -> str:
+def _named(pair: "SettingPair", margin: float) -> str:
     """Write the other cell's name with the difference, and how many more seeds would decide where that is open."""
     d, name = pair.difference, str(pair.second["method"])
     if d is None:

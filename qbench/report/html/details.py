@@ -75,7 +75,7 @@ def _options(runs: Iterable[Result]) -> list[tuple[str, str]]:
             odd = key.endswith("deviation") and value not in (None, "none")
             told.append((f"method.{key}={value}", "not the paper's method" if odd else ""))
         told += [(f"model.{key}={value}", "as the method asks") for key, value in run.network.items()]
-        told += [("asks", ask) for ask in run.asks]
+        told += [("asks", ask) for ask in run.protocol_changes]
     return told
 
 

@@ -25,14 +25,14 @@ from qbench.report.tables.columns import COLUMNS
 from qbench.report.tables.table import Table
 from qbench.runs.directory import Result
 from qbench.runs.history import MEASURES, Cell, is_float, learning
-from qbench.runs.reader import Found
+from qbench.runs.reader import RunRecord
 from qbench.system import files
 
 SUFFIXES = (".html", ".htm")
 HERE = Path(__file__)
 
 
-def page(tables: Sequence[Table], found: Sequence[Found], path: Path) -> None:
+def page(tables: Sequence[Table], found: Sequence[RunRecord], path: Path) -> None:
     """Write a comparison as one HTML file.
 
     Raises:
@@ -44,7 +44,7 @@ def page(tables: Sequence[Table], found: Sequence[Found], path: Path) -> None:
     files.write(path, html(tables, found).encode(errors="backslashreplace"))
 
 
-def html(tables: Sequence[Table], found: Sequence[Found]) -> str:
+def html(tables: Sequence[Table], found: Sequence[RunRecord]) -> str:
     """Return the page."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup, escape
@@ -73,7 +73,7 @@ def _title(tables: Iterable[Table]) -> str:
     return ", ".join(names) or "no finished runs"
 
 
-def _counts(sections: Sequence[dict[str, Any]], found: Sequence[Found]) -> str:
+def _counts(sections: Sequence[dict[str, Any]], found: Sequence[RunRecord]) -> str:
     """Return one line on what is there."""
     cells = sum(len(section["cells"]) for section in sections)
     told = Counter(run.status for run in found)
@@ -84,7 +84,7 @@ def _counts(sections: Sequence[dict[str, Any]], found: Sequence[Found]) -> str:
 def _section(
     name: str,
     table: Table,
-    found: Sequence[Found],
+    found: Sequence[RunRecord],
     results: Mapping[str, Result],
     methods: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _number(title: str, values: Cell) -> float | None:
     return value if isinstance(value, int | float) and isfinite(value) else None
 
 
-def _pictures(table: Table, found: Sequence[Found]) -> list[dict[str, Any]]:
+def _pictures(table: Table, found: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Return the pictures of one table as SVG that takes the page's colours."""
     made = [(kind, picture([table], found, [kind], titled=False)) for kind in KINDS]
     return [
@@ -164,7 +164,7 @@ def _methods(results: Iterable[Result]) -> dict[str, dict[str, str]]:
     return {f"m{i}": {"choices": "", "deviations": ""} | card for i, (_, card) in enumerate(ordered)}
 
 
-def _made(found: Sequence[Found]) -> dict[str, Any]:
+def _made(found: Sequence[RunRecord]) -> dict[str, Any]:
     """Return how the page was made: command, versions, when the newest run was stored."""
     ours, kinds = [], Counter[str]()
     times = []

@@ -18,7 +18,7 @@ from qbench.report.plots import style as strokes
 from qbench.report.plots.style import ACROSS, COLOURS, DASHES, FILLS, GREY, INK, LINE, MARKERS, STARS, Style
 from qbench.report.tables.table import Table
 from qbench.runs.history import MEASURES, PARENT, Cell, Lines, is_float, layer_errors, learning, widths
-from qbench.runs.reader import Found
+from qbench.runs.reader import RunRecord
 from qbench.system import files
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -44,7 +44,7 @@ class Block:
     layers: list[str]
 
 
-def plot(tables: Sequence[Table], found: Sequence[Found], path: Path) -> None:
+def plot(tables: Sequence[Table], found: Sequence[RunRecord], path: Path) -> None:
     """Draw a comparison into a PNG, PDF or SVG.
 
     The file's stem says which picture: bits, pareto, curves or layers; under any other name all stand in one figure.
@@ -63,7 +63,7 @@ def plot(tables: Sequence[Table], found: Sequence[Found], path: Path) -> None:
     files.write(path, rendered(figure, path.suffix.lower()[1:]))
 
 
-def picture(tables: Sequence[Table], found: Sequence[Found], kinds: Iterable[str], *, titled: bool = True) -> Any:
+def picture(tables: Sequence[Table], found: Sequence[RunRecord], kinds: Iterable[str], *, titled: bool = True) -> Any:
     """Return a matplotlib figure, a row of panels for every table and kind; None where there is nothing to draw."""
     os.environ["MPLBACKEND"] = "agg"  # a backend that is set but not there would end the import
     from matplotlib import rc_context
@@ -101,7 +101,7 @@ def rendered(figure: Any, form: str, **style: Any) -> bytes:
     return made.getvalue()
 
 
-def read_blocks(tables: Sequence[Table], found: Sequence[Found], *, curves: bool, layers: bool) -> list[Block]:
+def read_blocks(tables: Sequence[Table], found: Sequence[RunRecord], *, curves: bool, layers: bool) -> list[Block]:
     """Return what there is to draw of the tables that hold figures; metrics.jsonl is read where it is asked for."""
     results = {str(run.path): run.result for run in found if run.result}
     shown = [(table, [cell for cell in table.values if "top1_mean" in cell]) for table in tables]

@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.layers import KeepOutput, QConv2d
+from qbench.quant.layers import IdentityOutput, QConv2d
 from qbench.quant.masks import FrozenWeight
 from qbench.quant.method import FLOAT, Bits, Method
-from qbench.report.quantizer_plots.probe_network import VALUES, Subject, installed, normal_values, prepared
-from qbench.report.quantizer_plots.readings import DRAWS, FEW, Codewords, Map, Reading
+from qbench.report.quantizer_plots.probe_network import VALUES, ProbeLayer, installed, normal_values, prepared
+from qbench.report.quantizer_plots.readings import DRAWS, FEW, Codewords, QuantizerCurves, TransferCurve
 
 PICKS = 512
 """Values at which derivatives are taken."""
@@ -27,14 +27,14 @@ GRADIENT = 0.01
 Run = Callable[[nn.Module], Tensor]
 
 
-def read(method: Method) -> list[Reading | Codewords]:
+def read(method: Method) -> list[QuantizerCurves | Codewords]:
     """Return what a method does to all that it quantizes, before training; of one that quantizes nothing, to weights.
 
     The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found: list[Reading | Codewords] = []
+        found: list[QuantizerCurves | Codewords] = []
         if method.bits.w < FLOAT or method.bits == Bits():
             found += _weights(method)
         if method.bits.a < FLOAT:
@@ -44,7 +44,7 @@ def read(method: Method) -> list[Reading | Codewords]:
         return found
 
 
-def _weights(method: Method) -> list[Reading | Codewords]:
+def _weights(method: Method) -> list[QuantizerCurves | Codewords]:
     subject = installed(method, 1, VALUES)
     if (size := _dimension(subject.layer)) > 1:
         return [_codewords(method, installed(method, VALUES // size, size))]
@@ -56,7 +56,7 @@ def _weights(method: Method) -> list[Reading | Codewords]:
     return [replace(_reading("weights", bits, site, w, w, w), when=when) for when, site in states]
 
 
-def _reading(what: str, bits: int, site: nn.Module, x: Tensor, like: Tensor, tensor: Tensor) -> Reading:
+def _reading(what: str, bits: int, site: nn.Module, x: Tensor, like: Tensor, tensor: Tensor) -> QuantizerCurves:
     """Read a quantizer of weights or inputs at x, whose first scale group, as in `like`, is kept."""
     places, levels = _group(site, like)
     places = places if x is like else torch.arange(x.numel())
@@ -69,10 +69,10 @@ def _reading(what: str, bits: int, site: nn.Module, x: Tensor, like: Tensor, ten
     scalars = [f"{name} {p.item():.3g}" for name, p in site.named_parameters() if p.dim() == 0]
     notes += [f"starts at {', '.join(scalars)}"] if scalars else []
     notes += [f"learned: {name}" for name, p in site.named_parameters() if p.dim() > 0]
-    return Reading(what, bits, forward, picks, slope, frozen=frozen, notes=tuple(notes))
+    return QuantizerCurves(what, bits, forward, picks, slope, frozen=frozen, notes=tuple(notes))
 
 
-def _stored(method: Method, subject: Subject, x: Tensor) -> Reading:
+def _stored(method: Method, subject: ProbeLayer, x: Tensor) -> QuantizerCurves:
     """Read weights behind which no float ones stand: x is an update, made from zero by the method's own step."""
 
     def updated(model: nn.Module) -> Tensor:
@@ -88,7 +88,7 @@ def _stored(method: Method, subject: Subject, x: Tensor) -> Reading:
     return replace(now, forward=forward, notes=("drawn: an update by w, from 0",))
 
 
-def _inputs(method: Method) -> Reading:
+def _inputs(method: Method) -> QuantizerCurves:
     subject = installed(method, 1, VALUES)
     columns = VALUES
     if (size := _dimension(subject.layer)) > 1:
@@ -103,11 +103,11 @@ def _inputs(method: Method) -> Reading:
     x = torch.linspace(low - margin, high + margin, VALUES).reshape(-1, columns, 1, 1)
     found = _reading("inputs", method.bits.a, site, x, tensor, tensor)
     found = replace(found, forward=_sharpened(found.forward, site, x.shape))
-    shown = method.bits.g < FLOAT or isinstance(behind, KeepOutput)
+    shown = method.bits.g < FLOAT or isinstance(behind, IdentityOutput)
     return found if shown else replace(found, notes=(*found.notes, f"behind the layer: {type(behind).__name__}"))
 
 
-def _sharpened(drawn: Map, site: nn.Module, shape: torch.Size) -> Map:
+def _sharpened(drawn: TransferCurve, site: nn.Module, shape: torch.Size) -> TransferCurve:
     """Move the two points beside every jump of a staircase together, to where it is; element by element alike."""
     jumps = drawn.jumps
     if not 0 < len(jumps) <= SHARP:
@@ -123,7 +123,7 @@ def _sharpened(drawn: Map, site: nn.Module, shape: torch.Size) -> Map:
     return drawn._replace(x=x)
 
 
-def _outputs(method: Method) -> Reading:
+def _outputs(method: Method) -> QuantizerCurves:
     """Read what stands behind a layer at one sample's outputs and their gradients."""
     subject = installed(method, VALUES, 2)
     prepared(method, subject)
@@ -137,10 +137,10 @@ def _outputs(method: Method) -> Reading:
 
     forward = _map(*_sorted(y, _drawn(site, lambda own: own(y, x))), y.new_zeros(0), y)
     backward = _map(*_sorted(d, _drawn(site, back)), _group(site, d)[1], d)
-    return Reading("outputs", method.bits.g, forward, _evenly(forward.x), backward=backward)
+    return QuantizerCurves("outputs", method.bits.g, forward, _evenly(forward.x), backward=backward)
 
 
-def _codewords(method: Method, subject: Subject) -> Codewords:
+def _codewords(method: Method, subject: ProbeLayer) -> Codewords:
     prepared(method, subject)
     layer = subject.layer
     w = layer.weight.detach()
@@ -192,10 +192,10 @@ def _slopes(site: nn.Module, x: Tensor, places: Tensor) -> Tensor:
     return torch.tensor(found)
 
 
-def _map(x: Tensor, made: Tensor, levels: Tensor, tensor: Tensor) -> Map:
+def _map(x: Tensor, made: Tensor, levels: Tensor, tensor: Tensor) -> TransferCurve:
     """Return the map from x (n,), ascending, to the draws (draws, n)."""
     band = (made.amin(0), made.amax(0)) if len(made) > 1 else None
-    return Map(x, made.mean(0) if band else made[0], band, levels, tensor.flatten())
+    return TransferCurve(x, made.mean(0) if band else made[0], band, levels, tensor.flatten())
 
 
 def _sorted(x: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ from typing import Any
 
 from qbench.quant.method import FLOAT, Method
 from qbench.report.quantizer_plots.curves import read
-from qbench.report.quantizer_plots.panels import LARGE, SMALL, Look, curve, handles, number, slope, vectors, zoom
-from qbench.report.quantizer_plots.readings import Codewords, Reading
+from qbench.report.quantizer_plots.panels import LARGE, SMALL, PlotSizes, curve, handles, number, slope, vectors, zoom
+from qbench.report.quantizer_plots.readings import Codewords, QuantizerCurves
 
 WIDTH, DPI = 10, 120
 COLUMNS, NAMED = 3, 7
@@ -29,7 +29,7 @@ def page(method: Method, title: str, command: str) -> Any:
     figure.subplots_adjust(0.075, 0.95 / height, 0.985, 1 - 0.85 / height, 0.19, 0.46)
     for (left, right), reading in zip(panels, readings, strict=True):
         _pair(left, right, reading, LARGE)
-        if isinstance(reading, Reading):
+        if isinstance(reading, QuantizerCurves):
             zoom(left, reading.forward, LARGE)
             if reading.backward is not None:
                 zoom(right, reading.backward, LARGE)
@@ -71,9 +71,9 @@ def _figure(height: float) -> Any:
     return Figure(figsize=(WIDTH, height), dpi=DPI)
 
 
-def _pair(left: Any, right: Any, reading: Reading | Codewords, look: Look) -> None:
+def _pair(left: Any, right: Any, reading: QuantizerCurves | Codewords, look: PlotSizes) -> None:
     """Draw one reading into two panels, forward and backward."""
-    if not isinstance(reading, Reading):
+    if not isinstance(reading, QuantizerCurves):
         vectors(left, right, reading, look)
         return
     curve(left, reading.forward, look, reading.frozen, reading.picks)
@@ -83,9 +83,9 @@ def _pair(left: Any, right: Any, reading: Reading | Codewords, look: Look) -> No
         slope(right, reading, look)
 
 
-def _heading(reading: Reading | Codewords) -> str:
+def _heading(reading: QuantizerCurves | Codewords) -> str:
     """Return what was quantized, with its width and number of levels."""
-    if not isinstance(reading, Reading):
+    if not isinstance(reading, QuantizerCurves):
         return f"weights, W{reading.bits}: {len(reading.points)} codewords of {reading.points.shape[1]} weights"
     if reading.bits == FLOAT:
         return "weights: nothing quantized"
@@ -95,9 +95,9 @@ def _heading(reading: Reading | Codewords) -> str:
     return f"{counted}, {reading.when}" if reading.when else counted
 
 
-def _titles(reading: Reading | Codewords) -> tuple[str, str]:
+def _titles(reading: QuantizerCurves | Codewords) -> tuple[str, str]:
     """Return titles of both panels."""
-    if not isinstance(reading, Reading):
+    if not isinstance(reading, QuantizerCurves):
         return _heading(reading), "no gradient reaches the weights: codes are fixed" if reading.fixed else "the same"
     if reading.backward is not None:
         return "; ".join(("outputs", *reading.notes)), _heading(reading)
@@ -106,9 +106,9 @@ def _titles(reading: Reading | Codewords) -> tuple[str, str]:
     return "; ".join((_heading(reading), *reading.notes)), back
 
 
-def _axes(reading: Reading | Codewords) -> tuple[tuple[str, str], tuple[str, str]]:
+def _axes(reading: QuantizerCurves | Codewords) -> tuple[tuple[str, str], tuple[str, str]]:
     """Return names of the axes of both panels, with the thresholds where these are few."""
-    if not isinstance(reading, Reading):
+    if not isinstance(reading, QuantizerCurves):
         rank = f"of {reading.points.shape[1]} weights side by side"
         return (f"the first {rank}", "the second"), (f"float w, the first {rank}", r"quantized $\hat{w}$")
     if reading.backward is not None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from qbench.report.quantizer_plots.readings import DRAWS, FEW, Codewords, Map, Reading
+from qbench.report.quantizer_plots.readings import DRAWS, FEW, Codewords, QuantizerCurves, TransferCurve
 
 BLUE, VERMILLION, SKY, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"
 DASHES = (0, (4, 0.7))
@@ -16,7 +16,7 @@ CROWD, WORTH = 9, 60
 BINS, MARGIN = 60, 0.08
 
 
-class Look(NamedTuple):
+class PlotSizes(NamedTuple):
     """Sizes: of text, lines and marks in points, the part of an axis that a tick's text takes, a level's digits."""
 
     text: float
@@ -26,10 +26,12 @@ class Look(NamedTuple):
     digits: str
 
 
-LARGE, SMALL = Look(9, 2.2, 7, 0.08, ".3g"), Look(7, 1.5, 4, 0.13, ".2g")
+LARGE, SMALL = PlotSizes(9, 2.2, 7, 0.08, ".3g"), PlotSizes(7, 1.5, 4, 0.13, ".2g")
 
 
-def curve(panel: Any, drawn: Map, look: Look, frozen: Tensor | None = None, picks: Tensor | None = None) -> None:
+def curve(
+    panel: Any, drawn: TransferCurve, look: PlotSizes, frozen: Tensor | None = None, picks: Tensor | None = None
+) -> None:
     """Draw x -> y: a staircase with its levels and thresholds, the mean in its band, or dots where part is frozen."""
     x, y = drawn.x.numpy(), drawn.y.numpy()
     levels = drawn.levels.numpy() if frozen is None else np.unique(y[frozen.numpy()])
@@ -53,7 +55,7 @@ def curve(panel: Any, drawn: Map, look: Look, frozen: Tensor | None = None, pick
         panel.set_yticks(ticks, [number(tick, look.digits) for tick in ticks])
 
 
-def zoom(panel: Any, drawn: Map, look: Look) -> None:
+def zoom(panel: Any, drawn: TransferCurve, look: PlotSizes) -> None:
     """Draw a few steps around zero into a corner, where they are too small to be seen and have enough values each."""
     levels, x = drawn.levels.numpy(), drawn.x.numpy()
     if len(levels) <= FEW:
@@ -69,7 +71,7 @@ def zoom(panel: Any, drawn: Map, look: Look) -> None:
     inset.tick_params(labelsize=look.text - 2.5, length=2, pad=1.5)
 
 
-def _line(panel: Any, drawn: Map, width: float) -> None:
+def _line(panel: Any, drawn: TransferCurve, width: float) -> None:
     """Draw a staircase step by step, a finer one and a mean as a line."""
     x, y = drawn.x.numpy(), drawn.y.numpy()
     if drawn.band is not None:
@@ -83,7 +85,7 @@ def _line(panel: Any, drawn: Map, width: float) -> None:
     panel.vlines(jumps, steps[:-1], steps[1:], color=BLUE, lw=0.5, zorder=2)
 
 
-def slope(panel: Any, reading: Reading, look: Look) -> None:
+def slope(panel: Any, reading: QuantizerCurves, look: PlotSizes) -> None:
     """Draw the derivative that stands in for the staircase's."""
     assert reading.slope is not None
     x, d = reading.forward.x[reading.picks], reading.slope
@@ -96,7 +98,7 @@ def slope(panel: Any, reading: Reading, look: Look) -> None:
     _finish(panel, reading.forward.x.numpy(), _limits(d.numpy(), np.array([0.0, 1.0])), look)
 
 
-def vectors(left: Any, right: Any, drawn: Codewords, look: Look) -> None:
+def vectors(left: Any, right: Any, drawn: Codewords, look: PlotSizes) -> None:
     """Draw codewords among the vectors they stand for, in two of their dimensions; and one weight -> one weight."""
     size = look.mark**2
     left.scatter(*drawn.vectors[:, :2].T.numpy(), s=size / 8, color="0.75", lw=0)
@@ -109,7 +111,7 @@ def vectors(left: Any, right: Any, drawn: Codewords, look: Look) -> None:
     _finish(right, np.array(ends), _limits(y), look)
 
 
-def dots(panel: Any, x: Tensor, y: Tensor, frozen: Tensor, look: Look) -> None:
+def dots(panel: Any, x: Tensor, y: Tensor, frozen: Tensor, look: PlotSizes) -> None:
     """Draw values one by one: frozen ones as squares, free ones as dots."""
     for which, marker, color in ((~frozen, ".", BLUE), (frozen, "s", ORANGE)):
         panel.plot(x[which].numpy(), y[which].numpy(), marker, color=color, ms=look.mark / 2, mew=0, zorder=3)
@@ -122,12 +124,12 @@ def histogram(panel: Any, tensor: Tensor) -> None:
     panel.stairs(0.9 * heights, edges, fill=True, color="0.89", transform=panel.get_xaxis_transform(), zorder=0)
 
 
-def handles(readings: list[Reading | Codewords]) -> list[Any]:
+def handles(readings: list[QuantizerCurves | Codewords]) -> list[Any]:
     """Return a legend's entries for what these curves have."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    curves = [r for r in readings if isinstance(r, Reading)]
+    curves = [r for r in readings if isinstance(r, QuantizerCurves)]
     maps = [m for r in curves for m in (r.forward, r.backward) if m is not None]
     found: list[tuple[bool, Any]] = [
         (bool(maps), Line2D([], [], color=BLUE, lw=2, label="quantized value")),
@@ -174,7 +176,7 @@ def _apart(levels: list[float], gap: float) -> list[float]:
     return sorted(kept)
 
 
-def _finish(panel: Any, x: Any, y: tuple[float, float], look: Look) -> None:
+def _finish(panel: Any, x: Any, y: tuple[float, float], look: PlotSizes) -> None:
     panel.set(xlim=(float(x[0]), float(x[-1])), ylim=y)
     panel.locator_params(axis="x", nbins=5)
     panel.tick_params(labelsize=look.text - 1, length=2.5, pad=2)

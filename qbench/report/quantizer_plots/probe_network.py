@@ -18,7 +18,7 @@ EPOCHS = 20
 """Epochs that incremental methods get to finish in, without training in between."""
 
 
-class Small(nn.Sequential):
+class ProbeNetwork(nn.Sequential):
     """Three 1x1 convolutions; the middle one, behind normalization and activation, is the one that is quantized."""
 
     def __init__(self, rows: int, columns: int, norm: str) -> None:
@@ -44,23 +44,23 @@ def normal_values(count: int) -> Tensor:
     return ascending[torch.randperm(count)]
 
 
-class Subject(NamedTuple):
+class ProbeLayer(NamedTuple):
     """The network, its middle layer, and images for it."""
 
-    model: Small
+    model: ProbeNetwork
     layer: QConv2d
     images: Tensor
 
 
-def installed(method: Method, rows: int, columns: int) -> Subject:
+def installed(method: Method, rows: int, columns: int) -> ProbeLayer:
     """Return the network with a method in its middle layer, of weights (rows, columns, 1, 1)."""
-    model, images = Small(rows, columns, method.requires.norm or "affine"), torch.randn(IMAGES, FEATURES, 1, 1)
+    model, images = ProbeNetwork(rows, columns, method.requires.norm or "affine"), torch.randn(IMAGES, FEATURES, 1, 1)
     model.train()(images)  # a float network whose normalization has seen what it gets
     install(method, model)
-    return Subject(model, cast(QConv2d, model.middle), images)
+    return ProbeLayer(model, cast(QConv2d, model.middle), images)
 
 
-def prepared(method: Method, subject: Subject) -> list[tuple[str, nn.Module]]:
+def prepared(method: Method, subject: ProbeLayer) -> list[tuple[str, nn.Module]]:
     """Prepare a method and begin all its epochs; return the weights' quantizer with its phase, at the end, and before
     that when half or more of the weights are frozen but not all, if that ever is.
     """

@@ -12,7 +12,7 @@ FEW = 17
 """Levels that a picture can show one by one."""
 
 
-class Map(NamedTuple):
+class TransferCurve(NamedTuple):
     """A function read at points: x (n,) ascending -> y (n,), the mean where it draws, then with the least and the most.
 
     `levels` are the values that it declares, ascending; `tensor` is the float tensor that it was read for.
@@ -41,7 +41,7 @@ class Map(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class QuantizerCurves:
     """What a method does to weights, inputs or outputs.
 
     Args:
@@ -56,10 +56,10 @@ class Reading:
 
     what: str
     bits: int
-    forward: Map
+    forward: TransferCurve
     picks: Tensor
     slope: Tensor | None = None
-    backward: Map | None = None
+    backward: TransferCurve | None = None
     frozen: Tensor | None = None
     when: str = ""
     notes: tuple[str, ...] = ()

@@ -122,7 +122,7 @@ def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
     return _difference(float(arms[0].mean() - arms[1].mean()), n, total, 0.0, freedom, None)
 
 
-def cautious(d: Difference) -> Difference:
+def with_seed_dof(d: Difference) -> Difference:
     """Return a difference with no more degrees of freedom than its seeds have, n - 1.
 
     Those of `two_way` are an estimate; with two to five seeds its p below 0.01 come several times too often, and
@@ -215,7 +215,8 @@ def needed(
     """Return the number of seeds at which a difference of this size would be told from the test's border.
 
     That is, with this power at a two-sided `alpha`, if the observed mean and variances are the true ones; with
-    `seeds_alone` by the degrees of freedom of `cautious`. None where no number up to 1000 is enough: the part of the
+    `seeds_alone` by the degrees of freedom of `with_seed_dof`. None where no number up to 1000 is enough: the part
+    of the
     error that comes from the test items alone is too large, the difference lies on the border, or one seed showed no
     variance.
     """
@@ -243,9 +244,10 @@ def needed(
     return None
 
 
-def deciding(difference: Difference, margin: float, alpha: float) -> int | None:
+def seeds_to_decide(difference: Difference, margin: float, alpha: float) -> int | None:
     """Return the number of seeds at which one of two questions would be answered, by the degrees of freedom of
-    `cautious`: do the arms differ, and, where they lie within the margin, are they as good? None: at none up to 1000.
+    `with_seed_dof`: do the arms differ, and, where they lie within the margin, are they as good? None: at none up to
+    1000.
     """
     counts = [needed(difference, "better", 0.0, alpha, seeds_alone=True)]
     if abs(difference.mean) < margin:  # `equivalent` is one-sided, `needed` doubles

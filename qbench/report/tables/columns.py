@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from qbench.config.schema import nearest
+from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.tables.table import Table
 
@@ -28,7 +28,7 @@ class Column(NamedTuple):
     bare: str = "-"
 
 
-def short(number: float) -> str:
+def si_format(number: float) -> str:
     """Write a number with three digits and a unit: 7.18 k."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 1000 or unit == "T":
@@ -42,7 +42,7 @@ def _plain(name: str, group: str, key: str, form: str, down: bool = False, bare:
 
 
 def _unit(name: str, group: str, key: str, unit: str, down: bool = False) -> Column:
-    return Column(name, group, lambda v: v.get(key), lambda v: f"{short(v[key])}{unit}".rstrip(), down)
+    return Column(name, group, lambda v: v.get(key), lambda v: f"{si_format(v[key])}{unit}".rstrip(), down)
 
 
 def _width(name: str) -> Column:
@@ -128,7 +128,7 @@ def _named(name: str) -> Column:
     found = known.get(name.lower().removesuffix(" %"))
     if found is None:
         allowed = (EQUAL_BYTES, *known)
-        hint = nearest(name, allowed)
+        hint = did_you_mean(name, allowed)
         raise ConfigError(f"compare --sort {name}: no such column{hint}\nallowed: {', '.join(allowed)}")
     return found
 

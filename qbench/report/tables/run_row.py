@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qbench.report.comparison.compare import short
+from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import Table, text
 from qbench.runs.directory import Result
 
@@ -40,8 +40,8 @@ def cells(result: Result) -> tuple[str, ...]:
         f"{own:.2f} %" if parent else "-" if base is None else f"{base:.2f} %",
         "-" if parent else f"{own:.2f} %",
         "-" if base is None else f"{own - base:+.2f}",
-        f"{short(cost['bytes_ideal'])}B of {short(cost['bytes_float'])}B",
-        f"{short(cost['bitops'])} of {short(cost['macs'] * 32 * 32)}",
+        f"{si_format(cost['bytes_ideal'])}B of {si_format(cost['bytes_float'])}B",
+        f"{si_format(cost['bitops'])} of {si_format(cost['macs'] * 32 * 32)}",
         f"{result.wall_seconds:.1f} s",
     )
 

@@ -1,0 +1,91 @@
+"""Functions that several test modules share: the command as a process, planted runs, images in folders."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import ROOT
+from PIL import Image
+
+from qbench.config import registry
+from qbench.config.schema import Config
+from qbench.quant.method import FLOAT
+from qbench.runs.directory import RunDirectory, load_result
+
+
+def qbench(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would, without a terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", "qbench", *words],
+        capture_output=True, text=True, cwd=cwd, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )  # fmt: skip
+
+
+def results(out: Path) -> dict[str, dict[str, object]]:
+    return {p.parent.name.rsplit("-", 1)[0]: json.loads(p.read_text()) for p in out.rglob("result.json")}
+
+
+def plant(config: Config, top1: float, parent: float | None = None, status: str = "done", **values: Any) -> Path:
+    """Write a run with a known figure, as a run would."""
+    directory = RunDirectory(config)
+    with directory.lock():
+        directory.write_config()
+        final = {"test": {"top1": top1, "top5": 99.0, "loss": 0.1}, "val": {}, "epoch": 0}
+        base = {
+            "run": str(directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"),
+            "final": None,
+            "best": None,
+        }
+        if parent is not None:
+            base["final"] = {"test": {"top1": parent, "top5": 99.0, "loss": 0.1}, "val": {}}
+        cost = {"bits_per_weight": 2.0, "bytes_ideal": 7176, "bitops": 16_842_752, "bytes_float": 1, "macs": 1}
+        done = {"final": final, "float": base if parent is not None else None, "cost": cost, "levels": 4}
+        directory.finish(directory.new_result(status, **(done if status == "done" else {}) | values))
+    return directory.path
+
+
+def write_metrics(path: Path, lines: list[str]) -> None:
+    (path / "metrics.jsonl").write_text("\n".join(lines))
+
+
+def epoch_line(number: int, top1: float) -> str:
+    return json.dumps({"kind": "epoch", "step": number, "epoch": number, "val_top1": top1})
+
+
+def quantizing_bits(name: str) -> str:
+    """The narrowest widths that quantize all that a method can: 2 bits where legal, else its smallest; 4 for g."""
+    method = registry.create("method", {"name": name})
+    legal = {key: [k for k in range(1, FLOAT) if k in method.supported_bits.get(key, ())] for key in "wag"}
+    chosen = {key: (4 if key == "g" else 2) for key in "wag"}
+    return "".join(f"{k}{chosen[k] if chosen[k] in legal[k] else (legal[k] or [FLOAT])[0]}" for k in "wag")
+
+
+def finished_digests(out: Path) -> dict[str, str | None]:
+    found = [(path.parent.name, load_result(path.parent)) for path in out.rglob("result.json")]
+    return {name: result.state_sha256 for name, result in found if result and result.status == "done"}
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """A picture with large and small structures, so that JPEG keeps most of it."""
+    rough = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_images(
+    root: Path, count: int = 6, suffix: str = "jpg", size: tuple[int, int] | None = None, tested: str = "val"
+) -> Path:
+    """Write train and `tested` with three classes; of one (width, height), or of many."""
+    for part, many in (("train", count), (tested, count // 2)):
+        for c, name in enumerate(CLASSES):
+            (root / part / name).mkdir(parents=True)
+            for i in range(many):
+                seed = 1000 * (part == "train") + 100 * c + i
+                picture(seed, *(size or (20 + 3 * i, 18 + 2 * c))).save(root / part / name / f"{i}.{suffix}")
+    return root
+
+
+CLASSES = ("ant", "bee", "cow")
