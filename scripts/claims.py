@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qbench.config import compose
+from qbench.config import compose, groups
 from qbench.config.schema import Config
 from qbench.errors import ConfigError, QbenchError
 from qbench.papers import claims as kept
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--report", action="store_true")
     asked = parser.parse_args(arguments)
     try:
-        family = kept.read_claims(compose.conf_directory() / "experiment" / "claims")
+        family = kept.read_claims(groups.conf_directory() / "experiment" / "claims")
         known = [claim.name for claim in family]
         if wrong := [name for name in asked.names if name not in known]:
             raise ConfigError(f"{wrong[0]}: no such claim\nallowed: {', '.join(known)}")

@@ -23,10 +23,11 @@ from statistics import mean
 
 from qbench.config.fields import parse_bits
 from qbench.deviations.registry import deviations
-from qbench.report.statistics.differences import Difference, holm, paired
+from qbench.report.statistics.differences import Difference, paired
+from qbench.report.statistics.hypothesis_tests import holm
 from qbench.report.tables.table import Table, markdown
-from qbench.runs.directory import Result
 from qbench.runs.reader import DONE, RunRecord, read
+from qbench.runs.result import Result
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "qbench/deviations").glob("[a-z]*.py") if path.stem != "registry")

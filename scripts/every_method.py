@@ -20,15 +20,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from qbench.config import groups
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from qbench.bits import FLOAT, Bits  # noqa: E402
 from qbench.config import compose  # noqa: E402
 from qbench.experiment.setup import make_method  # noqa: E402
 from qbench.experiment.setup import widths as widths_of  # noqa: E402
-from qbench.quant.method import FLOAT, Bits  # noqa: E402
-from qbench.runs.directory import Result  # noqa: E402
 from qbench.runs.reader import DONE, read  # noqa: E402
+from qbench.runs.result import Result  # noqa: E402
 
 OUT = "outputs/readme/every"
 WORDS = [
@@ -95,7 +97,7 @@ def main() -> int:
         print(f"{table(kept['rows'])}\n\n{kept['told']}")
         return 0
     more = asked.keys
-    for method in compose.names("method"):
+    for method in groups.option_names("method"):
         run(method, more)
     found = read([str(ROOT / OUT)])
     done = [run.result for run in found if run.status == DONE and run.result is not None]

@@ -7,6 +7,8 @@ Usage, after scripts/test made the environment: .venv/bin/python scripts/picture
 import sys
 from pathlib import Path
 
+from qbench.config import groups
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -18,7 +20,7 @@ from qbench.experiment.setup import make_method, widths  # noqa: E402
 def main() -> None:
     folder = ROOT / "docs" / "pictures"
     folder.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or compose.names("method"):
+    for name in sys.argv[1:] or groups.option_names("method"):
         (config,) = compose.configurations([f"method={name}"])
         bits = telling(make_method(config, widths(config)))
         print(draw([f"method={name}", f"bits={bits}", "--out", str(folder / f"{name}.png")]))

@@ -10,6 +10,7 @@ trained on this machine. Exit status 1 if any run differs.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,12 +33,13 @@ def lines(checkout: Path) -> list[str]:
 
 def weights(checkout: Path, line: str, out: Path) -> str:
     """Train one line with the code of `checkout`; return the sha256 of the weights, or why there is none."""
-    words = [*line.split(), *SHORT, f"out={out / line.replace(' ', '_')}"]
+    folder = out / re.sub(r"\W+", "-", line)
+    words = [*line.split(), *SHORT, f"out={folder}"]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     command = [sys.executable, "-m", "qbench", *words]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     method = line.split()[0].removeprefix("method=")
-    for path in (out / line.replace(" ", "_")).rglob("result.json"):
+    for path in folder.rglob("result.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         if path.parent.name.startswith((f"{method}-", f"{method}+")):
             return str(result["weights_sha256"] or result["reason"])

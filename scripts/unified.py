@@ -24,10 +24,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qbench.config import compose
+from qbench.config import compose, groups
 from qbench.config.schema import Config
 from qbench.errors import ConfigError, Interrupted, QbenchError
-from qbench.experiment import sweep
+from qbench.experiment import jobs, sweep
 from qbench.report.comparison.compare import compare
 from qbench.report.statistics.differences import Difference, paired
 from qbench.report.tables.columns import si_format
@@ -84,7 +84,7 @@ def words_of(typed: Iterable[str]) -> dict[str, str]:
     keys = dict(word.partition("=")[::2] for word in typed if not word.startswith("hydra"))
     if "init" in keys:
         raise ConfigError(f"init={keys['init']}: here every network starts from its float parent\nleave init out")
-    methods = [name for name in compose.names("method") if name != "float"]
+    methods = [name for name in groups.option_names("method") if name != "float"]
     return {"method": ",".join(methods)} | DEFAULTS | keys
 
 
@@ -115,7 +115,7 @@ def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> 
         sweep.launch_all(launcher, list(unique.values()), "joblib", stop)
     if stop():
         raise Interrupted(f"stopped by signal {stop()}; the same command goes on from here")
-    return {path: sweep.outcome(config) for path, config in unique.items()}
+    return {path: jobs.outcome(config) for path, config in unique.items()}
 
 
 def wanted(budgets: Iterable[float], controls: dict[str, list[Config]]) -> list[tuple[str, int]]:

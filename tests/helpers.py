@@ -11,10 +11,11 @@ import numpy as np
 from conftest import ROOT
 from PIL import Image
 
+from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.schema import Config
-from qbench.quant.method import FLOAT
-from qbench.runs.directory import RunDirectory, load_result
+from qbench.runs.directory import RunDirectory
+from qbench.runs.result import load_result
 
 
 def qbench(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:

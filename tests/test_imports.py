@@ -1,85 +1,57 @@
-"""Imports run one way; the arrows of the design."""
+"""Imports run one way: the tree of docs/architecture.md as a test."""
 
 import ast
-from pathlib import Path
 
 from conftest import ROOT
 
-# A file or folder of the package, and all of ours that it may import. `errors` may be imported by anyone but quant and
-# methods, which raise only what tensors and networks give reason for.
-ARROWS = {
+PACKAGE = ROOT / "qbench"
+LAYERS = (  # a folder imports from folders below it in this list, and never from one above
+    "__main__",
+    "cli",
+    "analysis",
+    "papers",
+    "report",
+    "check",
+    "experiment",
+    "training",
+    "runs",
+    "deviations",
+    "methods",
+    "models",
+    "data",
+    "cost",
+    "quant",
+    "config",
+    "system",
+    "bits",
+    "errors",
+)
+ONLY = {  # folders that are to stay usable alone: all that they may import
+    "bits": set(),
     "errors": set(),
-    "values": {"errors"},
-    "record.files": {"errors"},
-    "config": {"errors", "record.files", "values"},
-    "filling": {"config", "errors", "values"},
-    "registry": {"config", "errors"},
-    "quant.passes": set(),
-    "quant.ops": {"quant.passes"},
-    "quant.method": set(),
-    "quant.policy": {"quant.method"},
-    "quant.layers": {"quant.method", "quant.ops", "quant.policy"},
-    "quant.masks": set(),
-    "quant.verify": {"quant.method", "quant.layers"},
-    "quant.kmeans": set(),
-    "quant.product": {"quant.kmeans"},
-    "quant.combine": {"quant.method"},
-    "methods": {
-        *("methods", "quant.method", "quant.ops", "quant.passes", "quant.layers", "quant.masks"),
-        *("quant.kmeans", "quant.product"),
-    },
-    "deviations": {"deviations", "methods", "quant.method", "quant.ops", "quant.layers", "quant.masks"},
-    "vision": set(),
-    "models": {"models", "vision"},
-    "data": {"data", "errors", "vision"},
-    "train": {"train", "config", "errors", "quant.method", "quant.layers"},
-    "record": {"record", "config", "errors", "quant.layers", "quant.method"},
-    "cost": {"cost", "quant.method", "quant.layers", "quant.policy"},
-    "report": {"filling", "report", "record", "config", "errors"},
-    "report.standin": {"quant"},
-    "report.readings": set(),
-    "report.curves": {"quant", "report.readings", "report.standin"},
-    "report.panels": {"report.readings"},
-    "report.pages": {"quant.method", "report.curves", "report.panels", "report.readings"},
-    "report.draw": {"report", "record", "config", "errors"},
-    "start": {"config", "errors", "record", "train"},
-    "assembly": {
-        *("filling", "config", "deviations", "errors", "registry", "quant", "cost", "data", "record", "start", "train"),
-    },
-    "observe": {"quant.layers", "quant.masks", "quant.method", "quant.verify"},
-    "sentinels": {"errors", "observe", "quant.layers"},
-    "lookout": {"errors", "observe", "quant.layers", "record", "sentinels", "train"},
-    "session": {"config", "errors", "lookout", "record", "train"},
-    "experiment": {"assembly", "session", "config", "errors", "quant", "cost", "data", "record", "start", "train"},
-    "check": {"check", "config", "models", "quant", "train"},
-    "tuning": {"config", "errors", "registry"},
-    "understand": {
-        *("understand", "assembly", "compose", "config", "cost", "data", "errors", "experiment", "methods", "quant"),
-        *("record", "registry", "report", "start", "train", "values"),
-    },
-    "compose": {"filling", "config", "errors", "record.files", "registry", "tuning", "values"},
-    "interrupt": set(),
-    "sweep": {"filling", "config", "errors", "interrupt", "record", "report"},
-    "plan": {"assembly", "config", "cost", "data", "quant", "record", "report", "train"},
-    "manual": set(),
-    "cli": {"config", "errors", "interrupt", "manual", "values"},
-    "__main__": {"cli"},
+    "system": {"errors"},
+    "config": {"bits", "errors", "system"},
+    "quant": {"bits"},
+    "cost": {"bits", "quant"},
+    "data": {"errors", "system"},
+    "models": {"system"},
+    "methods": {"bits", "quant"},
+    "deviations": {"bits", "methods", "quant"},
+    "report/statistics": set(),
+    "report/tables": {"config", "errors", "report/statistics", "runs"},
 }
-INSIDE_FUNCTIONS = {
-    "cli": {
-        *("assembly", "check", "compose", "experiment", "plan", "quant.method", "record"),
-        *("registry", "report", "session", "sweep", "understand"),
-    },
-    "manual": {"compose"},
-    "report": {"compose"},
-    "report.draw": {"assembly", "compose", "quant.method", "registry"},
-    "sweep": {"filling", "assembly", "compose", "experiment", "quant.method", "session"},
-}
-HYDRA = {"compose"}
+HYDRA = {"config/compose", "config/hydra_errors", "config/hydra_sources"}
 
 
-def _ours(name: str) -> str:
-    return name.removeprefix("qbench").removeprefix(".")
+def _modules() -> dict[str, ast.Module]:
+    """Return `folder/name` -> tree for every module with code."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name == "__init__.py":
+            assert path.read_text() == "", f"{path} must stay empty"
+            continue
+        found[str(path.relative_to(PACKAGE).with_suffix(""))] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _imports(tree: ast.AST) -> set[str]:
@@ -88,58 +60,74 @@ def _imports(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module if node.module != "qbench" else f"qbench.{a.name}" for a in node.names}
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-def _module(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT / "qbench").with_suffix("").parts)
+MODULES = _modules()
 
 
-def _covered(name: str, allowed: set[str]) -> bool:
-    return any(name == a or name.startswith(f"{a}.") for a in allowed)
+def _ours(tree: ast.AST) -> set[str]:
+    """Return the modules of the package that a tree imports anywhere, as `folder/name`."""
+    names = (name.removeprefix("qbench.").replace(".", "/") for name in _imports(tree) if name.startswith("qbench."))
+    return {name for name in names if name in MODULES}
 
 
-def test_imports_run_one_way() -> None:
-    wrong = []
-    for path in sorted((ROOT / "qbench").rglob("*.py")):
-        module = _module(path)
-        if path.name == "__init__.py":
-            assert path.read_text() == "", f"{path} must stay empty"
-            continue
-        key = next((k for k in (module, module.partition(".")[0]) if k in ARROWS), None)
-        assert key, f"{module} has no arrow: say in ARROWS what it may import"
-        tree = ast.parse(path.read_text())
-        top = ast.Module([n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.If)], [])
-        everywhere = {_ours(n) for n in _imports(tree) if n.partition(".")[0] == "qbench"}
-        at_top = {_ours(n) for n in _imports(top) if n.partition(".")[0] == "qbench"}
-        wrong += [f"{module} -> {n}" for n in at_top if not _covered(n, ARROWS[key])]
-        allowed = ARROWS[key] | INSIDE_FUNCTIONS.get(key, set())
-        wrong += [f"{module} -> {n} (inside)" for n in everywhere - at_top if not _covered(n, allowed)]
+def _folder(module: str) -> str:
+    return module.partition("/")[0]
+
+
+def test_every_folder_has_its_place() -> None:
+    assert {_folder(module) for module in MODULES} == set(LAYERS)
+
+
+def test_no_module_imports_from_a_folder_above_its_own() -> None:
+    rank = {folder: i for i, folder in enumerate(LAYERS)}
+    wrong = [
+        f"{module} imports {name}"
+        for module, tree in MODULES.items()
+        for name in _ours(tree)
+        if rank[_folder(name)] < rank[_folder(module)]
+    ]
     assert not wrong, wrong
 
 
-def test_hydra_is_imported_in_one_place() -> None:
-    users = {
-        _module(p)
-        for p in (ROOT / "qbench").rglob("*.py")
-        if any(n.partition(".")[0] == "hydra" for n in _imports(ast.parse(p.read_text())))
-    }
+def test_folders_that_stay_usable_alone_import_no_more_than_they_declare() -> None:
+    wrong = []
+    for folder, allowed in ONLY.items():
+        for module, tree in MODULES.items():
+            if module == folder or module.startswith(f"{folder}/"):
+                others = {name for name in _ours(tree) if not (name == folder or name.startswith(f"{folder}/"))}
+                wrong += [
+                    f"{module} imports {n}" for n in others if not any(n == a or n.startswith(f"{a}/") for a in allowed)
+                ]
+    assert not wrong, wrong
+
+
+def test_no_circle() -> None:
+    """Imports inside functions count too: a module that needs another to work depends on it."""
+    needs = {module: _ours(tree) - {module} for module, tree in MODULES.items()}
+    left = dict(needs)
+    while free := [module for module, names in left.items() if not names & set(left)]:
+        for module in free:
+            del left[module]
+    assert not left, f"circles among {sorted(left)}"
+
+
+def test_hydra_is_imported_by_the_composition_alone() -> None:
+    users = {m for m, tree in MODULES.items() if any(n.partition(".")[0] == "hydra" for n in _imports(tree))}
     assert users == HYDRA
 
 
 def test_no_private_torch_and_no_fx() -> None:
-    for path in (ROOT / "qbench").rglob("*.py"):
-        for name in _imports(ast.parse(path.read_text())):
-            assert not name.startswith(("torch._", "torch.fx", "torch.ao", "torch.nn.utils.parametrize")), (
-                path,
-                name,
-            )
+    banned = ("torch._", "torch.fx", "torch.ao", "torch.nn.utils.parametrize")
+    wrong = [(m, n) for m, tree in MODULES.items() for n in _imports(tree) if n.startswith(banned)]
+    assert not wrong, wrong
 
 
 def test_straight_through_lives_in_ops() -> None:
-    for path in (ROOT / "qbench").rglob("*.py"):
-        if path.name != "ops.py":
-            names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
-            assert "save_for_backward" not in names, path
-            assert "autograd.Function" not in path.read_text(), path
+    for module, tree in MODULES.items():
+        if module != "quant/ops":
+            names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            assert not names & {"save_for_backward", "Function"}, module
+            assert "torch.autograd.Function" not in _imports(tree), module

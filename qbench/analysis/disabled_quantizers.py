@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from qbench.methods.ptq import reestimate_norms
 from qbench.quant.layers import BypassedActivation, IdentityOutput, quantized_layers
-from qbench.quant.method import Batch
-from qbench.training.loop import Metrics, evaluate
+from qbench.quant.probe import Batch
+from qbench.training.evaluation import Metrics, evaluate
 
 SLOTS = ("input_q", "weight_q", "output_q")
 

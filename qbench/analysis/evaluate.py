@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from qbench.analysis.finished_run import load_finished_run, loader
-from qbench.cli.run_arguments import dataset_node
+from qbench.analysis.overrides import dataset_node
 from qbench.config import registry
 from qbench.data.dataset import Dataset
 from qbench.errors import ConfigError
 from qbench.report.tables.table import Table
 from qbench.system import files
-from qbench.training import loop
+from qbench.training.evaluation import evaluate as evaluate_model
 
 HEAD = ("data", "weights", "n", "top-1 %", "95 % interval", "top-5 %", "loss", "ECE %")
 BINS = 15
@@ -71,7 +71,7 @@ def evaluate(
         confidence.append(logits.float().softmax(1).amax(1))
         return logits
 
-    metrics = loop.evaluate(found.model, loader(parts, data).plain("test"), forward, answers)
+    metrics = evaluate_model(found.model, loader(parts, data).plain("test"), forward, answers)
     labels, predicted = torch.cat(answers).cpu().unbind(1)
     sure, right = torch.cat(confidence).cpu(), labels == predicted
     if predictions:

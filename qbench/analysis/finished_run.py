@@ -8,9 +8,10 @@ from torch import nn
 from qbench.data.dataset import Dataset, Loader
 from qbench.errors import CheckpointError
 from qbench.experiment.run import PROBE_IMAGES
-from qbench.experiment.setup import ExperimentSetup, load_finished_network
-from qbench.quant.method import Batch
-from qbench.runs.directory import Result, load_result
+from qbench.experiment.setup import ExperimentSetup, assemble
+from qbench.experiment.trained_network import load_weights, stored_run
+from qbench.quant.probe import Batch
+from qbench.runs.result import Result, load_result
 
 
 class FinishedRun(NamedTuple):
@@ -65,3 +66,21 @@ def probe_batches(parts: ExperimentSetup) -> list[Batch]:
 def said_of_norms(anew: bool) -> str:
     """Return what is to be said of normalization."""
     return f"measured anew on {PROBE_IMAGES} training images" if anew else "kept as it is"
+
+
+def load_finished_network(
+    run: Path, *, weights: str = "best", device: str = "cpu"
+) -> tuple[ExperimentSetup, nn.Module]:
+    """Return what a finished run is made of, and its network, quantized as it is, on the CPU.
+
+    Args:
+        weights: those `best` on validation, or those of the `last` epoch.
+        device: the value of `runtime.device` in `ExperimentSetup.config`.
+
+    Raises:
+        CheckpointError: the run is not whole.
+        DataError: its data is not at hand.
+    """
+    config, state = stored_run(run, str(run), weights, device)
+    parts = assemble(config)
+    return parts, load_weights(parts.install(parts.float_model()), state, f"{run}: {weights}.pt")

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from qbench.analysis.disabled_quantizers import measured, quantizers_disabled
 from qbench.analysis.finished_run import load_finished_run, probe_batches, said_of_norms, validation
+from qbench.bits import FLOAT, Bits
+from qbench.quant.graph import recorded_calls
 from qbench.quant.layers import QLayer, quantized_layers
-from qbench.quant.method import FLOAT, Batch, Bits, Grid, recorded_calls
+from qbench.quant.probe import Batch
+from qbench.quant.quantizer import Grid
 from qbench.quant.verify import verify
 from qbench.report.tables.table import Table
-from qbench.training.loop import Metrics
+from qbench.training.evaluation import Metrics
 
 # Shapes: n values of a channel, C channels.
 

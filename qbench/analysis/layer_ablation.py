@@ -13,16 +13,19 @@ from torch.nn import functional as F
 from qbench.analysis.bit_allocation import total
 from qbench.analysis.disabled_quantizers import measured
 from qbench.analysis.finished_run import load_finished_run, probe_batches, validation
-from qbench.cli.run_arguments import method_of
-from qbench.config.schema import STARTS, digest
+from qbench.analysis.overrides import method_of
+from qbench.bits import FLOAT
+from qbench.config.identity import digest
+from qbench.config.schema import STARTS
 from qbench.cost.count import count_cost, storage
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import effective_weight, quantized_layers
-from qbench.quant.method import FLOAT, Batch, Probe, Unsupported
+from qbench.quant.method import Unsupported
+from qbench.quant.probe import Batch, Probe
 from qbench.system import files
+from qbench.training.evaluation import Metrics
 from qbench.training.initial_weights import load_initial_weights
-from qbench.training.loop import Metrics
 
 
 class FloatBaseline(NamedTuple):

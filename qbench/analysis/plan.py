@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from qbench.config.schema import Config, digest, parent
+from qbench.bits import FLOAT
+from qbench.config.identity import digest
+from qbench.config.schema import Config, parent
 from qbench.cost.count import count_cost
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batches_of
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.papers.recipe_differences import recipe_differences
-from qbench.quant.method import FLOAT, Unsupported
+from qbench.quant.method import Unsupported
 from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import Table
 from qbench.runs.directory import RunDirectory

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import Bits
 from qbench.check.subject import MethodUnderTest, NotApplicable, PropertyViolation, batches
+from qbench.quant.graph import recorded_calls
 from qbench.quant.layers import IdentityOutput, QLayer, quantized_layers
-from qbench.quant.method import Bits, recorded_calls
 from qbench.quant.ops import without_rounding
 
 FLOOR = 1e-4

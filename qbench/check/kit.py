@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qbench.bits import FLOAT, Bits
 from qbench.check.properties import PROPERTIES, Property
 from qbench.check.subject import MethodUnderTest, NotApplicable, PropertyViolation
-from qbench.quant.method import FLOAT, Bits, Unsupported
+from qbench.quant.method import Unsupported
 
 
 @dataclass

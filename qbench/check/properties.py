@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from qbench.bits import FLOAT, Bits
 from qbench.check.backward import learned_parameters, reaching
 from qbench.check.subject import (
     EPOCHS,
@@ -30,13 +31,16 @@ from qbench.check.subject import (
     tiny_network,
 )
 from qbench.config.schema import Optim
-from qbench.quant.layers import NotFinite, install, quantized_layers
-from qbench.quant.method import FLOAT, Bits, Method, Unsupported
+from qbench.quant.install import install
+from qbench.quant.layers import NotFinite, quantized_layers
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import compress_activations
 from qbench.quant.verify import NotQuantized, verify
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import pack, unpack, weights_sha256
-from qbench.training.loop import Callbacks, State, Task, fit
+from qbench.training.loop import Callbacks, fit
+from qbench.training.state import State
+from qbench.training.task import Task
 
 DRAWS = 400
 CHANCE = 1e-9

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.bits import FLOAT, Bits
 from qbench.models import mlp, resnet
-from qbench.quant.layers import QLayer, install, quantized_layers
-from qbench.quant.method import FLOAT, Batch, Bits, Method, Probe
+from qbench.quant.install import install
+from qbench.quant.layers import QLayer, quantized_layers
+from qbench.quant.method import Method
+from qbench.quant.probe import Batch, Probe
 
 SHAPE, CLASSES, IMAGES, BATCH = (1, 8, 8), 3, 48, 16
 EPOCHS = 4

@@ -5,11 +5,11 @@ from textwrap import fill
 
 def help_screen() -> str:
     """Return what `qbench --help` prints."""
-    from qbench.config.compose import format_names, groups, names
+    from qbench.config.groups import format_names, group_names, option_names
 
     shown = "\n".join(
-        fill(format_names(names(group)), 118, initial_indent=f"  {group:<11}", subsequent_indent=" " * 13)
-        for group in groups()
+        fill(format_names(option_names(group)), 118, initial_indent=f"  {group:<11}", subsequent_indent=" " * 13)
+        for group in group_names()
     )
     return f"""\
 qbench: papers on low-precision CNNs on one trainer and one protocol

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qbench.config import groups
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
 from qbench.system import files
 
 if TYPE_CHECKING:
+    from qbench.bits import Bits
     from qbench.config.schema import Config
-    from qbench.quant.method import Bits, Method
+    from qbench.quant.method import Method
 
 SUFFIXES = (".png", ".pdf", ".svg")
 GROUPS = ("method", "activation", "bits")
@@ -45,11 +47,10 @@ def draw(arguments: list[str]) -> str:
 
 def _poster() -> Any:
     """Return the picture of all methods, at widths that tell."""
-    from qbench.config import compose
     from qbench.report.quantizer_plots.pages import poster
 
     methods = {}
-    for name in sorted(compose.names("method"), key=lambda name: (name != "float", name)):
+    for name in sorted(groups.option_names("method"), key=lambda name: (name != "float", name)):
         _, usual = _method([f"method={name}"])
         _, methods[name] = _method([f"method={name}", f"bits={telling(usual)}"])
     return poster(methods)
@@ -59,7 +60,7 @@ def telling(method: "Method") -> "Bits":
     """Return widths that show all that a method does: its own where they have few levels, else 2 bits (4 for
     gradients) where it knows them, else the fewest.
     """
-    from qbench.quant.method import FLOAT, Bits
+    from qbench.bits import FLOAT, Bits
 
     widths = {}
     for key, own in method.bits._asdict().items():

@@ -18,15 +18,9 @@ from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.comparison.pairs import MARGIN
 from qbench.report.comparison.predictions import RunAccuracy, of_run, paired_difference
-from qbench.report.statistics.differences import (
-    ALPHA,
-    SEEDS_LIMIT,
-    Difference,
-    equivalent,
-    half_width,
-    seeds_to_decide,
-    with_seed_dof,
-)
+from qbench.report.statistics.differences import ALPHA, Difference, half_width, with_seed_dof
+from qbench.report.statistics.hypothesis_tests import equivalent
+from qbench.report.statistics.power import SEEDS_LIMIT, seeds_to_decide
 from qbench.runs.reader import DONE, RunRecord
 from qbench.system import files
 

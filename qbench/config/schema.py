@@ -7,22 +7,16 @@ answer at once.
 import copy
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from qbench.config.fields import FLOAT, layer_width, one_of, printable, within
-from qbench.errors import ConfigError
-from qbench.system.files import read
+from qbench.config.identity import digest, file_sha256, path_component
 
 SCHEMA = 1
 """Counts changes after which the same configuration gives another result; part of every run's identity."""
@@ -187,9 +181,9 @@ class Config:
         if not own and {"root", "download"} <= set(everything["dataset"]):  # where published files lie decides nothing
             del everything["dataset"]["root"], everything["dataset"]["download"]
         if self.init not in STARTS:
-            everything["init"] = _file_sha256("init", self.init)
+            everything["init"] = file_sha256("init", self.init)
         if self.distill.teacher != "parent":
-            everything["distill"]["teacher"] = _file_sha256("distill.teacher", self.distill.teacher)
+            everything["distill"]["teacher"] = file_sha256("distill.teacher", self.distill.teacher)
         return {"schema": SCHEMA} | everything
 
     def protocol(self) -> dict[str, Any]:
@@ -216,7 +210,9 @@ class Config:
 
     def directory(self) -> str:
         """Return the run's place below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<hash8>."""
-        dataset, model, method = (_safe(name) for name in (self.dataset["name"], self.model["name"], self.method_name))
+        dataset, model, method = (
+            path_component(name) for name in (self.dataset["name"], self.model["name"], self.method_name)
+        )
         return f"{dataset}-{model}/{method}-{self.bits}-s{self.seed}-{digest(self.identity())[:8]}"
 
     @property
@@ -244,20 +240,6 @@ class Config:
         return self.method_name == "float" and self.init == "scratch"
 
 
-def digest(values: Mapping[str, Any]) -> str:
-    """Return the sha256 of plain values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Write 1.0 as 1: the two are the same value, however it was typed."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Return a configuration as plain dictionaries."""
     return dataclasses.asdict(config)
@@ -281,17 +263,3 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` for a word close to a known one, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-@cache
-def _file_sha256(key: str, path: str) -> str:
-    """Return the sha256 of a checkpoint that a key names: another content is another run, wherever it lies."""
-    file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
-    try:
-        return hashlib.sha256(read(file)).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{key}={path}: cannot read {file}: {error.strerror}") from None
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+]+", ".", name).strip(".")

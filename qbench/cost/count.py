@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.layers import QLayer, is_quantizer_key, quantized_layers
-from qbench.quant.method import FLOAT, Bits, Storage
 from qbench.quant.policy import quantizable
+from qbench.quant.quantizer import Storage
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:

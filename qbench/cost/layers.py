@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.cost.count import storage
-from qbench.quant.layers import IdentityOutput, ImageQuantizer, QLayer
-from qbench.quant.method import FLOAT, Bits, Grid, Method
+from qbench.quant.install import ImageQuantizer
+from qbench.quant.layers import IdentityOutput, QLayer
+from qbench.quant.method import Method
 from qbench.quant.policy import quantizable
+from qbench.quant.quantizer import Grid
 
 WIDEST = 16
 """Channels of the small layer on which a quantizer is asked for its levels."""

@@ -5,8 +5,8 @@ Nothing is exported here, and no runtime is measured: these are statements about
 
 from collections.abc import Sequence
 
+from qbench.bits import FLOAT
 from qbench.cost.layers import LayerCost, Levels
-from qbench.quant.method import FLOAT
 
 INT8 = (
     "ONNX Runtime and LiteRT, as int8",

@@ -6,10 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT
 from qbench.deviations.registry import Deviation, recast
 from qbench.methods.dorefa import DoReFaActivation, DoReFaGradient, DoReFaWeight, quantize_activation, quantize_weight
-from qbench.quant.method import FLOAT, Grid, Method, Storage, Unsupported
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import in_float32, on_backward, quantize_k, sign, straight_through
+from qbench.quant.quantizer import Grid, Storage
 
 # Weights
 

@@ -5,10 +5,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT
 from qbench.deviations.registry import Deviation, recast
 from qbench.methods.hwgq import AUTHORS_STEPS, HalfStepHWGQActivation, HWGQActivation, HWGQWeight
-from qbench.quant.method import FLOAT, Grid, Method, Storage, Unsupported
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import in_float32, sign, straight_through
+from qbench.quant.quantizer import Grid, Storage
 
 
 @in_float32

@@ -5,10 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qbench.bits import FLOAT
 from qbench.deviations.registry import Deviation, recast
 from qbench.methods.inq import INQWeight, largest_exponent, snapped
 from qbench.quant.masks import extend_mask
-from qbench.quant.method import FLOAT, Method, Unsupported
+from qbench.quant.method import Method, Unsupported
 
 
 def zero_beyond(w: Tensor, levels: Tensor) -> Tensor:

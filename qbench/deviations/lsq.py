@@ -5,11 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qbench.bits import FLOAT, Bits
 from qbench.deviations.registry import Deviation, recast
 from qbench.methods.lsq import SMALLEST, LSQActivation, LSQWeight
 from qbench.quant.layers import clamp_min_
-from qbench.quant.method import FLOAT, Bits, Grid, Method
+from qbench.quant.method import Method
 from qbench.quant.ops import straight_through
+from qbench.quant.quantizer import Grid
 
 
 def _passing(x: Tensor) -> Tensor:

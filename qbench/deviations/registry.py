@@ -10,7 +10,8 @@ from importlib.util import find_spec
 
 from torch import nn
 
-from qbench.quant.method import Bits, Method, Site, Unsupported
+from qbench.bits import Bits
+from qbench.quant.method import Method, Site, Unsupported
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import Bits
 from qbench.deviations.registry import Deviation, recast
 from qbench.methods.ttq import SMALLEST, TTQWeight, ternarize_weight
 from qbench.quant.layers import clamp_min_
-from qbench.quant.method import Bits, Grid, Method, Storage
+from qbench.quant.method import Method
 from qbench.quant.ops import in_float32, on_backward
+from qbench.quant.quantizer import Grid, Storage
 
 
 @in_float32

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from qbench.deviations.registry import Deviation, recast
 from qbench.methods.xnor import BinaryActivation, BinaryWeight, binarize_activation, binarize_weight, filter_scale
-from qbench.quant.method import Grid, Method, Storage, Unsupported
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import in_float32, sign, straight_through, surrogate
+from qbench.quant.quantizer import Grid, Storage
 
 HUGE = 1e9
 

@@ -8,23 +8,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.config.schema import Config, digest
+from qbench.bits import FLOAT
+from qbench.config.identity import digest
+from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.data.dataset import Loader
 from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.experiment.session import RunContext, TrainingSession, record_failure
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import NotFinite, fully_quantized, quantized_layers, reports
-from qbench.quant.method import FLOAT, Probe, Unsupported
+from qbench.quant.method import Unsupported
 from qbench.quant.ops import compress_activations
+from qbench.quant.probe import Probe
 from qbench.quant.verify import NotQuantized, verify
 from qbench.runs import manifest
-from qbench.runs.directory import Result, RunDirectory, load_result
+from qbench.runs.directory import RunDirectory
+from qbench.runs.result import Result, load_result
 from qbench.runs.tensorboard import levels_figure
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import copied, not_finite, seed_everything, weights_sha256
+from qbench.training.checkpoint import copied, not_finite, weights_sha256
+from qbench.training.divergence import numbers
+from qbench.training.evaluation import evaluate
 from qbench.training.initial_weights import is_intact, load_initial_weights
-from qbench.training.loop import Average, State, Task, evaluate, evaluated_weights, fit, numbers
+from qbench.training.loop import fit
+from qbench.training.random_state import seed_everything
+from qbench.training.state import Average, State, evaluated_weights
+from qbench.training.task import Task
 
 PROBE_IMAGES = 256
 

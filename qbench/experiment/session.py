@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbench.config.schema import digest
+from qbench.config.identity import digest
 from qbench.errors import CheckpointError, Diverged, Interrupted, QbenchError
 from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger
@@ -22,8 +22,11 @@ from qbench.runs.progress import ProgressReporter
 from qbench.runs.tensorboard import CHARTS, FIRST, METRICS, columns
 from qbench.system import files
 from qbench.training.checkpoint import not_finite, pack, unpack
-from qbench.training.loop import Callbacks, State, Task, numbers
+from qbench.training.divergence import numbers
+from qbench.training.loop import Callbacks
 from qbench.training.monitor import TrainingMonitor
+from qbench.training.state import State
+from qbench.training.task import Task
 
 T = TypeVar("T")
 

@@ -1,10 +1,6 @@
 """From a configuration to the things a run is made of: data, method, network, float weights to start from."""
 
-import ctypes
 import json
-import os
-import shutil
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,25 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.bits import FLOAT, Bits
 from qbench.config import registry
-from qbench.config.schema import STARTS, Config, digest, parent
-from qbench.config.validate import from_dict
+from qbench.config.identity import digest
+from qbench.config.schema import STARTS, Config, parent
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset
 from qbench.data.spec import outline
 from qbench.deviations.registry import deviate
-from qbench.errors import CheckpointError, ConfigError
+from qbench.errors import ConfigError
+from qbench.experiment.checks import check_norm, check_requirements, check_runtime
+from qbench.experiment.device import bf16_autocast, choose_device, configure_torch
+from qbench.experiment.trained_network import load_weights, stored_run
 from qbench.quant.combine import combine, distilled
-from qbench.quant.layers import install
-from qbench.quant.method import FLOAT, Bits, Method, Unsupported
+from qbench.quant.install import install
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.policy import Policy, PolicyError
-from qbench.system import files
-from qbench.training.checkpoint import seed_everything
-from qbench.training.initial_weights import load_initial_weights, published
-
-COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))
-MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
-"""glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes."""
+from qbench.training.initial_weights import load_initial_weights
+from qbench.training.random_state import seed_everything
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class ExperimentSetup:
             assert parent is not None
             load_initial_weights(teacher, parent, digest(self.parent.identity()))
         else:
-            teacher = _teacher(config, self.data)
+            teacher = _load_teacher(config, self.data)
             configure_torch(config)
         hard = partial(F.cross_entropy, label_smoothing=config.optim.label_smoothing)
         teacher = teacher.to(self.device).eval().requires_grad_(False)
@@ -138,12 +133,12 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
     data = (_outline(config.dataset) if planned else None) or _dataset(json.dumps(config.dataset, sort_keys=True))
     method = make_method(config, widths(config))
     method.check(widths(config))
-    _check_requirements(config, method)
-    _check_runtime(config, method, device)
+    check_requirements(config, method)
+    check_runtime(config, method, device)
     if config.optim.ema is not None and "no_master" in method.traits:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
     if config.distill.on and config.distill.teacher != "parent":
-        _teacher(config, data)
+        _load_teacher(config, data)
         configure_torch(config)
     if config.distill.name == "method" and not method.requires.teacher:
         raise Unsupported(f"{method.name} with these options has no use for the teacher it asks for; add distill=none")
@@ -223,81 +218,6 @@ def _dataset(node: str) -> Dataset:
     return data
 
 
-def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return a network's function with what autocast chooses computed in bfloat16; its result is float32."""
-
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return run(images).float()
-
-    return forward
-
-
-def configure_torch(config: Config) -> None:
-    """Set threads and determinism of this process as the run wants them."""
-    torch.set_num_threads(config.runtime.threads)
-    if config.runtime.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS wants it
-    torch.use_deterministic_algorithms(config.runtime.deterministic)
-    tune_malloc()
-
-
-def tune_malloc() -> None:
-    """Let glibc keep the memory of freed activations: else it goes back to the system, and comes anew, page by page,
-    in every training step. Other C libraries are left as they are.
-    """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if library is not None and hasattr(library, "mallopt"):
-        for option, value in MALLOC_OPTIONS.items():
-            library.mallopt(option, value)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is the first CUDA device where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"runtime.device={name}: allowed are auto, cpu, cuda, cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"runtime.device={name}: allowed are auto, cpu, cuda, cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"runtime.device={name}: torch finds no such CUDA device here; try runtime.device=cpu")
-    return device
-
-
-def _check_requirements(config: Config, method: Method) -> None:
-    """Refuse keys of the network that were set against what the method requires."""
-    needs = {
-        "norm": method.requires.norm,
-        "act": None if method.requires.act == "either" else method.requires.act,
-    }
-    if method.bits.a == 32:
-        del needs["act"]
-    for key, need in needs.items():
-        got = config.model.get(key, "auto")
-        if need is not None and got not in ("auto", need):
-            raise ConfigError(
-                f"model.{key}={got} contradicts method={method.name}, which requires {need}; leave model.{key}=auto"
-            )
-    if config.model.get("act") == "replaced" and config.bits.a == 32:
-        raise Unsupported("model.act=replaced has no effect at bits.a=32: no quantizer takes the activation's place")
-
-
-def _check_runtime(config: Config, method: Method, device: torch.device) -> None:
-    """Refuse what would have no effect, or cannot be had here."""
-    runtime = config.runtime
-    cells = "cells_input" in method.traits and method.bits.a <= 8
-    if runtime.compress_activations and not config.is_parent and not cells:
-        why = "no activations are quantized" if method.bits.a == FLOAT else "its backward pass needs what was quantized"
-        raise ConfigError(f"runtime.compress_activations=true has no effect with {method.name} {method.bits}: {why}")
-    if runtime.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
-        raise ConfigError(
-            f"runtime.compile=true needs a C++ compiler on the CPU; none of {', '.join(COMPILERS)} is here"
-        )
-
-
 def _build_model(config: Config, data: Dataset, method: Method) -> nn.Module:
     node = {key: value for key, value in config.model.items() if key != "act"}
     if node.get("norm") == "auto":
@@ -308,40 +228,11 @@ def _build_model(config: Config, data: Dataset, method: Method) -> nn.Module:
     model: nn.Module = registry.create("model", node, data.shape, data.classes)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={config.model['name']}: returned a {type(model).__name__}, not a torch.nn.Module")
-    _check_norm(model, method)
+    check_norm(model, method)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def _check_norm(model: nn.Module, method: Method) -> None:
-    """A network that is not ours does not say its normalization: look at it."""
-    norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
-    affine = any(getattr(m, "affine", False) for m in norms)
-    if method.requires.norm == "plain" and not hasattr(model, "norm") and (affine or not norms):
-        found = "has both" if affine else "has none"
-        raise Unsupported(
-            f"{method.name} requires batch normalization without scale and shift; {type(model).__name__} {found}"
-        )
-
-
-def load_finished_network(
-    run: Path, *, weights: str = "best", device: str = "cpu"
-) -> tuple[ExperimentSetup, nn.Module]:
-    """Return what a finished run is made of, and its network, quantized as it is, on the CPU.
-
-    Args:
-        weights: those `best` on validation, or those of the `last` epoch.
-        device: the value of `runtime.device` in `ExperimentSetup.config`.
-
-    Raises:
-        CheckpointError: the run is not whole.
-        DataError: its data is not at hand.
-    """
-    config, state = _stored(run, str(run), weights, device)
-    parts = assemble(config)
-    return parts, _loaded(parts, state, f"{run}: {weights}.pt")
-
-
-def _teacher(config: Config, data: Dataset) -> nn.Module:
+def _load_teacher(config: Config, data: Dataset) -> nn.Module:
     """Return the network of the finished run that is to teach, with its best weights.
 
     Raises:
@@ -349,7 +240,7 @@ def _teacher(config: Config, data: Dataset) -> nn.Module:
     """
     run, dataset = Path(config.distill.teacher), config.dataset["name"]
     named = f"distill.teacher={run}"
-    own, state = _stored(run, named)
+    own, state = stored_run(run, named)
     if own.dataset["name"] != dataset:
         raise ConfigError(f"{named} was trained on {own.dataset['name']}; here is dataset={dataset}")
     parts = assemble(own)
@@ -358,29 +249,4 @@ def _teacher(config: Config, data: Dataset) -> nn.Module:
             f"{named} knows {parts.data.classes} classes of {parts.data.shape} images; here are "
             f"{data.classes} classes of {data.shape}"
         )
-    return _loaded(parts, state, f"{named}: best.pt")
-
-
-def _stored(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
-    """Return a finished run's configuration, where its own weights came from left out, and its checkpoint."""
-    try:
-        values = files.read_yaml(run / "config.yaml")
-        state = published(run, f"{weights}.pt")
-        values |= {"init": "scratch", "distill": {"name": "none"}}
-        values["runtime"]["device"] = device
-        return from_dict(values), state
-    except OSError as error:
-        raise CheckpointError(f"{named}: {error.filename}: {error.strerror}; is the run done?") from None
-    except (TypeError, KeyError, ConfigError) as error:
-        why = str(error).partition("\n")[0]
-        raise CheckpointError(f"{named}: its config.yaml cannot be used: {why}") from None
-
-
-def _loaded(parts: ExperimentSetup, state: dict[str, Any], named: str) -> nn.Module:
-    model = parts.install(parts.float_model())
-    try:
-        model.load_state_dict(state["model"])
-    except (RuntimeError, KeyError) as error:
-        why = str(error).partition("\n")[0]
-        raise CheckpointError(f"{named} is of another network than config.yaml: {why}") from None
-    return model
+    return load_weights(parts.install(parts.float_model()), state, f"{named}: best.pt")

@@ -39,8 +39,9 @@ Results
     README (digits, glyphs).
 """
 
+from qbench.bits import FLOAT, Bits
 from qbench.methods.xnor import GRADIENTS, site, stepped, tidy
-from qbench.quant.method import FLOAT, Bits, Method
+from qbench.quant.method import Method
 
 
 def build(*, w: int = 1, gradient: str = "paper", center: bool = False, clamp: bool = False) -> Method:

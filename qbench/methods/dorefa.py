@@ -57,8 +57,9 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import divided, grad_within, uniform
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
+from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import (
     Cells,
     fused_quantizer,
@@ -69,6 +70,7 @@ from qbench.quant.ops import (
     sign,
     straight_through,
 )
+from qbench.quant.quantizer import Grid, Storage
 
 
 @in_float32

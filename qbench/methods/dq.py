@@ -64,10 +64,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.methods.qd import bucket_scale, bucketed_grid, check_bucket, from_buckets, in_buckets, scale_bytes
 from qbench.quant.layers import QLayer, float_mode, is_quantizer_key, quantized_layers
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Requires, Storage
+from qbench.quant.method import Method, Requires
 from qbench.quant.ops import in_float32
+from qbench.quant.probe import Probe
+from qbench.quant.quantizer import Grid, Storage
 
 INITIALS, ALLOCATIONS = ("quantiles", "uniform"), ("gradient", "even")
 MOST = 4

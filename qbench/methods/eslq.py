@@ -53,7 +53,8 @@ from torch import Tensor
 
 from qbench.methods import slq
 from qbench.methods.inq import largest_exponent, levels_from, snapped
-from qbench.quant.method import Method, Storage
+from qbench.quant.method import Method
+from qbench.quant.quantizer import Storage
 
 
 class ESLQWeight(slq.SLQWeight):

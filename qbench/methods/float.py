@@ -39,7 +39,8 @@ Results
     The column `float` of every table.
 """
 
-from qbench.quant.method import Bits, Method
+from qbench.bits import Bits
+from qbench.quant.method import Method
 
 
 def build(*, w: int = 32, a: int = 32, g: int = 32) -> Method:

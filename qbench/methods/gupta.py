@@ -64,10 +64,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import blockwise, grad_within, rounding_up_or_down
-from qbench.quant.layers import ImageQuantizer, QLayer, quantized_layers
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
+from qbench.quant.install import ImageQuantizer
+from qbench.quant.layers import QLayer, quantized_layers
+from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import fused_quantizer, in_float32, on_backward, straight_through
+from qbench.quant.quantizer import Grid, Storage
 
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTUMS = ("float", "fixed")

@@ -58,11 +58,13 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.methods.xnor import BinaryActivation as SignActivation
 from qbench.methods.xnor import BinaryWeight, filter_scale
 from qbench.quant.fused_kernels import beside, grad_between, lookup, scalar, step_function
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Unsupported
+from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, straight_through, surrogate
+from qbench.quant.quantizer import Grid
 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}

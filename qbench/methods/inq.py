@@ -53,10 +53,12 @@ from math import floor, log2
 import torch
 from torch import Tensor
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.layers import quantized_layers
 from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
+from qbench.quant.method import Method
 from qbench.quant.ops import in_float32
+from qbench.quant.quantizer import Grid, Storage
 
 PARTITIONS = ("largest", "random")
 

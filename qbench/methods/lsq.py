@@ -45,10 +45,13 @@ Results
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import grad_between
 from qbench.quant.layers import clamp_min_, float_mode, quantized_layers
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Requires, Storage
+from qbench.quant.method import Method, Requires
 from qbench.quant.ops import fused_quantizer, in_float32, on_backward, round_ste
+from qbench.quant.probe import Probe
+from qbench.quant.quantizer import Grid, Storage
 
 SMALLEST = 1e-8
 

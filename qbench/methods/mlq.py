@@ -59,11 +59,13 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.methods import slq
 from qbench.methods.slq import Clusters, loss_when_frozen
 from qbench.quant.layers import quantized_layers
 from qbench.quant.masks import stage, stage_borders
-from qbench.quant.method import FLOAT, Bits, Method, Probe, Unsupported
+from qbench.quant.method import Method, Unsupported
+from qbench.quant.probe import Probe
 
 GROUPS = {
     2: ("boundary", "zero"),

@@ -48,11 +48,13 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.methods.dorefa import DoReFaWeight
 from qbench.quant.fused_kernels import at_least, beside, grad_between, scalar
 from qbench.quant.layers import clamp_min_
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires
+from qbench.quant.method import Method, Requires
 from qbench.quant.ops import Cells, fused_quantizer, in_float32, levels_k, straight_through
+from qbench.quant.quantizer import Grid
 
 SMALLEST = 1e-3
 

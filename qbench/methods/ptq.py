@@ -52,21 +52,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.methods import uniform
+from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import float_mode, quantized_layers
-from qbench.quant.method import (
-    FLOAT,
-    Batch,
-    Bits,
-    Grid,
-    Method,
-    Probe,
-    Requires,
-    Storage,
-    eval_mode_keeping_rng,
-    recorded_calls,
-)
+from qbench.quant.method import Method, Requires
 from qbench.quant.ops import in_float32, straight_through
+from qbench.quant.probe import Batch, Probe
+from qbench.quant.quantizer import Grid, Storage
 
 WEIGHTS, CALIBRATIONS = ("minmax", "mse"), ("minmax", "percentile", "mse")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -59,20 +59,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.bits import FLOAT, Bits
+from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import QLayer, float_mode, quantized_layers
-from qbench.quant.method import (
-    FLOAT,
-    Bits,
-    Grid,
-    Method,
-    Probe,
-    Storage,
-    Unsupported,
-    eval_mode_keeping_rng,
-    recorded_calls,
-)
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import in_float32
+from qbench.quant.probe import Probe
 from qbench.quant.product_quantization import decoded, error_corrected, product_codes, split
+from qbench.quant.quantizer import Grid, Storage
 
 # Ct outputs, Cs inputs, M subspaces, K codewords, G groups, P kernel positions, N responses.
 

@@ -60,9 +60,11 @@ from heapq import heapify, heappop, heapreplace
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import round_up_or_down
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage
+from qbench.quant.method import Method, Requires
 from qbench.quant.ops import in_float32, levels_k, straight_through
+from qbench.quant.quantizer import Grid, Storage
 
 # Shapes: B buckets, K elements of one, L levels.
 

@@ -60,10 +60,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.kmeans import kmeans
 from qbench.quant.layers import quantized_layers
 from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Probe, Storage
+from qbench.quant.method import Method
+from qbench.quant.probe import Probe
+from qbench.quant.quantizer import Grid, Storage
 
 PARTITIONS = ("probe", "weight_error", "magnitude", "random")
 PORTIONS = (0.3, 0.55, 0.8, 0.9, 1.0)

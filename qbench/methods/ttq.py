@@ -50,9 +50,11 @@ Results
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.layers import clamp_min_
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
+from qbench.quant.method import Method
 from qbench.quant.ops import in_float32, surrogate
+from qbench.quant.quantizer import Grid, Storage
 
 SMALLEST = 1e-8
 THRESHOLDS, INITIALS = ("max", "sparsity"), ("mean", "one")

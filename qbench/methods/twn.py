@@ -41,8 +41,10 @@ Results
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Storage
+from qbench.bits import FLOAT, Bits
+from qbench.quant.method import Method
 from qbench.quant.ops import in_float32, sign, straight_through
+from qbench.quant.quantizer import Grid, Storage
 
 
 def threshold_and_scale(w: Tensor) -> tuple[Tensor, Tensor]:

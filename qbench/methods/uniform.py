@@ -43,9 +43,11 @@ Results
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import grad_within
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage
+from qbench.quant.method import Method, Requires
 from qbench.quant.ops import fused_quantizer, in_float32, round_ste, straight_through
+from qbench.quant.quantizer import Grid, Storage
 
 
 @in_float32

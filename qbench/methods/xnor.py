@@ -53,10 +53,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import above, at_least, grad_between
 from qbench.quant.layers import quantized_layers
-from qbench.quant.method import FLOAT, Bits, Grid, Method, Requires, Storage, Unsupported
+from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, surrogate
+from qbench.quant.quantizer import Grid, Storage
 
 GRADIENTS = ("paper", "authors")
 SCALES = ("none", "K")

@@ -14,19 +14,12 @@ import yaml
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.comparison.predictions import RunAccuracy, of_run, paired_difference, same_test_images
-from qbench.report.statistics.differences import (
-    ALPHA,
-    SEEDS_LIMIT,
-    TESTS,
-    Difference,
-    evidence,
-    holm,
-    needed,
-    paired,
-)
+from qbench.report.statistics.differences import ALPHA, Difference, paired
+from qbench.report.statistics.hypothesis_tests import TESTS, evidence, holm
+from qbench.report.statistics.power import SEEDS_LIMIT, needed
 from qbench.report.tables.table import Table
-from qbench.runs.directory import Result
 from qbench.runs.reader import DONE, RunRecord, read_run
+from qbench.runs.result import Result
 
 PARENT = "parent"
 MEASURES = ("top1", "drop", "gradient_mismatch")

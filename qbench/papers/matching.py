@@ -134,7 +134,7 @@ def _dataset(name: str) -> str | None:
 
 def _net(model: str, keys: Values) -> str | None:
     """Return what the ledger calls a network with these keys; None where they are not those of the ledger's words."""
-    from qbench.config.compose import conf_directory
+    from qbench.config.groups import conf_directory
 
     file = conf_directory() / "model" / f"{model}.yaml"
     standard = read_yaml(file) if file.is_file() else {}

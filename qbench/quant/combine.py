@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.quant.method import FLOAT, Batch, Bits, Loss, Method, Probe, Requires, Unsupported
+from qbench.bits import FLOAT, Bits
+from qbench.quant.method import Loss, Method, Requires, Unsupported
+from qbench.quant.probe import Batch, Probe
 
 
 class _Stepped:

@@ -1,22 +1,18 @@
 """What a quantization method is: a value that names its parts. The parts are functions and quantizer modules.
 
-Nothing here trains, reads files or knows a configuration; `qbench.quant.layers.install` puts a method into a network,
+Nothing here trains, reads files or knows a configuration; `qbench.quant.install.install` puts a method into a network,
 the trainer calls the rest of it.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-FLOAT = 32
-"""The width that means: not quantized."""
-
-Batch = tuple[Tensor, Tensor]
-"""Images (N, C, H, W) as the network takes them, and labels (N,)."""
+from qbench.bits import FLOAT, Bits
+from qbench.quant.probe import Batch, Probe
 
 Site = Callable[[str, nn.Module, int], nn.Module]
 """(layer name, layer, bits) -> quantizer module of that layer's weights or input; called for widths below 32 only."""
@@ -30,17 +26,6 @@ It is called last, for every quantized layer: `layer.bits`, `layer.weight_q` and
 
 class Unsupported(Exception):
     """The method cannot use this width, option or network; the message says why and what would do."""
-
-
-class Bits(NamedTuple):
-    """Widths of weights, activations and gradients; 32 leaves them float."""
-
-    w: int = FLOAT
-    a: int = FLOAT
-    g: int = FLOAT
-
-    def __str__(self) -> str:
-        return f"w{self.w}a{self.a}g{self.g}"
 
 
 @dataclass(frozen=True)
@@ -60,72 +45,6 @@ class Requires:
     act: Literal["kept", "either", "replaced"] = "kept"
     start: Literal["float", "scratch"] = "float"
     teacher: bool = False
-
-
-class Storage(NamedTuple):
-    """What a quantized weight tensor occupies: `codes` of `code_bits` each, and bytes for scales and codebooks."""
-
-    codes: int
-    code_bits: int
-    extra_bytes: int
-
-    @property
-    def ideal(self) -> float:
-        """Bytes with every code at its nominal width."""
-        return self.codes * self.code_bits / 8 + self.extra_bytes
-
-    @property
-    def packed(self) -> int:
-        """Bytes with every code in a lane of 1, 2, 4, 8, 16 or 32 bits, none across a byte's border."""
-        lane = 1 << (self.code_bits - 1).bit_length()
-        return -(-self.codes * lane // 8) + self.extra_bytes
-
-
-def one_group(values: Tensor) -> Tensor:
-    """Arrange a whole tensor as one scale group of scalars: (1, n, 1)."""
-    return values.reshape(1, -1, 1)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The values that a quantized tensor may take.
-
-    `points` has shape (groups, levels, dimension): for every scale group its allowed values, ascending where scalar,
-    padded with NaN where groups differ in count; dimension is 1 but for product codes. `arrange` brings a tensor into
-    (groups, elements, dimension), so that element and points of a group can be compared.
-    """
-
-    points: Tensor
-    arrange: Callable[[Tensor], Tensor] = one_group
-
-
-class WeightQuantizer(Protocol):
-    """A module for a layer's weights: `forward(w) -> w_hat`, plus what it promises about w_hat.
-
-    Optional, for any quantizer: `complete` (bool), false while part of the weights is float; `report() -> dict` of
-    numbers and words about its state that a reader of the result wants (sparsity, order, counts);
-    `positive_parameters`, names of its parameters or buffers that must stay above 0: a run stops where one is not.
-    """
-
-    def grid(self, w: Tensor) -> Grid:
-        """Return the values allowed for the latent weights w."""
-
-    def bytes(self, w: Tensor) -> Storage:
-        """Return what w_hat occupies when stored as codes."""
-
-
-class InputQuantizer(Protocol):
-    """A module for a layer's input: `forward(x) -> x_hat`, plus the values allowed."""
-
-    def grid(self, x: Tensor) -> Grid:
-        """Return the values allowed for x_hat."""
-
-
-class OutputQuantizer(Protocol):
-    """A module behind a layer: `forward(y, x) -> y`; its backward may quantize the gradient of y."""
-
-    def grid(self, grad: Tensor) -> Grid:
-        """Return the values allowed for the gradient of y, given the gradient that arrives."""
 
 
 Prepare = Callable[[nn.Module, "Probe"], None]
@@ -197,73 +116,3 @@ def _ranges(widths: list[int]) -> str:
         else:
             parts.append([width])
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
-
-
-@contextmanager
-def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Collect (layer name, input, output) of the named layers in the order they run. The one place with hooks."""
-    calls: list[tuple[str, Tensor, Tensor]] = []
-
-    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda module, args, output: calls.append((name, args[0], output))
-
-    handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in names]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class Probe:
-    """A fixed part of the training split, for methods that measure: losses, gradients, responses of layers.
-
-    Everything runs in eval mode, moves no batch-norm statistics and leaves the random state as it found it. No method
-    ever sees validation or test data.
-
-    Args:
-        batches: batches as the network takes them, on its device.
-        loss: (logits, labels) -> mean loss of the batch, a scalar.
-    """
-
-    def __init__(self, batches: Sequence[Batch], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.batches = tuple(batches)
-        self._loss = loss
-
-    def loss(self, model: nn.Module) -> float:
-        """Return the mean loss over the probe."""
-        with eval_mode_keeping_rng(model), torch.no_grad():
-            return self._mean(model).item()
-
-    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the gradient of the mean loss by parameter name; `.grad` of the parameters is not touched."""
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        with eval_mode_keeping_rng(model), torch.enable_grad():
-            grads = torch.autograd.grad(self._mean(model), list(named.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
-
-    def responses(self, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
-        """Return a layer's inputs and outputs over the probe, along the first axis, without gradient."""
-        with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, [layer]) as calls:
-            for images, _ in self.batches:
-                model(images)
-        return torch.cat([x for _, x, _ in calls]), torch.cat([y for _, _, y in calls])
-
-    def _mean(self, model: nn.Module) -> Tensor:
-        count = sum(len(labels) for _, labels in self.batches)
-        parts = [self._loss(model(images), labels) * len(labels) for images, labels in self.batches]
-        return torch.stack(parts).sum() / count
-
-
-@contextmanager
-def eval_mode_keeping_rng(model: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode for a while and give the random state back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

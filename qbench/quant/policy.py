@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.method import FLOAT, Bits, eval_mode_keeping_rng, recorded_calls
+from qbench.bits import FLOAT, Bits
+from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 
 Width = str | int
 """`float`, `same` (as the other layers) or a number of bits."""

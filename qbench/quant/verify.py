@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.bits import FLOAT
+from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import QLayer, quantized_layers
-from qbench.quant.method import FLOAT, Grid, eval_mode_keeping_rng, recorded_calls
+from qbench.quant.quantizer import Grid
 
 ROUNDING = 4e-7
 """Largest distance from a level, relative to the scale group's largest level, that is float32's doing."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from qbench.runs.directory import Result
+from qbench.runs.result import Result
 from qbench.system import files
 
 Cell = dict[str, Any]

@@ -10,11 +10,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from qbench.config.schema import digest
+from qbench.config.identity import digest
 from qbench.config.validate import from_dict
 from qbench.errors import ConfigError
 from qbench.runs import event_files as events
-from qbench.runs.directory import Result, is_sound, load_result
+from qbench.runs.result import Result, is_sound, load_result
 from qbench.system import files
 
 DONE = "done"

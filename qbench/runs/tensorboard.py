@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from qbench.bits import FLOAT
 from qbench.config.schema import Config
 from qbench.quant.layers import effective_weight, quantized_layers
-from qbench.quant.method import FLOAT
 
 METRICS = tuple(f"{split}_{key}" for split in ("val", "test") for key in ("top1", "top5", "loss"))
 """Final figures; a run that validates on nothing has no `val_` ones, and the same columns."""

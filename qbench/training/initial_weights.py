@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from qbench.config.schema import digest
+from qbench.config.identity import digest
 from qbench.errors import CheckpointError
-from qbench.runs.directory import load_result
+from qbench.runs.result import load_result
 from qbench.system import files
 from qbench.training.checkpoint import is_sealed, is_zip, load_float, load_plain, unpack
 

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import QLayer, float_mode, quantized_layers
 from qbench.quant.masks import FrozenWeight
-from qbench.quant.method import Grid, eval_mode_keeping_rng, recorded_calls
+from qbench.quant.quantizer import Grid
 from qbench.quant.verify import nearest_points
 
 LEAST, MOST, SHARE, PIXELS = 8, 64, 64, 2**17

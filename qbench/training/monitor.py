@@ -12,7 +12,8 @@ from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
 from qbench.training import health as sentinels
 from qbench.training import layer_stats as observe
-from qbench.training.loop import State, Task
+from qbench.training.state import State
+from qbench.training.task import Task
 
 STEPS = 100
 """Steps between two looks, at least, since one costs as much as two steps. Most epochs are longer; a run's last one is

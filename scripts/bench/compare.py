@@ -26,8 +26,9 @@ from qbench.config import compose
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import as_json, text
-from qbench.runs.directory import Result, RunDirectory, with_checksum
+from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import read
+from qbench.runs.result import Result, with_checksum
 
 METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
 

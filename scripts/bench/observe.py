@@ -17,11 +17,13 @@ from qbench.config import compose
 from qbench.data.dataset import Loader
 from qbench.experiment.session import RunContext, TrainingSession
 from qbench.experiment.setup import assemble
-from qbench.quant.method import Probe
+from qbench.quant.probe import Probe
 from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 from qbench.training import optimizer as optim
-from qbench.training.loop import State, Task, train_epoch
+from qbench.training.loop import train_epoch
+from qbench.training.state import State
+from qbench.training.task import Task
 
 CASES = {
     "digits, resnet8, DoReFa W2A2": ["method=dorefa", "bits=w2a2"],

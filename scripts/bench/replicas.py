@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from qbench.methods import dorefa
 from qbench.methods import float as nothing
 from qbench.models.resnet import Pad, build
-from qbench.quant.layers import QConv2d, QLinear, install
+from qbench.quant.install import install
+from qbench.quant.layers import QConv2d, QLinear
 from qbench.quant.method import Method
 
 BATCH = 64

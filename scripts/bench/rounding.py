@@ -8,7 +8,7 @@ import argparse
 import torch
 from measure import interleaved, machine, markdown
 
-from qbench.experiment.setup import tune_malloc
+from qbench.experiment.device import tune_malloc
 from qbench.methods import dorefa, gupta
 from qbench.quant import fused_kernels as passes
 

@@ -25,10 +25,11 @@ from torch.nn import functional as F
 
 from qbench.config import registry
 from qbench.config.schema import Optim
-from qbench.experiment.setup import COMPILERS, bf16_autocast, tune_malloc
+from qbench.experiment.device import COMPILERS, bf16_autocast, tune_malloc
 from qbench.methods import dorefa
-from qbench.quant.layers import install
-from qbench.quant.method import Method, Probe
+from qbench.quant.install import install
+from qbench.quant.method import Method
+from qbench.quant.probe import Probe
 from qbench.training import optimizer as optim
 
 EPOCHS = 30

@@ -15,7 +15,7 @@ from plain import Work, plain, training_step
 from step import Case, fp32, quantized
 from torch.profiler import ProfilerActivity, profile
 
-from qbench.experiment.setup import tune_malloc
+from qbench.experiment.device import tune_malloc
 from qbench.quant import ops
 
 COUNT, STEPS, ROUNDS = 2**20, 3, 7

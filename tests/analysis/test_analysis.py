@@ -25,16 +25,21 @@ from qbench.analysis.evaluate import calibration_error, interval
 from qbench.analysis.inspect import signals, switched
 from qbench.analysis.layer_ablation import FloatBaseline, figures, squared_error
 from qbench.analysis.sensitivity import choices
+from qbench.bits import Bits
 from qbench.cli.main import main as cli
 from qbench.config import compose
 from qbench.cost.count import count_cost
 from qbench.errors import CheckpointError, ConfigError
-from qbench.experiment.setup import assemble, load_finished_network
+from qbench.experiment.setup import assemble
+from qbench.experiment.trained_network import load_finished_network
 from qbench.methods import dorefa, xnor
 from qbench.models import mlp, resnet
-from qbench.quant.layers import float_mode, install, quantized_layers
-from qbench.quant.method import Bits, Grid, Method, Probe
+from qbench.quant.install import install
+from qbench.quant.layers import float_mode, quantized_layers
+from qbench.quant.method import Method
 from qbench.quant.policy import Policy
+from qbench.quant.probe import Probe
+from qbench.quant.quantizer import Grid
 
 EVERYWHERE = Policy(first="same", last="same")
 

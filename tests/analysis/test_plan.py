@@ -13,6 +13,7 @@ from conftest import ROOT, Configure
 from torch import nn
 
 from qbench.analysis import plan
+from qbench.bits import FLOAT, Bits
 from qbench.config import compose
 from qbench.config.schema import Config
 from qbench.cost.count import count_cost
@@ -21,7 +22,7 @@ from qbench.cost.runtimes import BINARY, FPGA, INT8, runs_on
 from qbench.data.spec import outline
 from qbench.errors import ConfigError
 from qbench.experiment.setup import assemble
-from qbench.quant.method import FLOAT, Bits, Method
+from qbench.quant.method import Method
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.directory import RunDirectory
 

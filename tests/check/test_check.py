@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import Bits
 from qbench.check.kit import Finding, check, report
 from qbench.check.properties import PROPERTIES
 from qbench.check.subject import MethodUnderTest
-from qbench.config import compose
+from qbench.config import compose, groups
 from qbench.experiment.setup import make_method, widths
 from qbench.methods import bwn, dorefa, dq, inq, pact, qcnn, qd, ttq, twn
-from qbench.quant.method import Bits, Grid, Method, Storage
+from qbench.quant.method import Method
 from qbench.quant.ops import on_backward, straight_through
+from qbench.quant.quantizer import Grid, Storage
 
 
 def subject(name: str) -> MethodUnderTest:
@@ -38,7 +40,7 @@ WITHOUT_ANSWER = {
 }
 
 
-@pytest.mark.parametrize("name", compose.names("method"))
+@pytest.mark.parametrize("name", groups.option_names("method"))
 def test_every_method_holds(name: str) -> None:
     one = subject(name)
     findings = check(one)

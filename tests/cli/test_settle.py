@@ -12,8 +12,9 @@ from qbench.config.schema import Config
 from qbench.errors import ConfigError
 from qbench.report.comparison.predictions import RunAccuracy
 from qbench.report.statistics.differences import paired
-from qbench.runs.directory import Result, RunDirectory
+from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import RunRecord
+from qbench.runs.result import Result
 
 LINE, OTHER = "method=dorefa bits=w2a2", "method=dorefa bits=w4a4"
 SIMULATED = 2000

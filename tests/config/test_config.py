@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT, Configure
 
-from qbench.config import compose
+from qbench.config import compose, groups
 from qbench.config.fields import parse_bits
 from qbench.config.schema import to_dict
 from qbench.config.validate import from_dict
@@ -168,8 +168,8 @@ def test_a_stored_configuration_comes_back(configure: Configure) -> None:
 
 
 def test_every_yaml_of_the_tree_composes(configure: Configure) -> None:
-    for group in compose.groups():
-        for name in compose.names(group):
+    for group in groups.group_names():
+        for name in groups.option_names(group):
             config = configure(f"{group}={name}", *(["bits.a=2"] if group == "activation" and name != "none" else []))
             node = getattr(config, group, None)
             if isinstance(node, dict):

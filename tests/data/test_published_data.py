@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, Configure
 
-from qbench.config import compose
+from qbench.config import groups
 from qbench.config.registry import create
 from qbench.data import cifar10, cifar100, fashion_mnist, mnist, svhn
 from qbench.data.dataset import Augment, Dataset, mean_and_std
@@ -192,7 +192,7 @@ def test_the_yaml_is_the_loader(
     node = configure(f"dataset={name}", f"dataset.root={tmp_path / 'data'}", "dataset.val=0.5").dataset
     assert set(node["recipe"]) == {"pretrain", "finetune", "lr", "lr_end"}
     assert create("dataset", node).augment == BUILDS[name](root=str(tmp_path / "data"), val=0.5).augment
-    assert name in compose.names("dataset")
+    assert name in groups.option_names("dataset")
 
 
 def test_usual_augmentation(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

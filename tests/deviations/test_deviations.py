@@ -21,16 +21,18 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.fields import parse_bits
 from qbench.deviations.registry import deviate, deviations
 from qbench.methods import dorefa, hwgq, inq, lsq, ttq, xnor
 from qbench.models import mlp
-from qbench.quant.layers import QLinear, effective_weight, install, quantized_layers
-from qbench.quant.method import FLOAT, Method, Unsupported
+from qbench.quant.install import install
+from qbench.quant.layers import QLinear, effective_weight, quantized_layers
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.verify import verify
-from qbench.runs.directory import Result, store_result
 from qbench.runs.reader import read
+from qbench.runs.result import Result, store_result
 
 METHODS = {"dorefa": dorefa, "xnor": xnor, "hwgq": hwgq, "ttq": ttq, "inq": inq, "lsq": lsq}
 ALL = [(method, name) for method in METHODS for name in deviations(method)]

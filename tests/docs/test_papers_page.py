@@ -12,12 +12,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from qbench.bits import FLOAT
 from qbench.config import compose, registry
 from qbench.config.schema import Bits
 from qbench.experiment.setup import make_method, widths
 from qbench.papers.published import missing_requirements, papers
 from qbench.papers.rows import PROVENANCES, Paper, Row
-from qbench.quant.method import FLOAT
 
 PAGE = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
 RELATED: list[dict[str, Any]] = yaml.safe_load((ROOT / "docs" / "papers.yaml").read_text(encoding="utf-8"))["papers"]

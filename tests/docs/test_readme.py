@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT, Configure
 
 from qbench.cli import compare as asked
-from qbench.cli.main import VERBS
+from qbench.cli.commands import VERBS
 from qbench.cli.main import main as cli
-from qbench.config import compose
+from qbench.config import compose, groups
 from qbench.models import mlp
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -95,8 +95,8 @@ def test_a_method_of_ones_own(
 def test_groups_of_the_readme_are_whole() -> None:
     for group in ("model", "dataset", "optim"):
         (row,) = re.findall(rf"^\| `{group}=`(.*)$", README, re.MULTILINE)
-        assert all(f"`{name}`" in row for name in compose.names(group)), group
-    assert all(f"`{name}`" in README for name in compose.names("method"))
+        assert all(f"`{name}`" in row for name in groups.option_names(group)), group
+    assert all(f"`{name}`" in README for name in groups.option_names("method"))
 
 
 def test_linked_files_exist() -> None:

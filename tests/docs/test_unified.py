@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Configure
 
-from qbench.config import compose
+from qbench.config import compose, groups
 from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.errors import ConfigError
@@ -214,7 +214,7 @@ def test_the_command_where_cifar10_is_at_hand(script: ModuleType) -> None:
     assert (script.words_of([])["bits"], script.words_of([])["seed"]) == ("w2a32,w3a32,w4a32", "0,1,2")
     words = script.words_of(["seed=0", "bits=w2a32"])
     cells = {c.method["name"]: c for c in script.composed(words)}
-    assert {*cells} == {*compose.names("method")} - {"float"}
+    assert {*cells} == {*groups.option_names("method")} - {"float"}
     assert {(c.dataset["name"], c.model["name"], c.model["width"]) for c in cells.values()} == {
         ("cifar10", "resnet20", 16),
     }  # fmt: skip

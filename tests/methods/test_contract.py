@@ -8,7 +8,8 @@ import torch
 from conftest import Configure
 from helpers import quantizing_bits
 
-from qbench.config import compose, registry
+from qbench.bits import FLOAT
+from qbench.config import groups, registry
 from qbench.config.schema import Config
 from qbench.data.dataset import Loader
 from qbench.deviations.registry import deviations
@@ -17,14 +18,19 @@ from qbench.experiment.run import run
 from qbench.experiment.session import RunContext
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import effective_weight, is_quantizer_key, quantized_layers
-from qbench.quant.method import FLOAT, Probe, Unsupported
+from qbench.quant.method import Unsupported
+from qbench.quant.probe import Probe
 from qbench.quant.verify import verify
-from qbench.runs.directory import Result
+from qbench.runs.result import Result
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import pack, seed_everything, unpack, weights_sha256
-from qbench.training.loop import State, Task, evaluate, fit
+from qbench.training.checkpoint import pack, unpack, weights_sha256
+from qbench.training.evaluation import evaluate
+from qbench.training.loop import fit
+from qbench.training.random_state import seed_everything
+from qbench.training.state import State
+from qbench.training.task import Task
 
-METHODS = compose.names("method")
+METHODS = groups.option_names("method")
 SECTIONS = (
     "Paper", "Idea", "Forward", "Backward", "Schedule", "Sites", "State", "Bits", "Protocol", "Choices", "Deviations",
     "Results",

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.bits import Bits
 from qbench.methods import gupta, uniform
 from qbench.methods.gupta import Format, to_fixed
 from qbench.models import mlp
 from qbench.quant import fused_kernels as passes
-from qbench.quant.layers import IdentityOutput, effective_weight, install, quantized_layers
-from qbench.quant.method import Bits, Method, Unsupported
+from qbench.quant.install import install
+from qbench.quant.layers import IdentityOutput, effective_weight, quantized_layers
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.policy import Policy
 from qbench.quant.verify import NotQuantized, verify
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from qbench.methods import inq
 from qbench.models import mlp
-from qbench.quant.layers import effective_weight, fully_quantized, install, quantized_layers
+from qbench.quant.install import install
+from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers
 from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
 
 

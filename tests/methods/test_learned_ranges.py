@@ -6,8 +6,9 @@ import torch
 
 from qbench.methods import lsq, pact
 from qbench.models import mlp
-from qbench.quant.layers import install, quantized_layers
-from qbench.quant.method import Probe
+from qbench.quant.install import install
+from qbench.quant.layers import quantized_layers
+from qbench.quant.probe import Probe
 
 GRID = torch.arange(-48, 49, dtype=torch.float64) / 16
 

@@ -16,7 +16,8 @@ from conftest import ROOT, Configure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.config import compose, registry
+from qbench.bits import Bits
+from qbench.config import compose, groups, registry
 from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.experiment.setup import assemble
@@ -25,14 +26,16 @@ from qbench.papers.claims import read_claims
 from qbench.quant import product_quantization as product
 from qbench.quant.combine import distilled
 from qbench.quant.layers import fully_quantized, quantized_layers
-from qbench.quant.method import Bits, Probe
 from qbench.quant.policy import quantizable
+from qbench.quant.probe import Probe
 from qbench.quant.verify import verify
 from qbench.training import optimizer as optim
-from qbench.training.loop import Callbacks, State, Task, fit
+from qbench.training.loop import Callbacks, fit
+from qbench.training.state import State
+from qbench.training.task import Task
 
 STEPS = 2
-FILES = [name for name in compose.names("experiment") if "/" in name and not name.startswith("claims/")]
+FILES = [name for name in groups.option_names("experiment") if "/" in name and not name.startswith("claims/")]
 PAPERS = sorted({name.partition("/")[0] for name in FILES})
 every_paper = pytest.mark.parametrize("paper", PAPERS)
 NARROW = {"width": 4, "width_mult": 0.05, "widen": 1}
@@ -205,7 +208,7 @@ def test_networks_of_the_papers_size_take_their_methods_without_memory(paper: st
         assert bool(quantized_layers(model)) == (parts.method.bits != Bits()), name
 
 
-@pytest.mark.parametrize("name", compose.names("method"))
+@pytest.mark.parametrize("name", groups.option_names("method"))
 def test_a_network_without_memory_costs_as_much(name: str, configure: Configure) -> None:
     parts = assemble(configure(f"method={name}", "dataset=cifar10", "model=resnet20", "model.width=4"), planned=True)
     meta, real = (parts.install(parts.float_model(device)) for device in ("meta", "cpu"))

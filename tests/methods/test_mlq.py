@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from qbench.methods import mlq
 from qbench.methods.slq import Clusters
-from qbench.quant.layers import effective_weight, fully_quantized, install, quantized_layers
-from qbench.quant.method import Probe
+from qbench.quant.install import install
+from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers
+from qbench.quant.probe import Probe
 
 
 def weights_now(model: nn.Module) -> list[list[float]]:

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from qbench.methods import dq, qd
 from qbench.models import resnet
 from qbench.quant import fused_kernels as passes
-from qbench.quant.layers import effective_weight, install, quantized_layers
-from qbench.quant.method import Batch, Probe
+from qbench.quant.install import install
+from qbench.quant.layers import effective_weight, quantized_layers
 from qbench.quant.policy import Policy
+from qbench.quant.probe import Batch, Probe
 from qbench.quant.verify import NotQuantized, verify
 
 Quantize = Callable[..., Tensor]

@@ -13,11 +13,13 @@ from qbench.data import digits
 from qbench.data.dataset import Loader
 from qbench.methods import ptq
 from qbench.models import resnet
-from qbench.quant.layers import float_mode, install, quantized_layers
-from qbench.quant.method import Probe, Unsupported
+from qbench.quant.install import install
+from qbench.quant.layers import float_mode, quantized_layers
+from qbench.quant.method import Unsupported
 from qbench.quant.policy import Policy
+from qbench.quant.probe import Probe
 from qbench.quant.verify import verify
-from qbench.training.loop import evaluate
+from qbench.training.evaluation import evaluate
 
 Scale = Callable[[Tensor, int, bool, str], Tensor]
 Quantize = Callable[[Tensor, Tensor, int], Tensor]

@@ -17,9 +17,12 @@ from qbench.data.dataset import Loader
 from qbench.methods import qcnn
 from qbench.models import resnet
 from qbench.quant import product_quantization as product
-from qbench.quant.layers import QLayer, effective_weight, float_mode, install, quantized_layers
-from qbench.quant.method import Method, Probe, Unsupported, eval_mode_keeping_rng, recorded_calls
+from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
+from qbench.quant.install import install
+from qbench.quant.layers import QLayer, effective_weight, float_mode, quantized_layers
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.policy import Policy
+from qbench.quant.probe import Probe
 from qbench.quant.verify import verify
 
 Quantize = Callable[[Tensor, int, int], Tensor]

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from qbench.methods import eslq, mlq, slq
 from qbench.models import mlp
-from qbench.quant.layers import effective_weight, fully_quantized, install, quantized_layers
+from qbench.quant.install import install
+from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers
 from qbench.quant.masks import FrozenWeight
-from qbench.quant.method import Method, Probe, Unsupported
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.policy import Policy
+from qbench.quant.probe import Probe
 
 ALL_LAYERS = Policy(first="same", last="same")
 COUNTS = [(2, 3), (3, 5), (4, 9), (5, 17)]

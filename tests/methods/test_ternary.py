@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qbench.methods import ttq, twn
 from qbench.models import mlp
-from qbench.quant.layers import install, quantized_layers
+from qbench.quant.install import install
+from qbench.quant.layers import quantized_layers
 
 Ternarize = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 

@@ -20,10 +20,12 @@ from transcriptions import Array, Layer, Pair, Site
 from qbench.methods import bwn, dorefa, hwgq, inq, lsq, pact, ttq, twn, uniform, xnor
 from qbench.models import mlp
 from qbench.quant import fused_kernels as passes
-from qbench.quant.layers import install, quantized_layers
-from qbench.quant.method import Method, Probe
+from qbench.quant.install import install
+from qbench.quant.layers import quantized_layers
+from qbench.quant.method import Method
 from qbench.quant.ops import quantize_k, sign, straight_through, surrogate
 from qbench.quant.policy import Policy
+from qbench.quant.probe import Probe
 from qbench.training.optimizer import parameter_groups
 
 RNG = np.random.default_rng(20)

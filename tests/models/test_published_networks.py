@@ -26,7 +26,8 @@ from qbench.models import (
     wide_resnet,
 )
 from qbench.models import torchvision as zoo
-from qbench.quant.layers import BypassedActivation, install, quantized_layers
+from qbench.quant.install import install
+from qbench.quant.layers import BypassedActivation, quantized_layers
 from qbench.quant.method import Unsupported
 from qbench.quant.policy import Policy, quantizable
 from qbench.system import torchvision as vision

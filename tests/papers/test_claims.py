@@ -24,18 +24,11 @@ from qbench.cli.main import main as cli
 from qbench.errors import ConfigError
 from qbench.papers import claims
 from qbench.papers.claims import ClaimResult, Comparison
-from qbench.report.statistics.differences import (
-    Difference,
-    equivalent,
-    evidence,
-    holm,
-    needed,
-    noninferior,
-    paired,
-    two_way,
-)
-from qbench.runs.directory import Result
+from qbench.report.statistics.differences import Difference, paired, two_way
+from qbench.report.statistics.hypothesis_tests import equivalent, evidence, holm, noninferior
+from qbench.report.statistics.power import needed
 from qbench.runs.reader import RunRecord
+from qbench.runs.result import Result
 
 FOLDER = ROOT / "conf" / "experiment" / "claims"
 

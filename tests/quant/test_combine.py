@@ -17,9 +17,10 @@ from qbench.methods import bwn, dorefa, gupta, hwgq, inq, lsq, pact, ttq, xnor
 from qbench.methods import float as float_method
 from qbench.models import mlp
 from qbench.quant.combine import combine, distilled
-from qbench.quant.layers import NotFinite, install, quantized_layers
+from qbench.quant.install import install
+from qbench.quant.layers import NotFinite, quantized_layers
 from qbench.quant.method import Unsupported
-from qbench.runs.directory import Result
+from qbench.runs.result import Result
 
 SHAPE = (1, 4, 4)
 

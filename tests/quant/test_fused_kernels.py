@@ -14,8 +14,9 @@ from qbench.methods import dorefa, gupta, hwgq, lsq, pact, uniform, xnor
 from qbench.models import resnet
 from qbench.quant import fused_kernels as passes
 from qbench.quant import ops
-from qbench.quant.layers import install
-from qbench.quant.method import Method, Probe
+from qbench.quant.install import install
+from qbench.quant.method import Method
+from qbench.quant.probe import Probe
 
 METHODS = [name for name in registry.names("method") if name not in ("float",)]
 

@@ -7,10 +7,12 @@ from torch import nn
 from qbench.cost.count import count_cost, count_macs
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
-from qbench.quant.layers import IdentityOutput, NotFinite, install, quantized_layers
-from qbench.quant.method import Grid, Method, Storage
+from qbench.quant.install import install
+from qbench.quant.layers import IdentityOutput, NotFinite, quantized_layers
+from qbench.quant.method import Method
 from qbench.quant.ops import levels_k, on_backward, round_ste, sign, straight_through
 from qbench.quant.policy import Policy
+from qbench.quant.quantizer import Grid, Storage
 from qbench.quant.verify import NotQuantized, nearest_points, verify
 from qbench.system.torchvision import torchvision
 

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from qbench.bits import Bits
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
+from qbench.quant.install import ImageQuantizer, install
 from qbench.quant.layers import (
     BypassedActivation,
-    ImageQuantizer,
     QConv2d,
     effective_weight,
     float_mode,
     fold_quantized_weights,
-    install,
     quantized_layers,
-)  # fmt: skip
-from qbench.quant.method import Bits, Unsupported
+)
+from qbench.quant.method import Unsupported
 from qbench.quant.policy import Policy, PolicyError, assign, execution_order
 
 X = torch.randn(2, 3, 8, 8)

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from qbench.analysis import plan
 from qbench.cli.main import main as cli
-from qbench.config import compose
+from qbench.config import compose, groups
 from qbench.cost.count import count_macs
 from qbench.errors import CheckpointError
 from qbench.models import mlp
@@ -667,7 +667,7 @@ def texts() -> list[tuple[str, str]]:
         ("optim", "unified"), ("optim", "sgd_step"), ("method", "dorefa"), ("method", "inq"), ("model", "resnet8"),
         ("model", "mlp"), ("dataset", "digits"), ("layers", "default"), ("distill", "kd"), ("runtime", "default"),
     )]  # fmt: skip
-    return [(kind, (compose.conf_directory() / f"{file}.yaml").read_text()) for kind, file in found]
+    return [(kind, (groups.conf_directory() / f"{file}.yaml").read_text()) for kind, file in found]
 
 
 ODD_YAML = (

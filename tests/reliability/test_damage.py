@@ -31,10 +31,11 @@ from qbench.experiment.session import RunContext
 from qbench.experiment.setup import assemble
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.predictions import of_run
-from qbench.runs.directory import Result, RunDirectory, load_result
+from qbench.runs.directory import RunDirectory
 from qbench.runs.event_files import AROUND
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.reader import FROM_LOGS, read, read_run
+from qbench.runs.result import Result, load_result
 from qbench.training.checkpoint import bounded_memory, pack, unpack, weights_sha256
 from qbench.training.initial_weights import is_intact, load_initial_weights
 

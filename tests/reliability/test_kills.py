@@ -18,11 +18,12 @@ from conftest import counted
 from faults import Job, Server
 from helpers import qbench
 
-from qbench.config.schema import Config, digest
+from qbench.config.identity import digest
+from qbench.config.schema import Config
 from qbench.config.validate import from_dict
 from qbench.errors import CheckpointError
 from qbench.runs import reader as runs
-from qbench.runs.directory import load_result
+from qbench.runs.result import load_result
 from qbench.system.files import parse_json
 from qbench.training.checkpoint import unpack, weights_sha256
 

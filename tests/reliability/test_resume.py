@@ -29,7 +29,7 @@ from conftest import Configure, counted
 from helpers import quantizing_bits, write_images
 from torch import nn
 
-from qbench.config import compose, registry
+from qbench.config import groups, registry
 from qbench.config.schema import Config
 from qbench.data.dataset import Files, Loader
 from qbench.errors import CheckpointError, Interrupted
@@ -37,16 +37,21 @@ from qbench.experiment.run import run as experiment
 from qbench.experiment.session import RunContext, TrainingSession
 from qbench.experiment.setup import assemble
 from qbench.quant.layers import is_quantizer_key
-from qbench.quant.method import Batch, Unsupported
+from qbench.quant.method import Unsupported
+from qbench.quant.probe import Batch
 from qbench.quant.verify import NotQuantized
-from qbench.runs.directory import Result, RunDirectory
+from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
+from qbench.runs.result import Result
 from qbench.training import loop
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import content_sha256, unpack
-from qbench.training.loop import Average, Callbacks, State, Task, evaluate, fit
+from qbench.training.evaluation import evaluate
+from qbench.training.loop import Callbacks, fit
+from qbench.training.state import Average, State
+from qbench.training.task import Task
 
-METHODS = compose.names("method")
+METHODS = groups.option_names("method")
 STEPS, EPOCHS, BATCH = 6, 5, 192
 VAL, TEST, SIZE = 3, 6, 60
 """Batches of the two splits when evaluated in batches of so many images."""

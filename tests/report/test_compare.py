@@ -27,8 +27,9 @@ from qbench.papers.rows import rows
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.directory import Result, RunDirectory, with_checksum
+from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import FROM_LOGS, RunRecord, read, with_parents
+from qbench.runs.result import Result, with_checksum
 
 
 def tables(config: Config) -> list[Table]:

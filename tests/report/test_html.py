@@ -20,8 +20,8 @@ from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.html.page import html, page
-from qbench.runs.directory import with_checksum
 from qbench.runs.reader import read
+from qbench.runs.result import with_checksum
 
 EVIL = "<script>window.evil = 1</script>"
 EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source"}

@@ -14,9 +14,9 @@ from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
 from qbench.report.plots.plots import KINDS, front, picture, plot
 from qbench.report.plots.style import COLOURS, DASHES, MARKERS
-from qbench.runs.directory import with_checksum
 from qbench.runs.history import epochs, fitted_sqnr, is_float, layer_errors, learning, observed, widths
 from qbench.runs.reader import read
+from qbench.runs.result import with_checksum
 
 STUDENT_2 = 4.302653  # 97.5 % of Student's t with 2 degrees of freedom, from any table
 

@@ -9,12 +9,13 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
+from qbench.bits import Bits
 from qbench.cli.plot import draw, telling
-from qbench.config import compose
+from qbench.config import groups
 from qbench.errors import ConfigError
 from qbench.methods import dorefa, gupta, hwgq, inq, pact, qcnn, slq, ttq, twn, uniform, xnor
 from qbench.methods import float as unquantized
-from qbench.quant.method import Bits, Method
+from qbench.quant.method import Method
 from qbench.report.quantizer_plots.curves import PICKS, read
 from qbench.report.quantizer_plots.panels import BLUE, ORANGE, SKY, VERMILLION, handles
 from qbench.report.quantizer_plots.probe_network import VALUES, normal_values
@@ -236,7 +237,7 @@ def test_widths_of_the_poster(build: object, bits: Bits) -> None:
     assert telling(build()) == bits  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", compose.names("method"))
+@pytest.mark.parametrize("name", groups.option_names("method"))
 def test_every_method_draws(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = {"gupta": ["bits=w8a8g8"], "dorefa": ["bits=w2a2g4"]}.get(name, [])
@@ -308,7 +309,7 @@ def test_marks_are_told_apart_without_colour() -> None:
 def test_pictures_of_the_documents_are_there_and_small() -> None:
     folder = ROOT / "docs" / "pictures"
     names = {path.stem for path in folder.iterdir()}
-    assert {"poster", "hwgq"} <= names <= {*compose.names("method"), "poster", "report"}
+    assert {"poster", "hwgq"} <= names <= {*groups.option_names("method"), "poster", "report"}
     for path in folder.iterdir():
         assert path.stat().st_size < (400_000 if path.stem in ("poster", "report") else 60_000), path
 
@@ -318,4 +319,4 @@ def test_poster(tmp_path: Path) -> None:
     out = tmp_path / "poster.svg"
     assert draw(["--poster", "--out", str(out)]) == str(out)
     text = out.read_text()
-    assert all(f"<!-- $\\bf{{{name}}}$" in text for name in compose.names("method"))
+    assert all(f"<!-- $\\bf{{{name}}}$" in text for name in groups.option_names("method"))

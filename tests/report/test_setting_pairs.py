@@ -12,18 +12,9 @@ from scipy import stats
 
 from qbench.report.comparison.pairs import ABOVE, BELOW, EQUAL, SAME, UNDECIDED, SettingPair, adjust_p_values, conclude
 from qbench.report.comparison.predictions import RunAccuracy, paired_difference
-from qbench.report.statistics.differences import (
-    equivalent,
-    half_width,
-    holm,
-    mcnemar,
-    needed,
-    paired,
-    sample_error,
-    two_way,
-    unpaired,
-    with_seed_dof,
-)
+from qbench.report.statistics.differences import half_width, paired, sample_error, two_way, unpaired, with_seed_dof
+from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
+from qbench.report.statistics.power import needed
 from qbench.report.tables.table import Table
 
 FAMILIES = 2000

@@ -14,9 +14,10 @@ from conftest import Configure
 from qbench.errors import ResourceError
 from qbench.report.tables.run_row import row
 from qbench.runs import manifest
-from qbench.runs.directory import Result, RunDirectory, with_checksum
+from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
+from qbench.runs.result import Result, with_checksum
 from qbench.system import files
 
 

@@ -11,15 +11,16 @@ from conftest import Configure
 from helpers import quantizing_bits
 from torch import Tensor, nn
 
-from qbench.config import compose
+from qbench.config import groups
 from qbench.errors import Diverged
 from qbench.experiment.run import run
 from qbench.experiment.session import RunContext
 from qbench.methods import dorefa, lsq
-from qbench.quant.layers import install
+from qbench.quant.install import install
 from qbench.quant.method import Method
-from qbench.runs.directory import RunDirectory, load_result
+from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
+from qbench.runs.result import load_result
 from qbench.training import health as sentinels
 from qbench.training import monitor as lookout
 from qbench.training.checkpoint import unpack
@@ -212,7 +213,7 @@ def test_a_range_is_measured_by_the_start_and_by_the_inputs_where_that_is_zero()
 
 
 SOUND = ("dorefa", "hwgq", "mlq", "ttq")
-METHODS = compose.names("method")
+METHODS = groups.option_names("method")
 
 
 @pytest.mark.parametrize(

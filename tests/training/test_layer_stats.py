@@ -13,15 +13,18 @@ from conftest import Configure
 from helpers import quantizing_bits
 from torch import Tensor, nn
 
-from qbench.config import compose
+from qbench.bits import Bits
+from qbench.config import compose, groups
 from qbench.errors import ConfigError, Diverged, Interrupted
 from qbench.experiment.run import run
 from qbench.experiment.session import RunContext, TrainingSession
 from qbench.methods import bwn, inq
-from qbench.quant.layers import QLayer, install, quantized_layers
-from qbench.quant.method import Bits, Grid, Method
-from qbench.runs.directory import Result
+from qbench.quant.install import install
+from qbench.quant.layers import QLayer, quantized_layers
+from qbench.quant.method import Method
+from qbench.quant.quantizer import Grid
 from qbench.runs.progress import ProgressReporter
+from qbench.runs.result import Result
 from qbench.runs.tensorboard import CHARTS, METRICS
 from qbench.training import layer_stats as observe
 from qbench.training import monitor as lookout
@@ -151,7 +154,7 @@ RUNS = {  # with what draws random numbers: rounding of gradients, of weights, o
     "gupta": [],
     "inq": ["method.partition=random"],
 }
-METHODS = compose.names("method")
+METHODS = groups.option_names("method")
 
 
 def quiet(config: Any) -> Result:
@@ -358,7 +361,8 @@ def test_the_table_of_hyper_parameters_has_the_same_columns_for_all_runs(
 @pytest.mark.parametrize("name", ["lsq", "uniform", "gupta"])
 def test_looking_leaves_no_trace(name: str, configure: Configure) -> None:
     from qbench.experiment.setup import assemble
-    from qbench.training.checkpoint import content_sha256, random_state
+    from qbench.training.checkpoint import content_sha256
+    from qbench.training.random_state import random_state
 
     config = configure("experiment=smoke", f"method={name}", "init=scratch")
     parts = assemble(config)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from qbench.errors import Diverged
 from qbench.experiment.run import run
 from qbench.methods import lsq
-from qbench.quant.method import Batch, Method
-from qbench.runs.directory import RunDirectory, load_result
+from qbench.quant.method import Method
+from qbench.quant.probe import Batch
+from qbench.runs.directory import RunDirectory
+from qbench.runs.result import load_result
 from qbench.training.checkpoint import not_finite, unpack
 
 VALUES = {"none": float("nan"), "up": float("inf"), "down": float("-inf")}

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 from qbench.data.dataset import Augment, Dataset, Loader, Split
-from qbench.experiment.setup import tune_malloc
+from qbench.experiment.device import tune_malloc
 from qbench.quant import fused_kernels as passes
 from qbench.quant.kmeans import kmeans
 

@@ -13,27 +13,25 @@ from conftest import Configure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.config.schema import Optim, digest
+from qbench.config.identity import digest
+from qbench.config.schema import Optim
 from qbench.errors import CheckpointError, ConfigError, Diverged
+from qbench.experiment.device import COMPILERS
 from qbench.experiment.run import run
-from qbench.experiment.setup import COMPILERS
 from qbench.methods import dorefa
 from qbench.methods import float as nothing
 from qbench.models import mlp
-from qbench.quant.layers import install
-from qbench.quant.method import Method, Probe
+from qbench.quant.install import install
+from qbench.quant.method import Method
+from qbench.quant.probe import Probe
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import (
-    load_float,
-    load_plain,
-    pack,
-    random_state,
-    set_random_state,
-    unpack,
-    weights_sha256,
-)
-from qbench.training.loop import Average, State, Task, evaluate, fit
+from qbench.training.checkpoint import load_float, load_plain, pack, unpack, weights_sha256
+from qbench.training.evaluation import evaluate
+from qbench.training.loop import fit
 from qbench.training.optimizer import learning_rate, parameter_groups
+from qbench.training.random_state import random_state, set_random_state
+from qbench.training.state import Average, State
+from qbench.training.task import Task
 
 STEPS = 5
 generator = torch.Generator().manual_seed(0)

@@ -14,8 +14,8 @@ from qbench.report.comparison import naming
 from qbench.report.comparison.settings import values
 from qbench.report.tables.columns import DEFAULT, HEAD, chosen, show
 from qbench.report.tables.table import Table
-from qbench.runs.directory import Result
 from qbench.runs.reader import DONE, FROM_LOGS, RunRecord
+from qbench.runs.result import Result
 
 __all__ = ["HEAD", "compare"]
 

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from qbench.config.schema import RATE, scaled
-from qbench.runs.directory import Result
+from qbench.runs.result import Result
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qbench.config.schema import RATE
-from qbench.runs.directory import Result
+from qbench.runs.result import Result
 
 Block = tuple[str, str, str]
 """Data set, network, hash of the protocol: what runs share that may stand in one table."""

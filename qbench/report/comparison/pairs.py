@@ -17,17 +17,9 @@ from typing import Any
 from qbench.report.comparison import predictions as answers
 from qbench.report.comparison import sentences
 from qbench.report.comparison.predictions import RunAccuracy
-from qbench.report.statistics.differences import (
-    ALPHA,
-    Difference,
-    equivalent,
-    holm,
-    mcnemar,
-    sample_error,
-    seeds_to_decide,
-    unpaired,
-    with_seed_dof,
-)
+from qbench.report.statistics.differences import ALPHA, Difference, sample_error, unpaired, with_seed_dof
+from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
+from qbench.report.statistics.power import seeds_to_decide
 from qbench.report.tables.table import Table
 from qbench.system import files
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qbench.report.comparison import naming
 from qbench.report.statistics.differences import paired
-from qbench.runs.directory import Result
+from qbench.runs.result import Result
 
 
 def values(label: str, members: list[Result], source: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from qbench.runs.directory import Result
 from qbench.runs.history import PARENT, Cell, Line, is_float, observed, widths
+from qbench.runs.result import Result
 from qbench.system import files
 
 PARTS = {"w": "weights", "a": "inputs", "g": "gradients"}

@@ -23,9 +23,9 @@ from qbench.report.plots.plots import KINDS, TITLES, picture, rendered
 from qbench.report.plots.style import INK
 from qbench.report.tables.columns import COLUMNS
 from qbench.report.tables.table import Table
-from qbench.runs.directory import Result
 from qbench.runs.history import MEASURES, Cell, is_float, learning
 from qbench.runs.reader import RunRecord
+from qbench.runs.result import Result
 from qbench.system import files
 
 SUFFIXES = (".html", ".htm")

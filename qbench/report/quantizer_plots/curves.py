@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from qbench.bits import FLOAT, Bits
 from qbench.quant.layers import IdentityOutput, QConv2d
 from qbench.quant.masks import FrozenWeight
-from qbench.quant.method import FLOAT, Bits, Method
+from qbench.quant.method import Method
 from qbench.report.quantizer_plots.probe_network import VALUES, ProbeLayer, installed, normal_values, prepared
 from qbench.report.quantizer_plots.readings import DRAWS, FEW, Codewords, QuantizerCurves, TransferCurve
 

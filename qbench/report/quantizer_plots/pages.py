@@ -3,7 +3,8 @@
 import os
 from typing import Any
 
-from qbench.quant.method import FLOAT, Method
+from qbench.bits import FLOAT
+from qbench.quant.method import Method
 from qbench.report.quantizer_plots.curves import read
 from qbench.report.quantizer_plots.panels import LARGE, SMALL, PlotSizes, curve, handles, number, slope, vectors, zoom
 from qbench.report.quantizer_plots.readings import Codewords, QuantizerCurves

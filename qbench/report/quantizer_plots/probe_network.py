@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.quant.layers import QConv2d, install
+from qbench.quant.install import install
+from qbench.quant.layers import QConv2d
 from qbench.quant.masks import FrozenWeight
-from qbench.quant.method import Method, Probe
+from qbench.quant.method import Method
+from qbench.quant.probe import Probe
 
 VALUES = 4096
 IMAGES, FEATURES, CLASSES = 64, 64, 3

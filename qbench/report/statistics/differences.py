@@ -7,15 +7,12 @@ distribution is needed (its bare functions: `scipy.stats` takes a second to impo
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 Array = Any  # of numpy, which is not imported here
 
-TESTS = ("better", "at_least", "equal")
-ALPHA, POWER = 0.05, 0.8
 NORMAL = 1.959963984540054
 """The normal distribution's quantile of 97.5 %."""
-SEEDS_LIMIT = 1000
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,6 @@ class Difference:
     seeds_part: float
     items_part: float = 0.0
     items: int | None = None
-
-
-class Evidence(NamedTuple):
-    """`p` for the verdict that the data lean to, both directions being tried; `holds`: whether that is the claim."""
-
-    p: float
-    holds: bool
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -147,121 +137,13 @@ def sample_error(percent: float, items: int) -> float:
     return 100 * NORMAL * math.sqrt(p * (1 - p) / items)
 
 
-def mcnemar(first_hits: Array, second_hits: Array) -> float:
-    """Return the exact two-sided p of two networks' hits (N,) on the same test images (McNemar 1947): of the images
-    that one has right and the other wrong, each has half.
-
-    It is about these two networks, not about what other seeds of the same methods would give.
-    """
-    import numpy as np
-    from scipy import special
-
-    first, second = np.asarray(first_hits, dtype=bool), np.asarray(second_hits, dtype=bool)
-    mine, other = int((first & ~second).sum()), int((second & ~first).sum())
-    return min(1.0, 2 * float(special.bdtr(min(mine, other), mine + other, 0.5)))
-
-
-def noninferior(difference: Difference, margin: float) -> float:
-    """Return the one-sided p of "the first arm is worse than the second by `margin` or more"; small: it is not."""
-    return _above(difference, -margin)
-
-
-def equivalent(difference: Difference, margin: float) -> float:
-    """Return the p of "the arms differ by `margin` or more": two one-sided tests, the larger p (Schuirmann 1987)."""
-    return max(_above(difference, -margin), _above(_mirrored(difference), -margin))
-
-
-def evidence(difference: Difference, test: str, margin: float) -> Evidence:
-    """Return how strongly the data speak for a claim or against it.
-
-    better: first - second > margin. at_least: first - second > -margin. equal: within +-margin. The smaller of the
-    one-sided p of both directions is doubled, so that p < 0.05 says the same as the 95 % interval: it lies wholly on
-    one side of the border (of `equal`, wholly within the margins or wholly outside).
-
-    Raises:
-        ValueError: no such test.
-    """
-    if test not in TESTS:
-        raise ValueError(f"test={test}: allowed are {', '.join(TESTS)}")
-    mirrored = _mirrored(difference)
-    if test == "equal":
-        speaks_for = equivalent(difference, margin)
-        against = min(_above(difference, margin), _above(mirrored, margin))
-    else:
-        border = margin if test == "better" else -margin
-        speaks_for, against = _above(difference, border), _above(mirrored, -border)
-    return Evidence(min(1.0, 2 * min(speaks_for, against)), speaks_for <= against)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted for their number, in the order given (Holm 1979): step-down, monotone, at most 1."""
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
-
-
-def needed(
-    difference: Difference,
-    test: str = "better",
-    margin: float = 0.0,
-    alpha: float = ALPHA,
-    power: float = POWER,
-    *,
-    seeds_alone: bool = False,
-) -> int | None:
-    """Return the number of seeds at which a difference of this size would be told from the test's border.
-
-    That is, with this power at a two-sided `alpha`, if the observed mean and variances are the true ones; with
-    `seeds_alone` by the degrees of freedom of `with_seed_dof`. None where no number up to 1000 is enough: the part
-    of the
-    error that comes from the test items alone is too large, the difference lies on the border, or one seed showed no
-    variance.
-    """
-    import numpy as np
-    from scipy import special
-
-    if not math.isfinite(difference.error):
-        return None
-    border = {"better": margin, "at_least": -margin}.get(test, math.copysign(margin, difference.mean))
-    distance = abs(difference.mean - border)
-    if difference.error == 0:  # all seeds differ alike: p is 2^(1 - n)
-        return math.floor(1 - math.log2(alpha)) + 1 if distance else None
-    far = margin + abs(difference.mean) if test == "equal" and abs(difference.mean) < margin else math.inf
-    for n in (np.arange(2, 33), np.arange(33, SEEDS_LIMIT + 1)):  # most need few: the quantiles are what takes time
-        own = difference.seeds_part * difference.n / n
-        variance = own + difference.items_part
-        parts = own**2 / (n - 1) + difference.items_part**2 / max((difference.items or 2) - 1, 1)
-        freedom = np.divide(variance**2, parts, out=n - 1.0, where=parts > 0)
-        freedom = np.minimum(freedom, n - 1.0) if seeds_alone else freedom
-        reach, error = special.stdtrit(freedom, 1 - alpha / 2), np.sqrt(variance)
-        chances = [special.stdtr(freedom, at / error - reach) for at in (distance, far)]
-        enough = (distance > 0) & (sum(chances) - 1 >= power)  # both borders of `equal` are to be told from it
-        if enough.any():
-            return int(n[enough.argmax()])
-    return None
-
-
-def seeds_to_decide(difference: Difference, margin: float, alpha: float) -> int | None:
-    """Return the number of seeds at which one of two questions would be answered, by the degrees of freedom of
-    `with_seed_dof`: do the arms differ, and, where they lie within the margin, are they as good? None: at none up to
-    1000.
-    """
-    counts = [needed(difference, "better", 0.0, alpha, seeds_alone=True)]
-    if abs(difference.mean) < margin:  # `equivalent` is one-sided, `needed` doubles
-        counts.append(needed(difference, "equal", margin, 2 * alpha, seeds_alone=True))
-    return min((n for n in counts if n is not None), default=None)
-
-
 def _difference(
     mean: float, n: int, seeds_part: float, items_part: float, freedom: float, items: int | None
 ) -> Difference:
     error = math.sqrt(seeds_part + items_part)
     reach = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, freedom) * error
     plain = Difference(mean, mean - reach, mean + reach, n, 1.0, error, freedom, seeds_part, items_part, items)
-    p = min(1.0, 2 * min(_above(plain, 0.0), _above(_mirrored(plain), 0.0)))
+    p = min(1.0, 2 * min(one_sided_p(plain, 0.0), one_sided_p(swapped(plain), 0.0)))
     return Difference(mean, mean - reach, mean + reach, n, p, error, freedom, seeds_part, items_part, items)
 
 
@@ -278,7 +160,7 @@ def _quantile(p: float, freedom: float) -> float:
     return float(special.stdtrit(freedom, p))
 
 
-def _above(difference: Difference, border: float) -> float:
+def one_sided_p(difference: Difference, border: float) -> float:
     """Return the one-sided p of "the true difference is at most `border`"."""
     from scipy import special
 
@@ -289,6 +171,9 @@ def _above(difference: Difference, border: float) -> float:
     return float(special.stdtr(difference.freedom, (border - difference.mean) / difference.error))
 
 
-def _mirrored(d: Difference) -> Difference:
+def swapped(d: Difference) -> Difference:
     """Return the difference with the arms exchanged."""
     return Difference(-d.mean, -d.high, -d.low, d.n, d.p, d.error, d.freedom, d.seeds_part, d.items_part, d.items)
+
+
+ALPHA = 0.05

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import Table, text
-from qbench.runs.directory import Result
+from qbench.runs.result import Result
 
 DEVIATION = ("deviation", "activation.deviation")
 HEAD = ("method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", "diff", "size", "BitOps", "time")

@@ -1,0 +1,17 @@
+"""Bit widths of weights, activations and gradients."""
+
+from typing import NamedTuple
+
+FLOAT = 32
+"""The width that means: not quantized."""
+
+
+class Bits(NamedTuple):
+    """Widths of weights, activations and gradients; 32 leaves them float."""
+
+    w: int = FLOAT
+    a: int = FLOAT
+    g: int = FLOAT
+
+    def __str__(self) -> str:
+        return f"w{self.w}a{self.a}g{self.g}"

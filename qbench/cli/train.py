@@ -1,0 +1,75 @@
+"""`qbench KEY=VALUE ...` and `qbench -m ...`: train one run or a sweep, print the result table."""
+
+import shutil
+import sys
+from collections.abc import Callable
+
+from qbench.cli.errors import SWEEP_WITH_FAILURES
+from qbench.config.schema import Config
+from qbench.errors import ConfigError, Interrupted
+from qbench.system.signals import stop_on_signals
+
+
+def train(arguments: list[str]) -> int:
+    """Run what a command line configures, once or (-m) for every combination; print the table."""
+    from qbench.config import compose
+
+    sweep = any(flag in arguments for flag in compose.MULTIRUN)
+    if not sweep and compose.launcher(arguments):
+        raise ConfigError("hydra/launcher works on a sweep: put -m first")
+    for word in arguments:
+        if not compose.launcher(arguments) and word.lstrip("+").startswith(("hydra.launcher.", "hydra.sweeper.")):
+            raise ConfigError(f"{word} has no effect without hydra/launcher=NAME")
+    with stop_on_signals() as stop:
+        configs = compose.configurations(arguments)
+        if not configs:  # Hydra has shown what was asked for
+            return 0
+        return train_all(arguments, configs, stop) if sweep or len(configs) > 1 else train_one(configs[0], stop)
+
+
+def train_one(config: Config, stop: Callable[[], int]) -> int:
+    """Run one configuration and print its row; a stored one without importing torch."""
+    from qbench.report.tables.run_row import row
+    from qbench.runs import manifest
+    from qbench.runs.directory import RunDirectory
+
+    directory = RunDirectory(config)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    result = None if config.rerun else directory.stored()
+    if result:
+        for change in manifest.changed_since(directory.path / "manifest.json"):
+            print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
+        print(row([result], width))
+        directory.remove_checkpoints()
+    else:
+        from qbench.experiment.run import run
+        from qbench.experiment.session import RunContext
+        from qbench.runs.metrics_logger import append_text
+        from qbench.runs.progress import ProgressReporter
+
+        result = run(config, RunContext(ProgressReporter(live=config.runtime.progress), stop))
+        print(row([result], width))
+        append_text(directory.path / "log.txt", row([result]))
+    return ConfigError.status if result.status == "unsupported" else 0
+
+
+def train_all(arguments: list[str], configs: list[Config], stop: Callable[[], int]) -> int:
+    """Run a sweep and print the table of its runs."""
+    from qbench.config import compose
+    from qbench.experiment import jobs, sweep
+    from qbench.report.comparison.compare import compare as tables_of
+    from qbench.report.tables.table import text
+    from qbench.runs.directory import RunDirectory
+    from qbench.runs.reader import with_parents
+
+    configs = list({RunDirectory(config).path: config for config in configs}.values())
+    if any(config.rerun or not RunDirectory(config).stored() for config in configs):
+        name = compose.launcher(arguments)
+        found = sweep.launch_all(arguments, configs, name, stop) if name else sweep.run_all(configs, stop)
+    else:
+        found = [jobs.outcome(config) for config in configs]
+    print(text(tables_of(with_parents(found))))
+    if stop():
+        print(f"qbench: stopped by signal {stop()}; the same command goes on from here", file=sys.stderr)
+        return Interrupted.status
+    return SWEEP_WITH_FAILURES if any(run.status not in ("done", "unsupported") for run in found) else 0

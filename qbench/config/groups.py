@@ -1,0 +1,44 @@
+"""The configuration groups below `conf/` and the options that each offers."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from qbench.config import registry
+
+
+def conf_directory() -> Path:
+    """Return the folder of YAML files: beside the package in a clone, inside it where it was installed.
+
+    In this order, since an editable installation leaves a stale copy inside.
+    """
+    package = Path(__file__).parents[1]
+    beside = package.parent / "conf"
+    return beside if (beside / "config.yaml").exists() else package / "conf"
+
+
+def option_names(group: str) -> list[str]:
+    """Return the names that a group offers: its files, and what installed packages bring."""
+    folder = conf_directory() / group
+    files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    if group == "activation":
+        return files + option_names("method")
+    return files + (registry.entry_names(group) if group in registry.GROUPS else [])
+
+
+def option_file(group: str, name: str) -> Path:
+    """Return the YAML file of an option of a group."""
+    return conf_directory() / group / f"{name}.yaml"
+
+
+def group_names() -> list[str]:
+    """Return the configuration's groups."""
+    return sorted(path.name for path in conf_directory().iterdir() if path.is_dir())
+
+
+def format_names(option_names: Iterable[str]) -> str:
+    """Return names in a line, those of a folder as its name with their number."""
+    found: dict[str, int] = {}
+    for name in option_names:
+        folder, slash, _ = name.partition("/")
+        found[folder + slash] = found.get(folder + slash, 0) + 1
+    return ", ".join(f"{name}... ({count})" if name.endswith("/") else name for name, count in found.items())

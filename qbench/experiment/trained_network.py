@@ -1,0 +1,41 @@
+"""A finished run's configuration and weights, to build its network again."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qbench.config.schema import Config
+from qbench.config.validate import from_dict
+from qbench.errors import CheckpointError, ConfigError
+from qbench.system import files
+from qbench.training.initial_weights import published
+
+
+def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
+    """Return a finished run's configuration, where its own weights came from left out, and its checkpoint."""
+    try:
+        values = files.read_yaml(run / "config.yaml")
+        state = published(run, f"{weights}.pt")
+        values |= {"init": "scratch", "distill": {"name": "none"}}
+        values["runtime"]["device"] = device
+        return from_dict(values), state
+    except OSError as error:
+        raise CheckpointError(f"{named}: {error.filename}: {error.strerror}; is the run done?") from None
+    except (TypeError, KeyError, ConfigError) as error:
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(f"{named}: its config.yaml cannot be used: {why}") from None
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Module:
+    """Load a run's checkpoint into its network; return the network.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another network.
+    """
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError) as error:
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(f"{named} is of another network than config.yaml: {why}") from None
+    return model

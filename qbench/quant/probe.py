@@ -1,0 +1,51 @@
+"""Measurements on a fixed part of the training split, for methods that need them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
+
+Batch = tuple[Tensor, Tensor]
+"""Images (N, C, H, W) as the network takes them, and labels (N,)."""
+
+
+class Probe:
+    """A fixed part of the training split, for methods that measure: losses, gradients, responses of layers.
+
+    Everything runs in eval mode, moves no batch-norm statistics and leaves the random state as it found it. No method
+    ever sees validation or test data.
+
+    Args:
+        batches: batches as the network takes them, on its device.
+        loss: (logits, labels) -> mean loss of the batch, a scalar.
+    """
+
+    def __init__(self, batches: Sequence[Batch], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.batches = tuple(batches)
+        self._loss = loss
+
+    def loss(self, model: nn.Module) -> float:
+        """Return the mean loss over the probe."""
+        with eval_mode_keeping_rng(model), torch.no_grad():
+            return self._mean(model).item()
+
+    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the gradient of the mean loss by parameter name; `.grad` of the parameters is not touched."""
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with eval_mode_keeping_rng(model), torch.enable_grad():
+            grads = torch.autograd.grad(self._mean(model), list(named.values()), allow_unused=True)
+        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
+
+    def responses(self, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
+        """Return a layer's inputs and outputs over the probe, along the first axis, without gradient."""
+        with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, [layer]) as calls:
+            for images, _ in self.batches:
+                model(images)
+        return torch.cat([x for _, x, _ in calls]), torch.cat([y for _, _, y in calls])
+
+    def _mean(self, model: nn.Module) -> Tensor:
+        count = sum(len(labels) for _, labels in self.batches)
+        parts = [self._loss(model(images), labels) * len(labels) for images, labels in self.batches]
+        return torch.stack(parts).sum() / count

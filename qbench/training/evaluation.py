@@ -1,0 +1,40 @@
+"""Evaluation: top-1, top-5 and mean cross entropy of a network on batches."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.quant.probe import Batch
+
+Metrics = dict[str, float]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    forward: Callable[[Tensor], Tensor] | None = None,
+    answers: list[Tensor] | None = None,
+) -> Metrics:
+    """Return top1 and top5 in percent and the mean cross entropy; nothing for no images. Leaves eval mode on.
+
+    Args:
+        forward: what computes the network's output, if not the network itself.
+        answers: a list that gets a tensor (N, 2) of labels and predicted classes for every batch.
+    """
+    model.eval()
+    run = model if forward is None else forward
+    count, top1, top5, loss = 0, 0, 0, 0.0
+    for images, labels in batches:
+        logits = run(images).float()
+        classes = logits.topk(min(5, logits.shape[1]), 1).indices
+        best = classes == labels[:, None]
+        if answers is not None:
+            answers.append(torch.stack([labels, classes[:, 0]], 1))
+        count += len(labels)
+        top1 += int(best[:, 0].sum())
+        top5 += int(best.sum())
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count} if count else {}
