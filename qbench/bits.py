@@ -1,5 +1,6 @@
 """Bit widths of weights, activations and gradients."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 FLOAT = 32
@@ -15,3 +16,11 @@ class Bits(NamedTuple):
 
     def __str__(self) -> str:
         return f"w{self.w}a{self.a}g{self.g}"
+
+
+@dataclass(frozen=True)
+class LevelCount:
+    """Distinct levels found in the fullest scale group of a quantized tensor, and the levels allowed there."""
+
+    found: int
+    allowed: int

@@ -94,7 +94,7 @@ def table(found: Sequence[RunRecord], seeds: int) -> Table:
     in which both have a figure. A run that is not there at all counts as missing.
     """
     runs = [run for run in found if run.result is not None and run.result.seed < seeds]
-    kinds = {(r.result.dataset, r.result.model, r.result.protocol["hash"]) for r in runs if not _is_float(r)}
+    kinds = {(r.result.dataset, r.result.model, r.result.protocol.hash) for r in runs if not _is_float(r)}
     if len(kinds) != 1:
         raise SystemExit(f"the runs are of {len(kinds)} protocols or data sets; read a folder that holds one")
     ((dataset, model, _),) = kinds
@@ -164,7 +164,7 @@ def _never_acted(cell: Cell, faithful: Cell) -> str:
 
 
 def _figures(cell: Cell) -> dict[int, float]:
-    return {s: run.result.final["test"]["top1"] for s, run in cell.items() if run.status == DONE and run.result.final}
+    return {s: run.result.final.test.top1 for s, run in cell.items() if run.status == DONE and run.result.final}
 
 
 def _is_float(run: RunRecord) -> bool:

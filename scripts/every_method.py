@@ -62,7 +62,7 @@ def run(method: str, more: list[str]) -> None:
 
 def figures(results: list[Result]) -> list[list[Any]]:
     """Return of each run method, network, widths and test top-1, which is all that the table is made from."""
-    return [[r.method, r.network, r.bits, r.final["test"]["top1"]] for r in results if r.final]
+    return [[r.method, r.network, r.bits, r.top1] for r in results if r.final]
 
 
 def table(rows: list[list[Any]]) -> str:

@@ -155,11 +155,11 @@ def rows_of(found: Sequence[RunRecord]) -> list[Row]:
         own = [results[name] for name in values["runs"] if name in results]
         if not own:  # a parent whose directory is gone
             continue
-        first, keys = own[0], own[0].protocol["keys"]
+        first, keys = own[0], own[0].protocol.keys
         role = "8-bit" if (first.method, first.bits["w"]) == ("uniform", 8) else "cell"
         if first.method == "float":
             role = "parent" if keys["init"] == "scratch" else "float"
-        figures = {r.seed: r.final["test"]["top1"] for r in own if r.final}
+        figures = {r.seed: r.final.test.top1 for r in own if r.final}
         rows.append(values | {"role": role, "width": keys["model"]["width"], "by_seed": figures})
     for row in rows:
         row["against"] = {kind: against(row, kind, rows) for kind in CONTROLS} if row["role"] == "cell" else {}

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from qbench.methods.ptq import reestimate_norms
 from qbench.quant.layers import BypassedActivation, IdentityOutput, quantized_layers
 from qbench.quant.probe import Batch
-from qbench.training.evaluation import Metrics, evaluate
+from qbench.runs.result import Accuracy
+from qbench.training.evaluation import evaluate
 
 SLOTS = ("input_q", "weight_q", "output_q")
 
@@ -54,7 +55,7 @@ def _fronts(model: nn.Module) -> dict[str, nn.Module]:
     return {reader: module.act for name, module in replaced.items() for reader in feeds[name]}
 
 
-def measured(model: nn.Module, batches: Sequence[Batch], norms: Sequence[Batch] = ()) -> Metrics:
+def measured(model: nn.Module, batches: Sequence[Batch], norms: Sequence[Batch] = ()) -> Accuracy:
     """Return top-1, top-5 and loss of a network as it computes now; it stays as it is.
 
     Args:
@@ -64,4 +65,6 @@ def measured(model: nn.Module, batches: Sequence[Batch], norms: Sequence[Batch] 
     if norms:
         model = copy.deepcopy(model)
         reestimate_norms(model, norms)
-    return evaluate(model, batches)
+    found = evaluate(model, batches)
+    assert found is not None  # there are images
+    return found

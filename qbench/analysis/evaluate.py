@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def evaluate(
     sure, right = torch.cat(confidence).cpu(), labels == predicted
     if predictions:
         write(predictions, labels, predicted, sure)
-    figures = {"n": len(labels), **metrics, "ece": calibration_error(sure, right)}
+    assert metrics is not None  # the test split has images
+    figures = {"n": len(labels), **asdict(metrics), "ece": calibration_error(sure, right)}
     return _table(run, weights, data, figures, interval(int(right.sum()), len(labels)), found.result, bool(words))
 
 

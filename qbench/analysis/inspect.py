@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from qbench.analysis.disabled_quantizers import measured, quantizers_disabled
 from qbench.analysis.finished_run import load_finished_run, probe_batches, said_of_norms, validation
-from qbench.bits import FLOAT, Bits
+from qbench.bits import FLOAT, Bits, LevelCount
 from qbench.quant.graph import recorded_calls
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.probe import Batch
 from qbench.quant.quantizer import Grid
 from qbench.quant.verify import verify
 from qbench.report.tables.table import Table
-from qbench.training.evaluation import Metrics
+from qbench.runs.result import Accuracy
 
 # Shapes: n values of a channel, C channels.
 
@@ -125,7 +125,7 @@ def _beyond(grid: Grid, x: Tensor) -> int:
 
 def switched(
     model: nn.Module, batches: Sequence[Batch], norms: Sequence[Batch] = ()
-) -> tuple[dict[str, Metrics], dict[str, tuple[Metrics, Metrics]]]:
+) -> tuple[dict[str, Accuracy], dict[str, tuple[Accuracy, Accuracy]]]:
     """Return metrics with all layers `on` and all `quantizers_disabled`, and of every layer with it alone off and it
     alone on.
 
@@ -134,7 +134,7 @@ def switched(
     """
     names = list(quantized_layers(model))
 
-    def without(*layers: str) -> Metrics:
+    def without(*layers: str) -> Accuracy:
         with quantizers_disabled(model, layers):
             return measured(model, batches, norms)
 
@@ -172,7 +172,7 @@ def inspect(
         table.values.append(values)
     if "no_master" in found.parts.method.traits:
         table.notes.append(f"{found.parts.method.name} keeps no float weights: off computes on those that are stored")
-    told = [f"{word}: loss {m['loss']:.4f}, top-1 {m['top1']:.2f} %" for word, m in whole.items()]
+    told = [f"{word}: loss {m.loss:.4f}, top-1 {m.top1:.2f} %" for word, m in whole.items()]
     table.notes += [
         f"{said}; all layers {'; '.join(told)}",
         "off: the change where this layer alone computes as float on its latent weights, against all on; "
@@ -196,24 +196,25 @@ SORTS: dict[str, Callable[[dict[str, Any]], float]] = {
 def _values(
     name: str,
     bits: Bits,
-    levels: dict[str, dict[str, int]],
+    levels: dict[str, LevelCount],
     signal: Signal,
-    whole: dict[str, Metrics],
-    single: tuple[Metrics, Metrics],
+    whole: dict[str, Accuracy],
+    single: tuple[Accuracy, Accuracy],
 ) -> dict[str, Any]:
     (without, alone), share = single, None
     if signal.clipped is not None:
         share = 100 * signal.clipped / signal.inputs
     return {
-        "layer": name, "bits": bits._asdict(), "levels": levels, "sqnr": signal.sqnr, "fitted": signal.fitted,
+        "layer": name, "bits": bits._asdict(), "levels": {k: asdict(count) for k, count in levels.items()}, "sqnr": signal.sqnr, "fitted": signal.fitted,
         "clipped": share, "dead_in": signal.dead("in"), "dead_out": signal.dead("out"),
-        "off_loss": without["loss"] - whole["on"]["loss"], "off_top1": without["top1"] - whole["on"]["top1"],
-        "only_loss": alone["loss"] - whole["off"]["loss"], "only_top1": alone["top1"] - whole["off"]["top1"],
+        "off_loss": without.loss - whole["on"].loss, "off_top1": without.top1 - whole["on"].top1,
+        "only_loss": alone.loss - whole["off"].loss, "only_top1": alone.top1 - whole["off"].top1,
     }  # fmt: skip
 
 
 def _row(values: dict[str, Any]) -> tuple[str, ...]:
-    counts = ["{found}/{allowed}".format(**values["levels"][key]) if key in values["levels"] else "-" for key in "wa"]
+    levels: dict[str, dict[str, int]] = values["levels"]
+    counts = [f"{levels[k]['found']}/{levels[k]['allowed']}" if k in levels else "-" for k in "wa"]
     figures = ["-" if x is None else f"{x:.1f}" for x in (values["sqnr"], values["fitted"], values["clipped"])]
     dead = ["{}/{}".format(*values[key]) for key in ("dead_in", "dead_out")]
     changes = []

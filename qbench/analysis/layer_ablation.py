@@ -23,8 +23,8 @@ from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import effective_weight, quantized_layers
 from qbench.quant.method import Unsupported
 from qbench.quant.probe import Batch, Probe
+from qbench.runs.result import Accuracy
 from qbench.system import files
-from qbench.training.evaluation import Metrics
 from qbench.training.initial_weights import load_initial_weights
 
 
@@ -58,7 +58,7 @@ class FloatBaseline(NamedTuple):
             method.on_epoch(model, 0, 1, self.probe)  # the last epoch of one
         return model
 
-    def measure(self, model: nn.Module) -> Metrics:
+    def measure(self, model: nn.Module) -> Accuracy:
         """Return validation metrics."""
         return measured(model, self.batches, self.norms)
 
@@ -71,12 +71,12 @@ class LayerSensitivity:
     """
 
     weights: dict[str, int]
+    base: Accuracy
     loss: dict[str, dict[int, float]] = field(default_factory=dict)
     mse: dict[str, dict[int, float]] = field(default_factory=dict)
     bytes: dict[str, dict[int, float]] = field(default_factory=dict)
     bitops: dict[str, dict[int, float]] = field(default_factory=dict)
     rest: dict[str, float] = field(default_factory=dict)
-    base: Metrics = field(default_factory=dict)
 
     def costs(self, kind: str) -> dict[str, dict[int, float]]:
         """Return the costs of a kind of budget; those of w are bits of all weights, not of one, to stay exact."""
@@ -129,8 +129,8 @@ def _weights(run: Path, parts: ExperimentSetup) -> tuple[Path, str | None]:
 def figures(start: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:
     """Measure every layer that the run quantizes, at every width that the method knows for it, alone."""
     layers = _quantized(start)
-    found = LayerSensitivity({name: _weight(start, name).numel() for name in layers})
-    found.base = start.measure(start.quantized({}))
+    weights = {name: _weight(start, name).numel() for name in layers}
+    found = LayerSensitivity(weights, base=start.measure(start.quantized({})))
     for name in layers:
         slots = [figure.setdefault(name, {}) for figure in (found.loss, found.mse, found.bytes, found.bitops)]
         refused = ""
@@ -163,7 +163,7 @@ def _alone(start: FloatBaseline, name: str, width: int, found: LayerSensitivity)
     layer = quantized_layers(model)[name]
     error = squared_error(_weight(start, name), effective_weight(layer)) / sum(found.weights.values())
     bitops = start.parts.macs[name] * layer.bits.w * layer.bits.a
-    return start.measure(model)["loss"] - found.base["loss"], error, storage(layer).ideal, bitops
+    return start.measure(model).loss - found.base.loss, error, storage(layer).ideal, bitops
 
 
 def _weight(start: FloatBaseline, name: str) -> Tensor:
@@ -183,7 +183,7 @@ def _rest(start: FloatBaseline, found: LayerSensitivity) -> dict[str, float]:
     first = {name: next(iter(of)) for name, of in found.loss.items()}
     whole = count_cost(start.quantized(first), start.parts.macs)
     return {
-        "bytes": whole["bytes_ideal"] - total(found.bytes, first),
-        "bitops": whole["bitops"] - total(found.bitops, first),
+        "bytes": whole.bytes_ideal - total(found.bytes, first),
+        "bitops": whole.bitops - total(found.bitops, first),
         "w": 0.0,
     }

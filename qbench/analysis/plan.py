@@ -6,7 +6,8 @@ Published data sets need not be at hand. Networks are built without memory, but 
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from qbench.config.identity import digest
 from qbench.config.schema import Config, parent
 from qbench.cost.count import count_cost
 from qbench.cost.layers import LayerCost, Levels, layer_costs
+from qbench.cost.network_cost import NetworkCost
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batches_of
 from qbench.experiment.setup import ExperimentSetup, assemble
@@ -54,7 +56,7 @@ class RunCost(NamedTuple):
 
     parts: ExperimentSetup | None
     model: nn.Module | None
-    cost: dict[str, Any]
+    cost: NetworkCost | None
     pace: StepCost
     unsupported: str = ""
 
@@ -76,7 +78,7 @@ class CostEstimator:
                 model, cost = installed(parts)
                 self.known[key] = RunCost(parts, model, cost, self._pace(parts, model))
             except Unsupported as reason:
-                self.known[key] = RunCost(None, None, {}, StepCost(0, 0, 0), str(reason))
+                self.known[key] = RunCost(None, None, None, StepCost(0, 0, 0), str(reason))
         return self.known[key]
 
     def _pace(self, parts: ExperimentSetup, model: nn.Module) -> StepCost:
@@ -112,7 +114,7 @@ def plan(configs: Sequence[Config]) -> list[Table]:
     table.notes.append("memory: weights, gradients, optimizer and what is kept for the backward pass")
     if kinds.reckoned:
         table.notes.append(f"reckoned from multiply-accumulates, not timed: {kinds.reckoned} of these networks")
-    if len(configs) > 1 or last is None or last.parts is None or last.model is None:
+    if len(configs) > 1 or last is None or last.parts is None or last.model is None or last.cost is None:
         return [table]
     return [table, _layers(last.parts, last.model, last.cost)]
 
@@ -131,26 +133,26 @@ def _add(table: Table, config: Config, kind: RunCost) -> float:
     directory = RunDirectory(config)
     path, stored, parts = str(directory.path), directory.stored(), kind.parts
     state = stored.status if stored else "unfinished" if directory.checkpoints() else "new"
-    if parts is None:
+    if parts is None or kind.cost is None:
         table.rows.append((path, f"unsupported: {kind.unsupported}", *"-" * (len(HEAD) - 2)))
         table.values.append({"run": path, "state": "unsupported", "reason": kind.unsupported, "seconds": 0.0})
         return 0.0
     size, steps = batches_of(parts.data, config.optim.batch_size)
     steps *= parts.epochs
     seconds = 0.0 if stored else steps * size * kind.pace.seconds
-    memory = _memory(parts, kind.cost["params"]) + kind.pace.fixed + size * kind.pace.saved
+    memory = _memory(parts, kind.cost.params) + kind.pace.fixed + size * kind.pace.saved
     figures = (
-        si_format(kind.cost["params"]).rstrip(), bytes_of(kind.cost["bytes_ideal"]),
-        si_format(kind.cost["bitops"]).rstrip(),
+        si_format(kind.cost.params).rstrip(), bytes_of(kind.cost.bytes_ideal),
+        si_format(kind.cost.bitops).rstrip(),
         bytes_of(memory), _duration(seconds) if seconds else "-",
     )  # fmt: skip
     table.rows.append((path, "stored" if state == "done" else state, str(parts.epochs), str(steps), *figures))
     values = {"run": path, "state": state, "epochs": parts.epochs, "steps": steps, "seconds": seconds, "memory": memory}
-    table.values.append(values | kind.cost)
+    table.values.append(values | asdict(kind.cost))
     return seconds
 
 
-def installed(parts: ExperimentSetup) -> tuple[nn.Module, dict[str, Any]]:
+def installed(parts: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
     """Return the quantized network, without memory where its costs can be told so, and these costs."""
     try:
         model = parts.install(parts.float_model("meta"))
@@ -160,7 +162,7 @@ def installed(parts: ExperimentSetup) -> tuple[nn.Module, dict[str, Any]]:
         return model, count_cost(model, parts.macs)
 
 
-def _layers(parts: ExperimentSetup, model: nn.Module, whole: dict[str, Any]) -> Table:
+def _layers(parts: ExperimentSetup, model: nn.Module, whole: NetworkCost) -> Table:
     """Return the table of a run's layers, with their sum as `qbench compare` counts it."""
     config, costs = parts.config, layer_costs(model, parts.method, parts.macs)
     table = Table(
@@ -169,16 +171,16 @@ def _layers(parts: ExperimentSetup, model: nn.Module, whole: dict[str, Any]) -> 
     for layer in costs:
         table.rows.append(_row(layer))
         table.values.append(layer._asdict() | {"bits": layer.bits._asdict()})
-    rest = whole["params"] - sum(layer.params for layer in costs)
+    rest = whole.params - sum(layer.params for layer in costs)
     blank = ("",) * 7
     if rest:
         table.rows.append(("the rest", "", *blank, str(rest), "0", "0", str(4 * rest), str(4 * rest)))
-    sums = (whole["params"], whole["macs"], whole["bitops"], whole["bytes_ideal"], whole["bytes_packed"])
+    sums = (whole.params, whole.macs, whole.bitops, whole.bytes_ideal, whole.bytes_packed)
     table.rows.append(("all", "", *blank, *(si_format(value).rstrip() for value in sums)))
-    table.values.append({"name": "all"} | whole)
+    table.values.append({"name": "all"} | asdict(whole))
     table.notes += [
-        f"weights: {whole['bits_per_weight']:.2f} bits each where quantized, scales and codebooks included; "
-        f"float: {bytes_of(whole['bytes_float'])}",
+        f"weights: {whole.bits_per_weight:.2f} bits each where quantized, scales and codebooks included; "
+        f"float: {bytes_of(whole.bytes_float)}",
         *runs_on(costs), *recipe_differences(config), *parts.protocol_changes,
     ]  # fmt: skip
     return table

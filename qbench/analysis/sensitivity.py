@@ -83,7 +83,7 @@ def sensitivity(
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None
     tables[0].notes += [
-        f"{said}; the float network: loss {found.base['loss']:.4f}, top-1 {found.base['top1']:.2f} %",
+        f"{said}; the float network: loss {found.base.loss:.4f}, top-1 {found.base.top1:.2f} %",
         "predicted: that loss and what each layer adds alone; measured: all together; nothing was trained",
         f"normalization behind quantizers: {said_of_norms(norms == 'anew')}",
         f"written to {out}, by {MEASURES[measure]}; train it by layers=@{out} on the run's command line",
@@ -112,8 +112,8 @@ def _allocations(
             "widths_by": key, "bits": sum(k * found.weights[name] for name, k in widths.items()) / whole,
             "bytes": found.rest["bytes"] + total(found.bytes, widths),
             "bitops": found.rest["bitops"] + total(found.bitops, widths),
-            "predicted_loss": found.base["loss"] + total(found.loss, widths),
-            "measured_loss": measured["loss"], "top1": measured["top1"], "widths": widths,
+            "predicted_loss": found.base.loss + total(found.loss, widths),
+            "measured_loss": measured.loss, "top1": measured.top1, "widths": widths,
         }  # fmt: skip
         table.values.append(values)
         table.rows.append(

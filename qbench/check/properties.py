@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from qbench.bits import FLOAT, Bits
+from qbench.bits import FLOAT, Bits, LevelCount
 from qbench.check.backward import learned_parameters, reaching
 from qbench.check.subject import (
     EPOCHS,
@@ -57,10 +57,10 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
         counts = [layer[key] for layer in found.values() if key in layer]
         if not counts:
             raise PropertyViolation(f"bits.{key}={getattr(bits, key)} quantizes nothing")
-        mean = sum(count["allowed"] for count in counts) / len(counts)
+        mean = sum(count.allowed for count in counts) / len(counts)
         if mean > limit and not _is_product(subject, bits, key):
             raise PropertyViolation(f"{key}: {mean:g} levels allowed on average, more than {limit} for {bits}")
-        if key == "w" and max(count["found"] for count in counts) < 2:
+        if key == "w" and max(count.found for count in counts) < 2:
             raise PropertyViolation("weights have a single value on every layer")
 
 
@@ -70,7 +70,7 @@ def _is_product(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
     return key == "w" and layer.weight_q.grid(layer.weight).points.shape[-1] > 1  # type: ignore[operator]
 
 
-def _verified(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
+def _verified(model: nn.Module) -> dict[str, dict[str, LevelCount]]:
     shape = SHAPE if isinstance(next(iter(model.children())), nn.Conv2d) else (1, 1, 1)
     try:
         return verify(model, batches(shape)[0][0])

@@ -132,7 +132,7 @@ def runs(directories: list[str]) -> int:
     from qbench.runs.reader import read
 
     for run in read(directories):
-        top1 = run.result.final["test"]["top1"] if run.status == "done" and run.result and run.result.final else None
+        top1 = run.result.top1 if run.status == "done" and run.result else None
         print(f"{run.status:<12}{run.path}" + ("" if top1 is None else f"  {top1:.2f} %"))
     return 0
 

@@ -199,7 +199,7 @@ def _filtered(
     match, and stays where they do or the name says nothing.
     """
     kept = [run for run in found if _matches(facts.get(id(run)) or _by_name(run), where, run.result is None)]
-    wanted = {_place(r.result.float["run"]) for r in kept if r.result and r.result.float}
+    wanted = {_place(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
     chosen = {id(run) for run in kept}
     parents = [r for r in found if r.result and r.status == DONE and naming.is_parent(r.result)]
     chosen |= {id(run) for run in parents if _place(str(run.path)) in wanted}

@@ -199,7 +199,7 @@ def _with_seed(config: Config, seed: int) -> Config:
 def _top1(found: RunRecord) -> float:
     assert found.result
     assert found.result.final
-    return float(found.result.final["test"]["top1"])
+    return found.result.final.test.top1
 
 
 def sentence(asked: SequentialTest, verdict: Verdict) -> str:

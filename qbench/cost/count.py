@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qbench.bits import FLOAT, Bits
+from qbench.cost.network_cost import NetworkCost
 from qbench.quant.layers import QLayer, is_quantizer_key, quantized_layers
 from qbench.quant.policy import quantizable
 from qbench.quant.quantizer import Storage
@@ -37,7 +38,7 @@ def _flops(model: nn.Module, images: torch.Tensor) -> dict[str, Any]:
     return counts
 
 
-def count_cost(model: nn.Module, macs: dict[str, int]) -> dict[str, Any]:
+def count_cost(model: nn.Module, macs: dict[str, int]) -> NetworkCost:
     """Return the costs of a (quantized) network, given the MACs of its layers."""
     layers = quantized_layers(model)
     stored = {name: storage(layer) for name, layer in layers.items() if layer.bits.w < FLOAT}
@@ -45,15 +46,15 @@ def count_cost(model: nn.Module, macs: dict[str, int]) -> dict[str, Any]:
     params = sum(p.numel() for n, p in model.named_parameters() if not is_quantizer_key(n))
     floats = 4 * (params - sum(layers[name].weight.numel() for name in stored))
     bits = {name: layers[name].bits if name in layers else Bits() for name in macs}
-    return {
-        "params": params,
-        "macs": sum(macs.values()),
-        "bitops": sum(count * bits[name].w * bits[name].a for name, count in macs.items()),
-        "bytes_float": 4 * params,
-        "bytes_ideal": floats + sum(s.ideal for s in stored.values()),
-        "bytes_packed": floats + sum(s.packed for s in stored.values()),
-        "bits_per_weight": 8 * sum(s.ideal for s in stored.values()) / codes if codes else float(FLOAT),
-    }
+    return NetworkCost(
+        params=params,
+        macs=sum(macs.values()),
+        bitops=sum(count * bits[name].w * bits[name].a for name, count in macs.items()),
+        bytes_float=4 * params,
+        bytes_ideal=floats + sum(s.ideal for s in stored.values()),
+        bytes_packed=floats + sum(s.packed for s in stored.values()),
+        bits_per_weight=8 * sum(s.ideal for s in stored.values()) / codes if codes else float(FLOAT),
+    )
 
 
 def storage(layer: QLayer) -> Storage:

@@ -1,6 +1,8 @@
 """A run, from its configuration to its result: the main path."""
 
 import traceback
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.bits import FLOAT
+from qbench.bits import FLOAT, LevelCount
 from qbench.config.identity import digest
 from qbench.config.schema import Config
 from qbench.cost.count import count_cost
@@ -23,7 +25,7 @@ from qbench.quant.probe import Probe
 from qbench.quant.verify import NotQuantized, verify
 from qbench.runs import manifest
 from qbench.runs.directory import RunDirectory
-from qbench.runs.result import Result, load_result
+from qbench.runs.result import BaselineResult, Evaluation, Result, load_result
 from qbench.runs.tensorboard import levels_figure
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import copied, not_finite, weights_sha256
@@ -83,7 +85,7 @@ def _stored(directory: RunDirectory, intact: bool, desk: RunContext) -> Result |
     """Return the stored result; with `intact` only if the weights beside it verify. Say what is damaged."""
     stored = directory.stored()
     found = load_result(directory.path)
-    if directory.has_result() and (not found or found.protocol.get("identity") != digest(directory.identity)):
+    if directory.has_result() and (not found or found.identity != digest(directory.identity)):
         what = "belongs to another run" if found else "is damaged"
         desk.screen.say(f"warning: {directory.path / 'result.json'} {what}; the run is done anew")
     if stored and intact and stored.status == "done" and not is_intact(directory.path / "best.pt", directory.identity):
@@ -178,9 +180,9 @@ def _conclude(
         last = copied(model.state_dict())
     best_weights = state.best["model"] if state.best else last
     ended = state.digest(model)
-    best = _measure(task, best_weights, loader, session) | {"epoch": state.best["epoch"]} if state.best else None
+    best = _measure(task, best_weights, state.best["epoch"], loader, session) if state.best else None
     answers: list[Tensor] = []
-    final = _measure(task, last, loader, session, answers) | {"epoch": state.epoch - 1 if state.epoch else None}
+    final = _measure(task, last, state.epoch - 1 if state.epoch else None, loader, session, answers)
     if not fully_quantized(model):
         raise NotQuantized("after the last epoch some weights are still float")
     verified = verify(model, next(iter(loader.plain("train", 64)))[0])
@@ -188,9 +190,9 @@ def _conclude(
     session.write_artifact("last.pt", last)
     session.write_artifact("best.pt", best_weights)
     result = session.directory.new_result(
-        "done", network=parts.network, made_data=parts.data.made, final=final, best=best, verified=verified,
+        "done", network=parts.network, synthetic=parts.data.made, final=final, best=best, verified=verified,
         levels=_levels(model, verified, parts.method.bits.w),
-        float={"run": parent.run, "final": parent.final, "best": parent.best} if parent else None,
+        baseline=_baseline(parent), data_sha256=digest(parts.data.fingerprint()),
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device, state.epoch),
         quantizers=reports(model), card=parts.card, protocol_changes=parts.protocol_changes,
         weights_sha256=weights_sha256(last), state_sha256=ended, wall_seconds=session.wall_seconds,
@@ -201,15 +203,21 @@ def _conclude(
     return result
 
 
-def _levels(model: nn.Module, verified: dict[str, Any], width: int) -> int | None:
+def _baseline(parent: Result | None) -> BaselineResult | None:
+    if parent is None or parent.final is None:
+        return None
+    return BaselineResult(run=parent.run, final=parent.final, best=parent.best)
+
+
+def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], width: int) -> int | None:
     """Return the levels that the weights of the method's own width may take, not those of layers with another one."""
     layers = quantized_layers(model)
-    counts = {name: found["w"]["allowed"] for name, found in verified.items() if "w" in found}
+    counts = {name: found["w"].allowed for name, found in verified.items() if "w" in found}
     own = [count for name, count in counts.items() if layers[name].bits.w == width]
     return max(own or counts.values(), default=None)
 
 
-def _hints(parts: ExperimentSetup, verified: dict[str, Any]) -> list[str]:
+def _hints(parts: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
     """Return what a reader of the row should bear in mind."""
     bits, legal = parts.method.bits, parts.method.supported_bits
     asks = [f"{parts.method.name}: {ask}" for ask in parts.protocol_changes]
@@ -230,23 +238,24 @@ def _hints(parts: ExperimentSetup, verified: dict[str, Any]) -> list[str]:
 def _measure(
     task: Task,
     weights: dict[str, Tensor],
+    epoch: int | None,
     loader: Loader,
     session: TrainingSession,
     answers: list[Tensor] | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate weights on both splits; `answers` gets labels and predictions on the test split."""
     task.model.load_state_dict(weights)
     val, test = (session.desk.checked(loader.plain(split)) for split in ("val", "test"))
-    return {
-        "val": evaluate(task.model, val, task.logits),
-        "test": evaluate(task.model, test, task.logits, answers),
-    }
+    validated, tested = evaluate(task.model, val, task.logits), evaluate(task.model, test, task.logits, answers)
+    assert tested is not None  # `assemble` refuses an empty test split
+    return Evaluation(test=tested, val=validated, epoch=epoch)
 
 
 def _show(model: nn.Module, state: State, session: TrainingSession, result: Result) -> None:
     """Write the final record, and for TensorBoard the levels and what its table of hyper-parameters ends with."""
-    final = result.final or {}
-    metrics = {f"{split}_{key}": value for split in ("val", "test") for key, value in final[split].items()}
+    assert result.final is not None
+    parts = {"val": result.final.val, "test": result.final.test}
+    metrics = {f"{split}_{key}": x for split, part in parts.items() if part for key, x in asdict(part).items()}
     session.book.record("final", state.step, metrics)
     if session.config.runtime.tensorboard and (figure := levels_figure(model)) is not None:
         session.book.figure(state.step, "levels", figure)

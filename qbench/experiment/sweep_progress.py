@@ -72,5 +72,5 @@ def _line(result: Result) -> str:
         return f"{name}: {result.status}: {(result.reason or '').partition(chr(10))[0]}"
     seconds = f"{result.wall_seconds or 0:.1f} s"
     if rate:  # among those to choose from: only what is chosen shows its test figure
-        return f"{name}: validation {result.final['val'].get('top1', float('nan')):.2f} %, {seconds}"
-    return f"{name}: {result.final['test']['top1']:.2f} %, {seconds}"
+        return f"{name}: validation {result.final.val.top1 if result.final.val else float('nan'):.2f} %, {seconds}"
+    return f"{name}: {result.final.test.top1:.2f} %, {seconds}"

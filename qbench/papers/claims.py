@@ -195,12 +195,12 @@ def _figures(found: RunRecord, measure: str) -> RunAccuracy:
     result = found.result
     assert result is not None
     assert result.final is not None
-    own = of_run(result.run, float(result.final["test"]["top1"]))
+    own = of_run(result.run, result.final.test.top1)
     if measure == "top1":
         return own
-    if result.float is None:
+    if result.baseline is None:
         raise ValueError(f"{result.run} has no float parent to compare with")
-    base = of_run(result.float["run"], float(result.float["final"]["test"]["top1"]))
+    base = of_run(result.baseline.run, result.baseline.final.test.top1)
     if measure == PARENT:
         return base
     if not same_test_images([own, base]):

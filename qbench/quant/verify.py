@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.bits import FLOAT
+from qbench.bits import FLOAT, LevelCount
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.quantizer import Grid
@@ -22,11 +22,11 @@ class NotQuantized(Exception):
     """Values that a quantizer produced lie off its declared grid."""
 
 
-def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, dict[str, int]]]:
+def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]:
     """Count levels in every quantized layer during one forward pass, and of its gradients in the backward pass.
 
     Returns:
-        layer -> w, a, g (those quantized) -> levels `found` in the fullest scale group, and levels `allowed` there.
+        layer -> w, a, g (those quantized) -> the levels found in the fullest scale group and those allowed there.
 
     Raises:
         NotQuantized: some value is off its grid, or a quantizer declares none; the message names layer and tensor.
@@ -45,7 +45,7 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, dict[str, in
     return {name: _verify_layer(name, layer, passed) for name, layer in layers.items()}
 
 
-def _verify_layer(name: str, layer: QLayer, passed: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, int]]:
+def _verify_layer(name: str, layer: QLayer, passed: dict[str, tuple[Tensor, Tensor]]) -> dict[str, LevelCount]:
     found = {}
     kinds = (("w", "weights", "weight_q"), ("a", "activations", "input_q"), ("g", "gradients", "output_q"))
     for key, what, slot in kinds:
@@ -54,7 +54,7 @@ def _verify_layer(name: str, layer: QLayer, passed: dict[str, tuple[Tensor, Tens
     return found
 
 
-def _count(what: str, site: Any, before: Tensor, after: Tensor) -> dict[str, int]:
+def _count(what: str, site: Any, before: Tensor, after: Tensor) -> LevelCount:
     if not hasattr(site, "grid"):
         raise NotQuantized(f"{what}: {type(site).__name__} declares no grid")
     with torch.no_grad():
@@ -70,7 +70,7 @@ def _count(what: str, site: Any, before: Tensor, after: Tensor) -> dict[str, int
         )
     used = torch.zeros(grid.points.shape[:2], dtype=torch.bool, device=index.device).scatter_(1, index, True)
     allowed = ~grid.points[..., 0].isnan()
-    return {"found": int(used.sum(1).max()), "allowed": int(allowed.sum(1).max())}
+    return LevelCount(found=int(used.sum(1).max()), allowed=int(allowed.sum(1).max()))
 
 
 def _tolerance(points: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from qbench.config.identity import digest
 from qbench.config.schema import Config, to_dict
-from qbench.runs.result import Result, load_result, store_result
+from qbench.runs.result import Protocol, Result, load_result, store_result
 from qbench.system import files
 
 FINAL = ("done", "unsupported")
@@ -36,7 +36,7 @@ class RunDirectory:
     def stored(self) -> Result | None:
         """Return the stored result that a repeat need not compute again: done or unsupported."""
         result = load_result(self.path)
-        if result is None or result.status not in FINAL or result.protocol.get("identity") != digest(self.identity):
+        if result is None or result.status not in FINAL or result.identity != digest(self.identity):
             return None
         return result
 
@@ -72,7 +72,7 @@ class RunDirectory:
             status=status, method=config.method_name, options=config.options(),
             bits=asdict(config.bits), seed=config.seed,
             dataset=config.dataset["name"], model=config.model["name"], run=str(self.path),
-            protocol={"hash": digest(protocol), "identity": digest(self.identity), "keys": protocol}, **values,
+            identity=digest(self.identity), protocol=Protocol(hash=digest(protocol), keys=protocol), **values,
         )  # fmt: skip
 
     def finish(self, result: Result) -> Result:

@@ -63,9 +63,9 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 def parent(result: Result) -> Path | None:
     """Return where the float parent of a run lies: beside it, wherever the folder was moved, else where it lay."""
-    if not result.float:
+    if not result.baseline:
         return None
-    recorded = Path(result.float["run"])
+    recorded = Path(result.baseline.run)
     beside = Path(result.run).parent / recorded.name
     return beside if beside.is_dir() else recorded
 

@@ -3,23 +3,24 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from qbench.config.identity import digest
 from qbench.config.validate import from_dict
 from qbench.errors import ConfigError
 from qbench.runs import event_files as events
-from qbench.runs.result import Result, is_sound, load_result
+from qbench.runs.result import Evaluation, Protocol, Result, load_result, parse_result
 from qbench.system import files
 
 DONE = "done"
 FROM_LOGS = "from the logs"
-LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "weights_sha256", "state_sha256")
+LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "state_sha256")
 """Fields of results that a record leaves out: they are large, or tell of the machine and its files."""
 
 
@@ -62,7 +63,9 @@ def read(names: Iterable[str]) -> list[RunRecord]:
 def with_parents(found: Sequence[RunRecord]) -> list[RunRecord]:
     """Return runs and, behind them, their float parents: those that lie beside them and are not among them."""
     own = {run.path for run in found}
-    parents = {run.path.parent / Path(run.result.float["run"]).name for run in found if run.result and run.result.float}
+    parents = {
+        run.path.parent / Path(run.result.baseline.run).name for run in found if run.result and run.result.baseline
+    }
     return [*found, *(read_run(path) for path in sorted(parents - own) if path.is_dir())]
 
 
@@ -104,9 +107,10 @@ def _unpacked(run: dict[str, Any], protocols: dict[str, Any]) -> RunRecord:
     found = RunRecord(path=path, status=status, reason=reason, notes=notes, recorded=True)
     if own := run.get("result"):
         protocol = own["protocol"] | {"keys": protocols[own["protocol"]["hash"]]}
-        found.result = Result(**own | {"run": str(path), "protocol": protocol})
-        if not is_sound(found.result) or found.result.status != status:
+        result = parse_result(own | {"run": str(path), "protocol": protocol})
+        if result.status != status:
             raise ValueError(path)
+        found.result = result
     return found
 
 
@@ -128,7 +132,7 @@ def read_run(path: Path) -> RunRecord:
         except Exception as error:  # whatever a damaged log makes its readers stumble over
             reasons.append(f"the logs cannot be read: {str(error).partition(chr(10))[0] or type(error).__name__}")
             continue
-        if logged and is_sound(logged):
+        if logged:
             return RunRecord(path=path, status=DONE, result=logged, notes=[FROM_LOGS], unread=[*reasons, *unread])
     status, reason = ("torn", "; ".join(reasons)) if reasons else ("unfinished", _progress(records))
     return RunRecord(path=path, status=status, reason=reason, unread=unread)
@@ -187,7 +191,7 @@ def _from_metrics(path: Path, records: list[dict[str, Any]]) -> Result | None:
         dataset=config.dataset["name"],
         model=config.model["name"],
         run=str(path),
-        protocol={"hash": digest(protocol), "keys": protocol},
+        protocol=Protocol(hash=digest(protocol), keys=protocol),
         final=_final(final),
     )
 
@@ -210,15 +214,19 @@ def _from_events(path: Path, unread: list[str]) -> Result | None:
         dataset=values["dataset"],
         model=values["model"],
         run=str(path),
-        protocol={"hash": "", "keys": {"epochs": int(values["epochs"])}},
+        protocol=Protocol(hash="", keys={"epochs": int(values["epochs"])}),
         final=_final(told.final),
     )
 
 
-def _final(record: dict[str, Any]) -> dict[str, Any]:
-    """Return {"val": {...}, "test": {...}} from `val_top1` and so on."""
-    found: dict[str, Any] = {"val": {}, "test": {}}
+def _final(record: Mapping[str, Any]) -> Evaluation:
+    """Return the accuracies that a record holds as `val_top1`, `test_loss` and so on.
+
+    Raises:
+        ValueError: one of the test split is missing, or is no number of its range.
+    """
+    found: dict[str, dict[str, Any]] = {"val": {}, "test": {}}
     for key, value in record.items():
         if match := re.fullmatch(r"(val|test)_(\w+)", key):
             found[match[1]][match[2]] = value
-    return found
+    return msgspec.convert({"test": found["test"], "val": found["val"] or None}, Evaluation)

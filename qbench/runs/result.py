@@ -1,23 +1,78 @@
-"""The result of a run: what `result.json` holds."""
+"""The result of a run: what `result.json` holds, as typed values."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from qbench.bits import LevelCount
 from qbench.config.identity import digest
+from qbench.cost.network_cost import NetworkCost
 from qbench.system import files
 
-SCHEMA = 2
+SCHEMA = 3
+"""Version of result.json; a result of another version is not read."""
+
+Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
 
 
-Seconds = float  # below, `float` is a field: the float parent
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Top-1 and top-5 in percent, and the mean cross entropy, on one split."""
+
+    top1: Percent
+    top5: Percent
+    loss: float
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The accuracy of one set of weights on the test and validation splits.
+
+    `val` is None without a validation split; `epoch` counts from 0, None if nothing was trained.
+    """
+
+    test: Accuracy
+    val: Accuracy | None = None
+    epoch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineResult:
+    """The float baseline of a run: its directory and its evaluations after the last and the best epoch."""
+
+    run: str
+    final: Evaluation
+    best: Evaluation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What two runs must share to be compared: the configuration keys and their digest ("" if not known)."""
+
+    hash: str
+    keys: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpeed:
+    """Training speed, evaluation left out, and the peak memory of the process (on CUDA: of the device) in bytes."""
+
+    images_per_second: float
+    seconds_per_epoch: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """What `result.json` holds; see the README for each field."""
+    """What `result.json` holds; docs and README describe each field.
+
+    `final` is measured after the last epoch, `best` with the weights of the best validation accuracy. `verified` maps
+    layer -> w, a or g -> levels found and allowed. `protocol_changes` are sentences on what the method changes of the
+    shared protocol because it requires so. `run` is the directory and is not stored.
+    """
 
     schema: int = SCHEMA
     status: str
@@ -30,79 +85,81 @@ class Result:
     seed: int
     dataset: str
     model: str
-    made_data: bool = False
+    synthetic: bool = False
     run: str = ""
-    protocol: dict[str, Any]
-    float: dict[str, Any] | None = None
-    final: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
-    verified: dict[str, Any] | None = None
-    quantizers: dict[str, Any] = field(default_factory=dict)
-    card: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, Any] | None = None
-    speed: dict[str, Any] | None = None
+    identity: str = ""
+    protocol: Protocol
+    baseline: BaselineResult | None = None
+    final: Evaluation | None = None
+    best: Evaluation | None = None
+    verified: dict[str, dict[str, LevelCount]] | None = None
+    quantizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    card: dict[str, dict[str, str]] = field(default_factory=dict)
+    cost: NetworkCost | None = None
+    speed: TrainingSpeed | None = None
     weights_sha256: str | None = None
     state_sha256: str | None = None
-    wall_seconds: Seconds | None = None
+    data_sha256: str | None = None
+    wall_seconds: float | None = None
     protocol_changes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def widths(self) -> str:
-        """The widths as people write them: w2a2g32."""
+        """The bit widths in one word, such as w2a2g32."""
         return "".join(f"{key}{self.bits[key]}" for key in "wag")
+
+    @property
+    def top1(self) -> float | None:
+        """Test top-1 after the last epoch in percent."""
+        return self.final.test.top1 if self.final else None
+
+    @property
+    def baseline_top1(self) -> float | None:
+        """Test top-1 of the float baseline after its last epoch in percent."""
+        return self.baseline.final.test.top1 if self.baseline else None
 
 
 def load_result(path: Path) -> Result | None:
-    """Return the result stored in a run's directory; None where it is missing, damaged or of another schema."""
+    """Return the result in a run directory; None if it is missing, corrupt or of another schema."""
     values = files.read_json(path / "result.json")
-    if values is None or values.pop("sha256", None) != digest(values) or values.get("schema") != SCHEMA:
-        return None
-    if set(values) - {f.name for f in fields(Result)}:
+    if values is None or values.pop("sha256", None) != digest(values):
         return None
     try:
-        result = Result(**values | {"run": str(path)})
-    except TypeError:  # fields are missing
+        return parse_result(values | {"run": str(path)})
+    except ValueError:
         return None
-    return result if is_sound(result) else None
 
 
-def is_sound(result: Result) -> bool:
-    """Whether a result that was read has the parts that readers rely on."""
+def parse_result(values: dict[str, Any]) -> Result:
+    """Return a result from plain values, every field checked for its type and range.
+
+    Raises:
+        ValueError: a field is missing, unknown, or holds something else than it should.
+    """
+    if unknown := set(values) - {f.name for f in fields(Result)}:
+        raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
     try:
-        measured = [result.final] if result.status == "done" else []
-        measured += [result.float["final"]] if result.float else []
-        figures = [part["test"]["top1"] for part in measured if part or result.status == "done"]  # type: ignore[index]
-        keys = [result.bits[key] for key in "wag"]
-        names = [result.status, result.method, result.dataset, result.model, result.protocol["hash"]]
-        names += [result.protocol.get("identity", ""), *([result.float["run"]] if result.float else [])]
-        costs = [cost for cost in (result.cost or {}).values() if cost is not None]
-        return (
-            result.schema == SCHEMA
-            and all(isinstance(name, str) for name in names)
-            and all(_is_number(x) and 0 <= x <= 100 for x in figures)
-            and all(isinstance(x, int) and not isinstance(x, bool) for x in [*keys, result.seed])
-            and all(isinstance(part, dict) for part in (result.options, result.network, result.protocol["keys"]))
-            and all(isinstance(part, list) for part in (result.notes, result.protocol_changes))
-            and all(isinstance(said, str) for said in (*result.notes, *result.protocol_changes))
-            and all(_is_number(cost) for cost in costs)
-        )
-    except (TypeError, KeyError, AttributeError):
-        return False
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        result = msgspec.convert(values, Result)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    if result.schema != SCHEMA:
+        raise ValueError(f"schema {result.schema}: this version reads schema {SCHEMA}")
+    if set(result.bits) != set("wag"):
+        raise ValueError(f"bits has the keys {', '.join(result.bits)}: expected w, a, g")
+    if result.status == "done" and result.final is None:
+        raise ValueError("status is done, but there is no accuracy")
+    return result
 
 
 def store_result(path: Path, result: Result) -> None:
-    """Write result.json into a run's directory."""
+    """Write result.json into a run directory."""
     values = {name: value for name, value in asdict(result).items() if name != "run"}
     files.write_json(path / "result.json", with_checksum(values))
 
 
 def with_checksum(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with the sha256 of what a reader of their JSON will find; one that is there is replaced."""
+    """Return values with the sha256 of their JSON under the key `sha256`; an old checksum is replaced."""
     found: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
     found.pop("sha256", None)
     return found | {"sha256": digest(found)}

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.quant.probe import Batch
-
-Metrics = dict[str, float]
+from qbench.runs.result import Accuracy
 
 
 @torch.inference_mode()
@@ -17,8 +16,8 @@ def evaluate(
     batches: Iterable[Batch],
     forward: Callable[[Tensor], Tensor] | None = None,
     answers: list[Tensor] | None = None,
-) -> Metrics:
-    """Return top1 and top5 in percent and the mean cross entropy; nothing for no images. Leaves eval mode on.
+) -> Accuracy | None:
+    """Return a network's accuracy on batches, None if there are no images. The network stays in eval mode.
 
     Args:
         forward: what computes the network's output, if not the network itself.
@@ -37,4 +36,4 @@ def evaluate(
         top1 += int(best[:, 0].sum())
         top5 += int(best.sum())
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count} if count else {}
+    return Accuracy(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count) if count else None

@@ -32,7 +32,7 @@ def published(run: Path, name: str = "best.pt") -> dict[str, Any]:
     result = load_result(run)
     if result is None and (run / "result.json").exists():
         raise CheckpointError(f"{run / 'result.json'} is damaged; the command that made the run makes it whole again")
-    if result and result.protocol.get("identity") != state.get("identity"):
+    if result and result.identity != state.get("identity"):
         raise CheckpointError(f"{file} and result.json beside it are of two runs")
     return state
 

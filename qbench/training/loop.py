@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from qbench.errors import Diverged, Interrupted
 from qbench.quant.layers import NotFinite, fully_quantized
 from qbench.training.checkpoint import copied
 from qbench.training.divergence import diverged, total_norm
-from qbench.training.evaluation import Metrics, evaluate
+from qbench.training.evaluation import evaluate
 from qbench.training.optimizer import set_learning_rate
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
@@ -43,7 +43,8 @@ def fit(task: Task, state: State, watch: Callbacks = Callbacks()) -> None:
         try:
             with evaluated_weights(task.model, state):
                 validated = evaluate(task.model, task.validate(), task.logits)
-                record |= {f"val_{key}": value for key, value in validated.items()}
+                if validated:
+                    record |= {f"val_{key}": value for key, value in asdict(validated).items()}
                 if not math.isfinite(record.get("val_loss", 0.0)):
                     raise diverged(task, state, "the validation loss is not finite")
                 _keep_best(task, state, record)
@@ -107,7 +108,7 @@ def _begin_epoch(task: Task, state: State) -> None:
         task.method.on_epoch(task.model, state.epoch, task.epochs, task.probe)
 
 
-def _train_metrics(state: State) -> Metrics:
+def _train_metrics(state: State) -> dict[str, float]:
     losses = torch.stack(state.losses)
     if not torch.isfinite(losses).all():
         raise Diverged(f"the loss is not finite in epoch {state.epoch}; try a lower optim.lr")

@@ -19,17 +19,6 @@ from qbench.runs.result import Result
 
 __all__ = ["HEAD", "compare"]
 
-KINDS = {
-    "method": str,
-    "dataset": str,
-    "model": str,
-    "protocol_changes": list,
-    "network": dict,
-    "options": dict,
-    "bits": dict,
-}
-"""Fields of a result that tables are made of."""
-
 
 def compare(found: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
     """Return a table for every data set, network and protocol, and last the runs that have no figure.
@@ -40,15 +29,15 @@ def compare(found: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
     rate that is best on validation are the cell, and the test figures of the others stand nowhere. With `by`, keys of
     `naming.facts`, runs that differ in them stand in tables of their own.
     """
-    found, copies = _without_copies([_whole(run) for run in found])
+    found, copies = _without_copies(found)
     runs = [run.result for run in found if run.status == DONE and run.result is not None]
     parents = [r for r in runs if naming.is_parent(r)]
     children = [r for r in runs if not naming.is_parent(r)]
-    known = {_key(r.float["run"]) for r in children if r.float}
+    known = {_key(r.baseline.run) for r in children if r.baseline}
     alone = [r for r in parents if _key(r.run) not in known]
     blocks: dict[naming.Block, list[Result]] = defaultdict(list)
     for result in [*children, *alone]:
-        blocks[result.dataset, result.model, result.protocol["hash"]].append(result)
+        blocks[result.dataset, result.model, result.protocol.hash].append(result)
     lost = [r.result for r in found if r.status != DONE and r.result and choice.is_candidate(r.result)]
     titles = naming.titles(blocks)
     context = _Context(
@@ -80,25 +69,13 @@ class _Context:
     lost: Sequence[Result]
 
 
-def _whole(run: RunRecord) -> RunRecord:
-    """Return a run, as torn where its result lacks what tables are made of."""
-    result = run.result
-    if result is None:
-        return run
-    odd = [name for name, kind in KINDS.items() if not isinstance(getattr(result, name), kind)]
-    odd += ["float"] if result.float and not isinstance(result.float.get("run"), str) else []
-    if not odd:
-        return run
-    return replace(run, status="torn", result=None, reason=f"result.json: {', '.join(odd)} cannot be read")
-
-
 def _without_copies(found: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
     """Return the runs with every identity once, directories before records, and what to say of the copies left out."""
     kept: dict[Any, RunRecord] = {}
     copies: list[RunRecord] = []
     for run in sorted(found, key=lambda r: (r.recorded, str(r.path))):
         final = run.result and run.status in (DONE, "unsupported")
-        identity = (run.result.protocol.get("identity") if final and run.result else None) or id(run)
+        identity = (run.result.identity if final and run.result else None) or id(run)
         copies += [run] if identity in kept else []
         kept.setdefault(identity, run)
     return list(kept.values()), [*_of_copies(copies, kept)]
@@ -110,7 +87,7 @@ def _of_copies(copies: Sequence[RunRecord], kept: Mapping[Any, RunRecord]) -> It
         return
     where = f"{copies[0].path}" + (f" and {len(copies) - 1} more" if len(copies) > 1 else "")
     yield f"copies of runs listed already, left out: {where}"
-    pairs = [(run, kept[run.result.protocol["identity"]]) for run in copies if run.result]
+    pairs = [(run, kept[run.result.identity]) for run in copies if run.result]
     unlike = [f"{run.path} {_top1(run)}, listed {_top1(own)}" for run, own in pairs if _top1(run) != _top1(own)]
     if unlike:
         more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
@@ -118,7 +95,7 @@ def _of_copies(copies: Sequence[RunRecord], kept: Mapping[Any, RunRecord]) -> It
 
 
 def _top1(run: RunRecord) -> str:
-    return f"{run.result.final['test']['top1']:.2f}" if run.result and run.result.final else "-"
+    return f"{run.result.top1:.2f}" if run.result and run.result.top1 is not None else "-"
 
 
 def _parted(results: list[Result], by: Sequence[str]) -> list[tuple[str, list[Result]]]:
@@ -142,8 +119,8 @@ def _block(title: str, results: list[Result], context: _Context) -> Table:
     table = Table((), title=title)
     origins: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
-        if result.float:
-            key = _key(result.float["run"])
+        if result.baseline:
+            key = _key(result.baseline.run)
             origins[naming.network(result)][key] = context.parents.get(key) or _parent_of(result)
     for network, own in sorted(origins.items()):
         _add(table, f"float {network}".strip(), list(own.values()), context.logged)
@@ -166,7 +143,7 @@ def _block(title: str, results: list[Result], context: _Context) -> Table:
         table.notes.append(f"{label} is on a network with {network}, as its float parent is")
     for label, ask in sorted({(names[id(r)], ask) for r in results for ask in r.protocol_changes}):
         table.notes.append(f"{label}: {ask}")
-    if any(r.made_data for r in results):
+    if any(r.synthetic for r in results):
         table.notes.append("made data: not for comparison with papers' tables")
     show(table, chosen(DEFAULT))
     return table
@@ -204,7 +181,7 @@ def _without_figure(found: Sequence[RunRecord]) -> list[Table]:
 
 def _parent_of(child: Result) -> Result:
     """Return what a child tells of a float parent whose own directory is not among those read."""
-    assert child.float is not None
+    assert child.baseline is not None
     return Result(
         status=DONE,
         method="float",
@@ -212,11 +189,11 @@ def _parent_of(child: Result) -> Result:
         seed=child.seed,
         dataset=child.dataset,
         model=child.model,
-        run=child.float["run"],
-        protocol=child.protocol | {"keys": child.protocol["keys"] | {"init": "scratch"}},
-        final=child.float["final"],
-        best=child.float.get("best"),
-        made_data=child.made_data,
+        run=child.baseline.run,
+        protocol=replace(child.protocol, keys=child.protocol.keys | {"init": "scratch"}),
+        final=child.baseline.final,
+        best=child.baseline.best,
+        synthetic=child.synthetic,
     )
 
 

@@ -46,8 +46,8 @@ def choose(name: str, runs: Sequence[Result], lost: Sequence[Result] = ()) -> Se
     own, rates = _grid(runs[0])
     figures: dict[float, dict[int, float]] = defaultdict(dict)
     for run in sorted(runs, key=lambda r: r.run):
-        if (top1 := ((run.final or {}).get("val") or {}).get("top1")) is not None:
-            figures[run.options[RATE]].setdefault(run.seed, float(top1))
+        if run.final and run.final.val:
+            figures[run.options[RATE]].setdefault(run.seed, run.final.val.top1)
     diverged = {run.options[RATE] for run in lost if run.status == "diverged"}
     candidates = [rate for rate in rates if figures[rate] and rate not in diverged]
     seeds = sorted(set.intersection(*(set(figures[rate]) for rate in candidates))) if candidates else []
@@ -59,14 +59,14 @@ def choose(name: str, runs: Sequence[Result], lost: Sequence[Result] = ()) -> Se
     best = max(candidates, key=rank) if seeds else None
     chosen = [run for run in runs if run.options[RATE] == best and run.seed in figures[run.options[RATE]]]
     found = SelectedLearningRate(rate=best, runs=chosen, validation=validation, seeds=seeds)
-    epochs = runs[0].protocol["keys"].get("epochs", "?")
+    epochs = runs[0].protocol.keys.get("epochs", "?")
     found.notes = [f"{name}: {_told(found, epochs)}", *_missing(name, rates, figures, lost)]
     return found
 
 
 def _grid(run: Result) -> tuple[float, list[float]]:
     """Return the recipe's own rate and those of the grid, lowest first."""
-    keys = run.protocol["keys"]
+    keys = run.protocol.keys
     own = float(keys["optim"]["lr"])
     return own, sorted({scaled(own, factor) for factor in keys["grid"]["factors"]})
 
@@ -102,5 +102,5 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 def is_candidate(run: Result) -> bool:
     """Whether a run is one of a grid of learning rates, as its protocol says it."""
-    keys = run.protocol["keys"]
+    keys = run.protocol.keys
     return isinstance(run.options.get(RATE), int | float) and {"optim", "grid"} <= set(keys)

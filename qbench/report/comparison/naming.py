@@ -14,7 +14,7 @@ Block = tuple[str, str, str]
 
 def titles(blocks: Mapping[Block, list[Result]]) -> dict[Block, str]:
     """Name every block: network, data set, and, where several protocols share them, the keys that differ."""
-    shown = {key: _protocol(runs[0].protocol["keys"]) for key, runs in blocks.items()}
+    shown = {key: _protocol(runs[0].protocol.keys) for key, runs in blocks.items()}
     rivals: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for key, own in shown.items():
         rivals[key[:2]] += [own] if key[2] else []
@@ -58,7 +58,7 @@ def facts(run: Result) -> dict[str, str]:
     own = {"method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status}
     own |= {"bits": run.widths} | {f"bits.{key}": width for key, width in run.bits.items()}
     nested = {"method": run.options, "model": run.network}
-    return flat({"recipe": "unified"} | run.protocol["keys"]) | flat(nested) | flat(own)
+    return flat({"recipe": "unified"} | run.protocol.keys) | flat(nested) | flat(own)
 
 
 def labels(results: Iterable[Result]) -> dict[str, str]:
@@ -83,12 +83,12 @@ def identity(result: Result) -> str:
 
 def cell(result: Result) -> tuple[str, ...]:
     """Return what the runs of one cell share."""
-    return result.dataset, result.model, result.protocol["hash"], identity(result), result.widths
+    return result.dataset, result.model, result.protocol.hash, identity(result), result.widths
 
 
 def options(result: Result) -> dict[str, Any]:
     """Return a method's options, not the rate to be chosen; a fine-tuned float network says that it is no parent."""
-    init = result.protocol["keys"].get("init")
+    init = result.protocol.keys.get("init")
     own = {key: value for key, value in result.options.items() if key != RATE}
     return own | ({"init": init} if result.method == "float" and init else {})
 
@@ -107,4 +107,4 @@ def network(result: Result) -> str:
 
 def is_parent(result: Result) -> bool:
     """Whether a run is a float network from scratch, from which others start."""
-    return result.method == "float" and result.protocol["keys"].get("init") == "scratch"
+    return result.method == "float" and result.protocol.keys.get("init") == "scratch"

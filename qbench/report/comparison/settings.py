@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import mean, stdev
 from typing import Any
 
+from qbench.bits import LevelCount
 from qbench.report.comparison import naming
 from qbench.report.statistics.differences import paired
 from qbench.runs.result import Result
@@ -17,12 +19,12 @@ def values(label: str, members: list[Result], source: str) -> dict[str, Any]:
     counts seeds; of one that stands more than once, its mean is averaged.
     """
     first, seeds = members[0], [r.seed for r in members]
-    top1 = [_top1(r.final) for r in members]
-    base = [_top1(r.float["final"]) if r.float else None for r in members]
+    top1 = [r.final.test.top1 for r in members if r.final]
+    base = [r.baseline_top1 for r in members]
     diffs = [a - b for a, b in zip(top1, base, strict=True) if b is not None]
     has_diff = len(diffs) == len(top1)
     own = by_seed(seeds, top1)
-    cost = next((r.cost for r in members if r.cost), None) or {}
+    cost = next((asdict(r.cost) for r in members if r.cost), {})
     return {
         "method": label,
         "bits": first.bits,
@@ -45,7 +47,7 @@ def values(label: str, members: list[Result], source: str) -> dict[str, Any]:
         **_speed(members),
         **_verified(members),
         "runs": [r.run for r in members],
-        "parents": [r.float["run"] for r in members if r.float],
+        "parents": [r.baseline.run for r in members if r.baseline],
         "source": source,
         "is_parent": naming.is_parent(first),
         "name": first.method,
@@ -53,8 +55,8 @@ def values(label: str, members: list[Result], source: str) -> dict[str, Any]:
         "network": first.network,
         "dataset": first.dataset,
         "model": first.model,
-        "model_keys": first.protocol["keys"].get("model"),
-        "protocol": first.protocol["hash"][:8],
+        "model_keys": first.protocol.keys.get("model"),
+        "protocol": first.protocol.hash[:8],
     }
 
 
@@ -76,28 +78,23 @@ def _half(figures: Sequence[float]) -> float | None:
 
 def _speed(members: Sequence[Result]) -> dict[str, float | None]:
     """Return the mean speed of a cell's runs and the most memory that one of them took."""
-    known = [r.speed for r in members if isinstance(r.speed, dict)]
-    found: dict[str, float | None] = {}
-    for key, of in (("images_per_second", mean), ("seconds_per_epoch", mean), ("peak_bytes", max)):
-        numbers = [speed[key] for speed in known if isinstance(speed.get(key), int | float)]
-        found[key] = of(numbers) if numbers else None
-    return found
+    known = [r.speed for r in members if r.speed]
+    return {
+        "images_per_second": mean(s.images_per_second for s in known) if known else None,
+        "seconds_per_epoch": mean(s.seconds_per_epoch for s in known) if known else None,
+        "peak_bytes": max(s.peak_bytes for s in known) if known else None,
+    }
 
 
 def _verified(members: Sequence[Result]) -> dict[str, Any]:
     """Return how many layers were verified; for w, a, g the least and most levels found in one, and those allowed."""
-    known = [r.verified for r in members if isinstance(r.verified, dict)]
-    slots: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for layer in (layer for verified in known for layer in verified.values() if isinstance(layer, dict)):
-        for key, counts in layer.items():
-            if isinstance(counts, dict) and {"found", "allowed"} <= set(counts):
-                slots[key].append((counts["found"], counts["allowed"]))
+    known = [r.verified for r in members if r.verified is not None]
+    slots: dict[str, list[LevelCount]] = defaultdict(list)
+    for layer in (layer for verified in known for layer in verified.values()):
+        for key, count in layer.items():
+            slots[key].append(count)
     levels = {
-        key: (min(f for f, _ in own), max(f for f, _ in own), max(a for _, a in own)) for key, own in slots.items()
+        key: (min(c.found for c in own), max(c.found for c in own), max(c.allowed for c in own))
+        for key, own in slots.items()
     }
     return {"verified_layers": min(map(len, known)) if known else None, "levels_found": levels}
-
-
-def _top1(final: dict[str, Any] | None) -> float:
-    assert final is not None
-    return float(final["test"]["top1"])

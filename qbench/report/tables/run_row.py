@@ -29,26 +29,26 @@ def cells(result: Result) -> tuple[str, ...]:
     bits = [str(result.bits[key]) for key in "wag"]
     if result.final is None or result.cost is None or result.wall_seconds is None:
         return (result.method, *bits, *[""] * 7, result.status)
-    own, cost = result.final["test"]["top1"], result.cost
-    base = result.float["final"]["test"]["top1"] if result.float else None
+    own, cost = result.final.test.top1, result.cost
+    base = result.baseline_top1
     parent = result.method == "float" and base is None
     return (
         result.method,
         *bits,
         str(result.levels or "-"),
-        f"{cost['bits_per_weight']:.2f}",
+        f"{cost.bits_per_weight:.2f}",
         f"{own:.2f} %" if parent else "-" if base is None else f"{base:.2f} %",
         "-" if parent else f"{own:.2f} %",
         "-" if base is None else f"{own - base:+.2f}",
-        f"{si_format(cost['bytes_ideal'])}B of {si_format(cost['bytes_float'])}B",
-        f"{si_format(cost['bitops'])} of {si_format(cost['macs'] * 32 * 32)}",
+        f"{si_format(cost.bytes_ideal)}B of {si_format(cost.bytes_float)}B",
+        f"{si_format(cost.bitops)} of {si_format(cost.macs * 32 * 32)}",
         f"{result.wall_seconds:.1f} s",
     )
 
 
 def _remarks(result: Result) -> list[str]:
     top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
-    if result.made_data:
+    if result.synthetic:
         top1 += "; made data, not for comparison with papers"
     remarks = [result.reason] if result.reason else [top1]
     remarks += [f"{key}={value}: not the paper's method" for key, value in result.options.items() if key in DEVIATION]
