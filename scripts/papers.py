@@ -236,7 +236,7 @@ def claimed(paper: Paper) -> str:
     runnable = sum(not ledger.missing_requirements(row) for row in paper.rows)
     many = len(paper.rows)
     said = f"{len(shown)} of {many} rows" if shown else f"No figure of its {many} rows is known here"
-    said += f"; `qbench ledger --paper {paper.key}` has all. "
+    said += f"; `qbench published --paper {paper.key}` has all. "
     said += f"Run here: {ran}; ready to run where the data are at hand: {runnable}."
     absent = [s for n in paper.no_result if (s := ledger.absent(paper.key, n.get("net"), n["dataset"]))]
     said += "".join(f" {sentence[0].upper()}{sentence[1:]}." for sentence in absent)

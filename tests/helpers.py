@@ -14,8 +14,9 @@ from PIL import Image
 from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.schema import Config
+from qbench.cost.network_cost import NetworkCost
 from qbench.runs.directory import RunDirectory
-from qbench.runs.result import load_result
+from qbench.runs.result import Accuracy, BaselineResult, Evaluation, load_result
 
 
 def qbench(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,21 +31,25 @@ def results(out: Path) -> dict[str, dict[str, object]]:
     return {p.parent.name.rsplit("-", 1)[0]: json.loads(p.read_text()) for p in out.rglob("result.json")}
 
 
+def evaluation(top1: float, val: float | None = None) -> Evaluation:
+    """Return an evaluation after the first epoch with a known test top-1, and validation top-1 where given."""
+    validated = None if val is None else Accuracy(top1=val, top5=99.0, loss=0.1)
+    return Evaluation(test=Accuracy(top1=top1, top5=99.0, loss=0.1), val=validated, epoch=0)
+
+
 def plant(config: Config, top1: float, parent: float | None = None, status: str = "done", **values: Any) -> Path:
     """Write a run with a known figure, as a run would."""
     directory = RunDirectory(config)
     with directory.lock():
         directory.write_config()
-        final = {"test": {"top1": top1, "top5": 99.0, "loss": 0.1}, "val": {}, "epoch": 0}
-        base = {
-            "run": str(directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"),
-            "final": None,
-            "best": None,
-        }
+        baseline = None
         if parent is not None:
-            base["final"] = {"test": {"top1": parent, "top5": 99.0, "loss": 0.1}, "val": {}}
-        cost = {"bits_per_weight": 2.0, "bytes_ideal": 7176, "bitops": 16_842_752, "bytes_float": 1, "macs": 1}
-        done = {"final": final, "float": base if parent is not None else None, "cost": cost, "levels": 4}
+            place = directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"
+            baseline = BaselineResult(run=str(place), final=evaluation(parent))
+        cost = NetworkCost(
+            params=1, macs=1, bitops=16_842_752, bytes_float=1, bytes_ideal=7176, bytes_packed=7176, bits_per_weight=2.0
+        )
+        done = {"final": evaluation(top1), "baseline": baseline, "cost": cost, "levels": 4}
         directory.finish(directory.new_result(status, **(done if status == "done" else {}) | values))
     return directory.path
 

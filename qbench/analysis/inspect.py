@@ -143,15 +143,16 @@ def switched(
 
 
 def inspect(
-    run: Path, *, weights: str = "last", images: int = 500, norms: str = "anew", sort: str = "hurt",
+    run: Path, *, weights: str = "last", images: int = 500, bn_stats: str = "recompute", sort: str = "leave-one-out",
     device: str = "auto",
 ) -> Table:  # fmt: skip
     """Return the table of a finished run's quantized layers.
 
     Args:
         images: the first so many of the validation split are measured on.
-        norms: whether batch normalization is measured `anew` where layers are switched, or `kept`.
-        sort: hurt (loss gained by switching the layer off), alone (loss lost to it alone), sqnr, each worst first;
+        bn_stats: `recompute` the statistics of batch normalization for every change, or `keep` them.
+        sort: leave-one-out (loss gained by switching the layer off), leave-one-in (loss lost to it alone), sqnr,
+        each worst first;
             or order.
     """
     found = load_finished_run(run, weights, device)
@@ -163,7 +164,7 @@ def inspect(
         return table
     levels = verify(found.model, batches[0][0][:VERIFIED])
     passed = signals(found.model, batches)
-    whole, single = switched(found.model, batches, probe_batches(found.parts) if norms == "anew" else ())
+    whole, single = switched(found.model, batches, probe_batches(found.parts) if bn_stats == "recompute" else ())
     rows = [
         _values(name, layer.bits, levels[name], passed[name], whole, single[name]) for name, layer in layers.items()
     ]
@@ -177,7 +178,7 @@ def inspect(
         f"{said}; all layers {'; '.join(told)}",
         "off: the change where this layer alone computes as float on its latent weights, against all on; "
         "only: where it alone is quantized, against all off",
-        f"normalization, where layers are switched: {said_of_norms(norms == 'anew')}",
+        f"normalization, where layers are switched: {said_of_norms(bn_stats == 'recompute')}",
         f"SQNR in dB, of the layer's output on equal input, {CEILING:.0f} at most; fitted: up to a gain and an offset "
         "per channel",
         "clipped: inputs beyond the outermost levels; dead: channels that are constant over these images",
@@ -186,8 +187,8 @@ def inspect(
 
 
 SORTS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "hurt": lambda values: values["off_loss"],
-    "alone": lambda values: -values["only_loss"],
+    "leave-one-out": lambda values: values["off_loss"],
+    "leave-one-in": lambda values: -values["only_loss"],
     "sqnr": lambda values: math.inf if values["sqnr"] is None else values["sqnr"],
     "order": lambda values: 0.0,
 }
@@ -205,7 +206,8 @@ def _values(
     if signal.clipped is not None:
         share = 100 * signal.clipped / signal.inputs
     return {
-        "layer": name, "bits": bits._asdict(), "levels": {k: asdict(count) for k, count in levels.items()}, "sqnr": signal.sqnr, "fitted": signal.fitted,
+        "layer": name, "bits": bits._asdict(), "levels": {k: asdict(count) for k, count in levels.items()}, "sqnr":
+        signal.sqnr, "fitted": signal.fitted,
         "clipped": share, "dead_in": signal.dead("in"), "dead_out": signal.dead("out"),
         "off_loss": without.loss - whole["on"].loss, "off_top1": without.top1 - whole["on"].top1,
         "only_loss": alone.loss - whole["off"].loss, "only_top1": alone.top1 - whole["off"].top1,

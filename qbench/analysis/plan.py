@@ -121,7 +121,7 @@ def plan(configs: Sequence[Config]) -> list[Table]:
 
 def _with_parent(config: Config, kinds: CostEstimator) -> list[Config]:
     """Return the float parent, where the run starts from one, and the run."""
-    taught = config.distill.on and config.distill.teacher == "parent"
+    taught = config.distill.on and config.distill.teacher == "baseline"
     parts = kinds.of(config).parts
     if parts is None or (config.init not in ("float", "method") and not taught):
         return [config]

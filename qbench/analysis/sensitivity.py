@@ -60,7 +60,7 @@ def sensitivity(
     measure: str = "loss",
     widths: Sequence[int] = tuple(range(1, 9)),
     images: int = 500,
-    norms: str = "anew",
+    bn_stats: str = "recompute",
     out: str = "bits.yaml",
     device: str = "auto",
 ) -> list[Table]:
@@ -70,11 +70,11 @@ def sensitivity(
         words: another method or layer policy than the run's; a float run wants a method.
         budget: bytes=20k or bitops=1G of the whole network, w=3 bits a weight; without, the run's own width.
         measure: what is written: the choice by leave-one-in loss, or by weight MSE.
-        norms: whether batch normalization is measured `anew` behind what is quantized, or `kept`.
+        bn_stats: `recompute` the statistics of batch normalization behind what is quantized, or `keep` them.
     """
     _check_out(Path(out))
     asked = parse_budget(budget) if budget else None
-    start, said = started(run, words, images=images, anew=norms == "anew", device=device)
+    start, said = started(run, words, images=images, anew=bn_stats == "recompute", device=device)
     asked = asked or Budget("w", start.parts.method.bits.w)
     try:
         found = figures(start, widths)
@@ -85,10 +85,10 @@ def sensitivity(
     tables[0].notes += [
         f"{said}; the float network: loss {found.base.loss:.4f}, top-1 {found.base.top1:.2f} %",
         "predicted: that loss and what each layer adds alone; measured: all together; nothing was trained",
-        f"normalization behind quantizers: {said_of_norms(norms == 'anew')}",
+        f"normalization behind quantizers: {said_of_norms(bn_stats == 'recompute')}",
         f"written to {out}, by {MEASURES[measure]}; train it by layers=@{out} on the run's command line",
     ]
-    typed = " ".join([str(run), *words, f"--budget {asked}", f"--measure {measure}", f"--norms {norms}"])
+    typed = " ".join([str(run), *words, f"--budget {asked}", f"--measure {measure}", f"--bn-stats {bn_stats}"])
     files.write(Path(out), _file(typed, measure, chosen[measure] or {}, start, tables[0]).encode())
     return tables
 

@@ -59,7 +59,7 @@ def describe(arguments: list[str]) -> int:
     name = arguments[0].removeprefix("method=")
     print(registry.card(name))
     made = "" if ":" in name else f"; a made one is docs/pictures/{name}.png of the repository"
-    print(f"\nPicture\n    qbench draw {name}{made}")
+    print(f"\nPicture\n    qbench plot {name}{made}")
     known = registry.known_deviations(name)
     if known:
         print("\nDeviations of public code, run by method.deviation=NAME")
@@ -68,7 +68,7 @@ def describe(arguments: list[str]) -> int:
     return 0
 
 
-def draw(arguments: list[str]) -> int:
+def plot(arguments: list[str]) -> int:
     """Draw what a method does to single values, or (--poster) all methods, into a file."""
     from qbench.cli.plot import draw as drawn
 
@@ -137,7 +137,7 @@ def runs(directories: list[str]) -> int:
     return 0
 
 
-def ledger(arguments: list[str]) -> int:
+def published(arguments: list[str]) -> int:
     """Print what papers published beside what was measured."""
     from qbench.papers.published import ledger as tables
 
@@ -173,12 +173,12 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "compare": compare,
     "describe": describe,
-    "draw": draw,
     "evaluate": evaluate,
     "inspect": inspect,
-    "ledger": ledger,
     "list": listing,
     "plan": plan,
+    "plot": plot,
+    "published": published,
     "sensitivity": sensitivity,
     "settle": settle,
 }

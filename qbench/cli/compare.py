@@ -17,7 +17,7 @@ from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import DONE, RunRecord, dump_records, read
 
 VALUED = ("--by", "--sort", "--columns", "--margin", "--format", "--plot", "--html")
-FLAGS = (*VALUED, "--paper")
+FLAGS = (*VALUED, "--published")
 MOST = 20
 """Values that a message names."""
 RECORD = "record"
@@ -35,7 +35,7 @@ class CompareOptions:
     sort: str = ""
     columns: list[str] = field(default_factory=lambda: list(columns.DEFAULT))
     margin: float = MARGIN
-    paper: bool = False
+    published: bool = False
     form: str = "text"
     plots: list[Path] = field(default_factory=list)
     pages: list[Path] = field(default_factory=list)
@@ -67,8 +67,8 @@ def parse(arguments: Iterable[str]) -> CompareOptions:
     asked, words = CompareOptions(), iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
-        if word == "--paper":
-            asked.paper = True
+        if word == "--published":
+            asked.published = True
         elif flag in VALUED:
             _put(asked, flag, value if equals else next(words, ""))
         elif word.startswith("-"):
@@ -141,7 +141,7 @@ def build_tables(asked: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
         found = _filtered(found, asked.where, own)
     made = compare(found, asked.by)
     conclude(made, asked.margin)
-    if asked.paper:
+    if asked.published:
         from qbench.papers.matching import publish
 
         publish(made)
@@ -152,7 +152,7 @@ def build_tables(asked: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
 
 
 def _arrange(made: Sequence[Table], asked: CompareOptions) -> None:
-    groups = [*asked.columns, *(["paper"] if asked.paper else [])]
+    groups = [*asked.columns, *(["paper"] if asked.published else [])]
     groups += [columns.EQUAL_BYTES] if asked.sort == columns.EQUAL_BYTES else []
     for table in made:
         if table.values and "top1_mean" in table.values[0]:

@@ -18,15 +18,16 @@ qbench: papers on low-precision CNNs on one trainer and one protocol
   qbench -m method=dorefa bits.w=1,2,4 seed=0,1 every combination; stored runs are not run again
   qbench plan model=resnet18 dataset=imagenet   runs, layers, costs, time; needs no data and trains nothing
   qbench compare outputs [method=NAME ...]      runs side by side and what may be concluded; --by, --sort, --columns,
-                                                --margin 0.5, --paper, --format text|md|csv|json|latex|record
+                                                --margin 0.5, --published, --format text|md|csv|json|latex|record
   qbench compare outputs --html report.html     one page to sort and filter, with pictures; --plot FILE.png|pdf|svg
-  qbench settle "KEY=VALUE ..." RUN             more seeds of two cells until they are decided; --margin 0.5, --most 20
+  qbench settle "KEY=VALUE ..." RUN             more seeds of two cells until they are decided; --margin 0.5,
+  --max-seeds 20
   qbench inspect RUN                            its layers: levels, SQNR, clipped, dead, and which of them hurt most
   qbench sensitivity RUN --budget w=3           bits.yaml, a width a layer under a budget; layers=@bits.yaml trains it
   qbench evaluate RUN [dataset=NAME]            test split or other data: accuracy, calibration, predictions
-  qbench ledger [--paper X] [--missing]         what was published, by whom, how we know, and what was measured here
+  qbench published [--paper X] [--missing]         what was published, by whom, how we know, and what was measured here
   qbench describe METHOD                        the method's card: formulas, choices, deviations
-  qbench draw METHOD [--out FILE.png|pdf|svg]   staircase, gradient, levels, thresholds; --poster: all methods
+  qbench plot METHOD [--out FILE.png|pdf|svg]   staircase, gradient, levels, thresholds; --poster: all methods
   qbench check METHOD                           is it sound? levels, gradients, odd tensors, resume, at all widths
   qbench list methods                           the names in a group: models, datasets, ...; or list runs [DIR]
   qbench VERB --help                            all flags of compare, settle, inspect, ...
@@ -61,22 +62,22 @@ qbench compare PLACE... [KEY=VALUE ...] [flags]
   --sort COLUMN  method, W, size, top-1, diff, ...; or equal-bytes: by accuracy among cells of about the same bytes
   --columns SETS some of accuracy,cost,speed,verification (default: accuracy,cost)
   --margin X     points of top-1 within which two cells are as good as each other (default: 0.5)
-  --paper        what was published for each cell, by whom, how that is known, and the gap
+  --published    what was published for each cell, by whom, how that is known, and the gap
   --format F     text, md, csv, json, latex; or record: the runs themselves, small, to be read by compare again
   --html FILE    one page to sort and filter, with pictures and each cell's runs; needs no network
   --plot FILE    .png, .pdf or .svg; bits.png, pareto.png, curves.png, layers.png: that picture alone, else all""",
     "settle": """\
-qbench settle A B [--margin X] [--most N] [hydra/launcher=joblib]
+qbench settle A B [--margin X] [--max-seeds N] [hydra/launcher=joblib]
   A, B           a run's directory, or a command line in quotes without seed: "method=dorefa bits=w2a2"
   --margin X     points of top-1 within which they are as good as each other (default: 0.5)
-  --most N       seeds at most (default: 20)
+  --max-seeds N       seeds at most (default: 20)
   Runs seeds 0, 1, 2 of both, then more, until they are told apart or as good; the looks share an error of 5 %.""",
     "inspect": """\
 qbench inspect RUN [flags]
-  --sort hurt|alone|sqnr|order   worst first by loss gained with the layer off, lost with it alone, SQNR; or as they run
-  --weights last|best            which checkpoint
+  --sort leave-one-out|leave-one-in|sqnr|order   worst first by loss gained with the layer off, lost with it alone,
+  SQNR; or as they run --weights last|best            which checkpoint
   --images N                     validation images that are looked at (default: 500)
-  --norms anew|kept              whether batch normalization is measured anew for each change
+  --bn-stats recompute|keep              whether batch normalization is measured anew for each change
   --format text|md|csv|json|latex
   --device auto|cpu|cuda""",
     "sensitivity": """\
@@ -86,7 +87,7 @@ qbench sensitivity RUN [method=NAME ...] [flags]
   --widths 1,2,4,8   widths to choose from (default: 1 to 8)
   --out FILE         where the widths go (default: bits.yaml); layers=@FILE trains them
   --images N         validation images that are looked at (default: 500)
-  --norms anew|kept  whether batch normalization is measured anew
+  --bn-stats recompute|keep  whether batch normalization is measured anew
   --format text|md|csv|json|latex
   --device auto|cpu|cuda""",
     "evaluate": """\
@@ -95,8 +96,8 @@ qbench evaluate RUN [dataset=NAME dataset.KEY=VALUE ...] [flags]
   --weights last|best
   --format text|md|csv|json|latex
   --device auto|cpu|cuda""",
-    "ledger": """\
-qbench ledger [flags]
+    "published": """\
+qbench published [flags]
   --paper NAME       one paper's rows
   --provenance P     rows known so well: verified, second-hand, memory-high, memory-medium, memory-low, unknown
   --missing          rows not measured yet, and the line that runs each or what it lacks
@@ -104,10 +105,10 @@ qbench ledger [flags]
     "describe": """\
 qbench describe METHOD
   The card: paper, formulas, what it leaves open and what was taken; flaws of public code that can be run.""",
-    "draw": """\
-qbench draw METHOD [bits.w=2 method.KEY=VALUE ...] [--out FILE]
-qbench draw --poster [--out FILE]
-  --out FILE         .png, .pdf or .svg (default: draw-NAME-WIDTHS.png here)""",
+    "plot": """\
+qbench plot METHOD [bits.w=2 method.KEY=VALUE ...] [--out FILE]
+qbench plot --poster [--out FILE]
+  --out FILE         .png, .pdf or .svg (default: plot-NAME-WIDTHS.png here)""",
     "check": """\
 qbench check METHOD [method.KEY=VALUE ...] [bits.w=2]
   Holds a method, of qbench or my_module:build, at every legal width against what all must hold; 0 if nothing fails.""",

@@ -1,4 +1,4 @@
-"""`qbench draw`: pictures of what methods do to single values, of one method or of all on a poster."""
+"""`qbench plot`: pictures of what methods do to single values, of one method or of all on a poster."""
 
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".pdf", ".svg")
 GROUPS = ("method", "activation", "bits")
-USAGE = "qbench draw NAME [bits.w=2 method.KEY=VALUE ...] [--out FILE], or qbench draw --poster [--out FILE]"
+USAGE = "qbench plot NAME [bits.w=2 method.KEY=VALUE ...] [--out FILE], or qbench plot --poster [--out FILE]"
 COLOURS = 64
 SEEN = 5
 """Bits whose levels a small picture can show."""
@@ -33,16 +33,16 @@ def draw(arguments: list[str]) -> str:
     words, poster, out = _asked(arguments)
     if poster:
         if words:
-            raise ConfigError(f"draw --poster shows every method; {words[0]} has no effect on it\n{USAGE}")
+            raise ConfigError(f"plot --poster shows every method; {words[0]} has no effect on it\n{USAGE}")
         return _save(_poster(), _path("poster.png" if out is None else out))
     config, method = _method(words)
-    path = _path(f"draw-{config.method_name.replace(':', '-')}-{method.bits}.png" if out is None else out)
+    path = _path(f"plot-{config.method_name.replace(':', '-')}-{method.bits}.png" if out is None else out)
     from qbench.config import registry
     from qbench.report.quantizer_plots.pages import page
 
     composed = config.activation["name"] != "none"
     title = "" if composed else registry.card(config.method_name).partition("\n")[0]
-    return _save(page(method, title or config.method_name, f"qbench draw {' '.join(words)}"), path)
+    return _save(page(method, title or config.method_name, f"qbench plot {' '.join(words)}"), path)
 
 
 def _poster() -> Any:
@@ -81,14 +81,14 @@ def _asked(arguments: list[str]) -> tuple[list[str], bool, str | None]:
         elif flag == "--poster":
             poster = True
         elif word.startswith("-"):
-            raise ConfigError(f"draw: no such flag: {word}{did_you_mean(flag, ('--out', '--poster'))}\n{USAGE}")
+            raise ConfigError(f"plot: no such flag: {word}{did_you_mean(flag, ('--out', '--poster'))}\n{USAGE}")
         elif "=" in word and word.partition("=")[0].partition(".")[0] not in GROUPS:
             raise ConfigError(f"{word} has no effect on draw\nallowed: method.KEY=VALUE, bits.KEY=N, activation=NAME")
         else:
             words.append(word if "=" in word else f"method={word}")
     names = [word for word in words if word.startswith("method=")]
     if not poster and len(names) != 1:
-        raise ConfigError(f"draw wants one method\n{USAGE}")
+        raise ConfigError(f"plot wants one method\n{USAGE}")
     return words, poster, out
 
 
@@ -111,7 +111,7 @@ def _method(words: list[str]) -> tuple["Config", "Method"]:
 def _path(name: str) -> Path:
     path = Path(name)
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"draw --out {name}: the suffix says which format\nallowed: {', '.join(SUFFIXES)}")
+        raise ConfigError(f"plot --out {name}: the suffix says which format\nallowed: {', '.join(SUFFIXES)}")
     return path
 
 

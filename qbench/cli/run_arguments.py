@@ -14,8 +14,8 @@ Flags = Mapping[str, tuple[str, ...]]
 """Name -> default and the other values allowed; a default alone: any value."""
 
 COMMON: Flags = {"format": tuple(FORMATS), "device": ("auto",)}
-MEASURED: Flags = {"images": ("500",), "norms": ("anew", "kept")}
-INSPECT: Flags = {"sort": ("hurt", "alone", "sqnr", "order"), "weights": ("last", "best"), **MEASURED}
+MEASURED: Flags = {"images": ("500",), "bn-stats": ("recompute", "keep")}
+INSPECT: Flags = {"sort": ("leave-one-out", "leave-one-in", "sqnr", "order"), "weights": ("last", "best"), **MEASURED}
 SENSITIVITY: Flags = {
     "budget": ("",), "measure": ("loss", "mse"), "widths": ("1,2,3,4,5,6,7,8",), "out": ("bits.yaml",), **MEASURED
 }  # fmt: skip

@@ -11,7 +11,7 @@ def inspect(arguments: Sequence[str]) -> str:
     images = asked.whole("images")
     from qbench.analysis.inspect import inspect as table_of
 
-    flags = {key: asked.flags[key] for key in ("sort", "weights", "norms", "device")}
+    flags = {key: asked.flags[key] for key in ("sort", "weights", "device")} | {"bn_stats": asked.flags["bn-stats"]}
     return words.shown(asked, [table_of(asked.run, images=images, **flags)])
 
 
@@ -21,7 +21,8 @@ def sensitivity(arguments: Sequence[str]) -> str:
     images, widths = asked.whole("images"), asked.widths()
     from qbench.analysis.sensitivity import sensitivity as tables_of
 
-    flags = {key: asked.flags[key] for key in ("budget", "measure", "norms", "out", "device")}
+    flags = {key: asked.flags[key] for key in ("budget", "measure", "out", "device")}
+    flags |= {"bn_stats": asked.flags["bn-stats"]}
     return words.shown(asked, tables_of(asked.run, asked.words, images=images, widths=widths, **flags))
 
 

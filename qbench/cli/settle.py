@@ -28,7 +28,7 @@ FIRST, GROWTH, MOST = 3, 1.5, 20
 TOLD = 3
 """Keys that a cell's name tells; the others are counted."""
 ABOVE, BELOW, EQUAL, UNDECIDED = "above", "below", "as good", "undecided"
-FLAGS = ("--margin", "--most")
+FLAGS = ("--margin", "--max-seeds")
 LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
@@ -91,7 +91,8 @@ def decide(
 
 
 def parse(arguments: Iterable[str]) -> SequentialTest:
-    """Read `A B [--margin X] [--most N] [hydra/launcher=NAME]`; A and B are run directories or quoted command lines.
+    """Read `A B [--margin X] [--max-seeds N] [hydra/launcher=NAME]`; A and B are run directories or quoted command
+    lines.
 
     Raises:
         ConfigError: something else, or two cells that cannot be compared.
@@ -105,7 +106,9 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
             if flag == "--margin":
                 margin = margin_of("settle", value)
             elif not value.isdecimal() or not FIRST <= int(value) <= SEEDS_LIMIT:
-                raise ConfigError(f"settle --most {value}: allowed is a number of seeds from {FIRST} to {SEEDS_LIMIT}")
+                raise ConfigError(
+                    f"settle --max-seeds {value}: allowed is a number of seeds from {FIRST} to {SEEDS_LIMIT}"
+                )
             else:
                 most = int(value)
         elif word in LAUNCHERS:
@@ -226,7 +229,7 @@ def _wanted(asked: SequentialTest, verdict: Verdict) -> str:
     if most is None:
         few = f"The {d.items:,} test images are too few" if d.items and d.items_part else f"{SEEDS_LIMIT:,} seeds"
         return f"{few}{'' if d.items and d.items_part else ' would not decide'}."
-    return f"About {max(most - d.n, 1)} more seeds would decide: --most {max(most, d.n + 1)}."
+    return f"About {max(most - d.n, 1)} more seeds would decide: --max-seeds {max(most, d.n + 1)}."
 
 
 def names(asked: SequentialTest) -> tuple[str, str]:

@@ -41,7 +41,7 @@ MOST_CELLS = 10_000
 
 
 def configurations(arguments: list[str]) -> list[Config]:
-    """Return the configuration of a command line, or with -m those of all its combinations, with recipe=tuned one for
+    """Return the configuration of a command line, or with -m those of all its combinations, with lr_search=grid one for
     each learning rate; none where the line only asks Hydra to show something (`--cfg job`).
 
     Raises:

@@ -10,7 +10,7 @@ from qbench.errors import ConfigError
 FLOAT = 32
 """The width that means: not quantized."""
 
-ACTS = ("auto", "kept", "replaced")
+ACTS = ("auto", "keep", "fused")
 WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}"
 
 

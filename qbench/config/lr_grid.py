@@ -1,4 +1,4 @@
-"""`recipe=tuned`: one configuration becomes a run for each learning rate of a grid, the same for every method.
+"""`lr_search=grid`: one configuration becomes a run for each learning rate of a grid, the same for every method.
 
 The runs are ordinary ones; `report.choice` chooses among them, on validation.
 """
@@ -14,24 +14,26 @@ from qbench.errors import ConfigError
 
 
 def runs(config: Config) -> list[Config]:
-    """Return the runs that a composed configuration asks for: itself or, with recipe=tuned, one for each rate.
+    """Return the runs that a composed configuration asks for: itself or, with lr_search=grid, one for each rate.
 
     `optim.lr_end` is scaled as `optim.lr` is. What trains nothing, and a float parent, is one run.
 
     Raises:
-        ConfigError: a grid without recipe=tuned, or nothing held out to choose on.
+        ConfigError: a grid without lr_search=grid, or nothing held out to choose on.
     """
-    grid = config.grid
+    grid = config.lr_grid
     if grid.lr is not None or grid.lr_end is not None:
-        raise ConfigError("grid.lr and grid.lr_end are what a run of a grid stores; set optim.lr and optim.lr_end")
-    if config.recipe != "tuned":
+        raise ConfigError(
+            "lr_grid.lr and lr_grid.lr_end are what a run of a grid stores; set optim.lr and optim.lr_end"
+        )
+    if config.lr_search != "grid":
         if grid != LearningRateGrid():
-            raise ConfigError("grid.factors has no effect without recipe=tuned; add it")
+            raise ConfigError("lr_grid.factors has no effect without lr_search=grid; add it")
         return [config]
     if config.dataset.get("val") == 0:
         raise ConfigError(
-            "dataset.val=0: recipe=tuned chooses on validation images, and none are held out\n"
-            "add dataset.val=0.1, or recipe=unified"
+            "dataset.val=0: lr_search=grid chooses on validation images, and none are held out\n"
+            "add dataset.val=0.1, or lr_search=none"
         )
     return [_at(config, factor) for factor in grid.factors] if _trains(config) else [config]
 
@@ -41,9 +43,11 @@ def _at(config: Config, factor: float) -> Config:
     own = config.optim
     lr, lr_end = scaled(own.lr, factor), scaled(own.lr_end, factor)
     if not 0 < lr < math.inf:
-        raise ConfigError(f"grid.factors: {factor:g} times optim.lr={own.lr:g} is no learning rate")
+        raise ConfigError(f"lr_grid.factors: {factor:g} times optim.lr={own.lr:g} is no learning rate")
     optim = dataclasses.replace(own, lr=lr, lr_end=lr_end)
-    return dataclasses.replace(config, optim=optim, grid=LearningRateGrid(config.grid.factors, own.lr, own.lr_end))
+    return dataclasses.replace(
+        config, optim=optim, lr_grid=LearningRateGrid(config.lr_grid.factors, own.lr, own.lr_end)
+    )
 
 
 def _trains(config: Config) -> bool:

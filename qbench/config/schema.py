@@ -71,7 +71,7 @@ class Pretrain:
 
 @dataclass
 class LearningRateGrid:
-    """The learning rates of `recipe=tuned`: factors of the recipe's own ones.
+    """The learning rates of `lr_search=grid`: factors of the recipe's own ones.
 
     In a run made of one of them, `lr` and `lr_end` are the recipe's own; the run's are under `optim`.
     """
@@ -111,7 +111,7 @@ class Distill:
     """
 
     name: str = one_of("auto", "auto", "none", "kd", "method")
-    teacher: str = "parent"
+    teacher: str = "baseline"
     temperature: float = within(2.0, 0, above=True)
     weight: float = within(0.7, 0, 1)
 
@@ -135,8 +135,8 @@ class Runtime:
     observe: str = one_of("light", "off", "light", "full")
     progress: bool = True
     log_every: int = within(10, 1)
-    save_seconds: float = within(30.0, 0)
-    workers: int = within(2, 0, 64)
+    checkpoint_seconds: float = within(30.0, 0)
+    num_workers: int = within(2, 0, 64)
 
     def numerics(self) -> dict[str, Any]:
         """Return what of it can change a run's numbers; the later keys only where they are not at their defaults."""
@@ -161,8 +161,8 @@ class Config:
     pretrain: Pretrain = field(default_factory=Pretrain)
     seed: int = within(0, 0, 2**31 - 1)
     epochs: int = within(MISSING, 1)
-    recipe: str = one_of("unified", "unified", "tuned")
-    grid: LearningRateGrid = field(default_factory=LearningRateGrid)
+    lr_search: str = one_of("none", "none", "grid")
+    lr_grid: LearningRateGrid = field(default_factory=LearningRateGrid)
     init: str = "auto"
     out: str = printable("outputs")
     rerun: bool = False
@@ -173,8 +173,8 @@ class Config:
         everything = to_dict(self)
         for free in ("out", "rerun", "claim"):
             del everything[free]
-        if self.recipe == "unified":
-            del everything["recipe"], everything["grid"]
+        if self.lr_search == "none":
+            del everything["lr_search"], everything["lr_grid"]
         everything["runtime"] = self.runtime.numerics()
         everything["dataset"].pop("recipe", None)
         own = ":" in everything["dataset"]["name"]
@@ -182,7 +182,7 @@ class Config:
             del everything["dataset"]["root"], everything["dataset"]["download"]
         if self.init not in STARTS:
             everything["init"] = file_sha256("init", self.init)
-        if self.distill.teacher != "parent":
+        if self.distill.teacher != "baseline":
             everything["distill"]["teacher"] = file_sha256("distill.teacher", self.distill.teacher)
         return {"schema": SCHEMA} | everything
 
@@ -200,10 +200,10 @@ class Config:
         if self.distill.name == "method":
             shared["distill"] |= {"name": "none"}
         shared["model"] = {k: v for k, v in shared["model"].items() if k not in ("norm", "act")}
-        if self.grid.lr is not None:
-            shared["optim"] |= {"lr": self.grid.lr, "lr_end": self.grid.lr_end}
-        if self.recipe == "tuned":
-            shared["grid"] = {"factors": self.grid.factors}
+        if self.lr_grid.lr is not None:
+            shared["optim"] |= {"lr": self.lr_grid.lr, "lr_end": self.lr_grid.lr_end}
+        if self.lr_search == "grid":
+            shared["lr_grid"] = {"factors": self.lr_grid.factors}
         if self.runtime.precision != "fp32":
             shared["precision"] = self.runtime.precision
         return shared
@@ -231,7 +231,7 @@ class Config:
         own |= {f"activation.{key}": value for key, value in self.activation.items() if key != "name"}
         own |= {"init": "scratch"} if self.init == "method" else {}
         own |= {"distill": "kd"} if self.distill.name == "method" else {}
-        own |= {RATE: self.optim.lr} if self.grid.lr is not None else {}
+        own |= {RATE: self.optim.lr} if self.lr_grid.lr is not None else {}
         return {key: value for key, value in own.items() if not key.endswith("deviation") or value != "none"}
 
     @property
@@ -251,7 +251,7 @@ def parent(config: Config, norm: str | None = None) -> Config:
     own.method, own.activation, own.bits = {"name": "float"}, {"name": "none"}, Bits(FLOAT, FLOAT, FLOAT)
     own.epochs, own.optim = own.pretrain.epochs, own.pretrain.optim
     own.layers, own.distill, own.init, own.rerun = Layers(), Distill("none"), "scratch", False
-    own.recipe, own.grid = "unified", LearningRateGrid()
+    own.lr_search, own.lr_grid = "none", LearningRateGrid()
     if "act" in own.model:
         own.model["act"] = "auto"
     if norm is not None and own.model.get("norm") == "auto":

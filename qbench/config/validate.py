@@ -81,7 +81,7 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
             allowed = {
                 "rules": "layer-name patterns and widths, {layer1.*: 8}",
                 "claim": "what an experiment file says",
-                "grid": "grid.factors=[0.1,0.3,1,3,10]",
+                "grid": "lr_grid.factors=[0.1,0.3,1,3,10]",
             }
             raise ConfigError(f"{path}{item.name}={values[item.name]}: it holds keys of its own\n"
                               f"allowed: {allowed.get(item.name, choice)}")  # fmt: skip
@@ -151,7 +151,7 @@ def _fill_distill(config: Config, taught: bool) -> None:
     distill = config.distill
     if distill.name == "auto":
         distill.name = "method" if taught else "none"
-    if distill.teacher != "parent" and not os.path.isdir(distill.teacher):
+    if distill.teacher != "baseline" and not os.path.isdir(distill.teacher):
         raise ConfigError(
             f"distill.teacher={distill.teacher}: no such directory\nallowed: parent, or the directory of a finished run"
         )

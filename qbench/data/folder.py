@@ -11,7 +11,7 @@ evaluation (`augment=plain`). `augment=inception` trains on crops of random area
 contrast and saturation too.
 
 Images that all have the same height and width and fit into 2 GiB are kept in memory (not with `augment=inception`);
-others are decoded by `runtime.workers` processes as they are wanted. The batches are the same either way.
+others are decoded by `runtime.num_workers` processes as they are wanted. The batches are the same either way.
 """
 
 from qbench.data.augment import Augment

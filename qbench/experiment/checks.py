@@ -26,8 +26,8 @@ def check_requirements(config: Config, method: Method) -> None:
             raise ConfigError(
                 f"model.{key}={got} contradicts method={method.name}, which requires {need}; leave model.{key}=auto"
             )
-    if config.model.get("act") == "replaced" and config.bits.a == 32:
-        raise Unsupported("model.act=replaced has no effect at bits.a=32: no quantizer takes the activation's place")
+    if config.model.get("act") == "fused" and config.bits.a == 32:
+        raise Unsupported("model.act=fused has no effect at bits.a=32: no quantizer takes the activation's place")
 
 
 def check_runtime(config: Config, method: Method, device: torch.device) -> None:
@@ -47,7 +47,7 @@ def check_norm(model: nn.Module, method: Method) -> None:
     """A network that is not ours does not say its normalization: look at it."""
     norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     affine = any(getattr(m, "affine", False) for m in norms)
-    if method.requires.norm == "plain" and not hasattr(model, "norm") and (affine or not norms):
+    if method.requires.norm == "no_affine" and not hasattr(model, "norm") and (affine or not norms):
         found = "has both" if affine else "has none"
         raise Unsupported(
             f"{method.name} requires batch normalization without scale and shift; {type(model).__name__} {found}"

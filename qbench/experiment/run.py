@@ -100,7 +100,7 @@ def _start(parts: ExperimentSetup, desk: RunContext) -> tuple[Result | None, Pat
     A method that starts from scratch is compared with the parent, and a teacher may be the parent.
     """
     config = parts.config
-    taught = config.distill.on and config.distill.teacher == "parent"
+    taught = config.distill.on and config.distill.teacher == "baseline"
     wanted = config.init in ("float", "method") or taught
     parent = run(parts.parent, desk, intact=True) if wanted else None
     if config.init in ("scratch", "method"):
@@ -114,7 +114,7 @@ def _work(
     """Train, evaluate and verify one run in its directory; return the result."""
     config = parts.config
     directory.write_config()
-    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device, config.runtime.workers)
+    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device, config.runtime.num_workers)
     if loader.batch_size < config.optim.batch_size:
         desk.screen.say(f"optim.batch_size={config.optim.batch_size}: there are {loader.batch_size} training images")
     manifest.write(

@@ -104,7 +104,7 @@ class TrainingSession:
         def step(state: State, loss: Tensor) -> None:
             screen.step(state.step, loss.item)
             asked = self.desk.stop()
-            late = time.perf_counter() - self._saved_at > self.config.runtime.save_seconds
+            late = time.perf_counter() - self._saved_at > self.config.runtime.checkpoint_seconds
             if asked or (late and state.batch < task.steps):  # the epoch's last step is saved with the epoch
                 self.save(task, state)
             if asked:

@@ -56,7 +56,7 @@ class ExperimentSetup:
     @property
     def protocol_changes(self) -> list[str]:
         """What the method does otherwise than the shared protocol, because it asks for it."""
-        teacher = "its float parent" if self.config.distill.teacher == "parent" else "another run"
+        teacher = "its float parent" if self.config.distill.teacher == "baseline" else "another run"
         return [
             *(["trained from scratch, as it asks"] if self.config.init == "method" else []),
             *([f"distilled from {teacher}, as it asks"] if self.config.distill.name == "method" else []),
@@ -79,7 +79,7 @@ class ExperimentSetup:
         distill, config = self.config.distill, self.config
         if not distill.on:
             return self.method
-        if distill.teacher == "parent":
+        if distill.teacher == "baseline":
             teacher = self.float_model()
             assert parent is not None
             load_initial_weights(teacher, parent, digest(self.parent.identity()))
@@ -137,7 +137,7 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
     check_runtime(config, method, device)
     if config.optim.ema is not None and "no_master" in method.traits:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
-    if config.distill.on and config.distill.teacher != "parent":
+    if config.distill.on and config.distill.teacher != "baseline":
         _load_teacher(config, data)
         configure_torch(config)
     if config.distill.name == "method" and not method.requires.teacher:

@@ -40,7 +40,7 @@ Choices
     activation: the paper leaves h open, the authors' code had three. `clip` (default): today's code. `abs`:
     min(1, |x|), the SVHN script until October 2018, under which its quantized figures were measured. `tanh`:
     tanh(x) / 2, rounded on [-1/2, 1/2], of the first published AlexNet. Both others need the network's ReLU out of
-    the way (`model.act=replaced`), the clip contains it.
+    the way (`model.act=fused`), the clip contains it.
     A layer that stays float, and what the last layer reads, keeps the network's ReLU, where the authors' code clips.
     Rounding halves to even, as torch and today's TensorFlow do; the authors' first code rounded them up.
 
@@ -250,7 +250,7 @@ def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> 
         bits=Bits(w, a, g),
         supported_bits={"w": widths, "a": widths, "g": widths},
         traits=frozenset({"monotone", *(CLIPPED if activation == "clip" else ())}),
-        requires=Requires(act="either" if activation == "clip" else "replaced"),
+        requires=Requires(act="either" if activation == "clip" else "fused"),
         weight=lambda name, layer, bits: DoReFaWeight(bits),
         input=lambda name, layer, bits: DoReFaActivation(function, low, bits),
         output=lambda name, layer, bits: DoReFaGradient(bits) if bits < FLOAT else None,

@@ -269,7 +269,7 @@ def build(
         name="gupta",
         bits=Bits(w, a, g),
         supported_bits=dict.fromkeys("wag", WIDTHS),
-        requires=Requires(norm="none", start="scratch", act="kept"),
+        requires=Requires(norm="none", start="scratch", act="keep"),
         traits=frozenset({"monotone_input", "idempotent_input", "clipped_input", "no_master"}),
         weight=weight,
         input=lambda name, layer, bits: GuptaActivation(form("activations", bits)),

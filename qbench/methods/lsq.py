@@ -204,7 +204,7 @@ def build(*, w: int = 2, a: int = 2) -> Method:
         name="lsq",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
-        requires=Requires(act="kept"),
+        requires=Requires(act="keep"),
         traits=frozenset({"monotone", "idempotent", "monotone_input", "idempotent_input", "clipped_input"}),
         weight=lambda name, layer, bits: LSQWeight(layer, bits),
         input=lambda name, layer, bits: LSQActivation(bits),

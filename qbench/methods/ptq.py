@@ -244,7 +244,7 @@ def build(
         name="ptq",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
-        requires=Requires(act="kept"),
+        requires=Requires(act="keep"),
         traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),
         weight=lambda name, layer, bits: PTQWeight(layer.weight, bits, channel, weights),  # type: ignore[arg-type]
         input=lambda name, layer, bits: PTQActivation(bits),

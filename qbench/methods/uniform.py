@@ -155,7 +155,7 @@ def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1
         name="uniform",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
-        requires=Requires(act="kept"),
+        requires=Requires(act="keep"),
         traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),
         weight=lambda name, layer, bits: UniformWeight(bits, channel),
         input=lambda name, layer, bits: UniformActivation(bits, momentum),

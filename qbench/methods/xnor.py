@@ -207,7 +207,7 @@ def build(
         name="xnor",
         bits=Bits(w, a),
         supported_bits={"w": (1, FLOAT), "a": (1, FLOAT)},
-        requires=Requires(act="replaced"),
+        requires=Requires(act="fused"),
         traits=frozenset({"odd", "monotone", "idempotent"} | SIGNS),
         weight=lambda name, layer, bits: site(layer, gradient, center),
         input=lambda name, layer, bits: BinaryActivation(),

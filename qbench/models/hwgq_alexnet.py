@@ -3,7 +3,7 @@
 Verified in their prototxt (zhaoweicai/hwgq, alex-hwgq-3ne-clip-poly-320k): conv11/4 96 - MP - BN - Q - conv5 256 - MP -
 BN - Q - conv3 384 - BN - Q - conv3 384 - BN - Q - conv3 256 - MP - BN - Q - FC 4096 - BN - Q - FC 4096 - BN - ReLU -
 FC, Q being the activation that an input quantizer replaces; the maximum of 3x3/2 stands in front of BN. No groups, no
-dropout, no bias but the last layer's. With `norm=plain`, the authors' form (behind fc7 too), there are 62,368,776
+dropout, no bias but the last layer's. With `norm=no_affine`, the authors' form (behind fc7 too), there are 62,368,776
 parameters for 1000 classes. Their images are 227x227. Weights start Gaussian, with deviation 0.01, and 0.005 in fc6 and
 fc7. Their BN's running averages move by 0.05; here by torch's 0.1.
 """

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "affine": nn.BatchNorm1d,
-    "plain": lambda features: nn.BatchNorm1d(features, affine=False),
+    "no_affine": lambda features: nn.BatchNorm1d(features, affine=False),
     "none": lambda features: nn.Identity(),
 }
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "affine": nn.BatchNorm2d,
-    "plain": lambda channels: nn.BatchNorm2d(channels, affine=False),
+    "no_affine": lambda channels: nn.BatchNorm2d(channels, affine=False),
     "none": lambda channels: nn.Identity(),
 }
 

@@ -2,7 +2,7 @@
 
 128C3 - BN - Q - 128C3 - MP2 - BN - Q - 256C3 - BN - Q - 256C3 - MP2 - BN - Q - 512C3 - BN - Q - 512C3 - BN - Scale -
 ReLU - MP2 - FC, Q being the activation that an input quantizer replaces: pooling stands before BN, and the last
-maximum behind the last activation. Convolutions are 3x3, padded by 1, without bias; with `norm=plain`, the authors'
+maximum behind the last activation. Convolutions are 3x3, padded by 1, without bias; with `norm=no_affine`, the authors'
 form, the network for ten classes has 4,657,546 parameters.
 """
 
@@ -31,7 +31,7 @@ class VGGSmall(nn.Sequential):
             if i in POOLED:
                 parts[f"pool{i}"] = nn.MaxPool2d(2)
             channels = factor * width
-            parts[f"bn{i}"] = NORMS["affine" if i == 6 and norm == "plain" else norm](channels)
+            parts[f"bn{i}"] = NORMS["affine" if i == 6 and norm == "no_affine" else norm](channels)
             parts[f"act{i}"] = nn.ReLU()
         super().__init__(parts | {"pool6": nn.MaxPool2d(2), "flatten": nn.Flatten()})
         self.fc = nn.Linear(channels * cells, classes)

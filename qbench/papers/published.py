@@ -160,7 +160,7 @@ def signed(value: float | None) -> str:
 
 
 def ledger(arguments: Iterable[str]) -> str:
-    """Return what `qbench ledger [--paper X] [--missing] [--provenance P] [--format F]` prints.
+    """Return what `qbench published [--paper X] [--missing] [--provenance P] [--format F]` prints.
 
     Raises:
         ConfigError: a flag or value that does not exist.
@@ -174,12 +174,14 @@ def ledger(arguments: Iterable[str]) -> str:
         elif flag in asked:
             asked[flag] = value or next(given, "")
             if not asked[flag]:
-                raise ConfigError(f"ledger {flag} wants a value")
+                raise ConfigError(f"published {flag} wants a value")
         else:
             known = (*asked, "--missing")
-            raise ConfigError(f"ledger: no such flag: {word}{did_you_mean(word, known)}\nallowed: {', '.join(known)}")
+            raise ConfigError(
+                f"published: no such flag: {word}{did_you_mean(word, known)}\nallowed: {', '.join(known)}"
+            )
     if (form := asked["--format"]) not in FORMATS:
-        raise ConfigError(f"ledger --format {form}{did_you_mean(form, FORMATS)}\nallowed: {', '.join(FORMATS)}")
+        raise ConfigError(f"published --format {form}{did_you_mean(form, FORMATS)}\nallowed: {', '.join(FORMATS)}")
     chosen = rows(asked["--paper"] or None, asked["--provenance"] or None)
     tables = [
         _with_head(paper, table([row for row in chosen if row.paper == paper.key], missing=missing))

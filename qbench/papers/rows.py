@@ -162,11 +162,11 @@ def rows(paper: str | None = None, provenance: str | None = None) -> list[Row]:
     known = {p.key: p for p in papers()}
     if paper is not None and paper not in known:
         raise ConfigError(
-            f"ledger --paper {paper}: no such paper{did_you_mean(paper, known)}\nallowed: {', '.join(known)}"
+            f"published --paper {paper}: no such paper{did_you_mean(paper, known)}\nallowed: {', '.join(known)}"
         )
     if provenance is not None and provenance not in PROVENANCES:
         hint = did_you_mean(provenance, PROVENANCES)
-        raise ConfigError(f"ledger --provenance {provenance}{hint}\nallowed: {', '.join(PROVENANCES)}")
+        raise ConfigError(f"published --provenance {provenance}{hint}\nallowed: {', '.join(PROVENANCES)}")
     allowed = PROVENANCES[: PROVENANCES.index(provenance) + 1] if provenance else None
     found = [row for p in ([known[paper]] if paper else known.values()) for row in p.rows]
     if allowed is None:

@@ -58,7 +58,7 @@ def install(
     Args:
         policy: which layers; first and last stay float by default.
         example: one image batch (N, C, H, W) to learn the execution order from; without it, order of registration.
-        act: "kept" or "replaced" for the activation functions in front of input quantizers; "auto" as the method needs.
+        act: "keep" or "fused" for the activation functions in front of input quantizers; "auto" as the method needs.
 
     Raises:
         Unsupported: the method does not know a width or the network does not fit it.
@@ -110,12 +110,12 @@ def _check_layer(name: str, layer: nn.Module) -> None:
 def _replace_activations(method: Method, model: nn.Module, assigned: dict[str, Bits], act: str) -> None:
     """Take away the activation functions whose readers all have a quantizer that is the activation itself."""
     needs = method.requires.act
-    if {act, needs} == {"kept", "replaced"} and method.bits.a < FLOAT:
+    if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
         raise Unsupported(f"{method.name} wants the activations in front of its quantizers {needs}, not {act}")
-    if method.bits.a == FLOAT or "kept" in (act, needs):
+    if method.bits.a == FLOAT or "keep" in (act, needs):
         return
     feeds: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
-    if not feeds and (needs == "replaced" or act == "replaced"):
+    if not feeds and (needs == "fused" or act == "fused"):
         raise Unsupported(
             f"{method.name} takes the activation's place, but {type(model).__name__} does not say which layers its "
             "activations feed (attribute `feeds`); the networks of qbench do"
@@ -125,7 +125,7 @@ def _replace_activations(method: Method, model: nn.Module, assigned: dict[str, B
         raise Unsupported(f"{type(model).__name__} says in `feeds` what it does not have: {', '.join(sorted(unknown))}")
     image = next(iter(assigned))
     unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name != image]
-    if needs == "replaced" and unfed:
+    if needs == "fused" and unfed:
         raise Unsupported(
             f"{method.name} takes the activation's place, but in front of {unfed[0]} there is none that feeds it "
             "alone; leave its activations float"
@@ -135,6 +135,6 @@ def _replace_activations(method: Method, model: nn.Module, assigned: dict[str, B
         if len(quantized) == len(readers):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, BypassedActivation(model.get_submodule(name)))
-        elif quantized and needs == "replaced":
+        elif quantized and needs == "fused":
             kept = ", ".join(sorted(set(readers) - set(quantized)))
             raise Unsupported(f"{name} feeds {quantized[0]} (quantized) and {kept} (float): give both the same bits")

@@ -32,8 +32,9 @@ class Unsupported(Exception):
 class Requires:
     """What a method needs of the network around its quantizers.
 
-    `norm`: the batch normalization in front of the input quantizer: "plain" has no scale and shift, None is whatever
-    the network has. `act`: "kept" wants the network's activation function before the input quantizer; "replaced"
+    `norm`: the batch normalization in front of the input quantizer: "no_affine" has no scale and shift, None is
+    whatever
+    the network has. `act`: "keep" wants the network's activation function before the input quantizer; "fused"
     wants none, the quantizer being the activation; "either" holds the activation within itself (so both give the same
     values) and takes its place where the network says which layers an activation feeds.
 
@@ -41,8 +42,8 @@ class Requires:
     `teacher`: the loss is a distillation from the float parent unless `distill` says otherwise.
     """
 
-    norm: Literal["affine", "plain", "none"] | None = None
-    act: Literal["kept", "either", "replaced"] = "kept"
+    norm: Literal["affine", "no_affine", "none"] | None = None
+    act: Literal["keep", "either", "fused"] = "keep"
     start: Literal["float", "scratch"] = "float"
     teacher: bool = False
 

@@ -178,7 +178,8 @@ def _from_metrics(path: Path, records: list[dict[str, Any]]) -> Result | None:
     """Return a result from config.yaml and the final one of the records, or None."""
     final = next((r for r in reversed(records) if r.get("kind") == "final"), None)
     file = path / "config.yaml"
-    if final is None or "test_top1" not in final or not file.exists():
+    measured = _final(final) if final else None
+    if measured is None or not file.exists():
         return None
     config = from_dict(files.read_yaml(file))
     protocol = config.protocol()
@@ -192,7 +193,7 @@ def _from_metrics(path: Path, records: list[dict[str, Any]]) -> Result | None:
         model=config.model["name"],
         run=str(path),
         protocol=Protocol(hash=digest(protocol), keys=protocol),
-        final=_final(final),
+        final=measured,
     )
 
 
@@ -203,7 +204,8 @@ def _from_events(path: Path, unread: list[str]) -> Result | None:
     """
     told = events.summary(path)
     unread += told.unread
-    if not told.hparams or "test_top1" not in told.final:
+    measured = _final(told.final)
+    if not told.hparams or measured is None:
         return None
     values = told.hparams
     return Result(
@@ -215,18 +217,19 @@ def _from_events(path: Path, unread: list[str]) -> Result | None:
         model=values["model"],
         run=str(path),
         protocol=Protocol(hash="", keys={"epochs": int(values["epochs"])}),
-        final=_final(told.final),
+        final=measured,
     )
 
 
-def _final(record: Mapping[str, Any]) -> Evaluation:
-    """Return the accuracies that a record holds as `val_top1`, `test_loss` and so on.
+def _final(record: Mapping[str, Any]) -> Evaluation | None:
+    """Return the accuracies that a record holds as `val_top1`, `test_loss` and so on; None without those on test.
 
     Raises:
-        ValueError: one of the test split is missing, or is no number of its range.
+        ValueError: one of them is no number of its range.
     """
     found: dict[str, dict[str, Any]] = {"val": {}, "test": {}}
     for key, value in record.items():
         if match := re.fullmatch(r"(val|test)_(\w+)", key):
             found[match[1]][match[2]] = value
-    return msgspec.convert({"test": found["test"], "val": found["val"] or None}, Evaluation)
+    complete = {split: values for split, values in found.items() if {"top1", "top5", "loss"} <= set(values)}
+    return msgspec.convert(complete, Evaluation) if "test" in complete else None

@@ -390,7 +390,7 @@ def test_inspect_tells_of_every_layer(run: Path, capsys: pytest.CaptureFixture[s
         assert 0 <= row["clipped"] <= 100
         assert row["sqnr"] < row["fitted"] < 120, "dorefa's weights are on another scale"
     assert [row["off_loss"] for row in table["rows"]] == sorted(row["off_loss"] for row in table["rows"])
-    (in_order,) = told(capsys, "inspect", run, "--sort", "order", "--norms", "kept", "--images", "40")
+    (in_order,) = told(capsys, "inspect", run, "--sort", "order", "--bn-stats", "keep", "--images", "40")
     assert [row["layer"] for row in in_order["rows"]] == list(result["verified"])
     assert any("on 40 validation images" in note for note in in_order["notes"])
     assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}

@@ -262,7 +262,7 @@ def test_a_diverging_run_stops_with_status_6(tmp_path: Path) -> None:
     assert result["status"] == "diverged"
 
 
-KILLED = [*SMOKE, "bits=w2a2g4", "epochs=6", "pretrain.epochs=4", "runtime.save_seconds=0"]
+KILLED = [*SMOKE, "bits=w2a2g4", "epochs=6", "pretrain.epochs=4", "runtime.checkpoint_seconds=0"]
 
 
 def _killed(out: Path, after: float, kind: signal.Signals, *more: str) -> int:

@@ -36,9 +36,9 @@ def drawn(
         ("method=dorefa epochs=1", "method=twn", ("dorefa auto epochs=1", "twn auto epochs=30")),
         ("method=dorefa model.width=4", "method=twn", ("dorefa auto model.width=4", "twn auto model.width=8")),
         (
-            "method=dorefa model.norm=plain",
+            "method=dorefa model.norm=no_affine",
             "method=twn",
-            ('dorefa auto model.norm="plain"', 'twn auto model.norm="auto"'),
+            ('dorefa auto model.norm="no_affine"', 'twn auto model.norm="auto"'),
         ),
     ],
 )
@@ -117,7 +117,7 @@ def stub(
 
 def test_the_verdict_in_words() -> None:
     """Differences 4, 4.1, 4.2: mean 4.1, error 0.1 / 3^0.5, t(2) at 97.5 % two-sided 6.2053."""
-    asked = settle.parse([LINE, OTHER, "--most=5"])
+    asked = settle.parse([LINE, OTHER, "--max-seeds=5"])
     run = stub({"w2a2g32": [94.0, 95.1, 96.2, 0, 0], "w4a4g32": [90.0, 91.0, 92.0, 0, 0]})
     assert settle.settle(asked, run) == (
         "dorefa w2a2g32 is above dorefa w4a4g32: +4.10 points, 97.5 % interval +3.74 to +4.46; test top-1 95.10 and "
@@ -128,7 +128,7 @@ def test_the_verdict_in_words() -> None:
     apart = stub({"w2a2g32": [94.0, 95.1, 92.2, 94.0, 95.0], "w4a4g32": [90.1, 97.0, 93.2, 94.1, 90.9]})
     said = settle.settle(asked, apart)
     assert "are not decided: " in said
-    assert "more seeds would decide: --most " in said
+    assert "more seeds would decide: --max-seeds " in said
 
 
 def test_a_run_without_a_figure_leaves_no_verdict() -> None:
@@ -151,8 +151,8 @@ def test_a_run_without_a_figure_leaves_no_verdict() -> None:
         ([LINE, "nowhere"], "neither a directory nor a command line"),
         ([LINE, "method=dorfea"], "did you mean dorefa"),
         ([LINE, OTHER, "--margin", "-1"], "--margin -1: allowed"),
-        ([LINE, OTHER, "--most", "2"], "from 3 to 1000"),
-        ([LINE, OTHER, "--mots", "9"], "did you mean --most"),
+        ([LINE, OTHER, "--max-seeds", "2"], "from 3 to 1000"),
+        ([LINE, OTHER, "--mots", "9"], "did you mean --max-seeds"),
         ([LINE, OTHER, "hydra/launcher=submitit_slurm"], "no such flag"),
     ],
 )
@@ -168,7 +168,7 @@ def test_the_same_name_is_told_apart_by_keys() -> None:
 
 def test_from_command_to_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = f"experiment=smoke runtime.tensorboard=false out={tmp_path / 'o'} bits=w2"
-    words = ["settle", f"{small} method=dorefa", f"{small} method=ttq", "--most", "3"]
+    words = ["settle", f"{small} method=dorefa", f"{small} method=ttq", "--max-seeds", "3"]
     assert cli(words) == 0
     said = capsys.readouterr().out
     assert "3 seeds, 450 test images" in said
@@ -178,9 +178,9 @@ def test_from_command_to_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[s
         next(run for run in runs if run.name.startswith(f"{name}-w2a32g32-s2")) for name in ("dorefa", "ttq")
     )
     before = [(run / "result.json").stat().st_mtime_ns for run in runs]
-    assert cli(["settle", str(dorefa), str(ttq), "--most", "3"]) == 0
+    assert cli(["settle", str(dorefa), str(ttq), "--max-seeds", "3"]) == 0
     assert capsys.readouterr().out == said, "run directories are the cells that they belong to"
     assert [(run / "result.json").stat().st_mtime_ns for run in runs] == before
-    assert cli(["settle", str(dorefa), f"{small} method=ttq bits=w9", "--most", "3"]) == cli.SWEEP_WITH_FAILURES
+    assert cli(["settle", str(dorefa), f"{small} method=ttq bits=w9", "--max-seeds", "3"]) == cli.SWEEP_WITH_FAILURES
     assert "no verdict" in capsys.readouterr().err
     assert cli(["settle", str(dorefa), str(tmp_path)]) == ConfigError.status

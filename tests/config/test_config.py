@@ -139,7 +139,7 @@ def test_where_published_files_lie_decides_nothing(configure: Configure) -> None
 
 def test_protocol_ignores_what_belongs_to_the_method(configure: Configure) -> None:
     first = configure("method=dorefa").protocol()
-    assert configure("method=dorefa", "bits=w4a4", "seed=3", "model.act=kept", "runtime.threads=2").protocol() == first
+    assert configure("method=dorefa", "bits=w4a4", "seed=3", "model.act=keep", "runtime.threads=2").protocol() == first
     assert configure("method=dorefa", "epochs=7").protocol() != first
 
 

@@ -1,4 +1,4 @@
-"""`recipe=tuned`: which runs a line becomes, and which of them the table shows."""
+"""`lr_search=grid`: which runs a line becomes, and which of them the table shows."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,11 @@ from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import read
 
 LOW, OWN, HIGH = 0.001, 0.01, 0.1  # of digits' recipe, with factors 0.1, 1 and 10
-THREE = "grid.factors=[0.1,1,10]"
+THREE = "lr_grid.factors=[0.1,1,10]"
 
 
 def tuned(out: Path, *words: str) -> list[Config]:
-    return compose.configurations([f"out={out}", "recipe=tuned", *words])
+    return compose.configurations([f"out={out}", "lr_search=grid", *words])
 
 
 def planted(out: Path, val: dict[float, float], *words: str, method: str = "dorefa") -> None:
@@ -51,12 +51,12 @@ def test_a_line_becomes_a_run_for_each_rate(tmp_path: Path) -> None:
 
 
 def test_the_grid_lies_around_the_rate_given(tmp_path: Path) -> None:
-    runs = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.02", "grid.factors=[0.5,1,2]")
+    runs = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.02", "lr_grid.factors=[0.5,1,2]")
     assert [(c.optim.lr, c.optim.lr_end) for c in runs] == [(0.01, 0.0), (0.02, 0.0), (0.04, 0.0)]
-    other = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.01", "grid.factors=[0.5,1,2]")
+    other = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.01", "lr_grid.factors=[0.5,1,2]")
     assert other[1].optim == runs[0].optim
     assert other[1].protocol() != runs[0].protocol(), "another grid"
-    wider = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.02", "grid.factors=[0.25,1]")
+    wider = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.02", "lr_grid.factors=[0.25,1]")
     assert wider[1].protocol() != runs[1].protocol()
 
 
@@ -65,8 +65,8 @@ def test_every_cell_of_a_sweep_has_the_same_grid(tmp_path: Path) -> None:
     assert len(runs) == len({c.directory() for c in runs}) == 4 * 2 * 5
     assert len({json.dumps(c.protocol(), sort_keys=True) for c in runs}) == 1
     assert len({parent(c).directory() for c in runs}) == 2, "a float parent for each seed"
-    mixed = compose.configurations(["-m", "method=dorefa", "recipe=unified,tuned"])
-    assert [c.recipe for c in mixed] == ["unified"] + ["tuned"] * 5
+    mixed = compose.configurations(["-m", "method=dorefa", "lr_search=none,grid"])
+    assert [c.lr_search for c in mixed] == ["unified"] + ["tuned"] * 5
 
 
 def test_what_trains_nothing_is_one_run(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_unified_run_is_the_one_it_was(configure: Configure) -> None:
     config = configure("method=dorefa")
     for part in (config.identity(), config.protocol()):
         assert not {"recipe", "grid"} & set(part)
-    assert configure("method=dorefa", "recipe=unified").directory() == config.directory()
+    assert configure("method=dorefa", "lr_search=none").directory() == config.directory()
 
 
 def test_a_stored_run_of_the_grid_comes_back_as_itself(tmp_path: Path) -> None:
@@ -99,29 +99,29 @@ def test_a_stored_run_of_the_grid_comes_back_as_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["-m", "method=dorefa,ptq", "seed=0,1"], ["-m", "method=ttq"]])
 def test_launchers_of_hydra_get_the_same_runs(tmp_path: Path, words: list[str]) -> None:
     got: list[Any] = []
-    compose.dispatch(["recipe=tuned", f"out={tmp_path}", *words], got.append)
+    compose.dispatch(["lr_search=grid", f"out={tmp_path}", *words], got.append)
     assert [from_node(node) for node in got] == tuned(tmp_path, *words)
 
 
 REFUSED = {
-    "recipe=tunned": ("recipe=tunned", "unified, tuned"),
+    "lr_search=gird": ("lr_search=gird", "unified, tuned"),
     "dataset.val=0": ("dataset.val=0", "add dataset.val=0.1"),
-    "grid.factors=[1]": ("grid.factors", "two or more ascending numbers"),
-    "grid.factors=[1,0.5]": ("grid.factors", "ascending"),
-    "grid.factors=[0,1]": ("grid.factors", "above 0"),
-    "grid.factors=[1,inf]": ("grid.factors", "ascending"),
-    "grid.factors=3": ("grid.factors=3", "a list"),
-    "grid.factor=[1,2]": ("grid.factor", "grid.factors"),
-    "grid.lr=0.1": ("grid.lr", "no such key"),
-    "+grid.lr=0.1": ("grid.lr", "set optim.lr"),
-    "grid.factors=[1,1e400]": ("grid.factors", "ascending"),
+    "lr_grid.factors=[1]": ("lr_grid.factors", "two or more ascending numbers"),
+    "lr_grid.factors=[1,0.5]": ("lr_grid.factors", "ascending"),
+    "lr_grid.factors=[0,1]": ("lr_grid.factors", "above 0"),
+    "lr_grid.factors=[1,inf]": ("lr_grid.factors", "ascending"),
+    "lr_grid.factors=3": ("lr_grid.factors=3", "a list"),
+    "grid.factor=[1,2]": ("grid.factor", "lr_grid.factors"),
+    "lr_grid.lr=0.1": ("lr_grid.lr", "no such key"),
+    "+lr_grid.lr=0.1": ("lr_grid.lr", "set optim.lr"),
+    "lr_grid.factors=[1,1e400]": ("lr_grid.factors", "ascending"),
     "optim.lr=1e308": ("no learning rate", "optim.lr=1e+308"),
 }
 
 
 @pytest.mark.parametrize("word", REFUSED)
 def test_refused_with_the_fix(tmp_path: Path, word: str) -> None:
-    words = ["recipe=tuned", word] if not word.startswith("recipe") else [word]
+    words = ["lr_search=grid", word] if not word.startswith("recipe") else [word]
     with pytest.raises(ConfigError) as caught:
         compose.configurations(["method=dorefa", *words])
     for phrase in REFUSED[word]:
@@ -130,8 +130,8 @@ def test_refused_with_the_fix(tmp_path: Path, word: str) -> None:
 
 
 def test_a_grid_that_nobody_uses_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no effect without recipe=tuned"):
-        compose.configurations(["method=dorefa", "grid.factors=[1,2]"])
+    with pytest.raises(ConfigError, match="no effect without lr_search=grid"):
+        compose.configurations(["method=dorefa", "lr_grid.factors=[1,2]"])
 
 
 def test_validation_chooses_and_test_figures_of_the_others_stay_hidden(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_without_validation_figures_nothing_is_chosen(tmp_path: Path) -> None:
 
 def test_tuned_and_unified_stand_apart(configure: Configure, tmp_path: Path) -> None:
     planted(tmp_path, {LOW: 80.0, OWN: 90.0, HIGH: 85.0})
-    title = 'resnet8 on digits; protocol with grid.factors=[0.1, 1.0, 10.0], recipe="tuned"'
+    title = 'resnet8 on digits; protocol with lr_grid.factors=[0.1, 1.0, 10.0], recipe="tuned"'
     assert only_table(tmp_path).title == title
     plant(configure("method=dorefa"), 60.0, 90.0)
     titles = {table.title: table.values[1]["top1_mean"] for table in compare(read([str(tmp_path)]))}
@@ -243,7 +243,13 @@ def test_tuned_and_unified_stand_apart(configure: Configure, tmp_path: Path) -> 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One float parent, a run for each rate, one row; the same line again trains nothing."""
-    words = ["experiment=smoke", "method=dorefa", "recipe=tuned", "grid.factors=[0.01,1]", "runtime.tensorboard=false"]
+    words = [
+        "experiment=smoke",
+        "method=dorefa",
+        "lr_search=grid",
+        "lr_grid.factors=[0.01,1]",
+        "runtime.tensorboard=false",
+    ]
     assert main([*words, f"out={tmp_path}"]) == 0
     shown = capsys.readouterr().out
     stored = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}

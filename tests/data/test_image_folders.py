@@ -714,9 +714,9 @@ def test_what_decides_the_result(configure: Configure) -> None:
     assert place("dataset=folder", "dataset.root=a") != place("dataset=folder", "dataset.root=b")
     for name in ("imagenet", "tiny_imagenet"):
         assert place(f"dataset={name}", "dataset.root=a") == place(f"dataset={name}", "dataset.root=b")
-    assert place("dataset=folder", "runtime.workers=0") == place("dataset=folder", "runtime.workers=8")
+    assert place("dataset=folder", "runtime.num_workers=0") == place("dataset=folder", "runtime.num_workers=8")
     with pytest.raises(ConfigError, match=r"runtime\.workers"):
-        compose.configurations(["runtime.workers=-1"])
+        compose.configurations(["runtime.num_workers=-1"])
 
 
 @pytest.mark.parametrize("sizes", ["one", "many"])

@@ -216,7 +216,7 @@ HWGQ = [
         (np.where(X > 0, np.clip(np.ceil(X / STEP - 0.5), 1, 3), 0) * STEP, G * (X > 0) * (X <= 3 * STEP)),
         (np.clip(np.round(X / 0.538), 0, 3) * 0.538, G * (X > 0) * (X <= 3 * 0.538)),
     ),
-    Case("hwgq", "affine_norm", {}, lambda method: (method.requires.norm,), ("plain",), ("affine",)),
+    Case("hwgq", "affine_norm", {}, lambda method: (method.requires.norm,), ("no_affine",), ("affine",)),
     Case("hwgq", "no_alpha", {}, weights, (ALPHA * SIGNS, G), (SIGNS, G)),
 ]  # fmt: skip
 
@@ -471,7 +471,7 @@ def test_declared_levels_are_those_it_has_after_training(method: str, name: str)
         if layer.bits.w < FLOAT:
             layer.weight_q.bytes(layer.weight)
     found = verify(model.eval(), x)
-    assert all(1 <= count["found"] <= count["allowed"] for layer in found.values() for count in layer.values())
+    assert all(1 <= count.found <= count.allowed for layer in found.values() for count in layer.values())
 
 
 # The table of what they cost

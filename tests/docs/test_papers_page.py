@@ -81,7 +81,7 @@ def test_every_paper_of_the_ledger_has_its_section() -> None:
         assert f"**{paper.title}.** {', '.join(paper.authors)}; {paper.year};" in said
         assert f"]({paper.link})" in said
         assert " ".join(paper.idea.split()) in said
-        assert f"`qbench ledger --paper {paper.key}`" in said
+        assert f"`qbench published --paper {paper.key}`" in said
         for part in ("Claimed", "Measured here", "Deviations"):
             assert f"**{part}**" in said, (paper.name, part)
         assert paper.affiliation in said or "Affiliation not known" in said

@@ -105,7 +105,7 @@ def test_something_is_quantized_and_lies_on_its_levels(name: str, smoke: Configu
     assert found
     for layer in found.values():
         for key, count in layer.items():
-            assert 2 <= count["found"] <= count["allowed"], (key, count)
+            assert 2 <= count.found <= count.allowed, (key, count)
 
 
 @every_method

@@ -504,7 +504,7 @@ def test_updates_are_rounded_and_saturate_in_their_own_format(il: int, rate: flo
 def test_the_check_of_a_run_covers_all_widths(bits: int) -> None:
     model = perceptron(gupta.build(w=bits, a=bits, g=bits))
     counts = verify(model, torch.rand(8, 1, 2, 2))
-    assert {count["allowed"] for found in counts.values() for count in found.values()} == {2**bits}
+    assert {count.allowed for found in counts.values() for count in found.values()} == {2**bits}
     with torch.no_grad():
         model.fc2.weight[0, 0] += 2.0 ** (1 - bits)
     with pytest.raises(NotQuantized, match="fc2: weights"):

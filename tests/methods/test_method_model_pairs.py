@@ -124,7 +124,7 @@ def trains(config: Config) -> None:
     batch = torch.rand(2, *parts.data.shape).to(memory_format=torch.channels_last), torch.tensor([0, 1])
     model, method = parts.install(parts.float_model()), parts.method
     if config.distill.on:
-        assert config.distill.teacher == "parent"
+        assert config.distill.teacher == "baseline"
         method = distilled(method, parts.float_model().eval().requires_grad_(False))
     probe = Probe([batch], F.cross_entropy)
     if method.prepare:
@@ -143,7 +143,7 @@ def trains(config: Config) -> None:
     assert fully_quantized(model)
     found = verify(model, batch[0])
     assert bool(found) == (parts.method.bits != Bits())
-    assert all(counts["w"]["found"] > 1 for counts in found.values() if "w" in counts), "one value for all weights"
+    assert all(counts["w"].found > 1 for counts in found.values() if "w" in counts), "one value for all weights"
 
 
 def failures(configs: dict[str, Config]) -> list[str]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.bits import LevelCount
 from qbench.methods import dq, qd
 from qbench.models import resnet
 from qbench.quant import fused_kernels as passes
@@ -503,7 +504,7 @@ def test_one_state_dict_holds_all() -> None:
 def test_weights_lie_on_the_levels_of_their_buckets(build: Callable[..., object], bucket: int) -> None:
     model = install(build(w=2, bucket=bucket), network())  # type: ignore[arg-type]
     for counts in verify(model, batch()[0]).values():
-        assert counts["w"] == {"found": 4, "allowed": 4}
+        assert counts["w"] == LevelCount(4, 4)
 
 
 def test_one_weight_off_its_buckets_levels_is_found() -> None:

@@ -292,6 +292,12 @@ def test_32_bits_leave_the_network_alone() -> None:
     assert not ptq.build().needs_training
 
 
+def top1_of(model: nn.Module, loader: Loader) -> float:
+    found = evaluate(model, loader.plain("test"))
+    assert found is not None
+    return found.top1
+
+
 def test_int8_is_within_a_point_of_float_on_digits() -> None:
     loader = Loader(digits.build(), 64, 0, torch.device("cpu"))
     torch.manual_seed(0)
@@ -304,21 +310,21 @@ def test_int8_is_within_a_point_of_float_on_digits() -> None:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             schedule.step()
-    parent = evaluate(model, loader.plain("test"))["top1"]
+    parent = top1_of(model, loader)
     assert parent > 94
     probe = list(loader.plain("train", 256))
     for options in ({}, {"weights": "minmax", "calibration": "percentile", "reestimate": False}, {"channel": False}):
         child = prepared(copy.deepcopy(model), probe, **options)
-        assert abs(evaluate(child, loader.plain("test"))["top1"] - parent) <= 1
+        assert abs(top1_of(child, loader) - parent) <= 1
         found = verify(child, probe[0][0])
-        assert max(layer["w"]["found"] for layer in found.values()) > 16
+        assert max(layer["w"].found for layer in found.values()) > 16
         assert all(
-            layer["w"]["allowed"] == 255 and layer.get("a", {}).get("allowed", 256) == 256 for layer in found.values()
+            layer["w"].allowed == 255 and ("a" not in layer or layer["a"].allowed == 256) for layer in found.values()
         )
     ternary = {}
     for again in (True, False):
         child = prepared(copy.deepcopy(model), probe, w=2, a=32, reestimate=again)
-        ternary[again] = evaluate(child, loader.plain("test"))["top1"]
+        ternary[again] = top1_of(child, loader)
     assert ternary[True] > ternary[False] + 10, "at two bits the statistics of the float network are wrong"
 
 

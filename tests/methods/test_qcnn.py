@@ -269,7 +269,7 @@ def test_correction_lowers_response_errors_on_images_held_out(monkeypatch: pytes
         assert method.prepare is not None
         method.prepare(model, probe)
         errors[correction] = response_errors(model, held)
-        assert all(layer["w"]["found"] == 16 for layer in verify(model, held[:64]).values())
+        assert all(layer["w"].found == 16 for layer in verify(model, held[:64]).values())
     assert all(errors[True][name] < 0.6 * errors[False][name] for name in errors[True]), errors
     # What each layer was told: its float response, and its input behind the layers quantized before.
     order = [n for n, _ in sorted(quantized_layers(model).items(), key=lambda item: execution(model, images, item[0]))]

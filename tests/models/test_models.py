@@ -24,7 +24,7 @@ from qbench.system import torchvision as vision
 CONF = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
 HEAVY = ("alexnet", "vgg16", "vgg16_bn")
 CIFAR, MNIST, IMAGENET, DIGITS = (3, 32, 32), (1, 28, 28), (3, 224, 224), (1, 8, 8)
-NORMS = ("affine", "plain", "none")
+NORMS = ("affine", "no_affine", "none")
 
 Build = Callable[..., nn.Module]
 OWN: list[tuple[Build, tuple[int, int, int], dict[str, Any]]] = [
@@ -72,12 +72,12 @@ def test_resnet20_by_hand() -> None:
     pre_bn = 2 * (6 * 16 + 16 + 5 * 32 + 32 + 5 * 64 + 64)  # in front of the convolutions and of the head
     assert count(resnet.build(CIFAR, 10, form="post")) == convs + post_bn + 650
     assert count(resnet.build(CIFAR, 10, form="pre")) == convs + pre_bn + 650
-    assert count(resnet.build(CIFAR, 10, norm="plain")) == convs + 650
+    assert count(resnet.build(CIFAR, 10, norm="no_affine")) == convs + 650
 
 
 def test_vgg_small_is_hwgqs() -> None:
     """4,657,546 parameters and 607.6 M multiply-adds, counted from the authors' prototxt."""
-    model = vgg_small.build(CIFAR, 10, norm="plain")
+    model = vgg_small.build(CIFAR, 10, norm="no_affine")
     assert count(model) == 4_657_546
     assert sum(count_macs(model, CIFAR).values()) / 1e6 == pytest.approx(607.6, abs=0.05)
     kinds = [(type(m).__name__, getattr(m, "out_channels", "")) for m in model if not isinstance(m, nn.ReLU)]
@@ -218,7 +218,7 @@ def test_files_of_conf_hold_the_builders_keys(name: str) -> None:
 def test_plain_has_no_scale_or_shift_in_front_of_quantizers(
     build: Build, shape: tuple[int, int, int], options: dict[str, Any]
 ) -> None:
-    model = build(shape, 10, norm="plain", **options)
+    model = build(shape, 10, norm="no_affine", **options)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
     assert norms
     assert [n for n, m in norms.items() if m.affine] == (["bn6"] if build is vgg_small.build else [])

@@ -113,16 +113,16 @@ def test_dorefas_alexnet() -> None:
 def test_hwgqs_alexnet() -> None:
     """By hand from the prototxt: eight layers without bias but the last, no scale or shift anywhere."""
     convs = 11**2 * 3 * 96 + 5**2 * 96 * 256 + 9 * (256 * 384 + 384 * 384 + 384 * 256)
-    model = published("hwgq_alexnet", CAFFE, 1000, norm="plain")
+    model = published("hwgq_alexnet", CAFFE, 1000, norm="no_affine")
     assert count(model) == convs + 9216 * 4096 + 4096**2 + 4096 * 1000 + 1000 == 62_368_776
     with torch.device("meta"):
-        assert count(hwgq_alexnet.build(IMAGENET, 1000, norm="plain")) == 62_368_776  # Caffe's maximum rounds up
+        assert count(hwgq_alexnet.build(IMAGENET, 1000, norm="no_affine")) == 62_368_776  # Caffe's maximum rounds up
 
 
 def test_hwgqs_resnet18() -> None:
     """torchvision's 11,689,512 without BN's 9,600; conv1's bias; scale and shift in front of the eight sums."""
     ends = 2 * (2 * (64 + 128 + 256 + 512) + 128 + 256 + 512)
-    assert count(published("hwgq_resnet18", IMAGENET, 1000, norm="plain")) == 11_689_512 - 9_600 + 64 + ends
+    assert count(published("hwgq_resnet18", IMAGENET, 1000, norm="no_affine")) == 11_689_512 - 9_600 + 64 + ends
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("18", 11_689_512), ("34", 21_797_672), ("50", 25_557_032)])
@@ -232,7 +232,7 @@ def test_polinos_teacher_drops_as_the_authors_do() -> None:
 
 
 def test_which_normalizations_hwgq_leaves_scale_and_shift() -> None:
-    model = hwgq_resnet.build(CIFAR, 5, depth=18, width=4, norm="plain")
+    model = hwgq_resnet.build(CIFAR, 5, depth=18, width=4, norm="no_affine")
     affine = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine}
     blocks = [f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)]
     assert affine == {f"{b}.bn" for b in blocks} | {f"layer{stage}.0.downsample.1" for stage in (2, 3, 4)}
@@ -375,7 +375,7 @@ def test_replacing_activations_changes_no_value(name: str) -> None:
     x = images(name)
     kept, replaced = (
         install(dorefa.build(w=4, a=4), copy.deepcopy(float_model), example=x, act=act).eval()
-        for act in ("kept", "replaced")
+        for act in ("keep", "fused")
     )
     last = list(quantizable(float_model))[-1]
     taken = {n for n, m in replaced.named_modules() if isinstance(m, BypassedActivation)}
@@ -388,7 +388,7 @@ def test_methods_that_are_the_activation_take_every_layer(name: str) -> None:
     float_model = thin(name)
     for method, model in (
         (xnor.build(w=1, a=1), copy.deepcopy(float_model)),
-        (hwgq.build(w=1, a=2), thin(name, norm="plain") if name in NORMED else copy.deepcopy(float_model)),
+        (hwgq.build(w=1, a=2), thin(name, norm="no_affine") if name in NORMED else copy.deepcopy(float_model)),
     ):
         layers = list(quantizable(model))
         install(method, model, example=images(name))
@@ -442,8 +442,8 @@ def test_replacing_activations_of_torchvisions_alexnet_changes_no_value() -> Non
     model = zoo.build(IMAGENET, 5, net="alexnet")
     x, method = torch.randn(1, *IMAGENET), dorefa.build(w=32, a=4)
     with torch.no_grad():
-        kept = install(method, copy.deepcopy(model), example=x, act="kept").eval()(x)
-        assert torch.equal(install(method, model, example=x, act="replaced").eval()(x), kept)
+        kept = install(method, copy.deepcopy(model), example=x, act="keep").eval()(x)
+        assert torch.equal(install(method, model, example=x, act="fused").eval()(x), kept)
     assert kept.std() > 0
 
 
@@ -469,7 +469,7 @@ def test_two_bits_of_dorefa_train(name: str) -> None:
     assert model(x).shape == (4, 5)
 
 
-@pytest.mark.parametrize("norm", ["affine", "plain", "none"])
+@pytest.mark.parametrize("norm", ["affine", "no_affine", "none"])
 @pytest.mark.parametrize("name", NORMED)
 def test_normalizations(name: str, norm: str) -> None:
     model = thin(name, norm=norm)
@@ -477,7 +477,7 @@ def test_normalizations(name: str, norm: str) -> None:
     assert model.norm == norm
     assert model(images(name)).isfinite().all()
     assert bool(norms) == (norm != "none")
-    assert all(m.affine for m in norms) == (norm != "plain" or not norms)
+    assert all(m.affine for m in norms) == (norm != "no_affine" or not norms)
 
 
 # What is refused

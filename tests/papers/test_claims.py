@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import evaluation
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -28,7 +29,7 @@ from qbench.report.statistics.differences import Difference, paired, two_way
 from qbench.report.statistics.hypothesis_tests import equivalent, evidence, holm, noninferior
 from qbench.report.statistics.power import needed
 from qbench.runs.reader import RunRecord
-from qbench.runs.result import Result
+from qbench.runs.result import BaselineResult, Protocol, Result
 
 FOLDER = ROOT / "conf" / "experiment" / "claims"
 
@@ -407,13 +408,20 @@ def _run(tmp_path: Path, name: str, hits: list[int] | None, top1: float, base: R
     path.mkdir(parents=True)
     if hits is not None:
         np.save(path / "predictions.npy", np.array([[3, 3 if hit else 4] for hit in hits], dtype=np.int16))
-    final = {"test": {"top1": top1}}
+    final = evaluation(top1)
     parent = None
     if base is not None and base.result is not None:
-        parent = {"run": base.result.run, "final": base.result.final, "best": None}
+        parent = BaselineResult(run=base.result.run, final=base.result.final)
     values: dict[str, Any] = {"bits": {"w": 2, "a": 32, "g": 32}, "seed": 0, "dataset": "digits", "model": "resnet8"}
     result = Result(
-        status="done", method="x", run=str(path), final=final, float=parent, protocol={}, wall_seconds=2.0, **values
+        status="done",
+        method="x",
+        run=str(path),
+        final=final,
+        baseline=parent,
+        protocol=Protocol(hash="", keys={}),
+        wall_seconds=2.0,
+        **values,
     )
     return RunRecord(path=path, status="done", result=result)
 

@@ -328,12 +328,12 @@ def test_json_has_plain_numbers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--paper", "dorefo"], "ledger --paper dorefo: no such paper; did you mean dorefa?"),
-        (["--provenance", "verfied"], "ledger --provenance verfied; did you mean verified?"),
-        (["--paprr", "ttq"], "ledger: no such flag: --paprr; did you mean --paper?"),
-        (["--format", "xml"], "ledger --format xml"),
-        (["--paper"], "ledger --paper wants a value"),
-        (["ttq"], "ledger: no such flag: ttq"),
+        (["--paper", "dorefo"], "published --paper dorefo: no such paper; did you mean dorefa?"),
+        (["--provenance", "verfied"], "published --provenance verfied; did you mean verified?"),
+        (["--paprr", "ttq"], "published: no such flag: --paprr; did you mean --paper?"),
+        (["--format", "xml"], "published --format xml"),
+        (["--paper"], "published --paper wants a value"),
+        (["ttq"], "published: no such flag: ttq"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], said: str) -> None:

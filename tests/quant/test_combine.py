@@ -29,8 +29,8 @@ def test_each_half_quantizes_what_it_is_for() -> None:
     method = combine(ttq.build(), hwgq.build(w=32, a=3))
     assert str(method.bits) == "w2a3g32"
     assert method.name == "ttq+hwgq"
-    assert method.requires.norm == "plain"
-    model = install(method, mlp.build(SHAPE, 3, hidden=3, width=8, norm="plain"))
+    assert method.requires.norm == "no_affine"
+    model = install(method, mlp.build(SHAPE, 3, hidden=3, width=8, norm="no_affine"))
     for layer in quantized_layers(model).values():
         assert isinstance(layer.weight_q, ttq.TTQWeight)
         assert isinstance(layer.input_q, hwgq.HWGQActivation)
@@ -113,7 +113,7 @@ def result_of(configure: Configure, *words: str) -> Result:
 def test_a_teacher_for_every_method(configure: Configure) -> None:
     plain, taught = (result_of(configure, "method=dorefa", *words) for words in ([], ["distill=kd"]))
     assert plain.weights_sha256 != taught.weights_sha256
-    assert plain.protocol["hash"] != taught.protocol["hash"], "a teacher is protocol where the method does not ask"
+    assert plain.protocol.hash != taught.protocol.hash, "a teacher is protocol where the method does not ask"
     assert plain.float == taught.float
 
 
@@ -134,7 +134,7 @@ def test_a_finished_run_teaches(configure: Configure, tmp_path: Path) -> None:
     taught = result_of(configure, "method=bwn", "distill=kd", f"distill.teacher={teacher.run}")
     again = result_of(configure, "method=bwn", "distill=kd")
     assert taught.weights_sha256 != again.weights_sha256, "the parent is another teacher"
-    assert taught.protocol["keys"]["distill"]["teacher"] != "parent"
+    assert taught.protocol.keys["distill"]["teacher"] != "baseline"
     with pytest.raises(ConfigError, match="was trained on digits"):
         result_of(configure, "method=bwn", "dataset=synthetic", "distill=kd", f"distill.teacher={teacher.run}")
     with pytest.raises(ConfigError, match="no such directory"):
@@ -234,12 +234,12 @@ def test_every_result_carries_the_card_and_the_predictions(configure: Configure)
     answers = np.load(Path(result.run) / "predictions.npy")
     assert answers.dtype == np.int16
     assert result.final is not None
-    assert 100 * (answers[:, 0] == answers[:, 1]).mean() == pytest.approx(result.final["test"]["top1"])
+    assert 100 * (answers[:, 0] == answers[:, 1]).mean() == pytest.approx(result.top1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_has_a_name(bad: float) -> None:
-    model = install(hwgq.build(), mlp.build(SHAPE, 3, hidden=3, width=8, norm="plain"))
+    model = install(hwgq.build(), mlp.build(SHAPE, 3, hidden=3, width=8, norm="no_affine"))
     x = torch.randn(4, *SHAPE)
     x[0, 0, 0, 0] = bad
     with pytest.raises(NotFinite, match=r"fc1: 1 of 64 values of its input are inf or nan"):

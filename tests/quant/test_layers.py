@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from qbench.bits import LevelCount
 from qbench.cost.count import count_cost, count_macs
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
@@ -27,11 +28,11 @@ def net(method: Method, policy: Policy | None = None) -> nn.Module:
 def test_levels_are_counted_where_the_layer_computes() -> None:
     found = verify(net(dorefa.build(w=3, a=2, g=4), Policy(last=8, first=8)), X)
     assert list(found) == ["conv1", *[f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)], "fc"]
-    assert found["layer1.0.conv1"]["w"] == {"found": 8, "allowed": 8}
-    assert found["layer1.0.conv1"]["a"] == {"found": 4, "allowed": 4}
-    assert found["layer1.0.conv1"]["g"]["allowed"] == 16
-    assert 8 < found["layer1.0.conv1"]["g"]["found"] <= 16
-    assert found["conv1"]["w"]["allowed"] == 256
+    assert found["layer1.0.conv1"]["w"] == LevelCount(8, 8)
+    assert found["layer1.0.conv1"]["a"] == LevelCount(4, 4)
+    assert found["layer1.0.conv1"]["g"].allowed == 16
+    assert 8 < found["layer1.0.conv1"]["g"].found <= 16
+    assert found["conv1"]["w"].allowed == 256
 
 
 @pytest.mark.parametrize("part", ["w", "a", "g"])
@@ -78,7 +79,7 @@ def test_a_large_group_hides_no_small_one_and_fine_steps_count() -> None:
     scales[0] = 1e4
     points = torch.stack([-scales, scales], 1)
     layer.weight_q = Grouped(points, 0.0)
-    assert verify(model, X)["layer2.0.conv1"]["w"] == {"found": 2, "allowed": 2}
+    assert verify(model, X)["layer2.0.conv1"]["w"] == LevelCount(2, 2)
     layer.weight_q = Grouped(points, 0.01)
     with pytest.raises(NotQuantized):
         verify(model, X)

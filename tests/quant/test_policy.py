@@ -104,7 +104,7 @@ def test_activations_are_replaced_where_all_their_readers_are_quantized() -> Non
 
 
 def test_replacing_the_relu_leaves_the_clip_networks_values() -> None:
-    kept, replaced = (install(dorefa.build(w=2, a=2), net(), example=X, act=a).eval() for a in ("kept", "replaced"))
+    kept, replaced = (install(dorefa.build(w=2, a=2), net(), example=X, act=a).eval() for a in ("keep", "fused"))
     assert torch.equal(kept(X), replaced(X))
 
 
@@ -116,7 +116,7 @@ def test_required_replacement_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(Unsupported, match="same bits"):
         install(method, net(shortcut="B"), Policy(downsample="float"), example=X)
     with pytest.raises(Unsupported, match="not kept"):
-        install(method, net(), example=X, act="kept")
+        install(method, net(), example=X, act="keep")
 
 
 def test_only_exact_layers_with_zero_padding() -> None:

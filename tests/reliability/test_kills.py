@@ -30,12 +30,12 @@ from qbench.training.checkpoint import unpack, weights_sha256
 SIZE = "optim.batch_size={0} pretrain.optim.batch_size={0}"
 LINE = ["experiment=smoke", "method=dorefa", "bits=w2a2g4", "optim.ema=0.9"]
 LONG = [*LINE, *SIZE.format(128).split(), "epochs=2", "pretrain.epochs=2"]  # 10 steps an epoch
-SHORT = [*LINE, *SIZE.format(512).split(), "epochs=2", "runtime.save_seconds=0"]  # 2 steps an epoch
+SHORT = [*LINE, *SIZE.format(512).split(), "epochs=2", "runtime.checkpoint_seconds=0"]  # 2 steps an epoch
 QUIET = "runtime.tensorboard=false"
 VARIANTS = [
     [tensorboard, saving]
     for tensorboard in (QUIET, "runtime.tensorboard=true")
-    for saving in ("runtime.save_seconds=60", "runtime.save_seconds=0")
+    for saving in ("runtime.checkpoint_seconds=60", "runtime.checkpoint_seconds=0")
 ]  # the last one takes longest
 Note = Callable[[str], None]
 SECONDS = 120  # that no command here may take
@@ -267,7 +267,7 @@ def test_a_waiter_takes_over(server: Server, tmp_path: Path, rounds: int, note: 
     """R10: whoever trains the parent is killed while four wait; one of them goes on from its checkpoint."""
     slowest = 0.0
     for seed in range(rounds):
-        words = [*LINE, QUIET, "pretrain.epochs=6", "runtime.save_seconds=0", f"seed={seed}"]
+        words = [*LINE, QUIET, "pretrain.epochs=6", "runtime.checkpoint_seconds=0", f"seed={seed}"]
         expected = alone(server, words, tmp_path / f"alone{seed}")
         out, announced = tmp_path / f"killed{seed}", tmp_path / f"announced{seed}"
         leader = server.start([*words, "optim.lr=0.01"], out=out, announce=announced)

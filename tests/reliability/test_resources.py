@@ -15,7 +15,7 @@ from helpers import finished_digests, qbench
 
 from qbench.training.checkpoint import unpack
 
-WORDS = ["experiment=smoke", "method=dorefa", "bits=w2a2g4", "epochs=2", "runtime.save_seconds=0"]
+WORDS = ["experiment=smoke", "method=dorefa", "bits=w2a2g4", "epochs=2", "runtime.checkpoint_seconds=0"]
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EACCES")
 MEANT = {
     "ENOSPC": "No space left",

@@ -164,7 +164,7 @@ def comparable(result: Result) -> dict[str, Any]:
     """A result but for its place, the time of the whole process, and the memory that it held."""
     values = dataclasses.asdict(result)
     del values["run"], values["wall_seconds"], values["speed"]["peak_bytes"]
-    (values["float"] or {}).pop("run", None)
+    (values["baseline"] or {}).pop("run", None)
     return values
 
 
@@ -254,8 +254,8 @@ def test_images_and_epochs_count_the_whole_run(at: At) -> None:
 
 
 WATCHED = {
-    "saved after every step": ["runtime.save_seconds=0"],
-    "never saved inside an epoch": ["runtime.save_seconds=1e9"],
+    "saved after every step": ["runtime.checkpoint_seconds=0"],
+    "never saved inside an epoch": ["runtime.checkpoint_seconds=1e9"],
     "few losses logged": ["runtime.log_every=7"],
     "with TensorBoard": ["runtime.tensorboard=true"],
     "with a live bar": ["runtime.progress=true"],
@@ -300,11 +300,11 @@ def test_how_many_processes_decode_images_changes_nothing(
     assert isinstance(assemble(config).data.train, Files), "they stream"
     base, questions = alone(config)
     for workers in (1, 2):
-        again, asked = alone(at(f"workers{workers}", *words, f"runtime.workers={workers}"))
+        again, asked = alone(at(f"workers{workers}", *words, f"runtime.num_workers={workers}"))
         assert differences(base, again) == set(), replay(f"{workers} workers")
         assert asked == questions
         tally("runs with other workers (R4)")
-    other = beside(at("alone", *words, "runtime.workers=2"), base, "stopped")
+    other = beside(at("alone", *words, "runtime.num_workers=2"), base, "stopped")
     stopped(other, questions // 2)
     fewer = dataclasses.replace(other, runtime=dataclasses.replace(other.runtime, workers=0))
     assert differences(base, resumed(fewer)) == set(), replay("stopped with 2 workers, resumed with none")

@@ -16,7 +16,14 @@ from qbench.config.schema import parent
 from qbench.runs.directory import RunDirectory
 from qbench.training.checkpoint import unpack
 
-WORDS = ["experiment=smoke", "method=dorefa", "bits=w2a2g4", "epochs=4", "pretrain.epochs=3", "runtime.save_seconds=0"]
+WORDS = [
+    "experiment=smoke",
+    "method=dorefa",
+    "bits=w2a2g4",
+    "epochs=4",
+    "pretrain.epochs=3",
+    "runtime.checkpoint_seconds=0",
+]
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SOON = 10.0
 
@@ -94,7 +101,7 @@ def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, m
     from qbench.experiment.session import RunContext
     from qbench.runs.progress import ProgressReporter
 
-    config = configure(*WORDS, "method=float", "bits=w32a32g32", "runtime.save_seconds=1e9")
+    config = configure(*WORDS, "method=float", "bits=w32a32g32", "runtime.checkpoint_seconds=1e9")
     plain, asked = Loader.plain, []
 
     def slow(self: Loader, name: str, limit: int | None = None, size: int = 500) -> Any:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Configure
 from filelock import FileLock
-from helpers import plant
+from helpers import evaluation, plant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import FROM_LOGS, RunRecord, read, with_parents
-from qbench.runs.result import Result, with_checksum
+from qbench.runs.result import BaselineResult, Result, with_checksum
 
 
 def tables(config: Config) -> list[Table]:
@@ -92,20 +93,20 @@ def test_options_of_a_method_are_another_row_named_as_typed(configure: Configure
 
 def test_float_parents_on_another_kind_of_network_are_a_row_of_their_own(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.0, 98.0)
-    path = plant(configure("method=hwgq"), 95.0, 97.5, network={"norm": "plain"})
+    path = plant(configure("method=hwgq"), 95.0, 97.5, network={"norm": "no_affine"})
     stored = json.loads((path / "result.json").read_text())
-    stored["float"]["run"] = stored["float"]["run"].replace("00000000", "11111111")
+    stored["baseline"]["run"] = stored["baseline"]["run"].replace("00000000", "11111111")
     (path / "result.json").write_text(json.dumps(with_checksum(stored)))
     (table,) = tables(configure())
-    assert [row[0] for row in table.rows] == ["float", "float norm=plain", "dorefa", "hwgq"]
+    assert [row[0] for row in table.rows] == ["float", "float norm=no_affine", "dorefa", "hwgq"]
     assert [row[6] for row in table.rows] == ["98.00", "97.50", "97.00", "95.00"]
-    assert table.notes == ["hwgq is on a network with norm=plain, as its float parent is"]
+    assert table.notes == ["hwgq is on a network with norm=no_affine, as its float parent is"]
 
 
 def test_parents_beside_runs_are_read_and_none_twice(configure: Configure) -> None:
     parent = plant(configure("method=float"), 98.0)
-    told = {"float": {"run": f"elsewhere/before/{parent.name}", "final": {"test": {"top1": 98.0}}}}
-    child = plant(configure("method=dorefa"), 97.0, **told)
+    baseline = BaselineResult(run=f"elsewhere/before/{parent.name}", final=evaluation(98.0))
+    child = plant(configure("method=dorefa"), 97.0, baseline=baseline)
     plant(configure("method=dorefa", "seed=1"), 96.0, 98.0)  # its parent is gone
     below = read([configure().out])
     found = with_parents([run for run in below if run.path == child])
@@ -117,10 +118,16 @@ def test_parents_beside_runs_are_read_and_none_twice(configure: Configure) -> No
 def test_unlike_networks_are_never_averaged(configure: Configure) -> None:
     for seed in (0, 1):
         plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0)
-        plant(configure("method=dorefa", "model.norm=plain", f"seed={seed + 1}"), 90.0, 92.0, network={"norm": "plain"})
+        plant(
+            configure("method=dorefa", "model.norm=no_affine", f"seed={seed + 1}"),
+            90.0,
+            92.0,
+            network={"norm": "no_affine"},
+        )
     (table,) = tables(configure())
     assert [(v["method"], v["n"], v["top1_mean"]) for v in table.values] == [
-        ("float", 2, 98.0), ("float norm=plain", 2, 92.0), ("dorefa", 2, 97.0), ("dorefa model.norm=plain", 2, 90.0),
+        ("float", 2, 98.0), ("float norm=no_affine", 2, 92.0), ("dorefa", 2, 97.0),
+        ("dorefa model.norm=no_affine", 2, 90.0),
     ]  # fmt: skip
 
 
@@ -201,7 +208,7 @@ def test_from_the_logs_where_the_result_is_missing(smoke: Configure) -> None:
 
     config = smoke("method=dorefa", "runtime.tensorboard=true")
     result = run(config)
-    expected = result.final["test"]["top1"]  # type: ignore[index]
+    expected = result.top1
     path = Path(result.run)
     for missing in (["result.json"], ["config.yaml", "metrics.jsonl"]):
         for name in missing:
@@ -421,7 +428,7 @@ def test_no_change_to_one_value_of_a_record_is_a_bug(planted: tuple[str, Path], 
             node[key] = value
             file.write_text(json.dumps(values))
             try:
-                asked.run_compare([str(file), "--paper", "seed=0,1,3"])
+                asked.run_compare([str(file), "--published", "seed=0,1,3"])
             except ConfigError:
                 refused += 1
                 continue
@@ -518,7 +525,7 @@ def test_accuracy_at_equal_bytes(configure: Configure) -> None:
         (["--margin", "0"], "above 0"),
         (["--margin=wide"], "above 0"),
         (["--format", "txt"], "did you mean text"),
-        (["--pape"], "did you mean --paper"),
+        (["--publishe"], "did you mean --published"),
         (["method=dorefaa"], "method=dorefaa: no run has it; did you mean dorefa?\nthere are: dorefa, lsq"),
         (["epochs=3"], "epochs=3: no run has it\nthere are: 30"),
         (["bits=w4a2"], "bits=w4a2: no run has it; did you mean w4a4g32?\nthere are: w2a2g32, w4a4g32"),
@@ -544,7 +551,7 @@ def test_a_claim_without_a_figure_is_shown_and_is_no_number(configure: Configure
     nobody = next(r for r in rows() if r.metric.startswith("top1") and r.value is None and r.words)
     config = configure(f"experiment={nobody.paper}/{nobody.id}")
     plant(config, 90.0, 92.0)
-    text = asked.run_compare([config.out, "--paper", "--sort", "paper", "--format", "json"])
+    text = asked.run_compare([config.out, "--published", "--sort", "paper", "--format", "json"])
     (cell,) = [v for v in json.loads(text)["tables"][0]["rows"] if v.get("name") == nobody.method]
     assert (cell["paper_top1"], cell["paper_shown"]) == (None, "?")
 
@@ -558,7 +565,7 @@ def test_what_papers_claim(configure: Configure) -> None:
     plant(configure(*words, "method=dorefa"), 89.0, 92.0)
     plant(configure(*words, "method=dorefa", "method.deviation=rescaled_by_max"), 88.0, 92.0)
     plant(configure(*words, "method=ttq", "model.width=8"), 80.0, 82.0)
-    tables = asked.tables(asked.parse([configure().out, "--paper"]))
+    tables = asked.tables(asked.parse([configure().out, "--published"]))
     own, thin = sorted(tables, key=lambda t: len(t.rows), reverse=True)
     cells = {v["method"]: v for v in own.values}
     assert cells["ttq"]["published"][0]["claimed"] == 8.87
@@ -573,7 +580,7 @@ def test_what_papers_claim(configure: Configure) -> None:
     assert absent("dorefa", "resnet20", "cifar10") in own.notes
     assert all(not v.get("published") for v in thin.values), "a thinner network is not the paper's"
     made = plant(configure("method=dorefa", f"out={configure().out}/digits"), 97.0, 98.0)
-    (digits,) = asked.tables(asked.parse([str(made), "--paper"]))
+    (digits,) = asked.tables(asked.parse([str(made), "--published"]))
     assert "digits is in no paper of the ledger" in digits.notes
 
 
@@ -590,10 +597,10 @@ def model_result() -> Result:
 
 
 def _run(model: Result, place: str, method: str, width: int, seed: int, status: str, top1: float = 0.0) -> RunRecord:
-    values = {**vars(model), "method": method, "bits": {"w": width, "a": 32, "g": 32}, "seed": seed, "status": status}
-    protocol = model.protocol | {"identity": place}
-    final = {"test": {"top1": top1}} if status == "done" else None
-    result = Result(**values | {"run": place, "protocol": protocol, "final": final, "options": {}})
+    bits, final = {"w": width, "a": 32, "g": 32}, evaluation(top1) if status == "done" else None
+    result = replace(
+        model, method=method, bits=bits, seed=seed, status=status, run=place, identity=place, final=final, options={}
+    )
     known = status not in ("unfinished", "torn", "running")
     return RunRecord(path=Path(place), status=status, reason="why", result=result if known else None)
 
@@ -627,9 +634,9 @@ def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, m
     for seed in (0, 1):
         path = out / f"dorefa-w2a32g32-s{seed}-0000000{seed}"
         path.mkdir()
-        whole = {**vars(model_result), "seed": seed, "final": {"test": {"top1": 97.0 + seed}}}
+        whole = asdict(replace(model_result, seed=seed, final=evaluation(97.0 + seed), identity=str(seed)))
         del whole["run"]
-        text = json.dumps(with_checksum(whole | {"protocol": model_result.protocol | {"identity": str(seed)}}))
+        text = json.dumps(with_checksum(whole))
         for name, content in (
             ("result.json", text),
             ("manifest.json", "{}"),

@@ -162,7 +162,7 @@ def test_every_method_looks_different(configure: Configure, runs: Any) -> None:
     for i in range(20):
         own = path.with_name(f"m{i}")
         own.mkdir()
-        identity = stored["protocol"] | {"identity": str(i)}
+        identity = str(i)
         made = with_checksum(stored | {"method": f"_${i}_{{", "protocol": identity})
         (own / "result.json").write_text(json.dumps(made))
     figure = picture(*runs(), ["bits", "pareto"])

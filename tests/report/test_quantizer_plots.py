@@ -244,7 +244,7 @@ def test_every_method_draws(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     said = draw([name, *words])
     (file,) = tmp_path.iterdir()
     assert said == file.name
-    assert said.startswith(f"draw-{name}-w")
+    assert said.startswith(f"plot-{name}-w")
     assert file.read_bytes().startswith(b"\x89PNG")
 
 

@@ -122,7 +122,7 @@ def test_weights_that_grow_are_told_and_those_that_run_away_stop_the_run(configu
     assert len(notes) == 1
     assert notes[0].startswith(f"warning: {LAYER}: its largest weight, ")
     assert "times what it started with, in epoch 1, step 36; likely optim.lr is too high" in notes[0]
-    config = configure(*QUIET, NAMED, "method.fault=range", "method.times=3e4", "runtime.save_seconds=0")
+    config = configure(*QUIET, NAMED, "method.fault=range", "method.times=3e4", "runtime.checkpoint_seconds=0")
     with pytest.raises(Diverged, match=f"{LAYER}: its largest weight, .*, in epoch 1, step {STEP}; likely") as caught:
         run(config, RunContext(ProgressReporter(quiet=True)))
     assert caught.value.status == 6
@@ -144,7 +144,7 @@ def test_it_stops_at_the_end_of_the_epoch_where_nothing_is_saved_before(configur
 
 @pytest.mark.parametrize(("often", "step", "newest"), [("0", STEP, STEP - 1), ("1e9", 36, 18)])
 def test_a_scale_below_zero_stops_the_run(configure: Configure, often: str, step: int, newest: int) -> None:
-    config = configure(*QUIET, NAMED, "method.fault=scale", f"runtime.save_seconds={often}")
+    config = configure(*QUIET, NAMED, "method.fault=scale", f"runtime.checkpoint_seconds={often}")
     expected = f"{LAYER}.weight_q.step is -0.25, and must be above 0, in epoch 1, step {step}; likely a step was too"
     with pytest.raises(Diverged, match=expected):
         run(config, RunContext(ProgressReporter(quiet=True)))

@@ -25,7 +25,7 @@ def compare(found: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
 
     A cell is one method with its options at one set of widths; its figure is the mean over seeds of test top-1 after
     the last epoch. The difference is to each run's own float parent. Runs of unlike protocol are never averaged, nor
-    set in one table; the keys in which protocols differ are named. Of runs with recipe=tuned, those of the learning
+    set in one table; the keys in which protocols differ are named. Of runs with lr_search=grid, those of the learning
     rate that is best on validation are the cell, and the test figures of the others stand nowhere. With `by`, keys of
     `naming.facts`, runs that differ in them stand in tables of their own.
     """

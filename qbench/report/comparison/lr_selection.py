@@ -1,4 +1,6 @@
-"""`recipe=tuned`: the learning rate of a method at its widths, chosen on validation without a look at test figures."""
+"""`lr_search=grid`: the learning rate of a method at its widths, chosen on validation without a look at test
+figures.
+"""
 
 import math
 from collections import defaultdict
@@ -68,7 +70,7 @@ def _grid(run: Result) -> tuple[float, list[float]]:
     """Return the recipe's own rate and those of the grid, lowest first."""
     keys = run.protocol.keys
     own = float(keys["optim"]["lr"])
-    return own, sorted({scaled(own, factor) for factor in keys["grid"]["factors"]})
+    return own, sorted({scaled(own, factor) for factor in keys["lr_grid"]["factors"]})
 
 
 def _told(choice: SelectedLearningRate, epochs: Any) -> str:
@@ -103,4 +105,4 @@ def _seeds(seeds: Sequence[int]) -> str:
 def is_candidate(run: Result) -> bool:
     """Whether a run is one of a grid of learning rates, as its protocol says it."""
     keys = run.protocol.keys
-    return isinstance(run.options.get(RATE), int | float) and {"optim", "grid"} <= set(keys)
+    return isinstance(run.options.get(RATE), int | float) and {"optim", "lr_grid"} <= set(keys)

@@ -26,9 +26,9 @@ def titles(blocks: Mapping[Block, list[Result]]) -> dict[Block, str]:
             named[key] = f"{model} on {dataset}; protocol not known"
             continue
         names = differing[key[:2]]
-        if own.get("recipe") == '"tuned"':
-            names = sorted({*names, "grid.factors", "recipe"})
-        told = [f"{n}={own.get(n, '?')}" for n in names if n in own or not n.startswith("grid.")]
+        if own.get("lr_search") == '"grid"':
+            names = sorted({*names, "lr_grid.factors", "lr_search"})
+        told = [f"{n}={own.get(n, '?')}" for n in names if n in own or not n.startswith("lr_grid.")]
         named[key] = f"{model} on {dataset}" + (f"; protocol with {', '.join(told)}" if told else "")
     return named
 
@@ -39,8 +39,8 @@ def _differing(rivals: list[dict[str, str]]) -> list[str]:
 
 
 def _protocol(keys: dict[str, Any]) -> dict[str, str]:
-    """Return a protocol's keys as typed; `recipe` is left out of those that have the usual one."""
-    return flat({"recipe": "unified"} | keys if "optim" in keys else keys)
+    """Return a protocol's keys as typed; `lr_search` is left out of those that have the usual one."""
+    return flat({"lr_search": "none"} | keys if "optim" in keys else keys)
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
@@ -58,7 +58,7 @@ def facts(run: Result) -> dict[str, str]:
     own = {"method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status}
     own |= {"bits": run.widths} | {f"bits.{key}": width for key, width in run.bits.items()}
     nested = {"method": run.options, "model": run.network}
-    return flat({"recipe": "unified"} | run.protocol.keys) | flat(nested) | flat(own)
+    return flat({"lr_search": "none"} | run.protocol.keys) | flat(nested) | flat(own)
 
 
 def labels(results: Iterable[Result]) -> dict[str, str]:
