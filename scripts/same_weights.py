@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("seed=0", "pretrain.epochs=3", "epochs=3", "runtime.tensorboard=false", "runtime.progress=false")
 EXTRA = (
     "method=dorefa bits=w2a2g6",
-    "method=ttq activation=dorefa",
+    "method=ttq activation=dorefa bits=w2a2",
     "method=hwgq bits=w1a2",
     "method=dorefa bits=w4a4 distill=kd",
 )
