@@ -170,7 +170,7 @@ def _layers(parts: ExperimentSetup, model: nn.Module, whole: NetworkCost) -> Tab
     )
     for layer in costs:
         table.rows.append(_row(layer))
-        table.values.append(layer._asdict() | {"bits": layer.bits._asdict()})
+        table.values.append(asdict(layer) | {"bits": layer.bits._asdict()})
     rest = whole.params - sum(layer.params for layer in costs)
     blank = ("",) * 7
     if rest:

@@ -27,7 +27,7 @@ def main() -> None:
     gradient = torch.randn(64, COUNT // 64)
     works = {
         "floor(x n + rand_like(x))": lambda: torch.floor(x * LEVELS + torch.rand_like(x)),
-        "round_up_or_down(x n)": lambda: passes.round_up_or_down(x * LEVELS),
+        "round_up_or_down(x n)": lambda: passes.stochastic_round(x * LEVELS),
         "uniform(x), in place of rand_like(x)": lambda: passes.uniform(x),
         "gupta.to_fixed, stochastic, <2,14>": lambda: gupta.to_fixed(x, 2, 14, "stochastic"),
         "dorefa.quantize_gradient, 6 bits": lambda: dorefa.quantize_gradient(gradient, 6),
