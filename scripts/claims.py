@@ -289,7 +289,7 @@ def mismatch_of(config: Config, names: list[str]) -> dict[str, Any]:
     model = parts.install(parts.float_model())
     model.load_state_dict(unpack(path.read_bytes(), str(path))["model"])
     loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
-    return mismatch(model.to(parts.device), list(loader.plain("train", PROBE_IMAGES)), F.cross_entropy, names)
+    return mismatch(model.to(parts.device), list(loader.unaugmented("train", PROBE_IMAGES)), F.cross_entropy, names)
 
 
 def mismatches(claim: Claim, net: dict[int, RunRecord], measured: dict[str, Any]) -> list[ClaimResult]:

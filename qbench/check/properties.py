@@ -38,7 +38,7 @@ from qbench.quant.ops import compress_activations
 from qbench.quant.verify import NotQuantized, verify
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import pack, unpack, weights_sha256
-from qbench.training.loop import Callbacks, fit
+from qbench.training.loop import Callbacks, train
 from qbench.training.state import State
 from qbench.training.task import Task
 
@@ -283,7 +283,7 @@ def half_types(subject: MethodUnderTest, bits: Bits) -> None:
 def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
     """A fresh network with the state_dict of a trained one gives the same outputs, bit for bit."""
     task, state = _task(subject, bits)
-    fit(task, state)
+    train(task, state)
     saved = unpack(pack({"model": task.model.state_dict()}), "memory")["model"]
     fresh = subject.float_network()
     install(subject.make(bits), fresh, example=torch.zeros(1, *SHAPE))
@@ -298,7 +298,7 @@ def resume(subject: MethodUnderTest, bits: Bits) -> None:
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
     whole, state = _task(subject, bits)
-    fit(whole, state)
+    train(whole, state)
     first, state = _task(subject, bits)
     stop = len(batches()) * 2 + 1
 
@@ -310,7 +310,7 @@ def resume(subject: MethodUnderTest, bits: Bits) -> None:
             raise _Stop
 
     try:
-        fit(first, state, Callbacks(step=watch))
+        train(first, state, Callbacks(on_step=watch))
     except _Stop:
         saved = unpack(pack(state.save(first.model)), "memory")
     else:
@@ -320,7 +320,7 @@ def resume(subject: MethodUnderTest, bits: Bits) -> None:
         p.requires_grad_(name in saved["trainable"])
     state = State(_optimizer(again.model))
     state.load(again.model, saved)
-    fit(again, state)
+    train(again, state)
     if weights_sha256(again.model.state_dict()) != weights_sha256(whole.model.state_dict()):
         raise PropertyViolation("training that was interrupted ends in other weights")
 
@@ -331,7 +331,7 @@ RECIPE = Optim(name="sgd", lr=0.02, schedule="cosine", batch_size=16)
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     if not any(p.requires_grad for p in model.parameters()):
         raise Unsupported("nothing is trained")
-    return optim.build(model, RECIPE)
+    return optim.build_optimizer(model, RECIPE)
 
 
 def _task(subject: MethodUnderTest, bits: Bits, *, prepare: bool = True) -> tuple[Task, State]:

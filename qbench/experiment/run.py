@@ -28,13 +28,13 @@ from qbench.runs.directory import RunDirectory
 from qbench.runs.result import BaselineResult, Evaluation, Result, load_result
 from qbench.runs.tensorboard import levels_figure
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import copied, not_finite, weights_sha256
-from qbench.training.divergence import numbers
+from qbench.training.checkpoint import cpu_copy, first_nonfinite, weights_sha256
+from qbench.training.divergence import must_be_finite
 from qbench.training.evaluation import evaluate
 from qbench.training.initial_weights import is_intact, load_initial_weights
-from qbench.training.loop import fit
+from qbench.training.loop import train
 from qbench.training.random_state import seed_everything
-from qbench.training.state import Average, State, evaluated_weights
+from qbench.training.state import State, WeightAverage, evaluated_weights
 from qbench.training.task import Task
 
 PROBE_IMAGES = 256
@@ -131,17 +131,17 @@ def _work(
             own = parent is not None and config.init == "float"
             desk.screen.say(load_initial_weights(model, start, digest(parts.parent.identity()) if own else None))
         model = parts.install(model).to(parts.device)
-        probe = Probe(list(loader.plain("train", PROBE_IMAGES)), F.cross_entropy)
+        probe = Probe(list(loader.unaugmented("train", PROBE_IMAGES)), F.cross_entropy)
         if method.prepare and not session.saved:
             method.prepare(model, probe)
         task = Task(
             model=model, method=method, optim=config.optim, epochs=parts.epochs, steps=loader.steps,
-            train=loader.train, validate=lambda: desk.checked(loader.plain("val")), probe=probe,
+            train=loader.train, validate=lambda: desk.checked(loader.unaugmented("val")), probe=probe,
             forward=parts.forward(model), classes=parts.data.classes,
         )  # fmt: skip
         state = _state(task, session.saved, config.seed)
         with compress_activations(config.runtime.compress_activations):
-            fit(task, state, session.watch(task, state, loader.batch_size))
+            train(task, state, session.watch(task, state, loader.batch_size))
         desk.screen.stop()
         return _conclude(parts, task, state, loader, session, parent)
     except NotFinite as error:
@@ -152,21 +152,21 @@ def _work(
 
 def _state(task: Task, saved: dict[str, Any] | None, seed: int) -> State:
     """Return the state to train from: a new one, or a saved one with model, optimizer and random numbers in place."""
-    average = Average(task.model, task.optim.ema) if task.optim.ema is not None else None
+    average = WeightAverage(task.model, task.optim.ema) if task.optim.ema is not None else None
     if not saved:
-        state = State(optim.build(task.model, task.optim), average)
+        state = State(optim.build_optimizer(task.model, task.optim), average)
         seed_everything(seed)
         return state
     try:
         names = set(saved["state"]["trainable"])
         for name, p in task.model.named_parameters():
             p.requires_grad_(name in names)
-        state = State(optim.build(task.model, task.optim), average)
+        state = State(optim.build_optimizer(task.model, task.optim), average)
         state.load(task.model, saved["state"])
     except Exception as error:  # its digest is right, so somebody wrote it so
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(f"the checkpoint to go on from does not fit: {why}\nbegin anew: rerun=true") from error
-    if bad := not_finite(numbers(task.model)):
+    if bad := first_nonfinite(must_be_finite(task.model)):
         raise CheckpointError(f"the checkpoint to go on from holds inf or nan: {bad}\nbegin anew: rerun=true")
     return state
 
@@ -177,20 +177,20 @@ def _conclude(
     """Evaluate on the test split, verify, publish the weights, and return the result."""
     model = task.model
     with evaluated_weights(model, state):
-        last = copied(model.state_dict())
-    best_weights = state.best["model"] if state.best else last
+        last = cpu_copy(model.state_dict())
+    best_weights = state.best.model if state.best else last
     ended = state.digest(model)
-    best = _measure(task, best_weights, state.best["epoch"], loader, session) if state.best else None
+    best = _measure(task, best_weights, state.best.epoch, loader, session) if state.best else None
     answers: list[Tensor] = []
     final = _measure(task, last, state.epoch - 1 if state.epoch else None, loader, session, answers)
     if not fully_quantized(model):
         raise NotQuantized("after the last epoch some weights are still float")
-    verified = verify(model, next(iter(loader.plain("train", 64)))[0])
+    verified = verify(model, next(iter(loader.unaugmented("train", 64)))[0])
     session.predictions(torch.cat(answers))
     session.write_artifact("last.pt", last)
     session.write_artifact("best.pt", best_weights)
     result = session.directory.new_result(
-        "done", network=parts.network, synthetic=parts.data.made, final=final, best=best, verified=verified,
+        "done", network=parts.network, synthetic=parts.data.synthetic, final=final, best=best, verified=verified,
         levels=_levels(model, verified, parts.method.bits.w),
         baseline=_baseline(parent), data_sha256=digest(parts.data.fingerprint()),
         cost=count_cost(model, parts.macs), speed=session.speed(parts.device, state.epoch),
@@ -245,7 +245,7 @@ def _measure(
 ) -> Evaluation:
     """Evaluate weights on both splits; `answers` gets labels and predictions on the test split."""
     task.model.load_state_dict(weights)
-    val, test = (session.desk.checked(loader.plain(split)) for split in ("val", "test"))
+    val, test = (session.desk.checked(loader.unaugmented(split)) for split in ("val", "test"))
     validated, tested = evaluate(task.model, val, task.logits), evaluate(task.model, test, task.logits, answers)
     assert tested is not None  # `assemble` refuses an empty test split
     return Evaluation(test=tested, val=validated, epoch=epoch)

@@ -21,8 +21,9 @@ from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.tensorboard import CHARTS, FIRST, METRICS, columns
 from qbench.system import files
-from qbench.training.checkpoint import not_finite, pack, unpack
-from qbench.training.divergence import numbers
+from qbench.training.checkpoint import first_nonfinite, pack, unpack
+from qbench.training.divergence import must_be_finite
+from qbench.training.epoch_record import EpochRecord
 from qbench.training.loop import Callbacks
 from qbench.training.monitor import TrainingMonitor
 from qbench.training.state import State
@@ -99,7 +100,7 @@ class TrainingSession:
         screen.start(self._title(), task.epochs * task.steps, state.step, images)
         self.lookout.begin(task.model)
         if not task.epochs:
-            self.book.records(self.lookout.epoch(task, state, {"images": 0}, "without training"))
+            self.book.records(self.lookout.epoch(task, state, None, "without training"))
 
         def step(state: State, loss: Tensor) -> None:
             screen.step(state.step, loss.item)
@@ -110,9 +111,9 @@ class TrainingSession:
             if asked:
                 self.desk.check()
 
-        def epoch(state: State, record: dict[str, Any], losses: list[Tensor]) -> None:
+        def epoch(state: State, record: EpochRecord, losses: list[Tensor]) -> None:
             self._write_epoch(task, state, record, losses)
-            screen.epoch(state.step, record)
+            screen.epoch(state.step, record.metrics())
             self.save(task, state)
             self.desk.check()
 
@@ -132,7 +133,9 @@ class TrainingSession:
             "memory": self.lookout.memory(task.model),
         }
         saved = state.save(task.model)
-        if bad := not_finite({"model": numbers(task.model)} | {k: saved[k] for k in ("optimizer", "average")}):
+        if bad := first_nonfinite(
+            {"model": must_be_finite(task.model)} | {k: saved[k] for k in ("optimizer", "average")}
+        ):
             raise Diverged(f"{bad} is not finite in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
         self.lookout.check(task.model, f"in epoch {state.epoch}, step {state.step}")
         data = pack({"identity": self.identity, "state": saved, "session": session})
@@ -159,16 +162,16 @@ class TrainingSession:
             "peak_bytes": peak,
         }
 
-    def _write_epoch(self, task: Task, state: State, record: dict[str, Any], losses: list[Tensor]) -> None:
-        self.train_seconds += record["seconds"]
-        self.train_images += record["images"]
+    def _write_epoch(self, task: Task, state: State, record: EpochRecord, losses: list[Tensor]) -> None:
+        self.train_seconds += record.seconds
+        self.train_images += record.images
         first, every = state.step - len(losses) + 1, self.config.runtime.log_every
         records: list[tuple[str, int, dict[str, Any]]] = []
         for i, loss in enumerate(torch.stack(losses).tolist()):
             if (first + i) % every == 0:
                 records.append(("step", first + i, {"loss": loss}))
-        records += self.lookout.epoch(task, state, record, f"in epoch {record['epoch']}, step {state.step}")
-        self.book.records([*records, ("epoch", state.step, record)])
+        records += self.lookout.epoch(task, state, record, f"in epoch {record.epoch}, step {state.step}")
+        self.book.records([*records, ("epoch", state.step, record.metrics())])
 
     def _newest(self) -> dict[str, Any] | None:
         """Return the newest checkpoint that verifies; say which do not, and remove them: they count as the newest."""

@@ -18,7 +18,7 @@ from qbench.config.identity import digest
 from qbench.config.schema import STARTS, Config, parent
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset
-from qbench.data.spec import outline
+from qbench.data.spec import placeholder_dataset
 from qbench.deviations.registry import deviate
 from qbench.errors import ConfigError
 from qbench.experiment.checks import check_norm, check_requirements, check_runtime
@@ -169,7 +169,7 @@ def _checked(parts: ExperimentSetup, model: nn.Module) -> ExperimentSetup:
 def _outline(node: dict[str, Any]) -> Dataset | None:
     registry.checked("dataset", node)
     try:
-        return outline(node)
+        return placeholder_dataset(node)
     except ValueError as error:
         raise ConfigError(f"dataset.{error}") from None
 

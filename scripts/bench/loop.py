@@ -44,7 +44,7 @@ def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
             optimizer.step()
 
     model = parts.install(parts.float_model())
-    optimizer = optim.build(model, config.optim)
+    optimizer = optim.build_optimizer(model, config.optim)
     own = parts.install(parts.float_model())
     task = Task(
         model=own, method=parts.method, optim=config.optim, epochs=10**6, steps=loader.steps, train=loader.train,
@@ -54,7 +54,7 @@ def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
     directory.path.mkdir(parents=True, exist_ok=True)
     screen = ProgressReporter(live=True)
     session = TrainingSession(directory, RunContext(screen), tensorboard=True)
-    state = State(optim.build(own, config.optim))
+    state = State(optim.build_optimizer(own, config.optim))
     watch = session.watch(task, state, loader.batch_size)
 
     def ours() -> None:

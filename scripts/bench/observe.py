@@ -21,6 +21,7 @@ from qbench.quant.probe import Probe
 from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 from qbench.training import optimizer as optim
+from qbench.training.epoch_record import EpochRecord
 from qbench.training.loop import train_epoch
 from qbench.training.state import State
 from qbench.training.task import Task
@@ -41,7 +42,7 @@ def work(words: list[str], out: Path, level: str) -> Work:
     parts = assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)
     model, method = parts.install(parts.float_model()), parts.method
-    probe = Probe(list(loader.plain("train", IMAGES)), F.cross_entropy)
+    probe = Probe(list(loader.unaugmented("train", IMAGES)), F.cross_entropy)
     if method.prepare:
         method.prepare(model, probe)
     if method.on_epoch:
@@ -54,16 +55,18 @@ def work(words: list[str], out: Path, level: str) -> Work:
     directory = RunDirectory(config)
     directory.path.mkdir(parents=True, exist_ok=True)
     session = TrainingSession(directory, RunContext(ProgressReporter(quiet=True)), tensorboard=True)
-    state = State(optim.build(model, config.optim))
+    state = State(optim.build_optimizer(model, config.optim))
     watch = session.watch(task, state, loader.batch_size)
 
     def epoch() -> None:
         state.epoch %= config.epochs
         train_epoch(task, state, watch)
-        record = {"epoch": state.epoch, "train_loss": 0.0, "train_top1": 100.0, "seconds": 0.0, "images": state.images}
+        record = EpochRecord(
+            epoch=state.epoch, lr=0.0, train_loss=0.0, train_top1=100.0, seconds=0.0, images=state.images
+        )
         losses, state.losses, state.images, state.hits, state.batch = state.losses, [], 0, 0, 0
         state.epoch += 1
-        watch.epoch(state, record, losses)
+        watch.on_epoch(state, record, losses)
 
     return epoch
 

@@ -199,7 +199,7 @@ def test_a_range_is_measured_by_the_start_and_by_the_inputs_where_that_is_zero()
     with torch.no_grad():
         model[1].weight.zero_()
         model[0].weight.fill_(2.0)
-    start = sentinels.starts(model)
+    start = sentinels.initial_magnitudes(model)
     assert (start["0"], start["1"]) == (2.0, 0.5)
     for factor, found in ((199.0, []), (201.0, ["range 0"])):
         with torch.no_grad():

@@ -81,7 +81,7 @@ def by_hand() -> tuple[nn.Module, QLayer]:
 
 def told(model: nn.Module, before: dict[str, Tensor] | None = None) -> dict[str, float]:
     seen = observe.trace_layers(model, SEEN)
-    return observe.layer_metrics(model, SEEN, seen, before or {}, observe.gradients(model))["1"]
+    return observe.layer_metrics(model, SEEN, seen, before or {}, observe.gradient_norms(model))["1"]
 
 
 def test_numbers_of_a_layer_by_hand() -> None:
@@ -103,7 +103,7 @@ def test_numbers_of_a_layer_by_hand() -> None:
 
 def test_flips_are_weights_on_another_level_than_before() -> None:
     model, layer = by_hand()
-    before = observe.codes(observe.trace_layers(model, SEEN))
+    before = observe.weight_codes(observe.trace_layers(model, SEEN))
     assert told(model, before)["w.flips"] == 0
     with torch.no_grad():
         layer.weight[0, 0] = 0.6
@@ -133,7 +133,7 @@ def test_equal_outputs_have_the_ceiling_and_dead_ones_no_number() -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.eye(2))
     layer.input_q = Nearest(0.25, 1.0, 4.0, -1.0)
-    assert told(model)["sqnr"] == observe.CEILING
+    assert told(model)["sqnr"] == observe.MAX_SQNR
     with torch.no_grad():
         layer.weight.zero_()
     assert not {"sqnr", "cosine"} & set(told(model))
@@ -144,7 +144,7 @@ def test_equal_outputs_have_the_ceiling_and_dead_ones_no_number() -> None:
     [((100, 1, 8, 8), 1152, 18), ((100, 1, 8, 8), 64, 8), ((100, 3, 32, 32), 45_000, 64), ((9, 3, 224, 224), 10**6, 2)],
 )
 def test_few_images(shape: tuple[int, ...], trained: int, count: int) -> None:
-    assert len(observe.few(torch.zeros(shape), trained)) == count
+    assert len(observe.observed_images(torch.zeros(shape), trained)) == count
 
 
 QUIET = ["experiment=smoke", "epochs=3", "init=scratch"]
@@ -377,8 +377,8 @@ def test_looking_leaves_no_trace(name: str, configure: Configure) -> None:
 
     before = trace()
     seen = observe.trace_layers(model, images)
-    observe.layer_metrics(model, images, seen, observe.codes(seen), observe.gradients(model))
-    observe.occupancy(seen)
+    observe.layer_metrics(model, images, seen, observe.weight_codes(seen), observe.gradient_norms(model))
+    observe.level_counts(seen)
     assert trace() == before
     model(images)
     assert trace() != before, "a pass in training leaves one"

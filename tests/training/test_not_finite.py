@@ -18,7 +18,7 @@ from qbench.quant.method import Method
 from qbench.quant.probe import Batch
 from qbench.runs.directory import RunDirectory
 from qbench.runs.result import load_result
-from qbench.training.checkpoint import not_finite, unpack
+from qbench.training.checkpoint import first_nonfinite, unpack
 
 VALUES = {"none": float("nan"), "up": float("inf"), "down": float("-inf")}
 STEP = 21  # of 18 an epoch: one checkpoint stands behind it
@@ -111,7 +111,7 @@ def test_the_run_ends_where_it_appears_and_saves_nothing_of_it(configure: Config
     for path in states:
         state = unpack(path.read_bytes(), str(path))["state"]
         parameters = {name: state["model"][name] for name in state["trainable"]}
-        assert not_finite([parameters, state["optimizer"]]) is None
+        assert first_nonfinite([parameters, state["optimizer"]]) is None
     assert not (directory.path / "best.pt").exists()
 
 

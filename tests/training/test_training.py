@@ -25,12 +25,12 @@ from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.probe import Probe
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import load_float, load_plain, pack, unpack, weights_sha256
+from qbench.training.checkpoint import load_float_weights, load_torch_file, pack, unpack, weights_sha256
 from qbench.training.evaluation import evaluate
-from qbench.training.loop import fit
+from qbench.training.loop import train
 from qbench.training.optimizer import learning_rate, parameter_groups
 from qbench.training.random_state import random_state, set_random_state
-from qbench.training.state import Average, State
+from qbench.training.state import State, WeightAverage
 from qbench.training.task import Task
 
 STEPS = 5
@@ -53,8 +53,8 @@ def task(method: Method | None = None, epochs: int = 3, model: nn.Module | None 
 
 
 def state_of(job: Task) -> State:
-    average = Average(job.model, job.optim.ema) if job.optim.ema is not None else None
-    return State(optim.build(job.model, job.optim), average)
+    average = WeightAverage(job.model, job.optim.ema) if job.optim.ema is not None else None
+    return State(optim.build_optimizer(job.model, job.optim), average)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_phase_starts_the_schedule_anew_and_forgets_momentum() -> None:
 
     method = replace(nothing.build(), phases=lambda epochs: (1, 3), step=step)
     job = task(method, epochs=4, schedule="linear")
-    fit(job, state_of(job))
+    train(job, state_of(job))
     rates = [rate for rate, _ in seen]
     ten = [0.1 * (1 - i / (2 * STEPS)) for i in range(2 * STEPS)]
     five = [0.1 * (1 - i / STEPS) for i in range(STEPS)]
@@ -111,7 +111,7 @@ def test_the_methods_parts_are_called_when_they_should() -> None:
         teachers=(teacher,),
     )
     job = task(method, epochs=2)
-    fit(job, state_of(job))
+    train(job, state_of(job))
     assert calls == [("epoch", 0), *[("loss", 20)] * STEPS, ("epoch", 1), *[("loss", 20)] * STEPS]
     assert not teacher.training
 
@@ -128,7 +128,7 @@ def test_decay_spares_biases_and_norms_and_quantizers_say_their_own() -> None:
     model = install(method, mlp.build((1, 4, 4), 3, hidden=2, width=16))
     groups = {(g["lr_scale"], g["weight_decay"]): len(g["params"]) for g in parameter_groups(model, 1e-3)}  # type: ignore[arg-type]
     assert groups == {(1.0, 1e-3): 3, (1.0, 0.0): 5, (0.1, 0.5): 1}
-    optimizer = optim.build(model, Optim(name="sgd", lr=1.0))
+    optimizer = optim.build_optimizer(model, Optim(name="sgd", lr=1.0))
     optim.set_learning_rate(optimizer, 0.5)
     assert sorted({g["lr"] for g in optimizer.param_groups}) == [0.05, 0.5]
 
@@ -141,7 +141,7 @@ def test_clipping_smoothing_and_averaging() -> None:
         optimizer.step()
 
     job = task(replace(nothing.build(), step=step), clip_norm=0.01)
-    fit(job, state_of(job))
+    train(job, state_of(job))
     assert max(norms) <= 0.01 * (1 + 1e-5)
     smooth = task(label_smoothing=0.3)
     logits = smooth.model(X[:20])
@@ -166,7 +166,7 @@ def test_clipping_smoothing_and_averaging() -> None:
 def test_best_is_the_first_of_the_best_validation_and_patience_stops() -> None:
     job = task(epochs=30, lr=1e-12, patience=3)
     state = state_of(job)
-    fit(job, state)
+    train(job, state)
     assert state.stopped
     assert state.epoch < 30
     assert state.epoch == state.best["epoch"] + 1 + 3  # type: ignore[index]
@@ -189,7 +189,7 @@ def test_an_incremental_method_has_no_best_before_it_is_complete() -> None:
     method = replace(dorefa.build(w=2), weight=lambda name, layer, bits: Half(bits))
     job = task(method, model=mlp.build((1, 4, 4), 3, hidden=2, width=16))
     state = state_of(job)
-    fit(job, state)
+    train(job, state)
     assert state.best is None
 
 
@@ -197,7 +197,7 @@ def test_not_a_number_stops_at_its_step() -> None:
     method = replace(nothing.build(), loss=lambda model, logits, batch: logits.sum() * float("nan"))
     job = task(method)
     with pytest.raises(Diverged, match="epoch 0, step 0"):
-        fit(job, state_of(job))
+        train(job, state_of(job))
 
 
 def test_evaluation_by_hand() -> None:
@@ -213,7 +213,7 @@ def test_evaluation_by_hand() -> None:
 def test_a_checkpoint_is_verified_before_it_is_parsed() -> None:
     data = pack({"a": torch.arange(5), "b": [1, 2.5, "x"]})
     assert unpack(data, "it")["b"] == [1, 2.5, "x"]
-    assert load_plain(data, "it")["b"] == [1, 2.5, "x"], "an ordinary checkpoint for anyone else"
+    assert load_torch_file(data, "it")["b"] == [1, 2.5, "x"], "an ordinary checkpoint for anyone else"
     for place in range(0, len(data), 97):
         flipped = bytearray(data)
         flipped[place] ^= 1 << (place % 8)
@@ -236,7 +236,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Any) -> None:
     torch.save({"model": Hostile()}, buffer)
     for data in (buffer.getvalue(), pickle.dumps(Hostile())):
         with pytest.raises(CheckpointError):
-            load_plain(data, "it")
+            load_torch_file(data, "it")
     assert not (tmp_path / "ran").exists()
 
 
@@ -259,12 +259,12 @@ def test_loading_a_float_network_names_what_does_not_fit() -> None:
     model, narrow = (mlp.build((1, 4, 4), 3, hidden=1, width=w) for w in (16, 8))
     state = model.state_dict()
     with pytest.raises(CheckpointError, match=r"fc1.weight \(16, 16\) for \(8, 16\)"):
-        load_float(narrow, state, "it")
+        load_float_weights(narrow, state, "it")
     with pytest.raises(CheckpointError, match=r"missing: fc1.weight"):
-        load_float(model, {k: v for k, v in state.items() if k != "fc1.weight"}, "it")
+        load_float_weights(model, {k: v for k, v in state.items() if k != "fc1.weight"}, "it")
     with pytest.raises(CheckpointError, match="unknown: extra"):
-        load_float(model, state | {"extra": torch.ones(1)}, "it")
-    skipped, new = load_float(model, state | {"fc1.weight_q.scale": torch.ones(1)}, "it")
+        load_float_weights(model, state | {"extra": torch.ones(1)}, "it")
+    skipped, new = load_float_weights(model, state | {"fc1.weight_q.scale": torch.ones(1)}, "it")
     assert (skipped, new) == (["fc1.weight_q.scale"], [])
 
 
