@@ -19,6 +19,7 @@ from qbench.errors import CheckpointError, Diverged, Interrupted, QbenchError
 from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
+from qbench.runs.result import TrainingSpeed
 from qbench.runs.tensorboard import CHARTS, FIRST, METRICS, columns
 from qbench.system import files
 from qbench.training.checkpoint import first_nonfinite, pack, unpack
@@ -152,15 +153,15 @@ class TrainingSession:
         np.save(buffer, answers.cpu().numpy().astype(np.int16))
         self.directory.write_artifact("predictions.npy", buffer.getvalue())
 
-    def speed(self, device: torch.device, epochs: int) -> dict[str, float | int]:
+    def speed(self, device: torch.device, epochs: int) -> TrainingSpeed:
         """Return images per second and seconds per epoch of training alone, over `epochs`, and peak memory in bytes."""
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_bytes()
         seconds = max(self.train_seconds, 1e-9)
-        return {
-            "images_per_second": self.train_images / seconds,
-            "seconds_per_epoch": seconds / epochs if epochs else 0.0,
-            "peak_bytes": peak,
-        }
+        return TrainingSpeed(
+            images_per_second=self.train_images / seconds,
+            seconds_per_epoch=seconds / epochs if epochs else 0.0,
+            peak_bytes=peak,
+        )
 
     def _write_epoch(self, task: Task, state: State, record: EpochRecord, losses: list[Tensor]) -> None:
         self.train_seconds += record.seconds
