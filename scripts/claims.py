@@ -287,7 +287,9 @@ def mismatch_of(config: Config, names: list[str]) -> dict[str, Any]:
     path = planned_run(config).path / "last.pt"
     model = parts.install(parts.float_model())
     model.load_state_dict(unpack(path.read_bytes(), str(path))["model"])
-    return mismatch(model.to(parts.device), list(parts.loader().plain("train", PROBE_IMAGES)), F.cross_entropy, names)
+    return mismatch(
+        model.to(parts.device), list(parts.loader().unaugmented("train", PROBE_IMAGES)), F.cross_entropy, names
+    )
 
 
 def mismatches(claim: Claim, net: dict[int, RunRecord], measured: dict[str, Any]) -> list[ClaimResult]:

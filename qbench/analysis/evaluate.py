@@ -71,7 +71,7 @@ def evaluate(
         confidence.append(logits.float().softmax(1).amax(1))
         return logits
 
-    metrics = evaluate_model(found.model, loader(parts, data).plain("test"), forward, answers)
+    metrics = evaluate_model(found.model, loader(parts, data).unaugmented("test"), forward, answers)
     labels, predicted = torch.cat(answers).cpu().unbind(1)
     sure, right = torch.cat(confidence).cpu(), labels == predicted
     if predictions:
@@ -116,7 +116,7 @@ def _table(
     ]
     if other:
         table.notes.append("normalized as the run's own data; class i here is taken for class i there")
-    if data.made:
+    if data.synthetic:
         table.notes.append("made data: not for comparison with papers' tables")
     return table
 

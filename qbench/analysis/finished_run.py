@@ -50,7 +50,7 @@ def loader(parts: ExperimentSetup, data: Dataset | None = None) -> Loader:
 def validation(parts: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
     """Return the first validation images, and what is to be said of them; training images where none are held out."""
     split = "val" if len(parts.data.val) else "train"
-    batches = list(loader(parts).plain(split, images))
+    batches = list(loader(parts).unaugmented(split, images))
     count = sum(len(labels) for _, labels in batches)
     if split == "val":
         return batches, f"measured on {count} validation images, none of the test split"
@@ -59,7 +59,7 @@ def validation(parts: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
 
 def probe_batches(parts: ExperimentSetup) -> list[Batch]:
     """Return the training images that methods measure on, and normalization where it is measured anew."""
-    return list(loader(parts).plain("train", PROBE_IMAGES))
+    return list(loader(parts).unaugmented("train", PROBE_IMAGES))
 
 
 def said_of_norms(anew: bool) -> str:

@@ -20,7 +20,7 @@ from qbench.cost.count import count_cost
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.network_cost import NetworkCost
 from qbench.cost.runtimes import runs_on
-from qbench.data.dataset import batches_of
+from qbench.data.dataset import batch_size_and_steps
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.papers.recipe_differences import recipe_differences
@@ -133,7 +133,7 @@ def _add(table: Table, planned: PlannedRun, kind: RunCost) -> float:
         table.rows.append((path, f"unsupported: {kind.unsupported}", *"-" * (len(HEAD) - 2)))
         table.values.append({"run": path, "state": "unsupported", "reason": kind.unsupported, "seconds": 0.0})
         return 0.0
-    size, steps = batches_of(parts.data, parts.optim.batch_size)
+    size, steps = batch_size_and_steps(parts.data, parts.optim.batch_size)
     steps *= parts.epochs
     seconds = 0.0 if stored else steps * size * kind.pace.seconds
     memory = _memory(parts, kind.cost.params) + kind.pace.fixed + size * kind.pace.saved
@@ -208,14 +208,14 @@ def _memory(parts: ExperimentSetup, params: int) -> float:
 def _least(parts: ExperimentSetup, model: nn.Module) -> int:
     """Return the least images of a training batch: batch normalization wants two values of a channel."""
     norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
-    return min(batches_of(parts.data, parts.optim.batch_size)[0], 2 if norms else 1)
+    return min(batch_size_and_steps(parts.data, parts.optim.batch_size)[0], 2 if norms else 1)
 
 
 def _timed(parts: ExperimentSetup, macs: int, least: int) -> StepCost:
     """Run training steps on a few random images, on the run's device."""
     model = parts.install(parts.float_model()).to(parts.device).train()
-    optimizer = optim.build(model, parts.optim)
-    whole = batches_of(parts.data, parts.optim.batch_size)[0]
+    optimizer = optim.build_optimizer(model, parts.optim)
+    whole = batch_size_and_steps(parts.data, parts.optim.batch_size)[0]
     size = whole if parts.device.type == "cuda" else min(whole, max(least, int(TIMED_MACS / macs)))
     images = torch.randn(size, *parts.data.shape, device=parts.device).to(memory_format=torch.channels_last)
     labels = torch.randint(parts.data.classes, (size,), device=parts.device)

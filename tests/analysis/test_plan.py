@@ -19,7 +19,7 @@ from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.cost.layers import Levels, layer_costs
 from qbench.cost.runtimes import BINARY, FPGA, INT8, runs_on
-from qbench.data.spec import outline
+from qbench.data.spec import placeholder_dataset
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.setup import assemble
@@ -249,7 +249,7 @@ def test_keys_are_checked_without_data(planned: Planned, words: str, phrase: str
 def test_outlines_are_what_the_loaders_give(configure: Configure) -> None:
     for name, train in (("glyphs", 340), ("synthetic", 100)):
         config = configure(f"dataset={name}", f"dataset.train={train}", "dataset.test=34")
-        known, read = outline(config.dataset), assemble(config).data
+        known, read = placeholder_dataset(config.dataset), assemble(config).data
         assert known is not None
-        assert (known.shape, known.classes, known.made) == (read.shape, read.classes, read.made)
+        assert (known.shape, known.classes, known.synthetic) == (read.shape, read.classes, read.synthetic)
         assert (len(known.train) + len(known.val), len(known.test)) == (len(read.train) + len(read.val), len(read.test))

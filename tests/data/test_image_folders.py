@@ -26,10 +26,11 @@ from qbench.config import compose
 from qbench.config.identity import run_identity
 from qbench.config.registry import create
 from qbench.data import file_check as survey
-from qbench.data import folder, folders, imagenet, images, tiny_imagenet
+from qbench.data import folder, imagenet, images, tiny_imagenet
+from qbench.data import image_folders as folders
 from qbench.data.augment import Augment, random_box
 from qbench.data.dataset import Dataset, Files, Loader, Split
-from qbench.data.normalize import FIXED, statistics
+from qbench.data.normalize import FIXED, normalization
 from qbench.errors import ConfigError, DataError
 from qbench.system.torchvision import torchvision
 
@@ -173,7 +174,7 @@ def test_resizing_and_the_centre_crop_are_torchvisions(tmp_path: Path) -> None:
         picture(width, width, height).save(path)
         for side, size in ((16, 16), (16, 11), (17, 12), (18, 7)):
             expected = np.array(theirs.center_crop(theirs.resize(Image.open(path).convert("RGB"), side), size))
-            assert np.array_equal(images.cropped(path, side, Augment(size=size), None).numpy(), expected)
+            assert np.array_equal(images.load_crop(path, side, Augment(size=size), None).numpy(), expected)
 
 
 @pytest.mark.parametrize("pad", [0, 3])
@@ -181,7 +182,7 @@ def test_resizing_and_the_centre_crop_are_torchvisions(tmp_path: Path) -> None:
 def test_a_plain_crop_is_the_slow_definition(size: tuple[int, int], pad: int, tmp_path: Path) -> None:
     path, augment = tmp_path / "image.png", Augment(pad, flip=True, size=12)
     picture(1, *size).save(path)
-    whole = torch.from_numpy(images.decoded(path, 16)).movedim(2, 0)
+    whole = torch.from_numpy(images.decode_image(path, 16)).movedim(2, 0)
     padded = torch.zeros(3, whole.shape[1] + 2 * pad, whole.shape[2] + 2 * pad, dtype=torch.uint8)
     padded[:, pad : pad + whole.shape[1], pad : pad + whole.shape[2]] = whole
     for draw in torch.rand(20, 3, generator=torch.Generator().manual_seed(0)).tolist():
@@ -190,7 +191,7 @@ def test_a_plain_crop_is_the_slow_definition(size: tuple[int, int], pad: int, tm
         for y in range(12):
             for x in range(12):
                 expected[y, x] = padded[:, top + y, left + (11 - x if draw[2] < 0.5 else x)]
-        assert torch.equal(images.cropped(path, 16, augment, draw), expected)
+        assert torch.equal(images.load_crop(path, 16, augment, draw), expected)
 
 
 def test_an_inception_crop_is_torchvisions_of_the_same_box(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_an_inception_crop_is_torchvisions_of_the_same_box(tmp_path: Path) -> No
         top, left, rows, columns = random_box(30, 40, draw, 0.08)
         expected = theirs.resized_crop(Image.open(path), top, left, rows, columns, [12, 12])
         expected = theirs.hflip(expected) if draw[2] < 0.5 else expected
-        assert np.array_equal(images.cropped(path, 99, augment, draw).numpy(), np.array(expected))
+        assert np.array_equal(images.load_crop(path, 99, augment, draw).numpy(), np.array(expected))
 
 
 CONVERTED = {
@@ -221,28 +222,28 @@ CONVERTED = {
 def test_all_modes_become_rgb(name: str, tmp_path: Path) -> None:
     image, expected = CONVERTED[name]()
     image.save(tmp_path / name)
-    assert np.array_equal(images.decoded(tmp_path / name), np.array(expected))
+    assert np.array_equal(images.decode_image(tmp_path / name), np.array(expected))
 
 
 def test_sixteen_bits_cmyk_palettes_and_orientation(tmp_path: Path) -> None:
     values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    assert np.array_equal(images.decoded(tmp_path / "deep.png"), np.repeat((values >> 8)[:, :, None], 3, 2))
+    assert np.array_equal(images.decode_image(tmp_path / "deep.png"), np.repeat((values >> 8)[:, :, None], 3, 2))
     picture(0, 40, 30).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
-    found = images.decoded(tmp_path / "cmyk.jpg").astype(int)
+    found = images.decode_image(tmp_path / "cmyk.jpg").astype(int)
     assert np.abs(found - np.array(picture(0, 40, 30)).astype(int)).mean() < 6
     flat = picture(0, 9, 8).quantize(7)
     flat.save(tmp_path / "palette.png", transparency=bytes([0, 128] + [255] * 5))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(images.decoded(tmp_path / "palette.png"), np.array(flat.convert("RGB")))
+        assert np.array_equal(images.decode_image(tmp_path / "palette.png"), np.array(flat.convert("RGB")))
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     picture(0, 40, 30).save(tmp_path / "turned.jpg", exif=exif)
-    assert images.decoded(tmp_path / "turned.jpg").shape == (30, 40, 3), "left as it lies, as torchvision does"
+    assert images.decode_image(tmp_path / "turned.jpg").shape == (30, 40, 3), "left as it lies, as torchvision does"
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match="floats"):
-        images.decoded(tmp_path / "float.tiff")
+        images.decode_image(tmp_path / "float.tiff")
 
 
 # Batches
@@ -266,7 +267,7 @@ def test_any_number_of_processes_makes_the_same_batches(augment: str, streamed: 
     assert equal(all_batches(data, 0, start=3), whole[3:])
     assert all_batches(data, 0, start=len(whole)) == []
     assert not equal(all_batches(data, epoch=2), whole)
-    one, two = (list(Loader(data, 4, 0, CPU, workers).plain("test", 10, 3)) for workers in (0, 2))
+    one, two = (list(Loader(data, 4, 0, CPU, workers).unaugmented("test", 10, 3)) for workers in (0, 2))
     assert equal(one, two)
     assert [len(y) for _, y in one] == [3, 3, 3, 1]
     assert torch.equal(torch.get_rng_state(), before), "the global generator has no say, and is not drawn from"
@@ -291,9 +292,9 @@ def test_streamed_and_kept_in_memory_are_the_same(tmp_path: Path, monkeypatch: p
     assert kept.train.images.shape[2:] == (16, 17)
     assert equal(all_batches(kept), all_batches(files))
     for name in ("train", "val", "test"):
-        assert equal(list(Loader(kept, 4, 0, CPU).plain(name)), list(Loader(files, 4, 0, CPU).plain(name)))
+        assert equal(list(Loader(kept, 4, 0, CPU).unaugmented(name)), list(Loader(files, 4, 0, CPU).unaugmented(name)))
     own = built(root, val=0.4, normalize="own")
-    torch.testing.assert_close((own.mean, own.std), statistics("own", kept.train.images))
+    torch.testing.assert_close((own.mean, own.std), normalization("own", kept.train.images))
 
 
 def test_a_batch_is_the_slow_definition(streamed: Path) -> None:
@@ -307,7 +308,7 @@ def test_a_batch_is_the_slow_definition(streamed: Path) -> None:
     for x, y in loader.train(2):
         for got, label in zip(x, y, strict=True):
             n = int(order[place])
-            image = torch.from_numpy(images.decoded(streamed / data.train.names[n], 16)).movedim(2, 0)
+            image = torch.from_numpy(images.decode_image(streamed / data.train.names[n], 16)).movedim(2, 0)
             _, height, width = image.shape
             top, left = int(draws[n, 0] * (height - 11)), int(draws[n, 1] * (width - 11))
             crop = image[:, top : top + 12, left : left + 12]
@@ -511,7 +512,7 @@ def test_damage_that_shows_only_in_decoding_is_collected(workers: int, tmp_path:
     for name in ("train/ant/1.png", "train/bee/2.png", "train/cow/3.png (No such file or directory)"):
         assert name in second
     with pytest.raises(DataError, match="1 of 6 image files"):  # where only some were asked for
-        list(loader.plain("train", 6, 2))
+        list(loader.unaugmented("train", 6, 2))
     with pytest.raises(DataError, match="2 of 26 image files"):  # PNG's own checksums
         built(root)
 
@@ -552,9 +553,9 @@ def test_errors_that_are_not_the_files_fault_are_not_told_as_such(streamed: Path
 
 def test_the_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, looked = write_images(tmp_path / "set"), []
-    look = survey._look
+    look = survey._check_file
 
-    def counted(path: str, size: int, whole: bool) -> survey._Look:
+    def counted(path: str, size: int, whole: bool) -> survey._FileFacts:
         looked.append(path)
         return look(path, size, whole)
 

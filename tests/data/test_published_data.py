@@ -167,7 +167,7 @@ def test_what_every_loader_returns(
     write(name, tmp_path, datasets, monkeypatch)
     data = BUILDS[name](root=str(tmp_path), val=0.5)
     whole = BUILDS[name](root=str(tmp_path), val=0.0)
-    assert (data.name, data.classes, data.made) == (name, LABELS[name], False)
+    assert (data.name, data.classes, data.synthetic) == (name, LABELS[name], False)
     assert data.shape == ((1, 28, 28) if "mnist" in name else (3, 32, 32))
     for split in (data.train, data.val, data.test, whole.train, whole.val):
         assert split.images.dtype == torch.uint8

@@ -236,7 +236,7 @@ def trained_network() -> tuple[nn.Module, Tensor]:
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-    return model.eval(), torch.cat([x for x, _ in loader.plain("train")])
+    return model.eval(), torch.cat([x for x, _ in loader.unaugmented("train")])
 
 
 def response_errors(model: nn.Module, images: Tensor) -> dict[str, float]:

@@ -34,7 +34,7 @@ from qbench.config import compose, groups
 from qbench.cost.count import count_macs
 from qbench.errors import CheckpointError
 from qbench.models import mlp
-from qbench.training.checkpoint import load_plain, pack, unpack
+from qbench.training.checkpoint import load_torch_file, pack, unpack
 from qbench.training.initial_weights import load_initial_weights
 
 SECONDS = 20
@@ -817,7 +817,7 @@ def test_fuzzed_checkpoints(shard: int, count: int, desk: Path) -> None:
         file.write_bytes(data)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for read in (
-            lambda: unpack(data, "it"), lambda: load_plain(data, "it"), lambda: load_initial_weights(model, file),
+            lambda: unpack(data, "it"), lambda: load_torch_file(data, "it"), lambda: load_initial_weights(model, file),
         ):  # fmt: skip
             try:
                 with at_most(SECONDS):
