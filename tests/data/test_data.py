@@ -227,7 +227,9 @@ def box(height: int, width: int, *attempts: float, area: float = 0.08, place: fl
 
 
 def test_random_boxes_by_hand() -> None:
-    """Szegedy et al. 2014, section 6: 8 % to 100 % of the area, aspect 3/4 to 4/3, uniform on a logarithmic scale."""
+    """Szegedy et al. 2014, section 6: 8 % to 100 % of the area, aspect 3/4 to 4/3, uniform on a
+    logarithmic scale.
+    """
     assert box(100, 100, 1.0, 0.5) == (0, 0, 100, 100)  # the whole image, square: the middle of the scale
     assert box(100, 100, 0.0, 0.5) == (0, 0, 28, 28)  # 800 pixels
     assert box(100, 100, 0.0, 0.0) == (0, 0, 33, 24)  # sqrt(800 / 0.75) and sqrt(800 * 0.75)
@@ -274,7 +276,9 @@ def random_batch(count: int = 5) -> torch.Tensor:
 
 
 def test_brightness_and_contrast_equal_tensorpack() -> None:
-    """x + v, then (x - mean) * factor + mean for each channel, both kept in 0 to 255 (its imgaug, see svhn.py)."""
+    """x + v, then (x - mean) * factor + mean for each channel, both kept in 0 to 255 (its imgaug,
+    see svhn.py).
+    """
     batch, augment = random_batch(), Augment(brightness=30, contrast=0.5)
     draws = torch.rand(5, augment.draws, generator=torch.Generator().manual_seed(2))
     found = adjust_colours(batch, draws, augment)
