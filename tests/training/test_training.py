@@ -177,7 +177,7 @@ def test_best_is_the_first_epoch_of_the_best_accuracy_and_patience_stops() -> No
 
 def test_seconds_per_epoch_is_the_mean_of_the_trained_epochs(smoke: Configure) -> None:
     words = ["method=dorefa", "optim=sgd", "optim.lr=1e-12", "epochs=40", "optim.patience=2"]
-    result = run(smoke(*words))
+    result = run(planned_run(smoke(*words)))
     assert result.final is not None
     assert result.final.epoch is not None
     assert result.speed is not None
@@ -319,8 +319,10 @@ def test_precision_and_compilation_are_part_of_the_identity_and_memory_saving_is
 
 
 def test_compressed_activations_give_identical_weights(smoke: Configure, tmp_path: Path) -> None:
-    first = run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'a'}"))
-    second = run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'b'}", "runtime.compress_activations=true"))
+    first = run(planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'a'}")))
+    second = run(
+        planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'b'}", "runtime.compress_activations=true"))
+    )
     assert first.weights_sha256 == second.weights_sha256
     assert first.final == second.final
 
@@ -339,7 +341,7 @@ def test_compression_without_effect_is_an_error(smoke: Configure, words: tuple[s
 
 
 def test_bfloat16_trains_with_exact_levels(smoke: Configure) -> None:
-    result = run(smoke("method=dorefa", "bits=w2a2", "runtime.precision=bf16"))
+    result = run(planned_run(smoke("method=dorefa", "bits=w2a2", "runtime.precision=bf16")))
     assert result.status == "done"
     assert all(found[slot].allowed == 4 for found in result.verified.values() for slot in ("w", "a") if slot in found)
     usual = run(planned_run(smoke("method=dorefa", "bits=w2a2")))
@@ -356,7 +358,7 @@ def test_compile_needs_a_compiler(smoke: Configure, monkeypatch: pytest.MonkeyPa
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 def test_a_compiled_run_learns_as_well_as_an_eager_one(smoke: Configure) -> None:
-    usual = run(smoke("method=dorefa", "bits=w2a2", "init=scratch"))
-    compiled = run(smoke("method=dorefa", "bits=w2a2", "init=scratch", "runtime.compile=true"))
+    usual = run(planned_run(smoke("method=dorefa", "bits=w2a2", "init=scratch")))
+    compiled = run(planned_run(smoke("method=dorefa", "bits=w2a2", "init=scratch", "runtime.compile=true")))
     assert compiled.status == "done"
     assert abs(compiled.final.test.loss - usual.final.test.loss) < 0.1
