@@ -1,4 +1,4 @@
-"""What several test modules share: the command as a process, runs with known results, images in folders."""
+"""What test modules share: the command as a process, known results, folders of images."""
 
 import dataclasses
 import json
@@ -33,13 +33,13 @@ def results(out: Path) -> dict[str, dict[str, object]]:
 
 
 def evaluation(top1: float, val: float | None = None) -> Evaluation:
-    """Return an evaluation after the first epoch with a known test top-1, and validation top-1 where given."""
+    """Return an evaluation after the first epoch with a known test and perhaps validation top-1."""
     validated = None if val is None else Accuracy(top1=val, top5=99.0, loss=0.1)
     return Evaluation(test=Accuracy(top1=top1, top5=99.0, loss=0.1), val=validated, epoch=0)
 
 
 def plant(config: Config, top1: float, baseline: float | None = None, status: str = "done", **values: Any) -> Path:
-    """Write a run with a known test top-1, and that of its float baseline where given; return its directory."""
+    """Write a run with a known test top-1, and perhaps its baseline's; return its directory."""
     directory = planned_run(config).directory
     with directory.lock():
         directory.write_config()
@@ -65,7 +65,7 @@ def epoch_line(number: int, top1: float) -> str:
 
 
 def quantizing_bits(name: str) -> str:
-    """Return narrow widths that quantize all that a method can: 2 bits if supported, else its smallest; 4 for g."""
+    """Return narrow widths that quantize all that a method can: 2 or its smallest, 4 for g."""
     method = registry.create("method", {"name": name})
     supported = {key: [k for k in range(1, FLOAT) if k in method.supported_bits.get(key, ())] for key in "wag"}
     chosen = {key: (4 if key == "g" else 2) for key in "wag"}
@@ -86,7 +86,7 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 def write_images(
     root: Path, count: int = 6, suffix: str = "jpg", size: tuple[int, int] | None = None, tested: str = "val"
 ) -> Path:
-    """Write the folders train and `tested` with three classes, all of one size (width, height) or of several."""
+    """Write the folders train and `tested` with three classes, of one size or of several."""
     for part, many in (("train", count), (tested, count // 2)):
         for c, name in enumerate(CLASSES):
             (root / part / name).mkdir(parents=True)
