@@ -107,7 +107,7 @@ def main() -> int:
     written = [*(ROOT / OUT).rglob("manifest.json"), *(ROOT / OUT).rglob("result.json")]
     times = [path.stat().st_mtime for path in written]
     note = (
-        f"`scripts/every_method.py`: {len(done)} runs, float parents included, {layers} quantized layers verified; "
+        f"`scripts/every_method.py`: {len(done)} runs, float baselines included, {layers} quantized layers verified; "
         f"{max(times) - min(times):.0f} s from first to last and {seconds:.0f} s of work, one thread a run "
         f"({os.cpu_count()} cores, {platform.machine()}, {platform.system()}, torch {version('torch')})."
     )

@@ -35,7 +35,7 @@ RECORDED = ("qbench", "scripts/every_method.py", "scripts/unified.py")
 def record_of(command: str) -> Path:
     """Return where the figures behind a command's table are kept."""
     named = re.search(r"out=\S*?([^/\s]+)(?:\s|$)", command)
-    return RECORDS / f"{named[1] if named else Path(command.split()[0]).name}.json"
+    return RECORDS / f"{named[1] if named else Path(command.split()[0]).stem}.json"
 
 
 def shown(record: Path) -> str:
@@ -60,7 +60,7 @@ def table(command: str) -> str:
         f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {manifest['versions']['torch']}"
     )
     note = (
-        f"`{command}`: {len(found)} runs, float parents and unsupported cells included; "
+        f"`{command}`: {len(found)} runs, float baselines and unsupported settings included; "
         f"{max(times) - min(times):.0f} s from first to last and {trained:.0f} s of work, one thread a run ({where})."
     )
     record = record_of(command)

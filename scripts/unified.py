@@ -254,9 +254,9 @@ def footer(typed: Sequence[str], found: Sequence[RunRecord]) -> str:
     times = [file.stat().st_mtime for run in found for file in run.path.glob("*.json")]
     command = " ".join(["scripts/unified.py", *(word for word in typed if not word.startswith(("out=", "hydra")))])
     return (
-        f"`{command}`: {len(seconds)} runs with a figure, float parents included; {max(times) - min(times):.0f} s from "
-        f"first to last and {sum(seconds):.0f} s of work, one thread a run ({os.cpu_count()} cores, "
-        f"{platform.machine()}, {platform.system()}, torch {version('torch')})."
+        f"`{command}`: {len(seconds)} runs with a figure, float baselines included; "
+        f"{max(times) - min(times):.0f} s from first to last and {sum(seconds):.0f} s of work, one thread a run "
+        f"({os.cpu_count()} cores, {platform.machine()}, {platform.system()}, torch {version('torch')})."
     )
 
 

@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl of the runs in a table: learning curves, and the last statistics of each layer."""
+"""Reads learning curves and the last layer statistics from runs' metrics.jsonl."""
 
 from collections.abc import Mapping, Sequence
 from math import log10
@@ -55,7 +55,7 @@ def observed(run: Path) -> dict[str, Record]:
 
 
 def _epoch_records(run: Path) -> list[Record]:
-    """Return the records of a run that name their epoch; those of single steps, which are many, do not."""
+    """Return the records of a run that name their epoch; those of single steps do not."""
     try:
         lines = files.read(run / "metrics.jsonl").split(b"\n")
     except OSError:
@@ -65,7 +65,7 @@ def _epoch_records(run: Path) -> list[Record]:
 
 
 def baseline_directory(result: Result) -> Path | None:
-    """Return the directory of a run's float baseline: next to the run's own, else the recorded one."""
+    """Return the directory of a run's float baseline: next to the run's, else as recorded."""
     if not result.baseline:
         return None
     recorded = Path(result.baseline.run)
@@ -74,7 +74,7 @@ def baseline_directory(result: Result) -> Path | None:
 
 
 def learning(settings: Sequence[SettingValues], results: Mapping[str, Result | None]) -> tuple[Curves, str]:
-    """Return the learning curves of settings, with those of their float baselines under "float", and the measure.
+    """Return the learning curves of settings and of their float baselines, and the measure.
 
     The measure is top-1 on validation, or on the training images if no run has validated. Epochs of
     the quantized stage count from 1; those of the float stage end with 0.
@@ -102,7 +102,7 @@ def learning(settings: Sequence[SettingValues], results: Mapping[str, Result | N
 
 
 def layer_errors(settings: Sequence[SettingValues]) -> tuple[Curves, list[str]]:
-    """Return the last `fitted_sqnr` of each layer, by the layer's place in the list of names, and that list."""
+    """Return the last `fitted_sqnr` by the layer's index, and the layers' names."""
     by_run = {
         run: {name: fitted_sqnr(layer) for name, layer in observed(Path(run)).items()}
         for setting in settings
@@ -137,7 +137,7 @@ def fitted_sqnr(layer: Mapping[str, object]) -> float | None:
 
 
 def over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
-    """Return the curve over seeds, at each place over the seeds that have it; None if no seed has any place."""
+    """Return the curve over the seeds that have each place; None without any."""
     places = sorted(set().union(*seeds))
     at = [[seed[x] for seed in seeds if x in seed] for x in places]
     return SeedCurve(places, [mean(v) for v in at], [min(v) for v in at], [max(v) for v in at]) if places else None

@@ -1,4 +1,4 @@
-"""Sweeps: what stops them, what does not, by which launcher, and that the same line completes them."""
+"""Sweeps: what stops them, what does not, launchers, and completion by the same command."""
 
 import json
 import os
