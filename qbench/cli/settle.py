@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qbench.cli.compare import margin_of
+from qbench.cli import parsers
 from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.comparison.pairs import MARGIN
@@ -28,8 +28,6 @@ FIRST, GROWTH, MOST = 3, 1.5, 20
 TOLD = 3
 """Keys that a cell's name tells; the others are counted."""
 ABOVE, BELOW, EQUAL, UNDECIDED = "above", "below", "as good", "undecided"
-FLAGS = ("--margin", "--max-seeds")
-LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,45 +89,37 @@ def decide(
 
 
 def parse(arguments: Iterable[str]) -> SequentialTest:
-    """Read `A B [--margin X] [--max-seeds N] [hydra/launcher=NAME]`; A and B are run directories or quoted command
-    lines.
+    """Read `SETTING SETTING [--margin X] [--max-seeds N] [hydra/launcher=NAME]`; a setting is a run's directory or a
+    quoted command line.
 
     Raises:
-        ConfigError: something else, or two cells that cannot be compared.
+        ConfigError: something else, or two settings that cannot be compared.
     """
-    cells: list[str] = []
-    margin, most, launcher, words = MARGIN, MOST, "", iter(arguments)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in FLAGS:
-            value = value if equals else next(words, "")
-            if flag == "--margin":
-                margin = margin_of("settle", value)
-            elif not value.isdecimal() or not FIRST <= int(value) <= SEEDS_LIMIT:
-                raise ConfigError(
-                    f"settle --max-seeds {value}: allowed is a number of seeds from {FIRST} to {SEEDS_LIMIT}"
-                )
-            else:
-                most = int(value)
-        elif word in LAUNCHERS:
-            launcher = value
-        elif word.startswith(("-", "hydra")) and " " not in word:
-            known = (*FLAGS, *LAUNCHERS)
-            raise ConfigError(f"settle: no such flag: {word}{did_you_mean(word, known)}\nallowed: {', '.join(known)}")
-        else:
-            cells.append(word)
-    if len(cells) != 2:
+    words, flags = parsers.settle().parse_words(arguments)
+    launchers = [word for word in words if word.startswith("hydra") and " " not in word]
+    for word in launchers:
+        if word not in parsers.LAUNCHERS:
+            allowed = ", ".join(parsers.LAUNCHERS)
+            raise ConfigError(f"settle {word}{did_you_mean(word, parsers.LAUNCHERS)}\nallowed: {allowed}")
+    settings = [word for word in words if word not in launchers]
+    if len(settings) != 2:
         raise ConfigError(
-            f"settle wants two cells, got {len(cells)}: run directories or quoted command lines, such as\n"
+            f"settle wants two settings, got {len(settings)}: run directories or quoted command lines, such as\n"
             'qbench settle "method=dorefa bits=w2a2" "method=lsq bits=w2a2"'
         )
-    first, second = map(_cell, cells)
+    first, second = map(_cell, settings)
     if first.identity() == second.identity():
         raise ConfigError(f"settle: both are {name(first)}, the same cell")
     if first.dataset["name"] != second.dataset["name"]:
         names = first.dataset["name"], second.dataset["name"]
         raise ConfigError(f"settle: {names[0]} and {names[1]} are different data sets; choose cells on the same one")
-    return SequentialTest(first=first, second=second, margin=margin, most=most, launcher=launcher)
+    return SequentialTest(
+        first=first,
+        second=second,
+        margin=flags.get("margin", MARGIN),
+        most=flags.get("max_seeds", MOST),
+        launcher="".join(word.partition("=")[2] for word in launchers[-1:]),
+    )
 
 
 def _cell(word: str) -> Config:
