@@ -88,6 +88,7 @@ def settle(arguments: list[str]) -> int:
     """Run more seeds of two cells until they are told apart or as good as each other; print the verdict."""
     from qbench.cli import settle as settling
     from qbench.experiment import jobs, sweep
+    from qbench.report.comparison.sequential_test import MissingRunError, run_sequential_test
     from qbench.runs.directory import RunDirectory
     from qbench.runs.reader import RunRecord
 
@@ -105,8 +106,8 @@ def settle(arguments: list[str]) -> int:
             return [jobs.outcome(config) for config in configs]
 
         try:
-            print(settling.settle(asked, run, lambda text: print(text, file=sys.stderr, flush=True)))
-        except settling.MissingRunError as lost:
+            print(run_sequential_test(asked, run, lambda text: print(text, file=sys.stderr, flush=True)))
+        except MissingRunError as lost:
             print_error([str(lost)])
             return SWEEP_WITH_FAILURES
     return 0
