@@ -93,12 +93,13 @@ def compare(arguments: list[str]) -> int:
 
 def settle(arguments: list[str]) -> int:
     """Run more seeds of two settings until their difference or equivalence is decided; print the verdict."""
-    from qbench.cli import settle as sequential
+    from qbench.cli.settle import parse
     from qbench.experiment import jobs, sweep
+    from qbench.report.comparison.sequential_test import MissingRunError, run_sequential_test
     from qbench.runs.directory import RunDirectory
     from qbench.runs.reader import RunRecord
 
-    test = sequential.parse(arguments)
+    test = parse(arguments)
     with stop_on_signals() as stop:
 
         def run(configs: list[Config]) -> list[RunRecord]:
@@ -112,8 +113,8 @@ def settle(arguments: list[str]) -> int:
             return [jobs.outcome(config) for config in configs]
 
         try:
-            print(sequential.settle(test, run, lambda text: print(text, file=sys.stderr, flush=True)))
-        except sequential.MissingRunError as error:
+            print(run_sequential_test(test, run, lambda line: print(line, file=sys.stderr, flush=True)))
+        except MissingRunError as error:
             print_error([str(error)])
             return SWEEP_WITH_FAILURES
     return 0

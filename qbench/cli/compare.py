@@ -1,6 +1,5 @@
 """`qbench compare`: options, and the text that is printed: filters, columns, order, format."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,18 +8,14 @@ from pathlib import Path
 
 from qbench.cli import parsers
 from qbench.cli.parsers import RECORD
-from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
-from qbench.report.comparison import naming
 from qbench.report.comparison.compare import compare
-from qbench.report.comparison.pairs import MARGIN, conclude
+from qbench.report.comparison.filters import select_runs
+from qbench.report.comparison.pairs import conclude
+from qbench.report.comparison.verdicts import MARGIN
 from qbench.report.tables import columns
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.reader import DONE, RunRecord, dump_records, read
-
-MOST = 20
-"""Values that a message names."""
-DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
+from qbench.runs.reader import RunRecord, dump_records, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +84,7 @@ def tables(asked: CompareOptions) -> list[Table]:
 
 def build_tables(asked: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
     """Return the tables that a command line asks for, and the runs they tell of."""
-    found, notes = read(asked.directories), list[str]()
-    if found and (asked.where or asked.by):
-        own = {id(run): naming.facts(run.result) for run in found if run.result is not None}
-        known = set().union(*own.values())
-        for key in (*asked.where, *asked.by):
-            if known and key not in known:
-                raise ConfigError(_no_key(key, known))
-        notes = _missing(asked.where, found, own)
-        found = _filtered(found, asked.where, own)
+    found, notes = select_runs(read(asked.directories), asked.where, asked.by)
     made = compare(found, asked.by)
     conclude(made, asked.margin)
     if asked.published:
@@ -118,89 +105,3 @@ def _arrange(made: Sequence[Table], asked: CompareOptions) -> None:
             if asked.sort:
                 columns.sort(table, asked.sort)
             columns.show(table, columns.chosen(groups))
-
-
-def _no_key(key: str, known: Iterable[str]) -> str:
-    short = sorted(name for name in known if "." not in name)
-    return (
-        f"compare {key}: no run has this key{did_you_mean(key, known)}\nallowed: {', '.join(short)} and keys below them"
-    )
-
-
-def _missing(
-    where: Mapping[str, Sequence[str]], found: Sequence[RunRecord], facts: Mapping[int, Mapping[str, str]]
-) -> list[str]:
-    """Return a note on every value that no run has.
-
-    Raises:
-        ConfigError: no run has any of those typed for a key.
-    """
-    every = [facts.get(id(run)) or _by_name(run) for run in found]
-    notes = []
-    for key, values in where.items():
-        there = [own[key] for own in every if key in own]
-        absent = [value for value in values if there and not any(_is(key, own, value) for own in there)]
-        if absent == values:
-            known = sorted({str(json.loads(own)) for own in there}, key=lambda v: (v.isdecimal() and int(v), v))
-            hint = "" if values[0].isdecimal() else did_you_mean(values[0], known)
-            shown = ", ".join(known[:MOST]) + (f" and {len(known) - MOST} more" if len(known) > MOST else "")
-            raise ConfigError(f"compare {key}={','.join(values)}: no run has it{hint}\nthere are: {shown}")
-        notes += [f"no run has {key}={value}" for value in absent]
-    return notes
-
-
-def _filtered(
-    found: Sequence[RunRecord], where: Mapping[str, Sequence[str]], facts: Mapping[int, Mapping[str, str]]
-) -> list[RunRecord]:
-    """Return the runs that match, and the float parents of those: they are what differences are to.
-
-    Of a run without a result its directory's name tells method, widths and seed; it is left out where those do not
-    match, and stays where they do or the name says nothing.
-    """
-    kept = [run for run in found if _matches(facts.get(id(run)) or _by_name(run), where, run.result is None)]
-    wanted = {_place(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
-    chosen = {id(run) for run in kept}
-    parents = [r for r in found if r.result and r.status == DONE and naming.is_parent(r.result)]
-    chosen |= {id(run) for run in parents if _place(str(run.path)) in wanted}
-    return [run for run in found if id(run) in chosen]
-
-
-def _place(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
-
-
-def _by_name(run: RunRecord) -> dict[str, str]:
-    match = DIRECTORY.fullmatch(run.path.name)
-    if not match:
-        return {}
-    widths = dict(re.findall(r"([wag])(\d+)", match["bits"]))
-    named = {"method": json.dumps(match["method"]), "bits": json.dumps(match["bits"]), "seed": match["seed"]}
-    return named | {f"bits.{key}": width for key, width in widths.items()}
-
-
-def _matches(own: Mapping[str, str], where: Mapping[str, Sequence[str]], lenient: bool) -> bool:
-    """Whether a run has one of the values allowed for every key; with `lenient` one that is not known matches."""
-    for key, allowed in where.items():
-        if key not in own:
-            if not lenient:
-                return False
-        elif not any(_is(key, own[key], value) for value in allowed):
-            return False
-    return True
-
-
-def _is(key: str, own: str, typed: str) -> bool:
-    """Whether a value, as JSON, is what was typed: 0.001 is 1e-3, w2a2 are widths of w2a2g32."""
-    value = json.loads(own)
-    if isinstance(value, str):
-        return value == typed or (key == "bits" and bool(typed) and set(_widths(typed)) <= set(_widths(value)))
-    if isinstance(value, bool) or value is None:
-        return typed.lower() in (own, {"null": "none"}.get(own))
-    try:
-        return bool(json.loads(typed) == value)
-    except ValueError:
-        return typed == own
-
-
-def _widths(text: str) -> list[str]:
-    return re.findall(r"[wag]\d+", text)

@@ -20,6 +20,8 @@ from qbench.cli.arguments import (
     some_text,
 )
 from qbench.config import groups
+from qbench.report.comparison.verdicts import MARGIN
+from qbench.report.tables import columns
 from qbench.report.tables.table import FORMATS
 
 METHOD, OVERRIDES = "METHOD", "KEY=VALUE"
@@ -118,9 +120,6 @@ def check() -> SubcommandParser:
 
 def compare() -> SubcommandParser:
     """Return the parser of `qbench compare`."""
-    from qbench.report.comparison.pairs import MARGIN
-    from qbench.report.tables import columns
-
     parser = SubcommandParser("compare", parents=[format_flag(RECORD)])
     parser.add_argument("places", metavar="PLACE", nargs="+", help="a directory with runs at or below it, or a record")
     parser.add_argument(
@@ -302,13 +301,12 @@ def sensitivity() -> SubcommandParser:
 
 def settle() -> SubcommandParser:
     """Return the parser of `qbench settle`."""
-    from qbench.cli.settle import FIRST, MOST
-    from qbench.report.comparison.pairs import MARGIN
+    from qbench.report.comparison.sequential_test import FIRST_LOOK, MAX_SEEDS
     from qbench.report.statistics.power import SEEDS_LIMIT
 
     parser = SubcommandParser(
         "settle",
-        epilog=f"Runs seeds 0 to {FIRST - 1} of both settings, then more, until the result is significant or "
+        epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of both settings, then more, until the result is significant or "
         "equivalence is shown.\nAll looks at the data together keep the rate of false decisions below 5 %.",
     )
     parser.add_argument(
@@ -328,9 +326,9 @@ def settle() -> SubcommandParser:
     )
     parser.add_argument(
         "--max-seeds",
-        type=integer(FIRST, SEEDS_LIMIT, "a number of seeds"),
+        type=integer(FIRST_LOOK, SEEDS_LIMIT, "a number of seeds"),
         metavar="N",
-        help=f"stop undecided at this number of seeds (default: {MOST})",
+        help=f"stop undecided at this number of seeds (default: {MAX_SEEDS})",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Seeds until two cells are decided: looks, false decisions on A against A, what is refused, a run of it."""
+"""Sequential test of two settings: looks, false decisions on A against A, refused words, the whole command."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,11 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qbench.cli import settle
 from qbench.cli.main import main as cli
+from qbench.cli.settle import parse
 from qbench.config.schema import Config
 from qbench.errors import ConfigError
 from qbench.report.comparison.predictions import RunAccuracy
+from qbench.report.comparison.sequential_test import (
+    MissingRunError,
+    decide,
+    look_schedule,
+    names,
+    run_sequential_test,
+)  # fmt: skip
+from qbench.report.comparison.verdicts import Verdict
 from qbench.report.statistics.differences import paired
 from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import RunRecord
@@ -43,7 +51,7 @@ def drawn(
     ],
 )
 def test_cells_of_unlike_protocol_say_so(first: str, second: str, told: tuple[str, str]) -> None:
-    own = [name.replace(" w2a32g32", " auto") for name in settle.names(settle.parse([first, second]))]
+    own = [name.replace(" w2a32g32", " auto") for name in names(parse([first, second]))]
     assert tuple(own) == told
 
 
@@ -52,16 +60,16 @@ def test_a_run_that_was_moved_is_not_trained_anew_elsewhere(configure: Callable[
     directory = RunDirectory(config)
     with directory.lock():
         directory.write_config()
-    assert settle.parse([str(directory.path), OTHER]).first.identity() == config.identity()
+    assert parse([str(directory.path), OTHER]).first.identity() == config.identity()
     moved = directory.path.rename(tmp_path / directory.path.name)
     with pytest.raises(ConfigError, match="moved out of its folder digits-resnet8"):
-        settle.parse([str(moved), OTHER])
+        parse([str(moved), OTHER])
 
 
 def test_looks_grow_by_half_and_end_at_the_most() -> None:
-    assert settle.looks(20) == [3, 5, 8, 12, 18, 20]
-    assert settle.looks(3) == [3]
-    assert settle.looks(5) == [3, 5]
+    assert look_schedule(20) == [3, 5, 8, 12, 18, 20]
+    assert look_schedule(3) == [3]
+    assert look_schedule(5) == [3, 5]
 
 
 def test_false_decisions_on_a_against_a() -> None:
@@ -70,30 +78,30 @@ def test_false_decisions_on_a_against_a() -> None:
     wrong = careless = 0
     for _ in range(SIMULATED):
         figures = drawn(rng, (95.0, 95.0), 1.0)
-        verdict = settle.decide(figures, 0.1, 20)
-        wrong += verdict.outcome in (settle.ABOVE, settle.BELOW)
+        verdict = decide(figures, 0.1, 20)
+        wrong += verdict.verdict in (Verdict.ABOVE, Verdict.BELOW)
         arms = [[run.top1 for run in arm] for arm in figures(20)]
-        careless += any(paired(arms[0][:n], arms[1][:n]).p < 0.05 for n in settle.looks(20))
+        careless += any(paired(arms[0][:n], arms[1][:n]).p < 0.05 for n in look_schedule(20))
     assert wrong / SIMULATED <= 0.05
     assert careless / SIMULATED > 0.1
 
 
 def test_false_equivalence_at_the_margin() -> None:
     rng = np.random.default_rng(1)
-    outcomes = [settle.decide(drawn(rng, (95.5, 95.0), 0.3), 0.5, 20).outcome for _ in range(SIMULATED)]
-    assert outcomes.count(settle.EQUAL) / SIMULATED <= 0.05
-    assert outcomes.count(settle.BELOW) / SIMULATED <= 0.05
-    assert outcomes.count(settle.ABOVE) / SIMULATED > 0.5, "half a point at a spread of 0.4 is soon found"
+    outcomes = [decide(drawn(rng, (95.5, 95.0), 0.3), 0.5, 20).verdict for _ in range(SIMULATED)]
+    assert outcomes.count(Verdict.EQUIVALENT) / SIMULATED <= 0.05
+    assert outcomes.count(Verdict.BELOW) / SIMULATED <= 0.05
+    assert outcomes.count(Verdict.ABOVE) / SIMULATED > 0.5, "half a point at a spread of 0.4 is soon found"
 
 
 def test_it_stops_at_the_first_look_that_decides() -> None:
     far, told = drawn(np.random.default_rng(0), (97.0, 60.0), 0.3), list[str]()
-    verdict = settle.decide(far, 0.5, 20, told.append)
-    assert (verdict.outcome, verdict.difference.n, told) == (settle.ABOVE, 3, [])
-    mirrored = settle.decide(lambda n: far(n)[::-1], 0.5, 20)
-    assert (mirrored.outcome, mirrored.level) == (settle.BELOW, 0.05 / 6)
+    verdict = decide(far, 0.5, 20, told.append)
+    assert (verdict.verdict, verdict.difference.n, told) == (Verdict.ABOVE, 3, [])
+    mirrored = decide(lambda n: far(n)[::-1], 0.5, 20)
+    assert (mirrored.verdict, mirrored.level) == (Verdict.BELOW, 0.05 / 6)
     near = drawn(np.random.default_rng(0), (97.0, 97.0), 2.0)
-    assert settle.decide(near, 0.01, 12, told.append).outcome == settle.UNDECIDED
+    assert decide(near, 0.01, 12, told.append).verdict == Verdict.UNDECIDED
     assert [line.partition(" ")[0] for line in told] == ["3", "5", "8"]
 
 
@@ -117,25 +125,25 @@ def stub(
 
 def test_the_verdict_in_words() -> None:
     """Differences 4, 4.1, 4.2: mean 4.1, error 0.1 / 3^0.5, t(2) at 97.5 % two-sided 6.2053."""
-    asked = settle.parse([LINE, OTHER, "--max-seeds=5"])
+    asked = parse([LINE, OTHER, "--max-seeds=5"])
     run = stub({"w2a2g32": [94.0, 95.1, 96.2, 0, 0], "w4a4g32": [90.0, 91.0, 92.0, 0, 0]})
-    assert settle.settle(asked, run) == (
+    assert run_sequential_test(asked, run) == (
         "dorefa w2a2g32 is above dorefa w4a4g32: +4.10 points, 97.5 % interval +3.74 to +4.46; test top-1 95.10 and "
         "91.00, 3 seeds. Each of 2 looks asked for p below 0.025, so that false decisions stay below 5 %."
     )
     alike = stub({"w2a2g32": [94.0, 95.1, 96.2, 94.0, 95.0], "w4a4g32": [94.1, 95.0, 96.2, 94.1, 94.9]})
-    assert "dorefa w2a2g32 is as good as dorefa w4a4g32 within ±0.5: " in settle.settle(asked, alike)
+    assert "dorefa w2a2g32 is as good as dorefa w4a4g32 within ±0.5: " in run_sequential_test(asked, alike)
     apart = stub({"w2a2g32": [94.0, 95.1, 92.2, 94.0, 95.0], "w4a4g32": [90.1, 97.0, 93.2, 94.1, 90.9]})
-    said = settle.settle(asked, apart)
+    said = run_sequential_test(asked, apart)
     assert "are not decided: " in said
     assert "more seeds would decide: --max-seeds " in said
 
 
 def test_a_run_without_a_figure_leaves_no_verdict() -> None:
-    asked = settle.parse([LINE, OTHER])
+    asked = parse([LINE, OTHER])
     figures = {"w2a2g32": [94.0] * 20, "w4a4g32": [90.0] * 20}
-    with pytest.raises(settle.MissingRunError, match=r"diverged: why$"):
-        settle.settle(asked, stub(figures, {2: "diverged"}))
+    with pytest.raises(MissingRunError, match=r"diverged: why$"):
+        run_sequential_test(asked, stub(figures, {2: "diverged"}))
 
 
 @pytest.mark.parametrize(
@@ -158,12 +166,12 @@ def test_a_run_without_a_figure_leaves_no_verdict() -> None:
 )
 def test_what_is_refused(words: list[str], phrase: str) -> None:
     with pytest.raises(ConfigError, match=phrase):
-        settle.parse(words)
+        parse(words)
 
 
 def test_the_same_name_is_told_apart_by_keys() -> None:
-    asked = settle.parse([LINE, f"{LINE} epochs=3"])
-    assert settle.names(asked) == ("dorefa w2a2g32 epochs=30", "dorefa w2a2g32 epochs=3")
+    asked = parse([LINE, f"{LINE} epochs=3"])
+    assert names(asked) == ("dorefa w2a2g32 epochs=30", "dorefa w2a2g32 epochs=3")
 
 
 def test_from_command_to_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

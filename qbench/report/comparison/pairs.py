@@ -17,6 +17,7 @@ from typing import Any
 from qbench.report.comparison import predictions as answers
 from qbench.report.comparison import sentences
 from qbench.report.comparison.predictions import RunAccuracy
+from qbench.report.comparison.verdicts import MARGIN
 from qbench.report.statistics.differences import ALPHA, Difference, sample_error, unpaired, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
 from qbench.report.statistics.power import seeds_to_decide
@@ -24,8 +25,6 @@ from qbench.report.tables.table import Table
 from qbench.system import files
 
 Values = dict[str, Any]
-MARGIN = 0.5
-"""Points of top-1 within which two cells are as good as each other."""
 SAME, ABOVE, BELOW, EQUAL, UNDECIDED, NO_SPREAD = "the same", "above", "below", "as good", "undecided", "no spread"
 
 
