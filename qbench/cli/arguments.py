@@ -13,18 +13,18 @@ from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
 
 SUMMARIES = {
-    "check": "Check that a method has the properties that every method must have, at all its widths.",
-    "compare": "Compare runs: one table per network, data set and protocol, and which differences are significant.",
-    "completion": "Print the shell function that completes subcommands, flags, groups and keys.",
-    "describe": "Print a method card: formulas, choices that the paper leaves open, known deviations of public code.",
-    "evaluate": "Evaluate a finished run on its test split or on another data set.",
-    "inspect": "Show each quantized layer of a finished run: levels, SQNR, clipping, effect on the loss.",
-    "list": "List the groups with their options, one group, or the runs below a directory.",
-    "plan": "Show what a command line would run, with costs and time. Needs no data and trains nothing.",
-    "plot": "Plot how a method quantizes single values: staircase, gradient, levels, thresholds.",
-    "published": "Show published results beside the results measured here.",
-    "sensitivity": "Choose a bit width for each layer of a finished run under a budget.",
-    "settle": "Run more seeds of two settings until their difference or equivalence is decided.",
+    "check": "Check the properties that every method must have, at all widths.",
+    "compare": "Compare runs side by side, and test which differences count.",
+    "completion": "Print the bash function that completes command lines.",
+    "describe": "Print a method card: formulas, choices, known deviations.",
+    "evaluate": "Evaluate a finished run on its test split or on other data.",
+    "inspect": "Show each layer of a finished run: levels, SQNR, loss.",
+    "list": "List groups with their options, or runs.",
+    "plan": "Show the runs of a command line, with costs and time.",
+    "plot": "Plot how a method quantizes: staircase, gradient, levels.",
+    "published": "Show published results beside those measured here.",
+    "sensitivity": "Choose a bit width for each layer under a budget.",
+    "settle": "Run more seeds of two settings until a difference is decided.",
 }
 """Subcommand -> what it does, as `qbench --help` lists it and its own help begins."""
 
@@ -37,8 +37,8 @@ def help_width() -> int:
     return min(shutil.get_terminal_size().columns, WIDEST_HELP)
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """argparse's formatter with a bounded width; an epilog keeps its lines."""
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's formatter with a bounded width."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=24, width=help_width())

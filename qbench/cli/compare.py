@@ -52,7 +52,7 @@ def run_compare(arguments: Iterable[str]) -> str:
         page(made, runs, path)
     if options.format == RECORD:
         return dump_records(runs)
-    return "no runs there" if options.format == "text" and not made else FORMATS[options.format](made)
+    return "no runs found" if options.format == "text" and not made else FORMATS[options.format](made)
 
 
 def parse(arguments: Iterable[str]) -> CompareOptions:
@@ -73,35 +73,36 @@ def parse(arguments: Iterable[str]) -> CompareOptions:
 
 
 def _split(value: str) -> list[str]:
-    """Return the parts of a comma list; commas in brackets part nothing."""
+    """Return the parts of a comma-separated list; a comma in brackets belongs to a value."""
     return re.split(r",(?![^\[]*\])", value)
 
 
-def tables(asked: CompareOptions) -> list[Table]:
-    """Return the tables that a command line asks for, with what may be concluded."""
-    return build_tables(asked)[0]
+def tables(options: CompareOptions) -> list[Table]:
+    """Return the tables of a command line, with notes on significant differences."""
+    return build_tables(options)[0]
 
 
-def build_tables(asked: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables that a command line asks for, and the runs they tell of."""
-    found, notes = select_runs(read(asked.directories), asked.where, asked.by)
-    made = compare(found, asked.by)
-    conclude(made, asked.margin)
-    if asked.published:
+def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
+    """Return the tables of a command line, and the runs in them."""
+    runs, notes = select_runs(read(options.directories), options.where, options.by)
+    made = compare(runs, options.by)
+    conclude(made, options.margin)
+    if options.published:
         from qbench.papers.matching import publish
 
         publish(made)
-    _arrange(made, asked)
+    _arrange(made, options)
     if made:
         made[-1].notes += notes
-    return made, list(found)
+    return made, list(runs)
 
 
-def _arrange(made: Sequence[Table], asked: CompareOptions) -> None:
-    groups = [*asked.columns, *(["paper"] if asked.published else [])]
-    groups += [columns.EQUAL_BYTES] if asked.sort == columns.EQUAL_BYTES else []
+def _arrange(made: Sequence[Table], options: CompareOptions) -> None:
+    """Sort the rows of tables and choose their columns; a table of runs without a result stays as it is."""
+    sets = [*options.columns, *(["paper"] if options.published else [])]
+    sets += [columns.EQUAL_BYTES] if options.sort == columns.EQUAL_BYTES else []
     for table in made:
         if table.values and "top1_mean" in table.values[0]:
-            if asked.sort:
-                columns.sort(table, asked.sort)
-            columns.show(table, columns.chosen(groups))
+            if options.sort:
+                columns.sort(table, options.sort)
+            columns.show(table, columns.chosen(sets))

@@ -1,8 +1,15 @@
-"""`qbench --help`, on one screen. The help text of a subcommand is made by its parser."""
+"""The screen of `qbench --help`. The help text of a subcommand comes from its parser."""
 
 from textwrap import fill
 
 from qbench.cli.arguments import SUMMARIES, help_width
+
+OTHER_KEYS = "Other keys: seed, epochs, pretrain.epochs, init=auto|float|scratch|PATH, lr_search=none|grid, out, rerun"
+RESULTS = (
+    "Results are written below out (default: outputs), one directory per run. The same line again prints the stored "
+    "row, or resumes an interrupted run. Exit status: 0 done, 1 bug, 2 usage, 3 data, 4 checkpoint, 5 resources, "
+    "6 diverged, 8 sweep with failures, 75 interrupted and resumable."
+)
 
 
 def group_lines() -> str:
@@ -26,9 +33,9 @@ def help_screen() -> str:
     return f"""\
 qbench: papers on low-precision CNNs on one trainer and one protocol
 
-  qbench method=dorefa bits.w=2                  pretrain a float baseline (once), fine-tune, evaluate, print one row
-  qbench -m method=dorefa bits.w=1,2,4 seed=0,1  every combination; stored runs are not run again
-  qbench SUBCOMMAND ...                          qbench SUBCOMMAND --help shows its flags
+  qbench method=dorefa bits.w=2                  train once, quantize, print a row
+  qbench -m method=dorefa bits.w=1,2,4 seed=0,1  all combinations not stored yet
+  qbench SUBCOMMAND --help                       the flags of a subcommand
 
 Subcommands:
 {subcommands}
@@ -38,13 +45,11 @@ Groups, as GROUP=OPTION; keys inside them, as GROUP.KEY=VALUE:
   bits takes any widths: bits=w2a2, bits=w4a4g8, or bits.w=2 bits.a=2
   method, model and dataset also take a function of your own: model=my.net:build
 
-Other keys: seed, epochs, pretrain.epochs, init (auto, float, scratch or a path), lr_search (none, grid), out, rerun
+{fill(OTHER_KEYS, width)}
 
-  qbench method=dorefa --cfg job                 show the whole configuration and run nothing
-  qbench -m ... hydra/launcher=joblib            a sweep on all cores; or submitit_local, submitit_slurm
-  qbench --hydra-help                            flags of Hydra, which composes the configuration
+  qbench method=dorefa --cfg job                 the configuration; nothing runs
+  qbench -m ... hydra/launcher=joblib            a sweep on all cores
+  qbench --hydra-help                            flags of Hydra (configurations)
   eval "$(qbench completion bash)"               switch shell completion on
 
-Results are written below out (default: outputs), one directory per run. The same line prints the stored row again, and
-resumes an interrupted run. Exit status: 0 done, 1 bug, 2 usage, 3 data, 4 checkpoint, 5 resources, 6 diverged,
-8 sweep with failures, 75 interrupted and resumable."""
+{fill(RESULTS, width)}"""

@@ -29,6 +29,7 @@ PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 PREDICTION_SUFFIXES = (".csv", ".npy")
 RECORD = "record"
 """The format besides those of tables: the runs themselves in one small file, which `qbench compare` reads again."""
+PAPERS = Path(__file__).parents[1] / "papers" / "figures"
 LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
@@ -99,8 +100,8 @@ def prediction_file(value: str) -> Path:
     return path
 
 
-def _add_method(parser: SubcommandParser) -> None:
-    parser.add_argument("method", metavar=METHOD, help="a method, or package.module:function")
+def _add_method(parser: SubcommandParser, nargs: str | None = None) -> None:
+    parser.add_argument("method", metavar=METHOD, nargs=nargs, help="a method, or package.module:function")
     parser.suggestions[METHOD] = lambda: groups.option_names("method")
 
 
@@ -185,7 +186,9 @@ def completion() -> SubcommandParser:
 
 def describe() -> SubcommandParser:
     """Return the parser of `qbench describe`."""
-    parser = SubcommandParser("describe")
+    parser = SubcommandParser(
+        "describe", epilog="Formulas, what the paper leaves open and what was chosen, flaws of public code."
+    )
     _add_method(parser)
     return parser
 
@@ -212,8 +215,8 @@ def inspect() -> SubcommandParser:
         parser,
         "--sort",
         ("leave-one-out", "leave-one-in", "sqnr", "order"),
-        "worst first by the loss gained with only this layer float (leave-one-out), the loss added by this layer alone "
-        "(leave-one-in), or SQNR; or in the order of the network (default: leave-one-out)",
+        "worst first: by the change of the loss with this layer alone float (leave-one-out), with this layer alone "
+        "quantized (leave-one-in), or by SQNR; or in the order of the network (default: leave-one-out)",
     )
     return parser
 
@@ -232,7 +235,10 @@ def list_() -> SubcommandParser:
 
 def plan() -> SubcommandParser:
     """Return the parser of `qbench plan`; it serves help and completion, since Hydra reads the words."""
-    parser = SubcommandParser("plan", epilog="Flags of Hydra, such as --config-dir, are those of a training command.")
+    parser = SubcommandParser(
+        "plan",
+        epilog="It needs no data and trains nothing. Flags of Hydra, such as --config-dir, are those of a training command.",
+    )
     parser.add_argument("overrides", metavar=OVERRIDES, nargs="*", help="words of a training command")
     parser.add_argument("-m", "--multirun", action="store_true", help="all combinations of comma-separated values")
     return parser
@@ -241,25 +247,25 @@ def plan() -> SubcommandParser:
 def plot() -> SubcommandParser:
     """Return the parser of `qbench plot`."""
     parser = SubcommandParser("plot")
-    _add_method(parser)
+    _add_method(parser, nargs="?")
     _add_method_overrides(parser)
     parser.add_argument("--poster", action="store_true", help="plot all methods in one figure")
     parser.add_argument(
         "--out",
         type=file_with_suffix(*PLOT_SUFFIXES),
         metavar="FILE",
-        help=f"a file that ends in {', '.join(PLOT_SUFFIXES)} (default: plot-METHOD-WIDTHS.png or poster.png)",
+        help=f"a file that ends in {', '.join(PLOT_SUFFIXES)} (default: plot-METHOD-BITS.png, poster.png)",
     )
     return parser
 
 
 def published() -> SubcommandParser:
     """Return the parser of `qbench published`."""
-    from qbench.papers.rows import PROVENANCES, papers
+    from qbench.papers.rows import PROVENANCES
 
     parser = SubcommandParser("published", parents=[format_flag()])
     parser.add_argument("--paper", type=some_text, metavar="NAME", help="only the rows of this paper")
-    parser.suggestions["--paper"] = lambda: [paper.key for paper in papers()]
+    parser.suggestions["--paper"] = lambda: [file.stem for file in PAPERS.glob("*.yaml") if file.stem != "names"]
     add_choice(parser, "--provenance", PROVENANCES, "only rows whose source is known at least this well")
     parser.add_argument(
         "--missing",
@@ -307,7 +313,7 @@ def settle() -> SubcommandParser:
     parser = SubcommandParser(
         "settle",
         epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of both settings, then more, until the result is significant or "
-        "equivalence is shown.\nAll looks at the data together keep the rate of false decisions below 5 %.",
+        "equivalence is shown. All looks at the data together keep the rate of false decisions below 5 %.",
     )
     parser.add_argument(
         "settings",

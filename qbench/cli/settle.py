@@ -32,12 +32,12 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
             f"settle wants two settings, got {len(settings)}: run directories or quoted command lines, such as\n"
             'qbench settle "method=dorefa bits=w2a2" "method=lsq bits=w2a2"'
         )
-    first, second = map(_cell, settings)
+    first, second = map(_setting, settings)
     if first.identity() == second.identity():
-        raise ConfigError(f"settle: both are {setting_name(first)}, the same cell")
+        raise ConfigError(f"settle: both are {setting_name(first)}, the same setting")
     if first.dataset["name"] != second.dataset["name"]:
         names = first.dataset["name"], second.dataset["name"]
-        raise ConfigError(f"settle: {names[0]} and {names[1]} are different data sets; choose cells on the same one")
+        raise ConfigError(f"settle: {names[0]} and {names[1]} are different data sets; choose settings on the same one")
     return SequentialTest(
         first=first,
         second=second,
@@ -47,21 +47,27 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
     )
 
 
-def _cell(word: str) -> Config:
-    """Return a cell's run with seed 0."""
-    path = Path(word)
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(f"settle {word}: no config.yaml there\nname a run's directory, or quote a command line")
-        from qbench.config.validate import from_dict
+def _setting(word: str) -> Config:
+    """Return the run with seed 0 of the setting that a directory or a command line names."""
+    return _from_directory(word) if Path(word).is_dir() else _from_command_line(word)
 
-        config = from_dict(files.read_yaml(path / "config.yaml"))
-        folder = Path(config.directory()).parent.name
-        if path.absolute().parent.name != folder:  # its seeds would be trained anew, elsewhere
-            raise ConfigError(
-                f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"
-            )
-        return replace(config, seed=0, out=str(path.absolute().parents[1]), rerun=False)
+
+def _from_directory(word: str) -> Config:
+    path = Path(word)
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"settle {word}: no config.yaml there\nname a run's directory, or quote a command line")
+    from qbench.config.validate import from_dict
+
+    config = from_dict(files.read_yaml(path / "config.yaml"))
+    folder = Path(config.directory()).parent.name
+    if path.absolute().parent.name != folder:  # runs of its other seeds would not be found beside it
+        raise ConfigError(
+            f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"
+        )
+    return replace(config, seed=0, out=str(path.absolute().parents[1]), rerun=False)
+
+
+def _from_command_line(word: str) -> Config:
     from qbench.config import compose
 
     try:
@@ -70,10 +76,10 @@ def _cell(word: str) -> Config:
         raise ConfigError(f"settle {word}: {str(error).lower()}\nwrite key=value words in one pair of quotes") from None
     for typed in words:
         if typed.partition("=")[0] in ("seed", "rerun"):
-            raise ConfigError(f"settle {word}: leave {typed} out: seeds 0, 1, 2, ... run until it is decided")
+            raise ConfigError(f"settle {word}: leave {typed} out: settle runs seeds 0, 1, 2, ... until a decision")
     if "=" not in word:
         raise ConfigError(f"settle {word}: neither a directory nor a command line\nwrite key=value words in quotes")
-    found = compose.configurations(words)
-    if len(found) != 1:
-        raise ConfigError(f"settle {word}: {len(found)} cells; each side is one")
-    return found[0]
+    configs = compose.configurations(words)
+    if len(configs) != 1:
+        raise ConfigError(f"settle {word}: {len(configs)} settings; write one on each side")
+    return configs[0]

@@ -138,7 +138,7 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
         flag, _, value = word.partition("=")
         if not word.startswith("-"):
             if not flag or ("=" not in word and not word.startswith("~")):
-                raise ConfigError(f"{word}: neither a verb nor key=value\nsee qbench --help for the verbs and keys")
+                raise ConfigError(f"{word}: neither a subcommand nor key=value\nsee qbench --help for both")
             if flag.startswith("hydra") and not word.startswith(HYDRA_KEYS):
                 known = ", ".join(key.rstrip("=.") for key in HYDRA_KEYS if key[0] != "+")
                 raise ConfigError(f"{word}: has no effect here\nof Hydra's keys, allowed are {known}")
