@@ -69,6 +69,8 @@ def _of_subcommand(parser: SubcommandParser, words: Sequence[str], current: str)
 def _of_training(words: Sequence[str], current: str) -> Iterable[str]:
     from qbench.config.compose import FLAGS
 
+    if words == ["help"]:
+        return PARSERS
     if words and (values := FLAGS.get(words[-1])):
         return values
     if current.startswith("-"):
@@ -91,7 +93,9 @@ def _overrides(words: Sequence[str], current: str) -> list[str]:
             compose.configurations(["--shell-completion", "query=bash"])
     except ConfigError:  # a word before the cursor is wrong
         return []
-    return printed.getvalue().split()
+    groups = group_names()
+    names = (f"{name}=" if name in groups else name for name in printed.getvalue().split())
+    return [name for name in names if current or not name.startswith("hydra")]
 
 
 def _listed(typed: str, values: Iterable[str]) -> list[str]:

@@ -237,7 +237,7 @@ def plan() -> SubcommandParser:
     """Return the parser of `qbench plan`; it serves help and completion, since Hydra reads the words."""
     parser = SubcommandParser(
         "plan",
-        epilog="It needs no data and trains nothing. Flags of Hydra, such as --config-dir, are those of a training command.",
+        epilog="It needs no data and trains nothing. It takes the flags of Hydra that a training command takes.",
     )
     parser.add_argument("overrides", metavar=OVERRIDES, nargs="*", help="words of a training command")
     parser.add_argument("-m", "--multirun", action="store_true", help="all combinations of comma-separated values")
