@@ -18,8 +18,9 @@ def plan(arguments: list[str]) -> int:
 
     configs = compose.configurations(arguments)
     from qbench.analysis.plan import plan as plan_tables
+    from qbench.experiment.planned_run import planned_run
 
-    print(FORMATS["text"](plan_tables(configs)))
+    print(FORMATS["text"](plan_tables([planned_run(config) for config in configs])))
     return 0
 
 
@@ -41,15 +42,17 @@ def check(arguments: list[str]) -> int:
     from qbench.check.kit import check as findings_of
     from qbench.check.kit import report
     from qbench.check.subject import MethodUnderTest
-    from qbench.experiment.setup import make_method, widths
+    from qbench.experiment.builders import build_method
     from qbench.quant.method import Unsupported
 
-    default = widths(config)
+    default = config.bits.resolved()
     try:
-        make_method(config, default).check(default)
+        build_method(config.method, config.activation, default).check(default)
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None
-    subject = MethodUnderTest(config.method_name, lambda bits: make_method(config, bits), default)
+    subject = MethodUnderTest(
+        config.method_name, lambda bits: build_method(config.method, config.activation, bits), default
+    )
     findings = findings_of(subject)
     print(report(subject, findings))
     return BUG if any(finding.failures for finding in findings) else 0
@@ -95,22 +98,23 @@ def settle(arguments: list[str]) -> int:
     """Run more seeds of two settings until their difference or equivalence is decided; print the verdict."""
     from qbench.cli.settle import parse
     from qbench.experiment import jobs, sweep
+    from qbench.experiment.planned_run import planned_run
     from qbench.report.comparison.sequential_test import MissingRunError, run_sequential_test
-    from qbench.runs.directory import RunDirectory
     from qbench.runs.reader import RunRecord
 
     test = parse(arguments)
     with stop_on_signals() as stop:
 
         def run(configs: list[Config]) -> list[RunRecord]:
-            missing = [config for config in configs if not RunDirectory(config).stored()]
+            runs = [planned_run(config) for config in configs]
+            missing = [planned for planned in runs if not planned.directory.stored()]
             if missing and test.launcher == "joblib":
                 sweep.launch_all([], missing, test.launcher, stop)
             elif missing:
                 sweep.run_all(missing, stop)
             if stop():
                 raise Interrupted(f"stopped by signal {stop()}; the same command goes on from here")
-            return [jobs.outcome(config) for config in configs]
+            return [jobs.outcome(planned) for planned in runs]
 
         try:
             print(run_sequential_test(test, run, lambda line: print(line, file=sys.stderr, flush=True)))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qbench.cli import parsers
+from qbench.config.identity import run_identity
 from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.comparison.sequential_test import MAX_SEEDS, SequentialTest, setting_name
@@ -33,7 +34,7 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
             'qbench settle "method=dorefa bits=w2a2" "method=lsq bits=w2a2"'
         )
     first, second = map(_setting, settings)
-    if first.identity() == second.identity():
+    if run_identity(first).digest == run_identity(second).digest:
         raise ConfigError(f"settle: both are {setting_name(first)}, the same setting")
     if first.dataset["name"] != second.dataset["name"]:
         names = first.dataset["name"], second.dataset["name"]
@@ -59,7 +60,7 @@ def _from_directory(word: str) -> Config:
     from qbench.config.validate import from_dict
 
     config = from_dict(files.read_yaml(path / "config.yaml"))
-    folder = Path(config.directory()).parent.name
+    folder = run_identity(config).directory.parent.name
     if path.absolute().parent.name != folder:  # runs of its other seeds would not be found beside it
         raise ConfigError(
             f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"

@@ -100,7 +100,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "outer" / "work"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
-    monkeypatch.setattr("qbench.experiment.run._work", never)
+    monkeypatch.setattr("qbench.experiment.run._train", never)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     return work
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from qbench.config.identity import run_identity
 from qbench.config.schema import Config
 from qbench.report.comparison.naming import flat
 from qbench.report.comparison.predictions import RunAccuracy, of_run, paired_difference
@@ -184,7 +185,7 @@ def names(test: SequentialTest) -> tuple[str, str]:
     """
     configs = test.first, test.second
     short = setting_name(test.first), setting_name(test.second)
-    keys = [flat(config.identity() if short[0] == short[1] else _shared_keys(config)) for config in configs]
+    keys = [flat(run_identity(config).keys if short[0] == short[1] else _shared_keys(config)) for config in configs]
     differing = [key for key in sorted(set().union(*keys)) if keys[0].get(key) != keys[1].get(key)]
     more = f" and {len(differing) - NAMED_KEYS} more keys" if len(differing) > NAMED_KEYS else ""
     typed = [" ".join(f"{key}={own.get(key, '?')}" for key in differing[:NAMED_KEYS]) + more for own in keys]
@@ -193,7 +194,7 @@ def names(test: SequentialTest) -> tuple[str, str]:
 
 def _shared_keys(config: Config) -> dict[str, object]:
     """Return what all methods of a table share: the protocol and the network's keys."""
-    return config.protocol() | {"model": config.model}
+    return run_identity(config).protocol | {"model": config.model}
 
 
 def setting_name(config: Config) -> str:
