@@ -33,7 +33,7 @@ def help_screen() -> str:
     return f"""\
 qbench: papers on low-precision CNNs on one trainer and one protocol
 
-  qbench method=dorefa bits.w=2                  train once, quantize, print a row
+  qbench method=dorefa bits.w=2                  train, quantize, print a row
   qbench -m method=dorefa bits.w=1,2,4 seed=0,1  all combinations not stored yet
   qbench SUBCOMMAND --help                       the flags of a subcommand
 
@@ -43,7 +43,7 @@ Subcommands:
 Groups, as GROUP=OPTION; keys inside them, as GROUP.KEY=VALUE:
 {group_lines()}
   bits takes any widths: bits=w2a2, bits=w4a4g8, or bits.w=2 bits.a=2
-  method, model and dataset also take a function of your own: model=my.net:build
+  method, model and dataset take your own functions: model=my.net:build
 
 {fill(OTHER_KEYS, width)}
 

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from qbench.config.groups import format_names, group_names
+from qbench.config.identity import ADDED
 from qbench.config.schema import Config
 
 TYPO, SIMILAR = 0.75, 0.6
@@ -25,8 +26,8 @@ FIELD_WORDS = {
 }
 """Usual words for keys that have another name here."""
 
-FILE_ONLY = "claim"
-"""A key that experiment files set and that no command line needs."""
+NOT_TYPED = ("claim", "lr_grid.lr", "lr_grid.lr_end")
+"""Keys that experiment files or qbench itself set; no command line needs them."""
 
 
 def unknown_key_message(typed: str, tree: Mapping[object, object]) -> str:
@@ -37,10 +38,10 @@ def unknown_key_message(typed: str, tree: Mapping[object, object]) -> str:
         tree: the composed configuration, as plain dictionaries.
     """
     composed = [path for path in key_paths(tree) if path != typed and not path.startswith(f"{typed}.")]
-    declared = [path for path in schema_paths(Config) if path not in composed and path != FILE_ONLY]
+    declared = [path for path in schema_paths(Config) if path not in composed and path not in NOT_TYPED]
     place = typed.rpartition(".")[0]
     if typed in declared:
-        return f"{typed}: the chosen {place} does not set this key, so it needs a plus\nwrite +{typed}=VALUE"
+        return f"{typed}: no such key in the chosen {place}\nto add it, write +{typed}=VALUE"
     known = [*composed, *declared, *(group for group in group_names() if group not in composed)]
     nearest = nearest_key(typed, known)
     while place and not _inside(place, known):
@@ -83,6 +84,8 @@ def nearest_key(typed: str, known: Sequence[str]) -> str | None:
 def key_paths(tree: Mapping[object, object], place: str = "") -> Iterator[str]:
     """Yield the keys of nested dictionaries with dots, a node before the keys inside it."""
     for key, value in tree.items():
+        if key == ADDED:  # a mark for run identities, not a key of the user
+            continue
         yield f"{place}{key}"
         if isinstance(value, Mapping):
             yield from key_paths(value, f"{place}{key}.")

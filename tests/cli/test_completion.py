@@ -83,7 +83,7 @@ def test_bash_completes(bash: str) -> None:
         ("qbench experiment=lsq/resnet18_w2", ["experiment=lsq/resnet18_w2a2"]),
         ("qbench runtime.num", ["runtime.num_workers="]),
         ("qbench method=dorefa runtime.num_workers=", ["runtime.num_workers=2"]),
-        ("qbench plan method=inq method.f", ["method.fraction="]),
+        ("qbench plan method=inq method.part", ["method.partition="]),
         ("qbench nosuch=1 runtime.num", []),
     ],
 )  # fmt: skip

@@ -84,9 +84,11 @@ def test_the_keys_in_the_same_place_are_listed(tree: dict[Any, Any]) -> None:
     ("line", "message"),
     [
         ("lr=0.1", "lr: no such key; did you mean optim.lr?"),
+        ("+lr=0.1", "lr: no such key; did you mean optim.lr?"),
+        ("+bits.weights=2", "bits.weights: no such key; did you mean bits.w?"),
         ("-m method=dorefa,ttq w=1,2", "w: no such key; did you mean bits.w?"),
-        ("method=dorefa optim.momentum=0.5", "optim.momentum: the chosen optim does not set this key, so it needs a"),
-        ("method=dorefa model=mlp depth=3", "depth: no such key"),
+        ("method=dorefa optim.momentum=0.5", "optim.momentum: no such key in the chosen optim\nto add it, write +opt"),
+        ("lr_grid.lr=0.1", "lr_grid.lr: no such key; did you mean optim.lr?\nallowed: lr_grid.factors"),
     ],
 )
 def test_a_command_line_gets_the_message(line: str, message: str) -> None:
