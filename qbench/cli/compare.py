@@ -3,16 +3,17 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
+from qbench.report.comparison import columns
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.filters import select_runs
 from qbench.report.comparison.pairs import conclude
+from qbench.report.comparison.setting_table import sorted_by, with_columns
 from qbench.report.comparison.verdicts import MARGIN
-from qbench.report.tables import columns
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import RunRecord, dump_records, read
 
@@ -95,7 +96,7 @@ def _put(asked: CompareOptions, flag: str, value: str) -> None:
         asked.form = value
     elif flag == "--sort":
         asked.sort = value
-        columns.sort(Table(()), value)
+        sorted_by(Table(()), value)
     elif flag == "--by":
         asked.by = listed
     elif flag in ("--plot", "--html"):
@@ -121,30 +122,27 @@ def _split(value: str) -> list[str]:
 
 
 def tables(asked: CompareOptions) -> list[Table]:
-    """Return the tables that a command line asks for, with what may be concluded."""
+    """Return the tables that a command line asks for, with conclusions."""
     return build_tables(asked)[0]
 
 
-def build_tables(asked: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables that a command line asks for, and the runs they tell of."""
-    found, notes = select_runs(read(asked.directories), asked.where, asked.by)
-    made = compare(found, asked.by)
-    conclude(made, asked.margin)
-    if asked.published:
-        from qbench.papers.matching import publish
+def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
+    """Return the tables for these options, with conclusions, and the runs that they were made from."""
+    runs, notes = select_runs(read(options.directories), options.where, options.by)
+    made = conclude(compare(runs, options.by), options.margin)
+    if options.published:
+        from qbench.papers.matching import with_published
 
-        publish(made)
-    _arrange(made, asked)
-    if made:
-        made[-1].notes += notes
-    return made, list(found)
+        made = with_published(made)
+    made = [_arranged(table, options) for table in made]
+    if made and notes:
+        made[-1] = replace(made[-1], notes=[*made[-1].notes, *notes])
+    return made, runs
 
 
-def _arrange(made: Sequence[Table], asked: CompareOptions) -> None:
-    groups = [*asked.columns, *(["paper"] if asked.published else [])]
-    groups += [columns.EQUAL_BYTES] if asked.sort == columns.EQUAL_BYTES else []
-    for table in made:
-        if table.values and "top1_mean" in table.values[0]:
-            if asked.sort:
-                columns.sort(table, asked.sort)
-            columns.show(table, columns.chosen(groups))
+def _arranged(table: Table, options: CompareOptions) -> Table:
+    """Return a table with its rows sorted and its columns chosen."""
+    groups = [*options.columns, *([columns.PUBLISHED] if options.published else [])]
+    groups += [columns.EQUAL_BYTES] if options.sort == columns.EQUAL_BYTES else []
+    ordered = sorted_by(table, options.sort) if options.sort else table
+    return with_columns(ordered, columns.columns_in(groups))

@@ -14,7 +14,7 @@ from qbench.report.comparison.pairs import ABOVE, BELOW, EQUAL, SAME, UNDECIDED,
 from qbench.report.comparison.predictions import RunAccuracy, paired_difference
 from qbench.report.statistics.differences import half_width, paired, sample_error, two_way, unpaired, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
-from qbench.report.statistics.power import needed
+from qbench.report.statistics.power import seeds_needed
 from qbench.report.tables.table import Table
 
 FAMILIES = 2000
@@ -66,11 +66,11 @@ def test_cautious_has_the_seeds_freedom_alone() -> None:
     rng = np.random.default_rng(3)
     arms = [rng.random((3, 500)) < chance for chance in (0.9, 0.8)]
     plain, careful = two_way(*arms), with_seed_dof(two_way(*arms))
-    assert plain.freedom > careful.freedom == 2
-    assert careful.error == plain.error
-    assert careful.p == pytest.approx(2 * stats.t.sf(careful.mean / careful.error, 2))
-    assert careful.high - careful.mean == pytest.approx(stats.t.ppf(0.975, 2) * careful.error)
-    assert half_width(careful, 0.01) == pytest.approx(stats.t.ppf(0.995, 2) * careful.error)
+    assert plain.dof > careful.dof == 2
+    assert careful.standard_error == plain.standard_error
+    assert careful.p == pytest.approx(2 * stats.t.sf(careful.mean / careful.standard_error, 2))
+    assert careful.high - careful.mean == pytest.approx(stats.t.ppf(0.975, 2) * careful.standard_error)
+    assert half_width(careful, 0.01) == pytest.approx(stats.t.ppf(0.995, 2) * careful.standard_error)
     assert careful.p >= paired(*(100 * arm.mean(1) for arm in arms)).p
     alike = paired([1.0, 2.0, 4.0], [0.0, 0.0, 1.0])
     assert with_seed_dof(alike) is alike
@@ -85,7 +85,7 @@ def test_seeds_needed_are_those_of_the_power_formula(distance: float, spread: fl
         for n in range(2, 1000)
         if distance * n**0.5 / spread >= stats.t.ppf(0.995, n - 1) + stats.t.ppf(0.8, n - 1)
     )  # fmt: skip
-    assert needed(seen, alpha=0.01) == needed(seen, alpha=0.01, seeds_alone=True) == wanted
+    assert seeds_needed(seen, alpha=0.01) == seeds_needed(seen, alpha=0.01, seeds_alone=True) == wanted
 
 
 def test_hits_as_bools_and_as_numbers_are_the_same() -> None:
@@ -133,7 +133,7 @@ def test_pairs_are_tested_by_seed_and_adjusted_together() -> None:
     assert not first["winner"]
     assert table.notes[0].startswith("compared by seed at 95 %, Holm over 3 pairs, margin ±0.5 points")
     more = got[0]["more_seeds"]
-    assert more == needed(paired(A, C), "equal", 0.5, 2 * 0.05, seeds_alone=True) - 4  # type: ignore[operator]
+    assert more == seeds_needed(paired(A, C), "equal", 0.5, 2 * 0.05, seeds_alone=True) - 4  # type: ignore[operator]
     assert f"is above b (+5.00 ±0.13); cannot be told from c (+0.10 ±0.47, {more} more seeds)" in table.notes[1]
 
 
@@ -175,8 +175,8 @@ def test_seeds_that_equal_differences_want() -> None:
 def test_seeds_advised_for_as_good_have_the_power(mean: float, spread: float) -> None:
     rng = np.random.default_rng(0)
     d = paired(mean + spread * np.array([-1.0, 1.0]) / 2**0.5, [0.0, 0.0])
-    assert d.seeds_part * 2 == pytest.approx(spread**2)
-    n = needed(d, "equal", 0.5, 2 * 0.05, seeds_alone=True)
+    assert d.seed_variance * 2 == pytest.approx(spread**2)
+    n = seeds_needed(d, "equal", 0.5, 2 * 0.05, seeds_alone=True)
     assert n
     found = [equivalent(paired(rng.normal(mean, spread, n), [0.0] * n), 0.5) < 0.05 for _ in range(FAMILIES)]
     assert 0.76 <= sum(found) / FAMILIES <= 0.9
