@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import evaluation
 
 from qbench.cli.main import main as cli
 from qbench.cli.settle import parse
@@ -22,7 +23,7 @@ from qbench.report.comparison.verdicts import Verdict
 from qbench.report.statistics.differences import paired
 from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import RunRecord
-from qbench.runs.result import Result
+from qbench.runs.result import Protocol, Result
 
 LINE, OTHER = "method=dorefa bits=w2a2", "method=dorefa bits=w4a4"
 SIMULATED = 2000
@@ -114,9 +115,10 @@ def stub(
         found = []
         for c in configs:
             status = (statuses or {}).get(c.seed, "done")
-            final = {"test": {"top1": figures[str(c.bits)][c.seed]}}
-            values = {"method": "x", "bits": {}, "seed": c.seed, "dataset": "d", "model": "m", "protocol": {}}
-            result = Result(status=status, final=final, **values)  # type: ignore[arg-type]
+            result = Result(
+                status=status, final=evaluation(figures[str(c.bits)][c.seed]), method="x", bits={}, seed=c.seed,
+                dataset="d", model="m", protocol=Protocol(hash="", keys={}),
+            )  # fmt: skip
             found.append(RunRecord(path=Path("nowhere"), status=status, reason="why\nmore", result=result))
         return found
 
@@ -128,14 +130,14 @@ def test_the_verdict_in_words() -> None:
     asked = parse([LINE, OTHER, "--max-seeds=5"])
     run = stub({"w2a2g32": [94.0, 95.1, 96.2, 0, 0], "w4a4g32": [90.0, 91.0, 92.0, 0, 0]})
     assert run_sequential_test(asked, run) == (
-        "dorefa w2a2g32 is above dorefa w4a4g32: +4.10 points, 97.5 % interval +3.74 to +4.46; test top-1 95.10 and "
-        "91.00, 3 seeds. Each of 2 looks asked for p below 0.025, so that false decisions stay below 5 %."
+        "dorefa w2a2g32 is above dorefa w4a4g32: +4.10 points, 97.5 % confidence interval +3.74 to +4.46; test top-1 "
+        "95.10 and 91.00, 3 seeds. Each of 2 looks tests at the level 0.025, so that false decisions stay below 5 %."
     )
     alike = stub({"w2a2g32": [94.0, 95.1, 96.2, 94.0, 95.0], "w4a4g32": [94.1, 95.0, 96.2, 94.1, 94.9]})
-    assert "dorefa w2a2g32 is as good as dorefa w4a4g32 within ±0.5: " in run_sequential_test(asked, alike)
+    assert "dorefa w2a2g32 is equivalent to dorefa w4a4g32 within ±0.5 points: " in run_sequential_test(asked, alike)
     apart = stub({"w2a2g32": [94.0, 95.1, 92.2, 94.0, 95.0], "w4a4g32": [90.1, 97.0, 93.2, 94.1, 90.9]})
     said = run_sequential_test(asked, apart)
-    assert "are not decided: " in said
+    assert "dorefa w2a2g32 is not significantly different from dorefa w4a4g32, nor shown to be equivalent" in said
     assert "more seeds would decide: --max-seeds " in said
 
 

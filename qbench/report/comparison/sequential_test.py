@@ -153,7 +153,7 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
     numbers += f", {d.items:,} test images" if d.items else ""
     if result.verdict is Verdict.UNDECIDED:
         verdict = (
-            f"is not significantly different from {second} and not shown to be equivalent within ±{margin:g} points"
+            f"is not significantly different from {second}, nor shown to be equivalent within ±{margin:g} points"
         )
         return f"{first} {verdict}: {numbers}. {_advice(test, result)}"
     relation = {
