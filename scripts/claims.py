@@ -21,10 +21,10 @@ from typing import Any
 from qbench.config import compose, groups
 from qbench.config.schema import Config
 from qbench.errors import ConfigError, QbenchError
+from qbench.experiment.planned_run import planned_run
 from qbench.papers import claims as kept
 from qbench.papers.claims import BACKWARD, Claim, ClaimResult
 from qbench.report.tables.table import Table, markdown
-from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import DONE, RunRecord
 from qbench.system import files
 
@@ -110,7 +110,7 @@ def runs_of(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> dic
         configs = configs_of(claim, arm, seeds, out)
     except ConfigError as error:
         return {seed: RunRecord(path=Path(out), status="failed", reason=str(error)) for seed in seeds}
-    return kept.read_arm({seed: RunDirectory(config).path for seed, config in configs.items()})
+    return kept.read_arm({seed: planned_run(config).path for seed, config in configs.items()})
 
 
 def command(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> list[str]:
@@ -139,7 +139,7 @@ def print_plan(chosen: list[Claim], seeds: list[int], out: str) -> None:
         for arm in claim.arms:
             try:
                 configs = configs_of(claim, arm, seeds, out)
-                rows = plan([configs[seeds[0]]])[0].values
+                rows = plan([planned_run(configs[seeds[0]])])[0].values
             except ConfigError as error:
                 print(f"{claim.name}: {' '.join(arm)}: {error}", file=sys.stderr)
                 continue
@@ -148,8 +148,8 @@ def print_plan(chosen: list[Claim], seeds: list[int], out: str) -> None:
                     continue
                 listed.add(row["run"])
                 count = len(seeds)
-                if Path(row["run"]) == RunDirectory(configs[seeds[0]]).path:
-                    found = kept.read_arm({s: RunDirectory(c).path for s, c in configs.items()})
+                if Path(row["run"]) == planned_run(configs[seeds[0]]).path:
+                    found = kept.read_arm({s: planned_run(c).path for s, c in configs.items()})
                     count = sum(run.status not in TRIED for run in found.values())
                 lacking += count
                 seconds += count * (row["seconds"] or stored_seconds(Path(row["run"])))
@@ -279,17 +279,15 @@ def mismatch_of(config: Config, names: list[str]) -> dict[str, Any]:
     from torch.nn import functional as F
 
     from qbench.analysis.gradient_mismatch import mismatch
-    from qbench.data.dataset import Loader
     from qbench.experiment.run import PROBE_IMAGES
     from qbench.experiment.setup import assemble
     from qbench.training.checkpoint import unpack
 
     parts = assemble(config)
-    path = RunDirectory(config).path / "last.pt"
+    path = planned_run(config).path / "last.pt"
     model = parts.install(parts.float_model())
     model.load_state_dict(unpack(path.read_bytes(), str(path))["model"])
-    loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
-    return mismatch(model.to(parts.device), list(loader.plain("train", PROBE_IMAGES)), F.cross_entropy, names)
+    return mismatch(model.to(parts.device), list(parts.loader().plain("train", PROBE_IMAGES)), F.cross_entropy, names)
 
 
 def mismatches(claim: Claim, net: dict[int, RunRecord], measured: dict[str, Any]) -> list[ClaimResult]:

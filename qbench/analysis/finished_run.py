@@ -44,8 +44,7 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
 
 def loader(parts: ExperimentSetup, data: Dataset | None = None) -> Loader:
     """Return what makes batches of the run's data, or of others, on its device."""
-    config = parts.config
-    return Loader(data or parts.data, config.optim.batch_size, config.seed, parts.device, config.runtime.num_workers)
+    return parts.loader(data)
 
 
 def validation(parts: ExperimentSetup, images: int) -> tuple[list[Batch], str]:

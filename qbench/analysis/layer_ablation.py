@@ -15,7 +15,6 @@ from qbench.analysis.disabled_quantizers import measured
 from qbench.analysis.finished_run import load_finished_run, probe_batches, validation
 from qbench.analysis.overrides import method_of
 from qbench.bits import FLOAT
-from qbench.config.identity import digest
 from qbench.config.schema import STARTS
 from qbench.cost.count import count_cost, storage
 from qbench.errors import CheckpointError, ConfigError
@@ -49,8 +48,8 @@ class FloatBaseline(NamedTuple):
             Unsupported: the method does not know a width, or cannot quantize these layers alone.
         """
         rules = {glob.escape(name): width for name, width in widths.items()} | {"*": "float"}
-        config = replace(self.parts.config, layers=replace(self.parts.config.layers, rules=rules))
-        model = replace(self.parts, config=config).install(copy.deepcopy(self.model))
+        policy = replace(self.parts.policy, rules=rules)
+        model = replace(self.parts, policy=policy).install(copy.deepcopy(self.model))
         method = self.parts.method
         if method.prepare:
             method.prepare(model, self.probe)
@@ -101,7 +100,7 @@ def started(run: Path, words: Sequence[str], *, images: int, anew: bool, device:
     try:
         parts = assemble(config)
         if parts.network != own.network:
-            why = f"{parts.config.method_name} requires model.norm={parts.method.requires.norm}"
+            why = f"{parts.method_name} requires model.norm={parts.method.requires.norm}"
             raise ConfigError(f"{why}, and {run} has another; name a run of that method, whose float parent has it")
         model = parts.float_model()
         load_initial_weights(model, where, identity)
@@ -120,10 +119,10 @@ def _weights(run: Path, parts: ExperimentSetup) -> tuple[Path, str | None]:
         return run, None
     if init not in STARTS:
         return Path(init), None
-    place = run.resolve().parents[1] / parts.parent.directory()
+    place = run.resolve().parents[1] / parts.baseline.identity.directory
     if not place.is_dir():
         raise CheckpointError(f"{run}: its float parent is not beside it: {place.name}\nthe run's command trains it")
-    return place, digest(parts.parent.identity())
+    return place, parts.baseline.identity.digest
 
 
 def figures(start: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:

@@ -16,18 +16,17 @@ from torch.nn import functional as F
 
 from qbench.bits import FLOAT
 from qbench.config.identity import digest
-from qbench.config.schema import Config, parent
 from qbench.cost.count import count_cost
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.network_cost import NetworkCost
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batches_of
+from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.papers.recipe_differences import recipe_differences
 from qbench.quant.method import Unsupported
 from qbench.report.tables.table import Table
 from qbench.report.tables.units import si_format
-from qbench.runs.directory import RunDirectory
 from qbench.training import optimizer as optim
 
 HEAD = ("run", "state", "epochs", "steps", "params", "size", "BitOps", "memory", "time")
@@ -69,12 +68,12 @@ class CostEstimator:
         self.timed: list[tuple[int, StepCost]] = []
         self.spent, self.reckoned = 0.0, 0
 
-    def of(self, config: Config) -> RunCost:
+    def of(self, planned: PlannedRun) -> RunCost:
         """Return what kind of run a configuration asks for."""
-        key = digest(config.identity() | {"seed": 0})
+        key = digest(planned.identity.keys | {"seed": 0})
         if key not in self.known:
             try:
-                parts = assemble(config, planned=True)
+                parts = assemble(planned.config, planned=True)
                 model, cost = installed(parts)
                 self.known[key] = RunCost(parts, model, cost, self._pace(parts, model))
             except Unsupported as reason:
@@ -98,14 +97,14 @@ class CostEstimator:
         return pace
 
 
-def plan(configs: Sequence[Config]) -> list[Table]:
+def plan(configs: Sequence[PlannedRun]) -> list[Table]:
     """Return a table of every run that a command line asks for, float parents included, with its costs and time.
 
     Of a single run, a second table tells every layer, and below it what it runs on and how it departs from its paper.
     """
     table = Table(HEAD, title=f"{len(configs)} run{'s' if len(configs) > 1 else ''}")
     kinds = CostEstimator()
-    runs = {RunDirectory(one).path: one for config in configs for one in _with_parent(config, kinds)}
+    runs = {one.path: one for planned in configs for one in _with_baseline(planned, kinds)}
     total = sum(_add(table, one, kinds.of(one)) for one in runs.values())
     last = kinds.of(configs[-1]) if configs else None
     device = last.parts.device.type if last and last.parts else "cpu"
@@ -116,28 +115,25 @@ def plan(configs: Sequence[Config]) -> list[Table]:
         table.notes.append(f"reckoned from multiply-accumulates, not timed: {kinds.reckoned} of these networks")
     if len(configs) > 1 or last is None or last.parts is None or last.model is None or last.cost is None:
         return [table]
-    return [table, _layers(last.parts, last.model, last.cost)]
+    return [table, _layers(configs[-1], last.parts, last.model, last.cost)]
 
 
-def _with_parent(config: Config, kinds: CostEstimator) -> list[Config]:
+def _with_baseline(planned: PlannedRun, kinds: CostEstimator) -> list[PlannedRun]:
     """Return the float parent, where the run starts from one, and the run."""
-    taught = config.distill.on and config.distill.teacher == "baseline"
-    parts = kinds.of(config).parts
-    if parts is None or (config.init not in ("float", "method") and not taught):
-        return [config]
-    return [parent(config, parts.method.requires.norm), config]
+    parts = kinds.of(planned).parts
+    return [planned] if parts is None or not parts.needs_baseline else [parts.baseline, planned]
 
 
-def _add(table: Table, config: Config, kind: RunCost) -> float:
+def _add(table: Table, planned: PlannedRun, kind: RunCost) -> float:
     """Add a run's row; return the seconds that are left to train."""
-    directory = RunDirectory(config)
+    directory = planned.directory
     path, stored, parts = str(directory.path), directory.stored(), kind.parts
     state = stored.status if stored else "unfinished" if directory.checkpoints() else "new"
     if parts is None or kind.cost is None:
         table.rows.append((path, f"unsupported: {kind.unsupported}", *"-" * (len(HEAD) - 2)))
         table.values.append({"run": path, "state": "unsupported", "reason": kind.unsupported, "seconds": 0.0})
         return 0.0
-    size, steps = batches_of(parts.data, config.optim.batch_size)
+    size, steps = batches_of(parts.data, parts.optim.batch_size)
     steps *= parts.epochs
     seconds = 0.0 if stored else steps * size * kind.pace.seconds
     memory = _memory(parts, kind.cost.params) + kind.pace.fixed + size * kind.pace.saved
@@ -162,12 +158,10 @@ def installed(parts: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
         return model, count_cost(model, parts.macs)
 
 
-def _layers(parts: ExperimentSetup, model: nn.Module, whole: NetworkCost) -> Table:
+def _layers(planned: PlannedRun, parts: ExperimentSetup, model: nn.Module, whole: NetworkCost) -> Table:
     """Return the table of a run's layers, with their sum as `qbench compare` counts it."""
-    config, costs = parts.config, layer_costs(model, parts.method, parts.macs)
-    table = Table(
-        LAYERS, title=f"{config.model['name']} on {config.dataset['name']}, {config.method_name} {config.bits}"
-    )
+    run, costs = planned.identity, layer_costs(model, parts.method, parts.macs)
+    table = Table(LAYERS, title=f"{run.model} on {run.dataset}, {run.method} {run.bits}")
     for layer in costs:
         table.rows.append(_row(layer))
         table.values.append(layer._asdict() | {"bits": layer.bits._asdict()})
@@ -181,7 +175,7 @@ def _layers(parts: ExperimentSetup, model: nn.Module, whole: NetworkCost) -> Tab
     table.notes += [
         f"weights: {whole.bits_per_weight:.2f} bits each where quantized, scales and codebooks included; "
         f"float: {bytes_of(whole.bytes_float)}",
-        *runs_on(costs), *recipe_differences(config), *parts.protocol_changes,
+        *runs_on(costs), *recipe_differences(run), *parts.protocol_changes,
     ]  # fmt: skip
     return table
 
@@ -206,7 +200,7 @@ def _count(levels: Levels | None) -> str:
 
 def _memory(parts: ExperimentSetup, params: int) -> float:
     """Return the bytes of weights, gradients, the optimizer's state and an average of the weights."""
-    recipe = parts.config.optim
+    recipe = parts.optim
     state = 2 if recipe.name.startswith("adam") else 1 if recipe.momentum else 0
     return 4 * params * (2 + state + (recipe.ema is not None))
 
@@ -214,14 +208,14 @@ def _memory(parts: ExperimentSetup, params: int) -> float:
 def _least(parts: ExperimentSetup, model: nn.Module) -> int:
     """Return the least images of a training batch: batch normalization wants two values of a channel."""
     norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
-    return min(batches_of(parts.data, parts.config.optim.batch_size)[0], 2 if norms else 1)
+    return min(batches_of(parts.data, parts.optim.batch_size)[0], 2 if norms else 1)
 
 
 def _timed(parts: ExperimentSetup, macs: int, least: int) -> StepCost:
     """Run training steps on a few random images, on the run's device."""
     model = parts.install(parts.float_model()).to(parts.device).train()
-    optimizer = optim.build(model, parts.config.optim)
-    whole = batches_of(parts.data, parts.config.optim.batch_size)[0]
+    optimizer = optim.build(model, parts.optim)
+    whole = batches_of(parts.data, parts.optim.batch_size)[0]
     size = whole if parts.device.type == "cuda" else min(whole, max(least, int(TIMED_MACS / macs)))
     images = torch.randn(size, *parts.data.shape, device=parts.device).to(memory_format=torch.channels_last)
     labels = torch.randint(parts.data.classes, (size,), device=parts.device)

@@ -100,7 +100,7 @@ def _allocations(
     chosen: Mapping[str, dict[str, int] | None],
     budget: Budget,
 ) -> Table:
-    table = Table(HEAD, title=f"{run}: {start.parts.config.method_name}, not trained, under {budget}")
+    table = Table(HEAD, title=f"{run}: {start.parts.method_name}, not trained, under {budget}")
     labels = MEASURES | {"uniform": "uniform"}
     whole = sum(found.weights.values())
     for key, widths in chosen.items():
@@ -157,10 +157,10 @@ def _file(typed: str, measure: str, widths: Mapping[str, int], start: FloatBasel
     lines = [
         f"{MARK}{typed}",
         f"# One width a layer, for which the sum of {by} is least under the budget;",
-        f"# measured by {start.parts.config.method_name} without training. Widths by",
+        f"# measured by {start.parts.method_name} without training. Widths by",
         *("#   {}: {} bits, {} bytes, {} BitOps, predicted loss {}".format(*row) for row in table.rows),
         "# To train it, add layers=@FILE to the run's command line.",
     ]
-    rules = {glob.escape(name): width for name, width in widths.items()}
-    rules |= {key: width for key, width in (start.parts.config.layers.rules or {}).items() if key not in rules}
+    rules: dict[str, int | str] = {glob.escape(name): width for name, width in widths.items()}
+    rules |= {key: width for key, width in start.parts.policy.rules.items() if key not in rules}
     return "\n".join(lines) + "\n" + yaml.safe_dump(rules, sort_keys=False)

@@ -1,12 +1,13 @@
-"""What a command line of `qbench compare` asks for, and the answer: filters, columns, order, format."""
+"""`qbench compare`: options, and the text that is printed: filters, columns, order, format."""
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qbench.config.schema import did_you_mean
+from qbench.cli import parsers
+from qbench.cli.parsers import RECORD
 from qbench.errors import ConfigError
 from qbench.report.comparison import columns
 from qbench.report.comparison.compare import compare
@@ -17,113 +18,69 @@ from qbench.report.comparison.verdicts import MARGIN
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import RunRecord, dump_records, read
 
-VALUED = ("--by", "--sort", "--columns", "--margin", "--format", "--plot", "--html")
-FLAGS = (*VALUED, "--published")
-RECORD = "record"
-"""A format beside those of tables: the runs themselves in one small file, which `qbench compare` reads again."""
 
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """A command line, read. `where`: key -> the values allowed, as typed."""
+    """A command line of `qbench compare`. `where`: key -> the values allowed, as typed."""
 
-    directories: list[str] = field(default_factory=list)
-    where: dict[str, list[str]] = field(default_factory=dict)
-    by: list[str] = field(default_factory=list)
+    directories: tuple[str, ...]
+    where: Mapping[str, list[str]] = field(default_factory=dict)
+    by: tuple[str, ...] = ()
     sort: str = ""
-    columns: list[str] = field(default_factory=lambda: list(columns.DEFAULT))
+    columns: tuple[str, ...] = columns.DEFAULT
     margin: float = MARGIN
     published: bool = False
-    form: str = "text"
-    plots: list[Path] = field(default_factory=list)
-    pages: list[Path] = field(default_factory=list)
+    format: str = "text"
+    plots: tuple[Path, ...] = ()
+    pages: tuple[Path, ...] = ()
 
 
 def run_compare(arguments: Iterable[str]) -> str:
-    """Return what `qbench compare DIR... [flags] [KEY=VALUE ...]` prints.
+    """Return what `qbench compare PLACE... [flags] [KEY=VALUE ...]` prints; write its plots and pages.
 
     Raises:
         ConfigError: a flag, key or value that does not exist, or no directory.
     """
-    asked = parse(arguments)
-    made, found = build_tables(asked)
-    for path in asked.plots:
+    options = parse(arguments)
+    made, runs = build_tables(options)
+    for path in options.plots:
         from qbench.report.plots.plots import plot
 
-        plot(made, found, path)
-    for path in asked.pages:
+        plot(made, runs, path)
+    for path in options.pages:
         from qbench.report.html.page import page
 
-        page(made, found, path)
-    if asked.form == RECORD:
-        return dump_records(found)
-    return "no runs there" if asked.form == "text" and not made else FORMATS[asked.form](made)
+        page(made, runs, path)
+    if options.format == RECORD:
+        return dump_records(runs)
+    return "no runs found" if options.format == "text" and not made else FORMATS[options.format](made)
 
 
 def parse(arguments: Iterable[str]) -> CompareOptions:
-    """Read a command line; keys are held against the runs by `tables`."""
-    asked, words = CompareOptions(), iter(arguments)
+    """Read a command line of `qbench compare`; `build_tables` checks keys and values against the runs."""
+    words, flags = parsers.compare().parse_words(arguments)
+    if "sort" in flags:
+        sorted_by(Table(()), flags["sort"])
+    directories, where = [], dict[str, list[str]]()
     for word in words:
-        flag, equals, value = word.partition("=")
-        if word == "--published":
-            asked.published = True
-        elif flag in VALUED:
-            _put(asked, flag, value if equals else next(words, ""))
-        elif word.startswith("-"):
-            raise ConfigError(f"compare: no such flag: {word}{did_you_mean(flag, FLAGS)}\nallowed: {', '.join(FLAGS)}")
-        elif equals and not os.path.exists(word):
-            asked.where.setdefault(flag, []).extend(_split(value))
+        key, equals, value = word.partition("=")
+        if equals and not os.path.exists(word):
+            where.setdefault(key, []).extend(_split(value))
         else:
-            asked.directories.append(word)
-    if not asked.directories:
+            directories.append(word)
+    if not directories:
         raise ConfigError("compare wants directories of runs: qbench compare outputs")
-    return asked
-
-
-def _put(asked: CompareOptions, flag: str, value: str) -> None:
-    """Read a flag's value."""
-    known: dict[str, Sequence[str]] = {"--columns": columns.SETS, "--format": (*FORMATS, RECORD)}
-    listed = [part for part in value.split(",") if part]
-    if not listed:
-        raise ConfigError(f"compare {flag} wants a value")
-    for part in listed if flag == "--columns" else [value]:
-        if flag in known and part not in known[flag]:
-            hint = did_you_mean(part, known[flag])
-            raise ConfigError(f"compare {flag} {part}{hint}\nallowed: {', '.join(known[flag])}")
-    if flag == "--margin":
-        asked.margin = margin_of("compare", value)
-    elif flag == "--format":
-        asked.form = value
-    elif flag == "--sort":
-        asked.sort = value
-        sorted_by(Table(()), value)
-    elif flag == "--by":
-        asked.by = listed
-    elif flag in ("--plot", "--html"):
-        (asked.plots if flag == "--plot" else asked.pages).append(Path(value))
-    else:
-        asked.columns = listed
-
-
-def margin_of(verb: str, value: str) -> float:
-    """Return the points that a `--margin` names."""
-    try:
-        margin = float(value)
-    except ValueError:
-        margin = 0.0
-    if not 0 < margin <= 100:
-        raise ConfigError(f"{verb} --margin {value}: allowed is a number of points of top-1 above 0, such as 0.5")
-    return margin
+    return CompareOptions(directories=tuple(directories), where=where, **flags)
 
 
 def _split(value: str) -> list[str]:
-    """Return the parts of a comma list; commas in brackets part nothing."""
+    """Return the parts of a comma-separated list; a comma in brackets belongs to a value."""
     return re.split(r",(?![^\[]*\])", value)
 
 
-def tables(asked: CompareOptions) -> list[Table]:
+def tables(options: CompareOptions) -> list[Table]:
     """Return the tables that a command line asks for, with conclusions."""
-    return build_tables(asked)[0]
+    return build_tables(options)[0]
 
 
 def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:

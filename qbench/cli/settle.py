@@ -5,75 +5,70 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from qbench.cli.compare import margin_of
+from qbench.cli import parsers
+from qbench.config.identity import run_identity
 from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
-from qbench.report.comparison.sequential_test import FIRST_LOOK, MAX_SEEDS, SequentialTest, setting_name
+from qbench.report.comparison.sequential_test import MAX_SEEDS, SequentialTest, setting_name
 from qbench.report.comparison.verdicts import MARGIN
-from qbench.report.statistics.power import SEEDS_LIMIT
 from qbench.system import files
-
-FLAGS = ("--margin", "--max-seeds")
-LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
 def parse(arguments: Iterable[str]) -> SequentialTest:
-    """Read `A B [--margin X] [--max-seeds N] [hydra/launcher=NAME]`; A and B are run directories or quoted command
-    lines.
+    """Read `SETTING SETTING [--margin X] [--max-seeds N] [hydra/launcher=NAME]`; a setting is a run's directory or a
+    quoted command line.
 
     Raises:
-        ConfigError: something else, or two cells that cannot be compared.
+        ConfigError: something else, or two settings that cannot be compared.
     """
-    cells: list[str] = []
-    margin, most, launcher, words = MARGIN, MAX_SEEDS, "", iter(arguments)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in FLAGS:
-            value = value if equals else next(words, "")
-            if flag == "--margin":
-                margin = margin_of("settle", value)
-            elif not value.isdecimal() or not FIRST_LOOK <= int(value) <= SEEDS_LIMIT:
-                raise ConfigError(
-                    f"settle --max-seeds {value}: allowed is a number of seeds from {FIRST_LOOK} to {SEEDS_LIMIT}"
-                )
-            else:
-                most = int(value)
-        elif word in LAUNCHERS:
-            launcher = value
-        elif word.startswith(("-", "hydra")) and " " not in word:
-            known = (*FLAGS, *LAUNCHERS)
-            raise ConfigError(f"settle: no such flag: {word}{did_you_mean(word, known)}\nallowed: {', '.join(known)}")
-        else:
-            cells.append(word)
-    if len(cells) != 2:
+    words, flags = parsers.settle().parse_words(arguments)
+    launchers = [word for word in words if word.startswith("hydra") and " " not in word]
+    for word in launchers:
+        if word not in parsers.LAUNCHERS:
+            allowed = ", ".join(parsers.LAUNCHERS)
+            raise ConfigError(f"settle {word}{did_you_mean(word, parsers.LAUNCHERS)}\nallowed: {allowed}")
+    settings = [word for word in words if word not in launchers]
+    if len(settings) != 2:
         raise ConfigError(
-            f"settle wants two cells, got {len(cells)}: run directories or quoted command lines, such as\n"
+            f"settle wants two settings, got {len(settings)}: run directories or quoted command lines, such as\n"
             'qbench settle "method=dorefa bits=w2a2" "method=lsq bits=w2a2"'
         )
-    first, second = map(_cell, cells)
-    if first.identity() == second.identity():
-        raise ConfigError(f"settle: both are {setting_name(first)}, the same cell")
+    first, second = map(_setting, settings)
+    if run_identity(first).digest == run_identity(second).digest:
+        raise ConfigError(f"settle: both are {setting_name(first)}, the same setting")
     if first.dataset["name"] != second.dataset["name"]:
         names = first.dataset["name"], second.dataset["name"]
-        raise ConfigError(f"settle: {names[0]} and {names[1]} are different data sets; choose cells on the same one")
-    return SequentialTest(first=first, second=second, margin=margin, max_seeds=most, launcher=launcher)
+        raise ConfigError(f"settle: {names[0]} and {names[1]} are different data sets; choose settings on the same one")
+    return SequentialTest(
+        first=first,
+        second=second,
+        margin=flags.get("margin", MARGIN),
+        max_seeds=flags.get("max_seeds", MAX_SEEDS),
+        launcher="".join(word.partition("=")[2] for word in launchers[-1:]),
+    )
 
 
-def _cell(word: str) -> Config:
-    """Return a cell's run with seed 0."""
+def _setting(word: str) -> Config:
+    """Return the run with seed 0 of the setting that a directory or a command line names."""
+    return _from_directory(word) if Path(word).is_dir() else _from_command_line(word)
+
+
+def _from_directory(word: str) -> Config:
     path = Path(word)
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(f"settle {word}: no config.yaml there\nname a run's directory, or quote a command line")
-        from qbench.config.validate import from_dict
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"settle {word}: no config.yaml there\nname a run's directory, or quote a command line")
+    from qbench.config.validate import from_dict
 
-        config = from_dict(files.read_yaml(path / "config.yaml"))
-        folder = Path(config.directory()).parent.name
-        if path.absolute().parent.name != folder:  # its seeds would be trained anew, elsewhere
-            raise ConfigError(
-                f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"
-            )
-        return replace(config, seed=0, out=str(path.absolute().parents[1]), rerun=False)
+    config = from_dict(files.read_yaml(path / "config.yaml"))
+    folder = run_identity(config).directory.parent.name
+    if path.absolute().parent.name != folder:  # runs of its other seeds would not be found beside it
+        raise ConfigError(
+            f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"
+        )
+    return replace(config, seed=0, out=str(path.absolute().parents[1]), rerun=False)
+
+
+def _from_command_line(word: str) -> Config:
     from qbench.config import compose
 
     try:
@@ -82,10 +77,10 @@ def _cell(word: str) -> Config:
         raise ConfigError(f"settle {word}: {str(error).lower()}\nwrite key=value words in one pair of quotes") from None
     for typed in words:
         if typed.partition("=")[0] in ("seed", "rerun"):
-            raise ConfigError(f"settle {word}: leave {typed} out: seeds 0, 1, 2, ... run until it is decided")
+            raise ConfigError(f"settle {word}: leave {typed} out: settle runs seeds 0, 1, 2, ... until a decision")
     if "=" not in word:
         raise ConfigError(f"settle {word}: neither a directory nor a command line\nwrite key=value words in quotes")
-    found = compose.configurations(words)
-    if len(found) != 1:
-        raise ConfigError(f"settle {word}: {len(found)} cells; each side is one")
-    return found[0]
+    configs = compose.configurations(words)
+    if len(configs) != 1:
+        raise ConfigError(f"settle {word}: {len(configs)} settings; write one on each side")
+    return configs[0]

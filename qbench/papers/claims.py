@@ -13,7 +13,7 @@ import yaml
 
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
-from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference, same_test_images
+from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference, run_difference
 from qbench.report.statistics.differences import ALPHA, Difference, paired
 from qbench.report.statistics.hypothesis_tests import TESTS, evidence, holm
 from qbench.report.statistics.power import SEEDS_LIMIT, seeds_needed
@@ -203,9 +203,7 @@ def _figures(found: RunRecord, measure: str) -> RunAccuracy:
     base = load_run_accuracy(result.baseline.run, result.baseline.final.test.top1)
     if measure == PARENT:
         return base
-    if not same_test_images([own, base]):
-        return RunAccuracy(own.top1 - base.top1)
-    return RunAccuracy(own.top1 - base.top1, own.labels, own.hits.astype(float) - base.hits)
+    return run_difference(own, base)
 
 
 def _mean(values: Sequence[float]) -> float:

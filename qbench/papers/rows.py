@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qbench.config.schema import Bits, did_you_mean
+from qbench.config.schema import BitWidths, did_you_mean
 from qbench.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "figures"
@@ -79,7 +79,7 @@ class Row:
     table: str = ""
     dataset: str = ""
     net: str = ""
-    bits: Bits = field(default_factory=lambda: Bits(32, 32, 32))
+    bits: BitWidths = field(default_factory=lambda: BitWidths(32, 32, 32))
     levels: int | None = None
     metric: str = ""
     value: float | None = None
@@ -209,7 +209,7 @@ def _rows(where: str, recipes: Mapping[str, Recipe], values: dict[str, Any]) -> 
         )
     if name:
         values = {key: getattr(recipes[name], key) for key in INHERITED} | values
-    values["bits"] = Bits(**({"w": 32, "a": 32, "g": 32} | values.get("bits", {})))
+    values["bits"] = BitWidths(**({"w": 32, "a": 32, "g": 32} | values.get("bits", {})))
     values["measured"] = tuple(_made(Measured, f"{where}: measured", m) for m in values.get("measured", ()))
     top5 = {key: values.pop(key) for key in ("top5", "baseline_top5") if key in values}
     row: Row = _made(Row, where, values)

@@ -1,27 +1,40 @@
-"""What metrics.jsonl tells of a run: the numbers of each epoch, and what was seen of each layer."""
+"""Reads metrics.jsonl of one run: the record of each epoch, and the last statistics of each layer."""
 
 from pathlib import Path
 from typing import Any
 
+from qbench.runs.result import Result
 from qbench.system import files
 
-
-def epochs(run: Path) -> dict[int, dict[str, Any]]:
-    """Return the numbers of each epoch of a run, from 0; a line that cannot be read is passed over."""
-    return {values["epoch"]: values for values in _records(run) if values.get("kind") == "epoch"}
+Record = dict[str, Any]
+"""One line of metrics.jsonl, or the statistics of one layer in it."""
 
 
-def observed(run: Path) -> dict[str, dict[str, Any]]:
-    """Return what the last look at each layer of a run has told, by layer; nothing where nobody looked."""
-    looks = [values["layers"] for values in _records(run) if isinstance(values.get("layers"), dict)]
-    return {name: told for name, told in looks[-1].items() if isinstance(told, dict)} if looks else {}
+def epochs(run: Path) -> dict[int, Record]:
+    """Return the record of each epoch of a run, from 0; lines that cannot be read are skipped."""
+    return {values["epoch"]: values for values in _epoch_records(run) if values.get("kind") == "epoch"}
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    """Return the records of a run that name their epoch: not those of single steps, which are many."""
+def observed(run: Path) -> dict[str, Record]:
+    """Return layer -> its last statistics in a run; empty if none were recorded."""
+    records = [values["layers"] for values in _epoch_records(run) if isinstance(values.get("layers"), dict)]
+    return {name: layer for name, layer in records[-1].items() if isinstance(layer, dict)} if records else {}
+
+
+def _epoch_records(run: Path) -> list[Record]:
+    """Return the records of a run that name their epoch; those of single steps, which are many, do not."""
     try:
         lines = files.read(run / "metrics.jsonl").split(b"\n")
     except OSError:
         return []
     parsed = [files.parse_json(line) for line in lines if b'"epoch"' in line]
     return [values for values in parsed if values and isinstance(values.get("epoch"), int)]
+
+
+def baseline_directory(result: Result) -> Path | None:
+    """Return the directory of a run's float baseline: next to the run's own, else the recorded one."""
+    if not result.baseline:
+        return None
+    recorded = Path(result.baseline.run)
+    sibling = Path(result.run).parent / recorded.name  # the whole folder may have been moved
+    return sibling if sibling.is_dir() else recorded

@@ -5,17 +5,16 @@ from typing import Any
 
 from torch import nn
 
-from qbench.config.identity import digest
 from qbench.errors import CheckpointError
 from qbench.runs.result import load_result
 from qbench.system import files
 from qbench.training.checkpoint import is_sealed, is_zip, load_float, load_plain, unpack
 
 
-def is_intact(file: Path, identity: dict[str, Any]) -> bool:
+def is_intact(file: Path, identity: str) -> bool:
     """Whether a run's published weights are there, undamaged, and of this run."""
     try:
-        return unpack(files.read(file), str(file)).get("identity") == digest(identity)
+        return unpack(files.read(file), str(file)).get("identity") == identity
     except (OSError, CheckpointError):
         return False
 

@@ -23,10 +23,10 @@ import numpy as np
 from measure import machine, markdown
 
 from qbench.config import compose
+from qbench.experiment.planned_run import planned_run
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import as_json, text
-from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import read
 from qbench.runs.result import Result, with_checksum
 
@@ -36,7 +36,7 @@ METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
 def plant(folder: Path, runs: int, images: int) -> None:
     """Write results as runs do, small but whole."""
     (config,) = compose.configurations(["method=dorefa", f"out={folder}"])
-    made = RunDirectory(config).new_result("done")
+    made = planned_run(config).directory.new_result("done")
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, images)
     cells = product(range(1, -(-runs // (METHODS * len(WIDTHS) * len(SEEDS))) + 1), range(METHODS), WIDTHS, SEEDS)

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from qbench.config import compose
 from qbench.data.dataset import Loader
-from qbench.experiment.session import RunContext, TrainingSession
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import assemble
 from qbench.quant.probe import Probe
-from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 from qbench.training import optimizer as optim
 from qbench.training.loop import train_epoch
@@ -50,10 +51,10 @@ def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
         model=own, method=parts.method, optim=config.optim, epochs=10**6, steps=loader.steps, train=loader.train,
         validate=lambda: (), probe=Probe([], F.cross_entropy),
     )  # fmt: skip
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     directory.path.mkdir(parents=True, exist_ok=True)
     screen = ProgressReporter(live=True)
-    session = TrainingSession(directory, RunContext(screen), tensorboard=True)
+    session = TrainingSession(directory, RunContext(screen), parts.runtime, parts.title, parts.hyperparameters)
     state = State(optim.build(own, config.optim))
     watch = session.watch(task, state, loader.batch_size)
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from qbench.config import compose
 from qbench.data.dataset import Loader
-from qbench.experiment.session import RunContext, TrainingSession
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import assemble
 from qbench.quant.probe import Probe
-from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 from qbench.training import optimizer as optim
 from qbench.training.loop import train_epoch
@@ -51,9 +52,10 @@ def work(words: list[str], out: Path, level: str) -> Work:
         validate=lambda: (), probe=Probe([], F.cross_entropy) if level == "blind" else probe,
         classes=parts.data.classes,
     )  # fmt: skip
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     directory.path.mkdir(parents=True, exist_ok=True)
-    session = TrainingSession(directory, RunContext(ProgressReporter(quiet=True)), tensorboard=True)
+    context = RunContext(ProgressReporter(quiet=True))
+    session = TrainingSession(directory, context, parts.runtime, parts.title, parts.hyperparameters)
     state = State(optim.build(model, config.optim))
     watch = session.watch(task, state, loader.batch_size)
 

@@ -21,10 +21,10 @@ from qbench.cost.layers import Levels, layer_costs
 from qbench.cost.runtimes import BINARY, FPGA, INT8, runs_on
 from qbench.data.spec import outline
 from qbench.errors import ConfigError
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.setup import assemble
 from qbench.quant.method import Method
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.directory import RunDirectory
 
 EXPERIMENTS = sorted(
     str(path.relative_to(ROOT / "conf/experiment").with_suffix(""))
@@ -47,7 +47,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
     """Return a function from words of a command line to its plan, in a folder without data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compose, "configurations", lambda words: composed(tuple(words)))
-    return lambda *words: plan.plan(compose.configurations(list(words)))
+    return lambda *words: plan.plan([planned_run(config) for config in compose.configurations(list(words))])
 
 
 @pytest.fixture
@@ -77,8 +77,10 @@ def test_layers_of_the_default_network_by_hand(planned: Planned, untimed: None) 
     assert rows["layer1.0.conv1"]["quantizers"] == "dorefa.DoReFaWeight dorefa.DoReFaActivation"
     assert [rows["conv1"][key] for key in "WAG"] == ["float"] * 3
     assert {value["run"] for value in runs.values} == {
-        str(RunDirectory(config).path)
-        for config in plan._with_parent(compose.configurations(["method=dorefa", "bits=w2a2"])[0], plan.CostEstimator())
+        str(one.path)
+        for one in plan._with_baseline(
+            planned_run(compose.configurations(["method=dorefa", "bits=w2a2"])[0]), plan.CostEstimator()
+        )
     }
 
 
@@ -127,7 +129,7 @@ def test_every_experiment_plans_without_data(planned: Planned, untimed: None, ex
         assert any(value["bits"]["w"] < FLOAT for value in layers)
     if not experiment.startswith(("claims/", "smoke")):
         same = [note for note in tables[1].notes if note.startswith("as experiment=") and note.endswith("key by key")]
-        assert same or config.is_parent, "two rows of one recipe are each other's nearest"
+        assert same or config.is_baseline, "two rows of one recipe are each other's nearest"
     for form in FORMATS.values():
         assert form(tables)
     json.loads(FORMATS["json"](tables))

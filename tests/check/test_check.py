@@ -15,7 +15,7 @@ from qbench.check.kit import Finding, check, report
 from qbench.check.properties import PROPERTIES
 from qbench.check.subject import MethodUnderTest
 from qbench.config import compose, groups
-from qbench.experiment.setup import make_method, widths
+from qbench.experiment.builders import build_method
 from qbench.methods import bwn, dorefa, dq, inq, pact, qcnn, qd, ttq, twn
 from qbench.quant.method import Method
 from qbench.quant.ops import on_backward, straight_through
@@ -24,7 +24,8 @@ from qbench.quant.quantizer import Grid, Storage
 
 def subject(name: str) -> MethodUnderTest:
     (config,) = compose.configurations([f"method={name}"])
-    return MethodUnderTest(name, lambda bits: make_method(config, bits), widths(config))
+    build = lambda bits: build_method(config.method, config.activation, bits)  # noqa: E731
+    return MethodUnderTest(name, build, config.bits.resolved())
 
 
 REACH, LEARNED = "gradients reach what is trained", "gradients of learned parameters"

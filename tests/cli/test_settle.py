@@ -9,8 +9,10 @@ from helpers import evaluation
 
 from qbench.cli.main import main as cli
 from qbench.cli.settle import parse
+from qbench.config.identity import run_identity
 from qbench.config.schema import Config
 from qbench.errors import ConfigError
+from qbench.experiment.planned_run import planned_run
 from qbench.report.comparison.predictions import RunAccuracy
 from qbench.report.comparison.sequential_test import (
     MissingRunError,
@@ -21,7 +23,6 @@ from qbench.report.comparison.sequential_test import (
 )  # fmt: skip
 from qbench.report.comparison.verdicts import Verdict
 from qbench.report.statistics.differences import paired
-from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import RunRecord
 from qbench.runs.result import Protocol, Result
 
@@ -58,10 +59,10 @@ def test_cells_of_unlike_protocol_say_so(first: str, second: str, told: tuple[st
 
 def test_a_run_that_was_moved_is_not_trained_anew_elsewhere(configure: Callable[..., Config], tmp_path: Path) -> None:
     config = configure("method=dorefa")
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     with directory.lock():
         directory.write_config()
-    assert parse([str(directory.path), OTHER]).first.identity() == config.identity()
+    assert run_identity(parse([str(directory.path), OTHER]).first).keys == run_identity(config).keys
     moved = directory.path.rename(tmp_path / directory.path.name)
     with pytest.raises(ConfigError, match="moved out of its folder digits-resnet8"):
         parse([str(moved), OTHER])
@@ -111,9 +112,9 @@ def stub(
 ) -> Callable[[list[Config]], list[RunRecord]]:
     """Return what gives runs of known figures, by widths and seed."""
 
-    def run(configs: list[Config]) -> list[RunRecord]:
+    def run(runs: list[Config]) -> list[RunRecord]:
         found = []
-        for c in configs:
+        for c in (planned.config for planned in runs):
             status = (statuses or {}).get(c.seed, "done")
             result = Result(
                 status=status, final=evaluation(figures[str(c.bits)][c.seed]), method="x", bits={}, seed=c.seed,

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from qbench.config import compose
+from qbench.config.identity import run_identity
 from qbench.config.registry import create
 from qbench.data import file_check as survey
 from qbench.data import folder, folders, imagenet, images, tiny_imagenet
@@ -709,7 +710,7 @@ def test_the_yaml_holds_the_functions_defaults(name: str, configure: Configure) 
 
 def test_what_decides_the_result(configure: Configure) -> None:
     def place(*words: str) -> str:
-        return configure(*words).directory()
+        return run_identity(configure(*words)).directory
 
     assert place("dataset=folder", "dataset.root=a") != place("dataset=folder", "dataset.root=b")
     for name in ("imagenet", "tiny_imagenet"):

@@ -14,8 +14,9 @@ from qbench.config.schema import Config
 from qbench.data.dataset import Loader
 from qbench.deviations.registry import deviations
 from qbench.errors import Interrupted
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
-from qbench.experiment.session import RunContext
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import effective_weight, is_quantizer_key, quantized_layers
 from qbench.quant.method import Unsupported
@@ -178,7 +179,7 @@ def test_32_bits_are_the_float_computation_bit_for_bit(name: str, smoke: Configu
 
 def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple[Result, Result]:
     """Run a configuration undisturbed, and again with a stop at the given question of the loop; return both results."""
-    whole = run(smoke(*words), RunContext())
+    whole = run(planned_run(smoke(*words)), RunContext())
     asked = {"times": 0}
 
     def stop() -> int:  # asked after every step and epoch
@@ -186,15 +187,15 @@ def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple
         return 15 if asked["times"] >= calls else 0
 
     with pytest.raises(Interrupted):
-        run(smoke(*words, "rerun=true"), RunContext(stop=stop))
-    return whole, run(smoke(*words), RunContext())
+        run(planned_run(smoke(*words, "rerun=true")), RunContext(stop=stop))
+    return whole, run(planned_run(smoke(*words)), RunContext())
 
 
 @every_method
 def test_two_and_two_epochs_are_four(name: str, smoke: Configure) -> None:
     words = [f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
     if not registry.create("method", {"name": name}).needs_training:
-        result = run(smoke(*words), RunContext())
+        result = run(planned_run(smoke(*words)), RunContext())
         assert result.best is None
         assert result.final is not None
         assert result.protocol_changes == ["not trained: post-training quantization"]

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from qbench.analysis import gradient_mismatch as mismatch
 from qbench.cli.main import main as cli
+from qbench.config.identity import run_identity
 from qbench.errors import ConfigError
 from qbench.papers import claims
 from qbench.papers.claims import ClaimResult, Comparison
@@ -382,7 +383,7 @@ def test_every_claim_opens_with_its_command_and_composes(claim: claims.Claim) ->
     (config,) = compose.configurations([f"experiment=claims/{claim.name}", *claim.arms[0]])
     assert config.claim
     assert config.claim["says"] == claim.says
-    assert "claim" not in config.identity()
+    assert "claim" not in run_identity(config).keys
 
 
 @pytest.mark.full

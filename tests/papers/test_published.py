@@ -15,7 +15,8 @@ import yaml
 from conftest import ROOT
 
 from qbench.config import compose
-from qbench.config.schema import Bits
+from qbench.config.identity import run_identity
+from qbench.config.schema import BitWidths
 from qbench.errors import ConfigError
 from qbench.papers import published as shown
 from qbench.papers.lint import RULES, lint
@@ -24,9 +25,9 @@ from qbench.papers.rows import Measured, Row, names, read_paper
 from qbench.report.tables.table import text
 
 GOOD = Row(
-    paper="ttq", id="good", method="ttq", table="CIFAR-10", dataset="cifar10", net="resnet20", bits=Bits(2, 32, 32),
-    levels=3, metric="top1_error", value=8.87, baseline=8.23, ran_by="authors' repository", source="a README",
-    provenance="verified", recipe="cifar",
+    paper="ttq", id="good", method="ttq", table="CIFAR-10", dataset="cifar10", net="resnet20",
+    bits=BitWidths(2, 32, 32), levels=3, metric="top1_error", value=8.87, baseline=8.23, provenance="verified",
+    ran_by="authors' repository", source="a README", recipe="cifar",
 )  # fmt: skip
 
 
@@ -145,7 +146,7 @@ PLANTED: dict[str, list[list[Row]]] = {
     ],
     "top1_and_top5": [
         [GOOD, other(value=1.2, baseline=None, baseline_note="none")],
-        [GOOD, other(baseline=0.9, value=1.1, bits=Bits(4, 32, 32))],
+        [GOOD, other(baseline=0.9, value=1.1, bits=BitWidths(4, 32, 32))],
         [GOOD, other(metric="top5_error", value=9.0, baseline=1.0)],
         [GOOD, other(metric="top5_error", value=0.3, baseline=8.5)],
     ],
@@ -198,7 +199,7 @@ def written(tmp_path: Path, change: dict[str, Any]) -> Path:
 def test_a_row_has_what_its_table_and_recipe_say(tmp_path: Path) -> None:
     (row,) = read_paper(written(tmp_path, {})).rows
     assert (row.paper, row.method, row.table, row.init, row.policy) == ("new", "new", "1", "float", "unknown")
-    assert (row.bits, row.by_authors) == (Bits(2, 32, 32), True)
+    assert (row.bits, row.by_authors) == (BitWidths(2, 32, 32), True)
 
 
 def test_a_top5_figure_is_a_row_of_its_own(tmp_path: Path) -> None:
@@ -411,7 +412,7 @@ def test_a_row_of_every_recipe_composes(row: Row) -> None:
     assert config.method_name == row.method
     assert config.bits == row.bits
     assert config.dataset["val"] == 0 or row.recipe == "mlq_cifar"
-    assert config.identity() == compose.configurations(words(row))[0].identity()
+    assert run_identity(config).keys == run_identity(compose.configurations(words(row))[0]).keys
 
 
 def test_the_same_optimizer_for_the_parent() -> None:

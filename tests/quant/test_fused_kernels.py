@@ -108,9 +108,9 @@ def test_dorefa_weights(bits: int, w: Tensor) -> None:
 def trained_step(name: str, context) -> tuple[Tensor, dict[str, Tensor]]:
     """Return logits and gradients of a small network under a method, after `prepare` and the first `on_epoch`."""
     (config,) = compose.configurations([f"method={name}"])
-    from qbench.experiment.setup import make_method, widths
+    from qbench.experiment.builders import build_method
 
-    method = make_method(config, widths(config))
+    method = build_method(config.method, config.activation, config.bits.resolved())
     torch.manual_seed(0)
     norm = method.requires.norm or "affine"
     model = install(method, resnet.build((3, 8, 8), 4, depth=8, width=4, norm=norm), example=torch.zeros(1, 3, 8, 8))

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from qbench.config import groups
 from qbench.errors import Diverged
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
-from qbench.experiment.session import RunContext
 from qbench.methods import dorefa, lsq
 from qbench.quant.install import install
 from qbench.quant.method import Method
-from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import load_result
 from qbench.training import health as sentinels
@@ -81,7 +81,7 @@ class Dark(nn.Module):
 
 def said(config: Any) -> tuple[list[str], list[str]]:
     """Run; return the warnings in the result's notes and those in the log."""
-    result = run(config, RunContext(ProgressReporter(quiet=True)))
+    result = run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
     assert result.status == "done", result.reason
     log = (Path(result.run) / "log.txt").read_text().splitlines()
     return [n for n in result.notes if n.startswith("warning")], [line for line in log if " warning: " in line]
@@ -112,7 +112,7 @@ def test_what_was_said_before_an_interruption_is_not_said_again(configure: Confi
 
     config = configure(*words)
     with pytest.raises(Exception, match="stopped by signal 15"):
-        run(config, RunContext(ProgressReporter(quiet=True), stop))
+        run(planned_run(config), RunContext(ProgressReporter(quiet=True), stop))
     notes, log = said(config)
     assert (len(notes), len(log)) == (1, 1)
 
@@ -124,9 +124,9 @@ def test_weights_that_grow_are_told_and_those_that_run_away_stop_the_run(configu
     assert "times what it started with, in epoch 1, step 36; likely optim.lr is too high" in notes[0]
     config = configure(*QUIET, NAMED, "method.fault=range", "method.times=3e4", "runtime.checkpoint_seconds=0")
     with pytest.raises(Diverged, match=f"{LAYER}: its largest weight, .*, in epoch 1, step {STEP}; likely") as caught:
-        run(config, RunContext(ProgressReporter(quiet=True)))
+        run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
     assert caught.value.status == 6
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     result = load_result(directory.path)
     assert result is not None
     assert result.status == "diverged"
@@ -138,8 +138,8 @@ def test_weights_that_grow_are_told_and_those_that_run_away_stop_the_run(configu
 def test_it_stops_at_the_end_of_the_epoch_where_nothing_is_saved_before(configure: Configure) -> None:
     config = configure(*QUIET, NAMED, "method.fault=range", "method.times=3e4", "runtime.observe=off")
     with pytest.raises(Diverged, match=f"{LAYER}: its largest weight, .*, in epoch 1, step 36; likely"):
-        run(config, RunContext(ProgressReporter(quiet=True)))
-    assert [path.name for path in RunDirectory(config).checkpoints()] == ["state-18.pt"]
+        run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
+    assert [path.name for path in planned_run(config).directory.checkpoints()] == ["state-18.pt"]
 
 
 @pytest.mark.parametrize(("often", "step", "newest"), [("0", STEP, STEP - 1), ("1e9", 36, 18)])
@@ -147,8 +147,8 @@ def test_a_scale_below_zero_stops_the_run(configure: Configure, often: str, step
     config = configure(*QUIET, NAMED, "method.fault=scale", f"runtime.checkpoint_seconds={often}")
     expected = f"{LAYER}.weight_q.step is -0.25, and must be above 0, in epoch 1, step {step}; likely a step was too"
     with pytest.raises(Diverged, match=expected):
-        run(config, RunContext(ProgressReporter(quiet=True)))
-    saved = unpack(RunDirectory(config).checkpoints()[0].read_bytes(), "")["state"]
+        run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
+    saved = unpack(planned_run(config).directory.checkpoints()[0].read_bytes(), "")["state"]
     assert saved["counters"][2] == newest
     assert saved["model"][f"{LAYER}.weight_q.step"] > 0, "the checkpoint before stays"
 

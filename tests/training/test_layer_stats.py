@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from qbench.bits import Bits
 from qbench.config import compose, groups
+from qbench.config.identity import run_identity
 from qbench.errors import ConfigError, Diverged, Interrupted
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
-from qbench.experiment.session import RunContext, TrainingSession
+from qbench.experiment.session import TrainingSession
 from qbench.methods import bwn, inq
 from qbench.quant.install import install
 from qbench.quant.layers import QLayer, quantized_layers
@@ -158,7 +161,7 @@ METHODS = groups.option_names("method")
 
 
 def quiet(config: Any) -> Result:
-    return run(config, RunContext(ProgressReporter(quiet=True)))
+    return run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
 
 
 def lines(result: Result, kind: str | None = None) -> list[dict[str, Any]]:
@@ -198,7 +201,7 @@ def test_a_resumed_run_tells_the_same(asked: int, configure: Configure, tmp_path
     config = configure(*words, f"out={tmp_path / 'stopped'}")
     count = itertools.count(1)
     with pytest.raises(Interrupted):
-        run(config, RunContext(ProgressReporter(quiet=True), lambda: 15 if next(count) >= asked else 0))
+        run(planned_run(config), RunContext(ProgressReporter(quiet=True), lambda: 15 if next(count) >= asked else 0))
     again = quiet(config)
     assert lines(again, "layers") == lines(whole, "layers")
     flips = ["w.flips" in record["layers"][LAYER] for record in lines(again, "layers")]
@@ -210,7 +213,7 @@ def test_another_level_than_before_an_interruption_costs_one_epochs_flips(config
     count = itertools.count(1)
     with pytest.raises(Interrupted):
         run(
-            configure(*words, "runtime.observe=off"),
+            planned_run(configure(*words, "runtime.observe=off")),
             RunContext(ProgressReporter(quiet=True), lambda: 15 * (next(count) > 30)),
         )
     told = lines(quiet(configure(*words)), "layers")
@@ -222,7 +225,7 @@ def test_a_checkpoint_without_what_was_remembered_is_noticed(
 ) -> None:
     config, count = configure(*QUIET, "method=lsq", "runtime.tensorboard=false"), itertools.count(1)
     with pytest.raises(Interrupted):
-        run(config, RunContext(ProgressReporter(quiet=True), lambda: 15 * (next(count) > 30)))
+        run(planned_run(config), RunContext(ProgressReporter(quiet=True), lambda: 15 * (next(count) > 30)))
     newest = TrainingSession._newest
 
     def without(session: TrainingSession) -> dict[str, Any] | None:
@@ -248,8 +251,8 @@ def test_short_epochs_are_looked_at_now_and_then(
 
 def test_it_is_no_part_of_a_runs_identity(configure: Configure) -> None:
     one, two = configure("method=dorefa"), configure("method=dorefa", "runtime.observe=full")
-    assert one.identity() == two.identity()
-    assert one.protocol() == two.protocol()
+    assert run_identity(one).keys == run_identity(two).keys
+    assert run_identity(one).protocol == run_identity(two).protocol
     assert one.runtime.observe == "light"
     with pytest.raises(ConfigError, match=r"runtime\.observe=much: allowed is.* off, light, full"):
         configure("runtime.observe=much")
@@ -339,7 +342,7 @@ def test_the_table_of_hyper_parameters_has_the_same_columns_for_all_runs(
     config = configure("experiment=smoke", "method=dorefa", "init=scratch", "optim.lr=1e30")
     with pytest.raises(Diverged):
         quiet(config)
-    folders = {"diverged": str(Path(config.out) / config.directory()), "done": shown["light"].run}
+    folders = {"diverged": str(Path(config.out) / run_identity(config).directory), "done": shown["light"].run}
     folders["parent"] = shown["light"].float["run"]  # type: ignore[index]
     columns, ended = {}, {}
     for name, folder in folders.items():

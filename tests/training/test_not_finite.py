@@ -12,11 +12,11 @@ from helpers import qbench
 from torch import Tensor, nn
 
 from qbench.errors import Diverged
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.methods import lsq
 from qbench.quant.method import Method
 from qbench.quant.probe import Batch
-from qbench.runs.directory import RunDirectory
 from qbench.runs.result import load_result
 from qbench.training.checkpoint import not_finite, unpack
 
@@ -93,14 +93,14 @@ def words(place: str, value: str) -> list[str]:
 def test_the_run_ends_where_it_appears_and_saves_nothing_of_it(configure: Configure, place: str, value: str) -> None:
     config = configure(*words(place, value))
     with pytest.raises(Diverged) as caught:
-        run(config)
+        run(planned_run(config))
     said = str(caught.value)
     assert PLACES[place] in said, said
     if place != "statistics":  # which training does not read: found by validation, or when it is to be saved
         assert "in epoch 1" in said
         at = int(said.partition(", step ")[2].split(",")[0].split(";")[0])
         assert at == STEP + (place == "momentum"), said
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     result = load_result(directory.path)
     assert result is not None
     assert result.status == "diverged"
@@ -116,7 +116,7 @@ def test_the_run_ends_where_it_appears_and_saves_nothing_of_it(configure: Config
 
 
 def test_without_a_plant_it_trains(configure: Configure) -> None:
-    assert run(configure(*words("none", "none"))).status == "done"
+    assert run(planned_run(configure(*words("none", "none")))).status == "done"
 
 
 @pytest.mark.parametrize("method", ["float", "dorefa"])
@@ -130,7 +130,7 @@ def test_a_network_without_learned_scales_says_it_too(configure: Configure, meth
         "pretrain.optim.lr=1e30",
     )
     with pytest.raises(Diverged, match=r"in epoch \d+, step \d+"):
-        run(config)
+        run(planned_run(config))
 
 
 def test_the_command_ends_with_status_6(tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_the_command_ends_with_status_6(tmp_path: Path) -> None:
 def test_the_same_line_goes_on_from_the_last_good_checkpoint(configure: Configure) -> None:
     config = configure(*words("loss", "none"))
     with pytest.raises(Diverged):
-        run(config)
-    result = run(config)  # counted from the checkpoint of step 18, nothing is planted before the end
+        run(planned_run(config))
+    result = run(planned_run(config))  # counted from the checkpoint of step 18, nothing is planted before the end
     assert result.status == "done"
-    unspoilt = run(configure(*words("none", "none")))
+    unspoilt = run(planned_run(configure(*words("none", "none"))))
     assert result.weights_sha256 == unspoilt.weights_sha256

@@ -13,10 +13,11 @@ from conftest import Configure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.config.identity import digest
+from qbench.config.identity import run_identity
 from qbench.config.schema import Optim
 from qbench.errors import CheckpointError, ConfigError, Diverged
 from qbench.experiment.device import COMPILERS
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.methods import dorefa
 from qbench.methods import float as nothing
@@ -174,7 +175,7 @@ def test_best_is_the_first_of_the_best_validation_and_patience_stops() -> None:
 
 def test_seconds_per_epoch_count_the_epochs_that_were_trained(smoke: Configure) -> None:
     words = ["method=dorefa", "optim=sgd", "optim.lr=1e-12", "epochs=40", "optim.patience=2"]
-    result = run(smoke(*words))
+    result = run(planned_run(smoke(*words)))
     epochs = result.final.epoch + 1
     assert epochs < 40
     records = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
@@ -302,16 +303,20 @@ def test_the_probe_disturbs_nothing() -> None:
 
 def test_how_a_run_is_computed_is_part_of_it_and_how_much_it_keeps_is_not(smoke: Configure) -> None:
     usual = smoke("method=dorefa", "bits=w2a2")
-    assert usual.identity()["runtime"] == {"threads": 1, "deterministic": True}
+    assert run_identity(usual).keys["runtime"] == {"threads": 1, "deterministic": True}
     for word, same in (("compress_activations=true", True), ("precision=bf16", False), ("compile=true", False)):
         other = smoke("method=dorefa", "bits=w2a2", f"runtime.{word}")
-        assert (digest(other.identity()) == digest(usual.identity())) is same
-        assert (other.protocol() == usual.protocol()) is (word != "precision=bf16"), "bf16 is compared with bf16"
+        assert (run_identity(other).digest == run_identity(usual).digest) is same
+        assert (run_identity(other).protocol == run_identity(usual).protocol) is (word != "precision=bf16"), (
+            "bf16 is compared with bf16"
+        )
 
 
 def test_compressed_activations_change_no_bit(smoke: Configure, tmp_path: Path) -> None:
-    first = run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'a'}"))
-    second = run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'b'}", "runtime.compress_activations=true"))
+    first = run(planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'a'}")))
+    second = run(
+        planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'b'}", "runtime.compress_activations=true"))
+    )
     assert first.weights_sha256 == second.weights_sha256
     assert first.final == second.final
 
@@ -326,28 +331,28 @@ def test_compressed_activations_change_no_bit(smoke: Configure, tmp_path: Path) 
 )
 def test_compression_without_effect_is_refused(smoke: Configure, words: tuple[str, ...], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        run(smoke(*words, "runtime.compress_activations=true"))
+        run(planned_run(smoke(*words, "runtime.compress_activations=true")))
 
 
 def test_bfloat16_trains_and_its_quantizers_are_exact(smoke: Configure) -> None:
-    result = run(smoke("method=dorefa", "bits=w2a2", "runtime.precision=bf16"))
+    result = run(planned_run(smoke("method=dorefa", "bits=w2a2", "runtime.precision=bf16")))
     assert result.status == "done"
     assert all(found[slot].allowed == 4 for found in result.verified.values() for slot in ("w", "a") if slot in found)
-    usual = run(smoke("method=dorefa", "bits=w2a2"))
+    usual = run(planned_run(smoke("method=dorefa", "bits=w2a2")))
     assert usual.weights_sha256 != result.weights_sha256
 
 
 def test_compiling_wants_a_compiler(smoke: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match=r"runtime.compile=true needs a C\+\+ compiler"):
-        run(smoke("method=dorefa", "bits=w2a2", "runtime.compile=true"))
+        run(planned_run(smoke("method=dorefa", "bits=w2a2", "runtime.compile=true")))
 
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 def test_a_compiled_run_learns_what_the_usual_one_does(smoke: Configure) -> None:
-    usual = run(smoke("method=dorefa", "bits=w2a2", "init=scratch"))
-    compiled = run(smoke("method=dorefa", "bits=w2a2", "init=scratch", "runtime.compile=true"))
+    usual = run(planned_run(smoke("method=dorefa", "bits=w2a2", "init=scratch")))
+    compiled = run(planned_run(smoke("method=dorefa", "bits=w2a2", "init=scratch", "runtime.compile=true")))
     assert compiled.status == "done"
     assert abs(compiled.final.test.loss - usual.final.test.loss) < 0.1

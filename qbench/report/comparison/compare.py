@@ -174,7 +174,7 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
         unsupported = run.result if run.status == "unsupported" else None
         name = f"{unsupported.method} {unsupported.widths}" if unsupported else str(run.path)
         grouped[run.status, name, run.reason].append(run)
-    rows, values = [], []
+    rows, values = list[tuple[str, ...]](), list[MissingRuns]()
     for (status, name, reason), own in sorted(grouped.items()):
         count = f", {len(own)} runs" if len(own) > 1 else ""
         rows.append((status, name + count, reason.partition("\n")[0]))

@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunAccuracy:
-    """Test top-1 in percent; labels (N,), and hits (N,), true where an image was right. None without predictions."""
+    """Test top-1 in percent, or a difference of two runs in points.
+
+    Args:
+        labels: (N,) of the test images; None without predictions.
+        hits: (N,) true where an image was right, or of a difference 1, 0 or -1; None without predictions.
+    """
 
     top1: float
     labels: "NDArray[np.integer] | None" = None
-    hits: "NDArray[np.bool_] | None" = None
+    hits: "NDArray[np.bool_] | NDArray[np.float64] | None" = None
 
 
 def load_run_accuracy(run: str, top1: float) -> RunAccuracy:
@@ -37,8 +42,20 @@ def same_test_images(runs: Sequence[RunAccuracy]) -> bool:
     """Whether all runs have hits on the same test images."""
     import numpy as np
 
-    labels = [run.labels for run in runs]
-    return all(x is not None and (x is labels[0] or np.array_equal(x, labels[0])) for x in labels)
+    first = runs[0].labels
+    return first is not None and all(
+        run.labels is not None and (run.labels is first or np.array_equal(run.labels, first)) for run in runs
+    )
+
+
+def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
+    """Return first minus second, by image where both have hits on the same images."""
+    import numpy as np
+
+    points = first.top1 - second.top1
+    if first.hits is None or second.hits is None or not same_test_images([first, second]):
+        return RunAccuracy(points)
+    return RunAccuracy(points, first.labels, np.subtract(first.hits, second.hits, dtype=float))
 
 
 def paired_difference(first: Sequence[RunAccuracy], second: Sequence[RunAccuracy]) -> Difference:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from qbench.config.identity import run_identity
 from qbench.config.schema import Config
 from qbench.report.comparison.naming import flat
 from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference
@@ -152,9 +153,7 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
     numbers += f"; test top-1 {result.means[0]:.2f} and {result.means[1]:.2f}, {d.n} seeds"
     numbers += f", {d.items:,} test images" if d.items else ""
     if result.verdict is Verdict.UNDECIDED:
-        verdict = (
-            f"is not significantly different from {second}, nor shown to be equivalent within ±{margin:g} points"
-        )
+        verdict = f"is not significantly different from {second}, nor shown to be equivalent within ±{margin:g} points"
         return f"{first} {verdict}: {numbers}. {_advice(test, result)}"
     relation = {
         Verdict.ABOVE: f"is above {second}",
@@ -184,7 +183,7 @@ def names(test: SequentialTest) -> tuple[str, str]:
     """
     configs = test.first, test.second
     short = setting_name(test.first), setting_name(test.second)
-    keys = [flat(config.identity() if short[0] == short[1] else _shared_keys(config)) for config in configs]
+    keys = [flat(run_identity(config).keys if short[0] == short[1] else _shared_keys(config)) for config in configs]
     differing = [key for key in sorted(set().union(*keys)) if keys[0].get(key) != keys[1].get(key)]
     more = f" and {len(differing) - NAMED_KEYS} more keys" if len(differing) > NAMED_KEYS else ""
     typed = [" ".join(f"{key}={own.get(key, '?')}" for key in differing[:NAMED_KEYS]) + more for own in keys]
@@ -193,7 +192,7 @@ def names(test: SequentialTest) -> tuple[str, str]:
 
 def _shared_keys(config: Config) -> dict[str, object]:
     """Return what all methods of a table share: the protocol and the network's keys."""
-    return config.protocol() | {"model": config.model}
+    return run_identity(config).protocol | {"model": config.model}
 
 
 def setting_name(config: Config) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qbench.report.plots.training_curves import FLOAT_STAGE, Line
+from qbench.report.plots.training_curves import FLOAT_STAGE, SeedCurve
 
 WIDTH, HEIGHT, LEFT, BELOW = 380, 150, 34, 18
 """Size of the drawing, and room for the numbers at its left and below, in pixels."""
@@ -22,7 +22,7 @@ class DrawnLine:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveDrawing:
-    """Lines, the border between float and quantized training (None without float epochs), and the axes' numbers."""
+    """Curves, the border between float and quantized training (None without float epochs), and the axes' numbers."""
 
     lines: list[DrawnLine]
     summary: str
@@ -57,7 +57,7 @@ class _Scale:
         return f"{self.x(epoch)},{TOP + (HEIGHT - BELOW - 2 * TOP) * (self.high - accuracy) / span:.1f}"
 
 
-def draw_curve(lines: Mapping[str, Line]) -> CurveDrawing | None:
+def draw_curve(lines: Mapping[str, SeedCurve]) -> CurveDrawing | None:
     """Return the drawing of learning curves, by widths or "float"; None if there are none."""
     if not lines:
         return None
@@ -80,7 +80,7 @@ def draw_curve(lines: Mapping[str, Line]) -> CurveDrawing | None:
     )
 
 
-def _draw_line(name: str, line: Line, scale: _Scale) -> DrawnLine:
+def _draw_line(name: str, line: SeedCurve, scale: _Scale) -> DrawnLine:
     upper = [scale.point(x, y) for x, y in zip(line.x, line.high, strict=True)]
     lower = [scale.point(x, y) for x, y in zip(line.x, line.low, strict=True)]
     return DrawnLine(

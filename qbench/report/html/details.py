@@ -10,7 +10,7 @@ from qbench.bits import LevelCount
 from qbench.report.comparison.setting import SeedAccuracy, Setting
 from qbench.report.comparison.verdicts import PairConclusion
 from qbench.report.html.curve import CurveDrawing, draw_curve
-from qbench.report.plots.training_curves import FLOAT_STAGE, Line
+from qbench.report.plots.training_curves import FLOAT_STAGE, SeedCurve
 from qbench.runs.history import observed
 from qbench.runs.result import Result
 from qbench.system import files
@@ -85,7 +85,7 @@ class SettingDetails:
 def setting_details(
     anchor: str,
     setting: Setting,
-    lines: Mapping[str, Line],
+    lines: Mapping[str, SeedCurve],
     results: Mapping[str, Result],
     cards: Mapping[str, Mapping[str, str]],
 ) -> SettingDetails:

@@ -5,7 +5,7 @@ from textwrap import wrap
 from qbench.report.plots import style as styling
 from qbench.report.plots.plot_data import PlotData
 from qbench.report.plots.style import ACROSS, COLOURS, DASHES, INK, Artist, Axes, Figure
-from qbench.report.plots.training_curves import FLOAT_STAGE, MEASURES, Lines
+from qbench.report.plots.training_curves import FLOAT_STAGE, MEASURES, Curves
 
 
 def curves(figure: Figure, data: PlotData) -> None:
@@ -24,7 +24,7 @@ def layers(figure: Figure, data: PlotData) -> None:
         panel.set_xticks(range(len(data.layers)), data.layers, rotation=90, fontsize=5.5)
 
 
-def _small_multiples(figure: Figure, methods: Lines, y_label: str, x_label: str) -> list[Axes]:
+def _small_multiples(figure: Figure, methods: Curves, y_label: str, x_label: str) -> list[Axes]:
     """Draw a panel for every method, with a line for each of its widths; return the panels."""
     columns = min(len(methods), ACROSS)
     grid = figure.subplots(-(-len(methods) // columns), columns, sharex=True, sharey=True, squeeze=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qbench.report.comparison.setting import Setting
 from qbench.report.comparison.setting_table import settings_of
 from qbench.report.plots.style import COLOURS, DASHES, MARKERS, Style
-from qbench.report.plots.training_curves import Lines, layer_errors, learning_curves
+from qbench.report.plots.training_curves import Curves, layer_errors, learning_curves
 from qbench.report.tables.table import Table
 from qbench.runs.reader import RunRecord
 
@@ -27,9 +27,9 @@ class PlotData:
     quantized: list[Setting]
     floats: list[Setting]
     styles: dict[str, Style]
-    curves: Lines
+    curves: Curves
     measure: str
-    errors: Lines
+    errors: Curves
     layers: list[str]
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from math import log10
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qbench.report.comparison.setting import Setting
-from qbench.runs.history import epochs, observed
+from qbench.runs.history import baseline_directory, epochs, observed
 from qbench.runs.result import Result
 
 MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%)"}
@@ -17,7 +17,7 @@ MAX_SQNR = 60.0
 """dB above which an output counts as exact: cosines are stored in single precision."""
 
 
-class Line(NamedTuple):
+class SeedCurve(NamedTuple):
     """The mean over seeds at each place x, and the lowest and the highest seed."""
 
     x: list[int]
@@ -26,20 +26,11 @@ class Line(NamedTuple):
     high: list[float]
 
 
-Lines = dict[str, dict[str, Line]]
-"""Lines by label of the method, then by widths."""
+Curves = dict[str, dict[str, SeedCurve]]
+"""Curves by label of the method, then by widths."""
 
 
-def baseline_directory(result: Result) -> Path | None:
-    """Return the directory of a run's float baseline: next to the run, else where it was recorded."""
-    if not result.baseline:
-        return None
-    recorded = Path(result.baseline.run)
-    sibling = Path(result.run).parent / recorded.name
-    return sibling if sibling.is_dir() else recorded
-
-
-def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | None]) -> tuple[Lines, str]:
+def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | None]) -> tuple[Curves, str]:
     """Return learning curves of settings, with those of their float baselines as "float", and the measure shown.
 
     The measure is validation top-1, or training top-1 if no run has a validation split. Epochs of quantized training
@@ -64,7 +55,7 @@ def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | 
         shift = -max(values, default=0) if float_stage else 1
         return {epoch + shift: value for epoch, value in values.items()}
 
-    lines: Lines = {}
+    lines: Curves = {}
     for label in dict.fromkeys(s.label for s in settings):
         own = [s for s in settings if s.label == label]
         starts = {path for s in own for run in s.runs if (path := baselines.get(run.run))}
@@ -75,7 +66,7 @@ def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | 
     return lines, measure
 
 
-def layer_errors(settings: Sequence[Setting]) -> tuple[Lines, list[str]]:
+def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
     """Return the last `fitted_sqnr` of each layer, by the layer's place, and the layers' names in order."""
     sqnr = {
         run.run: {name: fitted_sqnr(metrics) for name, metrics in observed(Path(run.run)).items()}
@@ -83,7 +74,7 @@ def layer_errors(settings: Sequence[Setting]) -> tuple[Lines, list[str]]:
         for run in s.runs
     }
     layers = list(dict.fromkeys(name for own in sqnr.values() for name, value in own.items() if value is not None))
-    lines: Lines = {}
+    lines: Curves = {}
     for s in settings:
         by_layer = [{layers.index(n): v for n, v in sqnr[run.run].items() if v is not None} for run in s.runs]
         if line := line_over_seeds(by_layer):
@@ -91,7 +82,7 @@ def layer_errors(settings: Sequence[Setting]) -> tuple[Lines, list[str]]:
     return lines, layers
 
 
-def fitted_sqnr(metrics: Mapping[str, Any]) -> float | None:
+def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
     """Return a layer's SQNR in dB at the scale that fits best, at most `MAX_SQNR`.
 
     None if the cosine of its output with the float output was not recorded. Normalization undoes the scale, and some
@@ -105,8 +96,8 @@ def fitted_sqnr(metrics: Mapping[str, Any]) -> float | None:
     return min(MAX_SQNR, -10 * log10(error)) if error else MAX_SQNR
 
 
-def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> Line | None:
+def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
     """Return the line over seeds, at each place over the seeds that have it; None if no seed has any."""
     places = sorted(set().union(*seeds))
     at = [[seed[x] for seed in seeds if x in seed] for x in places]
-    return Line(places, [mean(v) for v in at], [min(v) for v in at], [max(v) for v in at]) if places else None
+    return SeedCurve(places, [mean(v) for v in at], [min(v) for v in at], [max(v) for v in at]) if places else None

@@ -107,7 +107,7 @@ def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
     return _difference(mean, seeds, seed_variance, item_variance, dof, items)
 
 
-def _mean_squares(d: "NDArray[np.generic]", mean: float, booleans: bool) -> tuple[float, float, float]:
+def _mean_squares(d: "NDArray[np.int8] | NDArray[np.float64]", mean: float, booleans: bool) -> tuple[float, float, float]:
     """Return the mean squares of seeds, items and rest of 100 d, whose mean is `mean`; d has shape (seeds, items)."""
     import numpy as np
 
