@@ -2,18 +2,19 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qbench.cli import parsers
 from qbench.cli.parsers import RECORD
 from qbench.errors import ConfigError
+from qbench.report.comparison import columns
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.filters import select_runs
 from qbench.report.comparison.pairs import conclude
+from qbench.report.comparison.setting_table import sorted_by, with_columns
 from qbench.report.comparison.verdicts import MARGIN
-from qbench.report.tables import columns
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import RunRecord, dump_records, read
 
@@ -59,7 +60,7 @@ def parse(arguments: Iterable[str]) -> CompareOptions:
     """Read a command line of `qbench compare`; `build_tables` checks keys and values against the runs."""
     words, flags = parsers.compare().parse_words(arguments)
     if "sort" in flags:
-        columns.sort(Table(()), flags["sort"])
+        sorted_by(Table(()), flags["sort"])
     directories, where = [], dict[str, list[str]]()
     for word in words:
         key, equals, value = word.partition("=")
@@ -78,31 +79,27 @@ def _split(value: str) -> list[str]:
 
 
 def tables(options: CompareOptions) -> list[Table]:
-    """Return the tables of a command line, with notes on significant differences."""
+    """Return the tables that a command line asks for, with conclusions."""
     return build_tables(options)[0]
 
 
 def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables of a command line, and the runs in them."""
+    """Return the tables for these options, with conclusions, and the runs that they were made from."""
     runs, notes = select_runs(read(options.directories), options.where, options.by)
-    made = compare(runs, options.by)
-    conclude(made, options.margin)
+    made = conclude(compare(runs, options.by), options.margin)
     if options.published:
-        from qbench.papers.matching import publish
+        from qbench.papers.matching import with_published
 
-        publish(made)
-    _arrange(made, options)
-    if made:
-        made[-1].notes += notes
-    return made, list(runs)
+        made = with_published(made)
+    made = [_arranged(table, options) for table in made]
+    if made and notes:
+        made[-1] = replace(made[-1], notes=[*made[-1].notes, *notes])
+    return made, runs
 
 
-def _arrange(made: Sequence[Table], options: CompareOptions) -> None:
-    """Sort the rows of tables and choose their columns; a table of runs without a result stays as it is."""
-    sets = [*options.columns, *(["paper"] if options.published else [])]
-    sets += [columns.EQUAL_BYTES] if options.sort == columns.EQUAL_BYTES else []
-    for table in made:
-        if table.values and "top1_mean" in table.values[0]:
-            if options.sort:
-                columns.sort(table, options.sort)
-            columns.show(table, columns.chosen(sets))
+def _arranged(table: Table, options: CompareOptions) -> Table:
+    """Return a table with its rows sorted and its columns chosen."""
+    groups = [*options.columns, *([columns.PUBLISHED] if options.published else [])]
+    groups += [columns.EQUAL_BYTES] if options.sort == columns.EQUAL_BYTES else []
+    ordered = sorted_by(table, options.sort) if options.sort else table
+    return with_columns(ordered, columns.columns_in(groups))

@@ -20,8 +20,8 @@ from qbench.cli.arguments import (
     some_text,
 )
 from qbench.config import groups
+from qbench.report.comparison import columns
 from qbench.report.comparison.verdicts import MARGIN
-from qbench.report.tables import columns
 from qbench.report.tables.table import FORMATS
 
 METHOD, OVERRIDES = "METHOD", "KEY=VALUE"
@@ -136,7 +136,7 @@ def compare() -> SubcommandParser:
         metavar="COLUMN",
         help="method, W, size, top-1, diff, ...; or equal-bytes: by accuracy among settings of about the same size",
     )
-    parser.suggestions["--sort"] = lambda: (columns.EQUAL_BYTES, *(c.name.split()[0] for c in columns.chosen(())))
+    parser.suggestions["--sort"] = lambda: (columns.EQUAL_BYTES, *(c.name.split()[0] for c in columns.columns_in(())))
     parser.add_argument(
         "--columns",
         type=list_of(columns.SETS),

@@ -138,8 +138,8 @@ def test_every_experiment_plans_without_data(planned: Planned, untimed: None, ex
 def test_a_sweep_costs_one_look_a_kind(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
 
-    def pace(self: plan.CostEstimator, parts: plan.Parts, model: nn.Module) -> plan.StepCost:
-        looked.append(parts.config.method_name)
+    def pace(self: plan.CostEstimator, parts: plan.ExperimentSetup, model: nn.Module) -> plan.StepCost:
+        looked.append(parts.method_name)
         return plan.StepCost(2e-3, 0.0, 0.0)
 
     monkeypatch.setattr(plan.CostEstimator, "_pace", pace)

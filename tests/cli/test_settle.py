@@ -119,16 +119,10 @@ def stub(
         found = []
         for c in configs:
             status = (statuses or {}).get(c.seed, "done")
-            final = evaluation(figures[str(c.bits)][c.seed])
-            values = {
-                "method": "x",
-                "bits": {},
-                "seed": c.seed,
-                "dataset": "d",
-                "model": "m",
-                "protocol": Protocol(hash="", keys={}),
-            }
-            result = Result(status=status, final=final, **values)
+            result = Result(
+                status=status, final=evaluation(figures[str(c.bits)][c.seed]), method="x", bits={}, seed=c.seed,
+                dataset="d", model="m", protocol=Protocol(hash="", keys={}),
+            )  # fmt: skip
             found.append(RunRecord(path=Path("nowhere"), status=status, reason="why\nmore", result=result))
         return found
 
@@ -140,14 +134,14 @@ def test_the_verdict_in_words() -> None:
     test = parse([LINE, OTHER, "--max-seeds=5"])
     run = stub({"w2a2g32": [94.0, 95.1, 96.2, 0, 0], "w4a4g32": [90.0, 91.0, 92.0, 0, 0]})
     assert run_sequential_test(test, run) == (
-        "dorefa w2a2g32 is above dorefa w4a4g32: +4.10 points, 97.5 % interval +3.74 to +4.46; test top-1 95.10 and "
-        "91.00, 3 seeds. Each of 2 looks asked for p below 0.025, so that false decisions stay below 5 %."
+        "dorefa w2a2g32 is above dorefa w4a4g32: +4.10 points, 97.5 % confidence interval +3.74 to +4.46; test top-1 "
+        "95.10 and 91.00, 3 seeds. Each of 2 looks tests at the level 0.025, so that false decisions stay below 5 %."
     )
     alike = stub({"w2a2g32": [94.0, 95.1, 96.2, 94.0, 95.0], "w4a4g32": [94.1, 95.0, 96.2, 94.1, 94.9]})
-    assert "dorefa w2a2g32 is as good as dorefa w4a4g32 within ±0.5: " in run_sequential_test(test, alike)
+    assert "dorefa w2a2g32 is equivalent to dorefa w4a4g32 within ±0.5 points: " in run_sequential_test(test, alike)
     apart = stub({"w2a2g32": [94.0, 95.1, 92.2, 94.0, 95.0], "w4a4g32": [90.1, 97.0, 93.2, 94.1, 90.9]})
     printed = run_sequential_test(test, apart)
-    assert "are not decided: " in printed
+    assert "dorefa w2a2g32 is not significantly different from dorefa w4a4g32, nor shown to be equivalent" in printed
     assert "more seeds would decide: --max-seeds " in printed
 
 

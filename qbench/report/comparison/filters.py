@@ -32,7 +32,7 @@ def select_runs(
     """
     if not runs or not (where or by):
         return list(runs), []
-    keys = {id(run): naming.facts(run.result) for run in runs if run.result is not None}
+    keys = {id(run): naming.run_keys(run.result) for run in runs if run.result is not None}
     known = set().union(*keys.values())
     for key in (*where, *by):
         if known and key not in known:
@@ -82,7 +82,7 @@ def _matching(
     kept = [run for run in runs if _matches(keys.get(id(run)) or _keys_of_directory(run), where, run.result is None)]
     baseline_names = {_directory_name(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
     chosen = {id(run) for run in kept}
-    baselines = [r for r in runs if r.result and r.status == DONE and naming.is_parent(r.result)]
+    baselines = [r for r in runs if r.result and r.status == DONE and naming.is_baseline(r.result)]
     chosen |= {id(run) for run in baselines if _directory_name(str(run.path)) in baseline_names}
     return [run for run in runs if id(run) in chosen]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from qbench.config.identity import run_identity
 from qbench.config.schema import Config
 from qbench.report.comparison.naming import flat
-from qbench.report.comparison.predictions import RunAccuracy, of_run, paired_difference
+from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference
 from qbench.report.comparison.verdicts import MARGIN, Verdict
 from qbench.report.statistics.differences import ALPHA, Difference, half_width, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent
@@ -122,7 +122,7 @@ def run_sequential_test(
         records = run(configs)
         if missing := [record for record in records if record.status != DONE]:
             raise MissingRunError(missing)
-        loaded = [of_run(str(record.path), _top1(record)) for record in records]
+        loaded = [load_run_accuracy(str(record.path), _top1(record)) for record in records]
         return loaded[:n], loaded[n:]
 
     return describe(test, decide(accuracies, test.margin, test.max_seeds, report))
@@ -153,9 +153,7 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
     numbers += f"; test top-1 {result.means[0]:.2f} and {result.means[1]:.2f}, {d.n} seeds"
     numbers += f", {d.items:,} test images" if d.items else ""
     if result.verdict is Verdict.UNDECIDED:
-        verdict = (
-            f"is not significantly different from {second} and not shown to be equivalent within ±{margin:g} points"
-        )
+        verdict = f"is not significantly different from {second}, nor shown to be equivalent within ±{margin:g} points"
         return f"{first} {verdict}: {numbers}. {_advice(test, result)}"
     relation = {
         Verdict.ABOVE: f"is above {second}",
@@ -173,7 +171,7 @@ def _advice(test: SequentialTest, result: SequentialResult) -> str:
     seeds = seeds_to_decide(d, test.margin, result.level)
     if seeds is not None:
         return f"About {max(seeds - d.n, 1)} more seeds would decide: --max-seeds {max(seeds, d.n + 1)}."
-    if d.items and d.items_part:
+    if d.items and d.item_variance:
         return f"The {d.items:,} test images are too few."
     return f"{SEEDS_LIMIT:,} seeds would not decide."
 
