@@ -7,6 +7,7 @@ A guess is made only where it is likely right: a leaf of exactly this name elsew
 import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from qbench.config.groups import format_names, group_names
 from qbench.config.identity import ADDED
@@ -30,7 +31,7 @@ NOT_TYPED = ("claim", "lr_grid.lr", "lr_grid.lr_end")
 """Keys that experiment files or qbench itself set; no command line needs them."""
 
 
-def unknown_key_message(typed: str, tree: Mapping[object, object]) -> str:
+def unknown_key_message(typed: str, tree: Mapping[Any, object]) -> str:
     """Return the message about a key that a configuration lacks.
 
     Args:
@@ -81,7 +82,7 @@ def nearest_key(typed: str, known: Sequence[str]) -> str | None:
     return beside[close[0]] if close else None
 
 
-def key_paths(tree: Mapping[object, object], place: str = "") -> Iterator[str]:
+def key_paths(tree: Mapping[Any, object], place: str = "") -> Iterator[str]:
     """Yield the keys of nested dictionaries with dots, a node before the keys inside it."""
     for key, value in tree.items():
         if key == ADDED:  # a mark for run identities, not a key of the user

@@ -91,7 +91,11 @@ def table(chosen: Sequence[Row], title: str = "", *, missing: bool = False) -> T
             plain["experiment"] = f"{row.paper}/{row.of or row.id}"
         back = (row.ran_by, row.provenance)
         if missing:
-            run = f"qbench experiment={plain['experiment']}" if plain["experiment"] else f"not yet: {plain['missing_requirements']}"
+            run = (
+                f"qbench experiment={plain['experiment']}"
+                if plain["experiment"]
+                else f"not yet: {plain['missing_requirements']}"
+            )
             made.rows.append((*front, *back, run))
         else:
             made.rows.append((*front, *_compared(row, plain), *back))

@@ -638,7 +638,7 @@ def quick(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Commands without their slow parts: no timing, no property checks, small sweeps."""
     monkeypatch.setattr(plan.CostEstimator, "_pace", lambda self, parts, model: plan.StepCost(0.0, 0.0, 0.0))
     monkeypatch.setattr("qbench.check.kit.check", lambda subject: [])
-    monkeypatch.setattr(compose, "MOST_CELLS", 4)
+    monkeypatch.setattr(compose, "MOST_COMBINATIONS", 4)
     counts: dict[tuple[str, Any], dict[str, int]] = {}
 
     def count(model: torch.nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
