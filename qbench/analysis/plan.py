@@ -25,8 +25,8 @@ from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.papers.recipe_differences import recipe_differences
 from qbench.quant.method import Unsupported
-from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import Table
+from qbench.report.tables.units import si_format
 from qbench.training import optimizer as optim
 
 HEAD = ("run", "state", "epochs", "steps", "params", "size", "BitOps", "memory", "time")

@@ -13,10 +13,10 @@ import yaml
 
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
-from qbench.report.comparison.predictions import RunAccuracy, of_run, paired_difference, same_test_images
+from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference, run_difference
 from qbench.report.statistics.differences import ALPHA, Difference, paired
 from qbench.report.statistics.hypothesis_tests import TESTS, evidence, holm
-from qbench.report.statistics.power import SEEDS_LIMIT, needed
+from qbench.report.statistics.power import SEEDS_LIMIT, seeds_needed
 from qbench.report.tables.table import Table
 from qbench.runs.reader import DONE, RunRecord, read_run
 from qbench.runs.result import Result
@@ -195,17 +195,15 @@ def _figures(found: RunRecord, measure: str) -> RunAccuracy:
     result = found.result
     assert result is not None
     assert result.final is not None
-    own = of_run(result.run, result.final.test.top1)
+    own = load_run_accuracy(result.run, result.final.test.top1)
     if measure == "top1":
         return own
     if result.baseline is None:
         raise ValueError(f"{result.run} has no float parent to compare with")
-    base = of_run(result.baseline.run, result.baseline.final.test.top1)
+    base = load_run_accuracy(result.baseline.run, result.baseline.final.test.top1)
     if measure == PARENT:
         return base
-    if not same_test_images([own, base]):
-        return RunAccuracy(own.top1 - base.top1)
-    return RunAccuracy(own.top1 - base.top1, own.labels, own.hits.astype(float) - base.hits)
+    return run_difference(own, base)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -254,10 +252,10 @@ def _would_take(one: ClaimResult, family: int) -> str:
     assert d is not None
     if d.n < 2:
         return "one seed tells nothing"
-    found = needed(d, one.comparison.test, one.comparison.margin, ALPHA / family)
+    found = seeds_needed(d, one.comparison.test, one.comparison.margin, ALPHA / family)
     if found is not None:
         return str(max(found, d.n + 1))
-    few = f": the {d.items} test images forbid it" if d.items and d.items_part else ""
+    few = f": the {d.items} test images forbid it" if d.items and d.item_variance else ""
     return f"more than {SEEDS_LIMIT}{few}"
 
 

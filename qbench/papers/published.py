@@ -91,7 +91,11 @@ def table(chosen: Sequence[Row], title: str = "", *, missing: bool = False) -> T
             plain["experiment"] = f"{row.paper}/{row.of or row.id}"
         back = (row.ran_by, row.provenance)
         if missing:
-            run = f"qbench experiment={plain['experiment']}" if plain["experiment"] else f"not yet: {plain['lacking']}"
+            run = (
+                f"qbench experiment={plain['experiment']}"
+                if plain["experiment"]
+                else f"not yet: {plain['missing_requirements']}"
+            )
             made.rows.append((*front, *back, run))
         else:
             made.rows.append((*front, *_compared(row, plain), *back))
@@ -182,13 +186,17 @@ def ledger(arguments: Iterable[str]) -> str:
             )
     if (form := asked["--format"]) not in FORMATS:
         raise ConfigError(f"published --format {form}{did_you_mean(form, FORMATS)}\nallowed: {', '.join(FORMATS)}")
-    chosen = rows(asked["--paper"] or None, asked["--provenance"] or None)
-    tables = [
-        _with_head(paper, table([row for row in chosen if row.paper == paper.key], missing=missing))
-        for paper in papers()
-        if asked["--paper"] in ("", paper.key)
+    return FORMATS[form](published_tables(asked["--paper"] or None, asked["--provenance"] or None, missing))
+
+
+def published_tables(paper: str | None, provenance: str | None, missing: bool) -> list[Table]:
+    """Return one table per paper: the published numbers, next to what qbench measured."""
+    chosen = rows(paper, provenance)
+    return [
+        _with_head(each, table([row for row in chosen if row.paper == each.key], missing=missing))
+        for each in papers()
+        if paper in (None, each.key)
     ]
-    return FORMATS[form](tables)
 
 
 def _with_head(paper: Paper, made: Table) -> Table:

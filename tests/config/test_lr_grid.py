@@ -16,6 +16,8 @@ from qbench.config.schema import Config, baseline_config, to_dict
 from qbench.config.validate import from_dict, from_node
 from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
+from qbench.report.comparison.setting import Setting
+from qbench.report.comparison.setting_table import settings_of
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import read
 
@@ -32,6 +34,10 @@ def planted(out: Path, val: dict[float, float], *words: str, method: str = "dore
     for place, config in enumerate(tuned(out, THREE, f"method={method}", *words)):
         if config.optim.lr in val:
             plant(config, 0.0, 90.0, final=evaluation(50.0 + place, val[config.optim.lr]))
+
+
+def selected_rate(setting: Setting) -> float | None:
+    return setting.learning_rate.rate if setting.learning_rate else None
 
 
 def only_table(out: Path) -> Table:
@@ -147,11 +153,12 @@ def test_validation_selects_and_the_other_rates_test_accuracy_is_not_shown(tmp_p
     found = compare(read([str(tmp_path)]))
     (table,) = found
     assert [row[0] for row in table.rows] == ["float", "dorefa"]
-    setting = table.values[1]
-    assert (setting["top1_mean"], setting["n"], setting["diff_mean"]) == (51.0, 2, -39.0)
-    assert setting["tuned"] == {
+    setting = settings_of(table)[1]
+    assert setting.difference
+    assert (setting.top1.mean, setting.top1.n, setting.difference.mean) == (51.0, 2, -39.0)
+    assert setting.to_json()["lr_search"] == {
         "optim.lr": OWN,
-        "chosen_on_seeds": [0, 1],
+        "seeds": [0, 1],
         "grid": [
             {"optim.lr": LOW, "val_top1_mean": 80.0},
             {"optim.lr": OWN, "val_top1_mean": 90.5},
@@ -159,7 +166,7 @@ def test_validation_selects_and_the_other_rates_test_accuracy_is_not_shown(tmp_p
         ],
     }
     assert table.notes == [
-        "dorefa w2a32g32: optim.lr=0.01 chosen of 3 on validation top-1, seeds 0, 1; 3 x 30 epochs a seed"
+        "dorefa w2a32g32: optim.lr=0.01 selected from 3 by validation top-1, seeds 0, 1; 3 x 30 epochs a seed"
     ]
     for name, form in FORMATS.items():
         shown = form(found)
@@ -182,7 +189,7 @@ def test_each_method_and_width_has_its_own_rate(tmp_path: Path) -> None:
     (ptq,) = tuned(tmp_path, THREE, "method=ptq")
     plant(ptq, 61.0, 90.0)
     table = only_table(tmp_path)
-    rates = {(v["method"], v["bits"]["w"], v["bits"]["a"]): v.get("tuned", {}).get("optim.lr") for v in table.values}
+    rates = {(s.label, s.bits.w, s.bits.a): selected_rate(s) for s in settings_of(table)}
     assert rates == {
         ("float", 32, 32): None,
         ("dorefa activation=clip", 2, 32): OWN,
@@ -191,14 +198,18 @@ def test_each_method_and_width_has_its_own_rate(tmp_path: Path) -> None:
         ("ttq", 2, 32): LOW,
         ("ptq", 8, 8): None,
     }
-    ends = [note.split(": ")[0] for note in table.notes if "of the grid, beyond may be better" in note]
+    ends = [
+        note.split(": ")[0]
+        for note in table.notes
+        if "of the grid, a lower one may be better" in note or "a higher one may be" in note
+    ]
     assert ends == ["dorefa activation=abs w2a2g32", "dorefa activation=clip w4a32g32", "ttq w2a32g32"]
 
 
 def test_of_equal_rates_the_one_nearest_to_the_recipes_own_is_selected(tmp_path: Path) -> None:
     planted(tmp_path, {LOW: 90.0, OWN: 90.0, HIGH: 90.0})
     planted(tmp_path, {LOW: 90.0, OWN: 89.0, HIGH: 90.0}, "bits.w=4")
-    rates = {v["bits"]["w"]: v["tuned"]["optim.lr"] for v in only_table(tmp_path).values[1:]}
+    rates = {s.bits.w: selected_rate(s) for s in settings_of(only_table(tmp_path))[1:]}
     assert rates == {2: OWN, 4: LOW}, "both ends are as near: the lower one"
 
 
@@ -207,10 +218,12 @@ def test_the_mean_is_over_the_seeds_that_all_rates_have(tmp_path: Path) -> None:
     planted(tmp_path, {LOW: 80.0, OWN: 90.0, HIGH: 85.0}, "seed=0")
     planted(tmp_path, {OWN: 90.0, HIGH: 99.0}, "seed=1")
     table = only_table(tmp_path)
-    assert table.values[1]["tuned"]["optim.lr"] == OWN
-    assert table.values[1]["tuned"]["chosen_on_seeds"] == [0]
-    assert table.values[1]["seeds"] == [0, 1]
-    assert table.notes[-1] == "dorefa w2a32g32: no validation figure at optim.lr 0.001 (not there, seed 1)"
+    setting = settings_of(table)[1]
+    assert setting.learning_rate
+    assert setting.learning_rate.rate == OWN
+    assert setting.learning_rate.seeds == (0,)
+    assert [run.seed for run in setting.runs] == [0, 1]
+    assert table.notes[-1] == "dorefa w2a32g32: no validation accuracy at optim.lr 0.001 (missing, seed 1)"
 
 
 def test_a_rate_that_diverges_for_one_seed_is_not_selected(tmp_path: Path) -> None:
@@ -219,10 +232,12 @@ def test_a_rate_that_diverges_for_one_seed_is_not_selected(tmp_path: Path) -> No
     (high,) = (c for c in tuned(tmp_path, THREE, "method=dorefa", "seed=1") if c.optim.lr == HIGH)
     plant(high, 0.0, status="diverged", reason="the loss is nan")
     table, rest = compare(read([str(tmp_path)]))
-    assert table.values[1]["tuned"]["optim.lr"] == OWN
-    assert table.values[1]["tuned"]["chosen_on_seeds"] == [0, 1]
-    assert table.values[1]["tuned"]["grid"][2] == {"optim.lr": HIGH, "val_top1_mean": None}
-    assert table.notes[-1] == "dorefa w2a32g32: no validation figure at optim.lr 0.1 (diverged, seed 1)"
+    setting = settings_of(table)[1]
+    assert setting.learning_rate
+    assert setting.learning_rate.rate == OWN
+    assert setting.learning_rate.seeds == (0, 1)
+    assert setting.learning_rate.validation[HIGH] is None
+    assert table.notes[-1] == "dorefa w2a32g32: no validation accuracy at optim.lr 0.1 (diverged, seed 1)"
     assert rest.rows[0][0] == "diverged"
 
 
@@ -231,7 +246,7 @@ def test_without_validation_accuracy_nothing_is_selected(tmp_path: Path) -> None
     plant(first, 97.0, 90.0)
     table = only_table(tmp_path)
     assert [row[0] for row in table.rows] == ["float"]
-    assert "no optim.lr of 3 chosen" in table.notes[0]
+    assert "no optim.lr of 3 selected" in table.notes[0]
     assert "97" not in str(table.values)
 
 
@@ -240,7 +255,7 @@ def test_runs_with_and_without_a_grid_are_in_two_tables(configure: Configure, tm
     title = 'resnet8 on digits; protocol with lr_grid.factors=[0.1, 1.0, 10.0], lr_search="grid"'
     assert only_table(tmp_path).title == title
     plant(configure("method=dorefa"), 60.0, 90.0)
-    titles = {table.title: table.values[1]["top1_mean"] for table in compare(read([str(tmp_path)]))}
+    titles = {table.title: settings_of(table)[1].top1.mean for table in compare(read([str(tmp_path)]))}
     assert titles == {
         title: 51.0,
         'resnet8 on digits; protocol with lr_search="none"': 60.0,
@@ -264,7 +279,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {r["options"]["optim.lr"] for r in children} == {0.0001, 0.01}
     best = max(children, key=lambda r: r["final"]["val"]["top1"])
     assert len({r["final"]["val"]["top1"] for r in children}) == 2, "equal rates would not show which one is selected"
-    assert f"optim.lr={best['options']['optim.lr']:g} chosen of 2" in shown
+    assert f"optim.lr={best['options']['optim.lr']:g} selected from 2" in shown
     assert "2 x 1 epochs a seed" in shown
     assert len([line for line in shown.splitlines() if line.startswith("dorefa   ")]) == 1
     assert main([*words, f"out={tmp_path}"]) == 0
