@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, Configure
 
 from qbench.cli import compare as asked
-from qbench.cli.commands import VERBS
+from qbench.cli.commands import SUBCOMMANDS
 from qbench.cli.main import main as cli
 from qbench.config import compose, groups
 from qbench.models import mlp
@@ -32,7 +32,7 @@ def commands() -> list[list[str]]:
 def test_every_command_of_the_readme_is_one(configure: Configure) -> None:
     assert len(commands()) >= 6
     for words in commands():
-        if words[0] in VERBS:
+        if words[0] in SUBCOMMANDS:
             continue
         prints = "--cfg" in words
         assert bool(compose.configurations(words)) is not prints, words
@@ -40,7 +40,7 @@ def test_every_command_of_the_readme_is_one(configure: Configure) -> None:
 
 def test_flags_of_the_readme_stand_in_the_help_of_their_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     flags = {(words[0], word.partition("=")[0]) for words in commands() for word in words if word.startswith("--")}
-    flags = {(name, flag) for name, flag in flags if name in VERBS}
+    flags = {(name, flag) for name, flag in flags if name in SUBCOMMANDS}
     assert len(flags) >= 8
     for name, flag in sorted(flags):
         assert cli([name, "--help"]) == 0
@@ -69,14 +69,14 @@ def test_tables_of_results_are_those_of_their_records() -> None:
 
 
 def test_every_subcommand_is_in_the_readme() -> None:
-    for name in VERBS:
+    for name in SUBCOMMANDS:
         assert re.search(rf"qbench {name}\b", README), name
 
 
 def test_subcommands_of_the_readme_exist() -> None:
     lines = re.findall(r"^    qbench ([a-z]+)\b(?![=/@.])", README, re.MULTILINE)
     assert len(lines) >= 15
-    assert set(lines) <= set(VERBS)
+    assert set(lines) <= set(SUBCOMMANDS)
 
 
 def test_conclusions_quoted_are_those_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
