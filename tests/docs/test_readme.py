@@ -15,8 +15,8 @@ from qbench.cli import compare as asked
 from qbench.cli.commands import SUBCOMMANDS
 from qbench.cli.main import main as cli
 from qbench.config import compose, groups
+from qbench.config.identity import run_identity
 from qbench.models import mlp
-from qbench.runs.directory import RunDirectory
 from qbench.runs.result import SCHEMA, Result
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,7 +51,7 @@ def test_directories_of_the_readme_are_those_that_its_commands_write() -> None:
     for line in ("method=dorefa bits.w=2", "method=dorefa bits=w2a2 epochs=8 pretrain.epochs=10"):
         (config,) = compose.configurations(line.split())
         assert f"qbench {line}" in README
-        assert f"{RunDirectory(config).path}\n" in README, RunDirectory(config).path
+        assert f"outputs/{run_identity(config).directory}\n" in README, run_identity(config).directory
 
 
 def test_keys_of_a_result_are_those_of_the_readme() -> None:
