@@ -33,7 +33,7 @@ INSTEAD = {  # pattern -> what to write
     "reckon(?:ed|ing|s)?": "computed, estimated",
     "(?:ran|runs?|running) away": "exploding",
     "(?:sees?|saw) to it": "ensures",
-    "sentinels?": "health check",
+    "sentinels": "health checks",
     "(?:stands?|stood) beside": "is next to",
     "told apart": "distinguished; significantly different",
     "told from": "distinguished from",
