@@ -150,7 +150,8 @@ class BinaryActivation(nn.Module):
 class InputScale(nn.Module):
     """Multiplies a layer's products by K, the mean magnitude of the inputs that each output reads. Section 3.2.
 
-    The layer's bias is not multiplied: K replaces the magnitudes that sign(x) removes from the products.
+    The layer's bias is not multiplied: K replaces the magnitudes that sign(x) removes from the
+    products.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -188,8 +189,8 @@ def weight_quantizer(layer: nn.Module, gradient: str, center: bool) -> nn.Module
     """Return a layer's weight quantizer.
 
     Raises:
-        Unsupported: the filters have one input channel, for which the authors' formulas give no gradient (1 - 1 / c is
-            0) or, with `center`, weights of zero.
+        Unsupported: the filters have one input channel, for which the authors' formulas give no
+            gradient (1 - 1 / c is 0) or, with `center`, weights of zero.
     """
     assert isinstance(layer.weight, Tensor)
     if layer.weight.shape[1] == 1 and (gradient == "authors" or center):
