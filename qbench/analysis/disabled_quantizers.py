@@ -7,15 +7,17 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from qbench.methods.ptq import reestimate_norms
-from qbench.quant.layers import BypassedActivation, IdentityOutput, quantized_layers
+from qbench.quant.install import feeds
+from qbench.quant.layers import BypassedActivation, quantized_layers
 from qbench.quant.probe import Batch
+from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 from qbench.runs.result import Accuracy
 from qbench.training.evaluation import evaluate
 
 SLOTS = ("input_q", "weight_q", "output_q")
 
 
-class Front(nn.Module):
+class Front(Quantizer):
     """The activation function whose place a layer's input quantizer took, in front of that layer alone."""
 
     def __init__(self, act: nn.Module) -> None:
@@ -24,7 +26,8 @@ class Front(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of x; x itself, which others read too, stays."""
-        return self.act(x.clone())  # type: ignore[no-any-return]
+        y: Tensor = self.act(x.clone())
+        return y
 
 
 @contextmanager
@@ -38,8 +41,8 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
     try:
         for layer, _ in kept:
             act = fronts.get(layer.label)
-            layer.input_q = nn.Identity() if act is None else Front(act).train(layer.training)
-            layer.weight_q, layer.output_q = nn.Identity(), IdentityOutput()
+            layer.input_q = IdentityQuantizer() if act is None else Front(act).train(layer.training)
+            layer.weight_q, layer.output_q = IdentityQuantizer(), IdentityQuantizer()
         yield
     finally:
         for layer, slots in kept:
@@ -49,10 +52,9 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 def _fronts(model: nn.Module) -> dict[str, nn.Module]:
     """Return layer -> the activation function in front of it whose place quantizers took."""
-    feeds: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
-    modules = dict(model.named_modules())
-    replaced = {name: modules[name] for name in feeds if isinstance(modules.get(name), BypassedActivation)}
-    return {reader: module.act for name, module in replaced.items() for reader in feeds[name]}
+    readers_of, modules = feeds(model), dict(model.named_modules())
+    replaced = {name: m for name in readers_of if isinstance(m := modules.get(name), BypassedActivation)}
+    return {reader: module.act for name, module in replaced.items() for reader in readers_of[name]}
 
 
 def measured(model: nn.Module, batches: Sequence[Batch], norms: Sequence[Batch] = ()) -> Accuracy:

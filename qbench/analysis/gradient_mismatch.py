@@ -9,10 +9,12 @@ choice of sigma is a convention, so several are measured.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qbench.methods.hwgq import HWGQActivation
+from qbench.quant.quantizer import Quantizer
 
 SIGMAS = (0.25, 0.5, 1.0)
 """Of the noise, in steps of the quantizer; verdicts are made at STATED."""
@@ -34,7 +36,7 @@ def smoothed(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: float) -> Ten
     return y
 
 
-class Smoothed(nn.Module):
+class Smoothed(Quantizer):
     """Stands in for a half-wave quantizer: zero up to its threshold at zero, then its positive levels."""
 
     levels: Tensor
@@ -51,15 +53,15 @@ class Smoothed(nn.Module):
         return smoothed(x, edges.to(x), self.levels.to(x), self.sigma)
 
 
-class _Closed(nn.Module):
+class _Closed(Quantizer):
     """A quantizer that lets no gradient pass: what changes under it has come through one."""
 
-    def __init__(self, site: nn.Module) -> None:
+    def __init__(self, site: Quantizer) -> None:
         super().__init__()
         self.site = site
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.site(x).detach()  # type: ignore[no-any-return]
+        return self.site(x).detach()
 
 
 def agreement(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -111,23 +113,26 @@ def mismatch(
     return found
 
 
-def _half_waves(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _half_waves(model: nn.Module) -> Iterator[tuple[str, HWGQActivation]]:
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "levels", None), Tensor) and hasattr(module, "backward"):
+        if isinstance(module, HWGQActivation):
             yield name, module
 
 
-def _turned(site: Any, backward: str) -> nn.Module:
+def _turned(site: HWGQActivation, backward: str) -> Quantizer:
     site.backward = backward
-    return site  # type: ignore[no-any-return]
+    return site
 
 
-def _smoothed(site: Any, sigma: float) -> nn.Module:
+def _smoothed(site: HWGQActivation, sigma: float) -> Quantizer:
     return Smoothed(site.levels, sigma)
 
 
 def _gradients(
-    model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], loss: Loss, change: Callable[[Any], nn.Module]
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    loss: Loss,
+    change: Callable[[HWGQActivation], Quantizer],
 ) -> dict[str, Tensor]:
     """Return dL/dw by layer name for a copy of the model with its quantizers changed."""
     own = copy.deepcopy(model).train()

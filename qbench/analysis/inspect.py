@@ -104,8 +104,8 @@ def _pass(layer: QLayer, x: Tensor, signal: Signal, model: nn.Module) -> None:
     signal.add(_channels_last(layer, y), _channels_last(layer, y_hat))
     signal.extend("out", _channels_last(layer, y_hat))
     signal.extend("in", _channels_last(layer, layer.input_q(x)))
-    if layer.bits.a < FLOAT and hasattr(layer.input_q, "grid"):
-        signal.clipped = (signal.clipped or 0) + _beyond(layer.input_q.grid(x), x)  # type: ignore[operator]
+    if layer.bits.a < FLOAT and (grid := layer.input_q.grid(x)) is not None:
+        signal.clipped = (signal.clipped or 0) + _beyond(grid, x)
         signal.inputs += x.numel()
 
 

@@ -164,7 +164,7 @@ def _layers(planned: PlannedRun, parts: ExperimentSetup, model: nn.Module, whole
     table = Table(LAYERS, title=f"{run.model} on {run.dataset}, {run.method} {run.bits}")
     for layer in costs:
         table.rows.append(_row(layer))
-        table.values.append(layer._asdict() | {"bits": layer.bits._asdict()})
+        table.values.append(asdict(layer) | {"bits": layer.bits._asdict()})
     rest = whole.params - sum(layer.params for layer in costs)
     blank = ("",) * 7
     if rest:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qbench.errors import Diverged
-from qbench.quant.layers import QLayer, quantized_layers
+from qbench.quant.layers import QLayer, quantized_layers, quantizers
 from qbench.training.layer_stats import SLOTS, LayerTrace, QuantizedTensor
 
 GROWN = 100.0
@@ -59,12 +59,12 @@ def exploding_weights(model: nn.Module, start: Mapping[str, float], at: str) -> 
 def check_scales(model: nn.Module, at: str) -> None:
     """Raise `Diverged` where a scale is not above zero, of those that a quantizer names in `positive_parameters`."""
     for name, layer in quantized_layers(model).items():
-        for slot in SLOTS.values():
-            site: Any = getattr(layer, slot)
-            for key in getattr(site, "above_zero", ()):
-                scale: Tensor = getattr(site, key).detach()
+        for slot, quantizer in quantizers(layer).items():
+            tensors = dict(quantizer.named_parameters()) | dict(quantizer.named_buffers())
+            for key in quantizer.positive_parameters:
+                scale = tensors[key].detach()
                 if not (scale > 0).all():
-                    said = f"{name}.{slot}.{key} is {scale.min().item():.3g}, and must be above 0, {at}"
+                    said = f"{name}.{SLOTS[slot]}.{key} is {scale.min().item():.3g}, and must be above 0, {at}"
                     raise Diverged(
                         f"{said}; likely a step was too large and nothing kept it there\ntry a lower optim.lr"
                     )
@@ -113,7 +113,7 @@ def _largest(layer: QLayer) -> float:
 
 def _levels(layer: QLayer, weights: QuantizedTensor | None) -> Tensor:
     """Return how many weights lie on each level; nothing where that could not be otherwise, or they are float yet."""
-    if weights is None or layer.weight.numel() == 1 or not getattr(layer.weight_q, "complete", True):
+    if weights is None or layer.weight.numel() == 1 or not layer.weight_q.complete:
         return layer.weight.new_zeros(0)
     return weights.counts
 

@@ -24,15 +24,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from math import isfinite, log10, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
-from qbench.quant.layers import QLayer, float_mode, quantized_layers
+from qbench.quant.layers import QLayer, float_mode, quantized_layers, quantizers
 from qbench.quant.masks import FrozenWeight
-from qbench.quant.quantizer import Grid
+from qbench.quant.quantizer import Grid, Quantizer
 from qbench.quant.verify import nearest_points
 
 LEAST, MOST, SHARE, PIXELS = 8, 64, 64, 2**17
@@ -99,9 +99,9 @@ def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
         }  # fmt: skip
 
 
-def _passed(site: Any, before: Tensor, after: Tensor) -> QuantizedTensor | None:
+def _passed(site: Quantizer, before: Tensor, after: Tensor) -> QuantizedTensor | None:
     """Look at one quantizer; None where it declares no levels: float, or without any yet."""
-    grid = site.grid(before) if hasattr(site, "grid") else None
+    grid = site.grid(before)
     return QuantizedTensor(before, after, grid) if grid is not None and grid.points.shape[1] else None
 
 
@@ -147,8 +147,8 @@ def gradients(model: nn.Module) -> LayerMetrics:
     found: LayerMetrics = {}
     for name, layer in quantized_layers(model).items():
         named = [("w.grad", layer.weight)]
-        for key, slot in SLOTS.items():
-            named += [(f"{key}.{n}.grad", p) for n, p in getattr(layer, slot).named_parameters()]
+        for key, quantizer in quantizers(layer).items():
+            named += [(f"{key}.{n}.grad", p) for n, p in quantizer.named_parameters()]
         norms = {key: p.grad.norm().item() for key, p in named if p.grad is not None}
         found |= {name: norms} if norms else {}
     return found
@@ -205,7 +205,7 @@ def _likeness(wanted: Tensor, got: Tensor) -> dict[str, float]:
 
 
 def _numbers(layer: QLayer) -> Iterator[tuple[str, float]]:
-    for key, slot in SLOTS.items():
-        for name, t in chain(getattr(layer, slot).named_parameters(), getattr(layer, slot).named_buffers()):
+    for key, quantizer in quantizers(layer).items():
+        for name, t in chain(quantizer.named_parameters(), quantizer.named_buffers()):
             if t.numel() == 1 and t.dtype != torch.bool:
                 yield f"{key}.{name}", t.item()

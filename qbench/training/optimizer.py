@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from qbench.config.schema import Optim
-from qbench.quant.layers import QLayer
+from qbench.quant.layers import QLayer, quantizers
+from qbench.quant.quantizer import Quantizer
 
 
 def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -25,9 +26,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     """
     own: dict[int, tuple[float, float]] = {}
     for layer in (m for m in model.modules() if isinstance(m, QLayer)):
-        for site in (layer.weight_q, layer.input_q, layer.output_q):
-            for module in site.modules():
-                rule = float(getattr(module, "lr_scale", 1.0)), float(getattr(module, "weight_decay", 0.0))
+        for quantizer in quantizers(layer).values():
+            for module in quantizer.modules():
+                rule = (module.lr_scale, module.weight_decay) if isinstance(module, Quantizer) else (1.0, 0.0)
                 own.update({id(p): rule for p in module.parameters(recurse=False)})
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in model.parameters():

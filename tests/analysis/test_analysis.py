@@ -40,12 +40,12 @@ from qbench.quant.layers import float_mode, quantized_layers
 from qbench.quant.method import Method
 from qbench.quant.policy import Policy
 from qbench.quant.probe import Probe
-from qbench.quant.quantizer import Grid
+from qbench.quant.quantizer import Grid, Quantizer
 
 EVERYWHERE = Policy(first="same", last="same")
 
 
-class Changed(nn.Module):
+class Changed(Quantizer):
     """A quantizer that does to weights or inputs what a test says."""
 
     def __init__(self, change: Any, levels: tuple[float, ...] = ()) -> None:

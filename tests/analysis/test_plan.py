@@ -24,6 +24,7 @@ from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.setup import assemble
 from qbench.quant.method import Method
+from qbench.quant.quantizer import IdentityQuantizer
 from qbench.report.tables.table import FORMATS, Table
 
 EXPERIMENTS = sorted(
@@ -215,7 +216,7 @@ def test_levels_are_the_quantizers_own(configure: Configure) -> None:
 
 def test_a_method_without_levels_is_no_error() -> None:
     method = Method(
-        name="mine", bits=Bits(2), supported_bits={"w": (2,)}, weight=lambda name, layer, bits: nn.Identity()
+        name="mine", bits=Bits(2), supported_bits={"w": (2,)}, weight=lambda name, layer, bits: IdentityQuantizer()
     )
     from qbench.cost.layers import _levels
 

@@ -286,7 +286,7 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
 @pytest.mark.parametrize("x", [0.0, 3.0, 0.25, -0.75, 2**-18, 1 - 2**-18, 1000.5])
 def test_stochastic_rounding_has_no_bias(x: float) -> None:
     torch.manual_seed(0)
-    calls = [passes.round_up_or_down(torch.full((2**16,), x)) for _ in range(40)]
+    calls = [passes.stochastic_round(torch.full((2**16,), x)) for _ in range(40)]
     made = torch.stack(calls).double()
     assert set(made.unique().tolist()) <= {math.floor(x), math.floor(x) + 1.0}
     p, n = x - math.floor(x), made.numel()

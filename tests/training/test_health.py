@@ -19,6 +19,7 @@ from qbench.experiment.run import run
 from qbench.methods import dorefa, lsq
 from qbench.quant.install import install
 from qbench.quant.method import Method
+from qbench.quant.quantizer import IdentityQuantizer
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import load_result
 from qbench.training import health as sentinels
@@ -189,7 +190,7 @@ def test_only_the_layer_that_is_to_blame_is_named() -> None:
     with torch.no_grad():
         model[2].weight.copy_(torch.eye(4))
         model[1].weight.zero_()
-        model[1].weight_q = nn.Identity()
+        model[1].weight_q = IdentityQuantizer()
     assert list(sentinels.degenerate_layers(model, trace_layers(model, images), "")) == ["output 1"]
 
 

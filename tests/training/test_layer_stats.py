@@ -25,7 +25,7 @@ from qbench.methods import bwn, inq
 from qbench.quant.install import install
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import Method
-from qbench.quant.quantizer import Grid
+from qbench.quant.quantizer import Grid, Quantizer
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import Result
 from qbench.runs.tensorboard import CHARTS, METRICS
@@ -45,7 +45,7 @@ def _every_epoch() -> Iterator[None]:
         yield
 
 
-class Nearest(nn.Module):
+class Nearest(Quantizer):
     """Rounds to the nearest of some levels, in one group."""
 
     def __init__(self, *points: float) -> None:
