@@ -38,19 +38,20 @@ def evaluation(top1: float, val: float | None = None) -> Evaluation:
     return Evaluation(test=Accuracy(top1=top1, top5=99.0, loss=0.1), val=validated, epoch=0)
 
 
-def plant(config: Config, top1: float, baseline: float | None = None, status: str = "done", **values: Any) -> Path:
-    """Write a run with a known test top-1, and perhaps its baseline's; return its directory."""
+def plant(
+    config: Config, top1: float, baseline: float | BaselineResult | None = None, status: str = "done", **values: Any
+) -> Path:
+    """Write a run with a known test top-1, and that of its float baseline where given; return its directory."""
     directory = planned_run(config).directory
     with directory.lock():
         directory.write_config()
-        baseline_result = None
-        if baseline is not None:
+        if isinstance(baseline, int | float):
             place = directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"
-            baseline_result = BaselineResult(run=str(place), final=evaluation(baseline))
+            baseline = BaselineResult(run=str(place), final=evaluation(baseline))
         cost = NetworkCost(
             params=1, macs=1, bitops=16_842_752, bytes_float=1, bytes_ideal=7176, bytes_packed=7176, bits_per_weight=2.0
         )
-        done = {"final": evaluation(top1), "baseline": baseline_result, "cost": cost, "levels": 4}
+        done = {"final": evaluation(top1), "baseline": baseline, "cost": cost, "levels": 4}
         filled = (done if status == "done" else {}) | values
         directory.finish(dataclasses.replace(directory.new_result(status), **filled))
     return directory.path
