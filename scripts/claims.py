@@ -18,11 +18,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qbench.papers.claims import BACKWARD, Claim, ClaimResult
+
 from qbench.config import compose, groups
 from qbench.config.schema import Config
 from qbench.errors import ConfigError, QbenchError
 from qbench.papers import claims as kept
-from qbench.papers.claims import BACKWARD, Claim, ClaimResult
 from qbench.report.tables.table import Table, markdown
 from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import DONE, RunRecord

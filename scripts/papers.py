@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from qbench.papers.claims import Claim
 
 from qbench.config import registry
 from qbench.config.fields import parse_bits
 from qbench.papers import claims as kept
 from qbench.papers import published as ledger
-from qbench.papers.claims import Claim
 from qbench.papers.rows import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, Row, names
 from qbench.report.tables.table import Table, markdown
 

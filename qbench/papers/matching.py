@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qbench.papers import published as ledger
-from qbench.papers.rows import PROVENANCES, Row, names, papers
+from qbench.papers.row_files import names, papers, published_rows
+from qbench.papers.rows import PROVENANCES, PublishedRow
 from qbench.report.tables.table import Table
 from qbench.system.files import read_yaml
 
@@ -28,7 +29,7 @@ def publish(tables: Sequence[Table]) -> None:
         table.notes += _notes(cells, dataset, net)
 
 
-def matching(values: Values, dataset: str | None, net: str | None) -> list[Row]:
+def matching(values: Values, dataset: str | None, net: str | None) -> list[PublishedRow]:
     """Return the ledger's top-1 rows of a cell, those of the method's authors first, then by how well they are known;
     a known deviation from the method is another method.
     """
@@ -36,7 +37,7 @@ def matching(values: Values, dataset: str | None, net: str | None) -> list[Row]:
     widths = tuple(values["bits"][key] for key in "wag")
     found = [
         row
-        for row in ledger.rows()
+        for row in published_rows()
         if (row.method, row.dataset, row.net) == (values["name"], dataset, net)
         and (row.bits.w, row.bits.a, row.bits.g) == widths
         and row.metric.startswith("top1")
@@ -45,18 +46,18 @@ def matching(values: Values, dataset: str | None, net: str | None) -> list[Row]:
     return sorted(found, key=lambda row: (row.value is None, not row.by_authors, PROVENANCES.index(row.provenance)))
 
 
-def _add(values: Values, rows: Sequence[Row]) -> None:
+def _add(values: Values, rows: Sequence[PublishedRow]) -> None:
     values["published"] = [_plain(row, values) for row in rows]
     if not rows:
         return
     row, plain = rows[0], values["published"][0]
     values["paper_top1"] = plain["top1"]
-    values["paper_shown"] = ledger.claimed(row) if row.metric == "top1" else _as_accuracy(row, plain)
+    values["paper_shown"] = ledger.format_claim(row) if row.metric == "top1" else _as_accuracy(row, plain)
     values["paper_gap"] = plain["gap"]
     values["paper_ran_by"] = row.ran_by
 
 
-def _plain(row: Row, values: Values) -> Values:
+def _plain(row: PublishedRow, values: Values) -> Values:
     """Return a row as plain values: its claim as a top-1 in percent where it is one, and how far above it we are."""
     ours = {"top1": values["top1_mean"], "top1_error": 100 - values["top1_mean"]}
     if values["diff_mean"] is not None:
@@ -79,7 +80,7 @@ def _plain(row: Row, values: Values) -> Values:
     }
 
 
-def _as_accuracy(row: Row, plain: Values) -> str:
+def _as_accuracy(row: PublishedRow, plain: Values) -> str:
     """Write an error as the accuracy it leaves, an increase of it as the distance to the float network."""
     mark = "~" if plain["remembered"] else ""
     if row.value is None:
@@ -87,7 +88,7 @@ def _as_accuracy(row: Row, plain: Values) -> str:
     if plain["top1"] is None:
         return f"{mark}{row.accuracy(row.value):+.2f} to float"
     ends = sorted(row.accuracy(end) for end in (row.value, row.upper) if end is not None)
-    return mark + "-".join(ledger.number(end) for end in ends)
+    return mark + "-".join(ledger.format_percent(end) for end in ends)
 
 
 def _notes(cells: Iterable[Values], dataset: str | None, net: str | None) -> list[str]:
@@ -113,10 +114,10 @@ def _absent(values: Values, dataset: str, net: str | None) -> str | None:
     paper = _paper(values["name"])
     if paper is None:
         return None
-    if sentence := ledger.absent(paper.key, net, dataset):
+    if sentence := ledger.absence_note(paper.key, net, dataset):
         return sentence
     widths = "".join(f"{key}{values['bits'][key]}" for key in "wag")
-    where = f"{values['model']} on {names().datasets[dataset]['title']}"
+    where = f"{values['model']} on {names().datasets[dataset].title}"
     return f"the ledger has no {where} result of {paper.name} at {widths}"
 
 
@@ -129,7 +130,7 @@ def _paper(method: str) -> Any:
 
 def _dataset(name: str) -> str | None:
     """Return what the ledger calls a data set; None where it has none of it."""
-    return next((key for key, what in names().datasets.items() if what["words"] == [f"dataset={name}"]), None)
+    return next((key for key, what in names().datasets.items() if what.words == (f"dataset={name}",)), None)
 
 
 def _net(model: str, keys: Values) -> str | None:
@@ -139,7 +140,7 @@ def _net(model: str, keys: Values) -> str | None:
     file = conf_directory() / "model" / f"{model}.yaml"
     standard = read_yaml(file) if file.is_file() else {}
     for key, what in names().nets.items():
-        words = dict(word.split("=", 1) for word in what.get("words", ()))
+        words = dict(word.split("=", 1) for word in what.words)
         if words.pop("model", None) != model:
             continue
         wanted = {k: str(v) for k, v in standard.items()} | {k.removeprefix("model."): v for k, v in words.items()}

@@ -1,116 +1,123 @@
-"""How a run departs from what its method's paper did: from the ledger's nearest row, key by key."""
+"""How a run differs from its method's paper: key by key against the nearest published row."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from qbench.config.schema import Config, to_dict
-from qbench.papers.published import absent, missing_requirements, words
-from qbench.papers.rows import Row, names, papers
+from qbench.papers.published import absence_note, command_words, missing_requirements
+from qbench.papers.row_files import names, papers
+from qbench.papers.rows import PublishedRow
 from qbench.report.comparison.naming import flat
 
 CANDIDATES = 4
-"""Rows whose experiments are composed, to find the one that differs least."""
-SHOWN = 12
-"""Keys that are named; of more, the rest are counted."""
-NODES = {"dataset": "data set", "model": "network", "optim": "schedule"}
+"""Rows whose experiments are composed to find the one with the fewest differences."""
+KEYS_SHOWN = 12
+"""Differing keys that are listed; further ones are counted."""
+NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 
 
 def recipe_differences(config: Config) -> list[str]:
-    """Return sentences: which published row is nearest, how its experiment differs, what the paper leaves open.
+    """Return sentences: the nearest published row, how its experiment differs, and what the paper leaves open.
 
-    Compared are the keys of the protocol and the method's own; seeds, devices and places are not.
+    The keys of the protocol and of the method are compared; seeds, devices and paths are not.
     """
-    name = str(config.method["name"])
+    if config.is_parent:
+        return []
+    method = str(config.method["name"])
     rows = [
         row
         for paper in papers()
         for row in paper.rows
-        if row.method == name and not row.of and not missing_requirements(row)
+        if row.method == method and not row.top5_of and not missing_requirements(row)
     ]
-    if not rows or config.is_parent:
-        return [] if config.is_parent else [f"the ledger has no recipe for {name}: nothing to compare with"]
-    near = sorted(rows, key=lambda row: _nearness(row, config), reverse=True)[:CANDIDATES]
-    compared = [(_differing(config, _composed(row)), row) for row in near]
-    differing, row = min(compared, key=lambda pair: len(pair[0]))  # of equals the nearest
-    said = _without_result(row, config)
-    where = f"experiment={row.paper}/{row.id}"
+    if not rows:
+        return [f"no published figures have a recipe for {method}: nothing to compare with"]
+    nearest = sorted(rows, key=lambda row: _similarity(row, config), reverse=True)[:CANDIDATES]
+    compared = [(_differing_keys(config, _compose_experiment(row)), row) for row in nearest]
+    differing, row = min(compared, key=lambda pair: len(pair[0]))  # the first, hence nearest, of equals
+    sentences = _absence_notes(row, config)
+    experiment = f"experiment={row.paper}/{row.id}"
     if differing:
-        more = f", and {len(differing) - SHOWN} keys more" if len(differing) > SHOWN else ""
-        said.append(f"nearest published row: {where}; here otherwise: {', '.join(differing[:SHOWN])}{more}")
+        more = f", and {len(differing) - KEYS_SHOWN} more keys" if len(differing) > KEYS_SHOWN else ""
+        sentences.append(f"nearest published row: {experiment}; differences: {', '.join(differing[:KEYS_SHOWN])}{more}")
     else:
-        said.append(f"as {where}, key by key")
+        sentences.append(f"identical to {experiment}, key by key")
     (recipe,) = (paper.recipes[row.recipe] for paper in papers() if paper.key == row.paper)
-    said += [f"left open by the paper: {'; '.join(recipe.open)}"] if recipe.open else []
-    said += [f"{where} itself departs: {'; '.join(recipe.departs)}"] if recipe.departs else []
-    return said
+    sentences += [f"left open by the paper: {'; '.join(recipe.open)}"] if recipe.open else []
+    sentences += [f"{experiment} itself differs from its source: {'; '.join(recipe.departs)}"] if recipe.departs else []
+    return sentences
 
 
-def _nearness(row: Row, config: Config) -> tuple[bool, bool, bool, int, int, bool]:
-    """Rank a row: the same data set and network, the same network, the data set, the widths that agree, few words that
-    do not hold here, the authors' own.
+def _similarity(row: PublishedRow, config: Config) -> tuple[bool, bool, bool, int, int, bool]:
+    """Return a sort key for a row, larger is nearer.
+
+    In this order: same data set and network, same network, same data set, number of equal widths, few command-line
+    words that do not hold here, run by the authors.
     """
-    dataset = f"dataset={config.dataset['name']}" in names().datasets[row.dataset]["words"]
-    net = f"model={config.model['name']}" in names().nets[row.net]["words"]
-    same = sum(getattr(row.bits, key) == (getattr(config.bits, key) or 32) for key in "wag")
-    last = dict(word.partition("=")[::2] for word in words(row))
-    broken = sum(not _holds(key, value, to_dict(config)) for key, value in last.items())
-    return dataset and net, net, dataset, same, -broken, row.by_authors
+    dataset = f"dataset={config.dataset['name']}" in names().datasets[row.dataset].words
+    net = f"model={config.model['name']}" in names().nets[row.net].words
+    equal_widths = sum(getattr(row.bits, key) == (getattr(config.bits, key) or 32) for key in "wag")
+    wanted = dict(word.partition("=")[::2] for word in command_words(row))
+    broken = sum(not _holds(key, value, to_dict(config)) for key, value in wanted.items())
+    return dataset and net, net, dataset, equal_widths, -broken, row.by_authors
 
 
-def _holds(key: str, value: str, here: Any) -> bool:
+def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a configuration, as nested values, has this value at a dotted key."""
+    node: object = config
     for part in key.split("."):
-        here = here.get(part) if isinstance(here, Mapping) else None
-    return isinstance(here, Mapping) or str(here).lower() == value or _number(here) == _number(value)
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return isinstance(node, Mapping) or str(node).lower() == value or _as_number(node) == _as_number(value)
 
 
-def _number(value: Any) -> float | str:
+def _as_number(value: object) -> float | str:
+    """Return a value as a number, or as text without spaces if it is none."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return float(str(value))
+    except ValueError:
         return str(value).replace(" ", "")
 
 
-def _without_result(row: Row, config: Config) -> list[str]:
-    """Say it where the authors have no result on this data set with this network."""
-    known = names()
-    here = [key for key, what in known.datasets.items() if f"dataset={config.dataset['name']}" in what["words"]]
-    nets = [key for key, what in known.nets.items() if f"model={config.model['name']}" in what.get("words", ())]
-    sentence = absent(row.paper, nets[0] if nets else None, here[0]) if here else None
+def _absence_notes(row: PublishedRow, config: Config) -> list[str]:
+    """Return a sentence if the authors have no result on this data set with this network."""
+    datasets = [key for key, name in names().datasets.items() if f"dataset={config.dataset['name']}" in name.words]
+    nets = [key for key, name in names().nets.items() if f"model={config.model['name']}" in name.words]
+    sentence = absence_note(row.paper, nets[0] if nets else None, datasets[0]) if datasets else None
     return [sentence] if sentence else []
 
 
-def _composed(row: Row) -> Config:
+def _compose_experiment(row: PublishedRow) -> Config:
+    """Return the configuration of a row's experiment."""
     from qbench.config import compose
 
     (config,) = compose.configurations([f"experiment={row.paper}/{row.id}"])
     return config
 
 
-def _differing(here: Config, there: Config) -> list[str]:
-    """Return `key=ours (paper's: theirs)` for every key that differs; a node of another name counts as one key."""
-    ours, theirs = _keys(here), _keys(there)
-    for node, title in NODES.items():
-        names_differ = ours.get(f"{node}.name") != theirs.get(f"{node}.name")
-        if names_differ:
-            for keys, whose in ((ours, here), (theirs, there)):
-                kept = {key: value for key, value in keys.items() if not key.startswith(f"{node}.")}
-                keys.clear()
-                keys |= kept | {title: _named(getattr(whose, node))}
-    found = []
+def _differing_keys(config: Config, published: Config) -> list[str]:
+    """Return `key=ours (published: theirs)` for every key that differs.
+
+    A data set, network or optimizer of another name counts as one key.
+    """
+    ours, theirs = _compared_keys(config), _compared_keys(published)
+    for node, title in NODE_TITLES.items():
+        if ours.get(f"{node}.name") != theirs.get(f"{node}.name"):
+            ours, theirs = (
+                {key: value for key, value in keys.items() if not key.startswith(f"{node}.")}
+                | {title: keys.get(f"{node}.name", "none")}
+                for keys in (ours, theirs)
+            )
+    differing = []
     for key in dict.fromkeys([*ours, *theirs]):
-        one, other = ours.get(key, "not there"), theirs.get(key, "not there")
-        if one != other:
-            found.append(f"{key}={one} (there {other})")
-    return found
+        our_value, their_value = ours.get(key, "none"), theirs.get(key, "none")
+        if our_value != their_value:
+            differing.append(f"{key}={our_value} (published: {their_value})")
+    return differing
 
 
-def _named(node: Any) -> str:
-    return str(node["name"]) if isinstance(node, Mapping) else str(node.name)
-
-
-def _keys(config: Config) -> dict[str, str]:
-    """Return a configuration's keys that decide what is compared: protocol, method's own, widths."""
+def _compared_keys(config: Config) -> dict[str, str]:
+    """Return the configuration keys that are compared, with values as text: protocol, method and widths."""
     widths = {key: getattr(config.bits, key) or 32 for key in "wag"}
-    own = {key: value for key, value in config.method.items() if key != "name"}
-    found = flat(config.protocol() | {"method": own, "bits": widths})
-    return {key: value.strip('"') for key, value in found.items()}
+    method = {key: value for key, value in config.method.items() if key != "name"}
+    values = flat(config.protocol() | {"method": method, "bits": widths})
+    return {key: value.strip('"') for key, value in values.items()}

@@ -16,8 +16,9 @@ from qbench.bits import FLOAT
 from qbench.config import compose, registry
 from qbench.config.schema import Bits
 from qbench.experiment.setup import make_method, widths
-from qbench.papers.published import missing_requirements, papers
-from qbench.papers.rows import PROVENANCES, Paper, Row
+from qbench.papers.published import missing_requirements
+from qbench.papers.row_files import papers
+from qbench.papers.rows import PROVENANCES, Paper, PublishedRow
 
 PAGE = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
 RELATED: list[dict[str, Any]] = yaml.safe_load((ROOT / "docs" / "papers.yaml").read_text(encoding="utf-8"))["papers"]
@@ -42,7 +43,7 @@ def shown(paper: Paper) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in cells[1:]]
 
 
-def row_of(paper: Paper, cell: str) -> Row:
+def row_of(paper: Paper, cell: str) -> PublishedRow:
     (row,) = (row for row in paper.rows if row.id == re.sub(r"\[(\w+)\].*", r"\1", cell))
     return row
 
@@ -192,16 +193,16 @@ def test_affiliations_say_how_they_are_known() -> None:
             assert f"{paper.affiliation} (from memory)." in said
 
 
-def made(**change: Any) -> Row:
+def made(**change: Any) -> PublishedRow:
     bits = Bits(2, 32, 32)
-    base = Row(
+    base = PublishedRow(
         paper="ttq", id="a", method="ttq", dataset="cifar10", net="resnet20", bits=bits, metric="top1_error", value=9.0,
         baseline=8.0, ran_by="authors' paper", source="s", provenance="verified", recipe="cifar",
     )  # fmt: skip
     return dataclasses.replace(base, **change)
 
 
-def chosen(script: ModuleType, *rows: Row) -> list[str]:
+def chosen(script: ModuleType, *rows: PublishedRow) -> list[str]:
     (ttq,) = (paper for paper in papers() if paper.key == "ttq")
     return [row.id for row in script.telling(dataclasses.replace(ttq, rows=rows))]
 
@@ -224,7 +225,7 @@ def test_one_row_for_each_network_by_the_rule_stated(script: ModuleType, worse: 
 
 def test_rows_without_a_figure_and_companions_are_not_shown(script: ModuleType) -> None:
     assert chosen(script, made(value=None)) == []
-    assert chosen(script, made(of="b")) == []
+    assert chosen(script, made(top5_of="b")) == []
     assert chosen(script, made(method="bnn")) == []
 
 

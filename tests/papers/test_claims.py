@@ -16,6 +16,7 @@ from conftest import ROOT
 from helpers import evaluation
 from hypothesis import given
 from hypothesis import strategies as st
+from qbench.papers.claims import ClaimResult, Comparison
 from scipy import stats
 from torch import nn
 from torch.nn import functional as F
@@ -24,7 +25,6 @@ from qbench.analysis import gradient_mismatch as mismatch
 from qbench.cli.main import main as cli
 from qbench.errors import ConfigError
 from qbench.papers import claims
-from qbench.papers.claims import ClaimResult, Comparison
 from qbench.report.statistics.differences import Difference, paired, two_way
 from qbench.report.statistics.hypothesis_tests import equivalent, evidence, holm, noninferior
 from qbench.report.statistics.power import needed

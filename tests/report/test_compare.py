@@ -23,8 +23,8 @@ from qbench.cli.main import main as cli
 from qbench.config import compose
 from qbench.config.schema import Config
 from qbench.errors import ConfigError
-from qbench.papers.published import absent
-from qbench.papers.rows import rows
+from qbench.papers.published import absence_note
+from qbench.papers.row_files import published_rows
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import FORMATS, Table
@@ -548,7 +548,7 @@ def test_the_margin_is_stated(several: str) -> None:
 
 
 def test_a_claim_without_a_figure_is_shown_and_is_no_number(configure: Configure) -> None:
-    nobody = next(r for r in rows() if r.metric.startswith("top1") and r.value is None and r.words)
+    nobody = next(r for r in published_rows() if r.metric.startswith("top1") and r.value is None and r.words)
     config = configure(f"experiment={nobody.paper}/{nobody.id}")
     plant(config, 90.0, 92.0)
     text = asked.run_compare([config.out, "--published", "--sort", "paper", "--format", "json"])
@@ -577,7 +577,7 @@ def test_what_papers_claim(configure: Configure) -> None:
     assert not cells["dorefa"]["published"]
     (third,) = {r["ran_by"] for r in cells["dorefa deviation=rescaled_by_max"]["published"]}
     assert third.startswith("third party")
-    assert absent("dorefa", "resnet20", "cifar10") in own.notes
+    assert absence_note("dorefa", "resnet20", "cifar10") in own.notes
     assert all(not v.get("published") for v in thin.values), "a thinner network is not the paper's"
     made = plant(configure("method=dorefa", f"out={configure().out}/digits"), 97.0, 98.0)
     (digits,) = asked.tables(asked.parse([str(made), "--published"]))
