@@ -1,11 +1,11 @@
 """What metrics.jsonl tells of the runs of a table: learning curves, and what was seen of each layer."""
 
 from collections.abc import Mapping, Sequence
-from math import log10
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from qbench.quant.sqnr import sqnr_db
 from qbench.runs.result import Result
 from qbench.system import files
 
@@ -13,8 +13,8 @@ Cell = dict[str, Any]
 
 MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%)"}
 PARENT = "float"
-EXACT = 60.0
-"""dB from which on an output is as good as exact: cosines are single precision."""
+DRAWN_CEILING = 60.0
+"""SQNR in dB at which plots clip: the stored cosines resolve no more. Reported values use `quant.sqnr.CEILING`."""
 
 
 class Line(NamedTuple):
@@ -113,8 +113,8 @@ def layer_errors(cells: Sequence[Cell]) -> tuple[Lines, list[str]]:
 
 
 def fitted_sqnr(told: Mapping[str, Any]) -> float | None:
-    """Return the SQNR in dB that a layer's output has at the scale that fits best, at most `EXACT`; None where its
-    cosine with the float output was not recorded.
+    """Return the SQNR in dB of a layer's output at the best scale, at most `DRAWN_CEILING`; None if its cosine with the
+    float output was not recorded.
 
     Normalization undoes the scale, and some methods' weights are on another one than the latent weights: DoReFa's
     output may be all error and still point where it should. Of a signal, 1 - cosine^2 is error at the best scale.
@@ -123,7 +123,7 @@ def fitted_sqnr(told: Mapping[str, Any]) -> float | None:
     if not isinstance(cosine, int | float):
         return None
     error = 1 - min(max(cosine, 0), 1) ** 2
-    return min(EXACT, -10 * log10(error)) if error else EXACT
+    return min(DRAWN_CEILING, sqnr_db(1, error))
 
 
 def line(seeds: Sequence[Mapping[int, float]]) -> Line | None:

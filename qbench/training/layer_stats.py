@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from math import isfinite, log10, prod
+from math import isfinite, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -33,13 +33,12 @@ from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import QLayer, float_mode, quantized_layers
 from qbench.quant.masks import FrozenWeight
 from qbench.quant.quantizer import Grid
+from qbench.quant.sqnr import sqnr_db
 from qbench.quant.verify import nearest_points
 
 LEAST, MOST, SHARE, PIXELS = 8, 64, 64, 2**17
 """Images that are looked at: a 64th of an epoch's, 8 to 64, fewer of large ones: two passes over so many cost about a
 hundredth of an epoch's three passes over all."""
-CEILING = 140.0
-"""Decibels at which an error is float32's own, 2^-23 of the signal."""
 DIGITS = 6
 """That are kept."""
 SLOTS = {"w": "weight_q", "a": "input_q", "g": "output_q"}
@@ -200,8 +199,9 @@ def _likeness(wanted: Tensor, got: Tensor) -> dict[str, float]:
     signal, own, error = wanted.norm().item(), got.norm().item(), (got - wanted).norm().item()
     if not signal:
         return {}
-    sqnr = min(CEILING, 20 * log10(signal / error)) if error else CEILING
-    return {"sqnr": sqnr} | ({"cosine": (wanted * got).sum().item() / (signal * own)} if own else {})
+    return {"sqnr": sqnr_db(signal * signal, error * error)} | (
+        {"cosine": (wanted * got).sum().item() / (signal * own)} if own else {}
+    )
 
 
 def _numbers(layer: QLayer) -> Iterator[tuple[str, float]]:

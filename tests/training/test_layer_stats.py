@@ -23,6 +23,7 @@ from qbench.quant.install import install
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import Method
 from qbench.quant.quantizer import Grid
+from qbench.quant.sqnr import CEILING
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import Result
 from qbench.runs.tensorboard import CHARTS, METRICS
@@ -133,7 +134,7 @@ def test_equal_outputs_have_the_ceiling_and_dead_ones_no_number() -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.eye(2))
     layer.input_q = Nearest(0.25, 1.0, 4.0, -1.0)
-    assert told(model)["sqnr"] == observe.CEILING
+    assert told(model)["sqnr"] == CEILING
     with torch.no_grad():
         layer.weight.zero_()
     assert not {"sqnr", "cosine"} & set(told(model))

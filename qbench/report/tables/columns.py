@@ -28,11 +28,11 @@ class Column(NamedTuple):
     bare: str = "-"
 
 
-def si_format(number: float) -> str:
-    """Write a number with three digits and a unit: 7.18 k."""
+def si_format(number: float, digits: int = 3, gap: str = " ") -> str:
+    """Write a number with so many digits and a unit: 7.18 k."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 1000 or unit == "T":
-            return f"{number:.3g} {unit}"
+            return f"{number:.{digits}g}{gap}{unit}"
         number /= 1000
     raise AssertionError
 
