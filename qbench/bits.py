@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 FLOAT = 32
-"""The width that means: not quantized."""
+"""The width of a tensor that is not quantized."""
 
 
 class Bits(NamedTuple):
-    """Widths of weights, activations and gradients; 32 leaves them float."""
+    """Widths of weights, activations and gradients in bits; 32 leaves them float."""
 
     w: int = FLOAT
     a: int = FLOAT
@@ -20,7 +20,7 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True)
 class LevelCount:
-    """Distinct levels found in the fullest scale group of a quantized tensor, and the levels allowed there."""
+    """The distinct levels in one scale group of a quantized tensor, that with most of them, and the levels allowed."""
 
     found: int
     allowed: int

@@ -1,6 +1,6 @@
-"""Errors a user can meet. Each class carries the exit status of the command line; anything else is a bug (1).
+"""Errors that a user can meet. Each class has the exit status of the command; any other exception is a bug (1).
 
-A message holds at most three lines: what was found, what is allowed, what to type instead.
+A message has at most three lines: what was found, what is allowed, what to type instead.
 """
 
 
@@ -29,18 +29,18 @@ class CheckpointError(QbenchError):
 
 
 class ResourceError(QbenchError):
-    """Disk, memory or permissions do not suffice."""
+    """Disk space, memory or permissions are not sufficient."""
 
     status = 5
 
 
 class Diverged(QbenchError):
-    """Training met a number that is not finite, or weights or scales that have run away."""
+    """Training reached a number that is not finite, exploding weights, or a scale that is not positive."""
 
     status = 6
 
 
 class Interrupted(QbenchError):
-    """A signal asked the run to stop; the same command goes on where it stopped."""
+    """A signal stopped the run; the same command continues it."""
 
     status = 75

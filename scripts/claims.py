@@ -23,6 +23,7 @@ from typing import Any
 from qbench.config import compose, groups
 from qbench.config.schema import Config
 from qbench.errors import ConfigError, QbenchError
+from qbench.experiment.planned_run import planned_run
 from qbench.papers import claim_files
 from qbench.papers.claim_files import Claim
 from qbench.papers.claim_results import (
@@ -35,7 +36,6 @@ from qbench.papers.claim_results import (
     unfinished_seeds,
 )
 from qbench.report.tables.table import Table, markdown
-from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import DONE, RunRecord, read_run
 from qbench.system import files
 
@@ -123,7 +123,7 @@ def arm_configs(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) ->
 
 
 def stored_run(config: Config) -> RunRecord:
-    path = RunDirectory(config).path
+    path = planned_run(config).path
     return read_run(path) if path.is_dir() else RunRecord(path=path, status=NOT_STARTED)
 
 
@@ -183,7 +183,7 @@ def missing_work(claim: Claim, seeds: list[int], out: str, counted: set[str]) ->
     for arm in claim.arms:
         try:
             configs = arm_configs(claim, arm, seeds, out)
-            rows = plan([configs[seeds[0]]])[0].values
+            rows = plan([planned_run(configs[seeds[0]])])[0].values
         except ConfigError as error:
             print(f"{claim.name}: {' '.join(arm)}: {error}", file=sys.stderr)
             continue
@@ -192,7 +192,7 @@ def missing_work(claim: Claim, seeds: list[int], out: str, counted: set[str]) ->
                 continue
             counted.add(row["run"])
             count = len(seeds)
-            if Path(row["run"]) == RunDirectory(configs[seeds[0]]).path:
+            if Path(row["run"]) == planned_run(configs[seeds[0]]).path:
                 count = sum(stored_run(config).status not in FINAL for config in configs.values())
             missing += count
             seconds += count * (row["seconds"] or stored_seconds(Path(row["run"])))

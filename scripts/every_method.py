@@ -27,8 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from qbench.bits import FLOAT, Bits  # noqa: E402
 from qbench.config import compose  # noqa: E402
-from qbench.experiment.setup import make_method  # noqa: E402
-from qbench.experiment.setup import widths as widths_of  # noqa: E402
+from qbench.experiment.builders import build_method  # noqa: E402
 from qbench.runs.reader import DONE, read  # noqa: E402
 from qbench.runs.result import Result  # noqa: E402
 
@@ -47,7 +46,7 @@ KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
 def widths(method: str) -> list[str]:
     """Return every legal width of each kind alone."""
     (config,) = compose.configurations([f"method={method}"])
-    legal = make_method(config, widths_of(config)).supported_bits
+    legal = build_method(config.method, config.activation, config.bits.resolved()).supported_bits
     single = (Bits(**{key: k}) for key in "wag" for k in range(1, FLOAT) if k in legal.get(key, ()))
     return [str(bits) for bits in single]
 
@@ -94,7 +93,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.kept:
         kept = json.loads(asked.kept.read_text())
-        print(f"{table(kept['rows'])}\n\n{kept['told']}")
+        print(f"{table(kept['rows'])}\n\n{kept['note']}")
         return 0
     more = asked.keys
     for method in groups.option_names("method"):
@@ -107,15 +106,15 @@ def main() -> int:
     layers = sum(len(r.verified or {}) for r in done)
     written = [*(ROOT / OUT).rglob("manifest.json"), *(ROOT / OUT).rglob("result.json")]
     times = [path.stat().st_mtime for path in written]
-    told = (
+    note = (
         f"`scripts/every_method.py`: {len(done)} runs, float parents included, {layers} quantized layers verified; "
         f"{max(times) - min(times):.0f} s from first to last and {seconds:.0f} s of work, one thread a run "
         f"({os.cpu_count()} cores, {platform.machine()}, {platform.system()}, torch {version('torch')})."
     )
     rows = figures(done)
-    print(f"{table(rows)}\n\n{told}")
+    print(f"{table(rows)}\n\n{note}")
     if asked.record:
-        asked.record.write_text(json.dumps({"rows": rows, "told": told}, separators=(",", ":")) + "\n")
+        asked.record.write_text(json.dumps({"rows": rows, "note": note}, separators=(",", ":")) + "\n")
     for line in [*(f"not verified: {path}" for path in unverified), *broken]:
         print(line)
     return 1 if unverified or broken else 0

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from qbench.cli.plot import draw, telling  # noqa: E402
 from qbench.config import compose  # noqa: E402
-from qbench.experiment.setup import make_method, widths  # noqa: E402
+from qbench.experiment.builders import build_method  # noqa: E402
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name in sys.argv[1:] or groups.option_names("method"):
         (config,) = compose.configurations([f"method={name}"])
-        bits = telling(make_method(config, widths(config)))
+        bits = telling(build_method(config.method, config.activation, config.bits.resolved()))
         print(draw([f"method={name}", f"bits={bits}", "--out", str(folder / f"{name}.png")]))
     if not sys.argv[1:]:
         print(draw(["--poster", "--out", str(folder / "poster.png")]))

@@ -40,7 +40,7 @@ def record_of(command: str) -> Path:
 
 def shown(record: Path) -> str:
     """Return the table of a sweep, from its record."""
-    return f"{markdown(compare(load_records(record)))}\n\n{json.loads(record.read_text())['told']}\n"
+    return f"{markdown(compare(load_records(record)))}\n\n{json.loads(record.read_text())['note']}\n"
 
 
 def table(command: str) -> str:
@@ -59,13 +59,13 @@ def table(command: str) -> str:
     where = (
         f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {manifest['versions']['torch']}"
     )
-    told = (
+    note = (
         f"`{command}`: {len(found)} runs, float parents and unsupported cells included; "
         f"{max(times) - min(times):.0f} s from first to last and {trained:.0f} s of work, one thread a run ({where})."
     )
     record = record_of(command)
     record.parent.mkdir(exist_ok=True)
-    record.write_text(json.dumps(json.loads(dump_records(found)) | {"told": told}, separators=(",", ":")) + "\n")
+    record.write_text(json.dumps(json.loads(dump_records(found)) | {"note": note}, separators=(",", ":")) + "\n")
     return shown(record)
 
 

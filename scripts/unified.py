@@ -28,12 +28,12 @@ from qbench.config import compose, groups
 from qbench.config.schema import Config
 from qbench.errors import ConfigError, Interrupted, QbenchError
 from qbench.experiment import jobs, sweep
+from qbench.experiment.planned_run import planned_runs
 from qbench.report.comparison.compare import compare
 from qbench.report.statistics.differences import Difference, paired
 from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.directory import RunDirectory
-from qbench.runs.reader import DONE, RunRecord, dump_records, load_records, with_parents
+from qbench.runs.reader import DONE, RunRecord, dump_records, load_records, with_baselines
 from qbench.system.signals import stop_on_signals
 
 DEFAULTS = {"dataset": "cifar10", "model": "resnet20", "bits": "w2a32,w3a32,w4a32", "seed": "0,1,2"}
@@ -68,14 +68,14 @@ def main(arguments: Sequence[str]) -> int:
     except QbenchError as error:
         print(f"scripts/unified.py: {error}", file=sys.stderr)
         return error.status
-    told = json.loads(asked.kept.read_text())["told"] if asked.kept else footer(asked.keys, found)
+    note = json.loads(asked.kept.read_text())["note"] if asked.kept else footer(asked.keys, found)
     if asked.record:
         asked.record.write_text(
-            json.dumps(json.loads(dump_records(found)) | {"told": told}, separators=(",", ":")) + "\n"
+            json.dumps(json.loads(dump_records(found)) | {"note": note}, separators=(",", ":")) + "\n"
         )
     print(FORMATS[asked.format](tables(found)))
     if asked.format == "md":
-        print(f"\n{told}")
+        print(f"\n{note}")
     return 8 if any(run.status not in (DONE, "unsupported") for run in found) else 0
 
 
@@ -106,16 +106,16 @@ def train(words: dict[str, str], launcher: list[str], stop: Callable[[], int]) -
     found = run([*cells, *controls["float"]], launcher, stop)
     budgets = {row["bytes"] for row in rows_of(list(found.values())) if row["role"] == "cell" and row["bytes"]}
     narrow = [at_width(config, width) for kind, width in wanted(budgets, controls) for config in controls[kind]]
-    return with_parents(list((found | run(narrow, launcher, stop)).values()))
+    return with_baselines(list((found | run(narrow, launcher, stop)).values()))
 
 
 def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> dict[Path, RunRecord]:
-    unique = {RunDirectory(config).path: config for config in configs}
-    if any(not RunDirectory(config).stored() for config in unique.values()):
-        sweep.launch_all(launcher, list(unique.values()), "joblib", stop)
+    runs = planned_runs(configs)
+    if any(not planned.directory.stored() for planned in runs):
+        sweep.launch_all(launcher, runs, "joblib", stop)
     if stop():
         raise Interrupted(f"stopped by signal {stop()}; the same command goes on from here")
-    return {path: jobs.outcome(config) for path, config in unique.items()}
+    return {planned.path: jobs.outcome(planned) for planned in runs}
 
 
 def wanted(budgets: Iterable[float], controls: dict[str, list[Config]]) -> list[tuple[str, int]]:

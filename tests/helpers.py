@@ -15,7 +15,7 @@ from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.schema import Config
 from qbench.cost.network_cost import NetworkCost
-from qbench.runs.directory import RunDirectory
+from qbench.experiment.planned_run import planned_run
 from qbench.runs.result import Accuracy, BaselineResult, Evaluation, load_result
 
 
@@ -39,7 +39,7 @@ def evaluation(top1: float, val: float | None = None) -> Evaluation:
 
 def plant(config: Config, top1: float, parent: float | None = None, status: str = "done", **values: Any) -> Path:
     """Write a run with a known figure, as a run would."""
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     with directory.lock():
         directory.write_config()
         baseline = None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbench.analysis.finished_run import FinishedRun, load_finished_run, make_loader
+from qbench.analysis.finished_run import FinishedRun, load_finished_run
 from qbench.analysis.overrides import override_dataset
 from qbench.config import registry
 from qbench.data.dataset import Dataset
@@ -83,7 +83,7 @@ def evaluate(
         batch_confidences.append(logits.float().softmax(1).amax(1))
         return logits
 
-    accuracy = evaluate_model(finished.model, make_loader(setup, data).plain("test"), forward, answers)
+    accuracy = evaluate_model(finished.model, setup.loader(data).unaugmented("test"), forward, answers)
     labels, predicted = torch.cat(answers).cpu().unbind(1)
     confidence, correct = torch.cat(batch_confidences).cpu(), labels == predicted
     if predictions:
@@ -132,7 +132,7 @@ def _table(
     ]
     if other:
         table.notes.append("normalized as the run's own data; class i here is compared with class i there")
-    if data.made:
+    if data.synthetic:
         table.notes.append("synthetic data: not for comparison with papers' tables")
     return table
 

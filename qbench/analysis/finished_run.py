@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from qbench.data.dataset import Dataset, Loader
 from qbench.errors import CheckpointError
 from qbench.experiment.run import PROBE_IMAGES
 from qbench.experiment.setup import ExperimentSetup, assemble
@@ -42,16 +41,10 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
     return FinishedRun(result, setup, model.to(setup.device).eval())
 
 
-def make_loader(setup: ExperimentSetup, data: Dataset | None = None) -> Loader:
-    """Return a loader for the run's data, or for other data, on the run's device."""
-    config = setup.config
-    return Loader(data or setup.data, config.optim.batch_size, config.seed, setup.device, config.runtime.num_workers)
-
-
 def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
     """Return the first validation images, or training images without a validation split, and a note that says so."""
     split = "val" if len(setup.data.val) else "train"
-    batches = list(make_loader(setup).plain(split, images))
+    batches = list(setup.loader().unaugmented(split, images))
     count = sum(len(labels) for _, labels in batches)
     if split == "val":
         return batches, f"measured on {count} validation images, none of the test split"
@@ -60,7 +53,7 @@ def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch]
 
 def probe_batches(setup: ExperimentSetup) -> list[Batch]:
     """Return the training images that methods measure on, also used to recompute batch normalization statistics."""
-    return list(make_loader(setup).plain("train", PROBE_IMAGES))
+    return list(setup.loader().unaugmented("train", PROBE_IMAGES))
 
 
 def bn_note(recompute: bool) -> str:

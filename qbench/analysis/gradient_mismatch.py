@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from qbench.analysis.finished_run import load_finished_network, probe_batches
 from qbench.methods.hwgq import HWGQActivation
+from qbench.quant.quantizer import Quantizer
 from qbench.report.tables.table import Table
 
 SIGMAS = (0.25, 0.5, 1.0)
@@ -44,7 +45,7 @@ def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: flo
     return y
 
 
-class SmoothedHalfWave(nn.Module):
+class SmoothedHalfWave(Quantizer):
     """The expectation of a half-wave quantizer under noise.
 
     The quantizer is zero up to its threshold at zero, then takes its positive levels. `sigma` is in steps; the step is
@@ -65,7 +66,7 @@ class SmoothedHalfWave(nn.Module):
         return smoothed_staircase(x, thresholds.to(x), self.levels.to(x), self.sigma)
 
 
-class _WithoutGradient(nn.Module):
+class _WithoutGradient(Quantizer):
     """A quantizer without gradient: layers whose gradient changes under it receive theirs through a quantizer."""
 
     def __init__(self, quantizer: HWGQActivation) -> None:
@@ -73,9 +74,7 @@ class _WithoutGradient(nn.Module):
         self.quantizer = quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y: Tensor = self.quantizer(x)
-        return y
+        return self.quantizer(x).detach()
 
 
 def cosine_and_bias(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -161,12 +160,12 @@ def _half_waves(model: nn.Module) -> Iterator[tuple[str, HWGQActivation]]:
             yield name, module
 
 
-def _with_backward(quantizer: HWGQActivation, backward: str) -> nn.Module:
+def _with_backward(quantizer: HWGQActivation, backward: str) -> Quantizer:
     quantizer.backward = backward
     return quantizer
 
 
-def _smooth(quantizer: HWGQActivation, sigma: float) -> nn.Module:
+def _smooth(quantizer: HWGQActivation, sigma: float) -> Quantizer:
     return SmoothedHalfWave(quantizer.levels, sigma)
 
 
@@ -174,7 +173,7 @@ def _weight_gradients(
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
     loss: Loss,
-    replace: Callable[[HWGQActivation], nn.Module],
+    replace: Callable[[HWGQActivation], Quantizer],
 ) -> dict[str, Tensor]:
     """Return dL/dw by layer name, for a copy of the model with its half-wave quantizers replaced."""
     model = copy.deepcopy(model).train()

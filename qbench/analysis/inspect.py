@@ -10,7 +10,7 @@ from qbench.analysis.layer_ablation import LayerAblation, ablate_layers
 from qbench.analysis.layer_signals import LayerSignal, layer_signals
 from qbench.bits import Bits, LevelCount
 from qbench.quant.layers import quantized_layers
-from qbench.quant.sqnr import CEILING
+from qbench.quant.sqnr import MAX_SQNR
 from qbench.quant.verify import verify
 from qbench.report.tables.table import Table
 
@@ -84,7 +84,7 @@ def inspect(
         "off: change if only this layer computes in float on its latent weights, against all on; "
         "only: change if only this layer is quantized, against all off",
         f"batch normalization statistics after each change: {bn_note(bn_stats == 'recompute')}",
-        f"SQNR in dB, of the layer's output for the same input, at most {CEILING:.0f}; "
+        f"SQNR in dB, of the layer's output for the same input, at most {MAX_SQNR:.0f}; "
         "fitted: at the best gain and offset per channel",
         "clipped: inputs beyond the outermost levels; dead: channels that are constant over these images",
     ]

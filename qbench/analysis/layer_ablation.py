@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qbench.methods.ptq import reestimate_norms
-from qbench.quant.layers import BypassedActivation, IdentityOutput, quantized_layers
+from qbench.quant.install import feeds
+from qbench.quant.layers import BypassedActivation, quantized_layers
 from qbench.quant.probe import Batch
+from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 from qbench.runs.result import Accuracy
 from qbench.training.evaluation import evaluate
 
@@ -53,7 +55,7 @@ def ablate_layers(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequen
     )
 
 
-class PrecedingActivation(nn.Module):
+class PrecedingActivation(Quantizer):
     """The activation function that a layer's input quantizer replaced, in front of that layer only."""
 
     def __init__(self, act: nn.Module) -> None:
@@ -78,8 +80,8 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
     try:
         for layer in disabled:
             act = activations.get(layer.label)
-            layer.input_q = nn.Identity() if act is None else PrecedingActivation(act).train(layer.training)
-            layer.weight_q, layer.output_q = nn.Identity(), IdentityOutput()
+            layer.input_q = IdentityQuantizer() if act is None else PrecedingActivation(act).train(layer.training)
+            layer.weight_q, layer.output_q = IdentityQuantizer(), IdentityQuantizer()
         yield
     finally:
         for layer, (input_q, weight_q, output_q) in zip(disabled, quantizers, strict=True):
@@ -88,10 +90,9 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 def _preceding_activations(model: nn.Module) -> dict[str, nn.Module]:
     """Return layer -> the activation function in front of it that input quantizers replaced."""
-    feeds: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
-    modules = dict(model.named_modules())
-    replaced = {name: module for name in feeds if isinstance(module := modules.get(name), BypassedActivation)}
-    return {reader: module.act for name, module in replaced.items() for reader in feeds[name]}
+    readers, modules = feeds(model), dict(model.named_modules())
+    replaced = {name: module for name in readers if isinstance(module := modules.get(name), BypassedActivation)}
+    return {reader: module.act for name, module in replaced.items() for reader in readers[name]}
 
 
 def measure_accuracy(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequence[Batch] = ()) -> Accuracy:

@@ -18,7 +18,6 @@ from qbench.analysis.finished_run import load_finished_run, probe_batches, valid
 from qbench.analysis.layer_ablation import measure_accuracy
 from qbench.analysis.overrides import override_method
 from qbench.bits import FLOAT
-from qbench.config.identity import digest
 from qbench.config.schema import STARTS
 from qbench.cost.count import count_cost, storage
 from qbench.errors import CheckpointError, ConfigError
@@ -56,8 +55,8 @@ class FloatBaseline(NamedTuple):
             Unsupported: the method does not support a width, or cannot quantize these layers alone.
         """
         rules = {glob.escape(name): width for name, width in widths.items()} | {"*": "float"}
-        config = replace(self.setup.config, layers=replace(self.setup.config.layers, rules=rules))
-        model = replace(self.setup, config=config).install(copy.deepcopy(self.model))
+        policy = replace(self.setup.policy, rules=rules)
+        model = replace(self.setup, policy=policy).install(copy.deepcopy(self.model))
         method = self.setup.method
         if method.prepare:
             method.prepare(model, self.probe)
@@ -117,7 +116,7 @@ def load_float_baseline(
         setup = assemble(config)
         if setup.network != trained.network:
             raise ConfigError(
-                f"{config.method_name} requires model.norm={setup.method.requires.norm}, but {run} has another\n"
+                f"{setup.method_name} requires model.norm={setup.method.requires.norm}, but {run} has another\n"
                 "name a run of that method: its float baseline has it"
             )
         model = setup.float_model()
@@ -143,10 +142,10 @@ def _float_weights(run: Path, setup: ExperimentSetup) -> tuple[Path, str | None]
         return run, None
     if init not in STARTS:
         return Path(init), None
-    path = run.resolve().parents[1] / setup.parent.directory()
+    path = run.resolve().parents[1] / setup.baseline.identity.directory
     if not path.is_dir():
         raise CheckpointError(f"{run}: its float baseline is missing: {path.name}\nthe run's command trains it")
-    return path, digest(setup.parent.identity())
+    return path, setup.baseline.identity.digest
 
 
 def measure_sensitivity(baseline: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:

@@ -93,8 +93,8 @@ def _add_batch(signal: LayerSignal, layer: QLayer, x: Tensor, model: nn.Module) 
     signal.add(_by_channel(layer, y), _by_channel(layer, y_hat))
     signal.extend_range("out", _by_channel(layer, y_hat))
     signal.extend_range("in", _by_channel(layer, layer.input_q(x)))
-    if layer.bits.a < FLOAT and hasattr(layer.input_q, "grid"):
-        signal.clipped = (signal.clipped or 0) + _count_clipped(layer.input_q.grid(x), x)  # type: ignore[operator]
+    if layer.bits.a < FLOAT and (grid := layer.input_q.grid(x)) is not None:
+        signal.clipped = (signal.clipped or 0) + _count_clipped(grid, x)
         signal.inputs += x.numel()
 
 

@@ -9,15 +9,14 @@ from dataclasses import asdict
 
 from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun
 from qbench.bits import FLOAT
-from qbench.config.schema import Config, parent
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.runtimes import runs_on
-from qbench.data.dataset import batches_of
+from qbench.data.dataset import batch_size_and_steps
+from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup
 from qbench.papers.recipe_differences import recipe_differences
 from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import Table
-from qbench.runs.directory import RunDirectory
 
 HEAD = ("run", "state", "epochs", "steps", "params", "size", "BitOps", "memory", "time")
 LAYERS_HEAD = (
@@ -26,17 +25,17 @@ LAYERS_HEAD = (
 )  # fmt: skip
 
 
-def plan(configs: Sequence[Config]) -> list[Table]:
+def plan(planned: Sequence[PlannedRun]) -> list[Table]:
     """Return a table of all runs, float baselines included, with their costs and times.
 
     For a single run a second table has its layers; its notes have the supported runtimes and the differences from the
     paper's recipe.
     """
-    table = Table(HEAD, title=f"{len(configs)} run{'s' if len(configs) > 1 else ''}")
+    table = Table(HEAD, title=f"{len(planned)} run{'s' if len(planned) > 1 else ''}")
     estimator = CostEstimator()
-    runs = {RunDirectory(one).path: one for config in configs for one in with_baseline(config, estimator)}
-    total = sum(_add_run(table, config, estimator.run_cost(config)) for config in runs.values())
-    last = estimator.run_cost(configs[-1]) if configs else None
+    runs = {run.path: run for one in planned for run in with_baseline(one, estimator)}
+    total = sum(_add_run(table, run, estimator.run_cost(run)) for run in runs.values())
+    last = estimator.run_cost(planned[-1]) if planned else None
     device = last.setup.device.type if isinstance(last, RunCost) else "cpu"
     table.notes.append(
         f"about {format_duration(total)} one after the other on this machine's {device}; "
@@ -45,23 +44,22 @@ def plan(configs: Sequence[Config]) -> list[Table]:
     table.notes.append("memory: weights, gradients, optimizer state, and tensors kept for the backward pass")
     if estimator.estimated:
         table.notes.append(f"estimated from MACs, not timed: {estimator.estimated} of these networks")
-    if len(configs) > 1 or not isinstance(last, RunCost):
+    if len(planned) > 1 or not isinstance(last, RunCost):
         return [table]
-    return [table, _layers_table(last)]
+    return [table, _layers_table(planned[-1], last)]
 
 
-def with_baseline(config: Config, estimator: CostEstimator) -> list[Config]:
+def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[PlannedRun]:
     """Return the run, preceded by its float baseline if it needs one."""
-    needs_teacher = config.distill.on and config.distill.teacher == "baseline"
-    cost = estimator.run_cost(config)
-    if isinstance(cost, UnsupportedRun) or (config.init not in ("float", "method") and not needs_teacher):
-        return [config]
-    return [parent(config, cost.setup.method.requires.norm), config]
+    cost = estimator.run_cost(planned)
+    if isinstance(cost, UnsupportedRun) or not cost.setup.needs_baseline:
+        return [planned]
+    return [cost.setup.baseline, planned]
 
 
-def _add_run(table: Table, config: Config, cost: RunCost | UnsupportedRun) -> float:
+def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) -> float:
     """Add the row of a run; return its remaining training time in seconds."""
-    directory = RunDirectory(config)
+    directory = planned.directory
     path, stored = str(directory.path), directory.stored()
     if isinstance(cost, UnsupportedRun):
         table.rows.append((path, f"unsupported: {cost.reason}", *"-" * (len(HEAD) - 2)))
@@ -69,7 +67,7 @@ def _add_run(table: Table, config: Config, cost: RunCost | UnsupportedRun) -> fl
         return 0.0
     state = stored.status if stored else "unfinished" if directory.checkpoints() else "new"
     epochs = cost.setup.epochs
-    batch_size, steps = batches_of(cost.setup.data, config.optim.batch_size)
+    batch_size, steps = batch_size_and_steps(cost.setup.data, cost.setup.optim.batch_size)
     steps *= epochs
     seconds = 0.0 if stored else steps * batch_size * cost.step.seconds
     memory = _parameter_bytes(cost.setup, cost.cost.params) + cost.step.fixed + batch_size * cost.step.saved
@@ -85,21 +83,19 @@ def _add_run(table: Table, config: Config, cost: RunCost | UnsupportedRun) -> fl
 
 def _parameter_bytes(setup: ExperimentSetup, params: int) -> float:
     """Return the bytes of weights, gradients, optimizer state and an average of the weights."""
-    recipe = setup.config.optim
+    recipe = setup.optim
     state = 2 if recipe.name.startswith("adam") else 1 if recipe.momentum else 0
     return 4 * params * (2 + state + (recipe.ema is not None))
 
 
-def _layers_table(cost: RunCost) -> Table:
+def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
     """Return the table of a run's layers, with the same sums as `qbench compare`."""
-    setup, whole, config = cost.setup, cost.cost, cost.setup.config
+    setup, whole, run = cost.setup, cost.cost, planned.identity
     layers = layer_costs(cost.model, setup.method, setup.macs)
-    table = Table(
-        LAYERS_HEAD, title=f"{config.model['name']} on {config.dataset['name']}, {config.method_name} {config.bits}"
-    )
+    table = Table(LAYERS_HEAD, title=f"{run.model} on {run.dataset}, {run.method} {run.bits}")
     for layer in layers:
         table.rows.append(_layer_cells(layer))
-        table.values.append(layer._asdict() | {"bits": layer.bits._asdict()})
+        table.values.append(asdict(layer) | {"bits": layer.bits._asdict()})
     rest = whole.params - sum(layer.params for layer in layers)
     blank = ("",) * 7
     if rest:
@@ -110,7 +106,7 @@ def _layers_table(cost: RunCost) -> Table:
     table.notes += [
         f"weights: {whole.bits_per_weight:.2f} bits each where quantized, scales and codebooks included; "
         f"float: {format_bytes(whole.bytes_float)}",
-        *runs_on(layers), *recipe_differences(config), *setup.protocol_changes,
+        *runs_on(layers), *recipe_differences(run), *setup.protocol_changes,
     ]  # fmt: skip
     return table
 

@@ -110,7 +110,7 @@ def _allocations_table(
     run: Path, baseline: FloatBaseline, sensitivity: LayerSensitivity, chosen: Allocations, budget: Budget
 ) -> Table:
     """Return one row per allocation: its costs, predicted and measured loss."""
-    table = Table(HEAD, title=f"{run}: {baseline.setup.config.method_name}, not trained, under {budget}")
+    table = Table(HEAD, title=f"{run}: {baseline.setup.method_name}, not trained, under {budget}")
     all_weights = sum(sensitivity.weights.values())
     for key, widths in chosen.items():
         if widths is None:
@@ -172,10 +172,10 @@ def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline:
     lines = [
         f"{MARK}{command}",
         f"# One width per layer, with the smallest sum of {criterion} under the budget;",
-        f"# measured with {baseline.setup.config.method_name} without training. Widths by",
+        f"# measured with {baseline.setup.method_name} without training. Widths by",
         *("#   {}: {} bits, {} bytes, {} BitOps, predicted loss {}".format(*row) for row in table.rows),
         "# To train it, add layers=@FILE to the run's command line.",
     ]
-    rules = {glob.escape(name): width for name, width in widths.items()}
-    rules |= {key: width for key, width in (baseline.setup.config.layers.rules or {}).items() if key not in rules}
+    rules: dict[str, int | str] = {glob.escape(name): width for name, width in widths.items()}
+    rules |= {key: width for key, width in baseline.setup.policy.rules.items() if key not in rules}
     return "\n".join(lines) + "\n" + yaml.safe_dump(rules, sort_keys=False)

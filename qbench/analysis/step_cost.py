@@ -12,10 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from qbench.config.identity import digest
-from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.cost.network_cost import NetworkCost
-from qbench.data.dataset import batches_of
+from qbench.data.dataset import batch_size_and_steps
+from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.method import Unsupported
 from qbench.training import optimizer as optim
@@ -70,12 +70,12 @@ class CostEstimator:
         self.timed: list[tuple[int, StepCost]] = []
         self.spent, self.estimated = 0.0, 0
 
-    def run_cost(self, config: Config) -> RunCost | UnsupportedRun:
-        """Return the cost of a configuration's run."""
-        key = digest(config.identity() | {"seed": 0})
+    def run_cost(self, planned: PlannedRun) -> RunCost | UnsupportedRun:
+        """Return the cost of a run."""
+        key = digest(planned.identity.keys | {"seed": 0})
         if key not in self.known:
             try:
-                setup = assemble(config, planned=True)
+                setup = assemble(planned.config, planned=True)
                 model, cost = quantized_network(setup)
                 self.known[key] = RunCost(setup, model, cost, self._step_cost(setup, model))
             except Unsupported as reason:
@@ -112,14 +112,14 @@ def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
 def _smallest_batch(setup: ExperimentSetup, model: nn.Module) -> int:
     """Return the smallest batch that can be trained on: batch normalization needs two values per channel."""
     norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
-    return min(batches_of(setup.data, setup.config.optim.batch_size)[0], 2 if norms else 1)
+    return min(batch_size_and_steps(setup.data, setup.optim.batch_size)[0], 2 if norms else 1)
 
 
 def time_step(setup: ExperimentSetup, macs: int, smallest: int) -> StepCost:
     """Time training steps on random images, on the run's device; on a CPU with fewer images than a batch has."""
     model = setup.install(setup.float_model()).to(setup.device).train()
-    optimizer = optim.build(model, setup.config.optim)
-    batch_size = batches_of(setup.data, setup.config.optim.batch_size)[0]
+    optimizer = optim.build_optimizer(model, setup.optim)
+    batch_size = batch_size_and_steps(setup.data, setup.optim.batch_size)[0]
     size = batch_size if setup.device.type == "cuda" else min(batch_size, max(smallest, int(TIMED_MACS / macs)))
     images = torch.randn(size, *setup.data.shape, device=setup.device).to(memory_format=torch.channels_last)
     labels = torch.randint(setup.data.classes, (size,), device=setup.device)

@@ -1,4 +1,4 @@
-"""What is checked: a method at some widths, put into small networks with data of its own, all seeded."""
+"""What is checked: a method at some widths, installed into small networks, with synthetic data; all seeded."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -16,8 +16,9 @@ from qbench.quant.method import Method
 from qbench.quant.probe import Batch, Probe
 
 SHAPE, CLASSES, IMAGES, BATCH = (1, 8, 8), 3, 48, 16
+
 EPOCHS = 4
-"""Epochs that incremental methods get to finish in."""
+"""Epochs in which incremental methods quantize the whole network."""
 
 Make = Callable[[Bits], Method]
 
@@ -27,12 +28,16 @@ class PropertyViolation(Exception):
 
 
 class NotApplicable(Exception):
-    """A property finds nothing in the method that it could test; the message says what is missing."""
+    """A property does not apply to the method; the message says why."""
 
 
 @dataclass(frozen=True)
 class MethodUnderTest:
-    """A method as a function of its widths; `default` are those that its name stands for."""
+    """A method as a function of its widths.
+
+    Args:
+        default: the widths that the method's name stands for.
+    """
 
     name: str
     make: Make
@@ -40,13 +45,13 @@ class MethodUnderTest:
     _networks: dict[tuple[Bits, int], nn.Module] = field(default_factory=dict)
 
     def widths(self, key: str) -> list[int]:
-        """Return the legal widths of w, a or g below 32."""
-        legal = self.make(self.default).supported_bits.get(key, ())
-        return [width for width in range(1, FLOAT) if width in legal]
+        """Return the supported widths of w, a or g below 32."""
+        supported = self.make(self.default).supported_bits.get(key, ())
+        return [width for width in range(1, FLOAT) if width in supported]
 
     @property
     def supported_bits(self) -> list[Bits]:
-        """Every legal width of each kind, with the others at 32, and the default ones."""
+        """Every supported width of w, a and g, each with the others at 32, and the default widths."""
         single = [Bits(**{key: width}) for key in "wag" for width in self.widths(key)]
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
 
@@ -57,7 +62,7 @@ class MethodUnderTest:
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
 
     def network(self, bits: Bits, epoch: int = EPOCHS - 1) -> nn.Module:
-        """Return a copy of it with the method installed, prepared and brought to an epoch, the last one by default."""
+        """Return a copy of `float_network` with the method installed and prepared, at an epoch, by default the last."""
         method = self.make(bits)
         key = bits, epoch if method.on_epoch else 0
         if key not in self._networks:
@@ -84,7 +89,7 @@ def advance(method: Method, model: nn.Module, data: Probe | None = None, last: i
 
 
 def batches(shape: tuple[int, int, int] = SHAPE) -> list[Batch]:
-    """Return batches of noise with a class-dependent mean, so that there is something to learn."""
+    """Return batches of noise whose mean depends on the class, so that there is something to learn."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(IMAGES) % CLASSES
     images = torch.rand(IMAGES, *shape, generator=generator) + labels.reshape(-1, 1, 1, 1) / CLASSES

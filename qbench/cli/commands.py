@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 from qbench.cli.errors import BUG, SWEEP_WITH_FAILURES, print_error
-from qbench.config.schema import Config, did_you_mean
+from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError, Interrupted
 from qbench.system.signals import stop_on_signals
 
@@ -13,9 +13,10 @@ def plan(arguments: list[str]) -> int:
     """Print what a command line would run, what it costs and how long it would take; train nothing."""
     from qbench.analysis.plan import plan as tables_of
     from qbench.config import compose
+    from qbench.experiment.planned_run import planned_run
     from qbench.report.tables.table import text
 
-    print(text(tables_of(compose.configurations(arguments))))
+    print(text(tables_of([planned_run(config) for config in compose.configurations(arguments)])))
     return 0
 
 
@@ -34,15 +35,17 @@ def check(arguments: list[str]) -> int:
     from qbench.check.kit import check as findings_of
     from qbench.check.kit import report
     from qbench.check.subject import MethodUnderTest
-    from qbench.experiment.setup import make_method, widths
+    from qbench.experiment.builders import build_method
     from qbench.quant.method import Unsupported
 
-    default = widths(config)
+    default = config.bits.resolved()
     try:
-        make_method(config, default).check(default)
+        build_method(config.method, config.activation, default).check(default)
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None
-    subject = MethodUnderTest(config.method_name, lambda bits: make_method(config, bits), default)
+    subject = MethodUnderTest(
+        config.method_name, lambda bits: build_method(config.method, config.activation, bits), default
+    )
     findings = findings_of(subject)
     print(report(subject, findings))
     return BUG if any(finding.failures for finding in findings) else 0
@@ -88,21 +91,21 @@ def settle(arguments: list[str]) -> int:
     """Run more seeds of two cells until they are told apart or as good as each other; print the verdict."""
     from qbench.cli import settle as settling
     from qbench.experiment import jobs, sweep
-    from qbench.runs.directory import RunDirectory
+    from qbench.experiment.planned_run import PlannedRun
     from qbench.runs.reader import RunRecord
 
     asked = settling.parse(arguments)
     with stop_on_signals() as stop:
 
-        def run(configs: list[Config]) -> list[RunRecord]:
-            missing = [config for config in configs if not RunDirectory(config).stored()]
+        def run(runs: list[PlannedRun]) -> list[RunRecord]:
+            missing = [planned for planned in runs if not planned.directory.stored()]
             if missing and asked.launcher == "joblib":
                 sweep.launch_all([], missing, asked.launcher, stop)
             elif missing:
                 sweep.run_all(missing, stop)
             if stop():
                 raise Interrupted(f"stopped by signal {stop()}; the same command goes on from here")
-            return [jobs.outcome(config) for config in configs]
+            return [jobs.outcome(planned) for planned in runs]
 
         try:
             print(settling.settle(asked, run, lambda text: print(text, file=sys.stderr, flush=True)))

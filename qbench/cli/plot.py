@@ -97,12 +97,13 @@ def _method(words: list[str]) -> tuple["Config", "Method"]:
     from qbench.config import compose
 
     (config,) = compose.configurations(words)
-    from qbench.experiment.setup import make_method, widths
+    from qbench.experiment.builders import build_method
     from qbench.quant.method import Unsupported
 
     try:
-        method = make_method(config, widths(config))
-        method.check(widths(config))
+        bits = config.bits.resolved()
+        method = build_method(config.method, config.activation, bits)
+        method.check(bits)
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None
     return config, method

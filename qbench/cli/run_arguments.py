@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from qbench.config.fields import FLOAT
+from qbench.bits import FLOAT
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.tables.table import FORMATS, Table

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qbench.cli.compare import margin_of
+from qbench.config.identity import run_identity
 from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
+from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.report.comparison.pairs import MARGIN
 from qbench.report.comparison.predictions import RunAccuracy, of_run, paired_difference
 from qbench.report.statistics.differences import ALPHA, Difference, half_width, with_seed_dof
@@ -124,7 +126,7 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
             'qbench settle "method=dorefa bits=w2a2" "method=lsq bits=w2a2"'
         )
     first, second = map(_cell, cells)
-    if first.identity() == second.identity():
+    if run_identity(first).digest == run_identity(second).digest:
         raise ConfigError(f"settle: both are {name(first)}, the same cell")
     if first.dataset["name"] != second.dataset["name"]:
         names = first.dataset["name"], second.dataset["name"]
@@ -141,7 +143,7 @@ def _cell(word: str) -> Config:
         from qbench.config.validate import from_dict
 
         config = from_dict(files.read_yaml(path / "config.yaml"))
-        folder = Path(config.directory()).parent.name
+        folder = run_identity(config).directory.parent.name
         if path.absolute().parent.name != folder:  # its seeds would be trained anew, elsewhere
             raise ConfigError(
                 f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"
@@ -166,7 +168,7 @@ def _cell(word: str) -> Config:
 
 def settle(
     asked: SequentialTest,
-    run: Callable[[list[Config]], list[RunRecord]],
+    run: Callable[[list[PlannedRun]], list[RunRecord]],
     tell: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Return a verdict in words; `run` does what is not stored yet and returns what became of every run.
@@ -177,7 +179,7 @@ def settle(
 
     def figures(n: int) -> tuple[list[RunAccuracy], list[RunAccuracy]]:
         configs = [_with_seed(cell, seed) for cell in (asked.first, asked.second) for seed in range(n)]
-        found = run(configs)
+        found = run([planned_run(config) for config in configs])
         if lost := [one for one in found if one.status != DONE]:
             raise MissingRunError(lost)
         own = [of_run(str(one.path), _top1(one)) for one in found]
@@ -240,7 +242,7 @@ def names(asked: SequentialTest) -> tuple[str, str]:
 
     cells = asked.first, asked.second
     both = name(asked.first), name(asked.second)
-    keys = [flat(cell.identity() if both[0] == both[1] else _setting(cell)) for cell in cells]
+    keys = [flat(run_identity(cell).keys if both[0] == both[1] else _setting(cell)) for cell in cells]
     differing = [key for key in sorted(set().union(*keys)) if keys[0].get(key) != keys[1].get(key)]
     left = f" and {len(differing) - TOLD} keys more" if len(differing) > TOLD else ""
     told = [" ".join(f"{key}={own.get(key, '?')}" for key in differing[:TOLD]) + left for own in keys]
@@ -249,7 +251,7 @@ def names(asked: SequentialTest) -> tuple[str, str]:
 
 def _setting(cell: Config) -> dict[str, object]:
     """Return what all methods of a table share: the protocol, with what else was typed of the network."""
-    return cell.protocol() | {"model": cell.model}
+    return run_identity(cell).protocol | {"model": cell.model}
 
 
 def name(config: Config) -> str:

@@ -3,16 +3,20 @@
 import shutil
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from qbench.cli.errors import SWEEP_WITH_FAILURES
-from qbench.config.schema import Config
 from qbench.errors import ConfigError, Interrupted
 from qbench.system.signals import stop_on_signals
+
+if TYPE_CHECKING:
+    from qbench.experiment.planned_run import PlannedRun
 
 
 def train(arguments: list[str]) -> int:
     """Run what a command line configures, once or (-m) for every combination; print the table."""
     from qbench.config import compose
+    from qbench.experiment.planned_run import planned_runs
 
     sweep = any(flag in arguments for flag in compose.MULTIRUN)
     if not sweep and compose.launcher(arguments):
@@ -24,51 +28,49 @@ def train(arguments: list[str]) -> int:
         configs = compose.configurations(arguments)
         if not configs:  # Hydra has shown what was asked for
             return 0
-        return train_all(arguments, configs, stop) if sweep or len(configs) > 1 else train_one(configs[0], stop)
+        runs = planned_runs(configs)
+        return train_all(arguments, runs, stop) if sweep or len(configs) > 1 else train_one(runs[0], stop)
 
 
-def train_one(config: Config, stop: Callable[[], int]) -> int:
+def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
     """Run one configuration and print its row; a stored one without importing torch."""
     from qbench.report.tables.run_row import row
     from qbench.runs import manifest
-    from qbench.runs.directory import RunDirectory
 
-    directory = RunDirectory(config)
+    directory = planned.directory
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    result = None if config.rerun else directory.stored()
+    result = None if planned.config.rerun else directory.stored()
     if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
             print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
         print(row([result], width))
         directory.remove_checkpoints()
     else:
+        from qbench.experiment.context import RunContext
         from qbench.experiment.run import run
-        from qbench.experiment.session import RunContext
         from qbench.runs.metrics_logger import append_text
         from qbench.runs.progress import ProgressReporter
 
-        result = run(config, RunContext(ProgressReporter(live=config.runtime.progress), stop))
+        result = run(planned, RunContext(ProgressReporter(live=planned.config.runtime.progress), stop))
         print(row([result], width))
         append_text(directory.path / "log.txt", row([result]))
     return ConfigError.status if result.status == "unsupported" else 0
 
 
-def train_all(arguments: list[str], configs: list[Config], stop: Callable[[], int]) -> int:
+def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[], int]) -> int:
     """Run a sweep and print the table of its runs."""
     from qbench.config import compose
     from qbench.experiment import jobs, sweep
     from qbench.report.comparison.compare import compare as tables_of
     from qbench.report.tables.table import text
-    from qbench.runs.directory import RunDirectory
-    from qbench.runs.reader import with_parents
+    from qbench.runs.reader import with_baselines
 
-    configs = list({RunDirectory(config).path: config for config in configs}.values())
-    if any(config.rerun or not RunDirectory(config).stored() for config in configs):
+    if any(planned.config.rerun or not planned.directory.stored() for planned in runs):
         name = compose.launcher(arguments)
-        found = sweep.launch_all(arguments, configs, name, stop) if name else sweep.run_all(configs, stop)
+        found = sweep.launch_all(arguments, runs, name, stop) if name else sweep.run_all(runs, stop)
     else:
-        found = [jobs.outcome(config) for config in configs]
-    print(text(tables_of(with_parents(found))))
+        found = [jobs.outcome(planned) for planned in runs]
+    print(text(tables_of(with_baselines(found))))
     if stop():
         print(f"qbench: stopped by signal {stop()}; the same command goes on from here", file=sys.stderr)
         return Interrupted.status

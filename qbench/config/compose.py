@@ -1,7 +1,4 @@
-"""Composing a configuration from `conf/` and the command line: the only importer of Hydra.
-
-Hydra's own errors are reworded here: what was typed, the nearest name, all that is allowed.
-"""
+"""Composes configurations from `conf/` and the command line. With its two helpers, it alone imports Hydra."""
 
 import os
 import sys
@@ -17,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from qbench.config import lr_grid as tuning
+from qbench.config import lr_grid
 from qbench.config.groups import conf_directory
 from qbench.config.hydra_errors import translate_hydra_error
 from qbench.config.hydra_sources import register_sources
@@ -25,7 +22,7 @@ from qbench.config.schema import Config, did_you_mean, to_dict
 from qbench.config.validate import from_node
 from qbench.errors import ConfigError, QbenchError
 
-FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> values it takes, () for any, None for none
+FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> its values: () for any, None if it takes none
     **dict.fromkeys(("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")),
     **dict.fromkeys(("--shell-completion", "-sc")),
     **dict.fromkeys(("--cfg", "-c"), ("job", "hydra", "all")),
@@ -36,13 +33,15 @@ MULTIRUN = ("-m", "--multirun")
 CONFIG_DIRECTORY = ("--config-dir", "-cd")
 LAUNCHER_KEYS = ("hydra/launcher=", "hydra.launcher.", "+hydra.launcher.", "hydra.sweeper.")
 HYDRA_KEYS = (*LAUNCHER_KEYS, "hydra.searchpath=")
-MOST_CELLS = 10_000
-"""Combinations of a sweep; a mistyped range can ask for any number."""
+MOST_COMBINATIONS = 10_000
+"""The most combinations of a sweep: a mistyped range can name any number."""
 
 
 def configurations(arguments: list[str]) -> list[Config]:
-    """Return the configuration of a command line, or with -m those of all its combinations, with lr_search=grid one for
-    each learning rate; none where the line only asks Hydra to show something (`--cfg job`).
+    """Return the configuration of a command line, or with -m those of all its combinations.
+
+    With lr_search=grid there is one for each learning rate. There is none if the line only makes
+    Hydra print something (`--cfg job`).
 
     Raises:
         ConfigError: the command line does not make a configuration.
@@ -52,7 +51,7 @@ def configurations(arguments: list[str]) -> list[Config]:
     try:
         flags, overrides = sorted_out(words)
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", r"provider=.* is not available")  # a search path that leads nowhere
+            warnings.filterwarnings("error", r"provider=.* is not available")  # a search path that does not exist
             folders = [value for flag, value in pairwise(flags) if flag in CONFIG_DIRECTORY]
             if set(flags) - set(folders) <= {*MULTIRUN, *CONFIG_DIRECTORY, "--run", "-r"}:
                 nodes = _composed(overrides, any(flag in MULTIRUN for flag in flags), *folders[-1:])
@@ -60,14 +59,15 @@ def configurations(arguments: list[str]) -> list[Config]:
                 _hydra(words, nodes.append)
     except QbenchError:
         raise
-    except Exception as error:  # Hydra's and OmegaConf's own errors, and a YAML file of the user's that cannot be read
+    except Exception as error:  # Hydra's and OmegaConf's own errors, and a user's YAML file that cannot be read
         raise ConfigError(translate_hydra_error(error, arguments)) from None
-    return [run for node in nodes for run in tuning.runs(from_node(node))]
+    return [run for node in nodes for run in lr_grid.runs(from_node(node))]
 
 
 def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
-    """Return the nodes of all combinations, without Hydra's own job around each: twice as fast as its sweeper, which
-    composes every cell twice. `folder` is a configuration directory of the user's own.
+    """Return the nodes of all combinations, composed once each; Hydra's own sweeper composes each twice.
+
+    `folder` is a configuration directory of the user's own.
     """
     if folder is not None and not os.path.isdir(folder):
         raise ConfigError(f"{CONFIG_DIRECTORY[0]} {folder}: no such directory")
@@ -80,29 +80,33 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
             return [hydra.compose("config", overrides)]
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         values = [
-            [f"{word.get_key_element()}={value}" for value in islice(word.sweep_string_iterator(), MOST_CELLS + 1)]
+            [
+                f"{word.get_key_element()}={value}"
+                for value in islice(word.sweep_string_iterator(), MOST_COMBINATIONS + 1)
+            ]
             if word.is_sweep_override()
             else [word.input_line or ""]
             for word in parser.parse_overrides(overrides)
         ]
-        if prod(map(len, values)) > MOST_CELLS:
-            raise ConfigError(f"a sweep of more than {MOST_CELLS:,} combinations; write it as several")
+        if prod(map(len, values)) > MOST_COMBINATIONS:
+            raise ConfigError(f"a sweep of more than {MOST_COMBINATIONS:,} combinations; write it as several")
         return [hydra.compose("config", list(words)) for words in product(*values)]
 
 
 def launcher(arguments: Iterable[str]) -> str | None:
-    """Return the launcher that a command line names, such as joblib; None where jobs run one after the other here."""
+    """Return the launcher that a command line names, such as joblib; None if the runs follow one another here."""
     chosen = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
     return chosen[-1] if chosen and chosen[-1] != "basic" else None
 
 
 def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
-    """Let Hydra's launcher call `job` with the node of every run, in its processes; those of one combination's grid of
-    learning rates one after the other.
+    """Let Hydra's launcher call `job` with the node of every run, in its own processes.
+
+    The runs of one combination's learning-rate grid follow one another in one process.
     """
 
     def each(node: DictConfig) -> None:
-        for run in tuning.runs(from_node(node)):
+        for run in lr_grid.runs(from_node(node)):
             job(OmegaConf.create(to_dict(run)))
 
     _hydra(arguments, each)
@@ -112,7 +116,7 @@ def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
     flags, overrides = sorted_out(arguments)
     register_sources()
     typed, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    with tempfile.TemporaryDirectory(prefix="qbench-") as scratch:  # Hydra's own notes on a sweep; nobody reads them
+    with tempfile.TemporaryDirectory(prefix="qbench-") as scratch:  # Hydra's own notes on a sweep: not used
         sys.argv = ["qbench", *flags, *overrides, f"hydra.sweep.dir={scratch}"]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
         try:
@@ -125,7 +129,7 @@ def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
 
 
 def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Part a command line into Hydra's flags with their values, and overrides: Hydra wants the latter in one piece.
+    """Split a command line into Hydra's flags with their values, and overrides; Hydra needs the latter together.
 
     Raises:
         ConfigError: a flag or a value that does not exist, or a word that is no `key=value`.
@@ -138,7 +142,7 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
         flag, _, value = word.partition("=")
         if not word.startswith("-"):
             if not flag or ("=" not in word and not word.startswith("~")):
-                raise ConfigError(f"{word}: neither a verb nor key=value\nsee qbench --help for the verbs and keys")
+                raise ConfigError(f"{word}: neither a subcommand nor key=value\nsee qbench --help for both")
             if flag.startswith("hydra") and not word.startswith(HYDRA_KEYS):
                 known = ", ".join(key.rstrip("=.") for key in HYDRA_KEYS if key[0] != "+")
                 raise ConfigError(f"{word}: has no effect here\nof Hydra's keys, allowed are {known}")

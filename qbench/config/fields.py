@@ -1,54 +1,93 @@
-"""What a value of the configuration may be: fields with a range or a choice of words, a layer's width, widths."""
+"""Fields of the configuration's dataclasses: allowed values, and whether a key belongs to a run's identity.
+
+The two marks of a field:
+
+    free   never part of the identity: the key cannot change a result (a device, a folder)
+    added  the key was added after results had been stored: it is part of the identity only where its value differs
+           from its default, so that the stored results keep their identity and their protocol
+"""
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import field
-from typing import Any
+from typing import TypeVar
 
+from qbench.bits import FLOAT
 from qbench.errors import ConfigError
 
-FLOAT = 32
-"""The width that means: not quantized."""
+T = TypeVar("T")
 
 ACTS = ("auto", "keep", "fused")
 WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}"
 
 
-def within(default: Any, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Any:
+def marked(
+    default: T,
+    holds: Callable[[object], bool] | None = None,
+    allowed: str = "",
+    *,
+    added: bool = False,
+    free: bool = False,
+) -> T:
+    """Return a dataclass field with its marks and, where only some values are allowed, the test for them.
+
+    Args:
+        holds: whether a value is allowed.
+        allowed: the allowed values in words, for the error message.
+        added: the key was added later; see the module's docstring.
+        free: the key cannot change a result.
+    """
+    check = {"holds": holds, "allowed": allowed} if holds else {}
+    return field(default=default, metadata={**check, "added": added, "free": free})
+
+
+def within(
+    default: T,
+    low: float,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    added: bool = False,
+    free: bool = False,
+) -> T:
     """Return a field for a finite number low <= x <= high (low < x with `above`, x < high with `below`)."""
     text = f"a number {'above' if above else 'from'} {low:.12g}"
     text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
 
-    def holds(x: Any) -> bool:
+    def holds(x: object) -> bool:
+        if not isinstance(x, int | float):
+            return False
         finite = isinstance(x, int) or math.isfinite(x)  # an integer can be too large for a float
-        return bool(finite and (x < high if below else x <= high) and (x > low if above else x >= low))
+        return finite and (x < high if below else x <= high) and (x > low if above else x >= low)
 
-    return field(default=default, metadata={"holds": holds, "allowed": text})
+    return marked(default, holds, text, added=added, free=free)
 
 
-def one_of(default: Any, *choices: str) -> Any:
+def one_of(default: str, *choices: str, added: bool = False, free: bool = False) -> str:
     """Return a field for one of some words."""
-    return field(default=default, metadata={"holds": lambda x: x in choices, "allowed": ", ".join(choices)})
+    return marked(default, lambda x: x in choices, ", ".join(choices), added=added, free=free)
 
 
-def printable(default: str) -> Any:
+def printable(default: str, *, free: bool = False) -> str:
     """Return a field for text without control characters, such as a path that tables show."""
     allowed = "one or more characters that can be printed"
-    return field(default=default, metadata={"holds": lambda x: bool(x) and x.isprintable(), "allowed": allowed})
+    return marked(default, lambda x: isinstance(x, str) and bool(x) and x.isprintable(), allowed, free=free)
 
 
-def layer_width(default: str) -> Any:
+def layer_width(default: int | str) -> int | str:
     """Return a field for a layer's width: float, same or a number of bits."""
-    return field(default=default, metadata={"holds": is_width, "allowed": WIDTHS})
+    return marked(default, is_width, WIDTHS)
 
 
-def is_width(x: Any) -> bool:
+def is_width(x: object) -> bool:
     """Whether x is float, same or a number of bits."""
     return x in ("float", "same") or (isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT)
 
 
 def parse_bits(text: str) -> dict[str, int | None]:
-    """Read `w2a2g6`, or some of its parts in this order, into widths; None for what is left out."""
+    """Return the widths that `w2a2g6`, or some of its parts in this order, names; None for the parts left out."""
     match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
     if not match or not text:
         raise ConfigError(

@@ -1,24 +1,173 @@
-"""Digests of configurations: what makes two runs the same run."""
+"""The identity of a run: which keys decide its result, which of them two runs must share to be compared, its folder.
 
+The identity of a run holds every key of its configuration that can change the result. It is known without reading any
+data: `qbench plan` and the search for stored results need it first. The data's own fingerprint is therefore not part
+of it; the result records it as `data_sha256`.
+
+Rule for a key that is added later: at its default value it is part of neither the identity nor the protocol, so that
+results stored before stay the same runs and stay comparable. A field of a dataclass says so by its mark `added`, a
+node of YAML by its key `added`, which maps each such key to that value.
+"""
+
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qbench.bits import Bits
+from qbench.config.schema import RATE, SCHEMA, STARTS, Config, Node, to_dict
 from qbench.errors import ConfigError
-from qbench.system.files import read
+from qbench.system.files import Json, read
+
+ADDED = "added"
+"""The key of a YAML node that names the node's later keys, each with the value at which it stays out."""
+WHERE = {"root", "download"}
+"""Keys of the published data sets that say where their files are."""
 
 
-def digest(values: Mapping[str, Any]) -> str:
-    """Return the sha256 of plain values, whatever the order of their keys."""
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What a run is, made once from its configuration.
+
+    Args:
+        digest: sha256 of `keys`.
+        keys: all keys that decide the result, with the schema's version.
+        protocol: those of the keys that two runs must share to be compared.
+        protocol_hash: sha256 of `protocol`.
+        method: the method's name, such as `ttq+hwgq`.
+        options: the method's own keys; see `_options`.
+        directory: the run's folder below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<first 8 digits of the digest>.
+        is_baseline: whether this is a float baseline.
+        config: the whole configuration, as config.yaml stores it.
+    """
+
+    digest: str
+    keys: Node
+    protocol: Node
+    protocol_hash: str
+    method: str
+    options: Node
+    bits: Bits
+    seed: int
+    dataset: str
+    model: str
+    directory: Path
+    is_baseline: bool
+    config: Node
+
+
+def run_identity(config: Config) -> RunIdentity:
+    """Return the identity of the run that a configuration describes."""
+    keys = _identity_keys(config)
+    protocol = _protocol(config, keys)
+    key, method, bits = digest(keys), config.method_name, config.bits.resolved()
+    dataset, model = str(config.dataset["name"]), str(config.model["name"])
+    folder = f"{path_component(dataset)}-{path_component(model)}"
+    return RunIdentity(
+        digest=key,
+        keys=keys,
+        protocol=protocol,
+        protocol_hash=digest(protocol),
+        method=method,
+        options=_options(config),
+        bits=bits,
+        seed=config.seed,
+        dataset=dataset,
+        model=model,
+        directory=Path(folder, f"{path_component(method)}-{bits}-s{config.seed}-{key[:8]}"),
+        is_baseline=config.is_baseline,
+        config=to_dict(config),
+    )
+
+
+def _identity_keys(config: Config) -> Node:
+    """Return all keys that decide the result, as plain values."""
+    keys: Node = {"schema": SCHEMA, **decisive_keys(config)}
+    for group in ("model", "dataset", "method", "activation"):
+        keys[group] = without_added(keys[group])
+    dataset = keys["dataset"]
+    dataset.pop("recipe", None)  # the values taken from it are under epochs, optim and pretrain
+    users_own = ":" in dataset["name"]
+    if not users_own and set(dataset) >= WHERE:  # the place of published files decides nothing
+        keys["dataset"] = {key: value for key, value in dataset.items() if key not in WHERE}
+    if config.init not in STARTS:
+        keys["init"] = file_sha256("init", config.init)
+    if config.distill.teacher != "baseline":
+        keys["distill"]["teacher"] = file_sha256("distill.teacher", config.distill.teacher)
+    return keys
+
+
+def decisive_keys(node: Any) -> Node:
+    """Return a dataclass as plain values, nested ones too; free keys and later keys at their defaults are left out."""
+    keys: Node = {}
+    for item in fields(node):
+        value = getattr(node, item.name)
+        if item.metadata.get("free") or (item.metadata.get("added") and value == _default(item)):
+            continue
+        keys[item.name] = decisive_keys(value) if is_dataclass(value) else copy.deepcopy(value)
+    return keys
+
+
+def _default(item: Field[Any]) -> object:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def without_added(node: Node) -> Node:
+    """Return a node of YAML without `added`, and without the keys listed there that have the value given there."""
+    later = node.get(ADDED) or {}
+    return {key: value for key, value in node.items() if key != ADDED and not (key in later and value == later[key])}
+
+
+def _protocol(config: Config, keys: Node) -> Node:
+    """Return the keys that two runs must share to be compared.
+
+    A start or a teacher that the method requires is part of the method, and so are the network's norm and act. The
+    rate of a run of a learning-rate grid is one candidate: the shared keys are the recipe's own rate and the grid.
+    """
+    shared = copy.deepcopy(keys)
+    for key in ("method", "activation", "bits", "seed", "runtime", "schema"):
+        del shared[key]
+    if config.init == "method":
+        shared["init"] = "float"
+    if config.distill.name == "method":
+        shared["distill"] |= {"name": "none"}
+    shared["model"] = {key: value for key, value in shared["model"].items() if key not in ("norm", "act")}
+    if config.lr_grid.lr is not None:
+        shared["optim"] |= {"lr": config.lr_grid.lr, "lr_end": config.lr_grid.lr_end}
+    if config.lr_search == "grid":
+        shared["lr_grid"] = {"factors": list(config.lr_grid.factors)}
+    if "precision" in keys["runtime"]:
+        shared["precision"] = keys["runtime"]["precision"]
+    return shared
+
+
+def _options(config: Config) -> Node:
+    """Return the method's own keys; those of the method composed with it are named `activation.KEY`.
+
+    A start or a teacher that the method requires is an option too, since the run without it is another one; so is the
+    learning rate of a run of a grid. Later keys at their default and `deviation: none` are left out.
+    """
+    options = {key: value for key, value in without_added(config.method).items() if key != "name"}
+    composed = without_added(config.activation)
+    options |= {f"activation.{key}": value for key, value in composed.items() if key != "name"}
+    options |= {"init": "scratch"} if config.init == "method" else {}
+    options |= {"distill": "kd"} if config.distill.name == "method" else {}
+    options |= {RATE: config.optim.lr} if config.lr_grid.lr is not None else {}
+    return {key: value for key, value in options.items() if not key.endswith("deviation") or value != "none"}
+
+
+def digest(values: Mapping[str, Json]) -> str:
+    """Return the sha256 of plain values; the order of the keys does not matter, and 1.0 counts as 1."""
     return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """Write 1.0 as 1: the two are the same value, however it was typed."""
+    """Return a value with 1.0 written as 1: the two are equal, however they were typed."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -28,7 +177,11 @@ def _plain(value: Any) -> Any:
 
 @cache
 def file_sha256(key: str, path: str) -> str:
-    """Return the sha256 of a checkpoint that a key names: another content is another run, wherever it lies."""
+    """Return the sha256 of the checkpoint that a key names: the file's content decides the result, not its place.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     try:
         return hashlib.sha256(read(file)).hexdigest()
@@ -37,5 +190,5 @@ def file_sha256(key: str, path: str) -> str:
 
 
 def path_component(name: str) -> str:
-    """Return a name with all characters replaced that are unsafe in a path."""
+    """Return a name in which a dot replaces each run of characters that are unsafe in a path."""
     return re.sub(r"[^A-Za-z0-9._+]+", ".", name).strip(".")

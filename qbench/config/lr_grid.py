@@ -1,6 +1,7 @@
-"""`lr_search=grid`: one configuration becomes a run for each learning rate of a grid, the same for every method.
+"""`lr_search=grid`: one configuration becomes one run per learning rate of a grid.
 
-The runs are ordinary ones; `report.choice` chooses among them, on validation.
+The grid is the same for every method, and its runs are ordinary ones.
+`qbench.report.comparison.lr_selection` selects the rate on validation.
 """
 
 import dataclasses
@@ -14,17 +15,18 @@ from qbench.errors import ConfigError
 
 
 def runs(config: Config) -> list[Config]:
-    """Return the runs that a composed configuration asks for: itself or, with lr_search=grid, one for each rate.
+    """Return the runs of a composed configuration: itself or, with lr_search=grid, one per rate.
 
-    `optim.lr_end` is scaled as `optim.lr` is. What trains nothing, and a float parent, is one run.
+    `optim.lr_end` is scaled as `optim.lr` is. A run that trains nothing, and a float baseline,
+    stay one run.
 
     Raises:
-        ConfigError: a grid without lr_search=grid, or nothing held out to choose on.
+        ConfigError: a grid without lr_search=grid, or no validation split to choose on.
     """
     grid = config.lr_grid
     if grid.lr is not None or grid.lr_end is not None:
         raise ConfigError(
-            "lr_grid.lr and lr_grid.lr_end are what a run of a grid stores; set optim.lr and optim.lr_end"
+            "lr_grid.lr and lr_grid.lr_end are stored by the runs of a grid; set optim.lr and optim.lr_end"
         )
     if config.lr_search != "grid":
         if grid != LearningRateGrid():
@@ -32,7 +34,7 @@ def runs(config: Config) -> list[Config]:
         return [config]
     if config.dataset.get("val") == 0:
         raise ConfigError(
-            "dataset.val=0: lr_search=grid chooses on validation images, and none are held out\n"
+            "dataset.val=0: lr_search=grid chooses on the validation split, which is empty\n"
             "add dataset.val=0.1, or lr_search=none"
         )
     return [_at(config, factor) for factor in grid.factors] if _trains(config) else [config]
@@ -40,18 +42,19 @@ def runs(config: Config) -> list[Config]:
 
 def _at(config: Config, factor: float) -> Config:
     """Return the run at one factor of the grid."""
-    own = config.optim
-    lr, lr_end = scaled(own.lr, factor), scaled(own.lr_end, factor)
+    recipe = config.optim
+    lr, lr_end = scaled(recipe.lr, factor), scaled(recipe.lr_end, factor)
     if not 0 < lr < math.inf:
-        raise ConfigError(f"lr_grid.factors: {factor:g} times optim.lr={own.lr:g} is no learning rate")
-    optim = dataclasses.replace(own, lr=lr, lr_end=lr_end)
-    return dataclasses.replace(
-        config, optim=optim, lr_grid=LearningRateGrid(config.lr_grid.factors, own.lr, own.lr_end)
-    )
+        raise ConfigError(f"lr_grid.factors: {factor:g} times optim.lr={recipe.lr:g} is no learning rate")
+    grid = LearningRateGrid(config.lr_grid.factors, recipe.lr, recipe.lr_end)
+    return dataclasses.replace(config, optim=dataclasses.replace(recipe, lr=lr, lr_end=lr_end), lr_grid=grid)
 
 
 def _trains(config: Config) -> bool:
-    """Whether any epoch is trained: post-training quantization has none. What cannot be built says so in its turn."""
+    """Whether any epoch is trained; post-training quantization has none.
+
+    A method that cannot be built counts as trained: its own run reports the error.
+    """
     nodes = [node for node in (config.method, config.activation) if node["name"] != "none"]
     try:
         return any(_is_trained(json.dumps([node, dataclasses.asdict(config.bits)], sort_keys=True)) for node in nodes)

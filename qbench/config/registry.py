@@ -1,8 +1,8 @@
-"""Names to functions: methods, models and data sets of our own, of other packages, and of the user's own files.
+"""Maps names to functions: methods, models and data sets of qbench, of other packages, and of the user's own files.
 
-A name is a file below `qbench/<group>/` that holds `build`, an entry point of the group `qbench.<group>`, or
-`package.module:function`. The keyword arguments of that function, with the types of their defaults, are the keys that
-its node of the configuration may have.
+A name is a file below `qbench/<group>/` that holds `build`, an entry point of the group
+`qbench.<group>`, or `package.module:function`. The keyword arguments of that function, with the
+types of their defaults, are the keys that its node of the configuration may have.
 """
 
 import ast
@@ -11,39 +11,39 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qbench.config.schema import did_you_mean
+from qbench.config.schema import Node, did_you_mean
 from qbench.errors import ConfigError, QbenchError
 
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
-"""Epochs and Adam's rates for a data set of the user's own, which brings no YAML to say them."""
+"""Epochs and Adam's rates for a data set of the user's own, which has no YAML file with its recipe."""
 
-NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation")
+NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", "added")
 """Keys of a node that its function does not take."""
 
 Factory = Callable[..., Any]
 
 
 def names(group: str) -> list[str]:
-    """Return the group's names that need no file of the user's, ours first."""
+    """Return the group's names that need no file of the user's, those of qbench first."""
     folder = Path(__file__).parents[1] / GROUPS[group]
     return sorted(path.stem for path in folder.glob("*.py") if _defines_build(path)) + entry_names(group)
 
 
 def entry_names(group: str) -> list[str]:
-    """Return the names that other installed packages bring."""
+    """Return the names that other installed packages register."""
     return sorted(entry.name for entry in entry_points(group=ENTRY_POINTS[group]))
 
 
 def card(name: str) -> str:
-    """Return a method's card, the docstring of its module, without importing it where it is ours.
+    """Return a method's card, the docstring of its module; modules of qbench are not imported for it.
 
     Raises:
         ConfigError: no such method.
@@ -55,7 +55,7 @@ def card(name: str) -> str:
 
 
 def known_deviations(name: str) -> dict[str, tuple[str, str]]:
-    """Return a method's known deviations, name -> (what it does, where it was seen), without importing anything."""
+    """Return a method's known deviations, name -> (what it does, its source), without importing anything."""
     path = Path(__file__).parents[1] / "deviations" / f"{name}.py"
     if not name.isidentifier() or not path.exists():
         return {}
@@ -75,46 +75,47 @@ def known_deviations(name: str) -> dict[str, tuple[str, str]]:
             return "".join(text(part) or "" for part in expression.values)
         return expression.value if isinstance(expression, ast.Constant) and isinstance(expression.value, str) else None
 
-    found = {}
+    deviations = {}
     for key, call in zip(table.keys, table.values, strict=True):
         assert isinstance(call, ast.Call)
-        *_, what, source = (said for argument in call.args if (said := text(argument)) is not None)
-        found[text(key) or ""] = (what, source)
-    return found
+        *_, description, source = (words for argument in call.args if (words := text(argument)) is not None)
+        deviations[text(key) or ""] = (description, source)
+    return deviations
 
 
 def sections(card: str) -> dict[str, str]:
     """Return a card's sections: heading -> text. A heading is one word at the margin, its text indented below it."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for block in card.split("\n\n"):
         heading, _, text = block.partition("\n")
         if heading.isalpha() and text.startswith("    "):
-            found[heading] = inspect.cleandoc(text)
-    return found
+            texts[heading] = inspect.cleandoc(text)
+    return texts
 
 
 def find(group: str, name: str) -> Factory:
     """Return the function behind a name.
 
     Raises:
-        ConfigError: no such name, or the module named cannot be imported.
+        ConfigError: no such name, or its module cannot be imported.
     """
     if ":" in name:
-        return _named_outright(group, name)
+        return _users_function(group, name)
     if name.isidentifier() and find_spec(f"qbench.{GROUPS[group]}.{name}"):
-        return importlib.import_module(f"qbench.{GROUPS[group]}.{name}").build  # type: ignore[no-any-return]
+        build: Factory = importlib.import_module(f"qbench.{GROUPS[group]}.{name}").build
+        return build
     for entry in entry_points(group=ENTRY_POINTS[group], name=name):
         return entry.load()  # type: ignore[no-any-return]
     known = names(group)
     raise ConfigError(f"{group}={name}: no such {group}{did_you_mean(name, known)}\nknown: {', '.join(known)}")
 
 
-def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) -> Any:
+def create(group: str, node: Mapping[str, Any], *positional: object, **fixed: object) -> Any:
     """Call the function that a configuration's node names, with the node's other keys as arguments.
 
     Args:
-        node: `name`, perhaps `family` (the file, where several names share one), and the function's own keys.
-        positional, fixed: arguments that the caller decides; of `fixed`, the function gets those it takes.
+        node: `name`, perhaps `family` (the file, if several names share one), and the function's own keys.
+        positional, fixed: the caller's arguments; the function gets only those of `fixed` that it takes.
 
     Raises:
         ConfigError: a key that the function does not have, or a value of another type or out of its range.
@@ -126,13 +127,11 @@ def create(group: str, node: Mapping[str, Any], *positional: Any, **fixed: Any) 
         raise ConfigError(f"{group}.{error}") from None
 
 
-def checked(
-    group: str, node: Mapping[str, Any], fixed: Container[str] = ()
-) -> tuple[Factory, dict[str, Any], dict[str, Any]]:
-    """Return the function that a node names, the node's keys for it, and all its keyword arguments with defaults.
+def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> tuple[Factory, Node, Collection[str]]:
+    """Return the function that a node names, the node's keys for it, and the names of its keyword arguments.
 
     Raises:
-        ConfigError: a key that the function does not have, or that is among those `fixed`, or a value of another type.
+        ConfigError: a key that the function does not have or that is among `fixed`, or a value of another type.
     """
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
@@ -148,58 +147,56 @@ def checked(
     return factory, options, known
 
 
-def defaults(group: str, name: str) -> dict[str, Any]:
-    """Return the node of a function that has no YAML of its own: its keyword arguments' defaults, and what every
-    node of the group has.
-    """
-    found = {}
+def defaults(group: str, name: str) -> Node:
+    """Return the node of a function without a YAML file: its arguments' defaults and the keys of every node."""
+    node: Node = {}
     for key, parameter in inspect.signature(find(group, name)).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
-            found[key] = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            node[key] = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     if group == "method":
-        found["bits"] = "".join(f"{key}{found.pop(key)}" for key in "wag" if key in found) or "w32"
-        found |= _asks(find(group, name))
+        node["bits"] = "".join(f"{key}{node.pop(key)}" for key in "wag" if key in node) or "w32"
+        node |= _requirements(find(group, name))
     if group == "model":
-        found |= {"act": "auto"} | ({"norm": "auto"} if "norm" in found else {})
+        node |= {"act": "auto"} | ({"norm": "auto"} if "norm" in node else {})
     if group == "dataset":
-        found["recipe"] = dict(RECIPE)
-    if ":" in name:  # what the user's own file holds is part of what decides the result
+        node["recipe"] = dict(RECIPE)
+    if ":" in name:  # the content of the user's own file decides the result too
         spec = find_spec(name.partition(":")[0])
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
-            found["source"] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
-    return {"name": name} | found
+            node["source"] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
+    return {"name": name} | node
 
 
-def _asks(factory: Factory) -> dict[str, str]:
-    """Return what a YAML would say of a method's start and teacher, from what the method itself says."""
-    free = [p for p in inspect.signature(factory).parameters.values() if p.default is p.empty]
+def _requirements(factory: Factory) -> dict[str, str]:
+    """Return the keys `init` and `distill` of a method without a YAML file, from its `Method.requires`."""
+    unset = [p for p in inspect.signature(factory).parameters.values() if p.default is p.empty]
     try:
-        requires = factory(**{p.name: 32 for p in free}).requires
-    except Exception:  # it comes again where the method is built, and is told of there
+        requires = factory(**{p.name: 32 for p in unset}).requires
+    except Exception:  # the same error is raised, and reported, when the method is built
         return {}
-    asks = {"init": "scratch"} if requires.start == "scratch" else {}
-    return asks | ({"distill": "kd"} if requires.teacher else {})
+    start = {"init": "scratch"} if requires.start == "scratch" else {}
+    return start | ({"distill": "kd"} if requires.teacher else {})
 
 
-def _named_outright(group: str, name: str) -> Factory:
+def _users_function(group: str, name: str) -> Factory:
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the user's own file lies where they work
+    if os.getcwd() not in sys.path:  # the user's own file is in the folder they work in
         sys.path.insert(0, os.getcwd())
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
         raise ConfigError(f"{group}={name}: write a function of your own as package.module:function")
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        function: Factory | None = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
         raise ConfigError(f"{group}={name}: {error}; looked in {os.getcwd()} and the installed packages") from None
     except Exception as error:
         raise QbenchError(f"{group}={name}: an error in your own code: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        why = "is not a function" if found is not None else f"is not in module {module}"
+    if not callable(function):
+        why = "is not a function" if function is not None else f"is not in module {module}"
         raise ConfigError(f"{group}={name}: {attribute} {why}")
-    return found  # type: ignore[no-any-return]
+    return function
 
 
-def _same_type(value: Any, default: Any) -> bool:
+def _same_type(value: object, default: object) -> bool:
     if default is None or default is inspect.Parameter.empty:
         return True
     if isinstance(default, bool) or isinstance(value, bool):
@@ -211,7 +208,7 @@ def _same_type(value: Any, default: Any) -> bool:
     return isinstance(value, type(default))
 
 
-def _kind(default: Any) -> str:
+def _kind(default: object) -> str:
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list"}
     return kinds.get(type(default), f"a {type(default).__name__}")
 

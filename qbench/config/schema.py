@@ -1,7 +1,7 @@
-"""The configuration as dataclasses: the schema, the identity of a run, the float parent that it starts from.
+"""The configuration of a run as dataclasses, with types and ranges. The values come from the YAML files in `conf/`.
 
-YAML under `conf/` holds the values. Nothing here imports torch, so that `--help` and the repeat of a finished run
-answer at once.
+Which keys make two runs the same run: `qbench.config.identity`. Nothing here imports torch, so that `--help` and the
+repeat of a finished run answer at once.
 """
 
 import copy
@@ -15,22 +15,29 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from qbench.config.fields import FLOAT, layer_width, one_of, printable, within
-from qbench.config.identity import digest, file_sha256, path_component
+from qbench.bits import FLOAT, Bits
+from qbench.config.fields import layer_width, marked, one_of, printable, within
 
-SCHEMA = 1
-"""Counts changes after which the same configuration gives another result; part of every run's identity."""
+SCHEMA = 2
+"""Version of a run's identity; it counts changes after which the same configuration gives another result.
+
+A key that is added later needs no new version: it is marked as `added` (a field in `fields`, a key of YAML in the
+node's own `added`) and stays out of the identity at its default value.
+"""
 
 RATE = "optim.lr"
-"""The option, beside a method's own, of a run that is one of a grid of learning rates."""
+"""The option that a run of a learning-rate grid has in addition to its method's own."""
 
 STARTS = ("float", "scratch", "method")
-"""Values of `init` that are no path; `method` is what `auto` becomes where the method trains from scratch."""
+"""Values of `init` that are no path; `auto` becomes `method` if the method trains from scratch."""
+
+Node = dict[str, Any]
+"""A node of YAML, whose keys are those of the function that it names: `name`, the keys, and perhaps `added`."""
 
 
 @dataclass
-class Bits:
-    """Widths of weights, activations, gradients; unset ones are the method's own."""
+class BitWidths:
+    """Widths of weights, activations and gradients as typed; None is the method's own width."""
 
     w: int | None = within(None, 1, FLOAT)
     a: int | None = within(None, 1, FLOAT)
@@ -39,10 +46,14 @@ class Bits:
     def __str__(self) -> str:
         return "".join(f"{key}{width}" for key, width in dataclasses.asdict(self).items() if width is not None)
 
+    def resolved(self) -> Bits:
+        """Return the widths as numbers, 32 for those that are not set."""
+        return Bits(self.w or FLOAT, self.a or FLOAT, self.g or FLOAT)
+
 
 @dataclass
 class Optim:
-    """Optimizer and learning-rate schedule, and what else belongs to a step."""
+    """Optimizer, learning-rate schedule, batch, and what else belongs to a training step."""
 
     name: str = one_of("adam", "adam", "sgd")
     lr: float = within(MISSING, 0, above=True)
@@ -63,38 +74,41 @@ class Optim:
 
 @dataclass
 class Pretrain:
-    """The float parent's recipe."""
+    """The recipe of the float baseline."""
 
     epochs: int = within(MISSING, 1)
     optim: Optim = field(default_factory=Optim)
 
 
+def _ascending(values: object) -> bool:
+    numbers = values if isinstance(values, list) else []
+    return len(numbers) > 1 and all(a < b for a, b in pairwise([0, *numbers, math.inf]))
+
+
 @dataclass
 class LearningRateGrid:
-    """The learning rates of `lr_search=grid`: factors of the recipe's own ones.
+    """The learning rates of `lr_search=grid`, as factors of the recipe's own.
 
-    In a run made of one of them, `lr` and `lr_end` are the recipe's own; the run's are under `optim`.
+    In the configuration of one of the grid's runs, `lr` and `lr_end` are the recipe's own rates; the run's rates are
+    those of `optim`.
     """
 
     factors: list[float] = field(
         default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0],
-        metadata={
-            "holds": lambda x: len(x) > 1 and all(a < b for a, b in pairwise([0, *x, math.inf])),
-            "allowed": "two or more ascending numbers above 0, [0.1,0.3,1,3,10]",
-        },
+        metadata={"holds": _ascending, "allowed": "two or more ascending numbers above 0, [0.1,0.3,1,3,10]"},
     )
     lr: float | None = within(None, 0, above=True)
     lr_end: float | None = within(None, 0)
 
 
 def scaled(rate: float, factor: float) -> float:
-    """Return a rate times a factor as one would type it: 0.0003, not 0.00030000000000000003."""
+    """Return rate * factor, rounded to 12 digits: 0.0003 instead of 0.00030000000000000003."""
     return float(f"{rate * factor:.12g}")
 
 
 @dataclass
 class Layers:
-    """Which layers stay float or get a width of their own; see `qbench.quant.policy.Policy`."""
+    """Which layers stay float or have a width of their own; see `qbench.quant.policy.Policy`."""
 
     first: int | str = layer_width("float")
     last: int | str = layer_width("float")
@@ -105,9 +119,9 @@ class Layers:
 
 @dataclass
 class Distill:
-    """Distillation from a teacher, the float parent or a finished run.
+    """Distillation from a teacher, which is the float baseline or a finished run.
 
-    `method` is what `auto` becomes where the method asks for a teacher; it does what `kd` does.
+    `auto` becomes `method` if the method requires a teacher; `method` does what `kd` does.
     """
 
     name: str = one_of("auto", "auto", "none", "kd", "method")
@@ -120,29 +134,28 @@ class Distill:
         """Whether there is a teacher."""
         return self.name in ("kd", "method")
 
+    @property
+    def by_baseline(self) -> bool:
+        """Whether the float baseline is the teacher."""
+        return self.on and self.teacher == "baseline"
+
 
 @dataclass
 class Runtime:
-    """How a run is carried out. Threads, determinism, precision and compiling can change its numbers, no other key."""
+    """How a run is carried out. The keys that are not free can change its numbers."""
 
-    device: str = "auto"
+    device: str = marked("auto", free=True)
     threads: int = within(1, 1, 1024)
     deterministic: bool = True
-    precision: str = one_of("fp32", "fp32", "bf16")
-    compile: bool = False
-    compress_activations: bool = False
-    tensorboard: bool = True
-    observe: str = one_of("light", "off", "light", "full")
-    progress: bool = True
-    log_every: int = within(10, 1)
-    checkpoint_seconds: float = within(30.0, 0)
-    num_workers: int = within(2, 0, 64)
-
-    def numerics(self) -> dict[str, Any]:
-        """Return what of it can change a run's numbers; the later keys only where they are not at their defaults."""
-        found: dict[str, Any] = {"threads": self.threads, "deterministic": self.deterministic}
-        found |= {"precision": self.precision} if self.precision != "fp32" else {}
-        return found | ({"compile": True} if self.compile else {})
+    precision: str = one_of("fp32", "fp32", "bf16", added=True)
+    compile: bool = marked(False, added=True)
+    compress_activations: bool = marked(False, free=True)
+    tensorboard: bool = marked(True, free=True)
+    observe: str = one_of("light", "off", "light", "full", free=True)
+    progress: bool = marked(True, free=True)
+    log_every: int = within(10, 1, free=True)
+    checkpoint_seconds: float = within(30.0, 0, free=True)
+    num_workers: int = within(2, 0, 64, free=True)
 
 
 @dataclass
@@ -153,7 +166,7 @@ class Config:
     dataset: dict[str, Any] = MISSING
     method: dict[str, Any] = MISSING
     activation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
-    bits: Bits = field(default_factory=Bits)
+    bits: BitWidths = field(default_factory=BitWidths)
     optim: Optim = field(default_factory=Optim)
     layers: Layers = field(default_factory=Layers)
     distill: Distill = field(default_factory=Distill)
@@ -161,105 +174,47 @@ class Config:
     pretrain: Pretrain = field(default_factory=Pretrain)
     seed: int = within(0, 0, 2**31 - 1)
     epochs: int = within(MISSING, 1)
-    lr_search: str = one_of("none", "none", "grid")
-    lr_grid: LearningRateGrid = field(default_factory=LearningRateGrid)
+    lr_search: str = one_of("none", "none", "grid", added=True)
+    lr_grid: LearningRateGrid = field(default_factory=LearningRateGrid, metadata={"added": True})
     init: str = "auto"
-    out: str = printable("outputs")
-    rerun: bool = False
-    claim: dict[str, Any] | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """Return everything that decides the result, as plain values."""
-        everything = to_dict(self)
-        for free in ("out", "rerun", "claim"):
-            del everything[free]
-        if self.lr_search == "none":
-            del everything["lr_search"], everything["lr_grid"]
-        everything["runtime"] = self.runtime.numerics()
-        everything["dataset"].pop("recipe", None)
-        own = ":" in everything["dataset"]["name"]
-        if not own and {"root", "download"} <= set(everything["dataset"]):  # where published files lie decides nothing
-            del everything["dataset"]["root"], everything["dataset"]["download"]
-        if self.init not in STARTS:
-            everything["init"] = file_sha256("init", self.init)
-        if self.distill.teacher != "baseline":
-            everything["distill"]["teacher"] = file_sha256("distill.teacher", self.distill.teacher)
-        return {"schema": SCHEMA} | everything
-
-    def protocol(self) -> dict[str, Any]:
-        """Return the part of the identity that two runs must share to be compared fairly.
-
-        A start or a teacher that the method itself asks for is part of the method, as the network's norm is; a learning
-        rate that was one of a grid is no more than a candidate, and the grid is what they share.
-        """
-        shared = self.identity()
-        for own in ("method", "activation", "bits", "seed", "runtime", "schema"):
-            del shared[own]
-        if self.init == "method":
-            shared["init"] = "float"
-        if self.distill.name == "method":
-            shared["distill"] |= {"name": "none"}
-        shared["model"] = {k: v for k, v in shared["model"].items() if k not in ("norm", "act")}
-        if self.lr_grid.lr is not None:
-            shared["optim"] |= {"lr": self.lr_grid.lr, "lr_end": self.lr_grid.lr_end}
-        if self.lr_search == "grid":
-            shared["lr_grid"] = {"factors": self.lr_grid.factors}
-        if self.runtime.precision != "fp32":
-            shared["precision"] = self.runtime.precision
-        return shared
-
-    def directory(self) -> str:
-        """Return the run's place below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<hash8>."""
-        dataset, model, method = (
-            path_component(name) for name in (self.dataset["name"], self.model["name"], self.method_name)
-        )
-        return f"{dataset}-{model}/{method}-{self.bits}-s{self.seed}-{digest(self.identity())[:8]}"
+    out: str = printable("outputs", free=True)
+    rerun: bool = marked(False, free=True)
+    claim: dict[str, Any] | None = field(default=None, metadata={"free": True})
 
     @property
     def method_name(self) -> str:
-        """Return the method's name, `ttq+hwgq` where another one quantizes the activations."""
+        """Return the method's name, such as `ttq+hwgq` if another method quantizes the activations."""
         composed = self.activation["name"] != "none"
         return str(self.method["name"]) + (f"+{self.activation['name']}" if composed else "")
 
-    def options(self) -> dict[str, Any]:
-        """Return the method's own keys, those of the one composed with it as `activation.KEY`; no deviation is none.
-
-        A start or teacher that the method asked for, and got, is an option too: without it the run is another one. So
-        is the learning rate of a run that is one of a grid.
-        """
-        own = {key: value for key, value in self.method.items() if key != "name"}
-        own |= {f"activation.{key}": value for key, value in self.activation.items() if key != "name"}
-        own |= {"init": "scratch"} if self.init == "method" else {}
-        own |= {"distill": "kd"} if self.distill.name == "method" else {}
-        own |= {RATE: self.optim.lr} if self.lr_grid.lr is not None else {}
-        return {key: value for key, value in own.items() if not key.endswith("deviation") or value != "none"}
-
     @property
-    def is_parent(self) -> bool:
+    def is_baseline(self) -> bool:
         """Whether this is a float network trained from scratch by the recipe under `pretrain`."""
         return self.method_name == "float" and self.init == "scratch"
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> Node:
     """Return a configuration as plain dictionaries."""
     return dataclasses.asdict(config)
 
 
-def parent(config: Config, norm: str | None = None) -> Config:
-    """Return the run of the float network that `config` starts from; `norm` is what its method requires of it."""
-    own = copy.deepcopy(config)
-    own.method, own.activation, own.bits = {"name": "float"}, {"name": "none"}, Bits(FLOAT, FLOAT, FLOAT)
-    own.epochs, own.optim = own.pretrain.epochs, own.pretrain.optim
-    own.layers, own.distill, own.init, own.rerun = Layers(), Distill("none"), "scratch", False
-    own.lr_search, own.lr_grid = "none", LearningRateGrid()
-    if "act" in own.model:
-        own.model["act"] = "auto"
-    if norm is not None and own.model.get("norm") == "auto":
-        own.model["norm"] = norm
-    return own
+def baseline_config(config: Config, norm: str | None = None) -> Config:
+    """Return the configuration of the float baseline of a run; `norm` is the normalization that its method requires."""
+    baseline = copy.deepcopy(config)
+    baseline.method, baseline.activation = {"name": "float"}, {"name": "none"}
+    baseline.bits = BitWidths(FLOAT, FLOAT, FLOAT)
+    baseline.epochs, baseline.optim = baseline.pretrain.epochs, baseline.pretrain.optim
+    baseline.layers, baseline.distill = Layers(), Distill("none")
+    baseline.init, baseline.rerun = "scratch", False
+    baseline.lr_search, baseline.lr_grid = "none", LearningRateGrid()
+    if "act" in baseline.model:
+        baseline.model["act"] = "auto"
+    if norm is not None and baseline.model.get("norm") == "auto":
+        baseline.model["norm"] = norm
+    return baseline
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` for a word close to a known one, else nothing."""
+    """Return `; did you mean ...?` if a known word is close to the given one, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

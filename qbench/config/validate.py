@@ -1,22 +1,36 @@
-"""From a composed configuration to a checked one: types, ranges, what follows from what, mistakes named as typed."""
+"""Checks a composed configuration and fills in what follows from it. Errors name each key as the user types it."""
 
 import dataclasses
 import os
 import re
 from collections.abc import Mapping
 from types import NoneType
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from qbench.config.fields import ACTS, FLOAT, WIDTHS, is_width, parse_bits
-from qbench.config.schema import STARTS, Bits, Config, Distill, Layers, Optim, did_you_mean, parent
+from qbench.bits import FLOAT
+from qbench.config.fields import ACTS, WIDTHS, is_width, parse_bits
+from qbench.config.identity import ADDED
+from qbench.config.schema import (
+    STARTS,
+    BitWidths,
+    Config,
+    Distill,
+    Layers,
+    Node,
+    Optim,
+    baseline_config,
+    did_you_mean,
+)
 from qbench.errors import ConfigError
 
+NODES = ("model", "dataset", "method", "activation")
+"""The keys of `Config` that are nodes of YAML."""
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Return the configuration of a stored `config.yaml`; see `from_node`."""
+
+def from_dict(values: Mapping[str, object]) -> Config:
+    """Return the configuration in a stored `config.yaml`; see `from_node`."""
     try:
         return from_node(OmegaConf.create(dict(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -27,14 +41,14 @@ def from_node(node: DictConfig) -> Config:
     """Check a composed configuration against the schema, fill in what follows, and return it as dataclasses.
 
     Raises:
-        ConfigError: a key that does not exist, a value of the wrong type or out of range, named as typed.
+        ConfigError: a key that does not exist, or a value of the wrong type or out of range.
     """
     try:
         _check_nodes(Config, node)
         merged = OmegaConf.merge(OmegaConf.structured(Config), node)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise ConfigError(_unknown(str(error.full_key), Config)) from None
+        raise ConfigError(_unknown_key(str(error.full_key))) from None
     except ValidationError as error:
         raise ConfigError(_wrong_type(error, node)) from None
     except MissingMandatoryValue as error:
@@ -44,7 +58,7 @@ def from_node(node: DictConfig) -> Config:
     except RecursionError:
         raise ConfigError("nested too deeply, or made of itself") from None
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{key}{str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
     _check(config)
@@ -52,8 +66,8 @@ def from_node(node: DictConfig) -> Config:
     return _filled(config)
 
 
-def _check_plain(value: Any, path: str = "") -> None:
-    """Refuse what YAML can say and no key means: bytes, dates, numbers beyond 64 bits, keys that are no text."""
+def _check_plain(value: object, path: str = "") -> None:
+    """Refuse YAML values that no key can mean: bytes, dates, numbers beyond 64 bits, keys that are no text."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
@@ -69,8 +83,9 @@ def _check_plain(value: Any, path: str = "") -> None:
 
 
 def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
-    """Refuse a plain value in the place of a group of keys, which OmegaConf would name in its own words."""
-    values: Any = OmegaConf.to_container(node)
+    """Refuse a plain value in place of a group of keys; OmegaConf's own message would not name the choice."""
+    values = OmegaConf.to_container(node)
+    assert isinstance(values, dict)
     for item in dataclasses.fields(schema):
         nested, optional = dataclasses.is_dataclass(item.type), item.name in ("rules", "claim")
         holds_keys = nested or "dict" in str(item.type)
@@ -81,44 +96,45 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
             allowed = {
                 "rules": "layer-name patterns and widths, {layer1.*: 8}",
                 "claim": "what an experiment file says",
-                "grid": "lr_grid.factors=[0.1,0.3,1,3,10]",
+                "lr_grid": "lr_grid.factors=[0.1,0.3,1,3,10]",
             }
             raise ConfigError(f"{path}{item.name}={values[item.name]}: it holds keys of its own\n"
                               f"allowed: {allowed.get(item.name, choice)}")  # fmt: skip
-        if nested:
-            _check_nodes(item.type, node[item.name], f"{path}{item.name}.")  # type: ignore[arg-type]
+        if isinstance(item.type, type) and nested:
+            _check_nodes(item.type, node[item.name], f"{path}{item.name}.")
 
 
 def _filled(config: Config) -> Config:
-    """Fill in the widths that the method decides; make a float run from scratch the parent it is.
+    """Fill in the widths that the method decides, and turn a float run from scratch into a float baseline.
 
-    What is left at `auto` and the method asks for becomes `method`: its own, beside others under the shared protocol.
-    What is typed is a protocol of its own, under which other methods can be run as well.
+    If the method requires a start or a teacher, a key left at `auto` becomes `method`: the run then
+    belongs to the same protocol as those of other methods. A typed value is a protocol of its own,
+    under which other methods can run too.
     """
     if config.init not in ("auto", *STARTS) and not os.path.exists(config.init):
         raise ConfigError(
             f"init={config.init}: no such file or directory\n"
             "allowed: auto, float, scratch, or the path of a run's directory or a checkpoint"
         )
-    _refuse_asks(config)
+    _refuse_stored_values(config)
     nodes = (config.method, config.activation)
-    own, composed = (parse_bits(str(node.pop("bits", f"w{FLOAT}"))) for node in nodes)
+    widths, composed_widths = (parse_bits(str(node.pop("bits", f"w{FLOAT}"))) for node in nodes)
     from_scratch = "scratch" in [node.pop("init", "") for node in nodes]
-    taught = "kd" in [node.pop("distill", "") for node in nodes]
-    _fill_bits(config, own, composed)
+    requires_teacher = "kd" in [node.pop("distill", "") for node in nodes]
+    _fill_bits(config, widths, composed_widths)
     _check(config)
-    _fill_distill(config, taught)
-    if config.method_name == "float" and config.bits == Bits(FLOAT, FLOAT, FLOAT):
+    _fill_distill(config.distill, requires_teacher)
+    if config.method_name == "float" and config.bits == BitWidths(FLOAT, FLOAT, FLOAT):
         if config.init not in ("auto", "scratch"):
             return config
-        return dataclasses.replace(parent(config), rerun=config.rerun, claim=config.claim)
+        return dataclasses.replace(baseline_config(config), rerun=config.rerun, claim=config.claim)
     if config.init == "auto":
         config.init = "method" if from_scratch else "float"
     return config
 
 
-def _refuse_asks(config: Config) -> None:
-    """Refuse on a command line what only a stored configuration says: there, the method's node has no `bits` left."""
+def _refuse_stored_values(config: Config) -> None:
+    """Refuse values that only a stored configuration may have; in one, the method's node has no `bits`."""
     if "bits" not in config.method:
         return
     if config.init == "method":
@@ -128,44 +144,63 @@ def _refuse_asks(config: Config) -> None:
     for group, node in (("method", config.method), ("activation", config.activation)):
         for key, known in (("init", "scratch"), ("distill", "kd")):
             if node.get(key, known) != known:
-                raise ConfigError(f"{group}.{key}={node[key]}: that is the method's to say; write {key}={node[key]}")
+                raise ConfigError(f"{group}.{key}={node[key]}: only the method itself sets it; write {key}={node[key]}")
 
 
-def _fill_bits(config: Config, own: dict[str, int | None], composed: dict[str, int | None]) -> None:
-    """Take the widths left unset from the method, those of activations from the one composed with it."""
+def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str, int | None]) -> None:
+    """Take unset widths from the method, and those of activations from the method composed with it."""
     name = config.activation["name"]
     if name != "none":
-        own = own | {"a": composed["a"]}
+        widths = widths | {"a": composed["a"]}
     for key in "wag":
         if getattr(config.bits, key) is None:
-            setattr(config.bits, key, own[key] or FLOAT)
+            setattr(config.bits, key, widths[key] or FLOAT)
     if name != "none" and config.bits.a == FLOAT:
         raise ConfigError(
-            f"activation={name} has no effect at bits.a={FLOAT}; say how wide activations are: bits.a=2 "
-            f"(qbench describe {name} says which widths it knows)"
+            f"activation={name} has no effect at bits.a={FLOAT}; set the width of activations: bits.a=2 "
+            f"(qbench describe {name} lists the supported widths)"
         )
 
 
-def _fill_distill(config: Config, taught: bool) -> None:
-    """Decide on `auto`; refuse keys of a teacher where there is none."""
-    distill = config.distill
+def _fill_distill(distill: Distill, requires_teacher: bool) -> None:
+    """Decide on `auto`; refuse keys of a teacher if there is none."""
     if distill.name == "auto":
-        distill.name = "method" if taught else "none"
+        distill.name = "method" if requires_teacher else "none"
     if distill.teacher != "baseline" and not os.path.isdir(distill.teacher):
         raise ConfigError(
-            f"distill.teacher={distill.teacher}: no such directory\nallowed: parent, or the directory of a finished run"
+            f"distill.teacher={distill.teacher}: no such directory\n"
+            "allowed: baseline, or the directory of a finished run"
         )
     for item in dataclasses.fields(Distill):
         if not distill.on and item.name != "name" and getattr(distill, item.name) != item.default:
             raise ConfigError(f"distill.{item.name} has no effect without a teacher; add distill=kd")
 
 
-def _check(node: Any, path: str = "") -> None:
-    """Check the declared ranges of a dataclass and those inside it."""
+def _check(config: Config) -> None:
+    """Check the declared ranges, and the nodes of YAML."""
+    _check_ranges(config)
+    for group in NODES:
+        _check_named(group, getattr(config, group))
+    if config.model.get("act", "auto") not in ACTS:
+        raise ConfigError(f"model.act={config.model['act']}: allowed are {', '.join(ACTS)}")
+
+
+def _check_named(group: str, node: Node) -> None:
+    """Check that a node of YAML has a name, and that its `added` names keys that it has."""
+    if not isinstance(node.get("name"), str):
+        raise ConfigError(f"{group}.name is missing; choose one with {group}=NAME")
+    added = node.get(ADDED) or {}
+    if not isinstance(added, dict) or not set(added) <= set(node):
+        raise ConfigError(f"{group}.{ADDED}={added}: allowed are keys of {node['name']}, each with its default value")
+
+
+def _check_ranges(node: object, path: str = "") -> None:
+    """Check the declared ranges of a dataclass and of those inside it."""
+    assert dataclasses.is_dataclass(node)
     for item in dataclasses.fields(node):
         value, key = getattr(node, item.name), f"{path}{item.name}"
         if dataclasses.is_dataclass(value):
-            _check(value, f"{key}.")
+            _check_ranges(value, f"{key}.")
         elif value is not None and "holds" in item.metadata and not item.metadata["holds"](value):
             raise ConfigError(f"{key}={value}: allowed is {item.metadata['allowed']}")
     if isinstance(node, Optim):
@@ -174,48 +209,47 @@ def _check(node: Any, path: str = "") -> None:
         for pattern, width in (node.rules or {}).items():
             if not is_width(width):
                 raise ConfigError(f"{path}rules[{pattern}]={width}: allowed is {WIDTHS}")
-    if isinstance(node, Config):
-        for group in ("model", "dataset", "method", "activation"):
-            if not isinstance(getattr(node, group).get("name"), str):
-                raise ConfigError(f"{group}.name is missing; choose one with {group}=NAME")
-        if node.model.get("act", "auto") not in ACTS:
-            raise ConfigError(f"model.act={node.model['act']}: allowed are {', '.join(ACTS)}")
 
 
 def _check_schedule(optim: Optim, path: str) -> None:
     marks = optim.milestones
     if marks != sorted(marks) or not all(0 < mark < 1 for mark in marks):
-        raise ConfigError(f"{path}milestones={marks}: allowed are ascending parts of a phase between 0 and 1")
+        raise ConfigError(f"{path}milestones={marks}: allowed are ascending fractions of a phase, each between 0 and 1")
     if optim.schedule == "step" and not marks:
-        raise ConfigError(f"{path}schedule=step wants milestones, e.g. '{path}milestones=[0.5,0.75]'")
+        raise ConfigError(f"{path}schedule=step needs milestones, e.g. '{path}milestones=[0.5,0.75]'")
     if optim.schedule == "exponential" and not 0 < optim.lr_end <= optim.lr:
         raise ConfigError(
-            f"{path}lr={optim.lr:g} with {path}lr_end={optim.lr_end:g}: an exponential schedule wants 0 < lr_end <= lr"
+            f"{path}lr={optim.lr:g} with {path}lr_end={optim.lr_end:g}: an exponential schedule needs 0 < lr_end <= lr"
         )
     if optim.nesterov and not optim.momentum:
-        raise ConfigError(f"{path}nesterov=true wants {path}momentum above 0")
+        raise ConfigError(f"{path}nesterov=true needs {path}momentum above 0")
 
 
-def _unknown(key: str, schema: type) -> str:
-    """Say that a key does not exist, with the nearest and all of its neighbours."""
+def _unknown_key(key: str) -> str:
+    """Return the message for a key that does not exist: the nearest key, and all keys of its group."""
     if key == "experiment":
-        return "experiment: no such key\na file of an experiment says `# @package _global_` in its first line"
-    *way, leaf = key.split(".")
-    for part in way:
-        kinds = {f.name: f.type for f in dataclasses.fields(schema)}
-        schema = kinds.get(part, schema)  # type: ignore[assignment]
+        return "experiment: no such key\nthe first line of an experiment file must be `# @package _global_`"
+    *path, leaf = key.split(".")
+    schema: type = Config
+    for part in path:
+        types = {f.name: f.type for f in dataclasses.fields(schema)}
+        nested = types.get(part, schema)
+        schema = nested if isinstance(nested, type) else schema
     names = [f.name for f in dataclasses.fields(schema)]
-    prefix = "".join(f"{part}." for part in way)
+    prefix = "".join(f"{part}." for part in path)
     return f"{key}: no such key{did_you_mean(leaf, names)}\nallowed: {', '.join(prefix + name for name in names)}"
 
 
 def _wrong_type(error: ValidationError, node: DictConfig) -> str:
+    """Return the message for a value of the wrong type, read from OmegaConf's message."""
     key = str(error.full_key)
-    got = OmegaConf.select(node, key)
-    wanted = re.search(r"(?:to |valid |not a |hint ')(Integer|Float|bool|string|ListConfig|Union\[[^]]*\])", str(error))
+    value = OmegaConf.select(node, key)
+    expected = re.search(
+        r"(?:to |valid |not a |hint ')(Integer|Float|bool|string|ListConfig|Union\[[^]]*\])", str(error)
+    )
     words = {
         "Integer": "a whole number", "Float": "a number", "bool": "true or false", "string": "text",
         "ListConfig": "a list",
     }  # fmt: skip
-    kind = words.get(wanted.group(1), WIDTHS) if wanted else "a value" if got is None else "another type"
-    return f"{key}={got}: allowed is {kind}"
+    kind = words.get(expected.group(1), WIDTHS) if expected else "a value" if value is None else "another type"
+    return f"{key}={value}: allowed is {kind}"

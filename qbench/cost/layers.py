@@ -1,8 +1,9 @@
-"""What each layer of a quantized network holds and costs, on a network without memory too."""
+"""What each layer of a quantized network holds and costs; works on a network without memory (meta tensors) too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,42 +11,49 @@ from torch import Tensor, nn
 from qbench.bits import FLOAT, Bits
 from qbench.cost.count import storage
 from qbench.quant.install import ImageQuantizer
-from qbench.quant.layers import IdentityOutput, QLayer
+from qbench.quant.layers import FloatLayer, QLayer, quantizers
 from qbench.quant.method import Method
 from qbench.quant.policy import quantizable
-from qbench.quant.quantizer import Grid
+from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
 
-WIDEST = 16
-"""Channels of the small layer on which a quantizer is asked for its levels."""
+MAX_CHANNELS = 16
+"""Channels of the small layer in which a quantizer's levels are read."""
 
 
 class Levels(NamedTuple):
-    """The values that a quantizer allows in one scale group.
-
-    `number` of them; `dimension` above 1 is a product code's. `per` says what a group is: layer, channel, or so many
-    values. `steps`: the largest multiple of one common step that a level is; None where they are not multiples of one,
-    0 where that is not known before the method has seen data.
-    """
+    """The values that a quantizer allows in one scale group."""
 
     number: int
+    """How many levels."""
+
     dimension: int
+    """Weights that one level stands for; above 1 in product codes."""
+
     per: str
+    """What a scale group is: layer, channel, or "N values"."""
+
     steps: int | None
+    """The largest level as a multiple of a step that all levels are multiples of. None if there is no such step, 0 if
+    it is not known before the method has seen data."""
 
 
-class LayerCost(NamedTuple):
-    """A layer's name, weight shape, widths, quantizers by slot, levels of weights and inputs, and costs.
-
-    `rescaled`: whether its output is changed in the forward pass too, by what is computed from its input.
-    """
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """What one layer holds and costs."""
 
     name: str
     shape: tuple[int, ...]
+    """Of the weights."""
+
     bits: Bits
-    quantizers: dict[str, str]
+    quantizers: Mapping[str, str]
+    """Slot (w, a, g) -> the quantizer's class, where it declares a grid."""
+
     weights: Levels | None
     inputs: Levels | None
     rescaled: bool
+    """Whether the forward pass also changes the layer's output, by a value computed from its input."""
+
     params: int
     macs: int
     bitops: int
@@ -53,67 +61,84 @@ class LayerCost(NamedTuple):
     bytes_packed: int
 
 
-def layer_costs(model: nn.Module, method: Method, macs: dict[str, int]) -> list[LayerCost]:
-    """Return every layer with a MAC count, in the order they run; what is left over is batch normalization."""
-    layers: dict[str, Any] = quantizable(model)
-    ask = cache(partial(_levels, method))
-    return [_cost(name, layers[name], ask, macs[name]) for name in macs]
+LevelsOf = Callable[[str, tuple[int, ...], int], Levels | None]
+"""(slot, shape of a small layer, bits) -> levels."""
 
 
-def _cost(name: str, layer: Any, ask: Callable[..., Levels | None], macs: int) -> LayerCost:
-    bits = layer.bits if isinstance(layer, QLayer) else Bits()
-    rest = 0 if layer.bias is None else layer.bias.numel()
-    ideal: float = 4 * (layer.weight.numel() + rest)
+def layer_costs(model: nn.Module, method: Method, macs: Mapping[str, int]) -> list[LayerCost]:
+    """Return every layer with a MAC count, in the order they run. What they leave out is batch normalization."""
+    layers = quantizable(model)
+    levels_of = cache(partial(_levels, method))
+    return [_cost(name, layers[name], levels_of, count) for name, count in macs.items()]
+
+
+def _cost(name: str, layer: FloatLayer, levels_of: LevelsOf, macs: int) -> LayerCost:
+    quantized = layer if isinstance(layer, QLayer) else None
+    bits = quantized.bits if quantized else Bits()
+    bias = 0 if layer.bias is None else layer.bias.numel()
+    ideal: float = 4 * (layer.weight.numel() + bias)
     packed = int(ideal)
-    if bits.w < FLOAT:
-        stored = storage(layer)
-        ideal, packed = stored.ideal + 4 * rest, stored.packed + 4 * rest
-    sites = {"w": layer.weight_q, "a": layer.input_q, "g": layer.output_q} if isinstance(layer, QLayer) else {}
+    if quantized and bits.w < FLOAT:
+        stored = storage(quantized)
+        ideal, packed = stored.ideal + 4 * bias, stored.packed + 4 * bias
     return LayerCost(
-        name, tuple(layer.weight.shape), bits,
-        {slot: _title(site) for slot, site in sites.items() if hasattr(site, "grid")},
-        ask("weight", _kind(layer), bits.w) if bits.w < FLOAT else None,
-        _image(layer) or (ask("input", _kind(layer), bits.a) if "a" in sites and bits.a < FLOAT else None),
-        bits.g == FLOAT and type(sites.get("g", IdentityOutput())) is not IdentityOutput,
-        layer.weight.numel() + rest, macs, macs * bits.w * bits.a, ideal, packed,
-    )  # fmt: skip
+        name=name,
+        shape=tuple(layer.weight.shape),
+        bits=bits,
+        quantizers={k: _title(q) for k, q in quantizers(quantized).items() if q.declares_grid} if quantized else {},
+        weights=levels_of("weight", _small_shape(layer), bits.w) if bits.w < FLOAT else None,
+        inputs=_input_levels(quantized, levels_of) if quantized else None,
+        rescaled=quantized is not None and bits.g == FLOAT and type(quantized.output_q) is not IdentityQuantizer,
+        params=layer.weight.numel() + bias,
+        macs=macs,
+        bitops=macs * bits.w * bits.a,
+        bytes_ideal=ideal,
+        bytes_packed=packed,
+    )
 
 
-def _title(site: nn.Module) -> str:
-    return f"{type(site).__module__.rpartition('.')[2]}.{type(site).__qualname__}"
+def _title(quantizer: Quantizer) -> str:
+    return f"{type(quantizer).__module__.rpartition('.')[2]}.{type(quantizer).__qualname__}"
 
 
-def _image(layer: Any) -> Levels | None:
-    site = getattr(layer, "input_q", None)
-    return Levels(2**site.bits, 1, "channel", None) if isinstance(site, ImageQuantizer) else None
+def _input_levels(layer: QLayer, levels_of: LevelsOf) -> Levels | None:
+    if isinstance(layer.input_q, ImageQuantizer):
+        return Levels(2**layer.input_q.bits, 1, "channel", None)
+    return levels_of("input", _small_shape(layer), layer.bits.a) if layer.bits.a < FLOAT else None
 
 
-def _kind(layer: Any) -> tuple[int, ...]:
-    """Return what sets apart layers whose quantizers are asked separately: class, a few channels, kernel."""
-    out, inner, *kernel = layer.weight.shape
-    return (min(out, WIDEST), min(inner, WIDEST), *kernel)
+def _small_shape(layer: FloatLayer) -> tuple[int, ...]:
+    """Return the weights' shape with few channels: layers of one such shape have the same levels."""
+    outputs, inputs, *kernel = layer.weight.shape
+    return (min(outputs, MAX_CHANNELS), min(inputs, MAX_CHANNELS), *kernel)
 
 
 def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Levels | None:
-    """Ask a quantizer in a small layer of random weights, for shapes alone do not tell the levels."""
+    """Read a quantizer's levels in a small layer of random weights; shapes alone do not determine them."""
+    factory = method.weight if slot == "weight" else method.input
+    if factory is None:
+        return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer: Any = nn.Linear(shape[1], shape[0])
+        layer: FloatLayer = nn.Linear(shape[1], shape[0])
         if len(shape) > 2:
-            layer = nn.Conv2d(shape[1], shape[0], (shape[2], shape[3])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            layer = nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]))
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
         value: Tensor = layer.weight.detach()
         if slot == "input":
             value = torch.rand(2, shape[1], *((4, 4) if len(shape) > 2 else ()))
         try:
-            site = getattr(method, slot)("layer", layer, bits)
+            quantizer = factory("layer", layer, bits)
             with torch.no_grad():
-                site(value)  # steps and ranges that start from the first batch
-                return _read(site.grid(value), value)
-        except (AttributeError, RuntimeError, ValueError):  # says no levels, or none before it has seen the network
+                quantizer(value)  # for steps and ranges that start from the first batch
+                grid = quantizer.grid(value)
+        except (RuntimeError, ValueError):  # no levels before it has seen the network
             return None
+    return None if grid is None else _read(grid, value)
 
 
 def _read(grid: Grid, value: Tensor) -> Levels | None:
+    """Return the levels of a grid's first group; None if it has none."""
     groups, _, dimension = grid.points.shape
     first = grid.points[0]
     first = first[~first.isnan().any(1)].double()
@@ -125,11 +150,14 @@ def _read(grid: Grid, value: Tensor) -> Levels | None:
 
 
 def _steps(points: Tensor) -> int | None:
-    """Return the largest multiple of a common step in levels (L,), zero being one too; None without such a step."""
-    apart = torch.cat([points.abs(), points.diff().abs()])
-    if not bool((apart > 0).any()):
+    """Return the largest of levels (L,), as a multiple of a step that all are multiples of; None without such a step.
+
+    The step is the smallest distance of two levels or of a level from zero, or half of it.
+    """
+    distances = torch.cat([points.abs(), points.diff().abs()])
+    if not bool((distances > 0).any()):
         return 0
-    least = apart[apart > 0].min()
+    least = distances[distances > 0].min()
     for step in (least, least / 2):
         if torch.allclose(points / step, (points / step).round(), atol=1e-3):
             return int((points / step).abs().max().round())

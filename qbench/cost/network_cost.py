@@ -1,4 +1,4 @@
-"""The cost of a whole network, as a value that needs no torch."""
+"""The cost of a whole network, as a value that does not need torch."""
 
 from dataclasses import dataclass
 

@@ -1,25 +1,35 @@
-"""What a quantized network runs on outside of training, as far as its widths and levels allow; with sources.
+"""Runtimes that support a quantized network's arithmetic, as far as its widths and levels tell; with sources.
 
 Nothing is exported here, and no runtime is measured: these are statements about formats, from the documents named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from qbench.bits import FLOAT
 from qbench.cost.layers import LayerCost, Levels
 
-INT8 = (
+
+class Runtime(NamedTuple):
+    """A kind of runtime: its name, the arithmetic it supports, and the documents that say so."""
+
+    name: str
+    arithmetic: str
+    source: str
+
+
+INT8 = Runtime(
     "ONNX Runtime and LiteRT, as int8",
-    "linear 8-bit codes, weights a scale a tensor or channel, activations a scale a tensor",
+    "linear 8-bit codes, one scale per tensor or channel for weights, one per tensor for activations",
     "onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "
     "ai.google.dev/edge/litert/models/quantization_spec",
 )
-BINARY = (
+BINARY = Runtime(
     "1-bit runtimes such as Larq Compute Engine",
     "binary weights and activations, XNOR and popcount",
     "pypi.org/project/larq-compute-engine, docs.larq.dev/compute-engine",
 )
-FPGA = (
+FPGA = Runtime(
     "QONNX and FINN, on FPGAs",
     "integer codes of any width",
     "github.com/fastmachinelearning/qonnx, finn.readthedocs.io",
@@ -28,40 +38,53 @@ WIDTH_INT8 = 8
 
 
 def runs_on(layers: Sequence[LayerCost]) -> list[str]:
-    """Return a line for every kind of runtime that has this arithmetic; or one that says why none has.
+    """Return a line for every kind of runtime that supports this arithmetic, or one that says why none does.
 
     Args:
-        layers: of a network; only quantized ones count, float layers run as float anywhere.
+        layers: of a network; only quantized ones count, because float layers run anywhere.
     """
     quantized = [layer for layer in layers if layer.bits.w < FLOAT or layer.bits.a < FLOAT]
     if not quantized:
         return ["runs on anything: nothing is quantized"]
+    # The layer that reads the image has one scale per channel there; the others decide.
     inner = [layer for layer in quantized if layer.inputs is None or layer.inputs.per != "channel"] or quantized
-    if all(layer.bits.a == FLOAT for layer in inner):
+    if reason := _no_runtime(inner):
+        return [reason]
+    runtimes = _supporting(inner)
+    if not runtimes:
+        return ["simulation only: the levels are not multiples of one step, as the codes of integer runtimes must be"]
+    lines = [f"runs on {name}: {arithmetic} ({source})" for name, arithmetic, source in runtimes]
+    if INT8 in runtimes and max(max(layer.bits.w, layer.bits.a) for layer in inner) < WIDTH_INT8:
+        lines.append("int8 runtimes use 8 bits for each of these codes: fewer bits save nothing there")
+    if any(layer.rescaled for layer in inner):
+        lines.append("outputs are scaled by values computed from each input: no runtime named here supports that")
+    return lines
+
+
+def _no_runtime(layers: Iterable[LayerCost]) -> str:
+    """Return why no runtime supports these layers, or that it is not known yet; empty if the levels decide."""
+    if all(layer.bits.a == FLOAT for layer in layers):
         why = "activations are float: codes save storage, and are turned into floats before they are used"
-        return [f"simulation, or weights stored as codes: {why}"]
-    if all(layer.bits.w == FLOAT for layer in inner):
-        return ["simulation only: weights are float, so that quantized activations save nothing"]
-    if any(levels is None or levels.steps == 0 for layer in inner for levels in (layer.weights, layer.inputs)):
-        return ["what it runs on is known only once it has seen data: its levels come from there"]
-    found = []
-    if all(_two(layer.weights) and _two(layer.inputs) for layer in inner):
-        found.append(BINARY)
-    linear = all(_linear(layer.weights) and _linear(layer.inputs) for layer in inner)
-    if linear and all(_fits(layer.weights) and _fits(layer.inputs) for layer in inner):
-        found.append(INT8)
-    if linear:
-        found.append(FPGA)
-    narrow = max(max(layer.bits.w, layer.bits.a) for layer in inner) < WIDTH_INT8
-    lines = [f"runs on {name}: {what} ({source})" for name, what, source in found]
-    if INT8 in found and narrow:
-        lines.append("int8 runtimes spend 8 bits on each of these codes: fewer save them nothing")
-    if lines and any(layer.rescaled for layer in inner):
-        lines.append("its outputs are scaled by what is computed from each input: that no runtime named here does")
-    return lines or ["simulation only: levels are not multiples of one step, which integer runtimes take codes for"]
+        return f"simulation, or weights stored as codes: {why}"
+    if all(layer.bits.w == FLOAT for layer in layers):
+        return "simulation only: weights are float, so that quantized activations save nothing"
+    if any(levels is None or levels.steps == 0 for layer in layers for levels in (layer.weights, layer.inputs)):
+        return "supported runtimes are known only once it has seen data, from which its levels are computed"
+    return ""
 
 
-def _two(levels: Levels | None) -> bool:
+def _supporting(layers: Iterable[LayerCost]) -> list[Runtime]:
+    pairs = [(layer.weights, layer.inputs) for layer in layers]
+    linear = all(_linear(w) and _linear(a) for w, a in pairs)
+    supported = {
+        BINARY: all(_binary(w) and _binary(a) for w, a in pairs),
+        INT8: linear and all(_fits_int8(w) and _fits_int8(a) for w, a in pairs),
+        FPGA: linear,
+    }
+    return [runtime for runtime, yes in supported.items() if yes]
+
+
+def _binary(levels: Levels | None) -> bool:
     return levels is not None and levels.number == 2 and levels.per in ("layer", "channel")
 
 
@@ -69,5 +92,5 @@ def _linear(levels: Levels | None) -> bool:
     return levels is not None and levels.steps is not None and levels.per in ("layer", "channel")
 
 
-def _fits(levels: Levels | None) -> bool:
+def _fits_int8(levels: Levels | None) -> bool:
     return levels is not None and levels.steps is not None and levels.steps < 2**WIDTH_INT8

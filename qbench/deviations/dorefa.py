@@ -4,14 +4,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbench.bits import FLOAT
 from qbench.deviations.registry import Deviation, recast
 from qbench.methods.dorefa import DoReFaActivation, DoReFaGradient, DoReFaWeight, quantize_activation, quantize_weight
+from qbench.quant.layers import FloatLayer, QLayer
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import in_float32, on_backward, quantize_k, sign, straight_through
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 # Weights
 
@@ -230,7 +231,7 @@ class NanOnZero(DoReFaGradient):
 def _weights(kind: type[DoReFaWeight], what: str, source: str, *, binary: bool = False) -> Deviation:
     """A deviation of weights of one bit, or of those of more."""
 
-    def where(module: nn.Module) -> bool:
+    def where(module: Quantizer) -> bool:
         return isinstance(module, DoReFaWeight) and (module.bits == 1) is binary
 
     return Deviation(
@@ -253,7 +254,7 @@ def _activations(
     def apply(method: Method) -> Method:
         site = method.input
 
-        def built(layer_name: str, layer: nn.Module, width: int) -> nn.Module:
+        def built(layer_name: str, layer: FloatLayer, width: int) -> Quantizer:
             assert site is not None
             module = site(layer_name, layer, width)
             assert isinstance(module, DoReFaActivation)
@@ -275,7 +276,7 @@ def _gradients(kind: type[DoReFaGradient], what: str, source: str) -> Deviation:
     def apply(method: Method) -> Method:
         site = method.output
 
-        def built(layer_name: str, layer: nn.Module, bits: int) -> nn.Module | None:
+        def built(layer_name: str, layer: QLayer, bits: int) -> Quantizer | None:
             assert site is not None
             module = site(layer_name, layer, bits)
             if module is not None:

@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbench.bits import FLOAT
 from qbench.deviations.registry import Deviation, recast
 from qbench.methods.hwgq import AUTHORS_STEPS, HalfStepHWGQActivation, HWGQActivation, HWGQWeight
+from qbench.quant.layers import FloatLayer
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import in_float32, sign, straight_through
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 @in_float32
@@ -39,7 +40,7 @@ def old_constants(method: Method) -> Method:
     """Round x / step to the nearest integer, with the steps that are optimal for the paper's thresholds."""
     site = method.input
 
-    def built(name: str, layer: nn.Module, bits: int) -> nn.Module:
+    def built(name: str, layer: FloatLayer, bits: int) -> Quantizer:
         assert site is not None
         module = site(name, layer, bits)
         ranks = torch.arange(1, 2**bits, dtype=torch.float64)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
-from torch import nn
-
 from qbench.bits import Bits
-from qbench.quant.method import Method, Site, Unsupported
+from qbench.quant.layers import FloatLayer
+from qbench.quant.method import Method, QuantizerFactory, Unsupported
+from qbench.quant.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ def deviate(method_name: str, name: str, method: Method) -> Method:
 
 
 def recast(
-    site: Site | None, kind: type[nn.Module], where: Callable[[nn.Module], bool] = lambda module: True
-) -> Site | None:
+    site: QuantizerFactory | None, kind: type[Quantizer], where: Callable[[Quantizer], bool] = lambda module: True
+) -> QuantizerFactory | None:
     """Return a site whose modules become `kind`, a subclass of their own, and keep all that they hold: options, state.
 
     Args:
         where: which modules; the others stay as they are.
     """
 
-    def built(name: str, layer: nn.Module, bits: int) -> nn.Module:
+    def built(name: str, layer: FloatLayer, bits: int) -> Quantizer:
         assert site is not None
         module = site(name, layer, bits)
         if where(module):

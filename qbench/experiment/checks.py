@@ -1,4 +1,4 @@
-"""Checks that a configuration's parts fit together, before anything is written."""
+"""Checks that the parts of an experiment fit together, before anything is written."""
 
 import shutil
 
@@ -6,49 +6,75 @@ import torch
 from torch import nn
 
 from qbench.bits import FLOAT
-from qbench.config.schema import Config
+from qbench.config.schema import Distill, Node, Optim, Runtime
+from qbench.data.dataset import Dataset
 from qbench.errors import ConfigError
 from qbench.experiment.device import COMPILERS
-from qbench.quant.method import Method, Unsupported
+from qbench.quant.method import Method, Requires, Unsupported
 
 
-def check_requirements(config: Config, method: Method) -> None:
-    """Refuse keys of the network that were set against what the method requires."""
+def check_model_keys(model: Node, method: Method) -> None:
+    """Refuse keys of the network that contradict what the method requires, or that have no effect."""
     needs = {
         "norm": method.requires.norm,
         "act": None if method.requires.act == "either" else method.requires.act,
     }
-    if method.bits.a == 32:
+    if method.bits.a == FLOAT:
         del needs["act"]
     for key, need in needs.items():
-        got = config.model.get(key, "auto")
-        if need is not None and got not in ("auto", need):
+        value = model.get(key, "auto")
+        if need is not None and value not in ("auto", need):
             raise ConfigError(
-                f"model.{key}={got} contradicts method={method.name}, which requires {need}; leave model.{key}=auto"
+                f"model.{key}={value} contradicts method={method.name}, which requires {need}; leave model.{key}=auto"
             )
-    if config.model.get("act") == "fused" and config.bits.a == 32:
+    if model.get("act") == "fused" and method.bits.a == FLOAT:
         raise Unsupported("model.act=fused has no effect at bits.a=32: no quantizer takes the activation's place")
 
 
-def check_runtime(config: Config, method: Method, device: torch.device) -> None:
-    """Refuse what would have no effect, or cannot be had here."""
-    runtime = config.runtime
-    cells = "cells_input" in method.traits and method.bits.a <= 8
-    if runtime.compress_activations and not config.is_parent and not cells:
+def check_runtime(runtime: Runtime, method: Method, device: torch.device, *, is_baseline: bool) -> None:
+    """Refuse keys of the runtime that would have no effect, or that this machine cannot provide."""
+    compressible = "cells_input" in method.traits and method.bits.a <= 8
+    if runtime.compress_activations and not is_baseline and not compressible:
         why = "no activations are quantized" if method.bits.a == FLOAT else "its backward pass needs what was quantized"
         raise ConfigError(f"runtime.compress_activations=true has no effect with {method.name} {method.bits}: {why}")
     if runtime.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise ConfigError(
-            f"runtime.compile=true needs a C++ compiler on the CPU; none of {', '.join(COMPILERS)} is here"
+            f"runtime.compile=true needs a C++ compiler on the CPU; none of {', '.join(COMPILERS)} was found"
         )
 
 
-def check_norm(model: nn.Module, method: Method) -> None:
-    """A network that is not ours does not say its normalization: look at it."""
+def check_distill(distill: Distill, method: Method) -> None:
+    """Refuse a teacher that the method has no use for."""
+    if distill.name == "method" and not method.requires.teacher:
+        raise Unsupported(f"{method.name} with these options does not use the teacher it requires; add distill=none")
+    if distill.on and not method.needs_training:
+        raise Unsupported(f"{method.name} is not trained: a teacher has no effect; add distill=none")
+
+
+def check_average(optim: Optim, method: Method) -> None:
+    """Refuse to average the weights of a method whose parameters themselves are on the levels."""
+    if optim.ema is not None and "no_master" in method.traits:
+        raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
+
+
+def check_splits(data: Dataset, optim: Optim, name: str) -> None:
+    """Refuse early stopping without a validation split, and an empty test split; `name` is the data set's."""
+    if optim.patience is not None and not len(data.val):
+        raise ConfigError("optim.patience waits for a better validation top-1, and the validation split is empty")
+    if not len(data.test):
+        raise ConfigError(f"dataset={name}: its test split is empty")
+
+
+def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
+    """Refuse a user's network whose normalization has scale and shift if the method requires one without them.
+
+    The networks of qbench have an attribute `norm` and follow the requirement; other networks are
+    inspected.
+    """
     norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     affine = any(getattr(m, "affine", False) for m in norms)
-    if method.requires.norm == "no_affine" and not hasattr(model, "norm") and (affine or not norms):
-        found = "has both" if affine else "has none"
+    if requires.norm == "no_affine" and not hasattr(model, "norm") and (affine or not norms):
+        why = "has both" if affine else "has none"
         raise Unsupported(
-            f"{method.name} requires batch normalization without scale and shift; {type(model).__name__} {found}"
+            f"{method_name} requires batch normalization without scale and shift; {type(model).__name__} {why}"
         )

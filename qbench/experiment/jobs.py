@@ -1,80 +1,77 @@
-"""One run of a sweep: checked before the sweep starts, run so that a failure is a result too."""
+"""The runs of a sweep one by one: checked before the sweep starts, and run so that a failure is a result too."""
 
 import json
 from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from qbench.config.schema import Config, to_dict
 from qbench.config.validate import from_node
 from qbench.errors import CheckpointError, DataError, Interrupted, QbenchError, ResourceError
-from qbench.runs.directory import RunDirectory
+from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.runs.reader import RunRecord, read_run
 from qbench.runs.result import Result, load_result
 from qbench.system.signals import stop_on_signals
 
 
-def run_catching(config: Config, stop: Callable[[], int]) -> Result:
-    """Return a run's result, whatever becomes of it: a failure is a result too.
+def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
+    """Return a run's result; an error becomes a failed result.
 
     Raises:
-        Interrupted: a signal asked to stop; the run goes on the next time.
+        Interrupted: a signal asked the run to stop; the same command continues it.
     """
+    from qbench.experiment.context import RunContext
     from qbench.experiment.run import run
-    from qbench.experiment.session import RunContext
     from qbench.runs.progress import ProgressReporter
 
-    directory = RunDirectory(config)
     try:
-        return run(config, RunContext(ProgressReporter(quiet=True), stop))
+        return run(planned, RunContext(ProgressReporter(quiet=True), stop))
     except Interrupted:
         raise
-    except BaseException as error:  # sys.exit or no memory in one job must not end the others
-        stored = load_result(directory.path)
+    except BaseException as error:  # sys.exit or a lack of memory in one run must not end the others
+        stored = load_result(planned.path)
         reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
-        return stored if stored and stored.status != "done" else directory.new_result("failed", reason=reason)
+        return stored if stored and stored.status != "done" else planned.directory.new_result("failed", reason)
 
 
-def work(config: Config) -> None:
-    """Do one cell in a process of its own; what became of it stands in its directory."""
+def work(planned: PlannedRun) -> None:
+    """Do a run in a worker process; its directory holds the outcome."""
     with stop_on_signals() as stop:
         try:
-            run_catching(config, stop)
+            run_catching(planned, stop)
         except Interrupted:
             return
 
 
 def work_on(node: DictConfig) -> None:
-    """Do one cell in a process that Hydra's launcher started."""
-    work(from_node(node))
+    """Do a run in a process that Hydra's launcher started, which passes the configuration as a node."""
+    work(planned_run(from_node(node)))
 
 
-def outcome(config: Config) -> RunRecord:
-    """Return what stands in a run's directory now."""
-    path = RunDirectory(config).path
-    return read_run(path) if path.is_dir() else RunRecord(path=path, status="not begun")
+def outcome(planned: PlannedRun) -> RunRecord:
+    """Return what a run's directory holds now."""
+    return read_run(planned.path) if planned.path.is_dir() else RunRecord(path=planned.path, status="not begun")
 
 
-KINDS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
-"""Parts of a configuration in which cells must differ to be checked each."""
+CHECKED_PARTS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
+"""Parts of a configuration: of the runs that agree in all of them, one is checked."""
 
 
-def check(configs: Sequence[Config]) -> None:
-    """Build every kind of cell once, so that what does not fit stops the sweep before its first job.
+def check(runs: Sequence[PlannedRun]) -> None:
+    """Assemble one run of each kind, so that what does not fit stops the sweep before its first run.
 
     Raises:
-        ConfigError: the first cell's whose keys or values no part takes.
+        ConfigError: the first run whose keys or values no part takes.
     """
     from qbench.experiment.setup import assemble
     from qbench.quant.method import Unsupported
 
     seen = set()
-    for config in configs:
-        kinds = {k: v for k, v in to_dict(config).items() if k in KINDS}
-        key = json.dumps([kinds, config.runtime.device], sort_keys=True)
-        if key not in seen and not RunDirectory(config).stored():
+    for planned in runs:
+        config = planned.identity.config
+        key = json.dumps([{k: config[k] for k in CHECKED_PARTS}, config["runtime"]["device"]], sort_keys=True)
+        if key not in seen and not planned.directory.stored():
             seen.add(key)
             try:
-                assemble(config)
+                assemble(planned.config)
             except (Unsupported, DataError, CheckpointError, ResourceError):
-                continue  # listed with its reason when its turn comes
+                continue  # the run itself reports it, and the table lists it

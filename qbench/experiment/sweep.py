@@ -1,62 +1,65 @@
-"""Many runs: checked before the first, one after the other or by a launcher, shown while they work, summed up."""
+"""Runs a sweep: checks it before its first run, lets the runs follow one another or a launcher start them."""
 
 import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
-from qbench.config.schema import Config
 from qbench.errors import ConfigError, Interrupted, QbenchError
 from qbench.experiment.jobs import check, outcome, run_catching, work_on
-from qbench.experiment.sweep_progress import view
-from qbench.experiment.workers import most_workers, run_in_processes
-from qbench.runs.directory import RunDirectory
+from qbench.experiment.planned_run import PlannedRun
+from qbench.experiment.sweep_progress import show_progress
+from qbench.experiment.workers import run_in_processes, worker_count
 from qbench.runs.reader import RunRecord
 from qbench.runs.result import load_result
 
 LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper.max_batch_size", "submitit_slurm": ""}
-"""Name -> the key that limits the jobs at a time. joblib's processes are ours, submitit's come by Hydra's plugin."""
+"""Name -> the key that limits the runs at a time. qbench runs joblib's processes itself, Hydra's plugin submitit's."""
 
 
-def run_all(configs: Sequence[Config], stop: Callable[[], int]) -> list[RunRecord]:
-    """Run the cells one after the other; return what became of each."""
-    check(configs)
-    failed: dict[str, RunRecord] = {}
-    with view(configs, 1):
-        for config in configs:
+def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunRecord]:
+    """Do the runs one after the other; return the outcome of each."""
+    check(runs)
+    failed: dict[Path, RunRecord] = {}
+    with show_progress(runs, 1):
+        for planned in runs:
             try:
-                result = run_catching(config, stop)
+                result = run_catching(planned, stop)
             except Interrupted:
                 break
-            if load_result(RunDirectory(config).path) is None:  # it never came to have a directory
-                path = RunDirectory(config).path
-                failed[str(path)] = RunRecord(path=path, status=result.status, reason=result.reason or "")
-    return [failed.get(str(RunDirectory(c).path)) or outcome(c) for c in configs]
+            if load_result(planned.path) is None:  # it failed before it had a directory
+                failed[planned.path] = RunRecord(path=planned.path, status=result.status, reason=result.reason or "")
+    return [failed.get(planned.path) or outcome(planned) for planned in runs]
 
 
-def launch_all(arguments: list[str], configs: Sequence[Config], name: str, stop: Callable[[], int]) -> list[RunRecord]:
-    """Let a launcher run the cells in processes of its own; return what became of each.
+def launch_all(arguments: list[str], runs: Sequence[PlannedRun], name: str, stop: Callable[[], int]) -> list[RunRecord]:
+    """Let a launcher do the runs in processes of its own; return the outcome of each.
 
     Workers times threads never exceed the cores.
+
+    Raises:
+        ConfigError: no such launcher, or a key that it does not take.
     """
     if name not in LAUNCHERS:
         raise ConfigError(f"hydra/launcher={name}: no such launcher\nallowed: basic, {', '.join(LAUNCHERS)}")
     key = LAUNCHERS[name]
-    typed = [a.partition("=")[2] for a in arguments if key and a.startswith(f"{key}=")]
+    limits = [a.partition("=")[2] for a in arguments if key and a.startswith(f"{key}=")]
     for word in (w for w in arguments if name == "joblib" and w.lstrip("+").startswith("hydra.")):
         if not re.fullmatch(rf"{key}=(-1|[1-9]\d{{,5}})|hydra\.searchpath=.*", word):
-            raise ConfigError(f"{word}: with joblib, allowed is {key}=N, N jobs at a time or -1 for one on every core")
-    workers = most_workers(configs, typed[-1] if typed else "")
-    with view(configs, workers):
+            raise ConfigError(f"{word}: with joblib, allowed is {key}=N, N runs at a time or -1 for one on every core")
+    threads = max(planned.config.runtime.threads for planned in runs)
+    workers = worker_count(threads, limits[-1] if limits else "")
+    with show_progress(runs, workers):
         if name == "joblib":
-            run_in_processes(configs, workers, stop)
+            run_in_processes(runs, workers, stop)
         else:
             limit = [f"{key}={workers}"] if key else []
-            _by_hydra([a for a in arguments if not key or not a.startswith(f"{key}=")] + limit, configs)
-    return [outcome(config) for config in configs]
+            _launch_by_hydra([a for a in arguments if not key or not a.startswith(f"{key}=")] + limit, runs)
+    return [outcome(planned) for planned in runs]
 
 
-def _by_hydra(arguments: list[str], configs: Sequence[Config]) -> None:
+def _launch_by_hydra(arguments: list[str], runs: Sequence[PlannedRun]) -> None:
     from qbench.config import compose
 
     try:
@@ -65,10 +68,10 @@ def _by_hydra(arguments: list[str], configs: Sequence[Config]) -> None:
         installed = False
     if not installed:
         raise ConfigError("hydra/launcher=submitit_... is not installed\nin a clone: pip install -e '.[slurm]'")
-    check(configs)
+    check(runs)
     try:
         compose.dispatch(arguments, work_on)
     except QbenchError:
         raise
-    except Exception as error:  # a worker was killed; what it had in hand is unfinished
+    except Exception as error:  # a worker was killed; its run is unfinished
         print(f"warning: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)

@@ -1,67 +1,79 @@
-"""Progress of a sweep on the terminal, read from the run directories."""
+"""Shows the progress of a sweep, read from the directories of its runs."""
 
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qbench.config.schema import RATE, Config
-from qbench.runs.directory import RunDirectory
+from qbench.config.schema import RATE
+from qbench.experiment.planned_run import PlannedRun
 from qbench.runs.result import Result, load_result
 
-POLL = 0.5
-"""Seconds between two looks at the runs' directories."""
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+POLL_SECONDS = 0.5
+"""Time between two readings of the directories."""
 
 
 @contextmanager
-def view(configs: Sequence[Config], workers: int) -> Iterator[None]:
-    """Show, while the cells are worked on, how many are done, running and left, and the time left.
+def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
+    """Show how many runs of a sweep are done, running and left, while the block does them.
 
-    A thread looks at the directories, so that it is the same for every launcher.
+    A thread reads the directories, so that it works with every launcher.
     """
     ended = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(configs, workers, ended), daemon=True)
-    watcher.start()
+    thread = threading.Thread(target=_watch, args=(runs, workers, ended), daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        watcher.join()
+        thread.join()
 
 
-def _watch(configs: Sequence[Config], workers: int, ended: threading.Event) -> None:
-    directories = {d.path: d for d in map(RunDirectory, configs)}
-    old = {path for path, d in directories.items() if d.stored()}
-    seen = set(old)
-    bar: Any = None
-    if sys.stderr.isatty():
-        from qbench.runs.progress import live_bar
-
-        bar = live_bar()
-        bar.start()
-        bar.add_task(f"sweep of {len(directories)}", total=len(directories), completed=len(old), text="")
-    elif old:
-        print(f"[{len(old)}/{len(directories)}] stored already", file=sys.stderr, flush=True)
+def _watch(runs: Sequence[PlannedRun], workers: int, ended: threading.Event) -> None:
+    paths = list(dict.fromkeys(planned.path for planned in runs))
+    done = {planned.path for planned in runs if planned.directory.stored()}
+    bar = _start_bar(len(paths), len(done)) if sys.stderr.isatty() else None
+    if done and not bar:
+        print(f"[{len(done)}/{len(paths)}] stored already", file=sys.stderr, flush=True)
     began = time.time()
     while True:
-        last = ended.wait(POLL)
-        for path in [p for p in directories if p not in seen]:
-            result = load_result(path)
-            if result and (path / "result.json").stat().st_mtime >= began - 1:
-                seen.add(path)
-                if not bar:
-                    print(f"[{len(seen)}/{len(directories)}] {_line(result)}", file=sys.stderr, flush=True)
+        last = ended.wait(POLL_SECONDS)
+        for path, result in _finished([p for p in paths if p not in done], since=began - 1):
+            done.add(path)
+            if not bar:
+                print(f"[{len(done)}/{len(paths)}] {_line(result)}", file=sys.stderr, flush=True)
         if bar:
-            left = len(directories) - len(seen)
-            running = sum((p / "config.yaml").exists() for p in directories if p not in seen)
-            text = f"{len(seen)} done, {min(running, workers)} running, {left - min(running, workers)} left"
-            bar.update(bar.task_ids[0], completed=len(seen), text=text)
+            left = len(paths) - len(done)
+            running = min(workers, sum((p / "config.yaml").exists() for p in paths if p not in done))
+            text = f"{len(done)} done, {running} running, {left - running} left"
+            bar.update(bar.task_ids[0], completed=len(done), text=text)
         if last:
             break
     if bar:
         bar.stop()
+
+
+def _start_bar(total: int, done: int) -> "Progress":
+    from qbench.runs.progress import live_bar
+
+    bar = live_bar()
+    bar.start()
+    bar.add_task(f"sweep of {total}", total=total, completed=done, text="")
+    return bar
+
+
+def _finished(paths: Sequence[Path], since: float) -> Iterator[tuple[Path, Result]]:
+    """Yield the directories whose result was written after a time, in seconds since the epoch, with the result."""
+    for path in paths:
+        result = load_result(path)
+        if result and (path / "result.json").stat().st_mtime >= since:
+            yield path, result
 
 
 def _line(result: Result) -> str:
@@ -71,6 +83,6 @@ def _line(result: Result) -> str:
     if result.status != "done" or result.final is None:
         return f"{name}: {result.status}: {(result.reason or '').partition(chr(10))[0]}"
     seconds = f"{result.wall_seconds or 0:.1f} s"
-    if rate:  # among those to choose from: only what is chosen shows its test figure
+    if rate:  # one of a grid: the test accuracy is shown for the selected rate only
         return f"{name}: validation {result.final.val.top1 if result.final.val else float('nan'):.2f} %, {seconds}"
     return f"{name}: {result.final.test.top1:.2f} %, {seconds}"

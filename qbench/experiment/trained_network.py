@@ -1,4 +1,4 @@
-"""A finished run's configuration and weights, to build its network again."""
+"""Reads a finished run's configuration and weights, from which its network is built again."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,22 @@ from qbench.config.schema import Config
 from qbench.config.validate import from_dict
 from qbench.errors import CheckpointError, ConfigError
 from qbench.system import files
-from qbench.training.initial_weights import published
+from qbench.training.initial_weights import load_published
 
 
 def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
-    """Return a finished run's configuration, where its own weights came from left out, and its checkpoint."""
+    """Return a finished run's configuration and checkpoint; the configuration starts from scratch, without a teacher.
+
+    Args:
+        named: what error messages call the run.
+        weights: `best` on validation, or those of the `last` epoch.
+
+    Raises:
+        CheckpointError: a file of the run is missing or damaged.
+    """
     try:
         values = files.read_yaml(run / "config.yaml")
-        state = published(run, f"{weights}.pt")
+        state = load_published(run, f"{weights}.pt")
         values |= {"init": "scratch", "distill": {"name": "none"}}
         values["runtime"]["device"] = device
         return from_dict(values), state
@@ -28,7 +36,7 @@ def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu"
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Module:
-    """Load a run's checkpoint into its network; return the network.
+    """Load a run's checkpoint into its network, and return the network.
 
     Raises:
         CheckpointError: the checkpoint belongs to another network.
@@ -37,5 +45,5 @@ def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Modu
         model.load_state_dict(state["model"])
     except (RuntimeError, KeyError) as error:
         why = str(error).partition("\n")[0]
-        raise CheckpointError(f"{named} is of another network than config.yaml: {why}") from None
+        raise CheckpointError(f"{named} belongs to another network than config.yaml: {why}") from None
     return model

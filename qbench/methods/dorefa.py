@@ -55,10 +55,10 @@ Results
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.fused_kernels import divided, grad_within, uniform
+from qbench.quant.fused_kernels import divide_codes_, grad_within, uniform
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import (
     Cells,
@@ -70,7 +70,7 @@ from qbench.quant.ops import (
     sign,
     straight_through,
 )
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 @in_float32
@@ -95,7 +95,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
     top = torch.where(top == 0, 1.0, top)
 
     def value(t: Tensor) -> Tensor:
-        return divided(t.div(2 * top).add_(0.5).mul_(n).round_(), n).mul_(2).sub_(1)
+        return divide_codes_(t.div(2 * top).add_(0.5).mul_(n).round_(), n).mul_(2).sub_(1)
 
     def backward(grad: Tensor, t: Tensor) -> Tensor:
         ends = t.div(top).trunc_()  # -1 or 1 where the maximum is: its share of the gradient goes there
@@ -114,7 +114,7 @@ def quantize_activation(x: Tensor, bits: int) -> Tensor:
     return fused_quantizer(
         x,
         plain=lambda x: quantize_k(x.clamp(0, 1), bits),
-        value=lambda x: divided(x.clamp(0, 1).mul_(n).round_(), n),
+        value=lambda x: divide_codes_(x.clamp(0, 1).mul_(n).round_(), n),
         backward=lambda grad, x: grad_within(grad, x, 0, 1),
         cells=_cells(n),
     )
@@ -140,7 +140,7 @@ def quantize_activation_abs(x: Tensor, bits: int) -> Tensor:
     return fused_quantizer(
         x,
         plain=lambda x: quantize_k(x.abs().clamp(max=1), bits),
-        value=lambda x: divided(x.abs().clamp_(max=1).mul_(n).round_(), n),
+        value=lambda x: divide_codes_(x.abs().clamp_(max=1).mul_(n).round_(), n),
         backward=lambda grad, x: grad_within(grad, x, -1, 1).mul_(x.sign()),
     )
 
@@ -173,7 +173,7 @@ def _sample_max(x: Tensor) -> Tensor:
     return x.detach().abs().amax(dim=axes, keepdim=True) if axes else x.detach().abs()
 
 
-class DoReFaWeight(nn.Module):
+class DoReFaWeight(Quantizer):
     """DoReFa's weights of one layer."""
 
     def __init__(self, bits: int) -> None:
@@ -194,7 +194,7 @@ class DoReFaWeight(nn.Module):
         return Storage(w.numel(), self.bits, 4 if self.bits == 1 else 0)
 
 
-class DoReFaActivation(nn.Module):
+class DoReFaActivation(Quantizer):
     """DoReFa's activations in front of one layer, for a function with `levels` of 2^bits values from `low` on."""
 
     def __init__(self, function: Callable[[Tensor, int], Tensor], low: float, bits: int) -> None:
@@ -210,7 +210,7 @@ class DoReFaActivation(nn.Module):
         return Grid((levels_k(self.bits, x) + self.low).reshape(1, -1, 1))
 
 
-class DoReFaGradient(nn.Module):
+class DoReFaGradient(Quantizer):
     """Quantizes the gradient of a layer's output."""
 
     def __init__(self, bits: int) -> None:

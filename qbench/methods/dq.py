@@ -70,7 +70,7 @@ from qbench.quant.layers import QLayer, float_mode, is_quantizer_key, quantized_
 from qbench.quant.method import Method, Requires
 from qbench.quant.ops import in_float32
 from qbench.quant.probe import Probe
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 INITIALS, ALLOCATIONS = ("quantiles", "uniform"), ("gradient", "even")
 MOST = 4
@@ -127,7 +127,7 @@ def allocate_points(norms: Sequence[float], points: int, most: int | None = None
     return counts
 
 
-class DQWeight(nn.Module):
+class DQWeight(Quantizer):
     """A layer's weights, frozen, on trained points."""
 
     count: Tensor
@@ -219,7 +219,7 @@ def build(*, w: int = 4, bucket: int = 256, initial: str = "quantiles", allocati
         bits=Bits(w),
         supported_bits={"w": (*range(2, 9), FLOAT)},
         requires=Requires(teacher=True),
-        weight=lambda name, layer, bits: DQWeight(layer.weight.detach(), bits, bucket, initial),  # type: ignore[operator]
+        weight=lambda name, layer, bits: DQWeight(layer.weight.detach(), bits, bucket, initial),
         prepare=lambda model, probe: share(model, probe, allocation),
         step=stepped,
     )

@@ -59,18 +59,18 @@ Results
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.fused_kernels import blockwise, grad_within, rounding_up_or_down
+from qbench.quant.fused_kernels import blockwise, grad_within, stochastic_rounding_fill
 from qbench.quant.install import ImageQuantizer
-from qbench.quant.layers import QLayer, quantized_layers
+from qbench.quant.layers import FloatLayer, QLayer, quantized_layers
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import fused_quantizer, in_float32, on_backward, straight_through
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTUMS = ("float", "fixed")
@@ -102,7 +102,7 @@ def to_fixed(
     low, high = -(2.0 ** (integer_bits - 1)), 2.0 ** (integer_bits - 1) - eps
 
     def value(x: Tensor) -> Tensor:
-        rounded = rounding_up_or_down(x, generator) if rounding == "stochastic" else _nearest
+        rounded = stochastic_rounding_fill(x, generator) if rounding == "stochastic" else _nearest
 
         def fill(piece: Tensor, made: Tensor, steps: Tensor, *scratch: Tensor) -> None:
             rounded(torch.clamp(piece, low, high, out=steps).mul_(1 / eps), made, *scratch)
@@ -144,7 +144,7 @@ class Format(NamedTuple):
         return Grid((codes * 2.0**-self.fraction).reshape(1, -1, 1))
 
 
-class GuptaWeight(nn.Module):
+class GuptaWeight(Quantizer):
     """A layer's weights, which lie on their grid after `prepare` and each step; holds what is stored with them too."""
 
     def __init__(self, weights: Format, biases: Format, updates: Format, momentum: Format) -> None:
@@ -164,7 +164,7 @@ class GuptaWeight(nn.Module):
         return Storage(w.numel(), self.weights.integer + self.weights.fraction, 0)
 
 
-class GuptaActivation(nn.Module):
+class GuptaActivation(Quantizer):
     """A layer's input in the activations' format."""
 
     def __init__(self, activations: Format) -> None:
@@ -180,7 +180,7 @@ class GuptaActivation(nn.Module):
         return self.activations.grid(x)
 
 
-class GuptaOutput(nn.Module):
+class GuptaOutput(Quantizer):
     """A layer's output in the activations' format, and its gradient in the errors'."""
 
     def __init__(self, activations: Format, errors: Format) -> None:
@@ -255,12 +255,12 @@ def build(
     def form(kind: str, bits: int) -> Format:
         return Format(integers[kind], bits - integers[kind], rounding)
 
-    def weight(name: str, layer: nn.Module, bits: int) -> GuptaWeight:
+    def weight(name: str, layer: FloatLayer, bits: int) -> GuptaWeight:
         kept = form("momentum", bits if momentum == "fixed" else FLOAT)
         return GuptaWeight(form("weights", bits), form("biases", bits), form("updates", bits), kept)
 
-    def output(name: str, layer: nn.Module, bits: int) -> GuptaOutput | None:
-        own, image = cast(QLayer, layer).bits, isinstance(layer.input_q, ImageQuantizer)  # own.a may be the image's
+    def output(name: str, layer: QLayer, bits: int) -> GuptaOutput | None:
+        own, image = layer.bits, isinstance(layer.input_q, ImageQuantizer)  # own.a may be the image's
         width = a if image or FLOAT in (a, own.a) else own.a  # float where activations are another method's
         absent = own == Bits() or bits == width == FLOAT
         return None if absent else GuptaOutput(form("activations", width), form("errors", bits))

@@ -56,15 +56,15 @@ import math
 from functools import lru_cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbench.bits import FLOAT, Bits
 from qbench.methods.xnor import BinaryActivation as SignActivation
 from qbench.methods.xnor import BinaryWeight, filter_scale
-from qbench.quant.fused_kernels import beside, grad_between, lookup, scalar, step_function
+from qbench.quant.fused_kernels import grad_between, lookup, next_float, scalar, step_function
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, straight_through, surrogate
-from qbench.quant.quantizer import Grid
+from qbench.quant.quantizer import Grid, Quantizer
 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
@@ -120,7 +120,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
     def derivative(grad: Tensor, x: Tensor) -> Tensor:
         if backward == "clipped":
-            return grad_between(grad, x, 0, beside(scalar(top), math.inf, x.dtype))
+            return grad_between(grad, x, 0, next_float(scalar(top), math.inf, x.dtype))
         passed = grad_between(grad, x, 0, math.inf)
         return passed if backward == "vanilla" else passed.div_(x.sub(top - 1).clamp_(min=1))
 
@@ -131,7 +131,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
     """Return the cells between thresholds, parted once more at 0 and at the last level, where slopes change."""
-    edges = torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]).unique()  # type: ignore[no-untyped-call]
+    edges = torch.unique(torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]))
     numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
     middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
 
@@ -222,7 +222,7 @@ class HWGQWeight(BinaryWeight):
         return binarize_weight(w)
 
 
-class HWGQActivation(nn.Module):
+class HWGQActivation(Quantizer):
     """Half-wave Gaussian quantization in front of one layer."""
 
     levels: Tensor

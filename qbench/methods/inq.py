@@ -155,7 +155,7 @@ def build(*, w: int = 5, portions: Sequence[float] = (0.5, 0.75, 0.875, 1.0), pa
         name="inq",
         bits=Bits(w),
         supported_bits={"w": (*range(2, 9), FLOAT)},
-        weight=lambda name, layer, bits: INQWeight(layer.weight.detach(), bits),  # type: ignore[operator]
+        weight=lambda name, layer, bits: INQWeight(layer.weight.detach(), bits),
         phases=(lambda epochs: stage_borders(epochs, len(steps))) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
     )

@@ -47,11 +47,11 @@ from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import grad_between
-from qbench.quant.layers import clamp_min_, float_mode, quantized_layers
+from qbench.quant.layers import FloatLayer, clamp_min_, float_mode, quantized_layers
 from qbench.quant.method import Method, Requires
 from qbench.quant.ops import fused_quantizer, in_float32, on_backward, round_ste
 from qbench.quant.probe import Probe
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 SMALLEST = 1e-8
 
@@ -108,15 +108,14 @@ def _points(step: Tensor, bits: int, signed: bool) -> Grid:
     return Grid((torch.arange(-low, high + 1, device=step.device) * step).reshape(1, -1, 1))
 
 
-class LSQWeight(nn.Module):
+class LSQWeight(Quantizer):
     """A layer's weights with their learned step."""
 
     positive_parameters: tuple[str, ...] = ("step",)
 
-    def __init__(self, layer: nn.Module, bits: int) -> None:
+    def __init__(self, layer: FloatLayer, bits: int) -> None:
         super().__init__()
         self.bits = bits
-        assert isinstance(layer.weight, Tensor)
         self.step = nn.Parameter(initial_step(layer.weight, bits, signed=True))
 
     def forward(self, w: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ class LSQWeight(nn.Module):
         return Storage(w.numel(), self.bits, 4)
 
 
-class LSQActivation(nn.Module):
+class LSQActivation(Quantizer):
     """A layer's input with its learned step."""
 
     positive_parameters: tuple[str, ...] = ("step",)
@@ -178,9 +177,9 @@ class LSQActivation(nn.Module):
         return _points(self.step, self.bits, bool(self.signed))
 
 
-def _forget(module: nn.Module, keys: object) -> None:
+def _forget(module: LSQActivation, keys: object) -> None:
     """Ask for the sign anew: a state_dict was loaded."""
-    module.is_signed = None  # type: ignore[assignment]
+    module.is_signed = None
 
 
 def prepare(model: nn.Module, probe: Probe) -> None:

@@ -62,10 +62,11 @@ from torch import Tensor, nn
 from qbench.bits import FLOAT, Bits
 from qbench.methods import slq
 from qbench.methods.slq import Clusters, loss_when_frozen
-from qbench.quant.layers import quantized_layers
+from qbench.quant.layers import FloatLayer, quantized_layers
 from qbench.quant.masks import stage, stage_borders
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.probe import Probe
+from qbench.quant.quantizer import Quantizer
 
 GROUPS = {
     2: ("boundary", "zero"),
@@ -147,10 +148,9 @@ def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
         raise ValueError(f"zero={zero}: allowed are {', '.join(PINNED)}")
     groups = len(GROUPS.get(w, GROUPS[2]))
 
-    def site(name: str, layer: nn.Module, bits: int) -> nn.Module:
+    def site(name: str, layer: FloatLayer, bits: int) -> Quantizer:
         if bits != w:  # layers take turns, group by group: all have the same groups
             raise Unsupported(f"mlq gives all layers one width: {name} has {bits} bits, bits.w is {w}")
-        assert isinstance(layer.weight, Tensor)
         return MLQWeight(layer.weight.detach(), bits, PINNED[zero])
 
     def on_epoch(model: nn.Module, epoch: int, epochs: int, probe: Probe) -> None:

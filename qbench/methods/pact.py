@@ -50,11 +50,11 @@ from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.methods.dorefa import DoReFaWeight
-from qbench.quant.fused_kernels import at_least, beside, grad_between, scalar
+from qbench.quant.fused_kernels import at_least, grad_between, next_float, scalar
 from qbench.quant.layers import clamp_min_
 from qbench.quant.method import Method, Requires
 from qbench.quant.ops import Cells, fused_quantizer, in_float32, levels_k, straight_through
-from qbench.quant.quantizer import Grid
+from qbench.quant.quantizer import Grid, Quantizer
 
 SMALLEST = 1e-3
 
@@ -76,8 +76,8 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
     def backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         top = scalar(alpha)
-        clipped = grad_between(grad, x, beside(top, -inf, x.dtype), inf)
-        return grad_between(grad, x, beside(0, -inf, x.dtype), top), clipped.sum()
+        clipped = grad_between(grad, x, next_float(top, -inf, x.dtype), inf)
+        return grad_between(grad, x, next_float(0, -inf, x.dtype), top), clipped.sum()
 
     alpha = alpha.to(x.dtype)
     return fused_quantizer(x, alpha, plain=plain, value=value, backward=backward, cells=_cells(alpha.detach(), n))
@@ -96,7 +96,7 @@ def _cells(alpha: Tensor, n: float) -> Cells:
     return Cells(number, inside, int(n) + 3)
 
 
-class PACTActivation(nn.Module):
+class PACTActivation(Quantizer):
     """PACT in front of one layer."""
 
     positive_parameters: tuple[str, ...] = ("alpha",)

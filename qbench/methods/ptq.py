@@ -59,7 +59,7 @@ from qbench.quant.layers import float_mode, quantized_layers
 from qbench.quant.method import Method, Requires
 from qbench.quant.ops import in_float32, straight_through
 from qbench.quant.probe import Batch, Probe
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 WEIGHTS, CALIBRATIONS = ("minmax", "mse"), ("minmax", "percentile", "mse")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -112,7 +112,7 @@ def mse_range(x: Tensor, bits: int) -> Range:
     return low * part, high * part
 
 
-class PTQWeight(nn.Module):
+class PTQWeight(Quantizer):
     """A layer's weights on an even grid that stays."""
 
     scale: Tensor
@@ -141,7 +141,7 @@ class PTQWeight(nn.Module):
         return Storage(w.numel(), self.bits, 4 * self.scale.numel())
 
 
-class PTQActivation(nn.Module):
+class PTQActivation(Quantizer):
     """A layer's input on an even grid over a range that stays."""
 
     low: Tensor
@@ -246,7 +246,7 @@ def build(
         supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
         requires=Requires(act="keep"),
         traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),
-        weight=lambda name, layer, bits: PTQWeight(layer.weight, bits, channel, weights),  # type: ignore[arg-type]
+        weight=lambda name, layer, bits: PTQWeight(layer.weight, bits, channel, weights),
         input=lambda name, layer, bits: PTQActivation(bits),
         prepare=prepare,
         needs_training=False,

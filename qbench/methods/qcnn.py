@@ -53,7 +53,6 @@ Results
 """
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +60,12 @@ from torch.nn import functional as F
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
-from qbench.quant.layers import QLayer, float_mode, quantized_layers
+from qbench.quant.layers import FloatLayer, QLayer, float_mode, quantized_layers
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import in_float32
 from qbench.quant.probe import Probe
-from qbench.quant.product_quantization import decoded, error_corrected, product_codes, split
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.product_quantization import decode, error_corrected, product_codes, subvectors
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 # Ct outputs, Cs inputs, M subspaces, K codewords, G groups, P kernel positions, N responses.
 
@@ -77,7 +76,7 @@ Take = Callable[[QLayer, Tensor, int], Tensor]
 @in_float32
 def product_quantize(w: Tensor, subspace: int, codewords: int) -> Tensor:
     """Return weights (Ct, Cs) or (Ct, Cs, kh, kw) with every `subspace` input channels replaced by a codeword."""
-    return decoded(*product_codes(w, subspace, codewords), w.shape[1])
+    return decode(*product_codes(w, subspace, codewords), w.shape[1])
 
 
 def fc_flops(inputs: int, outputs: int, subspace: int, codewords: int) -> int:
@@ -103,7 +102,7 @@ def conv_bytes(inputs: int, outputs: int, kernel: int, subspace: int, codewords:
     return 4 * inputs // groups * codewords + codes * (codewords - 1).bit_length() / 8
 
 
-class QCNNWeight(nn.Module):
+class QCNNWeight(Quantizer):
     """A layer's weights as codes; all zero until `encode`, since to find them takes minutes in a large network."""
 
     codebooks: Tensor
@@ -118,7 +117,7 @@ class QCNNWeight(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the decoded weights; the latent ones get no gradient."""
-        return decoded(self.codebooks, self.codes, w.shape[1]).to(w.dtype)
+        return decode(self.codebooks, self.codes, w.shape[1]).to(w.dtype)
 
     def encode(self, w: Tensor) -> None:
         """Take the codes that k-means finds."""
@@ -134,7 +133,7 @@ class QCNNWeight(nn.Module):
 
     def grid(self, w: Tensor) -> Grid:
         """One group per subspace: its codewords."""
-        return Grid(self.codebooks, lambda t: split(t, self.subspace).flatten(0, -3).transpose(0, 1))
+        return Grid(self.codebooks, lambda t: subvectors(t, self.subspace).flatten(0, -3).transpose(0, 1))
 
     def bytes(self, w: Tensor) -> Storage:
         """A code for several weights, and the codebooks."""
@@ -188,8 +187,9 @@ def _over(model: nn.Module, probe: Probe, layers: dict[str, QLayer], take: Take)
 
 def encode(model: nn.Module, probe: Probe, correct: bool) -> None:
     """Encode the weights of a network's layers as they run."""
-    layers = {n: layer for n, layer in quantized_layers(model).items() if isinstance(layer.weight_q, QCNNWeight)}
-    sites = {name: cast(QCNNWeight, layer.weight_q) for name, layer in layers.items()}
+    layers = quantized_layers(model)
+    sites = {name: layer.weight_q for name, layer in layers.items() if isinstance(layer.weight_q, QCNNWeight)}
+    layers = {name: layers[name] for name in sites}
     for name, layer in layers.items():
         sites[name].encode(layer.weight)  # which may have been loaded since the quantizer was made
     if not correct:
@@ -232,10 +232,10 @@ def build(
         if key.endswith("codewords") and value and not 2 <= value <= 2**CODE_BITS:
             raise ValueError(f"{key}={value}: allowed are 2 to {2**CODE_BITS}, and 0 for as many as bits.w allows")
 
-    def site(name: str, layer: nn.Module, bits: int) -> nn.Module:
+    def site(name: str, layer: FloatLayer, bits: int) -> QCNNWeight:
         prefix = "fc_" if isinstance(layer, nn.Linear) else ""
         size, count = options[f"{prefix}subspace"], options[f"{prefix}codewords"]
-        quantizer = QCNNWeight(cast(Tensor, layer.weight), size, _codewords(bits, size, count, prefix))
+        quantizer = QCNNWeight(layer.weight, size, _codewords(bits, size, count, prefix))
         layer.weight.requires_grad_(False)  # before the optimizer exists, and on a resume too
         return quantizer
 

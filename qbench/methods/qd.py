@@ -58,13 +58,13 @@ from collections.abc import Iterable
 from heapq import heapify, heappop, heapreplace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.fused_kernels import round_up_or_down
+from qbench.quant.fused_kernels import stochastic_round
 from qbench.quant.method import Method, Requires
 from qbench.quant.ops import in_float32, levels_k, straight_through
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 # Shapes: B buckets, K elements of one, L levels.
 
@@ -94,7 +94,7 @@ def quantize_bucketed(
     alpha, beta = bucket_scale(v_BK)
     steps = float(2**bits - 1)
     y = (v_BK - beta) / alpha * steps
-    code = round_up_or_down(y, generator) if stochastic else y.round()
+    code = stochastic_round(y, generator) if stochastic else y.round()
     return straight_through(w, from_buckets(code / steps * alpha + beta, w))
 
 
@@ -150,7 +150,7 @@ def huffman_bits(counts: Iterable[int]) -> float:
     return bits / total
 
 
-class QDWeight(nn.Module):
+class QDWeight(Quantizer):
     """A layer's weights on even levels, bucket by bucket."""
 
     def __init__(self, bits: int, bucket: int, stochastic: bool) -> None:

@@ -93,7 +93,7 @@ def cluster(w: Tensor, k: int, pinned: float | Sequence[float] | Tensor | None =
 
 def merged(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distinct ones among `values` (k,), ascending, and the labels that belong to them."""
-    distinct, place = values.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    distinct, place = torch.unique(values, return_inverse=True)
     return distinct, place[labels]
 
 
@@ -228,7 +228,7 @@ def incremental(
         name=name,
         bits=Bits(w),
         supported_bits={"w": (*range(2, 9), FLOAT)},
-        weight=lambda name, layer, bits: site(layer.weight.detach(), bits),  # type: ignore[operator]
+        weight=lambda name, layer, bits: site(layer.weight.detach(), bits),
         phases=(lambda epochs: stage_borders(epochs, len(stages))) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
     )

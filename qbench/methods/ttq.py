@@ -51,10 +51,10 @@ import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.layers import clamp_min_
+from qbench.quant.layers import FloatLayer, clamp_min_
 from qbench.quant.method import Method
 from qbench.quant.ops import in_float32, surrogate
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 SMALLEST = 1e-8
 THRESHOLDS, INITIALS = ("max", "sparsity"), ("mean", "one")
@@ -82,15 +82,14 @@ def mean_within(zone: Tensor, w: Tensor) -> Tensor:
     return torch.where(zone.any(), mean, torch.ones_like(mean))
 
 
-class TTQWeight(nn.Module):
+class TTQWeight(Quantizer):
     """Ternary weights of one layer with learned scales."""
 
     positive_parameters: tuple[str, ...] = ("positive", "negative")
 
-    def __init__(self, layer: nn.Module, threshold: str, t: float, initial: str, decay: float) -> None:
+    def __init__(self, layer: FloatLayer, threshold: str, t: float, initial: str, decay: float) -> None:
         super().__init__()
         self.threshold, self.t, self.weight_decay = threshold, t, decay
-        assert isinstance(layer.weight, Tensor)
         w = layer.weight.detach()
         delta = self.delta(w)
         starts = [mean_within(zone, w) if initial == "mean" else w.new_ones(()) for zone in (w > delta, w < -delta)]

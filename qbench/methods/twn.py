@@ -39,12 +39,12 @@ Results
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.method import Method
 from qbench.quant.ops import in_float32, sign, straight_through
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 def threshold_and_scale(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def ternarize_weight(w: Tensor) -> Tensor:
     return straight_through(w, alpha * sign(w) * (w.detach().abs() > delta))
 
 
-class TWNWeight(nn.Module):
+class TWNWeight(Quantizer):
     """Ternary weights of one layer."""
 
     def forward(self, w: Tensor) -> Tensor:

@@ -41,13 +41,13 @@ Results
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import grad_within
 from qbench.quant.method import Method, Requires
 from qbench.quant.ops import fused_quantizer, in_float32, round_ste, straight_through
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 @in_float32
@@ -89,7 +89,7 @@ def step_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]
     return step, (-low / step).round()
 
 
-class UniformWeight(nn.Module):
+class UniformWeight(Quantizer):
     """A layer's weights on an even grid."""
 
     def __init__(self, bits: int, channel: bool) -> None:
@@ -112,7 +112,7 @@ class UniformWeight(nn.Module):
         return Storage(w.numel(), self.bits, 4 * (len(w) if self.channel else 1))
 
 
-class UniformActivation(nn.Module):
+class UniformActivation(Quantizer):
     """A layer's input on an even grid over a moving range."""
 
     low: Tensor

@@ -55,10 +55,10 @@ from torch.nn import functional as F
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import above, at_least, grad_between
-from qbench.quant.layers import quantized_layers
+from qbench.quant.layers import FloatLayer, QLayer, quantized_layers
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, surrogate
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 GRADIENTS = ("paper", "authors")
 SCALES = ("none", "K")
@@ -99,7 +99,7 @@ def binarize_activation(x: Tensor) -> Tensor:
     )
 
 
-class BinaryWeight(nn.Module):
+class BinaryWeight(Quantizer):
     """Binary weights of one layer."""
 
     def __init__(self, gradient: str) -> None:
@@ -120,7 +120,7 @@ class BinaryWeight(nn.Module):
         return Storage(w.numel(), 1, 4 * len(w))
 
 
-class BinaryActivation(nn.Module):
+class BinaryActivation(Quantizer):
     """Binary activations in front of one layer."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,15 +132,14 @@ class BinaryActivation(nn.Module):
         return Grid(x.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
 
-class InputScale(nn.Module):
+class InputScale(Quantizer):
     """Multiplies a layer's products by K, the mean magnitude of the inputs that each output read. Section 3.2.
 
     The layer's bias is not multiplied: K stands for what the convolution's signs lost.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: FloatLayer) -> None:
         super().__init__()
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
         self.owner = (layer,)  # in a tuple, or the layer would be a part of its own part
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ class InputScale(nn.Module):
             return y * k
         return y * k + layer.bias.reshape(-1, *[1] * (y.dim() - 2)) * (1 - k)
 
-    def _k(self, layer: nn.Conv2d | nn.Linear, magnitude: Tensor) -> Tensor:
+    def _k(self, layer: FloatLayer, magnitude: Tensor) -> Tensor:
         """Return K, of y's shape or broadcast to it."""
         if not isinstance(layer, nn.Conv2d):
             return magnitude.mean(-1, keepdim=True)
@@ -162,14 +161,13 @@ class InputScale(nn.Module):
         return k.repeat_interleave(layer.out_channels // layer.groups, 1) if layer.groups > 1 else k
 
 
-def _input_scale(layer: nn.Module) -> nn.Module | None:
+def _input_scale(layer: QLayer) -> InputScale | None:
     """K for a layer whose input is binary; none for one that reads the image or floats."""
     return InputScale(layer) if isinstance(layer.input_q, BinaryActivation) else None
 
 
-def site(layer: nn.Module, gradient: str, center: bool) -> nn.Module:
+def site(layer: FloatLayer, gradient: str, center: bool) -> BinaryWeight:
     """Return a layer's weight quantizer; refuse what the authors' formulas make of filters with one input channel."""
-    assert isinstance(layer.weight, Tensor)
     if layer.weight.shape[1] == 1 and (gradient == "authors" or center):
         what = "gradient=authors" if gradient == "authors" else "center=true"
         raise Unsupported(f"{what} makes filters of one input channel stand still; leave such layers float")

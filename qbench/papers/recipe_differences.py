@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qbench.config.schema import Config, to_dict
+from qbench.config.identity import RunIdentity, run_identity
 from qbench.papers.published import absence_note, command_words, missing_requirements
 from qbench.papers.row_files import names, papers
 from qbench.papers.rows import PublishedRow
@@ -16,14 +16,14 @@ KEYS_SHOWN = 12
 NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 
 
-def recipe_differences(config: Config) -> list[str]:
+def recipe_differences(run: RunIdentity) -> list[str]:
     """Return sentences: the nearest published row, how its experiment differs, and what the paper leaves open.
 
     The keys of the protocol and of the method are compared; seeds, devices and paths are not.
     """
-    if config.is_parent:
+    if run.is_baseline:
         return []
-    method = str(config.method["name"])
+    method = str(run.config["method"]["name"])
     rows = [
         row
         for paper in papers()
@@ -32,10 +32,10 @@ def recipe_differences(config: Config) -> list[str]:
     ]
     if not rows:
         return [f"no published figures have a recipe for {method}: nothing to compare with"]
-    nearest = sorted(rows, key=lambda row: _similarity(row, config), reverse=True)[:CANDIDATES]
-    compared = [(_differing_keys(config, _compose_experiment(row)), row) for row in nearest]
+    nearest = sorted(rows, key=lambda row: _similarity(row, run), reverse=True)[:CANDIDATES]
+    compared = [(_differing_keys(run, _compose_experiment(row)), row) for row in nearest]
     differing, row = min(compared, key=lambda pair: len(pair[0]))  # the first, hence nearest, of equals
-    sentences = _absence_notes(row, config)
+    sentences = _absence_notes(row, run)
     experiment = f"experiment={row.paper}/{row.id}"
     if differing:
         more = f", and {len(differing) - KEYS_SHOWN} more keys" if len(differing) > KEYS_SHOWN else ""
@@ -48,17 +48,17 @@ def recipe_differences(config: Config) -> list[str]:
     return sentences
 
 
-def _similarity(row: PublishedRow, config: Config) -> tuple[bool, bool, bool, int, int, bool]:
+def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, int, int, bool]:
     """Return a sort key for a row, larger is nearer.
 
     In this order: same data set and network, same network, same data set, number of equal widths, few command-line
     words that do not hold here, run by the authors.
     """
-    dataset = f"dataset={config.dataset['name']}" in names().datasets[row.dataset].words
-    net = f"model={config.model['name']}" in names().nets[row.net].words
-    equal_widths = sum(getattr(row.bits, key) == (getattr(config.bits, key) or 32) for key in "wag")
+    dataset = f"dataset={run.dataset}" in names().datasets[row.dataset].words
+    net = f"model={run.model}" in names().nets[row.net].words
+    equal_widths = sum(getattr(row.bits, key) == getattr(run.bits, key) for key in "wag")
     wanted = dict(word.partition("=")[::2] for word in command_words(row))
-    broken = sum(not _holds(key, value, to_dict(config)) for key, value in wanted.items())
+    broken = sum(not _holds(key, value, run.config) for key, value in wanted.items())
     return dataset and net, net, dataset, equal_widths, -broken, row.by_authors
 
 
@@ -78,28 +78,28 @@ def _as_number(value: object) -> float | str:
         return str(value).replace(" ", "")
 
 
-def _absence_notes(row: PublishedRow, config: Config) -> list[str]:
+def _absence_notes(row: PublishedRow, run: RunIdentity) -> list[str]:
     """Return a sentence if the authors have no result on this data set with this network."""
-    datasets = [key for key, name in names().datasets.items() if f"dataset={config.dataset['name']}" in name.words]
-    nets = [key for key, name in names().nets.items() if f"model={config.model['name']}" in name.words]
+    datasets = [key for key, name in names().datasets.items() if f"dataset={run.dataset}" in name.words]
+    nets = [key for key, name in names().nets.items() if f"model={run.model}" in name.words]
     sentence = absence_note(row.paper, nets[0] if nets else None, datasets[0]) if datasets else None
     return [sentence] if sentence else []
 
 
-def _compose_experiment(row: PublishedRow) -> Config:
-    """Return the configuration of a row's experiment."""
+def _compose_experiment(row: PublishedRow) -> RunIdentity:
+    """Return the identity of a row's experiment."""
     from qbench.config import compose
 
     (config,) = compose.configurations([f"experiment={row.paper}/{row.id}"])
-    return config
+    return run_identity(config)
 
 
-def _differing_keys(config: Config, published: Config) -> list[str]:
+def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
     """Return `key=ours (published: theirs)` for every key that differs.
 
     A data set, network or optimizer of another name counts as one key.
     """
-    ours, theirs = _compared_keys(config), _compared_keys(published)
+    ours, theirs = _compared_keys(run), _compared_keys(published)
     for node, title in NODE_TITLES.items():
         if ours.get(f"{node}.name") != theirs.get(f"{node}.name"):
             ours, theirs = (
@@ -115,9 +115,8 @@ def _differing_keys(config: Config, published: Config) -> list[str]:
     return differing
 
 
-def _compared_keys(config: Config) -> dict[str, str]:
+def _compared_keys(run: RunIdentity) -> dict[str, str]:
     """Return the configuration keys that are compared, with values as text: protocol, method and widths."""
-    widths = {key: getattr(config.bits, key) or 32 for key in "wag"}
-    method = {key: value for key, value in config.method.items() if key != "name"}
-    values = flat(config.protocol() | {"method": method, "bits": widths})
+    method = {key: value for key, value in run.keys["method"].items() if key != "name"}
+    values = flat(run.protocol | {"method": method, "bits": run.bits._asdict()})
     return {key: value.strip('"') for key, value in values.items()}

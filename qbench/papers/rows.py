@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qbench.config.schema import Bits
+from qbench.config.schema import BitWidths
 
 PROVENANCES = ("verified", "second-hand", "memory-high", "memory-medium", "memory-low", "unknown")
 """How well a figure is known, best first: read in the source named; read in a quotation by others; remembered with
@@ -74,7 +74,7 @@ class PublishedRow:
     table: str = ""
     dataset: str = ""
     net: str = ""
-    bits: Bits = field(default_factory=lambda: Bits(32, 32, 32))
+    bits: BitWidths = field(default_factory=lambda: BitWidths(32, 32, 32))
     levels: int | None = None
     metric: str = ""
     value: float | None = None

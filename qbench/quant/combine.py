@@ -9,35 +9,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.method import Loss, Method, Requires, Unsupported
+from qbench.quant.layers import QLayer
+from qbench.quant.method import Loss, Method, OutputFactory, Requires, Step, Unsupported
 from qbench.quant.probe import Batch, Probe
+from qbench.quant.quantizer import Quantizer
 
 
-class _Stepped:
-    """An optimizer whose step has been taken: what the second of two methods gets to finish the same step."""
+class _SteppedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose step is done: the second of two methods gets it to finish the same step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._optimizer, name)
 
-    def step(self) -> None:
+    def step(self, closure: object = None) -> Any:
         """Do nothing."""
 
 
 def combine(weight: Method, activation: Method) -> Method:
     """Return the method that quantizes weights as `weight` does and activations as `activation` does.
 
-    Each was made for its own widths and 32 bits elsewhere; gradients belong to `weight` where it knows them. Both
-    prepare, begin epochs and finish steps, each on its own quantizers.
+    Each of the two is built with its own widths and 32 bits elsewhere. Gradients are quantized by `weight` if it
+    supports that, else by `activation`. Both prepare, begin epochs and finish steps, each on its own quantizers.
 
     Raises:
-        Unsupported: what they require of the network, or do behind a layer or to the loss, excludes the other.
+        Unsupported: both replace the loss or the output of a layer, or require different networks.
     """
     if weight.name == activation.name:
         raise Unsupported(f"activation={weight.name} is what method={weight.name} does itself; set bits.a alone")
-    owner = weight if len(list(_known(weight, "g"))) else activation
+    owner = weight if _supported(weight, "g") else activation
     bits = Bits(weight.bits.w, activation.bits.a, owner.bits.g)
     if weight.loss and activation.loss:
         raise Unsupported(f"{weight.name} and {activation.name} both replace the loss")
@@ -49,16 +51,16 @@ def combine(weight: Method, activation: Method) -> Method:
             "a": activation.supported_bits.get("a", ()),
             "g": owner.supported_bits.get("g", ()),
         },
-        requires=_required(weight, activation),
-        traits=_of_inputs(activation.traits) | (weight.traits - _of_inputs(weight.traits)),
+        requires=_combined_requirements(weight, activation),
+        traits=_input_traits(activation.traits) | (weight.traits - _input_traits(weight.traits)),
         weight=weight.weight,
         input=activation.input,
-        output=_behind(weight, activation, owner),
-        prepare=_both(weight.prepare, activation.prepare),
+        output=_combined_output(weight, activation, owner),
+        prepare=_in_turn(weight.prepare, activation.prepare),
         phases=lambda epochs: sorted({*weight.phases(epochs), *activation.phases(epochs)}),
-        on_epoch=_both(weight.on_epoch, activation.on_epoch),
+        on_epoch=_in_turn(weight.on_epoch, activation.on_epoch),
         loss=weight.loss or activation.loss,
-        step=_steps(weight, activation),
+        step=_combined_step(weight, activation),
         needs_training=weight.needs_training or activation.needs_training,
         teachers=weight.teachers + activation.teachers,
     )
@@ -80,58 +82,59 @@ def distilled(
 
     Args:
         teacher: a network that takes the same images; it is evaluated, never trained.
-        hard: (logits, labels) -> the loss against labels; a loss of the method's own takes its place.
+        hard: (logits, labels) -> the loss against labels; if the method has a loss, that one is used instead.
     """
-    own: Loss = method.loss or (lambda model, logits, batch: hard(logits, batch[1]))
+    hard_loss: Loss = method.loss or (lambda model, logits, batch: hard(logits, batch[1]))
 
     def loss(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
-            wanted = F.log_softmax(teacher(batch[0]) / temperature, 1)
-        soft = F.kl_div(F.log_softmax(logits / temperature, 1), wanted, reduction="batchmean", log_target=True)
-        return weight * temperature**2 * soft + (1 - weight) * own(model, logits, batch)
+            target = F.log_softmax(teacher(batch[0]) / temperature, 1)
+        soft = F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean", log_target=True)
+        return weight * temperature**2 * soft + (1 - weight) * hard_loss(model, logits, batch)
 
     return replace(method, loss=loss, teachers=(*method.teachers, teacher))
 
 
-def _of_inputs(traits: frozenset[str]) -> frozenset[str]:
+def _input_traits(traits: frozenset[str]) -> frozenset[str]:
     return frozenset(trait for trait in traits if trait.endswith("_input"))
 
 
-def _known(method: Method, key: str) -> list[int]:
+def _supported(method: Method, key: str) -> list[int]:
     return [width for width in range(1, FLOAT) if width in method.supported_bits.get(key, ())]
 
 
-def _required(weight: Method, activation: Method) -> Requires:
-    """Return what both require of the network; the activations' place is the second one's business."""
-    one, two = weight.requires, activation.requires
-    if one.norm and two.norm and one.norm != two.norm:
-        raise Unsupported(f"{weight.name} requires model.norm={one.norm}, {activation.name} model.norm={two.norm}")
+def _combined_requirements(weight: Method, activation: Method) -> Requires:
+    """Return what both require of the network; the activation functions concern only the second one."""
+    first, second = weight.requires, activation.requires
+    if first.norm and second.norm and first.norm != second.norm:
+        raise Unsupported(f"{weight.name} requires model.norm={first.norm}, {activation.name} model.norm={second.norm}")
     return Requires(
-        norm=one.norm or two.norm,
-        act=two.act,
-        start="scratch" if "scratch" in (one.start, two.start) else "float",
-        teacher=one.teacher or two.teacher,
+        norm=first.norm or second.norm,
+        act=second.act,
+        start="scratch" if "scratch" in (first.start, second.start) else "float",
+        teacher=first.teacher or second.teacher,
     )
 
 
-def _behind(weight: Method, activation: Method, owner: Method) -> Callable[[str, nn.Module, int], nn.Module | None]:
-    """Return the site behind a layer: of the two methods, at most one may put something there."""
+def _combined_output(weight: Method, activation: Method, owner: Method) -> OutputFactory:
+    """Return the factory of output quantizers; at most one of the two methods may have one for a layer."""
 
-    def site(name: str, layer: nn.Module, bits: int) -> nn.Module | None:
-        made = [
-            module
+    def output(name: str, layer: QLayer, bits: int) -> Quantizer | None:
+        quantizers = [
+            quantizer
             for method in (weight, activation)
-            if method.output and (module := method.output(name, layer, bits if method is owner else FLOAT)) is not None
+            if method.output
+            and (quantizer := method.output(name, layer, bits if method is owner else FLOAT)) is not None
         ]
-        if len(made) > 1:
-            raise Unsupported(f"{weight.name} and {activation.name} both want the place behind {name}")
-        return made[0] if made else None
+        if len(quantizers) > 1:
+            raise Unsupported(f"{weight.name} and {activation.name} both change the output behind {name}")
+        return quantizers[0] if quantizers else None
 
-    return site
+    return output
 
 
-def _both(first: Callable[..., None] | None, second: Callable[..., None] | None) -> Callable[..., None] | None:
-    """Return the two as one call after the other; None where there is none."""
+def _in_turn(first: Callable[..., None] | None, second: Callable[..., None] | None) -> Callable[..., None] | None:
+    """Return the two as one call after the other; None if both are None."""
     if first is None or second is None:
         return first or second
 
@@ -142,7 +145,7 @@ def _both(first: Callable[..., None] | None, second: Callable[..., None] | None)
     return call
 
 
-def _steps(weight: Method, activation: Method) -> Callable[[nn.Module, torch.optim.Optimizer], None] | None:
+def _combined_step(weight: Method, activation: Method) -> Step | None:
     """Return both steps as one, in which the optimizer itself steps once."""
     first, second = weight.step, activation.step
     if first is None or second is None:
@@ -150,6 +153,6 @@ def _steps(weight: Method, activation: Method) -> Callable[[nn.Module, torch.opt
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         first(model, optimizer)
-        second(model, _Stepped(optimizer))  # type: ignore[arg-type]
+        second(model, _SteppedOptimizer(optimizer))
 
     return step

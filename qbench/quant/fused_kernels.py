@@ -1,60 +1,70 @@
-"""Tensor functions without gradient that take few passes over memory: comparisons, masks, rounding at random, blocks.
+"""Tensor functions without gradient that take few passes over memory.
 
-On a CPU a comparison that makes a bool tensor, `where` over one, or a search costs many passes over floats: measured by
-scripts/bench/where.py.
-These functions compare into floats and mask by hardtanh's derivative. None writes to its input.
+They compare, mask, round at random, and work block by block. On a CPU a comparison that makes a bool tensor, `where`
+over one, or a search costs many passes over floats (measured by scripts/bench/where.py). These functions compare into
+float tensors and mask by the derivative of hardtanh instead. None writes to its input, except those whose name ends in
+an underscore.
 """
 
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-Fill = Callable[..., Any]
-"""What fills a piece of a tensor in `blockwise`."""
+Fill = Callable[..., None]
+"""Fills one block of a tensor in `blockwise`: (block of x, same block of the result, *scratch blocks) -> None."""
+
 BLOCK = 2**18
-"""Elements of a piece in `blockwise`: a megabyte of floats."""
+"""Elements of a block in `blockwise`: a megabyte of floats."""
+
 MIXING = 0x2C1B3C6D
 """An odd number, so that multiplying 32 bits by it is one to one."""
-MOST_EDGES = 31
-"""Above so many, searching is faster than comparing with each."""
+
+MAX_EDGES = 31
+"""For more edges, searching is faster than comparing with each."""
 
 
 def scalar(x: Tensor) -> float | Tensor:
-    """Return the number in a tensor of one element; x itself on other devices than the CPU, which would stop for it."""
+    """Return the number in a CPU tensor of one element; on other devices x, because reading it would wait for them."""
     return x.item() if x.device.type == "cpu" else x.detach()
 
 
-def beside(value: float | Tensor, towards: float, dtype: torch.dtype) -> float | Tensor:
-    """Return the number of a type next to `value`: as a bound that does not count, it lets `value` itself count."""
+def next_float(value: float | Tensor, towards: float, dtype: torch.dtype) -> float | Tensor:
+    """Return the next number of a type from `value` in a direction.
+
+    As the bound of an open interval it makes the interval closed at `value`.
+    """
     if isinstance(value, Tensor):
         return torch.nextafter(value, torch.full_like(value, towards))
-    return _beside(value, towards, dtype)
+    return _next_float_of_number(value, towards, dtype)
 
 
 @lru_cache
-def _beside(value: float, towards: float, dtype: torch.dtype) -> float:
+def _next_float_of_number(value: float, towards: float, dtype: torch.dtype) -> float:
     return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(towards, dtype=dtype)).item()
 
 
-def divided(codes: Tensor, n: float) -> Tensor:
-    """Divide the whole numbers 0 ... n by n, in place; by multiplication, the faster, where each comes out the same."""
+def divide_codes_(codes: Tensor, n: float) -> Tensor:
+    """Divide the integers 0 ... n by n, in place.
+
+    Multiplication by 1/n is faster, and used where it gives the same numbers for all of them.
+    """
     return codes.mul_(1 / n) if n in (1, 3) else codes.div_(n)
 
 
 def grad_between(grad: Tensor, x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Return grad where low < x < high, else 0, in one pass where the bounds are numbers."""
+    """Return grad where low < x < high, else 0; in one pass if the bounds are numbers."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return torch.where((x > low) & (x < high), grad, 0.0)
-    return torch.ops.aten.hardtanh_backward(grad, x, low, high)  # type: ignore[no-any-return]
+    masked: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
+    return masked
 
 
 def grad_within(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     """Return grad where low <= x <= high, else 0: the derivative of clamp."""
-    return grad_between(grad, x, beside(low, -math.inf, x.dtype), beside(high, math.inf, x.dtype))
+    return grad_between(grad, x, next_float(low, -math.inf, x.dtype), next_float(high, math.inf, x.dtype))
 
 
 def at_least(x: Tensor, bound: float | Tensor) -> Tensor:
@@ -68,103 +78,111 @@ def above(x: Tensor, bound: float | Tensor) -> Tensor:
 
 
 def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return heights[i] where x is above edges[i], the last such i; 0 where it is above none. No gradient.
+    """Return heights[i] of the last edges[i] that is below x, and 0 where none is. No gradient.
 
     Args:
-        edges, heights: (L,), both ascending, heights not below 0.
+        edges, heights: (L,), both ascending, heights at least 0.
     """
     x, table = x.detach(), torch.cat([heights.new_zeros(1), heights])
-    if x.dim() == 4 and not x.is_contiguous():  # channels_last: search along memory
+    if x.dim() == 4 and not x.is_contiguous():  # channels_last: search in the order of memory
         return table[torch.bucketize(x.movedim(1, 3).contiguous(), edges)].movedim(3, 1)
     return table[torch.bucketize(x.contiguous(), edges)]
 
 
 def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return what `lookup` does; on the CPU by comparing with every edge, up to some 30 of them much faster."""
-    if x.device.type != "cpu" or len(edges) > MOST_EDGES:
+    """Return what `lookup` returns; on the CPU by comparing with every edge, much faster up to some 30 of them."""
+    if x.device.type != "cpu" or len(edges) > MAX_EDGES:
         return lookup(x, edges, heights)
     steps = list(zip(edges.tolist(), heights.tolist(), strict=True))
 
-    def fill(piece: Tensor, made: Tensor) -> None:
-        made.zero_()
+    def fill(block: Tensor, result: Tensor) -> None:
+        result.zero_()
         for edge, height in steps:
-            torch.maximum(made, above(piece, edge).mul_(height), out=made)
+            torch.maximum(result, above(block, edge).mul_(height), out=result)
 
     return blockwise(x, fill)
 
 
 def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return integers (count,), int16, each evenly spread over -32768 ... 32767 and any two independent.
+    """Return random integers (count,), int16, each uniform over -32768 ... 32767 and any two of them independent.
 
-    The xor of every one of some 64-bit numbers with every one of others has both properties, so that about
-    sqrt(count) draws do; without bias, and sums have the variance that independent numbers give them. What holds
-    between four of them, in the corners of a rectangle, is broken by a one-to-one mixing of each 32 bits, which keeps
-    both. A tenth of the time that drawing all of them takes; the same whatever the number of threads.
+    About sqrt(count) numbers are drawn: the xor of each of some 64-bit draws with each of others is uniform, and any
+    two such xors are independent. So there is no bias, and sums have the variance of independent numbers. Takes a
+    tenth of the time of drawing all of them; does not depend on the number of threads.
     """
+    # A table of rows x columns words of 64 bits; each word holds four numbers.
     words = (count + 3) // 4
     rows = math.isqrt(words) + 1
     columns = -(-words // rows)
     draws = torch.empty(rows + columns, dtype=torch.int64, device=like.device)
     draws.random_(-(2**63), None, generator=generator)
+    # The xor of the four corners of a rectangle in this table is 0. A one-to-one map of each 32 bits breaks that
+    # relation and keeps both properties.
     mixed = (draws[:rows, None] ^ draws[rows:]).view(-1).view(torch.int32).mul_(MIXING)
     return mixed.view(torch.int16)[:count]
 
 
-def _shift(like: Tensor, generator: Generator | None) -> Tensor:
-    """Return one number out of 0, 1/256, ... 255/256."""
+def _shared_bits(like: Tensor, generator: Generator | None) -> Tensor:
+    """Return one random number from 0, 1/256, ... 255/256: the lower 8 of a tensor's 24 random bits."""
     return torch.randint(256, (), generator=generator, device=like.device).to(like.dtype).div_(256)
 
 
 def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return numbers evenly spread over [0, 1), multiples of 2^-24, of `like`'s floating-point type, shape and strides.
+    """Return uniform random numbers in [0, 1), multiples of 2^-24, of `like`'s floating-point type, shape and strides.
 
-    For rounding: of each number's 24 bits 16 are its own and 8 are the whole tensor's. Every number for itself has
-    the distribution of torch.rand's, so that there is no bias; what they share is below 2^-16.
+    For rounding. Of the 24 bits of each number, the upper 16 are its own and the lower 8 are shared by the tensor. Each
+    number alone has the distribution of torch.rand, so there is no bias; the shared part is below 2^-16.
     """
-    shift = _shift(like, generator).add_(32768)
+    shift = _shared_bits(like, generator).add_(32768)
 
-    def fill(piece: Tensor, made: Tensor) -> None:
-        made.copy_(uniform_16(len(made), like, generator)).add_(shift).div_(65536)
+    def fill(block: Tensor, result: Tensor) -> None:
+        result.copy_(uniform_16(len(result), like, generator)).add_(shift).div_(65536)
 
     return blockwise(like, fill)
 
 
-def round_up_or_down(x: Tensor, generator: Generator | None = None) -> Tensor:
+def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
     """Round to a neighbouring integer at random, so that the mean is x (Gupta et al. 2015, section 3). No gradient.
 
-    Integers stay: this is not floor(x + u), a sum that is rounded where x is large. Random numbers as in `uniform`;
-    on the CPU none are drawn for a block of integers.
+    Integers stay: this is not floor(x + u), because that sum is rounded for large x. Random numbers as in `uniform`; on
+    the CPU none are drawn for a block of integers.
     """
-    return blockwise(x, rounding_up_or_down(x, generator), scratch=2)
+    return blockwise(x, stochastic_rounding_fill(x, generator), scratch=2)
 
 
-def rounding_up_or_down(like: Tensor, generator: Generator | None = None) -> Fill:
-    """Return what `round_up_or_down` does with each piece of a tensor, for `blockwise` with scratch=2."""
-    bound = scalar(32768 - _shift(like, generator))
+def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -> Fill:
+    """Return what `stochastic_round` does with each block of a tensor, for `blockwise` with scratch=2."""
+    bound = scalar(32768 - _shared_bits(like, generator))
 
-    def fill(piece: Tensor, made: Tensor, rest: Tensor, draws: Tensor) -> None:
-        torch.sub(piece, torch.floor(piece, out=made), out=rest)
-        if rest.device.type != "cpu" or rest.sum():
-            draws.copy_(uniform_16(rest.numel(), like, generator))
-            made.add_(draws.add_(rest, alpha=65536).ge_(bound))
+    def fill(block: Tensor, result: Tensor, fraction: Tensor, draws: Tensor) -> None:
+        # Split x into floor and fraction.
+        torch.sub(block, torch.floor(block, out=result), out=fraction)
+        if fraction.device.type != "cpu" or fraction.sum():
+            # With u in [0, 1) from the draws: u + fraction >= 1, multiplied by 65536 and shifted to signed draws.
+            draws.copy_(uniform_16(fraction.numel(), like, generator))
+            result.add_(draws.add_(fraction, alpha=65536).ge_(bound))
 
     return fill
 
 
 def blockwise(x: Tensor, fill: Fill, scratch: int = 0) -> Tensor:
-    """Return a tensor of x's shape and strides that `fill(piece of x, same piece of the result, ...)` has filled.
+    """Return a tensor of x's shape and strides that `fill` has filled block by block. No gradient.
 
-    On the CPU the pieces are one-dimensional and stay in the cache from one operation to the next. No gradient.
+    On the CPU the blocks are one-dimensional and stay in the cache from one operation to the next. On other devices
+    there is a single block.
 
     Args:
-        scratch: how many tensors of a piece's size `fill` gets besides, to write to as it likes.
+        fill: see `Fill`.
+        scratch: how many more tensors of a block's size `fill` gets, to write to.
     """
-    made = torch.empty_like(x)
-    source = x.detach() if x.stride() == made.stride() else torch.empty_like(made).copy_(x.detach())
+    result = torch.empty_like(x)
+    source = x.detach() if x.stride() == result.stride() else torch.empty_like(result).copy_(x.detach())
     size = min(BLOCK, x.numel()) if x.device.type == "cpu" else x.numel()
-    pieces = [torch.split(t.as_strided((x.numel(),), (1,)), max(1, size)) for t in (source, made)]
+    # One-dimensional views in the order of memory, cut into blocks.
+    blocks = [torch.split(t.as_strided((x.numel(),), (1,)), max(1, size)) for t in (source, result)]
     spare = x.new_empty(scratch, size)
-    whole = tuple(spare)
-    for piece, result in zip(*pieces, strict=True):
-        fill(piece, result, *(whole if piece.numel() == size else spare[:, : piece.numel()]))
-    return made
+    full_size = tuple(spare)
+    for source_block, result_block in zip(*blocks, strict=True):
+        length = source_block.numel()
+        fill(source_block, result_block, *(full_size if length == size else spare[:, :length]))
+    return result

@@ -2,21 +2,29 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+class Call(NamedTuple):
+    """One call of a module: its name in the network, its first argument and its result."""
+
+    name: str
+    input: Tensor
+    output: Tensor
+
+
 @contextmanager
-def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Collect (layer name, input, output) of the named layers in the order they run. The one place with hooks."""
-    calls: list[tuple[str, Tensor, Tensor]] = []
+def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call]]:
+    """Record the calls of the named modules in the order in which they run, until the context ends."""
+    calls: list[Call] = []
 
-    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda module, args, output: calls.append((name, args[0], output))
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, args, output: calls.append(Call(name, args[0], output))
 
-    handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
         yield calls
     finally:
@@ -26,7 +34,7 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[tupl
 
 @contextmanager
 def eval_mode_keeping_rng(model: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode for a while and give the random state back afterwards."""
+    """Put a network into eval mode; on exit restore every module's mode and the random state."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):

@@ -1,20 +1,26 @@
 """Installing a method's quantizers into a float network."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.layers import _QUANTIZED, BypassedActivation, IdentityOutput, QLayer
+from qbench.quant.layers import QUANTIZED_CLASS, BypassedActivation, FloatLayer, QLayer
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import levels_k, quantize_k
 from qbench.quant.policy import Policy, assign, quantizable
-from qbench.quant.quantizer import Grid
+from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
 
 
-class ImageQuantizer(nn.Module):
+class ImageQuantizer(Quantizer):
     """Rounds the network's input to 2^bits levels per channel, evenly over the range that images have.
 
-    With 8 bits and images that were 8-bit files this changes nothing but float rounding.
+    With 8 bits, and images that were 8-bit files, this changes nothing except for float rounding.
+
+    Args:
+        bits: width.
+        low, high: smallest and largest value of each channel.
     """
 
     low: Tensor
@@ -27,7 +33,7 @@ class ImageQuantizer(nn.Module):
         self.register_buffer("span", (torch.tensor(high) - torch.tensor(low)).reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the rounded image; one that a perceptron flattened, (N, C H W), comes back flat."""
+        """Return the rounded images, in their own shape: (N, C, H, W), or (N, C H W) in front of a linear layer."""
         x = self._in_channels(x_NCHW)
         scaled = ((x - self.low) / self.span).clamp(0, 1)
         return (quantize_k(scaled, self.bits) * self.span + self.low).reshape(x_NCHW.shape)
@@ -52,89 +58,118 @@ def install(
 ) -> nn.Module:
     """Put a method's quantizers into a float network, in place, and return it.
 
-    Only exact `Conv2d` and `Linear` layers are changed, by class and by three new submodules; parameters keep their
-    names and identity, so optimizers, hooks and float checkpoints go on working.
+    Only exact `Conv2d` and `Linear` layers change: their class, and three new submodules. Parameters keep their names
+    and identity, so that optimizers, hooks and float checkpoints still work.
 
     Args:
-        policy: which layers; first and last stay float by default.
-        example: one image batch (N, C, H, W) to learn the execution order from; without it, order of registration.
+        policy: which layers; by default all except the first and the last.
+        example: one image batch (N, C, H, W) to find the execution order with; without it, order of registration.
         act: "keep" or "fused" for the activation functions in front of input quantizers; "auto" as the method needs.
 
     Raises:
-        Unsupported: the method does not know a width or the network does not fit it.
+        Unsupported: the method does not support a width, or the network does not fit it.
         PolicyError: a rule of the policy matches nothing.
+        TypeError: the method makes a module that is no `Quantizer`.
     """
     policy = policy or Policy()
     layers = quantizable(model)
     if any(isinstance(layer, QLayer) for layer in layers.values()):
-        raise Unsupported(f"{type(model).__name__} holds quantizers already; install into a float network")
+        raise Unsupported(f"{type(model).__name__} already has quantizers; install into a float network")
     assigned = assign(model, method.bits, policy, example)
-    image = next(iter(assigned))
+    image_layer = next(iter(assigned))
     for name, bits in assigned.items():
         if bits != Bits():
             _check_layer(name, layers[name])
-            method.check(bits._replace(a=FLOAT) if name == image else bits)
-    _replace_activations(method, model, assigned, act)
+            method.check(bits._replace(a=FLOAT) if name == image_layer else bits)
+    _bypass_activations(method, model, assigned, act)
     for name, bits in assigned.items():
-        _swap(method, name, layers[name], bits, policy if name == image else None)
+        _quantize_layer(method, name, layers[name], bits, policy if name == image_layer else None)
     return model
 
 
-def _swap(method: Method, name: str, layer: nn.Module, bits: Bits, image: Policy | None) -> None:
+def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, image: Policy | None) -> None:
     """Turn one float layer into its quantized class; `image` is given for the layer that reads the image."""
-    layer.__class__ = _QUANTIZED.get(type(layer), type(layer))
+    layer.__class__ = QUANTIZED_CLASS.get(type(layer), type(layer))
     if not isinstance(layer, QLayer):
         return  # a subclass that the policy leaves float
     device = layer.weight.device
     layer.label, layer.bits = name, bits
-    layer.weight_q = nn.Identity()
-    layer.input_q = nn.Identity()
-    layer.output_q = IdentityOutput()
+    layer.weight_q, layer.input_q, layer.output_q = (IdentityQuantizer() for _ in range(3))
     if bits.w < FLOAT and method.weight:
-        layer.weight_q = method.weight(name, layer, bits.w).to(device)
+        layer.weight_q = _checked(method, name, method.weight(name, layer, bits.w)).to(device)
     if bits.a < FLOAT and image:
         layer.input_q = ImageQuantizer(bits.a, *image.image_range).to(device)
     elif bits.a < FLOAT and method.input:
-        layer.input_q = method.input(name, layer, bits.a).to(device)
-    if bits != Bits() and method.output and (behind := method.output(name, layer, bits.g)) is not None:
-        layer.output_q = behind.to(device)
+        layer.input_q = _checked(method, name, method.input(name, layer, bits.a)).to(device)
+    if bits != Bits() and method.output and (output := method.output(name, layer, bits.g)) is not None:
+        layer.output_q = _checked(method, name, output).to(device)
 
 
-def _check_layer(name: str, layer: nn.Module) -> None:
-    if type(layer) not in _QUANTIZED:
+def _checked(method: Method, layer_name: str, quantizer: object) -> Quantizer:
+    """Return a quantizer that a method, perhaps a user's own, has made."""
+    if not isinstance(quantizer, Quantizer):
+        raise TypeError(
+            f"{method.name} makes a {type(quantizer).__name__} for {layer_name}, which is no Quantizer\n"
+            "derive its class from qbench.quant.quantizer.Quantizer (a torch.nn.Module with defaults)"
+        )
+    return quantizer
+
+
+def _check_layer(name: str, layer: FloatLayer) -> None:
+    if type(layer) not in QUANTIZED_CLASS:
         raise Unsupported(f"{name} is a {type(layer).__name__}; only exact Conv2d and Linear layers are quantized")
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         raise Unsupported(f"{name} pads with {layer.padding_mode!r}; only zero padding is quantized")
 
 
-def _replace_activations(method: Method, model: nn.Module, assigned: dict[str, Bits], act: str) -> None:
-    """Take away the activation functions whose readers all have a quantizer that is the activation itself."""
+def feeds(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return activation -> the layers that read it, as the network declares in its attribute `feeds`; empty if none."""
+    declared: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
+    return declared
+
+
+def _bypass_activations(method: Method, model: nn.Module, assigned: Mapping[str, Bits], act: str) -> None:
+    """Remove the activation functions that quantizers replace: those whose readers all have an input quantizer."""
     needs = method.requires.act
     if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
-        raise Unsupported(f"{method.name} wants the activations in front of its quantizers {needs}, not {act}")
+        raise Unsupported(f"{method.name} requires the activations before its quantizers to be {needs}, not {act}")
     if method.bits.a == FLOAT or "keep" in (act, needs):
         return
-    feeds: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
-    if not feeds and (needs == "fused" or act == "fused"):
-        raise Unsupported(
-            f"{method.name} takes the activation's place, but {type(model).__name__} does not say which layers its "
-            "activations feed (attribute `feeds`); the networks of qbench do"
-        )
-    fed = {reader for readers in feeds.values() for reader in readers}
-    if unknown := {*feeds, *fed} - dict(model.named_modules()).keys():
-        raise Unsupported(f"{type(model).__name__} says in `feeds` what it does not have: {', '.join(sorted(unknown))}")
-    image = next(iter(assigned))
-    unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name != image]
-    if needs == "fused" and unfed:
-        raise Unsupported(
-            f"{method.name} takes the activation's place, but in front of {unfed[0]} there is none that feeds it "
-            "alone; leave its activations float"
-        )
-    for name, readers in feeds.items():
+    readers_of = feeds(model)
+    _check_feeds(method, model, readers_of, assigned, act)
+    for name, readers in readers_of.items():
         quantized = [reader for reader in readers if assigned[reader].a < FLOAT]
         if len(quantized) == len(readers):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, BypassedActivation(model.get_submodule(name)))
         elif quantized and needs == "fused":
-            kept = ", ".join(sorted(set(readers) - set(quantized)))
-            raise Unsupported(f"{name} feeds {quantized[0]} (quantized) and {kept} (float): give both the same bits")
+            float_readers = ", ".join(sorted(set(readers) - set(quantized)))
+            raise Unsupported(
+                f"{name} feeds {quantized[0]} (quantized) and {float_readers} (float): give both the same bits"
+            )
+
+
+def _check_feeds(
+    method: Method,
+    model: nn.Module,
+    readers_of: Mapping[str, tuple[str, ...]],
+    assigned: Mapping[str, Bits],
+    act: str,
+) -> None:
+    """Raise `Unsupported` if the network does not declare what replacing its activations needs."""
+    needs = method.requires.act
+    if not readers_of and (needs == "fused" or act == "fused"):
+        raise Unsupported(
+            f"{method.name} replaces the activation function, but {type(model).__name__} does not say which layers its "
+            "activations feed (attribute `feeds`); the networks of qbench do"
+        )
+    fed = {reader for readers in readers_of.values() for reader in readers}
+    if unknown := {*readers_of, *fed} - dict(model.named_modules()).keys():
+        raise Unsupported(f"{type(model).__name__}.feeds names modules it does not have: {', '.join(sorted(unknown))}")
+    image_layer = next(iter(assigned))
+    unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name != image_layer]
+    if needs == "fused" and unfed:
+        raise Unsupported(
+            f"{method.name} replaces the activation function, but no activation feeds {unfed[0]} alone; "
+            "leave its activations float"
+        )

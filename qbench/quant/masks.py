@@ -1,33 +1,35 @@
-"""Masks that only grow: what incremental methods (INQ, SLQ, MLQ) share.
+"""Masks of frozen weights that only grow: what incremental methods (INQ, SLQ, MLQ) share.
 
 A layer's weights are free or frozen. Frozen ones compute with a stored value, whatever momentum and decay do to the
-latent weight beneath; free ones are trained on and frozen later.
+latent weight. Free ones are trained, and frozen later.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from qbench.quant.quantizer import Quantizer
 
 
 def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
-    """Return `frozen` grown to the part `portion` of all weights by the free ones of highest score.
+    """Return `frozen` extended by the free weights of highest score, until it covers a portion of all weights.
 
     Args:
-        frozen: bool, the mask so far; the one returned holds it.
-        score: one number a weight, of the same shape; ties go to the lower index.
-        portion: accumulated, 0 to 1; a mask that is larger already comes back as it is.
+        frozen: bool, the mask so far; the returned one contains it.
+        score: one number per weight, of the same shape; the lower index wins a tie.
+        portion: accumulated, 0 to 1; a mask that is larger already is returned unchanged.
     """
     missing = round(portion * frozen.numel()) - int(frozen.sum())
-    grown = frozen.flatten().clone()
+    extended = frozen.flatten().clone()
     if missing > 0:
         candidates = score.detach().masked_fill(frozen, -torch.inf).flatten()
-        grown[candidates.argsort(descending=True, stable=True)[:missing]] = True
-    return grown.reshape(frozen.shape)
+        extended[candidates.argsort(descending=True, stable=True)[:missing]] = True
+    return extended.reshape(frozen.shape)
 
 
-class FrozenWeight(nn.Module):
+class FrozenWeight(Quantizer):
     """A weight quantizer that freezes a growing part of a layer.
 
     State: `frozen` (bool, of the weights' shape) and `value` (the frozen weights' values, 0 elsewhere).
@@ -47,33 +49,33 @@ class FrozenWeight(nn.Module):
         return bool(self.frozen.all())
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the frozen values and the free latent weights; frozen ones get no gradient."""
+        """Return the values of frozen weights and the latent values of free ones; frozen ones get no gradient."""
         return torch.where(self.frozen, self.value.to(w.dtype), w)
 
     @torch.no_grad()
     def freeze(self, mask: Tensor, value: Tensor) -> None:
-        """Freeze the weights of `mask` that are free at `value`; those that are frozen keep theirs."""
+        """Freeze the free weights in `mask` at `value`; weights that are frozen already keep their value."""
         new = mask & ~self.frozen
         self.value.copy_(torch.where(new, value, self.value))
         self.frozen.logical_or_(mask)
 
     @contextmanager
     def frozen_for_now(self, mask: Tensor, value: Tensor) -> Iterator[None]:
-        """Freeze for a while, to measure what freezing these weights would do."""
-        kept = self.frozen.clone(), self.value.clone()
+        """Freeze weights while the context lasts, to measure the effect of freezing them."""
+        before = self.frozen.clone(), self.value.clone()
         self.freeze(mask, value)
         try:
             yield
         finally:
-            self.frozen.copy_(kept[0])
-            self.value.copy_(kept[1])
+            self.frozen.copy_(before[0])
+            self.value.copy_(before[1])
 
 
 def stage(epoch: int, epochs: int, stages: int) -> int:
-    """Return which of `stages` an epoch belongs to: even shares, and the last epoch always in the last stage."""
+    """Return the stage (from 0) of an epoch: equal shares, except that the last epoch is always in the last stage."""
     return stages - 1 if epoch == epochs - 1 else epoch * stages // epochs
 
 
 def stage_borders(epochs: int, stages: int) -> list[int]:
-    """Return the first epochs of the stages after the first, as `Method.phases` wants them."""
+    """Return the first epochs of the stages after the first, for `Method.phases`."""
     return [e for e in range(1, epochs) if stage(e, epochs, stages) != stage(e - 1, epochs, stages)]

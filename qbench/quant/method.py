@@ -1,7 +1,7 @@
 """What a quantization method is: a value that names its parts. The parts are functions and quantizer modules.
 
-Nothing here trains, reads files or knows a configuration; `qbench.quant.install.install` puts a method into a network,
-the trainer calls the rest of it.
+Nothing here trains, reads files or knows a configuration. `qbench.quant.install.install` puts a method into a network;
+the trainer calls the other parts.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -12,34 +12,36 @@ import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
+from qbench.quant.layers import FloatLayer, QLayer
 from qbench.quant.probe import Batch, Probe
+from qbench.quant.quantizer import Quantizer
 
-Site = Callable[[str, nn.Module, int], nn.Module]
-"""(layer name, layer, bits) -> quantizer module of that layer's weights or input; called for widths below 32 only."""
+QuantizerFactory = Callable[[str, FloatLayer, int], Quantizer]
+"""(layer name, layer, bits) -> quantizer of that layer's weights or input. Called only for widths below 32."""
 
-OutputSite = Callable[[str, nn.Module, int], nn.Module | None]
-"""(layer name, layer, bits of the gradient) -> module behind the layer, or None.
+OutputFactory = Callable[[str, QLayer, int], Quantizer | None]
+"""(layer name, layer, bits of the gradient) -> quantizer behind the layer, or None.
 
 It is called last, for every quantized layer: `layer.bits`, `layer.weight_q` and `layer.input_q` are in place.
 """
 
 
 class Unsupported(Exception):
-    """The method cannot use this width, option or network; the message says why and what would do."""
+    """The method cannot use this width, option or network; the message says why and what would work."""
 
 
 @dataclass(frozen=True)
 class Requires:
-    """What a method needs of the network around its quantizers.
+    """What a method requires of the network around its quantizers.
 
-    `norm`: the batch normalization in front of the input quantizer: "no_affine" has no scale and shift, None is
-    whatever
-    the network has. `act`: "keep" wants the network's activation function before the input quantizer; "fused"
-    wants none, the quantizer being the activation; "either" holds the activation within itself (so both give the same
-    values) and takes its place where the network says which layers an activation feeds.
-
-    `start`: "scratch" trains from random weights; the float parent is trained too, to compare with.
-    `teacher`: the loss is a distillation from the float parent unless `distill` says otherwise.
+    Args:
+        norm: the batch normalization in front of the input quantizer. "no_affine" has no scale and shift; None accepts
+            whatever the network has.
+        act: the activation function in front of the input quantizer. "keep" leaves it there. "fused" removes it,
+            because the quantizer is the activation. "either" contains the activation, so that both give the same
+            values; it is removed where the network says which layers an activation feeds.
+        start: "scratch" trains from random weights. The float baseline is trained too, for comparison.
+        teacher: whether the loss is a distillation from the float baseline unless `distill` says otherwise.
     """
 
     norm: Literal["affine", "no_affine", "none"] | None = None
@@ -48,8 +50,8 @@ class Requires:
     teacher: bool = False
 
 
-Prepare = Callable[[nn.Module, "Probe"], None]
-OnEpoch = Callable[[nn.Module, int, int, "Probe"], None]
+Prepare = Callable[[nn.Module, Probe], None]
+OnEpoch = Callable[[nn.Module, int, int, Probe], None]
 Loss = Callable[[nn.Module, Tensor, Batch], Tensor]
 Step = Callable[[nn.Module, torch.optim.Optimizer], None]
 
@@ -62,24 +64,25 @@ class Method:
     one state_dict resumes it.
 
     Args:
-        name: as people say it; the row of a table begins with it.
+        name: the usual name of the method; the row of a table begins with it.
         bits: the widths of this value.
-        legal: widths that the method knows for w, a and g, 32 always among them.
-        requires: what the network around it must be like.
-        traits: declared properties that `qbench check` holds it to: "odd", "monotone", "idempotent" of the weights'
-            function within a scale group; "monotone_input", "idempotent_input" of the activations', "clipped_input"
-            where its gradient is 0 beyond the levels and nowhere between them, "cells_input" where up to 8 bits its
-            backward pass needs no more than the level (see `ops.compressed`). "no_master": the parameters themselves
-            lie on the levels, so that nothing may average them.
-        weight, input, output: sites; see `Site`.
-        prepare: once, after the quantizers are in place and before the optimizer exists; never again on a resume.
-        phases: epochs -> first epochs of the phases after the first, where the learning-rate schedule starts anew and
+        supported_bits: widths that the method supports for w, a and g, always including 32.
+        requires: what the method requires of the network.
+        traits: declared properties that `qbench check` tests. "odd", "monotone", "idempotent": of the weights'
+            function within a scale group. "monotone_input", "idempotent_input": of the activations' function.
+            "clipped_input": its gradient is 0 beyond the levels and nowhere between them. "cells_input": up to 8 bits
+            its backward pass needs no more than the level (see `ops.compress_activations`). "no_master": the
+            parameters themselves lie on the levels, so that nothing may average them.
+        weight, input, output: see `QuantizerFactory` and `OutputFactory`.
+        prepare: (model, probe), once, after the quantizers are in place and before the optimizer exists; not on a
+            resume.
+        phases: epochs -> first epochs of the phases after the first, where the learning-rate schedule restarts and
             momentum is cleared.
-        on_epoch: (model, epoch, epochs, probe), before an epoch's first batch; never again on a resume within it.
+        on_epoch: (model, epoch, epochs, probe), before an epoch's first batch; not on a resume within it.
         loss: (model, logits, batch) -> scalar; None is the task's own loss.
         step: (model, optimizer), in place of optimizer.step(); may round updates, momentum, parameters.
-        needs_training: false for post-training quantization: `prepare` does it all, and no epoch is trained.
-        teachers: networks of its own (teachers) that the trainer moves to the device and keeps in eval mode.
+        needs_training: False for post-training quantization, where `prepare` does all and no epoch is trained.
+        teachers: networks that the trainer moves to the device and keeps in eval mode.
     """
 
     name: str
@@ -87,9 +90,9 @@ class Method:
     supported_bits: Mapping[str, Container[int]]
     requires: Requires = Requires()
     traits: frozenset[str] = frozenset()
-    weight: Site | None = None
-    input: Site | None = None
-    output: OutputSite | None = None
+    weight: QuantizerFactory | None = None
+    input: QuantizerFactory | None = None
+    output: OutputFactory | None = None
     prepare: Prepare | None = None
     phases: Callable[[int], Sequence[int]] = field(default=lambda epochs: ())
     on_epoch: OnEpoch | None = None
@@ -99,17 +102,17 @@ class Method:
     teachers: tuple[nn.Module, ...] = ()
 
     def check(self, bits: Bits) -> None:
-        """Raise `Unsupported` for a width that the method does not know."""
+        """Raise `Unsupported` for a width that the method does not support."""
         for key, width in bits._asdict().items():
             if width != FLOAT and width not in self.supported_bits.get(key, ()):
-                allowed = [k for k in range(1, FLOAT) if k in self.supported_bits.get(key, ())]
+                widths = [k for k in range(1, FLOAT) if k in self.supported_bits.get(key, ())]
                 what = {"w": "weights", "a": "activations", "g": "gradients"}[key]
-                known = f"{_ranges(allowed)} or {FLOAT}" if allowed else f"{FLOAT} only: it leaves {what} float"
-                raise Unsupported(f"{self.name} does not know bits.{key}={width} for {what}; it knows {known}")
+                allowed = f"{_ranges(widths)} or {FLOAT}" if widths else f"{FLOAT} only: it leaves {what} float"
+                raise Unsupported(f"{self.name} does not know bits.{key}={width} for {what}; it knows {allowed}")
 
 
 def _ranges(widths: list[int]) -> str:
-    """Write ascending widths shortly: 1-8, 16."""
+    """Write ascending widths as ranges: 1-8, 16."""
     parts: list[list[int]] = []
     for width in widths:
         if parts and width == parts[-1][-1] + 1:

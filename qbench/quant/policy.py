@@ -1,4 +1,4 @@
-"""Which layers a method quantizes, and how widely: ordered rules, the first that matches a layer wins."""
+"""Which layers a method quantizes, and with how many bits: ordered rules, of which the first match counts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
+from qbench.quant.layers import FloatLayer
 
 Width = str | int
 """`float`, `same` (as the other layers) or a number of bits."""
 
 
 class PolicyError(ValueError):
-    """A rule that matches no layer or cannot be read; `key` is its place below `layers`."""
+    """A rule matches no layer or cannot be read; `key` is its key below `layers`."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -26,12 +27,12 @@ class PolicyError(ValueError):
 class Policy:
     """Rules for the layers, tried in this order: `rules`, then first, last, downsample, else `same`.
 
-    A number sets w, and a too where the method's a is below 32. First and last are meant by execution order;
-    downsample layers are 1x1 convolutions whose name holds `downsample` or `shortcut`.
+    A number sets w, and also a if the method's a is below 32. First and last are meant by execution order; downsample
+    layers are 1x1 convolutions with `downsample` or `shortcut` in their name.
 
     Args:
-        input: the image: `same` as the first layer's activations, `float` or a number of bits. It is rounded on
-            `image_range`, not by the method: a method's activation quantizer is made for activations.
+        input: the image: `same` as the first layer's activations, `float` or a number of bits. It is rounded over
+            `image_range`, not by the method, whose activation quantizer is made for activations.
         rules: layer-name pattern (fnmatch) -> width, in order.
         image_range: per channel (lowest, highest) value of an image as the network gets it.
     """
@@ -44,21 +45,25 @@ class Policy:
     image_range: tuple[tuple[float, ...], tuple[float, ...]] = ((0.0,), (1.0,))
 
 
-def quantizable(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the convolutions and linear layers by name, in the order they are registered."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+def quantizable(model: nn.Module) -> dict[str, FloatLayer]:
+    """Return the convolutions and linear layers by name, in order of registration."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FloatLayer)}
 
 
 def execution_order(model: nn.Module, example: Tensor | None) -> list[str]:
-    """Return the layers' names in the order in which they first run on `example` (N, C, H, W); the order of
-    registration without one. Layers that do not run in eval mode (auxiliary heads) are left out.
+    """Return the layers' names in the order in which they first run.
+
+    Layers that do not run in eval mode (auxiliary heads) are left out.
+
+    Args:
+        example: images (N, C, H, W) to run; None gives the order of registration.
     """
     names = list(quantizable(model))
     if example is None:
         return names
     with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, names) as calls:
         model(example)
-    return list(dict.fromkeys(name for name, _, _ in calls))
+    return list(dict.fromkeys(call.name for call in calls))
 
 
 def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None = None) -> dict[str, Bits]:
@@ -75,7 +80,7 @@ def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None 
     if policy.downsample != "same":
         rules += [("downsample", policy.downsample, [n for n in order if _is_downsample(n, layers[n])])]
     assigned = dict.fromkeys(order, bits)
-    for key, width, names in reversed(rules):  # the first rule has the last word
+    for key, width, names in reversed(rules):  # in reverse order, so that the first rule overrides the others
         if not names:
             raise PolicyError(key, f"matches no layer; the layers are {', '.join(order)}")
         assigned.update({name: _widths(key, width, bits) for name in names})
@@ -84,7 +89,7 @@ def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None 
     return assigned
 
 
-def _is_downsample(name: str, layer: nn.Module) -> bool:
+def _is_downsample(name: str, layer: FloatLayer) -> bool:
     named = "downsample" in name or "shortcut" in name
     return named and isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
 

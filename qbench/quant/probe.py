@@ -12,10 +12,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Probe:
-    """A fixed part of the training split, for methods that measure: losses, gradients, responses of layers.
+    """A fixed part of the training split, for methods that measure losses, gradients or the responses of layers.
 
-    Everything runs in eval mode, moves no batch-norm statistics and leaves the random state as it found it. No method
-    ever sees validation or test data.
+    Everything runs in eval mode, leaves batch-norm statistics unchanged and restores the random state. No method ever
+    sees validation or test data.
 
     Args:
         batches: batches as the network takes them, on its device.
@@ -29,13 +29,13 @@ class Probe:
     def loss(self, model: nn.Module) -> float:
         """Return the mean loss over the probe."""
         with eval_mode_keeping_rng(model), torch.no_grad():
-            return self._mean(model).item()
+            return self._mean_loss(model).item()
 
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the gradient of the mean loss by parameter name; `.grad` of the parameters is not touched."""
+        """Return the gradient of the mean loss by parameter name; `.grad` of the parameters is not changed."""
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with eval_mode_keeping_rng(model), torch.enable_grad():
-            grads = torch.autograd.grad(self._mean(model), list(named.values()), allow_unused=True)
+            grads = torch.autograd.grad(self._mean_loss(model), list(named.values()), allow_unused=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
 
     def responses(self, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
@@ -43,9 +43,9 @@ class Probe:
         with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, [layer]) as calls:
             for images, _ in self.batches:
                 model(images)
-        return torch.cat([x for _, x, _ in calls]), torch.cat([y for _, _, y in calls])
+        return torch.cat([call.input for call in calls]), torch.cat([call.output for call in calls])
 
-    def _mean(self, model: nn.Module) -> Tensor:
+    def _mean_loss(self, model: nn.Module) -> Tensor:
         count = sum(len(labels) for _, labels in self.batches)
         parts = [self._loss(model(images), labels) * len(labels) for images, labels in self.batches]
         return torch.stack(parts).sum() / count

@@ -1,10 +1,10 @@
-"""What a quantizer declares: its grid of allowed values and its storage."""
+"""The base class of quantizers: what a module in a slot of a quantized layer says about itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Storage(NamedTuple):
@@ -21,7 +21,7 @@ class Storage(NamedTuple):
 
     @property
     def packed(self) -> int:
-        """Bytes with every code in a lane of 1, 2, 4, 8, 16 or 32 bits, none across a byte's border."""
+        """Bytes with every code in a lane of 1, 2, 4, 8, 16 or 32 bits; no code crosses a byte boundary."""
         lane = 1 << (self.code_bits - 1).bit_length()
         return -(-self.codes * lane // 8) + self.extra_bytes
 
@@ -35,39 +35,77 @@ def one_group(values: Tensor) -> Tensor:
 class Grid:
     """The values that a quantized tensor may take.
 
-    `points` has shape (groups, levels, dimension): for every scale group its allowed values, ascending where scalar,
-    padded with NaN where groups differ in count; dimension is 1 but for product codes. `arrange` brings a tensor into
-    (groups, elements, dimension), so that element and points of a group can be compared.
+    Args:
+        points: (groups, levels, dimension), the allowed values of every scale group. Scalars are ascending. Groups
+            with fewer levels are padded with NaN. The dimension is 1, and larger only for product codes.
+        arrange: brings a tensor into (groups, elements, dimension), so that the elements of a group can be compared
+            with the points of that group.
     """
 
     points: Tensor
     arrange: Callable[[Tensor], Tensor] = one_group
 
 
-class WeightQuantizer(Protocol):
-    """A module for a layer's weights: `forward(w) -> w_hat`, plus what it promises about w_hat.
+class Quantizer(nn.Module):
+    """A module in a slot of a quantized layer; base class of all quantizers.
 
-    Optional, for any quantizer: `complete` (bool), false while part of the weights is float; `report() -> dict` of
-    numbers and words about its state that a reader of the result wants (sparsity, order, counts);
-    `positive_parameters`, names of its parameters or buffers that must stay above 0: a run stops where one is not.
+    `forward` depends on the slot:
+
+        weights, input    forward(x) -> x_hat
+        output            forward(y, x) -> y, where x is the layer's input; its backward pass may quantize dL/dy
+
+    A subclass overrides the declarations below where the defaults do not fit. Verification, costs, training and
+    reports read these declarations, never the class.
     """
 
-    def grid(self, w: Tensor) -> Grid:
-        """Return the values allowed for the latent weights w."""
+    __call__: Callable[..., Tensor]
+
+    positive_parameters: tuple[str, ...] = ()
+    """Names of parameters or buffers that must stay above 0; a run stops where one does not."""
+
+    lr_scale: float = 1.0
+    """Factor on the learning rate of this module's own parameters."""
+
+    weight_decay: float = 0.0
+    """Weight decay of this module's own parameters."""
+
+    def grid(self, x: Tensor) -> Grid | None:
+        """Return the values allowed for the result of quantizing x, or None if none are declared.
+
+        x is what the quantizer reads: latent weights, a layer's input, or the gradient that arrives at the output.
+        """
+        return None
+
+    @property
+    def declares_grid(self) -> bool:
+        """Whether the class says which values it allows."""
+        return type(self).grid is not Quantizer.grid
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return what w_hat occupies when stored as codes."""
+        """Return what the quantized weights occupy when stored as codes. Weight quantizers must override this.
+
+        Raises:
+            NotImplementedError: the class does not say what it stores.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares no storage; define bytes(w) -> Storage")
+
+    def report(self) -> Mapping[str, float]:
+        """Return numbers about the state that belong into the result, such as sparsity; empty by default."""
+        return {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all weights lie on the grid; False while an incremental method leaves some of them float."""
+        return True
+
+    def gradient_factor(self, x: Tensor) -> float:
+        """Return the factor by which the gradients of this module's own parameters are scaled on purpose, at x."""
+        return 1.0
 
 
-class InputQuantizer(Protocol):
-    """A module for a layer's input: `forward(x) -> x_hat`, plus the values allowed."""
+class IdentityQuantizer(Quantizer):
+    """A slot that quantizes nothing: returns its first argument itself, so that the layer computes as a float one."""
 
-    def grid(self, x: Tensor) -> Grid:
-        """Return the values allowed for x_hat."""
-
-
-class OutputQuantizer(Protocol):
-    """A module behind a layer: `forward(y, x) -> y`; its backward may quantize the gradient of y."""
-
-    def grid(self, grad: Tensor) -> Grid:
-        """Return the values allowed for the gradient of y, given the gradient that arrives."""
+    def forward(self, value: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Return `value`."""
+        return value

@@ -1,6 +1,4 @@
-"""Is a network that calls itself quantized really quantized? Counted where it computes, not where it is declared."""
-
-from typing import Any
+"""Verify that a network is really quantized: count levels where it computes, not where they are declared."""
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +7,20 @@ from torch.nn import functional as F
 from qbench.bits import FLOAT, LevelCount
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import QLayer, quantized_layers
-from qbench.quant.quantizer import Grid
+from qbench.quant.quantizer import Quantizer
 
 ROUNDING = 4e-7
-"""Largest distance from a level, relative to the scale group's largest level, that is float32's doing."""
+"""Largest distance from a level that float32 rounding causes, relative to the scale group's largest level."""
 
-LOOSE, OF_A_STEP = 1e-5, 0.05
-"""A method's own arithmetic may add up to 1e-5 of that level, as long as it is less than 0.05 of the nearest step."""
+ARITHMETIC = 1e-5
+"""Largest distance that a method's own arithmetic may cause, relative to the same level ..."""
+
+FRACTION_OF_STEP = 0.05
+"""... as long as it is also less than this fraction of the smallest distance between two levels of the group."""
 
 
 class NotQuantized(Exception):
-    """Values that a quantizer produced lie off its declared grid."""
+    """Values that a quantizer produced are not on its declared grid."""
 
 
 def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]:
@@ -32,38 +33,44 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
         NotQuantized: some value is off its grid, or a quantizer declares none; the message names layer and tensor.
     """
     layers = quantized_layers(model)
-    sites = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q", "output_q")]
-    with eval_mode_keeping_rng(model), torch.enable_grad(), recorded_calls(model, sites) as calls:
+    slots = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q", "output_q")]
+    with eval_mode_keeping_rng(model), torch.enable_grad(), recorded_calls(model, slots) as calls:
         logits = model(images)
-        passed = {site: (x, y) for site, x, y in calls}
-        gradients = [f"{name}.output_q" for name, layer in layers.items() if layer.bits.g < FLOAT]
-        if gradients:
+        passed = {slot: (before, after) for slot, before, after in calls}
+        gradient_slots = [f"{name}.output_q" for name, layer in layers.items() if layer.bits.g < FLOAT]
+        if gradient_slots:
+            # Any wrong label gives gradients that are not zero.
             loss = F.cross_entropy(logits, (logits.detach().argmax(1) + 1) % logits.shape[1])
-            wanted = [t for site in gradients for t in (passed[site][1], passed[site][0])]  # arriving, leaving
-            found = iter(torch.autograd.grad(loss, wanted))
-            passed |= {site: (next(found), next(found)) for site in gradients}
+            # The gradient that arrives at a quantizer is that of its output; the one that leaves, of its input.
+            tensors = [t for slot in gradient_slots for t in (passed[slot][1], passed[slot][0])]
+            gradients = iter(torch.autograd.grad(loss, tensors))
+            passed |= {slot: (next(gradients), next(gradients)) for slot in gradient_slots}
     return {name: _verify_layer(name, layer, passed) for name, layer in layers.items()}
 
 
 def _verify_layer(name: str, layer: QLayer, passed: dict[str, tuple[Tensor, Tensor]]) -> dict[str, LevelCount]:
-    found = {}
-    kinds = (("w", "weights", "weight_q"), ("a", "activations", "input_q"), ("g", "gradients", "output_q"))
-    for key, what, slot in kinds:
-        if getattr(layer.bits, key) < FLOAT:
-            found[key] = _count(f"{name}: {what}", getattr(layer, slot), *passed[f"{name}.{slot}"])
-    return found
+    slots = (
+        ("w", layer.bits.w, "weights", "weight_q", layer.weight_q),
+        ("a", layer.bits.a, "activations", "input_q", layer.input_q),
+        ("g", layer.bits.g, "gradients", "output_q", layer.output_q),
+    )
+    return {
+        key: _count_levels(f"{name}: {what}", quantizer, *passed[f"{name}.{slot}"])
+        for key, bits, what, slot, quantizer in slots
+        if bits < FLOAT
+    }
 
 
-def _count(what: str, site: Any, before: Tensor, after: Tensor) -> LevelCount:
-    if not hasattr(site, "grid"):
-        raise NotQuantized(f"{what}: {type(site).__name__} declares no grid")
+def _count_levels(what: str, quantizer: Quantizer, before: Tensor, after: Tensor) -> LevelCount:
     with torch.no_grad():
         before, after = before.detach(), after.detach()
-        grid: Grid = site.grid(before)
+        grid = quantizer.grid(before)
+        if grid is None:
+            raise NotQuantized(f"{what}: {type(quantizer).__name__} declares no grid")
         if not grid.points.shape[1]:
             raise NotQuantized(f"{what}: its grid has no levels")
         index, distance = nearest_points(grid.arrange(after), grid.points)
-    off = ~(distance <= _tolerance(grid.points))  # true for NaN too
+    off = ~(distance <= _tolerance(grid.points))  # also true for NaN
     if off.any():
         raise NotQuantized(
             f"{what}: {int(off.sum())} of {off.numel()} values lie off the {grid.points.shape[1]} levels"
@@ -74,23 +81,37 @@ def _count(what: str, site: Any, before: Tensor, after: Tensor) -> LevelCount:
 
 
 def _tolerance(points: Tensor) -> Tensor:
-    """Return for points (G, L, D) how far from a level a value of each group may lie, (G, 1)."""
+    """Return for points (G, L, D) the largest distance from a level that counts as on it, per group: (G, 1).
+
+    It is max(ROUNDING scale, min(ARITHMETIC scale, FRACTION_OF_STEP step)).
+    """
+    # The largest level of each group, and above 0 for a group of zeros.
     scale = points.abs().nan_to_num(0).amax((1, 2)).clamp(min=torch.finfo(points.dtype).tiny)
+    # The smallest distance of two neighbouring levels; infinite without two distinct levels (NaN is padding).
     steps = (points[:, 1:] - points[:, :-1]).norm(dim=-1).nan_to_num(torch.inf)
     step = torch.where(steps > 0, steps, torch.inf).amin(1) if steps.shape[1] else torch.full_like(scale, torch.inf)
-    return torch.maximum(ROUNDING * scale, torch.minimum(LOOSE * scale, OF_A_STEP * step)).unsqueeze(1)
+    arithmetic = torch.minimum(ARITHMETIC * scale, FRACTION_OF_STEP * step)
+    return torch.maximum(ROUNDING * scale, arithmetic).unsqueeze(1)
 
 
 def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for values (G, n, D) the index (G, n) of the nearest of points (G, L, D), and its distance (G, n)."""
+    """Return for values (G, n, D) the index (G, n) of the nearest of points (G, L, D), and its distance (G, n).
+
+    Scalar points (D = 1) must be ascending; NaN among the points is padding.
+    """
     if values.shape[-1] > 1:
-        exactly = "donot_use_mm_for_euclid_dist"  # a matrix product loses half of the digits
-        pairs = zip(values, points.nan_to_num(nan=float("inf")), strict=True)  # one by one: all together take gigabytes
-        found = [torch.cdist(value, point, compute_mode=exactly).min(-1) for value, point in pairs]
-        distance, index = (torch.stack(each) for each in zip(*found, strict=True))
-        return index, distance
-    line, sought = points[..., 0].nan_to_num(nan=float("inf")).contiguous(), values[..., 0].contiguous()
-    right = torch.searchsorted(line, sought).clamp(max=line.shape[1] - 1)
+        return _nearest_vectors(values, points)
+    line, x = points[..., 0].nan_to_num(nan=float("inf")).contiguous(), values[..., 0].contiguous()
+    # The first point at or above x, and the one below it.
+    right = torch.searchsorted(line, x).clamp(max=line.shape[1] - 1)
     left = (right - 1).clamp(min=0)
-    to_left, to_right = (sought - line.gather(1, left)).abs(), (line.gather(1, right) - sought).abs()
+    to_left, to_right = (x - line.gather(1, left)).abs(), (line.gather(1, right) - x).abs()
     return torch.where(to_left < to_right, left, right), torch.minimum(to_left, to_right)
+
+
+def _nearest_vectors(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    exact = "donot_use_mm_for_euclid_dist"  # a matrix product loses half of the digits
+    groups = zip(values, points.nan_to_num(nan=float("inf")), strict=True)  # one at a time: all together take gigabytes
+    nearest = [torch.cdist(value, point, compute_mode=exact).min(-1) for value, point in groups]
+    distance, index = (torch.stack(each) for each in zip(*nearest, strict=True))
+    return index, distance

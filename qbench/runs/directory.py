@@ -1,48 +1,47 @@
-"""A run's directory and its result: where a run lives, what was stored, what an interrupted one left.
+"""A run's directory: its lock, config.yaml, checkpoints and result.
 
-The path follows from the configuration alone, so the same line finds the same run again, from a single run, a sweep
-or a launcher. `result.json` is written last; until then the directory holds checkpoints to go on from.
+The path follows from the run's identity, so the same command finds the same run again, whether it is
+a single run, part of a sweep, or started by a launcher. `result.json` is written last. Until then
+the directory holds the checkpoints from which the run can continue.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from qbench.config.identity import digest
-from qbench.config.schema import Config, to_dict
+from qbench.config.identity import RunIdentity
 from qbench.runs.result import Protocol, Result, load_result, store_result
 from qbench.system import files
 
 FINAL = ("done", "unsupported")
-KEPT_STATES = 2
-KEPT = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
+"""Statuses of a result that a repeat of the run does not compute again."""
+KEPT_CHECKPOINTS = 2
+ARTIFACTS = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
 
 
+@dataclass(frozen=True)
 class RunDirectory:
-    """The directory of one run; nothing is created before `lock`."""
+    """The directory of one run; `lock` creates it."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.identity = config.identity()
-        self.path = Path(config.out) / config.directory()
+    identity: RunIdentity
+    path: Path
 
     def stored(self) -> Result | None:
-        """Return the stored result that a repeat need not compute again: done or unsupported."""
+        """Return the stored result if it is final (done or unsupported) and belongs to this run."""
         result = load_result(self.path)
-        if result is None or result.status not in FINAL or result.identity != digest(self.identity):
+        if result is None or result.status not in FINAL or result.identity != self.identity.digest:
             return None
         return result
 
     @contextmanager
     def lock(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Make the directory and hold its lock; `waiting` is called every half second while another process has it."""
+        """Create the directory and hold its lock; call `waiting` every 0.5 s while another process holds it."""
         files.make_directory(self.path)
         lock = FileLock(self.path / ".lock")
         while True:
@@ -54,29 +53,28 @@ class RunDirectory:
             except OSError as error:
                 raise files.resource_error(error, self.path / ".lock") from error
         try:
-            self._sweep_up()
+            self._remove_temporary_files()
             yield
         finally:
             lock.release()
 
     def write_config(self) -> None:
-        """Write config.yaml: the resolved configuration, which `qbench` would run again."""
-        text = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
+        """Write config.yaml: the whole configuration, from which the run can be repeated."""
+        text = yaml.safe_dump(self.identity.config, sort_keys=False, allow_unicode=True)
         files.write(self.path / "config.yaml", text.encode())
 
-    def new_result(self, status: str, **values: Any) -> Result:
-        """Return a result with what the configuration says filled in."""
-        config = self.config
-        protocol = config.protocol()
+    def new_result(self, status: str, reason: str | None = None) -> Result:
+        """Return a result with the fields that the run's identity determines."""
+        identity = self.identity
         return Result(
-            status=status, method=config.method_name, options=config.options(),
-            bits=asdict(config.bits), seed=config.seed,
-            dataset=config.dataset["name"], model=config.model["name"], run=str(self.path),
-            identity=digest(self.identity), protocol=Protocol(hash=digest(protocol), keys=protocol), **values,
+            status=status, reason=reason, method=identity.method, options=identity.options,
+            bits=identity.bits._asdict(), seed=identity.seed, dataset=identity.dataset, model=identity.model,
+            run=str(self.path), identity=identity.digest,
+            protocol=Protocol(hash=identity.protocol_hash, keys=identity.protocol),
         )  # fmt: skip
 
     def finish(self, result: Result) -> Result:
-        """Write result.json and clear the checkpoints that only an unfinished run needs."""
+        """Write result.json, and remove the checkpoints if the result is final."""
         store_result(self.path, result)
         if result.status in FINAL:
             for path in self.checkpoints():
@@ -84,9 +82,9 @@ class RunDirectory:
         return result
 
     def remove_checkpoints(self) -> None:
-        """Remove checkpoints beside a stored result: a process was killed before it could.
+        """Remove the checkpoints of a finished run, which remain if its process was killed before it could.
 
-        Quietly does nothing where another process has the directory, or it is not to be written to.
+        Do nothing if another process holds the directory, or if it cannot be written to.
         """
         if self.checkpoints():
             with suppress(OSError), FileLock(self.path / ".lock", timeout=0):
@@ -94,38 +92,38 @@ class RunDirectory:
                     path.unlink()
 
     def save_state(self, step: int, data: bytes) -> None:
-        """Write the checkpoint of a step; keep the newest two."""
+        """Write the checkpoint of a training step, and keep only the newest two."""
         files.write(self.path / f"state-{step}.pt", data)
-        for path in self.checkpoints()[KEPT_STATES:]:
+        for path in self.checkpoints()[KEPT_CHECKPOINTS:]:
             path.unlink()
 
     def write_artifact(self, name: str, data: bytes) -> None:
-        """Write a file that outlives the run, such as last.pt."""
+        """Write a file that stays after the run, such as last.pt."""
         files.write(self.path / name, data)
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints of an unfinished run, newest first."""
-        found = [
+        by_step = [
             (int(m[1]), p)
             for p in self.path.glob("state-*.pt")
             if (m := re.fullmatch(r"state-(\d+)\.pt", p.name)) and p.is_file()
         ]
-        return [path for _, path in sorted(found, reverse=True)]
+        return [path for _, path in sorted(by_step, reverse=True)]
 
     def has_result(self) -> bool:
-        """Whether a result stands here, of whatever status."""
+        """Whether there is a result.json, of whatever status."""
         return (self.path / "result.json").exists()
 
     def reset(self, *, whole: bool) -> None:
-        """Remove what a former try left, its result first; without `whole` only the result, so that it goes on."""
+        """Remove the result of an earlier attempt; with `whole` also all that it wrote, so that the run starts over."""
         paths = [self.path / "result.json"]
         if whole:
             paths += [*self.checkpoints(), *self.path.glob("events.out.tfevents.*")]
-            paths += [self.path / name for name in KEPT]
+            paths += [self.path / name for name in ARTIFACTS]
         for path in paths:
             files.convert_os_errors(partial(path.unlink, missing_ok=True), path)
 
-    def _sweep_up(self) -> None:
-        """Remove temporary files of a process that was killed while it wrote."""
+    def _remove_temporary_files(self) -> None:
+        """Remove the temporary files of a process that was killed while it wrote."""
         for path in self.path.glob(".*.tmp"):
             path.unlink(missing_ok=True)

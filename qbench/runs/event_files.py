@@ -1,31 +1,32 @@
-"""What the event files of a run tell, damaged ones too: hyper-parameters and final scalars."""
+"""Reads TensorBoard event files, damaged ones too: hyper-parameters and final scalars."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from qbench.system import files
 
-AROUND = 16
-"""Bytes of an event file around each record."""
-TRIED = 2**16
-"""Places behind damage at which a record is looked for, in a whole event file: more would take minutes."""
+RECORD_OVERHEAD = 16
+"""Bytes of an event file around the content of each record."""
+MAX_TRIES = 2**16
+"""Places after damage at which a record is looked for, in a whole event file: more would take minutes."""
 
 
-class Summary(NamedTuple):
-    """Hyper-parameters, the scalars below `final/`, and what of the files cannot be read."""
+@dataclass
+class EventSummary:
+    """Hyper-parameters, the scalars under `final/`, and what cannot be read of the files."""
 
-    hparams: dict[str, Any]
-    final: dict[str, float]
-    unread: list[str]
+    hyperparameters: dict[str, bool | float | str] = field(default_factory=dict)
+    final: dict[str, float] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
 
-def summary(path: Path) -> Summary:
-    """Return what all event files of a directory tell, the last one's word before the others'."""
-    told = Summary({}, {}, [])
+def read_summary(path: Path) -> EventSummary:
+    """Return the content of all event files of a directory; where they disagree, the last file counts."""
+    summary = EventSummary()
     paths = sorted(path.glob("events.out.tfevents.*"))
     if not paths:
-        return told
+        return summary
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -34,36 +35,37 @@ def summary(path: Path) -> Summary:
         data = files.read(file)
         lost = len(data)
         for record in _records(data):
-            lost -= len(record) + AROUND
+            lost -= len(record) + RECORD_OVERHEAD
             for value in Event.FromString(record).summary.value:
                 if value.tag == "_hparams_/session_start_info":
                     content = value.metadata.plugin_data.content
                 elif value.tag.startswith("final/"):
-                    told.final[value.tag.removeprefix("final/")] = value.simple_value
+                    summary.final[value.tag.removeprefix("final/")] = value.simple_value
         if lost:
-            told.unread.append(f"{file.name}: {lost:,} bytes cannot be read")
+            summary.unread.append(f"{file.name}: {lost:,} bytes cannot be read")
     stored = HParamsPluginData.FromString(content).session_start_info.hparams
-    told.hparams.update({key: getattr(value, value.WhichOneof("kind")) for key, value in stored.items()})
-    return told
+    summary.hyperparameters = {key: getattr(value, value.WhichOneof("kind")) for key, value in stored.items()}
+    return summary
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Yield the records of an event file whose checksums match; TensorBoard's own reader gives up at the first other.
+    """Yield the records of an event file whose checksums match; TensorBoard's own reader stops at the first damage.
 
-    A record is its length (8 bytes), the checksum of that (4), the content, the checksum of that (4). Damaged content
-    is passed over by its length; where a length is damaged, the next record is looked for, up to `TRIED` times.
+    A record is its length (8 bytes), the checksum of the length (4), the content, and the checksum
+    of the content (4). Damaged content is skipped by its length. If a length is damaged, the next
+    record is looked for, at up to `MAX_TRIES` places.
     """
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     def matches(start: int, stop: int) -> bool:
-        found: int = masked_crc32c(data[start:stop])
-        return found == int.from_bytes(data[stop : stop + 4], "little")
+        checksum: int = masked_crc32c(data[start:stop])
+        return checksum == int.from_bytes(data[stop : stop + 4], "little")
 
-    at = tried = 0
-    while at + AROUND <= len(data) and tried < TRIED:
-        end = at + AROUND + int.from_bytes(data[at : at + 8], "little")
+    at = tries = 0
+    while at + RECORD_OVERHEAD <= len(data) and tries < MAX_TRIES:
+        end = at + RECORD_OVERHEAD + int.from_bytes(data[at : at + 8], "little")
         if end > len(data) or not matches(at, at + 8):
-            at, tried = at + 1, tried + 1
+            at, tries = at + 1, tries + 1
             continue
         if matches(at + 12, end - 4):
             yield data[at + 12 : end - 4]

@@ -1,14 +1,16 @@
-"""What a run was computed with: versions, commit, machine, data."""
+"""Records what a run was computed with: versions, commit, machine, data."""
 
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qbench.system import files
+from qbench.system.files import Json
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +22,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-
 
 @cache
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and the packages that matter, without importing them."""
+    """Return the versions of Python and of the packages that matter, without importing them."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -32,7 +34,7 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of the clone that this package is run from; None where it is installed from a wheel."""
+    """Return the commit of the clone that contains this package; None for an installed wheel."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -41,16 +43,21 @@ def commit() -> str | None:
 
 @cache
 def changed() -> bool | None:
-    """Return whether the clone held changes that no commit has, when first asked; None outside a clone."""
+    """Return whether the clone had uncommitted changes at the first call; None outside a clone."""
     root = Path(__file__).parents[2]
     status = _git(root, "status", "--porcelain", "--untracked-files=no") if commit() else None
     return None if status is None else bool(status)
 
 
-def write(path: Path, *, numerics: dict[str, Any], device: "torch.device", data: dict[str, Any]) -> None:
-    """Write manifest.json; `numerics` is what of the runtime decides the numbers.
+def write(path: Path, *, numerics: Mapping[str, Json], device: "torch.device", data: Mapping[str, Json]) -> None:
+    """Write manifest.json.
 
-    Equality of results is promised for the same commit, torch build, kind of device, thread count and precision.
+    Results are promised to be equal for the same commit, torch build, kind of device, thread count
+    and precision.
+
+    Args:
+        numerics: the keys of the runtime that can change the numbers.
+        data: the data set's fingerprint.
     """
     import torch
 
@@ -74,7 +81,7 @@ def write(path: Path, *, numerics: dict[str, Any], device: "torch.device", data:
 
 
 def changed_since(path: Path) -> list[str]:
-    """Return what a stored manifest says otherwise than today: commit, torch."""
+    """Return what differs between a stored manifest and now: the commit, the version of torch."""
     stored = files.read_json(path) or {}
     pairs = [
         ("commit", stored.get("commit"), commit()),

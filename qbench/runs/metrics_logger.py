@@ -1,4 +1,4 @@
-"""What a run writes down while it works: metrics.jsonl for machines, TensorBoard for people, log.txt for both."""
+"""Writes a run's logs while it works: metrics.jsonl for programs, TensorBoard's event files, lines of log.txt."""
 
 import io
 import json
@@ -8,22 +8,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qbench.system import files
+from qbench.system.files import Json
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from tensorboard.compat.proto.summary_pb2 import Summary
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
+    from qbench.runs.tensorboard import Chart
 
 BINS = 64
-"""Of a histogram."""
+"""Bins of a histogram."""
 
-Layout = dict[str, dict[str, list[Any]]]
-"""Category -> chart -> ["Multiline", regular expressions of tags]; equal ones of several runs are one."""
+Record = tuple[str, int, Mapping[str, Json]]
+"""Kind, training step and values of one line of metrics.jsonl."""
 
 
 class MetricsLogger:
@@ -31,21 +36,23 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        size: bytes of metrics.jsonl that the checkpoint knew of; what was appended later is cut off, and so is a
-            torn line at the end of what is there. `lost` says how many bytes of those known are gone.
-        step: training step to go on from; later points of TensorBoard are hidden.
+        size: bytes of metrics.jsonl at the checkpoint; later ones are cut off, and so are corrupt lines.
+        step: training step to continue from; later points of TensorBoard are hidden.
+
+    Attributes:
+        lost: how many of the `size` bytes are missing or corrupt.
     """
 
     def __init__(self, path: Path, *, size: int = 0, step: int = 0, tensorboard: bool = True) -> None:
         self.path = path
         self._metrics = path / "metrics.jsonl"
         self.lost = size - files.cut(self._metrics, size)
-        if not step:  # a try that came to no checkpoint left points that would stand twice
+        if not step:  # an attempt that reached no checkpoint left points that would be shown twice
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
         self._writer: SummaryWriter | None = None
         if tensorboard:
-            self._hook, threading.excepthook = threading.excepthook, _unless_refused
+            self._hook, threading.excepthook = threading.excepthook, _print_unless_os_error
             self._writer = files.convert_os_errors(lambda: _writer(path, step), path)
 
     @property
@@ -53,12 +60,12 @@ class MetricsLogger:
         """Bytes of metrics.jsonl, for the checkpoint."""
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
-    def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    def record(self, kind: str, step: int, values: Mapping[str, Json]) -> None:
         """Append one line `{"kind": ..., "step": ..., **values}`; numbers go to TensorBoard as `kind/name`."""
         self.records([(kind, step, values)])
 
-    def records(self, records: Sequence[tuple[str, int, Mapping[str, Any]]]) -> None:
-        """Append several lines at once, (kind, step, values) each; see `record`."""
+    def records(self, records: Sequence[Record]) -> None:
+        """Append several lines at once; see `record`."""
         whole = [{"kind": kind, "step": step} | dict(values) for kind, step, values in records]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in whole).encode()
 
@@ -74,7 +81,7 @@ class MetricsLogger:
             self.scalars(step, {f"{kind}/{n}": value for n, value in numbers.items() if n not in ("epoch", "images")})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add numbers to TensorBoard alone, under these tags."""
+        """Add numbers to TensorBoard only; `values` maps tags to numbers."""
 
         def add(writer: "SummaryWriter") -> None:
             from tensorboard.compat.proto.summary_pb2 import Summary
@@ -82,10 +89,10 @@ class MetricsLogger:
             found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
             writer.file_writer.add_summary(Summary(value=found), step)
 
-        self._show(add)
+        self._write(add)
 
     def histograms(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
-        """Add a histogram of each tensor to TensorBoard, in even bins: its own would cost twenty times as much."""
+        """Add a histogram of each tensor to TensorBoard, in even bins; its own bins would cost 20x as much."""
 
         def add(writer: "SummaryWriter") -> None:
             for name, tensor in tensors.items():
@@ -93,7 +100,7 @@ class MetricsLogger:
                 counts, edges = np.histogram(values, bins=BINS)
                 _bars(writer, name, step, counts, edges, (values.size, values.sum(), values.dot(values)))
 
-        self._show(add)
+        self._write(add)
 
     def counts(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
         """Add counts (n,) to TensorBoard as histograms of 0 to n - 1."""
@@ -101,27 +108,30 @@ class MetricsLogger:
         def add(writer: "SummaryWriter") -> None:
             for name, tensor in tensors.items():
                 counts = tensor.cpu().numpy()
-                at = np.arange(len(counts))
-                sums = (counts.sum(), counts @ at, counts @ (at * at))
+                level = np.arange(len(counts))
+                sums = (float(counts.sum()), float(counts @ level), float(counts @ (level * level)))
                 _bars(writer, name, step, counts, np.arange(len(counts) + 1) - 0.5, sums)
 
-        self._show(add)
+        self._write(add)
 
-    def figure(self, step: int, name: str, figure: Any) -> None:
+    def figure(self, step: int, name: str, figure: "Figure") -> None:
         """Add a matplotlib figure to TensorBoard."""
-        self._show(lambda writer: writer.add_figure(name, figure, step))
+        self._write(lambda writer: writer.add_figure(name, figure, step))
 
     def begin(
         self,
         hparams: Mapping[str, bool | int | float | str],
         first: Sequence[str],
         metrics: Sequence[str],
-        layout: Layout,
+        layout: "Mapping[str, Mapping[str, Chart]]",
     ) -> None:
-        """Add hyper-parameters, those in `first` to be shown first, which metrics will follow, and the charts of the
-        custom-scalars tab.
+        """Add the hyper-parameters, the names of the metrics to follow, and the charts of the custom-scalars tab.
 
-        They stand in this same event file: `add_hparams` would add a false run.
+        They are written to this same event file; `add_hparams` would add a second run.
+
+        Args:
+            first: hyper-parameters that are shown by default.
+            layout: category -> chart; TensorBoard merges equal layouts of several runs.
         """
 
         def add(writer: "SummaryWriter") -> None:
@@ -129,52 +139,52 @@ class MetricsLogger:
             from torch.utils.tensorboard.summary import hparams as summaries
 
             experiment, start, _ = summaries(dict(hparams), dict.fromkeys(metrics, 0.0))
-            _in_front(experiment, first)
+            _show_first(experiment, first)
             for summary in (experiment, start, custom_scalars(layout)):
                 writer.file_writer.add_summary(summary)
 
-        self._show(add)
+        self._write(add)
 
     def end(self, metrics: Mapping[str, float]) -> None:
-        """Add the metrics that `begin` has named, and that the run has ended well."""
+        """Add the metrics that `begin` has named, and the status of a finished run."""
 
         def add(writer: "SummaryWriter") -> None:
             from torch.utils.tensorboard.summary import hparams
 
             writer.file_writer.add_summary(hparams({}, {})[2])
 
-        self._show(add)
+        self._write(add)
         self.scalars(0, metrics)
 
     def close(self) -> None:
-        """Flush and close what is open.
+        """Flush and close the event file.
 
         Raises:
-            ResourceError: not all of it could be written.
+            ResourceError: some of it could not be written.
         """
-        self._show(lambda writer: writer.flush())
+        self._write(lambda writer: writer.flush())
         self.abandon()
 
     def abandon(self) -> None:
-        """Close what is open, whether or not all of it can be written."""
+        """Close the event file, whether or not all of it can be written."""
         if self._writer:
             with suppress(OSError):
                 self._writer.close()
             self._writer, threading.excepthook = None, self._hook
 
-    def _show(self, action: Callable[["SummaryWriter"], None]) -> None:
+    def _write(self, action: Callable[["SummaryWriter"], None]) -> None:
         if writer := self._writer:
             files.convert_os_errors(lambda: action(writer), self.path)
 
 
-def _unless_refused(args: threading.ExceptHookArgs) -> None:
-    """Print what ended a thread, but not the system's refusal to write: TensorBoard's writer raises that once more."""
+def _print_unless_os_error(args: threading.ExceptHookArgs) -> None:
+    """Print the error that ended a thread, but no OSError, which TensorBoard's writer raises again in `flush`."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append lines with the time to log.txt."""
+    """Append lines to log.txt, each with the time."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
     buffer = io.StringIO()
     for line in text.splitlines() or [""]:
@@ -187,13 +197,20 @@ def append_text(path: Path, text: str) -> None:
     files.convert_os_errors(append, path, len(text))
 
 
-def _bars(writer: "SummaryWriter", name: str, step: int, counts: Any, edges: Any, sums: tuple[Any, ...]) -> None:
-    """Add counts (n,) between edges (n + 1,); `sums` are the values' count, sum and sum of squares."""
+def _bars(
+    writer: "SummaryWriter",
+    name: str,
+    step: int,
+    counts: NDArray[np.integer],
+    edges: NDArray[np.floating],
+    sums: tuple[float, float, float],
+) -> None:
+    """Add counts (n,) between edges (n + 1,); `sums` are the number of values, their sum, their sum of squares."""
     writer.add_histogram_raw(name, edges[0], edges[-1], *sums, edges[1:], counts, step)
 
 
-def _in_front(experiment: Any, names: Sequence[str]) -> None:
-    """Say that hyper-parameters differ between runs: of all, TensorBoard shows five at first, these before others."""
+def _show_first(experiment: "Summary", names: Sequence[str]) -> None:
+    """Mark hyper-parameters as differing between runs: TensorBoard shows five by default, those so marked first."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin = experiment.value[0].metadata.plugin_data

@@ -1,24 +1,27 @@
-"""What a run shows while it works: a live bar on a terminal, plain lines elsewhere; both end up in log.txt."""
+"""Shows a run's progress: a live bar on a terminal, plain lines elsewhere. log.txt keeps the lines."""
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qbench.runs.metrics_logger import append_text
 
-PLAIN_LINES = 10
-"""Lines that a stage prints where there is no terminal, about."""
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
-REFRESH = 0.25
-"""Seconds between two changes of the live bar; drawing it takes some milliseconds from training."""
+PLAIN_LINES = 10
+"""About how many lines a stage prints without a terminal."""
+
+REFRESH_SECONDS = 0.25
+"""Time between two changes of the live bar; drawing it takes some milliseconds from training."""
 
 
 @dataclass
 class _Stage:
-    """A stretch of training: `total` steps of `images` images, `first` of them done before this process."""
+    """A stage of training: `total` steps of `images` images each, `first` of them done before this process."""
 
     title: str
     total: int
@@ -35,24 +38,27 @@ class _Stage:
 
 
 class ProgressReporter:
-    """Progress and messages of one process, on stderr; `log` is the file that keeps them, once a run has one.
+    """Shows progress and messages of one process on stderr.
 
     Args:
-        live: whether to draw a bar where there is a terminal.
-        quiet: show nothing, only keep: a sweep shows all of its runs in one view.
+        live: draw a bar if stderr is a terminal.
+        quiet: show nothing; a sweep shows all of its runs in one view.
+
+    Attributes:
+        log: the file that keeps the messages; None until a run has one.
     """
 
     def __init__(self, *, live: bool = True, quiet: bool = False) -> None:
         self._quiet = quiet
         self._live = live and not quiet and sys.stderr.isatty()
         if self._live:
-            import rich.style  # noqa: F401  draws from Python's generator when imported: not after a run has seeded it
-        self._bar: Any = None
+            import rich.style  # noqa: F401  draws from Python's generator when imported, so import it before a run seeds that
+        self._bar: Progress | None = None
         self._stage = _Stage("", 1, 0, 1)
         self.log: Path | None = None
 
     def say(self, text: str) -> None:
-        """Print a message above the bar and keep it."""
+        """Print a message above the bar, and write it to log.txt."""
         if self._bar:
             self._bar.console.print(text, highlight=False, markup=False)
         elif not self._quiet:
@@ -60,12 +66,12 @@ class ProgressReporter:
         self.keep(text)
 
     def keep(self, text: str) -> None:
-        """Write to log.txt alone."""
+        """Write a message to log.txt only."""
         if self.log:
             append_text(self.log, text)
 
     def start(self, title: str, total: int, done: int, images: int) -> None:
-        """Begin a stage of `total` steps of `images` images each, `done` of them behind us."""
+        """Begin a stage of `total` steps of `images` images each, `done` of which are complete."""
         self.stop()
         self._stage = _Stage(title, total, done, images)
         if self._live:
@@ -74,14 +80,14 @@ class ProgressReporter:
             self._bar.add_task(title.partition("  ")[0], total=total, completed=done, text="")
 
     def step(self, done: int, loss: Callable[[], float]) -> None:
-        """Show that `done` steps are behind us; `loss` is read only when it is shown."""
+        """Show that `done` steps are complete; `loss` is called only if it is shown."""
         stage, now = self._stage, time.perf_counter()
-        if self._bar and now - stage.shown_at > REFRESH:
+        if self._bar and now - stage.shown_at > REFRESH_SECONDS:
             stage.shown_at = now
             text = f"loss {loss():.3f}  {stage.speed(done):,.0f} images/s  {stage.note}"
             self._bar.update(self._bar.task_ids[0], completed=done, text=text)
 
-    def epoch(self, done: int, record: dict[str, Any]) -> None:
+    def epoch(self, done: int, record: Mapping[str, float]) -> None:
         """Show an epoch's record."""
         stage = self._stage
         stage.note = f"train {record['train_top1']:.1f} %  "
@@ -96,24 +102,26 @@ class ProgressReporter:
         self.keep(line)
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar:
             self._bar.stop()
             self._bar = None
 
 
-def live_bar() -> Any:
+def live_bar() -> "Progress":
     """Return a rich progress bar on stderr, with a field `text` for each task."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
     whole, short = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    columns = (  # on a narrow terminal the text gives way, not the bar and the time left
+    columns = (  # on a narrow terminal the text is cut, not the bar and the time left
         TextColumn("{task.description}", table_column=whole),
         BarColumn(bar_width=12),
         TextColumn("{task.percentage:>3.0f} %", table_column=whole),
         TimeRemainingColumn(compact=True, table_column=whole),
         TextColumn("{task.fields[text]}", table_column=short),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True, expand=True, refresh_per_second=1 / REFRESH)
+    return Progress(
+        *columns, console=Console(stderr=True), transient=True, expand=True, refresh_per_second=1 / REFRESH_SECONDS
+    )

@@ -1,4 +1,4 @@
-"""The result of a run: what `result.json` holds, as typed values."""
+"""The result of a run as typed values: the content of `result.json`."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -58,7 +58,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """Training speed, evaluation left out, and the peak memory of the process (on CUDA: of the device) in bytes."""
+    """Speed of training without evaluation, and the peak memory of the process in bytes (on CUDA: of the device)."""
 
     images_per_second: float
     seconds_per_epoch: float
@@ -67,11 +67,17 @@ class TrainingSpeed:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What `result.json` holds; docs and README describe each field.
+    """The content of `result.json`; README describes each field.
 
-    `final` is measured after the last epoch, `best` with the weights of the best validation accuracy. `verified` maps
-    layer -> w, a or g -> levels found and allowed. `protocol_changes` are sentences on what the method changes of the
-    shared protocol because it requires so. `run` is the directory and is not stored.
+    `final` is measured after the last epoch, `best` with the weights of the best validation accuracy.
+    `verified` maps layer -> w, a or g -> levels found and allowed. `protocol_changes` says in words
+    what the method changes of the shared protocol because it requires so. `run` is the directory and
+    is not stored.
+
+    `data_sha256` is the digest of the data set's fingerprint: counts and sha256 of every split, in
+    their order. It is the same on every machine and in every run on the same data. It is not part of
+    `identity`, which must be known without reading data; it allows to check later, when the data is
+    opened, that a stored run was trained on the same data.
     """
 
     schema: int = SCHEMA
@@ -132,10 +138,10 @@ def load_result(path: Path) -> Result | None:
 
 
 def parse_result(values: dict[str, Any]) -> Result:
-    """Return a result from plain values, every field checked for its type and range.
+    """Return a result from plain values, with the type and range of every field checked.
 
     Raises:
-        ValueError: a field is missing, unknown, or holds something else than it should.
+        ValueError: a field is missing or unknown, or has a wrong type or value.
     """
     if unknown := set(values) - {f.name for f in fields(Result)}:
         raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
@@ -159,7 +165,7 @@ def store_result(path: Path, result: Result) -> None:
 
 
 def with_checksum(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with the sha256 of their JSON under the key `sha256`; an old checksum is replaced."""
-    found: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
-    found.pop("sha256", None)
-    return found | {"sha256": digest(found)}
+    """Return values with the sha256 of their JSON under the key `sha256`, which replaces an old one."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
+    plain.pop("sha256", None)
+    return plain | {"sha256": digest(plain)}

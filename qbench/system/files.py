@@ -1,27 +1,29 @@
-"""The one writer of durable files: a file is there whole or not at all. And readers that say what is damaged."""
+"""Writes durable files, each whole or not at all, and reads JSON and YAML with errors that name what is damaged."""
 
 import errno
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 
 from qbench.errors import ConfigError, ResourceError
 
 T = TypeVar("T")
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+"""A value that JSON can write."""
 YAML_BYTES, YAML_VALUES = 2**16, 2**14
-"""Bounds of a YAML file; one of ours has less than a tenth."""
+"""Bounds of a YAML file; those of qbench have less than a tenth of it."""
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file by `data`, durably: temporary file beside it, flush, fsync, rename, fsync of the directory.
+    """Replace a file by `data`, durably: temporary file, flush, fsync, rename, fsync of the directory.
 
     Raises:
-        ResourceError: the disk or its permissions do not allow it; what stood there before is untouched.
+        ResourceError: the disk or its permissions do not allow it; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -40,13 +42,13 @@ def write(path: Path, data: bytes) -> None:
     convert_os_errors(put, path, len(data))
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Mapping[str, Json]) -> None:
     """Write plain values as indented JSON; see `write`."""
     write(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read(path: Path) -> bytes:
-    """Return a file's bytes; a pipe or a device, which might never end, is refused.
+    """Return a file's bytes. Pipes and devices are refused, since they might never end.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -57,8 +59,9 @@ def read(path: Path) -> bytes:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the plain values of a YAML file, bounded in what reading it costs: no tags that make objects, a size, and
-    a count of values with those that aliases repeat.
+    """Return the plain values of a YAML file; tags that make objects are refused.
+
+    The file's size is bounded, and so is the number of its values, with those that aliases repeat.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -77,12 +80,12 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: {where}{error.problem or error.context}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # the last three are of odd scalars
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # the last three come from odd scalars
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
 def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Return how many values a node holds where every alias is written out; infinitely many where it holds itself."""
+    """Return the number of values in a node with every alias written out; infinity for a node within itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -93,7 +96,7 @@ def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object, or None where the file is missing, torn or something else."""
+    """Return a JSON object, or None if the file is missing, corrupt or holds something else."""
     try:
         return parse_json(read(path))
     except OSError:
@@ -101,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def parse_json(data: bytes) -> dict[str, Any] | None:
-    """Return a JSON object, or None where the bytes are torn or something else."""
+    """Return a JSON object, or None if the bytes are corrupt or hold something else."""
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no JSON")
@@ -114,7 +117,7 @@ def parse_json(data: bytes) -> dict[str, Any] | None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it.
+    """Create a directory and its parents.
 
     Raises:
         ResourceError: the disk or its permissions do not allow it.
@@ -123,7 +126,7 @@ def make_directory(path: Path) -> None:
 
 
 def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
-    """Run something that writes; turn the system's refusal into a message with path and need.
+    """Run an action that writes, and turn an OSError into a message with the path and the bytes needed.
 
     Raises:
         ResourceError: instead of OSError.
@@ -135,14 +138,14 @@ def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
 
 
 def resource_error(error: OSError, path: Path, need: int = 0) -> ResourceError:
-    """Return the error that tells a person why the system refused to write."""
+    """Return the error that says why the system refused to write."""
     needed = f" ({need:,} bytes needed)" if need else ""
     why = error.strerror or error
     return ResourceError(f"cannot write {path}{needed}: {why}\nmake room or choose another place with out=DIR")
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
+    """Make renames in a directory durable, by fsync."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -151,7 +154,7 @@ def sync_directory(path: Path) -> None:
 
 
 def cut(path: Path, size: int) -> int:
-    """Cut an append-only file of JSON lines back to the whole ones among its first `size` bytes; return their bytes.
+    """Cut a file of JSON lines back to the whole lines among its first `size` bytes; return their bytes.
 
     Raises:
         ResourceError: the disk or its permissions do not allow it.

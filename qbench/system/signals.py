@@ -1,4 +1,4 @@
-"""Signals as a number that loops ask for, so that a run stops between two steps with its checkpoint written."""
+"""Turns signals into a number that loops read, so that a run stops between two steps and saves a checkpoint."""
 
 import os
 import signal
@@ -9,9 +9,9 @@ from types import FrameType
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], int]]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into a number that the loops ask for; a second SIGINT leaves at once.
+    """Turn SIGINT, SIGTERM and SIGUSR1 into a number that loops read; a second SIGINT ends the process at once.
 
-    Nothing is lost by leaving at once: files appear whole or not at all, and locks end with the process.
+    Nothing is lost by that: files appear whole or not at all, and locks end with the process.
     """
     number = 0
 

@@ -1,7 +1,8 @@
-"""The one place that imports torchvision, which beside a CPU-only build of torch fails to import by itself.
+"""The one place that imports torchvision, whose plain import fails with some CPU-only builds of torch.
 
-Its compiled part is then missing, and `import torchvision` ends in "operator torchvision::nms does not exist", though
-networks and data sets need no such operator. Declaring the operators, without an implementation, lets it import.
+Its compiled part is then missing, and `import torchvision` raises "operator torchvision::nms does
+not exist". Networks and data sets do not need that operator. Declaring the operators, without an
+implementation, lets the import succeed.
 """
 
 import importlib
@@ -15,12 +16,12 @@ import torch
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _MISSING = re.compile(r"operator torchvision::\w+ does not exist")
 _declared: list[torch.library.Library] = []
-"""Operators live as long as the library object that declared them."""
+"""Keeps the library objects: operators exist as long as the object that declared them."""
 
 
 @cache
 def torchvision() -> ModuleType:
-    """Import torchvision and return it. A build that matches torch's is imported as it is."""
+    """Import torchvision and return it; a build that matches torch's is imported as it is."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:

@@ -1,9 +1,9 @@
-"""Times `qbench compare` over many results: reading, grouping, concluding, printing, and the whole command.
+"""Times `qbench compare` over many results: reading, grouping, statistics, printing, and the whole command.
 
     .venv/bin/python scripts/bench/compare.py [--runs 10000] [--rounds 3] [--predictions 0]
 
-Made results of 20 methods at 5 widths and 5 seeds under 20 protocols, without logs; with --predictions N each run has
-the answers to N test images beside it, which are read too.
+Synthetic results of 20 methods at 5 widths and 5 seeds under 20 protocols, without logs. With --predictions N each run
+also has predictions for N test images, which are read too.
 """
 
 import argparse
@@ -23,10 +23,10 @@ import numpy as np
 from measure import machine, markdown
 
 from qbench.config import compose
+from qbench.experiment.planned_run import planned_run
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import as_json, text
-from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import read
 from qbench.runs.result import Result, with_checksum
 
@@ -34,18 +34,18 @@ METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
 
 
 def plant(folder: Path, runs: int, images: int) -> None:
-    """Write results as runs do, small but whole."""
+    """Write small, complete results, as runs do."""
     (config,) = compose.configurations(["method=dorefa", f"out={folder}"])
-    made = RunDirectory(config).new_result("done")
+    template = planned_run(config).directory.new_result("done")
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, images)
-    cells = product(range(1, -(-runs // (METHODS * len(WIDTHS) * len(SEEDS))) + 1), range(METHODS), WIDTHS, SEEDS)
-    for epochs, method, (w, a), seed in islice(cells, runs):
+    settings = product(range(1, -(-runs // (METHODS * len(WIDTHS) * len(SEEDS))) + 1), range(METHODS), WIDTHS, SEEDS)
+    for epochs, method, (w, a), seed in islice(settings, runs):
         path = folder / "digits-resnet8" / f"m{method}-w{w}a{a}g32-s{seed}-{epochs:08x}"
         path.mkdir(parents=True)
         hits = rng.random(images) < 0.9 + method / 400
         top1 = 100 * float(hits.mean()) if images else 90 + method / 4 + float(rng.normal())
-        result = _result(made, f"m{method}", {"w": w, "a": a, "g": 32}, seed, epochs, top1)
+        result = _result(template, f"m{method}", {"w": w, "a": a, "g": 32}, seed, epochs, top1)
         (path / "result.json").write_text(json.dumps(with_checksum(result), indent=2))
         if images:
             buffer = io.BytesIO()
@@ -53,8 +53,8 @@ def plant(folder: Path, runs: int, images: int) -> None:
             (path / "predictions.npy").write_bytes(buffer.getvalue())
 
 
-def _result(made: Result, method: str, bits: dict[str, int], seed: int, epochs: int, top1: float) -> dict[str, Any]:
-    values = copy.deepcopy(vars(made))
+def _result(template: Result, method: str, bits: dict[str, int], seed: int, epochs: int, top1: float) -> dict[str, Any]:
+    values = copy.deepcopy(vars(template))
     del values["run"]
     values["protocol"]["keys"]["epochs"] = epochs
     values["protocol"] |= {"hash": f"{epochs:064x}", "identity": f"{method}{bits}{seed}{epochs}"}
@@ -71,12 +71,12 @@ def _result(made: Result, method: str, bits: dict[str, int], seed: int, epochs: 
 
 
 def timed(folder: Path) -> dict[str, float]:
-    """Return the seconds of every step, and of the command as a process of its own."""
-    found: dict[str, float] = {}
+    """Return the seconds of every step, and of the whole command in its own process."""
+    times: dict[str, float] = {}
     clock = time.perf_counter
 
     def step(name: str, began: float) -> float:
-        found[name] = clock() - began
+        times[name] = clock() - began
         return clock()
 
     began = clock()
@@ -85,7 +85,7 @@ def timed(folder: Path) -> dict[str, float]:
     tables = compare(runs)
     began = step("grouping", began)
     conclude(tables)
-    began = step("concluding", began)
+    began = step("statistics", began)
     text(tables)
     began = step("as text", began)
     as_json(tables)
@@ -93,7 +93,7 @@ def timed(folder: Path) -> dict[str, float]:
     began = clock()
     subprocess.run([sys.executable, "-m", "qbench", "compare", str(folder)], stdout=subprocess.DEVNULL, check=True)
     step("the whole command", began)
-    return found
+    return times
 
 
 def main() -> None:
@@ -102,17 +102,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--predictions", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        plant(Path(folder), asked.runs, asked.predictions)
-        rounds = [timed(Path(folder)) for _ in range(asked.rounds)]
+        plant(Path(folder), options.runs, options.predictions)
+        rounds = [timed(Path(folder)) for _ in range(options.rounds)]
     rows = []
     for name in rounds[0]:
         times = sorted(one[name] for one in rounds)
         rows.append((name, f"{statistics.median(times):.2f} s ({times[0]:.2f}-{times[-1]:.2f})"))
-    kept = f", answers to {asked.predictions:,} test images each" if asked.predictions else ""
-    print(f"{machine()}, {asked.runs:,} results{kept}, {asked.rounds} rounds\n")
-    print(markdown(("step", "median (least-most)"), rows))
+    predictions = f", predictions for {options.predictions:,} test images each" if options.predictions else ""
+    print(f"{machine()}, {options.runs:,} results{predictions}, {options.rounds} rounds\n")
+    print(markdown(("step", "median (min-max)"), rows))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     .venv/bin/python scripts/bench/kmeans.py
 
-Two tables: a million weights from a normal distribution, times relative to np.sort of the same float32 array; then
-layers, relative to the exact kmeans1d. Inertia is relative to the least found, from the returned centroids in float64.
-Packages, in the peers' environment: scikit-learn, kmeans1d, ckwrap, ckmeans-1d-dp; what is slow is timed twice. About a
-minute.
+Two tables: a million weights from a normal distribution, with times relative to np.sort of the same float32 array; then
+layers, relative to the exact kmeans1d. Inertia is relative to the least found, computed from the returned centroids in
+float64. Packages, in the peers' environment: scikit-learn, kmeans1d, ckwrap, ckmeans-1d-dp; slow ones are timed twice.
+Takes about a minute.
 """
 
 import importlib
@@ -22,10 +22,14 @@ from peers_venv import VENV, enter
 from qbench.quant.kmeans import kmeans
 
 Array = NDArray[np.float32]
-Solver = Callable[[Array, int], NDArray[np.floating]]  # centroids; labels are made and dropped
+Solver = Callable[[Array, int], NDArray[np.floating]]  # returns centroids; labels are computed and dropped
 
-BAR = 12
-SLOW = 0.2  # seconds
+TARGET = 12
+"""Largest acceptable time over that of np.sort."""
+
+SLOW = 0.2
+"""Seconds from which a package is timed only twice."""
+
 LAYERS = [(1_000, 3), (1_000, 16), (4_000, 3), (4_000, 16), (9_000, 16), (36_864, 3), (36_864, 16)]
 
 
@@ -61,16 +65,16 @@ PEERS: dict[str, tuple[str, Solver]] = {
 
 
 def importable() -> dict[str, Solver]:
-    """Return ours and the peers that import; say which are skipped."""
-    found: dict[str, Solver] = {"ours": ours}
+    """Return ours and the peers that can be imported; print which are skipped."""
+    solvers: dict[str, Solver] = {"ours": ours}
     for name, (module, solve) in PEERS.items():
         try:
             importlib.import_module(module)
         except ImportError as error:
             print(f"skipped: {name}: {error}")
         else:
-            found[name] = solve
-    return found
+            solvers[name] = solve
+    return solvers
 
 
 def inertia(x: Array, centroids: NDArray[np.floating]) -> float:
@@ -82,24 +86,25 @@ def inertia(x: Array, centroids: NDArray[np.floating]) -> float:
 def million(solvers: dict[str, Solver], k: int = 16) -> None:
     """Print the table of a million weights."""
     x = np.random.default_rng(0).normal(size=10**6).astype(np.float32)
-    left: dict[str, float] = {}
+    inertias: dict[str, float] = {}
 
     def once(name: str) -> None:
-        left[name] = inertia(x, solvers[name](x, k))
+        inertias[name] = inertia(x, solvers[name](x, k))
 
-    took = {name: seconds(partial(once, name)) for name in solvers}
-    slow = {name for name in solvers if took[name] > SLOW}
+    first = {name: seconds(partial(once, name)) for name in solvers}
+    slow = {name for name in solvers if first[name] > SLOW}
     times: dict[str, Ratio] = {}
     for names, rounds, warm in ((solvers.keys() - slow, 41, 3), (slow, 2, 0)):
         work: dict[str, Work] = {"np.sort": partial(np.sort, x)}
         times |= interleaved(work | {name: partial(solvers[name], x, k) for name in names}, rounds, warm)
     rows = []
     for name in solvers:
-        time, bar = times[name], f"<= {BAR}" if name == "ours" else ""
+        time, target = times[name], f"<= {TARGET}" if name == "ours" else ""
         ratio = f"{time.median:.0f}" if name in slow else str(time)
-        rows.append([name, ratio, bar, f"{time.seconds * 1e3:.0f}", f"{left[name] / min(left.values()):.7f}"])
+        relative = inertias[name] / min(inertias.values())
+        rows.append([name, ratio, target, f"{time.seconds * 1e3:.0f}", f"{relative:.7f}"])
     print(f"\n{len(x)} weights, k = {k}; np.sort takes {times['ours'].seconds / times['ours'].median * 1e3:.1f} ms\n")
-    print(markdown(["", "time / np.sort (quartiles)", "bar", "ms", "inertia / least found"], rows))
+    print(markdown(["", "time / np.sort (quartiles)", "target", "ms", "inertia / least found"], rows))
 
 
 def layers(solvers: dict[str, Solver]) -> None:
@@ -109,8 +114,8 @@ def layers(solvers: dict[str, Solver]) -> None:
         x = (np.random.default_rng(n).normal(size=n) * 0.05).astype(np.float32)
         both = {name: solvers[name] for name in ("kmeans1d (exact)", "ours")}
         times = interleaved({name: partial(solve, x, k) for name, solve in both.items()}, 11, 1)
-        left = {name: inertia(x, solve(x, k)) for name, solve in both.items()}
-        ratio = f"{left['ours'] / min(left.values()):.7f}"
+        inertias = {name: inertia(x, solve(x, k)) for name, solve in both.items()}
+        ratio = f"{inertias['ours'] / min(inertias.values()):.7f}"
         rows.append([str(n), str(k), str(times["ours"]), f"{times['ours'].seconds * 1e3:.2f}", ratio])
     print()
     print(markdown(["weights", "k", "time / kmeans1d (quartiles)", "ms", "inertia / least found"], rows))

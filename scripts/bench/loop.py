@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from measure import Work, interleaved, machine, markdown
 from torch.nn import functional as F
 
 from qbench.config import compose
 from qbench.data.dataset import Loader
-from qbench.experiment.session import RunContext, TrainingSession
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import assemble
 from qbench.quant.probe import Probe
-from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 from qbench.training import optimizer as optim
 from qbench.training.loop import train_epoch
@@ -30,7 +32,7 @@ CASES = {"digits, resnet8, float": [], "digits, resnet8, DoReFa W2A2": ["method=
 
 
 def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
-    """Return an epoch of a bare loop, one of ours, and what takes its progress bar away."""
+    """Return an epoch of a bare loop, an epoch of ours, and a function that removes the progress bar."""
     (config,) = compose.configurations([*words, "init=scratch", "dataset.pad=0", f"out={out}"])
     parts = assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)
@@ -40,42 +42,45 @@ def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
         for images, labels in loader.train(0):
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
 
     model = parts.install(parts.float_model())
-    optimizer = optim.build(model, config.optim)
-    own = parts.install(parts.float_model())
+    optimizer = optim.build_optimizer(model, config.optim)
+    model_of_ours = parts.install(parts.float_model())
     task = Task(
-        model=own, method=parts.method, optim=config.optim, epochs=10**6, steps=loader.steps, train=loader.train,
-        validate=lambda: (), probe=Probe([], F.cross_entropy),
+        model=model_of_ours, method=parts.method, optim=config.optim, epochs=10**6, steps=loader.steps,
+        train=loader.train, validate=lambda: (), probe=Probe([], F.cross_entropy),
     )  # fmt: skip
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     directory.path.mkdir(parents=True, exist_ok=True)
-    screen = ProgressReporter(live=True)
-    session = TrainingSession(directory, RunContext(screen), tensorboard=True)
-    state = State(optim.build(own, config.optim))
-    watch = session.watch(task, state, loader.batch_size)
+    reporter = ProgressReporter(live=True)
+    session = TrainingSession(directory, RunContext(reporter), parts.runtime, parts.title, parts.hyperparameters)
+    state = State(optim.build_optimizer(model_of_ours, config.optim))
+    callbacks = session.watch(task, state, loader.batch_size)
 
     def ours() -> None:
-        train_epoch(task, state, watch)
+        train_epoch(task, state, callbacks)
         state.losses, state.images, state.hits, state.batch = [], 0, 0, 0
 
-    return bare, ours, screen.stop
+    return bare, ours, reporter.stop
 
 
 @contextmanager
 def terminal() -> Iterator[None]:
-    """Let stderr be a terminal for a while, whose text nobody reads: the progress bar is drawn on nothing else."""
+    """Make stderr a terminal while the context lasts, and drop its text.
+
+    The progress bar is drawn only on a terminal.
+    """
     ours, theirs = os.openpty()
-    kept = os.dup(2)
+    saved = os.dup(2)
     os.dup2(theirs, 2)
     reader = threading.Thread(target=_drain, args=(ours,), daemon=True)
     reader.start()
     try:
         yield
     finally:
-        os.dup2(kept, 2)
+        os.dup2(saved, 2)
         os.close(theirs)
 
 
@@ -92,16 +97,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=21)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     rows = []
     for name, words in CASES.items():
         with tempfile.TemporaryDirectory() as folder, terminal():
-            bare, ours, stop = works([*words, *asked.words], str(Path(folder)))
-            found = interleaved({"bare": bare, "ours": ours}, asked.rounds, repeat=3)
-            stop()  # it catches what is printed
-            rows.append((name, str(found["ours"]), "1.03", f"{1000 * found['bare'].seconds:.0f} ms"))
-    print(f"{machine()}, 1 thread, {asked.rounds} rounds of 3 epochs\n")
-    print(markdown(("an epoch of the training loop", "of a bare loop", "bar", "bare loop"), rows))
+            bare, ours, stop = works([*words, *options.words], str(Path(folder)))
+            ratios = interleaved({"bare": bare, "ours": ours}, options.rounds, repeat=3)
+            stop()  # it captures what is printed
+            rows.append((name, str(ratios["ours"]), "1.03", f"{1000 * ratios['bare'].seconds:.0f} ms"))
+    print(f"{machine()}, 1 thread, {options.rounds} rounds of 3 epochs\n")
+    print(markdown(("an epoch of the training loop", "time / bare loop", "target", "bare loop"), rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders timed in turn within one process, ratios by round, tables in Markdown."""
+"""Shared by the benchmarks: contenders timed in turn within one process, ratios by round, tables in Markdown."""
 
 import os
 import platform
@@ -16,7 +16,9 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of a contender over the baseline's in the same round: median, quartiles, rounds; and its own median."""
+    """Time of a contender over that of the baseline in the same round: median, quartiles, rounds; and its median in
+    seconds.
+    """
 
     median: float
     low: float
@@ -29,10 +31,10 @@ class Ratio:
 
 
 def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3, repeat: int = 1) -> dict[str, Ratio]:
-    """Time every contender `repeat` times in every round, in an order that turns; the first one is the baseline.
+    """Time every contender `repeat` times in every round, in a rotating order; the first one is the baseline.
 
-    Machines are shared: only what ran in the same round is compared. Each runs once untimed before it is timed: in
-    practice a step follows one of its own kind, not one of a stranger that has filled the caches.
+    Machines are shared, so only times of the same round are compared. Each contender runs once untimed before it is
+    timed, because in practice a step follows one of its own kind, not another contender that has filled the caches.
     """
     names = list(contenders)
     for _ in range(warm):
@@ -43,12 +45,12 @@ def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3,
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             contenders[name]()
             times[name].append(seconds(contenders[name], repeat))
-    found = {}
+    result = {}
     for name in names:
         ratios = [t / base for t, base in zip(times[name], times[names[0]], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
-        found[name] = Ratio(median, low, high, rounds, statistics.median(times[name]))
-    return found
+        result[name] = Ratio(median, low, high, rounds, statistics.median(times[name]))
+    return result
 
 
 def seconds(work: Work, repeat: int = 1) -> float:
@@ -62,7 +64,7 @@ def seconds(work: Work, repeat: int = 1) -> float:
 
 
 def machine() -> str:
-    """Return what the figures were measured on, in one line."""
+    """Return a line that describes the machine of the measurement."""
     system = f"{platform.system()}, Python {platform.python_version()}"
     return f"{processor()}, {os.cpu_count()} cores, {system}, {versions('torch')}"
 
@@ -79,13 +81,13 @@ def processor() -> str:
 
 def versions(*packages: str) -> str:
     """Return `package version, ...` of those that are installed."""
-    found = []
+    installed = []
     for package in packages:
         try:
-            found.append(f"{package} {version(package)}")
+            installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(installed)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

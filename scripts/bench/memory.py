@@ -1,10 +1,10 @@
-"""Weighs what ResNet-20 (batch 64, 3x32x32) keeps for the backward pass under every method that quantizes activations.
+"""Memory that ResNet-20 (batch 64, 3x32x32) keeps for the backward pass, for every method that quantizes activations.
 
     .venv/bin/python scripts/bench/memory.py
 
-Alive: bytes that are allocated after a forward pass and were not before it, by torch's profiler. Saved: distinct
-storages that saved_tensors_hooks are shown, which do not see what a layer computes a second time instead of saving.
-Both relative to the float network, whose ReLU is replaced by the quantizer where the method takes its place.
+Alive: bytes allocated after a forward pass and not before it, by torch's profiler. Saved: distinct storages that
+saved_tensors_hooks see, which do not include what a layer recomputes instead of saving. Both are relative to the float
+network, whose ReLU is replaced by the quantizer if the method does so.
 """
 
 import json
@@ -26,10 +26,10 @@ from qbench.quant import ops
 def alive(model: nn.Module, images: Tensor) -> int:
     """Return the bytes that a forward pass leaves allocated."""
     model(images)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         logits = model(images)
     del logits
-    return sum(event.self_cpu_memory_usage for event in found.key_averages())
+    return sum(event.self_cpu_memory_usage for event in profiled.key_averages())
 
 
 def saved(model: nn.Module, images: Tensor) -> int:
@@ -46,7 +46,7 @@ def saved(model: nn.Module, images: Tensor) -> int:
 
 
 def peak(epochs: int) -> int:
-    """Return the peak memory in bytes of the default run's process, with so many epochs."""
+    """Return the peak memory in bytes of the default run's process, with a number of epochs."""
     with tempfile.TemporaryDirectory() as folder:
         words = [f"out={folder}", "method=dorefa", "bits=w2a2", "init=scratch", f"epochs={epochs}"]
         subprocess.run([sys.executable, "-m", "qbench", *words], check=True, capture_output=True)
@@ -72,11 +72,11 @@ def main() -> None:
             columns += [alive(model, images) / bases[0]]
         if "cells_input" not in method.traits:
             columns[2:4] = [float("nan")] * 2
-        bar = "1.05, compressed 0.65" if case.label == "dorefa w2a2" else ""
-        cells = ["" if c != c else f"{c:.2f}" for c in columns]
-        rows.append((case.label, *cells, bar))
+        target = "1.05, compressed 0.65" if case.label == "dorefa w2a2" else ""
+        columns_text = ["" if c != c else f"{c:.2f}" for c in columns]
+        rows.append((case.label, *columns_text, target))
     print(f"{machine()}\n")
-    head = ("kept for backward", "alive", "saved", "compressed: alive", "saved", "plain definition: alive", "bar")
+    head = ("kept for backward", "alive", "saved", "compressed: alive", "saved", "plain definition: alive", "target")
     print(markdown(head, rows))
     peaks = {epochs: f"{peak(epochs) / 2**20:.0f} MiB" for epochs in (5, 200)}
     print("\n" + markdown([f"{epochs} epochs" for epochs in peaks], [list(peaks.values())]))

@@ -1,9 +1,9 @@
-"""Times epochs with runtime.observe off, light and full, each with what is logged and saved after it, side by side.
+"""Times epochs with runtime.observe off, light and full, each with what is logged and saved after it.
 
     .venv/bin/python scripts/bench/observe.py [--rounds 21] [KEY=VALUE ...]
 
-The baseline, blind, is a run whose layers nobody looks at; even `off` looks, for warnings. TensorBoard is on. Not
-validating makes all ratios larger; looks and histograms come as often as in a run of the default length.
+The baseline, blind, is a run that never inspects its layers; even `off` does, for warnings. TensorBoard is on. There is
+no validation, which makes all ratios larger; inspections and histograms are as frequent as in a run of default length.
 """
 
 import argparse
@@ -15,12 +15,14 @@ from torch.nn import functional as F
 
 from qbench.config import compose
 from qbench.data.dataset import Loader
-from qbench.experiment.session import RunContext, TrainingSession
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import assemble
 from qbench.quant.probe import Probe
-from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 from qbench.training import optimizer as optim
+from qbench.training.epoch_record import EpochRecord
 from qbench.training.loop import train_epoch
 from qbench.training.state import State
 from qbench.training.task import Task
@@ -30,18 +32,18 @@ CASES = {
     "digits, resnet8, LSQ W2A2": ["method=lsq", "bits=w2a2"],
     "digits, resnet8, INQ W5": ["method=inq"],
 }
-LEVELS, BAR = ("blind", "off", "light", "full"), "1.03"
+LEVELS, TARGET = ("blind", "off", "light", "full"), "1.03"
 IMAGES, EPOCHS = 256, 6
 
 
 def work(words: list[str], out: Path, level: str) -> Work:
-    """Return an epoch of a run whose layers are looked at so closely."""
-    told = "off" if level == "blind" else level
-    (config,) = compose.configurations([*words, "init=scratch", f"runtime.observe={told}", f"out={out / level}"])
+    """Return an epoch of a run that inspects its layers at a level."""
+    observe = "off" if level == "blind" else level
+    (config,) = compose.configurations([*words, "init=scratch", f"runtime.observe={observe}", f"out={out / level}"])
     parts = assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)
     model, method = parts.install(parts.float_model()), parts.method
-    probe = Probe(list(loader.plain("train", IMAGES)), F.cross_entropy)
+    probe = Probe(list(loader.unaugmented("train", IMAGES)), F.cross_entropy)
     if method.prepare:
         method.prepare(model, probe)
     if method.on_epoch:
@@ -51,19 +53,20 @@ def work(words: list[str], out: Path, level: str) -> Work:
         validate=lambda: (), probe=Probe([], F.cross_entropy) if level == "blind" else probe,
         classes=parts.data.classes,
     )  # fmt: skip
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     directory.path.mkdir(parents=True, exist_ok=True)
-    session = TrainingSession(directory, RunContext(ProgressReporter(quiet=True)), tensorboard=True)
-    state = State(optim.build(model, config.optim))
-    watch = session.watch(task, state, loader.batch_size)
+    context = RunContext(ProgressReporter(quiet=True))
+    session = TrainingSession(directory, context, parts.runtime, parts.title, parts.hyperparameters)
+    state = State(optim.build_optimizer(model, config.optim))
+    callbacks = session.watch(task, state, loader.batch_size)
 
     def epoch() -> None:
         state.epoch %= config.epochs
-        train_epoch(task, state, watch)
-        record = {"epoch": state.epoch, "train_loss": 0.0, "train_top1": 100.0, "seconds": 0.0, "images": state.images}
+        train_epoch(task, state, callbacks)
+        record = EpochRecord(state.epoch, lr=0.1, train_loss=0.0, train_top1=100.0, seconds=0.0, images=state.images)
         losses, state.losses, state.images, state.hits, state.batch = state.losses, [], 0, 0, 0
         state.epoch += 1
-        watch.epoch(state, record, losses)
+        callbacks.on_epoch(state, record, losses)
 
     return epoch
 
@@ -73,16 +76,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=21)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     rows = []
     for name, words in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            works = {level: work([*words, *asked.words], Path(folder), level) for level in LEVELS}
-            found = interleaved(works, asked.rounds, repeat=EPOCHS)
-            ratios = [str(found[level]) for level in LEVELS[1:]]
-            rows.append((name, *ratios, BAR, f"{1000 * found['blind'].seconds:.0f} ms"))
-    print(f"{machine()}, 1 thread, {asked.rounds} rounds of {EPOCHS} epochs\n")
-    print(markdown(("an epoch of", *LEVELS[1:], "bar of light", "blind"), rows))
+            works = {level: work([*words, *options.words], Path(folder), level) for level in LEVELS}
+            timed = interleaved(works, options.rounds, repeat=EPOCHS)
+            ratios = [str(timed[level]) for level in LEVELS[1:]]
+            rows.append((name, *ratios, TARGET, f"{1000 * timed['blind'].seconds:.0f} ms"))
+    print(f"{machine()}, 1 thread, {options.rounds} rounds of {EPOCHS} epochs\n")
+    print(markdown(("an epoch of", *LEVELS[1:], "target of light", "blind"), rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a training step costs with the peers: packages that quantize, and the methods as public code has them.
+"""Training step times of the peers: packages that quantize, and the methods as in public code.
 
     .venv/bin/python scripts/bench/peers.py [--rounds 21] [--channels-last] [--here]
 
 ResNet-20 for 3x32x32 images, batch 64: zero_grad, forward, cross entropy, backward, SGD with momentum; one thread. Time
-and bytes saved for backward are relative to float in channels_last. The packages are installed into an environment of
-their own on first use (peers_venv.py); with --here those that this interpreter can import are measured. Not here:
-torchao, whose QAT leaves nn.Conv2d as it is. Takes some four minutes, and as long again on first use.
+and bytes saved for backward are relative to float in channels_last. The packages are installed into a separate
+environment on first use (peers_venv.py); with --here those that this interpreter can import are measured. Not included:
+torchao, whose QAT does not change nn.Conv2d. Takes about four minutes, and twice that on first use.
 """
 
 import argparse
@@ -25,29 +25,30 @@ from plain import NCHW, NHWC, Device, Layout, Make, Work, plain, sgd, training_s
 from published import PUBLISHED, dorefa_net
 from torch import Tensor, nn
 
-LEARNING_STEPS = 300  # so long Brevitas takes statistics of its activations; then it learns their scales
+LEARNING_STEPS = 300
+"""Steps in which Brevitas collects statistics of its activations, before it learns their scales."""
 
 
 def contenders(compiled: bool = True) -> dict[str, Make]:
-    """Return the peers that run in this interpreter, `make(device, layout)` giving one step; say which are skipped.
+    """Return the peers that run in this interpreter, `make(device, layout)` giving one step; print which are skipped.
 
-    Names tell what they quantize. Two take their time to make: torch.compile (`compiled`) some 25 s, Brevitas some
-    10 s. The first import of QPyTorch compiles it, some 30 s.
+    Names say what they quantize. Setup takes about 25 s for torch.compile (`compiled`) and 10 s for Brevitas. The first
+    import of QPyTorch compiles it, about 30 s.
     """
-    found = dict(PUBLISHED)
+    makes_by_name = dict(PUBLISHED)
     if compiled and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))):
         print("skipped: torch.compile: no C++ compiler")
     elif compiled:
-        found["DoReFa W2A2 as everybody writes it, torch.compile"] = compiled_dorefa
+        makes_by_name["DoReFa W2A2 as everybody writes it, torch.compile"] = compiled_dorefa
     for package, makes in PACKAGES.items():
         if imports(package):
-            found |= makes
-    return found
+            makes_by_name |= makes
+    return makes_by_name
 
 
 def imports(package: str) -> bool:
-    """Try to import a package; a line says why it cannot be had."""
-    if package == "qtorch":  # it calls ninja by its name: the one beside this interpreter will do
+    """Try to import a package; print why if that fails."""
+    if package == "qtorch":  # it calls ninja by name: use the one next to this interpreter
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         importlib.import_module(package)
@@ -58,7 +59,7 @@ def imports(package: str) -> bool:
 
 
 def compiled_dorefa(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of DoReFa under torch.compile, warm; say how long that took."""
+    """Return a step of DoReFa under torch.compile, warmed up; print how long that took."""
     net = dorefa_net()
     work = training_step(net, device, layout=layout)
     net.compile()
@@ -70,7 +71,10 @@ def compiled_dorefa(device: Device, layout: Layout = NCHW) -> Work:
 
 
 def torch_ao(bits: int) -> Make:
-    """Return the maker of steps of torch.ao's QAT layers: fused moving averages, weights by channel at 8 bits."""
+    """Return a function that makes steps of torch.ao's QAT layers.
+
+    They use fused moving averages; weights are per channel at 8 bits.
+    """
     ao, qat = (importlib.import_module(name) for name in ("torch.ao.quantization", "torch.ao.nn.qat"))
 
     def make(device: Device, layout: Layout = NCHW) -> Work:
@@ -91,8 +95,8 @@ def torch_ao(bits: int) -> Make:
 
         def convolution(layer: nn.Conv2d) -> nn.Module:
             layer.qconfig = config
-            found: nn.Module = qat.Conv2d.from_float(layer)
-            return found
+            quantized: nn.Module = qat.Conv2d.from_float(layer)
+            return quantized
 
         net = plain(convolution, lambda: nn.Sequential(nn.ReLU(), config.activation()))
         return training_step(net, device, layout=layout)
@@ -101,7 +105,7 @@ def torch_ao(bits: int) -> Make:
 
 
 def brevitas(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of Brevitas past its first 300 steps, which are taken here with four images each."""
+    """Return a step of Brevitas after its first 300 steps, which run here with four images each."""
     net = brevitas_net()
     first = training_step(net, device, layout=layout, batch=4)
     for _ in range(LEARNING_STEPS + 10):
@@ -110,16 +114,16 @@ def brevitas(device: Device, layout: Layout = NCHW) -> Work:
 
 
 def brevitas_cold(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of Brevitas that takes statistics as long as it is called fewer than 300 times."""
+    """Return a step of Brevitas that collects statistics while it is called fewer than 300 times."""
     return training_step(brevitas_net(), device, layout=layout)
 
 
 def brevitas_net() -> nn.Module:
-    """Return QuantConv2d and QuantReLU at two bits, all else their defaults."""
+    """Return a network with QuantConv2d and QuantReLU at two bits and their defaults."""
     layers: Any = importlib.import_module("brevitas.nn")
 
     def convolution(layer: nn.Conv2d) -> nn.Module:
-        found: nn.Module = layers.QuantConv2d(
+        quantized: nn.Module = layers.QuantConv2d(
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
@@ -128,14 +132,14 @@ def brevitas_net() -> nn.Module:
             bias=False,
             weight_bit_width=2,
         )
-        found.load_state_dict(layer.state_dict(), strict=False)
-        return found
+        quantized.load_state_dict(layer.state_dict(), strict=False)
+        return quantized
 
     return plain(convolution, lambda: layers.QuantReLU(bit_width=2))
 
 
 def qpytorch(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of QPyTorch: activations and errors behind every ReLU, weights, gradients, momentum; 8 bits."""
+    """Return a step of QPyTorch: activations and errors after every ReLU, weights, gradients, momentum; 8 bits."""
     qtorch, quant, optim = (importlib.import_module(name) for name in ("qtorch", "qtorch.quant", "qtorch.optim"))
     narrow, fine = qtorch.FixedPoint(wl=8, fl=4), qtorch.FixedPoint(wl=8, fl=7)
 
@@ -162,9 +166,9 @@ PACKAGES: Mapping[str, Mapping[str, Make]] = {
 def saved_bytes(work: Work) -> int:
     """Return the bytes of the distinct storages that one call saves for backward.
 
-    What a Function keeps by other means than save_for_backward is not seen.
+    What a Function keeps by means other than save_for_backward is not counted.
     """
-    kept: dict[int, Tensor] = {}  # the tensors themselves: an address stays theirs meanwhile
+    kept: dict[int, Tensor] = {}  # the tensors themselves, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)

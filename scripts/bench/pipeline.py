@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/bench/pipeline.py
 
-In every round each way makes the same number of images, out of 50,000 random ones. torchvision transforms them one by
-one in two workers of a DataLoader, which live from round to round and get tensors: that spares them PIL. Beside the
-clock's time stands the processor's, for a machine that others use too; that of the workers is not known here.
+In every round each way makes the same number of images, from 50,000 random ones. torchvision transforms them one by
+one in two persistent workers of a DataLoader, on tensors, without PIL. The table also has processor time, for shared
+machines; that of the workers is not known.
 """
 
 import statistics
@@ -19,13 +19,14 @@ from measure import Ratio, Work, interleaved, machine, markdown, versions
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from qbench.data.dataset import Augment, Dataset, Loader, Split
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset, Loader, Split
 from qbench.system.torchvision import torchvision
 
 IMAGES, BATCH, BATCHES, PAD, SIZE = 50_000, 128, 48, 4, 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 OURS, THEIRS = "ours: crop, mirror, normalise", "torchvision v2, DataLoader, 2 workers"
-BARS = {OURS: ">= 150,000 images/s", THEIRS: ">= 5"}
+TARGETS = {OURS: ">= 150,000 images/s", THEIRS: ">= 5"}
 
 
 def main() -> None:
@@ -39,17 +40,17 @@ def main() -> None:
         THEIRS: theirs(images, split.labels),
         "plain torch, image by image": partial(by_image, images),
     }
-    spent: dict[str, list[float]] = {name: [] for name in ways}
-    found = interleaved({name: partial(clocked, ways[name], spent[name]) for name in ways})
+    processor_times: dict[str, list[float]] = {name: [] for name in ways}
+    ratios = interleaved({name: partial(clocked, ways[name], processor_times[name]) for name in ways})
     print(f"{machine()}, {versions('torchvision')}; 1 thread, batches of {BATCH}, {BATCHES} in a round\n")
-    columns = ("way", "images/s", "images/s of processor time", "time over ours (quartiles)", "bar")
-    print(markdown(columns, [row(name, found[name], spent[name]) for name in ways]))
+    columns = ("way", "images/s", "images/s of processor time", "time over ours (quartiles)", "target")
+    print(markdown(columns, [row(name, ratios[name], processor_times[name]) for name in ways]))
     read, copied = (f"{x.nbytes / 1e6:.0f} MB" for x in (images, split.images))
     print(f"\nMemory: {read} of images as read, {copied} for the loader's copy in channels_last, once.")
 
 
 def ours(split: Split, augment: Augment) -> Work:
-    """Return what takes the next batches of the project's loader, epoch after epoch."""
+    """Return a function that takes the next batches of the project's loader, epoch after epoch."""
     none = split.take(torch.arange(0))
     data = Dataset(
         name="random", train=split, val=none, test=none, classes=1, mean=MEAN, std=STD, augment=augment
@@ -59,7 +60,7 @@ def ours(split: Split, augment: Augment) -> Work:
 
 
 def theirs(images: Tensor, labels: Tensor) -> Work:
-    """Return what takes as many batches of torchvision's transforms."""
+    """Return a function that takes as many batches of torchvision's transforms."""
     torchvision()
     from torchvision.transforms import v2
 
@@ -74,7 +75,7 @@ def theirs(images: Tensor, labels: Tensor) -> Work:
 
 
 def collated(transform: Callable[[Tensor], Tensor], samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the batch of a worker's samples, each transformed by itself."""
+    """Return the batch of a worker's samples, each transformed on its own."""
     return torch.stack([transform(image) for image, _ in samples]), torch.stack([label for _, label in samples])
 
 
@@ -91,22 +92,22 @@ def by_image(images: Tensor) -> None:
 
 
 def drain(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Take every batch and see that none is missing."""
+    """Take every batch and check that none is missing."""
     assert sum(len(labels) for _, labels in batches) == BATCH * BATCHES
 
 
-def clocked(work: Work, spent: list[float]) -> None:
-    """Work, and note the processor's time."""
+def clocked(work: Work, processor_times: list[float]) -> None:
+    """Run the work and record its processor time."""
     began = time.process_time()
     work()
-    spent.append(time.process_time() - began)
+    processor_times.append(time.process_time() - began)
 
 
-def row(name: str, found: Ratio, spent: list[float]) -> tuple[str, ...]:
+def row(name: str, ratio: Ratio, processor_times: list[float]) -> tuple[str, ...]:
     """Return a way's line of the table."""
-    made = BATCH * BATCHES
-    processor = "-" if name == THEIRS else f"{made / statistics.median(spent):,.0f}"
-    return name, f"{made / found.seconds:,.0f}", processor, str(found), BARS.get(name, "")
+    images = BATCH * BATCHES
+    processor = "-" if name == THEIRS else f"{images / statistics.median(processor_times):,.0f}"
+    return name, f"{images / ratio.seconds:,.0f}", processor, str(ratio), TARGETS.get(name, "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The net and the step that all contenders share: ResNet-20 for 3x32x32 images, batch 64, cross entropy, SGD."""
+"""The network and the step that all contenders share: ResNet-20 for 3x32x32 images, batch 64, cross entropy, SGD."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.models.resnet import build
+from qbench.quant.install import feeds
 
 Work = Callable[[], Tensor]
 Hook = Callable[[], object]
@@ -22,11 +23,13 @@ def plain(
     activation: Callable[[], nn.Module] = nn.ReLU,
     norm: str = "affine",
 ) -> nn.Module:
-    """Return a ResNet-20, all but its first and last layer and the activation before the last replaced."""
+    """Return a ResNet-20 with its layers and activations replaced.
+
+    The first and last layer and the last activation stay.
+    """
     torch.manual_seed(0)
     net = build(SHAPE, CLASSES, norm=norm).train()
-    feeds: dict[str, tuple[str, ...]] = net.feeds  # type: ignore[assignment]
-    for name, layers in feeds.items():
+    for name, layers in feeds(net).items():
         net.set_submodule(name, activation())
         for layer in layers:
             net.set_submodule(layer, convolution(net.get_submodule(layer)))  # type: ignore[arg-type]
@@ -39,7 +42,7 @@ def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 
 def placed(net: nn.Module, device: Device, layout: Layout) -> nn.Module:
-    """Return the net itself, moved."""
+    """Move a network, in place, and return it."""
     return net.to(device).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
@@ -55,7 +58,7 @@ def training_step(
     update: Hook | None = None,
     batch: int = BATCH,
 ) -> Work:
-    """Return one step on a batch that stands: zero_grad, `before`, forward, backward, `between`, update, `after`.
+    """Return one step on a fixed batch: zero_grad, `before`, forward, backward, `between`, update, `after`.
 
     The update is the optimizer's own step, unless another is given.
     """
@@ -68,7 +71,7 @@ def training_step(
         optimizer.zero_grad()
         before()
         loss = F.cross_entropy(net(images), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         between()
         update()
         after()
@@ -98,7 +101,7 @@ class Conv(nn.Conv2d):
 
 
 class Act(nn.Module):
-    """A function as a layer."""
+    """A layer that applies a function."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

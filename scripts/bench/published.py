@@ -1,7 +1,7 @@
-"""The methods as public implementations have them, in plain torch: what a step costs those who take one of these.
+"""The methods as in public implementations, in plain torch, to compare step times with.
 
-Written for comparison, after reading those named at each function; nothing is slowed down on purpose, and what they do
-once an epoch is not done here at every step. NCHW unless asked otherwise, as theirs; first and last layer float.
+Written after reading the code named at each function. Nothing is slowed down on purpose, and what they do once an epoch
+is not done at every step here. NCHW by default, as in that code; first and last layer are float.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 
 
 class Round(Function):
-    """Round to multiples of a step, pass the gradient on; most ports clone it, as here."""
+    """Round to multiples of a step and pass the gradient on; most ports clone it, as here."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, per_unit: float) -> Tensor:
@@ -32,14 +32,14 @@ def round_to(x: Tensor, per_unit: float) -> Tensor:
 
 
 def dorefa_weights(w: Tensor, levels: int = 3) -> Tensor:
-    """Return 2-bit weights as pytorch_DoReFaNet and the many that descend from it have them: times the maximum."""
+    """Return 2-bit weights as in pytorch_DoReFaNet and code derived from it: multiplied by the maximum."""
     t = torch.tanh(w)
     largest = torch.max(torch.abs(t)).detach()
     return largest * (2 * round_to(t / 2 / largest + 0.5, levels) - 1)
 
 
 def dorefa_net() -> nn.Module:
-    """Return DoReFa W2A2 as in pytorch_DoReFaNet: clamp, then a rounding of its own."""
+    """Return DoReFa W2A2 as in pytorch_DoReFaNet: clamp, then a separate rounding."""
     return plain(lambda c: Conv(c, dorefa_weights), lambda: Act(lambda x: round_to(torch.clamp(x, 0, 1), 3)))
 
 
@@ -49,7 +49,9 @@ def dorefa(device: Device, layout: Layout = NCHW) -> Work:
 
 
 class Pact(Function):
-    """PACT's activation as in KwangHoonAn/PACT: the input saved, masks built of comparisons backward."""
+    """PACT's activation as in KwangHoonAn/PACT: the input is saved, and the backward pass builds masks from
+    comparisons.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, alpha: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class Pact(Function):
 
 
 class PactAct(nn.Module):
-    """The layer around `Pact`, its bound learned from 10 on."""
+    """The layer around `Pact`, whose learned bound starts at 10."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,12 +78,12 @@ class PactAct(nn.Module):
 
 
 def pact(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of PACT W2A2, weights as DoReFa's."""
+    """Return a step of PACT W2A2, with DoReFa's weights."""
     return training_step(plain(lambda c: Conv(c, dorefa_weights), PactAct), device, layout=layout)
 
 
 class LearnedStep(nn.Module):
-    """LSQ as its paper's appendix and lsq-net have it: detach tricks around scale and rounding."""
+    """LSQ as in its paper's appendix and in lsq-net: detach tricks around scale and rounding."""
 
     def __init__(self, low: int, high: int, values: Tensor | None = None) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ def lsq(device: Device, layout: Layout = NCHW) -> Work:
 
 
 def hwgq_weights(w: Tensor) -> Tensor:
-    """Return 1-bit weights at the tensor's deviation times the Gaussian step, as in EdMIPS."""
+    """Return 1-bit weights whose scale is the tensor's standard deviation times the Gaussian step, as in EdMIPS."""
     step = 1.596 * w.detach().std().item()
     return StraightThrough.apply(w, step)  # type: ignore[no-untyped-call,no-any-return]
 
@@ -128,15 +130,15 @@ def hwgq(device: Device, layout: Layout = NCHW) -> Work:
 
 
 def hidden(net: nn.Module) -> list[nn.Conv2d]:
-    """Return the convolutions but the first."""
+    """Return all convolutions except the first."""
     return [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)][1:]
 
 
 def ttq(device: Device, layout: Layout = NCHW, threshold: float = 0.05) -> Work:
-    """Return a step of TTQ W2A32 as in trained-ternary-quantization: kernels overwritten behind the optimizers.
+    """Return a step of TTQ W2A32 as in trained-ternary-quantization: kernels overwritten after the optimizers.
 
-    Float kernels stand beside the net's; after backward, masks turn the kernels' gradients into the float ones' and
-    the two scales'. Signs as in the chain rule; three optimizers, as there.
+    Float kernels are kept apart from the network's; after backward, masks turn the kernels' gradients into those of the
+    float kernels and of the two scales. Signs as in the chain rule; three optimizers, as in that code.
     """
     net = placed(plain(), device, layout)
     kernels = [layer.weight for layer in hidden(net)]
@@ -191,7 +193,7 @@ class Sign(Function):
 def xnor(device: Device, layout: Layout = NCHW) -> Work:
     """Return a step of XNOR W1A1 as in XNOR-Net-PyTorch: binarize, forward and backward, restore, gradients, update.
 
-    Its earliest versions also take the mean of |x| over the channels and use it nowhere: left out here.
+    Its earliest versions also compute the mean of |x| over the channels without using it; that is left out.
     """
     net = placed(plain(activation=lambda: Act(Sign.apply)), device, layout)
     kernels = [layer.weight for layer in hidden(net)]
@@ -231,12 +233,12 @@ def power_of_two(w: Tensor, bits: int = 5) -> Tensor:
 
 
 def half_frozen(w: Tensor) -> Tensor:
-    """Return INQ's mask with the larger half of the weights in it."""
+    """Return INQ's mask of the larger half of the weights."""
     return w.abs() >= w.abs().median()
 
 
 def assemble(w: Tensor, fixed: Tensor) -> Tensor:
-    """Return the weights with the frozen ones, those that are a number in `fixed`, put in their places."""
+    """Return the weights, with those that are numbers in `fixed` (the frozen ones) replaced by it."""
     taken = ~torch.isnan(fixed)
     whole = torch.zeros_like(fixed)
     whole[taken] = fixed[taken]
@@ -244,7 +246,9 @@ def assemble(w: Tensor, fixed: Tensor) -> Tensor:
 
 
 def inq_masked(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of INQ W5A32, half of it frozen, as in quantlab: the frozen ones put in at every forward."""
+    """Return a step of INQ W5A32, half of it frozen, as in quantlab: the frozen ones are put in at every forward
+    pass.
+    """
 
     def frozen(layer: nn.Conv2d) -> nn.Module:
         w = layer.weight.detach().to(device)
@@ -273,7 +277,10 @@ class MaskedSGD(torch.optim.Optimizer):
 
 
 def inq_optimizer(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of INQ W5A32, half of it frozen, as in INQ-pytorch: weights overwritten once, updates masked."""
+    """Return a step of INQ W5A32, half of it frozen, as in INQ-pytorch.
+
+    Weights are overwritten once; updates are masked.
+    """
     net = placed(plain(), device, layout)
     kernels = {id(layer.weight) for layer in hidden(net)}
     masks = []

@@ -1,10 +1,10 @@
-"""Would many small networks train faster as one? N seeds by grouped convolutions against the same N in turn.
+"""Would many small networks train faster as one? N seeds with grouped convolutions, against the same N one by one.
 
     .venv/bin/python scripts/bench/replicas.py [-n 8] [--rounds 21]
 
-The networks stay what they are: parameters, quantizers, optimizers and batch norm of their own, so that every method
-fits; their convolutions, norms and sums run together on activations (B, N C, H, W). One thread. It is left out of the
-project: docs/performance.md says why.
+Each network keeps its own parameters, quantizers, optimizer and batch norm, so that every method fits; convolutions,
+norms and sums run together on activations (B, N C, H, W). One thread. The project does not use this:
+docs/performance.md says why.
 """
 
 import argparse
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.methods import dorefa
-from qbench.methods import float as nothing
+from qbench.methods import float as float_method
 from qbench.models.resnet import Pad, build
 from qbench.quant.install import install
 from qbench.quant.layers import QConv2d, QLinear
 from qbench.quant.method import Method
+from qbench.quant.quantizer import IdentityQuantizer
 
 BATCH = 64
 CASES = [((1, 8, 8), 8), ((1, 8, 8), 16), ((3, 32, 32), 8)]
 
 
 class Convolutions(nn.Module):
-    """N convolutions as one with groups; every one quantizes its own weights and channels."""
+    """N convolutions as one with groups; each quantizes its own weights and channels."""
 
     def __init__(self, layers: list[QConv2d]) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Convolutions(nn.Module):
         """Return (B, N O, H, W)."""
         layers: list[QConv2d] = list(self.layers)  # type: ignore[arg-type]
         weights = torch.cat([layer.weight_q(layer.weight) for layer in layers])
-        if not isinstance(layers[0].input_q, nn.Identity):
+        if not isinstance(layers[0].input_q, IdentityQuantizer):
             parts = zip(layers, x.chunk(len(layers), 1), strict=True)
             x = torch.cat([layer.input_q(part) for layer, part in parts], 1)
         return F.conv2d(x, weights, None, layers[0].stride, layers[0].padding, groups=len(layers))
@@ -51,7 +52,7 @@ class Norms(nn.Module):
         self.norms = nn.ModuleList(norms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize; the statistics of evaluation, which no step needs, are left alone."""
+        """Normalize; the statistics for evaluation, which no step needs, are not updated."""
         weight, bias = (torch.cat([getattr(norm, key) for norm in self.norms]) for key in ("weight", "bias"))
         return F.batch_norm(x, None, None, weight, bias, training=True)
 
@@ -77,18 +78,18 @@ class Pads(nn.Module):
         self.pads = nn.ModuleList(pads)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the padded parts side by side."""
+        """Return the padded parts, concatenated."""
         return torch.cat([pad(part) for pad, part in zip(self.pads, x.chunk(len(self.pads), 1), strict=True)], 1)
 
 
-TOGETHER = {QConv2d: Convolutions, nn.BatchNorm2d: Norms, QLinear: Linears, Pad: Pads}
+JOINED = {QConv2d: Convolutions, nn.BatchNorm2d: Norms, QLinear: Linears, Pad: Pads}
 
 
 def joined(networks: list[nn.Module]) -> nn.Module:
-    """Return one network whose layers are those of all."""
+    """Return one network with the layers of all."""
     whole = copy.deepcopy(networks[0])
     for name, module in networks[0].named_modules():
-        if kind := TOGETHER.get(type(module)):
+        if kind := JOINED.get(type(module)):
             whole.set_submodule(name, kind([network.get_submodule(name) for network in networks]))
     return whole.train()
 
@@ -101,7 +102,7 @@ def network(method: Method, shape: tuple[int, int, int], width: int, seed: int) 
 
 
 def steps(method: Method, shape: tuple[int, int, int], width: int, n: int) -> tuple[Work, Work, Work]:
-    """Return a step of N networks one after the other, one of all together, and what tells the two losses apart."""
+    """Return a step of N networks one by one, one of all together, and the largest difference of their losses."""
     networks = [network(method, shape, width, seed) for seed in range(n)]
     others = [network(method, shape, width, seed) for seed in range(n)]
     whole = joined(others)
@@ -115,7 +116,7 @@ def steps(method: Method, shape: tuple[int, int, int], width: int, n: int) -> tu
         for model, optimizer, x, y in zip(networks, alone, images, labels, strict=True):
             loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
             losses.append(loss.item())
         return losses
@@ -124,7 +125,7 @@ def steps(method: Method, shape: tuple[int, int, int], width: int, n: int) -> tu
         logits = whole(torch.cat(images, 1))
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").reshape(n, -1).mean(1)
         together.zero_grad()
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(losses.sum())
         together.step()
         return losses.tolist()
 
@@ -136,18 +137,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-n", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=21)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for shape, width in CASES:
-        for name, method in (("float", nothing.build()), ("DoReFa W2A2", dorefa.build(w=2, a=2))):
-            alone, together, differ = steps(method, shape, width, asked.n)
-            apart = differ()
-            ratio = interleaved({"together": together, "one by one": alone}, asked.rounds)["one by one"]
+        for name, method in (("float", float_method.build()), ("DoReFa W2A2", dorefa.build(w=2, a=2))):
+            alone, together, largest_difference = steps(method, shape, width, options.n)
+            difference = largest_difference()
+            ratio = interleaved({"together": together, "one by one": alone}, options.rounds)["one by one"]
             image = "x".join(map(str, shape))
-            rows.append((f"ResNet-8 of width {width}, {image}", name, str(ratio), f"{apart:.0e}"))
-    print(f"{machine()}, 1 thread, {asked.n} networks, {asked.rounds} rounds\n")
-    columns = ("network", "method", "one by one, of all together", "first losses apart by")
+            rows.append((f"ResNet-8 of width {width}, {image}", name, str(ratio), f"{difference:.0e}"))
+    print(f"{machine()}, 1 thread, {options.n} networks, {options.rounds} rounds\n")
+    columns = ("network", "method", "time one by one / together", "difference of first losses")
     print(markdown(columns, rows))
 
 

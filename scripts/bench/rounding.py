@@ -10,7 +10,7 @@ from measure import interleaved, machine, markdown
 
 from qbench.experiment.device import tune_malloc
 from qbench.methods import dorefa, gupta
-from qbench.quant import fused_kernels as passes
+from qbench.quant import fused_kernels
 
 COUNT, LEVELS = 2**20, 255
 
@@ -20,25 +20,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=41)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     tune_malloc()
     x = torch.rand(COUNT)
     gradient = torch.randn(64, COUNT // 64)
     works = {
         "floor(x n + rand_like(x))": lambda: torch.floor(x * LEVELS + torch.rand_like(x)),
-        "round_up_or_down(x n)": lambda: passes.round_up_or_down(x * LEVELS),
-        "uniform(x), in place of rand_like(x)": lambda: passes.uniform(x),
+        "stochastic_round(x n)": lambda: fused_kernels.stochastic_round(x * LEVELS),
+        "uniform(x), instead of rand_like(x)": lambda: fused_kernels.uniform(x),
         "gupta.to_fixed, stochastic, <2,14>": lambda: gupta.to_fixed(x, 2, 14, "stochastic"),
         "dorefa.quantize_gradient, 6 bits": lambda: dorefa.quantize_gradient(gradient, 6),
     }
-    found = interleaved(works, asked.rounds)
+    ratios = interleaved(works, options.rounds)
     rows = [
-        (name, str(ratio), "0.6" if "up_or_down" in name else "", f"{1000 * ratio.seconds:.2f} ms")
-        for name, ratio in found.items()
+        (name, str(ratio), "0.6" if name.startswith("stochastic_round") else "", f"{1000 * ratio.seconds:.2f} ms")
+        for name, ratio in ratios.items()
     ]
-    print(f"{machine()}, {asked.threads} thread(s), {asked.rounds} rounds\n")
-    print(markdown((f"{COUNT:,} numbers", "of the first", "bar", "median"), rows))
+    print(f"{machine()}, {options.threads} thread(s), {options.rounds} rounds\n")
+    print(markdown((f"{COUNT:,} numbers", "time / first row", "target", "median"), rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Times how soon the command line answers, and how soon the default run takes its first training step.
+"""Times how long the command line takes to answer, and the default run to its first training step.
 
     .venv/bin/python scripts/bench/start.py [--rounds 11]
 
-Wall time of whole processes; what the machine does beside counts. `imports` names heavy packages that were loaded.
+Wall time of whole processes, including whatever else the machine does. `imports` lists the heavy packages loaded.
 """
 
 import argparse
@@ -22,50 +22,50 @@ ANSWERS = {
     "list methods": ["list", "methods"],
     "a finished run's repeat": ["method=dorefa", "bits.w=2", "epochs=1", "pretrain.epochs=1"],
 }
-QUICK = "import sys; from qbench.cli.main import main; main(sys.argv[1:]); {told}"
+QUICK = "import sys; from qbench.cli.main import main; main(sys.argv[1:]); {report}"
 FIRST = """
 import sys
 from qbench.training import loop
-def stop(task, state, watch):
-    {told}
+def stop(task, state, callbacks):
+    {report}
     sys.stdout.flush()
     import os; os._exit(0)
 loop.train_epoch = stop
 from qbench.cli.main import main
 main(sys.argv[1:])
 """
-TOLD = f"print('HEAVY', *[name for name in {HEAVY} if name in sys.modules])"
+REPORT = f"print('HEAVY', *[name for name in {HEAVY} if name in sys.modules])"
 
 
 def timed(script: str, words: list[str], folder: str) -> tuple[float, str]:
-    """Return the seconds that a process takes and the heavy packages that it names."""
+    """Return the seconds that a process takes and the heavy packages it loaded."""
     began = time.perf_counter()
-    command = [sys.executable, "-c", script.format(told=TOLD), *words]
+    command = [sys.executable, "-c", script.format(report=REPORT), *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    took = time.perf_counter() - began
-    return took, next((line[6:] for line in done.stdout.splitlines() if line.startswith("HEAVY")), "")
+    seconds = time.perf_counter() - began
+    return seconds, next((line[6:] for line in done.stdout.splitlines() if line.startswith("HEAVY")), "")
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=11)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         timed(QUICK, ANSWERS["a finished run's repeat"], folder)
         cases = [(name, QUICK, words, 0.4) for name, words in ANSWERS.items()]
-        for name, script, words, bar in [*cases, ("first training step of the default run", FIRST, [], 3.0)]:
-            found = [timed(script, [*words, *fresh(name, folder, turn)], folder) for turn in range(asked.rounds)]
-            times = sorted(took for took, _ in found)
+        for name, script, words, target in [*cases, ("first training step of the default run", FIRST, [], 3.0)]:
+            measured = [timed(script, [*words, *fresh(name, folder, turn)], folder) for turn in range(options.rounds)]
+            times = sorted(seconds for seconds, _ in measured)
             spread = f"{statistics.median(times):.2f} s ({times[0]:.2f}-{times[-1]:.2f})"
-            rows.append((name, spread, f"{bar} s", found[0][1] or "none"))
-    print(f"{machine()}, {asked.rounds} rounds\n")
-    print(markdown(("from the command to", "median (least-most)", "bar", "imports of " + ", ".join(HEAVY)), rows))
+            rows.append((name, spread, f"{target} s", measured[0][1] or "none"))
+    print(f"{machine()}, {options.rounds} rounds\n")
+    print(markdown(("from the command to", "median (min-max)", "target", "imports of " + ", ".join(HEAVY)), rows))
 
 
 def fresh(name: str, folder: str, turn: int) -> list[str]:
-    """Return where a run that must not be stored already is written."""
+    """Return the output folder of a run that must not be stored yet."""
     return [f"out={Path(folder) / str(turn)}"] if name.startswith("first") else []
 
 

@@ -1,10 +1,10 @@
-"""Times a training step of ResNet-20 (batch 64, 3x32x32, SGD) under every method against float, peers beside ours.
+"""Times a training step of ResNet-20 (batch 64, 3x32x32, SGD) under every method and the peers, against float.
 
     .venv/bin/python scripts/bench/step.py [--threads 1] [--rounds 21] [--device cpu] [--no-peers] [NAME ...]
 
-Ratios are of one process, interleaved: the median of the rounds and its quartiles. fp32 in channels_last is the
-baseline; beside it the ratio of medians to stock fp32 (NCHW, torch's SGD with its defaults). The peers (peers.py) are
-in NCHW, as they come; their packages are installed into an environment of their own on first use.
+Ratios are measured in one process, interleaved: the median of the rounds and its quartiles. The baseline is fp32 in
+channels_last; a second column has the ratio of medians to stock fp32 (NCHW, torch's SGD with its defaults). The peers
+(peers.py) run in NCHW, their default; their packages are installed into a separate environment on first use.
 """
 
 import argparse
@@ -39,12 +39,14 @@ PUBLIC = "dorefa w2a2, public functions in a plain net"
 
 @dataclass(frozen=True)
 class Case:
-    """A method at some widths; `epoch` is the one in which it is timed, for methods that change with time."""
+    """A method at some widths, timed in an epoch (for methods that change over epochs); `target` is a ratio to
+    float.
+    """
 
     label: str
     method: str
     options: dict[str, Any]
-    bar: float = 1.5
+    target: float = 1.5
     epoch: int = 0
 
 
@@ -85,7 +87,7 @@ def installed(method: Method) -> nn.Module:
 def fp32(device: Device) -> Work:
     """Return the baseline: the same network, loop and optimizer, without quantizers."""
     net = plain().to(device)
-    return training_step(net, device, optim.build(net, SGD), layout=NHWC)
+    return training_step(net, device, optim.build_optimizer(net, SGD), layout=NHWC)
 
 
 def quantized(case: Case, device: Device) -> Work:
@@ -98,65 +100,65 @@ def quantized(case: Case, device: Device) -> Work:
     for epoch in range(case.epoch + 1 if method.on_epoch else 0):
         assert method.on_epoch is not None
         method.on_epoch(model, epoch, EPOCHS, probe)
-    optimizer = optim.build(model, SGD)
+    optimizer = optim.build_optimizer(model, SGD)
     update = partial(method.step, model, optimizer) if method.step else None
     return training_step(model, device, optimizer, layout=NHWC, update=update)
 
 
 def public_functions(device: Device) -> Work:
-    """Return a step of a net of one's own that calls DoReFa's public functions."""
+    """Return a step of a plain network that calls DoReFa's public functions."""
     net = plain(
         lambda layer: Conv(layer, partial(dorefa.quantize_weight, bits=2)),
         lambda: Act(partial(dorefa.quantize_activation, bits=2)),
     ).to(device)
-    return training_step(net, device, optim.build(net, SGD), layout=NHWC)
+    return training_step(net, device, optim.build_optimizer(net, SGD), layout=NHWC)
 
 
 def compiled(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
-    """Return the maker of a network's step under torch.compile, warm."""
+    """Return a function that makes a network's step under torch.compile, warmed up."""
 
-    def made(device: Device) -> Work:
+    def make_step(device: Device) -> Work:
         net = make().to(device)
-        optimizer = optim.build(net, SGD)
+        optimizer = optim.build_optimizer(net, SGD)
         net.compile()
         work = training_step(net, device, optimizer, layout=NHWC)
         print(f"torch.compile: {seconds(work):.0f} s for the first step", file=sys.stderr, flush=True)
         return work
 
-    return made
+    return make_step
 
 
 def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
-    """Return the maker of a network's step as runtime.precision=bf16 has it."""
+    """Return a function that makes a network's step as with runtime.precision=bf16."""
 
-    def made(device: Device) -> Work:
+    def make_step(device: Device) -> Work:
         net = make().to(device)
-        optimizer = optim.build(net, SGD)
+        optimizer = optim.build_optimizer(net, SGD)
         net.forward = bf16_autocast(net.forward, torch.device(device))
         return training_step(net, device, optimizer, layout=NHWC)
 
-    return made
+    return make_step
 
 
 def dorefa_w2a2() -> nn.Module:
-    """Return a network with DoReFa in it, two bits each."""
+    """Return a network with DoReFa in it, 2 bits for weights and activations."""
     return installed(dorefa.build(w=2, a=2))
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only contenders whose name holds one of these")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only contenders whose name contains one of these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-peers", action="store_true")
-    asked = parser.parse_args()
-    if not asked.no_peers:
+    options = parser.parse_args()
+    if not options.no_peers:
         enter(VENV)
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(options.threads)
     tune_malloc()
-    made: dict[str, Callable[[Device], Work]] = {
+    makes: dict[str, Callable[[Device], Work]] = {
         "fp32 channels_last": fp32,
         "fp32 stock": lambda device: training_step(plain(), device),
         PUBLIC: public_functions,
@@ -164,25 +166,30 @@ def main() -> None:
     }
     for name, net in (("fp32", plain), ("dorefa w2a2", dorefa_w2a2)):
         if any(map(shutil.which, COMPILERS)):
-            made[f"{name}, runtime.compile=true"] = compiled(net)
-        made[f"{name}, runtime.precision=bf16"] = half_precision(net)
-    if not asked.no_peers:
-        made |= {f"peer: {name}": make for name, make in contenders().items()}
-    words = [*asked.names, "fp32"] if asked.names else [""]
-    chosen = {name: make for name, make in made.items() if any(word in name for word in words)}
-    works = {name: make(asked.device) for name, make in chosen.items() if asked.threads == 1 or "runtime" not in name}
-    found = interleaved(works, asked.rounds)
-    bars = {PUBLIC: "1.3 / 1.05", **{case.label: f"{case.bar}" for case in CASES}, "dorefa w2a2": "1.15 / 0.92"}
-    if asked.threads > 1:
-        bars = {"dorefa w2a2": "1.2"}
-    base = found["fp32 stock"].median
+            makes[f"{name}, runtime.compile=true"] = compiled(net)
+        makes[f"{name}, runtime.precision=bf16"] = half_precision(net)
+    if not options.no_peers:
+        makes |= {f"peer: {name}": make for name, make in contenders().items()}
+    words = [*options.names, "fp32"] if options.names else [""]
+    chosen = {name: make for name, make in makes.items() if any(word in name for word in words)}
+    measured = {name: make for name, make in chosen.items() if options.threads == 1 or "runtime" not in name}
+    works = {name: make(options.device) for name, make in measured.items()}
+    ratios = interleaved(works, options.rounds)
+    targets = {PUBLIC: "1.3 / 1.05", **{case.label: f"{case.target}" for case in CASES}, "dorefa w2a2": "1.15 / 0.92"}
+    if options.threads > 1:
+        targets = {"dorefa w2a2": "1.2"}
+    base = ratios["fp32 stock"].median
     rows = [
-        (name, str(ratio), f"{ratio.median / base:.2f}", bars.get(name, ""), f"{1000 * ratio.seconds:.0f} ms")
-        for name, ratio in found.items()
+        (name, str(ratio), f"{ratio.median / base:.2f}", targets.get(name, ""), f"{1000 * ratio.seconds:.0f} ms")
+        for name, ratio in ratios.items()
     ]
-    where = ", ".join(filter(None, (machine(), versions("brevitas", "qtorch"), f"{asked.threads} thread(s)")))
-    print(f"{where}, {asked.device}, {asked.rounds} rounds\n")
-    print(markdown(("step of ResNet-20, batch 64", "of fp32 channels_last", "of fp32 stock", "bar", "median"), rows))
+    where = ", ".join(filter(None, (machine(), versions("brevitas", "qtorch"), f"{options.threads} thread(s)")))
+    print(f"{where}, {options.device}, {options.rounds} rounds\n")
+    print(
+        markdown(
+            ("step of ResNet-20, batch 64", "time / fp32 channels_last", "time / fp32 stock", "target", "median"), rows
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench/sweep.py [--rounds 3]
 
-Both ways train their own float parents, one for each seed; processes and their start are counted in.
+Both train their own float baselines, one per seed. Times include processes and their start.
 """
 
 import argparse
@@ -29,42 +29,46 @@ WORDS = [
 
 
 def timed(words: list[str], folder: Path) -> tuple[float, dict[str, str], int]:
-    """Return the seconds that a sweep takes, the weights' digests by run, and how many float networks were trained."""
+    """Return the seconds that a sweep takes, the weights' digests by run, and the number of float baselines trained."""
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "qbench", *WORDS, *words, f"out={folder}"], capture_output=True, text=True, check=True
     )
-    took = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     results = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("result.json")}
-    parents = sum(name.startswith("float") for name in results)
-    return took, {name: result["weights_sha256"] for name, result in results.items()}, parents
+    baselines = sum(name.startswith("float") for name in results)
+    return seconds, {name: result["weights_sha256"] for name, result in results.items()}, baselines
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
-    ratios, times, equal, parents = [], [], True, set()
-    for _ in range(asked.rounds):
+    options = parser.parse_args()
+    ratios, times, equal, baselines = [], [], True, set()
+    for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             one, weights, trained = timed([], Path(folder) / "one")
             all_cores, others, again = timed(["hydra/launcher=joblib"], Path(folder) / "all")
         ratios.append(one / all_cores)
         times.append((one, all_cores))
         equal &= weights == others and len(weights) == 24 + trained
-        parents |= {trained, again}
+        baselines |= {trained, again}
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
     mean = [statistics.median(column) for column in zip(*times, strict=True)]
     row = (
         spread,
         "1.5",
         "equal" if equal else "NOT EQUAL",
-        ", ".join(map(str, parents)),
+        ", ".join(map(str, baselines)),
         *[f"{t:.0f} s" for t in mean],
     )
-    print(f"{machine()}, {os.cpu_count()} workers, {asked.rounds} rounds\n")
-    print(markdown(("throughput of joblib", "bar", "results", "float parents", "one by one", "joblib"), [row]))
+    print(f"{machine()}, {os.cpu_count()} workers, {options.rounds} rounds\n")
+    print(
+        markdown(
+            ("throughput of joblib / one by one", "target", "results", "float baselines", "one by one", "joblib"), [row]
+        )
+    )
 
 
 if __name__ == "__main__":

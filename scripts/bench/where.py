@@ -1,9 +1,9 @@
-"""Shows where the time goes: a pass over 2^20 numbers by kind, and a training step's operations before and after.
+"""Shows where time is spent: in single passes over 2^20 numbers, and in the operations of a training step.
 
     .venv/bin/python scripts/bench/where.py
 
-The step is ResNet-20's, batch 64, 3x32x32, one thread, under torch's profiler (which adds some per cent of its own).
-Before: the quantizers' plain definitions, by autograd (`ops.reference_kernels`). After: their fast forms.
+The step is ResNet-20's, batch 64, 3x32x32, one thread, under torch's profiler (which adds a few per cent).
+Before: the quantizers' plain definitions, by autograd (`ops.reference_kernels`). After: their fused forms.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def passes() -> list[tuple[str, str]]:
-    """Return what single operations take, in microseconds for 2^20 float32 numbers."""
+    """Return the times of single operations, in microseconds for 2^20 float32 numbers."""
     x, y, other = torch.randn(COUNT), torch.randn(COUNT), torch.randn(COUNT)
     mask = x > 0
     works: dict[str, Work] = {
@@ -62,14 +62,14 @@ def kinds(work: Work) -> dict[str, float]:
     """Return the milliseconds of a step by kind of operation."""
     for _ in range(3):
         work()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(STEPS):
             work()
     times = dict.fromkeys([*KINDS, "other operations"], 0.0)
-    for event in found.key_averages():
+    for event in profiled.key_averages():
         name = event.key.removeprefix("aten::").rstrip("_")
-        mine = (kind for kind, words in KINDS.items() if name in words or any(len(w) > 9 and w in name for w in words))
-        times[next(mine, "other operations")] += event.self_cpu_time_total / 1e3 / STEPS
+        matching = (k for k, words in KINDS.items() if name in words or any(len(w) > 9 and w in name for w in words))
+        times[next(matching, "other operations")] += event.self_cpu_time_total / 1e3 / STEPS
     return times
 
 
@@ -82,15 +82,15 @@ def main() -> None:
     case = Case("dorefa w2a2", "dorefa", {"w": 2, "a": 2})
     columns = {"fp32 stock": training_step(plain(), "cpu"), "fp32 channels_last": fp32("cpu")}
     columns |= {"DoReFa W2A2 before": quantized(case, "cpu"), "DoReFa W2A2 after": quantized(case, "cpu")}
-    found: dict[str, dict[str, float]] = {name: {} for name in columns}
+    spent: dict[str, dict[str, float]] = {name: {} for name in columns}
     for _ in range(ROUNDS):
         for name, work in columns.items():
             with ops.reference_kernels() if name.endswith("before") else contextlib.nullcontext():
                 for kind, time in kinds(work).items():
-                    found[name][kind] = found[name].get(kind, 0.0) + time / ROUNDS
-    rows = [(kind, *[f"{times[kind]:.1f}" for times in found.values()]) for kind in next(iter(found.values()))]
-    rows.append(("all", *[f"{sum(times.values()):.1f}" for times in found.values()]))
-    print(markdown(("milliseconds of a step", *found), rows))
+                    spent[name][kind] = spent[name].get(kind, 0.0) + time / ROUNDS
+    rows = [(kind, *[f"{times[kind]:.1f}" for times in spent.values()]) for kind in next(iter(spent.values()))]
+    rows.append(("all", *[f"{sum(times.values()):.1f}" for times in spent.values()]))
+    print(markdown(("milliseconds of a step", *spent), rows))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from qbench.analysis.sensitivity import choose_widths
 from qbench.bits import Bits
 from qbench.cli.main import main as cli
 from qbench.config import compose
+from qbench.config.identity import run_identity
 from qbench.cost.count import count_cost
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.setup import assemble
@@ -46,13 +47,13 @@ from qbench.quant.layers import float_mode, quantized_layers
 from qbench.quant.method import Method
 from qbench.quant.policy import Policy
 from qbench.quant.probe import Probe
-from qbench.quant.quantizer import Grid
-from qbench.quant.sqnr import CEILING
+from qbench.quant.quantizer import Grid, Quantizer
+from qbench.quant.sqnr import MAX_SQNR
 
 EVERYWHERE = Policy(first="same", last="same")
 
 
-class FunctionQuantizer(nn.Module):
+class FunctionQuantizer(Quantizer):
     """A quantizer that applies a test's function to weights or inputs."""
 
     def __init__(self, change: Any, levels: tuple[float, ...] = ()) -> None:
@@ -155,7 +156,7 @@ def test_sqnr_clipped_inputs_and_dead_channels_by_hand() -> None:
     x = torch.tensor([[-1.0, 0.0], [0.5, 0.0], [1.0, 0.0], [2.0, 0.0]])
     signal = layer_signals(model, [(x[:2], torch.zeros(2)), (x[2:], torch.zeros(2))])["0"]
     assert signal.sqnr == pytest.approx(20, abs=1e-4)
-    assert signal.fitted_sqnr == CEILING
+    assert signal.fitted_sqnr == MAX_SQNR
     assert signal.dead_channels("out") == (1, 2), "the row of zeros"
     assert signal.dead_channels("in") == (1, 2), "the second input"
     assert signal.clipped is None, "inputs are float"
@@ -244,7 +245,8 @@ def test_rules_from_a_file_equal_typed_rules(configure: Configure, tmp_path: Pat
     file.write_text("# comment\nlayer1.0.conv1: 4\nlayer2.*: float\n")
     word = f"layers='@{file}'"
     read = configure("method=dorefa", word)
-    assert read.identity() == configure("method=dorefa", "layers.rules={layer1.0.conv1: 4, layer2.*: float}").identity()
+    typed = configure("method=dorefa", "layers.rules={layer1.0.conv1: 4, layer2.*: float}")
+    assert run_identity(read).keys == run_identity(typed).keys
     assert configure("method=dorefa", word, "layers.first=8").layers.first == 8
     swept = compose.configurations(["-m", "method=dorefa", f"layers=default,'@{file}'"])
     assert [config.layers.rules for config in swept] == [None, read.layers.rules]
@@ -400,7 +402,7 @@ def test_inspect_has_every_layer(run: Path, capsys: pytest.CaptureFixture[str]) 
     for row in rows.values():
         assert row["bits"] == {"w": 2, "a": 2, "g": 32}
         assert 0 <= row["clipped"] <= 100
-        assert row["sqnr"] < row["fitted"] < CEILING, "dorefa's weights have another scale"
+        assert row["sqnr"] < row["fitted"] < MAX_SQNR, "dorefa's weights have another scale"
     assert [row["off_loss"] for row in table["rows"]] == sorted(row["off_loss"] for row in table["rows"])
     (in_order,) = printed_tables(capsys, "inspect", run, "--sort", "order", "--bn-stats", "keep", "--images", "40")
     assert [row["layer"] for row in in_order["rows"]] == list(result["verified"])

@@ -20,12 +20,13 @@ from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.cost.layers import Levels, layer_costs
 from qbench.cost.runtimes import BINARY, FPGA, INT8, runs_on
-from qbench.data.spec import outline
+from qbench.data.spec import placeholder_dataset
 from qbench.errors import ConfigError
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.method import Method
+from qbench.quant.quantizer import IdentityQuantizer
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.directory import RunDirectory
 
 EXPERIMENTS = sorted(
     str(path.relative_to(ROOT / "conf/experiment").with_suffix(""))
@@ -48,7 +49,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
     """Return a function from command-line words to the plan, in a directory without data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compose, "configurations", lambda words: composed(tuple(words)))
-    return lambda *words: plan.plan(compose.configurations(list(words)))
+    return lambda *words: plan.plan([planned_run(config) for config in compose.configurations(list(words))])
 
 
 @pytest.fixture
@@ -80,9 +81,9 @@ def test_layers_of_the_default_network_by_hand(planned: Planned, untimed: None) 
     assert rows["layer1.0.conv1"]["quantizers"] == "dorefa.DoReFaWeight dorefa.DoReFaActivation"
     assert [rows["conv1"][key] for key in "WAG"] == ["float"] * 3
     assert {value["run"] for value in runs.values} == {
-        str(RunDirectory(config).path)
-        for config in plan.with_baseline(
-            compose.configurations(["method=dorefa", "bits=w2a2"])[0], step_cost.CostEstimator()
+        str(run.path)
+        for run in plan.with_baseline(
+            planned_run(compose.configurations(["method=dorefa", "bits=w2a2"])[0]), step_cost.CostEstimator()
         )
     }
 
@@ -136,7 +137,7 @@ def test_every_experiment_plans_without_data(planned: Planned, untimed: None, ex
             for note in tables[1].notes
             if note.startswith("identical to experiment=") and note.endswith("key by key")
         ]
-        assert same or config.is_parent, "a row of the same recipe is the nearest one"
+        assert same or config.is_baseline, "a row of the same recipe is the nearest one"
     for form in FORMATS.values():
         assert form(tables)
     json.loads(FORMATS["json"](tables))
@@ -222,7 +223,7 @@ def test_levels_are_those_of_the_quantizers(configure: Configure) -> None:
 
 def test_a_method_without_levels_is_allowed() -> None:
     method = Method(
-        name="mine", bits=Bits(2), supported_bits={"w": (2,)}, weight=lambda name, layer, bits: nn.Identity()
+        name="mine", bits=Bits(2), supported_bits={"w": (2,)}, weight=lambda name, layer, bits: IdentityQuantizer()
     )
     from qbench.cost.layers import _levels
 
@@ -255,7 +256,7 @@ def test_keys_are_checked_without_data(planned: Planned, words: str, phrase: str
 def test_dataset_specs_equal_the_loaded_data_sets(configure: Configure) -> None:
     for name, train in (("glyphs", 340), ("synthetic", 100)):
         config = configure(f"dataset={name}", f"dataset.train={train}", "dataset.test=34")
-        known, read = outline(config.dataset), assemble(config).data
+        known, read = placeholder_dataset(config.dataset), assemble(config).data
         assert known is not None
-        assert (known.shape, known.classes, known.made) == (read.shape, read.classes, read.made)
+        assert (known.shape, known.classes, known.synthetic) == (read.shape, read.classes, read.synthetic)
         assert (len(known.train) + len(known.val), len(known.test)) == (len(read.train) + len(read.val), len(read.test))

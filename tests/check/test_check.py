@@ -1,4 +1,4 @@
-"""The conformance kit: every method passes it, and what is planted is found, by the property that is for it."""
+"""The conformance kit: every method passes it, and each planted fault is found by the property that is for it."""
 
 import subprocess
 import sys
@@ -15,48 +15,51 @@ from qbench.check.kit import Finding, check, report
 from qbench.check.properties import PROPERTIES
 from qbench.check.subject import MethodUnderTest
 from qbench.config import compose, groups
-from qbench.experiment.setup import make_method, widths
+from qbench.experiment.builders import build_method
 from qbench.methods import bwn, dorefa, dq, inq, pact, qcnn, qd, ttq, twn
 from qbench.quant.method import Method
 from qbench.quant.ops import on_backward, straight_through
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
-def subject(name: str) -> MethodUnderTest:
+def method_under_test(name: str) -> MethodUnderTest:
     (config,) = compose.configurations([f"method={name}"])
-    return MethodUnderTest(name, lambda bits: make_method(config, bits), widths(config))
+    build = lambda bits: build_method(config.method, config.activation, bits)  # noqa: E731
+    return MethodUnderTest(name, build, config.bits.resolved())
 
 
 REACH, LEARNED = "gradients reach what is trained", "gradients of learned parameters"
 UNBIASED, RESUME = "stochastic rounding is unbiased", "resume"
 
-WITH_ANSWER = {
+APPLICABLE_TO = {
     LEARNED: {"dq", "lsq", "pact", "ttq"},  # points, steps, clips, scales that are trained
     UNBIASED: {"dorefa", "gupta"},  # noise in gradients, stochastic rounding; qd's is an option
 }
-WITHOUT_ANSWER = {
+NOT_APPLICABLE_TO = {
     REACH: {"float", "ptq", "qcnn"},  # nothing is quantized, no epoch is trained, the codes are fixed
     RESUME: {"float", "ptq"},
 }
 
 
 @pytest.mark.parametrize("name", groups.option_names("method"))
-def test_every_method_holds(name: str) -> None:
-    one = subject(name)
+def test_every_method_has_every_property(name: str) -> None:
+    one = method_under_test(name)
     findings = check(one)
     assert not any(finding.failures for finding in findings), report(one, findings)
     if name != "float":
-        asked = {finding.name for finding in findings if finding.asked}
-        assert {"levels", "32 bits are float", "state_dict round trip", "inf and nan are refused"} <= asked
-        assert {one for one in WITH_ANSWER if name in WITH_ANSWER[one]} == asked & WITH_ANSWER.keys()
-        assert {one for one in WITHOUT_ANSWER if name not in WITHOUT_ANSWER[one]} == asked & WITHOUT_ANSWER.keys()
+        checked = {finding.name for finding in findings if finding.widths}
+        assert {"levels", "32 bits are float", "state_dict round trip", "inf and nan are refused"} <= checked
+        assert {one for one in APPLICABLE_TO if name in APPLICABLE_TO[one]} == checked & APPLICABLE_TO.keys()
+        assert {
+            one for one in NOT_APPLICABLE_TO if name not in NOT_APPLICABLE_TO[one]
+        } == checked & NOT_APPLICABLE_TO.keys()
     assert [finding.name for finding in findings] == [one.name for one in PROPERTIES]
 
 
-class Ternary(nn.Module):
+class Ternary(Quantizer):
     """TWN's weights with one thing wrong."""
 
-    def __init__(self, wrong: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(self, wrong: Callable[..., Tensor]) -> None:
         super().__init__()
         self.wrong, self.calls = wrong, 0
 
@@ -70,37 +73,37 @@ class Ternary(nn.Module):
         return Storage(w.numel(), 2, 4)
 
 
-def weights(wrong: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[], Method]:
+def weights(wrong: Callable[..., Tensor]) -> Callable[[], Method]:
     return lambda: replace(twn.build(), weight=lambda name, layer, bits: Ternary(wrong))
 
 
-def off_by_a_little(site: nn.Module, w: Tensor) -> Tensor:
+def off_by_a_little(quantizer: Ternary, w: Tensor) -> Tensor:
     return twn.ternarize_weight(w) * 1.001
 
 
-def shifted(site: nn.Module, w: Tensor) -> Tensor:
+def shifted(quantizer: Ternary, w: Tensor) -> Tensor:
     _, alpha = twn.threshold_and_scale(w)
     return straight_through(w, alpha * (w.detach() > 0.1))
 
 
-def upside_down(site: nn.Module, w: Tensor) -> Tensor:
+def upside_down(quantizer: Ternary, w: Tensor) -> Tensor:
     return twn.ternarize_weight(-w)
 
 
-def poisoned_by_zeros(site: nn.Module, w: Tensor) -> Tensor:
+def poisoned_by_zeros(quantizer: Ternary, w: Tensor) -> Tensor:
     top = w.abs().max()
     return twn.ternarize_weight(w) * (top / top)
 
 
-def counting(site: nn.Module, w: Tensor) -> Tensor:
-    """Acts otherwise after nine calls, which no state_dict knows."""
-    if site.training:
-        site.calls += 1
-    return twn.ternarize_weight(w if site.calls < 9 else w.flip(0))
+def counting(quantizer: Ternary, w: Tensor) -> Tensor:
+    """Computes something else after nine calls; the count is in no state_dict."""
+    if quantizer.training:
+        quantizer.calls += 1
+    return twn.ternarize_weight(w if quantizer.calls < 9 else w.flip(0))
 
 
 class WrongSign(ttq.TTQWeight):
-    """The minus of the negative scale's gradient left out."""
+    """The gradient of the negative scale without its minus sign."""
 
     def forward(self, w: Tensor) -> Tensor:
         negative = on_backward(self.negative, lambda grad: -grad)
@@ -115,7 +118,7 @@ class MeanOfAlpha(pact.PACTActivation):
 
 
 class Leaky(dorefa.DoReFaActivation):
-    """Gradient passes where the clip is flat."""
+    """A gradient passes where the clip is flat."""
 
     def forward(self, x: Tensor) -> Tensor:
         return straight_through(x, super().forward(x))
@@ -178,7 +181,7 @@ PLANTED = {
     "not odd": (weights(shifted), "weights: odd, monotone, idempotent as declared"),
     "not monotone": (weights(upside_down), "weights: odd, monotone, idempotent as declared"),
     "nan for zeros": (weights(poisoned_by_zeros), "zero, constant, one-element tensors"),
-    "state that no state_dict knows": (weights(counting), "resume"),
+    "state in no state_dict": (weights(counting), "resume"),
     "sign of a scale's gradient": (_ttq, "gradients of learned parameters"),
     "mean for sum": (_pact, "gradients of learned parameters"),
     "gradient beyond the clip": (_leaky, "inputs: monotone, idempotent, clipped as declared"),
@@ -188,7 +191,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_what_is_planted_is_found(what: str) -> None:
+def test_a_planted_fault_is_found_by_its_property(what: str) -> None:
     build, name = PLANTED[what]
     method = build()
     one = MethodUnderTest("planted", lambda bits: method, method.bits if method.bits != Bits() else Bits(2))
@@ -200,22 +203,22 @@ def test_what_is_planted_is_found(what: str) -> None:
     assert "Error" not in finding.failures[0], finding.failures
 
 
-def plainly_rounded(site: nn.Module, w: Tensor) -> Tensor:
-    """TWN's values, no gradient of their own: those of w go nowhere, though the result hangs on w."""
+def plainly_rounded(quantizer: Ternary, w: Tensor) -> Tensor:
+    """TWN's values without a useful gradient: it is zero for w, although the result depends on w."""
     return twn.ternarize_weight(w).detach() + 0 * w.round()
 
 
-def with_a_live_scale(site: nn.Module, w: Tensor) -> Tensor:
-    """TWN's values, the scale's derivative kept, the rounding's zero: every weight above the threshold gets some."""
+def with_a_live_scale(quantizer: Ternary, w: Tensor) -> Tensor:
+    """TWN's values with the scale's derivative and none of the rounding: weights above the threshold get some."""
     code = twn.ternarize_weight(w).detach().sign()
     return code * ((w * code).sum() / code.abs().sum().clamp(min=1))
 
 
-def cut_off(site: nn.Module, w: Tensor) -> Tensor:
+def cut_off(quantizer: Ternary, w: Tensor) -> Tensor:
     return twn.ternarize_weight(w).detach()
 
 
-class Rounded(nn.Module):
+class Rounded(Quantizer):
     """DoReFa's activations without its straight-through gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,13 +229,13 @@ class Rounded(nn.Module):
 
 
 class Unlearned(pact.PACTActivation):
-    """A learned clip that nothing of the result depends on, for autograd."""
+    """A learned clip on which, for autograd, the result does not depend."""
 
     def forward(self, x: Tensor) -> Tensor:
         return pact.quantize_activation(x, self.alpha.detach(), self.bits)
 
 
-class RoundedOutput(nn.Module):
+class RoundedOutput(Quantizer):
     """Rounds a layer's output, and so its gradient to zero."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -263,7 +266,7 @@ GRADIENTLESS = {
 }
 
 
-def asked_to_reach(method: Method) -> Finding:
+def finding_of_reach(method: Method) -> Finding:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qbench.check.kit.PROPERTIES", [p for p in PROPERTIES if p.name == REACH])
         (finding,) = check(MethodUnderTest("planted", lambda bits: replace(method, bits=bits), method.bits))
@@ -271,22 +274,22 @@ def asked_to_reach(method: Method) -> Finding:
 
 
 @pytest.mark.parametrize("what", GRADIENTLESS)
-def test_what_is_trained_must_get_a_gradient(what: str) -> None:
-    build, said = GRADIENTLESS[what]
-    failures = asked_to_reach(build()).failures
+def test_missing_gradients_are_found(what: str) -> None:
+    build, message = GRADIENTLESS[what]
+    failures = finding_of_reach(build()).failures
     assert failures
-    assert said in failures[0], failures
-    assert "learned" in said or "`straight_through` in qbench/quant/ops.py" in failures[0], failures
+    assert message in failures[0], failures
+    assert "learned" in message or "`straight_through` in qbench/quant/ops.py" in failures[0], failures
 
 
-def test_no_other_property_looks_for_the_gradient_of_weights() -> None:
+def test_no_other_property_checks_that_weights_get_a_gradient() -> None:
     method = weights(plainly_rounded)()
     plain = MethodUnderTest("planted", lambda bits: method if bits == method.bits else twn.build(w=bits.w), method.bits)
     assert [finding.name for finding in check(plain) if finding.failures] == [REACH]
 
 
 @pytest.mark.parametrize(
-    ("build", "asked"),
+    ("build", "applicable"),
     [
         (lambda: inq.build(portions=(0.95, 1.0)), True),  # a weight in twenty is free in the first epoch
         (lambda: inq.build(portions=(1.0,)), False),  # none is
@@ -295,18 +298,18 @@ def test_no_other_property_looks_for_the_gradient_of_weights() -> None:
         (lambda: qd.build(trained=False), False),
     ],
 )
-def test_what_is_not_trained_is_not_asked(build: Callable[[], Method], asked: bool) -> None:
-    finding = asked_to_reach(build())
+def test_weights_that_are_not_trained_need_no_gradient(build: Callable[[], Method], applicable: bool) -> None:
+    finding = finding_of_reach(build())
     assert not finding.failures
-    assert bool(finding.asked) == asked
-    assert bool(finding.nothing) != asked
+    assert bool(finding.widths) == applicable
+    assert bool(finding.reason) != applicable
 
 
-def test_nothing_to_ask_is_said_and_counted() -> None:
-    """Weights rounded to nearest, without a trait, a learned parameter or a quantized input: five have nothing."""
+def test_properties_that_are_not_applicable_are_named_and_counted() -> None:
+    """Weights rounded to nearest, without a trait, a learned parameter or a quantized input."""
     one = MethodUnderTest("bare", lambda bits: replace(twn.build(w=bits.w), traits=frozenset()), Bits(2))
     findings = check(one)
-    assert {finding.name for finding in findings if not finding.asked} == {
+    assert {finding.name for finding in findings if not finding.widths} == {
         "weights: odd, monotone, idempotent as declared",
         "inputs: monotone, idempotent, clipped as declared",
         "inputs: kept as levels with the same results, as declared",
@@ -314,23 +317,23 @@ def test_nothing_to_ask_is_said_and_counted() -> None:
         UNBIASED,
     }
     text = report(one, findings)
-    assert f"nothing to ask {UNBIASED}  (it draws nothing at random)" in text
-    assert "nothing to ask inputs: monotone, idempotent, clipped as declared  (it leaves inputs float)" in text
+    assert f"not applicable: {UNBIASED}  (it draws nothing at random)" in text
+    assert "not applicable: inputs: monotone, idempotent, clipped as declared  (it leaves inputs float)" in text
     assert "(it declares no trait odd or monotone or idempotent)" in text
-    assert "bare: 8 properties hold, 5 have nothing to ask of it, " in text
+    assert "bare: 8 properties hold, 5 are not applicable, " in text
 
 
 @pytest.mark.parametrize(
     ("findings", "verdict"),
     [
         ([Finding("a", 1), Finding("b", 2)], "2 properties hold"),
-        ([Finding("a", 1), Finding("b", nothing="why")], "1 property holds, 1 has nothing to ask of it"),
-        ([Finding("a", nothing="why")], "0 properties hold, 1 has nothing to ask of it"),
+        ([Finding("a", 1), Finding("b", reason="why")], "1 property holds, 1 is not applicable"),
+        ([Finding("a", reason="why")], "0 properties hold, 1 is not applicable"),
         ([Finding("a", 1, failures=["w2"]), Finding("b", 1)], "1 property does not hold, 1 holds"),
         ([Finding("a", 1, failures=["w2"])] * 2, "2 properties do not hold, 0 hold"),
     ],
 )
-def test_the_closing_line(findings: list[Finding], verdict: str) -> None:
+def test_the_last_line_counts_properties(findings: list[Finding], verdict: str) -> None:
     one = MethodUnderTest("one", lambda bits: twn.build(), Bits(2))
     assert report(one, findings).splitlines()[-1] == f"one: {verdict}, 0.0 s"
 
@@ -367,13 +370,13 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert run("bwn", "activation=hwgq").returncode == 0
     assert run("xnor", "method.scale=K").returncode == 0
     assert good.returncode == 0, good.stdout + good.stderr
-    assert "twn: 9 properties hold, 4 have nothing to ask of it, " in good.stdout
+    assert "twn: 9 properties hold, 4 are not applicable, " in good.stdout
     assert bad.returncode == 1
-    assert "does not hold  levels" in bad.stdout
+    assert "does not hold:  levels" in bad.stdout
     assert "values lie off" in bad.stdout
     flat = run("rounded:build")
     assert flat.returncode == 1
-    assert f"does not hold  {REACH}" in flat.stdout
+    assert f"does not hold:  {REACH}" in flat.stdout
     assert "1 property does not hold" in flat.stdout
     assert unknown.returncode == nothing.returncode == 2
     assert "did you mean" in unknown.stderr or "no such method" in unknown.stderr

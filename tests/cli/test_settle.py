@@ -8,11 +8,12 @@ import pytest
 
 from qbench.cli import settle
 from qbench.cli.main import main as cli
+from qbench.config.identity import run_identity
 from qbench.config.schema import Config
 from qbench.errors import ConfigError
+from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.report.comparison.predictions import RunAccuracy
 from qbench.report.statistics.differences import paired
-from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import RunRecord
 from qbench.runs.result import Result
 
@@ -49,10 +50,10 @@ def test_cells_of_unlike_protocol_say_so(first: str, second: str, told: tuple[st
 
 def test_a_run_that_was_moved_is_not_trained_anew_elsewhere(configure: Callable[..., Config], tmp_path: Path) -> None:
     config = configure("method=dorefa")
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     with directory.lock():
         directory.write_config()
-    assert settle.parse([str(directory.path), OTHER]).first.identity() == config.identity()
+    assert run_identity(settle.parse([str(directory.path), OTHER]).first).keys == run_identity(config).keys
     moved = directory.path.rename(tmp_path / directory.path.name)
     with pytest.raises(ConfigError, match="moved out of its folder digits-resnet8"):
         settle.parse([str(moved), OTHER])
@@ -99,12 +100,12 @@ def test_it_stops_at_the_first_look_that_decides() -> None:
 
 def stub(
     figures: dict[str, list[float]], statuses: dict[int, str] | None = None
-) -> Callable[[list[Config]], list[RunRecord]]:
+) -> Callable[[list[PlannedRun]], list[RunRecord]]:
     """Return what gives runs of known figures, by widths and seed."""
 
-    def run(configs: list[Config]) -> list[RunRecord]:
+    def run(runs: list[PlannedRun]) -> list[RunRecord]:
         found = []
-        for c in configs:
+        for c in (planned.config for planned in runs):
             status = (statuses or {}).get(c.seed, "done")
             final = {"test": {"top1": figures[str(c.bits)][c.seed]}}
             values = {"method": "x", "bits": {}, "seed": c.seed, "dataset": "d", "model": "m", "protocol": {}}

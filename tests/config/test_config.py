@@ -10,9 +10,11 @@ from conftest import ROOT, Configure
 
 from qbench.config import compose, groups
 from qbench.config.fields import parse_bits
+from qbench.config.identity import run_identity
 from qbench.config.schema import to_dict
 from qbench.config.validate import from_dict
 from qbench.errors import ConfigError
+from qbench.experiment.planned_run import planned_run
 
 REFUSED = {
     "method=dorfa": ("method=dorfa", "did you mean dorefa?", "allowed: bwn, dorefa"),
@@ -95,7 +97,7 @@ def test_refused_by_the_factory_before_any_work(configure: Configure) -> None:
     for word, phrase in cases.items():
         config = configure("method=dorefa", word)
         with pytest.raises(ConfigError) as caught:
-            run(config)
+            run(planned_run(config))
         assert str(caught.value).startswith(word.partition("=")[0])
         assert phrase in str(caught.value)
     assert not list(Path(config.out).iterdir())
@@ -116,7 +118,7 @@ def test_the_same_run_however_it_is_typed(configure: Configure) -> None:
         configure("method=dorefa", "bits=w2a32"),
         configure("method=dorefa", "init=float", "runtime.log_every=3", "runtime.device=cpu", "rerun=true"),
     ]
-    assert len({config.directory() for config in same}) == 1
+    assert len({run_identity(config).directory for config in same}) == 1
     other = [
         "bits.w=3",
         "seed=1",
@@ -126,31 +128,37 @@ def test_the_same_run_however_it_is_typed(configure: Configure) -> None:
         "runtime.threads=2",
         "init=scratch",
     ]
-    found = {configure("method=dorefa", word).directory() for word in other}
+    found = {run_identity(configure("method=dorefa", word)).directory for word in other}
     assert len(found) == len(other)
-    assert same[0].directory() not in found
+    assert run_identity(same[0]).directory not in found
 
 
 def test_where_published_files_lie_decides_nothing(configure: Configure) -> None:
     first, second = (configure("dataset=cifar10", f"dataset.root={root}") for root in ("a", "b"))
-    assert first.directory() == second.directory()
-    assert first.directory() != configure("dataset=cifar10", "dataset.flip=false").directory()
+    assert run_identity(first).directory == run_identity(second).directory
+    assert run_identity(first).directory != run_identity(configure("dataset=cifar10", "dataset.flip=false")).directory
 
 
 def test_protocol_ignores_what_belongs_to_the_method(configure: Configure) -> None:
-    first = configure("method=dorefa").protocol()
-    assert configure("method=dorefa", "bits=w4a4", "seed=3", "model.act=keep", "runtime.threads=2").protocol() == first
-    assert configure("method=dorefa", "epochs=7").protocol() != first
+    first = run_identity(configure("method=dorefa")).protocol
+    assert (
+        run_identity(configure("method=dorefa", "bits=w4a4", "seed=3", "model.act=keep", "runtime.threads=2")).protocol
+        == first
+    )
+    assert run_identity(configure("method=dorefa", "epochs=7")).protocol != first
 
 
 def test_a_float_run_is_the_parent_of_the_others(configure: Configure) -> None:
-    from qbench.config.schema import parent
+    from qbench.config.schema import baseline_config
 
     child = configure("method=dorefa", "bits=w2a2", "epochs=3", "optim.lr=0.5", "layers.first=8", "seed=4")
-    assert parent(child).directory() == configure("method=float", "seed=4").directory()
-    assert parent(child).directory() == configure("method=float", "seed=4", "epochs=9", "init=scratch").directory()
+    assert run_identity(baseline_config(child)).directory == run_identity(configure("method=float", "seed=4")).directory
+    assert (
+        run_identity(baseline_config(child)).directory
+        == run_identity(configure("method=float", "seed=4", "epochs=9", "init=scratch")).directory
+    )
     control = configure("method=float", "init=float", "epochs=3")
-    assert not control.is_parent
+    assert not control.is_baseline
     assert control.epochs == 3
 
 
@@ -164,7 +172,7 @@ def test_a_stored_configuration_comes_back(configure: Configure) -> None:
     config = configure("method=dorefa", "bits=w2a2g6", "layers.rules={layer1.*: 8}", "optim=sgd_step")
     again = from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))))
     assert again == config
-    assert again.directory() == config.directory()
+    assert run_identity(again).directory == run_identity(config).directory
 
 
 def test_every_yaml_of_the_tree_composes(configure: Configure) -> None:

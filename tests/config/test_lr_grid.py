@@ -11,7 +11,8 @@ from helpers import plant
 
 from qbench.cli.main import main
 from qbench.config import compose
-from qbench.config.schema import Config, parent, to_dict
+from qbench.config.identity import run_identity
+from qbench.config.schema import Config, baseline_config, to_dict
 from qbench.config.validate import from_dict, from_node
 from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
@@ -43,11 +44,13 @@ def test_a_line_becomes_a_run_for_each_rate(tmp_path: Path) -> None:
     runs = tuned(tmp_path, "method=dorefa")
     assert [c.optim.lr for c in runs] == [0.001, 0.003, 0.01, 0.03, 0.1], "digits' 0.01 times 0.1, 0.3, 1, 3, 10"
     assert [c.optim.lr_end for c in runs] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "its 1e-4 alike"
-    assert len({c.directory() for c in runs}) == 5
-    assert len({json.dumps(c.protocol(), sort_keys=True) for c in runs}) == 1
+    assert len({run_identity(c).directory for c in runs}) == 5
+    assert len({json.dumps(run_identity(c).protocol, sort_keys=True) for c in runs}) == 1
     (unified,) = compose.configurations(["method=dorefa"])
-    assert {parent(c).directory() for c in runs} == {parent(unified).directory()}
-    assert unified.directory() not in {c.directory() for c in runs}
+    assert {run_identity(baseline_config(c)).directory for c in runs} == {
+        run_identity(baseline_config(unified)).directory
+    }
+    assert run_identity(unified).directory not in {run_identity(c).directory for c in runs}
 
 
 def test_the_grid_lies_around_the_rate_given(tmp_path: Path) -> None:
@@ -55,26 +58,28 @@ def test_the_grid_lies_around_the_rate_given(tmp_path: Path) -> None:
     assert [(c.optim.lr, c.optim.lr_end) for c in runs] == [(0.01, 0.0), (0.02, 0.0), (0.04, 0.0)]
     other = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.01", "lr_grid.factors=[0.5,1,2]")
     assert other[1].optim == runs[0].optim
-    assert other[1].protocol() != runs[0].protocol(), "another grid"
+    assert run_identity(other[1]).protocol != run_identity(runs[0]).protocol, "another grid"
     wider = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.02", "lr_grid.factors=[0.25,1]")
-    assert wider[1].protocol() != runs[1].protocol()
+    assert run_identity(wider[1]).protocol != run_identity(runs[1]).protocol
 
 
 def test_every_cell_of_a_sweep_has_the_same_grid(tmp_path: Path) -> None:
     runs = tuned(tmp_path, "-m", "method=dorefa,ttq,lsq,gupta", "seed=0,1")
-    assert len(runs) == len({c.directory() for c in runs}) == 4 * 2 * 5
-    assert len({json.dumps(c.protocol(), sort_keys=True) for c in runs}) == 1
-    assert len({parent(c).directory() for c in runs}) == 2, "a float parent for each seed"
+    assert len(runs) == len({run_identity(c).directory for c in runs}) == 4 * 2 * 5
+    assert len({json.dumps(run_identity(c).protocol, sort_keys=True) for c in runs}) == 1
+    assert len({run_identity(baseline_config(c)).directory for c in runs}) == 2, "a float parent for each seed"
     mixed = compose.configurations(["-m", "method=dorefa", "lr_search=none,grid"])
     assert [c.lr_search for c in mixed] == ["unified"] + ["tuned"] * 5
 
 
 def test_what_trains_nothing_is_one_run(tmp_path: Path) -> None:
     (alone,) = tuned(tmp_path, "method=float")
-    assert alone.directory() == compose.configurations(["method=float"])[0].directory()
+    assert run_identity(alone).directory == run_identity(compose.configurations(["method=float"])[0]).directory
     (ptq,) = tuned(tmp_path, "method=ptq")
-    assert ptq.protocol() == tuned(tmp_path, "method=dorefa")[0].protocol(), "it stands in the table of the others"
-    assert "optim.lr" not in ptq.options()
+    assert run_identity(ptq).protocol == run_identity(tuned(tmp_path, "method=dorefa")[0]).protocol, (
+        "it stands in the table of the others"
+    )
+    assert "optim.lr" not in run_identity(ptq).options
     assert len(tuned(tmp_path, "method=qd", "method.trained=false", "distill=none")) == 1
     assert len(tuned(tmp_path, "method=qd")) == 5
     assert len(tuned(tmp_path, "method=float", "init=float")) == 5, "the control is tuned as the others are"
@@ -84,16 +89,16 @@ def test_what_trains_nothing_is_one_run(tmp_path: Path) -> None:
 
 def test_a_unified_run_is_the_one_it_was(configure: Configure) -> None:
     config = configure("method=dorefa")
-    for part in (config.identity(), config.protocol()):
+    for part in (run_identity(config).keys, run_identity(config).protocol):
         assert not {"recipe", "grid"} & set(part)
-    assert configure("method=dorefa", "lr_search=none").directory() == config.directory()
+    assert run_identity(configure("method=dorefa", "lr_search=none")).directory == run_identity(config).directory
 
 
 def test_a_stored_run_of_the_grid_comes_back_as_itself(tmp_path: Path) -> None:
     for config in tuned(tmp_path, "method=dorefa", "bits=w2a2", "optim=sgd_step"):
         again = from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))))
         assert again == config
-        assert again.directory() == config.directory()
+        assert run_identity(again).directory == run_identity(config).directory
 
 
 @pytest.mark.parametrize("words", [["-m", "method=dorefa,ptq", "seed=0,1"], ["-m", "method=ttq"]])

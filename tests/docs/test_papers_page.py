@@ -14,8 +14,8 @@ from conftest import ROOT
 
 from qbench.bits import FLOAT
 from qbench.config import compose, registry
-from qbench.config.schema import Bits
-from qbench.experiment.setup import make_method, widths
+from qbench.config.schema import BitWidths
+from qbench.experiment.builders import build_method
 from qbench.papers.published import missing_requirements
 from qbench.papers.row_files import papers
 from qbench.papers.rows import PROVENANCES, Paper, PublishedRow
@@ -110,7 +110,7 @@ def test_methods_stand_with_their_papers(script: ModuleType) -> None:
 def test_what_is_quantized_is_read_from_the_card(script: ModuleType) -> None:
     for name in registry.names("method"):
         (config,) = compose.configurations([f"method={name}"])
-        legal = make_method(config, widths(config)).supported_bits
+        legal = build_method(config.method, config.activation, config.bits.resolved()).supported_bits
         known = "".join(key for key in "wag" if any(k in legal.get(key, ()) for k in range(1, FLOAT)))
         assert script.quantized(name) == known, f"{name}: the card's Bits, as `w 1 or 32, a 32, g 32`"
 
@@ -194,7 +194,7 @@ def test_affiliations_say_how_they_are_known() -> None:
 
 
 def made(**change: Any) -> PublishedRow:
-    bits = Bits(2, 32, 32)
+    bits = BitWidths(2, 32, 32)
     base = PublishedRow(
         paper="ttq", id="a", method="ttq", dataset="cifar10", net="resnet20", bits=bits, metric="top1_error", value=9.0,
         baseline=8.0, ran_by="authors' paper", source="s", provenance="verified", recipe="cifar",
@@ -215,7 +215,7 @@ def chosen(script: ModuleType, *rows: PublishedRow) -> list[str]:
         {"ran_by": "third party: X", "value": 1.0},
         {"recipe": "", "value": 1.0},
         {"metric": "top5_error", "value": 1.0},
-        {"bits": Bits(1, 1, 1), "value": 1.0},
+        {"bits": BitWidths(1, 1, 1), "value": 1.0},
         {"value": 9.5},
     ],
 )

@@ -17,9 +17,9 @@ from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.errors import ConfigError
 from qbench.experiment import sweep
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.setup import assemble
 from qbench.quant.method import Unsupported
-from qbench.runs.directory import RunDirectory
 from qbench.runs.reader import RunRecord, read
 
 THIN = ("dataset=digits", "model=resnet8")
@@ -98,14 +98,14 @@ def test_resnet20_on_cifar10(script: ModuleType, configure: Configure) -> None:
 
 def plant(config: Config, top1: float, size: float, parent: tuple[Config, float]) -> None:
     """Write a run with a known figure and size, and its parent's place and figure."""
-    directory = RunDirectory(config)
+    directory = planned_run(config).directory
     final = {"test": {"top1": top1, "top5": 99.0, "loss": 0.1}, "val": {}, "epoch": 0}
     own, figure = parent
-    base = {"run": str(RunDirectory(own).path), "final": {"test": {"top1": figure}, "val": {}}, "best": None}
+    base = {"run": str(planned_run(own).path), "final": {"test": {"top1": figure}, "val": {}}, "best": None}
     cost = {"bits_per_weight": 2.0, "bytes_ideal": size, "bitops": 1, "bytes_float": 1, "macs": 1}
     with directory.lock():
         directory.write_config()
-        alone = config.is_parent
+        alone = config.is_baseline
         directory.finish(
             directory.new_result("done", final=final, float=None if alone else base, cost=cost, wall_seconds=1.0)
         )
@@ -231,7 +231,7 @@ def test_the_command_where_cifar10_is_at_hand(script: ModuleType) -> None:
         (control,) = script.composed(words | keys)
         narrow = script.at_width(control, 5)
         assert (narrow.model["width"], control.model["width"]) == (5, 16)
-        assert not control.is_parent, "it is fine-tuned too: the same epochs in all"
+        assert not control.is_baseline, "it is fine-tuned too: the same epochs in all"
         ours, theirs = ((c.pretrain, c.epochs, c.optim, c.dataset, c.layers, c.init) for c in (narrow, cells["dorefa"]))
         assert ours == theirs
 

@@ -100,23 +100,22 @@ def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(tmp_path: Path, lau
     assert {p.name for p in tmp_path.iterdir()} == {"alone", "beside"}
 
 
-def test_workers_times_threads_never_exceed_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qbench.config import compose
-
+def test_workers_times_threads_never_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for typed, threads, expected in (("", 1, 8), ("", 3, 2), ("99", 2, 4), ("3", 2, 3), ("-1", 1, 8), ("", 99, 1)):
-        configs = compose.configurations(["method=dorefa", f"runtime.threads={threads}", f"out={tmp_path}"])
-        assert workers.most_workers(configs, typed) == expected, (typed, threads)
+        assert workers.worker_count(threads, typed) == expected, (typed, threads)
 
 
-def test_the_first_jobs_need_different_parents() -> None:
+def test_the_first_runs_need_different_baselines() -> None:
     from qbench.config import compose
+    from qbench.experiment.planned_run import planned_runs
 
-    configs = compose.configurations(["-m", "method=dorefa,ttq", "bits.w=2", "seed=0,1,2", "optim.lr=1e-3,1e-4"])
-    ordered = workers.parents_first(configs)
-    assert [c.seed for c in ordered[:3]] == [0, 1, 2]
-    assert [c.method_name for c in ordered] == ["dorefa"] * 6 + ["ttq"] * 6
-    assert sorted(map(repr, ordered)) == sorted(map(repr, configs))
+    words = ["-m", "method=dorefa,ttq", "bits.w=2", "seed=0,1,2", "optim.lr=1e-3,1e-4"]
+    runs = planned_runs(compose.configurations(words))
+    ordered = workers.baselines_first(runs)
+    assert [run.identity.seed for run in ordered[:3]] == [0, 1, 2]
+    assert [run.identity.method for run in ordered] == ["dorefa"] * 6 + ["ttq"] * 6
+    assert sorted(map(repr, ordered)) == sorted(map(repr, runs))
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])

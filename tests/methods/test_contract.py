@@ -14,8 +14,9 @@ from qbench.config.schema import Config
 from qbench.data.dataset import Loader
 from qbench.deviations.registry import deviations
 from qbench.errors import Interrupted
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
-from qbench.experiment.session import RunContext
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import effective_weight, is_quantizer_key, quantized_layers
 from qbench.quant.method import Unsupported
@@ -25,7 +26,7 @@ from qbench.runs.result import Result
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import pack, unpack, weights_sha256
 from qbench.training.evaluation import evaluate
-from qbench.training.loop import fit
+from qbench.training.loop import train
 from qbench.training.random_state import seed_everything
 from qbench.training.state import State
 from qbench.training.task import Task
@@ -49,18 +50,18 @@ def trained(
     parts = parts or assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
     model = parts.install(parts.float_model())
-    probe = Probe(list(loader.plain("train", 64)), torch.nn.functional.cross_entropy)
+    probe = Probe(list(loader.unaugmented("train", 64)), torch.nn.functional.cross_entropy)
     if parts.method.prepare:
         parts.method.prepare(model, probe)
     task = Task(
         model=model, method=parts.method, optim=config.optim, epochs=epochs or config.epochs, steps=loader.steps,
-        train=loader.train, validate=lambda: loader.plain("val"), probe=probe,
+        train=loader.train, validate=lambda: loader.unaugmented("val"), probe=probe,
     )  # fmt: skip
     seed_everything(config.seed)
-    state, losses = State(optim.build(model, config.optim)), []
+    state, losses = State(optim.build_optimizer(model, config.optim)), []
     from qbench.training.loop import Callbacks
 
-    fit(task, state, Callbacks(step=lambda state, loss: losses.append(loss.item())))
+    train(task, state, Callbacks(on_step=lambda state, loss: losses.append(loss.item())))
     return task, state, losses
 
 
@@ -146,7 +147,7 @@ def test_checkpoint_round_trip_is_exact(name: str, smoke: Configure) -> None:
     model = parts.install(parts.float_model())
     for key, p in model.named_parameters():
         p.requires_grad_(key in saved["trainable"])
-    again = State(optim.build(model, config.optim))
+    again = State(optim.build_optimizer(model, config.optim))
     again.load(model, saved)
     assert weights_sha256(model.state_dict()) == weights_sha256(task.model.state_dict())
     images = next(iter(task.probe.batches))[0]
@@ -178,7 +179,7 @@ def test_32_bits_are_the_float_computation_bit_for_bit(name: str, smoke: Configu
 
 def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple[Result, Result]:
     """Run a configuration undisturbed, and again with a stop at the given question of the loop; return both results."""
-    whole = run(smoke(*words), RunContext())
+    whole = run(planned_run(smoke(*words)), RunContext())
     asked = {"times": 0}
 
     def stop() -> int:  # asked after every step and epoch
@@ -186,15 +187,15 @@ def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple
         return 15 if asked["times"] >= calls else 0
 
     with pytest.raises(Interrupted):
-        run(smoke(*words, "rerun=true"), RunContext(stop=stop))
-    return whole, run(smoke(*words), RunContext())
+        run(planned_run(smoke(*words, "rerun=true")), RunContext(stop=stop))
+    return whole, run(planned_run(smoke(*words)), RunContext())
 
 
 @every_method
 def test_two_and_two_epochs_are_four(name: str, smoke: Configure) -> None:
     words = [f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
     if not registry.create("method", {"name": name}).needs_training:
-        result = run(smoke(*words), RunContext())
+        result = run(planned_run(smoke(*words)), RunContext())
         assert result.best is None
         assert result.final is not None
         assert result.protocol_changes == ["not trained: post-training quantization"]

@@ -19,9 +19,10 @@ from qbench.methods.gupta import Format, to_fixed
 from qbench.models import mlp
 from qbench.quant import fused_kernels as passes
 from qbench.quant.install import install
-from qbench.quant.layers import IdentityOutput, effective_weight, quantized_layers
+from qbench.quant.layers import effective_weight, quantized_layers
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.policy import Policy
+from qbench.quant.quantizer import IdentityQuantizer
 from qbench.quant.verify import NotQuantized, verify
 
 FORMATS = [(2, 3), (1, 4), (4, 0), (6, -2), (-1, 6), (0, 3)]
@@ -518,7 +519,7 @@ def test_the_images_width_is_not_that_of_the_first_layers_output(image: int | st
     layers = quantized_layers(model)
     found = [layers[name].output_q.activations for name in ("fc1", "fc2", "fc3")]
     assert found == [Format(6, fraction, "stochastic") for fraction in (10, 6, 10)]
-    assert isinstance(model.fc4.output_q, IdentityOutput), "a float layer's output is not touched"
+    assert isinstance(model.fc4.output_q, IdentityQuantizer), "a float layer's output is not touched"
 
 
 def test_weights_alone_leave_outputs_alone() -> None:
@@ -527,7 +528,7 @@ def test_weights_alone_leave_outputs_alone() -> None:
     other = replace(uniform.build(w=32, a=8), bits=Bits(16, 8), weight=alone.weight, output=alone.output)
     for method in (alone, other):
         model = install(method, mlp.build((1, 2, 2), 3, norm="none"))
-        assert all(isinstance(found.output_q, IdentityOutput) for found in quantized_layers(model).values())
+        assert all(isinstance(found.output_q, IdentityQuantizer) for found in quantized_layers(model).values())
 
 
 def test_initial_weights_are_rounded_to_nearest_and_draw_nothing() -> None:

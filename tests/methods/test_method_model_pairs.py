@@ -30,7 +30,7 @@ from qbench.quant.policy import quantizable
 from qbench.quant.probe import Probe
 from qbench.quant.verify import verify
 from qbench.training import optimizer as optim
-from qbench.training.loop import Callbacks, fit
+from qbench.training.loop import Callbacks, train
 from qbench.training.state import State
 from qbench.training.task import Task
 
@@ -135,7 +135,11 @@ def trains(config: Config) -> None:
         train=lambda epoch, start: [batch], validate=list, probe=probe,
     )  # fmt: skip
     losses: list[float] = []
-    fit(task, State(optim.build(model, config.optim)), Callbacks(step=lambda state, loss: losses.append(loss.item())))
+    train(
+        task,
+        State(optim.build_optimizer(model, config.optim)),
+        Callbacks(on_step=lambda state, loss: losses.append(loss.item())),
+    )
     assert len(losses) == task.epochs
     assert all(map(math.isfinite, losses)), losses
     moved = any(not torch.equal(some_of(p), before[name]) for name, p in model.named_parameters() if name in before)

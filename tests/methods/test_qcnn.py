@@ -74,7 +74,7 @@ def book_per_position(w: Tensor, subspace: int, codewords: int) -> Tensor:
 
 
 def one_book(w: Tensor, subspace: int, codewords: int) -> Tensor:
-    rows = product.split(w, subspace)
+    rows = product.subvectors(w, subspace)
     vectors = qcnn.product_quantize(rows.reshape(-1, subspace), subspace, codewords).reshape(rows.shape)
     return vectors.flatten(-2)[..., : w.shape[1]].movedim(-1, 1)
 
@@ -84,9 +84,9 @@ def scalars(w: Tensor, subspace: int, codewords: int) -> Tensor:
 
 
 def first_as_codewords(w: Tensor, subspace: int, codewords: int) -> Tensor:
-    rows = product.split(w, subspace)
+    rows = product.subvectors(w, subspace)
     books = rows.flatten(0, -3).transpose(0, 1)[:, :codewords]
-    return product.decoded(books, (rows.unsqueeze(-2) - books).square().sum(-1).argmin(-1), w.shape[1])
+    return product.decode(books, (rows.unsqueeze(-2) - books).square().sum(-1).argmin(-1), w.shape[1])
 
 
 @pytest.mark.parametrize("mutant", [along_outputs, book_per_position, one_book, scalars, first_as_codewords])
@@ -155,8 +155,8 @@ def check_correction(correct: Correct) -> None:
         expected, best, course = oracle.correct(
             books.numpy(),
             codes.reshape(6, kernel, 3).numpy(),
-            product.split(w, 2).reshape(6, kernel, 3, 2).numpy(),
-            product.split(inputs.flatten(0, 2), 2).reshape(40, groups, kernel, 6).numpy(),
+            product.subvectors(w, 2).reshape(6, kernel, 3, 2).numpy(),
+            product.subvectors(inputs.flatten(0, 2), 2).reshape(40, groups, kernel, 6).numpy(),
             targets.numpy(),
             ridge,
             product.SWEEPS,
@@ -199,7 +199,7 @@ def test_correction_keeps_unused_codewords_out() -> None:
     books, codes = qcnn.product_codes(w, 2, 8)
     x = random(20, 1, 1, 2)
     found, chosen = qcnn.error_corrected(books, codes, w, x, x.flatten(1) @ w.T)
-    torch.testing.assert_close(product.decoded(found, chosen, 2), w)
+    torch.testing.assert_close(product.decode(found, chosen, 2), w)
     assert torch.equal(found.isnan(), books.isnan())
 
 
@@ -220,7 +220,7 @@ def test_patches_are_what_responses_see(layer: nn.Module, shape: tuple[int, ...]
     x, one = random(*shape), cast(QLayer, layer)
     with torch.no_grad():
         seen, wanted = qcnn.patches(one, x, limit), qcnn.responses(one, layer(x), limit)
-        w = product.split(one.weight, 1).reshape(seen.shape[1], -1, *seen.shape[2:])
+        w = product.subvectors(one.weight, 1).reshape(seen.shape[1], -1, *seen.shape[2:])
         torch.testing.assert_close(torch.einsum("ngpc,gtpc->ngt", seen, w).flatten(1), wanted)
     assert len(seen) <= limit
 
@@ -236,7 +236,7 @@ def trained_network() -> tuple[nn.Module, Tensor]:
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-    return model.eval(), torch.cat([x for x, _ in loader.plain("train")])
+    return model.eval(), torch.cat([x for x, _ in loader.unaugmented("train")])
 
 
 def response_errors(model: nn.Module, images: Tensor) -> dict[str, float]:

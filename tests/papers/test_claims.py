@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from qbench.analysis import gradient_mismatch as mismatch
 from qbench.cli.main import main as cli
+from qbench.config.identity import run_identity
 from qbench.errors import ConfigError
 from qbench.papers.claim_files import Claim, Comparison, read_claim, read_claims
 from qbench.papers.claim_results import ClaimResult, decide_claims, evaluate_claim, evaluate_values
@@ -384,7 +385,7 @@ def test_every_claim_file_states_its_command_and_composes(claim: Claim) -> None:
     (config,) = compose.configurations([f"experiment=claims/{claim.name}", *claim.arms[0]])
     assert config.claim
     assert config.claim["says"] == claim.says
-    assert "claim" not in config.identity()
+    assert "claim" not in run_identity(config).keys
 
 
 @pytest.mark.full

@@ -15,7 +15,8 @@ import yaml
 from conftest import ROOT
 
 from qbench.config import compose
-from qbench.config.schema import Bits
+from qbench.config.identity import run_identity
+from qbench.config.schema import BitWidths
 from qbench.errors import ConfigError
 from qbench.papers import published
 from qbench.papers.lint import RULES, lint
@@ -25,9 +26,9 @@ from qbench.papers.rows import Measured, PublishedRow
 from qbench.report.tables.table import text
 
 GOOD = PublishedRow(
-    paper="ttq", id="good", method="ttq", table="CIFAR-10", dataset="cifar10", net="resnet20", bits=Bits(2, 32, 32),
-    levels=3, metric="top1_error", value=8.87, baseline=8.23, ran_by="authors' repository", source="a README",
-    provenance="verified", recipe="cifar",
+    paper="ttq", id="good", method="ttq", table="CIFAR-10", dataset="cifar10", net="resnet20",
+    bits=BitWidths(2, 32, 32), levels=3, metric="top1_error", value=8.87, baseline=8.23, provenance="verified",
+    ran_by="authors' repository", source="a README", recipe="cifar",
 )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ PLANTED: dict[str, list[list[PublishedRow]]] = {
     ],
     "top1_and_top5": [
         [GOOD, changed_row(value=1.2, baseline=None, baseline_note="none")],
-        [GOOD, changed_row(baseline=0.9, value=1.1, bits=Bits(4, 32, 32))],
+        [GOOD, changed_row(baseline=0.9, value=1.1, bits=BitWidths(4, 32, 32))],
         [GOOD, changed_row(metric="top5_error", value=9.0, baseline=1.0)],
         [GOOD, changed_row(metric="top5_error", value=0.3, baseline=8.5)],
     ],
@@ -201,7 +202,7 @@ def write_paper(tmp_path: Path, change: dict[str, Any]) -> Path:
 def test_a_row_inherits_from_its_table_and_recipe(tmp_path: Path) -> None:
     (row,) = read_paper(write_paper(tmp_path, {})).rows
     assert (row.paper, row.method, row.table, row.init, row.policy) == ("new", "new", "1", "float", "unknown")
-    assert (row.bits, row.by_authors) == (Bits(2, 32, 32), True)
+    assert (row.bits, row.by_authors) == (BitWidths(2, 32, 32), True)
 
 
 def test_a_top5_value_has_its_own_row(tmp_path: Path) -> None:
@@ -419,7 +420,7 @@ def test_one_row_per_recipe_composes(row: PublishedRow) -> None:
     assert config.method_name == row.method
     assert config.bits == row.bits
     assert config.dataset["val"] == 0 or row.recipe == "mlq_cifar"
-    assert config.identity() == compose.configurations(command_words(row))[0].identity()
+    assert run_identity(config).keys == run_identity(compose.configurations(command_words(row))[0]).keys
 
 
 def test_pretrain_same_uses_one_optimizer_for_the_baseline() -> None:

@@ -10,7 +10,9 @@ from conftest import Configure
 from torch import nn
 from torch.nn import functional as F
 
+from qbench.config.identity import run_identity
 from qbench.errors import CheckpointError, ConfigError, Diverged
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
 from qbench.methods import bwn, dorefa, gupta, hwgq, inq, lsq, pact, ttq, xnor
@@ -107,7 +109,7 @@ def test_distillation_by_its_formula() -> None:
 
 
 def result_of(configure: Configure, *words: str) -> Result:
-    return run(configure("experiment=smoke", "runtime.tensorboard=false", *words))
+    return run(planned_run(configure("experiment=smoke", "runtime.tensorboard=false", *words)))
 
 
 def test_a_teacher_for_every_method(configure: Configure) -> None:
@@ -120,12 +122,14 @@ def test_a_teacher_for_every_method(configure: Configure) -> None:
 def test_a_method_that_asks_for_its_teacher_keeps_the_protocol(configure: Configure) -> None:
     asked, explicit, without = (configure("method=qd", *words) for words in ([], ["distill=kd"], ["distill=none"]))
     other = configure("method=dorefa")
-    assert len({config.directory() for config in (asked, explicit, without)}) == 3
+    assert len({run_identity(config).directory for config in (asked, explicit, without)}) == 3
     assert asked.distill.on
     assert explicit.distill.on
-    assert explicit.protocol() == configure("method=dorefa", "distill=kd").protocol(), "typed, it is everybody's"
+    assert run_identity(explicit).protocol == run_identity(configure("method=dorefa", "distill=kd")).protocol, (
+        "typed, it is everybody's"
+    )
     assert not without.distill.on
-    assert asked.protocol() == other.protocol()
+    assert run_identity(asked).protocol == run_identity(other).protocol
     assert "distilled from its float parent, as it asks" in assemble(asked).protocol_changes
 
 
@@ -219,9 +223,15 @@ def test_a_method_from_scratch_is_compared_with_its_float_twin(configure: Config
     result = result_of(configure, "method=gupta")
     assert result.float is not None
     assert result.protocol_changes == ["trained from scratch, as it asks"]
-    assert configure("method=gupta", "init=scratch").protocol() == configure("method=dorefa", "init=scratch").protocol()
-    assert configure("method=gupta").protocol() == configure("method=dorefa").protocol()
-    assert configure("method=gupta", "init=float").protocol() == configure("method=dorefa").protocol()
+    assert (
+        run_identity(configure("method=gupta", "init=scratch")).protocol
+        == run_identity(configure("method=dorefa", "init=scratch")).protocol
+    )
+    assert run_identity(configure("method=gupta")).protocol == run_identity(configure("method=dorefa")).protocol
+    assert (
+        run_identity(configure("method=gupta", "init=float")).protocol
+        == run_identity(configure("method=dorefa")).protocol
+    )
 
 
 def test_every_result_carries_the_card_and_the_predictions(configure: Configure) -> None:

@@ -108,9 +108,9 @@ def test_dorefa_weights(bits: int, w: Tensor) -> None:
 def trained_step(name: str, context) -> tuple[Tensor, dict[str, Tensor]]:
     """Return logits and gradients of a small network under a method, after `prepare` and the first `on_epoch`."""
     (config,) = compose.configurations([f"method={name}"])
-    from qbench.experiment.setup import make_method, widths
+    from qbench.experiment.builders import build_method
 
-    method = make_method(config, widths(config))
+    method = build_method(config.method, config.activation, config.bits.resolved())
     torch.manual_seed(0)
     norm = method.requires.norm or "affine"
     model = install(method, resnet.build((3, 8, 8), 4, depth=8, width=4, norm=norm), example=torch.zeros(1, 3, 8, 8))
@@ -286,7 +286,7 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
 @pytest.mark.parametrize("x", [0.0, 3.0, 0.25, -0.75, 2**-18, 1 - 2**-18, 1000.5])
 def test_stochastic_rounding_has_no_bias(x: float) -> None:
     torch.manual_seed(0)
-    calls = [passes.round_up_or_down(torch.full((2**16,), x)) for _ in range(40)]
+    calls = [passes.stochastic_round(torch.full((2**16,), x)) for _ in range(40)]
     made = torch.stack(calls).double()
     assert set(made.unique().tolist()) <= {math.floor(x), math.floor(x) + 1.0}
     p, n = x - math.floor(x), made.numel()

@@ -349,7 +349,7 @@ def test_the_best_of_some_splits(seed: int, fixed: list[bool]) -> None:
 
 def test_no_better_splits_where_one_is_nearest_to_nothing() -> None:
     x, c = np.repeat([0.0, 10.0], 9), np.array([1.0, 5.0, 9.0])
-    assert module._zoomed(x, x, np.array([0, 18]), c, c[[0, 2]]).tolist() == c.tolist()
+    assert module._refine_splits(x, x, np.array([0, 18]), c, c[[0, 2]]).tolist() == c.tolist()
 
 
 @pytest.mark.parametrize("k", [1, 2, 17, 256, 257])

@@ -9,11 +9,11 @@ from qbench.cost.count import count_cost, count_macs
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
 from qbench.quant.install import install
-from qbench.quant.layers import IdentityOutput, NotFinite, quantized_layers
+from qbench.quant.layers import NotFinite, quantized_layers
 from qbench.quant.method import Method
 from qbench.quant.ops import levels_k, on_backward, round_ste, sign, straight_through
 from qbench.quant.policy import Policy
-from qbench.quant.quantizer import Grid, Storage
+from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer, Storage
 from qbench.quant.verify import NotQuantized, nearest_points, verify
 from qbench.system.torchvision import torchvision
 
@@ -40,7 +40,7 @@ def test_a_network_that_is_not_quantized_is_found_out(part: str) -> None:
     model = net(dorefa.build(w=2, a=2, g=4))
     layer = quantized_layers(model)["layer2.0.conv1"]
 
-    class Through(nn.Module):
+    class Through(Quantizer):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
             self.inner = inner
@@ -55,13 +55,13 @@ def test_a_network_that_is_not_quantized_is_found_out(part: str) -> None:
     setattr(layer, slot, Through(getattr(layer, slot)))
     with pytest.raises(NotQuantized, match=r"layer2.0.conv1: .* lie off"):
         verify(model, X)
-    setattr(layer, slot, IdentityOutput() if part == "g" else nn.Identity())
+    setattr(layer, slot, IdentityQuantizer())
     with pytest.raises(NotQuantized, match="declares no grid"):
         verify(model, X)
 
 
 def test_a_large_group_hides_no_small_one_and_fine_steps_count() -> None:
-    class Grouped(nn.Module):
+    class Grouped(Quantizer):
         def __init__(self, points: torch.Tensor, add: float) -> None:
             super().__init__()
             self.points, self.add = points, add

@@ -115,7 +115,7 @@ def test_required_replacement_is_refused_where_it_cannot_be() -> None:
         install(method, plain, example=X)
     with pytest.raises(Unsupported, match="same bits"):
         install(method, net(shortcut="B"), Policy(downsample="float"), example=X)
-    with pytest.raises(Unsupported, match="not kept"):
+    with pytest.raises(Unsupported, match="not keep"):
         install(method, net(), example=X, act="keep")
 
 

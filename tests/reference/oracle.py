@@ -1,9 +1,9 @@
-"""DoReFa-Net (arXiv 1606.06160) as slow, exact arithmetic: what the tensor code is held against.
+"""DoReFa-Net (arXiv 1606.06160) in slow, exact arithmetic: the reference for the tensor code.
 
-Sections count the project's notes on the papers. Everything rational stays a Fraction from the input
-to the level; only tanh goes through float64. `k` is the bit-width, `n = 2^k - 1` the number of steps.
-A `*_unit` function is the map into [0, 1] in front of the rounding; tests use it to see how far an input
-lies from a rounding threshold.
+Everything rational stays a Fraction from the input to the level; only tanh is computed in float64. `k` is the
+bit-width, `n = 2^k - 1` the number of steps. A `*_unit` function is the map into [0, 1] before the rounding; tests use
+it to find how far an input is from a rounding threshold. Section numbers such as 1a are those of notes on the papers
+outside this repository.
 """
 
 import math
@@ -30,6 +30,7 @@ def margin(x: Fraction, k: int) -> Fraction:
 
 
 def like(values: list[Fraction], x: FloatArray) -> FloatArray:
+    """Return values as an array of x's shape."""
     return np.array([float(v) for v in values], dtype=np.float64).reshape(x.shape)
 
 
@@ -39,7 +40,7 @@ def like(values: list[Fraction], x: FloatArray) -> FloatArray:
 def weight_unit(w: FloatArray) -> list[Fraction]:
     """Section 1a, weights 2 <= W < 32: tanh(w) / (2 max|tanh w|) + 1/2, one max for the whole tensor.
 
-    An all-zero tensor is 0/0 in the paper; it is read as the limit of w = 0 beside other weights, i.e. 1/2.
+    An all-zero tensor is 0/0 in the paper; here it is the limit of w = 0 among other weights, which is 1/2.
     """
     t = [Fraction(math.tanh(v)) for v in w.flat]
     m = max(abs(v) for v in t)
@@ -55,11 +56,11 @@ def weight_forward(w: FloatArray, k: int) -> FloatArray:
 
 
 def weight_backward(w: FloatArray, g: FloatArray, k: int) -> FloatArray:
-    """Section 1a, weights and 'max-gradient detail': g = dL/dw_q in, dL/dw out.
+    """Section 1a, weights and 'max-gradient detail': takes g = dL/dw_q, returns dL/dw.
 
-    k = 1: identity. k >= 2: with r = t/M and the rounding passed straight through, dL/dr = g, so
-    dL/dt_j = g_j/M for the numerator and dL/dM = -sum(g t)/M^2 for the max, which flows to the argmax.
-    Several maxima share it evenly, as TensorFlow's reduce_max and torch's amax do. Not for all-zero w.
+    k = 1: identity. k >= 2: with r = t/M and straight-through rounding, dL/dr = g, so
+    dL/dt_j = g_j/M for the numerator and dL/dM = -sum(g t)/M^2 for the max, which goes to the argmax.
+    Several maxima share it equally, as TensorFlow's reduce_max and torch's amax do. Not for all-zero w.
     """
     if k == 1:
         return g.copy()

@@ -1,6 +1,7 @@
-"""Fixed-point training as slow, exact arithmetic: what the tensor code is held against.
+"""Fixed-point training in slow, exact arithmetic: the reference for the tensor code.
 
-Sections count the project's notes on the papers. `il` and `fl` are integer and fraction bits, the sign in `il`.
+`il` and `fl` are integer and fraction bits; `il` includes the sign. Section numbers such as 1a are those of notes on
+the papers outside this repository.
 """
 
 from collections.abc import Mapping
@@ -30,23 +31,24 @@ def floor_to(x: Fraction, fl: int) -> Fraction:
 
 
 def nearest(x: Fraction, fl: int) -> Fraction:
-    """The floor for floor <= x <= floor + eps / 2, so at a tie too; else floor + eps."""
+    """The floor if floor <= x <= floor + eps / 2, so also at a tie; else floor + eps."""
     eps, low = Fraction(2) ** -fl, floor_to(x, fl)
     return low if x <= low + eps / 2 else low + eps
 
 
 def probability_up(x: Fraction, fl: int) -> Fraction:
-    """Of floor + eps under stochastic rounding: (x - floor) / eps."""
+    """The probability of floor + eps under stochastic rounding: (x - floor) / eps."""
     return (x - floor_to(x, fl)) / Fraction(2) ** -fl
 
 
 def convert(x: Fraction, il: int, fl: int) -> Fraction:
-    """Saturate at the range's ends, else round to nearest."""
+    """Round to nearest, and saturate at the ends of the range."""
     low, high = ends(il, fl)
     return low if x <= low else high if x >= high else nearest(x, fl)
 
 
-# Section 2a: a perceptron with one hidden layer, x -> w1 x + b1 -> ReLU -> w2 h + b2 -> softmax, everything at nearest
+# Section 2a: a perceptron with one hidden layer, x -> w1 x + b1 -> ReLU -> w2 h + b2 -> softmax,
+# everything rounded to nearest
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Perceptron:
             self.tensors[name] = self.to("weights" if name[0] == "w" else "biases", value)
 
     def gradients(self, x: FloatArray, labels: npt.NDArray[np.int64]) -> dict[str, FloatArray]:
-        """One rounding behind each product of matrices, forward and backward; saturated outputs pass no error."""
+        """One rounding after each matrix product, forward and backward; saturated outputs pass no error."""
         t = self.tensors
         wide1 = x @ t["w1"].T + t["b1"]
         z1 = self.to("activations", wide1)
@@ -85,7 +87,7 @@ class Perceptron:
         return {"w1": e1.T @ x, "b1": e1.sum(0), "w2": e2.T @ h, "b2": e2.sum(0)}
 
     def step(self, x: FloatArray, labels: npt.NDArray[np.int64], rate: float, momentum: float) -> None:
-        """W <- Convert(W + Convert(-rate v)), v <- momentum v + dL/dW, stored in its format where it has one."""
+        """W <- Convert(W + Convert(-rate v)), v <- momentum v + dL/dW, stored in its format if it has one."""
         for name, grad in self.gradients(x, labels).items():
             v = momentum * self.velocity.get(name, np.zeros_like(grad)) + grad
             update = self.to("updates", -rate * v)

@@ -1,8 +1,9 @@
-"""BWN weights and HWGQ activations as slow, exact arithmetic: what the tensor code is held against.
+"""BWN weights and HWGQ activations in slow, exact arithmetic: the reference for the tensor code.
 
-Sections count the project's notes on the papers. Forward and backward go through Fractions; the levels come
-from closed-form moments of the half-normal density 2 phi(x), x > 0, in float64 (NumPy and scipy, no torch).
-`m` is the number of positive levels q_1 < ... < q_m, 2^bits - 1 of them; `t` are the thresholds between cells.
+Forward and backward use Fractions; the levels come from closed-form moments of the half-normal density 2 phi(x),
+x > 0, in float64 (NumPy and scipy, no torch). Section numbers such as 1a are those of notes on the papers outside
+this repository. `m` is the number of positive levels q_1 < ... < q_m, 2^bits - 1 of them; `t` are the thresholds
+between cells.
 """
 
 import math
@@ -30,7 +31,7 @@ def binarize_forward(w: FloatArray) -> FloatArray:
 
 
 def binarize_backward(w: FloatArray, g: FloatArray) -> FloatArray:
-    """Section 3a: the gradient w.r.t. alpha b is written onto w as it is: no alpha, no mask, no 1/n."""
+    """Section 3a: the gradient with respect to alpha b is the gradient of w, unchanged: no alpha, no mask, no 1/n."""
     assert w.shape == g.shape
     return g.copy()
 
@@ -39,7 +40,7 @@ def binarize_backward(w: FloatArray, g: FloatArray) -> FloatArray:
 
 
 def thresholds(q: FloatArray) -> list[Fraction]:
-    """Section 3a: midpoints of neighbouring levels; the one at 0 is a rule of its own and not among them."""
+    """Section 3a: midpoints of neighbouring levels; the threshold at 0 is a separate rule and not among them."""
     return [(Fraction(a) + Fraction(b)) / 2 for a, b in pairwise(q)]
 
 
@@ -50,7 +51,7 @@ def margin(x: FloatArray, q: FloatArray) -> FloatArray:
 
 
 def activation_forward(x: FloatArray, q: FloatArray) -> FloatArray:
-    """Section 3a: x <= 0 -> 0; else the level whose cell (t_i, t_{i+1}] holds x, so x <= t picks the lower one."""
+    """Section 3a: x <= 0 -> 0; else the level whose cell (t_i, t_{i+1}] contains x, so x = t gives the lower."""
     t = thresholds(q)
     values = [q[bisect_left(t, Fraction(v))] if v > 0 else 0.0 for v in x.flat]
     return np.array(values, np.float64).reshape(x.shape)
@@ -100,7 +101,7 @@ def fitted_step(step: float, m: int) -> float:
     """Best step for the cells of levels i step, i = 1..m; the MSE is stationary in the step where they are equal.
 
     Half its derivative is sum(i^2 mass) (step - fitted): the cells move with the step too, but at a midpoint both
-    neighbours err alike, so that part cancels.
+    neighbours have the same error, so that part cancels.
     """
     i = np.arange(1, m + 1)
     mass, first = moments(cells(step * i))
@@ -108,7 +109,7 @@ def fitted_step(step: float, m: int) -> float:
 
 
 def uniform_levels(m: int) -> FloatArray:
-    """Section 4.3, A: the best of a scan over steps, sharpened to a root of the derivative."""
+    """Section 4.3, A: the best of a scan over steps, refined to a root of the derivative."""
     i = np.arange(1, m + 1)
     scan = np.geomspace(0.5 / m, 8 / m, 400)
     best = int(np.argmin([mse(step * i) for step in scan]))
@@ -117,7 +118,7 @@ def uniform_levels(m: int) -> FloatArray:
 
 
 def lloyd_max_levels(m: int) -> FloatArray:
-    """Section 4.2: Lloyd's algorithm with exact centroids, its slow end replaced by a root finder.
+    """Section 4.2: Lloyd's algorithm with exact centroids; a root finder replaces its slow last part.
 
     It starts from the density of levels of a fine quantizer, proportional to phi^(1/3): a normal of variance 3.
     """
@@ -134,16 +135,16 @@ def levels(bits: int, uniform: bool) -> FloatArray:
     return (uniform_levels if uniform else lloyd_max_levels)(2**bits - 1)
 
 
-# Numbers to hold all of this against, typed in from the sections named
+# Numbers to compare all of this with, copied from the sections named
 
 # Section 3a, constants of the authors' code: EdMIPS steps; levels of the prototxts "3ne" and "2n".
 PUBLISHED_STEP = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
 THREE, TWO = [0.538, 1.076, 1.614], [0.453, 1.51]
 # Section 4.3, marked C (computed there, not printed in the paper): bits: step, MSE given x > 0. First with zero
-# kept for x <= 0 (convention A), then for round(x / step) step (B).
+# for x <= 0 (convention A), then for round(x / step) step (B).
 UNIFORM = {1: (0.797885, 0.363380), 2: (0.538812, 0.086441), 3: (0.321729, 0.020406), 4: (0.184243, 0.005025)}
 HALF_STEP = {1: (1.224006, 0.190174), 2: (0.650770, 0.046860), 3: (0.353411, 0.012889), 4: (0.193249, 0.003693)}
-# Section 4.2, marked C: number of positive levels: them, their thresholds, MSE given x > 0.
+# Section 4.2, marked C: number of positive levels: the levels, their thresholds, MSE given x > 0.
 LLOYD = {
     1: ([0.797885], [], 0.363380),
     2: ([0.452780, 1.510418], [0.981599], 0.117482),

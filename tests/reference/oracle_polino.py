@@ -1,7 +1,6 @@
-"""Quantized distillation and differentiable quantization as slow, exact arithmetic: what the tensor code is held to.
+"""Quantized distillation and differentiable quantization in slow, exact arithmetic: the reference for the tensor code.
 
-Written from the project's notes on the paper (section 5a), in Fractions and lists. `k` is the size of a bucket, 0 for
-all of the tensor; a float is an exact number here.
+In Fractions and lists; every float is an exact number. `k` is the size of a bucket, 0 for the whole tensor.
 """
 
 from collections.abc import Sequence
@@ -15,8 +14,9 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def buckets(w: FloatArray, k: int) -> list[list[Fraction]]:
-    """k consecutive elements each, across whatever axes; the last is filled up with its last element, but a tensor
-    shorter than k is a bucket as it is.
+    """Return k consecutive elements each, across all axes.
+
+    The last bucket is filled up with its last element, but a tensor shorter than k is one bucket, unchanged.
     """
     flat = [Fraction(v) for v in w.flat]
     if k == 0 or len(flat) < k:
@@ -27,7 +27,7 @@ def buckets(w: FloatArray, k: int) -> list[list[Fraction]]:
 
 
 def scale(bucket: Sequence[Fraction]) -> tuple[Fraction, Fraction]:
-    """alpha = max - min, 1 where that is below 1e-10; beta = min."""
+    """Return alpha = max - min, or 1 if that is below 1e-10, and beta = min."""
     alpha = max(bucket) - min(bucket)
     return (alpha if alpha >= Fraction(1, 10**10) else Fraction(1)), min(bucket)
 
@@ -38,8 +38,8 @@ def unbucketed(rows: list[list[Fraction]], w: FloatArray) -> FloatArray:
 
 
 def quantize(w: FloatArray, bits: int, k: int, draws: FloatArray | None = None) -> FloatArray:
-    """s = 2^bits levels: round(x (s - 1)) / (s - 1), halves to even; with draws (buckets, k) in [0, 1) in place of
-    rounding, floor plus 1 where the draw is below the fraction.
+    """s = 2^bits levels: round(x (s - 1)) / (s - 1), halves to even; with draws (buckets, k) in [0, 1), instead of
+    rounding, floor plus 1 if the draw is below the fraction.
     """
     steps, rows = 2**bits - 1, []
     for b, bucket in enumerate(buckets(w, k)):
@@ -63,7 +63,7 @@ def scaled(w: FloatArray, k: int) -> FloatArray:
 
 
 def nearest(x: Fraction, points: Sequence[float]) -> int:
-    """The nearest point, the upper one half way."""
+    """Return the index of the nearest point, the upper one at a tie."""
     return min(range(len(points)), key=lambda i: (abs(x - Fraction(points[i])), -i))
 
 
@@ -77,7 +77,7 @@ def to_points(w: FloatArray, points: Sequence[float], k: int) -> FloatArray:
 
 
 def points_gradient(w: FloatArray, points: Sequence[float], k: int, g: FloatArray) -> list[float]:
-    """dL/dp_i = sum_j alpha(bucket of j) dL/dw_j 1[j assigned to i], over real weights, not over what fills up."""
+    """dL/dp_i = sum_j alpha(bucket of j) dL/dw_j 1[j assigned to i], over real weights, not over the filling."""
     sums, size = [Fraction(0)] * len(points), k or w.size
     rows = buckets(w, k)
     for j, (v, up) in enumerate(zip(w.flat, g.flat, strict=True)):

@@ -1,7 +1,7 @@
-"""Q-CNN's error correction on explicit responses, in loops over NumPy arrays: what the tensor code is held against.
+"""Q-CNN's error correction on explicit responses, in loops over NumPy arrays: the reference for the tensor code.
 
-Sections count the project's notes on the paper (6a). Weights are (Ct, P, M, s): output, kernel position, subspace,
-place in it; codebooks D are (M, K, s), codes B (Ct, P, M). Inputs are (N, G, P, M s), channels padded with zeros;
+Weights are (Ct, P, M, s): output, kernel position, subspace, element
+of it; codebooks D are (M, K, s), codes B (Ct, P, M). Inputs are (N, G, P, M s), channels padded with zeros;
 targets (N, Ct). Output t belongs to group t // (Ct / G).
 """
 
@@ -24,23 +24,23 @@ def decode(books: FloatArray, codes: IntArray) -> FloatArray:
 
 
 def problem(inputs: FloatArray, targets: FloatArray, w: FloatArray, ridge: float) -> tuple[FloatArray, FloatArray]:
-    """Return what every output t sees, (Ct, N', P M s), and its targets (Ct, N').
+    """Return the inputs of every output t, (Ct, N', P M s), and its targets (Ct, N').
 
-    The pull towards the float weights, N ridge mean(x^2) |w_hat - w|^2, is made of further rows.
+    Further rows add the pull towards the float weights, N ridge mean(x^2) |w_hat - w|^2.
     """
     n, groups, size = len(inputs), inputs.shape[1], inputs[0, 0].size
     pull = np.sqrt(n * ridge * (inputs**2).mean())
-    seen, wanted = [], []
+    design, goals = [], []
     for t in range(len(w)):
         x = inputs[:, t // (len(w) // groups)].reshape(n, size)
-        seen.append(np.concatenate([x, pull * np.eye(size)]))
-        wanted.append(np.concatenate([targets[:, t], pull * w[t].reshape(size)]))
-    return np.stack(seen), np.stack(wanted)
+        design.append(np.concatenate([x, pull * np.eye(size)]))
+        goals.append(np.concatenate([targets[:, t], pull * w[t].reshape(size)]))
+    return np.stack(design), np.stack(goals)
 
 
-def objective(seen: FloatArray, wanted: FloatArray, w: FloatArray) -> float:
+def objective(design: FloatArray, goals: FloatArray, w: FloatArray) -> float:
     """Return sum_n |T_n - W S_n|^2."""
-    return float(sum(((t - x @ v.reshape(-1)) ** 2).sum() for x, t, v in zip(seen, wanted, w, strict=True)))
+    return float(sum(((t - x @ v.reshape(-1)) ** 2).sum() for x, t, v in zip(design, goals, w, strict=True)))
 
 
 def correct(
@@ -52,44 +52,44 @@ def correct(
     ridge: float,
     sweeps: int,
 ) -> tuple[FloatArray, IntArray, list[float]]:
-    """Return codebooks and codes after block-coordinate descent over subspaces, and the objective after each block."""
+    """Return codebooks and codes after block-coordinate descent over subspaces, and the objective after each update."""
     books, codes = books.copy(), codes.copy()
-    seen, wanted = problem(inputs, targets, w, ridge)
-    course = [objective(seen, wanted, decode(books, codes))]
+    design, goals = problem(inputs, targets, w, ridge)
+    objectives = [objective(design, goals, decode(books, codes))]
     for _ in range(sweeps):
         for m in range(len(books)):
             for k in range(books.shape[1]):
                 if (codes[:, :, m] == k).any():
-                    books[m, k] = least_squares(books, codes, seen, wanted, m, k)
-                    course.append(objective(seen, wanted, decode(books, codes)))
+                    books[m, k] = least_squares(books, codes, design, goals, m, k)
+                    objectives.append(objective(design, goals, decode(books, codes)))
             for p in range(codes.shape[1]):
                 for t in range(len(codes)):
-                    codes[t, p, m] = best_code(books, codes, seen, wanted, m, p, t)
-                course.append(objective(seen, wanted, decode(books, codes)))
-    return books, codes, course
+                    codes[t, p, m] = best_code(books, codes, design, goals, m, p, t)
+                objectives.append(objective(design, goals, decode(books, codes)))
+    return books, codes, objectives
 
 
 def least_squares(
-    books: FloatArray, codes: IntArray, seen: FloatArray, wanted: FloatArray, m: int, k: int
+    books: FloatArray, codes: IntArray, design: FloatArray, goals: FloatArray, m: int, k: int
 ) -> FloatArray:
-    """Return codeword k of subspace m that fits what all others leave of the responses, B fixed."""
+    """Return codeword k of subspace m that fits the residual of all others best, B fixed."""
     others = books.copy()
     others[m, k] = 0
     w = decode(others, codes)
-    rows, left = [], []
+    rows, residuals = [], []
     for t in range(len(codes)):
-        x = seen[t].reshape(len(seen[t]), *w.shape[1:])
+        x = design[t].reshape(len(design[t]), *w.shape[1:])
         rows.append(x[:, codes[t, :, m] == k, m].sum(1))
-        left.append(wanted[t] - seen[t] @ w[t].reshape(-1))
-    found: FloatArray = np.linalg.lstsq(np.concatenate(rows), np.concatenate(left), rcond=None)[0]
-    return found
+        residuals.append(goals[t] - design[t] @ w[t].reshape(-1))
+    codeword: FloatArray = np.linalg.lstsq(np.concatenate(rows), np.concatenate(residuals), rcond=None)[0]
+    return codeword
 
 
-def best_code(books: FloatArray, codes: IntArray, seen: FloatArray, wanted: FloatArray, m: int, p: int, t: int) -> int:
+def best_code(books: FloatArray, codes: IntArray, design: FloatArray, goals: FloatArray, m: int, p: int, t: int) -> int:
     """Return the codeword of least error for output t at position p, by trying all, D fixed."""
     errors = []
     for k in range(books.shape[1]):
         tried = codes[t : t + 1].copy()
         tried[0, p, m] = k
-        errors.append(objective(seen[t : t + 1], wanted[t : t + 1], decode(books, tried)))
+        errors.append(objective(design[t : t + 1], goals[t : t + 1], decode(books, tried)))
     return int(np.nanargmin(errors))

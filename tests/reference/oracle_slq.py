@@ -1,4 +1,4 @@
-"""SLQ and MLQ (arXiv 1803.03289) in plain NumPy, a stage at a time; k-means by trying every choice of intervals."""
+"""SLQ and MLQ (arXiv 1803.03289) in plain NumPy, a stage at a time; k-means tries every choice of intervals."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ Loss = Callable[[list[Array]], float]
 
 
 def _intervals(n: int, count: int, start: int = 0) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Yield every choice of at most `count` intervals of range(n), one behind the other."""
+    """Yield every choice of at most `count` intervals of range(n), in order, without overlap."""
     yield ()
     if count:
         for a in range(start, n):
@@ -21,7 +21,7 @@ def _intervals(n: int, count: int, start: int = 0) -> Iterator[tuple[tuple[int, 
 
 
 def clustered(w: Array, k: int, pins: Sequence[float] = ()) -> tuple[Array, NDArray[np.int64]]:
-    """Return the centroids of least squared distance, k at most with `pins` among them, and labels."""
+    """Return the centroids of least squared distance, at most k including `pins`, and labels."""
     pins = sorted(set(pins))
     line = np.sort(w.ravel())
     best, centroids = np.inf, np.empty(0)
@@ -36,7 +36,7 @@ def clustered(w: Array, k: int, pins: Sequence[float] = ()) -> tuple[Array, NDAr
 
 @dataclass
 class Layer:
-    """A layer's latent weights, which of them are frozen at what, and the frozen centroids."""
+    """A layer's latent weights, which of them are frozen, at which values, and the frozen centroids."""
 
     latent: Array
     frozen: NDArray[np.bool_]
@@ -53,7 +53,7 @@ class Layer:
         return np.where(self.frozen, self.value, self.latent)
 
     def shared(self, labels: NDArray[np.int64], centroids: Array, which: Sequence[int]) -> Array:
-        """The effective weights when the free ones of these clusters are their centroid."""
+        """The effective weights if the free weights of these clusters are set to their centroid."""
         return np.where(np.isin(labels, which) & ~self.frozen, centroids[labels], self.effective)
 
     def freeze(self, labels: NDArray[np.int64], centroids: Array, which: Sequence[int]) -> None:
@@ -63,9 +63,9 @@ class Layer:
 
 
 def slq_stage(layers: list[Layer], k: int, portion: float, loss: Loss) -> None:
-    """One stage of SLQ, largest loss first: cluster with frozen centroids fast, absorb, measure, freeze the next.
+    """One stage of SLQ, largest loss first: cluster with frozen centroids fixed, absorb, measure, freeze the next.
 
-    A pinned centroid without weights is frozen from the start; a layer that is done is left alone.
+    A pinned centroid without weights is frozen from the start; a layer that is complete is skipped.
     """
     everything, layers = layers, [layer for layer in layers if not layer.frozen.all()]
     found = [clustered(layer.effective, k, [0.0, *layer.fixed]) for layer in layers]
@@ -86,7 +86,7 @@ def slq_stage(layers: list[Layer], k: int, portion: float, loss: Loss) -> None:
 
 
 def mlq_steps(layers: list[Layer], k: int, steps: int, count: int, loss: Loss) -> list[tuple[int, float]]:
-    """Advance `count` layers among those that are furthest behind, largest loss first; return (layer, loss) of each.
+    """Advance `count` layers among those with the fewest steps, largest loss first; return (layer, loss) of each.
 
     A layer's step: the lowest and the highest free cluster are frozen; the last of `steps` freezes all.
     """

@@ -1,8 +1,8 @@
-"""The methods' equations written out a second time: NumPy in float64, gradients by hand, nothing of the package.
+"""The methods' equations, implemented a second time: NumPy in float64, gradients by hand, nothing of the package.
 
-Written from the papers and the notes on them, not from the tensor code. Every function returns its value and `back`,
-which takes the upstream gradient G = dL/dvalue and returns the gradient by the first argument, or a tuple with those by
-the learned scales behind it. Where an equation's number is known, it stands beside the line.
+Written from the papers and notes on them, not from the tensor code. Every function returns its value and `back`,
+which takes the upstream gradient G = dL/dvalue and returns the gradient of the first argument, or a tuple with those of
+the learned scales after it. Equation numbers are given where they are known.
 """
 
 import math
@@ -34,14 +34,14 @@ def half_even(x: Array) -> Array:
 
 
 def filter_scales(w: Array) -> Array:
-    """Alpha = ||W||_1 / n of every filter, shaped to multiply w."""
+    """Alpha = ||W||_1 / n of every filter, in a shape that multiplies w."""
     n = w[0].size
     return np.array([np.abs(f).sum() / n for f in w]).reshape(-1, *[1] * (w.ndim - 1))
 
 
 def xnor_weight(w: Array, gradient: str = "paper") -> Pair:
-    """Paper: dC/dW = dC/dW~ (1/n + alpha 1{|W| <= 1}). Authors: (alpha 1{|W| < 1} + 1/n) (1 - 1/c_in) n, c_in being
-    the input channels or, of a linear layer, its inputs.
+    """Paper: dC/dW = dC/dW~ (1/n + alpha 1{|W| <= 1}). Authors: (alpha 1{|W| < 1} + 1/n) (1 - 1/c_in) n, where c_in is
+    the number of input channels, or of inputs in a linear layer.
     """
     n, alpha = w[0].size, filter_scales(w)
     if gradient == "paper":
@@ -71,7 +71,7 @@ def input_scale(x: Array, kernel: tuple[int, int], stride: int, padding: int) ->
 
 
 def centred(w: Array) -> Array:
-    """Without the mean over the input channels, at every place of every filter."""
+    """w minus its mean over the input channels, at every position of every filter."""
     return w - w.sum(1, keepdims=True) / w.shape[1]
 
 
@@ -110,7 +110,7 @@ def ttq_weight(w: Array, positive: float, negative: float, delta: float) -> Pair
 
 
 def ttq_means(w: Array, delta: float) -> tuple[float, float]:
-    """The scales to start from: mean magnitudes of the two zones."""
+    """The initial scales: mean magnitudes of the two zones."""
     return float(w[w > delta].mean()), float(-w[w < -delta].mean())
 
 
@@ -145,7 +145,7 @@ def lloyd_step(q: Array) -> Array:
 
 
 def lloyd_levels(m: int, rounds: int = 4000) -> Array:
-    """Lloyd's algorithm as it stands in the textbook."""
+    """Lloyd's algorithm as in textbooks."""
     q = (np.arange(m) + 0.5) / m * 3
     for _ in range(rounds):
         moved = lloyd_step(q)
@@ -156,18 +156,18 @@ def lloyd_levels(m: int, rounds: int = 4000) -> Array:
 
 
 def optimal_levels(m: int) -> Array:
-    """The fixed point of `lloyd_step`, by Newton's method: it is one, phi being log-concave."""
+    """The fixed point of `lloyd_step`, by Newton's method; there is one, because phi is log-concave."""
     start = math.sqrt(3) * np.array([_quantile((i + 0.5) / m) for i in range(m)])
     return np.asarray(optimize.fsolve(lambda q: q - lloyd_step(q), start, xtol=1e-13), np.float64)
 
 
 def _quantile(p: float) -> float:
-    """Of the half-normal density."""
+    """The quantile of the half-normal density."""
     return float(optimize.brentq(lambda x: math.erf(x / math.sqrt(2)) - p, 0, _INFINITY))
 
 
 def uniform_step(m: int, first: float) -> float:
-    """The step of least error for levels D, 2 D ... m D: the first cell begins at `first` D, beneath it is zero."""
+    """The step D of least error for levels D, 2 D ... m D. The first cell begins at `first` D; below, it is zero."""
     i = np.arange(1, m + 1)
 
     def slope(step: float) -> float:
@@ -179,7 +179,7 @@ def uniform_step(m: int, first: float) -> float:
 
 
 def hwgq_activation(x: Array, q: Array, backward: str, first: float | None = 0.0) -> Pair:
-    """Zero up to `first`, then the level of the cell, its upper border belonging to it."""
+    """Zero up to `first`, then the level of the cell, which includes its upper border."""
     edges = np.concatenate([[0.0 if first is None else first], (q[1:] + q[:-1]) / 2])
     index = (x[..., None] > edges).sum(-1)
     top = q[-1]
@@ -193,7 +193,7 @@ def hwgq_activation(x: Array, q: Array, backward: str, first: float | None = 0.0
 
 
 def hwgq_weight(w: Array) -> Pair:
-    """alpha b per filter; the gradient by w~ is that by w."""
+    """alpha b per filter; the gradient of w~ is that of w."""
     return filter_scales(w) * sign(w), lambda g: g
 
 
@@ -233,7 +233,7 @@ class InqLayer:
         self.frozen, self.value = np.zeros(w.shape, bool), np.zeros(w.shape)
 
     def partition(self, w: Array, portion: float, chosen: npt.NDArray[np.bool_] | None = None) -> None:
-        """`chosen` says which weights are frozen afterwards, for the random partition; n1 is the first portion's."""
+        """`chosen`: which weights are frozen afterwards, for the random partition. n1 is that of the first portion."""
         n1 = inq_exponent(w) if self.n1 is None else self.n1
         self.n1 = n1
         rounded = inq_rounded(w, n1, self.bits)
@@ -251,14 +251,14 @@ class InqLayer:
 
 
 def q_k(x: Array, k: int) -> Array:
-    """Eq. 5; its gradient is taken for 1 (eq. 6)."""
+    """Eq. 5; its gradient is defined as 1 (eq. 6)."""
     n = 2**k - 1
     return half_even(n * x) / n
 
 
 def dorefa_weight(w: Array, k: int) -> Pair:
     """k = 1: E|w| sign(w) over the layer, gradient 1. Else eq. 9, with the chain rule through tanh and the maximum;
-    places that share the maximum share its gradient evenly.
+    elements that share the maximum share its gradient equally.
     """
     if k == 1:
         return np.abs(w).sum() / w.size * sign(w), lambda g: g
@@ -350,7 +350,7 @@ def uniform_weight(w: Array, bits: int, channel: bool) -> Pair:
 
 
 def uniform_activation(x: Array, low: float, high: float, bits: int) -> Pair:
-    """The range holds zero, and zero is the code z."""
+    """The range contains zero, whose code is z."""
     low, high = min(low, 0.0), max(high, 0.0)
     n = 2**bits - 1
     s = (high - low) / n
@@ -380,10 +380,11 @@ def _rectified(x: Array) -> Pair:
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer (w of two axes) or a convolution, what quantizes it, and what stands behind it.
+    """A linear layer (w of two axes) or a convolution, its quantizers, and what follows it.
 
     `output` is a function of (y without bias, x) -> (y, back), where back gives the gradients of both; `gradient` is
-    one of the gradient that arrives at the layer's output. `norm` names the batch normalization behind it, if any.
+    one of the gradient that arrives at the layer's output. `norm` names the batch normalization that follows it, if
+    any.
     """
 
     name: str
@@ -425,7 +426,7 @@ def convolution(x: Array, w: Array, stride: int, padding: int) -> tuple[Array, C
 
 
 def normalized(x: Array, scale: Array, shift: Array, eps: float = 1e-5) -> Pair:
-    """Batch normalization in training; `back` gives the gradients by x, scale and shift."""
+    """Batch normalization in training; `back` gives the gradients of x, scale and shift."""
     axes = (0, *range(2, x.ndim))
     gamma, beta = (v.reshape(1, -1, *[1] * (x.ndim - 2)) for v in (scale, shift))
     count = x.size / x.shape[1]
@@ -448,7 +449,7 @@ def cross_entropy(logits: Array, labels: npt.NDArray[np.int64]) -> tuple[float, 
 
 
 def quantized_layer(layer: Layer, params: Mapping[str, Array], x: Array) -> tuple[Array, Callable[[Array], Any]]:
-    """Return the layer's output and back(G) -> (gradient by x, gradients of the layer's parameters by name)."""
+    """Return the layer's output and back(G) -> (gradient of x, gradients of the layer's parameters by name)."""
 
     def scales(site: Site) -> list[Array]:
         return [params[f"{layer.name}.{name}"] for name in site.scales]
@@ -466,29 +467,29 @@ def quantized_layer(layer: Layer, params: Mapping[str, Array], x: Array) -> tupl
     def back(g: Array) -> tuple[Array, dict[str, Array]]:
         g = layer.gradient(g) if layer.gradient else g
         grads = {f"{layer.name}.bias": g.sum((0, *range(2, g.ndim)))} if bias is not None else {}
-        g, aside = back_out(g) if back_out else (g, np.zeros_like(x))
+        g, by_output = back_out(g) if back_out else (g, np.zeros_like(x))
         by_x_hat, by_w_hat = back_y(g)
         for site, back_site, upstream, first in (
             (layer.input, back_x, by_x_hat, "x"),
             (layer.weight, back_w, by_w_hat, "weight"),
         ):
-            found = back_site(upstream)
-            by_first, by_scales = (found[0], found[1:]) if site.scales else (found, ())
+            result = back_site(upstream)
+            by_first, by_scales = (result[0], result[1:]) if site.scales else (result, ())
             grads[f"{layer.name}.{first}"] = by_first
             grads.update({f"{layer.name}.{n}": s for n, s in zip(site.scales, by_scales, strict=True)})
-        return grads.pop(f"{layer.name}.x") + aside, grads
+        return grads.pop(f"{layer.name}.x") + by_output, grads
 
     return y, back
 
 
-def _named(found: tuple[Array, ...], names: Sequence[str]) -> tuple[Array, dict[str, Array]]:
-    return found[0], dict(zip(names, found[1:], strict=True))
+def _named(gradients: tuple[Array, ...], names: Sequence[str]) -> tuple[Array, dict[str, Array]]:
+    return gradients[0], dict(zip(names, gradients[1:], strict=True))
 
 
 def network(
     params: Mapping[str, Array], layers: Sequence[Layer], x: Array, labels: npt.NDArray[np.int64]
 ) -> tuple[Array, float, dict[str, Array]]:
-    """Return logits, mean cross entropy and its gradient by every parameter and by the image ("x")."""
+    """Return logits, mean cross entropy and its gradient with respect to every parameter and to the image ("x")."""
     backs: list[Callable[[Array], Any]] = []
     for layer in layers:
         if params[f"{layer.name}.weight"].ndim == 2 and x.ndim > 2:
@@ -508,6 +509,6 @@ def network(
     for back in reversed(backs):
         g = back(g)
         if isinstance(g, tuple):
-            g, found = g
-            grads.update(found)
+            g, parameter_grads = g
+            grads.update(parameter_grads)
     return x, loss, {**grads, "x": g}

@@ -34,7 +34,7 @@ from qbench.config import compose, groups
 from qbench.cost.count import count_macs
 from qbench.errors import CheckpointError
 from qbench.models import mlp
-from qbench.training.checkpoint import load_plain, pack, unpack
+from qbench.training.checkpoint import load_torch_file, pack, unpack
 from qbench.training.initial_weights import load_initial_weights
 
 SECONDS = 20
@@ -100,7 +100,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "outer" / "work"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
-    monkeypatch.setattr("qbench.experiment.run._work", never)
+    monkeypatch.setattr("qbench.experiment.run._train", never)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     return work
 
@@ -186,7 +186,7 @@ def archive(path: Path) -> None:
 
 LINES = [
     row("trian", "trian: neither a verb nor key=value"),
-    row("method=dorefa oops", "oops: neither a verb nor key=value"),
+    row("method=dorefa oops", "oops: neither a subcommand nor key=value"),
     row("method=dorfa", "did you mean dorefa?"),
     row("metod=dorefa", "metod: no such key; did you mean method?"),
     row("model.widht=3", "did you mean model.width?"),
@@ -244,7 +244,7 @@ LINES = [
     row("-m hydra.launcher.n_jobs=2 seed=0", "no effect without hydra/launcher"),
     row("hydra.run.dir=elsewhere", "hydra.run.dir=elsewhere: has no effect"),
     row("hydra.searchpath=[file:///nowhere]", "path=/nowhere is not available"),
-    row("=3", "=3: neither a verb nor key=value"),
+    row("=3", "=3: neither a subcommand nor key=value"),
     row(["a b=3"], "a b=3: cannot be read"),
     row(["method=" + "x" * 300], "no such method", name="300 characters"),
     row(["bits.w=" + "x" * 100_000], "xxx ... xxx", name="100,000 characters"),
@@ -254,7 +254,7 @@ LINES = [
     row(['method="a\x1b[31mb"'], r"method=a\x1b[31mb: no such method", name="an escape sequence"),
     row(["method=a\nb"], "cannot be read", name="a newline"),
     row(["method=a\n\nb\nc\nd\ne"], "method=a", name="many newlines"),
-    row(["\x00"], r"\x00: neither a verb", name="a zero"),
+    row(["\x00"], r"\x00: neither a subcommand", name="a zero"),
     row(["model.width=\udcff"], r"\udcff", name="bytes that are no text"),
 ]  # fmt: skip
 
@@ -394,7 +394,7 @@ VERBS = [
     row("check dorfa", "did you mean dorefa?"),
     row("check dorefa bits.w=40", "bits.w=40"),
     row("check dorefa model.width=3", "model.width=3 has no effect on check"),
-    row("plan oops", "oops: neither a verb nor key=value"),
+    row("plan oops", "oops: neither a subcommand nor key=value"),
     row("plan -m bits=w2,w99", "bits.w=99"),
 ]  # fmt: skip
 
@@ -817,7 +817,7 @@ def test_fuzzed_checkpoints(shard: int, count: int, desk: Path) -> None:
         file.write_bytes(data)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for read in (
-            lambda: unpack(data, "it"), lambda: load_plain(data, "it"), lambda: load_initial_weights(model, file),
+            lambda: unpack(data, "it"), lambda: load_torch_file(data, "it"), lambda: load_initial_weights(model, file),
         ):  # fmt: skip
             try:
                 with at_most(SECONDS):

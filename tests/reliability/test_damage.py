@@ -24,15 +24,16 @@ from torch import Tensor, nn
 
 from qbench.cli.main import main as cli
 from qbench.config import compose
-from qbench.config.schema import Config, parent
+from qbench.config.identity import run_identity
+from qbench.config.schema import Config, baseline_config
 from qbench.errors import CheckpointError, Interrupted, QbenchError
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
-from qbench.experiment.session import RunContext
 from qbench.experiment.setup import assemble
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.predictions import of_run
-from qbench.runs.directory import RunDirectory
-from qbench.runs.event_files import AROUND
+from qbench.runs.event_files import RECORD_OVERHEAD
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.reader import FROM_LOGS, read, read_run
 from qbench.runs.result import Result, load_result
@@ -72,7 +73,7 @@ def done(config: Config, stop_at: int | None = None) -> tuple[Result, list[str]]
 
     screen, said = ProgressReporter(quiet=True), []
     screen.keep = said.append  # type: ignore[method-assign]
-    return run(config, RunContext(screen, stop)), said
+    return run(planned_run(config), RunContext(screen, stop)), said
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def broken_off(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (0, 1):
         with pytest.raises(Interrupted):
             done(composed(out, f"seed={seed}"), stop_at=STOPPED)
-        assert len(RunDirectory(composed(out, f"seed={seed}")).checkpoints()) == 2
+        assert len(planned_run(composed(out, f"seed={seed}")).directory.checkpoints()) == 2
     return out
 
 
@@ -112,11 +113,11 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 def directory(out: Path, *words: str) -> Path:
-    return RunDirectory(composed(out, *words)).path
+    return planned_run(composed(out, *words)).path
 
 
 def parent_of(out: Path, *words: str) -> Path:
-    return RunDirectory(parent(composed(out, *words))).path
+    return planned_run(baseline_config(composed(out, *words))).path
 
 
 def digest(out: Path, *words: str) -> str:
@@ -172,7 +173,7 @@ def one(data: bytes, seed: int) -> tuple[str, bytes]:
 
 @flips_and_cuts
 def test_no_damage_to_a_checkpoint_is_overlooked(broken_off: Path, flips: int, cuts: int) -> None:
-    newest = RunDirectory(composed(broken_off)).checkpoints()[0]
+    newest = planned_run(composed(broken_off)).directory.checkpoints()[0]
     for case, data in tried("checkpoint", newest.read_bytes(), 1, flips, cuts):
         assert refused(unpack, data, case), f"{case}: read in silence"
 
@@ -184,7 +185,7 @@ def test_a_run_falls_back_to_the_checkpoint_before(
     expected = digest(whole)
     for seed in range(count):
         out = copied(broken_off)
-        newest, before = RunDirectory(composed(out)).checkpoints()
+        newest, before = planned_run(composed(out)).directory.checkpoints()
         what, data = one(newest.read_bytes(), seed)
         newest.write_bytes(data)
         result, said = done(composed(out))
@@ -200,11 +201,11 @@ def test_without_any_good_checkpoint_it_begins_anew_and_keeps_what_it_saves(
     whole: Path, broken_off: Path, copied: Callable[[Path], Path]
 ) -> None:
     out = copied(broken_off)
-    for path in RunDirectory(composed(out)).checkpoints():
+    for path in planned_run(composed(out)).directory.checkpoints():
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(Interrupted):
         done(composed(out), stop_at=4)
-    assert [path.name for path in RunDirectory(composed(out)).checkpoints()] == ["state-4.pt", "state-3.pt"]
+    assert [path.name for path in planned_run(composed(out)).directory.checkpoints()] == ["state-4.pt", "state-3.pt"]
     result, said = done(composed(out))
     assert "going on from state-4.pt" in said, "what was announced is not lost to damaged files with higher numbers"
     assert result.state_sha256 == digest(whole)
@@ -215,9 +216,9 @@ def test_checkpoints_in_the_wrong_place(
     whole: Path, broken_off: Path, copied: Callable[[Path], Path], swap: str
 ) -> None:
     out = copied(broken_off)
-    newest, before = RunDirectory(composed(out)).checkpoints()
+    newest, before = planned_run(composed(out)).directory.checkpoints()
     if swap == "another run's":
-        newest.write_bytes(RunDirectory(composed(out, "seed=1")).checkpoints()[0].read_bytes())
+        newest.write_bytes(planned_run(composed(out, "seed=1")).directory.checkpoints()[0].read_bytes())
     elif swap == "older as newer":
         newest.write_bytes(before.read_bytes())
     elif swap == "newer as older":
@@ -240,7 +241,7 @@ def test_no_damage_to_published_weights_is_overlooked(
 ) -> None:
     """The parent's best.pt; the same file by `init=PATH`, as a file and as its run's directory."""
     config = composed(whole)
-    run_path, identity = parent_of(copied(whole)), parent(config).identity()
+    run_path, identity = parent_of(copied(whole)), run_identity(baseline_config(config)).digest
     file, model = run_path / "best.pt", assemble(config).float_model()
     good = file.read_bytes()
     assert is_intact(file, identity)
@@ -332,7 +333,7 @@ def test_runs_with_a_damaged_result_or_parent_come_out_the_same(
         again = load_result(first)
         assert again is not None
         assert again.state_sha256 == base.state_sha256, case
-        assert is_intact(first / "best.pt", parent(composed(out)).identity()), case
+        assert is_intact(first / "best.pt", run_identity(baseline_config(composed(out))).digest), case
         shutil.rmtree(out)
     if count > 3:
         counted(f"R6 result, parent: {count} whole runs with a damaged file, final state equal, each with a warning")
@@ -628,7 +629,7 @@ def test_hostile_files_with_a_right_digest_in_a_runs_directory(
 
     marker, found = threats
     out = copied(whole)
-    first, identity = parent_of(out), parent(composed(out)).identity()
+    first, identity = parent_of(out), run_identity(baseline_config(composed(out))).digest
     model = assemble(composed(out)).float_model()
     own = directory(out)
     shutil.rmtree(own)
@@ -640,7 +641,7 @@ def test_hostile_files_with_a_right_digest_in_a_runs_directory(
         assert refused(load_initial_weights, model, first), name
         if i % 4 == 0 or "code" in name:
             (own / f"state-{1000 + i}.pt").write_bytes(data)
-    planted = RunDirectory(composed(out)).checkpoints()
+    planted = planned_run(composed(out)).directory.checkpoints()
     result, said = done(composed(out))
     assert result.state_sha256 == digest(whole)
     assert sum("state-" in line and line.startswith("warning: ") for line in said) == len(planted) > 10
@@ -654,7 +655,7 @@ def test_hostile_files_with_a_right_digest_in_a_runs_directory(
 def test_a_checkpoint_of_ours_with_wrong_content(broken_off: Path, copied: Callable[[Path], Path], wrong: str) -> None:
     """Its digest, name and run are right: somebody made it so."""
     out = copied(broken_off)
-    newest = RunDirectory(composed(out)).checkpoints()[0]
+    newest = planned_run(composed(out)).directory.checkpoints()[0]
     saved_state = unpack(newest.read_bytes(), "it")
     state = saved_state["state"]
     if wrong == "keys":
@@ -962,7 +963,7 @@ def test_a_large_damaged_event_file_is_read_at_once(what: str, whole: Path, tmp_
     began = time.process_time()
     found = read_run(path)
     assert time.process_time() - began < 5
-    first = AROUND + int.from_bytes(good[:8], "little")
+    first = RECORD_OVERHEAD + int.from_bytes(good[:8], "little")
     lost = LARGE + (first if what in ("the first length", "a content") else 0)
     assert found.unread == [f"{file.name}: {lost:,} bytes cannot be read"]
     assert found.status == "done", "the figures are before it"

@@ -18,7 +18,7 @@ from conftest import counted
 from faults import Job, Server
 from helpers import qbench
 
-from qbench.config.identity import digest
+from qbench.config.identity import run_identity
 from qbench.config.schema import Config
 from qbench.config.validate import from_dict
 from qbench.errors import CheckpointError
@@ -80,7 +80,7 @@ def checkpoint(file: Path) -> dict[str, Any] | None:
         content = unpack(file.read_bytes(), str(file))
     except (OSError, CheckpointError):
         return None
-    return content if content.get("identity") == digest(configuration(file.parent).identity()) else None
+    return content if content.get("identity") == run_identity(configuration(file.parent)).digest else None
 
 
 def untrue(out: Path) -> list[str]:
@@ -113,7 +113,7 @@ def unlike_once(out: Path) -> list[str]:
         torn = {"kind": "epoch", "epoch": "a torn line"}
         records = [parse_json(line) or torn for line in log.read_bytes().splitlines()]
         epochs = [record["epoch"] for record in records if record["kind"] == "epoch"]
-        if epochs != list(range((config.pretrain if config.is_parent else config).epochs)):
+        if epochs != list(range((config.pretrain if config.is_baseline else config).epochs)):
             wrong.append(f"{log}: epochs {epochs}")
     return wrong
 
@@ -227,7 +227,7 @@ def until(so: Callable[[], bool], what: str, jobs: list[Job]) -> None:
 def trained(jobs: list[Job], run: Path) -> int:
     """Return how many processes trained a run."""
     config = configuration(run)
-    title = "float" if config.is_parent else f"{config.method_name} {config.bits}"
+    title = "float" if config.is_baseline else f"{config.method_name} {config.bits}"
     return sum(f"{title}  resnet8 on digits, seed {config.seed}: epoch " in job.stderr() for job in jobs)
 
 

@@ -33,8 +33,10 @@ from qbench.config import groups, registry
 from qbench.config.schema import Config
 from qbench.data.dataset import Files, Loader
 from qbench.errors import CheckpointError, Interrupted
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run as experiment
-from qbench.experiment.session import RunContext, TrainingSession
+from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import assemble
 from qbench.quant.layers import is_quantizer_key
 from qbench.quant.method import Unsupported
@@ -47,8 +49,8 @@ from qbench.training import loop
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import content_sha256, unpack
 from qbench.training.evaluation import evaluate
-from qbench.training.loop import Callbacks, fit
-from qbench.training.state import Average, State
+from qbench.training.loop import Callbacks, train
+from qbench.training.state import State, WeightAverage
 from qbench.training.task import Task
 
 METHODS = groups.option_names("method")
@@ -66,7 +68,7 @@ TALLY: dict[str, int] = {}
 def _counted_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    monkeypatch.setattr(Loader.plain, "__defaults__", (None, SIZE))
+    monkeypatch.setattr(Loader.unaugmented, "__defaults__", (None, SIZE))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -114,10 +116,10 @@ def stopping(at: int) -> RunContext:
 def alone(config: Config) -> tuple[Result, int]:
     """Run undisturbed; return the result and how often the run asked whether to stop, its parent's questions not."""
     parts = assemble(config)
-    if not config.is_parent:
-        experiment.run(parts.parent, RunContext(ProgressReporter(quiet=True)))
+    if not config.is_baseline:
+        experiment.run(parts.baseline, RunContext(ProgressReporter(quiet=True)))
     asked = itertools.count()
-    result = experiment.run(config, RunContext(ProgressReporter(quiet=True), lambda: 0 * next(asked)))
+    result = experiment.run(planned_run(config), RunContext(ProgressReporter(quiet=True), lambda: 0 * next(asked)))
     assert result.status == "done", result.reason
     return result, next(asked)
 
@@ -137,9 +139,9 @@ def replaced_out(config: Config, out: Path) -> Config:
 def stopped(config: Config, at: int) -> RunDirectory:
     """Begin a run and stop it at its question `at`; spoil what the process has drawn."""
     with pytest.raises(Interrupted):
-        experiment.run(config, stopping(at))
+        experiment.run(planned_run(config), stopping(at))
     spoil_random_numbers()
-    return RunDirectory(config)
+    return planned_run(config).directory
 
 
 def spoil_random_numbers() -> None:
@@ -157,7 +159,7 @@ def saved_in(directory: RunDirectory) -> dict[str, Any]:
 
 def resumed(config: Config) -> Result:
     """The same line again."""
-    return experiment.run(config, RunContext(ProgressReporter(quiet=True)))
+    return experiment.run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
 
 
 def comparable(result: Result) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def test_a_run_may_be_stopped_again_and_again(at: At) -> None:
 def test_images_and_epochs_count_the_whole_run(at: At) -> None:
     config = at("alone", *recipe("dorefa", "sgd", None))
     stopped(config, 3)  # in the float parent
-    experiment.run(assemble(config).parent, RunContext(ProgressReporter(quiet=True)))
+    experiment.run(assemble(config).baseline, RunContext(ProgressReporter(quiet=True)))
     stopped(config, 2 * ASKED + 3)
     result = resumed(config)
     lines = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
@@ -283,7 +285,7 @@ def test_how_a_run_is_watched_changes_nothing(name: str, at: At, monkeypatch: py
             if how == "evaluated twice":
                 patch.setattr(loop, "evaluate", twice)
                 patch.setattr(experiment, "evaluate", twice)
-            again = experiment.run(at(f"watched{i}", *words, *more), RunContext(screen))
+            again = experiment.run(planned_run(at(f"watched{i}", *words, *more)), RunContext(screen))
         logged = {"metrics.jsonl"} if any("log_every" in word for word in more) else set()
         assert differences(base, again) - logged == set(), replay(how)
         tally("runs watched otherwise (R4)")
@@ -339,7 +341,7 @@ def twice(model: nn.Module, batches: Iterable[Batch], *more: Any) -> dict[str, f
 def test_evaluation_leaves_no_trace_in_what_is_trained(name: str, at: At, monkeypatch: pytest.MonkeyPatch) -> None:
     """In other batches the sums of the losses differ in the last bits: `best` ranks by them, all else is equal."""
     ends: list[str] = []
-    own, plain = State.digest, Loader.plain
+    own, plain = State.digest, Loader.unaugmented
 
     def digest(state: State, model: nn.Module) -> str:
         kept = {key: part for key, part in state.save(model).items() if key not in ("best", "seconds")}
@@ -351,7 +353,7 @@ def test_evaluation_leaves_no_trace_in_what_is_trained(name: str, at: At, monkey
 
     monkeypatch.setattr(State, "digest", digest)
     base, few = alone(at("alone", *recipe(name, "sgd", None)))
-    monkeypatch.setattr(Loader, "plain", batches)
+    monkeypatch.setattr(Loader, "unaugmented", batches)
     again, many = alone(at("other", *recipe(name, "sgd", None)))
     assert many > few
     half = len(ends) // 2  # each run's own end is the last after its parent's
@@ -458,8 +460,8 @@ def as_begun(config: Config) -> dict[str, Any]:
     """What stands in a process that resumes this run before the checkpoint is read, other random numbers included."""
     parts = assemble(config)
     model = parts.install(parts.float_model())
-    average = Average(model, config.optim.ema) if config.optim.ema is not None else None
-    state = State(optim.build(model, config.optim), average)
+    average = WeightAverage(model, config.optim.ema) if config.optim.ema is not None else None
+    state = State(optim.build_optimizer(model, config.optim), average)
     spoil_random_numbers()
     return {"state": state.save(model), "session": {"train_seconds": 0.0, "train_images": 0, "log_size": 0}}
 
@@ -559,7 +561,7 @@ def test_nothing_that_a_run_needs_hides_from_the_state(name: str, at: At, monkey
         if task.method.name == name:
             before.update(plain_values(task.model))
             seen.append(task)
-        fit(task, state, watch)
+        train(task, state, watch)
         if task.method.name == name:
             raise Interrupted("this is enough")
 

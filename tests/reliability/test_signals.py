@@ -12,8 +12,8 @@ from conftest import Configure, counted
 from filelock import FileLock
 from helpers import finished_digests
 
-from qbench.config.schema import parent
-from qbench.runs.directory import RunDirectory
+from qbench.config.schema import baseline_config
+from qbench.experiment.planned_run import planned_run
 from qbench.training.checkpoint import unpack
 
 WORDS = [
@@ -64,7 +64,7 @@ def test_any_moment(tmp_path: Path, count: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_while_waiting_for_another_process(configure: Configure, tmp_path: Path, kind: signal.Signals) -> None:
     config = configure(*WORDS)
-    waited = RunDirectory(parent(config)).path
+    waited = planned_run(baseline_config(config)).path
     waited.mkdir(parents=True)
     with faults.server() as server, FileLock(waited / ".lock"):
         job = server.start([*WORDS, f"out={tmp_path}"])
@@ -97,12 +97,12 @@ def test_a_second_interrupt_leaves_at_once_and_spoils_nothing(tmp_path: Path) ->
 def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     from qbench.data.dataset import Loader
     from qbench.errors import Interrupted
+    from qbench.experiment.context import RunContext
     from qbench.experiment.run import run
-    from qbench.experiment.session import RunContext
     from qbench.runs.progress import ProgressReporter
 
     config = configure(*WORDS, "method=float", "bits=w32a32g32", "runtime.checkpoint_seconds=1e9")
-    plain, asked = Loader.plain, []
+    plain, asked = Loader.unaugmented, []
 
     def slow(self: Loader, name: str, limit: int | None = None, size: int = 500) -> Any:
         for number, batch in enumerate(plain(self, name, limit, 20)):
@@ -110,11 +110,14 @@ def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, m
                 asked.append(signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(Loader, "plain", slow)
+    monkeypatch.setattr(Loader, "unaugmented", slow)
     with pytest.raises(Interrupted):
-        run(config, RunContext(ProgressReporter(quiet=True), lambda: int(asked[0]) if asked == [signal.SIGTERM] else 0))
-    directory = RunDirectory(config)
+        run(
+            planned_run(config),
+            RunContext(ProgressReporter(quiet=True), lambda: int(asked[0]) if asked == [signal.SIGTERM] else 0),
+        )
+    directory = planned_run(config).directory
     (newest, *_) = directory.checkpoints()
     assert newest.name == "state-18.pt", "the whole first epoch, though its validation had only begun"
     asked.append(signal.SIGTERM)
-    assert run(config, RunContext(ProgressReporter(quiet=True))).status == "done"
+    assert run(planned_run(config), RunContext(ProgressReporter(quiet=True))).status == "done"

@@ -23,13 +23,13 @@ from qbench.cli.main import main as cli
 from qbench.config import compose
 from qbench.config.schema import Config
 from qbench.errors import ConfigError
+from qbench.experiment.planned_run import planned_run
 from qbench.papers.published import absence_note
 from qbench.papers.row_files import published_rows
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.directory import RunDirectory
-from qbench.runs.reader import FROM_LOGS, RunRecord, read, with_parents
+from qbench.runs.reader import FROM_LOGS, RunRecord, read, with_baselines
 from qbench.runs.result import BaselineResult, Result, with_checksum
 
 
@@ -109,10 +109,10 @@ def test_parents_beside_runs_are_read_and_none_twice(configure: Configure) -> No
     child = plant(configure("method=dorefa"), 97.0, baseline=baseline)
     plant(configure("method=dorefa", "seed=1"), 96.0, 98.0)  # its parent is gone
     below = read([configure().out])
-    found = with_parents([run for run in below if run.path == child])
+    found = with_baselines([run for run in below if run.path == child])
     assert [run.path for run in found] == [child, parent]
     assert [row[0] for row in compare(found)[0].rows] == ["float", "dorefa"]
-    assert len(with_parents(below)) == len(below) == 3
+    assert len(with_baselines(below)) == len(below) == 3
 
 
 def test_unlike_networks_are_never_averaged(configure: Configure) -> None:
@@ -207,7 +207,7 @@ def test_from_the_logs_where_the_result_is_missing(smoke: Configure) -> None:
     from qbench.experiment.run import run
 
     config = smoke("method=dorefa", "runtime.tensorboard=true")
-    result = run(config)
+    result = run(planned_run(config))
     expected = result.top1
     path = Path(result.run)
     for missing in (["result.json"], ["config.yaml", "metrics.jsonl"]):
@@ -593,7 +593,7 @@ ENDED = st.tuples(NAMES, st.sampled_from(["failed", "diverged", "unsupported", "
 @pytest.fixture(scope="module")
 def model_result() -> Result:
     (config,) = compose.configurations(["method=dorefa"])
-    return RunDirectory(config).new_result("done")
+    return planned_run(config).directory.new_result("done")
 
 
 def _run(model: Result, place: str, method: str, width: int, seed: int, status: str, top1: float = 0.0) -> RunRecord:

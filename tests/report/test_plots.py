@@ -14,7 +14,7 @@ from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
 from qbench.report.plots.plots import KINDS, front, picture, plot
 from qbench.report.plots.style import COLOURS, DASHES, MARKERS
-from qbench.runs.history import epochs, fitted_sqnr, is_float, layer_errors, learning, observed, widths
+from qbench.runs.history import epochs, fitted_sqnr, is_float, layer_errors, learning, observed, width_label
 from qbench.runs.reader import read
 from qbench.runs.result import with_checksum
 
@@ -213,6 +213,6 @@ def test_nothing_to_draw_is_said(configure: Configure, runs: Any, tmp_path: Path
 
 
 def test_widths_are_named_without_what_is_float() -> None:
-    assert widths({"bits": {"w": 2, "a": 32, "g": 32}}) == "W2"
-    assert widths({"bits": {"w": 2, "a": 4, "g": 6}}) == "W2 A4 G6"
-    assert widths({"bits": {"w": 32, "a": 32, "g": 32}}) == "W32"
+    assert width_label({"bits": {"w": 2, "a": 32, "g": 32}}) == "W2"
+    assert width_label({"bits": {"w": 2, "a": 4, "g": 6}}) == "W2 A4 G6"
+    assert width_label({"bits": {"w": 32, "a": 32, "g": 32}}) == "W32"

@@ -12,9 +12,9 @@ import pytest
 from conftest import Configure
 
 from qbench.errors import ResourceError
+from qbench.experiment.planned_run import planned_run
 from qbench.report.tables.run_row import row
 from qbench.runs import manifest
-from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import Result, with_checksum
@@ -76,7 +76,7 @@ def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path, monkey
 
 
 def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) -> None:
-    directory = RunDirectory(configure("method=dorefa"))
+    directory = planned_run(configure("method=dorefa")).directory
     assert directory.stored() is None
     assert not directory.path.exists()
     with directory.lock():
@@ -104,7 +104,7 @@ def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) ->
 
 
 def test_the_newest_two_checkpoints_are_kept(configure: Configure) -> None:
-    directory = RunDirectory(configure("method=dorefa"))
+    directory = planned_run(configure("method=dorefa")).directory
     with directory.lock():
         for step in (5, 9, 10, 100):
             directory.save_state(step, b"x")
@@ -119,7 +119,7 @@ def test_the_newest_two_checkpoints_are_kept(configure: Configure) -> None:
 
 
 def test_only_one_process_holds_a_directory(configure: Configure) -> None:
-    first, second = (RunDirectory(configure("method=dorefa")) for _ in range(2))
+    first, second = (planned_run(configure("method=dorefa")).directory for _ in range(2))
 
     class Waited(Exception):
         pass

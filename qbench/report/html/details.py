@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from qbench.runs.history import PARENT, Cell, Line, is_float, observed, widths
+from qbench.runs.history import BASELINE, SeedCurve, SettingValues, is_float, observed, width_label
 from qbench.runs.result import Result
 from qbench.system import files
 
@@ -15,15 +15,19 @@ BOX = (380, 150, 34, 18)
 
 
 def details(
-    name: str, cell: Cell, lines: Mapping[str, Line], results: Mapping[str, Result], methods: Mapping[str, Any]
+    name: str,
+    cell: SettingValues,
+    lines: Mapping[str, SeedCurve],
+    results: Mapping[str, Result],
+    methods: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return all that is told of one cell."""
     runs = [results[run] for run in cell["runs"] if run in results]
-    own = {key: line for key, line in lines.items() if key in (PARENT, widths(cell))}
+    own = {key: line for key, line in lines.items() if key in (BASELINE, width_label(cell))}
     texts = {name for run in runs if isinstance(run.card, dict) for name in run.card}
     return {
         "id": name,
-        "title": cell["method"] if is_float(cell) else f"{cell['method']} {widths(cell)}",
+        "title": cell["method"] if is_float(cell) else f"{cell['method']} {width_label(cell)}",
         "value": cell,
         "pairs": cell.get("pairs") or [],
         "tuned": (cell.get("tuned") or {}).get("grid") or [],
@@ -38,7 +42,7 @@ def details(
     }
 
 
-def _by_seed(cell: Cell) -> list[tuple[str, int, float]]:
+def _by_seed(cell: SettingValues) -> list[tuple[str, int, float]]:
     return list(zip(cell["runs"], cell["seeds"], cell["top1"], strict=True))
 
 
@@ -129,13 +133,13 @@ def _told(runs: Sequence[Result], name: str) -> str:
     )
 
 
-def _curve(lines: Mapping[str, Line]) -> dict[str, Any] | None:
+def _curve(lines: Mapping[str, SeedCurve]) -> dict[str, Any] | None:
     """Return a cell's learning curve as points of a small picture; None where there is none."""
     if not lines:
         return None
     width, height, left, below = BOX
     xs = [x for line in lines.values() for x in line.x]
-    first, last = min(*xs, 0 if PARENT in lines else 1), max(*xs, 1)
+    first, last = min(*xs, 0 if BASELINE in lines else 1), max(*xs, 1)
     low, high = (
         min(y for line in lines.values() for y in line.low),
         max(y for line in lines.values() for y in line.high),
@@ -151,7 +155,7 @@ def _curve(lines: Mapping[str, Line]) -> dict[str, Any] | None:
         ends = [at(x, y) for x, y in zip(line.x, line.high, strict=True)]
         ends += [at(x, y) for x, y in reversed(list(zip(line.x, line.low, strict=True)))]
         middle = " ".join(at(x, y) for x, y in zip(line.x, line.mean, strict=True))
-        drawn.append({"kind": "float" if key == PARENT else "own", "line": middle, "band": " ".join(ends)})
+        drawn.append({"kind": "float" if key == BASELINE else "own", "line": middle, "band": " ".join(ends)})
     ends = [f"{key}: {line.mean[0]:.1f} to {line.mean[-1]:.1f} in {len(line.x)}" for key, line in lines.items()]
     border = at(0.5, low).partition(",")[0] if first < 1 else None
     marks = {"low": f"{low:.0f}", "high": f"{high:.0f}", "first": str(1), "last": str(last)}

@@ -23,7 +23,7 @@ from qbench.report.plots.plots import KINDS, TITLES, picture, rendered
 from qbench.report.plots.style import INK
 from qbench.report.tables.columns import COLUMNS
 from qbench.report.tables.table import Table
-from qbench.runs.history import MEASURES, Cell, is_float, learning
+from qbench.runs.history import MEASURES, SettingValues, is_float, learning
 from qbench.runs.reader import RunRecord
 from qbench.runs.result import Result
 from qbench.system import files
@@ -123,7 +123,7 @@ def _row(table: Table, i: int, cell: str) -> dict[str, Any]:
     return {"cell": cell, "named": named, "told": told, "winner": bool(values.get("winner"))}
 
 
-def _number(title: str, values: Cell) -> float | None:
+def _number(title: str, values: SettingValues) -> float | None:
     """Return what a column is sorted by, where that is a number."""
     key = next((column.key for column in COLUMNS if column.name == title), None)
     value = key(values) if key and "bits" in values else None

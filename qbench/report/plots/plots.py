@@ -17,7 +17,7 @@ from qbench.errors import ConfigError
 from qbench.report.plots import style as strokes
 from qbench.report.plots.style import ACROSS, COLOURS, DASHES, FILLS, GREY, INK, LINE, MARKERS, STARS, Style
 from qbench.report.tables.table import Table
-from qbench.runs.history import MEASURES, PARENT, Cell, Lines, is_float, layer_errors, learning, widths
+from qbench.runs.history import BASELINE, MEASURES, Curves, SettingValues, is_float, layer_errors, learning, width_label
 from qbench.runs.reader import RunRecord
 from qbench.system import files
 
@@ -35,12 +35,12 @@ class Block:
     """What of one table is drawn."""
 
     title: str
-    cells: list[Cell]
-    floats: list[Cell]
+    cells: list[SettingValues]
+    floats: list[SettingValues]
     styles: dict[str, Style]
-    curves: Lines
+    curves: Curves
     measure: str
-    errors: Lines
+    errors: Curves
     layers: list[str]
 
 
@@ -160,11 +160,11 @@ def bits(figure: Any, block: Block) -> None:
 BITS = {"w": "bits a weight, W", "a": "bits an activation, A", "g": "bits a gradient, G"}
 
 
-def _series(cells: Sequence[Cell]) -> dict[str, dict[tuple[str, str], list[Cell]]]:
+def _series(cells: Sequence[SettingValues]) -> dict[str, dict[tuple[str, str], list[SettingValues]]]:
     """Return the cells of each line by its axis, method and what else the method quantizes: "A=W" where it has
     activations as wide as weights at several widths, else "A2".
     """
-    lines: dict[str, dict[tuple[str, str], list[Cell]]] = {}
+    lines: dict[str, dict[tuple[str, str], list[SettingValues]]] = {}
     for name in dict.fromkeys(cell["method"] for cell in cells):
         own = sorted(
             (cell for cell in cells if cell["method"] == name), key=lambda c: [c["bits"][key] for key in "wag"]
@@ -183,7 +183,7 @@ def _named(name: str, regime: str) -> str:
     return f"{name}, {regime}" if regime else name
 
 
-def _floats(panel: Any, cells: Sequence[Cell]) -> dict[str, Any]:
+def _floats(panel: Any, cells: Sequence[SettingValues]) -> dict[str, Any]:
     """Draw float networks as lines in bands."""
     handles = {}
     for cell, dash in zip(cells, DASHES, strict=False):
@@ -209,7 +209,7 @@ def pareto(figure: Any, block: Block) -> None:
         panel.step(x, y, where="post", color=INK, lw=0.9, alpha=0.6, zorder=1)
         panel.plot(x, y, "o", ms=9, mfc="none", mec=INK, mew=0.8, zorder=4)
         for cell, at in zip(best, zip(x, y, strict=True), strict=True):
-            name = cell["method"] if is_float(cell) else f"{cell['method']} {widths(cell)}"
+            name = cell["method"] if is_float(cell) else f"{cell['method']} {width_label(cell)}"
             turned = {"rotation": 40, "rotation_mode": "anchor", "fontsize": 7, "color": INK, "gid": "front"}
             panel.annotate(name, at, (3, 6), textcoords="offset points", **turned).set_in_layout(False)
         strokes.log_axis(panel, unit)
@@ -250,11 +250,11 @@ def _height(kind: str, block: Block) -> float:
     return 3.1 + LINE * strokes.legend_rows(labels) if drawn else 0
 
 
-def _multiples(figure: Any, methods: Lines, y: str, x: str) -> list[Any]:
+def _multiples(figure: Any, methods: Curves, y: str, x: str) -> list[Any]:
     """Draw a panel for every method, a line for each of its widths."""
     columns = min(len(methods), ACROSS)
     grid = figure.subplots(-(-len(methods) // columns), columns, sharex=True, sharey=True, squeeze=False)
-    known = sorted({key for lines in methods.values() for key in lines if key != PARENT}, key=_rank)
+    known = sorted({key for lines in methods.values() for key in lines if key != BASELINE}, key=_rank)
     looks = {key: (COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]) for i, key in enumerate(known)}
     handles = {}
     for place, (name, lines) in enumerate(methods.items()):
@@ -270,7 +270,7 @@ def _multiples(figure: Any, methods: Lines, y: str, x: str) -> list[Any]:
         panel.tick_params(labelbottom=below)
     for panel in grid.flat[len(methods) :]:
         panel.remove()
-    strokes.legend(figure, {key: handles[key] for key in [PARENT, *known] if key in handles})
+    strokes.legend(figure, {key: handles[key] for key in [BASELINE, *known] if key in handles})
     return list(grid.flat[: len(methods)])
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from math import nan
 from typing import Any, NamedTuple
 
-from qbench.runs.history import Cell
+from qbench.runs.history import SettingValues
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STARS = ("*", "H", "d", "8")
@@ -30,7 +30,9 @@ class Style(NamedTuple):
     dash: Any
 
 
-def points(panel: Any, x: Sequence[float], cells: Sequence[Cell], style: Style, fillstyle: str = "full") -> Any:
+def points(
+    panel: Any, x: Sequence[float], cells: Sequence[SettingValues], style: Style, fillstyle: str = "full"
+) -> Any:
     """Draw cells as points with their intervals."""
     y = [cell["top1_mean"] for cell in cells]
     reach = [nan if cell["top1_half"] is None else cell["top1_half"] for cell in cells]
@@ -40,7 +42,7 @@ def points(panel: Any, x: Sequence[float], cells: Sequence[Cell], style: Style, 
     return panel.errorbar(x, y, reach, color=style.colour, marker=style.marker, ls=style.dash, **look)
 
 
-def accuracy(panel: Any, cells: Sequence[Cell], room: float = 0.06) -> str:
+def accuracy(panel: Any, cells: Sequence[SettingValues], room: float = 0.06) -> str:
     """Scale the axis of accuracy to show all means, and intervals as far as these do not dwarf the means; name it."""
     means = [cell["top1_mean"] for cell in cells]
     most = 0.3 * (max(means) - min(means)) or 1.0

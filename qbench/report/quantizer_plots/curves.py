@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.layers import IdentityOutput, QConv2d
+from qbench.quant.layers import QConv2d
 from qbench.quant.masks import FrozenWeight
 from qbench.quant.method import Method
+from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 from qbench.report.quantizer_plots.probe_network import VALUES, ProbeLayer, installed, normal_values, prepared
 from qbench.report.quantizer_plots.readings import DRAWS, FEW, Codewords, QuantizerCurves, TransferCurve
 
@@ -57,7 +58,7 @@ def _weights(method: Method) -> list[QuantizerCurves | Codewords]:
     return [replace(_reading("weights", bits, site, w, w, w), when=when) for when, site in states]
 
 
-def _reading(what: str, bits: int, site: nn.Module, x: Tensor, like: Tensor, tensor: Tensor) -> QuantizerCurves:
+def _reading(what: str, bits: int, site: Quantizer, x: Tensor, like: Tensor, tensor: Tensor) -> QuantizerCurves:
     """Read a quantizer of weights or inputs at x, whose first scale group, as in `like`, is kept."""
     places, levels = _group(site, like)
     places = places if x is like else torch.arange(x.numel())
@@ -104,7 +105,7 @@ def _inputs(method: Method) -> QuantizerCurves:
     x = torch.linspace(low - margin, high + margin, VALUES).reshape(-1, columns, 1, 1)
     found = _reading("inputs", method.bits.a, site, x, tensor, tensor)
     found = replace(found, forward=_sharpened(found.forward, site, x.shape))
-    shown = method.bits.g < FLOAT or isinstance(behind, IdentityOutput)
+    shown = method.bits.g < FLOAT or isinstance(behind, IdentityQuantizer)
     return found if shown else replace(found, notes=(*found.notes, f"behind the layer: {type(behind).__name__}"))
 
 
@@ -145,7 +146,9 @@ def _codewords(method: Method, subject: ProbeLayer) -> Codewords:
     prepared(method, subject)
     layer = subject.layer
     w = layer.weight.detach()
-    points = layer.weight_q.grid(w).points[0]  # type: ignore[operator]
+    grid = layer.weight_q.grid(w)
+    assert grid is not None  # its levels are vectors
+    points = grid.points[0]
     decoded = layer.weight_q(w).detach()
     fixed = not layer.weight_q(layer.weight).requires_grad
     return Codewords(method.bits.w, w.flatten(1), decoded.flatten(1), points[points.isfinite().all(1)], fixed)
@@ -153,19 +156,18 @@ def _codewords(method: Method, subject: ProbeLayer) -> Codewords:
 
 def _dimension(layer: QConv2d) -> int:
     """Return how many weights a level of the layer stands for."""
-    site = layer.weight_q
-    return int(site.grid(layer.weight.detach()).points.shape[-1]) if hasattr(site, "grid") else 1  # type: ignore[operator]
+    grid = layer.weight_q.grid(layer.weight.detach())
+    return 1 if grid is None else int(grid.points.shape[-1])
 
 
-def _group(site: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+def _group(site: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the places, in the flattened tensor, of the first scale group's elements, and its levels, ascending."""
     places = torch.arange(like.numel())
-    if not hasattr(site, "grid"):
+    if (grid := site.grid(like)) is None:
         return places, like.new_zeros(0)
-    grid = site.grid(like)  # type: ignore[operator]
     own = grid.arrange(places.reshape(like.shape).double())[0, :, 0].long()
     levels = grid.points.detach()[0, :, 0]
-    return own.unique(), levels[levels.isfinite()].unique()
+    return torch.unique(own), torch.unique(levels[levels.isfinite()])
 
 
 def _drawn(module: nn.Module, run: Run) -> Tensor:

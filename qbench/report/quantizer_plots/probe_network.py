@@ -13,6 +13,7 @@ from qbench.quant.layers import QConv2d
 from qbench.quant.masks import FrozenWeight
 from qbench.quant.method import Method
 from qbench.quant.probe import Probe
+from qbench.quant.quantizer import Quantizer
 
 VALUES = 4096
 IMAGES, FEATURES, CLASSES = 64, 64, 3
@@ -62,7 +63,7 @@ def installed(method: Method, rows: int, columns: int) -> ProbeLayer:
     return ProbeLayer(model, cast(QConv2d, model.middle), images)
 
 
-def prepared(method: Method, subject: ProbeLayer) -> list[tuple[str, nn.Module]]:
+def prepared(method: Method, subject: ProbeLayer) -> list[tuple[str, Quantizer]]:
     """Prepare a method and begin all its epochs; return the weights' quantizer with its phase, at the end, and before
     that when half or more of the weights are frozen but not all, if that ever is.
     """
@@ -73,7 +74,7 @@ def prepared(method: Method, subject: ProbeLayer) -> list[tuple[str, nn.Module]]
     model.train()(subject.images)  # for ranges that follow what passes
     model.eval()
     borders = [0, *method.phases(EPOCHS)]
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, Quantizer]] = []
     begin = method.on_epoch
     for epoch in range(EPOCHS if begin else 0):
         assert begin is not None

@@ -1,0 +1,185 @@
+"""Properties of the forward pass: levels, declared traits, and the bias of random rounding."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from qbench.bits import FLOAT, Bits, LevelCount
+from qbench.check.subject import SHAPE, MethodUnderTest, NotApplicable, PropertyViolation, batches, gradient_of
+from qbench.quant.layers import QLayer
+from qbench.quant.ops import compress_activations
+from qbench.quant.quantizer import Grid, Quantizer
+from qbench.quant.verify import NotQuantized, verify
+
+DRAWS = 400
+"""Of every randomly rounded tensor."""
+
+CHANCE = 1e-9
+"""Probability that an unbiased rounding misses Hoeffding's bound (1963) for the mean of bounded draws."""
+
+
+def levels(subject: MethodUnderTest, bits: Bits) -> None:
+    """Weights, activations and gradients lie on the declared levels, and these are not too many for the width."""
+    found = verified(subject.network(bits))
+    if not found:
+        raise PropertyViolation("no layer is quantized")
+    for key, width in bits._asdict().items():
+        if width == FLOAT:
+            continue
+        limit = 2**width + 1
+        counts = [layer[key] for layer in found.values() if key in layer]
+        if not counts:
+            raise PropertyViolation(f"bits.{key}={width} quantizes nothing")
+        mean = sum(count.allowed for count in counts) / len(counts)
+        if mean > limit and not _has_vector_levels(subject, bits, key):
+            raise PropertyViolation(f"{key}: {mean:g} levels allowed on average, more than {limit} for {bits}")
+        if key == "w" and max(count.found for count in counts) < 2:
+            raise PropertyViolation("weights have a single value on every layer")
+
+
+def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
+    """Whether the levels of weights are vectors: a codebook for several weights at a time has more of them."""
+    _, layer = next(subject.layers(bits))
+    return key == "w" and declared_grid(layer.weight_q, layer.weight).points.shape[-1] > 1
+
+
+def declared_grid(quantizer: Quantizer, x: Tensor) -> Grid:
+    """Return a quantizer's grid at x, which must be declared."""
+    if (grid := quantizer.grid(x)) is None:
+        raise PropertyViolation(f"{type(quantizer).__name__} declares no grid")
+    return grid
+
+
+def verified(model: nn.Module) -> dict[str, dict[str, LevelCount]]:
+    """Verify a network of this package's checks and return its level counts."""
+    shape = SHAPE if isinstance(next(iter(model.children())), nn.Conv2d) else (1, 1, 1)
+    try:
+        return verify(model, batches(shape)[0][0])
+    except NotQuantized as error:
+        raise PropertyViolation(str(error)) from None
+
+
+def _declared_traits(subject: MethodUnderTest, bits: Bits, *traits: str) -> frozenset[str]:
+    declared = subject.make(bits).traits.intersection(traits)
+    if not declared:
+        raise NotApplicable(f"it declares no trait {' or '.join(traits)}")
+    return declared
+
+
+def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
+    """The weights' function is odd, monotone, idempotent within every scale group, as far as it is declared so."""
+    traits = _declared_traits(subject, bits, "odd", "monotone", "idempotent")
+    for name, layer in subject.layers(bits):
+        w, quantize = layer.weight.detach(), layer.weight_q
+        if "odd" in traits and not torch.equal(quantize(-w), -quantize(w)):
+            raise PropertyViolation(f"{name}: weights declared odd, Q(-w) is not -Q(w)")
+        if "monotone" in traits:
+            _monotone(name, quantize, w)
+        if "idempotent" in traits and not torch.allclose(quantize(quantize(w)), quantize(w), rtol=1e-5, atol=1e-7):
+            raise PropertyViolation(f"{name}: weights declared idempotent, Q(Q(w)) is not Q(w)")
+
+
+def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
+    """The inputs' function is monotone, idempotent, and without gradient where it clips, as far as declared so."""
+    traits = _declared_traits(subject, bits, "monotone_input", "idempotent_input", "clipped_input")
+    for name, layer in subject.layers(bits):
+        quantize, channels = layer.input_q, layer.weight.shape[1]
+        x = torch.linspace(-4, 4, 64 * channels).reshape(channels, 1, 8, 8).transpose(0, 1).contiguous()
+        if "monotone_input" in traits:
+            _monotone(name, quantize, x)
+        if "idempotent_input" in traits and not torch.allclose(
+            quantize(quantize(x)), quantize(x), rtol=1e-5, atol=1e-7
+        ):
+            raise PropertyViolation(f"{name}: inputs declared idempotent, Q(Q(x)) is not Q(x)")
+        if "clipped_input" in traits:
+            _clipped(name, quantize, x)
+
+
+def _clipped(name: str, quantize: Quantizer, x: Tensor) -> None:
+    """Raise `PropertyViolation` unless the gradient is 0 beyond the levels and not 0 between them."""
+    points = declared_grid(quantize, x).points.detach().flatten().nan_to_num(0)
+    low, high = float(points.min()), float(points.max())
+    _, slope = gradient_of(quantize, x)
+    margin = 1e-3 * (high - low)  # at the ends themselves either is right
+    beyond, inside = (x < low - margin) | (x > high + margin), (x > low + margin) & (x < high - margin)
+    if (slope[beyond] != 0).any():
+        raise PropertyViolation(f"{name}: gradient passes beyond the levels {low:g} to {high:g}")
+    if inside.any() and not (slope[inside] != 0).all():
+        raise PropertyViolation(f"{name}: no gradient passes within the levels {low:g} to {high:g}")
+
+
+def _monotone(name: str, quantize: Quantizer, x: Tensor) -> None:
+    grid = declared_grid(quantize, x)
+    before, after = grid.arrange(x)[..., 0], grid.arrange(quantize(x))[..., 0]
+    steps = after.gather(1, before.argsort(1)).diff(dim=1)
+    if (steps < 0).any():
+        raise PropertyViolation(f"{name}: declared monotone, {int((steps < 0).sum())} steps go down")
+
+
+def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
+    """Where it is declared that backward needs only levels, no floats of the inputs are saved, only integers."""
+    _declared_traits(subject, bits, "cells_input")
+    if bits.a > 8:
+        raise NotApplicable("above 8 bits nothing is kept as levels")
+    sizes: list[int] = []  # elements of the float tensors that were saved
+
+    def keep(t: Tensor) -> Tensor:
+        sizes.append(t.numel() if t.is_floating_point() else 0)
+        return t
+
+    for name, layer in subject.layers(bits):
+        x = torch.linspace(-4, 4, 64 * layer.weight.shape[1]).reshape(1, layer.weight.shape[1], 8, 8)
+        sizes.clear()
+        with compress_activations(), saved_tensors_hooks(keep, lambda t: t):
+            compressed = gradient_of(layer.input_q, x)
+        if max(sizes) >= x.numel():
+            raise PropertyViolation(f"{name}: saves floats of its inputs, declared cells_input")
+        if not all(map(torch.equal, compressed, gradient_of(layer.input_q, x))):
+            raise PropertyViolation(f"{name}: other results from levels than from the inputs themselves")
+
+
+def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
+    """Stochastic rounding is unbiased: the mean of many draws is within Hoeffding's bound of the input."""
+    random = False
+    for name, layer in islice(subject.layers(bits), 2):
+        layer.train()
+        x = torch.rand(4, layer.weight.shape[1], 3, 3) * 0.9 + 0.05
+        y = torch.randn(4, layer.weight.shape[0], 3, 3)
+        cases: list[tuple[str, Callable[[], Tensor], Tensor]] = [
+            ("weights", partial(layer.weight_q, layer.weight), layer.weight.detach()),
+            ("inputs", partial(layer.input_q, x), x),
+            ("gradients", partial(_gradient_behind, layer, y, x), y),
+        ]
+        for what, draw, expected in cases:
+            random |= _unbiased(f"{name}: {what}", draw, expected)
+    if not random:
+        raise NotApplicable("it draws nothing at random")
+
+
+def _gradient_behind(layer: QLayer, grad: Tensor, x: Tensor) -> Tensor:
+    """Return what the output quantizer makes of a gradient that arrives."""
+    y = torch.zeros_like(grad).requires_grad_()
+    return torch.autograd.grad(layer.output_q(y, x), y, grad)[0]
+
+
+def _unbiased(name: str, draw: Callable[[], Tensor], expected: Tensor) -> bool:
+    """Return whether the result is random; raise `PropertyViolation` if its mean is biased."""
+    torch.manual_seed(7)
+    first = draw().detach()
+    if torch.equal(first, draw().detach()):
+        return False
+    draws = torch.stack([draw().detach().double() for _ in range(DRAWS)])
+    step = (draws.amax(0) - draws.amin(0)).max().item()  # each draw is one of two neighbouring levels
+    error = draws.mean(0) - expected.double().clamp(draws.min(), draws.max())
+    # Hoeffding: P(|mean - expectation| > t) <= 2 exp(-2 n t² / step²).
+    bound = step * math.sqrt(math.log(2 / CHANCE) / (2 * DRAWS)) + 1e-6
+    if error.abs().max() > bound:
+        raise PropertyViolation(f"{name}: biased by up to {error.abs().max() / step:.2f} steps over {DRAWS} draws")
+    if error.mean().abs() > bound / math.sqrt(error.numel()) + 1e-6:
+        raise PropertyViolation(f"{name}: biased by {error.mean() / step:.3f} steps on average over {DRAWS} draws")
+    return True

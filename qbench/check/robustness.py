@@ -1,0 +1,109 @@
+"""Properties at the limits: 32 bits, degenerate tensors, inf and nan, half types."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.bits import Bits
+from qbench.check.forward import verified
+from qbench.check.subject import (
+    SHAPE,
+    MethodUnderTest,
+    NotApplicable,
+    PropertyViolation,
+    advance,
+    batches,
+    probe,
+    tiny_network,
+)
+from qbench.quant.install import install
+from qbench.quant.layers import NotFinite, quantized_layers
+from qbench.quant.method import Unsupported
+
+
+def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
+    """At 32 bits everywhere, outputs and gradients are the float network's, bit for bit."""
+    try:
+        method = subject.make(Bits())
+    except Unsupported as reason:  # an option that has no effect at 32 bits
+        raise NotApplicable(str(reason)) from None
+    float_model, model = subject.float_network().train(), subject.float_network()
+    try:
+        install(method, model, example=torch.zeros(1, *SHAPE))
+        advance(method, model)
+    except Unsupported as reason:
+        raise PropertyViolation(f"32 bits everywhere are refused: {reason}") from None
+    model.train()
+    images, labels = batches()[0]
+    for network in (float_model, model):
+        torch.autograd.backward(F.cross_entropy(network(images), labels))
+    for (name, one), two in zip(float_model.named_parameters(), model.parameters(), strict=True):
+        if one.grad is None or two.grad is None or not torch.equal(one.grad, two.grad):
+            raise PropertyViolation(f"32 bits: the gradient of {name} is not the float network's")
+
+
+def degenerate_tensors(subject: MethodUnderTest, bits: Bits) -> None:
+    """With weights all zero, all equal, or of one element, everything stays finite and on its levels."""
+    norm = subject.make(bits).requires.norm or "affine"
+    for what, fill in (("zero", 0.0), ("constant", 0.3), ("negative constant", -0.3), ("one-element", None)):
+        model = tiny_network(norm) if fill is None else subject.float_network()
+        shape = (1, 1, 1) if fill is None else SHAPE
+        with torch.no_grad():
+            for layer in model.modules():
+                if isinstance(layer, nn.Conv2d) and fill is not None:
+                    layer.weight.fill_(fill)
+        method = subject.make(bits)
+        install(method, model, example=torch.zeros(1, *shape))
+        try:
+            advance(method, model, probe(shape))
+            verified(model.eval())
+            _finite_everywhere(model.train(), shape)
+        except (NotFinite, PropertyViolation) as error:
+            raise PropertyViolation(f"{what} weights: {error}") from None
+
+
+def _finite_everywhere(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    for images, labels in ((torch.zeros(4, *shape), torch.zeros(4, dtype=torch.long)), batches(shape)[0]):
+        logits = model(images)
+        torch.autograd.backward(F.cross_entropy(logits, labels))
+        if not logits.isfinite().all():
+            raise PropertyViolation("outputs are not finite")
+        for name, p in model.named_parameters():
+            if p.grad is not None and not p.grad.isfinite().all():
+                raise PropertyViolation(f"the gradient of {name} is not finite")
+
+
+def not_finite(subject: MethodUnderTest, bits: Bits) -> None:
+    """inf and nan, in weights and inputs, end in an error that names the layer, never in an ordinary level."""
+    for bad in (float("nan"), float("inf")):
+        model = subject.network(bits)
+        images = batches()[0][0].clone()
+        images[0, 0, 0, 0] = bad
+        _refused(f"an input with {bad}", model, images)
+        layer = next(iter(quantized_layers(model).values()))
+        with torch.no_grad():
+            layer.weight.view(-1)[0] = bad
+        _refused(f"weights with {bad}", model, batches()[0][0])
+
+
+def _refused(what: str, model: nn.Module, images: Tensor) -> None:
+    try:
+        model(images)
+    except NotFinite:
+        return
+    raise PropertyViolation(f"{what} is taken without an error")
+
+
+def half_types(subject: MethodUnderTest, bits: Bits) -> None:
+    """Under autocast to float16 and bfloat16, loss and gradients are finite, and parameters get float32 gradients."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = subject.network(bits).train()
+        images, labels = batches()[0]
+        with torch.autocast("cpu", dtype=dtype):
+            loss = F.cross_entropy(model(images).float(), labels)
+        torch.autograd.backward(loss)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if not loss.isfinite() or not all(g.isfinite().all() for g in grads):
+            raise PropertyViolation(f"{dtype}: loss or gradients are not finite")
+        if any(g.dtype != torch.float32 for g in grads):
+            raise PropertyViolation(f"{dtype}: a float32 parameter has a gradient of another type")

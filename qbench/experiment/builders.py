@@ -1,0 +1,109 @@
+"""Builds the parts of an experiment: data, method, network. Each builder gets its own node of the configuration."""
+
+import json
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from qbench.bits import FLOAT, Bits
+from qbench.config import registry
+from qbench.config.schema import Node
+from qbench.data.dataset import Dataset
+from qbench.data.spec import placeholder_dataset
+from qbench.deviations.registry import deviate
+from qbench.errors import ConfigError
+from qbench.experiment.checks import check_norm
+from qbench.quant.combine import combine
+from qbench.quant.method import Method, Unsupported
+from qbench.training.random_state import seed_everything
+
+
+def build_dataset(node: Node) -> Dataset:
+    """Return the data set that a node names; the runs of a sweep share it.
+
+    Raises:
+        ConfigError: a key or a value that the data set does not have.
+        DataError: its files are missing or damaged.
+    """
+    return _dataset(json.dumps(node, sort_keys=True))
+
+
+@lru_cache(maxsize=2)
+def _dataset(node_json: str) -> Dataset:
+    node = json.loads(node_json)
+    data = registry.create("dataset", node)
+    if not isinstance(data, Dataset):
+        raise ConfigError(f"dataset={node['name']}: returned a {type(data).__name__}, not a Dataset")
+    return data
+
+
+def build_imageless_dataset(node: Node) -> Dataset | None:
+    """Return a data set of the right shape and counts without its images; None if these are not known.
+
+    Raises:
+        ConfigError: a key or a value that the data set does not have.
+    """
+    registry.checked("dataset", node)
+    try:
+        return placeholder_dataset(node)
+    except ValueError as error:
+        raise ConfigError(f"dataset.{error}") from None
+
+
+def build_method(method: Node, activation: Node, bits: Bits) -> Method:
+    """Return the method of two nodes at some widths: one method, or two composed, under their deviations if any.
+
+    Args:
+        activation: the method that quantizes the activations; `name: none` if `method` does.
+
+    Raises:
+        ConfigError: a key or a value that the method does not have.
+        Unsupported: the method does not support the widths or options, or the two cannot be composed.
+    """
+    if activation["name"] == "none":
+        return _create_method(method, bits, "method")
+    weight = _create_method(method, bits._replace(a=FLOAT), "method")
+    return combine(weight, _create_method(activation, bits._replace(w=FLOAT), "activation"))
+
+
+def _create_method(node: Node, bits: Bits, key: str) -> Method:
+    """Return the method that a node names; `key` is the node's place in the configuration, for error messages."""
+    try:
+        method = registry.create("method", node, **bits._asdict())
+        if not isinstance(method, Method):
+            raise ConfigError(f"method={node['name']}: returned a {type(method).__name__}, not a Method")
+        return deviate(node["name"], str(node.get("deviation", "none")), method)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("method.", f"{key}.").replace("method=", f"{key}=")) from None
+    except Unsupported as error:
+        raise Unsupported(str(error).replace("method.", f"{key}.")) from None
+    except ValueError as error:
+        raise ConfigError(f"{key}.{error}") from None
+
+
+def build_model(node: Node, data: Dataset, method: Method, seed: int, device: str = "cpu") -> nn.Module:
+    """Return the float network that a node names, for a data set, with the initial weights of a seed.
+
+    `norm: auto` becomes the normalization that the method requires.
+
+    Args:
+        device: `meta` gives a network without memory.
+
+    Raises:
+        ConfigError: a key or a value that the network does not have.
+        Unsupported: its normalization is not what the method requires.
+    """
+    options = {key: value for key, value in node.items() if key != "act"}
+    if options.get("norm") == "auto":
+        del options["norm"]
+        if method.requires.norm is not None:
+            options["norm"] = method.requires.norm
+    with torch.device(device):
+        seed_everything(seed)
+        model = registry.create("model", options, data.shape, data.classes)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model={node['name']}: returned a {type(model).__name__}, not a torch.nn.Module")
+        check_norm(model, method.requires, method.name)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model

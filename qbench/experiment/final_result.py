@@ -1,0 +1,130 @@
+"""Ends a run: evaluates on the test split, verifies the levels, writes the weights, and makes the result."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor, nn
+
+from qbench.bits import FLOAT, LevelCount
+from qbench.config.identity import digest
+from qbench.cost.count import count_cost
+from qbench.data.dataset import Loader
+from qbench.experiment.session import TrainingSession
+from qbench.experiment.setup import ExperimentSetup
+from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
+from qbench.quant.verify import NotQuantized, verify
+from qbench.runs.result import BaselineResult, Evaluation, Result
+from qbench.runs.tensorboard import levels_figure
+from qbench.training.checkpoint import cpu_copy, weights_sha256
+from qbench.training.evaluation import evaluate
+from qbench.training.state import State, evaluated_weights
+from qbench.training.task import Task
+
+VERIFIED_IMAGES = 64
+"""Training images on which the levels of activations and gradients are verified."""
+
+
+def final_result(
+    setup: ExperimentSetup,
+    task: Task,
+    state: State,
+    loader: Loader,
+    session: TrainingSession,
+    baseline: Result | None,
+) -> Result:
+    """Evaluate a trained network on the test split, verify it, write its weights, and return the result.
+
+    Raises:
+        NotQuantized: some weights are still float, or not on the levels that the method declares.
+    """
+    model = task.model
+    with evaluated_weights(model, state):
+        last = cpu_copy(model.state_dict())
+    best_weights = state.best.model if state.best else last
+    state_sha256 = state.digest(model)
+    best = _evaluate(task, best_weights, state.best.epoch, loader, session) if state.best else None
+    answers: list[Tensor] = []
+    final = _evaluate(task, last, state.epoch - 1 if state.epoch else None, loader, session, answers)
+    if not fully_quantized(model):
+        raise NotQuantized("after the last epoch some weights are still float")
+    verified = verify(model, next(iter(loader.unaugmented("train", VERIFIED_IMAGES)))[0])
+    session.write_predictions(torch.cat(answers))
+    session.write_weights("last.pt", last)
+    session.write_weights("best.pt", best_weights)
+    result = replace(
+        session.directory.new_result("done"),
+        network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
+        levels=_levels(model, verified, setup.method.bits.w), baseline=_baseline_result(baseline),
+        data_sha256=digest(setup.data.fingerprint()), cost=count_cost(model, setup.macs),
+        speed=session.speed(setup.device, state.epoch), quantizers=reports(model), card=setup.card,
+        protocol_changes=setup.protocol_changes, weights_sha256=weights_sha256(last), state_sha256=state_sha256,
+        wall_seconds=session.wall_seconds, notes=[*_notes(setup, verified), *session.monitor.warned.values()],
+    )  # fmt: skip
+    _log_final(model, state, session, final)
+    session.logger.close()
+    return result
+
+
+def _baseline_result(baseline: Result | None) -> BaselineResult | None:
+    if baseline is None or baseline.final is None:
+        return None
+    return BaselineResult(run=baseline.run, final=baseline.final, best=baseline.best)
+
+
+def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], width: int) -> int | None:
+    """Return the number of levels of the weights at the method's own width; layers with other widths do not count."""
+    layers = quantized_layers(model)
+    allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
+    at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
+    return max(at_width or allowed.values(), default=None)
+
+
+def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
+    """Return what the reader of the run's row should know."""
+    bits, supported = setup.method.bits, setup.method.supported_bits
+    if setup.is_baseline:
+        return ["trained by pretrain.epochs and pretrain.optim; epochs and optim apply to runs that start from it"]
+    if not verified:
+        return ["nothing quantized"]
+    notes = [f"{setup.method.name}: {change}" for change in setup.protocol_changes]
+    if bits.w < FLOAT and bits.a == FLOAT and bits.w in supported.get("a", ()):
+        both = f"bits=w{bits.w}a{bits.w}"
+        notes.append(
+            f"activations float; papers' 2-bit nets are usually {both}"
+            if bits.w == 2
+            else f"activations float; {both} quantizes them too"
+        )
+    return notes
+
+
+def _evaluate(
+    task: Task,
+    weights: dict[str, Tensor],
+    epoch: int | None,
+    loader: Loader,
+    session: TrainingSession,
+    answers: list[Tensor] | None = None,
+) -> Evaluation:
+    """Evaluate weights on both splits; `answers` gets the labels and predictions of the test split."""
+    task.model.load_state_dict(weights)
+    val, test = (session.context.checked(loader.unaugmented(split)) for split in ("val", "test"))
+    validated, tested = evaluate(task.model, val, task.logits), evaluate(task.model, test, task.logits, answers)
+    assert tested is not None  # `check_splits` refuses an empty test split
+    return Evaluation(test=tested, val=validated, epoch=epoch)
+
+
+def _log_final(model: nn.Module, state: State, session: TrainingSession, final: Evaluation) -> None:
+    """Write the final record, and for TensorBoard the figure of levels and the metrics of its table."""
+    splits = {"val": final.val, "test": final.test}
+    metrics = {f"{split}_{key}": x for split, part in splits.items() if part for key, x in asdict(part).items()}
+    session.logger.record("final", state.step, metrics)
+    if session.runtime.tensorboard and (figure := levels_figure(_quantized_weights(model))) is not None:
+        session.logger.figure(state.step, "levels", figure)
+    session.logger.end({f"hparam/{key}": value for key, value in metrics.items()})
+
+
+def _quantized_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return layer -> latent and quantized weights of the layers whose weights are quantized."""
+    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bits.w < FLOAT}
+    return {name: (layer.weight, effective_weight(layer)) for name, layer in layers.items()}

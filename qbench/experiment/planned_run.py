@@ -1,0 +1,38 @@
+"""A run before it starts: its configuration and its directory, made once and handed down."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbench.config.identity import RunIdentity, run_identity
+from qbench.config.schema import Config
+from qbench.runs.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run's configuration and directory."""
+
+    config: Config
+    directory: RunDirectory
+
+    @property
+    def identity(self) -> RunIdentity:
+        """The identity that the directory belongs to."""
+        return self.directory.identity
+
+    @property
+    def path(self) -> Path:
+        """The path of the run's directory."""
+        return self.directory.path
+
+
+def planned_run(config: Config) -> PlannedRun:
+    """Return the run of a configuration, with its directory below `out`; nothing is written."""
+    identity = run_identity(config)
+    return PlannedRun(config, RunDirectory(identity, Path(config.out) / identity.directory))
+
+
+def planned_runs(configs: Iterable[Config]) -> list[PlannedRun]:
+    """Return the runs of a sweep, each once: configurations with the same directory are the same run."""
+    return list({run.path: run for run in map(planned_run, configs)}.values())
