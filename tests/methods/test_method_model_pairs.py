@@ -176,7 +176,7 @@ def test_thin_networks_train_with_their_methods(paper: str, monkeypatch: pytest.
 def test_what_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     name, config = next(iter(families("lsq").items()))
     mutants: dict[str, tuple[object, str, Callable[..., Any]]] = {
-        "AssertionError: parameters": (lsq, "stepped", lambda model, optimizer: None),
+        "AssertionError: parameters": (lsq, "optimizer_step", lambda model, optimizer: None),
         "NotQuantized: ": (lsq.LSQWeight, "forward", lambda site, w: w * site.step),
         "AssertionError: one value": (lsq.LSQWeight, "forward", lambda site, w: 0 * w * site.step),
     }

@@ -278,7 +278,7 @@ def test_correction_lowers_response_errors_on_images_held_out(monkeypatch: pytes
         layer = quantized_layers(model)[name]
         assert w is layer.weight
         x, _ = probe.responses(model, name)
-        limit = qcnn.POSITIONS
+        limit = qcnn.MAX_RESPONSES
         torch.testing.assert_close(inputs, qcnn.patches(layer, x, limit), msg=name)
         with float_mode(model):
             float_x, y = probe.responses(model, name)
