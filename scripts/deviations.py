@@ -34,7 +34,7 @@ METHODS = sorted(path.stem for path in (ROOT / "qbench/deviations").glob("[a-z]*
 GLYPHS = ("dataset=glyphs", "model.width=8", "model.stem_stride=2", "epochs=4", "runtime.tensorboard=false")
 SOME_FAILED = 8  # exit status of a sweep in which some runs failed
 HEAD = (
-    "method", "widths", "deviation", "top-1 %", "points lost", "95 % interval", "p (Holm)", "n", "failed",
+    "method", "widths", "deviation", "top-1 %", "points lost", "95 % interval", "p (Holm)", "n", "not done",
     "what it does", "source",
 )  # fmt: skip
 
