@@ -12,7 +12,7 @@ from qbench.config import groups
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qbench.cli.plot import draw, telling  # noqa: E402
+from qbench.cli.plot import draw, illustrative_bits  # noqa: E402
 from qbench.config import compose  # noqa: E402
 from qbench.experiment.builders import build_method  # noqa: E402
 
@@ -22,7 +22,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name in sys.argv[1:] or groups.option_names("method"):
         (config,) = compose.configurations([f"method={name}"])
-        bits = telling(build_method(config.method, config.activation, config.bits.resolved()))
+        bits = illustrative_bits(build_method(config.method, config.activation, config.bits.resolved()))
         print(draw([f"method={name}", f"bits={bits}", "--out", str(folder / f"{name}.png")]))
     if not sys.argv[1:]:
         print(draw(["--poster", "--out", str(folder / "poster.png")]))

@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qbench.report.tables.columns import si_format
+
 from qbench.config import compose, groups
 from qbench.config.schema import Config
 from qbench.errors import ConfigError, Interrupted, QbenchError
@@ -31,7 +33,6 @@ from qbench.experiment import jobs, sweep
 from qbench.experiment.planned_run import planned_runs
 from qbench.report.comparison.compare import compare
 from qbench.report.statistics.differences import Difference, paired
-from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import DONE, RunRecord, dump_records, load_records, with_baselines
 from qbench.system.signals import stop_on_signals

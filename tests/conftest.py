@@ -1,4 +1,4 @@
-"""What the tests share: configurations composed as the command line composes them, and small runs of them."""
+"""What the tests share: configurations composed as the command line composes them, and small runs."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Configure = Callable[..., Config]
 
 
 def counted(line: str) -> None:
-    """Note what a long test has covered, for docs/reliability.md."""
+    """Append what a long test has covered to a file, for docs/reliability.md."""
     if path := os.environ.get("QBENCH_RELIABILITY"):
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -30,7 +30,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def configure(tmp_path: Path) -> Configure:
-    """Return a function from command-line words to the configuration they make, under a folder of the test's own."""
+    """Return a function from command-line words to their configuration, with `out` in the test's own folder."""
 
     def made(*words: str) -> Config:
         (config,) = compose.configurations([f"out={tmp_path}", *words])
@@ -41,5 +41,5 @@ def configure(tmp_path: Path) -> Configure:
 
 @pytest.fixture
 def smoke(configure: Configure) -> Configure:
-    """The same for a run of a few seconds: thin network, one float epoch, `epochs` quantized ones."""
+    """Return the same for a run of a few seconds: thin network, one float epoch, `epochs` quantized ones."""
     return lambda *words: configure("experiment=smoke", "runtime.tensorboard=false", *words)

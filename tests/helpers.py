@@ -1,5 +1,6 @@
-"""Functions that several test modules share: the command as a process, planted runs, images in folders."""
+"""What several test modules share: the command as a process, runs with known results, images in folders."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from qbench.runs.result import Accuracy, BaselineResult, Evaluation, load_result
 
 
 def qbench(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user would, without a terminal."""
+    """Run the command in a process without a terminal."""
     return subprocess.run(
         [sys.executable, "-m", "qbench", *words],
         capture_output=True, text=True, cwd=cwd, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
@@ -37,20 +38,21 @@ def evaluation(top1: float, val: float | None = None) -> Evaluation:
     return Evaluation(test=Accuracy(top1=top1, top5=99.0, loss=0.1), val=validated, epoch=0)
 
 
-def plant(config: Config, top1: float, parent: float | None = None, status: str = "done", **values: Any) -> Path:
-    """Write a run with a known figure, as a run would."""
+def plant(config: Config, top1: float, baseline: float | None = None, status: str = "done", **values: Any) -> Path:
+    """Write a run with a known test top-1, and that of its float baseline where given; return its directory."""
     directory = planned_run(config).directory
     with directory.lock():
         directory.write_config()
-        baseline = None
-        if parent is not None:
+        baseline_result = None
+        if baseline is not None:
             place = directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"
-            baseline = BaselineResult(run=str(place), final=evaluation(parent))
+            baseline_result = BaselineResult(run=str(place), final=evaluation(baseline))
         cost = NetworkCost(
             params=1, macs=1, bitops=16_842_752, bytes_float=1, bytes_ideal=7176, bytes_packed=7176, bits_per_weight=2.0
         )
-        done = {"final": evaluation(top1), "baseline": baseline, "cost": cost, "levels": 4}
-        directory.finish(directory.new_result(status, **(done if status == "done" else {}) | values))
+        done = {"final": evaluation(top1), "baseline": baseline_result, "cost": cost, "levels": 4}
+        filled = (done if status == "done" else {}) | values
+        directory.finish(dataclasses.replace(directory.new_result(status), **filled))
     return directory.path
 
 
@@ -63,20 +65,20 @@ def epoch_line(number: int, top1: float) -> str:
 
 
 def quantizing_bits(name: str) -> str:
-    """The narrowest widths that quantize all that a method can: 2 bits where legal, else its smallest; 4 for g."""
+    """Return narrow widths that quantize all that a method can: 2 bits if supported, else its smallest; 4 for g."""
     method = registry.create("method", {"name": name})
-    legal = {key: [k for k in range(1, FLOAT) if k in method.supported_bits.get(key, ())] for key in "wag"}
+    supported = {key: [k for k in range(1, FLOAT) if k in method.supported_bits.get(key, ())] for key in "wag"}
     chosen = {key: (4 if key == "g" else 2) for key in "wag"}
-    return "".join(f"{k}{chosen[k] if chosen[k] in legal[k] else (legal[k] or [FLOAT])[0]}" for k in "wag")
+    return "".join(f"{k}{chosen[k] if chosen[k] in supported[k] else (supported[k] or [FLOAT])[0]}" for k in "wag")
 
 
 def finished_digests(out: Path) -> dict[str, str | None]:
-    found = [(path.parent.name, load_result(path.parent)) for path in out.rglob("result.json")]
-    return {name: result.state_sha256 for name, result in found if result and result.status == "done"}
+    results = [(path.parent.name, load_result(path.parent)) for path in out.rglob("result.json")]
+    return {name: result.state_sha256 for name, result in results if result and result.status == "done"}
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """A picture with large and small structures, so that JPEG keeps most of it."""
+    """Return a picture of large structures, most of which JPEG keeps."""
     rough = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -84,7 +86,7 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 def write_images(
     root: Path, count: int = 6, suffix: str = "jpg", size: tuple[int, int] | None = None, tested: str = "val"
 ) -> Path:
-    """Write train and `tested` with three classes; of one (width, height), or of many."""
+    """Write the folders train and `tested` with three classes, all of one size (width, height) or of several."""
     for part, many in (("train", count), (tested, count // 2)):
         for c, name in enumerate(CLASSES):
             (root / part / name).mkdir(parents=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from qbench.errors import ConfigError
-from qbench.report.tables.columns import si_format
+from qbench.report.tables.units import si_format
 
 WidthValues = Mapping[str, Mapping[int, float]]
 """Layer -> width -> value."""

@@ -15,8 +15,8 @@ from qbench.data.dataset import batch_size_and_steps
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup
 from qbench.papers.recipe_differences import recipe_differences
-from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import Table
+from qbench.report.tables.units import si_format
 
 HEAD = ("run", "state", "epochs", "steps", "params", "size", "BitOps", "memory", "time")
 LAYERS_HEAD = (

@@ -24,8 +24,8 @@ from qbench.analysis.layer_sensitivity import (
 )
 from qbench.errors import ConfigError
 from qbench.quant.method import Unsupported
-from qbench.report.tables.columns import si_format
 from qbench.report.tables.table import Table
+from qbench.report.tables.units import si_format
 from qbench.system import files
 
 HEAD = ("widths by", "bits", "bytes", "BitOps", "predicted loss", "measured loss", "top-1 %")

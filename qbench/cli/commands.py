@@ -1,32 +1,39 @@
-"""The subcommands: from their arguments to what is printed."""
+"""The subcommands: each takes the words behind its name, prints its result, and returns the exit status."""
 
+import os
 import sys
 from collections.abc import Callable
 
+from qbench.cli import parsers, run_options
 from qbench.cli.errors import BUG, SWEEP_WITH_FAILURES, print_error
-from qbench.config.schema import did_you_mean
+from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError, Interrupted
+from qbench.report.tables.table import FORMATS
 from qbench.system.signals import stop_on_signals
 
 
 def plan(arguments: list[str]) -> int:
-    """Print what a command line would run, what it costs and how long it would take; train nothing."""
-    from qbench.analysis.plan import plan as tables_of
+    """Print what a command line would run, with its costs and its time; train nothing."""
     from qbench.config import compose
-    from qbench.experiment.planned_run import planned_run
-    from qbench.report.tables.table import text
 
-    print(text(tables_of([planned_run(config) for config in compose.configurations(arguments)])))
+    configs = compose.configurations(arguments)
+    from qbench.analysis.plan import plan as plan_tables
+    from qbench.experiment.planned_run import planned_run
+
+    print(FORMATS["text"](plan_tables([planned_run(config) for config in configs])))
     return 0
 
 
 def check(arguments: list[str]) -> int:
-    """Hold a method against the properties that every method must have; 0 only if all hold."""
+    """Check the properties that every method must have; return 0 only if none is violated."""
     from qbench.config import compose
 
+    arguments, _ = parsers.check().parse_words(arguments)
     names = [word for word in arguments if "=" not in word or word.startswith("method=")]
-    if len(names) != 1 or any(word.startswith("-") for word in arguments):
-        raise ConfigError("check wants one method and perhaps keys of it: qbench check NAME [method.KEY=VALUE ...]")
+    if len(names) != 1:
+        raise ConfigError(
+            f"check wants one method, got {len(names)}: qbench check METHOD [method.KEY=VALUE ...] [bits.KEY=N ...]"
+        )
     for word in arguments:
         if "=" in word and word.partition("=")[0].partition(".")[0] not in ("method", "activation", "bits"):
             raise ConfigError(f"{word} has no effect on check\nallowed: method.KEY=VALUE, bits.KEY=N, activation=NAME")
@@ -52,35 +59,35 @@ def check(arguments: list[str]) -> int:
 
 
 def describe(arguments: list[str]) -> int:
-    """Print a method's card."""
+    """Print a method card."""
     from qbench.config import registry
 
-    if len(arguments) != 1:
-        raise ConfigError(
-            f"describe wants one method: qbench describe NAME\nknown: {', '.join(registry.names('method'))}"
-        )
-    name = arguments[0].removeprefix("method=")
+    words, _ = parsers.describe().parse_words(arguments)
+    if len(words) != 1:
+        known = ", ".join(registry.names("method"))
+        raise ConfigError(f"describe wants one method, got {len(words)}: qbench describe METHOD\nallowed: {known}")
+    name = words[0].removeprefix("method=")
     print(registry.card(name))
-    made = "" if ":" in name else f"; a made one is docs/pictures/{name}.png of the repository"
-    print(f"\nPicture\n    qbench plot {name}{made}")
-    known = registry.known_deviations(name)
-    if known:
+    stored = "" if ":" in name else f"; the repository has it as docs/pictures/{name}.png"
+    print(f"\nPlot\n    qbench plot {name}{stored}")
+    deviations = registry.known_deviations(name)
+    if deviations:
         print("\nDeviations of public code, run by method.deviation=NAME")
-    for key, (what, source) in known.items():
+    for key, (what, source) in deviations.items():
         print(f"    {key}: {what}\n        {source}")
     return 0
 
 
 def plot(arguments: list[str]) -> int:
-    """Draw what a method does to single values, or (--poster) all methods, into a file."""
-    from qbench.cli.plot import draw as drawn
+    """Plot what a method does to single values, or all methods (`--poster`), into a file."""
+    from qbench.cli.plot import draw
 
-    print(f"wrote {drawn(arguments)}")
+    print(f"wrote {draw(arguments)}")
     return 0
 
 
 def compare(arguments: list[str]) -> int:
-    """Print the runs below some directories side by side, and what may be concluded."""
+    """Print tables of the runs below some directories, and which differences are significant."""
     from qbench.cli.compare import run_compare
 
     print(run_compare(arguments))
@@ -88,19 +95,21 @@ def compare(arguments: list[str]) -> int:
 
 
 def settle(arguments: list[str]) -> int:
-    """Run more seeds of two cells until they are told apart or as good as each other; print the verdict."""
-    from qbench.cli import settle as settling
+    """Run more seeds of two settings until their difference or equivalence is decided; print the verdict."""
+    from qbench.cli.settle import parse
     from qbench.experiment import jobs, sweep
-    from qbench.experiment.planned_run import PlannedRun
+    from qbench.experiment.planned_run import planned_run
+    from qbench.report.comparison.sequential_test import MissingRunError, run_sequential_test
     from qbench.runs.reader import RunRecord
 
-    asked = settling.parse(arguments)
+    test = parse(arguments)
     with stop_on_signals() as stop:
 
-        def run(runs: list[PlannedRun]) -> list[RunRecord]:
+        def run(configs: list[Config]) -> list[RunRecord]:
+            runs = [planned_run(config) for config in configs]
             missing = [planned for planned in runs if not planned.directory.stored()]
-            if missing and asked.launcher == "joblib":
-                sweep.launch_all([], missing, asked.launcher, stop)
+            if missing and test.launcher == "joblib":
+                sweep.launch_all([], missing, test.launcher, stop)
             elif missing:
                 sweep.run_all(missing, stop)
             if stop():
@@ -108,30 +117,35 @@ def settle(arguments: list[str]) -> int:
             return [jobs.outcome(planned) for planned in runs]
 
         try:
-            print(settling.settle(asked, run, lambda text: print(text, file=sys.stderr, flush=True)))
-        except settling.MissingRunError as lost:
-            print_error([str(lost)])
+            print(run_sequential_test(test, run, lambda line: print(line, file=sys.stderr, flush=True)))
+        except MissingRunError as error:
+            print_error([str(error)])
             return SWEEP_WITH_FAILURES
     return 0
 
 
-def listing(arguments: list[str]) -> int:
-    """Print the names in a group, one a line."""
+def list_names(arguments: list[str]) -> int:
+    """Print all groups with their options, the options of one group, or the runs below some directories."""
+    from qbench.cli.help import group_lines
+    from qbench.config.groups import option_names
 
-    from qbench.config.groups import group_names, option_names
-
-    groups = {f"{group}s" if group[-1] != "s" else group: group for group in group_names()} | {"runs": ""}
-    if arguments[:1] == ["runs"]:
-        return runs(arguments[1:] or ["outputs"])
-    if len(arguments) != 1 or arguments[0] not in groups:
-        typed = " ".join(arguments)
-        raise ConfigError(f"list {typed}: which?{did_you_mean(typed, groups)}\nallowed: {', '.join(groups)}")
-    print("\n".join(option_names(groups[arguments[0]])))
+    words, _ = parsers.list_().parse_words(arguments)
+    listed = parsers.listed_groups()
+    if not words:
+        print(f"{group_lines()}\n\nqbench list methods   one group, an option per line: {', '.join(listed)}")
+        print("qbench list runs      the runs below outputs; qbench list runs DIR: those below DIR")
+        return 0
+    if words[0] == "runs":
+        return list_runs(words[1:] or ["outputs"])
+    if words[0] not in listed or len(words) > 1:
+        typed = " ".join(words)
+        raise ConfigError(f"list {typed}: no such group{did_you_mean(typed, listed)}\nallowed: {', '.join(listed)}")
+    print("\n".join(option_names(listed[words[0]])))
     return 0
 
 
-def runs(directories: list[str]) -> int:
-    """Print the runs below some directories, a line each."""
+def list_runs(directories: list[str]) -> int:
+    """Print the runs below some directories, one per line: status, directory, test top-1 in percent."""
     from qbench.runs.reader import read
 
     for run in read(directories):
@@ -141,44 +155,93 @@ def runs(directories: list[str]) -> int:
 
 
 def published(arguments: list[str]) -> int:
-    """Print what papers published beside what was measured."""
-    from qbench.papers.published import ledger as tables
+    """Print published results beside the results measured here."""
+    from qbench.papers.published import published_tables
 
-    print(tables(arguments))
+    words, flags = parsers.published().parse_words(arguments)
+    assert not words
+    tables = published_tables(flags.get("paper"), flags.get("provenance"), flags.get("missing", False))
+    print(FORMATS[flags.get("format", "text")](tables))
     return 0
 
 
 def inspect(arguments: list[str]) -> int:
-    """Print what each layer of a finished run holds, loses, and costs the network."""
-    from qbench.cli import run_commands as verbs
+    """Print each quantized layer of a finished run: levels, errors, effect on the loss."""
+    options = run_options.parse_inspect(arguments)
+    from qbench.analysis.inspect import inspect as inspect_run
 
-    print(verbs.inspect(arguments))
+    table = inspect_run(
+        options.run,
+        weights=options.weights,
+        images=options.images,
+        bn_stats=options.bn_stats,
+        sort=options.sort,
+        device=options.device,
+    )
+    print(FORMATS[options.format]([table]))
     return 0
 
 
 def sensitivity(arguments: list[str]) -> int:
-    """Choose one width a layer of a run under a budget, print the choices, and write one to a file."""
-    from qbench.cli import run_commands as verbs
+    """Choose a bit width for each layer of a run under a budget, write the widths to a file, print the choices."""
+    options = run_options.parse_sensitivity(arguments)
+    from qbench.analysis.sensitivity import sensitivity as allocate_bits
 
-    print(verbs.sensitivity(arguments))
+    tables = allocate_bits(
+        options.run,
+        options.overrides,
+        budget=options.budget,
+        measure=options.measure,
+        widths=options.widths,
+        images=options.images,
+        bn_stats=options.bn_stats,
+        out=options.out,
+        device=options.device,
+    )
+    print(FORMATS[options.format](tables))
     return 0
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Print a finished run's figures on its test split, or on other data."""
-    from qbench.cli import run_commands as verbs
+    """Print the accuracy of a finished run on its test split, or on another data set."""
+    options = run_options.parse_evaluate(arguments)
+    from qbench.analysis.evaluate import evaluate as evaluate_run
 
-    print(verbs.evaluate(arguments))
+    table = evaluate_run(
+        options.run,
+        options.overrides,
+        weights=options.weights,
+        predictions=options.predictions,
+        device=options.device,
+    )
+    print(FORMATS[options.format]([table]))
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {
+def completion(arguments: list[str]) -> int:
+    """Print the shell function of completion, or what it calls for: candidates, one per line."""
+    from qbench.cli import completion as shell
+
+    words, _ = parsers.completion().parse_words(arguments)
+    if words == ["bash"]:
+        print(shell.BASH_FUNCTION)
+    elif words == ["query"]:
+        for word in shell.candidates(os.environ.get("COMP_LINE", ""), os.environ.get("COMP_POINT", "")):
+            print(word)
+    else:
+        typed = " ".join(words)
+        raise ConfigError(f"completion {typed}: no such shell{did_you_mean(typed, ['bash'])}\nallowed: bash")
+    return 0
+
+
+SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "compare": compare,
+    "completion": completion,
     "describe": describe,
     "evaluate": evaluate,
     "inspect": inspect,
-    "list": listing,
+    "list": list_names,
     "plan": plan,
     "plot": plot,
     "published": published,

@@ -1,247 +1,105 @@
-"""What a command line of `qbench compare` asks for, and the answer: filters, columns, order, format."""
+"""`qbench compare`: options, and the text that is printed: filters, columns, order, format."""
 
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qbench.config.schema import did_you_mean
+from qbench.cli import parsers
+from qbench.cli.parsers import RECORD
 from qbench.errors import ConfigError
-from qbench.report.comparison import naming
+from qbench.report.comparison import columns
 from qbench.report.comparison.compare import compare
-from qbench.report.comparison.pairs import MARGIN, conclude
-from qbench.report.tables import columns
+from qbench.report.comparison.filters import select_runs
+from qbench.report.comparison.pairs import conclude
+from qbench.report.comparison.setting_table import sorted_by, with_columns
+from qbench.report.comparison.verdicts import MARGIN
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.reader import DONE, RunRecord, dump_records, read
-
-VALUED = ("--by", "--sort", "--columns", "--margin", "--format", "--plot", "--html")
-FLAGS = (*VALUED, "--published")
-MOST = 20
-"""Values that a message names."""
-RECORD = "record"
-"""A format beside those of tables: the runs themselves in one small file, which `qbench compare` reads again."""
-DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
+from qbench.runs.reader import RunRecord, dump_records, read
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """A command line, read. `where`: key -> the values allowed, as typed."""
+    """A command line of `qbench compare`. `where`: key -> the values allowed, as typed."""
 
-    directories: list[str] = field(default_factory=list)
-    where: dict[str, list[str]] = field(default_factory=dict)
-    by: list[str] = field(default_factory=list)
+    directories: tuple[str, ...]
+    where: Mapping[str, list[str]] = field(default_factory=dict)
+    by: tuple[str, ...] = ()
     sort: str = ""
-    columns: list[str] = field(default_factory=lambda: list(columns.DEFAULT))
+    columns: tuple[str, ...] = columns.DEFAULT
     margin: float = MARGIN
     published: bool = False
-    form: str = "text"
-    plots: list[Path] = field(default_factory=list)
-    pages: list[Path] = field(default_factory=list)
+    format: str = "text"
+    plots: tuple[Path, ...] = ()
+    pages: tuple[Path, ...] = ()
 
 
 def run_compare(arguments: Iterable[str]) -> str:
-    """Return what `qbench compare DIR... [flags] [KEY=VALUE ...]` prints.
+    """Return what `qbench compare PLACE... [flags] [KEY=VALUE ...]` prints; write its plots and pages.
 
     Raises:
         ConfigError: a flag, key or value that does not exist, or no directory.
     """
-    asked = parse(arguments)
-    made, found = build_tables(asked)
-    for path in asked.plots:
+    options = parse(arguments)
+    made, runs = build_tables(options)
+    for path in options.plots:
         from qbench.report.plots.plots import plot
 
-        plot(made, found, path)
-    for path in asked.pages:
+        plot(made, runs, path)
+    for path in options.pages:
         from qbench.report.html.page import page
 
-        page(made, found, path)
-    if asked.form == RECORD:
-        return dump_records(found)
-    return "no runs there" if asked.form == "text" and not made else FORMATS[asked.form](made)
+        page(made, runs, path)
+    if options.format == RECORD:
+        return dump_records(runs)
+    return "no runs found" if options.format == "text" and not made else FORMATS[options.format](made)
 
 
 def parse(arguments: Iterable[str]) -> CompareOptions:
-    """Read a command line; keys are held against the runs by `tables`."""
-    asked, words = CompareOptions(), iter(arguments)
+    """Read a command line of `qbench compare`; `build_tables` checks keys and values against the runs."""
+    words, flags = parsers.compare().parse_words(arguments)
+    if "sort" in flags:
+        sorted_by(Table(()), flags["sort"])
+    directories, where = [], dict[str, list[str]]()
     for word in words:
-        flag, equals, value = word.partition("=")
-        if word == "--published":
-            asked.published = True
-        elif flag in VALUED:
-            _put(asked, flag, value if equals else next(words, ""))
-        elif word.startswith("-"):
-            raise ConfigError(f"compare: no such flag: {word}{did_you_mean(flag, FLAGS)}\nallowed: {', '.join(FLAGS)}")
-        elif equals and not os.path.exists(word):
-            asked.where.setdefault(flag, []).extend(_split(value))
+        key, equals, value = word.partition("=")
+        if equals and not os.path.exists(word):
+            where.setdefault(key, []).extend(_split(value))
         else:
-            asked.directories.append(word)
-    if not asked.directories:
+            directories.append(word)
+    if not directories:
         raise ConfigError("compare wants directories of runs: qbench compare outputs")
-    return asked
-
-
-def _put(asked: CompareOptions, flag: str, value: str) -> None:
-    """Read a flag's value."""
-    known: dict[str, Sequence[str]] = {"--columns": columns.SETS, "--format": (*FORMATS, RECORD)}
-    listed = [part for part in value.split(",") if part]
-    if not listed:
-        raise ConfigError(f"compare {flag} wants a value")
-    for part in listed if flag == "--columns" else [value]:
-        if flag in known and part not in known[flag]:
-            hint = did_you_mean(part, known[flag])
-            raise ConfigError(f"compare {flag} {part}{hint}\nallowed: {', '.join(known[flag])}")
-    if flag == "--margin":
-        asked.margin = margin_of("compare", value)
-    elif flag == "--format":
-        asked.form = value
-    elif flag == "--sort":
-        asked.sort = value
-        columns.sort(Table(()), value)
-    elif flag == "--by":
-        asked.by = listed
-    elif flag in ("--plot", "--html"):
-        (asked.plots if flag == "--plot" else asked.pages).append(Path(value))
-    else:
-        asked.columns = listed
-
-
-def margin_of(verb: str, value: str) -> float:
-    """Return the points that a `--margin` names."""
-    try:
-        margin = float(value)
-    except ValueError:
-        margin = 0.0
-    if not 0 < margin <= 100:
-        raise ConfigError(f"{verb} --margin {value}: allowed is a number of points of top-1 above 0, such as 0.5")
-    return margin
+    return CompareOptions(directories=tuple(directories), where=where, **flags)
 
 
 def _split(value: str) -> list[str]:
-    """Return the parts of a comma list; commas in brackets part nothing."""
+    """Return the parts of a comma-separated list; a comma in brackets belongs to a value."""
     return re.split(r",(?![^\[]*\])", value)
 
 
-def tables(asked: CompareOptions) -> list[Table]:
-    """Return the tables that a command line asks for, with what may be concluded."""
-    return build_tables(asked)[0]
+def tables(options: CompareOptions) -> list[Table]:
+    """Return the tables that a command line asks for, with conclusions."""
+    return build_tables(options)[0]
 
 
-def build_tables(asked: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables that a command line asks for, and the runs they tell of."""
-    found, notes = read(asked.directories), list[str]()
-    if found and (asked.where or asked.by):
-        own = {id(run): naming.facts(run.result) for run in found if run.result is not None}
-        known = set().union(*own.values())
-        for key in (*asked.where, *asked.by):
-            if known and key not in known:
-                raise ConfigError(_no_key(key, known))
-        notes = _missing(asked.where, found, own)
-        found = _filtered(found, asked.where, own)
-    made = compare(found, asked.by)
-    conclude(made, asked.margin)
-    if asked.published:
-        from qbench.papers.matching import publish
+def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
+    """Return the tables for these options, with conclusions, and the runs that they were made from."""
+    runs, notes = select_runs(read(options.directories), options.where, options.by)
+    made = conclude(compare(runs, options.by), options.margin)
+    if options.published:
+        from qbench.papers.matching import with_published
 
-        publish(made)
-    _arrange(made, asked)
-    if made:
-        made[-1].notes += notes
-    return made, list(found)
+        made = with_published(made)
+    made = [_arranged(table, options) for table in made]
+    if made and notes:
+        made[-1] = replace(made[-1], notes=[*made[-1].notes, *notes])
+    return made, runs
 
 
-def _arrange(made: Sequence[Table], asked: CompareOptions) -> None:
-    groups = [*asked.columns, *(["paper"] if asked.published else [])]
-    groups += [columns.EQUAL_BYTES] if asked.sort == columns.EQUAL_BYTES else []
-    for table in made:
-        if table.values and "top1_mean" in table.values[0]:
-            if asked.sort:
-                columns.sort(table, asked.sort)
-            columns.show(table, columns.chosen(groups))
-
-
-def _no_key(key: str, known: Iterable[str]) -> str:
-    short = sorted(name for name in known if "." not in name)
-    return (
-        f"compare {key}: no run has this key{did_you_mean(key, known)}\nallowed: {', '.join(short)} and keys below them"
-    )
-
-
-def _missing(
-    where: Mapping[str, Sequence[str]], found: Sequence[RunRecord], facts: Mapping[int, Mapping[str, str]]
-) -> list[str]:
-    """Return a note on every value that no run has.
-
-    Raises:
-        ConfigError: no run has any of those typed for a key.
-    """
-    every = [facts.get(id(run)) or _by_name(run) for run in found]
-    notes = []
-    for key, values in where.items():
-        there = [own[key] for own in every if key in own]
-        absent = [value for value in values if there and not any(_is(key, own, value) for own in there)]
-        if absent == values:
-            known = sorted({str(json.loads(own)) for own in there}, key=lambda v: (v.isdecimal() and int(v), v))
-            hint = "" if values[0].isdecimal() else did_you_mean(values[0], known)
-            shown = ", ".join(known[:MOST]) + (f" and {len(known) - MOST} more" if len(known) > MOST else "")
-            raise ConfigError(f"compare {key}={','.join(values)}: no run has it{hint}\nthere are: {shown}")
-        notes += [f"no run has {key}={value}" for value in absent]
-    return notes
-
-
-def _filtered(
-    found: Sequence[RunRecord], where: Mapping[str, Sequence[str]], facts: Mapping[int, Mapping[str, str]]
-) -> list[RunRecord]:
-    """Return the runs that match, and the float parents of those: they are what differences are to.
-
-    Of a run without a result its directory's name tells method, widths and seed; it is left out where those do not
-    match, and stays where they do or the name says nothing.
-    """
-    kept = [run for run in found if _matches(facts.get(id(run)) or _by_name(run), where, run.result is None)]
-    wanted = {_place(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
-    chosen = {id(run) for run in kept}
-    parents = [r for r in found if r.result and r.status == DONE and naming.is_parent(r.result)]
-    chosen |= {id(run) for run in parents if _place(str(run.path)) in wanted}
-    return [run for run in found if id(run) in chosen]
-
-
-def _place(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
-
-
-def _by_name(run: RunRecord) -> dict[str, str]:
-    match = DIRECTORY.fullmatch(run.path.name)
-    if not match:
-        return {}
-    widths = dict(re.findall(r"([wag])(\d+)", match["bits"]))
-    named = {"method": json.dumps(match["method"]), "bits": json.dumps(match["bits"]), "seed": match["seed"]}
-    return named | {f"bits.{key}": width for key, width in widths.items()}
-
-
-def _matches(own: Mapping[str, str], where: Mapping[str, Sequence[str]], lenient: bool) -> bool:
-    """Whether a run has one of the values allowed for every key; with `lenient` one that is not known matches."""
-    for key, allowed in where.items():
-        if key not in own:
-            if not lenient:
-                return False
-        elif not any(_is(key, own[key], value) for value in allowed):
-            return False
-    return True
-
-
-def _is(key: str, own: str, typed: str) -> bool:
-    """Whether a value, as JSON, is what was typed: 0.001 is 1e-3, w2a2 are widths of w2a2g32."""
-    value = json.loads(own)
-    if isinstance(value, str):
-        return value == typed or (key == "bits" and bool(typed) and set(_widths(typed)) <= set(_widths(value)))
-    if isinstance(value, bool) or value is None:
-        return typed.lower() in (own, {"null": "none"}.get(own))
-    try:
-        return bool(json.loads(typed) == value)
-    except ValueError:
-        return typed == own
-
-
-def _widths(text: str) -> list[str]:
-    return re.findall(r"[wag]\d+", text)
+def _arranged(table: Table, options: CompareOptions) -> Table:
+    """Return a table with its rows sorted and its columns chosen."""
+    groups = [*options.columns, *([columns.PUBLISHED] if options.published else [])]
+    groups += [columns.EQUAL_BYTES] if options.sort == columns.EQUAL_BYTES else []
+    ordered = sorted_by(table, options.sort) if options.sort else table
+    return with_columns(ordered, columns.columns_in(groups))

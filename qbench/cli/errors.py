@@ -9,17 +9,15 @@ from typing import TextIO
 
 BUG, SWEEP_WITH_FAILURES = 1, 8
 
-
-TOO_MUCH = ("allocate memory", "out of memory", "not enough memory", "overflow")
-"""What torch says of sizes that no machine has."""
-
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory", "overflow")
+"""Parts of torch's messages about sizes that exceed the machine's memory."""
 
 WIDEST = 1000
-"""Characters of a line of an error message; of what is longer, the middle is left out."""
+"""Characters in a line of an error message; the middle of a longer line is left out."""
 
 
 def drop_unwritten(stream: TextIO) -> None:
-    """Throw away what a stream still holds and cannot write: Python would try again when it ends."""
+    """Discard what a stream holds and cannot write; Python would try to write it again at exit."""
     if isinstance(stream, io.TextIOWrapper):
         try:
             stream.flush()
@@ -27,19 +25,20 @@ def drop_unwritten(stream: TextIO) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def system_refusal(error: BaseException) -> list[str]:
-    """Say what the system's refusal means, where nobody nearer to it did; nothing where it refused nothing."""
+def resource_error(error: BaseException) -> list[str]:
+    """Return the message about a resource that the system refused; no lines for any other error."""
     if isinstance(error, OSError):
         return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)]
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in TOO_MUCH)):
+    out_of_memory = isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
+    if out_of_memory or isinstance(error, MemoryError):
         return [f"out of memory: {error}".splitlines()[0], "try a smaller optim.batch_size, network or data set"]
     return []
 
 
 def print_error(lines: Iterable[str]) -> None:
-    """Print an error in at most three lines that do nothing to a terminal but stand there."""
-    shown = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines][:3]
-    short = [x if len(x) <= WIDEST else f"{x[: WIDEST // 2]} ... {x[-WIDEST // 2 :]}" for x in shown]
-    with suppress(OSError):  # nobody to tell; the status says it
+    """Print at most three lines to stderr; characters that control a terminal are printed as escapes."""
+    printable = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines][:3]
+    short = [x if len(x) <= WIDEST else f"{x[: WIDEST // 2]} ... {x[-WIDEST // 2 :]}" for x in printable]
+    with suppress(OSError):  # where stderr cannot be written, the exit status remains
         print("\n".join([f"qbench: {short[0]}", *short[1:]]), file=sys.stderr)
     drop_unwritten(sys.stderr)

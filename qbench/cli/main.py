@@ -1,4 +1,7 @@
-"""The front door: verbs first, then Hydra. Nothing on the way to `--help` or to a stored result imports torch."""
+"""Command-line entry point: subcommands first, else a Hydra run.
+
+Nothing on the way to `--help`, to a list or to a stored row imports torch.
+"""
 
 import io
 import os
@@ -7,71 +10,96 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from qbench.cli.commands import VERBS
-from qbench.cli.errors import BUG, drop_unwritten, print_error, system_refusal
-from qbench.cli.help import PAGES, help_screen
-from qbench.cli.train import train
+from qbench.cli.arguments import SUMMARIES
+from qbench.cli.errors import BUG, drop_unwritten, print_error, resource_error
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 
+TRACEBACK = "QBENCH_TRACEBACK"
+"""Environment variable: errors also print their traceback."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, or what `qbench.errors` says of the error."""
+    """Run a command line; return the exit status: 0, or that of the error (`qbench.errors`)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not lose a table
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a table is printed even where the encoding lacks a character
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         os.getcwd()
     except FileNotFoundError:
-        print_error(["the working directory is gone; change to another one"])
+        print_error(["the working directory no longer exists; change to another one"])
         return ResourceError.status
     try:
-        status = _answer(arguments)
-        print(end="", flush=True)  # here, where it can still be told of, not when Python ends
+        status = run_command(arguments)
+        print(end="", flush=True)  # here, where a failure can be reported, and not when Python ends
         return status
-    except QbenchError as error:
-        if os.environ.get("QBENCH_TRACEBACK"):
-            traceback.print_exc()
-        print_error(str(error).strip().splitlines() or [type(error).__name__])
-        return error.status
-    except KeyboardInterrupt:  # before a run began; after that signals are the run's own
-        return Interrupted.status
-    except BrokenPipeError:  # the reader of our output has gone, such as `head`
+    except BrokenPipeError:  # the reader of our output has closed it, such as `head`
         drop_unwritten(sys.stdout)
         return 0
-    except (Exception, SystemExit) as error:  # sys.exit in a function of the user's own would look like success
-        if refused := system_refusal(error):
-            print_error(refused)
-            drop_unwritten(sys.stdout)
-            return ResourceError.status
-        if os.environ.get("QBENCH_TRACEBACK"):
-            traceback.print_exc()
-        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        print_error(
-            [
-                f"a bug, or an error in your own code: {what}",
-                "QBENCH_TRACEBACK=1 shows the traceback; once a run has begun, its log.txt has it too",
-            ]
-        )
-        return BUG
+    except KeyboardInterrupt:  # before a run began; a run handles signals itself
+        return Interrupted.status
+    except (Exception, SystemExit) as error:  # a user's function may call sys.exit, which would look like success
+        return report(error)
 
 
-def _answer(arguments: list[str]) -> int:
-    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
-        print(PAGES.get((*arguments, "")[0]) or help_screen())
-        return 0
+def run_command(arguments: list[str]) -> int:
+    """Run a subcommand, or train; return the exit status."""
+    first = arguments[0] if arguments else "help"
+    if first == "help" or {"-h", "--help"} & set(arguments):
+        return show_help(arguments[1] if first == "help" and len(arguments) > 1 else first)
     if "--version" in arguments:
-        print(_version())
+        print(installed_version())
         return 0
-    word = arguments[0]
-    if word in VERBS:
-        return VERBS[word](arguments[1:])
-    if "=" not in word and word[:1] not in ("-", "+", "~"):
-        raise ConfigError(f"{word}: neither a verb nor key=value{did_you_mean(word, VERBS)}\nverbs: {', '.join(VERBS)}")
+    if first in SUMMARIES:
+        from qbench.cli.commands import SUBCOMMANDS
+
+        return SUBCOMMANDS[first](arguments[1:])
+    if "=" not in first and first[:1] not in ("-", "+", "~"):
+        raise ConfigError(
+            f"{first}: neither a subcommand nor key=value{did_you_mean(first, SUMMARIES)}\n"
+            f"subcommands: {', '.join(SUMMARIES)}"
+        )
+    from qbench.cli.train import train
+
     return train(arguments)
 
 
-def _version() -> str:
+def show_help(word: str) -> int:
+    """Print the help text of a subcommand; of the whole program for any other word."""
+    if word in SUMMARIES:
+        from qbench.cli.parsers import PARSERS
+
+        print(PARSERS[word]().format_help(), end="")
+    else:
+        from qbench.cli.help import help_screen
+
+        print(help_screen())
+    return 0
+
+
+def report(error: BaseException) -> int:
+    """Print an error in at most three lines; return its exit status."""
+    resources = [] if isinstance(error, QbenchError) else resource_error(error)
+    if os.environ.get(TRACEBACK) and not resources:
+        traceback.print_exception(error)
+    if isinstance(error, QbenchError):
+        print_error(str(error).strip().splitlines() or [type(error).__name__])
+        return error.status
+    if resources:
+        print_error(resources)
+        drop_unwritten(sys.stdout)
+        return ResourceError.status
+    print_error(
+        [
+            f"a bug, or an error in your own code: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            f"{TRACEBACK}=1 shows the traceback; once a run has begun, its log.txt has it too",
+        ]
+    )
+    return BUG
+
+
+def installed_version() -> str:
+    """Return the line that `qbench --version` prints."""
     try:
         return f"qbench {version('qbench-papers')}"
     except PackageNotFoundError:

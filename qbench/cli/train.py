@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def train(arguments: list[str]) -> int:
-    """Run what a command line configures, once or (-m) for every combination; print the table."""
+    """Train the run of a command line, or with -m those of all combinations; print its row or their table."""
     from qbench.config import compose
     from qbench.experiment.planned_run import planned_runs
 
@@ -26,14 +26,14 @@ def train(arguments: list[str]) -> int:
             raise ConfigError(f"{word} has no effect without hydra/launcher=NAME")
     with stop_on_signals() as stop:
         configs = compose.configurations(arguments)
-        if not configs:  # Hydra has shown what was asked for
+        if not configs:  # Hydra has printed something, such as --cfg job
             return 0
         runs = planned_runs(configs)
         return train_all(arguments, runs, stop) if sweep or len(configs) > 1 else train_one(runs[0], stop)
 
 
 def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
-    """Run one configuration and print its row; a stored one without importing torch."""
+    """Train one run and print its row; the row of a stored run needs no torch."""
     from qbench.report.tables.run_row import row
     from qbench.runs import manifest
 
@@ -42,7 +42,7 @@ def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
     result = None if planned.config.rerun else directory.stored()
     if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
-            print(f"warning: stored under {change}; rerun=true trains it anew", file=sys.stderr)
+            print(f"warning: stored under {change}; rerun=true trains it again", file=sys.stderr)
         print(row([result], width))
         directory.remove_checkpoints()
     else:
@@ -58,20 +58,20 @@ def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
 
 
 def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[], int]) -> int:
-    """Run a sweep and print the table of its runs."""
+    """Train the runs of a sweep and print their table."""
     from qbench.config import compose
     from qbench.experiment import jobs, sweep
-    from qbench.report.comparison.compare import compare as tables_of
+    from qbench.report.comparison.compare import compare as comparison_tables
     from qbench.report.tables.table import text
     from qbench.runs.reader import with_baselines
 
     if any(planned.config.rerun or not planned.directory.stored() for planned in runs):
         name = compose.launcher(arguments)
-        found = sweep.launch_all(arguments, runs, name, stop) if name else sweep.run_all(runs, stop)
+        records = sweep.launch_all(arguments, runs, name, stop) if name else sweep.run_all(runs, stop)
     else:
-        found = [jobs.outcome(planned) for planned in runs]
-    print(text(tables_of(with_baselines(found))))
+        records = [jobs.outcome(planned) for planned in runs]
+    print(text(comparison_tables(with_baselines(records))))
     if stop():
         print(f"qbench: stopped by signal {stop()}; the same command goes on from here", file=sys.stderr)
         return Interrupted.status
-    return SWEEP_WITH_FAILURES if any(run.status not in ("done", "unsupported") for run in found) else 0
+    return SWEEP_WITH_FAILURES if any(record.status not in ("done", "unsupported") for record in records) else 0

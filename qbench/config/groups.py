@@ -1,5 +1,6 @@
 """The configuration groups below `conf/` and the options that each offers."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -7,9 +8,9 @@ from qbench.config import registry
 
 
 def conf_directory() -> Path:
-    """Return the folder of YAML files: beside the package in a clone, inside it where it was installed.
+    """Return the folder of YAML files: beside the package in a clone, inside it once installed.
 
-    In this order, since an editable installation leaves a stale copy inside.
+    The one beside comes first, because an editable installation leaves a stale copy inside.
     """
     package = Path(__file__).parents[1]
     beside = package.parent / "conf"
@@ -17,7 +18,7 @@ def conf_directory() -> Path:
 
 
 def option_names(group: str) -> list[str]:
-    """Return the names that a group offers: its files, and what installed packages bring."""
+    """Return the options of a group: its YAML files, and entry points of installed packages."""
     folder = conf_directory() / group
     files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
     if group == "activation":
@@ -31,14 +32,11 @@ def option_file(group: str, name: str) -> Path:
 
 
 def group_names() -> list[str]:
-    """Return the configuration's groups."""
+    """Return the names of the configuration's groups."""
     return sorted(path.name for path in conf_directory().iterdir() if path.is_dir())
 
 
 def format_names(option_names: Iterable[str]) -> str:
-    """Return names in a line, those of a folder as its name with their number."""
-    found: dict[str, int] = {}
-    for name in option_names:
-        folder, slash, _ = name.partition("/")
-        found[folder + slash] = found.get(folder + slash, 0) + 1
-    return ", ".join(f"{name}... ({count})" if name.endswith("/") else name for name, count in found.items())
+    """Return names in one line; those of a folder are counted, as `ttq/... (7)`."""
+    counts = Counter("".join(name.partition("/")[:2]) for name in option_names)
+    return ", ".join(f"{name}... ({count})" if name.endswith("/") else name for name, count in counts.items())

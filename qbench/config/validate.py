@@ -21,8 +21,8 @@ from qbench.config.schema import (
     Node,
     Optim,
     baseline_config,
-    did_you_mean,
 )
+from qbench.config.unknown_key import unknown_key_message
 from qbench.errors import ConfigError
 
 NODES = ("model", "dataset", "method", "activation")
@@ -48,7 +48,7 @@ def from_node(node: DictConfig) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), node)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise ConfigError(_unknown_key(str(error.full_key))) from None
+        raise ConfigError(_unknown_key(str(error.full_key), node)) from None
     except ValidationError as error:
         raise ConfigError(_wrong_type(error, node)) from None
     except MissingMandatoryValue as error:
@@ -225,19 +225,13 @@ def _check_schedule(optim: Optim, path: str) -> None:
         raise ConfigError(f"{path}nesterov=true needs {path}momentum above 0")
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str, node: DictConfig) -> str:
     """Return the message for a key that does not exist: the nearest key, and all keys of its group."""
     if key == "experiment":
         return "experiment: no such key\nthe first line of an experiment file must be `# @package _global_`"
-    *path, leaf = key.split(".")
-    schema: type = Config
-    for part in path:
-        types = {f.name: f.type for f in dataclasses.fields(schema)}
-        nested = types.get(part, schema)
-        schema = nested if isinstance(nested, type) else schema
-    names = [f.name for f in dataclasses.fields(schema)]
-    prefix = "".join(f"{part}." for part in path)
-    return f"{key}: no such key{did_you_mean(leaf, names)}\nallowed: {', '.join(prefix + name for name in names)}"
+    tree = OmegaConf.to_container(node)
+    assert isinstance(tree, dict)
+    return unknown_key_message(key, tree)
 
 
 def _wrong_type(error: ValidationError, node: DictConfig) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from qbench.papers.claim_files import BASELINE, Claim, Comparison, comparison_values
-from qbench.report.comparison.predictions import RunAccuracy, of_run, paired_difference, same_test_images
+from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference, run_difference
 from qbench.report.statistics.differences import ALPHA, Difference, paired
 from qbench.report.statistics.hypothesis_tests import evidence, holm
-from qbench.report.statistics.power import SEEDS_LIMIT, needed
+from qbench.report.statistics.power import SEEDS_LIMIT, seeds_needed
 from qbench.report.tables.table import Table
 from qbench.runs.reader import DONE, RunRecord
 
@@ -102,17 +102,15 @@ def _measured(run: RunRecord, measure: str) -> RunAccuracy:
     result = run.result
     assert result is not None
     assert result.final is not None
-    accuracy = of_run(result.run, result.final.test.top1)
+    accuracy = load_run_accuracy(result.run, result.final.test.top1)
     if measure == "top1":
         return accuracy
     if result.baseline is None:
         raise ValueError(f"{result.run} has no float baseline to compare with")
-    baseline = of_run(result.baseline.run, result.baseline.final.test.top1)
+    baseline = load_run_accuracy(result.baseline.run, result.baseline.final.test.top1)
     if measure == BASELINE:
         return baseline
-    if not same_test_images([accuracy, baseline]):
-        return RunAccuracy(accuracy.top1 - baseline.top1)
-    return RunAccuracy(accuracy.top1 - baseline.top1, accuracy.labels, accuracy.hits.astype(float) - baseline.hits)
+    return run_difference(accuracy, baseline)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -161,10 +159,10 @@ def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
     assert d is not None
     if d.n < 2:
         return "one seed has no spread"
-    found = needed(d, one.comparison.test, one.comparison.margin, ALPHA / comparisons)
+    found = seeds_needed(d, one.comparison.test, one.comparison.margin, ALPHA / comparisons)
     if found is not None:
         return str(max(found, d.n + 1))
-    limit = f": limited by the {d.items} test images" if d.items and d.items_part else ""
+    limit = f": limited by the {d.items} test images" if d.items and d.item_variance else ""
     return f"more than {SEEDS_LIMIT}{limit}"
 
 

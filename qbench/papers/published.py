@@ -4,13 +4,11 @@
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from qbench.config.schema import did_you_mean
-from qbench.errors import ConfigError
 from qbench.papers.row_files import names, papers, published_rows
 from qbench.papers.rows import THIRD, Paper, PublishedRow
-from qbench.report.tables.table import FORMATS, Table
+from qbench.report.tables.table import Table
 
 HEAD = (
     "row", "dataset", "net", "bits", "metric", "claimed", "float", "to float", "ours", "gap", "ours to float", "n",
@@ -84,7 +82,7 @@ def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
         sentence = f"{source.name} has no {title} result"
         sentence += "" if known[0].provenance == "verified" else f" ({known[0].provenance})"
     else:
-        sentence = f"the published figures have no {title} result of {source.name}"
+        sentence = f"no published {title} result of {source.name}"
     others = dict.fromkeys(row.ran_by.removeprefix(THIRD) for row in rows)
     return f"{sentence}; third party: {', '.join(others)}" if others else sentence
 
@@ -192,29 +190,3 @@ def _with_title(paper: Paper, table: Table) -> Table:
     sentences = [absence_note(paper.key, n.net, n.dataset) for n in paper.no_result]
     table.notes += [sentence for sentence in sentences if sentence] + ([paper.scope] if paper.scope else [])
     return table
-
-
-def ledger(arguments: Iterable[str]) -> str:
-    """Return what `qbench published [--paper X] [--missing] [--provenance P] [--format F]` prints.
-
-    Raises:
-        ConfigError: a flag or value that does not exist.
-    """
-    asked = {"--paper": "", "--provenance": "", "--format": "text"}
-    missing, given = False, iter(arguments)
-    for word in given:
-        flag, _, value = word.partition("=")
-        if word == "--missing":
-            missing = True
-        elif flag in asked:
-            asked[flag] = value or next(given, "")
-            if not asked[flag]:
-                raise ConfigError(f"published {flag} wants a value")
-        else:
-            known = (*asked, "--missing")
-            raise ConfigError(
-                f"published: no such flag: {word}{did_you_mean(word, known)}\nallowed: {', '.join(known)}"
-            )
-    if (form := asked["--format"]) not in FORMATS:
-        raise ConfigError(f"published --format {form}{did_you_mean(form, FORMATS)}\nallowed: {', '.join(FORMATS)}")
-    return FORMATS[form](published_tables(asked["--paper"] or None, asked["--provenance"] or None, missing))

@@ -1,4 +1,7 @@
-"""The command line end to end on the real digits: what it prints, writes, refuses, resumes."""
+"""The command line end to end on the real digits: output, files, exit statuses, resuming.
+
+A test starts a process where it is about one: what is imported, how it exits, which signals it handles.
+"""
 
 import importlib.metadata
 import json
@@ -8,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,16 +21,35 @@ import yaml
 from conftest import ROOT
 from helpers import qbench, results
 
-from qbench.cli.main import main as cli
+from qbench.cli.main import main
 from qbench.training.checkpoint import weights_sha256
 
 SMOKE = ["experiment=smoke", "method=dorefa"]
+REPEATED = [*SMOKE, "epochs=2", "bits=w2a2g6"]
+
+
+class Output(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
+    """Return a function that runs a command line in this process."""
+
+    def run_main(*words: str) -> Output:
+        capsys.readouterr()
+        status = main(list(words))
+        return Output(status, *capsys.readouterr())
+
+    return run_main
 
 
 @pytest.fixture(scope="module")
 def run_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("out")
-    done = qbench(*SMOKE, f"out={out}", "epochs=2", "bits=w2a2g6")
+    done = qbench(*REPEATED, f"out={out}")
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -114,39 +137,41 @@ def test_a_repeat_prints_the_stored_row_without_torch(
     run_once: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     out, first = run_once
-    poisoned = tmp_path / "torch.py"
-    poisoned.write_text("raise AssertionError('a repeat imported torch')")
-    words = [*SMOKE, f"out={out}", "epochs=2", "bits=w2a2g6"]
-    again = qbench(*words, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    (tmp_path / "torch.py").write_text("raise AssertionError('a repeat imported torch')")
+    again = qbench(*REPEATED, f"out={out}", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
+
+
+def test_rerun_trains_a_stored_run_again(
+    run_once: tuple[Path, subprocess.CompletedProcess[str]], run: Callable[..., Output]
+) -> None:
+    out, _ = run_once
     before = (next(out.rglob("dorefa*")) / "result.json").stat().st_mtime_ns
-    anew = qbench(*words, "rerun=true")
-    assert anew.returncode == 0
+    assert run(*REPEATED, f"out={out}", "rerun=true").status == 0
     assert (next(out.rglob("dorefa*")) / "result.json").stat().st_mtime_ns > before
 
 
-def test_unsupported_is_recorded_with_its_reason(tmp_path: Path) -> None:
-    for _ in range(2):
-        done = qbench("method=float", "bits.w=2", f"out={tmp_path}")
-        assert done.returncode == 2
+def test_unsupported_is_recorded_with_its_reason(tmp_path: Path, run: Callable[..., Output]) -> None:
+    for done in (run("method=float", "bits.w=2", f"out={tmp_path}") for _ in range(2)):
+        assert done.status == 2
         assert "leaves weights float" in done.stdout
     (result,) = results(tmp_path).values()
     assert result["status"] == "unsupported"
 
 
-def test_a_sweep_runs_all_lists_the_unsupported_and_repeats_at_once(tmp_path: Path) -> None:
+def test_a_sweep_runs_all_lists_the_unsupported_and_repeats_at_once(tmp_path: Path, run: Callable[..., Output]) -> None:
     words = ["-m", *SMOKE, "bits.w=2,17", "seed=0,1", f"out={tmp_path}"]
     done = qbench(*words, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("unsupported") == 1
     assert "dorefa w17a32g32, 2 runs" in done.stdout
     assert len(results(tmp_path)) == 6
-    assert qbench(*words).stdout == done.stdout
+    assert run(*words)[:2] == (0, done.stdout)
     assert {p.name for p in tmp_path.iterdir()} == {"digits-resnet8"}
 
 
-def test_a_network_and_a_data_set_of_ones_own(tmp_path: Path) -> None:
+def test_a_network_and_a_data_set_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "from qbench.data import digits\n"
@@ -170,62 +195,62 @@ def test_a_network_and_a_data_set_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "mine.data-mine.net").is_dir()
     wrong = qbench(*words, "model.widht=5", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "model.width" in wrong.stderr
+    assert "did you mean model.width?" in wrong.stderr
 
 
-def test_start_from_a_checkpoint_and_refuse_one_of_another_network(
-    run_once: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+def test_start_from_a_checkpoint_but_not_from_one_of_another_network(
+    run_once: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, run: Callable[..., Output]
 ) -> None:
     out, _ = run_once
-    (parent,) = (out / "digits-resnet8").glob("float-*")
-    done = qbench(*SMOKE, f"out={tmp_path}", f"init={parent}")
-    assert done.returncode == 0, done.stderr
+    (baseline,) = (out / "digits-resnet8").glob("float-*")
+    done = run(*SMOKE, f"out={tmp_path}", f"init={baseline}")
+    assert done.status == 0, done.stderr
     assert "tensors loaded" in done.stderr
-    from_file = qbench(*SMOKE, f"out={tmp_path}", f"init={parent / 'best.pt'}")
+    from_file = run(*SMOKE, f"out={tmp_path}", f"init={baseline / 'best.pt'}")
     assert from_file.stdout == done.stdout
-    wrong = qbench(*SMOKE, f"out={tmp_path}", f"init={parent}", "model.width=5")
-    assert wrong.returncode == 4
+    wrong = run(*SMOKE, f"out={tmp_path}", f"init={baseline}", "model.width=5")
+    assert wrong.status == 4
     assert "conv1.weight (4, 1, 3, 3) for (5, 1, 3, 3)" in wrong.stderr
     assert len(wrong.stderr.strip().splitlines()) <= 3
 
 
-def test_a_damaged_parent_is_trained_anew(tmp_path: Path) -> None:
+def test_a_damaged_baseline_is_trained_again(tmp_path: Path, run: Callable[..., Output]) -> None:
     words = [*SMOKE, f"out={tmp_path}", "runtime.tensorboard=false"]
-    assert qbench(*words).returncode == 0
+    assert run(*words).status == 0
     before = results(tmp_path)
     (weights,) = tmp_path.rglob("float-*/best.pt")
     damaged = bytearray(weights.read_bytes())
     damaged[1000] ^= 1
     weights.write_bytes(damaged)
-    assert qbench(*words, f"init={weights}", "bits.w=3").returncode == 4, "not used in silence"
-    done = qbench(*words, "bits.w=3")
-    assert done.returncode == 0, done.stderr
+    assert qbench(*words, f"init={weights}", "bits.w=3").returncode == 4, "a damaged file that is named is an error"
+    done = run(*words, "bits.w=3")
+    assert done.status == 0, done.stderr
     assert "float  resnet8" in done.stderr
     after = results(tmp_path)
     assert after["float-w32a32g32-s0"]["weights_sha256"] == before["float-w32a32g32-s0"]["weights_sha256"]
 
 
-def test_a_rerun_that_is_stopped_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_rerun_resumes(tmp_path: Path, run: Callable[..., Output]) -> None:
     words = [*KILLED, f"out={tmp_path}"]
-    assert qbench(*words).returncode == 0
+    assert run(*words).status == 0
     before = results(tmp_path)
     assert _killed(tmp_path, 0.2, signal.SIGTERM, "rerun=true") == 75
-    again = qbench(*words, "rerun=true")
-    assert again.returncode == 0
+    again = run(*words, "rerun=true")
+    assert again.status == 0
     assert "going on from state-" in again.stderr
     assert {n: r["weights_sha256"] for n, r in results(tmp_path).items()} == {
         n: r["weights_sha256"] for n, r in before.items()
     }
 
 
-def test_a_file_of_ones_own_is_part_of_a_runs_identity(tmp_path: Path) -> None:
+def test_a_users_file_is_part_of_a_runs_identity(tmp_path: Path) -> None:
     source = "from qbench.models import mlp\ndef net(shape, classes): return mlp.build(shape, classes, width=%d)\n"
     words = ["method=dorefa", "model=mine:net", "epochs=1", "pretrain.epochs=1", "runtime.tensorboard=false", "out=o"]
     for width in (8, 9):
         (tmp_path / "mine.py").write_text(source % width)
         assert qbench(*words, cwd=tmp_path).returncode == 0
     assert len(results(tmp_path / "o")) == 2
-    assert len(list((tmp_path / "o").rglob("result.json"))) == 4, "another network, another parent"
+    assert len(list((tmp_path / "o").rglob("result.json"))) == 4, "another network has another baseline"
 
 
 def test_a_failed_run_leaves_its_traceback(tmp_path: Path) -> None:
@@ -255,7 +280,7 @@ def test_a_failed_run_leaves_its_traceback(tmp_path: Path) -> None:
     assert "lie off the 4 levels" in lazy.stderr
 
 
-def test_a_diverging_run_stops_with_status_6(tmp_path: Path) -> None:
+def test_a_diverging_run_exits_with_status_6(tmp_path: Path) -> None:
     done = qbench(*SMOKE, f"out={tmp_path}", "optim=sgd", "optim.lr=1e30", "epochs=3")
     assert done.returncode == 6, done.stderr
     (result,) = (r for r in results(tmp_path).values() if r["method"] == "dorefa")
@@ -280,33 +305,19 @@ def _killed(out: Path, after: float, kind: signal.Signals, *more: str) -> int:
     return process.wait(timeout=60)
 
 
-def test_a_signal_stops_with_status_75_and_the_same_line_goes_on(tmp_path: Path) -> None:
+def test_a_signal_stops_with_status_75_and_the_same_line_resumes(tmp_path: Path, run: Callable[..., Output]) -> None:
     status = _killed(tmp_path, 0.2, signal.SIGTERM)
     assert status == 75
-    again = qbench(*KILLED, f"out={tmp_path}")
-    assert again.returncode == 0
+    again = run(*KILLED, f"out={tmp_path}")
+    assert again.status == 0
     assert "going on from state-" in again.stderr
     for log in tmp_path.rglob("metrics.jsonl"):
         epochs = [json.loads(line)["epoch"] for line in log.read_text().splitlines() if '"kind": "epoch"' in line]
         assert epochs == list(range(len(epochs)))
 
 
-def test_every_verb_has_a_page_with_all_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    from qbench.cli import compare as asked
-    from qbench.cli import run_arguments as words
-    from qbench.cli import settle
-    from qbench.cli.help import PAGES
-
-    flags: dict[str, Iterable[str]] = {"compare": asked.FLAGS, "settle": settle.FLAGS}
-    for verb, own in (("inspect", words.INSPECT), ("sensitivity", words.SENSITIVITY), ("evaluate", words.EVALUATE)):
-        flags[verb] = [f"--{name}" for name in {**own, **words.COMMON}]
-    assert set(PAGES) == set(cli.VERBS)
-    for verb, page in PAGES.items():
-        assert cli([verb, "--help"]) == 0
-        assert capsys.readouterr().out == page + "\n"
-        assert page.startswith(f"qbench {verb} ")
-        assert all(
-            re.search(rf"^  {flag}\b", page, re.MULTILINE) or f"[{flag} " in page for flag in flags.get(verb, ())
-        )
-    assert cli(["help"]) == cli(["-m", "--help"]) == 0
-    assert capsys.readouterr().out.count("qbench: papers on low-precision CNNs") == 2
+def test_missing_data_exits_with_status_3(tmp_path: Path) -> None:
+    done = qbench("dataset=mnist", f"dataset.root={tmp_path}", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("qbench: ")
+    assert len(done.stderr.splitlines()) <= 3

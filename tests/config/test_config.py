@@ -1,4 +1,4 @@
-"""The configuration: what is refused, and how; what follows from what; the identity of a run."""
+"""The configuration: what is refused and with which message, what follows from a key, which runs are the same."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ REFUSED = {
     "init=": ("init=", "scratch"),
     "init=é": ("init=é", "quote odd characters"),
     "optim.ema=1": ("optim.ema=1", "below 1"),
-    "model.act=odd": ("model.act=odd", "auto, kept, replaced"),
+    "model.act=odd": ("model.act=odd", "auto, keep, fused"),
     "~method": ("method",),
     "method=no.such.module:build": ("no.such.module:build", "No module named"),
     "--frobnicate": ("--frobnicate", "no such flag"),
@@ -77,7 +77,7 @@ def test_refused_in_three_lines_that_name_the_key(configure: Configure, word: st
     assert len(message.splitlines()) <= 3
 
 
-def test_refused_by_the_factory_before_any_work(configure: Configure) -> None:
+def test_refused_by_the_builders_before_any_work(configure: Configure) -> None:
     from qbench.experiment.run import run
 
     cases = {
@@ -103,7 +103,7 @@ def test_refused_by_the_factory_before_any_work(configure: Configure) -> None:
     assert not list(Path(config.out).iterdir())
 
 
-def test_unset_widths_are_the_methods_own(configure: Configure) -> None:
+def test_unset_widths_come_from_the_method(configure: Configure) -> None:
     assert str(configure("method=dorefa").bits) == "w2a32g32"
     assert str(configure("method=dorefa", "bits.a=4").bits) == "w2a4g32"
     assert str(configure("method=dorefa", "bits=w3a4g5").bits) == "w3a4g5"
@@ -133,7 +133,7 @@ def test_the_same_run_however_it_is_typed(configure: Configure) -> None:
     assert run_identity(same[0]).directory not in found
 
 
-def test_where_published_files_lie_decides_nothing(configure: Configure) -> None:
+def test_the_place_of_published_files_is_no_part_of_the_identity(configure: Configure) -> None:
     first, second = (configure("dataset=cifar10", f"dataset.root={root}") for root in ("a", "b"))
     assert run_identity(first).directory == run_identity(second).directory
     assert run_identity(first).directory != run_identity(configure("dataset=cifar10", "dataset.flip=false")).directory
@@ -148,13 +148,13 @@ def test_protocol_ignores_what_belongs_to_the_method(configure: Configure) -> No
     assert run_identity(configure("method=dorefa", "epochs=7")).protocol != first
 
 
-def test_a_float_run_is_the_parent_of_the_others(configure: Configure) -> None:
+def test_a_float_run_is_the_baseline_of_the_others(configure: Configure) -> None:
     from qbench.config.schema import baseline_config
 
-    child = configure("method=dorefa", "bits=w2a2", "epochs=3", "optim.lr=0.5", "layers.first=8", "seed=4")
-    assert run_identity(baseline_config(child)).directory == run_identity(configure("method=float", "seed=4")).directory
+    run = configure("method=dorefa", "bits=w2a2", "epochs=3", "optim.lr=0.5", "layers.first=8", "seed=4")
+    assert run_identity(baseline_config(run)).directory == run_identity(configure("method=float", "seed=4")).directory
     assert (
-        run_identity(baseline_config(child)).directory
+        run_identity(baseline_config(run)).directory
         == run_identity(configure("method=float", "seed=4", "epochs=9", "init=scratch")).directory
     )
     control = configure("method=float", "init=float", "epochs=3")
@@ -162,7 +162,7 @@ def test_a_float_run_is_the_parent_of_the_others(configure: Configure) -> None:
     assert control.epochs == 3
 
 
-def test_experiment_is_beaten_by_the_command_line(configure: Configure) -> None:
+def test_the_command_line_overrides_an_experiment_file(configure: Configure) -> None:
     assert configure("method=dorefa", "experiment=smoke").epochs == 1
     assert configure("method=dorefa", "experiment=smoke", "epochs=5").epochs == 5
     assert configure("epochs=5", "experiment=smoke", "method=dorefa").epochs == 5
@@ -186,7 +186,7 @@ def test_every_yaml_of_the_tree_composes(configure: Configure) -> None:
                 configure(f"optim@pretrain.optim={name}")
 
 
-def test_bits_are_read() -> None:
+def test_widths_are_parsed() -> None:
     assert parse_bits("w2a2g6") == {"w": 2, "a": 2, "g": 6}
     assert parse_bits("a4") == {"w": None, "a": 4, "g": None}
     for text in ("", "2", "w", "a2w2", "w2x2", "w2a2g6 "):

@@ -1,4 +1,4 @@
-"""`lr_search=grid`: which runs a line becomes, and which of them the table shows."""
+"""`lr_search=grid`: which runs a command line becomes, and which of them the table shows."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Configure
-from helpers import plant
+from helpers import evaluation, plant
 
 from qbench.cli.main import main
 from qbench.config import compose
@@ -16,6 +16,8 @@ from qbench.config.schema import Config, baseline_config, to_dict
 from qbench.config.validate import from_dict, from_node
 from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
+from qbench.report.comparison.setting import Setting
+from qbench.report.comparison.setting_table import settings_of
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import read
 
@@ -28,11 +30,14 @@ def tuned(out: Path, *words: str) -> list[Config]:
 
 
 def planted(out: Path, val: dict[float, float], *words: str, method: str = "dorefa") -> None:
-    """Write runs with the validation figure that `val` has for their rate; test figures are 50, 51, 52 by rate."""
+    """Write runs with the validation top-1 that `val` has for their rate; test top-1 is 50, 51, 52 by rate."""
     for place, config in enumerate(tuned(out, THREE, f"method={method}", *words)):
         if config.optim.lr in val:
-            final = {"test": {"top1": 50.0 + place}, "val": {"top1": val[config.optim.lr]}, "epoch": 0}
-            plant(config, 0.0, 90.0, final=final)
+            plant(config, 0.0, 90.0, final=evaluation(50.0 + place, val[config.optim.lr]))
+
+
+def selected_rate(setting: Setting) -> float | None:
+    return setting.learning_rate.rate if setting.learning_rate else None
 
 
 def only_table(out: Path) -> Table:
@@ -43,7 +48,7 @@ def only_table(out: Path) -> Table:
 def test_a_line_becomes_a_run_for_each_rate(tmp_path: Path) -> None:
     runs = tuned(tmp_path, "method=dorefa")
     assert [c.optim.lr for c in runs] == [0.001, 0.003, 0.01, 0.03, 0.1], "digits' 0.01 times 0.1, 0.3, 1, 3, 10"
-    assert [c.optim.lr_end for c in runs] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "its 1e-4 alike"
+    assert [c.optim.lr_end for c in runs] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "its 1e-4 in the same way"
     assert len({run_identity(c).directory for c in runs}) == 5
     assert len({json.dumps(run_identity(c).protocol, sort_keys=True) for c in runs}) == 1
     (unified,) = compose.configurations(["method=dorefa"])
@@ -53,7 +58,7 @@ def test_a_line_becomes_a_run_for_each_rate(tmp_path: Path) -> None:
     assert run_identity(unified).directory not in {run_identity(c).directory for c in runs}
 
 
-def test_the_grid_lies_around_the_rate_given(tmp_path: Path) -> None:
+def test_the_grid_is_relative_to_the_rate_typed(tmp_path: Path) -> None:
     runs = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.02", "lr_grid.factors=[0.5,1,2]")
     assert [(c.optim.lr, c.optim.lr_end) for c in runs] == [(0.01, 0.0), (0.02, 0.0), (0.04, 0.0)]
     other = tuned(tmp_path, "method=dorefa", "optim=sgd", "optim.lr=0.01", "lr_grid.factors=[0.5,1,2]")
@@ -63,34 +68,36 @@ def test_the_grid_lies_around_the_rate_given(tmp_path: Path) -> None:
     assert run_identity(wider[1]).protocol != run_identity(runs[1]).protocol
 
 
-def test_every_cell_of_a_sweep_has_the_same_grid(tmp_path: Path) -> None:
+def test_every_run_of_a_sweep_has_the_same_grid(tmp_path: Path) -> None:
     runs = tuned(tmp_path, "-m", "method=dorefa,ttq,lsq,gupta", "seed=0,1")
     assert len(runs) == len({run_identity(c).directory for c in runs}) == 4 * 2 * 5
     assert len({json.dumps(run_identity(c).protocol, sort_keys=True) for c in runs}) == 1
-    assert len({run_identity(baseline_config(c)).directory for c in runs}) == 2, "a float parent for each seed"
+    assert len({run_identity(baseline_config(c)).directory for c in runs}) == 2, "a float baseline for each seed"
     mixed = compose.configurations(["-m", "method=dorefa", "lr_search=none,grid"])
-    assert [c.lr_search for c in mixed] == ["unified"] + ["tuned"] * 5
+    assert [c.lr_search for c in mixed] == ["none"] + ["grid"] * 5
 
 
-def test_what_trains_nothing_is_one_run(tmp_path: Path) -> None:
+def test_a_method_that_trains_nothing_is_one_run(tmp_path: Path) -> None:
     (alone,) = tuned(tmp_path, "method=float")
     assert run_identity(alone).directory == run_identity(compose.configurations(["method=float"])[0]).directory
     (ptq,) = tuned(tmp_path, "method=ptq")
     assert run_identity(ptq).protocol == run_identity(tuned(tmp_path, "method=dorefa")[0]).protocol, (
-        "it stands in the table of the others"
+        "it belongs to the table of the others"
     )
     assert "optim.lr" not in run_identity(ptq).options
     assert len(tuned(tmp_path, "method=qd", "method.trained=false", "distill=none")) == 1
     assert len(tuned(tmp_path, "method=qd")) == 5
-    assert len(tuned(tmp_path, "method=float", "init=float")) == 5, "the control is tuned as the others are"
+    assert len(tuned(tmp_path, "method=float", "init=float")) == 5, "the control has a grid too"
     assert len(tuned(tmp_path, "method=ttq", "activation=ptq", "bits.a=8")) == 5
-    assert len(tuned(tmp_path, "method=dorefa", "bits.w=17")) == 5, "what cannot be built says so when its turn comes"
+    assert len(tuned(tmp_path, "method=dorefa", "bits.w=17")) == 5, (
+        "a method that cannot be built reports it in its own run"
+    )
 
 
-def test_a_unified_run_is_the_one_it_was(configure: Configure) -> None:
+def test_a_run_without_a_grid_has_no_key_of_it(configure: Configure) -> None:
     config = configure("method=dorefa")
     for part in (run_identity(config).keys, run_identity(config).protocol):
-        assert not {"recipe", "grid"} & set(part)
+        assert not {"lr_search", "lr_grid"} & set(part)
     assert run_identity(configure("method=dorefa", "lr_search=none")).directory == run_identity(config).directory
 
 
@@ -109,14 +116,14 @@ def test_launchers_of_hydra_get_the_same_runs(tmp_path: Path, words: list[str]) 
 
 
 REFUSED = {
-    "lr_search=gird": ("lr_search=gird", "unified, tuned"),
+    "lr_search=gird": ("lr_search=gird", "none, grid"),
     "dataset.val=0": ("dataset.val=0", "add dataset.val=0.1"),
     "lr_grid.factors=[1]": ("lr_grid.factors", "two or more ascending numbers"),
     "lr_grid.factors=[1,0.5]": ("lr_grid.factors", "ascending"),
     "lr_grid.factors=[0,1]": ("lr_grid.factors", "above 0"),
     "lr_grid.factors=[1,inf]": ("lr_grid.factors", "ascending"),
     "lr_grid.factors=3": ("lr_grid.factors=3", "a list"),
-    "grid.factor=[1,2]": ("grid.factor", "lr_grid.factors"),
+    "lr_grid.factor=[1,2]": ("lr_grid.factor", "lr_grid.factors"),
     "lr_grid.lr=0.1": ("lr_grid.lr", "no such key"),
     "+lr_grid.lr=0.1": ("lr_grid.lr", "set optim.lr"),
     "lr_grid.factors=[1,1e400]": ("lr_grid.factors", "ascending"),
@@ -126,7 +133,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("word", REFUSED)
 def test_refused_with_the_fix(tmp_path: Path, word: str) -> None:
-    words = ["lr_search=grid", word] if not word.startswith("recipe") else [word]
+    words = [word] if word.startswith("lr_search") else ["lr_search=grid", word]
     with pytest.raises(ConfigError) as caught:
         compose.configurations(["method=dorefa", *words])
     for phrase in REFUSED[word]:
@@ -134,23 +141,24 @@ def test_refused_with_the_fix(tmp_path: Path, word: str) -> None:
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_a_grid_that_nobody_uses_is_refused() -> None:
+def test_a_grid_without_a_search_is_refused() -> None:
     with pytest.raises(ConfigError, match="no effect without lr_search=grid"):
         compose.configurations(["method=dorefa", "lr_grid.factors=[1,2]"])
 
 
-def test_validation_chooses_and_test_figures_of_the_others_stay_hidden(tmp_path: Path) -> None:
-    """Test figures are 50, 51 and 52 by rate: the highest test figure is not at the chosen rate."""
+def test_validation_selects_and_the_other_rates_test_accuracy_is_not_shown(tmp_path: Path) -> None:
+    """Test top-1 is 50, 51 and 52 by rate: the highest is not at the selected rate."""
     for seed in (0, 1):
         planted(tmp_path, {LOW: 80.0, OWN: 90.0 + seed, HIGH: 89.0}, f"seed={seed}")
     found = compare(read([str(tmp_path)]))
     (table,) = found
     assert [row[0] for row in table.rows] == ["float", "dorefa"]
-    cell = table.values[1]
-    assert (cell["top1_mean"], cell["n"], cell["diff_mean"]) == (51.0, 2, -39.0)
-    assert cell["tuned"] == {
+    setting = settings_of(table)[1]
+    assert setting.difference
+    assert (setting.top1.mean, setting.top1.n, setting.difference.mean) == (51.0, 2, -39.0)
+    assert setting.to_json()["lr_search"] == {
         "optim.lr": OWN,
-        "chosen_on_seeds": [0, 1],
+        "seeds": [0, 1],
         "grid": [
             {"optim.lr": LOW, "val_top1_mean": 80.0},
             {"optim.lr": OWN, "val_top1_mean": 90.5},
@@ -158,7 +166,7 @@ def test_validation_chooses_and_test_figures_of_the_others_stay_hidden(tmp_path:
         ],
     }
     assert table.notes == [
-        "dorefa w2a32g32: optim.lr=0.01 chosen of 3 on validation top-1, seeds 0, 1; 3 x 30 epochs a seed"
+        "dorefa w2a32g32: optim.lr=0.01 selected from 3 by validation top-1, seeds 0, 1; 3 x 30 epochs a seed"
     ]
     for name, form in FORMATS.items():
         shown = form(found)
@@ -181,7 +189,7 @@ def test_each_method_and_width_has_its_own_rate(tmp_path: Path) -> None:
     (ptq,) = tuned(tmp_path, THREE, "method=ptq")
     plant(ptq, 61.0, 90.0)
     table = only_table(tmp_path)
-    rates = {(v["method"], v["bits"]["w"], v["bits"]["a"]): v.get("tuned", {}).get("optim.lr") for v in table.values}
+    rates = {(s.label, s.bits.w, s.bits.a): selected_rate(s) for s in settings_of(table)}
     assert rates == {
         ("float", 32, 32): None,
         ("dorefa activation=clip", 2, 32): OWN,
@@ -190,64 +198,72 @@ def test_each_method_and_width_has_its_own_rate(tmp_path: Path) -> None:
         ("ttq", 2, 32): LOW,
         ("ptq", 8, 8): None,
     }
-    ends = [note.split(": ")[0] for note in table.notes if "of the grid, beyond may be better" in note]
+    ends = [
+        note.split(": ")[0]
+        for note in table.notes
+        if "of the grid, a lower one may be better" in note or "a higher one may be" in note
+    ]
     assert ends == ["dorefa activation=abs w2a2g32", "dorefa activation=clip w4a32g32", "ttq w2a32g32"]
 
 
-def test_of_equal_rates_the_one_nearest_the_recipes_own(tmp_path: Path) -> None:
+def test_of_equal_rates_the_one_nearest_to_the_recipes_own_is_selected(tmp_path: Path) -> None:
     planted(tmp_path, {LOW: 90.0, OWN: 90.0, HIGH: 90.0})
     planted(tmp_path, {LOW: 90.0, OWN: 89.0, HIGH: 90.0}, "bits.w=4")
-    rates = {v["bits"]["w"]: v["tuned"]["optim.lr"] for v in only_table(tmp_path).values[1:]}
+    rates = {s.bits.w: selected_rate(s) for s in settings_of(only_table(tmp_path))[1:]}
     assert rates == {2: OWN, 4: LOW}, "both ends are as near: the lower one"
 
 
-def test_a_mean_of_the_seeds_that_all_rates_have(tmp_path: Path) -> None:
-    """Seed 1, where HIGH is best by far, is missing at LOW: seed 0 decides."""
+def test_the_mean_is_over_the_seeds_that_all_rates_have(tmp_path: Path) -> None:
+    """Seed 1, whose best rate is HIGH by far, is missing at LOW: only seed 0 counts."""
     planted(tmp_path, {LOW: 80.0, OWN: 90.0, HIGH: 85.0}, "seed=0")
     planted(tmp_path, {OWN: 90.0, HIGH: 99.0}, "seed=1")
     table = only_table(tmp_path)
-    assert table.values[1]["tuned"]["optim.lr"] == OWN
-    assert table.values[1]["tuned"]["chosen_on_seeds"] == [0]
-    assert table.values[1]["seeds"] == [0, 1]
-    assert table.notes[-1] == "dorefa w2a32g32: no validation figure at optim.lr 0.001 (not there, seed 1)"
+    setting = settings_of(table)[1]
+    assert setting.learning_rate
+    assert setting.learning_rate.rate == OWN
+    assert setting.learning_rate.seeds == (0,)
+    assert [run.seed for run in setting.runs] == [0, 1]
+    assert table.notes[-1] == "dorefa w2a32g32: no validation accuracy at optim.lr 0.001 (missing, seed 1)"
 
 
-def test_a_rate_that_diverges_is_not_chosen_for_its_other_seeds(tmp_path: Path) -> None:
+def test_a_rate_that_diverges_for_one_seed_is_not_selected(tmp_path: Path) -> None:
     planted(tmp_path, {LOW: 80.0, OWN: 90.0, HIGH: 99.0}, "seed=0")
     planted(tmp_path, {LOW: 80.0, OWN: 90.0}, "seed=1")
-    (lost,) = (c for c in tuned(tmp_path, THREE, "method=dorefa", "seed=1") if c.optim.lr == HIGH)
-    plant(lost, 0.0, status="diverged", reason="the loss is nan")
+    (high,) = (c for c in tuned(tmp_path, THREE, "method=dorefa", "seed=1") if c.optim.lr == HIGH)
+    plant(high, 0.0, status="diverged", reason="the loss is nan")
     table, rest = compare(read([str(tmp_path)]))
-    assert table.values[1]["tuned"]["optim.lr"] == OWN
-    assert table.values[1]["tuned"]["chosen_on_seeds"] == [0, 1]
-    assert table.values[1]["tuned"]["grid"][2] == {"optim.lr": HIGH, "val_top1_mean": None}
-    assert table.notes[-1] == "dorefa w2a32g32: no validation figure at optim.lr 0.1 (diverged, seed 1)"
+    setting = settings_of(table)[1]
+    assert setting.learning_rate
+    assert setting.learning_rate.rate == OWN
+    assert setting.learning_rate.seeds == (0, 1)
+    assert setting.learning_rate.validation[HIGH] is None
+    assert table.notes[-1] == "dorefa w2a32g32: no validation accuracy at optim.lr 0.1 (diverged, seed 1)"
     assert rest.rows[0][0] == "diverged"
 
 
-def test_without_validation_figures_nothing_is_chosen(tmp_path: Path) -> None:
+def test_without_validation_accuracy_nothing_is_selected(tmp_path: Path) -> None:
     (first, *_) = tuned(tmp_path, THREE, "method=dorefa")
     plant(first, 97.0, 90.0)
     table = only_table(tmp_path)
     assert [row[0] for row in table.rows] == ["float"]
-    assert "no optim.lr of 3 chosen" in table.notes[0]
+    assert "no optim.lr of 3 selected" in table.notes[0]
     assert "97" not in str(table.values)
 
 
-def test_tuned_and_unified_stand_apart(configure: Configure, tmp_path: Path) -> None:
+def test_runs_with_and_without_a_grid_are_in_two_tables(configure: Configure, tmp_path: Path) -> None:
     planted(tmp_path, {LOW: 80.0, OWN: 90.0, HIGH: 85.0})
-    title = 'resnet8 on digits; protocol with lr_grid.factors=[0.1, 1.0, 10.0], recipe="tuned"'
+    title = 'resnet8 on digits; protocol with lr_grid.factors=[0.1, 1.0, 10.0], lr_search="grid"'
     assert only_table(tmp_path).title == title
     plant(configure("method=dorefa"), 60.0, 90.0)
-    titles = {table.title: table.values[1]["top1_mean"] for table in compare(read([str(tmp_path)]))}
+    titles = {table.title: settings_of(table)[1].top1.mean for table in compare(read([str(tmp_path)]))}
     assert titles == {
         title: 51.0,
-        'resnet8 on digits; protocol with recipe="unified"': 60.0,
+        'resnet8 on digits; protocol with lr_search="none"': 60.0,
     }
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One float parent, a run for each rate, one row; the same line again trains nothing."""
+    """One float baseline, a run for each rate, one row; the same command again trains nothing."""
     words = [
         "experiment=smoke",
         "method=dorefa",
@@ -262,8 +278,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     children = [json.loads(path.read_text()) for path in stored if path.parent.name.startswith("dorefa")]
     assert {r["options"]["optim.lr"] for r in children} == {0.0001, 0.01}
     best = max(children, key=lambda r: r["final"]["val"]["top1"])
-    assert len({r["final"]["val"]["top1"] for r in children}) == 2, "between equals there is no choice to see"
-    assert f"optim.lr={best['options']['optim.lr']:g} chosen of 2" in shown
+    assert len({r["final"]["val"]["top1"] for r in children}) == 2, "equal rates would not show which one is selected"
+    assert f"optim.lr={best['options']['optim.lr']:g} selected from 2" in shown
     assert "2 x 1 epochs a seed" in shown
     assert len([line for line in shown.splitlines() if line.startswith("dorefa   ")]) == 1
     assert main([*words, f"out={tmp_path}"]) == 0

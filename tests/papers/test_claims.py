@@ -26,9 +26,9 @@ from qbench.config.identity import run_identity
 from qbench.errors import ConfigError
 from qbench.papers.claim_files import Claim, Comparison, read_claim, read_claims
 from qbench.papers.claim_results import ClaimResult, decide_claims, evaluate_claim, evaluate_values
-from qbench.report.statistics.differences import Difference, paired, two_way
-from qbench.report.statistics.hypothesis_tests import equivalent, evidence, holm, noninferior
-from qbench.report.statistics.power import needed
+from qbench.report.statistics.differences import Difference, one_sided_p, paired, two_way
+from qbench.report.statistics.hypothesis_tests import equivalent, evidence, holm
+from qbench.report.statistics.power import seeds_needed
 from qbench.runs.reader import RunRecord
 from qbench.runs.result import BaselineResult, Protocol, Result
 
@@ -43,7 +43,7 @@ def test_paired_is_students_t_test() -> None:
     theirs = stats.ttest_rel(first, second)
     interval = theirs.confidence_interval(0.95)
     ours = paired(first, second)
-    assert (ours.n, ours.freedom) == (4, 3)
+    assert (ours.n, ours.dof) == (4, 3)
     assert ours.mean == pytest.approx(0.85)
     assert ours.p == pytest.approx(theirs.pvalue)
     assert (ours.low, ours.high) == pytest.approx((interval.low, interval.high))
@@ -61,8 +61,8 @@ def test_one_pair_has_no_spread() -> None:
     ours = paired([3.0], [1.0])
     assert (ours.mean, ours.low, ours.high, ours.p) == (2, -np.inf, np.inf, 1)
     assert evidence(ours, "better", 0) == (1, True)
-    assert noninferior(ours, 100) == 1
-    assert needed(ours) is None
+    assert one_sided_p(ours, -100) == 1
+    assert seeds_needed(ours) is None
 
 
 def test_equal_differences_give_no_certainty() -> None:
@@ -73,8 +73,8 @@ def test_equal_differences_give_no_certainty() -> None:
     ours = paired([1.5] * 5, [1.0] * 5)
     assert (ours.low, ours.high, ours.p) == (0.5, 0.5, 2 / 32)
     assert paired([1.0] * 5, [1.0] * 5).p == 1
-    assert noninferior(paired([1.0] * 5, [1.0] * 5), 0.5) == 1 / 32
-    assert noninferior(paired([0.5] * 5, [1.0] * 5), 0.5) == 1
+    assert one_sided_p(paired([1.0] * 5, [1.0] * 5), -0.5) == 1 / 32
+    assert one_sided_p(paired([0.5] * 5, [1.0] * 5), -0.5) == 1
 
 
 @pytest.mark.parametrize(("first", "second"), [([], []), ([1.0], [1.0, 2.0])])
@@ -103,10 +103,10 @@ def test_two_way_by_hand() -> None:
     """
     ours = two_way([[1, 0, 0], [1, 1, 0]], np.zeros((2, 3)))
     assert ours.mean == pytest.approx(50)
-    assert ours.error**2 == pytest.approx(5000 / 6)
-    assert ours.seeds_part == pytest.approx(5000 / 18)
-    assert ours.items_part == pytest.approx(10000 / 18)
-    assert ours.freedom == pytest.approx(5000**2 / ((5000 / 3) ** 2 / 1 + 5000**2 / 2 + (5000 / 3) ** 2 / 2))
+    assert ours.standard_error**2 == pytest.approx(5000 / 6)
+    assert ours.seed_variance == pytest.approx(5000 / 18)
+    assert ours.item_variance == pytest.approx(10000 / 18)
+    assert ours.dof == pytest.approx(5000**2 / ((5000 / 3) ** 2 / 1 + 5000**2 / 2 + (5000 / 3) ** 2 / 2))
     assert (ours.n, ours.items) == (2, 3)
 
 
@@ -120,7 +120,7 @@ def test_two_way_equals_the_cluster_robust_sum() -> None:
     by_item = (x.sum(0) ** 2).sum() * 7 / 6
     rest = x - x.mean(1, keepdims=True) - x.mean(0, keepdims=True)
     single = (rest**2).sum() * 35 / 24
-    assert ours.error**2 == pytest.approx((by_seed + by_item - single) / 35**2)
+    assert ours.standard_error**2 == pytest.approx((by_seed + by_item - single) / 35**2)
 
 
 def test_two_way_over_equal_items_is_paired() -> None:
@@ -168,8 +168,8 @@ def _d(mean: float, error: float = 0.2, freedom: float = 9.0) -> Difference:
 
 def test_noninferiority_by_hand() -> None:
     """Mean -0.1, error 0.2, margin 0.5: t = 2 at 9 degrees of freedom, one-sided p = 0.038276."""
-    assert noninferior(_d(-0.1), 0.5) == pytest.approx(0.038276, abs=1e-6)
-    assert noninferior(_d(-0.5), 0.5) == pytest.approx(0.5)
+    assert one_sided_p(_d(-0.1), -0.5) == pytest.approx(0.038276, abs=1e-6)
+    assert one_sided_p(_d(-0.5), -0.5) == pytest.approx(0.5)
 
 
 def test_equivalence_by_hand() -> None:
@@ -249,25 +249,25 @@ def test_holm_keeps_the_order_and_starts_with_bonferroni(p_values: list[float]) 
 def test_needed_seeds_reach_the_power() -> None:
     """Power from the noncentral t: about 80 % at n seeds, and less with two seeds fewer."""
     d = paired([0.4, 1.6, -0.5, 1.1, 0.4], [0.0] * 5)
-    n = needed(d)
+    n = seeds_needed(d)
     assert n is not None
     assert n > 5
-    spread = (d.seeds_part * d.n) ** 0.5
+    spread = (d.seed_variance * d.n) ** 0.5
 
     def power(n: int) -> float:
         return float(stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, d.mean / spread * n**0.5))
 
     assert power(n) == pytest.approx(0.8, abs=0.05)
     assert power(n - 2) < power(n)
-    assert needed(d, alpha=0.001) > n  # type: ignore[operator]
-    assert needed(d, "better", d.mean) is None, "on the border no number of seeds decides"
-    assert needed(d, "at_least", 0.5) < n  # type: ignore[operator]
+    assert seeds_needed(d, alpha=0.001) > n  # type: ignore[operator]
+    assert seeds_needed(d, "better", d.mean) is None, "on the border no number of seeds decides"
+    assert seeds_needed(d, "at_least", 0.5) < n  # type: ignore[operator]
 
 
 def test_more_seeds_do_not_help_with_few_images() -> None:
-    few = Difference(0.1, -0.3, 0.5, 10, 0.6, 0.2, 100.0, seeds_part=0.0001, items_part=0.04, items=450)
-    assert needed(few) is None
-    assert needed(Difference(1.0, 0.6, 1.4, 10, 0.0, 0.2, 100.0, 0.0001, 0.04, 450)) is not None
+    few = Difference(0.1, -0.3, 0.5, 10, 0.6, 0.2, 100.0, seed_variance=0.0001, item_variance=0.04, items=450)
+    assert seeds_needed(few) is None
+    assert seeds_needed(Difference(1.0, 0.6, 1.4, 10, 0.0, 0.2, 100.0, 0.0001, 0.04, 450)) is not None
 
 
 # --- gradient mismatch

@@ -1,6 +1,6 @@
-"""Bad input is told of in three lines and a status, and leaves nothing behind: a table of it, and fuzzed input.
+"""Bad input gives an error of at most three lines and an exit status, and leaves no file: a table, and fuzzed input.
 
-Most of it runs in this process, through the command line's own `main`; training is not reached.
+Most tests call `main` in this process; none of these reaches training.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ from qbench.training.checkpoint import load_torch_file, pack, unpack
 from qbench.training.initial_weights import load_initial_weights
 
 SECONDS = 20
-"""What an answer may take; the bar of 5 s is for a machine with nothing else to do."""
+"""Time limit of a command in tests; the target of 5 s is for an idle machine."""
 BYTES = 2**31
-"""What an answer may take of memory, besides what the tests hold."""
+"""Memory limit of a command, besides what the tests hold."""
 
 GLOBAL = "# @package _global_\n"
-OWN = "mine.py"
+USER_MODULE = "mine.py"
 HUGE = "9" * 400
 
 
@@ -54,15 +54,15 @@ class Answer(NamedTuple):
 
 
 class TooLong(BaseException):
-    """No exception that the command line catches."""
+    """Raised past the command line, which catches `Exception` only."""
 
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """End what hangs."""
+    """Raise if the block takes longer."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise TooLong(f"no answer in {seconds} s")
+        raise TooLong(f"not finished in {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -73,8 +73,8 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def answer(words: list[str]) -> Answer:
-    """Return what the command line answers, in this process, within time and memory."""
+def run_cli(words: list[str]) -> Answer:
+    """Run a command line in this process, within the limits of time and memory."""
     out, err = io.StringIO(), io.StringIO()
     path = list(sys.path)
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -90,13 +90,13 @@ def answer(words: list[str]) -> Answer:
     return Answer(status, out.getvalue(), err.getvalue())
 
 
-def never(*given: Any, **named: Any) -> NoReturn:
-    raise AssertionError("it began to train")
+def never(*args: Any, **kwargs: Any) -> NoReturn:
+    raise AssertionError("training started")
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory inside another one; nothing trains here, and no row changes this process."""
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory inside another one; training is refused, and no command changes torch's threads."""
     work = tmp_path / "outer" / "work"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
@@ -117,7 +117,7 @@ def plant(folder: Path, files: Mapping[str, str | bytes | Callable[[Path], objec
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder: a row that leaves or changes anything is caught."""
+    """Return the files below a folder with their bytes, to find any that a command leaves or changes."""
     return {
         str(path): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -126,27 +126,27 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def row(words: str | list[str], phrase: str, status: int = 2, name: str = "", **files: Any) -> Any:
-    """A row of the table: words of the command line, a phrase of the answer, its status, `files` to plant before."""
+    """A row of the table: the command line, a phrase of its output, its exit status, `files` written before."""
     split = words.split() if isinstance(words, str) else words
     return pytest.param(split, phrase, status, files.get("files", {}), id=(name or " ".join(split))[:60])
 
 
 def experiment(name: str, text: str | bytes, phrase: str) -> Any:
-    """A row: an experiment file of the user's own with this text."""
+    """A row: a user's experiment file with this text."""
     content = GLOBAL.encode() + text if isinstance(text, bytes) else GLOBAL + text
     words = "plan --config-dir=c experiment=bad"
     return row(words, phrase, 2, f"yaml: {name}", files={"c/experiment/bad.yaml": content})
 
 
 def group(kind: str, text: str, phrase: str, status: int = 2) -> Any:
-    """A row: a file of the user's own in one of the groups."""
+    """A row: a user's file in one of the groups."""
     name = f"{kind}: {text}".replace("\n", "; ")
     return row(f"plan --config-dir=c {kind}=bad", phrase, status, name, files={f"c/{kind}/bad.yaml": text})
 
 
-def own(words: str, source: str, phrase: str, status: int) -> Any:
-    """A row: a function of the user's own."""
-    return row(words, phrase, status, f"own: {source}"[:60], files={OWN: source})
+def own_function(words: str, source: str, phrase: str, status: int) -> Any:
+    """A row: a user's function."""
+    return row(words, phrase, status, f"user function: {source}"[:60], files={USER_MODULE: source})
 
 
 def start(name: str, content: Any, phrase: str, status: int = 4) -> Any:
@@ -185,7 +185,7 @@ def archive(path: Path) -> None:
 
 
 LINES = [
-    row("trian", "trian: neither a verb nor key=value"),
+    row("trian", "trian: neither a subcommand nor key=value"),
     row("method=dorefa oops", "oops: neither a subcommand nor key=value"),
     row("method=dorfa", "did you mean dorefa?"),
     row("metod=dorefa", "metod: no such key; did you mean method?"),
@@ -362,25 +362,26 @@ OWN_CODE = [
     row("method=os:system", "system() missing required argument", 1),
     row("method=builtins:exit", "SystemExit", 1),
     row("describe no.such:x", "No module named 'no'"),
-    own("method=mine:f", "def f(:\n", "SyntaxError", 1),
-    own("method=mine:f", "1 / 0\n", "ZeroDivisionError: division by zero", 1),
-    own("method=mine:f", "import sys\nsys.exit()\n", "SystemExit", 1),
-    own("method=mine:f", "import nosuch\n", "No module named 'nosuch'", 2),
-    own("method=mine:f", "def f(*, w=2, a=32, g=32): return None\n", "returned a NoneType, not a Method", 2),
-    own("method=mine:f", "def f(*, w=2, a=32, g=32): raise KeyError('planted')\n", "KeyError: 'planted'", 1),
-    own("model=mine:f", "def f(shape, classes): raise KeyError('planted')\n", "KeyError: 'planted'", 1),
-    own("model=mine:f", "def f(shape, classes): return 3\n", "returned a int, not a torch.nn.Module", 2),
-    own("model=mine:f", "def f(): pass\n", "TypeError", 1),
-    own("dataset=mine:f", "def f(): return None\n", "returned a NoneType, not a Dataset", 2),
-    own("dataset=mine:f", "def f(): raise OSError(28, 'No space left')\n", "No space left", 5),
-    own("dataset=mine:f", "def f(): raise RuntimeError('\\x1b]0;a title')\n", r"\x1b]0;a title", 1),
+    own_function("method=mine:f", "def f(:\n", "SyntaxError", 1),
+    own_function("method=mine:f", "1 / 0\n", "ZeroDivisionError: division by zero", 1),
+    own_function("method=mine:f", "import sys\nsys.exit()\n", "SystemExit", 1),
+    own_function("method=mine:f", "import nosuch\n", "No module named 'nosuch'", 2),
+    own_function("method=mine:f", "def f(*, w=2, a=32, g=32): return None\n", "returned a NoneType, not a Method", 2),
+    own_function("method=mine:f", "def f(*, w=2, a=32, g=32): raise KeyError('planted')\n", "KeyError: 'planted'", 1),
+    own_function("model=mine:f", "def f(shape, classes): raise KeyError('planted')\n", "KeyError: 'planted'", 1),
+    own_function("model=mine:f", "def f(shape, classes): return 3\n", "returned a int, not a torch.nn.Module", 2),
+    own_function("model=mine:f", "def f(): pass\n", "TypeError", 1),
+    own_function("dataset=mine:f", "def f(): return None\n", "returned a NoneType, not a Dataset", 2),
+    own_function("dataset=mine:f", "def f(): raise OSError(28, 'No space left')\n", "No space left", 5),
+    own_function("dataset=mine:f", "def f(): raise RuntimeError('\\x1b]0;a title')\n", r"\x1b]0;a title", 1),
 ]  # fmt: skip
 
-VERBS = [
+SUBCOMMANDS = [
     row("describe", "describe wants one method"),
     row("describe dorfa", "did you mean dorefa?"),
     row("describe ../../setup", "no such method"),
-    row("list", "which?"),
+    row("list nosuch", "list nosuch: no such group"),
+    row("list methods now", "list methods now: no such group"),
     row("list method", "did you mean methods?"),
     row("list runs nowhere", "nowhere: no such directory"),
     row("compare", "compare wants directories of runs"),
@@ -396,25 +397,48 @@ VERBS = [
     row("check dorefa model.width=3", "model.width=3 has no effect on check"),
     row("plan oops", "oops: neither a subcommand nor key=value"),
     row("plan -m bits=w2,w99", "bits.w=99"),
+    row("plan --nope", "--nope: no such flag"),
+    row("check dorefa --all", "check: no such flag: --all"),
+    row("check dorefa ttq", "check wants one method, got 2"),
+    row("describe dorefa ttq", "describe wants one method, got 2"),
+    row("completion", "completion : no such shell"),
+    row("completion zsh", "completion zsh: no such shell"),
+    row("compare . --format", "compare --format wants a value"),
+    row("compare . --form=text", "compare: no such flag: --form=text; did you mean --format?"),
+    row("compare . --published=yes", "compare --published: ignored explicit argument 'yes'"),
+    row("compare . --columns accuracy,bytes", "compare --columns bytes"),
+    row("evaluate", "evaluate wants the directory of one run, got 0"),
+    row("evaluate . .", "evaluate wants the directory of one run, got 2"),
+    row("evaluate . --weights worst", "evaluate --weights worst"),
+    row("inspect . --images many", "inspect --images many: allowed is a whole number from 1 on"),
+    row("inspect . --sort leave-one", "inspect --sort leave-one; did you mean leave-one-in?"),
+    row("sensitivity . --widths 2,x", "sensitivity --widths 2,x: allowed are numbers from 1 to 31"),
+    row("plot", "plot wants one method, got 0"),
+    row("plot twn --out twn.bmp", "plot --out twn.bmp: the suffix chooses the format"),
+    row("published ttq", "published: ttq is not a flag, and published takes only flags"),
+    row("published --paper ttk", "no such paper; did you mean ttq?"),
+    row("published --provenance verfied", "published --provenance verfied; did you mean verified?"),
+    row("settle a", "settle wants two settings, got 1"),
+    row("settle a b --margin -1", "settle --margin -1: allowed is a number of points"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("words", "phrase", "status", "files"), [*LINES, *PATHS, *DATA, *FILES, *OWN_CODE, *VERBS]
+    ("words", "phrase", "status", "files"), [*LINES, *PATHS, *DATA, *FILES, *OWN_CODE, *SUBCOMMANDS]
 )  # fmt: skip
 def test_bad_input(
-    words: list[str], phrase: str, status: int, files: Mapping[str, Any], desk: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], phrase: str, status: int, files: Mapping[str, Any], workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(desk, files)
-    before = tree(desk.parent)
-    got = answer(words)
+    plant(workdir, files)
+    before = tree(workdir.parent)
+    got = run_cli(words)
     assert got.status == status, got
     assert phrase in (got.stderr if status else got.stdout), got
     _is_short(got)
     if status:
         assert not got.stdout, got
         assert got.stderr.startswith("qbench: "), got
-    assert tree(desk.parent) == before
+    assert tree(workdir.parent) == before
 
 
 def _is_short(got: Answer) -> None:
@@ -435,8 +459,8 @@ ODD = {
 SMOKE = ["experiment=smoke", "method=dorefa", 'out="öß"']
 
 
-def elsewhere(words: list[str], work: Path, environment: Mapping[str, str], **streams: Any) -> Answer:
-    """Return what the command line answers in a process and an environment of its own."""
+def run_process(words: list[str], work: Path, environment: Mapping[str, str], **streams: Any) -> Answer:
+    """Run a command line in a new process with its own environment."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     fresh = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": ""}
     line = [sys.executable, "-m", "qbench", *words]
@@ -462,7 +486,7 @@ def elsewhere(words: list[str], work: Path, environment: Mapping[str, str], **st
 def test_bad_environment(
     words: list[str], environment: Mapping[str, str], status: int, phrase: str, tmp_path: Path
 ) -> None:
-    got = elsewhere(words, tmp_path, environment)
+    got = run_process(words, tmp_path, environment)
     assert got.status == status, got
     assert phrase in got.stdout + got.stderr, got
     _is_short(got)
@@ -473,41 +497,41 @@ def test_bad_environment(
     "keys", [list(ODD), *(pytest.param([key], marks=pytest.mark.full) for key in ODD)], ids=lambda keys: keys[0]
 )
 def test_a_run_in_an_odd_environment(keys: list[str], tmp_path: Path) -> None:
-    got = elsewhere(SMOKE, tmp_path, {key: ODD[key] for key in keys})
+    got = run_process(SMOKE, tmp_path, {key: ODD[key] for key in keys})
     assert got.status == 0, got
     assert "Traceback" not in got.stderr, got
     assert {path.name for path in tmp_path.iterdir()} == {"öß"}
 
 
-def test_nowhere_to_write_to(tmp_path: Path) -> None:
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
-        got = elsewhere(["list", "methods"], tmp_path, {}, stdout=full)
+        got = run_process(["list", "methods"], tmp_path, {}, stdout=full)
         assert got == (5, "", "qbench: No space left on device\n")
-        assert elsewhere(["list", "method"], tmp_path, {}, stderr=full).status == 2
+        assert run_process(["list", "method"], tmp_path, {}, stderr=full).status == 2
     reader, writer = os.pipe()
     os.close(reader)
-    assert elsewhere(["list", "methods"], tmp_path, {}, stdout=writer) == (0, "", "")
+    assert run_process(["list", "methods"], tmp_path, {}, stdout=writer) == (0, "", "")
     os.close(writer)
 
 
-def test_a_home_that_is_not_there(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_directory_that_does_not_exist(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/proc/nowhere")
-    got = answer(["dataset=mnist", 'dataset.root="~/x"'])
+    got = run_cli(["dataset=mnist", 'dataset.root="~/x"'])
     assert got.status == 3, got
     assert "missing in /proc/nowhere/x/MNIST" in got.stderr, got
     monkeypatch.delenv("HOME")
-    assert answer(["dataset=mnist", 'dataset.root="~/x"']).status == 3
+    assert run_cli(["dataset=mnist", 'dataset.root="~/x"']).status == 3
 
 
-def test_a_working_directory_that_is_gone(desk: Path) -> None:
-    gone = desk / "gone"
+def test_a_deleted_working_directory(workdir: Path) -> None:
+    gone = workdir / "gone"
     gone.mkdir()
     os.chdir(gone)
     gone.rmdir()
-    assert answer(["plan"]) == (5, "", "qbench: the working directory is gone; change to another one\n")
+    assert run_cli(["plan"]) == (5, "", "qbench: the working directory no longer exists; change to another one\n")
 
 
-# Fuzz. Each example follows from the seed of its shard; a failure prints it.
+# Fuzzing. The seed of a shard decides its examples; a failure prints the example.
 
 VALID = """\
 method=dorefa bits.w=2
@@ -541,7 +565,13 @@ method=mlq bits.w=2 optim.ema=0.99 optim.clip_norm=1.0 optim.label_smoothing=0.1
 method=float init=float optim.milestones=[0.5,0.75]
 method=xnor dataset=mnist dataset.root=data --cfg job
 """.splitlines()
-VERB_LINES = ["list methods", "list runs out", "describe dorefa", "compare out --format md", "check dorefa bits.w=2"]
+SUBCOMMAND_LINES = [
+    "list methods",
+    "list runs out",
+    "describe dorefa",
+    "compare out --format md",
+    "check dorefa bits.w=2",
+]
 ODD_WORDS = (
     "", "nan", "-inf", "-1", "0", "1e999", "1e-999", HUGE, "9" * 5000, "null", "true", "[1,2]", "[]", "{a:1}", "{}",
     "${seed}", "${oc.env:PATH}", "${oc.decode:x}", "${", "'", '"', "\\", "\x00", "\x1b[2J", "\n", "\t", " ", "\udcff",
@@ -560,7 +590,7 @@ EDITS = st.lists(
 
 
 def edited(words: list[str], edits: list[tuple[str, int, int, str]], others: list[list[str]]) -> list[str]:
-    """Return a command line with some harm done to it."""
+    """Return a command line with random edits."""
     words = list(words)
     for kind, place, spot, text in edits:
         i = place % len(words) if words else 0
@@ -584,7 +614,7 @@ def edited(words: list[str], edits: list[tuple[str, int, int, str]], others: lis
 
 
 def fuzz(check: Callable[..., None], shard: int, count: int, *examples: st.SearchStrategy[Any]) -> None:
-    """Check `count` examples that follow from the number of the shard."""
+    """Check `count` random examples; the number of the shard is the seed."""
     harmless = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
     def one(values: tuple[Any, ...]) -> None:
@@ -593,22 +623,22 @@ def fuzz(check: Callable[..., None], shard: int, count: int, *examples: st.Searc
 
     drawn = settings(
         max_examples=count, deadline=None, database=None, print_blob=True, suppress_health_check=harmless,
-        phases=[Phase.generate],  # shrinking takes minutes; the examples are small as they come
+        phases=[Phase.generate],  # shrinking takes minutes, and the examples are small anyway
     )  # fmt: skip
     seed(shard)(drawn(given(st.tuples(*examples))(one)))()
 
 
 def shards(total: int, each: int) -> list[Any]:
-    """The fast tier's one shard of 100, and the full tier's."""
+    """One shard of 100 examples for the fast tier, and the shards of the full tier."""
     return [(0, 100), *(pytest.param(n, each, marks=pytest.mark.full) for n in range(1, total // each + 1))]
 
 
 @pytest.fixture
-def quick(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No example may last because it asks for much work: nothing is timed, no method checked, sweeps stay small."""
+def quick(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands without their slow parts: no timing, no property checks, small sweeps."""
     monkeypatch.setattr(CostEstimator, "_step_cost", lambda self, setup, model: StepCost(0.0, 0.0, 0.0))
     monkeypatch.setattr("qbench.check.kit.check", lambda subject: [])
-    monkeypatch.setattr(compose, "MOST_CELLS", 4)
+    monkeypatch.setattr(compose, "MOST_COMBINATIONS", 4)
     counts: dict[tuple[str, Any], dict[str, int]] = {}
 
     def count(model: torch.nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
@@ -618,7 +648,7 @@ def quick(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return counts[key]
 
     monkeypatch.setattr("qbench.experiment.setup.count_macs", count)
-    return desk
+    return workdir
 
 
 @functools.cache
@@ -626,13 +656,13 @@ def lines() -> list[list[str]]:
     return [[word.strip("'") for word in line.split()] for line in VALID]
 
 
-def judged(words: list[str]) -> Answer:
-    """Return the answer to a line of whatever words, once it is seen to be a proper one."""
+def run_checked(words: list[str]) -> Answer:
+    """Run any command line; check its status, its message and its memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     note(f"qbench {words}")
-    got = answer(words)
-    named = any(re.match(r"[+~]*(method|model|dataset|activation)\b.*:", word) for word in words)
-    assert got.status in (0, 2, 3, 4, 5) or (named and got.status == 1), got
+    got = run_cli(words)
+    user_code = any(re.match(r"[+~]*(method|model|dataset|activation)\b.*:", word) for word in words)
+    assert got.status in (0, 2, 3, 4, 5) or (user_code and got.status == 1), got
     _is_short(got)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES, got
     return got
@@ -646,14 +676,14 @@ def test_fuzzed_command_lines(shard: int, count: int, quick: Path) -> None:
         if line < len(lines()):
             words = ["plan", *edited(lines()[line], edits, lines())]
         else:
-            verb, *words = VERB_LINES[line - len(lines())].split()
-            words = [verb, *edited(words, edits, lines())]
-        status = judged(words).status
+            subcommand, *words = SUBCOMMAND_LINES[line - len(lines())].split()
+            words = [subcommand, *edited(words, edits, lines())]
+        status = run_checked(words).status
         statuses[status] = statuses.get(status, 0) + 1
         assert not tree(quick)
 
-    fuzz(check, shard, count, st.integers(0, len(lines()) + len(VERB_LINES) - 1), EDITS)
-    assert statuses[0] > count // 30, f"some lines stay valid, or the fuzz sees the parser alone: {statuses}"
+    fuzz(check, shard, count, st.integers(0, len(lines()) + len(SUBCOMMAND_LINES) - 1), EDITS)
+    assert statuses[0] > count // 30, f"too few valid lines: only the parser is tested: {statuses}"
     assert statuses[2] > count // 3, statuses
     if shard:
         counted(f"fuzzed command lines, shard {shard}: {count} and more; answers by status {statuses}")
@@ -661,7 +691,7 @@ def test_fuzzed_command_lines(shard: int, count: int, quick: Path) -> None:
 
 @functools.cache
 def texts() -> list[tuple[str, str]]:
-    """Files of ours as a user would copy them: (group, text)."""
+    """YAML files of the package, as (group, text)."""
     found = [("experiment", "experiment/smoke"), ("experiment", "experiment/claims/ttq_twn")]
     found += [(kind, f"{kind}/{name}") for kind, name in (
         ("optim", "unified"), ("optim", "sgd_step"), ("method", "dorefa"), ("method", "inq"), ("model", "resnet8"),
@@ -686,8 +716,8 @@ YAML_EDITS = st.lists(
 )  # fmt: skip
 
 
-def harmed(text: str, edits: list[tuple[str, int, int, str]], data: bytes) -> bytes:
-    """Return a file of YAML with some harm done to it; `data` are bytes put where the first edit was."""
+def edited_yaml(text: str, edits: list[tuple[str, int, int, str]], data: bytes) -> bytes:
+    """Return YAML text with random edits; `data` are bytes inserted at the first edit."""
     for kind, place, spot, new in edits:
         rows = text.splitlines() or [""]
         i, at = place % len(rows), spot % (len(text) + 1)
@@ -730,16 +760,16 @@ def test_fuzzed_yaml(shard: int, count: int, quick: Path, stored_config: str) ->
     def check(which: int, edits: list[tuple[str, int, int, str]], data: bytes) -> None:
         if which < len(texts()):
             kind, text = texts()[which]
-            content = harmed(text, edits, data)
+            content = edited_yaml(text, edits, data)
             name, words = f"c/{kind}/bad.yaml", ["plan", "--config-dir=c", f"{kind}=bad"]
         else:
-            content = harmed(stored_config, edits, data)
+            content = edited_yaml(stored_config, edits, data)
             name, words = "o/d/run/config.yaml", ["compare", "o"]
         note(repr(content))
         final = '{"kind": "final", "step": 1, "test_top1": 50.0, "test_top5": 90.0, "test_loss": 1.0}\n'
         plant(quick, {name: content, "o/d/run/metrics.jsonl": final})
         before = tree(quick)
-        got = judged(words)
+        got = run_checked(words)
         statuses[got.status] = statuses.get(got.status, 0) + 1
         assert words[0] != "compare" or (got.status == 0 and got.stdout)
         assert tree(quick) == before
@@ -753,7 +783,7 @@ def test_fuzzed_yaml(shard: int, count: int, quick: Path, stored_config: str) ->
 
 @functools.cache
 def checkpoints() -> list[bytes]:
-    """Small checkpoints: of ours, of torch.save, and a state with everything that a run saves."""
+    """Small checkpoints: from `pack`, from torch.save, and a state with everything that a run saves."""
     torch.manual_seed(0)
     model = mlp.build((1, 2, 2), 2, width=3)
     state = {
@@ -767,8 +797,8 @@ def checkpoints() -> list[bytes]:
     return [pack({"model": model.state_dict(), "identity": "x"}), pack(state), plain.getvalue(), old.getvalue()]
 
 
-def spliced(data: bytes, edits: list[tuple[str, int, int, bytes]]) -> bytes:
-    """Return a file with some harm done to it."""
+def edited_bytes(data: bytes, edits: list[tuple[str, int, int, bytes]]) -> bytes:
+    """Return the bytes of a file with random edits."""
     others = checkpoints()
     for kind, place, spot, new in edits:
         i = place % (len(data) + 1)
@@ -784,13 +814,15 @@ def spliced(data: bytes, edits: list[tuple[str, int, int, bytes]]) -> bytes:
     return data
 
 
-def pickled(data: bytes, edits: list[tuple[str, int, int, bytes]]) -> bytes:
-    """Return a checkpoint whose data.pkl is harmed and whose checksums hold: the reader's own part is reached."""
+def edited_pickle(data: bytes, edits: list[tuple[str, int, int, bytes]]) -> bytes:
+    """Return a checkpoint whose data.pkl is edited and whose checksums are right, so that the reader parses it."""
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(target, "w") as file:
         for entry in source.infolist():
             content = source.read(entry)
-            file.writestr(entry.filename, spliced(content, edits) if entry.filename.endswith("data.pkl") else content)
+            file.writestr(
+                entry.filename, edited_bytes(content, edits) if entry.filename.endswith("data.pkl") else content
+            )
     return target.getvalue()
 
 
@@ -804,14 +836,14 @@ BYTE_EDITS = st.lists(
 
 
 @pytest.mark.parametrize(("shard", "count"), shards(5000, 1000))
-def test_fuzzed_checkpoints(shard: int, count: int, desk: Path) -> None:
-    said: list[str] = []
+def test_fuzzed_checkpoints(shard: int, count: int, workdir: Path) -> None:
+    messages: list[str] = []
     model = mlp.build((1, 2, 2), 2, width=3)
-    file = desk / "start.pt"
+    file = workdir / "start.pt"
 
     def check(which: int, edits: list[tuple[str, int, int, bytes]], seal: bool, inside: bool) -> None:
         data = checkpoints()[which]
-        data = pickled(data, edits) if inside and which < 3 else spliced(data, edits)
+        data = edited_pickle(data, edits) if inside and which < 3 else edited_bytes(data, edits)
         if seal:
             data += b"\nqbench sha256 " + sha256(data).hexdigest().encode()
         file.write_bytes(data)
@@ -823,12 +855,14 @@ def test_fuzzed_checkpoints(shard: int, count: int, desk: Path) -> None:
                 with at_most(SECONDS):
                     assert isinstance(read(), dict | str)
             except CheckpointError as error:
-                said.append(str(error))
-        assert all(text.isprintable() for text in said[-3:]), said
+                messages.append(str(error))
+        assert all(text.isprintable() for text in messages[-3:]), messages
         assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES
-        assert not [path for path in desk.iterdir() if path != file]
+        assert not [path for path in workdir.iterdir() if path != file]
 
     fuzz(check, shard, count, st.integers(0, 3), BYTE_EDITS, st.booleans(), st.booleans())
-    assert count < len(said), "what is read has been harmed"
+    assert count < len(messages), "edits must be noticed"
     if shard:
-        counted(f"fuzzed checkpoints, shard {shard}: {count} and more, read in 3 ways, {len(said)} readings refused")
+        counted(
+            f"fuzzed checkpoints, shard {shard}: {count} and more, read in 3 ways, {len(messages)} readings refused"
+        )

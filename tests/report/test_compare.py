@@ -1,4 +1,4 @@
-"""Comparison from records: what is averaged, what is not, what is listed, in every format."""
+"""Comparison of stored runs: what is averaged, what is kept apart, what is listed, in every format."""
 
 import csv
 import io
@@ -18,16 +18,19 @@ from helpers import evaluation, plant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qbench.bits import Bits
 from qbench.cli import compare as asked
 from qbench.cli.main import main as cli
 from qbench.config import compose
 from qbench.config.schema import Config
+from qbench.cost.network_cost import NetworkCost
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
 from qbench.papers.published import absence_note
 from qbench.papers.row_files import published_rows
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
+from qbench.report.comparison.setting_table import MissingRuns, settings_of
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import FROM_LOGS, RunRecord, read, with_baselines
 from qbench.runs.result import BaselineResult, Result, with_checksum
@@ -46,20 +49,21 @@ def test_mean_spread_number_and_difference(configure: Configure) -> None:
     assert [row[:4] for row in table.rows] == [
         ("float", "32", "32", "32"), ("dorefa", "4", "32", "32"), ("dorefa", "2", "32", "32"),
     ]  # fmt: skip
-    cell = table.values[2]
+    _, single, setting = settings_of(table)
     own = [a for a, _ in figures.values()]
-    assert cell["top1_mean"] == pytest.approx(mean(own))
-    assert cell["top1_std"] == pytest.approx(stdev(own))
-    assert (cell["n"], cell["seeds"]) == (3, [0, 1, 2])
-    assert cell["diff_mean"] == pytest.approx(mean([a - b for a, b in figures.values()]))
-    assert table.values[1]["top1_std"] is None
-    assert table.rows[1][7:11] == ("no spread", "1", "", "+1.00")
+    assert setting.top1.mean == pytest.approx(mean(own))
+    assert setting.top1.std == pytest.approx(stdev(own))
+    assert (setting.top1.n, [run.seed for run in setting.runs]) == (3, [0, 1, 2])
+    assert setting.difference
+    assert setting.difference.mean == pytest.approx(mean([a - b for a, b in figures.values()]))
+    assert single.top1.std is None
+    assert table.rows[1][7:11] == ("-", "1", "", "+1.00")
     assert table.rows[2][6:12] == ("96.17", "1.04", "3", "±2.59", "-1.67", "±3.99"), (
         "4.3027 times 1.0408, 1.6073 / 3^0.5"
     )
 
 
-def test_order_of_runs_and_failed_ones_never_change_a_figure(configure: Configure) -> None:
+def test_order_of_runs_and_failed_ones_never_change_an_accuracy(configure: Configure) -> None:
     for seed in range(4):
         plant(configure("method=dorefa", f"seed={seed}"), 90.0 + seed**2, 98.0)
     found = read([configure().out])
@@ -74,7 +78,7 @@ def test_order_of_runs_and_failed_ones_never_change_a_figure(configure: Configur
     assert after[-1].rows[1][2] == "why"
 
 
-def test_unlike_protocols_stand_apart_and_say_what_differs(configure: Configure) -> None:
+def test_different_protocols_have_tables_of_their_own_that_name_the_keys(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.0, 98.0)
     plant(configure("method=dorefa", "epochs=3", "seed=1"), 50.0, 98.0)
     first, second = tables(configure())
@@ -91,7 +95,7 @@ def test_options_of_a_method_are_another_row_named_as_typed(configure: Configure
     assert [row[0] for row in table.rows] == ["float", "dorefa activation=abs", "dorefa activation=clip"]
 
 
-def test_float_parents_on_another_kind_of_network_are_a_row_of_their_own(configure: Configure) -> None:
+def test_float_baselines_on_another_kind_of_network_are_a_row_of_their_own(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.0, 98.0)
     path = plant(configure("method=hwgq"), 95.0, 97.5, network={"norm": "no_affine"})
     stored = json.loads((path / "result.json").read_text())
@@ -100,10 +104,10 @@ def test_float_parents_on_another_kind_of_network_are_a_row_of_their_own(configu
     (table,) = tables(configure())
     assert [row[0] for row in table.rows] == ["float", "float norm=no_affine", "dorefa", "hwgq"]
     assert [row[6] for row in table.rows] == ["98.00", "97.50", "97.00", "95.00"]
-    assert table.notes == ["hwgq is on a network with norm=no_affine, as its float parent is"]
+    assert table.notes == ["hwgq: network with norm=no_affine, as its float baseline"]
 
 
-def test_parents_beside_runs_are_read_and_none_twice(configure: Configure) -> None:
+def test_baselines_next_to_runs_are_read_and_none_twice(configure: Configure) -> None:
     parent = plant(configure("method=float"), 98.0)
     baseline = BaselineResult(run=f"elsewhere/before/{parent.name}", final=evaluation(98.0))
     child = plant(configure("method=dorefa"), 97.0, baseline=baseline)
@@ -115,7 +119,7 @@ def test_parents_beside_runs_are_read_and_none_twice(configure: Configure) -> No
     assert len(with_baselines(below)) == len(below) == 3
 
 
-def test_unlike_networks_are_never_averaged(configure: Configure) -> None:
+def test_different_networks_are_never_averaged(configure: Configure) -> None:
     for seed in (0, 1):
         plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0)
         plant(
@@ -125,44 +129,45 @@ def test_unlike_networks_are_never_averaged(configure: Configure) -> None:
             network={"norm": "no_affine"},
         )
     (table,) = tables(configure())
-    assert [(v["method"], v["n"], v["top1_mean"]) for v in table.values] == [
+    assert [(s.label, s.top1.n, s.top1.mean) for s in settings_of(table)] == [
         ("float", 2, 98.0), ("float norm=no_affine", 2, 92.0), ("dorefa", 2, 97.0),
         ("dorefa model.norm=no_affine", 2, 90.0),
     ]  # fmt: skip
 
 
-def test_the_same_seed_twice_is_said_and_counts_once(configure: Configure) -> None:
+def test_several_runs_of_one_seed_are_noted_and_count_once(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.0, 98.0)
     plant(configure("method=dorefa", "runtime.threads=2"), 96.0, 98.0)
     (table,) = tables(configure())
-    cell = table.values[1]
-    assert (cell["n"], cell["top1_mean"], cell["top1_std"], cell["diff_mean"]) == (1, 96.5, None, -1.5)
-    assert any("more than once" in note for note in table.notes)
+    setting = settings_of(table)[1]
+    assert (setting.top1.n, setting.top1.mean, setting.top1.std) == (1, 96.5, None)
+    assert setting.difference
+    assert setting.difference.mean == -1.5
+    assert any("several runs of one seed" in note for note in table.notes)
 
 
 def test_a_copy_of_a_run_is_not_a_second_run(configure: Configure, tmp_path: Path) -> None:
     path = plant(configure("method=dorefa"), 97.0, 98.0)
     shutil.copytree(path, path.with_name("copy"))
     (table,) = tables(configure())
-    assert table.values[1]["n"] == 1
-    assert "copies of runs listed already" in table.notes[-1]
+    assert settings_of(table)[1].top1.n == 1
+    assert "duplicate runs, left out" in table.notes[-1]
 
 
-def test_runs_moved_out_of_their_folder_keep_their_parents(configure: Configure, tmp_path: Path) -> None:
-    parent = plant(configure("method=float"), 98.0)
-    told = {"run": str(parent), "final": {"test": {"top1": 98.0}}}
-    plant(configure("method=dorefa"), 97.0, float=told)
+def test_runs_moved_out_of_their_folder_keep_their_baselines(configure: Configure, tmp_path: Path) -> None:
+    baseline = plant(configure("method=float"), 98.0)
+    plant(configure("method=dorefa"), 97.0, baseline=BaselineResult(run=str(baseline), final=evaluation(98.0)))
     before = [(t.title, t.rows) for t in tables(configure())]
-    parent.parent.rename(tmp_path / "moved")
+    baseline.parent.rename(tmp_path / "moved")
     assert [(t.title, t.rows) for t in compare(read([str(tmp_path / "moved")]))] == before
 
 
-def test_a_run_told_by_event_files_alone_spoils_no_title(configure: Configure) -> None:
+def test_a_run_without_a_known_protocol_changes_no_other_title(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.0, 98.0)
     path = plant(configure("method=twn"), 96.0, 98.0)
     stored = json.loads((path / "result.json").read_text())
-    told = stored | {"protocol": {"hash": "", "keys": {"epochs": 30}, "identity": ""}}
-    (path / "result.json").write_text(json.dumps(with_checksum(told)))
+    changed = stored | {"protocol": {"hash": "", "keys": {"epochs": 30}, "identity": ""}}
+    (path / "result.json").write_text(json.dumps(with_checksum(changed)))
     assert sorted(t.title for t in tables(configure())) == [
         "resnet8 on digits", "resnet8 on digits; protocol not known",
     ]  # fmt: skip
@@ -183,7 +188,7 @@ def test_an_odd_result_is_torn_and_harms_no_other(configure: Configure) -> None:
         path = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0) / "result.json"
         path.write_text(json.dumps(with_checksum(json.loads(path.read_text()) | change)))
     first, rest = tables(configure())
-    assert first.values[1]["n"] == 1
+    assert settings_of(first)[1].top1.n == 1
     assert [row[0] for row in rest.rows] == ["torn"] * len(odd)
 
 
@@ -213,14 +218,14 @@ def test_from_the_logs_where_the_result_is_missing(smoke: Configure) -> None:
     for missing in (["result.json"], ["config.yaml", "metrics.jsonl"]):
         for name in missing:
             (path / name).unlink()
-        rows = [v for t in tables(config) for v in t.values if v["method"] == "dorefa"]
-        assert [row["top1_mean"] for row in rows] == [pytest.approx(expected, rel=1e-5)], missing
-        assert rows[0]["source"] == FROM_LOGS
-        assert rows[0]["bits"] == {"w": 2, "a": 32, "g": 32}
+        rows = [s for t in tables(config) for s in settings_of(t) if s.method == "dorefa"]
+        assert [s.top1.mean for s in rows] == [pytest.approx(expected, rel=1e-5)], missing
+        assert rows[0].source == FROM_LOGS
+        assert rows[0].bits == Bits(2, 32, 32)
         assert any(FROM_LOGS in note for t in tables(config) for note in t.notes)
     for event in path.glob("events.*"):
         event.write_bytes(event.read_bytes()[:100])
-    (rest,) = (t for t in tables(config) if t.title == "without a figure")
+    (rest,) = (t for t in tables(config) if t.title == "failed or unsupported")
     assert rest.rows[0][0] in ("unfinished", "torn")
 
 
@@ -233,12 +238,12 @@ def test_runs_can_be_moved_and_named_one_by_one(configure: Configure, tmp_path: 
         read([str(tmp_path / "nowhere")])
 
 
-def test_markdown_takes_no_cell_for_html() -> None:
+def test_markdown_does_not_read_cells_as_html() -> None:
     shown = FORMATS["md"]([Table(("a",), [("<b>x</b> | <8,8>",)])])
     assert shown.splitlines()[-1] == "| &lt;b>x&lt;/b> \\| <8,8> |"
 
 
-def test_every_format_holds_every_figure(configure: Configure) -> None:
+def test_every_format_holds_every_accuracy(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.25, 98.0)
     plant(configure("method=dorefa", "seed=3"), 0.0, status="failed", reason="a | b & c_d")
     found = tables(configure())
@@ -257,51 +262,55 @@ def test_every_format_holds_every_figure(configure: Configure) -> None:
 
 # --- each format, whole: two seeds of one method, a run that failed
 
+SAMPLE_NOTE = (
+    "95 % confidence intervals: ±1.29 to ±1.53 from the test sample of 400 images, ±3.18 to ±6.35 from seeds; "
+    "the error from seeds is larger"
+)
 GOLDEN = {
     "text": """\
 resnet8 on digits
-method   W   A   G  top-1 %   std  n   95 %   diff  diff 95 %
-float   32  32  32    98.25  0.35  2  ±3.18      -
-dorefa   2  32  32    97.50  0.71  2  ±6.35  -0.75      ±3.18
-error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds
+method   W   A   G  top-1 %   std  n  95 % CI   diff  diff 95 % CI
+float   32  32  32    98.25  0.35  2    ±3.18      -
+dorefa   2  32  32    97.50  0.71  2    ±6.35  -0.75         ±3.18
+NOTE
 
-without a figure
+failed or unsupported
 status  run  reason
 failed  RUN  a | b & c_d""",
     "md": """\
 **resnet8 on digits**
 
-| method | W | A | G | top-1 % | std | n | 95 % | diff | diff 95 % |
+| method | W | A | G | top-1 % | std | n | 95 % CI | diff | diff 95 % CI |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | float | 32 | 32 | 32 | 98.25 | 0.35 | 2 | ±3.18 | - |  |
 | dorefa | 2 | 32 | 32 | 97.50 | 0.71 | 2 | ±6.35 | -0.75 | ±3.18 |
 
-- error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds
+- NOTE
 
-**without a figure**
+**failed or unsupported**
 
 | status | run | reason |
 | --- | --- | --- |
 | failed | RUN | a \\| b & c_d |""",
     "csv": """\
-table,method,W,A,G,top-1 %,std,n,95 %,diff,diff 95 %
+table,method,W,A,G,top-1 %,std,n,95 % CI,diff,diff 95 % CI
 resnet8 on digits,float,32,32,32,98.25,0.35,2,±3.18,-,
 resnet8 on digits,dorefa,2,32,32,97.50,0.71,2,±6.35,-0.75,±3.18
-note,"error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds"
-without a figure,failed,RUN,a | b & c_d""",
+note,"NOTE"
+failed or unsupported,failed,RUN,a | b & c_d""",
     "latex": """\
 % resnet8 on digits
 \\begin{tabular}{lrrrrrrrrr}
 \\toprule
-method & W & A & G & top-1 \\% & std & n & 95 \\% & diff & diff 95 \\% \\\\
+method & W & A & G & top-1 \\% & std & n & 95 \\% CI & diff & diff 95 \\% CI \\\\
 \\midrule
 float & 32 & 32 & 32 & 98.25 & 0.35 & 2 & $\\pm$3.18 & - &  \\\\
 dorefa & 2 & 32 & 32 & 97.50 & 0.71 & 2 & $\\pm$6.35 & -0.75 & $\\pm$3.18 \\\\
 \\bottomrule
 \\end{tabular}
-% error at 95 %: test sample of 400 images ±1.29 to ±1.53, seeds ±3.18 to ±6.35: the larger is that of the seeds
+% NOTE
 
-% without a figure
+% failed or unsupported
 \\begin{tabular}{lll}
 \\toprule
 status & run & reason \\\\
@@ -310,7 +319,7 @@ failed & RUN & a | b \\& c\\_d \\\\
 \\bottomrule
 \\end{tabular}""",
 }
-"""97 and 98, parents 98 and 98.5: std 1 / 2^0.5 and 0.5 / 2^0.5, half intervals t(1) 12.706 times 0.5 and 0.25; the
+"""97 and 98, baselines 98 and 98.5: std 1 / 2^0.5 and 0.5 / 2^0.5, half intervals t(1) 12.706 times 0.5 and 0.25; the
 differences -1 and -0.5 have the latter too. 98.25 % and 97.5 % of 400: 196 (0.9825 0.0175 / 400)^0.5 = 1.29, 1.53.
 """
 
@@ -343,7 +352,7 @@ def test_golden(form: str, planted: tuple[str, Path]) -> None:
     shown = asked.run_compare([out, "--columns", "accuracy", "--format", form])
     path = str(failed).replace("_", r"\_") if form == "latex" else str(failed)
     tidy = re.sub(r"run +reason", "run  reason", shown.replace(path, "RUN"))  # a column is as wide as the path was
-    assert tidy == GOLDEN[form]
+    assert tidy == GOLDEN[form].replace("NOTE", SAMPLE_NOTE)
 
 
 def test_golden_json(planted: tuple[str, Path]) -> None:
@@ -351,18 +360,20 @@ def test_golden_json(planted: tuple[str, Path]) -> None:
     block, rest = json.loads(asked.run_compare([out, "--format=json"]))["tables"]
     child = block["rows"][1]
     numbers = {
-        key: child[key] for key in ("top1_mean", "top1_std", "top1_half", "diff_mean", "diff_half", "sample_half")
+        key: child[key]
+        for key in ("top1_mean", "top1_std", "top1_ci95_half", "diff_mean", "diff_ci95_half", "test_sample_ci95_half")
     }
     assert numbers == pytest.approx(
-        {"top1_mean": 97.5, "top1_std": 0.5**0.5, "top1_half": 6.3531, "diff_mean": -0.75, "diff_half": 3.1766,
-         "sample_half": 1.5300}, abs=1e-4,
+        {"top1_mean": 97.5, "top1_std": 0.5**0.5, "top1_ci95_half": 6.3531, "diff_mean": -0.75,
+         "diff_ci95_half": 3.1766, "test_sample_ci95_half": 1.5300}, abs=1e-4,
     )  # fmt: skip
     plain = {
-        "method": "dorefa", "n": 2, "seeds": [0, 1], "top1": [97.0, 98.0], "float_top1": [98.0, 98.5], "bytes": 7176,
-        "bitops": 16_842_752, "test_images": 400, "is_parent": False, "pairs": [], "winner": False,
+        "label": "dorefa", "method": "dorefa", "n": 2, "seeds": [0, 1], "top1": [97.0, 98.0],
+        "baseline_top1": [98.0, 98.5], "bytes": 7176, "bitops": 16_842_752, "test_images": 400, "is_baseline": False,
+        "pairs": [], "winner": False,
     }  # fmt: skip
     assert {key: child[key] for key in plain} == plain
-    assert block["rows"][0]["is_parent"]
+    assert block["rows"][0]["is_baseline"]
     assert rest["rows"] == [{"status": "failed", "runs": [str(failed)], "reason": "a | b & c_d\nmore"}]
 
 
@@ -379,12 +390,12 @@ def test_a_record_gives_the_tables_of_its_runs(planted: tuple[str, Path], tmp_pa
     assert asked.run_compare([str(file), "--format", "record"]) == file.read_text()
     for words in (["--format", "md"], ["--format", "csv", "method=dorefa"]):
         whole = asked.run_compare([str(there), *words]).replace(str(there), str(here))
-        without_sample = re.sub(r"(?m)^(- |note,\")error at 95 %: test sample.*\n\n?", "", whole)
+        without_sample = re.sub(r"(?m)^(- |note,\")95 % confidence intervals: .*\n\n?", "", whole)
         assert without_sample != whole
         assert asked.run_compare([str(file), *words]).replace("\n\n\n", "\n\n") == without_sample
     shutil.rmtree(there / Path(planted[1]).relative_to(planted[0]))
     both = asked.run_compare([str(there), str(file)])
-    assert "copies of runs listed already, left out" in both
+    assert "duplicate runs, left out" in both
     assert re.search(r"^failed +\S+here", both, re.MULTILINE), "what only the record has"
 
 
@@ -397,10 +408,10 @@ def test_a_directory_stands_before_its_record(planted: tuple[str, Path], tmp_pat
     (tmp_path / "a.json").write_text(json.dumps(other))
     both = asked.tables(asked.parse([str(tmp_path / "a.json"), planted[0]]))
     alone = asked.tables(asked.parse([planted[0]]))
-    assert [table.values for table in both if "top1_mean" in table.values[0]] == [alone[0].values]
+    assert [settings for table in both if (settings := settings_of(table))] == [settings_of(alone[0])]
     notes = "\n".join(note for table in both for note in table.notes)
-    assert "copies of runs listed already, left out: 0/first/digits-resnet8/dorefa-w2a32g32-s0" in notes
-    assert re.search(r"copies 1 have another top-1.* 87\.00, listed 97\.00$", notes, re.MULTILINE)
+    assert "duplicate runs, left out: 0/first/digits-resnet8/dorefa-w2a32g32-s0" in notes
+    assert re.search(r"duplicates with another top-1 \(1\).* 87\.00, kept 97\.00$", notes, re.MULTILINE)
 
 
 WRONG = [None, {}, [], "x", "", -40, 9600, True, float("nan"), [[]], {"a": None}]
@@ -443,7 +454,7 @@ def test_another_file_is_refused(content: str, tmp_path: Path, capsys: pytest.Ca
     assert "x.json: not a record of runs" in capsys.readouterr().err
 
 
-# --- what a command line may ask for
+# --- options of the command line
 
 
 @pytest.fixture(scope="module")
@@ -474,41 +485,43 @@ def several(elsewhere: Callable[[], Configure]) -> str:
 )  # fmt: skip
 def test_filters(several: str, words: list[str], cells: set[tuple[str, int, int]], others: int) -> None:
     found = asked.tables(asked.parse([several, *words]))
-    rows = [v for t in found for v in t.values]
-    assert {(v["method"], v["bits"]["w"], v["n"]) for v in rows if v.get("is_parent") is False} == cells
-    assert sum("status" in v for v in rows) == others
-    parents = [v["seeds"] for v in rows if v.get("is_parent")]
-    assert parents == (
-        [sorted({s for v in rows if "pairs" in v and not v["is_parent"] for s in v["seeds"]})] if cells else []
+    rows = [s for t in found for s in settings_of(t)]
+    assert {(s.method, s.bits.w, s.top1.n) for s in rows if not s.is_baseline} == cells
+    assert sum(isinstance(v, MissingRuns) for t in found for v in t.values) == others
+    baseline_seeds = [[run.seed for run in s.runs] for s in rows if s.is_baseline]
+    assert baseline_seeds == (
+        [sorted({run.seed for s in rows if not s.is_baseline for run in s.runs})] if cells else []
     )
 
 
 def test_columns_order_and_parts(several: str) -> None:
     (block, _) = asked.tables(asked.parse([several, "--columns", "cost,verification,speed"]))
     assert block.head == ("method", "W", "A", "G", "levels", "bits/weight", "size", "BitOps", "images/s", "s/epoch",
-                          "peak", "verified layers", "levels found")  # fmt: skip
+                          "peak memory", "verified layers", "levels found")  # fmt: skip
     order = {
         "top-1": ["float", "dorefa", "dorefa", "lsq"], "-": [], "diff": ["dorefa", "dorefa", "lsq", "float"],
         "w": ["dorefa", "lsq", "dorefa", "float"], "95 %": ["lsq", "float", "dorefa", "dorefa"],
+        "95 % CI": ["lsq", "float", "dorefa", "dorefa"], "levels found": ["float", "dorefa", "dorefa", "lsq"],
     }  # fmt: skip
     for key, methods in order.items():
         if methods:
-            assert [v["method"] for v in asked.tables(asked.parse([several, f"--sort={key}"]))[0].values] == methods, (
-                key
-            )
+            (table, *_) = asked.tables(asked.parse([several, f"--sort={key}"]))
+            assert [s.label for s in settings_of(table)] == methods, key
     titles = [t.title for t in asked.tables(asked.parse([several, "--by", "bits.w,seed"]))]
     assert titles == [f"resnet8 on digits; bits.w={w}; seed={s}" for w, s in ((2, 0), (2, 1), (4, 0))] + [
-        "without a figure"
+        "failed or unsupported"
     ]
 
 
 def test_accuracy_at_equal_bytes(configure: Configure) -> None:
     """100, 105 and 106 bytes: the third is more than 5 % above the first and opens the next group."""
     for seed, (bytes_ideal, top1) in enumerate(((100, 90.0), (105, 95.0), (106, 94.0), (111, 96.0))):
-        cost = {"bits_per_weight": 2.0, "bytes_ideal": bytes_ideal, "bitops": 1}
+        cost = NetworkCost(
+            params=1, macs=1, bitops=1, bytes_float=1, bytes_ideal=bytes_ideal, bytes_packed=1, bits_per_weight=2.0
+        )
         plant(configure("method=dorefa", f"bits=w{seed + 2}"), top1, cost=cost)
     (table,) = asked.tables(asked.parse([configure().out, "--sort", "equal-bytes"]))
-    assert [(v["bytes_group"], v["bytes"], v["top1_mean"]) for v in table.values] == [
+    assert [(s.bytes_group, s.cost and s.cost.bytes_ideal, s.top1.mean) for s in settings_of(table)] == [
         (1, 105, 95.0), (1, 100, 90.0), (2, 111, 96.0), (2, 106, 94.0),
     ]  # fmt: skip
     assert table.head[0] == "equal-bytes"
@@ -526,37 +539,39 @@ def test_accuracy_at_equal_bytes(configure: Configure) -> None:
         (["--margin=wide"], "above 0"),
         (["--format", "txt"], "did you mean text"),
         (["--publishe"], "did you mean --published"),
-        (["method=dorefaa"], "method=dorefaa: no run has it; did you mean dorefa?\nthere are: dorefa, lsq"),
-        (["epochs=3"], "epochs=3: no run has it\nthere are: 30"),
-        (["bits=w4a2"], "bits=w4a2: no run has it; did you mean w4a4g32?\nthere are: w2a2g32, w4a4g32"),
-        (["bits.w=3"], "bits.w=3: no run has it\nthere are: 2, 4"),
+        (["method=dorefaa"], "method=dorefaa: no run has it; did you mean dorefa?\nvalues found: dorefa, lsq"),
+        (["epochs=3"], "epochs=3: no run has it\nvalues found: 30"),
+        (["bits=w4a2"], "bits=w4a2: no run has it; did you mean w4a4g32?\nvalues found: w2a2g32, w4a4g32"),
+        (["bits.w=3"], "bits.w=3: no run has it\nvalues found: 2, 4"),
     ],
 )
-def test_what_is_refused(several: str, words: list[str], phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_words_are_refused(
+    several: str, words: list[str], phrase: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli(["compare", several, *words]) == ConfigError.status
     assert phrase in capsys.readouterr().err
 
 
-def test_a_value_that_no_run_has_is_noted_beside_those_that_some_have(several: str) -> None:
+def test_a_value_that_no_run_has_is_noted_if_another_is_found(several: str) -> None:
     assert "no run has method=twn" in asked.run_compare([several, "method=lsq,twn"])
     assert "no run has" not in asked.run_compare([several, "method=lsq"])
 
 
 def test_the_margin_is_stated(several: str) -> None:
-    assert "margin ±2 points" in asked.run_compare([several, "--margin", "2"])
-    assert "margin ±0.5 points" in asked.run_compare([several])
+    assert "equivalence margin ±2 points" in asked.run_compare([several, "--margin", "2"])
+    assert "equivalence margin ±0.5 points" in asked.run_compare([several])
 
 
-def test_a_claim_without_a_figure_is_shown_and_is_no_number(configure: Configure) -> None:
-    nobody = next(r for r in published_rows() if r.metric.startswith("top1") and r.value is None and r.words)
-    config = configure(f"experiment={nobody.paper}/{nobody.id}")
+def test_a_claim_without_a_value_is_shown_as_a_question_mark(configure: Configure) -> None:
+    unknown = next(r for r in published_rows() if r.metric.startswith("top1") and r.value is None and r.words)
+    config = configure(f"experiment={unknown.paper}/{unknown.id}")
     plant(config, 90.0, 92.0)
-    text = asked.run_compare([config.out, "--published", "--sort", "paper", "--format", "json"])
-    (cell,) = [v for v in json.loads(text)["tables"][0]["rows"] if v.get("name") == nobody.method]
-    assert (cell["paper_top1"], cell["paper_shown"]) == (None, "?")
+    text = asked.run_compare([config.out, "--published", "--sort", "published", "--format", "json"])
+    (setting,) = [v for v in json.loads(text)["tables"][0]["rows"] if v.get("method") == unknown.method]
+    assert (setting["published"][0]["top1"], setting["published"][0]["text"]) == (None, "?")
 
 
-def test_what_papers_claim(configure: Configure) -> None:
+def test_published_results_and_the_gap_to_them(configure: Configure) -> None:
     """TTQ's ResNet-20 error on CIFAR-10 is 8.87 (verified), 91.13 % right; DoReFa's paper has no CIFAR-10, and a third
     party's figure is of a known deviation from it.
     """
@@ -567,24 +582,24 @@ def test_what_papers_claim(configure: Configure) -> None:
     plant(configure(*words, "method=ttq", "model.width=8"), 80.0, 82.0)
     tables = asked.tables(asked.parse([configure().out, "--published"]))
     own, thin = sorted(tables, key=lambda t: len(t.rows), reverse=True)
-    cells = {v["method"]: v for v in own.values}
-    assert cells["ttq"]["published"][0]["claimed"] == 8.87
-    assert cells["ttq"]["paper_gap"] == pytest.approx(90 - 91.13)
+    published = {s.label: s.published or () for s in settings_of(own)}
+    assert published["ttq"][0].claimed == 8.87
+    assert published["ttq"][0].gap == pytest.approx(90 - 91.13)
     row = next(row for row in own.rows if row[0] == "ttq")
-    place = own.head.index("paper")
-    assert own.head[place : place + 3] == ("paper", "gap", "ran by")
+    place = own.head.index("published")
+    assert own.head[place : place + 3] == ("published", "gap", "ran by")
     assert row[place : place + 2] == ("91.13", "-1.13")
-    assert not cells["dorefa"]["published"]
-    (third,) = {r["ran_by"] for r in cells["dorefa deviation=rescaled_by_max"]["published"]}
+    assert not published["dorefa"]
+    (third,) = {match.ran_by for match in published["dorefa deviation=rescaled_by_max"]}
     assert third.startswith("third party")
     assert absence_note("dorefa", "resnet20", "cifar10") in own.notes
-    assert all(not v.get("published") for v in thin.values), "a thinner network is not the paper's"
+    assert all(s.published == () for s in settings_of(thin)), "a thinner network is not the paper's"
     made = plant(configure("method=dorefa", f"out={configure().out}/digits"), 97.0, 98.0)
     (digits,) = asked.tables(asked.parse([str(made), "--published"]))
-    assert "digits is in no paper of the ledger" in digits.notes
+    assert "no published results on digits" in digits.notes
 
 
-# --- whatever stands beside them, figures stay
+# --- accuracies do not depend on other runs
 
 NAMES = st.tuples(st.sampled_from(["dorefa", "lsq", "ttq"]), st.sampled_from([1, 2, 4]), st.integers(0, 4))
 ENDED = st.tuples(NAMES, st.sampled_from(["failed", "diverged", "unsupported", "unfinished", "torn", "running"]))
@@ -611,19 +626,19 @@ def _run(model: Result, place: str, method: str, width: int, seed: int, status: 
     st.lists(ENDED, max_size=6),
     st.randoms(),
 )
-def test_neither_order_nor_runs_without_a_figure_change_figures(
+def test_neither_order_nor_missing_runs_change_accuracies(
     model_result: Result, done: dict[tuple[str, int, int], float], ended: list[Any], random: Any
 ) -> None:
     runs = [_run(model_result, f"o/{m}{w}{s}", m, w, s, "done", top1) for (m, w, s), top1 in done.items()]
     before = compare(runs)
-    conclude(before)
+    concluded = conclude(before)
     others = [_run(model_result, f"o/e{i}", *name, status) for i, (name, status) in enumerate(ended)]
     shuffled = [*runs, *others]
     random.shuffle(shuffled)
     after = compare(shuffled)
-    conclude(after)
     assert after[: len(before)] == before
-    names = {str(run) for t in after[len(before) :] for v in t.values for run in v["runs"]}
+    assert conclude(after)[: len(before)] == concluded
+    names = {run for t in after[len(before) :] for v in t.values for run in v.runs}
     assert names == {f"o/e{i}" for i in range(len(ended))}
 
 
@@ -651,9 +666,10 @@ def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, m
         data.draw(st.sampled_from([old[:at], old[:at] + b"\xff" + old[at + 1 :], b"", b"{}", b"[1, 2]"]))
     )
     found = asked.tables(asked.parse([str(out)]))
-    named = [run for t in found for v in t.values for run in v["runs"]]
-    assert sorted(map(str, named)) == sorted(str(p) for p in out.iterdir())
-    figures = [v["top1"][0] for t in found for v in t.values if "top1" in v]
-    assert figures[:1] == [97.0]
-    statuses = [v["status"] for t in found for v in t.values if "status" in v]
+    runs = [run for t in found for s in settings_of(t) for run in s.runs]
+    missing = [v for t in found for v in t.values if isinstance(v, MissingRuns)]
+    named = [run.run for run in runs] + [run for v in missing for run in v.runs]
+    assert sorted(named) == sorted(str(p) for p in out.iterdir())
+    assert [run.top1 for run in runs[:1]] == [97.0]
+    statuses = [v.status for v in missing]
     assert statuses == (["torn"] if victim.name == "result.json" and victim.read_bytes() != bytes(old) else [])

@@ -1,4 +1,4 @@
-"""The page of a comparison: all is there once and is text, nothing is loaded from elsewhere, a browser sorts it."""
+"""The HTML page of a comparison: complete, escaped, self-contained, and sorted and filtered by a browser."""
 
 import base64
 import hashlib
@@ -67,7 +67,7 @@ def change(path: Path, **values: Any) -> None:
 
 @pytest.fixture
 def out(configure: Configure) -> str:
-    """Return a folder with two widths of a method, a foul one, and runs without a figure."""
+    """Return a folder with two widths of a method, one with a script in its name, and runs without a result."""
     for seed, top1 in enumerate((96.0, 97.0, 98.0)):
         layers = {"layer1.conv1": {"w": {"found": 3 + seed % 2, "allowed": 4}}}
         card = {"dorefa": {"choices": "`clip`, of <three>", "deviations": "a zero stays zero"}}
@@ -82,19 +82,18 @@ def out(configure: Configure) -> str:
 
 def made(out: str) -> str:
     found = read([out])
-    tables = compare(found)
-    conclude(tables)
-    return html(tables, found)
+    return html(conclude(compare(found)), found)
 
 
-def test_every_cell_row_and_reason_stands_there_once_and_escaped(out: str) -> None:
+def test_every_setting_row_and_reason_is_there_once_and_escaped(out: str) -> None:
     text = made(out)
     read_back = Reader(text)
-    cells = read_back.all("details")
-    assert [cell["id"] for cell in cells] == ["t0c0", "t0c1", "t0c2", "t0c3"]
-    assert [row["data-cell"] for row in read_back.all("tr") if "data-cell" in row] == [cell["id"] for cell in cells]
+    details = read_back.all("details")
+    anchors = [one["id"] for one in details]
+    assert anchors == ["t0s0", "t0s1", "t0s2", "t0s3"]
+    assert [row["data-setting"] for row in read_back.all("tr") if "data-setting" in row] == anchors
     assert [link["href"] for link in read_back.all("a") if (link["href"] or "")[:2] == "#t"][2:] == [
-        f"#{cell['id']}" for cell in cells
+        f"#{anchor}" for anchor in anchors
     ]
     words = [word.strip() for word in read_back.words]
     assert words.count(f"{EVIL}\nsecond line") == 1
@@ -107,9 +106,9 @@ def test_every_cell_row_and_reason_stands_there_once_and_escaped(out: str) -> No
 def test_numbers_are_sorted_as_numbers_and_no_value_is_empty(out: str) -> None:
     values = [a["data-value"] for tag, a in Reader(made(out)).tags if "data-value" in a and tag == "td"]
     assert len(values) > 20
-    assert "" in values, "a single run has no spread"
+    assert "" in values, "a single run has no standard deviation"
     assert all(float(value) == float(value) for value in values if value)
-    assert {"10", "2", "32", "97.0", "7176"} <= set(values)
+    assert {"10", "2", "32", "97.0", "7176.0"} <= set(values)
 
 
 def test_nothing_is_loaded_from_elsewhere_and_one_script_may_run(out: str) -> None:
@@ -130,19 +129,19 @@ def test_nothing_is_loaded_from_elsewhere_and_one_script_may_run(out: str) -> No
     assert f"script-src 'sha256-{digest}'" in policy
 
 
-def test_a_cell_tells_its_runs_layers_choices_and_configuration(out: str) -> None:
+def test_a_setting_shows_its_runs_layers_choices_and_configuration(out: str) -> None:
     text = made(out)
-    (cell,) = re.findall(r'(?s)<details class="cell" id="t0c3">.*?</details>', text)
-    words = [word.strip() for word in Reader(cell).words if word.strip()]
+    (details,) = re.findall(r'(?s)<details class="setting" id="t0s3">.*?</details>', text)
+    words = [word.strip() for word in Reader(details).words if word.strip()]
     assert words[0] == "dorefa W2"
     assert [word for word in words if word in ("96.00", "97.00", "98.00")] == ["96.00", "97.00", "98.00"]
     assert words.count("3-4 of 4") == 1
     assert words.count("well") == 1, "the same note of three runs is one"
-    assert 'href="#m0"' in cell
+    assert 'href="#m0"' in details
     assert "<code>clip</code>, of &lt;three&gt;" in text.partition('id="m0"')[2]
-    assert "name: dorefa" in cell
-    assert "validation top-1 (%)" in cell
-    (line,) = re.findall(r'<polyline class="own" points="([^"]*)"', cell)
+    assert "name: dorefa" in details
+    assert "validation top-1 (%)" in details
+    (line,) = re.findall(r'<polyline class="own" points="([^"]*)"', details)
     assert line == "34.0,126.0 372.0,6.0", "two epochs, from 50 % below to 60 % above"
 
 
@@ -156,22 +155,23 @@ def test_how_the_page_was_made(out: str, monkeypatch: pytest.MonkeyPatch) -> Non
     words = [word.strip() for word in Reader(made(out)).words]
     assert "qbench compare 'my runs' --html x.html" in words
     assert "1970-01-02 00:00 UTC" in words
-    assert words[words.index("1 run under") + 1] == "torch 9.9"
+    assert words[words.index("1 run with") + 1] == "torch 9.9"
 
 
 def test_a_page_of_nothing(tmp_path: Path) -> None:
     page([], [], tmp_path / "empty.html")
-    assert "No runs there." in " ".join(Reader((tmp_path / "empty.html").read_text()).words)
+    assert "No runs found." in " ".join(Reader((tmp_path / "empty.html").read_text()).words)
     with pytest.raises(ConfigError, match=r"ends in \.html"):
         page([], [], tmp_path / "page.pdf")
 
 
 def test_damaged_parts_of_a_result_leave_the_page_whole(configure: Configure, tmp_path: Path) -> None:
     odd: list[dict[str, Any]] = [
+        {"quantizers": {"conv": {"w": 3}}, "best": None, "wall_seconds": None},
         {"quantizers": {"conv": 3}, "card": {"dorefa": "text"}},
         {"quantizers": 3, "card": [], "verified": 3},
         {"best": {"epoch": "x", "test": 1}, "wall_seconds": "long"},
-        {"float": None, "cost": None},
+        {"baseline": None, "cost": None},
     ]
     for seed, values in enumerate(odd):
         path = plant(configure("method=dorefa", f"seed={seed}"), 95.0, 98.0)
@@ -193,7 +193,7 @@ def test_three_hundred_runs_stay_below_five_megabytes(configure: Configure, tmp_
         own.mkdir()
         values = {
             "method": f"method{i // 15}", "bits": {"w": 1 + i % 15 // 3, "a": 32, "g": 32}, "seed": i % 3,
-            "protocol": stored["protocol"] | {"identity": str(i)},
+            "identity": str(i),
         }  # fmt: skip
         (own / "result.json").write_text(json.dumps(with_checksum(stored | values)))
         write_metrics(own, [epoch_line(e, 50.0 + e) for e in range(60)])
@@ -304,16 +304,16 @@ def test_a_browser_sorts_filters_and_opens_without_a_complaint(out: str, tmp_pat
     assert click("W") == "descending"
     assert browser.js(COLUMN.format(1)) == ["32", "10", "2", "2"]
     assert click("std") == "ascending"
-    assert [cell == "no spread" for cell in browser.js(COLUMN.format(7))] == [False, False, True, True]
+    assert [cell == "-" for cell in browser.js(COLUMN.format(7))] == [False, False, True, True]
     assert click("top-1 %") == "descending", "the best first"
     assert browser.js(COLUMN.format(0))[-1] == EVIL
     browser.js(FILTER.format("w=10 dorefa"))
     assert browser.js(COLUMN.format(1)) == ["10"]
     assert browser.js("document.getElementById('shown').textContent") == "1 of 6 rows"
-    assert browser.js("document.querySelectorAll('details.cell:not([hidden])').length") == 1
+    assert browser.js("document.querySelectorAll('details.setting:not([hidden])').length") == 1
     browser.js(FILTER.format(""))
     assert browser.js("document.getElementById('shown').textContent") == "6 rows"
-    browser.js("document.querySelector('tr[data-cell] a').click()")
+    browser.js("document.querySelector('tr[data-setting] a').click()")
     assert browser.js(f"new Promise(done => setTimeout(() => done({OPEN}), 300))") == 1
     browser.js("document.getElementById('open').click()")
     assert browser.js(OPEN) == 4

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: what is read back from the figures is what the runs hold, worked out by hand."""
+"""Plots of a comparison: data read back from the figures equals what the runs hold, worked out by hand."""
 
 import json
 from math import isfinite
@@ -10,11 +10,17 @@ import pytest
 from conftest import Configure
 from helpers import epoch_line, plant, write_metrics
 
+from qbench.bits import Bits
+from qbench.cost.network_cost import NetworkCost
 from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
-from qbench.report.plots.plots import KINDS, front, picture, plot
+from qbench.report.comparison.setting import SeedAccuracy, Setting, estimate
+from qbench.report.comparison.setting_table import settings_of
+from qbench.report.plots.accuracy_plots import pareto_front
+from qbench.report.plots.plots import KINDS, comparison_figure, plot
 from qbench.report.plots.style import COLOURS, DASHES, MARKERS
-from qbench.runs.history import epochs, fitted_sqnr, is_float, layer_errors, learning, observed, width_label
+from qbench.report.plots.training_curves import fitted_sqnr, layer_errors, learning_curves
+from qbench.runs.history import epochs, observed
 from qbench.runs.reader import read
 from qbench.runs.result import with_checksum
 
@@ -23,7 +29,7 @@ STUDENT_2 = 4.302653  # 97.5 % of Student's t with 2 degrees of freedom, from an
 
 @pytest.fixture
 def runs(configure: Configure) -> Any:
-    """Return a function from nothing to what `compare` makes of the runs planted."""
+    """Return a function that reads and compares the planted runs."""
 
     def made() -> tuple[Any, Any]:
         found = read([configure().out])
@@ -32,11 +38,11 @@ def runs(configure: Configure) -> Any:
     return made
 
 
-def test_bits_are_means_with_student_s_interval(configure: Configure, runs: Any) -> None:
+def test_bits_are_means_with_students_interval(configure: Configure, runs: Any) -> None:
     for seed, top1 in enumerate((96.0, 97.0, 98.0)):
         plant(configure("method=dorefa", "bits=w2a32", f"seed={seed}"), top1, 98.0 + seed / 2)
     plant(configure("method=dorefa", "bits=w4a32"), 98.25, 98.0)
-    figure = picture(*runs(), ["bits"])
+    figure = comparison_figure(*runs(), ["bits"])
     panel = figure.subfigs[0].axes[0]
     ((line, _, (segments,)),) = [bars.lines for bars in panel.containers]
     (x2, y2), (x4, y4) = line.get_xydata()
@@ -49,47 +55,48 @@ def test_bits_are_means_with_student_s_interval(configure: Configure, runs: Any)
     assert not any(isfinite(y) for _, y in segments.get_segments()[1]), "one seed has no interval"
     band = [patch for patch in panel.patches if patch.get_alpha() == 0.22]
     low, high = band[0].get_y(), band[0].get_y() + band[0].get_height()
-    assert (low + high) / 2 == pytest.approx(98.5)  # parents: 98, 98.5, 99
+    assert (low + high) / 2 == pytest.approx(98.5)  # baselines: 98, 98.5, 99
     assert (high - low) / 2 == pytest.approx(STUDENT_2 * 0.5 / 3**0.5, abs=1e-4)
 
 
-def test_far_figures_are_on_the_axis_of_the_error_and_near_ones_are_not(configure: Configure, runs: Any) -> None:
+def test_the_axis_is_logarithmic_in_the_error_where_accuracies_are_far_apart(configure: Configure, runs: Any) -> None:
     plant(configure("method=dorefa", "bits=w4a32"), 97.0, 98.0)
     plant(configure("method=dorefa", "bits=w2a32"), 96.0, 98.0)
-    near = picture(*runs(), ["bits"]).subfigs[0].axes[0]
+    near = comparison_figure(*runs(), ["bits"]).subfigs[0].axes[0]
     assert (near.get_yscale(), near.get_ylabel()) == ("linear", "test top-1 (%)")
     plant(configure("method=dorefa", "bits=w1a32"), 60.0, 98.0)
-    far = picture(*runs(), ["bits"]).subfigs[0].axes[0]
-    assert far.get_ylabel() == "test top-1 (%), log of the error"
+    far = comparison_figure(*runs(), ["bits"]).subfigs[0].axes[0]
+    assert far.get_ylabel() == "test top-1 (%), log scale of the error"
     low, high, third = (far.transData.transform((0, y))[1] for y in (61.0, 81.0, 91.0))
     assert third - high == pytest.approx(high - low), "40, 20 and 10 errors in a hundred, and one, are a step apart"
     ends = far.get_ylim()
     assert ends[0] < 60 < 98 < ends[1]
 
 
-def test_what_leaves_weights_float_has_a_panel_of_its_own(configure: Configure, runs: Any) -> None:
+def test_settings_with_float_weights_have_a_panel_of_their_own(configure: Configure, runs: Any) -> None:
     for words in ("bits=w2a2", "bits=w4a4", "bits=w1a2", "bits=w32a2", "bits=w2a2g6"):
         plant(configure("method=dorefa", words), 95.0, 98.0)
-    figure = picture(*runs(), ["bits"])
-    assert [panel.get_xlabel() for panel in figure.subfigs[0].axes] == ["bits a weight, W", "bits an activation, A"]
+    figure = comparison_figure(*runs(), ["bits"])
+    assert [panel.get_xlabel() for panel in figure.subfigs[0].axes] == ["weight bits W", "activation bits A"]
     labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
     assert sorted(labels) == ["dorefa", "dorefa, A2", "dorefa, A=W", "dorefa, A=W G6", "float"]
 
 
 def test_the_pareto_front_of_points_worked_out_by_hand() -> None:
-    assert front([(4, 90), (1, 80), (2, 85), (3, 84), (2, 70), (5, 90)]) == [1, 2, 0]
-    assert front([(1, 50)]) == [0]
-    assert front([]) == []
+    assert pareto_front([(4, 90), (1, 80), (2, 85), (3, 84), (2, 70), (5, 90)]) == [1, 2, 0]
+    assert pareto_front([(1, 50)]) == [0]
+    assert pareto_front([]) == []
 
 
 def test_pareto_marks_the_front_over_bytes_and_bitops(configure: Configure, runs: Any) -> None:
-    cost = {"bits_per_weight": 2.0, "bytes_float": 1, "macs": 1}
     for words, top1, size, ops in (
         ("bits=w1", 90.0, 100, 9000), ("bits=w2", 95.0, 200, 2000), ("bits=w4", 94.0, 400, 4000)
     ):  # fmt: skip
-        own = cost | {"bytes_ideal": size, "bitops": ops}
-        plant(configure("method=dorefa", words), top1, 98.0, cost=own)
-    left, right = picture(*runs(), ["pareto"]).subfigs[0].axes
+        cost = NetworkCost(
+            params=1, macs=1, bitops=ops, bytes_float=1, bytes_ideal=size, bytes_packed=size, bits_per_weight=2.0
+        )
+        plant(configure("method=dorefa", words), top1, 98.0, cost=cost)
+    left, right = comparison_figure(*runs(), ["pareto"]).subfigs[0].axes
     for panel, wanted in ((left, [(100, 90), (200, 95)]), (right, [(2000, 95)])):
         (rings,) = [line for line in panel.lines if line.get_markersize() == 9]
         assert [tuple(point) for point in rings.get_xydata()] == wanted
@@ -104,43 +111,43 @@ def test_curves_are_the_mean_and_the_extremes_of_seeds(configure: Configure, run
             path,
             [json.dumps({"kind": "step", "step": 1, "loss": 1.0}), *(epoch_line(i, v) for i, v in enumerate(values))],
         )
-        parent = path.parent / f"float-w32a32g32-s{seed}-00000000"
-        parent.mkdir()
-        write_metrics(parent, [epoch_line(0, 20.0 + seed), epoch_line(1, 30.0), epoch_line(2, 40.0)])
+        baseline = path.parent / f"float-w32a32g32-s{seed}-00000000"
+        baseline.mkdir()
+        write_metrics(baseline, [epoch_line(0, 20.0 + seed), epoch_line(1, 30.0), epoch_line(2, 40.0)])
     tables, found = runs()
-    lines, measure = learning(tables[0].values[1:], {str(run.path): run.result for run in found})
+    lines, measure = learning_curves(settings_of(tables[0])[1:], {str(run.path): run.result for run in found})
     assert measure == "val_top1"
     assert lines["dorefa"]["W2"] == ([1, 2], [55.0, 80.0], [50.0, 70.0], [60.0, 90.0])
     assert lines["dorefa"]["float"] == ([-2, -1, 0], [20.5, 30.0, 40.0], [20.0, 30.0, 40.0], [21.0, 30.0, 40.0])
-    (panel,) = picture(tables, found, ["curves"]).subfigs[0].axes
+    (panel,) = comparison_figure(tables, found, ["curves"]).subfigs[0].axes
     assert [list(line.get_ydata()) for line in panel.lines[:2]] == [[20.5, 30.0, 40.0], [55.0, 80.0]]
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "3", "2"]
 
 
-@pytest.mark.parametrize("torn", ['{"kind": "epoch", "epoch": 1, "val_t', "[1, 2]", "\x00\x01", '{"epoch": NaN}'])
-def test_a_torn_log_loses_only_the_torn_part(tmp_path: Path, torn: str) -> None:
-    write_metrics(tmp_path, [epoch_line(0, 50.0), torn, epoch_line(2, 70.0), '{"kind": "epoch", "epoch": "3"}'])
+@pytest.mark.parametrize("corrupt", ['{"kind": "epoch", "epoch": 1, "val_t', "[1, 2]", "\x00\x01", '{"epoch": NaN}'])
+def test_a_corrupt_log_loses_only_the_corrupt_part(tmp_path: Path, corrupt: str) -> None:
+    write_metrics(tmp_path, [epoch_line(0, 50.0), corrupt, epoch_line(2, 70.0), '{"kind": "epoch", "epoch": "3"}'])
     assert {e: values["val_top1"] for e, values in epochs(tmp_path).items()} == {0: 50.0, 2: 70.0}
     assert epochs(tmp_path / "nowhere") == {}
 
 
-def test_layers_are_drawn_where_somebody_looked(configure: Configure, runs: Any) -> None:
+def test_layers_are_plotted_where_their_metrics_were_recorded(configure: Configure, runs: Any) -> None:
     tables, found = runs()
-    assert picture(tables, found, ["layers"]) is None
+    assert comparison_figure(tables, found, ["layers"]) is None
     for seed, error in enumerate((0.1, 0.01)):
         path = plant(configure("method=dorefa", f"seed={seed}"), 95.0, 98.0)
-        told = {"conv1": {"cosine": 0.1}, "conv2": {"cosine": 0.2}}
+        early = {"conv1": {"cosine": 0.1}, "conv2": {"cosine": 0.2}}
         late = {"conv1": {"cosine": (1 - error) ** 0.5, "sqnr": -9.0}, "conv2": {"w.dead": 1.0}, "fc": {"cosine": 1.0}}
-        looks = [{"kind": "layers", "step": i, "epoch": i, "layers": t} for i, t in enumerate((told, late))]
-        write_metrics(path, [epoch_line(0, 50.0), *map(json.dumps, looks)])
+        records = [{"kind": "layers", "step": i, "epoch": i, "layers": t} for i, t in enumerate((early, late))]
+        write_metrics(path, [epoch_line(0, 50.0), *map(json.dumps, records)])
     assert observed(path)["fc"] == {"cosine": 1.0}
     tables, found = runs()
-    lines, names = layer_errors([cell for cell in tables[0].values if not is_float(cell)])
+    lines, names = layer_errors([s for s in settings_of(tables[0]) if not s.is_float])
     assert names == ["conv1", "fc"]
     assert lines["dorefa"]["W2"].x == [0, 1]
     own = [lines["dorefa"]["W2"].mean, lines["dorefa"]["W2"].low, lines["dorefa"]["W2"].high]
     assert own == [pytest.approx(wanted) for wanted in ([15, 60], [10, 60], [20, 60])], "errors of 1/10 and 1/100"
-    (panel,) = picture(tables, found, ["layers"]).subfigs[0].axes
+    (panel,) = comparison_figure(tables, found, ["layers"]).subfigs[0].axes
     assert [tick.get_text() for tick in panel.get_xticklabels()] == names
     assert list(panel.lines[0].get_ydata()) == pytest.approx([15, 60])
 
@@ -163,9 +170,9 @@ def test_every_method_looks_different(configure: Configure, runs: Any) -> None:
         own = path.with_name(f"m{i}")
         own.mkdir()
         identity = str(i)
-        made = with_checksum(stored | {"method": f"_${i}_{{", "protocol": identity})
+        made = with_checksum(stored | {"method": f"_${i}_{{", "identity": identity})
         (own / "result.json").write_text(json.dumps(made))
-    figure = picture(*runs(), ["bits", "pareto"])
+    figure = comparison_figure(*runs(), ["bits", "pareto"])
     looks = {(line.get_color(), line.get_marker()) for bars in figure.subfigs[0].axes[0].containers
              for line in bars.lines[:1]}  # fmt: skip
     assert len(looks) == 21
@@ -189,30 +196,37 @@ def test_files_are_what_their_suffix_says_and_always_the_same(
     assert data == (tmp_path / f"two{suffix}").read_bytes()
 
 
-def test_the_name_of_the_file_says_which_picture(configure: Configure, runs: Any, tmp_path: Path) -> None:
+def test_the_file_name_selects_the_plot(configure: Configure, runs: Any, tmp_path: Path) -> None:
     path = plant(configure("method=dorefa"), 95.0, 98.0)
     write_metrics(path, [epoch_line(0, 50.0)])
     tables, found = runs()
     plot(tables, found, tmp_path / "bits.svg")
     plot(tables, found, tmp_path / "other.svg")
-    assert len(picture(tables, found, KINDS).subfigs) == 3
+    assert len(comparison_figure(tables, found, KINDS).subfigs) == 3
     assert (tmp_path / "other.svg").stat().st_size > 1.5 * (tmp_path / "bits.svg").stat().st_size
     with pytest.raises(ConfigError, match=r"allowed: \.png, \.pdf, \.svg"):
         plot(tables, found, tmp_path / "bits.jpg")
-    with pytest.raises(ConfigError, match="records of their layers"):
+    with pytest.raises(ConfigError, match="metrics of their layers"):
         plot(tables, found, tmp_path / "layers.png")
 
 
-def test_nothing_to_draw_is_said(configure: Configure, runs: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to draw"):
+def test_nothing_to_plot_is_an_error(configure: Configure, runs: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to plot"):
         plot([], [], tmp_path / "all.png")
     plant(configure("method=dorefa"), 0.0, status="failed", reason="why")
-    with pytest.raises(ConfigError, match="nothing to draw"):
+    with pytest.raises(ConfigError, match="nothing to plot"):
         plot(*runs(), tmp_path / "all.png")
     assert not (tmp_path / "all.png").exists()
 
 
 def test_widths_are_named_without_what_is_float() -> None:
-    assert width_label({"bits": {"w": 2, "a": 32, "g": 32}}) == "W2"
-    assert width_label({"bits": {"w": 2, "a": 4, "g": 6}}) == "W2 A4 G6"
-    assert width_label({"bits": {"w": 32, "a": 32, "g": 32}}) == "W32"
+    def short(bits: Bits) -> str:
+        run = SeedAccuracy(seed=0, run="r", top1=90.0)
+        return Setting(
+            label="m", method="m", options={}, bits=bits, network={}, dataset="d", model="m", model_keys={},
+            protocol="p", is_baseline=False, source="result.json", runs=(run,), top1=estimate([90.0]),
+        ).short_widths  # fmt: skip
+
+    assert short(Bits(2, 32, 32)) == "W2"
+    assert short(Bits(2, 4, 6)) == "W2 A4 G6"
+    assert short(Bits(32, 32, 32)) == "W32"

@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch import Tensor
 
 from qbench.bits import Bits
-from qbench.cli.plot import draw, telling
+from qbench.cli.plot import draw, illustrative_bits
 from qbench.config import groups
 from qbench.errors import ConfigError
 from qbench.methods import dorefa, gupta, hwgq, inq, pact, qcnn, slq, ttq, twn, uniform, xnor
@@ -234,7 +234,7 @@ def test_reading_leaves_the_random_state_alone() -> None:
     ],
 )
 def test_widths_of_the_poster(build: object, bits: Bits) -> None:
-    assert telling(build()) == bits  # type: ignore[operator]
+    assert illustrative_bits(build()) == bits  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", groups.option_names("method"))

@@ -1,5 +1,7 @@
-"""What may be concluded: statistics against hand-worked numbers and scipy, verdicts, false decisions on A against A."""
+"""Conclusions: statistics against hand-worked numbers and scipy, verdicts, false decisions on A against A."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from qbench.report.comparison.pairs import ABOVE, BELOW, EQUAL, SAME, UNDECIDED, SettingPair, adjust_p_values, conclude
+from qbench.bits import Bits
+from qbench.report.comparison.pairs import adjust_p_values, conclude
 from qbench.report.comparison.predictions import RunAccuracy, paired_difference
+from qbench.report.comparison.setting import Conclusion, SeedAccuracy, Setting, estimate
+from qbench.report.comparison.setting_pair import SettingPair
+from qbench.report.comparison.setting_table import settings_of
+from qbench.report.comparison.verdicts import PairConclusion, Verdict
 from qbench.report.statistics.differences import half_width, paired, sample_error, two_way, unpaired, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
-from qbench.report.statistics.power import needed
+from qbench.report.statistics.power import seeds_needed
 from qbench.report.tables.table import Table
 
 FAMILIES = 2000
@@ -62,15 +69,15 @@ def test_equivalence_is_two_one_sided_tests() -> None:
     assert equivalent(paired(first, second), 0.3) == pytest.approx(max(low, high))
 
 
-def test_cautious_has_the_seeds_freedom_alone() -> None:
+def test_with_seed_dof_has_the_degrees_of_freedom_of_the_seeds() -> None:
     rng = np.random.default_rng(3)
     arms = [rng.random((3, 500)) < chance for chance in (0.9, 0.8)]
     plain, careful = two_way(*arms), with_seed_dof(two_way(*arms))
-    assert plain.freedom > careful.freedom == 2
-    assert careful.error == plain.error
-    assert careful.p == pytest.approx(2 * stats.t.sf(careful.mean / careful.error, 2))
-    assert careful.high - careful.mean == pytest.approx(stats.t.ppf(0.975, 2) * careful.error)
-    assert half_width(careful, 0.01) == pytest.approx(stats.t.ppf(0.995, 2) * careful.error)
+    assert plain.dof > careful.dof == 2
+    assert careful.standard_error == plain.standard_error
+    assert careful.p == pytest.approx(2 * stats.t.sf(careful.mean / careful.standard_error, 2))
+    assert careful.high - careful.mean == pytest.approx(stats.t.ppf(0.975, 2) * careful.standard_error)
+    assert half_width(careful, 0.01) == pytest.approx(stats.t.ppf(0.995, 2) * careful.standard_error)
     assert careful.p >= paired(*(100 * arm.mean(1) for arm in arms)).p
     alike = paired([1.0, 2.0, 4.0], [0.0, 0.0, 1.0])
     assert with_seed_dof(alike) is alike
@@ -85,7 +92,7 @@ def test_seeds_needed_are_those_of_the_power_formula(distance: float, spread: fl
         for n in range(2, 1000)
         if distance * n**0.5 / spread >= stats.t.ppf(0.995, n - 1) + stats.t.ppf(0.8, n - 1)
     )  # fmt: skip
-    assert needed(seen, alpha=0.01) == needed(seen, alpha=0.01, seeds_alone=True) == wanted
+    assert seeds_needed(seen, alpha=0.01) == seeds_needed(seen, alpha=0.01, seeds_alone=True) == wanted
 
 
 def test_hits_as_bools_and_as_numbers_are_the_same() -> None:
@@ -98,22 +105,32 @@ def test_hits_as_bools_and_as_numbers_are_the_same() -> None:
 # --- verdicts
 
 
-def cell(name: str, top1: list[float], seeds: list[int] | None = None, **changes: Any) -> dict[str, Any]:
-    """The values of a cell as `compare` gives them, as far as conclusions read them."""
-    seeds = list(range(len(top1))) if seeds is None else seeds
-    values = {
-        "method": name, "bits": {"w": 2, "a": 2, "g": 32}, "top1": top1, "top1_mean": float(np.mean(top1)),
-        "top1_half": float(np.std(top1)) if len(top1) > 1 else None, "seeds": seeds,
-        "runs": [f"{name}{s}" for s in seeds], "parents": [f"float{s}" for s in seeds], "is_parent": False,
-        "dataset": "d", "model": "m", "protocol": "p",
-    }  # fmt: skip
-    return values | changes
+def setting(label: str, top1: Sequence[float], seeds: Sequence[int] | None = None, **changes: Any) -> Setting:
+    """Return a setting with these accuracies, one a seed, at w2a2g32."""
+    seeds = range(len(top1)) if seeds is None else seeds
+    runs = tuple(
+        SeedAccuracy(seed=seed, run=f"{label}{seed}", top1=value, baseline=f"float{seed}", baseline_top1=99.0)
+        for seed, value in zip(seeds, top1, strict=True)
+    )
+    by_seed = [float(np.mean([run.top1 for run in runs if run.seed == seed])) for seed in dict.fromkeys(seeds)]
+    made = Setting(
+        label=label, method=label, options={}, bits=Bits(2, 2), network={}, dataset="d", model="m", model_keys={},
+        protocol="p", is_baseline=False, source="result.json", runs=runs, top1=estimate(by_seed),
+    )  # fmt: skip
+    return replace(made, **changes)
 
 
-def concluded(*cells: dict[str, Any], margin: float = 0.5) -> Table:
-    table = Table((), values=list(cells))
-    conclude([table], margin)
+def concluded(*members: Setting, margin: float = 0.5) -> Table:
+    (table,) = conclude([Table((), values=list(members))], margin)
     return table
+
+
+def conclusions(table: Table) -> list[Conclusion]:
+    return [s.conclusion for s in settings_of(table) if s.conclusion]
+
+
+def pairs_of(table: Table) -> list[PairConclusion]:
+    return [pair for conclusion in conclusions(table) for pair in conclusion.pairs]
 
 
 A, B, C = [97.0, 96.0, 98.0, 97.2], [92.1, 90.9, 93.0, 92.2], [96.9, 96.3, 97.6, 97.0]
@@ -121,33 +138,41 @@ A, B, C = [97.0, 96.0, 98.0, 97.2], [92.1, 90.9, 93.0, 92.2], [96.9, 96.3, 97.6,
 
 
 def test_pairs_are_tested_by_seed_and_adjusted_together() -> None:
-    table = concluded(cell("a", A), cell("b", B), cell("c", C))
-    first, third = table.values[0], table.values[2]
-    assert [pair["other"] for pair in first["pairs"] + third["pairs"]] == ["c", "b", "b"]
+    table = concluded(setting("a", A), setting("b", B), setting("c", C))
+    first, second, third = conclusions(table)
+    assert not second.pairs
+    got = [*first.pairs, *third.pairs]
+    assert [pair.other for pair in got] == ["c", "b", "b"]
     p = [stats.ttest_rel(*arms).pvalue for arms in ((A, C), (A, B), (C, B))]
-    got = first["pairs"] + third["pairs"]
-    assert [pair["p"] for pair in got] == pytest.approx(p)
-    assert [pair["p_holm"] for pair in got] == pytest.approx(holm(p))
-    assert [pair["verdict"] for pair in got] == [UNDECIDED, ABOVE, ABOVE]
-    assert got[1]["difference"] == pytest.approx(np.mean(A) - np.mean(B))
-    assert not first["winner"]
-    assert table.notes[0].startswith("compared by seed at 95 %, Holm over 3 pairs, margin ±0.5 points")
-    more = got[0]["more_seeds"]
-    assert more == needed(paired(A, C), "equal", 0.5, 2 * 0.05, seeds_alone=True) - 4  # type: ignore[operator]
-    assert f"is above b (+5.00 ±0.13); cannot be told from c (+0.10 ±0.47, {more} more seeds)" in table.notes[1]
+    assert [pair.p for pair in got] == pytest.approx(p)
+    assert [pair.p_holm for pair in got] == pytest.approx(holm(p))
+    assert [pair.verdict for pair in got] == [Verdict.UNDECIDED, Verdict.ABOVE, Verdict.ABOVE]
+    assert got[1].difference == pytest.approx(np.mean(A) - np.mean(B))
+    assert not first.winner
+    assert table.notes[0].startswith(
+        "compared by seed; p-values adjusted for 3 pairs (Holm); equivalence margin ±0.5 points"
+    )
+    more = got[0].more_seeds
+    assert more == seeds_needed(paired(A, C), "equal", 0.5, 2 * 0.05, seeds_alone=True) - 4  # type: ignore[operator]
+    assert (
+        "is significantly above b (+5.00 ±0.13); "
+        f"is not significantly different from c (+0.10 ±0.47, p = 0.55, {more} more seeds)"
+    ) in table.notes[1]
 
 
 def test_a_winner_differs_from_all_others() -> None:
-    table = concluded(cell("b", B), cell("a", A))
-    assert [values["winner"] for values in table.values] == [False, True]
-    assert table.notes[1] == "w2a2g32: a 97.05 is above b (+5.00 ±0.13)"
+    table = concluded(setting("b", B), setting("a", A))
+    assert [conclusion.winner for conclusion in conclusions(table)] == [False, True]
+    assert table.notes[1] == "w2a2g32: a 97.05 is significantly above b (+5.00 ±0.13)"
     assert "one pair" in table.notes[0]
 
 
-def test_as_good_as_within_the_margin_only() -> None:
+def test_equivalent_within_the_margin_only() -> None:
     """One-sided, t(3) is 2.353 at 95 %: 0.1 + 2.353 0.1472 is 0.446."""
-    assert concluded(cell("a", A), cell("c", C), margin=0.46).values[0]["pairs"][0]["verdict"] == EQUAL
-    assert concluded(cell("a", A), cell("c", C), margin=0.43).values[0]["pairs"][0]["verdict"] == UNDECIDED
+    wide = concluded(setting("a", A), setting("c", C), margin=0.46)
+    assert pairs_of(wide)[0].verdict is Verdict.EQUIVALENT
+    assert "a 97.05 is equivalent within ±0.46 points to c (+0.10 ±0.47)" in wide.notes[1]
+    assert pairs_of(concluded(setting("a", A), setting("c", C), margin=0.43))[0].verdict is Verdict.UNDECIDED
     with pytest.raises(ValueError, match="above 0"):
         conclude([], 0.0)
 
@@ -155,99 +180,118 @@ def test_as_good_as_within_the_margin_only() -> None:
 def test_the_sign_is_that_of_the_seeds_in_common() -> None:
     """a is far better in seeds that b has not, and 2 points worse in those that both have."""
     a, b = [90.0, 90.1, 89.9, 90.0, 98.0, 98.1, 97.9, 98.0], [92.0, 92.2, 91.9, 91.9]
-    table = concluded(cell("a", a, list(range(8))), cell("b", b, list(range(4))))
-    (pair,) = table.values[0]["pairs"]
-    assert pair["difference"] == pytest.approx(-2.0)
-    assert pair["verdict"] == BELOW
-    assert not any(values["winner"] for values in table.values)
-    assert "a 94.00 is, over the seeds they share, below b (-2.00" in table.notes[-1]
+    table = concluded(setting("a", a), setting("b", b))
+    (pair,) = conclusions(table)[0].pairs
+    assert pair.difference == pytest.approx(-2.0)
+    assert pair.verdict is Verdict.BELOW
+    assert not any(conclusion.winner for conclusion in conclusions(table))
+    assert "a 94.00 is significantly below, over their common seeds, b (-2.00" in table.notes[-1]
 
 
-def test_seeds_that_equal_differences_want() -> None:
+def test_more_seeds_that_equal_differences_need() -> None:
     """p is 2^(1 - n): of six equal differences 1/32, of five 1/16."""
-    table = concluded(cell("a", [97.0, 96.0, 98.0]), cell("b", [96.0, 95.0, 97.0]))
-    (pair,) = table.values[0]["pairs"]
-    assert (pair["verdict"], pair["p"], pair["more_seeds"]) == (UNDECIDED, 0.25, 3)
-    assert "b (+1.00 in each of 3 seeds, 3 more seeds)" in table.notes[-1]
+    table = concluded(setting("a", [97.0, 96.0, 98.0]), setting("b", [96.0, 95.0, 97.0]))
+    (pair,) = conclusions(table)[0].pairs
+    assert (pair.verdict, pair.p, pair.more_seeds) == (Verdict.UNDECIDED, 0.25, 3)
+    assert "b (+1.00 in each of 3 seeds, p = 0.25, 3 more seeds)" in table.notes[-1]
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 0.5), (0.1, 0.5), (0.0, 0.7)])
-def test_seeds_advised_for_as_good_have_the_power(mean: float, spread: float) -> None:
+def test_seeds_advised_for_equivalence_have_the_power(mean: float, spread: float) -> None:
     rng = np.random.default_rng(0)
     d = paired(mean + spread * np.array([-1.0, 1.0]) / 2**0.5, [0.0, 0.0])
-    assert d.seeds_part * 2 == pytest.approx(spread**2)
-    n = needed(d, "equal", 0.5, 2 * 0.05, seeds_alone=True)
+    assert d.seed_variance * 2 == pytest.approx(spread**2)
+    n = seeds_needed(d, "equal", 0.5, 2 * 0.05, seeds_alone=True)
     assert n
     found = [equivalent(paired(rng.normal(mean, spread, n), [0.0] * n), 0.5) < 0.05 for _ in range(FAMILIES)]
     assert 0.76 <= sum(found) / FAMILIES <= 0.9
 
 
 def test_only_the_same_widths_of_one_block_are_compared() -> None:
-    other = cell("b", B, bits={"w": 4, "a": 4, "g": 32})
-    parent = cell("float", [99.0, 99.0], is_parent=True)
-    assert concluded(cell("a", A), other, parent).notes == []
-    tables = [Table((), values=[cell("a", A), cell("b", B)]) for _ in "12"]
-    tables[1].values = [values | {"protocol": "other"} for values in tables[1].values]
-    conclude(tables)
-    assert all("one pair" in table.notes[0] for table in tables)
+    other = setting("b", B, bits=Bits(4, 4))
+    baseline = setting("float", [99.0, 99.0], is_baseline=True)
+    assert concluded(setting("a", A), other, baseline).notes == []
+    tables = [Table((), values=[setting("a", A, protocol=p), setting("b", B, protocol=p)]) for p in ("p", "other")]
+    assert all("one pair" in table.notes[0] for table in conclude(tables))
 
 
-def test_the_same_runs_twice_are_the_same_and_no_verdict() -> None:
-    table = concluded(cell("a", A), cell("b", A), cell("c", B))
-    assert table.values[0]["pairs"][0]["verdict"] == SAME
-    assert not table.values[0]["winner"]
-    assert "gives the same as b" in table.notes[1]
+def test_tables_of_one_protocol_are_adjusted_together() -> None:
+    tables = conclude([Table((), values=[setting("a", A), setting("b", B)]) for _ in range(2)])
+    assert all("adjusted for 2 pairs" in table.notes[0] for table in tables)
+
+
+def test_the_given_tables_stay_as_they_are() -> None:
+    given = Table((), values=[setting("a", A), setting("b", B)])
+    assert conclude([given]) != [given]
+    assert given == Table((), values=[setting("a", A), setting("b", B)])
+
+
+def test_the_same_runs_twice_are_identical_and_no_verdict() -> None:
+    table = concluded(setting("a", A), setting("b", A), setting("c", B))
+    assert conclusions(table)[0].pairs[0].verdict is Verdict.IDENTICAL
+    assert not conclusions(table)[0].winner
+    assert "is identical to b" in table.notes[1]
 
 
 def test_one_seed_has_no_spread() -> None:
-    table = concluded(cell("a", [97.0]), cell("b", [90.0]))
-    (pair,) = table.values[0]["pairs"]
-    assert (pair["verdict"], pair["p"], pair["interval"]) == ("no spread", None, None)
-    assert not table.values[0]["winner"]
-    assert table.notes == ["w2a2g32: a 97.00 has too few seeds in common with b"]
-    among = concluded(cell("a", A), cell("b", B), cell("c", [96.0]))
-    assert "one pair" in among.notes[0], "what cannot be asked is not adjusted for"
-    assert not among.values[0]["winner"]
+    table = concluded(setting("a", [97.0]), setting("b", [90.0]))
+    (pair,) = conclusions(table)[0].pairs
+    assert (pair.verdict, pair.p, pair.ci95) == (Verdict.NO_SPREAD, None, None)
+    assert not conclusions(table)[0].winner
+    assert table.notes == ["w2a2g32: a 97.00 has too few common seeds with b"]
+    among = concluded(setting("a", A), setting("b", B), setting("c", [96.0]))
+    assert "one pair" in among.notes[0], "pairs without a test are not adjusted for"
+    assert not conclusions(among)[0].winner
 
 
-def test_unlike_seeds_are_not_paired_and_a_seed_that_stands_twice_counts_once() -> None:
-    table = concluded(cell("a", A), cell("b", B, seeds=[4, 5, 6, 7]))
-    assert table.values[0]["pairs"][0]["p"] == pytest.approx(stats.ttest_ind(A, B, equal_var=False).pvalue)
-    assert "by nothing: the seeds differ" in table.notes[0]
-    twice = concluded(cell("a", [*A, 96.0], seeds=[0, 1, 2, 3, 3]), cell("b", B))
-    assert twice.values[0]["pairs"][0]["p"] == pytest.approx(stats.ttest_rel([*A[:3], 96.6], B).pvalue)
+def test_different_seeds_are_not_paired_and_several_runs_of_a_seed_count_once() -> None:
+    table = concluded(setting("a", A), setting("b", B, seeds=[4, 5, 6, 7]))
+    assert conclusions(table)[0].pairs[0].p == pytest.approx(stats.ttest_ind(A, B, equal_var=False).pvalue)
+    assert "compared unpaired, as their seeds differ" in table.notes[0]
+    twice = concluded(setting("a", [*A, 96.0], seeds=[0, 1, 2, 3, 3]), setting("b", B))
+    assert conclusions(twice)[0].pairs[0].p == pytest.approx(stats.ttest_rel([*A[:3], 96.6], B).pvalue)
 
 
 def test_predictions_are_read_where_both_have_them(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    cells, hits = [], {}
+    members, hits = [], {}
     for name, chance in (("a", 0.9), ("b", 0.6)):
         hits[name] = rng.random((3, 200)) < chance
         for seed, row in enumerate(hits[name]):
             (tmp_path / f"{name}{seed}").mkdir()
             np.save(tmp_path / f"{name}{seed}" / "predictions.npy", np.stack([np.ones(200), row], 1).astype(np.int16))
-        runs = [str(tmp_path / f"{name}{seed}") for seed in range(3)]
-        cells.append(cell(name, list(100 * hits[name].mean(1)), runs=runs))
-    table = concluded(*cells)
-    (pair,) = table.values[0]["pairs"]
-    assert pair["by"] == "seed and test image"
-    assert pair["p"] == pytest.approx(with_seed_dof(two_way(hits["a"], hits["b"])).p)
-    single = concluded(*({**c, "top1": c["top1"][:1], "seeds": [0], "runs": c["runs"][:1]} for c in cells))
+        made = setting(name, list(100 * hits[name].mean(1)))
+        members.append(replace(made, runs=tuple(replace(r, run=str(tmp_path / r.run)) for r in made.runs)))
+    table = concluded(*members)
+    (pair,) = conclusions(table)[0].pairs
+    assert pair.paired_by == "seed and test image"
+    assert pair.p == pytest.approx(with_seed_dof(two_way(hits["a"], hits["b"])).p)
+    single = concluded(*(replace(s, runs=s.runs[:1]) for s in members))
     p = stats.binomtest(int((hits["a"][0] & ~hits["b"][0]).sum()), int((hits["a"][0] ^ hits["b"][0]).sum())).pvalue
-    assert single.values[0]["pairs"][0]["networks_p"] == pytest.approx(p)
-    assert f"these two networks differ: exact McNemar, p {p:.2g}" in single.notes[0]
+    assert conclusions(single)[0].pairs[0].p_mcnemar == pytest.approx(p)
+    assert f"these two networks differ significantly: McNemar's exact test, p = {p:.2g}" in single.notes[0]
 
 
 def test_which_error_is_the_larger(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"data": {"test_images": 400}}')
-    cells = [cell("a", [90.0], top1_half=None, runs=[str(tmp_path)]), cell("b", [90.0], top1_half=3.5)]
-    table = concluded(*cells)
-    assert table.values[0]["sample_half"] == pytest.approx(2.93995, abs=1e-5)
+    single = setting("a", [90.0])
+    single = replace(single, runs=(replace(single.runs[0], run=str(tmp_path)),))
+
+    def spread(half: float) -> Setting:
+        return replace(setting("b", [90.0]), top1=replace(estimate([90.0]), ci95_half=half))
+
+    table = concluded(single, spread(3.5))
+    assert conclusions(table)[0].test_sample_ci95_half == pytest.approx(2.93995, abs=1e-5)
     assert table.notes[0] == (
-        "error at 95 %: test sample of 400 images ±2.94, seeds ±3.50: the larger is that of the seeds"
+        "95 % confidence intervals: ±2.94 from the test sample of 400 images, ±3.50 from seeds; "
+        "the error from seeds is larger"
     )
-    assert "the larger is that of the test sample" in concluded(cells[0], cells[1] | {"top1_half": 2.5}).notes[0]
-    assert concluded(cell("a", [90.0])).values[0]["sample_half"] is None
+    assert concluded(single, spread(2.5)).notes[0].endswith("the error from the test sample is larger")
+    assert concluded(single).notes == [
+        "95 % confidence intervals: ±2.94 from the test sample of 400 images; one seed each: "
+        "the error from seeds is not known"
+    ]
+    assert conclusions(concluded(setting("a", [90.0])))[0].test_sample_ci95_half is None
 
 
 figures = st.lists(st.floats(0, 100, width=32), min_size=3, max_size=3)
@@ -256,17 +300,21 @@ figures = st.lists(st.floats(0, 100, width=32), min_size=3, max_size=3)
 @settings(max_examples=100, deadline=None)
 @given(st.lists(figures, min_size=2, max_size=5))
 def test_no_winner_has_an_interval_that_holds_zero(runs: list[list[float]]) -> None:
-    table = concluded(*(cell(f"m{i}", top1) for i, top1 in enumerate(runs)))
-    assert sum(values["winner"] for values in table.values) <= 1
-    for values in table.values:
-        for pair in values["pairs"]:
-            if pair["verdict"] == ABOVE or values["winner"]:
-                assert pair["interval"][0] > 0
-            if pair["verdict"] == BELOW:
-                assert pair["interval"][1] < 0
+    table = concluded(*(setting(f"m{i}", top1) for i, top1 in enumerate(runs)))
+    assert sum(conclusion.winner for conclusion in conclusions(table)) <= 1
+    for conclusion in conclusions(table):
+        for pair in conclusion.pairs:
+            if pair.verdict is Verdict.ABOVE or conclusion.winner:
+                assert pair.ci95
+                assert pair.ci95[0] > 0
+            if pair.verdict is Verdict.BELOW:
+                assert pair.ci95
+                assert pair.ci95[1] < 0
 
 
 # --- A against A
+
+ANY = setting("any", [95.0])
 
 
 def test_false_decisions_between_equal_methods() -> None:
@@ -276,11 +324,11 @@ def test_false_decisions_between_equal_methods() -> None:
     for _ in range(FAMILIES):
         common, own = rng.normal(0, 0.5, 4), rng.normal(95, 1.0, (6, 4))
         pairs = [
-            SettingPair(first={}, second={}, difference=paired(own[i] + common, own[j] + common))
+            SettingPair(first=ANY, second=ANY, difference=paired(own[i] + common, own[j] + common))
             for i, j in combinations(range(6), 2)
         ]
-        adjust_p_values(pairs, 0.5)
-        wrong += any(pair.verdict in (ABOVE, BELOW) for pair in pairs)
+        pairs = adjust_p_values(pairs, 0.5)
+        wrong += any(pair.verdict in (Verdict.ABOVE, Verdict.BELOW) for pair in pairs)
         unadjusted += any(pair.difference.p < 0.05 for pair in pairs if pair.difference)
     assert wrong / FAMILIES <= 0.05
     assert unadjusted / FAMILIES > 0.2, "or the adjustment is not tested"
@@ -288,8 +336,8 @@ def test_false_decisions_between_equal_methods() -> None:
 
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_false_decisions_by_seed_and_test_image(seeds: int) -> None:
-    """Two networks of one method: images of unlike difficulty, seeds of unlike luck. By the freedom that two_way
-    estimates, p below 0.01 come too often with two seeds.
+    """Two networks of one method: images of unlike difficulty, seeds of unlike luck. With the degrees of
+    freedom that two_way estimates, p-values below 0.01 come too often with two seeds.
     """
     rng = np.random.default_rng(seeds)
     wrong, plain = 0, 0
@@ -305,17 +353,17 @@ def test_false_decisions_by_seed_and_test_image(seeds: int) -> None:
 
 
 def test_false_equivalence_at_the_margin() -> None:
-    """Two methods that are exactly the margin apart are called as good as each other in at most 5 %."""
+    """Two methods that are exactly the margin apart are called equivalent in at most 5 %."""
     rng = np.random.default_rng(1)
     wrong = 0
     for _ in range(FAMILIES):
-        pair = SettingPair(first={}, second={}, difference=paired(rng.normal(95.5, 0.2, 5), rng.normal(95, 0.2, 5)))
-        adjust_p_values([pair], 0.5)
-        wrong += pair.p_equal_holm < 0.05
+        pair = SettingPair(first=ANY, second=ANY, difference=paired(rng.normal(95.5, 0.2, 5), rng.normal(95, 0.2, 5)))
+        (pair,) = adjust_p_values([pair], 0.5)
+        wrong += pair.p_equivalent_holm < 0.05
     assert 0.03 < wrong / FAMILIES <= 0.05
 
 
-def test_arms_of_runs_are_compared_by_what_is_kept() -> None:
+def test_runs_are_paired_by_image_where_all_have_the_same_images() -> None:
     hits = np.array([True, False, True, True])
     labels = np.arange(4)
     full, bare = RunAccuracy(75.0, labels, hits), RunAccuracy(75.0)

@@ -1,5 +1,6 @@
-"""Files are there whole or not at all; logs are cut back; the screen tells and keeps."""
+"""Durable files, a run's directory and lock, logs cut back to a checkpoint, the progress reporter."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -10,14 +11,16 @@ from typing import Any
 
 import pytest
 from conftest import Configure
+from helpers import evaluation
 
+from qbench.cost.network_cost import NetworkCost
 from qbench.errors import ResourceError
 from qbench.experiment.planned_run import planned_run
 from qbench.report.tables.run_row import row
 from qbench.runs import manifest
 from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
-from qbench.runs.result import Result, with_checksum
+from qbench.runs.result import BaselineResult, Protocol, Result, with_checksum
 from qbench.system import files
 
 
@@ -43,10 +46,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    book = MetricsLogger(tmp_path, tensorboard=False)
-    book.record("epoch", 1, {"loss": 0.5})
-    size = book.size
-    book.record("epoch", 2, {"loss": 0.25})
+    logger = MetricsLogger(tmp_path, tensorboard=False)
+    logger.record("epoch", 1, {"loss": 0.5})
+    size = logger.size
+    logger.record("epoch", 2, {"loss": 0.25})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "ep')
     again = MetricsLogger(tmp_path, size=size, tensorboard=False)
@@ -61,13 +64,13 @@ def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path, monkey
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def write(size: int, step: int, steps: list[int]) -> int:
-        book = MetricsLogger(tmp_path, size=size, step=step)
+        logger = MetricsLogger(tmp_path, size=size, step=step)
         for at in steps:
-            book.record("epoch", at, {"loss": float(at)})
-        book.close()
-        return book.size
+            logger.record("epoch", at, {"loss": float(at)})
+        logger.close()
+        return logger.size
 
-    write(0, 0, [18])  # killed before its first checkpoint
+    write(0, 0, [18])  # killed before the first checkpoint
     size = write(0, 0, [18, 36])
     write(0, 36, [])
     write(size, 36, [54, 72])
@@ -75,7 +78,7 @@ def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path, monkey
     assert [event.step for event in events.Scalars("epoch/loss")] == [18, 36, 54, 72]
 
 
-def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) -> None:
+def test_a_stored_result_counts_only_if_it_is_intact_and_of_this_run(configure: Configure) -> None:
     directory = planned_run(configure("method=dorefa")).directory
     assert directory.stored() is None
     assert not directory.path.exists()
@@ -98,7 +101,7 @@ def test_a_stored_result_must_be_whole_and_the_runs_own(configure: Configure) ->
         path.write_text(json.dumps(with_checksum(good | change)))
         assert directory.stored() is None, change
     path.write_text(json.dumps(good | {"seed": 1}))
-    assert directory.stored() is None, "its sha256 is of another content"
+    assert directory.stored() is None, "the sha256 belongs to another content"
     path.write_text(json.dumps(good)[:-20])
     assert directory.stored() is None
 
@@ -109,16 +112,16 @@ def test_the_newest_two_checkpoints_are_kept(configure: Configure) -> None:
         for step in (5, 9, 10, 100):
             directory.save_state(step, b"x")
         assert [p.name for p in directory.checkpoints()] == ["state-100.pt", "state-10.pt"]
-        (directory.path / ".result.json.77.tmp").write_text("torn")
+        (directory.path / ".result.json.77.tmp").write_text("half")
     with directory.lock():
         assert not list(directory.path.glob(".*.tmp"))
         directory.finish(directory.new_result("failed"))
-        assert len(directory.checkpoints()) == 2, "a failed run can go on"
+        assert len(directory.checkpoints()) == 2, "a failed run can continue"
         directory.finish(directory.new_result("done"))
         assert directory.checkpoints() == []
 
 
-def test_only_one_process_holds_a_directory(configure: Configure) -> None:
+def test_only_one_process_locks_a_directory(configure: Configure) -> None:
     first, second = (planned_run(configure("method=dorefa")).directory for _ in range(2))
 
     class Waited(Exception):
@@ -128,7 +131,7 @@ def test_only_one_process_holds_a_directory(configure: Configure) -> None:
         raise Waited
 
     with first.lock(), pytest.raises(Waited), second.lock(waiting):
-        raise AssertionError("two held it")
+        raise AssertionError("two locks at once")
     with second.lock(waiting):
         pass
 
@@ -144,13 +147,13 @@ def test_changes_since_a_manifest(tmp_path: Path) -> None:
 
 
 def test_plain_lines_are_few_and_all_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    screen = ProgressReporter(live=False)
-    screen.log = tmp_path / "log.txt"
-    screen.start("stage", 1000, 0, 64)
+    reporter = ProgressReporter(live=False)
+    reporter.log = tmp_path / "log.txt"
+    reporter.start("stage", 1000, 0, 64)
     for epoch in range(100):
-        screen.step(10 * epoch + 10, lambda: 0.5)
-        screen.epoch(10 * epoch + 10, {"epoch": epoch, "train_loss": 0.5, "train_top1": 50.0, "val_top1": 40.0})
-    screen.say("hello")
+        reporter.step(10 * epoch + 10, lambda: 0.5)
+        reporter.epoch(10 * epoch + 10, {"epoch": epoch, "train_loss": 0.5, "train_top1": 50.0, "val_top1": 40.0})
+    reporter.say("hello")
     shown = capsys.readouterr().err.splitlines()
     assert 10 <= len(shown) <= 13
     assert "epoch 100, step 1000 of 1000  loss 0.5000  train 50.0 %  val 40.0 %" in shown[-2]
@@ -160,30 +163,32 @@ def test_plain_lines_are_few_and_all_are_kept(tmp_path: Path, capsys: pytest.Cap
 
 def _result(**values: Any) -> Result:
     bits = {"w": 2, "a": 32, "g": 32}
-    own = {"final": {"test": {"top1": 90.0}}, "cost": {
-        "bits_per_weight": 2.0, "bytes_ideal": 7176, "bytes_float": 76296, "bitops": 16_842_752, "macs": 189_248,
-    }}  # fmt: skip
-    given = {
-        "status": "done", "method": "dorefa", "bits": bits, "seed": 0, "dataset": "digits", "model": "resnet8",
-        "protocol": {}, "run": "outputs/x", "levels": 4, "wall_seconds": 3.21,
-    }  # fmt: skip
-    return Result(**given | own | values)
+    cost = NetworkCost(
+        params=19_074, macs=189_248, bitops=16_842_752, bytes_float=76_296, bytes_ideal=7176, bytes_packed=7176,
+        bits_per_weight=2.0,
+    )  # fmt: skip
+    result = Result(
+        status="done", method="dorefa", bits=bits, seed=0, dataset="digits", model="resnet8",
+        protocol=Protocol(hash="", keys={}), run="outputs/x", levels=4, wall_seconds=3.21, final=evaluation(90.0),
+        cost=cost,
+    )  # fmt: skip
+    return dataclasses.replace(result, **values)
 
 
 def test_the_row() -> None:
-    child = _result(float={"final": {"test": {"top1": 91.25}}}, notes=["a hint"])
+    child = _result(baseline=BaselineResult(run="outputs/f", final=evaluation(91.25)), notes=["a hint"])
     text = row([child, _result(method="float", levels=None), _result(status="unsupported", final=None, reason="why")])
     narrow = row([child], width=80).splitlines()
     assert max(map(len, narrow)) <= 80
     assert narrow[0].split() == ["method", "dorefa"]
     assert narrow[6].split() == ["float", "91.25", "%"]
     assert row([child], width=200) == row([child])
-    head, first, parent, unsupported, *rest = text.splitlines()
+    head, first, baseline, unsupported, *rest = text.splitlines()
     assert head.split()[:4] == ["method", "W", "A", "G"]
     assert " ".join(first.split()) == (
         "dorefa 2 32 32 4 2.00 91.25 % 90.00 % -1.25 7.18 kB of 76.3 kB 16.8 M of 194 M 3.2 s"
     )
-    assert " ".join(parent.split()).startswith("float 2 32 32 - 2.00 90.00 % - - 7.18 kB")
+    assert " ".join(baseline.split()).startswith("float 2 32 32 - 2.00 90.00 % - - 7.18 kB")
     assert unsupported.split()[-1] == "unsupported"
     assert "      a hint" in rest
     assert "      why" in rest

@@ -1,206 +1,205 @@
-"""Papers side by side: runs grouped into cells, cells into blocks of one protocol, blocks into tables.
-
-`conclude` says below them what follows, `published` what papers claim, `columns` how they look, `asked` what is wanted.
-"""
+"""Comparison of runs: groups runs into settings, settings into tables of one data set, network and protocol."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from qbench.report.comparison import lr_selection as choice
+from qbench.bits import FLOAT
 from qbench.report.comparison import naming
-from qbench.report.comparison.settings import values
-from qbench.report.tables.columns import DEFAULT, HEAD, chosen, show
+from qbench.report.comparison.aggregation import aggregate
+from qbench.report.comparison.columns import DEFAULT, columns_in
+from qbench.report.comparison.duplicates import without_duplicates
+from qbench.report.comparison.lr_selection import SelectedLearningRate, is_candidate, select_learning_rate
+from qbench.report.comparison.setting import Setting
+from qbench.report.comparison.setting_table import MissingRuns, with_columns
 from qbench.report.tables.table import Table
 from qbench.runs.reader import DONE, FROM_LOGS, RunRecord
 from qbench.runs.result import Result
 
-__all__ = ["HEAD", "compare"]
+MISSING_TITLE = "failed or unsupported"
 
 
-def compare(found: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
-    """Return a table for every data set, network and protocol, and last the runs that have no figure.
+def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
+    """Return a table for every data set, network and protocol, and last one of the runs without a result.
 
-    A cell is one method with its options at one set of widths; its figure is the mean over seeds of test top-1 after
-    the last epoch. The difference is to each run's own float parent. Runs of unlike protocol are never averaged, nor
-    set in one table; the keys in which protocols differ are named. Of runs with lr_search=grid, those of the learning
-    rate that is best on validation are the cell, and the test figures of the others stand nowhere. With `by`, keys of
-    `naming.facts`, runs that differ in them stand in tables of their own.
+    A row is a setting: one method with its options at its widths. Its accuracy is the mean over seeds of test top-1
+    after the last epoch; the difference is to each run's own float baseline. Runs of different protocols are never
+    averaged and never in one table; titles name the keys in which protocols differ. With lr_search=grid only the runs
+    of the learning rate that is best on validation count; test accuracies of the others are not shown.
+
+    Args:
+        runs: as `qbench.runs.reader.read` gives them.
+        by: keys of `naming.run_keys`; runs that differ in them stand in separate tables.
     """
-    found, copies = _without_copies(found)
-    runs = [run.result for run in found if run.status == DONE and run.result is not None]
-    parents = [r for r in runs if naming.is_parent(r)]
-    children = [r for r in runs if not naming.is_parent(r)]
-    known = {_key(r.baseline.run) for r in children if r.baseline}
-    alone = [r for r in parents if _key(r.run) not in known]
-    blocks: dict[naming.Block, list[Result]] = defaultdict(list)
-    for result in [*children, *alone]:
-        blocks[result.dataset, result.model, result.protocol.hash].append(result)
-    lost = [r.result for r in found if r.status != DONE and r.result and choice.is_candidate(r.result)]
-    titles = naming.titles(blocks)
+    runs, duplicate_notes = without_duplicates(runs)
+    results = [run.result for run in runs if run.status == DONE and run.result is not None]
     context = _Context(
-        parents={_key(r.run): r for r in parents},
-        labels=naming.labels(runs),
-        logged={str(run.path) for run in found if FROM_LOGS in run.notes},
-        lost=lost,
+        baselines={_directory_name(r.run): r for r in results if naming.is_baseline(r)},
+        labels=naming.labels(results),
+        from_logs={str(run.path) for run in runs if FROM_LOGS in run.notes},
+        failed=[r.result for r in runs if r.status != DONE and r.result and is_candidate(r.result)],
     )
+    blocks = _blocks(results)
+    titles = naming.titles(blocks)
     tables = [
-        _block(titles[key] + told, own, context)
-        for key, results in sorted(blocks.items())
-        for told, own in _parted(results, by)
+        _table(titles[block] + suffix, part, context)
+        for block, members in sorted(blocks.items())
+        for suffix, part in _split(members, by)
     ]
     if tables:
-        tables[-1].notes += copies
-    tables += _without_figure(found)
-    for run in found:
-        tables[-1].notes += [f"{run.path.name}: {what}" for what in run.unread]
+        tables[-1] = replace(tables[-1], notes=tables[-1].notes + duplicate_notes)
+    tables += _missing_table(runs)
+    unread = [f"{run.path.name}: {what}" for run in runs for what in run.unread]
+    if unread:
+        tables[-1] = replace(tables[-1], notes=tables[-1].notes + unread)
     return tables
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Context:
-    """What blocks share: float parents by place, names of methods, runs read from logs, candidates without a figure."""
+    """What tables share.
 
-    parents: Mapping[str, Result]
+    `baselines`: results of float baselines by directory name. `labels`: of methods by `naming.method_identity`.
+    `from_logs`: paths of runs read from logs. `failed`: runs of a learning-rate grid without a result.
+    """
+
+    baselines: Mapping[str, Result]
     labels: Mapping[str, str]
-    logged: set[str]
-    lost: Sequence[Result]
+    from_logs: set[str]
+    failed: Sequence[Result]
 
 
-def _without_copies(found: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
-    """Return the runs with every identity once, directories before records, and what to say of the copies left out."""
-    kept: dict[Any, RunRecord] = {}
-    copies: list[RunRecord] = []
-    for run in sorted(found, key=lambda r: (r.recorded, str(r.path))):
-        final = run.result and run.status in (DONE, "unsupported")
-        identity = (run.result.identity if final and run.result else None) or id(run)
-        copies += [run] if identity in kept else []
-        kept.setdefault(identity, run)
-    return list(kept.values()), [*_of_copies(copies, kept)]
+def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
+    """Return the results by block: those with a baseline, and baselines that no other run starts from."""
+    quantized = [r for r in results if not naming.is_baseline(r)]
+    used = {_directory_name(r.baseline.run) for r in quantized if r.baseline}
+    unused = [r for r in results if naming.is_baseline(r) and _directory_name(r.run) not in used]
+    blocks: dict[naming.Block, list[Result]] = defaultdict(list)
+    for result in [*quantized, *unused]:
+        blocks[naming.Block(result.dataset, result.model, result.protocol.hash)].append(result)
+    return blocks
 
 
-def _of_copies(copies: Sequence[RunRecord], kept: Mapping[Any, RunRecord]) -> Iterator[str]:
-    """Say how many runs were left out, and which of them have another figure than the one that stands."""
-    if not copies:
-        return
-    where = f"{copies[0].path}" + (f" and {len(copies) - 1} more" if len(copies) > 1 else "")
-    yield f"copies of runs listed already, left out: {where}"
-    pairs = [(run, kept[run.result.identity]) for run in copies if run.result]
-    unlike = [f"{run.path} {_top1(run)}, listed {_top1(own)}" for run, own in pairs if _top1(run) != _top1(own)]
-    if unlike:
-        more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
-        yield f"of these copies {len(unlike)} have another top-1, by other versions or machines: {unlike[0]}{more}"
-
-
-def _top1(run: RunRecord) -> str:
-    return f"{run.result.top1:.2f}" if run.result and run.result.top1 is not None else "-"
-
-
-def _parted(results: list[Result], by: Sequence[str]) -> list[tuple[str, list[Result]]]:
-    """Return runs parted by the values of some keys, each part with what to add to the title."""
+def _split(results: Sequence[Result], by: Sequence[str]) -> list[tuple[str, list[Result]]]:
+    """Return results split by the values of some keys, each part with what to add to the title."""
     parts: dict[tuple[str, ...], list[Result]] = defaultdict(list)
     for result in results:
-        own = naming.facts(result) if by else {}
-        parts[tuple(own.get(key, "?") for key in by)].append(result)
-    found = sorted(parts.items(), key=lambda part: [_order(value) for value in part[0]])
-    return [("".join(f"; {k}={v}" for k, v in zip(by, values, strict=True)), own) for values, own in found]
+        keys = naming.run_keys(result) if by else {}
+        parts[tuple(keys.get(key, "?") for key in by)].append(result)
+    ordered = sorted(parts.items(), key=lambda part: [_sort_key(value) for value in part[0]])
+    return [("".join(f"; {k}={v}" for k, v in zip(by, values, strict=True)), part) for values, part in ordered]
 
 
-def _order(value: str) -> tuple[bool, float, str]:
+def _sort_key(value: str) -> tuple[bool, float, str]:
+    """Sort numbers by value, before everything else."""
     try:
         return False, float(value), ""
     except ValueError:
         return True, 0.0, value
 
 
-def _block(title: str, results: list[Result], context: _Context) -> Table:
-    table = Table((), title=title)
-    origins: dict[str, dict[str, Result]] = defaultdict(dict)
+def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
+    """Return the table of one block: float baselines first, then settings by label and widths, wider first."""
+    settings, notes = list[Setting](), list[str]()
+
+    def add(label: str, members: Sequence[Result], learning_rate: SelectedLearningRate | None = None) -> None:
+        logged = [r for r in members if r.run in context.from_logs]
+        source = FROM_LOGS if logged else "result.json"
+        settings.append(aggregate(label, members, source, learning_rate))
+        notes.extend(_member_notes(settings[-1], logged))
+
+    for network, baselines in _baselines(results, context):
+        add(f"float {network}".strip(), baselines)
+    labels = {id(r): context.labels[naming.method_identity(r)] for r in results}
+    for label, members in _members(results, labels):
+        if not is_candidate(members[0]):
+            add(label, members)
+            continue
+        failed = [r for r in context.failed if naming.setting_key(r) == naming.setting_key(members[0])]
+        selection = select_learning_rate(f"{label} {members[0].widths}", members, failed)
+        if selection.runs:
+            add(label, selection.runs, selection.learning_rate)
+        notes += selection.notes
+    notes += _protocol_notes(results, labels)
+    return with_columns(Table((), title=title, values=settings, notes=notes), columns_in(DEFAULT))
+
+
+def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, list[Result]]]:
+    """Return the float baselines of results, grouped by the keys of the network that methods require."""
+    grouped: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
         if result.baseline:
-            key = _key(result.baseline.run)
-            origins[naming.network(result)][key] = context.parents.get(key) or _parent_of(result)
-    for network, own in sorted(origins.items()):
-        _add(table, f"float {network}".strip(), list(own.values()), context.logged)
-    cells: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
-    names = {id(r): context.labels[naming.identity(r)] for r in results}
+            name = _directory_name(result.baseline.run)
+            grouped[naming.network_keys(result)][name] = context.baselines.get(name) or _recorded_baseline(result)
+    return [(network, list(baselines.values())) for network, baselines in sorted(grouped.items())]
+
+
+def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple[str, list[Result]]]:
+    """Return the results of each setting with its label, sorted by label and widths, wider first."""
+    members: dict[tuple[str, int, int, int], list[Result]] = defaultdict(list)
     for result in results:
-        bits = result.bits
-        cells[names[id(result)], -bits["w"], -bits["a"], -bits["g"]].append(result)
-    for (label, *_), members in sorted(cells.items(), key=lambda item: item[0]):
-        if not choice.is_candidate(members[0]):
-            _add(table, label, members, context.logged)
-            continue
-        without = [r for r in context.lost if naming.cell(r) == naming.cell(members[0])]
-        made = choice.choose(f"{label} {members[0].widths}", members, without)
-        if made.runs:
-            _add(table, label, made.runs, context.logged)
-            table.values[-1]["tuned"] = made.values
-        table.notes += made.notes
-    for label, network in sorted({(names[id(r)], naming.network(r)) for r in results if r.network}):
-        table.notes.append(f"{label} is on a network with {network}, as its float parent is")
-    for label, ask in sorted({(names[id(r)], ask) for r in results for ask in r.protocol_changes}):
-        table.notes.append(f"{label}: {ask}")
+        widths = result.bits
+        members[labels[id(result)], -widths["w"], -widths["a"], -widths["g"]].append(result)
+    return [(key[0], own) for key, own in sorted(members.items(), key=lambda item: item[0])]
+
+
+def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
+    """Yield notes on a setting's runs: several of one seed, and those read from logs."""
+    if len({run.seed for run in setting.runs}) < len(setting.runs):
+        names = ", ".join(Path(run.run).name for run in setting.runs)
+        yield f"{setting.name}: several runs of one seed, which are averaged: {names}"
+    if logged:
+        names = ", ".join(Path(r.run).name for r in sorted(logged, key=lambda r: (r.seed, r.run)))
+        yield f"{setting.name}: {FROM_LOGS}: {names}"
+
+
+def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Iterator[str]:
+    """Yield notes on networks and protocols that methods require, and on synthetic data."""
+    for label, network in sorted({(labels[id(r)], naming.network_keys(r)) for r in results if r.network}):
+        yield f"{label}: network with {network}, as its float baseline"
+    for label, change in sorted({(labels[id(r)], change) for r in results for change in r.protocol_changes}):
+        yield f"{label}: {change}"
     if any(r.synthetic for r in results):
-        table.notes.append("made data: not for comparison with papers' tables")
-    show(table, chosen(DEFAULT))
-    return table
+        yield "synthetic data: not comparable with papers' tables"
 
 
-def _add(table: Table, label: str, members: list[Result], logged: set[str]) -> None:
-    """Add the values of one cell, and what is to be said of its runs."""
-    members = sorted(members, key=lambda r: (r.seed, r.run))
-    name = f"{label} {members[0].widths}"
-    if len({r.seed for r in members}) < len(members):
-        table.notes.append(f"{name}: a seed stands more than once: {_runs(members)}")
-    read = [r for r in members if r.run in logged]
-    if read:
-        table.notes.append(f"{name}: {FROM_LOGS}: {_runs(read)}")
-    table.values.append(values(label, members, FROM_LOGS if read else "result.json"))
-
-
-def _without_figure(found: Sequence[RunRecord]) -> list[Table]:
-    """Return the table of the runs that failed, diverged, are unsupported, unfinished, running or torn."""
-    rest = [run for run in found if run.status != DONE]
-    if not rest:
+def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
+    """Return the table of runs that failed, diverged, are unsupported, unfinished, running or corrupt."""
+    missing = [run for run in runs if run.status != DONE]
+    if not missing:
         return []
-    table = Table(("status", "run", "reason"), title="without a figure")
-    cells: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)
-    for run in rest:  # what a method does not know is the same for all seeds: one line; all else is a run of its own
-        known = run.status == "unsupported" and run.result is not None
-        name = f"{run.result.method} {run.result.widths}" if known and run.result else str(run.path)
-        cells[run.status, name, run.reason].append(run)
-    for (status, name, reason), runs in sorted(cells.items()):
-        count = f", {len(runs)} runs" if len(runs) > 1 else ""
-        table.rows.append((status, name + count, reason.partition("\n")[0]))
-        table.values.append({"status": status, "runs": [str(run.path) for run in runs], "reason": reason})
-    return [table]
+    grouped: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)
+    for run in missing:  # what a method does not support is the same for all seeds: one row; all else is a row a run
+        unsupported = run.result if run.status == "unsupported" else None
+        name = f"{unsupported.method} {unsupported.widths}" if unsupported else str(run.path)
+        grouped[run.status, name, run.reason].append(run)
+    rows, values = list[tuple[str, ...]](), list[MissingRuns]()
+    for (status, name, reason), own in sorted(grouped.items()):
+        count = f", {len(own)} runs" if len(own) > 1 else ""
+        rows.append((status, name + count, reason.partition("\n")[0]))
+        values.append(MissingRuns(status=status, runs=tuple(str(run.path) for run in own), reason=reason))
+    return [Table(("status", "run", "reason"), rows, values, MISSING_TITLE)]
 
 
-def _parent_of(child: Result) -> Result:
-    """Return what a child tells of a float parent whose own directory is not among those read."""
-    assert child.baseline is not None
+def _recorded_baseline(result: Result) -> Result:
+    """Return what a result records of its float baseline, for baselines that were not read themselves."""
+    assert result.baseline is not None
     return Result(
         status=DONE,
         method="float",
-        bits={"w": 32, "a": 32, "g": 32},
-        seed=child.seed,
-        dataset=child.dataset,
-        model=child.model,
-        run=child.baseline.run,
-        protocol=replace(child.protocol, keys=child.protocol.keys | {"init": "scratch"}),
-        final=child.baseline.final,
-        best=child.baseline.best,
-        synthetic=child.synthetic,
+        bits=dict.fromkeys("wag", FLOAT),
+        seed=result.seed,
+        dataset=result.dataset,
+        model=result.model,
+        run=result.baseline.run,
+        protocol=replace(result.protocol, keys=result.protocol.keys | {"init": "scratch"}),
+        final=result.baseline.final,
+        best=result.baseline.best,
+        synthetic=result.synthetic,
     )
 
 
-def _runs(results: Iterable[Result]) -> str:
-    return ", ".join(Path(r.run).name for r in results)
-
-
-def _key(run: str) -> str:
-    """Return the part of a run's path that stays when the folder around it is moved: its name ends in a hash."""
+def _directory_name(run: str) -> str:
+    """Return the name of a run's directory, which ends in a hash and stays when the folder around it is moved."""
     return Path(run).name

@@ -1,101 +1,110 @@
-"""`lr_search=grid`: the learning rate of a method at its widths, chosen on validation without a look at test
-figures.
-"""
+"""`lr_search=grid`: selects the learning rate of a method at its widths by validation accuracy, without test accuracy."""
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
-from typing import Any
+from typing import NamedTuple
 
 from qbench.config.schema import RATE, scaled
 from qbench.runs.result import Result
 
+Accuracies = Mapping[float, Mapping[int, float]]
+"""Validation top-1 in percent after the last epoch, by learning rate and seed."""
 
-@dataclass(kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class SelectedLearningRate:
-    """Among the runs of one method at its widths, those of the learning rate that is best on validation.
+    """The rate that is best on validation, among those of a grid.
 
-    `validation` holds for each rate of the grid, lowest first, the mean over `seeds` of validation top-1 in percent
-    after the last epoch; None: it was no candidate. `rate` None: nothing could be chosen.
+    `validation` holds for each rate of the grid, lowest first, the mean validation top-1 over `seeds`; None for a rate
+    that is no candidate. `rate` is None if nothing could be selected.
     """
 
     rate: float | None
+    validation: Mapping[float, float | None]
+    seeds: tuple[int, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the selection as plain values."""
+        grid = [{RATE: rate, "val_top1_mean": accuracy} for rate, accuracy in self.validation.items()]
+        return {RATE: self.rate, "seeds": list(self.seeds), "grid": grid}
+
+
+class Selection(NamedTuple):
+    """The selected rate, its runs, and notes on how it was selected."""
+
+    learning_rate: SelectedLearningRate
     runs: list[Result]
-    validation: dict[float, float | None]
-    seeds: list[int]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The choice as plain values."""
-        grid = [{RATE: rate, "val_top1_mean": figure} for rate, figure in self.validation.items()]
-        return {RATE: self.rate, "chosen_on_seeds": self.seeds, "grid": grid}
+    notes: list[str]
 
 
-def choose(name: str, runs: Sequence[Result], lost: Sequence[Result] = ()) -> SelectedLearningRate:
-    """Return the rate with the best mean validation top-1 over the seeds that all candidates have.
+def select_learning_rate(name: str, runs: Sequence[Result], failed: Sequence[Result] = ()) -> Selection:
+    """Select the rate with the best mean validation top-1 over the seeds that all candidates have.
 
-    Of equal ones it is the rate nearest the recipe's own. A rate that diverged is no candidate, whatever its other
-    seeds say; one without any figure yet is none either.
+    Of equal rates the one nearest the recipe's rate is selected. A rate with any diverged seed is no candidate, nor is
+    one without any accuracy yet.
 
     Args:
-        name: what notes call the method at its widths.
-        runs: of one method, protocol and widths, all with a figure, in any order.
-        lost: those of the same that ended without one.
+        name: of the method at its widths, for notes.
+        runs: of one method, protocol and widths, all with a result, in any order.
+        failed: those of the same that ended without one.
     """
-    own, rates = _grid(runs[0])
-    figures: dict[float, dict[int, float]] = defaultdict(dict)
+    recipe_rate, rates = _grid(runs[0])
+    accuracies: dict[float, dict[int, float]] = defaultdict(dict)
     for run in sorted(runs, key=lambda r: r.run):
         if run.final and run.final.val:
-            figures[run.options[RATE]].setdefault(run.seed, run.final.val.top1)
-    diverged = {run.options[RATE] for run in lost if run.status == "diverged"}
-    candidates = [rate for rate in rates if figures[rate] and rate not in diverged]
-    seeds = sorted(set.intersection(*(set(figures[rate]) for rate in candidates))) if candidates else []
-    validation = {r: mean(figures[r][s] for s in seeds) if r in candidates and seeds else None for r in rates}
+            accuracies[run.options[RATE]].setdefault(run.seed, run.final.val.top1)
+    diverged = {run.options[RATE] for run in failed if run.status == "diverged"}
+    candidates = [rate for rate in rates if accuracies[rate] and rate not in diverged]
+    seeds = sorted(set.intersection(*(set(accuracies[rate]) for rate in candidates))) if candidates else []
+    means = {rate: mean(accuracies[rate][seed] for seed in seeds) for rate in candidates} if seeds else {}
 
     def rank(rate: float) -> tuple[float, float, float]:
-        return round(validation[rate] or 0.0, 9), -round(abs(math.log(rate / own)), 9), -rate
+        return round(means[rate], 9), -round(abs(math.log(rate / recipe_rate)), 9), -rate
 
-    best = max(candidates, key=rank) if seeds else None
-    chosen = [run for run in runs if run.options[RATE] == best and run.seed in figures[run.options[RATE]]]
-    found = SelectedLearningRate(rate=best, runs=chosen, validation=validation, seeds=seeds)
+    best = max(means, key=rank) if means else None
+    selected = SelectedLearningRate(rate=best, validation={rate: means.get(rate) for rate in rates}, seeds=tuple(seeds))
+    kept = [run for run in runs if run.options[RATE] == best and run.seed in accuracies[run.options[RATE]]]
     epochs = runs[0].protocol.keys.get("epochs", "?")
-    found.notes = [f"{name}: {_told(found, epochs)}", *_missing(name, rates, figures, lost)]
-    return found
+    notes = [f"{name}: {_selection_note(selected, epochs)}", *_missing_notes(name, rates, accuracies, failed)]
+    return Selection(selected, kept, notes)
 
 
 def _grid(run: Result) -> tuple[float, list[float]]:
-    """Return the recipe's own rate and those of the grid, lowest first."""
+    """Return the recipe's rate and the rates of the grid, lowest first."""
     keys = run.protocol.keys
-    own = float(keys["optim"]["lr"])
-    return own, sorted({scaled(own, factor) for factor in keys["lr_grid"]["factors"]})
+    recipe_rate = float(keys["optim"]["lr"])
+    return recipe_rate, sorted({scaled(recipe_rate, factor) for factor in keys["lr_grid"]["factors"]})
 
 
-def _told(choice: SelectedLearningRate, epochs: Any) -> str:
-    rates = list(choice.validation)
-    if choice.rate is None:
-        return f"no {RATE} of {len(rates)} chosen: no seed has a validation figure at every rate that did not diverge"
-    told = f"{RATE}={choice.rate:g} chosen of {len(rates)} on validation top-1, {_seeds(choice.seeds)}"
-    told += f"; {len(rates)} x {epochs} epochs a seed"
-    if choice.rate in (rates[0], rates[-1]):
-        told += f"; it is the {'lowest' if choice.rate == rates[0] else 'highest'} of the grid, beyond may be better"
-    return told
+def _selection_note(selected: SelectedLearningRate, epochs: object) -> str:
+    rates = list(selected.validation)
+    if selected.rate is None:
+        return f"no {RATE} of {len(rates)} selected: no seed has a validation accuracy at every rate that converged"
+    note = f"{RATE}={selected.rate:g} selected from {len(rates)} by validation top-1, {_seeds(selected.seeds)}"
+    note += f"; {len(rates)} x {epochs} epochs a seed"
+    if selected.rate == rates[0]:
+        note += "; it is the lowest of the grid, a lower one may be better"
+    elif selected.rate == rates[-1]:
+        note += "; it is the highest of the grid, a higher one may be better"
+    return note
 
 
-def _missing(
-    name: str, rates: Sequence[float], figures: dict[float, dict[int, float]], lost: Sequence[Result]
-) -> list[str]:
-    """Say which rates lack which seeds, of those that any rate has, and why."""
-    ended = {(run.options[RATE], run.seed): run.status for run in lost}
-    seeds = {seed for found in figures.values() for seed in found} | {seed for _, seed in ended}
+def _missing_notes(name: str, rates: Sequence[float], accuracies: Accuracies, failed: Sequence[Result]) -> list[str]:
+    """Return a note on the rates that lack seeds which another rate has, and why."""
+    statuses = {(run.options[RATE], run.seed): run.status for run in failed}
+    seeds = {seed for by_seed in accuracies.values() for seed in by_seed} | {seed for _, seed in statuses}
     gaps: dict[float, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rate in rates:
-        for seed in sorted(seeds - set(figures[rate])):
-            gaps[rate][ended.get((rate, seed), "not there")].append(seed)
-    told = [f"{rate:g} ({'; '.join(f'{why}, {_seeds(s)}' for why, s in own.items())})" for rate, own in gaps.items()]
-    return [f"{name}: no validation figure at {RATE} {', '.join(told)}"] if told else []
+        for seed in sorted(seeds - set(accuracies[rate])):
+            gaps[rate][statuses.get((rate, seed), "missing")].append(seed)
+    parts = [
+        f"{rate:g} ({'; '.join(f'{status}, {_seeds(lacking)}' for status, lacking in by_status.items())})"
+        for rate, by_status in gaps.items()
+    ]
+    return [f"{name}: no validation accuracy at {RATE} {', '.join(parts)}"] if parts else []
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -103,6 +112,6 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def is_candidate(run: Result) -> bool:
-    """Whether a run is one of a grid of learning rates, as its protocol says it."""
+    """Whether a run belongs to a grid of learning rates, according to its protocol."""
     keys = run.protocol.keys
     return isinstance(run.options.get(RATE), int | float) and {"optim", "lr_grid"} <= set(keys)

@@ -1,110 +1,119 @@
-"""What runs are called, and asked by: titles of protocols, labels of methods, keys as one types them."""
+"""Names in comparisons: titles of protocols, labels of methods, and the keys by which runs are selected."""
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from qbench.config.schema import RATE
 from qbench.runs.result import Result
 
-Block = tuple[str, str, str]
-"""Data set, network, hash of the protocol: what runs share that may stand in one table."""
+
+class Block(NamedTuple):
+    """What runs must share to stand in one table: data set, network and the protocol's hash ("" if not known)."""
+
+    dataset: str
+    model: str
+    protocol: str
 
 
-def titles(blocks: Mapping[Block, list[Result]]) -> dict[Block, str]:
-    """Name every block: network, data set, and, where several protocols share them, the keys that differ."""
-    shown = {key: _protocol(runs[0].protocol.keys) for key, runs in blocks.items()}
-    rivals: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    for key, own in shown.items():
-        rivals[key[:2]] += [own] if key[2] else []
-    differing = {pair: _differing(found) for pair, found in rivals.items()}
+def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
+    """Return a title for every block: network, data set and, if it has several protocols, the keys that differ."""
+    protocols = {block: _protocol_keys(runs[0].protocol.keys) for block, runs in blocks.items()}
+    same_network: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for block, keys in protocols.items():
+        same_network[block.dataset, block.model] += [keys] if block.protocol else []
+    differing = {network: _differing(protocols) for network, protocols in same_network.items()}
     named = {}
-    for key, own in shown.items():
-        dataset, model, protocol = key
-        if not protocol:  # event files tell no protocol
-            named[key] = f"{model} on {dataset}; protocol not known"
+    for block, keys in protocols.items():
+        title = f"{block.model} on {block.dataset}"
+        if not block.protocol:  # event files do not hold the protocol
+            named[block] = f"{title}; protocol not known"
             continue
-        names = differing[key[:2]]
-        if own.get("lr_search") == '"grid"':
+        names = differing[block.dataset, block.model]
+        if keys.get("lr_search") == '"grid"':
             names = sorted({*names, "lr_grid.factors", "lr_search"})
-        told = [f"{n}={own.get(n, '?')}" for n in names if n in own or not n.startswith("lr_grid.")]
-        named[key] = f"{model} on {dataset}" + (f"; protocol with {', '.join(told)}" if told else "")
+        typed = [f"{n}={keys.get(n, '?')}" for n in names if n in keys or not n.startswith("lr_grid.")]
+        named[block] = title + (f"; protocol with {', '.join(typed)}" if typed else "")
     return named
 
 
-def _differing(rivals: list[dict[str, str]]) -> list[str]:
-    names = sorted(set().union(*rivals))
-    return [n for n in names if len({rival.get(n, "?") for rival in rivals}) > 1]
+def _differing(protocols: Sequence[Mapping[str, str]]) -> list[str]:
+    names = sorted(set().union(*protocols))
+    return [n for n in names if len({keys.get(n, "?") for keys in protocols}) > 1]
 
 
-def _protocol(keys: dict[str, Any]) -> dict[str, str]:
-    """Return a protocol's keys as typed; `lr_search` is left out of those that have the usual one."""
-    return flat({"lr_search": "none"} | keys if "optim" in keys else keys)
+def _protocol_keys(keys: Mapping[str, object]) -> dict[str, str]:
+    """Return a protocol's keys as typed, with `lr_search=none` where it is left out."""
+    return flat({"lr_search": "none", **keys} if "optim" in keys else keys)
 
 
-def flat(values: Any, prefix: str = "") -> dict[str, str]:
+def flat(values: object, prefix: str = "") -> dict[str, str]:
     """Return nested values as `a.b` -> JSON."""
-    if not isinstance(values, dict):
+    if not isinstance(values, Mapping):
         return {prefix: json.dumps(values)}
-    found: dict[str, str] = {}
+    flattened: dict[str, str] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else key)
-    return found
+        flattened |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return flattened
 
 
-def facts(run: Result) -> dict[str, str]:
-    """Return what a run may be asked by, key -> JSON: its protocol, method with options, widths, network, seed."""
-    own = {"method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status}
-    own |= {"bits": run.widths} | {f"bits.{key}": width for key, width in run.bits.items()}
+def run_keys(run: Result) -> dict[str, str]:
+    """Return what a run can be selected by, key -> JSON: protocol, method with options, widths, network, seed."""
+    own: dict[str, object] = {
+        "method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status,
+        "bits": run.widths,
+    }  # fmt: skip
+    own |= {f"bits.{key}": width for key, width in run.bits.items()}
     nested = {"method": run.options, "model": run.network}
     return flat({"lr_search": "none"} | run.protocol.keys) | flat(nested) | flat(own)
 
 
 def labels(results: Iterable[Result]) -> dict[str, str]:
-    """Name each method with its options as typed, those that differ between runs of the same method only."""
-    seen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    """Return a label for each `method_identity`: the method, and of its options those that differ between its runs."""
+    by_method: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
     for result in results:
-        seen[result.method].setdefault(identity(result), variant(result))
+        by_method[result.method].setdefault(method_identity(result), variant(result))
     named = {}
-    for name, variants in seen.items():
+    for method, variants in by_method.items():
         keys = sorted(set().union(*variants.values()))
-        unlike = [k for k in keys if len({json.dumps(o.get(k)) for o in variants.values()}) > 1]
-        for own, one in variants.items():
-            typed = [f"{k}={one[k]}" for k in keys if k in one and (k in unlike or k.endswith("deviation"))]
-            named[own] = " ".join([name, *typed])
+        differing = [k for k in keys if len({json.dumps(v.get(k)) for v in variants.values()}) > 1]
+        for identity, own in variants.items():
+            typed = [f"{k}={own[k]}" for k in keys if k in own and (k in differing or k.endswith("deviation"))]
+            named[identity] = " ".join([method, *typed])
     return named
 
 
-def identity(result: Result) -> str:
-    """Return what runs of one method with the same options on the same kind of network share, whatever their widths."""
+def method_identity(result: Result) -> str:
+    """Return what all runs of a method with the same options on the same kind of network share, at any widths."""
     return result.method + json.dumps(variant(result), sort_keys=True)
 
 
-def cell(result: Result) -> tuple[str, ...]:
-    """Return what the runs of one cell share."""
-    return result.dataset, result.model, result.protocol.hash, identity(result), result.widths
+def setting_key(result: Result) -> tuple[str, ...]:
+    """Return what the runs of one setting share."""
+    return result.dataset, result.model, result.protocol.hash, method_identity(result), result.widths
 
 
-def options(result: Result) -> dict[str, Any]:
-    """Return a method's options, not the rate to be chosen; a fine-tuned float network says that it is no parent."""
-    init = result.protocol.keys.get("init")
+def options(result: Result) -> dict[str, object]:
+    """Return a method's options without a learning rate to be selected; for float networks with their `init`."""
     own = {key: value for key, value in result.options.items() if key != RATE}
+    init = result.protocol.keys.get("init")
     return own | ({"init": init} if result.method == "float" and init else {})
 
 
-def variant(result: Result) -> dict[str, Any]:
-    """Return a method's options and, as keys of the network, what this has of its own: runs that differ in either are
-    cells of their own.
+def variant(result: Result) -> dict[str, object]:
+    """Return a method's options, and as `model.KEY` the keys of the network that the run sets itself.
+
+    Runs that differ in either belong to different settings.
     """
     return options(result) | {f"model.{key}": value for key, value in result.network.items()}
 
 
-def network(result: Result) -> str:
-    """Return what a run's network has that the method asked for, as typed."""
+def network_keys(result: Result) -> str:
+    """Return the keys of the network that the method requires, as typed."""
     return " ".join(f"{key}={value}" for key, value in sorted(result.network.items()))
 
 
-def is_parent(result: Result) -> bool:
-    """Whether a run is a float network from scratch, from which others start."""
+def is_baseline(result: Result) -> bool:
+    """Whether a run is a float network from scratch, from which other runs start."""
     return result.method == "float" and result.protocol.keys.get("init") == "scratch"

@@ -1,48 +1,68 @@
-"""A run's figure, and where its predictions are kept which test images it got right; arms of such runs compared."""
+"""Test accuracy of single runs, with the test images that each run got right where its predictions are kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qbench.report.statistics.differences import Difference, paired, two_way
 
-Array = Any  # of numpy, imported where it is used
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
 class RunAccuracy:
-    """Test top-1 in percent; labels (N,) and hits (N,), true where a test image was right, or None for both."""
+    """Test top-1 in percent, or a difference of two runs in points.
+
+    Args:
+        labels: (N,) of the test images; None without predictions.
+        hits: (N,) true where an image was right, or of a difference 1, 0 or -1; None without predictions.
+    """
 
     top1: float
-    labels: Array = None
-    hits: Array = None
+    labels: "NDArray[np.integer] | None" = None
+    hits: "NDArray[np.bool_] | NDArray[np.float64] | None" = None
 
 
-def of_run(run: str, top1: float) -> RunAccuracy:
-    """Return a run's figures, with hits from its predictions.npy unless that is damaged or contradicts top-1."""
+def load_run_accuracy(run: str, top1: float) -> RunAccuracy:
+    """Return a run's accuracy, with hits from its predictions.npy unless that is damaged or contradicts top-1."""
     import numpy as np
 
     try:
         labels, predicted = np.load(Path(run) / "predictions.npy").T
-    except Exception:  # whatever NumPy stumbles over in a damaged file
+    except Exception:  # NumPy raises many kinds of errors on damaged files
         return RunAccuracy(top1)
     hits = labels == predicted
     return RunAccuracy(top1, labels, hits) if hits.size and abs(100 * hits.mean() - top1) < 0.01 else RunAccuracy(top1)
 
 
 def same_test_images(runs: Sequence[RunAccuracy]) -> bool:
-    """Whether all have hits on the same test images."""
+    """Whether all runs have hits on the same test images."""
     import numpy as np
 
-    labels = [run.labels for run in runs]
-    return all(x is not None and (x is labels[0] or np.array_equal(x, labels[0])) for x in labels)
+    first = runs[0].labels
+    return first is not None and all(
+        run.labels is not None and (run.labels is first or np.array_equal(run.labels, first)) for run in runs
+    )
+
+
+def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
+    """Return first minus second, by image where both have hits on the same images."""
+    import numpy as np
+
+    points = first.top1 - second.top1
+    if first.hits is None or second.hits is None or not same_test_images([first, second]):
+        return RunAccuracy(points)
+    return RunAccuracy(points, first.labels, np.subtract(first.hits, second.hits, dtype=float))
 
 
 def paired_difference(first: Sequence[RunAccuracy], second: Sequence[RunAccuracy]) -> Difference:
-    """Return the difference of two arms paired by seed, and by test image where all have hits on the same ones."""
+    """Return the difference of two groups of runs, paired by seed, and by test image where all have the same ones."""
     import numpy as np
 
     if same_test_images([*first, *second]):
-        return two_way(np.stack([x.hits for x in first]), np.stack([x.hits for x in second]))
-    return paired([x.top1 for x in first], [x.top1 for x in second])
+        hits = [np.stack([run.hits for run in runs if run.hits is not None]) for runs in (first, second)]
+        return two_way(*hits)
+    return paired([run.top1 for run in first], [run.top1 for run in second])

@@ -1,98 +1,121 @@
-"""Conclusions in words: one sentence for every width, the best cell against the others; which error is the larger."""
+"""Conclusions in words: one sentence for each widths, the best setting against the others; and which error is larger."""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
+from qbench.report.comparison.setting import Setting
+from qbench.report.comparison.setting_pair import SettingPair
+from qbench.report.comparison.verdicts import Verdict
 from qbench.report.statistics.differences import ALPHA
+from qbench.report.statistics.power import SEEDS_LIMIT
 
-if TYPE_CHECKING:
-    from qbench.report.comparison.pairs import SettingPair
-
-MOST = 6
+NAMES_LISTED = 6
 """Names in one part of a sentence; the others are counted."""
+UNPAIRED = "unpaired, as their seeds differ"
 
 
-def sample(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what to say of the error that the test sample leaves beside that of the seeds: which is the larger."""
-    if not rows or not rows[0]["test_images"]:
+def sample_notes(settings: Sequence[Setting]) -> list[str]:
+    """Return a note on the errors of test sample and seeds, and which is larger; none if the sample is not known.
+
+    All settings have a conclusion. The number of test images is that of the first.
+    """
+    samples = [(s, c.test_images, c.test_sample_ci95_half) for s in settings if (c := s.conclusion)]
+    known = [(setting, images, half) for setting, images, half in samples if images and half is not None]
+    if not known:
         return []
-    told = f"error at 95 %: test sample of {rows[0]['test_images']:,} images {_range([v['sample_half'] for v in rows])}"
-    spread = [v for v in rows if v["top1_half"] is not None]
-    if not spread:
-        return [f"{told}; one seed each: its error is not known"]
-    seeds = sum(v["top1_half"] > v["sample_half"] for v in spread)
-    larger = "seeds" if 2 * seeds > len(spread) else "test sample"
-    often = max(seeds, len(spread) - seeds)
-    where = "" if often == len(spread) else f" in {often} of {len(spread)} cells"
-    return [f"{told}, seeds {_range([v['top1_half'] for v in spread])}: the larger is that of the {larger}{where}"]
+    images = known[0][1]
+    note = (
+        f"95 % confidence intervals: {_range([half for *_, half in known])} from the test sample of {images:,} images"
+    )
+    both = [(setting.top1.ci95_half, half) for setting, _, half in known if setting.top1.ci95_half is not None]
+    if not both:
+        return [f"{note}; one seed each: the error from seeds is not known"]
+    seeds_larger = sum(from_seeds > from_sample for from_seeds, from_sample in both)
+    larger = "seeds" if 2 * seeds_larger > len(both) else "the test sample"
+    count = max(seeds_larger, len(both) - seeds_larger)
+    where = "" if count == len(both) else f" in {count} of {len(both)} settings"
+    return [f"{note}, {_range([half for half, _ in both])} from seeds; the error from {larger} is larger{where}"]
 
 
-def pairs(found: Sequence["SettingPair"], margin: float, family: int) -> list[str]:
-    """Return a sentence for each width that several methods share, under one that says how they were compared.
+def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list[str]:
+    """Return how pairs were compared, and a sentence for each widths that several methods share.
 
     Args:
-        found: all pairs of a table.
-        family: how many pairs Holm's adjustment is for.
+        pairs: all pairs of a table.
+        family: number of pairs that Holm's adjustment is for.
     """
-    widths: dict[int, list[SettingPair]] = defaultdict(list)
-    for pair in found:
+    by_widths: dict[int, list[SettingPair]] = defaultdict(list)
+    for pair in pairs:
         if pair.leading:
-            widths[id(pair.first)].append(pair)
-    told = [_sentence(own, margin, family) for own in widths.values()]
-    ways = sorted({pair.by for pair in found if pair.by})
+            by_widths[id(pair.first)].append(pair)
+    notes = [_sentence(own, margin, family) for own in by_widths.values()]
+    ways = sorted({_pairing(pair) for pair in pairs if pair.difference is not None})
     if not ways:
-        return told
-    asked = f"Holm over {family} pairs" if family > 1 else "one pair"
-    head = f"compared by {', or by '.join(ways)} at 95 %, {asked}, margin ±{margin:g} points"
-    return [f"{head}; in brackets the difference, and about how many more seeds would decide", *told]
+        return notes
+    adjusted = f"p-values adjusted for {family} pairs (Holm)" if family > 1 else "one pair"
+    head = f"compared {', or '.join(ways)}; {adjusted}; equivalence margin ±{margin:g} points"
+    return [f"{head}; in brackets: difference ± 95 % interval, and about how many more seeds would decide", *notes]
 
 
-def _sentence(own: Sequence["SettingPair"], margin: float, family: int) -> str:
-    """Say how the best cell of some widths stands to the others."""
-    best, groups = own[0].first, defaultdict(list)
-    for pair in own:
+def _pairing(pair: SettingPair) -> str:
+    return f"by {pair.paired_by}" if pair.paired_by else UNPAIRED
+
+
+def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
+    """Return how the best setting of some widths compares with the others."""
+    best = pairs[0].first
+    relations: dict[str, list[str]] = {
+        "above": [], "below": [], "identical": [], "equivalent": [], "unadjusted": [], "undecided": [], "no spread": [],
+    }  # fmt: skip
+    for pair in pairs:
         d = pair.difference
-        alone = pair.verdict == "undecided" and d is not None and d.p < ALPHA and d.mean > 0
-        groups["alone" if alone else pair.verdict].append(_named(pair, margin))
-    parts = {
-        "above": "is above",
-        "below": "is, over the seeds they share, below",
-        "the same": "gives the same as",
-        "as good": f"is as good, within ±{margin:g}, as",
-        "alone": f"would be above, tested alone and not as one of {family} pairs,",
-        "undecided": "cannot be told from",
-        "no spread": "has too few seeds in common with",
+        unadjusted = pair.verdict is Verdict.UNDECIDED and d is not None and d.p < ALPHA and d.mean > 0
+        relations["unadjusted" if unadjusted else pair.verdict.value].append(_other(pair, margin))
+    words = {
+        "above": "is significantly above",
+        "below": "is significantly below, over their common seeds,",
+        "identical": "is identical to",
+        "equivalent": f"is equivalent within ±{margin:g} points to",
+        "unadjusted": f"would be significantly above, without the adjustment for {family} pairs,",
+        "undecided": "is not significantly different from",
+        "no spread": "has too few common seeds with",
     }
-    said = [f"{words} {_listed(groups[verdict])}" for verdict, words in parts.items() if groups[verdict]]
-    widths = "".join(f"{key}{best['bits'][key]}" for key in "wag")
-    return f"{widths}: {best['method']} {best['top1_mean']:.2f} {'; '.join(said)}"
+    parts = [f"{words[relation]} {_enumerate(names)}" for relation, names in relations.items() if names]
+    return f"{best.bits}: {best.label} {best.top1.mean:.2f} {'; '.join(parts)}"
 
 
-def _named(pair: "SettingPair", margin: float) -> str:
-    """Write the other cell's name with the difference, and how many more seeds would decide where that is open."""
-    d, name = pair.difference, str(pair.second["method"])
+def _other(pair: SettingPair, margin: float) -> str:
+    """Return the other setting's label with the difference, and how many more seeds would decide an open pair."""
+    d, label = pair.difference, pair.second.label
     if d is None:
-        if pair.networks_p is None:
-            return name
-        differ = "differ" if pair.networks_p < ALPHA else "cannot be told apart"
-        return f"{name} (these two networks {differ}: exact McNemar, p {pair.networks_p:.2g})"
-    told = f"{d.mean:+.2f} ±{d.high - d.mean:.2f}" if d.error else f"{d.mean:+.2f} in each of {d.n} seeds"
-    if pair.verdict in ("above", "below") and pair.p_equal_holm < ALPHA:
-        told += f", within ±{margin:g}"
-    if pair.verdict == "undecided":
-        more = pair.more_seeds
-        few = f"{d.items:,} test images are too few" if d.items and d.items_part else "1,000 seeds would not decide"
-        told += f", {more:,} more seed{'s' * (more > 1)}" if more else f", {few}"
-    return name if pair.verdict == "the same" else f"{name} ({told})"
+        if pair.p_mcnemar is None:
+            return label
+        differ = "differ significantly" if pair.p_mcnemar < ALPHA else "do not differ significantly"
+        return f"{label} (these two networks {differ}: McNemar's exact test, p = {pair.p_mcnemar:.2g})"
+    if pair.verdict is Verdict.IDENTICAL:
+        return label
+    facts = [f"{d.mean:+.2f} ±{d.high - d.mean:.2f}" if d.standard_error else f"{d.mean:+.2f} in each of {d.n} seeds"]
+    if pair.verdict in (Verdict.ABOVE, Verdict.BELOW) and pair.p_equivalent_holm < ALPHA:
+        facts.append(f"equivalent within ±{margin:g} points")
+    if pair.verdict is Verdict.UNDECIDED:
+        facts += [f"p = {pair.p_holm:.2g}", _seeds_to_decide(pair)]
+    return f"{label} ({', '.join(facts)})"
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return names in a line, those beyond the first few as a count."""
-    shown = names if len(names) <= MOST + 1 else names[:MOST]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} others" if len(shown) < len(names) else "")
+def _seeds_to_decide(pair: SettingPair) -> str:
+    d, more = pair.difference, pair.more_seeds
+    assert d is not None
+    if more:
+        return f"{more:,} more seed{'s' * (more > 1)}"
+    return f"{d.items:,} test images are too few" if d.items and d.item_variance else f"{SEEDS_LIMIT:,} seeds too few"
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    """Return names in a line; beyond the first few they are counted."""
+    listed = names if len(names) <= NAMES_LISTED + 1 else names[:NAMES_LISTED]
+    return ", ".join(listed) + (f" and {len(names) - len(listed)} others" if len(listed) < len(names) else "")
 
 
 def _range(halves: Sequence[float]) -> str:
-    least, most = min(halves), max(halves)
-    return f"±{least:.2f}" if f"{least:.2f}" == f"{most:.2f}" else f"±{least:.2f} to ±{most:.2f}"
+    smallest, largest = f"±{min(halves):.2f}", f"±{max(halves):.2f}"
+    return smallest if smallest == largest else f"{smallest} to {largest}"

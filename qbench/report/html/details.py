@@ -1,90 +1,148 @@
-"""What a page tells of one cell of a comparison: runs, curve, layers, configuration, and how it stands to others."""
+"""Details of one setting on the page: its runs, layers, options, configuration, and how it compares with others."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import NamedTuple
 
-from qbench.runs.history import BASELINE, SeedCurve, SettingValues, is_float, observed, width_label
+from qbench.bits import LevelCount
+from qbench.report.comparison.setting import SeedAccuracy, Setting
+from qbench.report.comparison.verdicts import PairConclusion
+from qbench.report.html.curve import CurveDrawing, draw_curve
+from qbench.report.plots.training_curves import FLOAT_STAGE, SeedCurve
+from qbench.runs.history import observed
 from qbench.runs.result import Result
 from qbench.system import files
 
 PARTS = {"w": "weights", "a": "inputs", "g": "gradients"}
-BOX = (380, 150, 34, 18)
-"""Of a cell's curve: width, height, room for the numbers at the left and below, in pixels."""
 
 
-def details(
-    name: str,
-    cell: SettingValues,
+class RunLine(NamedTuple):
+    """A run in the table of a setting's runs, as text: accuracies in percent and training time."""
+
+    seed: int
+    top1: str
+    val: str
+    best: str
+    seconds: str
+    name: str
+
+
+class Note(NamedTuple):
+    """A key as typed, and what is to be said of it."""
+
+    text: str
+    remark: str
+
+
+class LayerRow(NamedTuple):
+    """A layer: levels found by part, SQNR of its output in dB, parameters of its quantizers."""
+
+    name: str
+    levels: dict[str, str]
+    sqnr: str
+    parameters: str
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """Quantized layers; `parts` are those of w, a, g that have levels, with their names."""
+
+    rows: list[LayerRow]
+    parts: dict[str, str]
+
+    @property
+    def has_sqnr(self) -> bool:
+        """Whether any layer has an SQNR."""
+        return any(row.sqnr for row in self.rows)
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether any quantizer reports parameters."""
+        return any(row.parameters for row in self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingDetails:
+    """What the page shows of one setting. `cards` are (anchor, name) of its methods' choices and deviations."""
+
+    id: str
+    title: str
+    setting: Setting
+    pairs: tuple[PairConclusion, ...]
+    learning_rates: list[tuple[float, float | None]]
+    runs: list[RunLine]
+    folders: list[str]
+    curve: CurveDrawing | None
+    layers: LayerTable
+    options: list[Note]
+    config: str
+    cards: list[tuple[str, str]]
+    notes: list[str]
+
+
+def setting_details(
+    anchor: str,
+    setting: Setting,
     lines: Mapping[str, SeedCurve],
     results: Mapping[str, Result],
-    methods: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return all that is told of one cell."""
-    runs = [results[run] for run in cell["runs"] if run in results]
-    own = {key: line for key, line in lines.items() if key in (BASELINE, width_label(cell))}
-    texts = {name for run in runs if isinstance(run.card, dict) for name in run.card}
-    return {
-        "id": name,
-        "title": cell["method"] if is_float(cell) else f"{cell['method']} {width_label(cell)}",
-        "value": cell,
-        "pairs": cell.get("pairs") or [],
-        "tuned": (cell.get("tuned") or {}).get("grid") or [],
-        "runs": [_run(run, results.get(run), seed, top1) for run, seed, top1 in _by_seed(cell)],
-        "folders": list(dict.fromkeys(str(Path(run).parent) for run in cell["runs"])),
-        "curve": _curve(own),
-        "layers": _layers(runs),
-        "options": _options(runs[:1]),
-        "config": _config(cell["runs"]),
-        "cards": [(key, card["name"]) for key, card in methods.items() if card["name"] in texts],
-        "notes": list(dict.fromkeys(note for run in runs for note in (run.reason, *run.notes) if note)),
-    }
+    cards: Mapping[str, Mapping[str, str]],
+) -> SettingDetails:
+    """Return the details of a setting.
+
+    Args:
+        anchor: its id on the page.
+        lines: learning curves of its method, by widths or "float".
+        results: by directory of the run.
+        cards: method cards by anchor, each with its `name`.
+    """
+    own = [results[run.run] for run in setting.runs if run.run in results]
+    methods = {name for result in own for name in result.card}
+    return SettingDetails(
+        id=anchor,
+        title=setting.label if setting.is_float else f"{setting.label} {setting.short_widths}",
+        setting=setting,
+        pairs=setting.conclusion.pairs if setting.conclusion else (),
+        learning_rates=list(setting.learning_rate.validation.items()) if setting.learning_rate else [],
+        runs=[_run_line(run, results.get(run.run)) for run in setting.runs],
+        folders=list(dict.fromkeys(str(Path(run.run).parent) for run in setting.runs)),
+        curve=draw_curve({k: line for k, line in lines.items() if k in (FLOAT_STAGE, setting.short_widths)}),
+        layers=_layer_table(own),
+        options=_options(own[:1]),
+        config=_first_config(run.run for run in setting.runs),
+        cards=[(key, card["name"]) for key, card in cards.items() if card["name"] in methods],
+        notes=list(dict.fromkeys(note for result in own for note in (result.reason, *result.notes) if note)),
+    )
 
 
-def _by_seed(cell: SettingValues) -> list[tuple[str, int, float]]:
-    return list(zip(cell["runs"], cell["seeds"], cell["top1"], strict=True))
+def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
+    """Return a run's line; of a baseline that was not read itself, only what other runs record of it."""
+    val = best = seconds = "-"
+    if result and result.final and result.final.val:
+        val = f"{result.final.val.top1:.2f}"
+    if result and result.best:
+        epoch = "" if result.best.epoch is None else f" ({result.best.epoch + 1})"
+        best = f"{result.best.test.top1:.2f}{epoch}"
+    if result and result.wall_seconds is not None:
+        seconds = f"{result.wall_seconds:,.0f} s"
+    return RunLine(run.seed, f"{run.top1:.2f}", val, best, seconds, Path(run.run).name)
 
 
-def _run(path: str, result: Result | None, seed: int, top1: float) -> dict[str, Any]:
-    """Return what stands in a run's line; of a parent that was not read, only what its children tell."""
-    final, best = (result.final, result.best) if result else (None, None)
-    epoch, seconds = _at(best, "epoch"), result.wall_seconds if result else None
-    return {
-        "seed": seed,
-        "top1": f"{top1:.2f}",
-        "val": _figure(_at(final, "val", "top1")),
-        "best": _figure(_at(best, "test", "top1")) + (f" ({epoch + 1})" if isinstance(epoch, int) else ""),
-        "seconds": f"{seconds:,.0f} s" if isinstance(seconds, int | float) else "-",
-        "name": Path(path).name,
-    }
+def _options(results: Iterable[Result]) -> list[Note]:
+    """Return the options of methods as typed, deviations marked, and what the methods require."""
+    notes = []
+    for result in results:
+        for key, value in result.options.items():
+            deviates = key.endswith("deviation") and value not in (None, "none")
+            notes.append(Note(f"method.{key}={value}", "not the paper's method" if deviates else ""))
+        notes += [Note(f"model.{key}={value}", "required by the method") for key, value in result.network.items()]
+        notes += [Note("protocol", change) for change in result.protocol_changes]
+    return notes
 
 
-def _at(values: Any, *keys: str) -> Any:
-    """Return what stands in nested values, None where any part is missing or something else."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, int | float) else "-"
-
-
-def _options(runs: Iterable[Result]) -> list[tuple[str, str]]:
-    """Return a method's options and what it asks of a network, as typed; deviations from the paper are said to be."""
-    told = []
-    for run in runs:
-        for key, value in run.options.items():
-            odd = key.endswith("deviation") and value not in (None, "none")
-            told.append((f"method.{key}={value}", "not the paper's method" if odd else ""))
-        told += [(f"model.{key}={value}", "as the method asks") for key, value in run.network.items()]
-        told += [("asks", ask) for ask in run.protocol_changes]
-    return told
-
-
-def _config(runs: Iterable[str]) -> str:
-    """Return the first config.yaml of some runs that can be read, as it is."""
+def _first_config(runs: Iterable[str]) -> str:
+    """Return the text of the first config.yaml that can be read."""
     for run in runs:
         try:
             return files.read(Path(run) / "config.yaml").decode(errors="replace")
@@ -93,70 +151,36 @@ def _config(runs: Iterable[str]) -> str:
     return ""
 
 
-def _layers(runs: Sequence[Result]) -> dict[str, Any]:
-    """Return what is known of each layer: levels found of those allowed, what its quantizer tells, the last SQNR."""
-    verified = [run.verified for run in runs if isinstance(run.verified, dict)]
-    looks = [observed(Path(run.run)) for run in runs]
+def _layer_table(results: Sequence[Result]) -> LayerTable:
+    """Return what is known of each verified layer: levels, the last SQNR, and what its quantizers report."""
+    verified = [result.verified for result in results if result.verified]
+    metrics = [observed(Path(result.run)) for result in results]
     names = list(dict.fromkeys(name for layers in verified for name in layers))
-    parts = [key for key in PARTS if any(_at(layers, name, key) for layers in verified for name in names)]
+    parts = [key for key in PARTS if any(key in layers.get(name, {}) for layers in verified for name in names)]
     rows = []
     for name in names:
-        levels = {key: _span([_at(layers, name, key) for layers in verified]) for key in parts}
-        sqnr = [value for look in looks if isinstance(value := _at(look, name, "sqnr"), int | float)]
-        error = f"{mean(sqnr):.1f}" if sqnr else ""
-        rows.append({"name": name, "levels": levels, "sqnr": error, "more": _told(runs, name)})
-    return {
-        "rows": rows,
-        "parts": {key: PARTS[key] for key in parts},
-        "sqnr": any(row["sqnr"] for row in rows),
-        "more": any(row["more"] for row in rows),
-    }
+        levels = {
+            key: _span([layers[name][key] for layers in verified if key in layers.get(name, {})]) for key in parts
+        }
+        sqnr = [v for layers in metrics if isinstance(v := layers.get(name, {}).get("sqnr"), int | float)]
+        rows.append(LayerRow(name, levels, f"{mean(sqnr):.1f}" if sqnr else "", _parameters(results, name)))
+    return LayerTable(rows, {key: PARTS[key] for key in parts})
 
 
-def _span(levels: Sequence[Any]) -> str:
-    """Write `3-4 of 4` over runs."""
-    ends = []
-    for key in ("found", "allowed"):
-        own = sorted(count for level in levels if isinstance(count := _at(level, key), int))
-        ends += ["-".join(map(str, dict.fromkeys((own[0], own[-1]))))] if own else []
-    return " of ".join(ends)
+def _span(counts: Sequence[LevelCount]) -> str:
+    """Write levels over runs, such as `3-4 of 4`."""
+    if not counts:
+        return ""
+    ends = [sorted(c.found for c in counts), sorted(c.allowed for c in counts)]
+    return " of ".join("-".join(map(str, dict.fromkeys((own[0], own[-1])))) for own in ends)
 
 
-def _told(runs: Sequence[Result], name: str) -> str:
-    """Write what a layer's quantizers tell of themselves, of the first run that has it."""
-    own: dict[str, Any] = next((told for run in runs if isinstance(told := _at(run.quantizers, name), dict)), {})
-    parts = [(slot, values) for slot, values in own.items() if isinstance(values, dict)]
+def _parameters(results: Sequence[Result], layer: str) -> str:
+    """Write the parameters that a layer's quantizers report, from the first run that has them."""
+    reports = next((result.quantizers[layer] for result in results if layer in result.quantizers), {})
     return ", ".join(
         f"{slot}.{key} {value:.4g}" if isinstance(value, float) else f"{slot}.{key} {value}"
-        for slot, values in parts
+        for slot, values in reports.items()
+        if isinstance(values, dict)
         for key, value in values.items()
     )
-
-
-def _curve(lines: Mapping[str, SeedCurve]) -> dict[str, Any] | None:
-    """Return a cell's learning curve as points of a small picture; None where there is none."""
-    if not lines:
-        return None
-    width, height, left, below = BOX
-    xs = [x for line in lines.values() for x in line.x]
-    first, last = min(*xs, 0 if BASELINE in lines else 1), max(*xs, 1)
-    low, high = (
-        min(y for line in lines.values() for y in line.low),
-        max(y for line in lines.values() for y in line.high),
-    )
-    span = (high - low) or 1.0
-
-    def at(x: float, y: float) -> str:
-        right = left + (width - left - 8) * (x - first) / ((last - first) or 1)
-        return f"{right:.1f},{6 + (height - below - 12) * (high - y) / span:.1f}"
-
-    drawn = []
-    for key, line in lines.items():
-        ends = [at(x, y) for x, y in zip(line.x, line.high, strict=True)]
-        ends += [at(x, y) for x, y in reversed(list(zip(line.x, line.low, strict=True)))]
-        middle = " ".join(at(x, y) for x, y in zip(line.x, line.mean, strict=True))
-        drawn.append({"kind": "float" if key == BASELINE else "own", "line": middle, "band": " ".join(ends)})
-    ends = [f"{key}: {line.mean[0]:.1f} to {line.mean[-1]:.1f} in {len(line.x)}" for key, line in lines.items()]
-    border = at(0.5, low).partition(",")[0] if first < 1 else None
-    marks = {"low": f"{low:.0f}", "high": f"{high:.0f}", "first": str(1), "last": str(last)}
-    return {"lines": drawn, "told": "; ".join(ends), "border": border, "box": BOX, "marks": marks, "stages": 1 - first}

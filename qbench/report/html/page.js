@@ -5,13 +5,13 @@
   const body = (table) => [...table.tBodies[0].rows];
   const text = (cell) => cell.textContent.trim();
 
-  const say = (what) => {
+  const announce = (what) => {
     const rows = tables.flatMap(body);
     const left = rows.filter((row) => !row.hidden).length;
     shown.textContent = `${left === rows.length ? rows.length : `${left} of ${rows.length}`} rows${what}`;
   };
 
-  // Numbers by value, texts as people count (w2 before w10); what has no value comes last either way.
+  // Numbers by value, texts with natural sorting (w2 before w10). Cells without a value come last in both directions.
   const compare = (first, second, sign) => {
     if ("value" in first.dataset) {
       const [a, b] = [first.dataset.value, second.dataset.value];
@@ -31,7 +31,7 @@
     const rows = body(table);
     rows.sort((a, b) => compare(a.cells[at], b.cells[at], order === "ascending" ? 1 : -1));
     table.tBodies[0].append(...rows);
-    say(`, ${table.dataset.name} sorted by ${text(head)}, ${order}`);
+    announce(`, ${table.dataset.name} sorted by ${text(head)}, ${order}`);
   };
 
   const matches = (row, names, words) => words.every((word) => {
@@ -46,11 +46,11 @@
       const names = [...table.tHead.rows[0].cells].map((cell) => text(cell).toLowerCase());
       for (const row of body(table)) {
         row.hidden = !matches(row, names, words);
-        const cell = row.dataset.cell && document.getElementById(row.dataset.cell);
-        if (cell) cell.hidden = row.hidden;
+        const details = row.dataset.setting && document.getElementById(row.dataset.setting);
+        if (details) details.hidden = row.hidden;
       }
     }
-    say("");
+    announce("");
   };
 
   const reveal = () => {
@@ -71,12 +71,12 @@
   field.form.addEventListener("submit", (event) => event.preventDefault());
   for (const [id, open] of [["open", true], ["close", false]]) {
     document.getElementById(id).addEventListener("click", () => {
-      for (const cell of document.querySelectorAll("details.cell")) cell.open = open;
+      for (const details of document.querySelectorAll("details.setting")) details.open = open;
     });
   }
   addEventListener("hashchange", reveal);
   document.addEventListener("click", (event) => {
-    if (event.target.closest("tr[data-cell] a")) setTimeout(reveal);
+    if (event.target.closest("tr[data-setting] a")) setTimeout(reveal);
   });
   filter(field.value);
   reveal();

@@ -1,27 +1,43 @@
-"""Differences between two arms of an experiment: intervals, tests, and how many seeds a decision would take.
+"""Differences between two methods: means, confidence intervals and p-values.
 
-Arms are paired: the same seeds, and where single predictions are kept, the same test images. scipy is imported where a
-distribution is needed (its bare functions: `scipy.stats` takes a second to import), numpy where arrays are.
+The two groups of runs are paired: by seed and, where single predictions are kept, by test image.
+
+Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`), not from `scipy.stats`, whose `t.cdf` and
+`t.ppf` give the same numbers: `qbench compare` needs these functions whenever it compares two settings, importing
+`scipy.stats` takes about three times as long as `scipy.special` (0.7 s, 0.2 s), and each call about 35 times, which counts
+with thousands of pairs. The tests compare all results with those of `scipy.stats`. scipy and numpy are imported where
+they are used.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-Array = Any  # of numpy, which is not imported here
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
-NORMAL = 1.959963984540054
-"""The normal distribution's quantile of 97.5 %."""
+ALPHA = 0.05
+"""Level of significance; confidence intervals hold 1 - ALPHA = 95 %."""
+NORMAL_QUANTILE = 1.959963984540054
+"""The 97.5 % quantile of the normal distribution."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, first arm minus second, with what a test about it needs.
+    """A mean difference, first minus second, with what tests about it need.
 
-    `low` and `high` are the 95 % interval, `p` is two-sided against no difference, `n` counts seeds, `items` test
-    images (None where only the seeds' figures were compared). The squared standard error falls into `seeds_part`,
-    which further seeds lower in proportion, and `items_part`, which only further test images lower.
+    Args:
+        mean: the estimate.
+        low, high: ends of the 95 % confidence interval.
+        n: number of seeds.
+        p: two-sided p-value for "there is no difference".
+        standard_error: of the mean; infinite with one seed, 0 if all seeds have the same difference.
+        dof: degrees of freedom of Student's distribution.
+        seed_variance: the part of the squared standard error that shrinks in proportion to the number of seeds.
+        item_variance: the part that only more test images reduce.
+        items: number of test images; None if only the seeds' accuracies were compared.
     """
 
     mean: float
@@ -29,151 +45,175 @@ class Difference:
     high: float
     n: int
     p: float
-    error: float
-    freedom: float
-    seeds_part: float
-    items_part: float = 0.0
+    standard_error: float
+    dof: float
+    seed_variance: float
+    item_variance: float = 0.0
     items: int | None = None
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Return the mean difference of two arms' figures, paired by seed, with Student's interval (1908).
+    """Return the mean difference of values paired by seed, with Student's interval (1908).
 
-    One pair has no spread: its interval is infinite and p is 1. Where all differences are equal the interval shrinks to
-    a point, which Student's p would take for certainty; p is then that of the sign-flip test, 2^(1 - n) (Fisher 1935).
+    With one pair the interval is infinite and p is 1. If all differences are equal, the interval shrinks to a point,
+    and Student's test would report certainty; p is then that of the sign-flip test, 2^(1 - n) (Fisher 1935).
 
     Raises:
-        ValueError: no pair, or arms of unlike length.
+        ValueError: no pair, or groups of different lengths.
     """
     import numpy as np
 
     if not len(first) or len(first) != len(second):
-        raise ValueError(f"{len(first)} figures against {len(second)}: arms are paired, one figure a seed in each")
-    values = np.subtract(first, second, dtype=float)
-    spread = _variance(values) / len(values) if len(values) > 1 else math.inf
-    return _difference(float(values.mean()), len(values), spread, 0.0, len(values) - 1.0, None)
+        raise ValueError(f"{len(first)} and {len(second)} values: the groups are paired, one value a seed in each")
+    differences = np.subtract(first, second, dtype=float)
+    n = len(differences)
+    squared_error = _variance(differences) / n if n > 1 else math.inf
+    return _difference(float(differences.mean()), n, squared_error, 0.0, n - 1.0, None)
 
 
-def two_way(first_hits: Array, second_hits: Array) -> Difference:
-    """Return the difference in points of two arms of shape (seeds, items), 1 where a test item was right.
+def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
+    """Return the difference, in points, of two groups of shape (seeds, items): 1 where a test item was right.
 
-    Seeds and items are both samples: other seeds would train other networks, other test images would ask other
-    questions, and the images are shared by all seeds. With d = 100 (first - second) = mean + seed + item + rest, the
-    variance of the mean is (MS_seeds + MS_items - MS_rest) / (seeds items), from the mean squares of the two-way table
-    without replication (Scheffé 1959, chapter 7; the same sum as the two-way cluster-robust variance of Cameron,
-    Gelbach and Miller 2011, here with unbiased parts). Components are cut off at zero. Degrees of freedom by
-    Satterthwaite (1946). A closed form is preferred to a bootstrap over both (Owen 2007): that one overestimates the
+    Seeds and items are both samples: other seeds would train other networks, other test images would pose other
+    questions, and all seeds share the images. With d = 100 (first - second) = mean + seed + item + rest, the variance
+    of the mean is (MS_seeds + MS_items - MS_rest) / (seeds items), from the mean squares of the two-way table without
+    replication (Scheffé 1959, chapter 7). It is the same sum as the two-way cluster-robust variance of Cameron,
+    Gelbach and Miller 2011, here with unbiased parts. Components are cut off at zero. The degrees of freedom are
+    Satterthwaite's (1946). A closed form is preferred to a bootstrap over both (Owen 2007), which overestimates the
     variance with few seeds and draws random numbers.
 
     Raises:
-        ValueError: arms of unlike shape, or empty ones.
+        ValueError: shapes that differ, or an empty group.
     """
     import numpy as np
 
     first, second = np.asarray(first_hits), np.asarray(second_hits)
     if first.ndim != 2 or not first.size or first.shape != second.shape:
-        raise ValueError(f"shapes {first.shape} and {second.shape}: allowed is (seeds, items) twice")
-    whole = first.dtype == second.dtype == bool  # a byte each, and sums without rounding
-    d = np.subtract(first, second, dtype=np.int8 if whole else float)
+        raise ValueError(f"shapes {first.shape} and {second.shape}: expected (seeds, items) twice")
+    booleans = bool(first.dtype == second.dtype == np.bool_)  # one byte a value, and sums without rounding
+    d = np.subtract(first, second, dtype=np.int8 if booleans else float)
     seeds, items = d.shape
     mean = 100 * float(d.mean())
     if seeds == 1 or items == 1:
         return _difference(mean, seeds, math.inf, 0.0, 0.0, items)
-    rows, columns = 100 * d.mean(1), 100 * d.mean(0)
-    ms_seeds = items * _variance(rows)
-    ms_items = seeds * _variance(columns)
-    squares = 1e4 * float(np.count_nonzero(d) if whole else (d * d).sum())
-    rest = squares - d.size * mean**2 - ms_seeds * (seeds - 1) - ms_items * (items - 1)
-    ms_rest = (rest if rest > 1e-12 * squares else 0.0) / ((seeds - 1) * (items - 1))
-    seeds_part = max(ms_seeds, ms_rest) / d.size
-    items_part = max(ms_items - ms_rest, 0.0) / d.size
+    ms_seeds, ms_items, ms_rest = _mean_squares(d, mean, booleans)
+    # components of the variance of the mean, each at least 0
+    seed_variance = max(ms_seeds, ms_rest) / d.size
+    item_variance = max(ms_items - ms_rest, 0.0) / d.size
+    # Satterthwaite: dof = (sum of mean squares)^2 / sum of (mean square^2 / its own dof)
     terms = ms_seeds**2 / (seeds - 1) + ms_items**2 / (items - 1) + ms_rest**2 / ((seeds - 1) * (items - 1))
-    total = (seeds_part + items_part) * d.size
-    freedom = max(total**2 / terms, 1.0) if terms > 0 else seeds - 1.0
-    return _difference(mean, seeds, seeds_part, items_part, freedom, items)
+    total = (seed_variance + item_variance) * d.size
+    dof = max(total**2 / terms, 1.0) if terms > 0 else seeds - 1.0
+    return _difference(mean, seeds, seed_variance, item_variance, dof, items)
+
+
+def _mean_squares(
+    d: "NDArray[np.int8] | NDArray[np.float64]", mean: float, booleans: bool
+) -> tuple[float, float, float]:
+    """Return the mean squares of seeds, items and rest of 100 d, whose mean is `mean`; d has shape (seeds, items)."""
+    import numpy as np
+
+    seeds, items = d.shape
+    ms_seeds = items * _variance(100 * d.mean(1))
+    ms_items = seeds * _variance(100 * d.mean(0))
+    squares = 1e4 * float(np.count_nonzero(d) if booleans else (d * d).sum())
+    rest = squares - d.size * mean**2 - ms_seeds * (seeds - 1) - ms_items * (items - 1)
+    rest = rest if rest > 1e-12 * squares else 0.0  # a difference of large sums: what remains below this is rounding
+    return ms_seeds, ms_items, rest / ((seeds - 1) * (items - 1))
 
 
 def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Return the mean difference of two arms of different seeds, with Welch's interval (1947).
+    """Return the mean difference of two groups with different seeds, with Welch's interval (1947).
 
     Raises:
-        ValueError: an arm of fewer than two figures.
+        ValueError: a group of fewer than two values.
     """
     import numpy as np
 
-    arms = [np.asarray(arm, dtype=float) for arm in (first, second)]
-    if min(map(len, arms)) < 2:
-        raise ValueError(f"{len(first)} and {len(second)} figures: allowed are two or more in each arm")
-    parts = [_variance(arm) / len(arm) for arm in arms]
+    groups = [np.asarray(group, dtype=float) for group in (first, second)]
+    if min(map(len, groups)) < 2:
+        raise ValueError(f"{len(first)} and {len(second)} values: each group needs two or more")
+    parts = [_variance(group) / len(group) for group in groups]  # squared standard errors of both means
     total = sum(parts)
-    terms = sum(part**2 / (len(arm) - 1) for part, arm in zip(parts, arms, strict=True))
-    n = min(map(len, arms))
-    freedom = total**2 / terms if terms > 0 else n - 1.0
-    return _difference(float(arms[0].mean() - arms[1].mean()), n, total, 0.0, freedom, None)
+    # Welch-Satterthwaite: dof = total^2 / sum of (part^2 / (its group's size - 1))
+    terms = sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    n = min(map(len, groups))
+    dof = total**2 / terms if terms > 0 else n - 1.0
+    return _difference(float(groups[0].mean() - groups[1].mean()), n, total, 0.0, dof, None)
 
 
 def with_seed_dof(d: Difference) -> Difference:
-    """Return a difference with no more degrees of freedom than its seeds have, n - 1.
+    """Return a difference with at most n - 1 degrees of freedom, those of its seeds.
 
-    Those of `two_way` are an estimate; with two to five seeds its p below 0.01 come several times too often, and
-    families of many pairs and repeated looks ask for just those. With n - 1 no p is below that of `paired` on the same
-    seeds, which is exact (but where all seeds differ alike, which `paired` takes with more caution still).
+    The degrees of freedom of `two_way` are an estimate. With two to five seeds, its p-values below 0.01 occur several
+    times too often, and families of many pairs and repeated looks depend on just those. With n - 1 no p-value is below
+    that of `paired` on the same seeds, which is exact (except where all seeds have the same difference, which `paired`
+    treats with more caution still).
     """
-    freedom = min(d.freedom, d.n - 1.0)
-    return d if freedom == d.freedom else _difference(d.mean, d.n, d.seeds_part, d.items_part, freedom, d.items)
+    dof = min(d.dof, d.n - 1.0)
+    return d if dof == d.dof else _difference(d.mean, d.n, d.seed_variance, d.item_variance, dof, d.items)
 
 
 def half_width(d: Difference, alpha: float) -> float:
-    """Return half the length of the interval that holds the true difference with probability 1 - alpha."""
-    return math.inf if math.isinf(d.error) else _quantile(1 - alpha / 2, d.freedom) * d.error
+    """Return half the width of the confidence interval of level 1 - alpha: t(1 - alpha / 2, dof) standard errors."""
+    return math.inf if math.isinf(d.standard_error) else _quantile(1 - alpha / 2, d.dof) * d.standard_error
 
 
 def sample_error(percent: float, items: int) -> float:
     """Return half the 95 % interval, in points, of a percentage of that many test images (binomial, normal limit).
 
-    At 0 and 100 % half an image is taken as wrong or right: no sample is without error.
+    At 0 and 100 %, half an image counts as right or wrong: no sample is without error.
     """
     p = min(max(percent / 100, 0.5 / items), 1 - 0.5 / items)
-    return 100 * NORMAL * math.sqrt(p * (1 - p) / items)
+    return 100 * NORMAL_QUANTILE * math.sqrt(p * (1 - p) / items)
 
 
-def _difference(
-    mean: float, n: int, seeds_part: float, items_part: float, freedom: float, items: int | None
-) -> Difference:
-    error = math.sqrt(seeds_part + items_part)
-    reach = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, freedom) * error
-    plain = Difference(mean, mean - reach, mean + reach, n, 1.0, error, freedom, seeds_part, items_part, items)
-    p = min(1.0, 2 * min(one_sided_p(plain, 0.0), one_sided_p(swapped(plain), 0.0)))
-    return Difference(mean, mean - reach, mean + reach, n, p, error, freedom, seeds_part, items_part, items)
+def one_sided_p(d: Difference, border: float) -> float:
+    """Return the p-value for "the true difference is at most `border`" (Student 1908); small: it is above.
 
+    1. t = (mean - border) / standard error.
+    2. p = P(T >= t) = P(T <= -t) for Student's T with `dof` degrees of freedom.
 
-def _variance(values: Array) -> float:
-    """Return the unbiased variance, exactly 0 where all values are equal but for their rounding."""
-    close = 1e-12 * (1 + abs(values).max())
-    return 0.0 if values.max() - values.min() <= close else float(values.var(ddof=1))
-
-
-def _quantile(p: float, freedom: float) -> float:
-    """Return Student's quantile."""
+    Without any spread, where t is infinite, the sign-flip test gives 2^-n above the border and 1 at or below it. With
+    one seed p is 1.
+    """
     from scipy import special
 
-    return float(special.stdtrit(freedom, p))
-
-
-def one_sided_p(difference: Difference, border: float) -> float:
-    """Return the one-sided p of "the true difference is at most `border`"."""
-    from scipy import special
-
-    if math.isinf(difference.error):
+    if math.isinf(d.standard_error):
         return 1.0
-    if difference.error == 0:
-        return 0.5**difference.n if difference.mean > border else 1.0
-    return float(special.stdtr(difference.freedom, (border - difference.mean) / difference.error))
+    if d.standard_error == 0:
+        return 0.5**d.n if d.mean > border else 1.0
+    return float(special.stdtr(d.dof, (border - d.mean) / d.standard_error))
 
 
 def swapped(d: Difference) -> Difference:
-    """Return the difference with the arms exchanged."""
-    return Difference(-d.mean, -d.high, -d.low, d.n, d.p, d.error, d.freedom, d.seeds_part, d.items_part, d.items)
+    """Return the difference second minus first."""
+    return Difference(
+        -d.mean, -d.high, -d.low, d.n, d.p, d.standard_error, d.dof, d.seed_variance, d.item_variance, d.items
+    )
 
 
-ALPHA = 0.05
+def _difference(
+    mean: float, n: int, seed_variance: float, item_variance: float, dof: float, items: int | None
+) -> Difference:
+    """Return a difference with its interval and two-sided p, from the parts of its squared standard error."""
+    error = math.sqrt(seed_variance + item_variance)
+    half = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, dof) * error
+    low, high = mean - half, mean + half
+    one_sided = Difference(mean, low, high, n, 1.0, error, dof, seed_variance, item_variance, items)
+    # two-sided p: twice the smaller of both one-sided ones
+    p = min(1.0, 2 * min(one_sided_p(one_sided, 0.0), one_sided_p(swapped(one_sided), 0.0)))
+    return Difference(mean, low, high, n, p, error, dof, seed_variance, item_variance, items)
+
+
+def _variance(values: "NDArray[np.generic]") -> float:
+    """Return the unbiased variance (n - 1), exactly 0 if all values are equal up to rounding."""
+    tolerance = 1e-12 * (1 + abs(values).max())
+    return 0.0 if values.max() - values.min() <= tolerance else float(values.var(ddof=1))
+
+
+def _quantile(p: float, dof: float) -> float:
+    """Return the quantile of Student's distribution."""
+    from scipy import special
+
+    return float(special.stdtrit(dof, p))

@@ -1,16 +1,20 @@
-"""Power analysis: the number of seeds at which a difference would be decided."""
+"""Power analysis: the number of seeds at which a difference would be significant."""
 
 import math
+from typing import TYPE_CHECKING
 
 from qbench.report.statistics.differences import ALPHA, Difference
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 POWER = 0.8
-
-
 SEEDS_LIMIT = 1000
+"""Largest number of seeds that is tried."""
 
 
-def needed(
+def seeds_needed(
     difference: Difference,
     test: str = "better",
     margin: float = 0.0,
@@ -19,44 +23,59 @@ def needed(
     *,
     seeds_alone: bool = False,
 ) -> int | None:
-    """Return the number of seeds at which a difference of this size would be told from the test's border.
+    """Return the number of seeds at which a test (see `evidence`) on a difference of this size has the given power.
 
-    That is, with this power at a two-sided `alpha`, if the observed mean and variances are the true ones; with
-    `seeds_alone` by the degrees of freedom of `with_seed_dof`. None where no number up to 1000 is enough: the part
-    of the
-    error that comes from the test items alone is too large, the difference lies on the border, or one seed showed no
-    variance.
+    The observed mean and variances are taken as the true ones; `alpha` is two-sided. With `seeds_alone` the degrees of
+    freedom are those of `with_seed_dof`. None if no number up to 1000 is enough: the part of the error that comes from
+    the test items is too large, the difference lies on the test's border, or one seed showed no variance.
     """
     import numpy as np
-    from scipy import special
 
-    if not math.isfinite(difference.error):
+    if not math.isfinite(difference.standard_error):
         return None
     border = {"better": margin, "at_least": -margin}.get(test, math.copysign(margin, difference.mean))
     distance = abs(difference.mean - border)
-    if difference.error == 0:  # all seeds differ alike: p is 2^(1 - n)
+    if difference.standard_error == 0:  # all seeds have the same difference: p is 2^(1 - n)
         return math.floor(1 - math.log2(alpha)) + 1 if distance else None
-    far = margin + abs(difference.mean) if test == "equal" and abs(difference.mean) < margin else math.inf
-    for n in (np.arange(2, 33), np.arange(33, SEEDS_LIMIT + 1)):  # most need few: the quantiles are what takes time
-        own = difference.seeds_part * difference.n / n
-        variance = own + difference.items_part
-        parts = own**2 / (n - 1) + difference.items_part**2 / max((difference.items or 2) - 1, 1)
-        freedom = np.divide(variance**2, parts, out=n - 1.0, where=parts > 0)
-        freedom = np.minimum(freedom, n - 1.0) if seeds_alone else freedom
-        reach, error = special.stdtrit(freedom, 1 - alpha / 2), np.sqrt(variance)
-        chances = [special.stdtr(freedom, at / error - reach) for at in (distance, far)]
-        enough = (distance > 0) & (sum(chances) - 1 >= power)  # both borders of `equal` are to be told from it
+    inside = test == "equal" and abs(difference.mean) < margin
+    other_distance = margin + abs(difference.mean) if inside else math.inf  # `equal` has two borders to stay within
+    for n in (np.arange(2, 33), np.arange(33, SEEDS_LIMIT + 1)):  # most need few seeds, and quantiles take the time
+        chances = _power(difference, n, (distance, other_distance), alpha, seeds_alone)
+        enough = (distance > 0) & (chances >= power)
         if enough.any():
             return int(n[enough.argmax()])
     return None
 
 
-def seeds_to_decide(difference: Difference, margin: float, alpha: float) -> int | None:
-    """Return the number of seeds at which one of two questions would be answered, by the degrees of freedom of
-    `with_seed_dof`: do the arms differ, and, where they lie within the margin, are they as good? None: at none up to
-    1000.
+def _power(
+    difference: Difference, n: "NDArray[np.integer]", distances: tuple[float, float], alpha: float, seeds_alone: bool
+) -> "NDArray[np.floating]":
+    """Return the power at each number of seeds in n (m,), for a difference at these distances from two borders.
+
+    1. Squared standard error at n seeds: the seeds' part shrinks as 1 / n, the items' part stays.
+    2. Its degrees of freedom after Satterthwaite; where seeds show no variance, n - 1.
+    3. Chance to be significant against each border: P(T <= distance / error - t(1 - alpha / 2)).
+    4. Power: the chance of both at once, at least the sum of both less 1.
     """
-    counts = [needed(difference, "better", 0.0, alpha, seeds_alone=True)]
-    if abs(difference.mean) < margin:  # `equivalent` is one-sided, `needed` doubles
-        counts.append(needed(difference, "equal", margin, 2 * alpha, seeds_alone=True))
+    import numpy as np
+    from scipy import special
+
+    seed_part = difference.seed_variance * difference.n / n
+    variance = seed_part + difference.item_variance
+    terms = seed_part**2 / (n - 1) + difference.item_variance**2 / max((difference.items or 2) - 1, 1)
+    dof = np.divide(variance**2, terms, out=n - 1.0, where=terms > 0)
+    dof = np.minimum(dof, n - 1.0) if seeds_alone else dof
+    quantile, error = special.stdtrit(dof, 1 - alpha / 2), np.sqrt(variance)
+    chances = [special.stdtr(dof, distance / error - quantile) for distance in distances]
+    return np.asarray(sum(chances) - 1)
+
+
+def seeds_to_decide(difference: Difference, margin: float, alpha: float) -> int | None:
+    """Return the number of seeds at which a difference or, within the margin, equivalence would be significant.
+
+    Degrees of freedom are those of `with_seed_dof`. None if no number up to 1000 is enough.
+    """
+    counts = [seeds_needed(difference, "better", 0.0, alpha, seeds_alone=True)]
+    if abs(difference.mean) < margin:  # `equivalent` is one-sided, `seeds_needed` two-sided
+        counts.append(seeds_needed(difference, "equal", margin, 2 * alpha, seeds_alone=True))
     return min((n for n in counts if n is not None), default=None)

@@ -1,31 +1,43 @@
-"""A table and its forms: terminal, Markdown, CSV, JSON, LaTeX."""
+"""Tables and their formats: terminal, Markdown, CSV, JSON, LaTeX."""
 
 import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
 """What Markdown would take for HTML."""
 NUMBERS = frozenset("0123456789+-.±")
+"""First characters of cells that count as numbers."""
+
+
+@runtime_checkable
+class JsonRow(Protocol):
+    """A value of a table that becomes JSON only when the table is written."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain values."""
 
 
 @dataclass
 class Table:
-    """Rows of cells under a head. `values` holds each row's plain numbers, for JSON; notes stand under the table."""
+    """Rows of text under a head, with a title above and notes below.
+
+    `values` holds what the rows were made from, for JSON and for further steps: plain values, or a `JsonRow`.
+    """
 
     head: tuple[str, ...]
     rows: list[tuple[str, ...]] = field(default_factory=list)
-    values: list[dict[str, Any]] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
     title: str = ""
     notes: list[str] = field(default_factory=list)
 
 
 def text(tables: Sequence[Table]) -> str:
-    """Return tables for a terminal, as wide as they need to be."""
+    """Return tables for a terminal, as wide as their longest rows."""
     from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
@@ -55,16 +67,16 @@ def markdown(tables: Sequence[Table]) -> str:
     for table in tables:
         lines = [f"**{table.title}**", ""] if table.title else []
         if table.rows:
-            lines.append(_bar(table.head))
-            lines.append(_bar(["---:" if numeric else "---" for numeric in _numeric(table)]))
-            lines += [_bar(TAG.sub("&lt;", cell.replace("|", "\\|")) for cell in row) for row in table.rows]
+            lines.append(_markdown_row(table.head))
+            lines.append(_markdown_row(["---:" if numeric else "---" for numeric in _numeric(table)]))
+            lines += [_markdown_row(TAG.sub("&lt;", cell.replace("|", "\\|")) for cell in row) for row in table.rows]
             lines += [""] if table.notes else []
         parts.append("\n".join([*lines, *(f"- {note}" for note in table.notes)]))
     return "\n\n".join(parts)
 
 
 def comma_separated(tables: Sequence[Table]) -> str:
-    """Return one CSV with a column `table` in front; notes are rows with `note` there."""
+    """Return one CSV whose first column is the table's title, or `note` in rows that hold a note."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     head = next((table.head for table in tables if table.rows), ())
@@ -79,20 +91,29 @@ def comma_separated(tables: Sequence[Table]) -> str:
 
 
 def as_json(tables: Sequence[Table]) -> str:
-    """Return every table's title, plain values and notes."""
-    plain = [{"title": t.title, "rows": t.values, "notes": t.notes} for t in tables]
+    """Return every table's title, rows as plain values, and notes."""
+    plain = [
+        {"title": t.title, "rows": [v.to_json() if isinstance(v, JsonRow) else v for v in t.values], "notes": t.notes}
+        for t in tables
+    ]
     return json.dumps({"tables": plain}, indent=2, allow_nan=False)
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """Return a tabular for each table, with booktabs' rules."""
+    """Return a LaTeX tabular for each table, with the rules of booktabs."""
     parts = []
     for table in tables:
         lines = [f"% {table.title}"] if table.title else []
         if table.rows:
             columns = "".join("r" if numeric else "l" for numeric in _numeric(table))
             lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-            lines += [_tex_row(table.head), r"\midrule", *map(_tex_row, table.rows), r"\bottomrule", r"\end{tabular}"]
+            lines += [
+                _latex_row(table.head),
+                r"\midrule",
+                *map(_latex_row, table.rows),
+                r"\bottomrule",
+                r"\end{tabular}",
+            ]
         parts.append("\n".join([*lines, *(f"% {note}" for note in table.notes)]))
     return "\n\n".join(parts)
 
@@ -107,15 +128,15 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Whether each column holds numbers alone, which are set flush right."""
+    """Whether each column holds only numbers, which are aligned right."""
     return [all(not cell or cell[0] in NUMBERS for cell in column) for column in zip(*table.rows, strict=True)]
 
 
-def _bar(cells: Any) -> str:
+def _markdown_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _tex_row(cells: Sequence[str]) -> str:
+def _latex_row(cells: Sequence[str]) -> str:
     escapes = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     escapes |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
     return " & ".join("".join(escapes.get(c, c) for c in cell) for cell in cells) + r" \\"

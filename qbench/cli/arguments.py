@@ -1,0 +1,208 @@
+"""Parsers of the subcommands: argparse whose errors are `ConfigError`, and types of values that name what is allowed.
+
+A flag is typed `--flag VALUE` or `--flag=VALUE`, in full, at any place. Words without a dash may stand between flags.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qbench.config.schema import did_you_mean
+from qbench.errors import ConfigError
+
+SUMMARIES = {
+    "check": "Check the properties that every method must have, at all widths.",
+    "compare": "Compare runs side by side, and test which differences count.",
+    "completion": "Print the bash function that completes command lines.",
+    "describe": "Print a method card: formulas, choices, known deviations.",
+    "evaluate": "Evaluate a finished run on its test split or on other data.",
+    "inspect": "Show each layer of a finished run: levels, SQNR, loss.",
+    "list": "List groups with their options, or runs.",
+    "plan": "Show the runs of a command line, with costs and time.",
+    "plot": "Plot how a method quantizes: staircase, gradient, levels.",
+    "published": "Show published results beside those measured here.",
+    "sensitivity": "Choose a bit width for each layer under a budget.",
+    "settle": "Run more seeds of two settings until a difference is decided.",
+}
+"""Subcommand -> what it does, as `qbench --help` lists it and its own help begins."""
+
+WIDEST_HELP = 110
+"""Characters in a line of a help text, on a terminal that is at least as wide."""
+
+
+def help_width() -> int:
+    """Return the number of characters in a line of a help text."""
+    return min(shutil.get_terminal_size().columns, WIDEST_HELP)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's formatter with a bounded width."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=24, width=help_width())
+
+
+class SubcommandParser(argparse.ArgumentParser):
+    """The parser of one subcommand.
+
+    Positional arguments are declared for the help text and for completion. `parse_words` returns them as one list,
+    because only the subcommand can tell a directory from `KEY=VALUE`.
+
+    Args:
+        name: the subcommand, a key of `SUMMARIES`; empty for a parser of flags that others share.
+        parents: parsers whose flags this one has too.
+        epilog: printed below the flags.
+    """
+
+    def __init__(self, name: str = "", *, parents: Sequence[argparse.ArgumentParser] = (), epilog: str = "") -> None:
+        super().__init__(
+            prog=f"qbench {name}",
+            description=SUMMARIES.get(name),
+            epilog=epilog or None,
+            parents=list(parents),
+            formatter_class=HelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            add_help=bool(name),
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+        self.name = name
+        self.suggestions: dict[str, Callable[[], Iterable[str]]] = {}
+        """Flag -> function that returns values to complete, for flags that take more values than `choices`."""
+
+    def parse_words(self, arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+        """Return the words that belong to no flag, in their order, and the values of the flags that were typed.
+
+        Raises:
+            ConfigError: an unknown flag, a flag without a value, or a value that is not allowed.
+        """
+        positionals = [action for action in self._actions if not action.option_strings]
+        for action in positionals:
+            action.nargs, action.required, action.choices = "*", False, None
+        try:
+            namespace, unknown = self.parse_known_intermixed_args(list(arguments))
+        except argparse.ArgumentError as error:
+            raise ConfigError(self._invalid_value(error)) from None
+        if unknown:
+            raise ConfigError(self._unknown_flag(next((w for w in unknown if w.startswith("-")), unknown[0])))
+        values = vars(namespace)
+        words = [word for action in positionals for word in values.pop(action.dest, ())]
+        return words, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def flags(self) -> list[str]:
+        """Return the flags in full, without `--help`."""
+        options = [action.option_strings[-1] for action in self._actions if action.option_strings]
+        return [option for option in options if option != "--help"]
+
+    def flag_values(self, flag: str) -> list[str] | None:
+        """Return the values that can be completed behind a flag; None where no value follows it."""
+        action = next(action for action in self._actions if flag in action.option_strings)
+        if action.nargs == 0:
+            return None
+        return list(self.suggestions[flag]() if flag in self.suggestions else action.choices or ())
+
+    def positionals(self) -> list[str]:
+        """Return what the help text calls the positional arguments."""
+        return [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
+
+    def positional_values(self) -> list[str]:
+        """Return the values that can be completed as a positional argument."""
+        actions = [action for action in self._actions if not action.option_strings]
+        choices = [self.suggestions.get(str(action.metavar), lambda a=action: a.choices or ())() for action in actions]
+        return [str(value) for values in choices for value in values]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's message as `ConfigError`."""
+        raise ConfigError(f"{self.name}: {message}\nsee qbench {self.name} --help")
+
+    def _invalid_value(self, error: argparse.ArgumentError) -> str:
+        if isinstance(error.__context__, argparse.ArgumentTypeError):  # one of the types below: value: what is allowed
+            return f"{self.name} {error.argument_name} {error.message}"
+        takes_value = "expected one argument" in error.message
+        reason = "wants a value" if takes_value else f": {error.message}"
+        return f"{self.name} {error.argument_name} {reason}\nsee qbench {self.name} --help".replace(" :", ":")
+
+    def _unknown_flag(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"{self.name}: {word} is not a flag, and {self.name} takes only flags\nallowed: {self._all_flags()}"
+        flag = word.partition("=")[0]
+        return f"{self.name}: no such flag: {word}{did_you_mean(flag, self.flags())}\nallowed: {self._all_flags()}"
+
+    def _all_flags(self) -> str:
+        return ", ".join(self.flags()) or "none"
+
+
+def one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    """Return a type of value: one of some names."""
+    names = list(choices)
+
+    def convert(value: str) -> str:
+        if value not in names:
+            raise argparse.ArgumentTypeError(f"{value}{did_you_mean(value, names)}\nallowed: {', '.join(names)}")
+        return value
+
+    return convert
+
+
+def list_of(choices: Iterable[str] | None = None) -> Callable[[str], tuple[str, ...]]:
+    """Return a type of value: names in a comma-separated list, each one of `choices` where these are given."""
+    check: Callable[[str], str] = str if choices is None else one_of(choices)
+
+    def convert(value: str) -> tuple[str, ...]:
+        parts = tuple(check(part) for part in value.split(",") if part)
+        if not parts:
+            raise argparse.ArgumentTypeError("wants a value")
+        return parts
+
+    return convert
+
+
+def integer(low: int, high: int | None = None, what: str = "a whole number") -> Callable[[str], int]:
+    """Return a type of value: a whole number low <= n <= high."""
+    allowed = f"{what} from {low} " + (f"to {high}" if high is not None else "on")
+
+    def convert(value: str) -> int:
+        if not (value.isascii() and value.isdecimal()) or len(value) > 18:
+            raise argparse.ArgumentTypeError(f"{value}: allowed is {allowed}")
+        if int(value) < low or (high is not None and int(value) > high):
+            raise argparse.ArgumentTypeError(f"{value}: allowed is {allowed}")
+        return int(value)
+
+    return convert
+
+
+def points(value: str) -> float:
+    """Convert a margin in points of top-1, 0 < margin <= 100."""
+    try:
+        margin = float(value)
+    except ValueError:
+        margin = 0.0
+    if not 0 < margin <= 100:
+        raise argparse.ArgumentTypeError(f"{value}: allowed is a number of points of top-1 above 0, such as 0.5")
+    return margin
+
+
+def file_with_suffix(*suffixes: str) -> Callable[[str], Path]:
+    """Return a type of value: a file to write whose name ends in one of `suffixes`."""
+
+    def convert(value: str) -> Path:
+        path = Path(value)
+        if path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{value}: the suffix chooses the format\nallowed: {', '.join(suffixes)}")
+        return path
+
+    return convert
+
+
+def some_text(value: str) -> str:
+    """Convert a value that may be any text but the empty one."""
+    if not value:
+        raise argparse.ArgumentTypeError("wants a value")
+    return value
+
+
+def some_path(value: str) -> Path:
+    """Convert the name of a file."""
+    return Path(some_text(value))

@@ -1,0 +1,91 @@
+"""What is typed behind inspect, sensitivity and evaluate; torch is not imported, so that a mistake is named at once."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qbench.cli import parsers
+from qbench.cli.arguments import SubcommandParser
+from qbench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The directory of a finished run, words KEY=VALUE, and the flags that all three subcommands take."""
+
+    run: Path
+    overrides: tuple[str, ...] = ()
+    format: str = "text"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(RunOptions):
+    """A command line of `qbench inspect`."""
+
+    sort: str = "leave-one-out"
+    weights: str = "last"
+    images: int = 500
+    bn_stats: str = "recompute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions(RunOptions):
+    """A command line of `qbench sensitivity`."""
+
+    budget: str = ""
+    measure: str = "loss"
+    widths: tuple[int, ...] = tuple(range(1, 9))
+    out: str = "bits.yaml"
+    images: int = 500
+    bn_stats: str = "recompute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RunOptions):
+    """A command line of `qbench evaluate`."""
+
+    weights: str = "last"
+    predictions: Path | None = None
+
+
+def parse_inspect(arguments: Iterable[str]) -> InspectOptions:
+    """Read a command line of `qbench inspect`; see `_parse` for errors."""
+    return InspectOptions(**_parse(parsers.inspect(), arguments, ""))
+
+
+def parse_sensitivity(arguments: Iterable[str]) -> SensitivityOptions:
+    """Read a command line of `qbench sensitivity`; see `_parse` for errors."""
+    return SensitivityOptions(**_parse(parsers.sensitivity(), arguments, "[method=NAME ...] [--budget w=3]"))
+
+
+def parse_evaluate(arguments: Iterable[str]) -> EvaluateOptions:
+    """Read a command line of `qbench evaluate`; see `_parse` for errors."""
+    return EvaluateOptions(**_parse(parsers.evaluate(), arguments, "[dataset=NAME ...]"))
+
+
+def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: str) -> dict[str, Any]:
+    """Return the fields of a `RunOptions`.
+
+    Args:
+        overrides_usage: the words KEY=VALUE that the subcommand takes; empty where it takes none.
+
+    Raises:
+        ConfigError: no run or several, an unknown flag or value, a word that the subcommand does not take.
+    """
+    words, flags = parser.parse_words(arguments)
+    overrides = tuple(word for word in words if "=" in word and not os.path.isdir(word))
+    runs = [word for word in words if word not in overrides]
+    if overrides and not overrides_usage:
+        raise ConfigError(f"{parser.name}: {overrides[0]} has no effect: the run's configuration is stored")
+    if len(runs) != 1:
+        usage = f"qbench {parser.name} RUN {overrides_usage}".rstrip()
+        raise ConfigError(
+            f"{parser.name} wants the directory of one run, got {len(runs)}: {usage}\n"
+            "qbench list runs names those below outputs"
+        )
+    if not os.path.isdir(runs[0]):
+        raise ConfigError(f"{runs[0]}: no such directory\nqbench list runs names the runs below outputs")
+    return {"run": Path(runs[0]), "overrides": overrides} | flags

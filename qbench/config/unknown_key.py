@@ -1,0 +1,114 @@
+"""The message about a key that does not exist: the nearest key of the whole configuration, and the keys in its place.
+
+A guess is made only where it is likely right: a leaf of exactly this name elsewhere, a typing error, a part of a name
+(`workers` for `runtime.num_workers`), or a usual word of the field.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from qbench.config.groups import format_names, group_names
+from qbench.config.identity import ADDED
+from qbench.config.schema import Config
+
+TYPO, SIMILAR = 0.75, 0.6
+"""Smallest similarity (difflib's ratio) to a key in the same place: taken first, and taken if nothing else fits."""
+
+FIELD_WORDS = {
+    "architecture": "model",
+    "gpu": "runtime.device",
+    "gradients": "bits.g",
+    "learning_rate": "optim.lr",
+    "network": "model",
+    "optimizer": "optim",
+    "weights": "bits.w",
+}
+"""Usual words for keys that have another name here."""
+
+NOT_TYPED = ("claim", "lr_grid.lr", "lr_grid.lr_end")
+"""Keys that experiment files or qbench itself set; no command line needs them."""
+
+
+def unknown_key_message(typed: str, tree: Mapping[Any, object]) -> str:
+    """Return the message about a key that a configuration lacks.
+
+    Args:
+        typed: the key as typed, with dots, without `+` or a value.
+        tree: the composed configuration, as plain dictionaries.
+    """
+    composed = [path for path in key_paths(tree) if path != typed and not path.startswith(f"{typed}.")]
+    declared = [path for path in schema_paths(Config) if path not in composed and path not in NOT_TYPED]
+    place = typed.rpartition(".")[0]
+    if typed in declared:
+        return f"{typed}: no such key in the chosen {place}\nto add it, write +{typed}=VALUE"
+    known = [*composed, *declared, *(group for group in group_names() if group not in composed)]
+    nearest = nearest_key(typed, known)
+    while place and not _inside(place, known):
+        place = place.rpartition(".")[0]
+    hint = f"; did you mean {_as_typed(nearest, declared)}?" if nearest else ""
+    allowed = format_names(_as_typed(key, declared) for key in _inside(place, known))
+    return f"{typed}: no such key{hint}\nallowed: {allowed}"
+
+
+def nearest_key(typed: str, known: Sequence[str]) -> str | None:
+    """Return the known key that was probably meant; None where no guess is likely right.
+
+    Args:
+        known: keys with dots, those of a node before those inside it.
+    """
+    place, _, leaf = typed.rpartition(".")
+    beside = {_leaf(key): key for key in _inside(place, known)}
+    nodes = {key.rpartition(".")[0] for key in known}
+    # of keys of one name, those below the place that was typed come first, then those with the fewest dots
+    elsewhere = sorted(known, key=lambda key: (not key.startswith(f"{place}."), key.count(".")))
+    leaves = [key for key in elsewhere if key not in nodes and _leaf(key) != "name"]
+    if close := difflib.get_close_matches(leaf, beside, n=1, cutoff=TYPO):
+        return beside[close[0]]
+    if place == "bits" and (initial := f"bits.{leaf[:1]}") in known:
+        return initial
+    if same := [key for key in leaves if _leaf(key) == leaf]:
+        return same[0]
+    if FIELD_WORDS.get(leaf) in known:
+        return FIELD_WORDS[leaf]
+    misplaced = not place or place not in nodes
+    candidates = [*leaves, *beside.values()] if misplaced else list(beside.values())
+    if partial := [key for key in candidates if leaf in _leaf(key).split("_")]:
+        return partial[0]
+    if misplaced and (close := difflib.get_close_matches(leaf, map(_leaf, leaves), n=1, cutoff=TYPO)):
+        return next(key for key in leaves if _leaf(key) == close[0])
+    close = difflib.get_close_matches(leaf, beside, n=1, cutoff=SIMILAR)
+    return beside[close[0]] if close else None
+
+
+def key_paths(tree: Mapping[Any, object], place: str = "") -> Iterator[str]:
+    """Yield the keys of nested dictionaries with dots, a node before the keys inside it."""
+    for key, value in tree.items():
+        if key == ADDED:  # a mark for run identities, not a key of the user
+            continue
+        yield f"{place}{key}"
+        if isinstance(value, Mapping):
+            yield from key_paths(value, f"{place}{key}.")
+
+
+def schema_paths(schema: type, place: str = "") -> Iterator[str]:
+    """Yield the keys that a dataclass of the configuration declares, a node before the keys inside it."""
+    for item in dataclasses.fields(schema):
+        yield f"{place}{item.name}"
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            yield from schema_paths(item.type, f"{place}{item.name}.")
+
+
+def _as_typed(key: str, declared: Sequence[str]) -> str:
+    """Return a key as a command line must write it: with a plus where the composed configuration lacks it."""
+    return f"+{key}" if key in declared else key
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _inside(place: str, known: Iterable[str]) -> list[str]:
+    """Return the keys directly inside a node; those at the top where `place` is empty."""
+    return [key for key in known if key.rpartition(".")[0] == place]

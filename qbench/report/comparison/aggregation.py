@@ -1,0 +1,95 @@
+"""Aggregates the runs of a setting: accuracies by seed, means over seeds, cost, speed, verified levels."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import mean
+
+from qbench.bits import Bits, LevelCount
+from qbench.report.comparison import naming
+from qbench.report.comparison.lr_selection import SelectedLearningRate
+from qbench.report.comparison.setting import LevelRange, SeedAccuracy, Setting, VerifiedLevels, estimate
+from qbench.runs.result import Result, TrainingSpeed
+
+
+def aggregate(
+    label: str, results: Sequence[Result], source: str, learning_rate: SelectedLearningRate | None = None
+) -> Setting:
+    """Return the setting that runs belong to, in the order of seeds and directories.
+
+    Args:
+        label: the method with the options that differ from other runs of it.
+        results: one or more results of one method, protocol and widths, all with an accuracy.
+        source: the files that they were read from.
+        learning_rate: with lr_search=grid, how the rate of these runs was selected.
+    """
+    results = sorted(results, key=lambda r: (r.seed, r.run))
+    first = results[0]
+    runs = tuple(_seed_accuracy(result) for result in results)
+    differences = [run.top1 - run.baseline_top1 for run in runs if run.baseline_top1 is not None]
+    complete = len(differences) == len(runs)
+    return Setting(
+        label=label,
+        method=first.method,
+        options=naming.options(first),
+        bits=Bits(**first.bits),
+        network=first.network,
+        dataset=first.dataset,
+        model=first.model,
+        model_keys=first.protocol.keys.get("model") or {},
+        protocol=first.protocol.hash[:8],
+        is_baseline=naming.is_baseline(first),
+        source=source,
+        runs=runs,
+        top1=estimate(_by_seed(runs, [run.top1 for run in runs])),
+        difference=estimate(_by_seed(runs, differences)) if complete else None,
+        levels=next((r.levels for r in results if r.levels is not None), None),
+        cost=next((r.cost for r in results if r.cost), None),
+        speed=_mean_speed(results),
+        verified=_verified_levels(results),
+        learning_rate=learning_rate,
+    )
+
+
+def _seed_accuracy(result: Result) -> SeedAccuracy:
+    assert result.top1 is not None, "a run that is done has an accuracy"
+    baseline = result.baseline.run if result.baseline else None
+    return SeedAccuracy(
+        seed=result.seed, run=result.run, top1=result.top1, baseline=baseline, baseline_top1=result.baseline_top1
+    )
+
+
+def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[float]:
+    """Return one value a seed: with several runs of a seed, their mean."""
+    grouped: dict[int, list[float]] = defaultdict(list)
+    for run, value in zip(runs, values, strict=True):
+        grouped[run.seed].append(value)
+    return [mean(own) for own in grouped.values()]
+
+
+def _mean_speed(results: Sequence[Result]) -> TrainingSpeed | None:
+    """Return the mean speed of the runs, and the most memory that one of them took."""
+    known = [r.speed for r in results if r.speed]
+    if not known:
+        return None
+    return TrainingSpeed(
+        images_per_second=mean(s.images_per_second for s in known),
+        seconds_per_epoch=mean(s.seconds_per_epoch for s in known),
+        peak_bytes=max(s.peak_bytes for s in known),
+    )
+
+
+def _verified_levels(results: Sequence[Result]) -> VerifiedLevels | None:
+    known = [r.verified for r in results if r.verified is not None]
+    if not known:
+        return None
+    counts: dict[str, list[LevelCount]] = defaultdict(list)
+    for layer in (layer for verified in known for layer in verified.values()):
+        for key, count in layer.items():
+            counts[key].append(count)
+    found = {
+        key: LevelRange(
+            fewest=min(c.found for c in own), most=max(c.found for c in own), allowed=max(c.allowed for c in own)
+        )
+        for key, own in counts.items()
+    }
+    return VerifiedLevels(layers=min(map(len, known)), found=found)

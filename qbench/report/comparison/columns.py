@@ -1,0 +1,117 @@
+"""The columns of `qbench compare`: how a setting's values are shown, which belong together, how they sort."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from qbench.report.comparison.setting import LevelRange, Setting
+from qbench.report.tables.units import si_format
+
+SETS = ("accuracy", "cost", "speed", "verification")
+DEFAULT = ("accuracy", "cost")
+EQUAL_BYTES = "equal-bytes"
+PUBLISHED = "published"
+
+
+class Column(NamedTuple):
+    """A column: `key` is what rows sort by, with `descending` the largest first; None: no value.
+
+    `show` gives the cell of a row that has a value, `empty` stands for none.
+    """
+
+    name: str
+    group: str
+    key: Callable[[Setting], float | str | None]
+    show: Callable[[Setting], str]
+    descending: bool = False
+    empty: str = "-"
+
+    def cell(self, setting: Setting) -> str:
+        """Return the cell of a row."""
+        return self.empty if self.key(setting) is None else self.show(setting)
+
+
+def _column(
+    name: str,
+    group: str,
+    key: Callable[[Setting], float | None],
+    form: str = "{}",
+    *,
+    descending: bool = False,
+    empty: str = "-",
+) -> Column:
+    """Return a column of numbers in a format."""
+    return Column(name, group, key, lambda s: form.format(key(s)), descending, empty)
+
+
+def _si_column(
+    name: str, group: str, key: Callable[[Setting], float | None], unit: str = "", *, descending: bool = False
+) -> Column:
+    """Return a column of numbers with three digits and an SI prefix."""
+
+    def show(setting: Setting) -> str:
+        return f"{si_format(key(setting) or 0)}{unit}".rstrip()
+
+    return Column(name, group, key, show, descending)
+
+
+def _levels_found(setting: Setting) -> str | None:
+    """Write how many levels the layers use of those allowed: `w 4 of 4, a 3-4 of 4`."""
+    if setting.verified is None or not setting.verified.found:
+        return None
+    return ", ".join(f"{key} {_span(levels)} of {levels.allowed}" for key, levels in setting.verified.found.items())
+
+
+def _span(levels: LevelRange) -> str:
+    return f"{levels.fewest}" if levels.fewest == levels.most else f"{levels.fewest}-{levels.most}"
+
+
+def _published_key(setting: Setting) -> float | None:
+    """Return the published top-1; a claim that is no top-1 or has no known value sorts last among the claims."""
+    if not setting.published:
+        return None
+    top1 = setting.published[0].top1
+    return float("-inf") if top1 is None else top1
+
+
+def _published_gap(setting: Setting) -> float | None:
+    return setting.published[0].gap if setting.published else None
+
+
+COLUMNS = (
+    Column(EQUAL_BYTES, EQUAL_BYTES, lambda s: s.bytes_group, lambda s: str(s.bytes_group)),
+    Column("method", "", lambda s: s.label, lambda s: s.label),
+    Column("W", "", lambda s: s.bits.w, lambda s: str(s.bits.w)),
+    Column("A", "", lambda s: s.bits.a, lambda s: str(s.bits.a)),
+    Column("G", "", lambda s: s.bits.g, lambda s: str(s.bits.g)),
+    _column("levels", "cost", lambda s: s.levels),
+    _column("bits/weight", "cost", lambda s: s.cost.bits_per_weight if s.cost else None, "{:.2f}"),
+    _column("top-1 %", "accuracy", lambda s: s.top1.mean, "{:.2f}", descending=True),
+    _column("std", "accuracy", lambda s: s.top1.std, "{:.2f}"),
+    _column("n", "accuracy", lambda s: s.top1.n, descending=True),
+    _column("95 % CI", "accuracy", lambda s: s.top1.ci95_half, "±{:.2f}", empty=""),
+    _column("diff", "accuracy", lambda s: s.difference.mean if s.difference else None, "{:+.2f}", descending=True),
+    _column("diff 95 % CI", "accuracy", lambda s: s.difference.ci95_half if s.difference else None, "±{:.2f}", empty=""),
+    Column(
+        PUBLISHED, PUBLISHED, _published_key, lambda s: s.published[0].text if s.published else "", True, ""
+    ),
+    _column("gap", PUBLISHED, _published_gap, "{:+.2f}", descending=True, empty=""),
+    Column(
+        "ran by", PUBLISHED, lambda s: s.published[0].ran_by if s.published else None,
+        lambda s: s.published[0].ran_by if s.published else "", empty="",
+    ),
+    _si_column("size", "cost", lambda s: s.cost.bytes_ideal if s.cost else None, "B"),
+    _si_column("BitOps", "cost", lambda s: s.cost.bitops if s.cost else None),
+    _si_column("images/s", "speed", lambda s: s.speed.images_per_second if s.speed else None, descending=True),
+    _column("s/epoch", "speed", lambda s: s.speed.seconds_per_epoch if s.speed else None, "{:.3g}"),
+    _si_column("peak memory", "speed", lambda s: s.speed.peak_bytes if s.speed else None, "B"),
+    _column("verified layers", "verification", lambda s: s.verified.layers if s.verified else None, descending=True),
+    Column("levels found", "verification", _levels_found, lambda s: _levels_found(s) or ""),
+)  # fmt: skip
+
+
+def columns_in(groups: Iterable[str]) -> list[Column]:
+    """Return the columns of some groups, and those that name a row, in their fixed order."""
+    return [column for column in COLUMNS if column.group in ("", *groups)]
+
+
+HEAD = tuple(column.name for column in columns_in(DEFAULT))

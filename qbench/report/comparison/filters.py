@@ -1,0 +1,129 @@
+"""Filters of `qbench compare`: which runs have the values that were typed for their keys."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from qbench.config.schema import did_you_mean
+from qbench.errors import ConfigError
+from qbench.report.comparison import naming
+from qbench.runs.reader import DONE, RunRecord
+
+VALUES_LISTED = 20
+"""Values that an error message lists at most."""
+RUN_DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
+RunKeys = Mapping[str, str]
+"""What a run can be selected by: key -> value as JSON."""
+
+
+def select_runs(
+    runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], by: Sequence[str] = ()
+) -> tuple[list[RunRecord], list[str]]:
+    """Return the runs that match `where`, with their float baselines, and a note on every value that no run has.
+
+    Differences are measured to the float baselines, so these are kept whatever their own keys say.
+
+    Args:
+        where: key -> allowed values, as typed. A run matches if it has one of them for every key.
+        by: further keys that must exist in some run.
+
+    Raises:
+        ConfigError: a key that no run has, or none of the values typed for a key occurs.
+    """
+    if not runs or not (where or by):
+        return list(runs), []
+    keys = {id(run): naming.run_keys(run.result) for run in runs if run.result is not None}
+    known = set().union(*keys.values())
+    for key in (*where, *by):
+        if known and key not in known:
+            raise ConfigError(_unknown_key(key, known))
+    notes = _absent_values(where, runs, keys)
+    return _matching(runs, where, keys), notes
+
+
+def _unknown_key(key: str, known: Iterable[str]) -> str:
+    short = sorted(name for name in known if "." not in name)
+    return (
+        f"compare {key}: no run has this key{did_you_mean(key, known)}\nallowed: {', '.join(short)} and keys below them"
+    )
+
+
+def _absent_values(
+    where: Mapping[str, Sequence[str]], runs: Sequence[RunRecord], keys: Mapping[int, RunKeys]
+) -> list[str]:
+    """Return a note on every value that no run has.
+
+    Raises:
+        ConfigError: no run has any of the values typed for a key.
+    """
+    run_keys = [keys.get(id(run)) or _keys_of_directory(run) for run in runs]
+    notes = []
+    for key, values in where.items():
+        present = [own[key] for own in run_keys if key in own]
+        absent = [value for value in values if present and not any(_equals(key, json_, value) for json_ in present)]
+        if absent == values:
+            known = sorted({str(json.loads(json_)) for json_ in present}, key=lambda v: (v.isdecimal() and int(v), v))
+            hint = "" if values[0].isdecimal() else did_you_mean(values[0], known)
+            more = f" and {len(known) - VALUES_LISTED} more" if len(known) > VALUES_LISTED else ""
+            listed = ", ".join(known[:VALUES_LISTED]) + more
+            raise ConfigError(f"compare {key}={','.join(values)}: no run has it{hint}\nvalues found: {listed}")
+        notes += [f"no run has {key}={value}" for value in absent]
+    return notes
+
+
+def _matching(
+    runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], keys: Mapping[int, RunKeys]
+) -> list[RunRecord]:
+    """Return the runs that match and the float baselines of these.
+
+    For a run without a result, method, widths and seed come from its directory name. It stays unless one of these
+    contradicts the filter.
+    """
+    kept = [run for run in runs if _matches(keys.get(id(run)) or _keys_of_directory(run), where, run.result is None)]
+    baseline_names = {_directory_name(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
+    chosen = {id(run) for run in kept}
+    baselines = [r for r in runs if r.result and r.status == DONE and naming.is_baseline(r.result)]
+    chosen |= {id(run) for run in baselines if _directory_name(str(run.path)) in baseline_names}
+    return [run for run in runs if id(run) in chosen]
+
+
+def _directory_name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _keys_of_directory(run: RunRecord) -> dict[str, str]:
+    """Return method, widths and seed from the name of a run directory; nothing if it is named otherwise."""
+    match = RUN_DIRECTORY.fullmatch(run.path.name)
+    if not match:
+        return {}
+    widths = dict(re.findall(r"([wag])(\d+)", match["bits"]))
+    named = {"method": json.dumps(match["method"]), "bits": json.dumps(match["bits"]), "seed": match["seed"]}
+    return named | {f"bits.{key}": width for key, width in widths.items()}
+
+
+def _matches(keys: RunKeys, where: Mapping[str, Sequence[str]], unknown_matches: bool) -> bool:
+    """Whether a run has one of the allowed values for every key; `unknown_matches` says what a missing key means."""
+    for key, allowed in where.items():
+        if key not in keys:
+            if not unknown_matches:
+                return False
+        elif not any(_equals(key, keys[key], value) for value in allowed):
+            return False
+    return True
+
+
+def _equals(key: str, stored: str, typed: str) -> bool:
+    """Whether a value stored as JSON is what was typed: 0.001 equals 1e-3, and w2a2 matches the widths w2a2g32."""
+    value = json.loads(stored)
+    if isinstance(value, str):
+        return value == typed or (key == "bits" and bool(typed) and set(_widths(typed)) <= set(_widths(value)))
+    if isinstance(value, bool) or value is None:
+        return typed.lower() in (stored, {"null": "none"}.get(stored))
+    try:
+        return bool(json.loads(typed) == value)
+    except ValueError:
+        return typed == stored
+
+
+def _widths(text: str) -> list[str]:
+    return re.findall(r"[wag]\d+", text)

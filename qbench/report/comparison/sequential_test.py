@@ -1,0 +1,200 @@
+"""Group-sequential test of two settings: more seeds until they differ or are equivalent within a margin.
+
+Testing again after every few seeds at 5 % finds differences where there are none. Here each of K looks tests at the
+level 0.05 / K (Bonferroni over looks). This keeps the rate of false decisions below 5 %, whatever the dependence
+between looks. A difference of zero and one of at least the margin exclude each other, so the test of difference and
+the test of equivalence may both use the whole level.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from qbench.config.identity import run_identity
+from qbench.config.schema import Config
+from qbench.report.comparison.naming import flat
+from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference
+from qbench.report.comparison.verdicts import MARGIN, Verdict
+from qbench.report.statistics.differences import ALPHA, Difference, half_width, with_seed_dof
+from qbench.report.statistics.hypothesis_tests import equivalent
+from qbench.report.statistics.power import SEEDS_LIMIT, seeds_to_decide
+from qbench.runs.reader import DONE, RunRecord
+
+FIRST_LOOK, GROWTH, MAX_SEEDS = 3, 1.5, 20
+"""Seeds at the first look, the factor from look to look, and the default number of seeds at the last look."""
+NAMED_KEYS = 3
+"""Keys that the name of a setting spells out; the others are counted."""
+
+SeedAccuracies = tuple[Sequence[RunAccuracy], Sequence[RunAccuracy]]
+"""The accuracies of both settings, one entry a seed, seeds in the same order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialTest:
+    """Two settings, given as their runs with seed 0, the margin of equivalence in points, and the last look's seeds.
+
+    `launcher` runs what is not stored yet: "" one run at a time, "joblib" several.
+    """
+
+    first: Config
+    second: Config
+    margin: float = MARGIN
+    max_seeds: int = MAX_SEEDS
+    launcher: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialResult:
+    """The outcome of the last look: verdict, first minus second in points, both means, the level of each look."""
+
+    verdict: Verdict
+    difference: Difference
+    means: tuple[float, float]
+    level: float
+
+
+class MissingRunError(Exception):
+    """Raised when a run has no accuracy: the runs that have one are not a fair sample."""
+
+    def __init__(self, runs: Sequence[RunRecord]) -> None:
+        reason = runs[0].reason.partition("\n")[0]
+        super().__init__(f"no verdict: {runs[0].path} {runs[0].status}" + (f": {reason}" if reason else ""))
+        self.runs = list(runs)
+
+
+def look_schedule(max_seeds: int) -> list[int]:
+    """Return the number of seeds at each look: 3, then half as many again each time, `max_seeds` the last."""
+    schedule = [FIRST_LOOK]
+    while schedule[-1] < max_seeds:
+        schedule.append(min(math.ceil(GROWTH * schedule[-1]), max_seeds))
+    return schedule
+
+
+def decide(
+    accuracies: Callable[[int], SeedAccuracies],
+    margin: float,
+    max_seeds: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> SequentialResult:
+    """Test two settings at more and more seeds until a verdict is reached, or `max_seeds` is.
+
+    Args:
+        accuracies: maps a number of seeds n to the n accuracies of each setting, by seed.
+        margin: points of top-1 within which the settings count as equivalent.
+        report: gets a line after every look that decides nothing.
+    """
+    schedule = look_schedule(max_seeds)
+    level = ALPHA / len(schedule)
+    for n in schedule:
+        result = _look(accuracies(n), margin, level)
+        if result.verdict is not Verdict.UNDECIDED or n == max_seeds:
+            break
+        d = result.difference
+        report(f"{n} seeds: {d.mean:+.2f} points, p = {d.p:.2g}, not below {level:.2g}; continuing")
+    return result
+
+
+def _look(accuracies: SeedAccuracies, margin: float, level: float) -> SequentialResult:
+    """Test difference, then equivalence, at one look."""
+    d = with_seed_dof(paired_difference(*accuracies))
+    first, second = (sum(run.top1 for run in runs) / len(runs) for runs in accuracies)
+    if d.p < level:
+        verdict = Verdict.ABOVE if d.mean > 0 else Verdict.BELOW
+    else:
+        verdict = Verdict.EQUIVALENT if equivalent(d, margin) < level else Verdict.UNDECIDED
+    return SequentialResult(verdict=verdict, difference=d, means=(first, second), level=level)
+
+
+def run_sequential_test(
+    test: SequentialTest,
+    run: Callable[[list[Config]], list[RunRecord]],
+    report: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Return the verdict in words; `run` trains what is not stored yet and returns a record for every run.
+
+    Raises:
+        MissingRunError: a run has no accuracy.
+    """
+
+    def accuracies(n: int) -> SeedAccuracies:
+        configs = [_with_seed(config, seed) for config in (test.first, test.second) for seed in range(n)]
+        records = run(configs)
+        if missing := [record for record in records if record.status != DONE]:
+            raise MissingRunError(missing)
+        loaded = [load_run_accuracy(str(record.path), _top1(record)) for record in records]
+        return loaded[:n], loaded[n:]
+
+    return describe(test, decide(accuracies, test.margin, test.max_seeds, report))
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    return replace(copy.deepcopy(config), seed=seed)
+
+
+def _top1(record: RunRecord) -> float:
+    assert record.result is not None
+    assert record.result.top1 is not None
+    return record.result.top1
+
+
+def describe(test: SequentialTest, result: SequentialResult) -> str:
+    """Return the verdict with its numbers in two sentences.
+
+    The interval has the level of the test that decided: 1 - level for a difference, 1 - 2 level for equivalence,
+    which two one-sided tests at `level` correspond to.
+    """
+    d, margin = result.difference, test.margin
+    first, second = names(test)
+    alpha = result.level * (2 if result.verdict is Verdict.EQUIVALENT else 1)
+    half = half_width(d, alpha)
+    numbers = f"{d.mean:+.2f} points, {100 * (1 - alpha):.4g} % confidence interval "
+    numbers += f"{d.mean - half:+.2f} to {d.mean + half:+.2f}"
+    numbers += f"; test top-1 {result.means[0]:.2f} and {result.means[1]:.2f}, {d.n} seeds"
+    numbers += f", {d.items:,} test images" if d.items else ""
+    if result.verdict is Verdict.UNDECIDED:
+        verdict = f"is not significantly different from {second}, nor shown to be equivalent within ±{margin:g} points"
+        return f"{first} {verdict}: {numbers}. {_advice(test, result)}"
+    relation = {
+        Verdict.ABOVE: f"is above {second}",
+        Verdict.BELOW: f"is below {second}",
+        Verdict.EQUIVALENT: f"is equivalent to {second} within ±{margin:g} points",
+    }[result.verdict]
+    looks = len(look_schedule(test.max_seeds))
+    method = f"Each of {looks} looks tests at the level {result.level:.2g}, so that false decisions stay below 5 %."
+    return f"{first} {relation}: {numbers}. {method}"
+
+
+def _advice(test: SequentialTest, result: SequentialResult) -> str:
+    """Return how many more seeds would probably decide, or why no number would."""
+    d = result.difference
+    seeds = seeds_to_decide(d, test.margin, result.level)
+    if seeds is not None:
+        return f"About {max(seeds - d.n, 1)} more seeds would decide: --max-seeds {max(seeds, d.n + 1)}."
+    if d.items and d.item_variance:
+        return f"The {d.items:,} test images are too few."
+    return f"{SEEDS_LIMIT:,} seeds would not decide."
+
+
+def names(test: SequentialTest) -> tuple[str, str]:
+    """Return names of the two settings: method and widths, and the keys in which protocols and networks differ.
+
+    Where method and widths are the same, all keys that differ are candidates.
+    """
+    configs = test.first, test.second
+    short = setting_name(test.first), setting_name(test.second)
+    keys = [flat(run_identity(config).keys if short[0] == short[1] else _shared_keys(config)) for config in configs]
+    differing = [key for key in sorted(set().union(*keys)) if keys[0].get(key) != keys[1].get(key)]
+    more = f" and {len(differing) - NAMED_KEYS} more keys" if len(differing) > NAMED_KEYS else ""
+    typed = [" ".join(f"{key}={own.get(key, '?')}" for key in differing[:NAMED_KEYS]) + more for own in keys]
+    return f"{short[0]} {typed[0]}".rstrip(), f"{short[1]} {typed[1]}".rstrip()
+
+
+def _shared_keys(config: Config) -> dict[str, object]:
+    """Return what all methods of a table share: the protocol and the network's keys."""
+    return run_identity(config).protocol | {"model": config.model}
+
+
+def setting_name(config: Config) -> str:
+    """Return a setting's method and widths, such as `dorefa w2a2g32`."""
+    return f"{config.method_name} {config.bits}"

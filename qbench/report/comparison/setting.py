@@ -1,0 +1,240 @@
+"""A setting: one method at its bit widths under one protocol, over its seeds. One line of a comparison.
+
+All values are frozen. What later steps add (conclusions, published results, groups of equal bytes) goes into a copy,
+by `dataclasses.replace`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from qbench.bits import FLOAT, Bits
+from qbench.cost.network_cost import NetworkCost
+from qbench.report.comparison.lr_selection import SelectedLearningRate
+from qbench.report.comparison.verdicts import PairConclusion
+from qbench.report.statistics.differences import paired
+from qbench.runs.result import TrainingSpeed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over n seeds, with standard deviation and half the 95 % confidence interval; None with one seed."""
+
+    mean: float
+    std: float | None = None
+    ci95_half: float | None = None
+    n: int = 1
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean over seeds of one value a seed, with Student's interval."""
+    if len(values) < 2:
+        return Estimate(mean=mean(values))
+    interval = paired(values, [0.0] * len(values))
+    return Estimate(mean=mean(values), std=stdev(values), ci95_half=interval.high - interval.mean, n=len(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedAccuracy:
+    """One run of a setting: seed, directory, test top-1 in percent, and the same of its float baseline, if it has one."""
+
+    seed: int
+    run: str
+    top1: float
+    baseline: str | None = None
+    baseline_top1: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelRange:
+    """Levels found in a layer's quantized tensor: fewest and most over layers and runs, and the most allowed."""
+
+    fewest: int
+    most: int
+    allowed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifiedLevels:
+    """Number of verified layers, the smallest over runs, and for w, a, g the levels found in them."""
+
+    layers: int
+    found: Mapping[str, LevelRange]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedMatch:
+    """A published result for a setting.
+
+    Args:
+        row: paper and row of the published figures.
+        metric: top1, top1_error or top1_error_increase.
+        claimed, upper: the published value; with `upper` it is a range.
+        top1: the claim as top-1 in percent, None for an increase or an unknown value.
+        text: the claim as tables show it, with ~ in front if remembered.
+        to_float: points above the paper's float baseline.
+        gap: points of our accuracy above the claim.
+        ran_by, by_authors: who ran it.
+        provenance, remembered, source: how the value is known.
+        words: keys of the command line that the row's run needs.
+    """
+
+    row: str
+    metric: str
+    claimed: float | None
+    upper: float | None
+    top1: float | None
+    text: str
+    to_float: float | None
+    gap: float | None
+    ran_by: str
+    by_authors: bool
+    provenance: str
+    remembered: bool
+    source: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What follows for a setting from the comparison with others at the same widths.
+
+    `pairs` are those with the settings of lower mean. `winner`: it is significantly above all of them, and no other
+    has a higher mean. `test_sample_ci95_half` is half the 95 % interval that the test sample alone leaves, in points;
+    None where the number of test images is not known.
+    """
+
+    pairs: tuple[PairConclusion, ...] = ()
+    winner: bool = False
+    test_images: int | None = None
+    test_sample_ci95_half: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One method at its widths under one protocol.
+
+    Args:
+        label: the method with the options that differ from other runs of it, as typed.
+        method, options, bits, network: the method's name, options and widths, and keys of the network that it sets.
+        dataset, model, model_keys: the data set, the network and the network's keys in the protocol.
+        protocol: first 8 digits of the protocol's hash.
+        is_baseline: a float network from scratch, from which other runs start.
+        source: the files that were read, result.json or the logs.
+        runs: one entry a run, by seed.
+        top1: test top-1 in percent after the last epoch, over seeds; runs of one seed are averaged first.
+        difference: top-1 minus that of the run's float baseline, in points; None if a run has no baseline.
+        levels: levels that a quantized weight can take.
+        cost, speed, verified: of the network; None if no run has it. Speed is the mean, peak memory the maximum.
+        learning_rate: of lr_search=grid, how the rate was selected.
+        conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and `columns.group_by_bytes`.
+    """
+
+    label: str
+    method: str
+    options: Mapping[str, object]
+    bits: Bits
+    network: Mapping[str, str]
+    dataset: str
+    model: str
+    model_keys: Mapping[str, object]
+    protocol: str
+    is_baseline: bool
+    source: str
+    runs: tuple[SeedAccuracy, ...]
+    top1: Estimate
+    difference: Estimate | None = None
+    levels: int | None = None
+    cost: NetworkCost | None = None
+    speed: TrainingSpeed | None = None
+    verified: VerifiedLevels | None = None
+    learning_rate: SelectedLearningRate | None = None
+    conclusion: Conclusion | None = None
+    published: tuple[PublishedMatch, ...] | None = None
+    bytes_group: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Label and widths, such as `dorefa w2a2g32`."""
+        return f"{self.label} {self.bits}"
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the network is a float one, a baseline or fine-tuned."""
+        return self.method == "float"
+
+    @property
+    def short_widths(self) -> str:
+        """Widths without those that are float, such as `W4 A4`; `W32` if all are."""
+        return " ".join(f"{k.upper()}{n}" for k, n in self.bits._asdict().items() if n != FLOAT) or f"W{FLOAT}"
+
+    @property
+    def baselines(self) -> list[str]:
+        """Directories of the float baselines, one a run that has one."""
+        return [run.baseline for run in self.runs if run.baseline is not None]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the setting as plain values: a row of `qbench compare --format json`.
+
+        Keys, besides those of the fields of the same name:
+
+        - top1_mean, top1_std, top1_ci95_half: percent; n: number of seeds.
+        - diff_mean, diff_ci95_half: top-1 minus the float baseline's, in points.
+        - seeds, runs, top1: one entry a run; baseline_top1: likewise, null if a run has none; baselines: directories.
+        - bytes, bytes_packed, params, macs, bitops, bits_per_weight: cost of the network; bytes is the ideal size.
+        - images_per_second, seconds_per_epoch, peak_bytes: training speed and memory.
+        - verified_layers; levels_found: for w, a, g the fewest and most levels found, and the most allowed.
+        - lr_search: optim.lr, seeds, grid (each rate with its mean validation top-1); only with lr_search=grid.
+        - pairs, winner, test_images, test_sample_ci95_half: see `Conclusion` and `PairConclusion`.
+        - published: see `PublishedMatch`; only with --published.
+        - bytes_group: only with --sort equal-bytes.
+        """
+        baseline_top1 = [run.baseline_top1 for run in self.runs]
+        found = self.verified.found if self.verified else {}
+        values: dict[str, object] = {
+            "label": self.label,
+            "method": self.method,
+            "bits": self.bits._asdict(),
+            "levels": self.levels,
+            "top1_mean": self.top1.mean,
+            "top1_std": self.top1.std,
+            "top1_ci95_half": self.top1.ci95_half,
+            "n": self.top1.n,
+            "diff_mean": self.difference.mean if self.difference else None,
+            "diff_ci95_half": self.difference.ci95_half if self.difference else None,
+            "seeds": [run.seed for run in self.runs],
+            "runs": [run.run for run in self.runs],
+            "top1": [run.top1 for run in self.runs],
+            "baseline_top1": None if None in baseline_top1 else baseline_top1,
+            "baselines": self.baselines,
+            **_cost_values(self.cost),
+            "images_per_second": self.speed.images_per_second if self.speed else None,
+            "seconds_per_epoch": self.speed.seconds_per_epoch if self.speed else None,
+            "peak_bytes": self.speed.peak_bytes if self.speed else None,
+            "verified_layers": self.verified.layers if self.verified else None,
+            "levels_found": {key: [levels.fewest, levels.most, levels.allowed] for key, levels in found.items()},
+            "source": self.source,
+            "is_baseline": self.is_baseline,
+            "options": dict(self.options),
+            "network": dict(self.network),
+            "dataset": self.dataset,
+            "model": self.model,
+            "model_keys": dict(self.model_keys),
+            "protocol": self.protocol,
+        }
+        if self.learning_rate is not None:
+            values["lr_search"] = self.learning_rate.to_json()
+        if self.conclusion is not None:
+            values |= vars(self.conclusion) | {"pairs": [vars(pair) for pair in self.conclusion.pairs]}
+        if self.published is not None:
+            values["published"] = [vars(match) for match in self.published]
+        if self.bytes_group is not None:
+            values["bytes_group"] = self.bytes_group
+        return values
+
+
+def _cost_values(cost: NetworkCost | None) -> dict[str, object]:
+    names = {"bytes": "bytes_ideal"} | {
+        name: name for name in ("bytes_packed", "params", "macs", "bitops", "bits_per_weight")
+    }
+    return {key: getattr(cost, name) if cost else None for key, name in names.items()}

@@ -1,0 +1,92 @@
+"""Tables of settings: a row a setting, with chosen columns, sorted by one of them or grouped by equal bytes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from qbench.config.schema import did_you_mean
+from qbench.errors import ConfigError
+from qbench.report.comparison.columns import COLUMNS, EQUAL_BYTES, Column
+from qbench.report.comparison.setting import Setting
+from qbench.report.tables.table import Table
+
+BYTES_TOLERANCE = 0.05
+"""Settings share a group of equal bytes if they exceed its smallest by at most this part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingRuns:
+    """Runs without a result for one reason: a row of the table of failed or unsupported runs."""
+
+    status: str
+    runs: tuple[str, ...]
+    reason: str
+
+    def to_json(self) -> dict[str, object]:
+        """Return the row as plain values."""
+        return {"status": self.status, "runs": list(self.runs), "reason": self.reason}
+
+
+def settings_of(table: Table) -> list[Setting]:
+    """Return the settings of a table, in the order of its rows; none if it is a table of something else."""
+    return [value for value in table.values if isinstance(value, Setting)]
+
+
+def with_columns(table: Table, columns: Sequence[Column]) -> Table:
+    """Return a table of settings with these columns; a table of something else as it is."""
+    settings = settings_of(table)
+    if not settings:
+        return table
+    rows = [tuple(column.cell(setting) for column in columns) for setting in settings]
+    return replace(table, head=tuple(column.name for column in columns), rows=rows)
+
+
+def sorted_by(table: Table, name: str) -> Table:
+    """Return a table with its settings sorted by a column, or by accuracy within groups of equal bytes.
+
+    The best stand first, those without a value last. The rows' cells are not updated, see `with_columns`.
+
+    Raises:
+        ConfigError: no such column.
+    """
+    settings = settings_of(table)
+    if name == EQUAL_BYTES:
+        grouped = group_by_bytes(settings)
+        grouped.sort(key=lambda s: (s.bytes_group or float("inf"), -s.top1.mean, s.label))
+        return replace(table, values=grouped) if grouped else table
+    column = find_column(name)
+    keyed = [(column.key(setting), setting) for setting in settings]
+    present = [(key, setting) for key, setting in keyed if key is not None]
+    present.sort(key=lambda pair: pair[0], reverse=column.descending)
+    absent = [setting for key, setting in keyed if key is None]
+    return replace(table, values=[setting for _, setting in present] + absent) if settings else table
+
+
+def find_column(name: str) -> Column:
+    """Return the column with a name as typed, any case, without its unit.
+
+    Raises:
+        ConfigError: no such column.
+    """
+    known = {column.name.lower().removesuffix(" %"): column for column in COLUMNS if column.group != EQUAL_BYTES}
+    known |= {"95 %": known["95 % ci"], "accuracy": known["top-1"], "bytes": known["size"]}
+    lowered = name.lower()
+    column = known.get(lowered) or known.get(lowered.removesuffix(" %"))
+    if column is None:
+        allowed = (EQUAL_BYTES, *known)
+        hint = did_you_mean(name, allowed)
+        raise ConfigError(f"compare --sort {name}: no such column{hint}\nallowed: {', '.join(allowed)}")
+    return column
+
+
+def group_by_bytes(settings: Iterable[Setting]) -> list[Setting]:
+    """Return settings with numbered groups of about equal bytes, the smallest first; without cost there is no group."""
+    group, smallest = 0, 0.0
+    grouped = []
+    for setting in sorted(settings, key=lambda s: s.cost.bytes_ideal if s.cost else 0.0):
+        if setting.cost is None:
+            grouped.append(replace(setting, bytes_group=None))
+            continue
+        if not group or setting.cost.bytes_ideal > smallest * (1 + BYTES_TOLERANCE):
+            group, smallest = group + 1, setting.cost.bytes_ideal
+        grouped.append(replace(setting, bytes_group=group))
+    return grouped

@@ -1,0 +1,63 @@
+"""What the plots of one table show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qbench.report.comparison.setting import Setting
+from qbench.report.comparison.setting_table import settings_of
+from qbench.report.plots.style import COLOURS, DASHES, MARKERS, Style
+from qbench.report.plots.training_curves import Curves, layer_errors, learning_curves
+from qbench.report.tables.table import Table
+from qbench.runs.reader import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotData:
+    """The settings of one table and their curves.
+
+    Args:
+        title: of the table.
+        quantized, floats: settings of quantized and of float networks.
+        styles: by label of the method.
+        curves, measure: learning curves and what they show.
+        errors, layers: errors by layer, and the layers' names.
+    """
+
+    title: str
+    quantized: list[Setting]
+    floats: list[Setting]
+    styles: dict[str, Style]
+    curves: Curves
+    measure: str
+    errors: Curves
+    layers: list[str]
+
+
+def read_plot_data(tables: Sequence[Table], runs: Sequence[RunRecord], *, curves: bool, layers: bool) -> list[PlotData]:
+    """Return the data of every table with quantized settings; metrics.jsonl is read only for curves or layers."""
+    results = {str(run.path): run.result for run in runs if run.result}
+    labels = sorted({s.label for table in tables for s in settings_of(table) if not s.is_float})
+    styles = {
+        label: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i // len(COLOURS) % len(DASHES)])
+        for i, label in enumerate(labels)
+    }
+    data = []
+    for table in tables:
+        quantized = [s for s in settings_of(table) if not s.is_float]
+        if not quantized:
+            continue
+        lines, measure = learning_curves(quantized, results) if curves else ({}, "")
+        errors, names = layer_errors(quantized) if layers else ({}, [])
+        data.append(
+            PlotData(
+                title=table.title,
+                quantized=quantized,
+                floats=[s for s in settings_of(table) if s.is_float],
+                styles={label: style for label, style in styles.items() if any(s.label == label for s in quantized)},
+                curves=lines,
+                measure=measure,
+                errors=errors,
+                layers=names,
+            )
+        )
+    return data

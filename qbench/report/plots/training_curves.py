@@ -1,0 +1,103 @@
+"""Curves of a table's runs, read from metrics.jsonl: learning curves by epoch, and errors of outputs by layer."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from qbench.quant.sqnr import sqnr_db
+from qbench.report.comparison.setting import Setting
+from qbench.runs.history import baseline_directory, epochs, observed
+from qbench.runs.result import Result
+
+MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%)"}
+FLOAT_STAGE = "float"
+"""The name of the float baselines' curve."""
+PLOT_MAX_SQNR = 60.0
+"""dB above which an output counts as exact: cosines are stored in single precision."""
+
+
+class SeedCurve(NamedTuple):
+    """The mean over seeds at each place x, and the lowest and the highest seed."""
+
+    x: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+Curves = dict[str, dict[str, SeedCurve]]
+"""Curves by label of the method, then by widths."""
+
+
+def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | None]) -> tuple[Curves, str]:
+    """Return learning curves of settings, with those of their float baselines as "float", and the measure shown.
+
+    The measure is validation top-1, or training top-1 if no run has a validation split. Epochs of quantized training
+    count from 1, those of float training end with 0.
+
+    Args:
+        results: by directory of the run.
+    """
+    baselines = {
+        run.run: path
+        for s in settings
+        for run in s.runs
+        if (r := results.get(run.run)) and (path := baseline_directory(r))
+    }
+    paths = {Path(run.run) for s in settings for run in s.runs} | set(baselines.values())
+    records = {path: epochs(path) for path in paths}
+    recorded = {key for by_epoch in records.values() for values in by_epoch.values() for key in values}
+    measure = "val_top1" if "val_top1" in recorded else "train_top1"
+
+    def curve(path: Path, *, float_stage: bool = False) -> dict[int, float]:
+        values = {e: v[measure] for e, v in records[path].items() if isinstance(v.get(measure), int | float)}
+        shift = -max(values, default=0) if float_stage else 1
+        return {epoch + shift: value for epoch, value in values.items()}
+
+    lines: Curves = {}
+    for label in dict.fromkeys(s.label for s in settings):
+        own = [s for s in settings if s.label == label]
+        starts = {path for s in own for run in s.runs if (path := baselines.get(run.run))}
+        drawn = {FLOAT_STAGE: line_over_seeds([curve(path, float_stage=True) for path in starts])}
+        drawn |= {s.short_widths: line_over_seeds([curve(Path(run.run)) for run in s.runs]) for s in own}
+        if present := {widths: line for widths, line in drawn.items() if line}:
+            lines[label] = present
+    return lines, measure
+
+
+def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
+    """Return the last `fitted_sqnr` of each layer, by the layer's place, and the layers' names in order."""
+    sqnr = {
+        run.run: {name: fitted_sqnr(metrics) for name, metrics in observed(Path(run.run)).items()}
+        for s in settings
+        for run in s.runs
+    }
+    layers = list(dict.fromkeys(name for own in sqnr.values() for name, value in own.items() if value is not None))
+    lines: Curves = {}
+    for s in settings:
+        by_layer = [{layers.index(n): v for n, v in sqnr[run.run].items() if v is not None} for run in s.runs]
+        if line := line_over_seeds(by_layer):
+            lines.setdefault(s.label, {})[s.short_widths] = line
+    return lines, layers
+
+
+def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
+    """Return a layer's SQNR in dB at the scale that fits best, at most `PLOT_MAX_SQNR`.
+
+    None if the cosine of its output with the float output was not recorded. Normalization undoes the scale, and some
+    methods' weights have another scale than the latent weights: DoReFa's output may have a large error and still point
+    in the right direction. Of a signal, 1 - cosine^2 is error at the best scale.
+    """
+    cosine = metrics.get("cosine")
+    if not isinstance(cosine, int | float):
+        return None
+    error = 1 - min(max(cosine, 0), 1) ** 2
+    return min(PLOT_MAX_SQNR, sqnr_db(1, error))
+
+
+def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
+    """Return the line over seeds, at each place over the seeds that have it; None if no seed has any."""
+    places = sorted(set().union(*seeds))
+    at = [[seed[x] for seed in seeds if x in seed] for x in places]
+    return SeedCurve(places, [mean(v) for v in at], [min(v) for v in at], [max(v) for v in at]) if places else None
