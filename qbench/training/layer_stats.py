@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from math import isfinite, log10, prod
+from math import isfinite, prod
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import QLayer, float_mode, quantized_layers
 from qbench.quant.masks import FrozenWeight
 from qbench.quant.quantizer import Grid, Quantizer
+from qbench.quant.sqnr import sqnr_db
 from qbench.quant.verify import nearest_points
 
 MIN_IMAGES, MAX_IMAGES, EPOCH_SHARE, MAX_PIXELS = 8, 64, 64, 2**17
@@ -44,8 +45,6 @@ Two forward passes over them cost about a hundredth of an epoch, which makes thr
 images.
 """
 
-MAX_SQNR = 140.0
-"""SQNR in dB at which the error is that of float32, 2^-23 of the signal."""
 
 SIGNIFICANT_DIGITS = 6
 """Significant digits of the recorded statistics."""
@@ -238,8 +237,9 @@ def _output_similarity(expected: Tensor, output: Tensor) -> dict[str, float]:
     signal, norm, error = expected.norm().item(), output.norm().item(), (output - expected).norm().item()
     if not signal:
         return {}
-    sqnr = min(MAX_SQNR, 20 * log10(signal / error)) if error else MAX_SQNR
-    return {"sqnr": sqnr} | ({"cosine": (expected * output).sum().item() / (signal * norm)} if norm else {})
+    return {"sqnr": sqnr_db(signal * signal, error * error)} | (
+        {"cosine": (expected * output).sum().item() / (signal * norm)} if norm else {}
+    )
 
 
 def _scalars(layer: QLayer) -> Iterator[tuple[str, float]]:

@@ -525,7 +525,7 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
         store(tmp_path, "ttq", "w2", "unclamped_scales", seed, faithful, weights=f"none {seed}")
         store(tmp_path, "float", "w32", "none", seed, 95.0)
     store(tmp_path, "ttq", "w2", "missing_minus", 3, 0.0)  # beyond the requested seeds
-    table = module.table(read([str(tmp_path)]), 3)
+    table = module.deviations_table(read([str(tmp_path)]), 3)
     rows = {(row[0], row[2]): dict(zip(table.head, row, strict=True)) for row in table.rows}
     assert len(rows) == len(table.rows) - sum(len({d.bits for d in deviations(m).values()}) - 1 for m in METHODS)
     none, minus, ties, mean_gradient = (
@@ -535,16 +535,16 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
     # Differences 10, 8, 9: mean 9, standard error 1/sqrt(3), t for two degrees of freedom 4.3027.
     assert (minus["top-1 %"], minus["points lost"], minus["95 % interval"]) == ("82.00", "+9.00", "+6.52 to +11.48")
     assert minus["source"].startswith("TropComplique")
-    assert (minus["n"], minus["without a figure"]) == ("3", "-")
+    assert (minus["n"], minus["not done"]) == ("3", "-")
     # Differences -0.5 and 0.5 in the seeds that ended; the third is counted and named.
-    assert (ties["points lost"], ties["n"], ties["without a figure"]) == ("+0.00", "2", "1 diverged")
+    assert (ties["points lost"], ties["n"], ties["not done"]) == ("+0.00", "2", "1 diverged")
     assert "ttq w2 unscaled_ties, seed 1: diverged: Diverged: the loss is nan" in table.notes
-    assert "ttq w2 unclamped_scales never acted: the same weights in 3 of 3 seeds" in table.notes
+    assert "ttq w2 unclamped_scales had no effect: identical weights in 3 of 3 seeds" in table.notes
     assert rows["ttq", "unclamped_scales"]["p (Holm)"] == "-", "no test where nothing differed"
     # p of 9 / (1 / sqrt(3)) with two degrees of freedom is 0.00408; two rows have one: twice that, by Holm.
     assert minus["p (Holm)"] == "0.0082"
     assert ties["p (Holm)"] == "1"
-    assert (mean_gradient["top-1 %"], mean_gradient["n"], mean_gradient["without a figure"]) == ("-", "0", "3 missing")
+    assert (mean_gradient["top-1 %"], mean_gradient["n"], mean_gradient["not done"]) == ("-", "0", "3 missing")
     page = module.document(table, ["qbench -m method=ttq"], tmp_path)
     assert "    qbench -m method=ttq\n" in page
     assert "16 runs" in page
@@ -556,12 +556,12 @@ def test_one_seed_gives_no_interval_and_protocols_are_not_mixed(tmp_path: Path) 
     module = load_script()
     store(tmp_path, "ttq", "w2", "none", 0, 90.0)
     store(tmp_path, "ttq", "w2", "missing_minus", 0, 80.0)
-    table = module.table(read([str(tmp_path)]), 1)
+    table = module.deviations_table(read([str(tmp_path)]), 1)
     (row,) = (dict(zip(table.head, row, strict=True)) for row in table.rows if row[2] == "missing_minus")
     assert (row["points lost"], row["95 % interval"], row["p (Holm)"], row["n"]) == ("+10.00", "-", "-", "1")
     store(tmp_path, "ttq", "w2", "mean_gradient", 0, 80.0, hash="b")
     with pytest.raises(SystemExit, match="2 protocols"):
-        module.table(read([str(tmp_path)]), 1)
+        module.deviations_table(read([str(tmp_path)]), 1)
 
 
 def test_the_commands_measure_every_deviation_once_and_the_method_itself() -> None:

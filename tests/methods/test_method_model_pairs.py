@@ -23,7 +23,7 @@ from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.experiment.setup import assemble
 from qbench.methods import lsq
-from qbench.papers.claims import read_claims
+from qbench.papers.claim_files import read_claims
 from qbench.quant import product_quantization as product
 from qbench.quant.combine import distilled
 from qbench.quant.layers import fully_quantized, quantized_layers

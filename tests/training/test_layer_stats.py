@@ -28,6 +28,7 @@ from qbench.quant.install import install
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import Method
 from qbench.quant.quantizer import Grid, Quantizer
+from qbench.quant.sqnr import MAX_SQNR
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import Result
 from qbench.runs.tensorboard import CHARTS, METRICS
@@ -141,7 +142,7 @@ def test_sqnr_of_equal_outputs_is_the_maximum_and_of_zero_outputs_undefined() ->
     with torch.no_grad():
         layer.weight.copy_(torch.eye(2))
     layer.input_q = Nearest(0.25, 1.0, 4.0, -1.0)
-    assert metrics_of(model)["sqnr"] == layer_stats.MAX_SQNR
+    assert metrics_of(model)["sqnr"] == MAX_SQNR
     with torch.no_grad():
         layer.weight.zero_()
     assert not {"sqnr", "cosine"} & set(metrics_of(model))
