@@ -45,8 +45,8 @@ def plant(config: Config, top1: float, baseline: float | None = None, status: st
         directory.write_config()
         baseline_result = None
         if baseline is not None:
-            place = directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"
-            baseline_result = BaselineResult(run=str(place), final=evaluation(baseline))
+            path = directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"
+            baseline_result = BaselineResult(run=str(path), final=evaluation(baseline))
         cost = NetworkCost(
             params=1, macs=1, bitops=16_842_752, bytes_float=1, bytes_ideal=7176, bytes_packed=7176, bits_per_weight=2.0
         )
@@ -78,7 +78,7 @@ def finished_digests(out: Path) -> dict[str, str | None]:
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Return a picture of large structures, most of which JPEG keeps."""
+    """Return a picture of large structures, which JPEG keeps well."""
     rough = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
 

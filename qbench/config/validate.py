@@ -12,17 +12,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from qbench.bits import FLOAT
 from qbench.config.fields import ACTS, WIDTHS, is_width, parse_bits
 from qbench.config.identity import ADDED
-from qbench.config.schema import (
-    STARTS,
-    BitWidths,
-    Config,
-    Distill,
-    Layers,
-    Node,
-    Optim,
-    baseline_config,
-    did_you_mean,
-)
+from qbench.config.schema import STARTS, BitWidths, Config, Distill, Layers, Node, Optim, baseline_config, did_you_mean
 from qbench.errors import ConfigError
 
 NODES = ("model", "dataset", "method", "activation")

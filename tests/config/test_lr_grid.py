@@ -260,10 +260,10 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     stored = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert sorted(path.parent.name.partition("-")[0] for path in stored) == ["dorefa", "dorefa", "float"]
-    children = [json.loads(path.read_text()) for path in stored if path.parent.name.startswith("dorefa")]
-    assert {r["options"]["optim.lr"] for r in children} == {0.0001, 0.01}
-    best = max(children, key=lambda r: r["final"]["val"]["top1"])
-    assert len({r["final"]["val"]["top1"] for r in children}) == 2, "equal rates would not show which one is selected"
+    runs = [json.loads(path.read_text()) for path in stored if path.parent.name.startswith("dorefa")]
+    assert {r["options"]["optim.lr"] for r in runs} == {0.0001, 0.01}
+    best = max(runs, key=lambda r: r["final"]["val"]["top1"])
+    assert len({r["final"]["val"]["top1"] for r in runs}) == 2, "equal rates would not show which one is selected"
     assert f"optim.lr={best['options']['optim.lr']:g} chosen of 2" in shown
     assert "2 x 1 epochs a seed" in shown
     assert len([line for line in shown.splitlines() if line.startswith("dorefa   ")]) == 1

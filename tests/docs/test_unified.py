@@ -240,7 +240,7 @@ def test_the_documents_table_is_the_commands(script: ModuleType) -> None:
     text = (ROOT / "docs" / "unified.md").read_text(encoding="utf-8")
     ((command, body),) = re.findall(r"<!-- table: (scripts/unified.py .*?) -->\n(.*?)<!-- end -->", text, re.DOTALL)
     assert f"`{command}`" in body, "run scripts/readme_tables.py unified"
-    assert not re.search(r"^\| (failed|diverged|unfinished|running|torn) ", body, re.MULTILINE)
+    assert not re.search(r"^\| (failed|diverged|unfinished|running|corrupt) ", body, re.MULTILINE)
     (config,) = script.composed(script.words_of([*command.split()[1:], "method=ttq", "bits=w2a32", "seed=0"]))
     assert f"| ttq | 2 | 32 | 3 | 2.00 | {config.model['width']} |" in body
 

@@ -130,7 +130,7 @@ def test_a_method_that_asks_for_its_teacher_keeps_the_protocol(configure: Config
     )
     assert not without.distill.on
     assert run_identity(asked).protocol == run_identity(other).protocol
-    assert "distilled from its float parent, as it asks" in assemble(asked).protocol_changes
+    assert "distilled from the float baseline, as the method requires" in assemble(asked).protocol_changes
 
 
 def test_a_finished_run_teaches(configure: Configure, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_mlq_refuses_layers_of_unlike_width(configure: Configure) -> None:
 def test_a_method_from_scratch_is_compared_with_its_float_twin(configure: Configure) -> None:
     result = result_of(configure, "method=gupta")
     assert result.float is not None
-    assert result.protocol_changes == ["trained from scratch, as it asks"]
+    assert result.protocol_changes == ["trained from scratch, as the method requires"]
     assert (
         run_identity(configure("method=gupta", "init=scratch")).protocol
         == run_identity(configure("method=dorefa", "init=scratch")).protocol

@@ -184,7 +184,7 @@ def test_an_odd_result_is_torn_and_harms_no_other(configure: Configure) -> None:
         path.write_text(json.dumps(with_checksum(json.loads(path.read_text()) | change)))
     first, rest = tables(configure())
     assert first.values[1]["n"] == 1
-    assert [row[0] for row in rest.rows] == ["torn"] * len(odd)
+    assert [row[0] for row in rest.rows] == ["corrupt"] * len(odd)
 
 
 def test_torn_running_and_unfinished_runs_are_named(configure: Configure) -> None:
@@ -198,7 +198,7 @@ def test_torn_running_and_unfinished_runs_are_named(configure: Configure) -> Non
         (begun / "metrics.jsonl").write_text('{"kind": "epoch", "step": 18, "epoch": 0}\n{"kind": "epo')
     with FileLock(begun / ".lock"):
         *_, rest = tables(configure())
-    assert [row[0] for row in rest.rows] == ["running", "torn", "torn", "torn", "torn", "unfinished"]
+    assert [row[0] for row in rest.rows] == ["running", "corrupt", "corrupt", "corrupt", "corrupt", "unfinished"]
     assert rest.rows[-1][2] == "1 epochs done"
     assert good.name not in str(rest.rows)
 
@@ -221,7 +221,7 @@ def test_from_the_logs_where_the_result_is_missing(smoke: Configure) -> None:
     for event in path.glob("events.*"):
         event.write_bytes(event.read_bytes()[:100])
     (rest,) = (t for t in tables(config) if t.title == "without a figure")
-    assert rest.rows[0][0] in ("unfinished", "torn")
+    assert rest.rows[0][0] in ("unfinished", "corrupt")
 
 
 def test_runs_can_be_moved_and_named_one_by_one(configure: Configure, tmp_path: Path) -> None:
@@ -587,7 +587,7 @@ def test_what_papers_claim(configure: Configure) -> None:
 # --- whatever stands beside them, figures stay
 
 NAMES = st.tuples(st.sampled_from(["dorefa", "lsq", "ttq"]), st.sampled_from([1, 2, 4]), st.integers(0, 4))
-ENDED = st.tuples(NAMES, st.sampled_from(["failed", "diverged", "unsupported", "unfinished", "torn", "running"]))
+ENDED = st.tuples(NAMES, st.sampled_from(["failed", "diverged", "unsupported", "unfinished", "corrupt", "running"]))
 
 
 @pytest.fixture(scope="module")
@@ -601,7 +601,7 @@ def _run(model: Result, place: str, method: str, width: int, seed: int, status: 
     result = replace(
         model, method=method, bits=bits, seed=seed, status=status, run=place, identity=place, final=final, options={}
     )
-    known = status not in ("unfinished", "torn", "running")
+    known = status not in ("unfinished", "corrupt", "running")
     return RunRecord(path=Path(place), status=status, reason="why", result=result if known else None)
 
 
@@ -656,4 +656,4 @@ def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, m
     figures = [v["top1"][0] for t in found for v in t.values if "top1" in v]
     assert figures[:1] == [97.0]
     statuses = [v["status"] for t in found for v in t.values if "status" in v]
-    assert statuses == (["torn"] if victim.name == "result.json" and victim.read_bytes() != bytes(old) else [])
+    assert statuses == (["corrupt"] if victim.name == "result.json" and victim.read_bytes() != bytes(old) else [])

@@ -162,7 +162,7 @@ def _add(table: Table, label: str, members: list[Result], logged: set[str]) -> N
 
 
 def _without_figure(found: Sequence[RunRecord]) -> list[Table]:
-    """Return the table of the runs that failed, diverged, are unsupported, unfinished, running or torn."""
+    """Return the table of the runs that failed, diverged, are unsupported, unfinished, running or corrupt."""
     rest = [run for run in found if run.status != DONE]
     if not rest:
         return []
