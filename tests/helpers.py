@@ -79,7 +79,7 @@ def finished_digests(out: Path) -> dict[str, str | None]:
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Return a picture of large structures, most of which JPEG keeps."""
+    """Return a picture of large structures, which JPEG keeps well."""
     rough = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
 

@@ -83,6 +83,16 @@ def _create_method(node: Node, bits: Bits, key: str) -> Method:
         raise ConfigError(f"{key}.{error}") from None
 
 
+def method_card(node: Node) -> dict[str, str]:
+    """Return the choices and deviations in a method's card, and the known deviation that its node names."""
+    sections = registry.sections(registry.card(node["name"]))
+    card = {key.lower(): sections[key] for key in ("Choices", "Deviations") if key in sections}
+    deviation = registry.known_deviations(node["name"]).get(str(node.get("deviation", "none")))
+    if deviation:
+        card["deviation"] = f"{node['deviation']}: {deviation[0]} Source: {deviation[1]}"
+    return card
+
+
 def build_model(node: Node, data: Dataset, method: Method, seed: int, device: str = "cpu") -> nn.Module:
     """Return the float network of a node for a data set, with the initial weights of a seed.
 

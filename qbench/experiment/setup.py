@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.config import registry
-from qbench.config.schema import STARTS, Config, Node, Optim, Runtime, baseline_config
+from qbench.config.schema import STARTS, Config, Optim, Runtime, baseline_config
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset, Loader
 from qbench.errors import ConfigError
-from qbench.experiment.builders import build_dataset, build_imageless_dataset, build_method, build_model
+from qbench.experiment.builders import (
+    build_dataset,
+    build_imageless_dataset,
+    build_method,
+    build_model,
+    method_card,
+)
 from qbench.experiment.checks import check_average, check_distill, check_model_keys, check_runtime, check_splits
 from qbench.experiment.device import bf16_autocast, choose_device, configure_torch
 from qbench.experiment.planned_run import PlannedRun, planned_run
@@ -136,7 +141,7 @@ class ExperimentSetup:
     def card(self) -> dict[str, dict[str, str]]:
         """Choices and deviations from the method cards, for the reader of the result."""
         nodes = [node for node in (self.config.method, self.config.activation) if node["name"] != "none"]
-        return {str(node["name"]): _card(node) for node in nodes}
+        return {str(node["name"]): method_card(node) for node in nodes}
 
     def loader(self, data: Dataset | None = None) -> Loader:
         """Return what makes batches of the run's data, or of other data, on the run's device."""
@@ -250,12 +255,3 @@ def _checked(setup: ExperimentSetup, model: nn.Module) -> ExperimentSetup:
     setup.macs.update(count_macs(model, setup.data.shape))
     setup.install(model)
     return setup
-
-
-def _card(node: Node) -> dict[str, str]:
-    sections = registry.sections(registry.card(node["name"]))
-    card = {key.lower(): sections[key] for key in ("Choices", "Deviations") if key in sections}
-    deviation = registry.known_deviations(node["name"]).get(str(node.get("deviation", "none")))
-    if deviation:
-        card["deviation"] = f"{node['deviation']}: {deviation[0]} Source: {deviation[1]}"
-    return card

@@ -41,7 +41,7 @@ class RunDirectory:
 
     @contextmanager
     def lock(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Create and lock the directory; call `waiting` every 0.5 s while another process does."""
+        """Create and lock the directory; call `waiting` every 0.5 s while another has the lock."""
         files.make_directory(self.path)
         lock = FileLock(self.path / ".lock")
         while True:
