@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from qbench.bits import FLOAT
 from qbench.config.identity import digest
+from qbench.config.schema import baseline_config
 from qbench.cost.count import count_cost
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.network_cost import NetworkCost
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batches_of
-from qbench.experiment.planned_run import PlannedRun
+from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.papers.recipe_differences import recipe_differences
 from qbench.quant.method import Unsupported
@@ -121,7 +122,9 @@ def plan(configs: Sequence[PlannedRun]) -> list[Table]:
 def _with_baseline(planned: PlannedRun, kinds: CostEstimator) -> list[PlannedRun]:
     """Return the float parent, where the run starts from one, and the run."""
     parts = kinds.of(planned).parts
-    return [planned] if parts is None or not parts.needs_baseline else [parts.baseline, planned]
+    if parts is None or not parts.needs_baseline:
+        return [planned]
+    return [planned_run(baseline_config(planned.config, parts.method.requires.norm)), planned]
 
 
 def _add(table: Table, planned: PlannedRun, kind: RunCost) -> float:
