@@ -74,10 +74,10 @@ class Result:
     says in words what the method changes of the shared protocol because it requires so. `run` is
     the directory and is not stored.
 
-    `data_sha256` is the digest of the data set's fingerprint: counts and sha256 of every split, in
-    their order. It is the same on every machine and in every run on the same data. It is not part
-    of `identity`, which must be known without reading data; it allows to check later, when the data
-    is opened, that a stored run was trained on the same data.
+    `data_sha256` is the digest of the data set's fingerprint: counts and sha256 of every split, images
+    and labels in their order. It depends on nothing else, so it is the same for every run on the same
+    data. It is not part of `identity`, which must be known without reading data. It allows a later
+    check, when the data is opened, that a stored run was trained on the same data.
     """
 
     schema: int = SCHEMA
