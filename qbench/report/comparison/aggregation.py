@@ -1,4 +1,4 @@
-"""Aggregates the runs of a setting: accuracies by seed, means over seeds, cost, speed, verified levels."""
+"""Aggregates the runs of a setting: means over seeds, cost, speed, verified levels."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""Pairwise conclusions: which settings differ at the same widths, which are equivalent, and how many seeds would decide.
+"""Pairwise conclusions: which settings differ at the same widths, and which are equivalent.
 
-Each pair of settings in a table at the same widths is tested twice: for a difference, and for equivalence within a
-margin. Runs are paired by seed, and by test image where predictions are kept. Each of both tests is adjusted by Holm's
-method for all pairs of one data set, network and protocol.
+Each pair of settings in a table at the same widths is tested twice: for a difference, and for
+equivalence within a margin. Runs are paired by seed, and by test image where predictions are kept.
+Each of both tests is adjusted by Holm's method for all pairs of one data set, network and protocol.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ from qbench.system import files
 
 
 def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
-    """Return the tables of `compare` with notes on what may be concluded, and a `Conclusion` in every setting.
+    """Return the tables of `compare` with conclusions in their settings and notes.
 
     Raises:
         ValueError: a margin that is not above 0.
@@ -47,7 +47,7 @@ def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
 
 
 def _conclude_family(tables: Sequence[Table], margin: float) -> list[Table]:
-    """Return the tables of one data set, network and protocol, whose pairs are adjusted together, with conclusions."""
+    """Return tables of one protocol with conclusions; their pairs are adjusted together."""
     cache: dict[str, RunAccuracy] = {}
     by_table = [_pairs(settings_of(table), cache) for table in tables]
     adjusted = adjust_p_values([pair for pairs in by_table for pair in pairs], margin)
@@ -62,7 +62,7 @@ def _conclude_family(tables: Sequence[Table], margin: float) -> list[Table]:
 
 
 def _with_conclusions(settings: Sequence[Setting], pairs: Sequence[SettingPair], margin: float) -> list[Setting]:
-    """Return the settings, each with its pairs, whether it is above all others, and the error of the test sample."""
+    """Return the settings with conclusions from their pairs and the number of test images."""
     by_first: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
         by_first[id(pair.first)].append(pair)
@@ -81,7 +81,7 @@ def _with_conclusions(settings: Sequence[Setting], pairs: Sequence[SettingPair],
 
 
 def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[SettingPair]:
-    """Return the pairs with p-values adjusted for their number (Holm), and seeds needed for undecided leading pairs.
+    """Return pairs with adjusted p-values (Holm), undecided leading ones with seeds needed.
 
     Pairs without a difference are not tested and do not count.
     """
@@ -101,7 +101,10 @@ def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[Settin
 
 
 def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[SettingPair]:
-    """Return every pair of settings at the same widths, higher means first; float baselines are left out."""
+    """Return every pair of settings at the same widths, higher means first.
+
+    Float baselines are left out.
+    """
     by_widths: dict[Bits, list[Setting]] = defaultdict(list)
     for setting in settings:
         if not setting.is_baseline:
@@ -115,7 +118,7 @@ def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[S
 
 
 def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> SettingPair:
-    """Return a pair with its difference: paired by seed, else Welch's, else McNemar's p of one common seed."""
+    """Return a pair with its difference: paired by seed, else Welch's, else McNemar's p."""
     groups = [_accuracies(setting, cache) for setting in (first, second)]
     seeds = sorted(set(groups[0]) & set(groups[1]))
     pair = SettingPair(first=first, second=second)
@@ -134,7 +137,10 @@ def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> Set
 
 
 def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> dict[int, Callable[[], RunAccuracy]]:
-    """Return for each seed a function that reads the run's accuracy; with several runs of a seed, their mean."""
+    """Return for each seed a function that reads the run's accuracy.
+
+    With several runs of a seed, their mean.
+    """
     runs: dict[int, list[SeedAccuracy]] = defaultdict(list)
     for run in setting.runs:
         runs[run.seed].append(run)
@@ -151,7 +157,10 @@ def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> dict[int, Ca
 
 
 def count_test_images(run: Path) -> int | None:
-    """Return how many test images a run was evaluated on, from its manifest; None if it does not say."""
+    """Return how many test images a run was evaluated on, from its manifest.
+
+    None if it does not say.
+    """
     data = (files.read_json(run / "manifest.json") or {}).get("data")
     count = data.get("test_images") if isinstance(data, dict) else None
     return count if isinstance(count, int) and count > 0 else None

@@ -1,4 +1,4 @@
-"""Details of one setting on the page: its runs, layers, options, configuration, and how it compares with others."""
+"""Details of one setting on the page: runs, layers, options, configuration, comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class LayerTable:
 
 @dataclass(frozen=True, kw_only=True)
 class SettingDetails:
-    """What the page shows of one setting. `cards` are (anchor, name) of its methods' choices and deviations."""
+    """What the page shows of one setting; `cards` are (anchor, name) of its method cards."""
 
     id: str
     title: str
@@ -117,7 +117,10 @@ def setting_details(
 
 
 def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
-    """Return a run's line; of a baseline that was not read itself, only what other runs record of it."""
+    """Return a run's line.
+
+    Of a baseline that was not read itself, only what other runs record of it.
+    """
     val = best = seconds = "-"
     if result and result.final and result.final.val:
         val = f"{result.final.val.top1:.2f}"
@@ -152,7 +155,7 @@ def _first_config(runs: Iterable[str]) -> str:
 
 
 def _layer_table(results: Sequence[Result]) -> LayerTable:
-    """Return what is known of each verified layer: levels, the last SQNR, and what its quantizers report."""
+    """Return each verified layer's levels, last SQNR, and the parameters of its quantizers."""
     verified = [result.verified for result in results if result.verified]
     metrics = [observed(Path(result.run)) for result in results]
     names = list(dict.fromkeys(name for layers in verified for name in layers))
