@@ -33,6 +33,7 @@ from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.predictions import load_run_accuracy
+from qbench.report.comparison.setting_table import settings_of
 from qbench.runs.event_files import RECORD_OVERHEAD
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.reader import FROM_LOGS, read, read_run
@@ -875,8 +876,8 @@ def test_compare_with_damaged_files_of_every_kind(
     (path / "metrics.jsonl").write_bytes(b"\xff\0garbage")
     for events in path.glob("events.*"):
         events.write_bytes(b"garbage")
-    figures = [[v["top1_mean"] for v in table.values] for table in stored]
-    assert [[v["top1_mean"] for v in table.values] for table in compare(read([str(out)]))] == figures
+    figures = [[s.top1.mean for s in settings_of(table)] for table in stored]
+    assert [[s.top1.mean for s in settings_of(table)] for table in compare(read([str(out)]))] == figures
     shutil.rmtree(out)
     out = copied(whole)
     path = directory(out)

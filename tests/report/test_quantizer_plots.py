@@ -269,7 +269,7 @@ def test_a_format_by_its_suffix_and_the_same_bytes_again(suffix: str, start: byt
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "phrase"),
     [
         (["hwqg"], "did you mean hwgq?"),
         (["twn", "--out", "twn.bmp"], r"allowed: \.png, \.pdf, \.svg"),
@@ -283,9 +283,9 @@ def test_a_format_by_its_suffix_and_the_same_bytes_again(suffix: str, start: byt
         (["hwgq", "bits.a=9"], "it knows 1-8 or 32"),
     ],
 )
-def test_errors(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(words: list[str], phrase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=said) as raised:
+    with pytest.raises(ConfigError, match=phrase) as raised:
         draw(words)
     assert len(str(raised.value).splitlines()) <= 3
     assert not list(tmp_path.iterdir())

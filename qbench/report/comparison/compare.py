@@ -143,7 +143,7 @@ def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple
     for result in results:
         widths = result.bits
         members[labels[id(result)], -widths["w"], -widths["a"], -widths["g"]].append(result)
-    return [(key[0], own) for key, own in sorted(members.items(), key=lambda item: item[0])]
+    return [(key[0], results) for key, results in sorted(members.items(), key=lambda item: item[0])]
 
 
 def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
@@ -177,10 +177,10 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
         name = f"{unsupported.method} {unsupported.widths}" if unsupported else str(run.path)
         grouped[run.status, name, run.reason].append(run)
     rows, values = list[tuple[str, ...]](), list[MissingRuns]()
-    for (status, name, reason), own in sorted(grouped.items()):
-        count = f", {len(own)} runs" if len(own) > 1 else ""
+    for (status, name, reason), alike in sorted(grouped.items()):
+        count = f", {len(alike)} runs" if len(alike) > 1 else ""
         rows.append((status, name + count, reason.partition("\n")[0]))
-        values.append(MissingRuns(status=status, runs=tuple(str(run.path) for run in own), reason=reason))
+        values.append(MissingRuns(status=status, runs=tuple(str(run.path) for run in alike), reason=reason))
     return [Table(("status", "run", "reason"), rows, values, MISSING_TITLE)]
 
 

@@ -25,11 +25,11 @@ def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) 
         return
     yield f"duplicate runs, left out: {duplicates[0].path}{_more(duplicates)}"
     pairs = [(run, kept[run.result.identity]) for run in duplicates if run.result]
-    unlike = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs if _top1(run) != _top1(other)]
-    if unlike:
+    different = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs if _top1(run) != _top1(other)]
+    if different:
         yield (
-            f"duplicates with another top-1 ({len(unlike)}), from other versions or machines: "
-            f"{unlike[0]}{_more(unlike)}"
+            f"duplicates with another top-1 ({len(different)}), from other versions or machines: "
+            f"{different[0]}{_more(different)}"
         )
 
 

@@ -59,10 +59,10 @@ def _absent_values(
     run_keys = [keys.get(id(run)) or _keys_of_directory(run) for run in runs]
     notes = []
     for key, values in where.items():
-        present = [own[key] for own in run_keys if key in own]
-        absent = [value for value in values if present and not any(_equals(key, json_, value) for json_ in present)]
+        present = [keys_of_run[key] for keys_of_run in run_keys if key in keys_of_run]
+        absent = [value for value in values if present and not any(_equals(key, stored, value) for stored in present)]
         if absent == values:
-            known = sorted({str(json.loads(json_)) for json_ in present}, key=lambda v: (v.isdecimal() and int(v), v))
+            known = sorted({str(json.loads(stored)) for stored in present}, key=lambda v: (v.isdecimal() and int(v), v))
             hint = "" if values[0].isdecimal() else did_you_mean(values[0], known)
             more = f" and {len(known) - VALUES_LISTED} more" if len(known) > VALUES_LISTED else ""
             listed = ", ".join(known[:VALUES_LISTED]) + more

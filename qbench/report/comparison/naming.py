@@ -60,13 +60,13 @@ def flat(values: object, prefix: str = "") -> dict[str, str]:
 
 def run_keys(run: Result) -> dict[str, str]:
     """Return the keys to select a run by, key -> JSON: protocol, method, options, widths, seed."""
-    own: dict[str, object] = {
+    keys: dict[str, object] = {
         "method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status,
         "bits": run.widths,
     }  # fmt: skip
-    own |= {f"bits.{key}": width for key, width in run.bits.items()}
+    keys |= {f"bits.{key}": width for key, width in run.bits.items()}
     nested = {"method": run.options, "model": run.network}
-    return flat({"lr_search": "none"} | run.protocol.keys) | flat(nested) | flat(own)
+    return flat({"lr_search": "none"} | run.protocol.keys) | flat(nested) | flat(keys)
 
 
 def labels(results: Iterable[Result]) -> dict[str, str]:
@@ -78,8 +78,8 @@ def labels(results: Iterable[Result]) -> dict[str, str]:
     for method, variants in by_method.items():
         keys = sorted(set().union(*variants.values()))
         differing = [k for k in keys if len({json.dumps(v.get(k)) for v in variants.values()}) > 1]
-        for identity, own in variants.items():
-            typed = [f"{k}={own[k]}" for k in keys if k in own and (k in differing or k.endswith("deviation"))]
+        for identity, used in variants.items():
+            typed = [f"{k}={used[k]}" for k in keys if k in used and (k in differing or k.endswith("deviation"))]
             named[identity] = " ".join([method, *typed])
     return named
 
@@ -99,9 +99,9 @@ def options(result: Result) -> dict[str, object]:
 
     For float networks with their `init`.
     """
-    own = {key: value for key, value in result.options.items() if key != RATE}
+    options = {key: value for key, value in result.options.items() if key != RATE}
     init = result.protocol.keys.get("init")
-    return own | ({"init": init} if result.method == "float" and init else {})
+    return options | ({"init": init} if result.method == "float" and init else {})
 
 
 def variant(result: Result) -> dict[str, object]:

@@ -41,8 +41,8 @@ def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
             families[settings[0].dataset, settings[0].model, settings[0].protocol].append(i)
     concluded = dict(enumerate(tables))
     for places in families.values():
-        own = _conclude_family([tables[i] for i in places], margin)
-        concluded |= dict(zip(places, own, strict=True))
+        with_conclusions = _conclude_family([tables[i] for i in places], margin)
+        concluded |= dict(zip(places, with_conclusions, strict=True))
     return [concluded[i] for i in range(len(tables))]
 
 
@@ -54,9 +54,9 @@ def _conclude_family(tables: Sequence[Table], margin: float) -> list[Table]:
     family = sum(pair.difference is not None for pair in adjusted)
     remaining, concluded = iter(adjusted), []
     for table, pairs in zip(tables, by_table, strict=True):
-        own = [next(remaining) for _ in pairs]
-        settings = _with_conclusions(settings_of(table), own, margin)
-        notes = [*sample_notes(settings), *pair_notes(own, margin, family)]
+        table_pairs = [next(remaining) for _ in pairs]
+        settings = _with_conclusions(settings_of(table), table_pairs, margin)
+        notes = [*sample_notes(settings), *pair_notes(table_pairs, margin, family)]
         concluded.append(replace(table, values=settings, notes=[*table.notes, *notes]))
     return concluded
 
@@ -69,10 +69,10 @@ def _with_conclusions(settings: Sequence[Setting], pairs: Sequence[SettingPair],
     images = next((count for s in settings for run in s.runs[:2] if (count := count_test_images(Path(run.run)))), None)
     concluded = []
     for setting in settings:
-        own = by_first[id(setting)]
+        lower = by_first[id(setting)]
         conclusion = Conclusion(
-            pairs=tuple(pair.conclusion(margin) for pair in own),
-            winner=bool(own) and all(pair.leading and pair.verdict is Verdict.ABOVE for pair in own),
+            pairs=tuple(pair.conclusion(margin) for pair in lower),
+            winner=bool(lower) and all(pair.leading and pair.verdict is Verdict.ABOVE for pair in lower),
             test_images=images,
             test_sample_ci95_half=sample_error(setting.top1.mean, images) if images else None,
         )
@@ -145,15 +145,15 @@ def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> dict[int, Ca
     for run in setting.runs:
         runs[run.seed].append(run)
 
-    def load(own: Sequence[SeedAccuracy]) -> RunAccuracy:
-        if len(own) > 1:
-            return RunAccuracy(mean(run.top1 for run in own))
-        run = own[0]
+    def load(seed_runs: Sequence[SeedAccuracy]) -> RunAccuracy:
+        if len(seed_runs) > 1:
+            return RunAccuracy(mean(run.top1 for run in seed_runs))
+        run = seed_runs[0]
         if run.run not in cache:
             cache[run.run] = load_run_accuracy(run.run, run.top1)
         return cache[run.run]
 
-    return {seed: partial(load, own) for seed, own in runs.items()}
+    return {seed: partial(load, seed_runs) for seed, seed_runs in runs.items()}
 
 
 def count_test_images(run: Path) -> int | None:

@@ -50,7 +50,7 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list
     for pair in pairs:
         if pair.leading:
             by_widths[id(pair.first)].append(pair)
-    notes = [_sentence(own, margin, family) for own in by_widths.values()]
+    notes = [_sentence(pairs_of_widths, margin, family) for pairs_of_widths in by_widths.values()]
     ways = sorted({_pairing(pair) for pair in pairs if pair.difference is not None})
     if not ways:
         return notes

@@ -189,7 +189,7 @@ def names(test: SequentialTest) -> tuple[str, str]:
     keys = [flat(run_identity(config).keys if short[0] == short[1] else _shared_keys(config)) for config in configs]
     differing = [key for key in sorted(set().union(*keys)) if keys[0].get(key) != keys[1].get(key)]
     more = f" and {len(differing) - NAMED_KEYS} more keys" if len(differing) > NAMED_KEYS else ""
-    typed = [" ".join(f"{key}={own.get(key, '?')}" for key in differing[:NAMED_KEYS]) + more for own in keys]
+    typed = [" ".join(f"{key}={values.get(key, '?')}" for key in differing[:NAMED_KEYS]) + more for values in keys]
     return f"{short[0]} {typed[0]}".rstrip(), f"{short[1]} {typed[1]}".rstrip()
 
 

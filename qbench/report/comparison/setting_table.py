@@ -46,7 +46,7 @@ def with_columns(table: Table, columns: Sequence[Column]) -> Table:
 def sorted_by(table: Table, name: str) -> Table:
     """Return a table sorted by a column, or by accuracy within groups of equal bytes.
 
-    The best stand first, those without a value last. The rows' cells are not updated, see
+    The best come first, those without a value last. The rows' cells are not updated, see
     `with_columns`.
 
     Raises:

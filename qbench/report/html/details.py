@@ -30,7 +30,7 @@ class RunLine(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A key as typed, and what is to be said of it."""
+    """A key as typed, and a remark on it."""
 
     text: str
     remark: str
@@ -97,8 +97,8 @@ def setting_details(
         results: by directory of the run.
         cards: method cards by anchor, each with its `name`.
     """
-    own = [results[run.run] for run in setting.runs if run.run in results]
-    methods = {name for result in own for name in result.card}
+    own_results = [results[run.run] for run in setting.runs if run.run in results]
+    methods = {name for result in own_results for name in result.card}
     return SettingDetails(
         id=anchor,
         title=setting.label if setting.is_float else f"{setting.label} {setting.short_widths}",
@@ -108,11 +108,11 @@ def setting_details(
         runs=[_run_line(run, results.get(run.run)) for run in setting.runs],
         folders=list(dict.fromkeys(str(Path(run.run).parent) for run in setting.runs)),
         curve=draw_curve({k: line for k, line in lines.items() if k in (FLOAT_STAGE, setting.short_widths)}),
-        layers=_layer_table(own),
-        options=_options(own[:1]),
+        layers=_layer_table(own_results),
+        options=_options(own_results[:1]),
         config=_first_config(run.run for run in setting.runs),
         cards=[(key, card["name"]) for key, card in cards.items() if card["name"] in methods],
-        notes=list(dict.fromkeys(note for result in own for note in (result.reason, *result.notes) if note)),
+        notes=list(dict.fromkeys(note for result in own_results for note in (result.reason, *result.notes) if note)),
     )
 
 
@@ -175,7 +175,7 @@ def _span(counts: Sequence[LevelCount]) -> str:
     if not counts:
         return ""
     ends = [sorted(c.found for c in counts), sorted(c.allowed for c in counts)]
-    return " of ".join("-".join(map(str, dict.fromkeys((own[0], own[-1])))) for own in ends)
+    return " of ".join("-".join(map(str, dict.fromkeys((counts[0], counts[-1])))) for counts in ends)
 
 
 def _parameters(results: Sequence[Result], layer: str) -> str:

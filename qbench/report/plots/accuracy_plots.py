@@ -60,9 +60,9 @@ def bit_series(settings: Sequence[Setting]) -> dict[str, dict[SeriesKey, list[Se
     """
     lines: dict[str, dict[SeriesKey, list[Setting]]] = {}
     for label in dict.fromkeys(s.label for s in settings):
-        own = sorted((s for s in settings if s.label == label), key=lambda s: s.bits)
-        equal_widths = [s for s in own if s.bits.a == s.bits.w < FLOAT]
-        for setting in own:
+        members = sorted((s for s in settings if s.label == label), key=lambda s: s.bits)
+        equal_widths = [s for s in members if s.bits.a == s.bits.w < FLOAT]
+        for setting in members:
             w, a, g = setting.bits
             axis = "w" if w < FLOAT else "a" if a < FLOAT else "g"
             other = ["A=W" if a == w and len(equal_widths) > 1 else f"A{a}"] if axis == "w" and a < FLOAT else []
@@ -99,8 +99,8 @@ def pareto(figure: Figure, data: PlotData) -> None:
     for panel, (key, (label, unit, cost)) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
         settings = [s for s in everything if cost(s)]
         for name, style in styles.items():
-            if own := [s for s in settings if s.label == name]:
-                handles[name] = styling.points(panel, [cost(s) for s in own], own, style._replace(dash=""))
+            if members := [s for s in settings if s.label == name]:
+                handles[name] = styling.points(panel, [cost(s) for s in members], members, style._replace(dash=""))
         _draw_front(panel, settings, cost)
         styling.log_axis(panel, unit)
         y_label = styling.accuracy_axis(panel, everything, room=0.3)

@@ -57,10 +57,10 @@ def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | 
 
     lines: Curves = {}
     for label in dict.fromkeys(s.label for s in settings):
-        own = [s for s in settings if s.label == label]
-        starts = {path for s in own for run in s.runs if (path := baselines.get(run.run))}
+        members = [s for s in settings if s.label == label]
+        starts = {path for s in members for run in s.runs if (path := baselines.get(run.run))}
         drawn = {FLOAT_STAGE: line_over_seeds([curve(path, float_stage=True) for path in starts])}
-        drawn |= {s.short_widths: line_over_seeds([curve(Path(run.run)) for run in s.runs]) for s in own}
+        drawn |= {s.short_widths: line_over_seeds([curve(Path(run.run)) for run in s.runs]) for s in members}
         if present := {widths: line for widths, line in drawn.items() if line}:
             lines[label] = present
     return lines, measure

@@ -50,7 +50,7 @@ def equivalent(difference: Difference, margin: float) -> float:
 
 
 def evidence(difference: Difference, test: str, margin: float) -> Evidence:
-    """Return how strongly the data speak for a claim or against it.
+    """Return how strongly the data support or contradict a claim.
 
     The claims are better: first - second > margin; at_least: first - second > -margin; equal:
     within ±margin. The smaller of the one-sided p-values of both directions is doubled. Then p <
