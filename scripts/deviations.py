@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What does a bug cost? Trains every known public deviation beside the faithful method and compares them seed by seed.
+"""Measure what a bug costs: train every known public deviation and the faithful method, and compare seed by seed.
 
 Usage, after `scripts/test` made the environment:
 
-    .venv/bin/python scripts/deviations.py                 # 10 seeds on glyphs; writes docs/deviations.md anew
-    .venv/bin/python scripts/deviations.py --seeds 20      # more; runs that are stored are not run again
-    .venv/bin/python scripts/deviations.py --quick         # on digits; prints the table, as it does with further keys
+    .venv/bin/python scripts/deviations.py                 # 10 seeds on glyphs; writes docs/deviations.md
+    .venv/bin/python scripts/deviations.py --seeds 20      # more seeds; stored runs are not repeated
+    .venv/bin/python scripts/deviations.py --quick         # on digits; only prints the table, as with further keys
     .venv/bin/python scripts/deviations.py --seeds 2 experiment=smoke dataset=digits out=/tmp/smoke
 """
 
@@ -32,44 +32,45 @@ from qbench.runs.result import Result
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "qbench/deviations").glob("[a-z]*.py") if path.stem != "registry")
 GLYPHS = ("dataset=glyphs", "model.width=8", "model.stem_stride=2", "epochs=4", "runtime.tensorboard=false")
-WITH_FAILURES = 8  # exit status of a sweep of which some runs failed
+SOME_FAILED = 8  # exit status of a sweep in which some runs failed
 HEAD = (
-    "method", "widths", "deviation", "top-1 %", "points lost", "95 % interval", "p (Holm)", "n", "without a figure",
+    "method", "widths", "deviation", "top-1 %", "points lost", "95 % interval", "p (Holm)", "n", "not done",
     "what it does", "source",
 )  # fmt: skip
 
-Cell = dict[int, RunRecord]
+SeedRuns = dict[int, RunRecord]
 """Runs by seed."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, from 0 on")
-    parser.add_argument("--quick", action="store_true", help="digits in place of glyphs")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at 0")
+    parser.add_argument("--quick", action="store_true", help="digits instead of glyphs")
     parser.add_argument("keys", nargs="*", help="further keys of qbench, such as out=DIRECTORY")
-    given = parser.parse_args()
-    if given.seeds < 1:
-        parser.error(f"--seeds {given.seeds}: allowed is 1 or more")
-    common = {word.partition("=")[0]: word for word in (*([] if given.quick else GLYPHS), *given.keys)}
-    common.setdefault("out", "out=outputs/deviations" + ("-quick" if given.quick else ""))
+    options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: allowed is 1 or more")
+    common = {word.partition("=")[0]: word for word in (*([] if options.quick else GLYPHS), *options.keys)}
+    common.setdefault("out", "out=outputs/deviations" + ("-quick" if options.quick else ""))
     out = ROOT / common["out"].partition("=")[2]
-    lines = list(commands(given.seeds, common.values()))
-    began = time.perf_counter()
-    for words in lines:
+    sweeps = list(sweep_words(options.seeds, common.values()))
+    start = time.perf_counter()
+    for words in sweeps:
         print("qbench", *words, file=sys.stderr)
         status = subprocess.run([sys.executable, "-m", "qbench", *words], cwd=ROOT, stdout=sys.stderr).returncode
-        if status not in (0, WITH_FAILURES):
+        if status not in (0, SOME_FAILED):
             raise SystemExit(f"qbench ended with status {status}")
-    print(f"{time.perf_counter() - began:.0f} s now", file=sys.stderr)
-    text = document(table(read([str(out)]), given.seeds), [f"qbench {' '.join(words)}" for words in lines], out)
-    if given.quick or given.keys:
+    print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+    table = deviations_table(read([str(out)]), options.seeds)
+    text = document(table, [f"qbench {' '.join(words)}" for words in sweeps], out)
+    if options.quick or options.keys:
         print(text)
     else:
         (ROOT / "docs/deviations.md").write_text(text, encoding="utf-8")
 
 
-def commands(seeds: int, common: Iterable[str]) -> Iterable[list[str]]:
-    """Yield the words of one sweep for every method and widths: all deviations that are to be seen there, and none."""
+def sweep_words(seeds: int, common: Iterable[str]) -> Iterable[list[str]]:
+    """Yield the words of one sweep per method and widths: all deviations measured there, and `none`."""
     for method, bits, names in groups():
         yield [
             "-m", f"method={method}", f"bits={bits}", f"method.deviation={','.join(['none', *names])}",
@@ -78,7 +79,7 @@ def commands(seeds: int, common: Iterable[str]) -> Iterable[list[str]]:
 
 
 def groups() -> Iterable[tuple[str, str, list[str]]]:
-    """Yield every method with widths and the deviations measured at these."""
+    """Yield every method with widths, and the deviations measured at these widths."""
     for method in METHODS:
         by_bits: dict[str, list[str]] = defaultdict(list)
         for name, deviation in deviations(method).items():
@@ -87,84 +88,88 @@ def groups() -> Iterable[tuple[str, str, list[str]]]:
             yield method, bits, names
 
 
-def table(found: Sequence[RunRecord], seeds: int) -> Table:
-    """Return the table of all deviations, from runs of one protocol; runs without a figure are counted and named.
+def deviations_table(records: Sequence[RunRecord], seeds: int) -> Table:
+    """Return the table of all deviations, from runs of one protocol.
 
-    A point lost is one of test top-1 after the last epoch, the faithful method's minus the deviation's, over the seeds
-    in which both have a figure. A run that is not there at all counts as missing.
+    Points lost are test top-1 after the last epoch of the faithful method minus the deviation's, over the seeds in
+    which both are done. Runs that are not done are counted and named; a run that does not exist counts as missing.
     """
-    runs = [run for run in found if run.result is not None and run.result.seed < seeds]
-    kinds = {(r.result.dataset, r.result.model, r.result.protocol.hash) for r in runs if not _is_float(r)}
-    if len(kinds) != 1:
-        raise SystemExit(f"the runs are of {len(kinds)} protocols or data sets; read a folder that holds one")
-    ((dataset, model, _),) = kinds
-    cells: dict[tuple[str, str, str], Cell] = defaultdict(dict)
+    runs = [run for run in records if run.result is not None and run.result.seed < seeds]
+    protocols = {(r.result.dataset, r.result.model, r.result.protocol.hash) for r in runs if not _is_float(r)}
+    if len(protocols) != 1:
+        raise SystemExit(f"the runs belong to {len(protocols)} protocols or data sets; read a directory with one")
+    ((dataset, model, _),) = protocols
+    settings: dict[tuple[str, str, str], SeedRuns] = defaultdict(dict)
     for run in runs:
         result = run.result
-        cells[result.method, result.widths, result.options.get("deviation", "none")][result.seed] = run
-    made = Table(HEAD, title=f"{model} on {dataset}")
+        settings[result.method, result.widths, result.options.get("deviation", "none")][result.seed] = run
+    table = Table(HEAD, title=f"{model} on {dataset}")
     compared: list[tuple[int, Difference]] = []
     for method, bits, names in groups():
         widths = "".join(f"{key}{width or 32}" for key, width in parse_bits(bits).items())
-        faithful = cells[method, widths, "none"]
-        _add(made, method, bits, "none", faithful, None, seeds)
+        faithful = settings[method, widths, "none"]
+        _add_row(table, method, bits, "none", faithful, None, seeds)
         for name in names:
-            cell = cells[method, widths, name]
-            both = [s for s in range(seeds) if s in _figures(faithful) and s in _figures(cell)]
-            arms = [[_figures(c)[s] for s in both] for c in (faithful, cell)]
+            deviating = settings[method, widths, name]
+            both = [s for s in range(seeds) if s in _top1(faithful) and s in _top1(deviating)]
+            arms = [[_top1(arm)[s] for s in both] for arm in (faithful, deviating)]
             difference = paired(arms[0], arms[1]) if both else None
-            if silent := _never_acted(cell, faithful):
-                made.notes.append(f"{method} {bits} {name} {silent}")
+            if note := _no_effect(deviating, faithful):
+                table.notes.append(f"{method} {bits} {name} {note}")
             elif difference and difference.n > 1:
-                compared.append((len(made.rows), difference))
-            _add(made, method, bits, name, cell, difference, seeds)
+                compared.append((len(table.rows), difference))
+            _add_row(table, method, bits, name, deviating, difference, seeds)
     for (i, _), p in zip(compared, holm([d.p for _, d in compared]), strict=True):
-        made.rows[i] = tuple(f"{p:.2g}" if key == "p (Holm)" else v for key, v in zip(HEAD, made.rows[i], strict=True))
-    return made
+        cells = zip(HEAD, table.rows[i], strict=True)
+        table.rows[i] = tuple(f"{p:.2g}" if column == "p (Holm)" else cell for column, cell in cells)
+    return table
 
 
-def _add(made: Table, method: str, bits: str, name: str, cell: Cell, difference: Difference | None, seeds: int) -> None:
-    """Add a row, and a note on the runs that have no figure."""
-    figures = list(_figures(cell).values())
-    without = Counter(cell[s].status if s in cell else "missing" for s in range(seeds) if s not in _figures(cell))
+def _add_row(
+    table: Table, method: str, bits: str, name: str, runs: SeedRuns, difference: Difference | None, seeds: int
+) -> None:
+    """Add a row, and a note for each run that is not done."""
+    top1 = list(_top1(runs).values())
+    failed = Counter(runs[s].status if s in runs else "missing" for s in range(seeds) if s not in _top1(runs))
     known = deviations(method).get(name)
-    sure = difference is not None and difference.n > 1
-    made.rows.append(
+    has_interval = difference is not None and difference.n > 1
+    table.rows.append(
         (
             method, bits, name,
-            f"{mean(figures):.2f}" if figures else "-",
+            f"{mean(top1):.2f}" if top1 else "-",
             f"{difference.mean:+.2f}" if difference else "-",
-            f"{difference.low:+.2f} to {difference.high:+.2f}" if difference and sure else "-",
+            f"{difference.low:+.2f} to {difference.high:+.2f}" if difference and has_interval else "-",
             "-",
-            str(difference.n if difference else len(figures) if name == "none" else 0),
-            ", ".join(f"{count} {status}" for status, count in sorted(without.items())) or "-",
-            known.what if known else "as the paper has it",
+            str(difference.n if difference else len(top1) if name == "none" else 0),
+            ", ".join(f"{count} {status}" for status, count in sorted(failed.items())) or "-",
+            known.what if known else "as in the paper",
             known.source if known else "-",
         )
     )  # fmt: skip
-    for seed, run in sorted(cell.items()):
+    for seed, run in sorted(runs.items()):
         if run.status != DONE:
             reason = run.reason.partition("\n")[0]
-            made.notes.append(f"{method} {bits} {name}, seed {seed}: {run.status}: {reason}")
+            table.notes.append(f"{method} {bits} {name}, seed {seed}: {run.status}: {reason}")
 
 
-def _never_acted(cell: Cell, faithful: Cell) -> str:
-    """Say so where a deviation left every pair of runs the same to the last bit."""
+def _no_effect(deviating: SeedRuns, faithful: SeedRuns) -> str:
+    """Return a note if a deviation left the weights of every pair of runs identical; else nothing."""
     digests = [
         {
             s: run.result.weights_sha256
-            for s, run in one.items()
+            for s, run in runs.items()
             if run.status == DONE and run.result and run.result.weights_sha256
         }
-        for one in (cell, faithful)
+        for runs in (deviating, faithful)
     ]
     both = digests[0].keys() & digests[1].keys()
     same = sum(digests[0][s] == digests[1][s] for s in both)
-    return f"never acted: the same weights in {same} of {len(both)} seeds" if both and same == len(both) else ""
+    return f"had no effect: identical weights in {same} of {len(both)} seeds" if both and same == len(both) else ""
 
 
-def _figures(cell: Cell) -> dict[int, float]:
-    return {s: run.result.final.test.top1 for s, run in cell.items() if run.status == DONE and run.result.final}
+def _top1(runs: SeedRuns) -> dict[int, float]:
+    """Return test top-1 after the last epoch by seed, of the runs that are done."""
+    return {s: run.result.final.test.top1 for s, run in runs.items() if run.status == DONE and run.result.final}
 
 
 def _is_float(run: RunRecord) -> bool:
@@ -172,34 +177,34 @@ def _is_float(run: RunRecord) -> bool:
     return result is not None and result.method == "float"
 
 
-def document(made: Table, lines: Sequence[str], out: Path) -> str:
-    """Return the page: what was measured, how, where, and the table."""
+def document(table: Table, commands: Sequence[str], out: Path) -> str:
+    """Return the page: what was measured, how and where, and the table."""
     manifests = list(out.rglob("manifest.json"))
     results = list(out.rglob("result.json"))
     if not manifests or not results:
         raise SystemExit(f"{out}: no finished run")
     manifest = json.loads(manifests[0].read_text())
-    trained = sum(json.loads(path.read_text())["wall_seconds"] or 0 for path in results)
+    seconds = sum(json.loads(path.read_text())["wall_seconds"] or 0 for path in results)
     torch = manifest["versions"]["torch"]
     machine = f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {torch}"
-    listed = "\n".join(f"    {line}" for line in lines)
+    listed = "\n".join(f"    {line}" for line in commands)
     return f"""\
 # What does a bug cost?
 
 Known deviations of public code from the papers, run as `method.deviation=NAME` and compared seed by seed with the
-faithful method at the same widths, everything else equal. Points lost: test top-1 in percent after the last epoch, the
-faithful method's minus the deviation's; the interval is Student's for paired differences, one row by itself; p is
-two-sided against no loss, adjusted for the number of rows (Holm). Runs without a figure are counted, never replaced:
-where runs diverged, the points are those of the seeds that did not. Where points are negative, the flaw does better
-here than the paper's formula. With `affine_norm` the float parent has scale and shift too. What is lost on this data
-set with this recipe need not be what is lost on another.
+faithful method at the same widths, everything else equal. Points lost are test top-1 in percent after the last epoch
+of the faithful method minus the deviation's. The 95 % confidence interval is Student's for paired differences, for each
+row alone; p is two-sided against no loss, adjusted for the number of rows (Holm). Failed and diverged runs are counted
+and never replaced: the points are over the other seeds. Where points are negative, the deviation does better here than
+the paper's formula. With `affine_norm` the float baseline has scale and shift too. The cost on this data set with this
+recipe does not determine the cost on another.
 
-`scripts/deviations.py` makes this page anew. {len(results)} runs, float parents included, {trained:.0f} s of work, one
-thread a run ({machine}):
+`scripts/deviations.py` writes this page. {len(results)} runs, float baselines included, {seconds:.0f} s of work, one
+thread per run ({machine}):
 
 {listed}
 
-{markdown([made])}
+{markdown([table])}
 """
 
 

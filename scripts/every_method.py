@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs every method at every legal width on digits, three seeds, and prints the table: one command, some minutes.
+"""Run every method at every supported width on digits with three seeds, and print the table; takes some minutes.
 
-Every width of weights, activations and gradients that a method knows is run alone, the others at 32 bits; every run is
-verified, and the exit status says whether all were. Runs that are stored are not run again. Usage, after scripts/test
-made the environment: .venv/bin/python scripts/every_method.py [KEY=VALUE ...]
+Each width of weights, activations and gradients that a method supports is run alone, the others at 32 bits. Every run
+is verified; the exit status is 1 if a run is not verified or failed. Stored runs are not repeated. Usage, after
+scripts/test made the environment: .venv/bin/python scripts/every_method.py [KEY=VALUE ...]
 
-`--record FILE` keeps the figures, `--from FILE` prints the table of those kept and runs nothing.
+`--record FILE` stores the results, `--from FILE` prints the table of stored results and runs nothing.
 """
 
 import argparse
@@ -15,10 +15,11 @@ import platform
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import NamedTuple
 
 from qbench.config import groups
 
@@ -43,81 +44,93 @@ WORDS = [
 KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
 
 
-def widths(method: str) -> list[str]:
-    """Return every legal width of each kind alone."""
+class RunAccuracy(NamedTuple):
+    """What the table needs of a run: method, network keys, widths, and test top-1 in percent."""
+
+    method: str
+    network: dict[str, str]
+    bits: dict[str, int]
+    top1: float
+
+
+def single_widths(method: str) -> list[str]:
+    """Return every supported width of weights, activations and gradients, each alone."""
     (config,) = compose.configurations([f"method={method}"])
-    legal = build_method(config.method, config.activation, config.bits.resolved()).supported_bits
-    single = (Bits(**{key: k}) for key in "wag" for k in range(1, FLOAT) if k in legal.get(key, ()))
+    supported = build_method(config.method, config.activation, config.bits.resolved()).supported_bits
+    single = (Bits(**{key: k}) for key in "wag" for k in range(1, FLOAT) if k in supported.get(key, ()))
     return [str(bits) for bits in single]
 
 
-def run(method: str, more: list[str]) -> None:
-    known = widths(method)
-    words = ["-m", f"method={method}", *([f"bits={','.join(known)}"] if known else []), *WORDS, *more]
+def run(method: str, keys: Sequence[str]) -> None:
+    """Run the sweep of one method."""
+    widths = single_widths(method)
+    words = ["-m", f"method={method}", *([f"bits={','.join(widths)}"] if widths else []), *WORDS, *keys]
     done = subprocess.run([sys.executable, "-m", "qbench", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
     if done.returncode:
         print(f"{method}: qbench ended with status {done.returncode}", file=sys.stderr)
 
 
-def figures(results: list[Result]) -> list[list[Any]]:
-    """Return of each run method, network, widths and test top-1, which is all that the table is made from."""
-    return [[r.method, r.network, r.bits, r.top1] for r in results if r.final]
+def accuracies(results: Sequence[Result]) -> list[RunAccuracy]:
+    return [RunAccuracy(r.method, r.network, r.bits, r.top1) for r in results if r.top1 is not None]
 
 
-def table(rows: list[list[Any]]) -> str:
-    """Return the matrix: a row for what a method quantizes, a column for every width, mean test top-1 in each cell."""
-    cells: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    parents: dict[str, list[float]] = defaultdict(list)
-    for method, network, bits, top1 in rows:
+def accuracy_table(runs: Sequence[RunAccuracy]) -> str:
+    """Return the table: a row per method and what it quantizes, a column per width, mean test top-1 in each cell."""
+    rows: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    baselines: dict[str, list[float]] = defaultdict(list)
+    for method, network, bits, top1 in runs:
         if method == "float":
-            parents["float " + " ".join(f"{k}={v}" for k, v in network.items())].append(top1)
+            baselines["float " + " ".join(f"{k}={v}" for k, v in network.items())].append(top1)
             continue
         (key,) = [key for key in "wag" if bits[key] < FLOAT]
-        cells[method, KINDS[key]][bits[key]].append(top1)
-    columns = sorted({width for row in cells.values() for width in row})
+        rows[method, KINDS[key]][bits[key]].append(top1)
+    columns = sorted({width for row in rows.values() for width in row})
     lines = ["| method | quantized | " + " | ".join(map(str, columns)) + " |"]
     lines.append("| --- | --- |" + " ---: |" * len(columns))
-    for (method, what), row in sorted(cells.items()):
-        shown = [f"{mean(row[c]):.1f}" if c in row else "" for c in columns]
-        lines.append(f"| {method} | {what} | " + " | ".join(shown) + " |")
-    floats = "; ".join(f"{name.strip()} {mean(top1):.1f} (n = {len(top1)})" for name, top1 in sorted(parents.items()))
-    counts = {len(values) for row in cells.values() for values in row.values()}
+    for (method, what), row in sorted(rows.items()):
+        cells = [f"{mean(row[c]):.1f}" if c in row else "" for c in columns]
+        lines.append(f"| {method} | {what} | " + " | ".join(cells) + " |")
+    floats = "; ".join(f"{name.strip()} {mean(top1):.1f} (n = {len(top1)})" for name, top1 in sorted(baselines.items()))
+    counts = {len(values) for row in rows.values() for values in row.values()}
     return "\n".join([*lines, "", f"Mean test top-1 in percent, n = {', '.join(map(str, sorted(counts)))}. {floats}."])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", nargs="*", help="further keys of qbench, such as model.width=4")
-    parser.add_argument("--record", type=Path)
-    parser.add_argument("--from", dest="kept", type=Path)
-    asked = parser.parse_args()
-    if asked.kept:
-        kept = json.loads(asked.kept.read_text())
-        print(f"{table(kept['rows'])}\n\n{kept['note']}")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="store the results in FILE")
+    parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="print the table of stored results")
+    options = parser.parse_args()
+    if options.stored:
+        stored = json.loads(options.stored.read_text())
+        print(f"{accuracy_table([RunAccuracy(*row) for row in stored['rows']])}\n\n{stored['note']}")
         return 0
-    more = asked.keys
     for method in groups.option_names("method"):
-        run(method, more)
-    found = read([str(ROOT / OUT)])
-    done = [run.result for run in found if run.status == DONE and run.result is not None]
+        run(method, options.keys)
+    records = read([str(ROOT / OUT)])
+    done = [record.result for record in records if record.status == DONE and record.result is not None]
     unverified = [r.run for r in done if r.method != "float" and not r.verified]
-    broken = [f"{run.path}: {run.status}: {run.reason}" for run in found if run.status not in (DONE, "unsupported")]
+    broken = [f"{r.path}: {r.status}: {r.reason}" for r in records if r.status not in (DONE, "unsupported")]
+    rows, note = accuracies(done), footer(done)
+    print(f"{accuracy_table(rows)}\n\n{note}")
+    if options.record:
+        options.record.write_text(json.dumps({"rows": rows, "note": note}, separators=(",", ":")) + "\n")
+    for line in [*(f"not verified: {path}" for path in unverified), *broken]:
+        print(line)
+    return 1 if unverified or broken else 0
+
+
+def footer(done: Sequence[Result]) -> str:
+    """Return a sentence on what was run and how long it took."""
     seconds = sum(r.wall_seconds or 0 for r in done)
     layers = sum(len(r.verified or {}) for r in done)
     written = [*(ROOT / OUT).rglob("manifest.json"), *(ROOT / OUT).rglob("result.json")]
     times = [path.stat().st_mtime for path in written]
-    note = (
-        f"`scripts/every_method.py`: {len(done)} runs, float parents included, {layers} quantized layers verified; "
-        f"{max(times) - min(times):.0f} s from first to last and {seconds:.0f} s of work, one thread a run "
+    return (
+        f"`scripts/every_method.py`: {len(done)} runs, float baselines included, {layers} quantized layers verified; "
+        f"{max(times) - min(times):.0f} s from first to last and {seconds:.0f} s of work, one thread per run "
         f"({os.cpu_count()} cores, {platform.machine()}, {platform.system()}, torch {version('torch')})."
     )
-    rows = figures(done)
-    print(f"{table(rows)}\n\n{note}")
-    if asked.record:
-        asked.record.write_text(json.dumps({"rows": rows, "note": note}, separators=(",", ":")) + "\n")
-    for line in [*(f"not verified: {path}" for path in unverified), *broken]:
-        print(line)
-    return 1 if unverified or broken else 0
 
 
 if __name__ == "__main__":

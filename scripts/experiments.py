@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Writes conf/experiment/<paper>/<row>.yaml for every row of the ledger that has a recipe and a network in qbench.
+"""Write conf/experiment/<paper>/<row>.yaml for every published row that qbench can run.
 
     .venv/bin/python scripts/experiments.py [--check]
 
-Files that no row stands for any more are removed; --check writes nothing and lists what is not as it would be written.
+Files without a row are removed. --check writes nothing: it lists the files that would change and exits with 1 if there
+are any.
 """
 
 import argparse
@@ -16,19 +17,20 @@ from typing import Any
 
 import yaml
 
-from qbench.papers import published as ledger
+from qbench.papers import published
 from qbench.papers.lint import lint
-from qbench.papers.rows import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, Recipe, Row, names, rows
+from qbench.papers.row_files import names, papers, published_rows
+from qbench.papers.rows import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, PublishedRow, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 WIDTH = 118
-KNOWN = dict(zip(PROVENANCES, (
-    "read in the source", "read in another's quotation", "remembered with high confidence, not checked",
-    "remembered with medium confidence, not checked", "remembered with low confidence, not checked",
-    "the figure is not known here",
+PROVENANCE_TEXTS = dict(zip(PROVENANCES, (
+    "read in the source", "read in a quotation by others", "from memory with high confidence, not checked",
+    "from memory with medium confidence, not checked", "from memory with low confidence, not checked",
+    "the number is not known here",
 ), strict=True))  # fmt: skip
-RAN = {PAPER: "the authors, in their paper", REPOSITORY: "the authors, in their repository"}
+RAN_BY = {PAPER: "the authors, in their paper", REPOSITORY: "the authors, in their repository"}
 METRICS = {
     "top1": "% top-1 accuracy", "top5": "% top-5 accuracy", "top1_error": "% top-1 error",
     "top5_error": "% top-5 error", "top1_error_increase": "points more top-1 error than float",
@@ -38,10 +40,10 @@ METRICS = {
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/experiments.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="write nothing; list the files that would change")
     check = parser.parse_args(arguments).check
     wanted = experiments()
-    stale = [path for path in written() if path not in wanted]
+    stale = [path for path in existing_files() if path not in wanted]
     changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text]
     for path in [] if check else changed:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,59 +51,58 @@ def main(arguments: list[str]) -> int:
     for path in [] if check else stale:
         path.unlink()
     for path in (*changed, *stale) if check else ():
-        print(f"{path.relative_to(ROOT)}: not as the ledger has it; run scripts/experiments.py", file=sys.stderr)
-    for finding in (unsound := lint(rows(), names())):
+        print(f"{path.relative_to(ROOT)}: differs from the published rows; run scripts/experiments.py", file=sys.stderr)
+    for finding in (findings := lint(published_rows(), names())):
         print(finding, file=sys.stderr)
     print(f"{len(wanted)} experiments, {len(changed)} changed, {len(stale)} removed")
-    return 1 if unsound or (check and (changed or stale)) else 0
+    return 1 if findings or (check and (changed or stale)) else 0
 
 
-def written() -> list[Path]:
-    """Return the experiment files there are of the ledger's papers."""
-    return sorted(path for paper in ledger.papers() for path in (CONF / "experiment" / paper.key).glob("*.yaml"))
+def existing_files() -> list[Path]:
+    """Return the experiment files that exist for the papers with published rows."""
+    return sorted(path for paper in papers() for path in (CONF / "experiment" / paper.key).glob("*.yaml"))
 
 
 def experiments() -> dict[Path, str]:
-    """Return the text of every experiment file by its path; a top-5 figure stands in its row's file."""
-    found = {}
-    for paper in ledger.papers():
+    """Return the text of every experiment file by path; a top-5 value is stated in its top-1 row's file."""
+    texts = {}
+    for paper in papers():
         for row in paper.rows:
-            if not row.of and not ledger.missing_requirements(row):
-                second = [other for other in paper.rows if other.of == row.id]
-                found[CONF / "experiment" / paper.key / f"{row.id}.yaml"] = experiment(paper, row, second)
-    return found
+            if not row.top5_of and not published.missing_requirements(row):
+                top5 = [other for other in paper.rows if other.top5_of == row.id]
+                texts[CONF / "experiment" / paper.key / f"{row.id}.yaml"] = experiment_text(paper, row, top5)
+    return texts
 
 
-def experiment(paper: Paper, row: Row, second: Iterable[Row]) -> str:
-    """Return the text of a row's file."""
-    recipe = paper.recipes[row.recipe]
-    said = [
+def experiment_text(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow]) -> str:
+    """Return the text of a row's experiment file."""
+    comments = [
         line
-        for text in said_of(paper, row, second, recipe)
+        for text in comment_texts(paper, row, top5, paper.recipes[row.recipe])
         for line in textwrap.wrap(text, WIDTH, break_on_hyphens=False)
     ]
-    head = ["# @package _global_", *(f"# {line}" for line in said)]
+    head = ["# @package _global_", *(f"# {line}" for line in comments)]
     head.append(f"#   qbench experiment={paper.key}/{row.id}")
-    choices, keys = parted(ledger.words(row))
+    choices, keys = split_words(published.command_words(row))
     body = ["defaults:", *(f"  - override /{group}: {name}" for group, name in choices.items())]
     body.append(yaml.safe_dump(keys, sort_keys=False, width=WIDTH, default_flow_style=None).rstrip())
     return "\n".join(["\n".join(head), *body]) + "\n"
 
 
-def said_of(paper: Paper, row: Row, second: Iterable[Row], recipe: Recipe) -> list[str]:
-    """Return what is claimed, by whom, how well it is known, and what the recipe takes or leaves."""
-    known = names()
+def comment_texts(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow], recipe: Recipe) -> list[str]:
+    """Return what is claimed, who ran it, its provenance, and how the recipe relates to its source."""
     widths = f"W{row.bits.w} A{row.bits.a} G{row.bits.g}" + (f", {row.levels} levels" if row.levels else "")
-    where = f"{known.nets[row.net]['title']} on {known.datasets[row.dataset]['title']}"
-    method = "" if row.method == paper.key else f", {known.methods[row.method]}"
-    figures = "; ".join(figure(each) for each in (row, *second))
-    ran = RAN.get(row.ran_by) or row.ran_by.replace(THIRD, "a third party, ")
-    note = [f"{sentence(row.note)}."] if row.note else []
-    opened = [f"Left open, and what is taken: {'; '.join(recipe.open)}."] if recipe.open else []
-    departs = [f"Otherwise than there: {'; '.join(recipe.departs)}."] if recipe.departs else []
+    place = f"{names().nets[row.net].title} on {names().datasets[row.dataset].title}"
+    method = "" if row.method == paper.key else f", {names().methods[row.method]}"
+    claims = "; ".join(claim_text(each) for each in (row, *top5))
+    ran_by = RAN_BY.get(row.ran_by) or row.ran_by.replace(THIRD, "a third party, ")
+    note = [f"{capitalized(row.note)}."] if row.note else []
+    opened = [f"Left open by the source, and our choice: {'; '.join(recipe.open)}."] if recipe.open else []
+    departs = [f"Differences from the source: {'; '.join(recipe.departs)}."] if recipe.departs else []
+    provenance = f"{row.provenance} ({PROVENANCE_TEXTS[row.provenance]})"
     return [
-        f"{paper.name}, {row.table}: {where}{method}, {widths}: {figures}.",
-        f"Ran by: {ran}. Provenance: {row.provenance} ({KNOWN[row.provenance]}); source: {row.source}.",
+        f"{paper.name}, {row.table}: {place}{method}, {widths}: {claims}.",
+        f"Run by: {ran_by}. Provenance: {provenance}; source: {row.source}.",
         *note,
         f"Layers: {row.policy}. Recipe: {recipe.provenance}; source: {recipe.source}.",
         *opened,
@@ -109,19 +110,20 @@ def said_of(paper: Paper, row: Row, second: Iterable[Row], recipe: Recipe) -> li
     ]
 
 
-def figure(row: Row) -> str:
-    claim = "not known" if row.value is None else f"{ledger.claimed(row)} {METRICS[row.metric]}"
+def claim_text(row: PublishedRow) -> str:
+    """Return a row's value with its metric and its float baseline."""
+    claim = "not known" if row.value is None else f"{published.format_claim(row)} {METRICS[row.metric]}"
     if row.baseline is None or row.method == "float":
         return claim
-    return f"{claim} (float {ledger.baseline_mark(row)}{ledger.number(row.baseline)})"
+    return f"{claim} (float {published.baseline_mark(row)}{published.format_percent(row.baseline)})"
 
 
-def sentence(text: str) -> str:
+def capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def parted(words: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Part words of a command line into choices of groups and nested keys; of two that say the same the last counts."""
+def split_words(words: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Split command-line words into group choices and nested keys; the last word for a key counts."""
     choices: dict[str, str] = {}
     keys: dict[str, Any] = {}
     for word in words:
@@ -129,11 +131,11 @@ def parted(words: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
         if is_group(key):
             choices[key] = text
             continue
-        *way, leaf = key.split(".")
+        *nodes, leaf = key.split(".")
         node = keys
-        for part in way:
-            node = node.setdefault(part, {})
-        node[leaf] = value(text)
+        for name in nodes:
+            node = node.setdefault(name, {})
+        node[leaf] = parse_value(text)
     return choices, keys
 
 
@@ -141,8 +143,8 @@ def is_group(key: str) -> bool:
     return (CONF / key.partition("@")[0]).is_dir()
 
 
-def value(text: str) -> Any:
-    """Read a word's value as YAML does, and 1e-5 as the number it is on a command line."""
+def parse_value(text: str) -> Any:
+    """Parse a word's value as YAML, and 1e-5 as a number, as on the command line."""
     return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else yaml.safe_load(text)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes docs/papers.md, a survey, from the methods' cards, the ledger, the claims and deviations, docs/papers.yaml.
+"""Write docs/papers.md from the method cards, the published figures, claims, deviations and docs/papers.yaml.
 
     .venv/bin/python scripts/papers.py [--check]
 
---check writes nothing and says what is not as it would be written.
+--check writes nothing: it prints the lines that would change and exits with 1 if there are any.
 """
 
 import argparse
@@ -22,16 +22,16 @@ import yaml
 
 from qbench.config import registry
 from qbench.config.fields import parse_bits
-from qbench.papers import claims as kept
-from qbench.papers import published as ledger
-from qbench.papers.claims import Claim
-from qbench.papers.rows import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, Row, names
+from qbench.papers import published
+from qbench.papers.claim_files import Claim, read_claims
+from qbench.papers.row_files import names, papers
+from qbench.papers.rows import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, PublishedRow
 from qbench.report.tables.table import Table, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "papers.md"
 WIDTH = 118
-MOST = 6
+MAX_ROWS = 6
 """Published rows that a paper's section shows."""
 MEMORY = "from memory"
 KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
@@ -45,55 +45,59 @@ Rows = list[dict[str, str]]
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/papers.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="write nothing; print the lines that would change")
     check = parser.parse_args(arguments).check
-    wanted, there = page(), PAGE.read_text("utf-8") if PAGE.is_file() else ""
+    wanted, existing = page(), PAGE.read_text("utf-8") if PAGE.is_file() else ""
     if not check:
         PAGE.write_text(wanted, encoding="utf-8")
-    elif wanted != there:
-        stale = difflib.unified_diff(there.splitlines(), wanted.splitlines(), "docs/papers.md", "now", n=0, lineterm="")
-        print("docs/papers.md is not as its sources have it; run scripts/papers.py", *stale, sep="\n", file=sys.stderr)
-    print(f"{len(wanted.splitlines())} lines, {'changed' if wanted != there else 'as they were'}")
-    return 1 if check and wanted != there else 0
+    elif wanted != existing:
+        diff = difflib.unified_diff(
+            existing.splitlines(), wanted.splitlines(), "docs/papers.md", "now", n=0, lineterm=""
+        )
+        print("docs/papers.md is out of date; run scripts/papers.py", *diff, sep="\n", file=sys.stderr)
+    print(f"{len(wanted.splitlines())} lines, {'changed' if wanted != existing else 'unchanged'}")
+    return 1 if check and wanted != existing else 0
 
 
 def page() -> str:
     """Return the whole page."""
-    papers = sorted(ledger.papers(), key=lambda paper: (paper.year, paper.name.lower()))
-    parts = [texts()["head"].format(most=MOST), overview(papers), *map(section, papers), controls(), *related()]
+    by_year = sorted(papers(), key=lambda paper: (paper.year, paper.name.lower()))
+    parts = [texts()["head"].format(most=MAX_ROWS), overview(by_year), *map(paper_section, by_year)]
+    parts += [controls(), *related_papers()]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 @cache
 def texts() -> dict[str, Any]:
-    """Return what docs/papers.yaml holds."""
-    found: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "papers.yaml").read_text(encoding="utf-8"))
-    return found
+    """Return the content of docs/papers.yaml."""
+    content: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "papers.yaml").read_text(encoding="utf-8"))
+    return content
 
 
-# --- what belongs to a paper
+# --- the data of a paper
 
 
 def methods_of(paper: Paper) -> list[str]:
-    """Return the methods whose cards name the paper's number at arXiv, those with most rows in the ledger first."""
+    """Return the methods whose cards name the paper's arXiv number, those with the most published rows first."""
     number, rows = paper.link.rpartition("/")[2], Counter(row.method for row in paper.rows)
-    found = [name for name in registry.names("method") if number in cards()[name].get("Paper", "")]
-    return sorted(found, key=lambda name: (-rows[name], name))
+    methods = [name for name in registry.names("method") if number in cards()[name].get("Paper", "")]
+    return sorted(methods, key=lambda name: (-rows[name], name))
 
 
 @cache
 def cards() -> dict[str, dict[str, str]]:
-    """Return every method's card: section -> text on one line, and its first line under `is`."""
-    found = {}
+    """Return every method's card: section -> text on one line; the first line of the card is under `is`."""
+    by_method = {}
     for name in registry.names("method"):
         card = registry.card(name)
-        found[name] = {"is": card.partition("\n")[0]} | {k: flat(v) for k, v in registry.sections(card).items()}
-    return found
+        sections = {key: one_line(text) for key, text in registry.sections(card).items()}
+        by_method[name] = {"is": card.partition("\n")[0]} | sections
+    return by_method
 
 
 @cache
 def claims() -> list[Claim]:
-    return kept.read_claims(ROOT / "conf" / "experiment" / "claims")
+    return read_claims(ROOT / "conf" / "experiment" / "claims")
 
 
 def claims_of(paper: Paper) -> list[Claim]:
@@ -103,18 +107,20 @@ def claims_of(paper: Paper) -> list[Claim]:
 
 @cache
 def outcomes() -> dict[str, Rows]:
-    """Return the rows of docs/claims.md's table by claim; `name` is that of the comparison, empty for a sole one."""
-    found: dict[str, Rows] = {}
-    for row in rows_of(ROOT / "docs" / "claims.md", "claim"):
+    """Return the rows of the table in docs/claims.md by claim; `name` is the comparison's, empty if it is the only
+    one.
+    """
+    by_claim: dict[str, Rows] = {}
+    for row in table_rows(ROOT / "docs" / "claims.md", "claim"):
         claim, _, name = row["claim"].partition(": ")
-        found.setdefault(claim, []).append(row | {"name": name})
-    return found
+        by_claim.setdefault(claim, []).append(row | {"name": name})
+    return by_claim
 
 
-def rows_of(document: Path, first: str) -> Rows:
-    """Return the rows, by their heads, of a document's tables whose first column is headed `first`."""
+def table_rows(document: Path, first: str) -> Rows:
+    """Return the rows of a document's tables whose first column is headed `first`, by column head."""
     head: list[str] = []
-    found: Rows = []
+    rows: Rows = []
     for line in document.read_text(encoding="utf-8").splitlines():
         cells = line.removeprefix("| ").removesuffix(" |").split(" | ") if line.startswith("| ") else []
         if cells and cells[0] == first:
@@ -122,229 +128,239 @@ def rows_of(document: Path, first: str) -> Rows:
         elif not cells or len(cells) != len(head):
             head = []
         elif not set(line) <= set("|-: "):
-            found.append(dict(zip(head, cells, strict=True)))
-    return found
+            rows.append(dict(zip(head, cells, strict=True)))
+    return rows
 
 
-def quantized(method: str) -> str:
-    """Return the letters of what a method quantizes: all that its card does not hold at 32 bits."""
-    held = "".join(re.findall(r"\b([wag](?:(?:, | and )[wag])*) (?:are )?32\b", cards()[method]["Bits"]))
-    return "".join(letter for letter in KINDS if letter not in held)
+def quantized_letters(method: str) -> str:
+    """Return the letters of what a method quantizes: those that its card does not keep at 32 bits."""
+    kept = "".join(re.findall(r"\b([wag](?:(?:, | and )[wag])*) (?:are )?32\b", cards()[method]["Bits"]))
+    return "".join(letter for letter in KINDS if letter not in kept)
 
 
 def formulas(method: str) -> str:
-    """Return the public functions of a method's module that take a tensor, or make one of numbers; where there are
-    none, the methods whose functions it takes.
+    """Return the public functions in a method's module that take a tensor, or that make one from numbers.
+
+    If there are none, return the methods whose functions it imports.
     """
     tree = ast.parse((ROOT / "qbench" / "methods" / f"{method}.py").read_text(encoding="utf-8"))
-    found, taken = [], []
+    functions, imported = [], []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.args.args:
-            first, made = (ast.unparse(it) if it else "" for it in (node.args.args[0].annotation, node.returns))
-            if first == "Tensor" or (first in ("int", "float") and "Tensor" in made):
-                found.append(f"`{node.name}`")
+            first, returned = (ast.unparse(it) if it else "" for it in (node.args.args[0].annotation, node.returns))
+            if first == "Tensor" or (first in ("int", "float") and "Tensor" in returned):
+                functions.append(f"`{node.name}`")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qbench.methods"):
-            last = (node.module or "").rpartition(".")[2]
-            taken += [last] if last != "methods" else [it.name for it in node.names]
-    return ", ".join(found) or f"those of {' and '.join(map(linked, unique(taken)))}"
+            module = (node.module or "").rpartition(".")[2]
+            imported += [module] if module != "methods" else [it.name for it in node.names]
+    return ", ".join(functions) or f"those of {' and '.join(map(linked, unique(imported)))}"
 
 
-def own_bits(method: str) -> dict[str, int]:
-    """Return the widths that a method's name stands for."""
+def default_bits(method: str) -> dict[str, int]:
+    """Return the default widths of a method."""
     text = (ROOT / "conf" / "method" / f"{method}.yaml").read_text(encoding="utf-8")
     return dict.fromkeys(KINDS, 32) | {k: v or 32 for k, v in parse_bits(yaml.safe_load(text)["bits"]).items()}
 
 
-def telling(paper: Paper) -> list[Row]:
-    """Return the rows to show, by the rule that the page's head states."""
-    mine = [r for r in paper.rows if r.method in methods_of(paper) and r.value is not None and not r.of]
-    chosen: dict[tuple[str, str, str], Row] = {}
-    for row in sorted(mine, key=rank):
+def shown_rows(paper: Paper) -> list[PublishedRow]:
+    """Return the rows to show, by the rule in the page's head."""
+    candidates = [r for r in paper.rows if r.method in methods_of(paper) and r.value is not None and not r.top5_of]
+    chosen: dict[tuple[str, str, str], PublishedRow] = {}
+    for row in sorted(candidates, key=rank):
         chosen.setdefault((row.method, row.dataset, row.net), row)
-    return list(chosen.values())[:MOST]
+    return list(chosen.values())[:MAX_ROWS]
 
 
-def rank(row: Row) -> tuple[Any, ...]:
+def rank(row: PublishedRow) -> tuple[Any, ...]:
+    """Return the sort key of `shown_rows`; the smallest is shown."""
     widths = {"w": row.bits.w, "a": row.bits.a, "g": row.bits.g}
-    who = next(i for i, kind in enumerate((PAPER, REPOSITORY, THIRD)) if row.ran_by.startswith(kind))
-    known, second = PROVENANCES.index(row.provenance), "top5" in row.metric
-    other, better = widths != own_bits(row.method), -row.accuracy(row.value or 0)
-    return known, who, bool(ledger.missing_requirements(row)), second, other, sum(widths.values()), better
+    ran_by = next(i for i, kind in enumerate((PAPER, REPOSITORY, THIRD)) if row.ran_by.startswith(kind))
+    provenance, top5 = PROVENANCES.index(row.provenance), "top5" in row.metric
+    not_default, better = widths != default_bits(row.method), -row.accuracy(row.value or 0)
+    not_runnable = bool(published.missing_requirements(row))
+    return provenance, ran_by, not_runnable, top5, not_default, sum(widths.values()), better
 
 
 # --- parts of the page
 
 
-def overview(papers: Sequence[Paper]) -> str:
+def overview(by_year: Sequence[Paper]) -> str:
     """Return the table of all papers."""
     head = ("paper", "year", "what is quantized", "methods", "verified", "second-hand", "~", "?", "run here")
-    made = Table((*head, "comparisons: hold / opposite / open"))
-    for paper in papers:
-        known = Counter(told(row.provenance) for row in paper.rows)
-        letters = {letter for method in methods_of(paper) for letter in quantized(method)}
+    table = Table((*head, "comparisons: hold / opposite / open"))
+    for paper in by_year:
+        counts = Counter(provenance_text(row.provenance) for row in paper.rows)
+        letters = {letter for method in methods_of(paper) for letter in quantized_letters(method)}
         tested = [row["outcome"] for claim in claims_of(paper) for row in outcomes().get(claim.name, ())]
         verdicts = " / ".join(str(sum(one.startswith(verdict) for one in tested)) for verdict in VERDICTS)
         ran = sum(bool(row.measured) for row in paper.rows)
-        cells = (str(known[key] or "") for key in ("verified", "second-hand", MEMORY, "unknown"))
+        cells = (str(counts[key] or "") for key in ("verified", "second-hand", MEMORY, "unknown"))
         what = ", ".join(word for letter, word in KINDS.items() if letter in letters)
         name, methods = f"[{paper.name}](#{slug(paper.name)})", ", ".join(map(linked, methods_of(paper)))
         row = (name, str(paper.year), what, methods, *cells, f"{ran} of {len(paper.rows)}")
-        made.rows.append((*row, verdicts if tested else "none"))
-    return markdown([made]) + "\n\n" + texts()["columns"]
+        table.rows.append((*row, verdicts if tested else "none"))
+    return markdown([table]) + "\n\n" + texts()["columns"]
 
 
-def section(paper: Paper) -> str:
+def paper_section(paper: Paper) -> str:
     """Return a paper's section."""
-    number, known = paper.link.rpartition("arxiv.org/abs/")[2], told(paper.affiliation_provenance)
-    where = "Affiliation not known here" if known == "unknown" else f"{paper.affiliation} ({known})"
+    number, provenance = paper.link.rpartition("arxiv.org/abs/")[2], provenance_text(paper.affiliation_provenance)
+    affiliation = "Affiliation not known here" if provenance == "unknown" else f"{paper.affiliation} ({provenance})"
     authors = ", ".join(paper.authors)
     parts = [
         f"## {paper.name}",
-        wrapped(f"**{paper.title}.** {authors}; {paper.year}; [arXiv {number}]({paper.link}). {where}."),
-        wrapped(flat(paper.idea), "> ", "> "),
-        "\n".join(map(of_method, methods_of(paper))),
-        *(claimed(paper), measured(paper), deviations(paper), left_open(paper)),
+        wrapped(f"**{paper.title}.** {authors}; {paper.year}; [arXiv {number}]({paper.link}). {affiliation}."),
+        wrapped(one_line(paper.idea), "> ", "> "),
+        "\n".join(map(method_entry, methods_of(paper))),
+        *(claimed_part(paper), measured_part(paper), deviations_part(paper), open_part(paper)),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def of_method(name: str) -> str:
-    """Return what a method is, its idea and its formulas' home."""
+def method_entry(name: str) -> str:
+    """Return a method's idea, widths, and where its formulas are."""
     card = cards()[name]
     widths = card["Bits"].partition(". ")[0].removesuffix(".")
-    home = f"Formulas: {formulas(name)}; the whole card: `qbench describe {name}`; [picture](pictures/{name}.png)."
+    home = f"Formulas: {formulas(name)}; full card: `qbench describe {name}`; [picture](pictures/{name}.png)."
     return "\n".join([bullet(f"{linked(name)}: {card['Idea']}"), inner(f"Widths: {widths}."), inner(home)])
 
 
-def claimed(paper: Paper) -> str:
-    """Return the telling rows, with our figures where there are any, and how many more rows there are."""
-    shown = telling(paper)
+def claimed_part(paper: Paper) -> str:
+    """Return the table of shown rows, with our measurements if there are any, and the number of all rows."""
+    shown = shown_rows(paper)
     ours = any(row.measured for row in shown)
     head = ("row", "network, data", "widths", "measure", "claimed", "float", "to float", "ran by", "provenance")
-    made = Table((*head, "ours") if ours else head)
+    table = Table((*head, "ours") if ours else head)
     for row in shown:
-        net, dataset = names().nets[row.net]["title"], names().datasets[row.dataset]["title"]
-        mark, less = ledger.baseline_mark(row), ledger.to_float(row)
-        remembered = "~" if row.provenance.startswith("memory") else mark
+        net, dataset = names().nets[row.net].title, names().datasets[row.dataset].title
+        mark, difference = published.baseline_mark(row), published.to_float(row)
+        baseline = "-" if row.baseline is None else f"{mark}{published.format_percent(row.baseline)}"
+        to_float = "-" if difference is None else f"{published.claim_mark(row) or mark}{difference:+.2f}"
         cells = [row_link(paper, row), f"{net}, {dataset}"]
         cells += [f"{row.bits}" + (f", {row.levels} levels" if row.levels else ""), METRICS[row.metric]]
-        cells += [ledger.claimed(row), "-" if row.baseline is None else f"{mark}{ledger.number(row.baseline)}"]
-        cells += ["-" if less is None else f"{remembered}{less:+.2f}", row.ran_by, row.provenance]
-        cells += [ledger.number(row.measured[-1].value) if row.measured else "-"] if ours else []
-        made.rows.append(tuple(cells))
+        cells += [published.format_claim(row), baseline, to_float, row.ran_by, row.provenance]
+        cells += [published.format_percent(row.measured[-1].value) if row.measured else "-"] if ours else []
+        table.rows.append(tuple(cells))
+    total = len(paper.rows)
     ran = sum(bool(row.measured) for row in paper.rows)
-    runnable = sum(not ledger.missing_requirements(row) for row in paper.rows)
-    many = len(paper.rows)
-    said = f"{len(shown)} of {many} rows" if shown else f"No figure of its {many} rows is known here"
-    said += f"; `qbench published --paper {paper.key}` has all. "
-    said += f"Run here: {ran}; ready to run where the data are at hand: {runnable}."
-    absent = [s for n in paper.no_result if (s := ledger.absent(paper.key, n.get("net"), n["dataset"]))]
-    said += "".join(f" {sentence[0].upper()}{sentence[1:]}." for sentence in absent)
-    return "\n\n".join(["**Claimed**", *([markdown([made])] if shown else []), wrapped(said)])
+    runnable = sum(not published.missing_requirements(row) for row in paper.rows)
+    text = f"{len(shown)} of {total} rows" if shown else f"No value of its {total} rows is known here"
+    text += f"; all rows: `qbench published --paper {paper.key}`. "
+    text += f"Run here: {ran}; ready to run where the data are present: {runnable}."
+    absent = [s for n in paper.no_result if (s := published.absence_note(paper.key, n.net, n.dataset))]
+    text += "".join(f" {sentence[0].upper()}{sentence[1:]}." for sentence in absent)
+    return "\n\n".join(["**Claimed**", *([markdown([table])] if shown else []), wrapped(text)])
 
 
-def row_link(paper: Paper, row: Row) -> str:
-    return row.id if ledger.missing_requirements(row) else f"[{row.id}](../conf/experiment/{paper.key}/{row.id}.yaml)"
+def row_link(paper: Paper, row: PublishedRow) -> str:
+    """Return a row's id, linked to its experiment file if it has one."""
+    if published.missing_requirements(row):
+        return row.id
+    return f"[{row.id}](../conf/experiment/{paper.key}/{row.id}.yaml)"
 
 
-def measured(paper: Paper) -> str:
-    """Return the claims put to a test here, a bullet each."""
+def measured_part(paper: Paper) -> str:
+    """Return the claims that were tested here, one bullet each."""
     lines = []
     for claim in claims_of(paper):
         unit = " (in cosine)" if claim.measure == "gradient_mismatch" else ""
         by_outcome: dict[str, list[str]] = {}
-        for row in sorted(outcomes().get(claim.name, ()), key=order):
-            by_outcome.setdefault(row["outcome"], []).append(f"{row['name']} {row['effect']}{border(row)}".strip())
-        said = "; ".join(f"*{key}:* {', '.join(values)}" for key, values in by_outcome.items()) or "Not run"
-        lines.append(bullet(f"[{claim.name}](claims.md#{claim.name}): {claim.says} {said}{unit}."))
-    none = "No claim of this paper has been put to a test; the [README](../README.md) has it on digits beside others."
+        for row in sorted(outcomes().get(claim.name, ()), key=verdict_order):
+            effect = f"{row['name']} {row['effect']}{border(row)}".strip()
+            by_outcome.setdefault(row["outcome"], []).append(effect)
+        results = "; ".join(f"*{key}:* {', '.join(values)}" for key, values in by_outcome.items()) or "Not run"
+        lines.append(bullet(f"[{claim.name}](claims.md#{claim.name}): {claim.says} {results}{unit}."))
+    none = "No claim of this paper has been tested; the [README](../README.md) has its results on digits."
     return "**Measured here**\n\n" + ("\n".join(lines) or wrapped(none))
 
 
-def order(row: dict[str, str]) -> list[bool]:
+def verdict_order(row: dict[str, str]) -> list[bool]:
     return [not row["outcome"].startswith(verdict) for verdict in VERDICTS]
 
 
 def border(row: dict[str, str]) -> str:
-    """Return what a comparison claims where it is not simply that the first arm is better."""
-    found = re.search(r"(> -?[\d.]+|within [\d.]+)$", row["arms"])
-    return "" if found is None or found[0] == "> 0" else f" (claimed {found[0].replace('>', 'above')})"
+    """Return the claimed border of a comparison; empty if the claim is only that the first arm is better."""
+    match = re.search(r"(> -?[\d.]+|within [\d.]+)$", row["arms"])
+    return "" if match is None or match[0] == "> 0" else f" (claimed {match[0].replace('>', 'above')})"
 
 
-def deviations(paper: Paper) -> str:
-    """Return where qbench departs from the paper, and known departures of public code with their cost here."""
+def deviations_part(paper: Paper) -> str:
+    """Return where qbench deviates from the paper, and known deviations of public code with their cost here."""
     lines = [bullet(f"`{name}`: {cards()[name]['Deviations']}") for name in methods_of(paper)]
-    departs = of_recipes(paper, "departs")
+    departs = recipe_sentences(paper, "departs")
     lines += [bullet(f"Recipes of experiments: {' '.join(departs)}")] if departs else []
-    cost = {(row["method"], row["deviation"]): row for row in rows_of(ROOT / "docs" / "deviations.md", "method")}
-    seen = []
+    cost = {(row["method"], row["deviation"]): row for row in table_rows(ROOT / "docs" / "deviations.md", "method")}
+    known = []
     for name in methods_of(paper):
         for deviation, (what, _) in registry.known_deviations(name).items():
             row = cost.get((name, deviation))
-            lost = f"{row['widths']}: {row['points lost']}, {row['95 % interval']}" if row else "not measured"
-            lost = f"{row['widths']}: never acted" if row and row["p (Holm)"] == "-" else lost
-            seen.append(bullet(f"`{deviation}` ({lost}): {what}"))
-    return "\n".join(["**Deviations**", "", *lines, *(["", texts()["deviations"], "", *seen] if seen else [])])
+            points = f"{row['widths']}: {row['points lost']}, {row['95 % interval']}" if row else "not measured"
+            points = f"{row['widths']}: no effect" if row and row["p (Holm)"] == "-" else points
+            known.append(bullet(f"`{deviation}` ({points}): {what}"))
+    return "\n".join(["**Deviations**", "", *lines, *(["", texts()["deviations"], "", *known] if known else [])])
 
 
-def left_open(paper: Paper) -> str:
-    """Return what the sources at hand leave open, and what cannot be run."""
-    found = of_recipes(paper, "open")
-    found += [flat(paper.scope)] if paper.scope else []
-    reasons = Counter(reason.replace("; ", ", ") for row in paper.rows if (reason := ledger.missing_requirements(row)))
+def open_part(paper: Paper) -> str:
+    """Return what the available sources leave open, and which rows cannot be run."""
+    lines = recipe_sentences(paper, "open")
+    lines += [one_line(paper.scope)] if paper.scope else []
+    reasons = Counter(
+        reason.replace("; ", ", ") for row in paper.rows if (reason := published.missing_requirements(row))
+    )
     lacks = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
-    found += [f"Rows that cannot be run: {lacks}."] if lacks else []
-    return "\n".join(["**Open**", "", *map(bullet, found)]) if found else ""
+    lines += [f"Rows that cannot be run: {lacks}."] if lacks else []
+    return "\n".join(["**Open**", "", *map(bullet, lines)]) if lines else ""
 
 
-def of_recipes(paper: Paper, key: str) -> list[str]:
-    """Return, as sentences, what recipes leave open or do otherwise."""
-    found = [(text, recipe) for recipe in paper.recipes.values() for text in getattr(recipe, key)]
-    return unique(marked(text[:1].upper() + text[1:], recipe.provenance) for text, recipe in found)
+def recipe_sentences(paper: Paper, key: str) -> list[str]:
+    """Return, as sentences, what the recipes leave open (`open`) or change (`departs`)."""
+    entries = [(text, recipe) for recipe in paper.recipes.values() for text in getattr(recipe, key)]
+    return unique(marked(text[:1].upper() + text[1:], recipe.provenance) for text, recipe in entries)
 
 
 def controls() -> str:
-    """Return the section of methods that are no paper's of the ledger."""
-    owned = {name for paper in ledger.papers() for name in methods_of(paper)}
+    """Return the section of the methods that belong to no paper with published figures."""
+    of_papers = {name for paper in papers() for name in methods_of(paper)}
     lines = []
-    for name in (name for name in registry.names("method") if name not in owned):
+    for name in (name for name in registry.names("method") if name not in of_papers):
         card = cards()[name]
         is_a = card["is"].partition(": ")[2]
         lines.append(bullet(f"{linked(name)}: {is_a} {card['Idea']} Paper: {card['Paper']}"))
-    return "## Controls\n\nMethods that stand beside the papers, to be measured against.\n\n" + "\n".join(lines)
+    return "## Controls\n\nMethods to compare the papers' methods with.\n\n" + "\n".join(lines)
 
 
-def related() -> Iterable[str]:
+def related_papers() -> Iterable[str]:
     """Yield the part on papers that are not implemented."""
     yield texts()["related"].format(memory=MEMORY)
     for group, title in texts()["groups"].items():
-        yield f"### {title}\n\n" + "\n".join(entry(paper) for paper in texts()["papers"] if paper["group"] == group)
+        entries = (related_entry(paper) for paper in texts()["papers"] if paper["group"] == group)
+        yield f"### {title}\n\n" + "\n".join(entries)
 
 
-def entry(paper: dict[str, Any]) -> str:
+def related_entry(paper: dict[str, Any]) -> str:
     """Return the bullet of a paper that is not implemented."""
     known, number = paper["provenance"], paper["link"].partition("arxiv.org/abs/")[2]
     link = f"[{f'arXiv {number}' if number else 'proceedings'}]({paper['link']})"
     title = f"{', '.join(paper['authors'])}: {paper['title'].rstrip('?')}; {paper['venue']}; {link}"
     idea = " ".join(marked(fact["says"].removesuffix("."), fact["provenance"]) for fact in paper["facts"])
     nearest = re.sub(r"`(\w+)`", lambda it: linked(it[1]) if it[1] in cards() else it[0], paper["nearest"])
-    sure = next(fact["provenance"] for fact in paper["facts"] if told(fact["provenance"]) != MEMORY)
-    parts = {"title and authors": known["paper"], "link": known["link"], "idea": sure}
-    how = ", ".join(f"{part} {word}" for part, word in parts.items()) if len(set(parts.values())) > 1 else sure
-    said = f"{title}. {idea} *Nearest here:* {nearest} *Known:* {how} ({paper['source']})."
-    return bullet(f"**{paper['name']}**, *{paper['status']}*. {said}")
+    checked = next(fact["provenance"] for fact in paper["facts"] if provenance_text(fact["provenance"]) != MEMORY)
+    parts = {"title and authors": known["paper"], "link": known["link"], "idea": checked}
+    how = ", ".join(f"{part} {word}" for part, word in parts.items()) if len(set(parts.values())) > 1 else checked
+    text = f"{title}. {idea} *Nearest here:* {nearest} *Known:* {how} ({paper['source']})."
+    return bullet(f"**{paper['name']}**, *{paper['status']}*. {text}")
 
 
 def marked(sentence: str, provenance: str) -> str:
-    """Return a sentence that ends in its mark where it is remembered and does not say so."""
-    silent = told(provenance) == MEMORY and not re.search("memory|remember", sentence)
-    return f"{sentence} ({MEMORY})." if silent else f"{sentence}."
+    """Return a sentence, marked if it is from memory and does not say so itself."""
+    needs_mark = provenance_text(provenance) == MEMORY and not re.search("memory|remember", sentence)
+    return f"{sentence} ({MEMORY})." if needs_mark else f"{sentence}."
 
 
-# --- words
+# --- text
 
 
-def told(provenance: str) -> str:
+def provenance_text(provenance: str) -> str:
     return MEMORY if provenance.startswith("memory") else provenance
 
 
@@ -353,11 +369,11 @@ def linked(method: str) -> str:
 
 
 def slug(heading: str) -> str:
-    """Return a heading's anchor as GitHub makes it."""
+    """Return a heading's anchor on GitHub."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
-def flat(text: str) -> str:
+def one_line(text: str) -> str:
     return " ".join(text.split())
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes docs/pictures: what every method does to single values, by `qbench plot`, a file each and a poster of all.
+"""Draw docs/pictures: what each method does to single values, one file per method and a poster of all methods.
 
 Usage, after scripts/test made the environment: .venv/bin/python scripts/pictures.py [METHOD ...]
 """

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Makes the documents' tables anew: runs the command in each marker and writes what came of it below.
+"""Rebuild the tables in the documents: run the command in each marker and write its output below.
 
-A marker is `<!-- table: COMMAND -->`, its end `<!-- end -->`. Of a sweep the table is that of `qbench compare` over the
-command's `out=`, without conclusions; a script of ours prints its own. Runs that are stored are not run again.
+A marker is `<!-- table: COMMAND -->`, its end `<!-- end -->`. For a sweep the table is that of `qbench compare` over
+the command's `out=`, without conclusions; a script of this folder prints its own table. Stored runs are not repeated.
 
-    .venv/bin/python scripts/readme_tables.py [WORD ...]     # only the tables whose command holds one of the words
-    .venv/bin/python scripts/readme_tables.py --check        # runs nothing: tables of results against docs/records
+    .venv/bin/python scripts/readme_tables.py [WORD ...]     # only the tables whose command contains one of the words
+    .venv/bin/python scripts/readme_tables.py --check        # runs nothing: compares the tables with docs/records
 
-docs/records holds what the tables of results were made from, so that anybody can make them again and look behind them.
+docs/records holds the results that the tables were made from, so that everybody can rebuild and examine them.
 """
 
 import json
@@ -29,80 +29,83 @@ DOCUMENTS = "README.md", "docs/performance.md", "docs/reliability.md", "docs/uni
 MARKER = re.compile(r"(<!-- table: ((?:qbench|scripts/).*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDS = ROOT / "docs" / "records"
 RECORDED = ("qbench", "scripts/every_method.py", "scripts/unified.py")
-"""What tables of results begin with; the others are of timings and counts."""
+"""How the commands of tables of results start; the other tables have timings and counts."""
 
 
-def record_of(command: str) -> Path:
-    """Return where the figures behind a command's table are kept."""
-    named = re.search(r"out=\S*?([^/\s]+)(?:\s|$)", command)
-    return RECORDS / f"{named[1] if named else Path(command.split()[0]).name}.json"
+def record_path(command: str) -> Path:
+    """Return the path of the results behind a command's table."""
+    match = re.search(r"out=\S*?([^/\s]+)(?:\s|$)", command)
+    return RECORDS / f"{match[1] if match else Path(command.split()[0]).name}.json"
 
 
-def shown(record: Path) -> str:
-    """Return the table of a sweep, from its record."""
+def table_from_record(record: Path) -> str:
+    """Return the table of a sweep from its record."""
     return f"{markdown(compare(load_records(record)))}\n\n{json.loads(record.read_text())['note']}\n"
 
 
-def table(command: str) -> str:
-    """Run a sweep, keep its figures, return its table."""
+def table_from_sweep(command: str) -> str:
+    """Run a sweep, store its results, and return its table."""
     words = command.split()[1:]
     out = next(word.removeprefix("out=") for word in words if word.startswith("out="))
-    began = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "qbench", *words], cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    print(f"{command}: {time.perf_counter() - began:.0f} s now", file=sys.stderr)
+    print(f"{command}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     os.chdir(ROOT)
-    found = read([out])
-    trained = sum(run.result.wall_seconds or 0 for run in found if run.result)
+    runs = read([out])
+    seconds = sum(run.result.wall_seconds or 0 for run in runs if run.result)
     written = [*Path(out).rglob("manifest.json"), *Path(out).rglob("result.json")]
     times = [path.stat().st_mtime for path in written]
     manifest = json.loads(next(Path(out).rglob("manifest.json")).read_text())
-    where = (
-        f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {manifest['versions']['torch']}"
-    )
+    torch = manifest["versions"]["torch"]
+    machine = f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {torch}"
     note = (
-        f"`{command}`: {len(found)} runs, float parents and unsupported cells included; "
-        f"{max(times) - min(times):.0f} s from first to last and {trained:.0f} s of work, one thread a run ({where})."
+        f"`{command}`: {len(runs)} runs, float baselines and unsupported runs included; "
+        f"{max(times) - min(times):.0f} s from first to last and {seconds:.0f} s of work, "
+        f"one thread per run ({machine})."
     )
-    record = record_of(command)
+    record = record_path(command)
     record.parent.mkdir(exist_ok=True)
-    record.write_text(json.dumps(json.loads(dump_records(found)) | {"note": note}, separators=(",", ":")) + "\n")
-    return shown(record)
+    record.write_text(json.dumps(json.loads(dump_records(runs)) | {"note": note}, separators=(",", ":")) + "\n")
+    return table_from_record(record)
 
 
-def printed(command: str, *more: str) -> str:
+def script_output(command: str, *more: str) -> str:
     """Return what a script prints."""
     words = [sys.executable, *command.split(), *more]
     return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def made(command: str, check: bool) -> str | None:
-    """Return the text of a command's table; with `check` from its record, None for tables that have none."""
-    record = record_of(command)
+def table_text(command: str, check: bool) -> str | None:
+    """Return the text of a command's table; with `check` from its record, None if it has none."""
+    record = record_path(command)
     if not command.startswith(RECORDED):
-        return None if check else printed(command)
+        return None if check else script_output(command)
     if command.startswith("qbench"):
-        return shown(record) if check else table(command)
-    return printed(command, "--from" if check else "--record", str(record))
+        return table_from_record(record) if check else table_from_sweep(command)
+    return script_output(command, "--from" if check else "--record", str(record))
 
 
-def main(wanted: Sequence[str]) -> int:
-    check = "--check" in wanted
-    wanted, stale = [word for word in wanted if word != "--check"], []
+def main(arguments: Sequence[str]) -> int:
+    check = "--check" in arguments
+    words = [word for word in arguments if word != "--check"]
+    changed: list[str] = []
 
-    def anew(found: re.Match[str]) -> str:
-        command = found[2]
-        text = None if wanted and not any(word in command for word in wanted) else made(command, check)
-        if text is not None and f"{found[1]}{text}{found[3]}" != found[0]:
-            stale.append(command)
-        return found[0] if text is None else f"{found[1]}{text}{found[3]}"
+    def rebuild(match: re.Match[str]) -> str:
+        command = match[2]
+        text = None if words and not any(word in command for word in words) else table_text(command, check)
+        if text is None:
+            return match[0]
+        if f"{match[1]}{text}{match[3]}" != match[0]:
+            changed.append(command)
+        return f"{match[1]}{text}{match[3]}"
 
     for document in (ROOT / name for name in DOCUMENTS):
-        text = MARKER.sub(anew, document.read_text(encoding="utf-8"))
+        text = MARKER.sub(rebuild, document.read_text(encoding="utf-8"))
         if not check:
             document.write_text(text, encoding="utf-8")
-    for command in stale if check else ():
-        print(f"not as its record has it: {command}; run scripts/readme_tables.py", file=sys.stderr)
-    return 1 if check and stale else 0
+    for command in changed if check else ():
+        print(f"differs from its record: {command}; run scripts/readme_tables.py", file=sys.stderr)
+    return 1 if check and changed else 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""One table: every method at 2, 3 and 4 bits a weight under one recipe, and the control of equal bytes.
+"""Compare all methods at 2, 3 and 4 bits per weight under one recipe, each with controls of equal bytes.
 
     .venv/bin/python scripts/unified.py [KEY=VALUE ...] [--format md]
 
-By default CIFAR-10, ResNet-20, all methods, float activations, seeds 0 to 2; keys of qbench replace that
-(dataset=glyphs method=dorefa,ttq seed=0,1,2,3,4). The control is what the same bytes buy without the method: for every
-quantized network the float network and the 8-bit one (uniform, min-max) with the largest model.width whose bytes do not
-exceed the quantized network's, trained by the same recipe for the same epochs. What is stored is not trained again.
+By default: CIFAR-10, ResNet-20, all methods, float activations, seeds 0 to 2. Keys of qbench replace these
+(dataset=glyphs method=dorefa,ttq seed=0,1,2,3,4). The controls show what the same bytes give without the method: for
+every quantized network, the float network and the 8-bit network (uniform, min-max) with the largest model.width whose
+bytes do not exceed the quantized network's, trained with the same recipe for the same epochs. Stored runs are not
+trained again.
 
-`--record FILE` keeps the figures, `--from FILE` prints the tables of those kept and runs nothing.
+`--record FILE` stores the results, `--from FILE` prints the tables of stored results and runs nothing.
 """
 
 import argparse
@@ -18,13 +19,11 @@ import os
 import platform
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from qbench.report.tables.columns import si_format
+from typing import TYPE_CHECKING
 
 from qbench.config import compose, groups
 from qbench.config.schema import Config
@@ -32,10 +31,16 @@ from qbench.errors import ConfigError, Interrupted, QbenchError
 from qbench.experiment import jobs, sweep
 from qbench.experiment.planned_run import planned_runs
 from qbench.report.comparison.compare import compare
+from qbench.report.comparison.setting import Setting
+from qbench.report.comparison.setting_table import MissingRuns, settings_of
 from qbench.report.statistics.differences import Difference, paired
 from qbench.report.tables.table import FORMATS, Table
+from qbench.report.tables.units import si_format
 from qbench.runs.reader import DONE, RunRecord, dump_records, load_records, with_baselines
 from qbench.system.signals import stop_on_signals
+
+if TYPE_CHECKING:
+    from qbench.experiment.setup import ExperimentSetup
 
 DEFAULTS = {"dataset": "cifar10", "model": "resnet20", "bits": "w2a32,w3a32,w4a32", "seed": "0,1,2"}
 DEFAULTS |= {"out": "outputs/unified", "runtime.tensorboard": "false"}
@@ -43,220 +48,249 @@ CONTROLS = {
     "float": {"method": "float", "bits": "w32a32", "init": "float"},
     "8-bit": {"method": "uniform", "bits": "w8a32"},
 }
-"""What the same bytes are spent on instead. Both start from a float parent of their own width, as the methods do from
-theirs, and train as long again: `init=float` makes the float network a fine-tuned one."""
+"""The networks that get the same bytes. Both start from a float baseline of their own width, like the methods, and
+train for as many epochs after it: `init=float` makes the float network a fine-tuned one."""
+QUANTIZED, BASELINE = "quantized", "baseline"
 
 HEAD = (
     *("method", "W", "A", "levels", "bits/weight", "width", "bytes", "top-1 %", "std", "n", "diff"),
     *(f"over {kind}" for kind in CONTROLS),
 )
-Row = dict[str, Any]
+
+
+@dataclass
+class NetworkRow:
+    """One line of the tables: a setting with the width of its network.
+
+    Args:
+        role: `quantized`, `baseline`, or a kind of control.
+        top1: seed -> test top-1 in percent.
+        controls: kind -> the control and the difference to it, paired by seed; None if no control is small enough.
+    """
+
+    setting: Setting
+    role: str
+    width: int
+    top1: Mapping[int, float]
+    controls: dict[str, tuple["NetworkRow", Difference] | None] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> float | None:
+        """The ideal bytes of the network; None if its cost is not known."""
+        return self.setting.cost.bytes_ideal if self.setting.cost else None
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/unified.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="keys of qbench that replace the defaults")
     parser.add_argument("--format", choices=FORMATS, default="md")
-    parser.add_argument("--record", type=Path, metavar="FILE")
-    parser.add_argument("--from", dest="kept", type=Path, metavar="FILE")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="store the results in FILE")
+    parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="print the tables of stored results")
+    options = parser.parse_args(arguments)
     try:
         with stop_on_signals() as stop:
-            launcher = [key for key in asked.keys if key.startswith("hydra")]
-            found = load_records(asked.kept) if asked.kept else train(words_of(asked.keys), launcher, stop)
+            launcher = [key for key in options.keys if key.startswith("hydra")]
+            if options.stored:
+                records = load_records(options.stored)
+            else:
+                records = train(sweep_keys(options.keys), launcher, stop)
     except QbenchError as error:
         print(f"scripts/unified.py: {error}", file=sys.stderr)
         return error.status
-    note = json.loads(asked.kept.read_text())["note"] if asked.kept else footer(asked.keys, found)
-    if asked.record:
-        asked.record.write_text(
-            json.dumps(json.loads(dump_records(found)) | {"note": note}, separators=(",", ":")) + "\n"
-        )
-    print(FORMATS[asked.format](tables(found)))
-    if asked.format == "md":
+    note = json.loads(options.stored.read_text())["note"] if options.stored else footer(options.keys, records)
+    if options.record:
+        stored = json.loads(dump_records(records)) | {"note": note}
+        options.record.write_text(json.dumps(stored, separators=(",", ":")) + "\n")
+    print(FORMATS[options.format](tables(records)))
+    if options.format == "md":
         print(f"\n{note}")
-    return 8 if any(run.status not in (DONE, "unsupported") for run in found) else 0
+    return 8 if any(run.status not in (DONE, "unsupported") for run in records) else 0
 
 
-def words_of(typed: Iterable[str]) -> dict[str, str]:
-    """Return the keys of the quantized networks, those typed in the place of the defaults."""
+def sweep_keys(typed: Iterable[str]) -> dict[str, str]:
+    """Return the keys of the quantized networks: the typed ones, and defaults for the others."""
     keys = dict(word.partition("=")[::2] for word in typed if not word.startswith("hydra"))
     if "init" in keys:
-        raise ConfigError(f"init={keys['init']}: here every network starts from its float parent\nleave init out")
+        raise ConfigError(f"init={keys['init']}: every network here starts from its float baseline\nleave init out")
     methods = [name for name in groups.option_names("method") if name != "float"]
     return {"method": ",".join(methods)} | DEFAULTS | keys
 
 
-def composed(words: dict[str, str]) -> list[Config]:
+def compose_sweep(keys: Mapping[str, str]) -> list[Config]:
     """Return the configurations of a sweep."""
-    return compose.configurations(["-m", *(f"{key}={value}" for key, value in words.items())])
+    return compose.configurations(["-m", *(f"{key}={value}" for key, value in keys.items())])
 
 
-def train(words: dict[str, str], launcher: list[str], stop: Callable[[], int]) -> list[RunRecord]:
-    """Run what is not stored, first the methods, then the controls that their bytes ask for; return all, with parents.
+def train(keys: dict[str, str], launcher: list[str], stop: Callable[[], int]) -> list[RunRecord]:
+    """Run what is not stored: first the methods, then the controls for their bytes.
+
+    Return all runs with their float baselines.
 
     Raises:
-        Interrupted: a signal asked to stop.
+        Interrupted: a signal was received.
     """
-    cells = composed(words)
-    controls = {kind: composed(words | keys) for kind, keys in CONTROLS.items()}
+    quantized = compose_sweep(keys)
+    controls = {kind: compose_sweep(keys | changed) for kind, changed in CONTROLS.items()}
     if "width" not in controls["float"][0].model:
-        raise ConfigError(f"model={words['model']} has no key `width`: its control cannot be narrowed")
-    found = run([*cells, *controls["float"]], launcher, stop)
-    budgets = {row["bytes"] for row in rows_of(list(found.values())) if row["role"] == "cell" and row["bytes"]}
-    narrow = [at_width(config, width) for kind, width in wanted(budgets, controls) for config in controls[kind]]
-    return with_baselines(list((found | run(narrow, launcher, stop)).values()))
+        raise ConfigError(f"model={keys['model']} has no key `width`: its control cannot be narrowed")
+    records = run([*quantized, *controls["float"]], launcher, stop)
+    budgets = {row.bytes for row in network_rows(list(records.values())) if row.role == QUANTIZED and row.bytes}
+    narrow = [
+        with_width(config, width) for kind, width in control_widths(budgets, controls) for config in controls[kind]
+    ]
+    return with_baselines(list((records | run(narrow, launcher, stop)).values()))
 
 
 def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> dict[Path, RunRecord]:
+    """Run the configurations that are not stored; return the outcome of all by path."""
     runs = planned_runs(configs)
     if any(not planned.directory.stored() for planned in runs):
         sweep.launch_all(launcher, runs, "joblib", stop)
     if stop():
-        raise Interrupted(f"stopped by signal {stop()}; the same command goes on from here")
+        raise Interrupted(f"stopped by signal {stop()}; the same command continues")
     return {planned.path: jobs.outcome(planned) for planned in runs}
 
 
-def wanted(budgets: Iterable[float], controls: dict[str, list[Config]]) -> list[tuple[str, int]]:
-    """Return the controls, (kind, width), that some bytes ask for."""
+def control_widths(budgets: Iterable[float], controls: Mapping[str, list[Config]]) -> list[tuple[str, int]]:
+    """Return the controls, (kind, width), for some numbers of bytes."""
     from qbench.experiment.setup import assemble
 
-    parts = {kind: assemble(configs[0], planned=True) for kind, configs in controls.items()}
-    found = {(kind, narrowed(parts[kind], budget)) for kind in parts for budget in budgets}
-    return sorted((kind, width) for kind, width in found if width)
+    setups = {kind: assemble(configs[0], planned=True) for kind, configs in controls.items()}
+    widths = {(kind, widest_within(setup, budget)) for kind, setup in setups.items() for budget in budgets}
+    return sorted((kind, width) for kind, width in widths if width)
 
 
-def narrowed(parts: Any, budget: float) -> int:
-    """Return the largest `model.width`, up to the network's own, whose bytes are not above a budget; 0: none is."""
-    widths = range(1, parts.config.model["width"] + 1)
-    return bisect_right(widths, budget, key=lambda width: bytes_at(parts, width))
+def widest_within(setup: "ExperimentSetup", budget: float) -> int:
+    """Return the largest `model.width`, up to the network's own, with at most these bytes; 0 if there is none."""
+    widths = range(1, setup.config.model["width"] + 1)
+    return bisect_right(widths, budget, key=lambda width: bytes_at(setup, width))
 
 
-def bytes_at(parts: Any, width: int) -> float:
+def bytes_at(setup: "ExperimentSetup", width: int) -> float:
     """Return the ideal bytes of a run's network at a width, built without memory (meta tensors)."""
     from qbench.cost.count import count_cost
 
-    narrow = replace(parts, config=at_width(parts.config, width))
-    return float(count_cost(narrow.install(narrow.float_model("meta")), {})["bytes_ideal"])
+    narrow = replace(setup, config=with_width(setup.config, width))
+    return count_cost(narrow.install(narrow.float_model("meta")), {}).bytes_ideal
 
 
-def at_width(config: Config, width: int) -> Config:
+def with_width(config: Config, width: int) -> Config:
     return replace(copy.deepcopy(config), model=config.model | {"width": width})
 
 
-def rows_of(found: Sequence[RunRecord]) -> list[Row]:
-    """Return the rows of `qbench compare`, each with its network's width, its figure for every seed, and its role:
-    cell, parent or a kind of control; cells with their controls and the differences, paired by seed.
-    """
-    results = {run.result.run: run.result for run in found if run.status == DONE and run.result}
-    rows: list[Row] = []
-    for values in (v for table in compare(found) for v in table.values if "top1_mean" in v):
-        own = [results[name] for name in values["runs"] if name in results]
-        if not own:  # a parent whose directory is gone
+def network_rows(records: Sequence[RunRecord]) -> list[NetworkRow]:
+    """Return the settings of `qbench compare` with role and width, quantized ones with their controls."""
+    available = {run.result.run for run in records if run.status == DONE and run.result}
+    rows: list[NetworkRow] = []
+    for setting in (setting for table in compare(records) for setting in settings_of(table)):
+        top1 = {one.seed: one.top1 for one in setting.runs if one.run in available}
+        if not top1:  # a float baseline whose directory is missing
             continue
-        first, keys = own[0], own[0].protocol.keys
-        role = "8-bit" if (first.method, first.bits["w"]) == ("uniform", 8) else "cell"
-        if first.method == "float":
-            role = "parent" if keys["init"] == "scratch" else "float"
-        figures = {r.seed: r.final.test.top1 for r in own if r.final}
-        rows.append(values | {"role": role, "width": keys["model"]["width"], "by_seed": figures})
+        role = "8-bit" if (setting.method, setting.bits.w) == ("uniform", 8) else QUANTIZED
+        if setting.is_float:
+            role = BASELINE if setting.is_baseline else "float"
+        rows.append(NetworkRow(setting, role, int(str(setting.model_keys["width"])), top1))
     for row in rows:
-        row["against"] = {kind: against(row, kind, rows) for kind in CONTROLS} if row["role"] == "cell" else {}
+        if row.role == QUANTIZED:
+            row.controls = {kind: compare_with_control(row, kind, rows) for kind in CONTROLS}
     return rows
 
 
-def against(row: Row, kind: str, rows: Iterable[Row]) -> tuple[Row, Difference] | None:
-    """Return the widest control of a kind whose bytes are not above a row's, and by how much the row is above it."""
-    fitting = [r for r in rows if r["role"] == kind and (r["bytes"] or 0) <= (row["bytes"] or -1)]
-    for control in sorted(fitting, key=lambda r: -r["width"])[:1]:
-        if seeds := sorted(row["by_seed"].keys() & control["by_seed"].keys()):
-            return control, paired(*([r["by_seed"][seed] for seed in seeds] for r in (row, control)))
+def compare_with_control(
+    row: NetworkRow, kind: str, rows: Iterable[NetworkRow]
+) -> tuple[NetworkRow, Difference] | None:
+    """Return the widest control of a kind with at most the row's bytes, and the row's top-1 minus the control's."""
+    fitting = [r for r in rows if r.role == kind and (r.bytes or 0) <= (row.bytes or -1)]
+    for control in sorted(fitting, key=lambda r: -r.width)[:1]:
+        if seeds := sorted(row.top1.keys() & control.top1.keys()):
+            return control, paired(*([r.top1[seed] for seed in seeds] for r in (row, control)))
     return None
 
 
-def tables(found: Sequence[RunRecord]) -> list[Table]:
-    """Return a table of the float network, one for every width of weights with its controls below, and one of the runs
-    without a figure.
-    """
-    rows, compared = rows_of(found), compare(found)
-    full = max((row["width"] for row in rows), default=0)
-    whole = [row for row in rows if row["role"] in ("parent", "float") and row["width"] == full]
-    made = [table_of("Float", whole, full)]
-    for bits in sorted({row["bits"]["w"] for row in rows if row["role"] == "cell"}):
-        block = [row for row in rows if row["role"] == "cell" and row["bits"]["w"] == bits]
-        pairs = [row["against"][kind] for kind in CONTROLS for row in block]
-        used = {id(pair[0]): pair[0] for pair in pairs if pair}
-        title = f"{bits} bits a weight, and below what else the same bytes buy"
-        made.append(table_of(title, [*block, *used.values()], full))
-        made[-1].notes = [sentence(kind, block) for kind in CONTROLS]
-    made[-1].notes += dict.fromkeys(note for table in compared for note in table.notes)
-    return made + [table for table in compared if any("status" in values for values in table.values)]
+def tables(records: Sequence[RunRecord]) -> list[Table]:
+    """Return the table of the float network, one per width with its controls, and that of runs without a result."""
+    rows, compared = network_rows(records), compare(records)
+    full_width = max((row.width for row in rows), default=0)
+    floats = [row for row in rows if row.role in (BASELINE, "float") and row.width == full_width]
+    result = [rows_table("Float", floats, full_width)]
+    for bits in sorted({row.setting.bits.w for row in rows if row.role == QUANTIZED}):
+        block = [row for row in rows if row.role == QUANTIZED and row.setting.bits.w == bits]
+        pairs = [row.controls[kind] for kind in CONTROLS for row in block]
+        controls = {id(pair[0]): pair[0] for pair in pairs if pair}
+        title = f"{bits} bits per weight, followed by the controls of the same bytes"
+        result.append(rows_table(title, [*block, *controls.values()], full_width))
+        result[-1].notes.extend(control_sentence(kind, block) for kind in CONTROLS)
+    result[-1].notes.extend(dict.fromkeys(note for table in compared for note in table.notes))
+    return result + [table for table in compared if any(isinstance(value, MissingRuns) for value in table.values)]
 
 
-def table_of(title: str, rows: list[Row], full: int) -> Table:
-    return Table(HEAD, [shown(row, full) for row in rows], [plain(row) for row in rows], title)
+def rows_table(title: str, rows: list[NetworkRow], full_width: int) -> Table:
+    return Table(HEAD, [cells(row, full_width) for row in rows], [plain_values(row) for row in rows], title)
 
 
-def sentence(kind: str, block: list[Row]) -> str:
-    """Say which methods of a width are above their controls of one kind, which below, and which cannot be told."""
-    told: dict[str, list[str]] = {"above": [], "below": [], "not told apart": []}
-    pairs = [(row, *row["against"][kind]) for row in block if row["against"][kind]]
+def control_sentence(kind: str, block: list[NetworkRow]) -> str:
+    """Return which methods of a width are above their control, which below, and which not significantly different."""
+    bits = block[0].setting.bits.w
+    sides: dict[str, list[str]] = {"above": [], "below": [], "not significantly different": []}
+    pairs = [(row, *pair) for row in block if (pair := row.controls[kind])]
     if not pairs:
-        return f"W{block[0]['bits']['w']}: no {kind} network within these bytes"
+        return f"W{bits}: no {kind} network fits into these bytes"
     for row, _, d in pairs:
-        told["above" if d.low > 0 else "below" if d.high < 0 else "not told apart"].append(row["method"])
-    parts = sorted(round(100 * control["bytes"] / row["bytes"]) for row, control, _ in pairs)
-    between = f"{parts[0]} % to {parts[-1]} %" if parts[0] < parts[-1] else f"{parts[0]} %"
-    said = "; ".join(f"{side}: {', '.join(names) or 'none'}" for side, names in told.items())
-    return f"W{block[0]['bits']['w']} against the {kind} network within their bytes ({between} of them): {said}"
+        side = "above" if d.low > 0 else "below" if d.high < 0 else "not significantly different"
+        sides[side].append(row.setting.label)
+    percents = sorted(round(100 * (control.bytes or 0) / (row.bytes or 1)) for row, control, _ in pairs)
+    share = f"{percents[0]} % to {percents[-1]} %" if percents[0] < percents[-1] else f"{percents[0]} %"
+    methods = "; ".join(f"{side}: {', '.join(names) or 'none'}" for side, names in sides.items())
+    return f"W{bits} against the {kind} network within their bytes (it has {share} of them): {methods}"
 
 
-def shown(row: Row, full: int) -> tuple[str, ...]:
-    """Return a row's cells, as HEAD names them."""
-    names = {"float": "float, fine-tuned", "8-bit": "8-bit (uniform)"}
-    label: str = names.get(row["role"]) or row["method"]
-    pairs = [row["against"].get(kind) for kind in CONTROLS]
+def cells(row: NetworkRow, full_width: int) -> tuple[str, ...]:
+    """Return a row's cells in the order of HEAD."""
+    setting, names = row.setting, {"float": "float, fine-tuned", "8-bit": "8-bit (uniform)"}
+    pairs = [row.controls.get(kind) for kind in CONTROLS]
+    difference = setting.difference
     return (
-        label + (", narrowed" if row["width"] < full else ""),
-        *(str(row["bits"][key]) for key in "wa"),
-        str(row["levels"] or "-"),
-        "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}",
-        str(row["width"]),
-        "-" if row["bytes"] is None else f"{si_format(row['bytes'])}B",
-        f"{row['top1_mean']:.2f}",
-        "-" if row["top1_std"] is None else f"{row['top1_std']:.2f}",
-        str(row["n"]),
-        "-" if row["diff_mean"] is None else f"{row['diff_mean']:+.2f}",
-        *("-" if pair is None else distance(pair[1]) for pair in pairs),
+        names.get(row.role, setting.label) + (", narrowed" if row.width < full_width else ""),
+        str(setting.bits.w),
+        str(setting.bits.a),
+        str(setting.levels or "-"),
+        "-" if setting.cost is None else f"{setting.cost.bits_per_weight:.2f}",
+        str(row.width),
+        "-" if row.bytes is None else f"{si_format(row.bytes)}B",
+        f"{setting.top1.mean:.2f}",
+        "-" if setting.top1.std is None else f"{setting.top1.std:.2f}",
+        str(setting.top1.n),
+        "-" if difference is None else f"{difference.mean:+.2f}",
+        *("-" if pair is None else format_difference(pair[1]) for pair in pairs),
     )
 
 
-def distance(d: Difference) -> str:
+def format_difference(d: Difference) -> str:
     return f"{d.mean:+.2f}" + (f" ±{d.high - d.mean:.2f}" if d.n > 1 else "")
 
 
-def plain(row: Row) -> Row:
-    """Return a row's values for JSON."""
-    found = {key: value for key, value in row.items() if key != "against"}
-    for kind, pair in row["against"].items():
-        found[f"over {kind}"] = pair and {
-            "width": pair[0]["width"],
+def plain_values(row: NetworkRow) -> dict[str, object]:
+    """Return a row as plain values for JSON."""
+    values = row.setting.to_json() | {"role": row.role, "width": row.width}
+    for kind, pair in row.controls.items():
+        values[f"over {kind}"] = pair and {
+            "width": pair[0].width,
             "mean": pair[1].mean,
             "interval": [pair[1].low, pair[1].high] if pair[1].n > 1 else None,
         }
-    return found
+    return values
 
 
-def footer(typed: Sequence[str], found: Sequence[RunRecord]) -> str:
-    """Say what was run and how long it took; where runs lie and how many work at a time decides nothing: left out."""
-    seconds = [run.result.wall_seconds or 0 for run in found if run.result and run.status == DONE]
-    times = [file.stat().st_mtime for run in found for file in run.path.glob("*.json")]
+def footer(typed: Sequence[str], records: Sequence[RunRecord]) -> str:
+    """Return a sentence on what was run and how long it took; keys that do not change results are left out."""
+    seconds = [run.result.wall_seconds or 0 for run in records if run.result and run.status == DONE]
+    times = [file.stat().st_mtime for run in records for file in run.path.glob("*.json")]
     command = " ".join(["scripts/unified.py", *(word for word in typed if not word.startswith(("out=", "hydra")))])
     return (
-        f"`{command}`: {len(seconds)} runs with a figure, float parents included; {max(times) - min(times):.0f} s from "
-        f"first to last and {sum(seconds):.0f} s of work, one thread a run ({os.cpu_count()} cores, "
+        f"`{command}`: {len(seconds)} runs done, float baselines included; {max(times) - min(times):.0f} s from "
+        f"first to last and {sum(seconds):.0f} s of work, one thread per run ({os.cpu_count()} cores, "
         f"{platform.machine()}, {platform.system()}, torch {version('torch')})."
     )
 

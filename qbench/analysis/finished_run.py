@@ -1,11 +1,10 @@
-"""A finished run opened again, to be looked at: its network, its data, its validation images."""
+"""A finished run, loaded for analysis: its network, its data, its validation images."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
-from qbench.data.dataset import Dataset, Loader
 from qbench.errors import CheckpointError
 from qbench.experiment.run import PROBE_IMAGES
 from qbench.experiment.setup import ExperimentSetup, assemble
@@ -15,71 +14,66 @@ from qbench.runs.result import Result, load_result
 
 
 class FinishedRun(NamedTuple):
-    """A run's result, what it is made of, and its network in eval mode on its device."""
+    """A run's result, its setup, and its network in eval mode on the run's device."""
 
     result: Result
-    parts: ExperimentSetup
+    setup: ExperimentSetup
     model: nn.Module
 
 
 def load_finished_run(run: Path, weights: str = "last", device: str = "auto") -> FinishedRun:
-    """Open a finished run with the weights of the `last` epoch, or those `best` on validation.
+    """Load a finished run with the weights of the `last` epoch, or those `best` on validation.
 
     Raises:
-        CheckpointError: it is not done, or not whole.
-        DataError: its data is not at hand.
+        CheckpointError: the run is not done, or a file is missing or damaged.
+        DataError: its data set is missing.
     """
     result = load_result(run)
     if result is None and not (run / "config.yaml").exists():
-        raise CheckpointError(f"{run} is no run's directory: it has no config.yaml\nqbench list runs names some")
+        raise CheckpointError(f"{run} is not a run directory: it has no config.yaml\nqbench list runs lists them")
     if result is None and not (run / "result.json").exists():
-        raise CheckpointError(f"{run} is not done: it has no result.json; the command that began it goes on from there")
+        raise CheckpointError(f"{run} is not done: it has no result.json\nthe command that started it continues it")
     if result is not None and result.status != "done":
         raise CheckpointError(f"{run} is not done but {result.status}: {result.reason}".splitlines()[0])
-    parts, model = load_finished_network(run, weights=weights, device=device)
+    setup, model = load_finished_network(run, weights=weights, device=device)
     if result is None:  # `load_finished_network` has refused a damaged one
-        raise CheckpointError(f"{run / 'result.json'} is gone")
-    return FinishedRun(result, parts, model.to(parts.device).eval())
+        raise CheckpointError(f"{run / 'result.json'} is missing")
+    return FinishedRun(result, setup, model.to(setup.device).eval())
 
 
-def loader(parts: ExperimentSetup, data: Dataset | None = None) -> Loader:
-    """Return what makes batches of the run's data, or of others, on its device."""
-    return parts.loader(data)
-
-
-def validation(parts: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
-    """Return the first validation images, and what is to be said of them; training images where none are held out."""
-    split = "val" if len(parts.data.val) else "train"
-    batches = list(loader(parts).plain(split, images))
+def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
+    """Return the first validation images, or training images without a validation split, and a note that says so."""
+    split = "val" if len(setup.data.val) else "train"
+    batches = list(setup.loader().unaugmented(split, images))
     count = sum(len(labels) for _, labels in batches)
     if split == "val":
         return batches, f"measured on {count} validation images, none of the test split"
-    return batches, f"measured on {count} training images, for the run holds none out (dataset.val=0)"
+    return batches, f"measured on {count} training images, because the run has no validation split (dataset.val=0)"
 
 
-def probe_batches(parts: ExperimentSetup) -> list[Batch]:
-    """Return the training images that methods measure on, and normalization where it is measured anew."""
-    return list(loader(parts).plain("train", PROBE_IMAGES))
+def probe_batches(setup: ExperimentSetup) -> list[Batch]:
+    """Return the training images that methods measure on, also used to recompute batch normalization statistics."""
+    return list(setup.loader().unaugmented("train", PROBE_IMAGES))
 
 
-def said_of_norms(anew: bool) -> str:
-    """Return what is to be said of normalization."""
-    return f"measured anew on {PROBE_IMAGES} training images" if anew else "kept as it is"
+def bn_note(recompute: bool) -> str:
+    """Return a note on the batch normalization statistics."""
+    return f"recomputed on {PROBE_IMAGES} training images" if recompute else "kept"
 
 
 def load_finished_network(
     run: Path, *, weights: str = "best", device: str = "cpu"
 ) -> tuple[ExperimentSetup, nn.Module]:
-    """Return what a finished run is made of, and its network, quantized as it is, on the CPU.
+    """Return the setup of a finished run and its quantized network, on the CPU.
 
     Args:
         weights: those `best` on validation, or those of the `last` epoch.
         device: the value of `runtime.device` in `ExperimentSetup.config`.
 
     Raises:
-        CheckpointError: the run is not whole.
-        DataError: its data is not at hand.
+        CheckpointError: a file is missing or damaged.
+        DataError: its data set is missing.
     """
     config, state = stored_run(run, str(run), weights, device)
-    parts = assemble(config)
-    return parts, load_weights(parts.install(parts.float_model()), state, f"{run}: {weights}.pt")
+    setup = assemble(config)
+    return setup, load_weights(setup.install(setup.float_model()), state, f"{run}: {weights}.pt")

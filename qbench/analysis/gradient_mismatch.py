@@ -1,34 +1,43 @@
-"""How far straight-through gradients are from those of a network whose staircases are smooth, layer by layer.
+"""The mismatch between straight-through gradients and the gradients of a smoothed network, layer by layer.
 
-A staircase Q has no useful derivative; a method puts another one in its place in the backward pass, so that forward and
-backward do not belong to one function. Under noise they do: E[Q(x + sigma z)], z ~ N(0, 1), is smooth, and near Q for
-small sigma. Its network's true gradient, at the same weights, is what straight-through gradients are held against. The
-choice of sigma is a convention, so several are measured.
+A quantizer's staircase Q has no useful derivative. A method replaces it in the backward pass, so that forward and
+backward pass belong to different functions. With noise they do not: E[Q(x + sigma z)], z ~ N(0, 1), is smooth, and
+close to Q for small sigma. Straight-through gradients are compared with the true gradient of that network at the same
+weights. The choice of sigma is a convention, so several are measured.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from qbench.analysis.finished_run import load_finished_network, probe_batches
 from qbench.methods.hwgq import HWGQActivation
 from qbench.quant.quantizer import Quantizer
+from qbench.report.tables.table import Table
 
 SIGMAS = (0.25, 0.5, 1.0)
-"""Of the noise, in steps of the quantizer; verdicts are made at STATED."""
+"""Standard deviations of the noise, in steps of the quantizer."""
 
-STATED = 0.5
+VERDICT_SIGMA = 0.5
+"""The standard deviation that verdicts use."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+LayerMismatch = dict[str, tuple[float, float]]
+"""Layer -> (cosine, bias)."""
+Mismatch = dict[str, dict[str, LayerMismatch]]
+"""Sigma as text -> backward pass -> layer -> (cosine, bias)."""
 
 
-def smoothed(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: float) -> Tensor:
+def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: float) -> Tensor:
     """Return E[Q(x + sigma z)] for the staircase Q that rises to the next of `levels` (m + 1,) at each threshold (m,).
 
-    It is levels[0] + sum of rises times Phi((x - t) / sigma), and so its derivative is the sum of rises times Gaussian
-    densities at the thresholds, of standard deviation sigma.
+    It equals levels[0] + sum of rises times Phi((x - t) / sigma). Its derivative is the sum of rises times Gaussian
+    densities at the thresholds, with standard deviation sigma.
     """
     y = levels[0].expand_as(x)
     for threshold, rise in zip(thresholds, levels[1:] - levels[:-1], strict=True):
@@ -36,8 +45,12 @@ def smoothed(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: float) -> Ten
     return y
 
 
-class Smoothed(Quantizer):
-    """Stands in for a half-wave quantizer: zero up to its threshold at zero, then its positive levels."""
+class SmoothedHalfWave(Quantizer):
+    """The expectation of a half-wave quantizer under noise.
+
+    The quantizer is zero up to its threshold at zero, then takes its positive levels. `sigma` is in steps; the step is
+    the first positive level.
+    """
 
     levels: Tensor
 
@@ -48,69 +61,97 @@ class Smoothed(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the expectation under noise."""
-        edges = (self.levels[1:] + self.levels[:-1]) / 2
-        edges[0] = 0
-        return smoothed(x, edges.to(x), self.levels.to(x), self.sigma)
+        thresholds = (self.levels[1:] + self.levels[:-1]) / 2
+        thresholds[0] = 0
+        return smoothed_staircase(x, thresholds.to(x), self.levels.to(x), self.sigma)
 
 
-class _Closed(Quantizer):
-    """A quantizer that lets no gradient pass: what changes under it has come through one."""
+class _WithoutGradient(Quantizer):
+    """A quantizer without gradient: layers whose gradient changes under it receive theirs through a quantizer."""
 
-    def __init__(self, site: Quantizer) -> None:
+    def __init__(self, quantizer: HWGQActivation) -> None:
         super().__init__()
-        self.site = site
+        self.quantizer = quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.site(x).detach()
+        return self.quantizer(x).detach()
 
 
-def agreement(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Return cosine, and bias: the length of the gradient's projection on the reference over the reference's, minus 1.
+def cosine_and_bias(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Return cosine and bias: the length of the gradient's projection on the reference, over the reference's, minus 1.
 
-    A bias of 0 with a cosine below 1 is a gradient that is right but for something perpendicular; -1 is one that knows
-    nothing of the reference. Both are 0 and -1 for a gradient of zeros.
+    Bias 0 with cosine below 1 is a correct gradient plus something perpendicular. Bias -1 is a gradient perpendicular
+    to the reference. A gradient of zeros gives 0 and -1.
 
     Raises:
         ValueError: the reference is zero.
     """
     a, b = gradient.double().flatten(), reference.double().flatten()
-    own, base = a.norm().item(), b.norm().item()
-    if base == 0:
+    length, reference_length = a.norm().item(), b.norm().item()
+    if reference_length == 0:
         raise ValueError("the reference gradient is zero: nothing can be compared with it")
     product = torch.dot(a, b).item()
-    return product / (own * base) if own else 0.0, product / base**2 - 1
+    cosine = product / (length * reference_length) if length else 0.0
+    return cosine, product / reference_length**2 - 1
 
 
-def mismatch(
+def gradient_mismatch(
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
     loss: Loss,
     backwards: Sequence[str],
     sigmas: Sequence[float] = SIGMAS,
-) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
-    """Return {sigma: {backward: {layer: (cosine, bias)}}} for the layers whose gradient comes through a quantizer.
+) -> Mismatch:
+    """Return the mismatch of all layers whose gradient comes through a half-wave quantizer.
 
-    Batch normalization normalizes each batch, as in training; the model itself is left as it was.
+    Batch normalization uses the statistics of each batch, as in training; the model itself is not changed.
 
     Args:
-        model: one whose half-wave quantizers have positive `levels` and the name of a `backward`.
+        model: a network with half-wave quantizers.
         batches: images and labels; gradients are of the mean loss over all.
-        backwards: names to set them to in turn.
+        backwards: names of backward passes, set one after the other.
 
     Raises:
-        ValueError: the model has no such quantizer.
+        ValueError: the model has no half-wave quantizer.
     """
     if not list(_half_waves(model)):
-        raise ValueError("the network has no half-wave quantizer: methods with `levels` and `backward` have")
-    found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {str(sigma): {} for sigma in sigmas}
-    closed = _gradients(model, batches, loss, _Closed)
-    straight = {name: _gradients(model, batches, loss, partial(_turned, backward=name)) for name in backwards}
-    layers = [n for n, g in closed.items() if not all(torch.equal(g, own[n]) for own in straight.values())]
+        raise ValueError("the network has no half-wave quantizer; use method=hwgq or activation=hwgq")
+    closed = _weight_gradients(model, batches, loss, _WithoutGradient)
+    straight = {
+        name: _weight_gradients(model, batches, loss, partial(_with_backward, backward=name)) for name in backwards
+    }
+    layers = [n for n, g in closed.items() if not all(torch.equal(g, grads[n]) for grads in straight.values())]
+    mismatch: Mismatch = {}
     for sigma in sigmas:
-        truth = _gradients(model, batches, loss, partial(_smoothed, sigma=sigma))
-        for name, gradients in straight.items():
-            found[str(sigma)][name] = {layer: agreement(gradients[layer], truth[layer]) for layer in layers}
-    return found
+        true = _weight_gradients(model, batches, loss, partial(_smooth, sigma=sigma))
+        mismatch[str(sigma)] = {
+            name: {layer: cosine_and_bias(gradients[layer], true[layer]) for layer in layers}
+            for name, gradients in straight.items()
+        }
+    return mismatch
+
+
+def mismatch_of_run(run: Path, backwards: Sequence[str]) -> Mismatch:
+    """Return the mismatch of a finished run's network, with the cross entropy of the probe's training images."""
+    setup, model = load_finished_network(run, weights="last", device="auto")
+    return gradient_mismatch(model.to(setup.device), probe_batches(setup), F.cross_entropy, backwards)
+
+
+def mismatch_table(runs: Sequence[Mismatch]) -> Table:
+    """Return each layer's cosine and bias, averaged over runs, per backward pass; then the layers' mean per sigma."""
+    names = list(runs[0][str(VERDICT_SIGMA)])
+    table = Table(("sigma", "layer", *(f"{name} {what}" for name in names for what in ("cosine", "bias"))))
+    for layer in runs[0][str(VERDICT_SIGMA)][names[0]]:
+        by_name = [[run[str(VERDICT_SIGMA)][name][layer] for run in runs] for name in names]
+        table.rows.append((f"{VERDICT_SIGMA:g}", layer, *_mean_cells(by_name)))
+    for sigma in runs[0]:
+        by_name = [[pair for run in runs for pair in run[sigma][name].values()] for name in names]
+        table.rows.append((sigma, "mean", *_mean_cells(by_name)))
+    return table
+
+
+def _mean_cells(by_name: Sequence[Sequence[tuple[float, float]]]) -> list[str]:
+    return [f"{sum(pair[i] for pair in pairs) / len(pairs):.3f}" for pairs in by_name for i in (0, 1)]
 
 
 def _half_waves(model: nn.Module) -> Iterator[tuple[str, HWGQActivation]]:
@@ -119,28 +160,28 @@ def _half_waves(model: nn.Module) -> Iterator[tuple[str, HWGQActivation]]:
             yield name, module
 
 
-def _turned(site: HWGQActivation, backward: str) -> Quantizer:
-    site.backward = backward
-    return site
+def _with_backward(quantizer: HWGQActivation, backward: str) -> Quantizer:
+    quantizer.backward = backward
+    return quantizer
 
 
-def _smoothed(site: HWGQActivation, sigma: float) -> Quantizer:
-    return Smoothed(site.levels, sigma)
+def _smooth(quantizer: HWGQActivation, sigma: float) -> Quantizer:
+    return SmoothedHalfWave(quantizer.levels, sigma)
 
 
-def _gradients(
+def _weight_gradients(
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
     loss: Loss,
-    change: Callable[[HWGQActivation], Quantizer],
+    replace: Callable[[HWGQActivation], Quantizer],
 ) -> dict[str, Tensor]:
-    """Return dL/dw by layer name for a copy of the model with its quantizers changed."""
-    own = copy.deepcopy(model).train()
-    for name, site in list(_half_waves(own)):
+    """Return dL/dw by layer name, for a copy of the model with its half-wave quantizers replaced."""
+    model = copy.deepcopy(model).train()
+    for name, quantizer in list(_half_waves(model)):
         parent, _, leaf = name.rpartition(".")
-        setattr(own.get_submodule(parent), leaf, change(site))
-    named = {n: m.weight for n, m in own.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    total = torch.stack([loss(own(images), labels) * len(labels) for images, labels in batches]).sum()
-    mean = total / sum(len(labels) for _, labels in batches)
-    grads = torch.autograd.grad(mean, list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(named.items(), grads, strict=True)}
+        setattr(model.get_submodule(parent), leaf, replace(quantizer))
+    weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    total = torch.stack([loss(model(images), labels) * len(labels) for images, labels in batches]).sum()
+    mean_loss = total / sum(len(labels) for _, labels in batches)
+    grads = torch.autograd.grad(mean_loss, list(weights.values()), allow_unused=True)
+    return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), grads, strict=True)}

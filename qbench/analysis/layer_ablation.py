@@ -1,188 +1,111 @@
-"""What a float network loses where one layer alone is quantized: each layer at every width, without training."""
+"""Layer ablation: accuracy with the quantizers of single layers disabled, and with all others disabled.
+
+A layer whose quantizers are disabled computes in float on its latent weights.
+"""
 
 import copy
-import glob
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from qbench.analysis.bit_allocation import total
-from qbench.analysis.disabled_quantizers import measured
-from qbench.analysis.finished_run import load_finished_run, probe_batches, validation
-from qbench.analysis.overrides import method_of
-from qbench.bits import FLOAT
-from qbench.config.schema import STARTS
-from qbench.cost.count import count_cost, storage
-from qbench.errors import CheckpointError, ConfigError
-from qbench.experiment.setup import ExperimentSetup, assemble
-from qbench.quant.layers import effective_weight, quantized_layers
-from qbench.quant.method import Unsupported
-from qbench.quant.probe import Batch, Probe
+from qbench.methods.ptq import reestimate_norms
+from qbench.quant.install import feeds
+from qbench.quant.layers import BypassedActivation, quantized_layers
+from qbench.quant.probe import Batch
+from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 from qbench.runs.result import Accuracy
-from qbench.system import files
-from qbench.training.initial_weights import load_initial_weights
+from qbench.training.evaluation import evaluate
 
 
-class FloatBaseline(NamedTuple):
-    """A float network with its weights, and what is measured on: validation batches, the training images of a Probe.
+@dataclass(frozen=True)
+class LayerAblation:
+    """The accuracy of a network under changes of its quantized layers.
 
-    `norms`: see `measured`.
+    Args:
+        quantized, float_: all layers quantized, and all disabled.
+        leave_one_out: layer -> only this layer disabled.
+        leave_one_in: layer -> only this layer quantized.
     """
 
-    parts: ExperimentSetup
-    model: nn.Module
-    batches: Sequence[Batch]
-    probe: Probe
-    norms: Sequence[Batch] = ()
-
-    def quantized(self, widths: Mapping[str, int]) -> nn.Module:
-        """Return the network with these layers at these widths and all others float, by the method, not trained.
-
-        An incremental method quantizes all its weights at once.
-
-        Raises:
-            Unsupported: the method does not know a width, or cannot quantize these layers alone.
-        """
-        rules = {glob.escape(name): width for name, width in widths.items()} | {"*": "float"}
-        policy = replace(self.parts.policy, rules=rules)
-        model = replace(self.parts, policy=policy).install(copy.deepcopy(self.model))
-        method = self.parts.method
-        if method.prepare:
-            method.prepare(model, self.probe)
-        if method.on_epoch:
-            method.on_epoch(model, 0, 1, self.probe)  # the last epoch of one
-        return model
-
-    def measure(self, model: nn.Module) -> Accuracy:
-        """Return validation metrics."""
-        return measured(model, self.batches, self.norms)
+    quantized: Accuracy
+    float_: Accuracy
+    leave_one_out: dict[str, Accuracy]
+    leave_one_in: dict[str, Accuracy]
 
 
-@dataclass
-class LayerSensitivity:
-    """Layer -> width -> loss gained by that layer alone, squared error of its weights, and costs.
+def ablate_layers(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequence[Batch] = ()) -> LayerAblation:
+    """Measure a network with each layer left out and left in alone.
 
-    `weights` counts each layer's weights; `rest` holds what everything else costs.
+    Args:
+        bn_batches: see `measure_accuracy`.
     """
+    names = list(quantized_layers(model))
 
-    weights: dict[str, int]
-    base: Accuracy
-    loss: dict[str, dict[int, float]] = field(default_factory=dict)
-    mse: dict[str, dict[int, float]] = field(default_factory=dict)
-    bytes: dict[str, dict[int, float]] = field(default_factory=dict)
-    bitops: dict[str, dict[int, float]] = field(default_factory=dict)
-    rest: dict[str, float] = field(default_factory=dict)
+    def without(*disabled: str) -> Accuracy:
+        with quantizers_disabled(model, disabled):
+            return measure_accuracy(model, batches, bn_batches)
 
-    def costs(self, kind: str) -> dict[str, dict[int, float]]:
-        """Return the costs of a kind of budget; those of w are bits of all weights, not of one, to stay exact."""
-        if kind != "w":
-            return self.bytes if kind == "bytes" else self.bitops
-        return {name: {k: k * self.weights[name] for k in of} for name, of in self.loss.items()}
+    return LayerAblation(
+        quantized=without(),
+        float_=without(*names),
+        leave_one_out={name: without(name) for name in names},
+        leave_one_in={name: without(*(other for other in names if other != name)) for name in names},
+    )
 
 
-def started(run: Path, words: Sequence[str], *, images: int, anew: bool, device: str) -> tuple[FloatBaseline, str]:
-    """Return the float weights that a run started from, with the run's method or the one that words name.
+class PrecedingActivation(Quantizer):
+    """The activation function that a layer's input quantizer replaced, in front of that layer only."""
 
-    Also what is to be said of the images measured on. `anew`: whether normalization is measured anew each time.
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
 
-    Raises:
-        CheckpointError: the run or its float parent is not whole.
-        ConfigError: words that make no method for this network.
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation of x, without changing x, because other layers read it too."""
+        y: Tensor = self.act(x.clone())
+        return y
+
+
+@contextmanager
+def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Let the named layers compute in float on their latent weights; everything else is unchanged.
+
+    With all layers disabled the network computes the same as in `float_mode`. Parameters and buffers do not change.
     """
-    found = load_finished_run(run, "best", device)
-    own = found.parts
-    where, identity = _weights(run, own)
-    config = replace(method_of(own.config, words), init="scratch")
+    layers, activations = quantized_layers(model), _preceding_activations(model)
+    disabled = [layers[name] for name in names]
+    quantizers = [(layer.input_q, layer.weight_q, layer.output_q) for layer in disabled]
     try:
-        parts = assemble(config)
-        if parts.network != own.network:
-            why = f"{parts.method_name} requires model.norm={parts.method.requires.norm}"
-            raise ConfigError(f"{why}, and {run} has another; name a run of that method, whose float parent has it")
-        model = parts.float_model()
-        load_initial_weights(model, where, identity)
-        batches, said = validation(parts, images)
-        seen = probe_batches(parts)
-        probe = Probe(seen, F.cross_entropy)
-        return FloatBaseline(parts, model.to(parts.device).eval(), batches, probe, seen if anew else ()), said
-    except Unsupported as reason:
-        raise ConfigError(str(reason)) from None
+        for layer in disabled:
+            act = activations.get(layer.label)
+            layer.input_q = IdentityQuantizer() if act is None else PrecedingActivation(act).train(layer.training)
+            layer.weight_q, layer.output_q = IdentityQuantizer(), IdentityQuantizer()
+        yield
+    finally:
+        for layer, (input_q, weight_q, output_q) in zip(disabled, quantizers, strict=True):
+            layer.input_q, layer.weight_q, layer.output_q = input_q, weight_q, output_q
 
 
-def _weights(run: Path, parts: ExperimentSetup) -> tuple[Path, str | None]:
-    """Return where the float weights lie, and the identity they must have where it is known."""
-    init = str(files.read_yaml(run / "config.yaml")["init"])
-    if parts.method.name == "float":
-        return run, None
-    if init not in STARTS:
-        return Path(init), None
-    place = run.resolve().parents[1] / parts.baseline.identity.directory
-    if not place.is_dir():
-        raise CheckpointError(f"{run}: its float parent is not beside it: {place.name}\nthe run's command trains it")
-    return place, parts.baseline.identity.digest
+def _preceding_activations(model: nn.Module) -> dict[str, nn.Module]:
+    """Return layer -> the activation function in front of it that input quantizers replaced."""
+    readers, modules = feeds(model), dict(model.named_modules())
+    replaced = {name: module for name in readers if isinstance(module := modules.get(name), BypassedActivation)}
+    return {reader: module.act for name, module in replaced.items() for reader in readers[name]}
 
 
-def figures(start: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:
-    """Measure every layer that the run quantizes, at every width that the method knows for it, alone."""
-    layers = _quantized(start)
-    weights = {name: _weight(start, name).numel() for name in layers}
-    found = LayerSensitivity(weights, base=start.measure(start.quantized({})))
-    for name in layers:
-        slots = [figure.setdefault(name, {}) for figure in (found.loss, found.mse, found.bytes, found.bitops)]
-        refused = ""
-        for width in widths:
-            try:
-                values = _alone(start, name, width, found)
-            except Unsupported as reason:
-                refused = str(reason)
-                continue
-            for slot, value in zip(slots, values, strict=True):
-                slot[width] = value
-        if not found.loss[name]:
-            raise ConfigError(f"{name} can have none of the widths {', '.join(map(str, widths))}: {refused}")
-    found.rest = _rest(start, found)
-    return found
+def measure_accuracy(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequence[Batch] = ()) -> Accuracy:
+    """Return top-1, top-5 and loss of a network; the network is not changed.
 
-
-def _quantized(start: FloatBaseline) -> list[str]:
-    """Return the layers whose weights the run quantizes."""
-    layers = quantized_layers(start.parts.install(copy.deepcopy(start.model)))
-    names = [name for name, layer in layers.items() if layer.bits.w < FLOAT]
-    if not names:
-        raise ConfigError(f"{start.parts.method.name} {start.parts.method.bits} quantizes no weights: set bits.w")
-    return names
-
-
-def _alone(start: FloatBaseline, name: str, width: int, found: LayerSensitivity) -> tuple[float, float, float, float]:
-    """Return loss gained, squared error, bytes and BitOps of a layer at a width."""
-    model = start.quantized({name: width})
-    layer = quantized_layers(model)[name]
-    error = squared_error(_weight(start, name), effective_weight(layer)) / sum(found.weights.values())
-    bitops = start.parts.macs[name] * layer.bits.w * layer.bits.a
-    return start.measure(model).loss - found.base.loss, error, storage(layer).ideal, bitops
-
-
-def _weight(start: FloatBaseline, name: str) -> Tensor:
-    return start.model.get_parameter(f"{name}.weight").detach()
-
-
-def squared_error(w: Tensor, w_hat: Tensor) -> float:
-    """Return the squared error of quantized weights times the best factor, which normalization behind would undo."""
-    w, w_hat = w.double().flatten(), w_hat.double().flatten()
-    power = w_hat @ w_hat
-    factor = (w @ w_hat) / power if power > 0 else 0.0
-    return float(((w - factor * w_hat) ** 2).sum())
-
-
-def _rest(start: FloatBaseline, found: LayerSensitivity) -> dict[str, float]:
-    """Return what all else costs, from the whole network with every layer at its first width."""
-    first = {name: next(iter(of)) for name, of in found.loss.items()}
-    whole = count_cost(start.quantized(first), start.parts.macs)
-    return {
-        "bytes": whole.bytes_ideal - total(found.bytes, first),
-        "bitops": whole.bitops - total(found.bitops, first),
-        "w": 0.0,
-    }
+    Args:
+        bn_batches: batches on which mean and variance of batch normalization are recomputed, in a copy; without them
+            the statistics are kept. Some methods put weights on another scale than the latent ones and rely on
+            the normalization that follows.
+    """
+    if bn_batches:
+        model = copy.deepcopy(model)
+        reestimate_norms(model, bn_batches)
+    accuracy = evaluate(model, batches)
+    assert accuracy is not None  # there are images
+    return accuracy

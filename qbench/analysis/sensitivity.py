@@ -1,55 +1,62 @@
-"""The widths that a budget buys, one a layer: a table of allocations, one of layers, and a file to train them by."""
+"""Bit widths per layer under a budget: a table of allocations, a table of layers, and a file to train with."""
 
 import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from qbench.analysis.bit_allocation import (
     Budget,
     BudgetInfeasible,
-    allocate,
-    extremes,
+    allocate_widths,
+    cost_range,
+    largest_uniform_width,
     parse_budget,
-    short,
-    total,
-    uniform,
+    sum_over_layers,
 )
-from qbench.analysis.finished_run import said_of_norms
-from qbench.analysis.layer_ablation import FloatBaseline, LayerSensitivity, figures, started
+from qbench.analysis.finished_run import bn_note
+from qbench.analysis.layer_sensitivity import (
+    FloatBaseline,
+    LayerSensitivity,
+    load_float_baseline,
+    measure_sensitivity,
+)
 from qbench.errors import ConfigError
 from qbench.quant.method import Unsupported
 from qbench.report.tables.table import Table
+from qbench.report.tables.units import si_format
 from qbench.system import files
 
 HEAD = ("widths by", "bits", "bytes", "BitOps", "predicted loss", "measured loss", "top-1 %")
 MARK = "# qbench sensitivity "
+"""The first words of the file that is written."""
 MEASURES = {"loss": "loss", "mse": "weight MSE"}
+LABELS = MEASURES | {"uniform": "uniform"}
+
+Allocations = dict[str, dict[str, int] | None]
+"""Measure or `uniform` -> layer -> width; None if no uniform width meets the budget."""
 
 
-def choices(found: LayerSensitivity, budget: Budget) -> dict[str, dict[str, int] | None]:
-    """Return the widths by each measure and, for comparison, the largest uniform width, under a budget.
+def choose_widths(sensitivity: LayerSensitivity, budget: Budget) -> Allocations:
+    """Return the widths by each measure and, for comparison, the largest uniform width under a budget.
 
     Raises:
-        ConfigError: no widths keep it; least and most are named.
+        ConfigError: no widths meet the budget; the message has the lowest and the highest useful one.
     """
-    costs, rest = found.costs(budget.kind), found.rest[budget.kind]
-    unit = sum(found.weights.values()) if budget.kind == "w" else 1
-    room = budget.most * unit - rest
+    costs, rest = sensitivity.costs(budget.kind), sensitivity.rest[budget.kind]
+    unit = sum(sensitivity.weights.values()) if budget.kind == "w" else 1
+    limit = budget.limit * unit - rest
     try:
-        chosen: dict[str, dict[str, int] | None] = {
-            "loss": allocate(found.loss, costs, room),
-            "mse": allocate(found.mse, costs, room),
-        }
+        by_loss = allocate_widths(sensitivity.loss, costs, limit)
+        by_mse = allocate_widths(sensitivity.mse, costs, limit)
     except BudgetInfeasible:
-        low, high = (short((rest + bound) / unit) for bound in extremes(costs))
+        low, high = (_compact((rest + bound) / unit) for bound in cost_range(costs))
         raise ConfigError(
             f"--budget {budget}: these layers and widths cost at least {budget.kind}={low}\n"
-            f"allowed: from {budget.kind}={low}, at most of use is {budget.kind}={high}"
+            f"allowed: from {budget.kind}={low}; more than {budget.kind}={high} has no use"
         ) from None
-    return chosen | {"uniform": uniform(costs, room)}
+    return {"loss": by_loss, "mse": by_mse, "uniform": largest_uniform_width(costs, limit)}
 
 
 def sensitivity(
@@ -64,103 +71,111 @@ def sensitivity(
     out: str = "bits.yaml",
     device: str = "auto",
 ) -> list[Table]:
-    """Choose one width a layer, write it to `out`, and return the tables of allocations and of layers.
+    """Choose one width per layer, write the choice to `out`, and return the tables of allocations and of layers.
 
     Args:
-        words: another method or layer policy than the run's; a float run wants a method.
-        budget: bytes=20k or bitops=1G of the whole network, w=3 bits a weight; without, the run's own width.
-        measure: what is written: the choice by leave-one-in loss, or by weight MSE.
-        bn_stats: `recompute` the statistics of batch normalization behind what is quantized, or `keep` them.
+        words: another method or layer policy than the run's; required for a float run.
+        budget: bytes=20k or bitops=1G for the whole network, w=3 bits per weight; default: the run's own width.
+        measure: which choice is written: by the loss of each layer alone, or by the MSE of its weights.
+        bn_stats: `recompute` the batch normalization statistics after quantization, or `keep` them.
     """
     _check_out(Path(out))
-    asked = parse_budget(budget) if budget else None
-    start, said = started(run, words, images=images, anew=bn_stats == "recompute", device=device)
-    asked = asked or Budget("w", start.parts.method.bits.w)
+    parsed = parse_budget(budget) if budget else None
+    baseline = load_float_baseline(run, words, images=images, recompute_bn=bn_stats == "recompute", device=device)
+    limit = parsed or Budget("w", baseline.setup.method.bits.w)
     try:
-        found = figures(start, widths)
-        chosen = choices(found, asked)
-        tables = [_allocations(run, start, found, chosen, asked), _layers(found, chosen)]
+        measured = measure_sensitivity(baseline, widths)
+        chosen = choose_widths(measured, limit)
+        tables = [_allocations_table(run, baseline, measured, chosen, limit), _layers_table(measured, chosen)]
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None
+    accuracy = measured.float_accuracy
     tables[0].notes += [
-        f"{said}; the float network: loss {found.base.loss:.4f}, top-1 {found.base.top1:.2f} %",
-        "predicted: that loss and what each layer adds alone; measured: all together; nothing was trained",
-        f"normalization behind quantizers: {said_of_norms(bn_stats == 'recompute')}",
-        f"written to {out}, by {MEASURES[measure]}; train it by layers=@{out} on the run's command line",
+        f"{baseline.images_note}; the float network: loss {accuracy.loss:.4f}, top-1 {accuracy.top1:.2f} %",
+        "predicted: the float loss plus the increase of each layer alone; measured: all layers together; not trained",
+        f"batch normalization statistics after quantization: {bn_note(bn_stats == 'recompute')}",
+        f"written to {out}, by {MEASURES[measure]}; to train it, add layers=@{out} to the run's command line",
     ]
-    typed = " ".join([str(run), *words, f"--budget {asked}", f"--measure {measure}", f"--bn-stats {bn_stats}"])
-    files.write(Path(out), _file(typed, measure, chosen[measure] or {}, start, tables[0]).encode())
+    command = " ".join([str(run), *words, f"--budget {limit}", f"--measure {measure}", f"--bn-stats {bn_stats}"])
+    files.write(Path(out), _rules_file(command, measure, chosen[measure] or {}, baseline, tables[0]).encode())
     return tables
 
 
-def _allocations(
-    run: Path,
-    start: FloatBaseline,
-    found: LayerSensitivity,
-    chosen: Mapping[str, dict[str, int] | None],
-    budget: Budget,
+def _compact(value: float) -> str:
+    """Write a number with four digits and a unit, as --budget takes it: 20k, 1.234G."""
+    return si_format(value, digits=4, gap="")
+
+
+def _allocations_table(
+    run: Path, baseline: FloatBaseline, sensitivity: LayerSensitivity, chosen: Allocations, budget: Budget
 ) -> Table:
-    table = Table(HEAD, title=f"{run}: {start.parts.method_name}, not trained, under {budget}")
-    labels = MEASURES | {"uniform": "uniform"}
-    whole = sum(found.weights.values())
+    """Return one row per allocation: its costs, predicted and measured loss."""
+    table = Table(HEAD, title=f"{run}: {baseline.setup.method_name}, not trained, under {budget}")
+    all_weights = sum(sensitivity.weights.values())
     for key, widths in chosen.items():
         if widths is None:
-            table.notes.append("uniform: no width that all layers can have keeps the budget")
+            table.notes.append("uniform: no width that all layers support meets the budget")
             continue
-        measured = start.measure(start.quantized(widths))
-        values: dict[str, Any] = {
-            "widths_by": key, "bits": sum(k * found.weights[name] for name, k in widths.items()) / whole,
-            "bytes": found.rest["bytes"] + total(found.bytes, widths),
-            "bitops": found.rest["bitops"] + total(found.bitops, widths),
-            "predicted_loss": found.base.loss + total(found.loss, widths),
-            "measured_loss": measured.loss, "top1": measured.top1, "widths": widths,
-        }  # fmt: skip
-        table.values.append(values)
+        accuracy = baseline.measure(baseline.quantized(widths))
+        bits = sum(k * sensitivity.weights[name] for name, k in widths.items()) / all_weights
+        stored_bytes = sensitivity.rest["bytes"] + sum_over_layers(sensitivity.bytes, widths)
+        bitops = sensitivity.rest["bitops"] + sum_over_layers(sensitivity.bitops, widths)
+        predicted = sensitivity.float_accuracy.loss + sum_over_layers(sensitivity.loss, widths)
+        table.values.append(
+            {
+                "widths_by": key, "bits": bits, "bytes": stored_bytes, "bitops": bitops, "predicted_loss": predicted,
+                "measured_loss": accuracy.loss, "top1": accuracy.top1, "widths": widths,
+            }
+        )  # fmt: skip
         table.rows.append(
             (
-                labels[key], f"{values['bits']:.2f}", short(values["bytes"]), short(values["bitops"]),
-                f"{values['predicted_loss']:.4f}", f"{values['measured_loss']:.4f}", f"{values['top1']:.2f}",
+                LABELS[key], f"{bits:.2f}", _compact(stored_bytes), _compact(bitops), f"{predicted:.4f}",
+                f"{accuracy.loss:.4f}", f"{accuracy.top1:.2f}",
             )
         )  # fmt: skip
     return table
 
 
-def _layers(found: LayerSensitivity, chosen: Mapping[str, dict[str, int] | None]) -> Table:
-    """Return a row for every layer: the widths chosen, and the loss that each width alone adds."""
-    widths = sorted({width for of in found.loss.values() for width in of})
+def _layers_table(sensitivity: LayerSensitivity, chosen: Allocations) -> Table:
+    """Return one row per layer: the chosen widths, and the loss increase of that layer alone at each width."""
+    widths = sorted({width for layer in sensitivity.loss.values() for width in layer})
     head = ("layer", "weights", "loss", "MSE", "uniform", *(f"+ at {width}" for width in widths))
-    table = Table(head, title="layers: bits chosen, and the loss that one layer alone adds at each width")
-    for name, of in found.loss.items():
-        bits = [str(by[name]) if by else "-" for by in chosen.values()]
-        harms = [f"{of[width]:+.4f}" if width in of else "-" for width in widths]
-        table.rows.append((name, str(found.weights[name]), *bits, *harms))
-        values: dict[str, Any] = {key: by[name] if by else None for key, by in chosen.items()}
-        losses, errors = ({str(k): x for k, x in figure[name].items()} for figure in (found.loss, found.mse))
-        table.values.append({"layer": name, "weights": found.weights[name]} | values | {"harm": losses, "mse": errors})
+    table = Table(head, title="layers: chosen bits, and the loss increase of one layer alone at each width")
+    for name, losses in sensitivity.loss.items():
+        bits = {key: allocation[name] if allocation else None for key, allocation in chosen.items()}
+        increases = [f"{losses[width]:+.4f}" if width in losses else "-" for width in widths]
+        cells = ["-" if width is None else str(width) for width in bits.values()]
+        table.rows.append((name, str(sensitivity.weights[name]), *cells, *increases))
+        harm, mse = ({str(k): x for k, x in values[name].items()} for values in (sensitivity.loss, sensitivity.mse))
+        table.values.append(
+            {"layer": name, "weights": sensitivity.weights[name]} | bits | {"loss_increase": harm, "weight_mse": mse}
+        )
     return table
 
 
 def _check_out(out: Path) -> None:
-    """Refuse to write over what this verb has not written."""
+    """Refuse to overwrite a file that this subcommand did not write."""
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: no such directory: {out.parent}")
     try:
         if out.exists() and not files.read(out).startswith(MARK.encode()):
-            raise ConfigError(f"--out {out}: is there, and not from qbench sensitivity\nchoose another: --out FILE")
+            raise ConfigError(
+                f"--out {out}: the file exists and is not from qbench sensitivity\nchoose another: --out FILE"
+            )
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}") from None
 
 
-def _file(typed: str, measure: str, widths: Mapping[str, int], start: FloatBaseline, table: Table) -> str:
-    """Return widths as `layers.rules` takes them; the run's own rules follow, for layers that are not named."""
-    by = "the validation loss that each layer alone adds" if measure == "loss" else "the squared error of the weights"
+def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline: FloatBaseline, table: Table) -> str:
+    """Return widths in the form of `layers.rules`; the run's own rules follow, for layers that are not named."""
+    criterion = "validation losses added by each layer alone" if measure == "loss" else "squared errors of the weights"
     lines = [
-        f"{MARK}{typed}",
-        f"# One width a layer, for which the sum of {by} is least under the budget;",
-        f"# measured by {start.parts.method_name} without training. Widths by",
+        f"{MARK}{command}",
+        f"# One width per layer, with the smallest sum of {criterion} under the budget;",
+        f"# measured with {baseline.setup.method_name} without training. Widths by",
         *("#   {}: {} bits, {} bytes, {} BitOps, predicted loss {}".format(*row) for row in table.rows),
         "# To train it, add layers=@FILE to the run's command line.",
     ]
     rules: dict[str, int | str] = {glob.escape(name): width for name, width in widths.items()}
-    rules |= {key: width for key, width in start.parts.policy.rules.items() if key not in rules}
+    rules |= {key: width for key, width in baseline.setup.policy.rules.items() if key not in rules}
     return "\n".join(lines) + "\n" + yaml.safe_dump(rules, sort_keys=False)

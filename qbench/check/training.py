@@ -10,7 +10,7 @@ from qbench.quant.install import install
 from qbench.quant.method import Unsupported
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import pack, unpack, weights_sha256
-from qbench.training.loop import Callbacks, fit
+from qbench.training.loop import Callbacks, train
 from qbench.training.state import State
 from qbench.training.task import Task
 
@@ -24,7 +24,7 @@ class _Stop(Exception):
 def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
     """A new network with the state_dict of a trained one gives the same outputs, bit for bit."""
     task, state = _task(subject, bits)
-    fit(task, state)
+    train(task, state)
     saved = unpack(pack({"model": task.model.state_dict()}), "memory")["model"]
     model = subject.float_network()
     install(subject.make(bits), model, example=torch.zeros(1, *SHAPE))
@@ -39,7 +39,7 @@ def resume(subject: MethodUnderTest, bits: Bits) -> None:
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
     whole, state = _task(subject, bits)
-    fit(whole, state)
+    train(whole, state)
     first, state = _task(subject, bits)
     stop = len(batches()) * 2 + 1
 
@@ -48,7 +48,7 @@ def resume(subject: MethodUnderTest, bits: Bits) -> None:
             raise _Stop
 
     try:
-        fit(first, state, Callbacks(step=stop_in_epoch))
+        train(first, state, Callbacks(on_step=stop_in_epoch))
     except _Stop:
         saved = unpack(pack(state.save(first.model)), "memory")
     else:
@@ -58,7 +58,7 @@ def resume(subject: MethodUnderTest, bits: Bits) -> None:
         p.requires_grad_(name in saved["trainable"])
     state = State(_optimizer(resumed.model))
     state.load(resumed.model, saved)
-    fit(resumed, state)
+    train(resumed, state)
     if weights_sha256(resumed.model.state_dict()) != weights_sha256(whole.model.state_dict()):
         raise PropertyViolation("training that was interrupted ends in other weights")
 
@@ -66,7 +66,7 @@ def resume(subject: MethodUnderTest, bits: Bits) -> None:
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     if not any(p.requires_grad for p in model.parameters()):
         raise Unsupported("nothing is trained")
-    return optim.build(model, RECIPE)
+    return optim.build_optimizer(model, RECIPE)
 
 
 def _task(subject: MethodUnderTest, bits: Bits, *, prepare: bool = True) -> tuple[Task, State]:

@@ -1,6 +1,7 @@
-"""Augmentation: crops and mirroring of uint8 images, colours of float images, each image by draws of its own.
+"""Augmentation: crops and mirroring of uint8 images, colour changes of float images.
 
-A batch at a time; what streams from files is cropped one by one, by the same function.
+Each image has its own random draws. The functions take whole batches. Images that stream from files
+are cropped one by one, by the same function.
 """
 
 import math
@@ -13,8 +14,14 @@ from torch import Tensor
 
 # Shapes: N images, C channels, H height, W width.
 
-CROP, COLOUR, ATTEMPTS = 3, 3, 10
-"""Draws of an image: vertical place, horizontal place, mirroring; three for colours; two an attempt at a random box."""
+CROP_DRAWS = 3
+"""Draws of an image for its crop: vertical place, horizontal place, mirroring."""
+
+COLOUR_DRAWS = 3
+"""Draws of an image for its colours."""
+
+BOX_ATTEMPTS = 10
+"""Attempts at a random box that fits into the image; each takes two draws."""
 
 ASPECT = (3 / 4, 4 / 3)
 """Width by height of a crop with random area: Szegedy et al. 2014, arXiv 1409.4842, section 6."""
@@ -25,15 +32,20 @@ GREY = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to a training image; an image to be evaluated is cropped in the centre, to the same size.
+    """How training images are augmented.
+
+    In evaluation, images are cropped in the centre, to the same size.
 
     Args:
-        pad: pixels put on each side before the random crop: black, or the border's with `replicate`.
+        pad: pixels added on each side before the random crop: black, or the border's with
+            `replicate`.
         flip: whether half of the images are mirrored.
-        size: the crop's side; 0 stands for the image's own height and width.
-        area: the least part of the image that a crop with random area and aspect covers; 0 for crops of `size` pixels.
-        brightness: most grey values of 255 that are added or taken away.
-        contrast: distances from the mean of each channel are multiplied by 1 - contrast to 1 + contrast.
+        size: the crop's side in pixels; 0 stands for the image's own height and width.
+        area: smallest share of the image that a crop with random area and aspect covers; 0 for
+            crops of `size` pixels.
+        brightness: largest change of brightness in either direction, in grey values of 255.
+        contrast: distances from the mean of each channel are multiplied by 1 - contrast to 1 +
+            contrast.
         jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter.
     """
 
@@ -47,41 +59,49 @@ class Augment:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, most in (("brightness", 255), ("contrast", 1), ("jitter", 1), ("area", 1)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed is 0 to {most}")
+        limits = {
+            "brightness": (self.brightness, 255), "contrast": (self.contrast, 1), "jitter": (self.jitter, 1),
+            "area": (self.area, 1),
+        }  # fmt: skip
+        for name, (value, highest) in limits.items():
+            if not 0 <= value <= highest:
+                raise ValueError(f"{name}={value}: allowed is 0 to {highest}")
 
     @property
-    def colours(self) -> bool:
-        """Whether anything but place and mirroring is drawn."""
+    def changes_colours(self) -> bool:
+        """Whether the augmentation changes colours."""
         return bool(self.brightness or self.contrast or self.jitter)
 
     @property
     def draws(self) -> int:
-        """Uniform numbers that an image takes."""
-        return CROP + COLOUR + 2 * ATTEMPTS if self.area else CROP + COLOUR if self.colours else CROP
+        """Number of uniform draws that an image takes."""
+        if self.area:
+            return CROP_DRAWS + COLOUR_DRAWS + 2 * BOX_ATTEMPTS
+        return CROP_DRAWS + COLOUR_DRAWS if self.changes_colours else CROP_DRAWS
 
 
-def augmented(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
+def crop_and_flip(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
     """Crop and mirror every image by its own draws.
 
     Args:
-        draws: uniform numbers in [0, 1), (N, 3 or more): vertical place, horizontal place, mirroring.
+        draws: uniform numbers in [0, 1), (N, 3 or more): vertical place, horizontal place,
+            mirroring.
     """
     pad, (count, _, height, width) = augment.pad, images_NCHW.shape
     rows, columns = augment.size or height, augment.size or width
     if not pad and not augment.flip and (rows, columns) == (height, width):
         return images_NCHW
-    below, right = height + 2 * pad - rows, width + 2 * pad - columns  # the last place
+    last_top, last_left = height + 2 * pad - rows, width + 2 * pad - columns
     image = torch.arange(count, device=draws.device)
-    dy, dx = (draws[:, 0] * (below + 1)).long(), (draws[:, 1] * (right + 1)).long()
+    top, left = (draws[:, 0] * (last_top + 1)).long(), (draws[:, 1] * (last_left + 1)).long()
     images = images_NCHW.movedim(1, 3)
-    if augment.flip:  # the mirror image of a crop is the crop, at the mirrored place, of the mirror image
+    if augment.flip:
+        # The mirror image of a crop equals the crop, at the mirrored place, of the mirror image.
         mirrored = draws[:, 2] < 0.5
         images = torch.cat([images, images.flip(2)])
-        image, dx = image + count * mirrored, torch.where(mirrored, right - dx, dx)
+        image, left = image + count * mirrored, torch.where(mirrored, last_left - left, left)
     windows = _padded(images, pad, augment.replicate).unfold(1, rows, 1).unfold(2, columns, 1)
-    return windows[image, dy, dx]
+    return windows[image, top, left]
 
 
 def _padded(images_NHWC: Tensor, pad: int, replicate: bool) -> Tensor:
@@ -93,8 +113,10 @@ def _padded(images_NHWC: Tensor, pad: int, replicate: bool) -> Tensor:
     return images_NHWC
 
 
-def centred(images_NCHW: Tensor, size: int) -> Tensor:
-    """Return the centre crop with sides of `size` pixels, rounded as torchvision rounds; 0 is the whole image."""
+def center_crop(images_NCHW: Tensor, size: int) -> Tensor:
+    """Return the centre crop with sides of `size` pixels, rounded as torchvision rounds; 0 is the
+    whole image.
+    """
     height, width = images_NCHW.shape[2:]
     if not size or (size, size) == (height, width):
         return images_NCHW
@@ -103,14 +125,17 @@ def centred(images_NCHW: Tensor, size: int) -> Tensor:
 
 
 def random_box(height: int, width: int, draws: Sequence[float], area: float) -> tuple[int, int, int, int]:
-    """Return (top, left, rows, columns) of a crop that covers `area` to all of an image, with a random aspect.
+    """Return (top, left, rows, columns) of a crop that covers `area` to all of an image, with a
+    random aspect.
 
-    The share is uniform and the aspect uniform on a logarithmic scale, as in torchvision: shapes that do not fit are
-    drawn again, ten times; then it is the greatest box in the centre whose aspect is allowed.
+    The covered share is uniform, and the aspect is uniform on a logarithmic scale, as in
+    torchvision. A shape that does not fit is drawn again, up to ten times. After that the result is
+    the largest box in the centre with an allowed aspect.
     """
     low, high = map(math.log, ASPECT)
-    for share, turn in zip(*[iter(draws[CROP + COLOUR :])] * 2, strict=True):
-        pixels, aspect = height * width * (area + (1 - area) * share), math.exp(low + (high - low) * turn)
+    for share_draw, aspect_draw in zip(*[iter(draws[CROP_DRAWS + COLOUR_DRAWS :])] * 2, strict=True):
+        pixels = height * width * (area + (1 - area) * share_draw)
+        aspect = math.exp(low + (high - low) * aspect_draw)
         rows, columns = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
         if 0 < rows <= height and 0 < columns <= width:
             return int(draws[0] * (height - rows + 1)), int(draws[1] * (width - columns + 1)), rows, columns
@@ -118,20 +143,22 @@ def random_box(height: int, width: int, draws: Sequence[float], area: float) -> 
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
-def coloured(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Change brightness, contrast and saturation of every image by its own draws; the values stay in 0 to 255.
+def adjust_colours(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
+    """Change brightness, contrast and saturation of every image by its own draws; the values stay
+    in 0 to 255.
+
+    Brightness is shifted and contrast changed about each channel's mean as in DoReFa's training
+    script for SVHN (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). Then `jitter` changes
+    brightness, contrast about the mean grey, and saturation, in this order (He's ImageNet training
+    code in Torch, fb.resnet.torch, draws the order too).
 
     Returns:
-        float32, or the images themselves where the augmentation leaves colours alone.
-
-    Brightness is shifted and contrast changed about each channel's mean as in DoReFa's training script for SVHN
-    (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py), then what `jitter` says: brightness, contrast about the mean
-    grey, saturation, in this order (He's ImageNet training code in Torch, fb.resnet.torch, draws the order too).
+        float32, or the images themselves if the augmentation does not change colours.
     """
-    if not augment.colours:
+    if not augment.changes_colours:
         return images_NCHW
     x = images_NCHW.to(torch.float32)
-    u = 2 * draws[:, CROP : CROP + COLOUR, None, None, None] - 1
+    u = 2 * draws[:, CROP_DRAWS : CROP_DRAWS + COLOUR_DRAWS, None, None, None] - 1  # in [-1, 1)
     if augment.brightness:
         x = (x + augment.brightness * u[:, 0]).clamp_(0, 255)
     if augment.contrast:

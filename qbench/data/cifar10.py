@@ -1,15 +1,19 @@
-"""CIFAR-10 (A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images"): small colour photographs.
+"""CIFAR-10: small colour photographs in ten classes.
 
-50,000 training and 10,000 test images, 3x32x32, in ten classes of equal size: airplane, automobile, bird, cat, deer,
-dog, frog, horse, ship, truck. With 10,000 test images one run's sampling error is about 0.5 points at 92 %.
+A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images".
+50,000 training and 10,000 test images, 3x32x32, in ten classes of equal size: airplane, automobile,
+bird, cat, deer, dog, frog, horse, ship, truck. With 10,000 test images one run's sampling error is
+about 0.5 points at 92 %.
 
-Read from `<root>/cifar-10-batches-py/`, the Python version's files: data_batch_1 to data_batch_5, test_batch and
-batches.meta. The augmentation is the usual one (He et al. 2015, arXiv 1512.03385, section 4.2): a crop out of the image
-padded by 4 pixels, and mirroring. `replicate` pads with the border instead of black.
+Read from `<root>/cifar-10-batches-py/`, the Python version's files: data_batch_1 to data_batch_5,
+test_batch and batches.meta. The augmentation is the usual one (He et al. 2015, arXiv 1512.03385,
+section 4.2): a random crop of the image padded by 4 pixels, and mirroring. `replicate` pads with
+the border instead of black.
 """
 
-from qbench.data.dataset import Augment, Dataset
-from qbench.data.published import assembled, cifar
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset
+from qbench.data.dataset_files import dataset_from_splits, read_cifar
 
 
 def build(
@@ -22,9 +26,9 @@ def build(
     replicate: bool = False,
     normalize: str = "own",
 ) -> Dataset:
-    """Return CIFAR-10; `val` is the part of the training images held out."""
-    train, test = cifar("CIFAR10", root, download)
-    return assembled(
+    """Return CIFAR-10; `val` is the share of the training images in the validation split."""
+    train, test = read_cifar("CIFAR10", root, download)
+    return dataset_from_splits(
         "cifar10", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate),
         normalize=normalize,
     )  # fmt: skip

@@ -1,11 +1,14 @@
-"""CIFAR-100 (A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images"): CIFAR-10's finer sister.
+"""CIFAR-100: small colour photographs in a hundred classes.
 
-50,000 training and 10,000 test images, 3x32x32, in a hundred classes of equal size; the twenty coarse labels are not
-used. Read from `<root>/cifar-100-python/`, the Python version's files: train, test and meta. Augmented as CIFAR-10 is.
+A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images".
+50,000 training and 10,000 test images, 3x32x32, in a hundred classes of equal size; the twenty
+coarse labels are not used. Read from `<root>/cifar-100-python/`, the Python version's files: train,
+test and meta. The augmentation is that of CIFAR-10.
 """
 
-from qbench.data.dataset import Augment, Dataset
-from qbench.data.published import assembled, cifar
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset
+from qbench.data.dataset_files import dataset_from_splits, read_cifar
 
 
 def build(
@@ -18,9 +21,9 @@ def build(
     replicate: bool = False,
     normalize: str = "own",
 ) -> Dataset:
-    """Return CIFAR-100; `val` is the part of the training images held out."""
-    train, test = cifar("CIFAR100", root, download)
-    return assembled(
+    """Return CIFAR-100; `val` is the share of the training images in the validation split."""
+    train, test = read_cifar("CIFAR100", root, download)
+    return dataset_from_splits(
         "cifar100", train, test, classes=100, val=val, augment=Augment(pad, flip, replicate),
         normalize=normalize,
     )  # fmt: skip

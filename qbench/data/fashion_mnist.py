@@ -1,14 +1,18 @@
-"""Fashion-MNIST (H. Xiao, K. Rasul, R. Vollgraf, 2017, arXiv 1708.07747): grey pictures of clothes, in MNIST's format.
+"""Fashion-MNIST: grey pictures of clothes, in MNIST's format.
 
-60,000 training and 10,000 test images, 1x28x28, in ten classes of equal size: T-shirt, trouser, pullover, dress, coat,
-sandal, shirt, sneaker, bag, ankle boot. Harder than MNIST: shirts resemble T-shirts, pullovers and coats.
+H. Xiao, K. Rasul, R. Vollgraf, 2017, arXiv 1708.07747.
+60,000 training and 10,000 test images, 1x28x28, in ten classes of equal size: T-shirt, trouser,
+pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot. Harder than MNIST: shirts resemble
+T-shirts, pullovers and coats.
 
-Read from `<root>/FashionMNIST/raw/`, files named as MNIST's, or these names with .gz. Augmented as CIFAR is: a crop out
-of the image padded by 4 pixels (black, as the ground is), and mirroring.
+Read from `<root>/FashionMNIST/raw/`, files named as MNIST's, or these names with .gz. The
+augmentation is that of CIFAR-10: a random crop of the image padded by 4 pixels (black, as the
+background is), and mirroring.
 """
 
-from qbench.data.dataset import Augment, Dataset
-from qbench.data.published import assembled, mnist
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset
+from qbench.data.dataset_files import dataset_from_splits, read_mnist
 
 
 def build(
@@ -21,9 +25,9 @@ def build(
     replicate: bool = False,
     normalize: str = "own",
 ) -> Dataset:
-    """Return Fashion-MNIST; `val` is the part of the training images held out."""
-    train, test = mnist("FashionMNIST", root, download)
-    return assembled(
+    """Return Fashion-MNIST; `val` is the share of the training images in the validation split."""
+    train, test = read_mnist("FashionMNIST", root, download)
+    return dataset_from_splits(
         "fashion_mnist", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate),
         normalize=normalize,
     )  # fmt: skip

@@ -1,12 +1,15 @@
-"""One look at every image file of a set, remembered: is it a whole image, how large, and the sha256 of them all.
+"""Check every image file of a data set once: is it complete, its size, and the hash of all files.
 
-Reading all of a large set anew in every run would take longer than many runs. So a set of up to 4 GiB is read whole
-once; of a larger one the size, the first and the last 4096 bytes of each file are read and hashed (11 GB in ImageNet's
-1,331,167 files), and the fingerprint says which it was. The result lies in the user's cache folder, `qbench/data` below
-$XDG_CACHE_HOME or ~/.cache, and holds as long as the names, sizes and times of all files stay the same.
+Reading all files of a large data set in every run would take longer than many runs. A data set of
+up to 4 GiB is therefore read completely, once. Of a larger one the size, the first and the last
+4096 bytes of each file are read and hashed (11 GB in ImageNet's 1,331,167 files); the fingerprint
+says which of the two was done. The result is stored in the user's cache folder, `qbench/data` below
+$XDG_CACHE_HOME or ~/.cache. It is valid as long as the names, sizes and modification times of all
+files stay the same.
 
-A file passes if PIL knows its head and, as JPEG or PNG, it ends as such a file does; a PNG that is read whole must have
-the right checksums too. Others are decoded. Damage in the middle of a file shows, if at all, when it is decoded.
+A file passes if PIL knows its header and, for JPEG and PNG, it ends as such a file does. A PNG that
+is read completely must also have correct checksums. Other formats are decoded. Damage in the middle
+of a file may be found only when the file is decoded.
 """
 
 import hashlib
@@ -22,25 +25,27 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from qbench.data.images import damaged, reason, rgb
+from qbench.data.images import damaged_files_error, describe_error, to_rgb
 
-WHOLE = 2**32
-"""Bytes of a set whose files are read whole."""
+MAX_WHOLE_BYTES = 2**32
+"""Largest size of a data set whose files are read completely."""
 
-END = 4096
-"""Bytes at both ends of a file that are read of larger sets."""
+END_BYTES = 4096
+"""Bytes that are read at both ends of the files of larger data sets."""
 
 THREADS = 8
-VERSION = 1
-"""Counts changes of what is remembered."""
+VERSION = 2
+"""Version of the cached result."""
 
-MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-"""What stands near the end of a file of PIL's formats."""
+END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+"""PIL's name of a format -> bytes near the end of every complete file of it."""
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What was found: the files' number, bytes and hash, what was hashed, and (height, width) if all have the same."""
+    """Number, total bytes and hash of the files, what was hashed, and (height, width) if equal for
+    all, else 0.
+    """
 
     count: int
     size: int
@@ -49,24 +54,24 @@ class FileCheck:
     height: int
     width: int
 
-    def facts(self) -> dict[str, str | int]:
-        """Return what the manifest says of the files."""
+    def manifest_entries(self) -> dict[str, str | int]:
+        """Return what the manifest says about the files."""
         return {
             "files": self.count, "files_bytes": self.size, "files_sha256": self.sha256, "files_hashed": self.hashed,
         }  # fmt: skip
 
 
-class _Look(NamedTuple):
+class _FileFacts(NamedTuple):
     digest: bytes
     height: int
     width: int
 
 
-def survey(root: str, names: Sequence[str]) -> FileCheck:
-    """Look at all files, or remember having done so.
+def check_files(root: str, names: Sequence[str]) -> FileCheck:
+    """Check all files below `root`, or return the cached result of an earlier check.
 
     Raises:
-        DataError: files that are no whole images: all of them are named.
+        DataError: some files are not complete images; the message names them.
     """
     bad: list[tuple[str, str]] = []
     sizes, key = [], hashlib.sha256(f"{VERSION} {root}".encode(errors="surrogateescape"))
@@ -75,81 +80,84 @@ def survey(root: str, names: Sequence[str]) -> FileCheck:
             status = os.stat(os.path.join(root, name))
             sizes.append(status.st_size)
             key.update(f"\0{name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
-        except OSError as error:  # a link to nothing
+        except OSError as error:  # a broken link
             sizes.append(0)
-            bad.append((name, reason(error)))
-    memory = _cache(root)
-    if not bad and (known := _remembered(memory, key.hexdigest())):
-        return known
-    whole = sum(sizes) <= WHOLE
-    found = _look_at_all(root, names, sizes, whole, bad)
-    if not bad:
-        _remember(memory, key.hexdigest(), found)
-        return found
-    raise damaged(dict(reversed(bad)).items(), len(names), root)
+            bad.append((name, describe_error(error)))
+    cache = _cache_path(root)
+    if not bad and (cached := _load_cached(cache, key.hexdigest())):
+        return cached
+    check, unreadable = _check_all(root, names, sizes)
+    bad += unreadable
+    if bad:
+        raise damaged_files_error(dict(reversed(bad)).items(), len(names), root)
+    _store(cache, key.hexdigest(), check)
+    return check
 
 
-def _look_at_all(
-    root: str, names: Sequence[str], sizes: Sequence[int], whole: bool, bad: list[tuple[str, str]]
-) -> FileCheck:
-    """Look at all files; what is wrong with some is added to `bad`."""
+def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[FileCheck, list[tuple[str, str]]]:
+    """Return the check of all files, and (name, reason) of each file that fails."""
+    whole = sum(sizes) <= MAX_WHOLE_BYTES
     total, shapes = hashlib.sha256(), set()
+    bad: list[tuple[str, str]] = []
 
-    def look(i: int) -> _Look | str:
+    def check(i: int) -> _FileFacts | str:
         try:
-            return _look(os.path.join(root, names[i]), sizes[i], whole)
-        except Exception as error:  # whatever PIL raises for damaged files
-            return reason(error)
+            return _check_file(os.path.join(root, names[i]), sizes[i], whole)
+        except Exception as error:  # PIL raises many kinds for damaged files
+            return describe_error(error)
 
     with ThreadPool(THREADS) as pool:
-        for i, one in enumerate(pool.imap(look, range(len(names)), chunksize=64)):
-            if isinstance(one, str):
-                bad.append((names[i], one))
+        for i, facts in enumerate(pool.imap(check, range(len(names)), chunksize=64)):
+            if isinstance(facts, str):
+                bad.append((names[i], facts))
                 continue
-            total.update(f"{names[i]}\0{sizes[i]}\0".encode(errors="surrogateescape") + one.digest)
-            shapes.add((one.height, one.width))
+            total.update(f"{names[i]}\0{sizes[i]}\0".encode(errors="surrogateescape") + facts.digest)
+            shapes.add((facts.height, facts.width))
     height, width = shapes.pop() if len(shapes) == 1 else (0, 0)
-    hashed = "names and whole files" if whole else f"names, sizes, first and last {END} bytes of each file"
-    return FileCheck(len(names), sum(sizes), total.hexdigest(), hashed, height, width)
+    hashed = "names and whole files" if whole else f"names, sizes, first and last {END_BYTES} bytes of each file"
+    return FileCheck(len(names), sum(sizes), total.hexdigest(), hashed, height, width), bad
 
 
-def _look(path: str, size: int, whole: bool) -> _Look:
+def _check_file(path: str, size: int, whole: bool) -> _FileFacts:
+    """Return the hash and the size of one image file; raise an error of any kind if it is not a
+    complete image.
+    """
     if not size:
         raise ValueError("empty")
     with open(path, "rb") as file:
-        data = file.read() if whole else file.read(END)
-        if not whole and size > END:
-            file.seek(max(END, size - END))
+        data = file.read() if whole else file.read(END_BYTES)
+        if not whole and size > END_BYTES:
+            file.seek(max(END_BYTES, size - END_BYTES))
             data += file.read()
         with Image.open(io.BytesIO(data) if whole else file) as image:
             width, height = image.size
-            mark = MARKS.get(image.format or "")
-            ends = mark is not None and mark in data[-END:]
-            if image.format == "PNG" and (whole or not ends):
+            mark = END_MARKS.get(image.format or "")
+            has_end = mark is not None and mark in data[-END_BYTES:]
+            if image.format == "PNG" and (whole or not has_end):
                 image.verify()
-            elif not ends:
-                rgb(image)
-        return _Look(hashlib.sha256(data).digest(), height, width)
+            elif not has_end:
+                to_rgb(image)
+        return _FileFacts(hashlib.sha256(data).digest(), height, width)
 
 
-def _cache(root: str) -> Path:
+def _cache_path(root: str) -> Path:
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(root.encode(errors="surrogateescape")).hexdigest()[:16]
     return Path(folder) / "qbench" / "data" / f"{name}.json"
 
 
-def _remembered(path: Path, key: str) -> FileCheck | None:
+def _load_cached(path: Path, key: str) -> FileCheck | None:
     try:
         stored = json.loads(path.read_bytes())
-        return FileCheck(**stored["found"]) if stored["key"] == key else None
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours: look again
+        return FileCheck(**stored["check"]) if stored["key"] == key else None
+    except (OSError, ValueError, TypeError, KeyError):  # missing or corrupt: check again
         return None
 
 
-def _remember(path: Path, key: str, found: FileCheck) -> None:
-    """Write what was found; where that cannot be, the next run looks again."""
-    new = path.with_suffix(f".{os.getpid()}.tmp")
+def _store(path: Path, key: str, check: FileCheck) -> None:
+    """Write a check to the cache. If that is not possible, the next run checks again."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps({"key": key, "found": asdict(found)}), encoding="utf-8")
-        os.replace(new, path)
+        temporary.write_text(json.dumps({"key": key, "check": asdict(check)}), encoding="utf-8")
+        os.replace(temporary, path)

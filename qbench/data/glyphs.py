@@ -1,28 +1,33 @@
-"""glyphs: digits and capitals drawn offline from matplotlib's fonts, a quarter of the fonts only for test.
+"""Digits and capitals rendered offline from matplotlib's fonts; some fonts are for test only.
 
-CIFAR's shape, any number of images, seeded. 34 classes: 0-9 and A-Z without I and O, as on number plates; in
-many fonts I is a bar or a 1 and O a 0, and many small letters are their capitals once the size is random. 21
-of matplotlib's 40 fonts hold digits and letters as such (DejaVu Sans, Sans Mono and Serif; STIXGeneral; cmb,
-cmr, cmss, cmti, cmtt): 16 draw the training images, 5 the test images. Left out: symbols (STIXSiz*,
-STIXNonUni*, cmex10, cmsy10, DejaVu*Display, LastResort) and cmmi10, whose digits are old-style. The
-validation images are held out of the training images: on known fonts.
+The images have CIFAR's shape, any number can be drawn, and a seed fixes them. There are 34 classes:
+0-9 and A-Z without I and O, as on number plates. In many fonts I is a bar or a 1 and O a 0, and
+many small letters equal their capitals once the size is random.
 
-The glyph is brighter than the ground in every channel, and every image is shifted to mean 128: in a trial
-with random polarity per channel and a free mean, a small net stayed at chance for ten epochs.
+21 of matplotlib's 40 fonts hold digits and letters as such (DejaVu Sans, Sans Mono and Serif;
+STIXGeneral; cmb, cmr, cmss, cmti, cmtt): 16 draw the training images, 5 the test images. Left out:
+symbols (STIXSiz*, STIXNonUni*, cmex10, cmsy10, DejaVu*Display, LastResort) and cmmi10, whose digits
+are old-style. The validation images are training images, so they show the training fonts.
 
-`difficulty` is one factor on all that is random but colour and font: rotation, shear, size, proportions,
-place, loss of contrast, uneven ground, fragments of other glyphs at the border, noise. 0 is an upright,
-centred, clean glyph. One seed draws the same glyphs, fonts and colours at every difficulty and size.
+The glyph is brighter than the background in every channel, and every image is shifted to mean 128.
+In a trial with random polarity per channel and a free mean, a small net stayed at chance for ten
+epochs.
 
-Measured: top-1 on the 10,000 test images (sampling error +-0.5) of the float parent of
+`difficulty` is one factor on everything random except colour and font: rotation, shear, size,
+proportions, place, loss of contrast, uneven background, fragments of other glyphs at the border,
+noise. 0 is an upright, centred, clean glyph. One seed draws the same glyphs, fonts and colours at
+every difficulty and size.
+
+Measured: top-1 on the 10,000 test images (sampling error +-0.5) of the float baseline of
 
     qbench dataset=glyphs model.width=16 model.stem_stride=2 dataset.difficulty=D
 
-(pre-activation ResNet-8, 10 epochs of the 10,810 training images, SGD at 0.1 with cosine, batch 64; one thread):
-D = 1: 95.7, 1.1: 93.1, 1.2: 88.1 (one seed). With batch 128, half the steps: 0.5: 99.9; 1: 93.3 (mean of three
-seeds, from 92.9 to 93.6); 1.5: 52 and still rising. 1.1 is the default: floats end near 92 %, and widths separate.
+(pre-activation ResNet-8, 10 epochs of the 10,810 training images, SGD at 0.1 with cosine, batch 64;
+one thread): D = 1: 95.7, 1.1: 93.1, 1.2: 88.1 (one seed). With batch 128, half the steps: 0.5:
+99.9; 1: 93.3 (mean of three seeds, from 92.9 to 93.6); 1.5: 52 and still rising. The default is
+1.1: float networks end near 92 %, and bit widths differ.
 
-22,000 images take 1.8 to 2.5 s of one core, the statistics included.
+22,000 images take 1.8 to 2.5 s on one core, including their mean and deviation.
 """
 
 from collections.abc import Sequence
@@ -34,7 +39,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from qbench.data.dataset import Augment, Dataset, Split, mean_and_std, split_validation
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset, Split, split_validation
+from qbench.data.normalize import mean_and_std
 from qbench.errors import DataError
 
 # Shapes: N images, C channels, H height, W width; F fonts, L letters, S the side of a mask.
@@ -49,20 +56,21 @@ TRAIN_FONTS = (
     *("cmb10", "cmr10", "cmti10", "cmtt10"),
 )
 
-# Images drawn at once, each label eight times. Constant, so that image i depends on (seed, i), not on count.
+# Images drawn at once, each label eight times. A constant, so that image i depends on (seed, i),
+# not on the count.
 CHUNK = 8 * len(CLASSES)
-CAPITAL = 0.5  # height of an H, as a part of the image's side
-CONTRAST = 0.5  # glyph minus ground, as a part of the full scale
-TINT = 0.1  # of the full scale, to either side, per channel
-FRAGMENTS, FAR, FAR_SPREAD = 2, 0.95, 0.15  # other glyphs, and their distance from the middle in half sides
-# What difficulty 1 allows:
-TURN = 0.45  # radians to either side
-SHEAR = 0.3  # widths per height
-SHRINK = 0.35  # log size
-STRETCH = 0.15  # log of width and of 1 / height
-SHIFT = 0.2  # half sides
+CAPITAL_HEIGHT = 0.5  # height of an H, as a part of the image's side
+CONTRAST = 0.5  # glyph minus background, as a part of the full scale
+TINT = 0.1  # of the full scale, to either side, for each channel
+FRAGMENTS, DISTANCE, DISTANCE_SPREAD = 2, 0.95, 0.15  # other glyphs; their distance from the middle in half sides
+# At difficulty 1:
+TURN = 0.45  # largest rotation to either side, in radians
+SHEAR = 0.3  # largest shear, in widths per height
+SHRINK = 0.35  # largest change of the log of the size
+STRETCH = 0.15  # largest change of the log of the width and of 1 / height
+SHIFT = 0.2  # largest shift, in half sides
 FADE = 1.5  # contrast falls to 1 / (1 + FADE)
-SHADE = 0.12  # of the full scale, uneven ground
+SHADE = 0.12  # unevenness of the background, as a part of the full scale
 CLUTTER = 0.85  # highest opacity of a fragment
 NOISE = 0.08  # highest standard deviation of a pixel, of the full scale; the lowest is half of it
 
@@ -77,127 +85,139 @@ def build(
     val: float = 0.1,
     pad: int = 2,
 ) -> Dataset:
-    """Render the data set.
+    """Return the rendered data set.
 
     Args:
-        train, test: number of images; `val` of the training images are held out.
+        train, test: number of images.
         size: height and width in pixels, 8 or more.
-        difficulty: 0 (clean) to 2; 1.1 is tuned, see the head of this file.
-        seed: of both sets, 0 or more; the two sets draw apart.
-        pad: of the random crop; the border is repeated, since images are not black outside.
+        difficulty: 0 (clean) to 2; for the default of 1.1 see the head of this file.
+        seed: 0 or more; training and test images have random streams of their own.
+        val: share of the training images in the validation split.
+        pad: of the random crop, in pixels; the border is replicated, because the background is not
+            black.
     """
-    _at_least(0, seed=seed, pad=pad)
-    _at_least(1, train=train, test=test)
-    drawn = render(train, size=size, fonts=TRAIN_FONTS, seed=2 * seed, difficulty=difficulty)
-    kept, held = split_validation(drawn, val)
-    mean, std = mean_and_std(kept.images)
+    _check_minimum(0, seed=seed, pad=pad)
+    _check_minimum(1, train=train, test=test)
+    rendered = render(train, size=size, fonts=TRAIN_FONTS, seed=2 * seed, difficulty=difficulty)
+    train_split, val_split = split_validation(rendered, val)
+    mean, std = mean_and_std(train_split.images)
     return Dataset(
         name="glyphs",
-        train=kept,
-        val=held,
+        train=train_split,
+        val=val_split,
         test=render(test, size=size, fonts=TEST_FONTS, seed=2 * seed + 1, difficulty=difficulty),
         classes=len(CLASSES),
         mean=mean,
         std=std,
         augment=Augment(pad=pad, replicate=True),
-        made=True,
+        synthetic=True,
     )
 
 
 def render(count: int, *, size: int = 32, fonts: Sequence[str], seed: int, difficulty: float) -> Split:
-    """Draw `count` images uint8 (N, 3, size, size), mean 128 but for clipping, and labels int64 (N,).
+    """Return `count` images uint8 (N, 3, size, size) and labels int64 (N,).
 
-    Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or any global
-    state. Its bytes hold for one build of torch and of Pillow on one kind of CPU. Images 0-33, 34-67,
-    ... hold each class once.
+    Every image has mean 128 before clipping.
+
+    Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or
+    any global state. Its bytes are the same with one build of torch and of Pillow on one kind of
+    CPU. Images 0-33, 34-67, ... hold each class once.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
         DataError: matplotlib does not ship the font.
     """
-    _at_least(0, seed=seed)
-    _at_least(1, count=count, fonts=len(fonts))
-    _at_least(8, size=size)
+    _check_minimum(0, seed=seed)
+    _check_minimum(1, count=count, fonts=len(fonts))
+    _check_minimum(8, size=size)
     if not 0 <= difficulty <= 2:
-        raise ValueError(f"difficulty={difficulty}: allowed is 0 (clean) to 2 (hardly legible); 1 is tuned")
+        raise ValueError(f"difficulty={difficulty}: allowed is 0 (clean) to 2 (hardly legible)")
     masks = _masks(fonts, 2 * size)
-    chunks = [_chunk(masks, size, seed, k, difficulty) for k in range(-(-count // CHUNK))]
+    chunks = [_render_chunk(masks, size, seed, k, difficulty) for k in range(-(-count // CHUNK))]
     images, labels = (torch.cat(parts)[:count] for parts in zip(*chunks, strict=True))
     return Split(images, labels)
 
 
-def _at_least(least: int, **given: int) -> None:
-    for key, value in given.items():
-        if value < least:
-            raise ValueError(f"{key}={value}: allowed is {least} or more")
+def _check_minimum(minimum: int, **values: int) -> None:
+    for key, value in values.items():
+        if value < minimum:
+            raise ValueError(f"{key}={value}: allowed is {minimum} or more")
 
 
 def _masks(fonts: Sequence[str], side: int) -> Tensor:
-    """Draw every letter of every font once, centred: uint8 (F, L, S, S)."""
+    """Return every letter of every font, drawn once and centred: uint8 (F, L, S, S)."""
     from PIL import Image, ImageDraw, ImageFont
 
-    out = np.zeros((len(fonts), len(CLASSES), side, side), np.uint8)
+    masks = np.zeros((len(fonts), len(CLASSES), side, side), np.uint8)
     for i, name in enumerate(fonts):
-        path = _path(name)
-        basic = ImageFont.Layout.BASIC  # Raqm, where installed, would set the same letters elsewhere
+        path = _font_path(name)
+        basic = ImageFont.Layout.BASIC  # Raqm, if installed, places the same letters differently
         _, top, _, bottom = ImageFont.truetype(path, 256, layout_engine=basic).getbbox("H")
-        font = ImageFont.truetype(path, 256 * CAPITAL * side / (bottom - top), layout_engine=basic)
+        font = ImageFont.truetype(path, 256 * CAPITAL_HEIGHT * side / (bottom - top), layout_engine=basic)
         for j, letter in enumerate(CLASSES):
             left, top, right, bottom = font.getbbox(letter)
             page = Image.new("L", (side, side))
             corner = (round((side - left - right) / 2), round((side - top - bottom) / 2))
             ImageDraw.Draw(page).text(corner, letter, fill=255, font=font)
-            out[i, j] = np.asarray(page)
-    return torch.from_numpy(out)
+            masks[i, j] = np.asarray(page)
+    return torch.from_numpy(masks)
 
 
-def _path(font: str) -> str:
-    # Not matplotlib.get_data_path(): importing matplotlib takes 0.2 s and makes a folder in the user's home.
+def _font_path(font: str) -> str:
+    # Not matplotlib.get_data_path(): importing matplotlib takes 0.2 s and makes a folder in the
+    # user's home.
     spec = find_spec("matplotlib")
     if spec is None or spec.origin is None:
-        raise DataError("dataset=glyphs draws with matplotlib's fonts: pip install matplotlib")
+        raise DataError(
+            "dataset=glyphs draws with the fonts of matplotlib, which is not installed: pip install matplotlib"
+        )
     path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{font}.ttf"
     if not path.is_file():
-        raise DataError(f"no font at {path}: take one of TRAIN_FONTS or TEST_FONTS, or reinstall matplotlib")
+        raise DataError(f"no font at {path}: use one of TRAIN_FONTS or TEST_FONTS, or reinstall matplotlib")
     return str(path)
 
 
-def _chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) -> tuple[Tensor, Tensor]:
-    """Draw chunk k: images uint8 (CHUNK, 3, size, size), labels (CHUNK,). The draws' order is fixed."""
-    state = int(np.random.SeedSequence([seed, k]).generate_state(1)[0])
-    draw = Generator().manual_seed(state)
+def _render_chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) -> tuple[Tensor, Tensor]:
+    """Return chunk k: images uint8 (CHUNK, 3, size, size) and labels (CHUNK,).
 
-    def unit(*shape: int) -> Tensor:
-        return torch.rand(CHUNK, *shape, generator=draw) * 2 - 1
+    The order of the draws is fixed.
+    """
+    generator = Generator().manual_seed(int(np.random.SeedSequence([seed, k]).generate_state(1)[0]))
 
-    def part(*shape: int) -> Tensor:
-        return torch.rand(CHUNK, *shape, generator=draw)
+    def symmetric(*shape: int) -> Tensor:  # uniform in [-1, 1)
+        return torch.rand(CHUNK, *shape, generator=generator) * 2 - 1
+
+    def uniform(*shape: int) -> Tensor:  # in [0, 1)
+        return torch.rand(CHUNK, *shape, generator=generator)
 
     def place(label_N: Tensor, centre_N2: Tensor | float) -> Tensor:
-        font_N = torch.randint(len(masks_FLSS), (CHUNK,), generator=draw)
-        return _warp(masks_FLSS[font_N, label_N], unit(4), centre_N2 + SHIFT * d * unit(2), size, d)
+        font_N = torch.randint(len(masks_FLSS), (CHUNK,), generator=generator)
+        return _warp(masks_FLSS[font_N, label_N], symmetric(4), centre_N2 + SHIFT * d * symmetric(2), size, d)
 
-    labels = torch.rand(CHUNK // len(CLASSES), len(CLASSES), generator=draw).argsort(1).flatten()
+    labels = torch.rand(CHUNK // len(CLASSES), len(CLASSES), generator=generator).argsort(1).flatten()
     ink = place(labels, 0.0)
     for _ in range(FRAGMENTS):
-        angle = torch.pi * unit(1)
-        centre = torch.cat([angle.cos(), angle.sin()], 1) * (FAR + FAR_SPREAD * unit(1))
-        opacity = (CLUTTER * d * part(1, 1, 1)).clamp(max=1)
-        other = place(torch.randint(len(CLASSES), (CHUNK,), generator=draw), centre)
+        angle = torch.pi * symmetric(1)
+        centre = torch.cat([angle.cos(), angle.sin()], 1) * (DISTANCE + DISTANCE_SPREAD * symmetric(1))
+        opacity = (CLUTTER * d * uniform(1, 1, 1)).clamp(max=1)
+        other = place(torch.randint(len(CLASSES), (CHUNK,), generator=generator), centre)
         ink = ink + (1 - ink) * opacity * other
-    contrast = CONTRAST / (1 + FADE * d * part(3, 1, 1))
-    ground = TINT * unit(3, 1, 1) + SHADE * d * _uneven(unit(3, 4, 4), size)
-    deviation = NOISE * d * (1 + part(1, 1, 1)) / 2
-    # The last draw, since its length depends on the size.
-    noise = deviation * torch.randn(CHUNK, 3, size, size, generator=draw)
-    x = (255 * (ground + contrast * ink + noise)).round_()
-    # Whole numbers, so that the sum is exact in any order: with any number of threads.
+    contrast = CONTRAST / (1 + FADE * d * uniform(3, 1, 1))
+    background = TINT * symmetric(3, 1, 1) + SHADE * d * _interpolate_knots(symmetric(3, 4, 4), size)
+    deviation = NOISE * d * (1 + uniform(1, 1, 1)) / 2
+    # The noise is drawn last, because its length depends on the size.
+    noise = deviation * torch.randn(CHUNK, 3, size, size, generator=generator)
+    x = (255 * (background + contrast * ink + noise)).round_()
+    # Whole numbers: their sum is exact in any order, so with any number of threads.
     mean = x.sum((1, 2, 3), keepdim=True, dtype=torch.float64) / x[0].numel()
     return (x - mean.round().float() + 128).clamp_(0, 255).to(torch.uint8), labels
 
 
-def _uneven(knots_NC44: Tensor, size: int) -> Tensor:
-    """Join 4x4 knots linearly: (N, C, size, size). F.interpolate's last bit varies with threads."""
+def _interpolate_knots(knots_NC44: Tensor, size: int) -> Tensor:
+    """Interpolate 4x4 knots linearly to (N, C, size, size).
+
+    F.interpolate's last bit varies with the number of threads.
+    """
     place = 3 * torch.arange(size) / (size - 1)
     w = (1 - (place - torch.arange(4)[:, None]).abs()).clamp(min=0)
     k = knots_NC44[..., None]
@@ -207,10 +227,11 @@ def _uneven(knots_NC44: Tensor, size: int) -> Tensor:
 
 
 def _warp(mask_NSS: Tensor, u_N4: Tensor, centre_N2: Tensor, size: int, d: float) -> Tensor:
-    """Turn, shear, scale and move masks: ink in [0, 1], (N, 1, size, size).
+    """Rotate, shear, scale and move masks; return ink in [0, 1], (N, 1, size, size).
 
-    A pixel at p shows the mask at inv(turn @ shear @ scale) (p - centre); the middle is 0, a half side is 1.
-    Written out, since a matrix product may sum in an order that depends on the threads.
+    A pixel at p shows the mask at inv(turn @ shear @ scale) (p - centre). Coordinates are 0 in the
+    middle and 1 at the border. Written out, because a matrix product may sum in an order that
+    depends on the threads.
     """
     turn, shear, shrink, stretch = (d * u_N4)[:, :, None, None].unbind(1)
     wide, tall = (SHRINK * shrink + STRETCH * stretch).exp(), (SHRINK * shrink - STRETCH * stretch).exp()

@@ -1,20 +1,24 @@
-"""ImageNet, ILSVRC 2012 (O. Russakovsky et al., 2014, arXiv 1409.0575): photographs in 1,000 classes.
+"""ImageNet, ILSVRC 2012: photographs in 1,000 classes.
 
-1,281,167 training images and 50,000 validation images, which are the test split here, as in all papers: the real test
-labels are not public. With 50,000 images one run's sampling error is about 0.2 points at 70 %.
+O. Russakovsky et al., 2014, arXiv 1409.0575.
+1,281,167 training images and 50,000 validation images, which are the test split here, as in all
+papers: the real test labels are not public. With 50,000 images one run's sampling error is about
+0.2 points at 70 %.
 
-Read from `<root>/train/nXXXXXXXX/*.JPEG` and `<root>/val/nXXXXXXXX/*.JPEG`, the layout that torchvision and most others
-use; classes are sorted by name. The images stream from their files. `augment=plain`: the shorter side is resized to
-`resize`, a crop of `size` pixels taken at random, mirrored (XNOR's code, INQ's; HWGQ's, of 227); `augment=inception`:
-crops of random area and aspect, with `jitter=0.4` for the colours (He's ImageNet training code in Torch,
-fb.resnet.torch, which tensorpack's DoReFa script follows, with noise along the colours' principal components too; that
-is not here). Evaluated is the centre crop of the resized image.
+Read from `<root>/train/nXXXXXXXX/*.JPEG` and `<root>/val/nXXXXXXXX/*.JPEG`, the layout that
+torchvision and most programs use; classes are sorted by name. The images stream from their files.
+
+`augment=plain` resizes the shorter side to `resize`, crops `size` pixels at random and mirrors
+(XNOR's code, INQ's; HWGQ's, of 227). `augment=inception` crops a random area and aspect, with
+`jitter=0.4` for the colours (He's ImageNet training code in Torch, fb.resnet.torch, which
+tensorpack's DoReFa script follows). That code also adds noise along the principal components of the
+colours, which is not done here. Evaluation uses the centre crop of the resized image.
 """
 
 from qbench.data.dataset import Dataset
+from qbench.data.dataset_files import absolute_root
 from qbench.data.folder import photo_augment
-from qbench.data.folders import assembled_from_files, classes_in, find_images
-from qbench.data.published import absolute
+from qbench.data.image_folders import classes_in, dataset_from_files, find_images
 from qbench.errors import DataError
 
 CLASSES = 1000
@@ -32,17 +36,17 @@ def build(
     jitter: float = 0.0,
     normalize: str = "imagenet",
 ) -> Dataset:
-    """Return ImageNet; `val` is the part of the training images held out."""
+    """Return ImageNet; `val` is the share of the training images in the validation split."""
     if download:
-        raise ValueError("download=true: allowed is false; image-net.org hands ImageNet out to those who register")
-    top = absolute(root)
+        raise ValueError("download=true: allowed is false; image-net.org gives ImageNet to registered users")
+    top = absolute_root(root)
     classes = classes_in(top / "train")
     if len(classes) != CLASSES:
         raise DataError(
             f"{top / 'train'} holds {len(classes)} class folders; ImageNet has {CLASSES}\n"
             f"for a part of it, or other images, type dataset=folder dataset.root={root}"
         )
-    return assembled_from_files(
+    return dataset_from_files(
         "imagenet", top, find_images(top, "train", classes), find_images(top, "val", classes), classes=CLASSES, val=val,
         side=resize, augment=photo_augment(augment, size, 0, flip, jitter), normalize=normalize,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""One image file: decoding, conversion to RGB, resizing, cropping, and what is wrong with it.
+"""One image file: decode, convert to RGB, resize, crop, and describe what is damaged.
 
-Resizing is PIL's bilinear filter, which averages where it shrinks; sizes and centre crops are rounded as torchvision
-rounds them. EXIF's orientation is ignored, as torchvision ignores it.
+Resizing uses PIL's bilinear filter, which averages when it shrinks an image. Sizes and centre crops
+are rounded as torchvision rounds them. EXIF's orientation is ignored, as in torchvision.
 """
 
 import errno
@@ -14,32 +14,35 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from qbench.data.augment import Augment, augmented, centred, random_box
+from qbench.data.augment import Augment, center_crop, crop_and_flip, random_box
 from qbench.errors import DataError
 
-Bytes = npt.NDArray[np.uint8]
-SHOWN = 20
-"""Bad files that a message names."""
+Pixels = npt.NDArray[np.uint8]
 
-NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+MAX_NAMED = 20
+"""Largest number of bad files that a message names."""
+
+SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing about the file: too many open files, no memory."""
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """Return an image with three channels of 8 bits: grey ones repeated, 16 bits cut to the upper 8, alpha left out.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image with three channels of 8 bits: grey is repeated, 16 bits are cut to the upper
+    8, alpha is dropped.
 
     Raises:
-        ValueError: pixels are floats, of which nobody knows what is white.
+        ValueError: the pixels are floats, whose white level is unknown.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floats")
-    if image.mode.startswith("I"):  # PIL itself would make white of all that exceeds 255
+    if image.mode.startswith("I"):  # PIL itself would turn every value above 255 into white
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def shrunk(image: Image.Image, side: int) -> Image.Image:
+def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
     """Return an image whose shorter side has `side` pixels; 0 leaves it as it is."""
     width, height = image.size
     short, long = sorted((width, height))
@@ -49,34 +52,40 @@ def shrunk(image: Image.Image, side: int) -> Image.Image:
     return image.resize((side, long) if width <= height else (long, side), Image.Resampling.BILINEAR)
 
 
-def decoded(path: str | Path, side: int = 0) -> Bytes:
-    """Return a file's image as uint8 (H, W, 3), its shorter side resized to `side` unless that is 0."""
+def decode_image(path: str | Path, side: int = 0) -> Pixels:
+    """Return a file's image as uint8 (H, W, 3), its shorter side resized to `side` unless that is
+    0.
+    """
     with Image.open(path) as image:
-        return np.array(shrunk(rgb(image), side))
+        return np.array(resize_shorter_side(to_rgb(image), side))
 
 
-def cropped(path: str | Path, side: int, augment: Augment, draws: Sequence[float] | None) -> Tensor:
-    """Return a file's image as uint8 (size, size, 3): augmented by its draws, or the centre crop where there are none.
+def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[float] | None) -> Tensor:
+    """Return a crop of a file's image as uint8 (size, size, 3).
 
     Args:
-        side: what the shorter side is resized to before a crop of fixed size.
-        augment: its `size` is set.
+        side: size in pixels to which the shorter side is resized before a crop of fixed size.
+        augment: its `size` must be set.
+        draws: the image's uniform draws; None for the centre crop.
     """
     if draws is not None and augment.area:
         with Image.open(path) as image:
-            whole = rgb(image)
+            whole = to_rgb(image)
         top, left, rows, columns = random_box(whole.height, whole.width, draws, augment.area)
         box = whole.crop((left, top, left + columns, top + rows))
-        found = torch.from_numpy(np.array(box.resize((augment.size, augment.size), Image.Resampling.BILINEAR)))
-        return found.flip(1) if augment.flip and draws[2] < 0.5 else found
-    one = torch.from_numpy(decoded(path, side)).movedim(2, 0)[None]
-    found = centred(one, augment.size) if draws is None else augmented(one, torch.tensor([draws]), augment)
-    return found[0].movedim(0, 2)
+        crop = torch.from_numpy(np.array(box.resize((augment.size, augment.size), Image.Resampling.BILINEAR)))
+        return crop.flip(1) if augment.flip and draws[2] < 0.5 else crop
+    whole_image = torch.from_numpy(decode_image(path, side)).movedim(2, 0)[None]
+    if draws is None:
+        return center_crop(whole_image, augment.size)[0].movedim(0, 2)
+    return crop_and_flip(whole_image, torch.tensor([draws]), augment)[0].movedim(0, 2)
 
 
-def reason(error: Exception) -> str:
-    """Return in a few words why an image cannot be read; raise the error anew if that is not the file's fault."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in NOT_THE_FILES_FAULT):
+def describe_error(error: Exception) -> str:
+    """Return in a few words why an image cannot be read; raise the error again if the file is not
+    its cause.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRORS):
         raise error
     if isinstance(error, UnidentifiedImageError):
         return "no image"
@@ -85,18 +94,18 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split())[:80] or type(error).__name__
 
 
-def damaged(bad: Iterable[tuple[str, str]], looked_at: int, where: str) -> DataError:
-    """Return the error that names bad files, twenty at most, with the reasons.
+def damaged_files_error(bad: Iterable[tuple[str, str]], checked: int, folder: str) -> DataError:
+    """Return the error that names bad files with their reasons, at most twenty.
 
     Args:
-        bad: paths and reasons.
-        looked_at: files among which they were found.
-        where: their folder.
+        bad: (path, reason) of each bad file.
+        checked: number of files checked.
+        folder: the files' folder.
     """
     bad = sorted(bad)
-    named = ", ".join(f"{path} ({why})" for path, why in bad[:SHOWN])
-    more = f", and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    named = ", ".join(f"{path} ({why})" for path, why in bad[:MAX_NAMED])
+    more = f", and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
     return DataError(
-        f"{len(bad)} of {looked_at} image files in {where} cannot be used\n{named}{more}\n"
-        "put whole files in their place, or remove them: another set of files is another data set"
+        f"{len(bad)} of {checked} image files in {folder} cannot be used\n{named}{more}\n"
+        "replace them by complete files, or remove them (without them it is another data set)"
     )

@@ -1,20 +1,24 @@
-"""MNIST (Y. LeCun, C. Cortes, C. J. C. Burges, 1998; from NIST's forms): handwritten digits.
+"""MNIST: handwritten digits.
 
-60,000 training and 10,000 test images, 1x28x28, in ten classes of about equal size; the digits are centred by their
-mass, in a box of 20 pixels, on black. Most networks end within a point of 100 %: methods hardly differ here.
+Y. LeCun, C. Cortes, C. J. C. Burges, 1998; from NIST's forms.
+60,000 training and 10,000 test images, 1x28x28, in ten classes of about equal size; the digits are
+centred by their mass, in a box of 20 pixels, on black. Most networks end within a point of 100 %:
+methods hardly differ here.
 
-Read from `<root>/MNIST/raw/`: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
-t10k-labels-idx1-ubyte, or these names with .gz. Not augmented, as in most papers; `pad=2` shifts at random and hardly
-cuts into a digit. Mirroring a digit makes another sign of it, so there is no `flip`.
+Read from `<root>/MNIST/raw/`: train-images-idx3-ubyte, train-labels-idx1-ubyte,
+t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, or these names with .gz. Not augmented, as in
+most papers. `pad=2` shifts at random and hardly cuts into a digit. A mirrored digit is no longer a
+digit, so there is no `flip`.
 """
 
-from qbench.data.dataset import Augment, Dataset
-from qbench.data.published import assembled, mnist
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset
+from qbench.data.dataset_files import dataset_from_splits, read_mnist
 
 
 def build(
     *, root: str = "data", download: bool = False, val: float = 0.1, pad: int = 0, normalize: str = "own"
 ) -> Dataset:
-    """Return MNIST; `val` is the part of the training images held out."""
-    train, test = mnist("MNIST", root, download)
-    return assembled("mnist", train, test, classes=10, val=val, augment=Augment(pad), normalize=normalize)
+    """Return MNIST; `val` is the share of the training images in the validation split."""
+    train, test = read_mnist("MNIST", root, download)
+    return dataset_from_splits("mnist", train, test, classes=10, val=val, augment=Augment(pad), normalize=normalize)

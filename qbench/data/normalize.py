@@ -1,27 +1,31 @@
-"""Normalization of images by channel: x / 255, minus a mean, divided by a deviation, both named by `dataset.normalize`.
+"""Normalization of images by channel: (x / 255 - mean) / deviation.
 
-`own` is the mean and deviation of the images trained on; the other names stand for fixed numbers.
+`dataset.normalize` names the two constants.
+`own` stands for the mean and deviation of the training images. The other names stand for fixed
+numbers.
 """
 
 import torch
 from torch import Tensor
 
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+MeanAndStd = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation, each with one number per channel."""
 
-FIXED: dict[str, Statistics] = {
+FIXED: dict[str, MeanAndStd] = {
     "unit": ((0.0,), (1.0,)),  # [0, 1]: Gupta et al.
     "half": ((0.5,), (0.5,)),  # [-1, 1]: Polino et al.'s code for CIFAR
     "by256": ((0.0,), (256 / 255,)),  # x / 256: DoReFa's training script for SVHN
-    # what all of torchvision's ImageNet weights were trained with: pytorch.org/vision, "Models and pre-trained weights"
+    # what all of torchvision's ImageNet weights were trained with: pytorch.org/vision, "Models and
+    # pre-trained weights"
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
-def statistics(name: str, images_NCHW: Tensor) -> Statistics:
-    """Return (mean, std) per channel that a value of `normalize` stands for.
+def normalization(name: str, images_NCHW: Tensor) -> MeanAndStd:
+    """Return (mean, std) per channel for a value of `normalize`.
 
     Raises:
-        ValueError: no such name, or the numbers are for three channels.
+        ValueError: the name is unknown, or its constants are for three channels.
     """
     if name == "own":
         return mean_and_std(images_NCHW)
@@ -30,14 +34,17 @@ def statistics(name: str, images_NCHW: Tensor) -> Statistics:
     mean, std = FIXED[name]
     channels = images_NCHW.shape[1]
     if len(mean) not in (1, channels):
-        raise ValueError(f"normalize={name} is for {len(mean)} channels; here are {channels}: allowed is own")
+        raise ValueError(
+            f"normalize={name} is for {len(mean)} channels, and the images have {channels}: allowed is own"
+        )
     return (mean, std) if len(mean) == channels else (mean * channels, std * channels)
 
 
-def mean_and_std(images_NCHW: Tensor) -> Statistics:
+def mean_and_std(images_NCHW: Tensor) -> MeanAndStd:
     """Return mean and standard deviation per channel of uint8 images, on the scale [0, 1].
 
-    Counted by grey value: exact for any number of images, without a float copy of them.
+    Computed from counts of the grey values: exact for any number of images, without a float copy of
+    them.
     """
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images_NCHW.unbind(1)])
     weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)

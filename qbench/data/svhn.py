@@ -1,27 +1,32 @@
-"""SVHN, Street View House Numbers (Y. Netzer et al., 2011): digits cropped out of photographs of house fronts.
+"""SVHN, Street View House Numbers: digits cropped from photographs of house fronts.
 
-The paper is "Reading Digits in Natural Images with Unsupervised Feature Learning"; this is the set's format 2: 3x32x32,
-ten classes, the digit in the middle, its neighbours often at the sides. 73,257 training and 26,032 test images, and
-531,131 easier ones, "extra". Papers differ in what they train on: DoReFa on train and extra mixed, PACT on train alone.
-`split` says which: train, extra or both; "both" takes 1.9 GB, 2.9 GB at size=40, and twice
-as much while it is read.
+Y. Netzer et al., 2011, "Reading Digits in Natural Images with Unsupervised Feature Learning". This
+is the set's format 2: 3x32x32, ten classes, the digit in the middle, its neighbours often at the
+sides. 73,257 training and 26,032 test images, and 531,131 easier ones, "extra". Papers train on
+different parts: DoReFa on train and extra mixed, PACT on train alone. `split` selects train, extra
+or both; "both" takes 1.9 GB, 2.9 GB at size=40, and twice as much while it is read.
 
-Read from `<root>/`: train_32x32.mat, extra_32x32.mat, test_32x32.mat, with scipy. Digit 0, which the files call 10, is
-class 0. The random crop out of an image padded by 4 pixels is CIFAR's; digits are not mirrored, so there is no `flip`.
+Read from `<root>/`: train_32x32.mat, extra_32x32.mat, test_32x32.mat, with scipy. Digit 0, which
+the files call 10, is class 0. The random crop of the image padded by 4 pixels is CIFAR's. Digits
+are not mirrored, so there is no `flip`.
 
-DoReFa's training script (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py) resizes to 40x40, adds up to 30 grey
-values, multiplies the contrast by 0.5 to 1.5, divides by 256 and crops nothing: `size=40 brightness=30 contrast=0.5
-normalize=by256 pad=0 split=both val=0`. It rounds to whole grey values after each change, which is not done here.
+DoReFa's training script (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py) resizes to 40x40,
+adds up to 30 grey values, multiplies the contrast by 0.5 to 1.5, divides by 256 and crops nothing:
+`size=40 brightness=30 contrast=0.5 normalize=by256 pad=0 split=both val=0`. It rounds to whole grey
+values after each change, which is not done here.
 """
 
 import torch
 import torch.nn.functional as F
 
-from qbench.data.dataset import Augment, Dataset, Split
-from qbench.data.published import assembled, svhn
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset, Split
+from qbench.data.dataset_files import dataset_from_splits, read_svhn
 
 CHUNK = 10_000
+"""Images that are resized at once."""
 SPLITS = {"train": ("train",), "extra": ("extra",), "both": ("train", "extra")}
+"""Value of `split` -> parts of SVHN."""
 
 
 def build(
@@ -37,18 +42,20 @@ def build(
     contrast: float = 0.0,
     normalize: str = "own",
 ) -> Dataset:
-    """Return SVHN; `val` is the part of the images of `split` held out."""
+    """Return SVHN; `val` is the share of the images of `split` in the validation split."""
     if split not in SPLITS:
         raise ValueError(f"split={split}: allowed are {', '.join(SPLITS)}")
     if size < 1:
         raise ValueError(f"size={size}: allowed is 1 or more; the files have 32 pixels")
     augment = Augment(pad, replicate=replicate, brightness=brightness, contrast=contrast)
-    train, test = (resized(part, size) for part in svhn(SPLITS[split], root, download))
-    return assembled("svhn", train, test, classes=10, val=val, augment=augment, normalize=normalize)
+    train, test = (resize_split(part, size) for part in read_svhn(SPLITS[split], root, download))
+    return dataset_from_splits("svhn", train, test, classes=10, val=val, augment=augment, normalize=normalize)
 
 
-def resized(split: Split, size: int) -> Split:
-    """Return the split with its images size x size, interpolated linearly between pixels' centres and rounded."""
+def resize_split(split: Split, size: int) -> Split:
+    """Return the split with its images resized to size x size by bilinear interpolation, and
+    rounded.
+    """
     if split.images.shape[2:] == (size, size):
         return split
     chunks = (F.interpolate(x.float(), (size, size), mode="bilinear") for x in torch.split(split.images, CHUNK))

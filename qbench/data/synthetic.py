@@ -1,9 +1,13 @@
-"""Random images of any shape, each class a fixed random pattern under noise: for load and speed tests, not science."""
+"""Random images of any shape: each class is a fixed random pattern under noise.
+
+For load and speed tests only.
+"""
 
 import torch
 from torch import Generator
 
-from qbench.data.dataset import Dataset, Split, mean_and_std, split_validation
+from qbench.data.dataset import Dataset, Split, split_validation
+from qbench.data.normalize import mean_and_std
 
 
 def build(
@@ -17,7 +21,12 @@ def build(
     seed: int = 0,
     val: float = 0.1,
 ) -> Dataset:
-    """Return `train` + `test` images (channels, size, size); `signal` in [0, 1] is the pattern's share of a pixel."""
+    """Return `train` + `test` images (channels, size, size).
+
+    Args:
+        signal: the pattern's share of a pixel, 0 to 1; the rest is noise.
+        val: share of the training images in the validation split.
+    """
     if min(train, test, classes, channels, size) < 1:
         raise ValueError("train, test, classes, channels and size: allowed is 1 or more")
     if not 0 <= signal <= 1:
@@ -27,17 +36,16 @@ def build(
     labels = torch.randint(classes, (train + test,), generator=generator)
     noise = torch.rand(train + test, channels, size, size, generator=generator)
     images = (255 * torch.lerp(noise, patterns[labels], signal)).to(torch.uint8)
-    everything = Split(images, labels)
-    rest = everything.take(torch.arange(train))
-    kept, held = split_validation(rest, val)
-    mean, std = mean_and_std(kept.images)
+    all_images = Split(images, labels)
+    train_split, val_split = split_validation(all_images.take(torch.arange(train)), val)
+    mean, std = mean_and_std(train_split.images)
     return Dataset(
         name="synthetic",
-        train=kept,
-        val=held,
-        test=everything.take(torch.arange(train, train + test)),
+        train=train_split,
+        val=val_split,
+        test=all_images.take(torch.arange(train, train + test)),
         classes=classes,
         mean=mean,
         std=std,
-        made=True,
+        synthetic=True,
     )

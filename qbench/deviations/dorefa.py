@@ -1,4 +1,4 @@
-"""DoReFa-Net as public code has it otherwise than the paper and the authors' code of today."""
+"""Deviations of public code from DoReFa-Net: from the paper and from today's code of its authors."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,28 +17,28 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 # Weights
 
 
-def _top(t: Tensor) -> Tensor:
-    """Return max|t| without gradient; 1 where all are zero."""
+def _max_magnitude(t: Tensor) -> Tensor:
+    """Return max|t| without gradient; 1 if t is all zero."""
     top = t.detach().abs().max()
     return torch.where(top == 0, torch.ones_like(top), top)
 
 
 @in_float32
 def detached_max(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights with the maximum taken for a constant in the backward pass."""
+    """Quantize weights; the maximum is a constant in the backward pass."""
     t = torch.tanh(w)
-    return 2 * quantize_k(t / (2 * _top(t)) + 0.5, bits) - 1
+    return 2 * quantize_k(t / (2 * _max_magnitude(t)) + 0.5, bits) - 1
 
 
 @in_float32
 def rescaled_by_max(w: Tensor, bits: int) -> Tensor:
-    """The same, multiplied by the maximum of tanh again: levels within +-max|tanh w|."""
-    return _top(torch.tanh(w)) * detached_max(w, bits)
+    """Quantize weights as `detached_max` does, and multiply by the maximum again: levels in +-max|tanh w|."""
+    return _max_magnitude(torch.tanh(w)) * detached_max(w, bits)
 
 
 @in_float32
 def no_tanh_gradient(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights, the gradient passing by all of the squashing: dL/dw = dL/dw_hat."""
+    """Quantize weights; tanh and the maximum have no derivative: dL/dw = dL/dw_hat."""
     return straight_through(w, quantize_weight(w.detach(), bits))
 
 
@@ -50,14 +50,14 @@ def sign_of_zero(w: Tensor) -> Tensor:
 
 @in_float32
 def unit_weights(w: Tensor) -> Tensor:
-    """Binarize weights to +-1 by the formula of more bits, through tanh and through the maximum."""
+    """Binarize weights to +-1 by the formula for more bits; the gradient passes through tanh and the maximum."""
     t = torch.tanh(w)
     top = t.abs().max()
     return straight_through(t / torch.where(top == 0, torch.ones_like(top), top), sign(w))
 
 
 class DetachedMax(DoReFaWeight):
-    """Weights whose maximum is a constant."""
+    """Weights with the maximum as a constant in the backward pass."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -65,7 +65,7 @@ class DetachedMax(DoReFaWeight):
 
 
 class RescaledByMax(DoReFaWeight):
-    """Weights brought back to the range of tanh w."""
+    """Weights rescaled to the range of tanh w."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -73,7 +73,7 @@ class RescaledByMax(DoReFaWeight):
 
     def grid(self, w: Tensor) -> Grid:
         """2^bits levels in +-max|tanh w|."""
-        return Grid(super().grid(w).points * _top(torch.tanh(w)))
+        return Grid(super().grid(w).points * _max_magnitude(torch.tanh(w)))
 
     def bytes(self, w: Tensor) -> Storage:
         """Codes and the maximum."""
@@ -81,7 +81,7 @@ class RescaledByMax(DoReFaWeight):
 
 
 class NoTanhGradient(DoReFaWeight):
-    """Weights whose squashing has no derivative."""
+    """Weights with dL/dw = dL/dw_hat."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -89,7 +89,7 @@ class NoTanhGradient(DoReFaWeight):
 
 
 class SignOfZero(DoReFaWeight):
-    """Binary weights, three-valued where a weight is zero."""
+    """Binary weights with sign(0) = 0: three values where a weight is zero."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the binarized weights."""
@@ -101,7 +101,7 @@ class SignOfZero(DoReFaWeight):
         return Grid(torch.stack([-scale, torch.zeros_like(scale), scale]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Two bits, for three values, and the scale."""
+        """Two bits per weight, for three values, and the scale."""
         return Storage(w.numel(), 2, 4)
 
 
@@ -126,9 +126,9 @@ class UnitWeights(DoReFaWeight):
 
 @in_float32
 def tanh_activation(x: Tensor, bits: int) -> Tensor:
-    """Quantize what a ReLU leaves of activations (any shape) after dividing its tanh by its maximum in the batch."""
+    """Quantize tanh(relu(x)) divided by its maximum over the batch."""
     t = torch.tanh(x.clamp(min=0))
-    return quantize_k(t / _top(t), bits)
+    return quantize_k(t / _max_magnitude(t), bits)
 
 
 @in_float32
@@ -139,7 +139,7 @@ def tenth_of_activation(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def sign_activation(x: Tensor, bits: int) -> Tensor:
-    """Return 1 for x > 0, else 0, with the clip's gradient; one bit only."""
+    """Return 1 for x > 0, else 0, with the gradient of the clip; for one bit only."""
     clipped = x.clamp(0, 1)
     return straight_through(clipped, clipped.detach().sign())
 
@@ -147,61 +147,62 @@ def sign_activation(x: Tensor, bits: int) -> Tensor:
 # Gradients
 
 
-def _quantized(x: Tensor, bits: int, m: Tensor, noise: Tensor) -> Tensor:
-    """Return the paper's formula for given maximum and noise."""
+def _quantize_gradient(x: Tensor, bits: int, m: Tensor, noise: Tensor) -> Tensor:
+    """Return the paper's formula, eq. 12, for a given maximum m and noise."""
     return 2 * m * (quantize_k((x / (2 * m) + 0.5 + noise).clamp(0, 1), bits) - 0.5)
 
 
-def _of_samples(x: Tensor) -> Tensor:
+def _sample_max(x: Tensor) -> Tensor:
+    """Return max|x| of every sample, (N, 1, ..., 1)."""
     return x.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
 
 
 def _noise(like: Tensor, bits: int) -> Tensor:
-    """Return noise of the paper's width, of the shape of `like`."""
+    """Return noise of the paper's width, with the shape of `like`."""
     half_step = 0.5 / (2**bits - 1)
     return torch.empty_like(like).uniform_(-half_step, half_step)
 
 
 @in_float32
 def noise_per_sample(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (N, ...) with one draw of noise for all elements of a sample."""
-    m = _of_samples(x)
-    return torch.where(m == 0, torch.zeros_like(x), _quantized(x, bits, m, _noise(m, bits)))
+    """Quantize a gradient (N, ...); all elements of a sample share one draw of noise."""
+    m = _sample_max(x)
+    return torch.where(m == 0, torch.zeros_like(x), _quantize_gradient(x, bits, m, _noise(m, bits)))
 
 
 @in_float32
 def max_per_tensor(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient with one maximum for the batch."""
+    """Quantize a gradient (any shape) with one maximum for the batch."""
     m = x.abs().max()
-    return torch.where(m == 0, torch.zeros_like(x), _quantized(x, bits, m, _noise(x, bits)))
+    return torch.where(m == 0, torch.zeros_like(x), _quantize_gradient(x, bits, m, _noise(x, bits)))
 
 
 @in_float32
 def no_noise(x: Tensor, bits: int) -> Tensor:
     """Quantize a gradient (N, ...) by rounding to the nearest level."""
-    m = _of_samples(x)
-    return torch.where(m == 0, torch.zeros_like(x), _quantized(x, bits, m, torch.zeros_like(x)))
+    m = _sample_max(x)
+    return torch.where(m == 0, torch.zeros_like(x), _quantize_gradient(x, bits, m, torch.zeros_like(x)))
 
 
 @in_float32
 def nan_on_zero(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (N, ...) as the formula stands: 0 / 0 where a sample's gradient is zero."""
-    return _quantized(x, bits, _of_samples(x), _noise(x, bits))
+    """Quantize a gradient (N, ...) by the formula as printed: 0 / 0 if a sample's gradient is zero."""
+    return _quantize_gradient(x, bits, _sample_max(x), _noise(x, bits))
 
 
 class NoisePerSample(DoReFaGradient):
-    """Gradients whose elements share their sample's noise."""
+    """Gradients with one draw of noise per sample."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y."""
+        """Return y; its gradient will be quantized."""
         return on_backward(y, lambda d: noise_per_sample(d, self.bits))
 
 
 class MaxPerTensor(DoReFaGradient):
-    """Gradients on one scale for the batch."""
+    """Gradients with one scale for the batch."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y."""
+        """Return y; its gradient will be quantized."""
         return on_backward(y, lambda d: max_per_tensor(d, self.bits))
 
     def grid(self, grad: Tensor) -> Grid:
@@ -213,15 +214,15 @@ class NoNoise(DoReFaGradient):
     """Gradients rounded to the nearest level."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y."""
+        """Return y; its gradient will be quantized."""
         return on_backward(y, lambda d: no_noise(d, self.bits))
 
 
 class NanOnZero(DoReFaGradient):
-    """Gradients without a guard against samples whose gradient is zero."""
+    """Gradients without a guard for samples whose gradient is zero."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y."""
+        """Return y; its gradient will be quantized."""
         return on_backward(y, lambda d: nan_on_zero(d, self.bits))
 
 
@@ -229,7 +230,7 @@ class NanOnZero(DoReFaGradient):
 
 
 def _weights(kind: type[DoReFaWeight], what: str, source: str, *, binary: bool = False) -> Deviation:
-    """A deviation of weights of one bit, or of those of more."""
+    """Return a deviation of weights: of those with one bit if `binary`, else of those with more."""
 
     def where(module: Quantizer) -> bool:
         return isinstance(module, DoReFaWeight) and (module.bits == 1) is binary
@@ -249,41 +250,41 @@ def _activations(
     bits: str = "w32a2",
     binary: bool = False,
 ) -> Deviation:
-    """A deviation of activations that are clipped otherwise; with `binary` of those of one bit alone."""
+    """Return a deviation that replaces the clip of activations; with `binary` only of those with one bit."""
 
     def apply(method: Method) -> Method:
-        site = method.input
+        original = method.input
 
-        def built(layer_name: str, layer: FloatLayer, width: int) -> Quantizer:
-            assert site is not None
-            module = site(layer_name, layer, width)
+        def deviating(layer_name: str, layer: FloatLayer, width: int) -> Quantizer:
+            assert original is not None
+            module = original(layer_name, layer, width)
             assert isinstance(module, DoReFaActivation)
             if module.function is not quantize_activation:
-                raise Unsupported(f"deviation={name} takes the clip's place; leave method.activation=clip")
+                raise Unsupported(f"deviation={name} replaces the clip; set method.activation=clip")
             if width == 1 or not binary:
                 module.function = function
             return module
 
-        return replace(method, input=built)
+        return replace(method, input=deviating)
 
     acts = (lambda bits: bits.a == 1) if binary else (lambda bits: bits.a < FLOAT)
     return Deviation(what, source, apply, acts=acts, bits=bits)
 
 
 def _gradients(kind: type[DoReFaGradient], what: str, source: str) -> Deviation:
-    """A deviation of gradients."""
+    """Return a deviation of gradients."""
 
     def apply(method: Method) -> Method:
-        site = method.output
+        original = method.output
 
-        def built(layer_name: str, layer: QLayer, bits: int) -> Quantizer | None:
-            assert site is not None
-            module = site(layer_name, layer, bits)
+        def deviating(layer_name: str, layer: QLayer, bits: int) -> Quantizer | None:
+            assert original is not None
+            module = original(layer_name, layer, bits)
             if module is not None:
                 module.__class__ = kind
             return module
 
-        return replace(method, output=built)
+        return replace(method, output=deviating)
 
     return Deviation(what, source, apply, acts=lambda bits: bits.g < FLOAT, bits="w32a32g4")
 
@@ -297,11 +298,11 @@ DEVIATIONS = {
     ),
     "rescaled_by_max": _weights(
         RescaledByMax,
-        "Weights are multiplied by max|tanh w| again after rounding, and the maximum is a constant backward.",
+        "After rounding, weights are multiplied by max|tanh w| again; the maximum is a constant in the backward pass.",
         "zzzxxxttt/pytorch_DoReFaNet, utils/quant_dorefa.py; questioned in its issue 10",
     ),
     "no_tanh_gradient": _weights(
-        NoTanhGradient, "The squashing has no derivative: dL/dw = dL/dw_hat.",
+        NoTanhGradient, "tanh and the maximum have no derivative: dL/dw = dL/dw_hat.",
         "hpi-xnor/BMXNet#36",
     ),
     "sign_of_zero": _weights(
@@ -311,28 +312,28 @@ DEVIATIONS = {
         binary=True,
     ),
     "unit_weights": _weights(
-        UnitWeights, "Binary weights are +-1 by the formula of more bits, without the scale.",
+        UnitWeights, "Binary weights are +-1 by the formula for more bits, without the scale.",
         "tensorpack's first svhn-digit-dorefa.py (2016), before 236c78e0",
         binary=True,
     ),
     "tanh_activation": _activations(
         "tanh_activation", tanh_activation,
-        "Activations are squashed as weights are, tanh x / max|tanh x| of the batch, in place of the clip.",
-        f"{CSYHHU}; ModelTC/MQBench, mqbench/fake_quantize/dorefa.py where it serves activations",
+        "Activations are tanh x / max|tanh x| over the batch, as weights are, instead of the clip.",
+        f"{CSYHHU}; ModelTC/MQBench, mqbench/fake_quantize/dorefa.py where it is used for activations",
     ),
     "tenth_of_activation": _activations(
-        "tenth_of_activation", tenth_of_activation, "Activations are multiplied by 0.1 in front of the clip.",
+        "tenth_of_activation", tenth_of_activation, "Activations are multiplied by 0.1 before the clip.",
         "Jzz24/pytorch_quantization, models/quant_dorefa.py, and its issue 3; 666DZY666/micronet, WqAq/dorefa",
         bits="w32a4",
     ),
     "sign_activation": _activations(
-        "sign_activation", sign_activation, "One-bit activations are 1 for every x > 0, not from 0.5 on.",
-        "torch.sign behind the clip in zzzxxxttt/pytorch_DoReFaNet, utils/quant_dorefa.py",
+        "sign_activation", sign_activation, "One-bit activations are 1 for every x > 0, not only above 0.5.",
+        "torch.sign after the clip in zzzxxxttt/pytorch_DoReFaNet, utils/quant_dorefa.py",
         bits="w32a1", binary=True,
     ),
     "noise_per_sample": _gradients(
         NoisePerSample, "All elements of a sample's gradient share one draw of noise.",
-        "a misreading of eq. 12, whose noise has no index; no public code with it was found",
+        "a misreading of eq. 12, whose noise has no index; found in no public code",
     ),
     "max_per_tensor": _gradients(
         MaxPerTensor, "Gradients are scaled by the batch's maximum, not by each sample's.",
@@ -344,6 +345,6 @@ DEVIATIONS = {
     ),
     "nan_on_zero": _gradients(
         NanOnZero, "A sample whose gradient is zero gives 0 / 0.",
-        "tensorpack, examples/DoReFa-Net/dorefa.py divides by the maximum as it is",
+        "tensorpack, examples/DoReFa-Net/dorefa.py divides by the maximum without a guard",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""HWGQ-Net as later code and its own defaults have it otherwise than the paper."""
+"""Deviations of later code, and of the defaults of the authors' code, from HWGQ-Net's paper."""
 
 from dataclasses import replace
 
@@ -15,8 +15,8 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 @in_float32
-def unscaled(w: Tensor) -> Tensor:
-    """Return the weights' signs, sign(0) = +1, with the identity as gradient."""
+def unscaled_weight(w: Tensor) -> Tensor:
+    """Binarize weights (any shape) to their signs, sign(0) = +1, with the identity as gradient."""
     return straight_through(w, sign(w))
 
 
@@ -25,7 +25,7 @@ class UnscaledWeight(HWGQWeight):
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the signs."""
-        return unscaled(w)
+        return unscaled_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
         """-1 and 1."""
@@ -38,33 +38,34 @@ class UnscaledWeight(HWGQWeight):
 
 def old_constants(method: Method) -> Method:
     """Round x / step to the nearest integer, with the steps that are optimal for the paper's thresholds."""
-    site = method.input
+    original = method.input
 
-    def built(name: str, layer: FloatLayer, bits: int) -> Quantizer:
-        assert site is not None
-        module = site(name, layer, bits)
+    def deviating(name: str, layer: FloatLayer, bits: int) -> Quantizer:
+        assert original is not None
+        module = original(name, layer, bits)
         ranks = torch.arange(1, 2**bits, dtype=torch.float64)
+        # only the paper's quantizer with uniform levels: multiples of the first level
         if type(module) is not HWGQActivation or not torch.allclose(
             module.levels.double() / ranks, module.levels[0].double()
         ):
-            raise Unsupported("deviation=old_constants is about method.levels=uniform method.threshold=zero")
+            raise Unsupported("deviation=old_constants needs method.levels=uniform method.threshold=zero")
         if bits not in AUTHORS_STEPS:
-            raise Unsupported(f"deviation=old_constants has no step for {name} with {bits} bits; it has 1-4")
+            raise Unsupported(f"deviation=old_constants has no step for {name} with {bits} bits; allowed are 1 to 4")
         return HalfStepHWGQActivation(AUTHORS_STEPS[bits] * ranks, module.backward)
 
-    return replace(method, input=built)
+    return replace(method, input=deviating)
 
 
 DEVIATIONS = {
     "old_constants": Deviation(
-        "Activations are round(x / step), first threshold half a step, with steps that are optimal for threshold 0.",
+        "Activations are round(x / step): the first threshold is half a step, the steps are optimal for threshold 0.",
         "zhaoweicai/EdMIPS, models/quant_module.py",
         old_constants,
         acts=lambda bits: bits.a in AUTHORS_STEPS, bits="w32a2",
     ),
     "affine_norm": Deviation(
         "The batch normalization in front of the quantizer has scale and shift.",
-        "zhaoweicai/EdMIPS, bnaff=True by default; warned of by Yin et al., Understanding STE",
+        "zhaoweicai/EdMIPS, bnaff=True by default; warning by Yin et al., Understanding STE",
         lambda method: replace(method, requires=replace(method.requires, norm="affine")),
         acts=lambda bits: bits.a < FLOAT, bits="w32a2",
     ),

@@ -1,4 +1,4 @@
-"""INQ as public code has it otherwise than the paper."""
+"""Deviations of public code from INQ's paper."""
 
 from dataclasses import replace
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from qbench.bits import FLOAT
 from qbench.deviations.registry import Deviation, recast
-from qbench.methods.inq import INQWeight, largest_exponent, snapped
+from qbench.methods.inq import INQWeight, largest_exponent, round_to_levels
 from qbench.quant.masks import extend_mask
 from qbench.quant.method import Method, Unsupported
 
 
 def zero_beyond(w: Tensor, levels: Tensor) -> Tensor:
-    """Return the weights on given levels; 0 from 1.5 times the largest on, where no interval is."""
-    return torch.where(w.detach().abs() >= 1.5 * levels[-1], 0.0, snapped(w, levels)).to(w.dtype)
+    """Return the nearest of `levels` for each weight; 0 from 1.5 times the largest level on, outside all intervals."""
+    return torch.where(w.detach().abs() >= 1.5 * levels[-1], 0.0, round_to_levels(w, levels)).to(w.dtype)
 
 
 class SmallestFirst(INQWeight):
@@ -23,7 +23,7 @@ class SmallestFirst(INQWeight):
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
         """Freeze the layer up to an accumulated portion."""
-        _by_magnitude("smallest_first", partition)
+        _check_partition("smallest_first", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
         effective = self(w)
@@ -31,7 +31,7 @@ class SmallestFirst(INQWeight):
 
 
 class OutlierToZero(INQWeight):
-    """Weights that outgrew the largest level are frozen at zero."""
+    """Freezes weights that outgrew the largest level at zero."""
 
     def level(self, w: Tensor) -> Tensor:
         """Return the values at which weights are frozen."""
@@ -39,29 +39,30 @@ class OutlierToZero(INQWeight):
 
 
 class RemadeMasks(INQWeight):
-    """Every portion is chosen anew from all weights: a frozen one that others have outgrown is free again."""
+    """Chooses every portion from all weights: a frozen weight that others have outgrown becomes free again."""
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze the layer's largest `portion`, and that alone; once a portion."""
-        _by_magnitude("remade_masks", partition)
+        """Freeze exactly the largest `portion` of the layer; nothing if this portion is frozen already."""
+        _check_partition("remade_masks", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
         if round(portion * w.numel()) <= int(self.frozen.sum()):
             return
         effective = self(w)
         mask = extend_mask(torch.zeros_like(self.frozen), effective.abs(), portion)
-        w.copy_(torch.where(self.frozen & ~mask, effective, w))  # it goes on from the level that it had
+        w.copy_(torch.where(self.frozen & ~mask, effective, w))  # a freed weight continues from its level
         self.value.copy_(torch.where(mask, self.level(effective), 0.0))
         self.frozen.copy_(mask)
 
 
-def _by_magnitude(name: str, partition: str) -> None:
+def _check_partition(name: str, partition: str) -> None:
     if partition != "largest":
-        raise Unsupported(f"deviation={name} is about method.partition=largest, not {partition}")
+        raise Unsupported(f"deviation={name} needs method.partition=largest, not {partition}")
 
 
-def _with(kind: type[INQWeight], method: Method) -> Method:
+def _with_weights(kind: type[INQWeight], method: Method) -> Method:
+    """Return the method with weight quantizers of another class."""
     return replace(method, weight=recast(method.weight, kind))
 
 
@@ -69,19 +70,19 @@ DEVIATIONS = {
     "smallest_first": Deviation(
         "The smallest magnitudes are quantized first.",
         "Mxbonn/INQ-pytorch, inq/quantization_scheduler.py at 1c04930e, and its issue 1",
-        lambda method: _with(SmallestFirst, method),
+        lambda method: _with_weights(SmallestFirst, method),
         acts=lambda bits: bits.w < FLOAT, bits="w3",
     ),
     "outlier_to_zero": Deviation(
-        "A weight that has grown to 1.5 times the largest level or more is quantized to 0.",
+        "A weight of 1.5 times the largest level or more is quantized to 0.",
         "Mxbonn/INQ-pytorch, inq/quantization_scheduler.py, whose levels are fixed at the start",
-        lambda method: _with(OutlierToZero, method),
+        lambda method: _with_weights(OutlierToZero, method),
         acts=lambda bits: bits.w < FLOAT, bits="w3",
     ),
     "remade_masks": Deviation(
-        "Each portion's mask is made anew from the magnitudes, so that frozen weights can be free again.",
+        "Each portion's mask is computed from the current magnitudes, so frozen weights can become free again.",
         "Mxbonn/INQ-pytorch, inq/quantization_scheduler.py, and its issue 13; the authors' code too",
-        lambda method: _with(RemadeMasks, method),
+        lambda method: _with_weights(RemadeMasks, method),
         acts=lambda bits: bits.w < FLOAT, bits="w3",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""LSQ as public code has it otherwise than the paper."""
+"""Deviations of public code from LSQ's paper."""
 
 from dataclasses import replace
 
@@ -14,29 +14,29 @@ from qbench.quant.ops import straight_through
 from qbench.quant.quantizer import Grid
 
 
-def _passing(x: Tensor) -> Tensor:
-    """Return zeros whose gradient goes to x as it is."""
+def _zeros_passing_gradient(x: Tensor) -> Tensor:
+    """Return zeros of x's shape; their gradient passes to x unchanged."""
     return straight_through(x, torch.zeros_like(x))
 
 
 class UnmaskedWeight(LSQWeight):
-    """Weights whose gradient is not cut off beyond the last levels."""
+    """Weights whose gradient also passes beyond the last levels."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
-        return super().forward(w.detach()) + _passing(w)
+        return super().forward(w.detach()) + _zeros_passing_gradient(w)
 
 
 class UnmaskedActivation(LSQActivation):
-    """Activations whose gradient is not cut off beyond the last levels."""
+    """Activations whose gradient also passes beyond the last levels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations."""
-        return super().forward(x.detach()) + _passing(x)
+        return super().forward(x.detach()) + _zeros_passing_gradient(x)
 
 
 class UnclampedWeight(LSQWeight):
-    """Weights whose step may fall below zero, and with it the order of the levels turns."""
+    """Weights whose step may become negative, which reverses the order of the levels."""
 
     positive_parameters: tuple[str, ...] = ()
 
@@ -46,7 +46,7 @@ class UnclampedWeight(LSQWeight):
 
 
 class UnclampedActivation(LSQActivation):
-    """Activations whose step may fall below zero."""
+    """Activations whose step may become negative, which reverses the order of the levels."""
 
     positive_parameters: tuple[str, ...] = ()
 
@@ -56,7 +56,7 @@ class UnclampedActivation(LSQActivation):
 
 
 def unmasked(method: Method) -> Method:
-    """Pass the gradient of weights and activations on everywhere; steps stay above zero as the faithful ones do."""
+    """Return the method with gradients that pass everywhere; steps stay above zero, as in the method itself."""
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
@@ -67,7 +67,7 @@ def unmasked(method: Method) -> Method:
 
 
 def unclamped(method: Method) -> Method:
-    """Let steps become negative."""
+    """Return the method with steps that may become negative."""
     weight, activation = recast(method.weight, UnclampedWeight), recast(method.input, UnclampedActivation)
     return replace(method, weight=weight, input=activation, step=None)
 
@@ -85,7 +85,7 @@ DEVIATIONS = {
     ),
     "unclamped_step": Deviation(
         "Steps may become negative.",
-        "seen to happen in ZouJiu1/LSQplus#12",
+        "observed in ZouJiu1/LSQplus#12",
         unclamped,
         acts=_quantized, bits="w2a2",
     ),

@@ -1,6 +1,6 @@
-"""Known public deviations from the papers, by method: what `method.deviation=NAME` runs in place of the paper.
+"""Known deviations of public code from the papers: what `method.deviation=NAME` runs instead of the paper's method.
 
-A file here is named as the method's and holds `DEVIATIONS`. The methods' own files stay free of flaws.
+Each file here has the name of a method and holds `DEVIATIONS`. The methods' own files implement the papers only.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from qbench.quant.quantizer import Quantizer
 
 @dataclass(frozen=True)
 class Deviation:
-    """A flaw or variant seen in public code.
+    """A flaw or variant found in public code.
 
     Args:
-        what: what it does otherwise than the paper, a sentence.
-        source: where it was seen, and by whom it was pointed out.
-        apply: the faithful method -> the deviating one.
-        acts: whether it makes any difference at these widths.
-        bits: widths at which it does: what it touches alone, the rest float.
+        what: how it differs from the paper, one sentence.
+        source: where it was found, and who pointed it out.
+        apply: the paper's method -> the deviating method.
+        acts: whether it makes a difference at these widths.
+        bits: widths at which it makes a difference; only what it changes is quantized, the rest is float.
     """
 
     what: str
@@ -34,17 +34,17 @@ class Deviation:
 
 
 def deviations(method: str) -> dict[str, Deviation]:
-    """Return a method's known deviations by name; none for a method without a file here."""
+    """Return the known deviations of a method by name; empty for a method without a file here."""
     if not method.isidentifier() or find_spec(f"qbench.deviations.{method}") is None:
         return {}
     return import_module(f"qbench.deviations.{method}").DEVIATIONS  # type: ignore[no-any-return]
 
 
 def deviate(method_name: str, name: str, method: Method) -> Method:
-    """Return the method under a deviation; itself for `none`.
+    """Return the method with a deviation; the method itself for `none`.
 
     Raises:
-        ValueError: no such deviation.
+        ValueError: there is no such deviation.
         Unsupported: the deviation makes no difference at the method's widths.
     """
     if name == "none":
@@ -60,17 +60,17 @@ def deviate(method_name: str, name: str, method: Method) -> Method:
 def recast(
     site: QuantizerFactory | None, kind: type[Quantizer], where: Callable[[Quantizer], bool] = lambda module: True
 ) -> QuantizerFactory | None:
-    """Return a site whose modules become `kind`, a subclass of their own, and keep all that they hold: options, state.
+    """Return a site whose modules get the class `kind`, a subclass of their own; their options and state are kept.
 
     Args:
         where: which modules; the others stay as they are.
     """
 
-    def built(name: str, layer: FloatLayer, bits: int) -> Quantizer:
+    def recast_site(name: str, layer: FloatLayer, bits: int) -> Quantizer:
         assert site is not None
         module = site(name, layer, bits)
         if where(module):
             module.__class__ = kind
         return module
 
-    return None if site is None else built
+    return None if site is None else recast_site

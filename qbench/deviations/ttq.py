@@ -1,4 +1,4 @@
-"""Trained Ternary Quantization as ports have it otherwise than the paper and the authors' code."""
+"""Deviations of public code, mostly of ports, from the paper and the authors' code of TTQ."""
 
 from dataclasses import replace
 
@@ -16,7 +16,10 @@ from qbench.quant.quantizer import Grid, Storage
 
 @in_float32
 def weights_for_gradient(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor) -> Tensor:
-    """Ternarize weights; the latent weights' gradient is they themselves, scaled by zone, whatever arrives."""
+    """Ternarize weights; the gradient of the latent weights is the weights themselves, scaled by zone.
+
+    The gradient that arrives is ignored.
+    """
     latent = w.detach()
     one = torch.ones_like(latent)
     below = torch.where(latent < -threshold, negative.detach(), one)
@@ -25,7 +28,7 @@ def weights_for_gradient(w: Tensor, positive: Tensor, negative: Tensor, threshol
 
 
 class MissingMinus(TTQWeight):
-    """The negative scale's gradient has the wrong sign."""
+    """Ternary weights; the gradient of the negative scale has the wrong sign."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -33,7 +36,7 @@ class MissingMinus(TTQWeight):
 
 
 class MeanGradient(TTQWeight):
-    """The scales' gradients are divided by the number of weights."""
+    """Ternary weights; the gradients of the scales are divided by the number of weights."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -42,7 +45,7 @@ class MeanGradient(TTQWeight):
 
 
 class Unclamped(TTQWeight):
-    """The scales may fall below zero, and with them the order of the levels turns."""
+    """Ternary weights whose scales may become negative, which reverses the order of the levels."""
 
     positive_parameters: tuple[str, ...] = ()
 
@@ -52,7 +55,7 @@ class Unclamped(TTQWeight):
 
 
 class UnscaledTies(TTQWeight):
-    """Weights that lie on the threshold become +-1."""
+    """Ternary weights; those on the threshold become +-1."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -66,20 +69,20 @@ class UnscaledTies(TTQWeight):
         return Grid(torch.cat([points, points.new_tensor([-1.0, 1.0]).reshape(1, 2, 1)], 1).sort(1).values)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Three bits a weight, for five values, and both scales."""
+        """Three bits per weight, for five values, and both scales."""
         return Storage(w.numel(), 3, 8)
 
 
 class WeightsForGradient(TTQWeight):
-    """Latent weights that see no gradient but themselves."""
+    """Ternary weights; the gradient of the latent weights is made of the weights themselves."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
         return weights_for_gradient(w, self.positive, self.negative, self.delta(w))
 
 
-def _with(kind: type[TTQWeight], method: Method) -> Method:
-    """Return the method with weights of another kind, whose scales are kept above zero as the faithful ones' are."""
+def _with_weights(kind: type[TTQWeight], method: Method) -> Method:
+    """Return the method with weight quantizers of another class; scales stay above zero, as in the method itself."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
@@ -96,31 +99,31 @@ DEVIATIONS = {
     "missing_minus": Deviation(
         "The gradient of Wn lacks its minus, as eq. 7 prints it.",
         "TropComplique/trained-ternary-quantization, utils/quantization.py, and its issue 6",
-        lambda method: _with(MissingMinus, method),
+        lambda method: _with_weights(MissingMinus, method),
         acts=_ternary, bits="w2",
     ),
     "mean_gradient": Deviation(
         "The gradients of Wp and Wn are divided by the layer's number of weights.",
         "csyhhu/Awesome-Deep-Neural-Network-Compression, Codes/utils/TTQ.py, and its issue 1",
-        lambda method: _with(MeanGradient, method),
+        lambda method: _with_weights(MeanGradient, method),
         acts=_ternary, bits="w2",
     ),
     "unclamped_scales": Deviation(
         "Wp and Wn may become negative.",
-        "czhu95/ternarynet, examples/Ternary-Net/ternary.py; seen to happen in its issue 7",
+        "czhu95/ternarynet, examples/Ternary-Net/ternary.py; observed in its issue 7",
         lambda method: replace(method, weight=recast(method.weight, Unclamped), step=None),
         acts=_ternary, bits="w2",
     ),
     "unscaled_ties": Deviation(
         "Weights whose magnitude is the threshold become +-1, not 0.",
         "czhu95/ternarynet, examples/Ternary-Net/ternary.py",
-        lambda method: _with(UnscaledTies, method),
+        lambda method: _with_weights(UnscaledTies, method),
         acts=_ternary, bits="w2",
     ),
     "weights_for_gradient": Deviation(
-        "The latent weights' gradient is made of the weights themselves in place of dL/dw_hat.",
+        "The gradient of the latent weights is computed from the weights themselves instead of dL/dw_hat.",
         "vinsis/ternary-quantization, quantification.py, before its issue 1 was fixed",
-        lambda method: _with(WeightsForGradient, method),
+        lambda method: _with_weights(WeightsForGradient, method),
         acts=_ternary, bits="w2",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""XNOR-Net as public code, and the paper's print, have it otherwise than it is read."""
+"""Deviations from XNOR-Net as it is commonly read: those of public code, and of the formulas as printed."""
 
 from dataclasses import replace
 
@@ -11,11 +11,11 @@ from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import in_float32, sign, straight_through, surrogate
 from qbench.quant.quantizer import Grid, Storage
 
-HUGE = 1e9
+GRADIENT_FACTOR = 1e9
 
 
 def zero_at_zero(x: Tensor, binary: Tensor) -> Tensor:
-    """Return `binary`, made of x, with 0 where x is 0; the gradient stays."""
+    """Return `binary`, computed from x, with 0 where x is 0; its gradient stays the same."""
     return straight_through(binary, torch.where(x.detach() == 0, 0.0, binary.detach()).to(binary.dtype))
 
 
@@ -34,7 +34,7 @@ def printed_activation_gradient(x: Tensor) -> Tensor:
 
 
 class SignOfZeroWeight(BinaryWeight):
-    """Binary weights, three-valued where a weight is zero."""
+    """Binary weights with sign(0) = 0: three values where a weight is zero."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the binarized weights."""
@@ -46,12 +46,12 @@ class SignOfZeroWeight(BinaryWeight):
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha], 1), lambda t: t.reshape(len(t), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Two bits a weight, for three values, and a scale per filter."""
+        """Two bits per weight, for three values, and a scale per filter."""
         return Storage(w.numel(), 2, 4 * len(w))
 
 
 class SignOfZeroActivation(BinaryActivation):
-    """Binary activations, three-valued where an input is zero."""
+    """Binary activations with sign(0) = 0: three values where an input is zero."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the signs."""
@@ -78,19 +78,20 @@ class PrintedActivation(BinaryActivation):
         return printed_activation_gradient(x)
 
 
-def _of_the_paper(module: nn.Module) -> bool:
+def _has_paper_gradient(module: nn.Module) -> bool:
+    """Return True; raise `Unsupported` for the gradient of the authors' code."""
     if isinstance(module, BinaryWeight) and module.gradient != "paper":
-        raise Unsupported("deviation=printed_weight_gradient is about method.gradient=paper")
+        raise Unsupported("deviation=printed_weight_gradient needs method.gradient=paper")
     return True
 
 
 def times_1e9(method: Method) -> Method:
-    """Multiply all gradients by 1e9 in front of the step."""
+    """Return the method with all gradients multiplied by 1e9 before each step."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for p in model.parameters():
             if p.grad is not None:
-                p.grad.mul_(HUGE)
+                p.grad.mul_(GRADIENT_FACTOR)
         (method.step or (lambda model, optimizer: optimizer.step()))(model, optimizer)
 
     return replace(method, step=step)
@@ -110,7 +111,7 @@ DEVIATIONS = {
     "printed_weight_gradient": Deviation(
         "The derivative of a weight's sign is r 1{|r| <= 1}, as printed, not 1{|r| <= 1}.",
         "the paper, quoted in allenai/XNOR-Net#25",
-        lambda method: replace(method, weight=recast(method.weight, PrintedWeight, _of_the_paper)),
+        lambda method: replace(method, weight=recast(method.weight, PrintedWeight, _has_paper_gradient)),
         acts=lambda bits: bits.w == 1, bits="w1a32",
     ),
     "printed_activation_gradient": Deviation(

@@ -10,7 +10,7 @@ from qbench.bits import FLOAT, Bits
 from qbench.config import registry
 from qbench.config.schema import Node
 from qbench.data.dataset import Dataset
-from qbench.data.spec import outline
+from qbench.data.spec import placeholder_dataset
 from qbench.deviations.registry import deviate
 from qbench.errors import ConfigError
 from qbench.experiment.checks import check_norm
@@ -46,7 +46,7 @@ def build_imageless_dataset(node: Node) -> Dataset | None:
     """
     registry.checked("dataset", node)
     try:
-        return outline(node)
+        return placeholder_dataset(node)
     except ValueError as error:
         raise ConfigError(f"dataset.{error}") from None
 

@@ -16,7 +16,7 @@ from qbench.quant.layers import effective_weight, fully_quantized, quantized_lay
 from qbench.quant.verify import NotQuantized, verify
 from qbench.runs.result import BaselineResult, Evaluation, Result
 from qbench.runs.tensorboard import levels_figure
-from qbench.training.checkpoint import copied, weights_sha256
+from qbench.training.checkpoint import cpu_copy, weights_sha256
 from qbench.training.evaluation import evaluate
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
@@ -40,21 +40,21 @@ def final_result(
     """
     model = task.model
     with evaluated_weights(model, state):
-        last = copied(model.state_dict())
-    best_weights = state.best["model"] if state.best else last
+        last = cpu_copy(model.state_dict())
+    best_weights = state.best.model if state.best else last
     state_sha256 = state.digest(model)
-    best = _evaluate(task, best_weights, state.best["epoch"], loader, session) if state.best else None
+    best = _evaluate(task, best_weights, state.best.epoch, loader, session) if state.best else None
     answers: list[Tensor] = []
     final = _evaluate(task, last, state.epoch - 1 if state.epoch else None, loader, session, answers)
     if not fully_quantized(model):
         raise NotQuantized("after the last epoch some weights are still float")
-    verified = verify(model, next(iter(loader.plain("train", VERIFIED_IMAGES)))[0])
+    verified = verify(model, next(iter(loader.unaugmented("train", VERIFIED_IMAGES)))[0])
     session.write_predictions(torch.cat(answers))
     session.write_weights("last.pt", last)
     session.write_weights("best.pt", best_weights)
     result = replace(
         session.directory.new_result("done"),
-        network=setup.network, synthetic=setup.data.made, final=final, best=best, verified=verified,
+        network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
         levels=_levels(model, verified, setup.method.bits.w), baseline=_baseline_result(baseline),
         data_sha256=digest(setup.data.fingerprint()), cost=count_cost(model, setup.macs),
         speed=session.speed(setup.device, state.epoch), quantizers=reports(model), card=setup.card,
@@ -108,7 +108,7 @@ def _evaluate(
 ) -> Evaluation:
     """Evaluate weights on both splits; `answers` gets the labels and predictions of the test split."""
     task.model.load_state_dict(weights)
-    val, test = (session.context.checked(loader.plain(split)) for split in ("val", "test"))
+    val, test = (session.context.checked(loader.unaugmented(split)) for split in ("val", "test"))
     validated, tested = evaluate(task.model, val, task.logits), evaluate(task.model, test, task.logits, answers)
     assert tested is not None  # `check_splits` refuses an empty test split
     return Evaluation(test=tested, val=validated, epoch=epoch)

@@ -20,12 +20,12 @@ from qbench.runs import manifest
 from qbench.runs.directory import RunDirectory
 from qbench.runs.result import Result, load_result
 from qbench.training import optimizer
-from qbench.training.checkpoint import not_finite
-from qbench.training.divergence import numbers
+from qbench.training.checkpoint import first_nonfinite
+from qbench.training.divergence import must_be_finite
 from qbench.training.initial_weights import is_intact, load_initial_weights
-from qbench.training.loop import fit
+from qbench.training.loop import train
 from qbench.training.random_state import seed_everything
-from qbench.training.state import Average, State
+from qbench.training.state import State, WeightAverage
 from qbench.training.task import Task
 
 PROBE_IMAGES = 256
@@ -104,17 +104,17 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         baseline_path = Path(baseline.run) if baseline else None
         method = setup.with_teacher(baseline_path)
         model = _initial_model(setup, baseline_path, session)
-        probe = Probe(list(loader.plain("train", PROBE_IMAGES)), F.cross_entropy)
+        probe = Probe(list(loader.unaugmented("train", PROBE_IMAGES)), F.cross_entropy)
         if method.prepare and not session.saved:
             method.prepare(model, probe)
         task = Task(
             model=model, method=method, optim=setup.optim, epochs=setup.epochs, steps=loader.steps,
-            train=loader.train, validate=lambda: context.checked(loader.plain("val")), probe=probe,
+            train=loader.train, validate=lambda: context.checked(loader.unaugmented("val")), probe=probe,
             forward=setup.forward(model), classes=setup.data.classes,
         )  # fmt: skip
         state = _state(task, session.saved, setup.seed)
         with compress_activations(setup.runtime.compress_activations):
-            fit(task, state, session.watch(task, state, loader.batch_size))
+            train(task, state, session.watch(task, state, loader.batch_size))
         reporter.stop()
         return final_result(setup, task, state, loader, session, baseline)
     except NotFinite as error:
@@ -134,20 +134,20 @@ def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: Train
 
 def _state(task: Task, saved: Saved | None, seed: int) -> State:
     """Return the state to train from: a new one, or a saved one with model, optimizer and random numbers restored."""
-    average = Average(task.model, task.optim.ema) if task.optim.ema is not None else None
+    average = WeightAverage(task.model, task.optim.ema) if task.optim.ema is not None else None
     if not saved:
-        state = State(optimizer.build(task.model, task.optim), average)
+        state = State(optimizer.build_optimizer(task.model, task.optim), average)
         seed_everything(seed)
         return state
     try:
         trainable = set(saved["state"]["trainable"])
         for name, parameter in task.model.named_parameters():
             parameter.requires_grad_(name in trainable)
-        state = State(optimizer.build(task.model, task.optim), average)
+        state = State(optimizer.build_optimizer(task.model, task.optim), average)
         state.load(task.model, saved["state"])
     except Exception as error:  # its digest is right, so it was written with this content
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(f"the checkpoint to go on from does not fit: {why}\nstart over: rerun=true") from error
-    if bad := not_finite(numbers(task.model)):
+    if bad := first_nonfinite(must_be_finite(task.model)):
         raise CheckpointError(f"the checkpoint to go on from holds inf or nan: {bad}\nstart over: rerun=true")
     return state

@@ -20,8 +20,9 @@ from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger, Record
 from qbench.runs.result import TrainingSpeed
 from qbench.system import files
-from qbench.training.checkpoint import not_finite, pack, unpack
-from qbench.training.divergence import numbers
+from qbench.training.checkpoint import first_nonfinite, pack, unpack
+from qbench.training.divergence import must_be_finite
+from qbench.training.epoch_record import EpochRecord
 from qbench.training.loop import Callbacks
 from qbench.training.monitor import TrainingMonitor
 from qbench.training.state import State
@@ -79,7 +80,7 @@ class TrainingSession:
         reporter.start(self.title, task.epochs * task.steps, state.step, images)
         self.monitor.begin(task.model)
         if not task.epochs:
-            self.logger.records(self.monitor.epoch(task, state, {"images": 0}, "without training"))
+            self.logger.records(self.monitor.epoch(task, state, None, "without training"))
 
         def step(state: State, loss: Tensor) -> None:
             reporter.step(state.step, loss.item)
@@ -90,9 +91,9 @@ class TrainingSession:
             if stopping:
                 context.check()
 
-        def epoch(state: State, record: dict[str, Any], losses: list[Tensor]) -> None:
+        def epoch(state: State, record: EpochRecord, losses: list[Tensor]) -> None:
             self._write_epoch(task, state, record, losses)
-            reporter.epoch(state.step, record)
+            reporter.epoch(state.step, record.metrics())
             self.save(task, state)
             context.check()
 
@@ -112,7 +113,9 @@ class TrainingSession:
             "memory": self.monitor.memory(task.model),
         }
         saved = state.save(task.model)
-        if bad := not_finite({"model": numbers(task.model)} | {k: saved[k] for k in ("optimizer", "average")}):
+        if bad := first_nonfinite(
+            {"model": must_be_finite(task.model)} | {k: saved[k] for k in ("optimizer", "average")}
+        ):
             raise Diverged(f"{bad} is not finite in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
         self.monitor.check(task.model, f"in epoch {state.epoch}, step {state.step}")
         data = pack({"identity": self.directory.identity.digest, "state": saved, "session": session})
@@ -139,16 +142,16 @@ class TrainingSession:
             peak_bytes=peak,
         )
 
-    def _write_epoch(self, task: Task, state: State, record: dict[str, Any], losses: list[Tensor]) -> None:
-        self.train_seconds += record["seconds"]
-        self.train_images += record["images"]
+    def _write_epoch(self, task: Task, state: State, record: EpochRecord, losses: list[Tensor]) -> None:
+        self.train_seconds += record.seconds
+        self.train_images += record.images
         first, every = state.step - len(losses) + 1, self.runtime.log_every
         records: list[Record] = []
         for i, loss in enumerate(torch.stack(losses).tolist()):
             if (first + i) % every == 0:
                 records.append(("step", first + i, {"loss": loss}))
-        records += self.monitor.epoch(task, state, record, f"in epoch {record['epoch']}, step {state.step}")
-        self.logger.records([*records, ("epoch", state.step, record)])
+        records += self.monitor.epoch(task, state, record, f"in epoch {record.epoch}, step {state.step}")
+        self.logger.records([*records, ("epoch", state.step, record.metrics())])
 
     def _newest(self) -> Saved | None:
         """Return the newest intact checkpoint; name the damaged ones and remove them, since they count as newest."""

@@ -9,7 +9,7 @@ from qbench.config.schema import Config
 from qbench.config.validate import from_dict
 from qbench.errors import CheckpointError, ConfigError
 from qbench.system import files
-from qbench.training.initial_weights import published
+from qbench.training.initial_weights import load_published
 
 
 def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
@@ -24,7 +24,7 @@ def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu"
     """
     try:
         values = files.read_yaml(run / "config.yaml")
-        state = published(run, f"{weights}.pt")
+        state = load_published(run, f"{weights}.pt")
         values |= {"init": "scratch", "distill": {"name": "none"}}
         values["runtime"]["device"] = device
         return from_dict(values), state

@@ -1,17 +1,19 @@
-"""Binary-Weight-Network: weights binary with a scale per filter, activations float.
+"""Binary-Weight-Network: binary weights with one scale per filter, float activations.
 
 Paper
-    Rastegari, Ordonez, Redmon, Farhadi, "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks",
-    ECCV 2016, arXiv 1603.05279, section 3.1. Authors' code: allenai/XNOR-Net (Torch).
+    Rastegari, Ordonez, Redmon, Farhadi, "XNOR-Net: ImageNet Classification Using Binary
+    Convolutional Neural Networks", ECCV 2016, arXiv 1603.05279, section 3.1. Authors' code:
+    allenai/XNOR-Net (Torch).
 
 Idea
-    XNOR-Net's weights without its activations: no multiplications in a convolution, 32 times less memory.
+    Use XNOR-Net's binary weights without its binary activations. Convolutions then need no
+    multiplications, and weights take 32 times less memory.
 
 Forward
-    Per output filter: alpha sign(w), alpha = mean|w|, sign(0) = +1.
+    Per output filter: w_hat = alpha sign(w), alpha = mean|w|, sign(0) = +1.
 
 Backward
-    As in xnor: gradient=paper or authors.
+    As in xnor, with gradient=paper or gradient=authors.
 
 Schedule
     One phase.
@@ -26,8 +28,8 @@ Bits
     w 1 or 32, a and g 32; by default w1a32g32.
 
 Protocol
-    The authors' code: SGD with momentum 0.9, rate 1e-2 falling to 1e-4 in steps over 55 epochs, batch 128; first and
-    last layer float.
+    The authors' code: SGD with momentum 0.9, learning rate from 1e-2 down to 1e-4 in steps over 55
+    epochs, batch size 128. First and last layer are float.
 
 Choices
     gradient, center, clamp: as in xnor.
@@ -39,21 +41,23 @@ Results
     README (digits, glyphs).
 """
 
+from functools import partial
+
 from qbench.bits import FLOAT, Bits
-from qbench.methods.xnor import GRADIENTS, site, stepped, tidy
+from qbench.methods.xnor import center_and_clamp, check_gradient, optimizer_step, weight_quantizer
 from qbench.quant.method import Method
 
 
 def build(*, w: int = 1, gradient: str = "paper", center: bool = False, clamp: bool = False) -> Method:
-    """Return BWN; for the options see xnor's card."""
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient={gradient}: allowed are {', '.join(GRADIENTS)}")
+    """Return BWN; xnor's method card explains the options."""
+    check_gradient(gradient)
+    changes_weights = center or clamp
     return Method(
         name="bwn",
         bits=Bits(w),
         supported_bits={"w": (1, FLOAT)},
         traits=frozenset({"odd", "monotone", "idempotent"}),
-        weight=lambda name, layer, bits: site(layer, gradient, center),
-        prepare=(lambda model, probe: tidy(model, center=center, clamp=clamp)) if center or clamp else None,
-        step=(lambda m, optimizer: stepped(m, optimizer, center=center, clamp=clamp)) if center or clamp else None,
+        weight=lambda name, layer, bits: weight_quantizer(layer, gradient, center),
+        prepare=(lambda model, probe: center_and_clamp(model, center=center, clamp=clamp)) if changes_weights else None,
+        step=partial(optimizer_step, center=center, clamp=clamp) if changes_weights else None,
     )

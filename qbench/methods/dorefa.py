@@ -1,30 +1,34 @@
-"""DoReFa-Net: low-bit weights, activations and gradients, each by one fixed function.
+"""DoReFa-Net: low-bit weights, activations and gradients, each quantized by a fixed function.
 
 Paper
-    Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth Gradients",
-    arXiv 1606.06160 (2016). Authors' code: tensorpack, examples/DoReFa-Net.
+    Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth
+    Gradients", arXiv 1606.06160 (2016). Authors' code: tensorpack, examples/DoReFa-Net.
 
 Idea
-    Bring weights, activations and gradients into [0, 1], round there to k bits, come back; only the rounding is
-    straight-through. With fixed point on both sides a dot product becomes bit counts in forward and backward.
+    Map weights, activations and gradients to [0, 1], round to k bits there, and map back. Only the
+    rounding is straight-through. With both factors in fixed point, a dot product becomes bit
+    counts, in the forward and in the backward pass.
 
 Forward
-    Qk(x) = round(n x) / n, n = 2^k - 1, halves to even.
-    Weights, 2 <= k: 2 Qk(tanh w / (2 max|tanh w|) + 1/2) - 1, the maximum over the layer; levels (2 i - n) / n in
-    [-1, 1], no zero among them. Weights, k = 1: E sign(w) with E = mean|w| of the layer and sign(0) = +1.
+    Qk(x) = round(n x) / n, n = 2^k - 1, ties to even.
+    Weights, k >= 2: 2 Qk(tanh w / (2 max|tanh w|) + 1/2) - 1, with the maximum over the layer. The
+    levels are (2 i - n) / n in [-1, 1]; zero is not a level.
+    Weights, k = 1: E sign(w), with E = mean|w| of the layer and sign(0) = +1.
     Activations: Qk(h(x)), with h(x) = clip(x, 0, 1).
 
 Backward
-    Weights, 2 <= k: through tanh and through the maximum. Weights, k = 1: dL/dw = dL/dw_hat. Activations: the
-    derivative of h; for the clip 1 on the closed interval 0 <= x <= 1.
-    Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), m = max|d| of the sample, u uniform in
-    (-1/2, 1/2) / n for every element: unbiased, levels (2 i - n) m / n, no zero among them.
+    Weights, k >= 2: through tanh and through the maximum. Weights, k = 1: dL/dw = dL/dw_hat.
+    Activations: the derivative of h. For the clip it is 1 on the closed interval 0 <= x <= 1.
+    Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), with m = max|d| of the sample
+    and u uniform in (-1/2, 1/2) / n, drawn for every element. f(d) is unbiased. The levels are (2 i
+    - n) m / n; zero is not a level.
 
 Schedule
     One phase, from a float network.
 
 Sites
-    weight, input, output (the gradient of a layer's output, read by both of the layer's own gradients).
+    weight, input, output. The output site quantizes the gradient of a layer's output, which both of
+    the layer's own gradients are computed from.
 
 State
     None.
@@ -33,23 +37,28 @@ Bits
     w, a, g each 1-16 or 32; by default w2a32g32.
 
 Protocol
-    The paper's: Adam; SVHN from scratch at 1e-3, halved every 100 of 200 epochs, batch 128 (authors' code); first and
-    last layer float, the last layer's input bounded but not quantized, batch normalization everywhere between.
+    The paper: Adam. The authors' code for SVHN: from scratch at 1e-3, halved every 100 of 200
+    epochs, batch size 128. First and last layer are float. The last layer's input is bounded but
+    not quantized. All layers in between have batch normalization.
 
 Choices
-    activation: the paper leaves h open, the authors' code had three. `clip` (default): today's code. `abs`:
-    min(1, |x|), the SVHN script until October 2018, under which its quantized figures were measured. `tanh`:
-    tanh(x) / 2, rounded on [-1/2, 1/2], of the first published AlexNet. Both others need the network's ReLU out of
-    the way (`model.act=fused`), the clip contains it.
-    A layer that stays float, and what the last layer reads, keeps the network's ReLU, where the authors' code clips.
-    Rounding halves to even, as torch and today's TensorFlow do; the authors' first code rounded them up.
+    activation: the paper leaves h open, and the authors' code had three. `clip` (default): today's
+    code. `abs`: min(1, |x|), used by the SVHN script until October 2018; its quantized results were
+    measured with it. `tanh`: tanh(x) / 2, rounded on [-1/2, 1/2], used by the first published
+    AlexNet. `abs` and `tanh` need a network without ReLU in front (`model.act=fused`); the clip
+    contains the ReLU.
+    A layer that stays float keeps the network's ReLU, and so does the input of the last layer. The
+    authors' code clips there.
+    Rounding is to nearest with ties to even, as in torch and in today's TensorFlow. The authors'
+    first code rounded ties up.
 
 Deviations
-    A sample whose gradient is zero stays zero, and a layer whose weights are all zero takes maximum 1: the formulas
-    give 0/0 there.
+    A sample whose gradient is zero stays zero, and a layer whose weights are all zero uses 1 as the
+    maximum. The formulas give 0/0 there.
 
 Results
-    README (digits). The paper has no CIFAR-10 result; those in circulation are third parties'.
+    README (digits). The paper has no CIFAR-10 result; published CIFAR-10 results of DoReFa-Net are
+    third parties'.
 """
 
 from collections.abc import Callable
@@ -75,10 +84,10 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 @in_float32
 def quantize_weight(w: Tensor, bits: int) -> Tensor:
-    """Quantize a layer's weights (any shape); 32 returns w itself. Sections 2.3, eq. 7-10.
+    """Quantize a layer's weights (any shape); 32 bits return w itself. Section 2.3, eq. 7-10.
 
-    The maximum, and for 1 bit the scale, are taken over the whole tensor. One bit gives +-mean|w|, 2 bits and more
-    give 2^bits levels in [-1, 1].
+    The maximum, and for 1 bit the scale, are taken over the whole tensor. One bit gives +-mean|w|. More bits give
+    2^bits levels in [-1, 1].
     """
     if bits == FLOAT:
         return w
@@ -87,19 +96,22 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
     n = float(2**bits - 1)
 
     def plain(t: Tensor) -> Tensor:
-        top = t.abs().max()
+        top = t.abs().max()  # differentiated: the gradient also passes through the maximum
         return 2 * quantize_k(t / (2 * torch.where(top == 0, torch.ones_like(top), top)) + 0.5, bits) - 1
 
     t = torch.tanh(w)
     top = t.detach().abs().amax()
-    top = torch.where(top == 0, 1.0, top)
+    top = torch.where(top == 0, 1.0, top)  # weights that are all zero: avoid 0/0
 
     def value(t: Tensor) -> Tensor:
         return divide_codes_(t.div(2 * top).add_(0.5).mul_(n).round_(), n).mul_(2).sub_(1)
 
     def backward(grad: Tensor, t: Tensor) -> Tensor:
-        ends = t.div(top).trunc_()  # -1 or 1 where the maximum is: its share of the gradient goes there
+        # -1 or 1 where |t| is the maximum, else 0
+        ends = t.div(top).trunc_()
+        # gradient of the maximum, shared evenly by the elements that attain it
         share = (grad * t).sum().div_(top).div_(ends.abs().sum().clamp_(min=1))
+        # (grad - ends share) / top: through the division by the maximum, and through the maximum itself
         return torch.addcmul(grad, ends, share, value=-1).div_(top)
 
     return fused_quantizer(t, plain=plain, value=value, backward=backward)
@@ -107,7 +119,10 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_activation(x: Tensor, bits: int) -> Tensor:
-    """Quantize activations: Qk(clip(x, 0, 1)), 2^bits levels in [0, 1]; 32 returns x itself. Section 2.4, eq. 11."""
+    """Quantize activations (any shape): Qk(clip(x, 0, 1)), 2^bits levels in [0, 1]; 32 bits return x itself.
+
+    Section 2.4, eq. 11.
+    """
     if bits == FLOAT:
         return x
     n = float(2**bits - 1)
@@ -116,16 +131,16 @@ def quantize_activation(x: Tensor, bits: int) -> Tensor:
         plain=lambda x: quantize_k(x.clamp(0, 1), bits),
         value=lambda x: divide_codes_(x.clamp(0, 1).mul_(n).round_(), n),
         backward=lambda grad, x: grad_within(grad, x, 0, 1),
-        cells=_cells(n),
+        cells=_cells_of_clip(n),
     )
 
 
-def _cells(n: float) -> Cells:
+def _cells_of_clip(n: float) -> Cells:
     """Return the cells of Qk(clip(x, 0, 1)): 0 below the range, one for each level, one above the range."""
 
     def number(x: Tensor) -> Tensor:
         clipped = x.clamp(0, 1)
-        side = x.sub(clipped).sign_()
+        side = x.sub(clipped).sign_()  # -1 below the range, 1 above it, else 0
         return clipped.mul_(n).round_().add_(side).add_(1)
 
     return Cells(number, lambda c: c.sub_(1).div_(n), int(n) + 3)
@@ -133,7 +148,7 @@ def _cells(n: float) -> Cells:
 
 @in_float32
 def quantize_activation_abs(x: Tensor, bits: int) -> Tensor:
-    """Quantize activations by h(x) = min(1, |x|): the authors' SVHN script until October 2018."""
+    """Quantize activations with h(x) = min(1, |x|), as the authors' SVHN script did until October 2018."""
     if bits == FLOAT:
         return x
     n = float(2**bits - 1)
@@ -147,28 +162,31 @@ def quantize_activation_abs(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_activation_tanh(x: Tensor, bits: int) -> Tensor:
-    """Quantize activations by h(x) = tanh(x) / 2 on [-1/2, 1/2]: the authors' first published AlexNet."""
+    """Quantize activations with h(x) = tanh(x) / 2 on [-1/2, 1/2], as the authors' first published AlexNet did."""
     return x if bits == FLOAT else quantize_k(torch.tanh(x) / 2 + 0.5, bits) - 0.5
 
 
 @in_float32
 def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = None) -> Tensor:
-    """Quantize a gradient (N, ...) stochastically, scaled by each sample's maximum; 32 returns x. Eq. 12.
+    """Quantize a gradient (N, ...) stochastically, scaled by each sample's maximum; 32 bits return x. Eq. 12.
 
-    Noise is drawn for every element from torch's global generator unless `generator` is given. Samples that are zero
-    stay zero.
+    Noise is drawn for every element, from torch's global generator unless `generator` is given. A sample that is all
+    zero stays zero.
     """
     if bits == FLOAT:
         return x
     n = 2**bits - 1
     m = _sample_max(x)
+    # noise of the width of one step, uniform in (-1/2, 1/2) / n
     noise = uniform(x, generator).sub_(0.5).div_(n)
+    # map to [0, 1] and add the noise; m == 0 gives 1/2, which the factor 2 m below turns into 0
     unit = x.detach().div(torch.where(m == 0, 1.0, 2 * m)).add_(0.5).add_(noise).clamp_(0, 1)
+    # round to k bits and map back
     return unit.mul_(n).round_().div_(n).sub_(0.5).mul_(2 * m)
 
 
 def _sample_max(x: Tensor) -> Tensor:
-    """Return max|x| of every sample, (N, 1, ..., 1)."""
+    """Return max|x| of every sample (N, 1, ..., 1), without gradient."""
     axes = tuple(range(1, x.dim()))
     return x.detach().abs().amax(dim=axes, keepdim=True) if axes else x.detach().abs()
 
@@ -195,7 +213,7 @@ class DoReFaWeight(Quantizer):
 
 
 class DoReFaActivation(Quantizer):
-    """DoReFa's activations in front of one layer, for a function with `levels` of 2^bits values from `low` on."""
+    """DoReFa's activations in front of one layer; the levels of `function` extend from `low` to `low` + 1."""
 
     def __init__(self, function: Callable[[Tensor, int], Tensor], low: float, bits: int) -> None:
         super().__init__()
@@ -232,9 +250,9 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, int], Tensor], float]] = {
     "abs": (quantize_activation_abs, 0.0),
     "tanh": (quantize_activation_tanh, -0.5),
 }
+"""Bounded function h -> its quantizer, and its lowest level."""
 
-
-CLIPPED = ("monotone_input", "idempotent_input", "clipped_input", "cells_input")
+CLIP_TRAITS = ("monotone_input", "idempotent_input", "clipped_input", "cells_input")
 
 
 def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> Method:
@@ -242,14 +260,14 @@ def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> 
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation}: allowed are {', '.join(ACTIVATIONS)}")
     if activation != "clip" and a == FLOAT:
-        raise Unsupported(f"activation={activation} has no effect at bits.a={FLOAT}; the network's own ReLU acts there")
+        raise Unsupported(f"activation={activation} has no effect at bits.a={FLOAT}: the network's own ReLU is used")
     function, low = ACTIVATIONS[activation]
     widths = (*range(1, 17), FLOAT)
     return Method(
         name="dorefa",
         bits=Bits(w, a, g),
         supported_bits={"w": widths, "a": widths, "g": widths},
-        traits=frozenset({"monotone", *(CLIPPED if activation == "clip" else ())}),
+        traits=frozenset({"monotone", *(CLIP_TRAITS if activation == "clip" else ())}),
         requires=Requires(act="either" if activation == "clip" else "fused"),
         weight=lambda name, layer, bits: DoReFaWeight(bits),
         input=lambda name, layer, bits: DoReFaActivation(function, low, bits),

@@ -1,59 +1,71 @@
-"""Differentiable quantization: the weights stay as they are, the values that they are rounded to are trained.
+"""Differentiable quantization: the weights stay fixed, the quantization points are trained.
 
 Paper
-    Polino, Pascanu, Alistarh, "Model compression via distillation and quantization", ICLR 2018, arXiv 1802.05668,
-    algorithm 2. Authors' code: antspy/quantized_distillation (PyTorch 0.3).
+    Polino, Pascanu, Alistarh, "Model compression via distillation and quantization", ICLR 2018,
+    arXiv 1802.05668, algorithm 2. Authors' code: antspy/quantized_distillation (PyTorch 0.3).
 
 Idea
-    A quantized network depends smoothly on where its quantization points lie: descend on these, and give more of them
-    to the layers whose weights matter more.
+    The output of a quantized network depends smoothly on its quantization points. So train the
+    points by gradient descent, and give more of them to the layers whose weights matter more.
 
 Forward
-    As in qd, weights are scaled to x in [0, 1] in buckets of k elements of the flattened tensor, with alpha and beta of
-    each bucket. A layer's points p_1 <= ... <= p_m serve all its buckets: w_hat = alpha p_i + beta for the nearest p_i;
-    half way the upper one.
+    As in qd, weights are scaled to x in [0, 1] in buckets of k elements of the flattened tensor,
+    with alpha and beta of each bucket. All buckets of a layer share its points p_1 <= ... <= p_m.
+    w_hat = alpha p_i + beta for the nearest p_i; a tie takes the upper point.
 
 Backward
-    dL/dp_i = sum over weights j assigned to p_i of alpha(bucket of j) dL/dw_hat_j; none to the weights.
-    Assignments count as given: that a moved point hands weights to its neighbour is not in the gradient, so that with
-    few points and wide buckets a step can raise the loss.
-    L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, z_t and z_s the logits of the float
-    network and of the quantized one: its teacher is the network itself before quantization, which is the parent.
+    dL/dp_i = sum over weights j assigned to p_i of alpha(bucket of j) dL/dw_hat_j. Weights get no
+    gradient.
+    The assignments count as constant: the gradient ignores that a moved point changes which weights
+    belong to it. With few points and wide buckets, a step can therefore raise the loss.
+    L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, with z_t the
+    logits of the float network and z_s those of the quantized network. The teacher is the network
+    itself before quantization, the float baseline.
 
 Schedule
     One phase, from a float network. Points are sorted after every step.
 
 Sites
-    weight. The loss is that of `distill`, which by default distills from the float parent.
+    weight. The loss is that of `distill`; by default the teacher is the float baseline.
 
 State
-    points (4 2^b floats): scaled points of a layer, ascending, filled up with the last one; count (integer scalar): how
-    many are used.
+    points (4 2^b floats): the scaled points of a layer, ascending, with unused places filled by the
+    last point.
+    count (integer scalar): how many points are used.
 
 Bits
-    w 2-8 or 32 for 2^b points a layer on average, a and g 32; by default w4a32g32.
+    w 2-8 or 32 for 2^b points per layer on average, a and g 32; by default w4a32g32.
 
 Protocol
-    CIFAR-10, authors' code: from the distilled float student; SGD with Nesterov momentum 0.9 on the points alone at
-    1e-6, 10 epochs at 4 bits and 20 at 2, batch 25. CIFAR-100: 1e-4, 20 epochs. No run with 8 bits.
+    CIFAR-10, authors' code: starts from the distilled float student. SGD with Nesterov momentum 0.9
+    at 1e-6 trains the points alone, 10 epochs at 4 bits and 20 at 2, batch size 25. CIFAR-100:
+    1e-4, 20 epochs. There is no run with 8 bits.
 
 Choices
-    initial: `quantiles` of the scaled weights, percentiles linspace(0, 100, m), or `uniform`, the paper's ablation.
-    allocation: `gradient`: of all points, 2^b a layer, each layer has half its own; the other halves are shared in
-    proportion to the 2-norm of dL/dw of the float network; or `even`, 2^b for all. What rounding leaves over or short
-    goes to the layer with fewest, or comes from the one with most, a point at a time (the authors': all from or to one
-    layer). A layer has 4 2^b points at most (theirs: no bound). Layers of unlike bits.w share among themselves.
-    The gradient is that of cross entropy over the probe in evaluation mode; the authors average five minibatches.
-    Sorting leaves the optimizer's momentum where it was, as in the authors' code: it belongs to ranks, not to points.
-    Points take the recipe's learning rate: the authors' small ones are for plain gradients, which are sums over
-    thousands of weights and which Adam rescales. They are not confined to [0, 1].
-    bucket: k, 256 as in the paper; 0 takes a tensor as one bucket. KL's mean: as in qd.
+    initial: `quantiles` of the scaled weights, percentiles linspace(0, 100, m); or `uniform`, the
+    paper's ablation.
+    allocation: `gradient` or `even`. `even` gives every layer 2^b points. With `gradient` the total
+    is 2^b times the number of layers. Every layer keeps half of its 2^b points; the other halves
+    are shared in proportion to the 2-norm of dL/dw of the float network. Points left over by
+    rounding go to the layer with fewest, and missing points come from the layer with most, one at a
+    time. (In the authors' code one layer takes or gives all of them.) A layer has at most 4 2^b
+    points; the authors have no bound. Layers share only with layers of the same bits.w.
+    The gradient for the allocation is that of cross entropy over the probe in evaluation mode. The
+    authors average five minibatches.
+    Sorting leaves the optimizer's momentum in place, as in the authors' code: momentum belongs to
+    ranks, not to points.
+    Points use the learning rate of the recipe. The authors' small rates are for plain gradients,
+    which are sums over thousands of weights; Adam rescales these. Points are not confined to [0,
+    1].
+    bucket: k, 256 as in the paper; 0 makes one bucket of the tensor. The mean of KL is that of qd.
 
 Deviations
-    Convolutions and linear layers by the layer policy; the authors quantize every parameter, biases and batch
-    normalization among them. All parameters but quantizers' are frozen from the start, as theirs; batch
-    normalization's running statistics go on moving, as theirs.
-    Bytes charge the points, 4 each, beside ceil(log2 m) bits a code and two floats a bucket; theirs leave them out.
+    The layer policy chooses convolutions and linear layers. The authors quantize every parameter,
+    including biases and batch normalization.
+    All parameters except the quantizers' are frozen from the start, as in the authors' code. The
+    running statistics of batch normalization go on moving, as in the authors' code.
+    Stored bytes are ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point. The
+    authors leave out the points.
 
 Results
     README (digits).
@@ -73,53 +85,59 @@ from qbench.quant.probe import Probe
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 INITIALS, ALLOCATIONS = ("quantiles", "uniform"), ("gradient", "even")
-MOST = 4
-"""Points that a layer may have, over 2^bits."""
+CAPACITY = 4
+"""A layer may have CAPACITY 2^bits points."""
 
 
 @in_float32
 def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256) -> Tensor:
-    """Quantize weights (any shape) to the nearest of `points` (m,) within their buckets; the points get the gradient.
+    """Quantize weights (any shape) to the nearest of `points` (m,) in their buckets; only the points get a gradient.
 
     Args:
-        points: ascending, in the scale where a bucket's values reach from 0 to 1; infinite ones are never taken.
-        bucket_size: elements of the flattened tensor that share a scale; 0 or None is all of them.
+        points: ascending, on the scale where a bucket's values extend from 0 to 1; infinite points are never chosen.
+        bucket_size: elements of the flattened tensor that share a scale; 0 or None for all of them.
     """
+    # scale each bucket to [0, 1]
     v_BK = in_buckets(w.detach(), bucket_size)
     alpha, beta = bucket_scale(v_BK)
     points = points.to(v_BK.dtype)
+    # nearest point by the midpoints between neighbours; the index carries no gradient
     edges = (points[1:] + points[:-1]).detach() / 2
     nearest = torch.bucketize((v_BK - beta) / alpha, edges, right=True)
+    # indexing passes the gradient to the points, times alpha, summed over the weights assigned to each
     return from_buckets(points[nearest] * alpha + beta, w)
 
 
 @in_float32
 def initial_points(w: Tensor, count: int, bucket_size: int | None = 256, initial: str = "quantiles") -> Tensor:
-    """Return `count` points, ascending in [0, 1]: quantiles of the scaled weights, or evenly spaced ones (uniform)."""
+    """Return `count` points, ascending in [0, 1]: quantiles of the scaled weights, or evenly spaced (uniform)."""
     evenly = torch.linspace(0, 1, count, dtype=w.dtype, device=w.device)
     if initial == "uniform":
         return evenly
     v_BK = in_buckets(w.detach(), bucket_size)
     alpha, beta = bucket_scale(v_BK)
     ordered = from_buckets((v_BK - beta) / alpha, w).flatten().sort().values
-    place = evenly * (len(ordered) - 1)  # torch.quantile refuses large tensors
-    low = place.floor().long()
+    # linear interpolation by hand, since torch.quantile rejects large tensors
+    position = evenly * (len(ordered) - 1)
+    low = position.floor().long()
     high = (low + 1).clamp(max=len(ordered) - 1)
-    return torch.lerp(ordered[low], ordered[high], place - low)
+    return torch.lerp(ordered[low], ordered[high], position - low)
 
 
-def allocate_points(norms: Sequence[float], points: int, most: int | None = None) -> list[int]:
-    """Return how many points each layer gets, `points` on average, given the norms of their gradients.
+def allocate_points(norms: Sequence[float], points: int, maximum: int | None = None) -> list[int]:
+    """Return the number of points of each layer, `points` on average, from the norms of the layers' gradients.
 
     Args:
-        points: 2 or more; half of them every layer keeps, the others are shared in proportion to the norms.
-        most: of a single layer, at least `points`; None for no bound.
+        norms: one per layer.
+        points: 2 or more. Every layer keeps half of them; the others are shared in proportion to the norms.
+        maximum: most points of a single layer, at least `points`; None for no bound.
     """
-    total, base, whole = points * len(norms), points // 2, sum(norms)
-    if not whole > 0:
+    total, base, sum_of_norms = points * len(norms), points // 2, sum(norms)
+    if not sum_of_norms > 0:  # all zero, or NaN
         return [points] * len(norms)
     shared = total - base * len(norms)
-    counts = [min(base + round(norm / whole * shared), most or total) for norm in norms]
+    counts = [min(base + round(norm / sum_of_norms * shared), maximum or total) for norm in norms]
+    # keep the total: correct rounding and the bound one point at a time
     while sum(counts) > total:
         counts[counts.index(max(counts))] -= 1
     while sum(counts) < total:
@@ -135,26 +153,27 @@ class DQWeight(Quantizer):
     def __init__(self, weight: Tensor, bits: int, bucket: int, initial: str) -> None:
         super().__init__()
         self.bucket, self.initial = bucket, initial
-        self.points = nn.Parameter(weight.new_zeros(MOST * 2**bits))
+        self.points = nn.Parameter(weight.new_zeros(CAPACITY * 2**bits))
         self.register_buffer("count", torch.tensor(0))
-        self.place(weight, 2**bits)
+        self.reset_points(weight, 2**bits)
 
     @torch.no_grad()
-    def place(self, w: Tensor, count: int) -> None:
-        """Start anew with so many points."""
+    def reset_points(self, w: Tensor, count: int) -> None:
+        """Set `count` initial points for the weights w."""
         points = initial_points(w, count, self.bucket, self.initial)
         self.points.copy_(torch.cat([points, points[-1:].expand(len(self.points) - count)]))
         self.count.fill_(count)
 
     @torch.no_grad()
-    def sort(self) -> None:
-        """Bring the points into order; the fill is the largest."""
-        ordered = self._used().sort().values
-        self.points.copy_(torch.where(ordered.isinf(), ordered.masked_fill(ordered.isinf(), -torch.inf).max(), ordered))
+    def sort_points(self) -> None:
+        """Sort the points in use; set the unused places to the largest of them."""
+        ordered = self._used_points().sort().values
+        unused = ordered.isinf()
+        self.points.copy_(torch.where(unused, ordered.masked_fill(unused, -torch.inf).max(), ordered))
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
-        return quantize_to_points(w, self._used(), self.bucket)
+        return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
         """One group per bucket, all with this layer's points."""
@@ -166,11 +185,11 @@ class DQWeight(Quantizer):
         return Storage(w.numel(), (count - 1).bit_length(), 4 * count + scale_bytes(w, self.bucket))
 
     def report(self) -> dict[str, int]:
-        """How many points the layer was given."""
+        """Return the number of points of the layer."""
         return {"points": int(self.count)}
 
-    def _used(self) -> Tensor:
-        """The points, with infinity in place of the fill; computed without waiting for a device."""
+    def _used_points(self) -> Tensor:
+        """Return the points with infinity in unused places, without synchronizing with a GPU."""
         rank = torch.arange(len(self.points), device=self.points.device)
         return torch.where(rank < self.count, self.points, torch.inf)
 
@@ -180,8 +199,8 @@ def _sites(model: nn.Module) -> dict[str, tuple[QLayer, DQWeight]]:
     return {name: (layer, layer.weight_q) for name, layer in layers.items() if isinstance(layer.weight_q, DQWeight)}
 
 
-def share(model: nn.Module, probe: Probe, allocation: str) -> None:
-    """Give every layer its points, and freeze all parameters that are no quantizer's."""
+def allocate_and_freeze(model: nn.Module, probe: Probe, allocation: str) -> None:
+    """Give every layer its points, and freeze all parameters except those of quantizers."""
     sites = _sites(model)
     if not sites:
         return
@@ -191,24 +210,24 @@ def share(model: nn.Module, probe: Probe, allocation: str) -> None:
             gradients = probe.gradients(model)
         norms = {name: gradients[f"{name}.weight"].norm().item() for name in sites}
     for bits in {layer.bits.w for layer, _ in sites.values()}:
-        alike = {name: site for name, site in sites.items() if site[0].bits.w == bits}
-        counts = allocate_points([norms.get(name, 1.0) for name in alike], 2**bits, MOST * 2**bits)
-        for (layer, site), count in zip(alike.values(), counts, strict=True):
-            site.place(layer.weight, count)
+        same_width = {name: site for name, site in sites.items() if site[0].bits.w == bits}
+        counts = allocate_points([norms.get(name, 1.0) for name in same_width], 2**bits, CAPACITY * 2**bits)
+        for (layer, site), count in zip(same_width.values(), counts, strict=True):
+            site.reset_points(layer.weight, count)
     for name, p in model.named_parameters():
         if not is_quantizer_key(name):
             p.requires_grad_(False)
 
 
-def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step, then bring the points into order."""
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer, then sort the points."""
     optimizer.step()
     for _, site in _sites(model).values():
-        site.sort()
+        site.sort_points()
 
 
 def build(*, w: int = 4, bucket: int = 256, initial: str = "quantiles", allocation: str = "gradient") -> Method:
-    """Return differentiable quantization; for the options see the card."""
+    """Return differentiable quantization; the method card explains the options."""
     check_bucket(bucket)
     if initial not in INITIALS:
         raise ValueError(f"initial={initial}: allowed are {', '.join(INITIALS)}")
@@ -220,6 +239,6 @@ def build(*, w: int = 4, bucket: int = 256, initial: str = "quantiles", allocati
         supported_bits={"w": (*range(2, 9), FLOAT)},
         requires=Requires(teacher=True),
         weight=lambda name, layer, bits: DQWeight(layer.weight.detach(), bits, bucket, initial),
-        prepare=lambda model, probe: share(model, probe, allocation),
-        step=stepped,
+        prepare=lambda model, probe: allocate_and_freeze(model, probe, allocation),
+        step=optimizer_step,
     )

@@ -1,42 +1,44 @@
-"""ESLQ: SLQ with its centroids moved to powers of two.
+"""ESLQ: SLQ with centroids moved to powers of two.
 
 Paper
-    Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level Quantization", AAAI
-    2018, arXiv 1803.03289: the extended SLQ. It is not in the authors' released code; that centroids become powers of
-    two is from memory of the paper.
+    Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
+    Quantization", AAAI 2018, arXiv 1803.03289: the extended SLQ. It is not in the authors' released
+    code. That centroids become powers of two is from memory of the paper.
 
 Idea
-    SLQ finds clusters that fit the weights, INQ multiplies by shifts: share each cluster at the power of two next to
-    its centroid.
+    SLQ finds clusters that fit the weights; INQ multiplies by shifts. Share each cluster at the
+    power of two nearest to its centroid.
 
 Forward
-    As SLQ's, with every centroid c moved to the nearest of 0, +-2^n2, ..., +-2^n1 before it is shared, half way up in
-    magnitude; n1 = floor(log2(4 max|c| / 3)), n2 = n1 + 1 - 2^(b-1) / 2.
+    As in SLQ, but every centroid c is moved to the nearest of 0, +-2^n2, ..., +-2^n1 before its
+    cluster is shared; ties go up in magnitude. n1 = floor(log2(4 max|c| / 3)), n2 = n1 + 1 -
+    2^(b-1) / 2.
 
 Backward
-    dL/dw of free weights; none of frozen ones.
+    dL/dw for free weights; no gradient for frozen ones.
 
 Schedule
-    As SLQ's.
+    As in SLQ.
 
 Sites
     weight.
 
 State
-    SLQ's, and n1 (int scalar): the largest exponent, set by the first clustering.
+    That of SLQ, and n1 (int scalar): the largest exponent, set by the first clustering.
 
 Bits
     w 2-8 or 32 for at most 2^(b-1) + 1 levels; a and g 32; by default w5a32g32.
 
 Protocol
-    Not known apart from SLQ's.
+    Only that of SLQ is known.
 
 Choices
-    The sources give no range of exponents. It is INQ's, of the largest centroid in place of the largest weight: that
-    one has a level then, while from max|w| at 2 bits all centroids can move to 0 and the layer is gone.
-    Two centroids may move to the same level and are one cluster from then on, so that a layer mostly has fewer levels
-    than in INQ; portions count the levels there are. A cluster that moves to a frozen level is absorbed. Losses and
-    distances are measured at the power of two.
+    The sources give no range of exponents. Here it is that of INQ, computed from the largest
+    centroid instead of the largest weight. So the largest centroid always has a level. With max|w|
+    at 2 bits, all centroids could move to 0, and the layer would vanish.
+    Two centroids may move to the same level; they are one cluster from then on. A layer therefore
+    mostly has fewer levels than in INQ; portions count the levels that exist. A cluster that moves
+    to a frozen level is absorbed. Losses and distances are measured at the power of two.
     partition, portions: as in SLQ.
 
 Deviations
@@ -52,7 +54,7 @@ import torch
 from torch import Tensor
 
 from qbench.methods import slq
-from qbench.methods.inq import largest_exponent, levels_from, snapped
+from qbench.methods.inq import largest_exponent, levels_from_exponent, round_to_levels
 from qbench.quant.method import Method
 from qbench.quant.quantizer import Storage
 
@@ -66,17 +68,17 @@ class ESLQWeight(slq.SLQWeight):
         super().__init__(weight, bits)
         self.register_buffer("n1", torch.tensor(0))
 
-    def codes(self, centroids: Tensor) -> Tensor:
-        """Return the nearest level of each centroid."""
+    def shared_values(self, centroids: Tensor) -> Tensor:
+        """Return the power of two, or 0, that is nearest to each centroid; the first call sets the exponent."""
         if not self.settled.any():
             self.n1.fill_(largest_exponent(centroids))
-        return snapped(centroids, levels_from(int(self.n1), self.bits).to(centroids))
+        return round_to_levels(centroids, levels_from_exponent(int(self.n1), self.bits).to(centroids))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes and the exponent."""
+        """Codes and one byte for the exponent."""
         return Storage(w.numel(), self.bits, 1)
 
 
 def build(*, w: int = 5, partition: str = "probe", portions: Sequence[float] = slq.PORTIONS) -> Method:
-    """Return ESLQ; see SLQ for its keys."""
-    return slq.incremental("eslq", ESLQWeight, w, partition, portions)
+    """Return ESLQ; the options are those of SLQ."""
+    return slq.build_incremental("eslq", ESLQWeight, w, partition, portions)

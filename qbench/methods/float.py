@@ -1,12 +1,13 @@
-"""Float: the network as it is, nothing quantized. The parent of every other run, and the control.
+"""Float: the network without quantization. It is the baseline of every other run, and the control.
 
 Paper
     None: this is the baseline that each paper compares itself with.
 
 Idea
-    A quantized network is judged by its distance from the float network it came from. `method=float` is that parent
-    itself, trained by the recipe under `pretrain`; with `init=float` it is the parent trained on by the recipe of the
-    quantized runs, a control for what fine-tuning alone brings.
+    A quantized network is judged by its distance from the float network that it started from.
+    `method=float` is that float baseline itself, trained by the recipe under `pretrain`. With
+    `init=float` it is the baseline trained further by the recipe of the quantized runs: a control
+    for what fine-tuning alone brings.
 
 Forward
     The network's own.
@@ -27,7 +28,8 @@ Bits
     w, a and g are 32.
 
 Protocol
-    `pretrain.epochs` and `pretrain.optim` as the parent; `epochs` and `optim` with `init=float`.
+    As the float baseline: `pretrain.epochs` and `pretrain.optim`. With `init=float`: `epochs` and
+    `optim`.
 
 Choices
     None.

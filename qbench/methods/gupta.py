@@ -1,24 +1,30 @@
-"""Gupta: everything that training stores is fixed point, rounded stochastically; no float weights stand behind.
+"""Gupta: fixed-point training with stochastic rounding; no float weights are kept.
 
 Paper
-    Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical Precision", ICML 2015,
-    arXiv 1502.02551. No official code is known.
+    Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical Precision",
+    ICML 2015, arXiv 1502.02551. No official code is known.
 
 Idea
-    16 bits are enough to train with if rounding is unbiased: an update below half a step is always lost when rounded to
-    nearest, and survives on average when rounded up with a probability equal to its fraction of a step.
+    Store everything in fixed point, without a float copy of the weights. 16 bits are enough for
+    training if rounding is unbiased. Rounding to nearest always loses an update below half a step.
+    Rounding up with a probability equal to the update's fraction of a step keeps it on average.
 
 Forward
-    A format <IL, FL> has WL = IL + FL bits, the sign in IL, step eps = 2^-FL and range [-2^(IL-1), 2^(IL-1) - eps].
-    Convert(x) saturates, never wraps, and rounds within; with f = floor(x / eps) eps, nearest: f if x <= f + eps / 2,
-    else f + eps; stochastic: f + eps with probability (x - f) / eps, else f. (Saturation and stochastic rounding from a
-    restatement of the paper, the range's ends and the side of a tie from memory.)
-    A layer: y = Convert(sum of w x, + bias), products and sum wide, one rounding. Weights are used as stored.
+    A format <IL, FL> has WL = IL + FL bits, including the sign in IL. Its step is eps = 2^-FL and
+    its range [-2^(IL-1), 2^(IL-1) - eps].
+    Convert(x) saturates, never wraps, and rounds values in range. With f = floor(x / eps) eps:
+    nearest gives f if x <= f + eps / 2, else f + eps; stochastic gives f + eps with probability (x
+    - f) / eps, else f. (Saturation and stochastic rounding are from a restatement of the paper; the
+    ends of the range and the side of a tie are from memory.)
+    A layer computes y = Convert(sum of w x, + bias): products and sum are wide, and there is one
+    rounding. Weights are used as stored.
 
 Backward
-    A layer's error dL/dy = Convert of the wide sum that arrives; both of its gradients read it. Through Convert of
-    activations: the gradient where they are in range, else 0.
-    Update: W <- Convert(W + Convert(dW)), dW what the optimizer adds; biases the same.
+    A layer's error is dL/dy = Convert of the wide sum that arrives; both of the layer's gradients
+    are computed from it. Through Convert of activations, the gradient passes where they are in
+    range, else it is 0.
+    Update: W <- Convert(W + Convert(dW)), with dW the change that the optimizer makes; biases
+    likewise.
 
 Schedule
     One phase, from random weights rounded to nearest.
@@ -27,32 +33,39 @@ Sites
     weight (with the bias), input, output (activations forward, errors backward).
 
 State
-    None: the weights and biases themselves lie on their grid.
+    None: the weights and biases themselves are on their grid.
 
 Bits
-    WL of weights, biases, updates, momentum (w), of layers' inputs and outputs (a), of errors (g): 8-20 or 32; by
-    default w16a16g16. Below 8, outputs at the default IL would have fewer than 2 fraction bits; above 20, the widest
-    that the paper is remembered to use, the check of float32 values against a grid means nothing.
+    The word length WL is w for weights, biases, updates and momentum, a for inputs and outputs of
+    layers, g for errors: 8-20 or 32; by default w16a16g16. Below 8 bits, outputs at the default IL
+    would have fewer than 2 fraction bits. 20 is the widest format that the paper is remembered to
+    use; above it, checking float32 values against a grid shows nothing.
 
 Protocol
-    From memory, unverified: MNIST and CIFAR-10, a perceptron and small CNNs with ReLU, no batch normalization; SGD, for
-    the CNNs with momentum 0.9; WL 16, FL varied for weights and updates, outputs at <6,10> and <4,12>.
+    From memory, unverified: MNIST and CIFAR-10; a perceptron and small CNNs with ReLU, no batch
+    normalization; SGD, with momentum 0.9 for the CNNs; WL 16, FL varied for weights and updates,
+    outputs at <6,10> and <4,12>.
 
 Choices
-    rounding: `stochastic` or `nearest`, the paper's comparison, for all conversions in training. Evaluation, in its
-    gradients too, rounds to nearest and draws nothing.
-    integer_*: IL of each kind; FL is WL - IL. Weights, biases, updates 2 and activations 6 as remembered above.
-    Errors -4, +-1/32: the loss is a mean, and an error at the logits at most 1/64 for 64 images; fewer want more.
-    momentum: `float`, or `fixed`: rounded (SGD's buffer, Adam's first moment) behind each step, to integer_momentum.
-    The paper does not say. Adam's second moment stays float: squares do not fit such a format.
-    Saturated values get no gradient, as of a clip; of this the sources say nothing.
-    ReLU, pooling and sums between layers are float on values that are on the grid; the next layer rounds its input.
+    rounding: `stochastic` or `nearest` (the paper's comparison), for all conversions in training.
+    Evaluation rounds to nearest and draws no random numbers; the same holds for gradients in
+    evaluation mode.
+    integer_*: IL of each kind of tensor; FL is WL - IL. Weights, biases and updates have 2,
+    activations 6, as remembered above. Errors have -4, a range of +-1/32: the loss is a mean, so an
+    error at the logits is at most 1/64 for 64 images. Fewer images need a larger range.
+    momentum: `float`, or `fixed`: SGD's buffer or Adam's first moment is rounded after each step,
+    with integer_momentum integer bits. The paper does not say. Adam's second moment stays float,
+    since squares do not fit such a format.
+    Saturated values get no gradient, as with a clip; the sources say nothing about this.
+    ReLU, pooling and sums between layers are computed in float on values that are on the grid; the
+    next layer rounds its input.
 
 Deviations
     First and last layer stay float by the layer policy; the paper has everything in fixed point.
-    The wide sum is float32's, of 24 significant bits: near a threshold it may take the neighbouring value. (On CUDA,
-    torch's default TF32 convolutions keep 11 bits of each factor.) dW is taken back out of the float32 sum W + dW:
-    below 2^-24 for |W| < 2, 1/1024 of a step at WL 16, it is gone.
+    The wide sum is float32's, with 24 significant bits. Near a threshold it may give the
+    neighbouring value. (On CUDA, torch's default TF32 convolutions keep 11 bits of each factor.)
+    dW is computed as the difference of the float32 values W + dW and W. Below 2^-24 for |W| < 2,
+    which is 1/1024 of a step at WL 16, it is lost.
 
 Results
     README (digits).
@@ -67,7 +80,7 @@ from torch import Generator, Tensor, nn
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import blockwise, grad_within, stochastic_rounding_fill
 from qbench.quant.install import ImageQuantizer
-from qbench.quant.layers import FloatLayer, QLayer, quantized_layers
+from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import fused_quantizer, in_float32, on_backward, straight_through
 from qbench.quant.quantizer import Grid, Quantizer, Storage
@@ -83,30 +96,36 @@ MOMENTUM_STATE = ("momentum_buffer", "exp_avg")  # SGD's, Adam's
 def to_fixed(
     x: Tensor, integer_bits: int, fraction_bits: int, rounding: str, *, generator: Generator | None = None
 ) -> Tensor:
-    """Convert to fixed point <integer_bits, fraction_bits>: saturate, then round to a multiple of 2^-fraction_bits.
+    """Convert x (any shape) to fixed point <integer_bits, fraction_bits>: saturate, then round to the grid. Section 3.
 
-    The range is -2^(integer_bits-1) to 2^(integer_bits-1) - 2^-fraction_bits; in it, ends included, gradients pass.
+    The grid has steps of 2^-fraction_bits. The range is -2^(integer_bits-1) to 2^(integer_bits-1) - 2^-fraction_bits;
+    gradients pass inside the range, including its ends.
 
     Args:
-        integer_bits, fraction_bits: either may be negative; together 1 to 24, in float64 1 to 53.
-        rounding: `nearest`, half way down; `stochastic`, up with the probability of the fraction, one draw an element.
-        generator: of the draws; torch's global one without.
+        integer_bits, fraction_bits: either may be negative; their sum is 1 to 24, in float64 1 to 53.
+        rounding: `nearest`, ties down; `stochastic`, up with the probability of the fraction, one draw per element.
+        generator: for the draws; torch's global generator by default.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding}: allowed are {', '.join(ROUNDINGS)}")
-    held = 53 if x.dtype == torch.float64 else 24
-    if not 1 <= integer_bits + fraction_bits <= held:
+    significand = 53 if x.dtype == torch.float64 else 24
+    if not 1 <= integer_bits + fraction_bits <= significand:
         total = integer_bits + fraction_bits
-        raise ValueError(f"integer_bits + fraction_bits={total}: allowed are 1 to {held}, the bits computed with")
+        raise ValueError(
+            f"integer_bits + fraction_bits={total}: allowed are 1 to {significand}, the significant bits of {x.dtype}"
+        )
     eps = 2.0**-fraction_bits
     low, high = -(2.0 ** (integer_bits - 1)), 2.0 ** (integer_bits - 1) - eps
 
     def value(x: Tensor) -> Tensor:
-        rounded = stochastic_rounding_fill(x, generator) if rounding == "stochastic" else _nearest
+        round_into = stochastic_rounding_fill(x, generator) if rounding == "stochastic" else _round_to_nearest
 
-        def fill(piece: Tensor, made: Tensor, steps: Tensor, *scratch: Tensor) -> None:
-            rounded(torch.clamp(piece, low, high, out=steps).mul_(1 / eps), made, *scratch)
-            made.mul_(eps)
+        def fill(piece: Tensor, result: Tensor, steps: Tensor, *scratch: Tensor) -> None:
+            # saturate, and count in steps of the grid
+            torch.clamp(piece, low, high, out=steps).mul_(1 / eps)
+            # the only rounding: eps is a power of two, so both products are exact
+            round_into(steps, result, *scratch)
+            result.mul_(eps)
 
         return blockwise(x, fill, scratch=3)
 
@@ -119,40 +138,50 @@ def to_fixed(
     )
 
 
-def _nearest(steps: Tensor, made: Tensor, half: Tensor, *scratch: Tensor) -> None:
-    torch.add(torch.floor(steps, out=made), 0.5, out=half)
-    made.add_(steps.gt_(half))
+def _round_to_nearest(steps: Tensor, result: Tensor, half: Tensor, *scratch: Tensor) -> None:
+    """Round `steps` to integers in `result`, ties down; writes to `steps` and `half`."""
+    torch.add(torch.floor(steps, out=result), 0.5, out=half)
+    result.add_(steps.gt_(half))
 
 
-class Format(NamedTuple):
-    """A fixed-point format <integer, fraction> and how to round to it; float where its word length is 32."""
+class FixedPointFormat(NamedTuple):
+    """A fixed-point format <integer, fraction> and its rounding; float if the word length is 32."""
 
     integer: int
     fraction: int
     rounding: str
 
     def convert(self, x: Tensor, training: bool = True) -> Tensor:
-        """Return x in this format; outside training rounded to nearest."""
+        """Return x in this format; rounding is to nearest unless `training`."""
         if self.integer + self.fraction == FLOAT:
             return x
         return to_fixed(x, self.integer, self.fraction, self.rounding if training else "nearest")
 
     def grid(self, like: Tensor) -> Grid:
-        """Return all its 2^WL values as one group."""
+        """Return all 2^WL values of the format as one group."""
         half = 2 ** (self.integer + self.fraction - 1)
         codes = torch.arange(-half, half, device=like.device).to(like.dtype)
         return Grid((codes * 2.0**-self.fraction).reshape(1, -1, 1))
 
 
 class GuptaWeight(Quantizer):
-    """A layer's weights, which lie on their grid after `prepare` and each step; holds what is stored with them too."""
+    """A layer's weights, which are on their grid after `prepare` and after each step.
 
-    def __init__(self, weights: Format, biases: Format, updates: Format, momentum: Format) -> None:
+    Holds the formats of the tensors that are stored with the weights too: biases, updates, momentum.
+    """
+
+    def __init__(
+        self,
+        weights: FixedPointFormat,
+        biases: FixedPointFormat,
+        updates: FixedPointFormat,
+        momentum: FixedPointFormat,
+    ) -> None:
         super().__init__()
         self.weights, self.biases, self.updates, self.momentum = weights, biases, updates, momentum
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return w itself: were it rounded here, w would be a float copy behind."""
+        """Return w itself: rounding here would turn w into a float copy of the weights."""
         return w
 
     def grid(self, w: Tensor) -> Grid:
@@ -167,12 +196,12 @@ class GuptaWeight(Quantizer):
 class GuptaActivation(Quantizer):
     """A layer's input in the activations' format."""
 
-    def __init__(self, activations: Format) -> None:
+    def __init__(self, activations: FixedPointFormat) -> None:
         super().__init__()
         self.activations = activations
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the rounded input; what is on the grid stays."""
+        """Return the rounded input; values on the grid stay the same."""
         return self.activations.convert(x, self.training)
 
     def grid(self, x: Tensor) -> Grid:
@@ -181,9 +210,9 @@ class GuptaActivation(Quantizer):
 
 
 class GuptaOutput(Quantizer):
-    """A layer's output in the activations' format, and its gradient in the errors'."""
+    """A layer's output in the format of activations, and its gradient in the format of errors."""
 
-    def __init__(self, activations: Format, errors: Format) -> None:
+    def __init__(self, activations: FixedPointFormat, errors: FixedPointFormat) -> None:
         super().__init__()
         self.activations, self.errors = activations, errors
 
@@ -198,8 +227,8 @@ class GuptaOutput(Quantizer):
         return self.errors.grid(grad)
 
 
-def stored(model: nn.Module) -> Iterator[tuple[Tensor, Format, GuptaWeight]]:
-    """Yield every weight and bias in fixed point, with its format and its layer's others."""
+def fixed_point_parameters(model: nn.Module) -> Iterator[tuple[Tensor, FixedPointFormat, GuptaWeight]]:
+    """Yield every weight and bias in fixed point, with its format and its layer's quantizer."""
     for layer in quantized_layers(model).values():
         if isinstance(site := layer.weight_q, GuptaWeight):
             yield layer.weight, site.weights, site
@@ -210,17 +239,18 @@ def stored(model: nn.Module) -> Iterator[tuple[Tensor, Format, GuptaWeight]]:
 @torch.no_grad()
 def prepare(model: nn.Module, probe: object) -> None:
     """Round the initial weights and biases to nearest."""
-    for parameter, form, _ in stored(model):
-        parameter.copy_(form.convert(parameter, training=False))
+    for parameter, fixed_format, _ in fixed_point_parameters(model):
+        parameter.copy_(fixed_format.convert(parameter, training=False))
 
 
 @torch.no_grad()
-def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step with every update, then its sum with the parameter, then momentum in fixed point."""
-    before = [(parameter, parameter.clone(), form, site) for parameter, form, site in stored(model)]
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer; convert every update, its sum with the parameter, and momentum to fixed point."""
+    before = [(p, p.clone(), fixed_format, site) for p, fixed_format, site in fixed_point_parameters(model)]
     optimizer.step()
-    for parameter, old, form, site in before:
-        parameter.copy_(form.convert(old + site.updates.convert(parameter - old)))
+    for parameter, old, fixed_format, site in before:
+        # W <- Convert(W + Convert(dW)), dW recovered from the optimizer's float32 sum
+        parameter.copy_(fixed_format.convert(old + site.updates.convert(parameter - old)))
         for key, state in optimizer.state.get(parameter, {}).items():
             if key in MOMENTUM_STATE and state is not None:
                 state.copy_(site.momentum.convert(state))
@@ -240,7 +270,7 @@ def build(
     momentum: str = "float",
     integer_momentum: int = 2,
 ) -> Method:
-    """Return training in fixed point; for the options see the card."""
+    """Return training in fixed point; the method card explains the options."""
     integers = {"weights": integer_weights, "biases": integer_biases, "activations": integer_activations}
     integers |= {"errors": integer_errors, "updates": integer_updates, "momentum": integer_momentum}
     for key, value, allowed in (("rounding", rounding, ROUNDINGS), ("momentum", momentum, MOMENTUMS)):
@@ -250,20 +280,28 @@ def build(
         if integer not in INTEGERS:
             raise ValueError(f"integer_{key}={integer}: allowed are {INTEGERS[0]} to {INTEGERS[-1]}")
     if momentum == "fixed" and w == FLOAT:
-        raise Unsupported(f"momentum=fixed has no effect at bits.w={FLOAT}: it takes the weights' word length")
+        raise Unsupported(f"momentum=fixed has no effect at bits.w={FLOAT}: its word length is that of weights")
 
-    def form(kind: str, bits: int) -> Format:
-        return Format(integers[kind], bits - integers[kind], rounding)
+    def fixed_format(kind: str, bits: int) -> FixedPointFormat:
+        return FixedPointFormat(integers[kind], bits - integers[kind], rounding)
 
-    def weight(name: str, layer: FloatLayer, bits: int) -> GuptaWeight:
-        kept = form("momentum", bits if momentum == "fixed" else FLOAT)
-        return GuptaWeight(form("weights", bits), form("biases", bits), form("updates", bits), kept)
+    def weight(name: str, layer: nn.Module, bits: int) -> GuptaWeight:
+        return GuptaWeight(
+            weights=fixed_format("weights", bits),
+            biases=fixed_format("biases", bits),
+            updates=fixed_format("updates", bits),
+            momentum=fixed_format("momentum", bits if momentum == "fixed" else FLOAT),
+        )
 
-    def output(name: str, layer: QLayer, bits: int) -> GuptaOutput | None:
-        own, image = layer.bits, isinstance(layer.input_q, ImageQuantizer)  # own.a may be the image's
-        width = a if image or FLOAT in (a, own.a) else own.a  # float where activations are another method's
-        absent = own == Bits() or bits == width == FLOAT
-        return None if absent else GuptaOutput(form("activations", width), form("errors", bits))
+    def output(name: str, layer: nn.Module, bits: int) -> GuptaOutput | None:
+        assert isinstance(layer, QLayer)
+        # Width of the output: that of the layer's activations; the method's if the layer's input is the image or float.
+        # Float if the method's width is float, since then the activations are another method's.
+        reads_image = isinstance(layer.input_q, ImageQuantizer)
+        width = a if reads_image or FLOAT in (a, layer.bits.a) else layer.bits.a
+        if layer.bits == Bits() or bits == width == FLOAT:
+            return None
+        return GuptaOutput(fixed_format("activations", width), fixed_format("errors", bits))
 
     return Method(
         name="gupta",
@@ -272,8 +310,8 @@ def build(
         requires=Requires(norm="none", start="scratch", act="keep"),
         traits=frozenset({"monotone_input", "idempotent_input", "clipped_input", "no_master"}),
         weight=weight,
-        input=lambda name, layer, bits: GuptaActivation(form("activations", bits)),
+        input=lambda name, layer, bits: GuptaActivation(fixed_format("activations", bits)),
         output=output,
         prepare=prepare,
-        step=stepped,
+        step=optimizer_step,
     )

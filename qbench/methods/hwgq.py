@@ -1,21 +1,24 @@
-"""HWGQ-Net: activations on levels fitted once to half of a Gaussian, weights binary.
+"""HWGQ-Net: activations on levels fitted once to half of a Gaussian, binary weights.
 
 Paper
-    Cai, He, Sun, Vasconcelos, "Deep Learning with Low Precision by Half-wave Gaussian Quantization", CVPR 2017,
-    arXiv 1702.00953. Authors' code: zhaoweicai/hwgq (Caffe).
+    Cai, He, Sun, Vasconcelos, "Deep Learning with Low Precision by Half-wave Gaussian
+    Quantization", CVPR 2017, arXiv 1702.00953. Authors' code: zhaoweicai/hwgq (Caffe).
 
 Idea
-    Batch normalization without scale and shift makes what enters a nonlinearity close to N(0, 1), in every layer: one
-    set of levels, optimal for the positive half of that Gaussian, serves all. What the backward pass puts in place of
-    the staircase's derivative decides whether deep networks train.
+    Batch normalization without scale and shift makes the input of a nonlinearity close to N(0, 1),
+    in every layer. So one set of levels, optimal for the positive half of that Gaussian, serves all
+    layers. The backward pass needs a surrogate for the derivative of the step function; its choice
+    decides whether deep networks train.
 
 Forward
-    Activations, positive levels q_1 < ... < q_m, m = 2^b - 1: 0 for x <= 0; else the q_i with t_i-1 < x <= t_i, t_i
-    half way between levels, t_0 = 0 and t_m infinite. Levels minimize E (Q(x) - x)^2 over the positive half of N(0, 1);
-    uniform ones are i times a step. Weights, per output filter: mean|w| sign(w), sign(0) = +1.
+    Activations, positive levels q_1 < ... < q_m, m = 2^b - 1: 0 for x <= 0; else the q_i with t_i-1
+    < x <= t_i, where t_i is half way between levels, t_0 = 0 and t_m infinite. The levels minimize
+    E (Q(x) - x)^2 over the positive half of N(0, 1); uniform levels are i times a step.
+    Weights, per output filter: mean|w| sign(w), sign(0) = +1.
 
 Backward
-    Activations: vanilla 1{x > 0}; clipped 1{0 < x <= q_m}; log_tailed the same and 1 / (x - (q_m - 1)) above q_m.
+    Activations: vanilla 1{x > 0}; clipped 1{0 < x <= q_m}; log_tailed as clipped, but 1 / (x - (q_m
+    - 1)) above q_m.
     Weights: dL/dw = dL/dw_hat, unclipped, without alpha.
 
 Schedule
@@ -31,22 +34,27 @@ Bits
     w 1 or 32, a 1-8 or 32, g 32; by default w1a2g32.
 
 Protocol
-    The authors' CIFAR-10 network: VGG-small, SGD with momentum 0.9 at 0.01 falling linearly to 0 over 200 epochs, batch
-    100, decay 5e-4; replicate-padded crops; first and last layer float, nothing rounded in front of the last.
+    The authors' CIFAR-10 network: VGG-small, SGD with momentum 0.9, learning rate from 0.01
+    linearly to 0 over 200 epochs, batch size 100, weight decay 5e-4, replicate-padded crops. First
+    and last layer are float, and the last layer's input is not quantized.
 
 Choices
-    levels: `uniform` (the paper's networks), `optimal` (non-uniform, Lloyd-Max) or `sign`, the paper's control: one
-    bit, sign(x) with hard tanh's derivative 1{|x| < 1}, in the place of the half wave.
-    constants: `exact` computes the optimum; `authors` takes the rounded ones of their code (steps 0.799, 0.538, 0.3217,
-    0.185 for 1-4 bits; 0.453 and 1.51 are their non-uniform levels of 2 bits, three values in all).
-    threshold: `zero` is the paper's; `half_step` puts the first threshold at half a step, round(x / step), with the
-    step that is optimal then; later code by the same author does so with the old constants.
-    A ReLU in front of the quantizer changes nothing, since x <= 0 gives 0 either way; where the network allows it is
-    taken out.
-    The log tail's offset is not in the released code; q_m - 1 follows from continuity.
+    levels: `uniform` (the paper's networks), `optimal` (non-uniform, Lloyd-Max) or `sign`. `sign`
+    is the paper's control: one bit, sign(x) with the derivative of hard tanh, 1{|x| < 1}, instead
+    of the half-wave quantizer.
+    constants: `exact` computes the optimum. `authors` uses the rounded ones of their code: steps
+    0.799, 0.538, 0.3217, 0.185 for 1-4 bits; 0.453 and 1.51 are their non-uniform levels of 2 bits,
+    three values in all.
+    threshold: `zero` is the paper's. `half_step` puts the first threshold at half a step, round(x /
+    step), with the step that is optimal for it. Later code by the same author does so with the old
+    constants.
+    A ReLU in front of the quantizer changes nothing, since x <= 0 gives 0 either way. Where the
+    network allows it, the ReLU is removed.
+    The offset of the log tail is not in the released code; q_m - 1 follows from continuity.
 
 Deviations
-    In the networks here the last batch normalization, in front of the linear layer, has no scale and shift either.
+    In the networks here, the last batch normalization, in front of the linear layer, has no scale
+    and shift either.
 
 Results
     README (digits, glyphs).
@@ -69,15 +77,19 @@ from qbench.quant.quantizer import Grid, Quantizer
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
 AUTHORS_OPTIMAL = {2: (0.453, 1.51)}
-OF_BACKWARD = {"vanilla": {"cells_input"}, "clipped": {"clipped_input", "cells_input"}, "log_tailed": set[str]()}
+BACKWARD_TRAITS = {"vanilla": {"cells_input"}, "clipped": {"clipped_input", "cells_input"}, "log_tailed": set[str]()}
 TRAITS = frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"})
 NEWTON_STEPS, BISECTIONS = 50, 80
 
 
 def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
-    """Return the 2^bits - 1 positive levels, ascending, float32, that are optimal for the positive half of N(0, 1).
+    """Return the 2^bits - 1 positive levels that are optimal for the positive half of N(0, 1), ascending, float32.
 
-    Zero is the level of x <= 0 and not among them. Section 4.1, eq. 12-14. Allowed: 1 to 8 bits.
+    Zero, the level of x <= 0, is not included. Section 4.1, eq. 12-14.
+
+    Args:
+        bits: 1 to 8.
+        uniform: multiples of one step; else Lloyd-Max levels.
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"bits={bits}: allowed are 1 to 8")
@@ -86,17 +98,19 @@ def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
 
 
 def half_step_levels(bits: int) -> Tensor:
-    """Return the uniform levels that are optimal when the first threshold is half a step: round(x / step)."""
+    """Return the uniform levels that are optimal for a first threshold of half a step, that is for round(x / step)."""
     m = 2**bits - 1
     return torch.tensor([i * _step(m, 0.5) for i in range(1, m + 1)])
 
 
 @in_float32
 def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
-    """Quantize activations to 0 and the positive `levels` (m,), ascending.
+    """Quantize activations (any shape) to 0 and the positive `levels` (m,), ascending.
+
+    Thresholds are 0 and the midpoints between levels; a value on a threshold takes the lower level.
 
     Args:
-        backward: vanilla, clipped or log_tailed; see the card.
+        backward: vanilla, clipped or log_tailed; see the method card.
     """
     if backward not in BACKWARDS:
         raise ValueError(f"backward={backward}: allowed are {', '.join(BACKWARDS)}")
@@ -106,22 +120,23 @@ def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") ->
 
 @in_float32
 def quantize_activation_half_step(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
-    """The same for uniform levels with the first threshold at half a step."""
+    """Quantize activations to 0 and uniform positive `levels` (m,), with the first threshold at half a step."""
     levels = levels.to(x)
     return _quantized(x, torch.cat([levels[:1] / 2, (levels[1:] + levels[:-1]) / 2]), levels, backward)
 
 
 def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> Tensor:
-    """Return levels[i] where x is above thresholds[i], the last such i, and 0 where there is none."""
-    top = levels[-1]
+    """Return levels[i] for the last i with x > thresholds[i], and 0 where there is no such i."""
+    top = levels[-1]  # q_m
 
     def plain(x: Tensor) -> Tensor:
         return surrogate(x, lookup(x, thresholds, levels), _slope(x.detach(), top, backward))
 
     def derivative(grad: Tensor, x: Tensor) -> Tensor:
-        if backward == "clipped":
+        if backward == "clipped":  # 0 < x <= q_m, as the open interval up to the next number after q_m
             return grad_between(grad, x, 0, next_float(scalar(top), math.inf, x.dtype))
         passed = grad_between(grad, x, 0, math.inf)
+        # log tail: divide by x - (q_m - 1), which is 1 at q_m and clamped to 1 below
         return passed if backward == "vanilla" else passed.div_(x.sub(top - 1).clamp_(min=1))
 
     cells = None if backward == "log_tailed" else _cells(thresholds, levels)
@@ -130,24 +145,25 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
-    """Return the cells between thresholds, parted once more at 0 and at the last level, where slopes change."""
+    """Return the cells between thresholds, divided further at 0 and at the last level, where slopes change."""
     edges = torch.unique(torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]))
     numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
     middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
 
     def inside(c: Tensor) -> Tensor:
-        return step_function(c, numbers - 0.5, middles)  # 0 for what is not above 0
+        return step_function(c, numbers - 0.5, middles)  # cell 0, x <= 0, gives 0
 
     return Cells(partial(step_function, edges=edges, heights=numbers), inside, len(edges) + 1)
 
 
 @in_float32
 def binarize_weight(w: Tensor) -> Tensor:
-    """Binarize weights (O, ...) per output filter, mean|w| sign(w), with the identity as gradient. Section 3."""
+    """Binarize weights (O, ...) per output filter: mean|w| sign(w), with the identity as gradient. Section 3."""
     return straight_through(w, filter_scale(w) * sign(w))
 
 
 def _slope(x: Tensor, top: Tensor, backward: str) -> Tensor:
+    """Return the surrogate derivative at x, for the largest level `top`."""
     if backward == "vanilla":
         return x > 0
     if backward == "clipped":
@@ -156,25 +172,31 @@ def _slope(x: Tensor, top: Tensor, backward: str) -> Tensor:
 
 
 def _density(x: Tensor) -> Tensor:
-    """N(0, 1)'s density; 0 at infinity."""
+    """Return the density of N(0, 1); 0 at infinity."""
     return torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
-def _above(x: Tensor) -> Tensor:
-    """N(0, 1)'s probability above x, exact in the tail."""
+def _tail_probability(x: Tensor) -> Tensor:
+    """Return the probability of N(0, 1) above x, exact in the tail."""
     return torch.erfc(x / math.sqrt(2)) / 2
 
 
 @lru_cache
 def _step(m: int, first: float) -> float:
-    """Return the step of m uniform levels for thresholds (first, 1.5, 2.5, ...) steps: the root of the MSE's slope."""
+    """Return the optimal step of m uniform levels for thresholds at first, 1.5, 2.5, ... steps.
+
+    It is the root of the derivative of the mean squared error, found by bisection.
+    """
     i = torch.arange(1, m + 1, dtype=torch.float64)
 
     def slope(step: float) -> float:
+        # cells between the thresholds; the last one extends to infinity
         edges = torch.cat([step * (i - 0.5), torch.tensor([math.inf], dtype=torch.float64)])
         edges[0] = step * first
-        density, above = _density(edges), _above(edges)
-        mass, moment = above[:-1] - above[1:], density[:-1] - density[1:]
+        # probability and first moment of each cell
+        density, tail = _density(edges), _tail_probability(edges)
+        mass, moment = tail[:-1] - tail[1:], density[:-1] - density[1:]
+        # minus half the derivative of the mean squared error with respect to the step
         return float((i * (moment - i * step * mass)).sum())
 
     low, high = 1e-4, 4.0
@@ -188,21 +210,24 @@ def _step(m: int, first: float) -> float:
 def _lloyd_max(m: int) -> list[float]:
     """Return m levels that are the centroids of their cells on the half line, by Newton's method.
 
-    Lloyd's iteration has the same fixed point but creeps there for many levels. It starts from the levels of high
-    resolution, whose density goes with the cube root of the Gaussian's (Panter and Dite 1951): another Gaussian of
-    variance 3.
+    Lloyd's iteration has the same fixed point but converges slowly for many levels.
     """
+    # Start from the levels of high resolution. Their density is proportional to the cube root of the Gaussian's
+    # (Panter and Dite 1951), which is another Gaussian, of variance 3.
     ranks = (torch.arange(m, dtype=torch.float64) + 0.5) / m
     q = math.sqrt(3) * math.sqrt(2) * torch.erfinv(ranks)
     zero, infinite = torch.zeros(1, dtype=torch.float64), torch.tensor([math.inf], dtype=torch.float64)
     for _ in range(NEWTON_STEPS):
+        # thresholds, and the centroid of each cell
         t = torch.cat([zero, (q[1:] + q[:-1]) / 2, infinite])
-        density, above = _density(t), _above(t)
-        mass = above[:-1] - above[1:]
+        density, tail = _density(t), _tail_probability(t)
+        mass = tail[:-1] - tail[1:]
         centroid = (density[:-1] - density[1:]) / mass
-        down = density[:-1] * (centroid - t[:-1]) / mass  # d centroid / d lower threshold; the first one is fixed
+        # derivatives of the centroids with respect to the lower and the upper threshold
+        down = density[:-1] * (centroid - t[:-1]) / mass
         up = torch.cat([density[1:-1] * (t[1:-1] - centroid[:-1]), zero]) / mass
-        down[0] = 0
+        down[0] = 0  # the first threshold, 0, is fixed
+        # a threshold is half the sum of two levels: the Jacobian of q - centroid(q) is tridiagonal
         jacobian = torch.diag(1 - (down + up) / 2) - torch.diag(down[1:], -1) / 2 - torch.diag(up[:-1], 1) / 2
         move = torch.linalg.solve(jacobian, centroid - q)
         q = (q + move).sort().values.clamp(min=1e-9)
@@ -242,7 +267,7 @@ class HWGQActivation(Quantizer):
 
 
 class HalfStepHWGQActivation(HWGQActivation):
-    """The same with the first threshold at half a step."""
+    """Half-wave Gaussian quantization with the first threshold at half a step."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations."""
@@ -250,17 +275,18 @@ class HalfStepHWGQActivation(HWGQActivation):
 
 
 def _levels(bits: int, kind: str, constants: str, threshold: str) -> Tensor:
+    """Return the levels that the options `levels`, `constants` and `threshold` ask for."""
     if constants == "authors":
         if kind == "uniform" and bits in AUTHORS_STEPS:
             return AUTHORS_STEPS[bits] * torch.arange(1, 2**bits, dtype=torch.float64).float()
         if kind == "optimal" and bits in AUTHORS_OPTIMAL:
             return torch.tensor(AUTHORS_OPTIMAL[bits])
-        raise Unsupported(f"the authors' code has no {kind} constants for bits.a={bits}; method.constants=exact has")
+        raise Unsupported(f"the authors' code has no {kind} constants for bits.a={bits}; use method.constants=exact")
     return half_step_levels(bits) if threshold == "half_step" else half_wave_levels(bits, kind == "uniform")
 
 
 def _sign_control(w: int, a: int) -> Method:
-    """Return the paper's control: binary activations beside the same weights."""
+    """Return the paper's control: binary activations, with the same weights."""
     return Method(
         name="hwgq",
         bits=Bits(w, a),
@@ -281,7 +307,7 @@ def build(
     threshold: str = "zero",
     backward: str = "clipped",
 ) -> Method:
-    """Return HWGQ; for the options see the card."""
+    """Return HWGQ; the method card explains the options."""
     allowed = {
         "levels": ("uniform", "optimal", "sign"),
         "constants": ("exact", "authors"),
@@ -293,17 +319,17 @@ def build(
             raise ValueError(f"{key}={given[key]}: allowed are {', '.join(choices)}")
     if levels == "sign":
         if (constants, threshold, backward) != ("exact", "zero", "clipped"):
-            raise Unsupported("levels=sign has no constants or thresholds, and hard tanh's backward; leave these keys")
+            raise Unsupported("levels=sign has no constants, threshold or backward; leave these keys unset")
         return _sign_control(w, a)
     if threshold == "half_step" and levels != "uniform":
-        raise Unsupported("threshold=half_step is round(x / step): it wants levels=uniform")
+        raise Unsupported("threshold=half_step is round(x / step): set levels=uniform")
     kind = HalfStepHWGQActivation if threshold == "half_step" else HWGQActivation
     return Method(
         name="hwgq",
         bits=Bits(w, a),
         supported_bits={"w": (1, FLOAT), "a": (*range(1, 9), FLOAT)},
         requires=Requires(norm="no_affine", act="either"),
-        traits=TRAITS | OF_BACKWARD[backward],
+        traits=TRAITS | BACKWARD_TRAITS[backward],
         weight=lambda name, layer, bits: HWGQWeight(),
         input=lambda name, layer, bits: kind(_levels(bits, levels, constants, threshold), backward),
     )

@@ -1,19 +1,21 @@
-"""LSQ: uniform levels whose step is learned, for weights and activations.
+"""LSQ: uniform levels with a learned step, for weights and activations.
 
 Paper
-    Esser, McKinstry, Bablani, Appuswamy, Modha, "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153.
+    Esser, McKinstry, Bablani, Appuswamy, Modha, "Learned Step Size Quantization", ICLR 2020,
+    arXiv 1902.08153.
 
 Idea
-    Learn the step by the gradient that rounding itself has, not only that of the clip, and scale that gradient so that
-    step and weights move at comparable rates.
+    Learn the step with the gradient that rounding contributes, not only that of the clip. Scale
+    this gradient so that steps and weights change at comparable rates.
 
 Forward
-    v_hat = s round(clip(v / s, -Qn, Qp)). Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1; activations: Qn = 0,
-    Qp = 2^b - 1.
+    v_hat = s round(clip(v / s, -Qn, Qp)). Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1.
+    Activations: Qn = 0, Qp = 2^b - 1.
 
 Backward
-    dL/dv = dL/dv_hat where -Qn < v / s < Qp, else 0. dv_hat/ds = round(v / s) - v / s inside, -Qn or Qp outside;
-    dL/ds is scaled by 1 / sqrt(N Qp), N the number of weights, or of a sample's activations.
+    dL/dv = dL/dv_hat where -Qn < v / s < Qp, else 0.
+    dv_hat/ds = round(v / s) - v / s inside this range, -Qn or Qp outside. dL/ds is scaled by 1 /
+    sqrt(N Qp), with N the number of weights, or of the activations of one sample.
 
 Schedule
     One phase, from a float network.
@@ -22,18 +24,20 @@ Sites
     weight, input.
 
 State
-    step (scalar): of a layer's weights, and of its input. signed (bool): whether the input's levels include negative
-    ones; ready (bool): whether the input's step was set from data.
+    step (scalar): of a layer's weights, and of its input. signed (bool): whether the input's levels
+    include negative ones. ready (bool): whether the input's step was set from data.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w2a2g32.
 
 Protocol
-    ImageNet: SGD with momentum 0.9 and a cosine over 90 epochs from a float network; first and last layer 8 bits.
+    ImageNet: SGD with momentum 0.9 and a cosine schedule over 90 epochs, from a float network.
+    First and last layer have 8 bits.
 
 Choices
-    Steps start at 2 mean|v| / sqrt(Qp): weights' from the weights; activations' from the Probe, where the paper takes
-    the first batch. An input with negative values there gets levels of both signs.
+    Steps start at 2 mean|v| / sqrt(Qp): those of weights from the weights, those of activations
+    from the probe, where the paper uses the first batch. An input with negative values in the probe
+    gets levels of both signs.
 
 Deviations
     Steps are kept at 1e-8 or more.
@@ -57,19 +61,23 @@ SMALLEST = 1e-8
 
 
 def limits(bits: int, signed: bool) -> tuple[int, int]:
-    """Return (Qn, Qp)."""
+    """Return (Qn, Qp): the codes are -Qn, ..., Qp."""
     return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 @in_float32
 def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-    """Quantize to step times the integers of b bits; `step` is a scalar above 0, which gets the gradient of eq. 3."""
+    """Quantize x (any shape) to `step` times the integers of b bits. Eq. 1-3.
+
+    `step` is a scalar above 0, which gets the gradient of eq. 3; 32 bits return x itself.
+    """
     if bits == FLOAT:
         return x
     low, high = limits(bits, signed)
 
     def plain(x: Tensor, step: Tensor) -> Tensor:
         v = x / step
+        # autograd gives eq. 3: round(v) - v inside, -Qn or Qp at the ends
         ends = torch.where(v >= high, float(high), torch.full_like(v, -low))
         return torch.where((v > -low) & (v < high), round_ste(v), ends) * step
 
@@ -78,22 +86,25 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
 
     def backward(grad: Tensor, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         v = x / step
+        # gradient of x: passes where -Qn < v < Qp
         inside = grad_between(grad, v, -low, high)
         v.clamp_(-low, high)
+        # gradient of the step: -Qn or Qp times grad where clipped ...
         at_ends = grad.sub(inside).mul_(v).sum()
-        return inside, v.round().sub_(v).mul_(grad).sum() + at_ends  # rounding moves nothing at the ends
+        # ... and round(v) - v elsewhere, which is 0 at the ends
+        return inside, v.round().sub_(v).mul_(grad).sum() + at_ends
 
     return fused_quantizer(x, step.to(x.dtype), plain=plain, value=value, backward=backward)
 
 
 def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
-    """Return 2 mean|x| / sqrt(Qp), or 1 where x is all zero."""
+    """Return 2 mean|x| / sqrt(Qp), or 1 if x is all zero."""
     start = 2 * x.detach().abs().mean() / max(limits(bits, signed)[1], 1) ** 0.5
     return torch.where(start > 0, start, torch.ones_like(start))
 
 
-def scaled(step: Tensor, count: int, bits: int, signed: bool) -> Tensor:
-    """Return the step, its gradient times `gradient_scale`."""
+def scale_gradient(step: Tensor, count: int, bits: int, signed: bool) -> Tensor:
+    """Return the step; its gradient is multiplied by `gradient_scale`."""
     factor = gradient_scale(count, bits, signed)
     return on_backward(step, lambda grad: grad * factor)
 
@@ -103,7 +114,8 @@ def gradient_scale(count: int, bits: int, signed: bool) -> float:
     return float((count * max(limits(bits, signed)[1], 1)) ** -0.5)
 
 
-def _points(step: Tensor, bits: int, signed: bool) -> Grid:
+def _grid(step: Tensor, bits: int, signed: bool) -> Grid:
+    """Return one group: `step` times the integers of b bits."""
     low, high = limits(bits, signed)
     return Grid((torch.arange(-low, high + 1, device=step.device) * step).reshape(1, -1, 1))
 
@@ -120,15 +132,15 @@ class LSQWeight(Quantizer):
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
-        return quantize(w, scaled(self.step, w.numel(), self.bits, signed=True), self.bits, True)
+        return quantize(w, scale_gradient(self.step, w.numel(), self.bits, signed=True), self.bits, True)
 
     def gradient_factor(self, w: Tensor) -> float:
-        """What the step's gradient is multiplied by."""
+        """Return the factor of the step's gradient."""
         return gradient_scale(w.numel(), self.bits, signed=True)
 
     def grid(self, w: Tensor) -> Grid:
         """Step times the integers of b bits."""
-        return _points(self.step, self.bits, signed=True)
+        return _grid(self.step, self.bits, signed=True)
 
     def bytes(self, w: Tensor) -> Storage:
         """Codes and the step."""
@@ -149,41 +161,44 @@ class LSQActivation(Quantizer):
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("signed", torch.tensor(False))
         self.register_buffer("ready", torch.tensor(False))
-        self.is_signed: bool | None = None  # `signed`, asked for once: a GPU would stop for it in every step
-        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+        # `signed` as a Python bool, None if unknown. Reading the buffer in every step would synchronize with the GPU.
+        self.is_signed: bool | None = None
+        self.register_load_state_dict_post_hook(_reset_sign)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set sign and step from inputs."""
+        """Set sign and step from inputs x of the layer."""
         self.is_signed = bool((x < 0).any()) and self.bits > 1
         self.signed.fill_(self.is_signed)
         self.step.copy_(initial_step(x, self.bits, self.is_signed))
         self.ready.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the quantized activations; the first ones decide the step where no probe did."""
+        """Return the quantized activations; the first batch sets the step if `prepare` did not."""
         if self.is_signed is None:
             if not self.ready:
                 self.fit(x)
             self.is_signed = bool(self.signed)
-        return quantize(x, scaled(self.step, x[0].numel(), self.bits, self.is_signed), self.bits, self.is_signed)
+        step = scale_gradient(self.step, x[0].numel(), self.bits, self.is_signed)
+        return quantize(x, step, self.bits, self.is_signed)
 
     def gradient_factor(self, x: Tensor) -> float:
-        """What the step's gradient is multiplied by."""
+        """Return the factor of the step's gradient."""
         return gradient_scale(x[0].numel(), self.bits, bool(self.signed))
 
     def grid(self, x: Tensor) -> Grid:
         """Step times the integers of b bits."""
-        return _points(self.step, self.bits, bool(self.signed))
+        return _grid(self.step, self.bits, bool(self.signed))
 
 
-def _forget(module: LSQActivation, keys: object) -> None:
-    """Ask for the sign anew: a state_dict was loaded."""
+def _reset_sign(module: nn.Module, keys: object) -> None:
+    """Forget the cached sign after a state_dict was loaded."""
+    assert isinstance(module, LSQActivation)
     module.is_signed = None
 
 
 def prepare(model: nn.Module, probe: Probe) -> None:
-    """Set the steps of all inputs from what the float network's layers read."""
+    """Set the steps of all inputs from the inputs of the layers in the float network, over the probe."""
     for name, layer in quantized_layers(model).items():
         if isinstance(layer.input_q, LSQActivation):
             with float_mode(model):
@@ -191,8 +206,8 @@ def prepare(model: nn.Module, probe: Probe) -> None:
             layer.input_q.fit(inputs)
 
 
-def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step, then keep the steps above zero."""
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer, then keep the quantizers' steps above zero."""
     optimizer.step()
     clamp_min_(model, {LSQWeight: ("step",), LSQActivation: ("step",)}, SMALLEST)
 
@@ -208,5 +223,5 @@ def build(*, w: int = 2, a: int = 2) -> Method:
         weight=lambda name, layer, bits: LSQWeight(layer, bits),
         input=lambda name, layer, bits: LSQActivation(bits),
         prepare=prepare,
-        step=stepped,
+        step=optimizer_step,
     )

@@ -1,19 +1,20 @@
 """PACT: activations clipped at a learned level, weights as in DoReFa-Net.
 
 Paper
-    Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", arXiv 1805.06085 (2018).
+    Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks",
+    arXiv 1805.06085 (2018).
 
 Idea
-    A fixed clip of activations at 1 suits no network; let each layer learn where to clip, and let decay pull the clip
-    down, since a smaller range has finer steps.
+    Clipping activations at 1 does not suit every layer. Let each layer learn its clipping level.
+    Weight decay pulls the level down, since a smaller range has finer steps.
 
 Forward
-    y = 0.5 (|x| - |x - alpha| + alpha), that is x clipped to [0, alpha]; x_hat = round(y n / alpha) alpha / n,
-    n = 2^k - 1. Weights: DoReFa-Net's function of the same width.
+    y = 0.5 (|x| - |x - alpha| + alpha), that is x clipped to [0, alpha]. x_hat = round(y n / alpha)
+    alpha / n, n = 2^k - 1. Weights: DoReFa-Net's function of the same width.
 
 Backward
-    dL/dx = dL/dx_hat where 0 <= x < alpha, else 0. dL/dalpha = the sum of dL/dx_hat over x >= alpha; nothing from the
-    rounded part.
+    dL/dx = dL/dx_hat where 0 <= x < alpha, else 0. dL/dalpha = the sum of dL/dx_hat over x >=
+    alpha; the rounded part contributes nothing.
 
 Schedule
     One phase, from a float network.
@@ -28,13 +29,14 @@ Bits
     w and a each 1-16 or 32, g 32; by default w2a2g32.
 
 Protocol
-    CIFAR-10 ResNet-20: SGD with momentum 0.9 at 0.1, a tenth from epochs 60 and 120 of 200, batch 128, decay 2e-4;
-    first and last layer in high precision.
+    CIFAR-10 ResNet-20: SGD with momentum 0.9 at 0.1, a tenth of it from epochs 60 and 120 of 200,
+    batch size 128, weight decay 2e-4. First and last layer have high precision.
 
 Choices
-    initial: where alpha starts; 10 by default (as remembered of the paper, not checked against its text).
-    decay: of alpha by weight decay, 2e-4 by default as the weights' in the paper's protocol; it acts whatever the
-    optimizer's own weight decay is.
+    initial: the value at which alpha starts; 10 by default (as remembered of the paper, not checked
+    against its text).
+    decay: weight decay of alpha; 2e-4 by default, as that of the weights in the paper's protocol.
+    It acts independently of the optimizer's own weight decay.
 
 Deviations
     Alpha is kept at 1e-3 or more.
@@ -61,13 +63,16 @@ SMALLEST = 1e-3
 
 @in_float32
 def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
-    """Quantize activations to 2^bits levels in [0, alpha]; alpha is a scalar above 0, which gets a gradient."""
+    """Quantize activations (any shape) to 2^bits levels in [0, alpha]. Eq. 1-3.
+
+    alpha is a scalar above 0, which gets a gradient; 32 bits return x itself.
+    """
     if bits == FLOAT:
         return x
     n = float(2**bits - 1)
 
     def plain(x: Tensor, alpha: Tensor) -> Tensor:
-        clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))  # the tie belongs to alpha, as eq. 3's gradient says
+        clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))  # x = alpha counts for alpha, as in eq. 3's gradient
         top = alpha.detach()
         return straight_through(clipped, (clipped.detach() * n / top).round() * top / n)
 
@@ -76,7 +81,9 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
     def backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         top = scalar(alpha)
+        # alpha's gradient: the sum over x >= alpha
         clipped = grad_between(grad, x, next_float(top, -inf, x.dtype), inf)
+        # x's gradient: where 0 <= x < alpha
         return grad_between(grad, x, next_float(0, -inf, x.dtype), top), clipped.sum()
 
     alpha = alpha.to(x.dtype)
@@ -84,13 +91,13 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 
 def _cells(alpha: Tensor, n: float) -> Cells:
-    """Return the cells: 0 below the range, one for each level, one from alpha on."""
+    """Return the cells: 0 below the range, one for each level, one for x >= alpha."""
 
     def number(x: Tensor) -> Tensor:
         code = x.clamp(min=0).clamp_(max=scalar(alpha)).mul_(n).div_(alpha).round_()
         return code.add_(at_least(x, 0)).add_(at_least(x, scalar(alpha)))
 
-    def inside(c: Tensor) -> Tensor:  # a little below each level: alpha itself belongs to the cell above
+    def inside(c: Tensor) -> Tensor:  # slightly below each level, since alpha itself belongs to the last cell
         return c.sub_(1).mul_(alpha * (1 - 2**-10) / n)
 
     return Cells(number, inside, int(n) + 3)
@@ -115,8 +122,8 @@ class PACTActivation(Quantizer):
         return Grid((levels_k(self.bits, x) * self.alpha).reshape(1, -1, 1))
 
 
-def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step, then keep the clipping levels above zero."""
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer, then keep the clipping levels above zero."""
     optimizer.step()
     clamp_min_(model, {PACTActivation: ("alpha",)}, SMALLEST)
 
@@ -136,5 +143,5 @@ def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4)
         traits=frozenset({"monotone", "monotone_input", "idempotent_input", "clipped_input", "cells_input"}),
         weight=lambda name, layer, bits: DoReFaWeight(bits),
         input=lambda name, layer, bits: PACTActivation(bits, initial, decay),
-        step=stepped,
+        step=optimizer_step,
     )

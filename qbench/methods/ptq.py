@@ -1,43 +1,50 @@
-"""PTQ: quantization without training, as int8 networks are shipped; the control of what training buys.
+"""PTQ: post-training quantization, as int8 networks are deployed; the control for training.
 
 Paper
-    None of its own; the practice that Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference",
-    arXiv 1806.08342, describes: symmetric weights per channel, affine activations, ranges from a few images.
+    None of its own. It is the practice described by Krishnamoorthi, "Quantizing deep convolutional
+    networks for efficient inference", arXiv 1806.08342: symmetric weights per channel, affine
+    activations, ranges from a few images.
 
 Idea
-    Fit each range to what the float network holds and shows on some training images, and stop there.
+    Fit each range to the weights of the float network and to its activations on some training
+    images. Train nothing.
 
 Forward
-    Weights: s round(w / s) within +-s n, n = 2^(b-1) - 1, per output channel or per layer; s = max|w| / n (minmax) or
-    the best in squared error of 1, 2, ..., 100 % of that (mse). Activations: as in uniform, 2^b levels over a fixed
-    [l, h] that holds zero, which is a level; behind a ReLU l = 0. minmax: the extremes; percentile: the value that p %
-    of all do not exceed, and its mirror image; mse: the best in squared error of 1, 2, ..., 100 % of the extremes.
+    Weights: s round(w / s), clipped to +-s n, n = 2^(b-1) - 1, per output channel or per layer.
+    minmax: s = max|w| / n. mse: the value of least squared error among 1, 2, ..., 100 % of that.
+    Activations: as in uniform, 2^b levels over a fixed range [l, h] that contains zero, which is a
+    level; l = 0 after a ReLU. minmax: the extremes. percentile: the value that p % of all values do
+    not exceed, and its mirror image. mse: the range of least squared error among 1, 2, ..., 100 %
+    of the extremes.
 
 Backward
-    As in uniform, for whoever goes on training: weights the identity, activations where x is in range.
+    As in uniform, for those who train on: the identity for weights; for activations the gradient
+    passes where x is in range.
 
 Schedule
-    No epoch. `prepare`: weights; then activations, on the inputs that layers have in the float network; then batch
-    normalization, mean and variance of each batch of the Probe behind the quantizers, averaged evenly over batches.
+    No epochs. `prepare` calibrates the weights, then the activations on the inputs of the layers in
+    the float network. Then it measures batch normalization with the quantizers in place: mean and
+    variance of each batch of the probe, averaged over batches with equal weights.
 
 Sites
     weight, input.
 
 State
-    scale, (O, 1, ...) or a scalar: step of weights, that of minmax until `prepare`. low, high (scalars): range of a
-    layer's input, 0 and 1 where nothing was calibrated.
+    scale, (O, 1, ...) or a scalar: step of the weights; that of minmax until `prepare`. low, high
+    (scalars): range of a layer's input; 0 and 1 if nothing was calibrated.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
 
 Protocol
-    Ours: the Probe, 256 training images.
+    Ours: the probe, 256 training images.
 
 Choices
-    mse for both by default, and normalization measured anew: the options differ at few bits, where the control should
-    not be weaker than it need be. Activations are calibrated on the float network all at once, as deployment tools do,
-    not layer by layer behind quantized ones; percentile and mse see at most 2^20 values of a layer, spread evenly. mse
-    shrinks both ends by the same part.
+    By default both ranges are fitted by mse, and batch normalization is measured again. The options
+    differ at few bits, and there the control should not be weaker than necessary.
+    Activations are calibrated on the float network all at once, as deployment tools do, not layer
+    by layer with the earlier layers quantized. percentile and mse use at most 2^20 values of a
+    layer, spread evenly. mse shrinks both ends by the same factor.
 
 Deviations
     None known.
@@ -63,63 +70,73 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 WEIGHTS, CALIBRATIONS = ("minmax", "mse"), ("minmax", "percentile", "mse")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-PARTS, SAMPLE = 100, 2**20
+MAX_VALUES = 2**20
+"""Values of a layer's input that calibration uses at most."""
 
 Range = tuple[Tensor, Tensor]
+"""Lower and upper end, scalars; zero is between them or one of them."""
 
 
 @in_float32
 def quantize_weight(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Quantize weights (O, ...) to 2^bits - 1 multiples of `scale`, (O, 1, ...) or a scalar; clipped beyond."""
+    """Quantize weights (O, ...) to 2^bits - 1 multiples of `scale`, (O, 1, ...) or a scalar; clip weights beyond."""
     top, scale = 2 ** (bits - 1) - 1, scale.to(w.dtype)
     return straight_through(w, (w.detach() / scale).round().clamp(-top, top) * scale)
 
 
-def weight_scale(w: Tensor, bits: int, channel: bool = True, how: str = "minmax") -> Tensor:
-    """Return the step, (O, 1, ..., 1) or a scalar, of `how`: minmax or mse."""
-    whole = uniform.weight_scale(w, bits, channel)
-    if how == "minmax":
-        return whole
+def weight_scale(w: Tensor, bits: int, channel: bool = True, criterion: str = "minmax") -> Tensor:
+    """Return the step of weights (O, ...): (O, 1, ..., 1), or a scalar unless `channel`.
+
+    Args:
+        criterion: minmax (the whole range) or mse (the fraction of it with the least squared error).
+    """
+    full_scale = uniform.weight_scale(w, bits, channel)
+    if criterion == "minmax":
+        return full_scale
     axes = tuple(range(1, w.dim())) if channel else tuple(range(w.dim()))
-    best, least = whole, torch.full_like(whole, torch.inf)
-    for part in range(PARTS, 0, -1):
-        scale = whole * part / PARTS
+    best, least_error = full_scale, torch.full_like(full_scale, torch.inf)
+    for percent in range(100, 0, -1):  # from the whole range down: ties go to the larger range
+        scale = full_scale * percent / 100
         error = (quantize_weight(w, scale, bits) - w).detach().square().mean(axes, keepdim=channel)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        best, least_error = torch.where(error < least_error, scale, best), torch.minimum(error, least_error)
     return best
 
 
 def minmax_range(x: Tensor) -> Range:
-    """Return the extremes of x, moved to hold zero."""
+    """Return the extremes of x, widened to contain zero."""
     low, high = x.aminmax()
     return low.clamp(max=0), high.clamp(min=0)
 
 
 def percentile_range(x: Tensor, percent: float) -> Range:
-    """Return the least value that `percent` (50-100) of x do not exceed, its mirror image below; moved to hold zero."""
+    """Return the least value that `percent` (50-100) of x do not exceed, and its mirror image at the lower end.
+
+    The range is widened to contain zero.
+    """
+    # round the product first, so that its floating-point error cannot raise the count by one
     values, inside = x.flatten().sort().values, math.ceil(round(x.numel() * percent / 100, 6))
     return values[-inside].clamp(max=0), values[inside - 1].clamp(min=0)
 
 
 def mse_range(x: Tensor, bits: int) -> Range:
-    """Return the extremes of x, shrunk by the part that leaves the least squared error."""
+    """Return the extremes of x, both multiplied by the factor out of 0.01, ..., 1 of least squared error."""
     low, high = minmax_range(x)
     errors = [
-        (uniform.quantize_activation(x, low * i / PARTS, high * i / PARTS, bits) - x).square().mean()
-        for i in range(PARTS, 0, -1)
+        (uniform.quantize_activation(x, low * percent / 100, high * percent / 100, bits) - x).square().mean()
+        for percent in range(100, 0, -1)  # from the whole range down: ties go to the larger range
     ]
-    part = (PARTS - int(torch.stack(errors).argmin())) / PARTS
-    return low * part, high * part
+    factor = (100 - int(torch.stack(errors).argmin())) / 100
+    return low * factor, high * factor
 
 
 class PTQWeight(Quantizer):
-    """A layer's weights on an even grid that stays."""
+    """A layer's weights on a fixed uniform grid."""
 
     scale: Tensor
 
-    def __init__(self, weight: Tensor, bits: int, channel: bool, how: str) -> None:
+    def __init__(self, weight: Tensor, bits: int, channel: bool, criterion: str) -> None:
         super().__init__()
-        self.bits, self.channel, self.how = bits, channel, how
+        self.bits, self.channel, self.criterion = bits, channel, criterion
         self.register_buffer("scale", uniform.weight_scale(weight.detach(), bits, channel))
 
     def forward(self, w: Tensor) -> Tensor:
@@ -127,8 +144,8 @@ class PTQWeight(Quantizer):
         return quantize_weight(w, self.scale, self.bits)
 
     def calibrate(self, w: Tensor) -> None:
-        """Fit the step to weights."""
-        self.scale.copy_(weight_scale(w.detach(), self.bits, self.channel, self.how))
+        """Fit the step to the weights w."""
+        self.scale.copy_(weight_scale(w.detach(), self.bits, self.channel, self.criterion))
 
     def grid(self, w: Tensor) -> Grid:
         """One group per output channel, or one."""
@@ -142,7 +159,7 @@ class PTQWeight(Quantizer):
 
 
 class PTQActivation(Quantizer):
-    """A layer's input on an even grid over a range that stays."""
+    """A layer's input on a uniform grid over a fixed range."""
 
     low: Tensor
     high: Tensor
@@ -157,8 +174,8 @@ class PTQActivation(Quantizer):
         """Return the quantized activations."""
         return uniform.quantize_activation(x, self.low, self.high, self.bits)
 
-    def take(self, low: Tensor, high: Tensor) -> None:
-        """Quantize over this range from now on."""
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Set the range to quantize over."""
         self.low.copy_(low)
         self.high.copy_(high)
 
@@ -169,37 +186,43 @@ class PTQActivation(Quantizer):
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Sequence[Batch], find: Callable[[Tensor, int], Range], whole: bool) -> None:
-    """Fit the ranges of a network's activations to its float inputs.
+def calibrate(
+    model: nn.Module, batches: Sequence[Batch], find_range: Callable[[Tensor, int], Range], extremes_only: bool
+) -> None:
+    """Fit the ranges of a network's activations to the inputs of its layers in the float network.
 
     Args:
-        find: (values (n,), bits) -> range.
-        whole: whether the extremes of each batch are all that `find` wants to see.
+        find_range: (values (n,), bits) -> range.
+        extremes_only: give `find_range` only the extremes of each batch; else a sample of at most `MAX_VALUES` values.
     """
     layers = quantized_layers(model)
     sites = {name: layer.input_q for name, layer in layers.items() if isinstance(layer.input_q, PTQActivation)}
-    seen: dict[str, list[Tensor]] = {}
+    samples: dict[str, list[Tensor]] = {}
     with float_mode(model), eval_mode_keeping_rng(model), recorded_calls(model, list(sites)) as calls:
         for images, _ in batches:
             model(images)
             for name, x, _ in calls:
-                step = -(-x.numel() * len(batches) // SAMPLE) | 1  # odd: not the same column of every map
-                seen.setdefault(name, []).append(torch.stack(x.aminmax()) if whole else x.flatten()[::step])
-            calls.clear()
-    for name, values in seen.items():
-        sites[name].take(*find(torch.cat(values).float(), sites[name].bits))
+                stride = -(-x.numel() * len(batches) // MAX_VALUES) | 1  # odd, to not repeat one column of every map
+                sample = torch.stack(x.aminmax()) if extremes_only else x.flatten()[::stride]
+                samples.setdefault(name, []).append(sample)
+            calls.clear()  # frees the recorded tensors of this batch
+    for name, values in samples.items():
+        sites[name].set_range(*find_range(torch.cat(values).float(), sites[name].bits))
 
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Set running mean and (unbiased) variance of batch normalization to the average over these batches."""
+    """Set the running mean and the (unbiased) variance of batch normalization to their averages over these batches.
+
+    Batch normalization computes with the statistics of each batch meanwhile; all else is in evaluation mode.
+    """
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     try:
         with eval_mode_keeping_rng(model):
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None  # torch's word for an even average
+                norm.momentum = None  # torch then averages with equal weights
                 norm.train()
             for images, _ in batches:
                 model(images)
@@ -218,7 +241,7 @@ def build(
     percentile: float = 99.99,
     reestimate: bool = True,
 ) -> Method:
-    """Return post-training quantization; for the options see the card."""
+    """Return post-training quantization; the method card explains the options."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights}: allowed are {', '.join(WEIGHTS)}")
     if calibration not in CALIBRATIONS:
@@ -236,7 +259,7 @@ def build(
         for layer in layers.values():
             if isinstance(layer.weight_q, PTQWeight):
                 layer.weight_q.calibrate(layer.weight)
-        calibrate(model, probe.batches, ranges[calibration], calibration == "minmax")
+        calibrate(model, probe.batches, ranges[calibration], extremes_only=calibration == "minmax")
         if reestimate and layers:
             reestimate_norms(model, probe.batches)
 

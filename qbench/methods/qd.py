@@ -1,54 +1,63 @@
-"""Quantized distillation: weights on even levels in buckets, trained on a teacher's outputs.
+"""Quantized distillation: weights on uniform levels in buckets, trained on a teacher's outputs.
 
 Paper
-    Polino, Pascanu, Alistarh, "Model compression via distillation and quantization", ICLR 2018, arXiv 1802.05668,
-    algorithm 1. Authors' code: antspy/quantized_distillation (PyTorch 0.3).
+    Polino, Pascanu, Alistarh, "Model compression via distillation and quantization", ICLR 2018,
+    arXiv 1802.05668, algorithm 1. Authors' code: antspy/quantized_distillation (PyTorch 0.3).
 
 Idea
-    A network that is small and quantized learns more from a float teacher's outputs than from labels alone; and a scale
-    for each short run of weights keeps an outlier from spoiling the levels of all the others.
+    A small quantized network learns more from the outputs of a float teacher than from labels
+    alone. One scale for each short run of weights keeps an outlier from spoiling the levels of all
+    other weights.
 
 Forward
-    The flattened tensor is cut into buckets of k elements, across channels; the last one is filled up with its last
-    element, a tensor shorter than k is one bucket. Per bucket beta = min v, alpha = max v - min v (1 if below 1e-10),
-    x = (v - beta) / alpha, s = 2^b levels with both ends: w_hat = alpha round(x (s - 1)) / (s - 1) + beta. Stochastic:
-    floor(y) plus 1 with probability y - floor(y), for y = x (s - 1).
+    The flattened tensor is cut into buckets of k elements, across channels. The last bucket is
+    filled up with its last element; a tensor shorter than k is one bucket. Per bucket: beta = min
+    v, alpha = max v - min v (1 if below 1e-10), x = (v - beta) / alpha, s = 2^b levels including
+    both ends, w_hat = alpha round(x (s - 1)) / (s - 1) + beta. Stochastic rounding of y = x (s -
+    1): floor(y) plus 1 with probability y - floor(y).
 
 Backward
-    dL/dw = dL/dw_hat. L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, z_t and z_s the
-    logits of teacher and student.
+    dL/dw = dL/dw_hat. L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2,
+    with z_t and z_s the logits of teacher and student.
 
 Schedule
     One phase.
 
 Sites
-    weight. The loss is that of `distill`, which by default distills from the float parent.
+    weight. The loss is that of `distill`; by default the teacher is the float baseline.
 
 State
     None.
 
 Bits
-    w 1-8 or 32 for 2^b levels a bucket, a and g 32; by default w4a32g32.
+    w 1-8 or 32 for 2^b levels per bucket, a and g 32; by default w4a32g32.
 
 Protocol
-    CIFAR-10, authors' code: plain convolutional students; SGD with Nesterov momentum 0.9 at 0.001, decay 2.2e-4, batch
-    25, 200 epochs, the rate halved after 10 epochs without a better test error; 2, 4 and 8 bits, k = 256, rounding
-    deterministic, from random weights. CIFAR-100: wide ResNets, 0.1 times 0.2 after 60, 120 and 160 of 200 epochs.
+    CIFAR-10, authors' code: plain convolutional students; SGD with Nesterov momentum 0.9 at 0.001,
+    weight decay 2.2e-4, batch size 25, 200 epochs, the learning rate halved after 10 epochs without
+    a better test error; 2, 4 and 8 bits, k = 256, deterministic rounding, from random weights.
+    CIFAR-100: wide ResNets, 0.1 times 0.2 after 60, 120 and 160 of 200 epochs.
 
 Choices
-    bucket: k, 256 as in the paper; 0 takes a tensor as one bucket (the paper's "no bucketing").
-    stochastic: false as in the authors' experiments; true draws in training only, evaluation rounds.
-    trained: false rounds the parent's weights afterwards and trains nothing, the paper's control (with distill=none).
-    Half way goes to the even level, as the authors' round does.
-    KL is the mean over the batch of the sum over classes. The authors' code takes the mean over classes too (default
-    of its PyTorch version, from memory): per sample its weight is 0.7 T^2 / classes.
-    Kept out: their gradient through minimum and maximum, and clipping of gradients at |w| > 1; both unused by them.
+    bucket: k, 256 as in the paper; 0 makes one bucket of the tensor (the paper's "no bucketing").
+    stochastic: `false` as in the authors' experiments. `true` rounds at random in training only;
+    evaluation rounds to nearest.
+    trained: `false` rounds the weights of the float baseline and trains nothing, the paper's
+    control (with distill=none).
+    Rounding is to nearest with ties to even, as in the authors' code.
+    KL is the mean over the batch of the sum over classes. The authors' code also averages over
+    classes (the default of its PyTorch version, from memory): per sample its weight is 0.7 T^2 /
+    classes.
+    Left out: their gradient through minimum and maximum, and clipping of gradients at |w| > 1; the
+    authors use neither.
 
 Deviations
-    Convolutions and linear layers by the layer policy; the authors quantize every parameter, biases and batch
-    normalization among them. Starts from the float parent (init=scratch starts as they do), and the parent is as
-    large as the student unless `distill` names another run.
-    Bytes are codes and two floats a bucket; the paper's sizes count Huffman codes (`huffman_bits`).
+    The layer policy chooses convolutions and linear layers. The authors quantize every parameter,
+    including biases and batch normalization.
+    Training starts from the float baseline; init=scratch starts as the authors do. The baseline is
+    as large as the student unless `distill` names another run.
+    Stored bytes are codes and two floats per bucket; the paper's sizes count Huffman codes
+    (`huffman_bits`).
 
 Results
     README (digits).
@@ -66,10 +75,10 @@ from qbench.quant.method import Method, Requires
 from qbench.quant.ops import in_float32, levels_k, straight_through
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
-# Shapes: B buckets, K elements of one, L levels.
+# Shapes: B buckets, K elements of a bucket, L levels.
 
-CONSTANT = 1e-10
-"""A bucket whose values differ by less is constant: its alpha is 1."""
+MIN_RANGE = 1e-10
+"""A bucket with a smaller range counts as constant: its alpha is 1."""
 
 
 @in_float32
@@ -80,18 +89,19 @@ def quantize_bucketed(
     stochastic: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Quantize weights (any shape) to 2^bits even levels from minimum to maximum of each bucket.
+    """Quantize weights (any shape) to 2^bits uniform levels from the minimum to the maximum of each bucket.
 
     Args:
         bits: 1 or more.
-        bucket_size: elements of the flattened tensor that share a scale; 0 or None is all of them.
-        stochastic: round up or down at random, so that the mean is w.
-        generator: of the random numbers; torch's global one by default.
+        bucket_size: elements of the flattened tensor that share a scale; 0 or None for all of them.
+        stochastic: round up or down at random, so that the mean is w; else to nearest, ties to even.
+        generator: for the random numbers; torch's global generator by default.
     """
     if bits < 1:
         raise ValueError(f"bits={bits}: allowed is 1 or more")
     v_BK = in_buckets(w.detach(), bucket_size)
     alpha, beta = bucket_scale(v_BK)
+    # y = x (s - 1): scaled to 0 ... 2^bits - 1
     steps = float(2**bits - 1)
     y = (v_BK - beta) / alpha * steps
     code = stochastic_round(y, generator) if stochastic else y.round()
@@ -99,7 +109,7 @@ def quantize_bucketed(
 
 
 def in_buckets(w: Tensor, bucket_size: int | None) -> Tensor:
-    """Return the flattened tensor in rows (B, K), the last one filled up with its last element.
+    """Return the flattened tensor as rows (B, K); the last row is filled up with the last element.
 
     A tensor shorter than a bucket is one row of its own length.
     """
@@ -111,54 +121,55 @@ def in_buckets(w: Tensor, bucket_size: int | None) -> Tensor:
 
 
 def from_buckets(v_BK: Tensor, like: Tensor) -> Tensor:
-    """Return rows as a tensor of `like`'s shape, without what they were filled up with."""
+    """Return rows (B, K) as a tensor of `like`'s shape, without the filling."""
     return v_BK.reshape(-1)[: like.numel()].view(like.shape)
 
 
 def bucket_scale(v_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return alpha, the range of a bucket's values or 1 where they are constant, and beta, the least; (B, 1) each."""
+    """Return alpha, the range of each bucket (1 if it is constant), and beta, its minimum; (B, 1) each."""
     beta, top = v_BK.aminmax(dim=1, keepdim=True)
     alpha = top - beta
-    return torch.where(alpha < CONSTANT, torch.ones_like(alpha), alpha), beta
+    return torch.where(alpha < MIN_RANGE, torch.ones_like(alpha), alpha), beta
 
 
 def bucketed_grid(w: Tensor, points_L: Tensor, bucket_size: int | None) -> Grid:
-    """Return the grid of scaled points, a group per bucket of w."""
+    """Return the grid of scaled points (L,): one group per bucket of w."""
     alpha, beta = bucket_scale(in_buckets(w.detach(), bucket_size))
     return Grid((points_L * alpha + beta).unsqueeze(-1), lambda t: in_buckets(t, bucket_size).unsqueeze(-1))
 
 
 def scale_bytes(w: Tensor, bucket_size: int | None) -> int:
-    """Return the bytes of alpha and beta of all buckets of w."""
+    """Return the bytes of alpha and beta of all buckets of w, 8 per bucket."""
     return 8 * len(in_buckets(w, bucket_size))
 
 
 def compression_ratio(bits: int, bucket_size: int = 256, float_bits: int = 32) -> float:
-    """Return how many times smaller codes and two floats a bucket are than floats: k f / (k b + 2 f)."""
+    """Return the size of floats relative to that of codes with two floats per bucket: k f / (k b + 2 f)."""
     return bucket_size * float_bits / (bucket_size * bits + 2 * float_bits)
 
 
 def huffman_bits(counts: Iterable[int]) -> float:
-    """Return the mean length of a Huffman code, given how often each symbol occurs; 0 where only one does."""
+    """Return the mean length of a Huffman code in bits, from the count of each symbol; 0 for a single symbol."""
     heap = [count for count in counts if count]
     total, bits = sum(heap), 0
     heapify(heap)
     while len(heap) > 1:
-        joined = heappop(heap) + heap[0]
-        heapreplace(heap, joined)
-        bits += joined
+        # merge the two rarest nodes; each symbol below gets one more bit
+        merged = heappop(heap) + heap[0]
+        heapreplace(heap, merged)
+        bits += merged
     return bits / total
 
 
 class QDWeight(Quantizer):
-    """A layer's weights on even levels, bucket by bucket."""
+    """A layer's weights on uniform levels, bucket by bucket."""
 
     def __init__(self, bits: int, bucket: int, stochastic: bool) -> None:
         super().__init__()
         self.bits, self.bucket, self.stochastic = bits, bucket, stochastic
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the quantized weights; only training draws."""
+        """Return the quantized weights; rounding is random in training only."""
         return quantize_bucketed(w, self.bits, self.bucket, self.stochastic and self.training)
 
     def grid(self, w: Tensor) -> Grid:
@@ -171,13 +182,13 @@ class QDWeight(Quantizer):
 
 
 def check_bucket(bucket: int) -> None:
-    """Refuse buckets of negative size, and of one or two elements, which quantize nothing."""
+    """Raise `ValueError` for a negative bucket size, and for 1 and 2, with which nothing is quantized."""
     if bucket < 0 or bucket in (1, 2):
-        raise ValueError(f"bucket={bucket}: allowed are 3 or more, and 0 for one bucket a tensor")
+        raise ValueError(f"bucket={bucket}: allowed are 3 or more, and 0 for one bucket per tensor")
 
 
 def build(*, w: int = 4, bucket: int = 256, stochastic: bool = False, trained: bool = True) -> Method:
-    """Return quantized distillation; bucket=0 gives every tensor a single scale, trained=false rounds afterwards."""
+    """Return quantized distillation; the method card explains the options."""
     check_bucket(bucket)
     return Method(
         name="qd",

@@ -1,21 +1,23 @@
-"""Trained Ternary Quantization: weights of three values, the two scales of a layer learned.
+"""Trained Ternary Quantization: weights of three values, with two learned scales per layer.
 
 Paper
-    Zhu, Han, Mao, Dally, "Trained Ternary Quantization", ICLR 2017, arXiv 1612.01064. Authors' code:
-    czhu95/ternarynet (tensorpack).
+    Zhu, Han, Mao, Dally, "Trained Ternary Quantization", ICLR 2017, arXiv 1612.01064. Authors'
+    code: czhu95/ternarynet (tensorpack).
 
 Idea
-    Which weights are positive, zero or negative follows from latent weights; what they are worth is trained: one scale
-    for the positive ones of a layer, one for the negative.
+    Latent weights decide which weights are positive, zero or negative. The values are trained: one
+    scale for the positive weights of a layer, one for the negative ones.
 
 Forward
-    w_hat = Wp where w > delta, -Wn where w < -delta, else 0. threshold=max: delta = t max|w|; threshold=sparsity:
-    delta is the quantile of |w| below which the part r of the layer lies. Delta carries no gradient.
+    w_hat = Wp where w > delta, -Wn where w < -delta, else 0.
+    threshold=max: delta = t max|w|. threshold=sparsity: delta is the quantile of |w| below which
+    the fraction r of the layer lies. Delta carries no gradient.
 
 Backward
-    dL/dWp = sum of dL/dw_hat over w > delta; dL/dWn = minus the sum over w < -delta (the minus that the paper's eq. 7
-    and ports leave out, and the authors' code has); sums, not means. Latent: dL/dw = dL/dw_hat times Wp, 1 or Wn in the
-    positive, zero and negative zone: a weight can leave zero.
+    dL/dWp = sum of dL/dw_hat over w > delta. dL/dWn = minus the sum over w < -delta; the paper's
+    eq. 7 and ports leave out this minus, the authors' code has it. Both are sums, not means.
+    Latent weights: dL/dw = dL/dw_hat times Wp, 1 or Wn in the positive, zero and negative zone. So
+    a weight can leave the zero zone.
 
 Schedule
     One phase, from a float network.
@@ -30,18 +32,23 @@ Bits
     w 2 (three values) or 32, a and g 32; by default w2a32g32.
 
 Protocol
-    CIFAR-10, authors' log: SGD with momentum 0.9 at 0.1, 0.01 from epoch 83, 0.001 from 124, 0.0002 from 301 of 400;
-    decay 2e-4 on the scales too; the network pre-activation ResNet-20 to 56 with a float first layer.
+    CIFAR-10, authors' log: SGD with momentum 0.9 at 0.1, 0.01 from epoch 83, 0.001 from 124, 0.0002
+    from 301 of 400; weight decay 2e-4, on the scales too; the network is the pre-activation
+    ResNet-20 to 56 with a float first layer.
 
 Choices
-    t = 0.05 as in the paper. initial: the authors start both scales at 1, which blows up networks without batch
-    normalization; `mean` (default) starts them at the mean magnitude of their zone, `one` at 1.
+    t = 0.05 as in the paper.
+    initial: the authors start both scales at 1, which lets activations explode in networks without
+    batch normalization. `mean` (default) starts them at the mean magnitude of their zone, `one` at
+    1.
     decay: the authors decay the scales with the weights; 0 by default.
-    Weights are not divided by max|w| first, as the authors' code does not either.
+    Weights are not divided by max|w| first; the authors' code does not do so either.
 
 Deviations
-    The scales are kept at 1e-8 or more: below zero both zones would have the same sign, which was seen to cost points.
-    The last layer stays float by the layer policy, as in the paper; in the authors' CIFAR code it is ternary.
+    The scales are kept at 1e-8 or more. Below zero both zones would have the same sign; this has
+    been seen to cost points of accuracy.
+    The last layer stays float by the layer policy, as in the paper; in the authors' CIFAR code it
+    is ternary.
 
 Results
     README (digits).
@@ -62,22 +69,25 @@ THRESHOLDS, INITIALS = ("max", "sparsity"), ("mean", "one")
 
 @in_float32
 def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor | float) -> Tensor:
-    """Ternarize a layer's weights (any shape) to `positive`, 0 and minus `negative`, by |w| > `threshold`.
+    """Ternarize a layer's weights (any shape): `positive` above `threshold`, minus `negative` below minus it, else 0.
 
     Args:
         positive, negative: scalars above 0, which get gradients.
-        threshold: a scalar, which gets none.
+        threshold: a scalar, which gets no gradient.
     """
     latent = w.detach()
     above, below = latent > threshold, latent < -threshold
     one, zero = torch.ones_like(latent), torch.zeros_like(latent)
+    # gradient of the latent weights: times Wp, Wn or 1, by zone
     slope = torch.where(above, positive.detach(), torch.where(below, negative.detach(), one))
+    # autograd sums the gradients of Wp and Wn over their zones; -negative gives Wn's its minus
     values = torch.where(above, positive, torch.where(below, -negative, zero))
+    # adds 0 to the values and routes the gradient to w
     return values + surrogate(w, zero, slope)
 
 
 def mean_within(zone: Tensor, w: Tensor) -> Tensor:
-    """Return the mean of the |w| where `zone` (bool, as w) is true, a scalar; 1 where it nowhere is."""
+    """Return the mean of |w| where `zone` (bool, of w's shape) is true, a scalar; 1 if the zone is empty."""
     mean = (w.abs() * zone).sum() / zone.sum()
     return torch.where(zone.any(), mean, torch.ones_like(mean))
 
@@ -96,7 +106,7 @@ class TTQWeight(Quantizer):
         self.positive, self.negative = (nn.Parameter(start) for start in starts)
 
     def delta(self, w: Tensor) -> Tensor:
-        """Return the threshold of latent weights."""
+        """Return the threshold for the latent weights w, a scalar."""
         magnitude = w.detach().abs().flatten()
         if self.threshold == "max":
             return self.t * magnitude.max()
@@ -116,20 +126,20 @@ class TTQWeight(Quantizer):
         return Storage(w.numel(), 2, 8)
 
 
-def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step, then keep the scales above zero."""
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer, then keep the scales above zero."""
     optimizer.step()
     clamp_min_(model, {TTQWeight: ("positive", "negative")}, SMALLEST)
 
 
 def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str = "mean", decay: float = 0.0) -> Method:
-    """Return TTQ; t is the part of max|w| (threshold=max), or the part of weights that are zero (sparsity)."""
+    """Return TTQ; t is a fraction of max|w| (threshold=max), or the fraction of weights that are zero (sparsity)."""
     if threshold not in THRESHOLDS:
         raise ValueError(f"threshold={threshold}: allowed are {', '.join(THRESHOLDS)}")
     if initial not in INITIALS:
         raise ValueError(f"initial={initial}: allowed are {', '.join(INITIALS)}")
     if not 0 <= t < 1:
-        raise ValueError(f"t={t}: allowed is a part from 0 to below 1")
+        raise ValueError(f"t={t}: allowed is 0 to below 1")
     if not 0 <= decay < 1:
         raise ValueError(f"decay={decay}: allowed is 0 to below 1")
     return Method(
@@ -138,5 +148,5 @@ def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str =
         supported_bits={"w": (2, FLOAT)},
         traits=frozenset({"monotone"}),
         weight=lambda name, layer, bits: TTQWeight(layer, threshold, t, initial, decay),
-        step=stepped,
+        step=optimizer_step,
     )

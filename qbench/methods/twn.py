@@ -1,14 +1,16 @@
-"""Ternary Weight Networks: weights of three values, the scale and the threshold computed from the weights.
+"""Ternary Weight Networks: three weight values; scale and threshold computed from the weights.
 
 Paper
     Li, Zhang, Liu, "Ternary Weight Networks", arXiv 1605.04711 (2016).
 
 Idea
-    Of all ternary tensors alpha {-1, 0, 1}, take about the one nearest to W in the mean square: the threshold has no
-    closed form, but 0.7 of the mean magnitude is close to the optimum for Gaussian and uniform weights alike.
+    Approximate W by the nearest ternary tensor alpha {-1, 0, 1} in the mean square. The best
+    threshold has no closed form, but 0.7 of the mean magnitude is close to the optimum for Gaussian
+    and for uniform weights.
 
 Forward
-    Per layer: delta = 0.7 mean|w|; w_hat = alpha sign(w) where |w| > delta, else 0; alpha the mean of the |w| kept.
+    Per layer: delta = 0.7 mean|w|; w_hat = alpha sign(w) where |w| > delta, else 0; alpha is the
+    mean of these |w|.
 
 Backward
     dL/dw = dL/dw_hat.
@@ -57,7 +59,7 @@ def threshold_and_scale(w: Tensor) -> tuple[Tensor, Tensor]:
 
 @in_float32
 def ternarize_weight(w: Tensor) -> Tensor:
-    """Ternarize a layer's weights (any shape): -alpha, 0, alpha."""
+    """Ternarize a layer's weights (any shape) to -alpha, 0 and alpha, with the identity as gradient."""
     delta, alpha = threshold_and_scale(w)
     return straight_through(w, alpha * sign(w) * (w.detach().abs() > delta))
 

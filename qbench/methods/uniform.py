@@ -1,19 +1,23 @@
-"""Uniform: min-max fake quantization, the control that every paper is measured against.
+"""Uniform: min-max fake quantization, the control that every paper is compared with.
 
 Paper
-    None of its own; the scheme of Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", CVPR 2018, arXiv 1712.05877, with symmetric weights.
+    None of its own; the scheme of Jacob et al., "Quantization and Training of Neural Networks for
+    Efficient Integer-Arithmetic-Only Inference", CVPR 2018, arXiv 1712.05877, with symmetric
+    weights.
 
 Idea
-    Even steps over the range that the values have. What a method gains must be counted from here.
+    Use equal steps over the range of the values. The gain of any other method is measured from
+    here.
 
 Forward
-    Weights: s round(w / s), s = max|w| / (2^(b-1) - 1), per output channel or per layer: 2^b - 1 levels, zero among
-    them. Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1), with [l, h] a moving average of
-    the batches' minima and maxima, widened to hold zero, which is a level.
+    Weights: s round(w / s), s = max|w| / (2^(b-1) - 1), per output channel or per layer. There are
+    2^b - 1 levels, including zero.
+    Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1). [l, h] is a moving
+    average of the batches' minima and maxima, widened to contain zero, which is a level.
 
 Backward
-    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where x rounds to a code in range, else 0.
+    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where x rounds to a code in range,
+    else 0.
 
 Schedule
     One phase, from a float network.
@@ -22,7 +26,7 @@ Sites
     weight, input.
 
 State
-    low, high (scalars): the range of a layer's input; seen (bool): whether any batch was.
+    low, high (scalars): the range of a layer's input. seen (bool): whether a batch has been seen.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
@@ -31,7 +35,8 @@ Protocol
     The unified recipe.
 
 Choices
-    channel: scales of weights per output channel (default) or per layer. momentum: of the moving average, 0.1.
+    channel: scales of weights per output channel (default) or per layer. momentum: that of the
+    moving average, 0.1.
 
 Deviations
     None known.
@@ -52,13 +57,13 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 @in_float32
 def quantize_weight(w: Tensor, bits: int, channel: bool = True) -> Tensor:
-    """Quantize weights (O, ...) symmetrically to 2^bits - 1 levels over +-max|w| of each channel or of the layer."""
+    """Quantize weights (O, ...) to 2^bits - 1 symmetric levels over +-max|w| of each channel or of the layer."""
     scale = weight_scale(w, bits, channel)
     return straight_through(w, (w.detach() / scale).round() * scale)
 
 
 def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
-    """Return the step, (O, 1, ..., 1) or a scalar; 1 where all weights are zero."""
+    """Return the step, (O, 1, ..., 1) or a scalar unless `channel`; 1 if all weights are zero."""
     magnitude = w.detach().abs()
     top = magnitude.amax(tuple(range(1, w.dim())), keepdim=True) if channel else magnitude.max()
     scale = top / (2 ** (bits - 1) - 1)
@@ -67,7 +72,11 @@ def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
 
 @in_float32
 def quantize_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Quantize activations to 2^bits levels over [low, high] (scalars, low <= 0 <= high), shifted so that 0 is one."""
+    """Quantize activations (any shape) to 2^bits levels over [low, high], shifted so that 0 is a level.
+
+    Args:
+        low, high: scalars, low <= 0 <= high.
+    """
     step, zero = step_and_zero(low.to(x.dtype), high.to(x.dtype), bits)
     top = 2**bits - 1
 
@@ -90,7 +99,7 @@ def step_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]
 
 
 class UniformWeight(Quantizer):
-    """A layer's weights on an even grid."""
+    """A layer's weights on a uniform grid."""
 
     def __init__(self, bits: int, channel: bool) -> None:
         super().__init__()
@@ -113,7 +122,7 @@ class UniformWeight(Quantizer):
 
 
 class UniformActivation(Quantizer):
-    """A layer's input on an even grid over a moving range."""
+    """A layer's input on a uniform grid over a moving range."""
 
     low: Tensor
     high: Tensor
@@ -127,18 +136,18 @@ class UniformActivation(Quantizer):
         self.register_buffer("seen", torch.tensor(False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the quantized activations; training moves the range first."""
+        """Return the quantized activations; in training, update the range first."""
         if self.training:
-            self.follow(x)
+            self.update_range(x)
         return quantize_activation(x, self.low, self.high, self.bits)
 
     @torch.no_grad()
-    def follow(self, x: Tensor) -> None:
-        """Move the range towards a batch's, all the way for the first one."""
+    def update_range(self, x: Tensor) -> None:
+        """Move the range towards that of a batch; the first batch sets it."""
         low, high = x.amin().float().clamp(max=0), x.amax().float().clamp(min=0)
-        pace = torch.where(self.seen, self.momentum, 1.0)
-        self.low.lerp_(low, pace)
-        self.high.lerp_(high, pace)
+        weight = torch.where(self.seen, self.momentum, 1.0)
+        self.low.lerp_(low, weight)
+        self.high.lerp_(high, weight)
         self.seen.fill_(True)
 
     def grid(self, x: Tensor) -> Grid:
@@ -148,7 +157,7 @@ class UniformActivation(Quantizer):
 
 
 def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1) -> Method:
-    """Return the min-max control; `momentum` is of the activations' moving range."""
+    """Return the min-max control; `momentum` is that of the activations' moving range."""
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum={momentum}: allowed is above 0 to 1")
     return Method(

@@ -1,12 +1,12 @@
-"""The networks of Gupta et al. 2015, "Deep Learning with Limited Numerical Precision" (arXiv 1502.02551): one class.
+"""The networks of Gupta et al. 2015, "Deep Learning with Limited Numerical Precision" (arXiv 1502.02551), in one class.
 
-All of it is remembered of the paper, nothing verified. MNIST perceptron: 1000, 1000, classes. MNIST CNN: conv5 8 -
+All of it is remembered from the paper, nothing is verified. MNIST perceptron: 1000, 1000, classes. MNIST CNN: conv5 8 -
 ReLU - MP2 - conv5 16 - ReLU - MP2 - FC 128 - ReLU - FC. CIFAR-10 CNN: three times conv5 64 - ReLU - MP of 3x3/2, then
-FC. No batch normalization, every layer with a bias. Weights start Gaussian with deviation 0.01, biases at 0, which is
-remembered of the perceptron only.
+FC. No batch normalization; every layer has a bias. Weights start Gaussian with standard deviation 0.01, biases at 0;
+this is remembered of the perceptron only.
 
-Open: padding and rounding of sizes. Here the MNIST CNN does not pad, and the CIFAR CNN pads by 2 and its maximum rounds
-up, so that 28x28 ends at 4x4 and 32x32 at 4x4.
+Open: padding and rounding of sizes. Here the MNIST CNN does not pad. The CIFAR CNN pads by 2 and its max pooling rounds
+up. So 28x28 ends at 4x4, and 32x32 at 4x4.
 """
 
 from collections import OrderedDict
@@ -14,11 +14,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from qbench.models.residual_blocks import Feeds
+
 
 class GuptaNet(nn.Sequential):
-    """Layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ..., with activations `act1`, `act2`, ... through both."""
+    """Layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ...; activations `act1`, `act2`, ... count on through both."""
 
-    feeds: dict[str, tuple[str, ...]]
+    feeds: Feeds
 
     def __init__(
         self,
@@ -31,26 +33,27 @@ class GuptaNet(nn.Sequential):
         pool: int,
         std: float,
     ) -> None:
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
         channels, height, width = shape
         for i, out in enumerate(convs, 1):
-            parts[f"conv{i}"] = nn.Conv2d(channels, out, 5, padding=pad)
-            parts |= {f"act{i}": nn.ReLU(), f"pool{i}": nn.MaxPool2d(pool, 2, ceil_mode=True)}
-            channels, height, width = out, _after(height, pad, pool), _after(width, pad, pool)
+            layers[f"conv{i}"] = nn.Conv2d(channels, out, 5, padding=pad)
+            layers |= {f"act{i}": nn.ReLU(), f"pool{i}": nn.MaxPool2d(pool, 2, ceil_mode=True)}
+            channels, height, width = out, _output_size(height, pad, pool), _output_size(width, pad, pool)
         if min(height, width) < 1:
-            raise ValueError(f"convs={list(convs)}: nothing is left of images of {shape[1]}x{shape[2]}")
-        parts["flatten"] = nn.Flatten()
-        inside = channels * height * width
+            raise ValueError(f"convs={list(convs)}: images of {shape[1]}x{shape[2]} are too small for these layers")
+        layers["flatten"] = nn.Flatten()
+        features = channels * height * width
         for i, out in enumerate(hidden, 1):
-            parts |= {f"fc{i}": nn.Linear(inside, out), f"act{len(convs) + i}": nn.ReLU()}
-            inside = out
-        super().__init__(parts | {f"fc{len(hidden) + 1}": nn.Linear(inside, classes)})
-        layers = [name for name in parts if name.startswith(("conv", "fc"))] + [f"fc{len(hidden) + 1}"]
-        self.feeds = {f"act{i}": (layer,) for i, layer in enumerate(layers[1:], 1)}
+            layers |= {f"fc{i}": nn.Linear(features, out), f"act{len(convs) + i}": nn.ReLU()}
+            features = out
+        super().__init__(layers | {f"fc{len(hidden) + 1}": nn.Linear(features, classes)})
+        weighted = [name for name in layers if name.startswith(("conv", "fc"))] + [f"fc{len(hidden) + 1}"]
+        self.feeds = {f"act{i}": (layer,) for i, layer in enumerate(weighted[1:], 1)}
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.normal_(module.weight, 0, std)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
 
 def build(
@@ -63,13 +66,14 @@ def build(
     pool: int = 2,
     std: float = 0.01,
 ) -> nn.Module:
-    """Return a network for images of `shape` (C, H, W): 5x5 convolutions, each with a maximum, then hidden layers.
+    """Return a network for images of `shape` (C, H, W): 5x5 convolutions with max pooling, then hidden layers.
 
     Args:
-        convs, hidden: channels of the convolutions, units of the hidden layers; none where empty.
+        convs: channels of the convolutions; empty for none.
+        hidden: units of the hidden layers; empty for none.
         pad: zeros around each convolution.
-        pool: size of the maximum behind each convolution, 2 or 3; its stride is 2.
-        std: of the weights at the start.
+        pool: size of the max pooling after each convolution, 2 or 3; its stride is 2.
+        std: standard deviation of the initial weights.
     """
     if min((*convs, *hidden), default=0) < 1:
         raise ValueError(
@@ -84,7 +88,7 @@ def build(
     return GuptaNet(shape, classes, convs=convs, hidden=hidden, pad=pad, pool=pool, std=std)
 
 
-def _after(size: int, pad: int, pool: int) -> int:
-    """Return the height or width behind a 5x5 convolution and a maximum that rounds up."""
+def _output_size(size: int, pad: int, pool: int) -> int:
+    """Return the height or width after a 5x5 convolution and max pooling that rounds up; 0 if nothing is left."""
     size += 2 * pad - 4
     return (size - pool + 1) // 2 + 1 if size > 0 else 0

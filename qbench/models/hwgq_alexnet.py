@@ -2,51 +2,53 @@
 
 Verified in their prototxt (zhaoweicai/hwgq, alex-hwgq-3ne-clip-poly-320k): conv11/4 96 - MP - BN - Q - conv5 256 - MP -
 BN - Q - conv3 384 - BN - Q - conv3 384 - BN - Q - conv3 256 - MP - BN - Q - FC 4096 - BN - Q - FC 4096 - BN - ReLU -
-FC, Q being the activation that an input quantizer replaces; the maximum of 3x3/2 stands in front of BN. No groups, no
-dropout, no bias but the last layer's. With `norm=no_affine`, the authors' form (behind fc7 too), there are 62,368,776
-parameters for 1000 classes. Their images are 227x227. Weights start Gaussian, with deviation 0.01, and 0.005 in fc6 and
-fc7. Their BN's running averages move by 0.05; here by torch's 0.1.
+FC. Q is the activation that an input quantizer replaces. Max pooling of 3x3/2 precedes BN. There are no groups, no
+dropout, and no bias but that of the last layer. With `norm=no_affine`, the authors' form (after fc7 too), there are
+62,368,776 parameters for 1000 classes.
+
+Their images are 227x227. Weights start Gaussian, with standard deviation 0.01, and 0.005 in fc6 and fc7. The running
+averages of their BNs move by 0.05; here they move by torch's 0.1.
 """
 
 from collections import OrderedDict
 
 from torch import nn
 
-from qbench.models import mlp
-from qbench.models.resnet import NORMS
+from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
+from qbench.models.residual_blocks import Feeds
 
 CONVS = ((96, 11, 0), (256, 5, 2), (384, 3, 1), (384, 3, 1), (256, 3, 1))
 """Channels, kernel, padding of `conv1` to `conv5`."""
 
 POOLED = (1, 2, 5)
-"""Numbers of the convolutions with a maximum right behind."""
+"""Numbers of the convolutions followed directly by max pooling."""
 
 
 class HWGQAlexNet(nn.Sequential):
-    """Layers `conv1` to `conv5` and `fc6` to `fc8`, with `pool`, `bn`, `act` of the number of the layer before them."""
+    """Layers `conv1` to `conv5` and `fc6` to `fc8`; `pool`, `bn` and `act` have the number of the layer before them."""
 
-    feeds: dict[str, tuple[str, ...]]
+    feeds: Feeds
 
-    def __init__(self, channels: int, classes: int, cells: int, factor: float, norm: str) -> None:
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
+    def __init__(self, channels: int, classes: int, positions: int, factor: float, norm: str) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
         bias = norm == "none"
         for i, (out, kernel, pad) in enumerate(CONVS, 1):
             out = max(1, round(out * factor))
-            parts[f"conv{i}"] = nn.Conv2d(channels, out, kernel, 4 if i == 1 else 1, pad, bias=bias)
+            layers[f"conv{i}"] = nn.Conv2d(channels, out, kernel, 4 if i == 1 else 1, pad, bias=bias)
             if i in POOLED:
-                parts[f"pool{i}"] = nn.MaxPool2d(3, 2, ceil_mode=True)  # as Caffe rounds
-            parts |= {f"bn{i}": NORMS[norm](out), f"act{i}": nn.ReLU()}
+                layers[f"pool{i}"] = nn.MaxPool2d(3, 2, ceil_mode=True)  # rounds up as Caffe does
+            layers |= {f"bn{i}": NORMS_2D[norm](out), f"act{i}": nn.ReLU()}
             channels = out
-        parts["flatten"] = nn.Flatten()
-        inside, hidden = channels * cells, max(1, round(4096 * factor))
+        layers["flatten"] = nn.Flatten()
+        features, hidden = channels * positions, max(1, round(4096 * factor))
         for i in (6, 7):
-            parts[f"fc{i}"] = nn.Linear(inside, hidden, bias=bias)
-            parts |= {f"bn{i}": mlp.NORMS[norm](hidden), f"act{i}": nn.ReLU()}
-            inside = hidden
-        super().__init__(parts | {"fc8": nn.Linear(hidden, classes)})
+            layers[f"fc{i}"] = nn.Linear(features, hidden, bias=bias)
+            layers |= {f"bn{i}": NORMS_1D[norm](hidden), f"act{i}": nn.ReLU()}
+            features = hidden
+        super().__init__(layers | {"fc8": nn.Linear(hidden, classes)})
         self.norm = norm
-        layers = [name for name in self._modules if name.startswith(("conv", "fc"))]
-        self.feeds = {f"act{i}": (layer,) for i, layer in enumerate(layers[1:], 1)}
+        weighted = [name for name in self._modules if name.startswith(("conv", "fc"))]
+        self.feeds = {f"act{i}": (layer,) for i, layer in enumerate(weighted[1:], 1)}
         for name, module in self.named_children():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.normal_(module.weight, 0, 0.005 if name in ("fc6", "fc7") else 0.01)
@@ -58,17 +60,16 @@ def build(shape: tuple[int, int, int], classes: int, *, width_mult: float = 1.0,
     """Return an AlexNet for images of `shape` (C, H, W), 39x39 or larger, `width_mult` times as wide as HWGQ's."""
     if width_mult <= 0:
         raise ValueError(f"width_mult={width_mult}: allowed is a factor above 0")
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm}: allowed are auto, {', '.join(NORMS)}")
+    check_norm(norm)
     if min(shape[1:]) < 39:
         raise ValueError(
             f"name=hwgq_alexnet: images of {shape[1]}x{shape[2]} are too small; allowed are 39x39 and larger, "
             "the paper's are 227x227"
         )
-    height, width = (_pooled(_pooled(_pooled((size - 11) // 4 + 1))) for size in shape[1:])
+    height, width = (_pooled_size(_pooled_size(_pooled_size((size - 11) // 4 + 1))) for size in shape[1:])
     return HWGQAlexNet(shape[0], classes, height * width, width_mult, norm)
 
 
-def _pooled(size: int) -> int:
-    """Return the height or width behind a maximum of 3x3/2 that rounds up."""
+def _pooled_size(size: int) -> int:
+    """Return the height or width after max pooling of 3x3/2 that rounds up."""
     return (size - 2) // 2 + 1

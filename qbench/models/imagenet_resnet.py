@@ -1,138 +1,73 @@
-"""Residual networks for ImageNet of any width, both forms, with torchvision's names: ResNet-18, 34, 50 and ResNet-18B.
+"""Residual networks for ImageNet of any width, in both forms, with torchvision's names: ResNet-18, 34, 50, ResNet-18B.
 
-`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385; torchvision's ResNet, whose checkpoints fit): 7x7/2
-convolution, BN, ReLU, maximum of 3x3/2, four stages of blocks; in a block convolution, BN, ReLU, ..., convolution, BN,
-sum, ReLU; a shortcut that changes shape is a 1x1 convolution with BN. The stride is that of the 3x3 convolution. The
-ReLU behind a sum feeds the next shortcut too, so a quantizer can take the place of those within blocks only.
+`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385; torchvision's ResNet, whose checkpoints load): 7x7/2
+convolution, BN, ReLU, max pooling of 3x3/2, then four stages of blocks. A block is convolution, BN, ReLU, ...,
+convolution, BN, sum, ReLU. A shortcut that changes the shape is a 1x1 convolution with BN. In a bottleneck the 3x3
+convolution has the stride. The ReLU after a sum also feeds the next shortcut, so a quantizer can take the place of
+those within blocks only.
 
-`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): BN, ReLU, convolution; BN and ReLU once more behind the
-last block; a shortcut that changes shape is a 1x1 convolution of the activated input. Behind the stem stand BN and
-maximum; the ReLU is the first block's, whose own BN is left out, since the stem's has just been there: an identity
-there carries the stem's output before ReLU. LSQ and PACT are remembered to use this form (not verified).
+`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): BN, ReLU, convolution; BN and ReLU once more after the
+last block. A shortcut that changes the shape is a 1x1 convolution of the activated input. The stem is followed by BN
+and max pooling; the ReLU is that of the first block. The first block has no BN of its own, since the stem's BN comes
+right before it; an identity shortcut there carries the stem's output before ReLU. LSQ and PACT are remembered to use
+this form (not verified).
 
-`width` is the number of channels of the stem and the first stage; 64 is the ResNet. 96 is ResNet-18B of TWN and TTQ, of
-which it is remembered, not verified, that each block has 1.5 times the filters: whether the stem is widened is open; it
-is widened here, as in Polino's ResNet-18 with k times the filters (k 1.5 and 2: `width` 96 and 128; verified in
-antspy/quantized_distillation, cnn_models/resnet_kfilters.py).
+`width` is the number of channels of the stem and of the first stage; the original ResNet has 64. 96 is ResNet-18B of
+TWN and TTQ. It is remembered, not verified, that each of its blocks has 1.5 times the filters; whether its stem is
+wider is open. Here the stem is wider too, as in Polino's ResNet-18 with k times the filters (k 1.5 and 2: `width` 96
+and 128; verified in antspy/quantized_distillation, cnn_models/resnet_kfilters.py).
 """
 
 from torch import Tensor, nn
 
-from qbench.models.resnet import NORMS, feeds_of_blocks
+from qbench.models.initialization import init_fan_out
+from qbench.models.normalization import NORMS_2D, check_norm
+from qbench.models.residual_blocks import ConvSpec, Feeds, PostBlock, PreBlock, ResidualBlock, feeds_of_blocks
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-"""Blocks of the four stages; from 50 on a block is a bottleneck."""
+"""Blocks of the four stages. From 50 on a block is a bottleneck."""
 
-Layers = tuple[tuple[int, int, int], ...]
-"""Channels, kernel, stride of a block's convolutions."""
+FORMS = ("pre", "post")
 
 
-def block_layers(depth: int, width: int, stride: int) -> Layers:
-    """Return a block's convolutions; a bottleneck has its stride at the 3x3, and four times the channels at its end."""
+def block_convs(depth: int, width: int, stride: int) -> tuple[ConvSpec, ...]:
+    """Return the convolutions of a block with `width` channels.
+
+    A bottleneck has its stride at the 3x3 convolution, and four times the channels at its end.
+    """
     if depth < 50:
         return (width, 3, stride), (width, 3, 1)
     return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
 
 
-class PostBlock(nn.Module):
-    """Convolution, BN, activation, ..., convolution, BN; plus shortcut; activation."""
+class ImageNetResNet(nn.Module):
+    """ResNet for ImageNet; see the module's docstring."""
 
-    def __init__(self, inside: int, layers: Layers, norm: str, whole: bool) -> None:
-        super().__init__()
-        self.count = len(layers)
-        channels, stride = inside, 1
-        for i, (out, kernel, step) in enumerate(layers, 1):
-            self.add_module(f"conv{i}", nn.Conv2d(channels, out, kernel, step, kernel // 2, bias=False))
-            self.add_module(f"bn{i}", NORMS[norm](out))
-            self.add_module(f"act{i}", nn.ReLU())
-            channels, stride = out, stride * step
-        self.downsample: nn.Module | None = None
-        if stride != 1 or channels != inside:
-            shortcut = nn.Conv2d(inside, channels, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, NORMS[norm](channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the activated sum of shortcut and branch."""
-        y = x
-        for i in range(1, self.count + 1):
-            y = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(y))
-            if i < self.count:
-                y = self.get_submodule(f"act{i}")(y)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.get_submodule(f"act{self.count}")(y + shortcut)  # type: ignore[no-any-return]
-
-    def feeds(self) -> dict[str, tuple[str, ...]]:
-        """Return the activations within the block, with the layer that each feeds alone."""
-        return {f"act{i}": (f"conv{i + 1}",) for i in range(1, self.count)}
-
-
-class PreBlock(nn.Module):
-    """BN, activation, convolution, several times; plus shortcut. `whole` blocks have their first BN.
-
-    `ending` is the norm behind the last convolution and behind that of the shortcut: none in the papers of this form.
-    """
-
-    def __init__(self, inside: int, layers: Layers, norm: str, whole: bool, ending: str = "none") -> None:
-        super().__init__()
-        self.count = len(layers)
-        channels, stride = inside, 1
-        for i, (out, kernel, step) in enumerate(layers, 1):
-            self.add_module(f"bn{i}", NORMS[norm](channels) if i > 1 or whole else nn.Identity())
-            self.add_module(f"act{i}", nn.ReLU())
-            self.add_module(f"conv{i}", nn.Conv2d(channels, out, kernel, step, kernel // 2, bias=False))
-            channels, stride = out, stride * step
-        self.bn = NORMS[ending](channels)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or channels != inside:
-            shortcut = nn.Conv2d(inside, channels, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, NORMS[ending](channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of shortcut and branch."""
-        y = self.get_submodule("act1")(self.get_submodule("bn1")(x))
-        shortcut = x if self.downsample is None else self.downsample(y)
-        y = self.get_submodule("conv1")(y)
-        for i in range(2, self.count + 1):
-            for part in ("bn", "act", "conv"):
-                y = self.get_submodule(f"{part}{i}")(y)
-        return self.bn(y) + shortcut  # type: ignore[no-any-return]
-
-    def feeds(self) -> dict[str, tuple[str, ...]]:
-        """Return the activations, with the layers that each feeds alone."""
-        extra = ("downsample.0",) if self.downsample is not None else ()
-        return {f"act{i}": (f"conv{i}", *(extra if i == 1 else ())) for i in range(1, self.count + 1)}
-
-
-FORMS: dict[str, type[PostBlock] | type[PreBlock]] = {"post": PostBlock, "pre": PreBlock}
-
-
-class ResNet(nn.Module):
-    """See the module's docstring. `feeds` names activations that feed layers alone, and those layers."""
-
-    feeds: dict[str, tuple[str, ...]]
+    feeds: Feeds
 
     def __init__(self, channels: int, classes: int, *, depth: int, width: int, form: str, norm: str) -> None:
         super().__init__()
         self.norm, self.form = norm, form
         self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=norm == "none")
-        self.bn1 = NORMS[norm](width)
+        self.bn1 = NORMS_2D[norm](width)
         self.act = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        inside = width
+        in_channels = width
         for stage, count in enumerate(DEPTHS[depth]):
-            stack = []
+            stack: list[ResidualBlock] = []
             for i in range(count):
-                layers = block_layers(depth, width * 2**stage, 2 if stage and i == 0 else 1)
-                stack.append(FORMS[form](inside, layers, norm, whole=bool(stage or i)))
-                inside = layers[-1][0]
+                convs = block_convs(depth, width * 2**stage, 2 if stage and i == 0 else 1)
+                if form == "pre":
+                    stack.append(PreBlock(in_channels, convs, norm, first_bn=bool(stage or i)))
+                else:
+                    stack.append(PostBlock(in_channels, convs, norm))
+                in_channels = convs[-1][0]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*stack))
         if form == "pre":
-            self.bn = NORMS[norm](inside)
-        self.fc = nn.Linear(inside, classes)
+            self.bn = NORMS_2D[norm](in_channels)
+        self.fc = nn.Linear(in_channels, classes)
         self.feeds = feeds_of_blocks(self)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_fan_out(self)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, classes)."""
@@ -142,7 +77,8 @@ class ResNet(nn.Module):
             x = self.get_submodule(f"layer{stage}")(x)
         if self.form == "pre":
             x = self.act(self.bn(x))
-        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 def build(
@@ -154,13 +90,19 @@ def build(
     form: str = "post",
     norm: str = "affine",
 ) -> nn.Module:
-    """Return a ResNet for images of `shape` (C, H, W) of any size; depth 18, 34 or 50, form pre or post."""
+    """Return a ResNet for images of `shape` (C, H, W) of any size.
+
+    Args:
+        depth: 18, 34 or 50.
+        width: channels of the stem and the first stage.
+        form: pre or post.
+        norm: affine, no_affine or none.
+    """
     if depth not in DEPTHS:
         raise ValueError(f"depth={depth}: allowed are {', '.join(map(str, DEPTHS))}")
     if width < 1:
         raise ValueError(f"width={width}: allowed is 1 or more channels")
     if form not in FORMS:
         raise ValueError(f"form={form}: allowed are pre (BN, activation, convolution) and post (activation last)")
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm}: allowed are auto, {', '.join(NORMS)}")
-    return ResNet(shape[0], classes, depth=depth, width=width, form=form, norm=norm)
+    check_norm(norm)
+    return ImageNetResNet(shape[0], classes, depth=depth, width=width, form=form, norm=norm)

@@ -1,56 +1,60 @@
-"""LeNet as quantization papers use it: Caffe's (examples/mnist), not LeCun's of 1998.
+"""LeNet as quantization papers use it: that of Caffe (examples/mnist), not LeCun's of 1998.
 
-20 filters of 5x5, 2x2 maximum, 50 filters of 5x5, 2x2 maximum, 500 units, classes: 431,080 parameters on MNIST
-without batch normalization. Caffe has one ReLU, in front of the last layer. Here BN and ReLU stand in front of every
-layer but the first, behind the maximum as in HWGQ's networks, so that each has an input that a quantizer can take over.
+20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units, classes: 431,080 parameters on MNIST
+without batch normalization. Caffe's network has a single ReLU, in front of the last layer. Here BN and ReLU precede
+every layer but the first, after max pooling as in HWGQ's networks. So each of these layers has an input that a
+quantizer can take over.
 """
 
 from collections import OrderedDict
 
 from torch import nn
 
-from qbench.models import mlp, resnet
+from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
+from qbench.models.residual_blocks import Feeds
 
 
 class LeNet(nn.Sequential):
-    """Layers `conv1`, `conv2`, `fc1`, `fc2`, with `bn` and `act` of the number of the layer before them."""
+    """Layers `conv1`, `conv2`, `fc1`, `fc2`; `bn` and `act` have the number of the layer before them."""
 
-    feeds: dict[str, tuple[str, ...]]
+    feeds: Feeds
 
     def __init__(self, channels: int, classes: int, units: int, pad: int, norm: str) -> None:
         bias = norm == "none"
-        parts: OrderedDict[str, nn.Module] = OrderedDict(
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
             conv1=nn.Conv2d(channels, 20, 5, padding=pad, bias=bias),
             pool1=nn.MaxPool2d(2),
-            bn1=resnet.NORMS[norm](20),
+            bn1=NORMS_2D[norm](20),
             act1=nn.ReLU(),
             conv2=nn.Conv2d(20, 50, 5, padding=pad, bias=bias),
             pool2=nn.MaxPool2d(2),
-            bn2=resnet.NORMS[norm](50),
+            bn2=NORMS_2D[norm](50),
             flatten=nn.Flatten(),
             act2=nn.ReLU(),
             fc1=nn.Linear(units, 500, bias=bias),
-            bn3=mlp.NORMS[norm](500),
+            bn3=NORMS_1D[norm](500),
             act3=nn.ReLU(),
             fc2=nn.Linear(500, classes),
         )
-        super().__init__(parts)
+        super().__init__(layers)
         self.norm = norm
         self.feeds = {"act1": ("conv2",), "act2": ("fc1",), "act3": ("fc2",)}
 
 
 def build(shape: tuple[int, int, int], classes: int, *, pad: int = 0, norm: str = "affine") -> nn.Module:
-    """Return a LeNet for images of `shape` (C, H, W), of 16x16 or more; with `pad=2` zeros around, of 4x4 or more."""
+    """Return a LeNet for images of `shape` (C, H, W).
+
+    Images are 16x16 or larger; with `pad=2` (zeros around each convolution) 4x4 or larger.
+    """
     if not 0 <= pad <= 2:
         raise ValueError(f"pad={pad}: allowed are 0 (as Caffe), 1 and 2")
-    if norm not in resnet.NORMS:
-        raise ValueError(f"norm={norm}: allowed are auto, {', '.join(resnet.NORMS)}")
-    height, width = (_after(_after(size, pad), pad) for size in shape[1:])
+    check_norm(norm)
+    height, width = (_output_size(_output_size(size, pad), pad) for size in shape[1:])
     if min(height, width) < 1:
-        raise ValueError(f"pad={pad}: nothing is left of an image of {shape[1]}x{shape[2]}; allowed is 2 from 4x4 on")
+        raise ValueError(f"pad={pad}: images of {shape[1]}x{shape[2]} are too small; pad=2 takes 4x4 and larger")
     return LeNet(shape[0], classes, 50 * height * width, pad, norm)
 
 
-def _after(size: int, pad: int) -> int:
-    """Return the height or width behind a 5x5 convolution and a 2x2 maximum."""
+def _output_size(size: int, pad: int) -> int:
+    """Return the height or width after a 5x5 convolution and 2x2 max pooling."""
     return (size + 2 * pad - 4) // 2

@@ -1,21 +1,17 @@
-"""Multilayer perceptron: hidden layers of equal width, each linear, batch normalization, activation."""
+"""Multilayer perceptron: hidden layers of equal width, each a linear layer, batch normalization and an activation."""
 
 import math
-from collections.abc import Callable
 
 from torch import Tensor, nn
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "affine": nn.BatchNorm1d,
-    "no_affine": lambda features: nn.BatchNorm1d(features, affine=False),
-    "none": lambda features: nn.Identity(),
-}
+from qbench.models.normalization import NORMS_1D, check_norm
+from qbench.models.residual_blocks import Feeds
 
 
 class MLP(nn.Module):
-    """Linear layers `fc1`, `fc2`, ... with `bn` and `act` of the same number behind all but the last."""
+    """Linear layers `fc1`, `fc2`, ...; `bn` and `act` of the same number follow all but the last."""
 
-    feeds: dict[str, tuple[str, ...]]
+    feeds: Feeds
 
     def __init__(self, features: int, classes: int, hidden: int, width: int, norm: str) -> None:
         super().__init__()
@@ -23,7 +19,7 @@ class MLP(nn.Module):
         self.hidden = hidden
         for i in range(1, hidden + 1):
             self.add_module(f"fc{i}", nn.Linear(features, width, bias=norm == "none"))
-            self.add_module(f"bn{i}", NORMS[norm](width))
+            self.add_module(f"bn{i}", NORMS_1D[norm](width))
             self.add_module(f"act{i}", nn.ReLU())
             features = width
         self.add_module(f"fc{hidden + 1}", nn.Linear(features, classes))
@@ -35,7 +31,8 @@ class MLP(nn.Module):
         for i in range(1, self.hidden + 1):
             for part in ("fc", "bn", "act"):
                 x = self.get_submodule(f"{part}{i}")(x)
-        return self.get_submodule(f"fc{self.hidden + 1}")(x)  # type: ignore[no-any-return]
+        logits: Tensor = self.get_submodule(f"fc{self.hidden + 1}")(x)
+        return logits
 
 
 def build(
@@ -46,6 +43,5 @@ def build(
         raise ValueError(f"hidden={hidden}: allowed is 1 or more layers")
     if width < 1:
         raise ValueError(f"width={width}: allowed is 1 or more units")
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm}: allowed are auto, {', '.join(NORMS)}")
+    check_norm(norm)
     return MLP(math.prod(shape), classes, hidden, width, norm)

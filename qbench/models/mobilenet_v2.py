@@ -1,12 +1,14 @@
-"""MobileNetV2 for small images (Sandler et al. 2018, arXiv 1801.04381, table 2), layers named as in torchvision.
+"""MobileNetV2 for small images (Sandler et al. 2018, arXiv 1801.04381, table 2), with torchvision's layer names.
 
-The stem and the second stage keep the resolution, so that 32x32 images end at 4x4; all else is the paper's, and so are
-the parameters: 3,504,872 for 1000 classes. For ImageNet take `model=torchvision model.net=mobilenet_v2`.
+The stem and the second stage keep the resolution, so that 32x32 images end at 4x4. All else is the paper's, and so is
+the number of parameters: 3,504,872 for 1000 classes. For ImageNet use `model=torchvision model.net=mobilenet_v2`.
 """
 
 from torch import Tensor, nn
 
-from qbench.models.resnet import NORMS, feeds_of_blocks
+from qbench.models.initialization import init_fan_out
+from qbench.models.normalization import NORMS_2D, check_norm
+from qbench.models.residual_blocks import Feeds, ResidualBlock, feeds_of_blocks
 
 STAGES = (
     (1, 16, 1, 1),
@@ -20,74 +22,76 @@ STAGES = (
 """Expansion t, channels c, blocks n, stride s of the first block."""
 
 
-def _unit(inside: int, outside: int, kernel: int, norm: str, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution, BN, ReLU6."""
-    conv = nn.Conv2d(inside, outside, kernel, stride, kernel // 2, groups=groups, bias=norm == "none")
-    return nn.Sequential(conv, NORMS[norm](outside), nn.ReLU6())
+def _conv_unit(
+    in_channels: int, out_channels: int, kernel: int, norm: str, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    """Return convolution, BN, ReLU6."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=norm == "none")
+    return nn.Sequential(conv, NORMS_2D[norm](out_channels), nn.ReLU6())
 
 
-class InvertedResidual(nn.Module):
-    """1x1 expansion (unless t = 1), 3x3 by channel, 1x1 projection without activation; plus x where shapes agree."""
+class InvertedResidual(ResidualBlock):
+    """1x1 expansion (unless t = 1), 3x3 depthwise, 1x1 projection without activation; plus x if the shapes agree."""
 
-    def __init__(self, inside: int, outside: int, stride: int, expansion: int, norm: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, norm: str) -> None:
         super().__init__()
-        hidden = inside * expansion
-        self.residual = stride == 1 and inside == outside
+        hidden = in_channels * expansion
+        self.residual = stride == 1 and in_channels == out_channels
         self.expands = expansion != 1
         self.conv = nn.Sequential(
-            *([_unit(inside, hidden, 1, norm)] if self.expands else []),
-            _unit(hidden, hidden, 3, norm, stride, groups=hidden),
-            nn.Conv2d(hidden, outside, 1, bias=norm == "none"),
-            NORMS[norm](outside),
+            *([_conv_unit(in_channels, hidden, 1, norm)] if self.expands else []),
+            _conv_unit(hidden, hidden, 3, norm, stride, groups=hidden),
+            nn.Conv2d(hidden, out_channels, 1, bias=norm == "none"),
+            NORMS_2D[norm](out_channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the branch, plus x where that is possible."""
+        """Return the branch, plus x if the shapes agree."""
         y: Tensor = self.conv(x)
         return x + y if self.residual else y
 
-    def feeds(self) -> dict[str, tuple[str, ...]]:
-        """Return the activations, each with the layer that it feeds alone."""
+    def local_feeds(self) -> Feeds:
+        """Return both activations, or the only one if nothing is expanded."""
         if self.expands:
             return {"conv.0.2": ("conv.1.0",), "conv.1.2": ("conv.2",)}
         return {"conv.0.2": ("conv.1",)}
 
 
 class MobileNetV2(nn.Module):
-    """See the module's docstring. `feeds` names activations that feed layers alone, and those layers."""
+    """MobileNetV2 for small images; see the module's docstring."""
 
-    feeds: dict[str, tuple[str, ...]]
+    feeds: Feeds
 
     def __init__(self, channels: int, classes: int, width_mult: float, dropout: float, norm: str) -> None:
         super().__init__()
         self.norm = norm
-        inside = divisible(32 * width_mult)
-        parts: list[nn.Module] = [_unit(channels, inside, 3, norm)]
-        for expansion, c, blocks, stride in STAGES:
-            outside = divisible(c * width_mult)
-            for i in range(blocks):
-                parts.append(InvertedResidual(inside, outside, stride if i == 0 else 1, expansion, norm))
-                inside = outside
-        last = divisible(1280 * max(1.0, width_mult))
-        self.features = nn.Sequential(*parts, _unit(inside, last, 1, norm))
+        in_channels = multiple_of_8(32 * width_mult)
+        blocks: list[InvertedResidual] = []
+        stem = _conv_unit(channels, in_channels, 3, norm)
+        for expansion, c, count, stride in STAGES:
+            out_channels = multiple_of_8(c * width_mult)
+            for i in range(count):
+                blocks.append(InvertedResidual(in_channels, out_channels, stride if i == 0 else 1, expansion, norm))
+                in_channels = out_channels
+        last = multiple_of_8(1280 * max(1.0, width_mult))
+        self.features = nn.Sequential(stem, *blocks, _conv_unit(in_channels, last, 1, norm))
         self.feeds = feeds_of_blocks(self)
-        if not parts[1].residual:
+        if not blocks[0].residual:  # else the stem's activation also feeds the shortcut of the first block
             self.feeds["features.0.2"] = ("features.1.conv.0.0",)
         linear = nn.Linear(last, classes)
         self.classifier = nn.Sequential(nn.Dropout(dropout), linear)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        init_fan_out(self)
         nn.init.normal_(linear.weight, 0, 0.01)
         nn.init.zeros_(linear.bias)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, classes)."""
-        return self.classifier(self.features(x_NCHW).mean((2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.classifier(self.features(x_NCHW).mean((2, 3)))
+        return logits
 
 
-def divisible(channels: float) -> int:
-    """Return the nearest multiple of 8, at least 8, and none that loses more than a tenth of the channels."""
+def multiple_of_8(channels: float) -> int:
+    """Return the nearest multiple of 8, at least 8; the next one if it loses more than a tenth of the channels."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
@@ -100,6 +104,5 @@ def build(
         raise ValueError(f"width_mult={width_mult}: allowed is a factor above 0")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: allowed is 0 or more and below 1")
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm}: allowed are auto, {', '.join(NORMS)}")
+    check_norm(norm)
     return MobileNetV2(shape[0], classes, width_mult, dropout, norm)

@@ -1,12 +1,14 @@
-"""Plain convolutional networks for CIFAR-10 of Polino et al. 2018 (arXiv 1802.05668): teacher, students, one class.
+"""Plain convolutional networks for CIFAR-10 of Polino et al. 2018 (arXiv 1802.05668): teacher and students, one class.
 
 Verified in the authors' code (antspy/quantized_distillation, cnn_models/conv_forward_model.py and cifar10_test.py):
-convolution - ReLU - BN, in this order, a maximum of 2x2 and dropout of whole channels behind some; linear - ReLU - BN -
-dropout; and a ReLU on the logits. Every layer has a bias; convolutions keep the size; Glorot's uniform start. Counted:
-teacher 5.346 M parameters, students S0, S1, S2 1.000, 0.318 and 0.112 M, the deeper student 5.83 M. Distilled students
-are trained without dropout (`dropout: []`).
+convolution - ReLU - BN, in this order, with 2x2 max pooling and dropout of whole channels after some; linear - ReLU -
+BN - dropout; and a ReLU on the logits. Every layer has a bias. Convolutions keep the size. Weights start with Glorot's
+uniform distribution.
 
-Since BN stands between an activation and the next layer, no quantizer can take an activation's place here.
+Counted: the teacher has 5.346 M parameters, students S0, S1, S2 1.000, 0.318 and 0.112 M, the deeper student 5.83 M.
+Distilled students are trained without dropout (`dropout: []`).
+
+BN is between an activation and the next layer, so no quantizer can take an activation's place here.
 """
 
 from collections import OrderedDict
@@ -14,8 +16,50 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from qbench.models import mlp
-from qbench.models.resnet import NORMS
+from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
+
+
+class PolinoNet(nn.Sequential):
+    """Layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ...; `act`, `bn`, `pool` and `drop` count on through both."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        *,
+        convs: Sequence[int],
+        kernel: int,
+        pools: Sequence[int],
+        hidden: Sequence[int],
+        rates: Sequence[float],
+        norm: str,
+    ) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        channels, next_rate = shape[0], iter(rates)
+        for i, out in enumerate(convs, 1):
+            layers[f"conv{i}"] = nn.Conv2d(channels, out, kernel, padding=kernel // 2)
+            layers |= {f"act{i}": nn.ReLU(), f"bn{i}": NORMS_2D[norm](out)}
+            if i in pools:
+                layers |= {f"pool{i}": nn.MaxPool2d(2), f"drop{i}": nn.Dropout2d(next(next_rate))}
+            channels = out
+        layers["flatten"] = nn.Flatten()
+        height, width = (size >> len(pools) for size in shape[1:])
+        features = channels * height * width
+        for i, out in enumerate(hidden, 1):
+            number = len(convs) + i
+            layers |= {
+                f"fc{i}": nn.Linear(features, out),
+                f"act{number}": nn.ReLU(),
+                f"bn{number}": NORMS_1D[norm](out),
+            }
+            layers[f"drop{number}"] = nn.Dropout(next(next_rate))
+            features = out
+        layers |= {f"fc{len(hidden) + 1}": nn.Linear(features, classes), "relu": nn.ReLU()}
+        super().__init__(layers)
+        self.norm = norm
+        for module in self:
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
 
 
 def build(
@@ -29,13 +73,15 @@ def build(
     dropout: Sequence[float] = (0.2, 0.3, 0.4),
     norm: str = "affine",
 ) -> nn.Module:
-    """Return a network for images of `shape` (C, H, W); student S0 unless told otherwise.
+    """Return a network for images of `shape` (C, H, W); the defaults are student S0.
 
     Args:
-        convs, kernel: channels of the convolutions, and their size, odd.
-        pools: numbers of the convolutions, from 1, with a maximum of 2x2 behind.
+        convs: channels of the convolutions.
+        kernel: size of the convolutions, odd.
+        pools: numbers, from 1, of the convolutions followed by 2x2 max pooling.
         hidden: units of the hidden linear layers.
-        dropout: one rate for each maximum and each hidden layer; none where empty.
+        dropout: one rate for each max pooling and each hidden layer; empty for no dropout.
+        norm: affine, no_affine or none.
     """
     if min(convs, default=0) < 1:
         raise ValueError(f"convs={list(convs)}: allowed are one layer or more, each of 1 or more channels")
@@ -44,37 +90,14 @@ def build(
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel={kernel}: allowed are odd sizes")
     if list(pools) != sorted(set(pools) & set(range(1, len(convs) + 1))):
-        raise ValueError(f"pools={list(pools)}: allowed are numbers from 1 to {len(convs)}, rising")
+        raise ValueError(f"pools={list(pools)}: allowed are numbers from 1 to {len(convs)}, ascending")
     rates = list(dropout) or [0.0] * (len(pools) + len(hidden))
     if len(rates) != len(pools) + len(hidden) or not all(0 <= rate < 1 for rate in rates):
         raise ValueError(
             f"dropout={list(dropout)}: allowed are {len(pools) + len(hidden)} rates from 0 to below 1, one for each of "
             "pools and hidden, or none"
         )
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm}: allowed are auto, {', '.join(NORMS)}")
-    height, width = (size >> len(pools) for size in shape[1:])
-    if min(height, width) < 1:
-        raise ValueError(f"pools={list(pools)}: nothing is left of images of {shape[1]}x{shape[2]}")
-    parts: OrderedDict[str, nn.Module] = OrderedDict()
-    channels = shape[0]
-    for i, out in enumerate(convs, 1):
-        parts[f"conv{i}"] = nn.Conv2d(channels, out, kernel, padding=kernel // 2)
-        parts |= {f"act{i}": nn.ReLU(), f"bn{i}": NORMS[norm](out)}
-        if i in pools:
-            parts |= {f"pool{i}": nn.MaxPool2d(2), f"drop{i}": nn.Dropout2d(rates.pop(0))}
-        channels = out
-    parts["flatten"] = nn.Flatten()
-    inside = channels * height * width
-    for i, out in enumerate(hidden, 1):
-        number = len(convs) + i
-        parts |= {f"fc{i}": nn.Linear(inside, out), f"act{number}": nn.ReLU(), f"bn{number}": mlp.NORMS[norm](out)}
-        parts[f"drop{number}"] = nn.Dropout(rates.pop(0))
-        inside = out
-    parts |= {f"fc{len(hidden) + 1}": nn.Linear(inside, classes), "relu": nn.ReLU()}
-    for module in parts.values():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-    model = nn.Sequential(parts)
-    model.norm = norm  # type: ignore[assignment]
-    return model
+    check_norm(norm)
+    if min(size >> len(pools) for size in shape[1:]) < 1:
+        raise ValueError(f"pools={list(pools)}: images of {shape[1]}x{shape[2]} are too small for so many poolings")
+    return PolinoNet(shape, classes, convs=convs, kernel=kernel, pools=pools, hidden=hidden, rates=rates, norm=norm)

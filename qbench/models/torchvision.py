@@ -1,24 +1,25 @@
 """torchvision's classification networks by name, from scratch: `model=torchvision model.net=vgg16_bn`.
 
-They are torchvision's own modules, so their checkpoints load. AlexNet and VGG, which are chains, say which layer each
-activation feeds; the others do not, and none takes another normalization: methods that need either cannot be used on
-them. For ResNets there is qbench/models/imagenet_resnet.py, with torchvision's names, for HWGQ its own networks.
+They are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of layers; for these
+`feeds` says which layer each activation feeds. The other networks have no `feeds`, and no network here takes another
+normalization. Methods that need either cannot be used on them. For ResNets use qbench/models/imagenet_resnet.py, which
+has torchvision's names; HWGQ has networks of its own.
 """
 
 import difflib
 from itertools import chain
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from qbench.models.residual_blocks import Feeds
 from qbench.system.torchvision import torchvision
 
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, bool]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
-"""No auxiliary heads, whose outputs no loss here takes; the initialization that torchvision warns about unless told."""
+"""No auxiliary heads, since no loss here uses their outputs. torchvision warns if `init_weights` is not set."""
 
 
 def build(shape: tuple[int, int, int], classes: int, *, net: str = "resnet18") -> nn.Module:
@@ -36,53 +37,55 @@ def build(shape: tuple[int, int, int], classes: int, *, net: str = "resnet18") -
     if shape[0] != 3:
         raise ValueError(f"net={net}: images of {shape[0]} channel(s); torchvision's networks take 3")
     model: nn.Module = models.get_model(net, weights=None, num_classes=classes, **OPTIONS.get(net, {}))
-    if reason := _misfit(model, shape):
-        raise ValueError(f"net={net}: does not take images of {shape[1]}x{shape[2]}\ntorch says: {reason}")
-    if feeds := _feeds(model, shape):
+    if error := _shape_error(model, shape):
+        raise ValueError(f"net={net}: does not take images of {shape[1]}x{shape[2]}\ntorch says: {error}")
+    if feeds := _feeds_of_chain(model, shape):
         model.feeds = feeds  # type: ignore[assignment]
     return model
 
 
-def _misfit(model: nn.Module, shape: tuple[int, int, int]) -> str | None:
-    """Return why a network cannot take images of a shape, found out without computing anything."""
+def _shape_error(model: nn.Module, shape: tuple[int, int, int]) -> str | None:
+    """Return torch's error for images of this shape, or None if the network takes them. Nothing is computed."""
     try:
-        _on_meta(model, shape)
+        _run_on_meta(model, shape)
     except (RuntimeError, AssertionError) as error:
         return str(error).partition("\n")[0]
     return None
 
 
-def _on_meta(model: nn.Module, shape: tuple[int, int, int]) -> Any:
-    """Return what a network makes of an image of a shape, on the meta device."""
-    state = {name: tensor.to("meta") for name, tensor in chain(model.named_parameters(), model.named_buffers())}
-    model.eval()
+def _run_on_meta(module: nn.Module, shape: tuple[int, int, int]) -> Tensor:
+    """Return the output of a module for one image of a shape, on the meta device."""
+    state = {name: tensor.to("meta") for name, tensor in chain(module.named_parameters(), module.named_buffers())}
+    module.eval()
     try:
         with torch.no_grad():
-            return torch.func.functional_call(model, state, (torch.empty(1, *shape, device="meta"),))
+            output: Tensor = torch.func.functional_call(module, state, (torch.empty(1, *shape, device="meta"),))
+            return output
     finally:
-        model.train()
+        module.train()
 
 
-def _feeds(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, tuple[str, ...]]:
-    """Return the activations of AlexNet or VGG with the layer that each feeds alone, for images of a shape.
+def _feeds_of_chain(model: nn.Module, shape: tuple[int, int, int]) -> Feeds:
+    """Return the activations of AlexNet or VGG with the layer that each feeds, for images of a shape.
 
-    Between the two may stand what the ReLU may as well follow: a maximum, dropout, the average where it averages
-    nothing. So the networks' features must be as large as the average wants them.
+    Some modules between an activation and the next layer commute with ReLU: max pooling, dropout, and the average
+    pooling where it averages nothing, that is where the features already have the size that it produces.
     """
     if type(model).__name__ not in ("AlexNet", "VGG"):
         return {}
-    found: dict[str, tuple[str, ...]] = {}
-    size = _on_meta(model.get_submodule("features"), shape).shape[-2:]
-    fed: str | None = None
+    feeds: Feeds = {}
+    features = model.get_submodule("features")
+    size = tuple(_run_on_meta(features, shape).shape[-2:])
+    activation: str | None = None  # the last activation, while only modules that commute with ReLU follow it
     for part in ("features", "avgpool", "classifier"):
         for name, module in model.get_submodule(part).named_modules(prefix=part):
             if isinstance(module, nn.ReLU):
-                fed = name
+                activation = name
             elif isinstance(module, nn.Conv2d | nn.Linear):
-                found |= {fed: (name,)} if fed else {}
-                fed = None
+                feeds |= {activation: (name,)} if activation else {}
+                activation = None
             elif isinstance(module, nn.AdaptiveAvgPool2d):
-                fed = fed if tuple(size) == module.output_size else None
+                activation = activation if size == module.output_size else None
             elif not isinstance(module, nn.MaxPool2d | nn.Dropout | nn.Sequential):
-                fed = None
-    return found
+                activation = None
+    return feeds

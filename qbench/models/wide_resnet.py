@@ -2,78 +2,87 @@
 
 Verified in their code (antspy/quantized_distillation, cnn_models/wide_resnet.py): pre-activation; depth 6 n + 4, a stem
 of 16 channels, three stages of n blocks of 16, 32 and 64 times `widen` channels. A block is BN - ReLU - conv3 -
-dropout - BN - ReLU - conv3; unlike in the paper of the network, its stride is that of the second convolution, every
-convolution has a bias, and a shortcut that changes shape is a 1x1 convolution of the block's raw input. So no
-activation feeds that convolution: methods that take an activation's place leave it float (`layers.downsample=float`).
-BN and ReLU once more behind the last block, whose running averages move by 0.9 in torch's sense: nearly the last
-batch's. Convolutions start Glorot-uniform, sqrt(2) times as wide. Parameters for ten classes, counted: WRN-28-20
-145.8 M, WRN-16-22 82.7 M.
+dropout - BN - ReLU - conv3. It differs from the network's own paper in three ways: the second convolution has the
+stride, every convolution has a bias, and a shortcut that changes the shape is a 1x1 convolution of the block's raw
+input. So no activation feeds that convolution, and methods that take an activation's place must leave it float
+(`layers.downsample=float`).
+
+BN and ReLU follow the last block once more. The running averages of this BN move by 0.9 in torch's sense: they are
+nearly those of the last batch. Convolutions start Glorot-uniform, sqrt(2) times as wide. Parameters for ten classes,
+counted: WRN-28-20 145.8 M, WRN-16-22 82.7 M.
 """
 
 import math
 
 from torch import Tensor, nn
 
-from qbench.models.resnet import NORMS
+from qbench.models.normalization import NORMS_2D, check_norm
+from qbench.models.residual_blocks import Feeds, ResidualBlock, feeds_of_blocks
 
 
-class WideBlock(nn.Module):
-    """BN, activation, convolution, dropout, BN, activation, strided convolution; plus shortcut."""
+class WideBlock(ResidualBlock):
+    """BN, activation, convolution, dropout, BN, activation, strided convolution; plus the shortcut."""
 
-    def __init__(self, inside: int, outside: int, stride: int, dropout: float, norm: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float, norm: str) -> None:
         super().__init__()
-        self.bn1 = NORMS[norm](inside)
+        self.bn1 = NORMS_2D[norm](in_channels)
         self.act1 = nn.ReLU()
-        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
-        self.bn2 = NORMS[norm](outside)
+        self.bn2 = NORMS_2D[norm](out_channels)
         self.act2 = nn.ReLU()
-        self.conv2 = nn.Conv2d(outside, outside, 3, stride, 1)
-        same = stride == 1 and inside == outside
-        self.shortcut = nn.Sequential(*([] if same else [nn.Conv2d(inside, outside, 1, stride)]))
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, stride, 1)
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Sequential(*([] if same else [nn.Conv2d(in_channels, out_channels, 1, stride)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of shortcut and branch."""
-        y = self.dropout(self.conv1(self.act1(self.bn1(x))))
-        return self.conv2(self.act2(self.bn2(y))) + self.shortcut(x)  # type: ignore[no-any-return]
+        """Return branch + shortcut."""
+        y: Tensor = self.dropout(self.conv1(self.act1(self.bn1(x))))
+        y = self.conv2(self.act2(self.bn2(y)))
+        shortcut: Tensor = self.shortcut(x)
+        return y + shortcut
+
+    def local_feeds(self) -> Feeds:
+        """Return both activations; the shortcut reads neither."""
+        return {"act1": ("conv1",), "act2": ("conv2",)}
 
 
 class WideResNet(nn.Module):
-    """See the module's docstring. `feeds` names activations that feed layers alone, and those layers."""
+    """Wide ResNet of Polino et al.; see the module's docstring."""
 
-    feeds: dict[str, tuple[str, ...]]
+    feeds: Feeds
 
     def __init__(self, channels: int, classes: int, *, blocks: int, widen: int, dropout: float, norm: str) -> None:
         super().__init__()
         self.norm = norm
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1)
-        inside = 16
-        self.feeds = {}
+        in_channels = 16
         for stage in range(3):
-            outside = 16 * widen * 2**stage
+            out_channels = 16 * widen * 2**stage
             stack = []
             for i in range(blocks):
-                stack.append(WideBlock(inside, outside, 2 if stage and i == 0 else 1, dropout, norm))
-                prefix = f"layer{stage + 1}.{i}"
-                self.feeds |= {f"{prefix}.act{j}": (f"{prefix}.conv{j}",) for j in (1, 2)}
-                inside = outside
+                stack.append(WideBlock(in_channels, out_channels, 2 if stage and i == 0 else 1, dropout, norm))
+                in_channels = out_channels
             self.add_module(f"layer{stage + 1}", nn.Sequential(*stack))
-        self.bn1 = NORMS[norm](inside)
+        self.bn1 = NORMS_2D[norm](in_channels)
         if isinstance(self.bn1, nn.BatchNorm2d):
             self.bn1.momentum = 0.9
         self.act = nn.ReLU()
-        self.linear = nn.Linear(inside, classes)
+        self.linear = nn.Linear(in_channels, classes)
+        self.feeds = feeds_of_blocks(self)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight, gain=math.sqrt(2))
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, classes)."""
         x = self.conv1(x_NCHW)
         for stage in ("layer1", "layer2", "layer3"):
             x = self.get_submodule(stage)(x)
-        return self.linear(self.act(self.bn1(x)).mean((2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.linear(self.act(self.bn1(x)).mean((2, 3)))
+        return logits
 
 
 def build(
@@ -92,6 +101,5 @@ def build(
         raise ValueError(f"widen={widen}: allowed is 1 or more")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: allowed is 0 or more and below 1")
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm}: allowed are auto, {', '.join(NORMS)}")
+    check_norm(norm)
     return WideResNet(shape[0], classes, blocks=(depth - 4) // 6, widen=widen, dropout=dropout, norm=norm)

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qbench.papers import published
-from qbench.papers.rows import PROVENANCES, Paper, Row, names, papers
+from qbench.papers.row_files import names, papers, published_rows
+from qbench.papers.rows import PROVENANCES, Paper, PublishedRow
 from qbench.report.comparison.setting import PublishedMatch, Setting
 from qbench.report.comparison.setting_table import settings_of
 from qbench.report.tables.table import Table
@@ -32,7 +33,7 @@ def _with_published(table: Table) -> Table:
     return replace(table, values=matched, notes=[*table.notes, *_notes(matched, dataset, net)])
 
 
-def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[Row]:
+def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[PublishedRow]:
     """Return the published top-1 rows for a setting: authors' first, then the best known.
 
     A known deviation from the method counts as another method.
@@ -41,7 +42,7 @@ def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[Row
     deviations = {f"method.{key}={value}" for key, value in options if key.endswith("deviation")}
     found = [
         row
-        for row in published.rows()
+        for row in published_rows()
         if (row.method, row.dataset, row.net) == (setting.method, dataset, net)
         and (row.bits.w, row.bits.a, row.bits.g) == setting.bits
         and row.metric.startswith("top1")
@@ -50,7 +51,7 @@ def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[Row
     return sorted(found, key=lambda row: (row.value is None, not row.by_authors, PROVENANCES.index(row.provenance)))
 
 
-def _match(row: Row, setting: Setting) -> PublishedMatch:
+def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
     """Return a row's claim for a setting, and how far above it our accuracy is."""
     mean = setting.top1.mean
     ours = {"top1": mean, "top1_error": 100 - mean}
@@ -63,7 +64,7 @@ def _match(row: Row, setting: Setting) -> PublishedMatch:
         claimed=row.value,
         upper=row.upper,
         top1=row.accuracy(row.value) if absolute and row.value is not None else None,
-        text=published.claimed(row) if row.metric == "top1" else _accuracy_text(row),
+        text=published.format_claim(row) if row.metric == "top1" else _accuracy_text(row),
         to_float=published.to_float(row),
         gap=published.gap(row, ours[row.metric]) if row.metric in ours else None,
         ran_by=row.ran_by,
@@ -71,11 +72,11 @@ def _match(row: Row, setting: Setting) -> PublishedMatch:
         provenance=row.provenance,
         remembered=row.provenance.startswith("memory"),
         source=row.source,
-        words=tuple(row.words),
+        words=row.words,
     )
 
 
-def _accuracy_text(row: Row) -> str:
+def _accuracy_text(row: PublishedRow) -> str:
     """Write a published error as accuracy, an increase as the difference to the float network."""
     mark = "~" if row.provenance.startswith("memory") else ""
     if row.value is None:
@@ -83,7 +84,7 @@ def _accuracy_text(row: Row) -> str:
     if row.metric.endswith("increase"):
         return f"{mark}{row.accuracy(row.value):+.2f} to float"
     ends = sorted(row.accuracy(end) for end in (row.value, row.upper) if end is not None)
-    return mark + "-".join(published.number(end) for end in ends)
+    return mark + "-".join(published.format_percent(end) for end in ends)
 
 
 def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) -> list[str]:
@@ -109,9 +110,9 @@ def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
     paper = _paper_of(setting.method)
     if paper is None:
         return None
-    if sentence := published.absent(paper.key, net, dataset):
+    if sentence := published.absence_note(paper.key, net, dataset):
         return sentence
-    network = f"{setting.model} on {names().datasets[dataset]['title']}"
+    network = f"{setting.model} on {names().datasets[dataset].title}"
     return f"no published {network} result of {paper.name} at {setting.bits}"
 
 
@@ -126,7 +127,7 @@ def _paper_of(method: str) -> Paper | None:
 
 def _dataset_key(name: str) -> str | None:
     """Return the name that published figures use for a data set; None if they have none of it."""
-    return next((key for key, what in names().datasets.items() if what["words"] == [f"dataset={name}"]), None)
+    return next((key for key, known in names().datasets.items() if known.words == (f"dataset={name}",)), None)
 
 
 def _net_key(model: str, keys: Mapping[str, object]) -> str | None:
@@ -136,7 +137,7 @@ def _net_key(model: str, keys: Mapping[str, object]) -> str | None:
     file = conf_directory() / "model" / f"{model}.yaml"
     defaults = read_yaml(file) if file.is_file() else {}
     for key, net in names().nets.items():
-        words = dict(word.split("=", 1) for word in net.get("words", ()))
+        words = dict(word.split("=", 1) for word in net.words)
         if words.pop("model", None) != model:
             continue
         expected = {k: str(v) for k, v in defaults.items()} | {k.removeprefix("model."): v for k, v in words.items()}

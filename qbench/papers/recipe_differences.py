@@ -1,111 +1,122 @@
-"""How a run departs from what its method's paper did: from the ledger's nearest row, key by key."""
+"""How a run differs from its method's paper: key by key against the nearest published row."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from qbench.config.identity import RunIdentity, run_identity
-from qbench.papers.published import absent, missing_requirements, words
-from qbench.papers.rows import Row, names, papers
+from qbench.papers.published import absence_note, command_words, missing_requirements
+from qbench.papers.row_files import names, papers
+from qbench.papers.rows import PublishedRow
 from qbench.report.comparison.naming import flat
 
 CANDIDATES = 4
-"""Rows whose experiments are composed, to find the one that differs least."""
-SHOWN = 12
-"""Keys that are named; of more, the rest are counted."""
-NODES = {"dataset": "data set", "model": "network", "optim": "schedule"}
+"""Rows whose experiments are composed to find the one with the fewest differences."""
+KEYS_SHOWN = 12
+"""Differing keys that are listed; further ones are counted."""
+NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 
 
 def recipe_differences(run: RunIdentity) -> list[str]:
-    """Return sentences: which published row is nearest, how its experiment differs, what the paper leaves open.
+    """Return sentences: the nearest published row, how its experiment differs, and what the paper leaves open.
 
-    Compared are the keys of the protocol and the method's own; seeds, devices and places are not.
+    The keys of the protocol and of the method are compared; seeds, devices and paths are not.
     """
-    name = str(run.config["method"]["name"])
+    if run.is_baseline:
+        return []
+    method = str(run.config["method"]["name"])
     rows = [
         row
         for paper in papers()
         for row in paper.rows
-        if row.method == name and not row.of and not missing_requirements(row)
+        if row.method == method and not row.top5_of and not missing_requirements(row)
     ]
-    if not rows or run.is_baseline:
-        return [] if run.is_baseline else [f"the ledger has no recipe for {name}: nothing to compare with"]
-    near = sorted(rows, key=lambda row: _nearness(row, run), reverse=True)[:CANDIDATES]
-    compared = [(_differing(run, _composed(row)), row) for row in near]
-    differing, row = min(compared, key=lambda pair: len(pair[0]))  # of equals the nearest
-    said = _without_result(row, run)
-    where = f"experiment={row.paper}/{row.id}"
+    if not rows:
+        return [f"no published figures have a recipe for {method}: nothing to compare with"]
+    nearest = sorted(rows, key=lambda row: _similarity(row, run), reverse=True)[:CANDIDATES]
+    compared = [(_differing_keys(run, _compose_experiment(row)), row) for row in nearest]
+    differing, row = min(compared, key=lambda pair: len(pair[0]))  # the first, hence nearest, of equals
+    sentences = _absence_notes(row, run)
+    experiment = f"experiment={row.paper}/{row.id}"
     if differing:
-        more = f", and {len(differing) - SHOWN} keys more" if len(differing) > SHOWN else ""
-        said.append(f"nearest published row: {where}; here otherwise: {', '.join(differing[:SHOWN])}{more}")
+        more = f", and {len(differing) - KEYS_SHOWN} more keys" if len(differing) > KEYS_SHOWN else ""
+        sentences.append(f"nearest published row: {experiment}; differences: {', '.join(differing[:KEYS_SHOWN])}{more}")
     else:
-        said.append(f"as {where}, key by key")
+        sentences.append(f"identical to {experiment}, key by key")
     (recipe,) = (paper.recipes[row.recipe] for paper in papers() if paper.key == row.paper)
-    said += [f"left open by the paper: {'; '.join(recipe.open)}"] if recipe.open else []
-    said += [f"{where} itself departs: {'; '.join(recipe.departs)}"] if recipe.departs else []
-    return said
+    sentences += [f"left open by the paper: {'; '.join(recipe.open)}"] if recipe.open else []
+    sentences += [f"{experiment} itself differs from its source: {'; '.join(recipe.departs)}"] if recipe.departs else []
+    return sentences
 
 
-def _nearness(row: Row, run: RunIdentity) -> tuple[bool, bool, bool, int, int, bool]:
-    """Rank a row: the same data set and network, the same network, the data set, the widths that agree, few words that
-    do not hold here, the authors' own.
+def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, int, int, bool]:
+    """Return a sort key for a row, larger is nearer.
+
+    In this order: same data set and network, same network, same data set, number of equal widths, few command-line
+    words that do not hold here, run by the authors.
     """
-    dataset = f"dataset={run.dataset}" in names().datasets[row.dataset]["words"]
-    net = f"model={run.model}" in names().nets[row.net]["words"]
-    same = sum(getattr(row.bits, key) == getattr(run.bits, key) for key in "wag")
-    last = dict(word.partition("=")[::2] for word in words(row))
-    broken = sum(not _holds(key, value, run.config) for key, value in last.items())
-    return dataset and net, net, dataset, same, -broken, row.by_authors
+    dataset = f"dataset={run.dataset}" in names().datasets[row.dataset].words
+    net = f"model={run.model}" in names().nets[row.net].words
+    equal_widths = sum(getattr(row.bits, key) == getattr(run.bits, key) for key in "wag")
+    wanted = dict(word.partition("=")[::2] for word in command_words(row))
+    broken = sum(not _holds(key, value, run.config) for key, value in wanted.items())
+    return dataset and net, net, dataset, equal_widths, -broken, row.by_authors
 
 
-def _holds(key: str, value: str, here: Any) -> bool:
+def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a configuration, as nested values, has this value at a dotted key."""
+    node: object = config
     for part in key.split("."):
-        here = here.get(part) if isinstance(here, Mapping) else None
-    return isinstance(here, Mapping) or str(here).lower() == value or _number(here) == _number(value)
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return isinstance(node, Mapping) or str(node).lower() == value or _as_number(node) == _as_number(value)
 
 
-def _number(value: Any) -> float | str:
+def _as_number(value: object) -> float | str:
+    """Return a value as a number, or as text without spaces if it is none."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return float(str(value))
+    except ValueError:
         return str(value).replace(" ", "")
 
 
-def _without_result(row: Row, run: RunIdentity) -> list[str]:
-    """Say it where the authors have no result on this data set with this network."""
-    known = names()
-    here = [key for key, what in known.datasets.items() if f"dataset={run.dataset}" in what["words"]]
-    nets = [key for key, what in known.nets.items() if f"model={run.model}" in what.get("words", ())]
-    sentence = absent(row.paper, nets[0] if nets else None, here[0]) if here else None
+def _absence_notes(row: PublishedRow, run: RunIdentity) -> list[str]:
+    """Return a sentence if the authors have no result on this data set with this network."""
+    datasets = [key for key, name in names().datasets.items() if f"dataset={run.dataset}" in name.words]
+    nets = [key for key, name in names().nets.items() if f"model={run.model}" in name.words]
+    sentence = absence_note(row.paper, nets[0] if nets else None, datasets[0]) if datasets else None
     return [sentence] if sentence else []
 
 
-def _composed(row: Row) -> RunIdentity:
+def _compose_experiment(row: PublishedRow) -> RunIdentity:
+    """Return the identity of a row's experiment."""
     from qbench.config import compose
 
     (config,) = compose.configurations([f"experiment={row.paper}/{row.id}"])
     return run_identity(config)
 
 
-def _differing(here: RunIdentity, there: RunIdentity) -> list[str]:
-    """Return `key=ours (paper's: theirs)` for every key that differs; a node of another name counts as one key."""
-    ours, theirs = _keys(here), _keys(there)
-    for node, title in NODES.items():
-        names_differ = ours.get(f"{node}.name") != theirs.get(f"{node}.name")
-        if names_differ:
-            for keys, whose in ((ours, here), (theirs, there)):
-                kept = {key: value for key, value in keys.items() if not key.startswith(f"{node}.")}
-                keys.clear()
-                keys |= kept | {title: str(whose.config[node]["name"])}
-    found = []
+def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
+    """Return `key=ours (published: theirs)` for every key that differs.
+
+    A data set, network or optimizer of another name counts as one key.
+    """
+    ours, theirs = _compared_keys(run), _compared_keys(published)
+    for node, title in NODE_TITLES.items():
+        if ours.get(f"{node}.name") != theirs.get(f"{node}.name"):
+            ours, theirs = (
+                {key: value for key, value in keys.items() if not key.startswith(f"{node}.")}
+                | {title: keys.get(f"{node}.name", "none")}
+                for keys in (ours, theirs)
+            )
+    differing = []
     for key in dict.fromkeys([*ours, *theirs]):
-        one, other = ours.get(key, "not there"), theirs.get(key, "not there")
-        if one != other:
-            found.append(f"{key}={one} (there {other})")
-    return found
+        our_value, their_value = ours.get(key, "none"), theirs.get(key, "none")
+        if our_value != their_value:
+            differing.append(f"{key}={our_value} (published: {their_value})")
+    return differing
 
 
-def _keys(run: RunIdentity) -> dict[str, str]:
-    """Return a configuration's keys that decide what is compared: protocol, method's own, widths."""
-    own = {key: value for key, value in run.keys["method"].items() if key != "name"}
-    found = flat(run.protocol | {"method": own, "bits": run.bits._asdict()})
-    return {key: value.strip('"') for key, value in found.items()}
+def _compared_keys(run: RunIdentity) -> dict[str, str]:
+    """Return the configuration keys that are compared, with values as text: protocol, method and widths."""
+    method = {key: value for key, value in run.keys["method"].items() if key != "name"}
+    values = flat(run.protocol | {"method": method, "bits": run.bits._asdict()})
+    return {key: value.strip('"') for key, value in values.items()}

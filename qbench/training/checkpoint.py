@@ -1,7 +1,9 @@
-"""Checkpoints as bytes: packed with a digest that is verified before anything is parsed; random states; weights' names.
+"""Checkpoints as bytes, with a digest that is verified before anything is parsed; digests of
+weights.
 
-`torch.load` ignores what follows the archive, so a footer with the sha256 leaves the file an ordinary checkpoint that
-loads with `weights_only=True`; without the footer single flipped bits would load in silence.
+`torch.load` ignores bytes after the archive. The digest therefore stands at the end, and the file
+remains an ordinary checkpoint that loads with `weights_only=True`. Without the digest, single
+flipped bits would load without an error.
 """
 
 import hashlib
@@ -9,10 +11,10 @@ import io
 import resource
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +23,19 @@ from qbench.errors import CheckpointError
 from qbench.quant.layers import is_quantizer_key
 
 _MARK = b"\nqbench sha256 "
-_FOOTER = len(_MARK) + 64
-ROOM = 2**29
-"""Bytes that reading a checkpoint may take besides some times its own size."""
-CONTENTS = 2**24
-"""Bytes of names and shapes that a checkpoint may have: some hundred thousand tensors."""
+_FOOTER_BYTES = len(_MARK) + 64
+
+EXTRA_BYTES = 2**29
+"""Memory in bytes that reading a checkpoint may take, in addition to 8 times the file's size."""
+
+MAX_NAME_BYTES = 2**24
+"""Largest size in bytes of the names and shapes in a checkpoint: some hundred thousand tensors."""
 
 
-def pack(state: dict[str, Any]) -> bytes:
-    """Return a checkpoint of tensors, numbers, strings and containers of them, with its digest at the end."""
+def pack(state: Mapping[str, object]) -> bytes:
+    """Return a checkpoint of tensors, numbers, strings and containers of them, with its digest at
+    the end.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     body = buffer.getvalue()
@@ -39,69 +45,77 @@ def pack(state: dict[str, Any]) -> bytes:
 def unpack(data: bytes, source: str) -> dict[str, Any]:
     """Return the state of a checkpoint made by `pack`.
 
+    Args:
+        source: the file's name, for messages.
+
     Raises:
-        CheckpointError: the digest is missing or wrong, or the content is no plain state.
+        CheckpointError: the digest is missing or wrong, or the content is not a state.
     """
-    body, footer = data[:-_FOOTER], data[-_FOOTER:]
+    body, footer = data[:-_FOOTER_BYTES], data[-_FOOTER_BYTES:]
     if footer[: len(_MARK)] != _MARK or hashlib.sha256(body).hexdigest().encode() != footer[len(_MARK) :]:
         raise CheckpointError(f"{source} is damaged: its sha256 does not match its content")
-    return load_plain(body, source)
+    return load_torch_file(body, source)
 
 
-def is_sealed(data: bytes) -> bool:
-    """Whether a file claims to be made by `pack`."""
-    return data[-_FOOTER:][: len(_MARK)] == _MARK
+def has_digest(data: bytes) -> bool:
+    """Whether a file ends as `pack` ends its files."""
+    return data[-_FOOTER_BYTES:][: len(_MARK)] == _MARK
 
 
-def load_plain(data: bytes, source: str) -> dict[str, Any]:
-    """Return the dictionary of any `torch.save` file that holds plain values; code in it never runs.
+def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
+    """Return the dictionary in any file of `torch.save`; code in the file never runs.
 
     Raises:
-        CheckpointError: it is none, or the checksums inside it do not match. The format before torch 1.6 has none.
+        CheckpointError: the file is of another kind, or the checksums inside do not match. The
+            format before torch 1.6 has no checksums.
     """
     if is_zip(data):
         _check_zip(data, source)
     try:
-        with bounded_memory(ROOM + 8 * len(data)), warnings.catch_warnings(action="ignore"):  # of unusual pickles
+        with bounded_memory(EXTRA_BYTES + 8 * len(data)), warnings.catch_warnings(action="ignore"):
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file that is no checkpoint makes the reader stumble over
-        why = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{source} is no readable checkpoint: {_shown(why, 200)}") from None
+    except Exception as error:  # a file that is not a checkpoint can raise anything
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        reason = _printable(reason or type(error).__name__, 200)
+        raise CheckpointError(f"{source} is no readable checkpoint: {reason}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{source} holds a {type(state).__name__}, not a state_dict")
     return state
 
 
 def is_zip(data: bytes) -> bool:
-    """Whether a checkpoint is in the format since torch 1.6, in which every tensor has a checksum."""
+    """Whether a checkpoint has the format since torch 1.6, in which every tensor has a checksum."""
     return data[:4] == b"PK\x03\x04"
 
 
 def _check_zip(data: bytes, source: str) -> None:
-    """Refuse an archive that torch.load would read though it is damaged, or that is larger inside than outside."""
+    """Reject an archive that torch.load would read although it is damaged, or that is larger
+    unpacked.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
             end = data.rfind(b"PK\x05\x06") + 22 + len(archive.comment)
-            if end != len(data) and not is_sealed(data):
+            if end != len(data) and not has_digest(data):
                 raise CheckpointError(f"{source} is damaged: something follows the end of its archive")
             if any(r.compress_type for r in records) or sum(r.file_size for r in records) > len(data):
                 raise CheckpointError(f"{source} is no checkpoint: torch.save compresses nothing")
-            if any(r.file_size > CONTENTS for r in records if r.filename.endswith("data.pkl")):
-                raise CheckpointError(f"{source} names too many tensors; at most {CONTENTS:,} bytes of names")
+            if any(r.file_size > MAX_NAME_BYTES for r in records if r.filename.endswith("data.pkl")):
+                raise CheckpointError(f"{source} names too many tensors; at most {MAX_NAME_BYTES:,} bytes of names")
             if bad := archive.testzip():
-                raise CheckpointError(f"{source} is damaged: the checksum of its {_shown(bad)} does not match")
+                raise CheckpointError(f"{source} is damaged: the checksum of its {_printable(bad)} does not match")
     except CheckpointError:
         raise
-    except Exception as error:  # zipfile raises many kinds on what is torn
-        raise CheckpointError(f"{source} is damaged: {_shown(str(error), 200) or type(error).__name__}") from None
+    except Exception as error:  # zipfile raises many kinds for corrupt files
+        reason = _printable(str(error), 200) or type(error).__name__
+        raise CheckpointError(f"{source} is damaged: {reason}") from None
 
 
 @contextmanager
 def bounded_memory(size: int) -> Iterator[None]:
-    """Let this process have no more than `size` bytes on top of what it has, for a while; Linux only.
+    """Limit this process to `size` bytes more than it has now, inside the context; on Linux only.
 
-    A few bytes of a hostile file can ask for any amount.
+    A hostile file of a few bytes can demand any amount of memory.
     """
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -117,25 +131,27 @@ def bounded_memory(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state_dict with tensors of its own, on the CPU."""
+def cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of a state_dict on the CPU that shares no memory with it."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
-def weights_sha256(state: dict[str, Tensor]) -> str:
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
     """Return the sha256 over sorted name, dtype, shape and contiguous bytes of a state_dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(_tensor_bytes(tensor))
     return digest.hexdigest()
 
 
-def content_sha256(value: Any) -> str:
-    """Return the sha256 of tensors, numbers, strings and containers of them: types, shapes and bits, no timing."""
+def content_sha256(value: object) -> str:
+    """Return the sha256 of the types, shapes and bits of tensors, numbers, strings and containers
+    of them.
+    """
     digest = hashlib.sha256()
 
-    def add(part: Any) -> None:
+    def add(part: object) -> None:
         if isinstance(part, dict):
             digest.update(f"dict {len(part)}\n".encode())
             for key in sorted(part, key=repr):
@@ -147,7 +163,7 @@ def content_sha256(value: Any) -> str:
                 add(item)
         elif isinstance(part, Tensor):
             digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(_tensor_bytes(part))
         else:
             digest.update(f"{part!r}\n".encode())
 
@@ -155,52 +171,79 @@ def content_sha256(value: Any) -> str:
     return digest.hexdigest()
 
 
-def not_finite(value: Any, name: str = "") -> str | None:
-    """Return the dotted name of the first tensor in nested containers that holds inf or nan; None if all are finite."""
+def _tensor_bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def first_nonfinite(value: object, name: str = "") -> str | None:
+    """Return the dotted name of the first tensor in nested containers that holds inf or nan; None
+    if all are finite.
+    """
     if isinstance(value, Tensor):
         return name if value.is_floating_point() and not torch.isfinite(value).all() else None
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    found = (not_finite(item, f"{name}.{key}" if name else str(key)) for key, item in items)
-    return next((bad for bad in found if bad), None)
+    names = (first_nonfinite(item, f"{name}.{key}" if name else str(key)) for key, item in items)
+    return next((bad for bad in names if bad), None)
 
 
-def load_float(model: nn.Module, state: dict[str, Any], source: str) -> tuple[list[str], list[str]]:
-    """Load a float network's weights; return the names skipped (quantizers of the source) and left new.
+class LoadedWeights(NamedTuple):
+    """Names of the file's quantizer tensors that were skipped, and of the network's that the file
+    does not have.
+    """
+
+    skipped: list[str]
+    new: list[str]
+
+
+def load_float_weights(model: nn.Module, state: Mapping[str, object], source: str) -> LoadedWeights:
+    """Load a float network's weights.
+
+    Tensors of quantizers in the file are skipped. Only counters of batch normalization may be
+    missing.
 
     Raises:
-        CheckpointError: tensors are missing, unknown or of another shape; the message names them.
+        CheckpointError: tensors are missing, unknown or of another type or shape, or hold inf or
+            nan; the message names them.
     """
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-    own = model.state_dict()
-    skipped = [name for name in tensors if name not in own and is_quantizer_key(name)]
-    odd = [name for name in own if name in tensors and not _fits(tensors[name], own[name])]
-    kinds = [f"{name} ({tensors[name].dtype}, {tensors[name].layout})" for name in odd]
-    wrong = [
-        f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if not odd and name in tensors and tensors[name].shape != own[name].shape
-    ]
-    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in tensors if name not in own and name not in skipped]
-    for what, found in (("other type", kinds), ("other shape", wrong), ("missing", missing), ("unknown", unknown)):
-        if found:
-            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-            raise CheckpointError(f"{source} is of another network: {what}: {', '.join(map(_shown, found[:4]))}{more}")
-    if bad := not_finite({name: tensors[name] for name in own if name in tensors}):
+    current = model.state_dict()
+    skipped = [name for name in tensors if name not in current and is_quantizer_key(name)]
+    _check_fit({name: t for name, t in tensors.items() if name not in skipped}, current, source)
+    loaded = {name: tensors[name] for name in current if name in tensors}
+    if bad := first_nonfinite(loaded):
         raise CheckpointError(f"{source}: {bad} holds inf or nan")
-    model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
-    return [*map(_shown, skipped)], [name for name in own if name not in tensors]
+    model.load_state_dict(loaded, strict=False)
+    return LoadedWeights([*map(_printable, skipped)], [name for name in current if name not in tensors])
 
 
-def _fits(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a tensor that was read is a plain one, of the same kind of numbers."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not plain or tensor.is_quantized or tensor.is_nested:
+def _check_fit(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor], source: str) -> None:
+    """Raise `CheckpointError` if tensors of a file do not fit the tensors of a network."""
+    common = [name for name in current if name in tensors]
+    other_type = [name for name in common if not _same_type(tensors[name], current[name])]
+    other_shape = [name for name in common if not other_type and tensors[name].shape != current[name].shape]
+    problems = {
+        "other type": [f"{name} ({tensors[name].dtype}, {tensors[name].layout})" for name in other_type],
+        "other shape": [
+            f"{name} {tuple(tensors[name].shape)} for {tuple(current[name].shape)}" for name in other_shape
+        ],
+        "missing": [name for name in current if name not in tensors and not name.endswith("num_batches_tracked")],
+        "unknown": [name for name in tensors if name not in current],
+    }  # fmt: skip
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            shown = ", ".join(map(_printable, names[:4]))
+            raise CheckpointError(f"{source} does not fit the network: {problem}: {shown}{more}")
+
+
+def _same_type(tensor: Tensor, current: Tensor) -> bool:
+    """Whether a tensor of a file is an ordinary one, with numbers of the same kind."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
         return False
-    alike = tensor.is_floating_point() == own.is_floating_point()
-    return alike and torch.can_cast(tensor.dtype, own.dtype)
+    same_kind = tensor.is_floating_point() == current.is_floating_point()
+    return same_kind and torch.can_cast(tensor.dtype, current.dtype)
 
 
-def _shown(text: str, most: int = 99) -> str:
-    """Return a stranger's words as they can be printed."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
+def _printable(text: str, length: int = 99) -> str:
+    """Return text from a file without control characters, at most `length` characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:length])

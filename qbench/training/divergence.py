@@ -1,70 +1,94 @@
-"""Finding the first tensor that is not finite, to name it in the error."""
+"""Find the first tensor that is not finite, so that the error can name it."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from qbench.errors import Diverged
 from qbench.quant.layers import NotFinite, is_quantizer_key
-from qbench.training.checkpoint import not_finite
+from qbench.training.checkpoint import first_nonfinite
 from qbench.training.state import State
 from qbench.training.task import Task
 
 
-def numbers(model: nn.Module) -> dict[str, Tensor]:
-    """Return what must be finite: parameters and buffers. Buffers of quantizers may mark as nan what is not set yet."""
+def must_be_finite(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that must be finite: all parameters, and the buffers outside quantizers.
+
+    A quantizer's buffer may be nan as long as it is not set.
+    """
     parameters = {name for name, _ in model.named_parameters()}
     return {n: t for n, t in model.state_dict().items() if n in parameters or not is_quantizer_key(n)}
 
 
-def total_norm(model: nn.Module) -> Tensor:
-    """Return the norm of all gradients, a scalar: not finite if any of them is not."""
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of all gradients, a scalar; it is not finite if any of them is not."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
 
 
-def diverged(task: Task, state: State, what: str, images: Tensor | None = None) -> Diverged:
-    """Return the error that says where a number stopped being finite: epoch, step and the first part to blame."""
-    where = first_not_finite(task, images)
-    at = f"in epoch {state.epoch}, step {state.step}{f', first at {where}' if where else ''}"
-    return Diverged(f"{what} {at}; try a lower optim.lr")
+def divergence_error(task: Task, state: State, what: str, images: Tensor | None = None) -> Diverged:
+    """Return the error that names the epoch, the step and the likely cause.
+
+    Args:
+        what: what is not finite, such as `the loss is not finite`.
+        images: the batch of the step, to find the first layer with an output that is not finite.
+    """
+    cause = find_cause(task, images)
+    where = f"in epoch {state.epoch}, step {state.step}{f', first at {cause}' if cause else ''}"
+    return Diverged(f"{what} {where}; try a lower optim.lr")
 
 
-def first_not_finite(task: Task, images: Tensor | None) -> str | None:
-    """Return what to blame: a parameter or buffer, else the first module whose output is not finite on these images
-    though its input is, else the last parameter whose gradient is not, else the one whose gradient is the largest.
-    Changes the network's buffers.
+def find_cause(task: Task, images: Tensor | None) -> str | None:
+    """Return the name of the likely cause; None if there is none. Changes the network's buffers.
+
+    In this order: a parameter or buffer that is not finite; the first module whose output on these
+    images is not finite although its input is; the last parameter with a gradient that is not
+    finite; the parameter with the largest gradient.
     """
     model = task.model
-    spoilt = not_finite(numbers(model))
-    if spoilt or images is None:
-        return spoilt
+    tensor = first_nonfinite(must_be_finite(model))
+    if tensor or images is None:
+        return tensor
     if not torch.isfinite(images).all():
         return "the images"
-    found: list[str] = []
+    if layer := _first_nonfinite_output(model, images):
+        return layer
+    largest = {n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None}
+    if nonfinite := [name for name, value in largest.items() if not math.isfinite(value)]:
+        return f"the gradient of {nonfinite[-1]}"
+    name = max(largest, key=lambda n: largest[n], default=None)
+    return f"the gradient of {name}, up to {largest[name]:.2g}" if name else None
 
-    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+
+def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
+    """Return the first module whose output is not finite, or a quantized layer's message about its
+    input.
+    """
+    names: list[str] = []
+    with _nonfinite_outputs(model, names), torch.no_grad():
+        try:
+            model(images)
+        except NotFinite as error:
+            names.append(str(error))
+    return names[0] if names else None
+
+
+@contextmanager
+def _nonfinite_outputs(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """Add to `names` the modules whose output is not finite, in the order in which they run."""
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             if isinstance(output, Tensor) and not torch.isfinite(output).all():
-                found.append(name)
+                names.append(name)
 
         return hook
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
-            model(images)
-    except NotFinite as error:
-        found.append(str(error))
+        yield
     finally:
-        for hook_handle in hooks:
-            hook_handle.remove()
-    if found:
-        return found[0]
-    largest = {n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None}
-    if bad := [name for name, value in largest.items() if not math.isfinite(value)]:
-        return f"the gradient of {bad[-1]}"
-    name = max(largest, key=lambda n: largest[n], default=None)
-    return f"the gradient of {name}, up to {largest[name]:.2g}" if name else None
+        for handle in handles:
+            handle.remove()

@@ -15,25 +15,26 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     forward: Callable[[Tensor], Tensor] | None = None,
-    answers: list[Tensor] | None = None,
+    predictions: list[Tensor] | None = None,
 ) -> Accuracy | None:
-    """Return a network's accuracy on batches, None if there are no images. The network stays in eval mode.
+    """Return a network's accuracy on batches; None without images. The network stays in eval mode.
 
     Args:
-        forward: what computes the network's output, if not the network itself.
-        answers: a list that gets a tensor (N, 2) of labels and predicted classes for every batch.
+        forward: computes the network's output, if not the network itself.
+        predictions: a list to which each batch adds a tensor (N, 2) of labels and predicted
+            classes.
     """
     model.eval()
     run = model if forward is None else forward
     count, top1, top5, loss = 0, 0, 0, 0.0
     for images, labels in batches:
         logits = run(images).float()
-        classes = logits.topk(min(5, logits.shape[1]), 1).indices
-        best = classes == labels[:, None]
-        if answers is not None:
-            answers.append(torch.stack([labels, classes[:, 0]], 1))
+        top_classes = logits.topk(min(5, logits.shape[1]), 1).indices
+        hits = top_classes == labels[:, None]
+        if predictions is not None:
+            predictions.append(torch.stack([labels, top_classes[:, 0]], 1))
         count += len(labels)
-        top1 += int(best[:, 0].sum())
-        top5 += int(best.sum())
+        top1 += int(hits[:, 0].sum())
+        top5 += int(hits.sum())
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
     return Accuracy(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count) if count else None

@@ -1,123 +1,148 @@
-"""Sentinels: what says that a run goes wrong before its accuracy is read. Asked at the end of an epoch.
+"""Health checks at the end of an epoch: they warn when training goes wrong, or stop it.
 
-inf and nan in images, losses, gradients, weights and scales stop a run in the step in which they appear, and nothing of
-it is saved: `qbench.training.loop`, `qbench.quant.layers`. So do a scale that is not above zero, with which levels lose
-their order, and weights that have run away. All else may be what somebody wants to see, and is said once.
+inf and nan in images, losses, gradients, weights and scales stop a run in the step in which they
+appear, and nothing of that step is saved: see `qbench.training.loop` and `qbench.quant.layers`. Two
+more conditions stop a run: a scale that is not above zero, because its levels then lose their
+order, and exploding weights. Everything else may be intended, so it is a warning, printed once.
 """
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Any
 
 from torch import Tensor, nn
 
 from qbench.errors import Diverged
 from qbench.quant.layers import QLayer, quantized_layers, quantizers
+from qbench.training.epoch_record import EpochRecord
 from qbench.training.layer_stats import SLOTS, LayerTrace, QuantizedTensor
 
-GROWN = 100.0
-"""Times its start that a layer's largest weight may reach unnoticed. Steps as large as the rate, which is what Adam
-takes, would need 10^4 in one direction at a rate of 0.01 for a layer that starts at 1."""
-EXPLODED = 1e4
-"""Times its start at which the run ends: neighbouring float32 are then a thousandth of the start's weights apart, and
-updates of the usual size are lost."""
-LEARNT = 300
-"""Steps after which a network should answer better than by chance: warm-ups and cold starts are shorter."""
-SIGMAS = 3.0
-"""Standard errors above chance that count as better: by luck 1 epoch in 740."""
+WARN_GROWTH = 100.0
+"""Growth of a layer's largest weight, relative to its initial value, that gives a warning.
+
+Adam takes steps as large as the learning rate. At a rate of 0.01, a layer that starts at 1 needs
+10^4 steps in one direction to grow that much.
+"""
+
+MAX_GROWTH = 1e4
+"""Growth of a layer's largest weight, relative to its initial value, that stops the run.
+
+Neighbouring float32 numbers then differ by a thousandth of the initial weights, and updates of the
+usual size are lost.
+"""
+
+MIN_STEPS = 300
+"""Number of steps after which a network should be better than chance: warm-ups and cold starts are
+shorter.
+"""
+
+STANDARD_ERRORS = 3.0
+"""Standard errors above chance that count as better than chance: by luck in 1 epoch of 740."""
 
 HealthWarnings = dict[str, str]
-"""What to say, by what it is about: the same thing is said once."""
+"""Subject of a warning -> its text. There is one warning per subject."""
 
 
-def starts(model: nn.Module) -> dict[str, float]:
-    """Return what each layer's weights are measured by later: the largest magnitude, at least 1 / sqrt(inputs)."""
-    return {name: max(_largest(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
+def initial_magnitudes(model: nn.Module) -> dict[str, float]:
+    """Return the reference for each layer's later growth: its largest magnitude, at least 1 /
+    sqrt(inputs).
+    """
+    return {name: max(_max_magnitude(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
 
 
-def exploding_weights(model: nn.Module, start: Mapping[str, float], at: str) -> HealthWarnings:
-    """Return the layers whose weights have outgrown their start.
+def exploding_weights(model: nn.Module, start: Mapping[str, float], where: str) -> HealthWarnings:
+    """Return warnings about layers whose weights have grown too much.
 
     Args:
-        at: where this is in the run, for messages: `in epoch 3, step 72`.
+        start: what `initial_magnitudes` returned.
+        where: the place in the run, for messages: `in epoch 3, step 72`.
 
     Raises:
-        Diverged: one has by more than `EXPLODED` times.
+        Diverged: a layer has grown by more than `MAX_GROWTH`.
     """
-    found = {}
+    warnings = {}
     for name, layer in _layers(model).items():
-        now = _largest(layer)
-        times = now / start.get(name, now or 1.0)
-        said = f"{name}: its largest weight, {now:.3g}, is {times:,.0f} times what it started with, {at}"
-        if times > EXPLODED:
-            raise Diverged(f"{said}; likely the rate is too high\ntry a lower optim.lr, or optim.clip_norm=1")
-        if times > GROWN:
-            found[f"range {name}"] = f"{said}; likely optim.lr is too high"
-    return found
+        magnitude = _max_magnitude(layer)
+        growth = magnitude / start.get(name, magnitude or 1.0)
+        text = f"{name}: its largest weight, {magnitude:.3g}, is {growth:,.0f} times its initial value, {where}"
+        if growth > MAX_GROWTH:
+            raise Diverged(f"{text}; likely the learning rate is too high\ntry a lower optim.lr, or optim.clip_norm=1")
+        if growth > WARN_GROWTH:
+            warnings[f"range {name}"] = f"{text}; likely optim.lr is too high"
+    return warnings
 
 
-def check_scales(model: nn.Module, at: str) -> None:
-    """Raise `Diverged` where a scale is not above zero, of those that a quantizer names in `positive_parameters`."""
+def check_scales(model: nn.Module, where: str) -> None:
+    """Raise `Diverged` if a scale is not above zero; quantizers name theirs in
+    `positive_parameters`.
+    """
     for name, layer in quantized_layers(model).items():
         for slot, quantizer in quantizers(layer).items():
             tensors = dict(quantizer.named_parameters()) | dict(quantizer.named_buffers())
             for key in quantizer.positive_parameters:
                 scale = tensors[key].detach()
                 if not (scale > 0).all():
-                    said = f"{name}.{SLOTS[slot]}.{key} is {scale.min().item():.3g}, and must be above 0, {at}"
                     raise Diverged(
-                        f"{said}; likely a step was too large and nothing kept it there\ntry a lower optim.lr"
+                        f"{name}.{SLOTS[slot]}.{key} is {scale.min().item():.3g}, and must be above 0, {where}; "
+                        "likely a step was too large\ntry a lower optim.lr"
                     )
 
 
-def degenerate_layers(model: nn.Module, seen: Mapping[str, LayerTrace], at: str) -> HealthWarnings:
-    """Return the layers that tell nothing apart: all weights on one of several levels, or one answer to all images.
+def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where: str) -> HealthWarnings:
+    """Return warnings about layers that carry no information.
 
-    A layer that reads the same of all images is named only if no layer before it is.
+    Such a layer has all weights on one of several levels, or the same output for all images. A
+    layer with the same input for all images gets a warning only if no earlier layer has one.
     """
-    found: HealthWarnings = {}
-    layers, silent = quantized_layers(model), False
-    for name, sight in seen.items():
-        levels = _levels(layers[name], sight.weights)
-        if len(levels) > 1 and (levels > 0).sum() == 1:
-            said = f"{name}: all its weights lie on one level of {len(levels)}, {at}"
-            found[f"level {name}"] = f"{said}; likely they are small against the level's scale, or of one sign"
-        if not _alike(sight.output) or (silent and _alike(sight.input)):
+    warnings: HealthWarnings = {}
+    layers, constant = quantized_layers(model), False
+    for name, trace in traces.items():
+        counts = _weight_level_counts(layers[name], trace.weights)
+        if len(counts) > 1 and (counts > 0).sum() == 1:
+            warnings[f"level {name}"] = (
+                f"{name}: all its weights are on one level of {len(counts)}, {where}; "
+                "likely they are small relative to the level's scale, or all have one sign"
+            )
+        constant_input = _equal_for_all_images(trace.input)
+        if not _equal_for_all_images(trace.output) or (constant and constant_input):
             continue
-        silent = True
-        cause = "so is its input, already" if _alike(sight.input) else "its weights are 0, or its inputs on one level"
-        found[f"output {name}"] = f"{name}: all its outputs are equal whatever the image, {at}; likely {cause}"
-    return found
+        constant = True
+        cause = "its input is too" if constant_input else "its weights are 0, or its inputs are on one level"
+        warnings[f"output {name}"] = f"{name}: its output is the same for all images, {where}; likely {cause}"
+    return warnings
 
 
-def at_chance(record: Mapping[str, Any], classes: int, step: int, at: str) -> HealthWarnings:
-    """Return whether an epoch's training accuracy is no better than guessing one of `classes`."""
-    if step < LEARNT or classes < 2 or not record["images"]:
+def at_chance(record: EpochRecord, classes: int, step: int, where: str) -> HealthWarnings:
+    """Return a warning if the training accuracy is not better than guessing one of `classes`."""
+    if step < MIN_STEPS or classes < 2 or not record.images:
         return {}
-    guessed = 1 / classes
-    better = guessed + SIGMAS * sqrt(guessed * (1 - guessed) / record["images"])
-    if record["train_top1"] > 100 * better:
+    chance = 1 / classes
+    limit = chance + STANDARD_ERRORS * sqrt(chance * (1 - chance) / record.images)
+    if record.train_top1 > 100 * limit:
         return {}
-    said = f"training accuracy is {record['train_top1']:.1f} % of {classes} classes, which is chance, {at}"
-    return {"chance": f"{said}; likely optim.lr is too high or too low, or labels and images do not belong together"}
+    return {
+        "chance": f"training accuracy is {record.train_top1:.1f} % of {classes} classes, which is chance, {where}; "
+        "likely optim.lr is too high or too low, or the labels do not belong to the images"
+    }
 
 
 def _layers(model: nn.Module) -> dict[str, QLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QLayer)}
 
 
-def _largest(layer: QLayer) -> float:
+def _max_magnitude(layer: QLayer) -> float:
     low, high = layer.weight.detach().aminmax()
     return max(-low.item(), high.item())
 
 
-def _levels(layer: QLayer, weights: QuantizedTensor | None) -> Tensor:
-    """Return how many weights lie on each level; nothing where that could not be otherwise, or they are float yet."""
+def _weight_level_counts(layer: QLayer, weights: QuantizedTensor | None) -> Tensor:
+    """Return the number of weights on each level; empty if the weights are float or if there is
+    only one weight.
+    """
     if weights is None or layer.weight.numel() == 1 or not layer.weight_q.complete:
         return layer.weight.new_zeros(0)
     return weights.counts
 
 
-def _alike(x: Tensor) -> bool:
-    """Whether all images of a batch (N, ...) give the same."""
+def _equal_for_all_images(x: Tensor) -> bool:
+    """Whether a batch (N, ...) is the same for every image."""
     return bool((x == x[:1]).all())

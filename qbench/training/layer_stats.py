@@ -1,55 +1,63 @@
-"""Looks at a network in training: what its quantized layers make of a few training images, at the end of an epoch.
+"""Statistics of the quantized layers on a few training images, computed at the end of an epoch.
 
-Looking changes nothing: evaluation mode, no gradient, the random state as it was. What is told of a layer, `w` being
-its weights, `a` its input:
+Observing changes nothing: evaluation mode, no gradient, and the random state stays as it was. The
+statistics of a layer with weights `w` and input `a`:
 
-    w.top, a.top          the largest magnitude among the levels
-    w.dead, a.dead        levels that nothing lies on
-    w.entropy, a.entropy  of how often the levels are taken, in bits
-    w.flips               part of the weights whose level is another one than at the look before
-    w.frozen              part of the weights that an incremental method has frozen
-    a.clipped             part of the input above the highest level or, where levels are negative, below the lowest
-    sqnr, cosine          of the output against the one that the float network with the same latent weights has: signal
-                          over error in dB, cosine of the angle
-    w.grad                norm of the latent weights' gradient in the last step, clipped where it is clipped
-    w.NAME, a.NAME        a parameter or buffer of the quantizer that is one number: step, alpha, n1, ...
+    w.top, a.top          the largest magnitude of the levels
+    w.dead, a.dead        number of levels without a value
+    w.entropy, a.entropy  entropy of the level frequencies, in bits
+    w.flips               share of the weights on another level than at the last observation
+    w.frozen              share of the weights that an incremental method has frozen
+    a.clipped             share of the input above the highest level or, if some levels are
+                          negative, below the lowest
+    sqnr, cosine          of the output, relative to the float network with the same latent weights:
+                          signal over error in dB, and cosine of the angle
+    w.grad                norm of the latent weights' gradient in the last step, after clipping
+    w.NAME, a.NAME        a quantizer's parameter or buffer that is one number: step, alpha, n1, ...
     w.NAME.grad           norm of the gradient of a quantizer's parameter
 
-Scale groups are counted together: level 3 of one channel and level 3 of another are one level. Weights that are free
-yet count at the nearest level. What is not finite, or not known, is left out.
+All scale groups are counted together: level 3 of one channel and level 3 of another are one level.
+Weights that are not frozen count at the nearest level. A statistic that is not finite or not known
+is omitted.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from math import isfinite, log10, prod
+from math import isfinite, prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
-from qbench.quant.layers import QLayer, float_mode, quantized_layers, quantizers
+from qbench.quant.layers import QLayer, float_mode, quantized_layers
 from qbench.quant.masks import FrozenWeight
 from qbench.quant.quantizer import Grid, Quantizer
+from qbench.quant.sqnr import sqnr_db
 from qbench.quant.verify import nearest_points
 
-LEAST, MOST, SHARE, PIXELS = 8, 64, 64, 2**17
-"""Images that are looked at: a 64th of an epoch's, 8 to 64, fewer of large ones: two passes over so many cost about a
-hundredth of an epoch's three passes over all."""
-CEILING = 140.0
-"""Decibels at which an error is float32's own, 2^-23 of the signal."""
-DIGITS = 6
-"""That are kept."""
+MIN_IMAGES, MAX_IMAGES, EPOCH_SHARE, MAX_PIXELS = 8, 64, 64, 2**17
+"""Images that are observed: a 64th of an epoch's images, 8 to 64, fewer if they are large.
+
+Two forward passes over them cost about a hundredth of an epoch, which makes three passes over all
+images.
+"""
+
+
+SIGNIFICANT_DIGITS = 6
+"""Significant digits of the recorded statistics."""
+
 SLOTS = {"w": "weight_q", "a": "input_q", "g": "output_q"}
 
 LayerMetrics = dict[str, dict[str, float]]
+"""Layer -> statistic -> value."""
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor before and after its quantizer, and the values allowed."""
+    """A tensor before and after its quantizer, and the allowed values."""
 
     before: Tensor
     after: Tensor
@@ -62,13 +70,15 @@ class QuantizedTensor:
 
     @property
     def counts(self) -> Tensor:
-        """How many values lie on each level that is allowed, ascending."""
+        """The number of values on each allowed level, in ascending order of the levels."""
         allowed = self.grid.points[..., 0].isfinite().any(0)
         return self.codes.flatten().bincount(minlength=len(allowed))[allowed]
 
 
 class LayerTrace(NamedTuple):
-    """What a layer made of some images: its quantized weights and input, None where they are float, and its output."""
+    """One layer on some images: its quantized weights and input (None if float), its float input
+    and its output.
+    """
 
     weights: QuantizedTensor | None
     inputs: QuantizedTensor | None
@@ -76,136 +86,166 @@ class LayerTrace(NamedTuple):
     output: Tensor
 
 
-def few(images: Tensor, trained: int) -> Tensor:
-    """Return the first of some images (N, C, H, W), as many as an epoch of `trained` images may be slowed down by."""
-    count = min(max(trained // SHARE, LEAST), MOST, PIXELS // prod(images.shape[2:]))
+def observed_images(images: Tensor, epoch_images: int) -> Tensor:
+    """Return the first of some images (N, C, H, W), as many as may be observed after an epoch of
+    `epoch_images`.
+    """
+    count = min(max(epoch_images // EPOCH_SHARE, MIN_IMAGES), MAX_IMAGES, MAX_PIXELS // prod(images.shape[2:]))
     return images[: max(count, 2)]
 
 
 @torch.no_grad()
 def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
-    """Return what each quantized layer makes of images; in the order in which they run; of one that runs
-    several times the last time counts."""
+    """Return the trace of each quantized layer on images, in the order in which the layers run.
+
+    If a layer runs several times, its last call counts.
+    """
     if not (layers := quantized_layers(model)):
         return {}
     slots = [f"{name}.{slot}" for name in layers for slot in ("weight_q", "input_q")]
-    with eval_mode_keeping_rng(model), recorded_calls(model, [*layers, *slots]) as calls:
+    with eval_mode_keeping_rng(model), recorded_calls(model, [*layers, *slots]) as recorded:
         model(images)
-        passed = {name: (x, y) for name, x, y in calls}
+        calls = {name: (x, y) for name, x, y in recorded}
         return {
-            name: LayerTrace(_passed(layer.weight_q, *passed[f"{name}.weight_q"]),
-                       _passed(layer.input_q, *passed[f"{name}.input_q"]), *passed[name])
-            for name in passed if (layer := layers.get(name)) is not None
-        }  # fmt: skip
+            name: LayerTrace(
+                _quantized_tensor(layer.weight_q, *calls[f"{name}.weight_q"]),
+                _quantized_tensor(layer.input_q, *calls[f"{name}.input_q"]),
+                *calls[name],
+            )
+            for name in calls
+            if (layer := layers.get(name)) is not None
+        }
 
 
-def _passed(site: Quantizer, before: Tensor, after: Tensor) -> QuantizedTensor | None:
-    """Look at one quantizer; None where it declares no levels: float, or without any yet."""
-    grid = site.grid(before)
+def _quantized_tensor(quantizer: Quantizer, before: Tensor, after: Tensor) -> QuantizedTensor | None:
+    """Return a quantizer's tensors with its grid; None if it has no levels: float, or not set
+    yet.
+    """
+    grid = quantizer.grid(before)
     return QuantizedTensor(before, after, grid) if grid is not None and grid.points.shape[1] else None
 
 
 def layer_metrics(
-    model: nn.Module, images: Tensor, seen: Mapping[str, LayerTrace], before: Mapping[str, Tensor], grads: LayerMetrics
+    model: nn.Module,
+    images: Tensor,
+    traces: Mapping[str, LayerTrace],
+    last_codes: Mapping[str, Tensor],
+    gradients: LayerMetrics,
 ) -> LayerMetrics:
-    """Return what there is to tell of every layer; see above.
+    """Return the statistics of every layer; see the head of this file.
 
     Args:
-        seen: what `trace_layers` has seen on these images.
-        before: what `codes` returned of the look before; empty for none.
-        grads: what `gradients` returned of the last step.
+        traces: what `trace_layers` returned for these images.
+        last_codes: what `weight_codes` returned at the last observation; empty for none.
+        gradients: what `gradient_norms` returned after the last step.
     """
-    floats, layers, told = _float_outputs(model, images, list(seen)), quantized_layers(model), {}
-    for name, sight in seen.items():
-        values = dict(_numbers(layers[name]))
-        for slot, passed in (("w", sight.weights), ("a", sight.inputs)):
-            if passed is not None:
-                values |= {f"{slot}.{what}": value for what, value in _use(passed).items()}
-        if sight.inputs is not None:
-            values["a.clipped"] = _clipped(sight.inputs)
-        if sight.weights is not None and name in before and before[name].shape == sight.weights.codes.shape:
-            values["w.flips"] = (before[name] != sight.weights.codes).float().mean().item()
-        if isinstance(site := layers[name].weight_q, FrozenWeight):
-            values["w.frozen"] = site.frozen.float().mean().item()
-        values |= _likeness(floats[name], sight.output) | grads.get(name, {})
-        told[name] = {what: float(f"{value:.{DIGITS}g}") for what, value in values.items() if isfinite(value)}
-    return told
+    float_outputs, layers = _float_outputs(model, images, list(traces)), quantized_layers(model)
+    metrics: LayerMetrics = {}
+    for name, trace in traces.items():
+        values = dict(_scalars(layers[name]))
+        for slot, tensor in (("w", trace.weights), ("a", trace.inputs)):
+            if tensor is not None:
+                values |= {f"{slot}.{key}": value for key, value in _level_statistics(tensor).items()}
+        if trace.inputs is not None:
+            values["a.clipped"] = _clipped_share(trace.inputs)
+        if trace.weights is not None and name in last_codes and last_codes[name].shape == trace.weights.codes.shape:
+            values["w.flips"] = (last_codes[name] != trace.weights.codes).float().mean().item()
+        if isinstance(quantizer := layers[name].weight_q, FrozenWeight):
+            values["w.frozen"] = quantizer.frozen.float().mean().item()
+        values |= _output_similarity(float_outputs[name], trace.output) | gradients.get(name, {})
+        metrics[name] = {
+            key: float(f"{value:.{SIGNIFICANT_DIGITS}g}") for key, value in values.items() if isfinite(value)
+        }
+    return metrics
 
 
-def codes(seen: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the codes of every layer's weights, to tell by the next look which have flipped."""
-    found = {}
-    for name, sight in seen.items():
-        if sight.weights is not None:
-            small = sight.weights.grid.points.shape[1] <= 2**8
-            found[name] = sight.weights.codes.to(torch.uint8 if small else torch.int32)
-    return found
+def weight_codes(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
+    """Return the codes of every layer's weights; the next observation compares its own codes with
+    them.
+    """
+    codes = {}
+    for name, trace in traces.items():
+        if trace.weights is not None:
+            fits_in_byte = trace.weights.grid.points.shape[1] <= 2**8
+            codes[name] = trace.weights.codes.to(torch.uint8 if fits_in_byte else torch.int32)
+    return codes
 
 
-def gradients(model: nn.Module) -> LayerMetrics:
-    """Return the norms of the gradients that a step has left, by layer; nothing where it has left none."""
-    found: LayerMetrics = {}
+def gradient_norms(model: nn.Module) -> LayerMetrics:
+    """Return the norms of the gradients of the last step, by layer; empty if there are none."""
+    norms: LayerMetrics = {}
     for name, layer in quantized_layers(model).items():
-        named = [("w.grad", layer.weight)]
-        for key, quantizer in quantizers(layer).items():
-            named += [(f"{key}.{n}.grad", p) for n, p in quantizer.named_parameters()]
-        norms = {key: p.grad.norm().item() for key, p in named if p.grad is not None}
-        found |= {name: norms} if norms else {}
-    return found
+        parameters: list[tuple[str, Tensor]] = [("w.grad", layer.weight)]
+        for key, slot in SLOTS.items():
+            parameters += [(f"{key}.{n}.grad", p) for n, p in layer.get_submodule(slot).named_parameters()]
+        own_norms = {key: p.grad.norm().item() for key, p in parameters if p.grad is not None}
+        norms |= {name: own_norms} if own_norms else {}
+    return norms
 
 
-def weight_tensors(seen: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
+def weight_tensors(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
     """Return latent and quantized weights, named for TensorBoard."""
-    sights = {name: sight.weights for name, sight in seen.items() if sight.weights is not None}
-    latent = {f"latent/{name}": passed.before for name, passed in sights.items()}
-    return latent | {f"quantized/{name}": passed.after for name, passed in sights.items()}
+    tensors = {name: trace.weights for name, trace in traces.items() if trace.weights is not None}
+    latent = {f"latent/{name}": tensor.before for name, tensor in tensors.items()}
+    return latent | {f"quantized/{name}": tensor.after for name, tensor in tensors.items()}
 
 
-def input_tensors(seen: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
+def input_tensors(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
     """Return inputs before and after quantization, named for TensorBoard."""
-    sights = {name: sight.inputs for name, sight in seen.items() if sight.inputs is not None}
-    before = {f"input/{name}": passed.before for name, passed in sights.items()}
-    return before | {f"quantized_input/{name}": passed.after for name, passed in sights.items()}
+    tensors = {name: trace.inputs for name, trace in traces.items() if trace.inputs is not None}
+    before = {f"input/{name}": tensor.before for name, tensor in tensors.items()}
+    return before | {f"quantized_input/{name}": tensor.after for name, tensor in tensors.items()}
 
 
-def occupancy(seen: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return how many values lie on each level, ascending, named for TensorBoard."""
-    pairs = [(n, key, p) for n, s in seen.items() for key, p in (("w", s.weights), ("a", s.inputs)) if p is not None]
-    return {f"{key}.levels/{name}": passed.counts for name, key, passed in pairs}
+def level_counts(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
+    """Return the number of values on each level, in ascending order of the levels, named for
+    TensorBoard.
+    """
+    return {
+        f"{slot}.levels/{name}": tensor.counts
+        for name, trace in traces.items()
+        for slot, tensor in (("w", trace.weights), ("a", trace.inputs))
+        if tensor is not None
+    }
 
 
 def _float_outputs(model: nn.Module, images: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Return the outputs of layers in the float network with the same latent weights."""
     with float_mode(model), eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, names) as calls:
         model(images)
         return {name: y for name, _, y in calls}
 
 
-def _use(passed: QuantizedTensor) -> dict[str, float]:
-    counts = passed.counts.double()
-    parts = counts[counts > 0] / counts.sum()
+def _level_statistics(tensor: QuantizedTensor) -> dict[str, float]:
+    counts = tensor.counts.double()
+    frequencies = counts[counts > 0] / counts.sum()
     return {
-        "top": passed.grid.points.abs().nan_to_num(0, posinf=0).max().item(),
-        "dead": float(len(counts) - len(parts)),
-        "entropy": abs((parts * parts.log2()).sum().item()),
+        "top": tensor.grid.points.abs().nan_to_num(0, posinf=0).max().item(),
+        "dead": float(len(counts) - len(frequencies)),
+        "entropy": abs((frequencies * frequencies.log2()).sum().item()),
     }
 
 
-def _clipped(passed: QuantizedTensor) -> float:
-    x, points = passed.grid.arrange(passed.before), passed.grid.points
+def _clipped_share(tensor: QuantizedTensor) -> float:
+    x, points = tensor.grid.arrange(tensor.before), tensor.grid.points
     low, high = (points.nan_to_num(torch.inf).amin(1, True), points.nan_to_num(-torch.inf).amax(1, True))
     return ((x > high) | ((x < low) & (low < 0))).float().mean().item()
 
 
-def _likeness(wanted: Tensor, got: Tensor) -> dict[str, float]:
-    signal, own, error = wanted.norm().item(), got.norm().item(), (got - wanted).norm().item()
+def _output_similarity(expected: Tensor, output: Tensor) -> dict[str, float]:
+    """Return SQNR in dB and cosine of an output; without the SQNR if the expected output is 0."""
+    signal, norm, error = expected.norm().item(), output.norm().item(), (output - expected).norm().item()
     if not signal:
         return {}
-    sqnr = min(CEILING, 20 * log10(signal / error)) if error else CEILING
-    return {"sqnr": sqnr} | ({"cosine": (wanted * got).sum().item() / (signal * own)} if own else {})
+    return {"sqnr": sqnr_db(signal * signal, error * error)} | (
+        {"cosine": (expected * output).sum().item() / (signal * norm)} if norm else {}
+    )
 
 
-def _numbers(layer: QLayer) -> Iterator[tuple[str, float]]:
-    for key, quantizer in quantizers(layer).items():
-        for name, t in chain(quantizer.named_parameters(), quantizer.named_buffers()):
-            if t.numel() == 1 and t.dtype != torch.bool:
-                yield f"{key}.{name}", t.item()
+def _scalars(layer: QLayer) -> Iterator[tuple[str, float]]:
+    """Yield (name, value) of the quantizers' parameters and buffers that are one number."""
+    for key, slot in SLOTS.items():
+        quantizer = layer.get_submodule(slot)
+        for name, tensor in chain(quantizer.named_parameters(), quantizer.named_buffers()):
+            if tensor.numel() == 1 and tensor.dtype != torch.bool:
+                yield f"{key}.{name}", tensor.item()

@@ -1,110 +1,147 @@
-"""What is kept an eye on while a run trains: its layers at the end of epochs, for warnings and for the logs."""
+"""Monitor the quantized layers of a run at the end of epochs, for warnings and logs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
 
 from torch import Tensor, nn
 
 from qbench.errors import Diverged
 from qbench.quant.layers import NotFinite
-from qbench.runs.metrics_logger import MetricsLogger
+from qbench.runs.metrics_logger import MetricsLogger, Record
 from qbench.runs.progress import ProgressReporter
-from qbench.training import health as sentinels
-from qbench.training import layer_stats as observe
+from qbench.training.epoch_record import EpochRecord
+from qbench.training.health import (
+    HealthWarnings,
+    at_chance,
+    check_scales,
+    degenerate_layers,
+    exploding_weights,
+    initial_magnitudes,
+)
+from qbench.training.layer_stats import (
+    LayerMetrics,
+    LayerTrace,
+    gradient_norms,
+    input_tensors,
+    layer_metrics,
+    level_counts,
+    observed_images,
+    trace_layers,
+    weight_codes,
+    weight_tensors,
+)
 from qbench.training.state import State
 from qbench.training.task import Task
 
-STEPS = 100
-"""Steps between two looks, at least, since one costs as much as two steps. Most epochs are longer; a run's last one is
-looked at whatever its length, and with `full` every one."""
-HISTOGRAMS = 10
-"""Times a run's weights are written to TensorBoard as histograms, about; with `full` at every look."""
+MIN_STEPS_BETWEEN = 100
+"""Smallest number of steps between two observations, each of which costs as much as two steps.
+
+Most epochs are longer. The last epoch is observed whatever its length, and with `full` every epoch.
+"""
+
+HISTOGRAMS_PER_RUN = 10
+"""Approximate number of times that a run's weights become TensorBoard histograms; with `full` every
+epoch.
+"""
 
 
 @dataclass
 class TrainingMonitor:
-    """Looks at the layers of one run. What it must remember for a resumed run to tell the same is no part of training.
+    """Observes the layers of one run.
+
+    Its own memory is no part of training, but a checkpoint keeps it, so that a resumed run logs the
+    same.
 
     Args:
-        level: off, light or full: how much is told; see `qbench.training.layer_stats`. Warnings are given in any case.
-        start: the largest weight of every layer before training.
-        warned: what was said already, by what it is about.
-        codes: of the weights at the last look.
-        gradients: norms of the last step's.
+        level: off, light or full, which decides what is logged; warnings are printed in any case.
+        start: initial magnitude of each layer's weights.
+        warned: subject -> text of the warnings printed so far.
+        codes: of the weights at the last observation.
+        gradients: norms after the last step.
     """
 
     level: str
-    book: MetricsLogger
-    screen: ProgressReporter
+    logger: MetricsLogger
+    reporter: ProgressReporter
     start: dict[str, float] = field(default_factory=dict)
     warned: dict[str, str] = field(default_factory=dict)
     codes: dict[str, Tensor] = field(default_factory=dict)
-    gradients: observe.LayerMetrics = field(default_factory=dict)
+    gradients: LayerMetrics = field(default_factory=dict)
 
     def begin(self, model: nn.Module) -> None:
-        """Note what a network starts from, unless that was noted before an interruption."""
-        self.start = self.start or sentinels.starts(model)
+        """Store the initial magnitudes of the weights, unless a checkpoint has restored them."""
+        self.start = self.start or initial_magnitudes(model)
 
-    def memory(self, model: nn.Module) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the arguments that begin with `start`."""
-        kept: dict[str, Any] = {"start": self.start, "warned": self.warned}
+    def memory(self, model: nn.Module) -> dict[str, object]:
+        """Return what a checkpoint keeps: the arguments from `start` on."""
+        kept: dict[str, object] = {"start": self.start, "warned": self.warned}
         if self.level == "off":
             return kept
-        return kept | {"codes": self.codes, "gradients": observe.gradients(model) or self.gradients}
+        return kept | {"codes": self.codes, "gradients": gradient_norms(model) or self.gradients}
 
-    def check(self, model: nn.Module, at: str) -> None:
-        """Raise `Diverged` where weights have run away or a scale is not above zero; `at` says where the run stands."""
-        sentinels.check_scales(model, at)
-        self._warn(sentinels.exploding_weights(model, self.start, at))
-
-    def epoch(self, task: Task, state: State, record: dict[str, Any], at: str) -> list[tuple[str, int, dict[str, Any]]]:
-        """Look at the layers when an epoch is over, unless one was a few steps ago: warn, add to TensorBoard.
+    def check(self, model: nn.Module, where: str) -> None:
+        """Raise `Diverged` if weights explode or a scale is not above zero.
 
         Args:
-            record: the epoch's own record; `images` 0 where nothing is trained.
+            where: the place in the run, for messages.
+        """
+        check_scales(model, where)
+        self._warn(exploding_weights(model, self.start, where))
+
+    def epoch(self, task: Task, state: State, record: EpochRecord | None, where: str) -> list[Record]:
+        """Observe the layers at the end of an epoch: warn, and log to TensorBoard.
+
+        An epoch is skipped if the last observation was a few steps ago.
+
+        Args:
+            record: of the epoch; None if nothing is trained.
+            where: the place in the run, for messages.
 
         Returns:
-            What belongs into metrics.jsonl.
+            The records for metrics.jsonl, (kind, step, values) each.
 
         Raises:
-            Diverged: see `check`; or what a layer reads is not finite.
+            Diverged: see `check`; or the input of a layer is not finite.
         """
-        self.check(task.model, at)
-        self._warn(sentinels.at_chance(record, task.classes, state.step, at))
-        every = 1 if self.level == "full" else ceil(STEPS / task.steps)
-        if not task.probe.batches or not (_last(task, state) or state.epoch % every == 0):
+        self.check(task.model, where)
+        if record:
+            self._warn(at_chance(record, task.classes, state.step, where))
+        period = 1 if self.level == "full" else ceil(MIN_STEPS_BETWEEN / task.steps)
+        if not task.probe.batches or not (_is_last_epoch(task, state) or state.epoch % period == 0):
             return []
-        images = observe.few(task.probe.batches[0][0], record["images"])
+        images = observed_images(task.probe.batches[0][0], record.images if record else 0)
         try:
-            seen = observe.trace_layers(task.model, images)
+            traces = trace_layers(task.model, images)
         except NotFinite as error:
-            raise Diverged(f"{error} {at}; try a lower optim.lr") from None
-        self._warn(sentinels.degenerate_layers(task.model, seen, at))
-        if self.level == "off" or not seen:
+            raise Diverged(f"{error} {where}; try a lower optim.lr") from None
+        self._warn(degenerate_layers(task.model, traces, where))
+        if self.level == "off" or not traces:
             return []
-        self.gradients = observe.gradients(task.model) or self.gradients
-        told = observe.layer_metrics(task.model, images, seen, self.codes, self.gradients)
-        self.codes = observe.codes(seen)
-        sparsely = every * max(1, task.epochs // (HISTOGRAMS * every))
-        self._show(state.step, seen, told, self.level == "full" or _last(task, state) or state.epoch % sparsely == 0)
-        return [("layers", state.step, {"epoch": record.get("epoch"), "layers": told})]
+        self.gradients = gradient_norms(task.model) or self.gradients
+        metrics = layer_metrics(task.model, images, traces, self.codes, self.gradients)
+        self.codes = weight_codes(traces)
+        histogram_period = period * max(1, task.epochs // (HISTOGRAMS_PER_RUN * period))
+        with_weights = self.level == "full" or _is_last_epoch(task, state) or state.epoch % histogram_period == 0
+        self._log(state.step, traces, metrics, with_weights)
+        return [("layers", state.step, {"epoch": record.epoch if record else None, "layers": metrics})]
 
-    def _show(self, step: int, seen: dict[str, observe.LayerTrace], told: observe.LayerMetrics, weights: bool) -> None:
-        self.book.scalars(step, {f"{what}/{name}": x for name, own in told.items() for what, x in own.items()})
-        if weights:
-            self.book.histograms(step, observe.weight_tensors(seen))
+    def _log(self, step: int, traces: Mapping[str, LayerTrace], metrics: LayerMetrics, with_weights: bool) -> None:
+        """Log statistics and, with `with_weights`, histograms to TensorBoard."""
+        self.logger.scalars(step, {f"{key}/{name}": x for name, layer in metrics.items() for key, x in layer.items()})
+        if with_weights:
+            self.logger.histograms(step, weight_tensors(traces))
         if self.level == "full":
-            self.book.histograms(step, observe.input_tensors(seen))
-            self.book.counts(step, observe.occupancy(seen))
+            self.logger.histograms(step, input_tensors(traces))
+            self.logger.counts(step, level_counts(traces))
 
-    def _warn(self, found: sentinels.HealthWarnings) -> None:
-        """Say what was not said before."""
-        for what, said in found.items():
-            if what not in self.warned:
-                self.warned[what] = f"warning: {said}"
-                self.screen.say(self.warned[what])
+    def _warn(self, warnings: HealthWarnings) -> None:
+        """Print the warnings about subjects that have none yet."""
+        for subject, text in warnings.items():
+            if subject not in self.warned:
+                self.warned[subject] = f"warning: {text}"
+                self.reporter.say(self.warned[subject])
 
 
-def _last(task: Task, state: State) -> bool:
+def _is_last_epoch(task: Task, state: State) -> bool:
     return state.epoch >= task.epochs or state.stopped

@@ -1,13 +1,14 @@
-"""The state of all random number generators: seeding, saving, restoring."""
+"""The state of all random number generators: seed, save, restore."""
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> dict[str, object]:
     """Return the state of torch's, NumPy's and Python's generators as tensors and numbers."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
@@ -19,7 +20,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Any]) -> None:
     """Set the generators to a state that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:

@@ -1,23 +1,52 @@
-"""The state of a training: optimizer, weight average, counters, best weights. It is saved and resumed."""
+"""The state of a training run: optimizer, weight average, counters, best weights.
 
-from collections.abc import Iterator
+It is saved in checkpoints; a resumed run continues from it.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from qbench.training.checkpoint import content_sha256, copied
+from qbench.training.checkpoint import content_sha256, cpu_copy
 from qbench.training.random_state import random_state, set_random_state
+
+
+@dataclass(frozen=True)
+class BestWeights:
+    """The weights with the best validation accuracy so far.
+
+    Args:
+        rank: validation top-1, then the negative validation loss; the highest rank is the best.
+        epoch: the epoch after which they were evaluated, from 0.
+        model: the state_dict.
+    """
+
+    rank: tuple[float, float]
+    epoch: int
+    model: dict[str, Tensor]
 
 
 @dataclass
 class State:
-    """Where training stands: with the random state, all that a resumed run needs to go on bit for bit."""
+    """The progress of training. With the random state, a resumed run continues from it bit for bit.
+
+    Args:
+        average: the moving average of the weights, if `optim.ema` is set.
+        epoch, batch: the next batch to train on; both count from 0.
+        step: number of optimizer steps.
+        losses, images, hits: losses, images and correct predictions of the current epoch.
+        seconds: training time of the current epoch.
+        stale: number of epochs since the best one.
+        stopped: whether early stopping has ended training.
+    """
 
     optimizer: torch.optim.Optimizer
-    average: "Average | None" = None
+    average: "WeightAverage | None" = None
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -25,17 +54,18 @@ class State:
     images: int = 0
     hits: int | Tensor = 0
     seconds: float = 0.0
-    best: dict[str, Any] | None = None
+    best: BestWeights | None = None
     stale: int = 0
     stopped: bool = False
 
-    def save(self, model: nn.Module) -> dict[str, Any]:
-        """Return everything as plain values."""
+    def save(self, model: nn.Module) -> dict[str, object]:
+        """Return everything as tensors, numbers, strings and containers of them."""
+        best = self.best
         return {
-            "model": copied(model.state_dict()),
+            "model": cpu_copy(model.state_dict()),
             "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
             "optimizer": self.optimizer.state_dict(),
-            "average": self.average.values if self.average else None,
+            "average": self.average.parameters() if self.average else None,
             "counters": [
                 self.epoch,
                 self.batch,
@@ -46,56 +76,76 @@ class State:
                 self.stopped,
             ],
             "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
-            "best": self.best,
+            "best": {"rank": list(best.rank), "epoch": best.epoch, "model": best.model} if best else None,
             "random": random_state(),
             "seconds": self.seconds,
         }
 
     def digest(self, model: nn.Module) -> str:
-        """Return the sha256 of everything saved but the time it took: model, optimizer, counters, random states."""
+        """Return the sha256 of everything saved except the training time."""
         return content_sha256({name: part for name, part in self.save(model).items() if name != "seconds"})
 
-    def load(self, model: nn.Module, saved: dict[str, Any]) -> None:
-        """Take over what `save` returned, into the model too."""
+    def load(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
+        """Restore what `save` returned, including the model and the random state."""
         model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average:
-            self.average.values = {k: v.to(self.average.values[k].device) for k, v in saved["average"].items()}
+            self.average.load(saved["average"])
         self.epoch, self.batch, self.step, self.images, self.hits, self.stale, self.stopped = saved["counters"]
         self.losses = list(saved["losses"].unbind())
-        self.best, self.seconds = saved["best"], saved["seconds"]
+        self.seconds, best = saved["seconds"], saved["best"]
+        self.best = BestWeights(tuple(best["rank"]), best["epoch"], best["model"]) if best else None
         set_random_state(saved["random"])
 
 
-class Average:
-    """Exponential moving average of the parameters; buffers are the network's own."""
+class WeightAverage:
+    """Exponential moving average of a network's parameters, computed by torch's `AveragedModel`.
+
+    It averages a list of the parameters, not the network: buffers are never averaged, and a copy of
+    the network would hold masks as large as the weights (1.2 times the parameters with INQ).
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._names = [name for name, _ in model.named_parameters()]
+        self._averaged = AveragedModel(_parameters(model), multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+        # With a count of 0, the first update would copy the parameters. The average begins with the
+        # initial weights instead; after that its value does not depend on the count.
+        self._averaged.n_averaged.fill_(1)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the averaged parameters by name."""
+        return {name: p.detach() for name, p in zip(self._names, self._averaged.module.parameters(), strict=True)}
 
     @torch.no_grad()
+    def load(self, parameters: Mapping[str, Tensor]) -> None:
+        """Restore what `parameters` returned."""
+        for name, p in self.parameters().items():
+            p.copy_(parameters[name])
+
     def update(self, model: nn.Module) -> None:
-        """Move the averages towards the parameters."""
-        for name, p in model.named_parameters():
-            self.values[name].lerp_(p, 1 - self.decay)
+        """Move each average towards the network's parameter by 1 - decay of the difference."""
+        self._averaged.update_parameters(_parameters(model))
 
     @contextmanager
-    def used(self, model: nn.Module) -> Iterator[None]:
-        """Give the network its averaged parameters for a while."""
-        own = {name: p.detach().clone() for name, p in model.named_parameters()}
-        model.load_state_dict(self.values, strict=False)
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Give the network its averaged parameters inside the context."""
+        trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model.load_state_dict(self.parameters(), strict=False)
         try:
             yield
         finally:
-            model.load_state_dict(own, strict=False)
+            model.load_state_dict(trained, strict=False)
+
+
+def _parameters(model: nn.Module) -> nn.ParameterList:
+    return nn.ParameterList(model.parameters())
 
 
 @contextmanager
 def evaluated_weights(model: nn.Module, state: State) -> Iterator[None]:
-    """Give the network the weights that evaluation uses: the averaged ones where averaging is on."""
+    """Give the network the weights for evaluation: the averaged ones if averaging is on."""
     if state.average is None:
         yield
     else:
-        with state.average.used(model):
+        with state.average.applied_to(model):
             yield

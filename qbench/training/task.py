@@ -15,8 +15,15 @@ from qbench.training.optimizer import learning_rate
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, how long. `train(epoch, start)` yields the batches of an epoch from a place on; of
-    `classes` 0 means: not known.
+    """What is trained, on which data, for how long.
+
+    Args:
+        steps: training batches per epoch.
+        train: (epoch, start) -> the epoch's training batches from number `start` on.
+        validate: () -> the validation batches; none without a validation split.
+        forward: computes the network's output, if not the network itself (compiled, or in another
+            precision).
+        classes: number of classes; 0 if it is not known.
     """
 
     model: nn.Module
@@ -31,18 +38,18 @@ class Task:
     classes: int = 0
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the network's output as the run computes it: compiled perhaps, or in another precision."""
+        """Return the network's output as the run computes it."""
         run = self.model if self.forward is None else self.forward
         return run(images)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of a batch, a scalar: the method's own, else cross entropy."""
+        """Return the loss of a batch, a scalar: the method's loss, by default cross entropy."""
         if self.method.loss is not None:
             return self.method.loss(self.model, logits, batch)
         return F.cross_entropy(logits, batch[1], label_smoothing=self.optim.label_smoothing)
 
     def rate(self, epoch: int, batch: int) -> float:
-        """Return the learning rate of a batch; every phase has the schedule from its beginning."""
+        """Return the learning rate of a batch; the schedule starts again in every phase."""
         start, stop = self.phase(epoch)
         return learning_rate(self.optim, (epoch - start) * self.steps + batch, (stop - start) * self.steps)
 

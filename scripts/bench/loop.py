@@ -46,7 +46,7 @@ def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
             optimizer.step()
 
     model = parts.install(parts.float_model())
-    optimizer = optim.build(model, config.optim)
+    optimizer = optim.build_optimizer(model, config.optim)
     model_of_ours = parts.install(parts.float_model())
     task = Task(
         model=model_of_ours, method=parts.method, optim=config.optim, epochs=10**6, steps=loader.steps,
@@ -56,7 +56,7 @@ def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
     directory.path.mkdir(parents=True, exist_ok=True)
     reporter = ProgressReporter(live=True)
     session = TrainingSession(directory, RunContext(reporter), parts.runtime, parts.title, parts.hyperparameters)
-    state = State(optim.build(model_of_ours, config.optim))
+    state = State(optim.build_optimizer(model_of_ours, config.optim))
     callbacks = session.watch(task, state, loader.batch_size)
 
     def ours() -> None:

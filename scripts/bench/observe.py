@@ -22,6 +22,7 @@ from qbench.experiment.setup import assemble
 from qbench.quant.probe import Probe
 from qbench.runs.progress import ProgressReporter
 from qbench.training import optimizer as optim
+from qbench.training.epoch_record import EpochRecord
 from qbench.training.loop import train_epoch
 from qbench.training.state import State
 from qbench.training.task import Task
@@ -42,7 +43,7 @@ def work(words: list[str], out: Path, level: str) -> Work:
     parts = assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)
     model, method = parts.install(parts.float_model()), parts.method
-    probe = Probe(list(loader.plain("train", IMAGES)), F.cross_entropy)
+    probe = Probe(list(loader.unaugmented("train", IMAGES)), F.cross_entropy)
     if method.prepare:
         method.prepare(model, probe)
     if method.on_epoch:
@@ -56,16 +57,16 @@ def work(words: list[str], out: Path, level: str) -> Work:
     directory.path.mkdir(parents=True, exist_ok=True)
     context = RunContext(ProgressReporter(quiet=True))
     session = TrainingSession(directory, context, parts.runtime, parts.title, parts.hyperparameters)
-    state = State(optim.build(model, config.optim))
+    state = State(optim.build_optimizer(model, config.optim))
     callbacks = session.watch(task, state, loader.batch_size)
 
     def epoch() -> None:
         state.epoch %= config.epochs
         train_epoch(task, state, callbacks)
-        record = {"epoch": state.epoch, "train_loss": 0.0, "train_top1": 100.0, "seconds": 0.0, "images": state.images}
+        record = EpochRecord(state.epoch, lr=0.1, train_loss=0.0, train_top1=100.0, seconds=0.0, images=state.images)
         losses, state.losses, state.images, state.hits, state.batch = state.losses, [], 0, 0, 0
         state.epoch += 1
-        callbacks.epoch(state, record, losses)
+        callbacks.on_epoch(state, record, losses)
 
     return epoch
 

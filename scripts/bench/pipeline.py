@@ -19,7 +19,8 @@ from measure import Ratio, Work, interleaved, machine, markdown, versions
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from qbench.data.dataset import Augment, Dataset, Loader, Split
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset, Loader, Split
 from qbench.system.torchvision import torchvision
 
 IMAGES, BATCH, BATCHES, PAD, SIZE = 50_000, 128, 48, 4, 32

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from qbench.methods import dorefa
 from qbench.methods import float as float_method
-from qbench.models.resnet import Pad, build
+from qbench.models.residual_blocks import PadShortcut
+from qbench.models.resnet import build
 from qbench.quant.install import install
 from qbench.quant.layers import QConv2d, QLinear
 from qbench.quant.method import Method
@@ -73,7 +74,7 @@ class Linears(nn.Module):
 class Pads(nn.Module):
     """N parameter-free shortcuts: each fills its own part of the channels."""
 
-    def __init__(self, pads: list[Pad]) -> None:
+    def __init__(self, pads: list[PadShortcut]) -> None:
         super().__init__()
         self.pads = nn.ModuleList(pads)
 
@@ -82,7 +83,7 @@ class Pads(nn.Module):
         return torch.cat([pad(part) for pad, part in zip(self.pads, x.chunk(len(self.pads), 1), strict=True)], 1)
 
 
-JOINED = {QConv2d: Convolutions, nn.BatchNorm2d: Norms, QLinear: Linears, Pad: Pads}
+JOINED = {QConv2d: Convolutions, nn.BatchNorm2d: Norms, QLinear: Linears, PadShortcut: Pads}
 
 
 def joined(networks: list[nn.Module]) -> nn.Module:

@@ -87,7 +87,7 @@ def installed(method: Method) -> nn.Module:
 def fp32(device: Device) -> Work:
     """Return the baseline: the same network, loop and optimizer, without quantizers."""
     net = plain().to(device)
-    return training_step(net, device, optim.build(net, SGD), layout=NHWC)
+    return training_step(net, device, optim.build_optimizer(net, SGD), layout=NHWC)
 
 
 def quantized(case: Case, device: Device) -> Work:
@@ -100,7 +100,7 @@ def quantized(case: Case, device: Device) -> Work:
     for epoch in range(case.epoch + 1 if method.on_epoch else 0):
         assert method.on_epoch is not None
         method.on_epoch(model, epoch, EPOCHS, probe)
-    optimizer = optim.build(model, SGD)
+    optimizer = optim.build_optimizer(model, SGD)
     update = partial(method.step, model, optimizer) if method.step else None
     return training_step(model, device, optimizer, layout=NHWC, update=update)
 
@@ -111,7 +111,7 @@ def public_functions(device: Device) -> Work:
         lambda layer: Conv(layer, partial(dorefa.quantize_weight, bits=2)),
         lambda: Act(partial(dorefa.quantize_activation, bits=2)),
     ).to(device)
-    return training_step(net, device, optim.build(net, SGD), layout=NHWC)
+    return training_step(net, device, optim.build_optimizer(net, SGD), layout=NHWC)
 
 
 def compiled(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
@@ -119,7 +119,7 @@ def compiled(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
 
     def make_step(device: Device) -> Work:
         net = make().to(device)
-        optimizer = optim.build(net, SGD)
+        optimizer = optim.build_optimizer(net, SGD)
         net.compile()
         work = training_step(net, device, optimizer, layout=NHWC)
         print(f"torch.compile: {seconds(work):.0f} s for the first step", file=sys.stderr, flush=True)
@@ -133,7 +133,7 @@ def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
 
     def make_step(device: Device) -> Work:
         net = make().to(device)
-        optimizer = optim.build(net, SGD)
+        optimizer = optim.build_optimizer(net, SGD)
         net.forward = bf16_autocast(net.forward, torch.device(device))
         return training_step(net, device, optimizer, layout=NHWC)
 

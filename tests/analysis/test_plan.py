@@ -1,9 +1,10 @@
-"""`qbench plan`: what would run, what each layer holds and costs, without data and without training."""
+"""`qbench plan`: the runs and the cost of each layer, without data and without training."""
 
 import functools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,17 +13,17 @@ import torch
 from conftest import ROOT, Configure
 from torch import nn
 
-from qbench.analysis import plan
+from qbench.analysis import plan, step_cost
 from qbench.bits import FLOAT, Bits
 from qbench.config import compose
 from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.cost.layers import Levels, layer_costs
 from qbench.cost.runtimes import BINARY, FPGA, INT8, runs_on
-from qbench.data.spec import outline
+from qbench.data.spec import placeholder_dataset
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
-from qbench.experiment.setup import assemble
+from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.method import Method
 from qbench.quant.quantizer import IdentityQuantizer
 from qbench.report.tables.table import FORMATS, Table
@@ -34,18 +35,18 @@ EXPERIMENTS = sorted(
 Planned = Callable[..., list[Table]]
 
 
-compose_anew = compose.configurations
+compose_uncached = compose.configurations
 
 
 @functools.cache
 def composed(words: tuple[str, ...]) -> list[Config]:
-    """Composing takes longer than planning, and rows that are near each other are composed for each other."""
-    return compose_anew(list(words))
+    """Compose once per command line: this takes longer than planning, and nearby rows compose each other."""
+    return compose_uncached(list(words))
 
 
 @pytest.fixture
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
-    """Return a function from words of a command line to its plan, in a folder without data."""
+    """Return a function from command-line words to the plan, in a directory without data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compose, "configurations", lambda words: composed(tuple(words)))
     return lambda *words: plan.plan([planned_run(config) for config in compose.configurations(list(words))])
@@ -53,10 +54,12 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
 
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.CostEstimator, "_pace", lambda self, parts, model: plan.StepCost(1e-3, 10.0, 1.0))
+    monkeypatch.setattr(
+        step_cost.CostEstimator, "_step_cost", lambda self, setup, model: step_cost.StepCost(1e-3, 10.0, 1.0)
+    )
 
 
-def _lines(table: Table) -> dict[str, dict[str, str]]:
+def _rows_by_name(table: Table) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
 
 
@@ -74,24 +77,24 @@ def test_layers_of_the_default_network_by_hand(planned: Planned, untimed: None) 
     assert found["conv1"]["bitops"] == 64 * 8 * 9 * 32 * 32
     assert found["fc"]["bytes_ideal"] == 4 * (10 * 32 + 10)
     assert found["all"]["bitops"] == (64 * 8 * 9 + 320) * 1024 + 4 * (4 * 36_864 + 2 * 18_432)
-    rows = _lines(layers)
+    rows = _rows_by_name(layers)
     assert rows["layer1.0.conv1"]["quantizers"] == "dorefa.DoReFaWeight dorefa.DoReFaActivation"
     assert [rows["conv1"][key] for key in "WAG"] == ["float"] * 3
     assert {value["run"] for value in runs.values} == {
-        str(one.path)
-        for one in plan._with_baseline(
-            planned_run(compose.configurations(["method=dorefa", "bits=w2a2"])[0]), plan.CostEstimator()
+        str(run.path)
+        for run in plan.with_baseline(
+            planned_run(compose.configurations(["method=dorefa", "bits=w2a2"])[0]), step_cost.CostEstimator()
         )
     }
 
 
-def test_sums_are_what_compare_counts(planned: Planned, untimed: None) -> None:
+def test_sums_equal_those_of_compare(planned: Planned, untimed: None) -> None:
     for words in (("method=ttq",), ("method=qd", "bits.w=4"), ("method=hwgq",), ("method=lsq", "layers.first=8")):
         runs, layers = planned(*words)
         *each, whole = layers.values
         (config,) = compose.configurations(list(words))
-        parts = assemble(config)
-        cost = count_cost(parts.install(parts.float_model()), parts.macs)
+        setup = assemble(config)
+        cost = asdict(count_cost(setup.install(setup.float_model()), setup.macs))
         assert {key: whole[key] for key in cost} == cost, words
         assert {key: runs.values[-1][key] for key in cost} == cost
         rest = cost["params"] - sum(layer["params"] for layer in each)
@@ -108,44 +111,48 @@ def test_sums_are_what_compare_counts(planned: Planned, untimed: None) -> None:
         (("model=alexnet", "dataset=imagenet", "dataset.size=224"), 61_100_840, 714_188_480),
     ],
 )
-def test_networks_for_imagenet_take_no_memory(
+def test_imagenet_networks_are_planned_without_memory(
     planned: Planned, untimed: None, words: tuple[str, ...], params: int, macs: int
 ) -> None:
-    """torchvision's documented parameters; MACs worked out from its layers."""
+    """torchvision's documented parameters; MACs computed from its layers."""
     runs, layers = planned(*words, "method=inq")
     assert (layers.values[-1]["params"], layers.values[-1]["macs"]) == (params, macs)
     (config,) = compose.configurations([*words, "method=inq"])
-    assert next(plan.installed(assemble(config, planned=True))[0].parameters()).device.type == "meta"
+    assert next(step_cost.quantized_network(assemble(config, planned=True))[0].parameters()).device.type == "meta"
     assert runs.values[-1]["steps"] == 30 * (round(0.99 * 1_281_167) // 64)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_plans_without_data(planned: Planned, untimed: None, experiment: str) -> None:
     tables = planned(f"experiment={experiment}")
-    assert len(tables) == 2, "one run, and its layers"
+    assert len(tables) == 2, "one run and its layers"
     assert all(value["state"] == "new" for value in tables[0].values)
     layers = [value for value in tables[1].values if "shape" in value]
     (config,) = compose.configurations([f"experiment={experiment}"])
     if config.bits.w != FLOAT:
         assert any(value["bits"]["w"] < FLOAT for value in layers)
     if not experiment.startswith(("claims/", "smoke")):
-        same = [note for note in tables[1].notes if note.startswith("as experiment=") and note.endswith("key by key")]
-        assert same or config.is_baseline, "two rows of one recipe are each other's nearest"
+        same = [
+            note
+            for note in tables[1].notes
+            if note.startswith("identical to experiment=") and note.endswith("key by key")
+        ]
+        assert same or config.is_baseline, "a row of the same recipe is the nearest one"
     for form in FORMATS.values():
         assert form(tables)
     json.loads(FORMATS["json"](tables))
 
 
-def test_a_sweep_costs_one_look_a_kind(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[str] = []
+def test_a_sweep_estimates_each_network_once(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimated: list[str] = []
 
-    def pace(self: plan.CostEstimator, parts: plan.ExperimentSetup, model: nn.Module) -> plan.StepCost:
-        looked.append(parts.method_name)
-        return plan.StepCost(2e-3, 0.0, 0.0)
+    def fixed_cost(self: step_cost.CostEstimator, setup: ExperimentSetup, model: nn.Module) -> step_cost.StepCost:
+        estimated.append(setup.config.method_name)
+        return step_cost.StepCost(2e-3, 0.0, 0.0)
 
-    monkeypatch.setattr(plan.CostEstimator, "_pace", pace)
+    monkeypatch.setattr(step_cost.CostEstimator, "_step_cost", fixed_cost)
     (table,) = planned("-m", "method=dorefa,ttq,mlq", "bits.w=2", "seed=0,1,2", "bits.a=32,2")
-    assert sorted(looked) == ["dorefa", "dorefa", "float", "mlq", "ttq"]
+    assert sorted(estimated) == ["dorefa", "dorefa", "float", "mlq", "ttq"]
     states = [row[1].partition(":")[0] for row in table.rows]
     assert (states.count("new"), states.count("unsupported")) == (3 + 6 + 3 + 3, 3 + 3), "ttq, mlq: no activations"
     steps = {value["run"]: value.get("steps") for value in table.values}
@@ -155,19 +162,19 @@ def test_a_sweep_costs_one_look_a_kind(planned: Planned, monkeypatch: pytest.Mon
 
 
 def test_time_and_memory_of_a_small_network(planned: Planned) -> None:
-    """What is kept for the backward pass, by hand, of a network without anything else: two inputs and a mask less."""
-    began = time.perf_counter()
+    """The tensors kept for the backward pass of a network of two layers, by hand: the two inputs."""
+    start = time.perf_counter()
     (table, _) = planned("model=resnet50", "dataset=imagenet", "method=lsq")
-    assert time.perf_counter() - began < 60
-    assert any("reckoned from multiply-accumulates" in note for note in table.notes)
+    assert time.perf_counter() - start < 60
+    assert any("estimated from MACs" in note for note in table.notes)
     assert all(value["seconds"] > 0 for value in table.values)
     weights = 4 * 25_557_032
     assert table.values[0]["memory"] > 2 * weights
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4 * 6 * 6, 5, bias=False))
-    images, fixed = plan._saved(model, torch.zeros(7, 3, 8, 8))
+    images, fixed = step_cost.saved_bytes(model, torch.zeros(7, 3, 8, 8))
     assert images == 4 * 7 * (3 * 8 * 8 + 4 * 6 * 6)
     assert fixed == 0, "weights are counted as weights"
-    assert plan._saved(model.to("meta"), torch.zeros(7, 3, 8, 8, device="meta")) == (images, fixed)
+    assert step_cost.saved_bytes(model.to("meta"), torch.zeros(7, 3, 8, 8, device="meta")) == (images, fixed)
 
 
 def test_larger_networks_take_longer(planned: Planned) -> None:
@@ -179,11 +186,11 @@ def _layer(w: Levels | None, a: Levels | None, bits: Bits, rescaled: bool = Fals
     return SimpleNamespace(weights=w, inputs=a, bits=bits, rescaled=rescaled)
 
 
-def test_what_runs_on_what() -> None:
+def test_supported_runtimes() -> None:
     two, four, far = Levels(2, 1, "layer", 1), Levels(4, 1, "channel", 3), Levels(16, 1, "layer", 300)
     uneven, later, bucket = Levels(3, 1, "layer", None), Levels(256, 1, "layer", 0), Levels(16, 1, "256 values", 15)
 
-    def said(w: Levels | None, a: Levels | None, bits: Bits, rescaled: bool = False) -> str:
+    def notes(w: Levels | None, a: Levels | None, bits: Bits, rescaled: bool = False) -> str:
         return "\n".join(runs_on([_layer(w, a, bits, rescaled)]))  # type: ignore[list-item]
 
     names = (BINARY[0], INT8[0], FPGA[0])
@@ -191,30 +198,30 @@ def test_what_runs_on_what() -> None:
         (two, two, (True, True, True)), (four, four, (False, True, True)), (far, four, (False, False, True)),
         (uneven, four, (False, False, False)), (bucket, four, (False, False, False)),
     ):  # fmt: skip
-        text = said(w, a, Bits(4, 4))
+        text = notes(w, a, Bits(4, 4))
         assert tuple(name in text for name in names) == expected, (w, a)
-    assert "simulation only" in said(uneven, four, Bits(4, 4))
-    assert "known only once it has seen data" in said(four, later, Bits(8, 8))
-    assert "computed from each input" in said(two, two, Bits(1, 1), rescaled=True)
-    assert "stored as codes" in said(four, None, Bits(4))
-    assert "weights are float" in said(None, four, Bits(32, 4))
+    assert "simulation only" in notes(uneven, four, Bits(4, 4))
+    assert "known only once it has seen data" in notes(four, later, Bits(8, 8))
+    assert "computed from each input" in notes(two, two, Bits(1, 1), rescaled=True)
+    assert "stored as codes" in notes(four, None, Bits(4))
+    assert "weights are float" in notes(None, four, Bits(32, 4))
     assert runs_on([_layer(None, None, Bits())]) == ["runs on anything: nothing is quantized"]  # type: ignore[list-item]
 
 
-def test_levels_are_the_quantizers_own(configure: Configure) -> None:
+def test_levels_are_those_of_the_quantizers(configure: Configure) -> None:
     for name, bits, weights, inputs in (
         ("twn", "w2", (3, "layer", 1), None), ("ttq", "w2", (3, "layer", None), None),
         ("hwgq", "w1a2", (2, "channel", 1), (4, "layer", 3)),
         ("gupta", "w8a8g8", (256, "layer", 128), (256, "layer", 128)), ("inq", "w3", (5, "layer", 2), None),
     ):  # fmt: skip
-        parts = assemble(configure(f"method={name}", f"bits={bits}"))
-        layer = layer_costs(parts.install(parts.float_model()), parts.method, parts.macs)[2]
+        setup = assemble(configure(f"method={name}", f"bits={bits}"))
+        layer = layer_costs(setup.install(setup.float_model()), setup.method, setup.macs)[2]
         assert layer.weights is not None
         assert (layer.weights.number, layer.weights.per, layer.weights.steps) == weights, name
         assert (layer.inputs and (layer.inputs.number, layer.inputs.per, layer.inputs.steps)) == inputs, name
 
 
-def test_a_method_without_levels_is_no_error() -> None:
+def test_a_method_without_levels_is_allowed() -> None:
     method = Method(
         name="mine", bits=Bits(2), supported_bits={"w": (2,)}, weight=lambda name, layer, bits: IdentityQuantizer()
     )
@@ -223,14 +230,14 @@ def test_a_method_without_levels_is_no_error() -> None:
     assert _levels(method, "weight", (4, 4, 3, 3), 2) is None
 
 
-def test_the_nearest_row_and_how_the_run_departs(planned: Planned, untimed: None) -> None:
+def test_the_nearest_published_row_and_the_differences(planned: Planned, untimed: None) -> None:
     notes = planned("method=ttq", "model=resnet20", "dataset=cifar10", "epochs=7")[1].notes
     nearest = next(note for note in notes if note.startswith("nearest published row: experiment=ttq/resnet20"))
-    assert "epochs=7 (there 400)" in nearest
+    assert "epochs=7 (published: 400)" in nearest
     assert "schedule=" in nearest
     assert any("DoReFa has no CIFAR-10 result" in n for n in planned("method=dorefa", "dataset=cifar10")[1].notes)
-    (said,) = [n for n in planned("method=uniform")[1].notes if "ledger" in n]
-    assert "no recipe for uniform" in said
+    (note,) = [n for n in planned("method=uniform")[1].notes if "recipe" in n]
+    assert "no published figures have a recipe for uniform" in note
 
 
 @pytest.mark.parametrize(
@@ -246,10 +253,10 @@ def test_keys_are_checked_without_data(planned: Planned, words: str, phrase: str
         planned(*words.split())
 
 
-def test_outlines_are_what_the_loaders_give(configure: Configure) -> None:
+def test_dataset_specs_equal_the_loaded_data_sets(configure: Configure) -> None:
     for name, train in (("glyphs", 340), ("synthetic", 100)):
         config = configure(f"dataset={name}", f"dataset.train={train}", "dataset.test=34")
-        known, read = outline(config.dataset), assemble(config).data
+        known, read = placeholder_dataset(config.dataset), assemble(config).data
         assert known is not None
-        assert (known.shape, known.classes, known.made) == (read.shape, read.classes, read.made)
+        assert (known.shape, known.classes, known.synthetic) == (read.shape, read.classes, read.synthetic)
         assert (len(known.train) + len(known.val), len(known.test)) == (len(read.train) + len(read.val), len(read.test))

@@ -9,15 +9,24 @@ import pytest
 import torch
 
 from qbench.data import digits, svhn, synthetic
-from qbench.data.augment import ATTEMPTS, COLOUR, CROP, centred, coloured, random_box
-from qbench.data.dataset import PIXELS, Augment, Dataset, Loader, Split, augmented, split_validation
-from qbench.data.normalize import FIXED, statistics
+from qbench.data.augment import (
+    BOX_ATTEMPTS,
+    COLOUR_DRAWS,
+    CROP_DRAWS,
+    Augment,
+    adjust_colours,
+    center_crop,
+    crop_and_flip,
+    random_box,
+)
+from qbench.data.dataset import MAX_EVALUATION_PIXELS, Dataset, Loader, Split, split_validation
+from qbench.data.normalize import FIXED, normalization
 from qbench.system.torchvision import torchvision
 
 CPU = torch.device("cpu")
 
 
-def made(count: int = 100, **options: object) -> Dataset:
+def small_dataset(count: int = 100, **options: object) -> Dataset:
     return synthetic.build(train=count, test=20, size=8, **options)  # type: ignore[arg-type]
 
 
@@ -26,8 +35,8 @@ def random_images(count: int, channels: int, height: int, width: int) -> torch.T
     return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
 
 
-def of(images: torch.Tensor, augment: Augment) -> Dataset:
-    """Return a data set of these images in every split, each labelled by its number."""
+def dataset_of(images: torch.Tensor, augment: Augment) -> Dataset:
+    """Return a data set with these images in every split; the labels are their indices."""
     split, channels = Split(images, torch.arange(len(images))), images.shape[1]
     mean, std = (0.49, 0.48, 0.45)[:channels], (0.25, 0.24, 0.26)[:channels]
     return Dataset(
@@ -35,8 +44,8 @@ def of(images: torch.Tensor, augment: Augment) -> Dataset:
     )  # fmt: skip
 
 
-def plain_augmented(image_CHW: torch.Tensor, draw: torch.Tensor, augment: Augment) -> torch.Tensor:
-    """Crop and mirror one image, pixel by pixel: the definition that stored runs rely on."""
+def reference_augmented(image_CHW: torch.Tensor, draw: torch.Tensor, augment: Augment) -> torch.Tensor:
+    """Crop and mirror one image pixel by pixel: the definition that stored runs depend on."""
     _, height, width = image_CHW.shape
     dy, dx = (int(uniform * (2 * augment.pad + 1)) - augment.pad for uniform in draw[:2])
     cropped = torch.zeros_like(image_CHW)
@@ -49,7 +58,7 @@ def plain_augmented(image_CHW: torch.Tensor, draw: torch.Tensor, augment: Augmen
     return cropped
 
 
-def test_digits_are_scikit_learns() -> None:
+def test_digits_equal_those_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     theirs, ours = load_digits(), digits.read()
@@ -57,7 +66,7 @@ def test_digits_are_scikit_learns() -> None:
     assert torch.equal(ours.labels, torch.from_numpy(theirs.target))
 
 
-def test_digits_are_split_once_and_for_all() -> None:
+def test_split_of_the_digits_is_fixed() -> None:
     data = digits.build()
     assert len(data.train) + len(data.val) + len(data.test) == 1797
     assert len(data.test) == pytest.approx(1797 / 4, abs=5)
@@ -70,7 +79,7 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert digits.build(val=0.0).fingerprint()["val_images"] == 0
 
 
-def test_hold_out_is_stratified_and_refuses_empty_parts() -> None:
+def test_validation_split_is_stratified_and_never_empty() -> None:
     split = Split(torch.zeros(100, 1, 2, 2, dtype=torch.uint8), torch.arange(100) % 4)
     train, held = split_validation(split, 0.2)
     assert held.labels.bincount().tolist() == [5, 5, 5, 5]
@@ -80,13 +89,13 @@ def test_hold_out_is_stratified_and_refuses_empty_parts() -> None:
             split_validation(split, val)
 
 
-def test_order_and_augmentation_follow_from_seed_epoch_and_place() -> None:
-    data = Dataset(**{**vars(made()), "augment": Augment(pad=2, flip=True)})
+def test_order_and_augmentation_depend_on_seed_epoch_and_position() -> None:
+    data = Dataset(**{**vars(small_dataset()), "augment": Augment(pad=2, flip=True)})
     loader = Loader(data, 16, 3, CPU)
     whole = list(loader.train(5))
     assert len(whole) == loader.steps == len(data.train) // 16
     torch.manual_seed(99)
-    torch.rand(7)  # the global generator has no say
+    torch.rand(7)  # the global generator must not matter
     for (x, y), (x2, y2) in zip(whole[3:], Loader(data, 16, 3, CPU).train(5, start=3), strict=True):
         assert torch.equal(x, x2)
         assert torch.equal(y, y2)
@@ -96,22 +105,22 @@ def test_order_and_augmentation_follow_from_seed_epoch_and_place() -> None:
     assert not torch.equal(labels, data.train.labels[: len(labels)])
 
 
-def test_an_image_is_augmented_the_same_in_any_batch() -> None:
-    data = Dataset(**{**vars(made()), "augment": Augment(pad=2)})
+def test_augmentation_of_an_image_does_not_depend_on_the_batch_size() -> None:
+    data = Dataset(**{**vars(small_dataset()), "augment": Augment(pad=2)})
     wide, narrow = (torch.cat([x for x, _ in Loader(data, size, 0, CPU).train(0)])[:30] for size in (30, 10))
     assert torch.equal(wide, narrow)
 
 
-def test_an_image_is_augmented_the_same_by_any_number_of_threads() -> None:
-    loader, found = Loader(of(random_images(300, 3, 32, 32), Augment(4, True)), 150, 0, CPU), []
+def test_augmentation_does_not_depend_on_the_number_of_threads() -> None:
+    loader, found = Loader(dataset_of(random_images(300, 3, 32, 32), Augment(4, True)), 150, 0, CPU), []
     for count in (1, 2):
         torch.set_num_threads(count)
         found.append(torch.cat([x for x, _ in loader.train(0)]))
     assert torch.equal(*found)
 
 
-def test_every_image_once_an_epoch() -> None:
-    data = made(96, val=0.0)
+def test_every_image_occurs_once_per_epoch() -> None:
+    data = small_dataset(96, val=0.0)
     marked = Split(data.train.images, torch.arange(96))
     loader = Loader(Dataset(**{**vars(data), "train": marked}), 32, 0, CPU)
     assert torch.cat([y for _, y in loader.train(0)]).sort().values.tolist() == list(range(96))
@@ -119,41 +128,39 @@ def test_every_image_once_an_epoch() -> None:
 
 def test_crop_and_flip_by_hand() -> None:
     image = torch.arange(1, 10, dtype=torch.uint8).reshape(1, 1, 3, 3)
-    cases = {  # draws: vertical, horizontal, mirror; crop of an image padded by 1, place 0 is up and left
+    cases = {  # draws: vertical, horizontal, mirror; crop of an image padded by 1; place 0 is at the top left
         (0.0, 0.5, 0.9): [[0, 0, 0], [1, 2, 3], [4, 5, 6]],
         (0.5, 0.0, 0.9): [[0, 1, 2], [0, 4, 5], [0, 7, 8]],
         (0.99, 0.99, 0.9): [[5, 6, 0], [8, 9, 0], [0, 0, 0]],
         (0.5, 0.5, 0.1): [[3, 2, 1], [6, 5, 4], [9, 8, 7]],
     }
     for draws, expected in cases.items():
-        cropped = augmented(image, torch.tensor([draws]), Augment(pad=1, flip=True))
+        cropped = crop_and_flip(image, torch.tensor([draws]), Augment(pad=1, flip=True))
         assert cropped[0, 0].tolist() == expected, draws
-    repeated = augmented(image, torch.tensor([[0.0, 0.5, 0.9]]), Augment(pad=1, replicate=True))
+    repeated = crop_and_flip(image, torch.tensor([[0.0, 0.5, 0.9]]), Augment(pad=1, replicate=True))
     assert repeated[0, 0].tolist() == [[1, 2, 3], [1, 2, 3], [4, 5, 6]]
-    assert augmented(image, torch.tensor([[0.0, 0.0, 0.0]]), Augment()) is image
+    assert crop_and_flip(image, torch.tensor([[0.0, 0.0, 0.0]]), Augment()) is image
 
 
 @pytest.mark.parametrize("replicate", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("pad", [0, 1, 3, 7])
 @pytest.mark.parametrize("shape", [(3, 6, 5), (1, 4, 7)])
-def test_crop_and_flip_are_the_plain_definitions(
-    shape: tuple[int, int, int], pad: int, flip: bool, replicate: bool
-) -> None:
+def test_crop_and_flip_equal_the_reference(shape: tuple[int, int, int], pad: int, flip: bool, replicate: bool) -> None:
     augment, images = Augment(pad, flip, replicate), random_images(12, *shape)
     draws = torch.rand(12, 3, generator=torch.Generator().manual_seed(pad))
     draws[0], draws[1] = 0.0, 1 - 2**-24  # the ends of torch.rand's range
-    expected = torch.stack([plain_augmented(*pair, augment) for pair in zip(images, draws, strict=True)])
+    expected = torch.stack([reference_augmented(*pair, augment) for pair in zip(images, draws, strict=True)])
     for source in (images, images.contiguous(memory_format=torch.channels_last)):
-        assert torch.equal(augmented(source, draws, augment), expected)
+        assert torch.equal(crop_and_flip(source, draws, augment), expected)
     for count in (0, 1):
-        assert torch.equal(augmented(images[:count], draws[:count], augment), expected[:count])
+        assert torch.equal(crop_and_flip(images[:count], draws[:count], augment), expected[:count])
 
 
 @pytest.mark.parametrize("augment", [Augment(), Augment(2, True), Augment(2, False, True)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_batch_is_the_plain_definition_bit_for_bit(channels: int, augment: Augment) -> None:
-    data = of(random_images(20, channels, 6, 5), augment)
+def test_batch_equals_the_reference_bit_for_bit(channels: int, augment: Augment) -> None:
+    data = dataset_of(random_images(20, channels, 6, 5), augment)
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"order 7 11").digest()[:8]) >> 1)
     order, draws = torch.randperm(20, generator=generator), torch.rand(20, 3, generator=generator)
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (data.mean, data.std))
@@ -162,29 +169,29 @@ def test_a_batch_is_the_plain_definition_bit_for_bit(channels: int, augment: Aug
     for x, labels in batches:
         assert x.stride() == torch.empty(x.shape, memory_format=torch.channels_last).stride()
         for got, n in zip(x, labels, strict=True):
-            image = plain_augmented(data.train.images[n], draws[n], augment)
+            image = reference_augmented(data.train.images[n], draws[n], augment)
             assert torch.equal(got, (image.float() - 255 * mean) * (1 / (255 * std)))
 
 
 @pytest.mark.parametrize("replicate", [False, True])
-def test_augmentation_reads_no_value_back_from_the_device(replicate: bool) -> None:
+def test_augmentation_does_not_read_values_from_the_device(replicate: bool) -> None:
     images = torch.empty(4, 3, 6, 5, dtype=torch.uint8, device="meta")  # a device without values
-    found = augmented(images, torch.empty(4, 3, device="meta"), Augment(2, True, replicate))
+    found = crop_and_flip(images, torch.empty(4, 3, device="meta"), Augment(2, True, replicate))
     assert (found.shape, found.dtype, found.device.type) == (images.shape, torch.uint8, "meta")
 
 
-def test_shifts_are_uniform_and_differ_by_image() -> None:
+def test_shifts_are_uniform_and_differ_between_images() -> None:
     images = torch.zeros(4000, 1, 5, 5, dtype=torch.uint8)
     images[:, 0, 2, 2] = 1
     draws = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
-    found = augmented(images, draws, Augment(pad=1)).flatten(1).argmax(1).bincount(minlength=25)
+    found = crop_and_flip(images, draws, Augment(pad=1)).flatten(1).argmax(1).bincount(minlength=25)
     assert (found > 0).sum() == 9
     assert (found[found > 0] - 4000 / 9).abs().max() < 5 * (4000 / 9) ** 0.5
 
 
-def test_normalized_in_channels_last() -> None:
-    data = made()
-    x, _ = next(iter(Loader(data, 50, 0, CPU).plain("train")))
+def test_batches_are_normalized_and_in_channels_last() -> None:
+    data = small_dataset()
+    x, _ = next(iter(Loader(data, 50, 0, CPU).unaugmented("train")))
     expected = (data.train.images.double() / 255 - torch.tensor(data.mean).reshape(1, -1, 1, 1)) / torch.tensor(
         data.std
     ).reshape(1, -1, 1, 1)
@@ -195,39 +202,41 @@ def test_normalized_in_channels_last() -> None:
     assert (x <= high + 1e-5).all()
 
 
-def test_a_batch_wider_than_the_set_is_the_set() -> None:
-    loader = Loader(made(50, val=0.0), 64, 0, CPU)
+def test_batch_size_is_limited_to_the_number_of_images() -> None:
+    loader = Loader(small_dataset(50, val=0.0), 64, 0, CPU)
     assert (loader.steps, len(next(iter(loader.train(0)))[1])) == (1, 50)
 
 
-def test_plain_batches_are_in_order_and_limited() -> None:
-    data = made()
+def test_unaugmented_batches_are_in_order_and_limited() -> None:
+    data = small_dataset()
     loader = Loader(data, 16, 0, CPU)
-    labels = torch.cat([y for _, y in loader.plain("train", limit=33, size=10)])
+    labels = torch.cat([y for _, y in loader.unaugmented("train", limit=33, size=10)])
     assert torch.equal(labels, data.train.labels[:33])
-    assert len(list(islice(loader.plain("test", size=8), 10))) == 3
+    assert len(list(islice(loader.unaugmented("test", size=8), 10))) == 3
 
 
-def test_synthetic_refuses_nonsense() -> None:
+def test_synthetic_refuses_values_out_of_range() -> None:
     for options in ({"train": 0}, {"signal": 2.0}):
         with pytest.raises(ValueError, match="allowed"):
             synthetic.build(**options)  # type: ignore[arg-type]
 
 
 def box(height: int, width: int, *attempts: float, area: float = 0.08, place: float = 0.0) -> tuple[int, int, int, int]:
-    filled = [*attempts, *([1.0, 0.0] * ATTEMPTS)][: 2 * ATTEMPTS]
-    return random_box(height, width, [place, place] + [0.0] * (CROP + COLOUR - 2) + filled, area)
+    filled = [*attempts, *([1.0, 0.0] * BOX_ATTEMPTS)][: 2 * BOX_ATTEMPTS]
+    return random_box(height, width, [place, place] + [0.0] * (CROP_DRAWS + COLOUR_DRAWS - 2) + filled, area)
 
 
 def test_random_boxes_by_hand() -> None:
-    """Szegedy et al. 2014, section 6: 8 % to 100 % of the area, aspect 3/4 to 4/3, uniform on a logarithmic scale."""
-    assert box(100, 100, 1.0, 0.5) == (0, 0, 100, 100)  # all of it, square: the middle of the scale
+    """Szegedy et al. 2014, section 6: 8 % to 100 % of the area, aspect 3/4 to 4/3, uniform on a
+    logarithmic scale.
+    """
+    assert box(100, 100, 1.0, 0.5) == (0, 0, 100, 100)  # the whole image, square: the middle of the scale
     assert box(100, 100, 0.0, 0.5) == (0, 0, 28, 28)  # 800 pixels
     assert box(100, 100, 0.0, 0.0) == (0, 0, 33, 24)  # sqrt(800 / 0.75) and sqrt(800 * 0.75)
     assert box(100, 100, 0.0, 1.0) == (0, 0, 24, 33)
     assert box(100, 100, 1.0, 0.0, 0.0, 0.5) == (0, 0, 28, 28)  # 115 rows do not fit: the second attempt
     assert box(100, 100, 0.0, 0.5, place=0.999) == (72, 72, 28, 28)
-    # nothing fits: the greatest box in the centre whose aspect is allowed
+    # nothing fits: the largest box in the centre with an allowed aspect
     assert box(30, 300, *[1.0, 0.5] * 10) == (0, 130, 30, 40)
     assert box(300, 30, *[1.0, 0.5] * 10) == (130, 0, 40, 30)
     assert box(100, 100, *[1.0, 0.0] * 10, area=1.0) == (0, 0, 100, 100)
@@ -266,50 +275,52 @@ def random_batch(count: int = 5) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_brightness_and_contrast_are_tensorpacks() -> None:
-    """x + v, then (x - mean) * factor + mean for each channel, both kept in 0 to 255 (its imgaug, see svhn.py)."""
+def test_brightness_and_contrast_equal_tensorpack() -> None:
+    """x + v, then (x - mean) * factor + mean for each channel, both kept in 0 to 255 (its imgaug,
+    see svhn.py).
+    """
     batch, augment = random_batch(), Augment(brightness=30, contrast=0.5)
     draws = torch.rand(5, augment.draws, generator=torch.Generator().manual_seed(2))
-    found = coloured(batch, draws, augment)
+    found = adjust_colours(batch, draws, augment)
     for i in range(5):
-        v, factor = 30 * (2 * draws[i, CROP].item() - 1), 0.5 + draws[i, CROP + 1].item()
+        v, factor = 30 * (2 * draws[i, CROP_DRAWS].item() - 1), 0.5 + draws[i, CROP_DRAWS + 1].item()
         shifted = np.clip(batch[i].numpy().astype(np.float64) + v, 0, 255)
         mean = shifted.mean((1, 2), keepdims=True)
         np.testing.assert_allclose(found[i], np.clip((shifted - mean) * factor + mean, 0, 255), atol=1e-3)
     extreme = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.5, 0.0, 0.0]])
-    ends = coloured(batch[:2], extreme, augment)
+    ends = adjust_colours(batch[:2], extreme, augment)
     torch.testing.assert_close(ends[0], (batch[0].float() - 30).clamp(0, 255))
     half = batch[1].float()
     torch.testing.assert_close(ends[1], (half + half.mean((1, 2), keepdim=True)) / 2)
 
 
-def test_jitter_is_torchvisions() -> None:
+def test_jitter_equals_torchvision() -> None:
     torchvision()
     from torchvision.transforms import functional as theirs
 
     batch, augment = random_batch(), Augment(jitter=0.4)
     draws = torch.rand(5, augment.draws, generator=torch.Generator().manual_seed(2))
-    found = coloured(batch, draws, augment) / 255
+    found = adjust_colours(batch, draws, augment) / 255
     for i in range(5):
-        factors = [1 + 0.4 * (2 * u - 1) for u in draws[i, CROP:].tolist()]
+        factors = [1 + 0.4 * (2 * u - 1) for u in draws[i, CROP_DRAWS:].tolist()]
         one = theirs.adjust_brightness(batch[i].float() / 255, factors[0])
         one = theirs.adjust_saturation(theirs.adjust_contrast(one, factors[1]), factors[2])
         torch.testing.assert_close(found[i], one, atol=2e-4, rtol=0)  # torchvision writes .2989 and .587 of grey
 
 
-def test_colours_left_alone_are_the_images() -> None:
+def test_images_are_returned_if_colours_do_not_change() -> None:
     batch = random_batch()
-    assert coloured(batch, torch.rand(5, 3), Augment(4, True)) is batch
+    assert adjust_colours(batch, torch.rand(5, 3), Augment(4, True)) is batch
     grey = batch[:, :1]
-    assert coloured(grey, torch.full((5, 6), 0.5), Augment(jitter=0.4)).shape == grey.shape
+    assert adjust_colours(grey, torch.full((5, 6), 0.5), Augment(jitter=0.4)).shape == grey.shape
 
 
 def test_svhn_at_40_pixels_with_brightness_and_contrast() -> None:
     split = Split(random_batch(12).repeat(1, 1, 8, 6)[:, :, :32, :32], torch.arange(12) % 10)
-    found = svhn.resized(split, 40)
+    found = svhn.resize_split(split, 40)
     assert found.images.shape == (12, 3, 40, 40)
     x, weights = split.images[3, 1].double(), torch.zeros(40, 32, dtype=torch.float64)
-    for i in range(40):  # the pixel's centre lies between those of two old ones
+    for i in range(40):  # the centre of the new pixel is between two old centres
         place = (i + 0.5) * 32 / 40 - 0.5
         low = min(max(math.floor(place), 0), 31)
         share = min(max(place - low, 0.0), 1.0)
@@ -317,14 +328,14 @@ def test_svhn_at_40_pixels_with_brightness_and_contrast() -> None:
         weights[i, min(low + 1, 31)] += share
     expected = weights @ x @ weights.T
     assert (found.images[3, 1].double() - expected).abs().max() <= 0.5 + 1e-3
-    assert svhn.resized(split, 32) is split
+    assert svhn.resize_split(split, 32) is split
     augment = Augment(brightness=30, contrast=0.5)
-    mean, std = statistics("by256", found.images)
+    mean, std = normalization("by256", found.images)
     data = Dataset(
         name="svhn", train=found, val=found.take(torch.arange(0)), test=found, classes=10, mean=mean, std=std,
         augment=augment,
     )  # fmt: skip
-    x, _ = next(iter(Loader(data, 12, 0, CPU).plain("test")))
+    x, _ = next(iter(Loader(data, 12, 0, CPU).unaugmented("test")))
     torch.testing.assert_close(x, found.images.float() / 256)
     trained = torch.cat([x for x, _ in Loader(data, 12, 0, CPU).train(0)])
     assert trained.min() >= 0
@@ -337,12 +348,12 @@ def test_svhn_at_40_pixels_with_brightness_and_contrast() -> None:
         assert torch.equal(y, v)
 
 
-def test_normalizations() -> None:
+def test_named_normalizations() -> None:
     batch = random_batch()
-    assert statistics("unit", batch) == ((0.0,) * 3, (1.0,) * 3)
-    assert statistics("half", batch[:, :1]) == ((0.5,), (0.5,))
-    with pytest.raises(ValueError, match="is for 3 channels; here are 1"):
-        statistics("imagenet", batch[:, :1])
+    assert normalization("unit", batch) == ((0.0,) * 3, (1.0,) * 3)
+    assert normalization("half", batch[:, :1]) == ((0.5,), (0.5,))
+    with pytest.raises(ValueError, match="is for 3 channels, and the images have 1"):
+        normalization("imagenet", batch[:, :1])
     torchvision()
     from torchvision.transforms._presets import ImageClassification
 
@@ -350,22 +361,22 @@ def test_normalizations() -> None:
     assert FIXED["imagenet"] == (tuple(theirs.mean), tuple(theirs.std))
 
 
-def test_crops_of_images_in_memory_are_the_slow_definition() -> None:
+def test_crops_of_images_in_memory_equal_the_reference() -> None:
     batch = random_batch(8).repeat(1, 1, 3, 2)
     draws = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
-    found = augmented(batch, draws, Augment(1, True, size=7))
+    found = crop_and_flip(batch, draws, Augment(1, True, size=7))
     for image, draw, got in zip(batch, draws, found, strict=True):
         wide = torch.nn.functional.pad(image, (1, 1, 1, 1))
         top, left = int(draw[0] * 8), int(draw[1] * 8)
         crop = wide[:, top : top + 7, left : left + 7]
         assert torch.equal(got, crop.flip(2) if draw[2] < 0.5 else crop)
-    same = plain_augmented(batch[0], draws[0], Augment(1, True))
-    assert torch.equal(augmented(batch[:1], draws[:1], Augment(1, True))[0], same)
-    assert torch.equal(centred(batch, 7), batch[:, :, 2:9, 2:9])
+    same = reference_augmented(batch[0], draws[0], Augment(1, True))
+    assert torch.equal(crop_and_flip(batch[:1], draws[:1], Augment(1, True))[0], same)
+    assert torch.equal(center_crop(batch, 7), batch[:, :, 2:9, 2:9])
 
 
 def test_large_images_are_evaluated_in_small_batches() -> None:
     many = Split(torch.zeros(100, 1, 400, 400, dtype=torch.uint8), torch.arange(100))
     data = Dataset(name="big", train=many, val=many, test=many, classes=2, mean=(0.0,), std=(1.0,))
-    sizes = [len(y) for _, y in Loader(data, 4, 0, CPU).plain("test")]
-    assert sizes == [PIXELS // 160_000, 100 - PIXELS // 160_000]
+    sizes = [len(y) for _, y in Loader(data, 4, 0, CPU).unaugmented("test")]
+    assert sizes == [MAX_EVALUATION_PIXELS // 160_000, 100 - MAX_EVALUATION_PIXELS // 160_000]

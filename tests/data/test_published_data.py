@@ -1,13 +1,12 @@
-"""Loaders of the published data sets, on small files in the real ones' formats; nothing comes from the network."""
+"""Loaders of the published data sets, on small files in the original formats, without network
+access.
+"""
 
 import gzip
 import hashlib
 import http.server
-import os
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,12 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Configure
+from conftest import Configure
 
+from qbench.cli.main import main as cli
 from qbench.config import groups
 from qbench.config.registry import create
 from qbench.data import cifar10, cifar100, fashion_mnist, mnist, svhn
-from qbench.data.dataset import Augment, Dataset, mean_and_std
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset
+from qbench.data.normalize import mean_and_std
 from qbench.errors import DataError, ResourceError
 from qbench.system.torchvision import torchvision
 
@@ -40,18 +42,20 @@ LABELS = {"cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10, "svh
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Any attempt to connect or to look up a name fails the test, whatever catches exceptions on the way."""
-    touched = []
+    """Fail the test at any attempt to connect or to look up a name, even if the exception is
+    caught.
+    """
+    attempts = []
 
     def refuse(*arguments: object, **options: object) -> None:
-        touched.append(arguments)
+        attempts.append(arguments)
         raise OSError("no network in this test")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     yield
-    assert not touched
+    assert not attempts
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ def datasets() -> ModuleType:
     return torchvision().datasets  # type: ignore[no-any-return]
 
 
-def drawn(count: int, *shape: int, seed: int = 0) -> np.ndarray:
+def random_bytes(count: int, *shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
@@ -67,7 +71,7 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-# Python 2's pickle of a dictionary with an array, opcode by opcode, as the CIFAR files have it.
+# Python 2's pickle of a dictionary with an array, opcode by opcode, as in the CIFAR files.
 
 
 def _text(value: str | bytes) -> bytes:
@@ -93,7 +97,9 @@ def _pickle(value: object) -> bytes:
 
 
 def write_cifar(root: Path, kind: Any, monkeypatch: pytest.MonkeyPatch, count: int = 40) -> dict[str, np.ndarray]:
-    """Write the files of torchvision's class `kind`, `count` images each, and make their md5 the expected ones."""
+    """Write the files of torchvision's class `kind`, `count` images each, and make their md5 the
+    expected ones.
+    """
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
     hundred = kind.__name__ == "CIFAR100"
@@ -101,10 +107,10 @@ def write_cifar(root: Path, kind: Any, monkeypatch: pytest.MonkeyPatch, count: i
     for key in ("train_list", "test_list"):
         listed = []
         for i, (name, _) in enumerate(getattr(kind, key)):
-            pixels = written[name] = drawn(count, 3072, seed=i + 10 * (key == "test_list"))
+            pixels = written[name] = random_bytes(count, 3072, seed=i + 10 * (key == "test_list"))
             labels = [j % classes for j in range(count)]
-            told: dict[str, object] = {"fine_labels": labels, "coarse_labels": [0] * count}
-            content = {"batch_label": name, "data": pixels} | (told if hundred else {"labels": labels})
+            fine: dict[str, object] = {"fine_labels": labels, "coarse_labels": [0] * count}
+            content = {"batch_label": name, "data": pixels} | (fine if hundred else {"labels": labels})
             (folder / name).write_bytes(b"\x80\x02" + _pickle(content) + b".")
             listed.append([name, md5(folder / name)])
         monkeypatch.setattr(kind, key, listed)
@@ -123,7 +129,7 @@ def write_mnist(folder: Path, packed: bool = False, count: int = 40) -> dict[str
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for seed, (part, n) in enumerate({"train": count, "t10k": count // 2}.items()):
-        arrays[f"{part}-images-idx3-ubyte"] = drawn(n, 28, 28, seed=seed)
+        arrays[f"{part}-images-idx3-ubyte"] = random_bytes(n, 28, 28, seed=seed)
         arrays[f"{part}-labels-idx1-ubyte"] = np.arange(n, dtype=np.uint8) % 10
     for name, values in arrays.items():
         path = folder / (f"{name}.gz" if packed else name)
@@ -140,7 +146,7 @@ def write_svhn(
     root.mkdir(parents=True, exist_ok=True)
     listed, written = dict(kind.split_list), {}
     for seed, (part, count) in enumerate(counts.items()):
-        images, labels = drawn(count, 32, 32, 3, seed=seed), np.arange(count, dtype=np.uint8) % 10 + 1
+        images, labels = random_bytes(count, 32, 32, 3, seed=seed), np.arange(count, dtype=np.uint8) % 10 + 1
         path = root / f"{part}_32x32.mat"
         savemat(path, {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None]}, do_compression=True)
         listed[part] = [listed[part][0], path.name, md5(path)]
@@ -150,7 +156,7 @@ def write_svhn(
 
 
 def write(name: str, root: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write one of the sets, small, whichever it is."""
+    """Write a small version of any of the data sets."""
     if name.startswith("cifar"):
         write_cifar(root, getattr(datasets, name.upper()), monkeypatch, count=200 if name == "cifar100" else 40)
     elif name == "svhn":
@@ -161,13 +167,13 @@ def write(name: str, root: Path, datasets: ModuleType, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.usefixtures("offline")
-def test_what_every_loader_returns(
+def test_every_loader_returns_three_splits(
     name: str, tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(name, tmp_path, datasets, monkeypatch)
     data = BUILDS[name](root=str(tmp_path), val=0.5)
     whole = BUILDS[name](root=str(tmp_path), val=0.0)
-    assert (data.name, data.classes, data.made) == (name, LABELS[name], False)
+    assert (data.name, data.classes, data.synthetic) == (name, LABELS[name], False)
     assert data.shape == ((1, 28, 28) if "mnist" in name else (3, 32, 32))
     for split in (data.train, data.val, data.test, whole.train, whole.val):
         assert split.images.dtype == torch.uint8
@@ -185,7 +191,7 @@ def test_what_every_loader_returns(
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_the_yaml_is_the_loader(
+def test_the_yaml_gives_the_same_data_set(
     name: str, configure: Configure, tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(name, tmp_path / "data", datasets, monkeypatch)
@@ -195,7 +201,7 @@ def test_the_yaml_is_the_loader(
     assert name in groups.option_names("dataset")
 
 
-def test_usual_augmentation(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_augmentation(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {
         "cifar10": Augment(4, True), "cifar100": Augment(4, True), "svhn": Augment(4),
         "mnist": Augment(), "fashion_mnist": Augment(4, True),
@@ -230,9 +236,9 @@ def test_cifar_pixels_stay_in_order(
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["ubyte", "gz"])
-def test_mnist_reads_both_forms_and_writes_nothing(packed: bool, tmp_path: Path) -> None:
+def test_mnist_reads_packed_and_unpacked_files_and_writes_nothing(packed: bool, tmp_path: Path) -> None:
     arrays = write_mnist(tmp_path / "MNIST" / "raw", packed)
-    if not packed:  # what lies there unpacked counts, also for torchvision
+    if not packed:  # unpacked files have priority, as in torchvision
         (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(b"half a download")
     before = sorted(tmp_path.rglob("*"))
     data = mnist.build(root=str(tmp_path), val=0.0)
@@ -246,7 +252,7 @@ def test_mnist_reads_both_forms_and_writes_nothing(packed: bool, tmp_path: Path)
 
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.usefixtures("offline")
-def test_download_of_what_is_there_does_nothing(
+def test_download_of_existing_files_does_nothing(
     name: str, tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(name, tmp_path, datasets, monkeypatch)
@@ -262,7 +268,7 @@ def test_mnist_agrees_with_torchvision(tmp_path: Path, datasets: ModuleType) -> 
     assert torch.equal(theirs.targets, ours.train.labels)
 
 
-def test_svhn_parts_labels_and_axes(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_labels_and_axes_of_svhn(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     written = write_svhn(tmp_path, datasets.SVHN, monkeypatch, train=30, extra=50, test=20)
     build = partial(svhn.build, root=str(tmp_path), val=0.0)
     assert [len(build(split=s).train) for s in ("train", "extra", "both")] == [30, 50, 80]
@@ -270,14 +276,16 @@ def test_svhn_parts_labels_and_axes(tmp_path: Path, datasets: ModuleType, monkey
     images, labels = (np.concatenate(parts) for parts in zip(written["train"], written["extra"], strict=True))
     assert torch.equal(both.train.images, torch.from_numpy(images).movedim(3, 1))
     assert both.train.labels.tolist() == [int(y) % 10 for y in labels]
-    assert both.test.labels[9] == 0, "the files call the digit 0 a 10"
+    assert both.test.labels[9] == 0, "the digit 0 is 10 in the files"
     assert {build(split=s).fingerprint()["test_sha256"] for s in svhn.SPLITS} == {both.fingerprint()["test_sha256"]}
     with pytest.raises(ValueError, match="split=all: allowed are train, extra, both"):
         build(split="all")
 
 
 def test_svhn_as_in_dorefas_script(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resized to 40x40, brightness and contrast changed, divided by 256; nothing is cropped or held out."""
+    """Resized to 40x40, brightness and contrast changed, divided by 256, no crop, no validation
+    split.
+    """
     write_svhn(tmp_path, datasets.SVHN, monkeypatch, train=30, extra=50, test=20)
     data = svhn.build(
         root=str(tmp_path), split="both", val=0.0, size=40, pad=0, brightness=30, contrast=0.5, normalize="by256"
@@ -300,7 +308,7 @@ def test_named_normalizations(name: str, tmp_path: Path, datasets: ModuleType, m
         BUILDS[name](root=str(tmp_path), val=0.0, normalize="theirs")
 
 
-def test_svhn_asks_only_for_what_the_split_needs(
+def test_svhn_needs_only_the_files_of_the_split(
     tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_svhn(tmp_path, datasets.SVHN, monkeypatch, train=30, test=20)
@@ -320,7 +328,7 @@ def test_svhn_asks_only_for_what_the_split_needs(
     ],
 )
 @pytest.mark.usefixtures("offline")
-def test_missing_files(
+def test_errors_name_missing_files(
     name: str, folder: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -365,7 +373,7 @@ def damage(path: Path, how: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("offline")
-def test_damaged_files_are_named(
+def test_errors_name_damaged_files(
     name: str, file: str, how: str, tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(name, tmp_path, datasets, monkeypatch)
@@ -375,7 +383,7 @@ def test_damaged_files_are_named(
         plain.unlink()
     damage(tmp_path / file, how)
     if how == "flipped" and "mnist" in name and not file.endswith(".gz"):
-        return  # one bit of an unpacked IDX file: no checksum anywhere, and torchvision reads it too
+        return  # one bit of an unpacked IDX file: the format has no checksum, and torchvision reads it too
     with pytest.raises(DataError) as raised:
         BUILDS[name](root=str(tmp_path))
     first, *rest = str(raised.value).splitlines()
@@ -384,7 +392,7 @@ def test_damaged_files_are_named(
     assert "dataset.download=true" in rest[1]
 
 
-def test_a_pickle_with_another_md5_is_not_opened(
+def test_a_pickle_with_another_md5_is_not_unpickled(
     tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cifar(tmp_path, datasets.CIFAR10, monkeypatch)
@@ -396,7 +404,7 @@ def test_a_pickle_with_another_md5_is_not_opened(
     assert not trap.exists()
 
 
-def test_mnist_files_that_do_not_belong_together(tmp_path: Path) -> None:
+def test_errors_of_inconsistent_mnist_files(tmp_path: Path) -> None:
     folder = tmp_path / "MNIST" / "raw"
     write_mnist(folder)
     labels = folder / "train-labels-idx1-ubyte"
@@ -404,14 +412,14 @@ def test_mnist_files_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"train-images-idx3-ubyte, {labels}\n40 images, 39 labels"):
         mnist.build(root=str(tmp_path))
     labels.write_bytes(idx(np.full(40, 10, np.uint8)))
-    with pytest.raises(DataError, match=rf"damaged or truncated: {labels}\nValueError: label 10 "):
+    with pytest.raises(DataError, match=rf"damaged or truncated: {labels}\nValueError: label 10, expected"):
         mnist.build(root=str(tmp_path))
     labels.write_bytes(b"\0\0\x09" + idx(np.zeros(40, np.uint8))[3:])
     with pytest.raises(DataError, match="begins with 00000901, not with 00000801"):  # of signed bytes
         mnist.build(root=str(tmp_path))
 
 
-def test_files_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_files_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -421,18 +429,18 @@ def test_files_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         mnist.build(root=str(tmp_path))
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class RecordingHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
-        self.server.seen.append(self.path)  # type: ignore[attr-defined]
+        self.server.paths.append(self.path)  # type: ignore[attr-defined]
 
 
 @pytest.fixture
 def mirror(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A server on this machine with MNIST's packed files, which torchvision takes for MNIST's mirror."""
+    """Serve MNIST's packed files on this machine, as the mirror that torchvision downloads from."""
     served = tmp_path / "served"
     write_mnist(served, packed=True)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(served))) as server:
-        server.seen = []  # type: ignore[attr-defined]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(RecordingHandler, directory=str(served))) as server:
+        server.paths = []  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_address[1]}/"])
         resources = [(name, md5(served / name)) for name, _ in datasets.MNIST.resources]
@@ -442,18 +450,18 @@ def mirror(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
         server.shutdown()
 
 
-def test_download_fetches_once(mirror: Any, tmp_path: Path) -> None:
+def test_files_are_downloaded_once(mirror: Any, tmp_path: Path) -> None:
     root = tmp_path / "new" / "data"
     data = mnist.build(root=str(root), download=True, val=0.0)
     assert len(data.train) == 40
-    fetched = len(mirror.seen)
+    fetched = len(mirror.paths)
     assert fetched >= 4
     assert mnist.build(root=str(root), download=True, val=0.0).fingerprint() == data.fingerprint()
     assert mnist.build(root=str(root), val=0.0).fingerprint() == data.fingerprint()
-    assert len(mirror.seen) == fetched
+    assert len(mirror.paths) == fetched
 
 
-def test_download_that_fails_says_what_to_do_by_hand(
+def test_error_of_a_failed_download_explains_the_manual_way(
     tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -470,7 +478,9 @@ def test_download_that_fails_says_what_to_do_by_hand(
     assert f"dataset.root={root}" in third
 
 
-def test_no_room_for_a_download(tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_a_download_without_disk_space(
+    tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "t10k"))
 
@@ -480,7 +490,7 @@ def test_no_room_for_a_download(tmp_path: Path, datasets: ModuleType, monkeypatc
 
 
 def test_statistics_are_exact_for_any_layout_and_constant_images() -> None:
-    images = torch.from_numpy(drawn(50, 6, 7, 3)).movedim(3, 1)
+    images = torch.from_numpy(random_bytes(50, 6, 7, 3)).movedim(3, 1)
     mean, std = mean_and_std(images)
     for c in range(3):
         values = images[:, c].numpy().astype(np.float64) / 255
@@ -489,17 +499,17 @@ def test_statistics_are_exact_for_any_layout_and_constant_images() -> None:
     assert mean_and_std(torch.full((3, 1, 2, 2), 51, dtype=torch.uint8)) == ((0.2,), (1 / 255,))
 
 
-def test_the_command_line_without_files(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qbench", "dataset=cifar10"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 3, done
-    assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) <= 3, done.stderr
+def test_the_command_without_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli(["dataset=cifar10"]) == 3
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    lines = shown.err.strip().splitlines()
+    assert len(lines) <= 3, shown.err
     assert lines[0].startswith("qbench: ")
     assert str(tmp_path / "data" / "cifar-10-batches-py") in lines[0]
-    assert "data_batch_1" in done.stderr
-    assert "dataset.root=DIR" in done.stderr
+    assert "data_batch_1" in shown.err
+    assert "dataset.root=DIR" in shown.err
     assert not list(tmp_path.iterdir())

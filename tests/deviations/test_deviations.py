@@ -1,7 +1,8 @@
-"""Public deviations: each is what its description says, and each is caught by a check of the paper's rule.
+"""Test the known deviations: each does what its description says, and a check of the paper's rule rejects it.
 
-A case observes an installed method: what a quantizer gives forward, backward, or leaves in its masks and scales. It is
-compared with what the paper's equations give and with what the described flaw gives, both by NumPy or by hand.
+A case observes an installed method: values, gradients, or the masks and scales that a quantizer ends with. The
+observation is compared with the result of the paper's equations and with that of the described flaw. Both are computed
+in NumPy or by hand.
 """
 
 import importlib.machinery
@@ -32,7 +33,7 @@ from qbench.quant.layers import QLinear, effective_weight, quantized_layers
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.verify import verify
 from qbench.runs.reader import read
-from qbench.runs.result import Result, store_result
+from qbench.runs.result import Accuracy, Evaluation, Protocol, Result, store_result
 
 METHODS = {"dorefa": dorefa, "xnor": xnor, "hwgq": hwgq, "ttq": ttq, "inq": inq, "lsq": lsq}
 ALL = [(method, name) for method in METHODS for name in deviations(method)]
@@ -46,8 +47,8 @@ G = np.arange(1, 17).reshape(4, 4) / 8
 T, TOP = np.tanh(W), np.tanh(1.0)
 
 
-def built(method: Method, weight: np.ndarray = W) -> tuple[nn.Module, QLinear]:
-    """Install a method in a perceptron of float64 whose one quantized layer has the given weights."""
+def installed(method: Method, weight: np.ndarray = W) -> tuple[nn.Module, QLinear]:
+    """Install a method in a float64 perceptron; its only quantized layer has the given weights."""
     torch.manual_seed(0)
     model = mlp.build((1, 1, len(weight)), 3, hidden=2, width=len(weight)).double()
     model.get_submodule("fc2").weight.data.copy_(torch.from_numpy(weight))
@@ -56,8 +57,8 @@ def built(method: Method, weight: np.ndarray = W) -> tuple[nn.Module, QLinear]:
     return model, layer
 
 
-def through(site: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a quantizer makes of x, and the gradient of x for G arriving."""
+def output_and_gradient(site: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the output of a quantizer for x, and the gradient of x for the upstream gradient G."""
     leaf = x.detach().clone().requires_grad_()
     out = site(leaf)
     out.backward(torch.from_numpy(G).to(out))
@@ -66,22 +67,22 @@ def through(site: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor
 
 
 def weights(method: Method) -> Observed:
-    """Forward, backward, and the gradients of what the quantizer learns."""
-    _, layer = built(method)
-    seen = through(layer.weight_q, layer.weight)
-    return (*seen, *(p.grad for p in layer.weight_q.parameters()))
+    """Return values, the gradient of the weights, and the gradients of the quantizer's parameters."""
+    _, layer = installed(method)
+    observed = output_and_gradient(layer.weight_q, layer.weight)
+    return (*observed, *(p.grad for p in layer.weight_q.parameters()))
 
 
 def activations(method: Method) -> Observed:
-    _, layer = built(method)
-    return through(layer.input_q, torch.from_numpy(X))
+    _, layer = installed(method)
+    return output_and_gradient(layer.input_q, torch.from_numpy(X))
 
 
 def gradients(d: np.ndarray) -> Observe:
-    """Send the gradient d (samples, features) back through an installed layer whose weights are the identity."""
+    """Return an observation of the gradient d (samples, features) passed back through a layer with identity weights."""
 
     def observe(method: Method) -> Observed:
-        _, layer = built(method, np.eye(d.shape[1]))
+        _, layer = installed(method, np.eye(d.shape[1]))
         x = torch.zeros(d.shape, dtype=torch.float64, requires_grad=True)
         layer(x).backward(torch.from_numpy(d))
         return (x.grad,)
@@ -89,15 +90,15 @@ def gradients(d: np.ndarray) -> Observe:
     return observe
 
 
-def then(observe: Observe, reduce: Callable[[np.ndarray], Any]) -> Observe:
+def reduced(observe: Observe, reduce: Callable[[np.ndarray], Any]) -> Observe:
     return lambda method: (reduce(np.asarray(observe(method)[0])),)
 
 
 def after_step(rate: float) -> Observe:
-    """What a step of SGD leaves of the weights, and of what the quantizer learns."""
+    """Return an observation of the weights, and of the quantizer's parameters, after a step of SGD."""
 
     def observe(method: Method) -> Observed:
-        model, layer = built(method)
+        model, layer = installed(method)
         layer.weight_q(layer.weight).backward(torch.from_numpy(G))
         optimizer = torch.optim.SGD(layer.parameters(), lr=abs(rate), maximize=rate < 0)
         (method.step or (lambda model, optimizer: optimizer.step()))(model, optimizer)
@@ -107,10 +108,13 @@ def after_step(rate: float) -> Observe:
 
 
 def masks(change: Callable[[np.ndarray, np.ndarray], np.ndarray], epochs: int) -> Observe:
-    """The mask, effective and latent weights of INQ after some epochs; `change` stands for training in between."""
+    """Return an observation of INQ's mask, effective and latent weights after some epochs.
+
+    `change` replaces the training between epochs.
+    """
 
     def observe(method: Method) -> Observed:
-        model, layer = built(method)
+        model, layer = installed(method)
         assert method.on_epoch is not None
         for epoch in range(epochs):
             if epoch:
@@ -123,7 +127,7 @@ def masks(change: Callable[[np.ndarray, np.ndarray], np.ndarray], epochs: int) -
 
 
 class Case(NamedTuple):
-    """How to build the method, what to look at, and what the paper and the flaw have there."""
+    """How to build the method, what to observe, and what paper and flaw give there."""
 
     method: str
     name: str
@@ -133,11 +137,11 @@ class Case(NamedTuple):
     flaw: Observed
 
 
-def of_weights(k: int) -> Observed:
+def dorefa_weights(k: int) -> Observed:
     return oracle.weight_forward(W, k), oracle.weight_backward(W, G, k)
 
 
-def of_activations(k: int) -> Observed:
+def dorefa_activations(k: int) -> Observed:
     return oracle.activation_forward(X, k), oracle.activation_backward(X, G, oracle.clip_slope)
 
 
@@ -145,46 +149,47 @@ SQUASHED = np.tanh(np.maximum(X, 0))
 PLAIN = (1 - T**2) * G
 E = np.abs(W).mean()
 ONE_LARGE = np.concatenate([np.ones((400, 1)), np.full((400, 7), 0.1)], 1)
-UNLIKE = np.concatenate([ONE_LARGE[:1], ONE_LARGE[:1] / 100])
-ONE_DEAD = np.concatenate([np.zeros((1, 8)), ONE_LARGE[:1] * 0])
-ONE_DEAD[1, 0] = 1.0
+TWO_SCALES = np.concatenate([ONE_LARGE[:1], ONE_LARGE[:1] / 100])
+ZERO_SAMPLE = np.concatenate([np.zeros((1, 8)), ONE_LARGE[:1] * 0])
+ZERO_SAMPLE[1, 0] = 1.0
 
 DOREFA = [
-    Case("dorefa", "detached_max", {"w": 2}, weights, of_weights(2), (oracle.weight_forward(W, 2), PLAIN / TOP)),
-    Case("dorefa", "rescaled_by_max", {"w": 3}, weights, of_weights(3), (TOP * oracle.weight_forward(W, 3), PLAIN)),
-    Case("dorefa", "no_tanh_gradient", {"w": 2}, weights, of_weights(2), (oracle.weight_forward(W, 2), G)),
-    Case("dorefa", "sign_of_zero", {"w": 1}, weights, of_weights(1), (E * np.sign(W), G)),
+    Case("dorefa", "detached_max", {"w": 2}, weights, dorefa_weights(2), (oracle.weight_forward(W, 2), PLAIN / TOP)),
+    Case("dorefa", "rescaled_by_max", {"w": 3}, weights, dorefa_weights(3), (TOP * oracle.weight_forward(W, 3), PLAIN)),
+    Case("dorefa", "no_tanh_gradient", {"w": 2}, weights, dorefa_weights(2), (oracle.weight_forward(W, 2), G)),
+    Case("dorefa", "sign_of_zero", {"w": 1}, weights, dorefa_weights(1), (E * np.sign(W), G)),
     Case(
-        "dorefa", "unit_weights", {"w": 1}, weights, of_weights(1),
+        "dorefa", "unit_weights", {"w": 1}, weights, dorefa_weights(1),
         (np.where(W >= 0, 1.0, -1.0), oracle.weight_backward(W, G, 2)),
     ),
     Case(
-        "dorefa", "tanh_activation", {"w": 32, "a": 2}, activations, of_activations(2),
+        "dorefa", "tanh_activation", {"w": 32, "a": 2}, activations, dorefa_activations(2),
         (np.round(3 * SQUASHED / SQUASHED.max()) / 3, G * (X >= 0) * (1 - SQUASHED**2) / SQUASHED.max()),
     ),
     Case(
-        "dorefa", "tenth_of_activation", {"w": 32, "a": 3}, activations, of_activations(3),
+        "dorefa", "tenth_of_activation", {"w": 32, "a": 3}, activations, dorefa_activations(3),
         (np.round(7 * np.clip(X / 10, 0, 1)) / 7, G * (X >= 0) / 10),
     ),
     Case(
-        "dorefa", "sign_activation", {"w": 32, "a": 1}, activations, of_activations(1),
-        (np.where(X > 0, 1.0, 0.0), of_activations(1)[1]),
+        "dorefa", "sign_activation", {"w": 32, "a": 1}, activations, dorefa_activations(1),
+        (np.where(X > 0, 1.0, 0.0), dorefa_activations(1)[1]),
     ),
-    Case(  # 0.1 lies between -1/3 and 1/3, and goes up in 65 of 100 draws: seven alike are one sample in twenty
+    Case(  # 0.1 is between -1/3 and 1/3 and goes up in 65 of 100 draws: all seven agree in one sample of twenty
         "dorefa", "noise_per_sample", {"w": 32, "g": 2},
-        then(gradients(ONE_LARGE), lambda q: np.mean(np.ptp(q[:, 1:], axis=1) == 0) > 0.5), (False,), (True,),
+        reduced(gradients(ONE_LARGE), lambda q: np.mean(np.ptp(q[:, 1:], axis=1) == 0) > 0.5), (False,), (True,),
     ),
     Case(
         "dorefa", "max_per_tensor", {"w": 32, "g": 2},
-        then(gradients(UNLIKE), lambda q: np.abs(q[1]).max()), (0.01,), (1 / 3,),
+        reduced(gradients(TWO_SCALES), lambda q: np.abs(q[1]).max()), (0.01,), (1 / 3,),
     ),
     Case(
         "dorefa", "no_noise", {"w": 32, "g": 2},
-        then(gradients(ONE_LARGE), lambda q: np.unique(q[:, 1:].round(6))), (np.array([-1, 1]) / 3,), ([1 / 3],),
+        reduced(gradients(ONE_LARGE), lambda q: np.unique(q[:, 1:].round(6))), (np.array([-1, 1]) / 3,), ([1 / 3],),
     ),
     Case(
         "dorefa", "nan_on_zero", {"w": 32, "g": 2},
-        then(gradients(ONE_DEAD), lambda q: (q[0].tolist(), q[1, 0])), (([0.0] * 8, 1.0),), (([np.nan] * 8, 1.0),),
+        reduced(gradients(ZERO_SAMPLE), lambda q: (q[0].tolist(), q[1, 0])), (([0.0] * 8, 1.0),),
+        (([np.nan] * 8, 1.0),),
     ),
 ]  # fmt: skip
 
@@ -209,7 +214,7 @@ XNOR = [
     ),
 ]  # fmt: skip
 
-STEP = 0.538812  # optimal for the first threshold at 0, shared/papers' section 4.3
+STEP = 0.538812  # optimal for the first threshold at 0
 HWGQ = [
     Case(
         "hwgq", "old_constants", {"a": 2}, activations,
@@ -220,7 +225,7 @@ HWGQ = [
     Case("hwgq", "no_alpha", {}, weights, (ALPHA * SIGNS, G), (SIGNS, G)),
 ]  # fmt: skip
 
-# TTQ with threshold 0.1 max|w| = 0.1: ties at 0.1 and -0.1; scales start at their zones' means.
+# TTQ with threshold 0.1 max|w| = 0.1: ties at 0.1 and -0.1; scales start at the means of their zones.
 ABOVE, BELOW = W > 0.1, W < -0.1
 P, N = W[ABOVE].mean(), -W[BELOW].mean()
 ZONE = np.where(ABOVE, P, np.where(BELOW, N, 1.0))
@@ -247,21 +252,21 @@ def level(w: np.ndarray) -> np.ndarray:
     return np.sign(w) * magnitude
 
 
-def chosen(score: np.ndarray, count: int) -> np.ndarray:
-    """The mask of the highest scores, ties to the lower index."""
+def highest(score: np.ndarray, count: int) -> np.ndarray:
+    """Return the mask of the highest scores; ties go to the lower index."""
     mask = np.zeros(score.size, bool)
     mask[np.argsort(-score.ravel(), kind="stable")[:count]] = True
     return mask.reshape(score.shape)
 
 
 def grown(w: np.ndarray, frozen: np.ndarray) -> np.ndarray:
-    """Training has made the free weights ten times as large."""
+    """Return the weights with the free ones ten times as large, as if by training."""
     return np.where(frozen, w, 10 * w)
 
 
-FIRST, LAST = chosen(np.abs(W), 8), chosen(-np.abs(W), 8)
-FREE = np.where(FIRST, level(W), 10 * W)  # effective, in front of the second portion
-SECOND, REMADE = FIRST | chosen(np.where(FIRST, -1, np.abs(FREE)), 4), chosen(np.abs(FREE), 12)
+FIRST, LAST = highest(np.abs(W), 8), highest(-np.abs(W), 8)
+FREE = np.where(FIRST, level(W), 10 * W)  # effective weights before the second portion
+SECOND, REMADE = FIRST | highest(np.where(FIRST, -1, np.abs(FREE)), 4), highest(np.abs(FREE), 12)
 INQ = [
     Case(
         "inq", "smallest_first", {"w": 3}, masks(grown, 1),
@@ -282,12 +287,12 @@ INQ = [
     ),
 ]  # fmt: skip
 
-# LSQ with 2 bits: weights' levels -2 to 1 steps, the step 2 mean|w|; inputs with negative values have the same.
+# LSQ with 2 bits: levels from -2 to 1 steps, step 2 mean|w|; the same for inputs with negative values.
 S, S_X = 2 * np.abs(W).mean(), 2 * np.abs(X).mean()
 
 
 def lsq_paper(v: np.ndarray, s: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Eq. 1-3 and section 2.2: values, where the gradient passes, and that of the step."""
+    """Return values, where the gradient passes, and the step's gradient by eq. 1-3 (unscaled)."""
     r = v / s
     slope = np.where(r <= -2, -2, np.where(r >= 1, 1, np.round(r) - r))
     return np.clip(np.round(r), -2, 1) * s, (r > -2) & (r < 1), float((G * slope).sum())
@@ -312,11 +317,11 @@ every_deviation = pytest.mark.parametrize(("method", "name"), ALL)
 
 
 def check(case: Case, method: Method, expected: Observed) -> None:
-    """Hold an installed method against what is expected of it."""
+    """Assert that the observation of a method is the expected one."""
     torch.manual_seed(1)
-    seen = case.observe(method)
-    assert len(seen) == len(expected)
-    for got, want in zip(seen, expected, strict=True):
+    observed = case.observe(method)
+    assert len(observed) == len(expected)
+    for got, want in zip(observed, expected, strict=True):
         if isinstance(want, str):
             assert got == want
             continue
@@ -334,7 +339,7 @@ def test_every_deviation_has_a_case() -> None:
 
 
 @every_case
-def test_the_papers_rule_holds_and_the_deviation_is_caught(case: Case) -> None:
+def test_the_method_follows_the_paper_and_the_deviation_does_not(case: Case) -> None:
     method = METHODS[case.method].build(**case.options)
     check(case, method, case.paper)
     with pytest.raises(AssertionError):
@@ -342,7 +347,7 @@ def test_the_papers_rule_holds_and_the_deviation_is_caught(case: Case) -> None:
 
 
 @every_case
-def test_the_difference_is_the_described_one(case: Case) -> None:
+def test_the_deviation_is_the_described_one(case: Case) -> None:
     method = METHODS[case.method].build(**case.options)
     check(case, deviate(case.method, case.name, method), case.flaw)
     with pytest.raises(AssertionError):
@@ -352,19 +357,19 @@ def test_the_difference_is_the_described_one(case: Case) -> None:
 # The registry
 
 
-def of_widths(method: str, bits: str, **options: Any) -> Method:
-    """Build a method at the widths it takes."""
+def at_widths(method: str, bits: str, **options: Any) -> Method:
+    """Build a method at the widths that it quantizes."""
     given = {key: width for key, width in parse_bits(bits).items() if width is not None}
     return METHODS[method].build(**given, **options)  # type: ignore[no-any-return]
 
 
 @every_deviation
-def test_registry(method: str, name: str) -> None:
+def test_the_registry_entry_of_every_deviation(method: str, name: str) -> None:
     known = deviations(method)[name]
     assert name.isidentifier()
     assert known.what.endswith(".")
     assert "/" in known.source or "tensorpack" in known.source or "the paper" in known.source or "eq." in known.source
-    faithful = of_widths(method, known.bits)
+    faithful = at_widths(method, known.bits)
     faithful.check(faithful.bits)
     deviating = deviate(method, name, faithful)
     assert deviating is not faithful
@@ -377,7 +382,7 @@ def test_registry(method: str, name: str) -> None:
         deviate(method, name, replace(faithful, bits=type(faithful.bits)()))
 
 
-def test_none_is_the_method_itself_and_unknown_names_are_refused() -> None:
+def test_the_name_none_gives_the_method_itself_and_unknown_names_raise() -> None:
     method = dorefa.build()
     assert deviate("dorefa", "none", method) is method
     assert deviate("bwn", "none", method) is method
@@ -396,7 +401,7 @@ def test_none_is_the_method_itself_and_unknown_names_are_refused() -> None:
 )  # fmt: skip
 def test_a_deviation_without_effect_is_unsupported(method: str, name: str, bits: str) -> None:
     with pytest.raises(Unsupported, match="has no effect"):
-        deviate(method, name, of_widths(method, bits))
+        deviate(method, name, at_widths(method, bits))
 
 
 @pytest.mark.parametrize(
@@ -405,22 +410,22 @@ def test_a_deviation_without_effect_is_unsupported(method: str, name: str, bits:
      ("hwgq", "old_constants", {"threshold": "half_step"}),
      ("xnor", "printed_weight_gradient", {"gradient": "authors"})],
 )  # fmt: skip
-def test_a_deviation_that_an_option_leaves_no_room_for_is_unsupported(
+def test_a_deviation_that_conflicts_with_an_option_is_unsupported(
     method: str, name: str, options: dict[str, Any]
 ) -> None:
     with pytest.raises(Unsupported, match=f"deviation={name} .*method[.]"):
-        built(deviate(method, name, METHODS[method].build(**options)))
+        installed(deviate(method, name, METHODS[method].build(**options)))
 
 
 @pytest.mark.parametrize("name", ["smallest_first", "remade_masks"])
-def test_inqs_order_is_that_of_magnitudes(name: str) -> None:
-    with pytest.raises(Unsupported, match=f"deviation={name} is about method.partition=largest"):
+def test_the_deviations_of_inqs_order_need_the_partition_largest(name: str) -> None:
+    with pytest.raises(Unsupported, match=f"deviation={name} needs method.partition=largest"):
         masks(grown, 1)(deviate("inq", name, inq.build(partition="random")))
 
 
-def test_options_stay_in_force() -> None:
+def test_the_options_of_the_method_keep_their_effect() -> None:
     sparse = deviate("ttq", "missing_minus", ttq.build(threshold="sparsity", t=0.5, initial="one", decay=1e-3))
-    _, layer = built(sparse)
+    _, layer = installed(sparse)
     assert (effective_weight(layer) == 0).sum() == 8
     assert layer.weight_q.positive == 1
     assert layer.weight_q.weight_decay == 1e-3
@@ -436,16 +441,16 @@ def test_options_stay_in_force() -> None:
 
 
 @pytest.mark.parametrize(("method", "name"), [(m, n) for m, n in ALL if m in ("ttq", "lsq") and "unclamped" not in n])
-def test_learned_scales_stay_positive_under_another_deviation(method: str, name: str) -> None:
+def test_the_learned_scales_stay_positive_in_other_deviations(method: str, name: str) -> None:
     for rate in (1e6, -1e6):
         scales = after_step(rate)(deviate(method, name, METHODS[method].build()))[1:]
         assert all(scale >= 0.9e-8 for scale in scales), scales
 
 
 @every_deviation
-def test_declared_levels_are_those_it_has_after_training(method: str, name: str) -> None:
-    """Three epochs of a perceptron; weights on their thresholds and at zero, scales below zero among them."""
-    deviating = deviate(method, name, of_widths(method, deviations(method)[name].bits))
+def test_the_declared_levels_hold_after_training(method: str, name: str) -> None:
+    """Trains a perceptron for three epochs, then sets weights to zero and to thresholds, and scales below zero."""
+    deviating = deviate(method, name, at_widths(method, deviations(method)[name].bits))
     torch.manual_seed(0)
     norm = deviating.requires.norm or "affine"
     model = install(deviating, mlp.build((1, 4, 4), 3, hidden=3, width=16, norm=norm))
@@ -470,14 +475,14 @@ def test_declared_levels_are_those_it_has_after_training(method: str, name: str)
         assert not loose
         if layer.bits.w < FLOAT:
             layer.weight_q.bytes(layer.weight)
-    found = verify(model.eval(), x)
-    assert all(1 <= count.found <= count.allowed for layer in found.values() for count in layer.values())
+    counts = verify(model.eval(), x)
+    assert all(1 <= count.found <= count.allowed for layer in counts.values() for count in layer.values())
 
 
-# The table of what they cost
+# The table of accuracy differences
 
 
-def script() -> ModuleType:
+def load_script() -> ModuleType:
     path = str(ROOT / "scripts" / "deviations.py")
     loader = importlib.machinery.SourceFileLoader("deviations_script", path)
     spec = importlib.util.spec_from_loader(loader.name, loader)
@@ -492,16 +497,17 @@ def script() -> ModuleType:
 
 
 def store(root: Path, method: str, bits: str, deviation: str, seed: int, top1: float | None, **changed: Any) -> None:
-    """Write a run's result; without a figure it diverged."""
+    """Write the result of a run; a run without top-1 has diverged."""
     path = root / f"{method}-{bits}-{deviation}-{seed}-{changed.get('hash', '')}"
     done = top1 is not None
-    final = {"test": {"top1": top1}, "val": {"top1": top1}} if done else None
+    accuracy = Accuracy(top1=top1, top5=100.0, loss=1.0) if top1 is not None else None
+    final = Evaluation(test=accuracy, val=accuracy) if accuracy else None
     result = Result(
         status="done" if done else "diverged", reason=None if done else "Diverged: the loss is nan\nat step 3",
         method=method, options={} if deviation == "none" else {"deviation": deviation},
         bits={key: width or 32 for key, width in parse_bits(bits).items()},
         seed=seed, dataset="glyphs", model="resnet8",
-        protocol={"hash": changed.get("hash", "a"), "keys": {}}, final=final, wall_seconds=2.0,
+        protocol=Protocol(hash=changed.get("hash", "a"), keys={}), final=final, wall_seconds=2.0,
         weights_sha256=changed.get("weights", f"{deviation} {seed}"),
     )  # fmt: skip
     path.mkdir(parents=True)
@@ -511,15 +517,15 @@ def store(root: Path, method: str, bits: str, deviation: str, seed: int, top1: f
 
 
 def test_the_table_of_stored_runs(tmp_path: Path) -> None:
-    made = script()
+    module = load_script()
     for seed, (faithful, minus, ties) in enumerate([(90.0, 80.0, 90.5), (91.0, 83.0, None), (92.0, 83.0, 91.5)]):
         store(tmp_path, "ttq", "w2", "none", seed, faithful)
         store(tmp_path, "ttq", "w2", "missing_minus", seed, minus)
         store(tmp_path, "ttq", "w2", "unscaled_ties", seed, ties)
         store(tmp_path, "ttq", "w2", "unclamped_scales", seed, faithful, weights=f"none {seed}")
         store(tmp_path, "float", "w32", "none", seed, 95.0)
-    store(tmp_path, "ttq", "w2", "missing_minus", 3, 0.0)  # beyond the seeds asked for
-    table = made.table(read([str(tmp_path)]), 3)
+    store(tmp_path, "ttq", "w2", "missing_minus", 3, 0.0)  # beyond the requested seeds
+    table = module.deviations_table(read([str(tmp_path)]), 3)
     rows = {(row[0], row[2]): dict(zip(table.head, row, strict=True)) for row in table.rows}
     assert len(rows) == len(table.rows) - sum(len({d.bits for d in deviations(m).values()}) - 1 for m in METHODS)
     none, minus, ties, mean_gradient = (
@@ -529,51 +535,51 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
     # Differences 10, 8, 9: mean 9, standard error 1/sqrt(3), t for two degrees of freedom 4.3027.
     assert (minus["top-1 %"], minus["points lost"], minus["95 % interval"]) == ("82.00", "+9.00", "+6.52 to +11.48")
     assert minus["source"].startswith("TropComplique")
-    assert (minus["n"], minus["without a figure"]) == ("3", "-")
+    assert (minus["n"], minus["not done"]) == ("3", "-")
     # Differences -0.5 and 0.5 in the seeds that ended; the third is counted and named.
-    assert (ties["points lost"], ties["n"], ties["without a figure"]) == ("+0.00", "2", "1 diverged")
+    assert (ties["points lost"], ties["n"], ties["not done"]) == ("+0.00", "2", "1 diverged")
     assert "ttq w2 unscaled_ties, seed 1: diverged: Diverged: the loss is nan" in table.notes
-    assert "ttq w2 unclamped_scales never acted: the same weights in 3 of 3 seeds" in table.notes
+    assert "ttq w2 unclamped_scales had no effect: identical weights in 3 of 3 seeds" in table.notes
     assert rows["ttq", "unclamped_scales"]["p (Holm)"] == "-", "no test where nothing differed"
     # p of 9 / (1 / sqrt(3)) with two degrees of freedom is 0.00408; two rows have one: twice that, by Holm.
     assert minus["p (Holm)"] == "0.0082"
     assert ties["p (Holm)"] == "1"
-    assert (mean_gradient["top-1 %"], mean_gradient["n"], mean_gradient["without a figure"]) == ("-", "0", "3 missing")
-    page = made.document(table, ["qbench -m method=ttq"], tmp_path)
+    assert (mean_gradient["top-1 %"], mean_gradient["n"], mean_gradient["not done"]) == ("-", "0", "3 missing")
+    page = module.document(table, ["qbench -m method=ttq"], tmp_path)
     assert "    qbench -m method=ttq\n" in page
     assert "16 runs" in page
     assert "32 s of work" in page
     assert "| ttq | w2 | missing_minus | 82.00 | +9.00 |" in page
 
 
-def test_one_seed_has_no_interval_and_protocols_are_not_mixed(tmp_path: Path) -> None:
-    made = script()
+def test_one_seed_gives_no_interval_and_protocols_are_not_mixed(tmp_path: Path) -> None:
+    module = load_script()
     store(tmp_path, "ttq", "w2", "none", 0, 90.0)
     store(tmp_path, "ttq", "w2", "missing_minus", 0, 80.0)
-    table = made.table(read([str(tmp_path)]), 1)
+    table = module.deviations_table(read([str(tmp_path)]), 1)
     (row,) = (dict(zip(table.head, row, strict=True)) for row in table.rows if row[2] == "missing_minus")
     assert (row["points lost"], row["95 % interval"], row["p (Holm)"], row["n"]) == ("+10.00", "-", "-", "1")
     store(tmp_path, "ttq", "w2", "mean_gradient", 0, 80.0, hash="b")
     with pytest.raises(SystemExit, match="2 protocols"):
-        made.table(read([str(tmp_path)]), 1)
+        module.deviations_table(read([str(tmp_path)]), 1)
 
 
-def test_commands_measure_every_deviation_once_beside_the_faithful_method() -> None:
-    made = script()
+def test_the_commands_measure_every_deviation_once_and_the_method_itself() -> None:
+    module = load_script()
     measured = []
-    for words in made.commands(3, ["dataset=glyphs"]):
+    for words in module.commands(3, ["dataset=glyphs"]):
         keys = dict(word.split("=", 1) for word in words[1:])
         assert (words[0], keys["seed"], keys["dataset"]) == ("-m", "0,1,2", "glyphs")
         names = keys["method.deviation"].split(",")
         assert names[0] == "none"
         measured += [(keys["method"], name) for name in names[1:]]
-        method = of_widths(keys["method"], keys["bits"])
+        method = at_widths(keys["method"], keys["bits"])
         for name in names:
             deviate(keys["method"], name, method)
     assert sorted(measured) == sorted(ALL)
 
 
-def test_what_describe_prints_is_what_the_code_says() -> None:
+def test_the_deviations_read_without_import_are_those_of_the_code() -> None:
     for method in ("dorefa", "xnor", "ttq", "inq", "hwgq", "lsq", "twn", "nosuch"):
-        read = registry.known_deviations(method)
-        assert read == {name: (d.what, d.source) for name, d in deviations(method).items()}
+        texts = registry.known_deviations(method)
+        assert texts == {name: (d.what, d.source) for name, d in deviations(method).items()}

@@ -1,4 +1,4 @@
-"""docs/papers.md: as its sources have it, whole, its links lead somewhere, nothing remembered passes as known."""
+"""docs/papers.md: up to date and complete, its links work, and values from memory are marked."""
 
 import dataclasses
 import importlib.util
@@ -16,12 +16,13 @@ from qbench.bits import FLOAT
 from qbench.config import compose, registry
 from qbench.config.schema import BitWidths
 from qbench.experiment.builders import build_method
-from qbench.papers.published import missing_requirements, papers
-from qbench.papers.rows import PROVENANCES, Paper, Row
+from qbench.papers.published import missing_requirements
+from qbench.papers.row_files import papers
+from qbench.papers.rows import PROVENANCES, Paper, PublishedRow
 
 PAGE = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
 RELATED: list[dict[str, Any]] = yaml.safe_load((ROOT / "docs" / "papers.yaml").read_text(encoding="utf-8"))["papers"]
-ASKED = ("LQ-Nets", "APoT", "DSQ", "QIL", "Mostly 4-bit", "ShrinkBench")
+EXPECTED = ("LQ-Nets", "APoT", "DSQ", "QIL", "Mostly 4-bit", "ShrinkBench")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 
 
@@ -35,27 +36,27 @@ def script() -> ModuleType:
     return module
 
 
-def shown(paper: Paper) -> list[dict[str, str]]:
-    """Return the published rows that a paper's section shows, by the heads of its table."""
+def table_rows(paper: Paper) -> list[dict[str, str]]:
+    """Return the rows of a paper's table on the page, by column head."""
     lines = [line for line in SECTIONS[paper.name].splitlines() if line.startswith("| ")]
     head, *cells = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines] or [[]]
     return [dict(zip(head, row, strict=True)) for row in cells[1:]]
 
 
-def row_of(paper: Paper, cell: str) -> Row:
+def row_of(paper: Paper, cell: str) -> PublishedRow:
     (row,) = (row for row in paper.rows if row.id == re.sub(r"\[(\w+)\].*", r"\1", cell))
     return row
 
 
-# --- it is made anew
+# --- up to date
 
 
-def test_the_page_is_as_its_sources_have_it(script: ModuleType) -> None:
+def test_the_page_is_up_to_date(script: ModuleType) -> None:
     assert script.page() == PAGE, "run scripts/papers.py"
     assert script.main(["--check"]) == 0
 
 
-def test_check_names_what_is_stale_and_writes_nothing(
+def test_check_prints_what_would_change_and_writes_nothing(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "papers.md"
@@ -72,23 +73,23 @@ def test_check_names_what_is_stale_and_writes_nothing(
     assert not page.exists()
 
 
-# --- it is whole
+# --- complete
 
 
-def test_every_paper_of_the_ledger_has_its_section() -> None:
+def test_every_paper_has_its_section() -> None:
     for paper in papers():
-        said = " ".join(SECTIONS[paper.name].replace("\n> ", " ").split())
-        assert f"**{paper.title}.** {', '.join(paper.authors)}; {paper.year};" in said
-        assert f"]({paper.link})" in said
-        assert " ".join(paper.idea.split()) in said
-        assert f"`qbench published --paper {paper.key}`" in said
+        section = " ".join(SECTIONS[paper.name].replace("\n> ", " ").split())
+        assert f"**{paper.title}.** {', '.join(paper.authors)}; {paper.year};" in section
+        assert f"]({paper.link})" in section
+        assert " ".join(paper.idea.split()) in section
+        assert f"`qbench published --paper {paper.key}`" in section
         for part in ("Claimed", "Measured here", "Deviations"):
-            assert f"**{part}**" in said, (paper.name, part)
-        assert paper.affiliation in said or "Affiliation not known" in said
-        assert (paper.affiliation_provenance == "verified") is (f"{paper.affiliation} (verified)" in said)
+            assert f"**{part}**" in section, (paper.name, part)
+        assert paper.affiliation in section or "Affiliation not known" in section
+        assert (paper.affiliation_provenance == "verified") is (f"{paper.affiliation} (verified)" in section)
 
 
-def test_every_method_appears_once_with_its_card() -> None:
+def test_every_method_appears_once_with_its_idea() -> None:
     for name in registry.names("method"):
         heads = re.findall(rf"^- \[`{name}`\]\(\.\./qbench/methods/{name}\.py\): ", PAGE, re.MULTILINE)
         assert len(heads) == 1, name
@@ -97,7 +98,7 @@ def test_every_method_appears_once_with_its_card() -> None:
         assert f"[`{name}`]" in SECTIONS["Controls"]
 
 
-def test_methods_stand_with_their_papers(script: ModuleType) -> None:
+def test_methods_are_listed_with_their_papers(script: ModuleType) -> None:
     found = {paper.key: script.methods_of(paper) for paper in papers()}
     assert found["xnor"] == ["xnor", "bwn"]
     assert found["slq"] == ["slq", "mlq", "eslq"]
@@ -106,12 +107,12 @@ def test_methods_stand_with_their_papers(script: ModuleType) -> None:
     assert sorted([*listed, "float", "ptq", "uniform"]) == registry.names("method")
 
 
-def test_what_is_quantized_is_read_from_the_card(script: ModuleType) -> None:
+def test_what_is_quantized_follows_from_the_card(script: ModuleType) -> None:
     for name in registry.names("method"):
         (config,) = compose.configurations([f"method={name}"])
-        legal = build_method(config.method, config.activation, config.bits.resolved()).supported_bits
-        known = "".join(key for key in "wag" if any(k in legal.get(key, ()) for k in range(1, FLOAT)))
-        assert script.quantized(name) == known, f"{name}: the card's Bits, as `w 1 or 32, a 32, g 32`"
+        supported = build_method(config.method, config.activation, config.bits.resolved()).supported_bits
+        known = "".join(key for key in "wag" if any(k in supported.get(key, ()) for k in range(1, FLOAT)))
+        assert script.quantized_letters(name) == known, f"{name}: the card's Bits, as `w 1 or 32, a 32, g 32`"
 
 
 def test_every_claim_and_every_known_deviation_appears() -> None:
@@ -122,19 +123,19 @@ def test_every_claim_and_every_known_deviation_appears() -> None:
             assert f"- `{deviation}` (" in PAGE, (name, deviation)
 
 
-def test_what_has_not_been_run_is_said() -> None:
+def test_the_number_of_runs_is_stated() -> None:
     for paper in papers():
         ran, ready = (
             sum(map(what, paper.rows)) for what in (lambda r: bool(r.measured), lambda r: not missing_requirements(r))
         )
-        said = f"Run here: {ran}; ready to run where the data are at hand: {ready}."
-        assert said in " ".join(SECTIONS[paper.name].split())
+        counts = f"Run here: {ran}; ready to run where the data are present: {ready}."
+        assert counts in " ".join(SECTIONS[paper.name].split())
 
 
-# --- its links
+# --- links
 
 
-def test_links_lead_somewhere(script: ModuleType) -> None:
+def test_links_work(script: ModuleType) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", PAGE)
     assert len(links) > 100
     for link in links:
@@ -149,7 +150,7 @@ def test_links_lead_somewhere(script: ModuleType) -> None:
             assert anchor in map(script.slug, headings), link
 
 
-def test_lines_are_short_and_lists_are_lists() -> None:
+def test_lines_are_short_and_lists_are_well_formed() -> None:
     for line in PAGE.splitlines():
         assert len(line) <= 120 or line.startswith("|"), line
         marker = re.match(r"\s*([-+*>]|\d+\.) ", line)
@@ -159,10 +160,10 @@ def test_lines_are_short_and_lists_are_lists() -> None:
 # --- provenance
 
 
-def test_no_remembered_figure_stands_without_its_mark() -> None:
+def test_values_from_memory_are_marked() -> None:
     seen = 0
     for paper in papers():
-        for cells in shown(paper):
+        for cells in table_rows(paper):
             row = row_of(paper, cells["row"])
             assert cells["provenance"] == row.provenance
             assert cells["ran by"] == row.ran_by
@@ -176,34 +177,34 @@ def test_no_remembered_figure_stands_without_its_mark() -> None:
     assert seen > 10
 
 
-def test_what_a_remembered_recipe_says_is_marked() -> None:
-    said = " ".join(PAGE.split())
+def test_recipes_from_memory_are_marked() -> None:
+    page = " ".join(PAGE.split())
     texts = [t for p in papers() for r in p.recipes.values() if "memory" in r.provenance for t in (*r.open, *r.departs)]
     assert texts
     for text in texts:
-        rest = said.partition(text[1:])[2]
+        rest = page.partition(text[1:])[2]
         assert rest.startswith(" (from memory).") or re.search("memory|remember", text), text
 
 
-def test_affiliations_say_how_they_are_known() -> None:
-    said = " ".join(PAGE.split())
+def test_affiliations_from_memory_are_marked() -> None:
+    text = " ".join(PAGE.split())
     for paper in papers():
         if paper.affiliation_provenance.startswith("memory"):
-            assert f"{paper.affiliation} (from memory)." in said
+            assert f"{paper.affiliation} (from memory)." in text
 
 
-def made(**change: Any) -> Row:
+def changed_row(**change: Any) -> PublishedRow:
     bits = BitWidths(2, 32, 32)
-    base = Row(
+    base = PublishedRow(
         paper="ttq", id="a", method="ttq", dataset="cifar10", net="resnet20", bits=bits, metric="top1_error", value=9.0,
         baseline=8.0, ran_by="authors' paper", source="s", provenance="verified", recipe="cifar",
     )  # fmt: skip
     return dataclasses.replace(base, **change)
 
 
-def chosen(script: ModuleType, *rows: Row) -> list[str]:
+def chosen(script: ModuleType, *rows: PublishedRow) -> list[str]:
     (ttq,) = (paper for paper in papers() if paper.key == "ttq")
-    return [row.id for row in script.telling(dataclasses.replace(ttq, rows=rows))]
+    return [row.id for row in script.shown_rows(dataclasses.replace(ttq, rows=rows))]
 
 
 @pytest.mark.parametrize(
@@ -218,51 +219,51 @@ def chosen(script: ModuleType, *rows: Row) -> list[str]:
         {"value": 9.5},
     ],
 )
-def test_one_row_for_each_network_by_the_rule_stated(script: ModuleType, worse: dict[str, Any]) -> None:
-    assert chosen(script, made(id="worse", **worse), made()) == ["a"]
+def test_one_row_per_network_by_the_stated_rule(script: ModuleType, worse: dict[str, Any]) -> None:
+    assert chosen(script, changed_row(id="worse", **worse), changed_row()) == ["a"]
 
 
-def test_rows_without_a_figure_and_companions_are_not_shown(script: ModuleType) -> None:
-    assert chosen(script, made(value=None)) == []
-    assert chosen(script, made(of="b")) == []
-    assert chosen(script, made(method="bnn")) == []
+def test_rows_without_value_and_top5_rows_are_not_shown(script: ModuleType) -> None:
+    assert chosen(script, changed_row(value=None)) == []
+    assert chosen(script, changed_row(top5_of="b")) == []
+    assert chosen(script, changed_row(method="bnn")) == []
 
 
 def test_at_most_six_rows(script: ModuleType) -> None:
     nets = ("resnet20", "resnet32", "resnet44", "resnet56", "vgg_small", "nin", "wrn_28_10", "wrn_22_8")
-    assert len(chosen(script, *(made(net=net) for net in nets))) == 6
-    assert all(len(shown(paper)) <= 6 for paper in papers())
+    assert len(chosen(script, *(changed_row(net=net) for net in nets))) == 6
+    assert all(len(table_rows(paper)) <= 6 for paper in papers())
 
 
-def test_a_documents_table_is_read_by_its_heads(script: ModuleType, tmp_path: Path) -> None:
+def test_tables_of_documents_are_read_by_column_head(script: ModuleType, tmp_path: Path) -> None:
     document = tmp_path / "a.md"
     document.write_text(
         "| other | n |\n| --- | --- |\n| a | 1 |\n\n| claim | what |\n| --- | ---: |\n| a: b | 2 |\n"
         "| c | \\|x\\| and \\|y\\| |\n\n| d | 3 |\n",
         encoding="utf-8",
     )
-    found = script.rows_of(document, "claim")
+    found = script.table_rows(document, "claim")
     assert [row["claim"] for row in found] == ["a: b", "c"]
     assert found[0]["what"] == "2"
 
 
-def test_a_comparison_says_what_it_claims(script: ModuleType) -> None:
-    assert script.border({"arms": "method=inq - float parent > 0"}) == ""
-    assert script.border({"arms": "method=inq - float parent > -0.5"}) == " (claimed above -0.5)"
+def test_border_of_a_comparison(script: ModuleType) -> None:
+    assert script.border({"arms": "method=inq - float baseline > 0"}) == ""
+    assert script.border({"arms": "method=inq - float baseline > -0.5"}) == " (claimed above -0.5)"
     assert script.border({"arms": "method=inq - method=float within 0.5"}) == " (claimed within 0.5)"
 
 
-# --- what is not implemented
+# --- papers that are not implemented
 
 
-def test_those_that_readers_ask_for_are_there() -> None:
+def test_expected_papers_are_listed() -> None:
     names = [paper["name"] for paper in RELATED]
-    assert set(ASKED) <= set(names)
+    assert set(EXPECTED) <= set(names)
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("paper", RELATED, ids=lambda paper: paper["name"])
-def test_a_related_paper_is_marked_and_has_all(paper: dict[str, Any]) -> None:
+def test_a_related_paper_is_complete_and_marked(paper: dict[str, Any]) -> None:
     assert paper["status"] == "not implemented"
     (entry,) = re.findall(rf"^- \*\*{re.escape(paper['name'])}\*\*, .*?(?=^- |^#|\Z)", PAGE, re.MULTILINE | re.DOTALL)
     entry = " ".join(entry.split())

@@ -26,7 +26,7 @@ from qbench.runs.result import Result
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import pack, unpack, weights_sha256
 from qbench.training.evaluation import evaluate
-from qbench.training.loop import fit
+from qbench.training.loop import train
 from qbench.training.random_state import seed_everything
 from qbench.training.state import State
 from qbench.training.task import Task
@@ -50,18 +50,18 @@ def trained(
     parts = parts or assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
     model = parts.install(parts.float_model())
-    probe = Probe(list(loader.plain("train", 64)), torch.nn.functional.cross_entropy)
+    probe = Probe(list(loader.unaugmented("train", 64)), torch.nn.functional.cross_entropy)
     if parts.method.prepare:
         parts.method.prepare(model, probe)
     task = Task(
         model=model, method=parts.method, optim=config.optim, epochs=epochs or config.epochs, steps=loader.steps,
-        train=loader.train, validate=lambda: loader.plain("val"), probe=probe,
+        train=loader.train, validate=lambda: loader.unaugmented("val"), probe=probe,
     )  # fmt: skip
     seed_everything(config.seed)
-    state, losses = State(optim.build(model, config.optim)), []
+    state, losses = State(optim.build_optimizer(model, config.optim)), []
     from qbench.training.loop import Callbacks
 
-    fit(task, state, Callbacks(step=lambda state, loss: losses.append(loss.item())))
+    train(task, state, Callbacks(on_step=lambda state, loss: losses.append(loss.item())))
     return task, state, losses
 
 
@@ -147,7 +147,7 @@ def test_checkpoint_round_trip_is_exact(name: str, smoke: Configure) -> None:
     model = parts.install(parts.float_model())
     for key, p in model.named_parameters():
         p.requires_grad_(key in saved["trainable"])
-    again = State(optim.build(model, config.optim))
+    again = State(optim.build_optimizer(model, config.optim))
     again.load(model, saved)
     assert weights_sha256(model.state_dict()) == weights_sha256(task.model.state_dict())
     images = next(iter(task.probe.batches))[0]

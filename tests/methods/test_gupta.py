@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from qbench.bits import Bits
 from qbench.methods import gupta, uniform
-from qbench.methods.gupta import Format, to_fixed
+from qbench.methods.gupta import FixedPointFormat, to_fixed
 from qbench.models import mlp
 from qbench.quant import fused_kernels as passes
 from qbench.quant.install import install
@@ -314,7 +314,7 @@ def test_rounding_is_random_in_training_and_to_nearest_in_evaluation() -> None:
     assert not torch.equal(model.train()(images), model(images))
     x = torch.randn(64, 3, generator=seeded()).requires_grad_()
     site, state = (
-        gupta.GuptaOutput(Format(6, 2, "stochastic"), Format(-4, 12, "stochastic")).eval(),
+        gupta.GuptaOutput(FixedPointFormat(6, 2, "stochastic"), FixedPointFormat(-4, 12, "stochastic")).eval(),
         torch.get_rng_state(),
     )
     y = site(x, x)
@@ -368,7 +368,7 @@ def check_on_the_grid(step: Step, make: Callable[[Any], torch.optim.Optimizer], 
 def test_weights_and_biases_lie_on_their_grids_after_every_step(
     make: Callable[[Any], torch.optim.Optimizer], rounding: str
 ) -> None:
-    check_on_the_grid(gupta.stepped, make, rounding)
+    check_on_the_grid(gupta.optimizer_step, make, rounding)
 
 
 def drift(step: Step, rounding: str, steps: int, part: float, count: int = 4000) -> Tensor:
@@ -397,7 +397,7 @@ def check_no_master(step: Step) -> None:
 
 
 def test_small_updates_are_lost_at_nearest_and_survive_on_average() -> None:
-    check_no_master(gupta.stepped)
+    check_no_master(gupta.optimizer_step)
 
 
 def float_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -412,10 +412,10 @@ class FloatMaster:
 
     def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         with torch.no_grad():
-            for p, _, _ in gupta.stored(model):
+            for p, _, _ in gupta.fixed_point_parameters(model):
                 p.copy_(self.master.get(id(p), p))
             optimizer.step()
-            for p, form, _ in gupta.stored(model):
+            for p, form, _ in gupta.fixed_point_parameters(model):
                 self.master[id(p)] = p.clone()
                 p.copy_(form.convert(p))
 
@@ -441,7 +441,7 @@ def test_momentum_is_stored_in_its_own_format_when_asked(make: Callable[[Any], t
         model = perceptron(gupta.build(w=16, a=16, g=16, **options))
         optimizer = make(model.parameters())
         for i in range(3):
-            one_step(model, optimizer, gupta.stepped, i)
+            one_step(model, optimizer, gupta.optimizer_step, i)
         states = [optimizer.state[p] for p in model.parameters()]
         return [s.get("momentum_buffer", s.get("exp_avg")) for s in states], [s.get("exp_avg_sq") for s in states]
 
@@ -469,13 +469,13 @@ def test_every_kind_of_tensor_has_its_own_format() -> None:
     model = perceptron(gupta.build(w=12, a=11, g=10, momentum="fixed", **options), width=32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     for i in range(3):
-        one_step(model, optimizer, gupta.stepped, i)
+        one_step(model, optimizer, gupta.optimizer_step, i)
     seen: dict[str, Tensor] = {}
     found = quantized_layers(model)["fc2"]
     found.output_q.register_forward_hook(lambda module, args, y: seen.update(activations=y))
     found.output_q.register_full_backward_hook(lambda module, leaving, arriving: seen.update(errors=leaving[0]))
     before = found.weight.detach().clone()
-    one_step(model, optimizer, gupta.stepped, 3)
+    one_step(model, optimizer, gupta.optimizer_step, 3)
     uses(found.weight, 12 - 1)
     assert found.bias is not None
     uses(found.bias, 12 - 3)
@@ -490,7 +490,7 @@ def test_updates_are_rounded_and_saturate_in_their_own_format(il: int, rate: flo
     """<4,4>: weights move in sixteenths; <-6,14>: no weight moves by more than 2^-7, however large the update."""
     model = perceptron(gupta.build(w=8, a=16, g=16, integer_weights=1, integer_biases=1, integer_updates=il))
     before = [p.detach().clone() for p in model.parameters()]
-    one_step(model, torch.optim.SGD(model.parameters(), lr=rate), gupta.stepped, 0)
+    one_step(model, torch.optim.SGD(model.parameters(), lr=rate), gupta.optimizer_step, 0)
     moved = torch.cat([(p - old).detach().flatten() for p, old in zip(model.parameters(), before, strict=True)])
     assert moved.any()
     uses(torch.cat([b.flatten() for b in before]), 7)
@@ -518,7 +518,7 @@ def test_the_images_width_is_not_that_of_the_first_layers_output(image: int | st
     model = install(gupta.build(), mlp.build((1, 2, 2), 3, hidden=3, norm="none"), policy)
     layers = quantized_layers(model)
     found = [layers[name].output_q.activations for name in ("fc1", "fc2", "fc3")]
-    assert found == [Format(6, fraction, "stochastic") for fraction in (10, 6, 10)]
+    assert found == [FixedPointFormat(6, fraction, "stochastic") for fraction in (10, 6, 10)]
     assert isinstance(model.fc4.output_q, IdentityQuantizer), "a float layer's output is not touched"
 
 
@@ -592,7 +592,7 @@ def test_training_steps_are_the_papers_bit_for_bit(
         labels = torch.randint(3, (6,), generator=seeded(i + 9))
         optimizer.zero_grad()
         F.cross_entropy(model.train()(images), labels).backward()
-        gupta.stepped(model, optimizer)
+        gupta.optimizer_step(model, optimizer)
         exact.step(images.flatten(1).numpy(), labels.numpy(), rate, momentum)
         for short, name in names.items():
             np.testing.assert_array_equal(

@@ -54,8 +54,8 @@ def test_rounding_on_every_border(bits: int) -> None:
 
 
 def test_an_outlier_goes_to_the_largest_level_and_never_to_zero() -> None:
-    levels = inq.levels_from(0, 5)
-    assert inq.snapped(torch.tensor([1.49, 1.5, 7.0, -100.0]), levels).tolist() == [1, 1, 1, -1]
+    levels = inq.levels_from_exponent(0, 5)
+    assert inq.round_to_levels(torch.tensor([1.49, 1.5, 7.0, -100.0]), levels).tolist() == [1, 1, 1, -1]
 
 
 def test_the_largest_first_and_masks_only_grow() -> None:
@@ -104,7 +104,7 @@ def test_frozen_weights_are_bit_identical_under_momentum_and_decay(kind: type[to
     assert torch.equal(effective_weight(layer)[frozen], before[frozen])
     assert site.complete
     assert fully_quantized(model)
-    assert set(effective_weight(layer).unique().tolist()) <= set(inq.levels_from(int(site.n1), 3).tolist())
+    assert set(effective_weight(layer).unique().tolist()) <= set(inq.levels_from_exponent(int(site.n1), 3).tolist())
 
 
 def test_random_partition_draws_from_the_global_generator() -> None:

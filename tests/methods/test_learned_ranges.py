@@ -50,7 +50,8 @@ def test_lsqs_gradient_scale_and_initial_step() -> None:
     assert lsq.initial_step(torch.zeros(3), 3, True) == 1
     s = torch.tensor(0.1, requires_grad=True)
     plain, scaled = (
-        torch.autograd.grad(lsq.quantize(w, step, 3, True).sum(), s)[0] for step in (s, lsq.scaled(s, 400, 3, True))
+        torch.autograd.grad(lsq.quantize(w, step, 3, True).sum(), s)[0]
+        for step in (s, lsq.scale_gradient(s, 400, 3, True))
     )
     assert scaled.item() == pytest.approx(plain.item() / (400 * 3) ** 0.5)
 

@@ -22,7 +22,7 @@ from qbench.config.schema import Config
 from qbench.cost.count import count_cost
 from qbench.experiment.setup import assemble
 from qbench.methods import lsq
-from qbench.papers.claims import read_claims
+from qbench.papers.claim_files import read_claims
 from qbench.quant import product_quantization as product
 from qbench.quant.combine import distilled
 from qbench.quant.layers import fully_quantized, quantized_layers
@@ -30,7 +30,7 @@ from qbench.quant.policy import quantizable
 from qbench.quant.probe import Probe
 from qbench.quant.verify import verify
 from qbench.training import optimizer as optim
-from qbench.training.loop import Callbacks, fit
+from qbench.training.loop import Callbacks, train
 from qbench.training.state import State
 from qbench.training.task import Task
 
@@ -135,7 +135,11 @@ def trains(config: Config) -> None:
         train=lambda epoch, start: [batch], validate=list, probe=probe,
     )  # fmt: skip
     losses: list[float] = []
-    fit(task, State(optim.build(model, config.optim)), Callbacks(step=lambda state, loss: losses.append(loss.item())))
+    train(
+        task,
+        State(optim.build_optimizer(model, config.optim)),
+        Callbacks(on_step=lambda state, loss: losses.append(loss.item())),
+    )
     assert len(losses) == task.epochs
     assert all(map(math.isfinite, losses)), losses
     moved = any(not torch.equal(some_of(p), before[name]) for name, p in model.named_parameters() if name in before)
@@ -172,7 +176,7 @@ def test_thin_networks_train_with_their_methods(paper: str, monkeypatch: pytest.
 def test_what_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     name, config = next(iter(families("lsq").items()))
     mutants: dict[str, tuple[object, str, Callable[..., Any]]] = {
-        "AssertionError: parameters": (lsq, "stepped", lambda model, optimizer: None),
+        "AssertionError: parameters": (lsq, "optimizer_step", lambda model, optimizer: None),
         "NotQuantized: ": (lsq.LSQWeight, "forward", lambda site, w: w * site.step),
         "AssertionError: one value": (lsq.LSQWeight, "forward", lambda site, w: 0 * w * site.step),
     }

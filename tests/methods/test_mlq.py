@@ -54,16 +54,18 @@ def test_boundaries_first_then_zero_at_its_mean() -> None:
 @pytest.mark.parametrize("mutant", ["zero cluster first", "zero pinned", "all at once"])
 def test_wrong_steps_are_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def zero_first(site: mlq.MLQWeight, w: Tensor) -> tuple[Clusters, Tensor]:
-        return true(site, w)[0], torch.tensor([site.state > 0, True, site.state > 0])
+        return true(site, w)[0], torch.tensor([site.frozen_groups > 0, True, site.frozen_groups > 0])
 
     def at_once(site: mlq.MLQWeight, w: Tensor) -> tuple[Clusters, Tensor]:
         return true(site, w)[0], torch.ones(3, dtype=torch.bool)
 
-    true = mlq.MLQWeight.next
+    true = mlq.MLQWeight.next_clusters
     if mutant == "zero pinned":
         monkeypatch.setitem(mlq.PINNED, "mean", (0.0,))
     else:
-        monkeypatch.setattr(mlq.MLQWeight, "next", {"zero cluster first": zero_first, "all at once": at_once}[mutant])
+        monkeypatch.setattr(
+            mlq.MLQWeight, "next_clusters", {"zero cluster first": zero_first, "all at once": at_once}[mutant]
+        )
     with pytest.raises(AssertionError):
         check_one_layer()
 
@@ -158,15 +160,15 @@ def test_stages_are_those_of_the_transcription(k: int, bits: int, groups: int, s
 
 def test_steps_share_the_epochs() -> None:
     """Four layers, two groups: one step an epoch in a phase's first half, all done when the last epoch begins."""
-    assert [mlq.due(e, 16, 4, 2) for e in range(16)] == [1, 2, 3, 4, 4, 4, 4, 4, 5, 6, 7, 8, 8, 8, 8, 8]
-    assert [mlq.due(e, 8, 4, 2) for e in range(8)] == [2, 4, 4, 4, 6, 8, 8, 8]
-    assert [mlq.due(e, 4, 4, 2, depth=False) for e in range(4)] == [4, 4, 8, 8]
-    assert mlq.due(0, 1, 4, 2) == mlq.due(0, 1, 4, 2, depth=False) == 8
+    assert [mlq.steps_due(e, 16, 4, 2) for e in range(16)] == [1, 2, 3, 4, 4, 4, 4, 4, 5, 6, 7, 8, 8, 8, 8, 8]
+    assert [mlq.steps_due(e, 8, 4, 2) for e in range(8)] == [2, 4, 4, 4, 6, 8, 8, 8]
+    assert [mlq.steps_due(e, 4, 4, 2, depth=False) for e in range(4)] == [4, 4, 8, 8]
+    assert mlq.steps_due(0, 1, 4, 2) == mlq.steps_due(0, 1, 4, 2, depth=False) == 8
     for epochs in range(1, 40):
         for layers in range(8):
             for groups in (2, 3):
                 for depth in (True, False):
-                    counts = [mlq.due(e, epochs, layers, groups, depth) for e in range(epochs)]
+                    counts = [mlq.steps_due(e, epochs, layers, groups, depth) for e in range(epochs)]
                     assert counts == sorted(counts)
                     assert counts[-1] == layers * groups
 
@@ -194,7 +196,7 @@ def test_without_depth_all_layers_advance_at_once_and_nothing_is_measured() -> N
     states = []
     for epoch in range(4):
         method.on_epoch(model, epoch, 4, probe)
-        states.append([site.state for site in sites_of(model)])  # type: ignore[attr-defined]
+        states.append([site.frozen_groups for site in sites_of(model)])  # type: ignore[attr-defined]
     assert states == [[1, 1], [1, 1], [2, 2], [2, 2]]
     assert method.phases(4) == mlq.build().phases(4) == [2], "the learning rate is that of the other"
     measured = install(mlq.build(), Parallel([LAYER, WEIGHTS]), ALL_LAYERS)

@@ -382,7 +382,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> l
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
-        dq.stepped(model, optimizer)
+        dq.optimizer_step(model, optimizer)
         losses.append(loss.item())
     return losses
 
@@ -439,13 +439,13 @@ def test_prepare_starts_from_the_weights_it_finds_and_leaves_no_gradient() -> No
     weights = network(seed=5).state_dict()
     model.load_state_dict(weights, strict=False)
     before = torch.get_rng_state()
-    dq.share(model, Probe([batch()], F.cross_entropy), "gradient")
+    dq.allocate_and_freeze(model, Probe([batch()], F.cross_entropy), "gradient")
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())
     for initial in dq.INITIALS:
         model = install(dq.build(w=2, initial=initial), network())
         model.load_state_dict(weights, strict=False)
-        dq.share(model, Probe([batch()], F.cross_entropy), "even")
+        dq.allocate_and_freeze(model, Probe([batch()], F.cross_entropy), "even")
         for name, site in points_of(model).items():
             assert torch.equal(site.points[:4], dq.initial_points(weights[f"{name}.weight"], 4, 256, initial))
 
@@ -463,24 +463,24 @@ def test_other_quantizers_train_on() -> None:
     model = install(dq.build(w=2), network())
     layer = quantized_layers(model)["layer2.0.conv1"]
     layer.input_q.register_parameter("range", nn.Parameter(torch.ones(())))
-    dq.share(model, Probe([batch()], F.cross_entropy), "gradient")
+    dq.allocate_and_freeze(model, Probe([batch()], F.cross_entropy), "gradient")
     free = {name for name, p in model.named_parameters() if p.requires_grad}
     assert free == {f"{n}.weight_q.points" for n in points_of(model)} | {"layer2.0.conv1.input_q.range"}
 
 
 def test_at_32_bits_nothing_is_frozen() -> None:
     model = install(dq.build(w=32), network())
-    dq.share(model, Probe([batch()], F.cross_entropy), "gradient")
+    dq.allocate_and_freeze(model, Probe([batch()], F.cross_entropy), "gradient")
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_points_that_cross_are_sorted_and_the_fill_stays_out() -> None:
     w = random(300)
     site = dq.DQWeight(w, 2, 64, "uniform")
-    site.place(w, 3)
+    site.reset_points(w, 3)
     with torch.no_grad():
         site.points.copy_(torch.tensor([0.7, 0.2, 0.9, *[0.1] * 13]))
-    site.sort()
+    site.sort_points()
     assert site.points.tolist() == torch.tensor([0.2, 0.7, *[0.9] * 14]).double().tolist()
     want = oracle.to_points(w.numpy(), site.points[:3].tolist(), 64)
     np.testing.assert_allclose(site(w).detach().numpy(), want, rtol=1e-12)
@@ -521,7 +521,7 @@ def test_bytes_charge_the_points() -> None:
     site = dq.DQWeight(w, 2, 256, "quantiles")
     assert site.bytes(w) == (300, 2, 16 + 16)
     for count, bits in ((2, 1), (3, 2), (5, 3), (8, 3), (9, 4)):
-        site.place(w, count)
+        site.reset_points(w, count)
         assert site.bytes(w) == (300, bits, 4 * count + 16)
         assert site.grid(w).points.shape == (2, count, 1)
 

@@ -293,7 +293,7 @@ def test_32_bits_leave_the_network_alone() -> None:
 
 
 def top1_of(model: nn.Module, loader: Loader) -> float:
-    found = evaluate(model, loader.plain("test"))
+    found = evaluate(model, loader.unaugmented("test"))
     assert found is not None
     return found.top1
 
@@ -312,7 +312,7 @@ def test_int8_is_within_a_point_of_float_on_digits() -> None:
             schedule.step()
     parent = top1_of(model, loader)
     assert parent > 94
-    probe = list(loader.plain("train", 256))
+    probe = list(loader.unaugmented("train", 256))
     for options in ({}, {"weights": "minmax", "calibration": "percentile", "reestimate": False}, {"channel": False}):
         child = prepared(copy.deepcopy(model), probe, **options)
         assert abs(top1_of(child, loader) - parent) <= 1

@@ -236,7 +236,7 @@ def trained_network() -> tuple[nn.Module, Tensor]:
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-    return model.eval(), torch.cat([x for x, _ in loader.plain("train")])
+    return model.eval(), torch.cat([x for x, _ in loader.unaugmented("train")])
 
 
 def response_errors(model: nn.Module, images: Tensor) -> dict[str, float]:
@@ -278,7 +278,7 @@ def test_correction_lowers_response_errors_on_images_held_out(monkeypatch: pytes
         layer = quantized_layers(model)[name]
         assert w is layer.weight
         x, _ = probe.responses(model, name)
-        limit = qcnn.POSITIONS
+        limit = qcnn.MAX_RESPONSES
         torch.testing.assert_close(inputs, qcnn.patches(layer, x, limit), msg=name)
         with float_mode(model):
             float_x, y = probe.responses(model, name)

@@ -389,7 +389,7 @@ def test_eslq_borders_are_in_the_linear_middle() -> None:
     site.n1.fill_(0)
     site.settled[0] = True  # the exponent stands
     centroids = torch.tensor([-5.0, -0.75, -0.74, 0.06, 0.0624, 0.19, 0.37])
-    assert site.codes(centroids).tolist() == [-1.0, -1.0, -0.5, 0.0, 0.0, 0.25, 0.25], "levels 1/8 to 1"
+    assert site.shared_values(centroids).tolist() == [-1.0, -1.0, -0.5, 0.0, 0.0, 0.25, 0.25], "levels 1/8 to 1"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])

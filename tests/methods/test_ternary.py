@@ -115,7 +115,7 @@ def test_scales_stay_positive_and_decay_only_when_asked() -> None:
     (layer,) = quantized_layers(model).values()
     optimizer = torch.optim.SGD(layer.weight_q.parameters(), lr=1e6)
     layer.weight_q(layer.weight).sum().backward()
-    ttq.stepped(model, optimizer)
+    ttq.optimizer_step(model, optimizer)
     assert layer.weight_q.positive.item() == pytest.approx(ttq.SMALLEST)
     assert layer.weight_q.negative.item() > 0
     assert layer.weight_q.weight_decay == 0

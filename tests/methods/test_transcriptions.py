@@ -231,12 +231,12 @@ def test_inqs_largest_exponent_at_its_borders(exponent: int) -> None:
     for s in (border, np.nextafter(border, np.float32(0)), np.nextafter(border, np.float32(9e9))):
         w = np.array([s, -s / 3], np.float64)
         assert inq.largest_exponent(f64(w)) == paper.inq_exponent(w), s
-    levels = inq.levels_from(exponent, 4)
+    levels = inq.levels_from_exponent(exponent, 4)
     edges = np.array(paper.inq_magnitudes(exponent, 4))
     x = np.concatenate([edges, edges * 1.5, edges * 0.75, edges[1:2] / 2, edges * 3.7])
     x = np.concatenate([x, np.nextafter(x, 0), np.nextafter(x, 1e9)])
     x = np.concatenate([x, -x])
-    agree(inq.snapped(f64(x), levels.double()), paper.inq_rounded(x, exponent, 4))
+    agree(inq.round_to_levels(f64(x), levels.double()), paper.inq_rounded(x, exponent, 4))
 
 
 @pytest.mark.parametrize("portions", [(0.5, 0.75, 0.875, 1.0), (0.2, 0.4, 0.6, 0.8, 1.0), (0.3, 1.0)])
@@ -319,7 +319,7 @@ def test_pacts_activations(x: Array, bits: int, alpha: float) -> None:
 @pytest.mark.parametrize("step", [0.25, 0.1])
 def test_lsq(x: Array, bits: int, signed: bool, step: float) -> None:
     check(partial(lsq.quantize, bits=bits, signed=signed), paper.lsq(x, step, bits, signed), x, step)
-    scaled = partial(lsq.scaled, count=x.size, bits=bits, signed=signed)
+    scaled = partial(lsq.scale_gradient, count=x.size, bits=bits, signed=signed)
     function = lambda v, s: lsq.quantize(v, scaled(s), bits, signed)  # noqa: E731
     check(function, paper.lsq(x, step, bits, signed, x.size), x, step)
     if x.any():

@@ -1,4 +1,4 @@
-"""The float networks: sizes from the papers, names from torchvision, and which layers read an activation."""
+"""Test the float networks: sizes from the papers, names from torchvision, and which layers read an activation."""
 
 import inspect
 import subprocess
@@ -41,13 +41,13 @@ OWN: list[tuple[Build, tuple[int, int, int], dict[str, Any]]] = [
 own = pytest.mark.parametrize(("build", "shape", "options"), OWN)
 
 
-def made(name: str, shape: tuple[int, int, int], classes: int, **options: object) -> nn.Module:
-    """Build what a file of conf/model says, with `auto` left to the builder."""
+def build_from_conf(name: str, shape: tuple[int, int, int], classes: int, **options: object) -> nn.Module:
+    """Build the network of a file of conf/model; values `auto` are left to the builder's default."""
     node = {key: value for key, value in (CONF[name] | options).items() if value != "auto"}
     return registry.create("model", node, shape, classes)  # type: ignore[no-any-return]
 
 
-def count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
@@ -59,26 +59,26 @@ def count(model: nn.Module) -> int:
     [("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85), ("resnet110", 1.7)],
 )
 @pytest.mark.parametrize("form", ["pre", "post"])
-def test_cifar_resnets_have_the_papers_size(name: str, millions: float, form: str) -> None:
-    """He et al. 2016, arXiv 1512.03385, table 6, in two digits."""
+def test_the_cifar_resnets_have_the_sizes_of_the_paper(name: str, millions: float, form: str) -> None:
+    """He et al. 2016, arXiv 1512.03385, table 6: millions of parameters to two digits."""
     with torch.device("meta"):
-        assert count(made(name, CIFAR, 10, form=form)) / 1e6 == pytest.approx(millions, rel=0.02)
+        assert count_parameters(build_from_conf(name, CIFAR, 10, form=form)) / 1e6 == pytest.approx(millions, rel=0.02)
 
 
-def test_resnet20_by_hand() -> None:
-    """Convolutions: 3x16x9, 6 of 16x16x9, then 16x32, 5 of 32x32, 32x64, 5 of 64x64, all times 9; BN: two a channel."""
+def test_the_size_of_resnet20_is_that_counted_by_hand() -> None:
+    """Convolutions: 3x16, 6 of 16x16, 16x32, 5 of 32x32, 32x64, 5 of 64x64, all times 9; BN: 2 per channel."""
     convs = 9 * (3 * 16 + 6 * 16**2 + 16 * 32 + 5 * 32**2 + 32 * 64 + 5 * 64**2)
     post_bn = 2 * (7 * 16 + 6 * 32 + 6 * 64)
     pre_bn = 2 * (6 * 16 + 16 + 5 * 32 + 32 + 5 * 64 + 64)  # in front of the convolutions and of the head
-    assert count(resnet.build(CIFAR, 10, form="post")) == convs + post_bn + 650
-    assert count(resnet.build(CIFAR, 10, form="pre")) == convs + pre_bn + 650
-    assert count(resnet.build(CIFAR, 10, norm="no_affine")) == convs + 650
+    assert count_parameters(resnet.build(CIFAR, 10, form="post")) == convs + post_bn + 650
+    assert count_parameters(resnet.build(CIFAR, 10, form="pre")) == convs + pre_bn + 650
+    assert count_parameters(resnet.build(CIFAR, 10, norm="no_affine")) == convs + 650
 
 
-def test_vgg_small_is_hwgqs() -> None:
+def test_the_vgg_small_is_that_of_hwgq() -> None:
     """4,657,546 parameters and 607.6 M multiply-adds, counted from the authors' prototxt."""
     model = vgg_small.build(CIFAR, 10, norm="no_affine")
-    assert count(model) == 4_657_546
+    assert count_parameters(model) == 4_657_546
     assert sum(count_macs(model, CIFAR).values()) / 1e6 == pytest.approx(607.6, abs=0.05)
     kinds = [(type(m).__name__, getattr(m, "out_channels", "")) for m in model if not isinstance(m, nn.ReLU)]
     bn, pool = ("BatchNorm2d", ""), ("MaxPool2d", "")
@@ -89,13 +89,13 @@ def test_vgg_small_is_hwgqs() -> None:
     ]
 
 
-def test_lenet_is_caffes() -> None:
+def test_the_lenet_is_that_of_caffe() -> None:
     """Caffe's examples/mnist: 500 + 20, 25,000 + 50, 400,000 + 500 and 5,000 + 10."""
-    assert count(lenet.build(MNIST, 10, norm="none")) == 520 + 25_050 + 400_500 + 5_010 == 431_080
+    assert count_parameters(lenet.build(MNIST, 10, norm="none")) == 520 + 25_050 + 400_500 + 5_010 == 431_080
 
 
-def test_mobilenet_v2_has_torchvisions_size() -> None:
-    assert count(mobilenet_v2.build(IMAGENET, 1000)) == 3_504_872
+def test_the_mobilenet_v2_has_the_size_of_torchvisions() -> None:
+    assert count_parameters(mobilenet_v2.build(IMAGENET, 1000)) == 3_504_872
 
 
 @pytest.mark.parametrize(
@@ -108,17 +108,17 @@ def test_mobilenet_v2_has_torchvisions_size() -> None:
         ("mobilenet_v2", 3_504_872),
     ],
 )
-def test_torchvisions_sizes(net: str, parameters: int) -> None:
-    """The counts of torchvision's documentation."""
+def test_the_sizes_are_those_of_torchvisions_documentation(net: str, parameters: int) -> None:
+    """Numbers of parameters in torchvision's documentation."""
     with torch.device("meta"):
-        assert count(zoo.build(IMAGENET, 1000, net=net)) == parameters
+        assert count_parameters(zoo.build(IMAGENET, 1000, net=net)) == parameters
 
 
-# Names and values of torchvision's
+# Names and values as in torchvision
 
 
 @pytest.mark.parametrize("width_mult", [0.25, 0.5, 1.0, 1.4])
-def test_mobilenet_v2_is_torchvisions_but_for_two_strides(width_mult: float) -> None:
+def test_the_mobilenet_v2_differs_from_torchvisions_in_two_strides_only(width_mult: float) -> None:
     ours = mobilenet_v2.build(CIFAR, 10, width_mult=width_mult).eval()
     theirs = vision.torchvision().models.mobilenet_v2(weights=None, num_classes=10, width_mult=width_mult).eval()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
@@ -128,7 +128,7 @@ def test_mobilenet_v2_is_torchvisions_but_for_two_strides(width_mult: float) -> 
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_post_activation_resnet_is_torchvisions_but_for_stem_and_stages() -> None:
+def test_the_post_activation_resnet_differs_from_torchvisions_in_stem_and_stages_only() -> None:
     ours = resnet.build(CIFAR, 10, depth=20, width=4, form="post", shortcut="B").eval()
     module = vision.torchvision().models.resnet
     theirs = module.ResNet(module.BasicBlock, [3, 3, 3, 1])
@@ -142,7 +142,7 @@ def test_post_activation_resnet_is_torchvisions_but_for_stem_and_stages() -> Non
 
 
 @pytest.mark.parametrize("net", ["resnet18", "mobilenet_v2", "googlenet"])
-def test_zoo_draws_what_torchvision_draws(net: str) -> None:
+def test_the_initial_weights_are_those_of_torchvision(net: str) -> None:
     torch.manual_seed(3)
     ours = zoo.build(CIFAR, 4, net=net)
     torch.manual_seed(3)
@@ -158,7 +158,7 @@ def test_zoo_draws_what_torchvision_draws(net: str) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 @own
-def test_own_networks_take_their_images(
+def test_the_networks_take_images_of_their_size(
     build: Build, shape: tuple[int, int, int], options: dict[str, Any], norm: str
 ) -> None:
     model = build(shape, 7, norm=norm, **options)
@@ -182,16 +182,18 @@ def test_own_networks_take_their_images(
         (zoo.build, (3, 63, 63), {"net": "squeezenet1_1"}),
     ],
 )
-def test_other_sizes_of_images(build: Build, shape: tuple[int, int, int], options: dict[str, Any]) -> None:
+def test_the_networks_take_other_image_sizes(
+    build: Build, shape: tuple[int, int, int], options: dict[str, Any]
+) -> None:
     assert build(shape, 3, **options)(torch.randn(2, *shape)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in HEAVY else n for n in CONF])
-def test_every_file_of_conf_builds_and_learns_a_batch(name: str) -> None:
+def test_the_network_of_every_conf_file_trains_on_a_batch(name: str) -> None:
     torch.manual_seed(0)
     thin = {"width": 4, "width_mult": 0.25, "widen": 1}
     shape = (3, 64, 64) if "alexnet" in name or name.startswith("svhn_") else CIFAR
-    model = made(name, shape, 4, **{key: value for key, value in thin.items() if key in CONF[name]})
+    model = build_from_conf(name, shape, 4, **{key: value for key, value in thin.items() if key in CONF[name]})
     x, labels = torch.randn(8, *shape), torch.arange(8) % 4
     before = [p.detach().clone() for p in model.parameters()]
     loss = F.cross_entropy(model(x), labels)
@@ -203,7 +205,7 @@ def test_every_file_of_conf_builds_and_learns_a_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONF)
-def test_files_of_conf_hold_the_builders_keys(name: str) -> None:
+def test_the_conf_files_hold_the_keys_of_the_build_functions(name: str) -> None:
     build = registry.find("model", CONF[name].get("family", name))
     keys = [k for k, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY]
     assert set(CONF[name]) - {"family"} == {"name", "act", *keys}
@@ -215,7 +217,7 @@ def test_files_of_conf_hold_the_builders_keys(name: str) -> None:
 
 
 @own
-def test_plain_has_no_scale_or_shift_in_front_of_quantizers(
+def test_the_norm_no_affine_has_no_scale_or_shift_in_front_of_quantizers(
     build: Build, shape: tuple[int, int, int], options: dict[str, Any]
 ) -> None:
     model = build(shape, 10, norm="no_affine", **options)
@@ -226,11 +228,11 @@ def test_plain_has_no_scale_or_shift_in_front_of_quantizers(
     assert not [m for m in build(shape, 10, norm="none", **options).modules() if "BatchNorm" in type(m).__name__]
 
 
-# Who reads an activation
+# Which modules read an activation
 
 
-class Watch(TorchFunctionMode):
-    """Notes, for every output of a named module, the modules in which a torch function takes it."""
+class ReaderRecorder(TorchFunctionMode):
+    """Record, for the output of every watched module, the modules in which a torch function takes it."""
 
     def __init__(self, model: nn.Module, watched: list[str]) -> None:
         super().__init__()
@@ -246,7 +248,7 @@ class Watch(TorchFunctionMode):
             self.outputs[name] = output
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "") != "__get__":  # x.shape and its like
+        if getattr(function, "__name__", "") != "__get__":  # attributes such as x.shape
             taken = [*args, *(kwargs or {}).values()]
             for name, output in self.outputs.items():
                 if any(argument is output for argument in taken):
@@ -256,35 +258,37 @@ class Watch(TorchFunctionMode):
 
 def readers(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, set[str]]:
     acts = [name for name, m in model.named_modules() if isinstance(m, nn.ReLU | nn.ReLU6)]
-    watch = Watch(model, acts)
-    with watch, torch.no_grad():
+    recorder = ReaderRecorder(model, acts)
+    with recorder, torch.no_grad():
         model(torch.randn(2, *shape))
-    assert set(watch.outputs) == set(acts)
-    return watch.readers
+    assert set(recorder.outputs) == set(acts)
+    return recorder.readers
 
 
 @own
-def test_feeds_names_exactly_the_readers(build: Build, shape: tuple[int, int, int], options: dict[str, Any]) -> None:
+def test_the_feeds_name_exactly_the_layers_that_read_an_activation(
+    build: Build, shape: tuple[int, int, int], options: dict[str, Any]
+) -> None:
     model = build(shape, 10, **options)
     layers = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    found = readers(model, shape)
+    recorded = readers(model, shape)
     assert model.feeds
     for act, listed in model.feeds.items():
-        assert found[act] == set(listed), act
-        assert found[act] <= layers, act
-    left = [act for act, read in found.items() if read <= layers and act not in model.feeds]
-    trunk = ["layer1.1.act2", "layer2.1.act2"]  # alone in front of convolutions where B downsamples, not elsewhere
-    assert left == (trunk if options.get("form") == "post" and options.get("shortcut") == "B" else [])
+        assert recorded[act] == set(listed), act
+        assert recorded[act] <= layers, act
+    unlisted = [act for act, read in recorded.items() if read <= layers and act not in model.feeds]
+    trunk = ["layer1.1.act2", "layer2.1.act2"]  # feed convolutions only where shortcut B changes the shape
+    assert unlisted == (trunk if options.get("form") == "post" and options.get("shortcut") == "B" else [])
 
 
-def test_a_shortcut_is_seen_to_read() -> None:
-    found = readers(resnet.build(CIFAR, 10, depth=14, width=4, form="post"), CIFAR)
-    assert found["act"] == {"layer1.0.conv1", "layer1.0"}
-    assert found["layer1.1.act2"] == {"layer2.0.conv1", "layer2.0.pad"}
-    assert found["layer3.1.act2"] == {""}
+def test_the_recorder_sees_that_a_shortcut_reads_an_activation() -> None:
+    recorded = readers(resnet.build(CIFAR, 10, depth=14, width=4, form="post"), CIFAR)
+    assert recorded["act"] == {"layer1.0.conv1", "layer1.0"}
+    assert recorded["layer1.1.act2"] == {"layer2.0.conv1", "layer2.0.pad"}
+    assert recorded["layer3.1.act2"] == {""}
 
 
-# What is refused
+# Invalid options
 
 
 @pytest.mark.parametrize(
@@ -293,10 +297,10 @@ def test_a_shortcut_is_seen_to_read() -> None:
         (resnet.build, CIFAR, {"form": "middle"}, r"form=middle: allowed are pre .* and post"),
         (resnet.build, CIFAR, {"depth": 21}, r"depth=21: allowed are 6 n \+ 2"),
         (resnet.build, CIFAR, {"shortcut": "C"}, r"shortcut=C: allowed are A .* and B"),
-        (lenet.build, (1, 12, 12), {}, r"pad=0: .* 12x12; allowed is 2"),
+        (lenet.build, (1, 12, 12), {}, r"pad=0: .* 12x12 are too small; pad=2"),
         (lenet.build, (1, 3, 3), {"pad": 2}, r"pad=2: .* 3x3"),
         (lenet.build, MNIST, {"pad": 3}, r"pad=3: allowed are 0"),
-        (lenet.build, MNIST, {"norm": "batch"}, r"norm=batch: allowed are auto, affine, plain, none"),
+        (lenet.build, MNIST, {"norm": "batch"}, r"norm=batch: allowed are auto, affine, no_affine, none"),
         (vgg_small.build, CIFAR, {"norm": "batch"}, r"norm=batch: allowed are auto"),
         (vgg_small.build, CIFAR, {"width": 0}, r"width=0: allowed is 1 or more"),
         (vgg_small.build, (3, 32, 7), {}, r"32x7 are too small; allowed are 8x8"),
@@ -309,29 +313,31 @@ def test_a_shortcut_is_seen_to_read() -> None:
         (zoo.build, CIFAR, {"net": "vit_b_32"}, r"net=vit_b_32: does not take images of 32x32\ntorch says: Wrong"),
     ],
 )  # fmt: skip
-def test_refusals(build: Build, shape: tuple[int, int, int], options: dict[str, Any], message: str) -> None:
+def test_invalid_options_raise(
+    build: Build, shape: tuple[int, int, int], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         build(shape, 10, **options)
 
 
-def test_refusals_name_the_key_as_typed() -> None:
+def test_the_error_names_the_key_as_typed() -> None:
     with pytest.raises(ConfigError, match=r"^model\.net=vgg: .*did you mean vgg1"):
-        made("torchvision", CIFAR, 10, net="vgg")
+        build_from_conf("torchvision", CIFAR, 10, net="vgg")
     with pytest.raises(
         ConfigError, match=r"^model\.width_mult: vgg_small has no such key; did you mean model\.width\?"
     ):
-        made("vgg_small", CIFAR, 10, width_mult=0.5)
+        build_from_conf("vgg_small", CIFAR, 10, width_mult=0.5)
 
 
 # torchvision's import
 
 
-def test_torchvision_imports_without_a_warning_even_after_a_failure() -> None:
+def test_the_import_of_torchvision_gives_no_warning_even_after_a_failure() -> None:
     code = (
         "try:\n import torchvision\nexcept RuntimeError: print('broken')\n"
-        "from qbench.system.torchvision import torchvision as find\n"
-        "found = find(); import torchvision\n"
-        "assert found is torchvision is find(); found.models.resnet18(weights=None)\n"
+        "from qbench.system.torchvision import torchvision as load\n"
+        "loaded = load(); import torchvision\n"
+        "assert loaded is torchvision is load(); loaded.models.resnet18(weights=None)\n"
         "from torchvision import datasets, transforms"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -339,7 +345,7 @@ def test_torchvision_imports_without_a_warning_even_after_a_failure() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of luck"), ImportError("No module named 'torchvision'")])
-def test_other_failures_of_the_import_are_not_hidden(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_the_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(name: str) -> None:
         raise error
 
@@ -348,7 +354,7 @@ def test_other_failures_of_the_import_are_not_hidden(monkeypatch: pytest.MonkeyP
         vision.torchvision.__wrapped__()
 
 
-def test_nothing_is_declared_beside_a_matched_build(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_operator_is_declared_if_the_import_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision.importlib, "import_module", lambda name: sys)
     monkeypatch.setattr(vision, "_declare", lambda *names: pytest.fail("declared"))
     assert vision.torchvision.__wrapped__() is sys

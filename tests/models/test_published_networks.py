@@ -1,4 +1,4 @@
-"""The papers' networks: sizes from the papers and their code, order of layers, torchvision's names, methods on them."""
+"""Test the papers' networks: sizes, order of layers, torchvision's names, and methods applied to them."""
 
 import copy
 from collections.abc import Callable
@@ -30,7 +30,6 @@ from qbench.quant.install import install
 from qbench.quant.layers import BypassedActivation, quantized_layers
 from qbench.quant.method import Unsupported
 from qbench.quant.policy import Policy, quantizable
-from qbench.quant.quantizer import IdentityQuantizer
 from qbench.system import torchvision as vision
 
 Shape = tuple[int, int, int]
@@ -57,10 +56,10 @@ THIN: dict[str, tuple[Build, Shape, dict[str, Any]]] = {
 }
 NORMED = [name for name in THIN if not name.startswith("gupta")]
 FED = [name for name in THIN if name not in ("polino", "resnet18", "resnet50", "wrn")]
-"""Networks in which activations feed every layer but the first, alone."""
+"""Networks in which every layer but the first reads an activation that feeds such layers only."""
 
 
-def thin(name: str, **options: object) -> nn.Module:
+def thin_network(name: str, **options: object) -> nn.Module:
     build, shape, fixed = THIN[name]
     torch.manual_seed(0)
     return build(shape, 5, **fixed | options)
@@ -70,14 +69,14 @@ def images(name: str, count: int = 4) -> Tensor:
     return torch.randn(count, *THIN[name][1], generator=torch.Generator().manual_seed(1))
 
 
-def published(name: str, shape: Shape, classes: int, **options: object) -> nn.Module:
-    """Build what a file of conf/model says, without memory."""
+def build_from_conf(name: str, shape: Shape, classes: int, **options: object) -> nn.Module:
+    """Build the network of a file of conf/model on the meta device, which takes no memory."""
     node = {k: v for k, v in (CONF[name] | options).items() if v != "auto" and k != "act"}
     with torch.device("meta"):
         return registry.create("model", node, shape, classes)  # type: ignore[no-any-return]
 
 
-def count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
@@ -88,21 +87,23 @@ def count(model: nn.Module) -> int:
     ("name", "parameters", "millions", "share"),
     [("a", 2_082_378, 41.7, 0.11), ("b", 523_306, 11.6, 0.20), ("c", 132_186, 3.48, 0.34), ("d", 33_730, 1.16, 0.50)],
 )
-def test_svhn_models(name: str, parameters: int, millions: float, share: float) -> None:
-    """Counted from the authors' script: parameters, multiply-adds (83.5 MFLOP in A), and the float layers' share."""
-    model = published(f"svhn_{name}", SVHN, 10)
+def test_the_svhn_models_have_the_sizes_of_the_script(
+    name: str, parameters: int, millions: float, share: float
+) -> None:
+    """Counted from the authors' script: parameters, multiply-adds (83.5 MFLOP in A), share of the float layers."""
+    model = build_from_conf(f"svhn_{name}", SVHN, 10)
     macs = count_macs(model, SVHN)
-    assert count(model) == parameters
+    assert count_parameters(model) == parameters
     assert sum(macs.values()) / 1e6 == pytest.approx(millions, rel=0.003)
     assert (macs["conv0"] + macs["fc1"]) / sum(macs.values()) == pytest.approx(share, abs=0.005)
     if name == "a":
         assert 2 * sum(macs.values()) / 1e6 == pytest.approx(83.5, abs=0.05)
 
 
-def test_dorefas_alexnet() -> None:
-    """60,985,416 as in the log of tensorpack's issue 810; sizes 54, 27, 14, 6 as the sheet of the script has them."""
-    model = published("dorefa_alexnet", IMAGENET, 1000)
-    assert count(model) == 60_985_416
+def test_the_alexnet_of_dorefa_has_the_size_of_the_script() -> None:
+    """60,985,416 parameters as in the log of tensorpack's issue 810; map sizes 54, 27, 14, 6 as in the script."""
+    model = build_from_conf("dorefa_alexnet", IMAGENET, 1000)
+    assert count_parameters(model) == 60_985_416
     macs = count_macs(model, IMAGENET)
     assert macs["conv0"] == 54**2 * 96 * 3 * 12**2
     assert macs["conv1"] == 54**2 * 256 * 48 * 5**2
@@ -111,41 +112,46 @@ def test_dorefas_alexnet() -> None:
     assert macs["fc0"] == 6**2 * 256 * 4096
 
 
-def test_hwgqs_alexnet() -> None:
-    """By hand from the prototxt: eight layers without bias but the last, no scale or shift anywhere."""
+def test_the_alexnet_of_hwgq_has_the_size_of_the_prototxt() -> None:
+    """By hand from the prototxt: eight layers, a bias in the last only, no scale or shift anywhere."""
     convs = 11**2 * 3 * 96 + 5**2 * 96 * 256 + 9 * (256 * 384 + 384 * 384 + 384 * 256)
-    model = published("hwgq_alexnet", CAFFE, 1000, norm="no_affine")
-    assert count(model) == convs + 9216 * 4096 + 4096**2 + 4096 * 1000 + 1000 == 62_368_776
+    model = build_from_conf("hwgq_alexnet", CAFFE, 1000, norm="no_affine")
+    assert count_parameters(model) == convs + 9216 * 4096 + 4096**2 + 4096 * 1000 + 1000 == 62_368_776
     with torch.device("meta"):
-        assert count(hwgq_alexnet.build(IMAGENET, 1000, norm="no_affine")) == 62_368_776  # Caffe's maximum rounds up
+        assert (
+            count_parameters(hwgq_alexnet.build(IMAGENET, 1000, norm="no_affine")) == 62_368_776
+        )  # Caffe's max pooling rounds up
 
 
-def test_hwgqs_resnet18() -> None:
-    """torchvision's 11,689,512 without BN's 9,600; conv1's bias; scale and shift in front of the eight sums."""
+def test_the_resnet18_of_hwgq_has_the_size_of_the_prototxt() -> None:
+    """torchvision's 11,689,512 less 9,600 of BN, plus conv1's bias, plus scale and shift before the eight sums."""
     ends = 2 * (2 * (64 + 128 + 256 + 512) + 128 + 256 + 512)
-    assert count(published("hwgq_resnet18", IMAGENET, 1000, norm="no_affine")) == 11_689_512 - 9_600 + 64 + ends
+    assert (
+        count_parameters(build_from_conf("hwgq_resnet18", IMAGENET, 1000, norm="no_affine"))
+        == 11_689_512 - 9_600 + 64 + ends
+    )
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("18", 11_689_512), ("34", 21_797_672), ("50", 25_557_032)])
-def test_imagenet_resnets(name: str, parameters: int) -> None:
-    """The counts of torchvision's documentation; `pre` lacks the downsampling BNs, has one behind the last block."""
-    post, pre = (published(f"resnet{name}", IMAGENET, 1000, form=form) for form in ("post", "pre"))
-    assert count(post) == parameters
+def test_the_imagenet_resnets_have_the_sizes_of_torchvision(name: str, parameters: int) -> None:
+    """Parameters as in torchvision's documentation; both forms have the same convolutions."""
+    post, pre = (build_from_conf(f"resnet{name}", IMAGENET, 1000, form=form) for form in ("post", "pre"))
+    assert count_parameters(post) == parameters
     convs = [sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d)) for model in (post, pre)]
     assert convs[0] == convs[1]
     assert sum(count_macs(post, IMAGENET).values()) == sum(count_macs(pre, IMAGENET).values())
 
 
-def test_multiply_adds_of_torchvisions_documentation() -> None:
-    """GFLOPS of torchvision's tables, which are multiply-adds: 1.81, 3.66, 4.09; MobileNetV2 0.30, VGG-16 15.47, ..."""
+def test_the_multiply_adds_are_those_of_torchvisions_documentation() -> None:
+    """The GFLOPS of torchvision's tables are multiply-adds: ResNets 1.81, 3.66, 4.09; MobileNetV2 0.30, ..."""
     expected = {"resnet18": 1.81, "resnet34": 3.66, "resnet50": 4.09, "mobilenet_v2_imagenet": 0.30, "vgg16": 15.47}
     for name, giga in (expected | {"alexnet": 0.71, "googlenet": 1.50}).items():
-        macs = sum(count_macs(published(name, IMAGENET, 1000), IMAGENET).values())
+        macs = sum(count_macs(build_from_conf(name, IMAGENET, 1000), IMAGENET).values())
         assert macs / 1e9 == pytest.approx(giga, abs=0.006), name
 
 
-def test_resnet18b_has_one_and_a_half_times_the_filters() -> None:
-    wide, model = published("resnet18b", IMAGENET, 1000), published("resnet18", IMAGENET, 1000)
+def test_the_resnet18b_has_one_and_a_half_times_the_filters() -> None:
+    wide, model = build_from_conf("resnet18b", IMAGENET, 1000), build_from_conf("resnet18", IMAGENET, 1000)
     pairs = list(zip(wide.modules(), model.modules(), strict=True))
     assert {a.out_channels / b.out_channels for a, b in pairs if isinstance(b, nn.Conv2d)} == {1.5}
 
@@ -164,30 +170,30 @@ def test_resnet18b_has_one_and_a_half_times_the_filters() -> None:
         ("wrn_28_10", 36.5),
     ],
 )
-def test_polinos_networks(name: str, millions: float) -> None:
+def test_the_networks_of_polino_have_the_sizes_of_the_code(name: str, millions: float) -> None:
     """Counted from the authors' code: parameters in millions, rounded (21.38, 4.00, 1.27, 0.45, ..., 583 megabytes)."""
     digits = len(str(millions).partition(".")[2])
-    assert round(count(published(name, CIFAR, 10)) / 1e6, digits) == millions
+    assert round(count_parameters(build_from_conf(name, CIFAR, 10)) / 1e6, digits) == millions
 
 
-def test_guptas_networks_by_hand() -> None:
-    assert count(published("gupta_mlp", MNIST, 10)) == 784_000 + 1000 + 1_000_000 + 1000 + 10_010
-    assert count(published("gupta_mnist", MNIST, 10)) == 208 + 3_216 + (16 * 4 * 4 * 128 + 128) + 1_290
-    assert count(published("gupta_cifar", CIFAR, 10)) == 4_864 + 2 * 102_464 + (64 * 4 * 4 * 10 + 10)
+def test_the_networks_of_gupta_have_the_sizes_counted_by_hand() -> None:
+    assert count_parameters(build_from_conf("gupta_mlp", MNIST, 10)) == 784_000 + 1000 + 1_000_000 + 1000 + 10_010
+    assert count_parameters(build_from_conf("gupta_mnist", MNIST, 10)) == 208 + 3_216 + (16 * 4 * 4 * 128 + 128) + 1_290
+    assert count_parameters(build_from_conf("gupta_cifar", CIFAR, 10)) == 4_864 + 2 * 102_464 + (64 * 4 * 4 * 10 + 10)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"])
-def test_ttqs_resnets_by_hand(name: str) -> None:
+def test_the_resnets_of_ttq_have_the_sizes_counted_by_hand(name: str) -> None:
     """Pre-activation, no biases, shortcuts without parameters; BN in front of each convolution and of the head."""
     m = 2 * (int(name.removeprefix("resnet")) - 2) // 6  # convolutions of a stage
     convs = 9 * (3 * 16 + m * 16**2 + 16 * 32 + (m - 1) * 32**2 + 32 * 64 + (m - 1) * 64**2)
     norms = 2 * (m * 16 + 16 + (m - 1) * 32 + 32 + (m - 1) * 64 + 64)
-    model = published(name, CIFAR, 10)
-    assert count(model) == convs + norms + 650
+    model = build_from_conf(name, CIFAR, 10)
+    assert count_parameters(model) == convs + norms + 650
     assert model.form == "pre"
 
 
-def test_ttqs_shortcut_averages_and_pads_half_of_the_zeros_on_either_side() -> None:
+def test_the_shortcut_of_ttq_averages_and_pads_zeros_on_both_sides() -> None:
     block = resnet.build(CIFAR, 10, depth=8, width=4).get_submodule("layer2.0")
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(2, 4, 6, 6)
@@ -201,12 +207,13 @@ def test_ttqs_shortcut_averages_and_pads_half_of_the_zeros_on_either_side() -> N
 # Order
 
 
-def kinds(model: nn.Module) -> str:
+def layer_order(model: nn.Module) -> str:
     """Return the layers of a chain as the papers write them; Q is an activation."""
     letters = {"Conv2d": "C", "Linear": "F", "ReLU": "Q", "Hardtanh": "h", "SamePool": "M", "MaxPool2d": "M"}
-    letters |= {"BatchNorm2d": "B", "BatchNorm1d": "B", "Dropout": "d", "Dropout2d": "d", "Drop": "d", "Restore": "r"}
-    found = "".join(letters.get(type(m).__name__, "") for m in model.children())
-    return found[0] + found[1:].replace("C", " C").replace("F", " F")
+    letters |= {"BatchNorm2d": "B", "BatchNorm1d": "B", "Dropout": "d", "Dropout2d": "d"}
+    letters |= {"UnscaledDropout": "d", "DropoutScale": "r"}
+    order = "".join(letters.get(type(m).__name__, "") for m in model.children())
+    return order[0] + order[1:].replace("C", " C").replace("F", " F")
 
 
 @pytest.mark.parametrize(
@@ -220,19 +227,19 @@ def kinds(model: nn.Module) -> str:
         ("polino", "CQB CQBMd CQB CQBMd FQBd FQ"),
     ],
 )
-def test_order_of_pool_norm_activation(name: str, order: str) -> None:
-    assert kinds(thin(name)) == order
+def test_the_order_of_pooling_norm_and_activation(name: str, order: str) -> None:
+    assert layer_order(thin_network(name)) == order
 
 
-def test_polinos_teacher_drops_as_the_authors_do() -> None:
-    model = published("polino_teacher", CIFAR, 10)
-    assert kinds(model) == "CQB CQBMd CQB CQBMd CQB CQB CQB CQBMd FQBd FQBd FQ"
+def test_the_dropout_of_polinos_teacher_is_that_of_the_authors() -> None:
+    model = build_from_conf("polino_teacher", CIFAR, 10)
+    assert layer_order(model) == "CQB CQBMd CQB CQBMd CQB CQB CQB CQBMd FQBd FQBd FQ"
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout2d)] == [0.2, 0.3, 0.35]
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.4, 0.4]
-    assert not [m for m in published("polino_s0", CIFAR, 10, dropout=[]).modules() if getattr(m, "p", 0)]
+    assert not [m for m in build_from_conf("polino_s0", CIFAR, 10, dropout=[]).modules() if getattr(m, "p", 0)]
 
 
-def test_which_normalizations_hwgq_leaves_scale_and_shift() -> None:
+def test_the_norms_before_a_sum_keep_scale_and_shift_in_hwgqs_resnet() -> None:
     model = hwgq_resnet.build(CIFAR, 5, depth=18, width=4, norm="no_affine")
     affine = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine}
     blocks = [f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)]
@@ -241,13 +248,13 @@ def test_which_normalizations_hwgq_leaves_scale_and_shift() -> None:
 
 
 @pytest.mark.parametrize(("build", "strides"), [(hwgq_resnet.build, (2, 1, 1)), (imagenet_resnet.build, (1, 2, 1))])
-def test_where_a_bottleneck_strides(build: Build, strides: tuple[int, ...]) -> None:
+def test_the_convolution_of_a_bottleneck_that_has_the_stride(build: Build, strides: tuple[int, ...]) -> None:
     block = build(CIFAR, 5, depth=50, width=4).get_submodule("layer2.0")
     assert tuple(getattr(block, f"conv{i}").stride[0] for i in (1, 2, 3)) == strides
 
 
-def test_first_block_of_hwgqs_resnet_adds_the_normalized_stem() -> None:
-    model = thin("hwgq_resnet18").eval()
+def test_the_first_block_of_hwgqs_resnet_adds_the_normalized_stem() -> None:
+    model = thin_network("hwgq_resnet18").eval()
     for name in ("layer1.0.conv2.weight", "layer1.0.bn.bias"):
         nn.init.zeros_(model.get_parameter(name))
     nn.init.constant_(model.bn1.bias, -1.5)
@@ -260,8 +267,8 @@ def test_first_block_of_hwgqs_resnet_adds_the_normalized_stem() -> None:
 
 
 @pytest.mark.parametrize("name", ["hwgq_resnet18", "preresnet18"])
-def test_shortcuts_that_change_shape_read_the_activated_input(name: str) -> None:
-    block = thin(name).get_submodule("layer2.0").eval()
+def test_the_shortcuts_that_change_the_shape_read_the_activated_input(name: str) -> None:
+    block = thin_network(name).get_submodule("layer2.0").eval()
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(2, 4, 6, 6)
     assert torch.equal(block(x), block.downsample(x.div((1 + block.bn1.eps) ** 0.5).relu()))
@@ -271,7 +278,7 @@ def test_shortcuts_that_change_shape_read_the_activated_input(name: str) -> None
 
 @pytest.mark.parametrize("name", ["hwgq_resnet18", "preresnet18", "resnet18", "wrn"])
 def test_the_last_layer_reads_an_average_of_activated_values(name: str) -> None:
-    model = thin(name).train()
+    model = thin_network(name).train()
     seen: list[Tensor] = []
     last = model.get_submodule(list(quantizable(model))[-1])
     last.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
@@ -280,8 +287,8 @@ def test_the_last_layer_reads_an_average_of_activated_values(name: str) -> None:
     assert seen[0].max() > 0
 
 
-def test_wide_resnet_strides_late_and_its_shortcut_reads_the_raw_input() -> None:
-    model = thin("wrn")
+def test_the_wide_resnet_has_a_late_stride_and_a_shortcut_of_the_raw_input() -> None:
+    model = thin_network("wrn")
     block = model.get_submodule("layer2.0")
     assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
     nn.init.zeros_(block.conv2.weight)
@@ -291,8 +298,8 @@ def test_wide_resnet_strides_late_and_its_shortcut_reads_the_raw_input() -> None
 
 
 @pytest.mark.parametrize("size", [5, 6, 27, 54])
-def test_same_pool_is_tensorflows(size: int) -> None:
-    """Output ceil(n / 2); of the padding that this needs, the half rounded down comes first."""
+def test_the_same_pool_is_that_of_tensorflow(size: int) -> None:
+    """The output has ceil(n / 2) rows; half of the padding, rounded down, comes first."""
     x = torch.randn(1, 2, size, size + 1)
     y = dorefa_alexnet.SamePool()(x)
     assert y.shape[2:] == (-(-size // 2), -(-(size + 1) // 2))
@@ -300,12 +307,12 @@ def test_same_pool_is_tensorflows(size: int) -> None:
     for row in range(y.shape[2]):
         for column in range(y.shape[3]):
             top, left = 2 * row - before[0], 2 * column - before[1]
-            cells = x[0, :, max(top, 0) : top + 3, max(left, 0) : left + 3]
-            assert torch.equal(y[0, :, row, column], cells.amax((1, 2)))
+            window = x[0, :, max(top, 0) : top + 3, max(left, 0) : left + 3]
+            assert torch.equal(y[0, :, row, column], window.amax((1, 2)))
 
 
-def test_svhn_drops_behind_the_quantizer() -> None:
-    model = install(dorefa.build(w=2, a=2), thin("svhn"), example=images("svhn")).train()
+def test_the_dropout_of_the_svhn_models_acts_after_the_quantizer() -> None:
+    model = install(dorefa.build(w=2, a=2), thin_network("svhn"), example=images("svhn")).train()
     x = torch.randn(3, 16, 5, 5)
     torch.manual_seed(4)
     y = model.restore6(model.conv6(model.drop5(x)))
@@ -321,30 +328,30 @@ def test_svhn_drops_behind_the_quantizer() -> None:
 @pytest.mark.parametrize(
     ("head", "expected"), [("relu", [0, 0.5, 3]), ("clip", [0, 0.5, 1]), ("magnitude", [1, 0.5, 1])]
 )
-def test_heads(head: str, expected: list[float]) -> None:
+def test_the_head_activations(head: str, expected: list[float]) -> None:
     act = dorefa_svhn.build(SVHN, 10, width=1, head=head).act6
     assert act(torch.tensor([-2, 0.5, 3])).tolist() == expected
 
 
-# torchvision's names
+# torchvision's checkpoints
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
-def test_imagenet_resnets_take_torchvisions_weights(depth: int) -> None:
+def test_the_imagenet_resnets_have_the_state_dicts_of_torchvision(depth: int) -> None:
     with torch.device("meta"):
         theirs = getattr(vision.torchvision().models, f"resnet{depth}")(weights=None)
-    ours = published(f"resnet{depth}", IMAGENET, 1000)
+    ours = build_from_conf(f"resnet{depth}", IMAGENET, 1000)
     assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
         (k, v.shape) for k, v in theirs.state_dict().items()
     ]
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_imagenet_resnets_compute_what_torchvisions_do(depth: int) -> None:
+def test_the_imagenet_resnets_compute_what_torchvisions_do(depth: int) -> None:
     theirs = getattr(vision.torchvision().models, f"resnet{depth}")(weights=None, num_classes=7).eval()
     ours = imagenet_resnet.build((3, 40, 36), 7, depth=depth).eval()
     for module in theirs.modules():
-        if isinstance(module, nn.BatchNorm2d):  # statistics that are not 0 and 1, and no explosion
+        if isinstance(module, nn.BatchNorm2d):  # statistics other than 0 and 1, without exploding values
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(1, 2)
     ours.load_state_dict(theirs.state_dict())
@@ -354,22 +361,22 @@ def test_imagenet_resnets_compute_what_torchvisions_do(depth: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "googlenet", "alexnet", "mobilenet_v2_imagenet"])
-def test_torchvisions_own_state_dicts_fit(name: str) -> None:
+def test_the_state_dicts_of_torchvision_load(name: str) -> None:
     extra = {"init_weights": True} if name == "googlenet" else {}
     with torch.device("meta"):
         theirs = vision.torchvision().models.get_model(CONF[name]["net"], weights=None, **extra)
-    found = published(name, IMAGENET, 1000).load_state_dict(theirs.state_dict(), strict=False, assign=True)
-    assert found.missing_keys == []
-    assert {key.partition(".")[0] for key in found.unexpected_keys} == ({"aux1", "aux2"} if extra else set())
+    keys = build_from_conf(name, IMAGENET, 1000).load_state_dict(theirs.state_dict(), strict=False, assign=True)
+    assert keys.missing_keys == []
+    assert {key.partition(".")[0] for key in keys.unexpected_keys} == ({"aux1", "aux2"} if extra else set())
 
 
 # Which layers an activation feeds
 
 
 @pytest.mark.parametrize("name", FED)
-def test_replacing_activations_changes_no_value(name: str) -> None:
-    """DoReFa's quantizer clips at 0 itself: with the ReLU or without, unless it feeds something else too."""
-    float_model = thin(name)
+def test_the_values_stay_the_same_if_quantizers_replace_activations(name: str) -> None:
+    """DoReFa's quantizer clips at 0 itself, so the ReLU in front of it changes nothing."""
+    float_model = thin_network(name)
     for module in float_model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
             module.running_mean.normal_(0, 0.5)
@@ -385,60 +392,60 @@ def test_replacing_activations_changes_no_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FED)
-def test_methods_that_are_the_activation_take_every_layer(name: str) -> None:
-    float_model = thin(name)
+def test_the_methods_that_replace_activations_quantize_every_inner_layer(name: str) -> None:
+    float_model = thin_network(name)
     for method, model in (
         (xnor.build(w=1, a=1), copy.deepcopy(float_model)),
-        (hwgq.build(w=1, a=2), thin(name, norm="no_affine") if name in NORMED else copy.deepcopy(float_model)),
+        (hwgq.build(w=1, a=2), thin_network(name, norm="no_affine") if name in NORMED else copy.deepcopy(float_model)),
     ):
         layers = list(quantizable(model))
         install(method, model, example=images(name))
-        found = quantized_layers(model)
-        assert len(found) == len(layers) - 2
-        assert all(type(layer.input_q) is not IdentityQuantizer for layer in found.values())
+        quantized = quantized_layers(model)
+        assert len(quantized) == len(layers) - 2
+        assert all(type(layer.input_q) is not nn.Identity for layer in quantized.values())
         loss = F.cross_entropy(model.train()(images(name)), torch.arange(4))
         loss.backward()
         assert loss.isfinite()
-        assert all(layer.weight.grad.isfinite().all() for layer in found.values())
+        assert all(layer.weight.grad.isfinite().all() for layer in quantized.values())
 
 
-def test_where_no_activation_feeds_a_layer_alone() -> None:
-    with pytest.raises(Unsupported, match=r"no activation feeds layer1\.0\.conv1 alone"):
-        install(xnor.build(w=1, a=1), thin("resnet18"), example=images("resnet18"))
-    with pytest.raises(Unsupported, match=r"no activation feeds .*shortcut\.0 alone"):
-        install(xnor.build(w=1, a=1), thin("wrn"), example=images("wrn"))
+def test_a_layer_without_an_activation_of_its_own_is_unsupported() -> None:
+    with pytest.raises(Unsupported, match=r"layer1\.0\.conv1 there is none that feeds it alone"):
+        install(xnor.build(w=1, a=1), thin_network("resnet18"), example=images("resnet18"))
+    with pytest.raises(Unsupported, match=r"shortcut\.0 there is none that feeds it alone"):
+        install(xnor.build(w=1, a=1), thin_network("wrn"), example=images("wrn"))
     with pytest.raises(Unsupported, match="feeds"):
-        install(xnor.build(w=1, a=1), thin("polino"), example=images("polino"))
-    model = install(xnor.build(w=1, a=1), thin("wrn"), Policy(downsample="float"), example=images("wrn"))
+        install(xnor.build(w=1, a=1), thin_network("polino"), example=images("polino"))
+    model = install(xnor.build(w=1, a=1), thin_network("wrn"), Policy(downsample="float"), example=images("wrn"))
     assert set(quantized_layers(model)) == {f"layer{s}.0.conv{i}" for s in (1, 2, 3) for i in (1, 2)}
 
 
-def test_torchvisions_chains_feed_through_maximum_dropout_and_an_idle_average() -> None:
-    feeds = published("vgg16", IMAGENET, 1000).feeds
+def test_the_feeds_of_torchvisions_chains_pass_pooling_and_dropout() -> None:
+    feeds = build_from_conf("vgg16", IMAGENET, 1000).feeds
     convs = [2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     readers = [f"features.{i}" for i in convs] + [f"classifier.{i}" for i in (0, 3, 6)]
     assert [layer for (layer,) in feeds.values()] == readers
     assert (feeds["features.29"], feeds["features.3"]) == (("classifier.0",), ("features.5",))
-    small = published("vgg16", CIFAR, 10).feeds  # 1x1 features, which the average repeats
+    small = build_from_conf("vgg16", CIFAR, 10).feeds  # features of 1x1, which the average pooling repeats
     assert "features.29" not in small
     assert feeds.items() - small.items() == {("features.29", ("classifier.0",))}
-    assert list(published("alexnet", IMAGENET, 1000).feeds.values()) == [
+    assert list(build_from_conf("alexnet", IMAGENET, 1000).feeds.values()) == [
         *((f"features.{i}",) for i in (3, 6, 8, 10)),
         *((f"classifier.{i}",) for i in (1, 4, 6)),
     ]
-    assert not hasattr(published("googlenet", IMAGENET, 1000), "feeds")
+    assert not hasattr(build_from_conf("googlenet", IMAGENET, 1000), "feeds")
 
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "alexnet"])
-def test_xnor_takes_every_layer_of_torchvisions_chains(name: str) -> None:
-    model = published(name, IMAGENET, 1000)
+def test_the_xnor_method_quantizes_every_inner_layer_of_torchvisions_chains(name: str) -> None:
+    model = build_from_conf(name, IMAGENET, 1000)
     example = torch.zeros(1, *IMAGENET, device="meta")
     install(xnor.build(w=1, a=1), model, example=example)
     assert len(quantized_layers(model)) == len(quantizable(model)) - 2
     assert model(example).shape == (1, 1000)
 
 
-def test_replacing_activations_of_torchvisions_alexnet_changes_no_value() -> None:
+def test_the_values_of_torchvisions_alexnet_stay_the_same_if_quantizers_replace_activations() -> None:
     torch.manual_seed(0)
     model = zoo.build(IMAGENET, 5, net="alexnet")
     x, method = torch.randn(1, *IMAGENET), dorefa.build(w=32, a=4)
@@ -448,12 +455,12 @@ def test_replacing_activations_of_torchvisions_alexnet_changes_no_value() -> Non
     assert kept.std() > 0
 
 
-# One step
+# Training steps
 
 
 @pytest.mark.parametrize("name", THIN)
-def test_two_bits_of_dorefa_train(name: str) -> None:
-    model = thin(name)
+def test_the_networks_train_with_two_bit_dorefa(name: str) -> None:
+    model = thin_network(name)
     x, labels = images(name), torch.arange(4)
     install(dorefa.build(w=2, a=2), model, example=x).train()
     before = copy.deepcopy(model.state_dict())
@@ -472,8 +479,8 @@ def test_two_bits_of_dorefa_train(name: str) -> None:
 
 @pytest.mark.parametrize("norm", ["affine", "no_affine", "none"])
 @pytest.mark.parametrize("name", NORMED)
-def test_normalizations(name: str, norm: str) -> None:
-    model = thin(name, norm=norm)
+def test_the_normalizations(name: str, norm: str) -> None:
+    model = thin_network(name, norm=norm)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)]
     assert model.norm == norm
     assert model(images(name)).isfinite().all()
@@ -481,7 +488,7 @@ def test_normalizations(name: str, norm: str) -> None:
     assert all(m.affine for m in norms) == (norm != "no_affine" or not norms)
 
 
-# What is refused
+# Invalid options
 
 
 @pytest.mark.parametrize(
@@ -495,7 +502,7 @@ def test_normalizations(name: str, norm: str) -> None:
         (gupta.build, 13, {"convs": (2, 2), "hidden": ()}),
     ],
 )
-def test_images_that_are_too_small(build: Build, smallest: int, options: dict[str, Any]) -> None:
+def test_too_small_images_raise(build: Build, smallest: int, options: dict[str, Any]) -> None:
     for shape in ((3, smallest, smallest + 3), (3, smallest + 1, smallest)):
         assert build(shape, 3, **options)(torch.randn(2, *shape)).shape == (2, 3)
     for shape in ((3, smallest - 1, 300), (3, 300, smallest - 1), (3, 1, 1)):
@@ -525,7 +532,7 @@ def test_images_that_are_too_small(build: Build, smallest: int, options: dict[st
         (polino.build, {"convs": ()}, r"convs=\[\]: allowed are one layer or more"),
         (polino.build, {"hidden": (0,)}, r"hidden=\[0\]: allowed are layers of 1 or more"),
         (polino.build, {"kernel": 4}, r"kernel=4: allowed are odd sizes"),
-        (polino.build, {"pools": (4, 2)}, r"pools=\[4, 2\]: allowed are numbers from 1 to 4, rising"),
+        (polino.build, {"pools": (4, 2)}, r"pools=\[4, 2\]: allowed are numbers from 1 to 4, ascending"),
         (polino.build, {"pools": (5,)}, r"pools=\[5\]: allowed are numbers from 1 to 4"),
         (polino.build, {"dropout": (0.2,)}, r"dropout=\[0.2\]: allowed are 3 rates"),
         (polino.build, {"dropout": (0.2, 0.3, 1.0)}, r"dropout=\[0.2, 0.3, 1.0\]: allowed are 3 rates"),
@@ -534,12 +541,12 @@ def test_images_that_are_too_small(build: Build, smallest: int, options: dict[st
         (wide_resnet.build, {"dropout": -0.1}, r"dropout=-0.1: allowed is 0 or more and below 1"),
     ],
 )
-def test_refusals(build: Build, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_raise(build: Build, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build((3, 64, 64), 10, **options)
 
 
 @pytest.mark.parametrize("name", NORMED)
-def test_unknown_normalization(name: str) -> None:
-    with pytest.raises(ValueError, match=r"norm=batch: allowed are auto, affine, plain, none"):
-        thin(name, norm="batch")
+def test_an_unknown_normalization_raises(name: str) -> None:
+    with pytest.raises(ValueError, match=r"norm=batch: allowed are auto, affine, no_affine, none"):
+        thin_network(name, norm="batch")

@@ -1,4 +1,4 @@
-"""Claims: the statistics against closed forms and scipy's, the files, verdicts, the script from runs to document."""
+"""Claims: statistics against closed forms and scipy, files, verdicts, and the script from runs to document."""
 
 import importlib.util
 import json
@@ -24,8 +24,8 @@ from qbench.analysis import gradient_mismatch as mismatch
 from qbench.cli.main import main as cli
 from qbench.config.identity import run_identity
 from qbench.errors import ConfigError
-from qbench.papers import claims
-from qbench.papers.claims import ClaimResult, Comparison
+from qbench.papers.claim_files import Claim, Comparison, read_claim, read_claims
+from qbench.papers.claim_results import ClaimResult, decide_claims, evaluate_claim, evaluate_values
 from qbench.report.statistics.differences import Difference, one_sided_p, paired, two_way
 from qbench.report.statistics.hypothesis_tests import equivalent, evidence, holm
 from qbench.report.statistics.power import seeds_needed
@@ -35,10 +35,10 @@ from qbench.runs.result import BaselineResult, Protocol, Result
 FOLDER = ROOT / "conf" / "experiment" / "claims"
 
 
-# --- one figure a seed
+# --- one value per seed
 
 
-def test_paired_is_students() -> None:
+def test_paired_is_students_t_test() -> None:
     first, second = [97.1, 96.4, 98.0, 97.5], [96.0, 96.6, 96.9, 96.1]
     theirs = stats.ttest_rel(first, second)
     interval = theirs.confidence_interval(0.95)
@@ -57,7 +57,7 @@ def test_paired_by_hand() -> None:
     assert ours.p == pytest.approx(1 - t / (2 + t * t) ** 0.5)
 
 
-def test_one_pair_knows_no_spread() -> None:
+def test_one_pair_has_no_spread() -> None:
     ours = paired([3.0], [1.0])
     assert (ours.mean, ours.low, ours.high, ours.p) == (2, -np.inf, np.inf, 1)
     assert evidence(ours, "better", 0) == (1, True)
@@ -65,8 +65,8 @@ def test_one_pair_knows_no_spread() -> None:
     assert seeds_needed(ours) is None
 
 
-def test_equal_differences_are_no_certainty() -> None:
-    """Five times the same, or but for rounding: a point for an interval, and the sign-flip test's p, 2 of 2^5."""
+def test_equal_differences_give_no_certainty() -> None:
+    """Five equal differences, up to rounding: the interval is a point, and p is that of the sign-flip test, 2 / 2^5."""
     ours = paired([1.1, 2.1, 3.1, 4.1, 5.1], [1.0, 2.0, 3.0, 4.0, 5.0])
     assert ours.p == 2 / 32
     assert (ours.low, ours.high) == pytest.approx((0.1, 0.1))
@@ -78,7 +78,7 @@ def test_equal_differences_are_no_certainty() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [([], []), ([1.0], [1.0, 2.0])])
-def test_unpaired_arms_are_refused(first: list[float], second: list[float]) -> None:
+def test_arms_of_unequal_length_are_refused(first: list[float], second: list[float]) -> None:
     with pytest.raises(ValueError, match="paired"):
         paired(first, second)
 
@@ -110,8 +110,8 @@ def test_two_way_by_hand() -> None:
     assert (ours.n, ours.items) == (2, 3)
 
 
-def test_two_way_is_the_cluster_robust_sum() -> None:
-    """Seed + item - rest, each as Cameron, Gelbach and Miller have it, with their small-sample factors made exact."""
+def test_two_way_equals_the_cluster_robust_sum() -> None:
+    """Seed + item - rest as in Cameron, Gelbach and Miller, with exact small-sample factors."""
     rng = np.random.default_rng(0)
     d = _table(rng, 5, 7, (1.0, 1.0, 1.0))
     ours = two_way(d, np.zeros_like(d))
@@ -123,8 +123,8 @@ def test_two_way_is_the_cluster_robust_sum() -> None:
     assert ours.standard_error**2 == pytest.approx((by_seed + by_item - single) / 35**2)
 
 
-def test_two_way_over_alike_items_is_paired() -> None:
-    """Items that all behave alike are one item: what is left is Student's test over seeds."""
+def test_two_way_over_equal_items_is_paired() -> None:
+    """Items that all behave alike count as one item: the result is Student's test over seeds."""
     rows = np.array([[1.0], [0.0], [1.0], [1.0]])
     ours, plain = two_way(np.repeat(rows, 6, axis=1), np.zeros((4, 6))), paired(100 * rows[:, 0], [0.0] * 4)
     assert (ours.mean, ours.low, ours.high, ours.p) == pytest.approx((plain.mean, plain.low, plain.high, plain.p))
@@ -147,13 +147,13 @@ def _coverage(interval: Callable[[Any], Difference], sizes: tuple[float, float, 
 
 
 @pytest.mark.parametrize("sizes", [(0.3, 0.0, 1.0), (0.0, 1.0, 1.0), (0.1, 1.0, 1.0), (0.3, 0.5, 1.0), (0.0, 0.0, 1.0)])
-def test_the_interval_covers(sizes: tuple[float, float, float]) -> None:
-    """95 % nominal; 400 tries have a standard error of 1.1 points, and components cut off at zero make it wider."""
+def test_interval_has_its_coverage(sizes: tuple[float, float, float]) -> None:
+    """95 % nominal. 400 trials have a standard error of 1.1 points; components clipped at zero widen the interval."""
     assert 0.92 <= _coverage(lambda d: two_way(d, np.zeros_like(d)), sizes) <= 0.995
 
 
-def test_intervals_over_one_factor_alone_do_not_cover() -> None:
-    """The wrong ways to do it: seeds alone where images matter, images alone where seeds do."""
+def test_intervals_over_one_factor_lack_coverage() -> None:
+    """Wrong intervals: over seeds only if images matter, over images only if seeds matter."""
     assert _coverage(lambda d: paired(d.mean(1), np.zeros(6)), (0.1, 1.0, 1.0)) < 0.8
     assert _coverage(lambda d: paired(d.mean(0), np.zeros(60)), (0.3, 0.0, 1.0)) < 0.8
 
@@ -188,7 +188,7 @@ def test_equivalence_is_scipys_two_tests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("test", "margin", "mean", "sure", "holds"),
+    ("test", "margin", "mean", "significant", "holds"),
     [
         ("better", 0.0, 1.0, True, True),
         ("better", 0.0, -1.0, True, False),
@@ -203,15 +203,17 @@ def test_equivalence_is_scipys_two_tests() -> None:
         ("equal", 0.6, 1.5, True, False),
     ],
 )
-def test_evidence_goes_both_ways(test: str, margin: float, mean: float, sure: bool, holds: bool) -> None:
+def test_evidence_for_and_against_a_claim(
+    test: str, margin: float, mean: float, significant: bool, holds: bool
+) -> None:
     found = evidence(_d(mean), test, margin)
-    assert (found.p < 0.05) == sure
-    if sure:
+    assert (found.p < 0.05) == significant
+    if significant:
         assert found.holds == holds
 
 
 @given(st.floats(-2, 2), st.floats(0.01, 1), st.sampled_from(["better", "at_least", "equal"]), st.floats(0.1, 1))
-def test_evidence_says_what_the_interval_says(mean: float, error: float, test: str, margin: float) -> None:
+def test_evidence_agrees_with_the_interval(mean: float, error: float, test: str, margin: float) -> None:
     d = _d(mean, error)
     found = evidence(d, test, margin)
     low, high = {"better": (margin, margin), "at_least": (-margin, -margin), "equal": (-margin, margin)}[test]
@@ -223,7 +225,7 @@ def test_evidence_says_what_the_interval_says(mean: float, error: float, test: s
             assert found.holds == inside
 
 
-def test_no_such_test() -> None:
+def test_an_unknown_test_is_refused() -> None:
     with pytest.raises(ValueError, match="better, at_least, equal"):
         evidence(_d(0.0), "worse", 0)
 
@@ -236,7 +238,7 @@ def test_holm_by_hand() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_keeps_the_order_and_starts_at_bonferroni(p_values: list[float]) -> None:
+def test_holm_keeps_the_order_and_starts_with_bonferroni(p_values: list[float]) -> None:
     adjusted = holm(p_values)
     assert all(p <= q <= min(1.0, len(p_values) * max(p_values)) for p, q in zip(p_values, adjusted, strict=True))
     assert min(adjusted) == min(1.0, len(p_values) * min(p_values))
@@ -244,8 +246,8 @@ def test_holm_keeps_the_order_and_starts_at_bonferroni(p_values: list[float]) ->
     assert all(a <= b for a, b in zip(np.array(adjusted)[order], np.array(adjusted)[order][1:], strict=False))
 
 
-def test_seeds_needed_have_the_power() -> None:
-    """Power by the noncentral t: 80 % is reached at n, about, and not two seeds before."""
+def test_needed_seeds_reach_the_power() -> None:
+    """Power from the noncentral t: about 80 % at n seeds, and less with two seeds fewer."""
     d = paired([0.4, 1.6, -0.5, 1.1, 0.4], [0.0] * 5)
     n = seeds_needed(d)
     assert n is not None
@@ -258,23 +260,23 @@ def test_seeds_needed_have_the_power() -> None:
     assert power(n) == pytest.approx(0.8, abs=0.05)
     assert power(n - 2) < power(n)
     assert seeds_needed(d, alpha=0.001) > n  # type: ignore[operator]
-    assert seeds_needed(d, "better", d.mean) is None, "on the border no number decides"
+    assert seeds_needed(d, "better", d.mean) is None, "on the border no number of seeds decides"
     assert seeds_needed(d, "at_least", 0.5) < n  # type: ignore[operator]
 
 
-def test_no_number_of_seeds_helps_against_few_images() -> None:
+def test_more_seeds_do_not_help_with_few_images() -> None:
     few = Difference(0.1, -0.3, 0.5, 10, 0.6, 0.2, 100.0, seed_variance=0.0001, item_variance=0.04, items=450)
     assert seeds_needed(few) is None
     assert seeds_needed(Difference(1.0, 0.6, 1.4, 10, 0.0, 0.2, 100.0, 0.0001, 0.04, 450)) is not None
 
 
-# --- the gradient's mismatch
+# --- gradient mismatch
 
 
-def test_smoothed_is_the_expectation() -> None:
+def test_smoothed_staircase_is_the_expectation() -> None:
     thresholds, levels = torch.tensor([0.0, 0.8], dtype=torch.double), torch.tensor([0.0, 0.5, 1.1], dtype=torch.double)
     x = torch.linspace(-1, 2, 7, dtype=torch.double, requires_grad=True)
-    y = mismatch.smoothed(x, thresholds, levels, 0.3)
+    y = mismatch.smoothed_staircase(x, thresholds, levels, 0.3)
     z = np.linspace(-8, 8, 200_001)
     weight = stats.norm.pdf(z) * (z[1] - z[0])
     for value, got in zip(x.tolist(), y.tolist(), strict=True):
@@ -285,16 +287,16 @@ def test_smoothed_is_the_expectation() -> None:
     assert slope.tolist() == pytest.approx(densities)
 
 
-def test_agreement_by_hand() -> None:
-    assert mismatch.agreement(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])) == pytest.approx((0.6, 0.0))
-    assert mismatch.agreement(torch.tensor([-2.0, 0.0]), torch.tensor([1.0, 0.0])) == pytest.approx((-1.0, -3.0))
-    assert mismatch.agreement(torch.zeros(2), torch.tensor([1.0, 0.0])) == (0.0, -1.0)
+def test_cosine_and_bias_by_hand() -> None:
+    assert mismatch.cosine_and_bias(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])) == pytest.approx((0.6, 0.0))
+    assert mismatch.cosine_and_bias(torch.tensor([-2.0, 0.0]), torch.tensor([1.0, 0.0])) == pytest.approx((-1.0, -3.0))
+    assert mismatch.cosine_and_bias(torch.zeros(2), torch.tensor([1.0, 0.0])) == (0.0, -1.0)
     with pytest.raises(ValueError, match="zero"):
-        mismatch.agreement(torch.ones(2), torch.zeros(2))
+        mismatch.cosine_and_bias(torch.ones(2), torch.zeros(2))
 
 
 class _Net(nn.Module):
-    """conv - half-wave quantizer - conv - linear, all but the first conv behind the quantizer."""
+    """conv - batch norm - half-wave quantizer - conv: only the first conv's gradient comes through the quantizer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,12 +311,12 @@ class _Net(nn.Module):
         return self.two(self.quantizer(self.norm(self.one(x)))).mean((2, 3))
 
 
-def test_mismatch_is_of_layers_in_front_of_a_quantizer() -> None:
+def test_mismatch_of_layers_before_a_quantizer() -> None:
     torch.manual_seed(0)
     net = _Net()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     batches = [(torch.randn(16, 1, 8, 8), torch.randint(3, (16,))) for _ in range(2)]
-    found = mismatch.mismatch(net, batches, F.cross_entropy, ["clipped", "vanilla"])
+    found = mismatch.gradient_mismatch(net, batches, F.cross_entropy, ["clipped", "vanilla"])
     assert set(found) == {"0.25", "0.5", "1.0"}
     assert set(found["0.5"]["clipped"]) == {"one"}
     assert found["0.5"]["clipped"]["one"][0] > found["0.5"]["vanilla"]["one"][0] > 0.5
@@ -322,10 +324,10 @@ def test_mismatch_is_of_layers_in_front_of_a_quantizer() -> None:
     assert net.quantizer.backward == "clipped"
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     with pytest.raises(ValueError, match="half-wave"):
-        mismatch.mismatch(nn.Linear(2, 2), batches, F.cross_entropy, ["clipped"])
+        mismatch.gradient_mismatch(nn.Linear(2, 2), batches, F.cross_entropy, ["clipped"])
 
 
-# --- claims' files
+# --- claim files
 
 
 def _file(folder: Path, claim: str) -> Path:
@@ -339,13 +341,13 @@ GOOD = "says: a\nsource: b\nfirst: [method=ttq]\nsecond: [method=twn]\n"
 
 
 def test_a_claim_of_one_comparison_or_of_several(tmp_path: Path) -> None:
-    one = claims.read_claim(_file(tmp_path, GOOD + "test: at_least\nmargin: 0.5"), "one")
+    one = read_claim(_file(tmp_path, GOOD + "test: at_least\nmargin: 0.5"), "one")
     assert one.comparisons == (
         Comparison(claim="one", name="one", first=("method=ttq",), second=("method=twn",), test="at_least", margin=0.5),
     )
-    several = "- {name: x, first: [], second: [seed=1]}\n- {name: y, first: [], second: parent}"
+    several = "- {name: x, first: [], second: [seed=1]}\n- {name: y, first: [], second: baseline}"
     several = f"says: a\nsource: b\ncomparisons:\n{several}"
-    many = claims.read_claim(_file(tmp_path, several), "many")
+    many = read_claim(_file(tmp_path, several), "many")
     assert [c.second for c in many.comparisons] == [("seed=1",), None]
     assert many.arms == [(), ("seed=1",)]
 
@@ -365,16 +367,16 @@ def test_a_claim_of_one_comparison_or_of_several(tmp_path: Path) -> None:
         ("says: a\nsource: b\ncomparisons: [{first: [a], second: [b]}, {first: [a], second: [c]}]", "different names"),
     ],
 )
-def test_what_a_claim_may_not_say(tmp_path: Path, text: str, words: str) -> None:
+def test_wrong_claims_are_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        claims.read_claim(_file(tmp_path, text), "one")
+        read_claim(_file(tmp_path, text), "one")
 
 
-FAMILY = claims.read_claims(FOLDER)
+FAMILY = read_claims(FOLDER)
 
 
 @pytest.mark.parametrize("claim", FAMILY, ids=lambda c: c.name)
-def test_every_claim_opens_with_its_command_and_composes(claim: claims.Claim) -> None:
+def test_every_claim_file_states_its_command_and_composes(claim: Claim) -> None:
     from qbench.config import compose
 
     head = (FOLDER / f"{claim.name}.yaml").read_text().splitlines()[:4]
@@ -390,15 +392,15 @@ def test_every_claim_opens_with_its_command_and_composes(claim: claims.Claim) ->
 @pytest.mark.parametrize(
     ("claim", "arm"), [pytest.param(c, arm, id=f"{c.name} {' '.join(arm)}") for c in FAMILY for arm in c.arms]
 )
-def test_every_arm_can_be_assembled(claim: claims.Claim, arm: tuple[str, ...]) -> None:
+def test_every_arm_can_be_assembled(claim: Claim, arm: tuple[str, ...]) -> None:
     from qbench.config import compose
     from qbench.experiment.setup import assemble
 
     (config,) = compose.configurations([f"experiment=claims/{claim.name}", *arm])
     if config.dataset["name"] == "glyphs":
         config.dataset |= {"train": 200, "test": 100}
-    parts = assemble(config)  # raises where a method does not know the arm's widths or options
-    assert parts.method.name == config.method_name
+    setup = assemble(config)  # raises if the method does not support the arm's widths or options
+    assert setup.method.name == config.method_name
 
 
 # --- verdicts
@@ -410,16 +412,16 @@ def _run(tmp_path: Path, name: str, hits: list[int] | None, top1: float, base: R
     if hits is not None:
         np.save(path / "predictions.npy", np.array([[3, 3 if hit else 4] for hit in hits], dtype=np.int16))
     final = evaluation(top1)
-    parent = None
+    baseline = None
     if base is not None and base.result is not None:
-        parent = BaselineResult(run=base.result.run, final=base.result.final)
+        baseline = BaselineResult(run=base.result.run, final=base.result.final)
     values: dict[str, Any] = {"bits": {"w": 2, "a": 32, "g": 32}, "seed": 0, "dataset": "digits", "model": "resnet8"}
     result = Result(
         status="done",
         method="x",
         run=str(path),
         final=final,
-        baseline=parent,
+        baseline=baseline,
         protocol=Protocol(hash="", keys={}),
         wall_seconds=2.0,
         **values,
@@ -427,8 +429,8 @@ def _run(tmp_path: Path, name: str, hits: list[int] | None, top1: float, base: R
     return RunRecord(path=path, status="done", result=result)
 
 
-def _compare(test: str = "better", margin: float = 0.0, parent: bool = False) -> Comparison:
-    second = None if parent else ("b",)
+def _compare(test: str = "better", margin: float = 0.0, baseline: bool = False) -> Comparison:
+    second = None if baseline else ("b",)
     return Comparison(claim="c", name="c", first=("a",), second=second, test=test, margin=margin)
 
 
@@ -443,82 +445,82 @@ def _arms(tmp_path: Path, kept: bool = True) -> tuple[dict[int, RunRecord], dict
     return found[0], found[1]
 
 
-def test_predictions_give_the_two_way_interval_and_their_absence_the_seeds(tmp_path: Path) -> None:
+def test_predictions_give_the_two_way_interval_else_seeds_only(tmp_path: Path) -> None:
     first, second = _arms(tmp_path / "with")
-    judged = claims.evaluate_claim(_compare(), "top1", first, second)
-    assert judged.difference
-    assert judged.difference.items == 100
-    assert not judged.notes
-    assert judged.means
-    assert judged.difference.mean == pytest.approx(judged.means[0] - judged.means[1])
-    plain = claims.evaluate_claim(_compare(), "top1", *_arms(tmp_path / "without", kept=False))
+    result = evaluate_claim(_compare(), "top1", first, second)
+    assert result.difference
+    assert result.difference.items == 100
+    assert not result.notes
+    assert result.means
+    assert result.difference.mean == pytest.approx(result.means[0] - result.means[1])
+    plain = evaluate_claim(_compare(), "top1", *_arms(tmp_path / "without", kept=False))
     assert plain.difference
     assert plain.difference.items is None
-    assert plain.difference.mean == pytest.approx(judged.difference.mean)
-    assert "seeds alone" in plain.notes[0]
+    assert plain.difference.mean == pytest.approx(result.difference.mean)
+    assert "seeds only" in plain.notes[0]
 
 
-def test_predictions_that_contradict_the_figure_are_not_used(tmp_path: Path) -> None:
+def test_predictions_that_contradict_the_accuracy_are_not_used(tmp_path: Path) -> None:
     first = {0: _run(tmp_path, "a", [1, 1, 0, 1], 75.0), 1: _run(tmp_path, "a1", [1, 1, 1, 1], 75.0)}
     second = {s: _run(tmp_path, f"b{s}", [1, 0, 0, 1], 50.0) for s in (0, 1)}
-    judged = claims.evaluate_claim(_compare(), "top1", first, second)
-    assert judged.difference
-    assert judged.difference.items is None
-    assert judged.difference.mean == 25
+    result = evaluate_claim(_compare(), "top1", first, second)
+    assert result.difference
+    assert result.difference.items is None
+    assert result.difference.mean == 25
 
 
-def test_against_the_float_parent_and_of_drops(tmp_path: Path) -> None:
+def test_against_the_float_baseline_and_for_drops(tmp_path: Path) -> None:
     base = _run(tmp_path, "float", [1, 1, 1, 0], 75.0)
     first = {0: _run(tmp_path, "a", [1, 1, 1, 1], 100.0, base)}
     second = {0: _run(tmp_path, "b", [1, 0, 0, 0], 25.0, base)}
-    against = claims.evaluate_claim(_compare(parent=True), "top1", first, {})
+    against = evaluate_claim(_compare(baseline=True), "top1", first, {})
     assert against.difference
     assert (against.difference.mean, against.difference.items) == (25, 4)
-    drops = claims.evaluate_claim(_compare(), "drop", first, second)
+    drops = evaluate_claim(_compare(), "drop", first, second)
     assert drops.means == (25, -50)
     assert drops.difference
     assert (drops.difference.mean, drops.difference.items) == (75, 4)
-    orphan = claims.evaluate_claim(_compare(parent=True), "top1", {0: _run(tmp_path, "c", None, 1.0)}, {})
-    assert "no float parent" in orphan.troubles[0]
+    orphan = evaluate_claim(_compare(baseline=True), "top1", {0: _run(tmp_path, "c", None, 1.0)}, {})
+    assert "no float baseline" in orphan.problems[0]
 
 
-def test_what_did_not_finish_is_named_and_has_no_verdict(tmp_path: Path) -> None:
+def test_unfinished_runs_are_named_and_give_no_verdict(tmp_path: Path) -> None:
     first, second = _arms(tmp_path)
     second[1] = RunRecord(path=tmp_path, status="diverged", reason="the loss is nan\nmore")
-    judged = claims.evaluate_claim(_compare(), "top1", first, second)
-    claims.conclude([judged])
-    assert judged.difference
-    assert judged.difference.n == 2
-    assert judged.outcome == "no verdict: second arm diverged in 1 of 3 seeds (1): the loss is nan"
-    assert judged.p_holm is None
-    nothing = {s: RunRecord(path=tmp_path, status="not begun") for s in first}
-    waiting = claims.evaluate_claim(_compare(), "top1", nothing, nothing)
-    claims.conclude([waiting])
+    result = evaluate_claim(_compare(), "top1", first, second)
+    decide_claims([result])
+    assert result.difference
+    assert result.difference.n == 2
+    assert result.outcome == "no verdict: second arm diverged in 1 of 3 seeds (1): the loss is nan"
+    assert result.p_holm is None
+    nothing = {s: RunRecord(path=tmp_path, status="not started") for s in first}
+    waiting = evaluate_claim(_compare(), "top1", nothing, nothing)
+    decide_claims([waiting])
     assert waiting.outcome == "not run"
     assert waiting.difference is None
 
 
-def _judged(values: list[float], test: str = "better", margin: float = 0.0) -> ClaimResult:
+def _evaluated(values: list[float], test: str = "better", margin: float = 0.0) -> ClaimResult:
     pairs = dict(enumerate(values))
-    return claims.judge_values(_compare(test, margin), pairs, dict.fromkeys(pairs, 0.0))
+    return evaluate_values(_compare(test, margin), pairs, dict.fromkeys(pairs, 0.0))
 
 
-def test_verdicts_of_a_family() -> None:
-    good, bad = _judged([1.0, 1.1, 0.9, 1.0, 1.05]), _judged([-1.0, -1.1, -0.9, -1.0, -1.05])
-    same, open_ = _judged([0.0, 0.1, -0.1, 0.05, -0.05], "equal", 0.5), _judged([0.5, -0.6, 0.9, 1.0, -0.2])
-    missing = ClaimResult(comparison=_compare(), seeds=[0], troubles=["first arm not begun in 1 of 1 seeds (0)"])
+def test_verdicts_over_all_comparisons() -> None:
+    good, bad = _evaluated([1.0, 1.1, 0.9, 1.0, 1.05]), _evaluated([-1.0, -1.1, -0.9, -1.0, -1.05])
+    same, open_ = _evaluated([0.0, 0.1, -0.1, 0.05, -0.05], "equal", 0.5), _evaluated([0.5, -0.6, 0.9, 1.0, -0.2])
+    missing = ClaimResult(comparison=_compare(), seeds=[0], problems=["first arm not started in 1 of 1 seeds (0)"])
     family = [good, bad, same, open_, missing]
-    claims.conclude(family)
+    decide_claims(family)
     assert [j.outcome for j in family] == ["holds", "does not hold", "holds", "not separable at 5", "not run"]
-    assert int(open_.would_take) > 5
+    assert int(open_.seeds_needed) > 5
     assert good.p_holm == pytest.approx(min(5 * good.p, good.p_holm))  # type: ignore[operator,type-var]
 
 
-def test_more_comparisons_make_a_verdict_harder() -> None:
+def test_more_comparisons_make_a_verdict_less_likely() -> None:
     values = [1.0, 0.2, 0.9, 1.3, 0.4]
-    alone, among = _judged(values), _judged(values)
-    claims.conclude([alone])
-    claims.conclude([among, *(ClaimResult(comparison=_compare(), seeds=[]) for _ in range(40))])
+    alone, among = _evaluated(values), _evaluated(values)
+    decide_claims([alone])
+    decide_claims([among, *(ClaimResult(comparison=_compare(), seeds=[]) for _ in range(40))])
     assert alone.outcome == "holds"
     assert among.outcome == "not separable at 5"
 
@@ -547,7 +549,7 @@ runtime: {tensorboard: false, progress: false}
 
 @pytest.fixture
 def two_claims(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Small claims in the place of the papers': accuracies, one with a method that does not exist; a measurement."""
+    """Small claims instead of the papers': accuracies, one with a method that does not exist; and a mismatch."""
     ttq: tuple[str, ...] = ("method=ttq",)
     pairs = {"w": ("method=twn",), "lossless": None, "wrong": ("method=tttq",), "wide": (*ttq, "bits=w9")}
     accuracy = [
@@ -555,23 +557,23 @@ def two_claims(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
         for name, second in pairs.items()
     ]
     arms = [(f"method.backward={name}",) for name in ("clipped", "vanilla")]
-    own = Comparison(claim="grad", name="grad", first=arms[0], second=arms[1], test="better", margin=0)
+    backward = Comparison(claim="grad", name="grad", first=arms[0], second=arms[1], test="better", margin=0)
     words = {"says": "a", "source": "b"}
     family = [
-        claims.Claim(name="tiny", comparisons=tuple(accuracy), **words),
-        claims.Claim(name="grad", measure="gradient_mismatch", net=("method=hwgq",), comparisons=(own,), **words),
+        Claim(name="tiny", comparisons=tuple(accuracy), **words),
+        Claim(name="grad", measure="gradient_mismatch", net=("method=hwgq",), comparisons=(backward,), **words),
     ]
-    monkeypatch.setattr(script.kept, "read_claims", lambda folder: family)
+    monkeypatch.setattr(script.claim_files, "read_claims", lambda folder: family)
     small = ["experiment=smoke", "runtime.tensorboard=false", "runtime.progress=false"]
-    monkeypatch.setattr(script, "words_of", lambda claim, arm, out: [*small, *arm, f"out={out}"])
+    monkeypatch.setattr(script, "arm_words", lambda claim, arm, out: [*small, *arm, f"out={out}"])
 
     def in_process(words: list[str], **_: Any) -> SimpleNamespace:
         assert words[:3] == [sys.executable, "-m", "qbench"]
         return SimpleNamespace(returncode=cli(words[3:]))
 
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=in_process, DEVNULL=None))
-    command = script.command
-    monkeypatch.setattr(script, "command", lambda *a: [w for w in command(*a) if "launcher" not in w])
+    sweep_words = script.sweep_words
+    monkeypatch.setattr(script, "sweep_words", lambda *a: [w for w in sweep_words(*a) if "launcher" not in w])
     return script
 
 
@@ -601,14 +603,14 @@ def test_from_claims_to_document(two_claims: ModuleType, tmp_path: Path, capsys:
     assert str(tmp_path) not in text
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("result.json")}
     assert two_claims.main(words) == 0
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("result.json")} == before, "stored runs are found"
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("result.json")} == before, "stored runs are reused"
     assert (tmp_path / "d" / "claims.md").read_text() == text
 
 
-def test_no_such_claim(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_claim_is_refused(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["nosuch"]) == ConfigError.status
     assert "ttq_twn" in capsys.readouterr().err
 
 
-def test_seeds_as_typed(script: ModuleType) -> None:
-    assert script.seeds_of("0-3,7") == [0, 1, 2, 3, 7]
+def test_seeds_are_parsed(script: ModuleType) -> None:
+    assert script.parse_seeds("0-3,7") == [0, 1, 2, 3, 7]

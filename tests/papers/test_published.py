@@ -1,4 +1,4 @@
-"""The ledger: its figures, its lint with a planted row a rule, tables, marks, absences, the experiment files."""
+"""Published figures: values, one planted row per lint rule, tables, marks, missing results, experiment files."""
 
 import dataclasses
 import importlib.util
@@ -14,38 +14,40 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from qbench.cli.main import main as cli
 from qbench.config import compose
 from qbench.config.identity import run_identity
 from qbench.config.schema import BitWidths
 from qbench.errors import ConfigError
-from qbench.papers import published as shown
+from qbench.papers import published
 from qbench.papers.lint import RULES, lint
-from qbench.papers.published import absent, ledger, missing_requirements, papers, rows, table, words
-from qbench.papers.rows import Measured, Row, names, read_paper
-from qbench.report.tables.table import text
+from qbench.papers.published import absence_note, command_words, missing_requirements, published_table, published_tables
+from qbench.papers.row_files import names, papers, published_rows, read_paper
+from qbench.papers.rows import Measured, PublishedRow
+from qbench.report.tables.table import as_json, text
 
-GOOD = Row(
+GOOD = PublishedRow(
     paper="ttq", id="good", method="ttq", table="CIFAR-10", dataset="cifar10", net="resnet20",
     bits=BitWidths(2, 32, 32), levels=3, metric="top1_error", value=8.87, baseline=8.23, provenance="verified",
     ran_by="authors' repository", source="a README", recipe="cifar",
 )  # fmt: skip
 
 
-def other(**changes: Any) -> Row:
+def changed_row(**changes: Any) -> PublishedRow:
     return dataclasses.replace(GOOD, **({"id": "other"} | changes))
 
 
-def by_id(paper: str, id_: str) -> Row:
-    (row,) = (row for row in rows(paper) if row.id == id_)
+def by_id(paper: str, id_: str) -> PublishedRow:
+    (row,) = (row for row in published_rows(paper) if row.id == id_)
     return row
 
 
-# --- figures
+# --- values
 
 
-def test_the_ledger_is_sound() -> None:
-    assert lint(rows(), names()) == []
-    assert len(rows()) >= 350
+def test_the_published_figures_pass_the_lint() -> None:
+    assert lint(published_rows(), names()) == []
+    assert len(published_rows()) >= 350
     assert {p.key for p in papers()} == {
         *("dorefa", "gupta", "hwgq", "inq", "lsq", "pact", "polino", "qcnn", "slq", "ttq", "twn", "xnor"),
     }  # fmt: skip
@@ -63,7 +65,7 @@ def test_the_ledger_is_sound() -> None:
         ("dorefa", "resnet20_pact_w4a4", 90.5, 91.6, "verified"),  # PACT, table 1
         ("dorefa", "alexnet_repo_w1a2g4", 54.0, 40.3, "verified"),  # tensorpack, README
         ("dorefa", "alexnet_w1a2g6", 46.1, 55.9, "verified"),  # the abstract
-        ("dorefa", "svhn_d_w1a4g2", 86.8, 95.0, "memory-medium"),  # table 1 as remembered
+        ("dorefa", "svhn_d_w1a4g2", 86.8, 95.0, "memory-medium"),  # table 1, from memory
         ("dorefa", "svhn_c_w1a2g4_both", 92.1, 97.2, "memory-medium"),
         ("hwgq", "vgg_small_w1a2", 7.49, None, "memory-high"),
         ("hwgq", "resnet18_w1a2_top5", 82.2, 87.9, "second-hand"),
@@ -75,91 +77,93 @@ def test_the_ledger_is_sound() -> None:
         ("qcnn", "vgg16_fc4_top5", 0.58, None, "memory-medium"),
     ],
 )
-def test_figures(paper: str, id_: str, value: float, baseline: float | None, provenance: str) -> None:
+def test_values_against_their_sources(
+    paper: str, id_: str, value: float, baseline: float | None, provenance: str
+) -> None:
     row = by_id(paper, id_)
     assert (row.value, row.baseline, row.provenance) == (value, baseline, provenance)
 
 
-def test_dorefas_svhn_table_is_whole() -> None:
-    """Table 1: 18 low-bit rows and float for models A to D, 8-bit for A and B alone."""
-    found = [row for row in rows("dorefa") if row.table.startswith("table 1, model")]
+def test_dorefa_svhn_table_is_complete() -> None:
+    """Table 1: 18 low-bit rows and float for models A to D, 8-bit only for A and B."""
+    found = [row for row in published_rows("dorefa") if row.table.startswith("table 1, model")]
     counts = [sum(row.net == f"svhn_{net}" for row in found) for net in "abcd"]
     assert counts == [20, 20, 19, 19]
 
 
 def test_a_range_is_kept() -> None:
     row = by_id("hwgq", "vgg_small_w1a2_repo")
-    assert (row.value, row.upper, shown.claimed(row)) == (92.0, 92.5, "92.0-92.5")
+    assert (row.value, row.upper, published.format_claim(row)) == (92.0, 92.5, "92.0-92.5")
 
 
-def test_levels_stand_where_widths_do_not_say_them() -> None:
+def test_levels_are_stated_where_widths_do_not_determine_them() -> None:
     """INQ: 2^(b-1) + 1 levels; ternary weights have three."""
-    for row in rows("inq"):
+    for row in published_rows("inq"):
         assert row.levels == 2 ** (row.bits.w - 1) + 1 if row.bits.w else None, row.id
-    for row in rows():
+    for row in published_rows():
         if row.method in ("ttq", "twn", "mlq"):
             assert row.levels == 3, row.id
 
 
 # --- lint: a planted row for each rule
 
-PLANTED: dict[str, list[list[Row]]] = {
+PLANTED: dict[str, list[list[PublishedRow]]] = {
     "duplicate_id": [[GOOD, GOOD]],
     "unknown_name": [
-        [other(net="resnet21")],
-        [other(dataset="cifar11")],
-        [other(method="tqt")],
-        [other(metric="accuracy")],
+        [changed_row(net="resnet21")],
+        [changed_row(dataset="cifar11")],
+        [changed_row(method="tqt")],
+        [changed_row(metric="accuracy")],
     ],
     "no_origin": [
-        [other(provenance="")],
-        [other(provenance="sure")],
-        [other(source="")],
-        [other(ran_by="")],
-        [other(ran_by="third party: ")],
+        [changed_row(provenance="")],
+        [changed_row(provenance="sure")],
+        [changed_row(source="")],
+        [changed_row(ran_by="")],
+        [changed_row(ran_by="third party: ")],
     ],
-    "no_value": [[other(value=None)], [other(provenance="unknown")]],
-    "no_baseline": [[other(baseline=None)]],
-    "no_recipe": [[other(recipe="")]],
+    "no_value": [[changed_row(value=None)], [changed_row(provenance="unknown")]],
+    "no_baseline": [[changed_row(baseline=None)]],
+    "no_recipe": [[changed_row(recipe="")]],
     "out_of_range": [
-        [other(value=-0.1)],
-        [other(value=108.87)],
-        [other(baseline=823.0)],
-        [other(upper=8.0)],
-        [other(metric="top1_error_increase", baseline=None, baseline_note="its own", value=-101)],
+        [changed_row(value=-0.1)],
+        [changed_row(value=108.87)],
+        [changed_row(baseline=823.0)],
+        [changed_row(upper=8.0)],
+        [changed_row(metric="top1_error_increase", baseline=None, baseline_note="its own", value=-101)],
     ],
     "below_chance": [
-        [other(metric="top1")],  # an error of 8.87 % printed as accuracy
-        [other(value=91.13, baseline=None, baseline_note="none")],  # the reverse
-        [other(metric="top5", value=48.9, baseline=99.0)],  # five guesses of ten
+        [changed_row(metric="top1")],  # an error of 8.87 % printed as accuracy
+        [changed_row(value=91.13, baseline=None, baseline_note="none")],  # the reverse
+        [changed_row(metric="top5", value=48.9, baseline=99.0)],  # five guesses of ten
     ],
     "complement": [
-        # PACT's appendix, table 3: 46.4 for AlexNet at 2 bits, beside 53.6 in its table 1
-        [other(dataset="imagenet", net="alexnet", metric="top1", value=53.6, baseline=55.1),
-         other(dataset="imagenet", net="alexnet", metric="top1", value=46.4, baseline=55.1, id="third", table="3")],
+        # PACT's appendix, table 3: 46.4 for AlexNet at 2 bits, next to 53.6 in its table 1
+        [changed_row(dataset="imagenet", net="alexnet", metric="top1", value=53.6, baseline=55.1),
+         changed_row(dataset="imagenet", net="alexnet", metric="top1", value=46.4, baseline=55.1, id="3rd", table="3")],
     ],
-    "better_than_float": [[other(value=7.2)], [other(metric="top1", value=93.0, baseline=91.0)]],
+    "better_than_float": [[changed_row(value=7.2)], [changed_row(metric="top1", value=93.0, baseline=91.0)]],
     "two_nets": [
         # TTQ's table prints BWN's ResNet-18 figure under ResNet-18B, as an error
-        [other(dataset="imagenet", net="resnet18", metric="top1", value=60.8, baseline=69.3),
-         other(dataset="imagenet", net="resnet18b", value=39.2, baseline=30.4, id="third", table="2")],
+        [changed_row(dataset="imagenet", net="resnet18", metric="top1", value=60.8, baseline=69.3),
+         changed_row(dataset="imagenet", net="resnet18b", value=39.2, baseline=30.4, id="third", table="2")],
     ],
     "top1_and_top5": [
-        [GOOD, other(value=1.2, baseline=None, baseline_note="none")],
-        [GOOD, other(baseline=0.9, value=1.1, bits=BitWidths(4, 32, 32))],
-        [GOOD, other(metric="top5_error", value=9.0, baseline=1.0)],
-        [GOOD, other(metric="top5_error", value=0.3, baseline=8.5)],
+        [GOOD, changed_row(value=1.2, baseline=None, baseline_note="none")],
+        [GOOD, changed_row(baseline=0.9, value=1.1, bits=BitWidths(4, 32, 32))],
+        [GOOD, changed_row(metric="top5_error", value=9.0, baseline=1.0)],
+        [GOOD, changed_row(metric="top5_error", value=0.3, baseline=8.5)],
     ],
 }  # fmt: skip
 
 
-def rules_of(found: list[str]) -> set[str]:
-    return {line.split(": ")[1] for line in found}
+def rules_of(lines: list[str]) -> set[str]:
+    return {line.split(": ")[1] for line in lines}
 
 
-def test_a_sound_row_passes() -> None:
+def test_a_valid_row_passes() -> None:
     assert lint([GOOD], names()) == []
-    assert lint([GOOD, other(metric="top5_error", value=0.4, baseline=0.3)], names()) == []
+    assert lint([GOOD, changed_row(metric="top5_error", value=0.4, baseline=0.3)], names()) == []
 
 
 def test_every_rule_has_a_planted_row() -> None:
@@ -167,23 +171,23 @@ def test_every_rule_has_a_planted_row() -> None:
 
 
 @pytest.mark.parametrize(("rule", "planted"), [(rule, each) for rule, cases in PLANTED.items() for each in cases])
-def test_planted_row_is_found(rule: str, planted: list[Row]) -> None:
+def test_planted_row_is_found(rule: str, planted: list[PublishedRow]) -> None:
     found = [line for line in lint(planted, names()) if f": {rule}: " in line]
     assert found, rule
     assert found[0].startswith(f"ttq/{planted[-1].id}: ")
 
 
-def test_a_waiver_needs_a_reason_and_something_to_waive() -> None:
-    beats = {"better_than_float": "the paper has it so"}
-    assert lint([other(value=7.2, waive=beats)], names()) == []
-    assert rules_of(lint([other(value=7.2, waive={"better_than_float": ""})], names())) == {"better_than_float"}
-    assert rules_of(lint([other(waive=beats)], names())) == {"waive"}
+def test_a_waiver_needs_a_reason_and_a_broken_rule() -> None:
+    waive = {"better_than_float": "the paper has it so"}
+    assert lint([changed_row(value=7.2, waive=waive)], names()) == []
+    assert rules_of(lint([changed_row(value=7.2, waive={"better_than_float": ""})], names())) == {"better_than_float"}
+    assert rules_of(lint([changed_row(waive=waive)], names())) == {"waive"}
 
 
 # --- reading
 
 
-def written(tmp_path: Path, change: dict[str, Any]) -> Path:
+def write_paper(tmp_path: Path, change: dict[str, Any]) -> Path:
     row = {"id": "x", "dataset": "cifar10", "net": "resnet20", "metric": "top1_error", "value": 9.0, "recipe": "own"}
     node = {
         "name": "New", "title": "T", "authors": ["A", "B"], "year": 2020, "link": "https://arxiv.org", "idea": "i",
@@ -196,23 +200,23 @@ def written(tmp_path: Path, change: dict[str, Any]) -> Path:
     return path
 
 
-def test_a_row_has_what_its_table_and_recipe_say(tmp_path: Path) -> None:
-    (row,) = read_paper(written(tmp_path, {})).rows
+def test_a_row_inherits_from_its_table_and_recipe(tmp_path: Path) -> None:
+    (row,) = read_paper(write_paper(tmp_path, {})).rows
     assert (row.paper, row.method, row.table, row.init, row.policy) == ("new", "new", "1", "float", "unknown")
     assert (row.bits, row.by_authors) == (BitWidths(2, 32, 32), True)
 
 
-def test_a_top5_figure_is_a_row_of_its_own(tmp_path: Path) -> None:
+def test_a_top5_value_has_its_own_row(tmp_path: Path) -> None:
     ours = {"value": 9.5, "top5": 0.6, "n": 3, "spread": 0.2, "seeds": "0-2", "date": "2026-01-01", "device": "cpu"}
     change = {"top5": 0.5, "baseline": 8.5, "baseline_top5": 0.4, "measured": [ours | {"commit": "abc"}]}
-    first, second = read_paper(written(tmp_path, {"row": change})).rows
-    assert (second.id, second.of, second.metric) == ("x_top5", "x", "top5_error")
+    first, second = read_paper(write_paper(tmp_path, {"row": change})).rows
+    assert (second.id, second.top5_of, second.metric) == ("x_top5", "x", "top5_error")
     assert (second.value, second.baseline, second.measured[0].value) == (0.5, 0.4, 0.6)
-    assert (first.value, first.baseline, first.measured[0].value, first.of) == (9.0, 8.5, 9.5, "")
+    assert (first.value, first.baseline, first.measured[0].value, first.top5_of) == (9.0, 8.5, 9.5, "")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"row": {"vlaue": 9.0}}, "new.yaml: x: vlaue: no such key; did you mean value?"),
         ({"row": {"recipe": "owm"}}, "new.yaml: x: recipe owm: no such recipe; did you mean own?"),
@@ -221,38 +225,38 @@ def test_a_top5_figure_is_a_row_of_its_own(tmp_path: Path) -> None:
         ({"recipes": {"own": {"words": []}}}, "new.yaml: recipe own: provenance is missing"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_errors_in_files_name_the_place(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        read_paper(written(tmp_path, change))
-    assert str(error.value).startswith(said)
+        read_paper(write_paper(tmp_path, change))
+    assert str(error.value).startswith(message)
 
 
 def test_provenance_is_a_threshold() -> None:
-    verified, second = rows(provenance="verified"), rows(provenance="second-hand")
+    verified, second = published_rows(provenance="verified"), published_rows(provenance="second-hand")
     assert {row.provenance for row in verified} == {"verified"}
     assert {row.provenance for row in second} == {"verified", "second-hand"}
-    assert rows("ttq", "unknown") == rows("ttq")
+    assert published_rows("ttq", "unknown") == published_rows("ttq")
 
 
 # --- tables
 
 
-def test_what_is_remembered_is_shown_as_such() -> None:
-    made = table([by_id("dorefa", "svhn_a_w1a2g4")])
-    cells = dict(zip(made.head, made.rows[0], strict=True))
+def test_values_from_memory_are_marked() -> None:
+    shown = published_table([by_id("dorefa", "svhn_a_w1a2g4")])
+    cells = dict(zip(shown.head, shown.rows[0], strict=True))
     assert (cells["claimed"], cells["float"], cells["provenance"]) == ("~97.5", "~97.5", "memory-medium")
-    assert made.notes[0].startswith("~ remembered")
-    known = table([by_id("ttq", "resnet20_cifar10")])
+    assert shown.notes[0].startswith("~ from memory")
+    known = published_table([by_id("ttq", "resnet20_cifar10")])
     assert known.rows[0][5:7] == ("8.87", "8.23")
     assert not any(note.startswith("~") for note in known.notes)
-    unknown = table([by_id("slq", "alexnet_w5")])
+    unknown = published_table([by_id("slq", "alexnet_w5")])
     assert unknown.rows[0][5] == "?"
-    assert unknown.notes[0].startswith("? no figure")
+    assert unknown.notes[0].startswith("? no number")
 
 
-def test_every_remembered_figure_carries_the_mark() -> None:
-    for row in rows():
-        cells = dict(zip(shown.HEAD, table([row]).rows[0], strict=True))
+def test_every_value_from_memory_has_the_mark() -> None:
+    for row in published_rows():
+        cells = dict(zip(published.HEAD, published_table([row]).rows[0], strict=True))
         if row.provenance.startswith("memory") and row.value is not None:
             assert cells["claimed"].startswith("~"), row.id
             assert cells["float"][0] in "~-", row.id
@@ -260,66 +264,68 @@ def test_every_remembered_figure_carries_the_mark() -> None:
         assert cells["provenance"] == row.provenance
 
 
-def test_ours_beside_claimed() -> None:
+def test_our_measurement_next_to_the_claim() -> None:
     """An error of 9.07 for 8.87 is 0.20 points worse; 8.40 of our float network makes ours 0.67 worse than float."""
     ours = Measured(
         value=9.07, n=3, spread=0.11, seeds="0-2", date="2026-01-01", device="H200", commit="c", baseline=8.4
     )
-    made = table([other(measured=(ours,))])
-    cells = dict(zip(made.head, made.rows[0], strict=True))
+    shown = published_table([changed_row(measured=(ours,))])
+    cells = dict(zip(shown.head, shown.rows[0], strict=True))
     assert cells["to float"] == "-0.64"
     assert (cells["ours"], cells["gap"], cells["ours to float"]) == ("9.07", "-0.20", "-0.67")
     assert (cells["n"], cells["spread"]) == ("3", "±0.11")
-    assert made.values[0]["gap"] == pytest.approx(-0.2)
-    unmeasured = dict(zip(made.head, table([GOOD]).rows[0], strict=True))
+    assert shown.values[0]["gap"] == pytest.approx(-0.2)
+    unmeasured = dict(zip(shown.head, published_table([GOOD]).rows[0], strict=True))
     assert [unmeasured[key] for key in ("ours", "gap", "ours to float", "n", "spread")] == ["-"] * 5
 
 
 def test_gap_of_a_range_and_of_an_increase() -> None:
-    ranged = other(metric="top1", value=92.0, upper=92.5)
-    assert [shown.gap(ranged, x) for x in (91.5, 92.2, 93.0)] == pytest.approx([-0.5, 0.0, 0.5])
-    increase = other(metric="top1_error_increase", value=1.68, baseline=None)
-    assert shown.to_float(increase) == -1.68
-    assert shown.gap(increase, 1.0) == pytest.approx(0.68)
-    assert shown.gap(other(value=None), 9.0) is None
+    ranged = changed_row(metric="top1", value=92.0, upper=92.5)
+    assert [published.gap(ranged, x) for x in (91.5, 92.2, 93.0)] == pytest.approx([-0.5, 0.0, 0.5])
+    increase = changed_row(metric="top1_error_increase", value=1.68, baseline=None)
+    assert published.to_float(increase) == -1.68
+    assert published.gap(increase, 1.0) == pytest.approx(0.68)
+    assert published.gap(changed_row(value=None), 9.0) is None
 
 
-def test_absent_rows_are_said() -> None:
-    said = absent("dorefa", None, "cifar10")
-    assert said is not None
-    assert said.startswith("DoReFa has no CIFAR-10 result; third party: ")
-    assert {"PACT", "zzzxxxttt/pytorch_DoReFaNet"} <= set(said.partition("party: ")[2].split(", "))
-    assert absent("dorefa", "resnet20", "cifar10") == absent("dorefa", None, "cifar10")
-    assert absent("dorefa", None, "svhn") is None
-    assert absent("ttq", "resnet20", "cifar10") is None
-    assert absent("inq", None, "cifar10") == "INQ has no CIFAR-10 result"
-    assert absent("hwgq", "resnet20", "cifar10") == "the ledger has no ResNet-20 on CIFAR-10 result of HWGQ"
+def test_missing_results_are_stated() -> None:
+    note = absence_note("dorefa", None, "cifar10")
+    assert note is not None
+    assert note.startswith("DoReFa has no CIFAR-10 result; third party: ")
+    assert {"PACT", "zzzxxxttt/pytorch_DoReFaNet"} <= set(note.partition("party: ")[2].split(", "))
+    assert absence_note("dorefa", "resnet20", "cifar10") == absence_note("dorefa", None, "cifar10")
+    assert absence_note("dorefa", None, "svhn") is None
+    assert absence_note("ttq", "resnet20", "cifar10") is None
+    assert absence_note("inq", None, "cifar10") == "INQ has no CIFAR-10 result"
+    assert absence_note("hwgq", "resnet20", "cifar10") == "no published ResNet-20 on CIFAR-10 result of HWGQ"
 
 
-def test_what_is_absent_is_said_unasked() -> None:
-    assert "DoReFa has no CIFAR-10 result; third party: PACT" in ledger(["--paper", "dorefa"])
-    assert "OpenNMT" in ledger(["--paper=polino"])
+def test_missing_results_are_stated_below_the_tables() -> None:
+    assert "DoReFa has no CIFAR-10 result; third party: PACT" in text(published_tables("dorefa", None, False))
+    assert "OpenNMT" in text(published_tables("polino", None, False))
 
 
-def test_verified_hides_the_rest() -> None:
-    out = ledger(["--paper", "dorefa", "--provenance", "verified"])
+def test_verified_hides_all_other_rows() -> None:
+    out = text(published_tables("dorefa", "verified", False))
     assert "dorefa/svhn_repo_w1a1g4" in out
     assert "dorefa/svhn_a_w1a1g4" not in out
-    assert "~" not in out.replace("~ remembered", "")
+    assert "~" not in out.replace("~ from memory", "")
 
 
-def test_missing_says_what_to_type_and_what_cannot_be_run() -> None:
-    out = ledger(["--paper", "ttq", "--missing"])
+def test_missing_shows_the_command_or_why_a_row_cannot_be_run() -> None:
+    out = text(published_tables("ttq", None, True))
     (line,) = (each for each in out.splitlines() if each.startswith("ttq/resnet20_cifar10 "))
     assert line.endswith("qbench experiment=ttq/resnet20_cifar10")
     (line,) = (each for each in out.splitlines() if each.startswith("ttq/resnet18b "))
     assert line.endswith("not yet: its recipe is not known")
-    measured = other(measured=(Measured(value=9, n=1, spread=None, seeds="0", date="d", device="cpu", commit="c"),))
-    assert [row[0] for row in table([GOOD, measured], missing=True).rows] == ["ttq/good"]
+    measured = changed_row(
+        measured=(Measured(value=9, n=1, spread=None, seeds="0", date="d", device="cpu", commit="c"),)
+    )
+    assert [row[0] for row in published_table([GOOD, measured], missing=True).rows] == ["ttq/good"]
 
 
 def test_json_has_plain_numbers() -> None:
-    (found,) = json.loads(ledger(["--paper", "ttq", "--format", "json"]))["tables"]
+    (found,) = json.loads(as_json(published_tables("ttq", None, False)))["tables"]
     row = next(row for row in found["rows"] if row["id"] == "resnet20_cifar10")
     assert (row["value"], row["baseline"], row["bits"]) == (8.87, 8.23, {"w": 2, "a": 32, "g": 32})
     assert row["to_float"] == pytest.approx(-0.64)
@@ -327,25 +333,28 @@ def test_json_has_plain_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--paper", "dorefo"], "published --paper dorefo: no such paper; did you mean dorefa?"),
         (["--provenance", "verfied"], "published --provenance verfied; did you mean verified?"),
         (["--paprr", "ttq"], "published: no such flag: --paprr; did you mean --paper?"),
         (["--format", "xml"], "published --format xml"),
         (["--paper"], "published --paper wants a value"),
-        (["ttq"], "published: no such flag: ttq"),
+        (["ttq"], "published: ttq is not a flag"),
     ],
 )
-def test_mistakes_are_named(arguments: list[str], said: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        ledger(arguments)
-    assert str(error.value).startswith(said)
-    assert len(str(error.value).splitlines()) <= 3
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["published", *arguments]) == ConfigError.status
+    error = capsys.readouterr().err
+    assert error.startswith(f"qbench: {message}")
+    assert len(error.splitlines()) <= 3
 
 
-def test_the_ledger_is_light() -> None:
-    code = "import sys; from qbench.papers.published import ledger; ledger([]); print(*sys.modules)"
+def test_published_does_not_import_torch() -> None:
+    code = (
+        "import sys; from qbench.papers.published import published_tables; published_tables(None, None, False);"
+        "print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert "qbench.papers.published" in done.stdout.split()
     assert not {"torch", "hydra"} & set(done.stdout.split())
@@ -364,37 +373,37 @@ def script() -> ModuleType:
     return module
 
 
-RUNNABLE = [row for row in rows() if not row.of and not missing_requirements(row)]
+RUNNABLE = [row for row in published_rows() if not row.top5_of and not missing_requirements(row)]
 
 
 def test_files_are_what_the_generator_writes(script: ModuleType) -> None:
     wanted = script.experiments()
     assert len(wanted) == len(RUNNABLE) >= 60
-    assert script.written() == sorted(wanted), "run scripts/experiments.py"
+    assert script.existing_files() == sorted(wanted), "run scripts/experiments.py"
     for path, content in wanted.items():
         assert path.read_text(encoding="utf-8") == content, "run scripts/experiments.py"
 
 
-def test_a_file_begins_with_its_claim(script: ModuleType) -> None:
+def test_a_file_starts_with_its_claim(script: ModuleType) -> None:
     lines = (script.CONF / "experiment" / "inq" / "resnet18_w2.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# @package _global_"
-    said = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
-    assert "33.98 % top-1 error (float 31.73); 12.87 % top-5 error (float 11.31)" in said
-    assert "Ran by: the authors, in their paper. Provenance: verified" in said
+    comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
+    assert "33.98 % top-1 error (float 31.73); 12.87 % top-5 error (float 11.31)" in comment
+    assert "Run by: the authors, in their paper. Provenance: verified" in comment
     for path, content in script.experiments().items():
         assert max(map(len, content.splitlines())) <= 120, path
 
 
 def test_words_become_choices_and_keys(script: ModuleType) -> None:
     given = ["optim=sgd", "optim@pretrain.optim=sgd", "optim.lr=1e-5", "epochs=3", "layers.rules={a.*: 2}", "epochs=4"]
-    choices, keys = script.parted([*given, "dataset.flip=false"])
+    choices, keys = script.split_words([*given, "dataset.flip=false"])
     assert choices == {"optim": "sgd", "optim@pretrain.optim": "sgd"}
     assert keys == {
         "optim": {"lr": 1e-5}, "epochs": 4, "layers": {"rules": {"a.*": 2}}, "dataset": {"flip": False}
     }  # fmt: skip
 
 
-def test_names_of_files_exist(script: ModuleType) -> None:
+def test_group_choices_exist(script: ModuleType) -> None:
     for path, content in script.experiments().items():
         for choice in yaml.safe_load(content)["defaults"]:
             ((key, name),) = choice.items()
@@ -407,31 +416,31 @@ def test_names_of_files_exist(script: ModuleType) -> None:
     {(row.paper, row.recipe, row.method): row for row in RUNNABLE}.values(),
     ids=lambda row: f"{row.paper}/{row.id}",
 )
-def test_a_row_of_every_recipe_composes(row: Row) -> None:
+def test_one_row_per_recipe_composes(row: PublishedRow) -> None:
     (config,) = compose.configurations([f"experiment={row.paper}/{row.id}"])
     assert config.method_name == row.method
     assert config.bits == row.bits
     assert config.dataset["val"] == 0 or row.recipe == "mlq_cifar"
-    assert run_identity(config).keys == run_identity(compose.configurations(words(row))[0]).keys
+    assert run_identity(config).keys == run_identity(compose.configurations(command_words(row))[0]).keys
 
 
-def test_the_same_optimizer_for_the_parent() -> None:
+def test_pretrain_same_uses_one_optimizer_for_the_baseline() -> None:
     (config,) = compose.configurations(["experiment=dorefa/resnet20_pact_w2a2"])
     assert config.optim == config.pretrain.optim
     assert (config.epochs, config.pretrain.epochs, config.optim.milestones) == (200, 200, [0.3, 0.6])
 
 
-def test_a_row_that_cannot_be_run_says_why() -> None:
+def test_a_row_that_cannot_be_run_states_why() -> None:
     assert missing_requirements(by_id("inq", "alexnet_dns_w5")) == "pruning is not in qbench"
     assert missing_requirements(by_id("hwgq", "vgg_w1a2")) == "qbench has no HWGQ's VGG variant"
     with pytest.raises(ValueError, match="inq/alexnet_dns_w5: pruning"):
-        words(by_id("inq", "alexnet_dns_w5"))
-    assert text([table([by_id("inq", "alexnet_dns_w5")])])
+        command_words(by_id("inq", "alexnet_dns_w5"))
+    assert text([published_table([by_id("inq", "alexnet_dns_w5")])])
 
 
-def test_a_remembered_baseline_is_marked_and_hidden_by_itself() -> None:
-    """DoReFa's abstract has 46.1 for 1, 2, 6 bits; that float is 55.9 there is remembered."""
-    made = table([by_id("dorefa", "alexnet_w1a2g6")])
-    assert made.rows[0][5:8] == ("46.1", "~55.9", "~-9.80")
-    (row,) = (row for row in rows("dorefa", "verified") if row.id == "alexnet_w1a2g6")
-    assert table([row]).rows[0][5:8] == ("46.1", "-", "-")
+def test_a_baseline_from_memory_is_marked_and_hidden_alone() -> None:
+    """The abstract of DoReFa has 46.1 for 1, 2, 6 bits; the float value 55.9 is from memory."""
+    shown = published_table([by_id("dorefa", "alexnet_w1a2g6")])
+    assert shown.rows[0][5:8] == ("46.1", "~55.9", "~-9.80")
+    (row,) = (row for row in published_rows("dorefa", "verified") if row.id == "alexnet_w1a2g6")
+    assert published_table([row]).rows[0][5:8] == ("46.1", "-", "-")

@@ -28,13 +28,13 @@ from conftest import ROOT, counted
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
-from qbench.analysis import plan
+from qbench.analysis.step_cost import CostEstimator, StepCost
 from qbench.cli.main import main as cli
 from qbench.config import compose, groups
 from qbench.cost.count import count_macs
 from qbench.errors import CheckpointError
 from qbench.models import mlp
-from qbench.training.checkpoint import load_plain, pack, unpack
+from qbench.training.checkpoint import load_torch_file, pack, unpack
 from qbench.training.initial_weights import load_initial_weights
 
 SECONDS = 20
@@ -636,7 +636,7 @@ def shards(total: int, each: int) -> list[Any]:
 @pytest.fixture
 def quick(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Commands without their slow parts: no timing, no property checks, small sweeps."""
-    monkeypatch.setattr(plan.CostEstimator, "_pace", lambda self, parts, model: plan.StepCost(0.0, 0.0, 0.0))
+    monkeypatch.setattr(CostEstimator, "_step_cost", lambda self, setup, model: StepCost(0.0, 0.0, 0.0))
     monkeypatch.setattr("qbench.check.kit.check", lambda subject: [])
     monkeypatch.setattr(compose, "MOST_COMBINATIONS", 4)
     counts: dict[tuple[str, Any], dict[str, int]] = {}
@@ -849,7 +849,7 @@ def test_fuzzed_checkpoints(shard: int, count: int, workdir: Path) -> None:
         file.write_bytes(data)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for read in (
-            lambda: unpack(data, "it"), lambda: load_plain(data, "it"), lambda: load_initial_weights(model, file),
+            lambda: unpack(data, "it"), lambda: load_torch_file(data, "it"), lambda: load_initial_weights(model, file),
         ):  # fmt: skip
             try:
                 with at_most(SECONDS):

@@ -49,8 +49,8 @@ from qbench.training import loop
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import content_sha256, unpack
 from qbench.training.evaluation import evaluate
-from qbench.training.loop import Callbacks, fit
-from qbench.training.state import Average, State
+from qbench.training.loop import Callbacks, train
+from qbench.training.state import State, WeightAverage
 from qbench.training.task import Task
 
 METHODS = groups.option_names("method")
@@ -68,7 +68,7 @@ TALLY: dict[str, int] = {}
 def _counted_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    monkeypatch.setattr(Loader.plain, "__defaults__", (None, SIZE))
+    monkeypatch.setattr(Loader.unaugmented, "__defaults__", (None, SIZE))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -341,7 +341,7 @@ def twice(model: nn.Module, batches: Iterable[Batch], *more: Any) -> dict[str, f
 def test_evaluation_leaves_no_trace_in_what_is_trained(name: str, at: At, monkeypatch: pytest.MonkeyPatch) -> None:
     """In other batches the sums of the losses differ in the last bits: `best` ranks by them, all else is equal."""
     ends: list[str] = []
-    own, plain = State.digest, Loader.plain
+    own, plain = State.digest, Loader.unaugmented
 
     def digest(state: State, model: nn.Module) -> str:
         kept = {key: part for key, part in state.save(model).items() if key not in ("best", "seconds")}
@@ -353,7 +353,7 @@ def test_evaluation_leaves_no_trace_in_what_is_trained(name: str, at: At, monkey
 
     monkeypatch.setattr(State, "digest", digest)
     base, few = alone(at("alone", *recipe(name, "sgd", None)))
-    monkeypatch.setattr(Loader, "plain", batches)
+    monkeypatch.setattr(Loader, "unaugmented", batches)
     again, many = alone(at("other", *recipe(name, "sgd", None)))
     assert many > few
     half = len(ends) // 2  # each run's own end is the last after its parent's
@@ -460,8 +460,8 @@ def as_begun(config: Config) -> dict[str, Any]:
     """What stands in a process that resumes this run before the checkpoint is read, other random numbers included."""
     parts = assemble(config)
     model = parts.install(parts.float_model())
-    average = Average(model, config.optim.ema) if config.optim.ema is not None else None
-    state = State(optim.build(model, config.optim), average)
+    average = WeightAverage(model, config.optim.ema) if config.optim.ema is not None else None
+    state = State(optim.build_optimizer(model, config.optim), average)
     spoil_random_numbers()
     return {"state": state.save(model), "session": {"train_seconds": 0.0, "train_images": 0, "log_size": 0}}
 
@@ -561,7 +561,7 @@ def test_nothing_that_a_run_needs_hides_from_the_state(name: str, at: At, monkey
         if task.method.name == name:
             before.update(plain_values(task.model))
             seen.append(task)
-        fit(task, state, watch)
+        train(task, state, watch)
         if task.method.name == name:
             raise Interrupted("this is enough")
 

@@ -102,7 +102,7 @@ def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, m
     from qbench.runs.progress import ProgressReporter
 
     config = configure(*WORDS, "method=float", "bits=w32a32g32", "runtime.checkpoint_seconds=1e9")
-    plain, asked = Loader.plain, []
+    plain, asked = Loader.unaugmented, []
 
     def slow(self: Loader, name: str, limit: int | None = None, size: int = 500) -> Any:
         for number, batch in enumerate(plain(self, name, limit, 20)):
@@ -110,7 +110,7 @@ def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, m
                 asked.append(signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(Loader, "plain", slow)
+    monkeypatch.setattr(Loader, "unaugmented", slow)
     with pytest.raises(Interrupted):
         run(
             planned_run(config),

@@ -26,8 +26,8 @@ from qbench.config.schema import Config
 from qbench.cost.network_cost import NetworkCost
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
-from qbench.papers.published import absent
-from qbench.papers.rows import rows
+from qbench.papers.published import absence_note
+from qbench.papers.row_files import published_rows
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.comparison.setting_table import MissingRuns, settings_of
@@ -563,7 +563,7 @@ def test_the_margin_is_stated(several: str) -> None:
 
 
 def test_a_claim_without_a_value_is_shown_as_a_question_mark(configure: Configure) -> None:
-    unknown = next(r for r in rows() if r.metric.startswith("top1") and r.value is None and r.words)
+    unknown = next(r for r in published_rows() if r.metric.startswith("top1") and r.value is None and r.words)
     config = configure(f"experiment={unknown.paper}/{unknown.id}")
     plant(config, 90.0, 92.0)
     text = command.run_compare([config.out, "--published", "--sort", "published", "--format", "json"])
@@ -592,7 +592,7 @@ def test_published_results_and_the_gap_to_them(configure: Configure) -> None:
     assert not published["dorefa"]
     (third,) = {match.ran_by for match in published["dorefa deviation=rescaled_by_max"]}
     assert third.startswith("third party")
-    assert absent("dorefa", "resnet20", "cifar10") in own.notes
+    assert absence_note("dorefa", "resnet20", "cifar10") in own.notes
     assert all(s.published == () for s in settings_of(thin)), "a thinner network is not the paper's"
     made = plant(configure("method=dorefa", f"out={configure().out}/digits"), 97.0, 98.0)
     (digits,) = command.tables(command.parse([str(made), "--published"]))

@@ -1,8 +1,10 @@
-"""What is told of layers, worked out by hand; that telling changes nothing; what TensorBoard finds of it."""
+"""Layer statistics: computed by hand, without effect on training, complete in TensorBoard."""
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from math import log10, sqrt
 from pathlib import Path
 from typing import Any
@@ -26,27 +28,27 @@ from qbench.quant.install import install
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import Method
 from qbench.quant.quantizer import Grid, Quantizer
+from qbench.quant.sqnr import MAX_SQNR
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import Result
 from qbench.runs.tensorboard import CHARTS, METRICS
-from qbench.training import layer_stats as observe
-from qbench.training import monitor as lookout
+from qbench.training import layer_stats, monitor
 
 LAYER = "layer1.0.conv1"
 LEVELS = ("off", "light", "full")
-SEEN = torch.tensor([[0.25, 1.0], [4.0, -1.0]])
+INPUT = torch.tensor([[0.25, 1.0], [4.0, -1.0]])
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _every_epoch() -> Iterator[None]:
-    """Epochs are short here."""
+def _observe_every_epoch() -> Iterator[None]:
+    """Observe after every epoch, although epochs are short here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lookout, "STEPS", 1)
+        patch.setattr(monitor, "MIN_STEPS_BETWEEN", 1)
         yield
 
 
 class Nearest(Quantizer):
-    """Rounds to the nearest of some levels, in one group."""
+    """Rounds to the nearest of the given levels, in one group."""
 
     def __init__(self, *points: float) -> None:
         super().__init__()
@@ -64,7 +66,9 @@ class Nearest(Quantizer):
 
 
 def network(method: Method, weight: list[list[float]]) -> tuple[nn.Module, QLayer]:
-    """Three linear layers, the middle one quantized; what enters the network enters the middle one."""
+    """Return three linear layers; the middle one is quantized, and its input is the network's
+    input.
+    """
     model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(2))
@@ -73,85 +77,87 @@ def network(method: Method, weight: list[list[float]]) -> tuple[nn.Module, QLaye
     return model, quantized_layers(model)["1"]
 
 
-def by_hand() -> tuple[nn.Module, QLayer]:
+def small_network() -> tuple[nn.Module, QLayer]:
     method = Method(
-        name="hand", bits=Bits(2, 2), supported_bits={"w": (2,), "a": (2,)},
+        name="nearest", bits=Bits(2, 2), supported_bits={"w": (2,), "a": (2,)},
         weight=lambda name, layer, bits: Nearest(-1.0, 0.0, 1.0),
         input=lambda name, layer, bits: Nearest(0.0, 1.0, 2.0, 3.0),
     )  # fmt: skip
     return network(method, [[0.75, 0.25], [-1.0, 0.25]])
 
 
-def told(model: nn.Module, before: dict[str, Tensor] | None = None) -> dict[str, float]:
-    seen = observe.trace_layers(model, SEEN)
-    return observe.layer_metrics(model, SEEN, seen, before or {}, observe.gradients(model))["1"]
+def metrics_of(model: nn.Module, last_codes: dict[str, Tensor] | None = None) -> dict[str, float]:
+    traces = layer_stats.trace_layers(model, INPUT)
+    return layer_stats.layer_metrics(model, INPUT, traces, last_codes or {}, layer_stats.gradient_norms(model))["1"]
 
 
-def test_numbers_of_a_layer_by_hand() -> None:
-    model, layer = by_hand()
+def test_statistics_of_a_layer_by_hand() -> None:
+    model, layer = small_network()
     layer.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     layer.weight_q.step.grad = torch.tensor(-2.0)  # type: ignore[union-attr]
-    # inputs go to (0, 1), (3, 0), weights to (1, 0), (-1, 0); float outputs are (7/16, 0), (11/4, -17/4), ours (0, 0),
-    # (3, -3): errors 7/16, 1/4 and 5/4
+    # quantized inputs (0, 1), (3, 0), quantized weights (1, 0), (-1, 0); float outputs (7/16, 0),
+    # (11/4, -17/4), quantized outputs (0, 0), (3, -3): errors 7/16, 1/4 and 5/4
     signal, error = (49 + 44**2 + 68**2) / 256, (49 + 16 + 400) / 256
     expected = {
         "w.top": 1.0, "w.dead": 0.0, "w.entropy": 1.5,  # -1, 0, 1: one, two, one of four
         "a.top": 3.0, "a.dead": 1.0, "a.entropy": 1.5,  # 0, 1, 3: two, one, one; nothing on 2
-        "a.clipped": 0.25,  # 4 lies above 3; -1 is the activation function's to cut, as no level is negative
+        "a.clipped": 0.25,  # 4 is above 3; -1 is not clipped, because no level is negative
         "sqnr": 10 * log10(signal / error), "cosine": (11 / 4 * 3 + 17 / 4 * 3) / sqrt(18 * signal),
         "w.grad": 5.0, "w.step": 0.5, "a.step": 0.5, "w.step.grad": 2.0,
     }  # fmt: skip
-    assert told(model) == pytest.approx(expected, rel=1e-5)
+    assert metrics_of(model) == pytest.approx(expected, rel=1e-5)
 
 
-def test_flips_are_weights_on_another_level_than_before() -> None:
-    model, layer = by_hand()
-    before = observe.codes(observe.trace_layers(model, SEEN))
-    assert told(model, before)["w.flips"] == 0
+def test_flips_are_weights_on_another_level() -> None:
+    model, layer = small_network()
+    before = layer_stats.weight_codes(layer_stats.trace_layers(model, INPUT))
+    assert metrics_of(model, before)["w.flips"] == 0
     with torch.no_grad():
         layer.weight[0, 0] = 0.6
         layer.weight[1, 1] = 0.75
-    assert told(model, before)["w.flips"] == 0.25, "0.6 is on the level of 0.75, 0.75 not on that of 0.25"
+    assert metrics_of(model, before)["w.flips"] == 0.25, (
+        "0.6 has the level of 0.75, but 0.75 does not have that of 0.25"
+    )
 
 
-def test_negative_levels_clip_below_too() -> None:
-    model, layer = by_hand()
+def test_negative_levels_clip_low_values_too() -> None:
+    model, layer = small_network()
     layer.input_q = Nearest(-0.5, 0.5)
-    assert told(model)["a.clipped"] == 0.75
+    assert metrics_of(model)["a.clipped"] == 0.75
 
 
-def test_groups_are_counted_together_and_frozen_weights_told() -> None:
+def test_scale_groups_are_counted_together_and_frozen_weights_reported() -> None:
     model, _ = network(bwn.build(), [[1.0, 3.0], [-4.0, -4.0]])  # +-2 in the first filter, +-4 in the second
-    values = told(model)
+    values = metrics_of(model)
     assert (values["w.top"], values["w.entropy"], values["w.dead"]) == (4, 1, 0)
     assert "a.top" not in values
     model, layer = network(inq.build(), [[1.0, 0.5], [0.25, 0.7]])
     assert isinstance(layer.weight_q, inq.INQWeight)
     layer.weight_q.freeze_next(layer.weight, 0.5, "largest")
-    assert told(model)["w.frozen"] == 0.5
+    assert metrics_of(model)["w.frozen"] == 0.5
 
 
-def test_equal_outputs_have_the_ceiling_and_dead_ones_no_number() -> None:
-    model, layer = by_hand()
+def test_sqnr_of_equal_outputs_is_the_maximum_and_of_zero_outputs_undefined() -> None:
+    model, layer = small_network()
     with torch.no_grad():
         layer.weight.copy_(torch.eye(2))
     layer.input_q = Nearest(0.25, 1.0, 4.0, -1.0)
-    assert told(model)["sqnr"] == observe.CEILING
+    assert metrics_of(model)["sqnr"] == MAX_SQNR
     with torch.no_grad():
         layer.weight.zero_()
-    assert not {"sqnr", "cosine"} & set(told(model))
+    assert not {"sqnr", "cosine"} & set(metrics_of(model))
 
 
 @pytest.mark.parametrize(
     ("shape", "trained", "count"),
     [((100, 1, 8, 8), 1152, 18), ((100, 1, 8, 8), 64, 8), ((100, 3, 32, 32), 45_000, 64), ((9, 3, 224, 224), 10**6, 2)],
 )
-def test_few_images(shape: tuple[int, ...], trained: int, count: int) -> None:
-    assert len(observe.few(torch.zeros(shape), trained)) == count
+def test_number_of_observed_images(shape: tuple[int, ...], trained: int, count: int) -> None:
+    assert len(layer_stats.observed_images(torch.zeros(shape), trained)) == count
 
 
-QUIET = ["experiment=smoke", "epochs=3", "init=scratch"]
-RUNS = {  # with what draws random numbers: rounding of gradients, of weights, of all, a random partition
+WORDS = ["experiment=smoke", "epochs=3", "init=scratch"]
+RUNS = {  # what draws random numbers: rounding of gradients, of weights, of everything, a random partition
     "dorefa": ["bits=w2a2g4"],
     "qd": ["method.stochastic=true"],
     "gupta": [],
@@ -160,21 +166,26 @@ RUNS = {  # with what draws random numbers: rounding of gradients, of weights, o
 METHODS = groups.option_names("method")
 
 
-def quiet(config: Any) -> Result:
+def run_quietly(config: Any) -> Result:
     return run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
 
 
-def lines(result: Result, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run but for their times; those of a kind, or all others than what is told of layers."""
+def records_of(result: Result, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the records in metrics.jsonl without times: those of a kind, by default all except
+    layer statistics.
+    """
     found = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
     kept = [record for record in found if (record["kind"] == kind if kind else record["kind"] != "layers")]
     return [{key: value for key, value in record.items() if key != "seconds"} for record in kept]
 
 
-@pytest.mark.parametrize("name", [*RUNS, *(pytest.param(n, marks=pytest.mark.full) for n in METHODS if n not in RUNS)])
-def test_a_run_is_the_same_however_much_is_told(name: str, configure: Configure, tmp_path: Path) -> None:
+FAST = ("gupta", "inq")
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.full) for n in METHODS if n not in FAST)])
+def test_observation_does_not_change_a_run(name: str, configure: Configure, tmp_path: Path) -> None:
     words = [
-        *QUIET,
+        *WORDS,
         f"method={name}",
         *(RUNS.get(name) or [f"bits={quantizing_bits(name)}"]),
         "runtime.tensorboard=false",
@@ -182,48 +193,57 @@ def test_a_run_is_the_same_however_much_is_told(name: str, configure: Configure,
     if name == "float":
         words.append("pretrain.epochs=3")
     off, light, full = (
-        quiet(configure(*words, f"runtime.observe={level}", f"out={tmp_path / level}")) for level in LEVELS
+        run_quietly(configure(*words, f"runtime.observe={level}", f"out={tmp_path / level}")) for level in LEVELS
     )
     assert off.status == "done", off.reason
     assert off.weights_sha256 == light.weights_sha256 == full.weights_sha256
     assert off.state_sha256 == light.state_sha256 == full.state_sha256
-    assert lines(off) == lines(light) == lines(full)
-    assert lines(off, "layers") == []
-    assert lines(light, "layers") == lines(full, "layers")
-    epochs = [record["epoch"] for record in lines(light, "layers")]
-    assert epochs == ([] if name == "float" else [None] if not light.speed["seconds_per_epoch"] else [0, 1, 2])  # type: ignore[index]
+    assert records_of(off) == records_of(light) == records_of(full)
+    assert records_of(off, "layers") == []
+    assert records_of(light, "layers") == records_of(full, "layers")
+    epochs = [record["epoch"] for record in records_of(light, "layers")]
+    assert epochs == ([] if name == "float" else [None] if not light.speed.seconds_per_epoch else [0, 1, 2])
 
 
-@pytest.mark.parametrize("asked", [9, 38, 39])  # of 20 an epoch: within the first; last step, validation of the second
-def test_a_resumed_run_tells_the_same(asked: int, configure: Configure, tmp_path: Path) -> None:
-    words = [*QUIET, "method=lsq", "runtime.tensorboard=false", "optim.batch_size=64"]
-    whole = quiet(configure(*words, f"out={tmp_path / 'whole'}"))
-    config = configure(*words, f"out={tmp_path / 'stopped'}")
+RESUMED = [*WORDS, "method=lsq", "runtime.tensorboard=false", "optim.batch_size=64"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Return the run that the resumed runs are compared with."""
+    torch.set_num_threads(1)
+    (config,) = compose.configurations([*RESUMED, f"out={tmp_path_factory.mktemp('uninterrupted')}"])
+    return run_quietly(config)
+
+
+@pytest.mark.parametrize("stop_at", [9, 38, 39])  # of 20 per epoch: in the first; last step, validation of the second
+def test_a_resumed_run_logs_the_same(stop_at: int, uninterrupted: Result, configure: Configure) -> None:
+    config = configure(*RESUMED)
     count = itertools.count(1)
     with pytest.raises(Interrupted):
-        run(planned_run(config), RunContext(ProgressReporter(quiet=True), lambda: 15 if next(count) >= asked else 0))
-    again = quiet(config)
-    assert lines(again, "layers") == lines(whole, "layers")
-    flips = ["w.flips" in record["layers"][LAYER] for record in lines(again, "layers")]
-    assert flips == [False, True, True], "the first look has none before it"
+        run(planned_run(config), RunContext(ProgressReporter(quiet=True), lambda: 15 if next(count) >= stop_at else 0))
+    again = run_quietly(config)
+    assert records_of(again, "layers") == records_of(uninterrupted, "layers")
+    flips = ["w.flips" in record["layers"][LAYER] for record in records_of(again, "layers")]
+    assert flips == [False, True, True], "the first observation has no earlier one"
 
 
-def test_another_level_than_before_an_interruption_costs_one_epochs_flips(configure: Configure) -> None:
-    words = [*QUIET, "method=lsq", "runtime.tensorboard=false"]
+def test_flips_are_missing_once_after_the_level_was_changed(configure: Configure) -> None:
+    words = [*WORDS, "method=lsq", "runtime.tensorboard=false"]
     count = itertools.count(1)
     with pytest.raises(Interrupted):
         run(
             planned_run(configure(*words, "runtime.observe=off")),
             RunContext(ProgressReporter(quiet=True), lambda: 15 * (next(count) > 30)),
         )
-    told = lines(quiet(configure(*words)), "layers")
-    assert ["w.flips" in record["layers"][LAYER] for record in told] == [False, True]
+    records = records_of(run_quietly(configure(*words)), "layers")
+    assert ["w.flips" in record["layers"][LAYER] for record in records] == [False, True]
 
 
-def test_a_checkpoint_without_what_was_remembered_is_noticed(
+def test_flips_are_missing_once_after_the_memory_was_lost(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, count = configure(*QUIET, "method=lsq", "runtime.tensorboard=false"), itertools.count(1)
+    config, count = configure(*WORDS, "method=lsq", "runtime.tensorboard=false"), itertools.count(1)
     with pytest.raises(Interrupted):
         run(planned_run(config), RunContext(ProgressReporter(quiet=True), lambda: 15 * (next(count) > 30)))
     newest = TrainingSession._newest
@@ -236,20 +256,26 @@ def test_a_checkpoint_without_what_was_remembered_is_noticed(
         return saved
 
     monkeypatch.setattr(TrainingSession, "_newest", without)
-    assert ["w.flips" in record["layers"][LAYER] for record in lines(quiet(config), "layers")] == [False, False, True]
+    assert ["w.flips" in record["layers"][LAYER] for record in records_of(run_quietly(config), "layers")] == [
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(("level", "steps"), [("light", [108, 126]), ("full", [18, 36, 54, 72, 90, 108, 126])])
-def test_short_epochs_are_looked_at_now_and_then(
+def test_short_epochs_are_observed_at_intervals(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, level: str, steps: list[int]
 ) -> None:
-    """Of 18 steps every sixth, 100 steps being the least, and the last."""
-    monkeypatch.setattr(lookout, "STEPS", 100)
-    words = [*QUIET, "method=lsq", "epochs=7", "runtime.tensorboard=false", f"runtime.observe={level}"]
-    assert [record["step"] for record in lines(quiet(configure(*words)), "layers")] == steps
+    """Epochs have 18 steps: every sixth is observed, because 100 steps is the smallest interval,
+    and the last.
+    """
+    monkeypatch.setattr(monitor, "MIN_STEPS_BETWEEN", 100)
+    words = [*WORDS, "method=lsq", "epochs=7", "runtime.tensorboard=false", f"runtime.observe={level}"]
+    assert [record["step"] for record in records_of(run_quietly(configure(*words)), "layers")] == steps
 
 
-def test_it_is_no_part_of_a_runs_identity(configure: Configure) -> None:
+def test_the_level_is_not_part_of_the_identity(configure: Configure) -> None:
     one, two = configure("method=dorefa"), configure("method=dorefa", "runtime.observe=full")
     assert run_identity(one).keys == run_identity(two).keys
     assert run_identity(one).protocol == run_identity(two).protocol
@@ -265,19 +291,23 @@ def events(result: Result) -> Any:
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """A run of each level, and the float parent."""
-    found = {}
-    for level in LEVELS:
-        out = tmp_path_factory.mktemp(level)
-        words = ["experiment=smoke", "method=lsq", "epochs=21", "dataset.val=0", f"runtime.observe={level}"]
-        (config,) = compose.configurations([f"out={out}", "optim.batch_size=500", *words])
-        found[level] = quiet(config)
-    return found
+def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Return a run of each level with event files; they share the float baseline."""
+    folder, logged = tmp_path_factory.mktemp("logged"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "HISTOGRAMS_PER_RUN", 3)
+        for level in LEVELS:
+            out = folder / level
+            if logged:
+                shutil.copytree(folder / LEVELS[0], out, ignore=shutil.ignore_patterns("lsq-*"))
+            words = ["experiment=smoke", "method=lsq", "epochs=7", "dataset.val=0", f"runtime.observe={level}"]
+            (config,) = compose.configurations([f"out={out}", "optim.batch_size=500", *words])
+            logged[level] = run_quietly(config)
+    return logged
 
 
-def test_tags_of_each_level(shown: dict[str, Result]) -> None:
-    tags = {level: events(result).Tags() for level, result in shown.items()}
+def test_tags_of_each_level(logged: dict[str, Result]) -> None:
+    tags = {level: events(result).Tags() for level, result in logged.items()}
     scalars = {level: {tag for tag in found["scalars"] if LAYER in tag} for level, found in tags.items()}
     histograms = {level: {tag for tag in found["histograms"] if LAYER in tag} for level, found in tags.items()}
     assert scalars["off"] == histograms["off"] == set()
@@ -287,19 +317,19 @@ def test_tags_of_each_level(shown: dict[str, Result]) -> None:
     assert histograms["light"] == {f"latent/{LAYER}", f"quantized/{LAYER}"}
     more = ("input", "quantized_input", "w.levels", "a.levels")
     assert histograms["full"] == histograms["light"] | {f"{name}/{LAYER}" for name in more}
-    counts = {level: len(events(shown[level]).Histograms(f"latent/{LAYER}")) for level in ("light", "full")}
-    assert counts == {"light": 11, "full": 21}, "every second and the last; every one"
+    counts = {level: len(events(logged[level]).Histograms(f"latent/{LAYER}")) for level in ("light", "full")}
+    assert counts == {"light": 4, "full": 7}, "every second and the last; every one"
 
 
-def test_a_histogram_holds_every_value_and_the_levels(shown: dict[str, Result]) -> None:
-    weights = torch.load(Path(shown["full"].run) / "last.pt", weights_only=True)["model"]
+def test_a_histogram_holds_every_value_and_the_levels(logged: dict[str, Result]) -> None:
+    weights = torch.load(Path(logged["full"].run) / "last.pt", weights_only=True)["model"]
     latent = weights[f"{LAYER}.weight"]
-    found = events(shown["full"])
+    found = events(logged["full"])
     last = found.Histograms(f"latent/{LAYER}")[-1].histogram_value
     assert (last.num, last.min, last.max) == pytest.approx((latent.numel(), latent.min().item(), latent.max().item()))
     assert last.sum == pytest.approx(latent.sum().item(), rel=1e-4)
     quantized = found.Histograms(f"quantized/{LAYER}")[-1].histogram_value
-    assert sum(count > 0 for count in quantized.bucket) == 4, "four levels, four bars"
+    assert sum(count > 0 for count in quantized.bucket) == 4, "four levels give four bars"
     levels = found.Histograms(f"w.levels/{LAYER}")[-1].histogram_value
     assert sorted(count for count in levels.bucket if count) == sorted(c for c in quantized.bucket if c)
     step = weights[f"{LAYER}.weight_q.step"]
@@ -307,46 +337,52 @@ def test_a_histogram_holds_every_value_and_the_levels(shown: dict[str, Result]) 
 
 
 def plugin(result: Result, name: str) -> dict[str, Any]:
-    """What a plugin finds in a run: tag -> metadata."""
+    """Return what a TensorBoard plugin finds in a run: tag -> metadata."""
     found = events(result).summary_metadata
     return {tag: data.plugin_data for tag, data in found.items() if data.plugin_data.plugin_name == name}
 
 
-def test_the_charts_match_what_is_told_and_hold_the_parent_too(shown: dict[str, Result]) -> None:
+def test_the_charts_show_all_logged_tags_and_the_float_baseline(logged: dict[str, Result]) -> None:
     import re
 
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    child, parent = shown["light"], Result(**vars(shown["light"]) | {"run": shown["light"].float["run"]})  # type: ignore[index]
+    quantized = logged["light"]
+    assert quantized.baseline is not None
+    baseline = replace(quantized, run=quantized.baseline.run)
     layouts = []
-    for result in (child, parent):
+    for result in (quantized, baseline):
         ((tag, _),) = plugin(result, "custom_scalars").items()
         layouts.append(Layout.FromString(events(result).Tensors(tag)[0].tensor_proto.string_val[0]))
     assert layouts[0] == layouts[1], "TensorBoard joins equal charts of all runs"
     charts = {f"{c.title}/{chart.title}": chart.multiline.tag[0] for c in layouts[0].category for chart in c.chart}
     assert len(charts) == sum(len(category) for category in CHARTS.values())
-    tags = {"child": events(child).Tags()["scalars"], "parent": events(parent).Tags()["scalars"]}
-    matched = {of: {n for n, tag in charts.items() if any(re.match(tag, t) for t in own)} for of, own in tags.items()}
-    unmatched = {"validation", "frozen"}  # dataset.val=0, and lsq freezes nothing
-    assert {n for n in charts if not any(word in n for word in unmatched)} == matched["child"]
-    assert {n for n in matched["child"] if n.startswith("float and quantized")} == matched["parent"]
+    tags = {"quantized": events(quantized).Tags()["scalars"], "baseline": events(baseline).Tags()["scalars"]}
+    matched = {
+        run: {name for name, pattern in charts.items() if any(re.match(pattern, tag) for tag in own_tags)}
+        for run, own_tags in tags.items()
+    }
+    unmatched = {"validation", "frozen"}  # because of dataset.val=0, and because lsq freezes no weights
+    assert {n for n in charts if not any(word in n for word in unmatched)} == matched["quantized"]
+    assert {n for n in matched["quantized"] if n.startswith("float and quantized")} == matched["baseline"]
     numbers = next(tag for name, tag in charts.items() if "numbers" in name)
-    assert {t.partition("/")[0] for t in tags["child"] if re.match(numbers, t)} == {"w.step", "a.step"}
+    assert {t.partition("/")[0] for t in tags["quantized"] if re.match(numbers, t)} == {"w.step", "a.step"}
 
 
 def test_the_table_of_hyper_parameters_has_the_same_columns_for_all_runs(
-    shown: dict[str, Result], configure: Configure, monkeypatch: pytest.MonkeyPatch
+    logged: dict[str, Result], configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     config = configure("experiment=smoke", "method=dorefa", "init=scratch", "optim.lr=1e30")
     with pytest.raises(Diverged):
-        quiet(config)
-    folders = {"diverged": str(Path(config.out) / run_identity(config).directory), "done": shown["light"].run}
-    folders["parent"] = shown["light"].float["run"]  # type: ignore[index]
+        run_quietly(config)
+    folders = {"diverged": str(Path(config.out) / run_identity(config).directory), "done": logged["light"].run}
+    assert logged["light"].baseline is not None
+    folders["baseline"] = logged["light"].baseline.run
     columns, ended = {}, {}
     for name, folder in folders.items():
-        found = plugin(Result(**vars(shown["light"]) | {"run": folder}), "hparams")
+        found = plugin(replace(logged["light"], run=folder), "hparams")
         data = {tag: HParamsPluginData.FromString(entry.content) for tag, entry in found.items()}
         experiment = data["_hparams_/experiment"].experiment
         start = data["_hparams_/session_start_info"].session_start_info
@@ -355,14 +391,14 @@ def test_the_table_of_hyper_parameters_has_the_same_columns_for_all_runs(
         assert set(start.hparams) == set(columns[name][0])
         ended[name] = "_hparams_/session_end_info" in data
         assert len(list(Path(folder).glob("events.out.tfevents.*"))) == 1
-        assert not [path for path in Path(folder).iterdir() if path.is_dir()], "no run beside the run"
-    assert columns["done"] == columns["parent"] == columns["diverged"]
+        assert not [path for path in Path(folder).iterdir() if path.is_dir()], "no extra run in a subfolder"
+    assert columns["done"] == columns["baseline"] == columns["diverged"]
     assert columns["done"][1] == [f"hparam/{name}" for name in METRICS]
-    assert ended == {"diverged": False, "done": True, "parent": True}
+    assert ended == {"diverged": False, "done": True, "baseline": True}
 
 
 @pytest.mark.parametrize("name", ["lsq", "uniform", "gupta"])
-def test_looking_leaves_no_trace(name: str, configure: Configure) -> None:
+def test_observing_leaves_no_trace(name: str, configure: Configure) -> None:
     from qbench.experiment.setup import assemble
     from qbench.training.checkpoint import content_sha256
     from qbench.training.random_state import random_state
@@ -379,9 +415,10 @@ def test_looking_leaves_no_trace(name: str, configure: Configure) -> None:
         return digest, [m.training for m in model.modules()], [len(m._forward_hooks) for m in model.modules()]
 
     before = trace()
-    seen = observe.trace_layers(model, images)
-    observe.layer_metrics(model, images, seen, observe.codes(seen), observe.gradients(model))
-    observe.occupancy(seen)
+    traces = layer_stats.trace_layers(model, images)
+    codes, gradients = layer_stats.weight_codes(traces), layer_stats.gradient_norms(model)
+    layer_stats.layer_metrics(model, images, traces, codes, gradients)
+    layer_stats.level_counts(traces)
     assert trace() == before
     model(images)
-    assert trace() != before, "a pass in training leaves one"
+    assert trace() != before, "a pass in training mode leaves one"

@@ -1,16 +1,17 @@
-"""inf and nan planted in every place: the run ends there, names step and part, and nothing of it is saved (R14)."""
+"""inf and nan in every place: the run stops, names the step and the place, and saves nothing of it
+(R14).
+"""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Configure
-from helpers import qbench
+from conftest import Configure
 from torch import Tensor, nn
 
+from qbench.cli.main import main as cli
 from qbench.errors import Diverged
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
@@ -18,12 +19,12 @@ from qbench.methods import lsq
 from qbench.quant.method import Method
 from qbench.quant.probe import Batch
 from qbench.runs.result import load_result
-from qbench.training.checkpoint import not_finite, unpack
+from qbench.training.checkpoint import first_nonfinite, unpack
 
 VALUES = {"none": float("nan"), "up": float("inf"), "down": float("-inf")}
-STEP = 21  # of 18 an epoch: one checkpoint stands behind it
+STEP = 21  # an epoch has 18 steps: there is one checkpoint before it
 LAYER = "layer2.0.conv1"
-PLACES = {  # where -> what the message names
+PLACES = {  # place of the value -> what the message names
     "input": "conv1: 1 of ",
     "activation": f"{LAYER}: 1 of ",
     "weight": f"{LAYER}: 1 of ",
@@ -36,70 +37,70 @@ PLACES = {  # where -> what the message names
 
 
 def build(*, w: int = 2, a: int = 2, place: str = "none", value: str = "none") -> Method:
-    """Return LSQ that spoils one number in step `STEP`."""
-    made, planted, done, hooked = lsq.build(w=w, a=a), VALUES[value], 0, False
+    """Return LSQ that sets one number to nan or inf in step `STEP`."""
+    method, bad_value, steps, hooked = lsq.build(w=w, a=a), VALUES[value], 0, False
 
-    def here(what: str) -> bool:
-        return place == what and done == STEP
+    def due(what: str) -> bool:
+        return place == what and steps == STEP
 
-    def before(what: str) -> Any:
-        def spoilt(module: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
-            if not here(what) or not torch.is_grad_enabled():
+    def input_hook(what: str) -> Any:
+        def change_input(module: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+            if not due(what) or not torch.is_grad_enabled():
                 return None
             images = inputs[0].detach().clone()
-            images[0, 0, 0, 0] = planted
+            images[0, 0, 0, 0] = bad_value
             return images
 
-        return spoilt
+        return change_input
 
     def loss(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
         nonlocal hooked
         if not hooked:
             layer: Any = model.get_submodule(LAYER)
-            layer.weight.register_hook(lambda grad: grad + planted if here("gradient") else grad)
-            layer.register_forward_pre_hook(before("activation"))
-            model.register_forward_pre_hook(before("input"))
+            layer.weight.register_hook(lambda grad: grad + bad_value if due("gradient") else grad)
+            layer.register_forward_pre_hook(input_hook("activation"))
+            model.register_forward_pre_hook(input_hook("input"))
             hooked = True
-        found = nn.functional.cross_entropy(logits, batch[1])
-        return found * planted if here("loss") else found
+        value = nn.functional.cross_entropy(logits, batch[1])
+        return value * bad_value if due("loss") else value
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        nonlocal done
-        assert made.step
-        made.step(model, optimizer)
-        done += 1
+        nonlocal steps
+        assert method.step
+        method.step(model, optimizer)
+        steps += 1
         layer: Any = model.get_submodule(LAYER)
         norm: Any = model.get_submodule("layer2.0.bn1")
         with torch.no_grad():
-            if here("weight"):
-                layer.weight[0, 0, 0, 0] = planted
-            if here("scale"):
-                layer.weight_q.step.fill_(planted)
-            if here("statistics"):
-                norm.running_mean[0] = planted
-            if here("momentum"):
-                optimizer.state[layer.weight]["exp_avg"][0, 0, 0, 0] = planted
+            if due("weight"):
+                layer.weight[0, 0, 0, 0] = bad_value
+            if due("scale"):
+                layer.weight_q.step.fill_(bad_value)
+            if due("statistics"):
+                norm.running_mean[0] = bad_value
+            if due("momentum"):
+                optimizer.state[layer.weight]["exp_avg"][0, 0, 0, 0] = bad_value
 
-    return replace(made, name="spoilt", loss=loss, step=step)
+    return replace(method, name="faulty", loss=loss, step=step)
 
 
 def words(place: str, value: str) -> list[str]:
-    named = ["method=test_not_finite:build", f"method.place={place}", f"method.value={value}"]
-    return ["experiment=smoke", "runtime.tensorboard=false", "bits=w2a2", "epochs=2", *named]
+    method = ["method=test_not_finite:build", f"method.place={place}", f"method.value={value}"]
+    return ["experiment=smoke", "runtime.tensorboard=false", "init=scratch", "bits=w2a2", "epochs=2", *method]
 
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("place", PLACES)
-def test_the_run_ends_where_it_appears_and_saves_nothing_of_it(configure: Configure, place: str, value: str) -> None:
+def test_the_run_stops_in_the_step_and_saves_nothing_of_it(configure: Configure, place: str, value: str) -> None:
     config = configure(*words(place, value))
     with pytest.raises(Diverged) as caught:
         run(planned_run(config))
-    said = str(caught.value)
-    assert PLACES[place] in said, said
-    if place != "statistics":  # which training does not read: found by validation, or when it is to be saved
-        assert "in epoch 1" in said
-        at = int(said.partition(", step ")[2].split(",")[0].split(";")[0])
-        assert at == STEP + (place == "momentum"), said
+    message = str(caught.value)
+    assert PLACES[place] in message, message
+    if place != "statistics":  # training does not read them: validation or saving finds them
+        assert "in epoch 1" in message
+        step = int(message.partition(", step ")[2].split(",")[0].split(";")[0])
+        assert step == STEP + (place == "momentum"), message
     directory = planned_run(config).directory
     result = load_result(directory.path)
     assert result is not None
@@ -107,20 +108,20 @@ def test_the_run_ends_where_it_appears_and_saves_nothing_of_it(configure: Config
     assert result.reason is not None
     assert PLACES[place] in result.reason
     states = directory.checkpoints()
-    assert states, "the checkpoint before stays"
+    assert states, "the earlier checkpoint remains"
     for path in states:
         state = unpack(path.read_bytes(), str(path))["state"]
         parameters = {name: state["model"][name] for name in state["trainable"]}
-        assert not_finite([parameters, state["optimizer"]]) is None
+        assert first_nonfinite([parameters, state["optimizer"]]) is None
     assert not (directory.path / "best.pt").exists()
 
 
-def test_without_a_plant_it_trains(configure: Configure) -> None:
+def test_without_a_bad_value_it_trains(configure: Configure) -> None:
     assert run(planned_run(configure(*words("none", "none")))).status == "done"
 
 
 @pytest.mark.parametrize("method", ["float", "dorefa"])
-def test_a_network_without_learned_scales_says_it_too(configure: Configure, method: str) -> None:
+def test_a_network_without_learned_scales_stops_too(configure: Configure, method: str) -> None:
     config = configure(
         "experiment=smoke",
         "runtime.tensorboard=false",
@@ -133,22 +134,20 @@ def test_a_network_without_learned_scales_says_it_too(configure: Configure, meth
         run(planned_run(config))
 
 
-def test_the_command_ends_with_status_6(tmp_path: Path) -> None:
-    done = qbench(
-        *words("gradient", "none"),
-        f"out={tmp_path}",
-        PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), str(Path(__file__).parent)]),
-    )
-    assert done.returncode == 6, done.stderr
-    assert f"in epoch 1, step {STEP}, first at the gradient of {LAYER}.weight" in done.stderr
-    assert "try a lower optim.lr" in done.stderr
+def test_the_command_ends_with_status_6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli([*words("gradient", "none"), f"out={tmp_path}"]) == 6
+    errors = capsys.readouterr().err
+    assert f"in epoch 1, step {STEP}, first at the gradient of {LAYER}.weight" in errors
+    assert "try a lower optim.lr" in errors
 
 
-def test_the_same_line_goes_on_from_the_last_good_checkpoint(configure: Configure) -> None:
+def test_the_same_command_resumes_from_the_last_good_checkpoint(configure: Configure) -> None:
     config = configure(*words("loss", "none"))
     with pytest.raises(Diverged):
         run(planned_run(config))
-    result = run(planned_run(config))  # counted from the checkpoint of step 18, nothing is planted before the end
+    result = run(
+        planned_run(config)
+    )  # steps are counted from the checkpoint of step 18: the bad value does not occur again
     assert result.status == "done"
-    unspoilt = run(planned_run(configure(*words("none", "none"))))
-    assert result.weights_sha256 == unspoilt.weights_sha256
+    undisturbed = run(planned_run(configure(*words("none", "none"))))
+    assert result.weights_sha256 == undisturbed.weights_sha256

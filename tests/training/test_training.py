@@ -1,4 +1,4 @@
-"""The loop, the schedules, the options of a step, checkpoints."""
+"""The training loop, learning-rate schedules, options of a step, and checkpoints."""
 
 import json
 import math
@@ -20,18 +20,18 @@ from qbench.experiment.device import COMPILERS
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.methods import dorefa
-from qbench.methods import float as nothing
+from qbench.methods import float as float_method
 from qbench.models import mlp
 from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.probe import Probe
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import load_float, load_plain, pack, unpack, weights_sha256
+from qbench.training.checkpoint import load_float_weights, load_torch_file, pack, unpack, weights_sha256
 from qbench.training.evaluation import evaluate
-from qbench.training.loop import fit
+from qbench.training.loop import train
 from qbench.training.optimizer import learning_rate, parameter_groups
 from qbench.training.random_state import random_state, set_random_state
-from qbench.training.state import Average, State
+from qbench.training.state import State, WeightAverage
 from qbench.training.task import Task
 
 STEPS = 5
@@ -40,9 +40,9 @@ X = torch.randn(STEPS * 20, 1, 4, 4, generator=generator)
 Y = (X.flatten(1)[:, :3].argmax(1)).long()
 
 
-def task(method: Method | None = None, epochs: int = 3, model: nn.Module | None = None, **options: Any) -> Task:
+def make_task(method: Method | None = None, epochs: int = 3, model: nn.Module | None = None, **options: Any) -> Task:
     torch.manual_seed(0)
-    method = method or nothing.build()
+    method = method or float_method.build()
     model = install(method, model or mlp.build((1, 4, 4), 3, hidden=1, width=16))
     batches = [(x, y) for x, y in zip(X.split(20), Y.split(20), strict=True)]
     settings = Optim(**{"name": "sgd", "lr": 0.1, "batch_size": 20} | options)
@@ -53,9 +53,9 @@ def task(method: Method | None = None, epochs: int = 3, model: nn.Module | None 
     )  # fmt: skip
 
 
-def state_of(job: Task) -> State:
-    average = Average(job.model, job.optim.ema) if job.optim.ema is not None else None
-    return State(optim.build(job.model, job.optim), average)
+def make_state(task: Task) -> State:
+    average = WeightAverage(task.model, task.optim.ema) if task.optim.ema is not None else None
+    return State(optim.build_optimizer(task.model, task.optim), average)
 
 
 @pytest.mark.parametrize(
@@ -80,24 +80,24 @@ def test_adam_from_1e_4_falls_to_1e_6() -> None:
     assert rates[100] == pytest.approx(1e-6)
 
 
-def test_a_phase_starts_the_schedule_anew_and_forgets_momentum() -> None:
-    seen: list[tuple[float, bool]] = []
+def test_a_phase_restarts_the_schedule_and_clears_momentum() -> None:
+    steps: list[tuple[float, bool]] = []
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        seen.append((optimizer.param_groups[0]["lr"], bool(optimizer.state)))
+        steps.append((optimizer.param_groups[0]["lr"], bool(optimizer.state)))
         optimizer.step()
 
-    method = replace(nothing.build(), phases=lambda epochs: (1, 3), step=step)
-    job = task(method, epochs=4, schedule="linear")
-    fit(job, state_of(job))
-    rates = [rate for rate, _ in seen]
+    method = replace(float_method.build(), phases=lambda epochs: (1, 3), step=step)
+    task = make_task(method, epochs=4, schedule="linear")
+    train(task, make_state(task))
+    rates = [rate for rate, _ in steps]
     ten = [0.1 * (1 - i / (2 * STEPS)) for i in range(2 * STEPS)]
     five = [0.1 * (1 - i / STEPS) for i in range(STEPS)]
     assert rates == pytest.approx(five + ten + five)
-    assert [i for i, (_, momentum) in enumerate(seen) if not momentum] == [0, STEPS, 3 * STEPS]
+    assert [i for i, (_, momentum) in enumerate(steps) if not momentum] == [0, STEPS, 3 * STEPS]
 
 
-def test_the_methods_parts_are_called_when_they_should() -> None:
+def test_callables_of_the_method_are_called_at_the_right_time() -> None:
     calls: list[tuple[str, int]] = []
 
     def loss(model: nn.Module, logits: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -106,81 +106,86 @@ def test_the_methods_parts_are_called_when_they_should() -> None:
 
     teacher = nn.Dropout()
     method = replace(
-        nothing.build(),
+        float_method.build(),
         loss=loss,
         on_epoch=lambda m, epoch, epochs, probe: calls.append(("epoch", epoch)),
         teachers=(teacher,),
     )
-    job = task(method, epochs=2)
-    fit(job, state_of(job))
+    task = make_task(method, epochs=2)
+    train(task, make_state(task))
     assert calls == [("epoch", 0), *[("loss", 20)] * STEPS, ("epoch", 1), *[("loss", 20)] * STEPS]
     assert not teacher.training
 
 
-def test_decay_spares_biases_and_norms_and_quantizers_say_their_own() -> None:
-    class Own(dorefa.DoReFaWeight):
+def test_weight_decay_excludes_biases_and_norms_and_quantizers_set_their_own() -> None:
+    class WithScale(dorefa.DoReFaWeight):
         lr_scale, weight_decay = 0.1, 0.5
 
         def __init__(self) -> None:
             super().__init__(2)
             self.scale = nn.Parameter(torch.ones(()))
 
-    method = replace(dorefa.build(w=2), weight=lambda name, layer, bits: Own())
+    method = replace(dorefa.build(w=2), weight=lambda name, layer, bits: WithScale())
     model = install(method, mlp.build((1, 4, 4), 3, hidden=2, width=16))
     groups = {(g["lr_scale"], g["weight_decay"]): len(g["params"]) for g in parameter_groups(model, 1e-3)}  # type: ignore[arg-type]
     assert groups == {(1.0, 1e-3): 3, (1.0, 0.0): 5, (0.1, 0.5): 1}
-    optimizer = optim.build(model, Optim(name="sgd", lr=1.0))
+    optimizer = optim.build_optimizer(model, Optim(name="sgd", lr=1.0))
     optim.set_learning_rate(optimizer, 0.5)
     assert sorted({g["lr"] for g in optimizer.param_groups}) == [0.05, 0.5]
 
 
-def test_clipping_smoothing_and_averaging() -> None:
+def test_gradient_clipping_label_smoothing_and_weight_averaging() -> None:
     norms = []
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
         optimizer.step()
 
-    job = task(replace(nothing.build(), step=step), clip_norm=0.01)
-    fit(job, state_of(job))
+    task = make_task(replace(float_method.build(), step=step), clip_norm=0.01)
+    train(task, make_state(task))
     assert max(norms) <= 0.01 * (1 + 1e-5)
-    smooth = task(label_smoothing=0.3)
+    smooth = make_task(label_smoothing=0.3)
     logits = smooth.model(X[:20])
     assert smooth.loss(logits, (X[:20], Y[:20])).item() == pytest.approx(
         F.cross_entropy(logits, Y[:20], label_smoothing=0.3).item()
     )
-    averaged = task(ema=0.5)
-    state = state_of(averaged)
+    averaged = make_task(ema=0.5)
+    state = make_state(averaged)
+    assert state.average is not None
     name, p = next(iter(averaged.model.named_parameters()))
     expected = p.detach().clone()
     for batch in averaged.train(0, 0):
         averaged.loss(averaged.model(batch[0]), batch).backward()
         state.optimizer.step()
-        state.average.update(averaged.model)  # type: ignore[union-attr]
+        state.average.update(averaged.model)
         expected = 0.5 * expected + 0.5 * p.detach()
-    torch.testing.assert_close(state.average.values[name], expected)  # type: ignore[union-attr]
-    with state.average.used(averaged.model):  # type: ignore[union-attr]
+    torch.testing.assert_close(state.average.parameters()[name], expected)
+    with state.average.applied_to(averaged.model):
         torch.testing.assert_close(p.detach(), expected)
     assert not torch.allclose(p.detach(), expected)
 
 
-def test_best_is_the_first_of_the_best_validation_and_patience_stops() -> None:
-    job = task(epochs=30, lr=1e-12, patience=3)
-    state = state_of(job)
-    fit(job, state)
+def test_best_is_the_first_epoch_of_the_best_accuracy_and_patience_stops() -> None:
+    task = make_task(epochs=30, lr=1e-12, patience=3)
+    state = make_state(task)
+    train(task, state)
     assert state.stopped
     assert state.epoch < 30
-    assert state.epoch == state.best["epoch"] + 1 + 3  # type: ignore[index]
+    assert state.best is not None
+    assert state.epoch == state.best.epoch + 1 + 3
 
 
-def test_seconds_per_epoch_count_the_epochs_that_were_trained(smoke: Configure) -> None:
+def test_seconds_per_epoch_is_the_mean_of_the_trained_epochs(smoke: Configure) -> None:
     words = ["method=dorefa", "optim=sgd", "optim.lr=1e-12", "epochs=40", "optim.patience=2"]
     result = run(planned_run(smoke(*words)))
+    assert result.final is not None
+    assert result.final.epoch is not None
+    assert result.speed is not None
     epochs = result.final.epoch + 1
     assert epochs < 40
     records = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(record["seconds"] for record in records if record["kind"] == "epoch")
-    assert result.speed["seconds_per_epoch"] == pytest.approx(seconds / epochs)  # type: ignore[index]
+    assert result.speed.seconds_per_epoch == pytest.approx(seconds / epochs)
 
 
 def test_an_incremental_method_has_no_best_before_it_is_complete() -> None:
@@ -188,33 +193,34 @@ def test_an_incremental_method_has_no_best_before_it_is_complete() -> None:
         complete = False
 
     method = replace(dorefa.build(w=2), weight=lambda name, layer, bits: Half(bits))
-    job = task(method, model=mlp.build((1, 4, 4), 3, hidden=2, width=16))
-    state = state_of(job)
-    fit(job, state)
+    task = make_task(method, model=mlp.build((1, 4, 4), 3, hidden=2, width=16))
+    state = make_state(task)
+    train(task, state)
     assert state.best is None
 
 
-def test_not_a_number_stops_at_its_step() -> None:
-    method = replace(nothing.build(), loss=lambda model, logits, batch: logits.sum() * float("nan"))
-    job = task(method)
+def test_a_nan_loss_stops_training_in_its_step() -> None:
+    method = replace(float_method.build(), loss=lambda model, logits, batch: logits.sum() * float("nan"))
+    task = make_task(method)
     with pytest.raises(Diverged, match="epoch 0, step 0"):
-        fit(job, state_of(job))
+        train(task, make_state(task))
 
 
 def test_evaluation_by_hand() -> None:
     logits = torch.tensor([[3.0, 2, 1, 0, 0, 0, 0], [0, 3, 2, 1, 0.5, 0.4, 0], [9, 8, 7, 6, 5, 4, 0]])
     labels = torch.tensor([0, 4, 6])
-    found = evaluate(nn.Identity(), [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
-    assert found["top1"] == pytest.approx(100 / 3)
-    assert found["top5"] == pytest.approx(200 / 3)
-    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item())
+    accuracy = evaluate(nn.Identity(), [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
+    assert accuracy is not None
+    assert accuracy.top1 == pytest.approx(100 / 3)
+    assert accuracy.top5 == pytest.approx(200 / 3)
+    assert accuracy.loss == pytest.approx(F.cross_entropy(logits, labels).item())
     assert evaluate(nn.Identity(), []) is None
 
 
-def test_a_checkpoint_is_verified_before_it_is_parsed() -> None:
+def test_the_digest_of_a_checkpoint_is_verified_before_parsing() -> None:
     data = pack({"a": torch.arange(5), "b": [1, 2.5, "x"]})
     assert unpack(data, "it")["b"] == [1, 2.5, "x"]
-    assert load_plain(data, "it")["b"] == [1, 2.5, "x"], "an ordinary checkpoint for anyone else"
+    assert load_torch_file(data, "it")["b"] == [1, 2.5, "x"], "other programs can read it"
     for place in range(0, len(data), 97):
         flipped = bytearray(data)
         flipped[place] ^= 1 << (place % 8)
@@ -237,11 +243,11 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Any) -> None:
     torch.save({"model": Hostile()}, buffer)
     for data in (buffer.getvalue(), pickle.dumps(Hostile())):
         with pytest.raises(CheckpointError):
-            load_plain(data, "it")
+            load_torch_file(data, "it")
     assert not (tmp_path / "ran").exists()
 
 
-def test_random_states_come_back() -> None:
+def test_random_states_are_restored() -> None:
     import random
 
     import numpy as np
@@ -256,20 +262,20 @@ def test_random_states_come_back() -> None:
     assert first[2] == again[2]
 
 
-def test_loading_a_float_network_names_what_does_not_fit() -> None:
+def test_errors_of_loading_weights_name_the_tensors() -> None:
     model, narrow = (mlp.build((1, 4, 4), 3, hidden=1, width=w) for w in (16, 8))
     state = model.state_dict()
     with pytest.raises(CheckpointError, match=r"fc1.weight \(16, 16\) for \(8, 16\)"):
-        load_float(narrow, state, "it")
+        load_float_weights(narrow, state, "it")
     with pytest.raises(CheckpointError, match=r"missing: fc1.weight"):
-        load_float(model, {k: v for k, v in state.items() if k != "fc1.weight"}, "it")
+        load_float_weights(model, {k: v for k, v in state.items() if k != "fc1.weight"}, "it")
     with pytest.raises(CheckpointError, match="unknown: extra"):
-        load_float(model, state | {"extra": torch.ones(1)}, "it")
-    skipped, new = load_float(model, state | {"fc1.weight_q.scale": torch.ones(1)}, "it")
+        load_float_weights(model, state | {"extra": torch.ones(1)}, "it")
+    skipped, new = load_float_weights(model, state | {"fc1.weight_q.scale": torch.ones(1)}, "it")
     assert (skipped, new) == (["fc1.weight_q.scale"], [])
 
 
-def test_the_digest_of_weights_sees_name_type_shape_and_bytes() -> None:
+def test_the_digest_of_weights_covers_name_type_shape_and_bytes() -> None:
     base = {"a": torch.arange(6.0)}
     same = {"a": torch.arange(12.0)[::2] / 2}
     assert weights_sha256(base) == weights_sha256(same)
@@ -282,7 +288,7 @@ def test_the_digest_of_weights_sees_name_type_shape_and_bytes() -> None:
         assert weights_sha256(other) != weights_sha256(base)
 
 
-def test_the_probe_disturbs_nothing() -> None:
+def test_the_probe_changes_nothing() -> None:
     model = mlp.build((1, 4, 4), 3, hidden=1, width=16)
     model.add_module("drop", nn.Dropout())
     probe = Probe([(X[:20], Y[:20]), (X[20:30], Y[20:30])], F.cross_entropy)
@@ -301,7 +307,7 @@ def test_the_probe_disturbs_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), random_before)
 
 
-def test_how_a_run_is_computed_is_part_of_it_and_how_much_it_keeps_is_not(smoke: Configure) -> None:
+def test_precision_and_compilation_are_part_of_the_identity_and_memory_saving_is_not(smoke: Configure) -> None:
     usual = smoke("method=dorefa", "bits=w2a2")
     assert run_identity(usual).keys["runtime"] == {"threads": 1, "deterministic": True}
     for word, same in (("compress_activations=true", True), ("precision=bf16", False), ("compile=true", False)):
@@ -312,7 +318,7 @@ def test_how_a_run_is_computed_is_part_of_it_and_how_much_it_keeps_is_not(smoke:
         )
 
 
-def test_compressed_activations_change_no_bit(smoke: Configure, tmp_path: Path) -> None:
+def test_compressed_activations_give_identical_weights(smoke: Configure, tmp_path: Path) -> None:
     first = run(planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'a'}")))
     second = run(
         planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'b'}", "runtime.compress_activations=true"))
@@ -329,12 +335,12 @@ def test_compressed_activations_change_no_bit(smoke: Configure, tmp_path: Path) 
         (("method=dorefa", "bits=w2a16"), "needs what was quantized"),
     ],
 )
-def test_compression_without_effect_is_refused(smoke: Configure, words: tuple[str, ...], why: str) -> None:
+def test_compression_without_effect_is_an_error(smoke: Configure, words: tuple[str, ...], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         run(planned_run(smoke(*words, "runtime.compress_activations=true")))
 
 
-def test_bfloat16_trains_and_its_quantizers_are_exact(smoke: Configure) -> None:
+def test_bfloat16_trains_with_exact_levels(smoke: Configure) -> None:
     result = run(planned_run(smoke("method=dorefa", "bits=w2a2", "runtime.precision=bf16")))
     assert result.status == "done"
     assert all(found[slot].allowed == 4 for found in result.verified.values() for slot in ("w", "a") if slot in found)
@@ -342,7 +348,7 @@ def test_bfloat16_trains_and_its_quantizers_are_exact(smoke: Configure) -> None:
     assert usual.weights_sha256 != result.weights_sha256
 
 
-def test_compiling_wants_a_compiler(smoke: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_needs_a_compiler(smoke: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match=r"runtime.compile=true needs a C\+\+ compiler"):
         run(planned_run(smoke("method=dorefa", "bits=w2a2", "runtime.compile=true")))
@@ -351,7 +357,7 @@ def test_compiling_wants_a_compiler(smoke: Configure, monkeypatch: pytest.Monkey
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
-def test_a_compiled_run_learns_what_the_usual_one_does(smoke: Configure) -> None:
+def test_a_compiled_run_learns_as_well_as_an_eager_one(smoke: Configure) -> None:
     usual = run(planned_run(smoke("method=dorefa", "bits=w2a2", "init=scratch")))
     compiled = run(planned_run(smoke("method=dorefa", "bits=w2a2", "init=scratch", "runtime.compile=true")))
     assert compiled.status == "done"

@@ -1,11 +1,11 @@
 """Curves from metrics.jsonl: learning curves by epoch, errors of outputs by layer."""
 
 from collections.abc import Mapping, Sequence
-from math import log10
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+from qbench.quant.sqnr import sqnr_db
 from qbench.report.comparison.setting import Setting
 from qbench.runs.history import baseline_directory, epochs, observed
 from qbench.runs.result import Result
@@ -13,7 +13,7 @@ from qbench.runs.result import Result
 MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%)"}
 FLOAT_STAGE = "float"
 """The name of the float baselines' curve."""
-MAX_SQNR = 60.0
+PLOT_MAX_SQNR = 60.0
 """dB above which an output counts as exact: cosines are stored in single precision."""
 
 
@@ -83,7 +83,7 @@ def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
 
 
 def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
-    """Return a layer's SQNR in dB at the scale that fits best, at most `MAX_SQNR`.
+    """Return a layer's SQNR in dB at the scale that fits best, at most `PLOT_MAX_SQNR`.
 
     None if the cosine of its output with the float output was not recorded. Normalization undoes
     the scale, and some methods' weights have another scale than the latent weights: DoReFa's output
@@ -94,7 +94,7 @@ def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
     if not isinstance(cosine, int | float):
         return None
     error = 1 - min(max(cosine, 0), 1) ** 2
-    return min(MAX_SQNR, -10 * log10(error)) if error else MAX_SQNR
+    return min(PLOT_MAX_SQNR, sqnr_db(1, error))
 
 
 def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:

@@ -1,0 +1,219 @@
+"""Layer sensitivity: the loss that a float network gains if one layer is quantized, for every layer and width.
+
+Nothing is trained.
+"""
+
+import copy
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.analysis.bit_allocation import sum_over_layers
+from qbench.analysis.finished_run import load_finished_run, probe_batches, validation_batches
+from qbench.analysis.layer_ablation import measure_accuracy
+from qbench.analysis.overrides import override_method
+from qbench.bits import FLOAT
+from qbench.config.schema import STARTS
+from qbench.cost.count import count_cost, storage
+from qbench.errors import CheckpointError, ConfigError
+from qbench.experiment.setup import ExperimentSetup, assemble
+from qbench.quant.layers import effective_weight, quantized_layers
+from qbench.quant.method import Unsupported
+from qbench.quant.probe import Batch, Probe
+from qbench.runs.result import Accuracy
+from qbench.system import files
+from qbench.training.initial_weights import load_initial_weights
+
+
+class FloatBaseline(NamedTuple):
+    """A float network with its weights, and the data for measurements.
+
+    Args:
+        batches: validation batches; `images_note` states how many images and of which split.
+        probe: the training images that methods measure on.
+        bn_batches: see `measure_accuracy`.
+    """
+
+    setup: ExperimentSetup
+    model: nn.Module
+    batches: Sequence[Batch]
+    probe: Probe
+    bn_batches: Sequence[Batch] = ()
+    images_note: str = ""
+
+    def quantized(self, widths: Mapping[str, int]) -> nn.Module:
+        """Return the network with these layers quantized at these widths and all others float, not trained.
+
+        An incremental method quantizes all its weights at once.
+
+        Raises:
+            Unsupported: the method does not support a width, or cannot quantize these layers alone.
+        """
+        rules = {glob.escape(name): width for name, width in widths.items()} | {"*": "float"}
+        policy = replace(self.setup.policy, rules=rules)
+        model = replace(self.setup, policy=policy).install(copy.deepcopy(self.model))
+        method = self.setup.method
+        if method.prepare:
+            method.prepare(model, self.probe)
+        if method.on_epoch:
+            method.on_epoch(model, 0, 1, self.probe)  # the last of one epoch
+        return model
+
+    def measure(self, model: nn.Module) -> Accuracy:
+        """Return the accuracy on the validation batches."""
+        return measure_accuracy(model, self.batches, self.bn_batches)
+
+
+@dataclass
+class LayerSensitivity:
+    """Measurements and costs of each layer quantized alone, as layer -> width -> value.
+
+    Args:
+        weights: number of weights per layer.
+        float_accuracy: of the network without any quantizer.
+        loss: increase of the validation loss.
+        mse: squared error of the layer's weights over the number of all weights.
+        bytes, bitops: costs of the layer.
+        rest: kind of budget -> cost of everything else.
+    """
+
+    weights: dict[str, int]
+    float_accuracy: Accuracy
+    loss: dict[str, dict[int, float]] = field(default_factory=dict)
+    mse: dict[str, dict[int, float]] = field(default_factory=dict)
+    bytes: dict[str, dict[int, float]] = field(default_factory=dict)
+    bitops: dict[str, dict[int, float]] = field(default_factory=dict)
+    rest: dict[str, float] = field(default_factory=dict)
+
+    def costs(self, kind: str) -> dict[str, dict[int, float]]:
+        """Return the costs for a kind of budget; for `w` the bits of all weights of a layer, which is exact."""
+        if kind != "w":
+            return self.bytes if kind == "bytes" else self.bitops
+        return {name: {width: width * self.weights[name] for width in layer} for name, layer in self.loss.items()}
+
+
+def load_float_baseline(
+    run: Path, words: Sequence[str], *, images: int, recompute_bn: bool, device: str
+) -> FloatBaseline:
+    """Return the float network that a run started from, with the run's method or the one that `words` name.
+
+    Args:
+        recompute_bn: recompute the batch normalization statistics for every measurement.
+
+    Raises:
+        CheckpointError: the run or its float baseline is missing or damaged.
+        ConfigError: the words make no method for this network.
+    """
+    trained = load_finished_run(run, "best", device).setup
+    weights, identity = _float_weights(run, trained)
+    config = replace(override_method(trained.config, words), init="scratch")
+    try:
+        setup = assemble(config)
+        if setup.network != trained.network:
+            raise ConfigError(
+                f"{setup.method_name} requires model.norm={setup.method.requires.norm}, but {run} has another\n"
+                "name a run of that method: its float baseline has it"
+            )
+        model = setup.float_model()
+        load_initial_weights(model, weights, identity)
+        batches, images_note = validation_batches(setup, images)
+        training = probe_batches(setup)
+        return FloatBaseline(
+            setup=setup,
+            model=model.to(setup.device).eval(),
+            batches=batches,
+            probe=Probe(training, F.cross_entropy),
+            bn_batches=training if recompute_bn else (),
+            images_note=images_note,
+        )
+    except Unsupported as reason:
+        raise ConfigError(str(reason)) from None
+
+
+def _float_weights(run: Path, setup: ExperimentSetup) -> tuple[Path, str | None]:
+    """Return the path of the float weights, and the identity that they must have if it is known."""
+    init = str(files.read_yaml(run / "config.yaml")["init"])
+    if setup.method.name == "float":
+        return run, None
+    if init not in STARTS:
+        return Path(init), None
+    path = run.resolve().parents[1] / setup.baseline.identity.directory
+    if not path.is_dir():
+        raise CheckpointError(f"{run}: its float baseline is missing: {path.name}\nthe run's command trains it")
+    return path, setup.baseline.identity.digest
+
+
+def measure_sensitivity(baseline: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:
+    """Measure every layer that the run quantizes, alone, at every width that the method supports for it.
+
+    Raises:
+        ConfigError: the run quantizes no weights, or a layer supports none of the widths.
+    """
+    layers = _layers_with_quantized_weights(baseline)
+    weights = {name: _float_weight(baseline, name).numel() for name in layers}
+    sensitivity = LayerSensitivity(weights, float_accuracy=baseline.measure(baseline.quantized({})))
+    tables = (sensitivity.loss, sensitivity.mse, sensitivity.bytes, sensitivity.bitops)
+    for name in layers:
+        for table in tables:
+            table[name] = {}
+        refused = ""
+        for width in widths:
+            try:
+                values = _measure_layer(baseline, name, width, sensitivity)
+            except Unsupported as reason:
+                refused = str(reason)
+                continue
+            for table, value in zip(tables, values, strict=True):
+                table[name][width] = value
+        if not sensitivity.loss[name]:
+            raise ConfigError(f"{name} supports none of the widths {', '.join(map(str, widths))}: {refused}")
+    sensitivity.rest = _other_costs(baseline, sensitivity)
+    return sensitivity
+
+
+def _layers_with_quantized_weights(baseline: FloatBaseline) -> list[str]:
+    layers = quantized_layers(baseline.setup.install(copy.deepcopy(baseline.model)))
+    names = [name for name, layer in layers.items() if layer.bits.w < FLOAT]
+    if not names:
+        method = baseline.setup.method
+        raise ConfigError(f"{method.name} {method.bits} quantizes no weights: set bits.w")
+    return names
+
+
+def _measure_layer(
+    baseline: FloatBaseline, name: str, width: int, sensitivity: LayerSensitivity
+) -> tuple[float, float, float, float]:
+    """Return loss increase, squared error, bytes and BitOps of one layer at one width."""
+    model = baseline.quantized({name: width})
+    layer = quantized_layers(model)[name]
+    error = squared_error(_float_weight(baseline, name), effective_weight(layer)) / sum(sensitivity.weights.values())
+    bitops = baseline.setup.macs[name] * layer.bits.w * layer.bits.a
+    return baseline.measure(model).loss - sensitivity.float_accuracy.loss, error, storage(layer).ideal, bitops
+
+
+def _float_weight(baseline: FloatBaseline, name: str) -> Tensor:
+    return baseline.model.get_parameter(f"{name}.weight").detach()
+
+
+def squared_error(w: Tensor, w_hat: Tensor) -> float:
+    """Return the squared error of quantized weights at the best scale, because normalization undoes the scale."""
+    w, w_hat = w.double().flatten(), w_hat.double().flatten()
+    power = w_hat @ w_hat
+    scale = (w @ w_hat) / power if power > 0 else 0.0
+    return float(((w - scale * w_hat) ** 2).sum())
+
+
+def _other_costs(baseline: FloatBaseline, sensitivity: LayerSensitivity) -> dict[str, float]:
+    """Return the costs of everything else: those of the whole network minus those of the layers."""
+    widths = {name: next(iter(layer)) for name, layer in sensitivity.loss.items()}
+    whole = count_cost(baseline.quantized(widths), baseline.setup.macs)
+    return {
+        "bytes": whole.bytes_ideal - sum_over_layers(sensitivity.bytes, widths),
+        "bitops": whole.bitops - sum_over_layers(sensitivity.bitops, widths),
+        "w": 0.0,
+    }

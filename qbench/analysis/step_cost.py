@@ -1,0 +1,187 @@
+"""Time and memory of a training step: timed on the run's device, or estimated from MACs and tensor shapes."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from qbench.config.identity import digest
+from qbench.cost.count import count_cost
+from qbench.cost.network_cost import NetworkCost
+from qbench.data.dataset import batch_size_and_steps
+from qbench.experiment.planned_run import PlannedRun
+from qbench.experiment.setup import ExperimentSetup, assemble
+from qbench.quant.method import Unsupported
+from qbench.training import optimizer as optim
+
+TIMED_MACS = 2e9
+"""About the MACs of a forward pass that is timed: half a second of training on one core."""
+TIMING_SECONDS = 2.5
+"""The time spent on timing; further networks are estimated from those timed before."""
+TIMED_STEPS = 3
+"""Training steps that are timed if they are short, after one that is not."""
+
+
+class StepCost(NamedTuple):
+    """The cost of a training step.
+
+    Args:
+        seconds: per image.
+        saved: bytes per image kept for the backward pass.
+        fixed: bytes kept for the backward pass that do not depend on the number of images.
+    """
+
+    seconds: float
+    saved: float
+    fixed: float
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """The setup, network and costs of a run; they are the same for all its seeds."""
+
+    setup: ExperimentSetup
+    model: nn.Module
+    cost: NetworkCost
+    step: StepCost
+
+
+@dataclass(frozen=True)
+class UnsupportedRun:
+    """The reason why a run's method cannot do what its configuration requires."""
+
+    reason: str
+
+
+class CostEstimator:
+    """Estimates the cost of runs; each network is built once, and timed until `TIMING_SECONDS` are spent.
+
+    `estimated` counts the networks whose step was not timed.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, RunCost | UnsupportedRun] = {}
+        self.timed: list[tuple[int, StepCost]] = []
+        self.spent, self.estimated = 0.0, 0
+
+    def run_cost(self, planned: PlannedRun) -> RunCost | UnsupportedRun:
+        """Return the cost of a run."""
+        key = digest(planned.identity.keys | {"seed": 0})
+        if key not in self.known:
+            try:
+                setup = assemble(planned.config, planned=True)
+                model, cost = quantized_network(setup)
+                self.known[key] = RunCost(setup, model, cost, self._step_cost(setup, model))
+            except Unsupported as reason:
+                self.known[key] = UnsupportedRun(str(reason))
+        return self.known[key]
+
+    def _step_cost(self, setup: ExperimentSetup, model: nn.Module) -> StepCost:
+        """Return a network's step cost, timed, or scaled by MACs from the timed network of the nearest size."""
+        macs = max(1, sum(setup.macs.values()))
+        if _smallest_batch(setup, model) * macs > 2 * TIMED_MACS and setup.device.type == "cpu":
+            self.estimated += 1
+            return estimate_step(setup, model, macs)
+        if self.spent > TIMING_SECONDS:
+            self.estimated += 1
+            timed_macs, step = min(self.timed, key=lambda timed: abs(math.log(timed[0] / macs)))
+            return StepCost(*(value * macs / timed_macs for value in step))
+        start = time.perf_counter()
+        step = time_step(setup, macs, _smallest_batch(setup, model))
+        self.timed.append((macs, step))
+        self.spent += time.perf_counter() - start
+        return step
+
+
+def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
+    """Return the quantized network and its cost; without memory (meta tensors) if its quantizers allow it."""
+    try:
+        model = setup.install(setup.float_model("meta"))
+        return model, count_cost(model, setup.macs)
+    except (NotImplementedError, RuntimeError):  # a quantizer needs values
+        model = setup.install(setup.float_model())
+        return model, count_cost(model, setup.macs)
+
+
+def _smallest_batch(setup: ExperimentSetup, model: nn.Module) -> int:
+    """Return the smallest batch that can be trained on: batch normalization needs two values per channel."""
+    norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
+    return min(batch_size_and_steps(setup.data, setup.optim.batch_size)[0], 2 if norms else 1)
+
+
+def time_step(setup: ExperimentSetup, macs: int, smallest: int) -> StepCost:
+    """Time training steps on random images, on the run's device; on a CPU with fewer images than a batch has."""
+    model = setup.install(setup.float_model()).to(setup.device).train()
+    optimizer = optim.build_optimizer(model, setup.optim)
+    batch_size = batch_size_and_steps(setup.data, setup.optim.batch_size)[0]
+    size = batch_size if setup.device.type == "cuda" else min(batch_size, max(smallest, int(TIMED_MACS / macs)))
+    images = torch.randn(size, *setup.data.shape, device=setup.device).to(memory_format=torch.channels_last)
+    labels = torch.randint(setup.data.classes, (size,), device=setup.device)
+    saved, fixed = saved_bytes(model, images)
+    steps = 1 if size * macs > TIMED_MACS / 2 else TIMED_STEPS
+    return StepCost(_step_seconds(setup, model, optimizer, (images, labels), steps) / size, saved / size, fixed)
+
+
+def estimate_step(setup: ExperimentSetup, model: nn.Module, macs: int) -> StepCost:
+    """Estimate the step of a network that is too large to time: from its MACs at the speed of one convolution.
+
+    The memory follows from tensor shapes.
+    """
+    size = _smallest_batch(setup, model)
+    images = torch.empty(size, *setup.data.shape, device=next(model.parameters()).device)
+    try:
+        saved, fixed = saved_bytes(model.train(), images)
+    except (NotImplementedError, RuntimeError):  # a quantizer needs values: use the float network
+        saved, fixed = saved_bytes(setup.float_model("meta").train(), images.to("meta"))
+    conv = nn.Conv2d(128, 128, 3, padding=1)
+    batch = torch.randn(4, 128, 28, 28, requires_grad=True)
+    conv_macs = 4 * 28 * 28 * conv.weight.numel()
+    torch.autograd.backward(conv(batch).sum())  # warm up
+    start = time.perf_counter()
+    torch.autograd.backward(conv(batch).sum())
+    return StepCost((time.perf_counter() - start) / conv_macs * macs, saved / size, fixed)
+
+
+def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Return the bytes that a forward pass keeps for the backward pass, parameters left out.
+
+    The first number counts the tensors whose first dimension is the number of images, the second all others.
+    """
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, tuple[bool, int]] = {}
+
+    def record(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        saved[storage._cdata] = (x.dim() > 0 and len(x) == len(images), storage.nbytes())
+        return x
+
+    with saved_tensors_hooks(record, lambda x: x):
+        logits = model(images)
+    del logits
+    per_image, fixed = (
+        sum(size for key, (by_image, size) in saved.items() if by_image == wanted and key not in parameters)
+        for wanted in (True, False)
+    )
+    return per_image, fixed
+
+
+def _step_seconds(
+    setup: ExperimentSetup, model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], steps: int
+) -> float:
+    """Return the time of one training step: forward, backward and optimizer."""
+    method_step = setup.method.step
+    step: Callable[[], object] = optimizer.step if method_step is None else lambda: method_step(model, optimizer)
+    start = time.perf_counter()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(batch[0]), batch[1]))
+        step()
+    if setup.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps

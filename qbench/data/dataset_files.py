@@ -1,0 +1,240 @@
+"""Files of the published data sets: find, download and read them, and report what is wrong.
+
+File names, addresses and checksums are torchvision's, and so is the layout below `root`: files that
+another program downloaded with torchvision are found. The readers return uint8 images (N, C, H, W)
+and int64 labels in memory. Mean and deviation are those of the training images, unless `normalize`
+names others.
+"""
+
+import errno
+import gzip
+import os
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset, Split, split_validation
+from qbench.data.normalize import normalization
+from qbench.errors import DataError, ResourceError
+from qbench.system.torchvision import torchvision
+
+ExpectedFiles = Mapping[Path, str | None]
+"""Path -> the md5 that torchvision expects; None if it expects none."""
+
+ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Errors of permissions and disk space: they say nothing about the files."""
+
+
+def dataset_from_splits(
+    name: str, train: Split, test: Split, *, classes: int, val: float, augment: Augment, normalize: str = "own"
+) -> Dataset:
+    """Return the data set, with the share `val` of the training images as validation split.
+
+    Raises:
+        ValueError: `val`, `normalize` or the augmentation's `pad` is out of range.
+    """
+    side = min(train.images.shape[2:])
+    if not 0 <= augment.pad < side:
+        raise ValueError(f"pad={augment.pad}: allowed are 0 to {side - 1} pixels")
+    train_split, val_split = split_validation(train, val)
+    mean, std = normalization(normalize, train_split.images)
+    return Dataset(
+        name=name, train=train_split, val=val_split, test=test, classes=classes, mean=mean, std=std, augment=augment
+    )  # fmt: skip
+
+
+def read_cifar(kind: str, root: str, download: bool) -> tuple[Split, Split]:
+    """Return (train, test) of torchvision's class `kind`, CIFAR10 or CIFAR100 with its fine labels.
+
+    The files are Python pickles. torchvision unpickles them only if their md5 is that of the
+    published files.
+    """
+    source = getattr(torchvision().datasets, kind)
+    top = absolute_root(root)
+    listed = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+    files: dict[Path, str | None] = {top / source.base_folder / name: md5 for name, md5 in listed}
+    ensure_files(files, top, download, lambda: source(top, download=True))
+    with report_damaged(files), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"dtype\(\): align")  # NumPy 2.4.0 to 2.4.4, of pickles as old as these
+        parts = [source(top, train=part) for part in (True, False)]
+    train, test = (join_arrays([x.data.transpose(0, 3, 1, 2)], [x.targets], list(files)) for x in parts)
+    return train, test
+
+
+def read_mnist(kind: str, root: str, download: bool) -> tuple[Split, Split]:
+    """Return (train, test) of torchvision's class `kind`, MNIST or FashionMNIST.
+
+    Read here and not by torchvision, because torchvision needs unpacked files and prefers files of
+    an old format.
+    """
+    source = getattr(torchvision().datasets, kind)
+    top = absolute_root(root)
+    folder = top / kind / "raw"
+    unpacked = [folder / name.removesuffix(".gz") for name, _ in source.resources]
+    packed = [folder / name for name, _ in source.resources]
+    files = [b if b.is_file() and not a.is_file() else a for a, b in zip(unpacked, packed, strict=True)]
+    ensure_files(dict.fromkeys(files), top, download, lambda: source(top, download=True))
+    return _idx_split(*files[:2]), _idx_split(*files[2:])
+
+
+def read_svhn(parts: Sequence[str], root: str, download: bool) -> tuple[Split, Split]:
+    """Return (train, test) of the cropped digits; the digit 0 is class 0.
+
+    Args:
+        parts: train, extra or both, joined into the training split.
+    """
+    source = torchvision().datasets.SVHN
+    top = absolute_root(root)
+    files = {top / source.split_list[part][1]: source.split_list[part][2] for part in (*parts, "test")}
+
+    def fetch() -> None:
+        for part in (*parts, "test"):
+            source(top, split=part, download=True)
+
+    def read(*names: str) -> Split:
+        with report_damaged(files):
+            loaded = [source(top, split=part) for part in names]
+        return join_arrays([x.data for x in loaded], [x.labels for x in loaded], list(files))
+
+    ensure_files(files, top, download, fetch)
+    return read(*parts), read("test")
+
+
+def _idx_split(images: Path, labels: Path) -> Split:
+    with report_damaged({images: None}):
+        x_NHW = read_idx(images, 3)
+    with report_damaged({labels: None}):
+        y_N = read_idx(labels, 1)
+        if (y_N > 9).any():
+            raise ValueError(f"label {y_N.max()}, expected 0 to 9")
+    return join_arrays([x_NHW[:, None]], [y_N], [images, labels])
+
+
+def absolute_root(root: str) -> Path:
+    """Return the absolute path of `dataset.root`, which may be relative or begin with ~."""
+    return Path(os.path.abspath(os.path.expanduser(root)))
+
+
+def ensure_files(files: ExpectedFiles, root: Path, download: bool, fetch: Callable[[], object]) -> None:
+    """Ensure that the files exist; if not, and with `download`, call `fetch`, which writes them
+    below `root`.
+
+    Raises:
+        DataError: files are missing and `download` is off, or the download failed.
+        ResourceError: there is no disk space or no permission for them.
+    """
+    missing = [path for path in files if not path.is_file()]
+    if not download:
+        if missing:
+            raise DataError(_missing_message(files, missing, root))
+        return
+    if not missing and not _damaged_files(files):
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".fetching.lock"):  # runs of a sweep that start together download once
+            fetch()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in ACCESS_ERRORS:
+            raise ResourceError(f"dataset.download=true: {error.filename or root}: {error.strerror}") from None
+        raise DataError(
+            f"dataset.download=true: {_describe_error(error)}\n"
+            f"put these files there by hand: {_file_names(files)}\n"
+            f"in {_folder_of(files)}; dataset.root={root} finds them"
+        ) from None
+
+
+@contextmanager
+def report_damaged(files: ExpectedFiles) -> Iterator[None]:
+    """Turn any error while some files are read into one that names the damaged files."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in ACCESS_ERRORS:
+            raise ResourceError(f"{error.filename or _folder_of(files)}: {error.strerror}") from None
+        damaged = _damaged_files(files)
+        reason = "its md5 is not that of the published file" if damaged else _describe_error(error)
+        raise DataError(_damage_message(damaged or list(files), reason)) from None
+
+
+def read_idx(path: Path, axes: int) -> Tensor:
+    """Return the bytes of an IDX file as a tensor with `axes` axes, unpacked if the name ends in
+    .gz.
+
+    Raises:
+        ValueError: the file is of another kind, or its length is not what its header says. struct,
+            gzip and zlib raise their own errors.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    header = (0, 8, axes)  # 8 stands for unsigned bytes
+    if struct.unpack_from(">HBB", data) != header:
+        raise ValueError(f"begins with {data[:4].hex()}, not with {struct.pack('>HBB', *header).hex()}")
+    shape = struct.unpack_from(f">{axes}I", data, 4)
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape).copy())
+
+
+def join_arrays(
+    images: Sequence[Tensor | npt.NDArray[np.uint8]],
+    labels: Sequence[Tensor | npt.NDArray[np.int64] | Sequence[int]],
+    paths: Sequence[Path],
+) -> Split:
+    """Join arrays of images (N, C, H, W) and of labels (N,), copying once.
+
+    Raises:
+        DataError: the numbers of images and labels differ, or there are none.
+    """
+    split = Split(
+        torch.cat([torch.as_tensor(x) for x in images]).contiguous(),
+        torch.cat([torch.as_tensor(y, dtype=torch.int64) for y in labels]),
+    )
+    if len(split.images) != len(split.labels) or not len(split):
+        raise DataError(_damage_message(paths, f"{len(split.images)} images, {len(split.labels)} labels"))
+    return split
+
+
+def _damaged_files(files: ExpectedFiles) -> list[Path]:
+    is_intact = torchvision().datasets.utils.check_integrity
+    return [path for path, md5 in files.items() if not is_intact(path, md5)]
+
+
+def _missing_message(files: ExpectedFiles, missing: Sequence[Path], root: Path) -> str:
+    below = _folder_of(files).relative_to(root)
+    content = "them" if below == Path() else f"{below}/"
+    return (
+        f"{len(missing)} of {len(files)} files are missing in {_folder_of(files)}\n"
+        f"expected there: {_file_names(missing)}\n"
+        f"type dataset.root=DIR, a folder that holds {content}, or dataset.download=true to fetch them"
+    )
+
+
+def _damage_message(paths: Sequence[Path], reason: str) -> str:
+    return (
+        f"damaged or truncated: {', '.join(map(str, paths))}\n"
+        f"{reason}\n"
+        "delete it and type dataset.download=true, or type dataset.root=DIR, a folder with intact files"
+    )
+
+
+def _folder_of(files: ExpectedFiles) -> Path:
+    return next(iter(files)).parent
+
+
+def _file_names(paths: ExpectedFiles | Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)
+
+
+def _describe_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,0 +1,203 @@
+"""Splits whose images stay in files: worker processes decode each batch when it is needed.
+
+A batch depends on its paths and draws alone, so any number of workers makes the same batches.
+
+The workers are those of torch's DataLoader. They come from a fork server, a fresh process, so they
+inherit no locks, open files or CUDA state. They end with the epoch, or as soon as the main process
+has ended, in whatever way. They ignore signals that are sent to the whole process group: the main
+process handles those.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import wait
+from typing import NamedTuple, Self
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader
+
+from qbench.data.augment import Augment
+
+START_METHOD = "forkserver"
+BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Images in files below `root`, with labels int64 (N,).
+
+    Args:
+        side: size in pixels to which the shorter side is resized before a crop of fixed size.
+    """
+
+    root: str
+    names: tuple[str, ...]
+    labels: Tensor
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the smallest image that a crop is taken from."""
+        return 3, self.side, self.side
+
+    def to(self, device: torch.device) -> "FileSplit":
+        """Return the split with its labels on a device."""
+        return replace(self, labels=self.labels.to(device))
+
+    def take(self, index: Tensor) -> Self:
+        """Return the images of an index tensor (n,)."""
+        return replace(self, names=tuple(self.names[i] for i in index.tolist()), labels=self.labels[index])
+
+    def paths(self, index: Tensor) -> list[str]:
+        """Return the paths of the images of an index tensor (n,)."""
+        return [os.path.join(self.root, self.names[i]) for i in index.tolist()]
+
+
+class DecodeJob(NamedTuple):
+    """A batch to decode: paths, and the draws of each image; without draws, centre crops."""
+
+    paths: list[str]
+    draws: list[list[float]] | None
+
+
+class DecodedBatch(NamedTuple):
+    """Images uint8 (n, size, size, 3), and (path, reason) of each file that could not be read."""
+
+    images: Tensor
+    bad: list[tuple[str, str]]
+
+
+class Decoder:
+    """Turns a decode job into a batch; DataLoader sends it to the workers as its data set."""
+
+    def __init__(self, side: int, augment: Augment) -> None:
+        self.side, self.augment = side, augment
+
+    def __getitem__(self, job: DecodeJob) -> DecodedBatch:
+        from qbench.data.images import describe_error, load_crop  # imports PIL, which data sets in memory do not need
+
+        size = self.augment.size
+        images, bad = torch.zeros(len(job.paths), size, size, 3, dtype=torch.uint8), []
+        for i, path in enumerate(job.paths):
+            try:
+                images[i] = load_crop(path, self.side, self.augment, job.draws[i] if job.draws else None)
+            except Exception as error:  # PIL raises many kinds for damaged files
+                bad.append((path, describe_error(error)))
+        return DecodedBatch(images, bad)
+
+
+def decoded_batches(
+    split: FileSplit, indices: Sequence[Tensor], draws: Tensor | None, augment: Augment, workers: int,
+    device: torch.device,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Yield images uint8 (n, 3, size, size) in channels_last for every index tensor, in order.
+
+    Args:
+        draws: (N, k) of the whole split, for augmentation; None for centre crops.
+        workers: number of processes, at most one per core; 0 decodes in this process.
+
+    Raises:
+        DataError: some images cannot be decoded. No batch is yielded after the first of them, but
+            the remaining files are still read, so that the message names all.
+    """
+    bad: list[tuple[str, str]] = []
+    for batch in _decode_with_fallback(split, indices, draws, Decoder(split.side, augment), workers, device):
+        bad += batch.bad
+        if not bad:
+            yield batch.images.to(device, non_blocking=True).movedim(3, 1)
+    if bad:
+        from qbench.data.images import damaged_files_error
+
+        bad = [(os.path.relpath(path, split.root), why) for path, why in bad]
+        raise damaged_files_error(bad, sum(map(len, indices)), split.root)
+
+
+def _decode_with_fallback(
+    split: FileSplit, indices: Sequence[Tensor], draws: Tensor | None, decoder: Decoder, workers: int,
+    device: torch.device,
+) -> Iterator[DecodedBatch]:  # fmt: skip
+    """Yield batches.
+
+    If a worker is killed, decode the rest in this process: it gives the same batches and errors.
+    """
+    done, workers = 0, min(workers, _cores(), len(indices))
+    while True:
+        jobs = (DecodeJob(split.paths(i), None if draws is None else draws[i].tolist()) for i in indices[done:])
+        try:
+            for batch in _data_loader(decoder, jobs, workers, device):
+                done += 1
+                yield batch
+            return
+        except (RuntimeError, EOFError, OSError) as error:
+            if not workers:
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            warnings.warn(
+                f"a process that decodes images ended ({reason}); the main process decodes the rest of the epoch",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            workers = 0
+
+
+def _data_loader(
+    decoder: Decoder, jobs: Iterator[DecodeJob], workers: int, device: torch.device
+) -> "DataLoader[DecodedBatch]":
+    context = None
+    if workers:
+        context = multiprocessing.get_context(START_METHOD)
+        context.set_forkserver_preload(["qbench.data.images"])  # the server imports torch once for all workers
+        _ensure_fork_server()
+    return DataLoader(
+        decoder,  # type: ignore[arg-type]  # a data set is anything with __getitem__
+        sampler=jobs,
+        batch_size=None,  # a job is a batch
+        collate_fn=_identity,  # type: ignore[arg-type]
+        num_workers=workers,
+        multiprocessing_context=context,
+        worker_init_fn=_end_with_main_process if workers else None,
+        pin_memory=device.type == "cuda",
+        generator=Generator(),  # without it the loader draws from the global generator
+    )
+
+
+def _identity(batch: DecodedBatch) -> DecodedBatch:
+    return batch
+
+
+def _ensure_fork_server() -> None:
+    """Ensure that the fork server is running. It and its children inherit the blocked signals."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)  # starting the tracker has unblocked them
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_main_process(worker: int) -> None:
+    """Start a thread in a worker that ends it when the main process ends."""
+    main = multiprocessing.parent_process()
+    assert main is not None
+    threading.Thread(target=_exit_after, args=(main.sentinel,), daemon=True).start()
+
+
+def _exit_after(process: int) -> None:
+    """Wait for the end of a process, given its handle, and exit."""
+    wait([process])
+    os._exit(0)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,236 @@
+"""Images in one folder per class: find them, and build a data set in memory or streaming."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset, Split, split_validation
+from qbench.data.file_check import THREADS, FileCheck, check_files
+from qbench.data.file_stream import FileSplit
+from qbench.data.images import Pixels, damaged_files_error, decode_image, describe_error
+from qbench.data.normalize import normalization
+from qbench.errors import DataError, ResourceError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Suffixes of image files in lower case: torchvision's list for ImageFolder."""
+
+MAX_MEMORY = 2**31
+"""Largest size in bytes of images that are kept in memory: 2 GiB.
+
+Fixed, so that every machine does the same.
+"""
+
+STATISTICS_IMAGES = 1000
+"""Number of images, evenly spaced, that give the mean and deviation of a streaming data set with
+`normalize=own`.
+"""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files: names below the root in order, a label for each, and the number of other
+    files.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    ignored: int = 0
+
+
+def classes_in(folder: Path) -> list[str]:
+    """Return the names of the class folders, sorted; hidden folders do not count.
+
+    Raises:
+        DataError: the folder does not exist or holds no folders.
+    """
+    top = folder.parent
+    if not folder.is_dir():
+        raise _layout_error(top, f"{folder}: no such folder; {top} holds {_contents(top)}")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise _layout_error(top, f"{folder} holds no folders, but {_contents(folder)}")
+    return classes
+
+
+def find_images(root: Path, part: str, classes: Sequence[str]) -> ImageFiles:
+    """Return the images below root/part/CLASS, at any depth; their suffixes say which files are
+    images.
+
+    Raises:
+        DataError: a class folder of train has no image, there is no image at all, or a class is not
+            in `classes`.
+    """
+    folders = classes_in(root / part)
+    if unknown := sorted(set(folders) - set(classes)):
+        raise _layout_error(root, f"{root / part}: no class of train is called {_first_names(unknown)}")
+    names: list[str] = []
+    labels: list[int] = []
+    ignored = sum(not entry.is_dir() for entry in os.scandir(root / part))
+    empty = []
+    for label, name in enumerate(classes):
+        images, others = _images_below(root, f"{part}/{name}") if name in folders else ([], 0)
+        names, labels, ignored = names + images, labels + [label] * len(images), ignored + others
+        empty += [] if images else [name]
+    if empty and (part == "train" or not names):
+        raise _layout_error(root, f"{len(empty)} class folders of {root / part} hold no images: {_first_names(empty)}")
+    return ImageFiles(tuple(names), tuple(labels), ignored)
+
+
+def find_test_folder(root: Path, part: str) -> str:
+    """Return the name of the test images' folder: `part`, or for `auto` the one of val and test
+    that exists.
+
+    Raises:
+        DataError: neither exists, or both do.
+    """
+    if part != "auto":
+        return part
+    existing = [name for name in ("val", "test") if (root / name).is_dir()]
+    if len(existing) == 2:
+        raise DataError(
+            f"{root} holds val/ and test/\ntype dataset.test=val or dataset.test=test: the other is not read"
+        )
+    if not existing:
+        raise _layout_error(root, f"{root} holds neither val/ nor test/, but {_contents(root)}")
+    return existing[0]
+
+
+def dataset_from_files(
+    name: str, root: Path, train: ImageFiles, test: ImageFiles, *, classes: int, val: float, side: int,
+    augment: Augment, normalize: str, shape: tuple[int, int] | None = None,
+) -> Dataset:  # fmt: skip
+    """Return the data set of image files. Images of one size that fit into memory are kept there.
+
+    Args:
+        side: size in pixels to which the shorter side is resized.
+        shape: (H, W) that all images must have; such a data set is always kept in memory.
+
+    Raises:
+        DataError: some files are not complete images; the message names them.
+        ValueError: `side`, `val` or the augmentation is out of range.
+    """
+    if not 1 <= augment.size <= side:
+        raise ValueError(f"size={augment.size}: allowed is 1 to resize={side} pixels")
+    if not 0 <= augment.pad < augment.size:
+        raise ValueError(f"pad={augment.pad}: allowed are 0 to {augment.size - 1} pixels")
+    check = check_files(str(root), [*train.names, *test.names])
+    memory_shape = shape or _common_shape(check, side, augment)
+
+    def load(images: ImageFiles) -> Split | FileSplit:
+        if memory_shape:
+            return _decode_all(root, images, side, memory_shape)
+        return FileSplit(str(root), images.names, torch.tensor(images.labels), side)
+
+    all_train, test_split = load(train), load(test)
+    train_split, val_split = split_validation(all_train, val)
+    sample = _statistics_images(train_split) if normalize == "own" else torch.empty(0, 3, 1, 1)
+    mean, std = normalization(normalize, sample)
+    return Dataset(
+        name=name, train=train_split, val=val_split, test=test_split, classes=classes, mean=mean, std=std,
+        augment=augment, files=check.manifest_entries() | {"files_ignored": train.ignored + test.ignored},
+    )  # fmt: skip
+
+
+def _common_shape(check: FileCheck, side: int, augment: Augment) -> tuple[int, int] | None:
+    """Return (H, W) of the resized images if all have the same size and fit into memory."""
+    height, width = check.height, check.width
+    if not height or augment.area:
+        return None
+    short, long = sorted((height, width))
+    long = int(side * long / short)
+    if check.count * side * long * 3 > MAX_MEMORY:
+        return None
+    return (side, long) if height <= width else (long, side)
+
+
+def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]) -> Split:
+    """Decode all images, each (H, W) after resizing."""
+    images = torch.empty(len(files.names), *shape, 3, dtype=torch.uint8)
+
+    def read(i: int) -> tuple[str, str] | None:
+        try:
+            image = decode_image(root / files.names[i], side)
+            if image.shape[:2] != shape:
+                height, width = image.shape[:2]
+                return files.names[i], f"{height}x{width} pixels, expected {shape[0]}x{shape[1]}"
+            images[i] = torch.from_numpy(image)
+        except Exception as error:  # PIL raises many kinds for damaged files
+            return files.names[i], describe_error(error)
+        return None
+
+    with ThreadPool(THREADS) as pool:  # PIL decodes without Python's lock
+        bad = [failure for failure in pool.imap(read, range(len(images)), chunksize=16) if failure]
+    if bad:
+        raise damaged_files_error(bad, len(images), str(root))
+    return Split(images.movedim(3, 1), torch.tensor(files.labels))
+
+
+def _statistics_images(split: Split | FileSplit) -> Tensor:
+    """Return the images that give mean and deviation: those in memory, else pixels of a sample, (1,
+    3, 1, pixels).
+    """
+    if isinstance(split, Split):
+        return split.images
+    chosen = torch.arange(0, len(split), max(1, len(split) // STATISTICS_IMAGES))[:STATISTICS_IMAGES]
+
+    def read(path: str) -> Pixels | tuple[str, str]:
+        try:
+            return decode_image(path, split.side)
+        except Exception as error:
+            return os.path.relpath(path, split.root), describe_error(error)
+
+    with ThreadPool(THREADS) as pool:
+        results = list(pool.imap(read, split.paths(chosen), chunksize=16))
+    if bad := [result for result in results if isinstance(result, tuple)]:
+        raise damaged_files_error(bad, len(results), split.root)
+    pixels = np.concatenate([image.reshape(-1, 3) for image in results if not isinstance(image, tuple)])
+    return torch.from_numpy(pixels).T[None, :, None, :]
+
+
+def _images_below(root: Path, folder: str) -> tuple[list[str], int]:
+    """Return the names of the images below root/folder, sorted, and the number of other files."""
+    names, others = [], 0
+    for path, images, file_count in _walk(root / folder):
+        others += file_count - len(images)
+        names += [os.path.relpath(os.path.join(path, name), root) for name in images]
+    return sorted(names), others
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], int]]:
+    """Yield every visible folder below one, the names of its images and the number of all of its
+    files.
+    """
+    for path, folders, files in os.walk(folder, onerror=_raise_resource_error, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield path, [n for n in files if n.lower().endswith(SUFFIXES) and not n.startswith(".")], len(files)
+
+
+def _raise_resource_error(error: OSError) -> None:
+    raise ResourceError(f"{error.filename}: {error.strerror}")
+
+
+def _layout_error(root: Path, found: str) -> DataError:
+    return DataError(
+        f"{found}\n"
+        f"expected: train/CLASS/*.jpg and val/CLASS/*.jpg, or test/CLASS/*.jpg, in {root}, one folder per class\n"
+        f"type dataset.root=DIR, the folder that holds train/"
+    )
+
+
+def _contents(folder: Path) -> str:
+    """Return a short list of what a folder holds."""
+    if not folder.is_dir():
+        return "nothing: it does not exist"
+    entries = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(folder))
+    return _first_names(entries) if entries else "nothing"
+
+
+def _first_names(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

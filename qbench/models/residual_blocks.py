@@ -1,0 +1,159 @@
+"""Residual blocks of both forms, and what a network says about its activations (`feeds`).
+
+`feeds` maps the name of an activation module to the names of the layers that read its output, for activations whose
+output only such layers read. An input quantizer may take the place of these activations and of no others.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.models.normalization import NORMS_2D
+
+# Shapes: N batch, C channels, H height, W width.
+
+Feeds = dict[str, tuple[str, ...]]
+"""Activation -> the layers that read its output; nothing else reads it."""
+
+ConvSpec = tuple[int, int, int]
+"""Output channels, kernel size, stride of one convolution of a block."""
+
+
+class PadShortcut(nn.Module):
+    """Shortcut A, without parameters: average over 2x2 pixels, then append channels of zeros."""
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels, self.stride = new_channels, stride
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return (N, C + new channels, H / stride, W / stride), half of the new channels on either side."""
+        if self.stride > 1:
+            x_NCHW = F.avg_pool2d(x_NCHW, self.stride, ceil_mode=True)
+        return F.pad(x_NCHW, (0, 0, 0, 0, self.new_channels // 2, self.new_channels - self.new_channels // 2))
+
+
+class ResidualBlock(nn.Module):
+    """A block that adds a shortcut to its branch."""
+
+    pad: nn.Module | None
+    downsample: nn.Module | None
+
+    def local_feeds(self) -> Feeds:
+        """Return the block's `feeds`, with names relative to the block."""
+        raise NotImplementedError
+
+    def add_shortcut(self, in_channels: int, out_channels: int, stride: int, kind: str, norm: str) -> None:
+        """Create the shortcut: nothing if the shape stays the same, else `pad` (kind A) or `downsample` (kind B)."""
+        self.pad = self.downsample = None
+        if stride == 1 and in_channels == out_channels:
+            return
+        if kind == "A":
+            self.pad = PadShortcut(out_channels - in_channels, stride)
+        else:
+            conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, NORMS_2D[norm](out_channels))
+
+
+class PreBlock(ResidualBlock):
+    """Pre-activation block: BN, activation, convolution, repeated; plus the shortcut.
+
+    Shortcut B is a 1x1 convolution of the activated input, shortcut A pads the raw input.
+
+    Args:
+        convs: the convolutions of the branch.
+        first_bn: whether the block begins with a BN of its own.
+        ending: normalization after the last convolution and after the shortcut's; `none` in the papers of this form.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        convs: Sequence[ConvSpec],
+        norm: str,
+        *,
+        shortcut: str = "B",
+        first_bn: bool = True,
+        ending: str = "none",
+    ) -> None:
+        super().__init__()
+        self.count = len(convs)
+        channels, stride = in_channels, 1
+        for i, (out, kernel, step) in enumerate(convs, 1):
+            self.add_module(f"bn{i}", NORMS_2D[norm](channels) if i > 1 or first_bn else nn.Identity())
+            self.add_module(f"act{i}", nn.ReLU())
+            self.add_module(f"conv{i}", nn.Conv2d(channels, out, kernel, step, kernel // 2, bias=False))
+            channels, stride = out, stride * step
+        self.bn = NORMS_2D[ending](channels)
+        self.add_shortcut(in_channels, channels, stride, shortcut, ending)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return branch + shortcut."""
+        y: Tensor = self.get_submodule("act1")(self.get_submodule("bn1")(x))
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(y)
+        elif self.pad is not None:
+            shortcut = self.pad(x)
+        y = self.get_submodule("conv1")(y)
+        for i in range(2, self.count + 1):
+            for part in ("bn", "act", "conv"):
+                y = self.get_submodule(f"{part}{i}")(y)
+        y = self.bn(y)
+        return y + shortcut
+
+    def local_feeds(self) -> Feeds:
+        """Return all activations of the block; the first one also feeds the convolution of shortcut B."""
+        extra = ("downsample.0",) if self.downsample is not None else ()
+        return {f"act{i}": (f"conv{i}", *(extra if i == 1 else ())) for i in range(1, self.count + 1)}
+
+
+class PostBlock(ResidualBlock):
+    """Post-activation block: convolution, BN, activation, repeated; the last activation follows the sum.
+
+    Shortcut B is a 1x1 convolution with BN.
+
+    Args:
+        convs: the convolutions of the branch.
+    """
+
+    def __init__(self, in_channels: int, convs: Sequence[ConvSpec], norm: str, *, shortcut: str = "B") -> None:
+        super().__init__()
+        self.count = len(convs)
+        channels, stride = in_channels, 1
+        for i, (out, kernel, step) in enumerate(convs, 1):
+            self.add_module(f"conv{i}", nn.Conv2d(channels, out, kernel, step, kernel // 2, bias=False))
+            self.add_module(f"bn{i}", NORMS_2D[norm](out))
+            self.add_module(f"act{i}", nn.ReLU())
+            channels, stride = out, stride * step
+        self.add_shortcut(in_channels, channels, stride, shortcut, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activated sum of branch and shortcut."""
+        y = x
+        for i in range(1, self.count + 1):
+            y = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(y))
+            if i < self.count:
+                y = self.get_submodule(f"act{i}")(y)
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
+        elif self.pad is not None:
+            shortcut = self.pad(x)
+        activated: Tensor = self.get_submodule(f"act{self.count}")(y + shortcut)
+        return activated
+
+    def local_feeds(self) -> Feeds:
+        """Return the activations within the block; the last one also feeds the next block's shortcut."""
+        return {f"act{i}": (f"conv{i + 1}",) for i in range(1, self.count)}
+
+
+def feeds_of_blocks(model: nn.Module) -> Feeds:
+    """Return the `feeds` of all blocks of a network, with names relative to the network."""
+    return {
+        f"{name}.{act}": tuple(f"{name}.{layer}" for layer in layers)
+        for name, block in model.named_modules()
+        if isinstance(block, ResidualBlock)
+        for act, layers in block.local_feeds().items()
+    }

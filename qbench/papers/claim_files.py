@@ -1,0 +1,131 @@
+"""Claims of papers: the node `claim` of the experiment files below `conf/experiment/claims/`.
+
+A claim compares arms; an arm is a set of command-line words. `scripts/claims.py` trains the arms.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from qbench.config.schema import did_you_mean
+from qbench.errors import ConfigError
+from qbench.report.statistics.hypothesis_tests import TESTS
+
+BASELINE = "baseline"
+"""The second arm that stands for the float baseline of the first arm's runs."""
+MEASURES = ("top1", "drop", "gradient_mismatch")
+CLAIM_KEYS = ("says", "source", "note", "measure", "net", "comparisons")
+COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two arms, as command-line words, and the claimed relation between them.
+
+    `second` is None if the first arm is compared with its own float baseline.
+    """
+
+    claim: str
+    name: str
+    first: tuple[str, ...]
+    second: tuple[str, ...] | None
+    test: str
+    margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The node `claim` of an experiment file.
+
+    Args:
+        measure: `top1`, test top-1 in percent after the last epoch; `drop`, top-1 minus that of the run's own float
+            baseline; `gradient_mismatch`, the mean cosine between the layers' straight-through gradients and the
+            gradients of the smoothed network (see `analysis.gradient_mismatch`).
+        net: for gradient_mismatch, the words of the trained network that is measured.
+    """
+
+    name: str
+    says: str
+    source: str
+    note: str = ""
+    measure: str = "top1"
+    net: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def arms(self) -> list[tuple[str, ...]]:
+        """The arms to train, each once."""
+        if self.measure == "gradient_mismatch":
+            return [self.net]
+        arms = [arm for c in self.comparisons for arm in (c.first, c.second) if arm is not None]
+        return list(dict.fromkeys(arms))
+
+
+def read_claims(folder: Path) -> list[Claim]:
+    """Return the claims below a folder, sorted by name.
+
+    Raises:
+        ConfigError: a file has no node `claim`, or the node has an unknown key or a value that is not allowed.
+    """
+    return [read_claim(path, str(path.relative_to(folder).with_suffix(""))) for path in sorted(folder.rglob("*.yaml"))]
+
+
+def read_claim(path: Path, name: str) -> Claim:
+    """Return the claim of one experiment file; see `read_claims` for errors."""
+    node = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("claim")
+    if not isinstance(node, dict):
+        raise ConfigError(f"{path}: the experiment has no node `claim`")
+    _refuse_unknown(path, node, (*CLAIM_KEYS, *COMPARISON_KEYS))
+    single = {key: node.pop(key) for key in COMPARISON_KEYS if key in node}
+    entries = node.pop("comparisons", [single] if single else [])
+    if not entries or (single and entries != [single]):
+        raise ConfigError(f"{path}: claim needs either first and second, or a list `comparisons` of such pairs")
+    for key in ("says", "source"):
+        if not node.get(key):
+            raise ConfigError(f"{path}: claim.{key} is missing")
+    if node.get("measure", "top1") not in MEASURES:
+        raise ConfigError(f"{path}: claim.measure={node['measure']}: allowed are {', '.join(MEASURES)}")
+    node["net"] = tuple(node.get("net", ()))
+    claim = Claim(name=name, comparisons=tuple(_comparison(path, name, entry) for entry in entries), **node)
+    names = [c.name for c in claim.comparisons]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path}: the comparisons of a claim need different names: {', '.join(names)}")
+    return claim
+
+
+def _comparison(path: Path, claim: str, entry: Mapping[str, object]) -> Comparison:
+    """Return one checked comparison; its name is the claim's unless it has its own."""
+    _refuse_unknown(path, entry, COMPARISON_KEYS)
+    first, second = entry.get("first"), entry.get("second")
+    if not isinstance(first, list) or not (isinstance(second, list) or second == BASELINE):
+        raise ConfigError(f"{path}: first must be a list of command-line words, second such a list or `{BASELINE}`")
+    test, margin = str(entry.get("test", "better")), float(str(entry.get("margin", 0)))
+    if test not in TESTS:
+        raise ConfigError(f"{path}: test={test}: allowed are {', '.join(TESTS)}")
+    if margin < 0 or (test == "equal" and margin == 0):
+        raise ConfigError(f"{path}: test={test} with margin={margin:g}: allowed is a margin above 0")
+    return Comparison(
+        claim=claim,
+        name=str(entry.get("name", claim)),
+        first=tuple(first),
+        second=tuple(second) if isinstance(second, list) else None,
+        test=test,
+        margin=margin,
+    )
+
+
+def _refuse_unknown(path: Path, node: Mapping[str, object], known: Sequence[str]) -> None:
+    for key in node:
+        if key not in known:
+            raise ConfigError(
+                f"{path}: claim.{key}: no such key{did_you_mean(key, known)}\nallowed: {', '.join(known)}"
+            )
+
+
+def comparison_values(comparison: Comparison) -> dict[str, object]:
+    """Return a comparison as plain values for JSON; a second arm that is None as `baseline`."""
+    values = dataclasses.asdict(comparison)
+    return values | {"second": BASELINE if comparison.second is None else comparison.second}

@@ -1,0 +1,227 @@
+"""The evaluation of claims: from the runs of two arms to a verdict, adjusted over all comparisons, and a table."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from qbench.papers.claim_files import BASELINE, Claim, Comparison, comparison_values
+from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference, run_difference
+from qbench.report.statistics.differences import ALPHA, Difference, paired
+from qbench.report.statistics.hypothesis_tests import evidence, holm
+from qbench.report.statistics.power import SEEDS_LIMIT, seeds_needed
+from qbench.report.tables.table import Table
+from qbench.runs.reader import DONE, RunRecord
+
+NOT_STARTED = "not started"
+"""The status of a run without a directory."""
+HEAD = ("claim", "source", "arms", "effect", "95 % interval", "n", "p (Holm)", "outcome", "n needed")
+
+
+@dataclass(kw_only=True)
+class ClaimResult:
+    """The result of one comparison.
+
+    Args:
+        means: the means of both arms over the seeds that are done.
+        problems: seeds without a result, and other reasons for no verdict.
+        fails_to_train: the first arm is done and the second diverged, in all seeds.
+        p, p_holm: before and after the adjustment; both None without a verdict.
+        outcome: the verdict in words; `seeds_needed` only where the data do not decide.
+    """
+
+    comparison: Comparison
+    seeds: list[int]
+    means: tuple[float, float] | None = None
+    difference: Difference | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    fails_to_train: bool = False
+    p: float | None = None
+    holds: bool = False
+    p_holm: float | None = None
+    outcome: str = ""
+    seeds_needed: str = ""
+
+
+def evaluate_claim(
+    comparison: Comparison, measure: str, first: Mapping[int, RunRecord], second: Mapping[int, RunRecord]
+) -> ClaimResult:
+    """Return the result of a comparison from the runs of its two arms, by seed.
+
+    There is no verdict if any seed has failed or diverged: the remaining seeds are not a fair sample. Their difference
+    is still given.
+    """
+    result = ClaimResult(comparison=comparison, seeds=sorted(first))
+    arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
+    for name, runs in arms.items():
+        result.problems += unfinished_seeds(name, runs)
+    result.fails_to_train = (
+        bool(result.seeds)
+        and comparison.second is not None
+        and all(first[s].status == DONE and second[s].status == "diverged" for s in result.seeds)
+    )
+    seeds = [s for s in result.seeds if all(runs[s].status == DONE for runs in arms.values())]
+    try:
+        minuend = [_measured(first[s], measure) for s in seeds]
+        subtrahend = [
+            _measured(second[s], measure) if comparison.second else _measured(first[s], BASELINE) for s in seeds
+        ]
+    except ValueError as error:
+        result.problems.append(str(error))
+        return result
+    if not seeds:
+        return result
+    result.difference = paired_difference(minuend, subtrahend)
+    if result.difference.items is None:
+        result.notes.append("interval over seeds only: some run has no predictions.npy for the same test images")
+    result.means = (_mean([x.top1 for x in minuend]), _mean([x.top1 for x in subtrahend]))
+    return result
+
+
+def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: Mapping[int, float]) -> ClaimResult:
+    """Return the result of a comparison from one number per seed, for measures other than accuracy."""
+    seeds = sorted(set(first) & set(second))
+    result = ClaimResult(comparison=comparison, seeds=seeds)
+    if seeds:
+        minuend, subtrahend = [first[s] for s in seeds], [second[s] for s in seeds]
+        result.difference = paired(minuend, subtrahend)
+        result.means = (_mean(minuend), _mean(subtrahend))
+    return result
+
+
+def _measured(run: RunRecord, measure: str) -> RunAccuracy:
+    """Return a run's measure in percent and, if its predictions are stored, each test image's part in it.
+
+    Args:
+        measure: top1, drop, or `baseline` for the top-1 of the run's float baseline.
+
+    Raises:
+        ValueError: the run has no float baseline.
+    """
+    result = run.result
+    assert result is not None
+    assert result.final is not None
+    accuracy = load_run_accuracy(result.run, result.final.test.top1)
+    if measure == "top1":
+        return accuracy
+    if result.baseline is None:
+        raise ValueError(f"{result.run} has no float baseline to compare with")
+    baseline = load_run_accuracy(result.baseline.run, result.baseline.final.test.top1)
+    if measure == BASELINE:
+        return baseline
+    return run_difference(accuracy, baseline)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
+    """Return one sentence per status and reason: the seeds of an arm that are not done."""
+    seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for seed, run in sorted(runs.items()):
+        if run.status != DONE:
+            seeds[run.status, run.reason.partition("\n")[0]].append(seed)
+    return [
+        f"{arm} arm {status} in {len(which)} of {len(runs)} seeds ({', '.join(map(str, which))})"
+        + (f": {reason}" if reason else "")
+        for (status, reason), which in seeds.items()
+    ]
+
+
+def decide_claims(family: Sequence[ClaimResult]) -> None:
+    """Set the verdict of every result, adjusted for the number of all comparisons (Holm).
+
+    A comparison without a verdict counts as p = 1, so that no verdict depends on what has not been run yet.
+    """
+    for one in family:
+        if one.difference is not None and not one.problems:
+            found = evidence(one.difference, one.comparison.test, one.comparison.margin)
+            one.p, one.holds = found.p, found.holds
+    for one, adjusted in zip(family, holm([1.0 if one.p is None else one.p for one in family]), strict=True):
+        one.p_holm = None if one.p is None else adjusted
+        if one.p is None and one.fails_to_train and one.comparison.test != "equal":
+            one.outcome = f"holds: the second arm diverged in all {len(one.seeds)} seeds"
+        elif one.p is None:
+            not_run = one.difference is None and all(NOT_STARTED in problem for problem in one.problems)
+            one.outcome = "not run" if not_run else f"no verdict: {'; '.join(one.problems)}"
+        elif adjusted < ALPHA:
+            one.outcome = "holds" if one.holds else "does not hold"
+        else:
+            one.outcome = f"not separable at {len(one.seeds)}"
+            one.seeds_needed = _seeds_needed(one, len(family))
+
+
+def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
+    """Return how many seeds a verdict needs, at the level that Holm requires of the smallest p of all comparisons."""
+    d = one.difference
+    assert d is not None
+    if d.n < 2:
+        return "one seed has no spread"
+    found = seeds_needed(d, one.comparison.test, one.comparison.margin, ALPHA / comparisons)
+    if found is not None:
+        return str(max(found, d.n + 1))
+    limit = f": limited by the {d.items} test images" if d.items and d.item_variance else ""
+    return f"more than {SEEDS_LIMIT}{limit}"
+
+
+def claims_table(family: Sequence[ClaimResult], claims: Mapping[str, Claim]) -> Table:
+    """Return one row per comparison; `values` has all numbers for machines."""
+    table = Table(HEAD)
+    for one in family:
+        claim, c = claims[one.comparison.claim], one.comparison
+        name = claim.name if c.name == claim.name else f"{claim.name}: {c.name}"
+        table.rows.append(
+            (
+                name,
+                claim.source,
+                f"{' '.join(c.first) or 'unchanged'} - {_second_arm(c)} {_border(c)}",
+                *_effect_cells(one.difference, places=4 if claim.measure == "gradient_mismatch" else 2),
+                "-" if one.p_holm is None else f"{one.p_holm:.2g}",
+                one.outcome,
+                one.seeds_needed or "-",
+            )
+        )
+        table.values.append(_values(one, claim))
+    return table
+
+
+def _second_arm(c: Comparison) -> str:
+    return "float baseline" if c.second is None else " ".join(c.second) or "unchanged"
+
+
+def _border(c: Comparison) -> str:
+    """Return the claimed relation to the border: `> 0.5`, `> -0.5`, `within 0.5`."""
+    return {"better": f"> {c.margin:g}", "at_least": f"> -{c.margin:g}", "equal": f"within {c.margin:g}"}[c.test]
+
+
+def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
+    """Return the cells of the effect, its 95 % interval and the number of seeds."""
+    if d is None:
+        return "-", "-", "-"
+    interval = "none" if d.n < 2 else f"{d.low:+.{places}f} to {d.high:+.{places}f}"
+    return f"{d.mean:+.{places}f}", interval, str(d.n)
+
+
+def _values(one: ClaimResult, claim: Claim) -> dict[str, object]:
+    """Return a result as plain values for JSON; infinite numbers as None."""
+    comparison = comparison_values(one.comparison)
+    numbers = {} if one.difference is None else asdict(one.difference)
+    return {
+        "claim": claim.name,
+        "comparison": comparison["name"],
+        "says": claim.says,
+        "source": claim.source,
+        "measure": claim.measure,
+        **{key: comparison[key] for key in ("first", "second", "test", "margin")},
+        "seeds": one.seeds,
+        "means": one.means,
+        "difference": {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in numbers.items()},
+        "p": one.p,
+        "p_holm": one.p_holm,
+        "outcome": one.outcome,
+        "seeds_needed": one.seeds_needed,
+        "problems": one.problems,
+        "notes": one.notes,
+    }

@@ -1,0 +1,16 @@
+"""The signal-to-quantization-noise ratio (SQNR)."""
+
+from math import log10
+
+MAX_SQNR = 140.0
+"""The largest SQNR reported, in dB: about float32's own rounding error, 2^-23 of the signal (138.5 dB)."""
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Return the ratio of two powers in dB, at most `MAX_SQNR`; `MAX_SQNR` without noise.
+
+    Args:
+        signal: power of the float values, above 0.
+        noise: power of the difference between quantized and float values.
+    """
+    return min(MAX_SQNR, 10 * log10(signal / noise)) if noise > 0 else MAX_SQNR

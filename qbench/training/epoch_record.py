@@ -1,0 +1,37 @@
+"""The metrics of one epoch."""
+
+from dataclasses import asdict, dataclass
+
+from qbench.runs.result import Accuracy
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """The metrics of one epoch.
+
+    Args:
+        epoch: counts from 0.
+        lr: learning rate of the last step.
+        train_top1: top-1 accuracy on the training batches in percent.
+        seconds: training time, without evaluation.
+        images: number of training images.
+        validation: None without a validation split.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_top1: float
+    seconds: float
+    images: int
+    validation: Accuracy | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the record as metrics.jsonl holds it; validation metrics have the prefix
+        `val_`.
+        """
+        validation = asdict(self.validation) if self.validation else {}
+        return {
+            "epoch": self.epoch, "lr": self.lr, "train_loss": self.train_loss, "train_top1": self.train_top1,
+            "seconds": self.seconds, "images": self.images,
+        } | {f"val_{name}": value for name, value in validation.items()}  # fmt: skip
