@@ -104,7 +104,7 @@ def test_the_extreme_draws_leave_the_grid_alone(monkeypatch: pytest.MonkeyPatch)
     x, beside = torch.arange(-16, 16) / 8, torch.tensor([0.001, 0.124])
     for bits, shift, expected in ((2**15 - 1, 255 / 256, 1 / 8), (-(2**15), 0.0, 0.0)):
         monkeypatch.setattr(passes, "uniform_16", lambda n, x, g, bits=bits: torch.full((n,), bits))
-        monkeypatch.setattr(passes, "_shift", lambda like, g, shift=shift: torch.tensor(shift))
+        monkeypatch.setattr(passes, "_shared_bits", lambda like, g, shift=shift: torch.tensor(shift))
         assert torch.equal(to_fixed(x, 2, 3, "stochastic"), x), "up with probability 0"
         assert to_fixed(beside, 2, 3, "stochastic").tolist() == [expected] * 2
 
