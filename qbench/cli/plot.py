@@ -49,11 +49,11 @@ def draw(arguments: Iterable[str]) -> str:
     config, method = _method(words)
     path = options.out or Path(f"plot-{config.method_name.replace(':', '-')}-{method.bits}.png")
     from qbench.config import registry
-    from qbench.report.quantizer_plots.pages import page
+    from qbench.report.quantizer_plots.pages import method_figure
 
     composed = config.activation["name"] != "none"
     title = "" if composed else registry.card(config.method_name).partition("\n")[0]
-    return _save(page(method, title or config.method_name, f"qbench plot {' '.join(words)}"), path)
+    return _save(method_figure(method, title or config.method_name, f"qbench plot {' '.join(words)}"), path)
 
 
 def parse(arguments: Iterable[str]) -> PlotOptions:
@@ -77,13 +77,13 @@ def parse(arguments: Iterable[str]) -> PlotOptions:
 
 def _poster() -> Any:
     """Return the figure of all methods, each at `illustrative_bits`."""
-    from qbench.report.quantizer_plots.pages import poster
+    from qbench.report.quantizer_plots.pages import poster_figure
 
     methods = {}
     for name in sorted(groups.option_names("method"), key=lambda name: (name != "float", name)):
         _, default = _method([f"method={name}"])
         _, methods[name] = _method([f"method={name}", f"bits={illustrative_bits(default)}"])
-    return poster(methods)
+    return poster_figure(methods)
 
 
 def illustrative_bits(method: "Method") -> "Bits":

@@ -1,4 +1,4 @@
-"""Published results for the settings of a comparison: value, who ran it, how it is known, the gap to ours."""
+"""Published results for the settings of a comparison, and the gap to ours."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,13 +12,14 @@ from qbench.report.tables.table import Table
 from qbench.system.files import read_yaml
 
 METHOD_KEYS = ("norm", "act")
-"""Keys of a network that a method may require, and which need not be those of the published network."""
+"""Keys of a network that a method may require; they may differ from the published ones."""
 
 
 def with_published(tables: Sequence[Table]) -> list[Table]:
-    """Return tables whose settings hold the published results for their method, data set, network and widths.
+    """Return tables whose settings hold the published results for their method and network.
 
-    Notes say which values are remembered, how published recipes differ, and where a paper has no such result.
+    Notes say which values are remembered, how published recipes differ, and where a paper has no
+    such result.
     """
     return [_with_published(table) for table in tables]
 
@@ -33,7 +34,7 @@ def _with_published(table: Table) -> Table:
 
 
 def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[PublishedRow]:
-    """Return the published top-1 rows for a setting: authors' first, then by how well the value is known.
+    """Return the published top-1 rows for a setting: authors' first, then the best known.
 
     A known deviation from the method counts as another method.
     """
@@ -76,7 +77,7 @@ def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
 
 
 def _accuracy_text(row: PublishedRow) -> str:
-    """Write a published error as accuracy, and an increase of the error as the difference to the float network."""
+    """Write a published error as accuracy, an increase as the difference to the float network."""
     mark = "~" if row.provenance.startswith("memory") else ""
     if row.value is None:
         return "?"
@@ -87,7 +88,7 @@ def _accuracy_text(row: PublishedRow) -> str:
 
 
 def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) -> list[str]:
-    """Return notes on values that are remembered, keys of published rows, and papers without such a result."""
+    """Return notes on remembered values, keys of published rows, and papers without a result."""
     first_matches = [(s.label, s.published[0]) for s in settings if s.published]
     notes = [published.REMEMBERED] if any(match.remembered for _, match in first_matches) else []
     if first_matches:
@@ -102,7 +103,10 @@ def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) ->
 
 
 def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
-    """Return what to say of a setting that no row of its method's authors matches; None if it has no paper."""
+    """Return a note on a setting that no row of its method's authors matches.
+
+    None if its method has no paper.
+    """
     paper = _paper_of(setting.method)
     if paper is None:
         return None
@@ -127,7 +131,7 @@ def _dataset_key(name: str) -> str | None:
 
 
 def _net_key(model: str, keys: Mapping[str, object]) -> str | None:
-    """Return the name that published figures use for a network with these keys; None if there is none like it."""
+    """Return the name that published figures use for a network with these keys, or None."""
     from qbench.config.groups import conf_directory
 
     file = conf_directory() / "model" / f"{model}.yaml"

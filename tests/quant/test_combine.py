@@ -166,12 +166,14 @@ def test_a_wrong_key_of_the_second_method_is_named_as_typed(configure: Configure
 
 def test_runs_with_and_without_a_requirement_are_two_rows(configure: Configure, tmp_path: Path) -> None:
     from qbench.report.comparison.compare import compare
+    from qbench.report.comparison.setting_table import settings_of
     from qbench.runs.reader import read
 
     for words in (["method=qd"], ["method=qd", "distill=none"], ["method=gupta"], ["method=gupta", "init=float"]):
         result_of(configure, *words)
     result_of(configure, "method=ttq", "method.deviation=missing_minus")
-    rows = {row["method"]: row["n"] for table in compare(read([str(tmp_path)])) for row in table.values}
+    tables = compare(read([str(tmp_path)]))
+    rows = {setting.label: setting.top1.n for table in tables for setting in settings_of(table)}
     assert rows.pop("ttq deviation=missing_minus") == 1, "never under the paper's name"
     counts = {name: n for name, n in rows.items() if not name.startswith("float")}
     assert counts == {"qd": 1, "qd distill=kd": 1, "gupta": 1, "gupta init=scratch": 1}

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbench.bits import Bits
-from qbench.cli import compare as asked
+from qbench.cli import compare as command
 from qbench.cli.main import main as cli
 from qbench.config import compose
 from qbench.config.schema import Config
@@ -41,21 +41,21 @@ def tables(config: Config) -> list[Table]:
 
 
 def test_mean_spread_number_and_difference(configure: Configure) -> None:
-    figures = {0: (97.0, 98.0), 1: (95.0, 98.5), 2: (96.5, 97.0)}
-    for seed, (own, parent) in figures.items():
-        plant(configure("method=dorefa", f"seed={seed}"), own, parent)
+    accuracies = {0: (97.0, 98.0), 1: (95.0, 98.5), 2: (96.5, 97.0)}
+    for seed, (top1, baseline) in accuracies.items():
+        plant(configure("method=dorefa", f"seed={seed}"), top1, baseline)
     plant(configure("method=dorefa", "bits.w=4"), 99.0, 98.0)
     (table,) = tables(configure())
     assert [row[:4] for row in table.rows] == [
         ("float", "32", "32", "32"), ("dorefa", "4", "32", "32"), ("dorefa", "2", "32", "32"),
     ]  # fmt: skip
     _, single, setting = settings_of(table)
-    own = [a for a, _ in figures.values()]
+    own = [a for a, _ in accuracies.values()]
     assert setting.top1.mean == pytest.approx(mean(own))
     assert setting.top1.std == pytest.approx(stdev(own))
     assert (setting.top1.n, [run.seed for run in setting.runs]) == (3, [0, 1, 2])
     assert setting.difference
-    assert setting.difference.mean == pytest.approx(mean([a - b for a, b in figures.values()]))
+    assert setting.difference.mean == pytest.approx(mean([a - b for a, b in accuracies.values()]))
     assert single.top1.std is None
     assert table.rows[1][7:11] == ("-", "1", "", "+1.00")
     assert table.rows[2][6:12] == ("96.17", "1.04", "3", "±2.59", "-1.67", "±3.99"), (
@@ -108,13 +108,13 @@ def test_float_baselines_on_another_kind_of_network_are_a_row_of_their_own(confi
 
 
 def test_baselines_next_to_runs_are_read_and_none_twice(configure: Configure) -> None:
-    parent = plant(configure("method=float"), 98.0)
-    baseline = BaselineResult(run=f"elsewhere/before/{parent.name}", final=evaluation(98.0))
+    float_run = plant(configure("method=float"), 98.0)
+    baseline = BaselineResult(run=f"elsewhere/before/{float_run.name}", final=evaluation(98.0))
     child = plant(configure("method=dorefa"), 97.0, baseline=baseline)
-    plant(configure("method=dorefa", "seed=1"), 96.0, 98.0)  # its parent is gone
+    plant(configure("method=dorefa", "seed=1"), 96.0, 98.0)  # its baseline is missing
     below = read([configure().out])
     found = with_baselines([run for run in below if run.path == child])
-    assert [run.path for run in found] == [child, parent]
+    assert [run.path for run in found] == [child, float_run]
     assert [row[0] for row in compare(found)[0].rows] == ["float", "dorefa"]
     assert len(with_baselines(below)) == len(below) == 3
 
@@ -239,23 +239,23 @@ def test_runs_can_be_moved_and_named_one_by_one(configure: Configure, tmp_path: 
 
 
 def test_markdown_does_not_read_cells_as_html() -> None:
-    shown = FORMATS["md"]([Table(("a",), [("<b>x</b> | <8,8>",)])])
-    assert shown.splitlines()[-1] == "| &lt;b>x&lt;/b> \\| <8,8> |"
+    written = FORMATS["md"]([Table(("a",), [("<b>x</b> | <8,8>",)])])
+    assert written.splitlines()[-1] == "| &lt;b>x&lt;/b> \\| <8,8> |"
 
 
 def test_every_format_holds_every_accuracy(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.25, 98.0)
     plant(configure("method=dorefa", "seed=3"), 0.0, status="failed", reason="a | b & c_d")
     found = tables(configure())
-    shown = {name: form(found) for name, form in FORMATS.items()}
-    for name, document in shown.items():
+    written = {name: form(found) for name, form in FORMATS.items()}
+    for name, document in written.items():
         assert "97.25" in document, name
         assert "failed" in document, name
-    assert next(csv.reader(io.StringIO(shown["csv"])))[:3] == ["table", "method", "W"]
-    assert json.loads(shown["json"])["tables"][0]["rows"][1]["top1_mean"] == 97.25
-    assert r"a \| b" in shown["md"]
-    assert r"\& c\_d" in shown["latex"]
-    for line in shown["md"].splitlines():
+    assert next(csv.reader(io.StringIO(written["csv"])))[:3] == ["table", "method", "W"]
+    assert json.loads(written["json"])["tables"][0]["rows"][1]["top1_mean"] == 97.25
+    assert r"a \| b" in written["md"]
+    assert r"\& c\_d" in written["latex"]
+    for line in written["md"].splitlines():
         if line.startswith("|") and "status" not in line and "failed" not in line and "---" not in line:
             assert line.replace(r"\|", "").count("|") == len(found[0].head) + 1
 
@@ -339,8 +339,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Configur
 def planted(elsewhere: Callable[[], Configure]) -> tuple[str, Path]:
     """Two seeds of a method and one that failed; the folder, and the directory of the latter."""
     configure = elsewhere()
-    for seed, own, parent in ((0, 97.0, 98.0), (1, 98.0, 98.5)):
-        path = plant(configure("method=dorefa", f"seed={seed}"), own, parent)
+    for seed, top1, baseline in ((0, 97.0, 98.0), (1, 98.0, 98.5)):
+        path = plant(configure("method=dorefa", f"seed={seed}"), top1, baseline)
         (path / "manifest.json").write_text('{"data": {"test_images": 400}}')
     failed = plant(configure("method=dorefa", "seed=3"), 0.0, status="failed", reason="a | b & c_d\nmore")
     return configure().out, failed
@@ -349,15 +349,15 @@ def planted(elsewhere: Callable[[], Configure]) -> tuple[str, Path]:
 @pytest.mark.parametrize("form", GOLDEN)
 def test_golden(form: str, planted: tuple[str, Path]) -> None:
     out, failed = planted
-    shown = asked.run_compare([out, "--columns", "accuracy", "--format", form])
+    written = command.run_compare([out, "--columns", "accuracy", "--format", form])
     path = str(failed).replace("_", r"\_") if form == "latex" else str(failed)
-    tidy = re.sub(r"run +reason", "run  reason", shown.replace(path, "RUN"))  # a column is as wide as the path was
+    tidy = re.sub(r"run +reason", "run  reason", written.replace(path, "RUN"))  # a column is as wide as the path was
     assert tidy == GOLDEN[form].replace("NOTE", SAMPLE_NOTE)
 
 
 def test_golden_json(planted: tuple[str, Path]) -> None:
     out, failed = planted
-    block, rest = json.loads(asked.run_compare([out, "--format=json"]))["tables"]
+    block, rest = json.loads(command.run_compare([out, "--format=json"]))["tables"]
     child = block["rows"][1]
     numbers = {
         key: child[key]
@@ -385,29 +385,29 @@ def test_a_record_gives_the_tables_of_its_runs(planted: tuple[str, Path], tmp_pa
     shutil.copytree(planted[0], here)
     (here / "corrupt").mkdir()
     (here / "corrupt" / "result.json").write_text("{")
-    file.write_text(asked.run_compare([str(here), "--format", "record"]))
+    file.write_text(command.run_compare([str(here), "--format", "record"]))
     here.rename(there)
-    assert asked.run_compare([str(file), "--format", "record"]) == file.read_text()
+    assert command.run_compare([str(file), "--format", "record"]) == file.read_text()
     for words in (["--format", "md"], ["--format", "csv", "method=dorefa"]):
-        whole = asked.run_compare([str(there), *words]).replace(str(there), str(here))
+        whole = command.run_compare([str(there), *words]).replace(str(there), str(here))
         without_sample = re.sub(r"(?m)^(- |note,\")95 % confidence intervals: .*\n\n?", "", whole)
         assert without_sample != whole
-        assert asked.run_compare([str(file), *words]).replace("\n\n\n", "\n\n") == without_sample
+        assert command.run_compare([str(file), *words]).replace("\n\n\n", "\n\n") == without_sample
     shutil.rmtree(there / Path(planted[1]).relative_to(planted[0]))
-    both = asked.run_compare([str(there), str(file)])
+    both = command.run_compare([str(there), str(file)])
     assert "duplicate runs, left out" in both
     assert re.search(r"^failed +\S+here", both, re.MULTILINE), "what only the record has"
 
 
 def test_a_directory_stands_before_its_record(planted: tuple[str, Path], tmp_path: Path) -> None:
-    other = json.loads(asked.run_compare([planted[0], "--format", "record"]))
+    other = json.loads(command.run_compare([planted[0], "--format", "record"]))
     for run in other["runs"]:
         run["path"] = run["path"].replace(planted[0], "0/first")
     done = next(run["result"] for run in other["runs"] if run["status"] == "done")
     done["final"]["test"]["top1"] -= 10
     (tmp_path / "a.json").write_text(json.dumps(other))
-    both = asked.tables(asked.parse([str(tmp_path / "a.json"), planted[0]]))
-    alone = asked.tables(asked.parse([planted[0]]))
+    both = command.tables(command.parse([str(tmp_path / "a.json"), planted[0]]))
+    alone = command.tables(command.parse([planted[0]]))
     assert [settings for table in both if (settings := settings_of(table))] == [settings_of(alone[0])]
     notes = "\n".join(note for table in both for note in table.notes)
     assert "duplicate runs, left out: 0/first/digits-resnet8/dorefa-w2a32g32-s0" in notes
@@ -418,8 +418,8 @@ WRONG = [None, {}, [], "x", "", -40, 9600, True, float("nan"), [[]], {"a": None}
 
 
 def test_no_change_to_one_value_of_a_record_is_a_bug(planted: tuple[str, Path], tmp_path: Path) -> None:
-    """Refused, or read: figures that are none are refused."""
-    whole = asked.run_compare([planted[0], "--format", "record"])
+    """Every change is refused or read; an accuracy that is no number is refused."""
+    whole = command.run_compare([planted[0], "--format", "record"])
     file = tmp_path / "x.json"
 
     def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -439,7 +439,7 @@ def test_no_change_to_one_value_of_a_record_is_a_bug(planted: tuple[str, Path], 
             node[key] = value
             file.write_text(json.dumps(values))
             try:
-                asked.run_compare([str(file), "--published", "seed=0,1,3"])
+                command.run_compare([str(file), "--published", "seed=0,1,3"])
             except ConfigError:
                 refused += 1
                 continue
@@ -461,8 +461,8 @@ def test_another_file_is_refused(content: str, tmp_path: Path, capsys: pytest.Ca
 def several(elsewhere: Callable[[], Configure]) -> str:
     """Two methods, one at two widths, at most two seeds, and one that failed."""
     configure = elsewhere()
-    figures = {("dorefa", "w2a2"): (97.0, 96.0), ("dorefa", "w4a4"): (98.0,), ("lsq", "w2a2"): (95.0, 94.5)}
-    for (method, bits), own in figures.items():
+    accuracies = {("dorefa", "w2a2"): (97.0, 96.0), ("dorefa", "w4a4"): (98.0,), ("lsq", "w2a2"): (95.0, 94.5)}
+    for (method, bits), own in accuracies.items():
         for seed, top1 in enumerate(own):
             plant(configure(f"method={method}", f"bits={bits}", f"seed={seed}"), top1, 98.0 + seed)
     plant(configure("method=dorefa", "bits=w2a2", "seed=2"), 0.0, status="failed", reason="why")
@@ -470,7 +470,7 @@ def several(elsewhere: Callable[[], Configure]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "cells", "others"),
+    ("words", "settings_found", "others"),
     [
         ([], {("dorefa", 2, 2), ("dorefa", 4, 1), ("lsq", 2, 2)}, 1),
         (["method=lsq"], {("lsq", 2, 2)}, 0),
@@ -483,19 +483,19 @@ def several(elsewhere: Callable[[], Configure]) -> str:
          {("dorefa", 2, 2), ("dorefa", 4, 1), ("lsq", 2, 2)}, 0),
     ],
 )  # fmt: skip
-def test_filters(several: str, words: list[str], cells: set[tuple[str, int, int]], others: int) -> None:
-    found = asked.tables(asked.parse([several, *words]))
+def test_filters(several: str, words: list[str], settings_found: set[tuple[str, int, int]], others: int) -> None:
+    found = command.tables(command.parse([several, *words]))
     rows = [s for t in found for s in settings_of(t)]
-    assert {(s.method, s.bits.w, s.top1.n) for s in rows if not s.is_baseline} == cells
+    assert {(s.method, s.bits.w, s.top1.n) for s in rows if not s.is_baseline} == settings_found
     assert sum(isinstance(v, MissingRuns) for t in found for v in t.values) == others
     baseline_seeds = [[run.seed for run in s.runs] for s in rows if s.is_baseline]
     assert baseline_seeds == (
-        [sorted({run.seed for s in rows if not s.is_baseline for run in s.runs})] if cells else []
+        [sorted({run.seed for s in rows if not s.is_baseline for run in s.runs})] if settings_found else []
     )
 
 
 def test_columns_order_and_parts(several: str) -> None:
-    (block, _) = asked.tables(asked.parse([several, "--columns", "cost,verification,speed"]))
+    (block, _) = command.tables(command.parse([several, "--columns", "cost,verification,speed"]))
     assert block.head == ("method", "W", "A", "G", "levels", "bits/weight", "size", "BitOps", "images/s", "s/epoch",
                           "peak memory", "verified layers", "levels found")  # fmt: skip
     order = {
@@ -505,9 +505,9 @@ def test_columns_order_and_parts(several: str) -> None:
     }  # fmt: skip
     for key, methods in order.items():
         if methods:
-            (table, *_) = asked.tables(asked.parse([several, f"--sort={key}"]))
+            (table, *_) = command.tables(command.parse([several, f"--sort={key}"]))
             assert [s.label for s in settings_of(table)] == methods, key
-    titles = [t.title for t in asked.tables(asked.parse([several, "--by", "bits.w,seed"]))]
+    titles = [t.title for t in command.tables(command.parse([several, "--by", "bits.w,seed"]))]
     assert titles == [f"resnet8 on digits; bits.w={w}; seed={s}" for w, s in ((2, 0), (2, 1), (4, 0))] + [
         "failed or unsupported"
     ]
@@ -520,7 +520,7 @@ def test_accuracy_at_equal_bytes(configure: Configure) -> None:
             params=1, macs=1, bitops=1, bytes_float=1, bytes_ideal=bytes_ideal, bytes_packed=1, bits_per_weight=2.0
         )
         plant(configure("method=dorefa", f"bits=w{seed + 2}"), top1, cost=cost)
-    (table,) = asked.tables(asked.parse([configure().out, "--sort", "equal-bytes"]))
+    (table,) = command.tables(command.parse([configure().out, "--sort", "equal-bytes"]))
     assert [(s.bytes_group, s.cost and s.cost.bytes_ideal, s.top1.mean) for s in settings_of(table)] == [
         (1, 105, 95.0), (1, 100, 90.0), (2, 111, 96.0), (2, 106, 94.0),
     ]  # fmt: skip
@@ -553,20 +553,20 @@ def test_wrong_words_are_refused(
 
 
 def test_a_value_that_no_run_has_is_noted_if_another_is_found(several: str) -> None:
-    assert "no run has method=twn" in asked.run_compare([several, "method=lsq,twn"])
-    assert "no run has" not in asked.run_compare([several, "method=lsq"])
+    assert "no run has method=twn" in command.run_compare([several, "method=lsq,twn"])
+    assert "no run has" not in command.run_compare([several, "method=lsq"])
 
 
 def test_the_margin_is_stated(several: str) -> None:
-    assert "equivalence margin ±2 points" in asked.run_compare([several, "--margin", "2"])
-    assert "equivalence margin ±0.5 points" in asked.run_compare([several])
+    assert "equivalence margin ±2 points" in command.run_compare([several, "--margin", "2"])
+    assert "equivalence margin ±0.5 points" in command.run_compare([several])
 
 
 def test_a_claim_without_a_value_is_shown_as_a_question_mark(configure: Configure) -> None:
     unknown = next(r for r in published_rows() if r.metric.startswith("top1") and r.value is None and r.words)
     config = configure(f"experiment={unknown.paper}/{unknown.id}")
     plant(config, 90.0, 92.0)
-    text = asked.run_compare([config.out, "--published", "--sort", "published", "--format", "json"])
+    text = command.run_compare([config.out, "--published", "--sort", "published", "--format", "json"])
     (setting,) = [v for v in json.loads(text)["tables"][0]["rows"] if v.get("method") == unknown.method]
     assert (setting["published"][0]["top1"], setting["published"][0]["text"]) == (None, "?")
 
@@ -580,7 +580,7 @@ def test_published_results_and_the_gap_to_them(configure: Configure) -> None:
     plant(configure(*words, "method=dorefa"), 89.0, 92.0)
     plant(configure(*words, "method=dorefa", "method.deviation=rescaled_by_max"), 88.0, 92.0)
     plant(configure(*words, "method=ttq", "model.width=8"), 80.0, 82.0)
-    tables = asked.tables(asked.parse([configure().out, "--published"]))
+    tables = command.tables(command.parse([configure().out, "--published"]))
     own, thin = sorted(tables, key=lambda t: len(t.rows), reverse=True)
     published = {s.label: s.published or () for s in settings_of(own)}
     assert published["ttq"][0].claimed == 8.87
@@ -595,7 +595,7 @@ def test_published_results_and_the_gap_to_them(configure: Configure) -> None:
     assert absence_note("dorefa", "resnet20", "cifar10") in own.notes
     assert all(s.published == () for s in settings_of(thin)), "a thinner network is not the paper's"
     made = plant(configure("method=dorefa", f"out={configure().out}/digits"), 97.0, 98.0)
-    (digits,) = asked.tables(asked.parse([str(made), "--published"]))
+    (digits,) = command.tables(command.parse([str(made), "--published"]))
     assert "no published results on digits" in digits.notes
 
 
@@ -665,7 +665,7 @@ def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, m
     victim.write_bytes(
         data.draw(st.sampled_from([old[:at], old[:at] + b"\xff" + old[at + 1 :], b"", b"{}", b"[1, 2]"]))
     )
-    found = asked.tables(asked.parse([str(out)]))
+    found = command.tables(command.parse([str(out)]))
     runs = [run for t in found for s in settings_of(t) for run in s.runs]
     missing = [v for t in found for v in t.values if isinstance(v, MissingRuns)]
     named = [run.run for run in runs] + [run for v in missing for run in v.runs]

@@ -219,10 +219,10 @@ class Browser:
         for end in (commands, answers):
             os.close(end)
         self.session, self.read, self.events, self.count = None, b"", [], 0  # type: ignore[var-annotated]
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
-            self.ask(f"{domain}.enable")
+            self.call(f"{domain}.enable")
 
     def message(self) -> dict[str, Any]:
         while b"\0" not in self.read:
@@ -233,7 +233,7 @@ class Browser:
         found: dict[str, Any] = json.loads(one)
         return found
 
-    def ask(self, method: str, **params: Any) -> dict[str, Any]:
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
         self.count += 1
         own = {"sessionId": self.session} if self.session else {}
         os.write(
@@ -246,17 +246,17 @@ class Browser:
             self.events.append(message)
 
     def open(self, path: Path) -> None:
-        self.ask("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=path.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self.message())
 
     def js(self, code: str) -> Any:
-        answer = self.ask("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
+        reply = self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
 
     def width(self, width: int) -> None:
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
 
     def close(self) -> None:
         self.process.terminate()
@@ -266,8 +266,8 @@ class Browser:
 
     @property
     def complaints(self) -> list[dict[str, Any]]:
-        told = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-        return [event for event in self.events if event.get("method") in told]
+        kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+        return [event for event in self.events if event.get("method") in kinds]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Pictures of methods: what is read from the quantizers is what the papers' formulas give, and every method draws."""
+"""Plots of quantizers: measured curves equal the papers' formulas, and every method can be plotted."""
 
 import math
 from pathlib import Path
@@ -16,28 +16,29 @@ from qbench.errors import ConfigError
 from qbench.methods import dorefa, gupta, hwgq, inq, pact, qcnn, slq, ttq, twn, uniform, xnor
 from qbench.methods import float as unquantized
 from qbench.quant.method import Method
-from qbench.report.quantizer_plots.curves import PICKS, read
-from qbench.report.quantizer_plots.panels import BLUE, ORANGE, SKY, VERMILLION, handles
+from qbench.report.quantizer_plots.measurement import PICKS, measure_quantizers
+from qbench.report.quantizer_plots.panels import BLUE, ORANGE, SKY, VERMILLION, legend_handles
 from qbench.report.quantizer_plots.probe_network import VALUES, normal_values
-from qbench.report.quantizer_plots.readings import DRAWS, Codewords, QuantizerCurves
+from qbench.report.quantizer_plots.transfer_curves import DRAWS, Codewords, QuantizerCurves
 
 NORMAL = NormalDist()
 LARGEST = NORMAL.inv_cdf(1 - 0.5 / VALUES)
-"""Of the weights that are read, in magnitude."""
+"""The largest magnitude of the weights that are measured."""
 SAMPLING = 2e-3
-"""What a threshold may be off by: half the distance of two neighbouring weights, near zero."""
+"""Tolerance of a threshold: half the distance of two neighbouring weights, near zero."""
 
 
 def curves(method: Method) -> list[QuantizerCurves]:
-    readings = read(method)
-    assert all(isinstance(reading, QuantizerCurves) for reading in readings)
-    return readings  # type: ignore[return-value]
+    measured = measure_quantizers(method)
+    found = [one for one in measured if isinstance(one, QuantizerCurves)]
+    assert len(found) == len(measured)
+    return found
 
 
-def at(reading: QuantizerCurves, x: float) -> float:
+def at(measured_curve: QuantizerCurves, x: float) -> float:
     """Return the slope at the pick nearest to x."""
-    assert reading.slope is not None
-    return reading.slope[(reading.forward.x[reading.picks] - x).abs().argmin()].item()
+    assert measured_curve.slope is not None
+    return measured_curve.slope[(measured_curve.forward.x[measured_curve.picks] - x).abs().argmin()].item()
 
 
 def close(found: Tensor, wanted: list[float], tolerance: float) -> None:
@@ -53,15 +54,15 @@ def test_weights_are_the_quantiles_of_a_gaussian_in_random_order() -> None:
 
 def test_dorefa_two_bit_weights() -> None:
     """w_hat = 2 Q2(tanh w / (2 M) + 1/2) - 1 jumps where tanh w / M is -2/3, 0, 2/3, with M = max tanh."""
-    (reading,) = curves(dorefa.build(w=2))
+    (measured_curve,) = curves(dorefa.build(w=2))
     top = math.tanh(LARGEST)
     jump = math.atanh(2 / 3 * top)
-    close(reading.forward.levels, [-1, -1 / 3, 1 / 3, 1], 1e-6)
-    close(reading.forward.heights, [-1, -1 / 3, 1 / 3, 1], 1e-6)
-    close(reading.forward.thresholds, [-jump, 0, jump], SAMPLING)
-    assert torch.equal(reading.forward.y, dorefa.quantize_weight(reading.forward.x, 2))
+    close(measured_curve.forward.levels, [-1, -1 / 3, 1 / 3, 1], 1e-6)
+    close(measured_curve.forward.heights, [-1, -1 / 3, 1 / 3, 1], 1e-6)
+    close(measured_curve.forward.thresholds, [-jump, 0, jump], SAMPLING)
+    assert torch.equal(measured_curve.forward.y, dorefa.quantize_weight(measured_curve.forward.x, 2))
     for x in (-2.0, -0.5, 0.0, 1.0, 2.5):
-        assert at(reading, x) == pytest.approx((1 - math.tanh(x) ** 2) / top, abs=0.01)
+        assert at(measured_curve, x) == pytest.approx((1 - math.tanh(x) ** 2) / top, abs=0.01)
 
 
 def test_hwgq_two_bit_inputs() -> None:
@@ -92,17 +93,17 @@ def test_hwgq_log_tail() -> None:
 
 def test_ternary_weights() -> None:
     """TWN: 0.7 E|w| and E(|w| : |w| > that) of N(0, 1). TTQ: 0.05 max|w|, gradients by zone."""
-    (reading,) = curves(twn.build())
+    (measured_curve,) = curves(twn.build())
     delta = 0.7 * math.sqrt(2 / math.pi)
     alpha = NORMAL.pdf(delta) / (1 - NORMAL.cdf(delta))
-    close(reading.forward.thresholds, [-delta, delta], SAMPLING)
-    close(reading.forward.heights, [-alpha, 0, alpha], 2e-3)
-    (reading,) = curves(ttq.build())
+    close(measured_curve.forward.thresholds, [-delta, delta], SAMPLING)
+    close(measured_curve.forward.heights, [-alpha, 0, alpha], 2e-3)
+    (measured_curve,) = curves(ttq.build())
     delta = 0.05 * LARGEST
     scale = NORMAL.pdf(delta) / (1 - NORMAL.cdf(delta))
-    close(reading.forward.thresholds, [-delta, delta], SAMPLING)
-    assert [at(reading, x) for x in (-1, 0, 1)] == pytest.approx([scale, 1, scale], abs=2e-3)
-    assert reading.notes == (f"starts at positive {scale:.3g}, negative {scale:.3g}",)
+    close(measured_curve.forward.thresholds, [-delta, delta], SAMPLING)
+    assert [at(measured_curve, x) for x in (-1, 0, 1)] == pytest.approx([scale, 1, scale], abs=2e-3)
+    assert measured_curve.notes == (f"starts at positive {scale:.3g}, negative {scale:.3g}",)
 
 
 def test_xnor_gradient_of_weights_ends_at_one() -> None:
@@ -133,7 +134,7 @@ def test_inq_freezes_the_larger_half_first() -> None:
     assert not end.slope.any()
 
 
-def test_slq_absorbs_clusters_until_all_are_frozen() -> None:
+def test_slq_freezes_clusters_until_all_are_frozen() -> None:
     middle, end = curves(slq.build(w=3))
     assert middle.frozen is not None
     share = middle.frozen.float().mean().item()
@@ -143,14 +144,14 @@ def test_slq_absorbs_clusters_until_all_are_frozen() -> None:
     assert 0 in end.forward.levels
 
 
-def test_a_range_that_follows_has_seen_the_inputs() -> None:
+def test_a_tracked_range_has_adapted_to_the_inputs() -> None:
     _, inputs = curves(uniform.build(w=2, a=2))
     largest = inputs.forward.tensor.max().item()
     assert largest > 3
     close(inputs.forward.levels, [0, largest / 3, 2 * largest / 3, largest], 0.02 * largest)
 
 
-def test_pact_is_drawn_as_it_starts() -> None:
+def test_pact_is_shown_at_its_initial_range() -> None:
     _, inputs = curves(pact.build(w=2, a=2))
     close(inputs.forward.thresholds, [10 / 6, 30 / 6, 50 / 6], 1e-5)
     assert inputs.notes == ("starts at alpha 10",)
@@ -189,8 +190,8 @@ def test_dorefa_gradients() -> None:
     assert torch.equal(outputs.forward.x, outputs.forward.y)
 
 
-def test_codes_for_several_weights_are_points_not_a_staircase() -> None:
-    (found,) = read(qcnn.build())
+def test_codewords_of_several_weights_are_points_not_a_staircase() -> None:
+    (found,) = measure_quantizers(qcnn.build())
     assert isinstance(found, Codewords)
     assert found.vectors.shape == found.decoded.shape == (VALUES // 4, 4)
     assert found.points.shape == (16, 4)
@@ -199,26 +200,26 @@ def test_codes_for_several_weights_are_points_not_a_staircase() -> None:
 
 
 def test_float_changes_nothing() -> None:
-    (reading,) = curves(unquantized.build())
-    assert torch.equal(reading.forward.x, reading.forward.y)
-    assert reading.slope is not None
-    assert (reading.slope == 1).all()
+    (measured_curve,) = curves(unquantized.build())
+    assert torch.equal(measured_curve.forward.x, measured_curve.forward.y)
+    assert measured_curve.slope is not None
+    assert (measured_curve.slope == 1).all()
 
 
-def test_one_scale_group_is_shown_and_said() -> None:
+def test_only_one_scale_group_is_shown_and_noted() -> None:
     from qbench.methods import qd
 
-    (reading,) = curves(qd.build(w=2))
-    assert len(reading.forward.x) == 256
-    assert "one group of 256" in reading.notes
-    low, high = (end.item() for end in reading.forward.x.aminmax())
-    close(reading.forward.heights, [low + i * (high - low) / 3 for i in range(4)], 1e-5)
-    assert len(reading.picks) <= PICKS
+    (measured_curve,) = curves(qd.build(w=2))
+    assert len(measured_curve.forward.x) == 256
+    assert "one group of 256" in measured_curve.notes
+    low, high = (end.item() for end in measured_curve.forward.x.aminmax())
+    close(measured_curve.forward.heights, [low + i * (high - low) / 3 for i in range(4)], 1e-5)
+    assert len(measured_curve.picks) <= PICKS
 
 
-def test_reading_leaves_the_random_state_alone() -> None:
+def test_measuring_leaves_the_random_state_as_it_was() -> None:
     before = torch.get_rng_state()
-    read(gupta.build(w=8, a=8, g=8))
+    measure_quantizers(gupta.build(w=8, a=8, g=8))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -241,10 +242,10 @@ def test_widths_of_the_poster(build: object, bits: Bits) -> None:
 def test_every_method_draws(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = {"gupta": ["bits=w8a8g8"], "dorefa": ["bits=w2a2g4"]}.get(name, [])
-    said = draw([name, *words])
+    written = draw([name, *words])
     (file,) = tmp_path.iterdir()
-    assert said == file.name
-    assert said.startswith(f"plot-{name}-w")
+    assert written == file.name
+    assert written.startswith(f"plot-{name}-w")
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
@@ -268,7 +269,7 @@ def test_a_format_by_its_suffix_and_the_same_bytes_again(suffix: str, start: byt
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "phrase"),
     [
         (["hwqg"], "did you mean hwgq?"),
         (["twn", "--out", "twn.bmp"], r"allowed: \.png, \.pdf, \.svg"),
@@ -282,16 +283,17 @@ def test_a_format_by_its_suffix_and_the_same_bytes_again(suffix: str, start: byt
         (["hwgq", "bits.a=9"], "it knows 1-8 or 32"),
     ],
 )
-def test_errors(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(words: list[str], phrase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=said) as raised:
+    with pytest.raises(ConfigError, match=phrase) as raised:
         draw(words)
     assert len(str(raised.value).splitlines()) <= 3
     assert not list(tmp_path.iterdir())
 
 
-def test_marks_are_told_apart_without_colour() -> None:
-    shown = handles([*read(inq.build()), *read(qcnn.build()), *read(dorefa.build(w=2, g=2))])
+def test_marks_differ_without_colour() -> None:
+    measured = [measure_quantizers(method) for method in (inq.build(), qcnn.build(), dorefa.build(w=2, g=2))]
+    handles = legend_handles([curves for one in measured for curves in one])
     kinds = [
         (
             getattr(h, "get_marker", lambda: "area")(),
@@ -299,14 +301,14 @@ def test_marks_are_told_apart_without_colour() -> None:
             h.get_linewidth(),
             h.get_alpha(),
         )
-        for h in shown
+        for h in handles
     ]
     assert len(set(map(str, kinds))) == len(kinds) == 10
     okabe_ito = {"#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
     assert {BLUE, VERMILLION, SKY, ORANGE} <= okabe_ito
 
 
-def test_pictures_of_the_documents_are_there_and_small() -> None:
+def test_pictures_of_the_documents_exist_and_are_small() -> None:
     folder = ROOT / "docs" / "pictures"
     names = {path.stem for path in folder.iterdir()}
     assert {"poster", "hwgq"} <= names <= {*groups.option_names("method"), "poster", "report"}

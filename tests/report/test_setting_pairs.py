@@ -294,11 +294,11 @@ def test_which_error_is_the_larger(tmp_path: Path) -> None:
     assert conclusions(concluded(setting("a", [90.0])))[0].test_sample_ci95_half is None
 
 
-figures = st.lists(st.floats(0, 100, width=32), min_size=3, max_size=3)
+accuracies = st.lists(st.floats(0, 100, width=32), min_size=3, max_size=3)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(figures, min_size=2, max_size=5))
+@given(st.lists(accuracies, min_size=2, max_size=5))
 def test_no_winner_has_an_interval_that_holds_zero(runs: list[list[float]]) -> None:
     table = concluded(*(setting(f"m{i}", top1) for i, top1 in enumerate(runs)))
     assert sum(conclusion.winner for conclusion in conclusions(table)) <= 1
@@ -336,7 +336,7 @@ def test_false_decisions_between_equal_methods() -> None:
 
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_false_decisions_by_seed_and_test_image(seeds: int) -> None:
-    """Two networks of one method: images of unlike difficulty, seeds of unlike luck. With the degrees of
+    """Two networks of one method: images differ in difficulty, seeds in luck. With the degrees of
     freedom that two_way estimates, p-values below 0.01 come too often with two seeds.
     """
     rng = np.random.default_rng(seeds)

@@ -1,4 +1,4 @@
-"""Aggregates the runs of a setting: accuracies by seed, means over seeds, cost, speed, verified levels."""
+"""Aggregates the runs of a setting: means over seeds, cost, speed, verified levels."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[floa
     grouped: dict[int, list[float]] = defaultdict(list)
     for run, value in zip(runs, values, strict=True):
         grouped[run.seed].append(value)
-    return [mean(own) for own in grouped.values()]
+    return [mean(seed_values) for seed_values in grouped.values()]
 
 
 def _mean_speed(results: Sequence[Result]) -> TrainingSpeed | None:
@@ -86,10 +86,10 @@ def _verified_levels(results: Sequence[Result]) -> VerifiedLevels | None:
     for layer in (layer for verified in known for layer in verified.values()):
         for key, count in layer.items():
             counts[key].append(count)
-    found = {
-        key: LevelRange(
-            fewest=min(c.found for c in own), most=max(c.found for c in own), allowed=max(c.allowed for c in own)
-        )
-        for key, own in counts.items()
-    }
+    found = {key: _level_range(slot) for key, slot in counts.items()}
     return VerifiedLevels(layers=min(map(len, known)), found=found)
+
+
+def _level_range(counts: Sequence[LevelCount]) -> LevelRange:
+    found = [count.found for count in counts]
+    return LevelRange(fewest=min(found), most=max(found), allowed=max(count.allowed for count in counts))

@@ -1,4 +1,4 @@
-"""The columns of `qbench compare`: how a setting's values are shown, which belong together, how they sort."""
+"""The columns of `qbench compare`: how values are shown, grouped and sorted."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -66,7 +66,10 @@ def _span(levels: LevelRange) -> str:
 
 
 def _published_key(setting: Setting) -> float | None:
-    """Return the published top-1; a claim that is no top-1 or has no known value sorts last among the claims."""
+    """Return the published top-1.
+
+    A claim that is no top-1 or has no known value sorts last among the claims.
+    """
     if not setting.published:
         return None
     top1 = setting.published[0].top1
@@ -93,9 +96,7 @@ COLUMNS = (
     _column(
         "diff 95 % CI", "accuracy", lambda s: s.difference.ci95_half if s.difference else None, "±{:.2f}", empty=""
     ),
-    Column(
-        PUBLISHED, PUBLISHED, _published_key, lambda s: s.published[0].text if s.published else "", True, ""
-    ),
+    Column(PUBLISHED, PUBLISHED, _published_key, lambda s: s.published[0].text if s.published else "", True, ""),
     _column("gap", PUBLISHED, _published_gap, "{:+.2f}", descending=True, empty=""),
     Column(
         "ran by", PUBLISHED, lambda s: s.published[0].ran_by if s.published else None,

@@ -1,4 +1,4 @@
-"""Comparison of runs: groups runs into settings, settings into tables of one data set, network and protocol."""
+"""Groups runs into settings, and settings into tables of one data set, network and protocol."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +21,13 @@ MISSING_TITLE = "failed or unsupported"
 
 
 def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
-    """Return a table for every data set, network and protocol, and last one of the runs without a result.
+    """Return a table for every data set, network and protocol, and one of the missing results.
 
-    A row is a setting: one method with its options at its widths. Its accuracy is the mean over seeds of test top-1
-    after the last epoch; the difference is to each run's own float baseline. Runs of different protocols are never
-    averaged and never in one table; titles name the keys in which protocols differ. With lr_search=grid only the runs
-    of the learning rate that is best on validation count; test accuracies of the others are not shown.
+    A row is a setting: one method with its options at its widths. Its accuracy is the mean over
+    seeds of test top-1 after the last epoch; the difference is to each run's own float baseline.
+    Runs of different protocols are never averaged and never in one table; titles name the keys in
+    which protocols differ. With lr_search=grid only the runs of the learning rate that is best on
+    validation count; test accuracies of the others are not shown.
 
     Args:
         runs: as `qbench.runs.reader.read` gives them.
@@ -60,8 +61,9 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
 class _Context:
     """What tables share.
 
-    `baselines`: results of float baselines by directory name. `labels`: of methods by `naming.method_identity`.
-    `from_logs`: paths of runs read from logs. `failed`: runs of a learning-rate grid without a result.
+    `baselines`: results of float baselines by directory name. `labels`: of methods by
+    `naming.method_identity`. `from_logs`: paths of runs read from logs. `failed`: runs of a
+    learning-rate grid without a result.
     """
 
     baselines: Mapping[str, Result]
@@ -71,7 +73,7 @@ class _Context:
 
 
 def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
-    """Return the results by block: those with a baseline, and baselines that no other run starts from."""
+    """Return the results by block, with baselines only where no other run starts from them."""
     quantized = [r for r in results if not naming.is_baseline(r)]
     used = {_directory_name(r.baseline.run) for r in quantized if r.baseline}
     unused = [r for r in results if naming.is_baseline(r) and _directory_name(r.run) not in used]
@@ -100,7 +102,7 @@ def _sort_key(value: str) -> tuple[bool, float, str]:
 
 
 def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
-    """Return the table of one block: float baselines first, then settings by label and widths, wider first."""
+    """Return the table of one block: float baselines, then settings by label and widths."""
     settings, notes = list[Setting](), list[str]()
 
     def add(label: str, members: Sequence[Result], learning_rate: SelectedLearningRate | None = None) -> None:
@@ -126,7 +128,7 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
 
 
 def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, list[Result]]]:
-    """Return the float baselines of results, grouped by the keys of the network that methods require."""
+    """Return the float baselines, grouped by the network keys that methods require."""
     grouped: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
         if result.baseline:
@@ -141,7 +143,7 @@ def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple
     for result in results:
         widths = result.bits
         members[labels[id(result)], -widths["w"], -widths["a"], -widths["g"]].append(result)
-    return [(key[0], own) for key, own in sorted(members.items(), key=lambda item: item[0])]
+    return [(key[0], results) for key, results in sorted(members.items(), key=lambda item: item[0])]
 
 
 def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
@@ -165,7 +167,7 @@ def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Ite
 
 
 def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
-    """Return the table of runs that failed, diverged, are unsupported, unfinished, running or corrupt."""
+    """Return the table of failed, diverged, unsupported, unfinished, running and corrupt runs."""
     missing = [run for run in runs if run.status != DONE]
     if not missing:
         return []
@@ -175,15 +177,15 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
         name = f"{unsupported.method} {unsupported.widths}" if unsupported else str(run.path)
         grouped[run.status, name, run.reason].append(run)
     rows, values = list[tuple[str, ...]](), list[MissingRuns]()
-    for (status, name, reason), own in sorted(grouped.items()):
-        count = f", {len(own)} runs" if len(own) > 1 else ""
+    for (status, name, reason), alike in sorted(grouped.items()):
+        count = f", {len(alike)} runs" if len(alike) > 1 else ""
         rows.append((status, name + count, reason.partition("\n")[0]))
-        values.append(MissingRuns(status=status, runs=tuple(str(run.path) for run in own), reason=reason))
+        values.append(MissingRuns(status=status, runs=tuple(str(run.path) for run in alike), reason=reason))
     return [Table(("status", "run", "reason"), rows, values, MISSING_TITLE)]
 
 
 def _recorded_baseline(result: Result) -> Result:
-    """Return what a result records of its float baseline, for baselines that were not read themselves."""
+    """Return what a result records of its float baseline, if that was not read itself."""
     assert result.baseline is not None
     return Result(
         status=DONE,
@@ -201,5 +203,5 @@ def _recorded_baseline(result: Result) -> Result:
 
 
 def _directory_name(run: str) -> str:
-    """Return the name of a run's directory, which ends in a hash and stays when the folder around it is moved."""
+    """Return the name of a run's directory, which stays when the folder around it is moved."""
     return Path(run).name

@@ -20,15 +20,17 @@ def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list
 
 
 def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) -> Iterator[str]:
-    """Yield how many runs were left out, and which of them have another accuracy than the run that was kept."""
+    """Yield how many runs were left out, and which of them have another accuracy."""
     if not duplicates:
         return
     yield f"duplicate runs, left out: {duplicates[0].path}{_more(duplicates)}"
     pairs = [(run, kept[run.result.identity]) for run in duplicates if run.result]
-    unlike = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs if _top1(run) != _top1(other)]
-    if unlike:
-        count = len(unlike)
-        yield f"duplicates with another top-1 ({count}), from other versions or machines: {unlike[0]}{_more(unlike)}"
+    different = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs if _top1(run) != _top1(other)]
+    if different:
+        yield (
+            f"duplicates with another top-1 ({len(different)}), from other versions or machines: "
+            f"{different[0]}{_more(different)}"
+        )
 
 
 def _more(items: Sequence[object]) -> str:

@@ -19,7 +19,7 @@ RunKeys = Mapping[str, str]
 def select_runs(
     runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], by: Sequence[str] = ()
 ) -> tuple[list[RunRecord], list[str]]:
-    """Return the runs that match `where`, with their float baselines, and a note on every value that no run has.
+    """Return the runs that match `where` with their baselines, and notes on values not found.
 
     Differences are measured to the float baselines, so these are kept whatever their own keys say.
 
@@ -59,10 +59,10 @@ def _absent_values(
     run_keys = [keys.get(id(run)) or _keys_of_directory(run) for run in runs]
     notes = []
     for key, values in where.items():
-        present = [own[key] for own in run_keys if key in own]
-        absent = [value for value in values if present and not any(_equals(key, json_, value) for json_ in present)]
+        present = [keys_of_run[key] for keys_of_run in run_keys if key in keys_of_run]
+        absent = [value for value in values if present and not any(_equals(key, stored, value) for stored in present)]
         if absent == values:
-            known = sorted({str(json.loads(json_)) for json_ in present}, key=lambda v: (v.isdecimal() and int(v), v))
+            known = sorted({str(json.loads(stored)) for stored in present}, key=lambda v: (v.isdecimal() and int(v), v))
             hint = "" if values[0].isdecimal() else did_you_mean(values[0], known)
             more = f" and {len(known) - VALUES_LISTED} more" if len(known) > VALUES_LISTED else ""
             listed = ", ".join(known[:VALUES_LISTED]) + more
@@ -76,8 +76,8 @@ def _matching(
 ) -> list[RunRecord]:
     """Return the runs that match and the float baselines of these.
 
-    For a run without a result, method, widths and seed come from its directory name. It stays unless one of these
-    contradicts the filter.
+    For a run without a result, method, widths and seed come from its directory name. It stays
+    unless one of these contradicts the filter.
     """
     kept = [run for run in runs if _matches(keys.get(id(run)) or _keys_of_directory(run), where, run.result is None)]
     baseline_names = {_directory_name(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
@@ -92,7 +92,10 @@ def _directory_name(path: str) -> str:
 
 
 def _keys_of_directory(run: RunRecord) -> dict[str, str]:
-    """Return method, widths and seed from the name of a run directory; nothing if it is named otherwise."""
+    """Return method, widths and seed from the name of a run directory.
+
+    Nothing if it is named otherwise.
+    """
     match = RUN_DIRECTORY.fullmatch(run.path.name)
     if not match:
         return {}
@@ -102,7 +105,10 @@ def _keys_of_directory(run: RunRecord) -> dict[str, str]:
 
 
 def _matches(keys: RunKeys, where: Mapping[str, Sequence[str]], unknown_matches: bool) -> bool:
-    """Whether a run has one of the allowed values for every key; `unknown_matches` says what a missing key means."""
+    """Whether a run has one of the allowed values for every key.
+
+    `unknown_matches` says what a missing key means.
+    """
     for key, allowed in where.items():
         if key not in keys:
             if not unknown_matches:
@@ -113,7 +119,7 @@ def _matches(keys: RunKeys, where: Mapping[str, Sequence[str]], unknown_matches:
 
 
 def _equals(key: str, stored: str, typed: str) -> bool:
-    """Whether a value stored as JSON is what was typed: 0.001 equals 1e-3, and w2a2 matches the widths w2a2g32."""
+    """Whether a value stored as JSON is what was typed: 0.001 is 1e-3, w2a2 fits w2a2g32."""
     value = json.loads(stored)
     if isinstance(value, str):
         return value == typed or (key == "bits" and bool(typed) and set(_widths(typed)) <= set(_widths(value)))

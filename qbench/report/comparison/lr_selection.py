@@ -1,6 +1,4 @@
-"""`lr_search=grid`: selects the learning rate of a method at its widths by validation accuracy, without test
-accuracy.
-"""
+"""`lr_search=grid`: selects the learning rate of a method at its widths by validation accuracy."""
 
 import math
 from collections import defaultdict
@@ -20,8 +18,8 @@ Accuracies = Mapping[float, Mapping[int, float]]
 class SelectedLearningRate:
     """The rate that is best on validation, among those of a grid.
 
-    `validation` holds for each rate of the grid, lowest first, the mean validation top-1 over `seeds`; None for a rate
-    that is no candidate. `rate` is None if nothing could be selected.
+    `validation` holds for each rate of the grid, lowest first, the mean validation top-1 over
+    `seeds`; None for a rate that is no candidate. `rate` is None if nothing could be selected.
     """
 
     rate: float | None
@@ -45,8 +43,8 @@ class Selection(NamedTuple):
 def select_learning_rate(name: str, runs: Sequence[Result], failed: Sequence[Result] = ()) -> Selection:
     """Select the rate with the best mean validation top-1 over the seeds that all candidates have.
 
-    Of equal rates the one nearest the recipe's rate is selected. A rate with any diverged seed is no candidate, nor is
-    one without any accuracy yet.
+    Of equal rates the one nearest the recipe's rate is selected. A rate with any diverged seed is
+    no candidate, nor is one without any accuracy yet.
 
     Args:
         name: of the method at its widths, for notes.

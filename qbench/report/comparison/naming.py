@@ -1,4 +1,4 @@
-"""Names in comparisons: titles of protocols, labels of methods, and the keys by which runs are selected."""
+"""Names in comparisons: titles of protocols, labels of methods, keys to select runs by."""
 
 import json
 from collections import defaultdict
@@ -10,7 +10,7 @@ from qbench.runs.result import Result
 
 
 class Block(NamedTuple):
-    """What runs must share to stand in one table: data set, network and the protocol's hash ("" if not known)."""
+    """What runs in one table share: data set, network, the protocol's hash ("" if not known)."""
 
     dataset: str
     model: str
@@ -18,7 +18,7 @@ class Block(NamedTuple):
 
 
 def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
-    """Return a title for every block: network, data set and, if it has several protocols, the keys that differ."""
+    """Return a title for every block: network, data set, and the protocol keys that differ."""
     protocols = {block: _protocol_keys(runs[0].protocol.keys) for block, runs in blocks.items()}
     same_network: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for block, keys in protocols.items():
@@ -59,18 +59,18 @@ def flat(values: object, prefix: str = "") -> dict[str, str]:
 
 
 def run_keys(run: Result) -> dict[str, str]:
-    """Return what a run can be selected by, key -> JSON: protocol, method with options, widths, network, seed."""
-    own: dict[str, object] = {
+    """Return the keys to select a run by, key -> JSON: protocol, method, options, widths, seed."""
+    keys: dict[str, object] = {
         "method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status,
         "bits": run.widths,
     }  # fmt: skip
-    own |= {f"bits.{key}": width for key, width in run.bits.items()}
+    keys |= {f"bits.{key}": width for key, width in run.bits.items()}
     nested = {"method": run.options, "model": run.network}
-    return flat({"lr_search": "none"} | run.protocol.keys) | flat(nested) | flat(own)
+    return flat({"lr_search": "none"} | run.protocol.keys) | flat(nested) | flat(keys)
 
 
 def labels(results: Iterable[Result]) -> dict[str, str]:
-    """Return a label for each `method_identity`: the method, and of its options those that differ between its runs."""
+    """Return a label for each `method_identity`: the method and the options that differ."""
     by_method: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
     for result in results:
         by_method[result.method].setdefault(method_identity(result), variant(result))
@@ -78,14 +78,14 @@ def labels(results: Iterable[Result]) -> dict[str, str]:
     for method, variants in by_method.items():
         keys = sorted(set().union(*variants.values()))
         differing = [k for k in keys if len({json.dumps(v.get(k)) for v in variants.values()}) > 1]
-        for identity, own in variants.items():
-            typed = [f"{k}={own[k]}" for k in keys if k in own and (k in differing or k.endswith("deviation"))]
+        for identity, used in variants.items():
+            typed = [f"{k}={used[k]}" for k in keys if k in used and (k in differing or k.endswith("deviation"))]
             named[identity] = " ".join([method, *typed])
     return named
 
 
 def method_identity(result: Result) -> str:
-    """Return what all runs of a method with the same options on the same kind of network share, at any widths."""
+    """Return what runs of one method, options and network share, whatever their widths."""
     return result.method + json.dumps(variant(result), sort_keys=True)
 
 
@@ -95,14 +95,17 @@ def setting_key(result: Result) -> tuple[str, ...]:
 
 
 def options(result: Result) -> dict[str, object]:
-    """Return a method's options without a learning rate to be selected; for float networks with their `init`."""
-    own = {key: value for key, value in result.options.items() if key != RATE}
+    """Return a method's options without a learning rate to be selected.
+
+    For float networks with their `init`.
+    """
+    options = {key: value for key, value in result.options.items() if key != RATE}
     init = result.protocol.keys.get("init")
-    return own | ({"init": init} if result.method == "float" and init else {})
+    return options | ({"init": init} if result.method == "float" and init else {})
 
 
 def variant(result: Result) -> dict[str, object]:
-    """Return a method's options, and as `model.KEY` the keys of the network that the run sets itself.
+    """Return a method's options and, as `model.KEY`, the network keys that the run sets.
 
     Runs that differ in either belong to different settings.
     """

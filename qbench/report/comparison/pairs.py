@@ -1,9 +1,8 @@
-"""Pairwise conclusions: which settings differ at the same widths, which are equivalent, and how many seeds would
-decide.
+"""Pairwise conclusions: which settings differ at the same widths, and which are equivalent.
 
-Each pair of settings in a table at the same widths is tested twice: for a difference, and for equivalence within a
-margin. Runs are paired by seed, and by test image where predictions are kept. Each of both tests is adjusted by Holm's
-method for all pairs of one data set, network and protocol.
+Each pair of settings in a table at the same widths is tested twice: for a difference, and for
+equivalence within a margin. Runs are paired by seed, and by test image where predictions are kept.
+Each of both tests is adjusted by Holm's method for all pairs of one data set, network and protocol.
 """
 
 from collections import defaultdict
@@ -29,7 +28,7 @@ from qbench.system import files
 
 
 def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
-    """Return the tables of `compare` with notes on what may be concluded, and a `Conclusion` in every setting.
+    """Return the tables of `compare` with conclusions in their settings and notes.
 
     Raises:
         ValueError: a margin that is not above 0.
@@ -42,38 +41,38 @@ def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
             families[settings[0].dataset, settings[0].model, settings[0].protocol].append(i)
     concluded = dict(enumerate(tables))
     for places in families.values():
-        own = _conclude_family([tables[i] for i in places], margin)
-        concluded |= dict(zip(places, own, strict=True))
+        with_conclusions = _conclude_family([tables[i] for i in places], margin)
+        concluded |= dict(zip(places, with_conclusions, strict=True))
     return [concluded[i] for i in range(len(tables))]
 
 
 def _conclude_family(tables: Sequence[Table], margin: float) -> list[Table]:
-    """Return the tables of one data set, network and protocol, whose pairs are adjusted together, with conclusions."""
+    """Return tables of one protocol with conclusions; their pairs are adjusted together."""
     cache: dict[str, RunAccuracy] = {}
     by_table = [_pairs(settings_of(table), cache) for table in tables]
     adjusted = adjust_p_values([pair for pairs in by_table for pair in pairs], margin)
     family = sum(pair.difference is not None for pair in adjusted)
     remaining, concluded = iter(adjusted), []
     for table, pairs in zip(tables, by_table, strict=True):
-        own = [next(remaining) for _ in pairs]
-        settings = _with_conclusions(settings_of(table), own, margin)
-        notes = [*sample_notes(settings), *pair_notes(own, margin, family)]
+        table_pairs = [next(remaining) for _ in pairs]
+        settings = _with_conclusions(settings_of(table), table_pairs, margin)
+        notes = [*sample_notes(settings), *pair_notes(table_pairs, margin, family)]
         concluded.append(replace(table, values=settings, notes=[*table.notes, *notes]))
     return concluded
 
 
 def _with_conclusions(settings: Sequence[Setting], pairs: Sequence[SettingPair], margin: float) -> list[Setting]:
-    """Return the settings, each with its pairs, whether it is above all others, and the error of the test sample."""
+    """Return the settings with conclusions from their pairs and the number of test images."""
     by_first: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
         by_first[id(pair.first)].append(pair)
     images = next((count for s in settings for run in s.runs[:2] if (count := count_test_images(Path(run.run)))), None)
     concluded = []
     for setting in settings:
-        own = by_first[id(setting)]
+        lower = by_first[id(setting)]
         conclusion = Conclusion(
-            pairs=tuple(pair.conclusion(margin) for pair in own),
-            winner=bool(own) and all(pair.leading and pair.verdict is Verdict.ABOVE for pair in own),
+            pairs=tuple(pair.conclusion(margin) for pair in lower),
+            winner=bool(lower) and all(pair.leading and pair.verdict is Verdict.ABOVE for pair in lower),
             test_images=images,
             test_sample_ci95_half=sample_error(setting.top1.mean, images) if images else None,
         )
@@ -82,7 +81,7 @@ def _with_conclusions(settings: Sequence[Setting], pairs: Sequence[SettingPair],
 
 
 def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[SettingPair]:
-    """Return the pairs with p-values adjusted for their number (Holm), and seeds needed for undecided leading pairs.
+    """Return pairs with adjusted p-values (Holm), undecided leading ones with seeds needed.
 
     Pairs without a difference are not tested and do not count.
     """
@@ -102,7 +101,10 @@ def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[Settin
 
 
 def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[SettingPair]:
-    """Return every pair of settings at the same widths, higher means first; float baselines are left out."""
+    """Return every pair of settings at the same widths, higher means first.
+
+    Float baselines are left out.
+    """
     by_widths: dict[Bits, list[Setting]] = defaultdict(list)
     for setting in settings:
         if not setting.is_baseline:
@@ -116,7 +118,7 @@ def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[S
 
 
 def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> SettingPair:
-    """Return a pair with its difference: paired by seed, else Welch's, else McNemar's p of one common seed."""
+    """Return a pair with its difference: paired by seed, else Welch's, else McNemar's p."""
     groups = [_accuracies(setting, cache) for setting in (first, second)]
     seeds = sorted(set(groups[0]) & set(groups[1]))
     pair = SettingPair(first=first, second=second)
@@ -135,24 +137,30 @@ def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> Set
 
 
 def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> dict[int, Callable[[], RunAccuracy]]:
-    """Return for each seed a function that reads the run's accuracy; with several runs of a seed, their mean."""
+    """Return for each seed a function that reads the run's accuracy.
+
+    With several runs of a seed, their mean.
+    """
     runs: dict[int, list[SeedAccuracy]] = defaultdict(list)
     for run in setting.runs:
         runs[run.seed].append(run)
 
-    def load(own: Sequence[SeedAccuracy]) -> RunAccuracy:
-        if len(own) > 1:
-            return RunAccuracy(mean(run.top1 for run in own))
-        run = own[0]
+    def load(seed_runs: Sequence[SeedAccuracy]) -> RunAccuracy:
+        if len(seed_runs) > 1:
+            return RunAccuracy(mean(run.top1 for run in seed_runs))
+        run = seed_runs[0]
         if run.run not in cache:
             cache[run.run] = load_run_accuracy(run.run, run.top1)
         return cache[run.run]
 
-    return {seed: partial(load, own) for seed, own in runs.items()}
+    return {seed: partial(load, seed_runs) for seed, seed_runs in runs.items()}
 
 
 def count_test_images(run: Path) -> int | None:
-    """Return how many test images a run was evaluated on, from its manifest; None if it does not say."""
+    """Return how many test images a run was evaluated on, from its manifest.
+
+    None if it does not say.
+    """
     data = (files.read_json(run / "manifest.json") or {}).get("data")
     count = data.get("test_images") if isinstance(data, dict) else None
     return count if isinstance(count, int) and count > 0 else None

@@ -1,4 +1,4 @@
-"""Test accuracy of single runs, with the test images that each run got right where its predictions are kept."""
+"""Test accuracy of single runs, with their hits by test image where predictions are kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ class RunAccuracy:
 
     Args:
         labels: (N,) of the test images; None without predictions.
-        hits: (N,) true where an image was right, or of a difference 1, 0 or -1; None without predictions.
+        hits: (N,) true where an image was right, or of a difference 1, 0 or -1; None without
+            predictions.
     """
 
     top1: float
@@ -27,7 +28,7 @@ class RunAccuracy:
 
 
 def load_run_accuracy(run: str, top1: float) -> RunAccuracy:
-    """Return a run's accuracy, with hits from its predictions.npy unless that is damaged or contradicts top-1."""
+    """Return a run's accuracy, with hits unless predictions.npy is damaged or contradicts it."""
     import numpy as np
 
     try:
@@ -59,7 +60,7 @@ def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
 
 
 def paired_difference(first: Sequence[RunAccuracy], second: Sequence[RunAccuracy]) -> Difference:
-    """Return the difference of two groups of runs, paired by seed, and by test image where all have the same ones."""
+    """Return the difference of two groups, paired by seed and, where possible, by test image."""
     import numpy as np
 
     if same_test_images([*first, *second]):

@@ -1,6 +1,4 @@
-"""Conclusions in words: one sentence for each widths, the best setting against the others; and which error is
-larger.
-"""
+"""Conclusions in words: how the best setting of each widths compares, and which error is larger."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +15,9 @@ UNPAIRED = "unpaired, as their seeds differ"
 
 
 def sample_notes(settings: Sequence[Setting]) -> list[str]:
-    """Return a note on the errors of test sample and seeds, and which is larger; none if the sample is not known.
+    """Return a note on the errors of test sample and seeds, and which is larger.
+
+    None if the sample is not known.
 
     All settings have a conclusion. The number of test images is that of the first.
     """
@@ -50,7 +50,7 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list
     for pair in pairs:
         if pair.leading:
             by_widths[id(pair.first)].append(pair)
-    notes = [_sentence(own, margin, family) for own in by_widths.values()]
+    notes = [_sentence(pairs_of_widths, margin, family) for pairs_of_widths in by_widths.values()]
     ways = sorted({_pairing(pair) for pair in pairs if pair.difference is not None})
     if not ways:
         return notes
@@ -87,7 +87,7 @@ def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
 
 
 def _other(pair: SettingPair, margin: float) -> str:
-    """Return the other setting's label with the difference, and how many more seeds would decide an open pair."""
+    """Return the other setting's label with the difference and what an open pair needs."""
     d, label = pair.difference, pair.second.label
     if d is None:
         if pair.p_mcnemar is None:

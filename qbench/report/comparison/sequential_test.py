@@ -1,9 +1,10 @@
-"""Group-sequential test of two settings: more seeds until they differ or are equivalent within a margin.
+"""Group-sequential test of two settings: more seeds until a difference or equivalence shows.
 
-Testing again after every few seeds at 5 % finds differences where there are none. Here each of K looks tests at the
-level 0.05 / K (Bonferroni over looks). This keeps the rate of false decisions below 5 %, whatever the dependence
-between looks. A difference of zero and one of at least the margin exclude each other, so the test of difference and
-the test of equivalence may both use the whole level.
+Testing again after every few seeds at 5 % finds differences where there are none. Here each of K
+looks tests at the level 0.05 / K (Bonferroni over looks). This keeps the rate of false decisions
+below 5 %, whatever the dependence between looks. A difference of zero and one of at least the
+margin exclude each other, so the test of difference and the test of equivalence may both use the
+whole level.
 """
 
 import copy
@@ -22,7 +23,7 @@ from qbench.report.statistics.power import SEEDS_LIMIT, seeds_to_decide
 from qbench.runs.reader import DONE, RunRecord
 
 FIRST_LOOK, GROWTH, MAX_SEEDS = 3, 1.5, 20
-"""Seeds at the first look, the factor from look to look, and the default number of seeds at the last look."""
+"""Seeds at the first look, growth from look to look, default number at the last look."""
 NAMED_KEYS = 3
 """Keys that the name of a setting spells out; the others are counted."""
 
@@ -32,7 +33,7 @@ SeedAccuracies = tuple[Sequence[RunAccuracy], Sequence[RunAccuracy]]
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialTest:
-    """Two settings, given as their runs with seed 0, the margin of equivalence in points, and the last look's seeds.
+    """Two settings as their runs with seed 0, the margin in points, and the last look's seeds.
 
     `launcher` runs what is not stored yet: "" one run at a time, "joblib" several.
     """
@@ -46,7 +47,7 @@ class SequentialTest:
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialResult:
-    """The outcome of the last look: verdict, first minus second in points, both means, the level of each look."""
+    """The last look: verdict, first minus second in points, both means, the level of a look."""
 
     verdict: Verdict
     difference: Difference
@@ -64,7 +65,7 @@ class MissingRunError(Exception):
 
 
 def look_schedule(max_seeds: int) -> list[int]:
-    """Return the number of seeds at each look: 3, then half as many again each time, `max_seeds` the last."""
+    """Return the seeds at each look: 3, then half as many again, `max_seeds` the last."""
     schedule = [FIRST_LOOK]
     while schedule[-1] < max_seeds:
         schedule.append(min(math.ceil(GROWTH * schedule[-1]), max_seeds))
@@ -111,7 +112,9 @@ def run_sequential_test(
     run: Callable[[list[Config]], list[RunRecord]],
     report: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Return the verdict in words; `run` trains what is not stored yet and returns a record for every run.
+    """Return the verdict in words.
+
+    `run` trains what is not stored yet and returns a record for every run.
 
     Raises:
         MissingRunError: a run has no accuracy.
@@ -141,8 +144,8 @@ def _top1(record: RunRecord) -> float:
 def describe(test: SequentialTest, result: SequentialResult) -> str:
     """Return the verdict with its numbers in two sentences.
 
-    The interval has the level of the test that decided: 1 - level for a difference, 1 - 2 level for equivalence,
-    which two one-sided tests at `level` correspond to.
+    The interval has the level of the test that decided: 1 - level for a difference, 1 - 2 level for
+    equivalence, which two one-sided tests at `level` correspond to.
     """
     d, margin = result.difference, test.margin
     first, second = names(test)
@@ -177,7 +180,7 @@ def _advice(test: SequentialTest, result: SequentialResult) -> str:
 
 
 def names(test: SequentialTest) -> tuple[str, str]:
-    """Return names of the two settings: method and widths, and the keys in which protocols and networks differ.
+    """Return names of the settings: method, widths, and keys in which their protocols differ.
 
     Where method and widths are the same, all keys that differ are candidates.
     """
@@ -186,7 +189,7 @@ def names(test: SequentialTest) -> tuple[str, str]:
     keys = [flat(run_identity(config).keys if short[0] == short[1] else _shared_keys(config)) for config in configs]
     differing = [key for key in sorted(set().union(*keys)) if keys[0].get(key) != keys[1].get(key)]
     more = f" and {len(differing) - NAMED_KEYS} more keys" if len(differing) > NAMED_KEYS else ""
-    typed = [" ".join(f"{key}={own.get(key, '?')}" for key in differing[:NAMED_KEYS]) + more for own in keys]
+    typed = [" ".join(f"{key}={values.get(key, '?')}" for key in differing[:NAMED_KEYS]) + more for values in keys]
     return f"{short[0]} {typed[0]}".rstrip(), f"{short[1]} {typed[1]}".rstrip()
 
 

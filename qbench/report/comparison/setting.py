@@ -1,7 +1,7 @@
-"""A setting: one method at its bit widths under one protocol, over its seeds. One line of a comparison.
+"""A setting: one method at its widths under one protocol, over its seeds.
 
-All values are frozen. What later steps add (conclusions, published results, groups of equal bytes) goes into a copy,
-by `dataclasses.replace`.
+All values are frozen. What later steps add (conclusions, published results, groups of equal bytes)
+goes into a copy, by `dataclasses.replace`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,10 @@ from qbench.runs.result import TrainingSpeed
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over n seeds, with standard deviation and half the 95 % confidence interval; None with one seed."""
+    """A mean over n seeds, with standard deviation and half the 95 % confidence interval.
+
+    None with one seed.
+    """
 
     mean: float
     std: float | None = None
@@ -36,9 +39,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedAccuracy:
-    """One run of a setting: seed, directory, test top-1 in percent, and the same of its float baseline, if it has
-    one.
-    """
+    """One run of a setting: test top-1 in percent, directory, and both of its float baseline."""
 
     seed: int
     run: str
@@ -49,7 +50,7 @@ class SeedAccuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class LevelRange:
-    """Levels found in a layer's quantized tensor: fewest and most over layers and runs, and the most allowed."""
+    """Levels found per layer: fewest and most over layers and runs, and the most allowed."""
 
     fewest: int
     most: int
@@ -101,9 +102,9 @@ class PublishedMatch:
 class Conclusion:
     """What follows for a setting from the comparison with others at the same widths.
 
-    `pairs` are those with the settings of lower mean. `winner`: it is significantly above all of them, and no other
-    has a higher mean. `test_sample_ci95_half` is half the 95 % interval that the test sample alone leaves, in points;
-    None where the number of test images is not known.
+    `pairs` are those with the settings of lower mean. `winner`: it is significantly above all of
+    them, and no other has a higher mean. `test_sample_ci95_half` is half the 95 % interval that the
+    test sample alone leaves, in points; None where the number of test images is not known.
     """
 
     pairs: tuple[PairConclusion, ...] = ()
@@ -118,18 +119,24 @@ class Setting:
 
     Args:
         label: the method with the options that differ from other runs of it, as typed.
-        method, options, bits, network: the method's name, options and widths, and keys of the network that it sets.
-        dataset, model, model_keys: the data set, the network and the network's keys in the protocol.
+        method, options, bits, network: the method's name, options and widths, and keys of the
+            network that it sets.
+        dataset, model, model_keys: the data set, the network and the network's keys in the
+            protocol.
         protocol: first 8 digits of the protocol's hash.
         is_baseline: a float network from scratch, from which other runs start.
         source: the files that were read, result.json or the logs.
         runs: one entry a run, by seed.
-        top1: test top-1 in percent after the last epoch, over seeds; runs of one seed are averaged first.
-        difference: top-1 minus that of the run's float baseline, in points; None if a run has no baseline.
+        top1: test top-1 in percent after the last epoch, over seeds; runs of one seed are averaged
+            first.
+        difference: top-1 minus that of the run's float baseline, in points; None if a run has no
+            baseline.
         levels: levels that a quantized weight can take.
-        cost, speed, verified: of the network; None if no run has it. Speed is the mean, peak memory the maximum.
+        cost, speed, verified: of the network; None if no run has it. Speed is the mean, peak memory
+            the maximum.
         learning_rate: of lr_search=grid, how the rate was selected.
-        conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and `columns.group_by_bytes`.
+        conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and
+            `columns.group_by_bytes`.
     """
 
     label: str
@@ -182,11 +189,15 @@ class Setting:
 
         - top1_mean, top1_std, top1_ci95_half: percent; n: number of seeds.
         - diff_mean, diff_ci95_half: top-1 minus the float baseline's, in points.
-        - seeds, runs, top1: one entry a run; baseline_top1: likewise, null if a run has none; baselines: directories.
-        - bytes, bytes_packed, params, macs, bitops, bits_per_weight: cost of the network; bytes is the ideal size.
+        - seeds, runs, top1: one entry a run; baseline_top1: likewise, null if a run has none;
+          baselines: directories.
+        - bytes, bytes_packed, params, macs, bitops, bits_per_weight: cost of the network; bytes is
+          the ideal size.
         - images_per_second, seconds_per_epoch, peak_bytes: training speed and memory.
-        - verified_layers; levels_found: for w, a, g the fewest and most levels found, and the most allowed.
-        - lr_search: optim.lr, seeds, grid (each rate with its mean validation top-1); only with lr_search=grid.
+        - verified_layers; levels_found: for w, a, g the fewest and most levels found, and the most
+          allowed.
+        - lr_search: optim.lr, seeds, grid (each rate with its mean validation top-1); only with
+          lr_search=grid.
         - pairs, winner, test_images, test_sample_ci95_half: see `Conclusion` and `PairConclusion`.
         - published: see `PublishedMatch`; only with --published.
         - bytes_group: only with --sort equal-bytes.

@@ -14,13 +14,16 @@ class SettingPair:
     """Two settings at the same widths, the one of the higher mean first.
 
     Args:
-        difference: first minus second in points, over the seeds that both have, so it may be below 0. None if fewer
-            than two seeds can be compared.
+        difference: first minus second in points, over the seeds that both have, so it may be below
+            0. None if fewer than two seeds can be compared.
         paired_by: how runs are paired, see `PairConclusion`.
-        p_mcnemar: with one common seed and predictions on the same images, McNemar's p-value of the two networks.
-        p_holm, p_equivalent_holm: p-values for no difference and for a difference of the margin or more, adjusted.
+        p_mcnemar: with one common seed and predictions on the same images, McNemar's p-value of the
+            two networks.
+        p_holm, p_equivalent_holm: p-values for no difference and for a difference of the margin or
+            more, adjusted.
         leading: the first setting has the highest mean at these widths.
-        more_seeds: for undecided leading pairs, about how many more seeds would decide; None: no number up to 1000.
+        more_seeds: for undecided leading pairs, about how many more seeds would decide; None: no
+            number up to 1000.
     """
 
     first: Setting

@@ -1,4 +1,4 @@
-"""Tables of settings: a row a setting, with chosen columns, sorted by one of them or grouped by equal bytes."""
+"""Tables of settings: columns, sorting, and groups of equal bytes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,10 @@ class MissingRuns:
 
 
 def settings_of(table: Table) -> list[Setting]:
-    """Return the settings of a table, in the order of its rows; none if it is a table of something else."""
+    """Return the settings of a table, in the order of its rows.
+
+    None if it is a table of something else.
+    """
     return [value for value in table.values if isinstance(value, Setting)]
 
 
@@ -41,9 +44,10 @@ def with_columns(table: Table, columns: Sequence[Column]) -> Table:
 
 
 def sorted_by(table: Table, name: str) -> Table:
-    """Return a table with its settings sorted by a column, or by accuracy within groups of equal bytes.
+    """Return a table sorted by a column, or by accuracy within groups of equal bytes.
 
-    The best stand first, those without a value last. The rows' cells are not updated, see `with_columns`.
+    The best come first, those without a value last. The rows' cells are not updated, see
+    `with_columns`.
 
     Raises:
         ConfigError: no such column.
@@ -79,7 +83,10 @@ def find_column(name: str) -> Column:
 
 
 def group_by_bytes(settings: Iterable[Setting]) -> list[Setting]:
-    """Return settings with numbered groups of about equal bytes, the smallest first; without cost there is no group."""
+    """Return settings with numbered groups of about equal bytes, the smallest first.
+
+    Without cost there is no group.
+    """
     group, smallest = 0, 0.0
     grouped = []
     for setting in sorted(settings, key=lambda s: s.cost.bytes_ideal if s.cost else 0.0):

@@ -10,9 +10,9 @@ MARGIN = 0.5
 class Verdict(StrEnum):
     """What may be said of the first of two settings.
 
-    ABOVE and BELOW: the means differ significantly. EQUIVALENT: they differ by less than the margin (two one-sided
-    tests). IDENTICAL: every seed and test image has the same result. UNDECIDED: neither a difference nor equivalence
-    is significant. NO_SPREAD: too few seeds for a test.
+    ABOVE and BELOW: the means differ significantly. EQUIVALENT: they differ by less than the margin
+    (two one-sided tests). IDENTICAL: every seed and test image has the same result. UNDECIDED:
+    neither a difference nor equivalence is significant. NO_SPREAD: too few seeds for a test.
     """
 
     ABOVE = "above"
@@ -34,12 +34,15 @@ class PairConclusion:
         same_baselines: whether both start from the same float baselines.
         difference: points of top-1, this setting minus the other, over the seeds compared.
         ci95: its 95 % confidence interval, None without spread.
-        p, p_holm: p-value for "there is no difference", and adjusted for all pairs of the comparison.
+        p, p_holm: p-value for "there is no difference", and adjusted for all pairs of the
+            comparison.
         p_equivalent, p_equivalent_holm: the same for "they differ by the margin or more".
-        p_mcnemar: with one common seed, the p-value of the two networks' predictions, see `mcnemar`.
+        p_mcnemar: with one common seed, the p-value of the two networks' predictions, see
+            `mcnemar`.
         margin: of equivalence, in points.
         verdict: what follows.
-        more_seeds: about how many more seeds would decide; None if decided, or if no number up to 1000 would.
+        more_seeds: about how many more seeds would decide; None if decided, or if no number up to
+            1000 would.
     """
 
     other: str

@@ -13,7 +13,10 @@ RIGHT, TOP = 8, 6
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnLine:
-    """A line's points and those of the band from its lowest to its highest seed; `kind` is its CSS class."""
+    """A line's points and those of the band from its lowest to its highest seed.
+
+    `kind` is its CSS class.
+    """
 
     kind: str
     points: str
@@ -22,7 +25,7 @@ class DrawnLine:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveDrawing:
-    """Curves, the border between float and quantized training (None without float epochs), and the axes' numbers."""
+    """Curves, the border between float and quantized training (or None), the axes' numbers."""
 
     lines: list[DrawnLine]
     summary: str

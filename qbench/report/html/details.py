@@ -1,4 +1,4 @@
-"""Details of one setting on the page: its runs, layers, options, configuration, and how it compares with others."""
+"""Details of one setting on the page: runs, layers, options, configuration, comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class RunLine(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A key as typed, and what is to be said of it."""
+    """A key as typed, and a remark on it."""
 
     text: str
     remark: str
@@ -65,7 +65,7 @@ class LayerTable:
 
 @dataclass(frozen=True, kw_only=True)
 class SettingDetails:
-    """What the page shows of one setting. `cards` are (anchor, name) of its methods' choices and deviations."""
+    """What the page shows of one setting; `cards` are (anchor, name) of its method cards."""
 
     id: str
     title: str
@@ -97,8 +97,8 @@ def setting_details(
         results: by directory of the run.
         cards: method cards by anchor, each with its `name`.
     """
-    own = [results[run.run] for run in setting.runs if run.run in results]
-    methods = {name for result in own for name in result.card}
+    own_results = [results[run.run] for run in setting.runs if run.run in results]
+    methods = {name for result in own_results for name in result.card}
     return SettingDetails(
         id=anchor,
         title=setting.label if setting.is_float else f"{setting.label} {setting.short_widths}",
@@ -108,16 +108,19 @@ def setting_details(
         runs=[_run_line(run, results.get(run.run)) for run in setting.runs],
         folders=list(dict.fromkeys(str(Path(run.run).parent) for run in setting.runs)),
         curve=draw_curve({k: line for k, line in lines.items() if k in (FLOAT_STAGE, setting.short_widths)}),
-        layers=_layer_table(own),
-        options=_options(own[:1]),
+        layers=_layer_table(own_results),
+        options=_options(own_results[:1]),
         config=_first_config(run.run for run in setting.runs),
         cards=[(key, card["name"]) for key, card in cards.items() if card["name"] in methods],
-        notes=list(dict.fromkeys(note for result in own for note in (result.reason, *result.notes) if note)),
+        notes=list(dict.fromkeys(note for result in own_results for note in (result.reason, *result.notes) if note)),
     )
 
 
 def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
-    """Return a run's line; of a baseline that was not read itself, only what other runs record of it."""
+    """Return a run's line.
+
+    Of a baseline that was not read itself, only what other runs record of it.
+    """
     val = best = seconds = "-"
     if result and result.final and result.final.val:
         val = f"{result.final.val.top1:.2f}"
@@ -152,7 +155,7 @@ def _first_config(runs: Iterable[str]) -> str:
 
 
 def _layer_table(results: Sequence[Result]) -> LayerTable:
-    """Return what is known of each verified layer: levels, the last SQNR, and what its quantizers report."""
+    """Return each verified layer's levels, last SQNR, and the parameters of its quantizers."""
     verified = [result.verified for result in results if result.verified]
     metrics = [observed(Path(result.run)) for result in results]
     names = list(dict.fromkeys(name for layers in verified for name in layers))
@@ -172,7 +175,7 @@ def _span(counts: Sequence[LevelCount]) -> str:
     if not counts:
         return ""
     ends = [sorted(c.found for c in counts), sorted(c.allowed for c in counts)]
-    return " of ".join("-".join(map(str, dict.fromkeys((own[0], own[-1])))) for own in ends)
+    return " of ".join("-".join(map(str, dict.fromkeys((counts[0], counts[-1])))) for counts in ends)
 
 
 def _parameters(results: Sequence[Result], layer: str) -> str:

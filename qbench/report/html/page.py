@@ -1,7 +1,8 @@
-"""One self-contained HTML page of a comparison: tables, plots, and each setting's runs, curves, layers and notes.
+"""One self-contained HTML page of a comparison: tables, plots, details of each setting.
 
-Nothing is loaded from elsewhere: style, script and plots are in the file, and its content security policy forbids all
-else. Whatever results contain is text: Jinja escapes it, and a script that got through would not be run.
+Nothing is loaded from elsewhere: style, script and plots are in the file, and its content security
+policy forbids all else. Whatever results contain is text: Jinja escapes it, and a script that got
+through would not be run.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ Cards = dict[str, dict[str, str]]
 
 
 class Head(NamedTuple):
-    """A column's head: whether the column holds numbers, and whether the largest come first when sorted."""
+    """A column's head: whether it holds numbers, and whether sorting begins with the largest."""
 
     title: str
     numbers: bool
@@ -56,7 +57,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row: `anchor` of its setting's details ("" if it has none), the place of the cell that names it, its cells."""
+    """A row's cells, the place of the one that names it, and its details' `anchor` or ""."""
 
     anchor: str
     name_place: int
@@ -194,7 +195,7 @@ def _plots(table: Table, runs: Sequence[RunRecord]) -> list[Plot]:
 
 
 def _inline_svg(svg: bytes, label: str) -> "Markup":
-    """Return matplotlib's SVG as part of a page: without header, global style, and names that would occur twice."""
+    """Return matplotlib's SVG for a page, without header, global style and repeated names."""
     from markupsafe import Markup, escape
 
     text = svg.decode()
@@ -207,7 +208,10 @@ def _inline_svg(svg: bytes, label: str) -> "Markup":
 
 
 def _method_cards(results: Iterable[Result]) -> Cards:
-    """Return every method's choices and deviations once; texts written by different versions are kept apart."""
+    """Return every method's choices and deviations once.
+
+    Texts written by different versions are kept apart.
+    """
     cards: dict[tuple[str, str], dict[str, str]] = {}
     for result in results:
         for name, card in result.card.items():

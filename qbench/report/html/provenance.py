@@ -13,7 +13,7 @@ from qbench.system import files
 
 
 class PageProvenance(NamedTuple):
-    """The command, qbench's version, environments with their numbers of runs, when the newest run was stored."""
+    """Command, version, environments with their numbers of runs, time of the newest run."""
 
     command: str
     version: str

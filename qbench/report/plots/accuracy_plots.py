@@ -21,7 +21,8 @@ COSTS: dict[str, tuple[str, str, Callable[[Setting], float]]] = {
 def bits(figure: Figure, data: PlotData) -> None:
     """Draw accuracy over bits, one line for each method and what else it quantizes.
 
-    Settings with float weights have a panel of their own, over the bits of activations or gradients.
+    Settings with float weights have a panel of their own, over the bits of activations or
+    gradients.
     """
     series = bit_series(data.quantized)
     places = {
@@ -52,15 +53,16 @@ def bits(figure: Figure, data: PlotData) -> None:
 
 
 def bit_series(settings: Sequence[Setting]) -> dict[str, dict[SeriesKey, list[Setting]]]:
-    """Return the settings of each line, by axis (w, a or g) and then by method and what else it quantizes.
+    """Return the settings of each line, by axis (w, a, g), method and what else it quantizes.
 
-    What else is "A=W" if a method has activations as wide as weights at several widths, otherwise such as "A2 G6".
+    What else is "A=W" if a method has activations as wide as weights at several widths, otherwise
+    such as "A2 G6".
     """
     lines: dict[str, dict[SeriesKey, list[Setting]]] = {}
     for label in dict.fromkeys(s.label for s in settings):
-        own = sorted((s for s in settings if s.label == label), key=lambda s: s.bits)
-        equal_widths = [s for s in own if s.bits.a == s.bits.w < FLOAT]
-        for setting in own:
+        members = sorted((s for s in settings if s.label == label), key=lambda s: s.bits)
+        equal_widths = [s for s in members if s.bits.a == s.bits.w < FLOAT]
+        for setting in members:
             w, a, g = setting.bits
             axis = "w" if w < FLOAT else "a" if a < FLOAT else "g"
             other = ["A=W" if a == w and len(equal_widths) > 1 else f"A{a}"] if axis == "w" and a < FLOAT else []
@@ -75,7 +77,10 @@ def series_label(label: str, other: str) -> str:
 
 
 def _float_lines(panel: Axes, floats: Sequence[Setting]) -> dict[str, Artist]:
-    """Draw float networks as horizontal lines, their intervals as bands; return the legend's handles."""
+    """Draw float networks as horizontal lines, their intervals as bands.
+
+    Return the legend's handles.
+    """
     handles = {}
     for setting, dash in zip(floats, DASHES, strict=False):
         top1, half = setting.top1.mean, setting.top1.ci95_half
@@ -94,8 +99,8 @@ def pareto(figure: Figure, data: PlotData) -> None:
     for panel, (key, (label, unit, cost)) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
         settings = [s for s in everything if cost(s)]
         for name, style in styles.items():
-            if own := [s for s in settings if s.label == name]:
-                handles[name] = styling.points(panel, [cost(s) for s in own], own, style._replace(dash=""))
+            if members := [s for s in settings if s.label == name]:
+                handles[name] = styling.points(panel, [cost(s) for s in members], members, style._replace(dash=""))
         _draw_front(panel, settings, cost)
         styling.log_axis(panel, unit)
         y_label = styling.accuracy_axis(panel, everything, room=0.3)
@@ -118,7 +123,8 @@ def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Settin
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the places of the points (cost, accuracy) on the Pareto front, cheapest first.
 
-    No other point has at most the same cost and a higher accuracy, or a lower cost and at least the same accuracy.
+    No other point has at most the same cost and a higher accuracy, or a lower cost and at least the
+    same accuracy.
     """
     best: list[int] = []
     for i in sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1])):

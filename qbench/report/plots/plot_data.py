@@ -34,7 +34,10 @@ class PlotData:
 
 
 def read_plot_data(tables: Sequence[Table], runs: Sequence[RunRecord], *, curves: bool, layers: bool) -> list[PlotData]:
-    """Return the data of every table with quantized settings; metrics.jsonl is read only for curves or layers."""
+    """Return the data of every table with quantized settings.
+
+    Metrics.jsonl is read only for curves or layers.
+    """
     results = {str(run.path): run.result for run in runs if run.result}
     labels = sorted({s.label for table in tables for s in settings_of(table) if not s.is_float})
     styles = {

@@ -1,8 +1,9 @@
 """Plots of a comparison: accuracy over bits, size and BitOps, learning curves, errors by layer.
 
-Methods differ in colour (Okabe and Ito), marker and dash, widths in colour and dash; float is black. Bars are
-Student's 95 % confidence intervals over seeds, none with one seed. Bands of curves go from the lowest seed to the
-highest. Where accuracies are far apart, the axis is logarithmic in the error, so that good settings stay distinct.
+Methods differ in colour (Okabe and Ito), marker and dash, widths in colour and dash; float is
+black. Bars are Student's 95 % confidence intervals over seeds, none with one seed. Bands of curves
+go from the lowest seed to the highest. Where accuracies are far apart, the axis is logarithmic in
+the error, so that good settings stay distinct.
 """
 
 import os
@@ -26,8 +27,7 @@ TITLES = {
     "bits": "Accuracy over bit width; bars: 95 % confidence intervals over seeds",
     "pareto": "Accuracy over cost; bars: 95 % confidence intervals over seeds; rings: Pareto front",
     "curves": "Learning curves: float training left of the line, quantized training right; bands: range over seeds",
-    "layers": "Layer outputs: SQNR to the float output with the same latent weights, best scale; "
-    "bands: range over seeds",
+    "layers": "Layer outputs: SQNR to the float output of the same latent weights, best scale; bands: range over seeds",
 }
 KINDS: dict[str, Callable[[Figure, PlotData], None]] = {
     "bits": bits, "pareto": pareto, "curves": curves, "layers": layers,
@@ -39,7 +39,8 @@ NEEDED = {"layers": "runs with metrics of their layers"}
 def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None:
     """Plot a comparison into a PNG, PDF or SVG file.
 
-    A file named bits, pareto, curves or layers holds that plot alone, under any other name all of them.
+    A file named bits, pareto, curves or layers holds that plot alone, under any other name all of
+    them.
 
     Raises:
         ConfigError: another suffix, or nothing to plot.
@@ -59,7 +60,10 @@ def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
 def comparison_figure(
     tables: Sequence[Table], runs: Sequence[RunRecord], kinds: Iterable[str], *, titled: bool = True
 ) -> Figure | None:
-    """Return a matplotlib figure with a row of panels for every table and kind; None if there is nothing to plot."""
+    """Return a matplotlib figure with a row of panels for every table and kind.
+
+    None if there is nothing to plot.
+    """
     os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails if this names a backend that is not installed
     from matplotlib import rc_context
     from matplotlib.figure import Figure as MatplotlibFigure

@@ -30,7 +30,7 @@ INK, GREY = "#010203", "#7f7f7f"
 WIDTH, ACROSS, DPI, LINE = 10.0, 4, 150, 0.17
 """Width in inches, small panels in a row, dots an inch, inches of a line of text."""
 FAR, GOOD = 15.0, 75.0
-"""Range of accuracies, in points, from which on the axis is logarithmic in the error, if the best is at least GOOD."""
+"""Points of top-1 from which on the axis is logarithmic in the error, if the best is GOOD."""
 TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 100)
 FRONT = "front"
 """Marks the names of points on a Pareto front, for `thin_out`."""
@@ -59,8 +59,8 @@ def points(
 def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) -> str:
     """Scale the axis of accuracy and return its label.
 
-    All means are visible. Intervals count up to 30 % of the range of the means: a longer one would hide these.
-    `room` is the free part above.
+    All means are visible. Intervals count up to 30 % of the range of the means: a longer one would
+    hide these. `room` is the free part above.
     """
     means = [s.top1.mean for s in settings]
     longest = 0.3 * (max(means) - min(means)) or 1.0
@@ -125,7 +125,7 @@ def legend_rows(labels: set[str]) -> int:
 
 
 def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """Draw one legend under the panels. matplotlib hides labels that begin with `_`: these get a space in front."""
+    """Draw one legend under the panels, with a space before labels that matplotlib would hide."""
     labelled = {(f" {label}" if label.startswith("_") else label): handle for label, handle in handles.items()}
     place = {"loc": "outside lower center", "ncols": _legend_columns(labelled), "frameon": False}
     figure.legend(list(labelled.values()), list(labelled), fontsize=7.5, labelcolor=INK, handlelength=2.6, **place)

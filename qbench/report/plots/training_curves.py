@@ -1,4 +1,4 @@
-"""Curves of a table's runs, read from metrics.jsonl: learning curves by epoch, and errors of outputs by layer."""
+"""Curves from metrics.jsonl: learning curves by epoch, errors of outputs by layer."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,10 +31,10 @@ Curves = dict[str, dict[str, SeedCurve]]
 
 
 def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | None]) -> tuple[Curves, str]:
-    """Return learning curves of settings, with those of their float baselines as "float", and the measure shown.
+    """Return learning curves of settings and their float baselines, and the measure shown.
 
-    The measure is validation top-1, or training top-1 if no run has a validation split. Epochs of quantized training
-    count from 1, those of float training end with 0.
+    The measure is validation top-1, or training top-1 if no run has a validation split. Epochs of
+    quantized training count from 1, those of float training end with 0.
 
     Args:
         results: by directory of the run.
@@ -57,17 +57,17 @@ def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | 
 
     lines: Curves = {}
     for label in dict.fromkeys(s.label for s in settings):
-        own = [s for s in settings if s.label == label]
-        starts = {path for s in own for run in s.runs if (path := baselines.get(run.run))}
+        members = [s for s in settings if s.label == label]
+        starts = {path for s in members for run in s.runs if (path := baselines.get(run.run))}
         drawn = {FLOAT_STAGE: line_over_seeds([curve(path, float_stage=True) for path in starts])}
-        drawn |= {s.short_widths: line_over_seeds([curve(Path(run.run)) for run in s.runs]) for s in own}
+        drawn |= {s.short_widths: line_over_seeds([curve(Path(run.run)) for run in s.runs]) for s in members}
         if present := {widths: line for widths, line in drawn.items() if line}:
             lines[label] = present
     return lines, measure
 
 
 def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
-    """Return the last `fitted_sqnr` of each layer, by the layer's place, and the layers' names in order."""
+    """Return the last `fitted_sqnr` of each layer by its place, and the layers' names."""
     sqnr = {
         run.run: {name: fitted_sqnr(metrics) for name, metrics in observed(Path(run.run)).items()}
         for s in settings
@@ -85,9 +85,10 @@ def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
 def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
     """Return a layer's SQNR in dB at the scale that fits best, at most `PLOT_MAX_SQNR`.
 
-    None if the cosine of its output with the float output was not recorded. Normalization undoes the scale, and some
-    methods' weights have another scale than the latent weights: DoReFa's output may have a large error and still point
-    in the right direction. Of a signal, 1 - cosine^2 is error at the best scale.
+    None if the cosine of its output with the float output was not recorded. Normalization undoes
+    the scale, and some methods' weights have another scale than the latent weights: DoReFa's output
+    may have a large error and still point in the right direction. Of a signal, 1 - cosine^2 is
+    error at the best scale.
     """
     cosine = metrics.get("cosine")
     if not isinstance(cosine, int | float):
@@ -97,7 +98,10 @@ def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
 
 
 def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
-    """Return the line over seeds, at each place over the seeds that have it; None if no seed has any."""
+    """Return the line over seeds, at each place over the seeds that have it.
+
+    None if no seed has any.
+    """
     places = sorted(set().union(*seeds))
     at = [[seed[x] for seed in seeds if x in seed] for x in places]
     return SeedCurve(places, [mean(v) for v in at], [min(v) for v in at], [max(v) for v in at]) if places else None

@@ -1,8 +1,8 @@
-"""A small network for a method to be looked at in: one quantized layer, its weights and inputs close to N(0, 1)."""
+"""A small network to measure a method in: one layer, weights and inputs close to N(0, 1)."""
 
 import copy
 from collections import OrderedDict
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from qbench.quant.quantizer import Quantizer
 VALUES = 4096
 IMAGES, FEATURES, CLASSES = 64, 64, 3
 EPOCHS = 20
-"""Epochs that incremental methods get to finish in, without training in between."""
+"""Epochs in which incremental methods freeze all weights, without training in between."""
 
 
 class ProbeNetwork(nn.Sequential):
-    """Three 1x1 convolutions; the middle one, behind normalization and activation, is the one that is quantized."""
+    """Three 1x1 convolutions. The middle one, behind normalization and activation, is quantized."""
 
     def __init__(self, rows: int, columns: int, norm: str) -> None:
         bn = nn.Identity() if norm == "none" else nn.BatchNorm2d(columns, affine=norm == "affine", momentum=1)
@@ -34,53 +34,62 @@ class ProbeNetwork(nn.Sequential):
         super().__init__(OrderedDict(before, last=nn.Conv2d(rows, CLASSES, 1), flat=nn.Flatten()))
         self.feeds = {"act": ("middle",)}
 
-    def read_by_middle(self, images: Tensor) -> Tensor:
-        """Return what the middle layer's quantizer is given."""
+    def middle_inputs(self, images: Tensor) -> Tensor:
+        """Return the inputs of the middle layer."""
+        x = images
         with torch.no_grad():
-            return cast(Tensor, self.act(self.bn(self.first(images))))  # type: ignore[operator]
+            for name in ("first", "bn", "act"):
+                x = self.get_submodule(name)(x)
+        return x
 
 
 def normal_values(count: int) -> Tensor:
-    """Return the quantiles of N(0, 1) at the middles of `count` equal parts, in random order, float32."""
+    """Return quantiles of N(0, 1) at the centers of `count` equal bins, shuffled, float32."""
     ranks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     ascending: Tensor = torch.special.ndtri(ranks).float()
     return ascending[torch.randperm(count)]
 
 
 class ProbeLayer(NamedTuple):
-    """The network, its middle layer, and images for it."""
+    """The network, its middle layer, and images."""
 
     model: ProbeNetwork
     layer: QConv2d
     images: Tensor
 
 
-def installed(method: Method, rows: int, columns: int) -> ProbeLayer:
-    """Return the network with a method in its middle layer, of weights (rows, columns, 1, 1)."""
+def install_in_probe(method: Method, rows: int, columns: int) -> ProbeLayer:
+    """Return a network with a method in its middle layer, weights (rows, columns, 1, 1)."""
     model, images = ProbeNetwork(rows, columns, method.requires.norm or "affine"), torch.randn(IMAGES, FEATURES, 1, 1)
-    model.train()(images)  # a float network whose normalization has seen what it gets
+    model.train()(images)  # the float network's normalization adapts to its inputs
     install(method, model)
-    return ProbeLayer(model, cast(QConv2d, model.middle), images)
+    layer = model.get_submodule("middle")
+    assert isinstance(layer, QConv2d)
+    return ProbeLayer(model, layer, images)
 
 
-def prepared(method: Method, subject: ProbeLayer) -> list[tuple[str, Quantizer]]:
-    """Prepare a method and begin all its epochs; return the weights' quantizer with its phase, at the end, and before
-    that when half or more of the weights are frozen but not all, if that ever is.
+def prepare(method: Method, probe_layer: ProbeLayer) -> list[tuple[str, Quantizer]]:
+    """Prepare a method and begin all its epochs.
+
+    Returns the weights' quantizer at the end, with its phase.
+
+    For incremental methods a copy comes first, of the first epoch at which at least half of the
+    weights are frozen, but not all.
     """
-    model, site = subject.model, subject.layer.weight_q
-    probe = Probe([(subject.images, torch.arange(IMAGES) % CLASSES)], F.cross_entropy)
+    model, quantizer = probe_layer.model, probe_layer.layer.weight_q
+    probe = Probe([(probe_layer.images, torch.arange(IMAGES) % CLASSES)], F.cross_entropy)
     if method.prepare:
         method.prepare(model, probe)
-    model.train()(subject.images)  # for ranges that follow what passes
+    model.train()(probe_layer.images)  # for ranges that are tracked
     model.eval()
     borders = [0, *method.phases(EPOCHS)]
-    found: list[tuple[str, Quantizer]] = []
+    phases: list[tuple[str, Quantizer]] = []
     begin = method.on_epoch
     for epoch in range(EPOCHS if begin else 0):
         assert begin is not None
         begin(model, epoch, EPOCHS, probe)
-        share = site.frozen.float().mean().item() if isinstance(site, FrozenWeight) else 0
-        if not found and 0.5 <= share < 1:
+        share = quantizer.frozen.float().mean().item() if isinstance(quantizer, FrozenWeight) else 0
+        if not phases and 0.5 <= share < 1:
             phase = sum(border <= epoch for border in borders)
-            found.append((f"phase {phase} of {len(borders)}: {100 * share:.0f} % frozen", copy.deepcopy(site)))
-    return [*found, (f"phase {len(borders)} of {len(borders)}: all frozen" if found else "", site)]
+            phases.append((f"phase {phase} of {len(borders)}: {100 * share:.0f} % frozen", copy.deepcopy(quantizer)))
+    return [*phases, (f"phase {len(borders)} of {len(borders)}: all frozen" if phases else "", quantizer)]

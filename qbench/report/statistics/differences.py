@@ -2,12 +2,12 @@
 
 The two groups of runs are paired: by seed and, where single predictions are kept, by test image.
 
-Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`), not from `scipy.stats`, whose `t.cdf` and
-`t.ppf` give the same numbers: `qbench compare` needs these functions whenever it compares two settings, importing
-`scipy.stats` takes about three times as long as `scipy.special` (0.7 s, 0.2 s), and each call about 35 times, which
-counts
-with thousands of pairs. The tests compare all results with those of `scipy.stats`. scipy and numpy are imported where
-they are used.
+Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`), not from `scipy.stats`,
+whose `t.cdf` and `t.ppf` give the same numbers. `qbench compare` needs these functions whenever it
+compares two settings. Importing `scipy.stats` takes about three times as long as `scipy.special`
+(0.7 s and 0.2 s), and each call about 35 times as long, which counts with thousands of pairs. The
+tests compare the results with those of `scipy.stats`. scipy and numpy are imported where they are
+used.
 """
 
 import math
@@ -34,9 +34,11 @@ class Difference:
         low, high: ends of the 95 % confidence interval.
         n: number of seeds.
         p: two-sided p-value for "there is no difference".
-        standard_error: of the mean; infinite with one seed, 0 if all seeds have the same difference.
+        standard_error: of the mean; infinite with one seed, 0 if all seeds have the same
+            difference.
         dof: degrees of freedom of Student's distribution.
-        seed_variance: the part of the squared standard error that shrinks in proportion to the number of seeds.
+        seed_variance: the part of the squared standard error that shrinks in proportion to the
+            number of seeds.
         item_variance: the part that only more test images reduce.
         items: number of test images; None if only the seeds' accuracies were compared.
     """
@@ -56,8 +58,9 @@ class Difference:
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Return the mean difference of values paired by seed, with Student's interval (1908).
 
-    With one pair the interval is infinite and p is 1. If all differences are equal, the interval shrinks to a point,
-    and Student's test would report certainty; p is then that of the sign-flip test, 2^(1 - n) (Fisher 1935).
+    With one pair the interval is infinite and p is 1. If all differences are equal, the interval
+    shrinks to a point, and Student's test would report certainty; p is then that of the sign-flip
+    test, 2^(1 - n) (Fisher 1935).
 
     Raises:
         ValueError: no pair, or groups of different lengths.
@@ -73,15 +76,16 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
-    """Return the difference, in points, of two groups of shape (seeds, items): 1 where a test item was right.
+    """Return the difference in points of two groups (seeds, items), 1 where an item was right.
 
-    Seeds and items are both samples: other seeds would train other networks, other test images would pose other
-    questions, and all seeds share the images. With d = 100 (first - second) = mean + seed + item + rest, the variance
-    of the mean is (MS_seeds + MS_items - MS_rest) / (seeds items), from the mean squares of the two-way table without
-    replication (Scheffé 1959, chapter 7). It is the same sum as the two-way cluster-robust variance of Cameron,
-    Gelbach and Miller 2011, here with unbiased parts. Components are cut off at zero. The degrees of freedom are
-    Satterthwaite's (1946). A closed form is preferred to a bootstrap over both (Owen 2007), which overestimates the
-    variance with few seeds and draws random numbers.
+    Seeds and items are both samples: other seeds would train other networks, other test images
+    would pose other questions, and all seeds share the images. With d = 100 (first - second) = mean
+    + seed + item + rest, the variance of the mean is (MS_seeds + MS_items - MS_rest) / (seeds
+    items), from the mean squares of the two-way table without replication (Scheffé 1959, chapter
+    7). It is the same sum as the two-way cluster-robust variance of Cameron, Gelbach and Miller
+    2011, here with unbiased parts. Components are cut off at zero. The degrees of freedom are
+    Satterthwaite's (1946). A closed form is preferred to a bootstrap over both (Owen 2007), which
+    overestimates the variance with few seeds and draws random numbers.
 
     Raises:
         ValueError: shapes that differ, or an empty group.
@@ -111,7 +115,7 @@ def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
 def _mean_squares(
     d: "NDArray[np.int8] | NDArray[np.float64]", mean: float, booleans: bool
 ) -> tuple[float, float, float]:
-    """Return the mean squares of seeds, items and rest of 100 d, whose mean is `mean`; d has shape (seeds, items)."""
+    """Return the mean squares of seeds, items and rest of 100 d (seeds, items), mean `mean`."""
     import numpy as np
 
     seeds, items = d.shape
@@ -146,22 +150,24 @@ def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
 def with_seed_dof(d: Difference) -> Difference:
     """Return a difference with at most n - 1 degrees of freedom, those of its seeds.
 
-    The degrees of freedom of `two_way` are an estimate. With two to five seeds, its p-values below 0.01 occur several
-    times too often, and families of many pairs and repeated looks depend on just those. With n - 1 no p-value is below
-    that of `paired` on the same seeds, which is exact (except where all seeds have the same difference, which `paired`
-    treats with more caution still).
+    The degrees of freedom of `two_way` are an estimate. With two to five seeds, its p-values below
+    0.01 occur several times too often, and families of many pairs and repeated looks depend on just
+    those. With n - 1 no p-value is below that of `paired` on the same seeds, which is exact (except
+    where all seeds have the same difference, which `paired` treats with more caution still).
     """
     dof = min(d.dof, d.n - 1.0)
     return d if dof == d.dof else _difference(d.mean, d.n, d.seed_variance, d.item_variance, dof, d.items)
 
 
 def half_width(d: Difference, alpha: float) -> float:
-    """Return half the width of the confidence interval of level 1 - alpha: t(1 - alpha / 2, dof) standard errors."""
+    """Return half the width of the 1 - alpha interval: t(1 - alpha / 2, dof) standard errors."""
     return math.inf if math.isinf(d.standard_error) else _quantile(1 - alpha / 2, d.dof) * d.standard_error
 
 
 def sample_error(percent: float, items: int) -> float:
-    """Return half the 95 % interval, in points, of a percentage of that many test images (binomial, normal limit).
+    """Return half the 95 % interval of a percentage of test images (binomial, normal limit).
+
+    In points, for `percent` of `items` test images.
 
     At 0 and 100 %, half an image counts as right or wrong: no sample is without error.
     """
@@ -170,13 +176,15 @@ def sample_error(percent: float, items: int) -> float:
 
 
 def one_sided_p(d: Difference, border: float) -> float:
-    """Return the p-value for "the true difference is at most `border`" (Student 1908); small: it is above.
+    """Return the p-value for "the true difference is at most `border`" (Student 1908).
+
+    Small: it is above.
 
     1. t = (mean - border) / standard error.
     2. p = P(T >= t) = P(T <= -t) for Student's T with `dof` degrees of freedom.
 
-    Without any spread, where t is infinite, the sign-flip test gives 2^-n above the border and 1 at or below it. With
-    one seed p is 1.
+    Without any spread, where t is infinite, the sign-flip test gives 2^-n above the border and 1 at
+    or below it. With one seed p is 1.
     """
     from scipy import special
 
@@ -197,7 +205,7 @@ def swapped(d: Difference) -> Difference:
 def _difference(
     mean: float, n: int, seed_variance: float, item_variance: float, dof: float, items: int | None
 ) -> Difference:
-    """Return a difference with its interval and two-sided p, from the parts of its squared standard error."""
+    """Return a difference with its interval and p, from the parts of its squared error."""
     error = math.sqrt(seed_variance + item_variance)
     half = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, dof) * error
     low, high = mean - half, mean + half

@@ -1,4 +1,4 @@
-"""Hypothesis tests on differences: McNemar, equivalence (TOST), one-sided claims, Holm's adjustment.
+"""Hypothesis tests on differences: McNemar, equivalence (TOST), claims, Holm.
 
 `scipy.special` gives the distributions; the module `differences` says why not `scipy.stats`.
 """
@@ -15,18 +15,22 @@ TESTS = ("better", "at_least", "equal")
 
 
 class Evidence(NamedTuple):
-    """The p-value of the verdict that the data favour, both directions tried; `holds`: whether that is the claim."""
+    """The p-value of the verdict that the data favour, both directions tried.
+
+    `holds`: whether that is the claim.
+    """
 
     p: float
     holds: bool
 
 
 def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
-    """Return the exact two-sided p-value of two networks' hits (N,) on the same test images (McNemar 1947).
+    """Return the exact two-sided p-value of two networks' hits (N,) (McNemar 1947).
 
-    Only images that one network has right and the other wrong count. If the networks are equally good, either is
-    right on each of these with probability 1/2, so that the smaller count follows a binomial distribution; p is twice
-    its lower tail. It is about these two networks, not about other seeds of the same methods.
+    Only images that one network has right and the other wrong count. If the networks are equally
+    good, either is right on each of these with probability 1/2, so that the smaller count follows a
+    binomial distribution; p is twice its lower tail. It is about these two networks, not about
+    other seeds of the same methods.
     """
     import numpy as np
     from scipy import special
@@ -38,7 +42,7 @@ def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
 
 
 def equivalent(difference: Difference, margin: float) -> float:
-    """Return the p-value for "the means differ by `margin` or more" (two one-sided tests, Schuirmann 1987).
+    """Return the p-value for "the means differ by `margin` or more" (TOST, Schuirmann 1987).
 
     The larger of the p-values for "at most -margin" and "at least margin".
     """
@@ -46,11 +50,12 @@ def equivalent(difference: Difference, margin: float) -> float:
 
 
 def evidence(difference: Difference, test: str, margin: float) -> Evidence:
-    """Return how strongly the data speak for a claim or against it.
+    """Return how strongly the data support or contradict a claim.
 
-    The claims are better: first - second > margin; at_least: first - second > -margin; equal: within ±margin. The
-    smaller of the one-sided p-values of both directions is doubled. Then p < 0.05 agrees with the 95 % interval: it
-    lies wholly on one side of the border (for `equal`, wholly within the margins or wholly outside).
+    The claims are better: first - second > margin; at_least: first - second > -margin; equal:
+    within ±margin. The smaller of the one-sided p-values of both directions is doubled. Then p <
+    0.05 agrees with the 95 % interval: it lies wholly on one side of the border (for `equal`,
+    wholly within the margins or wholly outside).
 
     Raises:
         ValueError: no such test.
@@ -68,7 +73,10 @@ def evidence(difference: Difference, test: str, margin: float) -> Evidence:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number, in the given order (Holm 1979): step-down, monotone, at most 1."""
+    """Return p-values adjusted for their number, in the given order (Holm 1979).
+
+    Step-down, monotone, at most 1.
+    """
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):

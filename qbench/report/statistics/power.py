@@ -23,11 +23,12 @@ def seeds_needed(
     *,
     seeds_alone: bool = False,
 ) -> int | None:
-    """Return the number of seeds at which a test (see `evidence`) on a difference of this size has the given power.
+    """Return the number of seeds at which a test on such a difference has the given power.
 
-    The observed mean and variances are taken as the true ones; `alpha` is two-sided. With `seeds_alone` the degrees of
-    freedom are those of `with_seed_dof`. None if no number up to 1000 is enough: the part of the error that comes from
-    the test items is too large, the difference lies on the test's border, or one seed showed no variance.
+    The observed mean and variances are taken as the true ones; `alpha` is two-sided. With
+    `seeds_alone` the degrees of freedom are those of `with_seed_dof`. None if no number up to 1000
+    is enough: the part of the error that comes from the test items is too large, the difference
+    lies on the test's border, or one seed showed no variance.
     """
     import numpy as np
 
@@ -50,7 +51,7 @@ def seeds_needed(
 def _power(
     difference: Difference, n: "NDArray[np.integer]", distances: tuple[float, float], alpha: float, seeds_alone: bool
 ) -> "NDArray[np.floating]":
-    """Return the power at each number of seeds in n (m,), for a difference at these distances from two borders.
+    """Return the power at n (m,) seeds, for a difference at these distances from two borders.
 
     1. Squared standard error at n seeds: the seeds' part shrinks as 1 / n, the items' part stays.
     2. Its degrees of freedom after Satterthwaite; where seeds show no variance, n - 1.
@@ -71,7 +72,7 @@ def _power(
 
 
 def seeds_to_decide(difference: Difference, margin: float, alpha: float) -> int | None:
-    """Return the number of seeds at which a difference or, within the margin, equivalence would be significant.
+    """Return the number of seeds at which a difference or equivalence would be significant.
 
     Degrees of freedom are those of `with_seed_dof`. None if no number up to 1000 is enough.
     """

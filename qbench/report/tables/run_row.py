@@ -1,4 +1,4 @@
-"""The row printed at the end of a run: float baseline, quantized network, difference, widths, size, BitOps, time."""
+"""The row printed at the end of a run: accuracies, difference, widths, size, BitOps, time."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,10 @@ def row(results: Sequence[Result], width: int | None = None) -> str:
 
 
 def cells(result: Result) -> tuple[str, ...]:
-    """Return a result's cells in the order of `HEAD`; accuracies are test top-1 after the last epoch in percent."""
+    """Return a result's cells in the order of `HEAD`.
+
+    Accuracies are test top-1 after the last epoch in percent.
+    """
     bits = [str(result.bits[key]) for key in "wag"]
     if result.top1 is None or result.cost is None or result.wall_seconds is None:
         return (result.method, *bits, *[""] * 7, result.status)
@@ -46,7 +49,7 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def _remarks(result: Result) -> list[str]:
-    """Return a run's directory, then the reason it failed or what the accuracy is, deviations and notes."""
+    """Return a run's directory, what its accuracy is or why it has none, and notes."""
     top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
     if result.synthetic:
         top1 += "; synthetic data, not comparable with papers"

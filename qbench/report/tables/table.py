@@ -26,7 +26,8 @@ class JsonRow(Protocol):
 class Table:
     """Rows of text under a head, with a title above and notes below.
 
-    `values` holds what the rows were made from, for JSON and for further steps: plain values, or a `JsonRow`.
+    `values` holds what the rows were made from, for JSON and for further steps: plain values, or a
+    `JsonRow`.
     """
 
     head: tuple[str, ...]

@@ -1,0 +1,242 @@
+"""Measures what a method does to single values, in a small layer.
+
+No formula of a method is used here. Weights are the quantiles of N(0, 1) in a seeded order, inputs
+are those of such a layer. Each quantizer is evaluated for its value and its derivative. What
+depends on a whole tensor depends on this one.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qbench.bits import FLOAT, Bits
+from qbench.quant.layers import QConv2d
+from qbench.quant.masks import FrozenWeight
+from qbench.quant.method import Method
+from qbench.quant.quantizer import IdentityQuantizer, Quantizer
+from qbench.report.quantizer_plots.probe_network import VALUES, ProbeLayer, install_in_probe, normal_values, prepare
+from qbench.report.quantizer_plots.transfer_curves import DRAWS, FEW_LEVELS, Codewords, QuantizerCurves, TransferCurve
+
+PICKS = 512
+"""Number of values at which derivatives are taken."""
+BISECTIONS, MAX_SHARPENED = 24, 64
+"""Bisections to locate a jump, and the number of jumps up to which they are located."""
+GRADIENT_STD = 0.01
+"""Standard deviation of the gradient that a layer receives."""
+
+Evaluate = Callable[[nn.Module], Tensor]
+
+
+def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
+    """Return curves of all that a method quantizes, before training.
+
+    If it quantizes nothing, of its float weights.
+
+    The global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        curves: list[QuantizerCurves | Codewords] = []
+        if method.bits.w < FLOAT or method.bits == Bits():
+            curves += _weight_curves(method)
+        if method.bits.a < FLOAT:
+            curves.append(_input_curves(method))
+        if method.bits.g < FLOAT:
+            curves.append(_output_curves(method))
+        return curves
+
+
+def _weight_curves(method: Method) -> list[QuantizerCurves | Codewords]:
+    """Return the curves of weights, one for each phase shown, or codewords."""
+    probe = install_in_probe(method, 1, VALUES)
+    if (size := _codeword_size(probe.layer)) > 1:
+        return [_codewords(method, install_in_probe(method, VALUES // size, size))]
+    initial = probe.layer.weight.detach().clone()
+    phases = prepare(method, probe)
+    if "no_master" in method.traits:
+        return [_update_curves(method, probe, initial)]
+    w, bits = probe.layer.weight.detach(), method.bits.w
+    return [replace(_curves("weights", bits, quantizer, w, w, w), when=when) for when, quantizer in phases]
+
+
+def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor, tensor: Tensor) -> QuantizerCurves:
+    """Measure a quantizer of weights or inputs.
+
+    Args:
+        x: values to evaluate it at. If x is `like`, only the elements of the first scale group are
+            kept.
+        like: the tensor whose scale group determines the levels.
+        tensor: the float tensor for the histogram.
+    """
+    places, levels = _first_scale_group(quantizer, like)
+    places = places if x is like else torch.arange(x.numel())
+    places = places[x.flatten()[places].argsort(stable=True)]
+    values = _evaluations(quantizer, lambda module: module(x)).flatten(1)[:, places]
+    forward = _transfer_curve(x.flatten()[places], values, levels, tensor)
+    picks = _evenly_spaced(forward.x)
+    slope = _slopes(quantizer, x, places[picks])
+    frozen = None
+    if isinstance(quantizer, FrozenWeight) and not quantizer.complete:
+        frozen = quantizer.frozen.flatten()[places]
+    notes = [f"one group of {len(places)}"] if len(places) < x.numel() else []
+    scalars = [f"{name} {p.item():.3g}" for name, p in quantizer.named_parameters() if p.dim() == 0]
+    notes += [f"starts at {', '.join(scalars)}"] if scalars else []
+    notes += [f"learned: {name}" for name, p in quantizer.named_parameters() if p.dim() > 0]
+    return QuantizerCurves(what, bits, forward, picks, slope, frozen=frozen, notes=tuple(notes))
+
+
+def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCurves:
+    """Measure a method without float weights: x is an update from 0 by the method's own step."""
+
+    def updated(model: nn.Module) -> Tensor:
+        weight = model.get_parameter("middle.weight")
+        weight.data.zero_()
+        weight.grad = -x
+        step = method.step or (lambda model, optimizer: optimizer.step())
+        step(model, torch.optim.SGD([weight], lr=1.0))
+        return weight.detach()
+
+    curves = _curves("weights", method.bits.w, probe.layer.weight_q, x, x, x)
+    forward = _transfer_curve(*_sorted(x, _evaluations(probe.model, updated)), curves.forward.levels, x)
+    return replace(curves, forward=forward, notes=("an update by w, from 0",))
+
+
+def _input_curves(method: Method) -> QuantizerCurves:
+    """Measure the quantizer of inputs over their range, and a fifth more on each side."""
+    probe = install_in_probe(method, 1, VALUES)
+    columns = VALUES
+    if (size := _codeword_size(probe.layer)) > 1:
+        probe, columns = install_in_probe(method, VALUES // size, size), size
+    prepare(method, probe)
+    quantizer, behind = probe.layer.input_q, probe.layer.output_q
+    tensor = probe.model.middle_inputs(probe.images)
+    _, levels = _first_scale_group(quantizer, tensor)
+    # the 0.1 % and 99.9 % quantiles of the inputs, and the levels if these are few
+    ends = tensor.flatten().sort().values[[tensor.numel() // 1000, -1 - tensor.numel() // 1000]]
+    low, high = (end.item() for end in torch.cat([ends, levels] if len(levels) <= FEW_LEVELS else [ends]).aminmax())
+    margin = (high - low) / 5
+    x = torch.linspace(low - margin, high + margin, VALUES).reshape(-1, columns, 1, 1)
+    curves = _curves("inputs", method.bits.a, quantizer, x, tensor, tensor)
+    curves = replace(curves, forward=_sharpened(curves.forward, quantizer, x.shape))
+    if method.bits.g < FLOAT or isinstance(behind, IdentityQuantizer):
+        return curves
+    return replace(curves, notes=(*curves.notes, f"behind the layer: {type(behind).__name__}"))
+
+
+def _sharpened(curve: TransferCurve, quantizer: Quantizer, shape: torch.Size) -> TransferCurve:
+    """Move the two points next to every jump to where it is, by bisection of all jumps at once.
+
+    Valid for quantizers that act element by element.
+    """
+    jumps = curve.jumps
+    if not 0 < len(jumps) <= MAX_SHARPENED:
+        return curve
+    low, high, module = curve.x[jumps], curve.x[jumps + 1], copy.deepcopy(quantizer).eval()
+    for _ in range(BISECTIONS):
+        middle = curve.x.clone()
+        middle[jumps] = (low + high) / 2
+        below = module(middle.reshape(shape)).detach().flatten()[jumps] == curve.y[jumps]
+        low, high = torch.where(below, middle[jumps], low), torch.where(below, high, middle[jumps])
+    x = curve.x.clone()
+    x[jumps], x[jumps + 1] = low, high
+    return curve._replace(x=x)
+
+
+def _output_curves(method: Method) -> QuantizerCurves:
+    """Measure the quantizer behind a layer at the outputs of one sample and their gradients."""
+    probe = install_in_probe(method, VALUES, 2)
+    prepare(method, probe)
+    quantizer, x = probe.layer.output_q, torch.ones(1, 2, 1, 1)
+    y = normal_values(VALUES).reshape(1, -1, 1, 1)
+    gradient = GRADIENT_STD * normal_values(VALUES).reshape(y.shape)
+
+    def outgoing(module: nn.Module) -> Tensor:
+        at = y.clone().requires_grad_()
+        return torch.autograd.grad(module(at, x), at, gradient)[0]
+
+    values = _evaluations(quantizer, lambda module: module(y, x))
+    forward = _transfer_curve(*_sorted(y, values), y.new_zeros(0), y)
+    _, levels = _first_scale_group(quantizer, gradient)
+    backward = _transfer_curve(*_sorted(gradient, _evaluations(quantizer, outgoing)), levels, gradient)
+    return QuantizerCurves("outputs", method.bits.g, forward, _evenly_spaced(forward.x), backward=backward)
+
+
+def _codewords(method: Method, probe: ProbeLayer) -> Codewords:
+    prepare(method, probe)
+    layer = probe.layer
+    w = layer.weight.detach()
+    grid = layer.weight_q.grid(w)
+    assert grid is not None  # its levels are vectors
+    points = grid.points[0]
+    decoded = layer.weight_q(w).detach()
+    fixed = not layer.weight_q(layer.weight).requires_grad
+    return Codewords(method.bits.w, w.flatten(1), decoded.flatten(1), points[points.isfinite().all(1)], fixed)
+
+
+def _codeword_size(layer: QConv2d) -> int:
+    """Return how many weights one level of the layer encodes."""
+    grid = layer.weight_q.grid(layer.weight.detach())
+    return 1 if grid is None else int(grid.points.shape[-1])
+
+
+def _first_scale_group(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first scale group's places in the flattened tensor, and its levels."""
+    places = torch.arange(like.numel())
+    if (grid := quantizer.grid(like)) is None:
+        return places, like.new_zeros(0)
+    group = grid.arrange(places.reshape(like.shape).double())[0, :, 0].long()
+    levels = grid.points.detach()[0, :, 0]
+    return torch.unique(group), torch.unique(levels[levels.isfinite()])
+
+
+def _evaluations(module: nn.Module, evaluate: Evaluate) -> Tensor:
+    """Return `evaluate` of fresh copies of a module, (draws, ...).
+
+    A stochastic module is evaluated `DRAWS` times in training mode, a deterministic one once in
+    evaluation mode.
+    """
+
+    def once() -> Tensor:
+        return evaluate(copy.deepcopy(module).train()).detach()
+
+    first, second = once(), once()
+    if torch.equal(first, second):
+        return evaluate(copy.deepcopy(module).eval()).detach()[None]
+    return torch.stack([first, second, *(once() for _ in range(DRAWS - 2))])
+
+
+def _slopes(quantizer: Quantizer, x: Tensor, places: Tensor) -> Tensor:
+    """Return the diagonal of the quantizer's Jacobian at some places.
+
+    The derivative of single elements of the quantized value by themselves.
+    """
+    x = x.detach().clone().requires_grad_()
+    y = copy.deepcopy(quantizer).eval()(x)
+    if not y.requires_grad:
+        return torch.zeros(len(places))
+    slopes = []
+    for place in places.tolist():
+        (grad,) = torch.autograd.grad(y.flatten()[place], x, retain_graph=True, allow_unused=True)
+        slopes.append(0.0 if grad is None else grad.flatten()[place].item())
+    return torch.tensor(slopes)
+
+
+def _transfer_curve(x: Tensor, values: Tensor, levels: Tensor, tensor: Tensor) -> TransferCurve:
+    """Return the curve from x (n,), ascending, to the mean of values (draws, n)."""
+    band = (values.amin(0), values.amax(0)) if len(values) > 1 else None
+    return TransferCurve(x, values.mean(0) if band else values[0], band, levels, tensor.flatten())
+
+
+def _sorted(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    order = x.flatten().argsort(stable=True)
+    return x.flatten()[order], values.flatten(1)[:, order]
+
+
+def _evenly_spaced(x: Tensor) -> Tensor:
+    """Return places of values that are spread evenly over the range of x (n,), ascending."""
+    wanted = torch.linspace(x[0].item(), x[-1].item(), PICKS)
+    places: Tensor = torch.unique_consecutive(torch.searchsorted(x, wanted).clamp(max=len(x) - 1))
+    return places
