@@ -5,7 +5,7 @@ timed training steps on random images.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun
 from qbench.bits import FLOAT
@@ -54,7 +54,8 @@ def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[Planned
     cost = estimator.run_cost(planned)
     if isinstance(cost, UnsupportedRun) or not cost.setup.needs_baseline:
         return [planned]
-    return [cost.setup.baseline, planned]
+    # the setup belongs to one of the seeds; the baseline must have this run's seed
+    return [replace(cost.setup, config=planned.config).baseline, planned]
 
 
 def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) -> float:
