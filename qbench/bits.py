@@ -20,7 +20,7 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True)
 class LevelCount:
-    """The distinct levels in one scale group of a quantized tensor, that with most of them, and the levels allowed."""
+    """The levels in the fullest scale group of a quantized tensor, and the levels allowed."""
 
     found: int
     allowed: int

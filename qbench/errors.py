@@ -1,4 +1,5 @@
-"""Errors that a user can meet. Each class has the exit status of the command; any other exception is a bug (1).
+"""Errors that a user can meet. Each class has the exit status of the command; any other exception
+is a bug (1).
 
 A message has at most three lines: what was found, what is allowed, what to type instead.
 """
@@ -35,7 +36,7 @@ class ResourceError(QbenchError):
 
 
 class Diverged(QbenchError):
-    """Training reached a number that is not finite, exploding weights, or a scale that is not positive."""
+    """Training met inf or nan, exploding weights, or a scale that is not positive."""
 
     status = 6
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Counts where the whole configuration travels: files that take a `Config`, and places that make a run's directory.
+"""Counts files that take a `Config`, and places that make a run's directory.
 
     python scripts/config_travel.py
 

@@ -5,6 +5,7 @@ A marker is `<!-- table: COMMAND -->`, its end `<!-- end -->`. For a sweep the t
 the command's `out=`, without conclusions; a script of this folder prints its own table. Stored runs are not repeated.
 
     .venv/bin/python scripts/readme_tables.py [WORD ...]     # only the tables whose command contains one of the words
+    .venv/bin/python scripts/readme_tables.py --from-records # runs nothing: writes the tables from docs/records
     .venv/bin/python scripts/readme_tables.py --check        # runs nothing: compares the tables with docs/records
 
 docs/records holds the results that the tables were made from, so that everybody can rebuild and examine them.
@@ -35,7 +36,7 @@ RECORDED = ("qbench", "scripts/every_method.py", "scripts/unified.py")
 def record_path(command: str) -> Path:
     """Return the path of the results behind a command's table."""
     match = re.search(r"out=\S*?([^/\s]+)(?:\s|$)", command)
-    return RECORDS / f"{match[1] if match else Path(command.split()[0]).name}.json"
+    return RECORDS / f"{match[1] if match else Path(command.split()[0]).stem}.json"
 
 
 def table_from_record(record: Path) -> str:
@@ -75,24 +76,25 @@ def script_output(command: str, *more: str) -> str:
     return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def table_text(command: str, check: bool) -> str | None:
-    """Return the text of a command's table; with `check` from its record, None if it has none."""
+def table_text(command: str, stored: bool) -> str | None:
+    """Return the text of a command's table; with `stored` from its record, None if it has none."""
     record = record_path(command)
     if not command.startswith(RECORDED):
-        return None if check else script_output(command)
+        return None if stored else script_output(command)
     if command.startswith("qbench"):
-        return table_from_record(record) if check else table_from_sweep(command)
-    return script_output(command, "--from" if check else "--record", str(record))
+        return table_from_record(record) if stored else table_from_sweep(command)
+    return script_output(command, "--from" if stored else "--record", str(record))
 
 
 def main(arguments: Sequence[str]) -> int:
     check = "--check" in arguments
-    words = [word for word in arguments if word != "--check"]
+    stored = check or "--from-records" in arguments
+    words = [word for word in arguments if not word.startswith("--")]
     changed: list[str] = []
 
     def rebuild(match: re.Match[str]) -> str:
         command = match[2]
-        text = None if words and not any(word in command for word in words) else table_text(command, check)
+        text = None if words and not any(word in command for word in words) else table_text(command, stored)
         if text is None:
             return match[0]
         if f"{match[1]}{text}{match[3]}" != match[0]:
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         if not check:
             document.write_text(text, encoding="utf-8")
     for command in changed if check else ():
-        print(f"differs from its record: {command}; run scripts/readme_tables.py", file=sys.stderr)
+        print(f"differs from its record: {command}; run scripts/readme_tables.py --from-records", file=sys.stderr)
     return 1 if check and changed else 0
 
 

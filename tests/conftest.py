@@ -1,4 +1,4 @@
-"""What the tests share: configurations composed as the command line composes them, and small runs."""
+"""What the tests share: configurations composed as by the command line, and small runs."""
 
 import os
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def configure(tmp_path: Path) -> Configure:
-    """Return a function from command-line words to their configuration, with `out` in the test's own folder."""
+    """Return a function from command-line words to a configuration in the test's own folder."""
 
     def made(*words: str) -> Config:
         (config,) = compose.configurations([f"out={tmp_path}", *words])
@@ -41,5 +41,5 @@ def configure(tmp_path: Path) -> Configure:
 
 @pytest.fixture
 def smoke(configure: Configure) -> Configure:
-    """Return the same for a run of a few seconds: thin network, one float epoch, `epochs` quantized ones."""
+    """Return the same for a run of a few seconds: thin network, one float epoch."""
     return lambda *words: configure("experiment=smoke", "runtime.tensorboard=false", *words)

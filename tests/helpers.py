@@ -1,4 +1,4 @@
-"""What several test modules share: the command as a process, runs with known results, images in folders."""
+"""What test modules share: the command as a process, known results, folders of images."""
 
 import dataclasses
 import json
@@ -33,24 +33,25 @@ def results(out: Path) -> dict[str, dict[str, object]]:
 
 
 def evaluation(top1: float, val: float | None = None) -> Evaluation:
-    """Return an evaluation after the first epoch with a known test top-1, and validation top-1 where given."""
+    """Return an evaluation after the first epoch with a known test and perhaps validation top-1."""
     validated = None if val is None else Accuracy(top1=val, top5=99.0, loss=0.1)
     return Evaluation(test=Accuracy(top1=top1, top5=99.0, loss=0.1), val=validated, epoch=0)
 
 
-def plant(config: Config, top1: float, baseline: float | None = None, status: str = "done", **values: Any) -> Path:
+def plant(
+    config: Config, top1: float, baseline: float | BaselineResult | None = None, status: str = "done", **values: Any
+) -> Path:
     """Write a run with a known test top-1, and that of its float baseline where given; return its directory."""
     directory = planned_run(config).directory
     with directory.lock():
         directory.write_config()
-        baseline_result = None
-        if baseline is not None:
+        if isinstance(baseline, int | float):
             place = directory.path.parent / f"float-w32a32g32-s{config.seed}-00000000"
-            baseline_result = BaselineResult(run=str(place), final=evaluation(baseline))
+            baseline = BaselineResult(run=str(place), final=evaluation(baseline))
         cost = NetworkCost(
             params=1, macs=1, bitops=16_842_752, bytes_float=1, bytes_ideal=7176, bytes_packed=7176, bits_per_weight=2.0
         )
-        done = {"final": evaluation(top1), "baseline": baseline_result, "cost": cost, "levels": 4}
+        done = {"final": evaluation(top1), "baseline": baseline, "cost": cost, "levels": 4}
         filled = (done if status == "done" else {}) | values
         directory.finish(dataclasses.replace(directory.new_result(status), **filled))
     return directory.path
@@ -65,7 +66,7 @@ def epoch_line(number: int, top1: float) -> str:
 
 
 def quantizing_bits(name: str) -> str:
-    """Return narrow widths that quantize all that a method can: 2 bits if supported, else its smallest; 4 for g."""
+    """Return narrow widths that quantize all that a method can: 2 or its smallest, 4 for g."""
     method = registry.create("method", {"name": name})
     supported = {key: [k for k in range(1, FLOAT) if k in method.supported_bits.get(key, ())] for key in "wag"}
     chosen = {key: (4 if key == "g" else 2) for key in "wag"}
@@ -78,7 +79,7 @@ def finished_digests(out: Path) -> dict[str, str | None]:
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Return a picture of large structures, most of which JPEG keeps."""
+    """Return a picture of large structures, which JPEG keeps well."""
     rough = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -86,7 +87,7 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 def write_images(
     root: Path, count: int = 6, suffix: str = "jpg", size: tuple[int, int] | None = None, tested: str = "val"
 ) -> Path:
-    """Write the folders train and `tested` with three classes, all of one size (width, height) or of several."""
+    """Write the folders train and `tested` with three classes, of one size or of several."""
     for part, many in (("train", count), (tested, count // 2)):
         for c, name in enumerate(CLASSES):
             (root / part / name).mkdir(parents=True)

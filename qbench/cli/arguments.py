@@ -1,4 +1,4 @@
-"""Parsers of the subcommands: argparse whose errors are `ConfigError`, and types of values that name what is allowed.
+"""The class of the subcommands' parsers: argparse, with errors that are `ConfigError` and name what is allowed.
 
 A flag is typed `--flag VALUE` or `--flag=VALUE`, in full, at any place. Words without a dash may stand between flags.
 """
@@ -6,7 +6,6 @@ A flag is typed `--flag VALUE` or `--flag=VALUE`, in full, at any place. Words w
 import argparse
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from qbench.config.schema import did_you_mean
@@ -56,7 +55,7 @@ class SubcommandParser(argparse.ArgumentParser):
         epilog: printed below the flags.
     """
 
-    def __init__(self, name: str = "", *, parents: Sequence[argparse.ArgumentParser] = (), epilog: str = "") -> None:
+    def __init__(self, name: str = "", *, parents: Sequence["SubcommandParser"] = (), epilog: str = "") -> None:
         super().__init__(
             prog=f"qbench {name}",
             description=SUMMARIES.get(name),
@@ -70,7 +69,9 @@ class SubcommandParser(argparse.ArgumentParser):
         )
         self.name = name
         self.suggestions: dict[str, Callable[[], Iterable[str]]] = {}
-        """Flag -> function that returns values to complete, for flags that take more values than `choices`."""
+        """Flag or positional argument -> function that returns values to complete, where there are no `choices`."""
+        for parent in parents:
+            self.suggestions |= parent.suggestions
 
     def parse_words(self, arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
         """Return the words that belong to no flag, in their order, and the values of the flags that were typed.
@@ -118,7 +119,7 @@ class SubcommandParser(argparse.ArgumentParser):
         raise ConfigError(f"{self.name}: {message}\nsee qbench {self.name} --help")
 
     def _invalid_value(self, error: argparse.ArgumentError) -> str:
-        if isinstance(error.__context__, argparse.ArgumentTypeError):  # one of the types below: value: what is allowed
+        if isinstance(error.__context__, argparse.ArgumentTypeError):  # a type of `qbench.cli.value_types`
             return f"{self.name} {error.argument_name} {error.message}"
         takes_value = "expected one argument" in error.message
         reason = "wants a value" if takes_value else f": {error.message}"
@@ -132,77 +133,3 @@ class SubcommandParser(argparse.ArgumentParser):
 
     def _all_flags(self) -> str:
         return ", ".join(self.flags()) or "none"
-
-
-def one_of(choices: Iterable[str]) -> Callable[[str], str]:
-    """Return a type of value: one of some names."""
-    names = list(choices)
-
-    def convert(value: str) -> str:
-        if value not in names:
-            raise argparse.ArgumentTypeError(f"{value}{did_you_mean(value, names)}\nallowed: {', '.join(names)}")
-        return value
-
-    return convert
-
-
-def list_of(choices: Iterable[str] | None = None) -> Callable[[str], tuple[str, ...]]:
-    """Return a type of value: names in a comma-separated list, each one of `choices` where these are given."""
-    check: Callable[[str], str] = str if choices is None else one_of(choices)
-
-    def convert(value: str) -> tuple[str, ...]:
-        parts = tuple(check(part) for part in value.split(",") if part)
-        if not parts:
-            raise argparse.ArgumentTypeError("wants a value")
-        return parts
-
-    return convert
-
-
-def integer(low: int, high: int | None = None, what: str = "a whole number") -> Callable[[str], int]:
-    """Return a type of value: a whole number low <= n <= high."""
-    allowed = f"{what} from {low} " + (f"to {high}" if high is not None else "on")
-
-    def convert(value: str) -> int:
-        if not (value.isascii() and value.isdecimal()) or len(value) > 18:
-            raise argparse.ArgumentTypeError(f"{value}: allowed is {allowed}")
-        if int(value) < low or (high is not None and int(value) > high):
-            raise argparse.ArgumentTypeError(f"{value}: allowed is {allowed}")
-        return int(value)
-
-    return convert
-
-
-def points(value: str) -> float:
-    """Convert a margin in points of top-1, 0 < margin <= 100."""
-    try:
-        margin = float(value)
-    except ValueError:
-        margin = 0.0
-    if not 0 < margin <= 100:
-        raise argparse.ArgumentTypeError(f"{value}: allowed is a number of points of top-1 above 0, such as 0.5")
-    return margin
-
-
-def file_with_suffix(*suffixes: str) -> Callable[[str], Path]:
-    """Return a type of value: a file to write whose name ends in one of `suffixes`."""
-
-    def convert(value: str) -> Path:
-        path = Path(value)
-        if path.suffix.lower() not in suffixes:
-            raise argparse.ArgumentTypeError(f"{value}: the suffix chooses the format\nallowed: {', '.join(suffixes)}")
-        return path
-
-    return convert
-
-
-def some_text(value: str) -> str:
-    """Convert a value that may be any text but the empty one."""
-    if not value:
-        raise argparse.ArgumentTypeError("wants a value")
-    return value
-
-
-def some_path(value: str) -> Path:
-    """Convert the name of a file."""
-    return Path(some_text(value))

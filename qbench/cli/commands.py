@@ -229,8 +229,7 @@ def completion(arguments: list[str]) -> int:
         for word in shell.candidates(os.environ.get("COMP_LINE", ""), os.environ.get("COMP_POINT", "")):
             print(word)
     else:
-        typed = " ".join(words)
-        raise ConfigError(f"completion {typed}: no such shell{did_you_mean(typed, ['bash'])}\nallowed: bash")
+        raise ConfigError(f"completion {' '.join(words) or 'wants a shell'}: allowed is bash\nqbench completion bash")
     return 0
 
 

@@ -1,103 +1,30 @@
-"""The parser of each subcommand: its positional arguments, flags, allowed values and help texts.
+"""The parser of each subcommand: positional arguments, flags, allowed values, help texts.
 
-What a subcommand needs for its parser is imported when the parser is made, so that a help text takes no longer than it
-must. Training has no parser here: its words are overrides and flags of Hydra (`qbench.config.compose`).
+What only one subcommand needs is imported when its parser is made, so that help texts and completion stay quick.
+Training has no parser here: its words are overrides and flags of Hydra (`qbench.config.compose`).
 """
 
-import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from qbench.bits import FLOAT
-from qbench.cli.arguments import (
-    SubcommandParser,
-    file_with_suffix,
-    integer,
-    list_of,
-    one_of,
-    points,
-    some_path,
-    some_text,
-)
+from qbench.cli.arguments import SubcommandParser
+from qbench.cli.run_parsers import OVERRIDES, add_choice, evaluate, format_flag, inspect, sensitivity
+from qbench.cli.value_types import file_with_suffix, integer, list_of, points, some_path, some_text
 from qbench.config import groups
 from qbench.report.comparison import columns
 from qbench.report.comparison.verdicts import MARGIN
-from qbench.report.tables.table import FORMATS
 
-METHOD, OVERRIDES = "METHOD", "KEY=VALUE"
+METHOD = "METHOD"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
-PREDICTION_SUFFIXES = (".csv", ".npy")
 RECORD = "record"
 """The format besides those of tables: the runs themselves in one small file, which `qbench compare` reads again."""
 PAPERS = Path(__file__).parents[1] / "papers" / "figures"
 LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
-def add_choice(parser: SubcommandParser, flag: str, choices: Iterable[str], help_text: str) -> None:
-    """Add a flag that takes one of some names."""
-    names = list(choices)
-    parser.add_argument(flag, type=one_of(names), choices=names, help=help_text)
-
-
-def format_flag(*more: str) -> SubcommandParser:
-    """Return a parser of `--format`, with formats besides those of tables."""
-    parser = SubcommandParser()
-    add_choice(parser, "--format", (*FORMATS, *more), "how tables are printed (default: text)")
-    return parser
-
-
-def run_flags() -> SubcommandParser:
-    """Return a parser of what the subcommands about one finished run share."""
-    parser = SubcommandParser(parents=[format_flag()])
-    parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
-    parser.add_argument("--device", type=some_text, help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.suggestions["--device"] = lambda: ("auto", "cpu", "cuda")
-    return parser
-
-
-def measurement_flags() -> SubcommandParser:
-    """Return a parser of how the effect of a layer on the loss is measured."""
-    parser = SubcommandParser()
-    parser.add_argument(
-        "--images", type=integer(1), metavar="N", help="number of validation images to measure on (default: 500)"
-    )
-    add_choice(
-        parser,
-        "--bn-stats",
-        ("recompute", "keep"),
-        "batch-normalization statistics behind a changed layer (default: recompute)",
-    )
-    return parser
-
-
-def weights_flag() -> SubcommandParser:
-    """Return a parser of `--weights`."""
-    parser = SubcommandParser()
-    add_choice(parser, "--weights", ("last", "best"), "which checkpoint of the run (default: last)")
-    return parser
-
-
 def listed_groups() -> dict[str, str]:
     """Return the words behind `qbench list`: the plural of each group, with the group, and `runs`."""
     return {f"{group.removesuffix('s')}s": group for group in groups.group_names()} | {"runs": ""}
-
-
-def weight_widths(value: str) -> tuple[int, ...]:
-    """Convert a comma-separated list of bit widths; return them ascending, each once."""
-    parts = value.split(",")
-    if not all(part.isascii() and part.isdecimal() and len(part) < 3 and 1 <= int(part) < FLOAT for part in parts):
-        raise argparse.ArgumentTypeError(f"{value}: allowed are numbers from 1 to {FLOAT - 1}, such as 2,4,8")
-    return tuple(sorted({int(part) for part in parts}))
-
-
-def prediction_file(value: str) -> Path:
-    """Convert the name of a file of predictions, in a directory that exists."""
-    path = Path(value)
-    if path.suffix not in PREDICTION_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{value}: allowed are files that end in {' or '.join(PREDICTION_SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{value}: no such directory: {path.parent}")
-    return path
 
 
 def _add_method(parser: SubcommandParser, nargs: str | None = None) -> None:
@@ -119,6 +46,29 @@ def check() -> SubcommandParser:
     return parser
 
 
+def _sort_columns() -> list[str]:
+    names = [column.name.removesuffix(" %") for column in columns.COLUMNS]
+    return [columns.EQUAL_BYTES, *(name for name in names if " " not in name)]
+
+
+def _add_table_flags(parser: SubcommandParser) -> None:
+    parser.add_argument("--by", type=list_of(), metavar="KEY,...", help="one table for each value of these keys")
+    parser.add_argument(
+        "--sort",
+        type=some_text,
+        metavar="COLUMN",
+        help="method, W, size, top-1, diff, ...; or equal-bytes: by accuracy among settings of about the same size",
+    )
+    parser.suggestions["--sort"] = _sort_columns
+    parser.add_argument(
+        "--columns",
+        type=list_of(columns.SETS),
+        metavar="SET,...",
+        help=f"some of {','.join(columns.SETS)} (default: {','.join(columns.DEFAULT)})",
+    )
+    parser.suggestions["--columns"] = lambda: columns.SETS
+
+
 def compare() -> SubcommandParser:
     """Return the parser of `qbench compare`."""
     parser = SubcommandParser("compare", parents=[format_flag(RECORD)])
@@ -129,21 +79,7 @@ def compare() -> SubcommandParser:
         nargs="*",
         help="only runs with this value, or one of several: method=dorefa,lsq bits.w=2 seed=0,1 optim.lr=1e-2",
     )
-    parser.add_argument("--by", type=list_of(), metavar="KEY,...", help="one table for each value of these keys")
-    parser.add_argument(
-        "--sort",
-        type=some_text,
-        metavar="COLUMN",
-        help="method, W, size, top-1, diff, ...; or equal-bytes: by accuracy among settings of about the same size",
-    )
-    parser.suggestions["--sort"] = lambda: (columns.EQUAL_BYTES, *(c.name.split()[0] for c in columns.columns_in(())))
-    parser.add_argument(
-        "--columns",
-        type=list_of(columns.SETS),
-        metavar="SET,...",
-        help=f"some of {','.join(columns.SETS)} (default: {','.join(columns.DEFAULT)})",
-    )
-    parser.suggestions["--columns"] = lambda: columns.SETS
+    _add_table_flags(parser)
     parser.add_argument(
         "--margin",
         type=points,
@@ -190,34 +126,6 @@ def describe() -> SubcommandParser:
         "describe", epilog="Formulas, what the paper leaves open and what was chosen, flaws of public code."
     )
     _add_method(parser)
-    return parser
-
-
-def evaluate() -> SubcommandParser:
-    """Return the parser of `qbench evaluate`."""
-    parser = SubcommandParser("evaluate", parents=[run_flags(), weights_flag()])
-    parser.add_argument(
-        "overrides", metavar=OVERRIDES, nargs="*", help="another data set: dataset=NAME dataset.KEY=VALUE ..."
-    )
-    parser.add_argument(
-        "--predictions",
-        type=prediction_file,
-        metavar="FILE",
-        help="write index, label, predicted class and its probability of every image, as .csv or .npy",
-    )
-    return parser
-
-
-def inspect() -> SubcommandParser:
-    """Return the parser of `qbench inspect`."""
-    parser = SubcommandParser("inspect", parents=[run_flags(), weights_flag(), measurement_flags()])
-    add_choice(
-        parser,
-        "--sort",
-        ("leave-one-out", "leave-one-in", "sqnr", "order"),
-        "worst first: by the change of the loss with this layer alone float (leave-one-out), with this layer alone "
-        "quantized (leave-one-in), or by SQNR; or in the order of the network (default: leave-one-out)",
-    )
     return parser
 
 
@@ -272,36 +180,6 @@ def published() -> SubcommandParser:
         action="store_true",
         help="only rows that are not measured yet, with the command that runs each or what it lacks",
     )
-    return parser
-
-
-def sensitivity() -> SubcommandParser:
-    """Return the parser of `qbench sensitivity`."""
-    parser = SubcommandParser(
-        "sensitivity",
-        parents=[run_flags(), measurement_flags()],
-        epilog="layers=@FILE on the run's command line trains the widths that were written.",
-    )
-    parser.add_argument(
-        "overrides", metavar=OVERRIDES, nargs="*", help="another method, width or layer policy: method=NAME bits.w=4"
-    )
-    parser.add_argument(
-        "--budget",
-        type=some_text,
-        metavar="B",
-        help="bytes=20k, bitops=1G, or w=3: mean bits per weight (default: the run's own width)",
-    )
-    add_choice(
-        parser,
-        "--measure",
-        ("loss", "mse"),
-        "what is summed over layers: the validation loss that each adds, or the squared error of its weights "
-        "(default: loss)",
-    )
-    parser.add_argument(
-        "--widths", type=weight_widths, metavar="N,...", help="widths to choose from (default: 1,2,3,4,5,6,7,8)"
-    )
-    parser.add_argument("--out", type=some_text, metavar="FILE", help="where the widths go (default: bits.yaml)")
     return parser
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qbench.cli import parsers
+from qbench.cli import run_parsers
 from qbench.cli.arguments import SubcommandParser
 from qbench.errors import ConfigError
 
@@ -53,17 +53,17 @@ class EvaluateOptions(RunOptions):
 
 def parse_inspect(arguments: Iterable[str]) -> InspectOptions:
     """Read a command line of `qbench inspect`; see `_parse` for errors."""
-    return InspectOptions(**_parse(parsers.inspect(), arguments, ""))
+    return InspectOptions(**_parse(run_parsers.inspect(), arguments, ""))
 
 
 def parse_sensitivity(arguments: Iterable[str]) -> SensitivityOptions:
     """Read a command line of `qbench sensitivity`; see `_parse` for errors."""
-    return SensitivityOptions(**_parse(parsers.sensitivity(), arguments, "[method=NAME ...] [--budget w=3]"))
+    return SensitivityOptions(**_parse(run_parsers.sensitivity(), arguments, "[method=NAME ...] [--budget w=3]"))
 
 
 def parse_evaluate(arguments: Iterable[str]) -> EvaluateOptions:
     """Read a command line of `qbench evaluate`; see `_parse` for errors."""
-    return EvaluateOptions(**_parse(parsers.evaluate(), arguments, "[dataset=NAME ...]"))
+    return EvaluateOptions(**_parse(run_parsers.evaluate(), arguments, "[dataset=NAME ...]"))
 
 
 def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: str) -> dict[str, Any]:

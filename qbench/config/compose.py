@@ -1,4 +1,4 @@
-"""Composes configurations from `conf/` and the command line. With its two helpers, it alone imports Hydra."""
+"""Composes configurations from `conf/` and the command line; nothing else uses Hydra."""
 
 import os
 import sys
@@ -65,7 +65,7 @@ def configurations(arguments: list[str]) -> list[Config]:
 
 
 def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
-    """Return the nodes of all combinations, composed once each; Hydra's own sweeper composes each twice.
+    """Return the nodes of all combinations, composed once each (Hydra's sweeper does so twice).
 
     `folder` is a configuration directory of the user's own.
     """
@@ -94,7 +94,7 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
 
 
 def launcher(arguments: Iterable[str]) -> str | None:
-    """Return the launcher that a command line names, such as joblib; None if the runs follow one another here."""
+    """Return the launcher in a command line, such as joblib; None if there is none."""
     chosen = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
     return chosen[-1] if chosen and chosen[-1] != "basic" else None
 
@@ -129,7 +129,7 @@ def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
 
 
 def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into Hydra's flags with their values, and overrides; Hydra needs the latter together.
+    """Split a command line into Hydra's flags with their values, and overrides.
 
     Raises:
         ConfigError: a flag or a value that does not exist, or a word that is no `key=value`.

@@ -1,10 +1,9 @@
-"""Fields of the configuration's dataclasses: allowed values, and whether a key belongs to a run's identity.
+"""Fields of the configuration's dataclasses: allowed values, and the marks `free` and `added`.
 
-The two marks of a field:
-
-    free   never part of the identity: the key cannot change a result (a device, a folder)
-    added  the key was added after results had been stored: it is part of the identity only where its value differs
-           from its default, so that the stored results keep their identity and their protocol
+A key that is `free` is never part of a run's identity, because it cannot change a result: a device,
+a folder. A key that is `added` was added after results had been stored. It is part of the identity
+only if its value differs from its default, so that the stored results keep their identity and
+protocol.
 """
 
 import math
@@ -30,7 +29,7 @@ def marked(
     added: bool = False,
     free: bool = False,
 ) -> T:
-    """Return a dataclass field with its marks and, where only some values are allowed, the test for them.
+    """Return a dataclass field with its marks and the test for allowed values, if any.
 
     Args:
         holds: whether a value is allowed.
@@ -52,7 +51,7 @@ def within(
     added: bool = False,
     free: bool = False,
 ) -> T:
-    """Return a field for a finite number low <= x <= high (low < x with `above`, x < high with `below`)."""
+    """Return a field for a finite number low <= x <= high; `above` and `below` exclude the ends."""
     text = f"a number {'above' if above else 'from'} {low:.12g}"
     text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
 
@@ -87,7 +86,7 @@ def is_width(x: object) -> bool:
 
 
 def parse_bits(text: str) -> dict[str, int | None]:
-    """Return the widths that `w2a2g6`, or some of its parts in this order, names; None for the parts left out."""
+    """Return the widths in `w2a2g6` or some of its parts in this order; None for absent ones."""
     match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
     if not match or not text:
         raise ConfigError(

@@ -21,7 +21,7 @@ from qbench.system.files import read_yaml
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
-    """Replaces Hydra's reader of YAML files, so that errors name the user's file and `read_yaml`'s bounds apply."""
+    """Replaces Hydra's reader of YAML files, to bound its cost and to name the user's file."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Return the content of a file in a configuration directory."""
@@ -41,8 +41,9 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
 class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
     """Makes configurations on request.
 
-    They are `bits/w2a2g6` for any widths; functions of the user's own, such as `model/my.net:build`;
-    `activation/NAME`, which is the file of the method; and `layers/@FILE`, the user's layer rules.
+    They are `bits/w2a2g6` for any widths; functions of the user's own, such as
+    `model/my.net:build`; `activation/NAME`, which is the file of the method; and `layers/@FILE`,
+    the user's layer rules.
     """
 
     @staticmethod
@@ -70,7 +71,7 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
         return group in registry.GROUPS and (":" in name or name in registry.entry_names(group))
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Return the widths or the layer rules in a name, or the defaults of the function that it names."""
+        """Return the configuration that a path names."""
         path = config_path.removesuffix(".yaml")
         group, _, name = path.partition("/")
         config = _configuration(group, name)

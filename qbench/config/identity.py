@@ -1,12 +1,13 @@
-"""The identity of a run: which keys decide its result, which of them two runs must share to be compared, its folder.
+"""The identity of a run: the keys that decide its result, its protocol, its folder.
 
-The identity of a run holds every key of its configuration that can change the result. It is known without reading any
-data: `qbench plan` and the search for stored results need it first. The data's own fingerprint is therefore not part
-of it; the result records it as `data_sha256`.
+The identity of a run holds every key of its configuration that can change the result. It is known
+without reading any data: `qbench plan` and the search for stored results need it first. The data's
+own fingerprint is therefore not part of it; the result records it as `data_sha256`.
 
-Rule for a key that is added later: at its default value it is part of neither the identity nor the protocol, so that
-results stored before stay the same runs and stay comparable. A field of a dataclass says so by its mark `added`, a
-node of YAML by its key `added`, which maps each such key to that value.
+Rule for a key that is added later: at its default value it is part of neither the identity nor the
+protocol, so that results stored before stay the same runs and stay comparable. A field of a
+dataclass says so by its mark `added`, a node of YAML by its key `added`, which maps each such key
+to that value.
 """
 
 import copy
@@ -25,7 +26,7 @@ from qbench.errors import ConfigError
 from qbench.system.files import Json, read
 
 ADDED = "added"
-"""The key of a YAML node that names the node's later keys, each with the value at which it stays out."""
+"""The key of a YAML node that lists the node's later keys with their default values."""
 WHERE = {"root", "download"}
 """Keys of the published data sets that say where their files are."""
 
@@ -41,7 +42,8 @@ class RunIdentity:
         protocol_hash: sha256 of `protocol`.
         method: the method's name, such as `ttq+hwgq`.
         options: the method's own keys; see `_options`.
-        directory: the run's folder below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<first 8 digits of the digest>.
+        directory: the run's folder below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<first 8
+            digits of the digest>.
         is_baseline: whether this is a float baseline.
         config: the whole configuration, as config.yaml stores it.
     """
@@ -103,7 +105,7 @@ def _identity_keys(config: Config) -> Node:
 
 
 def decisive_keys(node: Any) -> Node:
-    """Return a dataclass as plain values, nested ones too; free keys and later keys at their defaults are left out."""
+    """Return a dataclass as plain values, without free keys and later keys at their defaults."""
     keys: Node = {}
     for item in fields(node):
         value = getattr(node, item.name)
@@ -118,7 +120,7 @@ def _default(item: Field[Any]) -> object:
 
 
 def without_added(node: Node) -> Node:
-    """Return a node of YAML without `added`, and without the keys listed there that have the value given there."""
+    """Return a node of YAML without `added` and without the keys at the values given there."""
     later = node.get(ADDED) or {}
     return {key: value for key, value in node.items() if key != ADDED and not (key in later and value == later[key])}
 
@@ -126,8 +128,9 @@ def without_added(node: Node) -> Node:
 def _protocol(config: Config, keys: Node) -> Node:
     """Return the keys that two runs must share to be compared.
 
-    A start or a teacher that the method requires is part of the method, and so are the network's norm and act. The
-    rate of a run of a learning-rate grid is one candidate: the shared keys are the recipe's own rate and the grid.
+    A start or a teacher that the method requires is part of the method, and so are the network's
+    norm and act. The rate of a run of a learning-rate grid is one candidate: the shared keys are
+    the recipe's own rate and the grid.
     """
     shared = copy.deepcopy(keys)
     for key in ("method", "activation", "bits", "seed", "runtime", "schema"):
@@ -147,10 +150,11 @@ def _protocol(config: Config, keys: Node) -> Node:
 
 
 def _options(config: Config) -> Node:
-    """Return the method's own keys; those of the method composed with it are named `activation.KEY`.
+    """Return the method's keys; those of the method composed with it are `activation.KEY`.
 
-    A start or a teacher that the method requires is an option too, since the run without it is another one; so is the
-    learning rate of a run of a grid. Later keys at their default and `deviation: none` are left out.
+    A start or a teacher that the method requires is an option too, since the run without it is
+    another one; so is the learning rate of a run of a grid. Later keys at their default and
+    `deviation: none` are left out.
     """
     options = {key: value for key, value in without_added(config.method).items() if key != "name"}
     composed = without_added(config.activation)
@@ -162,7 +166,7 @@ def _options(config: Config) -> Node:
 
 
 def digest(values: Mapping[str, Json]) -> str:
-    """Return the sha256 of plain values; the order of the keys does not matter, and 1.0 counts as 1."""
+    """Return the sha256 of plain values, whatever the order of the keys; 1.0 counts as 1."""
     return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -177,7 +181,7 @@ def _plain(value: Any) -> Any:
 
 @cache
 def file_sha256(key: str, path: str) -> str:
-    """Return the sha256 of the checkpoint that a key names: the file's content decides the result, not its place.
+    """Return the sha256 of the checkpoint that a key names: its content decides, not its place.
 
     Raises:
         ConfigError: the file cannot be read.

@@ -1,8 +1,8 @@
-"""Maps names to functions: methods, models and data sets of qbench, of other packages, and of the user's own files.
+"""Maps names to functions that build methods, models and data sets.
 
-A name is a file below `qbench/<group>/` that holds `build`, an entry point of the group
-`qbench.<group>`, or `package.module:function`. The keyword arguments of that function, with the
-types of their defaults, are the keys that its node of the configuration may have.
+A name is a file below `qbench/<group>/` that holds `build`, an entry point of another package in
+the group `qbench.<group>`, or a user's `package.module:function`. The keyword arguments of that
+function, with the types of their defaults, are the keys of its node in the configuration.
 """
 
 import ast
@@ -23,7 +23,7 @@ from qbench.errors import ConfigError, QbenchError
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
-"""Epochs and Adam's rates for a data set of the user's own, which has no YAML file with its recipe."""
+"""Epochs and Adam's rates for a user's data set, which has no YAML file with its recipe."""
 
 NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", "added")
 """Keys of a node that its function does not take."""
@@ -43,7 +43,7 @@ def entry_names(group: str) -> list[str]:
 
 
 def card(name: str) -> str:
-    """Return a method's card, the docstring of its module; modules of qbench are not imported for it.
+    """Return a method's card, the docstring of its module, without importing qbench's modules.
 
     Raises:
         ConfigError: no such method.
@@ -55,7 +55,7 @@ def card(name: str) -> str:
 
 
 def known_deviations(name: str) -> dict[str, tuple[str, str]]:
-    """Return a method's known deviations, name -> (what it does, its source), without importing anything."""
+    """Return name -> (description, source) of a method's deviations, without importing them."""
     path = Path(__file__).parents[1] / "deviations" / f"{name}.py"
     if not name.isidentifier() or not path.exists():
         return {}
@@ -84,7 +84,7 @@ def known_deviations(name: str) -> dict[str, tuple[str, str]]:
 
 
 def sections(card: str) -> dict[str, str]:
-    """Return a card's sections: heading -> text. A heading is one word at the margin, its text indented below it."""
+    """Return a card's sections, heading -> text: one word at the margin, indented text below."""
     texts: dict[str, str] = {}
     for block in card.split("\n\n"):
         heading, _, text = block.partition("\n")
@@ -111,14 +111,17 @@ def find(group: str, name: str) -> Factory:
 
 
 def create(group: str, node: Mapping[str, Any], *positional: object, **fixed: object) -> Any:
-    """Call the function that a configuration's node names, with the node's other keys as arguments.
+    """Call the function that a node names, with the node's other keys as arguments.
 
     Args:
-        node: `name`, perhaps `family` (the file, if several names share one), and the function's own keys.
-        positional, fixed: the caller's arguments; the function gets only those of `fixed` that it takes.
+        node: `name`, perhaps `family` (the file, if several names share one), and the function's
+            own keys.
+        positional, fixed: the caller's arguments; the function gets only those of `fixed` that it
+            takes.
 
     Raises:
-        ConfigError: a key that the function does not have, or a value of another type or out of its range.
+        ConfigError: a key that the function does not have, or a value of another type or out of its
+            range.
     """
     factory, options, known = checked(group, node, fixed)
     try:
@@ -128,10 +131,11 @@ def create(group: str, node: Mapping[str, Any], *positional: object, **fixed: ob
 
 
 def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> tuple[Factory, Node, Collection[str]]:
-    """Return the function that a node names, the node's keys for it, and the names of its keyword arguments.
+    """Return a node's function, the node's keys for it, and the names of all its arguments.
 
     Raises:
-        ConfigError: a key that the function does not have or that is among `fixed`, or a value of another type.
+        ConfigError: a key that the function does not have or that is among `fixed`, or a value of
+            another type.
     """
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
@@ -148,7 +152,7 @@ def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> 
 
 
 def defaults(group: str, name: str) -> Node:
-    """Return the node of a function without a YAML file: its arguments' defaults and the keys of every node."""
+    """Return the node of a function without a YAML file, from its arguments' defaults."""
     node: Node = {}
     for key, parameter in inspect.signature(find(group, name)).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
@@ -168,7 +172,7 @@ def defaults(group: str, name: str) -> Node:
 
 
 def _requirements(factory: Factory) -> dict[str, str]:
-    """Return the keys `init` and `distill` of a method without a YAML file, from its `Method.requires`."""
+    """Return `init` and `distill` of a method without a YAML file, from `Method.requires`."""
     unset = [p for p in inspect.signature(factory).parameters.values() if p.default is p.empty]
     try:
         requires = factory(**{p.name: 32 for p in unset}).requires

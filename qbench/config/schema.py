@@ -1,7 +1,7 @@
-"""The configuration of a run as dataclasses, with types and ranges. The values come from the YAML files in `conf/`.
+"""The configuration of a run as dataclasses with types and ranges; `conf/` has the values.
 
-Which keys make two runs the same run: `qbench.config.identity`. Nothing here imports torch, so that `--help` and the
-repeat of a finished run answer at once.
+Which keys make two runs the same run: `qbench.config.identity`. Nothing here imports torch, so that
+`--help` and the repeat of a finished run answer at once.
 """
 
 import copy
@@ -19,10 +19,10 @@ from qbench.bits import FLOAT, Bits
 from qbench.config.fields import layer_width, marked, one_of, printable, within
 
 SCHEMA = 2
-"""Version of a run's identity; it counts changes after which the same configuration gives another result.
+"""Version of a run's identity: after a change, the same configuration is another run.
 
-A key that is added later needs no new version: it is marked as `added` (a field in `fields`, a key of YAML in the
-node's own `added`) and stays out of the identity at its default value.
+A key that is added later needs no new version: it is marked as `added` (a field in `fields`, a key
+of YAML in the node's own `added`) and stays out of the identity at its default value.
 """
 
 RATE = "optim.lr"
@@ -32,7 +32,7 @@ STARTS = ("float", "scratch", "method")
 """Values of `init` that are no path; `auto` becomes `method` if the method trains from scratch."""
 
 Node = dict[str, Any]
-"""A node of YAML, whose keys are those of the function that it names: `name`, the keys, and perhaps `added`."""
+"""A node of YAML: `name`, the keys of the function that it names, and perhaps `added`."""
 
 
 @dataclass
@@ -89,8 +89,8 @@ def _ascending(values: object) -> bool:
 class LearningRateGrid:
     """The learning rates of `lr_search=grid`, as factors of the recipe's own.
 
-    In the configuration of one of the grid's runs, `lr` and `lr_end` are the recipe's own rates; the run's rates are
-    those of `optim`.
+    In the configuration of one of the grid's runs, `lr` and `lr_end` are the recipe's own rates;
+    the run's rates are those of `optim`.
     """
 
     factors: list[float] = field(
@@ -183,7 +183,7 @@ class Config:
 
     @property
     def method_name(self) -> str:
-        """Return the method's name, such as `ttq+hwgq` if another method quantizes the activations."""
+        """Return the method's name, such as `ttq+hwgq` if another one quantizes the activations."""
         composed = self.activation["name"] != "none"
         return str(self.method["name"]) + (f"+{self.activation['name']}" if composed else "")
 
@@ -199,7 +199,7 @@ def to_dict(config: Config) -> Node:
 
 
 def baseline_config(config: Config, norm: str | None = None) -> Config:
-    """Return the configuration of the float baseline of a run; `norm` is the normalization that its method requires."""
+    """Return the configuration of a run's float baseline; `norm` is what its method requires."""
     baseline = copy.deepcopy(config)
     baseline.method, baseline.activation = {"name": "float"}, {"name": "none"}
     baseline.bits = BitWidths(FLOAT, FLOAT, FLOAT)
@@ -215,6 +215,6 @@ def baseline_config(config: Config, norm: str | None = None) -> Config:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` if a known word is close to the given one, else an empty string."""
+    """Return `; did you mean ...?` if a known word is close to a word, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""Checks a composed configuration and fills in what follows from it. Errors name each key as the user types it."""
+"""Checks a composed configuration and fills in what follows; errors name keys as typed."""
 
 import dataclasses
 import os
@@ -38,7 +38,7 @@ def from_dict(values: Mapping[str, object]) -> Config:
 
 
 def from_node(node: DictConfig) -> Config:
-    """Check a composed configuration against the schema, fill in what follows, and return it as dataclasses.
+    """Check a composed configuration, fill in what follows, and return it as dataclasses.
 
     Raises:
         ConfigError: a key that does not exist, or a value of the wrong type or out of range.
@@ -67,7 +67,7 @@ def from_node(node: DictConfig) -> Config:
 
 
 def _check_plain(value: object, path: str = "") -> None:
-    """Refuse YAML values that no key can mean: bytes, dates, numbers beyond 64 bits, keys that are no text."""
+    """Refuse YAML values that no key can have, such as bytes, dates, numbers beyond 64 bits."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
@@ -83,7 +83,7 @@ def _check_plain(value: object, path: str = "") -> None:
 
 
 def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
-    """Refuse a plain value in place of a group of keys; OmegaConf's own message would not name the choice."""
+    """Refuse a plain value in place of a group of keys, and name the choice."""
     values = OmegaConf.to_container(node)
     assert isinstance(values, dict)
     for item in dataclasses.fields(schema):
@@ -105,7 +105,7 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
 
 
 def _filled(config: Config) -> Config:
-    """Fill in the widths that the method decides, and turn a float run from scratch into a float baseline.
+    """Fill in the method's widths; turn a float run from scratch into a float baseline.
 
     If the method requires a start or a teacher, a key left at `auto` becomes `method`: the run then
     belongs to the same protocol as those of other methods. A typed value is a protocol of its own,
@@ -134,7 +134,7 @@ def _filled(config: Config) -> Config:
 
 
 def _refuse_stored_values(config: Config) -> None:
-    """Refuse values that only a stored configuration may have; in one, the method's node has no `bits`."""
+    """Refuse values that only stored configurations have (their method's node has no `bits`)."""
     if "bits" not in config.method:
         return
     if config.init == "method":
@@ -148,7 +148,7 @@ def _refuse_stored_values(config: Config) -> None:
 
 
 def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str, int | None]) -> None:
-    """Take unset widths from the method, and those of activations from the method composed with it."""
+    """Take unset widths from the method, those of activations from the one composed with it."""
     name = config.activation["name"]
     if name != "none":
         widths = widths | {"a": composed["a"]}

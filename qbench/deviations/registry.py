@@ -1,6 +1,7 @@
 """Known deviations of public code from the papers: what `method.deviation=NAME` runs instead of the paper's method.
 
-Each file here has the name of a method and holds `DEVIATIONS`. The methods' own files implement the papers only.
+Each file here has the name of a method and holds `DEVIATIONS`. The methods' own files implement the
+papers only.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,8 @@ class Deviation:
         source: where it was found, and who pointed it out.
         apply: the paper's method -> the deviating method.
         acts: whether it makes a difference at these widths.
-        bits: widths at which it makes a difference; only what it changes is quantized, the rest is float.
+        bits: widths at which it makes a difference; only what it changes is quantized, the rest is
+            float.
     """
 
     what: str

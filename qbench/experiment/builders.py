@@ -1,4 +1,4 @@
-"""Builds the parts of an experiment: data, method, network. Each builder gets its own node of the configuration."""
+"""Builds data, method and network, each from its own node of the configuration."""
 
 import json
 from functools import lru_cache
@@ -39,7 +39,7 @@ def _dataset(node_json: str) -> Dataset:
 
 
 def build_imageless_dataset(node: Node) -> Dataset | None:
-    """Return a data set of the right shape and counts without its images; None if these are not known.
+    """Return a data set without its images; None if its shape and counts are not known.
 
     Raises:
         ConfigError: a key or a value that the data set does not have.
@@ -52,14 +52,15 @@ def build_imageless_dataset(node: Node) -> Dataset | None:
 
 
 def build_method(method: Node, activation: Node, bits: Bits) -> Method:
-    """Return the method of two nodes at some widths: one method, or two composed, under their deviations if any.
+    """Return the method of two nodes at some widths: one, or two composed.
 
     Args:
         activation: the method that quantizes the activations; `name: none` if `method` does.
 
     Raises:
         ConfigError: a key or a value that the method does not have.
-        Unsupported: the method does not support the widths or options, or the two cannot be composed.
+        Unsupported: the method does not support the widths or options, or the two cannot be
+            composed.
     """
     if activation["name"] == "none":
         return _create_method(method, bits, "method")
@@ -68,7 +69,7 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
 
 
 def _create_method(node: Node, bits: Bits, key: str) -> Method:
-    """Return the method that a node names; `key` is the node's place in the configuration, for error messages."""
+    """Return the method that a node names; `key` is the node's place, for error messages."""
     try:
         method = registry.create("method", node, **bits._asdict())
         if not isinstance(method, Method):
@@ -82,8 +83,18 @@ def _create_method(node: Node, bits: Bits, key: str) -> Method:
         raise ConfigError(f"{key}.{error}") from None
 
 
+def method_card(node: Node) -> dict[str, str]:
+    """Return the choices and deviations in a method's card, and the known deviation that its node names."""
+    sections = registry.sections(registry.card(node["name"]))
+    card = {key.lower(): sections[key] for key in ("Choices", "Deviations") if key in sections}
+    deviation = registry.known_deviations(node["name"]).get(str(node.get("deviation", "none")))
+    if deviation:
+        card["deviation"] = f"{node['deviation']}: {deviation[0]} Source: {deviation[1]}"
+    return card
+
+
 def build_model(node: Node, data: Dataset, method: Method, seed: int, device: str = "cpu") -> nn.Module:
-    """Return the float network that a node names, for a data set, with the initial weights of a seed.
+    """Return the float network of a node for a data set, with the initial weights of a seed.
 
     `norm: auto` becomes the normalization that the method requires.
 

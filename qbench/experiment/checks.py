@@ -14,7 +14,7 @@ from qbench.quant.method import Method, Requires, Unsupported
 
 
 def check_model_keys(model: Node, method: Method) -> None:
-    """Refuse keys of the network that contradict what the method requires, or that have no effect."""
+    """Refuse keys of the network that contradict the method's requirements or have no effect."""
     needs = {
         "norm": method.requires.norm,
         "act": None if method.requires.act == "either" else method.requires.act,
@@ -52,13 +52,13 @@ def check_distill(distill: Distill, method: Method) -> None:
 
 
 def check_average(optim: Optim, method: Method) -> None:
-    """Refuse to average the weights of a method whose parameters themselves are on the levels."""
+    """Refuse to average parameters that are themselves on the levels."""
     if optim.ema is not None and "no_master" in method.traits:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
 
 
 def check_splits(data: Dataset, optim: Optim, name: str) -> None:
-    """Refuse early stopping without a validation split, and an empty test split; `name` is the data set's."""
+    """Refuse early stopping without validation images, and an empty test split."""
     if optim.patience is not None and not len(data.val):
         raise ConfigError("optim.patience waits for a better validation top-1, and the validation split is empty")
     if not len(data.test):
@@ -66,7 +66,7 @@ def check_splits(data: Dataset, optim: Optim, name: str) -> None:
 
 
 def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
-    """Refuse a user's network whose normalization has scale and shift if the method requires one without them.
+    """Refuse a user's network whose normalization is not what the method requires.
 
     The networks of qbench have an attribute `norm` and follow the requirement; other networks are
     inspected.

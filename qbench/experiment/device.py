@@ -31,7 +31,7 @@ def configure_torch(runtime: Runtime) -> None:
     """Set the threads and the determinism of this process."""
     torch.set_num_threads(runtime.threads)
     if runtime.deterministic:
-        # cuBLAS is deterministic only with a fixed workspace; the variable is read when CUDA starts.
+        # cuBLAS is deterministic only with a fixed workspace; CUDA reads this when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)
     tune_malloc()
@@ -50,7 +50,7 @@ def tune_malloc() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is the first CUDA device if there is one, else the CPU."""
+    """Return the device of a name; `auto` is the first CUDA device if there is any, else CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

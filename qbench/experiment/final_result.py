@@ -1,4 +1,4 @@
-"""Ends a run: evaluates on the test split, verifies the levels, writes the weights, and makes the result."""
+"""Ends a run: evaluates, verifies the levels, writes the weights, and makes the result."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -33,7 +33,7 @@ def final_result(
     session: TrainingSession,
     baseline: Result | None,
 ) -> Result:
-    """Evaluate a trained network on the test split, verify it, write its weights, and return the result.
+    """Evaluate a trained network, verify it, write its weights, and return the result.
 
     Raises:
         NotQuantized: some weights are still float, or not on the levels that the method declares.
@@ -73,7 +73,7 @@ def _baseline_result(baseline: Result | None) -> BaselineResult | None:
 
 
 def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], width: int) -> int | None:
-    """Return the number of levels of the weights at the method's own width; layers with other widths do not count."""
+    """Return the levels of weights at the method's own width, not of layers with another one."""
     layers = quantized_layers(model)
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
     at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
@@ -106,7 +106,7 @@ def _evaluate(
     session: TrainingSession,
     answers: list[Tensor] | None = None,
 ) -> Evaluation:
-    """Evaluate weights on both splits; `answers` gets the labels and predictions of the test split."""
+    """Evaluate weights on both splits; `answers` gets labels and predictions of the test split."""
     task.model.load_state_dict(weights)
     val, test = (session.context.checked(loader.unaugmented(split)) for split in ("val", "test"))
     validated, tested = evaluate(task.model, val, task.logits), evaluate(task.model, test, task.logits, answers)
@@ -115,7 +115,7 @@ def _evaluate(
 
 
 def _log_final(model: nn.Module, state: State, session: TrainingSession, final: Evaluation) -> None:
-    """Write the final record, and for TensorBoard the figure of levels and the metrics of its table."""
+    """Write the final record, and TensorBoard's figure of levels and final metrics."""
     splits = {"val": final.val, "test": final.test}
     metrics = {f"{split}_{key}": x for split, part in splits.items() if part for key, x in asdict(part).items()}
     session.logger.record("final", state.step, metrics)

@@ -1,4 +1,4 @@
-"""The runs of a sweep one by one: checked before the sweep starts, and run so that a failure is a result too."""
+"""Checks and does the runs of a sweep; a run that fails has a result too."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ def work(planned: PlannedRun) -> None:
 
 
 def work_on(node: DictConfig) -> None:
-    """Do a run in a process that Hydra's launcher started, which passes the configuration as a node."""
+    """Do a run in a process of Hydra's launcher, which passes the configuration as a node."""
     work(planned_run(from_node(node)))
 
 
@@ -57,7 +57,7 @@ CHECKED_PARTS = ("model", "dataset", "method", "activation", "bits", "layers", "
 
 
 def check(runs: Sequence[PlannedRun]) -> None:
-    """Assemble one run of each kind, so that what does not fit stops the sweep before its first run.
+    """Assemble one run of each kind, so that an error stops the sweep before its first run.
 
     Raises:
         ConfigError: the first run whose keys or values no part takes.

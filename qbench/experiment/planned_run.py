@@ -34,5 +34,5 @@ def planned_run(config: Config) -> PlannedRun:
 
 
 def planned_runs(configs: Iterable[Config]) -> list[PlannedRun]:
-    """Return the runs of a sweep, each once: configurations with the same directory are the same run."""
+    """Return the runs of some configurations, each directory once."""
     return list({run.path: run for run in map(planned_run, configs)}.values())

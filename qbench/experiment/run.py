@@ -33,13 +33,15 @@ PROBE_IMAGES = 256
 
 
 def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool = False) -> Result:
-    """Return a run's result: the stored one, or that of the work, which continues from the newest checkpoint.
+    """Return a run's stored result, or do the run, from its newest checkpoint if it has one.
 
     Args:
-        intact: accept a stored result only if best.pt is intact too, because another run will load it.
+        intact: accept a stored result only if best.pt is intact too, because another run will load
+            it.
 
     Raises:
-        QbenchError: one of the kinds in `qbench.errors`. A run that has started keeps its directory.
+        QbenchError: one of the kinds in `qbench.errors`. A run that has started keeps its
+            directory.
     """
     context = context or RunContext()
     directory, rerun = planned.directory, planned.config.rerun
@@ -74,7 +76,7 @@ def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool 
 
 
 def _stored(directory: RunDirectory, intact: bool, context: RunContext) -> Result | None:
-    """Return the stored result, with `intact` only if the weights next to it are intact; report what is damaged."""
+    """Return the stored result, with `intact` only if its weights are intact; report damage."""
     stored = directory.stored()
     result = load_result(directory.path)
     if directory.has_result() and (not result or result.identity != directory.identity.digest):
@@ -124,7 +126,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
 
 
 def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: TrainingSession) -> nn.Module:
-    """Return the quantized network on the run's device, with its initial weights unless a checkpoint follows."""
+    """Return the quantized network on its device, with initial weights unless one is saved."""
     model, start = setup.float_model(), setup.start(baseline)
     if start and not session.saved:
         identity = setup.baseline.identity.digest if setup.starts_from_baseline else None
@@ -133,7 +135,7 @@ def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: Train
 
 
 def _state(task: Task, saved: Saved | None, seed: int) -> State:
-    """Return the state to train from: a new one, or a saved one with model, optimizer and random numbers restored."""
+    """Return the state to train from: a new one, or the saved one restored."""
     average = WeightAverage(task.model, task.optim.ema) if task.optim.ema is not None else None
     if not saved:
         state = State(optimizer.build_optimizer(task.model, task.optim), average)

@@ -1,4 +1,4 @@
-"""Connects a run's training to its directory: resuming, logging after steps and epochs, saving, stopping."""
+"""Connects a run's training to its directory: resuming, logging, saving, stopping."""
 
 import io
 import os
@@ -33,7 +33,7 @@ Saved = dict[str, Any]
 
 
 class TrainingSession:
-    """Connects a run's training to its directory. It continues from the newest intact checkpoint, if there is one.
+    """Connects a run's training to its directory, and continues from the newest checkpoint.
 
     Args:
         directory: the run's, locked by this process.
@@ -75,7 +75,7 @@ class TrainingSession:
         return self._earlier_seconds + time.perf_counter() - self._began
 
     def watch(self, task: Task, state: State, images: int) -> Callbacks:
-        """Return the functions that the training loop calls; `images` is the batch size, for the display."""
+        """Return the functions that the training loop calls; `images` is the batch size."""
         context, reporter = self.context, self.context.reporter
         reporter.start(self.title, task.epochs * task.steps, state.step, images)
         self.monitor.begin(task.model)
@@ -103,7 +103,8 @@ class TrainingSession:
         """Write a checkpoint from which the run can continue.
 
         Raises:
-            Diverged: it holds inf or nan, or `TrainingMonitor.check` refuses it; nothing is written.
+            Diverged: it holds inf or nan, or `TrainingMonitor.check` refuses it; nothing is
+                written.
         """
         session = {
             "train_seconds": self.train_seconds,
@@ -127,7 +128,7 @@ class TrainingSession:
         self.directory.write_artifact(name, pack({"model": weights, "identity": self.directory.identity.digest}))
 
     def write_predictions(self, answers: Tensor) -> None:
-        """Write predictions.npy: int16 (N, 2), label and predicted class of every test image after the last epoch."""
+        """Write predictions.npy: int16 (N, 2), label and predicted class of every test image."""
         buffer = io.BytesIO()
         np.save(buffer, answers.cpu().numpy().astype(np.int16))
         self.directory.write_artifact("predictions.npy", buffer.getvalue())
@@ -154,7 +155,7 @@ class TrainingSession:
         self.logger.records([*records, ("epoch", state.step, record.metrics())])
 
     def _newest(self) -> Saved | None:
-        """Return the newest intact checkpoint; name the damaged ones and remove them, since they count as newest."""
+        """Return the newest intact checkpoint; report and remove damaged ones that are newer."""
         for path in self.directory.checkpoints():
             try:
                 saved = unpack(path.read_bytes(), str(path))

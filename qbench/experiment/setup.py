@@ -1,4 +1,4 @@
-"""Takes a configuration apart into the parts of an experiment: data, method, network, layer policy, device.
+"""Takes a configuration apart into the parts of an experiment.
 
 This is the one place that reads a whole configuration. Each builder gets its own node; what follows
 works on the parts.
@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.config import registry
-from qbench.config.schema import STARTS, Config, Node, Optim, Runtime, baseline_config
+from qbench.config.schema import STARTS, Config, Optim, Runtime, baseline_config
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset, Loader
 from qbench.errors import ConfigError
-from qbench.experiment.builders import build_dataset, build_imageless_dataset, build_method, build_model
+from qbench.experiment.builders import (
+    build_dataset,
+    build_imageless_dataset,
+    build_method,
+    build_model,
+    method_card,
+)
 from qbench.experiment.checks import check_average, check_distill, check_model_keys, check_runtime, check_splits
 from qbench.experiment.device import bf16_autocast, choose_device, configure_torch
 from qbench.experiment.planned_run import PlannedRun, planned_run
@@ -37,7 +42,8 @@ class ExperimentSetup:
     """The parts of an experiment, checked against each other before anything is written.
 
     Args:
-        config: the configuration that the parts were made from; another experiment may be derived from it.
+        config: the configuration that the parts were made from; another experiment may be derived
+            from it.
         macs: layer -> multiply-accumulates of one image.
     """
 
@@ -101,11 +107,11 @@ class ExperimentSetup:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the float baseline must exist first: to start from, to compare with, or as the teacher."""
+        """Whether the run needs its float baseline: as start, to compare with, or as teacher."""
         return self.config.init in ("float", "method") or self.config.distill.by_baseline
 
     def start(self, baseline: Path | None) -> Path | None:
-        """Return the path of the weights to start from; None for random ones. `baseline` is the baseline's run."""
+        """Return the path of the weights to start from, None for random ones."""
         if self.config.init in ("scratch", "method"):
             return None
         return baseline if self.starts_from_baseline else Path(self.config.init)
@@ -117,13 +123,13 @@ class ExperimentSetup:
 
     @property
     def network(self) -> dict[str, str]:
-        """What is unusual about the network around the quantizers, required by the method or typed."""
+        """What is unusual about the network around the quantizers, as required or typed."""
         norm = self.method.requires.norm or self.config.model.get("norm", "auto")
         return {} if norm in ("auto", "affine") else {"norm": str(norm)}
 
     @property
     def protocol_changes(self) -> list[str]:
-        """What the method changes of the shared protocol because it requires so, in words."""
+        """What the method requires to change of the shared protocol, in words."""
         teacher = "the float baseline" if self.config.distill.teacher == "baseline" else "another run"
         return [
             *(["trained from scratch, as the method requires"] if self.config.init == "method" else []),
@@ -133,9 +139,9 @@ class ExperimentSetup:
 
     @property
     def card(self) -> dict[str, dict[str, str]]:
-        """Parts of the method cards for the reader of a result: choices, deviations, and the known deviation run."""
+        """Choices and deviations from the method cards, for the reader of the result."""
         nodes = [node for node in (self.config.method, self.config.activation) if node["name"] != "none"]
-        return {str(node["name"]): _card(node) for node in nodes}
+        return {str(node["name"]): method_card(node) for node in nodes}
 
     def loader(self, data: Dataset | None = None) -> Loader:
         """Return what makes batches of the run's data, or of other data, on the run's device."""
@@ -143,7 +149,7 @@ class ExperimentSetup:
         return Loader(data or self.data, self.optim.batch_size, self.seed, self.device, workers)
 
     def float_model(self, device: str = "cpu") -> nn.Module:
-        """Return the float network with the initial weights of the run's seed; `meta` gives one without memory."""
+        """Return the float network with its initial weights; `meta` gives one without memory."""
         return build_model(self.config.model, self.data, self.method, self.seed, device)
 
     def install(self, model: nn.Module) -> nn.Module:
@@ -169,7 +175,7 @@ class ExperimentSetup:
         return bf16_autocast(run, self.device) if self.runtime.precision == "bf16" else run
 
     def with_teacher(self, baseline: Path | None) -> Method:
-        """Return the method, with its teacher if there is one; `baseline` is the float baseline's run."""
+        """Return the method, with its teacher if there is one; `baseline` is the baseline's run."""
         distill = self.config.distill
         if not distill.on:
             return self.method
@@ -205,7 +211,7 @@ class ExperimentSetup:
 
 
 def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
-    """Build every part once, on the CPU, so that what does not fit is found before any work.
+    """Build every part once, on the CPU, so that errors are found before any work.
 
     Args:
         planned: use published data sets without their images, from their known shapes and counts;
@@ -244,17 +250,8 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
 
 
 def _checked(setup: ExperimentSetup, model: nn.Module) -> ExperimentSetup:
-    """Count the operations of a float network, and install the method in it to see whether it fits."""
+    """Count the operations of a float network, and install the method to see whether it fits."""
     setup.macs.clear()
     setup.macs.update(count_macs(model, setup.data.shape))
     setup.install(model)
     return setup
-
-
-def _card(node: Node) -> dict[str, str]:
-    sections = registry.sections(registry.card(node["name"]))
-    card = {key.lower(): sections[key] for key in ("Choices", "Deviations") if key in sections}
-    deviation = registry.known_deviations(node["name"]).get(str(node.get("deviation", "none")))
-    if deviation:
-        card["deviation"] = f"{node['deviation']}: {deviation[0]} Source: {deviation[1]}"
-    return card

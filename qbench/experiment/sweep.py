@@ -1,4 +1,4 @@
-"""Runs a sweep: checks it before its first run, lets the runs follow one another or a launcher start them."""
+"""Runs a sweep: checks it, then does the runs one after the other or by a launcher."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from qbench.runs.reader import RunRecord
 from qbench.runs.result import load_result
 
 LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper.max_batch_size", "submitit_slurm": ""}
-"""Name -> the key that limits the runs at a time. qbench runs joblib's processes itself, Hydra's plugin submitit's."""
+"""Name -> the key that limits the runs at a time. submitit is started by Hydra's plugin."""
 
 
 def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunRecord]:
@@ -34,7 +34,7 @@ def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunReco
 
 
 def launch_all(arguments: list[str], runs: Sequence[PlannedRun], name: str, stop: Callable[[], int]) -> list[RunRecord]:
-    """Let a launcher do the runs in processes of its own; return the outcome of each.
+    """Let a launcher do the runs in its own processes; return the outcome of each.
 
     Workers times threads never exceed the cores.
 

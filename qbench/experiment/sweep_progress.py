@@ -69,7 +69,7 @@ def _start_bar(total: int, done: int) -> "Progress":
 
 
 def _finished(paths: Sequence[Path], since: float) -> Iterator[tuple[Path, Result]]:
-    """Yield the directories whose result was written after a time, in seconds since the epoch, with the result."""
+    """Yield the directories, with results, whose result was written since a time of `time.time`."""
     for path in paths:
         result = load_result(path)
         if result and (path / "result.json").stat().st_mtime >= since:

@@ -13,7 +13,7 @@ from qbench.training.initial_weights import load_published
 
 
 def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
-    """Return a finished run's configuration and checkpoint; the configuration starts from scratch, without a teacher.
+    """Return a finished run's configuration, without its start and teacher, and its checkpoint.
 
     Args:
         named: what error messages call the run.

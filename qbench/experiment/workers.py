@@ -18,7 +18,7 @@ from qbench.experiment.sweep_progress import POLL_SECONDS
 
 
 def worker_count(threads: int, limit: str = "") -> int:
-    """Return the number of worker processes for runs of so many threads: `limit`, but no more threads than cores.
+    """Return the number of worker processes: `limit`, but no more threads than cores.
 
     Args:
         limit: the number as typed; anything but a number from 0 on means as many as possible.
@@ -61,7 +61,7 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 
 def _prepare_worker() -> None:
-    """Import what every run needs, and leave signals between two runs to the sweep's own process."""
+    """Import what every run needs; ignore signals between two runs, which the sweep handles."""
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(kind, signal.SIG_IGN)
     for module in ("qbench.experiment.run", "torch.utils.tensorboard"):
@@ -73,7 +73,7 @@ def _prepare_worker() -> None:
 
 
 def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Callable[[], int]) -> list[PlannedRun]:
-    """Let a pool do the waiting runs; return those that were in progress when a process was killed."""
+    """Let a pool do the waiting runs; return those in progress when a process was killed."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     working: dict[Future[None], PlannedRun] = {}

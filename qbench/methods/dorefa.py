@@ -11,8 +11,8 @@ Idea
 
 Forward
     Qk(x) = round(n x) / n, n = 2^k - 1, ties to even.
-    Weights, k >= 2: 2 Qk(tanh w / (2 max|tanh w|) + 1/2) - 1, with the maximum over the layer. The
-    levels are (2 i - n) / n in [-1, 1]; zero is not a level.
+    Weights, k >= 2: 2 Qk(tanh w / (2 max|tanh w|) + 1/2) - 1, with the maximum over the layer.
+    The levels are (2 i - n) / n in [-1, 1]; zero is not a level.
     Weights, k = 1: E sign(w), with E = mean|w| of the layer and sign(0) = +1.
     Activations: Qk(h(x)), with h(x) = clip(x, 0, 1).
 
@@ -20,8 +20,8 @@ Backward
     Weights, k >= 2: through tanh and through the maximum. Weights, k = 1: dL/dw = dL/dw_hat.
     Activations: the derivative of h. For the clip it is 1 on the closed interval 0 <= x <= 1.
     Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), with m = max|d| of the sample
-    and u uniform in (-1/2, 1/2) / n, drawn for every element. f(d) is unbiased. The levels are (2 i
-    - n) m / n; zero is not a level.
+    and u uniform in (-1/2, 1/2) / n, drawn for every element. f(d) is unbiased.
+    The levels are (2 i - n) m / n; zero is not a level.
 
 Schedule
     One phase, from a float network.
@@ -86,8 +86,8 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 def quantize_weight(w: Tensor, bits: int) -> Tensor:
     """Quantize a layer's weights (any shape); 32 bits return w itself. Section 2.3, eq. 7-10.
 
-    The maximum, and for 1 bit the scale, are taken over the whole tensor. One bit gives +-mean|w|. More bits give
-    2^bits levels in [-1, 1].
+    The maximum, and for 1 bit the scale, are taken over the whole tensor. One bit gives +-mean|w|.
+    More bits give 2^bits levels in [-1, 1].
     """
     if bits == FLOAT:
         return w
@@ -111,7 +111,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
         ends = t.div(top).trunc_()
         # gradient of the maximum, shared evenly by the elements that attain it
         share = (grad * t).sum().div_(top).div_(ends.abs().sum().clamp_(min=1))
-        # (grad - ends share) / top: through the division by the maximum, and through the maximum itself
+        # (grad - ends share) / top: through the division by the maximum and the maximum itself
         return torch.addcmul(grad, ends, share, value=-1).div_(top)
 
     return fused_quantizer(t, plain=plain, value=value, backward=backward)
@@ -170,8 +170,8 @@ def quantize_activation_tanh(x: Tensor, bits: int) -> Tensor:
 def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = None) -> Tensor:
     """Quantize a gradient (N, ...) stochastically, scaled by each sample's maximum; 32 bits return x. Eq. 12.
 
-    Noise is drawn for every element, from torch's global generator unless `generator` is given. A sample that is all
-    zero stays zero.
+    Noise is drawn for every element, from torch's global generator unless `generator` is given. A
+    sample that is all zero stays zero.
     """
     if bits == FLOAT:
         return x

@@ -94,7 +94,8 @@ def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256)
     """Quantize weights (any shape) to the nearest of `points` (m,) in their buckets; only the points get a gradient.
 
     Args:
-        points: ascending, on the scale where a bucket's values extend from 0 to 1; infinite points are never chosen.
+        points: ascending, on the scale where a bucket's values extend from 0 to 1; infinite points
+            are never chosen.
         bucket_size: elements of the flattened tensor that share a scale; 0 or None for all of them.
     """
     # scale each bucket to [0, 1]
@@ -104,7 +105,7 @@ def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256)
     # nearest point by the midpoints between neighbours; the index carries no gradient
     edges = (points[1:] + points[:-1]).detach() / 2
     nearest = torch.bucketize((v_BK - beta) / alpha, edges, right=True)
-    # indexing passes the gradient to the points, times alpha, summed over the weights assigned to each
+    # indexing passes alpha times the gradient to the points, summed over each point's weights
     return from_buckets(points[nearest] * alpha + beta, w)
 
 
@@ -129,7 +130,8 @@ def allocate_points(norms: Sequence[float], points: int, maximum: int | None = N
 
     Args:
         norms: one per layer.
-        points: 2 or more. Every layer keeps half of them; the others are shared in proportion to the norms.
+        points: 2 or more. Every layer keeps half of them; the others are shared in proportion to
+            the norms.
         maximum: most points of a single layer, at least `points`; None for no bound.
     """
     total, base, sum_of_norms = points * len(norms), points // 2, sum(norms)

@@ -13,9 +13,9 @@ Forward
     A format <IL, FL> has WL = IL + FL bits, including the sign in IL. Its step is eps = 2^-FL and
     its range [-2^(IL-1), 2^(IL-1) - eps].
     Convert(x) saturates, never wraps, and rounds values in range. With f = floor(x / eps) eps:
-    nearest gives f if x <= f + eps / 2, else f + eps; stochastic gives f + eps with probability (x
-    - f) / eps, else f. (Saturation and stochastic rounding are from a restatement of the paper; the
-    ends of the range and the side of a tie are from memory.)
+    nearest gives f if x <= f + eps / 2, else f + eps; stochastic gives f + eps with probability
+    (x - f) / eps, else f. (Saturation and stochastic rounding are from a restatement of the paper;
+    the ends of the range and the side of a tie are from memory.)
     A layer computes y = Convert(sum of w x, + bias): products and sum are wide, and there is one
     rounding. Weights are used as stored.
 
@@ -98,12 +98,13 @@ def to_fixed(
 ) -> Tensor:
     """Convert x (any shape) to fixed point <integer_bits, fraction_bits>: saturate, then round to the grid. Section 3.
 
-    The grid has steps of 2^-fraction_bits. The range is -2^(integer_bits-1) to 2^(integer_bits-1) - 2^-fraction_bits;
-    gradients pass inside the range, including its ends.
+    The grid has steps of 2^-fraction_bits. The range is -2^(integer_bits-1) to 2^(integer_bits-1) -
+    2^-fraction_bits; gradients pass inside the range, including its ends.
 
     Args:
-        integer_bits, fraction_bits: either may be negative; their sum is 1 to 24, in float64 1 to 53.
-        rounding: `nearest`, ties down; `stochastic`, up with the probability of the fraction, one draw per element.
+        integer_bits, fraction_bits: one may be negative; their sum is 1 to 24 (float64: 1 to 53).
+        rounding: `nearest`, ties down; `stochastic`, up with the probability of the fraction, one
+            draw per element.
         generator: for the draws; torch's global generator by default.
     """
     if rounding not in ROUNDINGS:
@@ -167,7 +168,8 @@ class FixedPointFormat(NamedTuple):
 class GuptaWeight(Quantizer):
     """A layer's weights, which are on their grid after `prepare` and after each step.
 
-    Holds the formats of the tensors that are stored with the weights too: biases, updates, momentum.
+    Holds the formats of the tensors that are stored with the weights too: biases, updates,
+    momentum.
     """
 
     def __init__(
@@ -295,8 +297,9 @@ def build(
 
     def output(name: str, layer: nn.Module, bits: int) -> GuptaOutput | None:
         assert isinstance(layer, QLayer)
-        # Width of the output: that of the layer's activations; the method's if the layer's input is the image or float.
-        # Float if the method's width is float, since then the activations are another method's.
+        # Width of the output: that of the layer's activations; the method's if the layer's input is
+        # the image or float. Float if the method's width is float, since then the activations are
+        # another method's.
         reads_image = isinstance(layer.input_q, ImageQuantizer)
         width = a if reads_image or FLOAT in (a, layer.bits.a) else layer.bits.a
         if layer.bits == Bits() or bits == width == FLOAT:

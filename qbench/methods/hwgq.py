@@ -17,8 +17,8 @@ Forward
     Weights, per output filter: mean|w| sign(w), sign(0) = +1.
 
 Backward
-    Activations: vanilla 1{x > 0}; clipped 1{0 < x <= q_m}; log_tailed as clipped, but 1 / (x - (q_m
-    - 1)) above q_m.
+    Activations: vanilla 1{x > 0}; clipped 1{0 < x <= q_m}; log_tailed as clipped, but 1 / (x -
+    (q_m - 1)) above q_m.
     Weights: dL/dw = dL/dw_hat, unclipped, without alpha.
 
 Schedule
@@ -45,9 +45,9 @@ Choices
     constants: `exact` computes the optimum. `authors` uses the rounded ones of their code: steps
     0.799, 0.538, 0.3217, 0.185 for 1-4 bits; 0.453 and 1.51 are their non-uniform levels of 2 bits,
     three values in all.
-    threshold: `zero` is the paper's. `half_step` puts the first threshold at half a step, round(x /
-    step), with the step that is optimal for it. Later code by the same author does so with the old
-    constants.
+    threshold: `zero` is the paper's. `half_step` puts the first threshold at half a step,
+    round(x / step), with the step that is optimal for it. Later code by the same author does so
+    with the old constants.
     A ReLU in front of the quantizer changes nothing, since x <= 0 gives 0 either way. Where the
     network allows it, the ReLU is removed.
     The offset of the log tail is not in the released code; q_m - 1 follows from continuity.
@@ -212,8 +212,8 @@ def _lloyd_max(m: int) -> list[float]:
 
     Lloyd's iteration has the same fixed point but converges slowly for many levels.
     """
-    # Start from the levels of high resolution. Their density is proportional to the cube root of the Gaussian's
-    # (Panter and Dite 1951), which is another Gaussian, of variance 3.
+    # Start from the levels of high resolution. Their density is proportional to the cube root of
+    # the Gaussian's (Panter and Dite 1951), which is another Gaussian, of variance 3.
     ranks = (torch.arange(m, dtype=torch.float64) + 0.5) / m
     q = math.sqrt(3) * math.sqrt(2) * torch.erfinv(ranks)
     zero, infinite = torch.zeros(1, dtype=torch.float64), torch.tensor([math.inf], dtype=torch.float64)

@@ -34,10 +34,10 @@ Bits
     w 2-8 or 32 for 2^(b-1) + 1 levels, 2 being ternary; a and g 32; by default w5a32g32.
 
 Protocol
-    ImageNet from published float networks: SGD with momentum 0.9, weight decay 5e-4 (GoogLeNet
-    2e-4). The accumulated portions depend on the network: 0.5 0.75 0.875 1 for ResNets at 5 bits,
-    finer ones for fewer bits. All layers are quantized; biases and batch normalization are not.
-    Learning rates and epochs of each portion are not in the paper.
+    ImageNet from published float networks: SGD with momentum 0.9, weight decay 5e-4
+    (GoogLeNet 2e-4). The accumulated portions depend on the network: 0.5 0.75 0.875 1 for ResNets
+    at 5 bits, finer ones for fewer bits. All layers are quantized; biases and batch normalization
+    are not. Learning rates and epochs of each portion are not in the paper.
 
 Choices
     portions: 0.5 0.75 0.875 1 (ResNets). partition: `largest` first, or `random`, the paper's

@@ -161,7 +161,8 @@ class LSQActivation(Quantizer):
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("signed", torch.tensor(False))
         self.register_buffer("ready", torch.tensor(False))
-        # `signed` as a Python bool, None if unknown. Reading the buffer in every step would synchronize with the GPU.
+        # `signed` as a Python bool, None if unknown. Reading the buffer in every step would
+        # synchronize with the GPU.
         self.is_signed: bool | None = None
         self.register_load_state_dict_post_hook(_reset_sign)  # type: ignore[no-untyped-call]
 

@@ -105,7 +105,8 @@ class MLQWeight(slq.SLQWeight):
     def next_clusters(self, w: Tensor) -> tuple[Clusters, Tensor]:
         """Return the current clustering, and the mask (m,) of the clusters that are frozen after the next step.
 
-        These are the clusters frozen so far, and the lowest and the highest of the free ones; in the last step all.
+        These are the clusters frozen so far, and the lowest and the highest of the free ones; in
+        the last step all.
         """
         clusters = self.clusters(w)
         frozen, free = clusters.settled.clone(), (~clusters.settled).nonzero().flatten()

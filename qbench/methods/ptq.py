@@ -88,7 +88,8 @@ def weight_scale(w: Tensor, bits: int, channel: bool = True, criterion: str = "m
     """Return the step of weights (O, ...): (O, 1, ..., 1), or a scalar unless `channel`.
 
     Args:
-        criterion: minmax (the whole range) or mse (the fraction of it with the least squared error).
+        criterion: minmax (the whole range) or mse (the fraction of it with the least squared
+            error).
     """
     full_scale = uniform.weight_scale(w, bits, channel)
     if criterion == "minmax":
@@ -193,7 +194,8 @@ def calibrate(
 
     Args:
         find_range: (values (n,), bits) -> range.
-        extremes_only: give `find_range` only the extremes of each batch; else a sample of at most `MAX_VALUES` values.
+        extremes_only: give `find_range` only the extremes of each batch; else a sample of at most
+            `MAX_VALUES` values.
     """
     layers = quantized_layers(model)
     sites = {name: layer.input_q for name, layer in layers.items() if isinstance(layer.input_q, PTQActivation)}
@@ -214,7 +216,8 @@ def calibrate(
 def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Set the running mean and the (unbiased) variance of batch normalization to their averages over these batches.
 
-    Batch normalization computes with the statistics of each batch meanwhile; all else is in evaluation mode.
+    Batch normalization computes with the statistics of each batch meanwhile; all else is in
+    evaluation mode.
     """
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]

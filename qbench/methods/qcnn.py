@@ -30,8 +30,8 @@ Sites
     weight.
 
 State
-    codebooks (M, K, Cs'): NaN where there are fewer distinct sub-vectors than K. codes, int16, (Ct,
-    kh, kw, M) or (Ct, M): the index of the codeword. Both are zero until `prepare`.
+    codebooks (M, K, Cs'): NaN where there are fewer distinct sub-vectors than K. codes, int16,
+    (Ct, kh, kw, M) or (Ct, M): the index of the codeword. Both are zero until `prepare`.
 
 Bits
     w 1-8 or 32: log2(K) / Cs' rounded up, with at most 10 bits per code; a and g 32; by default
@@ -45,8 +45,8 @@ Protocol
 
 Choices
     The paper does not give the start and length of k-means. Here: k-means++ from one fixed seed in
-    float64, so that codes depend on the weights alone, up to 50 iterations; single weights (Cs' =
-    1) exactly.
+    float64, so that codes depend on the weights alone, up to 50 iterations; single weights
+    (Cs' = 1) exactly.
     Correction: 3 sweeps, on all outputs of linear layers and on about 4,096 positions of
     convolutions, spread over the probe.
     The formulas of operations and bytes are derived. They give 4.16 where the authors' README has
@@ -78,7 +78,7 @@ from qbench.quant.probe import Probe
 from qbench.quant.product_quantization import decode, error_corrected, product_codes, subvectors
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
-# Shapes: Ct outputs, Cs inputs, M subspaces, K codewords, G groups, P kernel positions, N responses.
+# Shapes: Ct outputs, Cs inputs, M subspaces, K codewords, G groups, P positions, N responses.
 
 CODE_BITS = 10
 """Bits of a code at most."""
@@ -227,7 +227,7 @@ def encode(model: nn.Module, probe: Probe, correct: bool) -> None:
     # targets: the responses of the float network
     with float_mode(model):
         targets = _sample_outputs(model, probe, layers, responses)
-    # layer by layer in execution order; the inputs come from the layers quantized and corrected before
+    # in execution order: the inputs of a layer come from layers quantized and corrected before
     for name, target in targets.items():
         source = f"{name}.input_q"
         inputs = _sample_outputs(model, probe, {source: layers[name]}, patches)[source]
@@ -238,7 +238,8 @@ def _codewords(bits: int, subspace: int, codewords: int, prefix: str) -> int:
     """Return K of a layer.
 
     Raises:
-        Unsupported: the codes would have more than `CODE_BITS` bits, or `codewords` does not agree with the width.
+        Unsupported: the codes would have more than `CODE_BITS` bits, or `codewords` does not agree
+            with the width.
     """
     if not codewords and bits * subspace > CODE_BITS:
         raise Unsupported(

@@ -13,8 +13,8 @@ Forward
     The flattened tensor is cut into buckets of k elements, across channels. The last bucket is
     filled up with its last element; a tensor shorter than k is one bucket. Per bucket: beta = min
     v, alpha = max v - min v (1 if below 1e-10), x = (v - beta) / alpha, s = 2^b levels including
-    both ends, w_hat = alpha round(x (s - 1)) / (s - 1) + beta. Stochastic rounding of y = x (s -
-    1): floor(y) plus 1 with probability y - floor(y).
+    both ends, w_hat = alpha round(x (s - 1)) / (s - 1) + beta. Stochastic rounding of y = x
+    (s - 1): floor(y) plus 1 with probability y - floor(y).
 
 Backward
     dL/dw = dL/dw_hat. L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2,
@@ -94,7 +94,7 @@ def quantize_bucketed(
     Args:
         bits: 1 or more.
         bucket_size: elements of the flattened tensor that share a scale; 0 or None for all of them.
-        stochastic: round up or down at random, so that the mean is w; else to nearest, ties to even.
+        stochastic: round at random, so that the mean is w; else to nearest, ties to even.
         generator: for the random numbers; torch's global generator by default.
     """
     if bits < 1:

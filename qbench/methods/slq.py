@@ -45,8 +45,8 @@ Choices
     only this cluster replaced by its centroid, largest first, measured on the probe (clusters x
     layers passes per phase). `weight_error`, the reviewers' reading: the sum of squared distances
     between the weights and their centroid, largest first. `magnitude`, the authors' released code,
-    which measures nothing: zero, then pairs of clusters from the outermost inwards (the positive
-    one first). `random`: an ablation.
+    which measures nothing: zero, then pairs of clusters from the outermost inwards
+    (the positive one first). `random`: an ablation.
     portions: accumulated fractions of the clusters, rounded down, one at least; the default gives
     the authors' counts. Portions that give the same count of k clusters are one phase. All layers
     advance in every phase: how the paper goes through several layers is not known.
@@ -94,7 +94,8 @@ def cluster(w: Tensor, k: int, pinned: float | Sequence[float] | Tensor | None =
         pinned: centroids that are fixed, whatever the weights are; they count among the k.
 
     Returns:
-        Centroids (m,), ascending and distinct, of w's type; labels (int64, of w's shape), indices of centroids.
+        Centroids (m,), ascending and distinct, of w's type; labels (int64, of w's shape), indices
+        of centroids.
     """
     clustering = kmeans(w, k, torch.as_tensor(() if pinned is None else pinned, dtype=w.dtype))
     return clustering.centroids, clustering.labels
@@ -200,7 +201,7 @@ def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) 
     """Freeze the next clusters of every layer, up to an accumulated portion of its clusters, at least one."""
     layers = [(layer.weight_q, layer.weight) for layer in quantized_layers(model).values()]
     unfinished = [(s, w, s.clusters(w)) for s, w in layers if isinstance(s, SLQWeight) and not s.complete]
-    # absorb free weights that are nearest to a frozen centroid, in all layers before anything is measured
+    # before anything is measured, absorb free weights nearest to a frozen centroid in all layers
     for site, _, clusters in unfinished:
         site.freeze_clusters(clusters, clusters.settled)
     ranked = [scores(model, probe, site, w, clusters, partition) for site, w, clusters in unfinished]

@@ -150,7 +150,8 @@ class BinaryActivation(Quantizer):
 class InputScale(Quantizer):
     """Multiplies a layer's products by K, the mean magnitude of the inputs that each output reads. Section 3.2.
 
-    The layer's bias is not multiplied: K replaces the magnitudes that sign(x) removes from the products.
+    The layer's bias is not multiplied: K replaces the magnitudes that sign(x) removes from the
+    products.
     """
 
     def __init__(self, layer: FloatLayer) -> None:
@@ -188,8 +189,8 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
     """Return a layer's weight quantizer.
 
     Raises:
-        Unsupported: the filters have one input channel, for which the authors' formulas give no gradient (1 - 1 / c is
-            0) or, with `center`, weights of zero.
+        Unsupported: the filters have one input channel, for which the authors' formulas give no
+            gradient (1 - 1 / c is 0) or, with `center`, weights of zero.
     """
     if layer.weight.shape[1] == 1 and (gradient == "authors" or center):
         what = "gradient=authors" if gradient == "authors" else "center=true"

@@ -1,15 +1,17 @@
 """AlexNet as DoReFa-Net's authors train it (Zhou et al. 2016, arXiv 1606.06160; tensorpack's alexnet-dorefa.py).
 
-Verified in the script, which is not the paper's own code; 60,985,416 parameters for 1000 classes with affine BN. TTQ's
-authors train the same network from scratch (czhu95/ternarynet). Whether theirs has the biases of conv0 and fc0 is open.
+Verified in the script, which is not the paper's own code; 60,985,416 parameters for 1000 classes
+with affine BN. TTQ's authors train the same network from scratch (czhu95/ternarynet). Whether
+theirs has the biases of conv0 and fc0 is open.
 
-conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP - Q - conv3 384 - BN - MP - Q - conv3 384
-in 2 groups - BN - Q - conv3 256 in 2 groups - BN - MP valid - Q - FC 4096 (bias) - BN - Q - FC 4096 - BN - head - FC.
-Q is the activation that an input quantizer replaces. Max pooling of 3x3/2 is between BN and Q. No dropout. BN has eps
-1e-4. The first two poolings pad as TensorFlow's SAME does: only at the right and bottom where the size is even.
+conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP - Q - conv3 384 - BN
+- MP - Q - conv3 384 in 2 groups - BN - Q - conv3 256 in 2 groups - BN - MP valid - Q - FC 4096
+(bias) - BN - Q - FC 4096 - BN - head - FC. Q is the activation that an input quantizer replaces.
+Max pooling of 3x3/2 is between BN and Q. No dropout. BN has eps 1e-4. The first two poolings pad as
+TensorFlow's SAME does: only at the right and bottom where the size is even.
 
-`head` is the activation in front of the last layer. Where activations are quantized, the script clips to [0, 1] there
-and does not round; else it has a ReLU.
+`head` is the activation in front of the last layer. Where activations are quantized, the script
+clips to [0, 1] there and does not round; else it has a ReLU.
 """
 
 from collections import OrderedDict

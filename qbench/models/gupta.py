@@ -1,12 +1,13 @@
 """The networks of Gupta et al. 2015, "Deep Learning with Limited Numerical Precision" (arXiv 1502.02551), in one class.
 
-All of it is remembered from the paper, nothing is verified. MNIST perceptron: 1000, 1000, classes. MNIST CNN: conv5 8 -
-ReLU - MP2 - conv5 16 - ReLU - MP2 - FC 128 - ReLU - FC. CIFAR-10 CNN: three times conv5 64 - ReLU - MP of 3x3/2, then
-FC. No batch normalization; every layer has a bias. Weights start Gaussian with standard deviation 0.01, biases at 0;
-this is remembered of the perceptron only.
+All of it is remembered from the paper, nothing is verified. MNIST perceptron: 1000, 1000, classes.
+MNIST CNN: conv5 8 - ReLU - MP2 - conv5 16 - ReLU - MP2 - FC 128 - ReLU - FC. CIFAR-10 CNN: three
+times conv5 64 - ReLU - MP of 3x3/2, then FC. No batch normalization; every layer has a bias.
+Weights start Gaussian with standard deviation 0.01, biases at 0; this is remembered of the
+perceptron only.
 
-Open: padding and rounding of sizes. Here the MNIST CNN does not pad. The CIFAR CNN pads by 2 and its max pooling rounds
-up. So 28x28 ends at 4x4, and 32x32 at 4x4.
+Open: padding and rounding of sizes. Here the MNIST CNN does not pad. The CIFAR CNN pads by 2 and
+its max pooling rounds up. So 28x28 ends at 4x4, and 32x32 at 4x4.
 """
 
 from collections import OrderedDict

@@ -1,13 +1,14 @@
 """AlexNet as HWGQ's authors train it (Cai et al. 2017, arXiv 1702.00953).
 
-Verified in their prototxt (zhaoweicai/hwgq, alex-hwgq-3ne-clip-poly-320k): conv11/4 96 - MP - BN - Q - conv5 256 - MP -
-BN - Q - conv3 384 - BN - Q - conv3 384 - BN - Q - conv3 256 - MP - BN - Q - FC 4096 - BN - Q - FC 4096 - BN - ReLU -
-FC. Q is the activation that an input quantizer replaces. Max pooling of 3x3/2 precedes BN. There are no groups, no
-dropout, and no bias but that of the last layer. With `norm=no_affine`, the authors' form (after fc7 too), there are
-62,368,776 parameters for 1000 classes.
+Verified in their prototxt (zhaoweicai/hwgq, alex-hwgq-3ne-clip-poly-320k): conv11/4 96 - MP - BN -
+Q - conv5 256 - MP - BN - Q - conv3 384 - BN - Q - conv3 384 - BN - Q - conv3 256 - MP - BN - Q - FC
+4096 - BN - Q - FC 4096 - BN - ReLU - FC. Q is the activation that an input quantizer replaces. Max
+pooling of 3x3/2 precedes BN. There are no groups, no dropout, and no bias but that of the last
+layer. With `norm=no_affine`, the authors' form (after fc7 too), there are 62,368,776 parameters for
+1000 classes.
 
-Their images are 227x227. Weights start Gaussian, with standard deviation 0.01, and 0.005 in fc6 and fc7. The running
-averages of their BNs move by 0.05; here they move by torch's 0.1.
+Their images are 227x227. Weights start Gaussian, with standard deviation 0.01, and 0.005 in fc6 and
+fc7. The running averages of their BNs move by 0.05; here they move by torch's 0.1.
 """
 
 from collections import OrderedDict

@@ -1,16 +1,17 @@
 """ResNet-18, 34 and 50 as HWGQ's authors train them (Cai et al. 2017, arXiv 1702.00953).
 
-Verified in the prototxts res18-, res34- and res50-hwgq-3ne-clip-poly of zhaoweicai/hwgq: conv7/2 64 (bias) - MP - BN,
-then blocks, ReLU, average, FC. A block is BN - Q - conv, two or three times, then one more BN in front of the sum. Q
-is the activation that an input quantizer replaces. The BN in front of the sum has scale and shift.
+Verified in the prototxts res18-, res34- and res50-hwgq-3ne-clip-poly of zhaoweicai/hwgq: conv7/2 64
+(bias) - MP - BN, then blocks, ReLU, average, FC. A block is BN - Q - conv, two or three times, then
+one more BN in front of the sum. Q is the activation that an input quantizer replaces. The BN in
+front of the sum has scale and shift.
 
-Where the shape changes, the shortcut is a 1x1 convolution of the same Q, followed by such a BN as well. Elsewhere it
-is the block's input, never quantized. The first block has no BN of its own: the stem's BN comes right before it, so
-the identity shortcut of the first block is normalized. A bottleneck has its stride at the first 1x1 convolution. Max
-pooling rounds sizes up, as Caffe does.
+Where the shape changes, the shortcut is a 1x1 convolution of the same Q, followed by such a BN as
+well. Elsewhere it is the block's input, never quantized. The first block has no BN of its own: the
+stem's BN comes right before it, so the identity shortcut of the first block is normalized. A
+bottleneck has its stride at the first 1x1 convolution. Max pooling rounds sizes up, as Caffe does.
 
-`norm` is that of the BNs in front of Q; the authors' is `no_affine`. The running averages of their BNs move by 0.05;
-here they move by torch's 0.1.
+`norm` is that of the BNs in front of Q; the authors' is `no_affine`. The running averages of their
+BNs move by 0.05; here they move by torch's 0.1.
 """
 
 from torch import Tensor, nn

@@ -1,21 +1,22 @@
 """Residual networks for ImageNet of any width, in both forms, with torchvision's names: ResNet-18, 34, 50, ResNet-18B.
 
-`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385; torchvision's ResNet, whose checkpoints load): 7x7/2
-convolution, BN, ReLU, max pooling of 3x3/2, then four stages of blocks. A block is convolution, BN, ReLU, ...,
-convolution, BN, sum, ReLU. A shortcut that changes the shape is a 1x1 convolution with BN. In a bottleneck the 3x3
-convolution has the stride. The ReLU after a sum also feeds the next shortcut, so a quantizer can take the place of
-those within blocks only.
+`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385; torchvision's ResNet, whose
+checkpoints load): 7x7/2 convolution, BN, ReLU, max pooling of 3x3/2, then four stages of blocks. A
+block is convolution, BN, ReLU, ..., convolution, BN, sum, ReLU. A shortcut that changes the shape
+is a 1x1 convolution with BN. In a bottleneck the 3x3 convolution has the stride. The ReLU after a
+sum also feeds the next shortcut, so a quantizer can take the place of those within blocks only.
 
-`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): BN, ReLU, convolution; BN and ReLU once more after the
-last block. A shortcut that changes the shape is a 1x1 convolution of the activated input. The stem is followed by BN
-and max pooling; the ReLU is that of the first block. The first block has no BN of its own, since the stem's BN comes
-right before it; an identity shortcut there carries the stem's output before ReLU. LSQ and PACT are remembered to use
-this form (not verified).
+`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): BN, ReLU, convolution; BN and ReLU once
+more after the last block. A shortcut that changes the shape is a 1x1 convolution of the activated
+input. The stem is followed by BN and max pooling; the ReLU is that of the first block. The first
+block has no BN of its own, since the stem's BN comes right before it; an identity shortcut there
+carries the stem's output before ReLU. LSQ and PACT are remembered to use this form (not verified).
 
-`width` is the number of channels of the stem and of the first stage; the original ResNet has 64. 96 is ResNet-18B of
-TWN and TTQ. It is remembered, not verified, that each of its blocks has 1.5 times the filters; whether its stem is
-wider is open. Here the stem is wider too, as in Polino's ResNet-18 with k times the filters (k 1.5 and 2: `width` 96
-and 128; verified in antspy/quantized_distillation, cnn_models/resnet_kfilters.py).
+`width` is the number of channels of the stem and of the first stage; the original ResNet has 64. 96
+is ResNet-18B of TWN and TTQ. It is remembered, not verified, that each of its blocks has 1.5 times
+the filters; whether its stem is wider is open. Here the stem is wider too, as in Polino's ResNet-18
+with k times the filters (k 1.5 and 2: `width` 96 and 128; verified in
+antspy/quantized_distillation, cnn_models/resnet_kfilters.py).
 """
 
 from torch import Tensor, nn

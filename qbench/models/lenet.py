@@ -1,9 +1,9 @@
 """LeNet as quantization papers use it: that of Caffe (examples/mnist), not LeCun's of 1998.
 
-20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units, classes: 431,080 parameters on MNIST
-without batch normalization. Caffe's network has a single ReLU, in front of the last layer. Here BN and ReLU precede
-every layer but the first, after max pooling as in HWGQ's networks. So each of these layers has an input that a
-quantizer can take over.
+20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units, classes: 431,080
+parameters on MNIST without batch normalization. Caffe's network has a single ReLU, in front of the
+last layer. Here BN and ReLU precede every layer but the first, after max pooling as in HWGQ's
+networks. So each of these layers has an input that a quantizer can take over.
 """
 
 from collections import OrderedDict

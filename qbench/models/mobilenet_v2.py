@@ -1,7 +1,8 @@
 """MobileNetV2 for small images (Sandler et al. 2018, arXiv 1801.04381, table 2), with torchvision's layer names.
 
-The stem and the second stage keep the resolution, so that 32x32 images end at 4x4. All else is the paper's, and so is
-the number of parameters: 3,504,872 for 1000 classes. For ImageNet use `model=torchvision model.net=mobilenet_v2`.
+The stem and the second stage keep the resolution, so that 32x32 images end at 4x4. All else is the
+paper's, and so is the number of parameters: 3,504,872 for 1000 classes. For ImageNet use
+`model=torchvision model.net=mobilenet_v2`.
 """
 
 from torch import Tensor, nn

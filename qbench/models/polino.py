@@ -1,12 +1,12 @@
 """Plain convolutional networks for CIFAR-10 of Polino et al. 2018 (arXiv 1802.05668): teacher and students, one class.
 
-Verified in the authors' code (antspy/quantized_distillation, cnn_models/conv_forward_model.py and cifar10_test.py):
-convolution - ReLU - BN, in this order, with 2x2 max pooling and dropout of whole channels after some; linear - ReLU -
-BN - dropout; and a ReLU on the logits. Every layer has a bias. Convolutions keep the size. Weights start with Glorot's
-uniform distribution.
+Verified in the authors' code (antspy/quantized_distillation, cnn_models/conv_forward_model.py and
+cifar10_test.py): convolution - ReLU - BN, in this order, with 2x2 max pooling and dropout of whole
+channels after some; linear - ReLU - BN - dropout; and a ReLU on the logits. Every layer has a bias.
+Convolutions keep the size. Weights start with Glorot's uniform distribution.
 
-Counted: the teacher has 5.346 M parameters, students S0, S1, S2 1.000, 0.318 and 0.112 M, the deeper student 5.83 M.
-Distilled students are trained without dropout (`dropout: []`).
+Counted: the teacher has 5.346 M parameters, students S0, S1, S2 1.000, 0.318 and 0.112 M, the
+deeper student 5.83 M. Distilled students are trained without dropout (`dropout: []`).
 
 BN is between an activation and the next layer, so no quantizer can take an activation's place here.
 """

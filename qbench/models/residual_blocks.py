@@ -1,7 +1,8 @@
 """Residual blocks of both forms, and what a network says about its activations (`feeds`).
 
-`feeds` maps the name of an activation module to the names of the layers that read its output, for activations whose
-output only such layers read. An input quantizer may take the place of these activations and of no others.
+`feeds` maps the name of an activation module to the names of the layers that read its output, for
+activations whose output only such layers read. An input quantizer may take the place of these
+activations and of no others.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ class PreBlock(ResidualBlock):
     Args:
         convs: the convolutions of the branch.
         first_bn: whether the block begins with a BN of its own.
-        ending: normalization after the last convolution and after the shortcut's; `none` in the papers of this form.
+        ending: normalization after the last convolution and after the shortcut's; `none` in the
+            papers of this form.
     """
 
     def __init__(

@@ -1,9 +1,10 @@
 """torchvision's classification networks by name, from scratch: `model=torchvision model.net=vgg16_bn`.
 
-They are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of layers; for these
-`feeds` says which layer each activation feeds. The other networks have no `feeds`, and no network here takes another
-normalization. Methods that need either cannot be used on them. For ResNets use qbench/models/imagenet_resnet.py, which
-has torchvision's names; HWGQ has networks of its own.
+They are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of
+layers; for these `feeds` says which layer each activation feeds. The other networks have no
+`feeds`, and no network here takes another normalization. Methods that need either cannot be used on
+them. For ResNets use qbench/models/imagenet_resnet.py, which has torchvision's names; HWGQ has
+networks of its own.
 """
 
 import difflib
@@ -68,8 +69,9 @@ def _run_on_meta(module: nn.Module, shape: tuple[int, int, int]) -> Tensor:
 def _feeds_of_chain(model: nn.Module, shape: tuple[int, int, int]) -> Feeds:
     """Return the activations of AlexNet or VGG with the layer that each feeds, for images of a shape.
 
-    Some modules between an activation and the next layer commute with ReLU: max pooling, dropout, and the average
-    pooling where it averages nothing, that is where the features already have the size that it produces.
+    Some modules between an activation and the next layer commute with ReLU: max pooling, dropout,
+    and the average pooling where it averages nothing, that is where the features already have the
+    size that it produces.
     """
     if type(model).__name__ not in ("AlexNet", "VGG"):
         return {}

@@ -1,9 +1,10 @@
 """VGG-small for CIFAR as HWGQ's authors train it (Cai et al. 2017, arXiv 1702.00953; their CIFAR-10 prototxt).
 
-128C3 - BN - Q - 128C3 - MP2 - BN - Q - 256C3 - BN - Q - 256C3 - MP2 - BN - Q - 512C3 - BN - Q - 512C3 - BN - Scale -
-ReLU - MP2 - FC. Q is the activation that an input quantizer replaces. Pooling precedes BN; the last max pooling follows
-the last activation. Convolutions are 3x3, padded by 1, without bias. With `norm=no_affine`, the authors' form, the
-network for ten classes has 4,657,546 parameters.
+128C3 - BN - Q - 128C3 - MP2 - BN - Q - 256C3 - BN - Q - 256C3 - MP2 - BN - Q - 512C3 - BN - Q -
+512C3 - BN - Scale - ReLU - MP2 - FC. Q is the activation that an input quantizer replaces. Pooling
+precedes BN; the last max pooling follows the last activation. Convolutions are 3x3, padded by 1,
+without bias. With `norm=no_affine`, the authors' form, the network for ten classes has 4,657,546
+parameters.
 """
 
 from collections import OrderedDict
@@ -20,7 +21,8 @@ POOLED = (2, 4)
 class VGGSmall(nn.Sequential):
     """Layers `conv1` to `conv6` with `bn` and `act` of the same number, and `fc`.
 
-    `norm` is that of the BNs in front of quantizers. The last BN has scale and shift, unless `norm` is none.
+    `norm` is that of the BNs in front of quantizers. The last BN has scale and shift, unless `norm`
+    is none.
     """
 
     feeds: Feeds

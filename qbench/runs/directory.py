@@ -1,8 +1,8 @@
 """A run's directory: its lock, config.yaml, checkpoints and result.
 
-The path follows from the run's identity, so the same command finds the same run again, whether it is
-a single run, part of a sweep, or started by a launcher. `result.json` is written last. Until then
-the directory holds the checkpoints from which the run can continue.
+The path follows from the run's identity, so the same command finds the same run again, whether it
+is a single run, part of a sweep, or started by a launcher. `result.json` is written last. Until
+then the directory holds the checkpoints from which the run can continue.
 """
 
 import re
@@ -33,7 +33,7 @@ class RunDirectory:
     path: Path
 
     def stored(self) -> Result | None:
-        """Return the stored result if it is final (done or unsupported) and belongs to this run."""
+        """Return the stored result if it is final and belongs to this run."""
         result = load_result(self.path)
         if result is None or result.status not in FINAL or result.identity != self.identity.digest:
             return None
@@ -41,7 +41,7 @@ class RunDirectory:
 
     @contextmanager
     def lock(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Create the directory and hold its lock; call `waiting` every 0.5 s while another process holds it."""
+        """Create and lock the directory; call `waiting` every 0.5 s while another has the lock."""
         files.make_directory(self.path)
         lock = FileLock(self.path / ".lock")
         while True:
@@ -82,7 +82,7 @@ class RunDirectory:
         return result
 
     def remove_checkpoints(self) -> None:
-        """Remove the checkpoints of a finished run, which remain if its process was killed before it could.
+        """Remove the checkpoints of a finished run that was killed before it could remove them.
 
         Do nothing if another process holds the directory, or if it cannot be written to.
         """
@@ -115,7 +115,7 @@ class RunDirectory:
         return (self.path / "result.json").exists()
 
     def reset(self, *, whole: bool) -> None:
-        """Remove the result of an earlier attempt; with `whole` also all that it wrote, so that the run starts over."""
+        """Remove the result of an earlier attempt, with `whole` also everything else it wrote."""
         paths = [self.path / "result.json"]
         if whole:
             paths += [*self.checkpoints(), *self.path.glob("events.out.tfevents.*")]

@@ -9,7 +9,7 @@ from qbench.system import files
 RECORD_OVERHEAD = 16
 """Bytes of an event file around the content of each record."""
 MAX_TRIES = 2**16
-"""Places after damage at which a record is looked for, in a whole event file: more would take minutes."""
+"""The most places in a file that are tried for a record after damage; more would take minutes."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class EventSummary:
 
 
 def read_summary(path: Path) -> EventSummary:
-    """Return the content of all event files of a directory; where they disagree, the last file counts."""
+    """Return the content of all event files of a directory; later files override earlier ones."""
     summary = EventSummary()
     paths = sorted(path.glob("events.out.tfevents.*"))
     if not paths:
@@ -49,7 +49,7 @@ def read_summary(path: Path) -> EventSummary:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Yield the records of an event file whose checksums match; TensorBoard's own reader stops at the first damage.
+    """Yield the intact records of an event file; TensorBoard's reader stops at the first damage.
 
     A record is its length (8 bytes), the checksum of the length (4), the content, and the checksum
     of the content (4). Damaged content is skipped by its length. If a length is damaged, the next

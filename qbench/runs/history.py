@@ -22,7 +22,7 @@ def observed(run: Path) -> dict[str, Record]:
 
 
 def _epoch_records(run: Path) -> list[Record]:
-    """Return the records of a run that name their epoch; those of single steps, which are many, do not."""
+    """Return the records of a run that name their epoch; those of single steps do not."""
     try:
         lines = files.read(run / "metrics.jsonl").split(b"\n")
     except OSError:
@@ -32,7 +32,7 @@ def _epoch_records(run: Path) -> list[Record]:
 
 
 def baseline_directory(result: Result) -> Path | None:
-    """Return the directory of a run's float baseline: next to the run's own, else the recorded one."""
+    """Return the directory of a run's float baseline: next to the run's, else as recorded."""
     if not result.baseline:
         return None
     recorded = Path(result.baseline.run)

@@ -1,4 +1,4 @@
-"""Writes a run's logs while it works: metrics.jsonl for programs, TensorBoard's event files, lines of log.txt."""
+"""Writes a run's logs: metrics.jsonl, TensorBoard's event files, lines of log.txt."""
 
 import io
 import json
@@ -36,7 +36,8 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        size: bytes of metrics.jsonl at the checkpoint; later ones are cut off, and so are corrupt lines.
+        size: bytes of metrics.jsonl at the checkpoint; later ones are cut off, and so are corrupt
+            lines.
         step: training step to continue from; later points of TensorBoard are hidden.
 
     Attributes:
@@ -61,7 +62,7 @@ class MetricsLogger:
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def record(self, kind: str, step: int, values: Mapping[str, Json]) -> None:
-        """Append one line `{"kind": ..., "step": ..., **values}`; numbers go to TensorBoard as `kind/name`."""
+        """Append `{"kind": ..., "step": ..., **values}`; numbers also go to TensorBoard."""
         self.records([(kind, step, values)])
 
     def records(self, records: Sequence[Record]) -> None:
@@ -92,7 +93,7 @@ class MetricsLogger:
         self._write(add)
 
     def histograms(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
-        """Add a histogram of each tensor to TensorBoard, in even bins; its own bins would cost 20x as much."""
+        """Add a histogram of each tensor to TensorBoard; even bins cost 1/20 of its own ones."""
 
         def add(writer: "SummaryWriter") -> None:
             for name, tensor in tensors.items():
@@ -125,7 +126,7 @@ class MetricsLogger:
         metrics: Sequence[str],
         layout: "Mapping[str, Mapping[str, Chart]]",
     ) -> None:
-        """Add the hyper-parameters, the names of the metrics to follow, and the charts of the custom-scalars tab.
+        """Add the hyper-parameters, the names of the final metrics, and the charts.
 
         They are written to this same event file; `add_hparams` would add a second run.
 
@@ -178,7 +179,7 @@ class MetricsLogger:
 
 
 def _print_unless_os_error(args: threading.ExceptHookArgs) -> None:
-    """Print the error that ended a thread, but no OSError, which TensorBoard's writer raises again in `flush`."""
+    """Print the error that ended a thread, except OSErrors, which `flush` raises again."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
@@ -205,12 +206,12 @@ def _bars(
     edges: NDArray[np.floating],
     sums: tuple[float, float, float],
 ) -> None:
-    """Add counts (n,) between edges (n + 1,); `sums` are the number of values, their sum, their sum of squares."""
+    """Add counts (n,) between edges (n + 1,); `sums`: number, sum, sum of squares of values."""
     writer.add_histogram_raw(name, edges[0], edges[-1], *sums, edges[1:], counts, step)
 
 
 def _show_first(experiment: "Summary", names: Sequence[str]) -> None:
-    """Mark hyper-parameters as differing between runs: TensorBoard shows five by default, those so marked first."""
+    """Mark hyper-parameters as differing between runs: TensorBoard shows those first."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin = experiment.value[0].metadata.plugin_data

@@ -1,4 +1,4 @@
-"""Shows a run's progress: a live bar on a terminal, plain lines elsewhere. log.txt keeps the lines."""
+"""Shows a run's progress: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ REFRESH_SECONDS = 0.25
 
 @dataclass
 class _Stage:
-    """A stage of training: `total` steps of `images` images each, `first` of them done before this process."""
+    """A stage of training: `total` steps of `images` images, `first` of them done before."""
 
     title: str
     total: int
@@ -71,7 +71,7 @@ class ProgressReporter:
             append_text(self.log, text)
 
     def start(self, title: str, total: int, done: int, images: int) -> None:
-        """Begin a stage of `total` steps of `images` images each, `done` of which are complete."""
+        """Begin a stage of `total` steps of `images` images each; `done` steps are complete."""
         self.stop()
         self._stage = _Stage(title, total, done, images)
         if self._live:

@@ -1,4 +1,4 @@
-"""Reads runs: each directory's result, or what its logs still hold; or the records of many runs in one file."""
+"""Reads runs: their results or logs, or the records of many runs in one file."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from qbench.system import files
 DONE = "done"
 FROM_LOGS = "from the logs"
 LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "state_sha256")
-"""Fields of a result that a record leaves out: they are large, or describe the machine and its files."""
+"""Fields that a record leaves out: they are large, or describe the machine and its files."""
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -31,8 +31,8 @@ Line = dict[str, Any]
 class RunRecord:
     """A run directory with its result, or with the reason why there is none.
 
-    `status` is the result's, or running, unfinished, corrupt, not begun. `unread` names the parts of
-    its files that are damaged; `recorded` marks a run that was read from a file of many runs.
+    `status` is the result's, or running, unfinished, corrupt, not begun. `unread` names the parts
+    of its files that are damaged; `recorded` marks a run that was read from a file of many runs.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class RunRecord:
 
 
 def read(names: Iterable[str]) -> list[RunRecord]:
-    """Return every run in some directories, and those that `dump_records` wrote to some files, sorted by path.
+    """Return all runs in some directories, and in files of `dump_records`, sorted by path.
 
     Raises:
         ConfigError: a name that does not exist, or a file with another content.
@@ -64,7 +64,7 @@ def read(names: Iterable[str]) -> list[RunRecord]:
 
 
 def with_baselines(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the runs, followed by those float baselines that are in the same folders and not among them."""
+    """Return the runs, followed by their float baselines from the same folders."""
     known = {run.path for run in runs}
     baselines = {
         run.path.parent / Path(run.result.baseline.run).name for run in runs if run.result and run.result.baseline
@@ -148,7 +148,7 @@ def _run_directories(root: Path) -> Iterator[Path]:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process works on the run now. The lock is certain; a stored process id could be another's."""
+    """Whether a process works on the run now, by its lock; a stored process id could be reused."""
     if not (path / ".lock").exists():
         return False
     lock = FileLock(path / ".lock")
@@ -177,7 +177,7 @@ def _metrics(path: Path) -> tuple[list[Line], str]:
 
 
 def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
-    """Return a result from config.yaml and the final line of the metrics, or None if there is none."""
+    """Return a result from config.yaml and the final line of the metrics, or None."""
     final = next((line for line in reversed(lines) if line.get("kind") == "final"), None)
     file = path / "config.yaml"
     measured = _final_evaluation(final) if final else None
@@ -199,7 +199,7 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
 
 
 def _result_from_events(path: Path, unread: list[str]) -> Result | None:
-    """Return a result from the event files' hyper-parameters and final scalars, or None; its protocol is not known.
+    """Return a result from the event files, or None; its protocol is not known.
 
     What cannot be read is appended to `unread`.
     """
@@ -223,7 +223,7 @@ def _result_from_events(path: Path, unread: list[str]) -> Result | None:
 
 
 def _final_evaluation(record: Mapping[str, object]) -> Evaluation | None:
-    """Return the accuracies under the keys `val_top1`, `test_loss` and so on; None without those on the test split.
+    """Return the accuracies in `val_top1`, `test_loss`, ...; None without those of the test split.
 
     Raises:
         ValueError: one of them is no number in its range.

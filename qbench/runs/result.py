@@ -41,7 +41,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineResult:
-    """The float baseline of a run: its directory and its evaluations after the last and the best epoch."""
+    """The float baseline of a run: its directory, and evaluations after the last and best epoch."""
 
     run: str
     final: Evaluation
@@ -50,7 +50,7 @@ class BaselineResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What two runs must share to be compared: the configuration keys and their digest ("" if not known)."""
+    """What two runs must share to be compared: keys and their digest ("" if not known)."""
 
     hash: str
     keys: dict[str, Any]
@@ -58,7 +58,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """Speed of training without evaluation, and the peak memory of the process in bytes (on CUDA: of the device)."""
+    """Speed of training without evaluation; peak memory of the process (CUDA: device) in bytes."""
 
     images_per_second: float
     seconds_per_epoch: float
@@ -69,15 +69,15 @@ class TrainingSpeed:
 class Result:
     """The content of `result.json`; README describes each field.
 
-    `final` is measured after the last epoch, `best` with the weights of the best validation accuracy.
-    `verified` maps layer -> w, a or g -> levels found and allowed. `protocol_changes` says in words
-    what the method changes of the shared protocol because it requires so. `run` is the directory and
-    is not stored.
+    `final` is measured after the last epoch, `best` with the weights of the best validation
+    accuracy. `verified` maps layer -> w, a or g -> levels found and allowed. `protocol_changes`
+    says in words what the method changes of the shared protocol because it requires so. `run` is
+    the directory and is not stored.
 
     `data_sha256` is the digest of the data set's fingerprint: counts and sha256 of every split, in
-    their order. It is the same on every machine and in every run on the same data. It is not part of
-    `identity`, which must be known without reading data; it allows to check later, when the data is
-    opened, that a stored run was trained on the same data.
+    their order. It is the same on every machine and in every run on the same data. It is not part
+    of `identity`, which must be known without reading data; it allows to check later, when the data
+    is opened, that a stored run was trained on the same data.
     """
 
     schema: int = SCHEMA
@@ -165,7 +165,7 @@ def store_result(path: Path, result: Result) -> None:
 
 
 def with_checksum(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with the sha256 of their JSON under the key `sha256`, which replaces an old one."""
+    """Return values with the sha256 of their JSON under the key `sha256`."""
     plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
     plain.pop("sha256", None)
     return plain | {"sha256": digest(plain)}

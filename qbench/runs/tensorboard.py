@@ -1,5 +1,5 @@
-"""What TensorBoard shows of a run apart from its curves: the levels of each layer in one figure, charts of several
-curves, and the columns of the table of hyper-parameters.
+"""What TensorBoard shows of a run apart from its curves: the levels of each layer in one figure,
+charts of several curves, and the columns of the table of hyper-parameters.
 """
 
 import math
@@ -62,7 +62,7 @@ CHARTS: dict[str, dict[str, Chart]] = {
         "gradients of quantizers": _chart("[wag][.].+[.]grad/"),
     },
 }
-"""Charts that hold the curves of all runs, the float baseline's among them. They are the same for every run."""
+"""Charts with the curves of all runs, the float baselines' among them; every run has the same."""
 
 
 def columns(

@@ -1,4 +1,4 @@
-"""Writes durable files, each whole or not at all, and reads JSON and YAML with errors that name what is damaged."""
+"""Writes durable files, each whole or not at all; reads JSON and YAML."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ YAML_BYTES, YAML_VALUES = 2**16, 2**14
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file by `data`, durably: temporary file, flush, fsync, rename, fsync of the directory.
+    """Replace a file by `data`: temporary file, flush, fsync, rename, fsync of the directory.
 
     Raises:
         ResourceError: the disk or its permissions do not allow it; the old file is unchanged.
@@ -85,7 +85,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Return the number of values in a node with every alias written out; infinity for a node within itself."""
+    """Return the number of values in a node, aliases written out; inf for a node within itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -126,7 +126,7 @@ def make_directory(path: Path) -> None:
 
 
 def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
-    """Run an action that writes, and turn an OSError into a message with the path and the bytes needed.
+    """Run an action that writes; turn an OSError into a message with path and bytes needed.
 
     Raises:
         ResourceError: instead of OSError.
@@ -154,7 +154,7 @@ def sync_directory(path: Path) -> None:
 
 
 def cut(path: Path, size: int) -> int:
-    """Cut a file of JSON lines back to the whole lines among its first `size` bytes; return their bytes.
+    """Cut a file of JSON lines to the whole lines in its first `size` bytes; return their bytes.
 
     Raises:
         ResourceError: the disk or its permissions do not allow it.

@@ -1,4 +1,4 @@
-"""Turns signals into a number that loops read, so that a run stops between two steps and saves a checkpoint."""
+"""Turns signals into a number that loops read, so that a run stops between two steps."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from types import FrameType
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], int]]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into a number that loops read; a second SIGINT ends the process at once.
+    """Turn SIGINT, SIGTERM and SIGUSR1 into a number; a second SIGINT ends the process.
 
     Nothing is lost by that: files appear whole or not at all, and locks end with the process.
     """

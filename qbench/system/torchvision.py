@@ -1,4 +1,4 @@
-"""The one place that imports torchvision, whose plain import fails with some CPU-only builds of torch.
+"""Imports torchvision, whose plain import fails with some CPU-only builds of torch.
 
 Its compiled part is then missing, and `import torchvision` raises "operator torchvision::nms does
 not exist". Networks and data sets do not need that operator. Declaring the operators, without an

@@ -7,28 +7,36 @@ also has predictions for N test images, which are read too.
 """
 
 import argparse
-import copy
 import io
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from measure import machine, markdown
 
+from qbench.bits import LevelCount
 from qbench.config import compose
+from qbench.cost.network_cost import NetworkCost
 from qbench.experiment.planned_run import planned_run
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import as_json, text
 from qbench.runs.reader import read
-from qbench.runs.result import Result, with_checksum
+from qbench.runs.result import (
+    Accuracy,
+    BaselineResult,
+    Evaluation,
+    Protocol,
+    Result,
+    TrainingSpeed,
+    store_result,
+)
 
 METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
 
@@ -45,29 +53,30 @@ def plant(folder: Path, runs: int, images: int) -> None:
         path.mkdir(parents=True)
         hits = rng.random(images) < 0.9 + method / 400
         top1 = 100 * float(hits.mean()) if images else 90 + method / 4 + float(rng.normal())
-        result = _result(template, f"m{method}", {"w": w, "a": a, "g": 32}, seed, epochs, top1)
-        (path / "result.json").write_text(json.dumps(with_checksum(result), indent=2))
+        store_result(path, _result(template, f"m{method}", {"w": w, "a": a, "g": 32}, seed, epochs, top1))
         if images:
             buffer = io.BytesIO()
             np.save(buffer, np.stack([labels, np.where(hits, labels, (labels + 1) % 10)], 1).astype(np.int16))
             (path / "predictions.npy").write_bytes(buffer.getvalue())
 
 
-def _result(template: Result, method: str, bits: dict[str, int], seed: int, epochs: int, top1: float) -> dict[str, Any]:
-    values = copy.deepcopy(vars(template))
-    del values["run"]
-    values["protocol"]["keys"]["epochs"] = epochs
-    values["protocol"] |= {"hash": f"{epochs:064x}", "identity": f"{method}{bits}{seed}{epochs}"}
-    part = {"test": {"top1": top1, "top5": 99.0, "loss": 0.3}, "val": {"top1": top1, "top5": 99.0, "loss": 0.3}}
-    base = {"run": f"float-s{seed}-{epochs}", "final": {"test": {"top1": 98.0}, "val": {}}, "best": None}
-    cost = {"params": 19000, "macs": 189000, "bitops": 5780000, "bytes_float": 76300, "bytes_ideal": 7180}
-    layer = {"w": {"found": 4, "allowed": 4}, "a": {"found": 4, "allowed": 4}}
-    return values | {
-        "method": method, "options": {}, "bits": bits, "seed": seed, "final": part, "best": part, "float": base,
-        "cost": cost | {"bytes_packed": 7200, "bits_per_weight": 2.0}, "levels": 4, "wall_seconds": 3.0,
-        "verified": {f"layer{i}.conv{j}": layer for i in range(1, 4) for j in (1, 2)},
-        "speed": {"images_per_second": 9000.0, "seconds_per_epoch": 0.2, "peak_bytes": 500000000},
-    }  # fmt: skip
+def _result(template: Result, method: str, bits: dict[str, int], seed: int, epochs: int, top1: float) -> Result:
+    accuracy = Accuracy(top1=top1, top5=99.0, loss=0.3)
+    evaluation = Evaluation(test=accuracy, val=accuracy, epoch=epochs - 1)
+    float_accuracy = Accuracy(top1=98.0, top5=99.9, loss=0.1)
+    layer = {"w": LevelCount(4, 4), "a": LevelCount(4, 4)}
+    return replace(
+        template, method=method, options={}, bits=bits, seed=seed, final=evaluation, best=evaluation,
+        baseline=BaselineResult(run=f"float-s{seed}-{epochs}", final=Evaluation(test=float_accuracy)),
+        protocol=Protocol(hash=f"{epochs:064x}", keys=template.protocol.keys | {"epochs": epochs}),
+        identity=f"{method}{bits}{seed}{epochs}", levels=4, wall_seconds=3.0,
+        verified={f"layer{i}.conv{j}": layer for i in range(1, 4) for j in (1, 2)},
+        cost=NetworkCost(
+            params=19000, macs=189000, bitops=5780000, bytes_float=76300, bytes_ideal=7180, bytes_packed=7200,
+            bits_per_weight=2.0,
+        ),
+        speed=TrainingSpeed(images_per_second=9000.0, seconds_per_epoch=0.2, peak_bytes=500000000),
+    )  # fmt: skip
 
 
 def timed(folder: Path) -> dict[str, float]:

@@ -66,6 +66,8 @@ def test_bash_completes(bash: str) -> None:
         ("qbench inspect RUN --bn-stats=k", ["--bn-stats=keep"]),
         ("qbench compare out --columns accuracy,s", ["accuracy,speed"]),
         ("qbench compare out --sort eq", ["equal-bytes"]),
+        ("qbench compare out --sort to", ["top-1"]),
+        ("qbench inspect RUN --device=c", ["--device=cpu", "--device=cuda"]),
         ("qbench compare ", []),
         ("qbench compare out method=ls", ["method=lsq"]),
         ("qbench published --paper t", ["ttq", "twn"]),

@@ -1,4 +1,4 @@
-"""The configuration: what is refused and with which message, what follows from a key, which runs are the same."""
+"""The configuration: what is refused and how, what follows from a key, which runs are the same."""
 
 import subprocess
 import sys
@@ -214,7 +214,7 @@ def test_quick_answers_do_not_import_torch(words: list[str]) -> None:
 
 
 def test_training_imports_what_it_uses(tmp_path: Path) -> None:
-    """Without TensorBoard, torchvision's networks or pictures none of the packages behind them is loaded."""
+    """Without TensorBoard, torchvision's networks or pictures, their packages are not loaded."""
     code = (
         "import sys; from qbench.cli.main import main; status = main(sys.argv[1:]);"
         "heavy = {'sklearn', 'matplotlib', 'tensorboard', 'torchvision', 'scipy', 'PIL'} & set(sys.modules);"

@@ -1,4 +1,4 @@
-"""The identity of a run: its keys and digest are pinned, and a key that is added later leaves them unchanged."""
+"""The identity of a run: its keys and digest are pinned; added keys leave them unchanged."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +37,9 @@ KEYS: dict[str, Any] = {
 }
 DIGEST = "fc8673da6d59802060a8652f6c6fcaf2b69bbf47bdf9fff15634236521c112d6"
 PROTOCOL_HASH = "54a0eaa76d65a7f19131261d3fdec9863bf87771656dfec9eda45ceb82b631b3"
-"""Of `method=dorefa bits=w2a2` under the defaults. They may only change together with `schema.SCHEMA`: results that are
-stored under other digests are no longer found."""
+"""Of `method=dorefa bits=w2a2` under the defaults. They may only change together with
+`schema.SCHEMA`: results that are stored under other digests are no longer found.
+"""
 
 
 def test_the_keys_of_the_identity_are_pinned(configure: Configure) -> None:

@@ -30,7 +30,7 @@ def tuned(out: Path, *words: str) -> list[Config]:
 
 
 def planted(out: Path, val: dict[float, float], *words: str, method: str = "dorefa") -> None:
-    """Write runs with the validation top-1 that `val` has for their rate; test top-1 is 50, 51, 52 by rate."""
+    """Write runs with the validation top-1 in `val` by rate; test top-1 is 50, 51, 52 by rate."""
     for place, config in enumerate(tuned(out, THREE, f"method={method}", *words)):
         if config.optim.lr in val:
             plant(config, 0.0, 90.0, final=evaluation(50.0 + place, val[config.optim.lr]))

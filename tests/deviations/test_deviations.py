@@ -188,8 +188,8 @@ DOREFA = [
     ),
     Case(
         "dorefa", "nan_on_zero", {"w": 32, "g": 2},
-        reduced(gradients(ZERO_SAMPLE), lambda q: (q[0].tolist(), q[1, 0])), (([0.0] * 8, 1.0),),
-        (([np.nan] * 8, 1.0),),
+        reduced(gradients(ZERO_SAMPLE), lambda q: (q[0].tolist(), q[1, 0])),
+        (([0.0] * 8, 1.0),), (([np.nan] * 8, 1.0),),
     ),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Sweeps: what stops them, what does not, by which launcher, and that the same line completes them."""
+"""Sweeps: what stops them, what does not, launchers, and completion by the same command."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def digests(out: Path) -> dict[str, object]:
     return {name: r["weights_sha256"] for name, r in results(out).items() if r["status"] == "done"}
 
 
-def test_a_malformed_value_stops_before_the_first_job(tmp_path: Path) -> None:
+def test_a_malformed_value_stops_before_the_first_run(tmp_path: Path) -> None:
     for word in ("bits.w=2,two", "model.width=4,0", "seed=0,-1", "layers.downsample=same,8", "method=dorefa,dorfa"):
         method = [] if word.startswith("method") else ["method=dorefa"]
         done = qbench(*SMOKE, *method, word, "out=o", cwd=tmp_path)
@@ -60,7 +60,7 @@ def test_a_malformed_value_stops_before_the_first_job(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir()), word
 
 
-def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(SABOTAGE)
     words = [*SMOKE, "method=mine:build", "method.how=raise,not,exit,memory,spoil", "bits.w=2,4", "epochs=2", "out=o"]
     done = qbench(*words, cwd=tmp_path)
@@ -84,7 +84,7 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
     again = qbench(*words, cwd=tmp_path)
     assert again.returncode == 8
     changed = {json.loads(p.read_text())["options"]["how"] for p in found if p.stat().st_mtime_ns != before[p]}
-    assert changed == {"raise", "exit", "memory", "spoil"}, "what is done is not run again, what failed is"
+    assert changed == {"raise", "exit", "memory", "spoil"}, "finished runs are not run again, failed ones are"
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
@@ -92,12 +92,12 @@ def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(tmp_path: Path, lau
     words = [*SMOKE, "method=dorefa", "bits=w2,w2a2g4", "seed=0,1"]
     alone = qbench(*words, "out=alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    side_by_side = qbench(*words, "out=beside", f"hydra/launcher={launcher}", cwd=tmp_path)
-    assert side_by_side.returncode == 0, side_by_side.stderr
+    parallel = qbench(*words, "out=parallel", f"hydra/launcher={launcher}", cwd=tmp_path)
+    assert parallel.returncode == 0, parallel.stderr
     assert len(digests(tmp_path / "alone")) == 6
-    assert digests(tmp_path / "beside") == digests(tmp_path / "alone")
-    assert side_by_side.stdout.replace("beside", "alone") == alone.stdout
-    assert {p.name for p in tmp_path.iterdir()} == {"alone", "beside"}
+    assert digests(tmp_path / "parallel") == digests(tmp_path / "alone")
+    assert parallel.stdout.replace("parallel", "alone") == alone.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"alone", "parallel"}
 
 
 def test_workers_times_threads_never_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,8 +119,8 @@ def test_the_first_runs_need_different_baselines() -> None:
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_twelve_cells_of_which_five_are_sabotaged(tmp_path: Path, launcher: str) -> None:
-    """R18: with joblib one worker is killed besides."""
+def test_twelve_runs_with_five_sabotaged(tmp_path: Path, launcher: str) -> None:
+    """R18: with joblib, one worker is killed too."""
     (tmp_path / "mine.py").write_text(SABOTAGE)
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     good = ["a", "b", "c", "d", "e", "f", "kill" if launcher == "joblib" else "g"]
@@ -145,7 +145,7 @@ def test_twelve_cells_of_which_five_are_sabotaged(tmp_path: Path, launcher: str)
     assert {how for how, path in paths.items() if path.stat().st_mtime_ns != before[how]} == set(bad)
 
 
-def test_data_that_one_cell_lacks_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_data_that_one_run_lacks_does_not_stop_the_others(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(SABOTAGE)
     done = qbench(*SMOKE, "method=dorefa", "bits.w=2", "dataset=mine:data,digits", "out=o", cwd=tmp_path)
     assert done.returncode == 8, done.stderr
@@ -160,16 +160,16 @@ def test_a_killed_worker_costs_nothing(tmp_path: Path) -> None:
     assert done.returncode == 8, done.stderr
     assert (tmp_path / "killed").exists()
     assert "a worker was killed" in done.stderr
-    cells = [json.loads(path.read_text()) for path in (tmp_path / "o").rglob("mine*/result.json")]
-    stored = {(r["options"]["how"], r["seed"]): r["weights_sha256"] for r in cells}
-    assert {how for how, _ in stored} == {"not", "kill"}, "what kills every process that works on it has no result"
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "o").rglob("mine*/result.json")]
+    stored = {(r["options"]["how"], r["seed"]): r["weights_sha256"] for r in runs}
+    assert {how for how, _ in stored} == {"not", "kill"}, "a run that kills every process has no result"
     for seed in (0, 1):
         assert stored["kill", seed] == stored["not", seed] is not None
     assert done.stdout.count("unfinished") == 2
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_processes_side_by_side_stop_and_go_on(tmp_path: Path, kind: signal.Signals) -> None:
+def test_parallel_processes_stop_and_continue(tmp_path: Path, kind: signal.Signals) -> None:
     words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4,w5", "epochs=200", f"out={tmp_path}", "hydra/launcher=joblib"]
     process = subprocess.Popen(
         [sys.executable, "-m", "qbench", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -182,13 +182,13 @@ def test_processes_side_by_side_stop_and_go_on(tmp_path: Path, kind: signal.Sign
     assert "Traceback" not in message
     time.sleep(2)
     with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # nobody of its group is left
+        os.killpg(process.pid, 0)  # no process of its group is left
     begun = list(tmp_path.rglob("dorefa*/config.yaml"))
     assert 1 <= len(begun) <= 2
     assert not list(tmp_path.rglob("dorefa*/result.json"))
 
 
-def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_continues(tmp_path: Path) -> None:
     words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4", "epochs=3", f"out={tmp_path}"]
     process = subprocess.Popen([sys.executable, "-m", "qbench", *words], stderr=subprocess.PIPE, text=True)
     while len(list(tmp_path.rglob("dorefa*/result.json"))) < 1 and process.poll() is None:

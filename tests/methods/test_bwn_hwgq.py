@@ -1,7 +1,7 @@
-"""BWN weights and HWGQ activations against tests/reference/oracle_hwgq.py, published numbers, properties, and mutants.
+"""Test BWN weights and HWGQ activations against tests/reference/oracle_hwgq.py, published numbers, and properties.
 
-The check_* functions take the implementation as an argument, so that mutants can be put through them too.
-Sections count the project's notes on the papers. q: positive levels, q_m the largest; t: thresholds.
+The check_* functions take the implementation as an argument, so that they can be applied to flawed ones too.
+q: positive levels, q_m the largest; t: thresholds.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def upstream(x: Tensor) -> Tensor:
-    """Gradients, none of them 0, that every dtype holds exactly: x in another dtype gets the same ones."""
+    """Return nonzero gradients that are exact in every dtype, so that x gets the same ones in each dtype."""
     return torch.from_numpy(np.random.default_rng(7).integers(-32, 32, x.shape) / 8 + 1 / 16).to(x.dtype)
 
 
@@ -46,25 +46,25 @@ def forward_backward(quantize: Subject, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def agree(what: str, got: Tensor, want: FloatArray, ulps: int = 16) -> None:
-    """Relative to each element by itself, so that small ones count too."""
+    """Compare with a tolerance relative to each element, so that small ones count too."""
     excess = np.abs(array(got) - want) - ulps * torch.finfo(got.dtype).eps * np.abs(want)
     worst = int(np.argmax(excess))
     assert (excess <= 0).all(), f"{what}: {got.reshape(-1)[worst]} for {want.reshape(-1)[worst]}"
 
 
-def around(q: Tensor) -> Tensor:
-    """All places where something may change and their neighbours, a grid, tiny and huge numbers, both signs."""
-    places = torch.cat([q, (q[1:] + q[:-1]) / 2, q / 2, q[-1:] - 1])  # the last is where the log tail has its pole
+def points_around(q: Tensor) -> Tensor:
+    """Return all points where value or slope may change, neighbours, a grid, tiny and huge numbers, both signs."""
+    points = torch.cat([q, (q[1:] + q[:-1]) / 2, q / 2, q[-1:] - 1])  # the last is the pole of the log tail
     near = 1e3 * torch.finfo(q.dtype).eps
-    beside = [places + d for d in (0, near, -near, 1e-2, -1e-2)]
-    beside += [q.nextafter(torch.full_like(q, far)) for far in (0.0, 9.0)]
+    near_points = [points + d for d in (0, near, -near, 1e-2, -1e-2)]
+    near_points += [q.nextafter(torch.full_like(q, far)) for far in (0.0, 9.0)]
     rest = torch.tensor([0.0, torch.finfo(q.dtype).tiny, 1e-6, 1.62, 5, 1e3, 1e30], dtype=q.dtype)
-    points = torch.cat([*beside, torch.arange(1, 129, dtype=q.dtype) / 32, rest])
-    return torch.cat([points, -points])
+    positive = torch.cat([*near_points, torch.arange(1, 129, dtype=q.dtype) / 32, rest])
+    return torch.cat([positive, -positive])
 
 
-def same_levels(what: str, out: Tensor, x: Tensor, levels: Tensor) -> None:
-    """Bit for bit, except where rounding errors of a midpoint may choose the level."""
+def assert_same_levels(what: str, out: Tensor, x: Tensor, levels: Tensor) -> None:
+    """Compare bit for bit, except where rounding errors of a midpoint may change the level."""
     q = levels.to(computed_in(x.dtype))
     where = oracle.margin(array(x), array(q)) > 4 * torch.finfo(q.dtype).eps * float(q[-1])
     assert where.mean() > 0.9, f"{what}: compares too few points"
@@ -77,10 +77,10 @@ def check_activation(quantize: Subject) -> None:
     steps = [[step * i for i in range(1, 2**bits)] for bits, step in PUBLISHED_STEP.items()]
     for dtype, levels in product(WIDE, [*steps, THREE, TWO, [0.25, 0.5], *(row[0] for row in LLOYD.values())]):
         q = torch.tensor(levels, dtype=dtype)
-        x = around(q)
+        x = points_around(q)
         for mode in MODES:
             out, grad = forward_backward(lambda v, q=q, mode=mode: quantize(v, q, mode), x)
-            same_levels("activation forward", out, x, q)
+            assert_same_levels("activation forward", out, x, q)
             want = oracle.activation_backward(array(x), array(q), array(upstream(x)), mode)
             agree(f"activation backward {mode}", grad, want)
     for dtype, levels in product((*HALVES, *WIDE), ([0.5, 1, 1.5], [0.25, 1, 3], [1.0, 1.5])):
@@ -102,7 +102,7 @@ def check_weight(binarize: Subject) -> None:
         agree("weight backward", grad, oracle.binarize_backward(array(w), array(upstream(w))), 0)
 
 
-def rounded_once(quantize: Subject, x: Tensor) -> None:
+def assert_rounded_once(quantize: Subject, x: Tensor) -> None:
     for half, single in zip(forward_backward(quantize, x), forward_backward(quantize, x.float()), strict=True):
         assert half.dtype == x.dtype, f"half types: {half.dtype}"
         assert torch.equal(half, single.to(x.dtype)), "half types: not float32, rounded once"
@@ -113,14 +113,14 @@ def check_half_activation(quantize: Subject) -> None:
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         x, q = every[every.isfinite()], torch.tensor(levels)
         for mode in MODES:
-            rounded_once(partial(quantize, levels=q, backward=mode), x)
-        same_levels("half types", quantize(x, q, "clipped"), x, q)
+            assert_rounded_once(partial(quantize, levels=q, backward=mode), x)
+        assert_same_levels("half types", quantize(x, q, "clipped"), x, q)
 
 
 def check_half_weight(binarize: Subject) -> None:
     for dtype in HALVES:
-        rounded_once(binarize, torch.linspace(-2, 5.1, 4800).reshape(16, 4, 75).to(dtype))
-    w = torch.full((2, 512, 3, 3), -100.0, dtype=torch.float16)  # the sum overflows, the mean need not
+        assert_rounded_once(binarize, torch.linspace(-2, 5.1, 4800).reshape(16, 4, 75).to(dtype))
+    w = torch.full((2, 512, 3, 3), -100.0, dtype=torch.float16)  # the sum overflows in float16, the mean does not
     assert torch.equal(binarize(w), w), "half types: overflow"
 
 
@@ -137,12 +137,12 @@ def check_levels(make: Subject) -> None:
             assert abs(oracle.fitted_step(step, len(v)) - step) < 1e-6 * step, f"{what}: not stationary"
         else:
             assert np.abs(oracle.centroids(v) - v).max() < 1e-6, f"{what}: not centroids"
-        # The conditions change slowly near the optimum, so that a search that stopped early may still meet them.
+        # The conditions change slowly near the optimum, so a search that stopped early may still satisfy them.
         assert np.abs(v - oracle.levels(bits, uniform)).max() < 1e-6, f"{what}: not the optimum"
 
 
 @pytest.mark.parametrize("bits", UNIFORM)
-def test_golden_levels(bits: int) -> None:
+def test_the_levels_are_the_tabulated_ones(bits: int) -> None:
     i, near = np.arange(1, 2**bits), DIGITS + 3e-7  # six decimals, and float32 above 2
     equal, free = array(half_wave_levels(bits)), array(half_wave_levels(bits, uniform=False))  # True is the default
     for q in (equal, oracle.levels(bits, True)):
@@ -155,18 +155,18 @@ def test_golden_levels(bits: int) -> None:
         np.testing.assert_allclose([float(v) for v in oracle.thresholds(q)], t, rtol=0, atol=near)
         assert abs(oracle.mse(q) - error) < DIGITS
     published = oracle.mse(PUBLISHED_STEP[bits] * i)
-    assert oracle.mse(equal) < published < oracle.mse(equal) + 2e-6  # section 4.3, last column
+    assert oracle.mse(equal) < published < oracle.mse(equal) + 2e-6
     assert oracle.mse(free) <= oracle.mse(equal) + 1e-12
     for shift in (-1e-3, 1e-3):
         assert oracle.mse(equal) < oracle.mse(equal * (1 + shift))
         assert all(oracle.mse(free) < oracle.mse(free + shift * (i == j)) for j in i)
 
 
-def test_oracle_on_other_published_rows() -> None:
-    # Two positive levels ("2n"), section 4.2.
+def test_the_oracle_gives_the_other_published_rows() -> None:
+    # Two positive levels ("2n").
     q = oracle.lloyd_max_levels(2)
     np.testing.assert_allclose([*q, (q[0] + q[1]) / 2, oracle.mse(q)], np.hstack(LLOYD[2]), rtol=0, atol=DIGITS)
-    # Section 4.1: thresholds .807 and 1.345. Section 3a: shares of the 2-bit levels, and 5.3 % above q_m.
+    # Thresholds .807 and 1.345; shares of the 2-bit levels, and 5.3 % above q_m.
     np.testing.assert_allclose([float(v) for v in oracle.thresholds(np.array(THREE))], [0.807, 1.345], atol=1e-12)
     shares = [*oracle.moments(oracle.cells(np.array(THREE)))[0], *oracle.moments(np.array([1.614, np.inf]))[0]]
     np.testing.assert_allclose(np.array(shares) / 2, [0.290, 0.121, 0.089, 0.053], rtol=0, atol=6e-4)
@@ -175,8 +175,8 @@ def test_oracle_on_other_published_rows() -> None:
         assert abs(oracle.mse(step * i, np.append(np.maximum(step * (i - 0.5), 0), np.inf)) - error) < DIGITS
 
 
-def test_golden_activation_rows() -> None:
-    x = [-1, 0, 1e-6, 0.3, 0.8071, 1.4, 5]  # section 4.5, as are all numbers here
+def test_the_activations_are_those_computed_by_hand() -> None:
+    x = [-1, 0, 1e-6, 0.3, 0.8071, 1.4, 5]
     want = [0, 0, 0.538, 0.538, 1.076, 1.614, 1.614]
     slopes = {"vanilla": [0, 1, 1, 1, 1], "clipped": [0, 1, 1, 0, 0], "log_tailed": [0, 1, 1, 0.994036, 0.227998]}
     np.testing.assert_array_equal(oracle.activation_forward(np.array(x), np.array(THREE)), want)
@@ -192,7 +192,7 @@ def test_golden_activation_rows() -> None:
 
 
 @pytest.mark.parametrize(("bits", "uniform"), [*product((1, 2, 3, 4), (True, False))])
-def test_levels_and_quantizer_together_reach_the_error_of_the_tables(bits: int, uniform: bool) -> None:
+def test_the_levels_and_the_quantizer_have_the_tabulated_error(bits: int, uniform: bool) -> None:
     x = torch.special.ndtri((torch.arange(2**18, dtype=torch.float64) + 0.5) / 2**18)  # N(0,1), evenly
     out = quantize_activation(x, half_wave_levels(bits, uniform))
     error = UNIFORM[bits][1] if uniform else LLOYD[2**bits - 1][2]
@@ -200,7 +200,7 @@ def test_levels_and_quantizer_together_reach_the_error_of_the_tables(bits: int, 
     assert (out == 0).double().mean() == 0.5
 
 
-def test_golden_weight_rows() -> None:
+def test_the_weights_are_those_computed_by_hand() -> None:
     # By hand: mean|w| is 1, 1/2 and 0; the zero of the first filter counts as positive.
     w = [[0.0, -1.0, 2.0, -1.0], [-0.5, -0.5, 0.25, 0.75], [0.0, -0.0, 0.0, 0.0]]
     want = [[1.0, -1.0, 1.0, -1.0], [-0.5, -0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
@@ -211,21 +211,23 @@ def test_golden_weight_rows() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "clip", "Clipped", "log-tailed", "hard_tanh"])
-def test_an_unknown_backward_is_refused(name: str) -> None:
+def test_an_unknown_backward_raises(name: str) -> None:
     with pytest.raises(ValueError, match=r"(?s)(?=.*vanilla)(?=.*clipped)(?=.*log_tailed)"):
         quantize_activation(torch.zeros(2), torch.tensor(THREE), backward=name)
 
 
-# Derandomized, so that a red property is red again on the next machine.
+# Derandomized, so that a failing property fails on every machine.
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-# On grids that every dtype holds, midpoints too: exact ties come up, and no level is left to rounding.
+# On grids that are exact in every dtype, including midpoints: exact ties occur, and rounding changes no level.
 inputs = st.lists(st.integers(-255, 255).map(lambda i: i / 64), min_size=1, max_size=40)
 level_sets = st.lists(st.integers(1, 100).map(lambda i: i / 32), min_size=1, max_size=15, unique=True).map(sorted)
 
 
 @PROPERTY
 @given(values=inputs, levels=level_sets, dtype=st.sampled_from((*HALVES, *WIDE)), power=st.integers(-9, 9))
-def test_activation_properties(values: list[float], levels: list[float], dtype: torch.dtype, power: int) -> None:
+def test_the_properties_of_activations(
+    values: list[float], levels: list[float], dtype: torch.dtype, power: int
+) -> None:
     x, q = torch.tensor(sorted(values), dtype=dtype), torch.tensor(levels, dtype=computed_in(dtype))
     out = quantize_activation(x, q)
     assert torch.equal(out, torch.from_numpy(oracle.activation_forward(array(x), array(q))).to(dtype))
@@ -234,13 +236,13 @@ def test_activation_properties(values: list[float], levels: list[float], dtype: 
     assert torch.isin(out[x > 0], q.to(dtype)).all()
     distance = (x[:, None] - q.to(dtype)).abs().amin(1)  # exact, as is out - x
     assert torch.equal((out - x).abs()[x > 0], distance[x > 0])  # no positive level is nearer
-    assert torch.equal(quantize_activation(out, q), out)  # q_i lies in its own cell, and 0 stays 0
+    assert torch.equal(quantize_activation(out, q), out)  # q_i is a fixed point, and so is 0
     assert torch.equal(quantize_activation(x * 2.0**power, q * 2.0**power), out * 2.0**power)
 
 
 @PROPERTY
 @given(data=st.data(), dtype=st.sampled_from(WIDE), filters=st.integers(1, 4), size=st.integers(1, 6))
-def test_weight_properties(data: st.DataObject, dtype: torch.dtype, filters: int, size: int) -> None:
+def test_the_properties_of_weights(data: st.DataObject, dtype: torch.dtype, filters: int, size: int) -> None:
     values = data.draw(st.lists(st.integers(-64, 64), min_size=filters * size, max_size=filters * size))
     w = torch.tensor(values, dtype=dtype).reshape(filters, size) / 16
     out = binarize_weight(w)
@@ -255,7 +257,7 @@ def test_weight_properties(data: st.DataObject, dtype: torch.dtype, filters: int
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, *WIDE])
-def test_inputs_and_their_dtypes_are_kept(dtype: torch.dtype) -> None:
+def test_the_input_and_its_dtype_stay_the_same(dtype: torch.dtype) -> None:
     x = upstream(torch.empty(4, 3, dtype=dtype))
     for q in (torch.tensor(THREE), torch.tensor(THREE, dtype=torch.float64)):
         for quantize in (binarize_weight, *(partial(quantize_activation, levels=q, backward=mode) for mode in MODES)):
@@ -265,14 +267,14 @@ def test_inputs_and_their_dtypes_are_kept(dtype: torch.dtype) -> None:
             assert torch.equal(quantize(x.t().contiguous().t()), out)
             assert torch.equal(x, before[0])
             assert torch.equal(q, before[1])
-        same_levels("levels of another dtype", quantize_activation(x.flatten(), q), x.flatten(), q)
+        assert_same_levels("levels of another dtype", quantize_activation(x.flatten(), q), x.flatten(), q)
 
 
-# Mutants: a right implementation with one named flaw each
+# Mutants: a correct implementation with one named flaw each
 
 
 def with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """`value` bit for bit, with the derivative `slope` in x."""
+    """Return exactly `value`, with the derivative `slope` in x."""
     linear = x * slope.detach()
     return value.detach() + (linear - linear.detach())
 
@@ -316,7 +318,7 @@ def flawed_levels(bits: int, uniform: bool, *, flaw: str) -> Tensor:
     return torch.tensor([0.0, *q] if flaw == "zero among them" else q[::-1].copy() if flaw == "descending" else q)
 
 
-# Each row: comparison, subject, what the one says of the other, and the flaws it says that of.
+# Each row: check, flawed implementation, expected message, and the flaws that give it.
 MUTANTS = [
     (check_activation, flawed_activation, "forward", "convention B", "thresholds at levels"),
     (check_activation, flawed_activation, "forward", "negative to q_1", "zero to q_1", "naive sum"),
@@ -338,21 +340,23 @@ SUBJECT = {flawed_activation: quantize_activation, flawed_weight: binarize_weigh
 
 
 @pytest.mark.parametrize(("check", "build"), dict.fromkeys(row[:2] for row in MUTANTS))
-def test_agrees_with_the_oracle(check: Callable[..., None], build: Subject) -> None:
+def test_the_implementation_agrees_with_the_oracle(check: Callable[..., None], build: Subject) -> None:
     check(SUBJECT[build])
-    check(partial(build, flaw=""))  # so that it is the flaw that is rejected below
+    check(partial(build, flaw=""))  # passes without a flaw, so the flaws are what is rejected below
 
 
-@pytest.mark.parametrize(("check", "build", "said", "flaw"), [(*row[:3], flaw) for row in MUTANTS for flaw in row[3:]])
-def test_comparison_rejects(check: Callable[..., None], build: Subject, said: str, flaw: str) -> None:
-    with pytest.raises(AssertionError, match=said):
+@pytest.mark.parametrize(
+    ("check", "build", "message", "flaw"), [(*row[:3], flaw) for row in MUTANTS for flaw in row[3:]]
+)
+def test_the_comparison_rejects_every_flaw(check: Callable[..., None], build: Subject, message: str, flaw: str) -> None:
+    with pytest.raises(AssertionError, match=message):
         check(partial(build, flaw=flaw))
 
 
 @pytest.mark.parametrize("gradient", xnor.GRADIENTS)
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3, 3)])
-def test_xnors_weights_are_the_same_with_a_gradient_of_their_own(gradient: str, shape: tuple[int, ...]) -> None:
-    """Section 2a: paper g (1/n + alpha 1{|w| <= 1}); authors' code g (alpha 1{|w| < 1} + 1/n) (1 - 1/c) n."""
+def test_the_weights_of_xnor_are_those_of_bwn_with_another_gradient(gradient: str, shape: tuple[int, ...]) -> None:
+    """Paper: g (1/n + alpha 1{|w| <= 1}); authors' code: g (alpha 1{|w| < 1} + 1/n) (1 - 1/c) n."""
     w = torch.linspace(-1.5, 1.5, int(np.prod(shape)), dtype=torch.float64).reshape(shape)
     w.view(-1)[:2] = torch.tensor([1.0, -1.0])
     w.requires_grad_()
@@ -370,7 +374,7 @@ def test_xnors_weights_are_the_same_with_a_gradient_of_their_own(gradient: str, 
             assert d == pytest.approx(expected, rel=1e-12)
 
 
-def test_xnors_activations() -> None:
+def test_the_activations_of_xnor_are_signs() -> None:
     x = torch.tensor([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 2.0], requires_grad=True)
     out = xnor.binarize_activation(x)
     assert out.tolist() == [-1, -1, -1, 1, 1, 1, 1, 1]
@@ -378,8 +382,8 @@ def test_xnors_activations() -> None:
     assert x.grad.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
 
 
-def test_xnors_input_scale_by_hand() -> None:
-    """K: the mean over channels of |x| under the kernel's box; here 3x3 with padding 1 over 1..9 and -3 times that."""
+def test_the_input_scale_of_xnor_is_that_computed_by_hand() -> None:
+    """K is the mean of |x| over channels and kernel; here 3x3 with padding 1, inputs 1..9 and -3 times that."""
     layer = torch.nn.Conv2d(2, 4, 3, padding=1, bias=False)
     plane = torch.arange(1.0, 10).reshape(1, 1, 3, 3)
     x = torch.cat([plane, -3 * plane], 1)

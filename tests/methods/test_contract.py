@@ -1,4 +1,4 @@
-"""What every method must hold, whatever its paper: one test each over all files of conf/method."""
+"""Test what every method must fulfil: each test runs over all files of conf/method."""
 
 import inspect
 from typing import Any
@@ -46,7 +46,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 def trained(
     config: Config, parts: ExperimentSetup | None = None, epochs: int | None = None
 ) -> tuple[Task, State, list[float]]:
-    """Train a configuration in memory from scratch; return the step losses too."""
+    """Train a configuration in memory from scratch; return the task, the state and the loss of each step."""
     parts = parts or assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, config.seed, parts.device)
     model = parts.install(parts.float_model())
@@ -66,7 +66,7 @@ def trained(
 
 
 @every_method
-def test_card_has_every_section(name: str) -> None:
+def test_the_method_card_has_every_section(name: str) -> None:
     card = registry.card(name)
     headings = [line for line in card.splitlines() if line and not line.startswith(" ")]
     assert headings[1:] == list(SECTIONS)
@@ -76,7 +76,7 @@ def test_card_has_every_section(name: str) -> None:
 
 
 @every_method
-def test_yaml_and_factory_agree(name: str, configure: Configure) -> None:
+def test_the_conf_file_agrees_with_the_build_function(name: str, configure: Configure) -> None:
     config = configure(f"method={name}")
     signature = inspect.signature(registry.find("method", name)).parameters
     options = {key: p.default for key, p in signature.items() if key not in "wag"}
@@ -91,26 +91,26 @@ def test_yaml_and_factory_agree(name: str, configure: Configure) -> None:
 
 
 @every_method
-def test_something_is_quantized_and_lies_on_its_levels(name: str, smoke: Configure) -> None:
+def test_the_trained_layers_are_quantized_to_their_levels(name: str, smoke: Configure) -> None:
     recipe = ["optim=adam_cosine", "optim.lr=0.01", "epochs=4", "pretrain.epochs=4"]
     task, _, losses = trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", *recipe))
     if any(
         p.requires_grad and not is_quantizer_key(n) for n, p in task.model.named_parameters()
-    ):  # dq trains points alone
+    ):  # not for dq, which trains only points
         assert sum(losses[-9:]) < 0.95 * sum(losses[:9])
     images = next(iter(task.probe.batches))[0]
-    found = verify(task.model, images)
+    counts = verify(task.model, images)
     if name == "float":
-        assert not found
+        assert not counts
         return
-    assert found
-    for layer in found.values():
+    assert counts
+    for layer in counts.values():
         for key, count in layer.items():
             assert 2 <= count.found <= count.allowed, (key, count)
 
 
 @every_method
-def test_declared_properties_hold(name: str) -> None:
+def test_the_declared_properties_hold(name: str) -> None:
     method = registry.create("method", {"name": name})
     assert method.traits <= TRAITS
     if "odd" in method.traits:
@@ -120,7 +120,7 @@ def test_declared_properties_hold(name: str) -> None:
 
 
 @every_method
-def test_trains_the_same_from_the_same_seed(name: str, smoke: Configure) -> None:
+def test_the_same_seed_gives_the_same_training(name: str, smoke: Configure) -> None:
     first, second, other = (
         trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", f"seed={s}"))
         for s in (0, 0, 1)
@@ -131,7 +131,7 @@ def test_trains_the_same_from_the_same_seed(name: str, smoke: Configure) -> None
 
 
 @every_method
-def test_evaluation_is_deterministic_and_draws_nothing(name: str, smoke: Configure) -> None:
+def test_the_evaluation_is_deterministic_and_draws_no_random_numbers(name: str, smoke: Configure) -> None:
     task, _, _ = trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch"))
     before = torch.get_rng_state()
     assert evaluate(task.model, task.validate()) == evaluate(task.model, task.validate())
@@ -139,7 +139,7 @@ def test_evaluation_is_deterministic_and_draws_nothing(name: str, smoke: Configu
 
 
 @every_method
-def test_checkpoint_round_trip_is_exact(name: str, smoke: Configure) -> None:
+def test_a_checkpoint_restores_the_exact_state(name: str, smoke: Configure) -> None:
     config = smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch")
     task, state, _ = trained(config)
     saved = unpack(pack(state.save(task.model)), "memory")
@@ -157,7 +157,7 @@ def test_checkpoint_round_trip_is_exact(name: str, smoke: Configure) -> None:
 
 
 @every_method
-def test_no_tensor_of_a_quantizer_misses_the_state_dict(name: str, smoke: Configure) -> None:
+def test_every_tensor_of_a_quantizer_is_in_the_state_dict(name: str, smoke: Configure) -> None:
     task, _, _ = trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch"))
     kept = {id(t) for t in [*task.model.parameters(), *task.model.buffers()]}
     for layer in quantized_layers(task.model).values():
@@ -168,23 +168,28 @@ def test_no_tensor_of_a_quantizer_misses_the_state_dict(name: str, smoke: Config
 
 
 @every_method
-def test_32_bits_are_the_float_computation_bit_for_bit(name: str, smoke: Configure) -> None:
+def test_32_bits_give_the_float_computation_bit_for_bit(name: str, smoke: Configure) -> None:
     bits = "" if name == "float" else f"bits=w{FLOAT}a{FLOAT}g{FLOAT}"
     words = ["optim=sgd", "init=scratch", "epochs=2", "pretrain.epochs=2"]
-    norm = registry.create("method", {"name": name}).requires.norm  # the float network that the method asks for
+    norm = registry.create("method", {"name": name}).requires.norm  # the normalization that the method requires
     _, _, float_losses = trained(smoke("method=float", *words, *([f"model.norm={norm}"] if norm else [])))
     _, _, losses = trained(smoke(f"method={name}", *([bits] if bits else []), *words))
     assert losses == float_losses
 
 
 def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple[Result, Result]:
-    """Run a configuration undisturbed, and again with a stop at the given question of the loop; return both results."""
-    whole = run(planned_run(smoke(*words)), RunContext())
-    asked = {"times": 0}
+    """Run a configuration without interruption, and again with a stop; return both results.
 
-    def stop() -> int:  # asked after every step and epoch
-        asked["times"] += 1
-        return 15 if asked["times"] >= calls else 0
+    Args:
+        calls: the loop calls `stop` after every step and epoch; this call returns a signal.
+    """
+    whole = run(planned_run(smoke(*words)), RunContext())
+    count = 0
+
+    def stop() -> int:
+        nonlocal count
+        count += 1
+        return 15 if count >= calls else 0
 
     with pytest.raises(Interrupted):
         run(planned_run(smoke(*words, "rerun=true")), RunContext(stop=stop))
@@ -192,7 +197,7 @@ def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple
 
 
 @every_method
-def test_two_and_two_epochs_are_four(name: str, smoke: Configure) -> None:
+def test_a_resumed_run_ends_like_an_uninterrupted_one(name: str, smoke: Configure) -> None:
     words = [f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
     if not registry.create("method", {"name": name}).needs_training:
         result = run(planned_run(smoke(*words)), RunContext())
@@ -207,8 +212,8 @@ def test_two_and_two_epochs_are_four(name: str, smoke: Configure) -> None:
 
 @pytest.mark.parametrize("calls", [1, 17, 18, 19, 20])
 @pytest.mark.parametrize("optimizer", ["sgd", "unified"])
-def test_a_resume_keeps_every_option_of_the_optimizer(smoke: Configure, optimizer: str, calls: int) -> None:
-    """Stops after the first, the last but one and the last batch of an epoch, after the epoch, and in the next one."""
+def test_a_resumed_run_keeps_every_option_of_the_optimizer(smoke: Configure, optimizer: str, calls: int) -> None:
+    """Stop after the first, the last but one and the last batch of an epoch, after the epoch, and in the next one."""
     options = ["optim.ema=0.9", "optim.clip_norm=1", "optim.label_smoothing=0.1", "optim.patience=5"]
     words = ["method=dorefa", "bits=w2a2g4", "init=scratch", "epochs=3", f"optim={optimizer}", *options]
     whole, again = stopped_and_resumed(smoke, words, calls)
@@ -217,10 +222,10 @@ def test_a_resume_keeps_every_option_of_the_optimizer(smoke: Configure, optimize
 
 
 @every_method
-def test_widths_that_a_method_cannot_use_are_unsupported(name: str, smoke: Configure) -> None:
+def test_widths_that_a_method_does_not_support_raise(name: str, smoke: Configure) -> None:
     method = registry.create("method", {"name": name})
     for key in "wag":
-        illegal: list[Any] = [k for k in range(1, FLOAT) if k not in method.supported_bits.get(key, ())]
-        if illegal:
-            with pytest.raises(Unsupported, match=rf"bits\.{key}={illegal[0]}"):
-                assemble(smoke(f"method={name}", f"bits.{key}={illegal[0]}"))
+        unsupported: list[Any] = [k for k in range(1, FLOAT) if k not in method.supported_bits.get(key, ())]
+        if unsupported:
+            with pytest.raises(Unsupported, match=rf"bits\.{key}={unsupported[0]}"):
+                assemble(smoke(f"method={name}", f"bits.{key}={unsupported[0]}"))

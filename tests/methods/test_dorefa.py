@@ -1,7 +1,7 @@
-"""DoReFa-Net against tests/reference/oracle.py, hand-worked rows, properties, and mutants the comparison must reject.
+"""Test DoReFa-Net against tests/reference/oracle.py, hand-computed rows, properties, and flawed implementations.
 
-The check_* functions take the implementation as an argument, so that mutants can be put through them too.
-Sections count the project's notes on the papers. k or bits: bit-width; n = 2^k - 1 steps.
+The check_* functions take the implementation as an argument, so that they can be applied to flawed ones too.
+k or bits: bit width; n = 2^k - 1 steps.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def array(x: Tensor) -> FloatArray:
 
 
 def upstream(x: Tensor) -> Tensor:
-    """Gradients, none of them 0, that every dtype holds exactly: x in another dtype gets the same ones."""
+    """Return nonzero gradients that are exact in every dtype, so that x gets the same ones in each dtype."""
     return torch.from_numpy(np.random.default_rng(7).integers(-32, 32, x.shape) / 8 + 1 / 16).to(x.dtype)
 
 
@@ -56,8 +56,8 @@ def forward_backward(quantize: Quantizer, x: Tensor, bits: int) -> tuple[Tensor,
     return out.detach(), torch.autograd.grad(out, leaf, upstream(x))[0]
 
 
-def decided(unit: list[Fraction], bits: int, dtype: torch.dtype) -> Mask:
-    """True where rounding errors of `dtype` cannot choose the level; the paper decides an exact tie."""
+def unambiguous(unit: list[Fraction], bits: int, dtype: torch.dtype) -> Mask:
+    """Return where rounding errors of `dtype` cannot change the level; the paper decides exact ties, so they count."""
     slack = 32 * (2**bits - 1) * torch.finfo(dtype).eps
     return np.array([m == 0 or m > slack for m in (oracle.margin(x, bits) for x in unit)])
 
@@ -71,7 +71,7 @@ def agree(what: str, got: Tensor, want: FloatArray, where: Mask | None = None, u
 
 
 def around(points: FloatArray, dtype: torch.dtype) -> FloatArray:
-    """The points, their neighbours just out of reach of rounding errors, and others visibly off."""
+    """Return the points, neighbours just beyond rounding errors, and points further away."""
     near = 1e3 * torch.finfo(dtype).eps
     return np.concatenate([points + d for d in (0, near, -near, 1e-2, -1e-2)])
 
@@ -85,7 +85,7 @@ def check_weight(quantize: Quantizer) -> None:
         points = np.append(points, np.zeros(-points.size % 8))  # exact ties, up to a whole filter
         w = torch.from_numpy(np.sort(points)).to(dtype).reshape(-1, 2, 2, 2)
         out, grad = forward_backward(quantize, w, k)
-        where = decided(oracle.weight_unit(array(w)), k, dtype) if k > 1 else None
+        where = unambiguous(oracle.weight_unit(array(w)), k, dtype) if k > 1 else None
         agree(f"weight forward k={k}", out, oracle.weight_forward(array(w), k), where)
         agree(f"weight backward k={k}", grad, oracle.weight_backward(array(w), array(upstream(w)), k))
         zeros = torch.zeros(3, 2, dtype=dtype)
@@ -101,17 +101,17 @@ def check_activation(quantize: Quantizer, form: Form = CLIP) -> None:
         points = around(np.concatenate([ends, -ends, np.arctanh(2 * ends[1:-1] - 1)]), dtype)
         x = torch.from_numpy(np.concatenate([points, np.arange(-96, 97) / 32])).to(dtype)
         out, grad = forward_backward(quantize, x, k)
-        where = decided([unit(v) for v in array(x)], k, dtype)
+        where = unambiguous([unit(v) for v in array(x)], k, dtype)
         agree(f"activation forward k={k}", out, forward(array(x), k), where)
         want = oracle.activation_backward(array(x), array(upstream(x)), slope)
         agree(f"activation backward k={k}", grad, want)
 
 
 def check_gradient(quantize: Quantizer) -> None:
-    """How the noise is drawn is the implementation's affair: compare with the oracle over all noise.
+    """Compare with the oracle over all values of the noise, since the implementation is free to choose how it draws.
 
-    Each element must take one of the levels the oracle reaches at the two ends of the noise. Its mean over
-    R draws must be the input within 5 sigma, where sigma <= gap/2/sqrt(R) for a two-valued draw; a right
+    Each element must take one of the levels that the oracle reaches at the two ends of the noise. Its mean over
+    R draws must be the input within 5 sigma, where sigma <= gap/2/sqrt(R) for a two-valued draw. A correct
     implementation fails one of the 1260 comparisons of means for less than one seed in 1000.
     """
     torch.manual_seed(20160620)
@@ -130,7 +130,7 @@ def check_gradient(quantize: Quantizer) -> None:
         assert reached.all(), f"gradient reach k={k}"
         bias = np.abs(out_NRP.mean(axis=1) - ratio_P)
         assert (bias <= 5 * (high - low) / 2 / repeats**0.5 + 1e-12).all(), f"gradient mean k={k}"
-        # Beside one large element zeros become fair +-m/n; no neighbour or later call repeats their signs.
+        # With one large element zeros become +-m/n with equal probability, independently of neighbours and other calls.
         one_large = torch.zeros(8, 8, 16, 16)
         one_large[:, 0, 0, 0] = 1.0
         sign, later = (quantize(one_large, k).sign() for _ in range(2))
@@ -151,7 +151,7 @@ def check_gradient(quantize: Quantizer) -> None:
         (check_gradient, quantize_gradient),
     ],
 )
-def test_agrees_with_the_oracle(check: Check, quantize: Quantizer) -> None:
+def test_the_implementation_agrees_with_the_oracle(check: Check, quantize: Quantizer) -> None:
     check(quantize)
 
 
@@ -159,43 +159,45 @@ def test_agrees_with_the_oracle(check: Check, quantize: Quantizer) -> None:
 def test_every_half_precision_number(dtype: torch.dtype) -> None:
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite() & (x.abs() <= 4)]
-    w = x[(x < 4) & ((x == 0) | (x.abs() > 2**-6))]  # one largest weight; the tiny are ties to float32
+    w = x[(x < 4) & ((x == 0) | (x.abs() > 2**-6))]  # a single largest weight; tiny weights are ties in float32
     for k in BITS:
         for quantize, form in ((quantize_activation, CLIP), (quantize_activation_abs, ABS)):
-            # n x is exact in float32 for these x and k: no input is left undecided.
+            # n x is exact in float32 for these x and k, so no input is ambiguous.
             assert torch.equal(quantize(x, k), torch.from_numpy(form[0](array(x), k)).to(dtype))
-        where = decided(oracle.weight_unit(array(w)), k, torch.float32) if k > 1 else None
+        where = unambiguous(oracle.weight_unit(array(w)), k, torch.float32) if k > 1 else None
         agree(f"half weight k={k}", quantize_weight(w, k), oracle.weight_forward(array(w), k), where, 1)
 
 
-# Rows worked out by hand
+# Rows computed by hand
 WEIGHT = (quantize_weight, oracle.weight_forward, [0.5, -0.25, 0.1, 0.0, -1.0])
 ACTIVATION = (quantize_activation, CLIP[0], [-0.3, 0, 0.1, 0.2, 0.5, 0.6, 0.84, 1, 1.7])
 GOLDEN = [
-    (*WEIGHT, 1, np.array([37, -37, 37, 37, -37]) / 100),  # section 4.5, as are all rows of these two
+    (*WEIGHT, 1, np.array([37, -37, 37, 37, -37]) / 100),
     (*WEIGHT, 2, np.array([1, -1, 1, 1, -3]) / 3),
     (*WEIGHT, 3, np.array([5, -3, 1, 1, -7]) / 7),
     (*WEIGHT, 4, np.array([9, -5, 1, 1, -15]) / 15),
     (*ACTIVATION, 1, np.array([0, 0, 0, 0, 0, 1, 1, 1, 1]) / 1),
     (*ACTIVATION, 2, np.array([0, 0, 0, 1, 2, 2, 3, 3, 3]) / 3),
     (*ACTIVATION, 3, np.array([0, 0, 1, 1, 4, 4, 6, 7, 7]) / 7),
-    # Section 1a, min(1, |x|) times 3: 3, 1.5 (tie to even), 0.3, 2.1.
+    # min(1, |x|) times 3: 3, 1.5 (tie to even), 0.3, 2.1.
     (quantize_activation_abs, ABS[0], [-1.5, -0.5, 0.1, 0.7], 2, np.array([3, 2, 0, 2]) / 3),
-    # Section 1a, levels of the first AlexNet; 3 (tanh(x)/2 + 1/2) = 0.05, 1.06, 1.94, 2.95.
+    # Levels of the first AlexNet; 3 (tanh(x)/2 + 1/2) = 0.05, 1.06, 1.94, 2.95.
     (quantize_activation_tanh, TANH[0], [-2, -0.3, 0.3, 2], 2, np.array([-3, -1, 1, 3]) / 6),
 ]
 
 
 @pytest.mark.parametrize(("quantize", "forward", "x", "k", "want"), GOLDEN)
-def test_golden_rows(quantize: Quantizer, forward: Forward, x: list[float], k: int, want: FloatArray) -> None:
+def test_the_values_are_those_computed_by_hand(
+    quantize: Quantizer, forward: Forward, x: list[float], k: int, want: FloatArray
+) -> None:
     np.testing.assert_allclose(forward(np.array(x, np.float64), k), want, rtol=0, atol=1e-15)
     for dtype in WIDE:
         agree("golden row", quantize(torch.tensor(x, dtype=dtype), k), want)
 
 
-def test_golden_weight_gradient() -> None:
-    # Section 1a, max-gradient detail: t = (1/2, -1/4), M = 1/2, g = (1, 1), sum(g t) = 1/4, so
-    # (3/4)/(1/2) - (3/4)/(1/4) * 1/4 = 3/4 at the maximum and (15/16)/(1/2) = 15/8 beside it.
+def test_the_weight_gradient_is_that_computed_by_hand() -> None:
+    # The gradient through the maximum: t = (1/2, -1/4), M = 1/2, g = (1, 1), sum(g t) = 1/4, so
+    # (3/4)/(1/2) - (3/4)/(1/4) * 1/4 = 3/4 at the maximum and (15/16)/(1/2) = 15/8 elsewhere.
     # Two maxima share that term: t = (1/2, -1/2), g = (1, 0) give 3/4 (2 - 2/2) = 3/4 and 3/4 (0 + 2/2).
     for t, g, want in (([0.5, -0.25], [1.0, 1.0], [0.75, 1.875]), ([0.5, -0.5], [1.0, 0.0], [0.75, 0.75])):
         w = torch.tensor(t, dtype=torch.float64).atanh().requires_grad_()
@@ -205,8 +207,8 @@ def test_golden_weight_gradient() -> None:
             np.testing.assert_allclose(oracle.weight_backward(array(w), np.array(g), k), want, rtol=1e-14)
 
 
-def test_golden_gradient_levels() -> None:
-    # Section 4.5, fg: k = 2 levels are m {+-1/3, +-1}; an exact zero becomes +-m/n, both signs.
+def test_the_gradient_levels_are_those_computed_by_hand() -> None:
+    # k = 2: the levels are m {+-1/3, +-1}; an exact zero becomes +-m/n, both signs.
     torch.manual_seed(0)
     d = torch.tensor([[3.0, *[0.0] * 100, *[-1.7] * 100], [-6.0, *[0.0] * 100, *[5.0] * 100]])
     out = quantize_gradient(d, 2).round(decimals=4)
@@ -217,7 +219,7 @@ def test_golden_gradient_levels() -> None:
     np.testing.assert_allclose(row, [[1, 1 / 3, -1, -1 / 3]], atol=1e-15)
 
 
-def test_oracle_weight_backward_is_the_derivative_of_the_unrounded_forward() -> None:
+def test_the_oracles_weight_gradient_is_the_derivative_without_rounding() -> None:
     w, g, h = np.array([0.3, -0.9, 0.05, 0.0, 0.7]), np.array([0.5, 2.0, -1.0, 0.25, 3.0]), 1e-6
     steps = h * np.eye(w.size)
     losses = [[g @ [2 * float(x) - 1 for x in oracle.weight_unit(v)] for v in (w + e, w - e)] for e in steps]
@@ -225,30 +227,30 @@ def test_oracle_weight_backward_is_the_derivative_of_the_unrounded_forward() -> 
     np.testing.assert_allclose(oracle.weight_backward(w, g, 2), slope, rtol=1e-7)
 
 
-# Derandomized, so that a red property is red again on the next machine.
+# Derandomized, so that a failing property fails on every machine.
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 wide = st.sampled_from(WIDE)
 bit_widths = st.sampled_from((*BITS, 8))
-# Multiples of 1/1000: equal or clearly apart, so that an ulp of a vectorized tanh cannot reorder them.
+# Multiples of 1/1000 are equal or clearly different, so an ulp of a vectorized tanh cannot reorder them.
 numbers = st.lists(st.integers(-4000, 4000).map(lambda i: i / 1000), min_size=1, max_size=40)
 
 
 @PROPERTY
 @given(values=numbers, dtype=wide, k=bit_widths, scale=st.sampled_from((1.0, 2.0**-50)))
-def test_weight_properties(values: list[float], dtype: torch.dtype, k: int, scale: float) -> None:
+def test_the_properties_of_weights(values: list[float], dtype: torch.dtype, k: int, scale: float) -> None:
     assume(any(values))
     q = quantize_weight(torch.tensor(sorted(values), dtype=dtype) * scale, k)
     assert (q.diff() >= 0).all()
     top = q.abs().max()
-    assert k == 1 or top == 1  # some weight is always at an end, and none beyond
+    assert k == 1 or top == 1  # a weight is always at an end, and none beyond
     codes = array(q / top + 1) * (2**k - 1) / 2  # whole codes: odd multiples of 1/n, never 0
     assert np.abs(codes - codes.round()).max() < 64 * 2**k * torch.finfo(dtype).eps
-    assert q.unique().numel() == np.unique(codes.round()).size <= 2**k  # a level is one number
+    assert q.unique().numel() == np.unique(codes.round()).size <= 2**k  # a level is a single number
 
 
 @PROPERTY
 @given(values=numbers, dtype=wide, k=bit_widths)
-def test_activation_properties(values: list[float], dtype: torch.dtype, k: int) -> None:
+def test_the_properties_of_activations(values: list[float], dtype: torch.dtype, k: int) -> None:
     x = torch.tensor(sorted(values), dtype=dtype)
     clip, absolute = quantize_activation(x, k), quantize_activation_abs(x.abs().sort().values, k)
     for q, low, high in ((clip, 0, 1), (absolute, 0, 1), (quantize_activation_tanh(x, k), -0.5, 0.5)):
@@ -262,7 +264,7 @@ def test_activation_properties(values: list[float], dtype: torch.dtype, k: int) 
 
 @PROPERTY
 @given(values=numbers, dtype=wide, k=bit_widths, power=st.integers(-60, 60))
-def test_gradient_properties(values: list[float], dtype: torch.dtype, k: int, power: int) -> None:
+def test_the_properties_of_gradients(values: list[float], dtype: torch.dtype, k: int, power: int) -> None:
     assume(any(values))
     d = torch.tensor([values, [0.0] * len(values), [v / 4 for v in values]], dtype=dtype)
     torch.manual_seed(3)
@@ -275,43 +277,43 @@ def test_gradient_properties(values: list[float], dtype: torch.dtype, k: int, po
     assert ((q - d).abs() <= 2 * m / n * (1 + slack)).all()
     torch.manual_seed(3)
     assert torch.equal(quantize_gradient(d * 2.0**power, k), q * 2.0**power)  # fg(c d) = c fg(d)
-    for lone in (d[0], d[0, :, None], d[0, :, None, None, None]):  # one element per sample: its own scale
-        torch.testing.assert_close(quantize_gradient(lone, k), lone)
+    for single in (d[0], d[0, :, None], d[0, :, None, None, None]):  # one element per sample: its own scale
+        torch.testing.assert_close(quantize_gradient(single, k), single)
 
 
-def test_gradient_noise_follows_the_seed() -> None:
+def test_the_gradient_noise_follows_the_seed() -> None:
     d = torch.linspace(-1, 1, 300).reshape(3, 100)
     runs = [(torch.manual_seed(s), quantize_gradient(d, 2), quantize_gradient(d, 2))[1:] for s in (5, 5, 6)]
     assert torch.equal(torch.cat(runs[0]), torch.cat(runs[1]))
     assert not torch.equal(runs[0][0], runs[0][1])
     assert not torch.equal(runs[0][0], runs[2][0])
     before = torch.get_rng_state()
-    own = [quantize_gradient(d, 2, generator=torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
-    assert torch.equal(own[0], own[1])
-    assert not torch.equal(own[0], own[2])
-    assert torch.equal(torch.get_rng_state(), before)  # a given generator leaves the global one alone
+    seeded = [quantize_gradient(d, 2, generator=torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
+    assert torch.equal(seeded[0], seeded[1])
+    assert not torch.equal(seeded[0], seeded[2])
+    assert torch.equal(torch.get_rng_state(), before)  # a given generator does not use the global one
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, *WIDE])
-def test_clip_gradient_is_one_on_the_closed_interval(dtype: torch.dtype) -> None:
+def test_the_clip_gradient_is_one_on_the_closed_interval(dtype: torch.dtype) -> None:
     tiny, above = torch.finfo(dtype).tiny, torch.ones((), dtype=dtype).nextafter(torch.tensor(2, dtype=dtype))
     x = torch.tensor([-1.0, -tiny, 0.0, tiny, 0.5, 1.0, above, 2.0], dtype=dtype)
     inside = torch.tensor([0, 0, 1, 1, 1, 1, 0, 0], dtype=dtype)
     assert torch.equal(forward_backward(quantize_activation, x, 2)[1], upstream(x) * inside)
 
 
-def test_identities() -> None:
+def test_32_bits_and_one_bit_pass_gradients_unchanged() -> None:
     x = 3 * upstream(torch.empty(4, 3))
     out, grad = forward_backward(quantize_weight, x, 32)
     assert torch.equal(out, x)
     assert torch.equal(grad, upstream(x))
     assert torch.equal(quantize_gradient(x, 32), x)
-    # Section 1a, W = 1: the gradient has no factor E and no |w| <= 1 mask.
+    # One-bit weights: the gradient has no factor E and no |w| <= 1 mask.
     assert torch.equal(forward_backward(quantize_weight, x, 1)[1], upstream(x))
 
 
 @pytest.mark.parametrize(("dtype", "k"), [*product(HALVES, BITS)])
-def test_half_types_are_computed_in_float32(dtype: torch.dtype, k: int) -> None:
+def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype, k: int) -> None:
     x = torch.linspace(-2, 2.1, 4800).reshape(16, 300).to(dtype)
     for quantize in DIFFERENTIABLE:
         in_half, in_float32 = forward_backward(quantize, x, k), forward_backward(quantize, x.float(), k)
@@ -321,18 +323,18 @@ def test_half_types_are_computed_in_float32(dtype: torch.dtype, k: int) -> None:
 
 
 @pytest.mark.parametrize("quantize", [*DIFFERENTIABLE, quantize_gradient])
-def test_inputs_and_their_dtypes_are_kept(quantize: Quantizer) -> None:
+def test_the_input_and_its_dtype_stay_the_same(quantize: Quantizer) -> None:
     for dtype, k in product((*HALVES, *WIDE), BITS):
         x = upstream(torch.empty(4, 3, dtype=dtype))
         copy, version = x.clone(), x._version
         out = quantize(x, k)
         assert (out.dtype, out.shape, x._version) == (dtype, x.shape, version)
         assert torch.equal(x, copy)
-        if quantize is not quantize_gradient:  # whose noise may follow memory order
+        if quantize is not quantize_gradient:  # the noise may follow the memory order
             assert torch.equal(quantize(x.t(), k), out.t())
 
 
-# Mutants: a right implementation with one named flaw each
+# Mutants: a correct implementation with one named flaw each
 def straight_through(x: Tensor, y: Tensor) -> Tensor:
     return x + (y - x).detach()
 
@@ -371,7 +373,7 @@ def flawed_gradient(d: Tensor, bits: int, *, flaw: str) -> Tensor:
     return 2 * m * (round_to_steps((d / (2 * safe) + 0.5 + u / n).clamp(0, 1), n) - 0.5)
 
 
-# Each row: what the comparison says of it, and the flaws it says that of.
+# Each row: check, flawed implementation, expected message, and the flaws that give it.
 MUTANTS = [
     (check_weight, flawed_weight, "weight backward k=1", "gradient through the mean"),
     (check_weight, flawed_weight, "weight backward k=2", "detached max", "no tanh gradient"),
@@ -391,7 +393,7 @@ MUTANTS = [
 @pytest.mark.parametrize(
     ("check", "build", "message", "flaw"), [(*row[:3], flaw) for row in MUTANTS for flaw in row[3:]]
 )
-def test_comparison_rejects(check: Check, build: Callable[..., Tensor], message: str, flaw: str) -> None:
-    check(partial(build, flaw=""))  # without the flaw it passes, so it is the flaw that is rejected
+def test_the_comparison_rejects_every_flaw(check: Check, build: Callable[..., Tensor], message: str, flaw: str) -> None:
+    check(partial(build, flaw=""))  # passes without the flaw, so the flaw is what is rejected
     with pytest.raises(AssertionError, match=message):
         check(partial(build, flaw=flaw))

@@ -1,4 +1,4 @@
-"""Fixed-point training: conversion against Fractions, whole steps against NumPy, and what a simulation gets wrong."""
+"""Test fixed-point training: conversion against Fractions, training steps against NumPy, and wrong simulations."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,8 +33,8 @@ OPTIMIZERS: list[Callable[[Any], torch.optim.Optimizer]] = [
 ]
 
 
-def interesting(il: int, fl: int) -> list[Fraction]:
-    """Every eighth of a step, so every value and tie, from beyond one end of the range to beyond the other."""
+def eighths_of_steps(il: int, fl: int) -> list[Fraction]:
+    """Return every eighth of a step, hence every value and tie, from below the range to above it."""
     eps, (low, high) = Fraction(2) ** -fl, oracle.ends(il, fl)
     return [low - 2 * eps + eps * i / 8 for i in range(int((high - low) / eps) * 8 + 33)]
 
@@ -43,7 +43,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def of(values: list[Fraction], dtype: torch.dtype = torch.float32) -> Tensor:
+def tensor_of(values: list[Fraction], dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor([float(v) for v in values], dtype=dtype)
 
 
@@ -53,18 +53,18 @@ Convert = Callable[[Tensor, int, int, str], Tensor]
 
 
 def check_nearest(convert: Convert) -> None:
-    """By hand for <2,1>: values -2 to 1.5 in halves; ties at odd quarters go down; nothing wraps."""
+    """By hand for <2,1>: values from -2 to 1.5 in halves; ties at odd quarters go down; nothing wraps."""
     x = torch.tensor([-9.0, -2.0, -1.75, -0.26, -0.25, -0.24, 0.25, 0.26, 0.75, 1.25, 1.5, 1.75, 2.0, 9.0])
     y = [-2.0, -2.0, -2.0, -0.5, -0.5, 0.0, 0.0, 0.5, 0.5, 1.0, 1.5, 1.5, 1.5, 1.5]
     assert convert(x, 2, 1, "nearest").tolist() == y
 
 
 def check_stochastic(convert: Convert) -> None:
-    """One of the two neighbours, saturated; what is on the grid stays, also where float32 is nearly used up."""
+    """Each value goes to one of its neighbours, saturated; values on the grid stay, also with 24-bit codes."""
     torch.manual_seed(0)
     for il, fl in FORMATS:
-        (low, high), eps, x = oracle.ends(il, fl), Fraction(2) ** -fl, interesting(il, fl)
-        for value, got in zip(x, convert(of(x), il, fl, "stochastic").tolist(), strict=True):
+        (low, high), eps, x = oracle.ends(il, fl), Fraction(2) ** -fl, eighths_of_steps(il, fl)
+        for value, got in zip(x, convert(tensor_of(x), il, fl, "stochastic").tolist(), strict=True):
             below = oracle.floor_to(value, fl)
             above = below if below == value else below + eps
             assert got in {float(min(max(v, low), high)) for v in (below, above)}, (value, got)
@@ -82,34 +82,36 @@ def check_unbiased(convert: Convert) -> None:
         assert abs(mean - x) < 4 * 2.0**-fl * sqrt(p * (1 - p) / n), x
 
 
-def test_nearest_by_hand() -> None:
+def test_rounding_to_nearest_gives_the_values_computed_by_hand() -> None:
     check_nearest(to_fixed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("il", "fl"), FORMATS)
-def test_nearest_is_the_papers_on_every_value_tie_and_next_to_them(il: int, fl: int, dtype: torch.dtype) -> None:
-    x = of(interesting(il, fl), dtype)
+def test_rounding_to_nearest_is_the_papers_on_and_next_to_every_value_and_tie(
+    il: int, fl: int, dtype: torch.dtype
+) -> None:
+    x = tensor_of(eighths_of_steps(il, fl), dtype)
     infinity = torch.full_like(x, torch.inf)
     for v in (x, torch.nextafter(x, infinity), torch.nextafter(x, -infinity)):
         expected = [float(oracle.convert(Fraction(value), il, fl)) for value in v.tolist()]
         assert to_fixed(v, il, fl, "nearest").tolist() == expected
 
 
-def test_stochastic_takes_a_neighbour_and_leaves_the_grid_alone() -> None:
+def test_stochastic_rounding_gives_a_neighbour_and_keeps_values_on_the_grid() -> None:
     check_stochastic(to_fixed)
 
 
-def test_the_extreme_draws_leave_the_grid_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, beside = torch.arange(-16, 16) / 8, torch.tensor([0.001, 0.124])
+def test_the_extreme_draws_keep_values_on_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, near = torch.arange(-16, 16) / 8, torch.tensor([0.001, 0.124])
     for bits, shift, expected in ((2**15 - 1, 255 / 256, 1 / 8), (-(2**15), 0.0, 0.0)):
         monkeypatch.setattr(passes, "uniform_16", lambda n, x, g, bits=bits: torch.full((n,), bits))
-        monkeypatch.setattr(passes, "_shift", lambda like, g, shift=shift: torch.tensor(shift))
-        assert torch.equal(to_fixed(x, 2, 3, "stochastic"), x), "up with probability 0"
-        assert to_fixed(beside, 2, 3, "stochastic").tolist() == [expected] * 2
+        monkeypatch.setattr(passes, "_shared_bits", lambda like, g, shift=shift: torch.tensor(shift))
+        assert torch.equal(to_fixed(x, 2, 3, "stochastic"), x), "values on the grid have probability 0 to go up"
+        assert to_fixed(near, 2, 3, "stochastic").tolist() == [expected] * 2
 
 
-def test_stochastic_is_unbiased() -> None:
+def test_stochastic_rounding_is_unbiased() -> None:
     check_unbiased(to_fixed)
 
 
@@ -119,18 +121,18 @@ def test_both_roundings_saturate_at_both_ends(il: int, fl: int, rounding: str) -
     low, high = (float(end) for end in oracle.ends(il, fl))
     x = torch.tensor([-torch.inf, 3 * low, low, high, high + 2.0**-fl / 2, -3 * low, 1e38, torch.inf])
     assert to_fixed(x, il, fl, rounding).tolist() == [low] * 3 + [high] * 5
-    assert to_fixed(torch.tensor([torch.nan]), il, fl, rounding).isnan().all(), "a diverged run must show"
+    assert to_fixed(torch.tensor([torch.nan]), il, fl, rounding).isnan().all(), "NaN must stay visible"
 
 
 @pytest.mark.parametrize("rounding", gupta.ROUNDINGS)
-def test_the_gradient_passes_within_the_range_ends_included(rounding: str) -> None:
+def test_the_gradient_passes_in_the_range_including_its_ends(rounding: str) -> None:
     x = torch.tensor([-2.1, -2.0, -0.3, 0.0, 1.4, 1.5, 1.6, 9.0], requires_grad=True)
     up = torch.arange(1.0, 9)
     (grad,) = torch.autograd.grad(to_fixed(x, 2, 1, rounding), x, up)
     assert grad.tolist() == [0, 2, 3, 4, 5, 6, 0, 0]
 
 
-def test_types_generators_and_limits() -> None:
+def test_the_dtypes_generators_and_limits_of_the_conversion() -> None:
     x = torch.randn(1000, generator=seeded())
     kept = x.clone()
     one, two = (to_fixed(x, 2, 4, "stochastic", generator=seeded(3)) for _ in range(2))
@@ -201,33 +203,33 @@ def coin(x: Tensor, il: int, fl: int, rounding: str) -> Tensor:
         (check_unbiased, coin),
     ],
 )
-def test_wrong_conversions_are_caught(check: Callable[[Convert], None], wrong: Convert) -> None:
+def test_the_checks_reject_wrong_conversions(check: Callable[[Convert], None], wrong: Convert) -> None:
     with pytest.raises(AssertionError):
         check(wrong)
 
 
-# A layer: one rounding behind the wide sum
+# A layer: one rounding after the wide sum
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def layer(model: nn.Module) -> Any:
-    (found,) = quantized_layers(model).values()
-    return found
+def only_layer(model: nn.Module) -> Any:
+    (only,) = quantized_layers(model).values()
+    return only
 
 
 def installed(inputs: int, outputs: int, **options: Any) -> nn.Linear:
-    """A linear layer under the method, activations on the grid of its own, as no image goes through it."""
+    """Return a quantized linear layer whose input is not the image, so that it has the method's input quantizer."""
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(inputs, outputs), nn.Linear(1, 1)).double()
     return install(gupta.build(rounding="nearest", **options), model)[1]
 
 
-def the_layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    made = installed(w.shape[1], w.shape[0], w=8, a=8, g=32)
+def layer_output(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    layer = installed(w.shape[1], w.shape[0], w=8, a=8, g=32)
     with torch.no_grad():
-        made.weight.copy_(w)
-        made.bias.copy_(b)
-        return made.train()(x)
+        layer.weight.copy_(w)
+        layer.bias.copy_(b)
+        return layer.train()(x)
 
 
 def fixed(x: Tensor) -> Tensor:
@@ -235,11 +237,11 @@ def fixed(x: Tensor) -> Tensor:
 
 
 def check_one_rounding(forward: Layer) -> None:
-    """By hand at <6,2>, steps of 1/4: 3 x 1/8 = 3/8 is a tie and goes down to 1/4; with bias 1/8 it is 1/2."""
+    """By hand for <6,2>, steps of 1/4: 3 x 1/8 = 3/8 is a tie and goes down to 1/4; with bias 1/8 it is 1/2."""
     x = torch.tensor([[0.25, 0.25, 0.25]], dtype=torch.float64)
     w = torch.tensor([[0.5, 0.5, 0.5]] * 3, dtype=torch.float64)
     assert forward(x, w, torch.tensor([0, 0.125, -0.125], dtype=torch.float64)).tolist() == [[0.25, 0.5, 0.25]]
-    big = torch.tensor([[31.75, 31.75, -31.75]], dtype=torch.float64)  # a narrow sum would saturate on its way
+    big = torch.tensor([[31.75, 31.75, -31.75]], dtype=torch.float64)  # a narrow accumulator would saturate
     assert forward(big, torch.ones_like(w), torch.zeros(3, dtype=torch.float64)).tolist() == [[31.75] * 3]
     one, other = torch.tensor([[1.5, -1.5, 0.0]], dtype=torch.float64).expand(3, 3), torch.zeros(3).double()
     assert forward(big, one, other).tolist() == [[0.0] * 3]
@@ -264,24 +266,24 @@ def never_rounds(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return x @ w.T + b
 
 
-def test_a_layer_rounds_once_behind_the_wide_sum() -> None:
-    check_one_rounding(the_layer)
+def test_a_layer_rounds_once_after_the_wide_sum() -> None:
+    check_one_rounding(layer_output)
 
 
 def test_a_layer_rounds_its_input_first() -> None:
-    """Behind a mean or a sum it may lie off the grid: 0.625 goes down to 0.5, its double would be 1.25."""
+    """After a mean or a sum the input may be off the grid: 0.625 goes down to 0.5, and 1.5 x 0.5 is 0.75."""
     ones = torch.ones(1, 1, dtype=torch.float64)
-    assert the_layer(0.625 * ones, 1.5 * ones, torch.zeros(1).double()).item() == 0.75
+    assert layer_output(0.625 * ones, 1.5 * ones, torch.zeros(1).double()).item() == 0.75
 
 
 @pytest.mark.parametrize("wrong", [rounds_each_product, rounds_the_sum_twice, accumulates_narrow, never_rounds])
-def test_wrong_accumulation_is_caught(wrong: Layer) -> None:
+def test_the_check_rejects_wrong_accumulation(wrong: Layer) -> None:
     with pytest.raises(AssertionError):
         check_one_rounding(wrong)
 
 
-def test_float32_accumulates_widely_enough() -> None:
-    """Against exact float64 sums of 576 products at 16 bits: no value more than a step off, fewer than 1 in 100 off."""
+def test_float32_sums_are_wide_enough() -> None:
+    """Against exact float64 sums of 576 products at 16 bits: at most a step off, and fewer than 1 in 100 are off."""
     x = to_fixed(torch.randn(4, 64, 8, 8, generator=seeded()).relu() * 2, 6, 10, "nearest")
     w = to_fixed(torch.randn(32, 64, 3, 3, generator=seeded(1)) * 0.1, 2, 14, "nearest")
     wide, exact = F.conv2d(x, w), F.conv2d(x.double(), w.double())
@@ -290,20 +292,20 @@ def test_float32_accumulates_widely_enough() -> None:
     assert (off > 0).float().mean() < 0.01
 
 
-def test_errors_are_rounded_once_and_both_gradients_read_them() -> None:
-    """By hand at <3,5>, steps of 1/32 in +-4: 0.04 goes to 1/32, 5 saturates; x is 2, w is 0.5."""
-    made = installed(1, 2, w=8, a=8, g=8, integer_errors=3)
+def test_errors_are_rounded_once_and_give_both_gradients() -> None:
+    """By hand for <3,5>, steps of 1/32 in +-4: 0.04 goes to 1/32, 5 saturates; x is 2, w is 0.5."""
+    layer = installed(1, 2, w=8, a=8, g=8, integer_errors=3)
     x = torch.full((1, 1), 2.0, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
-        made.weight.fill_(0.5)
-        made.bias.zero_()
-    made.train()(x).backward(torch.tensor([[0.04, 5.0]], dtype=torch.float64))
+        layer.weight.fill_(0.5)
+        layer.bias.zero_()
+    layer.train()(x).backward(torch.tensor([[0.04, 5.0]], dtype=torch.float64))
     errors = [1 / 32, 4 - 1 / 32]
-    assert made.weight.grad is not None
-    assert made.bias.grad is not None
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
     assert x.grad is not None
-    assert made.bias.grad.tolist() == errors
-    assert made.weight.grad.flatten().tolist() == [2 * e for e in errors]
+    assert layer.bias.grad.tolist() == errors
+    assert layer.weight.grad.flatten().tolist() == [2 * e for e in errors]
     assert x.grad.item() == 0.5 * sum(errors)
 
 
@@ -329,7 +331,7 @@ def test_rounding_is_random_in_training_and_to_nearest_in_evaluation() -> None:
     assert torch.equal(leaving, to_fixed(leaving, -4, 12, "nearest")), "on the grid"
 
 
-# Steps: no float master
+# Steps: no float master copy of the weights
 
 Step = Callable[[nn.Module, torch.optim.Optimizer], None]
 
@@ -350,33 +352,33 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, see
 
 
 def check_on_the_grid(step: Step, make: Callable[[Any], torch.optim.Optimizer], rounding: str) -> None:
-    """Every weight and bias after every step, in values that rounding to the grid would leave alone."""
+    """After every step, rounding every weight and bias to the grid changes nothing."""
     model = perceptron(gupta.build(w=10, a=10, g=10, rounding=rounding, integer_biases=4))
     optimizer = make(model.parameters())
     first = [p.detach().clone() for p in model.parameters()]
     for i in range(6):
         one_step(model, optimizer, step, i)
-        for found in quantized_layers(model).values():
-            assert torch.equal(found.weight, to_fixed(found.weight, 2, 8, "nearest"))
-            assert found.bias is not None
-            assert torch.equal(found.bias, to_fixed(found.bias, 4, 6, "nearest"))
+        for layer in quantized_layers(model).values():
+            assert torch.equal(layer.weight, to_fixed(layer.weight, 2, 8, "nearest"))
+            assert layer.bias is not None
+            assert torch.equal(layer.bias, to_fixed(layer.bias, 4, 6, "nearest"))
     assert any(not torch.equal(old, p) for old, p in zip(first, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("rounding", gupta.ROUNDINGS)
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_weights_and_biases_lie_on_their_grids_after_every_step(
+def test_weights_and_biases_are_on_their_grids_after_every_step(
     make: Callable[[Any], torch.optim.Optimizer], rounding: str
 ) -> None:
     check_on_the_grid(gupta.optimizer_step, make, rounding)
 
 
 def drift(step: Step, rounding: str, steps: int, part: float, count: int = 4000) -> Tensor:
-    """How far, in steps of the grid, each effective weight is from 0 after updates of `part` of a step each."""
+    """Return each effective weight, in steps of the grid, after updates of `part` of a step each, from 0."""
     model = nn.Sequential(nn.Linear(count, 1, bias=False))
     method = gupta.build(w=8, a=32, g=32, rounding=rounding)
     install(method, model, EVERYWHERE)
-    found = layer(model)
+    found = only_layer(model)
     nn.init.zeros_(found.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(steps):
@@ -386,17 +388,17 @@ def drift(step: Step, rounding: str, steps: int, part: float, count: int = 4000)
 
 
 def check_no_master(step: Step) -> None:
-    """Section 2e: small updates are lost at nearest, and survive on average when stochastic (4 standard deviations)."""
+    """Nearest loses small updates; stochastic rounding keeps them on average (within 4 standard deviations)."""
     torch.manual_seed(0)
     assert not drift(step, "nearest", 20, 0.4).any()
-    assert (drift(step, "nearest", 20, 0.6) == 20).all(), "each is a whole step"
+    assert (drift(step, "nearest", 20, 0.6) == 20).all(), "each update rounds to a whole step"
     moved, steps, part = drift(step, "stochastic", 20, 0.1), 20, 0.1
     deviation = sqrt(steps * part * (1 - part) / len(moved))
     assert abs(moved.mean().item() - steps * part) < 4 * deviation
-    assert moved.unique().numel() > 3, "each weight has a fate of its own"
+    assert moved.unique().numel() > 3, "weights are rounded independently"
 
 
-def test_small_updates_are_lost_at_nearest_and_survive_on_average() -> None:
+def test_small_updates_are_lost_with_nearest_and_kept_on_average_with_stochastic() -> None:
     check_no_master(gupta.optimizer_step)
 
 
@@ -405,7 +407,7 @@ def float_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 class FloatMaster:
-    """Keeps float weights aside, steps them, and puts their rounded values into the network."""
+    """A wrong step: keep float weights, step them, and copy their rounded values into the network."""
 
     def __init__(self) -> None:
         self.master: dict[int, Tensor] = {}
@@ -415,12 +417,12 @@ class FloatMaster:
             for p, _, _ in gupta.fixed_point_parameters(model):
                 p.copy_(self.master.get(id(p), p))
             optimizer.step()
-            for p, form, _ in gupta.fixed_point_parameters(model):
+            for p, fixed_format, _ in gupta.fixed_point_parameters(model):
                 self.master[id(p)] = p.clone()
-                p.copy_(form.convert(p))
+                p.copy_(fixed_format.convert(p))
 
 
-def test_a_float_master_is_caught() -> None:
+def test_the_checks_reject_a_float_master() -> None:
     with pytest.raises(AssertionError):
         check_no_master(FloatMaster())
     with pytest.raises(AssertionError):
@@ -436,7 +438,7 @@ def test_a_float_master_is_caught() -> None:
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_momentum_is_stored_in_its_own_format_when_asked(make: Callable[[Any], torch.optim.Optimizer]) -> None:
+def test_fixed_momentum_is_stored_in_its_own_format(make: Callable[[Any], torch.optim.Optimizer]) -> None:
     def buffers(**options: Any) -> tuple[list[Tensor], list[Tensor]]:
         model = perceptron(gupta.build(w=16, a=16, g=16, **options))
         optimizer = make(model.parameters())
@@ -449,14 +451,14 @@ def test_momentum_is_stored_in_its_own_format_when_asked(make: Callable[[Any], t
     for m in kept:
         assert torch.equal(m, to_fixed(m, 4, 12, "nearest"))
     assert any(m.any() for m in kept)
-    assert all(s is None or s.any() for s in squares), "second moments are left alone"
+    assert all(s is None or s.any() for s in squares), "second moments stay float"
     assert any(not torch.equal(m, to_fixed(m, 4, 12, "nearest")) for m in buffers()[0])
 
 
-# Formats, each its own
+# Formats
 
 
-def uses(values: Tensor, fraction: int) -> None:
+def assert_fraction_bits(values: Tensor, fraction: int) -> None:
     """All values are multiples of 2^-fraction, and not all of 2^(1-fraction)."""
     codes = values.detach().double() * 2.0**fraction
     assert torch.equal(codes, codes.round())
@@ -476,12 +478,12 @@ def test_every_kind_of_tensor_has_its_own_format() -> None:
     found.output_q.register_full_backward_hook(lambda module, leaving, arriving: seen.update(errors=leaving[0]))
     before = found.weight.detach().clone()
     one_step(model, optimizer, gupta.optimizer_step, 3)
-    uses(found.weight, 12 - 1)
+    assert_fraction_bits(found.weight, 12 - 1)
     assert found.bias is not None
-    uses(found.bias, 12 - 3)
-    uses(seen["activations"], 11 - 5)
-    uses(seen["errors"], 10 + 2)
-    uses(optimizer.state[found.weight]["momentum_buffer"], 12 - 2)
+    assert_fraction_bits(found.bias, 12 - 3)
+    assert_fraction_bits(seen["activations"], 11 - 5)
+    assert_fraction_bits(seen["errors"], 10 + 2)
+    assert_fraction_bits(optimizer.state[found.weight]["momentum_buffer"], 12 - 2)
     assert not torch.equal(before, found.weight)
 
 
@@ -493,7 +495,7 @@ def test_updates_are_rounded_and_saturate_in_their_own_format(il: int, rate: flo
     one_step(model, torch.optim.SGD(model.parameters(), lr=rate), gupta.optimizer_step, 0)
     moved = torch.cat([(p - old).detach().flatten() for p, old in zip(model.parameters(), before, strict=True)])
     assert moved.any()
-    uses(torch.cat([b.flatten() for b in before]), 7)
+    assert_fraction_bits(torch.cat([b.flatten() for b in before]), 7)
     if il > 0:
         inside = torch.cat([p.detach().flatten() for p in model.parameters()]).abs() < 0.99
         assert torch.equal(moved[inside] * 16, (moved[inside] * 16).round())
@@ -502,7 +504,7 @@ def test_updates_are_rounded_and_saturate_in_their_own_format(il: int, rate: flo
 
 
 @pytest.mark.parametrize("bits", [8, 16, 20])
-def test_the_check_of_a_run_covers_all_widths(bits: int) -> None:
+def test_the_verification_of_a_run_covers_all_widths(bits: int) -> None:
     model = perceptron(gupta.build(w=bits, a=bits, g=bits))
     counts = verify(model, torch.rand(8, 1, 2, 2))
     assert {count.allowed for found in counts.values() for count in found.values()} == {2**bits}
@@ -513,17 +515,17 @@ def test_the_check_of_a_run_covers_all_widths(bits: int) -> None:
 
 
 @pytest.mark.parametrize("image", ["float", 8, "same"])
-def test_the_images_width_is_not_that_of_the_first_layers_output(image: int | str) -> None:
+def test_the_width_of_the_image_is_not_that_of_the_first_layers_output(image: int | str) -> None:
     policy = Policy(first="same", last="float", input=image, rules={"fc2": 12})
     model = install(gupta.build(), mlp.build((1, 2, 2), 3, hidden=3, norm="none"), policy)
     layers = quantized_layers(model)
     found = [layers[name].output_q.activations for name in ("fc1", "fc2", "fc3")]
     assert found == [FixedPointFormat(6, fraction, "stochastic") for fraction in (10, 6, 10)]
-    assert isinstance(model.fc4.output_q, IdentityQuantizer), "a float layer's output is not touched"
+    assert isinstance(model.fc4.output_q, IdentityQuantizer), "the output of a float layer is not quantized"
 
 
-def test_weights_alone_leave_outputs_alone() -> None:
-    """So too where the activations in front are another method's."""
+def test_outputs_stay_float_if_only_weights_are_quantized() -> None:
+    """The same holds where the input quantizers are those of another method."""
     alone = gupta.build(w=16, a=32, g=32)
     other = replace(uniform.build(w=32, a=8), bits=Bits(16, 8), weight=alone.weight, output=alone.output)
     for method in (alone, other):
@@ -531,7 +533,7 @@ def test_weights_alone_leave_outputs_alone() -> None:
         assert all(isinstance(found.output_q, IdentityQuantizer) for found in quantized_layers(model).values())
 
 
-def test_initial_weights_are_rounded_to_nearest_and_draw_nothing() -> None:
+def test_initial_weights_are_rounded_to_nearest_without_random_draws() -> None:
     torch.manual_seed(0)
     model = install(gupta.build(w=8), mlp.build((1, 2, 2), 3, norm="none"), EVERYWHERE)
     expected = [to_fixed(p, 2, 6, "nearest") for p in model.parameters()]
@@ -549,14 +551,14 @@ def test_initial_weights_are_rounded_to_nearest_and_draw_nothing() -> None:
         ({"integer_errors": 17}, r"integer_errors=17: allowed are -16 to 16"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gupta.build(**options)
     with pytest.raises(Unsupported, match="momentum=fixed has no effect"):
         gupta.build(w=32, momentum="fixed")
 
 
-# Whole steps, bit for bit
+# Training steps, bit for bit
 
 PLAIN = {"weights": 2, "biases": 2, "activations": 6, "errors": -4, "updates": 2}
 
@@ -574,7 +576,7 @@ PLAIN = {"weights": 2, "biases": 2, "activations": 6, "errors": -4, "updates": 2
 def test_training_steps_are_the_papers_bit_for_bit(
     bits: int, integers: dict[str, int], rate: float, momentum: float
 ) -> None:
-    """In float64 every product and sum is exact, images being of sixteenths, so that nothing may differ."""
+    """Images are multiples of 1/16, so every product and sum is exact in float64, and the results must be equal."""
     options: dict[str, Any] = {f"integer_{kind}": il for kind, il in integers.items()}
     options["momentum"] = "fixed" if "momentum" in integers else "float"
     method = gupta.build(w=bits, a=bits, g=bits, rounding="nearest", **options)
@@ -598,4 +600,4 @@ def test_training_steps_are_the_papers_bit_for_bit(
             np.testing.assert_array_equal(
                 model.get_parameter(name).detach().numpy(), exact.tensors[short], f"{i} {short}"
             )
-    assert all((start[short] != exact.tensors[short]).any() for short in names), "all have moved"
+    assert all((start[short] != exact.tensors[short]).any() for short in names), "all tensors have changed"

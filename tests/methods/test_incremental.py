@@ -1,4 +1,4 @@
-"""INQ: its levels by the paper's equations, its masks, and what must never move a frozen weight."""
+"""Test INQ: its levels against the paper's equations, its masks, and that frozen weights never move."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -15,7 +15,7 @@ from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
 
 
 def level_of(w: Fraction, n1: int, bits: int) -> Fraction:
-    """Eq. 4: neighbouring magnitudes l < h, |w| in [(l + h) / 2, 3 h / 2) gives h; beyond the largest, the largest."""
+    """Return the level of w by eq. 4; beyond the largest level, the largest level."""
     n2 = n1 + 1 - 2 ** (bits - 1) // 2
     magnitudes = [Fraction(0)] + [Fraction(2) ** n for n in range(n2, n1 + 1)]
     sign = 1 if w >= 0 else -1
@@ -26,8 +26,8 @@ def level_of(w: Fraction, n1: int, bits: int) -> Fraction:
 
 
 @pytest.mark.parametrize(("bits", "count"), [(5, 17), (4, 9), (3, 5), (2, 3)])
-def test_levels_of_the_paper(bits: int, count: int) -> None:
-    """Section 2: n1 = floor(log2(4 s / 3)); 5 bits reach from n1 - 7 to n1, 2 bits are ternary."""
+def test_the_levels_are_those_of_the_paper(bits: int, count: int) -> None:
+    """Section 2: n1 = floor(log2(4 s / 3)); 5 bits have exponents n1 - 7 to n1, 2 bits are ternary."""
     w = torch.tensor([0.9, -0.2, 0.01])
     levels = inq.power_of_two_levels(w, bits)
     assert len(levels) == count
@@ -36,7 +36,7 @@ def test_levels_of_the_paper(bits: int, count: int) -> None:
     assert torch.equal(levels, -levels.flip(0))
 
 
-def test_the_largest_weight_goes_to_the_largest_level() -> None:
+def test_the_largest_weight_gets_the_largest_level() -> None:
     for i in range(1, 400):
         s = i / 100
         n1 = inq.largest_exponent(torch.tensor([s, -s / 3]))
@@ -45,7 +45,7 @@ def test_the_largest_weight_goes_to_the_largest_level() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_rounding_on_every_border(bits: int) -> None:
+def test_the_rounding_at_every_border_between_levels(bits: int) -> None:
     values = [Fraction(i, 64) for i in range(-90, 91)]
     w = torch.tensor([float(v) for v in values])
     n1 = inq.largest_exponent(w)
@@ -53,28 +53,30 @@ def test_rounding_on_every_border(bits: int) -> None:
     assert inq.quantize_weight(w, bits).tolist() == expected
 
 
-def test_an_outlier_goes_to_the_largest_level_and_never_to_zero() -> None:
+def test_an_outlier_gets_the_largest_level_and_never_zero() -> None:
     levels = inq.levels_from_exponent(0, 5)
     assert inq.round_to_levels(torch.tensor([1.49, 1.5, 7.0, -100.0]), levels).tolist() == [1, 1, 1, -1]
 
 
-def test_the_largest_first_and_masks_only_grow() -> None:
+def test_the_largest_weights_are_frozen_first_and_masks_only_grow() -> None:
     w = torch.tensor([0.1, -0.9, 0.5, 0.3, -0.7, 0.2, 0.8, -0.4])
     frozen = torch.zeros(8, dtype=torch.bool)
     first = inq.select_largest(w, 0.5, frozen)
     assert first.tolist() == [False, True, True, False, True, False, True, False]
     moved = torch.tensor([9.0, 0.0, 0.0, 0.3, 0.0, 0.2, 0.0, -0.4])
     second = inq.select_largest(moved, 0.75, first)
-    assert second.tolist() == [True, True, True, False, True, False, True, True], "old ones stay, small as they are now"
+    assert second.tolist() == [True, True, True, False, True, False, True, True], (
+        "frozen weights stay frozen, though small now"
+    )
     assert not frozen.any()
-    assert torch.equal(extend_mask(second, w.abs(), 0.5), second), "a smaller portion takes nothing back"
+    assert torch.equal(extend_mask(second, w.abs(), 0.5), second), "a smaller portion frees nothing"
     assert inq.select_largest(w, 1.0, second).all()
     ties = extend_mask(torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3), 0.5)
     assert ties.tolist() == [[True, True, True], [False, False, False]]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
-def test_frozen_weights_are_bit_identical_under_momentum_and_decay(kind: type[torch.optim.Optimizer]) -> None:
+def test_frozen_weights_stay_bit_identical_under_momentum_and_decay(kind: type[torch.optim.Optimizer]) -> None:
     torch.manual_seed(0)
     model = install(inq.build(w=3), mlp.build((1, 2, 2), 3, hidden=2, width=8))
     (layer,) = quantized_layers(model).values()
@@ -98,7 +100,7 @@ def test_frozen_weights_are_bit_identical_under_momentum_and_decay(kind: type[to
     after = effective_weight(layer)
     assert torch.equal(after[frozen], before[frozen])
     assert not torch.equal(after[~frozen], before[~frozen]), "free weights train on"
-    assert not torch.equal(layer.weight[frozen], latent[frozen]), "momentum moved what lies beneath"
+    assert not torch.equal(layer.weight[frozen], latent[frozen]), "momentum moved the latent weights"
     layer.weight.data.mul_(100)  # free weights outgrow the levels
     site.freeze_next(layer.weight, 1.0, "largest")
     assert torch.equal(effective_weight(layer)[frozen], before[frozen])
@@ -107,7 +109,7 @@ def test_frozen_weights_are_bit_identical_under_momentum_and_decay(kind: type[to
     assert set(effective_weight(layer).unique().tolist()) <= set(inq.levels_from_exponent(int(site.n1), 3).tolist())
 
 
-def test_random_partition_draws_from_the_global_generator() -> None:
+def test_the_random_partition_draws_from_the_global_generator() -> None:
     w = torch.randn(100)
     masks = []
     for seed in (1, 1, 2):
@@ -120,7 +122,7 @@ def test_random_partition_draws_from_the_global_generator() -> None:
     assert masks[0].sum() == 30
 
 
-def test_stages_share_the_epochs_and_the_last_epoch_is_complete() -> None:
+def test_the_stages_share_the_epochs_and_the_last_epoch_is_complete() -> None:
     assert [stage(e, 8, 4) for e in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [stage(e, 3, 4) for e in range(3)] == [0, 1, 3]
     assert stage(0, 1, 4) == 3
@@ -128,7 +130,7 @@ def test_stages_share_the_epochs_and_the_last_epoch_is_complete() -> None:
     assert stage_borders(1, 4) == []
 
 
-def test_freezing_keeps_the_first_value() -> None:
+def test_a_frozen_weight_keeps_its_first_value() -> None:
     site = FrozenWeight(torch.zeros(3))
     site.freeze(torch.tensor([True, False, False]), torch.tensor([1.0, 1, 1]))
     site.freeze(torch.tensor([True, True, False]), torch.tensor([2.0, 2, 2]))
@@ -136,6 +138,6 @@ def test_freezing_keeps_the_first_value() -> None:
 
 
 @pytest.mark.parametrize("portions", [[], [0.5], [1.0, 0.5], [0.0, 1.0], [0.5, 0.5, 1.0]])
-def test_portions_are_accumulated(portions: list[float]) -> None:
+def test_portions_that_do_not_ascend_to_1_raise(portions: list[float]) -> None:
     with pytest.raises(ValueError, match="ascending"):
         inq.build(portions=portions)

@@ -1,4 +1,4 @@
-"""PACT and LSQ against plain transcriptions of their equations, forward and backward."""
+"""Test PACT and LSQ against direct transcriptions of their equations, forward and backward."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ GRID = torch.arange(-48, 49, dtype=torch.float64) / 16
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("alpha", [0.75, 2.0])
-def test_pact_by_its_equations(bits: int, alpha: float) -> None:
+def test_pact_follows_its_equations(bits: int, alpha: float) -> None:
     x, a = GRID.clone().requires_grad_(), torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
     up = torch.linspace(1, 2, len(GRID), dtype=torch.float64)
     out = pact.quantize_activation(x, a, bits)
@@ -30,7 +30,7 @@ def test_pact_by_its_equations(bits: int, alpha: float) -> None:
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("step", [0.25, 0.375])
-def test_lsq_by_its_equations(bits: int, step: float, signed: bool) -> None:
+def test_lsq_follows_its_equations(bits: int, step: float, signed: bool) -> None:
     x, s = GRID.clone().requires_grad_(), torch.tensor(step, dtype=torch.float64, requires_grad=True)
     up = torch.linspace(1, 2, len(GRID), dtype=torch.float64)
     out = lsq.quantize(x, s, bits, signed)
@@ -44,7 +44,7 @@ def test_lsq_by_its_equations(bits: int, step: float, signed: bool) -> None:
     assert ds.item() == pytest.approx((up.numpy() * slope).sum(), rel=1e-12)
 
 
-def test_lsqs_gradient_scale_and_initial_step() -> None:
+def test_the_gradient_scale_and_initial_step_of_lsq() -> None:
     w = torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
     assert lsq.initial_step(w, 3, True).item() == pytest.approx(2 * w.abs().mean().item() / 3**0.5)
     assert lsq.initial_step(torch.zeros(3), 3, True) == 1
@@ -56,7 +56,7 @@ def test_lsqs_gradient_scale_and_initial_step() -> None:
     assert scaled.item() == pytest.approx(plain.item() / (400 * 3) ** 0.5)
 
 
-def test_lsqs_inputs_are_fitted_on_the_probe_and_know_their_sign() -> None:
+def test_the_input_steps_of_lsq_are_set_from_the_probe_with_their_sign() -> None:
     model = install(lsq.build(w=4, a=4), mlp.build((1, 2, 2), 3, hidden=2, width=8))
     x = torch.randn(32, 1, 2, 2)
     probe = Probe([(x, torch.zeros(32, dtype=torch.long))], torch.nn.functional.cross_entropy)
@@ -70,7 +70,7 @@ def test_lsqs_inputs_are_fitted_on_the_probe_and_know_their_sign() -> None:
 
 
 @pytest.mark.parametrize("method", [pact, lsq])
-def test_half_types_are_computed_in_float32(method: object) -> None:
+def test_half_precision_inputs_are_computed_in_float32(method: object) -> None:
     x = torch.rand(64).half()
     scale = torch.tensor(1 / 3)
     if method is pact:

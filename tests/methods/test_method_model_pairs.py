@@ -1,7 +1,8 @@
-"""Every experiment file makes one run, and every network of theirs trains with its method, on two random images.
+"""Test that every experiment file gives one run, and that its network trains with its method on two random images.
 
-Pairs of network and method are tried at the papers' own sizes in the long tier; in the fast one thin, and one of each
-family of networks and method. Claims' files compose in tests/papers/test_claims.py; their pairs are among these.
+The long tier tests all pairs of network and method at the papers' sizes. The fast tier tests one thin network for each
+family of networks and method. The files of claims are composed in tests/papers/test_claims.py; their pairs are
+included here.
 """
 
 import copy
@@ -42,8 +43,8 @@ NARROW = {"width": 4, "width_mult": 0.05, "widen": 1}
 
 
 @functools.cache
-def composed(paper: str) -> dict[str, list[Config]]:
-    """Return what each of a paper's files makes; of `claims`, what each arm makes."""
+def configurations(paper: str) -> dict[str, list[Config]]:
+    """Return the configurations of each file of a paper; for `claims`, those of each arm."""
     if paper != "claims":
         names = [name for name in FILES if name.startswith(f"{paper}/")]
         return {name: compose.configurations([f"experiment={name}"]) for name in names}
@@ -53,30 +54,30 @@ def composed(paper: str) -> dict[str, list[Config]]:
 
 
 def pairs(paper: str) -> dict[str, Config]:
-    """Return the first file of each network, method with its options, widths and activations' method."""
-    found: dict[str, tuple[str, Config]] = {}
-    for name, (config,) in composed(paper).items():
+    """Return the first file for each combination of network, method with options, widths and activation method."""
+    first: dict[str, tuple[str, Config]] = {}
+    for name, (config,) in configurations(paper).items():
         network = (config.model, config.dataset["name"], config.dataset.get("size"))
-        found.setdefault(repr((network, config.method, config.bits, config.activation)), (name, config))
-    return {name: copy.deepcopy(config) for name, config in found.values()}
+        first.setdefault(repr((network, config.method, config.bits, config.activation)), (name, config))
+    return {name: copy.deepcopy(config) for name, config in first.values()}
 
 
 def families(paper: str) -> dict[str, Config]:
-    """Return the first file of each family of networks and method, its network thin and its photographs small."""
-    found: dict[tuple[str, str], tuple[str, Config]] = {}
+    """Return the first file for each family of networks and method, with a thin network and small photographs."""
+    first: dict[tuple[str, str], tuple[str, Config]] = {}
     for name, config in pairs(paper).items():
-        found.setdefault((config.model.get("family", config.model["name"]), config.method_name), (name, config))
-    for _, config in found.values():
+        first.setdefault((config.model.get("family", config.model["name"]), config.method_name), (name, config))
+    for _, config in first.values():
         config.model |= {key: value for key, value in NARROW.items() if key in config.model}
         if "convs" in config.model:
             config.model["convs"] = [max(4, channels // 16) for channels in config.model["convs"]]
         if config.dataset["name"] == "imagenet":
             config.dataset |= {"size": 64, "resize": 64}
-    return dict(found.values())
+    return dict(first.values())
 
 
 def narrowed(model: nn.Module) -> nn.Module:
-    """Divide the channels and units of torchvision's AlexNet and VGG, which have no key for it, by 16."""
+    """Divide the channels and units of torchvision's AlexNet and VGG by 16, since they have no key for it."""
     if type(model).__name__ not in ("AlexNet", "VGG"):
         return model
     layers = list(quantizable(model).items())
@@ -91,34 +92,34 @@ def narrowed(model: nn.Module) -> nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Q-CNN's k-means and correction in one round."""
+def _single_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run k-means and correction of Q-CNN for one iteration."""
     monkeypatch.setattr(product, "ITERATIONS", 1)
     monkeypatch.setattr(product, "SWEEPS", 1)
 
 
 @every_paper
-def test_every_file_makes_one_run(paper: str) -> None:
-    made = composed(paper)
-    assert made
-    for name, configs in made.items():
+def test_every_file_gives_one_run(paper: str) -> None:
+    by_file = configurations(paper)
+    assert by_file
+    for name, configs in by_file.items():
         assert len(configs) == 1, name
         (config,) = configs
         assert config.method_name, name
         assert config.dataset["name"] in ("mnist", "svhn", "cifar10", "cifar100", "imagenet"), name
 
 
-def test_all_files_are_looked_at() -> None:
-    there = [path for path in (ROOT / "conf" / "experiment").rglob("*/*.yaml") if path.parent.name != "claims"]
-    assert len(FILES) == len(there) > 60
+def test_all_files_are_tested() -> None:
+    paths = [path for path in (ROOT / "conf" / "experiment").rglob("*/*.yaml") if path.parent.name != "claims"]
+    assert len(FILES) == len(paths) > 60
 
 
-def some_of(p: Tensor) -> Tensor:
+def first_values(p: Tensor) -> Tensor:
     return p.detach().flatten()[:1000].clone()
 
 
-def trains(config: Config) -> None:
-    """Hold two steps on two images: finite losses, moved parameters, all quantized layers on their grids."""
+def check_training(config: Config) -> None:
+    """Train two steps on two images; check finite losses, changed parameters, and that layers are on their grids."""
     parts = assemble(config, planned=True)
     torch.manual_seed(0)
     batch = torch.rand(2, *parts.data.shape).to(memory_format=torch.channels_last), torch.tensor([0, 1])
@@ -129,7 +130,7 @@ def trains(config: Config) -> None:
     probe = Probe([batch], F.cross_entropy)
     if method.prepare:
         method.prepare(model, probe)
-    before = {name: some_of(p) for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: first_values(p) for name, p in model.named_parameters() if p.requires_grad}
     task = Task(
         model=model, method=method, optim=config.optim, epochs=STEPS if method.needs_training else 0, steps=1,
         train=lambda epoch, start: [batch], validate=list, probe=probe,
@@ -142,69 +143,71 @@ def trains(config: Config) -> None:
     )
     assert len(losses) == task.epochs
     assert all(map(math.isfinite, losses)), losses
-    moved = any(not torch.equal(some_of(p), before[name]) for name, p in model.named_parameters() if name in before)
+    moved = any(
+        not torch.equal(first_values(p), before[name]) for name, p in model.named_parameters() if name in before
+    )
     assert moved == method.needs_training, "parameters"
     assert fully_quantized(model)
-    found = verify(model, batch[0])
-    assert bool(found) == (parts.method.bits != Bits())
-    assert all(counts["w"].found > 1 for counts in found.values() if "w" in counts), "one value for all weights"
+    counts = verify(model, batch[0])
+    assert bool(counts) == (parts.method.bits != Bits())
+    assert all(layer["w"].found > 1 for layer in counts.values() if "w" in layer), "one value for all weights"
 
 
 def failures(configs: dict[str, Config]) -> list[str]:
-    """Return the files whose pair does not train, with what went wrong."""
-    found = []
+    """Return the files whose pair does not train, each with its error."""
+    errors = []
     for name, config in configs.items():
         try:
-            trains(config)
-        except Exception as error:  # all of them are told at once
-            found.append(f"{name}: {type(error).__name__}: {error}")
-    return found
+            check_training(config)
+        except Exception as error:  # to report all of them at once
+            errors.append(f"{name}: {type(error).__name__}: {error}")
+    return errors
 
 
 @every_paper
-def test_thin_networks_train_with_their_methods(paper: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = registry.create
+def test_the_thin_networks_train_with_their_methods(paper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = registry.create
 
     def create(group: str, *arguments: Any, **options: Any) -> Any:
-        made = own(group, *arguments, **options)
-        return narrowed(made) if group == "model" else made
+        created = original(group, *arguments, **options)
+        return narrowed(created) if group == "model" else created
 
     monkeypatch.setattr(registry, "create", create)
     assert failures(families(paper)) == []
 
 
-def test_what_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_errors_of_failing_pairs_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     name, config = next(iter(families("lsq").items()))
     mutants: dict[str, tuple[object, str, Callable[..., Any]]] = {
         "AssertionError: parameters": (lsq, "optimizer_step", lambda model, optimizer: None),
         "NotQuantized: ": (lsq.LSQWeight, "forward", lambda site, w: w * site.step),
         "AssertionError: one value": (lsq.LSQWeight, "forward", lambda site, w: 0 * w * site.step),
     }
-    for told, (owner, key, mutant) in mutants.items():
+    for message, (owner, key, mutant) in mutants.items():
         with monkeypatch.context() as patch:
             patch.setattr(owner, key, mutant)
-            (found,) = failures({name: config})
-            assert found.startswith(f"{name}: {told}"), found
+            (error,) = failures({name: config})
+            assert error.startswith(f"{name}: {message}"), error
 
 
 def first_points(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cluster points around the first k: what k-means gives, in shape."""
+    """Cluster points around the first k of them: the shapes are those of k-means."""
     return points[:k], torch.cdist(points, points[:k]).argmin(1)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("paper", [*PAPERS, "claims"])
-def test_networks_of_the_papers_size_train_with_their_methods(paper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_networks_of_the_papers_sizes_train_with_their_methods(paper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_lloyd", first_points)
     configs = pairs(paper)
     for config in configs.values():
         if "error_correction" in config.method:
-            config.method["error_correction"] = False  # hours and 15 GB in the linear layers of AlexNet and VGG
+            config.method["error_correction"] = False  # takes hours and 15 GB in the linear layers of AlexNet and VGG
     assert failures(configs) == []
 
 
 @every_paper
-def test_networks_of_the_papers_size_take_their_methods_without_memory(paper: str) -> None:
+def test_the_networks_of_the_papers_sizes_take_their_methods_on_the_meta_device(paper: str) -> None:
     for name, config in pairs(paper).items():
         parts = assemble(config, planned=True)
         model = parts.install(parts.float_model("meta"))
@@ -213,10 +216,10 @@ def test_networks_of_the_papers_size_take_their_methods_without_memory(paper: st
 
 
 @pytest.mark.parametrize("name", groups.option_names("method"))
-def test_a_network_without_memory_costs_as_much(name: str, configure: Configure) -> None:
+def test_a_network_on_the_meta_device_has_the_same_cost(name: str, configure: Configure) -> None:
     parts = assemble(configure(f"method={name}", "dataset=cifar10", "model=resnet20", "model.width=4"), planned=True)
     meta, real = (parts.install(parts.float_model(device)) for device in ("meta", "cpu"))
     shapes = [{key: (t.shape, t.dtype) for key, t in model.state_dict().items()} for model in (meta, real)]
     assert shapes[0] == shapes[1]
-    if name != "dq":  # counts its points, which are shared out after a look at the gradients
+    if name != "dq":  # its points are allocated by gradients, which the meta device does not have
         assert count_cost(meta, parts.macs) == count_cost(real, parts.macs)

@@ -1,4 +1,4 @@
-"""qd and dq against oracle_polino.py, rows worked out by hand, and the ways in which they can be got wrong."""
+"""Test qd and dq against oracle_polino.py, hand-computed rows, and flawed implementations."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -38,27 +38,27 @@ W = torch.tensor([[0.0, 0.9, 2.2, 3.0, 10.0], [16.0, 14.0, 13.1, 5.0, 7.0]])
 
 
 def check_qd(quantize: Quantize) -> None:
-    """Section 5a by hand: 2 bits are the levels 0, 1/3, 2/3, 1 of alpha."""
+    """By hand: the levels of 2 bits are 0, 1/3, 2/3, 1 of alpha."""
     w = W.clone().requires_grad_()
     out = quantize(w, 2, 4)
     expected = [0, 1, 2, 3, 10, 16, 14, 14, 5, 7]  # 13.1: x = 0.52, y = 1.55, so 10 + 2/3 6
     np.testing.assert_allclose(out.detach().flatten().numpy(), expected, rtol=1e-6, err_msg="forward")
     up = torch.arange(1.0, 11).reshape(2, 5)
-    assert torch.equal(torch.autograd.grad(out, w, up)[0], up), "the gradient passes as it is"
+    assert torch.equal(torch.autograd.grad(out, w, up)[0], up), "the gradient passes unchanged"
     assert torch.equal(w.detach(), W), "written to"
     one = quantize(torch.tensor([0.0, 1.0, 2.0, 0.9, 1.1]), 1, 8)
-    assert one.tolist() == [0, 0, 2, 0, 2], "1 bit: minimum and maximum; half way to the even code, 0"
+    assert one.tolist() == [0, 0, 2, 0, 2], "1 bit: minimum and maximum; the tie goes to the even code, 0"
     assert quantize(torch.tensor([0.0, 1.0, 2.0]), 2, 8)[1].item() == pytest.approx(4 / 3), "y = 1.5 goes to 2"
     assert quantize(torch.tensor([-3.0, 1.0, 5.0]), 1, 8).tolist() == [-3, 1 - 4, 5]
     assert quantize(torch.full((5,), 0.3), 2, 4).tolist() == torch.full((5,), 0.3).tolist(), "constant: alpha is 1"
 
 
-def test_qd_by_hand() -> None:
+def test_qd_gives_the_values_computed_by_hand() -> None:
     check_qd(qd.quantize_bucketed)
 
 
 def flawed_qd(w: Tensor, bits: int, size: int, *, flaw: str = "") -> Tensor:
-    """Bucketed quantization written once more, with a flaw."""
+    """Bucketed quantization implemented again, with a flaw."""
     steps = 2**bits - (2 if flaw == "one level less" and bits > 1 else 1)
     flat = w.detach().flatten()
     rows = list(w.detach()) if flaw == "per channel" and w.dim() > 1 else list(flat.split(size))
@@ -78,7 +78,7 @@ def flawed_qd(w: Tensor, bits: int, size: int, *, flaw: str = "") -> Tensor:
     return value.view_as(w) + (w - w.detach()) * slope
 
 
-def test_the_transcription_of_qd_without_a_flaw_agrees() -> None:
+def test_the_second_implementation_of_qd_without_a_flaw_agrees() -> None:
     check_qd(flawed_qd)
 
 
@@ -89,7 +89,7 @@ def test_the_transcription_of_qd_without_a_flaw_agrees() -> None:
         "not scaled back", "truncated",
     ],
 )  # fmt: skip
-def test_flaws_of_qd_are_caught(flaw: str) -> None:
+def test_the_check_rejects_every_flaw_of_qd(flaw: str) -> None:
     with pytest.raises(AssertionError):
         check_qd(partial(flawed_qd, flaw=flaw))
 
@@ -99,7 +99,7 @@ def test_flaws_of_qd_are_caught(flaw: str) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("count", "size"), SIZES)
-def test_qd_is_the_exact_arithmetic(count: int, size: int, bits: int) -> None:
+def test_qd_agrees_with_exact_arithmetic(count: int, size: int, bits: int) -> None:
     w = random(count, bits)
     got = qd.quantize_bucketed(w, bits, size)
     assert got.dtype == torch.float64
@@ -108,32 +108,32 @@ def test_qd_is_the_exact_arithmetic(count: int, size: int, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize(("count", "size"), SIZES)
-def test_stochastic_qd_is_floor_and_a_draw(count: int, size: int, bits: int) -> None:
+def test_stochastic_qd_is_floor_plus_a_bernoulli_draw(count: int, size: int, bits: int) -> None:
     w = random(count, bits)
     rows = oracle.buckets(w.numpy(), size)
     generator = torch.Generator().manual_seed(5)
     shift = passes._shift(w, generator)
-    own = passes.uniform_16(len(rows) * len(rows[0]), w, generator).reshape(len(rows), -1)
-    draws = (32768 - own.double() - shift) / 65536
+    numbers = passes.uniform_16(len(rows) * len(rows[0]), w, generator).reshape(len(rows), -1)
+    draws = (32768 - numbers.double() - shift) / 65536
     got = qd.quantize_bucketed(w, bits, size, True, torch.Generator().manual_seed(5))
     want = oracle.quantize(w.numpy(), bits, size, draws.numpy())
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-12, atol=1e-14)
 
 
-def test_stochastic_rounding_is_unbiased() -> None:
-    """Bernoulli: the mean of N draws is within 5 steps / (2 sqrt N) of w; nearest rounding and floor are not."""
+def test_stochastic_rounding_of_qd_is_unbiased() -> None:
+    """The mean of N draws is within 5 steps / (2 sqrt N) of w; nearest rounding and floor are not."""
     w, draws, bits, size = random(96), 4000, 2, 32
     torch.manual_seed(0)
     total = torch.stack([qd.quantize_bucketed(w, bits, size, True) for _ in range(draws)])
     step = (qd.bucket_scale(qd.in_buckets(w, size))[0] / 3).expand(-1, size).flatten()
     bound = 5 * step / (2 * draws**0.5)
     assert ((total.mean(0) - w).abs() <= bound).all()
-    assert ((total - w).abs() < step).all(), "one of the two levels beside w"
+    assert ((total - w).abs() < step).all(), "one of the two levels next to w"
     for biased in (qd.quantize_bucketed(w, bits, size), w - step / 2):
         assert ((biased - w).abs() > bound).any()
 
 
-def test_draws_come_from_the_global_generator_in_training_only() -> None:
+def test_the_draws_come_from_the_global_generator_in_training_only() -> None:
     w, site = random(600), qd.QDWeight(2, 256, stochastic=True)
     torch.manual_seed(1)
     first = site(w)
@@ -148,7 +148,7 @@ def test_draws_come_from_the_global_generator_in_training_only() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 80), st.integers(0, 40), st.integers(1, 5), st.integers(0, 9))
-def test_properties_of_qd(count: int, size: int, bits: int, seed: int) -> None:
+def test_the_properties_of_qd(count: int, size: int, bits: int, seed: int) -> None:
     w = random(count, seed)
     out = qd.quantize_bucketed(w, bits, size)
     rows, original = qd.in_buckets(out, size), qd.in_buckets(w, size)
@@ -162,13 +162,13 @@ def test_properties_of_qd(count: int, size: int, bits: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
     w, points = random(600).to(dtype), torch.tensor([0.0, 0.3, 0.6, 1.0])
     for quantize in (lambda w: qd.quantize_bucketed(w, 8), lambda w: dq.quantize_to_points(w, points)):
         assert torch.equal(quantize(w), quantize(w.float()).to(dtype))
 
 
-def test_buckets_run_over_the_flattened_tensor_whatever_its_memory() -> None:
+def test_the_buckets_follow_the_flattened_tensor_in_any_memory_format() -> None:
     w = random(3 * 5 * 4 * 4).reshape(3, 5, 4, 4)
     rows = qd.in_buckets(w, 100)
     assert rows.shape == (3, 100)
@@ -184,7 +184,7 @@ def test_buckets_run_over_the_flattened_tensor_whatever_its_memory() -> None:
         qd.quantize_bucketed(w, 0)
 
 
-def test_buckets_beat_one_scale_for_a_tensor() -> None:
+def test_the_buckets_have_a_smaller_error_than_one_scale_per_tensor() -> None:
     w = random(4096)
     errors = [(qd.quantize_bucketed(w, 4, size) - w).square().mean().item() for size in (64, 256, 0)]
     assert errors == sorted(errors)
@@ -194,7 +194,7 @@ def test_buckets_beat_one_scale_for_a_tensor() -> None:
 # Sizes
 
 
-def test_ratios_of_the_paper() -> None:
+def test_the_compression_ratios_of_the_paper() -> None:
     """k f / (k b + 2 f) for k = 256, f = 32; and what the quantizer itself reports, for whole buckets."""
     assert [round(qd.compression_ratio(b), 2) for b in (2, 4, 8)] == [14.22, 7.53, 3.88]
     for bits in (2, 4, 8):
@@ -204,7 +204,7 @@ def test_ratios_of_the_paper() -> None:
     assert qd.QDWeight(2, 0, False).bytes(torch.empty(3, 100)) == (300, 2, 8)
 
 
-def test_huffman_by_hand() -> None:
+def test_the_huffman_lengths_are_those_computed_by_hand() -> None:
     """5, 2, 1, 1: lengths 1, 2, 3, 3; four alike: 2 each; a single symbol needs none."""
     assert qd.huffman_bits([1, 5, 0, 1, 2]) == (5 * 1 + 2 * 2 + 1 * 3 + 1 * 3) / 9
     assert qd.huffman_bits([7, 7, 7, 7]) == 2
@@ -219,7 +219,7 @@ V = torch.tensor([[0.0, 0.5], [4.0, 4.0], [8.0, 6.5]], dtype=torch.float64)
 
 
 def check_dq(quantize: Quantize) -> None:
-    """Section 5a by hand."""
+    """By hand for V and POINTS."""
     w, points = V.clone().requires_grad_(), torch.tensor(POINTS, dtype=torch.float64, requires_grad=True)
     out = quantize(w, points, 4)
     assert out.flatten().tolist() == [0, 1, 4, 4, 8, 6.5], "forward"
@@ -229,12 +229,12 @@ def check_dq(quantize: Quantize) -> None:
     assert dp.tolist() == [4 * 1 + 1.5 * 6, 4 * 2, 4 * 3 + 4 * 4 + 1.5 * 5]
 
 
-def test_dq_by_hand() -> None:
+def test_dq_gives_the_values_and_gradients_computed_by_hand() -> None:
     check_dq(dq.quantize_to_points)
 
 
 def flawed_dq(w: Tensor, points: Tensor, size: int, *, flaw: str = "") -> Tensor:
-    """Quantization to points written once more, with a flaw."""
+    """Quantization to points implemented again, with a flaw."""
     flat, out = w.detach().flatten(), []
     rows = list(w.detach()) if flaw == "per channel" else list(flat.split(size))
     for row in rows if flaw != "no buckets" else [flat]:
@@ -254,12 +254,12 @@ def flawed_dq(w: Tensor, points: Tensor, size: int, *, flaw: str = "") -> Tensor
     return result + (w - w.detach()) if flaw == "gradient to weights" else result
 
 
-def test_the_transcription_of_dq_without_a_flaw_agrees() -> None:
+def test_the_second_implementation_of_dq_without_a_flaw_agrees() -> None:
     check_dq(flawed_dq)
 
 
 @pytest.mark.parametrize("flaw", ["per channel", "no buckets", "lower tie", "no alpha", "mean", "gradient to weights"])
-def test_flaws_of_dq_are_caught(flaw: str) -> None:
+def test_the_check_rejects_every_flaw_of_dq(flaw: str) -> None:
     with pytest.raises(AssertionError):
         check_dq(partial(flawed_dq, flaw=flaw))
 
@@ -269,7 +269,7 @@ def test_flaws_of_dq_are_caught(flaw: str) -> None:
 
 @pytest.mark.parametrize("m", [2, 3, 4, 7, 16])
 @pytest.mark.parametrize(("count", "size"), SIZES)
-def test_dq_is_the_exact_arithmetic_forward_and_backward(count: int, size: int, m: int) -> None:
+def test_dq_agrees_with_exact_arithmetic_forward_and_backward(count: int, size: int, m: int) -> None:
     w, up = random(count, m), random(count, 100 + m)
     points = (random(m, 200 + m) / 2 + 0.5).sort().values.requires_grad_()
     out = dq.quantize_to_points(w, points, size)
@@ -280,25 +280,25 @@ def test_dq_is_the_exact_arithmetic_forward_and_backward(count: int, size: int, 
     np.testing.assert_allclose(dp.numpy(), want, rtol=1e-10, atol=1e-12)
 
 
-def test_points_by_finite_differences() -> None:
+def test_the_gradient_of_points_is_that_of_finite_differences() -> None:
     w = random(50)
     points = torch.tensor([0.02, 0.31, 0.62, 0.97], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda p: dq.quantize_to_points(w, p, 16).pow(3).sum(), (points,), eps=1e-7)
 
 
-def test_infinite_points_are_never_taken() -> None:
+def test_infinite_points_are_never_chosen() -> None:
     w, infinite = random(60), torch.full((3,), torch.inf, dtype=torch.float64)
     points = torch.tensor(POINTS, dtype=torch.float64)
     filled = torch.cat([points, infinite])
     assert torch.equal(dq.quantize_to_points(w, filled, 16), dq.quantize_to_points(w, points, 16))
 
 
-def test_initial_points() -> None:
-    """0, 1, 2, 3, 16 as one bucket: x = 0, 1/16, 1/8, 3/16, 1; the filling does not count."""
+def test_the_initial_points_are_quantiles() -> None:
+    """0, 1, 2, 3, 16 as one bucket: x = 0, 1/16, 1/8, 3/16, 1; the filling of the last bucket does not count."""
     w = torch.tensor([0.0, 1, 2, 3, 16], dtype=torch.float64)
     assert dq.initial_points(w, 3, 0).tolist() == [0, 2 / 16, 1]
     assert dq.initial_points(w, 2, 0).tolist() == [0, 1]
-    assert dq.initial_points(w, 4, 0)[1].item() == pytest.approx((1 + 1 / 3) / 16), "place 4/3 of 0..4"
+    assert dq.initial_points(w, 4, 0)[1].item() == pytest.approx((1 + 1 / 3) / 16), "position 4/3 of 0..4"
     assert dq.initial_points(w, 5, 0, "uniform").tolist() == [0, 0.25, 0.5, 0.75, 1]
     for count, size in SIZES:
         w = random(count, 3)
@@ -312,23 +312,35 @@ def test_initial_points() -> None:
 BY_HAND: list[tuple[list[float], int, int | None, list[int]]] = [
     ([3, 1], 4, None, [5, 3]),  # 2 each; 4 shared as 3 and 1
     ([1, 1, 1], 4, None, [4, 4, 4]),
-    ([1, 1, 4], 5, None, [4, 4, 7]),  # 2 each; 9 shared as 1.5, 1.5, 6: rounded 2, 2, 6; one too many, from the most
-    ([2, 2, 1], 4, None, [4, 4, 4]),  # 2 each; 6 shared as 2.4, 2.4, 1.2: rounded 2, 2, 1; one short, to the fewest
+    (
+        [1, 1, 4],
+        5,
+        None,
+        [4, 4, 7],
+    ),  # 2 each; 9 shared as 1.5, 1.5, 6, rounded 2, 2, 6: one too many, taken from the layer with most
+    (
+        [2, 2, 1],
+        4,
+        None,
+        [4, 4, 4],
+    ),  # 2 each; 6 shared as 2.4, 2.4, 1.2, rounded 2, 2, 1: one short, given to the layer with fewest
     ([1, 0, 0, 0], 4, None, [10, 2, 2, 2]),
-    ([1, 0, 0, 0], 4, 6, [6, 4, 3, 3]),  # 4 above the bound go to the fewest, one after another
+    ([1, 0, 0, 0], 4, 6, [6, 4, 3, 3]),  # 4 above the bound go to the layers with fewest, one by one
     ([0, 0], 4, 16, [4, 4]),
     ([float("nan"), 1], 4, 16, [4, 4]),
 ]
 
 
-@pytest.mark.parametrize(("norms", "points", "most", "counts"), BY_HAND)
-def test_allocation_by_hand(norms: list[float], points: int, most: int | None, counts: list[int]) -> None:
-    assert dq.allocate_points(norms, points, most) == counts
+@pytest.mark.parametrize(("norms", "points", "maximum", "counts"), BY_HAND)
+def test_the_allocation_is_that_computed_by_hand(
+    norms: list[float], points: int, maximum: int | None, counts: list[int]
+) -> None:
+    assert dq.allocate_points(norms, points, maximum) == counts
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=60), st.integers(2, 8))
-def test_the_budget_is_kept(norms: list[float], bits: int) -> None:
+def test_the_allocation_keeps_the_total_and_the_bounds(norms: list[float], bits: int) -> None:
     counts = dq.allocate_points(norms, 2**bits, 4 * 2**bits)
     assert sum(counts) == 2**bits * len(norms)
     assert min(counts) >= 2 ** (bits - 1)
@@ -347,14 +359,14 @@ def batch(count: int = 64, seed: int = 1) -> Batch:
     draws = torch.Generator().manual_seed(seed)
     y = torch.randint(4, (count,), generator=draws)
     x = torch.randn(count, 1, 8, 8, generator=draws)
-    x[torch.arange(count), 0, y] += 2  # a bright line where the class says
+    x[torch.arange(count), 0, y] += 2  # a bright line in the row of the class
     return x, y
 
 
-def points_of(model: nn.Module) -> dict[str, dq.DQWeight]:
-    found = {name: layer.weight_q for name, layer in quantized_layers(model).items()}
-    assert all(isinstance(site, dq.DQWeight) for site in found.values())
-    return found  # type: ignore[return-value]
+def dq_weights(model: nn.Module) -> dict[str, dq.DQWeight]:
+    sites = {name: layer.weight_q for name, layer in quantized_layers(model).items()}
+    assert all(isinstance(site, dq.DQWeight) for site in sites.values())
+    return sites  # type: ignore[return-value]
 
 
 def prepared(model: nn.Module, policy: Policy | None = None, **options: object) -> nn.Module:
@@ -392,10 +404,10 @@ def optimizers(points: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
 
 
 @pytest.mark.parametrize("kind", [0, 1])
-def test_points_move_and_weights_do_not(kind: int) -> None:
+def test_training_moves_points_and_no_weights(kind: int) -> None:
     model = prepared(trained_float())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert set(trainable) == {f"{name}.weight_q.points" for name in points_of(model)}
+    assert set(trainable) == {f"{name}.weight_q.points" for name in dq_weights(model)}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses = descend(model, optimizers(list(trainable.values()))[kind], 30)
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
@@ -403,38 +415,38 @@ def test_points_move_and_weights_do_not(kind: int) -> None:
         moved = not torch.equal(value, before[name])
         running = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         assert moved == (running or name in trainable), name
-    for site in points_of(model).values():
+    for site in dq_weights(model).values():
         assert torch.equal(site.points, site.points.sort().values)
     verify(model, batch()[0])
 
 
-def test_points_are_counted_by_the_gradients_of_the_float_network() -> None:
+def test_the_points_are_allocated_by_the_gradients_of_the_float_network() -> None:
     plain = trained_float().eval()
     plain.zero_grad()
     x, y = batch()
     F.cross_entropy(plain(x), y).backward()
     model = prepared(deepcopy(plain))
-    sites = points_of(model)
+    sites = dq_weights(model)
     norms = [float(plain.get_parameter(f"{name}.weight").grad.norm()) for name in sites]  # type: ignore[union-attr]
     counts = [site.report()["points"] for site in sites.values()]
     assert counts == dq.allocate_points(norms, 4, 16)
     assert sum(counts) == 4 * len(counts)
     assert len(set(counts)) > 1, "layers differ"
     assert counts.index(max(counts)) == norms.index(max(norms))
-    even = points_of(prepared(deepcopy(plain), allocation="even"))
+    even = dq_weights(prepared(deepcopy(plain), allocation="even"))
     assert {site.report()["points"] for site in even.values()} == {4}
 
 
-def test_layers_of_one_width_share_among_themselves() -> None:
+def test_the_layers_of_each_width_share_their_own_total() -> None:
     model = prepared(trained_float(), Policy(rules={"layer2.*": 3}))
-    counts = {name: site.report()["points"] for name, site in points_of(model).items()}
+    counts = {name: site.report()["points"] for name, site in dq_weights(model).items()}
     for bits in (2, 3):
-        alike = [counts[name] for name, layer in quantized_layers(model).items() if layer.bits.w == bits]
-        assert sum(alike) == 2**bits * len(alike)
-        assert len(alike) > 1
+        same_width = [counts[name] for name, layer in quantized_layers(model).items() if layer.bits.w == bits]
+        assert sum(same_width) == 2**bits * len(same_width)
+        assert len(same_width) > 1
 
 
-def test_prepare_starts_from_the_weights_it_finds_and_leaves_no_gradient() -> None:
+def test_prepare_uses_the_current_weights_and_leaves_no_gradient() -> None:
     model = install(dq.build(w=2, initial="uniform"), network())
     weights = network(seed=5).state_dict()
     model.load_state_dict(weights, strict=False)
@@ -446,35 +458,35 @@ def test_prepare_starts_from_the_weights_it_finds_and_leaves_no_gradient() -> No
         model = install(dq.build(w=2, initial=initial), network())
         model.load_state_dict(weights, strict=False)
         dq.allocate_and_freeze(model, Probe([batch()], F.cross_entropy), "even")
-        for name, site in points_of(model).items():
+        for name, site in dq_weights(model).items():
             assert torch.equal(site.points[:4], dq.initial_points(weights[f"{name}.weight"], 4, 256, initial))
 
 
-def test_without_prepare_a_layer_has_its_quantiles() -> None:
+def test_a_layer_has_its_quantiles_before_prepare() -> None:
     layer = nn.Linear(50, 20)
     site = dq.DQWeight(layer.weight.detach(), 3, 256, "quantiles")
     assert site.report() == {"points": 8}
     assert torch.equal(site.points[:8], dq.initial_points(layer.weight, 8))
-    assert (site.points[8:] == site.points[7]).all(), "filled up with the last one"
+    assert (site.points[8:] == site.points[7]).all(), "unused places hold the last point"
     assert torch.equal(site(layer.weight), dq.quantize_to_points(layer.weight, site.points[:8]))
 
 
-def test_other_quantizers_train_on() -> None:
+def test_the_parameters_of_other_quantizers_stay_trainable() -> None:
     model = install(dq.build(w=2), network())
     layer = quantized_layers(model)["layer2.0.conv1"]
     layer.input_q.register_parameter("range", nn.Parameter(torch.ones(())))
     dq.allocate_and_freeze(model, Probe([batch()], F.cross_entropy), "gradient")
     free = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert free == {f"{n}.weight_q.points" for n in points_of(model)} | {"layer2.0.conv1.input_q.range"}
+    assert free == {f"{n}.weight_q.points" for n in dq_weights(model)} | {"layer2.0.conv1.input_q.range"}
 
 
-def test_at_32_bits_nothing_is_frozen() -> None:
+def test_nothing_is_frozen_at_32_bits() -> None:
     model = install(dq.build(w=32), network())
     dq.allocate_and_freeze(model, Probe([batch()], F.cross_entropy), "gradient")
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_points_that_cross_are_sorted_and_the_fill_stays_out() -> None:
+def test_points_that_cross_are_sorted_and_unused_places_stay_unused() -> None:
     w = random(300)
     site = dq.DQWeight(w, 2, 64, "uniform")
     site.reset_points(w, 3)
@@ -489,7 +501,7 @@ def test_points_that_cross_are_sorted_and_the_fill_stays_out() -> None:
     assert not site.points.grad[3:].any()
 
 
-def test_one_state_dict_holds_all() -> None:
+def test_the_state_dict_holds_the_whole_state() -> None:
     model = prepared(trained_float())
     descend(model, optimizers([p for p in model.parameters() if p.requires_grad])[1], 3)
     again = install(dq.build(w=2), network(seed=9))
@@ -501,13 +513,13 @@ def test_one_state_dict_holds_all() -> None:
 
 @pytest.mark.parametrize("bucket", [256, 10, 0])
 @pytest.mark.parametrize("build", [qd.build, dq.build])
-def test_weights_lie_on_the_levels_of_their_buckets(build: Callable[..., object], bucket: int) -> None:
+def test_the_weights_are_on_the_levels_of_their_buckets(build: Callable[..., object], bucket: int) -> None:
     model = install(build(w=2, bucket=bucket), network())  # type: ignore[arg-type]
     for counts in verify(model, batch()[0]).values():
         assert counts["w"] == LevelCount(4, 4)
 
 
-def test_one_weight_off_its_buckets_levels_is_found() -> None:
+def test_the_verification_finds_weights_off_the_levels_of_their_bucket() -> None:
     model = install(qd.build(w=2), network())
     layer = quantized_layers(model)["layer3.0.conv1"]
     layer.weight_q.forward = lambda w: qd.quantize_bucketed(w, 2, 128)  # type: ignore[method-assign]
@@ -515,8 +527,8 @@ def test_one_weight_off_its_buckets_levels_is_found() -> None:
         verify(model, batch()[0])
 
 
-def test_bytes_charge_the_points() -> None:
-    """300 weights in two buckets: 16 bytes of scales; five points: 20 bytes and 3 bits a weight."""
+def test_the_stored_bytes_include_the_points() -> None:
+    """300 weights in two buckets: 16 bytes of scales; five points: 20 bytes and 3 bits per weight."""
     w = random(300)
     site = dq.DQWeight(w, 2, 256, "quantiles")
     assert site.bytes(w) == (300, 2, 16 + 16)
@@ -526,7 +538,7 @@ def test_bytes_charge_the_points() -> None:
         assert site.grid(w).points.shape == (2, count, 1)
 
 
-def test_both_distill_by_default() -> None:
+def test_qd_and_dq_distill_by_default() -> None:
     assert qd.build().requires.teacher
     assert dq.build().requires.teacher
 
@@ -541,6 +553,6 @@ def test_both_distill_by_default() -> None:
         (dq.build, {"allocation": "loss"}, "allocation=loss: allowed are gradient, even"),
     ],
 )
-def test_bad_options_are_refused(build: Callable[..., object], options: dict[str, object], match: str) -> None:
+def test_invalid_options_raise(build: Callable[..., object], options: dict[str, object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         build(**options)

@@ -1,4 +1,4 @@
-"""Post-training quantization against NumPy: scales and ranges by exhaustive search, batch statistics by hand."""
+"""Test post-training quantization against NumPy: scales and ranges by exhaustive search, batch statistics by hand."""
 
 import copy
 from collections.abc import Callable
@@ -26,11 +26,11 @@ Quantize = Callable[[Tensor, Tensor, int], Tensor]
 ALL = Policy(first="same", last="same", input="float")
 
 
-def best_scale(w: np.ndarray, bits: int, how: str) -> float:
-    """The step of one group: the whole range, or the best in squared error of 100 parts of it, the larger if equal."""
+def best_scale(w: np.ndarray, bits: int, criterion: str) -> float:
+    """Return the step of one group: that of the whole range, or of the percentage with the least squared error."""
     n = 2 ** (bits - 1) - 1
     whole = np.abs(w).max() / n
-    if how == "minmax":
+    if criterion == "minmax":
         return float(whole)
     errors = {}
     for i in range(1, 101):
@@ -40,7 +40,7 @@ def best_scale(w: np.ndarray, bits: int, how: str) -> float:
 
 
 def levels(low: float, high: float, bits: int) -> np.ndarray:
-    """2^b even levels, shifted so that zero is one."""
+    """Return 2^b uniform levels, shifted so that zero is a level."""
     step = (high - low) / (2**bits - 1)
     return (np.arange(2**bits) - np.round(-low / step)) * step
 
@@ -56,7 +56,7 @@ def best_range(x: np.ndarray, bits: int) -> tuple[float, float]:
 
 
 def weights(seed: int) -> Tensor:
-    """Channels of unlike size, with outliers, so that channels matter and the best range is not the whole."""
+    """Return channels of different size, with outliers: channels matter, and the best range is not the whole."""
     w = torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return w**3 * torch.tensor([0.1, 1.0, 3.0, 10.0], dtype=torch.float64).reshape(4, 1, 1, 1)
 
@@ -64,31 +64,31 @@ def weights(seed: int) -> Tensor:
 def check_weights(scale: Scale, quantize: Quantize) -> None:
     for bits in (2, 3, 4, 8):
         w = weights(bits)
-        for how in ("minmax", "mse"):
+        for criterion in ("minmax", "mse"):
             for channel in (True, False):
                 groups = w.numpy() if channel else w.numpy()[None]
-                expected = np.array([best_scale(group, bits, how) for group in groups])
-                found = scale(w, bits, channel, how)
-                np.testing.assert_allclose(found.reshape(-1), expected, rtol=1e-12)
+                expected = np.array([best_scale(group, bits, criterion) for group in groups])
+                step = scale(w, bits, channel, criterion)
+                np.testing.assert_allclose(step.reshape(-1), expected, rtol=1e-12)
                 s = expected.reshape(4, 1, 1, 1) if channel else expected
                 n = 2 ** (bits - 1) - 1
                 codes = np.clip(np.round(w.numpy() / s), -n, n)
-                np.testing.assert_allclose(quantize(w, found, bits), codes * s, atol=1e-12)
+                np.testing.assert_allclose(quantize(w, step, bits), codes * s, atol=1e-12)
 
 
-def test_weights() -> None:
+def test_the_weights_are_those_of_exhaustive_search() -> None:
     check_weights(ptq.weight_scale, ptq.quantize_weight)
 
 
-def per_layer(w: Tensor, bits: int, channel: bool, how: str) -> Tensor:
-    return ptq.weight_scale(w, bits, False, how).expand(len(w) if channel else 1)
+def per_layer(w: Tensor, bits: int, channel: bool, criterion: str) -> Tensor:
+    return ptq.weight_scale(w, bits, False, criterion).expand(len(w) if channel else 1)
 
 
-def of_2_to_the_bits(w: Tensor, bits: int, channel: bool, how: str) -> Tensor:
-    return ptq.weight_scale(w, bits, channel, how) * (2 ** (bits - 1) - 1) / 2 ** (bits - 1)
+def with_2_to_the_bits_steps(w: Tensor, bits: int, channel: bool, criterion: str) -> Tensor:
+    return ptq.weight_scale(w, bits, channel, criterion) * (2 ** (bits - 1) - 1) / 2 ** (bits - 1)
 
 
-def always_minmax(w: Tensor, bits: int, channel: bool, how: str) -> Tensor:
+def always_minmax(w: Tensor, bits: int, channel: bool, criterion: str) -> Tensor:
     return ptq.weight_scale(w, bits, channel, "minmax")
 
 
@@ -100,20 +100,20 @@ def unclipped(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     ("scale", "quantize"),
     [
         (per_layer, ptq.quantize_weight),
-        (of_2_to_the_bits, ptq.quantize_weight),
+        (with_2_to_the_bits_steps, ptq.quantize_weight),
         (always_minmax, ptq.quantize_weight),
         (ptq.weight_scale, unclipped),
     ],
 )
-def test_mutants_of_weights_fail(scale: Scale, quantize: Quantize) -> None:
+def test_the_check_rejects_wrong_weights(scale: Scale, quantize: Quantize) -> None:
     with pytest.raises(AssertionError):
         check_weights(scale, quantize)
 
 
-def test_weights_by_hand() -> None:
+def test_the_weights_are_those_computed_by_hand() -> None:
     w = torch.tensor([[3.0, -1.4, 0.4], [0.0, 0.0, 0.0]], requires_grad=True)
     scale = ptq.weight_scale(w, 3)
-    assert scale.tolist() == [[1.0], [1.0]], "3 bits: codes -3 ... 3; no step for zeros, so 1"
+    assert scale.tolist() == [[1.0], [1.0]], "3 bits: codes -3 ... 3; the step of all zeros is 1"
     out = ptq.quantize_weight(w, scale, 3)
     assert out.tolist() == [[3.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
     assert ptq.quantize_weight(torch.tensor([[9.0, -9.0]]), torch.tensor(1.0), 3).tolist() == [[3.0, -3.0]]
@@ -126,32 +126,32 @@ def test_weights_by_hand() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("relu", [True, False])
-def test_ranges_by_exhaustive_search(bits: int, relu: bool) -> None:
+def test_the_ranges_are_those_of_exhaustive_search(bits: int, relu: bool) -> None:
     x = torch.randn(300, dtype=torch.float64, generator=torch.Generator().manual_seed(bits)) ** 3
     x = x.relu() if relu else x
     assert [v.item() for v in ptq.minmax_range(x)] == [min(x.min().item(), 0), x.max().item()]
-    found = [v.item() for v in ptq.mse_range(x, bits)]
-    assert found == pytest.approx(best_range(x.numpy(), bits), abs=1e-12)
-    assert found[1] < x.max(), "with outliers the best range is not the whole"
+    mse_range = [v.item() for v in ptq.mse_range(x, bits)]
+    assert mse_range == pytest.approx(best_range(x.numpy(), bits), abs=1e-12)
+    assert mse_range[1] < x.max(), "with outliers the best range is not the whole"
     for percent in (100.0, 99.0, 90.0):
         low, high = ptq.percentile_range(x, percent)
         assert high == np.percentile(x.numpy(), percent, method="inverted_cdf")
         assert low == min(0, -np.percentile(-x.numpy(), percent, method="inverted_cdf"))
     if relu:
-        assert found[0] == 0
+        assert mse_range[0] == 0
         assert low == 0
 
 
-def test_percentiles_by_hand() -> None:
+def test_the_percentiles_are_those_computed_by_hand() -> None:
     x = torch.arange(-3.0, 7.0)  # -3 ... 6
     assert [v.item() for v in ptq.percentile_range(x, 90.0)] == [-2, 5]
     assert [v.item() for v in ptq.percentile_range(x, 91.0)] == [-3, 6]
-    assert [v.item() for v in ptq.percentile_range(x + 10, 90.0)] == [0, 15], "a range always holds zero"
+    assert [v.item() for v in ptq.percentile_range(x + 10, 90.0)] == [0, 15], "a range always contains zero"
     assert [v.item() for v in ptq.percentile_range(-x - 10, 90.0)] == [-15, 0]
 
 
 class Net(nn.Module):
-    """Two normalized layers, dropout that must stay off, and a part that training mode would make random."""
+    """Two normalized layers, and dropout that must stay off."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ Reestimate = Callable[[nn.Module, list[tuple[Tensor, Tensor]]], None]
 
 
 def check_normalization(reestimate: Reestimate) -> None:
-    """Mean and unbiased variance of each batch, averaged over batches; what follows sees the batch's own."""
+    """Mean and unbiased variance of each batch, averaged over batches; later layers get each batch's own."""
     torch.manual_seed(1)
     model, batches = Net().train(), some_batches()
     model.bn1.running_mean.fill_(0.2)  # type: ignore[union-attr]
@@ -207,7 +207,7 @@ def check_normalization(reestimate: Reestimate) -> None:
         np.testing.assert_allclose(bn.running_var, np.mean(variances[i], 0), rtol=2e-4)
 
 
-def test_normalization_is_measured_behind_the_quantizers() -> None:
+def test_batch_normalization_is_measured_with_the_quantizers_in_place() -> None:
     check_normalization(ptq.reestimate_norms)  # type: ignore[arg-type]
 
 
@@ -222,24 +222,24 @@ def with_dropout(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None
     torch.set_rng_state(state)
 
 
-def at_the_usual_pace(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+def with_usual_momentum(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
     model.drop.p = 0.0  # type: ignore[assignment]
     for x, _ in batches:
         model(x)
 
 
-def of_the_float_network(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+def in_the_float_network(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
     with float_mode(model):
         ptq.reestimate_norms(model, batches)
 
 
-@pytest.mark.parametrize("mutant", [with_dropout, at_the_usual_pace, of_the_float_network])
-def test_mutants_of_reestimation_fail(mutant: Reestimate) -> None:
+@pytest.mark.parametrize("mutant", [with_dropout, with_usual_momentum, in_the_float_network])
+def test_the_check_rejects_wrong_reestimation(mutant: Reestimate) -> None:
     with pytest.raises(AssertionError):
         check_normalization(mutant)
 
 
-def test_without_reestimation_statistics_stay() -> None:
+def test_the_statistics_stay_the_same_without_reestimation() -> None:
     model = Net()
     kept = copy.deepcopy(model.bn1.state_dict())
     prepared(model, some_batches(), reestimate=False)
@@ -247,7 +247,7 @@ def test_without_reestimation_statistics_stay() -> None:
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "percentile", "mse"])
-def test_activations_are_calibrated_on_the_float_network(calibration: str) -> None:
+def test_the_activations_are_calibrated_on_the_float_network(calibration: str) -> None:
     torch.manual_seed(2)
     model, batches = Net(), some_batches()
     layers = prepared(model, batches, w=2, a=2, calibration=calibration, percentile=90.0, reestimate=False)
@@ -264,7 +264,7 @@ def test_activations_are_calibrated_on_the_float_network(calibration: str) -> No
     assert (site.low.item(), site.high.item()) == pytest.approx(expected[calibration], abs=1e-5)
 
 
-def test_weights_loaded_after_installing_count() -> None:
+def test_prepare_uses_weights_loaded_after_installing() -> None:
     method, model, other = ptq.build(), install(ptq.build(), Net(), ALL), Net()
     model.load_state_dict(other.state_dict(), strict=False)
     method.prepare(model, Probe(some_batches(), F.cross_entropy))  # type: ignore[misc]
@@ -273,18 +273,18 @@ def test_weights_loaded_after_installing_count() -> None:
     assert torch.equal(site.scale, ptq.weight_scale(other.fc1.weight, 8, True, "mse"))
 
 
-def test_all_that_was_fitted_is_in_the_state_dict() -> None:
+def test_the_state_dict_holds_all_that_was_calibrated() -> None:
     batches = some_batches()
     model = prepared(Net(), batches, w=4, a=3).eval()
     fresh = install(ptq.build(w=4, a=3), Net(), ALL).eval()
     site = quantized_layers(fresh)["fc2"].input_q
     assert isinstance(site, ptq.PTQActivation)
-    assert (site.low.item(), site.high.item()) == (0, 1), "what the card says of an uncalibrated range"
+    assert (site.low.item(), site.high.item()) == (0, 1), "the range without calibration, as in the method card"
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(batches[0][0]), model(batches[0][0]))
 
 
-def test_32_bits_leave_the_network_alone() -> None:
+def test_nothing_changes_at_32_bits() -> None:
     model = Net()
     kept = copy.deepcopy(model.state_dict())
     prepared(model, some_batches(), w=32, a=32)
@@ -293,9 +293,9 @@ def test_32_bits_leave_the_network_alone() -> None:
 
 
 def top1_of(model: nn.Module, loader: Loader) -> float:
-    found = evaluate(model, loader.unaugmented("test"))
-    assert found is not None
-    return found.top1
+    accuracy = evaluate(model, loader.unaugmented("test"))
+    assert accuracy is not None
+    return accuracy.top1
 
 
 def test_int8_is_within_a_point_of_float_on_digits() -> None:
@@ -310,26 +310,26 @@ def test_int8_is_within_a_point_of_float_on_digits() -> None:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             schedule.step()
-    parent = top1_of(model, loader)
-    assert parent > 94
+    baseline = top1_of(model, loader)
+    assert baseline > 94
     probe = list(loader.unaugmented("train", 256))
     for options in ({}, {"weights": "minmax", "calibration": "percentile", "reestimate": False}, {"channel": False}):
-        child = prepared(copy.deepcopy(model), probe, **options)
-        assert abs(top1_of(child, loader) - parent) <= 1
-        found = verify(child, probe[0][0])
-        assert max(layer["w"].found for layer in found.values()) > 16
+        quantized = prepared(copy.deepcopy(model), probe, **options)
+        assert abs(top1_of(quantized, loader) - baseline) <= 1
+        counts = verify(quantized, probe[0][0])
+        assert max(layer["w"].found for layer in counts.values()) > 16
         assert all(
-            layer["w"].allowed == 255 and ("a" not in layer or layer["a"].allowed == 256) for layer in found.values()
+            layer["w"].allowed == 255 and ("a" not in layer or layer["a"].allowed == 256) for layer in counts.values()
         )
     ternary = {}
     for again in (True, False):
-        child = prepared(copy.deepcopy(model), probe, w=2, a=32, reestimate=again)
-        ternary[again] = top1_of(child, loader)
-    assert ternary[True] > ternary[False] + 10, "at two bits the statistics of the float network are wrong"
+        quantized = prepared(copy.deepcopy(model), probe, w=2, a=32, reestimate=again)
+        ternary[again] = top1_of(quantized, loader)
+    assert ternary[True] > ternary[False] + 10, "at two bits the statistics of the float network are far off"
 
 
 @pytest.mark.parametrize("options", [{"weights": "max"}, {"calibration": "kl"}, {"percentile": 10.0}])
-def test_bad_options(options: dict[str, object]) -> None:
+def test_invalid_options_raise(options: dict[str, object]) -> None:
     (key,) = options
     with pytest.raises(ValueError, match=rf"{key}=.*allowed are"):
         ptq.build(**options)  # type: ignore[arg-type]

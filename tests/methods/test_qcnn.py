@@ -1,4 +1,4 @@
-"""Q-CNN: codes by hand and by definition, its correction against explicit responses, the published sizes and speeds."""
+"""Test Q-CNN: codes by hand and by definition, correction against explicit responses, published sizes and speeds."""
 
 import copy
 from collections.abc import Callable
@@ -36,8 +36,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 # Codes
 
 
-def parts(w: np.ndarray, subspace: int) -> list[np.ndarray]:
-    """Section 6a: per subspace of the input channels, the sub-vectors of all outputs and kernel positions."""
+def sub_vectors(w: np.ndarray, subspace: int) -> list[np.ndarray]:
+    """Return for each subspace of the input channels the sub-vectors of all outputs and kernel positions."""
     channels = -(-w.shape[1] // subspace) * subspace
     padded = np.zeros((w.shape[0], channels, *w.shape[2:]))
     padded[:, : w.shape[1]] = w
@@ -46,12 +46,12 @@ def parts(w: np.ndarray, subspace: int) -> list[np.ndarray]:
 
 
 def check_codes(quantize: Quantize) -> None:
-    """Every sub-vector is its nearest codeword of at most K; a codeword is the mean of those that are it."""
+    """Every sub-vector becomes the nearest of at most K codewords; a codeword is the mean of its sub-vectors."""
     for shape, subspace, codewords in [((12, 8), 4, 4), ((10, 6, 3, 3), 2, 8), ((10, 5, 2, 3), 4, 4), ((40, 3), 1, 5)]:
         w = random(*shape)
         out = quantize(w, subspace, codewords)
         assert out.shape == w.shape
-        for before, after in zip(parts(w.numpy(), subspace), parts(out.numpy(), subspace), strict=True):
+        for before, after in zip(sub_vectors(w.numpy(), subspace), sub_vectors(out.numpy(), subspace), strict=True):
             words, codes = np.unique(after, axis=0, return_inverse=True)
             assert len(words) == codewords
             for k, word in enumerate(words):
@@ -60,7 +60,7 @@ def check_codes(quantize: Quantize) -> None:
             np.testing.assert_array_equal(distance.argmin(1), codes.ravel())
 
 
-def test_codes() -> None:
+def test_the_codes_are_those_of_k_means() -> None:
     check_codes(qcnn.product_quantize)
 
 
@@ -90,25 +90,25 @@ def first_as_codewords(w: Tensor, subspace: int, codewords: int) -> Tensor:
 
 
 @pytest.mark.parametrize("mutant", [along_outputs, book_per_position, one_book, scalars, first_as_codewords])
-def test_mutants_of_codes_fail(mutant: Quantize) -> None:
+def test_the_check_rejects_wrong_codes(mutant: Quantize) -> None:
     with pytest.raises(AssertionError):
         check_codes(mutant)
 
 
-def test_codes_by_hand() -> None:
+def test_the_codes_are_those_computed_by_hand() -> None:
     w = torch.tensor([[0.0, 0, 5], [0, 2, 5], [10, 0, 7], [10, 2, 7]])
     near = [[0.0, 1, 5], [0, 1, 5], [10, 1, 7], [10, 1, 7]]
     assert qcnn.product_quantize(w, 2, 2).tolist() == near, "means of the two pairs; the third channel is padded"
     books, codes = qcnn.product_codes(w, 2, 2)
     assert sorted(books[0].tolist()) == [[0, 1], [10, 1]]
-    assert sorted(books[1].tolist()) == [[5, 0], [7, 0]], "zeros behind the last channel"
+    assert sorted(books[1].tolist()) == [[5, 0], [7, 0]], "zeros after the last channel"
     assert codes.shape == (4, 2)
     conv = w.reshape(2, 2, 3, 1).movedim(2, 1)  # the four rows as outputs and positions
     assert torch.equal(qcnn.product_quantize(conv, 2, 2).movedim(1, 2).reshape(4, 3), torch.tensor(near))
     assert qcnn.product_codes(conv, 2, 2)[1].shape == (2, 2, 1, 2)
 
 
-def test_fewer_distinct_vectors_than_codewords_stay_as_they_are() -> None:
+def test_sub_vectors_fewer_than_codewords_stay_the_same() -> None:
     w = torch.tensor([[1.0, 2.0, 7.0], [3.0, 4.0, 7.0], [1.0, 2.0, 8.0]])
     books, codes = qcnn.product_codes(w, 1, 16)
     assert books.shape == (3, 3, 1)
@@ -117,15 +117,15 @@ def test_fewer_distinct_vectors_than_codewords_stay_as_they_are() -> None:
     assert int(codes.max()) == 1
 
 
-def test_public_function_manners() -> None:
+def test_the_function_keeps_its_input_dtype_and_random_state() -> None:
     w = random(6, 4, 3, 3)
-    kept, state = w.clone(), torch.get_rng_state()
+    copied, state = w.clone(), torch.get_rng_state()
     out = qcnn.product_quantize(w, 2, 4)
     assert out.dtype == torch.float64
-    assert torch.equal(w, kept)
+    assert torch.equal(w, copied)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
-    assert torch.equal(qcnn.product_quantize(w, 2, 4), out), "the weights alone decide"
+    assert torch.equal(qcnn.product_quantize(w, 2, 4), out), "codes depend on the weights alone"
     half = qcnn.product_quantize(w.half(), 2, 4)
     assert half.dtype == torch.float16
     assert torch.equal(half, qcnn.product_quantize(w.half().float(), 2, 4).half())
@@ -149,10 +149,10 @@ Correct = Callable[..., tuple[Tensor, Tensor]]
 def check_correction(correct: Correct) -> None:
     for groups, kernel, ridge in [(1, 1, 0.1), (1, 4, 0.1), (2, 3, 0.01)]:
         books, codes, w, inputs, targets = task(groups, kernel)
-        kept = [t.clone() for t in (books, codes, w, inputs, targets)]
-        found, chosen = correct(books, codes, w, inputs, targets, ridge)
-        assert all(torch.equal(a, b) for a, b in zip(kept, (books, codes, w, inputs, targets), strict=True))
-        expected, best, course = oracle.correct(
+        copies = [t.clone() for t in (books, codes, w, inputs, targets)]
+        corrected, chosen = correct(books, codes, w, inputs, targets, ridge)
+        assert all(torch.equal(a, b) for a, b in zip(copies, (books, codes, w, inputs, targets), strict=True))
+        expected, best, errors = oracle.correct(
             books.numpy(),
             codes.reshape(6, kernel, 3).numpy(),
             product.subvectors(w, 2).reshape(6, kernel, 3, 2).numpy(),
@@ -161,14 +161,14 @@ def check_correction(correct: Correct) -> None:
             ridge,
             product.SWEEPS,
         )
-        assert all(b <= a * (1 + 1e-9) for a, b in pairwise(course)), "descent"
-        assert course[-1] < 0.95 * course[0]
+        assert all(b <= a * (1 + 1e-9) for a, b in pairwise(errors)), "the error never rises"
+        assert errors[-1] < 0.95 * errors[0]
         np.testing.assert_array_equal(chosen.reshape(best.shape), best)
-        np.testing.assert_allclose(found, expected, atol=1e-8)
-        assert (found[2, :, 1] == 0).all(), "the padded channel stays zero"
+        np.testing.assert_allclose(corrected, expected, atol=1e-8)
+        assert (corrected[2, :, 1] == 0).all(), "the padded channel stays zero"
 
 
-def test_correction_is_block_coordinate_descent() -> None:
+def test_the_correction_is_block_coordinate_descent() -> None:
     check_correction(qcnn.error_corrected)
 
 
@@ -189,18 +189,18 @@ def one_group(books: Tensor, codes: Tensor, w: Tensor, inputs: Tensor, targets: 
 
 
 @pytest.mark.parametrize("mutant", [none_at_all, codebooks_only, of_weights, one_group])
-def test_mutants_of_the_correction_fail(mutant: Correct) -> None:
+def test_the_check_rejects_wrong_corrections(mutant: Correct) -> None:
     with pytest.raises(AssertionError):
         check_correction(mutant)
 
 
-def test_correction_keeps_unused_codewords_out() -> None:
+def test_the_correction_leaves_unused_codewords_unused() -> None:
     w = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]], dtype=torch.float64)
     books, codes = qcnn.product_codes(w, 2, 8)
     x = random(20, 1, 1, 2)
-    found, chosen = qcnn.error_corrected(books, codes, w, x, x.flatten(1) @ w.T)
-    torch.testing.assert_close(product.decode(found, chosen, 2), w)
-    assert torch.equal(found.isnan(), books.isnan())
+    corrected, chosen = qcnn.error_corrected(books, codes, w, x, x.flatten(1) @ w.T)
+    torch.testing.assert_close(product.decoded(corrected, chosen, 2), w)
+    assert torch.equal(corrected.isnan(), books.isnan())
 
 
 LAYERS = [
@@ -215,18 +215,18 @@ LAYERS = [
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS)
 @pytest.mark.parametrize("limit", [10_000, 9])
-def test_patches_are_what_responses_see(layer: nn.Module, shape: tuple[int, ...], limit: int) -> None:
+def test_the_patches_are_the_inputs_of_the_responses(layer: nn.Module, shape: tuple[int, ...], limit: int) -> None:
     layer = copy.deepcopy(layer).double()
     x, one = random(*shape), cast(QLayer, layer)
     with torch.no_grad():
-        seen, wanted = qcnn.patches(one, x, limit), qcnn.responses(one, layer(x), limit)
-        w = product.subvectors(one.weight, 1).reshape(seen.shape[1], -1, *seen.shape[2:])
-        torch.testing.assert_close(torch.einsum("ngpc,gtpc->ngt", seen, w).flatten(1), wanted)
-    assert len(seen) <= limit
+        inputs, wanted = qcnn.patches(one, x, limit), qcnn.responses(one, layer(x), limit)
+        w = product.split(one.weight, 1).reshape(inputs.shape[1], -1, *inputs.shape[2:])
+        torch.testing.assert_close(torch.einsum("ngpc,gtpc->ngt", inputs, w).flatten(1), wanted)
+    assert len(inputs) <= limit
 
 
 def trained_network() -> tuple[nn.Module, Tensor]:
-    """A small network after two epochs of digits, and its training images."""
+    """Return a small network after two epochs on digits, and its training images."""
     loader = Loader(digits.build(), 64, 0, torch.device("cpu"))
     torch.manual_seed(0)
     model = resnet.build((1, 8, 8), 10, depth=8, width=8, stem_stride=1, form="pre", shortcut="B", norm="affine")
@@ -240,41 +240,43 @@ def trained_network() -> tuple[nn.Module, Tensor]:
 
 
 def response_errors(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Each quantized layer's mean squared error against the float network's response, in units of its mean square."""
+    """Return each quantized layer's relative squared error against the response of the float network."""
     names = list(quantized_layers(model))
     with torch.no_grad(), eval_mode_keeping_rng(model), recorded_calls(model, names) as calls:
         model(images)
-        found = {name: y for name, _, y in calls}
+        quantized = {name: y for name, _, y in calls}
         calls.clear()
         with float_mode(model):
             model(images)
         wanted = {name: y for name, _, y in calls}
-    return {n: ((found[n] - wanted[n]).square().sum() / wanted[n].square().sum()).item() for n in names}
+    return {n: ((quantized[n] - wanted[n]).square().sum() / wanted[n].square().sum()).item() for n in names}
 
 
-def test_correction_lowers_response_errors_on_images_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    parent, images = trained_network()
-    held = images[512:1024]
+def test_the_correction_lowers_the_response_errors_on_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    float_model, images = trained_network()
+    other_images = images[512:1024]
     probe = Probe([(images[:256], torch.zeros(256))], F.cross_entropy)
-    errors, told = {}, []
+    errors, calls = {}, []
 
     def spy(books: Tensor, codes: Tensor, w: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        told.append((w, inputs, targets))
+        calls.append((w, inputs, targets))
         return product.error_corrected(books, codes, w, inputs, targets)
 
     monkeypatch.setattr(qcnn, "error_corrected", spy)
     for correction in (False, True):
         method = qcnn.build(error_correction=correction)
-        model = install(method, copy.deepcopy(parent))
+        model = install(method, copy.deepcopy(float_model))
         assert method.prepare is not None
         method.prepare(model, probe)
-        errors[correction] = response_errors(model, held)
-        assert all(layer["w"].found == 16 for layer in verify(model, held[:64]).values())
+        errors[correction] = response_errors(model, other_images)
+        assert all(layer["w"].found == 16 for layer in verify(model, other_images[:64]).values())
     assert all(errors[True][name] < 0.6 * errors[False][name] for name in errors[True]), errors
-    # What each layer was told: its float response, and its input behind the layers quantized before.
-    order = [n for n, _ in sorted(quantized_layers(model).items(), key=lambda item: execution(model, images, item[0]))]
-    assert len(told) == len(order) == 8
-    for name, (w, inputs, targets) in zip(order, told, strict=True):
+    # Each layer gets its float response, and its input after the layers quantized before.
+    order = [
+        n for n, _ in sorted(quantized_layers(model).items(), key=lambda item: execution_index(model, images, item[0]))
+    ]
+    assert len(calls) == len(order) == 8
+    for name, (w, inputs, targets) in zip(order, calls, strict=True):
         layer = quantized_layers(model)[name]
         assert w is layer.weight
         x, _ = probe.responses(model, name)
@@ -283,10 +285,10 @@ def test_correction_lowers_response_errors_on_images_held_out(monkeypatch: pytes
         with float_mode(model):
             float_x, y = probe.responses(model, name)
         torch.testing.assert_close(targets, qcnn.responses(layer, y, limit), msg=name)
-        assert name in order[:2] or not torch.allclose(x, float_x), "errors before it are in its inputs"
+        assert name in order[:2] or not torch.allclose(x, float_x), "its inputs contain the errors of earlier layers"
 
 
-def execution(model: nn.Module, images: Tensor, name: str) -> int:
+def execution_index(model: nn.Module, images: Tensor, name: str) -> int:
     names = list(quantized_layers(model))
     with torch.no_grad(), eval_mode_keeping_rng(model), recorded_calls(model, names) as calls:
         model(images[:2])
@@ -294,22 +296,22 @@ def execution(model: nn.Module, images: Tensor, name: str) -> int:
 
 
 def prepared(method: Method, net: nn.Module, policy: Policy | None = None) -> nn.Module:
-    """Return a network whose weights are k-means' codes."""
+    """Return a network whose weights are the codes of k-means."""
     model = install(method, net, policy)
     qcnn.encode(model, Probe([], F.cross_entropy), correct=False)
     return model
 
 
-def test_installing_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes, names, bytes and the grid's shape are those that `prepare` leaves, also with few or odd weights."""
+def test_installing_computes_no_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes, dtypes, bytes and the shape of the grid are those after `prepare`, also with few weights."""
 
-    def refuse(*_: Any) -> None:
-        raise AssertionError("k-means at once")
+    def reject(*_: Any) -> None:
+        raise AssertionError("k-means while installing")
 
     net = nn.Sequential(nn.Conv2d(5, 4, (3, 2)), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(6, 40), nn.Linear(40, 3))
     method = qcnn.build(w=2, subspace=3, fc_subspace=2)
     with monkeypatch.context() as patch:
-        patch.setattr(qcnn, "product_codes", refuse)
+        patch.setattr(qcnn, "product_codes", reject)
         fresh = install(method, copy.deepcopy(net), ALL)
     model = prepared(method, copy.deepcopy(net), ALL)
     for one, other in zip(quantized_layers(fresh).values(), quantized_layers(model).values(), strict=True):
@@ -324,7 +326,7 @@ def test_installing_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(effective_weight(one), effective_weight(other))
 
 
-def test_codes_stay_and_the_rest_trains() -> None:
+def test_the_codes_stay_fixed_and_the_rest_trains() -> None:
     torch.manual_seed(0)
     model = prepared(qcnn.build(subspace=2), resnet.build((1, 8, 8), 10, depth=8, width=4, norm="affine"))
     layers = quantized_layers(model)
@@ -342,7 +344,7 @@ def test_codes_stay_and_the_rest_trains() -> None:
         assert torch.equal(p, state[name]) == (name in latent), name
 
 
-def test_weights_loaded_after_installing_count() -> None:
+def test_prepare_uses_weights_loaded_after_installing() -> None:
     torch.manual_seed(0)
     method, net = qcnn.build(error_correction=False), nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
     model = install(method, copy.deepcopy(net), ALL)
@@ -375,15 +377,17 @@ def conv_operations(subspace: int, codewords: int) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("subspace", "codewords", "speedup"), [(4, 64, 3.32), (6, 64, 4.32), (6, 128, 3.71), (8, 128, 4.27)]
 )
-def test_published_speedups_of_convolutions(subspace: int, codewords: int, speedup: float) -> None:
-    """AlexNet, convolutions alone (notes, 6c)."""
+def test_the_speedups_of_convolutions_are_the_published_ones(subspace: int, codewords: int, speedup: float) -> None:
+    """AlexNet, convolutions alone."""
     whole, quantized = conv_operations(subspace, codewords)
     assert round(whole / quantized, 2) == speedup
 
 
 @pytest.mark.parametrize(("size", "speedup", "megabytes"), [((3, 32), 4.05, 16.03), ((4, 32), 4.16, 13.19)])
-def test_published_figures_of_alexnet(size: tuple[int, int], speedup: float, megabytes: float) -> None:
-    """Convolutions 8/128, the last layer 1/16, biases float (notes, 6c and 6d)."""
+def test_the_speedups_and_sizes_of_alexnet_are_the_published_ones(
+    size: tuple[int, int], speedup: float, megabytes: float
+) -> None:
+    """Convolutions 8/128, the last layer 1/16, biases float."""
     sizes = (size, size, (1, 16))
     whole, quantized = conv_operations(8, 128)
     whole += sum(inputs * outputs for inputs, outputs in ALEXNET_FC)
@@ -394,11 +398,13 @@ def test_published_figures_of_alexnet(size: tuple[int, int], speedup: float, meg
     biases = 4 * (sum(layer[3] for layer in ALEXNET) + sum(outputs for _, outputs in ALEXNET_FC))
     assert round((total + biases) / 1e6, 2) == megabytes
     wrong = qcnn.fc_flops(4096, 1000, *size)
-    assert wrong != qcnn.fc_flops(4096, 1000, 1, 16), "the last layer has a size of its own"
+    assert wrong != qcnn.fc_flops(4096, 1000, 1, 16), "the last layer has its own Cs' and K"
 
 
 @pytest.mark.parametrize(("size", "speedup", "megabytes"), [((3, 32), 4.05, 35.1), ((4, 32), 4.06, 28.8)])
-def test_published_figures_of_vgg16(size: tuple[int, int], speedup: float, megabytes: float) -> None:
+def test_the_speedups_and_sizes_of_vgg16_are_the_published_ones(
+    size: tuple[int, int], speedup: float, megabytes: float
+) -> None:
     """Convolutions 6/128."""
     sizes = (size, size, (1, 16))
     whole = sum(9 * n**2 * inputs * outputs for n, inputs, outputs in VGG16) + sum(i * o for i, o in VGG16_FC)
@@ -412,7 +418,7 @@ def test_published_figures_of_vgg16(size: tuple[int, int], speedup: float, megab
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(16, 32, 3, groups=2), nn.Linear(16, 40)])
-def test_stored_bytes_are_the_formula(layer: nn.Conv2d | nn.Linear) -> None:
+def test_the_stored_bytes_are_those_of_the_formula(layer: nn.Conv2d | nn.Linear) -> None:
     site = qcnn.QCNNWeight(layer.weight.detach(), 4, 16)
     if isinstance(layer, nn.Conv2d):
         expected = qcnn.conv_bytes(16, 32, 3, 4, 16, 2)
@@ -432,7 +438,7 @@ def test_stored_bytes_are_the_formula(layer: nn.Conv2d | nn.Linear) -> None:
         ({"w": 1, "fc_codewords": 32}, r"bits\.w=1: 32 codewords .* set bits\.w=2, or method\.fc_codewords=0"),
     ],
 )
-def test_widths_that_contradict_the_codes_are_unsupported(options: dict[str, int], message: str) -> None:
+def test_widths_that_disagree_with_the_codes_are_unsupported(options: dict[str, int], message: str) -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(Unsupported, match=message):
         install(qcnn.build(**options), net)  # type: ignore[arg-type]
@@ -442,8 +448,8 @@ def test_widths_that_contradict_the_codes_are_unsupported(options: dict[str, int
     ("w", "subspace", "codewords", "count"),
     [(1, 4, 0, 16), (2, 4, 0, 256), (1, 8, 128, 128), (2, 4, 32, 32), (2, 3, 32, 32), (4, 1, 16, 16), (4, 1, 0, 16)],
 )
-def test_nominal_widths(w: int, subspace: int, codewords: int, count: int) -> None:
-    """The paper's 8/128 is a bit a weight, 4/32 and 3/32 two, 1/16 four."""
+def test_the_nominal_widths_of_codes(w: int, subspace: int, codewords: int, count: int) -> None:
+    """The paper's 8/128 is 1 bit per weight, 4/32 and 3/32 are 2, 1/16 is 4."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(24, 400), nn.Linear(4, 4))
     model = prepared(qcnn.build(w=w, fc_subspace=subspace, fc_codewords=codewords), net)
     site = quantized_layers(model)["1"].weight_q
@@ -455,7 +461,7 @@ def test_nominal_widths(w: int, subspace: int, codewords: int, count: int) -> No
 @pytest.mark.parametrize(
     "options", [{"subspace": 0}, {"fc_subspace": -1}, {"codewords": 1}, {"fc_codewords": 2048}, {"codewords": -4}]
 )
-def test_bad_options(options: dict[str, int]) -> None:
+def test_invalid_options_raise(options: dict[str, int]) -> None:
     (key,) = options
     with pytest.raises(ValueError, match=rf"{key}=.*allowed"):
         qcnn.build(**options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""SLQ and ESLQ: clusters and their order by hand and by an independent transcription, masks that only grow."""
+"""Test SLQ and ESLQ by hand and against an independent transcription: clusters, their order, masks that only grow."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ incremental = pytest.mark.parametrize("method", INCREMENTAL, ids=lambda m: f"{m.
 
 
 class Parallel(nn.Module):
-    """Each part of the input has a layer of its own, one number out; the numbers are added."""
+    """Each part of the input has its own layer with one output; the outputs are added."""
 
     def __init__(self, weights: list[list[float]], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class Parallel(nn.Module):
 
 
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error of (N, 1)."""
+    """Return the mean squared error of outputs (N, 1)."""
     return ((outputs[:, 0] - targets) ** 2).mean()
 
 
 def probe_of(model: nn.Module, *rows: list[float]) -> Probe:
-    """A probe whose targets are what the model gives now: its loss is what quantization adds."""
+    """Return a probe whose targets are the model's current outputs, so that its loss is that of quantization."""
     x = torch.tensor(rows, dtype=next(model.parameters()).dtype)
     return Probe([(x, model(x)[:, 0].detach())], squared)
 
@@ -64,7 +64,7 @@ def levels(w: Tensor) -> list[float]:
 # Clusters
 
 
-def test_cluster_by_hand() -> None:
+def test_the_clusters_are_those_computed_by_hand() -> None:
     w = torch.tensor([[1.0, 1.2, -0.3], [0.1, 5.0, -0.1]])
     centroids, labels = slq.cluster(w, 3)
     assert centroids.tolist() == pytest.approx([-0.1, 1.1, 5.0])
@@ -79,7 +79,7 @@ def test_cluster_by_hand() -> None:
 
 @pytest.mark.parametrize("pins", [[], [0.0], [-0.5, 0.0]])
 @pytest.mark.parametrize("k", [3, 4])
-def test_clusters_are_the_best_there_are(pins: list[float], k: int) -> None:
+def test_the_clusters_have_the_least_squared_error(pins: list[float], k: int) -> None:
     generator = np.random.default_rng(len(pins) + k)
     for _ in range(5):
         w = generator.normal(size=(3, 3))
@@ -90,7 +90,7 @@ def test_clusters_are_the_best_there_are(pins: list[float], k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_centroids_are_ascending_distinct_and_of_the_weights_type(dtype: torch.dtype) -> None:
+def test_the_centroids_are_ascending_distinct_and_of_the_type_of_the_weights(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     w = (torch.randn(400) * 0.01 + 1).to(dtype)
     centroids, labels = slq.cluster(w, 129)
@@ -101,8 +101,8 @@ def test_centroids_are_ascending_distinct_and_of_the_weights_type(dtype: torch.d
 
 @pytest.mark.parametrize(("bits", "k"), COUNTS)
 @pytest.mark.parametrize("method", ["slq", "mlq"])
-def test_level_counts(method: str, bits: int, k: int) -> None:
-    """2^(b-1) + 1: ternary is 2 bits, 17 clusters are 5."""
+def test_the_number_of_levels(method: str, bits: int, k: int) -> None:
+    """2^(b-1) + 1: 2 bits are ternary, 5 bits have 17 clusters."""
     if method == "mlq" and bits > 4:
         with pytest.raises(Unsupported, match=r"bits\.w=[45]"):
             install(mlq.build(w=bits), Parallel([[1.0, 2.0]]), ALL_LAYERS)
@@ -122,8 +122,9 @@ def test_level_counts(method: str, bits: int, k: int) -> None:
 # The order of clusters. One layer, three clusters, by hand:
 #   weights -1.0 -0.6 | 0.1 0.05 | 0.7 0.5   centroids -0.8, 0 (pinned), 0.6
 #   squared distance  0.08, 0.0125, 0.02
-#   x       1    0    | 1   1    | 4   0     x (c - w) summed: 0.2, -0.15, -0.4; the loss is what is shared, squared:
-#   alone 0.04, 0.0225, 0.16; beside 0.6, which is first: (0.2 - 0.4)^2 = 0.04, (-0.15 - 0.4)^2 = 0.3025
+#   x       1    0    | 1   1    | 4   0     x (c - w) summed: 0.2, -0.15, -0.4
+#   the loss is the square of this sum over the shared clusters:
+#   alone 0.04, 0.0225, 0.16; together with 0.6, which is first: (0.2 - 0.4)^2 = 0.04, (-0.15 - 0.4)^2 = 0.3025
 WEIGHTS, X = [-1.0, -0.6, 0.1, 0.05, 0.7, 0.5], [1.0, 0.0, 1.0, 1.0, 4.0, 0.0]
 ORDERS = {"probe": [0.6, 0.0, -0.8], "weight_error": [-0.8, 0.6, 0.0], "magnitude": [0.0, 0.6, -0.8]}
 
@@ -144,26 +145,26 @@ def check_order(partition: str) -> None:
 
 
 @pytest.mark.parametrize("partition", ORDERS)
-def test_clusters_are_frozen_in_the_order_worked_out_by_hand(partition: str) -> None:
+def test_the_clusters_are_frozen_in_the_order_computed_by_hand(partition: str) -> None:
     check_order(partition)
 
 
 @pytest.mark.parametrize("partition", ORDERS)
-def test_the_reversed_order_is_caught(partition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_rejects_the_reversed_order(partition: str, monkeypatch: pytest.MonkeyPatch) -> None:
     true = slq.scores
     monkeypatch.setattr(slq, "scores", lambda *arguments: -true(*arguments))
     with pytest.raises(AssertionError):
         check_order(partition)
 
 
-def test_a_loss_that_freezes_more_than_its_cluster_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_rejects_a_loss_with_all_clusters_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     true = slq.loss_when_frozen
     monkeypatch.setattr(slq, "loss_when_frozen", lambda *a: true(*a[:-1], torch.ones_like(a[-1])))
     with pytest.raises(AssertionError):
         check_order("probe")
 
 
-def test_losses_and_distances_by_hand() -> None:
+def test_the_losses_and_distances_are_those_computed_by_hand() -> None:
     model = install(slq.build(w=2), Parallel([WEIGHTS]), ALL_LAYERS)
     probe, (site,) = probe_of(model, X), sites_of(model)
     (layer,) = quantized_layers(model).values()
@@ -183,7 +184,7 @@ def test_the_authors_order_is_zero_then_pairs_from_outside_in() -> None:
     assert centroids[order].tolist() == pytest.approx([0.0, 2.0, -3.0, 0.4, -1.0, -0.5])
 
 
-def test_random_partition_draws_from_the_global_generator() -> None:
+def test_the_random_partition_draws_from_the_global_generator() -> None:
     orders = []
     for seed in range(8):
         torch.manual_seed(seed)
@@ -200,8 +201,8 @@ def test_random_partition_draws_from_the_global_generator() -> None:
 @pytest.mark.parametrize(
     ("bits", "counts"), [(5, [5, 9, 13, 15, 17]), (4, [2, 4, 7, 8, 9]), (3, [1, 2, 4, 5]), (2, [1, 2, 3])]
 )
-def test_the_authors_counts(bits: int, counts: list[int]) -> None:
-    """5 bits: 5, 9, 13, 15, 17 of 17, their README; fewer bits: the same parts, no stage twice."""
+def test_the_portions_give_the_authors_counts(bits: int, counts: list[int]) -> None:
+    """5 bits: 5, 9, 13, 15, 17 of 17 as in their README; fewer bits: the same fractions, no stage twice."""
     torch.manual_seed(0)
     method = slq.build(w=bits, partition="magnitude")
     model = install(method, Parallel([torch.randn(200).tolist()]), ALL_LAYERS)
@@ -216,7 +217,7 @@ def test_the_authors_counts(bits: int, counts: list[int]) -> None:
 
 
 def run_epochs(method: Method, model: nn.Module, epochs: int, probe: Probe, noise: float = 0.0) -> list[list[Tensor]]:
-    """Go through the epochs with noise for training; return each layer's masks and states by epoch."""
+    """Run the epochs with noise instead of training; return each layer's mask by epoch."""
     masks: list[list[Tensor]] = []
     for epoch in range(epochs):
         assert method.on_epoch is not None
@@ -230,7 +231,7 @@ def run_epochs(method: Method, model: nn.Module, epochs: int, probe: Probe, nois
 
 @incremental
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 30])
-def test_all_stages_fit_and_masks_only_grow(method: Method, epochs: int) -> None:
+def test_all_stages_fit_into_the_epochs_and_masks_only_grow(method: Method, epochs: int) -> None:
     torch.manual_seed(0)
     model = install(method, Parallel(torch.randn(3, 40).tolist()), ALL_LAYERS)
     masks = run_epochs(method, model, epochs, probe_of(model, *torch.randn(4, 120).tolist()), noise=0.1)
@@ -246,7 +247,7 @@ def test_all_stages_fit_and_masks_only_grow(method: Method, epochs: int) -> None
 
 
 @incremental
-def test_frozen_weights_are_bit_identical_under_momentum_and_decay(method: Method) -> None:
+def test_frozen_weights_stay_bit_identical_under_momentum_and_decay(method: Method) -> None:
     torch.manual_seed(0)
     model = install(method, mlp.build((1, 2, 2), 3, hidden=4, width=8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -270,8 +271,8 @@ def test_frozen_weights_are_bit_identical_under_momentum_and_decay(method: Metho
         train()
         for layer, (old, was), (frozen, value), w in zip(layers, before, now, latent, strict=True):
             after = effective_weight(layer)
-            assert torch.equal(value[old], was[old]), "a stage moved what an earlier one froze"
-            assert torch.equal(value[~frozen], was[~frozen]), "a stage moved what is free"
+            assert torch.equal(value[old], was[old]), "a stage moved a weight that an earlier one froze"
+            assert torch.equal(value[~frozen], was[~frozen]), "a stage moved a free weight"
             assert torch.equal(after[frozen], value[frozen])
             assert not frozen.any() or not torch.equal(layer.weight[frozen], w[frozen]), "momentum moves the latent"
             free_moved += int((after[~frozen] != value[~frozen]).sum())
@@ -284,7 +285,7 @@ def as_torch(weights: list[Array], rows: Array) -> tuple[nn.Module, Probe]:
     return model, probe_of(model, *rows.tolist())
 
 
-def compared(model: nn.Module, layers: list[Layer]) -> None:
+def assert_same_state(model: nn.Module, layers: list[Layer]) -> None:
     """Assert that model and transcription have the same masks, values and frozen centroids."""
     for layer, site, expected in zip(quantized_layers(model).values(), sites_of(model), layers, strict=True):
         assert np.array_equal(site.frozen[0].numpy(), expected.frozen)
@@ -293,16 +294,16 @@ def compared(model: nn.Module, layers: list[Layer]) -> None:
 
 
 def loss_of(weights: list[Array], rows: Array) -> Callable[[list[Array]], float]:
-    """The network's loss against its own outputs now, in NumPy."""
+    """Return the network's loss against its current outputs, in NumPy."""
     target = rows @ np.concatenate(weights)
     return lambda effective: float(np.square(rows @ np.concatenate(effective) - target).mean())
 
 
 def train(model: nn.Module, layers: list[Layer], generator: np.random.Generator) -> None:
-    """Move the latent weights of both alike."""
-    for layer, own in zip(layers, quantized_layers(model).values(), strict=True):
+    """Move the latent weights of both in the same way."""
+    for layer, quantized in zip(layers, quantized_layers(model).values(), strict=True):
         layer.latent = layer.latent + generator.normal(size=layer.latent.shape) * 0.3
-        own.weight.data.copy_(torch.tensor(layer.latent))
+        quantized.weight.data.copy_(torch.tensor(layer.latent))
 
 
 def check_stages(seed: int) -> int:
@@ -318,7 +319,7 @@ def check_stages(seed: int) -> int:
         before = [layer.frozen for layer in layers]
         slq.freeze_next(model, portion, "probe", probe)
         slq_stage(layers, 5, portion, loss)
-        compared(model, layers)
+        assert_same_state(model, layers)
         for layer, old, values in zip(layers, before, fixed, strict=True):
             absorbed += int(np.isin(layer.value[layer.frozen & ~old], values).sum())
         train(model, layers, generator)
@@ -330,12 +331,12 @@ def check_all_stages() -> None:
     assert sum(check_stages(seed) for seed in range(4)) > 0, "no free weight came near a frozen centroid"
 
 
-def test_stages_are_those_of_the_transcription() -> None:
+def test_the_stages_are_those_of_the_transcription() -> None:
     check_all_stages()
 
 
 @pytest.mark.parametrize("mutant", ["free clusters not measured in the network", "frozen centroids move", "no zero"])
-def test_wrong_stages_are_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_rejects_wrong_stages(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if mutant == "frozen centroids move":
         kmeans = slq.kmeans
         monkeypatch.setattr(slq, "kmeans", lambda w, k, pinned: kmeans(w, k, [0.0]))
@@ -351,17 +352,19 @@ def test_wrong_stages_are_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("weights", [[0.0] * 4, [1.0] * 4, [1.0, -1.0, 1.0, -1.0], [0.5, 0.0, 2.0, 2.0]])
 @incremental
-def test_layers_of_few_distinct_weights(method: Method, weights: list[float]) -> None:
+def test_a_layer_with_few_distinct_weights_keeps_them(method: Method, weights: list[float]) -> None:
     model = install(method, Parallel([weights]), ALL_LAYERS)
     run_epochs(method, model, 4, probe_of(model, [1.0, 2.0, 3.0, 4.0]))
     assert fully_quantized(model)
     (layer,) = quantized_layers(model).values()
-    assert levels(effective_weight(layer)) == sorted(set(weights)), "no cluster is dead: each weight has its own"
+    assert levels(effective_weight(layer)) == sorted(set(weights)), (
+        "no cluster is empty: each distinct weight has its own"
+    )
     points = layer.weight_q.grid(layer.weight).points.flatten().tolist()  # type: ignore[operator]
     assert set(weights) <= set(points)
 
 
-def test_a_finished_layer_is_left_alone() -> None:
+def test_a_completely_frozen_layer_is_skipped() -> None:
     model = install(slq.build(w=2), Parallel([[0.0, 1.0], [0.0, 1.0, -1.0, 2.0]]), ALL_LAYERS)
     probe, (small, large) = probe_of(model, [1.0] * 6), sites_of(model)
     slq.freeze_next(model, 0.34, "probe", probe)
@@ -374,7 +377,7 @@ def test_a_finished_layer_is_left_alone() -> None:
 # ESLQ
 
 
-def test_eslq_moves_centroids_to_powers_of_two() -> None:
+def test_the_centroids_of_eslq_move_to_powers_of_two() -> None:
     """Centroids -0.8, 0, 0.6: n1 = floor(log2(3.2 / 3)) = 0. At 2 bits n2 = 0; at 3 bits n2 = -1, 0.6 goes to 0.5."""
     for bits, expected in ((2, [-1.0, 0.0, 1.0]), (3, [-1.0, -0.5, 0.0, 0.5])):
         model = install(eslq.build(w=bits), Parallel([WEIGHTS]), ALL_LAYERS)
@@ -384,16 +387,16 @@ def test_eslq_moves_centroids_to_powers_of_two() -> None:
         assert levels(effective_weight(layer)) == expected
 
 
-def test_eslq_borders_are_in_the_linear_middle() -> None:
+def test_the_borders_between_levels_of_eslq_are_midpoints() -> None:
     site = eslq.ESLQWeight(torch.zeros(4), 4)
     site.n1.fill_(0)
-    site.settled[0] = True  # the exponent stands
+    site.settled[0] = True  # the exponent is set
     centroids = torch.tensor([-5.0, -0.75, -0.74, 0.06, 0.0624, 0.19, 0.37])
     assert site.shared_values(centroids).tolist() == [-1.0, -1.0, -0.5, 0.0, 0.0, 0.25, 0.25], "levels 1/8 to 1"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
-def test_eslq_levels_lie_in_the_range_of_inq(bits: int) -> None:
+def test_the_levels_of_eslq_are_in_the_range_of_inq(bits: int) -> None:
     torch.manual_seed(bits)
     method = eslq.build(w=bits, partition="magnitude")
     model = install(method, Parallel(torch.randn(2, 300).tolist()), ALL_LAYERS)
@@ -408,7 +411,7 @@ def test_eslq_levels_lie_in_the_range_of_inq(bits: int) -> None:
         assert layer.weight_q.grid(layer.weight).points.flatten().tolist() == found  # type: ignore[operator]
 
 
-def test_eslq_measures_at_the_power_of_two() -> None:
+def test_the_losses_of_eslq_are_measured_at_the_power_of_two() -> None:
     """The cluster 0.6 0.6 costs nothing at its centroid, and (2 (0.5 - 0.6))^2 at the power of two."""
     weights, x = [-1.1, -0.9, 0.0, 0.6, 0.6], [0.01, 0.0, 0.0, 1.0, 1.0]
     firsts = []
@@ -426,7 +429,7 @@ def test_eslq_measures_at_the_power_of_two() -> None:
 # Options, storage, state
 
 
-def test_bad_options() -> None:
+def test_invalid_options_raise() -> None:
     for module in (slq, eslq):
         with pytest.raises(ValueError, match="partition=best: allowed are probe"):
             module.build(partition="best")  # type: ignore[attr-defined]
@@ -441,13 +444,13 @@ def test_portions_of_the_same_count_are_one_stage() -> None:
     assert slq.build(w=32).phases(30) == ()
 
 
-def test_storage() -> None:
+def test_the_stored_bytes() -> None:
     w = torch.zeros(10)
     assert slq.SLQWeight(w, 5).bytes(w) == (10, 5, 4 * 17)
     assert eslq.ESLQWeight(w, 5).bytes(w) == (10, 5, 1)
 
 
-def test_what_is_frozen_for_now_is_free_again_even_after_an_error() -> None:
+def test_weights_frozen_temporarily_are_free_again_even_after_an_error() -> None:
     site = FrozenWeight(torch.zeros(3))
     site.freeze(torch.tensor([True, False, False]), torch.tensor([5.0, 0, 0]))
     w = torch.tensor([1.0, 2.0, 3.0])
@@ -460,7 +463,7 @@ def test_what_is_frozen_for_now_is_free_again_even_after_an_error() -> None:
     assert site.value.tolist() == [5, 0, 0]
 
 
-def test_report() -> None:
+def test_the_report_counts_clusters_and_frozen_weights() -> None:
     model = install(slq.build(w=2), Parallel([WEIGHTS]), ALL_LAYERS)
     (site,) = sites_of(model)
     assert site.report() == {"clusters": 0, "settled": 0, "frozen": 0.0}
@@ -472,4 +475,4 @@ def test_a_pinned_zero_without_weights_takes_no_stage() -> None:
     model = install(slq.build(w=2, partition="magnitude"), Parallel([[1.0, 1.0, 2.0, 2.0]]), ALL_LAYERS)
     (site,) = sites_of(model)
     slq.freeze_next(model, 1 / 3, "magnitude", probe_of(model, [1.0] * 4))
-    assert site.frozen[0].tolist() == [False, False, True, True], "authors' order, but zero is nobody's"
+    assert site.frozen[0].tolist() == [False, False, True, True], "the authors' order, but the zero cluster is empty"

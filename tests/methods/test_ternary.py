@@ -1,4 +1,4 @@
-"""TWN and TTQ against plain NumPy, rows worked out by hand, and the ways in which public code goes wrong."""
+"""Test TWN and TTQ against NumPy, hand-computed rows, and implementations with the flaws of public code."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +17,8 @@ from qbench.quant.layers import quantized_layers
 Ternarize = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def test_twn_by_hand() -> None:
-    """Mean magnitude 1, threshold 0.7: kept are 1.2, -0.8 and 2, their mean 4/3."""
+def test_the_weights_of_twn_are_those_computed_by_hand() -> None:
+    """The weights above 0.7 times the mean magnitude get their own mean magnitude as scale."""
     w = torch.tensor([1.2, -0.8, 0.5, -0.5, 2.0, 0.7, 0.7, -1.6 + 1.6 - 0.0])
     w = torch.cat([w, torch.tensor([-0.6, 3.0])])
     mean = np.abs(w.numpy()).mean()
@@ -31,7 +31,7 @@ def test_twn_by_hand() -> None:
     assert twn.ternarize_weight(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
-def test_twns_gradient_is_the_identity() -> None:
+def test_the_gradient_of_twn_is_the_identity() -> None:
     w = torch.randn(50, generator=torch.Generator().manual_seed(0), requires_grad=True)
     up = torch.linspace(-1, 1, 50)
     assert torch.equal(torch.autograd.grad(twn.ternarize_weight(w), w, up)[0], up)
@@ -43,7 +43,7 @@ POSITIVE, NEGATIVE, DELTA = 0.5, 0.25, 0.1
 
 
 def check_ttq(ternarize: Ternarize) -> None:
-    """By hand for W, G and the scales above; +-0.1 are ties with the threshold and are zero."""
+    """By hand for W, G and the scales above; weights of +-0.1 are on the threshold and become zero."""
     w, p, n = W.clone().requires_grad_(), *(torch.tensor(s, dtype=torch.float64) for s in (POSITIVE, NEGATIVE))
     p.requires_grad_()
     n.requires_grad_()
@@ -55,12 +55,12 @@ def check_ttq(ternarize: Ternarize) -> None:
     assert dw.tolist() == [0.5, 0.5, 1.5, 4, 5, 6, 1.75, 8], "scaled by zone"
 
 
-def test_ttq_by_hand() -> None:
+def test_ttq_gives_the_values_and_gradients_computed_by_hand() -> None:
     check_ttq(ttq.ternarize_weight)
 
 
 def flawed(w: Tensor, p: Tensor, n: Tensor, delta: float, *, flaw: str = "") -> Tensor:
-    """TTQ written once more, with one of the flaws seen in public code."""
+    """TTQ implemented again, with one of the flaws of public code."""
     up, down = (w >= delta, w <= -delta) if flaw == "ties" else (w > delta, w < -delta)
 
     class Ternary(torch.autograd.Function):
@@ -81,23 +81,23 @@ def flawed(w: Tensor, p: Tensor, n: Tensor, delta: float, *, flaw: str = "") -> 
     return Ternary.apply(w, p, n)  # type: ignore[no-any-return]
 
 
-def test_the_transcription_without_a_flaw_agrees() -> None:
+def test_the_second_implementation_without_a_flaw_agrees() -> None:
     check_ttq(flawed)
 
 
 @pytest.mark.parametrize("flaw", ["ties", "one scale", "mean", "no minus", "dead zero", "plain"])
-def test_flaws_are_caught(flaw: str) -> None:
+def test_the_check_rejects_every_flaw(flaw: str) -> None:
     with pytest.raises(AssertionError):
         check_ttq(partial(flawed, flaw=flaw))
 
 
-def test_ttqs_scales_by_finite_differences() -> None:
+def test_the_gradients_of_ttqs_scales_are_finite_differences() -> None:
     w = torch.randn(30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     p, n = (torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in (0.7, 0.4))
     assert torch.autograd.gradcheck(lambda p, n: ttq.ternarize_weight(w, p, n, 0.3).square().sum(), (p, n))
 
 
-def test_thresholds_and_initial_scales() -> None:
+def test_the_thresholds_and_initial_scales_of_ttq() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(40, 25)
     w = layer.weight.detach()
@@ -110,7 +110,7 @@ def test_thresholds_and_initial_scales() -> None:
     assert sparse.positive == sparse.negative == 1
 
 
-def test_scales_stay_positive_and_decay_only_when_asked() -> None:
+def test_the_scales_stay_positive_and_decay_only_if_configured() -> None:
     model = install(ttq.build(), mlp.build((1, 2, 2), 3, hidden=2, width=8))
     (layer,) = quantized_layers(model).values()
     optimizer = torch.optim.SGD(layer.weight_q.parameters(), lr=1e6)

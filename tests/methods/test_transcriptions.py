@@ -1,7 +1,7 @@
-"""Every method against transcriptions.py: values and gradients, function by function and in whole networks.
+"""Test every method against transcriptions.py: values and gradients, per function and in whole networks.
 
-The transcriptions were written from the papers without sight of the tensor code, so that an error would have to have
-been made twice.
+The transcriptions were written from the papers independently of the tensor code, so an error would have to occur in
+both.
 """
 
 from collections import OrderedDict
@@ -55,7 +55,7 @@ def agree(got: Tensor, want: Array | float, what: str = "", rtol: float = 1e-11)
 
 
 def check(function: Callable[..., Tensor], want: Pair, x: Array, *scales: float) -> None:
-    """Hold values and all gradients, under an upstream gradient that is never zero, against the transcription's."""
+    """Compare values and all gradients with the transcription, for an upstream gradient that is nowhere zero."""
     leaves = [f64(v).requires_grad_() for v in (x, *scales)]
     g = np.random.default_rng(x.size).normal(size=x.shape) + 0.01
     out = function(*leaves)
@@ -72,19 +72,21 @@ def check(function: Callable[..., Tensor], want: Pair, x: Array, *scales: float)
 
 @inputs
 @pytest.mark.parametrize("gradient", ["paper", "authors"])
-def test_xnors_weights(x: Array, gradient: str) -> None:
+def test_the_weights_of_xnor(x: Array, gradient: str) -> None:
     check(partial(xnor.binarize_weight, gradient=gradient), paper.xnor_weight(x, gradient), x)
 
 
 @inputs
-def test_binary_activations_and_hwgqs_weights(x: Array) -> None:
+def test_the_activations_of_xnor_and_the_weights_of_hwgq(x: Array) -> None:
     check(xnor.binarize_activation, paper.xnor_activation(x), x)
     check(hwgq.binarize_weight, paper.hwgq_weight(x), x)
 
 
 @pytest.mark.parametrize("method", [bwn.build, partial(xnor.build, a=32)], ids=["bwn", "xnor"])
 @pytest.mark.parametrize(("center", "clamp"), [(True, False), (False, True), (True, True)])
-def test_centring_and_clamping_after_a_step(method: Callable[..., Method], center: bool, clamp: bool) -> None:
+def test_the_weights_are_centered_and_clamped_after_a_step(
+    method: Callable[..., Method], center: bool, clamp: bool
+) -> None:
     model = install(method(center=center, clamp=clamp), convolutions("none"), ALL)
     before = {n: p.detach().clone().numpy() for n, p in model.named_parameters()}
     for p in model.parameters():
@@ -104,14 +106,14 @@ def test_centring_and_clamping_after_a_step(method: Callable[..., Method], cente
 
 
 @inputs
-def test_twns_weights(x: Array) -> None:
+def test_the_weights_of_twn(x: Array) -> None:
     check(twn.ternarize_weight, paper.twn_weight(x), x)
 
 
 @inputs
 @pytest.mark.parametrize("t", [0.05, 0.25, 0.5])
 @pytest.mark.parametrize("scales", [(0.5, 2.0), (1.0, 1.0)])
-def test_ttqs_weights(x: Array, t: float, scales: tuple[float, float]) -> None:
+def test_the_weights_of_ttq(x: Array, t: float, scales: tuple[float, float]) -> None:
     delta = paper.ttq_max_threshold(x, t)
     for threshold in (delta, f64(delta)):
         ternary = partial(ttq.ternarize_weight, threshold=threshold)
@@ -120,7 +122,7 @@ def test_ttqs_weights(x: Array, t: float, scales: tuple[float, float]) -> None:
 
 @pytest.mark.parametrize("initial", ["mean", "one"])
 @pytest.mark.parametrize(("threshold", "t"), [("max", 0.05), ("max", 0.4), ("sparsity", 0.3), ("sparsity", 0.5)])
-def test_ttqs_threshold_and_first_scales(threshold: str, t: float, initial: str) -> None:
+def test_the_threshold_and_initial_scales_of_ttq(threshold: str, t: float, initial: str) -> None:
     layer = nn.Linear(10, 20).double()
     w = layer.weight.detach().numpy()
     site = ttq.build(threshold=threshold, t=t, initial=initial).weight
@@ -138,11 +140,11 @@ def test_ttqs_threshold_and_first_scales(threshold: str, t: float, initial: str)
     agree(module(layer.weight), paper.ttq_weight(w, *means, delta)[0])
 
 
-# HWGQ's activations
+# Activations of HWGQ
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_hwgqs_levels(bits: int) -> None:
+def test_the_levels_of_hwgq(bits: int) -> None:
     m = 2**bits - 1
     digits = 1e-6 if hwgq.half_wave_levels(bits).dtype == torch.float32 else 1e-10
     agree(hwgq.half_wave_levels(bits, False), paper.optimal_levels(m), rtol=digits)
@@ -150,7 +152,7 @@ def test_hwgqs_levels(bits: int) -> None:
     agree(hwgq.half_step_levels(bits), paper.uniform_step(m, 0.5) * np.arange(1, m + 1), rtol=digits)
 
 
-def test_newton_finds_what_lloyd_iterates_to() -> None:
+def test_newtons_method_and_lloyds_iteration_give_the_same_levels() -> None:
     for m in (1, 2, 3, 7):
         np.testing.assert_allclose(paper.optimal_levels(m), paper.lloyd_levels(m), rtol=1e-9)
 
@@ -165,19 +167,19 @@ HALF_WAVE = {
 
 def half_wave_inputs(q: Array) -> Array:
     edges = (q[1:] + q[:-1]) / 2
-    places = np.concatenate([q, edges, [0.0, -0.0, q[0] / 2, q[-1] - 1, -1.0, 1e4, -1e4]])
-    return np.concatenate([places, places + 1e-6, places - 1e-6, RNG.normal(size=200)])
+    points = np.concatenate([q, edges, [0.0, -0.0, q[0] / 2, q[-1] - 1, -1.0, 1e4, -1e4]])
+    return np.concatenate([points, points + 1e-6, points - 1e-6, RNG.normal(size=200)])
 
 
 @pytest.mark.parametrize("backward", ["vanilla", "clipped", "log_tailed"])
 @pytest.mark.parametrize("q", HALF_WAVE.values(), ids=HALF_WAVE.keys())
-def test_hwgqs_activations(q: Array, backward: str) -> None:
+def test_the_activations_of_hwgq(q: Array, backward: str) -> None:
     x = half_wave_inputs(q)
     quantize = partial(hwgq.quantize_activation, levels=f64(q), backward=backward)
     check(quantize, paper.hwgq_activation(x, q, backward), x)
 
 
-def test_memory_layout_changes_nothing() -> None:
+def test_the_memory_layout_changes_no_value() -> None:
     x, q = RNG.normal(size=(3, 5, 4, 2)), HALF_WAVE["two_bits"]
     for layout in (lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.transpose(0, 3)):
         for function, want in (
@@ -186,14 +188,14 @@ def test_memory_layout_changes_nothing() -> None:
             (partial(inq.quantize_weight, bits=4), lambda v: (paper.inq_rounded(v, paper.inq_exponent(v), 4), None)),
             (partial(dorefa.quantize_weight, bits=3), lambda v: paper.dorefa_weight(v, 3)),
         ):
-            laid = layout(f64(x))
-            assert not laid.is_contiguous()
-            agree(function(laid), want(laid.numpy())[0])
+            strided = layout(f64(x))
+            assert not strided.is_contiguous()
+            agree(function(strided), want(strided.numpy())[0])
 
 
 @pytest.mark.parametrize("backward", ["vanilla", "clipped", "log_tailed"])
 @pytest.mark.parametrize("m", [1, 3, 7])
-def test_hwgqs_half_step_activations(m: int, backward: str) -> None:
+def test_the_half_step_activations_of_hwgq(m: int, backward: str) -> None:
     q = np.arange(1, m + 1) * 0.5
     x = half_wave_inputs(q)
     quantize = partial(hwgq.quantize_activation_half_step, levels=f64(q), backward=backward)
@@ -205,7 +207,7 @@ AUTHORS |= {("uniform", 3): list(0.3217 * np.arange(1, 8)), ("uniform", 4): list
 
 
 @pytest.mark.parametrize(("kind", "bits"), AUTHORS)
-def test_hwgqs_published_levels(kind: str, bits: int) -> None:
+def test_the_published_levels_of_hwgq(kind: str, bits: int) -> None:
     site = hwgq.build(a=bits, levels=kind, constants="authors").input
     assert site is not None
     agree(site("fc", nn.Linear(2, 2), bits).levels, np.array(AUTHORS[kind, bits]), rtol=1e-6)
@@ -216,7 +218,7 @@ def test_hwgqs_published_levels(kind: str, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("name", [n for n in INPUTS if n != "zeros"])
-def test_inqs_levels_and_rounding(name: str, bits: int) -> None:
+def test_the_levels_and_rounding_of_inq(name: str, bits: int) -> None:
     w = INPUTS[name]
     n1 = paper.inq_exponent(w)
     positive = paper.inq_magnitudes(n1, bits)
@@ -226,7 +228,7 @@ def test_inqs_levels_and_rounding(name: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("exponent", [-9, -1, 0, 3])
-def test_inqs_largest_exponent_at_its_borders(exponent: int) -> None:
+def test_the_largest_exponent_of_inq_at_its_borders(exponent: int) -> None:
     border = np.float32(0.75 * 2.0**exponent)
     for s in (border, np.nextafter(border, np.float32(0)), np.nextafter(border, np.float32(9e9))):
         w = np.array([s, -s / 3], np.float64)
@@ -242,7 +244,7 @@ def test_inqs_largest_exponent_at_its_borders(exponent: int) -> None:
 @pytest.mark.parametrize("portions", [(0.5, 0.75, 0.875, 1.0), (0.2, 0.4, 0.6, 0.8, 1.0), (0.3, 1.0)])
 @pytest.mark.parametrize("partition", ["largest", "random"])
 @pytest.mark.parametrize("bits", [2, 5])
-def test_a_run_of_inq(portions: tuple[float, ...], bits: int, partition: str) -> None:
+def test_all_portions_of_inq(portions: tuple[float, ...], bits: int, partition: str) -> None:
     method = inq.build(w=bits, portions=portions, partition=partition)
     assert method.on_epoch is not None
     model = install(method, convolutions("none"), ALL)
@@ -255,7 +257,7 @@ def test_a_run_of_inq(portions: tuple[float, ...], bits: int, partition: str) ->
             w, frozen = layer.weight.detach().numpy(), layer.weight_q.frozen.numpy()
             chosen = None if partition == "largest" else frozen
             assert frozen.sum() == round(portions[epoch] * w.size)
-            assert not (mirror[name].frozen & ~frozen).any(), "a frozen weight was let go"
+            assert not (mirror[name].frozen & ~frozen).any(), "a frozen weight became free"
             mirror[name].partition(w, portions[epoch], chosen)
             np.testing.assert_array_equal(frozen, mirror[name].frozen)
             check(layer.weight_q, mirror[name].weight(w), w)
@@ -269,7 +271,7 @@ def test_a_run_of_inq(portions: tuple[float, ...], bits: int, partition: str) ->
 
 @inputs
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_dorefas_weights(x: Array, bits: int) -> None:
+def test_the_weights_of_dorefa(x: Array, bits: int) -> None:
     want = paper.dorefa_weight(x, bits)
     if x.any() or bits == 1:
         check(partial(dorefa.quantize_weight, bits=bits), want, x)
@@ -287,7 +289,7 @@ ACTIVATIONS = {
 @inputs
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
-def test_dorefas_activations(x: Array, bits: int, activation: str) -> None:
+def test_the_activations_of_dorefa(x: Array, bits: int, activation: str) -> None:
     check(partial(ACTIVATIONS[activation], bits=bits), paper.dorefa_activation(x, bits, activation), x)
 
 
@@ -297,7 +299,7 @@ def noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Arr
 
 @inputs
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_dorefas_gradients(x: Array, bits: int) -> None:
+def test_the_gradients_of_dorefa(x: Array, bits: int) -> None:
     u = noise(x.shape, torch.Generator().manual_seed(bits))
     got = dorefa.quantize_gradient(f64(x), bits, generator=torch.Generator().manual_seed(bits))
     agree(got, paper.dorefa_gradient(x, bits, u))
@@ -309,7 +311,7 @@ def test_dorefas_gradients(x: Array, bits: int) -> None:
 @inputs
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("alpha", [0.375, 1.0, 3.0])
-def test_pacts_activations(x: Array, bits: int, alpha: float) -> None:
+def test_the_activations_of_pact(x: Array, bits: int, alpha: float) -> None:
     check(partial(pact.quantize_activation, bits=bits), paper.pact_activation(x, alpha, bits), x, alpha)
 
 
@@ -317,7 +319,7 @@ def test_pacts_activations(x: Array, bits: int, alpha: float) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("step", [0.25, 0.1])
-def test_lsq(x: Array, bits: int, signed: bool, step: float) -> None:
+def test_the_quantizer_of_lsq(x: Array, bits: int, signed: bool, step: float) -> None:
     check(partial(lsq.quantize, bits=bits, signed=signed), paper.lsq(x, step, bits, signed), x, step)
     scaled = partial(lsq.scale_gradient, count=x.size, bits=bits, signed=signed)
     function = lambda v, s: lsq.quantize(v, scaled(s), bits, signed)  # noqa: E731
@@ -329,19 +331,19 @@ def test_lsq(x: Array, bits: int, signed: bool, step: float) -> None:
 @inputs
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("channel", [True, False])
-def test_uniform_weights(x: Array, bits: int, channel: bool) -> None:
+def test_the_weights_of_uniform(x: Array, bits: int, channel: bool) -> None:
     check(partial(uniform.quantize_weight, bits=bits, channel=channel), paper.uniform_weight(x, bits, channel), x)
 
 
 @inputs
 @pytest.mark.parametrize("bits", [1, 3, 8])
 @pytest.mark.parametrize(("low", "high"), [(-1.5, 2.0), (0.0, 0.875), (-3.0, 0.0)])
-def test_uniform_activations(x: Array, bits: int, low: float, high: float) -> None:
+def test_the_activations_of_uniform(x: Array, bits: int, low: float, high: float) -> None:
     function = partial(uniform.quantize_activation, low=f64(low), high=f64(high), bits=bits)
     check(function, paper.uniform_activation(x, low, high, bits), x)
 
 
-def test_uniforms_moving_range() -> None:
+def test_the_moving_range_of_uniform() -> None:
     site = uniform.build(a=3, momentum=0.25).input
     assert site is not None
     module = site("fc", nn.Linear(2, 2), 3)
@@ -357,7 +359,7 @@ def test_uniforms_moving_range() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.125])
 @pytest.mark.parametrize("name", ["pact", "ttq"])
-def test_learned_scales_decay_and_stay_positive(name: str, decay: float) -> None:
+def test_the_learned_scales_decay_and_stay_positive(name: str, decay: float) -> None:
     method = pact.build(initial=2.0, decay=decay) if name == "pact" else ttq.build(initial="one", decay=decay)
     model = install(method, perceptron("affine"))
     optimizer = torch.optim.SGD(parameter_groups(model, 0.5), lr=0.5, momentum=0.5)
@@ -385,7 +387,7 @@ ALL = Policy(first="same", last="same", input="float")
 
 
 def convolutions(norm: str, kernel: int = 3, stride: int = 2, padding: int = 1) -> nn.Module:
-    """Two convolutions and a linear layer behind them, for images of 2 channels of 7 by 7."""
+    """Return two convolutions followed by a linear layer, for images of 2 channels of 7x7."""
     torch.manual_seed(3)
     batch_norm = nn.BatchNorm2d if norm == "affine" else nn.Identity
     size = (7 + 2 * padding - kernel) // stride + 1
@@ -396,12 +398,13 @@ def convolutions(norm: str, kernel: int = 3, stride: int = 2, padding: int = 1) 
     )  # fmt: skip
     model = nn.Sequential(parts)
     model.feeds = {"a1": ("c2",), "a2": ("fc",)}  # type: ignore[assignment]
-    return shaken(model)
+    return with_random_affine(model)
 
 
-def shaken(model: nn.Module) -> nn.Module:
-    """In float64, with scales and shifts of its own: values on a lattice would otherwise have their mean, zero, on it,
-    a tie that rounding decides.
+def with_random_affine(model: nn.Module) -> nn.Module:
+    """Return the model in float64, with random scales and shifts of batch normalization.
+
+    Otherwise values on a lattice would have their mean, zero, on the lattice: a tie that rounding errors decide.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -412,7 +415,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 def perceptron(norm: str) -> nn.Module:
     torch.manual_seed(4)
-    return shaken(mlp.build((2, 7, 7), 3, hidden=2, width=6, norm=norm))
+    return with_random_affine(mlp.build((2, 7, 7), 3, hidden=2, width=6, norm=norm))
 
 
 def without_biases(model: nn.Module) -> nn.Module:
@@ -432,9 +435,9 @@ def parameters(model: nn.Module) -> dict[str, Array]:
 
 
 def compare(model: nn.Module, layers: Sequence[Layer], rtol: float = 1e-9) -> None:
-    """Hold a network's logits, loss and every gradient, the image's too, against the transcription's.
+    """Compare logits, loss and every gradient, including that of the image, with the transcription.
 
-    A network with batch normalization is alive: none of its gradients is zero, which would show nothing.
+    Networks with batch normalization must not have zero gradients, since these would show nothing.
     """
     image, labels = batch()
     x = f64(image).requires_grad_()
@@ -452,12 +455,12 @@ def compare(model: nn.Module, layers: Sequence[Layer], rtol: float = 1e-9) -> No
         assert p.grad is not None, name
         largest = np.abs(grads[name]).max(initial=0)
         assert largest > 1e-9 or not layers[0].norm, f"{name}: its gradient is zero"
-        digits = rtol if p.dtype == torch.float64 else 1e-6  # inputs' scales are float32 whatever the network is
+        digits = rtol if p.dtype == torch.float64 else 1e-6  # the scales of inputs are float32 in every network
         np.testing.assert_allclose(p.grad, grads[name], rtol=digits, atol=digits * largest, err_msg=name)
 
 
 Sites = Callable[[nn.Module, str], dict[str, Any]]
-"""(network, layer's name) -> what `Layer` is given for it."""
+"""(network, name of a layer) -> arguments of `Layer` for it."""
 
 
 def weights(function: Callable[..., Pair]) -> Sites:
@@ -465,7 +468,7 @@ def weights(function: Callable[..., Pair]) -> Sites:
 
 
 def both(function: Callable[..., Pair], activation: Callable[..., Pair], *scales: str, act: bool = False) -> Sites:
-    """Weights everywhere, inputs but for the image; `act` says whether the network's ReLU stays."""
+    """Return sites for all weights and for all inputs but the image; `act`: whether the network keeps its ReLU."""
 
     def sites(model: nn.Module, name: str) -> dict[str, Any]:
         reads_image = name in ("c1", "fc1")
@@ -487,7 +490,7 @@ def ttq_sites(threshold: str, t: float) -> Sites:
 
 
 def k_sites(model: nn.Module, name: str) -> dict[str, Any]:
-    """The inputs' factor, through which no gradient flows; the bias is added behind it."""
+    """Return the sites with the factor K, through which no gradient flows; the bias is added after it."""
     layer = model.get_submodule(name)
 
     def output(y: Array, x: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
@@ -497,21 +500,21 @@ def k_sites(model: nn.Module, name: str) -> dict[str, Any]:
             k = paper.input_scale(x, layer.kernel_size, layer.stride[0], layer.padding[0])
         return y * k, lambda g: (g * k, np.zeros_like(x))
 
-    found = both(paper.xnor_weight, paper.xnor_activation)(model, name)
-    return found | ({"output": output} if "input" in found else {})
+    arguments = both(paper.xnor_weight, paper.xnor_activation)(model, name)
+    return arguments | ({"output": output} if "input" in arguments else {})
 
 
 def dorefa_sites(w: int, a: int, g: int, activation: str = "clip") -> Sites:
     def sites(model: nn.Module, name: str) -> dict[str, Any]:
         act = partial(paper.dorefa_activation, k=a, activation=activation)
-        found = both(partial(paper.dorefa_weight, k=w), act)(model, name)
-        return found | ({"gradient": lambda d: paper.dorefa_gradient(d, g, noise(d.shape))} if g < 32 else {})
+        arguments = both(partial(paper.dorefa_weight, k=w), act)(model, name)
+        return arguments | ({"gradient": lambda d: paper.dorefa_gradient(d, g, noise(d.shape))} if g < 32 else {})
 
     return sites
 
 
 def hwgq_sites(bits: int, backward: str, first: float = 0) -> Sites:
-    """The network holds its levels in float32."""
+    """Return the sites of HWGQ; the network stores its levels in float32."""
     step = paper.uniform_step(2**bits - 1, first)
     q = (step * np.arange(1, 2**bits)).astype(np.float32).astype(np.float64)
     return both(paper.hwgq_weight, partial(paper.hwgq_activation, q=q, backward=backward, first=first * q[0]))
@@ -525,14 +528,14 @@ def lsq_sites(w: int, a: int) -> Sites:
         return paper.lsq(v, float(s), a, False, v[0].size)
 
     def sites(model: nn.Module, name: str) -> dict[str, Any]:
-        found = both(weight, activation, "input_q.step", act=True)(model, name)
-        return found | {"weight": Site(weight, ("weight_q.step",))}
+        arguments = both(weight, activation, "input_q.step", act=True)(model, name)
+        return arguments | {"weight": Site(weight, ("weight_q.step",))}
 
     return sites
 
 
 def uniform_sites(w: int, a: int, channel: bool) -> Sites:
-    """The network holds the range in float32."""
+    """Return the sites of uniform; the network stores the range in float32."""
 
     def activation(x: Array) -> Pair:
         return paper.uniform_activation(x, float(np.float32(x.min())), float(np.float32(x.max())), a)
@@ -591,7 +594,7 @@ def probe() -> Probe:
 @pytest.mark.parametrize("norm", ["none", "affine"])
 @pytest.mark.parametrize("build", [convolutions, perceptron])
 @pytest.mark.parametrize("case", CASES)
-def test_whole_networks(case: str, build: Callable[[str], nn.Module], norm: str) -> None:
+def test_the_gradients_of_whole_networks(case: str, build: Callable[[str], nn.Module], norm: str) -> None:
     method, sites = CASES[case]
     model = install(method, build(norm), ALL)
     if method.prepare:
@@ -609,20 +612,20 @@ def test_whole_networks(case: str, build: Callable[[str], nn.Module], norm: str)
         ),
     ],
 )
-def test_networks_with_xnors_factor_of_the_inputs(build: Callable[[str], nn.Module]) -> None:
+def test_the_gradients_of_networks_with_the_factor_k(build: Callable[[str], nn.Module]) -> None:
     model = install(xnor.build(scale="K"), without_biases(build("affine")), ALL)
     compare(model, layers_of(model, "affine", k_sites))
 
 
 @pytest.mark.parametrize("build", [perceptron, convolutions])
-def test_xnors_factor_leaves_the_bias_alone(build: Callable[[str], nn.Module]) -> None:
-    """I * W = (sign(I) * sign(W)) K alpha stands for the convolution; the bias is added to it."""
+def test_the_factor_k_does_not_multiply_the_bias(build: Callable[[str], nn.Module]) -> None:
+    """(sign(I) * sign(W)) K alpha approximates the convolution I * W; the bias is added to it."""
     model = install(xnor.build(scale="K"), build("none"), ALL)
     compare(model, layers_of(model, "none", k_sites))
 
 
 @pytest.mark.parametrize("build", [convolutions, perceptron])
-def test_a_network_half_way_through_inq(build: Callable[[str], nn.Module]) -> None:
+def test_the_gradients_of_a_network_halfway_through_inq(build: Callable[[str], nn.Module]) -> None:
     method = inq.build(w=4)
     model = install(method, build("affine"), ALL)
     mirror = {n: paper.InqLayer(layer.weight.detach().numpy(), 4) for n, layer in quantized_layers(model).items()}
@@ -634,25 +637,25 @@ def test_a_network_half_way_through_inq(build: Callable[[str], nn.Module]) -> No
 
 
 @pytest.mark.parametrize("build", [convolutions, perceptron])
-def test_lsqs_first_steps(build: Callable[[str], nn.Module]) -> None:
-    """From what the layers of the float network read."""
+def test_the_initial_steps_of_lsq(build: Callable[[str], nn.Module]) -> None:
+    """They come from the inputs of the layers in the float network."""
     model = install(lsq.build(w=3, a=2), build("none"), ALL)
     assert lsq.prepare is not None
     lsq.prepare(model, probe())
-    read: dict[str, Array] = {}
+    inputs_of: dict[str, Array] = {}
 
     def spy(name: str) -> Site:
-        return Site(lambda x: (read.update({name: x}), (x, lambda g: g))[1])
+        return Site(lambda x: (inputs_of.update({name: x}), (x, lambda g: g))[1])
 
     params = {n: p for n, p in parameters(model).items() if "_q" not in n}
     paper.network(params, layers_of(model, "none", lambda model, name: {"input": spy(name)}), *batch())
     for i, (name, layer) in enumerate(quantized_layers(model).items()):
         agree(layer.weight_q.step, paper.lsq_initial(params[f"{name}.weight"], 3, True))
         if i:
-            agree(layer.input_q.step, paper.lsq_initial(read[name], 2, False), rtol=1e-6)
+            agree(layer.input_q.step, paper.lsq_initial(inputs_of[name], 2, False), rtol=1e-6)
 
 
-# What the comparison is worth: known wrong implementations do not pass it
+# Known wrong implementations, which the comparison must reject
 
 NORMAL = np.random.default_rng(6).normal(size=(4, 3))
 TIES = np.array([-1.5, -1.0, -0.5, -0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 2.0])
@@ -716,7 +719,7 @@ MUTANTS: dict[str, tuple[Callable[..., Tensor], Pair, Array, tuple[float, ...]]]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_known_wrong_implementations_differ(mutant: str) -> None:
+def test_the_comparison_rejects_known_wrong_implementations(mutant: str) -> None:
     function, want, x, scales = MUTANTS[mutant]
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check(function, want, x, *scales)

@@ -1,4 +1,4 @@
-"""The min-max control against NumPy and by hand."""
+"""Test the min-max control against NumPy and by hand."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ GRID = torch.arange(-48, 49, dtype=torch.float64) / 16
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("channel", [True, False])
-def test_weights(bits: int, channel: bool) -> None:
+def test_the_weights_are_those_of_numpy(bits: int, channel: bool) -> None:
     w = torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(bits)).requires_grad_()
     out, v = uniform.quantize_weight(w, bits, channel), w.detach().numpy()
     top = np.abs(v).max(axis=(1, 2, 3), keepdims=True) if channel else np.abs(v).max()
@@ -24,7 +24,7 @@ def test_weights(bits: int, channel: bool) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.5), (-1.0, 2.0), (-0.7, 0.4)])
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_activations(low: float, high: float, bits: int) -> None:
+def test_the_activations_are_those_of_numpy(low: float, high: float, bits: int) -> None:
     x = GRID.clone().requires_grad_()
     out = uniform.quantize_activation(x, torch.tensor(low), torch.tensor(high), bits)
     n = 2**bits - 1
@@ -38,10 +38,10 @@ def test_activations(low: float, high: float, bits: int) -> None:
     np.testing.assert_array_equal(torch.autograd.grad(out.sum(), x)[0], inside)
 
 
-def test_the_range_follows_batches_in_training_only() -> None:
+def test_the_range_moves_in_training_only() -> None:
     site = uniform.UniformActivation(4, 0.1).train()
     site(torch.tensor([0.5, 2.0]))
-    assert (site.low.item(), site.high.item()) == (0, 2), "the first batch decides"
+    assert (site.low.item(), site.high.item()) == (0, 2), "the first batch sets the range"
     site(torch.tensor([-1.0, 1.0]))
     assert (site.low.item(), site.high.item()) == (pytest.approx(-0.1), pytest.approx(1.9))
     site.eval()(torch.tensor([9.0]))

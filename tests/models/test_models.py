@@ -27,7 +27,7 @@ CIFAR, MNIST, IMAGENET, DIGITS = (3, 32, 32), (1, 28, 28), (3, 224, 224), (1, 8,
 NORMS = ("affine", "no_affine", "none")
 
 Build = Callable[..., nn.Module]
-OWN: list[tuple[Build, tuple[int, int, int], dict[str, Any]]] = [
+NETWORKS: list[tuple[Build, tuple[int, int, int], dict[str, Any]]] = [
     (mlp.build, DIGITS, {"hidden": 2, "width": 8}),
     (resnet.build, CIFAR, {"depth": 14, "width": 4}),
     (resnet.build, CIFAR, {"depth": 14, "width": 4, "shortcut": "B"}),
@@ -38,7 +38,7 @@ OWN: list[tuple[Build, tuple[int, int, int], dict[str, Any]]] = [
     (mobilenet_v2.build, CIFAR, {"width_mult": 0.5}),
     (mobilenet_v2.build, CIFAR, {"width_mult": 0.25}),  # its first block has a shortcut
 ]
-own = pytest.mark.parametrize(("build", "shape", "options"), OWN)
+every_network = pytest.mark.parametrize(("build", "shape", "options"), NETWORKS)
 
 
 def build_from_conf(name: str, shape: tuple[int, int, int], classes: int, **options: object) -> nn.Module:
@@ -157,7 +157,7 @@ def test_the_initial_weights_are_those_of_torchvision(net: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@own
+@every_network
 def test_the_networks_take_images_of_their_size(
     build: Build, shape: tuple[int, int, int], options: dict[str, Any], norm: str
 ) -> None:
@@ -216,7 +216,7 @@ def test_the_conf_files_hold_the_keys_of_the_build_functions(name: str) -> None:
 # Normalization
 
 
-@own
+@every_network
 def test_the_norm_no_affine_has_no_scale_or_shift_in_front_of_quantizers(
     build: Build, shape: tuple[int, int, int], options: dict[str, Any]
 ) -> None:
@@ -265,7 +265,7 @@ def readers(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, set[str]
     return recorder.readers
 
 
-@own
+@every_network
 def test_the_feeds_name_exactly_the_layers_that_read_an_activation(
     build: Build, shape: tuple[int, int, int], options: dict[str, Any]
 ) -> None:

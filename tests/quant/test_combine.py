@@ -1,4 +1,4 @@
-"""Methods made of methods: activations of another paper, a teacher over any of them, and what is refused."""
+"""Combined methods: activations of another paper, a teacher for any method, and refused combinations."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ from qbench.runs.result import Result
 SHAPE = (1, 4, 4)
 
 
-def test_each_half_quantizes_what_it_is_for() -> None:
+def test_weights_and_activations_come_from_their_own_method() -> None:
     method = combine(ttq.build(), hwgq.build(w=32, a=3))
     assert str(method.bits) == "w2a3g32"
     assert method.name == "ttq+hwgq"
@@ -38,7 +38,7 @@ def test_each_half_quantizes_what_it_is_for() -> None:
         assert isinstance(layer.input_q, hwgq.HWGQActivation)
 
 
-def test_both_finish_the_step_and_the_optimizer_steps_once() -> None:
+def test_both_methods_finish_the_step_and_the_optimizer_steps_once() -> None:
     method = combine(ttq.build(), lsq.build(w=32, a=2))
     model = install(method, mlp.build(SHAPE, 3, hidden=2, width=8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -51,11 +51,11 @@ def test_both_finish_the_step_and_the_optimizer_steps_once() -> None:
     assert method.step is not None
     method.step(model, optimizer)
     torch.testing.assert_close(layer.weight.detach(), before - 0.1)
-    assert layer.weight_q.positive > 0, "the first one's own part"
-    assert layer.input_q.step > 0, "the second one's own part"
+    assert layer.weight_q.positive > 0, "the first method clamps its scale"
+    assert layer.input_q.step > 0, "the second method clamps its step"
 
 
-def test_gradients_belong_to_the_one_that_knows_them() -> None:
+def test_gradients_belong_to_the_method_that_supports_them() -> None:
     assert combine(dorefa.build(w=2, g=4), pact.build(w=32, a=2)).bits.g == 4
     assert combine(ttq.build(), dorefa.build(w=32, a=2, g=4)).bits.g == 4
     method = combine(ttq.build(), dorefa.build(w=32, a=2, g=4))
@@ -63,12 +63,12 @@ def test_gradients_belong_to_the_one_that_knows_them() -> None:
     assert isinstance(layer.output_q, dorefa.DoReFaGradient)
 
 
-def test_phases_and_scratch_come_from_either() -> None:
+def test_phases_and_training_from_scratch_come_from_either_method() -> None:
     assert list(combine(inq.build(), dorefa.build(w=32, a=2)).phases(8)) == list(inq.build().phases(8))
     assert combine(gupta.build(a=32, g=32), lsq.build(w=32, a=4)).requires.start == "scratch"
 
 
-def test_what_excludes_each_other_is_refused() -> None:
+def test_methods_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(Unsupported, match="itself"):
         combine(dorefa.build(), dorefa.build(w=32, a=2))
     with pytest.raises(Unsupported, match="norm"):
@@ -85,14 +85,14 @@ def test_float_weights_under_another_papers_activations() -> None:
     assert layer.input_q(torch.rand(50)).unique().numel() <= 4
 
 
-def test_distillation_by_its_formula() -> None:
+def test_the_distillation_loss_follows_its_formula() -> None:
     torch.manual_seed(0)
     student, teacher = nn.Linear(5, 3), nn.Linear(5, 3)
     x, y = torch.randn(7, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0])
     method = distilled(bwn.build(), teacher, temperature=3.0, weight=0.6)
     assert method.teachers == (teacher,)
     assert method.loss is not None
-    found = method.loss(student, student(x), (x, y))
+    loss = method.loss(student, student(x), (x, y))
 
     def softmax(z: np.ndarray) -> np.ndarray:
         e = np.exp(z - z.max(1, keepdims=True))
@@ -102,8 +102,8 @@ def test_distillation_by_its_formula() -> None:
     p, q = softmax(t / 3), softmax(s / 3)
     kl = (p * (np.log(p) - np.log(q))).sum(1).mean()
     hard = -np.log(softmax(s)[np.arange(7), y.numpy()]).mean()
-    assert found.item() == pytest.approx(0.6 * 9 * kl + 0.4 * hard, rel=1e-5)
-    found.backward()
+    assert loss.item() == pytest.approx(0.6 * 9 * kl + 0.4 * hard, rel=1e-5)
+    loss.backward()
     assert student.weight.grad is not None
     assert teacher.weight.grad is None
 
@@ -113,32 +113,32 @@ def result_of(configure: Configure, *words: str) -> Result:
 
 
 def test_a_teacher_for_every_method(configure: Configure) -> None:
-    plain, taught = (result_of(configure, "method=dorefa", *words) for words in ([], ["distill=kd"]))
-    assert plain.weights_sha256 != taught.weights_sha256
-    assert plain.protocol.hash != taught.protocol.hash, "a teacher is protocol where the method does not ask"
-    assert plain.float == taught.float
+    without, distilled_run = (result_of(configure, "method=dorefa", *words) for words in ([], ["distill=kd"]))
+    assert without.weights_sha256 != distilled_run.weights_sha256
+    assert without.protocol.hash != distilled_run.protocol.hash, "part of the protocol"
+    assert without.baseline == distilled_run.baseline
 
 
-def test_a_method_that_asks_for_its_teacher_keeps_the_protocol(configure: Configure) -> None:
-    asked, explicit, without = (configure("method=qd", *words) for words in ([], ["distill=kd"], ["distill=none"]))
+def test_a_method_that_requires_a_teacher_keeps_the_protocol(configure: Configure) -> None:
+    required, explicit, without = (configure("method=qd", *words) for words in ([], ["distill=kd"], ["distill=none"]))
     other = configure("method=dorefa")
-    assert len({run_identity(config).directory for config in (asked, explicit, without)}) == 3
-    assert asked.distill.on
+    assert len({run_identity(config).directory for config in (required, explicit, without)}) == 3
+    assert required.distill.on
     assert explicit.distill.on
     assert run_identity(explicit).protocol == run_identity(configure("method=dorefa", "distill=kd")).protocol, (
-        "typed, it is everybody's"
+        "if typed, it is part of the protocol"
     )
     assert not without.distill.on
-    assert run_identity(asked).protocol == run_identity(other).protocol
-    assert "distilled from its float parent, as it asks" in assemble(asked).protocol_changes
+    assert run_identity(required).protocol == run_identity(other).protocol
+    assert "distilled from its float parent, as it asks" in assemble(required).protocol_changes
 
 
-def test_a_finished_run_teaches(configure: Configure, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_the_teacher(configure: Configure, tmp_path: Path) -> None:
     teacher = result_of(configure, "method=ttq", "epochs=2", "pretrain.epochs=2")
-    taught = result_of(configure, "method=bwn", "distill=kd", f"distill.teacher={teacher.run}")
+    distilled_run = result_of(configure, "method=bwn", "distill=kd", f"distill.teacher={teacher.run}")
     again = result_of(configure, "method=bwn", "distill=kd")
-    assert taught.weights_sha256 != again.weights_sha256, "the parent is another teacher"
-    assert taught.protocol.keys["distill"]["teacher"] != "baseline"
+    assert distilled_run.weights_sha256 != again.weights_sha256, "the baseline is another teacher"
+    assert distilled_run.protocol.keys["distill"]["teacher"] != "baseline"
     with pytest.raises(ConfigError, match="was trained on digits"):
         result_of(configure, "method=bwn", "dataset=synthetic", "distill=kd", f"distill.teacher={teacher.run}")
     with pytest.raises(ConfigError, match="no such directory"):
@@ -146,7 +146,7 @@ def test_a_finished_run_teaches(configure: Configure, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["method=bwn", "distill.weight=0.5"], "distill=kd"),
         (["method=bwn", "activation=dorefa"], "bits.a=2"),
@@ -154,8 +154,8 @@ def test_a_finished_run_teaches(configure: Configure, tmp_path: Path) -> None:
         (["method=bwn", "distill=kd", "distill.temperature=0"], "above 0"),
     ],
 )  # fmt: skip
-def test_mistakes_are_refused_with_the_fix(configure: Configure, words: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_mistakes_are_refused_with_the_fix(configure: Configure, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         configure(*words)
 
 
@@ -164,7 +164,7 @@ def test_a_wrong_key_of_the_second_method_is_named_as_typed(configure: Configure
         assemble(configure("method=bwn", "activation=hwgq", "activation.levels=odd"))
 
 
-def test_with_and_without_what_a_method_asks_for_are_two_rows(configure: Configure, tmp_path: Path) -> None:
+def test_runs_with_and_without_a_requirement_are_two_rows(configure: Configure, tmp_path: Path) -> None:
     from qbench.report.comparison.compare import compare
     from qbench.runs.reader import read
 
@@ -173,17 +173,17 @@ def test_with_and_without_what_a_method_asks_for_are_two_rows(configure: Configu
     result_of(configure, "method=ttq", "method.deviation=missing_minus")
     rows = {row["method"]: row["n"] for table in compare(read([str(tmp_path)])) for row in table.values}
     assert rows.pop("ttq deviation=missing_minus") == 1, "never under the paper's name"
-    asked = {name: n for name, n in rows.items() if not name.startswith("float")}
-    assert asked == {"qd": 1, "qd distill=kd": 1, "gupta": 1, "gupta init=scratch": 1}
+    counts = {name: n for name, n in rows.items() if not name.startswith("float")}
+    assert counts == {"qd": 1, "qd distill=kd": 1, "gupta": 1, "gupta init=scratch": 1}
 
 
 @pytest.mark.parametrize("word", ["init=method", "distill.name=method", "+method.init=banana"])
-def test_what_only_a_method_may_say_is_refused(configure: Configure, word: str) -> None:
+def test_values_that_only_a_method_may_set_are_refused(configure: Configure, word: str) -> None:
     with pytest.raises(ConfigError, match=r"allowed are|the method's to say"):
         configure("method=dorefa", word)
 
 
-def test_wrong_keys_are_answered_with_the_methods_own(configure: Configure) -> None:
+def test_wrong_keys_get_suggestions_from_the_methods_own_keys(configure: Configure) -> None:
     with pytest.raises(ConfigError, match=r"did you mean method\.threshold"):
         configure("method=ttq", "method.thresold=max")
     with pytest.raises(ConfigError, match=r"did you mean activation\.levels"):
@@ -206,7 +206,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_trained(
     assert set(tmp_path.rglob("config.yaml")) == before
 
 
-def test_a_method_that_rounds_afterwards_takes_no_teacher(configure: Configure) -> None:
+def test_a_post_training_method_takes_no_teacher(configure: Configure) -> None:
     for more, asks in (([], ["not trained: post-training quantization"]), (["activation=lsq"], [])):
         words = ["method=qd", "method.trained=false", *more]
         with pytest.raises(Unsupported, match="distill=none"):
@@ -214,14 +214,14 @@ def test_a_method_that_rounds_afterwards_takes_no_teacher(configure: Configure) 
         assert assemble(configure(*words, "distill=none")).protocol_changes == asks
 
 
-def test_mlq_refuses_layers_of_unlike_width(configure: Configure) -> None:
+def test_mlq_refuses_layers_of_different_widths(configure: Configure) -> None:
     with pytest.raises(Unsupported, match="one width"):
         assemble(configure("method=mlq", "bits=w3", "layers.first=2"))
 
 
-def test_a_method_from_scratch_is_compared_with_its_float_twin(configure: Configure) -> None:
+def test_a_method_from_scratch_is_compared_with_its_float_baseline(configure: Configure) -> None:
     result = result_of(configure, "method=gupta")
-    assert result.float is not None
+    assert result.baseline is not None
     assert result.protocol_changes == ["trained from scratch, as it asks"]
     assert (
         run_identity(configure("method=gupta", "init=scratch")).protocol
@@ -234,21 +234,21 @@ def test_a_method_from_scratch_is_compared_with_its_float_twin(configure: Config
     )
 
 
-def test_every_result_carries_the_card_and_the_predictions(configure: Configure) -> None:
+def test_every_result_has_the_method_card_and_the_predictions(configure: Configure) -> None:
     result = result_of(configure, "method=ttq", "activation=dorefa", "bits.a=2")
     assert set(result.card) == {"ttq", "dorefa"}
     assert "t = 0.05" in result.card["ttq"]["choices"]
     assert result.card["dorefa"]["deviations"]
     stored = json.loads((Path(result.run) / "result.json").read_text())
     assert stored["card"] == result.card
-    answers = np.load(Path(result.run) / "predictions.npy")
-    assert answers.dtype == np.int16
+    predictions = np.load(Path(result.run) / "predictions.npy")
+    assert predictions.dtype == np.int16
     assert result.final is not None
-    assert 100 * (answers[:, 0] == answers[:, 1]).mean() == pytest.approx(result.top1)
+    assert 100 * (predictions[:, 0] == predictions[:, 1]).mean() == pytest.approx(result.top1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_has_a_name(bad: float) -> None:
+def test_values_that_are_not_finite_are_refused_with_the_layer(bad: float) -> None:
     model = install(hwgq.build(), mlp.build(SHAPE, 3, hidden=3, width=8, norm="no_affine"))
     x = torch.randn(4, *SHAPE)
     x[0, 0, 0, 0] = bad
@@ -260,7 +260,7 @@ def test_what_is_not_finite_has_a_name(bad: float) -> None:
         model(torch.randn(4, *SHAPE))
 
 
-def test_a_run_that_explodes_is_diverged(configure: Configure) -> None:
+def test_an_exploding_run_is_diverged(configure: Configure) -> None:
     with pytest.raises(Diverged, match=r"inf or nan|not finite|loss is"):
         result_of(configure, "method=dorefa", "bits=w2a2", "optim=sgd", "optim.lr=1e30", "init=scratch")
 

@@ -1,4 +1,4 @@
-"""The fast form of every quantizer against its plain definition: forward exactly, gradients to a millionth."""
+"""The fused form of every quantizer against its plain definition: equal values, gradients to a millionth."""
 
 import math
 
@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qbench.config import compose, registry
 from qbench.methods import dorefa, gupta, hwgq, lsq, pact, uniform, xnor
 from qbench.models import resnet
-from qbench.quant import fused_kernels as passes
-from qbench.quant import ops
+from qbench.quant import fused_kernels, ops
 from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.probe import Probe
@@ -21,8 +20,8 @@ from qbench.quant.probe import Probe
 METHODS = [name for name in registry.names("method") if name not in ("float",)]
 
 
-def awkward(levels: int = 4) -> Tensor:
-    """Return activations with ties, ends, borders of cells and zeros of both signs among them, channels_last."""
+def edge_cases(levels: int = 4) -> Tensor:
+    """Return activations that include ties, ends, borders of cells and zeros of both signs, in channels_last."""
     torch.manual_seed(0)
     x = torch.randn(4, 6, 5, 5) * 1.5
     flat = x.view(-1)
@@ -34,17 +33,17 @@ def awkward(levels: int = 4) -> Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
-def both(function, x: Tensor, *learned: Tensor) -> list[list[Tensor]]:
-    """Return value and gradients by the fast form, the compressed one, and the plain definition."""
+def all_forms(function, x: Tensor, *learned: Tensor) -> list[list[Tensor]]:
+    """Return value and gradients of the fused form, the compressed form, and the plain definition."""
     torch.manual_seed(1)
-    weights, found = torch.randn_like(x), []
+    upstream, results = torch.randn_like(x), []
     for context in (ops.compress_activations(False), ops.compress_activations(), ops.reference_kernels()):
         leaves = [t.detach().clone().requires_grad_() for t in (x, *learned)]
         with context:
             y = function(*leaves)
-            y.backward(weights)
-        found.append([y.detach(), *[leaf.grad for leaf in leaves]])
-    return found
+            y.backward(upstream)
+        results.append([y.detach(), *[leaf.grad for leaf in leaves]])
+    return results
 
 
 T = torch.tensor
@@ -84,25 +83,25 @@ ACTIVATIONS = {
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_activations(name: str, dtype: torch.dtype) -> None:
+def test_activations_in_all_forms(name: str, dtype: torch.dtype) -> None:
     function, learned = ACTIVATIONS[name]
-    fast, small, plain = both(function, awkward().to(dtype), *[t.to(dtype) for t in learned])
-    for other in (fast, small):
+    fused, compressed, plain = all_forms(function, edge_cases().to(dtype), *[t.to(dtype) for t in learned])
+    for other in (fused, compressed):
         assert torch.equal(other[0], plain[0])
         assert other[0].stride() == plain[0].stride()
         for mine, theirs in zip(other[1:], plain[1:], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
             if mine.dim():
                 assert torch.equal(mine == 0, theirs == 0)  # the masks are the same, ends included
-    assert all(torch.equal(a, b) for a, b in zip(fast[:2], small[:2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(fused[:2], compressed[:2], strict=True))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
 @pytest.mark.parametrize("w", [torch.randn(7, 5, 3, 3), torch.zeros(3, 2), T([0.5, -0.5, 0.1]), T([-2.0])])
 def test_dorefa_weights(bits: int, w: Tensor) -> None:
-    fast, _, plain = both(lambda w: dorefa.quantize_weight(w, bits), w)
-    assert torch.equal(fast[0], plain[0])
-    torch.testing.assert_close(fast[1], plain[1], rtol=1e-5, atol=1e-6)
+    fused, _, plain = all_forms(lambda w: dorefa.quantize_weight(w, bits), w)
+    assert torch.equal(fused[0], plain[0])
+    torch.testing.assert_close(fused[1], plain[1], rtol=1e-5, atol=1e-6)
 
 
 def trained_step(name: str, context) -> tuple[Tensor, dict[str, Tensor]]:
@@ -130,7 +129,7 @@ def trained_step(name: str, context) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_networks(name: str) -> None:
+def test_networks_in_all_forms(name: str) -> None:
     logits, grads = trained_step(name, ops.compress_activations(False))
     for context in (ops.compress_activations(), ops.reference_kernels()):
         others, theirs = trained_step(name, context)
@@ -153,16 +152,16 @@ IMAGES = torch.randn(64, 3, 16, 16).to(memory_format=torch.channels_last)
 
 
 def alive(model: nn.Module) -> int:
-    """Return the bytes that a forward pass leaves allocated, whoever holds them."""
+    """Return the bytes that are still allocated after a forward pass."""
     model(IMAGES)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         logits = model(IMAGES)
     del logits
-    return sum(event.self_cpu_memory_usage for event in found.key_averages())
+    return sum(event.self_cpu_memory_usage for event in profiled.key_averages())
 
 
 def saved(model: nn.Module) -> int:
-    """Return the bytes of the distinct storages that saved_tensors_hooks are shown."""
+    """Return the bytes of the distinct storages that saved_tensors_hooks see."""
     storages: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -175,20 +174,20 @@ def saved(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("build", [dorefa.build, pact.build, xnor.build, hwgq.build, lsq.build])
-def test_no_more_is_kept_for_backward_than_by_float(build) -> None:
+def test_memory_for_backward_is_about_that_of_float(build) -> None:
     method = build() if build in (xnor.build, hwgq.build) else build(w=2, a=2)
-    plain, model = network(), network(method)
-    assert alive(model) <= 1.05 * alive(plain)
-    assert saved(model) <= 1.05 * saved(plain)
+    float_model, model = network(), network(method)
+    assert alive(model) <= 1.05 * alive(float_model)
+    assert saved(model) <= 1.05 * saved(float_model)
     with ops.reference_kernels():
-        assert alive(model) > 1.1 * alive(plain), "what the fast forms save"
+        assert alive(model) > 1.1 * alive(float_model), "the plain definition needs more"
     if "cells_input" in method.traits:
         with ops.compress_activations():
-            assert saved(model) <= 0.65 * saved(plain)
-            assert alive(model) <= 0.68 * alive(plain)
+            assert saved(model) <= 0.65 * saved(float_model)
+            assert alive(model) <= 0.68 * alive(float_model)
 
 
-class Count(TorchDispatchMode):
+class CountPasses(TorchDispatchMode):
     """Counts operations that make or change tensors of at least `size` elements, and bool tensors among them."""
 
     def __init__(self, size: int) -> None:
@@ -196,11 +195,11 @@ class Count(TorchDispatchMode):
         self.size, self.passes, self.masks = size, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and made.numel() >= self.size and function not in VIEWS:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() >= self.size and function not in VIEWS:
             self.passes += 1
-            self.masks += made.dtype == torch.bool
-        return made
+            self.masks += result.dtype == torch.bool
+        return result
 
 
 VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.alias.default}
@@ -217,34 +216,34 @@ VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.a
 )
 def test_passes_over_the_activations(function, passes: int) -> None:
     x = torch.randn(4096, requires_grad=True)
-    with Count(4096) as count:
+    with CountPasses(4096) as count:
         function(x).backward(torch.ones(4096))
     assert count.passes - 1 <= passes, "one more accumulates x.grad"
     assert count.masks == 0
 
 
-def test_what_reads_a_staircase_outside_the_layers_keeps_it() -> None:
-    """The plain way stays right: a network that calls the functions itself has the layers' gradients."""
+def test_a_result_read_outside_the_layers_has_the_same_gradients() -> None:
+    """A network that calls the public functions itself gets the gradients of the quantized layers."""
     x, w = torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
     F.conv2d(dorefa.quantize_activation(x, 2), w).square().sum().backward()
-    mine = x.grad, w.grad
+    expected = x.grad, w.grad
     x.grad = w.grad = None
-    made = dorefa.quantize_activation(x, 2)
-    with ops.recompute_in_backward(made):
-        y = F.conv2d(made, w)
-    del made
+    quantized = dorefa.quantize_activation(x, 2)
+    with ops.recompute_in_backward(quantized):
+        y = F.conv2d(quantized, w)
+    del quantized
     y.square().sum().backward()
-    assert torch.equal(mine[0], x.grad)
-    assert torch.equal(mine[1], w.grad)
+    assert torch.equal(expected[0], x.grad)
+    assert torch.equal(expected[1], w.grad)
 
 
-def test_a_scale_learned_meanwhile_does_not_change_what_is_made_anew() -> None:
-    """Optimizers write to parameters in place: what backward computes again must be what forward computed."""
+def test_changing_a_scale_before_backward_is_an_error() -> None:
+    """Optimizers write to parameters in place: backward must recompute what forward computed."""
     step, x = T(0.5, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     w = torch.randn(4, 3, requires_grad=True)
-    made = lsq.quantize(x, step, 2, True)
-    with ops.recompute_in_backward(made):
-        y = F.linear(made, w)
+    quantized = lsq.quantize(x, step, 2, True)
+    with ops.recompute_in_backward(quantized):
+        y = F.linear(quantized, w)
     with torch.no_grad():
         step.mul_(3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -255,19 +254,19 @@ def test_a_scale_learned_meanwhile_does_not_change_what_is_made_anew() -> None:
 def test_draws_do_not_depend_on_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(3)
-    made = passes.uniform(torch.empty(300_001))
-    assert made.double().mul(2**24).frac().eq(0).all()
-    assert made.min() >= 0
-    assert made.max() < 1
-    assert abs(float(made.mean()) - 0.5) < 5 * (1 / 12 / 300_001) ** 0.5
-    assert (made[[0, 1, -1]] * 2**24).tolist() == [6816874, 14401642, 3095658]
+    draws = fused_kernels.uniform(torch.empty(300_001))
+    assert draws.double().mul(2**24).frac().eq(0).all()
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert abs(float(draws.mean()) - 0.5) < 5 * (1 / 12 / 300_001) ** 0.5
+    assert (draws[[0, 1, -1]] * 2**24).tolist() == [6816874, 14401642, 3095658]
 
 
 def test_draws_are_uniform_and_uncorrelated() -> None:
-    """Over 4,000 tensors: each place evenly spread, no two correlated, nor four in the corners of a rectangle."""
+    """Over 4,000 tensors: each element uniform, no two correlated, nor four in the corners of a rectangle."""
     seeds, count = 4000, 300
     sources = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    draws = torch.stack([passes.uniform_16(count, torch.empty(0), source) for source in sources])
+    draws = torch.stack([fused_kernels.uniform_16(count, torch.empty(0), source) for source in sources])
     assert draws.dtype == torch.int16
     assert len({tuple(row) for row in draws.tolist()}) == seeds
     for bit in range(16):
@@ -286,17 +285,17 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
 @pytest.mark.parametrize("x", [0.0, 3.0, 0.25, -0.75, 2**-18, 1 - 2**-18, 1000.5])
 def test_stochastic_rounding_has_no_bias(x: float) -> None:
     torch.manual_seed(0)
-    calls = [passes.stochastic_round(torch.full((2**16,), x)) for _ in range(40)]
-    made = torch.stack(calls).double()
-    assert set(made.unique().tolist()) <= {math.floor(x), math.floor(x) + 1.0}
-    p, n = x - math.floor(x), made.numel()
-    assert abs(float(made.mean()) - x) <= 5 * (p * (1 - p) / n) ** 0.5
+    calls = [fused_kernels.stochastic_round(torch.full((2**16,), x)) for _ in range(40)]
+    rounded = torch.stack(calls).double()
+    assert set(rounded.unique().tolist()) <= {math.floor(x), math.floor(x) + 1.0}
+    p, n = x - math.floor(x), rounded.numel()
+    assert abs(float(rounded.mean()) - x) <= 5 * (p * (1 - p) / n) ** 0.5
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch itself
 @pytest.mark.parametrize("method", ["dorefa", "lsq"])
-def test_a_step_can_be_captured_whole(method: str) -> None:
-    """torch.compile finds nothing in the layers for which it would have to leave the graph."""
+def test_torch_compile_captures_the_whole_network(method: str) -> None:
+    """Nothing in the layers breaks the graph of torch.compile."""
     build = {"dorefa": dorefa.build, "lsq": lsq.build}[method]
     model = resnet.build((3, 8, 8), 4, depth=8, width=4)
     install(build(w=2, a=2), model, example=torch.zeros(1, 3, 8, 8))

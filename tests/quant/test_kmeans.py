@@ -1,4 +1,4 @@
-"""One-dimensional k-means against every assignment of few values, a plain table of many, and the package kmeans1d."""
+"""One-dimensional k-means against all assignments of few values, a plain table of many, and the package kmeans1d."""
 
 import subprocess
 import sys
@@ -22,22 +22,22 @@ Solver = Callable[[Tensor, int, Sequence[float]], Clustering]
 
 
 def every_assignment(values: Sequence[int], k: int, pinned: Sequence[int]) -> Fraction:
-    """The least inertia by definition: each value goes to any of the pinned or to any of the free groups' means."""
+    """The least inertia by definition: each value belongs to any pin or to any free group."""
     free, pinned = k - len(set(pinned)), sorted(set(pinned))
     best = None
     for groups in product(range(k), repeat=len(values)):
         total = Fraction(0)
         for group in set(groups):
-            own = [x for x, g in zip(values, groups, strict=True) if g == group]
-            centre = Fraction(sum(own), len(own)) if group < free else Fraction(pinned[group - free])
-            total += sum((x - centre) ** 2 for x in own)
+            members = [x for x, g in zip(values, groups, strict=True) if g == group]
+            centre = Fraction(sum(members), len(members)) if group < free else Fraction(pinned[group - free])
+            total += sum((x - centre) ** 2 for x in members)
         best = total if best is None else min(best, total)
     assert best is not None
     return best
 
 
 def table(values: Sequence[float], k: int, pinned: Sequence[float] = ()) -> float:
-    """The least inertia by O(k n^2): the i-th value goes to the nearest pinned, or is the last of a free interval."""
+    """The least inertia in O(k n^2): the i-th value belongs to the nearest pin, or is the last of a free interval."""
     x = np.sort(np.asarray(values, np.float64))
     n, centre = len(x), x[len(x) // 2]
     x, pins = x - centre, [p - centre for p in sorted(set(pinned))]
@@ -59,23 +59,23 @@ def table(values: Sequence[float], k: int, pinned: Sequence[float] = ()) -> floa
 
 
 def check(solve: Solver, values: Tensor, k: int, pinned: Sequence[float] = (), optimum: float | None = None) -> None:
-    """Assert all that is promised for values of float64 that are few enough for the table."""
+    """Assert everything that `kmeans` promises, for float64 values that are few enough for the table."""
     found = solve(values, k, pinned)
     assert isinstance(found.inertia, float)
     c, x = found.centroids.tolist(), values.flatten().tolist()
     assert found.centroids.dtype == values.dtype
     assert c == sorted(set(c)), "ascending and distinct"
-    assert set(pinned) <= set(c), "the pinned stay where they are"
+    assert set(pinned) <= set(c), "pins stay unchanged"
     assert len(c) == min(k, len(set(x) | set(pinned)))
     assert (found.labels.dtype, found.labels.shape) == (torch.int64, values.shape)
     exact = [Fraction(m) for m in c]
     for value, label in zip(x, found.labels.flatten().tolist(), strict=True):
-        assert label == min(range(len(c)), key=lambda i: (abs(Fraction(value) - exact[i]), i)), "the nearest, the lower"
+        assert label == min(range(len(c)), key=lambda i: (abs(Fraction(value) - exact[i]), i)), "nearest, or lower"
     got = sum((v - c[i]) ** 2 for v, i in zip(x, found.labels.flatten().tolist(), strict=True))
     assert found.inertia == pytest.approx(got, rel=1e-9, abs=1e-300)
     least = table(x, k, pinned) if optimum is None else optimum
-    assert found.inertia <= least * (1 + 1e-9) + 1e-13 * table(x, 1 + len(set(pinned)), pinned), "the optimum"
-    assert found.inertia >= least * (1 - 1e-9) - 1e-300, "nothing is below the optimum"
+    assert found.inertia <= least * (1 + 1e-9) + 1e-13 * table(x, 1 + len(set(pinned)), pinned), "not above the optimum"
+    assert found.inertia >= least * (1 - 1e-9) - 1e-300, "not below the optimum"
 
 
 def noise(n: int, seed: int = 0) -> Tensor:
@@ -102,7 +102,7 @@ def sample(shape: str, n: int, seed: int = 0) -> Tensor:
 
 
 def package(values: Tensor, k: int) -> float:
-    """Inertia of kmeans1d's centroids, from float64 and around the median: it does not subtract a centre itself."""
+    """Inertia of kmeans1d's centroids, from float64 and around the median: the package does not subtract a centre."""
     x = values.double().numpy().ravel()
     x = x - np.median(x)
     labels, centroids = kmeans1d.cluster(x, k)
@@ -116,8 +116,8 @@ def package(values: Tensor, k: int) -> float:
         ([0, 0, 1, 9, 11], 2, (0,), [0, 10], [0, 0, 0, 1, 1], 1 + 2),
         ([4, 3, 2, 1], 2, (), [1.5, 3.5], [1, 1, 0, 0], 1),
         ([1, 2, 3, 10], 3, (2.5,), [1, 2.5, 10], [0, 1, 1, 2], 0.5),  # {1, 2} at 1.5 and 3 at 2.5: 0.75
-        ([0, 1], 2, (100,), [0.5, 100], [0, 0], 0.5),  # nothing is nearest to it
-        ([0, 1, 2], 2, (0, 2), [0, 2], [0, 0, 1], 1),  # half way: the lower one
+        ([0, 1], 2, (100,), [0.5, 100], [0, 0], 0.5),  # no value is nearest to it
+        ([0, 1, 2], 2, (0, 2), [0, 2], [0, 0, 1], 1),  # a tie: the lower one
         ([0, 1, 2], 2, (2, 0, 2), [0, 2], [0, 0, 1], 1),
         ([5, 5, 5], 4, (), [5], [0, 0, 0], 0),
         ([5, 5, 5], 4, (0, 7), [0, 5, 7], [1, 1, 1], 0),
@@ -164,7 +164,7 @@ def test_the_table_of_many_values(shape: str, pins: int, k: int) -> None:
     check(kmeans, values, k, values.flatten()[:pins].mul(1.25).unique().tolist())
 
 
-def bank() -> list[tuple[Tensor, int, tuple[float, ...]]]:
+def cases() -> list[tuple[Tensor, int, tuple[float, ...]]]:
     three = torch.tensor([0.0, 1, 2], dtype=torch.float64)
     heavy = torch.cat((torch.zeros(30, dtype=torch.float64), torch.arange(1.0, 6, dtype=torch.float64)))
     return [
@@ -231,13 +231,13 @@ def no_centre(values: Tensor, k: int, pinned: Sequence[float]) -> Clustering:
     return labelled(values, np.array(c))
 
 
-def test_the_bank() -> None:
-    for values, k, pinned in bank():
+def test_all_cases() -> None:
+    for values, k, pinned in cases():
         check(kmeans, values, k, pinned)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "cases"),
+    ("wrong", "indices"),
     [
         (lloyd, [2]),
         (without_counts, [1]),
@@ -247,10 +247,10 @@ def test_the_bank() -> None:
         (no_centre, [4]),
     ],
 )
-def test_wrong_solutions_are_caught(wrong: Solver, cases: list[int]) -> None:
-    for case in cases:
+def test_wrong_solvers_are_caught(wrong: Solver, indices: list[int]) -> None:
+    for case in indices:
         with pytest.raises(AssertionError):
-            check(wrong, *bank()[case])
+            check(wrong, *cases()[case])
 
 
 @pytest.mark.parametrize("k", [2, 8, 17, 32])
@@ -273,7 +273,7 @@ def test_a_layer() -> None:
 
 @pytest.mark.parametrize("k", [2, 8, 16, 32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_more_distinct_values_than_are_all_tried(shape: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_distinct_values_than_the_exact_limit(shape: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EXACT", 2_000)
     values = sample(shape, 30_000, k)
     ratio = kmeans(values, k).inertia / package(values, k)
@@ -288,7 +288,7 @@ def test_more_distinct_values_than_are_all_tried(shape: str, k: int, monkeypatch
 
 @pytest.mark.parametrize("k", [3, 16, 32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_little_more_than_are_all_tried(shape: str, k: int) -> None:
+def test_slightly_more_values_than_the_exact_limit(shape: str, k: int) -> None:
     values = sample(shape, 40_000, k).float()
     assert len(values.unique()) > module.EXACT
     ratio = kmeans(values, k).inertia / package(values, k)
@@ -297,7 +297,7 @@ def test_a_little_more_than_are_all_tried(shape: str, k: int) -> None:
 
 @pytest.mark.parametrize("k", [16, 32])
 @pytest.mark.parametrize("shape", ["normal", "laplace", "uniform", "bimodal", "t2 and outliers", "mostly zero", "ties"])
-def test_finer_bins_find_hardly_better(shape: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finer_bins_improve_little(shape: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     values = sample(shape, 10**6, k).float()
     found = kmeans(values, k)
     monkeypatch.setattr(module, "BINS", 1024)
@@ -313,7 +313,7 @@ def test_one_centroid_of_many_values() -> None:
 
 
 @pytest.mark.parametrize("pins", [(), (0.0,), (-0.7, 0.0, 0.9)])
-def test_many_values_are_settled(pins: tuple[float, ...]) -> None:
+def test_centroids_of_many_values_are_means(pins: tuple[float, ...]) -> None:
     """Every free centroid is the mean of the values nearest to it."""
     values = sample("normal", 300_000).float()
     found = kmeans(values, 7, pins)
@@ -326,12 +326,12 @@ def test_many_values_are_settled(pins: tuple[float, ...]) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 10**6), st.lists(st.booleans(), min_size=1, max_size=4))
-def test_the_best_of_some_splits(seed: int, fixed: list[bool]) -> None:
+def test_the_best_of_given_splits(seed: int, fixed: list[bool]) -> None:
     r = np.random.default_rng(seed)
     k, y = len(fixed), np.sort(r.integers(-50, 50, 20).astype(np.float64))
     c = np.sort(r.choice(99, k, replace=False) - 49.3)
     options = np.sort(r.integers(0, 21, (4, k + 1)), 1)
-    options[0, 1:-1] = np.sort(r.choice(np.arange(1, 20), k - 1, replace=False))  # leaves no cluster empty
+    options[0, 1:-1] = np.sort(r.choice(np.arange(1, 20), k - 1, replace=False))  # no cluster is empty
     options[:, 0], options[:, -1] = 0, 20
 
     def cost(splits: Sequence[int]) -> float:
@@ -347,7 +347,7 @@ def test_the_best_of_some_splits(seed: int, fixed: list[bool]) -> None:
     assert any(np.allclose(found, m) for m in means)
 
 
-def test_no_better_splits_where_one_is_nearest_to_nothing() -> None:
+def test_no_refinement_if_a_centroid_has_no_values() -> None:
     x, c = np.repeat([0.0, 10.0], 9), np.array([1.0, 5.0, 9.0])
     assert module._refine_splits(x, x, np.array([0, 18]), c, c[[0, 2]]).tolist() == c.tolist()
 
@@ -359,12 +359,12 @@ def test_labels_of_many_values(k: int) -> None:
     found = kmeans(values, k)
     c = found.centroids.double()
     assert len(c) == k
-    own = (values.double() - c[found.labels]).abs()
+    distance = (values.double() - c[found.labels]).abs()
     for other in (found.labels - 1, found.labels + 1):
-        assert (own <= (values.double() - c[other.clamp(0, k - 1)]).abs()).all()
+        assert (distance <= (values.double() - c[other.clamp(0, k - 1)]).abs()).all()
 
 
-def test_a_far_offset_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_values_with_a_large_offset(monkeypatch: pytest.MonkeyPatch) -> None:
     values = (noise(30_000) * 2**10).round() / 2**10  # so that the sum is exact
     least = package(values, 8)
     monkeypatch.setattr(module, "EXACT", 1_000)
@@ -378,7 +378,7 @@ def test_a_million_values(k: int) -> None:
     start = time.process_time()
     found = kmeans(values, k)
     assert time.process_time() - start < 8  # 0.1 s alone
-    m = n // k  # each cell holds so many neighbours, and their squares sum to m (m^2 - 1) / 12
+    m = n // k  # values per cluster, whose squares sum to m (m^2 - 1) / 12
     optimum = k * m * (m * m - 1) / 12
     assert 1 - 1e-12 <= found.inertia / optimum <= 1 + (k / module.EXACT) ** 2
     np.testing.assert_allclose(found.centroids, np.arange(k) * m + (m - 1) / 2, rtol=0, atol=m * 1e-3)
@@ -399,9 +399,9 @@ def test_few_distinct_among_many_are_exact() -> None:
     st.randoms(use_true_random=False),
     st.integers(-900, 900),
 )
-def test_order_and_powers_of_two_change_nothing(values: list[float], k: int, random, power: int) -> None:  # type: ignore[no-untyped-def]
+def test_order_and_powers_of_two_do_not_matter(values: list[float], k: int, random, power: int) -> None:  # type: ignore[no-untyped-def]
     x, order = torch.tensor(values, dtype=torch.float64), list(range(len(values)))
-    x[x.abs() < 2.0**-100] = 0  # stay clear of the smallest numbers of float64 under the scaling
+    x[x.abs() < 2.0**-100] = 0  # avoid subnormal numbers after scaling
     random.shuffle(order)
     plain, shuffled, scaled = kmeans(x, k), kmeans(x[order], k), kmeans(x * 2.0**power, k)
     assert torch.equal(plain.centroids, shuffled.centroids)
@@ -424,7 +424,7 @@ def test_shift_and_scale(seed: int, k: int, shift: float, scale: float, flip: bo
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_far_offset_and_a_far_value_spoil_nothing(seed: int) -> None:
+def test_large_offsets_and_outliers_keep_the_precision(seed: int) -> None:
     x = noise(300, seed)
     least = table(x.tolist(), 6)
     assert kmeans(x + 1e6, 6).inertia == pytest.approx(least, rel=1e-6)
@@ -468,11 +468,11 @@ def test_types_and_layouts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_middle_between_neighbours_is_not_rounded(dtype: torch.dtype) -> None:
-    """The middle of 1 + e and 1 + 2e is rounded to the even one, the upper, which would then go to the lower."""
+def test_the_middle_of_two_neighbours_is_not_rounded(dtype: torch.dtype) -> None:
+    """The middle of 1 + e and 1 + 2e rounds to the even one, the upper, which would then belong to the lower."""
     e = torch.finfo(dtype).eps
     low, high = torch.tensor([1 + e, 1 + 2 * e], dtype=dtype)
-    assert (low / 2 + high / 2) == high, "else the test shows nothing"
+    assert (low / 2 + high / 2) == high, "otherwise the test proves nothing"
     assert kmeans(torch.stack((high, low)), 2, (float(low), float(high))).labels.tolist() == [1, 0]
 
 
@@ -490,7 +490,7 @@ def test_a_middle_between_neighbours_is_not_rounded(dtype: torch.dtype) -> None:
         ([1.0], 1, (1e300,), "NaN or infinity"),  # not a float32
     ],
 )
-def test_what_cannot_be(values: list[float], k: int, pinned: tuple[float, ...], message: str) -> None:
+def test_invalid_arguments_are_refused(values: list[float], k: int, pinned: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kmeans(torch.tensor(values), k, pinned)
     with pytest.raises(ValueError, match="int64"):

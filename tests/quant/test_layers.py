@@ -1,10 +1,10 @@
-"""Verification, storage and cost: what a result says of its network."""
+"""Verification, storage and cost of quantized networks."""
 
 import pytest
 import torch
 from torch import nn
 
-from qbench.bits import LevelCount
+from qbench.bits import Bits, LevelCount
 from qbench.cost.count import count_cost, count_macs
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
@@ -25,7 +25,7 @@ def net(method: Method, policy: Policy | None = None) -> nn.Module:
     return install(method, resnet.build((3, 8, 8), 10, depth=8, width=4), policy, example=X)
 
 
-def test_levels_are_counted_where_the_layer_computes() -> None:
+def test_levels_are_counted_in_a_forward_pass() -> None:
     found = verify(net(dorefa.build(w=3, a=2, g=4), Policy(last=8, first=8)), X)
     assert list(found) == ["conv1", *[f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)], "fc"]
     assert found["layer1.0.conv1"]["w"] == LevelCount(8, 8)
@@ -36,20 +36,20 @@ def test_levels_are_counted_where_the_layer_computes() -> None:
 
 
 @pytest.mark.parametrize("part", ["w", "a", "g"])
-def test_a_network_that_is_not_quantized_is_found_out(part: str) -> None:
+def test_a_network_that_is_not_quantized_is_detected(part: str) -> None:
     model = net(dorefa.build(w=2, a=2, g=4))
     layer = quantized_layers(model)["layer2.0.conv1"]
 
     class Through(Quantizer):
-        def __init__(self, inner: nn.Module) -> None:
+        def __init__(self, inner: Quantizer) -> None:
             super().__init__()
             self.inner = inner
 
         def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
             return x
 
-        def grid(self, x: torch.Tensor) -> Grid:
-            return self.inner.grid(x)  # type: ignore[operator,no-any-return]
+        def grid(self, x: torch.Tensor) -> Grid | None:
+            return self.inner.grid(x)
 
     slot = {"w": "weight_q", "a": "input_q", "g": "output_q"}[part]
     setattr(layer, slot, Through(getattr(layer, slot)))
@@ -60,7 +60,7 @@ def test_a_network_that_is_not_quantized_is_found_out(part: str) -> None:
         verify(model, X)
 
 
-def test_a_large_group_hides_no_small_one_and_fine_steps_count() -> None:
+def test_the_tolerance_is_per_scale_group_and_limited_by_the_step() -> None:
     class Grouped(Quantizer):
         def __init__(self, points: torch.Tensor, add: float) -> None:
             super().__init__()
@@ -89,7 +89,7 @@ def test_a_large_group_hides_no_small_one_and_fine_steps_count() -> None:
         verify(model, X)
 
 
-def test_not_a_number_is_off_the_grid() -> None:
+def test_nan_weights_are_refused() -> None:
     model = net(dorefa.build(w=2))
     with torch.no_grad():
         quantized_layers(model)["layer2.0.conv1"].weight[0, 0, 0, 0] = float("nan")
@@ -97,7 +97,7 @@ def test_not_a_number_is_off_the_grid() -> None:
         verify(model, X)
 
 
-def test_nearest_point_on_a_line_and_in_the_plane() -> None:
+def test_nearest_point_in_one_and_two_dimensions() -> None:
     points = torch.tensor([[-1.0, 0, 2, float("nan")], [0, 1, 2, 3]]).unsqueeze(-1)
     values = torch.tensor([[-3.0, 0.9, 1.1, 9], [0.4, 0.6, 2, 7]]).unsqueeze(-1)
     index, distance = nearest_points(values, points)
@@ -120,17 +120,17 @@ def test_cost_by_hand() -> None:
     assert macs == {"fc1": 24, "fc2": 36, "fc3": 18}
     cost = count_cost(install(dorefa.build(w=2, a=4), model), macs)
     params = 24 + 12 + 36 + 12 + 18 + 3
-    assert cost["params"] == params
-    assert cost["bitops"] == 24 * 1024 + 36 * 8 + 18 * 1024
-    assert cost["bytes_float"] == 4 * params
-    assert cost["bytes_ideal"] == cost["bytes_packed"] == 4 * (params - 36) + 9
-    assert cost["bits_per_weight"] == 2
+    assert cost.params == params
+    assert cost.bitops == 24 * 1024 + 36 * 8 + 18 * 1024
+    assert cost.bytes_float == 4 * params
+    assert cost.bytes_ideal == cost.bytes_packed == 4 * (params - 36) + 9
+    assert cost.bits_per_weight == 2
 
 
-def test_one_bit_weights_are_charged_for_their_scale() -> None:
+def test_one_bit_weights_include_the_bytes_of_their_scale() -> None:
     model = mlp.build((1, 2, 2), 3, hidden=2, width=6)
     cost = count_cost(install(dorefa.build(w=1), model), count_macs(model, (1, 2, 2)))
-    assert cost["bits_per_weight"] == pytest.approx((36 + 32) / 36)
+    assert cost.bits_per_weight == pytest.approx((36 + 32) / 36)
 
 
 def test_macs_agree_with_hand_counts_of_a_residual_network() -> None:
@@ -145,7 +145,7 @@ def test_macs_agree_with_hand_counts_of_a_residual_network() -> None:
     )
 
 
-def test_resnet20_has_the_known_size() -> None:
+def test_resnet20_has_its_published_size() -> None:
     """He et al. 2016: 0.27 M parameters; 6 n + 2 weighted layers."""
     model = resnet.build((3, 32, 32), 10, depth=20)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.27e6, rel=0.01)
@@ -157,16 +157,16 @@ def test_resnet20_has_the_known_size() -> None:
     ("bits", "ends", "expected"), [(32, "same", 1857.6), (8, "same", 116.1), (4, 8, 34.71), (2, 8, 14.37)]
 )
 def test_bitops_of_resnet18_at_224(bits: int, ends: str | int, expected: float) -> None:
-    """In G, as the literature counts them: convolutions and the linear layer, the image at 8 bits with the ends."""
+    """In G, as in the literature: convolutions and the linear layer; the image has the bits of the first layer."""
     with torch.device("meta"):
         model = torchvision().models.resnet18(weights=None)
     macs = count_macs(model, (3, 224, 224))
     example = torch.empty(1, 3, 224, 224, device="meta")
     install(dorefa.build(w=bits, a=bits), model, Policy(first=ends, last=ends), example=example)
-    assert count_cost(model, macs)["bitops"] / 1e9 == pytest.approx(expected, rel=5e-4)
+    assert count_cost(model, macs).bitops / 1e9 == pytest.approx(expected, rel=5e-4)
 
 
-def test_straight_through_pieces() -> None:
+def test_straight_through_functions() -> None:
     x = torch.tensor([-0.6, 0.5, 1.5, 2.5], requires_grad=True)
     y = round_ste(x * 1.0)
     assert y.tolist() == [-1, 0, 2, 2]
@@ -182,3 +182,26 @@ def test_straight_through_pieces() -> None:
     (doubled,) = torch.autograd.grad(on_backward(x, lambda g: 2 * g).sum(), x)
     assert doubled.tolist() == [2, 2, 2, 2]
     assert levels_k(2, x).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_a_quantizer_without_the_base_class_is_refused_by_name() -> None:
+    plain_module = Method(
+        name="mine", bits=Bits(2), supported_bits={"w": (2,)}, weight=lambda name, layer, bits: nn.Identity()
+    )
+    with pytest.raises(TypeError) as caught:
+        net(plain_module)
+    assert "mine makes a Identity for layer1.0.conv1" in str(caught.value)
+    assert "qbench.quant.quantizer.Quantizer" in str(caught.value)
+
+
+def test_a_quantizer_has_defaults_and_says_when_it_declares_no_storage() -> None:
+    quantizer, x = Quantizer(), torch.ones(2)
+    assert quantizer.grid(x) is None
+    assert not quantizer.declares_grid
+    assert (quantizer.complete, quantizer.report(), quantizer.gradient_factor(x)) == (True, {}, 1.0)
+    assert (quantizer.positive_parameters, quantizer.lr_scale, quantizer.weight_decay) == ((), 1.0, 0.0)
+    with pytest.raises(NotImplementedError, match=r"Quantizer declares no storage; define bytes\(w\)"):
+        quantizer.bytes(x)
+    assert IdentityQuantizer()(x) is x
+    assert IdentityQuantizer()(x, x + 1) is x
+    assert dorefa.DoReFaWeight(2).declares_grid

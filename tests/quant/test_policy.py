@@ -1,4 +1,4 @@
-"""Which layers are quantized, and how a method gets into a network and out again."""
+"""Which layers are quantized; installing a method, float mode, and folding the quantized weights."""
 
 import copy
 
@@ -30,7 +30,7 @@ def net(**options: object) -> nn.Module:
 
 
 class Backwards(nn.Module):
-    """Registers its layers in the reverse of the order they run in."""
+    """Registers its layers in reverse execution order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_install_keeps_parameters_and_names() -> None:
     assert set(quantized_layers(model)) == {f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)}
 
 
-def test_activations_are_replaced_where_all_their_readers_are_quantized() -> None:
+def test_activations_are_bypassed_if_all_their_readers_are_quantized() -> None:
     model = install(dorefa.build(w=2, a=2), net(), example=X)
     assert isinstance(model.get_submodule("layer1.0.act1"), BypassedActivation)
     assert isinstance(model.get_submodule("act"), nn.ReLU)
@@ -103,12 +103,12 @@ def test_activations_are_replaced_where_all_their_readers_are_quantized() -> Non
     assert isinstance(install(dorefa.build(w=2), net(), example=X).get_submodule("layer1.0.act1"), nn.ReLU)
 
 
-def test_replacing_the_relu_leaves_the_clip_networks_values() -> None:
+def test_bypassing_the_relu_keeps_the_values_of_a_clip() -> None:
     kept, replaced = (install(dorefa.build(w=2, a=2), net(), example=X, act=a).eval() for a in ("keep", "fused"))
     assert torch.equal(kept(X), replaced(X))
 
 
-def test_required_replacement_is_refused_where_it_cannot_be() -> None:
+def test_methods_that_replace_activations_are_refused_if_they_cannot() -> None:
     method = dorefa.build(w=2, a=2, activation="abs")
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     with pytest.raises(Unsupported, match="feeds"):
@@ -137,10 +137,10 @@ def test_only_exact_layers_with_zero_padding() -> None:
 def test_unknown_widths_are_unsupported_with_a_reason() -> None:
     with pytest.raises(Unsupported, match=r"bits\.w=17.*1-16 or 32"):
         install(dorefa.build(w=17), net())
-    from qbench.methods import float as nothing
+    from qbench.methods import float as float_method
 
     with pytest.raises(Unsupported, match="leaves weights float"):
-        install(nothing.build(w=2), net())
+        install(float_method.build(w=2), net())
 
 
 def test_reading_a_weight_runs_no_quantizer() -> None:
@@ -151,7 +151,7 @@ def test_reading_a_weight_runs_no_quantizer() -> None:
     assert effective_weight(layer).unique().numel() == 4
 
 
-def test_the_image_is_rounded_on_its_own_range_and_8_bit_images_are_not_changed() -> None:
+def test_the_image_is_rounded_over_its_range_and_8_bit_images_stay() -> None:
     images = torch.randint(0, 256, (4, 3, 8, 8))
     mean, std = (
         torch.tensor([0.4, 0.5, 0.6]).reshape(1, -1, 1, 1),
@@ -167,7 +167,7 @@ def test_the_image_is_rounded_on_its_own_range_and_8_bit_images_are_not_changed(
     assert ImageQuantizer(2, low, high)(x)[:, 0].unique().numel() == 4
 
 
-def test_as_float_and_bake() -> None:
+def test_float_mode_and_folded_weights() -> None:
     original = net().eval()
     expected = original(X)
     model = install(dorefa.build(w=2, a=2), copy.deepcopy(original), example=X).eval()
@@ -176,13 +176,13 @@ def test_as_float_and_bake() -> None:
     with float_mode(model):
         assert torch.equal(model(X), expected)
     assert torch.equal(model(X), quantized)
-    baked = fold_quantized_weights(model)
-    assert torch.equal(baked(X), quantized)
-    assert baked.get_submodule("layer1.0.conv1").weight.unique().numel() == 4
+    folded = fold_quantized_weights(model)
+    assert torch.equal(folded(X), quantized)
+    assert folded.get_submodule("layer1.0.conv1").weight.unique().numel() == 4
     assert model.get_submodule("layer1.0.conv1").weight.unique().numel() > 4
 
 
-def test_own_training_loop_in_three_lines() -> None:
+def test_a_users_own_training_loop() -> None:
     model = install(dorefa.build(w=2, a=2), mlp.build((3, 8, 8), 10, hidden=2, width=16))
     model(X).sum().backward()
     assert model.get_submodule("fc2").weight.grad.abs().sum() > 0

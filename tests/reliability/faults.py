@@ -1,30 +1,35 @@
-"""The fault kit: a warmed process that forks one command per request, and commands that die or fail where told.
+"""Run commands that are killed or fail at a chosen point; a fork server makes them start quickly.
 
     with faults.server() as server:
         job = server.start(["experiment=smoke", "method=dorefa"], out=folder, kill_at=7)
         assert job.wait(60) == -signal.SIGKILL
 
-`python tests/reliability/faults.py` is that process: it imports what every run needs, once, so that a run begins
-within some milliseconds and 200 kills take minutes. A run is `qbench.cli(words)` in a process of its own, with
-the real exit status, stdout and stderr.
+The fork server is `python tests/reliability/faults.py`. It imports everything that a run needs
+once, and forks a child for each command. A command therefore starts within milliseconds, and 200
+kills take minutes. The child calls `qbench.cli.main.main(words)`, with the real exit status, stdout
+and stderr.
 
-Points. An event is an open for writing, rename, remove, mkdir, truncate or fsync of a path below the run's `out`, and a
-write is a write of bytes to a file opened for writing there. Faults, as keywords of `Server.start`:
-    kill_at=n       SIGKILL itself just before the n-th event, from 1
-    half_at=n       in the n-th write SIGKILL itself when half of the bytes are written
-    fail_at=n       the n-th point, events and writes counted together, raises OSError(errno) with the path;
-                    errno="ENOSPC" (default EIO); with persistent=True all later ones do too
-    count=path      at the end write {"events": ..., "writes": ..., "points": both, "named": what each was} to a file
-    announce=path   append "STEP RUN" to a file whenever `save_state` has returned: a checkpoint that was announced
-    hold=path       with the configuration composed, make the file PATH.PID and wait for PATH: many begin at once
+Points: an event is an open for writing, rename, remove, mkdir, truncate or fsync of a path below
+the run's `out`. A write is a write of bytes to a file opened for writing there. Faults are keywords
+of `Server.start`:
+    kill_at=n       SIGKILL to itself just before event number n, from 1
+    half_at=n       SIGKILL to itself in write number n, after half of the bytes
+    fail_at=n       point number n, events and writes counted together, raises OSError(errno) with the
+                    path; errno="ENOSPC" (default EIO); with persistent=True all later points do too
+    file_limit=n    no file may grow beyond n bytes (RLIMIT_FSIZE)
+    count=path      at the end write {"events": ..., "writes": ..., "points": both, "named": each} to a file
+    announce=path   append "STEP RUN" to a file whenever `save_state` has returned: an announced checkpoint
+    hold=path       after composing the configuration, create the file PATH.PID and wait for PATH, so that
+                    many commands begin at the same moment
 """
 
-import errno as numbers
+import errno as errno_codes
 import functools
 import io
 import itertools
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -41,19 +46,19 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-STARTED = 120.0  # seconds that the imports may take
-POLL = 0.005
+START_SECONDS = 120.0  # limit for the imports
+POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command at work in a process of its own; what it prints stands in files of its folder."""
+    """A command that runs in its own process; its output is in files of its folder."""
 
     pid: int
     folder: Path
 
     def status(self) -> int | None:
-        """Return the exit status, or minus the signal that ended it; None while it lives."""
+        """Return the exit status, or minus the signal that ended it; None while it runs."""
         file = self.folder / "status"
         return int(file.read_text()) if file.exists() else None
 
@@ -63,17 +68,17 @@ class Job:
                 os.kill(self.pid, kind)
 
     def wait(self, timeout: float = 120) -> int:
-        """Return the status when it has ended; a command that takes longer is killed.
+        """Wait for the end of the command and return its status; after `timeout` seconds, kill it.
 
         Raises:
-            TimeoutError: it took longer.
+            TimeoutError: the command took longer.
         """
         end = time.monotonic() + timeout
         while (status := self.status()) is None:
             if time.monotonic() > end:
                 self.kill(signal.SIGKILL)
                 raise TimeoutError(f"no end after {timeout} s; stderr: {self.stderr()}")
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
         return status
 
     def stdout(self) -> str:
@@ -84,7 +89,7 @@ class Job:
 
 
 class Server:
-    """The warmed process, seen from the tests."""
+    """The fork server, as the tests use it."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="qbench-faults-"))
@@ -95,10 +100,10 @@ class Server:
                 start_new_session=True, env=os.environ | THREADS | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
             )  # fmt: skip
         self._number = itertools.count()
-        self._answer(STARTED)
+        self._read_answer(START_SECONDS)
 
     def start(self, words: Sequence[str], out: Path | str | None = None, **fault: Any) -> Job:
-        """Start the command of these words, with `out` as its `out=` where it is given, and a fault planted."""
+        """Start a command with these words, `out=` if given, and a fault."""
         words = [*words, *([f"out={out}"] if out else [])]
         folder = self.folder / str(next(self._number))
         folder.mkdir()
@@ -107,64 +112,72 @@ class Server:
         request = {"words": words, "folder": str(folder), "fault": fault}
         assert self.process.stdin
         self.process.stdin.write(json.dumps(request, default=str) + "\n")
-        return Job(self._answer(STARTED)["pid"], folder)
+        return Job(self._read_answer(START_SECONDS)["pid"], folder)
 
     def close(self) -> None:
-        """End the process; it ends what it has started, and removes its folder, even if the tests are killed."""
+        """End the server.
+
+        It kills its children and removes its folder, also when the tests are killed.
+        """
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.close()
         self.process.wait(10)
         self.process.stdout.close()
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
+    def _read_answer(self, seconds: float) -> dict[str, Any]:
         assert self.process.stdout
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         line = self.process.stdout.readline() if ready else ""
         if not line:
-            raise RuntimeError(f"the fork server does not answer: {(self.folder / 'log').read_text()}")
+            raise RuntimeError(f"no answer from the fork server: {(self.folder / 'log').read_text()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
 @functools.cache
-def _started() -> Server:
+def _shared_server() -> Server:
     import atexit
 
-    made = Server()
-    atexit.register(made.close)
-    return made
+    server = Server()
+    atexit.register(server.close)
+    return server
 
 
 @contextmanager
 def server() -> Iterator[Server]:
-    """Yield the server: one for all tests of this process, started when first wanted, ended with the process."""
-    yield _started()
+    """Yield the server: one for all tests of this process, started at the first use, ended with the
+    process.
+    """
+    yield _shared_server()
 
 
 def announced(path: Path) -> dict[Path, int]:
-    """Return the newest step announced of each run, from the file that `announce` named."""
+    """Return the newest announced step of each run, from the file of the fault `announce`."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {Path(run): int(step) for step, run in (line.split(" ", 1) for line in lines)}
 
 
-# The other side: the process that forks, and its children.
+# The server process and its children.
 
 
 def serve(folder: Path) -> None:
-    """Fork a child for every line of stdin, answer with its process id, note how it ended; then leave nothing."""
-    warm()
-    told, tell = os.pipe()
-    for end in (told, tell):
+    """Fork a child for every line of stdin, answer with its process id, and record how it ended.
+
+    At the end of stdin, kill all children and remove the folder.
+    """
+    import_everything()
+    child_ended, wakeup = os.pipe()  # readable when a child has ended
+    for end in (child_ended, wakeup):
         os.set_blocking(end, False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     children: dict[int, Path] = {}
     print(json.dumps({"pid": os.getpid()}), flush=True)
     while True:
-        ready, _, _ = select.select([sys.stdin, told], [], [])
-        if told in ready:
-            os.read(told, 4096)
+        ready, _, _ = select.select([sys.stdin, child_ended], [], [])
+        if child_ended in ready:
+            os.read(child_ended, 4096)
             _reap(children)
         if sys.stdin not in ready:
             continue
@@ -173,8 +186,8 @@ def serve(folder: Path) -> None:
         request = json.loads(line)
         if (pid := os.fork()) == 0:
             signal.set_wakeup_fd(-1)
-            os.close(told)
-            os.close(tell)
+            os.close(child_ended)
+            os.close(wakeup)
             run(request)
         children[pid] = Path(request["folder"])
         print(json.dumps({"pid": pid}), flush=True)
@@ -185,8 +198,10 @@ def serve(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def warm() -> None:
-    """Import what every run needs, and let torch and Hydra do what they do but once; start no thread."""
+def import_everything() -> None:
+    """Import what every run needs, and do the one-time work of torch and Hydra, without starting a
+    thread.
+    """
     import gc
 
     import matplotlib.pyplot
@@ -194,23 +209,23 @@ def warm() -> None:
     import torch
     import torch.utils.tensorboard
 
+    import qbench.cli.main
     import qbench.experiment.run
-    from qbench.cli.main import main as cli
+    import qbench.experiment.sweep
+    import qbench.report.tables.run_row
     from qbench.config import compose
-    from qbench.experiment import sweep
     from qbench.experiment.setup import assemble
-    from qbench.report.tables import run_row as row
 
     torch.set_num_threads(1)
     torch.optim.Adam([torch.zeros(1)])
     for config in compose.configurations(["experiment=smoke", "method=dorefa"]):
         assemble(config)
-    del matplotlib, sklearn, qbench, cli, sweep, row
+    del matplotlib, sklearn, qbench
     gc.freeze()
 
 
 def _reap(children: dict[int, Path]) -> None:
-    """Write how each child ended into its folder."""
+    """Write the status of each ended child into its folder."""
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
@@ -221,7 +236,7 @@ def _reap(children: dict[int, Path]) -> None:
 
 
 def run(request: dict[str, Any]) -> None:
-    """Be the command: run it with its faults and leave with its exit status."""
+    """Run a command with its fault in this process, and exit with its status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     folder, words, fault = Path(request["folder"]), request["words"], request["fault"]
     for target, name in ((0, os.devnull), (1, folder / "stdout"), (2, folder / "stderr")):
@@ -234,9 +249,9 @@ def run(request: dict[str, Any]) -> None:
         from qbench.cli.main import main
 
         out = [word.removeprefix("out=") for word in words if word.startswith("out=")] or ["outputs"]
-        ended = plant(out[-1], **fault)
+        finish = install_fault(out[-1], **fault)
         status = main(words)
-        ended()
+        finish()
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -244,11 +259,11 @@ def run(request: dict[str, Any]) -> None:
     os._exit(status)
 
 
-def plant(
+def install_fault(
     out: str, *, kill_at: int = 0, half_at: int = 0, fail_at: int = 0, errno: str = "EIO", persistent: bool = False,
-    count: str = "", announce: str = "", hold: str = "",
+    file_limit: int = 0, count: str = "", announce: str = "", hold: str = "",
 ) -> Callable[[], None]:  # fmt: skip
-    """Let this process die or fail at a point; return what to call at the end."""
+    """Make this process die or fail at a point; return a function to call at the end."""
     root = os.path.abspath(out)
     events, writes, points = itertools.count(1), itertools.count(1), itertools.count(1)
     named: list[str] = []
@@ -256,14 +271,14 @@ def plant(
     def below(path: Any) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return False
-        place = os.path.abspath(os.fsdecode(path))
-        return place == root or place.startswith(root + os.sep)
+        absolute = os.path.abspath(os.fsdecode(path))
+        return absolute == root or absolute.startswith(root + os.sep)
 
     def point(what: str, path: Any) -> None:
         number, name = next(points), os.fsdecode(path)
         named.append(f"{what} {name}")
         if fail_at and (number == fail_at or (persistent and number > fail_at)):
-            kind = getattr(numbers, errno)
+            kind = getattr(errno_codes, errno)
             raise OSError(kind, os.strerror(kind), name)
 
     def event(what: str, path: Any) -> None:
@@ -288,23 +303,28 @@ def plant(
         _announce(announce)
     if hold:
         _hold(Path(hold))
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if kill_at or half_at or fail_at or count:
         _watch_files(below, event, write)
         sys.addaudithook(audit)
 
-    def ended() -> None:
+    def finish() -> None:
         if count:
-            found = {"events": next(events) - 1, "writes": next(writes) - 1, "points": len(named), "named": named}
-            Path(count).write_text(json.dumps(found))
+            counts = {"events": next(events) - 1, "writes": next(writes) - 1, "points": len(named), "named": named}
+            Path(count).write_text(json.dumps(counts))
 
-    return ended
+    return finish
 
 
 def _watch_files(
     below: Callable[[Any], bool], event: Callable[[str, Any], None], write: Callable[[io.FileIO, Any], None]
 ) -> None:
-    """Call `write` before every write of bytes to a file below, and `event` before what the audit hook does not see."""
-    plain, sync = io.open, os.fsync
+    """Call `write` before every write of bytes below `out`, and `event` before truncate and fsync.
+
+    The audit hook reports the other events.
+    """
+    original_open, original_fsync = io.open, os.fsync
 
     class Raw(io.FileIO):
         def write(self, data: Any) -> int:
@@ -320,7 +340,7 @@ def _watch_files(
         newline: str | None = None, closefd: bool = True, opener: Any = None,
     ) -> Any:  # fmt: skip
         if opener or not set(mode) & set("wax+") or not below(file):
-            return plain(file, mode, buffering, encoding, errors, newline, closefd, opener)
+            return original_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
         raw = Raw(file, mode.replace("b", "").replace("t", ""))
         if buffering == 0:
             return raw
@@ -331,7 +351,7 @@ def _watch_files(
 
     def synced(handle: int) -> None:
         event("fsync", os.readlink(f"/proc/self/fd/{handle}"))
-        sync(handle)
+        original_fsync(handle)
 
     import builtins
 
@@ -342,10 +362,10 @@ def _watch_files(
 def _announce(path: str) -> None:
     from qbench.runs.directory import RunDirectory
 
-    plain = RunDirectory.save_state
+    original = RunDirectory.save_state
 
     def save_state(self: RunDirectory, step: int, data: bytes) -> None:
-        plain(self, step, data)
+        original(self, step, data)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(handle, f"{step} {self.path}\n".encode())
         os.fsync(handle)
@@ -355,15 +375,15 @@ def _announce(path: str) -> None:
 
 
 def _hold(signal: Path) -> None:
-    from qbench.experiment.run import run as experiment
+    import qbench.experiment.run as experiment
 
-    plain = experiment.assemble
+    original = experiment.assemble
 
     def assemble(config: Any) -> Any:
         signal.with_name(f"{signal.name}.{os.getpid()}").touch()
         while not signal.exists():
             time.sleep(0.001)
-        return plain(config)
+        return original(config)
 
     experiment.assemble = assemble
 

@@ -1,4 +1,4 @@
-"""Runs that are killed go on, runs that start together share their work, and records tell the truth (issue 6)."""
+"""Killed runs resume, runs that start together share their work, and records are correct."""
 
 import json
 import os
@@ -32,13 +32,14 @@ LINE = ["experiment=smoke", "method=dorefa", "bits=w2a2g4", "optim.ema=0.9"]
 LONG = [*LINE, *SIZE.format(128).split(), "epochs=2", "pretrain.epochs=2"]  # 10 steps an epoch
 SHORT = [*LINE, *SIZE.format(512).split(), "epochs=2", "runtime.checkpoint_seconds=0"]  # 2 steps an epoch
 QUIET = "runtime.tensorboard=false"
+LARGE_BATCHES = "optim.batch_size=256"  # short quantized runs; the float baseline has its usual 18 steps per epoch
 VARIANTS = [
     [tensorboard, saving]
     for tensorboard in (QUIET, "runtime.tensorboard=true")
     for saving in ("runtime.checkpoint_seconds=60", "runtime.checkpoint_seconds=0")
 ]  # the last one takes longest
 Note = Callable[[str], None]
-SECONDS = 120  # that no command here may take
+SECONDS = 120  # limit for every command
 
 
 def tiers(fast: Any, full: Any) -> list[Any]:
@@ -53,21 +54,21 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Note:
-    """Return what notes the full tier's counts; those of the fast tier are known."""
+    """Return a function that records the counts of the full tier."""
     return counted if request.node.get_closest_marker("full") else lambda line: None
 
 
-def ended(out: Path) -> dict[str, tuple[str | None, str | None]]:
-    """Return name -> H and weights of every run below that is done."""
+def finished(out: Path) -> dict[str, tuple[str | None, str | None]]:
+    """Return name -> state and weights sha256 of every finished run below."""
     found = {path.parent.name: load_result(path.parent) for path in out.rglob("result.json")}
     return {name: (r.state_sha256, r.weights_sha256) for name, r in found.items() if r and r.status == "done"}
 
 
-def alone(server: Server, words: list[str], out: Path) -> dict[str, tuple[str | None, str | None]]:
-    """Return the same of a line that nobody disturbs."""
+def run_alone(server: Server, words: list[str], out: Path) -> dict[str, tuple[str | None, str | None]]:
+    """Run a command without disturbance; return `finished` of its output folder."""
     job = server.start(words, out=out)
     assert job.wait(SECONDS) == 0, job.stderr()
-    return ended(out)
+    return finished(out)
 
 
 def configuration(run: Path) -> Config:
@@ -75,7 +76,7 @@ def configuration(run: Path) -> Config:
 
 
 def checkpoint(file: Path) -> dict[str, Any] | None:
-    """Return what a checkpoint holds that verifies and belongs to the run it lies in; else None."""
+    """Return the content of a checkpoint; None if it does not verify or belongs to another run."""
     try:
         content = unpack(file.read_bytes(), str(file))
     except (OSError, CheckpointError):
@@ -83,21 +84,21 @@ def checkpoint(file: Path) -> dict[str, Any] | None:
     return content if content.get("identity") == run_identity(configuration(file.parent)).digest else None
 
 
-def untrue(out: Path) -> list[str]:
-    """Return what the records below say that is not so, when no process is at work there (R19)."""
+def wrong_records(out: Path) -> list[str]:
+    """Return the wrong statements of the records below, when no process is running there (R19)."""
     wrong = []
-    for found in runs.read([str(out)]) if out.exists() else []:
-        if found.status == "running":
-            wrong.append(f"{found.path}: running")
-        if found.status != "done":
+    for record in runs.read([str(out)]) if out.exists() else []:
+        if record.status == "running":
+            wrong.append(f"{record.path}: running")
+        if record.status != "done":
             continue
-        last, best = (checkpoint(found.path / name) for name in ("last.pt", "best.pt"))
+        last, best = (checkpoint(record.path / name) for name in ("last.pt", "best.pt"))
         if not last or not best:
-            wrong.append(f"{found.path}: done, but its weights do not verify")
-        elif found.notes != [runs.FROM_LOGS] and (
-            not found.result or found.result.weights_sha256 != weights_sha256(last["model"])
+            wrong.append(f"{record.path}: done, but its weights do not verify")
+        elif record.notes != [runs.FROM_LOGS] and (
+            not record.result or record.result.weights_sha256 != weights_sha256(last["model"])
         ):
-            wrong.append(f"{found.path}: done, with other weights than result.json says")
+            wrong.append(f"{record.path}: done, but its weights differ from result.json")
     return wrong
 
 
@@ -105,13 +106,13 @@ def left_over(out: Path) -> list[str]:
     return [p.name for pattern in ("state-*.pt", ".*.tmp") for p in out.rglob(pattern)]
 
 
-def unlike_once(out: Path) -> list[str]:
-    """Return the logs of ended runs that tell anything but each epoch once."""
+def wrong_logs(out: Path) -> list[str]:
+    """Return the logs of finished runs that do not hold each epoch exactly once."""
     wrong = []
     for log in out.rglob("metrics.jsonl"):
         config = configuration(log.parent)
-        torn = {"kind": "epoch", "epoch": "a torn line"}
-        records = [parse_json(line) or torn for line in log.read_bytes().splitlines()]
+        corrupt = {"kind": "epoch", "epoch": "a corrupt line"}
+        records = [parse_json(line) or corrupt for line in log.read_bytes().splitlines()]
         epochs = [record["epoch"] for record in records if record["kind"] == "epoch"]
         if epochs != list(range((config.pretrain if config.is_baseline else config).epochs)):
             wrong.append(f"{log}: epochs {epochs}")
@@ -120,14 +121,14 @@ def unlike_once(out: Path) -> list[str]:
 
 @pytest.mark.parametrize("count", tiers(10, 200))
 def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, note: Note) -> None:
-    """R1, R19: the same line again and again until it ends by itself gives H as if it had been left alone."""
-    apart = qbench(*LONG, f"out={tmp_path / 'apart'}")  # an ordinary process, not the kit's
-    assert apart.returncode == 0, apart.stderr
-    expected = ended(tmp_path / "apart")
+    """R1, R19: the same command, repeated until it is not killed, ends like an undisturbed run."""
+    ordinary = qbench(*LONG, f"out={tmp_path / 'ordinary'}")  # a process that the fork server did not start
+    assert ordinary.returncode == 0, ordinary.stderr
+    expected = finished(tmp_path / "ordinary")
     assert len(expected) == 2
     assert all(None not in hashes for hashes in expected.values())
     began = time.monotonic()
-    assert alone(server, [*LONG, *VARIANTS[-1]], tmp_path / "alone") == expected
+    assert run_alone(server, [*LONG, *VARIANTS[-1]], tmp_path / "alone") == expected
     duration = time.monotonic() - began
 
     kills = resumed = folder = 0
@@ -141,16 +142,16 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, no
                 time.sleep(delays[-1])
                 job.kill()
             status = job.wait(SECONDS)
-            told = f"random.Random({folder}), variant {variant}, killed after {delays} s: {job.stderr()}"
-            assert status in (0, -signal.SIGKILL), told
-            assert untrue(out) == [], told
+            case = f"random.Random({folder}), variant {variant}, killed after {delays} s: {job.stderr()}"
+            assert status in (0, -signal.SIGKILL), case
+            assert wrong_records(out) == [], case
             resumed += "going on from state-" in job.stderr()
             kills += status != 0
-        assert ended(out) == expected, told
-        assert left_over(out) == unlike_once(out) == [], told
+        assert finished(out) == expected, case
+        assert left_over(out) == wrong_logs(out) == [], case
         shutil.rmtree(out)
         folder += 1
-    assert resumed, "no kill hit a run that had saved"
+    assert resumed, "no killed run had a checkpoint"
     note(f"R1, R19: {kills} kills at random moments, {folder} runs ended with H, {resumed} times from a checkpoint")
 
 
@@ -160,16 +161,18 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, no
 def test_killed_at_a_point(
     server: Server, tmp_path: Path, tensorboard: str, kind: str, count: int | None, note: Note
 ) -> None:
-    """R2, R19: before every event, and half-way through every write. QBENCH_POINT=n tries that point alone."""
+    """R2, R19: killed before every event, and in the middle of every write. QBENCH_POINT=n tests
+    one point.
+    """
     words = [*SHORT, f"runtime.tensorboard={tensorboard}"]
     job = server.start(words, out=tmp_path / "alone", count=tmp_path / "count")
     assert job.wait(SECONDS) == 0, job.stderr()
-    expected = ended(tmp_path / "alone")
+    expected = finished(tmp_path / "alone")
     every = json.loads((tmp_path / "count").read_text())["named"]
     names = [name for name in every if name.startswith("write ") == (kind == "half_at")]
     total = len(names)
     points = list(range(1, total + 1))
-    if count:  # and where a result stands with checkpoints beside it
+    if count:  # also the points with a result beside checkpoints
         last = {Path(name).parent: i for i, name in enumerate(names, 1) if name.startswith("remove ")}
         points = [*random.Random(f"{kind} {tensorboard}").sample(points, count), *last.values()]
     if chosen := os.environ.get("QBENCH_POINT"):
@@ -179,19 +182,19 @@ def test_killed_at_a_point(
         out, announced = tmp_path / f"point{point}", tmp_path / f"announced{point}"
         job = server.start(words, out=out, announce=announced, **{kind: point})
         status = job.wait(SECONDS)
-        told = f"{kind}={point} of {total}, {names[point - 1]}; QBENCH_POINT={point} tries it again: {job.stderr()}"
-        assert status == -signal.SIGKILL or (status == 0 and tensorboard == "true"), told
-        beyond += status == 0  # TensorBoard's thread joins several records into one write, or does not
-        assert untrue(out) == [], told
+        case = f"{kind}={point} of {total}, {names[point - 1]}; QBENCH_POINT={point} repeats it: {job.stderr()}"
+        assert status == -signal.SIGKILL or (status == 0 and tensorboard == "true"), case
+        beyond += status == 0  # TensorBoard's thread may join several records into one write
+        assert wrong_records(out) == [], case
         newest = {run: newest_step(run) for run in faults.announced(announced) if not load_result(run)}
         for run, step in newest.items():
             announcements += 1
-            assert step >= faults.announced(announced)[run], f"a save of {run.name} is lost: {told}"
+            assert step >= faults.announced(announced)[run], f"an announced checkpoint of {run.name} is lost: {case}"
         again = server.start(words, out=out)
-        assert again.wait(SECONDS) == 0, f"{told}, then {again.stderr()}"
-        assert all(f"going on from state-{step}.pt" in again.stderr() for step in newest.values()), told
-        assert ended(out) == expected, told
-        assert untrue(out) == left_over(out) == unlike_once(out) == [], told
+        assert again.wait(SECONDS) == 0, f"{case}, then {again.stderr()}"
+        assert all(f"going on from state-{step}.pt" in again.stderr() for step in newest.values()), case
+        assert finished(out) == expected, case
+        assert wrong_records(out) == left_over(out) == wrong_logs(out) == [], case
         shutil.rmtree(out)
     assert beyond <= len(points) // 10
     note(
@@ -207,25 +210,27 @@ def newest_step(run: Path) -> int:
 
 
 def together(server: Server, lines: list[list[str]], out: Path) -> list[Job]:
-    """Let commands begin at the same moment; return them when all have ended well."""
+    """Start commands at the same moment; return them when all have succeeded."""
     gate = out.with_name(f"{out.name}.gate")
     jobs = [server.start(line, out=out, hold=gate) for line in lines]
-    until(lambda: all(gate.with_name(f"{gate.name}.{job.pid}").exists() or job.status() for job in jobs), "began", jobs)
+    wait_until(
+        lambda: all(gate.with_name(f"{gate.name}.{job.pid}").exists() or job.status() for job in jobs), "began", jobs
+    )
     gate.touch()
     statuses = [job.wait(SECONDS) for job in jobs]
     assert statuses == [0] * len(jobs), [job.stderr() for job in jobs]
     return jobs
 
 
-def until(so: Callable[[], bool], what: str, jobs: list[Job]) -> None:
+def wait_until(condition: Callable[[], bool], what: str, jobs: list[Job]) -> None:
     end = time.monotonic() + SECONDS
-    while not so():
+    while not condition():
         assert time.monotonic() < end, (what, [job.stderr() for job in jobs])
         time.sleep(0.01)
 
 
-def trained(jobs: list[Job], run: Path) -> int:
-    """Return how many processes trained a run."""
+def trainings(jobs: list[Job], run: Path) -> int:
+    """Return the number of processes that trained a run."""
     config = configuration(run)
     title = "float" if config.is_baseline else f"{config.method_name} {config.bits}"
     return sum(f"{title}  resnet8 on digits, seed {config.seed}: epoch " in job.stderr() for job in jobs)
@@ -237,46 +242,50 @@ def one(out: Path, pattern: str) -> Path:
 
 
 @pytest.mark.parametrize(("rounds", "count"), tiers((2, 4), (20, 16)))
-def test_processes_on_one_cold_parent(server: Server, tmp_path: Path, rounds: int, count: int, note: Note) -> None:
-    """R9: different cells, then one and the same, from a parent that nobody has trained."""
+def test_processes_that_need_the_same_untrained_baseline(
+    server: Server, tmp_path: Path, rounds: int, count: int, note: Note
+) -> None:
+    """R9: different runs, then identical runs, from a float baseline that is not trained yet."""
     for seed in range(rounds):
-        words = [*LINE, QUIET, f"seed={seed}", "pretrain.epochs=2"]
-        expected = alone(server, words, tmp_path / f"alone{seed}")
-        cells = [[*words, f"optim.lr={1e-4 * (i + 2)}"] for i in range(count)]
+        words = [*LINE, QUIET, LARGE_BATCHES, f"seed={seed}", "pretrain.epochs=2"]
+        expected = run_alone(server, words, tmp_path / f"alone{seed}")
+        lines = [[*words, f"optim.lr={1e-4 * (i + 2)}"] for i in range(count)]
         out = tmp_path / f"different{seed}"
-        jobs = together(server, cells, out)
-        parent = one(out, "float-*")
-        assert trained(jobs, parent) == 1, [job.stderr() for job in jobs]
-        found = ended(out)
-        assert found[parent.name] == expected[parent.name], f"seed {seed}"
-        assert len(found) == count + 1
-        children = [load_result(path.parent) for path in out.glob("*/dorefa-*/result.json")]
-        assert len({json.dumps(child.float, sort_keys=True) for child in children if child}) == 1
+        jobs = together(server, lines, out)
+        baseline = one(out, "float-*")
+        assert trainings(jobs, baseline) == 1, [job.stderr() for job in jobs]
+        digests = finished(out)
+        assert digests[baseline.name] == expected[baseline.name], f"seed {seed}"
+        assert len(digests) == count + 1
+        results = [load_result(path.parent) for path in out.glob("*/dorefa-*/result.json")]
+        assert len({repr(result.baseline) for result in results if result}) == 1
 
         out = tmp_path / f"same{seed}"
         jobs = together(server, [words] * count, out)
-        assert ended(out) == expected, f"seed {seed}"
-        assert [trained(jobs, one(out, f"{method}-*")) for method in ("float", "dorefa")] == [1, 1]
+        assert finished(out) == expected, f"seed {seed}"
+        assert [trainings(jobs, one(out, f"{method}-*")) for method in ("float", "dorefa")] == [1, 1]
         assert len({job.stdout() for job in jobs}) == 1
-        assert untrue(tmp_path) == unlike_once(tmp_path) == []
-    note(f"R9: {rounds} rounds of {count} different and {count} identical processes on one cold parent, trained once")
+        assert wrong_records(tmp_path) == wrong_logs(tmp_path) == []
+    note(f"R9: {rounds} rounds of {count} different and {count} identical processes on one baseline, trained once")
 
 
 @pytest.mark.parametrize("rounds", tiers(1, 20))
-def test_a_waiter_takes_over(server: Server, tmp_path: Path, rounds: int, note: Note) -> None:
-    """R10: whoever trains the parent is killed while four wait; one of them goes on from its checkpoint."""
+def test_a_waiting_process_takes_over(server: Server, tmp_path: Path, rounds: int, note: Note) -> None:
+    """R10: the process that trains the baseline is killed while four wait; one resumes from its
+    checkpoint.
+    """
     slowest = 0.0
     for seed in range(rounds):
-        words = [*LINE, QUIET, "pretrain.epochs=6", "runtime.checkpoint_seconds=0", f"seed={seed}"]
-        expected = alone(server, words, tmp_path / f"alone{seed}")
+        words = [*LINE, QUIET, LARGE_BATCHES, "pretrain.epochs=6", "runtime.checkpoint_seconds=0", f"seed={seed}"]
+        expected = run_alone(server, words, tmp_path / f"alone{seed}")
         out, announced = tmp_path / f"killed{seed}", tmp_path / f"announced{seed}"
         leader = server.start([*words, "optim.lr=0.01"], out=out, announce=announced)
         least = random.Random(seed).randrange(1, 80)  # of 108 steps
-        until(lambda: max(faults.announced(announced).values(), default=0) >= least, "saved", [leader])  # noqa: B023
-        leader.kill(signal.SIGSTOP)  # it holds the lock until it is killed, however slow the others begin
-        ((parent, step),) = faults.announced(announced).items()
+        wait_until(lambda: max(faults.announced(announced).values(), default=0) >= least, "saved", [leader])  # noqa: B023
+        leader.kill(signal.SIGSTOP)  # it holds the lock until it is killed, even if the others start slowly
+        ((baseline, step),) = faults.announced(announced).items()
         jobs = [server.start([*words, f"optim.lr={1e-4 * (i + 1)}"], out=out) for i in range(4)]
-        until(lambda: all(f"works on {parent}" in job.stderr() for job in jobs), "waiting", jobs)  # noqa: B023
+        wait_until(lambda: all(f"works on {baseline}" in job.stderr() for job in jobs), "waiting", jobs)  # noqa: B023
         killed = time.monotonic()
         leader.kill()
         assert leader.wait(SECONDS) == -signal.SIGKILL
@@ -285,34 +294,36 @@ def test_a_waiter_takes_over(server: Server, tmp_path: Path, rounds: int, note: 
         logs = [job.stderr() for job in jobs]
         steps = [int(number) for log in logs for number in re.findall(r"going on from state-(\d+)", log)]
         assert len(steps) == 1, logs
-        assert steps[0] >= step, f"seed {seed}: begun at step {steps} though {step} was saved"
-        assert trained(jobs, parent) == 1, logs
-        assert ended(out)[parent.name] == expected[parent.name], f"seed {seed}"
-        assert len(ended(out)) == 5
-        assert untrue(out) == unlike_once(parent) == []
+        assert steps[0] >= step, f"seed {seed}: resumed at step {steps} although {step} was saved"
+        assert trainings(jobs, baseline) == 1, logs
+        assert finished(out)[baseline.name] == expected[baseline.name], f"seed {seed}"
+        assert len(finished(out)) == 5
+        assert wrong_records(out) == wrong_logs(baseline) == []
     assert slowest < 15
-    note(f"R10: {rounds} times the parent's process was killed; four waiters ended within {slowest:.1f} s of it")
+    note(f"R10: {rounds} times the baseline's process was killed; four waiting processes ended within {slowest:.1f} s")
 
 
 @pytest.mark.parametrize(("different", "same"), tiers((8, 4), (32, 16)))
 def test_many_runs_at_once(server: Server, tmp_path: Path, different: int, same: int, note: Note) -> None:
-    """R24: different runs do not disturb each other; of identical ones one works and the others wait."""
-    lines = [[*LINE, QUIET, f"seed={i // 4}", f"bits.w={1 + i % 4}"] for i in range(different)]
+    """R24: different runs do not disturb each other; of identical runs, one trains and the others
+    wait.
+    """
+    lines = [[*LINE, QUIET, LARGE_BATCHES, f"seed={i // 4}", f"bits.w={1 + i % 4}"] for i in range(different)]
     for line in lines:
-        expected = alone(server, line, tmp_path / "alone")
+        expected = run_alone(server, line, tmp_path / "alone")
     out = tmp_path / "together"
     jobs = together(server, lines, out)
-    assert ended(out) == expected
+    assert finished(out) == expected
     runs_of = {method: list(out.glob(f"*/{method}-*/")) for method in ("dorefa", "float")}
     assert {method: len(paths) for method, paths in runs_of.items()} == {"dorefa": different, "float": different // 4}
-    assert [trained(jobs, run) for paths in runs_of.values() for run in paths] == [1] * (different * 5 // 4)
+    assert [trainings(jobs, run) for paths in runs_of.values() for run in paths] == [1] * (different * 5 // 4)
 
     words = [*LONG, QUIET, "epochs=8"]
-    expected = alone(server, words, tmp_path / "alone-same")
+    expected = run_alone(server, words, tmp_path / "alone-same")
     out = tmp_path / "same"
     jobs = together(server, [words] * same, out)
-    assert ended(out) == expected
-    assert [trained(jobs, one(out, f"{method}-*")) for method in ("float", "dorefa")] == [1, 1]
+    assert finished(out) == expected
+    assert [trainings(jobs, one(out, f"{method}-*")) for method in ("float", "dorefa")] == [1, 1]
     assert sum(f"waiting: another process works on {one(out, 'dorefa-*')}" in job.stderr() for job in jobs) == same - 1
-    assert untrue(tmp_path) == unlike_once(tmp_path) == []
+    assert wrong_records(tmp_path) == wrong_logs(tmp_path) == []
     note(f"R24: {different} different runs at once equal their solo runs; of {same} identical ones {same - 1} waited")

@@ -1,4 +1,6 @@
-"""SIGINT, SIGTERM and SIGUSR1 at any moment: status 75, a checkpoint that verifies, nobody left behind (R16)."""
+"""SIGINT, SIGTERM and SIGUSR1 at any moment: status 75, a checkpoint that verifies, no process left
+(R16).
+"""
 
 import random
 import signal
@@ -22,16 +24,18 @@ WORDS = [
     "bits=w2a2g4",
     "epochs=4",
     "pretrain.epochs=3",
+    "optim.batch_size=192",
+    "pretrain.optim.batch_size=192",
     "runtime.checkpoint_seconds=0",
 ]
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SOON = 10.0
+SOON = 10.0  # seconds
 
 
 @pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.full)])
-def test_any_moment(tmp_path: Path, count: int) -> None:
+def test_a_signal_at_any_moment(tmp_path: Path, count: int) -> None:
     with faults.server() as server:
-        assert server.start(["--version"]).wait(120) == 0  # the server is warm now
+        assert server.start(["--version"]).wait(120) == 0  # the server is running now
         began = time.monotonic()
         alone = server.start([*WORDS, f"out={tmp_path / 'alone'}"])
         assert alone.wait(60) == 0, alone.stderr()
@@ -62,15 +66,15 @@ def test_any_moment(tmp_path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_while_waiting_for_another_process(configure: Configure, tmp_path: Path, kind: signal.Signals) -> None:
+def test_a_signal_while_waiting_for_another_process(configure: Configure, tmp_path: Path, kind: signal.Signals) -> None:
     config = configure(*WORDS)
     waited = planned_run(baseline_config(config)).path
     waited.mkdir(parents=True)
     with faults.server() as server, FileLock(waited / ".lock"):
         job = server.start([*WORDS, f"out={tmp_path}"])
         deadline = time.monotonic() + 30
-        said = job.folder / "stderr"
-        while not (said.exists() and "waiting" in said.read_text()) and time.monotonic() < deadline:
+        log = job.folder / "stderr"
+        while not (log.exists() and "waiting" in log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert "another process works on" in job.stderr()
         job.kill(kind)
@@ -78,7 +82,7 @@ def test_while_waiting_for_another_process(configure: Configure, tmp_path: Path,
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_a_second_interrupt_leaves_at_once_and_spoils_nothing(tmp_path: Path) -> None:
+def test_a_second_interrupt_ends_at_once_without_damage(tmp_path: Path) -> None:
     with faults.server() as server:
         alone = server.start([*WORDS, f"out={tmp_path / 'alone'}"])
         assert alone.wait(60) == 0
@@ -94,7 +98,7 @@ def test_a_second_interrupt_leaves_at_once_and_spoils_nothing(tmp_path: Path) ->
             assert finished_digests(out) == finished_digests(tmp_path / "alone"), i
 
 
-def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_evaluation_keeps_the_epoch(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     from qbench.data.dataset import Loader
     from qbench.errors import Interrupted
     from qbench.experiment.context import RunContext
@@ -102,22 +106,22 @@ def test_a_stop_during_a_long_evaluation_keeps_the_epoch(configure: Configure, m
     from qbench.runs.progress import ProgressReporter
 
     config = configure(*WORDS, "method=float", "bits=w32a32g32", "runtime.checkpoint_seconds=1e9")
-    plain, asked = Loader.unaugmented, []
+    original, signals = Loader.unaugmented, []
 
     def slow(self: Loader, name: str, limit: int | None = None, size: int = 500) -> Any:
-        for number, batch in enumerate(plain(self, name, limit, 20)):
-            if name == "val" and number == 1 and not asked:
-                asked.append(signal.SIGTERM)
+        for number, batch in enumerate(original(self, name, limit, 20)):
+            if name == "val" and number == 1 and not signals:
+                signals.append(signal.SIGTERM)
             yield batch
 
     monkeypatch.setattr(Loader, "unaugmented", slow)
     with pytest.raises(Interrupted):
         run(
             planned_run(config),
-            RunContext(ProgressReporter(quiet=True), lambda: int(asked[0]) if asked == [signal.SIGTERM] else 0),
+            RunContext(ProgressReporter(quiet=True), lambda: int(signals[0]) if signals == [signal.SIGTERM] else 0),
         )
     directory = planned_run(config).directory
     (newest, *_) = directory.checkpoints()
-    assert newest.name == "state-18.pt", "the whole first epoch, though its validation had only begun"
-    asked.append(signal.SIGTERM)
+    assert newest.name == "state-6.pt", "the whole first epoch, although its validation had only begun"
+    signals.append(signal.SIGTERM)
     assert run(planned_run(config), RunContext(ProgressReporter(quiet=True))).status == "done"

@@ -173,7 +173,7 @@ def test_a_run_without_a_known_protocol_changes_no_other_title(configure: Config
     ]  # fmt: skip
 
 
-def test_an_odd_result_is_torn_and_harms_no_other(configure: Configure) -> None:
+def test_an_invalid_result_is_corrupt_and_harms_no_other(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.0, 98.0)
     odd = [
         {"final": None},
@@ -189,21 +189,21 @@ def test_an_odd_result_is_torn_and_harms_no_other(configure: Configure) -> None:
         path.write_text(json.dumps(with_checksum(json.loads(path.read_text()) | change)))
     first, rest = tables(configure())
     assert settings_of(first)[1].top1.n == 1
-    assert [row[0] for row in rest.rows] == ["torn"] * len(odd)
+    assert [row[0] for row in rest.rows] == ["corrupt"] * len(odd)
 
 
-def test_torn_running_and_unfinished_runs_are_named(configure: Configure) -> None:
+def test_corrupt_running_and_unfinished_runs_are_named(configure: Configure) -> None:
     good = plant(configure("method=dorefa"), 97.0, 98.0)
     for seed, text in ((1, '{"schema": 1, "sta'), (2, "[]"), (3, '{"schema": 99}'), (4, "\xff\x00")):
-        torn = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0)
-        (torn / "result.json").write_text(text, encoding="latin-1")
+        corrupt = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0)
+        (corrupt / "result.json").write_text(text, encoding="latin-1")
     for seed in (5, 6):
         begun = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0)
         (begun / "result.json").unlink()
         (begun / "metrics.jsonl").write_text('{"kind": "epoch", "step": 18, "epoch": 0}\n{"kind": "epo')
     with FileLock(begun / ".lock"):
         *_, rest = tables(configure())
-    assert [row[0] for row in rest.rows] == ["running", "torn", "torn", "torn", "torn", "unfinished"]
+    assert [row[0] for row in rest.rows] == ["corrupt", "corrupt", "corrupt", "corrupt", "running", "unfinished"]
     assert rest.rows[-1][2] == "1 epochs done"
     assert good.name not in str(rest.rows)
 
@@ -226,7 +226,7 @@ def test_from_the_logs_where_the_result_is_missing(smoke: Configure) -> None:
     for event in path.glob("events.*"):
         event.write_bytes(event.read_bytes()[:100])
     (rest,) = (t for t in tables(config) if t.title == "failed or unsupported")
-    assert rest.rows[0][0] in ("unfinished", "torn")
+    assert rest.rows[0][0] in ("unfinished", "corrupt")
 
 
 def test_runs_can_be_moved_and_named_one_by_one(configure: Configure, tmp_path: Path) -> None:
@@ -383,8 +383,8 @@ def test_golden_json(planted: tuple[str, Path]) -> None:
 def test_a_record_gives_the_tables_of_its_runs(planted: tuple[str, Path], tmp_path: Path) -> None:
     here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "few.json"
     shutil.copytree(planted[0], here)
-    (here / "torn").mkdir()
-    (here / "torn" / "result.json").write_text("{")
+    (here / "corrupt").mkdir()
+    (here / "corrupt" / "result.json").write_text("{")
     file.write_text(asked.run_compare([str(here), "--format", "record"]))
     here.rename(there)
     assert asked.run_compare([str(file), "--format", "record"]) == file.read_text()
@@ -602,7 +602,7 @@ def test_published_results_and_the_gap_to_them(configure: Configure) -> None:
 # --- accuracies do not depend on other runs
 
 NAMES = st.tuples(st.sampled_from(["dorefa", "lsq", "ttq"]), st.sampled_from([1, 2, 4]), st.integers(0, 4))
-ENDED = st.tuples(NAMES, st.sampled_from(["failed", "diverged", "unsupported", "unfinished", "torn", "running"]))
+ENDED = st.tuples(NAMES, st.sampled_from(["failed", "diverged", "unsupported", "unfinished", "corrupt", "running"]))
 
 
 @pytest.fixture(scope="module")
@@ -616,7 +616,7 @@ def _run(model: Result, place: str, method: str, width: int, seed: int, status: 
     result = replace(
         model, method=method, bits=bits, seed=seed, status=status, run=place, identity=place, final=final, options={}
     )
-    known = status not in ("unfinished", "torn", "running")
+    known = status not in ("unfinished", "corrupt", "running")
     return RunRecord(path=Path(place), status=status, reason="why", result=result if known else None)
 
 
@@ -672,4 +672,4 @@ def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, m
     assert sorted(named) == sorted(str(p) for p in out.iterdir())
     assert [run.top1 for run in runs[:1]] == [97.0]
     statuses = [v.status for v in missing]
-    assert statuses == (["torn"] if victim.name == "result.json" and victim.read_bytes() != bytes(old) else [])
+    assert statuses == (["corrupt"] if victim.name == "result.json" and victim.read_bytes() != bytes(old) else [])

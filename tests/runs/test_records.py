@@ -1,4 +1,4 @@
-"""Durable files, a run's directory and lock, logs cut back to a checkpoint, the progress reporter."""
+"""Durable files, a run's directory and lock, logs cut to a checkpoint, the progress reporter."""
 
 import dataclasses
 import errno

@@ -90,7 +90,9 @@ COLUMNS = (
     _column("n", "accuracy", lambda s: s.top1.n, descending=True),
     _column("95 % CI", "accuracy", lambda s: s.top1.ci95_half, "±{:.2f}", empty=""),
     _column("diff", "accuracy", lambda s: s.difference.mean if s.difference else None, "{:+.2f}", descending=True),
-    _column("diff 95 % CI", "accuracy", lambda s: s.difference.ci95_half if s.difference else None, "±{:.2f}", empty=""),
+    _column(
+        "diff 95 % CI", "accuracy", lambda s: s.difference.ci95_half if s.difference else None, "±{:.2f}", empty=""
+    ),
     Column(
         PUBLISHED, PUBLISHED, _published_key, lambda s: s.published[0].text if s.published else "", True, ""
     ),

@@ -27,7 +27,8 @@ def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) 
     pairs = [(run, kept[run.result.identity]) for run in duplicates if run.result]
     unlike = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs if _top1(run) != _top1(other)]
     if unlike:
-        yield f"duplicates with another top-1 ({len(unlike)}), from other versions or machines: {unlike[0]}{_more(unlike)}"
+        count = len(unlike)
+        yield f"duplicates with another top-1 ({count}), from other versions or machines: {unlike[0]}{_more(unlike)}"
 
 
 def _more(items: Sequence[object]) -> str:

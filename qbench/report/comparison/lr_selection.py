@@ -1,4 +1,6 @@
-"""`lr_search=grid`: selects the learning rate of a method at its widths by validation accuracy, without test accuracy."""
+"""`lr_search=grid`: selects the learning rate of a method at its widths by validation accuracy, without test
+accuracy.
+"""
 
 import math
 from collections import defaultdict

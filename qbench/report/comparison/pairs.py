@@ -1,4 +1,5 @@
-"""Pairwise conclusions: which settings differ at the same widths, which are equivalent, and how many seeds would decide.
+"""Pairwise conclusions: which settings differ at the same widths, which are equivalent, and how many seeds would
+decide.
 
 Each pair of settings in a table at the same widths is tested twice: for a difference, and for equivalence within a
 margin. Runs are paired by seed, and by test image where predictions are kept. Each of both tests is adjusted by Holm's

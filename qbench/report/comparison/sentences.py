@@ -1,4 +1,6 @@
-"""Conclusions in words: one sentence for each widths, the best setting against the others; and which error is larger."""
+"""Conclusions in words: one sentence for each widths, the best setting against the others; and which error is
+larger.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -36,7 +36,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedAccuracy:
-    """One run of a setting: seed, directory, test top-1 in percent, and the same of its float baseline, if it has one."""
+    """One run of a setting: seed, directory, test top-1 in percent, and the same of its float baseline, if it has
+    one.
+    """
 
     seed: int
     run: str

@@ -26,7 +26,8 @@ TITLES = {
     "bits": "Accuracy over bit width; bars: 95 % confidence intervals over seeds",
     "pareto": "Accuracy over cost; bars: 95 % confidence intervals over seeds; rings: Pareto front",
     "curves": "Learning curves: float training left of the line, quantized training right; bands: range over seeds",
-    "layers": "Layer outputs: SQNR to the float output with the same latent weights, best scale; bands: range over seeds",
+    "layers": "Layer outputs: SQNR to the float output with the same latent weights, best scale; "
+    "bands: range over seeds",
 }
 KINDS: dict[str, Callable[[Figure, PlotData], None]] = {
     "bits": bits, "pareto": pareto, "curves": curves, "layers": layers,

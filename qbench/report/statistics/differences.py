@@ -4,7 +4,8 @@ The two groups of runs are paired: by seed and, where single predictions are kep
 
 Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`), not from `scipy.stats`, whose `t.cdf` and
 `t.ppf` give the same numbers: `qbench compare` needs these functions whenever it compares two settings, importing
-`scipy.stats` takes about three times as long as `scipy.special` (0.7 s, 0.2 s), and each call about 35 times, which counts
+`scipy.stats` takes about three times as long as `scipy.special` (0.7 s, 0.2 s), and each call about 35 times, which
+counts
 with thousands of pairs. The tests compare all results with those of `scipy.stats`. scipy and numpy are imported where
 they are used.
 """

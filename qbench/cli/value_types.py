@@ -1,0 +1,102 @@
+"""Types of flag values for argparse: each converts the text behind a flag, or raises what is allowed instead."""
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from qbench.bits import FLOAT
+from qbench.config.schema import did_you_mean
+
+PREDICTION_SUFFIXES = (".csv", ".npy")
+
+
+def one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    """Return a type of value: one of some names."""
+    names = list(choices)
+
+    def convert(value: str) -> str:
+        if value not in names:
+            raise argparse.ArgumentTypeError(f"{value}{did_you_mean(value, names)}\nallowed: {', '.join(names)}")
+        return value
+
+    return convert
+
+
+def list_of(choices: Iterable[str] | None = None) -> Callable[[str], tuple[str, ...]]:
+    """Return a type of value: names in a comma-separated list, each one of `choices` where these are given."""
+    check: Callable[[str], str] = str if choices is None else one_of(choices)
+
+    def convert(value: str) -> tuple[str, ...]:
+        parts = tuple(check(part) for part in value.split(",") if part)
+        if not parts:
+            raise argparse.ArgumentTypeError("wants a value")
+        return parts
+
+    return convert
+
+
+def integer(low: int, high: int | None = None, what: str = "a whole number") -> Callable[[str], int]:
+    """Return a type of value: a whole number low <= n <= high."""
+    allowed = f"{what} from {low} " + (f"to {high}" if high is not None else "on")
+
+    def convert(value: str) -> int:
+        if not (value.isascii() and value.isdecimal()) or len(value) > 18:
+            raise argparse.ArgumentTypeError(f"{value}: allowed is {allowed}")
+        if int(value) < low or (high is not None and int(value) > high):
+            raise argparse.ArgumentTypeError(f"{value}: allowed is {allowed}")
+        return int(value)
+
+    return convert
+
+
+def points(value: str) -> float:
+    """Convert a margin in points of top-1, 0 < margin <= 100."""
+    try:
+        margin = float(value)
+    except ValueError:
+        margin = 0.0
+    if not 0 < margin <= 100:
+        raise argparse.ArgumentTypeError(f"{value}: allowed is a number of points of top-1 above 0, such as 0.5")
+    return margin
+
+
+def file_with_suffix(*suffixes: str) -> Callable[[str], Path]:
+    """Return a type of value: a file to write whose name ends in one of `suffixes`."""
+
+    def convert(value: str) -> Path:
+        path = Path(value)
+        if path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{value}: the suffix chooses the format\nallowed: {', '.join(suffixes)}")
+        return path
+
+    return convert
+
+
+def some_text(value: str) -> str:
+    """Convert a value that may be any text but the empty one."""
+    if not value:
+        raise argparse.ArgumentTypeError("wants a value")
+    return value
+
+
+def some_path(value: str) -> Path:
+    """Convert the name of a file."""
+    return Path(some_text(value))
+
+
+def weight_widths(value: str) -> tuple[int, ...]:
+    """Convert a comma-separated list of bit widths; return them ascending, each once."""
+    parts = value.split(",")
+    if not all(part.isascii() and part.isdecimal() and len(part) < 3 and 1 <= int(part) < FLOAT for part in parts):
+        raise argparse.ArgumentTypeError(f"{value}: allowed are numbers from 1 to {FLOAT - 1}, such as 2,4,8")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def prediction_file(value: str) -> Path:
+    """Convert the name of a file of predictions, in a directory that exists."""
+    path = Path(value)
+    if path.suffix not in PREDICTION_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{value}: allowed are files that end in {' or '.join(PREDICTION_SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{value}: no such directory: {path.parent}")
+    return path
