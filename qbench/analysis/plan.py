@@ -5,15 +5,14 @@ timed training steps on random images.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun
 from qbench.bits import FLOAT
-from qbench.config.schema import baseline_config
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batch_size_and_steps
-from qbench.experiment.planned_run import PlannedRun, planned_run
+from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup
 from qbench.papers.recipe_differences import recipe_differences
 from qbench.report.tables.table import Table
@@ -55,8 +54,8 @@ def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[Planned
     cost = estimator.run_cost(planned)
     if isinstance(cost, UnsupportedRun) or not cost.setup.needs_baseline:
         return [planned]
-    norm = cost.setup.method.requires.norm
-    return [planned_run(baseline_config(planned.config, norm)), planned]  # costs are shared by seeds, baselines are not
+    # the setup belongs to one of the seeds; the baseline must have this run's seed
+    return [replace(cost.setup, config=planned.config).baseline, planned]
 
 
 def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) -> float:
