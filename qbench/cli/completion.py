@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 
 from qbench.cli.arguments import SubcommandParser
-from qbench.cli.parsers import OVERRIDES, PARSERS
+from qbench.cli.parsers import PARSERS
+from qbench.cli.run_parsers import OVERRIDES
 from qbench.config.groups import group_names, option_names
 from qbench.errors import ConfigError
 
