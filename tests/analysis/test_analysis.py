@@ -444,7 +444,7 @@ def test_a_float_run_is_asked_by_a_method(run: Path, tmp_path: Path, capsys: pyt
         (["inspect"], 2, "wants the directory of one run"),
         (["inspect", "nowhere"], 2, "no such directory"),
         (["inspect", "RUN", "--sort", "hurtt"], 2, "did you mean hurt"),
-        (["inspect", "RUN", "--imges=3"], 2, "did you mean images"),
+        (["inspect", "RUN", "--imges=3"], 2, "did you mean --images?"),
         (["inspect", "RUN", "--images", "0"], 2, "whole number from 1"),
         (["inspect", "RUN", "method=lsq"], 2, "has no effect"),
         (["evaluate", "RUN", "--predictions", "p.txt"], 2, ".csv or .npy"),
