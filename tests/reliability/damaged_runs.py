@@ -1,7 +1,6 @@
-"""Finished and interrupted runs, and damaged copies of their files; a pytest plugin with their
-fixtures.
-"""
+"""Finished and interrupted runs, and damaged copies of files, for the tests of damage."""
 
+import functools
 import random
 import shutil
 import signal
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import counted
 
 from qbench.config import compose
@@ -23,7 +21,7 @@ from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import Result, load_result
 
 SIZE = ("optim.batch_size=128", "pretrain.optim.batch_size=128")  # 9 steps per epoch
-WORDS = ("experiment=smoke", "method=dorefa", "epochs=2", "runtime.checkpoint_seconds=0", *SIZE)
+WORDS = ("experiment=smoke", "method=dorefa", "epochs=2", "runtime.checkpoint_seconds=0", "runtime.log_every=5", *SIZE)
 STOP_AT = 15  # call of `stop` at which the run is interrupted, in its second epoch
 JUNK = (b"\n", b"\0", b"junk" * 5000)
 
@@ -61,24 +59,17 @@ def run_config(config: Config, stop_at: int | None = None) -> tuple[Result, list
     return run(planned_run(config), RunContext(reporter, stop)), messages
 
 
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished run of dorefa with its baseline and event files, and of seed
-    1.
-    """
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("whole")
+@functools.cache
+def _finished_runs(folder: Path) -> Path:
+    out = folder / "whole"
     run_config(compose_config(out, tensorboard=True))
     run_config(compose_config(out, "seed=1"))
     return out
 
 
-@pytest.fixture(scope="session")
-def interrupted(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the same folder, but both runs of dorefa were interrupted: each has two checkpoints."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("interrupted")
-    shutil.copytree(whole, out, dirs_exist_ok=True)
+@functools.cache
+def _interrupted_runs(folder: Path) -> Path:
+    out = shutil.copytree(_finished_runs(folder), folder / "interrupted")
     for path in out.rglob("dorefa-*"):
         shutil.rmtree(path)
     for seed in (0, 1):
@@ -86,6 +77,24 @@ def interrupted(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             run_config(compose_config(out, f"seed={seed}"), stop_at=STOP_AT)
         assert len(planned_run(compose_config(out, f"seed={seed}")).directory.checkpoints()) == 2
     return out
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run of dorefa with its baseline and event files, and of seed 1.
+
+    All tests share it.
+    """
+    return _finished_runs(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same folder, but both runs of dorefa were interrupted: each has two checkpoints.
+
+    All tests share it.
+    """
+    return _interrupted_runs(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import damaged_runs
 import pytest
 import torch
 from conftest import counted
@@ -34,7 +35,9 @@ from qbench.runs.result import load_result
 from qbench.training.checkpoint import unpack, weights_sha256
 from qbench.training.initial_weights import is_intact, load_initial_weights
 
-pytest_plugins = ["damaged_runs"]
+whole = damaged_runs.whole
+interrupted = damaged_runs.interrupted
+copy_of = damaged_runs.copy_of
 
 
 @flips_and_cuts

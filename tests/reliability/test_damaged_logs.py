@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import damaged_runs
 import pytest
 from conftest import counted
 from damaged_runs import compose_config, digest, directory, run_config
@@ -19,7 +20,9 @@ from qbench.runs.event_files import RECORD_OVERHEAD
 from qbench.runs.reader import FROM_LOGS, read, read_run
 from qbench.runs.result import load_result
 
-pytest_plugins = ["damaged_runs"]
+whole = damaged_runs.whole
+interrupted = damaged_runs.interrupted
+copy_of = damaged_runs.copy_of
 
 
 def copy_logs(whole: Path, out: Path, *, events: bool = False) -> Path:

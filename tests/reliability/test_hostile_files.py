@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import damaged_runs
 import pytest
 import torch
 from conftest import ROOT, counted
@@ -29,7 +30,9 @@ from qbench.experiment.setup import assemble
 from qbench.training.checkpoint import bounded_memory, pack, unpack
 from qbench.training.initial_weights import is_intact, load_initial_weights
 
-pytest_plugins = ["damaged_runs"]
+whole = damaged_runs.whole
+interrupted = damaged_runs.interrupted
+copy_of = damaged_runs.copy_of
 
 
 PROTOCOL = b"\x80\x02"
