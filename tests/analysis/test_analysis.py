@@ -457,7 +457,7 @@ def test_sensitivity_of_a_float_run_by_a_named_method(
     [
         (["inspect"], 2, "wants the directory of one run"),
         (["inspect", "nowhere"], 2, "no such directory"),
-        (["inspect", "RUN", "--sort", "hurtt"], 2, "did you mean hurt"),
+        (["inspect", "RUN", "--sort", "leave-one-ou"], 2, "did you mean leave-one-out"),
         (["inspect", "RUN", "--imges=3"], 2, "did you mean --images?"),
         (["inspect", "RUN", "--images", "0"], 2, "whole number from 1"),
         (["inspect", "RUN", "method=lsq"], 2, "has no effect"),
