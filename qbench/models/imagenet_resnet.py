@@ -59,7 +59,8 @@ class PostBlock(nn.Module):
             if i < self.count:
                 y = self.get_submodule(f"act{i}")(y)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.get_submodule(f"act{self.count}")(y + shortcut)  # type: ignore[no-any-return]
+        result: Tensor = self.get_submodule(f"act{self.count}")(y + shortcut)
+        return result
 
     def feeds(self) -> dict[str, tuple[str, ...]]:
         """Return the activations within the block, with the layer that each feeds alone."""
@@ -95,7 +96,8 @@ class PreBlock(nn.Module):
         for i in range(2, self.count + 1):
             for part in ("bn", "act", "conv"):
                 y = self.get_submodule(f"{part}{i}")(y)
-        return self.bn(y) + shortcut  # type: ignore[no-any-return]
+        result: Tensor = self.bn(y) + shortcut
+        return result
 
     def feeds(self) -> dict[str, tuple[str, ...]]:
         """Return the activations, with the layers that each feeds alone."""
@@ -142,7 +144,8 @@ class ResNet(nn.Module):
             x = self.get_submodule(f"layer{stage}")(x)
         if self.form == "pre":
             x = self.act(self.bn(x))
-        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 def build(

@@ -35,7 +35,8 @@ class MLP(nn.Module):
         for i in range(1, self.hidden + 1):
             for part in ("fc", "bn", "act"):
                 x = self.get_submodule(f"{part}{i}")(x)
-        return self.get_submodule(f"fc{self.hidden + 1}")(x)  # type: ignore[no-any-return]
+        logits: Tensor = self.get_submodule(f"fc{self.hidden + 1}")(x)
+        return logits
 
 
 def build(

@@ -83,7 +83,8 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, classes)."""
-        return self.classifier(self.features(x_NCHW).mean((2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.classifier(self.features(x_NCHW).mean((2, 3)))
+        return logits
 
 
 def divisible(channels: float) -> int:

@@ -71,7 +71,8 @@ class PreBlock(nn.Module):
             x = self.downsample(inner)
         elif self.pad is not None:
             x = self.pad(x)
-        return x + self.conv2(self.act2(self.bn2(self.conv1(inner))))  # type: ignore[no-any-return]
+        result: Tensor = x + self.conv2(self.act2(self.bn2(self.conv1(inner))))
+        return result
 
     def feeds(self) -> dict[str, tuple[str, ...]]:
         """Return the activations that feed layers alone, with those layers."""
@@ -105,7 +106,8 @@ class PostBlock(nn.Module):
             x = self.downsample(x)
         elif self.pad is not None:
             x = self.pad(x)
-        return self.act2(x + branch)  # type: ignore[no-any-return]
+        result: Tensor = self.act2(x + branch)
+        return result
 
     def feeds(self) -> dict[str, tuple[str, ...]]:
         """Return the activation within the block, with the layer that it feeds alone."""
@@ -184,7 +186,8 @@ class ResNet(nn.Module):
             x = self.get_submodule(stage)(x)
         if self.form == "pre":
             x = self.act(self.bn(x))
-        return self.fc(torch.mean(x, (2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.fc(torch.mean(x, (2, 3)))
+        return logits
 
 
 def build(

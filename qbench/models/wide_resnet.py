@@ -35,7 +35,8 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum of shortcut and branch."""
         y = self.dropout(self.conv1(self.act1(self.bn1(x))))
-        return self.conv2(self.act2(self.bn2(y))) + self.shortcut(x)  # type: ignore[no-any-return]
+        result: Tensor = self.conv2(self.act2(self.bn2(y))) + self.shortcut(x)
+        return result
 
 
 class WideResNet(nn.Module):
@@ -66,14 +67,16 @@ class WideResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight, gain=math.sqrt(2))
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, classes)."""
         x = self.conv1(x_NCHW)
         for stage in ("layer1", "layer2", "layer3"):
             x = self.get_submodule(stage)(x)
-        return self.linear(self.act(self.bn1(x)).mean((2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.linear(self.act(self.bn1(x)).mean((2, 3)))
+        return logits
 
 
 def build(
