@@ -82,9 +82,10 @@ def distilled(
     Public code of the latter averages over classes too, which makes the same weight ten times
     smaller on ten classes.
 
-    Args: teacher: a network that takes the same images; it is evaluated, never trained. hard:
-        (logits, labels) -> the loss against labels; if the method has a loss, that one is used
-        instead.
+    Args:
+        teacher: a network that takes the same images; it is evaluated, never trained.
+        hard: (logits, labels) -> the loss against labels; if the method has a loss, that one is
+            used instead.
     """
     hard_loss: Loss = method.loss or (lambda model, logits, batch: hard(logits, batch[1]))
 

@@ -96,7 +96,7 @@ def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
     """Return what `lookup` returns, faster on the CPU for up to some 30 edges.
 
-    It compares with every edge.
+    There it compares with every edge.
     """
     if x.device.type != "cpu" or len(edges) > MAX_EDGES:
         return lookup(x, edges, heights)

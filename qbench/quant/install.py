@@ -64,10 +64,12 @@ def install(
     Parameters keep their names and identity, so that optimizers, hooks and float checkpoints still
     work.
 
-    Args: policy: which layers; by default all except the first and the last. example: one image
-        batch (N, C, H, W) to find the execution order with; without it, order of registration. act:
-        "keep" or "fused" for the activation functions in front of input quantizers; "auto" as the
-        method needs.
+    Args:
+        policy: which layers; by default all except the first and the last.
+        example: one image batch (N, C, H, W) to find the execution order with; without it, order of
+            registration.
+        act: "keep" or "fused" for the activation functions in front of input quantizers; "auto" as
+            the method needs.
 
     Raises:
         Unsupported: the method does not support a width, or the network does not fit it.

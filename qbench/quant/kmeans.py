@@ -63,8 +63,9 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
     precision and for a tensor that is not contiguous or not on the CPU, and 4 (k + 100) for each of
     the bins or of `EXACT`.
 
-    Raises: ValueError: no values, values that are not finite or not floating-point, or k below the
-        number of pins or 1.
+    Raises:
+        ValueError: no values, values that are not finite or not floating-point, or k below the
+            number of pins or 1.
     """
     pins = _check(values, k, pinned)
     half = values.dtype in (torch.float16, torch.bfloat16)

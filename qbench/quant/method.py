@@ -35,9 +35,9 @@ class Unsupported(Exception):
 class Requires:
     """What a method requires of the network around its quantizers.
 
-    Args: norm: the batch normalization in front of the input quantizer. "no_affine" has no scale
-        and shift; None accepts
-            whatever the network has.
+    Args:
+        norm: the batch normalization in front of the input quantizer. "no_affine" has no scale and
+            shift; None accepts whatever the network has.
         act: the activation function in front of the input quantizer. "keep" leaves it there.
             "fused" removes it, because the quantizer is the activation. "either" contains the
             activation, so that both give the same values; it is removed where the network says
@@ -67,15 +67,17 @@ class Method:
     A method holds no state: masks, scales, phases, orders are buffers or parameters of its
     quantizer modules, so that one state_dict resumes it.
 
-    Args: name: the usual name of the method; the row of a table begins with it. bits: the widths of
-        this value. supported_bits: widths that the method supports for w, a and g, always including
-        32. requires: what the method requires of the network. traits: declared properties that
-        `qbench check` tests. "odd", "monotone", "idempotent": of the weights'
-            function within a scale group. "monotone_input", "idempotent_input": of the activations'
-            function. "clipped_input": its gradient is 0 beyond the levels and nowhere between them.
-            "cells_input": up to 8 bits its backward pass needs no more than the level (see
-            `ops.compress_activations`). "no_master": the parameters themselves lie on the levels,
-            so that nothing may average them.
+    Args:
+        name: the usual name of the method; the row of a table begins with it.
+        bits: the widths of this value.
+        supported_bits: widths that the method supports for w, a and g, always including 32.
+        requires: what the method requires of the network.
+        traits: declared properties that `qbench check` tests. "odd", "monotone", "idempotent": of
+            the weights' function within a scale group. "monotone_input", "idempotent_input": of the
+            activations' function. "clipped_input": its gradient is 0 beyond the levels and nowhere
+            between them. "cells_input": up to 8 bits its backward pass needs no more than the level
+            (see `ops.compress_activations`). "no_master": the parameters themselves lie on the
+            levels, so that nothing may average them.
         weight, input, output: see `QuantizerFactory` and `OutputFactory`.
         prepare: (model, probe), once, after the quantizers are in place and before the optimizer
             exists; not on a resume.

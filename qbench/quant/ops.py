@@ -225,12 +225,15 @@ def fused_quantizer(
     The result need not be saved either: what reads it inside `recompute_in_backward` computes it a
     second time instead. Therefore nothing may be written into it.
 
-    Args: learned: scales and the like that get gradients. plain: (x, *learned) -> x quantized, in
-        operations that autograd differentiates: the definition. value: the same numbers in as few
-        passes as possible, in place except for the first. backward: (grad, x, *learned) -> the
-        gradient of x, or those of x and of all `learned`. cells: the cells of the step function, if
-        it has no more than `MAX_CELLS`. repeatable: whether `value` gives the same numbers again.
-        Where it draws random numbers, the result is saved.
+    Args:
+        learned: scales and the like that get gradients.
+        plain: (x, *learned) -> x quantized, in operations that autograd differentiates: the
+            definition.
+        value: the same numbers in as few passes as possible, in place except for the first.
+        backward: (grad, x, *learned) -> the gradient of x, or those of x and of all `learned`.
+        cells: the cells of the step function; more than `MAX_CELLS` are not used.
+        repeatable: whether `value` gives the same numbers again. Where it draws random numbers, the
+            result is saved.
     """
     if torch.compiler.is_compiling() or not _fused.get():
         return plain(x, *learned)

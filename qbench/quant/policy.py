@@ -30,9 +30,10 @@ class Policy:
     A number sets w, and also a if the method's a is below 32. First and last are meant by execution
     order; downsample layers are 1x1 convolutions with `downsample` or `shortcut` in their name.
 
-    Args: input: the image: `same` as the first layer's activations, `float` or a number of bits. It
-        is rounded over
-            `image_range`, not by the method, whose activation quantizer is made for activations.
+    Args:
+        input: the image: `same` as the first layer's activations, `float` or a number of bits. It
+            is rounded over `image_range`, not by the method, whose activation quantizer is made for
+            activations.
         rules: layer-name pattern (fnmatch) -> width, in order.
         image_range: per channel (lowest, highest) value of an image as the network gets it.
     """

@@ -96,10 +96,12 @@ def error_corrected(
 
     By block-coordinate descent in float64.
 
-    Args: codebooks, codes: as `product_codes` returns them. w: the float weights, which `ridge`
-        (above 0, in units of the inputs' mean square) pulls towards. inputs: (N, G, P, Cs), the
-        inputs of each response; (N, 1, 1, Cs) for a linear layer. targets: (N, Ct), the responses
-        wanted, without bias.
+    Args:
+        codebooks, codes: as `product_codes` returns them.
+        w: the float weights, which `ridge` (above 0, in units of the inputs' mean square) pulls
+            towards.
+        inputs: (N, G, P, Cs), the inputs of each response; (N, 1, 1, Cs) for a linear layer.
+        targets: (N, Ct), the responses wanted, without bias.
     """
     (m, _, s), (n, g, p, _) = codebooks.shape, inputs.shape
     # Gram matrix of the inputs, per group, with the ridge on its diagonal.

@@ -41,10 +41,10 @@ def one_group(values: Tensor) -> Tensor:
 class Grid:
     """The values that a quantized tensor may take.
 
-    Args: points: (groups, levels, dimension), the allowed values of every scale group. Scalars are
-        ascending. Groups
-            with fewer levels are padded with NaN. The dimension is 1, and larger only for product
-                codes.
+    Args:
+        points: (groups, levels, dimension), the allowed values of every scale group. Scalars are
+            ascending. Groups with fewer levels are padded with NaN. The dimension is 1, and larger
+            only for product codes.
         arrange: brings a tensor into (groups, elements, dimension), so that the elements of a group
             can be compared with the points of that group.
     """
@@ -58,8 +58,9 @@ class Quantizer(nn.Module):
 
     `forward` depends on the slot:
 
-        weights, input    forward(x) -> x_hat output            forward(y, x) -> y, where x is the
-        layer's input; its backward pass may quantize dL/dy
+        weights, input    forward(x) -> x_hat
+        output            forward(y, x) -> y, where x is the layer's input; its backward pass may
+                          quantize dL/dy
 
     A subclass overrides the declarations below where the defaults do not fit. Verification, costs,
     training and reports read these declarations, never the class.

@@ -26,11 +26,13 @@ class NotQuantized(Exception):
 def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]:
     """Count levels in every quantized layer during one forward and backward pass.
 
-    Returns: layer -> w, a, g (those quantized) -> the levels found in the fullest scale group and
-        those allowed there.
+    Returns:
+        layer -> w, a, g (those quantized) -> the levels found in the fullest scale group and those
+            allowed there.
 
-    Raises: NotQuantized: some value is off its grid, or a quantizer declares none; the message
-        names layer and tensor.
+    Raises:
+        NotQuantized: some value is off its grid, or a quantizer declares none; the message names
+            layer and tensor.
     """
     layers = quantized_layers(model)
     slots = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q", "output_q")]

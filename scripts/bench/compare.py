@@ -1,5 +1,4 @@
-"""Times `qbench compare` over many results: reading, grouping, statistics, printing, and the whole
-command.
+"""Times `qbench compare` over many results, step by step and as a whole command.
 
     .venv/bin/python scripts/bench/compare.py [--runs 10000] [--rounds 3] [--predictions 0]
 

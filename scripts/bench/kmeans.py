@@ -1,5 +1,4 @@
-"""Time and inertia of one-dimensional k-means, labels included, against numpy's sort and other
-packages; one thread.
+"""Time and inertia of one-dimensional k-means, against np.sort and other packages.
 
     .venv/bin/python scripts/bench/kmeans.py
 

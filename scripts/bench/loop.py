@@ -1,5 +1,4 @@
-"""Times an epoch of the training loop, with logging and progress on, against a bare loop over the
-same model and data.
+"""Times an epoch of the training loop, with logging and progress, against a bare loop.
 
 .venv/bin/python scripts/bench/loop.py [--rounds 21] [KEY=VALUE ...]
 """

@@ -1,6 +1,4 @@
-"""Shared by the benchmarks: contenders timed in turn within one process, ratios by round, tables in
-Markdown.
-"""
+"""Interleaved timing of contenders in one process, ratios by round, tables in Markdown."""
 
 import os
 import platform

@@ -1,5 +1,4 @@
-"""Memory that ResNet-20 (batch 64, 3x32x32) keeps for the backward pass, for every method that
-quantizes activations.
+"""Memory that ResNet-20 keeps for the backward pass under each method (batch 64, 3x32x32).
 
     .venv/bin/python scripts/bench/memory.py
 

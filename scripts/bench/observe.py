@@ -1,5 +1,4 @@
-"""Times epochs with runtime.observe off, light and full, each with what is logged and saved after
-it.
+"""Times epochs with runtime.observe off, light and full, logging and saving included.
 
     .venv/bin/python scripts/bench/observe.py [--rounds 21] [KEY=VALUE ...]
 

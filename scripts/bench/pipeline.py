@@ -1,5 +1,4 @@
-"""Images per second of the batch pipeline: crop (pad 4), mirror and normalise 3x32x32 images of
-uint8, on one thread.
+"""Images per second of crop (pad 4), mirror and normalise on 3x32x32 uint8 images; one thread.
 
     .venv/bin/python scripts/bench/pipeline.py
 

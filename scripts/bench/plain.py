@@ -1,6 +1,4 @@
-"""The network and the step that all contenders share: ResNet-20 for 3x32x32 images, batch 64, cross
-entropy, SGD.
-"""
+"""The network and step that all contenders share: ResNet-20, 3x32x32, batch 64, SGD."""
 
 from collections.abc import Callable, Iterable
 
