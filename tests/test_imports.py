@@ -27,7 +27,7 @@ LAYERS = (  # a folder imports from folders below it in this list, never from on
     "bits",
     "errors",
 )
-SUBLAYERS = {"report": ("html", "plots", "quantizer_plots", "comparison", "tables", "statistics")}
+SUBLAYERS = {"report": ("html", "quantizer_plots", "plots", "comparison", "tables", "statistics")}
 """The same order inside a folder of folders."""
 ONLY = {  # folders that stay usable on their own, and all that they may import
     "bits": set(),
@@ -40,7 +40,7 @@ ONLY = {  # folders that stay usable on their own, and all that they may import
     "models": {"system"},
     "methods": {"bits", "quant"},
     "deviations": {"bits", "methods", "quant"},
-    "report/quantizer_plots": {"bits", "quant"},
+    "report/quantizer_plots": {"bits", "quant", "report/plots"},
     "report/statistics": set(),
     "report/tables": {"config", "errors", "report/statistics", "runs"},
 }

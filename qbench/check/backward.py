@@ -1,4 +1,4 @@
-"""Properties of the backward pass: what is trained gets a gradient, and learned parameters get the right one."""
+"""Properties of the backward pass: what is trained gets a gradient, and the right one."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,10 @@ from qbench.quant.ops import without_rounding
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 FLOOR = 1e-4
-"""Gradients below this, for an upstream gradient of about 1, count as zero: sums that cancel out leave rounding."""
+"""Gradients below this count as zero.
+
+For an upstream gradient of about 1: sums that cancel out leave rounding errors.
+"""
 
 TOLERANCE = 1e-4
 """Largest relative difference of a gradient from finite differences."""
@@ -30,10 +33,13 @@ HINTS = {
 
 
 def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
-    """In the first epoch, weights, inputs and learned parameters get gradients, finite and not zero everywhere.
+    """In the first epoch, weights, inputs and learned parameters get useful gradients.
 
-    Quantizers are checked one by one, so that one which stops the gradient is not blamed on the layers before it. Not
-    applicable to post-training methods, weights that require no gradient, and layers whose weights are all frozen.
+    Useful means finite and not zero everywhere.
+
+    Quantizers are checked one by one, so that one which stops the gradient is not blamed on the
+    layers before it. Not applicable to post-training methods, weights that require no gradient, and
+    layers whose weights are all frozen.
     """
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
@@ -52,7 +58,7 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """Yield what must get a gradient from each of a layer's quantizers, and the gradients that it gets."""
+    """Yield what must get a gradient from each quantizer of a layer, and the gradients it gets."""
     all_frozen = isinstance(layer.weight_q, FrozenWeight) and layer.weight_q.complete
     fixed = not layer.weight.requires_grad or all_frozen
     cases: list[tuple[str, Quantizer, Callable[[Tensor], Tensor], Tensor]] = [
@@ -85,8 +91,9 @@ def _derivatives(result: Tensor, upstream: Tensor, inputs: Sequence[Tensor]) -> 
 def _balanced_over_levels(result: Tensor) -> Tensor:
     """Return random upstream gradients whose sum over equal values is 0.
 
-    Then a scale, which moves whole levels, gets no gradient, and what arrives has come through the rounding. They are
-    left as drawn if most values occur once: such a tensor has no levels, or more of them than elements.
+    Then a scale, which moves whole levels, gets no gradient, and what arrives has come through the
+    rounding. They are left as drawn if most values occur once: such a tensor has no levels, or more
+    of them than elements.
     """
     upstream = torch.randn_like(result)
     _, level, count = torch.unique(result, return_inverse=True, return_counts=True)
@@ -109,7 +116,10 @@ def _arrived(name: str, what: str, grads: list[Tensor | None]) -> None:
 
 
 def learned_parameters(subject: MethodUnderTest, bits: Bits) -> None:
-    """Gradients of learned parameters agree with finite differences in float64, with rounding switched off."""
+    """Gradients of learned parameters agree with finite differences.
+
+    In float64, with rounding switched off.
+    """
     checked = 0
     for name, layer in subject.layers(bits):
         x = torch.rand(2, layer.weight.shape[1], 4, 4, dtype=torch.float64) * 1.5

@@ -20,19 +20,21 @@ DRAWS = 400
 """Of every randomly rounded tensor."""
 
 CHANCE = 1e-9
-"""Probability that an unbiased rounding misses Hoeffding's bound (1963) for the mean of bounded draws."""
+"""Probability that an unbiased rounding misses Hoeffding's bound (1963) for a mean of bounded
+draws.
+"""
 
 
 def levels(subject: MethodUnderTest, bits: Bits) -> None:
-    """Weights, activations and gradients lie on the declared levels, and these are not too many for the width."""
-    found = verified(subject.network(bits))
-    if not found:
+    """Values lie on the declared levels, and these are not too many for the width."""
+    level_counts = verified(subject.network(bits))
+    if not level_counts:
         raise PropertyViolation("no layer is quantized")
     for key, width in bits._asdict().items():
         if width == FLOAT:
             continue
         limit = 2**width + 1
-        counts = [layer[key] for layer in found.values() if key in layer]
+        counts = [layer[key] for layer in level_counts.values() if key in layer]
         if not counts:
             raise PropertyViolation(f"bits.{key}={width} quantizes nothing")
         mean = sum(count.allowed for count in counts) / len(counts)
@@ -43,7 +45,10 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
-    """Whether the levels of weights are vectors: a codebook for several weights at a time has more of them."""
+    """Whether the levels of weights are vectors.
+
+    A codebook for several weights at a time has more levels than the width of one weight allows.
+    """
     _, layer = next(subject.layers(bits))
     return key == "w" and declared_grid(layer.weight_q, layer.weight).points.shape[-1] > 1
 
@@ -72,7 +77,7 @@ def _declared_traits(subject: MethodUnderTest, bits: Bits, *traits: str) -> froz
 
 
 def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
-    """The weights' function is odd, monotone, idempotent within every scale group, as far as it is declared so."""
+    """The weights' function is odd, monotone, idempotent per scale group, if declared so."""
     traits = _declared_traits(subject, bits, "odd", "monotone", "idempotent")
     for name, layer in subject.layers(bits):
         w, quantize = layer.weight.detach(), layer.weight_q
@@ -85,7 +90,9 @@ def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """The inputs' function is monotone, idempotent, and without gradient where it clips, as far as declared so."""
+    """The inputs' function is monotone, idempotent, without gradient where it clips, if declared
+    so.
+    """
     traits = _declared_traits(subject, bits, "monotone_input", "idempotent_input", "clipped_input")
     for name, layer in subject.layers(bits):
         quantize, channels = layer.input_q, layer.weight.shape[1]
@@ -101,7 +108,7 @@ def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _clipped(name: str, quantize: Quantizer, x: Tensor) -> None:
-    """Raise `PropertyViolation` unless the gradient is 0 beyond the levels and not 0 between them."""
+    """Raise `PropertyViolation` unless the gradient is 0 exactly beyond the levels."""
     points = declared_grid(quantize, x).points.detach().flatten().nan_to_num(0)
     low, high = float(points.min()), float(points.max())
     _, slope = gradient_of(quantize, x)
@@ -122,7 +129,7 @@ def _monotone(name: str, quantize: Quantizer, x: Tensor) -> None:
 
 
 def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """Where it is declared that backward needs only levels, no floats of the inputs are saved, only integers."""
+    """If backward is declared to need only levels, the inputs are saved as integers, not floats."""
     _declared_traits(subject, bits, "cells_input")
     if bits.a > 8:
         raise NotApplicable("above 8 bits nothing is kept as levels")
@@ -144,7 +151,10 @@ def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
-    """Stochastic rounding is unbiased: the mean of many draws is within Hoeffding's bound of the input."""
+    """Stochastic rounding is unbiased.
+
+    The mean of many draws is within Hoeffding's bound of the input.
+    """
     random = False
     for name, layer in islice(subject.layers(bits), 2):
         layer.train()

@@ -1,4 +1,4 @@
-"""The conformance kit: check a method for every property, at every supported width; what `qbench check` prints."""
+"""The conformance kit, which `qbench check` runs: every property at every supported width."""
 
 import time
 from collections import Counter
@@ -43,8 +43,8 @@ class Finding:
 def check(subject: MethodUnderTest) -> list[Finding]:
     """Return a finding for every property.
 
-    An error inside the method is a failure of the property that was being checked. Runs in one thread; restores the
-    number of threads and the random state.
+    An error inside the method is a failure of the property that was being checked. Runs in one
+    thread; restores the number of threads and the random state.
     """
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
@@ -95,20 +95,21 @@ def _first_line(error: Exception) -> str:
 
 def _widths(one: Property, subject: MethodUnderTest) -> list[Bits]:
     """Return the widths at which a property is checked."""
-    if one.where == "default":  # and the narrowest width of everything that the method can quantize
+    if one.where == "default and narrowest":
+        # narrowest: the smallest width of everything that the method can quantize
         narrow = Bits(*(min(subject.widths(key), default=FLOAT) for key in "wag"))
         return list(dict.fromkeys(bits for bits in (subject.default, narrow) if bits != Bits()))
     selections: dict[str, Callable[[Bits], bool]] = {
         "weights": lambda bits: bits.w < FLOAT,
         "inputs": lambda bits: bits.a < FLOAT,
         "every": lambda bits: bits != Bits(),
-        "own": lambda bits: bits == subject.default,
+        "default": lambda bits: bits == subject.default,
     }
     return [bits for bits in subject.supported_bits if selections[one.where](bits)]
 
 
 def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
-    """Return the findings as lines: which properties hold, which are not applicable, and which do not hold where."""
+    """Return the findings as lines, with the failures of each property."""
     lines = []
     for finding in findings:
         plural = "" if finding.widths == 1 else "s"
@@ -122,7 +123,10 @@ def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
 
 
 def _verdict(findings: list[Finding]) -> str:
-    """Return how many properties do not hold, hold, are not applicable; zeros are left out, except for hold."""
+    """Return how many properties do not hold, hold, and are not applicable.
+
+    Zeros are left out, except for those that hold.
+    """
     count = Counter(finding.state for finding in findings)
     phrases = [
         (count[FAILS], "does not hold", "do not hold"),

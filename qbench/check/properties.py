@@ -1,7 +1,8 @@
 """The list of properties that every method must have.
 
-A property is a function of the method under test and one of its widths. It raises `PropertyViolation` if it does not
-hold, and `NotApplicable` if there is nothing in the method to test.
+A property is a function of the method under test and one of its widths. It raises
+`PropertyViolation` if it does not hold, and `NotApplicable` if there is nothing in the method to
+test.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,12 @@ from qbench.check.robustness import degenerate_tensors, float_at_32, half_types,
 from qbench.check.subject import MethodUnderTest
 from qbench.check.training import resume, round_trip
 
-Where = Literal["weights", "inputs", "every", "default", "own"]
+Where = Literal["weights", "inputs", "every", "default and narrowest", "default"]
 """At which widths a property is checked.
 
-`weights`, `inputs`: all that quantize these. `every`: all. `default`: the method's default widths, and the narrowest of
-everything that it can quantize together. `own`: the default widths.
+`weights`, `inputs`: all that quantize these. `every`: all. `default`: the method's default widths.
+`default and narrowest`: these, and the narrowest widths of everything that it can quantize,
+together.
 """
 
 
@@ -38,12 +40,12 @@ PROPERTIES = (
     Property("inputs: monotone, idempotent, clipped as declared", function_of_inputs, "inputs"),
     Property("inputs: kept as levels with the same results, as declared", compressed_inputs, "inputs"),
     Property("gradients reach what is trained", gradients_arrive, "every"),
-    Property("gradients of learned parameters", learned_parameters, "default"),
+    Property("gradients of learned parameters", learned_parameters, "default and narrowest"),
     Property("stochastic rounding is unbiased", unbiased_rounding, "every"),
-    Property("32 bits are float", float_at_32, "default"),
+    Property("32 bits are float", float_at_32, "default and narrowest"),
     Property("zero, constant, one-element tensors", degenerate_tensors, "every"),
-    Property("inf and nan are refused", not_finite, "default"),
-    Property("float16 and bfloat16 under autocast", half_types, "own"),
-    Property("state_dict round trip", round_trip, "default"),
-    Property("resume", resume, "default"),
+    Property("inf and nan are refused", not_finite, "default and narrowest"),
+    Property("float16 and bfloat16 under autocast", half_types, "default"),
+    Property("state_dict round trip", round_trip, "default and narrowest"),
+    Property("resume", resume, "default and narrowest"),
 )

@@ -43,7 +43,7 @@ def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def degenerate_tensors(subject: MethodUnderTest, bits: Bits) -> None:
-    """With weights all zero, all equal, or of one element, everything stays finite and on its levels."""
+    """With weights all zero, all equal, or of one element, all stays finite and on its levels."""
     norm = subject.make(bits).requires.norm or "affine"
     for what, fill in (("zero", 0.0), ("constant", 0.3), ("negative constant", -0.3), ("one-element", None)):
         model = tiny_network(norm) if fill is None else subject.float_network()
@@ -74,7 +74,7 @@ def _finite_everywhere(model: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 def not_finite(subject: MethodUnderTest, bits: Bits) -> None:
-    """inf and nan, in weights and inputs, end in an error that names the layer, never in an ordinary level."""
+    """inf and nan in weights and inputs raise an error and never become an ordinary level."""
     for bad in (float("nan"), float("inf")):
         model = subject.network(bits)
         images = batches()[0][0].clone()
@@ -95,7 +95,10 @@ def _refused(what: str, model: nn.Module, images: Tensor) -> None:
 
 
 def half_types(subject: MethodUnderTest, bits: Bits) -> None:
-    """Under autocast to float16 and bfloat16, loss and gradients are finite, and parameters get float32 gradients."""
+    """Under autocast to half types, loss and gradients are finite.
+
+    Parameters get float32 gradients. The types are float16 and bfloat16.
+    """
     for dtype in (torch.bfloat16, torch.float16):
         model = subject.network(bits).train()
         images, labels = batches()[0]

@@ -1,4 +1,4 @@
-"""What is checked: a method at some widths, installed into small networks, with synthetic data; all seeded."""
+"""The method that is checked, with small networks and synthetic data for it; all seeded."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -56,13 +56,13 @@ class MethodUnderTest:
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
 
     def float_network(self) -> nn.Module:
-        """Return a small convolutional network of the kind that the method requires, always the same."""
+        """Return a small convolutional network as the method requires, always the same."""
         torch.manual_seed(1)
         norm = self.make(self.default).requires.norm or "affine"
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
 
     def network(self, bits: Bits, epoch: int = EPOCHS - 1) -> nn.Module:
-        """Return a copy of `float_network` with the method installed and prepared, at an epoch, by default the last."""
+        """Return a copy of `float_network` with the method installed and prepared, at an epoch."""
         method = self.make(bits)
         key = bits, epoch if method.on_epoch else 0
         if key not in self._networks:
@@ -108,7 +108,10 @@ def tiny_network(norm: str) -> nn.Module:
 
 
 def gradient_of(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a module's value at x and, for an upstream gradient of ones, the gradient at x (zeros if none)."""
+    """Return a module's value at x and the gradient at x for an upstream gradient of ones.
+
+    The gradient is zero if none arrives.
+    """
     x = x.detach().clone().requires_grad_()
     y = module(x)
     if not y.requires_grad:

@@ -1,4 +1,4 @@
-"""Properties of training: checkpoints round-trip, and a resumed training run is the same bit for bit."""
+"""Properties of training: checkpoints and resumed runs reproduce the same bits."""
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def resume(subject: MethodUnderTest, bits: Bits) -> None:
-    """Training that stops in the middle of an epoch and continues ends with the same weights, bit for bit."""
+    """Training that stops in an epoch and continues ends with the same weights, bit for bit."""
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
     whole, state = _task(subject, bits)

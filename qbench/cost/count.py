@@ -1,7 +1,8 @@
-"""What a network costs: parameters, multiply-accumulates (MACs), BitOps, bytes, effective bits per weight.
+"""What a network costs: parameters, multiply-accumulates (MACs), BitOps, bytes, bits per weight.
 
-BitOps are summed over convolutions and linear layers: MACs x bits of the weights x bits of the activations, where
-float counts as 32. Bytes count parameters, scales and codebooks, not batch-norm statistics.
+BitOps are summed over convolutions and linear layers: MACs x bits of the weights x bits of the
+activations, where float counts as 32. Bytes count parameters, scales and codebooks, not batch-norm
+statistics.
 """
 
 import copy
@@ -19,9 +20,10 @@ from qbench.quant.quantizer import Storage
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
-    """Return the multiply-accumulates of every convolution and linear layer of a float network, for one image.
+    """Return the MACs of every convolution and linear layer of a float network, for one image.
 
-    They are counted on a copy without memory (meta tensors), so that networks of any size cost nothing to count.
+    They are counted on a copy without memory (meta tensors), so that networks of any size cost
+    nothing to count.
 
     Args:
         shape: (C, H, W) of an image.

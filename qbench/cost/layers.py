@@ -1,4 +1,4 @@
-"""What each layer of a quantized network holds and costs; works on a network without memory (meta tensors) too."""
+"""What each layer of a quantized network holds and costs; works on meta tensors too."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,8 +33,10 @@ class Levels(NamedTuple):
     """What a scale group is: layer, channel, or "N values"."""
 
     steps: int | None
-    """The largest level as a multiple of a step that all levels are multiples of. None if there is no such step, 0 if
-    it is not known before the method has seen data."""
+    """The largest level as a multiple of a step that all levels are multiples of.
+
+    None if there is no such step, 0 if it is not known before the method has seen data.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,8 @@ class LayerCost:
     weights: Levels | None
     inputs: Levels | None
     rescaled: bool
-    """Whether the forward pass also changes the layer's output, by a value computed from its input."""
+    """Whether the forward pass also changes the layer's output, by a value computed from its input.
+    """
 
     params: int
     macs: int
@@ -66,7 +69,7 @@ LevelsOf = Callable[[str, tuple[int, ...], int], Levels | None]
 
 
 def layer_costs(model: nn.Module, method: Method, macs: Mapping[str, int]) -> list[LayerCost]:
-    """Return every layer with a MAC count, in the order they run. What they leave out is batch normalization."""
+    """Return every layer with a MAC count, in execution order; batch normalization is left out."""
     layers = quantizable(model)
     levels_of = cache(partial(_levels, method))
     return [_cost(name, layers[name], levels_of, count) for name, count in macs.items()]
@@ -114,7 +117,10 @@ def _small_shape(layer: FloatLayer) -> tuple[int, ...]:
 
 
 def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Levels | None:
-    """Read a quantizer's levels in a small layer of random weights; shapes alone do not determine them."""
+    """Read a quantizer's levels in a small layer of random weights.
+
+    Shapes alone do not determine them.
+    """
     factory = method.weight if slot == "weight" else method.input
     if factory is None:
         return None
@@ -150,7 +156,9 @@ def _read(grid: Grid, value: Tensor) -> Levels | None:
 
 
 def _steps(points: Tensor) -> int | None:
-    """Return the largest of levels (L,), as a multiple of a step that all are multiples of; None without such a step.
+    """Return the largest of levels (L,), as a multiple of a step that all are multiples of.
+
+    None if there is no such step, 0 if all levels are zero.
 
     The step is the smallest distance of two levels or of a level from zero, or half of it.
     """

@@ -1,6 +1,7 @@
-"""Runtimes that support a quantized network's arithmetic, as far as its widths and levels tell; with sources.
+"""Runtimes that support a quantized network's arithmetic, with sources.
 
-Nothing is exported here, and no runtime is measured: these are statements about formats, from the documents named.
+Nothing is exported here, and no runtime is measured: these are statements about formats, from the
+documents named.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,7 +39,8 @@ WIDTH_INT8 = 8
 
 
 def runs_on(layers: Sequence[LayerCost]) -> list[str]:
-    """Return a line for every kind of runtime that supports this arithmetic, or one that says why none does.
+    """Return a line for every runtime that supports this arithmetic, or one that says why none
+    does.
 
     Args:
         layers: of a network; only quantized ones count, because float layers run anywhere.
@@ -62,7 +64,10 @@ def runs_on(layers: Sequence[LayerCost]) -> list[str]:
 
 
 def _no_runtime(layers: Iterable[LayerCost]) -> str:
-    """Return why no runtime supports these layers, or that it is not known yet; empty if the levels decide."""
+    """Return why no runtime supports these layers, or that this is not known yet.
+
+    Empty if the levels decide.
+    """
     if all(layer.bits.a == FLOAT for layer in layers):
         why = "activations are float: codes save storage, and are turned into floats before they are used"
         return f"simulation, or weights stored as codes: {why}"

@@ -39,7 +39,8 @@ def deviations(method: str) -> dict[str, Deviation]:
     """Return the known deviations of a method by name; empty for a method without a file here."""
     if not method.isidentifier() or find_spec(f"qbench.deviations.{method}") is None:
         return {}
-    return import_module(f"qbench.deviations.{method}").DEVIATIONS  # type: ignore[no-any-return]
+    known: dict[str, Deviation] = import_module(f"qbench.deviations.{method}").DEVIATIONS
+    return known
 
 
 def deviate(method_name: str, name: str, method: Method) -> Method:

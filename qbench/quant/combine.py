@@ -1,4 +1,4 @@
-"""Methods made of methods: one for the weights with another for the activations, and any of them with a teacher."""
+"""Combined methods: one for weights with one for activations, and any method with a teacher."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +16,7 @@ from qbench.quant.quantizer import Quantizer
 
 
 class _SteppedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose step is done: the second of two methods gets it to finish the same step."""
+    """An optimizer whose step is done; the second of two methods gets it for the same step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -29,10 +29,11 @@ class _SteppedOptimizer(torch.optim.Optimizer):
 
 
 def combine(weight: Method, activation: Method) -> Method:
-    """Return the method that quantizes weights as `weight` does and activations as `activation` does.
+    """Return the method that quantizes weights as one method does and activations as another.
 
-    Each of the two is built with its own widths and 32 bits elsewhere. Gradients are quantized by `weight` if it
-    supports that, else by `activation`. Both prepare, begin epochs and finish steps, each on its own quantizers.
+    Each of the two is built with its own widths and 32 bits elsewhere. Gradients are quantized by
+    `weight` if it supports that, else by `activation`. Both prepare, begin epochs and finish steps,
+    each on its own quantizers.
 
     Raises:
         Unsupported: both replace the loss or the output of a layer, or require different networks.
@@ -76,13 +77,15 @@ def distilled(
 ) -> Method:
     """Return the method with the loss  weight T^2 KL(teacher || student) + (1 - weight) hard.
 
-    Softmax at temperature T on both sides of KL, which is the mean over the batch of the sum over classes (Hinton et
-    al. 2015, arXiv 1503.02531; weights of Polino et al. 2018, arXiv 1802.05668). Public code of the latter averages
-    over classes too, which makes the same weight ten times smaller on ten classes.
+    Softmax at temperature T on both sides of KL, which is the mean over the batch of the sum over
+    classes (Hinton et al. 2015, arXiv 1503.02531; weights of Polino et al. 2018, arXiv 1802.05668).
+    Public code of the latter averages over classes too, which makes the same weight ten times
+    smaller on ten classes.
 
     Args:
         teacher: a network that takes the same images; it is evaluated, never trained.
-        hard: (logits, labels) -> the loss against labels; if the method has a loss, that one is used instead.
+        hard: (logits, labels) -> the loss against labels; if the method has a loss, that one is
+            used instead.
     """
     hard_loss: Loss = method.loss or (lambda model, logits, batch: hard(logits, batch[1]))
 
@@ -104,7 +107,10 @@ def _supported(method: Method, key: str) -> list[int]:
 
 
 def _combined_requirements(weight: Method, activation: Method) -> Requires:
-    """Return what both require of the network; the activation functions concern only the second one."""
+    """Return what both require of the network.
+
+    The activation functions concern only the second one.
+    """
     first, second = weight.requires, activation.requires
     if first.norm and second.norm and first.norm != second.norm:
         raise Unsupported(f"{weight.name} requires model.norm={first.norm}, {activation.name} model.norm={second.norm}")
@@ -117,7 +123,10 @@ def _combined_requirements(weight: Method, activation: Method) -> Requires:
 
 
 def _combined_output(weight: Method, activation: Method, owner: Method) -> OutputFactory:
-    """Return the factory of output quantizers; at most one of the two methods may have one for a layer."""
+    """Return the factory of output quantizers.
+
+    At most one of the two methods may have one for a layer.
+    """
 
     def output(name: str, layer: QLayer, bits: int) -> Quantizer | None:
         quantizers = [

@@ -1,9 +1,9 @@
 """Tensor functions without gradient that take few passes over memory.
 
-They compare, mask, round at random, and work block by block. On a CPU a comparison that makes a bool tensor, `where`
-over one, or a search costs many passes over floats (measured by scripts/bench/where.py). These functions compare into
-float tensors and mask by the derivative of hardtanh instead. None writes to its input, except those whose name ends in
-an underscore.
+They compare, mask, round at random, and work block by block. On a CPU a comparison that makes a
+bool tensor, `where` over one, or a search costs many passes over floats (measured by
+scripts/bench/where.py). These functions compare into float tensors and mask by the derivative of
+hardtanh instead. None writes to its input, except those whose name ends in an underscore.
 """
 
 import math
@@ -14,7 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 Fill = Callable[..., None]
-"""Fills one block of a tensor in `blockwise`: (block of x, same block of the result, *scratch blocks) -> None."""
+"""Fills one block of a tensor in `blockwise`: (block of x, block of the result, *scratch) -> None.
+"""
 
 BLOCK = 2**18
 """Elements of a block in `blockwise`: a megabyte of floats."""
@@ -27,7 +28,10 @@ MAX_EDGES = 31
 
 
 def scalar(x: Tensor) -> float | Tensor:
-    """Return the number in a CPU tensor of one element; on other devices x, because reading it would wait for them."""
+    """Return the number in a CPU tensor of one element, and other tensors as they are.
+
+    Reading a number from another device would wait for it.
+    """
     return x.item() if x.device.type == "cpu" else x.detach()
 
 
@@ -90,7 +94,10 @@ def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 
 
 def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return what `lookup` returns; on the CPU by comparing with every edge, much faster up to some 30 of them."""
+    """Return what `lookup` returns, faster on the CPU for up to some 30 edges.
+
+    There it compares with every edge.
+    """
     if x.device.type != "cpu" or len(edges) > MAX_EDGES:
         return lookup(x, edges, heights)
     steps = list(zip(edges.tolist(), heights.tolist(), strict=True))
@@ -104,11 +111,12 @@ def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 
 
 def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return random integers (count,), int16, each uniform over -32768 ... 32767 and any two of them independent.
+    """Return random integers (count,), int16, uniform over -32768 ... 32767, pairwise independent.
 
-    About sqrt(count) numbers are drawn: the xor of each of some 64-bit draws with each of others is uniform, and any
-    two such xors are independent. So there is no bias, and sums have the variance of independent numbers. Takes a
-    tenth of the time of drawing all of them; does not depend on the number of threads.
+    About sqrt(count) numbers are drawn: the xor of each of some 64-bit draws with each of others is
+    uniform, and any two such xors are independent. So there is no bias, and sums have the variance
+    of independent numbers. Takes a tenth of the time of drawing all of them; does not depend on the
+    number of threads.
     """
     # A table of rows x columns words of 64 bits; each word holds four numbers.
     words = (count + 3) // 4
@@ -116,22 +124,25 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
     columns = -(-words // rows)
     draws = torch.empty(rows + columns, dtype=torch.int64, device=like.device)
     draws.random_(-(2**63), None, generator=generator)
-    # The xor of the four corners of a rectangle in this table is 0. A one-to-one map of each 32 bits breaks that
-    # relation and keeps both properties.
+    # The xor of the four corners of a rectangle in this table is 0. A one-to-one map of each 32
+    # bits breaks that relation and keeps both properties.
     mixed = (draws[:rows, None] ^ draws[rows:]).view(-1).view(torch.int32).mul_(MIXING)
     return mixed.view(torch.int16)[:count]
 
 
 def _shared_bits(like: Tensor, generator: Generator | None) -> Tensor:
-    """Return one random number from 0, 1/256, ... 255/256: the lower 8 of a tensor's 24 random bits."""
+    """Return one random number from 0, 1/256, ... 255/256: the lower 8 of 24 random bits."""
     return torch.randint(256, (), generator=generator, device=like.device).to(like.dtype).div_(256)
 
 
 def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return uniform random numbers in [0, 1), multiples of 2^-24, of `like`'s floating-point type, shape and strides.
+    """Return uniform random numbers in [0, 1), multiples of 2^-24.
 
-    For rounding. Of the 24 bits of each number, the upper 16 are its own and the lower 8 are shared by the tensor. Each
-    number alone has the distribution of torch.rand, so there is no bias; the shared part is below 2^-16.
+    They have `like`'s floating-point type, shape and strides.
+
+    For rounding. Of the 24 bits of each number, the upper 16 are its own and the lower 8 are shared
+    by the tensor. Each number alone has the distribution of torch.rand, so there is no bias; the
+    shared part is below 2^-16.
     """
     shift = _shared_bits(like, generator).add_(32768)
 
@@ -142,23 +153,26 @@ def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
 
 
 def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
-    """Round to a neighbouring integer at random, so that the mean is x (Gupta et al. 2015, section 3). No gradient.
+    """Round to a neighbouring integer at random, so that the mean is x. No gradient.
 
-    Integers stay: this is not floor(x + u), because that sum is rounded for large x. Random numbers as in `uniform`; on
-    the CPU none are drawn for a block of integers.
+    Gupta et al. 2015, section 3.
+
+    Integers stay: this is not floor(x + u), because that sum is rounded for large x. Random numbers
+    as in `uniform`; on the CPU none are drawn for a block of integers.
     """
     return blockwise(x, stochastic_rounding_fill(x, generator), scratch=2)
 
 
 def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -> Fill:
-    """Return what `stochastic_round` does with each block of a tensor, for `blockwise` with scratch=2."""
+    """Return what `stochastic_round` does with each block, for `blockwise` with scratch=2."""
     bound = scalar(32768 - _shared_bits(like, generator))
 
     def fill(block: Tensor, result: Tensor, fraction: Tensor, draws: Tensor) -> None:
         # Split x into floor and fraction.
         torch.sub(block, torch.floor(block, out=result), out=fraction)
         if fraction.device.type != "cpu" or fraction.sum():
-            # With u in [0, 1) from the draws: u + fraction >= 1, multiplied by 65536 and shifted to signed draws.
+            # With u in [0, 1) from the draws: u + fraction >= 1, multiplied by 65536 and shifted to
+            # signed draws.
             draws.copy_(uniform_16(fraction.numel(), like, generator))
             result.add_(draws.add_(fraction, alpha=65536).ge_(bound))
 
@@ -168,8 +182,8 @@ def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -
 def blockwise(x: Tensor, fill: Fill, scratch: int = 0) -> Tensor:
     """Return a tensor of x's shape and strides that `fill` has filled block by block. No gradient.
 
-    On the CPU the blocks are one-dimensional and stay in the cache from one operation to the next. On other devices
-    there is a single block.
+    On the CPU the blocks are one-dimensional and stay in the cache from one operation to the next.
+    On other devices there is a single block.
 
     Args:
         fill: see `Fill`.

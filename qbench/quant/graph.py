@@ -18,7 +18,7 @@ class Call(NamedTuple):
 
 @contextmanager
 def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call]]:
-    """Record the calls of the named modules in the order in which they run, until the context ends."""
+    """Record the calls of the named modules in execution order, until the context ends."""
     calls: list[Call] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

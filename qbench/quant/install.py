@@ -14,7 +14,7 @@ from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
 
 
 class ImageQuantizer(Quantizer):
-    """Rounds the network's input to 2^bits levels per channel, evenly over the range that images have.
+    """Rounds the network's input to 2^bits even levels per channel, over the range of images.
 
     With 8 bits, and images that were 8-bit files, this changes nothing except for float rounding.
 
@@ -33,7 +33,9 @@ class ImageQuantizer(Quantizer):
         self.register_buffer("span", (torch.tensor(high) - torch.tensor(low)).reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the rounded images, in their own shape: (N, C, H, W), or (N, C H W) in front of a linear layer."""
+        """Return the rounded images in their shape, (N, C, H, W) or, before a linear layer, (N, C H
+        W).
+        """
         x = self._in_channels(x_NCHW)
         scaled = ((x - self.low) / self.span).clamp(0, 1)
         return (quantize_k(scaled, self.bits) * self.span + self.low).reshape(x_NCHW.shape)
@@ -58,13 +60,16 @@ def install(
 ) -> nn.Module:
     """Put a method's quantizers into a float network, in place, and return it.
 
-    Only exact `Conv2d` and `Linear` layers change: their class, and three new submodules. Parameters keep their names
-    and identity, so that optimizers, hooks and float checkpoints still work.
+    Only exact `Conv2d` and `Linear` layers change: their class, and three new submodules.
+    Parameters keep their names and identity, so that optimizers, hooks and float checkpoints still
+    work.
 
     Args:
         policy: which layers; by default all except the first and the last.
-        example: one image batch (N, C, H, W) to find the execution order with; without it, order of registration.
-        act: "keep" or "fused" for the activation functions in front of input quantizers; "auto" as the method needs.
+        example: one image batch (N, C, H, W) to find the execution order with; without it, order of
+            registration.
+        act: "keep" or "fused" for the activation functions in front of input quantizers; "auto" as
+            the method needs.
 
     Raises:
         Unsupported: the method does not support a width, or the network does not fit it.
@@ -88,7 +93,11 @@ def install(
 
 
 def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, image: Policy | None) -> None:
-    """Turn one float layer into its quantized class; `image` is given for the layer that reads the image."""
+    """Turn one float layer into its quantized class.
+
+    Args:
+        image: the policy, for the layer that reads the image.
+    """
     layer.__class__ = QUANTIZED_CLASS.get(type(layer), type(layer))
     if not isinstance(layer, QLayer):
         return  # a subclass that the policy leaves float
@@ -123,13 +132,16 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
 
 
 def feeds(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return activation -> the layers that read it, as the network declares in its attribute `feeds`; empty if none."""
+    """Return activation -> layers that read it, from the network's attribute `feeds`, if any."""
     declared: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
     return declared
 
 
 def _bypass_activations(method: Method, model: nn.Module, assigned: Mapping[str, Bits], act: str) -> None:
-    """Remove the activation functions that quantizers replace: those whose readers all have an input quantizer."""
+    """Bypass the activation functions that quantizers replace.
+
+    These are the ones whose readers all have an input quantizer.
+    """
     needs = method.requires.act
     if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
         raise Unsupported(f"{method.name} requires the activations before its quantizers to be {needs}, not {act}")

@@ -1,9 +1,10 @@
-"""k-means of scalars at its global optimum, without a seed, with some centroids given and fixed (pinned).
+"""k-means of scalars at its global optimum, without a seed; some centroids may be fixed (pinned).
 
-Few distinct values are solved exactly (`kmeans_dp`). Many are put into bins first; the splits between clusters are then
-searched again near those found, in smaller and smaller parts.
+Few distinct values are solved exactly (`kmeans_dp`). Many are put into bins first; the splits
+between clusters are then searched again near those found, in smaller and smaller parts.
 
-The exact packages (kmeans1d, ckwrap) cannot fix centroids and keep tables k times as long as the values.
+The exact packages (kmeans1d, ckwrap) cannot fix centroids and keep tables k times as long as the
+values.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ RANGE = (2_000, 100_000)
 """Fewest and most bins in total."""
 
 ZOOMS, REACH, PARTS = 3, 8, 4
-"""Then ZOOMS times: splits in REACH bins on both sides of each split, every bin cut into PARTS parts."""
+"""Rounds of refinement, bins searched on both sides of each split, and parts of each bin."""
 
 CHUNK = 1 << 16
 """Elements at a time: as many as stay in the cache."""
@@ -44,23 +45,27 @@ class Clustering(NamedTuple):
 
 
 def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clustering:
-    """Cluster all elements of `values` (any shape, finite) around k centroids of least inertia. No gradient.
+    """Cluster all elements of `values` around k centroids of least inertia. No gradient.
 
-    Those in `pinned` count among the k and are in the result as given (in the type of `values`; a repeated one counts
-    once), whether or not any value is nearest to them. If the other centroids suffice to give every distinct value one
-    of its own, the result has only those.
+    `values` has any shape and is finite.
 
-    Up to `EXACT` distinct values (and up to as many as there are bins) the inertia is the least there is, to the
-    rounding of float64 sums (1e-15 of what a single centroid leaves) and of the centroids to the type of `values`.
-    For more values, it is the least within some bins of the best splits between bins: larger by a share of 1e-7 or
-    none, unless splits that are far apart are almost equally good; then by a share of about (k / bins)² or less: 6e-5
-    up to k = 781.
+    Those in `pinned` count among the k and are in the result as given (in the type of `values`; a
+    repeated one counts once), whether or not any value is nearest to them. If the other centroids
+    suffice to give every distinct value one of its own, the result has only those.
 
-    Computed on the CPU in n log n. Memory besides the result: 16 bytes a value, 4 more for half precision and for a
-    tensor that is not contiguous or not on the CPU, and 4 (k + 100) for each of the bins or of `EXACT`.
+    Up to `EXACT` distinct values (and up to as many as there are bins) the inertia is the least
+    there is, to the rounding of float64 sums (1e-15 of what a single centroid leaves) and of the
+    centroids to the type of `values`. For more values, it is the least within some bins of the best
+    splits between bins: larger by a share of 1e-7 or none, unless splits that are far apart are
+    almost equally good; then by a share of about (k / bins)² or less: 6e-5 up to k = 781.
+
+    Computed on the CPU in n log n. Memory besides the result: 16 bytes a value, 4 more for half
+    precision and for a tensor that is not contiguous or not on the CPU, and 4 (k + 100) for each of
+    the bins or of `EXACT`.
 
     Raises:
-        ValueError: no values, values that are not finite or not floating-point, or k below the number of pins or 1.
+        ValueError: no values, values that are not finite or not floating-point, or k below the
+            number of pins or 1.
     """
     pins = _check(values, k, pinned)
     half = values.dtype in (torch.float16, torch.bfloat16)
@@ -98,7 +103,8 @@ def _check(values: Tensor, k: int, pinned: Sequence[float] | Tensor) -> Floats:
 def _assign_labels(given: Tensor, c: Floats) -> Tensor:
     """Return the index of the nearest of c for every value, the lower one of two equally near."""
     edges = torch.from_numpy(_edges(c))
-    # Round the edges down to the values' type, so that comparing in that type gives the same answers.
+    # Round the edges down to the values' type, so that comparing in that type gives the same
+    # answers.
     below = edges.to(given.dtype)
     below = torch.where(below.double() > edges, torch.nextafter(below, torch.full_like(below, -torch.inf)), below)
     if given.device.type == "cpu" and len(below) < 256:
@@ -132,7 +138,10 @@ def _inertia(x: Floats, c: Floats) -> float:
 
 
 def _count_below(x: NDArray[np.floating], edges: NDArray[np.floating]) -> Ints:
-    """Return for each of x how many edges are below it. Comparing with all beats any search while they are few."""
+    """Return for each of x how many edges are below it.
+
+    Comparing with all edges is faster than any search while there are few.
+    """
     labels = np.empty(x.shape, np.int64)
     less, count = np.empty(min(x.size, CHUNK), np.bool_), np.empty(min(x.size, CHUNK), np.uint8)
     for i in range(0, x.size, CHUNK):
@@ -155,7 +164,8 @@ def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
         first = np.append(0, np.flatnonzero(new) + 1)
         return optimal_centroids(x[first], np.diff(first, append=len(x)).astype(np.float64), k, pins)
     del new  # for its memory
-    # Many: the mean of each bin, computed around the median for precision and kept between the bin's ends.
+    # Many: the mean of each bin, computed around the median for precision and kept between the
+    # bin's ends.
     centre = x[len(x) // 2]
     y = x - centre
     cut = _bins(x, bins)
@@ -167,8 +177,9 @@ def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
 def _bins(x: Floats, n: int) -> Ints:
     """Return where in x bins begin, and x's end: about n of them, narrow where it matters.
 
-    The cube root of (values in a bin) x (its width)² is the measure in which optimal quantization gives each interval
-    the same share (Panter and Dite 1951). Bins of equal count are cut evenly in that measure, three times; cuts stay.
+    The cube root of (values in a bin) x (its width)² is the measure in which optimal quantization
+    gives each interval the same share (Panter and Dite 1951). Bins of equal count are cut evenly in
+    that measure, three times; cuts stay.
     """
     cut = np.linspace(0, len(x), n // 4, dtype=np.int64)
     for _ in range(3):
@@ -207,11 +218,12 @@ def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> 
 
 
 def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> Floats:
-    """Return the means of the best clusters of y, each bound of which is one of `options` (o, c + 1).
+    """Return the means of the best clusters of y whose bounds are among `options` (o, c + 1).
 
-    The first option is the clusters of c. A cluster's squares about its mean are those about c minus
-    size x (mean - c)²; those of `fixed` clusters count about c. A value that moves from one of c to the next below adds
-    twice the distance of these two times its own distance from their middle.
+    The first option is the clusters of c. A cluster's squares about its mean are those about c
+    minus size x (mean - c)²; those of `fixed` clusters count about c. A value that moves from one
+    of c to the next below adds twice the distance of these two times its own distance from their
+    middle.
     """
     # Counts and sums of y before every option.
     spots = np.unique(options)

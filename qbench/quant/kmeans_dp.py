@@ -1,9 +1,10 @@
-"""Exact k-means of few distinct scalars by dynamic programming, with some centroids given and fixed (pins).
+"""Exact k-means of few distinct scalars by dynamic programming; some centroids may be fixed (pins).
 
-In one dimension clusters are intervals of the sorted values. The best split moves monotonically with the end of the
-interval, so that a layer of the table takes n log n (Grønlund et al. 2017, arXiv 1701.07204, section 2). Pins cut the
-line into gaps. Each gap is a problem of its own, whose first and last interval belong to the pins at its ends; the
-free centroids are distributed over the gaps by a second dynamic program.
+In one dimension clusters are intervals of the sorted values. The best split moves monotonically
+with the end of the interval, so that a layer of the table takes n log n (Grønlund et al. 2017,
+arXiv 1701.07204, section 2). Pins cut the line into gaps. Each gap is a problem of its own, whose
+first and last interval belong to the pins at its ends; the free centroids are distributed over the
+gaps by a second dynamic program.
 """
 
 from itertools import pairwise
@@ -16,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 class Solution(NamedTuple):
-    """Least cost (sum of weighted squared distances) and the free centroids that reach it, ascending."""
+    """Least cost (weighted squared distances) and the free centroids that reach it, ascending."""
 
     cost: float
     centroids: Floats
@@ -48,7 +49,7 @@ def optimal_centroids(v: Floats, w: Floats, k: int, pins: Floats) -> Floats:
 
 
 def _merge(best: list[Solution], gap: list[Solution], free: int) -> list[Solution]:
-    """Return by number of free centroids the best way to share them between the gaps so far and the next gap."""
+    """Return, by number of free centroids, the best solutions for the gaps so far and the next."""
     sums = [[solution.cost + more.cost for more in gap] for solution in best]
     merged = []
     for n in range(min(free, len(best) + len(gap) - 2) + 1):
@@ -61,13 +62,14 @@ def _merge(best: list[Solution], gap: list[Solution], free: int) -> list[Solutio
 def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: int) -> list[Solution]:
     """Return the best solutions for the values of one gap, with 0, 1, ... `most` free centroids.
 
-    The best number of values at the start goes to the pin `left`, and of those at the end to the pin `right`; None
-    means that there is no pin.
+    The best number of values at the start goes to the pin `left`, and of those at the end to the
+    pin `right`; None means that there is no pin.
     """
     n = len(v)
     y = v - v[n // 2] if n else v  # around the middle, for precision
     weight, first, second = (prefix_sums(w * part) for part in (np.ones(n), y, y * y))
-    # cost[i]: of the first i values; at first all of them go to the left pin. rest[i]: of the others at the right pin.
+    # cost[i]: of the first i values; at first all of them go to the left pin. rest[i]: of the
+    # others at the right pin.
     cost = np.full(n + 1, np.inf) if left is None else np.append(0, np.cumsum(w * (v - left) ** 2))
     rest = np.full(n + 1, np.inf) if right is None else np.append(np.cumsum((w * (v - right) ** 2)[::-1])[::-1], 0)
     cost[0] = rest[n] = 0
@@ -92,7 +94,8 @@ def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: in
 def prefix_sums(a: Floats) -> Floats:
     """Return (n + 1,) sums whose differences are the sums over a's intervals.
 
-    They are accumulated outward from the middle, so that large values at the ends do not cost the middle its precision.
+    They are accumulated outward from the middle, so that large values at the ends do not cost the
+    middle its precision.
     """
     m = len(a) // 2
     return np.concatenate((-np.cumsum(a[:m][::-1])[::-1], [0], np.cumsum(a[m:])))
@@ -101,10 +104,11 @@ def prefix_sums(a: Floats) -> Floats:
 def _layer(
     before: Floats, weight: Floats, first: Floats, second: Floats, m: int, last: bool
 ) -> tuple[Floats, NDArray[np.int32]]:
-    """Return the least costs of the first i values with one cluster more than `before`, and where that one begins.
+    """Return the least costs of the first i values with one more cluster, and where it begins.
 
-    Row i searches the best begin in m - 1 ... i - 1. It moves upward with i, so that rows between known ones search
-    between the begins of those; a pass over all such rows at once reads every begin a few times.
+    Row i searches the best begin in m - 1 ... i - 1. It moves upward with i, so that rows between
+    known ones search between the begins of those; a pass over all such rows at once reads every
+    begin a few times.
 
     Args:
         before: (n + 1,) costs with m - 1 clusters.
@@ -120,7 +124,8 @@ def _layer(
     # at[r]: the begin of row i = r + m - 1; its first and last entry are the extremes.
     at = np.full(rows + 2, m - 1 if single else n - 1)
     at[0] = m - 1
-    # Steps between the rows of a pass, from wide to narrow. Fewer passes need more reads, while those stay in cache.
+    # Steps between the rows of a pass, from wide to narrow. Fewer passes need more reads, while
+    # those stay in cache.
     bits = 3 if rows < 2_500 else 2 if rows < 6_000 else 1
     steps = [1 << s for s in range((rows.bit_length() - 1) // bits * bits, -1, -bits)]
     wide = rows + 1
@@ -130,12 +135,14 @@ def _layer(
         r = r[r % wide > 0]
         i, lower = r + m - 1, r - r % wide
         low, high = at[lower], np.minimum(at[np.minimum(lower + wide, rows + 1)], i - 1)
-        # All begins j of all rows, one row after the other; row number q has those from start[q] to end[q].
+        # All begins j of all rows, one row after the other; row number q has those from start[q] to
+        # end[q].
         size = high - low + 1
         end = np.cumsum(size)
         start = end - size
         j = np.arange(end[-1]) + np.repeat(low - start, size)
-        # Cost = before[j] + squares of the cluster about its mean = known[j] - (sum)² / weight, plus second[i].
+        # Cost = before[j] + squares of the cluster about its mean = known[j] - (sum)² / weight,
+        # plus second[i].
         trial = np.repeat(first[i], size) - first[j]
         trial *= trial
         trial /= np.repeat(weight[i], size) - weight[j]

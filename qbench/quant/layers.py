@@ -21,13 +21,17 @@ FloatLayer = nn.Conv2d | nn.Linear
 
 
 class NotFinite(ValueError):
-    """The input of a quantizer holds inf or nan. Most quantizers would silently turn it into an ordinary level."""
+    """The input of a quantizer holds inf or nan.
+
+    Most quantizers would silently turn it into an ordinary level.
+    """
 
 
 def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
     """Return x, or raise `NotFinite` if a value is inf or nan.
 
-    Only on the CPU and outside of torch.compile: elsewhere the test would wait for the device in every step.
+    Only on the CPU and outside of torch.compile: elsewhere the test would wait for the device in
+    every step.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return x
@@ -39,7 +43,10 @@ def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
 
 
 class QConv2d(nn.Conv2d):
-    """A convolution with three quantizers; `weight` and `bias` stay the float layer's own (latent) parameters."""
+    """A convolution with three quantizers.
+
+    `weight` and `bias` are the float layer's (latent) parameters.
+    """
 
     label: str
     bits: Bits
@@ -98,7 +105,7 @@ def quantizers(layer: QLayer) -> dict[str, Quantizer]:
 
 
 def is_quantizer_key(name: str) -> bool:
-    """Whether a parameter or buffer of this name belongs to a quantizer, not to the float network."""
+    """Whether a parameter or buffer of this name belongs to a quantizer."""
     return any(part in ("weight_q", "input_q", "output_q") for part in name.split("."))
 
 
@@ -123,12 +130,15 @@ def effective_weight(layer: QLayer) -> Tensor:
 
 
 def fully_quantized(model: nn.Module) -> bool:
-    """Whether every weight lies on its grid now. False while an incremental method leaves weights float."""
+    """Whether every weight lies on its grid.
+
+    False while an incremental method leaves weights float.
+    """
     return all(layer.weight_q.complete for layer in quantized_layers(model).values())
 
 
 def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Return what the quantizers report about their state: layer -> w, a, g -> name -> number; only non-empty ones."""
+    """Return the quantizers' reports that are not empty: layer -> w, a, g -> name -> number."""
     result = {}
     for name, layer in quantized_layers(model).items():
         if layer_report := {key: report for key, q in quantizers(layer).items() if (report := q.report())}:
@@ -137,7 +147,7 @@ def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
 
 
 def fold_quantized_weights(model: nn.Module) -> nn.Module:
-    """Return a copy whose parameters are the effective weights, with no weight quantizer left to run."""
+    """Return a copy whose parameters are the effective weights, without weight quantizers."""
     folded = copy.deepcopy(model)
     for layer in quantized_layers(folded).values():
         layer.weight.data = effective_weight(layer).clone()

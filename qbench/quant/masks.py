@@ -1,7 +1,7 @@
 """Masks of frozen weights that only grow: what incremental methods (INQ, SLQ, MLQ) share.
 
-A layer's weights are free or frozen. Frozen ones compute with a stored value, whatever momentum and decay do to the
-latent weight. Free ones are trained, and frozen later.
+A layer's weights are free or frozen. Frozen ones compute with a stored value, whatever momentum and
+decay do to the latent weight. Free ones are trained, and frozen later.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from qbench.quant.quantizer import Quantizer
 
 
 def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
-    """Return `frozen` extended by the free weights of highest score, until it covers a portion of all weights.
+    """Return `frozen` extended by the free weights of highest score, up to a portion of all.
 
     Args:
         frozen: bool, the mask so far; the returned one contains it.
@@ -32,7 +32,8 @@ def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
 class FrozenWeight(Quantizer):
     """A weight quantizer that freezes a growing part of a layer.
 
-    State: `frozen` (bool, of the weights' shape) and `value` (the frozen weights' values, 0 elsewhere).
+    State: `frozen` (bool, of the weights' shape) and `value` (the frozen weights' values, 0
+    elsewhere).
     """
 
     frozen: Tensor
@@ -49,12 +50,14 @@ class FrozenWeight(Quantizer):
         return bool(self.frozen.all())
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the values of frozen weights and the latent values of free ones; frozen ones get no gradient."""
+        """Return the values of frozen weights, without gradient, and the latent values of free
+        ones.
+        """
         return torch.where(self.frozen, self.value.to(w.dtype), w)
 
     @torch.no_grad()
     def freeze(self, mask: Tensor, value: Tensor) -> None:
-        """Freeze the free weights in `mask` at `value`; weights that are frozen already keep their value."""
+        """Freeze the free weights in `mask` at `value`; those frozen already keep their value."""
         new = mask & ~self.frozen
         self.value.copy_(torch.where(new, value, self.value))
         self.frozen.logical_or_(mask)
@@ -72,7 +75,10 @@ class FrozenWeight(Quantizer):
 
 
 def stage(epoch: int, epochs: int, stages: int) -> int:
-    """Return the stage (from 0) of an epoch: equal shares, except that the last epoch is always in the last stage."""
+    """Return the stage (from 0) of an epoch.
+
+    Stages have equal shares, but the last epoch is always in the last stage.
+    """
     return stages - 1 if epoch == epochs - 1 else epoch * stages // epochs
 
 

@@ -1,15 +1,16 @@
-"""Pure tensor functions that quantizers are made of. Straight-through estimators live in this file only.
+"""Pure tensor functions for quantizers. Straight-through estimators are in this file only.
 
-A straight-through estimator wraps the rounding alone (Bengio et al. 2013, arXiv 1308.3432): scaling, clipping and
-squashing keep their true derivatives. No function writes to its input.
+A straight-through estimator wraps the rounding alone (Bengio et al. 2013, arXiv 1308.3432):
+scaling, clipping and squashing keep their true derivatives. No function writes to its input.
 
-Quantizers of activations have two forms, both in their method's file: the plain definition, which autograd
-differentiates, and a fused one that works in place and saves one tensor (`fused_quantizer`). Tests hold the two equal;
-`reference_kernels` selects the plain one. The parts of fused forms are in `fused_kernels.py`.
+Quantizers of activations have two forms, both in their method's file: the plain definition, which
+autograd differentiates, and a fused one that works in place and saves one tensor
+(`fused_quantizer`). Tests hold the two equal; `reference_kernels` selects the plain one. The parts
+of fused forms are in `fused_kernels.py`.
 
-The context managers here set context variables, which a thread does not inherit. They are read in the forward pass
-only, because autograd may run the backward pass in another thread. Compiled code ignores them: torch.compile cannot
-read context variables.
+The context managers here set context variables, which a thread does not inherit. They are read in
+the forward pass only, because autograd may run the backward pass in another thread. Compiled code
+ignores them: torch.compile cannot read context variables.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from qbench.quant.fused_kernels import at_least
 
 P = ParamSpec("P")
 Context = Any
-"""What autograd hands to a Function's forward and backward; torch declares no types for its attributes."""
+"""What autograd passes to a Function; torch declares no types for its attributes."""
 
 MAX_CELLS = 2**8 + 3
 """Most cells that are numbered: those of 8 bits, and what lies beyond them on either side."""
@@ -38,10 +39,12 @@ _compressing = ContextVar("compressing", default=False)
 
 
 def in_float32(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Decorate a function of a tensor: half types are computed in float32, the result has the input's type.
+    """Decorate a function of a tensor to compute half types in float32.
 
-    float16 has 11 significant bits, too few to separate the thresholds of 8 bits from their levels. float32 and
-    float64 are not converted.
+    The result has the input's type.
+
+    float16 has 11 significant bits, too few to separate the thresholds of 8 bits from their levels.
+    float32 and float64 are not converted.
     """
 
     @wraps(function)
@@ -71,10 +74,12 @@ def reference_kernels() -> Iterator[None]:
 
 @contextmanager
 def without_rounding() -> Iterator[None]:
-    """Let `round_ste` and `straight_through` return x, and use plain definitions, while the context lasts.
+    """Let `round_ste` and `straight_through` return x while the context lasts.
 
-    What is left is the smooth function that the backward pass differentiates, so that the gradients of learned scales
-    can be compared with finite differences.
+    Quantizers use their plain definitions.
+
+    What is left is the smooth function that the backward pass differentiates, so that the gradients
+    of learned scales can be compared with finite differences.
     """
     with _switched(_rounding, False), reference_kernels():
         yield
@@ -82,7 +87,10 @@ def without_rounding() -> Iterator[None]:
 
 @contextmanager
 def compress_activations(on: bool = True) -> Iterator[None]:
-    """Let activation quantizers save one or two bytes per element for the backward pass where results stay the same."""
+    """Let activation quantizers save one or two bytes per element for the backward pass.
+
+    Only where the results stay the same.
+    """
     with _switched(_compressing, on):
         yield
 
@@ -133,9 +141,12 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Return exactly `value` (x's shape); its gradient goes to x unchanged, and none to what `value` was computed from.
+    """Return exactly `value` (x's shape); its gradient goes to x unchanged.
 
-    The usual `x + (value - x).detach()` is not exact in floating point: its result can differ from the level.
+    What `value` was computed from gets no gradient.
+
+    The usual `x + (value - x).detach()` is not exact in floating point: its result can differ from
+    the level.
     """
     return _apply(_StraightThrough, x, value.detach())
 
@@ -160,14 +171,17 @@ class _Surrogate(Function):
 def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """Return exactly `value`; its gradient goes to x times `slope`.
 
-    The slope is the derivative that a paper puts in place of the step function's. Value and slope have x's shape; a
-    boolean slope is a mask.
+    The slope is the derivative that a paper puts in place of the step function's. Value and slope
+    have x's shape; a boolean slope is a mask.
     """
     return _apply(_Surrogate, x, value.detach(), slope.detach())
 
 
 class Cells(NamedTuple):
-    """The cells of a step function, each with one value and one slope: for backward, x's cell is all that matters."""
+    """The cells of a step function, each with one value and one slope.
+
+    For the backward pass, only the cell of x matters.
+    """
 
     number: Callable[[Tensor], Tensor]  #: x -> the number of every element's cell, 0 ... size - 1, in x's type
     inside: Callable[[Tensor], Tensor]  #: such numbers -> an x somewhere inside each cell
@@ -204,18 +218,22 @@ def fused_quantizer(
     cells: Cells | None = None,
     repeatable: bool = True,
 ) -> Tensor:
-    """Quantize element by element, saving x alone, or its cells (see `compress_activations`), for the backward pass.
+    """Quantize element by element, saving only x or its cells for the backward pass.
 
-    The result need not be saved either: what reads it inside `recompute_in_backward` computes it a second time
-    instead. Therefore nothing may be written into it.
+    Cells are saved inside `compress_activations`.
+
+    The result need not be saved either: what reads it inside `recompute_in_backward` computes it a
+    second time instead. Therefore nothing may be written into it.
 
     Args:
         learned: scales and the like that get gradients.
-        plain: (x, *learned) -> x quantized, in operations that autograd differentiates: the definition.
+        plain: (x, *learned) -> x quantized, in operations that autograd differentiates: the
+            definition.
         value: the same numbers in as few passes as possible, in place except for the first.
         backward: (grad, x, *learned) -> the gradient of x, or those of x and of all `learned`.
-        cells: the cells of the step function, if it has no more than `MAX_CELLS`.
-        repeatable: whether `value` gives the same numbers again. Where it draws random numbers, the result is saved.
+        cells: the cells of the step function; more than `MAX_CELLS` are not used.
+        repeatable: whether `value` gives the same numbers again. Where it draws random numbers, the
+            result is saved.
     """
     if torch.compiler.is_compiling() or not _fused.get():
         return plain(x, *learned)
@@ -242,7 +260,8 @@ def _identity(x: Tensor) -> Tensor:
 def recompute_in_backward(x: Tensor) -> Iterator[None]:
     """Recompute x in the backward pass instead of saving it, if `fused_quantizer` made it.
 
-    While the context lasts, an operation that saves x for its backward pass saves a function that computes it.
+    While the context lasts, an operation that saves x for its backward pass saves a function that
+    computes it.
     """
     recompute = None if torch.compiler.is_compiling() else getattr(x, "recompute", None)
     if recompute is None or not torch.is_grad_enabled():
@@ -262,12 +281,15 @@ def _storage(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
 
 
 def sign(x: Tensor) -> Tensor:
-    """Return the sign with sign(0) = +1, so that a binary value has two levels, never three. No gradient."""
+    """Return the sign with sign(0) = +1: two levels, never three. No gradient."""
     return at_least(x, 0).mul_(2).sub_(1)
 
 
 def quantize_k(x: Tensor, bits: int) -> Tensor:
-    """Return DoReFa's Qk of x in [0, 1]: round(x n) / n, n = 2^bits - 1, straight-through (1606.06160, eq. 5-6)."""
+    """Return DoReFa's Qk of x in [0, 1]: round(x n) / n, n = 2^bits - 1, straight-through.
+
+    arXiv 1606.06160, eq. 5-6.
+    """
     if bits < 1:
         raise ValueError(f"bits={bits}: allowed is 1 or more")
     n = float(2**bits - 1)
@@ -275,6 +297,6 @@ def quantize_k(x: Tensor, bits: int) -> Tensor:
 
 
 def levels_k(bits: int, like: Tensor) -> Tensor:
-    """Return the 2^bits values of `quantize_k`, ascending in [0, 1], of `like`'s type and device."""
+    """Return the 2^bits values of `quantize_k`, ascending, of `like`'s type and device."""
     n = 2**bits - 1
     return torch.arange(n + 1, device=like.device).to(like.dtype) / float(n)

@@ -1,4 +1,4 @@
-"""Which layers a method quantizes, and with how many bits: ordered rules, of which the first match counts."""
+"""Which layers a method quantizes, and with how many bits: the first rule that matches counts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,14 +25,15 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Rules for the layers, tried in this order: `rules`, then first, last, downsample, else `same`.
+    """Rules for the layers, in this order: `rules`, first, last, downsample, else `same`.
 
-    A number sets w, and also a if the method's a is below 32. First and last are meant by execution order; downsample
-    layers are 1x1 convolutions with `downsample` or `shortcut` in their name.
+    A number sets w, and also a if the method's a is below 32. First and last are meant by execution
+    order; downsample layers are 1x1 convolutions with `downsample` or `shortcut` in their name.
 
     Args:
-        input: the image: `same` as the first layer's activations, `float` or a number of bits. It is rounded over
-            `image_range`, not by the method, whose activation quantizer is made for activations.
+        input: the image: `same` as the first layer's activations, `float` or a number of bits. It
+            is rounded over `image_range`, not by the method, whose activation quantizer is made for
+            activations.
         rules: layer-name pattern (fnmatch) -> width, in order.
         image_range: per channel (lowest, highest) value of an image as the network gets it.
     """
@@ -67,7 +68,11 @@ def execution_order(model: nn.Module, example: Tensor | None) -> list[str]:
 
 
 def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None = None) -> dict[str, Bits]:
-    """Return every layer's widths, in execution order. Raises `PolicyError` for a rule without a layer."""
+    """Return every layer's widths, in execution order.
+
+    Raises:
+        PolicyError: a rule matches no layer.
+    """
     layers = quantizable(model)
     order = execution_order(model, example)
     if not order:
@@ -80,7 +85,7 @@ def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None 
     if policy.downsample != "same":
         rules += [("downsample", policy.downsample, [n for n in order if _is_downsample(n, layers[n])])]
     assigned = dict.fromkeys(order, bits)
-    for key, width, names in reversed(rules):  # in reverse order, so that the first rule overrides the others
+    for key, width, names in reversed(rules):  # reversed: the first rule overrides the others
         if not names:
             raise PolicyError(key, f"matches no layer; the layers are {', '.join(order)}")
         assigned.update({name: _widths(key, width, bits) for name in names})

@@ -12,10 +12,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Probe:
-    """A fixed part of the training split, for methods that measure losses, gradients or the responses of layers.
+    """A fixed part of the training split, to measure losses, gradients or responses of layers.
 
-    Everything runs in eval mode, leaves batch-norm statistics unchanged and restores the random state. No method ever
-    sees validation or test data.
+    Everything runs in eval mode, leaves batch-norm statistics unchanged and restores the random
+    state. No method ever sees validation or test data.
 
     Args:
         batches: batches as the network takes them, on its device.
@@ -32,14 +32,14 @@ class Probe:
             return self._mean_loss(model).item()
 
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the gradient of the mean loss by parameter name; `.grad` of the parameters is not changed."""
+        """Return the gradient of the mean loss by parameter name, without changing any `.grad`."""
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with eval_mode_keeping_rng(model), torch.enable_grad():
             grads = torch.autograd.grad(self._mean_loss(model), list(named.values()), allow_unused=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
 
     def responses(self, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
-        """Return a layer's inputs and outputs over the probe, along the first axis, without gradient."""
+        """Return a layer's inputs and outputs, concatenated over the probe, without gradient."""
         with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, [layer]) as calls:
             for images, _ in self.batches:
                 model(images)

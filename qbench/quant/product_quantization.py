@@ -1,8 +1,8 @@
-"""Product quantization: sub-vectors of weights replaced by codewords, from k-means or fitted to responses.
+"""Product quantization: codewords for sub-vectors of weights, from k-means or fitted to responses.
 
-k-means starts from one fixed seed (k-means++) and computes in float64, so that the codes depend on the weights alone,
-not on earlier random draws. scikit-learn's k-means is slow to import and uses threads of its own. Single weights are
-clustered exactly.
+k-means starts from one fixed seed (k-means++) and computes in float64, so that the codes depend on
+the weights alone, not on earlier random draws. scikit-learn's k-means is slow to import and uses
+threads of its own. Single weights are clustered exactly.
 """
 
 import torch
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from qbench.quant.kmeans import kmeans
 
-# Ct outputs, Cs inputs, M subspaces, s their size, K codewords, G groups, P kernel positions, N responses, T = Ct / G.
+# Ct outputs, Cs inputs, M subspaces, s their size, K codewords, G groups, P kernel positions, N
+# responses, T = Ct / G.
 
 ITERATIONS = 50
 """Of Lloyd's algorithm."""
@@ -24,7 +25,10 @@ RIDGE = 0.1
 
 
 def product_codes(w: Tensor, subspace: int, codewords: int) -> tuple[Tensor, Tensor]:
-    """Return codebooks (M, K, s) by k-means, NaN where sub-vectors are fewer, and codes (Ct, [kh, kw,] M)."""
+    """Return codebooks (M, K, s) by k-means and codes (Ct, [kh, kw,] M).
+
+    Codebooks are NaN where sub-vectors are fewer than K.
+    """
     parts = subvectors(w.detach(), subspace)
     clusters = [_clusters(part, codewords) for part in parts.flatten(0, -3).transpose(0, 1).double().cpu()]
     codes = torch.stack([labels for _, labels in clusters], -1).reshape(parts.shape[:-1])
@@ -32,7 +36,10 @@ def product_codes(w: Tensor, subspace: int, codewords: int) -> tuple[Tensor, Ten
 
 
 def subvectors(w: Tensor, subspace: int) -> Tensor:
-    """Return weights (Ct, Cs, [kh, kw]) as sub-vectors (Ct, [kh, kw,] M, s), with zeros appended to the channels."""
+    """Return weights (Ct, Cs, [kh, kw]) as sub-vectors (Ct, [kh, kw,] M, s).
+
+    Zeros are appended to the channels.
+    """
     rows = F.pad(w.movedim(1, -1), (0, -w.shape[1] % subspace))
     return rows.reshape(*rows.shape[:-1], -1, subspace)
 
@@ -61,12 +68,14 @@ def _clusters(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _lloyd(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return k centers and the labels of points (n, s), more than k of them distinct."""
-    # k-means++: each next center is drawn with a probability proportional to the squared distance to the nearest one.
+    # k-means++: each next center is drawn with a probability proportional to the squared distance
+    # to the nearest one.
     generator, centers = torch.Generator().manual_seed(0), points[:1]
     for _ in range(1, k):
         squared = _squared_distances(points, centers).amin(1)
         centers = torch.cat([centers, points[torch.multinomial(squared, 1, generator=generator)]])
-    # Lloyd's algorithm; a center without points moves to the point that is farthest from its own center.
+    # Lloyd's algorithm; a center without points moves to the point that is farthest from its own
+    # center.
     for _ in range(ITERATIONS):
         squared, labels = _squared_distances(points, centers).min(1)
         counts = labels.bincount(minlength=k)[:, None]
@@ -83,11 +92,14 @@ def _squared_distances(points: Tensor, centers: Tensor) -> Tensor:
 def error_corrected(
     codebooks: Tensor, codes: Tensor, w: Tensor, inputs: Tensor, targets: Tensor, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor]:
-    """Return codebooks and codes with a smaller error of responses, by block-coordinate descent in float64.
+    """Return codebooks and codes with a smaller error of responses.
+
+    By block-coordinate descent in float64.
 
     Args:
         codebooks, codes: as `product_codes` returns them.
-        w: the float weights, which `ridge` (above 0, in units of the inputs' mean square) pulls towards.
+        w: the float weights, which `ridge` (above 0, in units of the inputs' mean square) pulls
+            towards.
         inputs: (N, G, P, Cs), the inputs of each response; (N, 1, 1, Cs) for a linear layer.
         targets: (N, Ct), the responses wanted, without bias.
     """
@@ -101,43 +113,53 @@ def error_corrected(
     books, chosen = codebooks.double().clone(), codes.long().reshape(g, -1, p, m).clone()
     ridge_term = subvectors(w.double(), s).reshape(*chosen.shape[:2], -1) * pull
     now = books[torch.arange(m, device=codes.device), chosen].flatten(2)
-    # Residuals of the responses times the inputs: all that is needed of the responses, however many there are.
+    # Residuals of the responses times the inputs: all that is needed of the responses, however many
+    # there are.
     residual = targets.double().reshape(n, g, -1).permute(1, 2, 0) @ x / n + ridge_term - now @ gram
     for _ in range(SWEEPS):
         for i in range(m):
-            # Views of subspace i: its rows of the Gram matrix, their own columns, and its part of the residual.
+            # Views of subspace i: its rows of the Gram matrix, their own columns, and its part of
+            # the residual.
             rows = gram.view(g, p, m, s, -1)[:, :, i]
-            own, part = rows.view(g, p, s, p, m, s)[..., i, :], residual.view(*chosen.shape, s)[..., i, :]
-            _fit_codewords(books[i], chosen[..., i], rows, own, residual, part)
-            _choose_codewords(books[i], chosen[..., i], rows, own, residual, part)
+            own_cols, part = rows.view(g, p, s, p, m, s)[..., i, :], residual.view(*chosen.shape, s)[..., i, :]
+            _fit_codewords(books[i], chosen[..., i], rows, own_cols, residual, part)
+            _choose_codewords(books[i], chosen[..., i], rows, own_cols, residual, part)
     return books.to(codebooks.dtype), chosen.reshape(codes.shape).to(codes.dtype)
 
 
-def _fit_codewords(book: Tensor, chosen: Tensor, rows: Tensor, own: Tensor, residual: Tensor, part: Tensor) -> None:
+def _fit_codewords(
+    book: Tensor, chosen: Tensor, rows: Tensor, own_cols: Tensor, residual: Tensor, part: Tensor
+) -> None:
     """Solve least squares for one codeword of a subspace after the other, in place.
 
     Args:
         book: (K, s), the codewords.
         chosen: (G, T, P), the codes.
         rows: (G, P, s, all), the subspace's rows of the Gram matrix.
-        own: (G, P, s, P, s), their columns of the same subspace.
+        own_cols: (G, P, s, P, s), the columns of these rows that belong to the same subspace.
         residual: (G, T, all), targets minus responses, times the inputs.
         part: (G, T, P, s), its part of the subspace, a view.
     """
     for k in torch.unique(chosen).tolist():
         at = (chosen == k).to(book.dtype)
         # Normal equations, summed over all places that use the codeword.
-        normal = torch.einsum("gpq,gpiqj->ij", at.mT @ at, own)
+        normal = torch.einsum("gpq,gpiqj->ij", at.mT @ at, own_cols)
         change = torch.linalg.solve(normal, torch.einsum("gtp,gtpi->i", at, part))
         book[k] += change
         residual -= at @ torch.einsum("gpix,i->gpx", rows, change)
 
 
-def _choose_codewords(book: Tensor, chosen: Tensor, rows: Tensor, own: Tensor, residual: Tensor, part: Tensor) -> None:
-    """Give each output the best codeword, in place, one kernel position after the other; see `_fit_codewords`."""
+def _choose_codewords(
+    book: Tensor, chosen: Tensor, rows: Tensor, own_cols: Tensor, residual: Tensor, part: Tensor
+) -> None:
+    """Give each output the best codeword, in place, one kernel position after the other.
+
+    For the arguments see `_fit_codewords`.
+    """
     for p in range(chosen.shape[2]):
-        block, before = own[:, p, :, p], chosen[..., p].clone()
-        # Squared error of every codeword, without what all have in common; padding (NaN) is never chosen.
+        block, before = own_cols[:, p, :, p], chosen[..., p].clone()
+        # Squared error of every codeword, without what all have in common; padding (NaN) is never
+        # chosen.
         cost = torch.einsum("ki,gij,kj->gk", book, block, book).unsqueeze(1)
         cost = (cost - 2 * (part[:, :, p] + book[before] @ block) @ book.T).nan_to_num(nan=torch.inf)
         lowest, best = cost.min(-1)

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 class Storage(NamedTuple):
-    """What a quantized weight tensor occupies: `codes` of `code_bits` each, and bytes for scales and codebooks."""
+    """What a quantized weight tensor occupies.
+
+    `codes` of `code_bits` each, and `extra_bytes` for scales and codebooks.
+    """
 
     codes: int
     code_bits: int
@@ -21,7 +24,10 @@ class Storage(NamedTuple):
 
     @property
     def packed(self) -> int:
-        """Bytes with every code in a lane of 1, 2, 4, 8, 16 or 32 bits; no code crosses a byte boundary."""
+        """Bytes with every code in a lane of 1, 2, 4, 8, 16 or 32 bits.
+
+        No code crosses a byte boundary.
+        """
         lane = 1 << (self.code_bits - 1).bit_length()
         return -(-self.codes * lane // 8) + self.extra_bytes
 
@@ -36,10 +42,11 @@ class Grid:
     """The values that a quantized tensor may take.
 
     Args:
-        points: (groups, levels, dimension), the allowed values of every scale group. Scalars are ascending. Groups
-            with fewer levels are padded with NaN. The dimension is 1, and larger only for product codes.
-        arrange: brings a tensor into (groups, elements, dimension), so that the elements of a group can be compared
-            with the points of that group.
+        points: (groups, levels, dimension), the allowed values of every scale group. Scalars are
+            ascending. Groups with fewer levels are padded with NaN. The dimension is 1, and larger
+            only for product codes.
+        arrange: brings a tensor into (groups, elements, dimension), so that the elements of a group
+            can be compared with the points of that group.
     """
 
     points: Tensor
@@ -52,10 +59,11 @@ class Quantizer(nn.Module):
     `forward` depends on the slot:
 
         weights, input    forward(x) -> x_hat
-        output            forward(y, x) -> y, where x is the layer's input; its backward pass may quantize dL/dy
+        output            forward(y, x) -> y, where x is the layer's input; its backward pass may
+                          quantize dL/dy
 
-    A subclass overrides the declarations below where the defaults do not fit. Verification, costs, training and
-    reports read these declarations, never the class.
+    A subclass overrides the declarations below where the defaults do not fit. Verification, costs,
+    training and reports read these declarations, never the class.
     """
 
     __call__: Callable[..., Tensor]
@@ -72,7 +80,8 @@ class Quantizer(nn.Module):
     def grid(self, x: Tensor) -> Grid | None:
         """Return the values allowed for the result of quantizing x, or None if none are declared.
 
-        x is what the quantizer reads: latent weights, a layer's input, or the gradient that arrives at the output.
+        x is what the quantizer reads: latent weights, a layer's input, or the gradient that arrives
+        at the output.
         """
         return None
 
@@ -82,7 +91,9 @@ class Quantizer(nn.Module):
         return type(self).grid is not Quantizer.grid
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return what the quantized weights occupy when stored as codes. Weight quantizers must override this.
+        """Return what the quantized weights occupy when stored as codes.
+
+        Weight quantizers must override this.
 
         Raises:
             NotImplementedError: the class does not say what it stores.
@@ -90,21 +101,24 @@ class Quantizer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} declares no storage; define bytes(w) -> Storage")
 
     def report(self) -> Mapping[str, float]:
-        """Return numbers about the state that belong into the result, such as sparsity; empty by default."""
+        """Return numbers about the state for the result, such as sparsity; empty by default."""
         return {}
 
     @property
     def complete(self) -> bool:
-        """Whether all weights lie on the grid; False while an incremental method leaves some of them float."""
+        """Whether all weights lie on the grid.
+
+        False while an incremental method leaves some of them float.
+        """
         return True
 
     def gradient_factor(self, x: Tensor) -> float:
-        """Return the factor by which the gradients of this module's own parameters are scaled on purpose, at x."""
+        """Return the factor by which its parameters' gradients are scaled on purpose."""
         return 1.0
 
 
 class IdentityQuantizer(Quantizer):
-    """A slot that quantizes nothing: returns its first argument itself, so that the layer computes as a float one."""
+    """A slot that quantizes nothing: returns its first argument, as in a float layer."""
 
     def forward(self, value: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Return `value`."""

@@ -1,9 +1,9 @@
-"""Times `qbench compare` over many results: reading, grouping, statistics, printing, and the whole command.
+"""Times `qbench compare` over many results, step by step and as a whole command.
 
     .venv/bin/python scripts/bench/compare.py [--runs 10000] [--rounds 3] [--predictions 0]
 
-Synthetic results of 20 methods at 5 widths and 5 seeds under 20 protocols, without logs. With --predictions N each run
-also has predictions for N test images, which are read too.
+Synthetic results of 20 methods at 5 widths and 5 seeds under 20 protocols, without logs. With
+--predictions N each run also has predictions for N test images, which are read too.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Time and inertia of one-dimensional k-means, labels included, against numpy's sort and other packages; one thread.
+"""Time and inertia of one-dimensional k-means, against np.sort and other packages.
 
     .venv/bin/python scripts/bench/kmeans.py
 
-Two tables: a million weights from a normal distribution, with times relative to np.sort of the same float32 array; then
-layers, relative to the exact kmeans1d. Inertia is relative to the least found, computed from the returned centroids in
-float64. Packages, in the peers' environment: scikit-learn, kmeans1d, ckwrap, ckmeans-1d-dp; slow ones are timed twice.
-Takes about a minute.
+Two tables: a million weights from a normal distribution, with times relative to np.sort of the same
+float32 array; then layers, relative to the exact kmeans1d. Inertia is relative to the least found,
+computed from the returned centroids in float64. Packages, in the peers' environment: scikit-learn,
+kmeans1d, ckwrap, ckmeans-1d-dp; slow ones are timed twice. Takes about a minute.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Times an epoch of the training loop, with logging and progress on, against a bare loop over the same model and data.
+"""Times an epoch of the training loop, with logging and progress, against a bare loop.
 
 .venv/bin/python scripts/bench/loop.py [--rounds 21] [KEY=VALUE ...]
 """
@@ -32,7 +32,9 @@ CASES = {"digits, resnet8, float": [], "digits, resnet8, DoReFa W2A2": ["method=
 
 
 def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
-    """Return an epoch of a bare loop, an epoch of ours, and a function that removes the progress bar."""
+    """Return an epoch of a bare loop, an epoch of ours, and a function that removes the progress
+    bar.
+    """
     (config,) = compose.configurations([*words, "init=scratch", "dataset.pad=0", f"out={out}"])
     parts = assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)

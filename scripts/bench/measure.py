@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: contenders timed in turn within one process, ratios by round, tables in Markdown."""
+"""Interleaved timing of contenders in one process, ratios by round, tables in Markdown."""
 
 import os
 import platform
@@ -16,8 +16,8 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of a contender over that of the baseline in the same round: median, quartiles, rounds; and its median in
-    seconds.
+    """Time of a contender over that of the baseline in the same round: median, quartiles, rounds;
+    and its median in seconds.
     """
 
     median: float
@@ -31,10 +31,12 @@ class Ratio:
 
 
 def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3, repeat: int = 1) -> dict[str, Ratio]:
-    """Time every contender `repeat` times in every round, in a rotating order; the first one is the baseline.
+    """Time every contender `repeat` times in every round, in a rotating order; the first one is the
+    baseline.
 
-    Machines are shared, so only times of the same round are compared. Each contender runs once untimed before it is
-    timed, because in practice a step follows one of its own kind, not another contender that has filled the caches.
+    Machines are shared, so only times of the same round are compared. Each contender runs once
+    untimed before it is timed, because in practice a step follows one of its own kind, not another
+    contender that has filled the caches.
     """
     names = list(contenders)
     for _ in range(warm):

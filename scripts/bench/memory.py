@@ -1,10 +1,11 @@
-"""Memory that ResNet-20 (batch 64, 3x32x32) keeps for the backward pass, for every method that quantizes activations.
+"""Memory that ResNet-20 keeps for the backward pass under each method (batch 64, 3x32x32).
 
     .venv/bin/python scripts/bench/memory.py
 
-Alive: bytes allocated after a forward pass and not before it, by torch's profiler. Saved: distinct storages that
-saved_tensors_hooks see, which do not include what a layer recomputes instead of saving. Both are relative to the float
-network, whose ReLU is replaced by the quantizer if the method does so.
+Alive: bytes allocated after a forward pass and not before it, by torch's profiler. Saved: distinct
+storages that saved_tensors_hooks see, which do not include what a layer recomputes instead of
+saving. Both are relative to the float network, whose ReLU is replaced by the quantizer if the
+method does so.
 """
 
 import json

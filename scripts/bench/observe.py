@@ -1,9 +1,10 @@
-"""Times epochs with runtime.observe off, light and full, each with what is logged and saved after it.
+"""Times epochs with runtime.observe off, light and full, logging and saving included.
 
     .venv/bin/python scripts/bench/observe.py [--rounds 21] [KEY=VALUE ...]
 
-The baseline, blind, is a run that never inspects its layers; even `off` does, for warnings. TensorBoard is on. There is
-no validation, which makes all ratios larger; inspections and histograms are as frequent as in a run of default length.
+The baseline, blind, is a run that never inspects its layers; even `off` does, for warnings.
+TensorBoard is on. There is no validation, which makes all ratios larger; inspections and histograms
+are as frequent as in a run of default length.
 """
 
 import argparse

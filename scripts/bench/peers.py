@@ -2,10 +2,11 @@
 
     .venv/bin/python scripts/bench/peers.py [--rounds 21] [--channels-last] [--here]
 
-ResNet-20 for 3x32x32 images, batch 64: zero_grad, forward, cross entropy, backward, SGD with momentum; one thread. Time
-and bytes saved for backward are relative to float in channels_last. The packages are installed into a separate
-environment on first use (peers_venv.py); with --here those that this interpreter can import are measured. Not included:
-torchao, whose QAT does not change nn.Conv2d. Takes about four minutes, and twice that on first use.
+ResNet-20 for 3x32x32 images, batch 64: zero_grad, forward, cross entropy, backward, SGD with
+momentum; one thread. Time and bytes saved for backward are relative to float in channels_last. The
+packages are installed into a separate environment on first use (peers_venv.py); with --here those
+that this interpreter can import are measured. Not included: torchao, whose QAT does not change
+nn.Conv2d. Takes about four minutes, and twice that on first use.
 """
 
 import argparse
@@ -30,10 +31,11 @@ LEARNING_STEPS = 300
 
 
 def contenders(compiled: bool = True) -> dict[str, Make]:
-    """Return the peers that run in this interpreter, `make(device, layout)` giving one step; print which are skipped.
+    """Return the peers that run in this interpreter, `make(device, layout)` giving one step; print
+    which are skipped.
 
-    Names say what they quantize. Setup takes about 25 s for torch.compile (`compiled`) and 10 s for Brevitas. The first
-    import of QPyTorch compiles it, about 30 s.
+    Names say what they quantize. Setup takes about 25 s for torch.compile (`compiled`) and 10 s for
+    Brevitas. The first import of QPyTorch compiles it, about 30 s.
     """
     makes_by_name = dict(PUBLISHED)
     if compiled and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))):
@@ -139,7 +141,9 @@ def brevitas_net() -> nn.Module:
 
 
 def qpytorch(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of QPyTorch: activations and errors after every ReLU, weights, gradients, momentum; 8 bits."""
+    """Return a step of QPyTorch: activations and errors after every ReLU, weights, gradients,
+    momentum; 8 bits.
+    """
     qtorch, quant, optim = (importlib.import_module(name) for name in ("qtorch", "qtorch.quant", "qtorch.optim"))
     narrow, fine = qtorch.FixedPoint(wl=8, fl=4), qtorch.FixedPoint(wl=8, fl=7)
 

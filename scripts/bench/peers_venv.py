@@ -1,7 +1,8 @@
 """A separate virtual environment for the peers, which are not among the project's requirements.
 
-`enter(VENV)` at the top of a script's `main` makes it on first use (minutes, 2 GB) and runs the script again in it. pip
-is used as the user has configured it: PIP_FIND_LINKS, PIP_INDEX_URL, pip.conf. What does not install is skipped.
+`enter(VENV)` at the top of a script's `main` makes it on first use (minutes, 2 GB) and runs the
+script again in it. pip is used as the user has configured it: PIP_FIND_LINKS, PIP_INDEX_URL,
+pip.conf. What does not install is skipped.
 """
 
 import os
@@ -12,12 +13,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv-peers"
-# Brevitas requires setuptools before 81. QPyTorch compiles itself with ninja when it is first imported.
+# Brevitas requires setuptools before 81. QPyTorch compiles itself with ninja when it is first
+# imported.
 PEERS = ("brevitas", "qtorch ninja", "kmeans1d", "ckwrap", "ckmeans-1d-dp")
 
 
 def enter(path: Path, packages: Sequence[str] = PEERS) -> None:
-    """Run this script again, with its arguments, under the interpreter in `path`; return if it already does."""
+    """Run this script again, with its arguments, under the interpreter in `path`; return if it
+    already does.
+    """
     if Path(sys.prefix).resolve() == path.resolve():
         return
     python = ensure(path, packages)
@@ -26,10 +30,12 @@ def enter(path: Path, packages: Sequence[str] = PEERS) -> None:
 
 
 def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
-    """Make an environment with this clone of the project and every peer that installs; return its interpreter.
+    """Make an environment with this clone of the project and every peer that installs; return its
+    interpreter.
 
-    Each of `packages` (names separated by spaces are installed together) is tried once: a file in `path` holds the
-    result, and deleting it gives another try. Raises SystemExit if torch or the project itself do not install.
+    Each of `packages` (names separated by spaces are installed together) is tried once: a file in
+    `path` holds the result, and deleting it gives another try. Raises SystemExit if torch or the
+    project itself do not install.
     """
     python = path / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():

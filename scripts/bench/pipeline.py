@@ -1,10 +1,10 @@
-"""Images per second of the batch pipeline: crop (pad 4), mirror and normalise 3x32x32 images of uint8, on one thread.
+"""Images per second of crop (pad 4), mirror and normalise on 3x32x32 uint8 images; one thread.
 
     .venv/bin/python scripts/bench/pipeline.py
 
-In every round each way makes the same number of images, from 50,000 random ones. torchvision transforms them one by
-one in two persistent workers of a DataLoader, on tensors, without PIL. The table also has processor time, for shared
-machines; that of the workers is not known.
+In every round each way makes the same number of images, from 50,000 random ones. torchvision
+transforms them one by one in two persistent workers of a DataLoader, on tensors, without PIL. The
+table also has processor time, for shared machines; that of the workers is not known.
 """
 
 import statistics

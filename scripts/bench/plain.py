@@ -1,4 +1,4 @@
-"""The network and the step that all contenders share: ResNet-20 for 3x32x32 images, batch 64, cross entropy, SGD."""
+"""The network and step that all contenders share: ResNet-20, 3x32x32, batch 64, SGD."""
 
 from collections.abc import Callable, Iterable
 
@@ -58,7 +58,8 @@ def training_step(
     update: Hook | None = None,
     batch: int = BATCH,
 ) -> Work:
-    """Return one step on a fixed batch: zero_grad, `before`, forward, backward, `between`, update, `after`.
+    """Return one step on a fixed batch: zero_grad, `before`, forward, backward, `between`, update,
+    `after`.
 
     The update is the optimizer's own step, unless another is given.
     """

@@ -1,7 +1,8 @@
 """The methods as in public implementations, in plain torch, to compare step times with.
 
-Written after reading the code named at each function. Nothing is slowed down on purpose, and what they do once an epoch
-is not done at every step here. NCHW by default, as in that code; first and last layer are float.
+Written after reading the code named at each function. Nothing is slowed down on purpose, and what
+they do once an epoch is not done at every step here. NCHW by default, as in that code; first and
+last layer are float.
 """
 
 import math
@@ -32,7 +33,9 @@ def round_to(x: Tensor, per_unit: float) -> Tensor:
 
 
 def dorefa_weights(w: Tensor, levels: int = 3) -> Tensor:
-    """Return 2-bit weights as in pytorch_DoReFaNet and code derived from it: multiplied by the maximum."""
+    """Return 2-bit weights as in pytorch_DoReFaNet and code derived from it: multiplied by the
+    maximum.
+    """
     t = torch.tanh(w)
     largest = torch.max(torch.abs(t)).detach()
     return largest * (2 * round_to(t / 2 / largest + 0.5, levels) - 1)
@@ -49,8 +52,8 @@ def dorefa(device: Device, layout: Layout = NCHW) -> Work:
 
 
 class Pact(Function):
-    """PACT's activation as in KwangHoonAn/PACT: the input is saved, and the backward pass builds masks from
-    comparisons.
+    """PACT's activation as in KwangHoonAn/PACT: the input is saved, and the backward pass builds
+    masks from comparisons.
     """
 
     @staticmethod
@@ -105,7 +108,9 @@ def lsq(device: Device, layout: Layout = NCHW) -> Work:
 
 
 def hwgq_weights(w: Tensor) -> Tensor:
-    """Return 1-bit weights whose scale is the tensor's standard deviation times the Gaussian step, as in EdMIPS."""
+    """Return 1-bit weights whose scale is the tensor's standard deviation times the Gaussian step,
+    as in EdMIPS.
+    """
     step = 1.596 * w.detach().std().item()
     return StraightThrough.apply(w, step)  # type: ignore[no-untyped-call,no-any-return]
 
@@ -135,10 +140,12 @@ def hidden(net: nn.Module) -> list[nn.Conv2d]:
 
 
 def ttq(device: Device, layout: Layout = NCHW, threshold: float = 0.05) -> Work:
-    """Return a step of TTQ W2A32 as in trained-ternary-quantization: kernels overwritten after the optimizers.
+    """Return a step of TTQ W2A32 as in trained-ternary-quantization: kernels overwritten after the
+    optimizers.
 
-    Float kernels are kept apart from the network's; after backward, masks turn the kernels' gradients into those of the
-    float kernels and of the two scales. Signs as in the chain rule; three optimizers, as in that code.
+    Float kernels are kept apart from the network's; after backward, masks turn the kernels'
+    gradients into those of the float kernels and of the two scales. Signs as in the chain rule;
+    three optimizers, as in that code.
     """
     net = placed(plain(), device, layout)
     kernels = [layer.weight for layer in hidden(net)]
@@ -191,9 +198,11 @@ class Sign(Function):
 
 
 def xnor(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of XNOR W1A1 as in XNOR-Net-PyTorch: binarize, forward and backward, restore, gradients, update.
+    """Return a step of XNOR W1A1 as in XNOR-Net-PyTorch: binarize, forward and backward, restore,
+    gradients, update.
 
-    Its earliest versions also compute the mean of |x| over the channels without using it; that is left out.
+    Its earliest versions also compute the mean of |x| over the channels without using it; that is
+    left out.
     """
     net = placed(plain(activation=lambda: Act(Sign.apply)), device, layout)
     kernels = [layer.weight for layer in hidden(net)]
@@ -246,8 +255,8 @@ def assemble(w: Tensor, fixed: Tensor) -> Tensor:
 
 
 def inq_masked(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of INQ W5A32, half of it frozen, as in quantlab: the frozen ones are put in at every forward
-    pass.
+    """Return a step of INQ W5A32, half of it frozen, as in quantlab: the frozen ones are put in at
+    every forward pass.
     """
 
     def frozen(layer: nn.Conv2d) -> nn.Module:

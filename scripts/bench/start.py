@@ -2,7 +2,8 @@
 
     .venv/bin/python scripts/bench/start.py [--rounds 11]
 
-Wall time of whole processes, including whatever else the machine does. `imports` lists the heavy packages loaded.
+Wall time of whole processes, including whatever else the machine does. `imports` lists the heavy
+packages loaded.
 """
 
 import argparse

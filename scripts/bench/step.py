@@ -1,10 +1,13 @@
-"""Times a training step of ResNet-20 (batch 64, 3x32x32, SGD) under every method and the peers, against float.
+"""Times a training step of ResNet-20 (batch 64, 3x32x32, SGD) under every method and the peers,
+against float.
 
-    .venv/bin/python scripts/bench/step.py [--threads 1] [--rounds 21] [--device cpu] [--no-peers] [NAME ...]
+    .venv/bin/python scripts/bench/step.py [--threads 1] [--rounds 21] [--device cpu] [--no-peers]
+        [NAME ...]
 
-Ratios are measured in one process, interleaved: the median of the rounds and its quartiles. The baseline is fp32 in
-channels_last; a second column has the ratio of medians to stock fp32 (NCHW, torch's SGD with its defaults). The peers
-(peers.py) run in NCHW, their default; their packages are installed into a separate environment on first use.
+Ratios are measured in one process, interleaved: the median of the rounds and its quartiles. The
+baseline is fp32 in channels_last; a second column has the ratio of medians to stock fp32 (NCHW,
+torch's SGD with its defaults). The peers (peers.py) run in NCHW, their default; their packages are
+installed into a separate environment on first use.
 """
 
 import argparse
@@ -39,8 +42,8 @@ PUBLIC = "dorefa w2a2, public functions in a plain net"
 
 @dataclass(frozen=True)
 class Case:
-    """A method at some widths, timed in an epoch (for methods that change over epochs); `target` is a ratio to
-    float.
+    """A method at some widths, timed in an epoch (for methods that change over epochs); `target` is
+    a ratio to float.
     """
 
     label: str

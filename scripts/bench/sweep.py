@@ -1,4 +1,5 @@
-"""Times a sweep of 24 short runs, one after the other and by joblib on all cores, and compares their results.
+"""Times a sweep of 24 short runs, one after the other and by joblib on all cores, and compares
+their results.
 
     .venv/bin/python scripts/bench/sweep.py [--rounds 3]
 
@@ -29,7 +30,9 @@ WORDS = [
 
 
 def timed(words: list[str], folder: Path) -> tuple[float, dict[str, str], int]:
-    """Return the seconds that a sweep takes, the weights' digests by run, and the number of float baselines trained."""
+    """Return the seconds that a sweep takes, the weights' digests by run, and the number of float
+    baselines trained.
+    """
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "qbench", *WORDS, *words, f"out={folder}"], capture_output=True, text=True, check=True

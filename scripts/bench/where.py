@@ -1,9 +1,11 @@
-"""Shows where time is spent: in single passes over 2^20 numbers, and in the operations of a training step.
+"""Shows where time is spent: in single passes over 2^20 numbers, and in the operations of a
+training step.
 
     .venv/bin/python scripts/bench/where.py
 
-The step is ResNet-20's, batch 64, 3x32x32, one thread, under torch's profiler (which adds a few per cent).
-Before: the quantizers' plain definitions, by autograd (`ops.reference_kernels`). After: their fused forms.
+The step is ResNet-20's, batch 64, 3x32x32, one thread, under torch's profiler (which adds a few per
+cent). Before: the quantizers' plain definitions, by autograd (`ops.reference_kernels`). After:
+their fused forms.
 """
 
 import contextlib

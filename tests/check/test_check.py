@@ -1,4 +1,6 @@
-"""The conformance kit: every method passes it, and each planted fault is found by the property that is for it."""
+"""The conformance kit: every method passes it, and each planted fault is found by the property that
+is for it.
+"""
 
 import subprocess
 import sys
@@ -209,7 +211,9 @@ def plainly_rounded(quantizer: Ternary, w: Tensor) -> Tensor:
 
 
 def with_a_live_scale(quantizer: Ternary, w: Tensor) -> Tensor:
-    """TWN's values with the scale's derivative and none of the rounding: weights above the threshold get some."""
+    """TWN's values with the scale's derivative and none of the rounding: weights above the
+    threshold get some.
+    """
     code = twn.ternarize_weight(w).detach().sign()
     return code * ((w * code).sum() / code.abs().sum().clamp(min=1))
 

@@ -1,4 +1,6 @@
-"""Combined methods: activations of another paper, a teacher for any method, and refused combinations."""
+"""Combined methods: activations of another paper, a teacher for any method, and refused
+combinations.
+"""
 
 import json
 from pathlib import Path

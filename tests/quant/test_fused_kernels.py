@@ -1,4 +1,6 @@
-"""The fused form of every quantizer against its plain definition: equal values, gradients to a millionth."""
+"""The fused form of every quantizer against its plain definition: equal values, gradients to a
+millionth.
+"""
 
 import math
 
@@ -21,7 +23,9 @@ METHODS = [name for name in registry.names("method") if name not in ("float",)]
 
 
 def edge_cases(levels: int = 4) -> Tensor:
-    """Return activations that include ties, ends, borders of cells and zeros of both signs, in channels_last."""
+    """Return activations that include ties, ends, borders of cells and zeros of both signs, in
+    channels_last.
+    """
     torch.manual_seed(0)
     x = torch.randn(4, 6, 5, 5) * 1.5
     flat = x.view(-1)
@@ -105,7 +109,9 @@ def test_dorefa_weights(bits: int, w: Tensor) -> None:
 
 
 def trained_step(name: str, context) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return logits and gradients of a small network under a method, after `prepare` and the first `on_epoch`."""
+    """Return logits and gradients of a small network under a method, after `prepare` and the first
+    `on_epoch`.
+    """
     (config,) = compose.configurations([f"method={name}"])
     from qbench.experiment.builders import build_method
 
@@ -140,7 +146,9 @@ def test_networks_in_all_forms(name: str) -> None:
 
 
 def network(method: Method | None = None) -> nn.Module:
-    """Return a ResNet-20 whose activations outweigh everything else, with a method or without, in channels_last."""
+    """Return a ResNet-20 whose activations outweigh everything else, with a method or without, in
+    channels_last.
+    """
     torch.manual_seed(0)
     model = resnet.build((3, 16, 16), 10, depth=20, width=4)
     if method is not None:
@@ -188,7 +196,9 @@ def test_memory_for_backward_is_about_that_of_float(build) -> None:
 
 
 class CountPasses(TorchDispatchMode):
-    """Counts operations that make or change tensors of at least `size` elements, and bool tensors among them."""
+    """Counts operations that make or change tensors of at least `size` elements, and bool tensors
+    among them.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -263,7 +273,9 @@ def test_draws_do_not_depend_on_threads(threads: int) -> None:
 
 
 def test_draws_are_uniform_and_uncorrelated() -> None:
-    """Over 4,000 tensors: each element uniform, no two correlated, nor four in the corners of a rectangle."""
+    """Over 4,000 tensors: each element uniform, no two correlated, nor four in the corners of a
+    rectangle.
+    """
     seeds, count = 4000, 300
     sources = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
     draws = torch.stack([fused_kernels.uniform_16(count, torch.empty(0), source) for source in sources])

@@ -1,4 +1,6 @@
-"""One-dimensional k-means against all assignments of few values, a plain table of many, and the package kmeans1d."""
+"""One-dimensional k-means against all assignments of few values, a plain table of many, and the
+package kmeans1d.
+"""
 
 import subprocess
 import sys
@@ -37,7 +39,9 @@ def every_assignment(values: Sequence[int], k: int, pinned: Sequence[int]) -> Fr
 
 
 def table(values: Sequence[float], k: int, pinned: Sequence[float] = ()) -> float:
-    """The least inertia in O(k n^2): the i-th value belongs to the nearest pin, or is the last of a free interval."""
+    """The least inertia in O(k n^2): the i-th value belongs to the nearest pin, or is the last of a
+    free interval.
+    """
     x = np.sort(np.asarray(values, np.float64))
     n, centre = len(x), x[len(x) // 2]
     x, pins = x - centre, [p - centre for p in sorted(set(pinned))]
@@ -59,23 +63,27 @@ def table(values: Sequence[float], k: int, pinned: Sequence[float] = ()) -> floa
 
 
 def check(solve: Solver, values: Tensor, k: int, pinned: Sequence[float] = (), optimum: float | None = None) -> None:
-    """Assert everything that `kmeans` promises, for float64 values that are few enough for the table."""
-    found = solve(values, k, pinned)
-    assert isinstance(found.inertia, float)
-    c, x = found.centroids.tolist(), values.flatten().tolist()
-    assert found.centroids.dtype == values.dtype
+    """Assert everything that `kmeans` promises, for float64 values that are few enough for the
+    table.
+    """
+    clustering = solve(values, k, pinned)
+    assert isinstance(clustering.inertia, float)
+    c, x = clustering.centroids.tolist(), values.flatten().tolist()
+    assert clustering.centroids.dtype == values.dtype
     assert c == sorted(set(c)), "ascending and distinct"
     assert set(pinned) <= set(c), "pins stay unchanged"
     assert len(c) == min(k, len(set(x) | set(pinned)))
-    assert (found.labels.dtype, found.labels.shape) == (torch.int64, values.shape)
+    assert (clustering.labels.dtype, clustering.labels.shape) == (torch.int64, values.shape)
     exact = [Fraction(m) for m in c]
-    for value, label in zip(x, found.labels.flatten().tolist(), strict=True):
+    for value, label in zip(x, clustering.labels.flatten().tolist(), strict=True):
         assert label == min(range(len(c)), key=lambda i: (abs(Fraction(value) - exact[i]), i)), "nearest, or lower"
-    got = sum((v - c[i]) ** 2 for v, i in zip(x, found.labels.flatten().tolist(), strict=True))
-    assert found.inertia == pytest.approx(got, rel=1e-9, abs=1e-300)
+    got = sum((v - c[i]) ** 2 for v, i in zip(x, clustering.labels.flatten().tolist(), strict=True))
+    assert clustering.inertia == pytest.approx(got, rel=1e-9, abs=1e-300)
     least = table(x, k, pinned) if optimum is None else optimum
-    assert found.inertia <= least * (1 + 1e-9) + 1e-13 * table(x, 1 + len(set(pinned)), pinned), "not above the optimum"
-    assert found.inertia >= least * (1 - 1e-9) - 1e-300, "not below the optimum"
+    assert clustering.inertia <= least * (1 + 1e-9) + 1e-13 * table(x, 1 + len(set(pinned)), pinned), (
+        "not above the optimum"
+    )
+    assert clustering.inertia >= least * (1 - 1e-9) - 1e-300, "not below the optimum"
 
 
 def noise(n: int, seed: int = 0) -> Tensor:
@@ -102,7 +110,9 @@ def sample(shape: str, n: int, seed: int = 0) -> Tensor:
 
 
 def package(values: Tensor, k: int) -> float:
-    """Inertia of kmeans1d's centroids, from float64 and around the median: the package does not subtract a centre."""
+    """Inertia of kmeans1d's centroids, from float64 and around the median: the package does not
+    subtract a centre.
+    """
     x = values.double().numpy().ravel()
     x = x - np.median(x)
     labels, centroids = kmeans1d.cluster(x, k)
@@ -129,11 +139,11 @@ def test_by_hand(
     values: list[float], k: int, pinned: tuple[float, ...], centroids: list[float], labels: list[int], inertia: float
 ) -> None:
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        found = kmeans(torch.tensor(values, dtype=dtype), k, pinned)
-        assert found.centroids.dtype == dtype
-        assert found.centroids.tolist() == torch.tensor(centroids, dtype=dtype).tolist()
-        assert found.labels.tolist() == labels
-        assert found.inertia == pytest.approx(inertia, rel=torch.finfo(dtype).eps)
+        clustering = kmeans(torch.tensor(values, dtype=dtype), k, pinned)
+        assert clustering.centroids.dtype == dtype
+        assert clustering.centroids.tolist() == torch.tensor(centroids, dtype=dtype).tolist()
+        assert clustering.labels.tolist() == labels
+        assert clustering.inertia == pytest.approx(inertia, rel=torch.finfo(dtype).eps)
 
 
 small = st.integers(-6, 6)
@@ -263,12 +273,12 @@ def test_the_package_finds_nothing_better(shape: str, k: int) -> None:
 def test_a_layer() -> None:
     values = (noise(36_864) * 0.05).float().reshape(64, 64, 3, 3)
     start = time.process_time()
-    found = kmeans(values, 17, (0.0,))
+    clustering = kmeans(values, 17, (0.0,))
     assert time.process_time() - start < 2  # 0.02 s alone
     free = kmeans(values, 17)
     assert free.inertia == pytest.approx(package(values, 17), rel=1e-9)
-    assert free.inertia < found.inertia
-    assert 0.0 in found.centroids.tolist()
+    assert free.inertia < clustering.inertia
+    assert 0.0 in clustering.centroids.tolist()
 
 
 @pytest.mark.parametrize("k", [2, 8, 16, 32])
@@ -279,10 +289,10 @@ def test_more_distinct_values_than_the_exact_limit(shape: str, k: int, monkeypat
     ratio = kmeans(values, k).inertia / package(values, k)
     assert 1 - 1e-12 <= ratio <= 1 + max(1e-6, (k / 2_000) ** 2)
     pins = [0.0, float(values.quantile(0.9))]
-    found = kmeans(values, k, pins)
-    assert set(pins) <= set(found.centroids.tolist())
+    clustering = kmeans(values, k, pins)
+    assert set(pins) <= set(clustering.centroids.tolist())
     monkeypatch.setattr(module, "EXACT", 100_000)
-    ratio = found.inertia / kmeans(values, k, pins).inertia
+    ratio = clustering.inertia / kmeans(values, k, pins).inertia
     assert 1 - 1e-12 <= ratio <= 1 + max(1e-6, (k / 2_000) ** 2)
 
 
@@ -299,10 +309,10 @@ def test_slightly_more_values_than_the_exact_limit(shape: str, k: int) -> None:
 @pytest.mark.parametrize("shape", ["normal", "laplace", "uniform", "bimodal", "t2 and outliers", "mostly zero", "ties"])
 def test_finer_bins_improve_little(shape: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     values = sample(shape, 10**6, k).float()
-    found = kmeans(values, k)
+    clustering = kmeans(values, k)
     monkeypatch.setattr(module, "BINS", 1024)
     monkeypatch.setattr(module, "ZOOMS", 5)
-    assert found.inertia <= kmeans(values, k).inertia * (1 + 1e-5)
+    assert clustering.inertia <= kmeans(values, k).inertia * (1 + 1e-5)
 
 
 def test_one_centroid_of_many_values() -> None:
@@ -316,12 +326,12 @@ def test_one_centroid_of_many_values() -> None:
 def test_centroids_of_many_values_are_means(pins: tuple[float, ...]) -> None:
     """Every free centroid is the mean of the values nearest to it."""
     values = sample("normal", 300_000).float()
-    found = kmeans(values, 7, pins)
-    squares = (values.double() - found.centroids.double()[found.labels]).square().sum()
-    assert found.inertia == pytest.approx(float(squares), rel=1e-6)
-    for i, m in enumerate(found.centroids.tolist()):
+    clustering = kmeans(values, 7, pins)
+    squares = (values.double() - clustering.centroids.double()[clustering.labels]).square().sum()
+    assert clustering.inertia == pytest.approx(float(squares), rel=1e-6)
+    for i, m in enumerate(clustering.centroids.tolist()):
         if m not in torch.tensor(pins).tolist():
-            assert m == pytest.approx(float(values[found.labels == i].double().mean()), abs=1e-4)
+            assert m == pytest.approx(float(values[clustering.labels == i].double().mean()), abs=1e-4)
 
 
 @settings(deadline=None, max_examples=100)
@@ -341,10 +351,10 @@ def test_the_best_of_given_splits(seed: int, fixed: list[bool]) -> None:
         return sum(((p - (m if f else p.mean())) ** 2).sum() for p, m, f in zip(parts, c, fixed, strict=True))
 
     least = min(cost([0, *middle, 20]) for middle in product(*options.T[1:-1].tolist()))
-    found = np.where(fixed, c, module._best_of(options, y, c, np.array(fixed)))
+    clustering = np.where(fixed, c, module._best_of(options, y, c, np.array(fixed)))
     best = [s for m in product(*options.T[1:-1].tolist()) if cost(s := [0, *m, 20]) <= least * (1 + 1e-9) + 1e-9]
     means = [[m if f else y[i:j].mean() for m, f, (i, j) in zip(c, fixed, pairwise(s), strict=True)] for s in best]
-    assert any(np.allclose(found, m) for m in means)
+    assert any(np.allclose(clustering, m) for m in means)
 
 
 def test_no_refinement_if_a_centroid_has_no_values() -> None:
@@ -356,11 +366,11 @@ def test_no_refinement_if_a_centroid_has_no_values() -> None:
 def test_labels_of_many_values(k: int) -> None:
     """Several chunks with a rest, and more centroids than a byte counts."""
     values = torch.randint(600, (3, 2 * module.CHUNK // 3 + 5), generator=torch.Generator().manual_seed(k)) / 7
-    found = kmeans(values, k)
-    c = found.centroids.double()
+    clustering = kmeans(values, k)
+    c = clustering.centroids.double()
     assert len(c) == k
-    distance = (values.double() - c[found.labels]).abs()
-    for other in (found.labels - 1, found.labels + 1):
+    distance = (values.double() - c[clustering.labels]).abs()
+    for other in (clustering.labels - 1, clustering.labels + 1):
         assert (distance <= (values.double() - c[other.clamp(0, k - 1)]).abs()).all()
 
 
@@ -376,20 +386,20 @@ def test_a_million_values(k: int) -> None:
     n = 1_000_000
     values = torch.arange(n, dtype=torch.float64)[torch.randperm(n, generator=torch.Generator().manual_seed(k))]
     start = time.process_time()
-    found = kmeans(values, k)
+    clustering = kmeans(values, k)
     assert time.process_time() - start < 8  # 0.1 s alone
     m = n // k  # values per cluster, whose squares sum to m (m^2 - 1) / 12
     optimum = k * m * (m * m - 1) / 12
-    assert 1 - 1e-12 <= found.inertia / optimum <= 1 + (k / module.EXACT) ** 2
-    np.testing.assert_allclose(found.centroids, np.arange(k) * m + (m - 1) / 2, rtol=0, atol=m * 1e-3)
+    assert 1 - 1e-12 <= clustering.inertia / optimum <= 1 + (k / module.EXACT) ** 2
+    np.testing.assert_allclose(clustering.centroids, np.arange(k) * m + (m - 1) / 2, rtol=0, atol=m * 1e-3)
 
 
 def test_few_distinct_among_many_are_exact() -> None:
     values = torch.arange(300_000, dtype=torch.float32).remainder(1_000)
-    found = kmeans(values, 10)
-    assert found.centroids.tolist() == [49.5 + 100 * i for i in range(10)]
-    assert found.inertia == 300 * 10 * 100 * (100**2 - 1) / 12
-    torch.testing.assert_close(found.labels, (values / 100).long())
+    clustering = kmeans(values, 10)
+    assert clustering.centroids.tolist() == [49.5 + 100 * i for i in range(10)]
+    assert clustering.inertia == 300 * 10 * 100 * (100**2 - 1) / 12
+    torch.testing.assert_close(clustering.labels, (values / 100).long())
 
 
 @settings(deadline=None, max_examples=60)
@@ -450,26 +460,28 @@ def test_pinning_the_optimum_changes_nothing() -> None:
 def test_types_and_layouts(dtype: torch.dtype) -> None:
     x = noise(2 * 3 * 4 * 5).to(dtype).reshape(2, 3, 4, 5).requires_grad_()
     before = x.detach().clone()
-    found = kmeans(x, 5, (0.3,))
+    clustering = kmeans(x, 5, (0.3,))
     assert torch.equal(x, before), "the input is never written to"
-    assert not found.centroids.requires_grad
-    assert found.labels.shape == x.shape
-    assert torch.tensor(0.3, dtype=dtype) in found.centroids
+    assert not clustering.centroids.requires_grad
+    assert clustering.labels.shape == x.shape
+    assert torch.tensor(0.3, dtype=dtype) in clustering.centroids
     for other in (x.to(memory_format=torch.channels_last), x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)):
         again = kmeans(other, 5, torch.tensor([0.3], dtype=dtype))
-        assert torch.equal(again.labels, found.labels)
-        assert torch.equal(again.centroids, found.centroids)
-    exact = [Fraction(m) for m in found.centroids.tolist()]
-    for value, label in zip(x.flatten().tolist(), found.labels.flatten().tolist(), strict=True):
+        assert torch.equal(again.labels, clustering.labels)
+        assert torch.equal(again.centroids, clustering.centroids)
+    exact = [Fraction(m) for m in clustering.centroids.tolist()]
+    for value, label in zip(x.flatten().tolist(), clustering.labels.flatten().tolist(), strict=True):
         assert label == min(range(5), key=lambda i: (abs(Fraction(value) - exact[i]), i))
     wide = kmeans(before.double(), 5, (float(torch.tensor(0.3, dtype=dtype)),))
-    assert torch.equal(wide.centroids.to(dtype), found.centroids)
+    assert torch.equal(wide.centroids.to(dtype), clustering.centroids)
     assert kmeans(before.flatten()[0], 3).labels.shape == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_middle_of_two_neighbours_is_not_rounded(dtype: torch.dtype) -> None:
-    """The middle of 1 + e and 1 + 2e rounds to the even one, the upper, which would then belong to the lower."""
+    """The middle of 1 + e and 1 + 2e rounds to the even one, the upper, which would then belong to
+    the lower.
+    """
     e = torch.finfo(dtype).eps
     low, high = torch.tensor([1 + e, 1 + 2 * e], dtype=dtype)
     assert (low / 2 + high / 2) == high, "otherwise the test proves nothing"

@@ -26,13 +26,13 @@ def net(method: Method, policy: Policy | None = None) -> nn.Module:
 
 
 def test_levels_are_counted_in_a_forward_pass() -> None:
-    found = verify(net(dorefa.build(w=3, a=2, g=4), Policy(last=8, first=8)), X)
-    assert list(found) == ["conv1", *[f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)], "fc"]
-    assert found["layer1.0.conv1"]["w"] == LevelCount(8, 8)
-    assert found["layer1.0.conv1"]["a"] == LevelCount(4, 4)
-    assert found["layer1.0.conv1"]["g"].allowed == 16
-    assert 8 < found["layer1.0.conv1"]["g"].found <= 16
-    assert found["conv1"]["w"].allowed == 256
+    counts = verify(net(dorefa.build(w=3, a=2, g=4), Policy(last=8, first=8)), X)
+    assert list(counts) == ["conv1", *[f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)], "fc"]
+    assert counts["layer1.0.conv1"]["w"] == LevelCount(8, 8)
+    assert counts["layer1.0.conv1"]["a"] == LevelCount(4, 4)
+    assert counts["layer1.0.conv1"]["g"].allowed == 16
+    assert 8 < counts["layer1.0.conv1"]["g"].found <= 16
+    assert counts["conv1"]["w"].allowed == 256
 
 
 @pytest.mark.parametrize("part", ["w", "a", "g"])
@@ -157,7 +157,9 @@ def test_resnet20_has_its_published_size() -> None:
     ("bits", "ends", "expected"), [(32, "same", 1857.6), (8, "same", 116.1), (4, 8, 34.71), (2, 8, 14.37)]
 )
 def test_bitops_of_resnet18_at_224(bits: int, ends: str | int, expected: float) -> None:
-    """In G, as in the literature: convolutions and the linear layer; the image has the bits of the first layer."""
+    """In G, as in the literature: convolutions and the linear layer; the image has the bits of the
+    first layer.
+    """
     with torch.device("meta"):
         model = torchvision().models.resnet18(weights=None)
     macs = count_macs(model, (3, 224, 224))

@@ -1,9 +1,9 @@
 """DoReFa-Net (arXiv 1606.06160) in slow, exact arithmetic: the reference for the tensor code.
 
-Everything rational stays a Fraction from the input to the level; only tanh is computed in float64. `k` is the
-bit-width, `n = 2^k - 1` the number of steps. A `*_unit` function is the map into [0, 1] before the rounding; tests use
-it to find how far an input is from a rounding threshold. Section numbers such as 1a are those of notes on the papers
-outside this repository.
+Everything rational stays a Fraction from the input to the level; only tanh is computed in float64.
+`k` is the bit-width, `n = 2^k - 1` the number of steps. A `*_unit` function is the map into [0, 1]
+before the rounding; tests use it to find how far an input is from a rounding threshold. Section
+numbers such as 1a are those of notes on the papers outside this repository.
 """
 
 import math
@@ -38,9 +38,11 @@ def like(values: list[Fraction], x: FloatArray) -> FloatArray:
 
 
 def weight_unit(w: FloatArray) -> list[Fraction]:
-    """Section 1a, weights 2 <= W < 32: tanh(w) / (2 max|tanh w|) + 1/2, one max for the whole tensor.
+    """Section 1a, weights 2 <= W < 32: tanh(w) / (2 max|tanh w|) + 1/2, one max for the whole
+    tensor.
 
-    An all-zero tensor is 0/0 in the paper; here it is the limit of w = 0 among other weights, which is 1/2.
+    An all-zero tensor is 0/0 in the paper; here it is the limit of w = 0 among other weights, which
+    is 1/2.
     """
     t = [Fraction(math.tanh(v)) for v in w.flat]
     m = max(abs(v) for v in t)
@@ -48,7 +50,9 @@ def weight_unit(w: FloatArray) -> list[Fraction]:
 
 
 def weight_forward(w: FloatArray, k: int) -> FloatArray:
-    """Section 1a, weights: mean|w| * s(w) with s(0) = +1 for k = 1, else 2 Qk(unit) - 1, not rescaled."""
+    """Section 1a, weights: mean|w| * s(w) with s(0) = +1 for k = 1, else 2 Qk(unit) - 1, not
+    rescaled.
+    """
     if k == 1:
         scale = sum((abs(Fraction(v)) for v in w.flat), Fraction(0)) / w.size
         return like([scale if v >= 0 else -scale for v in w.flat], w)
@@ -58,9 +62,9 @@ def weight_forward(w: FloatArray, k: int) -> FloatArray:
 def weight_backward(w: FloatArray, g: FloatArray, k: int) -> FloatArray:
     """Section 1a, weights and 'max-gradient detail': takes g = dL/dw_q, returns dL/dw.
 
-    k = 1: identity. k >= 2: with r = t/M and straight-through rounding, dL/dr = g, so
-    dL/dt_j = g_j/M for the numerator and dL/dM = -sum(g t)/M^2 for the max, which goes to the argmax.
-    Several maxima share it equally, as TensorFlow's reduce_max and torch's amax do. Not for all-zero w.
+    k = 1: identity. k >= 2: with r = t/M and straight-through rounding, dL/dr = g, so dL/dt_j =
+    g_j/M for the numerator and dL/dM = -sum(g t)/M^2 for the max, which goes to the argmax. Several
+    maxima share it equally, as TensorFlow's reduce_max and torch's amax do. Not for all-zero w.
     """
     if k == 1:
         return g.copy()
@@ -131,8 +135,8 @@ def activation_backward(x: FloatArray, g: FloatArray, slope: Callable[[float], f
 def gradient_forward(d: FloatArray, u: FloatArray, k: int) -> FloatArray:
     """Section 1a, gradients (paper eq. 12): 2 m (Qk(clip(d/(2m) + 1/2 + u/n, 0, 1)) - 1/2).
 
-    d and u have shape (N, ...); u is the noise, each element in (-1/2, 1/2); m = max|d| is taken per sample.
-    A sample of zeros (0/0 in the paper) stays zero.
+    d and u have shape (N, ...); u is the noise, each element in (-1/2, 1/2); m = max|d| is taken
+    per sample. A sample of zeros (0/0 in the paper) stays zero.
     """
     n = 2**k - 1
     out: list[Fraction] = []

@@ -1,7 +1,7 @@
 """Fixed-point training in slow, exact arithmetic: the reference for the tensor code.
 
-`il` and `fl` are integer and fraction bits; `il` includes the sign. Section numbers such as 1a are those of notes on
-the papers outside this repository.
+`il` and `fl` are integer and fraction bits; `il` includes the sign. Section numbers such as 1a are
+those of notes on the papers outside this repository.
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,9 @@ def convert(x: Fraction, il: int, fl: int) -> Fraction:
 
 @dataclass
 class Perceptron:
-    """Stored tensors w1, b1, w2, b2, their velocities, and for each kind of tensor its format (il, fl)."""
+    """Stored tensors w1, b1, w2, b2, their velocities, and for each kind of tensor its format (il,
+    fl).
+    """
 
     tensors: dict[str, FloatArray]
     formats: Mapping[str, tuple[int, int]]
@@ -72,7 +74,9 @@ class Perceptron:
             self.tensors[name] = self.to("weights" if name[0] == "w" else "biases", value)
 
     def gradients(self, x: FloatArray, labels: npt.NDArray[np.int64]) -> dict[str, FloatArray]:
-        """One rounding after each matrix product, forward and backward; saturated outputs pass no error."""
+        """One rounding after each matrix product, forward and backward; saturated outputs pass no
+        error.
+        """
         t = self.tensors
         wide1 = x @ t["w1"].T + t["b1"]
         z1 = self.to("activations", wide1)
@@ -87,7 +91,9 @@ class Perceptron:
         return {"w1": e1.T @ x, "b1": e1.sum(0), "w2": e2.T @ h, "b2": e2.sum(0)}
 
     def step(self, x: FloatArray, labels: npt.NDArray[np.int64], rate: float, momentum: float) -> None:
-        """W <- Convert(W + Convert(-rate v)), v <- momentum v + dL/dW, stored in its format if it has one."""
+        """W <- Convert(W + Convert(-rate v)), v <- momentum v + dL/dW, stored in its format if it
+        has one.
+        """
         for name, grad in self.gradients(x, labels).items():
             v = momentum * self.velocity.get(name, np.zeros_like(grad)) + grad
             update = self.to("updates", -rate * v)

@@ -1,9 +1,9 @@
 """BWN weights and HWGQ activations in slow, exact arithmetic: the reference for the tensor code.
 
-Forward and backward use Fractions; the levels come from closed-form moments of the half-normal density 2 phi(x),
-x > 0, in float64 (NumPy and scipy, no torch). Section numbers such as 1a are those of notes on the papers outside
-this repository. `m` is the number of positive levels q_1 < ... < q_m, 2^bits - 1 of them; `t` are the thresholds
-between cells.
+Forward and backward use Fractions; the levels come from closed-form moments of the half-normal
+density 2 phi(x), x > 0, in float64 (NumPy and scipy, no torch). Section numbers such as 1a are
+those of notes on the papers outside this repository. `m` is the number of positive levels q_1 < ...
+< q_m, 2^bits - 1 of them; `t` are the thresholds between cells.
 """
 
 import math
@@ -22,7 +22,9 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def binarize_forward(w: FloatArray) -> FloatArray:
-    """Sections 2a and 3a: alpha b for every index of axis 0, alpha = mean|w| of that filter, b = +1 where w >= 0."""
+    """Sections 2a and 3a: alpha b for every index of axis 0, alpha = mean|w| of that filter, b = +1
+    where w >= 0.
+    """
     rows = []
     for row in w.reshape(len(w), -1):
         alpha = sum((abs(Fraction(v)) for v in row), Fraction(0)) / len(row)
@@ -31,7 +33,9 @@ def binarize_forward(w: FloatArray) -> FloatArray:
 
 
 def binarize_backward(w: FloatArray, g: FloatArray) -> FloatArray:
-    """Section 3a: the gradient with respect to alpha b is the gradient of w, unchanged: no alpha, no mask, no 1/n."""
+    """Section 3a: the gradient with respect to alpha b is the gradient of w, unchanged: no alpha,
+    no mask, no 1/n.
+    """
     assert w.shape == g.shape
     return g.copy()
 
@@ -40,7 +44,9 @@ def binarize_backward(w: FloatArray, g: FloatArray) -> FloatArray:
 
 
 def thresholds(q: FloatArray) -> list[Fraction]:
-    """Section 3a: midpoints of neighbouring levels; the threshold at 0 is a separate rule and not among them."""
+    """Section 3a: midpoints of neighbouring levels; the threshold at 0 is a separate rule and not
+    among them.
+    """
     return [(Fraction(a) + Fraction(b)) / 2 for a, b in pairwise(q)]
 
 
@@ -51,7 +57,9 @@ def margin(x: FloatArray, q: FloatArray) -> FloatArray:
 
 
 def activation_forward(x: FloatArray, q: FloatArray) -> FloatArray:
-    """Section 3a: x <= 0 -> 0; else the level whose cell (t_i, t_{i+1}] contains x, so x = t gives the lower."""
+    """Section 3a: x <= 0 -> 0; else the level whose cell (t_i, t_{i+1}] contains x, so x = t gives
+    the lower.
+    """
     t = thresholds(q)
     values = [q[bisect_left(t, Fraction(v))] if v > 0 else 0.0 for v in x.flat]
     return np.array(values, np.float64).reshape(x.shape)
@@ -98,10 +106,11 @@ def mse(q: FloatArray, t: FloatArray | None = None) -> float:
 
 
 def fitted_step(step: float, m: int) -> float:
-    """Best step for the cells of levels i step, i = 1..m; the MSE is stationary in the step where they are equal.
+    """Best step for the cells of levels i step, i = 1..m; the MSE is stationary in the step where
+    they are equal.
 
-    Half its derivative is sum(i^2 mass) (step - fitted): the cells move with the step too, but at a midpoint both
-    neighbours have the same error, so that part cancels.
+    Half its derivative is sum(i^2 mass) (step - fitted): the cells move with the step too, but at a
+    midpoint both neighbours have the same error, so that part cancels.
     """
     i = np.arange(1, m + 1)
     mass, first = moments(cells(step * i))
@@ -118,9 +127,11 @@ def uniform_levels(m: int) -> FloatArray:
 
 
 def lloyd_max_levels(m: int) -> FloatArray:
-    """Section 4.2: Lloyd's algorithm with exact centroids; a root finder replaces its slow last part.
+    """Section 4.2: Lloyd's algorithm with exact centroids; a root finder replaces its slow last
+    part.
 
-    It starts from the density of levels of a fine quantizer, proportional to phi^(1/3): a normal of variance 3.
+    It starts from the density of levels of a fine quantizer, proportional to phi^(1/3): a normal of
+    variance 3.
     """
     q = -math.sqrt(3) * special.ndtri((1 - (np.arange(m) + 0.5) / m) / 2)
     for _ in range(50):
@@ -131,7 +142,9 @@ def lloyd_max_levels(m: int) -> FloatArray:
 
 
 def levels(bits: int, uniform: bool) -> FloatArray:
-    """The 2^bits - 1 positive levels; a log-concave density has one Lloyd-Max quantizer, so a root is the optimum."""
+    """The 2^bits - 1 positive levels; a log-concave density has one Lloyd-Max quantizer, so a root
+    is the optimum.
+    """
     return (uniform_levels if uniform else lloyd_max_levels)(2**bits - 1)
 
 
@@ -140,8 +153,8 @@ def levels(bits: int, uniform: bool) -> FloatArray:
 # Section 3a, constants of the authors' code: EdMIPS steps; levels of the prototxts "3ne" and "2n".
 PUBLISHED_STEP = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
 THREE, TWO = [0.538, 1.076, 1.614], [0.453, 1.51]
-# Section 4.3, marked C (computed there, not printed in the paper): bits: step, MSE given x > 0. First with zero
-# for x <= 0 (convention A), then for round(x / step) step (B).
+# Section 4.3, marked C (computed there, not printed in the paper): bits: step, MSE given x > 0.
+# First with zero for x <= 0 (convention A), then for round(x / step) step (B).
 UNIFORM = {1: (0.797885, 0.363380), 2: (0.538812, 0.086441), 3: (0.321729, 0.020406), 4: (0.184243, 0.005025)}
 HALF_STEP = {1: (1.224006, 0.190174), 2: (0.650770, 0.046860), 3: (0.353411, 0.012889), 4: (0.193249, 0.003693)}
 # Section 4.2, marked C: number of positive levels: the levels, their thresholds, MSE given x > 0.

@@ -1,6 +1,8 @@
-"""Quantized distillation and differentiable quantization in slow, exact arithmetic: the reference for the tensor code.
+"""Quantized distillation and differentiable quantization in slow, exact arithmetic: the reference
+for the tensor code.
 
-In Fractions and lists; every float is an exact number. `k` is the size of a bucket, 0 for the whole tensor.
+In Fractions and lists; every float is an exact number. `k` is the size of a bucket, 0 for the whole
+tensor.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ FloatArray = npt.NDArray[np.float64]
 def buckets(w: FloatArray, k: int) -> list[list[Fraction]]:
     """Return k consecutive elements each, across all axes.
 
-    The last bucket is filled up with its last element, but a tensor shorter than k is one bucket, unchanged.
+    The last bucket is filled up with its last element, but a tensor shorter than k is one bucket,
+    unchanged.
     """
     flat = [Fraction(v) for v in w.flat]
     if k == 0 or len(flat) < k:
@@ -38,8 +41,8 @@ def unbucketed(rows: list[list[Fraction]], w: FloatArray) -> FloatArray:
 
 
 def quantize(w: FloatArray, bits: int, k: int, draws: FloatArray | None = None) -> FloatArray:
-    """s = 2^bits levels: round(x (s - 1)) / (s - 1), halves to even; with draws (buckets, k) in [0, 1), instead of
-    rounding, floor plus 1 if the draw is below the fraction.
+    """s = 2^bits levels: round(x (s - 1)) / (s - 1), halves to even; with draws (buckets, k) in [0,
+    1), instead of rounding, floor plus 1 if the draw is below the fraction.
     """
     steps, rows = 2**bits - 1, []
     for b, bucket in enumerate(buckets(w, k)):
@@ -77,7 +80,9 @@ def to_points(w: FloatArray, points: Sequence[float], k: int) -> FloatArray:
 
 
 def points_gradient(w: FloatArray, points: Sequence[float], k: int, g: FloatArray) -> list[float]:
-    """dL/dp_i = sum_j alpha(bucket of j) dL/dw_j 1[j assigned to i], over real weights, not over the filling."""
+    """dL/dp_i = sum_j alpha(bucket of j) dL/dw_j 1[j assigned to i], over real weights, not over
+    the filling.
+    """
     sums, size = [Fraction(0)] * len(points), k or w.size
     rows = buckets(w, k)
     for j, (v, up) in enumerate(zip(w.flat, g.flat, strict=True)):

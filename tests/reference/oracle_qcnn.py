@@ -1,8 +1,9 @@
-"""Q-CNN's error correction on explicit responses, in loops over NumPy arrays: the reference for the tensor code.
+"""Q-CNN's error correction on explicit responses, in loops over NumPy arrays: the reference for the
+tensor code.
 
-Weights are (Ct, P, M, s): output, kernel position, subspace, element
-of it; codebooks D are (M, K, s), codes B (Ct, P, M). Inputs are (N, G, P, M s), channels padded with zeros;
-targets (N, Ct). Output t belongs to group t // (Ct / G).
+Weights are (Ct, P, M, s): output, kernel position, subspace, element of it; codebooks D are (M, K,
+s), codes B (Ct, P, M). Inputs are (N, G, P, M s), channels padded with zeros; targets (N, Ct).
+Output t belongs to group t // (Ct / G).
 """
 
 import numpy as np
@@ -52,7 +53,9 @@ def correct(
     ridge: float,
     sweeps: int,
 ) -> tuple[FloatArray, IntArray, list[float]]:
-    """Return codebooks and codes after block-coordinate descent over subspaces, and the objective after each update."""
+    """Return codebooks and codes after block-coordinate descent over subspaces, and the objective
+    after each update.
+    """
     books, codes = books.copy(), codes.copy()
     design, goals = problem(inputs, targets, w, ridge)
     objectives = [objective(design, goals, decode(books, codes))]

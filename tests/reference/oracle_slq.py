@@ -1,4 +1,6 @@
-"""SLQ and MLQ (arXiv 1803.03289) in plain NumPy, a stage at a time; k-means tries every choice of intervals."""
+"""SLQ and MLQ (arXiv 1803.03289) in plain NumPy, a stage at a time; k-means tries every choice of
+intervals.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +38,9 @@ def clustered(w: Array, k: int, pins: Sequence[float] = ()) -> tuple[Array, NDAr
 
 @dataclass
 class Layer:
-    """A layer's latent weights, which of them are frozen, at which values, and the frozen centroids."""
+    """A layer's latent weights, which of them are frozen, at which values, and the frozen
+    centroids.
+    """
 
     latent: Array
     frozen: NDArray[np.bool_]
@@ -63,7 +67,8 @@ class Layer:
 
 
 def slq_stage(layers: list[Layer], k: int, portion: float, loss: Loss) -> None:
-    """One stage of SLQ, largest loss first: cluster with frozen centroids fixed, absorb, measure, freeze the next.
+    """One stage of SLQ, largest loss first: cluster with frozen centroids fixed, absorb, measure,
+    freeze the next.
 
     A pinned centroid without weights is frozen from the start; a layer that is complete is skipped.
     """
@@ -86,9 +91,11 @@ def slq_stage(layers: list[Layer], k: int, portion: float, loss: Loss) -> None:
 
 
 def mlq_steps(layers: list[Layer], k: int, steps: int, count: int, loss: Loss) -> list[tuple[int, float]]:
-    """Advance `count` layers among those with the fewest steps, largest loss first; return (layer, loss) of each.
+    """Advance `count` layers among those with the fewest steps, largest loss first; return (layer,
+    loss) of each.
 
-    A layer's step: the lowest and the highest free cluster are frozen; the last of `steps` freezes all.
+    A layer's step: the lowest and the highest free cluster are frozen; the last of `steps` freezes
+    all.
     """
     behind = min(layer.step for layer in layers)
     moves = {}

@@ -1,8 +1,10 @@
-"""The methods' equations, implemented a second time: NumPy in float64, gradients by hand, nothing of the package.
+"""The methods' equations, implemented a second time: NumPy in float64, gradients by hand, nothing
+of the package.
 
-Written from the papers and notes on them, not from the tensor code. Every function returns its value and `back`,
-which takes the upstream gradient G = dL/dvalue and returns the gradient of the first argument, or a tuple with those of
-the learned scales after it. Equation numbers are given where they are known.
+Written from the papers and notes on them, not from the tensor code. Every function returns its
+value and `back`, which takes the upstream gradient G = dL/dvalue and returns the gradient of the
+first argument, or a tuple with those of the learned scales after it. Equation numbers are given
+where they are known.
 """
 
 import math
@@ -40,8 +42,8 @@ def filter_scales(w: Array) -> Array:
 
 
 def xnor_weight(w: Array, gradient: str = "paper") -> Pair:
-    """Paper: dC/dW = dC/dW~ (1/n + alpha 1{|W| <= 1}). Authors: (alpha 1{|W| < 1} + 1/n) (1 - 1/c_in) n, where c_in is
-    the number of input channels, or of inputs in a linear layer.
+    """Paper: dC/dW = dC/dW~ (1/n + alpha 1{|W| <= 1}). Authors: (alpha 1{|W| < 1} + 1/n) (1 -
+    1/c_in) n, where c_in is the number of input channels, or of inputs in a linear layer.
     """
     n, alpha = w[0].size, filter_scales(w)
     if gradient == "paper":
@@ -57,7 +59,9 @@ def xnor_activation(x: Array) -> Pair:
 
 
 def input_scale(x: Array, kernel: tuple[int, int], stride: int, padding: int) -> Array:
-    """K = A * k with A = mean over channels of |I| and every entry of k being 1 / (w h): (N, 1, H', W')."""
+    """K = A * k with A = mean over channels of |I| and every entry of k being 1 / (w h): (N, 1, H',
+    W').
+    """
     height, width = kernel
     a = np.abs(x).sum(1) / x.shape[1]
     a = np.pad(a, ((0, 0), (padding, padding), (padding, padding)))
@@ -121,7 +125,9 @@ _INFINITY = 14.0
 
 
 def _moments(low: Array, high: Array) -> tuple[Array, Array]:
-    """Integrals of phi and x phi over [low, high], elementwise, by quadrature in pieces of at most 1/4."""
+    """Integrals of phi and x phi over [low, high], elementwise, by quadrature in pieces of at most
+    1/4.
+    """
     zeroth, first = np.zeros_like(low), np.zeros_like(low)
     pieces = max(1, math.ceil(float((high - low).max()) * 4))
     for piece in range(pieces):
@@ -156,7 +162,9 @@ def lloyd_levels(m: int, rounds: int = 4000) -> Array:
 
 
 def optimal_levels(m: int) -> Array:
-    """The fixed point of `lloyd_step`, by Newton's method; there is one, because phi is log-concave."""
+    """The fixed point of `lloyd_step`, by Newton's method; there is one, because phi is
+    log-concave.
+    """
     start = math.sqrt(3) * np.array([_quantile((i + 0.5) / m) for i in range(m)])
     return np.asarray(optimize.fsolve(lambda q: q - lloyd_step(q), start, xtol=1e-13), np.float64)
 
@@ -167,7 +175,9 @@ def _quantile(p: float) -> float:
 
 
 def uniform_step(m: int, first: float) -> float:
-    """The step D of least error for levels D, 2 D ... m D. The first cell begins at `first` D; below, it is zero."""
+    """The step D of least error for levels D, 2 D ... m D. The first cell begins at `first` D;
+    below, it is zero.
+    """
     i = np.arange(1, m + 1)
 
     def slope(step: float) -> float:
@@ -201,7 +211,9 @@ def hwgq_weight(w: Array) -> Pair:
 
 
 def inq_exponent(w: Array) -> int:
-    """n1 = floor(log2(4 s / 3)), s = max|w|, without a rounding error: the largest n with 3 2^n <= 4 s (eq. 2)."""
+    """n1 = floor(log2(4 s / 3)), s = max|w|, without a rounding error: the largest n with 3 2^n <=
+    4 s (eq. 2).
+    """
     s = Fraction(float(np.abs(w).max()))
     n = math.frexp(float(s))[1] + 2
     while 3 * Fraction(2) ** n > 4 * s:
@@ -216,7 +228,9 @@ def inq_magnitudes(n1: int, bits: int) -> list[float]:
 
 
 def inq_rounded(w: Array, n1: int, bits: int) -> Array:
-    """Eq. 4: beta sgn(w) where |w| in [(alpha + beta) / 2, 3 beta / 2), else 0; larger ones saturate at 2^n1."""
+    """Eq. 4: beta sgn(w) where |w| in [(alpha + beta) / 2, 3 beta / 2), else 0; larger ones
+    saturate at 2^n1.
+    """
     magnitudes = inq_magnitudes(n1, bits)
     out = np.where(np.abs(w) >= 1.5 * magnitudes[-1], magnitudes[-1], 0.0)
     for alpha, beta in pairwise(magnitudes):
@@ -225,7 +239,9 @@ def inq_rounded(w: Array, n1: int, bits: int) -> Array:
 
 
 class InqLayer:
-    """A layer through the phases: the largest free weights are rounded and frozen until the portion is reached."""
+    """A layer through the phases: the largest free weights are rounded and frozen until the portion
+    is reached.
+    """
 
     def __init__(self, w: Array, bits: int) -> None:
         self.bits = bits
@@ -233,7 +249,9 @@ class InqLayer:
         self.frozen, self.value = np.zeros(w.shape, bool), np.zeros(w.shape)
 
     def partition(self, w: Array, portion: float, chosen: npt.NDArray[np.bool_] | None = None) -> None:
-        """`chosen`: which weights are frozen afterwards, for the random partition. n1 is that of the first portion."""
+        """`chosen`: which weights are frozen afterwards, for the random partition. n1 is that of
+        the first portion.
+        """
         n1 = inq_exponent(w) if self.n1 is None else self.n1
         self.n1 = n1
         rounded = inq_rounded(w, n1, self.bits)
@@ -257,8 +275,8 @@ def q_k(x: Array, k: int) -> Array:
 
 
 def dorefa_weight(w: Array, k: int) -> Pair:
-    """k = 1: E|w| sign(w) over the layer, gradient 1. Else eq. 9, with the chain rule through tanh and the maximum;
-    elements that share the maximum share its gradient equally.
+    """k = 1: E|w| sign(w) over the layer, gradient 1. Else eq. 9, with the chain rule through tanh
+    and the maximum; elements that share the maximum share its gradient equally.
     """
     if k == 1:
         return np.abs(w).sum() / w.size * sign(w), lambda g: g
@@ -319,7 +337,9 @@ def lsq_range(bits: int, signed: bool) -> tuple[int, int]:
 
 
 def lsq(v: Array, s: float, bits: int, signed: bool, features: int = 0) -> Pair:
-    """Eq. 1-3 and 5; with `features` the step's gradient is scaled by 1 / sqrt(features Q_P) (section 2.2)."""
+    """Eq. 1-3 and 5; with `features` the step's gradient is scaled by 1 / sqrt(features Q_P)
+    (section 2.2).
+    """
     q_n, q_p = lsq_range(bits, signed)
     scale = 1 / math.sqrt(features * q_p) if features else 1.0
     ratio = v / s
@@ -364,7 +384,9 @@ def uniform_activation(x: Array, low: float, high: float, bits: int) -> Pair:
 
 @dataclass(frozen=True)
 class Site:
-    """A function of (tensor, *scales) and the names of the scales' parameters behind the layer's name."""
+    """A function of (tensor, *scales) and the names of the scales' parameters behind the layer's
+    name.
+    """
 
     function: Callable[..., Pair]
     scales: tuple[str, ...] = ()
@@ -382,9 +404,9 @@ def _rectified(x: Array) -> Pair:
 class Layer:
     """A linear layer (w of two axes) or a convolution, its quantizers, and what follows it.
 
-    `output` is a function of (y without bias, x) -> (y, back), where back gives the gradients of both; `gradient` is
-    one of the gradient that arrives at the layer's output. `norm` names the batch normalization that follows it, if
-    any.
+    `output` is a function of (y without bias, x) -> (y, back), where back gives the gradients of
+    both; `gradient` is one of the gradient that arrives at the layer's output. `norm` names the
+    batch normalization that follows it, if any.
     """
 
     name: str
@@ -449,7 +471,9 @@ def cross_entropy(logits: Array, labels: npt.NDArray[np.int64]) -> tuple[float, 
 
 
 def quantized_layer(layer: Layer, params: Mapping[str, Array], x: Array) -> tuple[Array, Callable[[Array], Any]]:
-    """Return the layer's output and back(G) -> (gradient of x, gradients of the layer's parameters by name)."""
+    """Return the layer's output and back(G) -> (gradient of x, gradients of the layer's parameters
+    by name).
+    """
 
     def scales(site: Site) -> list[Array]:
         return [params[f"{layer.name}.{name}"] for name in site.scales]
@@ -489,7 +513,9 @@ def _named(gradients: tuple[Array, ...], names: Sequence[str]) -> tuple[Array, d
 def network(
     params: Mapping[str, Array], layers: Sequence[Layer], x: Array, labels: npt.NDArray[np.int64]
 ) -> tuple[Array, float, dict[str, Array]]:
-    """Return logits, mean cross entropy and its gradient with respect to every parameter and to the image ("x")."""
+    """Return logits, mean cross entropy and its gradient with respect to every parameter and to the
+    image ("x").
+    """
     backs: list[Callable[[Array], Any]] = []
     for layer in layers:
         if params[f"{layer.name}.weight"].ndim == 2 and x.ndim > 2:
