@@ -132,7 +132,7 @@ def test_a_method_that_requires_a_teacher_keeps_the_protocol(configure: Configur
     )
     assert not without.distill.on
     assert run_identity(required).protocol == run_identity(other).protocol
-    assert "distilled from its float parent, as it asks" in assemble(required).protocol_changes
+    assert "distilled from the float baseline, as the method requires" in assemble(required).protocol_changes
 
 
 def test_a_finished_run_can_be_the_teacher(configure: Configure, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_mlq_refuses_layers_of_different_widths(configure: Configure) -> None:
 def test_a_method_from_scratch_is_compared_with_its_float_baseline(configure: Configure) -> None:
     result = result_of(configure, "method=gupta")
     assert result.baseline is not None
-    assert result.protocol_changes == ["trained from scratch, as it asks"]
+    assert result.protocol_changes == ["trained from scratch, as the method requires"]
     assert (
         run_identity(configure("method=gupta", "init=scratch")).protocol
         == run_identity(configure("method=dorefa", "init=scratch")).protocol

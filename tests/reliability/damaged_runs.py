@@ -81,7 +81,8 @@ def _interrupted_runs(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished run of dorefa with its baseline and event files, and of seed 1.
+    """Return the folder of a finished run of dorefa with its baseline and event files, and of seed
+    1.
 
     All tests share it.
     """

@@ -143,9 +143,9 @@ def test_compare_with_damaged_files_of_every_kind(
         (path / "result.json").write_bytes(data)
         found = read_run(path)
         assert (found.status, found.notes) == ("done", [FROM_LOGS])
-        assert found.unread == ["result.json is torn or of another version"]
+        assert found.unread == ["result.json is corrupt or of another version"]
         assert cli(["compare", str(out)]) == 0
-        assert f"{path.name}: result.json is torn" in capsys.readouterr().out
+        assert f"{path.name}: result.json is corrupt" in capsys.readouterr().out
     for name in ("metrics.jsonl", "config.yaml", "result.json"):
         (path / name).unlink(missing_ok=True)
         (path / name).mkdir()
@@ -157,7 +157,7 @@ def test_compare_with_damaged_files_of_every_kind(
     for events in path.glob("events.*"):
         events.unlink()
         events.mkdir()
-    assert read_run(path).status == "torn"
+    assert read_run(path).status == "corrupt"
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(300, marks=pytest.mark.full)], ids=["fast", "full"])
@@ -170,7 +170,7 @@ def test_compare_from_damaged_event_files(whole: Path, tmp_path: Path, count: in
     assert (intact.status, intact.unread) == ("done", [])
     final = intact.result.final
     assert final is not None
-    kinds = {"done": 0, "unfinished": 0, "torn": 0}
+    kinds = {"done": 0, "unfinished": 0, "corrupt": 0}
     cases = [("emptied", b""), ("garbage", b"garbage"), ("longer", good + b"junk"), ("one less", good[:-1])]
     for _ in range(count):
         size = chance.randrange(len(good))
