@@ -211,7 +211,7 @@ def test_a_method_that_rounds_afterwards_takes_no_teacher(configure: Configure) 
 
 
 def test_mlq_refuses_layers_of_unlike_width(configure: Configure) -> None:
-    with pytest.raises(Unsupported, match="one width"):
+    with pytest.raises(Unsupported, match="same width"):
         assemble(configure("method=mlq", "bits=w3", "layers.first=2"))
 
 
