@@ -218,8 +218,8 @@ def test_a_post_training_method_takes_no_teacher(configure: Configure) -> None:
         assert assemble(configure(*words, "distill=none")).protocol_changes == asks
 
 
-def test_mlq_refuses_layers_of_different_widths(configure: Configure) -> None:
-    with pytest.raises(Unsupported, match="one width"):
+def test_mlq_refuses_layers_of_unlike_width(configure: Configure) -> None:
+    with pytest.raises(Unsupported, match="same width"):
         assemble(configure("method=mlq", "bits=w3", "layers.first=2"))
 
 
