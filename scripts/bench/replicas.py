@@ -1,11 +1,10 @@
-"""Would many small networks train faster as one? N seeds with grouped convolutions, against the
-same N one by one.
+"""Would many small networks train faster as one? N seeds as grouped convolutions.
 
     .venv/bin/python scripts/bench/replicas.py [-n 8] [--rounds 21]
 
-Each network keeps its own parameters, quantizers, optimizer and batch norm, so that every method
-fits; convolutions, norms and sums run together on activations (B, N C, H, W). One thread. The
-project does not use this: docs/performance.md says why.
+They are compared with the same N one by one. Each network keeps its own parameters, quantizers,
+optimizer and batch norm, so that every method fits; convolutions, norms and sums run together on
+activations (B, N C, H, W). One thread. The project does not use this: docs/performance.md says why.
 """
 
 import argparse

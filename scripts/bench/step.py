@@ -1,13 +1,12 @@
-"""Times a training step of ResNet-20 (batch 64, 3x32x32, SGD) under every method and the peers,
-against float.
+"""Times a training step of ResNet-20 under every method and the peers, against float.
 
     .venv/bin/python scripts/bench/step.py [--threads 1] [--rounds 21] [--device cpu] [--no-peers]
         [NAME ...]
 
-Ratios are measured in one process, interleaved: the median of the rounds and its quartiles. The
-baseline is fp32 in channels_last; a second column has the ratio of medians to stock fp32 (NCHW,
-torch's SGD with its defaults). The peers (peers.py) run in NCHW, their default; their packages are
-installed into a separate environment on first use.
+ResNet-20 for 3x32x32 images, batch 64, SGD. Ratios are measured in one process, interleaved: the
+median of the rounds and its quartiles. The baseline is fp32 in channels_last; a second column has
+the ratio of medians to stock fp32 (NCHW, torch's SGD with its defaults). The peers (peers.py) run
+in NCHW, their default; their packages are installed into a separate environment on first use.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Times a sweep of 24 short runs, one after the other and by joblib on all cores, and compares
-their results.
+"""Times a sweep of 24 short runs, one by one and by joblib on all cores.
 
     .venv/bin/python scripts/bench/sweep.py [--rounds 3]
 
-Both train their own float baselines, one per seed. Times include processes and their start.
+The results of both ways are compared. Both train their own float baselines, one per seed. Times
+include processes and their start.
 """
 
 import argparse

@@ -1,5 +1,4 @@
-"""Shows where time is spent: in single passes over 2^20 numbers, and in the operations of a
-training step.
+"""Shows where time is spent: in single passes over memory and in a training step.
 
     .venv/bin/python scripts/bench/where.py
 
