@@ -567,7 +567,7 @@ def test_one_seed_gives_no_interval_and_protocols_are_not_mixed(tmp_path: Path) 
 def test_the_commands_measure_every_deviation_once_and_the_method_itself() -> None:
     module = load_script()
     measured = []
-    for words in module.commands(3, ["dataset=glyphs"]):
+    for words in module.sweep_words(3, ["dataset=glyphs"]):
         keys = dict(word.split("=", 1) for word in words[1:])
         assert (words[0], keys["seed"], keys["dataset"]) == ("-m", "0,1,2", "glyphs")
         names = keys["method.deviation"].split(",")
