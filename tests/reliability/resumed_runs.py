@@ -1,6 +1,4 @@
-"""Runs that are stopped, resumed and compared with an uninterrupted run, for the tests of R3 and
-R4.
-"""
+"""Stop runs, resume them, and compare them with uninterrupted runs, for the tests of R3 and R4."""
 
 import dataclasses
 import itertools
@@ -37,9 +35,7 @@ STEPS, EPOCHS, BATCH = 6, 5, 192
 EVALUATION_BATCH = 60
 VAL_BATCHES, TEST_BATCHES = 3, 6
 EPOCH_CALLS = STEPS + VAL_BATCHES + 1
-"""Calls of `RunContext.stop` per epoch: after each step, before each validation batch, at the
-end.
-"""
+"""Calls of `RunContext.stop` per epoch: after a step, before a validation batch, at the end."""
 FILES = ("metrics.jsonl", "predictions.npy", "last.pt", "best.pt")
 At = Callable[..., Config]
 TALLY: dict[str, int] = {}
@@ -47,6 +43,7 @@ TALLY: dict[str, int] = {}
 
 @pytest.fixture(autouse=True)
 def counted_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the clock of the training loop count its calls, so that `seconds` are equal too."""
     ticks = itertools.count()
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     monkeypatch.setattr(Loader.unaugmented, "__defaults__", (None, EVALUATION_BATCH))
@@ -54,9 +51,11 @@ def counted_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def report_counts() -> Iterator[None]:
+    """Record what the full tier has covered."""
     yield
     if TALLY:
         counted("R3, R4: " + ", ".join(f"{count} {what}" for what, count in sorted(TALLY.items())))
+        TALLY.clear()
 
 
 @pytest.fixture
