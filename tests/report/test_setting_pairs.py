@@ -185,7 +185,8 @@ def test_the_sign_is_that_of_the_seeds_in_common() -> None:
     assert pair.difference == pytest.approx(-2.0)
     assert pair.verdict is Verdict.BELOW
     assert not any(conclusion.winner for conclusion in conclusions(table))
-    assert "a 94.00 is significantly below, over their common seeds, b (-2.00" in table.notes[-1]
+    assert "a 94.00 is significantly below b (-2.00" in table.notes[-1]
+    assert table.notes[-1].endswith(") over their common seeds")
 
 
 def test_more_seeds_that_equal_differences_need() -> None:
