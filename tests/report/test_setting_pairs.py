@@ -15,10 +15,10 @@ from scipy import stats
 from qbench.bits import Bits
 from qbench.report.comparison.pairs import adjust_p_values, conclude
 from qbench.report.comparison.predictions import RunAccuracy, paired_difference
-from qbench.report.comparison.setting import Conclusion, SeedAccuracy, Setting, estimate
+from qbench.report.comparison.setting import SeedAccuracy, Setting, estimate
 from qbench.report.comparison.setting_pair import SettingPair
 from qbench.report.comparison.setting_table import settings_of
-from qbench.report.comparison.verdicts import PairConclusion, Verdict
+from qbench.report.comparison.verdicts import Conclusion, PairConclusion, Verdict
 from qbench.report.statistics.differences import half_width, paired, sample_error, two_way, unpaired, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
 from qbench.report.statistics.power import seeds_needed
