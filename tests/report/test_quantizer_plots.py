@@ -273,7 +273,7 @@ def test_a_format_by_its_suffix_and_the_same_bytes_again(suffix: str, start: byt
     [
         (["hwqg"], "did you mean hwgq?"),
         (["twn", "--out", "twn.bmp"], r"allowed: \.png, \.pdf, \.svg"),
-        (["twn", "--out"], "plot --out wants a value"),
+        (["twn", "--out"], "wants a value"),
         (["twn", "--ot", "twn.png"], "did you mean --out?"),
         (["twn", "epochs=3"], "no effect on plot"),
         (["twn", "ttq"], "wants one method"),

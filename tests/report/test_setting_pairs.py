@@ -15,10 +15,10 @@ from scipy import stats
 from qbench.bits import Bits
 from qbench.report.comparison.pairs import adjust_p_values, conclude
 from qbench.report.comparison.predictions import RunAccuracy, paired_difference
-from qbench.report.comparison.setting import Conclusion, SeedAccuracy, Setting, estimate
+from qbench.report.comparison.setting import SeedAccuracy, Setting, estimate
 from qbench.report.comparison.setting_pair import SettingPair
 from qbench.report.comparison.setting_table import settings_of
-from qbench.report.comparison.verdicts import PairConclusion, Verdict
+from qbench.report.comparison.verdicts import Conclusion, PairConclusion, Verdict
 from qbench.report.statistics.differences import half_width, paired, sample_error, two_way, unpaired, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
 from qbench.report.statistics.power import seeds_needed
@@ -185,7 +185,8 @@ def test_the_sign_is_that_of_the_seeds_in_common() -> None:
     assert pair.difference == pytest.approx(-2.0)
     assert pair.verdict is Verdict.BELOW
     assert not any(conclusion.winner for conclusion in conclusions(table))
-    assert "a 94.00 is significantly below, over their common seeds, b (-2.00" in table.notes[-1]
+    assert "a 94.00 is significantly below b (-2.00" in table.notes[-1]
+    assert table.notes[-1].endswith(") over their common seeds")
 
 
 def test_more_seeds_that_equal_differences_need() -> None:

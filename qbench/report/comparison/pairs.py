@@ -16,10 +16,10 @@ from statistics import mean
 from qbench.bits import Bits
 from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference, same_test_images
 from qbench.report.comparison.sentences import pair_notes, sample_notes
-from qbench.report.comparison.setting import Conclusion, SeedAccuracy, Setting
+from qbench.report.comparison.setting import SeedAccuracy, Setting
 from qbench.report.comparison.setting_pair import SettingPair
 from qbench.report.comparison.setting_table import settings_of
-from qbench.report.comparison.verdicts import MARGIN, Verdict
+from qbench.report.comparison.verdicts import MARGIN, Conclusion, Verdict
 from qbench.report.statistics.differences import ALPHA, sample_error, unpaired, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
 from qbench.report.statistics.power import seeds_to_decide

@@ -74,15 +74,15 @@ def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
         unadjusted = pair.verdict is Verdict.UNDECIDED and d is not None and d.p < ALPHA and d.mean > 0
         relations["unadjusted" if unadjusted else pair.verdict.value].append(_other(pair, margin))
     words = {
-        "above": "is significantly above",
-        "below": "is significantly below, over their common seeds,",
-        "identical": "is identical to",
-        "equivalent": f"is equivalent within ±{margin:g} points to",
-        "unadjusted": f"would be significantly above, without the adjustment for {family} pairs,",
-        "undecided": "is not significantly different from",
-        "no spread": "has too few common seeds with",
+        "above": "is significantly above {}",
+        "below": "is significantly below {} over their common seeds",
+        "identical": "is identical to {}",
+        "equivalent": f"is equivalent within ±{margin:g} points to {{}}",
+        "unadjusted": f"would be significantly above {{}} without the adjustment for {family} pairs",
+        "undecided": "is not significantly different from {}",
+        "no spread": "has too few common seeds with {}",
     }
-    parts = [f"{words[relation]} {_enumerate(names)}" for relation, names in relations.items() if names]
+    parts = [words[relation].format(_enumerate(names)) for relation, names in relations.items() if names]
     return f"{best.bits}: {best.label} {best.top1.mean:.2f} {'; '.join(parts)}"
 
 

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from qbench.bits import FLOAT, Bits
 from qbench.cost.network_cost import NetworkCost
 from qbench.report.comparison.lr_selection import SelectedLearningRate
-from qbench.report.comparison.verdicts import PairConclusion
+from qbench.report.comparison.verdicts import Conclusion
 from qbench.report.statistics.differences import paired
 from qbench.runs.result import TrainingSpeed
 
@@ -99,21 +99,6 @@ class PublishedMatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conclusion:
-    """What follows for a setting from the comparison with others at the same widths.
-
-    `pairs` are those with the settings of lower mean. `winner`: it is significantly above all of
-    them, and no other has a higher mean. `test_sample_ci95_half` is half the 95 % interval that the
-    test sample alone leaves, in points; None where the number of test images is not known.
-    """
-
-    pairs: tuple[PairConclusion, ...] = ()
-    winner: bool = False
-    test_images: int | None = None
-    test_sample_ci95_half: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Setting:
     """One method at its widths under one protocol.
 
@@ -132,8 +117,7 @@ class Setting:
         difference: top-1 minus that of the run's float baseline, in points; None if a run has no
             baseline.
         levels: levels that a quantized weight can take.
-        cost, speed, verified: of the network; None if no run has it. Speed is the mean, peak memory
-            the maximum.
+        cost, speed, verified: None if no run has it; speed is the mean, peak memory the largest.
         learning_rate: of lr_search=grid, how the rate was selected.
         conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and
             `columns.group_by_bytes`.
@@ -202,30 +186,15 @@ class Setting:
         - published: see `PublishedMatch`; only with --published.
         - bytes_group: only with --sort equal-bytes.
         """
-        baseline_top1 = [run.baseline_top1 for run in self.runs]
-        found = self.verified.found if self.verified else {}
-        values: dict[str, object] = {
+        values = {
             "label": self.label,
             "method": self.method,
             "bits": self.bits._asdict(),
             "levels": self.levels,
-            "top1_mean": self.top1.mean,
-            "top1_std": self.top1.std,
-            "top1_ci95_half": self.top1.ci95_half,
-            "n": self.top1.n,
-            "diff_mean": self.difference.mean if self.difference else None,
-            "diff_ci95_half": self.difference.ci95_half if self.difference else None,
-            "seeds": [run.seed for run in self.runs],
-            "runs": [run.run for run in self.runs],
-            "top1": [run.top1 for run in self.runs],
-            "baseline_top1": None if None in baseline_top1 else baseline_top1,
-            "baselines": self.baselines,
+            **_accuracy_values(self),
             **_cost_values(self.cost),
-            "images_per_second": self.speed.images_per_second if self.speed else None,
-            "seconds_per_epoch": self.speed.seconds_per_epoch if self.speed else None,
-            "peak_bytes": self.speed.peak_bytes if self.speed else None,
-            "verified_layers": self.verified.layers if self.verified else None,
-            "levels_found": {key: [levels.fewest, levels.most, levels.allowed] for key, levels in found.items()},
+            **_speed_values(self.speed),
+            **_level_values(self.verified),
             "source": self.source,
             "is_baseline": self.is_baseline,
             "options": dict(self.options),
@@ -246,8 +215,36 @@ class Setting:
         return values
 
 
-def _cost_values(cost: NetworkCost | None) -> dict[str, object]:
-    names = {"bytes": "bytes_ideal"} | {
-        name: name for name in ("bytes_packed", "params", "macs", "bitops", "bits_per_weight")
+def _accuracy_values(setting: Setting) -> dict[str, object]:
+    baseline_top1 = [run.baseline_top1 for run in setting.runs]
+    return {
+        "top1_mean": setting.top1.mean,
+        "top1_std": setting.top1.std,
+        "top1_ci95_half": setting.top1.ci95_half,
+        "n": setting.top1.n,
+        "diff_mean": setting.difference.mean if setting.difference else None,
+        "diff_ci95_half": setting.difference.ci95_half if setting.difference else None,
+        "seeds": [run.seed for run in setting.runs],
+        "runs": [run.run for run in setting.runs],
+        "top1": [run.top1 for run in setting.runs],
+        "baseline_top1": None if None in baseline_top1 else baseline_top1,
+        "baselines": setting.baselines,
     }
-    return {key: getattr(cost, name) if cost else None for key, name in names.items()}
+
+
+def _speed_values(speed: TrainingSpeed | None) -> dict[str, object]:
+    return vars(speed) if speed else dict.fromkeys(("images_per_second", "seconds_per_epoch", "peak_bytes"))
+
+
+def _level_values(verified: VerifiedLevels | None) -> dict[str, object]:
+    found = verified.found if verified else {}
+    return {
+        "verified_layers": verified.layers if verified else None,
+        "levels_found": {key: [levels.fewest, levels.most, levels.allowed] for key, levels in found.items()},
+    }
+
+
+def _cost_values(cost: NetworkCost | None) -> dict[str, object]:
+    values = vars(cost) if cost else {}
+    names = ("bytes_packed", "params", "macs", "bitops", "bits_per_weight")
+    return {"bytes": values.get("bytes_ideal")} | {name: values.get(name) for name in names}

@@ -59,3 +59,18 @@ class PairConclusion:
     margin: float
     verdict: Verdict
     more_seeds: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What follows for a setting from the comparison with others at the same widths.
+
+    `pairs` are those with the settings of lower mean. `winner`: it is significantly above all of
+    them, and no other has a higher mean. `test_sample_ci95_half` is half the 95 % interval that the
+    test sample alone leaves, in points; None where the number of test images is not known.
+    """
+
+    pairs: tuple[PairConclusion, ...] = ()
+    winner: bool = False
+    test_images: int | None = None
+    test_sample_ci95_half: float | None = None
