@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from qbench.cli import parsers, run_options
 from qbench.cli.errors import BUG, SWEEP_WITH_FAILURES, print_error
-from qbench.config.schema import Config, did_you_mean
+from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError, Interrupted
 from qbench.report.tables.table import FORMATS
 from qbench.system.signals import stop_on_signals
@@ -98,15 +98,14 @@ def settle(arguments: list[str]) -> int:
     """Run more seeds of two settings until their difference or equivalence is decided; print the verdict."""
     from qbench.cli.settle import parse
     from qbench.experiment import jobs, sweep
-    from qbench.experiment.planned_run import planned_run
+    from qbench.experiment.planned_run import PlannedRun
     from qbench.report.comparison.sequential_test import MissingRunError, run_sequential_test
     from qbench.runs.reader import RunRecord
 
     test = parse(arguments)
     with stop_on_signals() as stop:
 
-        def run(configs: list[Config]) -> list[RunRecord]:
-            runs = [planned_run(config) for config in configs]
+        def run(runs: list[PlannedRun]) -> list[RunRecord]:
             missing = [planned for planned in runs if not planned.directory.stored()]
             if missing and test.launcher == "joblib":
                 sweep.launch_all([], missing, test.launcher, stop)

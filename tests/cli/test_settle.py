@@ -13,7 +13,7 @@ from qbench.cli.settle import parse
 from qbench.config.identity import run_identity
 from qbench.config.schema import Config
 from qbench.errors import ConfigError
-from qbench.experiment.planned_run import planned_run
+from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.report.comparison.predictions import RunAccuracy
 from qbench.report.comparison.sequential_test import (
     MissingRunError,
@@ -112,12 +112,12 @@ def test_it_stops_at_the_first_look_that_decides() -> None:
 
 def stub(
     figures: dict[str, list[float]], statuses: dict[int, str] | None = None
-) -> Callable[[list[Config]], list[RunRecord]]:
+) -> Callable[[list[PlannedRun]], list[RunRecord]]:
     """Return a function that makes runs with known accuracies, by widths and seed."""
 
-    def run(configs: list[Config]) -> list[RunRecord]:
+    def run(runs: list[PlannedRun]) -> list[RunRecord]:
         found = []
-        for c in configs:
+        for c in (planned.config for planned in runs):
             status = (statuses or {}).get(c.seed, "done")
             result = Result(
                 status=status, final=evaluation(figures[str(c.bits)][c.seed]), method="x", bits={}, seed=c.seed,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from qbench.config.identity import run_identity
 from qbench.config.schema import Config
+from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.report.comparison.naming import flat
 from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference
 from qbench.report.comparison.verdicts import MARGIN, Verdict
@@ -109,7 +110,7 @@ def _look(accuracies: SeedAccuracies, margin: float, level: float) -> Sequential
 
 def run_sequential_test(
     test: SequentialTest,
-    run: Callable[[list[Config]], list[RunRecord]],
+    run: Callable[[list[PlannedRun]], list[RunRecord]],
     report: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Return the verdict in words.
@@ -121,8 +122,8 @@ def run_sequential_test(
     """
 
     def accuracies(n: int) -> SeedAccuracies:
-        configs = [_with_seed(config, seed) for config in (test.first, test.second) for seed in range(n)]
-        records = run(configs)
+        runs = [planned_run(_with_seed(config, seed)) for config in (test.first, test.second) for seed in range(n)]
+        records = run(runs)
         if missing := [record for record in records if record.status != DONE]:
             raise MissingRunError(missing)
         loaded = [load_run_accuracy(str(record.path), _top1(record)) for record in records]
