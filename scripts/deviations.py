@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("keys", nargs="*", help="further keys of qbench, such as out=DIRECTORY")
     options = parser.parse_args()
     if options.seeds < 1:
-        parser.error(f"--seeds {options.seeds}: allowed is 1 or more")
+        parser.error(f"--seeds {options.seeds}: must be 1 or more")
     common = {word.partition("=")[0]: word for word in (*([] if options.quick else GLYPHS), *options.keys)}
     common.setdefault("out", "out=outputs/deviations" + ("-quick" if options.quick else ""))
     out = ROOT / common["out"].partition("=")[2]

@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from qbench.papers import published
+from qbench.papers import published_table as published
 from qbench.papers.lint import lint
-from qbench.papers.row_files import names, papers, published_rows
-from qbench.papers.rows import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, PublishedRow, Recipe
+from qbench.papers.published_rows import names, papers, published_rows
+from qbench.papers.row_types import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, PublishedRow, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

@@ -37,7 +37,7 @@ def parse_budget(text: str) -> Budget:
     """
     match = re.fullmatch(r"(bytes|bitops|w)=(\d+(?:\.\d*)?|\.\d+)([kMGT]?)", text)
     if not match or (match[1] == "w" and match[3]):
-        raise ConfigError(f"--budget {text}: allowed are bytes=20k, bitops=1G (k, M, G, T are powers of 1000) or w=3")
+        raise ConfigError(f"--budget {text}: must be bytes=20k, bitops=1G (k, M, G, T are powers of 1000) or w=3")
     return Budget(match[1], float(match[2]) * UNITS[match[3]])
 
 

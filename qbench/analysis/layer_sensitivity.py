@@ -25,6 +25,7 @@ from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import effective_weight, quantized_layers
 from qbench.quant.method import Unsupported
 from qbench.quant.probe import Batch, Probe
+from qbench.runs.directory import directory_name
 from qbench.runs.result import Accuracy
 from qbench.system import files
 from qbench.training.initial_weights import load_initial_weights
@@ -142,7 +143,7 @@ def _float_weights(run: Path, setup: ExperimentSetup) -> tuple[Path, str | None]
         return run, None
     if init not in STARTS:
         return Path(init), None
-    path = run.resolve().parents[1] / setup.baseline.identity.directory
+    path = run.resolve().parents[1] / directory_name(setup.baseline.identity)
     if not path.is_dir():
         raise CheckpointError(f"{run}: its float baseline is missing: {path.name}\nthe run's command trains it")
     return path, setup.baseline.identity.digest

@@ -155,7 +155,7 @@ def list_runs(directories: list[str]) -> int:
 
 def published(arguments: list[str]) -> int:
     """Print published results beside the results measured here."""
-    from qbench.papers.published import published_tables
+    from qbench.papers.published_table import published_tables
 
     words, flags = parsers.published().parse_words(arguments)
     assert not words
@@ -228,7 +228,7 @@ def completion(arguments: list[str]) -> int:
         for word in shell.candidates(os.environ.get("COMP_LINE", ""), os.environ.get("COMP_POINT", "")):
             print(word)
     else:
-        raise ConfigError(f"completion {' '.join(words) or 'wants a shell'}: allowed is bash\nqbench completion bash")
+        raise ConfigError(f"completion {' '.join(words) or 'wants a shell'}: must be bash\nqbench completion bash")
     return 0
 
 

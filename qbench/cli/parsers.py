@@ -169,7 +169,7 @@ def plot() -> SubcommandParser:
 
 def published() -> SubcommandParser:
     """Return the parser of `qbench published`."""
-    from qbench.papers.rows import PROVENANCES
+    from qbench.papers.row_types import PROVENANCES
 
     parser = SubcommandParser("published", parents=[format_flag()])
     parser.add_argument("--paper", type=some_text, metavar="NAME", help="only the rows of this paper")

@@ -11,6 +11,7 @@ from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
 from qbench.report.comparison.sequential_test import MAX_SEEDS, SequentialTest, setting_name
 from qbench.report.comparison.verdicts import MARGIN
+from qbench.runs.directory import directory_name
 from qbench.system import files
 
 
@@ -60,7 +61,7 @@ def _from_directory(word: str) -> Config:
     from qbench.config.validate import from_dict
 
     config = from_dict(files.read_yaml(path / "config.yaml"))
-    folder = run_identity(config).directory.parent.name
+    folder = directory_name(run_identity(config)).parent.name
     if path.absolute().parent.name != folder:  # runs of its other seeds would not be found beside it
         raise ConfigError(
             f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"

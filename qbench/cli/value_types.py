@@ -41,9 +41,9 @@ def integer(low: int, high: int | None = None, what: str = "a whole number") -> 
 
     def convert(value: str) -> int:
         if not (value.isascii() and value.isdecimal()) or len(value) > 18:
-            raise argparse.ArgumentTypeError(f"{value}: allowed is {allowed}")
+            raise argparse.ArgumentTypeError(f"{value}: must be {allowed}")
         if int(value) < low or (high is not None and int(value) > high):
-            raise argparse.ArgumentTypeError(f"{value}: allowed is {allowed}")
+            raise argparse.ArgumentTypeError(f"{value}: must be {allowed}")
         return int(value)
 
     return convert
@@ -56,7 +56,7 @@ def points(value: str) -> float:
     except ValueError:
         margin = 0.0
     if not 0 < margin <= 100:
-        raise argparse.ArgumentTypeError(f"{value}: allowed is a number of points of top-1 above 0, such as 0.5")
+        raise argparse.ArgumentTypeError(f"{value}: must be a number of points of top-1 above 0, such as 0.5")
     return margin
 
 
@@ -88,7 +88,7 @@ def weight_widths(value: str) -> tuple[int, ...]:
     """Convert a comma-separated list of bit widths; return them ascending, each once."""
     parts = value.split(",")
     if not all(part.isascii() and part.isdecimal() and len(part) < 3 and 1 <= int(part) < FLOAT for part in parts):
-        raise argparse.ArgumentTypeError(f"{value}: allowed are numbers from 1 to {FLOAT - 1}, such as 2,4,8")
+        raise argparse.ArgumentTypeError(f"{value}: must be numbers from 1 to {FLOAT - 1}, such as 2,4,8")
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -96,7 +96,7 @@ def prediction_file(value: str) -> Path:
     """Convert the name of a file of predictions, in a directory that exists."""
     path = Path(value)
     if path.suffix not in PREDICTION_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{value}: allowed are files that end in {' or '.join(PREDICTION_SUFFIXES)}")
+        raise argparse.ArgumentTypeError(f"{value}: must end in {' or '.join(PREDICTION_SUFFIXES)}")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{value}: no such directory: {path.parent}")
     return path

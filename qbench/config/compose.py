@@ -145,7 +145,7 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
                 raise ConfigError(f"{word}: neither a subcommand nor key=value\nsee qbench --help for both")
             if flag.startswith("hydra") and not word.startswith(HYDRA_KEYS):
                 known = ", ".join(key.rstrip("=.") for key in HYDRA_KEYS if key[0] != "+")
-                raise ConfigError(f"{word}: has no effect here\nof Hydra's keys, allowed are {known}")
+                raise ConfigError(f"{word}: has no effect here\nallowed keys of Hydra: {known}")
             overrides.append(word)
             continue
         if flag not in FLAGS:
@@ -159,6 +159,6 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
         if not value and flag in ("--info", "-i"):
             value = "all"
         if not value or (allowed and value not in allowed):
-            raise ConfigError(f"{flag} {value}: allowed is {', '.join(allowed) or 'a value'}".replace(" :", ":"))
+            raise ConfigError(f"{flag} {value}: must be {', '.join(allowed) or 'a value'}".replace(" :", ":"))
         flags += [flag, value]
     return flags, overrides

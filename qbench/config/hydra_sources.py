@@ -30,7 +30,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
             return super().load_config(config_path)
         values = read_yaml(file)
         if not isinstance(values, dict | NoneType):
-            raise ConfigError(f"{file}: holds {values!r}\nallowed are keys and values, such as `epochs: 3`")
+            raise ConfigError(f"{file}: holds {values!r}\nexpected keys and values, such as `epochs: 3`")
         try:
             return super().load_config(config_path)
         except Exception as error:  # OmegaConf and Hydra's header have further rules on top of YAML's
@@ -105,7 +105,7 @@ def _rules(name: str) -> Node:
     except OSError as error:
         raise ConfigError(f"layers={name}: cannot read {file}: {error.strerror}") from None
     if not isinstance(rules, dict) or not rules:
-        raise ConfigError(f"layers={name}: {file} holds {rules!r}\nallowed are patterns and widths: `layer1.*: 8`")
+        raise ConfigError(f"layers={name}: {file} holds {rules!r}\nexpected patterns and widths: `layer1.*: 8`")
     return rules
 
 

@@ -13,7 +13,6 @@ to that value.
 import copy
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
@@ -42,8 +41,6 @@ class RunIdentity:
         protocol_hash: sha256 of `protocol`.
         method: the method's name, such as `ttq+hwgq`.
         options: the method's own keys; see `_options`.
-        directory: the run's folder below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<first 8
-            digits of the digest>.
         is_baseline: whether this is a float baseline.
         config: the whole configuration, as config.yaml stores it.
     """
@@ -58,7 +55,6 @@ class RunIdentity:
     seed: int
     dataset: str
     model: str
-    directory: Path
     is_baseline: bool
     config: Node
 
@@ -69,7 +65,6 @@ def run_identity(config: Config) -> RunIdentity:
     protocol = _protocol(config, keys)
     key, method, bits = digest(keys), config.method_name, config.bits.resolved()
     dataset, model = str(config.dataset["name"]), str(config.model["name"])
-    folder = f"{path_component(dataset)}-{path_component(model)}"
     return RunIdentity(
         digest=key,
         keys=keys,
@@ -81,7 +76,6 @@ def run_identity(config: Config) -> RunIdentity:
         seed=config.seed,
         dataset=dataset,
         model=model,
-        directory=Path(folder, f"{path_component(method)}-{bits}-s{config.seed}-{key[:8]}"),
         is_baseline=config.is_baseline,
         config=to_dict(config),
     )
@@ -191,8 +185,3 @@ def file_sha256(key: str, path: str) -> str:
         return hashlib.sha256(read(file)).hexdigest()
     except OSError as error:
         raise ConfigError(f"{key}={path}: cannot read {file}: {error.strerror}") from None
-
-
-def path_component(name: str) -> str:
-    """Return a name in which a dot replaces each run of characters that are unsafe in a path."""
-    return re.sub(r"[^A-Za-z0-9._+]+", ".", name).strip(".")

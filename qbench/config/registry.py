@@ -147,7 +147,7 @@ def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> 
             hint = did_you_mean(f"{group}.{key}", allowed)
             raise ConfigError(f"{group}.{key}: {name} has no such key{hint}\nallowed: {', '.join(allowed) or 'none'}")
         if not _same_type(value, known[key]):
-            raise ConfigError(f"{group}.{key}={value}: allowed is {_kind(known[key])}, such as {known[key]}")
+            raise ConfigError(f"{group}.{key}={value}: must be {_kind(known[key])}, such as {known[key]}")
     return factory, options, known
 
 

@@ -79,7 +79,7 @@ def _check_plain(value: object, path: str = "") -> None:
         for item in value:
             _check_plain(item, path)
     elif not isinstance(value, str | float | NoneType) and not (isinstance(value, int) and abs(value) < 2**63):
-        raise ConfigError(f"{path[:-1]}={value}: allowed are text, numbers up to 64 bits, true, false, null and lists")
+        raise ConfigError(f"{path[:-1]}={value}: must be text, a number up to 64 bits, true, false, null or a list")
 
 
 def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
@@ -138,9 +138,9 @@ def _refuse_stored_values(config: Config) -> None:
     if "bits" not in config.method:
         return
     if config.init == "method":
-        raise ConfigError("init=method: allowed are auto, float, scratch, or the path of a run or a checkpoint")
+        raise ConfigError("init=method: must be one of auto, float, scratch, or the path of a run or a checkpoint")
     if config.distill.name == "method":
-        raise ConfigError("distill.name=method: allowed are auto, none, kd")
+        raise ConfigError("distill.name=method: must be one of auto, none, kd")
     for group, node in (("method", config.method), ("activation", config.activation)):
         for key, known in (("init", "scratch"), ("distill", "kd")):
             if node.get(key, known) != known:
@@ -182,7 +182,7 @@ def _check(config: Config) -> None:
     for group in NODES:
         _check_named(group, getattr(config, group))
     if config.model.get("act", "auto") not in ACTS:
-        raise ConfigError(f"model.act={config.model['act']}: allowed are {', '.join(ACTS)}")
+        raise ConfigError(f"model.act={config.model['act']}: must be one of {', '.join(ACTS)}")
 
 
 def _check_named(group: str, node: Node) -> None:
@@ -191,7 +191,7 @@ def _check_named(group: str, node: Node) -> None:
         raise ConfigError(f"{group}.name is missing; choose one with {group}=NAME")
     added = node.get(ADDED) or {}
     if not isinstance(added, dict) or not set(added) <= set(node):
-        raise ConfigError(f"{group}.{ADDED}={added}: allowed are keys of {node['name']}, each with its default value")
+        raise ConfigError(f"{group}.{ADDED}={added}: must be keys of {node['name']}, each with its default value")
 
 
 def _check_ranges(node: object, path: str = "") -> None:
@@ -202,19 +202,19 @@ def _check_ranges(node: object, path: str = "") -> None:
         if dataclasses.is_dataclass(value):
             _check_ranges(value, f"{key}.")
         elif value is not None and "holds" in item.metadata and not item.metadata["holds"](value):
-            raise ConfigError(f"{key}={value}: allowed is {item.metadata['allowed']}")
+            raise ConfigError(f"{key}={value}: must be {item.metadata['allowed']}")
     if isinstance(node, Optim):
         _check_schedule(node, path)
     if isinstance(node, Layers):
         for pattern, width in (node.rules or {}).items():
             if not is_width(width):
-                raise ConfigError(f"{path}rules[{pattern}]={width}: allowed is {WIDTHS}")
+                raise ConfigError(f"{path}rules[{pattern}]={width}: must be {WIDTHS}")
 
 
 def _check_schedule(optim: Optim, path: str) -> None:
     marks = optim.milestones
     if marks != sorted(marks) or not all(0 < mark < 1 for mark in marks):
-        raise ConfigError(f"{path}milestones={marks}: allowed are ascending fractions of a phase, each between 0 and 1")
+        raise ConfigError(f"{path}milestones={marks}: must be ascending fractions of a phase, each between 0 and 1")
     if optim.schedule == "step" and not marks:
         raise ConfigError(f"{path}schedule=step needs milestones, e.g. '{path}milestones=[0.5,0.75]'")
     if optim.schedule == "exponential" and not 0 < optim.lr_end <= optim.lr:
@@ -246,4 +246,4 @@ def _wrong_type(error: ValidationError, node: DictConfig) -> str:
         "ListConfig": "a list",
     }  # fmt: skip
     kind = words.get(expected.group(1), WIDTHS) if expected else "a value" if value is None else "another type"
-    return f"{key}={value}: allowed is {kind}"
+    return f"{key}={value}: must be {kind}"

@@ -65,7 +65,7 @@ class Augment:
         }  # fmt: skip
         for name, (value, highest) in limits.items():
             if not 0 <= value <= highest:
-                raise ValueError(f"{name}={value}: allowed is 0 to {highest}")
+                raise ValueError(f"{name}={value}: must be 0 to {highest}")
 
     @property
     def changes_colours(self) -> bool:

@@ -117,7 +117,7 @@ def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
         ValueError: no image remains to train on, or none is left to validate on although val > 0.
     """
     if not 0 <= val < 1:
-        raise ValueError(f"val={val}: allowed is a part of the training images, from 0 to below 1")
+        raise ValueError(f"val={val}: must be a part of the training images, from 0 to below 1")
     order = torch.randperm(len(split), generator=Generator().manual_seed(0))
     in_val, labels = torch.zeros(len(split), dtype=torch.bool), split.labels[order]
     for label in range(int(labels.max()) + 1 if len(labels) else 0):

@@ -44,7 +44,7 @@ def dataset_from_splits(
     """
     side = min(train.images.shape[2:])
     if not 0 <= augment.pad < side:
-        raise ValueError(f"pad={augment.pad}: allowed are 0 to {side - 1} pixels")
+        raise ValueError(f"pad={augment.pad}: must be 0 to {side - 1} pixels")
     train_split, val_split = split_validation(train, val)
     mean, std = normalization(normalize, train_split.images)
     return Dataset(

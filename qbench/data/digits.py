@@ -47,7 +47,7 @@ def build(*, val: float = 0.1, pad: int = 1) -> Dataset:
         pad: largest random shift in pixels.
     """
     if not 0 <= pad < 8:
-        raise ValueError(f"pad={pad}: allowed are 0 to 7 pixels")
+        raise ValueError(f"pad={pad}: must be 0 to 7 pixels")
     not_test, test = split_validation(read(), TEST_SHARE)
     train, validation = split_validation(not_test, val)
     mean, std = mean_and_std(train.images)

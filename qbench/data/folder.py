@@ -55,7 +55,7 @@ def build(
 def photo_augment(name: str, size: int, pad: int, flip: bool, jitter: float) -> Augment:
     """Return the augmentation for a value of `augment`."""
     if name not in MIN_AREA:
-        raise ValueError(f"augment={name}: allowed are {', '.join(MIN_AREA)}")
+        raise ValueError(f"augment={name}: must be one of {', '.join(MIN_AREA)}")
     if pad and MIN_AREA[name]:
-        raise ValueError(f"pad={pad} has no effect with augment={name}: allowed is 0")
+        raise ValueError(f"pad={pad} has no effect with augment={name}: must be 0")
     return Augment(pad, flip, size=size, area=MIN_AREA[name], jitter=jitter)

@@ -131,7 +131,7 @@ def render(count: int, *, size: int = 32, fonts: Sequence[str], seed: int, diffi
     _check_minimum(1, count=count, fonts=len(fonts))
     _check_minimum(8, size=size)
     if not 0 <= difficulty <= 2:
-        raise ValueError(f"difficulty={difficulty}: allowed is 0 (clean) to 2 (hardly legible)")
+        raise ValueError(f"difficulty={difficulty}: must be 0 (clean) to 2 (hardly legible)")
     masks = _masks(fonts, 2 * size)
     chunks = [_render_chunk(masks, size, seed, k, difficulty) for k in range(-(-count // CHUNK))]
     images, labels = (torch.cat(parts)[:count] for parts in zip(*chunks, strict=True))
@@ -141,7 +141,7 @@ def render(count: int, *, size: int = 32, fonts: Sequence[str], seed: int, diffi
 def _check_minimum(minimum: int, **values: int) -> None:
     for key, value in values.items():
         if value < minimum:
-            raise ValueError(f"{key}={value}: allowed is {minimum} or more")
+            raise ValueError(f"{key}={value}: must be {minimum} or more")
 
 
 def _masks(fonts: Sequence[str], side: int) -> Tensor:

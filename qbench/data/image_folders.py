@@ -117,9 +117,9 @@ def dataset_from_files(
         ValueError: `side`, `val` or the augmentation is out of range.
     """
     if not 1 <= augment.size <= side:
-        raise ValueError(f"size={augment.size}: allowed is 1 to resize={side} pixels")
+        raise ValueError(f"size={augment.size}: must be 1 to resize={side} pixels")
     if not 0 <= augment.pad < augment.size:
-        raise ValueError(f"pad={augment.pad}: allowed are 0 to {augment.size - 1} pixels")
+        raise ValueError(f"pad={augment.pad}: must be 0 to {augment.size - 1} pixels")
     check = check_files(str(root), [*train.names, *test.names])
     memory_shape = shape or _common_shape(check, side, augment)
 

@@ -38,7 +38,7 @@ def build(
 ) -> Dataset:
     """Return ImageNet; `val` is the share of the training images in the validation split."""
     if download:
-        raise ValueError("download=true: allowed is false; image-net.org gives ImageNet to registered users")
+        raise ValueError("download=true: must be false; image-net.org gives ImageNet to registered users")
     top = absolute_root(root)
     classes = classes_in(top / "train")
     if len(classes) != CLASSES:

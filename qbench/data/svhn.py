@@ -44,9 +44,9 @@ def build(
 ) -> Dataset:
     """Return SVHN; `val` is the share of the images of `split` in the validation split."""
     if split not in SPLITS:
-        raise ValueError(f"split={split}: allowed are {', '.join(SPLITS)}")
+        raise ValueError(f"split={split}: must be one of {', '.join(SPLITS)}")
     if size < 1:
-        raise ValueError(f"size={size}: allowed is 1 or more; the files have 32 pixels")
+        raise ValueError(f"size={size}: must be 1 or more; the files have 32 pixels")
     augment = Augment(pad, replicate=replicate, brightness=brightness, contrast=contrast)
     train, test = (resize_split(part, size) for part in read_svhn(SPLITS[split], root, download))
     return dataset_from_splits("svhn", train, test, classes=10, val=val, augment=augment, normalize=normalize)

@@ -28,9 +28,9 @@ def build(
         val: share of the training images in the validation split.
     """
     if min(train, test, classes, channels, size) < 1:
-        raise ValueError("train, test, classes, channels and size: allowed is 1 or more")
+        raise ValueError("train, test, classes, channels and size: must be 1 or more")
     if not 0 <= signal <= 1:
-        raise ValueError(f"signal={signal}: allowed is 0 to 1")
+        raise ValueError(f"signal={signal}: must be 0 to 1")
     generator = Generator().manual_seed(seed)
     patterns = torch.rand(classes, channels, size, size, generator=generator)
     labels = torch.randint(classes, (train + test,), generator=generator)

@@ -32,9 +32,7 @@ def build(
 ) -> Dataset:
     """Return Tiny ImageNet; `val` is the share of the training images in the validation split."""
     if download:
-        raise ValueError(
-            "download=true: allowed is false; fetch tiny-imagenet-200.zip from cs231n.stanford.edu by hand"
-        )
+        raise ValueError("download=true: must be false; fetch tiny-imagenet-200.zip from cs231n.stanford.edu by hand")
     top = absolute_root(root)
     classes = classes_in(top / "train")
     if len(classes) != CLASSES:

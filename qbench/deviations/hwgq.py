@@ -50,7 +50,7 @@ def old_constants(method: Method) -> Method:
         ):
             raise Unsupported("deviation=old_constants needs method.levels=uniform method.threshold=zero")
         if bits not in AUTHORS_STEPS:
-            raise Unsupported(f"deviation=old_constants has no step for {name} with {bits} bits; allowed are 1 to 4")
+            raise Unsupported(f"deviation=old_constants has steps for 1 to 4 bits; {name} has {bits}")
         return HalfStepHWGQActivation(AUTHORS_STEPS[bits] * ranks, module.backward)
 
     return replace(method, input=deviating)

@@ -54,7 +54,7 @@ def deviate(method_name: str, name: str, method: Method) -> Method:
         return method
     known = deviations(method_name)
     if name not in known:
-        raise ValueError(f"deviation={name}: allowed are {', '.join(['none', *known])}")
+        raise ValueError(f"deviation={name}: must be one of {', '.join(['none', *known])}")
     if not known[name].acts(method.bits):
         raise Unsupported(f"method.deviation={name} has no effect at bits={method.bits}; try bits={known[name].bits}")
     return known[name].apply(method)

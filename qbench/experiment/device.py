@@ -56,9 +56,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"runtime.device={name}: allowed are auto, cpu, cuda, cuda:1") from None
+        raise ConfigError(f"runtime.device={name}: must be one of auto, cpu, cuda, cuda:1") from None
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"runtime.device={name}: allowed are auto, cpu, cuda, cuda:1")
+        raise ConfigError(f"runtime.device={name}: must be one of auto, cpu, cuda, cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"runtime.device={name}: torch finds no such CUDA device; try runtime.device=cpu")
     return device

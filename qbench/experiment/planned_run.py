@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qbench.config.identity import RunIdentity, run_identity
 from qbench.config.schema import Config
-from qbench.runs.directory import RunDirectory
+from qbench.runs.directory import RunDirectory, directory_name
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PlannedRun:
 def planned_run(config: Config) -> PlannedRun:
     """Return the run of a configuration, with its directory below `out`; nothing is written."""
     identity = run_identity(config)
-    return PlannedRun(config, RunDirectory(identity, Path(config.out) / identity.directory))
+    return PlannedRun(config, RunDirectory(identity, Path(config.out) / directory_name(identity)))
 
 
 def planned_runs(configs: Iterable[Config]) -> list[PlannedRun]:

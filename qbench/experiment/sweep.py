@@ -47,7 +47,7 @@ def launch_all(arguments: list[str], runs: Sequence[PlannedRun], name: str, stop
     limits = [a.partition("=")[2] for a in arguments if key and a.startswith(f"{key}=")]
     for word in (w for w in arguments if name == "joblib" and w.lstrip("+").startswith("hydra.")):
         if not re.fullmatch(rf"{key}=(-1|[1-9]\d{{,5}})|hydra\.searchpath=.*", word):
-            raise ConfigError(f"{word}: with joblib, allowed is {key}=N, N runs at a time or -1 for one on every core")
+            raise ConfigError(f"{word}: joblib takes only {key}=N, N runs at a time, or -1 for one per core")
     threads = max(planned.config.runtime.threads for planned in runs)
     workers = worker_count(threads, limits[-1] if limits else "")
     with show_progress(runs, workers):

@@ -258,7 +258,7 @@ CLIP_TRAITS = ("monotone_input", "idempotent_input", "clipped_input", "cells_inp
 def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> Method:
     """Return DoReFa at the given widths; `activation` is the bounded function h: clip, abs or tanh."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation}: allowed are {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation={activation}: must be one of {', '.join(ACTIVATIONS)}")
     if activation != "clip" and a == FLOAT:
         raise Unsupported(f"activation={activation} has no effect at bits.a={FLOAT}: the network's own ReLU is used")
     function, low = ACTIVATIONS[activation]

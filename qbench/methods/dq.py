@@ -232,9 +232,9 @@ def build(*, w: int = 4, bucket: int = 256, initial: str = "quantiles", allocati
     """Return differentiable quantization; the method card explains the options."""
     check_bucket(bucket)
     if initial not in INITIALS:
-        raise ValueError(f"initial={initial}: allowed are {', '.join(INITIALS)}")
+        raise ValueError(f"initial={initial}: must be one of {', '.join(INITIALS)}")
     if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation={allocation}: allowed are {', '.join(ALLOCATIONS)}")
+        raise ValueError(f"allocation={allocation}: must be one of {', '.join(ALLOCATIONS)}")
     return Method(
         name="dq",
         bits=Bits(w),

@@ -108,12 +108,12 @@ def to_fixed(
         generator: for the draws; torch's global generator by default.
     """
     if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding={rounding}: allowed are {', '.join(ROUNDINGS)}")
+        raise ValueError(f"rounding={rounding}: must be one of {', '.join(ROUNDINGS)}")
     significand = 53 if x.dtype == torch.float64 else 24
     if not 1 <= integer_bits + fraction_bits <= significand:
         total = integer_bits + fraction_bits
         raise ValueError(
-            f"integer_bits + fraction_bits={total}: allowed are 1 to {significand}, the significant bits of {x.dtype}"
+            f"integer_bits + fraction_bits={total}: must be 1 to {significand}, the significant bits of {x.dtype}"
         )
     eps = 2.0**-fraction_bits
     low, high = -(2.0 ** (integer_bits - 1)), 2.0 ** (integer_bits - 1) - eps
@@ -277,10 +277,10 @@ def build(
     integers |= {"errors": integer_errors, "updates": integer_updates, "momentum": integer_momentum}
     for key, value, allowed in (("rounding", rounding, ROUNDINGS), ("momentum", momentum, MOMENTUMS)):
         if value not in allowed:
-            raise ValueError(f"{key}={value}: allowed are {', '.join(allowed)}")
+            raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}")
     for key, integer in integers.items():
         if integer not in INTEGERS:
-            raise ValueError(f"integer_{key}={integer}: allowed are {INTEGERS[0]} to {INTEGERS[-1]}")
+            raise ValueError(f"integer_{key}={integer}: must be {INTEGERS[0]} to {INTEGERS[-1]}")
     if momentum == "fixed" and w == FLOAT:
         raise Unsupported(f"momentum=fixed has no effect at bits.w={FLOAT}: its word length is that of weights")
 

@@ -92,7 +92,7 @@ def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
         uniform: multiples of one step; else Lloyd-Max levels.
     """
     if not 1 <= bits <= 8:
-        raise ValueError(f"bits={bits}: allowed are 1 to 8")
+        raise ValueError(f"bits={bits}: must be 1 to 8")
     m = 2**bits - 1
     return torch.tensor([i * _step(m, 0.0) for i in range(1, m + 1)] if uniform else _lloyd_max(m))
 
@@ -113,7 +113,7 @@ def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") ->
         backward: vanilla, clipped or log_tailed; see the method card.
     """
     if backward not in BACKWARDS:
-        raise ValueError(f"backward={backward}: allowed are {', '.join(BACKWARDS)}")
+        raise ValueError(f"backward={backward}: must be one of {', '.join(BACKWARDS)}")
     levels = levels.to(x)
     return _quantized(x, torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2]), levels, backward)
 
@@ -316,7 +316,7 @@ def build(
     given = {"levels": levels, "constants": constants, "threshold": threshold, "backward": backward}
     for key, choices in (allowed | {"backward": BACKWARDS}).items():
         if given[key] not in choices:
-            raise ValueError(f"{key}={given[key]}: allowed are {', '.join(choices)}")
+            raise ValueError(f"{key}={given[key]}: must be one of {', '.join(choices)}")
     if levels == "sign":
         if (constants, threshold, backward) != ("exact", "zero", "clipped"):
             raise Unsupported("levels=sign has no constants, threshold or backward; leave these keys unset")

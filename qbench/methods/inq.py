@@ -152,7 +152,7 @@ def check_portions(portions: Sequence[float]) -> list[float]:
     """Return accumulated portions as floats; raise `ValueError` unless they ascend from above 0 to 1."""
     checked = [float(p) for p in portions]
     if not checked or checked != sorted(set(checked)) or checked[0] <= 0 or checked[-1] != 1:
-        raise ValueError(f"portions={checked}: allowed are ascending numbers above 0, the last one 1")
+        raise ValueError(f"portions={checked}: must be ascending numbers above 0, the last one 1")
     return checked
 
 
@@ -160,7 +160,7 @@ def build(*, w: int = 5, portions: Sequence[float] = (0.5, 0.75, 0.875, 1.0), pa
     """Return INQ; `portions` are accumulated fractions of a layer, ascending, the last one 1."""
     stages = check_portions(portions)
     if partition not in PARTITIONS:
-        raise ValueError(f"partition={partition}: allowed are {', '.join(PARTITIONS)}")
+        raise ValueError(f"partition={partition}: must be one of {', '.join(PARTITIONS)}")
 
     def on_epoch(model: torch.nn.Module, epoch: int, epochs: int, probe: object) -> None:
         for layer in quantized_layers(model).values():

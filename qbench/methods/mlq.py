@@ -165,7 +165,7 @@ def _sites(model: nn.Module) -> list[tuple[MLQWeight, Tensor]]:
 def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
     """Return MLQ; the method card explains `depth` and `zero`."""
     if zero not in PINNED:
-        raise ValueError(f"zero={zero}: allowed are {', '.join(PINNED)}")
+        raise ValueError(f"zero={zero}: must be one of {', '.join(PINNED)}")
     groups = len(CLUSTER_GROUPS.get(w, CLUSTER_GROUPS[2]))
 
     def site(name: str, layer: FloatLayer, bits: int) -> MLQWeight:

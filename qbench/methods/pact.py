@@ -131,9 +131,9 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4) -> Method:
     """Return PACT; alpha starts at `initial` and decays with weight decay `decay`."""
     if initial <= SMALLEST:
-        raise ValueError(f"initial={initial}: allowed is a number above {SMALLEST}")
+        raise ValueError(f"initial={initial}: must be a number above {SMALLEST}")
     if not 0 <= decay < 1:
-        raise ValueError(f"decay={decay}: allowed is 0 to below 1")
+        raise ValueError(f"decay={decay}: must be at least 0 and below 1")
     widths = (*range(1, 17), FLOAT)
     return Method(
         name="pact",

@@ -246,11 +246,11 @@ def build(
 ) -> Method:
     """Return post-training quantization; the method card explains the options."""
     if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights}: allowed are {', '.join(WEIGHTS)}")
+        raise ValueError(f"weights={weights}: must be one of {', '.join(WEIGHTS)}")
     if calibration not in CALIBRATIONS:
-        raise ValueError(f"calibration={calibration}: allowed are {', '.join(CALIBRATIONS)}")
+        raise ValueError(f"calibration={calibration}: must be one of {', '.join(CALIBRATIONS)}")
     if not 50 <= percentile <= 100:
-        raise ValueError(f"percentile={percentile}: allowed are 50 to 100")
+        raise ValueError(f"percentile={percentile}: must be 50 to 100")
     ranges: dict[str, Callable[[Tensor, int], Range]] = {
         "minmax": lambda x, bits: minmax_range(x),
         "percentile": lambda x, bits: percentile_range(x, percentile),

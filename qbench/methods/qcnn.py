@@ -243,7 +243,7 @@ def _codewords(bits: int, subspace: int, codewords: int, prefix: str) -> int:
     """
     if not codewords and bits * subspace > CODE_BITS:
         raise Unsupported(
-            f"bits.w={bits}: a code for {subspace} weights has {bits * subspace} bits; allowed are {CODE_BITS}; "
+            f"bits.w={bits}: a code for {subspace} weights has {bits * subspace} bits, more than {CODE_BITS}; "
             f"set method.{prefix}subspace={CODE_BITS // bits} or less"
         )
     if codewords and bits != (width := -(-(codewords - 1).bit_length() // subspace)):
@@ -271,9 +271,9 @@ def build(
     options = {"subspace": subspace, "fc_subspace": fc_subspace, "codewords": codewords, "fc_codewords": fc_codewords}
     for key, value in options.items():
         if key.endswith("subspace") and value < 1:
-            raise ValueError(f"{key}={value}: allowed is 1 or more")
+            raise ValueError(f"{key}={value}: must be 1 or more")
         if key.endswith("codewords") and value and not 2 <= value <= 2**CODE_BITS:
-            raise ValueError(f"{key}={value}: allowed are 2 to {2**CODE_BITS}, and 0 for as many as bits.w allows")
+            raise ValueError(f"{key}={value}: must be 2 to {2**CODE_BITS}, and 0 for as many as bits.w allows")
 
     def weight(name: str, layer: FloatLayer, bits: int) -> QCNNWeight:
         assert isinstance(layer, nn.Conv2d | nn.Linear)

@@ -98,7 +98,7 @@ def quantize_bucketed(
         generator: for the random numbers; torch's global generator by default.
     """
     if bits < 1:
-        raise ValueError(f"bits={bits}: allowed is 1 or more")
+        raise ValueError(f"bits={bits}: must be 1 or more")
     v_BK = in_buckets(w.detach(), bucket_size)
     alpha, beta = bucket_scale(v_BK)
     # y = x (s - 1): scaled to 0 ... 2^bits - 1
@@ -114,7 +114,7 @@ def in_buckets(w: Tensor, bucket_size: int | None) -> Tensor:
     A tensor shorter than a bucket is one row of its own length.
     """
     if bucket_size is not None and bucket_size < 0:
-        raise ValueError(f"bucket_size={bucket_size}: allowed is 1 or more, 0 for the whole tensor")
+        raise ValueError(f"bucket_size={bucket_size}: must be 1 or more, 0 for the whole tensor")
     flat = w.reshape(-1)
     size = min(bucket_size or flat.numel(), flat.numel())
     return torch.cat([flat, flat[-1:].expand(-flat.numel() % size)]).view(-1, size)
@@ -184,7 +184,7 @@ class QDWeight(Quantizer):
 def check_bucket(bucket: int) -> None:
     """Raise `ValueError` for a negative bucket size, and for 1 and 2, with which nothing is quantized."""
     if bucket < 0 or bucket in (1, 2):
-        raise ValueError(f"bucket={bucket}: allowed are 3 or more, and 0 for one bucket per tensor")
+        raise ValueError(f"bucket={bucket}: must be 3 or more, and 0 for one bucket per tensor")
 
 
 def build(*, w: int = 4, bucket: int = 256, stochastic: bool = False, trained: bool = True) -> Method:

@@ -226,7 +226,7 @@ def build_incremental(
     """Return a method that freezes clusters portion by portion; `quantizer` creates its weight quantizer."""
     accumulated = check_portions(portions)
     if partition not in PARTITIONS:
-        raise ValueError(f"partition={partition}: allowed are {', '.join(PARTITIONS)}")
+        raise ValueError(f"partition={partition}: must be one of {', '.join(PARTITIONS)}")
     # portions that give the same count of clusters are one stage
     stages = list({_portion_count(p, cluster_count(w)): p for p in accumulated}.values())
 

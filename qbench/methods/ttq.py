@@ -135,13 +135,13 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str = "mean", decay: float = 0.0) -> Method:
     """Return TTQ; t is a fraction of max|w| (threshold=max), or the fraction of weights that are zero (sparsity)."""
     if threshold not in THRESHOLDS:
-        raise ValueError(f"threshold={threshold}: allowed are {', '.join(THRESHOLDS)}")
+        raise ValueError(f"threshold={threshold}: must be one of {', '.join(THRESHOLDS)}")
     if initial not in INITIALS:
-        raise ValueError(f"initial={initial}: allowed are {', '.join(INITIALS)}")
+        raise ValueError(f"initial={initial}: must be one of {', '.join(INITIALS)}")
     if not 0 <= t < 1:
-        raise ValueError(f"t={t}: allowed is 0 to below 1")
+        raise ValueError(f"t={t}: must be at least 0 and below 1")
     if not 0 <= decay < 1:
-        raise ValueError(f"decay={decay}: allowed is 0 to below 1")
+        raise ValueError(f"decay={decay}: must be at least 0 and below 1")
     return Method(
         name="ttq",
         bits=Bits(w),

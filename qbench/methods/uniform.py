@@ -159,7 +159,7 @@ class UniformActivation(Quantizer):
 def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1) -> Method:
     """Return the min-max control; `momentum` is that of the activations' moving range."""
     if not 0 < momentum <= 1:
-        raise ValueError(f"momentum={momentum}: allowed is above 0 to 1")
+        raise ValueError(f"momentum={momentum}: must be above 0 and at most 1")
     return Method(
         name="uniform",
         bits=Bits(w, a),

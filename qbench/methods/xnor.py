@@ -77,7 +77,7 @@ SIGN_TRAITS = {"monotone_input", "idempotent_input", "clipped_input", "cells_inp
 def check_gradient(gradient: str) -> None:
     """Raise `ValueError` if `gradient` is not one of `GRADIENTS`."""
     if gradient not in GRADIENTS:
-        raise ValueError(f"gradient={gradient}: allowed are {', '.join(GRADIENTS)}")
+        raise ValueError(f"gradient={gradient}: must be one of {', '.join(GRADIENTS)}")
 
 
 def filter_scale(w: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def build(
     """Return XNOR-Net; the method card explains the options."""
     check_gradient(gradient)
     if scale not in SCALES:
-        raise ValueError(f"scale={scale}: allowed are {', '.join(SCALES)}")
+        raise ValueError(f"scale={scale}: must be one of {', '.join(SCALES)}")
     if a == FLOAT and scale == "K":
         raise Unsupported(f"scale=K has no effect at bits.a={FLOAT}: it restores the magnitudes that sign(x) removes")
     changes_weights = center or clamp

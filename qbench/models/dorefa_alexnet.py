@@ -79,13 +79,13 @@ def build(
 ) -> nn.Module:
     """Return an AlexNet for images of `shape` (C, H, W), 44x44 or larger, `width_mult` times as wide as DoReFa's."""
     if width_mult <= 0:
-        raise ValueError(f"width_mult={width_mult}: allowed is a factor above 0")
+        raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
     check_head(head)
     check_norm(norm)
     height, width = (_output_size(size) for size in shape[1:])
     if min(height, width) < 1:
         raise ValueError(
-            f"name=dorefa_alexnet: images of {shape[1]}x{shape[2]} are too small; allowed are 44x44 and larger, "
+            f"name=dorefa_alexnet: images of {shape[1]}x{shape[2]} are too small; they must be 44x44 or larger, "
             "the paper's are 224x224"
         )
     return DoReFaAlexNet(shape[0], classes, height * width, factor=width_mult, head=head, norm=norm)

@@ -55,7 +55,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 def check_head(head: str) -> None:
     """Raise `ValueError` if `head` is not one of `HEADS`."""
     if head not in HEADS:
-        raise ValueError(f"head={head}: allowed are {', '.join(HEADS)}")
+        raise ValueError(f"head={head}: must be one of {', '.join(HEADS)}")
 
 
 class UnscaledDropout(nn.Module):
@@ -130,15 +130,15 @@ def build(
 ) -> nn.Module:
     """Return model A (`width` 16), B (8), C (4) or D (2) for images of `shape` (C, H, W), 37x37 or larger."""
     if width < 1:
-        raise ValueError(f"width={width}: allowed is 1 or more; models A to D have 16, 8, 4 and 2")
+        raise ValueError(f"width={width}: must be 1 or more; models A to D have 16, 8, 4 and 2")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: allowed is 0 or more and below 1")
+        raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
     check_head(head)
     check_norm(norm)
     height, columns = (_output_size(size) for size in shape[1:])
     if min(height, columns) < 1:
         raise ValueError(
-            f"name=dorefa_svhn: images of {shape[1]}x{shape[2]} are too small; allowed are 37x37 and larger, "
+            f"name=dorefa_svhn: images of {shape[1]}x{shape[2]} are too small; they must be 37x37 or larger, "
             "the paper's are 40x40"
         )
     return SVHNNet(shape[0], classes, height * columns, width=width, dropout=dropout, head=head, norm=norm)

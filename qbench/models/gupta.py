@@ -77,15 +77,13 @@ def build(
         std: standard deviation of the initial weights.
     """
     if min((*convs, *hidden), default=0) < 1:
-        raise ValueError(
-            f"convs={list(convs)} and hidden={list(hidden)}: allowed are one layer or more, each of 1 or more"
-        )
+        raise ValueError(f"convs={list(convs)} and hidden={list(hidden)}: must be one layer or more, each of 1 or more")
     if not 0 <= pad <= 2:
-        raise ValueError(f"pad={pad}: allowed are 0, 1 and 2")
+        raise ValueError(f"pad={pad}: must be 0, 1 or 2")
     if pool not in (2, 3):
-        raise ValueError(f"pool={pool}: allowed are 2 and 3")
+        raise ValueError(f"pool={pool}: must be 2 or 3")
     if std <= 0:
-        raise ValueError(f"std={std}: allowed is more than 0")
+        raise ValueError(f"std={std}: must be more than 0")
     return GuptaNet(shape, classes, convs=convs, hidden=hidden, pad=pad, pool=pool, std=std)
 
 

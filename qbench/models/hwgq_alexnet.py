@@ -60,11 +60,11 @@ class HWGQAlexNet(nn.Sequential):
 def build(shape: tuple[int, int, int], classes: int, *, width_mult: float = 1.0, norm: str = "affine") -> nn.Module:
     """Return an AlexNet for images of `shape` (C, H, W), 39x39 or larger, `width_mult` times as wide as HWGQ's."""
     if width_mult <= 0:
-        raise ValueError(f"width_mult={width_mult}: allowed is a factor above 0")
+        raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
     check_norm(norm)
     if min(shape[1:]) < 39:
         raise ValueError(
-            f"name=hwgq_alexnet: images of {shape[1]}x{shape[2]} are too small; allowed are 39x39 and larger, "
+            f"name=hwgq_alexnet: images of {shape[1]}x{shape[2]} are too small; they must be 39x39 or larger, "
             "the paper's are 227x227"
         )
     height, width = (_pooled_size(_pooled_size(_pooled_size((size - 11) // 4 + 1))) for size in shape[1:])

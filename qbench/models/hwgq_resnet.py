@@ -61,10 +61,10 @@ def build(
 ) -> nn.Module:
     """Return a ResNet for images of `shape` (C, H, W), 5x5 or larger; depth 18, 34 or 50, `width` 64 in the paper."""
     if depth not in DEPTHS:
-        raise ValueError(f"depth={depth}: allowed are {', '.join(map(str, DEPTHS))}")
+        raise ValueError(f"depth={depth}: must be one of {', '.join(map(str, DEPTHS))}")
     if width < 1:
-        raise ValueError(f"width={width}: allowed is 1 or more channels")
+        raise ValueError(f"width={width}: must be 1 or more channels")
     check_norm(norm)
     if min(shape[1:]) < 5:
-        raise ValueError(f"name=hwgq_resnet: images of {shape[1]}x{shape[2]} are too small; allowed are 5x5 and larger")
+        raise ValueError(f"name=hwgq_resnet: images of {shape[1]}x{shape[2]} are too small; they must be 5x5 or larger")
     return HWGQResNet(shape[0], classes, depth=depth, width=width, norm=norm)

@@ -100,10 +100,10 @@ def build(
         norm: affine, no_affine or none.
     """
     if depth not in DEPTHS:
-        raise ValueError(f"depth={depth}: allowed are {', '.join(map(str, DEPTHS))}")
+        raise ValueError(f"depth={depth}: must be one of {', '.join(map(str, DEPTHS))}")
     if width < 1:
-        raise ValueError(f"width={width}: allowed is 1 or more channels")
+        raise ValueError(f"width={width}: must be 1 or more channels")
     if form not in FORMS:
-        raise ValueError(f"form={form}: allowed are pre (BN, activation, convolution) and post (activation last)")
+        raise ValueError(f"form={form}: must be pre (BN, activation, convolution) or post (activation last)")
     check_norm(norm)
     return ImageNetResNet(shape[0], classes, depth=depth, width=width, form=form, norm=norm)

@@ -47,7 +47,7 @@ def build(shape: tuple[int, int, int], classes: int, *, pad: int = 0, norm: str 
     Images are 16x16 or larger; with `pad=2` (zeros around each convolution) 4x4 or larger.
     """
     if not 0 <= pad <= 2:
-        raise ValueError(f"pad={pad}: allowed are 0 (as Caffe), 1 and 2")
+        raise ValueError(f"pad={pad}: must be 0 (as in Caffe), 1 or 2")
     check_norm(norm)
     height, width = (_output_size(_output_size(size, pad), pad) for size in shape[1:])
     if min(height, width) < 1:

@@ -40,8 +40,8 @@ def build(
 ) -> nn.Module:
     """Return a perceptron for images of `shape` (C, H, W) with `hidden` layers of `width` units."""
     if hidden < 1:
-        raise ValueError(f"hidden={hidden}: allowed is 1 or more layers")
+        raise ValueError(f"hidden={hidden}: must be 1 or more layers")
     if width < 1:
-        raise ValueError(f"width={width}: allowed is 1 or more units")
+        raise ValueError(f"width={width}: must be 1 or more units")
     check_norm(norm)
     return MLP(math.prod(shape), classes, hidden, width, norm)

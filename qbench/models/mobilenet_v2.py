@@ -102,8 +102,8 @@ def build(
 ) -> nn.Module:
     """Return a MobileNetV2 for images of `shape` (C, H, W), `width_mult` times as wide as the paper's."""
     if width_mult <= 0:
-        raise ValueError(f"width_mult={width_mult}: allowed is a factor above 0")
+        raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: allowed is 0 or more and below 1")
+        raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
     check_norm(norm)
     return MobileNetV2(shape[0], classes, width_mult, dropout, norm)

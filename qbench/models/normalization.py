@@ -25,4 +25,4 @@ NORMS_1D: dict[str, Norm] = {
 def check_norm(norm: str) -> None:
     """Raise `ValueError` if `norm` is not a value of `model.norm`."""
     if norm not in NORMS_2D:
-        raise ValueError(f"norm={norm}: allowed are auto, {', '.join(NORMS_2D)}")
+        raise ValueError(f"norm={norm}: must be one of auto, {', '.join(NORMS_2D)}")

@@ -84,17 +84,17 @@ def build(
         norm: affine, no_affine or none.
     """
     if min(convs, default=0) < 1:
-        raise ValueError(f"convs={list(convs)}: allowed are one layer or more, each of 1 or more channels")
+        raise ValueError(f"convs={list(convs)}: must be one layer or more, each of 1 or more channels")
     if min(hidden, default=1) < 1:
-        raise ValueError(f"hidden={list(hidden)}: allowed are layers of 1 or more units")
+        raise ValueError(f"hidden={list(hidden)}: each layer must have 1 or more units")
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel={kernel}: allowed are odd sizes")
+        raise ValueError(f"kernel={kernel}: must be odd sizes")
     if list(pools) != sorted(set(pools) & set(range(1, len(convs) + 1))):
-        raise ValueError(f"pools={list(pools)}: allowed are numbers from 1 to {len(convs)}, ascending")
+        raise ValueError(f"pools={list(pools)}: must be numbers from 1 to {len(convs)}, ascending")
     rates = list(dropout) or [0.0] * (len(pools) + len(hidden))
     if len(rates) != len(pools) + len(hidden) or not all(0 <= rate < 1 for rate in rates):
         raise ValueError(
-            f"dropout={list(dropout)}: allowed are {len(pools) + len(hidden)} rates from 0 to below 1, one for each of "
+            f"dropout={list(dropout)}: must be {len(pools) + len(hidden)} rates from 0 to below 1, one for each of "
             "pools and hidden, or none"
         )
     check_norm(norm)

@@ -109,16 +109,16 @@ def build(
         form: pre or post.
     """
     if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth={depth}: allowed are 6 n + 2: 8, 14, 20, 32, 44, 56, 110")
+        raise ValueError(f"depth={depth}: must be 6 n + 2: 8, 14, 20, 32, 44, 56, 110")
     if width < 1:
-        raise ValueError(f"width={width}: allowed is 1 or more channels")
+        raise ValueError(f"width={width}: must be 1 or more channels")
     if stem_stride < 1:
-        raise ValueError(f"stem_stride={stem_stride}: allowed is 1 or more")
+        raise ValueError(f"stem_stride={stem_stride}: must be 1 or more")
     if shortcut not in ("A", "B"):
-        raise ValueError(f"shortcut={shortcut}: allowed are A (average, zero channels) and B (1x1 convolution)")
+        raise ValueError(f"shortcut={shortcut}: must be A (average, zero channels) or B (1x1 convolution)")
     check_norm(norm)
     if form not in FORMS:
-        raise ValueError(f"form={form}: allowed are pre (BN, activation, convolution) and post (activation last)")
+        raise ValueError(f"form={form}: must be pre (BN, activation, convolution) or post (activation last)")
     blocks, channels = (depth - 2) // 6, shape[0]
     return CifarResNet(
         channels, classes, blocks=blocks, width=width, stem_stride=stem_stride, shortcut=shortcut, norm=norm, form=form

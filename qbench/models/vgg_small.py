@@ -48,8 +48,8 @@ class VGGSmall(nn.Sequential):
 def build(shape: tuple[int, int, int], classes: int, *, width: int = 128, norm: str = "affine") -> nn.Module:
     """Return a VGG-small for images of `shape` (C, H, W), 8x8 or larger; `width` channels at first, 4 width at last."""
     if width < 1:
-        raise ValueError(f"width={width}: allowed is 1 or more channels")
+        raise ValueError(f"width={width}: must be 1 or more channels")
     check_norm(norm)
     if min(shape[1:]) < 8:
-        raise ValueError(f"name=vgg_small: images of {shape[1]}x{shape[2]} are too small; allowed are 8x8 and larger")
+        raise ValueError(f"name=vgg_small: images of {shape[1]}x{shape[2]} are too small; they must be 8x8 or larger")
     return VGGSmall(shape[0], classes, (shape[1] // 8) * (shape[2] // 8), width, norm)

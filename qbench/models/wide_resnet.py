@@ -97,10 +97,10 @@ def build(
 ) -> nn.Module:
     """Return a wide ResNet for images of `shape` (C, H, W): depth 6 n + 4, channels `widen` times those of a ResNet."""
     if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f"depth={depth}: allowed are 6 n + 4: 10, 16, 22, 28, 40")
+        raise ValueError(f"depth={depth}: must be 6 n + 4: 10, 16, 22, 28, 40")
     if widen < 1:
-        raise ValueError(f"widen={widen}: allowed is 1 or more")
+        raise ValueError(f"widen={widen}: must be 1 or more")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: allowed is 0 or more and below 1")
+        raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
     check_norm(norm)
     return WideResNet(shape[0], classes, blocks=(depth - 4) // 6, widen=widen, dropout=dropout, norm=norm)

@@ -87,7 +87,7 @@ def read_claim(path: Path, name: str) -> Claim:
         if not node.get(key):
             raise ConfigError(f"{path}: claim.{key} is missing")
     if node.get("measure", "top1") not in MEASURES:
-        raise ConfigError(f"{path}: claim.measure={node['measure']}: allowed are {', '.join(MEASURES)}")
+        raise ConfigError(f"{path}: claim.measure={node['measure']}: must be one of {', '.join(MEASURES)}")
     node["net"] = tuple(node.get("net", ()))
     claim = Claim(name=name, comparisons=tuple(_comparison(path, name, entry) for entry in entries), **node)
     names = [c.name for c in claim.comparisons]
@@ -104,9 +104,9 @@ def _comparison(path: Path, claim: str, entry: Mapping[str, object]) -> Comparis
         raise ConfigError(f"{path}: first must be a list of command-line words, second such a list or `{BASELINE}`")
     test, margin = str(entry.get("test", "better")), float(str(entry.get("margin", 0)))
     if test not in TESTS:
-        raise ConfigError(f"{path}: test={test}: allowed are {', '.join(TESTS)}")
+        raise ConfigError(f"{path}: test={test}: must be one of {', '.join(TESTS)}")
     if margin < 0 or (test == "equal" and margin == 0):
-        raise ConfigError(f"{path}: test={test} with margin={margin:g}: allowed is a margin above 0")
+        raise ConfigError(f"{path}: test={test} with margin={margin:g}: must be a margin above 0")
     return Comparison(
         claim=claim,
         name=str(entry.get("name", claim)),

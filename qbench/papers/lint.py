@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
 from qbench.config.schema import did_you_mean
-from qbench.papers.rows import METRICS, PAPER, PROVENANCES, REPOSITORY, THIRD, Names, PublishedRow
+from qbench.papers.row_types import METRICS, PAPER, PROVENANCES, REPOSITORY, THIRD, Names, PublishedRow
 
 MAX_GAIN = 1.0
 """Points by which a quantized network may exceed its float baseline without a waiver."""

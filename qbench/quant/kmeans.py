@@ -96,7 +96,7 @@ def _check(values: Tensor, k: int, pinned: Sequence[float] | Tensor) -> Floats:
         raise ValueError("values: k-means of an empty tensor; it needs at least one value")
     pins = np.unique(torch.as_tensor(pinned, dtype=values.dtype).detach().cpu().double().numpy())
     if k < max(1, len(pins)):
-        raise ValueError(f"k={k}: allowed are integers from {max(1, len(pins))}, including the pinned centroids")
+        raise ValueError(f"k={k}: must be integers from {max(1, len(pins))}, including the pinned centroids")
     return pins
 
 

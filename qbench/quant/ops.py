@@ -291,7 +291,7 @@ def quantize_k(x: Tensor, bits: int) -> Tensor:
     arXiv 1606.06160, eq. 5-6.
     """
     if bits < 1:
-        raise ValueError(f"bits={bits}: allowed is 1 or more")
+        raise ValueError(f"bits={bits}: must be 1 or more")
     n = float(2**bits - 1)
     return round_ste(x * n) / n
 

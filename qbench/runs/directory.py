@@ -25,6 +25,21 @@ KEPT_CHECKPOINTS = 2
 ARTIFACTS = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
 
 
+def directory_name(identity: RunIdentity) -> Path:
+    """Return a run's folder below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<hash>.
+
+    The hash is the first eight digits of the identity's digest.
+    """
+    folder = f"{path_component(identity.dataset)}-{path_component(identity.model)}"
+    method = path_component(identity.method)
+    return Path(folder, f"{method}-{identity.bits}-s{identity.seed}-{identity.digest[:8]}")
+
+
+def path_component(name: str) -> str:
+    """Return a name in which a dot replaces each run of characters that are unsafe in a path."""
+    return re.sub(r"[^A-Za-z0-9._+]+", ".", name).strip(".")
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The directory of one run; `lock` creates it."""

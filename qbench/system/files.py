@@ -73,7 +73,7 @@ def read_yaml(path: Path) -> Any:
         node = loader.get_single_node() if len(data) <= YAML_BYTES else None
         if len(data) > YAML_BYTES or _values(node, {}) > YAML_VALUES:
             most = f"{YAML_BYTES:,} bytes and, with what aliases repeat, {YAML_VALUES:,} values"
-            raise ConfigError(f"{path}: too large: allowed are {most}")
+            raise ConfigError(f"{path}: too large: must be {most}")
         return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""

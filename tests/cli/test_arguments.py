@@ -120,7 +120,7 @@ def test_options_have_types_and_defaults(tmp_path: Path) -> None:
         (["--format"], "compare --format wants a value\nsee qbench compare --help"),
         (["--format", "--published"], "compare --format wants a value\nsee qbench compare --help"),
         (["--by="], "compare --by wants a value"),
-        (["--margin", "-1"], "compare --margin -1: allowed is a number of points of top-1 above 0"),
+        (["--margin", "-1"], "compare --margin -1: must be a number of points of top-1 above 0"),
         (["--published=no"], "compare --published: ignored explicit argument 'no'"),
         ([], "compare wants directories of runs: qbench compare outputs"),
     ],

@@ -15,6 +15,7 @@ from qbench.config.schema import to_dict
 from qbench.config.validate import from_dict
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
+from qbench.runs.directory import directory_name
 
 REFUSED = {
     "method=dorfa": ("method=dorfa", "did you mean dorefa?", "allowed: bwn, dorefa"),
@@ -82,15 +83,15 @@ def test_refused_by_the_builders_before_any_work(configure: Configure) -> None:
 
     cases = {
         "model.depth=9": "model.depth=9",
-        "model.depth=x": "model.depth=x: allowed is a whole number",
-        "method.activation=relu": "method.activation=relu: allowed are clip, abs, tanh",
+        "model.depth=x": "model.depth=x: must be a whole number",
+        "method.activation=relu": "method.activation=relu: must be one of clip, abs, tanh",
         "dataset.val=1": "dataset.val=1",
         "dataset.val=0.9999": "leaves no image to train on",
         "dataset.val=-0.1": "dataset.val=-0.1",
         "layers.downsample=8": "layers.downsample: matches no layer",
         "layers.rules={nosuch*: 8}": "rules[nosuch*]: matches no layer; the layers are conv1",
         "model.norm=odd": "model.norm=odd",
-        "dataset.pad=-1": "dataset.pad=-1: allowed are 0 to 7",
+        "dataset.pad=-1": "dataset.pad=-1: must be 0 to 7",
         "runtime.device=meta": "runtime.device=meta: allowed",
         "runtime.device=tpu9": "runtime.device=tpu9",
     }
@@ -118,7 +119,7 @@ def test_the_same_run_however_it_is_typed(configure: Configure) -> None:
         configure("method=dorefa", "bits=w2a32"),
         configure("method=dorefa", "init=float", "runtime.log_every=3", "runtime.device=cpu", "rerun=true"),
     ]
-    assert len({run_identity(config).directory for config in same}) == 1
+    assert len({directory_name(run_identity(config)) for config in same}) == 1
     other = [
         "bits.w=3",
         "seed=1",
@@ -128,15 +129,17 @@ def test_the_same_run_however_it_is_typed(configure: Configure) -> None:
         "runtime.threads=2",
         "init=scratch",
     ]
-    found = {run_identity(configure("method=dorefa", word)).directory for word in other}
+    found = {directory_name(run_identity(configure("method=dorefa", word))) for word in other}
     assert len(found) == len(other)
-    assert run_identity(same[0]).directory not in found
+    assert directory_name(run_identity(same[0])) not in found
 
 
 def test_the_place_of_published_files_is_no_part_of_the_identity(configure: Configure) -> None:
     first, second = (configure("dataset=cifar10", f"dataset.root={root}") for root in ("a", "b"))
-    assert run_identity(first).directory == run_identity(second).directory
-    assert run_identity(first).directory != run_identity(configure("dataset=cifar10", "dataset.flip=false")).directory
+    assert directory_name(run_identity(first)) == directory_name(run_identity(second))
+    assert directory_name(run_identity(first)) != directory_name(
+        run_identity(configure("dataset=cifar10", "dataset.flip=false"))
+    )
 
 
 def test_protocol_ignores_what_belongs_to_the_method(configure: Configure) -> None:
@@ -152,10 +155,11 @@ def test_a_float_run_is_the_baseline_of_the_others(configure: Configure) -> None
     from qbench.config.schema import baseline_config
 
     run = configure("method=dorefa", "bits=w2a2", "epochs=3", "optim.lr=0.5", "layers.first=8", "seed=4")
-    assert run_identity(baseline_config(run)).directory == run_identity(configure("method=float", "seed=4")).directory
-    assert (
-        run_identity(baseline_config(run)).directory
-        == run_identity(configure("method=float", "seed=4", "epochs=9", "init=scratch")).directory
+    assert directory_name(run_identity(baseline_config(run))) == directory_name(
+        run_identity(configure("method=float", "seed=4"))
+    )
+    assert directory_name(run_identity(baseline_config(run))) == directory_name(
+        run_identity(configure("method=float", "seed=4", "epochs=9", "init=scratch"))
     )
     control = configure("method=float", "init=float", "epochs=3")
     assert not control.is_baseline
@@ -172,7 +176,7 @@ def test_a_stored_configuration_comes_back(configure: Configure) -> None:
     config = configure("method=dorefa", "bits=w2a2g6", "layers.rules={layer1.*: 8}", "optim=sgd_step")
     again = from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))))
     assert again == config
-    assert run_identity(again).directory == run_identity(config).directory
+    assert directory_name(run_identity(again)) == directory_name(run_identity(config))
 
 
 def test_every_yaml_of_the_tree_composes(configure: Configure) -> None:

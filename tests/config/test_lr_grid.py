@@ -19,6 +19,7 @@ from qbench.report.comparison.compare import compare
 from qbench.report.comparison.setting import Setting
 from qbench.report.comparison.setting_table import settings_of
 from qbench.report.tables.table import FORMATS, Table
+from qbench.runs.directory import directory_name
 from qbench.runs.reader import read
 
 LOW, OWN, HIGH = 0.001, 0.01, 0.1  # of digits' recipe, with factors 0.1, 1 and 10
@@ -49,13 +50,13 @@ def test_a_line_becomes_a_run_for_each_rate(tmp_path: Path) -> None:
     runs = tuned(tmp_path, "method=dorefa")
     assert [c.optim.lr for c in runs] == [0.001, 0.003, 0.01, 0.03, 0.1], "digits' 0.01 times 0.1, 0.3, 1, 3, 10"
     assert [c.optim.lr_end for c in runs] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "its 1e-4 in the same way"
-    assert len({run_identity(c).directory for c in runs}) == 5
+    assert len({directory_name(run_identity(c)) for c in runs}) == 5
     assert len({json.dumps(run_identity(c).protocol, sort_keys=True) for c in runs}) == 1
     (unified,) = compose.configurations(["method=dorefa"])
-    assert {run_identity(baseline_config(c)).directory for c in runs} == {
-        run_identity(baseline_config(unified)).directory
+    assert {directory_name(run_identity(baseline_config(c))) for c in runs} == {
+        directory_name(run_identity(baseline_config(unified)))
     }
-    assert run_identity(unified).directory not in {run_identity(c).directory for c in runs}
+    assert directory_name(run_identity(unified)) not in {directory_name(run_identity(c)) for c in runs}
 
 
 def test_the_grid_is_relative_to_the_rate_typed(tmp_path: Path) -> None:
@@ -70,16 +71,18 @@ def test_the_grid_is_relative_to_the_rate_typed(tmp_path: Path) -> None:
 
 def test_every_run_of_a_sweep_has_the_same_grid(tmp_path: Path) -> None:
     runs = tuned(tmp_path, "-m", "method=dorefa,ttq,lsq,gupta", "seed=0,1")
-    assert len(runs) == len({run_identity(c).directory for c in runs}) == 4 * 2 * 5
+    assert len(runs) == len({directory_name(run_identity(c)) for c in runs}) == 4 * 2 * 5
     assert len({json.dumps(run_identity(c).protocol, sort_keys=True) for c in runs}) == 1
-    assert len({run_identity(baseline_config(c)).directory for c in runs}) == 2, "a float baseline for each seed"
+    assert len({directory_name(run_identity(baseline_config(c))) for c in runs}) == 2, "a float baseline for each seed"
     mixed = compose.configurations(["-m", "method=dorefa", "lr_search=none,grid"])
     assert [c.lr_search for c in mixed] == ["none"] + ["grid"] * 5
 
 
 def test_a_method_that_trains_nothing_is_one_run(tmp_path: Path) -> None:
     (alone,) = tuned(tmp_path, "method=float")
-    assert run_identity(alone).directory == run_identity(compose.configurations(["method=float"])[0]).directory
+    assert directory_name(run_identity(alone)) == directory_name(
+        run_identity(compose.configurations(["method=float"])[0])
+    )
     (ptq,) = tuned(tmp_path, "method=ptq")
     assert run_identity(ptq).protocol == run_identity(tuned(tmp_path, "method=dorefa")[0]).protocol, (
         "it belongs to the table of the others"
@@ -98,14 +101,16 @@ def test_a_run_without_a_grid_has_no_key_of_it(configure: Configure) -> None:
     config = configure("method=dorefa")
     for part in (run_identity(config).keys, run_identity(config).protocol):
         assert not {"lr_search", "lr_grid"} & set(part)
-    assert run_identity(configure("method=dorefa", "lr_search=none")).directory == run_identity(config).directory
+    assert directory_name(run_identity(configure("method=dorefa", "lr_search=none"))) == directory_name(
+        run_identity(config)
+    )
 
 
 def test_a_stored_run_of_the_grid_comes_back_as_itself(tmp_path: Path) -> None:
     for config in tuned(tmp_path, "method=dorefa", "bits=w2a2", "optim=sgd_step"):
         again = from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))))
         assert again == config
-        assert run_identity(again).directory == run_identity(config).directory
+        assert directory_name(run_identity(again)) == directory_name(run_identity(config))
 
 
 @pytest.mark.parametrize("words", [["-m", "method=dorefa,ptq", "seed=0,1"], ["-m", "method=ttq"]])

@@ -24,6 +24,7 @@ from qbench.data.dataset import Loader, Split
 from qbench.data.file_stream import FileSplit
 from qbench.data.normalize import FIXED
 from qbench.errors import ConfigError, DataError
+from qbench.runs.directory import directory_name
 
 temporary_cache = image_sets.temporary_cache
 
@@ -110,13 +111,13 @@ def test_an_empty_class_of_the_test_split_is_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        ({"size": 17}, "size=17: allowed is 1 to resize=16"),
+        ({"size": 17}, "size=17: must be 1 to resize=16"),
         ({"size": 0}, "size=0: allowed"),
-        ({"augment": "heavy"}, "augment=heavy: allowed are plain, inception"),
+        ({"augment": "heavy"}, "augment=heavy: must be one of plain, inception"),
         ({"augment": "inception", "pad": 1}, "pad=1 has no effect with augment=inception"),
-        ({"pad": 12}, "pad=12: allowed are 0 to 11"),
-        ({"jitter": 1.5}, r"jitter=1\.5: allowed is 0 to 1"),
-        ({"normalize": "mine"}, "normalize=mine: allowed are own, unit, half, by256, imagenet"),
+        ({"pad": 12}, "pad=12: must be 0 to 11"),
+        ({"jitter": 1.5}, r"jitter=1\.5: must be 0 to 1"),
+        ({"normalize": "mine"}, "normalize=mine: must be one of own, unit, half, by256, imagenet"),
         ({"val": 1.0}, r"val=1\.0: allowed"),
     ],
 )
@@ -223,7 +224,7 @@ def test_the_yaml_has_the_defaults_of_the_function(name: str, configure: Configu
 
 def test_which_keys_are_part_of_the_identity(configure: Configure) -> None:
     def place(*words: str) -> str:
-        return run_identity(configure(*words)).directory
+        return directory_name(run_identity(configure(*words)))
 
     assert place("dataset=folder", "dataset.root=a") != place("dataset=folder", "dataset.root=b")
     for name in ("imagenet", "tiny_imagenet"):

@@ -71,7 +71,7 @@ def test_default_augmentation(tmp_path: Path, datasets: ModuleType, monkeypatch:
         2, False, True
     )
     for pad in (-1, 32):
-        with pytest.raises(ValueError, match=rf"pad={pad}: allowed are 0 to 31"):
+        with pytest.raises(ValueError, match=rf"pad={pad}: must be 0 to 31"):
             cifar10.build(root=str(tmp_path), pad=pad)
     with pytest.raises(ValueError, match=r"val=1\.0: allowed"):
         cifar10.build(root=str(tmp_path), val=1.0)
@@ -136,7 +136,7 @@ def test_parts_labels_and_axes_of_svhn(tmp_path: Path, datasets: ModuleType, mon
     assert both.train.labels.tolist() == [int(y) % 10 for y in labels]
     assert both.test.labels[9] == 0, "the digit 0 is 10 in the files"
     assert {build(split=s).fingerprint()["test_sha256"] for s in svhn.SPLITS} == {both.fingerprint()["test_sha256"]}
-    with pytest.raises(ValueError, match="split=all: allowed are train, extra, both"):
+    with pytest.raises(ValueError, match="split=all: must be one of train, extra, both"):
         build(split="all")
 
 
@@ -152,7 +152,7 @@ def test_svhn_as_in_dorefas_script(tmp_path: Path, datasets: ModuleType, monkeyp
     assert data.augment == Augment(brightness=30, contrast=0.5)
     assert (data.mean, data.std) == ((0.0,) * 3, (256 / 255,) * 3)
     for key, value in (("size", 0), ("brightness", 256.0), ("contrast", 2.0)):
-        with pytest.raises(ValueError, match=rf"^{key}={value}: allowed is"):
+        with pytest.raises(ValueError, match=rf"^{key}={value}: must be"):
             svhn.build(root=str(tmp_path), **{key: value})  # type: ignore[arg-type]
 
 
@@ -162,7 +162,7 @@ def test_named_normalizations(name: str, tmp_path: Path, datasets: ModuleType, m
     half = BUILDS[name](root=str(tmp_path), val=0.0, normalize="half")
     channels = half.shape[0]
     assert (half.mean, half.std) == ((0.5,) * channels, (0.5,) * channels)
-    with pytest.raises(ValueError, match="normalize=theirs: allowed are own, unit, half, by256, imagenet"):
+    with pytest.raises(ValueError, match="normalize=theirs: must be one of own, unit, half, by256, imagenet"):
         BUILDS[name](root=str(tmp_path), val=0.0, normalize="theirs")
 
 

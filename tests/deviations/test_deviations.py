@@ -387,9 +387,9 @@ def test_the_name_none_gives_the_method_itself_and_unknown_names_raise() -> None
     assert deviate("dorefa", "none", method) is method
     assert deviate("bwn", "none", method) is method
     assert deviations("bwn") == deviations("my.module:build") == {}
-    with pytest.raises(ValueError, match="deviation=detached: allowed are none, detached_max, rescaled_by_max"):
+    with pytest.raises(ValueError, match="deviation=detached: must be one of none, detached_max, rescaled_by_max"):
         deviate("dorefa", "detached", method)
-    with pytest.raises(ValueError, match=r"deviation=detached_max: allowed are none$"):
+    with pytest.raises(ValueError, match=r"deviation=detached_max: must be one of none$"):
         deviate("bwn", "detached_max", method)
 
 

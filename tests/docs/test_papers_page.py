@@ -16,9 +16,9 @@ from qbench.bits import FLOAT
 from qbench.config import compose, registry
 from qbench.config.schema import BitWidths
 from qbench.experiment.builders import build_method
-from qbench.papers.published import missing_requirements
-from qbench.papers.row_files import papers
-from qbench.papers.rows import PROVENANCES, Paper, PublishedRow
+from qbench.papers.published_rows import papers
+from qbench.papers.published_table import missing_requirements
+from qbench.papers.row_types import PROVENANCES, Paper, PublishedRow
 
 PAGE = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
 RELATED: list[dict[str, Any]] = yaml.safe_load((ROOT / "docs" / "papers.yaml").read_text(encoding="utf-8"))["papers"]

@@ -17,6 +17,7 @@ from qbench.cli.main import main as cli
 from qbench.config import compose, groups
 from qbench.config.identity import run_identity
 from qbench.models import mlp
+from qbench.runs.directory import directory_name
 from qbench.runs.result import SCHEMA, Result
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,7 +52,7 @@ def test_directories_of_the_readme_are_those_that_its_commands_write() -> None:
     for line in ("method=dorefa bits.w=2", "method=dorefa bits=w2a2 epochs=8 pretrain.epochs=10"):
         (config,) = compose.configurations(line.split())
         assert f"qbench {line}" in README
-        assert f"outputs/{run_identity(config).directory}\n" in README, run_identity(config).directory
+        assert f"outputs/{directory_name(run_identity(config))}\n" in README, directory_name(run_identity(config))
 
 
 def test_keys_of_a_result_are_those_of_the_readme() -> None:

@@ -9,6 +9,7 @@ from qbench.experiment.builders import build_dataset, build_method, build_model
 from qbench.experiment.planned_run import planned_run, planned_runs
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
+from qbench.runs.directory import directory_name
 
 DIGITS = "88c60432dbf872263b31bacbbdb17b83cdc4aa31e86ab0604b3f29d4a0275638"
 """The digest of scikit-learn's digits with dataset.val=0.1. Stored results have it: a change of the loader, of the
@@ -47,4 +48,4 @@ def test_a_run_of_a_sweep_is_planned_once(configure: Configure) -> None:
     runs = planned_runs(configs)
     assert [run.identity.bits.w for run in runs] == [2, 4]
     assert runs[0].config.rerun, "of equal runs the last one counts"
-    assert runs[0].path == Path(configs[0].out) / run_identity(configs[0]).directory
+    assert runs[0].path == Path(configs[0].out) / directory_name(run_identity(configs[0]))

@@ -148,10 +148,10 @@ def test_the_dtypes_generators_and_limits_of_the_conversion() -> None:
         assert torch.equal(
             to_fixed(x.to(half), 4, 12, "nearest"), to_fixed(x.to(half).float(), 4, 12, "nearest").to(half)
         )
-    with pytest.raises(ValueError, match=r"rounding=even: allowed are stochastic, nearest"):
+    with pytest.raises(ValueError, match=r"rounding=even: must be one of stochastic, nearest"):
         to_fixed(x, 2, 4, "even")
     for il, fl in ((2, 23), (0, 0), (4, -5)):
-        with pytest.raises(ValueError, match=r"allowed are 1 to 24"):
+        with pytest.raises(ValueError, match=r"must be 1 to 24"):
             to_fixed(x, il, fl, "nearest")
 
 
@@ -546,9 +546,9 @@ def test_initial_weights_are_rounded_to_nearest_without_random_draws() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounding": "even"}, r"rounding=even: allowed are stochastic, nearest"),
-        ({"momentum": "none"}, r"momentum=none: allowed are float, fixed"),
-        ({"integer_errors": 17}, r"integer_errors=17: allowed are -16 to 16"),
+        ({"rounding": "even"}, r"rounding=even: must be one of stochastic, nearest"),
+        ({"momentum": "none"}, r"momentum=none: must be one of float, fixed"),
+        ({"integer_errors": 17}, r"integer_errors=17: must be -16 to 16"),
     ],
 )
 def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:

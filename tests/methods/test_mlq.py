@@ -233,7 +233,7 @@ def test_a_checkpoint_keeps_order_and_losses_and_they_are_reported() -> None:
 
 
 def test_the_options_phases_and_storage() -> None:
-    with pytest.raises(ValueError, match="zero=half: allowed are mean, pinned"):
+    with pytest.raises(ValueError, match="zero=half: must be one of mean, pinned"):
         mlq.build(zero="half")
     assert mlq.build(w=32).phases(30) == ()
     assert mlq.build(w=3).phases(30) == [10, 20]

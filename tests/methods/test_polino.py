@@ -549,8 +549,8 @@ def test_qd_and_dq_distill_by_default() -> None:
         (qd.build, {"bucket": -1}, "bucket=-1"),
         (qd.build, {"bucket": 2}, "bucket=2: allowed"),
         (dq.build, {"bucket": 1}, "bucket=1: allowed"),
-        (dq.build, {"initial": "kmeans"}, "initial=kmeans: allowed are quantiles, uniform"),
-        (dq.build, {"allocation": "loss"}, "allocation=loss: allowed are gradient, even"),
+        (dq.build, {"initial": "kmeans"}, "initial=kmeans: must be one of quantiles, uniform"),
+        (dq.build, {"allocation": "loss"}, "allocation=loss: must be one of gradient, even"),
     ],
 )
 def test_invalid_options_raise(build: Callable[..., object], options: dict[str, object], match: str) -> None:

@@ -431,7 +431,7 @@ def test_the_losses_of_eslq_are_measured_at_the_power_of_two() -> None:
 
 def test_invalid_options_raise() -> None:
     for module in (slq, eslq):
-        with pytest.raises(ValueError, match="partition=best: allowed are probe"):
+        with pytest.raises(ValueError, match="partition=best: must be one of probe"):
             module.build(partition="best")  # type: ignore[attr-defined]
         for portions in ([], [0.5], [1.0, 0.5], [0.0, 1.0], [0.5, 0.5, 1.0]):
             with pytest.raises(ValueError, match="ascending"):

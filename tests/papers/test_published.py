@@ -19,11 +19,17 @@ from qbench.config import compose
 from qbench.config.identity import run_identity
 from qbench.config.schema import BitWidths
 from qbench.errors import ConfigError
-from qbench.papers import published
+from qbench.papers import published_table as published
 from qbench.papers.lint import RULES, lint
-from qbench.papers.published import absence_note, command_words, missing_requirements, published_table, published_tables
-from qbench.papers.row_files import names, papers, published_rows, read_paper
-from qbench.papers.rows import Measured, PublishedRow
+from qbench.papers.published_rows import names, papers, published_rows, read_paper
+from qbench.papers.published_table import (
+    absence_note,
+    command_words,
+    missing_requirements,
+    published_table,
+    published_tables,
+)
+from qbench.papers.row_types import Measured, PublishedRow
 from qbench.report.tables.table import as_json, text
 
 GOOD = PublishedRow(
@@ -352,11 +358,11 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: p
 
 def test_published_does_not_import_torch() -> None:
     code = (
-        "import sys; from qbench.papers.published import published_tables; published_tables(None, None, False);"
+        "import sys; from qbench.papers.published_table import published_tables; published_tables(None, None, False);"
         "print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
-    assert "qbench.papers.published" in done.stdout.split()
+    assert "qbench.papers.published_table" in done.stdout.split()
     assert not {"torch", "hydra"} & set(done.stdout.split())
 
 

@@ -492,9 +492,9 @@ def test_the_middle_of_two_neighbours_is_not_rounded(dtype: torch.dtype) -> None
     ("values", "k", "pinned", "message"),
     [
         ([], 1, (), "empty tensor"),
-        ([1.0], 0, (), "k=0: allowed are integers from 1"),
-        ([1.0], -1, (), "k=-1: allowed are integers from 1"),
-        ([1.0], 2, (1, 2, 3), "k=2: allowed are integers from 3"),
+        ([1.0], 0, (), "k=0: must be integers from 1"),
+        ([1.0], -1, (), "k=-1: must be integers from 1"),
+        ([1.0], 2, (1, 2, 3), "k=2: must be integers from 3"),
         ([1.0, float("nan"), 2], 1, (), "NaN or infinity"),
         ([1.0, float("inf")], 1, (), "NaN or infinity"),
         ([1.0, -float("inf")], 1, (), "NaN or infinity"),

@@ -26,8 +26,8 @@ from qbench.config.schema import Config
 from qbench.cost.network_cost import NetworkCost
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
-from qbench.papers.published import absence_note
-from qbench.papers.row_files import published_rows
+from qbench.papers.published_rows import published_rows
+from qbench.papers.published_table import absence_note
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.comparison.setting_table import MissingRuns, settings_of

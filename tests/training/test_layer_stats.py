@@ -29,6 +29,7 @@ from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import Method
 from qbench.quant.quantizer import Grid, Quantizer
 from qbench.quant.sqnr import MAX_SQNR
+from qbench.runs.directory import directory_name
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import Result
 from qbench.runs.tensorboard import CHARTS, METRICS
@@ -280,7 +281,7 @@ def test_the_level_is_not_part_of_the_identity(configure: Configure) -> None:
     assert run_identity(one).keys == run_identity(two).keys
     assert run_identity(one).protocol == run_identity(two).protocol
     assert one.runtime.observe == "light"
-    with pytest.raises(ConfigError, match=r"runtime\.observe=much: allowed is.* off, light, full"):
+    with pytest.raises(ConfigError, match=r"runtime\.observe=much: must be.* off, light, full"):
         configure("runtime.observe=much")
 
 
@@ -377,7 +378,7 @@ def test_the_table_of_hyper_parameters_has_the_same_columns_for_all_runs(
     config = configure("experiment=smoke", "method=dorefa", "init=scratch", "optim.lr=1e30")
     with pytest.raises(Diverged):
         run_quietly(config)
-    folders = {"diverged": str(Path(config.out) / run_identity(config).directory), "done": logged["light"].run}
+    folders = {"diverged": str(Path(config.out) / directory_name(run_identity(config))), "done": logged["light"].run}
     assert logged["light"].baseline is not None
     folders["baseline"] = logged["light"].baseline.run
     columns, ended = {}, {}

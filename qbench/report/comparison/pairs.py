@@ -34,7 +34,7 @@ def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
         ValueError: a margin that is not above 0.
     """
     if not margin > 0:
-        raise ValueError(f"margin={margin:g}: allowed is a number of points above 0")
+        raise ValueError(f"margin={margin:g}: must be a number of points above 0")
     families: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for i, table in enumerate(tables):
         if settings := settings_of(table):

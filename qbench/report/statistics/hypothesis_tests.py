@@ -61,7 +61,7 @@ def evidence(difference: Difference, test: str, margin: float) -> Evidence:
         ValueError: no such test.
     """
     if test not in TESTS:
-        raise ValueError(f"test={test}: allowed are {', '.join(TESTS)}")
+        raise ValueError(f"test={test}: must be one of {', '.join(TESTS)}")
     mirrored = swapped(difference)
     if test == "equal":
         p_for = equivalent(difference, margin)

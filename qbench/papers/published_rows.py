@@ -14,7 +14,7 @@ import yaml
 
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
-from qbench.papers.rows import PROVENANCES, Measured, Names, Paper, PublishedRow, Recipe
+from qbench.papers.row_types import PROVENANCES, Measured, Names, Paper, PublishedRow, Recipe
 
 FOLDER = Path(__file__).parent / "figures"
 INHERITED = ("policy", "init", "epochs", "augmentation")

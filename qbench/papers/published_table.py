@@ -1,13 +1,14 @@
 """Tables of published figures, next to what qbench measured.
 
-`row_files.py` reads the rows, `lint.py` finds impossible rows, `scripts/experiments.py` writes the experiment files.
+`published_rows.py` reads the rows, `lint.py` finds impossible rows, `scripts/experiments.py` writes the experiment
+files.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-from qbench.papers.row_files import names, papers, published_rows
-from qbench.papers.rows import THIRD, Paper, PublishedRow
+from qbench.papers.published_rows import names, papers, published_rows
+from qbench.papers.row_types import THIRD, Paper, PublishedRow
 from qbench.report.tables.table import Table
 
 HEAD = (
