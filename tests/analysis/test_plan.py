@@ -4,6 +4,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +91,7 @@ def test_sums_are_what_compare_counts(planned: Planned, untimed: None) -> None:
         *each, whole = layers.values
         (config,) = compose.configurations(list(words))
         parts = assemble(config)
-        cost = count_cost(parts.install(parts.float_model()), parts.macs)
+        cost = asdict(count_cost(parts.install(parts.float_model()), parts.macs))
         assert {key: whole[key] for key in cost} == cost, words
         assert {key: runs.values[-1][key] for key in cost} == cost
         rest = cost["params"] - sum(layer["params"] for layer in each)

@@ -251,8 +251,8 @@ def test_images_and_epochs_count_the_whole_run(at: At) -> None:
     assert [line["images"] for line in epochs] == [STEPS * BATCH] * EPOCHS
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, EPOCHS * STEPS + 1))
     assert result.speed is not None
-    assert result.speed["images_per_second"] == BATCH, "one tick a step"
-    assert result.speed["seconds_per_epoch"] == STEPS
+    assert result.speed.images_per_second == BATCH, "one tick a step"
+    assert result.speed.seconds_per_epoch == STEPS
 
 
 WATCHED = {

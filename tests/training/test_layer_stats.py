@@ -191,7 +191,7 @@ def test_a_run_is_the_same_however_much_is_told(name: str, configure: Configure,
     assert lines(off, "layers") == []
     assert lines(light, "layers") == lines(full, "layers")
     epochs = [record["epoch"] for record in lines(light, "layers")]
-    assert epochs == ([] if name == "float" else [None] if not light.speed["seconds_per_epoch"] else [0, 1, 2])  # type: ignore[index]
+    assert epochs == ([] if name == "float" else [None] if not light.speed.seconds_per_epoch else [0, 1, 2])  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("asked", [9, 38, 39])  # of 20 an epoch: within the first; last step, validation of the second

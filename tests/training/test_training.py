@@ -180,7 +180,7 @@ def test_seconds_per_epoch_count_the_epochs_that_were_trained(smoke: Configure) 
     assert epochs < 40
     records = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(record["seconds"] for record in records if record["kind"] == "epoch")
-    assert result.speed["seconds_per_epoch"] == pytest.approx(seconds / epochs)  # type: ignore[index]
+    assert result.speed.seconds_per_epoch == pytest.approx(seconds / epochs)  # type: ignore[union-attr]
 
 
 def test_an_incremental_method_has_no_best_before_it_is_complete() -> None:
