@@ -355,7 +355,7 @@ def _announce(path: str) -> None:
 
 
 def _hold(signal: Path) -> None:
-    from qbench.experiment.run import run as experiment
+    from qbench.experiment import run as experiment
 
     plain = experiment.assemble
 

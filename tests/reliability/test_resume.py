@@ -33,9 +33,10 @@ from qbench.config import groups, registry
 from qbench.config.schema import Config
 from qbench.data.dataset import Files, Loader
 from qbench.errors import CheckpointError, Interrupted
+from qbench.experiment import final_result
+from qbench.experiment import run as experiment
 from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
-from qbench.experiment.run import run as experiment
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import assemble
 from qbench.quant.layers import is_quantizer_key
@@ -284,7 +285,7 @@ def test_how_a_run_is_watched_changes_nothing(name: str, at: At, monkeypatch: py
                 screen = ProgressReporter(live=True)
             if how == "evaluated twice":
                 patch.setattr(loop, "evaluate", twice)
-                patch.setattr(experiment, "evaluate", twice)
+                patch.setattr(final_result, "evaluate", twice)
             again = experiment.run(planned_run(at(f"watched{i}", *words, *more)), RunContext(screen))
         logged = {"metrics.jsonl"} if any("log_every" in word for word in more) else set()
         assert differences(base, again) - logged == set(), replay(how)
