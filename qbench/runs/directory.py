@@ -1,8 +1,8 @@
-"""A run's directory: its lock, config.yaml, checkpoints and result.
+"""Manages a run's directory: lock, config.yaml, checkpoints and result.
 
-The path follows from the run's identity, so the same command finds the same run again, whether it
-is a single run, part of a sweep, or started by a launcher. `result.json` is written last. Until
-then the directory holds the checkpoints from which the run can continue.
+The path is derived from the run's identity. The same command therefore finds the same run again,
+whether as a single run, as part of a sweep, or started by a launcher. `result.json` is written
+last. Until then the directory holds the checkpoints from which the run can continue.
 """
 
 import re
@@ -20,7 +20,7 @@ from qbench.runs.result import Protocol, Result, load_result, store_result
 from qbench.system import files
 
 FINAL = ("done", "unsupported")
-"""Statuses of a result that a repeat of the run does not compute again."""
+"""Statuses of results that are final: repeating the run does not compute them again."""
 KEPT_CHECKPOINTS = 2
 ARTIFACTS = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
 
@@ -42,7 +42,7 @@ def path_component(name: str) -> str:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory of one run; `lock` creates it."""
+    """The directory of one run; the method `lock` creates it."""
 
     identity: RunIdentity
     path: Path
@@ -74,7 +74,7 @@ class RunDirectory:
             lock.release()
 
     def write_config(self) -> None:
-        """Write config.yaml: the whole configuration, from which the run can be repeated."""
+        """Write the whole configuration to config.yaml, from which the run can be repeated."""
         text = yaml.safe_dump(self.identity.config, sort_keys=False, allow_unicode=True)
         files.write(self.path / "config.yaml", text.encode())
 
@@ -99,7 +99,7 @@ class RunDirectory:
     def remove_checkpoints(self) -> None:
         """Remove the checkpoints of a finished run that was killed before it could remove them.
 
-        Do nothing if another process holds the directory, or if it cannot be written to.
+        Do nothing if another process has the lock, or if the directory cannot be written to.
         """
         if self.checkpoints():
             with suppress(OSError), FileLock(self.path / ".lock", timeout=0):
@@ -107,13 +107,13 @@ class RunDirectory:
                     path.unlink()
 
     def save_state(self, step: int, data: bytes) -> None:
-        """Write the checkpoint of a training step, and keep only the newest two."""
+        """Write the checkpoint of a training step, and keep only the newest two checkpoints."""
         files.write(self.path / f"state-{step}.pt", data)
         for path in self.checkpoints()[KEPT_CHECKPOINTS:]:
             path.unlink()
 
     def write_artifact(self, name: str, data: bytes) -> None:
-        """Write a file that stays after the run, such as last.pt."""
+        """Write a file that is kept after the run, such as last.pt."""
         files.write(self.path / name, data)
 
     def checkpoints(self) -> list[Path]:
@@ -126,11 +126,11 @@ class RunDirectory:
         return [path for _, path in sorted(by_step, reverse=True)]
 
     def has_result(self) -> bool:
-        """Whether there is a result.json, of whatever status."""
+        """Whether result.json exists, whatever its status."""
         return (self.path / "result.json").exists()
 
     def reset(self, *, whole: bool) -> None:
-        """Remove the result of an earlier attempt, with `whole` also everything else it wrote."""
+        """Remove the result of an earlier attempt, and with `whole` all other files it wrote."""
         paths = [self.path / "result.json"]
         if whole:
             paths += [*self.checkpoints(), *self.path.glob("events.out.tfevents.*")]
@@ -139,6 +139,6 @@ class RunDirectory:
             files.convert_os_errors(partial(path.unlink, missing_ok=True), path)
 
     def _remove_temporary_files(self) -> None:
-        """Remove the temporary files of a process that was killed while it wrote."""
+        """Remove the temporary files of a process that was killed while writing."""
         for path in self.path.glob(".*.tmp"):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Reads TensorBoard event files, damaged ones too: hyper-parameters and final scalars."""
+"""Reads hyper-parameters and final scalars from TensorBoard event files, even damaged ones."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from pathlib import Path
 from qbench.system import files
 
 RECORD_OVERHEAD = 16
-"""Bytes of an event file around the content of each record."""
+"""Bytes that an event file adds to the content of each record."""
 MAX_TRIES = 2**16
-"""The most places in a file that are tried for a record after damage; more would take minutes."""
+"""Largest number of offsets tried to find a record after damage; more would take minutes."""
 
 
 @dataclass
 class EventSummary:
-    """Hyper-parameters, the scalars under `final/`, and what cannot be read of the files."""
+    """Hyper-parameters, the scalars under `final/`, and messages on parts that cannot be read."""
 
     hyperparameters: dict[str, bool | float | str] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
@@ -22,7 +22,7 @@ class EventSummary:
 
 
 def read_summary(path: Path) -> EventSummary:
-    """Return the content of all event files of a directory; later files override earlier ones."""
+    """Return the summary of all event files in a directory; later files override earlier ones."""
     summary = EventSummary()
     paths = sorted(path.glob("events.out.tfevents.*"))
     if not paths:
@@ -51,9 +51,9 @@ def read_summary(path: Path) -> EventSummary:
 def _records(data: bytes) -> Iterator[bytes]:
     """Yield the intact records of an event file; TensorBoard's reader stops at the first damage.
 
-    A record is its length (8 bytes), the checksum of the length (4), the content, and the checksum
-    of the content (4). Damaged content is skipped by its length. If a length is damaged, the next
-    record is looked for, at up to `MAX_TRIES` places.
+    A record consists of the content's length (8 bytes), the checksum of the length (4), the
+    content, and the checksum of the content (4). If only the content is damaged, the record is
+    skipped. If the length is damaged, up to `MAX_TRIES` offsets are tried to find the next record.
     """
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 

@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl of one run: the record of each epoch, and the last statistics of each layer."""
+"""Reads metrics.jsonl of one run: records of epochs and the last statistics of each layer."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ Record = dict[str, Any]
 
 
 def epochs(run: Path) -> dict[int, Record]:
-    """Return the record of each epoch of a run, from 0; lines that cannot be read are skipped."""
+    """Return epoch (from 0) -> record of a run; lines that cannot be read are skipped."""
     return {values["epoch"]: values for values in _epoch_records(run) if values.get("kind") == "epoch"}
 
 
 def observed(run: Path) -> dict[str, Record]:
-    """Return layer -> its last statistics in a run; empty if none were recorded."""
+    """Return layer -> last recorded statistics of a run; empty if none were recorded."""
     records = [values["layers"] for values in _epoch_records(run) if isinstance(values.get("layers"), dict)]
     return {name: layer for name, layer in records[-1].items() if isinstance(layer, dict)} if records else {}
 
 
 def _epoch_records(run: Path) -> list[Record]:
-    """Return the records of a run that name their epoch; those of single steps do not."""
+    """Return the records of a run that contain an epoch, which records of single steps lack."""
     try:
         lines = files.read(run / "metrics.jsonl").split(b"\n")
     except OSError:
@@ -32,7 +32,10 @@ def _epoch_records(run: Path) -> list[Record]:
 
 
 def baseline_directory(result: Result) -> Path | None:
-    """Return the directory of a run's float baseline: next to the run's, else as recorded."""
+    """Return the directory of a run's float baseline, or None without a baseline.
+
+    A directory of that name next to the run's directory is preferred to the recorded path.
+    """
     if not result.baseline:
         return None
     recorded = Path(result.baseline.run)

@@ -1,4 +1,4 @@
-"""Records what a run was computed with: versions, commit, machine, data."""
+"""Records the versions, commit, machine and data with which a run was computed."""
 
 import platform
 import subprocess
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 EQUAL_UNDER = ("commit", "torch build", "kind of device", "threads", "precision")
-"""What must be the same for a repeat to give the same bits."""
+"""The conditions that must be equal for a repeated run to give bit-identical results."""
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn", "tensorboard")
 
 
 @cache
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that matter, without importing them."""
+    """Return the versions of Python and of `PACKAGES`, without importing the packages."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -52,11 +52,13 @@ def changed() -> bool | None:
 def write(path: Path, *, numerics: Mapping[str, Json], device: "torch.device", data: Mapping[str, Json]) -> None:
     """Write manifest.json.
 
-    Results are promised to be equal for the same commit, torch build, kind of device, thread count
-    and precision.
+    Results are guaranteed to be equal for the same commit, torch build, kind of device, thread
+    count and precision.
 
     Args:
-        numerics: the keys of the runtime that can change the numbers.
+        path: the file to write.
+        numerics: the runtime keys that can change the numbers.
+        device: the device on which the run is computed.
         data: the data set's fingerprint.
     """
     import torch
@@ -81,7 +83,7 @@ def write(path: Path, *, numerics: Mapping[str, Json], device: "torch.device", d
 
 
 def changed_since(path: Path) -> list[str]:
-    """Return what differs between a stored manifest and now: the commit, the version of torch."""
+    """Return a message for each change of commit or torch version since a manifest was written."""
     stored = files.read_json(path) or {}
     pairs = [
         ("commit", stored.get("commit"), commit()),

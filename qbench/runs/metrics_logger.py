@@ -1,4 +1,4 @@
-"""Writes a run's logs: metrics.jsonl, TensorBoard's event files, lines of log.txt."""
+"""Writes a run's logs: metrics.jsonl, TensorBoard's event files, and lines of log.txt."""
 
 import io
 import json
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from qbench.runs.tensorboard import Chart
 
 BINS = 64
-"""Bins of a histogram."""
+"""Number of bins of a histogram."""
 
 Record = tuple[str, int, Mapping[str, Json]]
-"""Kind, training step and values of one line of metrics.jsonl."""
+"""The kind, training step and values of one line of metrics.jsonl."""
 
 
 class MetricsLogger:
@@ -36,12 +36,14 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        size: bytes of metrics.jsonl at the checkpoint; later ones are cut off, and so are corrupt
-            lines.
-        step: training step to continue from; later points of TensorBoard are hidden.
+        size: length of metrics.jsonl in bytes at the checkpoint; later bytes and corrupt lines are
+            removed.
+        step: training step from which the run continues; TensorBoard hides later points.
+        tensorboard: whether to write event files.
 
     Attributes:
-        lost: how many of the `size` bytes are missing or corrupt.
+        path: the run's directory.
+        lost: how many of the `size` bytes were missing or corrupt.
     """
 
     def __init__(self, path: Path, *, size: int = 0, step: int = 0, tensorboard: bool = True) -> None:
@@ -58,11 +60,11 @@ class MetricsLogger:
 
     @property
     def size(self) -> int:
-        """Bytes of metrics.jsonl, for the checkpoint."""
+        """The length of metrics.jsonl in bytes, for the checkpoint."""
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def record(self, kind: str, step: int, values: Mapping[str, Json]) -> None:
-        """Append `{"kind": ..., "step": ..., **values}`; numbers also go to TensorBoard."""
+        """Append `{"kind": ..., "step": ..., **values}`; also add the numbers to TensorBoard."""
         self.records([(kind, step, values)])
 
     def records(self, records: Sequence[Record]) -> None:
@@ -93,7 +95,10 @@ class MetricsLogger:
         self._write(add)
 
     def histograms(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
-        """Add a histogram of each tensor to TensorBoard; even bins cost 1/20 of its own ones."""
+        """Add a histogram of each tensor to TensorBoard.
+
+        Bins of equal width take 1/20 of the time of TensorBoard's default bins.
+        """
 
         def add(writer: "SummaryWriter") -> None:
             for name, tensor in tensors.items():
@@ -128,11 +133,13 @@ class MetricsLogger:
     ) -> None:
         """Add the hyper-parameters, the names of the final metrics, and the charts.
 
-        They are written to this same event file; `add_hparams` would add a second run.
+        They are written to this run's event file, whereas `add_hparams` would add a second run.
 
         Args:
-            first: hyper-parameters that are shown by default.
-            layout: category -> chart; TensorBoard merges equal layouts of several runs.
+            hparams: name -> value of each hyper-parameter.
+            first: names of the hyper-parameters that TensorBoard shows by default.
+            metrics: names of the final metrics.
+            layout: category -> title -> chart; TensorBoard merges equal layouts of several runs.
         """
 
         def add(writer: "SummaryWriter") -> None:
@@ -147,7 +154,7 @@ class MetricsLogger:
         self._write(add)
 
     def end(self, metrics: Mapping[str, float]) -> None:
-        """Add the metrics that `begin` has named, and the status of a finished run."""
+        """Add the final metrics that `begin` has named, and mark the run as finished."""
 
         def add(writer: "SummaryWriter") -> None:
             from torch.utils.tensorboard.summary import hparams
@@ -161,13 +168,13 @@ class MetricsLogger:
         """Flush and close the event file.
 
         Raises:
-            ResourceError: some of it could not be written.
+            ResourceError: a part of the event file could not be written.
         """
         self._write(lambda writer: writer.flush())
         self.abandon()
 
     def abandon(self) -> None:
-        """Close the event file, whether or not all of it can be written."""
+        """Close the event file, even if a part of it cannot be written."""
         if self._writer:
             with suppress(OSError):
                 self._writer.close()
@@ -185,7 +192,7 @@ def _print_unless_os_error(args: threading.ExceptHookArgs) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append lines to log.txt, each with the time."""
+    """Append lines to log.txt, each after the current time."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
     buffer = io.StringIO()
     for line in text.splitlines() or [""]:
@@ -206,12 +213,15 @@ def _bars(
     edges: NDArray[np.floating],
     sums: tuple[float, float, float],
 ) -> None:
-    """Add counts (n,) between edges (n + 1,); `sums`: number, sum, sum of squares of values."""
+    """Add a histogram with counts (n,) between edges (n + 1,).
+
+    `sums` holds the number, sum, and sum of squares of the values.
+    """
     writer.add_histogram_raw(name, edges[0], edges[-1], *sums, edges[1:], counts, step)
 
 
 def _show_first(experiment: "Summary", names: Sequence[str]) -> None:
-    """Mark hyper-parameters as differing between runs: TensorBoard shows those first."""
+    """Mark hyper-parameters as differing between runs, since TensorBoard shows such ones first."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin = experiment.value[0].metadata.plugin_data

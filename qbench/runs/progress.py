@@ -16,12 +16,12 @@ PLAIN_LINES = 10
 """About how many lines a stage prints without a terminal."""
 
 REFRESH_SECONDS = 0.25
-"""Time between two changes of the live bar; drawing it takes some milliseconds from training."""
+"""Seconds between two updates of the live bar, since each takes some milliseconds from training."""
 
 
 @dataclass
 class _Stage:
-    """A stage of training: `total` steps of `images` images, `first` of them done before."""
+    """A stage of training: `total` steps of `images` images each, `first` steps done before."""
 
     title: str
     total: int
@@ -33,7 +33,7 @@ class _Stage:
     printed: int = -1
 
     def speed(self, done: int) -> float:
-        """Images per second since the stage began."""
+        """Return the images per second since the stage began, with `done` steps complete."""
         return (done - self.first) * self.images / max(time.perf_counter() - self.since, 1e-9)
 
 
@@ -42,10 +42,10 @@ class ProgressReporter:
 
     Args:
         live: draw a bar if stderr is a terminal.
-        quiet: show nothing; a sweep shows all of its runs in one view.
+        quiet: show nothing, since a sweep shows all of its runs in one view.
 
     Attributes:
-        log: the file that keeps the messages; None until a run has one.
+        log: the file to which messages are written; None before the run has a log file.
     """
 
     def __init__(self, *, live: bool = True, quiet: bool = False) -> None:
@@ -80,7 +80,7 @@ class ProgressReporter:
             self._bar.add_task(title.partition("  ")[0], total=total, completed=done, text="")
 
     def step(self, done: int, loss: Callable[[], float]) -> None:
-        """Show that `done` steps are complete; `loss` is called only if it is shown."""
+        """Show that `done` steps are complete; `loss` is called only if the loss is shown."""
         stage, now = self._stage, time.perf_counter()
         if self._bar and now - stage.shown_at > REFRESH_SECONDS:
             stage.shown_at = now
@@ -88,7 +88,7 @@ class ProgressReporter:
             self._bar.update(self._bar.task_ids[0], completed=done, text=text)
 
     def epoch(self, done: int, record: Mapping[str, float]) -> None:
-        """Show an epoch's record."""
+        """Show the record of an epoch after `done` steps."""
         stage = self._stage
         stage.note = f"train {record['train_top1']:.1f} %  "
         if "val_top1" in record:
@@ -102,7 +102,7 @@ class ProgressReporter:
         self.keep(line)
 
     def stop(self) -> None:
-        """Remove the bar."""
+        """Remove the live bar."""
         if self._bar:
             self._bar.stop()
             self._bar = None
@@ -115,7 +115,7 @@ def live_bar() -> "Progress":
     from rich.table import Column
 
     whole, short = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    columns = (  # on a narrow terminal the text is cut, not the bar and the time left
+    columns = (  # a narrow terminal cuts the text, not the bar or the time left
         TextColumn("{task.description}", table_column=whole),
         BarColumn(bar_width=12),
         TextColumn("{task.percentage:>3.0f} %", table_column=whole),

@@ -1,4 +1,4 @@
-"""Reads runs: their results or logs, or the records of many runs in one file."""
+"""Reads runs from their results or logs, or from a file that records many runs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from qbench.system import files
 DONE = "done"
 FROM_LOGS = "from the logs"
 LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "state_sha256")
-"""Fields that a record leaves out: they are large, or describe the machine and its files."""
+"""Fields left out of a record, since they are large or describe the machine and its files."""
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -31,8 +31,9 @@ Line = dict[str, Any]
 class RunRecord:
     """A run directory with its result, or with the reason why there is none.
 
-    `status` is the result's, or running, unfinished, corrupt, not begun. `unread` names the parts
-    of its files that are damaged; `recorded` marks a run that was read from a file of many runs.
+    `status` is the status of the result, or running, unfinished, corrupt or not begun. `unread`
+    names the damaged parts of the run's files. `recorded` marks a run that was read from a file of
+    many runs.
     """
 
     path: Path
@@ -45,14 +46,14 @@ class RunRecord:
 
 
 def read(names: Iterable[str]) -> list[RunRecord]:
-    """Return all runs in some directories, and in files of `dump_records`, sorted by path.
+    """Return all runs in directories, and in files written from `dump_records`, sorted by path.
 
     Raises:
-        ConfigError: a name that does not exist, or a file with another content.
+        ConfigError: a name does not exist, or a file is not a record of runs.
     """
     paths: set[Path] = set()
     recorded: dict[Path, RunRecord] = {}
-    for name in names:  # os.path: a name that is empty or too long is no file and no error
+    for name in names:  # os.path raises no error for a name that is empty or too long
         if os.path.isfile(name):
             recorded |= {run.path: run for run in load_records(Path(name))}
         elif os.path.isdir(name):
@@ -73,7 +74,7 @@ def with_baselines(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def dump_records(runs: Sequence[RunRecord]) -> str:
-    """Return runs as JSON for `load_records`: results without `LEFT_OUT`, each protocol once."""
+    """Return runs as JSON for `load_records`, without the fields `LEFT_OUT`, each protocol once."""
     protocols: dict[str, Any] = {}
     records = []
     for run in runs:
@@ -89,10 +90,10 @@ def dump_records(runs: Sequence[RunRecord]) -> str:
 
 
 def load_records(file: Path) -> list[RunRecord]:
-    """Return the runs of a file that `dump_records` wrote.
+    """Return the runs of a file that holds the output of `dump_records`.
 
     Raises:
-        ConfigError: a file with another content, or a corrupt one.
+        ConfigError: the file is corrupt or not a record of runs.
     """
     try:
         values = json.loads(files.read(file))
@@ -117,7 +118,7 @@ def _load_record(record: dict[str, Any], protocols: Mapping[str, Any]) -> RunRec
 
 
 def read_run(path: Path) -> RunRecord:
-    """Return the content of one run directory; without an intact result, that of its logs."""
+    """Return the run in one directory; its logs are read if there is no intact result."""
     if _is_locked(path):
         return RunRecord(path=path, status="running", reason=_progress(_metrics(path)[0]))
     has_result = (path / "result.json").exists()
@@ -148,7 +149,7 @@ def _run_directories(root: Path) -> Iterator[Path]:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process works on the run now, by its lock; a stored process id could be reused."""
+    """Whether a process holds the run's lock; process ids are not used, as they recur."""
     if not (path / ".lock").exists():
         return False
     lock = FileLock(path / ".lock")
@@ -165,7 +166,7 @@ def _progress(lines: list[Line]) -> str:
 
 
 def _metrics(path: Path) -> tuple[list[Line], str]:
-    """Return the intact lines of metrics.jsonl, and a message about the others."""
+    """Return the intact lines of metrics.jsonl, and a message about damaged lines."""
     file = path / "metrics.jsonl"
     try:
         texts = [text for text in files.read(file).split(b"\n") if text] if file.exists() else []
@@ -177,7 +178,7 @@ def _metrics(path: Path) -> tuple[list[Line], str]:
 
 
 def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
-    """Return a result from config.yaml and the final line of the metrics, or None."""
+    """Return a result from config.yaml and the final line of the metrics, or None without both."""
     final = next((line for line in reversed(lines) if line.get("kind") == "final"), None)
     file = path / "config.yaml"
     measured = _final_evaluation(final) if final else None
@@ -199,9 +200,9 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
 
 
 def _result_from_events(path: Path, unread: list[str]) -> Result | None:
-    """Return a result from the event files, or None; its protocol is not known.
+    """Return a result, whose protocol is not known, from the event files, or None.
 
-    What cannot be read is appended to `unread`.
+    Messages on parts that cannot be read are appended to `unread`.
     """
     summary = event_files.read_summary(path)
     unread += summary.unread
@@ -223,10 +224,10 @@ def _result_from_events(path: Path, unread: list[str]) -> Result | None:
 
 
 def _final_evaluation(record: Mapping[str, object]) -> Evaluation | None:
-    """Return the accuracies in `val_top1`, `test_loss`, ...; None without those of the test split.
+    """Return the accuracies from keys such as `val_top1`; None if the test split is incomplete.
 
     Raises:
-        ValueError: one of them is no number in its range.
+        ValueError: a value is not a number or out of range.
     """
     splits: dict[str, dict[str, object]] = {"val": {}, "test": {}}
     for key, value in record.items():

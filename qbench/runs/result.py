@@ -1,4 +1,4 @@
-"""The result of a run as typed values: the content of `result.json`."""
+"""Defines the typed result of a run, which is the content of `result.json`."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -13,7 +13,7 @@ from qbench.cost.network_cost import NetworkCost
 from qbench.system import files
 
 SCHEMA = 3
-"""Version of result.json; a result of another version is not read."""
+"""Version of result.json; results of other versions are not read."""
 
 Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
 
@@ -41,7 +41,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineResult:
-    """The float baseline of a run: its directory, and evaluations after the last and best epoch."""
+    """A run's float baseline: directory, and evaluations after the last and the best epoch."""
 
     run: str
     final: Evaluation
@@ -50,7 +50,7 @@ class BaselineResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What two runs must share to be compared: keys and their digest ("" if not known)."""
+    """The keys that two runs must share to be compared, and their digest ("" if not known)."""
 
     hash: str
     keys: dict[str, Any]
@@ -58,7 +58,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """Speed of training without evaluation; peak memory of the process (CUDA: device) in bytes."""
+    """Training speed without evaluation; peak memory of the process (on CUDA: device) in bytes."""
 
     images_per_second: float
     seconds_per_epoch: float
@@ -71,13 +71,13 @@ class Result:
 
     `final` is measured after the last epoch, `best` with the weights of the best validation
     accuracy. `verified` maps layer -> w, a or g -> levels found and allowed. `protocol_changes`
-    says in words what the method changes of the shared protocol because it requires so. `run` is
-    the directory and is not stored.
+    lists, in words, the changes to the shared protocol that the method requires. `run` is the
+    directory and is not stored.
 
-    `data_sha256` is the digest of the data set's fingerprint: counts and sha256 of every split, images
-    and labels in their order. It depends on nothing else, so it is the same for every run on the same
-    data. It is not part of `identity`, which must be known without reading data. It allows a later
-    check, when the data is opened, that a stored run was trained on the same data.
+    `data_sha256` is the digest of the data set's fingerprint, which consists of the counts and the
+    sha256 of every split's images and labels in order. The digest depends only on the data. It is
+    not part of `identity`, which must be known without reading data. When the data is opened later,
+    the digest shows whether a stored run was trained on the same data.
     """
 
     schema: int = SCHEMA
@@ -117,12 +117,12 @@ class Result:
 
     @property
     def top1(self) -> float | None:
-        """Test top-1 after the last epoch in percent."""
+        """Test top-1 in percent after the last epoch."""
         return self.final.test.top1 if self.final else None
 
     @property
     def baseline_top1(self) -> float | None:
-        """Test top-1 of the float baseline after its last epoch in percent."""
+        """Test top-1 in percent of the float baseline after its last epoch."""
         return self.baseline.final.test.top1 if self.baseline else None
 
 
@@ -165,7 +165,7 @@ def store_result(path: Path, result: Result) -> None:
 
 
 def with_checksum(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with the sha256 of their JSON under the key `sha256`."""
+    """Return the values with the sha256 of their JSON added under the key `sha256`."""
     plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
     plain.pop("sha256", None)
     return plain | {"sha256": digest(plain)}

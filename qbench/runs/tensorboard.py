@@ -1,5 +1,7 @@
-"""What TensorBoard shows of a run apart from its curves: the levels of each layer in one figure,
-charts of several curves, and the columns of the table of hyper-parameters.
+"""Defines what TensorBoard shows of a run, apart from single curves.
+
+This is a figure of the levels of each layer, charts of several curves, and the columns of the table
+of hyper-parameters.
 """
 
 import math
@@ -17,12 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Columns = dict[str, bool | int | float | str]
-"""Name -> value, of a run in the table of hyper-parameters."""
+"""A run's row in the table of hyper-parameters: name -> value."""
 Chart = list[str | list[str]]
-"""What the custom-scalars tab takes: "Multiline" and the regular expressions of the tags."""
+"""A chart of the custom-scalars tab: "Multiline" and the regular expressions of the tags."""
 
 METRICS = tuple(f"{split}_{key}" for split in ("val", "test") for key in ("top1", "top5", "loss"))
-"""The final metrics; a run without a validation split has no `val_` ones, and the same columns."""
+"""The final metrics; without a validation split, the columns are the same and `val_` is empty."""
 FIRST = ("method", "w", "a", "g", "seed")
 """The columns that TensorBoard shows by default."""
 
@@ -32,7 +34,7 @@ def _chart(*tags: str) -> Chart:
 
 
 STATISTICS = ("top", "dead", "entropy", "flips", "frozen", "clipped", "grad")
-"""Statistics of a layer that are no parameters of its quantizers."""
+"""Statistics of a layer that are not parameters of the layer's quantizers."""
 CHARTS: dict[str, dict[str, Chart]] = {
     "float and quantized": {
         "top-1 on training images, %": _chart("epoch/train_top1$"),
@@ -62,7 +64,7 @@ CHARTS: dict[str, dict[str, Chart]] = {
         "gradients of quantizers": _chart("[wag][.].+[.]grad/"),
     },
 }
-"""Charts with the curves of all runs, the float baselines' among them; every run has the same."""
+"""Charts with the curves of all runs, including float baselines; every run has the same charts."""
 
 
 def columns(
@@ -78,7 +80,7 @@ def columns(
 def levels_figure(weights: Mapping[str, tuple[Tensor, Tensor]]) -> "Figure | None":
     """Return a matplotlib figure with a panel per layer, or None without layers.
 
-    Latent weights are a histogram, quantized weights are lines at their levels.
+    Latent weights are drawn as a histogram, quantized weights as lines at their levels.
 
     Args:
         weights: layer -> latent and quantized weights.
@@ -91,7 +93,7 @@ def levels_figure(weights: Mapping[str, tuple[Tensor, Tensor]]) -> "Figure | Non
     columns = min(4, len(weights))
     rows = math.ceil(len(weights) / columns)
     height = 1.9 * rows + 0.4
-    figure = Figure(figsize=(3 * columns, height))  # a layout engine and twin axes would cost more than a short run
+    figure = Figure(figsize=(3 * columns, height))  # a layout engine and twin axes would take longer than a short run
     figure.subplots_adjust(0.5 / (3 * columns), 0.6 / height, 0.99, 1 - 0.3 / height, 0.14, 0.5)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for panel, (name, (latent, quantized)) in zip(panels, weights.items(), strict=False):

@@ -1,4 +1,4 @@
-"""Writes durable files, each whole or not at all; reads JSON and YAML."""
+"""Writes durable files, each completely or not at all; reads JSON and YAML."""
 
 import errno
 import json
@@ -16,14 +16,17 @@ T = TypeVar("T")
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """A value that JSON can write."""
 YAML_BYTES, YAML_VALUES = 2**16, 2**14
-"""Bounds of a YAML file; those of qbench have less than a tenth of it."""
+"""Largest size and number of values of a YAML file; files of qbench have less than a tenth."""
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file by `data`: temporary file, flush, fsync, rename, fsync of the directory.
+    """Replace a file's content by `data` durably.
+
+    The data is written to a temporary file, flushed and synced. Then the file is renamed, and the
+    directory is synced.
 
     Raises:
-        ResourceError: the disk or its permissions do not allow it; the old file is unchanged.
+        ResourceError: the disk or its permissions prevent writing; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -48,10 +51,10 @@ def write_json(path: Path, values: Mapping[str, Json]) -> None:
 
 
 def read(path: Path) -> bytes:
-    """Return a file's bytes. Pipes and devices are refused, since they might never end.
+    """Return a file's bytes; pipes and devices are refused, since their data might never end.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file does not exist or cannot be read.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -59,13 +62,14 @@ def read(path: Path) -> bytes:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the plain values of a YAML file; tags that make objects are refused.
+    """Return the plain values of a YAML file; tags that create objects are refused.
 
-    The file's size is bounded, and so is the number of its values, with those that aliases repeat.
+    The file's size is bounded. So is the number of values, where each alias counts as the values
+    that it repeats.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ConfigError: it is no YAML, or too large.
+        OSError: the file does not exist or cannot be read.
+        ConfigError: the content is not valid YAML, or it is too large.
     """
     data = read(path)
     try:
@@ -85,7 +89,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Return the number of values in a node, aliases written out; inf for a node within itself."""
+    """Return the number of values in a node with aliases expanded; inf if it contains itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -120,13 +124,13 @@ def make_directory(path: Path) -> None:
     """Create a directory and its parents.
 
     Raises:
-        ResourceError: the disk or its permissions do not allow it.
+        ResourceError: the disk or its permissions prevent creation.
     """
     convert_os_errors(lambda: path.mkdir(parents=True, exist_ok=True), path)
 
 
 def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
-    """Run an action that writes; turn an OSError into a message with path and bytes needed.
+    """Run an action that writes; turn an OSError into an error with path and bytes needed.
 
     Raises:
         ResourceError: instead of OSError.
@@ -138,14 +142,14 @@ def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
 
 
 def resource_error(error: OSError, path: Path, need: int = 0) -> ResourceError:
-    """Return the error that says why the system refused to write."""
+    """Return an error that states why the system could not write."""
     needed = f" ({need:,} bytes needed)" if need else ""
     why = error.strerror or error
     return ResourceError(f"cannot write {path}{needed}: {why}\nmake room or choose another place with out=DIR")
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable, by fsync."""
+    """Make renames in a directory durable with fsync."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -154,10 +158,10 @@ def sync_directory(path: Path) -> None:
 
 
 def cut(path: Path, size: int) -> int:
-    """Cut a file of JSON lines to the whole lines in its first `size` bytes; return their bytes.
+    """Cut a file of JSON lines to the intact lines in the first `size` bytes; return the new size.
 
     Raises:
-        ResourceError: the disk or its permissions do not allow it.
+        ResourceError: the disk or its permissions prevent writing.
     """
 
     def truncate() -> int:

@@ -1,4 +1,4 @@
-"""Turns signals into a number that loops read, so that a run stops between two steps."""
+"""Stores received signals in a number that loops read, so that a run stops between two steps."""
 
 import os
 import signal
@@ -9,9 +9,11 @@ from types import FrameType
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], int]]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into a number; a second SIGINT ends the process.
+    """Yield a function that returns the last signal received, or 0.
 
-    Nothing is lost by that: files appear whole or not at all, and locks end with the process.
+    SIGINT, SIGTERM and SIGUSR1 are handled. SIGINT after an earlier signal ends the process at
+    once. This leaves no damage: files are written completely or not at all, and locks are released
+    when the process ends.
     """
     number = 0
 

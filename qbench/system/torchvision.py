@@ -1,8 +1,8 @@
 """Imports torchvision, whose plain import fails with some CPU-only builds of torch.
 
-Its compiled part is then missing, and `import torchvision` raises "operator torchvision::nms does
-not exist". Networks and data sets do not need that operator. Declaring the operators, without an
-implementation, lets the import succeed.
+With such builds the compiled part of torchvision is missing, and `import torchvision` raises
+"operator torchvision::nms does not exist". Networks and data sets do not need this operator. If the
+operators are declared without an implementation, the import succeeds.
 """
 
 import importlib
@@ -16,12 +16,12 @@ import torch
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _MISSING = re.compile(r"operator torchvision::\w+ does not exist")
 _declared: list[torch.library.Library] = []
-"""Keeps the library objects: operators exist as long as the object that declared them."""
+"""The library objects, kept since operators exist only as long as the object declaring them."""
 
 
 @cache
 def torchvision() -> ModuleType:
-    """Import torchvision and return it; a build that matches torch's is imported as it is."""
+    """Import torchvision and return it; operators are declared only if the plain import fails."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Aggregates the runs of a setting: means over seeds, cost, speed, verified levels."""
+"""Aggregates the runs of a setting: mean accuracies over seeds, cost, speed, verified levels."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from qbench.runs.result import Result, TrainingSpeed
 def aggregate(
     label: str, results: Sequence[Result], source: str, learning_rate: SelectedLearningRate | None = None
 ) -> Setting:
-    """Return the setting that runs belong to, in the order of seeds and directories.
+    """Return the setting that the runs belong to, with its runs sorted by seed and directory.
 
     Args:
-        label: the method with the options that differ from other runs of it.
+        label: the method's name with the options in which runs of the method differ.
         results: one or more results of one method, protocol and widths, all with an accuracy.
-        source: the files that they were read from.
-        learning_rate: with lr_search=grid, how the rate of these runs was selected.
+        source: the kind of file that the results were read from.
+        learning_rate: how the learning rate was selected; only with lr_search=grid.
     """
     results = sorted(results, key=lambda r: (r.seed, r.run))
     first = results[0]
@@ -59,7 +59,7 @@ def _seed_accuracy(result: Result) -> SeedAccuracy:
 
 
 def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[float]:
-    """Return one value a seed: with several runs of a seed, their mean."""
+    """Return one value per seed, which is the mean if a seed has several runs."""
     grouped: dict[int, list[float]] = defaultdict(list)
     for run, value in zip(runs, values, strict=True):
         grouped[run.seed].append(value)
@@ -67,7 +67,7 @@ def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[floa
 
 
 def _mean_speed(results: Sequence[Result]) -> TrainingSpeed | None:
-    """Return the mean speed of the runs, and the most memory that one of them took."""
+    """Return the mean speed of the runs and the largest peak memory."""
     known = [r.speed for r in results if r.speed]
     if not known:
         return None

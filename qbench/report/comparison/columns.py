@@ -1,4 +1,4 @@
-"""The columns of `qbench compare`: how values are shown, grouped and sorted."""
+"""Defines the columns of `qbench compare`: how values are shown, grouped and sorted."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -13,9 +13,11 @@ PUBLISHED = "published"
 
 
 class Column(NamedTuple):
-    """A column: `key` is what rows sort by, with `descending` the largest first; None: no value.
+    """A column of a table of settings.
 
-    `show` gives the cell of a row that has a value, `empty` stands for none.
+    `key` returns the value that rows are sorted by, or None for a row without a value. With
+    `descending`, the largest value comes first. `show` returns the text of a cell with a value;
+    `empty` is the text of a cell without one.
     """
 
     name: str
@@ -26,7 +28,7 @@ class Column(NamedTuple):
     empty: str = "-"
 
     def cell(self, setting: Setting) -> str:
-        """Return the cell of a row."""
+        """Return the text of a setting's cell."""
         return self.empty if self.key(setting) is None else self.show(setting)
 
 
@@ -39,7 +41,7 @@ def _column(
     descending: bool = False,
     empty: str = "-",
 ) -> Column:
-    """Return a column of numbers in a format."""
+    """Return a column of numbers, written in the format `form`."""
     return Column(name, group, key, lambda s: form.format(key(s)), descending, empty)
 
 
@@ -55,7 +57,7 @@ def _si_column(
 
 
 def _levels_found(setting: Setting) -> str | None:
-    """Write how many levels the layers use of those allowed: `w 4 of 4, a 3-4 of 4`."""
+    """Return how many of the allowed levels the layers use, such as `w 4 of 4, a 3-4 of 4`."""
     if setting.verified is None or not setting.verified.found:
         return None
     return ", ".join(f"{key} {_span(levels)} of {levels.allowed}" for key, levels in setting.verified.found.items())
@@ -66,9 +68,9 @@ def _span(levels: LevelRange) -> str:
 
 
 def _published_key(setting: Setting) -> float | None:
-    """Return the published top-1.
+    """Return the published top-1 in percent, the value that the column is sorted by.
 
-    A claim that is no top-1 or has no known value sorts last among the claims.
+    A claim sorts last among the claims if its top-1 is not known.
     """
     if not setting.published:
         return None
@@ -113,7 +115,7 @@ COLUMNS = (
 
 
 def columns_in(groups: Iterable[str]) -> list[Column]:
-    """Return the columns of some groups, and those that name a row, in their fixed order."""
+    """Return the columns of the groups and the columns that name a row, in a fixed order."""
     return [column for column in COLUMNS if column.group in ("", *groups)]
 
 

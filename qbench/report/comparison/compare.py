@@ -1,4 +1,4 @@
-"""Groups runs into settings, and settings into tables of one data set, network and protocol."""
+"""Groups runs into settings, and settings into tables by data set, network and protocol."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,17 +21,19 @@ MISSING_TITLE = "failed or unsupported"
 
 
 def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
-    """Return a table for every data set, network and protocol, and one of the missing results.
+    """Return a table for every data set, network and protocol, and a table of missing results.
 
-    A row is a setting: one method with its options at its widths. Its accuracy is the mean over
-    seeds of test top-1 after the last epoch; the difference is to each run's own float baseline.
-    Runs of different protocols are never averaged and never in one table; titles name the keys in
-    which protocols differ. With lr_search=grid only the runs of the learning rate that is best on
-    validation count; test accuracies of the others are not shown.
+    A row is a setting: one method with its options at its widths. The accuracy of a setting is the
+    mean over seeds of test top-1 after the last epoch. The difference is measured from each run's
+    own float baseline. Runs of different protocols are never averaged and never share a table;
+    titles name the keys in which protocols differ. With lr_search=grid, a setting contains only the
+    runs of the learning rate that is best on validation data. Test accuracies at the other rates
+    are not shown.
 
     Args:
-        runs: as `qbench.runs.reader.read` gives them.
-        by: keys of `naming.run_keys`; runs that differ in them stand in separate tables.
+        runs: the records that `qbench.runs.reader.read` returns.
+        by: keys of `naming.run_keys`. Runs with different values of these keys are put in separate
+            tables.
     """
     runs, duplicate_notes = without_duplicates(runs)
     results = [run.result for run in runs if run.status == DONE and run.result is not None]
@@ -59,11 +61,13 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Context:
-    """What tables share.
+    """Data that all tables share.
 
-    `baselines`: results of float baselines by directory name. `labels`: of methods by
-    `naming.method_identity`. `from_logs`: paths of runs read from logs. `failed`: runs of a
-    learning-rate grid without a result.
+    Args:
+        baselines: results of float baselines by directory name.
+        labels: labels of methods by `naming.method_identity`.
+        from_logs: paths of the runs that were read from logs.
+        failed: runs of a learning-rate grid that did not finish.
     """
 
     baselines: Mapping[str, Result]
@@ -73,7 +77,7 @@ class _Context:
 
 
 def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
-    """Return the results by block, with baselines only where no other run starts from them."""
+    """Return the results by block, without the baselines that other runs start from."""
     quantized = [r for r in results if not naming.is_baseline(r)]
     used = {_directory_name(r.baseline.run) for r in quantized if r.baseline}
     unused = [r for r in results if naming.is_baseline(r) and _directory_name(r.run) not in used]
@@ -84,7 +88,7 @@ def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
 
 
 def _split(results: Sequence[Result], by: Sequence[str]) -> list[tuple[str, list[Result]]]:
-    """Return results split by the values of some keys, each part with what to add to the title."""
+    """Split results by the values of some keys; return (suffix of the title, results) pairs."""
     parts: dict[tuple[str, ...], list[Result]] = defaultdict(list)
     for result in results:
         keys = naming.run_keys(result) if by else {}
@@ -94,7 +98,7 @@ def _split(results: Sequence[Result], by: Sequence[str]) -> list[tuple[str, list
 
 
 def _sort_key(value: str) -> tuple[bool, float, str]:
-    """Sort numbers by value, before everything else."""
+    """Return a sort key that puts numbers first, in ascending order."""
     try:
         return False, float(value), ""
     except ValueError:
@@ -138,7 +142,7 @@ def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, 
 
 
 def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple[str, list[Result]]]:
-    """Return the results of each setting with its label, sorted by label and widths, wider first."""
+    """Return the label and results of each setting, sorted by label, then by widths descending."""
     members: dict[tuple[str, int, int, int], list[Result]] = defaultdict(list)
     for result in results:
         widths = result.bits
@@ -147,7 +151,7 @@ def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple
 
 
 def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
-    """Yield notes on a setting's runs: several of one seed, and those read from logs."""
+    """Yield notes on several runs of one seed, and on runs read from logs."""
     if len({run.seed for run in setting.runs}) < len(setting.runs):
         names = ", ".join(Path(run.run).name for run in setting.runs)
         yield f"{setting.name}: several runs of one seed, which are averaged: {names}"
@@ -157,7 +161,7 @@ def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
 
 
 def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Iterator[str]:
-    """Yield notes on networks and protocols that methods require, and on synthetic data."""
+    """Yield notes on network and protocol keys that methods require, and on synthetic data."""
     for label, network in sorted({(labels[id(r)], naming.network_keys(r)) for r in results if r.network}):
         yield f"{label}: network with {network}, as its float baseline"
     for label, change in sorted({(labels[id(r)], change) for r in results for change in r.protocol_changes}):
@@ -172,7 +176,7 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
     if not missing:
         return []
     grouped: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)
-    for run in missing:  # what a method does not support is the same for all seeds: one row; all else is a row a run
+    for run in missing:  # unsupported settings are the same for all seeds: one row; other runs: a row each
         unsupported = run.result if run.status == "unsupported" else None
         name = f"{unsupported.method} {unsupported.widths}" if unsupported else str(run.path)
         grouped[run.status, name, run.reason].append(run)
@@ -185,7 +189,7 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
 
 
 def _recorded_baseline(result: Result) -> Result:
-    """Return what a result records of its float baseline, if that was not read itself."""
+    """Return the float baseline's result as recorded in the result of a run that starts from it."""
     assert result.baseline is not None
     return Result(
         status=DONE,
@@ -203,5 +207,5 @@ def _recorded_baseline(result: Result) -> Result:
 
 
 def _directory_name(run: str) -> str:
-    """Return the name of a run's directory, which stays when the folder around it is moved."""
+    """Return the name of a run's directory, which stays the same when a parent folder is moved."""
     return Path(run).name

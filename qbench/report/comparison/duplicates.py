@@ -1,4 +1,4 @@
-"""Duplicate runs: the same run in two directories, or in a directory and a record of many runs."""
+"""Removes duplicates: a run in two directories, or in a directory and a file of many runs."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
@@ -6,7 +6,10 @@ from qbench.runs.reader import DONE, RunRecord
 
 
 def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
-    """Return every run once, directories before records, and notes on the duplicates left out."""
+    """Return every run once, and notes on the duplicates left out.
+
+    A run in a directory is preferred to the same run in a file of many runs.
+    """
     kept: dict[Hashable, RunRecord] = {}
     duplicates: list[RunRecord] = []
     for run in sorted(runs, key=lambda r: (r.recorded, str(r.path))):
@@ -20,7 +23,7 @@ def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list
 
 
 def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) -> Iterator[str]:
-    """Yield how many runs were left out, and which of them have another accuracy."""
+    """Yield notes on the runs left out, and on those with another accuracy than the run kept."""
     if not duplicates:
         return
     yield f"duplicate runs, left out: {duplicates[0].path}{_more(duplicates)}"

@@ -1,4 +1,4 @@
-"""Filters of `qbench compare`: which runs have the values that were typed for their keys."""
+"""Selects the runs of `qbench compare` whose keys have the values typed on the command line."""
 
 import json
 import re
@@ -13,22 +13,22 @@ VALUES_LISTED = 20
 """Values that an error message lists at most."""
 RUN_DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
 RunKeys = Mapping[str, str]
-"""What a run can be selected by: key -> value as JSON."""
+"""The keys by which a run can be selected: key -> value as JSON."""
 
 
 def select_runs(
     runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], by: Sequence[str] = ()
 ) -> tuple[list[RunRecord], list[str]]:
-    """Return the runs that match `where` with their baselines, and notes on values not found.
+    """Return the runs that match `where`, their float baselines, and notes on values not found.
 
-    Differences are measured to the float baselines, so these are kept whatever their own keys say.
+    Baselines are kept even if they do not match, since differences are measured from them.
 
     Args:
-        where: key -> allowed values, as typed. A run matches if it has one of them for every key.
+        where: key -> allowed values, as typed. A run matches if every key has an allowed value.
         by: further keys that must exist in some run.
 
     Raises:
-        ConfigError: a key that no run has, or none of the values typed for a key occurs.
+        ConfigError: no run has a key, or no run has any of the values typed for a key.
     """
     if not runs or not (where or by):
         return list(runs), []
@@ -74,10 +74,10 @@ def _absent_values(
 def _matching(
     runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], keys: Mapping[int, RunKeys]
 ) -> list[RunRecord]:
-    """Return the runs that match and the float baselines of these.
+    """Return the runs that match, and the float baselines of these runs.
 
-    For a run without a result, method, widths and seed come from its directory name. It stays
-    unless one of these contradicts the filter.
+    For a run without a result, method, widths and seed are taken from its directory name. Such a
+    run is kept unless one of these three contradicts the filter.
     """
     kept = [run for run in runs if _matches(keys.get(id(run)) or _keys_of_directory(run), where, run.result is None)]
     baseline_names = {_directory_name(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
@@ -94,7 +94,7 @@ def _directory_name(path: str) -> str:
 def _keys_of_directory(run: RunRecord) -> dict[str, str]:
     """Return method, widths and seed from the name of a run directory.
 
-    Nothing if it is named otherwise.
+    The dictionary is empty if the name has another form.
     """
     match = RUN_DIRECTORY.fullmatch(run.path.name)
     if not match:
@@ -107,7 +107,7 @@ def _keys_of_directory(run: RunRecord) -> dict[str, str]:
 def _matches(keys: RunKeys, where: Mapping[str, Sequence[str]], unknown_matches: bool) -> bool:
     """Whether a run has one of the allowed values for every key.
 
-    `unknown_matches` says what a missing key means.
+    With `unknown_matches`, a missing key counts as a match.
     """
     for key, allowed in where.items():
         if key not in keys:
@@ -119,7 +119,7 @@ def _matches(keys: RunKeys, where: Mapping[str, Sequence[str]], unknown_matches:
 
 
 def _equals(key: str, stored: str, typed: str) -> bool:
-    """Whether a value stored as JSON is what was typed: 0.001 is 1e-3, w2a2 fits w2a2g32."""
+    """Whether a value stored as JSON equals the typed one; 0.001 is 1e-3, w2a2 fits w2a2g32."""
     value = json.loads(stored)
     if isinstance(value, str):
         return value == typed or (key == "bits" and bool(typed) and set(_widths(typed)) <= set(_widths(value)))

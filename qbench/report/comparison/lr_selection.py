@@ -16,10 +16,10 @@ Accuracies = Mapping[float, Mapping[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedLearningRate:
-    """The rate that is best on validation, among those of a grid.
+    """The learning rate of a grid with the best validation accuracy.
 
-    `validation` holds for each rate of the grid, lowest first, the mean validation top-1 over
-    `seeds`; None for a rate that is no candidate. `rate` is None if nothing could be selected.
+    `validation` maps each rate of the grid, lowest first, to the mean validation top-1 over
+    `seeds`, or to None if the rate is not a candidate. `rate` is None if no rate could be selected.
     """
 
     rate: float | None
@@ -33,7 +33,7 @@ class SelectedLearningRate:
 
 
 class Selection(NamedTuple):
-    """The selected rate, its runs, and notes on how it was selected."""
+    """The selected rate, the runs at this rate, and notes on the selection."""
 
     learning_rate: SelectedLearningRate
     runs: list[Result]
@@ -43,13 +43,13 @@ class Selection(NamedTuple):
 def select_learning_rate(name: str, runs: Sequence[Result], failed: Sequence[Result] = ()) -> Selection:
     """Select the rate with the best mean validation top-1 over the seeds that all candidates have.
 
-    Of equal rates the one nearest the recipe's rate is selected. A rate with any diverged seed is
-    no candidate, nor is one without any accuracy yet.
+    Among rates of equal accuracy, the one nearest the recipe's rate is selected. A rate is not a
+    candidate if any of its seeds diverged, or if it has no accuracy yet.
 
     Args:
-        name: of the method at its widths, for notes.
-        runs: of one method, protocol and widths, all with a result, in any order.
-        failed: those of the same that ended without one.
+        name: the method and its widths, for notes.
+        runs: runs of one method, protocol and widths, all with a result, in any order.
+        failed: runs of the same method, protocol and widths that ended without a result.
     """
     recipe_rate, rates = _grid(runs[0])
     accuracies: dict[float, dict[int, float]] = defaultdict(dict)
@@ -93,7 +93,7 @@ def _selection_note(selected: SelectedLearningRate, epochs: object) -> str:
 
 
 def _missing_notes(name: str, rates: Sequence[float], accuracies: Accuracies, failed: Sequence[Result]) -> list[str]:
-    """Return a note on the rates that lack seeds which another rate has, and why."""
+    """Return a note on the rates at which seeds are missing, with the reason."""
     statuses = {(run.options[RATE], run.seed): run.status for run in failed}
     seeds = {seed for by_seed in accuracies.values() for seed in by_seed} | {seed for _, seed in statuses}
     gaps: dict[float, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))

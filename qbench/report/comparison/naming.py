@@ -1,4 +1,4 @@
-"""Names in comparisons: titles of protocols, labels of methods, keys to select runs by."""
+"""Makes names for comparisons: titles of tables, labels of methods, keys to select runs by."""
 
 import json
 from collections import defaultdict
@@ -10,7 +10,7 @@ from qbench.runs.result import Result
 
 
 class Block(NamedTuple):
-    """What runs in one table share: data set, network, the protocol's hash ("" if not known)."""
+    """The data set, network and protocol hash ("" if not known) that all runs of a table share."""
 
     dataset: str
     model: str
@@ -44,12 +44,12 @@ def _differing(protocols: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _protocol_keys(keys: Mapping[str, object]) -> dict[str, str]:
-    """Return a protocol's keys as typed, with `lr_search=none` where it is left out."""
+    """Return a protocol's keys as typed, with `lr_search=none` if that key is absent."""
     return flat({"lr_search": "none", **keys} if "optim" in keys else keys)
 
 
 def flat(values: object, prefix: str = "") -> dict[str, str]:
-    """Return nested values as `a.b` -> JSON."""
+    """Return nested values as one flat dictionary: dotted key, such as `a.b` -> JSON."""
     if not isinstance(values, Mapping):
         return {prefix: json.dumps(values)}
     flattened: dict[str, str] = {}
@@ -59,7 +59,10 @@ def flat(values: object, prefix: str = "") -> dict[str, str]:
 
 
 def run_keys(run: Result) -> dict[str, str]:
-    """Return the keys to select a run by, key -> JSON: protocol, method, options, widths, seed."""
+    """Return the keys by which a run can be selected, key -> JSON.
+
+    They include the protocol's keys, method, options, widths and seed.
+    """
     keys: dict[str, object] = {
         "method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status,
         "bits": run.widths,
@@ -70,7 +73,7 @@ def run_keys(run: Result) -> dict[str, str]:
 
 
 def labels(results: Iterable[Result]) -> dict[str, str]:
-    """Return a label for each `method_identity`: the method and the options that differ."""
+    """Return a label for each `method_identity`: the method and the options that vary."""
     by_method: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
     for result in results:
         by_method[result.method].setdefault(method_identity(result), variant(result))
@@ -85,19 +88,19 @@ def labels(results: Iterable[Result]) -> dict[str, str]:
 
 
 def method_identity(result: Result) -> str:
-    """Return what runs of one method, options and network share, whatever their widths."""
+    """Return a string that identifies method, options and network keys, but not the widths."""
     return result.method + json.dumps(variant(result), sort_keys=True)
 
 
 def setting_key(result: Result) -> tuple[str, ...]:
-    """Return what the runs of one setting share."""
+    """Return the key of a run's setting; all runs of a setting have the same key."""
     return result.dataset, result.model, result.protocol.hash, method_identity(result), result.widths
 
 
 def options(result: Result) -> dict[str, object]:
-    """Return a method's options without a learning rate to be selected.
+    """Return a method's options, without the learning rate that a grid search varies.
 
-    For float networks with their `init`.
+    For float networks, `init` is added.
     """
     options = {key: value for key, value in result.options.items() if key != RATE}
     init = result.protocol.keys.get("init")
@@ -107,16 +110,16 @@ def options(result: Result) -> dict[str, object]:
 def variant(result: Result) -> dict[str, object]:
     """Return a method's options and, as `model.KEY`, the network keys that the run sets.
 
-    Runs that differ in either belong to different settings.
+    Runs with different options or network keys belong to different settings.
     """
     return options(result) | {f"model.{key}": value for key, value in result.network.items()}
 
 
 def network_keys(result: Result) -> str:
-    """Return the keys of the network that the method requires, as typed."""
+    """Return the network keys that the method requires, as typed."""
     return " ".join(f"{key}={value}" for key, value in sorted(result.network.items()))
 
 
 def is_baseline(result: Result) -> bool:
-    """Whether a run is a float network from scratch, from which other runs start."""
+    """Whether a run trained a float network from scratch, so that other runs can start from it."""
     return result.method == "float" and result.protocol.keys.get("init") == "scratch"

@@ -1,8 +1,9 @@
-"""Pairwise conclusions: which settings differ at the same widths, and which are equivalent.
+"""Concludes which settings at the same widths differ, and which are equivalent.
 
-Each pair of settings in a table at the same widths is tested twice: for a difference, and for
-equivalence within a margin. Runs are paired by seed, and by test image where predictions are kept.
-Each of both tests is adjusted by Holm's method for all pairs of one data set, network and protocol.
+Each pair of settings in a table at the same widths is tested for a difference and for equivalence
+within a margin. Runs are paired by seed, and by test image where predictions are kept. The p-values
+of each of the two tests are adjusted by Holm's method for all pairs of one data set, network and
+protocol.
 """
 
 from collections import defaultdict
@@ -28,10 +29,10 @@ from qbench.system import files
 
 
 def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
-    """Return the tables of `compare` with conclusions in their settings and notes.
+    """Return the tables of `compare` with conclusions added to the settings and notes.
 
     Raises:
-        ValueError: a margin that is not above 0.
+        ValueError: the margin is not above 0.
     """
     if not margin > 0:
         raise ValueError(f"margin={margin:g}: must be a number of points above 0")
@@ -47,7 +48,7 @@ def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
 
 
 def _conclude_family(tables: Sequence[Table], margin: float) -> list[Table]:
-    """Return tables of one protocol with conclusions; their pairs are adjusted together."""
+    """Return tables of one protocol with conclusions; all p-values are adjusted together."""
     cache: dict[str, RunAccuracy] = {}
     by_table = [_pairs(settings_of(table), cache) for table in tables]
     adjusted = adjust_p_values([pair for pairs in by_table for pair in pairs], margin)
@@ -62,7 +63,7 @@ def _conclude_family(tables: Sequence[Table], margin: float) -> list[Table]:
 
 
 def _with_conclusions(settings: Sequence[Setting], pairs: Sequence[SettingPair], margin: float) -> list[Setting]:
-    """Return the settings with conclusions from their pairs and the number of test images."""
+    """Return the settings with conclusions drawn from the pairs and the number of test images."""
     by_first: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
         by_first[id(pair.first)].append(pair)
@@ -81,9 +82,10 @@ def _with_conclusions(settings: Sequence[Setting], pairs: Sequence[SettingPair],
 
 
 def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[SettingPair]:
-    """Return pairs with adjusted p-values (Holm), undecided leading ones with seeds needed.
+    """Return the pairs with p-values adjusted by Holm's method.
 
-    Pairs without a difference are not tested and do not count.
+    Undecided leading pairs also get the number of seeds needed. Pairs without a difference are not
+    tested and do not count in the adjustment.
     """
     tested = [(i, pair.difference) for i, pair in enumerate(family) if pair.difference is not None]
     p_holm = holm([d.p for _, d in tested])
@@ -101,7 +103,7 @@ def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[Settin
 
 
 def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[SettingPair]:
-    """Return every pair of settings at the same widths, higher means first.
+    """Return every pair of settings at the same widths, with the higher mean first.
 
     Float baselines are left out.
     """
@@ -118,7 +120,11 @@ def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[S
 
 
 def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> SettingPair:
-    """Return a pair with its difference: paired by seed, else Welch's, else McNemar's p."""
+    """Return a pair with its difference, or with McNemar's p-value.
+
+    The difference is paired by seed if two or more seeds are common, otherwise Welch's. If a
+    setting has only one seed and the two share a seed, McNemar's test is used.
+    """
     groups = [_accuracies(setting, cache) for setting in (first, second)]
     seeds = sorted(set(groups[0]) & set(groups[1]))
     pair = SettingPair(first=first, second=second)
@@ -137,9 +143,9 @@ def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> Set
 
 
 def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> dict[int, Callable[[], RunAccuracy]]:
-    """Return for each seed a function that reads the run's accuracy.
+    """Return for each seed a function that returns the accuracy of the seed's run.
 
-    With several runs of a seed, their mean.
+    If a seed has several runs, the function returns the mean accuracy.
     """
     runs: dict[int, list[SeedAccuracy]] = defaultdict(list)
     for run in setting.runs:
@@ -157,10 +163,7 @@ def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> dict[int, Ca
 
 
 def count_test_images(run: Path) -> int | None:
-    """Return how many test images a run was evaluated on, from its manifest.
-
-    None if it does not say.
-    """
+    """Return the number of test images from a run's manifest, or None if it is not recorded."""
     data = (files.read_json(run / "manifest.json") or {}).get("data")
     count = data.get("test_images") if isinstance(data, dict) else None
     return count if isinstance(count, int) and count > 0 else None

@@ -1,4 +1,4 @@
-"""Test accuracy of single runs, with their hits by test image where predictions are kept."""
+"""Reads the test accuracy of single runs, and hits by test image where predictions are kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunAccuracy:
-    """Test top-1 in percent, or a difference of two runs in points.
+    """The test accuracy of one run, or the difference of two runs.
 
     Args:
-        labels: (N,) of the test images; None without predictions.
-        hits: (N,) true where an image was right, or of a difference 1, 0 or -1; None without
-            predictions.
+        top1: test top-1 in percent, or the difference in points.
+        labels: (N,) labels of the test images; None without predictions.
+        hits: (N,) whether each image was classified correctly, or for a difference 1, 0 or -1;
+            None without predictions.
     """
 
     top1: float
@@ -28,7 +29,7 @@ class RunAccuracy:
 
 
 def load_run_accuracy(run: str, top1: float) -> RunAccuracy:
-    """Return a run's accuracy, with hits unless predictions.npy is damaged or contradicts it."""
+    """Return a run's accuracy, without hits if predictions.npy is damaged or contradicts `top1`."""
     import numpy as np
 
     try:
@@ -50,7 +51,7 @@ def same_test_images(runs: Sequence[RunAccuracy]) -> bool:
 
 
 def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
-    """Return first minus second, by image where both have hits on the same images."""
+    """Return first minus second; also image by image if both have hits on the same images."""
     import numpy as np
 
     points = first.top1 - second.top1

@@ -1,4 +1,4 @@
-"""Conclusions in words: how the best setting of each widths compares, and which error is larger."""
+"""Writes conclusions: how the best setting at given widths compares, and which error is larger."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,16 +10,15 @@ from qbench.report.statistics.differences import ALPHA
 from qbench.report.statistics.power import SEEDS_LIMIT
 
 NAMES_LISTED = 6
-"""Names in one part of a sentence; the others are counted."""
+"""Largest number of names written out in one part of a sentence; further names are counted."""
 UNPAIRED = "unpaired, as their seeds differ"
 
 
 def sample_notes(settings: Sequence[Setting]) -> list[str]:
-    """Return a note on the errors of test sample and seeds, and which is larger.
+    """Return a note on the errors from the test sample and from seeds, and on which is larger.
 
-    None if the sample is not known.
-
-    All settings have a conclusion. The number of test images is that of the first.
+    The list is empty if the number of test images is not known. That number is taken from the
+    first setting that has it.
     """
     samples = [(s, c.test_images, c.test_sample_ci95_half) for s in settings if (c := s.conclusion)]
     known = [(setting, images, half) for setting, images, half in samples if images and half is not None]
@@ -40,11 +39,11 @@ def sample_notes(settings: Sequence[Setting]) -> list[str]:
 
 
 def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list[str]:
-    """Return how pairs were compared, and a sentence for each widths that several methods share.
+    """Return a note on how pairs were compared, and a sentence for each combination of widths.
 
     Args:
         pairs: all pairs of a table.
-        family: number of pairs that Holm's adjustment is for.
+        family: number of pairs in Holm's adjustment.
     """
     by_widths: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
@@ -64,7 +63,7 @@ def _pairing(pair: SettingPair) -> str:
 
 
 def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
-    """Return how the best setting of some widths compares with the others."""
+    """Return a sentence on how the best setting compares with the others at the same widths."""
     best = pairs[0].first
     relations: dict[str, list[str]] = {
         "above": [], "below": [], "identical": [], "equivalent": [], "unadjusted": [], "undecided": [], "no spread": [],
@@ -87,7 +86,7 @@ def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
 
 
 def _other(pair: SettingPair, margin: float) -> str:
-    """Return the other setting's label with the difference and what an open pair needs."""
+    """Return the second setting's label with the difference and, if undecided, the seeds needed."""
     d, label = pair.difference, pair.second.label
     if d is None:
         if pair.p_mcnemar is None:
@@ -113,7 +112,7 @@ def _seeds_to_decide(pair: SettingPair) -> str:
 
 
 def _enumerate(names: Sequence[str]) -> str:
-    """Return names in a line; beyond the first few they are counted."""
+    """Return names separated by commas; beyond the first few, only their number."""
     listed = names if len(names) <= NAMES_LISTED + 1 else names[:NAMES_LISTED]
     return ", ".join(listed) + (f" and {len(names) - len(listed)} others" if len(listed) < len(names) else "")
 

@@ -1,10 +1,10 @@
-"""Group-sequential test of two settings: more seeds until a difference or equivalence shows.
+"""Tests two settings with more and more seeds until a difference or equivalence is significant.
 
-Testing again after every few seeds at 5 % finds differences where there are none. Here each of K
-looks tests at the level 0.05 / K (Bonferroni over looks). This keeps the rate of false decisions
-below 5 %, whatever the dependence between looks. A difference of zero and one of at least the
-margin exclude each other, so the test of difference and the test of equivalence may both use the
-whole level.
+This is a group-sequential test. Repeating a test at the level 5 % after every few seeds would find
+differences where there are none. Here each of K looks tests at the level 0.05 / K (Bonferroni over
+looks). This keeps the rate of false decisions below 5 %, whatever the dependence between looks. The
+true difference cannot be zero and at least the margin at once, so the test of difference and the
+test of equivalence may both use the whole level.
 """
 
 import copy
@@ -24,19 +24,24 @@ from qbench.report.statistics.power import SEEDS_LIMIT, seeds_to_decide
 from qbench.runs.reader import DONE, RunRecord
 
 FIRST_LOOK, GROWTH, MAX_SEEDS = 3, 1.5, 20
-"""Seeds at the first look, growth from look to look, default number at the last look."""
+"""Seeds at the first look; growth factor from look to look; default seeds at the last look."""
 NAMED_KEYS = 3
-"""Keys that the name of a setting spells out; the others are counted."""
+"""Largest number of keys that the name of a setting spells out; further keys are counted."""
 
 SeedAccuracies = tuple[Sequence[RunAccuracy], Sequence[RunAccuracy]]
-"""The accuracies of both settings, one entry a seed, seeds in the same order."""
+"""The accuracies of both settings, one entry per seed, seeds in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialTest:
-    """Two settings as their runs with seed 0, the margin in points, and the last look's seeds.
+    """Two settings to compare, and how.
 
-    `launcher` runs what is not stored yet: "" one run at a time, "joblib" several.
+    Args:
+        first, second: the configurations of the settings; the seed is replaced.
+        margin: equivalence margin in points of top-1.
+        max_seeds: number of seeds at the last look.
+        launcher: how runs that are not stored yet are started: "" for one at a time, "joblib" for
+            several at a time.
     """
 
     first: Config
@@ -48,7 +53,14 @@ class SequentialTest:
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialResult:
-    """The last look: verdict, first minus second in points, both means, the level of a look."""
+    """The result of the last look.
+
+    Args:
+        verdict: the verdict on the first setting.
+        difference: first minus second in points.
+        means: mean test top-1 of both settings in percent.
+        level: the significance level of each look.
+    """
 
     verdict: Verdict
     difference: Difference
@@ -57,7 +69,7 @@ class SequentialResult:
 
 
 class MissingRunError(Exception):
-    """Raised when a run has no accuracy: the runs that have one are not a fair sample."""
+    """Raised when a run has no accuracy, since the remaining runs would be a biased sample."""
 
     def __init__(self, runs: Sequence[RunRecord]) -> None:
         reason = runs[0].reason.partition("\n")[0]
@@ -66,7 +78,10 @@ class MissingRunError(Exception):
 
 
 def look_schedule(max_seeds: int) -> list[int]:
-    """Return the seeds at each look: 3, then half as many again, `max_seeds` the last."""
+    """Return the number of seeds at each look, from 3 in steps of half as many again.
+
+    The last number is `max_seeds`.
+    """
     schedule = [FIRST_LOOK]
     while schedule[-1] < max_seeds:
         schedule.append(min(math.ceil(GROWTH * schedule[-1]), max_seeds))
@@ -79,12 +94,14 @@ def decide(
     max_seeds: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> SequentialResult:
-    """Test two settings at more and more seeds until a verdict is reached, or `max_seeds` is.
+    """Test two settings with more and more seeds until a verdict or `max_seeds` is reached.
 
     Args:
-        accuracies: maps a number of seeds n to the n accuracies of each setting, by seed.
+        accuracies: function that takes a number of seeds n and returns the n accuracies of each
+            setting, in the order of seeds.
         margin: points of top-1 within which the settings count as equivalent.
-        report: gets a line after every look that decides nothing.
+        max_seeds: number of seeds at the last look.
+        report: called with a line of text after every look that decides nothing.
     """
     schedule = look_schedule(max_seeds)
     level = ALPHA / len(schedule)
@@ -98,7 +115,7 @@ def decide(
 
 
 def _look(accuracies: SeedAccuracies, margin: float, level: float) -> SequentialResult:
-    """Test difference, then equivalence, at one look."""
+    """Test for a difference, then for equivalence, at one look."""
     d = with_seed_dof(paired_difference(*accuracies))
     first, second = (sum(run.top1 for run in runs) / len(runs) for runs in accuracies)
     if d.p < level:
@@ -113,9 +130,12 @@ def run_sequential_test(
     run: Callable[[list[PlannedRun]], list[RunRecord]],
     report: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Return the verdict in words.
+    """Run the test and return the verdict in words.
 
-    `run` trains what is not stored yet and returns a record for every run.
+    Args:
+        test: the settings to compare.
+        run: function that trains the runs not stored yet and returns a record for every run.
+        report: called with a line of text after every look that decides nothing.
 
     Raises:
         MissingRunError: a run has no accuracy.
@@ -145,8 +165,8 @@ def _top1(record: RunRecord) -> float:
 def describe(test: SequentialTest, result: SequentialResult) -> str:
     """Return the verdict with its numbers in two sentences.
 
-    The interval has the level of the test that decided: 1 - level for a difference, 1 - 2 level for
-    equivalence, which two one-sided tests at `level` correspond to.
+    The confidence level of the interval follows from the test that decided. It is 1 - level for a
+    difference, and 1 - 2 level for equivalence, which is tested by two one-sided tests at `level`.
     """
     d, margin = result.difference, test.margin
     first, second = names(test)
@@ -181,9 +201,10 @@ def _advice(test: SequentialTest, result: SequentialResult) -> str:
 
 
 def names(test: SequentialTest) -> tuple[str, str]:
-    """Return names of the settings: method, widths, and keys in which their protocols differ.
+    """Return the names of both settings: method, widths, and the keys in which they differ.
 
-    Where method and widths are the same, all keys that differ are candidates.
+    If method and widths are the same, any differing key can be named, otherwise only keys of the
+    protocol and the network.
     """
     configs = test.first, test.second
     short = setting_name(test.first), setting_name(test.second)
@@ -195,7 +216,7 @@ def names(test: SequentialTest) -> tuple[str, str]:
 
 
 def _shared_keys(config: Config) -> dict[str, object]:
-    """Return what all methods of a table share: the protocol and the network's keys."""
+    """Return the keys that all methods of a table share: those of the protocol and the network."""
     return run_identity(config).protocol | {"model": config.model}
 
 

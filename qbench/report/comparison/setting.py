@@ -1,7 +1,7 @@
-"""A setting: one method at its widths under one protocol, over its seeds.
+"""Defines a setting: all seeds of one method at its widths under one protocol.
 
-All values are frozen. What later steps add (conclusions, published results, groups of equal bytes)
-goes into a copy, by `dataclasses.replace`.
+All dataclasses are frozen. Later steps add conclusions, published results and groups of equal bytes
+to a copy made by `dataclasses.replace`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ from qbench.runs.result import TrainingSpeed
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over n seeds, with standard deviation and half the 95 % confidence interval.
+    """A mean over n seeds, with standard deviation and half-width of the 95 % confidence interval.
 
-    None with one seed.
+    Standard deviation and half-width are None with one seed.
     """
 
     mean: float
@@ -30,7 +30,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean over seeds of one value a seed, with Student's interval."""
+    """Return the mean of one value per seed, with Student's confidence interval."""
     if len(values) < 2:
         return Estimate(mean=mean(values))
     interval = paired(values, [0.0] * len(values))
@@ -39,7 +39,15 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedAccuracy:
-    """One run of a setting: test top-1 in percent, directory, and both of its float baseline."""
+    """The accuracy of one run of a setting.
+
+    Args:
+        seed: the run's seed.
+        run: the run's directory.
+        top1: test top-1 in percent.
+        baseline: directory of the run's float baseline; None without one.
+        baseline_top1: test top-1 of the float baseline in percent.
+    """
 
     seed: int
     run: str
@@ -50,7 +58,7 @@ class SeedAccuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class LevelRange:
-    """Levels found per layer: fewest and most over layers and runs, and the most allowed."""
+    """The fewest and most levels found in a layer, over layers and runs, and the most allowed."""
 
     fewest: int
     most: int
@@ -59,7 +67,7 @@ class LevelRange:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedLevels:
-    """Number of verified layers, the smallest over runs, and for w, a, g the levels found in them."""
+    """The number of verified layers (the smallest over runs), and the levels found for w, a, g."""
 
     layers: int
     found: Mapping[str, LevelRange]
@@ -70,16 +78,16 @@ class PublishedMatch:
     """A published result for a setting.
 
     Args:
-        row: paper and row of the published figures.
+        row: names the paper and the row in the published figures.
         metric: top1, top1_error or top1_error_increase.
-        claimed, upper: the published value; with `upper` it is a range.
-        top1: the claim as top-1 in percent, None for an increase or an unknown value.
+        claimed, upper: the published value; if `upper` is given, the range from claimed to upper.
+        top1: the claim as top-1 in percent; None for an increase or an unknown value.
         text: the claim as tables show it, with ~ in front if remembered.
-        to_float: points above the paper's float baseline.
-        gap: points of our accuracy above the claim.
-        ran_by, by_authors: who ran it.
+        to_float: the claim minus the paper's float baseline, in points.
+        gap: our accuracy minus the claim, in points.
+        ran_by, by_authors: who ran the published experiment; whether the method's authors did.
         provenance, remembered, source: how the value is known.
-        words: keys of the command line that the row's run needs.
+        words: command-line arguments that reproduce the row.
     """
 
     row: str
@@ -103,22 +111,24 @@ class Setting:
     """One method at its widths under one protocol.
 
     Args:
-        label: the method with the options that differ from other runs of it, as typed.
-        method, options, bits, network: the method's name, options and widths, and keys of the
-            network that it sets.
+        label: the method's name with the options in which runs of the method differ, as typed.
+        method, options, bits: the method's name, options and widths.
+        network: the network keys that the method sets.
         dataset, model, model_keys: the data set, the network and the network's keys in the
             protocol.
         protocol: first 8 digits of the protocol's hash.
-        is_baseline: a float network from scratch, from which other runs start.
-        source: the files that were read, result.json or the logs.
-        runs: one entry a run, by seed.
+        is_baseline: whether this is a float network trained from scratch, from which other runs
+            start.
+        source: the kind of file that was read, result.json or the logs.
+        runs: one entry per run, sorted by seed.
         top1: test top-1 in percent after the last epoch, over seeds; runs of one seed are averaged
             first.
-        difference: top-1 minus that of the run's float baseline, in points; None if a run has no
-            baseline.
-        levels: levels that a quantized weight can take.
-        cost, speed, verified: None if no run has it; speed is the mean, peak memory the largest.
-        learning_rate: of lr_search=grid, how the rate was selected.
+        difference: top-1 minus the top-1 of the run's float baseline, in points; None if any run
+            has no baseline.
+        levels: number of levels that a quantized weight can take.
+        cost, speed, verified: None if not recorded for any run. Speed is the mean over runs, peak
+            memory the largest.
+        learning_rate: how the learning rate was selected; only with lr_search=grid.
         conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and
             `columns.group_by_bytes`.
     """
@@ -148,22 +158,22 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Label and widths, such as `dorefa w2a2g32`."""
+        """The label and widths, such as `dorefa w2a2g32`."""
         return f"{self.label} {self.bits}"
 
     @property
     def is_float(self) -> bool:
-        """Whether the network is a float one, a baseline or fine-tuned."""
+        """Whether the network is a float network, either a baseline or fine-tuned."""
         return self.method == "float"
 
     @property
     def short_widths(self) -> str:
-        """Widths without those that are float, such as `W4 A4`; `W32` if all are."""
+        """The widths that are not float, such as `W4 A4`; `W32` if all are float."""
         return " ".join(f"{k.upper()}{n}" for k, n in self.bits._asdict().items() if n != FLOAT) or f"W{FLOAT}"
 
     @property
     def baselines(self) -> list[str]:
-        """Directories of the float baselines, one a run that has one."""
+        """The directories of the float baselines, one entry per run that has a baseline."""
         return [run.baseline for run in self.runs if run.baseline is not None]
 
     def to_json(self) -> dict[str, object]:
@@ -173,15 +183,16 @@ class Setting:
 
         - top1_mean, top1_std, top1_ci95_half: percent; n: number of seeds.
         - diff_mean, diff_ci95_half: top-1 minus the float baseline's, in points.
-        - seeds, runs, top1: one entry a run; baseline_top1: likewise, null if a run has none;
-          baselines: directories.
+        - seeds, runs, top1: one entry per run.
+        - baseline_top1: one entry per run; null if any run has no baseline.
+        - baselines: directories of the float baselines.
         - bytes, bytes_packed, params, macs, bitops, bits_per_weight: cost of the network; bytes is
           the ideal size.
         - images_per_second, seconds_per_epoch, peak_bytes: training speed and memory.
-        - verified_layers; levels_found: for w, a, g the fewest and most levels found, and the most
-          allowed.
-        - lr_search: optim.lr, seeds, grid (each rate with its mean validation top-1); only with
-          lr_search=grid.
+        - verified_layers: number of verified layers.
+        - levels_found: for w, a, g the fewest and most levels found, and the most allowed.
+        - lr_search: only with lr_search=grid. optim.lr, seeds, and grid (each rate with its mean
+          validation top-1).
         - pairs, winner, test_images, test_sample_ci95_half: see `Conclusion` and `PairConclusion`.
         - published: see `PublishedMatch`; only with --published.
         - bytes_group: only with --sort equal-bytes.

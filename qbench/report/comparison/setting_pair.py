@@ -1,4 +1,4 @@
-"""A pair of settings at the same widths, with the difference between them."""
+"""Defines a pair of settings at the same widths, with the difference between them."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -11,19 +11,20 @@ from qbench.report.statistics.hypothesis_tests import equivalent
 
 @dataclass(frozen=True, kw_only=True)
 class SettingPair:
-    """Two settings at the same widths, the one of the higher mean first.
+    """Two settings at the same widths, the one with the higher mean first.
 
     Args:
-        difference: first minus second in points, over the seeds that both have, so it may be below
-            0. None if fewer than two seeds can be compared.
-        paired_by: how runs are paired, see `PairConclusion`.
-        p_mcnemar: with one common seed and predictions on the same images, McNemar's p-value of the
-            two networks.
-        p_holm, p_equivalent_holm: p-values for no difference and for a difference of the margin or
-            more, adjusted.
-        leading: the first setting has the highest mean at these widths.
-        more_seeds: for undecided leading pairs, about how many more seeds would decide; None: no
-            number up to 1000.
+        first, second: the settings.
+        difference: first minus second in points. When paired, it covers only the common seeds and
+            may then be below 0. None if fewer than two seeds can be compared.
+        paired_by: how runs are paired; see `PairConclusion`.
+        p_mcnemar: McNemar's p-value of two networks with the same seed and test images; None if
+            that test does not apply.
+        p_holm: adjusted p-value of "there is no difference".
+        p_equivalent_holm: adjusted p-value of "the means differ by the margin or more".
+        leading: whether the first setting has the highest mean at these widths.
+        more_seeds: for undecided leading pairs, about how many more seeds would decide; None if no
+            number of seeds up to 1000 would.
     """
 
     first: Setting
@@ -38,18 +39,18 @@ class SettingPair:
 
     @property
     def verdict(self) -> Verdict:
-        """What may be said of the first setting."""
+        """The verdict on the first setting relative to the second."""
         d = self.difference
         if d is None:
             return Verdict.NO_SPREAD
-        if d.mean == d.standard_error == 0:  # all seeds and images have the same result: nothing is left to test
+        if d.mean == d.standard_error == 0:  # all seeds and images have the same result: nothing to test
             return Verdict.IDENTICAL
         if self.p_holm < ALPHA:
             return Verdict.ABOVE if d.mean > 0 else Verdict.BELOW
         return Verdict.EQUIVALENT if self.p_equivalent_holm < ALPHA else Verdict.UNDECIDED
 
     def conclusion(self, margin: float) -> PairConclusion:
-        """Return what is concluded about the first setting and the second."""
+        """Return the conclusion about the first setting relative to the second."""
         d, first, second = self.difference, self.first, self.second
         common = {run.seed for run in first.runs} & {run.seed for run in second.runs}
         return PairConclusion(

@@ -1,4 +1,4 @@
-"""Tables of settings: columns, sorting, and groups of equal bytes."""
+"""Sets the columns of tables of settings, sorts them, and groups settings of equal bytes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +10,12 @@ from qbench.report.comparison.setting import Setting
 from qbench.report.tables.table import Table
 
 BYTES_TOLERANCE = 0.05
-"""Settings share a group of equal bytes if they exceed its smallest by at most this part."""
+"""A setting exceeds the smallest setting of its group of equal bytes by at most this fraction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingRuns:
-    """Runs without a result for one reason: a row of the table of failed or unsupported runs."""
+    """Runs that lack a result for the same reason: a row in the table of missing results."""
 
     status: str
     runs: tuple[str, ...]
@@ -27,15 +27,12 @@ class MissingRuns:
 
 
 def settings_of(table: Table) -> list[Setting]:
-    """Return the settings of a table, in the order of its rows.
-
-    None if it is a table of something else.
-    """
+    """Return the settings of a table in the order of its rows; empty for other kinds of tables."""
     return [value for value in table.values if isinstance(value, Setting)]
 
 
 def with_columns(table: Table, columns: Sequence[Column]) -> Table:
-    """Return a table of settings with these columns; a table of something else as it is."""
+    """Return a table of settings with these columns; return other tables unchanged."""
     settings = settings_of(table)
     if not settings:
         return table
@@ -46,8 +43,8 @@ def with_columns(table: Table, columns: Sequence[Column]) -> Table:
 def sorted_by(table: Table, name: str) -> Table:
     """Return a table sorted by a column, or by accuracy within groups of equal bytes.
 
-    The best come first, those without a value last. The rows' cells are not updated, see
-    `with_columns`.
+    The best settings come first, settings without a value last. Only `values` is sorted, not
+    `rows`; call `with_columns` to update the rows.
 
     Raises:
         ConfigError: no such column.
@@ -66,7 +63,7 @@ def sorted_by(table: Table, name: str) -> Table:
 
 
 def find_column(name: str) -> Column:
-    """Return the column with a name as typed, any case, without its unit.
+    """Return the column with a typed name; case is ignored, and the unit may be left out.
 
     Raises:
         ConfigError: no such column.
@@ -83,9 +80,9 @@ def find_column(name: str) -> Column:
 
 
 def group_by_bytes(settings: Iterable[Setting]) -> list[Setting]:
-    """Return settings with numbered groups of about equal bytes, the smallest first.
+    """Return settings sorted by size, with numbered groups of about equal bytes.
 
-    Without cost there is no group.
+    A setting without a cost has no group.
     """
     group, smallest = 0, 0.0
     grouped = []

@@ -1,4 +1,4 @@
-"""Verdicts on two settings, and what a comparison concludes about a pair."""
+"""Defines the verdicts on two settings, and the conclusions that a comparison draws."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +8,7 @@ MARGIN = 0.5
 
 
 class Verdict(StrEnum):
-    """What may be said of the first of two settings.
+    """The verdict on the first of two settings.
 
     ABOVE and BELOW: the means differ significantly. EQUIVALENT: they differ by less than the margin
     (two one-sided tests). IDENTICAL: every seed and test image has the same result. UNDECIDED:
@@ -25,7 +25,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class PairConclusion:
-    """What is concluded about a setting and another one of lower mean at the same widths.
+    """The conclusion about a setting and another one with a lower mean at the same widths.
 
     Args:
         other: label of the other setting.
@@ -33,16 +33,16 @@ class PairConclusion:
         n: number of seeds compared.
         same_baselines: whether both start from the same float baselines.
         difference: points of top-1, this setting minus the other, over the seeds compared.
-        ci95: its 95 % confidence interval, None without spread.
-        p, p_holm: p-value for "there is no difference", and adjusted for all pairs of the
+        ci95: 95 % confidence interval of the difference; None with too few seeds.
+        p, p_holm: p-value of "there is no difference", unadjusted and adjusted for all pairs of the
             comparison.
-        p_equivalent, p_equivalent_holm: the same for "they differ by the margin or more".
-        p_mcnemar: with one common seed, the p-value of the two networks' predictions, see
+        p_equivalent, p_equivalent_holm: the same for "the means differ by the margin or more".
+        p_mcnemar: p-value of the two networks' predictions if only one seed is common; see
             `mcnemar`.
-        margin: of equivalence, in points.
-        verdict: what follows.
-        more_seeds: about how many more seeds would decide; None if decided, or if no number up to
-            1000 would.
+        margin: equivalence margin in points.
+        verdict: the verdict on this setting.
+        more_seeds: about how many more seeds would decide; None if decided, or if no number of
+            seeds up to 1000 would.
     """
 
     other: str
@@ -63,11 +63,14 @@ class PairConclusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Conclusion:
-    """What follows for a setting from the comparison with others at the same widths.
+    """The conclusions about a setting compared with others at the same widths.
 
-    `pairs` are those with the settings of lower mean. `winner`: it is significantly above all of
-    them, and no other has a higher mean. `test_sample_ci95_half` is half the 95 % interval that the
-    test sample alone leaves, in points; None where the number of test images is not known.
+    Args:
+        pairs: the conclusions about this setting and each setting with a lower mean.
+        winner: whether the setting has the highest mean and is significantly above all others.
+        test_images: number of test images; None if not known.
+        test_sample_ci95_half: half-width, in points, of the 95 % confidence interval due to the
+            test sample alone; None if the number of test images is not known.
     """
 
     pairs: tuple[PairConclusion, ...] = ()

@@ -1,4 +1,4 @@
-"""A setting's learning curve as a small SVG drawing."""
+"""Draws a setting's learning curve as a small SVG."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from qbench.report.plots.training_curves import FLOAT_STAGE, SeedCurve
 
 WIDTH, HEIGHT, LEFT, BELOW = 380, 150, 34, 18
-"""Size of the drawing, and room for the numbers at its left and below, in pixels."""
+"""Size of the drawing, and space for the numbers at the left and below, in pixels."""
 RIGHT, TOP = 8, 6
 """Margins in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnLine:
-    """A line's points and those of the band from its lowest to its highest seed.
+    """The points of a line, and of the band between its lowest and highest seed.
 
-    `kind` is its CSS class.
+    `kind` is the line's CSS class.
     """
 
     kind: str
@@ -25,7 +25,7 @@ class DrawnLine:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveDrawing:
-    """Curves, the border between float and quantized training (or None), the axes' numbers."""
+    """The curves, the border between float and quantized training (or None), and axis numbers."""
 
     lines: list[DrawnLine]
     summary: str
@@ -61,7 +61,7 @@ class _Scale:
 
 
 def draw_curve(lines: Mapping[str, SeedCurve]) -> CurveDrawing | None:
-    """Return the drawing of learning curves, by widths or "float"; None if there are none."""
+    """Return a drawing of learning curves, given by widths or "float"; None without curves."""
     if not lines:
         return None
     epochs = [x for line in lines.values() for x in line.x]

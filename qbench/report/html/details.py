@@ -1,4 +1,4 @@
-"""Details of one setting on the page: runs, layers, options, configuration, comparisons."""
+"""Collects the details of one setting for the page: runs, layers, options, comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ PARTS = {"w": "weights", "a": "inputs", "g": "gradients"}
 
 
 class RunLine(NamedTuple):
-    """A run in the table of a setting's runs, as text: accuracies in percent and training time."""
+    """A row in the table of a setting's runs, as text: accuracies in percent and training time."""
 
     seed: int
     top1: str
@@ -37,7 +37,7 @@ class Note(NamedTuple):
 
 
 class LayerRow(NamedTuple):
-    """A layer: levels found by part, SQNR of its output in dB, parameters of its quantizers."""
+    """A layer's levels found by part, output SQNR in dB, and parameters of quantizers, as text."""
 
     name: str
     levels: dict[str, str]
@@ -47,7 +47,7 @@ class LayerRow(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerTable:
-    """Quantized layers; `parts` are those of w, a, g that have levels, with their names."""
+    """The quantized layers; `parts` maps each of w, a, g that has levels to its name."""
 
     rows: list[LayerRow]
     parts: dict[str, str]
@@ -65,7 +65,7 @@ class LayerTable:
 
 @dataclass(frozen=True, kw_only=True)
 class SettingDetails:
-    """What the page shows of one setting; `cards` are (anchor, name) of its method cards."""
+    """The details that the page shows of one setting; `cards` lists (anchor, name) of methods."""
 
     id: str
     title: str
@@ -92,9 +92,10 @@ def setting_details(
     """Return the details of a setting.
 
     Args:
-        anchor: its id on the page.
-        lines: learning curves of its method, by widths or "float".
-        results: by directory of the run.
+        anchor: the setting's id on the page.
+        setting: the setting.
+        lines: learning curves of the setting's method, by widths or "float".
+        results: results by the run's directory.
         cards: method cards by anchor, each with its `name`.
     """
     own_results = [results[run.run] for run in setting.runs if run.run in results]
@@ -117,9 +118,9 @@ def setting_details(
 
 
 def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
-    """Return a run's line.
+    """Return a run's row in the table of runs.
 
-    Of a baseline that was not read itself, only what other runs record of it.
+    `result` is None for a baseline that was not read itself; then only top-1 is known.
     """
     val = best = seconds = "-"
     if result and result.final and result.final.val:
@@ -133,7 +134,7 @@ def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
 
 
 def _options(results: Iterable[Result]) -> list[Note]:
-    """Return the options of methods as typed, deviations marked, and what the methods require."""
+    """Return the options of methods as typed, with deviations marked, and the required keys."""
     notes = []
     for result in results:
         for key, value in result.options.items():
@@ -155,7 +156,7 @@ def _first_config(runs: Iterable[str]) -> str:
 
 
 def _layer_table(results: Sequence[Result]) -> LayerTable:
-    """Return each verified layer's levels, last SQNR, and the parameters of its quantizers."""
+    """Return each verified layer's levels, last SQNR, and quantizer parameters."""
     verified = [result.verified for result in results if result.verified]
     metrics = [observed(Path(result.run)) for result in results]
     names = list(dict.fromkeys(name for layers in verified for name in layers))
@@ -171,7 +172,7 @@ def _layer_table(results: Sequence[Result]) -> LayerTable:
 
 
 def _span(counts: Sequence[LevelCount]) -> str:
-    """Write levels over runs, such as `3-4 of 4`."""
+    """Return the range of levels over runs as text, such as `3-4 of 4`."""
     if not counts:
         return ""
     ends = [sorted(c.found for c in counts), sorted(c.allowed for c in counts)]
@@ -179,7 +180,7 @@ def _span(counts: Sequence[LevelCount]) -> str:
 
 
 def _parameters(results: Sequence[Result], layer: str) -> str:
-    """Write the parameters that a layer's quantizers report, from the first run that has them."""
+    """Return the parameters that a layer's quantizers report, from the first run that has any."""
     reports = next((result.quantizers[layer] for result in results if layer in result.quantizers), {})
     return ", ".join(
         f"{slot}.{key} {value:.4g}" if isinstance(value, float) else f"{slot}.{key} {value}"

@@ -1,8 +1,8 @@
-"""One self-contained HTML page of a comparison: tables, plots, details of each setting.
+"""Writes one self-contained HTML page of a comparison: tables, plots, details of each setting.
 
-Nothing is loaded from elsewhere: style, script and plots are in the file, and its content security
-policy forbids all else. Whatever results contain is text: Jinja escapes it, and a script that got
-through would not be run.
+Style, script and plots are in the file, and its content security policy forbids loading anything
+else. Jinja escapes all text that comes from results. Even if a script got through, the policy would
+prevent it from running.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ Cards = dict[str, dict[str, str]]
 
 
 class Head(NamedTuple):
-    """A column's head: whether it holds numbers, and whether sorting begins with the largest."""
+    """A column's title, whether it holds numbers, and whether the largest is sorted first."""
 
     title: str
     numbers: bool
@@ -49,7 +49,7 @@ class Head(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell of a row: its text, and the number to sort by."""
+    """A cell's text, and the number by which the cell is sorted (None for text)."""
 
     text: str
     number: float | None
@@ -57,7 +57,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row's cells, the place of the one that names it, and its details' `anchor` or ""."""
+    """A row's cells, the index of the cell that names the row, and the anchor of its details."""
 
     anchor: str
     name_place: int
@@ -74,7 +74,7 @@ class Plot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One table with its notes, plots and settings; `measure` is what the learning curves show."""
+    """One table with notes, plots and settings; `measure` labels the y-axis of learning curves."""
 
     id: str
     title: str
@@ -90,7 +90,7 @@ def page(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
     """Write a comparison as one HTML file.
 
     Raises:
-        ConfigError: another suffix.
+        ConfigError: the suffix is not that of an HTML file.
         ResourceError: the file cannot be written.
     """
     if path.suffix.lower() not in SUFFIXES:
@@ -99,7 +99,7 @@ def page(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
 
 
 def html(tables: Sequence[Table], runs: Sequence[RunRecord]) -> str:
-    """Return the page."""
+    """Return the HTML text of the page."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup, escape
 
@@ -128,7 +128,7 @@ def _title(tables: Iterable[Table]) -> str:
 
 
 def _counts(sections: Sequence[Section], runs: Sequence[RunRecord]) -> str:
-    """Return one line on how many settings and runs the page holds."""
+    """Return a line with the numbers of settings and runs on the page."""
     settings = sum(len(section.settings) for section in sections)
     statuses = Counter(run.status for run in runs)
     listed = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
@@ -163,7 +163,7 @@ def _head(title: str, settings: Iterable[Setting]) -> Head:
 
 
 def _row(table: Table, i: int, anchor: str) -> Row:
-    """Return a row's cells; the reason of a missing run has all its lines."""
+    """Return a row of the page; the reason of a missing run is shown with all its lines."""
     value, texts = table.values[i] if i < len(table.values) else None, table.rows[i]
     setting = value if isinstance(value, Setting) else None
     cells = []
@@ -179,7 +179,7 @@ def _row(table: Table, i: int, anchor: str) -> Row:
 
 
 def _number(title: str, setting: Setting) -> float | None:
-    """Return what a setting's cell is sorted by, if that is a finite number."""
+    """Return the number by which a setting's cell is sorted; None if there is no finite number."""
     value = BY_NAME[title].key(setting) if title in BY_NAME else None
     return value if isinstance(value, int | float) and isfinite(value) else None
 
@@ -195,7 +195,7 @@ def _plots(table: Table, runs: Sequence[RunRecord]) -> list[Plot]:
 
 
 def _inline_svg(svg: bytes, label: str) -> "Markup":
-    """Return matplotlib's SVG for a page, without header, global style and repeated names."""
+    """Return matplotlib's SVG for a page, without header, global style and repeated ids."""
     from markupsafe import Markup, escape
 
     text = svg.decode()
@@ -208,9 +208,9 @@ def _inline_svg(svg: bytes, label: str) -> "Markup":
 
 
 def _method_cards(results: Iterable[Result]) -> Cards:
-    """Return every method's choices and deviations once.
+    """Return every method's choices and deviations once, by anchor.
 
-    Texts written by different versions are kept apart.
+    If versions of qbench recorded different texts, each text is kept.
     """
     cards: dict[tuple[str, str], dict[str, str]] = {}
     for result in results:

@@ -1,4 +1,4 @@
-"""How a page was made: the command, versions, and the environments of its runs."""
+"""Collects how a page was made: the command, versions, and the environments of the runs."""
 
 import shlex
 import sys
@@ -13,7 +13,7 @@ from qbench.system import files
 
 
 class PageProvenance(NamedTuple):
-    """Command, version, environments with their numbers of runs, time of the newest run."""
+    """The command, the version, the number of runs per environment, and the newest run's time."""
 
     command: str
     version: str
@@ -36,7 +36,7 @@ def page_provenance(runs: Sequence[RunRecord]) -> PageProvenance:
 
 
 def _environment(manifest: Mapping[str, object]) -> str:
-    """Return versions, commit, device and platform that a manifest names."""
+    """Return the versions, commit, device and platform recorded in a manifest, as text."""
     versions = manifest.get("versions")
     words = [f"{key} {value}" for key, value in versions.items()] if isinstance(versions, dict) else []
     words += [f"{key} {manifest[key]}" for key in ("commit", "device_name", "platform") if manifest.get(key)]

@@ -1,4 +1,4 @@
-"""Plots of accuracy over bit widths and over cost."""
+"""Plots accuracy over bit widths and over cost."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,19 +10,18 @@ from qbench.report.plots.style import DASHES, FILLS, GREY, INK, STARS, Artist, A
 
 AXES = {"w": "weight bits W", "a": "activation bits A", "g": "gradient bits G"}
 SeriesKey = tuple[str, str]
-"""A method's label and what else it quantizes: the key of one line."""
+"""The key of one line: a method's label and the widths of its other quantized parts."""
 COSTS: dict[str, tuple[str, str, Callable[[Setting], float]]] = {
     "size": ("size (bytes, log scale)", "B", lambda s: s.cost.bytes_ideal if s.cost else 0.0),
     "bitops": ("BitOps per image (log scale)", "", lambda s: float(s.cost.bitops) if s.cost else 0.0),
 }
-"""Costs by name: label of the axis, unit, and the value of a setting, 0 if it is not known."""
+"""Cost -> label of the axis, unit, and function of a setting that returns the cost (0: unknown)."""
 
 
 def bits(figure: Figure, data: PlotData) -> None:
-    """Draw accuracy over bits, one line for each method and what else it quantizes.
+    """Draw accuracy over bits, with one line per method and widths of its other quantized parts.
 
-    Settings with float weights have a panel of their own, over the bits of activations or
-    gradients.
+    Settings with float weights have a separate panel, over the bits of activations or gradients.
     """
     series = bit_series(data.quantized)
     places = {
@@ -37,7 +36,7 @@ def bits(figure: Figure, data: PlotData) -> None:
     for panel, (key, lines) in zip(panels, series.items(), strict=True):
         handles |= _float_lines(panel, data.floats)
         for i, ((label, other), settings) in enumerate(lines.items()):
-            # lines share the place of a width: each gets its own offset within 0.8 of it
+            # lines at the same width get different offsets, spread over 0.8 of its place
             offset = 0.8 * ((i + 0.5) / len(lines) - 0.5)
             x = [places[key].index(s.bits._asdict()[key]) + offset for s in settings]
             handles[series_label(label, other)] = styling.points(
@@ -53,10 +52,10 @@ def bits(figure: Figure, data: PlotData) -> None:
 
 
 def bit_series(settings: Sequence[Setting]) -> dict[str, dict[SeriesKey, list[Setting]]]:
-    """Return the settings of each line, by axis (w, a, g), method and what else it quantizes.
+    """Return the settings of each line, by axis (w, a, g), then by label and other widths.
 
-    What else is "A=W" if a method has activations as wide as weights at several widths, otherwise
-    such as "A2 G6".
+    The other widths are text such as "A2 G6". If a method quantizes activations as wide as weights
+    at several widths, the text is "A=W".
     """
     lines: dict[str, dict[SeriesKey, list[Setting]]] = {}
     for label in dict.fromkeys(s.label for s in settings):
@@ -77,7 +76,7 @@ def series_label(label: str, other: str) -> str:
 
 
 def _float_lines(panel: Axes, floats: Sequence[Setting]) -> dict[str, Artist]:
-    """Draw float networks as horizontal lines, their intervals as bands.
+    """Draw float networks as horizontal lines with bands for the confidence intervals.
 
     Return the legend's handles.
     """
@@ -109,7 +108,7 @@ def pareto(figure: Figure, data: PlotData) -> None:
 
 
 def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Setting], float]) -> None:
-    """Draw the Pareto front as steps, with a ring around each of its points and the setting's name."""
+    """Draw the Pareto front as steps, with a ring and the setting's name at each of its points."""
     best = [settings[i] for i in pareto_front([(cost(s), s.top1.mean) for s in settings])]
     x, y = [cost(s) for s in best], [s.top1.mean for s in best]
     panel.step(x, y, where="post", color=INK, lw=0.9, alpha=0.6, zorder=1)
@@ -121,10 +120,10 @@ def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Settin
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the places of the points (cost, accuracy) on the Pareto front, cheapest first.
+    """Return the indices of the points (cost, accuracy) on the Pareto front, cheapest first.
 
-    No other point has at most the same cost and a higher accuracy, or a lower cost and at least the
-    same accuracy.
+    A point is on the front if no other point is better in one respect and at least as good in the
+    other.
     """
     best: list[int] = []
     for i in sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1])):

@@ -1,4 +1,4 @@
-"""What the plots of one table show."""
+"""Collects the data that the plots of one table show."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class PlotData:
     """The settings of one table and their curves.
 
     Args:
-        title: of the table.
+        title: the table's title.
         quantized, floats: settings of quantized and of float networks.
-        styles: by label of the method.
-        curves, measure: learning curves and what they show.
-        errors, layers: errors by layer, and the layers' names.
+        styles: looks of points by the method's label.
+        curves, measure: learning curves, and the measure on their y-axis.
+        errors, layers: curves of output SQNR over layers, and the layers' names.
     """
 
     title: str
@@ -36,7 +36,7 @@ class PlotData:
 def read_plot_data(tables: Sequence[Table], runs: Sequence[RunRecord], *, curves: bool, layers: bool) -> list[PlotData]:
     """Return the data of every table with quantized settings.
 
-    Metrics.jsonl is read only for curves or layers.
+    metrics.jsonl is read only with `curves` or `layers`.
     """
     results = {str(run.path): run.result for run in runs if run.result}
     labels = sorted({s.label for table in tables for s in settings_of(table) if not s.is_float})

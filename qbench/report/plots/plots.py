@@ -1,9 +1,9 @@
-"""Plots of a comparison: accuracy over bits, size and BitOps, learning curves, errors by layer.
+"""Plots a comparison: accuracy over bits, size and BitOps, learning curves, errors by layer.
 
-Methods differ in colour (Okabe and Ito), marker and dash, widths in colour and dash; float is
-black. Bars are Student's 95 % confidence intervals over seeds, none with one seed. Bands of curves
-go from the lowest seed to the highest. Where accuracies are far apart, the axis is logarithmic in
-the error, so that good settings stay distinct.
+Methods differ in colour (Okabe and Ito), marker and dash. In plots of curves, widths differ in
+colour and dash. Float networks are black. Bars are Student's 95 % confidence intervals over seeds;
+with one seed there is no bar. Bands of curves extend from the lowest seed to the highest. If
+accuracies are far apart, the axis is logarithmic in the error, so that good settings stay distinct.
 """
 
 import os
@@ -33,17 +33,17 @@ KINDS: dict[str, Callable[[Figure, PlotData], None]] = {
     "bits": bits, "pareto": pareto, "curves": curves, "layers": layers,
 }  # fmt: skip
 NEEDED = {"layers": "runs with metrics of their layers"}
-"""What a kind of plot needs, other than finished runs of a quantized network."""
+"""Requirements of a kind of plot, beyond finished runs of a quantized network."""
 
 
 def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None:
     """Plot a comparison into a PNG, PDF or SVG file.
 
-    A file named bits, pareto, curves or layers holds that plot alone, under any other name all of
-    them.
+    A file named bits, pareto, curves or layers contains only the plot of that name. A file with any
+    other name contains all plots.
 
     Raises:
-        ConfigError: another suffix, or nothing to plot.
+        ConfigError: the suffix is not supported, or there is nothing to plot.
         ResourceError: the file cannot be written.
     """
     if path.suffix.lower() not in SUFFIXES:
@@ -64,7 +64,7 @@ def comparison_figure(
 
     None if there is nothing to plot.
     """
-    os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails if this names a backend that is not installed
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails if MPLBACKEND names a backend that is not installed
     from matplotlib import rc_context
     from matplotlib.figure import Figure as MatplotlibFigure
 
@@ -93,7 +93,7 @@ def comparison_figure(
 
 
 def encoded(figure: Figure, form: str, **style: object) -> bytes:
-    """Return the bytes of a figure's file; the same figure gives the same bytes.
+    """Return the bytes of a figure's file, which are the same for equal figures.
 
     Args:
         form: png, pdf or svg.
@@ -109,7 +109,7 @@ def encoded(figure: Figure, form: str, **style: object) -> bytes:
 
 
 def _height(kind: str, data: PlotData) -> float:
-    """Return the height of a plot with its legend in inches; 0 if there is nothing of this kind."""
+    """Return the height of a plot with its legend in inches; 0 if there is nothing to plot."""
     if kind in ("curves", "layers"):
         lines = data.curves if kind == "curves" else data.errors
         if not lines:

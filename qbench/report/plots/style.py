@@ -1,4 +1,4 @@
-"""The look of plots: colours, points with their intervals, axes, legends."""
+"""Defines the look of plots: colours, points with confidence intervals, axes, legends."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import nan
@@ -20,17 +20,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STARS = ("*", "H", "d", "8")
 """Markers of float networks."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-"""Their number has no divisor in common with that of the colours: 66 pairs."""
+"""Markers of methods. Cycling through 11 markers and 6 colours gives 66 different pairs."""
 DASHES: tuple[Dash, ...] = (
     "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 3)), (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)),
 )  # fmt: skip
 FILLS = ("full", "none", "left", "right", "bottom", "top")
 INK, GREY = "#010203", "#7f7f7f"
-"""INK is a black with a value of its own: the HTML page puts its text colour in its place."""
+"""INK is an otherwise unused shade of black, which the HTML page replaces by its text colour."""
 WIDTH, ACROSS, DPI, LINE = 10.0, 4, 150, 0.17
-"""Width in inches, small panels in a row, dots an inch, inches of a line of text."""
+"""Width in inches, small panels per row, dots per inch, height of a text line in inches."""
 FAR, GOOD = 15.0, 75.0
-"""Points of top-1 from which on the axis is logarithmic in the error, if the best is GOOD."""
+"""The axis is logarithmic in the error if top-1 spans FAR points and the best is at least GOOD."""
 TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 100)
 FRONT = "front"
 """Marks the names of points on a Pareto front, for `thin_out`."""
@@ -59,8 +59,9 @@ def points(
 def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) -> str:
     """Scale the axis of accuracy and return its label.
 
-    All means are visible. Intervals count up to 30 % of the range of the means: a longer one would
-    hide these. `room` is the free part above.
+    All means are visible. Confidence intervals are taken into account up to a half-width of 30 % of
+    the range of the means, since longer ones would squeeze the means together. `room` is the free
+    space above, as a fraction of the range.
     """
     means = [s.top1.mean for s in settings]
     longest = 0.3 * (max(means) - min(means)) or 1.0
@@ -79,7 +80,7 @@ def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) 
 
 
 def _log_error(top1: "float | NDArray[np.floating]") -> "NDArray[np.floating]":
-    """Return -log(101 - top1): the error and one point, so that 100 % is finite."""
+    """Return -log(101 - top1), where one point is added to the error so that 100 % is finite."""
     import numpy as np
 
     return np.asarray(-np.log(np.maximum(101 - top1, 1e-9)))
@@ -92,7 +93,7 @@ def _from_log_error(value: "float | NDArray[np.floating]") -> "NDArray[np.floati
 
 
 def log_axis(panel: Axes, unit: str) -> None:
-    """Make the axis of cost logarithmic, with SI prefixes and a unit at its ticks."""
+    """Make the axis of cost logarithmic, with SI prefixes and the unit in its tick labels."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     panel.set_xscale("log")
@@ -115,24 +116,24 @@ def finish(panel: Axes, x_label: str, y_label: str) -> None:
 
 
 def _legend_columns(labels: Iterable[str]) -> int:
-    """Return as many columns as the longest label leaves room for."""
+    """Return the number of legend columns for which the longest label leaves room."""
     return max(1, min(9, 150 // (9 + max(map(len, labels), default=0))))
 
 
 def legend_rows(labels: set[str]) -> int:
-    """Return how many lines a legend takes."""
+    """Return the number of text lines that a legend takes."""
     return -(-(len(labels) + 1) // _legend_columns(labels))
 
 
 def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """Draw one legend under the panels, with a space before labels that matplotlib would hide."""
+    """Draw one legend under the panels; a space before `_` keeps matplotlib from hiding a label."""
     labelled = {(f" {label}" if label.startswith("_") else label): handle for label, handle in handles.items()}
     place = {"loc": "outside lower center", "ncols": _legend_columns(labelled), "frameon": False}
     figure.legend(list(labelled.values()), list(labelled), fontsize=7.5, labelcolor=INK, handlelength=2.6, **place)
 
 
 def thin_out(figure: Figure) -> None:
-    """Remove names of front points that would touch the name of a better point."""
+    """Remove names on the Pareto front that would touch the name of a more accurate point."""
     figure.draw_without_rendering()
     gap = 10 * figure.dpi / 72
     for panel in (panel for place in figure.subfigs for panel in place.axes):

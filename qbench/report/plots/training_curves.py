@@ -1,4 +1,4 @@
-"""Curves from metrics.jsonl: learning curves by epoch, errors of outputs by layer."""
+"""Reads curves from metrics.jsonl: learning curves by epoch, output errors by layer."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%
 FLOAT_STAGE = "float"
 """The name of the float baselines' curve."""
 PLOT_MAX_SQNR = 60.0
-"""dB above which an output counts as exact: cosines are stored in single precision."""
+"""Largest SQNR in dB that is plotted, since cosines are stored in single precision."""
 
 
 class SeedCurve(NamedTuple):
-    """The mean over seeds at each place x, and the lowest and the highest seed."""
+    """The mean over seeds at each position x, and the values of the lowest and highest seed."""
 
     x: list[int]
     mean: list[float]
@@ -27,17 +27,18 @@ class SeedCurve(NamedTuple):
 
 
 Curves = dict[str, dict[str, SeedCurve]]
-"""Curves by label of the method, then by widths."""
+"""Curves by the method's label, then by widths."""
 
 
 def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | None]) -> tuple[Curves, str]:
     """Return learning curves of settings and their float baselines, and the measure shown.
 
     The measure is validation top-1, or training top-1 if no run has a validation split. Epochs of
-    quantized training count from 1, those of float training end with 0.
+    quantized training are numbered from 1; the last epoch of float training is 0.
 
     Args:
-        results: by directory of the run.
+        settings: the settings to show.
+        results: results by the run's directory.
     """
     baselines = {
         run.run: path
@@ -67,7 +68,7 @@ def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | 
 
 
 def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
-    """Return the last `fitted_sqnr` of each layer by its place, and the layers' names."""
+    """Return curves of the last `fitted_sqnr` over the layers' indices, and the layers' names."""
     sqnr = {
         run.run: {name: fitted_sqnr(metrics) for name, metrics in observed(Path(run.run)).items()}
         for s in settings
@@ -85,10 +86,11 @@ def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
 def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
     """Return a layer's SQNR in dB at the scale that fits best, at most `PLOT_MAX_SQNR`.
 
-    None if the cosine of its output with the float output was not recorded. Normalization undoes
-    the scale, and some methods' weights have another scale than the latent weights: DoReFa's output
-    may have a large error and still point in the right direction. Of a signal, 1 - cosine^2 is
-    error at the best scale.
+    None if the cosine between the layer's output and the float output was not recorded. The scale
+    is fitted since normalization undoes it, and the quantized weights of some methods have another
+    scale than the latent weights. DoReFa's output, for example, may have a large error and still
+    point in the right direction. At the best scale, the error is the fraction 1 - cosine^2 of the
+    signal.
     """
     cosine = metrics.get("cosine")
     if not isinstance(cosine, int | float):
@@ -98,9 +100,9 @@ def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
 
 
 def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
-    """Return the line over seeds, at each place over the seeds that have it.
+    """Return the curve over seeds; each position x covers the seeds with a value at x.
 
-    None if no seed has any.
+    None if no seed has a value.
     """
     places = sorted(set().union(*seeds))
     at = [[seed[x] for seed in seeds if x in seed] for x in places]

@@ -1,8 +1,8 @@
-"""Measures what a method does to single values, in a small layer.
+"""Measures how a method quantizes single values, in a small layer.
 
-No formula of a method is used here. Weights are the quantiles of N(0, 1) in a seeded order, inputs
-are those of such a layer. Each quantizer is evaluated for its value and its derivative. What
-depends on a whole tensor depends on this one.
+No formula of a method is used here. Each quantizer is evaluated to obtain its values and
+derivatives. The weights are the quantiles of N(0, 1) in a seeded order; the inputs come from a
+small network. Quantities that depend on a whole tensor are computed from these tensors.
 """
 
 import copy
@@ -23,19 +23,18 @@ from qbench.report.quantizer_plots.transfer_curves import DRAWS, FEW_LEVELS, Cod
 PICKS = 512
 """Number of values at which derivatives are taken."""
 BISECTIONS, MAX_SHARPENED = 24, 64
-"""Bisections to locate a jump, and the number of jumps up to which they are located."""
+"""Bisection steps to locate a jump; largest number of jumps that are located in this way."""
 GRADIENT_STD = 0.01
-"""Standard deviation of the gradient that a layer receives."""
+"""Standard deviation of the gradient with respect to a layer's output."""
 
 Evaluate = Callable[[nn.Module], Tensor]
 
 
 def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return curves of all that a method quantizes, before training.
+    """Return curves of everything that a method quantizes, before training.
 
-    If it quantizes nothing, of its float weights.
-
-    The global random state is left as it was.
+    If the method quantizes nothing, the curve of its float weights is returned. The global random
+    state is restored.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -50,7 +49,7 @@ def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
 
 
 def _weight_curves(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return the curves of weights, one for each phase shown, or codewords."""
+    """Return the curves of weights, one for each phase shown, or the codewords."""
     probe = install_in_probe(method, 1, VALUES)
     if (size := _codeword_size(probe.layer)) > 1:
         return [_codewords(method, install_in_probe(method, VALUES // size, size))]
@@ -66,9 +65,12 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
     """Measure a quantizer of weights or inputs.
 
     Args:
-        x: values to evaluate it at. If x is `like`, only the elements of the first scale group are
-            kept.
-        like: the tensor whose scale group determines the levels.
+        what: weights or inputs.
+        bits: the width.
+        quantizer: the quantizer to measure.
+        x: the values at which the quantizer is evaluated. If x is `like`, only the elements of the
+            first scale group are kept.
+        like: the tensor whose first scale group determines the levels.
         tensor: the float tensor for the histogram.
     """
     places, levels = _first_scale_group(quantizer, like)
@@ -89,7 +91,7 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
 
 
 def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCurves:
-    """Measure a method without float weights: x is an update from 0 by the method's own step."""
+    """Measure a method without float weights; apply x as an update from 0 by its step."""
 
     def updated(model: nn.Module) -> Tensor:
         weight = model.get_parameter("middle.weight")
@@ -105,7 +107,7 @@ def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCur
 
 
 def _input_curves(method: Method) -> QuantizerCurves:
-    """Measure the quantizer of inputs over their range, and a fifth more on each side."""
+    """Measure the quantizer of inputs over the inputs' range, extended by a fifth on each side."""
     probe = install_in_probe(method, 1, VALUES)
     columns = VALUES
     if (size := _codeword_size(probe.layer)) > 1:
@@ -114,7 +116,7 @@ def _input_curves(method: Method) -> QuantizerCurves:
     quantizer, behind = probe.layer.input_q, probe.layer.output_q
     tensor = probe.model.middle_inputs(probe.images)
     _, levels = _first_scale_group(quantizer, tensor)
-    # the 0.1 % and 99.9 % quantiles of the inputs, and the levels if these are few
+    # the 0.1 % and 99.9 % quantiles of the inputs, and the levels if there are few
     ends = tensor.flatten().sort().values[[tensor.numel() // 1000, -1 - tensor.numel() // 1000]]
     low, high = (end.item() for end in torch.cat([ends, levels] if len(levels) <= FEW_LEVELS else [ends]).aminmax())
     margin = (high - low) / 5
@@ -127,9 +129,9 @@ def _input_curves(method: Method) -> QuantizerCurves:
 
 
 def _sharpened(curve: TransferCurve, quantizer: Quantizer, shape: torch.Size) -> TransferCurve:
-    """Move the two points next to every jump to where it is, by bisection of all jumps at once.
+    """Move the two points next to every jump onto the jump, by bisection of all jumps at once.
 
-    Valid for quantizers that act element by element.
+    This is valid for quantizers that act element by element.
     """
     jumps = curve.jumps
     if not 0 < len(jumps) <= MAX_SHARPENED:
@@ -146,7 +148,7 @@ def _sharpened(curve: TransferCurve, quantizer: Quantizer, shape: torch.Size) ->
 
 
 def _output_curves(method: Method) -> QuantizerCurves:
-    """Measure the quantizer behind a layer at the outputs of one sample and their gradients."""
+    """Measure the quantizer behind a layer for the outputs and output gradients of one sample."""
     probe = install_in_probe(method, VALUES, 2)
     prepare(method, probe)
     quantizer, x = probe.layer.output_q, torch.ones(1, 2, 1, 1)
@@ -177,13 +179,13 @@ def _codewords(method: Method, probe: ProbeLayer) -> Codewords:
 
 
 def _codeword_size(layer: QConv2d) -> int:
-    """Return how many weights one level of the layer encodes."""
+    """Return the number of weights that one level of the layer encodes."""
     grid = layer.weight_q.grid(layer.weight.detach())
     return 1 if grid is None else int(grid.points.shape[-1])
 
 
 def _first_scale_group(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first scale group's places in the flattened tensor, and its levels."""
+    """Return the first scale group's indices in the flattened tensor, and the group's levels."""
     places = torch.arange(like.numel())
     if (grid := quantizer.grid(like)) is None:
         return places, like.new_zeros(0)
@@ -193,7 +195,7 @@ def _first_scale_group(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tens
 
 
 def _evaluations(module: nn.Module, evaluate: Evaluate) -> Tensor:
-    """Return `evaluate` of fresh copies of a module, (draws, ...).
+    """Return the results (draws, ...) of `evaluate` on fresh copies of a module.
 
     A stochastic module is evaluated `DRAWS` times in training mode, a deterministic one once in
     evaluation mode.
@@ -209,9 +211,9 @@ def _evaluations(module: nn.Module, evaluate: Evaluate) -> Tensor:
 
 
 def _slopes(quantizer: Quantizer, x: Tensor, places: Tensor) -> Tensor:
-    """Return the diagonal of the quantizer's Jacobian at some places.
+    """Return the diagonal of the quantizer's Jacobian at some places (indices).
 
-    The derivative of single elements of the quantized value by themselves.
+    Each entry is the derivative of an element's quantized value with respect to that element.
     """
     x = x.detach().clone().requires_grad_()
     y = copy.deepcopy(quantizer).eval()(x)
@@ -236,7 +238,7 @@ def _sorted(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _evenly_spaced(x: Tensor) -> Tensor:
-    """Return places of values that are spread evenly over the range of x (n,), ascending."""
+    """Return indices of elements of the ascending x (n,) that are spread evenly over its range."""
     wanted = torch.linspace(x[0].item(), x[-1].item(), PICKS)
     places: Tensor = torch.unique_consecutive(torch.searchsorted(x, wanted).clamp(max=len(x) - 1))
     return places

@@ -1,4 +1,4 @@
-"""Figures of quantizers: one method, a row for each part it quantizes; or all methods."""
+"""Draws figures of quantizers: one method with a row per quantized part, or all methods."""
 
 import os
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from qbench.report.quantizer_plots.panels import (
 from qbench.report.quantizer_plots.transfer_curves import Codewords, QuantizerCurves
 
 WIDTH, DPI = 10, 120
-"""Width of a figure in inches; dots an inch."""
+"""Width of a figure in inches; dots per inch."""
 COLUMNS, LISTED_THRESHOLDS = 3, 7
-"""Tiles in a row of the poster; number of thresholds up to which their values are written out."""
+"""Tiles per row of the poster; largest number of thresholds whose values are written out."""
 TITLE = "Quantizers of all methods"
 SUBTITLE = (
     "Left: forward, right: backward, both measured on the quantizers before training. Weights follow N(0, 1); "
@@ -34,7 +34,7 @@ LETTERS = {"weights": "W", "inputs": "A", "outputs": "G"}
 
 
 def method_figure(method: Method, title: str, command: str) -> Figure:
-    """Return the figure of one method: forward at the left, backward at the right."""
+    """Return the figure of one method, forward curves at the left, backward at the right."""
     measured = measure_quantizers(method)
     height = 2.55 * len(measured) + 1.15
     figure = _figure(height)
@@ -57,7 +57,7 @@ def method_figure(method: Method, title: str, command: str) -> Figure:
 
 
 def poster_figure(methods: Mapping[str, Method]) -> Figure:
-    """Return the figure of all methods, by name: a tile for each part that a method quantizes."""
+    """Return the figure of all methods, with a tile for each part that a method quantizes."""
     tiles = [(name, curves) for name, method in methods.items() for curves in measure_quantizers(method)]
     tall, wide, top, bottom = 1.36, WIDTH / COLUMNS, 0.78, 0.5
     total_height = tall * -(-len(tiles) // COLUMNS) + top + bottom
@@ -85,7 +85,7 @@ def _figure(height: float) -> Figure:
 
 
 def _draw_pair(left: Axes, right: Axes, curves: QuantizerCurves | Codewords, sizes: PlotSizes) -> None:
-    """Draw curves into two panels, forward and backward."""
+    """Draw the forward and backward curves into two panels."""
     if not isinstance(curves, QuantizerCurves):
         draw_codewords(left, right, curves, sizes)
         return
@@ -97,7 +97,7 @@ def _draw_pair(left: Axes, right: Axes, curves: QuantizerCurves | Codewords, siz
 
 
 def _heading(curves: QuantizerCurves | Codewords) -> str:
-    """Return what is quantized, with its width and number of levels."""
+    """Return the name of the quantized part with its width and number of levels."""
     if not isinstance(curves, QuantizerCurves):
         return f"weights, W{curves.bits}: {len(curves.points)} codewords of {curves.points.shape[1]} weights"
     if curves.bits == FLOAT:
@@ -121,7 +121,7 @@ def _titles(curves: QuantizerCurves | Codewords) -> tuple[str, str]:
 
 
 def _axes(curves: QuantizerCurves | Codewords) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Return the labels (x, y) of both panels, with the thresholds if they are few."""
+    """Return the labels (x, y) of both panels, with the thresholds if there are few."""
     if not isinstance(curves, QuantizerCurves):
         rank = f"of {curves.points.shape[1]} weights"
         return (f"the first {rank}", "the second"), (f"float w, the first {rank}", r"quantized $\hat{w}$")

@@ -1,4 +1,4 @@
-"""Draws one curve into one pair of axes; colours are Okabe and Ito's, marks differ in shape."""
+"""Draws one curve into one panel; colours are Okabe and Ito's, marks differ in shape."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, SKY, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"
 DASHES = (0, (4, 0.7))
 MAX_STEPS = 64
-"""Number of jumps up to which a curve is drawn as a staircase; with more it is a line."""
+"""Largest number of jumps with which a curve is drawn as a staircase; with more, as a line."""
 MAX_LARGE_MARKS, MIN_ZOOMED = 9, 60
-"""Number of thresholds up to which marks are large; values that a magnified part must hold."""
+"""Largest number of thresholds with large marks; fewest values in a magnified part."""
 BINS, MARGIN = 60, 0.08
-"""Bins of the histogram; margin of an axis, as a part of its range."""
+"""Bins of the histogram; margin of an axis as a fraction of its range."""
 
 
 class PlotSizes(NamedTuple):
-    """Sizes of text, lines and marks in points; part of an axis for a tick label; level format."""
+    """Sizes of text, lines and marks in points; axis fraction per tick label; format of levels."""
 
     text: float
     line: float
@@ -37,7 +37,7 @@ LARGE, SMALL = PlotSizes(9, 2.2, 7, 0.08, ".3g"), PlotSizes(7, 1.5, 4, 0.13, ".2
 def draw_curve(
     panel: Axes, curve: TransferCurve, sizes: PlotSizes, frozen: Tensor | None = None, picks: Tensor | None = None
 ) -> None:
-    """Draw x -> y: a staircase, a mean with its band, or dots if a part is frozen."""
+    """Draw a curve x -> y as a staircase, a mean with its band, or dots if a part is frozen."""
     x, y = curve.x.numpy(), curve.y.numpy()
     levels = curve.levels.numpy() if frozen is None else np.unique(y[frozen.numpy()])
     few = levels if 0 < len(levels) <= FEW_LEVELS else levels[:0]
@@ -61,9 +61,9 @@ def draw_curve(
 
 
 def draw_zoom(panel: Axes, curve: TransferCurve, sizes: PlotSizes) -> None:
-    """Draw five levels around zero into a corner, if there are many levels.
+    """Draw five levels around zero, magnified, into a corner.
 
-    Only if enough values lie between them.
+    Nothing is drawn if the curve has few levels, or if too few values lie between these five.
     """
     levels, x = curve.levels.numpy(), curve.x.numpy()
     if len(levels) <= FEW_LEVELS:
@@ -80,7 +80,7 @@ def draw_zoom(panel: Axes, curve: TransferCurve, sizes: PlotSizes) -> None:
 
 
 def _draw_staircase(panel: Axes, curve: TransferCurve, width: float) -> None:
-    """Draw a staircase step by step; with many steps, or a mean, a line."""
+    """Draw a staircase step by step, or a line if there are many steps or y is a mean."""
     x, y = curve.x.numpy(), curve.y.numpy()
     if curve.band is not None:
         panel.fill_between(x, *(edge.numpy() for edge in curve.band), color=SKY, alpha=0.5, lw=0, zorder=2)
@@ -94,7 +94,7 @@ def _draw_staircase(panel: Axes, curve: TransferCurve, width: float) -> None:
 
 
 def draw_slope(panel: Axes, curves: QuantizerCurves, sizes: PlotSizes) -> None:
-    """Draw the derivative that training uses in place of the staircase's."""
+    """Draw the derivative that training uses in place of the derivative of the staircase."""
     assert curves.slope is not None
     x, d = curves.forward.x[curves.picks], curves.slope
     _draw_histogram(panel, curves.forward.tensor)
@@ -107,9 +107,9 @@ def draw_slope(panel: Axes, curves: QuantizerCurves, sizes: PlotSizes) -> None:
 
 
 def draw_codewords(left: Axes, right: Axes, codewords: Codewords, sizes: PlotSizes) -> None:
-    """Draw codewords and the vectors they encode, in two dimensions.
+    """Draw codewords and the encoded vectors in two dimensions into the left panel.
 
-    And at the right one weight -> its value.
+    The right panel shows one weight of each vector -> its quantized value.
     """
     size = sizes.mark**2
     left.scatter(*codewords.vectors[:, :2].T.numpy(), s=size / 8, color="0.75", lw=0)
@@ -131,7 +131,7 @@ def _draw_dots(panel: Axes, x: Tensor, y: Tensor, frozen: Tensor, sizes: PlotSiz
 def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
     """Draw the histogram of a float tensor in the background.
 
-    The highest bar, ReLU's zeros, is cut.
+    The highest bar, such as the zeros of ReLU, is cut to the height of the second highest.
     """
     counts, edges = np.histogram(tensor.numpy(), bins=BINS)
     heights = (counts / max(np.sort(counts)[-2], 1)).clip(max=1)
@@ -139,7 +139,7 @@ def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
 
 
 def legend_handles(measured: list[QuantizerCurves | Codewords]) -> list[Artist]:
-    """Return the legend's entries for what these curves show."""
+    """Return the legend's entries for the elements that these curves contain."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -164,7 +164,7 @@ def legend_handles(measured: list[QuantizerCurves | Codewords]) -> list[Artist]:
 
 
 def format_number(value: float, digits: str) -> str:
-    """Return a number as axes write it, with a real minus sign, and none in front of 0."""
+    """Return a number formatted for an axis, with a typographic minus sign and without -0."""
     text = f"{value:{digits}}"
     return (f"{0:{digits}}" if not float(text) else text).replace("-", "\u2212")
 
@@ -177,7 +177,7 @@ def _limits(*values: "NDArray[np.generic]") -> tuple[float, float]:
 
 
 def _spread_out(levels: list[float], gap: float) -> list[float]:
-    """Return levels whose labels do not overlap: the ends, zero, then the farthest in turn."""
+    """Return levels whose labels do not overlap: the ends, zero, then repeatedly the farthest."""
     kept = [levels[0], *levels[1:][-1:]]
     rest = sorted(levels, key=abs)
     while rest:

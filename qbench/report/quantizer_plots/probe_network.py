@@ -1,4 +1,4 @@
-"""A small network to measure a method in: one layer, weights and inputs close to N(0, 1)."""
+"""Defines a small network in which methods are measured, with weights that follow N(0, 1)."""
 
 import copy
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from qbench.quant.quantizer import Quantizer
 VALUES = 4096
 IMAGES, FEATURES, CLASSES = 64, 64, 3
 EPOCHS = 20
-"""Epochs in which incremental methods freeze all weights, without training in between."""
+"""Number of epochs in which incremental methods freeze all weights; nothing is trained in them."""
 
 
 class ProbeNetwork(nn.Sequential):
@@ -51,7 +51,7 @@ def normal_values(count: int) -> Tensor:
 
 
 class ProbeLayer(NamedTuple):
-    """The network, its middle layer, and images."""
+    """The network, its quantized middle layer, and input images."""
 
     model: ProbeNetwork
     layer: QConv2d
@@ -59,7 +59,7 @@ class ProbeLayer(NamedTuple):
 
 
 def install_in_probe(method: Method, rows: int, columns: int) -> ProbeLayer:
-    """Return a network with a method in its middle layer, weights (rows, columns, 1, 1)."""
+    """Return a network with a method in the middle layer, with weights (rows, columns, 1, 1)."""
     model, images = ProbeNetwork(rows, columns, method.requires.norm or "affine"), torch.randn(IMAGES, FEATURES, 1, 1)
     model.train()(images)  # the float network's normalization adapts to its inputs
     install(method, model)
@@ -71,10 +71,9 @@ def install_in_probe(method: Method, rows: int, columns: int) -> ProbeLayer:
 def prepare(method: Method, probe_layer: ProbeLayer) -> list[tuple[str, Quantizer]]:
     """Prepare a method and begin all its epochs.
 
-    Returns the weights' quantizer at the end, with its phase.
-
-    For incremental methods a copy comes first, of the first epoch at which at least half of the
-    weights are frozen, but not all.
+    Return pairs of a phase's name and the weights' quantizer in that phase. The last pair is the
+    state at the end. For incremental methods, the state of the first epoch with at least half of
+    the weights frozen, but not all, comes before it.
     """
     model, quantizer = probe_layer.model, probe_layer.layer.weight_q
     probe = Probe([(probe_layer.images, torch.arange(IMAGES) % CLASSES)], F.cross_entropy)

@@ -1,4 +1,4 @@
-"""Measured curves of a method's quantizers: maps of single values, and codewords of several values."""
+"""Defines the measured curves of quantizers: maps of single values, and codewords of several."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,15 +9,18 @@ from torch import Tensor
 DRAWS = 200
 """Number of evaluations of a stochastic quantizer."""
 FEW_LEVELS = 17
-"""Number of levels up to which a plot shows each of them."""
+"""Largest number of levels that a plot shows one by one."""
 
 
 class TransferCurve(NamedTuple):
     """A measured function x -> y.
 
-    x: (n,) ascending. y: (n,), of a stochastic function the mean. band: smallest and largest y,
-    (n,) each; None for a deterministic function. levels: values that the quantizer declares,
-    ascending. tensor: the float tensor for which the function was measured.
+    Args:
+        x: (n,) float values, ascending.
+        y: (n,) function values; the mean for a stochastic function.
+        band: smallest and largest y, (n,) each; None for a deterministic function.
+        levels: the levels that the quantizer declares, ascending.
+        tensor: the float tensor for which the function was measured.
     """
 
     x: Tensor
@@ -28,34 +31,34 @@ class TransferCurve(NamedTuple):
 
     @property
     def jumps(self) -> Tensor:
-        """The places before which y jumps; none for a stochastic function."""
+        """The indices after which y jumps; empty for a stochastic function."""
         return self.y.diff().nonzero().flatten() if self.band is None else torch.zeros(0, dtype=torch.long)
 
     @property
     def thresholds(self) -> Tensor:
-        """The x of the jumps, half way between neighbours."""
+        """The x of the jumps, half way between the neighbouring points."""
         return (self.x[self.jumps] + self.x[self.jumps + 1]) / 2
 
     @property
     def heights(self) -> Tensor:
-        """The y of every step, one more than there are jumps."""
+        """The y of every step; there is one step more than jumps."""
         return self.y[torch.cat([torch.zeros(1, dtype=torch.long), self.jumps + 1])]
 
 
 @dataclass(frozen=True)
 class QuantizerCurves:
-    """What a method does to weights, inputs or outputs of a layer.
+    """The measured quantization of a layer's weights, inputs or outputs.
 
     Args:
         what: weights, inputs or outputs.
-        bits: width.
-        forward: float value -> quantized value.
-        picks: (m,) places in forward.x, spread evenly over its range.
+        bits: the width.
+        forward: the curve float value -> quantized value.
+        picks: (m,) indices into forward.x, spread evenly over its range.
         slope: (m,) derivative of the quantized value at the picks; None for outputs.
-        backward: for outputs: incoming gradient -> outgoing gradient.
-        frozen: (n,) which of forward.x are frozen, in a phase where not all are.
-        when: that phase, for incremental methods.
-        notes: what a reader must know to read the curve correctly.
+        backward: for outputs, the curve incoming gradient -> outgoing gradient.
+        frozen: (n,) whether each of forward.x is frozen; None unless only some are.
+        when: the phase of an incremental method.
+        notes: remarks needed to read the curve correctly.
     """
 
     what: str
@@ -71,14 +74,14 @@ class QuantizerCurves:
 
 @dataclass(frozen=True)
 class Codewords:
-    """Codewords for s weights at once.
+    """Codewords that each encode s weights.
 
     Args:
-        bits: width.
+        bits: the width.
         vectors: (n, s) groups of float weights.
-        decoded: (n, s) the codeword of each.
+        decoded: (n, s) the codeword of each group.
         points: (k, s) all codewords.
-        fixed: no gradient reaches the float weights.
+        fixed: whether no gradient reaches the float weights.
     """
 
     bits: int

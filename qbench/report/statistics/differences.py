@@ -1,13 +1,13 @@
-"""Differences between two methods: means, confidence intervals and p-values.
+"""Computes differences between two methods: means, confidence intervals and p-values.
 
-The two groups of runs are paired: by seed and, where single predictions are kept, by test image.
+The two groups of runs are paired by seed and, where single predictions are kept, by test image.
 
 Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`), not from `scipy.stats`,
-whose `t.cdf` and `t.ppf` give the same numbers. `qbench compare` needs these functions whenever it
-compares two settings. Importing `scipy.stats` takes about three times as long as `scipy.special`
-(0.7 s and 0.2 s), and each call about 35 times as long, which counts with thousands of pairs. The
-tests compare the results with those of `scipy.stats`. scipy and numpy are imported where they are
-used.
+whose `t.cdf` and `t.ppf` return the same numbers. `qbench compare` needs these functions whenever
+it compares two settings. Importing `scipy.stats` takes about three times as long as importing
+`scipy.special` (0.7 s and 0.2 s). Each call takes about 35 times as long, which matters with
+thousands of pairs. The tests compare the results with those of `scipy.stats`. scipy and numpy are
+imported inside the functions that use them.
 """
 
 import math
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 ALPHA = 0.05
-"""Level of significance; confidence intervals hold 1 - ALPHA = 95 %."""
+"""Level of significance; the confidence level is 1 - ALPHA = 95 %."""
 NORMAL_QUANTILE = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, first minus second, with what tests about it need.
+    """A mean difference, first minus second, with the values that tests of it need.
 
     Args:
-        mean: the estimate.
+        mean: the estimated difference.
         low, high: ends of the 95 % confidence interval.
         n: number of seeds.
-        p: two-sided p-value for "there is no difference".
-        standard_error: of the mean; infinite with one seed, 0 if all seeds have the same
-            difference.
+        p: two-sided p-value of "there is no difference".
+        standard_error: standard error of the mean; infinite with one seed, 0 if all seeds have the
+            same difference.
         dof: degrees of freedom of Student's distribution.
-        seed_variance: the part of the squared standard error that shrinks in proportion to the
+        seed_variance: the part of the squared standard error that is inversely proportional to the
             number of seeds.
-        item_variance: the part that only more test images reduce.
+        item_variance: the part of the squared standard error that only more test images reduce.
         items: number of test images; None if only the seeds' accuracies were compared.
     """
 
@@ -58,12 +58,12 @@ class Difference:
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Return the mean difference of values paired by seed, with Student's interval (1908).
 
-    With one pair the interval is infinite and p is 1. If all differences are equal, the interval
-    shrinks to a point, and Student's test would report certainty; p is then that of the sign-flip
+    With one pair the interval is infinite and p is 1. If all differences are equal, the interval is
+    a single point, and Student's test would give p = 0. In that case p is taken from the sign-flip
     test, 2^(1 - n) (Fisher 1935).
 
     Raises:
-        ValueError: no pair, or groups of different lengths.
+        ValueError: there is no pair, or the groups have different lengths.
     """
     import numpy as np
 
@@ -76,26 +76,30 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
-    """Return the difference in points of two groups (seeds, items), 1 where an item was right.
+    """Return the difference in points of two groups, with both seeds and test items as samples.
 
-    Seeds and items are both samples: other seeds would train other networks, other test images
-    would pose other questions, and all seeds share the images. With d = 100 (first - second) = mean
-    + seed + item + rest, the variance of the mean is (MS_seeds + MS_items - MS_rest) / (seeds
-    items), from the mean squares of the two-way table without replication (Scheffé 1959, chapter
-    7). It is the same sum as the two-way cluster-robust variance of Cameron, Gelbach and Miller
-    2011, here with unbiased parts. Components are cut off at zero. The degrees of freedom are
-    Satterthwaite's (1946). A closed form is preferred to a bootstrap over both (Owen 2007), which
-    overestimates the variance with few seeds and draws random numbers.
+    Both seeds and items are random samples, and all seeds are tested on the same items. The model
+    is d = 100 (first - second) = mean + seed + item + rest. The variance of the mean is then
+    (MS_seeds + MS_items - MS_rest) / (seeds items), from the mean squares of the two-way table
+    without replication (Scheffé 1959, chapter 7). This is the same sum as the two-way
+    cluster-robust variance of Cameron, Gelbach and Miller 2011, here with unbiased parts. Negative
+    components are set to zero. The degrees of freedom are Satterthwaite's (1946). A bootstrap over
+    seeds and items (Owen 2007) is not used, since it overestimates the variance with few seeds and
+    draws random numbers.
+
+    Args:
+        first_hits, second_hits: (seeds, items) 1 where an item was classified correctly, otherwise
+            0.
 
     Raises:
-        ValueError: shapes that differ, or an empty group.
+        ValueError: the shapes differ, or a group is empty.
     """
     import numpy as np
 
     first, second = np.asarray(first_hits), np.asarray(second_hits)
     if first.ndim != 2 or not first.size or first.shape != second.shape:
         raise ValueError(f"shapes {first.shape} and {second.shape}: expected (seeds, items) twice")
-    booleans = bool(first.dtype == second.dtype == np.bool_)  # one byte a value, and sums without rounding
+    booleans = bool(first.dtype == second.dtype == np.bool_)  # one byte per value, and sums without rounding
     d = np.subtract(first, second, dtype=np.int8 if booleans else float)
     seeds, items = d.shape
     mean = 100 * float(d.mean())
@@ -115,7 +119,7 @@ def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
 def _mean_squares(
     d: "NDArray[np.int8] | NDArray[np.float64]", mean: float, booleans: bool
 ) -> tuple[float, float, float]:
-    """Return the mean squares of seeds, items and rest of 100 d (seeds, items), mean `mean`."""
+    """Return the mean squares of seeds, items and rest of 100 d (seeds, items) with mean `mean`."""
     import numpy as np
 
     seeds, items = d.shape
@@ -123,7 +127,7 @@ def _mean_squares(
     ms_items = seeds * _variance(100 * d.mean(0))
     squares = 1e4 * float(np.count_nonzero(d) if booleans else (d * d).sum())
     rest = squares - d.size * mean**2 - ms_seeds * (seeds - 1) - ms_items * (items - 1)
-    rest = rest if rest > 1e-12 * squares else 0.0  # a difference of large sums: what remains below this is rounding
+    rest = rest if rest > 1e-12 * squares else 0.0  # smaller values are rounding errors of large sums
     return ms_seeds, ms_items, rest / ((seeds - 1) * (items - 1))
 
 
@@ -131,7 +135,7 @@ def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Return the mean difference of two groups with different seeds, with Welch's interval (1947).
 
     Raises:
-        ValueError: a group of fewer than two values.
+        ValueError: a group has fewer than two values.
     """
     import numpy as np
 
@@ -148,43 +152,47 @@ def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def with_seed_dof(d: Difference) -> Difference:
-    """Return a difference with at most n - 1 degrees of freedom, those of its seeds.
+    """Return the difference with at most n - 1 degrees of freedom, where n is the number of seeds.
 
     The degrees of freedom of `two_way` are an estimate. With two to five seeds, its p-values below
-    0.01 occur several times too often, and families of many pairs and repeated looks depend on just
-    those. With n - 1 no p-value is below that of `paired` on the same seeds, which is exact (except
-    where all seeds have the same difference, which `paired` treats with more caution still).
+    0.01 occur several times too often. Families of many pairs and repeated looks depend on such
+    small p-values. With n - 1 degrees of freedom, no p-value is below the exact p-value of `paired`
+    on the same seeds. The exception is when all seeds have the same difference; there `paired`
+    returns a larger p-value.
     """
     dof = min(d.dof, d.n - 1.0)
     return d if dof == d.dof else _difference(d.mean, d.n, d.seed_variance, d.item_variance, dof, d.items)
 
 
 def half_width(d: Difference, alpha: float) -> float:
-    """Return half the width of the 1 - alpha interval: t(1 - alpha / 2, dof) standard errors."""
+    """Return the half-width of the 1 - alpha interval: t(1 - alpha / 2, dof) standard errors."""
     return math.inf if math.isinf(d.standard_error) else _quantile(1 - alpha / 2, d.dof) * d.standard_error
 
 
 def sample_error(percent: float, items: int) -> float:
-    """Return half the 95 % interval of a percentage of test images (binomial, normal limit).
+    """Return the half-width, in points, of the 95 % confidence interval of a test accuracy.
 
-    In points, for `percent` of `items` test images.
+    The interval is the normal approximation of the binomial distribution. At 0 and 100 %, half an
+    image is counted as right or wrong, so that the interval does not vanish.
 
-    At 0 and 100 %, half an image counts as right or wrong: no sample is without error.
+    Args:
+        percent: percentage of test images classified correctly.
+        items: number of test images.
     """
     p = min(max(percent / 100, 0.5 / items), 1 - 0.5 / items)
     return 100 * NORMAL_QUANTILE * math.sqrt(p * (1 - p) / items)
 
 
 def one_sided_p(d: Difference, border: float) -> float:
-    """Return the p-value for "the true difference is at most `border`" (Student 1908).
+    """Return the p-value of "the true difference is at most `border`" (Student 1908).
 
-    Small: it is above.
+    A small p-value is evidence that the true difference is above the border.
 
     1. t = (mean - border) / standard error.
     2. p = P(T >= t) = P(T <= -t) for Student's T with `dof` degrees of freedom.
 
-    Without any spread, where t is infinite, the sign-flip test gives 2^-n above the border and 1 at
-    or below it. With one seed p is 1.
+    If all seeds have the same difference, t is infinite, and the sign-flip test is used: p is 2^-n
+    above the border and 1 at or below it. With one seed p is 1.
     """
     from scipy import special
 
@@ -205,12 +213,12 @@ def swapped(d: Difference) -> Difference:
 def _difference(
     mean: float, n: int, seed_variance: float, item_variance: float, dof: float, items: int | None
 ) -> Difference:
-    """Return a difference with its interval and p, from the parts of its squared error."""
+    """Return a difference with its interval and p-value, from the parts of its squared error."""
     error = math.sqrt(seed_variance + item_variance)
     half = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, dof) * error
     low, high = mean - half, mean + half
     one_sided = Difference(mean, low, high, n, 1.0, error, dof, seed_variance, item_variance, items)
-    # two-sided p: twice the smaller of both one-sided ones
+    # two-sided p: twice the smaller of both one-sided p-values
     p = min(1.0, 2 * min(one_sided_p(one_sided, 0.0), one_sided_p(swapped(one_sided), 0.0)))
     return Difference(mean, low, high, n, p, error, dof, seed_variance, item_variance, items)
 

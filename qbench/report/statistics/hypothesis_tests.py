@@ -1,6 +1,7 @@
-"""Hypothesis tests on differences: McNemar, equivalence (TOST), claims, Holm.
+"""Tests hypotheses on differences: McNemar, equivalence (TOST), claims, Holm.
 
-`scipy.special` gives the distributions; the module `differences` says why not `scipy.stats`.
+The distributions come from `scipy.special`; the module `differences` explains why not from
+`scipy.stats`.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ TESTS = ("better", "at_least", "equal")
 
 
 class Evidence(NamedTuple):
-    """The p-value of the verdict that the data favour, both directions tried.
+    """The evidence for or against a claim.
 
-    `holds`: whether that is the claim.
+    `p` is the p-value of the direction that the data favour, doubled since both are tested. `holds`
+    is whether this direction supports the claim.
     """
 
     p: float
@@ -27,10 +29,11 @@ class Evidence(NamedTuple):
 def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
     """Return the exact two-sided p-value of two networks' hits (N,) (McNemar 1947).
 
-    Only images that one network has right and the other wrong count. If the networks are equally
-    good, either is right on each of these with probability 1/2, so that the smaller count follows a
-    binomial distribution; p is twice its lower tail. It is about these two networks, not about
-    other seeds of the same methods.
+    Only images that exactly one network classifies correctly count. If the networks are equally
+    good, each network is right on such an image with probability 1/2. The number of images that
+    the first network alone has right then follows a binomial distribution, and p is twice the lower
+    tail at the smaller count. The test is about these two networks, not about other seeds of the
+    same methods.
     """
     import numpy as np
     from scipy import special
@@ -42,9 +45,9 @@ def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
 
 
 def equivalent(difference: Difference, margin: float) -> float:
-    """Return the p-value for "the means differ by `margin` or more" (TOST, Schuirmann 1987).
+    """Return the p-value of "the means differ by `margin` or more" (TOST, Schuirmann 1987).
 
-    The larger of the p-values for "at most -margin" and "at least margin".
+    It is the larger of the p-values of "at most -margin" and "at least margin".
     """
     return max(one_sided_p(difference, -margin), one_sided_p(swapped(difference), -margin))
 
@@ -52,13 +55,18 @@ def equivalent(difference: Difference, margin: float) -> float:
 def evidence(difference: Difference, test: str, margin: float) -> Evidence:
     """Return how strongly the data support or contradict a claim.
 
-    The claims are better: first - second > margin; at_least: first - second > -margin; equal:
-    within ±margin. The smaller of the one-sided p-values of both directions is doubled. Then p <
-    0.05 agrees with the 95 % interval: it lies wholly on one side of the border (for `equal`,
-    wholly within the margins or wholly outside).
+    The claims are:
+
+    - better: first - second > margin.
+    - at_least: first - second > -margin.
+    - equal: first - second is within ±margin.
+
+    The smaller of the one-sided p-values of both directions is doubled. Then p < 0.05 means that
+    the 95 % confidence interval lies wholly on one side of the border (for `equal`, wholly within
+    the margins or wholly outside).
 
     Raises:
-        ValueError: no such test.
+        ValueError: there is no such test.
     """
     if test not in TESTS:
         raise ValueError(f"test={test}: must be one of {', '.join(TESTS)}")
@@ -73,9 +81,9 @@ def evidence(difference: Difference, test: str, margin: float) -> Evidence:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number, in the given order (Holm 1979).
+    """Return p-values adjusted for the number of tests, in the given order (Holm 1979).
 
-    Step-down, monotone, at most 1.
+    The step-down procedure keeps adjusted p-values monotone and at most 1.
     """
     adjusted = [0.0] * len(p_values)
     largest = 0.0

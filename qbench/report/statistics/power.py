@@ -1,4 +1,4 @@
-"""Power analysis: the number of seeds at which a difference would be significant."""
+"""Computes the number of seeds at which a difference would be significant (power analysis)."""
 
 import math
 from typing import TYPE_CHECKING
@@ -23,12 +23,12 @@ def seeds_needed(
     *,
     seeds_alone: bool = False,
 ) -> int | None:
-    """Return the number of seeds at which a test on such a difference has the given power.
+    """Return the number of seeds at which a test of such a difference has the given power.
 
-    The observed mean and variances are taken as the true ones; `alpha` is two-sided. With
-    `seeds_alone` the degrees of freedom are those of `with_seed_dof`. None if no number up to 1000
-    is enough: the part of the error that comes from the test items is too large, the difference
-    lies on the test's border, or one seed showed no variance.
+    The observed mean and variances are assumed to be the true values; `alpha` is two-sided. With
+    `seeds_alone`, the degrees of freedom are those of `with_seed_dof`. None is returned if no
+    number up to 1000 is enough. Then the error from the test items is too large, the difference
+    lies on the border of the test, or the variance is not known since there was only one seed.
     """
     import numpy as np
 
@@ -40,7 +40,10 @@ def seeds_needed(
         return math.floor(1 - math.log2(alpha)) + 1 if distance else None
     inside = test == "equal" and abs(difference.mean) < margin
     other_distance = margin + abs(difference.mean) if inside else math.inf  # `equal` has two borders to stay within
-    for n in (np.arange(2, 33), np.arange(33, SEEDS_LIMIT + 1)):  # most need few seeds, and quantiles take the time
+    for n in (
+        np.arange(2, 33),
+        np.arange(33, SEEDS_LIMIT + 1),
+    ):  # most need few seeds, and quantiles are slow
         chances = _power(difference, n, (distance, other_distance), alpha, seeds_alone)
         enough = (distance > 0) & (chances >= power)
         if enough.any():
@@ -51,12 +54,14 @@ def seeds_needed(
 def _power(
     difference: Difference, n: "NDArray[np.integer]", distances: tuple[float, float], alpha: float, seeds_alone: bool
 ) -> "NDArray[np.floating]":
-    """Return the power at n (m,) seeds, for a difference at these distances from two borders.
+    """Return the power at n (m,) seeds for a difference at these distances from two borders.
 
-    1. Squared standard error at n seeds: the seeds' part shrinks as 1 / n, the items' part stays.
-    2. Its degrees of freedom after Satterthwaite; where seeds show no variance, n - 1.
-    3. Chance to be significant against each border: P(T <= distance / error - t(1 - alpha / 2)).
-    4. Power: the chance of both at once, at least the sum of both less 1.
+    1. Compute the squared standard error at n seeds. The part from seeds shrinks as 1 / n; the part
+       from items stays.
+    2. Compute the degrees of freedom of this error after Satterthwaite; n - 1 without variance.
+    3. Compute the probability of significance against each border:
+       P(T <= distance / error - t(1 - alpha / 2)).
+    4. Return a lower bound of the probability of both: the sum of both probabilities minus 1.
     """
     import numpy as np
     from scipy import special
@@ -74,7 +79,7 @@ def _power(
 def seeds_to_decide(difference: Difference, margin: float, alpha: float) -> int | None:
     """Return the number of seeds at which a difference or equivalence would be significant.
 
-    Degrees of freedom are those of `with_seed_dof`. None if no number up to 1000 is enough.
+    The degrees of freedom are those of `with_seed_dof`. None if no number up to 1000 is enough.
     """
     counts = [seeds_needed(difference, "better", 0.0, alpha, seeds_alone=True)]
     if abs(difference.mean) < margin:  # `equivalent` is one-sided, `seeds_needed` two-sided

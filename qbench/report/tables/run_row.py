@@ -1,4 +1,4 @@
-"""The row printed at the end of a run: accuracies, difference, widths, size, BitOps, time."""
+"""Formats the row printed at the end of a run: accuracies, widths, size, BitOps, time."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ HEAD = ("method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", 
 
 
 def row(results: Sequence[Result], width: int | None = None) -> str:
-    """Return a table of results, one line each, then where the runs are stored and remarks.
+    """Return a table with one line per result, followed by the runs' directories and remarks.
 
-    A table wider than `width` columns is printed vertically, one line a cell.
+    A table wider than `width` columns is printed vertically, one line per cell.
     """
     remarks = [line for result in results for line in _remarks(result)]
     table = text([Table(HEAD, [cells(result) for result in results])])
@@ -27,7 +27,7 @@ def row(results: Sequence[Result], width: int | None = None) -> str:
 def cells(result: Result) -> tuple[str, ...]:
     """Return a result's cells in the order of `HEAD`.
 
-    Accuracies are test top-1 after the last epoch in percent.
+    Accuracies are test top-1 in percent after the last epoch.
     """
     bits = [str(result.bits[key]) for key in "wag"]
     if result.top1 is None or result.cost is None or result.wall_seconds is None:
@@ -49,7 +49,7 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def _remarks(result: Result) -> list[str]:
-    """Return a run's directory, what its accuracy is or why it has none, and notes."""
+    """Return a run's directory, the meaning of its accuracy or the reason for none, and notes."""
     top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
     if result.synthetic:
         top1 += "; synthetic data, not comparable with papers"

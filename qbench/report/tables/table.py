@@ -1,4 +1,4 @@
-"""Tables and their formats: terminal, Markdown, CSV, JSON, LaTeX."""
+"""Formats tables for the terminal and as Markdown, CSV, JSON and LaTeX."""
 
 import csv
 import io
@@ -9,25 +9,25 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
-"""What Markdown would take for HTML."""
+"""The start of text that Markdown would interpret as an HTML tag."""
 NUMBERS = frozenset("0123456789+-.±")
 """First characters of cells that count as numbers."""
 
 
 @runtime_checkable
 class JsonRow(Protocol):
-    """A value of a table that becomes JSON only when the table is written."""
+    """A value of a table that is converted to JSON only when the table is written."""
 
     def to_json(self) -> dict[str, object]:
-        """Return plain values."""
+        """Return the value as plain JSON values."""
 
 
 @dataclass
 class Table:
     """Rows of text under a head, with a title above and notes below.
 
-    `values` holds what the rows were made from, for JSON and for further steps: plain values, or a
-    `JsonRow`.
+    `values` holds the values from which the rows were made, for JSON and for further steps. Each is
+    a plain value or a `JsonRow`.
     """
 
     head: tuple[str, ...]
@@ -38,7 +38,7 @@ class Table:
 
 
 def text(tables: Sequence[Table]) -> str:
-    """Return tables for a terminal, as wide as their longest rows."""
+    """Return tables as text for a terminal, as wide as the longest rows."""
     from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
@@ -63,7 +63,7 @@ def text(tables: Sequence[Table]) -> str:
 
 
 def markdown(tables: Sequence[Table]) -> str:
-    """Return GitHub Markdown."""
+    """Return tables as GitHub Markdown."""
     parts = []
     for table in tables:
         lines = [f"**{table.title}**", ""] if table.title else []
@@ -77,7 +77,7 @@ def markdown(tables: Sequence[Table]) -> str:
 
 
 def comma_separated(tables: Sequence[Table]) -> str:
-    """Return one CSV whose first column is the table's title, or `note` in rows that hold a note."""
+    """Return one CSV; its first column is the table's title, or `note` in the rows of notes."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     head = next((table.head for table in tables if table.rows), ())
@@ -92,7 +92,7 @@ def comma_separated(tables: Sequence[Table]) -> str:
 
 
 def as_json(tables: Sequence[Table]) -> str:
-    """Return every table's title, rows as plain values, and notes."""
+    """Return JSON with every table's title, rows as plain values, and notes."""
     plain = [
         {"title": t.title, "rows": [v.to_json() if isinstance(v, JsonRow) else v for v in t.values], "notes": t.notes}
         for t in tables
@@ -101,7 +101,7 @@ def as_json(tables: Sequence[Table]) -> str:
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """Return a LaTeX tabular for each table, with the rules of booktabs."""
+    """Return a LaTeX tabular for each table; the rules need the package booktabs."""
     parts = []
     for table in tables:
         lines = [f"% {table.title}"] if table.title else []
@@ -129,7 +129,7 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Whether each column holds only numbers, which are aligned right."""
+    """Return for each column whether it holds only numbers and is therefore aligned right."""
     return [all(not cell or cell[0] in NUMBERS for cell in column) for column in zip(*table.rows, strict=True)]
 
 
