@@ -20,7 +20,7 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True)
 class LevelCount:
-    """The number of levels in the fullest scale group of a quantized tensor, and the number allowed."""
+    """Numbers of levels found and allowed in the fullest scale group of a quantized tensor."""
 
     found: int
     allowed: int

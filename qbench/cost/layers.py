@@ -137,7 +137,7 @@ def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Lev
             with torch.no_grad():
                 quantizer(value)  # for steps and ranges that start from the first batch
                 grid = quantizer.grid(value)
-        except (RuntimeError, ValueError):  # the quantizer has no levels before it has seen the network
+        except (RuntimeError, ValueError):  # no levels until the quantizer has seen the network
             return None
     return None if grid is None else _read(grid, value)
 

@@ -9,8 +9,8 @@ class NetworkCost:
 
     `bitops` are MACs x weight bits x activation bits, summed over the layers. For
     `bytes_ideal` every code is stored at its nominal width, for `bytes_packed` in 1, 2, 4, 8, 16 or
-    32 bits; both include scales and codebooks. `bits_per_weight` is the mean over quantized weights,
-    or 32 if no weights are quantized.
+    32 bits; both include scales and codebooks. `bits_per_weight` is the mean over quantized
+    weights, or 32 if no weights are quantized.
     """
 
     params: int

@@ -1,7 +1,7 @@
 """Decide which runtimes support a quantized network's arithmetic, with sources.
 
-Nothing is exported, and no runtime is measured. The statements about formats come from the documents
-named below.
+Nothing is exported, and no runtime is measured. The statements about formats come from the
+documents named below.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,7 +39,7 @@ WIDTH_INT8 = 8
 
 
 def runs_on(layers: Sequence[LayerCost]) -> list[str]:
-    """Return one line per runtime that supports the arithmetic, or one line that says why none does.
+    """Return one line per runtime that supports the arithmetic, or the reason why none does.
 
     Args:
         layers: the layers of a network; only quantized layers count, because float layers run on

@@ -16,7 +16,7 @@ from qbench.quant.quantizer import Quantizer
 
 
 class _SteppedOptimizer(torch.optim.Optimizer):
-    """An optimizer that has already stepped; the second of two methods gets this in the same step."""
+    """An optimizer that has already stepped, for the second of two methods in the same step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer

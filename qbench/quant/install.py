@@ -116,7 +116,7 @@ def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, im
 
 
 def _checked(method: Method, layer_name: str, quantizer: object) -> Quantizer:
-    """Return what a method, perhaps a user's own, has made, after a check that it is a quantizer."""
+    """Return `quantizer` if it is a `Quantizer`; a user's own method may have made it."""
     if not isinstance(quantizer, Quantizer):
         raise TypeError(
             f"{method.name} makes a {type(quantizer).__name__} for {layer_name}, which is no Quantizer\n"
@@ -133,7 +133,7 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
 
 
 def feeds(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return activation -> layers that read it, from the network's attribute `feeds` (else empty)."""
+    """Return the network's attribute `feeds`, activation -> layers that read it, or else {}."""
     declared: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
     return declared
 

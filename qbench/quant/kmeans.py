@@ -103,7 +103,7 @@ def _check(values: Tensor, k: int, pinned: Sequence[float] | Tensor) -> Floats:
 
 
 def _assign_labels(given: Tensor, c: Floats) -> Tensor:
-    """Return for every value the index of the nearest centroid in c, the lower of two equally near."""
+    """Return for every value the index of the nearest centroid in c, the lower one in a tie."""
     edges = torch.from_numpy(_edges(c))
     # Round the edges down to the values' type, so that comparisons in that type have the same
     # results.
@@ -115,7 +115,7 @@ def _assign_labels(given: Tensor, c: Floats) -> Tensor:
 
 
 def _edges(c: Floats) -> Floats:
-    """Return for each pair of neighbours in c the largest float that is not above their midpoint."""
+    """Return for each pair of neighbours in c the largest float not above their midpoint."""
     a, b = c[:-1] / 2, c[1:] / 2
     middle = a + b
     # The exact rounding error of the sum (Knuth's two-sum).
@@ -130,7 +130,7 @@ def _bounds(x: Floats, c: Floats) -> Ints:
 
 
 def _inertia(x: Floats, c: Floats) -> float:
-    """Return the sum of squared distances of the values x, ascending, to the nearest centroids in c."""
+    """Return the sum of squared distances of ascending x to the nearest centroids in c."""
     total, bounds = 0.0, _bounds(x, c)
     for m, (begin, end) in zip(c, pairwise(bounds), strict=True):
         for i in range(begin, end, CHUNK):

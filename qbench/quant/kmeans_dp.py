@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 class Solution(NamedTuple):
-    """The least cost (weighted squared distances) and the free centroids, ascending, that reach it."""
+    """The least cost (weighted squared distances) and its free centroids, ascending."""
 
     cost: float
     centroids: Floats

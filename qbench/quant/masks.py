@@ -14,13 +14,13 @@ from qbench.quant.quantizer import Quantizer
 
 
 def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
-    """Return `frozen` extended by the free weights of highest score, up to a portion of all weights.
+    """Return `frozen` plus the free weights of highest score, up to a portion of all weights.
 
     Args:
         frozen: the mask so far (bool); the returned mask contains it.
         score: one number per weight, in the shape of `frozen`; the lower index wins a tie.
-        portion: share of all weights, 0 to 1, including those frozen already; a mask that is already
-            larger is returned unchanged.
+        portion: share of all weights, 0 to 1, including those frozen already; a larger mask is
+            returned unchanged.
     """
     missing = round(portion * frozen.numel()) - int(frozen.sum())
     extended = frozen.flatten().clone()
@@ -51,7 +51,7 @@ class FrozenWeight(Quantizer):
         return bool(self.frozen.all())
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return stored values for frozen weights, without gradient, and latent values for others."""
+        """Return stored values of frozen weights, without gradient, and latent values of others."""
         return torch.where(self.frozen, self.value.to(w.dtype), w)
 
     @torch.no_grad()

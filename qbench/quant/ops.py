@@ -31,7 +31,7 @@ Context = Any
 """The context that autograd passes to a Function; torch declares no types for its attributes."""
 
 MAX_CELLS = 2**8 + 3
-"""Largest number of cells that can be saved as integers: 8 bits, and some beyond the ends."""
+"""Largest number of cells that are numbered: those of 8 bits, and those beyond either end."""
 
 _rounding = ContextVar("rounding", default=True)
 _fused = ContextVar("fused", default=True)

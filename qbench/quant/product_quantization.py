@@ -1,8 +1,8 @@
 """Product quantization: codewords for sub-vectors of weights, by k-means or fitted to responses.
 
-k-means starts from one fixed seed (k-means++) and computes in float64, so that the codes depend only
-on the weights, not on earlier random draws. scikit-learn is not used, because it is slow to import
-and starts its own threads. Sub-vectors of one weight are clustered exactly.
+k-means starts from one fixed seed (k-means++) and computes in float64, so that the codes depend
+only on the weights, not on earlier random draws. scikit-learn is not used, because it is slow to
+import and starts its own threads. Sub-vectors of one weight are clustered exactly.
 """
 
 import torch

@@ -113,7 +113,7 @@ class Quantizer(nn.Module):
         return True
 
     def gradient_factor(self, x: Tensor) -> float:
-        """Return the factor by which the quantizer deliberately scales its parameters' gradients."""
+        """Return the factor by which the gradients of the parameters are scaled on purpose."""
         return 1.0
 
 

@@ -15,7 +15,7 @@ ROUNDING = 4e-7
 ARITHMETIC = 1e-5
 """Largest distance that a method's own arithmetic may cause, relative to the same level.
 
-It must also be less than `FRACTION_OF_STEP`."""
+The distance is also limited by `FRACTION_OF_STEP`."""
 
 FRACTION_OF_STEP = 0.05
 """Limit on the distance in `ARITHMETIC`, as a fraction of the smallest step between levels."""
@@ -103,7 +103,8 @@ def _tolerance(points: Tensor) -> Tensor:
 def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return the indices of the points nearest to values, (G, n), and the distances, (G, n).
 
-    Points are (G, L, D) and values (G, n, D). Scalar points (D = 1) must be ascending; NaN among the points is padding.
+    Points are (G, L, D) and values (G, n, D). Scalar points (D = 1) must be ascending; NaN among
+    the points is padding.
     """
     if values.shape[-1] > 1:
         return _nearest_vectors(values, points)
