@@ -8,7 +8,7 @@ FLOAT = 32
 
 
 class Bits(NamedTuple):
-    """Widths of weights, activations and gradients in bits; 32 leaves them float."""
+    """Widths of weights, activations and gradients in bits; a width of 32 means float."""
 
     w: int = FLOAT
     a: int = FLOAT
@@ -20,7 +20,7 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True)
 class LevelCount:
-    """The levels in the fullest scale group of a quantized tensor, and the levels allowed."""
+    """Numbers of levels found and allowed in the fullest scale group of a quantized tensor."""
 
     found: int
     allowed: int

@@ -1,4 +1,4 @@
-"""Properties of the backward pass: what is trained gets a gradient, and the right one."""
+"""Properties of the backward pass: everything that is trained gets the right gradient."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +15,9 @@ from qbench.quant.ops import without_rounding
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 FLOOR = 1e-4
-"""Gradients below this count as zero.
+"""Gradients below this count as zero, for upstream gradients of about 1.
 
-For an upstream gradient of about 1: sums that cancel out leave rounding errors.
+Sums that cancel out leave rounding errors of this size.
 """
 
 TOLERANCE = 1e-4
@@ -37,9 +37,9 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
     Useful means finite and not zero everywhere.
 
-    Quantizers are checked one by one, so that one which stops the gradient is not blamed on the
-    layers before it. Not applicable to post-training methods, weights that require no gradient, and
-    layers whose weights are all frozen.
+    Quantizers are checked one by one, so that the layers before a quantizer that stops the gradient
+    are not blamed. The check leaves out post-training methods, weights that require no gradient,
+    and layers whose weights are all frozen.
     """
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
@@ -58,7 +58,7 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """Yield what must get a gradient from each quantizer of a layer, and the gradients it gets."""
+    """Yield, per quantizer of a layer, what must get gradients, and these gradients."""
     all_frozen = isinstance(layer.weight_q, FrozenWeight) and layer.weight_q.complete
     fixed = not layer.weight.requires_grad or all_frozen
     cases: list[tuple[str, Quantizer, Callable[[Tensor], Tensor], Tensor]] = [
@@ -91,9 +91,9 @@ def _derivatives(result: Tensor, upstream: Tensor, inputs: Sequence[Tensor]) -> 
 def _balanced_over_levels(result: Tensor) -> Tensor:
     """Return random upstream gradients whose sum over equal values is 0.
 
-    Then a scale, which moves whole levels, gets no gradient, and what arrives has come through the
-    rounding. They are left as drawn if most values occur once: such a tensor has no levels, or more
-    of them than elements.
+    A scale moves whole levels, so that it gets no gradient from such upstream gradients. Any
+    gradient that arrives has come through the rounding. The random gradients are returned unchanged
+    if most values occur once, because the tensor then has no levels, or too many.
     """
     upstream = torch.randn_like(result)
     _, level, count = torch.unique(result, return_inverse=True, return_counts=True)
@@ -118,7 +118,7 @@ def _arrived(name: str, what: str, grads: list[Tensor | None]) -> None:
 def learned_parameters(subject: MethodUnderTest, bits: Bits) -> None:
     """Gradients of learned parameters agree with finite differences.
 
-    In float64, with rounding switched off.
+    Both are computed in float64, with rounding switched off.
     """
     checked = 0
     for name, layer in subject.layers(bits):

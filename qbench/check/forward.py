@@ -17,16 +17,17 @@ from qbench.quant.quantizer import Grid, Quantizer
 from qbench.quant.verify import NotQuantized, verify
 
 DRAWS = 400
-"""Of every randomly rounded tensor."""
+"""Number of draws of every randomly rounded tensor."""
 
 CHANCE = 1e-9
-"""Probability that an unbiased rounding misses Hoeffding's bound (1963) for a mean of bounded
-draws.
+"""Probability that unbiased rounding exceeds Hoeffding's bound for a mean of bounded draws.
+
+Hoeffding 1963.
 """
 
 
 def levels(subject: MethodUnderTest, bits: Bits) -> None:
-    """Values lie on the declared levels, and these are not too many for the width."""
+    """Values lie on the declared levels, which are not too many for the width."""
     level_counts = verified(subject.network(bits))
     if not level_counts:
         raise PropertyViolation("no layer is quantized")
@@ -45,7 +46,7 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
-    """Whether the levels of weights are vectors.
+    """Return whether the levels of weights are vectors.
 
     A codebook for several weights at a time has more levels than the width of one weight allows.
     """
@@ -54,14 +55,14 @@ def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
 
 
 def declared_grid(quantizer: Quantizer, x: Tensor) -> Grid:
-    """Return a quantizer's grid at x, which must be declared."""
+    """Return a quantizer's grid at x; raise `PropertyViolation` if none is declared."""
     if (grid := quantizer.grid(x)) is None:
         raise PropertyViolation(f"{type(quantizer).__name__} declares no grid")
     return grid
 
 
 def verified(model: nn.Module) -> dict[str, dict[str, LevelCount]]:
-    """Verify a network of this package's checks and return its level counts."""
+    """Verify a network made in this folder and return the level counts."""
     shape = SHAPE if isinstance(next(iter(model.children())), nn.Conv2d) else (1, 1, 1)
     try:
         return verify(model, batches(shape)[0][0])
@@ -77,7 +78,7 @@ def _declared_traits(subject: MethodUnderTest, bits: Bits, *traits: str) -> froz
 
 
 def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
-    """The weights' function is odd, monotone, idempotent per scale group, if declared so."""
+    """The weight quantizer is odd, monotone and idempotent per scale group, as declared."""
     traits = _declared_traits(subject, bits, "odd", "monotone", "idempotent")
     for name, layer in subject.layers(bits):
         w, quantize = layer.weight.detach(), layer.weight_q
@@ -90,9 +91,7 @@ def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """The inputs' function is monotone, idempotent, without gradient where it clips, if declared
-    so.
-    """
+    """The input quantizer is monotone, idempotent, and clips the gradient, as declared."""
     traits = _declared_traits(subject, bits, "monotone_input", "idempotent_input", "clipped_input")
     for name, layer in subject.layers(bits):
         quantize, channels = layer.input_q, layer.weight.shape[1]
@@ -108,11 +107,11 @@ def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _clipped(name: str, quantize: Quantizer, x: Tensor) -> None:
-    """Raise `PropertyViolation` unless the gradient is 0 exactly beyond the levels."""
+    """Raise `PropertyViolation` unless the gradient is 0 beyond the levels and nowhere else."""
     points = declared_grid(quantize, x).points.detach().flatten().nan_to_num(0)
     low, high = float(points.min()), float(points.max())
     _, slope = gradient_of(quantize, x)
-    margin = 1e-3 * (high - low)  # at the ends themselves either is right
+    margin = 1e-3 * (high - low)  # exactly at the ends, either is right
     beyond, inside = (x < low - margin) | (x > high + margin), (x > low + margin) & (x < high - margin)
     if (slope[beyond] != 0).any():
         raise PropertyViolation(f"{name}: gradient passes beyond the levels {low:g} to {high:g}")
@@ -129,7 +128,7 @@ def _monotone(name: str, quantize: Quantizer, x: Tensor) -> None:
 
 
 def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """If backward is declared to need only levels, the inputs are saved as integers, not floats."""
+    """A method that declares `cells_input` saves inputs as integers, not floats."""
     _declared_traits(subject, bits, "cells_input")
     if bits.a > 8:
         raise NotApplicable("above 8 bits nothing is kept as levels")
@@ -153,7 +152,7 @@ def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
 def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
     """Stochastic rounding is unbiased.
 
-    The mean of many draws is within Hoeffding's bound of the input.
+    The distance of the mean of many draws from the input is within Hoeffding's bound.
     """
     random = False
     for name, layer in islice(subject.layers(bits), 2):
@@ -172,13 +171,13 @@ def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradient_behind(layer: QLayer, grad: Tensor, x: Tensor) -> Tensor:
-    """Return what the output quantizer makes of a gradient that arrives."""
+    """Return the gradient of y that the output quantizer computes from an upstream gradient."""
     y = torch.zeros_like(grad).requires_grad_()
     return torch.autograd.grad(layer.output_q(y, x), y, grad)[0]
 
 
 def _unbiased(name: str, draw: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Return whether the result is random; raise `PropertyViolation` if its mean is biased."""
+    """Return whether `draw` is random; raise `PropertyViolation` if the mean is biased."""
     torch.manual_seed(7)
     first = draw().detach()
     if torch.equal(first, draw().detach()):

@@ -15,7 +15,7 @@ from qbench.quant.method import Unsupported
 HOLDS, FAILS, NOT_APPLICABLE = "holds", "does not hold", "not applicable"
 
 MAX_FAILURES = 6
-"""Failures of one property that are printed."""
+"""Largest number of failures printed per property."""
 
 
 @dataclass
@@ -23,9 +23,11 @@ class Finding:
     """The result of one property.
 
     Args:
-        widths: at how many widths the property was checked.
-        reason: why it is not applicable, if it was checked at none.
-        failures: one line per width at which it does not hold.
+        name: the name of the property.
+        widths: number of widths at which the property was checked.
+        reason: why the property is not applicable, if it was checked at no width.
+        failures: one line per width at which the property does not hold.
+        seconds: duration of the check.
     """
 
     name: str
@@ -43,8 +45,8 @@ class Finding:
 def check(subject: MethodUnderTest) -> list[Finding]:
     """Return a finding for every property.
 
-    An error inside the method is a failure of the property that was being checked. Runs in one
-    thread; restores the number of threads and the random state.
+    An error inside the method counts as a failure of the property that was being checked. The check
+    runs in one thread; at the end it restores the number of threads and the random state.
     """
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
@@ -71,7 +73,7 @@ def _check_property(one: Property, subject: MethodUnderTest) -> Finding:
 
 
 def _check_width(one: Property, subject: MethodUnderTest, bits: Bits, finding: Finding) -> None:
-    """Check one property at one width and note the outcome in its finding."""
+    """Check one property at one width and record the outcome in `finding`."""
     try:
         one.holds(subject, bits)
     except PropertyViolation as violation:
@@ -81,7 +83,7 @@ def _check_width(one: Property, subject: MethodUnderTest, bits: Bits, finding: F
         return
     except Unsupported as error:
         finding.reason = finding.reason or str(error)
-        if bits == subject.default:  # at other widths, options may exclude it
+        if bits == subject.default:  # other widths may be excluded by options
             finding.failures.append(f"{bits}: {error}")
         return
     except Exception as error:
@@ -123,9 +125,9 @@ def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
 
 
 def _verdict(findings: list[Finding]) -> str:
-    """Return how many properties do not hold, hold, and are not applicable.
+    """Return the numbers of properties that do not hold, hold, and are not applicable.
 
-    Zeros are left out, except for those that hold.
+    Zeros are left out, except for the number of properties that hold.
     """
     count = Counter(finding.state for finding in findings)
     phrases = [

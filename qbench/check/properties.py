@@ -1,7 +1,7 @@
 """The list of properties that every method must have.
 
 A property is a function of the method under test and one of its widths. It raises
-`PropertyViolation` if it does not hold, and `NotApplicable` if there is nothing in the method to
+`PropertyViolation` if the property does not hold, and `NotApplicable` if the method has nothing to
 test.
 """
 
@@ -17,11 +17,11 @@ from qbench.check.subject import MethodUnderTest
 from qbench.check.training import resume, round_trip
 
 Where = Literal["weights", "inputs", "every", "default and narrowest", "default"]
-"""At which widths a property is checked.
+"""The widths at which a property is checked.
 
-`weights`, `inputs`: all that quantize these. `every`: all. `default`: the method's default widths.
-`default and narrowest`: these, and the narrowest widths of everything that it can quantize,
-together.
+`weights`, `inputs`: all widths that quantize weights, or inputs. `every`: all widths. `default`:
+the method's default widths. `default and narrowest`: the default widths, and the combination of the
+narrowest widths of everything that the method can quantize.
 """
 
 

@@ -22,10 +22,10 @@ from qbench.quant.method import Unsupported
 
 
 def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
-    """At 32 bits everywhere, outputs and gradients are the float network's, bit for bit."""
+    """At 32 bits everywhere, gradients equal those of the float network, bit for bit."""
     try:
         method = subject.make(Bits())
-    except Unsupported as reason:  # an option that has no effect at 32 bits
+    except Unsupported as reason:  # an option has no effect at 32 bits
         raise NotApplicable(str(reason)) from None
     float_model, model = subject.float_network().train(), subject.float_network()
     try:
@@ -43,7 +43,7 @@ def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def degenerate_tensors(subject: MethodUnderTest, bits: Bits) -> None:
-    """With weights all zero, all equal, or of one element, all stays finite and on its levels."""
+    """Values stay finite and on the levels if weights are all zero, all equal, or one-element."""
     norm = subject.make(bits).requires.norm or "affine"
     for what, fill in (("zero", 0.0), ("constant", 0.3), ("negative constant", -0.3), ("one-element", None)):
         model = tiny_network(norm) if fill is None else subject.float_network()
@@ -74,7 +74,7 @@ def _finite_everywhere(model: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 def not_finite(subject: MethodUnderTest, bits: Bits) -> None:
-    """inf and nan in weights and inputs raise an error and never become an ordinary level."""
+    """inf or nan in weights or inputs raises an error and never becomes an ordinary level."""
     for bad in (float("nan"), float("inf")):
         model = subject.network(bits)
         images = batches()[0][0].clone()
@@ -95,9 +95,9 @@ def _refused(what: str, model: nn.Module, images: Tensor) -> None:
 
 
 def half_types(subject: MethodUnderTest, bits: Bits) -> None:
-    """Under autocast to half types, loss and gradients are finite.
+    """Under autocast to float16 and bfloat16, loss and gradients are finite.
 
-    Parameters get float32 gradients. The types are float16 and bfloat16.
+    Parameters get float32 gradients.
     """
     for dtype in (torch.bfloat16, torch.float16):
         model = subject.network(bits).train()

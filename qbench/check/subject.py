@@ -1,4 +1,4 @@
-"""The method that is checked, with small networks and synthetic data for it; all seeded."""
+"""The method that is checked, with small networks and synthetic data, all seeded."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from qbench.quant.probe import Batch, Probe
 SHAPE, CLASSES, IMAGES, BATCH = (1, 8, 8), 3, 48, 16
 
 EPOCHS = 4
-"""Epochs in which incremental methods quantize the whole network."""
+"""Number of epochs in which incremental methods quantize the whole network."""
 
 Make = Callable[[Bits], Method]
 
@@ -36,7 +36,9 @@ class MethodUnderTest:
     """A method as a function of its widths.
 
     Args:
-        default: the widths that the method's name stands for.
+        name: the name of the method.
+        make: function of the widths that returns the method.
+        default: the default widths of the method.
     """
 
     name: str
@@ -51,18 +53,18 @@ class MethodUnderTest:
 
     @property
     def supported_bits(self) -> list[Bits]:
-        """Every supported width of w, a and g, each with the others at 32, and the default widths."""
+        """Every supported width of w, a or g, with the others at 32, and the default widths."""
         single = [Bits(**{key: width}) for key in "wag" for width in self.widths(key)]
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
 
     def float_network(self) -> nn.Module:
-        """Return a small convolutional network as the method requires, always the same."""
+        """Return a small convolutional network that the method supports, always the same."""
         torch.manual_seed(1)
         norm = self.make(self.default).requires.norm or "affine"
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
 
     def network(self, bits: Bits, epoch: int = EPOCHS - 1) -> nn.Module:
-        """Return a copy of `float_network` with the method installed and prepared, at an epoch."""
+        """Return `float_network` with the method installed, prepared, and advanced to an epoch."""
         method = self.make(bits)
         key = bits, epoch if method.on_epoch else 0
         if key not in self._networks:
@@ -78,7 +80,7 @@ class MethodUnderTest:
 
 
 def advance(method: Method, model: nn.Module, data: Probe | None = None, last: int = EPOCHS - 1) -> None:
-    """Prepare a method and begin its epochs up to `last`, without training in between."""
+    """Prepare a method and call `on_epoch` for all epochs up to `last`, without training."""
     data = data or probe()
     torch.manual_seed(2)
     if method.prepare:
@@ -89,7 +91,7 @@ def advance(method: Method, model: nn.Module, data: Probe | None = None, last: i
 
 
 def batches(shape: tuple[int, int, int] = SHAPE) -> list[Batch]:
-    """Return batches of noise whose mean depends on the class, so that there is something to learn."""
+    """Return batches of noise whose mean depends on the class, so that a network can learn."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(IMAGES) % CLASSES
     images = torch.rand(IMAGES, *shape, generator=generator) + labels.reshape(-1, 1, 1, 1) / CLASSES
@@ -102,7 +104,7 @@ def probe(shape: tuple[int, int, int] = SHAPE) -> Probe:
 
 
 def tiny_network(norm: str) -> nn.Module:
-    """Return a perceptron whose hidden layers have weights of one element."""
+    """Return a perceptron whose hidden layers have one weight each."""
     torch.manual_seed(1)
     return mlp.build((1, 1, 1), CLASSES, hidden=3, width=1, norm=norm)
 

@@ -18,11 +18,11 @@ RECIPE = Optim(name="sgd", lr=0.02, schedule="cosine", batch_size=16)
 
 
 class _Stop(Exception):
-    """Ends training in the middle of an epoch."""
+    """Raised to end training in the middle of an epoch."""
 
 
 def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
-    """A new network with the state_dict of a trained one gives the same outputs, bit for bit."""
+    """A new network that loads a trained network's state_dict has equal outputs, bit for bit."""
     task, state = _task(subject, bits)
     train(task, state)
     saved = unpack(pack({"model": task.model.state_dict()}), "memory")["model"]
@@ -35,7 +35,7 @@ def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def resume(subject: MethodUnderTest, bits: Bits) -> None:
-    """Training that stops in an epoch and continues ends with the same weights, bit for bit."""
+    """Training that stops in an epoch and is resumed ends with the same weights, bit for bit."""
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
     whole, state = _task(subject, bits)

@@ -1,7 +1,7 @@
-"""What a network costs: parameters, multiply-accumulates (MACs), BitOps, bytes, bits per weight.
+"""Count a network's parameters, multiply-accumulates (MACs), BitOps, bytes and bits per weight.
 
-BitOps are summed over convolutions and linear layers: MACs x bits of the weights x bits of the
-activations, where float counts as 32. Bytes count parameters, scales and codebooks, not batch-norm
+BitOps are MACs x bits of the weights x bits of the activations, summed over convolutions and linear
+layers; float counts as 32 bits. Bytes include parameters, scales and codebooks, not batch-norm
 statistics.
 """
 
@@ -22,8 +22,8 @@ from qbench.quant.quantizer import Storage
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     """Return the MACs of every convolution and linear layer of a float network, for one image.
 
-    They are counted on a copy without memory (meta tensors), so that networks of any size cost
-    nothing to count.
+    They are counted on a copy of the network on the meta device, which needs no memory and no
+    arithmetic.
 
     Args:
         shape: (C, H, W) of an image.
@@ -37,7 +37,7 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
 
 
 def _flops(model: nn.Module, images: torch.Tensor) -> Mapping[str, Mapping[object, int]]:
-    """Return module -> operation -> floating-point operations, two per MAC."""
+    """Return module -> operation -> number of floating-point operations, two per MAC."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(images)
     counts: Mapping[str, Mapping[object, int]] = counter.get_flop_counts()
@@ -45,7 +45,7 @@ def _flops(model: nn.Module, images: torch.Tensor) -> Mapping[str, Mapping[objec
 
 
 def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
-    """Return the costs of a (quantized) network, given the MACs of its layers."""
+    """Return the cost of a network, quantized or float, given the MACs of each layer."""
     layers = quantized_layers(model)
     stored = {name: storage(layer) for name, layer in layers.items() if layer.bits.w < FLOAT}
     codes = sum(s.codes for s in stored.values())
@@ -64,6 +64,6 @@ def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
 
 
 def storage(layer: QLayer) -> Storage:
-    """Return what a layer's quantized weights occupy, as its quantizer says."""
+    """Return the storage of a layer's quantized weights, as declared by the weight quantizer."""
     with torch.no_grad():
         return layer.weight_q.bytes(layer.weight)

@@ -1,4 +1,4 @@
-"""What each layer of a quantized network holds and costs; works on meta tensors too."""
+"""Levels and cost of each layer of a quantized network; works on meta tensors too."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,45 +17,44 @@ from qbench.quant.policy import quantizable
 from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
 
 MAX_CHANNELS = 16
-"""Channels of the small layer in which a quantizer's levels are read."""
+"""Most channels of the small layer from which a quantizer's levels are read."""
 
 
 class Levels(NamedTuple):
     """The values that a quantizer allows in one scale group."""
 
     number: int
-    """How many levels."""
+    """The number of levels."""
 
     dimension: int
-    """Weights that one level stands for; above 1 in product codes."""
+    """Number of weights that one level represents; above 1 in product codes."""
 
     per: str
-    """What a scale group is: layer, channel, or "N values"."""
+    """The extent of a scale group: layer, channel, or "N values"."""
 
     steps: int | None
-    """The largest level as a multiple of a step that all levels are multiples of.
+    """The largest level, in units of a step of which all levels are multiples.
 
-    None if there is no such step, 0 if it is not known before the method has seen data.
+    None if there is no such step; 0 if it is unknown until the method has seen data.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """What one layer holds and costs."""
+    """The levels and the cost of one layer."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the weights."""
+    """Shape of the weights."""
 
     bits: Bits
     quantizers: Mapping[str, str]
-    """Slot (w, a, g) -> the quantizer's class, where it declares a grid."""
+    """Slot (w, a, g) -> the quantizer's class, for quantizers that declare a grid."""
 
     weights: Levels | None
     inputs: Levels | None
     rescaled: bool
-    """Whether the forward pass also changes the layer's output, by a value computed from its input.
-    """
+    """Whether the forward pass also changes the output, by a value computed from the input."""
 
     params: int
     macs: int
@@ -65,11 +64,11 @@ class LayerCost:
 
 
 LevelsOf = Callable[[str, tuple[int, ...], int], Levels | None]
-"""(slot, shape of a small layer, bits) -> levels."""
+"""(slot, shape of a small layer, bits) -> levels, or None if they are not known."""
 
 
 def layer_costs(model: nn.Module, method: Method, macs: Mapping[str, int]) -> list[LayerCost]:
-    """Return every layer with a MAC count, in execution order; batch normalization is left out."""
+    """Return the cost of each layer in `macs`, in that order; batch normalization is left out."""
     layers = quantizable(model)
     levels_of = cache(partial(_levels, method))
     return [_cost(name, layers[name], levels_of, count) for name, count in macs.items()]
@@ -111,15 +110,15 @@ def _input_levels(layer: QLayer, levels_of: LevelsOf) -> Levels | None:
 
 
 def _small_shape(layer: FloatLayer) -> tuple[int, ...]:
-    """Return the weights' shape with few channels: layers of one such shape have the same levels."""
+    """Return the shape of the weights with at most `MAX_CHANNELS` channels."""
     outputs, inputs, *kernel = layer.weight.shape
     return (min(outputs, MAX_CHANNELS), min(inputs, MAX_CHANNELS), *kernel)
 
 
 def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Levels | None:
-    """Read a quantizer's levels in a small layer of random weights.
+    """Return the levels of a quantizer, read in a small layer with random weights.
 
-    Shapes alone do not determine them.
+    The values of the weights may matter, so that meta tensors are not enough.
     """
     factory = method.weight if slot == "weight" else method.input
     if factory is None:
@@ -138,13 +137,13 @@ def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Lev
             with torch.no_grad():
                 quantizer(value)  # for steps and ranges that start from the first batch
                 grid = quantizer.grid(value)
-        except (RuntimeError, ValueError):  # no levels before it has seen the network
+        except (RuntimeError, ValueError):  # no levels until the quantizer has seen the network
             return None
     return None if grid is None else _read(grid, value)
 
 
 def _read(grid: Grid, value: Tensor) -> Levels | None:
-    """Return the levels of a grid's first group; None if it has none."""
+    """Return the levels of a grid's first group; None if the group has no levels."""
     groups, _, dimension = grid.points.shape
     first = grid.points[0]
     first = first[~first.isnan().any(1)].double()
@@ -156,11 +155,10 @@ def _read(grid: Grid, value: Tensor) -> Levels | None:
 
 
 def _steps(points: Tensor) -> int | None:
-    """Return the largest of levels (L,), as a multiple of a step that all are multiples of.
+    """Return the largest of levels (L,), in units of a step of which all levels are multiples.
 
-    None if there is no such step, 0 if all levels are zero.
-
-    The step is the smallest distance of two levels or of a level from zero, or half of it.
+    The step is the smallest distance between two levels or between a level and zero, or half of
+    that distance. The result is None if there is no such step, and 0 if all levels are zero.
     """
     distances = torch.cat([points.abs(), points.diff().abs()])
     if not bool((distances > 0).any()):

@@ -1,4 +1,4 @@
-"""The cost of a whole network, as a value that does not need torch."""
+"""The cost of a whole network, in a class that does not import torch."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class NetworkCost:
     """Parameters, operations for one image, and bytes of a network.
 
-    `bitops` are MACs x weight bits x activation bits, summed over the layers. `bytes_ideal` stores
-    every code at its nominal width, `bytes_packed` in lanes of 1, 2, 4, 8, 16 or 32 bits; both
-    include scales and codebooks. `bits_per_weight` is the mean over quantized weights, 32 if there
-    are none.
+    `bitops` are MACs x weight bits x activation bits, summed over the layers. For
+    `bytes_ideal` every code is stored at its nominal width, for `bytes_packed` in 1, 2, 4, 8, 16 or
+    32 bits; both include scales and codebooks. `bits_per_weight` is the mean over quantized
+    weights, or 32 if no weights are quantized.
     """
 
     params: int

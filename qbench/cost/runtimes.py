@@ -1,7 +1,7 @@
-"""Runtimes that support a quantized network's arithmetic, with sources.
+"""Decide which runtimes support a quantized network's arithmetic, with sources.
 
-Nothing is exported here, and no runtime is measured: these are statements about formats, from the
-documents named.
+Nothing is exported, and no runtime is measured. The statements about formats come from the
+documents named below.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,16 +39,16 @@ WIDTH_INT8 = 8
 
 
 def runs_on(layers: Sequence[LayerCost]) -> list[str]:
-    """Return a line for every runtime that supports this arithmetic, or one that says why none
-    does.
+    """Return one line per runtime that supports the arithmetic, or the reason why none does.
 
     Args:
-        layers: of a network; only quantized ones count, because float layers run anywhere.
+        layers: the layers of a network; only quantized layers count, because float layers run on
+            any runtime.
     """
     quantized = [layer for layer in layers if layer.bits.w < FLOAT or layer.bits.a < FLOAT]
     if not quantized:
         return ["runs on anything: nothing is quantized"]
-    # The layer that reads the image has one scale per channel there; the others decide.
+    # The input of the first layer, the image, has one scale per channel; the other layers decide.
     inner = [layer for layer in quantized if layer.inputs is None or layer.inputs.per != "channel"] or quantized
     if reason := _no_runtime(inner):
         return [reason]
@@ -64,9 +64,9 @@ def runs_on(layers: Sequence[LayerCost]) -> list[str]:
 
 
 def _no_runtime(layers: Iterable[LayerCost]) -> str:
-    """Return why no runtime supports these layers, or that this is not known yet.
+    """Return why no runtime supports these layers, or why this is not known yet.
 
-    Empty if the levels decide.
+    The text is empty if the answer depends on the levels.
     """
     if all(layer.bits.a == FLOAT for layer in layers):
         why = "activations are float: codes save storage, and are turned into floats before they are used"

@@ -1,4 +1,4 @@
-"""Builds data, method and network, each from its own node of the configuration."""
+"""Build data set, method and network, each from a separate node of the configuration."""
 
 import json
 from functools import lru_cache
@@ -23,8 +23,8 @@ def build_dataset(node: Node) -> Dataset:
     """Return the data set that a node names; the runs of a sweep share it.
 
     Raises:
-        ConfigError: a key or a value that the data set does not have.
-        DataError: its files are missing or damaged.
+        ConfigError: the data set does not have some key or value.
+        DataError: the data set's files are missing or damaged.
     """
     return _dataset(json.dumps(node, sort_keys=True))
 
@@ -39,10 +39,10 @@ def _dataset(node_json: str) -> Dataset:
 
 
 def build_imageless_dataset(node: Node) -> Dataset | None:
-    """Return a data set without its images; None if its shape and counts are not known.
+    """Return a data set without images; None if the image shape and counts are not known.
 
     Raises:
-        ConfigError: a key or a value that the data set does not have.
+        ConfigError: the data set does not have some key or value.
     """
     registry.checked("dataset", node)
     try:
@@ -52,13 +52,14 @@ def build_imageless_dataset(node: Node) -> Dataset | None:
 
 
 def build_method(method: Node, activation: Node, bits: Bits) -> Method:
-    """Return the method of two nodes at some widths: one, or two composed.
+    """Return the method at the given widths, combined with an activation method if one is named.
 
     Args:
-        activation: the method that quantizes the activations; `name: none` if `method` does.
+        activation: node of the method that quantizes the activations; `name: none` if `method`
+            quantizes them.
 
     Raises:
-        ConfigError: a key or a value that the method does not have.
+        ConfigError: the method does not have some key or value.
         Unsupported: the method does not support the widths or options, or the two cannot be
             composed.
     """
@@ -84,7 +85,7 @@ def _create_method(node: Node, bits: Bits, key: str) -> Method:
 
 
 def method_card(node: Node) -> dict[str, str]:
-    """Return the choices and deviations in a method's card, and the known deviation that its node names."""
+    """Return choices and deviations from a method's card, and the known deviation in use."""
     sections = registry.sections(registry.card(node["name"]))
     card = {key.lower(): sections[key] for key in ("Choices", "Deviations") if key in sections}
     deviation = registry.known_deviations(node["name"]).get(str(node.get("deviation", "none")))
@@ -99,11 +100,11 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
     `norm: auto` becomes the normalization that the method requires.
 
     Args:
-        device: `meta` gives a network without memory.
+        device: where the network is made; on `meta` it needs no memory.
 
     Raises:
-        ConfigError: a key or a value that the network does not have.
-        Unsupported: its normalization is not what the method requires.
+        ConfigError: the network does not have some key or value.
+        Unsupported: the network's normalization is not the one that the method requires.
     """
     options = {key: value for key, value in node.items() if key != "act"}
     if options.get("norm") == "auto":

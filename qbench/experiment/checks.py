@@ -44,7 +44,7 @@ def check_runtime(runtime: Runtime, method: Method, device: torch.device, *, is_
 
 
 def check_distill(distill: Distill, method: Method) -> None:
-    """Refuse a teacher that the method has no use for."""
+    """Refuse a teacher that would have no effect or that the method does not use."""
     if distill.name == "method" and not method.requires.teacher:
         raise Unsupported(f"{method.name} with these options does not use the teacher it requires; add distill=none")
     if distill.on and not method.needs_training:
@@ -52,7 +52,7 @@ def check_distill(distill: Distill, method: Method) -> None:
 
 
 def check_average(optim: Optim, method: Method) -> None:
-    """Refuse to average parameters that are themselves on the levels."""
+    """Refuse to average the parameters of a method that keeps no float copy of them."""
     if optim.ema is not None and "no_master" in method.traits:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
 
@@ -66,10 +66,10 @@ def check_splits(data: Dataset, optim: Optim, name: str) -> None:
 
 
 def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
-    """Refuse a user's network whose normalization is not what the method requires.
+    """Refuse a user's network whose normalization is not the one that the method requires.
 
-    The networks of qbench have an attribute `norm` and follow the requirement; other networks are
-    inspected.
+    The networks of qbench have an attribute `norm` and follow the requirement. Other networks are
+    searched for batch normalization.
     """
     norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     affine = any(getattr(m, "affine", False) for m in norms)

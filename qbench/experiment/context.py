@@ -1,4 +1,4 @@
-"""What the caller of a run provides: where progress is shown, and whether to stop."""
+"""The caller's part of a run: showing progress, and asking the run to stop."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 @dataclass
 class RunContext:
-    """What the caller of a run provides.
+    """Objects that the caller of a run provides.
 
     Args:
         reporter: shows progress and messages.
-        stop: returns the number of the signal that asks the run to stop, 0 for none.
+        stop: function that returns the number of the signal that asks the run to stop, or 0.
     """
 
     reporter: ProgressReporter = field(default_factory=ProgressReporter)
@@ -37,7 +37,8 @@ class RunContext:
     def waiting(self, path: Path) -> Callable[[], None]:
         """Return the function to call while another process holds a run's directory.
 
-        It says so once, and raises `Interrupted` if a signal asks the run to stop.
+        The function reports the wait once; it raises `Interrupted` if a signal asks the run to
+        stop.
         """
         announced = False
 

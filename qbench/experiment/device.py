@@ -18,7 +18,7 @@ MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
 
 
 def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return a network's function under bfloat16 autocast; its result is float32."""
+    """Return the function that runs a network under bfloat16 autocast, with float32 output."""
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -28,10 +28,10 @@ def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Call
 
 
 def configure_torch(runtime: Runtime) -> None:
-    """Set the threads and the determinism of this process."""
+    """Set the number of threads, the determinism and the memory allocation of this process."""
     torch.set_num_threads(runtime.threads)
     if runtime.deterministic:
-        # cuBLAS is deterministic only with a fixed workspace; CUDA reads this when it starts.
+        # cuBLAS is deterministic only with a fixed workspace; CUDA reads this variable at start.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)
     tune_malloc()
@@ -40,7 +40,7 @@ def configure_torch(runtime: Runtime) -> None:
 def tune_malloc() -> None:
     """Make glibc keep the memory of freed activations.
 
-    By default it returns large blocks to the system and gets them again, page by page, in every
+    By default glibc returns large blocks to the system and gets them again, page by page, in every
     training step. Other C libraries are left unchanged.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -50,7 +50,7 @@ def tune_malloc() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is the first CUDA device if there is any, else CPU."""
+    """Return the device with a name; `auto` means the first CUDA device, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""Ends a run: evaluates, verifies the levels, writes the weights, and makes the result."""
+"""End a run: evaluate, verify the levels, write the weights, and make the result."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -22,7 +22,7 @@ from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
 
 VERIFIED_IMAGES = 64
-"""Training images on which the levels of activations and gradients are verified."""
+"""Number of training images for which the levels of activations and gradients are verified."""
 
 
 def final_result(
@@ -33,10 +33,10 @@ def final_result(
     session: TrainingSession,
     baseline: Result | None,
 ) -> Result:
-    """Evaluate a trained network, verify it, write its weights, and return the result.
+    """Evaluate and verify a trained network, write the weights, and return the result.
 
     Raises:
-        NotQuantized: some weights are still float, or not on the levels that the method declares.
+        NotQuantized: some weights are still float, or some values are not on the declared levels.
     """
     model = task.model
     with evaluated_weights(model, state):
@@ -73,7 +73,7 @@ def _baseline_result(baseline: Result | None) -> BaselineResult | None:
 
 
 def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], width: int) -> int | None:
-    """Return the levels of weights at the method's own width, not of layers with another one."""
+    """Return the most levels allowed for weights, in layers of the method's own width if any."""
     layers = quantized_layers(model)
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
     at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
@@ -81,7 +81,7 @@ def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], 
 
 
 def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
-    """Return what the reader of the run's row should know."""
+    """Return the notes to show with the run's row in a table."""
     bits, supported = setup.method.bits, setup.method.supported_bits
     if setup.is_baseline:
         return ["trained by pretrain.epochs and pretrain.optim; epochs and optim apply to runs that start from it"]
@@ -106,7 +106,7 @@ def _evaluate(
     session: TrainingSession,
     answers: list[Tensor] | None = None,
 ) -> Evaluation:
-    """Evaluate weights on both splits; `answers` gets labels and predictions of the test split."""
+    """Evaluate weights on both splits; append test labels and predictions to `answers`."""
     task.model.load_state_dict(weights)
     val, test = (session.context.checked(loader.unaugmented(split)) for split in ("val", "test"))
     validated, tested = evaluate(task.model, val, task.logits), evaluate(task.model, test, task.logits, answers)
@@ -115,7 +115,7 @@ def _evaluate(
 
 
 def _log_final(model: nn.Module, state: State, session: TrainingSession, final: Evaluation) -> None:
-    """Write the final record, and TensorBoard's figure of levels and final metrics."""
+    """Write the final record; for TensorBoard, also the figure of levels and final metrics."""
     splits = {"val": final.val, "test": final.test}
     metrics = {f"{split}_{key}": x for split, part in splits.items() if part for key, x in asdict(part).items()}
     session.logger.record("final", state.step, metrics)
@@ -125,6 +125,6 @@ def _log_final(model: nn.Module, state: State, session: TrainingSession, final: 
 
 
 def _quantized_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return layer -> latent and quantized weights of the layers whose weights are quantized."""
+    """Return layer -> latent and quantized weights, for layers with quantized weights."""
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bits.w < FLOAT}
     return {name: (layer.weight, effective_weight(layer)) for name, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""Checks and does the runs of a sweep; a run that fails has a result too."""
+"""Check and do the runs of a sweep; a failed run has a result too."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,14 +27,14 @@ def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
         return run(planned, RunContext(ProgressReporter(quiet=True), stop))
     except Interrupted:
         raise
-    except BaseException as error:  # sys.exit or a lack of memory in one run must not end the others
+    except BaseException as error:  # sys.exit or a lack of memory in one run must not end other runs
         stored = load_result(planned.path)
         reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
         return stored if stored and stored.status != "done" else planned.directory.new_result("failed", reason)
 
 
 def work(planned: PlannedRun) -> None:
-    """Do a run in a worker process; its directory holds the outcome."""
+    """Do a run in a worker process; the outcome is written to the run's directory."""
     with stop_on_signals() as stop:
         try:
             run_catching(planned, stop)
@@ -43,24 +43,24 @@ def work(planned: PlannedRun) -> None:
 
 
 def work_on(node: DictConfig) -> None:
-    """Do a run in a process of Hydra's launcher, which passes the configuration as a node."""
+    """Do a run in a process started by Hydra's launcher, which passes the configuration."""
     work(planned_run(from_node(node)))
 
 
 def outcome(planned: PlannedRun) -> RunRecord:
-    """Return what a run's directory holds now."""
+    """Return the current record of a run, read from the run's directory."""
     return read_run(planned.path) if planned.path.is_dir() else RunRecord(path=planned.path, status="not begun")
 
 
 CHECKED_PARTS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
-"""Parts of a configuration: of the runs that agree in all of them, one is checked."""
+"""Parts of a configuration; of all runs that agree in these parts, only one is checked."""
 
 
 def check(runs: Sequence[PlannedRun]) -> None:
     """Assemble one run of each kind, so that an error stops the sweep before its first run.
 
     Raises:
-        ConfigError: the first run whose keys or values no part takes.
+        ConfigError: a run has a key or value that no part accepts; the first such run is reported.
     """
     from qbench.experiment.setup import assemble
     from qbench.quant.method import Unsupported

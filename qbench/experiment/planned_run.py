@@ -1,4 +1,4 @@
-"""A run before it starts: its configuration and its directory, made once and handed down."""
+"""A run before it starts: the configuration and the directory, made once and passed on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class PlannedRun:
 
     @property
     def identity(self) -> RunIdentity:
-        """The identity that the directory belongs to."""
+        """The identity of the run, to which the directory belongs."""
         return self.directory.identity
 
     @property
@@ -28,11 +28,11 @@ class PlannedRun:
 
 
 def planned_run(config: Config) -> PlannedRun:
-    """Return the run of a configuration, with its directory below `out`; nothing is written."""
+    """Return the run of a configuration, with a directory below `out`; write nothing."""
     identity = run_identity(config)
     return PlannedRun(config, RunDirectory(identity, Path(config.out) / directory_name(identity)))
 
 
 def planned_runs(configs: Iterable[Config]) -> list[PlannedRun]:
-    """Return the runs of some configurations, each directory once."""
+    """Return the runs of some configurations, with only one run per directory."""
     return list({run.path: run for run in map(planned_run, configs)}.values())

@@ -1,4 +1,4 @@
-"""A run, from its configuration to its result: the main path."""
+"""Do a run, from the configuration to the result."""
 
 import traceback
 from pathlib import Path
@@ -29,15 +29,15 @@ from qbench.training.state import State, WeightAverage
 from qbench.training.task import Task
 
 PROBE_IMAGES = 256
-"""Training images that methods measure on."""
+"""Number of training images on which methods measure."""
 
 
 def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool = False) -> Result:
-    """Return a run's stored result, or do the run, from its newest checkpoint if it has one.
+    """Return a run's stored result, or do the run, from the newest checkpoint if there is one.
 
     Args:
-        intact: accept a stored result only if best.pt is intact too, because another run will load
-            it.
+        intact: whether to accept a stored result only if best.pt is intact too, because another run
+            will load that file.
 
     Raises:
         QbenchError: one of the kinds in `qbench.errors`. A run that has started keeps its
@@ -56,9 +56,9 @@ def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool 
             directory.write_config()
             return directory.finish(directory.new_result("unsupported", str(reason)))
     with directory.lock(context.waiting(directory.path)):
-        if not rerun and (stored := _stored(directory, intact, context)):  # finished by another process meanwhile
+        if not rerun and (stored := _stored(directory, intact, context)):  # another process has finished the run
             return stored
-        if directory.has_result():  # a final one that is to be replaced, or a failed one that is tried again
+        if directory.has_result():  # a final result to replace, or a failed run to repeat
             directory.reset(whole=rerun or directory.stored() is not None)
         try:
             baseline = run(setup.baseline, context, intact=True) if setup.needs_baseline else None
@@ -76,7 +76,7 @@ def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool 
 
 
 def _stored(directory: RunDirectory, intact: bool, context: RunContext) -> Result | None:
-    """Return the stored result, with `intact` only if its weights are intact; report damage."""
+    """Return the stored result, if `intact` only with intact weights; report damage."""
     stored = directory.stored()
     result = load_result(directory.path)
     if directory.has_result() and (not result or result.identity != directory.identity.digest):
@@ -126,7 +126,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
 
 
 def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: TrainingSession) -> nn.Module:
-    """Return the quantized network on its device, with initial weights unless one is saved."""
+    """Return the quantized network on its device; load initial weights if no checkpoint exists."""
     model, start = setup.float_model(), setup.start(baseline)
     if start and not session.saved:
         identity = setup.baseline.identity.digest if setup.starts_from_baseline else None
@@ -135,7 +135,7 @@ def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: Train
 
 
 def _state(task: Task, saved: Saved | None, seed: int) -> State:
-    """Return the state to train from: a new one, or the saved one restored."""
+    """Return the training state: a new one, or the one restored from a checkpoint."""
     average = WeightAverage(task.model, task.optim.ema) if task.optim.ema is not None else None
     if not saved:
         state = State(optimizer.build_optimizer(task.model, task.optim), average)
@@ -147,7 +147,7 @@ def _state(task: Task, saved: Saved | None, seed: int) -> State:
             parameter.requires_grad_(name in trainable)
         state = State(optimizer.build_optimizer(task.model, task.optim), average)
         state.load(task.model, saved["state"])
-    except Exception as error:  # its digest is right, so it was written with this content
+    except Exception as error:  # the digest is right, so the file was written like this
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(f"the checkpoint to go on from does not fit: {why}\nstart over: rerun=true") from error
     if bad := first_nonfinite(must_be_finite(task.model)):

@@ -1,4 +1,4 @@
-"""Connects a run's training to its directory: resuming, logging, saving, stopping."""
+"""Connect training to the run's directory: resume, log, save and stop."""
 
 import io
 import os
@@ -29,21 +29,23 @@ from qbench.training.state import State
 from qbench.training.task import Task
 
 Saved = dict[str, Any]
-"""The content of a checkpoint: `identity`, `state` of the training, `session`."""
+"""The content of a checkpoint: the run's `identity`, the training's `state`, and `session`."""
 
 
 class TrainingSession:
-    """Connects a run's training to its directory, and continues from the newest checkpoint.
+    """The connection of a run's training to the run's directory.
+
+    It continues from the newest checkpoint.
 
     Args:
-        directory: the run's, locked by this process.
-        context: what the caller provides.
+        directory: the directory of the run, locked by this process.
+        context: the objects that the caller provides.
         runtime: how the run is carried out.
-        title: what the progress display shows of the run.
+        title: the name of the run in the progress display.
         hyperparameters: the run's row in TensorBoard's table.
 
     Attributes:
-        saved: the checkpoint to continue from; None for a run that starts.
+        saved: the checkpoint to continue from; None for a new run.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class TrainingSession:
 
     @property
     def wall_seconds(self) -> float:
-        """The seconds of work on this run, those before an interruption included."""
+        """The seconds of work on this run, including those before an interruption."""
         return self._earlier_seconds + time.perf_counter() - self._began
 
     def watch(self, task: Task, state: State, images: int) -> Callbacks:
@@ -103,8 +105,8 @@ class TrainingSession:
         """Write a checkpoint from which the run can continue.
 
         Raises:
-            Diverged: it holds inf or nan, or `TrainingMonitor.check` refuses it; nothing is
-                written.
+            Diverged: the state holds inf or nan, or `TrainingMonitor.check` raises this error;
+                nothing is written.
         """
         session = {
             "train_seconds": self.train_seconds,
@@ -128,13 +130,13 @@ class TrainingSession:
         self.directory.write_artifact(name, pack({"model": weights, "identity": self.directory.identity.digest}))
 
     def write_predictions(self, answers: Tensor) -> None:
-        """Write predictions.npy: int16 (N, 2), label and predicted class of every test image."""
+        """Write predictions.npy, int16 (N, 2): label and predicted class of each test image."""
         buffer = io.BytesIO()
         np.save(buffer, answers.cpu().numpy().astype(np.int16))
         self.directory.write_artifact("predictions.npy", buffer.getvalue())
 
     def speed(self, device: torch.device, epochs: int) -> TrainingSpeed:
-        """Return the speed of training alone, over all `epochs`, and the peak memory."""
+        """Return the speed of training alone, averaged over all `epochs`, and the peak memory."""
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_bytes()
         seconds = max(self.train_seconds, 1e-9)
         return TrainingSpeed(
@@ -155,7 +157,7 @@ class TrainingSession:
         self.logger.records([*records, ("epoch", state.step, record.metrics())])
 
     def _newest(self) -> Saved | None:
-        """Return the newest intact checkpoint; report and remove damaged ones that are newer."""
+        """Return the newest intact checkpoint; report and remove newer ones that are damaged."""
         for path in self.directory.checkpoints():
             try:
                 saved = unpack(path.read_bytes(), str(path))
@@ -183,7 +185,7 @@ def _step(saved: Saved, path: Path) -> int:
 
 
 def _peak_bytes() -> int:
-    """Return the most memory that this process has held, in bytes.
+    """Return the peak memory of this process in bytes.
 
     Linux's getrusage also counts the memory of the process that started this one; /proc does not.
     """
@@ -196,7 +198,7 @@ def _peak_bytes() -> int:
 
 
 def record_failure(directory: RunDirectory, error: BaseException, status: str, trace: str) -> None:
-    """Write a failed or diverged result and the traceback; if that fails too, only print why."""
+    """Write a failed or diverged result and the traceback; if writing fails, only print why."""
     try:
         reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
         directory.finish(directory.new_result(status, reason))

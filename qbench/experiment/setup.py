@@ -1,7 +1,7 @@
-"""Takes a configuration apart into the parts of an experiment.
+"""Build the parts of an experiment from a configuration.
 
-This is the one place that reads a whole configuration. Each builder gets its own node; what follows
-works on the parts.
+Only this file reads a whole configuration. Each builder gets one node of the configuration, and
+later stages use the parts.
 """
 
 from collections.abc import Callable
@@ -42,9 +42,12 @@ class ExperimentSetup:
     """The parts of an experiment, checked against each other before anything is written.
 
     Args:
-        config: the configuration that the parts were made from; another experiment may be derived
-            from it.
-        macs: layer -> multiply-accumulates of one image.
+        config: the configuration from which the parts were made.
+        data: the data set.
+        method: the quantization method.
+        policy: the rules for the widths of layers.
+        macs: layer -> multiply-accumulates for one image.
+        device: the device on which the network is trained.
     """
 
     config: Config
@@ -66,12 +69,12 @@ class ExperimentSetup:
 
     @property
     def seed(self) -> int:
-        """The seed of initial weights, order and augmentation."""
+        """The seed of the initial weights, the order of images and their augmentation."""
         return self.config.seed
 
     @property
     def epochs(self) -> int:
-        """The epochs that are trained; 0 if the method trains nothing."""
+        """The number of epochs of training; 0 if the method trains nothing."""
         return self.config.epochs if self.method.needs_training else 0
 
     @property
@@ -86,7 +89,7 @@ class ExperimentSetup:
 
     @property
     def title(self) -> str:
-        """What the progress display shows of the run."""
+        """The name of the run in the progress display."""
         config = self.config
         stage = "float" if self.is_baseline else f"{self.method_name} {config.bits}"
         return f"{stage}  {config.model['name']} on {config.dataset['name']}, seed {self.seed}"
@@ -107,11 +110,11 @@ class ExperimentSetup:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the run needs its float baseline: as start, to compare with, or as teacher."""
+        """Whether the run needs the float baseline as start, for comparison or as teacher."""
         return self.config.init in ("float", "method") or self.config.distill.by_baseline
 
     def start(self, baseline: Path | None) -> Path | None:
-        """Return the path of the weights to start from, None for random ones."""
+        """Return the path of the initial weights; None for random weights."""
         if self.config.init in ("scratch", "method"):
             return None
         return baseline if self.starts_from_baseline else Path(self.config.init)
@@ -123,13 +126,13 @@ class ExperimentSetup:
 
     @property
     def network(self) -> dict[str, str]:
-        """What is unusual about the network around the quantizers, as required or typed."""
+        """The network's normalization, if it is not the usual one."""
         norm = self.method.requires.norm or self.config.model.get("norm", "auto")
         return {} if norm in ("auto", "affine") else {"norm": str(norm)}
 
     @property
     def protocol_changes(self) -> list[str]:
-        """What the method requires to change of the shared protocol, in words."""
+        """Descriptions of the changes to the shared protocol that the method requires."""
         teacher = "the float baseline" if self.config.distill.teacher == "baseline" else "another run"
         return [
             *(["trained from scratch, as the method requires"] if self.config.init == "method" else []),
@@ -144,19 +147,19 @@ class ExperimentSetup:
         return {str(node["name"]): method_card(node) for node in nodes}
 
     def loader(self, data: Dataset | None = None) -> Loader:
-        """Return what makes batches of the run's data, or of other data, on the run's device."""
+        """Return the loader of batches of the run's data, or of other data, on the run's device."""
         workers = self.runtime.num_workers
         return Loader(data or self.data, self.optim.batch_size, self.seed, self.device, workers)
 
     def float_model(self, device: str = "cpu") -> nn.Module:
-        """Return the float network with its initial weights; `meta` gives one without memory."""
+        """Return the float network with initial weights; on device `meta` it needs no memory."""
         return build_model(self.config.model, self.data, self.method, self.seed, device)
 
     def install(self, model: nn.Module) -> nn.Module:
-        """Put the method into a float network, under the run's layer policy.
+        """Put the method into a float network, following the run's layer policy.
 
         Raises:
-            ConfigError: a rule of the policy that fits no layer.
+            ConfigError: a rule of the policy matches no layer.
         """
         example = torch.zeros(1, *self.data.shape, device=next(model.parameters()).device)
         act = str(self.config.model.get("act", "auto"))
@@ -168,14 +171,14 @@ class ExperimentSetup:
     def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the function that computes the network's output in training and evaluation.
 
-        It is compiled or runs in bfloat16 if `runtime` says so. Measurements and verification call
-        the network itself, in float32.
+        The function is compiled or runs in bfloat16 if `runtime` says so. Measurements and
+        verification call the network itself, in float32.
         """
         run: Callable[[Tensor], Tensor] = torch.compile(model) if self.runtime.compile else model
         return bf16_autocast(run, self.device) if self.runtime.precision == "bf16" else run
 
     def with_teacher(self, baseline: Path | None) -> Method:
-        """Return the method, with its teacher if there is one; `baseline` is the baseline's run."""
+        """Return the method, with a teacher if there is one; `baseline` is the baseline's path."""
         distill = self.config.distill
         if not distill.on:
             return self.method
@@ -190,10 +193,10 @@ class ExperimentSetup:
         return distilled(self.method, teacher, temperature=distill.temperature, weight=distill.weight, hard=hard)
 
     def _load_teacher(self) -> nn.Module:
-        """Return the network of the finished run that teaches, with its best weights.
+        """Return the teacher, the network of a finished run, with the run's best weights.
 
         Raises:
-            ConfigError: it was trained on other data.
+            ConfigError: the teacher was trained on other data.
         """
         run, dataset, data = Path(self.config.distill.teacher), self.config.dataset["name"], self.data
         named = f"distill.teacher={run}"
@@ -201,7 +204,7 @@ class ExperimentSetup:
         if config.dataset["name"] != dataset:
             raise ConfigError(f"{named} was trained on {config.dataset['name']}, and this run has dataset={dataset}")
         teacher = assemble(config)
-        configure_torch(self.runtime)  # the line above has set the teacher's own
+        configure_torch(self.runtime)  # `assemble` has set the options of the teacher's run
         if (teacher.data.shape, teacher.data.classes) != (data.shape, data.classes):
             raise ConfigError(
                 f"{named} has {teacher.data.classes} classes of {teacher.data.shape} images, and this run has "
@@ -214,12 +217,12 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
     """Build every part once, on the CPU, so that errors are found before any work.
 
     Args:
-        planned: use published data sets without their images, from their known shapes and counts;
-            such a setup cannot train.
+        planned: whether to use published data sets without images, from the known shapes and
+            counts; such a setup cannot train.
 
     Raises:
-        ConfigError: keys or values that no part takes, or that contradict each other.
-        Unsupported: the method cannot do this on this network.
+        ConfigError: some keys or values are accepted by no part, or contradict each other.
+        Unsupported: the method does not support these options or this network.
     """
     runtime, optim, distill, layers = config.runtime, config.optim, config.distill, config.layers
     configure_torch(runtime)
@@ -250,7 +253,7 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
 
 
 def _checked(setup: ExperimentSetup, model: nn.Module) -> ExperimentSetup:
-    """Count the operations of a float network, and install the method to see whether it fits."""
+    """Count the operations of a float network, and check that the method can be installed."""
     setup.macs.clear()
     setup.macs.update(count_macs(model, setup.data.shape))
     setup.install(model)

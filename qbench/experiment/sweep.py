@@ -1,4 +1,4 @@
-"""Runs a sweep: checks it, then does the runs one after the other or by a launcher."""
+"""Check a sweep, then do the runs one after the other or by a launcher."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from qbench.runs.reader import RunRecord
 from qbench.runs.result import load_result
 
 LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper.max_batch_size", "submitit_slurm": ""}
-"""Name -> the key that limits the runs at a time. submitit is started by Hydra's plugin."""
+"""Launcher -> the key that limits the parallel runs. Hydra's plugin starts submitit."""
 
 
 def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunRecord]:
@@ -28,7 +28,7 @@ def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunReco
                 result = run_catching(planned, stop)
             except Interrupted:
                 break
-            if load_result(planned.path) is None:  # it failed before it had a directory
+            if load_result(planned.path) is None:  # the run failed before it had a directory
                 failed[planned.path] = RunRecord(path=planned.path, status=result.status, reason=result.reason or "")
     return [failed.get(planned.path) or outcome(planned) for planned in runs]
 
@@ -36,10 +36,11 @@ def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunReco
 def launch_all(arguments: list[str], runs: Sequence[PlannedRun], name: str, stop: Callable[[], int]) -> list[RunRecord]:
     """Let a launcher do the runs in its own processes; return the outcome of each.
 
-    Workers times threads never exceed the cores.
+    The number of workers times threads never exceeds the number of cores, if there are enough cores
+    for one worker.
 
     Raises:
-        ConfigError: no such launcher, or a key that it does not take.
+        ConfigError: there is no such launcher, or the launcher does not accept some key.
     """
     if name not in LAUNCHERS:
         raise ConfigError(f"hydra/launcher={name}: no such launcher\nallowed: basic, {', '.join(LAUNCHERS)}")

@@ -1,4 +1,4 @@
-"""Shows the progress of a sweep, read from the directories of its runs."""
+"""Show the progress of a sweep, read from the directories of the runs."""
 
 import sys
 import threading
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 POLL_SECONDS = 0.5
-"""Time between two readings of the directories."""
+"""Seconds between two readings of the directories."""
 
 
 @contextmanager
 def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
-    """Show how many runs of a sweep are done, running and left, while the block does them.
+    """Show how many runs of a sweep are done, running and left, until the context ends.
 
-    A thread reads the directories, so that it works with every launcher.
+    A thread reads the directories, so that the display works with every launcher.
     """
     ended = threading.Event()
     thread = threading.Thread(target=_watch, args=(runs, workers, ended), daemon=True)
@@ -69,7 +69,7 @@ def _start_bar(total: int, done: int) -> "Progress":
 
 
 def _finished(paths: Sequence[Path], since: float) -> Iterator[tuple[Path, Result]]:
-    """Yield the directories, with results, whose result was written since a time of `time.time`."""
+    """Yield each directory whose result was written since a time, together with the result."""
     for path in paths:
         result = load_result(path)
         if result and (path / "result.json").stat().st_mtime >= since:
@@ -83,6 +83,6 @@ def _line(result: Result) -> str:
     if result.status != "done" or result.final is None:
         return f"{name}: {result.status}: {(result.reason or '').partition(chr(10))[0]}"
     seconds = f"{result.wall_seconds or 0:.1f} s"
-    if rate:  # one of a grid: the test accuracy is shown for the selected rate only
+    if rate:  # a run of a grid: test accuracy is shown for the selected rate only
         return f"{name}: validation {result.final.val.top1 if result.final.val else float('nan'):.2f} %, {seconds}"
     return f"{name}: {result.final.test.top1:.2f} %, {seconds}"

@@ -1,4 +1,4 @@
-"""Reads a finished run's configuration and weights, from which its network is built again."""
+"""Read a finished run's configuration and weights, to build the network again."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from qbench.training.initial_weights import load_published
 
 
 def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
-    """Return a finished run's configuration, without its start and teacher, and its checkpoint.
+    """Return a finished run's configuration, without start and teacher, and checkpoint.
 
     Args:
-        named: what error messages call the run.
-        weights: `best` on validation, or those of the `last` epoch.
+        run: directory of the run.
+        named: name of the run in error messages.
+        weights: `best` for the best weights on validation, `last` for those of the last epoch.
+        device: device to set in the configuration.
 
     Raises:
         CheckpointError: a file of the run is missing or damaged.
@@ -36,7 +38,7 @@ def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu"
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Module:
-    """Load a run's checkpoint into its network, and return the network.
+    """Load a run's checkpoint into the network, and return the network.
 
     Raises:
         CheckpointError: the checkpoint belongs to another network.

@@ -18,10 +18,11 @@ from qbench.experiment.sweep_progress import POLL_SECONDS
 
 
 def worker_count(threads: int, limit: str = "") -> int:
-    """Return the number of worker processes: `limit`, but no more threads than cores.
+    """Return the number of worker processes, at most `limit`, with no more threads than cores.
 
     Args:
-        limit: the number as typed; anything but a number from 0 on means as many as possible.
+        threads: number of threads per process.
+        limit: the number as typed; 0 or a text that is not a number means as many as possible.
     """
     most = max(1, (os.cpu_count() or 1) // threads)
     return min(int(limit) if limit.isdecimal() else most, most) or most
@@ -30,8 +31,9 @@ def worker_count(threads: int, limit: str = "") -> int:
 def run_in_processes(runs: Sequence[PlannedRun], workers: int, stop: Callable[[], int]) -> None:
     """Do the runs in joblib's processes.
 
-    If one of them is killed, the runs in progress wait until the end. Then each gets a process to
-    itself, one after the other: a run that kills its process again harms no other run.
+    If a process is killed, the runs in progress are put off until the end. Then they are done one
+    after the other, each in a separate process, so that a run that kills its process again does not
+    affect other runs.
     """
     waiting, suspects = baselines_first(runs), list[PlannedRun]()
     checked = False
@@ -61,7 +63,7 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 
 def _prepare_worker() -> None:
-    """Import what every run needs; ignore signals between two runs, which the sweep handles."""
+    """Import the modules that every run needs; ignore signals between runs."""
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(kind, signal.SIG_IGN)
     for module in ("qbench.experiment.run", "torch.utils.tensorboard"):
@@ -69,11 +71,11 @@ def _prepare_worker() -> None:
     import torch
 
     torch.optim.SGD([torch.zeros(1)])  # the first optimizer makes torch import many modules
-    gc.freeze()  # joblib's workers collect garbage after every second of work: spare them these objects
+    gc.freeze()  # joblib's workers collect garbage every second; leave out these objects
 
 
 def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Callable[[], int]) -> list[PlannedRun]:
-    """Let a pool do the waiting runs; return those in progress when a process was killed."""
+    """Do the waiting runs in a pool; return the runs in progress if a process was killed."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     working: dict[Future[None], PlannedRun] = {}
@@ -88,14 +90,14 @@ def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Calla
             job.result()
             del working[job]
         for process in active_children() if stop() else ():
-            process.terminate()  # it saves its run first
+            process.terminate()  # the process saves its run first
     return []
 
 
 def baselines_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Return the runs, first those that are the first to need a float baseline.
+    """Return the runs, beginning with one run for each different float baseline.
 
-    Parallel processes then train several baselines, instead of waiting for one.
+    Parallel processes then train several baselines, instead of waiting for the same one.
     """
     baselines = [run_identity(baseline_config(planned.config)).digest for planned in runs]
     order = sorted(range(len(runs)), key=lambda i: baselines.index(baselines[i]) != i)

@@ -1,4 +1,4 @@
-"""Combined methods: one for weights with one for activations, and any method with a teacher."""
+"""Combine a weight method with an activation method, or any method with a teacher."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +16,7 @@ from qbench.quant.quantizer import Quantizer
 
 
 class _SteppedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose step is done; the second of two methods gets it for the same step."""
+    """An optimizer that has already stepped, for the second of two methods in the same step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -32,11 +32,12 @@ def combine(weight: Method, activation: Method) -> Method:
     """Return the method that quantizes weights as one method does and activations as another.
 
     Each of the two is built with its own widths and 32 bits elsewhere. Gradients are quantized by
-    `weight` if it supports that, else by `activation`. Both prepare, begin epochs and finish steps,
-    each on its own quantizers.
+    `weight` if that method supports it, else by `activation`. The `prepare`, `on_epoch` and `step`
+    functions of both methods are called, each for the method's own quantizers.
 
     Raises:
-        Unsupported: both replace the loss or the output of a layer, or require different networks.
+        Unsupported: both methods replace the loss or the output of a layer, or they require
+            different networks.
     """
     if weight.name == activation.name:
         raise Unsupported(f"activation={weight.name} is what method={weight.name} does itself; set bits.a alone")
@@ -77,15 +78,15 @@ def distilled(
 ) -> Method:
     """Return the method with the loss  weight T^2 KL(teacher || student) + (1 - weight) hard.
 
-    Softmax at temperature T on both sides of KL, which is the mean over the batch of the sum over
-    classes (Hinton et al. 2015, arXiv 1503.02531; weights of Polino et al. 2018, arXiv 1802.05668).
-    Public code of the latter averages over classes too, which makes the same weight ten times
-    smaller on ten classes.
+    Both sides of KL are softmax outputs at temperature T. KL is summed over classes and averaged
+    over the batch (Hinton et al. 2015, arXiv 1503.02531; weights of Polino et al. 2018, arXiv
+    1802.05668). Public code of Polino et al. averages over classes too, which makes the same weight
+    ten times smaller on ten classes.
 
     Args:
-        teacher: a network that takes the same images; it is evaluated, never trained.
-        hard: (logits, labels) -> the loss against labels; if the method has a loss, that one is
-            used instead.
+        teacher: a network that takes the same images and is not trained.
+        hard: (logits, labels) -> the loss against labels; if the method has its own loss, that
+            loss is used instead.
     """
     hard_loss: Loss = method.loss or (lambda model, logits, batch: hard(logits, batch[1]))
 
@@ -107,9 +108,9 @@ def _supported(method: Method, key: str) -> list[int]:
 
 
 def _combined_requirements(weight: Method, activation: Method) -> Requires:
-    """Return what both require of the network.
+    """Return what the two methods together require of the network.
 
-    The activation functions concern only the second one.
+    Only the activation method's requirement on activation functions counts.
     """
     first, second = weight.requires, activation.requires
     if first.norm and second.norm and first.norm != second.norm:
@@ -125,7 +126,7 @@ def _combined_requirements(weight: Method, activation: Method) -> Requires:
 def _combined_output(weight: Method, activation: Method, owner: Method) -> OutputFactory:
     """Return the factory of output quantizers.
 
-    At most one of the two methods may have one for a layer.
+    At most one of the two methods may have an output quantizer for a layer.
     """
 
     def output(name: str, layer: QLayer, bits: int) -> Quantizer | None:
@@ -143,7 +144,7 @@ def _combined_output(weight: Method, activation: Method, owner: Method) -> Outpu
 
 
 def _in_turn(first: Callable[..., None] | None, second: Callable[..., None] | None) -> Callable[..., None] | None:
-    """Return the two as one call after the other; None if both are None."""
+    """Return a function that calls the first and then the second; None if both are None."""
     if first is None or second is None:
         return first or second
 
@@ -155,7 +156,7 @@ def _in_turn(first: Callable[..., None] | None, second: Callable[..., None] | No
 
 
 def _combined_step(weight: Method, activation: Method) -> Step | None:
-    """Return both steps as one, in which the optimizer itself steps once."""
+    """Return both `step` functions as one, in which the optimizer itself steps once."""
     first, second = weight.step, activation.step
     if first is None or second is None:
         return first or second

@@ -1,9 +1,10 @@
 """Tensor functions without gradient that take few passes over memory.
 
-They compare, mask, round at random, and work block by block. On a CPU a comparison that makes a
-bool tensor, `where` over one, or a search costs many passes over floats (measured by
-scripts/bench/where.py). These functions compare into float tensors and mask by the derivative of
-hardtanh instead. None writes to its input, except those whose name ends in an underscore.
+They compare, mask, round at random, and work block by block. On a CPU, making a bool tensor by
+comparison, applying `where` with a bool tensor, or searching takes as long as many passes over
+floats (measured by scripts/bench/where.py). These functions compare into float tensors and mask by
+the derivative of hardtanh instead. Only functions whose name ends in an underscore write to their
+input.
 """
 
 import math
@@ -18,27 +19,27 @@ Fill = Callable[..., None]
 """
 
 BLOCK = 2**18
-"""Elements of a block in `blockwise`: a megabyte of floats."""
+"""Number of elements per block in `blockwise`: a megabyte of floats."""
 
 MIXING = 0x2C1B3C6D
-"""An odd number, so that multiplying 32 bits by it is one to one."""
+"""An odd factor, so that multiplying 32-bit integers by it is one to one."""
 
 MAX_EDGES = 31
-"""For more edges, searching is faster than comparing with each."""
+"""With more edges than this, a search is faster than comparing with each edge."""
 
 
 def scalar(x: Tensor) -> float | Tensor:
-    """Return the number in a CPU tensor of one element, and other tensors as they are.
+    """Return a one-element CPU tensor as a number, and a tensor on another device detached.
 
-    Reading a number from another device would wait for it.
+    Reading a number from another device would wait for that device.
     """
     return x.item() if x.device.type == "cpu" else x.detach()
 
 
 def next_float(value: float | Tensor, towards: float, dtype: torch.dtype) -> float | Tensor:
-    """Return the next number of a type from `value` in a direction.
+    """Return the number of type `dtype` next to `value`, in the direction of `towards`.
 
-    As the bound of an open interval it makes the interval closed at `value`.
+    An open interval with the returned number as its bound contains `value`.
     """
     if isinstance(value, Tensor):
         return torch.nextafter(value, torch.full_like(value, towards))
@@ -53,13 +54,13 @@ def _next_float_of_number(value: float, towards: float, dtype: torch.dtype) -> f
 def divide_codes_(codes: Tensor, n: float) -> Tensor:
     """Divide the integers 0 ... n by n, in place.
 
-    Multiplication by 1/n is faster, and used where it gives the same numbers for all of them.
+    Multiplication by 1/n is faster; it is used where it gives the same results for all codes.
     """
     return codes.mul_(1 / n) if n in (1, 3) else codes.div_(n)
 
 
 def grad_between(grad: Tensor, x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Return grad where low < x < high, else 0; in one pass if the bounds are numbers."""
+    """Return grad where low < x < high, else 0; this takes one pass if the bounds are numbers."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return torch.where((x > low) & (x < high), grad, 0.0)
     masked: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
@@ -82,10 +83,10 @@ def above(x: Tensor, bound: float | Tensor) -> Tensor:
 
 
 def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return heights[i] of the last edges[i] that is below x, and 0 where none is. No gradient.
+    """Return heights[i] for the last edges[i] below x, and 0 if no edge is below x. No gradient.
 
     Args:
-        edges, heights: (L,), both ascending, heights at least 0.
+        edges, heights: (L,) each, ascending; heights are at least 0.
     """
     x, table = x.detach(), torch.cat([heights.new_zeros(1), heights])
     if x.dim() == 4 and not x.is_contiguous():  # channels_last: search in the order of memory
@@ -94,9 +95,9 @@ def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 
 
 def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return what `lookup` returns, faster on the CPU for up to some 30 edges.
+    """Return the result of `lookup`, computed faster on the CPU for up to about 30 edges.
 
-    There it compares with every edge.
+    In that case x is compared with every edge.
     """
     if x.device.type != "cpu" or len(edges) > MAX_EDGES:
         return lookup(x, edges, heights)
@@ -113,10 +114,10 @@ def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> Tensor:
     """Return random integers (count,), int16, uniform over -32768 ... 32767, pairwise independent.
 
-    About sqrt(count) numbers are drawn: the xor of each of some 64-bit draws with each of others is
-    uniform, and any two such xors are independent. So there is no bias, and sums have the variance
-    of independent numbers. Takes a tenth of the time of drawing all of them; does not depend on the
-    number of threads.
+    Only about sqrt(count) 64-bit numbers are drawn, in two sets. The xor of a number from one set
+    with a number from the other is uniform, and any two such xors are independent. So there is no
+    bias, and sums have the variance of independent numbers. This takes a tenth of the time of
+    drawing all numbers, and the result does not depend on the number of threads.
     """
     # A table of rows x columns words of 64 bits; each word holds four numbers.
     words = (count + 3) // 4
@@ -125,7 +126,7 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
     draws = torch.empty(rows + columns, dtype=torch.int64, device=like.device)
     draws.random_(-(2**63), None, generator=generator)
     # The xor of the four corners of a rectangle in this table is 0. A one-to-one map of each 32
-    # bits breaks that relation and keeps both properties.
+    # bits removes that relation; the numbers stay uniform and pairwise independent.
     mixed = (draws[:rows, None] ^ draws[rows:]).view(-1).view(torch.int32).mul_(MIXING)
     return mixed.view(torch.int16)[:count]
 
@@ -138,11 +139,11 @@ def _shared_bits(like: Tensor, generator: Generator | None) -> Tensor:
 def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
     """Return uniform random numbers in [0, 1), multiples of 2^-24.
 
-    They have `like`'s floating-point type, shape and strides.
+    The result has `like`'s floating-point type, shape and strides.
 
-    For rounding. Of the 24 bits of each number, the upper 16 are its own and the lower 8 are shared
-    by the tensor. Each number alone has the distribution of torch.rand, so there is no bias; the
-    shared part is below 2^-16.
+    The numbers are meant for rounding. Of the 24 bits of each number, the upper 16 are drawn per
+    number and the lower 8 are shared by the tensor. Each number alone has the distribution of
+    torch.rand, so there is no bias; the shared part is below 2^-16.
     """
     shift = _shared_bits(like, generator).add_(32768)
 
@@ -157,22 +158,23 @@ def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
 
     Gupta et al. 2015, section 3.
 
-    Integers stay: this is not floor(x + u), because that sum is rounded for large x. Random numbers
-    as in `uniform`; on the CPU none are drawn for a block of integers.
+    Integers stay unchanged. floor(x + u) would not guarantee this, because the sum x + u is rounded
+    for large x. The random numbers are made as in `uniform`; on the CPU, none are drawn for a block
+    of integers.
     """
     return blockwise(x, stochastic_rounding_fill(x, generator), scratch=2)
 
 
 def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -> Fill:
-    """Return what `stochastic_round` does with each block, for `blockwise` with scratch=2."""
+    """Return the function that rounds one block at random, for `blockwise` with scratch=2."""
     bound = scalar(32768 - _shared_bits(like, generator))
 
     def fill(block: Tensor, result: Tensor, fraction: Tensor, draws: Tensor) -> None:
         # Split x into floor and fraction.
         torch.sub(block, torch.floor(block, out=result), out=fraction)
         if fraction.device.type != "cpu" or fraction.sum():
-            # With u in [0, 1) from the draws: u + fraction >= 1, multiplied by 65536 and shifted to
-            # signed draws.
+            # Round up where u + fraction >= 1, for u in [0, 1) from the draws. Both sides are
+            # multiplied by 65536 and shifted to the range of the signed draws.
             draws.copy_(uniform_16(fraction.numel(), like, generator))
             result.add_(draws.add_(fraction, alpha=65536).ge_(bound))
 
@@ -187,7 +189,7 @@ def blockwise(x: Tensor, fill: Fill, scratch: int = 0) -> Tensor:
 
     Args:
         fill: see `Fill`.
-        scratch: how many more tensors of a block's size `fill` gets, to write to.
+        scratch: number of additional tensors, each of a block's size, that `fill` may write to.
     """
     result = torch.empty_like(x)
     source = x.detach() if x.stride() == result.stride() else torch.empty_like(result).copy_(x.detach())

@@ -1,4 +1,4 @@
-"""Tracing the calls of a network's layers; the one place with forward hooks."""
+"""Record the calls of a network's layers; forward hooks are used in this file only."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

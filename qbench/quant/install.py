@@ -1,4 +1,4 @@
-"""Installing a method's quantizers into a float network."""
+"""Install a method's quantizers in a float network."""
 
 from collections.abc import Mapping
 
@@ -16,10 +16,10 @@ from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
 class ImageQuantizer(Quantizer):
     """Rounds the network's input to 2^bits even levels per channel, over the range of images.
 
-    With 8 bits, and images that were 8-bit files, this changes nothing except for float rounding.
+    With 8 bits and images from 8-bit files, values change only by float rounding errors.
 
     Args:
-        bits: width.
+        bits: width of the rounded values.
         low, high: smallest and largest value of each channel.
     """
 
@@ -33,15 +33,16 @@ class ImageQuantizer(Quantizer):
         self.register_buffer("span", (torch.tensor(high) - torch.tensor(low)).reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the rounded images in their shape, (N, C, H, W) or, before a linear layer, (N, C H
-        W).
+        """Return the rounded images, in the same shape.
+
+        The shape is (N, C, H, W), or (N, C H W) before a linear layer.
         """
         x = self._in_channels(x_NCHW)
         scaled = ((x - self.low) / self.span).clamp(0, 1)
         return (quantize_k(scaled, self.bits) * self.span + self.low).reshape(x_NCHW.shape)
 
     def grid(self, x_NCHW: Tensor) -> Grid:
-        """One scale group per channel."""
+        """Return the grid, with one scale group per channel."""
         points = levels_k(self.bits, x_NCHW) * self.span.reshape(-1, 1) + self.low.reshape(-1, 1)
         channels = points.shape[0]
         return Grid(points.unsqueeze(-1), lambda t: self._in_channels(t).movedim(1, 0).reshape(channels, -1, 1))
@@ -60,21 +61,21 @@ def install(
 ) -> nn.Module:
     """Put a method's quantizers into a float network, in place, and return it.
 
-    Only exact `Conv2d` and `Linear` layers change: their class, and three new submodules.
-    Parameters keep their names and identity, so that optimizers, hooks and float checkpoints still
-    work.
+    Only layers whose class is exactly `Conv2d` or `Linear` change: each gets another class and
+    three new submodules. Parameters keep their names and identity, so that optimizers, hooks and
+    float checkpoints still work.
 
     Args:
-        policy: which layers; by default all except the first and the last.
-        example: one image batch (N, C, H, W) to find the execution order with; without it, order of
-            registration.
-        act: "keep" or "fused" for the activation functions in front of input quantizers; "auto" as
-            the method needs.
+        policy: which layers are quantized; by default all except the first and the last.
+        example: one image batch (N, C, H, W), run to find the execution order; if None, the order
+            of registration is used.
+        act: "keep" or "fused" for the activation functions in front of input quantizers; with
+            "auto", the method decides.
 
     Raises:
         Unsupported: the method does not support a width, or the network does not fit it.
         PolicyError: a rule of the policy matches nothing.
-        TypeError: the method makes a module that is no `Quantizer`.
+        TypeError: the method makes a module that is not a `Quantizer`.
     """
     policy = policy or Policy()
     layers = quantizable(model)
@@ -96,11 +97,11 @@ def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, im
     """Turn one float layer into its quantized class.
 
     Args:
-        image: the policy, for the layer that reads the image.
+        image: the policy if this layer reads the image, else None.
     """
     layer.__class__ = QUANTIZED_CLASS.get(type(layer), type(layer))
     if not isinstance(layer, QLayer):
-        return  # a subclass that the policy leaves float
+        return  # a layer of a subclass, which the policy leaves in float
     device = layer.weight.device
     layer.label, layer.bits = name, bits
     layer.weight_q, layer.input_q, layer.output_q = (IdentityQuantizer() for _ in range(3))
@@ -115,7 +116,7 @@ def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, im
 
 
 def _checked(method: Method, layer_name: str, quantizer: object) -> Quantizer:
-    """Return a quantizer that a method, perhaps a user's own, has made."""
+    """Return `quantizer` if it is a `Quantizer`; a user's own method may have made it."""
     if not isinstance(quantizer, Quantizer):
         raise TypeError(
             f"{method.name} makes a {type(quantizer).__name__} for {layer_name}, which is no Quantizer\n"
@@ -132,7 +133,7 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
 
 
 def feeds(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return activation -> layers that read it, from the network's attribute `feeds`, if any."""
+    """Return the network's attribute `feeds`, activation -> layers that read it, or else {}."""
     declared: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
     return declared
 
@@ -140,7 +141,7 @@ def feeds(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def _bypass_activations(method: Method, model: nn.Module, assigned: Mapping[str, Bits], act: str) -> None:
     """Bypass the activation functions that quantizers replace.
 
-    These are the ones whose readers all have an input quantizer.
+    An activation function is replaced if every layer that reads it has an input quantizer.
     """
     needs = method.requires.act
     if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
@@ -168,7 +169,7 @@ def _check_feeds(
     assigned: Mapping[str, Bits],
     act: str,
 ) -> None:
-    """Raise `Unsupported` if the network does not declare what replacing its activations needs."""
+    """Raise `Unsupported` if `feeds` lacks what replacing the activation functions needs."""
     needs = method.requires.act
     if not readers_of and (needs == "fused" or act == "fused"):
         raise Unsupported(

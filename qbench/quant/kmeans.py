@@ -1,10 +1,11 @@
-"""k-means of scalars at its global optimum, without a seed; some centroids may be fixed (pinned).
+"""Globally optimal k-means of scalars, without a seed; some centroids may be fixed (pinned).
 
-Few distinct values are solved exactly (`kmeans_dp`). Many are put into bins first; the splits
-between clusters are then searched again near those found, in smaller and smaller parts.
+If there are few distinct values, the solution is exact (`kmeans_dp`). Many values are put into bins
+first. Better splits between clusters are then searched near the splits found, in smaller and
+smaller parts of bins.
 
-The exact packages (kmeans1d, ckwrap) cannot fix centroids and keep tables k times as long as the
-values.
+The exact packages (kmeans1d, ckwrap) cannot fix centroids, and they keep tables k times as long as
+the values.
 """
 
 from collections.abc import Sequence
@@ -19,19 +20,19 @@ from torch import Tensor
 from qbench.quant.kmeans_dp import Floats, optimal_centroids, prefix_sums
 
 EXACT = 10_000
-"""Up to this many distinct values every split is considered, for more only those between bins."""
+"""Up to this many distinct values, all splits are considered; above, only splits between bins."""
 
 BINS = 128
-"""Bins per centroid."""
+"""Number of bins per centroid."""
 
 RANGE = (2_000, 100_000)
-"""Fewest and most bins in total."""
+"""Smallest and largest total number of bins."""
 
 ZOOMS, REACH, PARTS = 3, 8, 4
-"""Rounds of refinement, bins searched on both sides of each split, and parts of each bin."""
+"""Rounds of refinement, bins searched on either side of each split, and parts per bin."""
 
 CHUNK = 1 << 16
-"""Elements at a time: as many as stay in the cache."""
+"""Number of elements processed at a time: as many as stay in the cache."""
 
 Ints = NDArray[np.int64]
 
@@ -47,25 +48,26 @@ class Clustering(NamedTuple):
 def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clustering:
     """Cluster all elements of `values` around k centroids of least inertia. No gradient.
 
-    `values` has any shape and is finite.
+    `values` may have any shape and must be finite.
 
-    Those in `pinned` count among the k and are in the result as given (in the type of `values`; a
-    repeated one counts once), whether or not any value is nearest to them. If the other centroids
-    suffice to give every distinct value one of its own, the result has only those.
+    The centroids in `pinned` count among the k. They are in the result as given (in the type of
+    `values`; repeated ones count once), whether or not any value is nearest to them. If the
+    others suffice to give every remaining distinct value its own centroid, no more are returned.
 
-    Up to `EXACT` distinct values (and up to as many as there are bins) the inertia is the least
-    there is, to the rounding of float64 sums (1e-15 of what a single centroid leaves) and of the
-    centroids to the type of `values`. For more values, it is the least within some bins of the best
-    splits between bins: larger by a share of 1e-7 or none, unless splits that are far apart are
-    almost equally good; then by a share of about (k / bins)² or less: 6e-5 up to k = 781.
+    With up to `EXACT` distinct values (or as many as there are bins, if that is more), the inertia
+    is the global minimum. The only errors are the rounding of float64 sums (1e-15 of the inertia
+    with a single centroid) and of the centroids to the type of `values`. With more distinct values,
+    the inertia is minimal among splits within a few bins of the best splits between bins. It then
+    exceeds the global minimum by a share of 1e-7 or less, unless splits that are far apart are
+    almost equally good. In that case the share is about (k / bins)² or less: 6e-5 up to k = 781.
 
-    Computed on the CPU in n log n. Memory besides the result: 16 bytes a value, 4 more for half
-    precision and for a tensor that is not contiguous or not on the CPU, and 4 (k + 100) for each of
-    the bins or of `EXACT`.
+    Computed on the CPU in time n log n. Memory besides the result: 16 bytes per value; 4 more bytes
+    per value for half precision and for a tensor that is not contiguous or not on the CPU; and
+    4 (k + 100) bytes per bin or per value of `EXACT`.
 
     Raises:
-        ValueError: no values, values that are not finite or not floating-point, or k below the
-            number of pins or 1.
+        ValueError: there are no values, some values are not finite or not floating-point, or k is
+            below 1 or below the number of pins.
     """
     pins = _check(values, k, pinned)
     half = values.dtype in (torch.float16, torch.bfloat16)
@@ -89,7 +91,7 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
 
 
 def _check(values: Tensor, k: int, pinned: Sequence[float] | Tensor) -> Floats:
-    """Return the pins, ascending and distinct, rounded to the values' type."""
+    """Check the arguments; return the pins, rounded to the values' type, ascending and distinct."""
     if not values.is_floating_point():
         raise ValueError(f"values of {values.dtype}: k-means needs a floating-point tensor")
     if not values.numel():
@@ -101,10 +103,10 @@ def _check(values: Tensor, k: int, pinned: Sequence[float] | Tensor) -> Floats:
 
 
 def _assign_labels(given: Tensor, c: Floats) -> Tensor:
-    """Return the index of the nearest of c for every value, the lower one of two equally near."""
+    """Return for every value the index of the nearest centroid in c, the lower one in a tie."""
     edges = torch.from_numpy(_edges(c))
-    # Round the edges down to the values' type, so that comparing in that type gives the same
-    # answers.
+    # Round the edges down to the values' type, so that comparisons in that type have the same
+    # results.
     below = edges.to(given.dtype)
     below = torch.where(below.double() > edges, torch.nextafter(below, torch.full_like(below, -torch.inf)), below)
     if given.device.type == "cpu" and len(below) < 256:
@@ -113,22 +115,22 @@ def _assign_labels(given: Tensor, c: Floats) -> Tensor:
 
 
 def _edges(c: Floats) -> Floats:
-    """Return for neighbours in c the largest number that is not above their exact middle."""
+    """Return for each pair of neighbours in c the largest float not above their midpoint."""
     a, b = c[:-1] / 2, c[1:] / 2
     middle = a + b
-    # The rounding error of the sum, exactly (Knuth's two-sum).
+    # The exact rounding error of the sum (Knuth's two-sum).
     rounded = middle - a
     error = (a - (middle - rounded)) + (b - rounded)
     return np.where(error < 0, np.nextafter(middle, -np.inf), middle)
 
 
 def _bounds(x: Floats, c: Floats) -> Ints:
-    """Return where in x, ascending, the values nearest to each of c begin, and x's end."""
+    """Return the index in ascending x where each centroid's cluster begins, and x's length."""
     return np.concatenate(([0], np.searchsorted(x, _edges(c), side="right"), [len(x)]))
 
 
 def _inertia(x: Floats, c: Floats) -> float:
-    """Return the sum of squared distances of x, ascending, to the nearest of c."""
+    """Return the sum of squared distances of ascending x to the nearest centroids in c."""
     total, bounds = 0.0, _bounds(x, c)
     for m, (begin, end) in zip(c, pairwise(bounds), strict=True):
         for i in range(begin, end, CHUNK):
@@ -138,9 +140,9 @@ def _inertia(x: Floats, c: Floats) -> float:
 
 
 def _count_below(x: NDArray[np.floating], edges: NDArray[np.floating]) -> Ints:
-    """Return for each of x how many edges are below it.
+    """Return for each value in x how many edges are below that value.
 
-    Comparing with all edges is faster than any search while there are few.
+    With few edges, comparing with all of them is faster than any search.
     """
     labels = np.empty(x.shape, np.int64)
     less, count = np.empty(min(x.size, CHUNK), np.bool_), np.empty(min(x.size, CHUNK), np.uint8)
@@ -160,12 +162,12 @@ def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
     bins = min(max(RANGE[0], BINS * k), RANGE[1])
     new = x[1:] != x[:-1]
     if np.count_nonzero(new) < max(EXACT, bins):
-        # Few distinct values: each with its count as weight.
+        # Few distinct values: use each, with its count as weight.
         first = np.append(0, np.flatnonzero(new) + 1)
         return optimal_centroids(x[first], np.diff(first, append=len(x)).astype(np.float64), k, pins)
     del new  # for its memory
-    # Many: the mean of each bin, computed around the median for precision and kept between the
-    # bin's ends.
+    # Many distinct values: use the mean of each bin, computed around the median for precision and
+    # clipped to the bin's range.
     centre = x[len(x) // 2]
     y = x - centre
     cut = _bins(x, bins)
@@ -175,11 +177,11 @@ def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
 
 
 def _bins(x: Floats, n: int) -> Ints:
-    """Return where in x bins begin, and x's end: about n of them, narrow where it matters.
+    """Return the indices in x where about n bins begin, and x's length.
 
-    The cube root of (values in a bin) x (its width)² is the measure in which optimal quantization
-    gives each interval the same share (Panter and Dite 1951). Bins of equal count are cut evenly in
-    that measure, three times; cuts stay.
+    Optimal quantization gives each interval the same share of a measure: the cube root of (number
+    of values) x (width)² (Panter and Dite 1951). The function starts with bins of equal count and
+    adds cuts at equal shares of that measure, three times. Earlier cuts are kept.
     """
     cut = np.linspace(0, len(x), n // 4, dtype=np.int64)
     for _ in range(3):
@@ -197,10 +199,11 @@ def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> 
     """Return c after a search for better splits of x near those of c.
 
     Args:
-        x: values, ascending.
-        y: x minus a constant.
-        cut: where in x bins begin, and x's end.
-        c: centroids, the pins among them.
+        x: (n,), values, ascending.
+        y: (n,), x minus a constant.
+        cut: the indices in x where bins begin, and x's length.
+        c: centroids, including the pins.
+        pins: fixed centroids.
     """
     centre, fixed = x[0] - y[0], np.isin(c, pins)
     near = np.arange(-REACH * PARTS, REACH * PARTS + 1)[:, None] / PARTS
@@ -208,7 +211,7 @@ def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> 
         bounds = _bounds(x, c)
         if not np.diff(bounds)[~fixed].all():  # a free centroid without values
             break
-        # Places in x around each split, in parts of bins; the ends of x have no alternative.
+        # Indices in x around each split, in parts of bins; the ends of x have no alternative.
         options = np.interp(np.searchsorted(cut, bounds[1:-1]) + near, np.arange(len(cut)), cut).astype(np.int64)
         options = np.pad(options, ((0, 0), (1, 1)), constant_values=(0, len(x)))
         options = np.concatenate((bounds[None], options))
@@ -220,19 +223,19 @@ def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> 
 def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> Floats:
     """Return the means of the best clusters of y whose bounds are among `options` (o, c + 1).
 
-    The first option is the clusters of c. A cluster's squares about its mean are those about c
-    minus size x (mean - c)²; those of `fixed` clusters count about c. A value that moves from one
-    of c to the next below adds twice the distance of these two times its own distance from their
-    middle.
+    The first option is the clusters of c. A cluster's sum of squares about its mean is its sum of
+    squares about its centroid in c, minus size x (mean - centroid)². For `fixed` clusters, the sum
+    about the centroid counts. A value that moves to the next lower centroid adds twice the distance
+    between the two centroids times the value's distance from their midpoint.
     """
-    # Counts and sums of y before every option.
+    # Number and sum of the values of y before every option.
     spots = np.unique(options)
     where = np.searchsorted(spots, options)
     n, s = spots[where].astype(np.float64), prefix_sums(np.add.reduceat(y, spots[:-1]))[where]
-    # Cost of moving a bound from the first option, squares about c.
+    # Cost of moving a bound away from the first option, in squares about c.
     moved = np.zeros(n.shape)
     moved[:, 1:-1] = np.diff(c) * (2 * (s - s[0])[:, 1:-1] - (c[1:] + c[:-1]) * (n - n[0])[:, 1:-1])
-    # One cluster after the other: cost[o] is the least with its upper bound at option o.
+    # One cluster after the other: cost[o] is the least cost with the upper bound at option o.
     cost, begins = np.zeros(len(n)), []
     for i, m in enumerate(c):
         size = n[:, i + 1] - n[:, i, None]

@@ -1,10 +1,10 @@
-"""Exact k-means of few distinct scalars by dynamic programming; some centroids may be fixed (pins).
+"""Exact k-means of few distinct scalars by dynamic programming; centroids may be fixed (pins).
 
 In one dimension clusters are intervals of the sorted values. The best split moves monotonically
-with the end of the interval, so that a layer of the table takes n log n (Grønlund et al. 2017,
-arXiv 1701.07204, section 2). Pins cut the line into gaps. Each gap is a problem of its own, whose
-first and last interval belong to the pins at its ends; the free centroids are distributed over the
-gaps by a second dynamic program.
+with the end of the interval, so that a layer of the table takes time n log n (Grønlund et al. 2017,
+arXiv 1701.07204, section 2). Pins cut the line into gaps. Each gap is a separate problem, in which
+the first and last intervals belong to the pins at the gap's ends. A second dynamic program
+distributes the free centroids over the gaps.
 """
 
 from itertools import pairwise
@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 class Solution(NamedTuple):
-    """Least cost (weighted squared distances) and the free centroids that reach it, ascending."""
+    """The least cost (weighted squared distances) and its free centroids, ascending."""
 
     cost: float
     centroids: Floats
@@ -28,11 +28,11 @@ def optimal_centroids(v: Floats, w: Floats, k: int, pins: Floats) -> Floats:
 
     Args:
         v: (n,) distinct values, ascending.
-        w: (n,) their weights.
+        w: (n,) weights of the values.
         k: number of centroids, including the pins.
         pins: fixed centroids, ascending and distinct.
     """
-    # A value that is a pin costs nothing: leave it out.
+    # A value equal to a pin costs nothing: leave it out.
     loose, free = ~np.isin(v, pins), k - len(pins)
     v, w = v[loose], w[loose]
     if len(v) <= free:
@@ -49,7 +49,7 @@ def optimal_centroids(v: Floats, w: Floats, k: int, pins: Floats) -> Floats:
 
 
 def _merge(best: list[Solution], gap: list[Solution], free: int) -> list[Solution]:
-    """Return, by number of free centroids, the best solutions for the gaps so far and the next."""
+    """Return the best solutions for the gaps so far and the next, by number of free centroids."""
     sums = [[solution.cost + more.cost for more in gap] for solution in best]
     merged = []
     for n in range(min(free, len(best) + len(gap) - 2) + 1):
@@ -62,14 +62,14 @@ def _merge(best: list[Solution], gap: list[Solution], free: int) -> list[Solutio
 def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: int) -> list[Solution]:
     """Return the best solutions for the values of one gap, with 0, 1, ... `most` free centroids.
 
-    The best number of values at the start goes to the pin `left`, and of those at the end to the
-    pin `right`; None means that there is no pin.
+    Some of the first values belong to the pin `left`, and some of the last to the pin `right`; how
+    many is optimized. None means that there is no pin.
     """
     n = len(v)
     y = v - v[n // 2] if n else v  # around the middle, for precision
     weight, first, second = (prefix_sums(w * part) for part in (np.ones(n), y, y * y))
-    # cost[i]: of the first i values; at first all of them go to the left pin. rest[i]: of the
-    # others at the right pin.
+    # cost[i]: the cost of the first i values, at first all with the left pin. rest[i]: the cost of
+    # the other values with the right pin.
     cost = np.full(n + 1, np.inf) if left is None else np.append(0, np.cumsum(w * (v - left) ** 2))
     rest = np.full(n + 1, np.inf) if right is None else np.append(np.cumsum((w * (v - right) ** 2)[::-1])[::-1], 0)
     cost[0] = rest[n] = 0
@@ -81,7 +81,7 @@ def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: in
             begins.append(begin)
         end = int(np.argmin(cost + rest))
         total, means = float(cost[end] + rest[end]), np.empty(m)
-        # Follow the begins of the clusters back from the last one.
+        # Follow the starts of the clusters back from the last cluster.
         for layer in range(m if np.isfinite(total) else 0, 0, -1):
             start = int(begins[layer - 1][end])
             part, share = v[start:end], w[start:end]
@@ -92,10 +92,10 @@ def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: in
 
 
 def prefix_sums(a: Floats) -> Floats:
-    """Return (n + 1,) sums whose differences are the sums over a's intervals.
+    """Return n + 1 sums whose differences are the sums over intervals of a.
 
-    They are accumulated outward from the middle, so that large values at the ends do not cost the
-    middle its precision.
+    The sums are accumulated outward from the middle, so that large values at the ends do not reduce
+    the precision in the middle.
     """
     m = len(a) // 2
     return np.concatenate((-np.cumsum(a[:m][::-1])[::-1], [0], np.cumsum(a[m:])))
@@ -104,50 +104,50 @@ def prefix_sums(a: Floats) -> Floats:
 def _layer(
     before: Floats, weight: Floats, first: Floats, second: Floats, m: int, last: bool
 ) -> tuple[Floats, NDArray[np.int32]]:
-    """Return the least costs of the first i values with one more cluster, and where it begins.
+    """Return the least cost of the first i values with one more cluster, and that cluster's start.
 
-    Row i searches the best begin in m - 1 ... i - 1. It moves upward with i, so that rows between
-    known ones search between the begins of those; a pass over all such rows at once reads every
-    begin a few times.
+    Row i searches the best start of the cluster in m - 1 ... i - 1. The best start increases with
+    i. So a row between two known rows needs to search only between the starts of these two, and a
+    pass over all such rows at once reads every start only a few times.
 
     Args:
         before: (n + 1,) costs with m - 1 clusters.
         weight, first, second: (n + 1,) prefix sums of w, w y, w y².
-        m: number of clusters now.
-        last: compute only the row of all values.
+        m: number of clusters, including the new one.
+        last: whether to compute only the row of all values.
     """
     n = len(before) - 1
     rows = n - m + 1
     known = before - second
     cost, begin = np.full(n + 1, np.inf), np.zeros(n + 1, np.int32)
-    single = np.isinf(before[m])  # only the first begin is possible
-    # at[r]: the begin of row i = r + m - 1; its first and last entry are the extremes.
+    single = np.isinf(before[m])  # only the first start is possible
+    # at[r]: the best start of row i = r + m - 1; the first and last entries are the extremes.
     at = np.full(rows + 2, m - 1 if single else n - 1)
     at[0] = m - 1
-    # Steps between the rows of a pass, from wide to narrow. Fewer passes need more reads, while
-    # those stay in cache.
+    # Steps between the rows of a pass, from wide to narrow. Fewer passes need more reads, which
+    # are fast as long as the data stays in the cache.
     bits = 3 if rows < 2_500 else 2 if rows < 6_000 else 1
     steps = [1 << s for s in range((rows.bit_length() - 1) // bits * bits, -1, -bits)]
     wide = rows + 1
     for step in [rows] if last else [1] if single else steps:
-        # The rows of this pass, without those of wider passes, and the range of begins for each.
+        # The rows of this pass, without those of wider passes, and the range of starts for each.
         r = np.arange(step, rows + 1, step)
         r = r[r % wide > 0]
         i, lower = r + m - 1, r - r % wide
         low, high = at[lower], np.minimum(at[np.minimum(lower + wide, rows + 1)], i - 1)
-        # All begins j of all rows, one row after the other; row number q has those from start[q] to
-        # end[q].
+        # All cluster starts j of all rows, one row after the other; row number q has those from
+        # start[q] to end[q].
         size = high - low + 1
         end = np.cumsum(size)
         start = end - size
         j = np.arange(end[-1]) + np.repeat(low - start, size)
-        # Cost = before[j] + squares of the cluster about its mean = known[j] - (sum)² / weight,
-        # plus second[i].
+        # Cost = before[j] + squares of the cluster about its mean
+        #      = known[j] - (sum)² / weight + second[i].
         trial = np.repeat(first[i], size) - first[j]
         trial *= trial
         trial /= np.repeat(weight[i], size) - weight[j]
         np.subtract(known[j], trial, out=trial)
-        # The first begin of least cost in each row.
+        # The first start of least cost in each row.
         least = np.minimum.reduceat(trial, start)
         hits = np.flatnonzero(trial == np.repeat(least, size))
         at[r] = j[hits[np.searchsorted(hits, start)]]

@@ -1,4 +1,4 @@
-"""Quantized layers: convolutions and linear layers with three quantizers each."""
+"""Quantized layers: convolutions and linear layers, each with three quantizers."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -23,19 +23,19 @@ FloatLayer = nn.Conv2d | nn.Linear
 class NotFinite(ValueError):
     """The input of a quantizer holds inf or nan.
 
-    Most quantizers would silently turn it into an ordinary level.
+    Most quantizers would silently turn such a value into an ordinary level.
     """
 
 
 def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
     """Return x, or raise `NotFinite` if a value is inf or nan.
 
-    Only on the CPU and outside of torch.compile: elsewhere the test would wait for the device in
-    every step.
+    The check is done only on the CPU and outside of torch.compile; elsewhere it would wait for the
+    device in every step.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return x
-    # One pass first: a sum that is finite has no inf or nan in it. The sum alone may overflow.
+    # First one pass: if the sum is finite, every value is. A sum that is not may have overflowed.
     if not isfinite(x.detach().sum(dtype=torch.float32).item()) and not x.isfinite().all():
         count = int((~x.isfinite()).sum())
         raise NotFinite(f"{layer.label}: {count} of {x.numel()} values of its {what} are inf or nan")
@@ -45,7 +45,7 @@ def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
 class QConv2d(nn.Conv2d):
     """A convolution with three quantizers.
 
-    `weight` and `bias` are the float layer's (latent) parameters.
+    `weight` and `bias` are the (latent) parameters of the float layer.
     """
 
     label: str
@@ -95,26 +95,26 @@ FLOAT_CLASS: Mapping[type[nn.Module], type[nn.Module]] = {q: float_class for flo
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QLayer]:
-    """Return the layers by name in which weights, activations or gradients are quantized."""
+    """Return, by name, the layers in which weights, activations or gradients are quantized."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QLayer) and m.bits != Bits()}
 
 
 def quantizers(layer: QLayer) -> dict[str, Quantizer]:
-    """Return a layer's quantizers by what they quantize: w, a, g."""
+    """Return a layer's quantizers under the keys w (weights), a (activations) and g (gradients)."""
     return {"w": layer.weight_q, "a": layer.input_q, "g": layer.output_q}
 
 
 def is_quantizer_key(name: str) -> bool:
-    """Whether a parameter or buffer of this name belongs to a quantizer."""
+    """Return whether a parameter or buffer of this name belongs to a quantizer."""
     return any(part in ("weight_q", "input_q", "output_q") for part in name.split("."))
 
 
 def clamp_min_(model: nn.Module, kinds: Mapping[type[nn.Module], tuple[str, ...]], smallest: float) -> None:
-    """Clamp learned scales from below, in place.
+    """Clamp learned scales of quantizers from below, in place.
 
     Args:
-        kinds: class of a weight or input quantizer -> names of its parameters.
-        smallest: the lower bound.
+        kinds: class of a weight or input quantizer -> names of the parameters to clamp.
+        smallest: the lower bound of the parameters.
     """
     with torch.no_grad():
         for layer in quantized_layers(model).values():
@@ -124,21 +124,21 @@ def clamp_min_(model: nn.Module, kinds: Mapping[type[nn.Module], tuple[str, ...]
 
 
 def effective_weight(layer: QLayer) -> Tensor:
-    """Return the weights that the layer computes with in evaluation, without gradient."""
+    """Return the weights that the layer uses in evaluation, without gradient."""
     with eval_mode_keeping_rng(layer), torch.no_grad():
         return layer.weight_q(layer.weight).detach()
 
 
 def fully_quantized(model: nn.Module) -> bool:
-    """Whether every weight lies on its grid.
+    """Return whether every weight lies on the grid of its quantizer.
 
-    False while an incremental method leaves weights float.
+    The result is False while an incremental method leaves some weights in float.
     """
     return all(layer.weight_q.complete for layer in quantized_layers(model).values())
 
 
 def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Return the quantizers' reports that are not empty: layer -> w, a, g -> name -> number."""
+    """Return the nonempty reports of quantizers: layer -> w, a or g -> name -> number."""
     result = {}
     for name, layer in quantized_layers(model).items():
         if layer_report := {key: report for key, q in quantizers(layer).items() if (report := q.report())}:
@@ -147,7 +147,7 @@ def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
 
 
 def fold_quantized_weights(model: nn.Module) -> nn.Module:
-    """Return a copy whose parameters are the effective weights, without weight quantizers."""
+    """Return a copy of the network with effective weights and without weight quantizers."""
     folded = copy.deepcopy(model)
     for layer in quantized_layers(folded).values():
         layer.weight.data = effective_weight(layer).clone()
@@ -157,9 +157,9 @@ def fold_quantized_weights(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def float_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Let a quantized network compute as the float network it was made from, on its latent weights.
+    """Let a quantized network compute as the original float network, with the latent weights.
 
-    On exit the layers are quantized again, also after an error.
+    On exit, also after an error, the layers are quantized again.
     """
     layers = [(m, type(m)) for m in model.modules() if type(m) in FLOAT_CLASS]
     activations = [m for m in model.modules() if isinstance(m, BypassedActivation)]
@@ -179,7 +179,7 @@ def float_mode(model: nn.Module) -> Iterator[nn.Module]:
 class BypassedActivation(nn.Module):
     """Holds an activation function that the input quantizers of the next layers replace.
 
-    It returns its input unchanged. Only inside `float_mode` it applies the activation function.
+    The module returns its input unchanged; inside `float_mode` it applies the activation function.
     """
 
     def __init__(self, act: nn.Module) -> None:

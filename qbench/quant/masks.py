@@ -1,7 +1,7 @@
-"""Masks of frozen weights that only grow: what incremental methods (INQ, SLQ, MLQ) share.
+"""Growing masks of frozen weights, which incremental methods (INQ, SLQ, MLQ) share.
 
-A layer's weights are free or frozen. Frozen ones compute with a stored value, whatever momentum and
-decay do to the latent weight. Free ones are trained, and frozen later.
+Each weight of a layer is free or frozen. The layer uses a stored value for a frozen weight, even if
+momentum and decay change the latent weight. Free weights are trained, and frozen later.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from qbench.quant.quantizer import Quantizer
 
 
 def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
-    """Return `frozen` extended by the free weights of highest score, up to a portion of all.
+    """Return `frozen` plus the free weights of highest score, up to a portion of all weights.
 
     Args:
-        frozen: bool, the mask so far; the returned one contains it.
-        score: one number per weight, of the same shape; the lower index wins a tie.
-        portion: accumulated, 0 to 1; a mask that is larger already is returned unchanged.
+        frozen: the mask so far (bool); the returned mask contains it.
+        score: one number per weight, in the shape of `frozen`; the lower index wins a tie.
+        portion: share of all weights, 0 to 1, including those frozen already; a larger mask is
+            returned unchanged.
     """
     missing = round(portion * frozen.numel()) - int(frozen.sum())
     extended = frozen.flatten().clone()
@@ -50,14 +51,12 @@ class FrozenWeight(Quantizer):
         return bool(self.frozen.all())
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the values of frozen weights, without gradient, and the latent values of free
-        ones.
-        """
+        """Return stored values of frozen weights, without gradient, and latent values of others."""
         return torch.where(self.frozen, self.value.to(w.dtype), w)
 
     @torch.no_grad()
     def freeze(self, mask: Tensor, value: Tensor) -> None:
-        """Freeze the free weights in `mask` at `value`; those frozen already keep their value."""
+        """Freeze the free weights in `mask` at `value`; weights frozen already keep their value."""
         new = mask & ~self.frozen
         self.value.copy_(torch.where(new, value, self.value))
         self.frozen.logical_or_(mask)
@@ -75,9 +74,9 @@ class FrozenWeight(Quantizer):
 
 
 def stage(epoch: int, epochs: int, stages: int) -> int:
-    """Return the stage (from 0) of an epoch.
+    """Return the stage (counted from 0) to which an epoch belongs.
 
-    Stages have equal shares, but the last epoch is always in the last stage.
+    Stages have equal shares of the epochs, but the last epoch is always in the last stage.
     """
     return stages - 1 if epoch == epochs - 1 else epoch * stages // epochs
 

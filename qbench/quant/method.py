@@ -1,7 +1,7 @@
-"""A quantization method: a value that names its parts, functions and quantizer modules.
+"""A quantization method, as a value that holds functions which make and train quantizers.
 
-Nothing here trains, reads files or knows a configuration. `qbench.quant.install.install` puts a
-method into a network; the trainer calls the other parts.
+This file does not train, read files or depend on a configuration. `qbench.quant.install.install`
+puts a method into a network; the trainer calls the other functions.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -17,13 +17,13 @@ from qbench.quant.probe import Batch, Probe
 from qbench.quant.quantizer import Quantizer
 
 QuantizerFactory = Callable[[str, FloatLayer, int], Quantizer]
-"""(layer name, layer, bits below 32) -> quantizer of that layer's weights or input."""
+"""(layer name, layer, bits below 32) -> quantizer of the layer's weights or input."""
 
 OutputFactory = Callable[[str, QLayer, int], Quantizer | None]
 """(layer name, layer, bits of the gradient) -> quantizer behind the layer, or None.
 
-It is called last, for every quantized layer: `layer.bits`, `layer.weight_q` and `layer.input_q` are
-in place.
+It is called for every quantized layer after `layer.bits`, `layer.weight_q` and `layer.input_q` have
+been set.
 """
 
 
@@ -37,15 +37,15 @@ class Requires:
 
     Args:
         norm: the batch normalization in front of the input quantizer. "no_affine" has no scale and
-            shift; None accepts whatever the network has.
-        act: the activation function in front of the input quantizer. "keep" leaves it there.
-            "fused" removes it, because the quantizer is the activation. "either" contains the
-            activation, so that both give the same values; it is removed where the network says
-            which layers an activation feeds.
-        start: "scratch" trains from random weights. The float baseline is trained too, for
-            comparison.
-        teacher: whether the loss is a distillation from the float baseline unless `distill` says
-            otherwise.
+            shift; None accepts any normalization.
+        act: what to do with the activation function in front of the input quantizer. "keep" keeps
+            it. "fused" removes it, because the quantizer is the activation function. "either" means
+            that the quantizer contains the activation function, so that keeping or removing it
+            gives the same values. It is then removed if the network declares which layers it feeds.
+        start: the initial weights. "scratch" means random weights; the float baseline is then
+            trained for comparison only.
+        teacher: whether the loss is a distillation from the float baseline, unless the key
+            `distill` is set otherwise.
     """
 
     norm: Literal["affine", "no_affine", "none"] | None = None
@@ -62,34 +62,35 @@ Step = Callable[[nn.Module, torch.optim.Optimizer], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One paper's method, as a value. Absent parts cost nothing.
+    """One paper's method, as a value. Functions that are None are skipped.
 
-    A method holds no state: masks, scales, phases, orders are buffers or parameters of its
-    quantizer modules, so that one state_dict resumes it.
+    A method holds no state. Masks, scales, phases and orders are buffers or parameters of the
+    quantizer modules, so that training can be resumed from the network's state_dict.
 
     Args:
-        name: the usual name of the method; the row of a table begins with it.
-        bits: the widths of this value.
+        name: the usual name of the method, shown at the start of a table row.
+        bits: the widths that this method object quantizes to.
         supported_bits: widths that the method supports for w, a and g, always including 32.
         requires: what the method requires of the network.
-        traits: declared properties that `qbench check` tests. "odd", "monotone", "idempotent": of
-            the weights' function within a scale group. "monotone_input", "idempotent_input": of the
-            activations' function. "clipped_input": its gradient is 0 beyond the levels and nowhere
-            between them. "cells_input": up to 8 bits its backward pass needs no more than the level
-            (see `ops.compress_activations`). "no_master": the parameters themselves lie on the
-            levels, so that nothing may average them.
-        weight, input, output: see `QuantizerFactory` and `OutputFactory`.
-        prepare: (model, probe), once, after the quantizers are in place and before the optimizer
-            exists; not on a resume.
-        phases: epochs -> first epochs of the phases after the first, where the learning-rate
-            schedule restarts and momentum is cleared.
-        on_epoch: (model, epoch, epochs, probe), before an epoch's first batch; not on a resume
-            within it.
-        loss: (model, logits, batch) -> scalar; None is the task's own loss.
-        step: (model, optimizer), in place of optimizer.step(); may round updates, momentum,
-            parameters.
-        needs_training: False for post-training quantization, where `prepare` does all and no epoch
-            is trained.
+        traits: declared properties that `qbench check` tests. "odd", "monotone" and "idempotent"
+            describe the weight quantizer within a scale group; "monotone_input" and
+            "idempotent_input" describe the activation quantizer. "clipped_input": the gradient of
+            the activation quantizer is 0 beyond the levels and nonzero everywhere between them.
+            "cells_input": up to 8 bits, the backward pass of the activation quantizer needs only
+            the level (see `ops.compress_activations`). "no_master": the parameters themselves lie
+            on the levels, so that they must not be averaged.
+        weight, input, output: factories of quantizers; see `QuantizerFactory` and `OutputFactory`.
+        prepare: (model, probe), called once, after the quantizers are installed and before the
+            optimizer is made; not called when a run is resumed.
+        phases: number of epochs -> first epochs of the phases after the first. At these epochs the
+            learning-rate schedule restarts and momentum is cleared.
+        on_epoch: (model, epoch, epochs, probe), called before an epoch's first batch; not called
+            when a run is resumed within that epoch.
+        loss: (model, logits, batch) -> scalar; None means the task's own loss.
+        step: (model, optimizer), called instead of optimizer.step(); may round updates, momentum
+            and parameters.
+        needs_training: False for post-training quantization, where `prepare` does all the work and
+            no epoch is trained.
         teachers: networks that the trainer moves to the device and keeps in eval mode.
     """
 
@@ -120,7 +121,7 @@ class Method:
 
 
 def _ranges(widths: list[int]) -> str:
-    """Write ascending widths as ranges: 1-8, 16."""
+    """Return ascending widths as text with ranges, such as 1-8, 16."""
     parts: list[list[int]] = []
     for width in widths:
         if parts and width == parts[-1][-1] + 1:

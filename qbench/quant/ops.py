@@ -1,16 +1,16 @@
-"""Pure tensor functions for quantizers. Straight-through estimators are in this file only.
+"""Pure tensor functions for quantizers; all straight-through estimators are in this file.
 
-A straight-through estimator wraps the rounding alone (Bengio et al. 2013, arXiv 1308.3432):
-scaling, clipping and squashing keep their true derivatives. No function writes to its input.
+A straight-through estimator wraps only the rounding (Bengio et al. 2013, arXiv 1308.3432). Scaling,
+clipping and squashing keep their true derivatives. No function writes to its input.
 
-Quantizers of activations have two forms, both in their method's file: the plain definition, which
-autograd differentiates, and a fused one that works in place and saves one tensor
-(`fused_quantizer`). Tests hold the two equal; `reference_kernels` selects the plain one. The parts
-of fused forms are in `fused_kernels.py`.
+Each quantizer of activations has two forms, both in the method's file. The plain form is the
+definition, which autograd differentiates. The fused form works in place and saves one tensor
+(`fused_quantizer`); it is built from functions in `fused_kernels.py`. Tests check that both forms
+give equal results; `reference_kernels` selects the plain form.
 
-The context managers here set context variables, which a thread does not inherit. They are read in
-the forward pass only, because autograd may run the backward pass in another thread. Compiled code
-ignores them: torch.compile cannot read context variables.
+The context managers here set context variables, which other threads do not inherit. The variables
+are read in the forward pass only, because autograd may run the backward pass in another thread.
+Compiled code ignores them, because torch.compile cannot read context variables.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,10 +28,10 @@ from qbench.quant.fused_kernels import at_least
 
 P = ParamSpec("P")
 Context = Any
-"""What autograd passes to a Function; torch declares no types for its attributes."""
+"""The context that autograd passes to a Function; torch declares no types for its attributes."""
 
 MAX_CELLS = 2**8 + 3
-"""Most cells that are numbered: those of 8 bits, and what lies beyond them on either side."""
+"""Largest number of cells that are numbered: those of 8 bits, and those beyond either end."""
 
 _rounding = ContextVar("rounding", default=True)
 _fused = ContextVar("fused", default=True)
@@ -39,7 +39,7 @@ _compressing = ContextVar("compressing", default=False)
 
 
 def in_float32(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Decorate a function of a tensor to compute half types in float32.
+    """Decorate a function of a tensor so that it computes half types in float32.
 
     The result has the input's type.
 
@@ -67,7 +67,7 @@ def _switched(variable: ContextVar[bool], value: bool) -> Iterator[None]:
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """Let all quantizers compute by their plain definitions while the context lasts."""
+    """Let all quantizers use their plain definitions while the context lasts."""
     with _switched(_fused, False):
         yield
 
@@ -78,8 +78,8 @@ def without_rounding() -> Iterator[None]:
 
     Quantizers use their plain definitions.
 
-    What is left is the smooth function that the backward pass differentiates, so that the gradients
-    of learned scales can be compared with finite differences.
+    Without rounding, a quantizer is the smooth function that the backward pass differentiates. So
+    the gradients of learned scales can be compared with finite differences.
     """
     with _switched(_rounding, False), reference_kernels():
         yield
@@ -89,7 +89,7 @@ def without_rounding() -> Iterator[None]:
 def compress_activations(on: bool = True) -> Iterator[None]:
     """Let activation quantizers save one or two bytes per element for the backward pass.
 
-    Only where the results stay the same.
+    They do so only if the results stay the same.
     """
     with _switched(_compressing, on):
         yield
@@ -141,9 +141,9 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Return exactly `value` (x's shape); its gradient goes to x unchanged.
+    """Return exactly `value` (of x's shape); pass its gradient to x unchanged.
 
-    What `value` was computed from gets no gradient.
+    The tensors from which `value` was computed get no gradient.
 
     The usual `x + (value - x).detach()` is not exact in floating point: its result can differ from
     the level.
@@ -169,10 +169,10 @@ class _Surrogate(Function):
 
 
 def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """Return exactly `value`; its gradient goes to x times `slope`.
+    """Return exactly `value`; pass its gradient, times `slope`, to x.
 
-    The slope is the derivative that a paper puts in place of the step function's. Value and slope
-    have x's shape; a boolean slope is a mask.
+    The slope is the derivative with which a paper replaces that of the step function. Value and
+    slope have x's shape; a boolean slope is a mask.
     """
     return _apply(_Surrogate, x, value.detach(), slope.detach())
 
@@ -180,12 +180,12 @@ def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
 class Cells(NamedTuple):
     """The cells of a step function, each with one value and one slope.
 
-    For the backward pass, only the cell of x matters.
+    The backward pass needs only the cell of each element of x.
     """
 
     number: Callable[[Tensor], Tensor]  #: x -> the number of every element's cell, 0 ... size - 1, in x's type
-    inside: Callable[[Tensor], Tensor]  #: such numbers -> an x somewhere inside each cell
-    size: int  #: how many; more than `MAX_CELLS` are not numbered
+    inside: Callable[[Tensor], Tensor]  #: cell numbers -> for each, an x inside that cell
+    size: int  #: the number of cells; with more than `MAX_CELLS`, cells are not used
 
 
 Values = Callable[..., Tensor]
@@ -222,18 +222,19 @@ def fused_quantizer(
 
     Cells are saved inside `compress_activations`.
 
-    The result need not be saved either: what reads it inside `recompute_in_backward` computes it a
-    second time instead. Therefore nothing may be written into it.
+    The result need not be saved either: an operation inside `recompute_in_backward` that needs it
+    for the backward pass computes it again. Therefore the result must not be modified in place.
 
     Args:
-        learned: scales and the like that get gradients.
-        plain: (x, *learned) -> x quantized, in operations that autograd differentiates: the
-            definition.
-        value: the same numbers in as few passes as possible, in place except for the first.
-        backward: (grad, x, *learned) -> the gradient of x, or those of x and of all `learned`.
-        cells: the cells of the step function; more than `MAX_CELLS` are not used.
-        repeatable: whether `value` gives the same numbers again. Where it draws random numbers, the
-            result is saved.
+        learned: learned parameters, such as scales, that get gradients.
+        plain: (x, *learned) -> quantized x, by definition, in operations that autograd
+            differentiates.
+        value: (x, *learned) -> the same result in as few passes as possible, in place except for
+            the first pass.
+        backward: (grad, x, *learned) -> the gradient of x, or the gradients of x and all `learned`.
+        cells: the cells of the step function; not used if there are more than `MAX_CELLS`.
+        repeatable: whether `value` returns the same result when called again. If not, because it
+            draws random numbers, the result is saved.
     """
     if torch.compiler.is_compiling() or not _fused.get():
         return plain(x, *learned)
@@ -258,16 +259,16 @@ def _identity(x: Tensor) -> Tensor:
 
 @contextmanager
 def recompute_in_backward(x: Tensor) -> Iterator[None]:
-    """Recompute x in the backward pass instead of saving it, if `fused_quantizer` made it.
+    """Recompute x in the backward pass instead of saving x, if `fused_quantizer` made x.
 
-    While the context lasts, an operation that saves x for its backward pass saves a function that
-    computes it.
+    While the context lasts, an operation that would save x for its backward pass saves a function
+    that recomputes x.
     """
     recompute = None if torch.compiler.is_compiling() else getattr(x, "recompute", None)
     if recompute is None or not torch.is_grad_enabled():
         yield
         return
-    storage = _storage(x)  # the hook lives as long as what it packed; it must not keep x itself
+    storage = _storage(x)  # the hook lives as long as the packed values; it must not keep x itself
     with saved_tensors_hooks(
         lambda saved: recompute if _storage(saved) == storage else saved,
         lambda saved: saved if isinstance(saved, Tensor) else saved(),
@@ -276,17 +277,17 @@ def recompute_in_backward(x: Tensor) -> Iterator[None]:
 
 
 def _storage(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Return what identifies a tensor's memory: address, shape and strides."""
+    """Return address, shape and strides, which identify a tensor's memory."""
     return x.data_ptr(), x.shape, x.stride()
 
 
 def sign(x: Tensor) -> Tensor:
-    """Return the sign with sign(0) = +1: two levels, never three. No gradient."""
+    """Return the sign, with sign(0) = +1, so that there are only two levels. No gradient."""
     return at_least(x, 0).mul_(2).sub_(1)
 
 
 def quantize_k(x: Tensor, bits: int) -> Tensor:
-    """Return DoReFa's Qk of x in [0, 1]: round(x n) / n, n = 2^bits - 1, straight-through.
+    """Return DoReFa's Qk for x in [0, 1]: round(x n) / n, n = 2^bits - 1, straight-through.
 
     arXiv 1606.06160, eq. 5-6.
     """
@@ -297,6 +298,6 @@ def quantize_k(x: Tensor, bits: int) -> Tensor:
 
 
 def levels_k(bits: int, like: Tensor) -> Tensor:
-    """Return the 2^bits values of `quantize_k`, ascending, of `like`'s type and device."""
+    """Return the 2^bits levels of `quantize_k`, ascending, in `like`'s type and on its device."""
     n = 2**bits - 1
     return torch.arange(n + 1, device=like.device).to(like.dtype) / float(n)

@@ -1,4 +1,4 @@
-"""Which layers a method quantizes, and with how many bits: the first rule that matches counts."""
+"""Decide which layers a method quantizes, and with how many bits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import FloatLayer
 
 Width = str | int
-"""`float`, `same` (as the other layers) or a number of bits."""
+"""`float`, `same` (the method's widths, as in other layers) or a number of bits."""
 
 
 class PolicyError(ValueError):
-    """A rule matches no layer or cannot be read; `key` is its key below `layers`."""
+    """A rule matches no layer or is not valid; `key` is the rule's key below `layers`."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -25,17 +25,20 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Rules for the layers, in this order: `rules`, first, last, downsample, else `same`.
+    """Rules that set the widths of layers.
 
-    A number sets w, and also a if the method's a is below 32. First and last are meant by execution
-    order; downsample layers are 1x1 convolutions with `downsample` or `shortcut` in their name.
+    The first rule that matches a layer counts. The order is `rules`, `first`, `last`, `downsample`;
+    other layers get `same`. A number of bits sets the width of weights, and also of activations if
+    the method's activation width is below 32.
 
     Args:
-        input: the image: `same` as the first layer's activations, `float` or a number of bits. It
-            is rounded over `image_range`, not by the method, whose activation quantizer is made for
-            activations.
+        first, last: width of the first and of the last layer in execution order.
+        downsample: width of 1x1 convolutions with `downsample` or `shortcut` in their name.
+        input: width of the image: `same` as the first layer's activations, `float` or a number of
+            bits. The image is rounded over `image_range`, not by the method's activation quantizer,
+            which is made for activations.
         rules: layer-name pattern (fnmatch) -> width, in order.
-        image_range: per channel (lowest, highest) value of an image as the network gets it.
+        image_range: lowest and highest values of the network's input image, each per channel.
     """
 
     first: Width = "float"
@@ -52,12 +55,12 @@ def quantizable(model: nn.Module) -> dict[str, FloatLayer]:
 
 
 def execution_order(model: nn.Module, example: Tensor | None) -> list[str]:
-    """Return the layers' names in the order in which they first run.
+    """Return the names of the layers in the order in which the layers first run.
 
     Layers that do not run in eval mode (auxiliary heads) are left out.
 
     Args:
-        example: images (N, C, H, W) to run; None gives the order of registration.
+        example: images (N, C, H, W) to run; if None, the order of registration is returned.
     """
     names = list(quantizable(model))
     if example is None:

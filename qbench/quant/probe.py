@@ -1,4 +1,4 @@
-"""Measurements on a fixed part of the training split, for methods that need them."""
+"""Measurements on a fixed part of the training split, for methods that use data."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,13 +12,13 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Probe:
-    """A fixed part of the training split, to measure losses, gradients or responses of layers.
+    """A fixed part of the training split, used to measure losses, gradients or layer responses.
 
-    Everything runs in eval mode, leaves batch-norm statistics unchanged and restores the random
-    state. No method ever sees validation or test data.
+    All measurements run in eval mode, leave batch-norm statistics unchanged and restore the random
+    state. No quantization method ever sees validation or test data.
 
     Args:
-        batches: batches as the network takes them, on its device.
+        batches: batches as the network takes them, on the network's device.
         loss: (logits, labels) -> mean loss of the batch, a scalar.
     """
 
@@ -32,7 +32,7 @@ class Probe:
             return self._mean_loss(model).item()
 
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the gradient of the mean loss by parameter name, without changing any `.grad`."""
+        """Return parameter name -> gradient of the mean loss, without changing any `.grad`."""
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with eval_mode_keeping_rng(model), torch.enable_grad():
             grads = torch.autograd.grad(self._mean_loss(model), list(named.values()), allow_unused=True)

@@ -1,8 +1,8 @@
-"""Product quantization: codewords for sub-vectors of weights, from k-means or fitted to responses.
+"""Product quantization: codewords for sub-vectors of weights, by k-means or fitted to responses.
 
-k-means starts from one fixed seed (k-means++) and computes in float64, so that the codes depend on
-the weights alone, not on earlier random draws. scikit-learn's k-means is slow to import and uses
-threads of its own. Single weights are clustered exactly.
+k-means starts from one fixed seed (k-means++) and computes in float64, so that the codes depend
+only on the weights, not on earlier random draws. scikit-learn is not used, because it is slow to
+import and starts its own threads. Sub-vectors of one weight are clustered exactly.
 """
 
 import torch
@@ -11,23 +11,23 @@ from torch.nn import functional as F
 
 from qbench.quant.kmeans import kmeans
 
-# Ct outputs, Cs inputs, M subspaces, s their size, K codewords, G groups, P kernel positions, N
-# responses, T = Ct / G.
+# Shapes: Ct outputs, Cs inputs, M subspaces of size s, K codewords, G groups, P kernel positions,
+# N responses, T = Ct / G.
 
 ITERATIONS = 50
-"""Of Lloyd's algorithm."""
+"""Number of iterations of Lloyd's algorithm."""
 
 SWEEPS = 3
-"""Of block-coordinate descent over all subspaces."""
+"""Number of sweeps of block-coordinate descent over all subspaces."""
 
 RIDGE = 0.1
-"""Pull towards the float weights, in units of the inputs' mean square."""
+"""Strength of the pull towards the float weights, in units of the inputs' mean square."""
 
 
 def product_codes(w: Tensor, subspace: int, codewords: int) -> tuple[Tensor, Tensor]:
-    """Return codebooks (M, K, s) by k-means and codes (Ct, [kh, kw,] M).
+    """Return codebooks (M, K, s), found by k-means, and codes (Ct, [kh, kw,] M).
 
-    Codebooks are NaN where sub-vectors are fewer than K.
+    If there are fewer than K distinct sub-vectors, the codebook is padded with NaN.
     """
     parts = subvectors(w.detach(), subspace)
     clusters = [_clusters(part, codewords) for part in parts.flatten(0, -3).transpose(0, 1).double().cpu()]
@@ -38,23 +38,23 @@ def product_codes(w: Tensor, subspace: int, codewords: int) -> tuple[Tensor, Ten
 def subvectors(w: Tensor, subspace: int) -> Tensor:
     """Return weights (Ct, Cs, [kh, kw]) as sub-vectors (Ct, [kh, kw,] M, s).
 
-    Zeros are appended to the channels.
+    Zeros are appended to the channels, up to a multiple of s.
     """
     rows = F.pad(w.movedim(1, -1), (0, -w.shape[1] % subspace))
     return rows.reshape(*rows.shape[:-1], -1, subspace)
 
 
 def decode(codebooks: Tensor, codes: Tensor, channels: int) -> Tensor:
-    """Return the weights (Ct, Cs, [kh, kw]) that the codes stand for; `channels` is Cs."""
+    """Return the weights (Ct, Cs, [kh, kw]) that the codes represent; `channels` is Cs."""
     subspaces = torch.arange(len(codebooks), device=codes.device)
     return codebooks[subspaces, codes.long()].flatten(-2)[..., :channels].movedim(-1, 1)
 
 
 def _clusters(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cluster points (n, s).
+    """Cluster points (n, s) into at most k clusters.
 
     Returns:
-        centers (min(k, n), s), padded with NaN where distinct points are fewer, and labels (n,).
+        centers (min(k, n), s), padded with NaN if there are fewer distinct points, and labels (n,).
     """
     centers, labels = torch.unique(points, dim=0, return_inverse=True)
     if len(centers) > k:
@@ -67,15 +67,15 @@ def _clusters(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lloyd(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return k centers and the labels of points (n, s), more than k of them distinct."""
+    """Return k centers and labels for points (n, s), of which more than k must be distinct."""
     # k-means++: each next center is drawn with a probability proportional to the squared distance
     # to the nearest one.
     generator, centers = torch.Generator().manual_seed(0), points[:1]
     for _ in range(1, k):
         squared = _squared_distances(points, centers).amin(1)
         centers = torch.cat([centers, points[torch.multinomial(squared, 1, generator=generator)]])
-    # Lloyd's algorithm; a center without points moves to the point that is farthest from its own
-    # center.
+    # Lloyd's algorithm; a center without points moves to the point that is farthest from the
+    # nearest center.
     for _ in range(ITERATIONS):
         squared, labels = _squared_distances(points, centers).min(1)
         counts = labels.bincount(minlength=k)[:, None]
@@ -92,16 +92,16 @@ def _squared_distances(points: Tensor, centers: Tensor) -> Tensor:
 def error_corrected(
     codebooks: Tensor, codes: Tensor, w: Tensor, inputs: Tensor, targets: Tensor, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor]:
-    """Return codebooks and codes with a smaller error of responses.
+    """Return codebooks and codes that reduce the error of the responses.
 
-    By block-coordinate descent in float64.
+    The method is block-coordinate descent in float64.
 
     Args:
         codebooks, codes: as `product_codes` returns them.
-        w: the float weights, which `ridge` (above 0, in units of the inputs' mean square) pulls
-            towards.
+        w: the float weights, towards which `ridge` pulls.
         inputs: (N, G, P, Cs), the inputs of each response; (N, 1, 1, Cs) for a linear layer.
-        targets: (N, Ct), the responses wanted, without bias.
+        targets: (N, Ct), the desired responses, without bias.
+        ridge: strength of the pull, above 0, in units of the inputs' mean square.
     """
     (m, _, s), (n, g, p, _) = codebooks.shape, inputs.shape
     # Gram matrix of the inputs, per group, with the ridge on its diagonal.
@@ -109,17 +109,17 @@ def error_corrected(
     gram = x.mT @ x / n
     pull = ridge * gram.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-12)
     gram.diagonal(dim1=1, dim2=2).add_(pull)
-    # Weights that the codes stand for now.
+    # Weights that the current codes represent.
     books, chosen = codebooks.double().clone(), codes.long().reshape(g, -1, p, m).clone()
     ridge_term = subvectors(w.double(), s).reshape(*chosen.shape[:2], -1) * pull
     now = books[torch.arange(m, device=codes.device), chosen].flatten(2)
-    # Residuals of the responses times the inputs: all that is needed of the responses, however many
-    # there are.
+    # Residuals of the responses times the inputs. Nothing else about the responses is needed, and
+    # the size does not depend on N.
     residual = targets.double().reshape(n, g, -1).permute(1, 2, 0) @ x / n + ridge_term - now @ gram
     for _ in range(SWEEPS):
         for i in range(m):
-            # Views of subspace i: its rows of the Gram matrix, their own columns, and its part of
-            # the residual.
+            # Views for subspace i: rows of the Gram matrix, the columns of these rows for the same
+            # subspace, and the part of the residual.
             rows = gram.view(g, p, m, s, -1)[:, :, i]
             own_cols, part = rows.view(g, p, s, p, m, s)[..., i, :], residual.view(*chosen.shape, s)[..., i, :]
             _fit_codewords(books[i], chosen[..., i], rows, own_cols, residual, part)
@@ -130,7 +130,7 @@ def error_corrected(
 def _fit_codewords(
     book: Tensor, chosen: Tensor, rows: Tensor, own_cols: Tensor, residual: Tensor, part: Tensor
 ) -> None:
-    """Solve least squares for one codeword of a subspace after the other, in place.
+    """Fit the codewords of a subspace by least squares, one after the other, in place.
 
     Args:
         book: (K, s), the codewords.
@@ -138,7 +138,7 @@ def _fit_codewords(
         rows: (G, P, s, all), the subspace's rows of the Gram matrix.
         own_cols: (G, P, s, P, s), the columns of these rows that belong to the same subspace.
         residual: (G, T, all), targets minus responses, times the inputs.
-        part: (G, T, P, s), its part of the subspace, a view.
+        part: (G, T, P, s), a view of the part of `residual` that belongs to the subspace.
     """
     for k in torch.unique(chosen).tolist():
         at = (chosen == k).to(book.dtype)
@@ -152,14 +152,14 @@ def _fit_codewords(
 def _choose_codewords(
     book: Tensor, chosen: Tensor, rows: Tensor, own_cols: Tensor, residual: Tensor, part: Tensor
 ) -> None:
-    """Give each output the best codeword, in place, one kernel position after the other.
+    """Choose the best codeword for each output, in place, one kernel position after the other.
 
     For the arguments see `_fit_codewords`.
     """
     for p in range(chosen.shape[2]):
         block, before = own_cols[:, p, :, p], chosen[..., p].clone()
-        # Squared error of every codeword, without what all have in common; padding (NaN) is never
-        # chosen.
+        # Squared error with every codeword, up to a constant that all codewords share. Padding
+        # (NaN) is never chosen.
         cost = torch.einsum("ki,gij,kj->gk", book, block, book).unsqueeze(1)
         cost = (cost - 2 * (part[:, :, p] + book[before] @ block) @ book.T).nan_to_num(nan=torch.inf)
         lowest, best = cost.min(-1)

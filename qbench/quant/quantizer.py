@@ -1,4 +1,4 @@
-"""The base class of quantizers: what a module in a slot of a quantized layer says about itself."""
+"""The base class of quantizers, and the properties that each quantizer declares."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class Storage(NamedTuple):
-    """What a quantized weight tensor occupies.
+    """The storage of a quantized weight tensor.
 
-    `codes` of `code_bits` each, and `extra_bytes` for scales and codebooks.
+    It has `codes` codes of `code_bits` bits each, and `extra_bytes` for scales and codebooks.
     """
 
     codes: int
@@ -19,12 +19,12 @@ class Storage(NamedTuple):
 
     @property
     def ideal(self) -> float:
-        """Bytes with every code at its nominal width."""
+        """The number of bytes if every code is stored at its nominal width."""
         return self.codes * self.code_bits / 8 + self.extra_bytes
 
     @property
     def packed(self) -> int:
-        """Bytes with every code in a lane of 1, 2, 4, 8, 16 or 32 bits.
+        """The number of bytes if every code is stored in 1, 2, 4, 8, 16 or 32 bits.
 
         No code crosses a byte boundary.
         """
@@ -33,7 +33,7 @@ class Storage(NamedTuple):
 
 
 def one_group(values: Tensor) -> Tensor:
-    """Arrange a whole tensor as one scale group of scalars: (1, n, 1)."""
+    """Return a whole tensor as one scale group of scalars: (1, n, 1)."""
     return values.reshape(1, -1, 1)
 
 
@@ -42,11 +42,11 @@ class Grid:
     """The values that a quantized tensor may take.
 
     Args:
-        points: (groups, levels, dimension), the allowed values of every scale group. Scalars are
-            ascending. Groups with fewer levels are padded with NaN. The dimension is 1, and larger
-            only for product codes.
-        arrange: brings a tensor into (groups, elements, dimension), so that the elements of a group
-            can be compared with the points of that group.
+        points: (groups, levels, dimension), the allowed values of every scale group. The dimension
+            is 1 except for product codes. Scalars are ascending. Groups with fewer levels are
+            padded with NaN.
+        arrange: function that reshapes a tensor to (groups, elements, dimension), so that the
+            elements of a group can be compared with the points of that group.
     """
 
     points: Tensor
@@ -62,14 +62,14 @@ class Quantizer(nn.Module):
         output            forward(y, x) -> y, where x is the layer's input; its backward pass may
                           quantize dL/dy
 
-    A subclass overrides the declarations below where the defaults do not fit. Verification, costs,
-    training and reports read these declarations, never the class.
+    A subclass overrides the declarations below if the defaults do not fit. Verification, costs,
+    training and reports depend on these declarations, never on the class.
     """
 
     __call__: Callable[..., Tensor]
 
     positive_parameters: tuple[str, ...] = ()
-    """Names of parameters or buffers that must stay above 0; a run stops where one does not."""
+    """Names of parameters or buffers that must stay above 0; otherwise the run stops."""
 
     lr_scale: float = 1.0
     """Factor on the learning rate of this module's own parameters."""
@@ -78,48 +78,48 @@ class Quantizer(nn.Module):
     """Weight decay of this module's own parameters."""
 
     def grid(self, x: Tensor) -> Grid | None:
-        """Return the values allowed for the result of quantizing x, or None if none are declared.
+        """Return the values allowed for the result of quantizing x, or None if no grid is declared.
 
-        x is what the quantizer reads: latent weights, a layer's input, or the gradient that arrives
-        at the output.
+        x is the tensor to quantize: latent weights, a layer's input, or the gradient that arrives
+        at the layer's output.
         """
         return None
 
     @property
     def declares_grid(self) -> bool:
-        """Whether the class says which values it allows."""
+        """Whether the class declares which values are allowed."""
         return type(self).grid is not Quantizer.grid
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return what the quantized weights occupy when stored as codes.
+        """Return the storage of the quantized weights as codes.
 
         Weight quantizers must override this.
 
         Raises:
-            NotImplementedError: the class does not say what it stores.
+            NotImplementedError: the class does not define this method.
         """
         raise NotImplementedError(f"{type(self).__name__} declares no storage; define bytes(w) -> Storage")
 
     def report(self) -> Mapping[str, float]:
-        """Return numbers about the state for the result, such as sparsity; empty by default."""
+        """Return numbers for the run's result, such as sparsity; empty by default."""
         return {}
 
     @property
     def complete(self) -> bool:
         """Whether all weights lie on the grid.
 
-        False while an incremental method leaves some of them float.
+        The value is False while an incremental method leaves some weights in float.
         """
         return True
 
     def gradient_factor(self, x: Tensor) -> float:
-        """Return the factor by which its parameters' gradients are scaled on purpose."""
+        """Return the factor by which the gradients of the parameters are scaled on purpose."""
         return 1.0
 
 
 class IdentityQuantizer(Quantizer):
-    """A slot that quantizes nothing: returns its first argument, as in a float layer."""
+    """A quantizer that returns its first argument unchanged, as in a float layer."""
 
     def forward(self, value: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Return `value`."""
+        """Return `value` unchanged."""
         return value

@@ -1,4 +1,4 @@
-"""Verify that a network is really quantized: count levels where it computes."""
+"""Verify that a network is really quantized, by counting the levels of the tensors it uses."""
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ ROUNDING = 4e-7
 """Largest distance from a level due to float32 rounding, relative to the group's largest level."""
 
 ARITHMETIC = 1e-5
-"""Largest distance that a method's own arithmetic may cause, relative to the same level ..."""
+"""Largest distance that a method's own arithmetic may cause, relative to the same level.
+
+The distance is also limited by `FRACTION_OF_STEP`."""
 
 FRACTION_OF_STEP = 0.05
-"""... as long as it is less than this fraction of the smallest distance between two levels."""
+"""Limit on the distance in `ARITHMETIC`, as a fraction of the smallest step between levels."""
 
 
 class NotQuantized(Exception):
@@ -24,15 +26,15 @@ class NotQuantized(Exception):
 
 
 def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]:
-    """Count levels in every quantized layer during one forward and backward pass.
+    """Count the levels in every quantized layer, in one forward and backward pass.
 
     Returns:
-        layer -> w, a, g (those quantized) -> the levels found in the fullest scale group and those
-            allowed there.
+        layer -> w, a or g, if quantized -> the number of levels found in the fullest scale group,
+            and the number allowed.
 
     Raises:
-        NotQuantized: some value is off its grid, or a quantizer declares none; the message names
-            layer and tensor.
+        NotQuantized: some value is not on the grid, or a quantizer declares no grid; the message
+            names layer and tensor.
     """
     layers = quantized_layers(model)
     slots = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q", "output_q")]
@@ -43,8 +45,8 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
         if gradient_slots:
             # Any wrong label gives gradients that are not zero.
             loss = F.cross_entropy(logits, (logits.detach().argmax(1) + 1) % logits.shape[1])
-            # The gradient that arrives at a quantizer is that of its output; the one that leaves,
-            # of its input.
+            # The gradient that arrives at a quantizer is the gradient of the quantizer's output;
+            # the gradient that leaves is that of the quantizer's input.
             tensors = [t for slot in gradient_slots for t in (passed[slot][1], passed[slot][0])]
             gradients = iter(torch.autograd.grad(loss, tensors))
             passed |= {slot: (next(gradients), next(gradients)) for slot in gradient_slots}
@@ -84,14 +86,14 @@ def _count_levels(what: str, quantizer: Quantizer, before: Tensor, after: Tensor
 
 
 def _tolerance(points: Tensor) -> Tensor:
-    """Return the largest distance from a level that counts as on it, (G, 1), for points (G, L, D).
+    """Return the largest distance at which a value counts as on a level, (G, 1), for (G, L, D).
 
     It is max(ROUNDING scale, min(ARITHMETIC scale, FRACTION_OF_STEP step)).
     """
-    # The largest level of each group, and above 0 for a group of zeros.
+    # The largest magnitude of the levels of each group, made positive for a group of zeros.
     scale = points.abs().nan_to_num(0).amax((1, 2)).clamp(min=torch.finfo(points.dtype).tiny)
-    # The smallest distance of two neighbouring levels; infinite without two distinct levels (NaN is
-    # padding).
+    # The smallest distance between two neighbouring levels, or infinity if no two levels are
+    # distinct. NaN is padding.
     steps = (points[:, 1:] - points[:, :-1]).norm(dim=-1).nan_to_num(torch.inf)
     step = torch.where(steps > 0, steps, torch.inf).amin(1) if steps.shape[1] else torch.full_like(scale, torch.inf)
     arithmetic = torch.minimum(ARITHMETIC * scale, FRACTION_OF_STEP * step)
@@ -99,10 +101,10 @@ def _tolerance(points: Tensor) -> Tensor:
 
 
 def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return index (G, n) and distance (G, n) of the nearest of points (G, L, D) to values (G, n,
-    D).
+    """Return the indices of the points nearest to values, (G, n), and the distances, (G, n).
 
-    Scalar points (D = 1) must be ascending; NaN among the points is padding.
+    Points are (G, L, D) and values (G, n, D). Scalar points (D = 1) must be ascending; NaN among
+    the points is padding.
     """
     if values.shape[-1] > 1:
         return _nearest_vectors(values, points)
