@@ -12,11 +12,11 @@ WidthValues = Mapping[str, Mapping[int, float]]
 
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 TOLERANCE = 1e-6
-"""By how much, relative to the budget, the solver may exceed a bound."""
+"""The amount, relative to the budget, by which the solver may exceed the bound."""
 
 
 class Budget(NamedTuple):
-    """A limit on `bytes` or `bitops` of the whole network, or on `w`, the mean bits of the quantized weights."""
+    """A limit on `bytes` or `bitops` of the network, or on `w`, mean bits per quantized weight."""
 
     kind: str
     limit: float
@@ -26,7 +26,7 @@ class Budget(NamedTuple):
 
 
 class BudgetInfeasible(ValueError):
-    """No choice of widths meets the budget."""
+    """Raised if no choice of widths meets the budget."""
 
 
 def parse_budget(text: str) -> Budget:
@@ -42,25 +42,27 @@ def parse_budget(text: str) -> Budget:
 
 
 def sum_over_layers(values: WidthValues, widths: Mapping[str, int]) -> float:
-    """Return the sum of the values at the chosen widths."""
+    """Return the sum over layers of the values at the chosen widths."""
     return sum(values[name][width] for name, width in widths.items())
 
 
 def cost_range(costs: WidthValues) -> tuple[float, float]:
-    """Return the lowest and the highest total cost."""
+    """Return the lowest and the highest total cost of any choice of widths."""
     return sum(min(layer.values()) for layer in costs.values()), sum(max(layer.values()) for layer in costs.values())
 
 
 def allocate_widths(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int]:
-    """Return the width of every layer with the smallest sum of losses, at a total cost of at most `limit`.
+    """Return layer -> width with the smallest sum of losses at a total cost of at most `limit`.
 
-    Solved by scipy's milp (HiGHS) with one binary variable per layer and width.
+    scipy's milp (HiGHS) solves the problem, with one binary variable per layer and width.
 
     Args:
-        loss, costs: for the same layers and widths; at least one width per layer.
+        loss, costs: layer -> width -> value, for the same layers and widths; at least one width
+            per layer.
+        limit: upper bound of the sum of `costs`.
 
     Raises:
-        BudgetInfeasible: even the cheapest widths cost more.
+        BudgetInfeasible: even the cheapest widths cost more than `limit`.
     """
     if cost_range(costs)[0] > limit:
         raise BudgetInfeasible(f"the lowest cost is {cost_range(costs)[0]:g}")
@@ -72,7 +74,7 @@ def allocate_widths(loss: WidthValues, costs: WidthValues, limit: float) -> dict
 
 
 def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int] | None:
-    """Return the optimum of the integer program; None if the solver finds none."""
+    """Return the optimum of the integer program; None if the solver finds no solution."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -96,7 +98,7 @@ def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int
 
 
 def largest_uniform_width(costs: WidthValues, limit: float) -> dict[str, int] | None:
-    """Return the largest width that all layers can have under the budget; None if there is none."""
+    """Return layer -> the largest uniform width under the budget; None if there is none."""
     shared = set.intersection(*(set(layer) for layer in costs.values()))
     for width in sorted(shared, reverse=True):
         if sum(layer[width] for layer in costs.values()) <= limit:

@@ -1,4 +1,4 @@
-"""A finished run on its test split, or on other data: accuracy with its interval, calibration, predictions."""
+"""Evaluates a finished run on its test split or other data: accuracy, calibration, predictions."""
 
 import csv
 import io
@@ -28,7 +28,10 @@ PREDICTION_FIELDS = np.dtype([("index", "<i8"), ("label", "<i8"), ("predicted", 
 
 @dataclass(frozen=True)
 class EvaluatedSplit:
-    """The accuracy on n test images, the 95 % interval of top-1, and the expected calibration error, in percent."""
+    """Results on n test images, in percent.
+
+    They are accuracy, 95 % confidence interval of top-1, and expected calibration error.
+    """
 
     n: int
     accuracy: Accuracy
@@ -41,9 +44,9 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> 
     """Return the expected calibration error in percent (Guo et al. 2017, arXiv 1706.04599, eq. 3).
 
     Args:
-        confidence: (n,), the probability of the predicted class, in [0, 1].
-        correct: (n,), bool, whether the predicted class is the label.
-        bins: number of bins of equal width, each open below and closed above.
+        confidence: (n,), probability of the predicted class, in [0, 1].
+        correct: (n,), bool, whether the predicted class equals the label.
+        bins: number of bins of equal width; each excludes its lower and includes its upper end.
     """
     index = (confidence.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct.double() - confidence.double())
@@ -51,7 +54,10 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> 
 
 
 def proportion_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the exact 95 % interval (Clopper and Pearson 1934) of a proportion, in percent."""
+    """Return the exact 95 % confidence interval of a proportion, in percent.
+
+    The method is that of Clopper and Pearson 1934.
+    """
     from scipy.stats import binomtest
 
     low, high = binomtest(correct, count).proportion_ci(0.95, method="exact")
@@ -62,13 +68,16 @@ def evaluate(
     run: Path, words: Sequence[str] = (), *, weights: str = "last", predictions: Path | None = None,
     device: str = "auto",
 ) -> Table:  # fmt: skip
-    """Return one row: a finished run on the test split of its own data, or of the data set that words name.
+    """Return a table with one row: a finished run on the test split of a data set.
 
     Args:
-        predictions: a file to write, .csv or .npy: index, label, predicted class and its probability for every image.
+        run: the directory of the run.
+        words: overrides that name another data set; without them, the run's own is used.
+        predictions: file to write, .csv or .npy, with index, label, predicted class and probability
+            of the predicted class for every image.
 
     Raises:
-        ConfigError: the other data set has another shape or other classes.
+        ConfigError: the other data set has a different image shape or different classes.
     """
     finished = load_finished_run(run, weights, device)
     setup, data = finished.setup, finished.setup.data
@@ -95,7 +104,7 @@ def evaluate(
 
 
 def _other_dataset(own: Dataset, node: Mapping[str, Any]) -> Dataset:
-    """Return another data set, normalized as the run's own."""
+    """Return another data set, normalized with the constants of the run's own data set."""
     data = registry.create("dataset", node)
     if not isinstance(data, Dataset):
         raise ConfigError(f"dataset={node['name']}: returned a {type(data).__name__}, not a Dataset")
@@ -138,7 +147,7 @@ def _table(
 
 
 def write_predictions(path: Path, labels: Tensor, predicted: Tensor, probability: Tensor) -> None:
-    """Write predictions as a CSV with a header, or as an array of records for numpy.load."""
+    """Write predictions as a CSV file with a header, or as a structured array for numpy.load."""
     rows = np.empty(len(labels), PREDICTION_FIELDS)
     rows["index"] = np.arange(len(labels))
     rows["label"], rows["predicted"], rows["probability"] = labels.numpy(), predicted.numpy(), probability.numpy()

@@ -1,4 +1,4 @@
-"""A finished run, loaded for analysis: its network, its data, its validation images."""
+"""Loads a finished run for analysis: network, data and validation images."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from qbench.runs.result import Result, load_result
 
 
 class FinishedRun(NamedTuple):
-    """A run's result, its setup, and its network in eval mode on the run's device."""
+    """The result and setup of a run, and its network in eval mode on the run's device."""
 
     result: Result
     setup: ExperimentSetup
@@ -22,11 +22,11 @@ class FinishedRun(NamedTuple):
 
 
 def load_finished_run(run: Path, weights: str = "last", device: str = "auto") -> FinishedRun:
-    """Load a finished run with the weights of the `last` epoch, or those `best` on validation.
+    """Load a finished run with the weights of the `last` epoch or the `best` validation accuracy.
 
     Raises:
         CheckpointError: the run is not done, or a file is missing or damaged.
-        DataError: its data set is missing.
+        DataError: the run's data set is missing.
     """
     result = load_result(run)
     if result is None and not (run / "config.yaml").exists():
@@ -36,13 +36,16 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
     if result is not None and result.status != "done":
         raise CheckpointError(f"{run} is not done but {result.status}: {result.reason}".splitlines()[0])
     setup, model = load_finished_network(run, weights=weights, device=device)
-    if result is None:  # `load_finished_network` has refused a damaged one
+    if result is None:  # `load_finished_network` has refused damaged results
         raise CheckpointError(f"{run / 'result.json'} is missing")
     return FinishedRun(result, setup, model.to(setup.device).eval())
 
 
 def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
-    """Return the first validation images, or training images without a validation split, and a note that says so."""
+    """Return batches of the first validation images, and a note that names the split.
+
+    Without a validation split, the batches hold training images.
+    """
     split = "val" if len(setup.data.val) else "train"
     batches = list(setup.loader().unaugmented(split, images))
     count = sum(len(labels) for _, labels in batches)
@@ -52,12 +55,15 @@ def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch]
 
 
 def probe_batches(setup: ExperimentSetup) -> list[Batch]:
-    """Return the training images that methods measure on, also used to recompute batch normalization statistics."""
+    """Return batches of the training images on which methods measure.
+
+    They also serve to recompute batch normalization statistics.
+    """
     return list(setup.loader().unaugmented("train", PROBE_IMAGES))
 
 
 def bn_note(recompute: bool) -> str:
-    """Return a note on the batch normalization statistics."""
+    """Return a note that states whether batch normalization statistics are recomputed."""
     return f"recomputed on {PROBE_IMAGES} training images" if recompute else "kept"
 
 
@@ -67,12 +73,13 @@ def load_finished_network(
     """Return the setup of a finished run and its quantized network, on the CPU.
 
     Args:
-        weights: those `best` on validation, or those of the `last` epoch.
+        weights: `best` for the weights with the best validation accuracy, `last` for those of the
+            last epoch.
         device: the value of `runtime.device` in `ExperimentSetup.config`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        DataError: its data set is missing.
+        DataError: the run's data set is missing.
     """
     config, state = stored_run(run, str(run), weights, device)
     setup = assemble(config)

@@ -1,9 +1,10 @@
-"""The mismatch between straight-through gradients and the gradients of a smoothed network, layer by layer.
+"""The mismatch, per layer, of straight-through gradients and gradients of a smoothed network.
 
-A quantizer's staircase Q has no useful derivative. A method replaces it in the backward pass, so that forward and
-backward pass belong to different functions. With noise they do not: E[Q(x + sigma z)], z ~ N(0, 1), is smooth, and
-close to Q for small sigma. Straight-through gradients are compared with the true gradient of that network at the same
-weights. The choice of sigma is a convention, so several are measured.
+A quantizer's staircase Q has no useful derivative. A method therefore uses another function in the
+backward pass, and the gradients are not those of the forward pass. A smoothed network has true
+gradients: its quantizers compute E[Q(x + sigma z)], z ~ N(0, 1), which is smooth and, for small
+sigma, close to Q. The straight-through gradients are compared with the gradients of the smoothed
+network at the same weights. The choice of sigma is a convention, so several values are measured.
 """
 
 import copy
@@ -24,20 +25,25 @@ SIGMAS = (0.25, 0.5, 1.0)
 """Standard deviations of the noise, in steps of the quantizer."""
 
 VERDICT_SIGMA = 0.5
-"""The standard deviation that verdicts use."""
+"""The standard deviation, in steps, for the verdicts on claims."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LayerMismatch = dict[str, tuple[float, float]]
 """Layer -> (cosine, bias)."""
 Mismatch = dict[str, dict[str, LayerMismatch]]
-"""Sigma as text -> backward pass -> layer -> (cosine, bias)."""
+"""Sigma (as text) -> backward pass -> layer -> (cosine, bias)."""
 
 
 def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: float) -> Tensor:
-    """Return E[Q(x + sigma z)] for the staircase Q that rises to the next of `levels` (m + 1,) at each threshold (m,).
+    """Return E[Q(x + sigma z)], z ~ N(0, 1), for a staircase Q.
 
-    It equals levels[0] + sum of rises times Phi((x - t) / sigma). Its derivative is the sum of rises times Gaussian
-    densities at the thresholds, with standard deviation sigma.
+    Q rises to the next level at each threshold t. The expectation equals levels[0] + sum of rises
+    times Phi((x - t) / sigma). Its derivative is the sum of the rises times Gaussian densities
+    centred at the thresholds, with standard deviation sigma.
+
+    Args:
+        thresholds: (m,), ascending.
+        levels: (m + 1,), ascending.
     """
     y = levels[0].expand_as(x)
     for threshold, rise in zip(thresholds, levels[1:] - levels[:-1], strict=True):
@@ -48,8 +54,8 @@ def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: flo
 class SmoothedHalfWave(Quantizer):
     """The expectation of a half-wave quantizer under noise.
 
-    The quantizer is zero up to its threshold at zero, then takes its positive levels. `sigma` is in steps; the step is
-    the first positive level.
+    The quantizer is zero for negative inputs and has positive levels for positive inputs. `sigma`
+    is in steps; a step is the first positive level.
     """
 
     levels: Tensor
@@ -60,14 +66,14 @@ class SmoothedHalfWave(Quantizer):
         self.sigma = sigma * float(positive[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the expectation under noise."""
+        """Return the expectation of the quantizer's output under noise."""
         thresholds = (self.levels[1:] + self.levels[:-1]) / 2
         thresholds[0] = 0
         return smoothed_staircase(x, thresholds.to(x), self.levels.to(x), self.sigma)
 
 
 class _WithoutGradient(Quantizer):
-    """A quantizer without gradient: layers whose gradient changes under it receive theirs through a quantizer."""
+    """A quantizer that blocks gradients, to find layers that get gradients through a quantizer."""
 
     def __init__(self, quantizer: HWGQActivation) -> None:
         super().__init__()
@@ -78,10 +84,12 @@ class _WithoutGradient(Quantizer):
 
 
 def cosine_and_bias(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Return cosine and bias: the length of the gradient's projection on the reference, over the reference's, minus 1.
+    """Return the cosine between a gradient and a reference, and the bias of the gradient.
 
-    Bias 0 with cosine below 1 is a correct gradient plus something perpendicular. Bias -1 is a gradient perpendicular
-    to the reference. A gradient of zeros gives 0 and -1.
+    The bias is the length of the gradient's projection on the reference, divided by the length of
+    the reference, minus 1. Bias 0 with a cosine below 1 means that the gradient is the reference
+    plus a perpendicular part. Bias -1 means that the gradient is perpendicular to the reference.
+    For a gradient of zeros, the cosine is 0 and the bias -1.
 
     Raises:
         ValueError: the reference is zero.
@@ -102,14 +110,16 @@ def gradient_mismatch(
     backwards: Sequence[str],
     sigmas: Sequence[float] = SIGMAS,
 ) -> Mismatch:
-    """Return the mismatch of all layers whose gradient comes through a half-wave quantizer.
+    """Return the mismatch of all layers whose gradient passes through a half-wave quantizer.
 
-    Batch normalization uses the statistics of each batch, as in training; the model itself is not changed.
+    Batch normalization uses the statistics of each batch, as in training. The model is not changed.
 
     Args:
         model: a network with half-wave quantizers.
-        batches: images and labels; gradients are of the mean loss over all.
-        backwards: names of backward passes, set one after the other.
+        batches: images and labels; the gradients are those of the mean loss over all images.
+        loss: the loss function.
+        backwards: names of the backward passes to measure.
+        sigmas: standard deviations of the noise, in steps.
 
     Raises:
         ValueError: the model has no half-wave quantizer.
@@ -132,13 +142,16 @@ def gradient_mismatch(
 
 
 def mismatch_of_run(run: Path, backwards: Sequence[str]) -> Mismatch:
-    """Return the mismatch of a finished run's network, with the cross entropy of the probe's training images."""
+    """Return the mismatch of a finished run's network; the loss is cross entropy on the probe."""
     setup, model = load_finished_network(run, weights="last", device="auto")
     return gradient_mismatch(model.to(setup.device), probe_batches(setup), F.cross_entropy, backwards)
 
 
 def mismatch_table(runs: Sequence[Mismatch]) -> Table:
-    """Return each layer's cosine and bias, averaged over runs, per backward pass; then the layers' mean per sigma."""
+    """Return a table of cosine and bias, averaged over runs: per layer, then the mean over layers.
+
+    There is one pair of columns per backward pass.
+    """
     names = list(runs[0][str(VERDICT_SIGMA)])
     table = Table(("sigma", "layer", *(f"{name} {what}" for name in names for what in ("cosine", "bias"))))
     for layer in runs[0][str(VERDICT_SIGMA)][names[0]]:
@@ -175,7 +188,7 @@ def _weight_gradients(
     loss: Loss,
     replace: Callable[[HWGQActivation], Quantizer],
 ) -> dict[str, Tensor]:
-    """Return dL/dw by layer name, for a copy of the model with its half-wave quantizers replaced."""
+    """Return layer -> dL/dw, for a copy of the model with replaced half-wave quantizers."""
     model = copy.deepcopy(model).train()
     for name, quantizer in list(_half_waves(model)):
         parent, _, leaf = name.rpartition(".")

@@ -1,4 +1,7 @@
-"""The quantized layers of a finished run in one table: levels, SQNR, clipping, dead channels, ablation."""
+"""Makes a table of the quantized layers of a finished run.
+
+The columns are levels, SQNR, clipping, dead channels and ablation.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,14 +22,16 @@ HEAD = (
     "off: loss", "off: top-1", "only: loss", "only: top-1",
 )  # fmt: skip
 VERIFIED_IMAGES = 64
-"""Images on which levels are counted, as at the end of a run."""
+"""Number of images on which levels are counted, as at the end of a run."""
 
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """One row of the table; `off` and `only` are changes against all layers quantized and against all disabled.
+    """One row of the table.
 
-    `clipped` is in percent of the inputs; `dead_in` and `dead_out` are (constant channels, channels).
+    `off` is the change against all layers quantized, `only` the change against all quantizers
+    disabled. `clipped` is in percent of the inputs. `dead_in` and `dead_out` are pairs (number of
+    constant channels, number of channels).
     """
 
     layer: str
@@ -59,9 +64,11 @@ def inspect(
 
     Args:
         images: the number of validation images to measure on.
-        bn_stats: `recompute` the batch normalization statistics for every change, or `keep` them.
-        sort: leave-one-out (loss decrease if the layer's quantizers are disabled), leave-one-in (loss increase if only
-            this layer is quantized) or sqnr, each with the worst layer first; or `order`.
+        bn_stats: whether to `recompute` the batch normalization statistics for every change or
+            `keep` them.
+        sort: `leave-one-out` (loss decrease if the layer's quantizers are disabled), `leave-one-in`
+            (loss increase if only this layer is quantized) or `sqnr`, each with the worst layer
+            first; or `order`, the order of the layers in the network.
     """
     _, setup, model = load_finished_run(run, weights, device)
     batches, images_note = validation_batches(setup, images)

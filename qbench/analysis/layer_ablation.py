@@ -1,6 +1,6 @@
-"""Layer ablation: accuracy with the quantizers of single layers disabled, and with all others disabled.
+"""Layer ablation: accuracy if one layer's quantizers are disabled, and if all others' are disabled.
 
-A layer whose quantizers are disabled computes in float on its latent weights.
+A layer with disabled quantizers computes in float on its latent weights.
 """
 
 import copy
@@ -24,9 +24,10 @@ class LayerAblation:
     """The accuracy of a network under changes of its quantized layers.
 
     Args:
-        quantized, float_: all layers quantized, and all disabled.
-        leave_one_out: layer -> only this layer disabled.
-        leave_one_in: layer -> only this layer quantized.
+        quantized: accuracy with all layers quantized.
+        float_: accuracy with the quantizers of all layers disabled.
+        leave_one_out: layer -> accuracy with the quantizers of only this layer disabled.
+        leave_one_in: layer -> accuracy with only this layer quantized.
     """
 
     quantized: Accuracy
@@ -36,7 +37,7 @@ class LayerAblation:
 
 
 def ablate_layers(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequence[Batch] = ()) -> LayerAblation:
-    """Measure a network with each layer left out and left in alone.
+    """Measure a network with each layer in turn not quantized, and with only that layer quantized.
 
     Args:
         bn_batches: see `measure_accuracy`.
@@ -56,23 +57,24 @@ def ablate_layers(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequen
 
 
 class PrecedingActivation(Quantizer):
-    """The activation function that a layer's input quantizer replaced, in front of that layer only."""
+    """The activation function that a layer's input quantizer replaced, for that layer only."""
 
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activation of x, without changing x, because other layers read it too."""
+        """Return the activation of x; x is not changed, because other layers may read it too."""
         y: Tensor = self.act(x.clone())
         return y
 
 
 @contextmanager
 def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Let the named layers compute in float on their latent weights; everything else is unchanged.
+    """Let the named layers compute in float on their latent weights; other layers are unchanged.
 
-    With all layers disabled the network computes the same as in `float_mode`. Parameters and buffers do not change.
+    With all layers named, the network computes the same as in `float_mode`. Parameters and buffers
+    do not change.
     """
     layers, activations = quantized_layers(model), _preceding_activations(model)
     disabled = [layers[name] for name in names]
@@ -89,7 +91,7 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 
 def _preceding_activations(model: nn.Module) -> dict[str, nn.Module]:
-    """Return layer -> the activation function in front of it that input quantizers replaced."""
+    """Return layer -> the preceding activation function that input quantizers replaced."""
     readers, modules = feeds(model), dict(model.named_modules())
     replaced = {name: module for name in readers if isinstance(module := modules.get(name), BypassedActivation)}
     return {reader: module.act for name, module in replaced.items() for reader in readers[name]}
@@ -99,9 +101,10 @@ def measure_accuracy(model: nn.Module, batches: Sequence[Batch], bn_batches: Seq
     """Return top-1, top-5 and loss of a network; the network is not changed.
 
     Args:
-        bn_batches: batches on which mean and variance of batch normalization are recomputed, in a copy; without them
-            the statistics are kept. Some methods put weights on another scale than the latent ones and rely on
-            the normalization that follows.
+        bn_batches: batches on which mean and variance of batch normalization are recomputed, in a
+            copy of the network; without batches, the statistics are kept. Recomputation matters
+            because some methods give quantized weights another scale than the latent weights and
+            rely on the normalization that follows.
     """
     if bn_batches:
         model = copy.deepcopy(model)

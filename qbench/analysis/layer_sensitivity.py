@@ -1,6 +1,6 @@
-"""Layer sensitivity: the loss that a float network gains if one layer is quantized, for every layer and width.
+"""Layer sensitivity: the increase in a float network's loss if one layer is quantized.
 
-Nothing is trained.
+It is measured for every layer and width, without training.
 """
 
 import copy
@@ -35,8 +35,8 @@ class FloatBaseline(NamedTuple):
     """A float network with its weights, and the data for measurements.
 
     Args:
-        batches: validation batches; `images_note` states how many images and of which split.
-        probe: the training images that methods measure on.
+        batches: validation batches; `images_note` states the number of images and the split.
+        probe: batches of the training images on which methods measure.
         bn_batches: see `measure_accuracy`.
     """
 
@@ -48,9 +48,9 @@ class FloatBaseline(NamedTuple):
     images_note: str = ""
 
     def quantized(self, widths: Mapping[str, int]) -> nn.Module:
-        """Return the network with these layers quantized at these widths and all others float, not trained.
+        """Return the network with these layers quantized at these widths and all others in float.
 
-        An incremental method quantizes all its weights at once.
+        Nothing is trained. An incremental method quantizes all weights of the layers at once.
 
         Raises:
             Unsupported: the method does not support a width, or cannot quantize these layers alone.
@@ -62,7 +62,7 @@ class FloatBaseline(NamedTuple):
         if method.prepare:
             method.prepare(model, self.probe)
         if method.on_epoch:
-            method.on_epoch(model, 0, 1, self.probe)  # the last of one epoch
+            method.on_epoch(model, 0, 1, self.probe)  # epoch 0 of 1, which is also the last
         return model
 
     def measure(self, model: nn.Module) -> Accuracy:
@@ -72,15 +72,17 @@ class FloatBaseline(NamedTuple):
 
 @dataclass
 class LayerSensitivity:
-    """Measurements and costs of each layer quantized alone, as layer -> width -> value.
+    """Measurements and costs of each layer quantized alone.
+
+    `loss`, `mse`, `bytes` and `bitops` map layer -> width -> value.
 
     Args:
-        weights: number of weights per layer.
-        float_accuracy: of the network without any quantizer.
+        weights: layer -> number of weights.
+        float_accuracy: accuracy of the network without any quantizer.
         loss: increase of the validation loss.
-        mse: squared error of the layer's weights over the number of all weights.
+        mse: squared error of the layer's weights, divided by the number of all weights.
         bytes, bitops: costs of the layer.
-        rest: kind of budget -> cost of everything else.
+        rest: kind of budget -> cost of the network apart from these layers.
     """
 
     weights: dict[str, int]
@@ -92,7 +94,10 @@ class LayerSensitivity:
     rest: dict[str, float] = field(default_factory=dict)
 
     def costs(self, kind: str) -> dict[str, dict[int, float]]:
-        """Return the costs for a kind of budget; for `w` the bits of all weights of a layer, which is exact."""
+        """Return layer -> width -> cost for a kind of budget.
+
+        For `w` the cost is the number of bits of all weights of the layer, an exact integer.
+        """
         if kind != "w":
             return self.bytes if kind == "bytes" else self.bitops
         return {name: {width: width * self.weights[name] for width in layer} for name, layer in self.loss.items()}
@@ -101,14 +106,15 @@ class LayerSensitivity:
 def load_float_baseline(
     run: Path, words: Sequence[str], *, images: int, recompute_bn: bool, device: str
 ) -> FloatBaseline:
-    """Return the float network that a run started from, with the run's method or the one that `words` name.
+    """Return the float network from which a run started, with a method to measure.
 
     Args:
-        recompute_bn: recompute the batch normalization statistics for every measurement.
+        words: overrides that name the method; without them, the run's method is used.
+        recompute_bn: whether to recompute the batch normalization statistics for every measurement.
 
     Raises:
         CheckpointError: the run or its float baseline is missing or damaged.
-        ConfigError: the words make no method for this network.
+        ConfigError: `words` do not configure a method for this network.
     """
     trained = load_finished_run(run, "best", device).setup
     weights, identity = _float_weights(run, trained)
@@ -137,7 +143,7 @@ def load_float_baseline(
 
 
 def _float_weights(run: Path, setup: ExperimentSetup) -> tuple[Path, str | None]:
-    """Return the path of the float weights, and the identity that they must have if it is known."""
+    """Return the path of the float weights and, if known, the identity that the file must have."""
     init = str(files.read_yaml(run / "config.yaml")["init"])
     if setup.method.name == "float":
         return run, None
@@ -150,7 +156,7 @@ def _float_weights(run: Path, setup: ExperimentSetup) -> tuple[Path, str | None]
 
 
 def measure_sensitivity(baseline: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:
-    """Measure every layer that the run quantizes, alone, at every width that the method supports for it.
+    """Measure each layer that the run quantizes, alone, at each width that the method supports.
 
     Raises:
         ConfigError: the run quantizes no weights, or a layer supports none of the widths.
@@ -202,7 +208,10 @@ def _float_weight(baseline: FloatBaseline, name: str) -> Tensor:
 
 
 def squared_error(w: Tensor, w_hat: Tensor) -> float:
-    """Return the squared error of quantized weights at the best scale, because normalization undoes the scale."""
+    """Return the squared error of quantized weights at the best scale.
+
+    The scale is fitted because normalization undoes it.
+    """
     w, w_hat = w.double().flatten(), w_hat.double().flatten()
     power = w_hat @ w_hat
     scale = (w @ w_hat) / power if power > 0 else 0.0
@@ -210,7 +219,7 @@ def squared_error(w: Tensor, w_hat: Tensor) -> float:
 
 
 def _other_costs(baseline: FloatBaseline, sensitivity: LayerSensitivity) -> dict[str, float]:
-    """Return the costs of everything else: those of the whole network minus those of the layers."""
+    """Return kind of budget -> cost of the whole network minus the costs of the measured layers."""
     widths = {name: next(iter(layer)) for name, layer in sensitivity.loss.items()}
     whole = count_cost(baseline.quantized(widths), baseline.setup.macs)
     return {

@@ -1,4 +1,4 @@
-"""The signals of quantized layers on real images: SQNR, clipped inputs, dead channels."""
+"""Measures the signals of quantized layers on real images: SQNR, clipped inputs, dead channels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ from qbench.quant.sqnr import sqnr_db
 # Shapes: n values per channel, C channels.
 
 RELATIVE_SLACK = 1e-6
-"""By how much, relative to the largest level, a value may lie beyond the outermost level and count as on it."""
+"""Distance beyond the outermost level, relative to the largest level, at which clipping starts."""
 
 
 @dataclass
 class LayerSignal:
-    """Statistics of a layer's float output y and quantized output y_hat, and of the ranges of its channels.
+    """Statistics of a layer's float output y and quantized output y_hat, and ranges per channel.
 
-    `sums` holds sums per channel (C,) over images and positions.
+    `sums` holds sums (C,) per channel over images and positions.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -35,33 +35,36 @@ class LayerSignal:
     inputs: int = 0
 
     def add(self, y: Tensor, y_hat: Tensor) -> None:
-        """Add the outputs (n, C) of a batch."""
+        """Add the outputs of a batch, each (n, C), to the sums."""
         y, y_hat = y.double(), y_hat.double()
         parts = {"y": y, "z": y_hat, "yy": y * y, "zz": y_hat * y_hat, "yz": y * y_hat, "noise": (y - y_hat) ** 2}
         self.sums = {key: self.sums.get(key, 0) + part.sum(0) for key, part in parts.items()}
         self.count += len(y)
 
     def extend_range(self, slot: str, values: Tensor) -> None:
-        """Extend the range of each channel by values (n, C)."""
+        """Extend the range of each channel so that it includes the values (n, C)."""
         low, high = values.amin(0), values.amax(0)
         self.low[slot] = torch.minimum(self.low.get(slot, low), low)
         self.high[slot] = torch.maximum(self.high.get(slot, high), high)
 
     def dead_channels(self, slot: str) -> tuple[int, int]:
-        """Return how many channels are constant over all images and positions, and how many there are."""
+        """Return the number of channels constant over images and positions, and of all channels."""
         return int((self.low[slot] == self.high[slot]).sum()), self.low[slot].numel()
 
     @property
     def sqnr(self) -> float | None:
-        """Power of y over power of y - y_hat, in dB; None if y is zero."""
+        """Return the power of y divided by the power of y - y_hat, in dB; None if y is zero."""
         return _sqnr(self.sums["yy"].sum().item(), self.sums["noise"].sum().item())
 
     @property
     def fitted_sqnr(self) -> float | None:
-        """SQNR at the best gain and offset of y_hat per channel, which a following normalization would undo."""
+        """Return the SQNR at the best gain and offset of y_hat per channel.
+
+        A normalization that follows would undo gain and offset.
+        """
         y, z, yy, zz, yz = (self.sums[key] / self.count for key in ("y", "z", "yy", "zz", "yz"))
         y_variance, covariance, z_variance = yy - y * y, yz - y * z, zz - z * z
-        # a constant channel explains nothing
+        # a constant y_hat explains none of the variance of y
         explained = torch.where(z_variance > RELATIVE_SLACK**2 * zz, covariance * covariance / z_variance, 0.0)
         return _sqnr(y_variance.sum().item(), (y_variance - explained).clamp(min=0).sum().item())
 
@@ -74,14 +77,14 @@ def _sqnr(signal: float, noise: float) -> float | None:
 def layer_signals(model: nn.Module, batches: Sequence[Batch]) -> dict[str, LayerSignal]:
     """Return the signals of the quantized layers of a network in eval mode.
 
-    The float output is that with the layer's quantizers disabled, on the same input.
+    The float output is the output of the layer for the same input with its quantizers disabled.
     """
     layers = quantized_layers(model)
     signals = {name: LayerSignal() for name in layers}
     for images, _ in batches:
         with recorded_calls(model, list(layers)) as calls:
             model(images)
-        for name, x, _ in calls:  # not the recorded output: a following activation may have changed it in place
+        for name, x, _ in calls:  # not the output: an activation may have changed it in place
             _add_batch(signals[name], layers[name], x, model)
     return signals
 
@@ -99,12 +102,15 @@ def _add_batch(signal: LayerSignal, layer: QLayer, x: Tensor, model: nn.Module) 
 
 
 def _by_channel(layer: QLayer, x: Tensor) -> Tensor:
-    """Return values as (n, C)."""
+    """Return a layer's inputs as (n, C): n values for each of C channels."""
     return (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
 
 
 def _count_clipped(grid: Grid, x: Tensor) -> int:
-    """Count the values beyond the outermost levels; values below a lowest level of 0 are rectified, not clipped."""
+    """Count the values beyond the outermost levels.
+
+    If the lowest level is 0, values below it count as rectified, not as clipped.
+    """
     points = grid.points[..., 0]
     slack = RELATIVE_SLACK * points.abs().nan_to_num(0).amax(1, keepdim=True)
     low = points.nan_to_num(torch.inf).amin(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Command-line overrides for the analysis of a finished run: another data set, another method or layer policy."""
+"""Applies overrides to a finished run for analysis: another data set, method or layer policy."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ METHOD_KEYS = "allowed: method=NAME with bits=..., activation=NAME, method.KEY=V
 
 
 def override_dataset(node: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Return the data set node that words name.
+    """Return the node of the data set that the overrides `words` choose.
 
-    Without `dataset=` the words change keys of the run's own data set.
+    Without `dataset=` the overrides change keys of the run's own data set.
 
     Raises:
-        ConfigError: a word belongs to another group, or does not compose.
+        ConfigError: an override belongs to another group, or does not compose.
     """
     for word in words:
         if _group(word) != "dataset":
@@ -30,10 +30,11 @@ def override_dataset(node: Mapping[str, Any], words: Sequence[str]) -> dict[str,
 
 
 def override_method(config: Config, words: Sequence[str]) -> Config:
-    """Return a run's configuration with the method and the layer policy that words name.
+    """Return a run's configuration with the method and layer policy that the overrides choose.
 
     Raises:
-        ConfigError: a word belongs to another group, widths are given without a method, or there is no method at all.
+        ConfigError: an override belongs to another group, widths are given without a method, or
+            neither the run nor the overrides have a method.
     """
     groups = {_group(word) for word in words}
     for word in words:
@@ -55,7 +56,7 @@ def override_method(config: Config, words: Sequence[str]) -> Config:
 
 
 def _group(word: str) -> str:
-    """Return the configuration group of a word: `layers` for `+layers.first=8`."""
+    """Return the configuration group of an override, such as `layers` for `+layers.first=8`."""
     return word.partition("=")[0].partition(".")[0].lstrip("+")
 
 

@@ -1,7 +1,7 @@
-"""The plan of a command line: its runs, the cost of their networks, and an estimate of time and memory.
+"""The plan of a command line: runs, costs of the networks, and estimates of time and memory.
 
-Nothing is trained, and published data sets need not be present. Networks are built without memory, except for a few
-timed training steps on random images.
+Nothing is trained, and published data sets need not be present. Networks are built on the meta
+device, without memory, except for a few timed training steps on random images.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ LAYERS_HEAD = (
 
 
 def plan(planned: Sequence[PlannedRun]) -> list[Table]:
-    """Return a table of all runs, float baselines included, with their costs and times.
+    """Return a table of all runs, including float baselines, with costs and times.
 
-    For a single run a second table has its layers; its notes have the supported runtimes and the differences from the
-    paper's recipe.
+    For a single run, a second table lists the layers. The notes of the second table name the
+    supported runtimes and the differences from the paper's recipe.
     """
     table = Table(HEAD, title=f"{len(planned)} run{'s' if len(planned) > 1 else ''}")
     estimator = CostEstimator()
@@ -50,16 +50,16 @@ def plan(planned: Sequence[PlannedRun]) -> list[Table]:
 
 
 def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[PlannedRun]:
-    """Return the run, preceded by its float baseline if it needs one."""
+    """Return the run, preceded by its float baseline if the run needs one."""
     cost = estimator.run_cost(planned)
     if isinstance(cost, UnsupportedRun) or not cost.setup.needs_baseline:
         return [planned]
-    # the setup belongs to one of the seeds; the baseline must have this run's seed
+    # the setup may have another seed, but the baseline must have this run's seed
     return [replace(cost.setup, config=planned.config).baseline, planned]
 
 
 def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) -> float:
-    """Add the row of a run; return its remaining training time in seconds."""
+    """Add the row of a run; return the run's remaining training time in seconds."""
     directory = planned.directory
     path, stored = str(directory.path), directory.stored()
     if isinstance(cost, UnsupportedRun):
@@ -90,7 +90,7 @@ def _parameter_bytes(setup: ExperimentSetup, params: int) -> float:
 
 
 def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
-    """Return the table of a run's layers, with the same sums as `qbench compare`."""
+    """Return the table of a run's layers; its totals equal those of `qbench compare`."""
     setup, whole, run = cost.setup, cost.cost, planned.identity
     layers = layer_costs(cost.model, setup.method, setup.macs)
     table = Table(LAYERS_HEAD, title=f"{run.model} on {run.dataset}, {run.method} {run.bits}")
@@ -125,19 +125,19 @@ def _layer_cells(layer: LayerCost) -> tuple[str, ...]:
 
 
 def _format_levels(levels: Levels | None) -> str:
-    """Write the number of levels: 4; for codewords with several dimensions 128 of 8."""
+    """Format the number of levels, such as 4; `128 of 8` for codewords with several dimensions."""
     if levels is None:
         return "-"
     return str(levels.number) if levels.dimension == 1 else f"{levels.number} of {levels.dimension}"
 
 
 def format_bytes(count: float) -> str:
-    """Write a number of bytes with three digits and a unit: 7.18 kB."""
+    """Format a number of bytes with three digits and a unit, such as 7.18 kB."""
     return f"{si_format(count)}B"
 
 
 def format_duration(seconds: float) -> str:
-    """Write a time with its two largest units: 3 h 20 min."""
+    """Format a time with its two largest units, such as 3 h 20 min."""
     rest = round(seconds)
     parts: list[str] = []
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):

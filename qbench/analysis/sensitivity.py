@@ -1,4 +1,7 @@
-"""Bit widths per layer under a budget: a table of allocations, a table of layers, and a file to train with."""
+"""Chooses a bit width per layer under a budget.
+
+The results are a table of allocations, a table of layers, and a file of widths for training.
+"""
 
 import glob
 from collections.abc import Mapping, Sequence
@@ -30,19 +33,20 @@ from qbench.system import files
 
 HEAD = ("widths by", "bits", "bytes", "BitOps", "predicted loss", "measured loss", "top-1 %")
 MARK = "# qbench sensitivity "
-"""The first words of the file that is written."""
+"""The start of the first line of the written file."""
 MEASURES = {"loss": "loss", "mse": "weight MSE"}
 LABELS = MEASURES | {"uniform": "uniform"}
 
 Allocations = dict[str, dict[str, int] | None]
-"""Measure or `uniform` -> layer -> width; None if no uniform width meets the budget."""
+"""Measure or `uniform` -> layer -> width; None in place of widths if no uniform width fits."""
 
 
 def choose_widths(sensitivity: LayerSensitivity, budget: Budget) -> Allocations:
-    """Return the widths by each measure and, for comparison, the largest uniform width under a budget.
+    """Return the best widths by each measure and, for comparison, the largest uniform width.
 
     Raises:
-        ConfigError: no widths meet the budget; the message has the lowest and the highest useful one.
+        ConfigError: no widths meet the budget; the message has the lowest and the highest useful
+            budget.
     """
     costs, rest = sensitivity.costs(budget.kind), sensitivity.rest[budget.kind]
     unit = sum(sensitivity.weights.values()) if budget.kind == "w" else 1
@@ -71,13 +75,18 @@ def sensitivity(
     out: str = "bits.yaml",
     device: str = "auto",
 ) -> list[Table]:
-    """Choose one width per layer, write the choice to `out`, and return the tables of allocations and of layers.
+    """Choose one width per layer, write the widths to `out`, and return two tables.
+
+    The tables show the allocations and the layers.
 
     Args:
-        words: another method or layer policy than the run's; required for a float run.
-        budget: bytes=20k or bitops=1G for the whole network, w=3 bits per weight; default: the run's own width.
-        measure: which choice is written: by the loss of each layer alone, or by the MSE of its weights.
-        bn_stats: `recompute` the batch normalization statistics after quantization, or `keep` them.
+        words: overrides that replace the run's method or layer policy; required for a float run.
+        budget: such as `bytes=20k` or `bitops=1G` for the whole network, or `w=3` bits per weight;
+            empty for the run's own width.
+        measure: which widths to write: those chosen by the loss of each layer quantized alone, or
+            by the MSE of the layer's weights.
+        bn_stats: whether to `recompute` the batch normalization statistics after quantization or
+            `keep` them.
     """
     _check_out(Path(out))
     parsed = parse_budget(budget) if budget else None
@@ -102,14 +111,14 @@ def sensitivity(
 
 
 def _compact(value: float) -> str:
-    """Write a number with four digits and a unit, as --budget takes it: 20k, 1.234G."""
+    """Format a number with four digits and a unit, in the form of `--budget`: 20k, 1.234G."""
     return si_format(value, digits=4, gap="")
 
 
 def _allocations_table(
     run: Path, baseline: FloatBaseline, sensitivity: LayerSensitivity, chosen: Allocations, budget: Budget
 ) -> Table:
-    """Return one row per allocation: its costs, predicted and measured loss."""
+    """Return a table with one row per allocation: costs, predicted loss and measured loss."""
     table = Table(HEAD, title=f"{run}: {baseline.setup.method_name}, not trained, under {budget}")
     all_weights = sum(sensitivity.weights.values())
     for key, widths in chosen.items():
@@ -137,7 +146,11 @@ def _allocations_table(
 
 
 def _layers_table(sensitivity: LayerSensitivity, chosen: Allocations) -> Table:
-    """Return one row per layer: the chosen widths, and the loss increase of that layer alone at each width."""
+    """Return a table with one row per layer.
+
+    A row has the chosen widths, and the loss increase at each width if only this layer is
+    quantized.
+    """
     widths = sorted({width for layer in sensitivity.loss.values() for width in layer})
     head = ("layer", "weights", "loss", "MSE", "uniform", *(f"+ at {width}" for width in widths))
     table = Table(head, title="layers: chosen bits, and the loss increase of one layer alone at each width")
@@ -167,7 +180,10 @@ def _check_out(out: Path) -> None:
 
 
 def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline: FloatBaseline, table: Table) -> str:
-    """Return widths in the form of `layers.rules`; the run's own rules follow, for layers that are not named."""
+    """Return the text of a file of `layers.rules`.
+
+    The chosen widths come first, then the run's own rules, which apply to all other layers.
+    """
     criterion = "validation losses added by each layer alone" if measure == "loss" else "squared errors of the weights"
     lines = [
         f"{MARK}{command}",

@@ -1,4 +1,7 @@
-"""Time and memory of a training step: timed on the run's device, or estimated from MACs and tensor shapes."""
+"""Time and memory of a training step, measured on the run's device or estimated.
+
+Estimates follow from MACs and tensor shapes.
+"""
 
 import math
 import time
@@ -21,18 +24,18 @@ from qbench.quant.method import Unsupported
 from qbench.training import optimizer as optim
 
 TIMED_MACS = 2e9
-"""About the MACs of a forward pass that is timed: half a second of training on one core."""
+"""Approximate MACs of a timed forward pass; training takes about half a second on one core."""
 TIMING_SECONDS = 2.5
-"""The time spent on timing; further networks are estimated from those timed before."""
+"""The limit of the time spent on timing; later networks are estimated from the timed networks."""
 TIMED_STEPS = 3
-"""Training steps that are timed if they are short, after one that is not."""
+"""Number of short training steps that are timed, after one untimed step."""
 
 
 class StepCost(NamedTuple):
     """The cost of a training step.
 
     Args:
-        seconds: per image.
+        seconds: time per image.
         saved: bytes per image kept for the backward pass.
         fixed: bytes kept for the backward pass that do not depend on the number of images.
     """
@@ -44,7 +47,7 @@ class StepCost(NamedTuple):
 
 @dataclass(frozen=True)
 class RunCost:
-    """The setup, network and costs of a run; they are the same for all its seeds."""
+    """The setup, network and costs of a run; all seeds share them."""
 
     setup: ExperimentSetup
     model: nn.Module
@@ -54,15 +57,16 @@ class RunCost:
 
 @dataclass(frozen=True)
 class UnsupportedRun:
-    """The reason why a run's method cannot do what its configuration requires."""
+    """The reason why the method does not support the configuration of a run."""
 
     reason: str
 
 
 class CostEstimator:
-    """Estimates the cost of runs; each network is built once, and timed until `TIMING_SECONDS` are spent.
+    """Estimates the cost of runs.
 
-    `estimated` counts the networks whose step was not timed.
+    Each network is built once. Networks are timed until `TIMING_SECONDS` are spent; `estimated`
+    counts the networks that were not timed.
     """
 
     def __init__(self) -> None:
@@ -83,7 +87,10 @@ class CostEstimator:
         return self.known[key]
 
     def _step_cost(self, setup: ExperimentSetup, model: nn.Module) -> StepCost:
-        """Return a network's step cost, timed, or scaled by MACs from the timed network of the nearest size."""
+        """Return a network's step cost: timed, estimated, or scaled from a timed network.
+
+        Scaling uses the ratio of MACs to the timed network of the nearest size.
+        """
         macs = max(1, sum(setup.macs.values()))
         if _smallest_batch(setup, model) * macs > 2 * TIMED_MACS and setup.device.type == "cpu":
             self.estimated += 1
@@ -100,7 +107,10 @@ class CostEstimator:
 
 
 def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
-    """Return the quantized network and its cost; without memory (meta tensors) if its quantizers allow it."""
+    """Return the quantized network and its cost.
+
+    The network consists of meta tensors, which use no memory, if its quantizers allow it.
+    """
     try:
         model = setup.install(setup.float_model("meta"))
         return model, count_cost(model, setup.macs)
@@ -110,13 +120,16 @@ def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
 
 
 def _smallest_batch(setup: ExperimentSetup, model: nn.Module) -> int:
-    """Return the smallest batch that can be trained on: batch normalization needs two values per channel."""
+    """Return the smallest possible batch size; batch normalization needs two values per channel."""
     norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
     return min(batch_size_and_steps(setup.data, setup.optim.batch_size)[0], 2 if norms else 1)
 
 
 def time_step(setup: ExperimentSetup, macs: int, smallest: int) -> StepCost:
-    """Time training steps on random images, on the run's device; on a CPU with fewer images than a batch has."""
+    """Time training steps on random images, on the run's device.
+
+    On a CPU the timed batches may be smaller than the run's.
+    """
     model = setup.install(setup.float_model()).to(setup.device).train()
     optimizer = optim.build_optimizer(model, setup.optim)
     batch_size = batch_size_and_steps(setup.data, setup.optim.batch_size)[0]
@@ -129,15 +142,16 @@ def time_step(setup: ExperimentSetup, macs: int, smallest: int) -> StepCost:
 
 
 def estimate_step(setup: ExperimentSetup, model: nn.Module, macs: int) -> StepCost:
-    """Estimate the step of a network that is too large to time: from its MACs at the speed of one convolution.
+    """Estimate the step cost of a network that is too large to time.
 
-    The memory follows from tensor shapes.
+    The time follows from the network's MACs and the speed of one convolution, the memory from
+    tensor shapes.
     """
     size = _smallest_batch(setup, model)
     images = torch.empty(size, *setup.data.shape, device=next(model.parameters()).device)
     try:
         saved, fixed = saved_bytes(model.train(), images)
-    except (NotImplementedError, RuntimeError):  # a quantizer needs values: use the float network
+    except (NotImplementedError, RuntimeError):  # a quantizer needs values, so use the float network
         saved, fixed = saved_bytes(setup.float_model("meta").train(), images.to("meta"))
     conv = nn.Conv2d(128, 128, 3, padding=1)
     batch = torch.randn(4, 128, 28, 28, requires_grad=True)
@@ -149,9 +163,10 @@ def estimate_step(setup: ExperimentSetup, model: nn.Module, macs: int) -> StepCo
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Return the bytes that a forward pass keeps for the backward pass, parameters left out.
+    """Return the bytes that a forward pass keeps for the backward pass, without parameters.
 
-    The first number counts the tensors whose first dimension is the number of images, the second all others.
+    The first number covers tensors whose first dimension is the number of images, the second covers
+    all other tensors.
     """
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, tuple[bool, int]] = {}

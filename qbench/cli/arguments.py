@@ -1,6 +1,7 @@
-"""The class of the subcommands' parsers: argparse, with errors that are `ConfigError` and name what is allowed.
+"""The parser class of the subcommands: argparse with `ConfigError` that names the allowed values.
 
-A flag is typed `--flag VALUE` or `--flag=VALUE`, in full, at any place. Words without a dash may stand between flags.
+A flag is typed in full, as `--flag VALUE` or `--flag=VALUE`. Flags and positional arguments may
+come in any order.
 """
 
 import argparse
@@ -25,10 +26,10 @@ SUMMARIES = {
     "sensitivity": "Choose a bit width for each layer under a budget.",
     "settle": "Run more seeds of two settings until a difference is decided.",
 }
-"""Subcommand -> what it does, as `qbench --help` lists it and its own help begins."""
+"""Subcommand -> one-line summary, for `qbench --help` and the subcommand's own help."""
 
 WIDEST_HELP = 110
-"""Characters in a line of a help text, on a terminal that is at least as wide."""
+"""Most characters in a line of a help text; narrower terminals get shorter lines."""
 
 
 def help_width() -> int:
@@ -46,13 +47,15 @@ class HelpFormatter(argparse.HelpFormatter):
 class SubcommandParser(argparse.ArgumentParser):
     """The parser of one subcommand.
 
-    Positional arguments are declared for the help text and for completion. `parse_words` returns them as one list,
-    because only the subcommand can tell a directory from `KEY=VALUE`.
+    Positional arguments are declared for the help text and for completion. `parse_words` returns
+    all of them in one list, because only the subcommand can distinguish a directory from
+    `KEY=VALUE`.
 
     Args:
-        name: the subcommand, a key of `SUMMARIES`; empty for a parser of flags that others share.
-        parents: parsers whose flags this one has too.
-        epilog: printed below the flags.
+        name: the subcommand, a key of `SUMMARIES`; empty for a parser of flags that several
+            subcommands share.
+        parents: parsers whose flags this parser accepts too.
+        epilog: text printed below the flags.
     """
 
     def __init__(self, name: str = "", *, parents: Sequence["SubcommandParser"] = (), epilog: str = "") -> None:
@@ -69,12 +72,12 @@ class SubcommandParser(argparse.ArgumentParser):
         )
         self.name = name
         self.suggestions: dict[str, Callable[[], Iterable[str]]] = {}
-        """Flag or positional argument -> function that returns values to complete, where there are no `choices`."""
+        """Flag or positional without `choices` -> function that returns the values to complete."""
         for parent in parents:
             self.suggestions |= parent.suggestions
 
     def parse_words(self, arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-        """Return the words that belong to no flag, in their order, and the values of the flags that were typed.
+        """Return the positional arguments in the order typed, and the values of the typed flags.
 
         Raises:
             ConfigError: an unknown flag, a flag without a value, or a value that is not allowed.
@@ -98,24 +101,24 @@ class SubcommandParser(argparse.ArgumentParser):
         return [option for option in options if option != "--help"]
 
     def flag_values(self, flag: str) -> list[str] | None:
-        """Return the values that can be completed behind a flag; None where no value follows it."""
+        """Return the values that can be completed after a flag; None if the flag takes no value."""
         action = next(action for action in self._actions if flag in action.option_strings)
         if action.nargs == 0:
             return None
         return list(self.suggestions[flag]() if flag in self.suggestions else action.choices or ())
 
     def positionals(self) -> list[str]:
-        """Return what the help text calls the positional arguments."""
+        """Return the names of the positional arguments in the help text."""
         return [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
 
     def positional_values(self) -> list[str]:
-        """Return the values that can be completed as a positional argument."""
+        """Return the values that can be completed for the positional arguments."""
         actions = [action for action in self._actions if not action.option_strings]
         choices = [self.suggestions.get(str(action.metavar), lambda a=action: a.choices or ())() for action in actions]
         return [str(value) for values in choices for value in values]
 
     def error(self, message: str) -> NoReturn:
-        """Raise argparse's message as `ConfigError`."""
+        """Raise a `ConfigError` with argparse's message."""
         raise ConfigError(f"{self.name}: {message}\nsee qbench {self.name} --help")
 
     def _invalid_value(self, error: argparse.ArgumentError) -> str:

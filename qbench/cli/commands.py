@@ -1,4 +1,4 @@
-"""The subcommands: each takes the words behind its name, prints its result, and returns the exit status."""
+"""The subcommands: each takes the arguments after its name, prints, and returns the exit status."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from qbench.system.signals import stop_on_signals
 
 
 def plan(arguments: list[str]) -> int:
-    """Print what a command line would run, with its costs and its time; train nothing."""
+    """Print the runs that a command line would start, with costs and times; train nothing."""
     from qbench.config import compose
 
     configs = compose.configurations(arguments)
@@ -25,7 +25,7 @@ def plan(arguments: list[str]) -> int:
 
 
 def check(arguments: list[str]) -> int:
-    """Check the properties that every method must have; return 0 only if none is violated."""
+    """Check the properties that every method must have; return 0 only if all hold."""
     from qbench.config import compose
 
     arguments, _ = parsers.check().parse_words(arguments)
@@ -79,7 +79,7 @@ def describe(arguments: list[str]) -> int:
 
 
 def plot(arguments: list[str]) -> int:
-    """Plot what a method does to single values, or all methods (`--poster`), into a file."""
+    """Write a plot of one method's effect on values, or of all methods (`--poster`), to a file."""
     from qbench.cli.plot import draw
 
     print(f"wrote {draw(arguments)}")
@@ -87,7 +87,7 @@ def plot(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """Print tables of the runs below some directories, and which differences are significant."""
+    """Print tables of the runs below some directories, with the significance of differences."""
     from qbench.cli.compare import run_compare
 
     print(run_compare(arguments))
@@ -165,7 +165,7 @@ def published(arguments: list[str]) -> int:
 
 
 def inspect(arguments: list[str]) -> int:
-    """Print each quantized layer of a finished run: levels, errors, effect on the loss."""
+    """Print the levels, errors and effect on the loss of each quantized layer of a finished run."""
     options = run_options.parse_inspect(arguments)
     from qbench.analysis.inspect import inspect as inspect_run
 
@@ -182,7 +182,7 @@ def inspect(arguments: list[str]) -> int:
 
 
 def sensitivity(arguments: list[str]) -> int:
-    """Choose a bit width for each layer of a run under a budget, write the widths to a file, print the choices."""
+    """Choose a bit width per layer of a run under a budget; write them to a file and print them."""
     options = run_options.parse_sensitivity(arguments)
     from qbench.analysis.sensitivity import sensitivity as allocate_bits
 
@@ -218,7 +218,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def completion(arguments: list[str]) -> int:
-    """Print the shell function of completion, or what it calls for: candidates, one per line."""
+    """Print the shell's completion function or, when that function asks, one candidate per line."""
     from qbench.cli import completion as shell
 
     words, _ = parsers.completion().parse_words(arguments)

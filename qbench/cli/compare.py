@@ -1,4 +1,4 @@
-"""`qbench compare`: options, and the text that is printed: filters, columns, order, format."""
+"""`qbench compare`: reads the options, then filters, sorts and formats the tables."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from qbench.runs.reader import RunRecord, dump_records, read
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """A command line of `qbench compare`. `where`: key -> the values allowed, as typed."""
+    """A command line of `qbench compare`; `where` maps filtered keys to the values to keep."""
 
     directories: tuple[str, ...]
     where: Mapping[str, list[str]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ def run_compare(arguments: Iterable[str]) -> str:
     """Return what `qbench compare PLACE... [flags] [KEY=VALUE ...]` prints; write its plots and pages.
 
     Raises:
-        ConfigError: a flag, key or value that does not exist, or no directory.
+        ConfigError: a flag, key or value does not exist, or no directory is given.
     """
     options = parse(arguments)
     made, runs = build_tables(options)
@@ -74,7 +74,7 @@ def parse(arguments: Iterable[str]) -> CompareOptions:
 
 
 def _split(value: str) -> list[str]:
-    """Return the parts of a comma-separated list; a comma in brackets belongs to a value."""
+    """Return the parts of a comma-separated list; a comma inside brackets does not separate."""
     return re.split(r",(?![^\[]*\])", value)
 
 
@@ -84,7 +84,7 @@ def tables(options: CompareOptions) -> list[Table]:
 
 
 def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables for these options, with conclusions, and the runs that they were made from."""
+    """Return the tables for these options, with conclusions, and the runs in the tables."""
     runs, notes = select_runs(read(options.directories), options.where, options.by)
     made = conclude(compare(runs, options.by), options.margin)
     if options.published:
@@ -98,7 +98,7 @@ def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]
 
 
 def _arranged(table: Table, options: CompareOptions) -> Table:
-    """Return a table with its rows sorted and its columns chosen."""
+    """Return the table with its rows sorted and only the chosen columns."""
     groups = [*options.columns, *([columns.PUBLISHED] if options.published else [])]
     groups += [columns.EQUAL_BYTES] if options.sort == columns.EQUAL_BYTES else []
     ordered = sorted_by(table, options.sort) if options.sort else table

@@ -1,9 +1,10 @@
-"""Shell completion: subcommands, their flags and values, groups and their options; other overrides by Hydra.
+"""Shell completion of subcommands, flags, groups and options; Hydra completes other overrides.
 
-Packages that complete argparse parsers (argcomplete, shtab) do not fit. The command that is typed most has no
-subcommand: its words are overrides, which only Hydra can complete, and Hydra brings a shell function for them. Either
-package would add a dependency and a second function that excludes the first. So one function calls
-`qbench completion query`, which completes subcommands from their parsers and passes the rest to Hydra.
+Packages that complete argparse parsers (argcomplete, shtab) do not fit. The most frequent command
+has no subcommand: its arguments are overrides, which only Hydra can complete, with a shell function
+of its own. Either package would add a dependency and a second shell function, and a command can
+have only one. Therefore a single shell function calls `qbench completion query`, which completes
+subcommands from their parsers and passes the rest to Hydra.
 """
 
 import glob
@@ -32,15 +33,15 @@ BASH_FUNCTION = r"""_qbench_complete() {
     return 0
 }
 complete -o default -F _qbench_complete qbench"""
-"""`-o default`: where there is no candidate, bash completes file names."""
+"""The shell function. With `-o default`, bash completes file names if there is no candidate."""
 
 
 def candidates(line: str, point: str = "") -> list[str]:
-    """Return the whole words that the word before the cursor can become; none where a file name is expected.
+    """Return completions of the word before the cursor; none where a file name is expected.
 
     Args:
-        line: the command line, from the program's name on.
-        point: the cursor's place in it as a decimal number; its end where empty.
+        line: the command line, starting with the program's name.
+        point: the cursor's position in `line` as a decimal number; empty for the end of `line`.
     """
     before = line[: int(point)] if point.isdecimal() else line
     words = before.split()[1:]
@@ -80,7 +81,7 @@ def _of_training(words: Sequence[str], current: str) -> Iterable[str]:
 
 
 def _overrides(words: Sequence[str], current: str) -> list[str]:
-    """Return what a word `KEY=VALUE` can become: the options of a group, else what Hydra says."""
+    """Return the completions of an override: a group's options, else Hydra's completions."""
     key, equals, value = current.partition("=")
     group = key.partition("@")[0]
     if equals and group in group_names():
@@ -100,6 +101,6 @@ def _overrides(words: Sequence[str], current: str) -> list[str]:
 
 
 def _listed(typed: str, values: Iterable[str]) -> list[str]:
-    """Return values, behind those of a comma-separated list that were typed before."""
+    """Return each value appended to the part of a comma-separated list before the last comma."""
     before = typed[: typed.rfind(",") + 1]
     return [f"{before}{value}" for value in values]

@@ -1,4 +1,4 @@
-"""Errors on the terminal: at most three lines, and the exit status."""
+"""Prints errors on the terminal, in at most three lines."""
 
 import io
 import os
@@ -13,11 +13,11 @@ OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory", "overf
 """Parts of torch's messages about sizes that exceed the machine's memory."""
 
 WIDEST = 1000
-"""Characters in a line of an error message; the middle of a longer line is left out."""
+"""Most characters in a line of an error message; longer lines lose their middle."""
 
 
 def drop_unwritten(stream: TextIO) -> None:
-    """Discard what a stream holds and cannot write; Python would try to write it again at exit."""
+    """Discard text that a stream cannot write; Python would try to write it again at exit."""
     if isinstance(stream, io.TextIOWrapper):
         try:
             stream.flush()
@@ -26,7 +26,7 @@ def drop_unwritten(stream: TextIO) -> None:
 
 
 def resource_error(error: BaseException) -> list[str]:
-    """Return the message about a resource that the system refused; no lines for any other error."""
+    """Return the message about a resource that the system refused; empty for other errors."""
     if isinstance(error, OSError):
         return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)]
     out_of_memory = isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
@@ -39,6 +39,6 @@ def print_error(lines: Iterable[str]) -> None:
     """Print at most three lines to stderr; characters that control a terminal are printed as escapes."""
     printable = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines][:3]
     short = [x if len(x) <= WIDEST else f"{x[: WIDEST // 2]} ... {x[-WIDEST // 2 :]}" for x in printable]
-    with suppress(OSError):  # where stderr cannot be written, the exit status remains
+    with suppress(OSError):  # if stderr cannot be written, only the exit status reports the error
         print("\n".join([f"qbench: {short[0]}", *short[1:]]), file=sys.stderr)
     drop_unwritten(sys.stderr)

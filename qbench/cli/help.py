@@ -1,4 +1,4 @@
-"""The screen of `qbench --help`. The help text of a subcommand comes from its parser."""
+"""The text of `qbench --help`. The help text of a subcommand comes from its parser."""
 
 from textwrap import fill
 

@@ -1,6 +1,6 @@
-"""Command-line entry point: subcommands first, else a Hydra run.
+"""Command-line entry point: runs a subcommand if the first argument is one, else trains.
 
-Nothing on the way to `--help`, to a list or to a stored row imports torch.
+Commands that print help, a list or a stored row do not import torch.
 """
 
 import io
@@ -16,13 +16,13 @@ from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 
 TRACEBACK = "QBENCH_TRACEBACK"
-"""Environment variable: errors also print their traceback."""
+"""Environment variable: if set, errors also print their traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit status: 0, or that of the error (`qbench.errors`)."""
+    """Run a command line; return 0 or the exit status of the error (see `qbench.errors`)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a table is printed even where the encoding lacks a character
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a table is printed even if the encoding lacks a character
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         os.getcwd()
@@ -31,12 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ResourceError.status
     try:
         status = run_command(arguments)
-        print(end="", flush=True)  # here, where a failure can be reported, and not when Python ends
+        print(end="", flush=True)  # flush here, where a failure can be reported, rather than when Python ends
         return status
-    except BrokenPipeError:  # the reader of our output has closed it, such as `head`
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         drop_unwritten(sys.stdout)
         return 0
-    except KeyboardInterrupt:  # before a run began; a run handles signals itself
+    except KeyboardInterrupt:  # no run has begun; a run handles signals itself
         return Interrupted.status
     except (Exception, SystemExit) as error:  # a user's function may call sys.exit, which would look like success
         return report(error)
@@ -65,7 +65,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def show_help(word: str) -> int:
-    """Print the help text of a subcommand; of the whole program for any other word."""
+    """Print the help text of a subcommand; for any other word, that of the whole program."""
     if word in SUMMARIES:
         from qbench.cli.parsers import PARSERS
 
@@ -78,7 +78,7 @@ def show_help(word: str) -> int:
 
 
 def report(error: BaseException) -> int:
-    """Print an error in at most three lines; return its exit status."""
+    """Print an error in at most three lines; return the exit status for the error."""
     resources = [] if isinstance(error, QbenchError) else resource_error(error)
     if os.environ.get(TRACEBACK) and not resources:
         traceback.print_exception(error)

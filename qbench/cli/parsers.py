@@ -1,7 +1,8 @@
 """The parser of each subcommand: positional arguments, flags, allowed values, help texts.
 
-What only one subcommand needs is imported when its parser is made, so that help texts and completion stay quick.
-Training has no parser here: its words are overrides and flags of Hydra (`qbench.config.compose`).
+Modules that only one subcommand needs are imported when that subcommand's parser is made, so that
+help texts and completion stay quick. Training has no parser here: its arguments are Hydra's
+overrides and flags (`qbench.config.compose`).
 """
 
 from collections.abc import Callable
@@ -17,13 +18,13 @@ from qbench.report.comparison.verdicts import MARGIN
 METHOD = "METHOD"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 RECORD = "record"
-"""The format besides those of tables: the runs themselves in one small file, which `qbench compare` reads again."""
+"""Output format that is no table: all runs in one small file that `qbench compare` can read."""
 PAPERS = Path(__file__).parents[1] / "papers" / "figures"
 LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
 def listed_groups() -> dict[str, str]:
-    """Return the words behind `qbench list`: the plural of each group, with the group, and `runs`."""
+    """Return argument of `qbench list` -> group: the plural of each group, and `runs` -> empty."""
     return {f"{group.removesuffix('s')}s": group for group in groups.group_names()} | {"runs": ""}
 
 
@@ -142,7 +143,7 @@ def list_() -> SubcommandParser:
 
 
 def plan() -> SubcommandParser:
-    """Return the parser of `qbench plan`; it serves help and completion, since Hydra reads the words."""
+    """Return the parser of `qbench plan`, for help and completion; Hydra reads the arguments."""
     parser = SubcommandParser(
         "plan",
         epilog="It needs no data and trains nothing. It takes the flags of Hydra that a training command takes.",

@@ -1,4 +1,4 @@
-"""`qbench plot`: plots of what methods do to single values, of one method or of all on a poster."""
+"""`qbench plot`: plots what one method does to single values, or all methods on a poster."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from qbench.quant.method import Method
 
 GROUPS = ("method", "activation", "bits")
-"""Groups of the configuration that decide what a method does to a value."""
+"""The configuration groups that determine what a method does to a value."""
 USAGE = "qbench plot METHOD [bits.w=2 method.KEY=VALUE ...] [--out FILE], or qbench plot --poster [--out FILE]"
 COLOURS = 64
-"""Colours of a PNG's palette, which keeps the file small."""
+"""Number of colours in a PNG's palette; a small palette keeps the file small."""
 MOST_BITS_SHOWN = 5
-"""Widest quantizer whose levels a small plot can show."""
+"""The largest bit width whose levels a small plot can show."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotOptions:
-    """A command line of `qbench plot`: the words that configure a method, or the poster of all methods."""
+    """A command line of `qbench plot`: overrides that configure a method, or the poster flag."""
 
     overrides: tuple[str, ...] = ()
     poster: bool = False
@@ -37,10 +37,10 @@ class PlotOptions:
 
 
 def draw(arguments: Iterable[str]) -> str:
-    """Plot the method of a command line, or `--poster`, into a file; return its name.
+    """Plot one method, or all methods (`--poster`), to a file; return the file's name.
 
     Raises:
-        ConfigError: no such method, key, width, flag or file format.
+        ConfigError: the method, key, width, flag or file format does not exist.
     """
     options = parse(arguments)
     if options.poster:
@@ -60,7 +60,8 @@ def parse(arguments: Iterable[str]) -> PlotOptions:
     """Read a command line of `qbench plot`.
 
     Raises:
-        ConfigError: no method or several, a word that does not change the plot, an unknown flag or file format.
+        ConfigError: there is no method or more than one, an override does not change the plot, or a
+            flag or file format is unknown.
     """
     words, flags = parsers.plot().parse_words(arguments)
     overrides = tuple(word if "=" in word else f"method={word}" for word in words)
@@ -87,8 +88,10 @@ def _poster() -> Any:
 
 
 def illustrative_bits(method: "Method") -> "Bits":
-    """Return widths at which a plot shows the levels: the method's defaults where these have few levels, else 2 bits
-    (4 for gradients) where supported, else the fewest.
+    """Return widths at which a plot can show the levels.
+
+    These are the method's default widths if they have few levels. Otherwise they are 2 bits (4 for
+    gradients) if the method supports this, else the smallest supported width.
     """
     from qbench.bits import FLOAT, Bits
 
@@ -104,7 +107,7 @@ def illustrative_bits(method: "Method") -> "Bits":
 
 
 def _method(words: list[str]) -> tuple["Config", "Method"]:
-    """Return the configuration of a command line, and its method."""
+    """Return the configuration of a command line, and the method that it configures."""
     from qbench.config import compose
 
     (config,) = compose.configurations(words)
@@ -121,7 +124,10 @@ def _method(words: list[str]) -> tuple["Config", "Method"]:
 
 
 def _save(figure: Any, path: Path) -> str:
-    """Write a figure; return the file's name. The same figure gives the same bytes; a PNG gets a small palette."""
+    """Write a figure; return the file's name.
+
+    Equal figures give equal bytes. A PNG gets a small palette.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image

@@ -1,4 +1,7 @@
-"""What is typed behind inspect, sensitivity and evaluate; torch is not imported, so that a mistake is named at once."""
+"""The command-line options of inspect, sensitivity and evaluate.
+
+torch is not imported, so that a mistake is reported at once.
+"""
 
 import os
 from collections.abc import Iterable
@@ -13,7 +16,7 @@ from qbench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The directory of a finished run, words KEY=VALUE, and the flags that all three subcommands take."""
+    """The directory of a finished run, overrides, and the flags that all three subcommands take."""
 
     run: Path
     overrides: tuple[str, ...] = ()
@@ -70,10 +73,12 @@ def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: 
     """Return the fields of a `RunOptions`.
 
     Args:
-        overrides_usage: the words KEY=VALUE that the subcommand takes; empty where it takes none.
+        overrides_usage: the overrides `KEY=VALUE` that the subcommand takes, for messages; empty if
+            it takes none.
 
     Raises:
-        ConfigError: no run or several, an unknown flag or value, a word that the subcommand does not take.
+        ConfigError: there is no run or more than one, a flag or value is unknown, or the subcommand
+            does not take one of the arguments.
     """
     words, flags = parser.parse_words(arguments)
     overrides = tuple(word for word in words if "=" in word and not os.path.isdir(word))

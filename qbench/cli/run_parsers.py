@@ -10,20 +10,20 @@ OVERRIDES = "KEY=VALUE"
 
 
 def add_choice(parser: SubcommandParser, flag: str, choices: Iterable[str], help_text: str) -> None:
-    """Add a flag that takes one of some names."""
+    """Add a flag whose value is one of `choices`."""
     names = list(choices)
     parser.add_argument(flag, type=one_of(names), choices=names, help=help_text)
 
 
 def format_flag(*more: str) -> SubcommandParser:
-    """Return a parser of `--format`, with formats besides those of tables."""
+    """Return a parser of `--format`, which allows the table formats and those in `more`."""
     parser = SubcommandParser()
     add_choice(parser, "--format", (*FORMATS, *more), "how tables are printed (default: text)")
     return parser
 
 
 def run_flags() -> SubcommandParser:
-    """Return a parser of what the subcommands about one finished run share."""
+    """Return a parser of the flags that all subcommands about one finished run share."""
     parser = SubcommandParser(parents=[format_flag()])
     parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
     parser.add_argument("--device", type=some_text, help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -32,7 +32,7 @@ def run_flags() -> SubcommandParser:
 
 
 def measurement_flags() -> SubcommandParser:
-    """Return a parser of how the effect of a layer on the loss is measured."""
+    """Return a parser of the flags that set how the effect of a layer on the loss is measured."""
     parser = SubcommandParser()
     parser.add_argument(
         "--images", type=integer(1), metavar="N", help="number of validation images to measure on (default: 500)"

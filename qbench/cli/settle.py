@@ -16,11 +16,12 @@ from qbench.system import files
 
 
 def parse(arguments: Iterable[str]) -> SequentialTest:
-    """Read `SETTING SETTING [--margin X] [--max-seeds N] [hydra/launcher=NAME]`; a setting is a run's directory or a
-    quoted command line.
+    """Read `SETTING SETTING [--margin X] [--max-seeds N] [hydra/launcher=NAME]`.
+
+    A setting is the directory of a run or a quoted command line.
 
     Raises:
-        ConfigError: something else, or two settings that cannot be compared.
+        ConfigError: the arguments have another form, or the two settings cannot be compared.
     """
     words, flags = parsers.settle().parse_words(arguments)
     launchers = [word for word in words if word.startswith("hydra") and " " not in word]
@@ -50,7 +51,7 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
 
 
 def _setting(word: str) -> Config:
-    """Return the run with seed 0 of the setting that a directory or a command line names."""
+    """Return the configuration, with seed 0, of a setting: a run's directory or a command line."""
     return _from_directory(word) if Path(word).is_dir() else _from_command_line(word)
 
 
@@ -62,7 +63,7 @@ def _from_directory(word: str) -> Config:
 
     config = from_dict(files.read_yaml(path / "config.yaml"))
     folder = directory_name(run_identity(config)).parent.name
-    if path.absolute().parent.name != folder:  # runs of its other seeds would not be found beside it
+    if path.absolute().parent.name != folder:  # the runs with other seeds would not be found beside this one
         raise ConfigError(
             f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"
         )

@@ -1,4 +1,4 @@
-"""`qbench KEY=VALUE ...` and `qbench -m ...`: train one run or a sweep, print the result table."""
+"""`qbench KEY=VALUE ...` and `qbench -m ...`: trains one run or a sweep and prints results."""
 
 import shutil
 import sys
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def train(arguments: list[str]) -> int:
-    """Train the run of a command line, or with -m those of all combinations; print its row or their table."""
+    """Train one run and print its row; with -m, train all combinations and print a table."""
     from qbench.config import compose
     from qbench.experiment.planned_run import planned_runs
 
@@ -26,14 +26,14 @@ def train(arguments: list[str]) -> int:
             raise ConfigError(f"{word} has no effect without hydra/launcher=NAME")
     with stop_on_signals() as stop:
         configs = compose.configurations(arguments)
-        if not configs:  # Hydra has printed something, such as --cfg job
+        if not configs:  # a flag such as --cfg job only makes Hydra print something
             return 0
         runs = planned_runs(configs)
         return train_all(arguments, runs, stop) if sweep or len(configs) > 1 else train_one(runs[0], stop)
 
 
 def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
-    """Train one run and print its row; the row of a stored run needs no torch."""
+    """Train one run and print its row; a stored row is printed without importing torch."""
     from qbench.report.tables.run_row import row
     from qbench.runs import manifest
 

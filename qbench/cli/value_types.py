@@ -1,4 +1,4 @@
-"""Types of flag values for argparse: each converts the text behind a flag, or raises what is allowed instead."""
+"""Types of flag values for argparse: each converts a text, or raises the allowed values."""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ PREDICTION_SUFFIXES = (".csv", ".npy")
 
 
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:
-    """Return a type of value: one of some names."""
+    """Return a type for a value that is one of `choices`."""
     names = list(choices)
 
     def convert(value: str) -> str:
@@ -23,7 +23,7 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
 
 
 def list_of(choices: Iterable[str] | None = None) -> Callable[[str], tuple[str, ...]]:
-    """Return a type of value: names in a comma-separated list, each one of `choices` where these are given."""
+    """Return a type for a comma-separated list; `choices`, if given, are the allowed names."""
     check: Callable[[str], str] = str if choices is None else one_of(choices)
 
     def convert(value: str) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def list_of(choices: Iterable[str] | None = None) -> Callable[[str], tuple[str, 
 
 
 def integer(low: int, high: int | None = None, what: str = "a whole number") -> Callable[[str], int]:
-    """Return a type of value: a whole number low <= n <= high."""
+    """Return a type for a whole number n with low <= n <= high."""
     allowed = f"{what} from {low} " + (f"to {high}" if high is not None else "on")
 
     def convert(value: str) -> int:
@@ -50,7 +50,7 @@ def integer(low: int, high: int | None = None, what: str = "a whole number") -> 
 
 
 def points(value: str) -> float:
-    """Convert a margin in points of top-1, 0 < margin <= 100."""
+    """Convert a margin in percentage points of top-1, 0 < margin <= 100."""
     try:
         margin = float(value)
     except ValueError:
@@ -61,7 +61,7 @@ def points(value: str) -> float:
 
 
 def file_with_suffix(*suffixes: str) -> Callable[[str], Path]:
-    """Return a type of value: a file to write whose name ends in one of `suffixes`."""
+    """Return a type for the name of a file to write, which must end in one of `suffixes`."""
 
     def convert(value: str) -> Path:
         path = Path(value)
@@ -73,7 +73,7 @@ def file_with_suffix(*suffixes: str) -> Callable[[str], Path]:
 
 
 def some_text(value: str) -> str:
-    """Convert a value that may be any text but the empty one."""
+    """Convert a value that may be any text except the empty text."""
     if not value:
         raise argparse.ArgumentTypeError("wants a value")
     return value
@@ -85,7 +85,7 @@ def some_path(value: str) -> Path:
 
 
 def weight_widths(value: str) -> tuple[int, ...]:
-    """Convert a comma-separated list of bit widths; return them ascending, each once."""
+    """Convert a comma-separated list of bit widths; return them ascending, without repeats."""
     parts = value.split(",")
     if not all(part.isascii() and part.isdecimal() and len(part) < 3 and 1 <= int(part) < FLOAT for part in parts):
         raise argparse.ArgumentTypeError(f"{value}: must be numbers from 1 to {FLOAT - 1}, such as 2,4,8")
@@ -93,7 +93,7 @@ def weight_widths(value: str) -> tuple[int, ...]:
 
 
 def prediction_file(value: str) -> Path:
-    """Convert the name of a file of predictions, in a directory that exists."""
+    """Convert the name of a file of predictions; the file's directory must exist."""
     path = Path(value)
     if path.suffix not in PREDICTION_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{value}: must end in {' or '.join(PREDICTION_SUFFIXES)}")

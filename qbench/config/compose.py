@@ -34,17 +34,17 @@ CONFIG_DIRECTORY = ("--config-dir", "-cd")
 LAUNCHER_KEYS = ("hydra/launcher=", "hydra.launcher.", "+hydra.launcher.", "hydra.sweeper.")
 HYDRA_KEYS = (*LAUNCHER_KEYS, "hydra.searchpath=")
 MOST_COMBINATIONS = 10_000
-"""The most combinations of a sweep: a mistyped range can name any number."""
+"""The largest number of combinations in a sweep; a mistyped range could ask for far more."""
 
 
 def configurations(arguments: list[str]) -> list[Config]:
-    """Return the configuration of a command line, or with -m those of all its combinations.
+    """Return the configuration of a command line; with -m, the configurations of all combinations.
 
-    With lr_search=grid there is one for each learning rate. There is none if the line only makes
-    Hydra print something (`--cfg job`).
+    With lr_search=grid there is one configuration per learning rate. The list is empty if the
+    command line only makes Hydra print something (`--cfg job`).
 
     Raises:
-        ConfigError: the command line does not make a configuration.
+        ConfigError: the command line does not make a valid configuration.
     """
     words = [a for a in arguments if not a.startswith(LAUNCHER_KEYS)]
     nodes: list[DictConfig] = []
@@ -65,9 +65,9 @@ def configurations(arguments: list[str]) -> list[Config]:
 
 
 def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
-    """Return the nodes of all combinations, composed once each (Hydra's sweeper does so twice).
+    """Return the nodes of all combinations; each is composed once (Hydra's sweeper composes twice).
 
-    `folder` is a configuration directory of the user's own.
+    `folder` is the user's own configuration directory.
     """
     if folder is not None and not os.path.isdir(folder):
         raise ConfigError(f"{CONFIG_DIRECTORY[0]} {folder}: no such directory")
@@ -100,9 +100,9 @@ def launcher(arguments: Iterable[str]) -> str | None:
 
 
 def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
-    """Let Hydra's launcher call `job` with the node of every run, in its own processes.
+    """Let Hydra's launcher call `job` with the node of every run, in the launcher's processes.
 
-    The runs of one combination's learning-rate grid follow one another in one process.
+    The runs of a learning-rate grid of one combination run one after another in one process.
     """
 
     def each(node: DictConfig) -> None:
@@ -116,9 +116,9 @@ def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
     flags, overrides = sorted_out(arguments)
     register_sources()
     typed, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    with tempfile.TemporaryDirectory(prefix="qbench-") as scratch:  # Hydra's own notes on a sweep: not used
+    with tempfile.TemporaryDirectory(prefix="qbench-") as scratch:  # for Hydra's sweep files, which are unused
         sys.argv = ["qbench", *flags, *overrides, f"hydra.sweep.dir={scratch}"]
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
         try:
             hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(job)()
         finally:
@@ -129,10 +129,10 @@ def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
 
 
 def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into Hydra's flags with their values, and overrides.
+    """Split a command line into Hydra's flags with values, and overrides.
 
     Raises:
-        ConfigError: a flag or a value that does not exist, or a word that is no `key=value`.
+        ConfigError: a flag or a flag's value does not exist, or an argument is not `key=value`.
     """
     flags: list[str] = []
     overrides: list[str] = []

@@ -1,9 +1,9 @@
 """Fields of the configuration's dataclasses: allowed values, and the marks `free` and `added`.
 
-A key that is `free` is never part of a run's identity, because it cannot change a result: a device,
-a folder. A key that is `added` was added after results had been stored. It is part of the identity
-only if its value differs from its default, so that the stored results keep their identity and
-protocol.
+A key that is `free` is never part of a run's identity, because it cannot change a result; examples
+are a device and a folder. A key that is `added` was added after results had been stored. Such a key
+is part of the identity only if its value differs from its default, so that stored results keep
+their identity and protocol.
 """
 
 import math
@@ -32,10 +32,10 @@ def marked(
     """Return a dataclass field with its marks and the test for allowed values, if any.
 
     Args:
-        holds: whether a value is allowed.
+        holds: returns whether a value is allowed.
         allowed: the allowed values in words, for the error message.
-        added: the key was added later; see the module's docstring.
-        free: the key cannot change a result.
+        added: whether the key was added later; see the module's docstring.
+        free: whether the key cannot change a result.
     """
     check = {"holds": holds, "allowed": allowed} if holds else {}
     return field(default=default, metadata={**check, "added": added, "free": free})
@@ -51,7 +51,7 @@ def within(
     added: bool = False,
     free: bool = False,
 ) -> T:
-    """Return a field for a finite number low <= x <= high; `above` and `below` exclude the ends."""
+    """Return a field for a finite number low <= x <= high; `above` excludes low, `below` high."""
     text = f"a number {'above' if above else 'from'} {low:.12g}"
     text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
 
@@ -65,7 +65,7 @@ def within(
 
 
 def one_of(default: str, *choices: str, added: bool = False, free: bool = False) -> str:
-    """Return a field for one of some words."""
+    """Return a field whose value is one of `choices`."""
     return marked(default, lambda x: x in choices, ", ".join(choices), added=added, free=free)
 
 
@@ -76,17 +76,17 @@ def printable(default: str, *, free: bool = False) -> str:
 
 
 def layer_width(default: int | str) -> int | str:
-    """Return a field for a layer's width: float, same or a number of bits."""
+    """Return a field for a layer's width: `float`, `same` or a number of bits."""
     return marked(default, is_width, WIDTHS)
 
 
 def is_width(x: object) -> bool:
-    """Whether x is float, same or a number of bits."""
+    """Return whether x is `float`, `same` or a number of bits."""
     return x in ("float", "same") or (isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT)
 
 
 def parse_bits(text: str) -> dict[str, int | None]:
-    """Return the widths in `w2a2g6` or some of its parts in this order; None for absent ones."""
+    """Return the widths in a text such as `w2a2g6`; an absent width is None."""
     match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
     if not match or not text:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The configuration groups below `conf/` and the options that each offers."""
+"""The configuration groups below `conf/`, and the options of each group."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,9 +8,10 @@ from qbench.config import registry
 
 
 def conf_directory() -> Path:
-    """Return the folder of YAML files: beside the package in a clone, inside it once installed.
+    """Return the folder of YAML files: beside the package in a clone, inside an installed package.
 
-    The one beside comes first, because an editable installation leaves a stale copy inside.
+    The folder beside the package takes precedence, because an editable installation leaves a stale
+    copy inside the package.
     """
     package = Path(__file__).parents[1]
     beside = package.parent / "conf"
@@ -18,7 +19,7 @@ def conf_directory() -> Path:
 
 
 def option_names(group: str) -> list[str]:
-    """Return the options of a group: its YAML files, and entry points of installed packages."""
+    """Return a group's options: names of YAML files, and entry points of installed packages."""
     folder = conf_directory() / group
     files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
     if group == "activation":
@@ -37,6 +38,6 @@ def group_names() -> list[str]:
 
 
 def format_names(option_names: Iterable[str]) -> str:
-    """Return names in one line; those of a folder are counted, as `ttq/... (7)`."""
+    """Return names in one line; names in a folder are only counted, as `ttq/... (7)`."""
     counts = Counter("".join(name.partition("/")[:2]) for name in option_names)
     return ", ".join(f"{name}... ({count})" if name.endswith("/") else name for name, count in counts.items())

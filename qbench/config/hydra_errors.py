@@ -1,4 +1,7 @@
-"""Translates errors of Hydra and OmegaConf to messages: what was typed, the nearest name, what is allowed."""
+"""Translates errors of Hydra and OmegaConf into messages.
+
+A message has what was typed, the nearest existing name, and the allowed values.
+"""
 
 import re
 
@@ -18,10 +21,10 @@ from qbench.config.unknown_key import key_paths, unknown_key_message
 
 
 def translate_hydra_error(error: Exception, arguments: list[str]) -> str:
-    """Return the message about an error that Hydra or OmegaConf raised for a command line."""
-    for argument in arguments:  # a group with a value that cannot be a name: null, 3, [1]
+    """Return qbench's message for an error that Hydra or OmegaConf raised for a command line."""
+    for argument in arguments:  # find a group whose value cannot be a name, such as null, 3 or [1]
         key, _, value = argument.partition("=")
-        is_option = key in group_names() and ":" not in value  # my.net:build may raise any error of its own
+        is_option = key in group_names() and ":" not in value  # a user's my.net:build may raise any error
         refused = isinstance(error, TypeError) or "Config group override must be" in str(error)
         if refused and is_option and value not in option_names(key):
             return _missing_option(f"{key}/{value}")
@@ -54,12 +57,15 @@ def _missing_option(path: str) -> str:
 
 
 def _unknown_key(key: str, arguments: list[str]) -> str | None:
-    """Return the message about a key that the chosen groups lack; None if it exists or the groups do not compose."""
+    """Return the message about a key that the chosen groups lack.
+
+    Return None if the key exists or the groups do not compose.
+    """
     chosen = [a for a in arguments if a.partition("=")[0] in group_names() and "," not in a]
     try:
         with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
             tree = OmegaConf.to_container(hydra.compose("config", overrides=chosen))
-    except Exception:  # one of the groups is wrong, which Hydra's own message says
+    except Exception:  # one of the groups is wrong; Hydra's own message says so
         return None
     assert isinstance(tree, dict)
     return None if key in key_paths(tree) else unknown_key_message(key, tree)

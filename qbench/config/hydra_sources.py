@@ -1,4 +1,4 @@
-"""Gives Hydra the configurations that are no files in `conf/`: widths, functions, layer rules."""
+"""Supplies Hydra with configurations without a file in `conf/`: widths, functions, layer rules."""
 
 import re
 from pathlib import Path
@@ -21,10 +21,10 @@ from qbench.system.files import read_yaml
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
-    """Replaces Hydra's reader of YAML files, to bound its cost and to name the user's file."""
+    """Replaces Hydra's reader of YAML files: bounds the cost, and errors name the file."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Return the content of a file in a configuration directory."""
+        """Return the content of a YAML file in a configuration directory."""
         file = Path(self.path) / self._normalize_file_name(config_path)
         if self.provider == "main":
             return super().load_config(config_path)
@@ -33,7 +33,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
             raise ConfigError(f"{file}: holds {values!r}\nexpected keys and values, such as `epochs: 3`")
         try:
             return super().load_config(config_path)
-        except Exception as error:  # OmegaConf and Hydra's header have further rules on top of YAML's
+        except Exception as error:  # OmegaConf and Hydra's header have rules in addition to YAML's
             why = error.problem if isinstance(error, MarkedYAMLError) else str(error).partition("\n")[0]
             raise ConfigError(f"{file}: {why}") from None
 
@@ -41,9 +41,9 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
 class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
     """Makes configurations on request.
 
-    They are `bits/w2a2g6` for any widths; functions of the user's own, such as
-    `model/my.net:build`; `activation/NAME`, which is the file of the method; and `layers/@FILE`,
-    the user's layer rules.
+    The configurations are `bits/w2a2g6` with any widths; the user's own functions, such as
+    `model/my.net:build`; `activation/NAME`, read from the file of the method NAME; and
+    `layers/@FILE`, the user's layer rules.
     """
 
     @staticmethod
@@ -56,11 +56,11 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
         return True
 
     def is_group(self, config_path: str) -> bool:
-        """Whether this source serves the group."""
+        """Return whether this source makes configurations of the group."""
         return config_path in ("bits", "activation", "layers", *registry.GROUPS)
 
     def is_config(self, config_path: str) -> bool:
-        """Whether this source makes the configuration of a path."""
+        """Return whether this source makes the configuration that a path names."""
         group, _, name = config_path.removesuffix(".yaml").partition("/")
         if group == "activation":
             return self.is_config(f"method/{name}") or option_file("method", name).is_file()
@@ -78,7 +78,7 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
         return ConfigResult(provider=self.provider, path=path, config=config, header={"package": group})
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Return an empty list: there is no end of names."""
+        """Return an empty list, because there are infinitely many names."""
         return []
 
 

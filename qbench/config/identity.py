@@ -1,13 +1,14 @@
-"""The identity of a run: the keys that decide its result, its protocol, its folder.
+"""The identity of a run: the configuration keys that determine its result, protocol and folder.
 
-The identity of a run holds every key of its configuration that can change the result. It is known
-without reading any data: `qbench plan` and the search for stored results need it first. The data's
-own fingerprint is therefore not part of it; the result records it as `data_sha256`.
+The identity holds every key of the configuration that can change the result. It must be known
+before any data is read, because `qbench plan` and the search for stored results need it. The
+fingerprint of the data is therefore not part of the identity; the result records it as
+`data_sha256`.
 
-Rule for a key that is added later: at its default value it is part of neither the identity nor the
-protocol, so that results stored before stay the same runs and stay comparable. A field of a
-dataclass says so by its mark `added`, a node of YAML by its key `added`, which maps each such key
-to that value.
+A key that is added later is, at its default value, part of neither the identity nor the protocol.
+Thus results that were stored before keep their identity and stay comparable. Such a key is declared
+with the mark `added` on a dataclass field. In a YAML node, the key `added` maps each later key to
+its default value.
 """
 
 import copy
@@ -25,23 +26,23 @@ from qbench.errors import ConfigError
 from qbench.system.files import Json, read
 
 ADDED = "added"
-"""The key of a YAML node that lists the node's later keys with their default values."""
+"""The key of a YAML node that maps keys added later to their default values."""
 WHERE = {"root", "download"}
-"""Keys of the published data sets that say where their files are."""
+"""Keys of the published data sets that set where the files are and whether to download them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run is, made once from its configuration.
+    """The identity of a run, made once from its configuration.
 
     Args:
         digest: sha256 of `keys`.
-        keys: all keys that decide the result, with the schema's version.
-        protocol: those of the keys that two runs must share to be compared.
+        keys: all keys that determine the result, and the schema's version.
+        protocol: the keys that two runs must share to be compared.
         protocol_hash: sha256 of `protocol`.
         method: the method's name, such as `ttq+hwgq`.
-        options: the method's own keys; see `_options`.
-        is_baseline: whether this is a float baseline.
+        options: the keys of the method; see `_options`.
+        is_baseline: whether the run is a float baseline.
         config: the whole configuration, as config.yaml stores it.
     """
 
@@ -82,14 +83,14 @@ def run_identity(config: Config) -> RunIdentity:
 
 
 def _identity_keys(config: Config) -> Node:
-    """Return all keys that decide the result, as plain values."""
+    """Return all keys that determine the result, as plain values."""
     keys: Node = {"schema": SCHEMA, **decisive_keys(config)}
     for group in ("model", "dataset", "method", "activation"):
         keys[group] = without_added(keys[group])
     dataset = keys["dataset"]
-    dataset.pop("recipe", None)  # the values taken from it are under epochs, optim and pretrain
+    dataset.pop("recipe", None)  # the recipe's values are under epochs, optim and pretrain
     users_own = ":" in dataset["name"]
-    if not users_own and set(dataset) >= WHERE:  # the place of published files decides nothing
+    if not users_own and set(dataset) >= WHERE:  # the place of published files does not affect the result
         keys["dataset"] = {key: value for key, value in dataset.items() if key not in WHERE}
     if config.init not in STARTS:
         keys["init"] = file_sha256("init", config.init)
@@ -99,7 +100,7 @@ def _identity_keys(config: Config) -> Node:
 
 
 def decisive_keys(node: Any) -> Node:
-    """Return a dataclass as plain values, without free keys and later keys at their defaults."""
+    """Return a dataclass as plain values, without free keys and `added` keys at their defaults."""
     keys: Node = {}
     for item in fields(node):
         value = getattr(node, item.name)
@@ -114,7 +115,7 @@ def _default(item: Field[Any]) -> object:
 
 
 def without_added(node: Node) -> Node:
-    """Return a node of YAML without `added` and without the keys at the values given there."""
+    """Return a YAML node without the key `added` and without later keys at their defaults."""
     later = node.get(ADDED) or {}
     return {key: value for key, value in node.items() if key != ADDED and not (key in later and value == later[key])}
 
@@ -122,9 +123,9 @@ def without_added(node: Node) -> Node:
 def _protocol(config: Config, keys: Node) -> Node:
     """Return the keys that two runs must share to be compared.
 
-    A start or a teacher that the method requires is part of the method, and so are the network's
-    norm and act. The rate of a run of a learning-rate grid is one candidate: the shared keys are
-    the recipe's own rate and the grid.
+    A start or a teacher that the method requires counts as part of the method, and so do the
+    network's norm and act. In a run of a learning-rate grid, the shared keys are the recipe's own
+    rate and the grid, not the run's rate.
     """
     shared = copy.deepcopy(keys)
     for key in ("method", "activation", "bits", "seed", "runtime", "schema"):
@@ -144,11 +145,11 @@ def _protocol(config: Config, keys: Node) -> Node:
 
 
 def _options(config: Config) -> Node:
-    """Return the method's keys; those of the method composed with it are `activation.KEY`.
+    """Return the keys of the method, and those of a composed activation method as `activation.KEY`.
 
-    A start or a teacher that the method requires is an option too, since the run without it is
-    another one; so is the learning rate of a run of a grid. Later keys at their default and
-    `deviation: none` are left out.
+    A start or a teacher that the method requires is an option too, since a run without the start or
+    teacher is a different run. The learning rate of a run of a grid is also an option. Keys that
+    were added later are left out at their default, and so is `deviation: none`.
     """
     options = {key: value for key, value in without_added(config.method).items() if key != "name"}
     composed = without_added(config.activation)
@@ -160,12 +161,12 @@ def _options(config: Config) -> Node:
 
 
 def digest(values: Mapping[str, Json]) -> str:
-    """Return the sha256 of plain values, whatever the order of the keys; 1.0 counts as 1."""
+    """Return the sha256 of plain values, independent of the order of the keys; 1.0 counts as 1."""
     return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """Return a value with 1.0 written as 1: the two are equal, however they were typed."""
+    """Return a value with whole floats as integers, so that 1.0 and 1 give the same digest."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -175,7 +176,7 @@ def _plain(value: Any) -> Any:
 
 @cache
 def file_sha256(key: str, path: str) -> str:
-    """Return the sha256 of the checkpoint that a key names: its content decides, not its place.
+    """Return the sha256 of the content of the checkpoint that a key names.
 
     Raises:
         ConfigError: the file cannot be read.

@@ -1,7 +1,7 @@
 """`lr_search=grid`: one configuration becomes one run per learning rate of a grid.
 
-The grid is the same for every method, and its runs are ordinary ones.
-`qbench.report.comparison.lr_selection` selects the rate on validation.
+The grid is the same for every method, and its runs are ordinary runs.
+`qbench.report.comparison.lr_selection` selects the rate by validation accuracy.
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ from qbench.errors import ConfigError
 
 
 def runs(config: Config) -> list[Config]:
-    """Return the runs of a composed configuration: itself or, with lr_search=grid, one per rate.
+    """Return the runs of a configuration: the configuration itself or, with a grid, one per rate.
 
-    `optim.lr_end` is scaled as `optim.lr` is. A run that trains nothing, and a float baseline,
-    stay one run.
+    `optim.lr_end` is scaled by the same factor as `optim.lr`. A run that trains nothing and a
+    float baseline remain a single run.
 
     Raises:
-        ConfigError: a grid without lr_search=grid, or no validation split to choose on.
+        ConfigError: a grid is given without lr_search=grid, or there is no validation split for
+            the selection.
     """
     grid = config.lr_grid
     if grid.lr is not None or grid.lr_end is not None:
@@ -41,7 +42,7 @@ def runs(config: Config) -> list[Config]:
 
 
 def _at(config: Config, factor: float) -> Config:
-    """Return the run at one factor of the grid."""
+    """Return the configuration of the run whose learning rates are multiplied by `factor`."""
     recipe = config.optim
     lr, lr_end = scaled(recipe.lr, factor), scaled(recipe.lr_end, factor)
     if not 0 < lr < math.inf:
@@ -51,9 +52,9 @@ def _at(config: Config, factor: float) -> Config:
 
 
 def _trains(config: Config) -> bool:
-    """Whether any epoch is trained; post-training quantization has none.
+    """Return whether any epoch is trained; post-training quantization has none.
 
-    A method that cannot be built counts as trained: its own run reports the error.
+    A method that cannot be built counts as trained, so that its run reports the error.
     """
     nodes = [node for node in (config.method, config.activation) if node["name"] != "none"]
     try:

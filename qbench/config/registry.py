@@ -1,8 +1,9 @@
 """Maps names to functions that build methods, models and data sets.
 
-A name is a file below `qbench/<group>/` that holds `build`, an entry point of another package in
-the group `qbench.<group>`, or a user's `package.module:function`. The keyword arguments of that
-function, with the types of their defaults, are the keys of its node in the configuration.
+A name is one of three things: a file below `qbench/<group>/` with a function `build`, an entry
+point of another package in the group `qbench.<group>`, or a user's `package.module:function`. The
+keys of a configuration node are the keyword arguments of the function that the node names; the
+defaults of the arguments determine the types.
 """
 
 import ast
@@ -23,16 +24,16 @@ from qbench.errors import ConfigError, QbenchError
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
-"""Epochs and Adam's rates for a user's data set, which has no YAML file with its recipe."""
+"""Epochs and Adam's learning rates for a user's data set, which has no YAML file with a recipe."""
 
 NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", "added")
-"""Keys of a node that its function does not take."""
+"""Keys of a node that are not arguments of the function that the node names."""
 
 Factory = Callable[..., Any]
 
 
 def names(group: str) -> list[str]:
-    """Return the group's names that need no file of the user's, those of qbench first."""
+    """Return the names in a group except users' functions: first qbench's, then other packages'."""
     folder = Path(__file__).parents[1] / GROUPS[group]
     return sorted(path.stem for path in folder.glob("*.py") if _defines_build(path)) + entry_names(group)
 
@@ -43,10 +44,10 @@ def entry_names(group: str) -> list[str]:
 
 
 def card(name: str) -> str:
-    """Return a method's card, the docstring of its module, without importing qbench's modules.
+    """Return a method's card (the docstring of its module) without importing qbench's modules.
 
     Raises:
-        ConfigError: no such method.
+        ConfigError: the method does not exist.
     """
     path = Path(__file__).parents[1] / GROUPS["method"] / f"{name}.py"
     if name.isidentifier() and path.exists():
@@ -55,7 +56,7 @@ def card(name: str) -> str:
 
 
 def known_deviations(name: str) -> dict[str, tuple[str, str]]:
-    """Return name -> (description, source) of a method's deviations, without importing them."""
+    """Return deviation -> (description, source) for a method, without importing its module."""
     path = Path(__file__).parents[1] / "deviations" / f"{name}.py"
     if not name.isidentifier() or not path.exists():
         return {}
@@ -84,7 +85,7 @@ def known_deviations(name: str) -> dict[str, tuple[str, str]]:
 
 
 def sections(card: str) -> dict[str, str]:
-    """Return a card's sections, heading -> text: one word at the margin, indented text below."""
+    """Return heading -> text of a card; a heading is one unindented word above indented text."""
     texts: dict[str, str] = {}
     for block in card.split("\n\n"):
         heading, _, text = block.partition("\n")
@@ -94,10 +95,10 @@ def sections(card: str) -> dict[str, str]:
 
 
 def find(group: str, name: str) -> Factory:
-    """Return the function behind a name.
+    """Return the function that a name refers to.
 
     Raises:
-        ConfigError: no such name, or its module cannot be imported.
+        ConfigError: the name does not exist, or its module cannot be imported.
     """
     if ":" in name:
         return _users_function(group, name)
@@ -114,13 +115,13 @@ def create(group: str, node: Mapping[str, Any], *positional: object, **fixed: ob
     """Call the function that a node names, with the node's other keys as arguments.
 
     Args:
-        node: `name`, perhaps `family` (the file, if several names share one), and the function's
-            own keys.
-        positional, fixed: the caller's arguments; the function gets only those of `fixed` that it
-            takes.
+        node: `name`, optionally `family` (the file, if several names share one), and arguments of
+            the function.
+        positional: positional arguments of the function.
+        fixed: keyword arguments of the function; the function gets only those that it takes.
 
     Raises:
-        ConfigError: a key that the function does not have, or a value of another type or out of its
+        ConfigError: the function does not take a key, or a value has the wrong type or is out of
             range.
     """
     factory, options, known = checked(group, node, fixed)
@@ -134,8 +135,8 @@ def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> 
     """Return a node's function, the node's keys for it, and the names of all its arguments.
 
     Raises:
-        ConfigError: a key that the function does not have or that is among `fixed`, or a value of
-            another type.
+        ConfigError: the function does not take a key, a key is in `fixed`, or a value has the wrong
+            type.
     """
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
@@ -152,7 +153,7 @@ def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> 
 
 
 def defaults(group: str, name: str) -> Node:
-    """Return the node of a function without a YAML file, from its arguments' defaults."""
+    """Return the node of a function without a YAML file; the values are the arguments' defaults."""
     node: Node = {}
     for key, parameter in inspect.signature(find(group, name)).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
@@ -164,7 +165,7 @@ def defaults(group: str, name: str) -> Node:
         node |= {"act": "auto"} | ({"norm": "auto"} if "norm" in node else {})
     if group == "dataset":
         node["recipe"] = dict(RECIPE)
-    if ":" in name:  # the content of the user's own file decides the result too
+    if ":" in name:  # the content of the user's file affects the result too
         spec = find_spec(name.partition(":")[0])
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
             node["source"] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
@@ -172,7 +173,7 @@ def defaults(group: str, name: str) -> Node:
 
 
 def _requirements(factory: Factory) -> dict[str, str]:
-    """Return `init` and `distill` of a method without a YAML file, from `Method.requires`."""
+    """Return the keys `init` and `distill` for a method without a YAML file (`Method.requires`)."""
     unset = [p for p in inspect.signature(factory).parameters.values() if p.default is p.empty]
     try:
         requires = factory(**{p.name: 32 for p in unset}).requires
@@ -184,7 +185,7 @@ def _requirements(factory: Factory) -> dict[str, str]:
 
 def _users_function(group: str, name: str) -> Factory:
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the user's own file is in the folder they work in
+    if os.getcwd() not in sys.path:  # the user's file may be in the working directory
         sys.path.insert(0, os.getcwd())
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
         raise ConfigError(f"{group}={name}: write a function of your own as package.module:function")

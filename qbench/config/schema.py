@@ -1,7 +1,7 @@
 """The configuration of a run as dataclasses with types and ranges; `conf/` has the values.
 
-Which keys make two runs the same run: `qbench.config.identity`. Nothing here imports torch, so that
-`--help` and the repeat of a finished run answer at once.
+`qbench.config.identity` defines which keys make two runs the same run. This module does not import
+torch, so that `--help` and the repeat of a finished run answer at once.
 """
 
 import copy
@@ -19,25 +19,25 @@ from qbench.bits import FLOAT, Bits
 from qbench.config.fields import layer_width, marked, one_of, printable, within
 
 SCHEMA = 2
-"""Version of a run's identity: after a change, the same configuration is another run.
+"""Version of the run identity; after a change, the same configuration is a different run.
 
-A key that is added later needs no new version: it is marked as `added` (a field in `fields`, a key
-of YAML in the node's own `added`) and stays out of the identity at its default value.
+A key that is added later needs no new version. It is marked as `added` (see
+`qbench.config.identity`) and stays out of the identity at its default value.
 """
 
 RATE = "optim.lr"
-"""The option that a run of a learning-rate grid has in addition to its method's own."""
+"""The option that a run of a learning-rate grid has in addition to the options of its method."""
 
 STARTS = ("float", "scratch", "method")
-"""Values of `init` that are no path; `auto` becomes `method` if the method trains from scratch."""
+"""Values of `init` other than paths; `auto` becomes `method` if the method trains from scratch."""
 
 Node = dict[str, Any]
-"""A node of YAML: `name`, the keys of the function that it names, and perhaps `added`."""
+"""A YAML node: the name of a function as `name`, the function's keys, and optionally `added`."""
 
 
 @dataclass
 class BitWidths:
-    """Widths of weights, activations and gradients as typed; None is the method's own width."""
+    """Bit widths of weights, activations, gradients as typed; None means the method's default."""
 
     w: int | None = within(None, 1, FLOAT)
     a: int | None = within(None, 1, FLOAT)
@@ -53,7 +53,7 @@ class BitWidths:
 
 @dataclass
 class Optim:
-    """Optimizer, learning-rate schedule, batch, and what else belongs to a training step."""
+    """Optimizer, learning-rate schedule, batch size and other settings of a training step."""
 
     name: str = one_of("adam", "adam", "sgd")
     lr: float = within(MISSING, 0, above=True)
@@ -87,10 +87,10 @@ def _ascending(values: object) -> bool:
 
 @dataclass
 class LearningRateGrid:
-    """The learning rates of `lr_search=grid`, as factors of the recipe's own.
+    """The learning rates of `lr_search=grid`, as factors of the recipe's learning rate.
 
-    In the configuration of one of the grid's runs, `lr` and `lr_end` are the recipe's own rates;
-    the run's rates are those of `optim`.
+    In the configuration of a run of the grid, `lr` and `lr_end` here are the recipe's rates; the
+    run's own rates are under `optim`.
     """
 
     factors: list[float] = field(
@@ -108,7 +108,7 @@ def scaled(rate: float, factor: float) -> float:
 
 @dataclass
 class Layers:
-    """Which layers stay float or have a width of their own; see `qbench.quant.policy.Policy`."""
+    """Which layers stay in float or have their own width; see `qbench.quant.policy.Policy`."""
 
     first: int | str = layer_width("float")
     last: int | str = layer_width("float")
@@ -121,7 +121,7 @@ class Layers:
 class Distill:
     """Distillation from a teacher, which is the float baseline or a finished run.
 
-    `auto` becomes `method` if the method requires a teacher; `method` does what `kd` does.
+    `auto` becomes `method` if the method requires a teacher; `method` has the same effect as `kd`.
     """
 
     name: str = one_of("auto", "auto", "none", "kd", "method")
@@ -131,18 +131,18 @@ class Distill:
 
     @property
     def on(self) -> bool:
-        """Whether there is a teacher."""
+        """Return whether there is a teacher."""
         return self.name in ("kd", "method")
 
     @property
     def by_baseline(self) -> bool:
-        """Whether the float baseline is the teacher."""
+        """Return whether the float baseline is the teacher."""
         return self.on and self.teacher == "baseline"
 
 
 @dataclass
 class Runtime:
-    """How a run is carried out. The keys that are not free can change its numbers."""
+    """How a run is carried out; only keys that are not marked `free` can change its results."""
 
     device: str = marked("auto", free=True)
     threads: int = within(1, 1, 1024)
@@ -160,7 +160,7 @@ class Runtime:
 
 @dataclass
 class Config:
-    """One run."""
+    """The configuration of one run."""
 
     model: dict[str, Any] = MISSING
     dataset: dict[str, Any] = MISSING
@@ -183,13 +183,13 @@ class Config:
 
     @property
     def method_name(self) -> str:
-        """Return the method's name, such as `ttq+hwgq` if another one quantizes the activations."""
+        """Return the method's name; `ttq+hwgq` if another method (hwgq) quantizes activations."""
         composed = self.activation["name"] != "none"
         return str(self.method["name"]) + (f"+{self.activation['name']}" if composed else "")
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is a float network trained from scratch by the recipe under `pretrain`."""
+        """Return whether the run trains a float network from scratch by the recipe `pretrain`."""
         return self.method_name == "float" and self.init == "scratch"
 
 
@@ -199,7 +199,10 @@ def to_dict(config: Config) -> Node:
 
 
 def baseline_config(config: Config, norm: str | None = None) -> Config:
-    """Return the configuration of a run's float baseline; `norm` is what its method requires."""
+    """Return the configuration of a run's float baseline.
+
+    `norm` is the normalization that the run's method requires, if any.
+    """
     baseline = copy.deepcopy(config)
     baseline.method, baseline.activation = {"name": "float"}, {"name": "none"}
     baseline.bits = BitWidths(FLOAT, FLOAT, FLOAT)
@@ -215,6 +218,6 @@ def baseline_config(config: Config, norm: str | None = None) -> Config:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` if a known word is close to a word, else an empty string."""
+    """Return `; did you mean ...?` if one of `known` is similar to `word`, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,7 +1,8 @@
-"""The message about a key that does not exist: the nearest key of the whole configuration, and the keys in its place.
+"""The message about a key that does not exist: the nearest key anywhere, and all keys of the node.
 
-A guess is made only where it is likely right: a leaf of exactly this name elsewhere, a typing error, a part of a name
-(`workers` for `runtime.num_workers`), or a usual word of the field.
+A nearest key is suggested only if it is likely right: another node has a key of exactly this name,
+the name has a typing error or is part of a name (`workers` for `runtime.num_workers`), or it is a
+usual word of the field.
 """
 
 import dataclasses
@@ -14,7 +15,10 @@ from qbench.config.identity import ADDED
 from qbench.config.schema import Config
 
 TYPO, SIMILAR = 0.75, 0.6
-"""Smallest similarity (difflib's ratio) to a key in the same place: taken first, and taken if nothing else fits."""
+"""Smallest similarity (difflib's ratio) to a key of the same node.
+
+A key above `TYPO` is tried before all other guesses, a key above `SIMILAR` after them.
+"""
 
 FIELD_WORDS = {
     "architecture": "model",
@@ -25,17 +29,17 @@ FIELD_WORDS = {
     "optimizer": "optim",
     "weights": "bits.w",
 }
-"""Usual words for keys that have another name here."""
+"""Usual word of the field -> the key that has this meaning in qbench."""
 
 NOT_TYPED = ("claim", "lr_grid.lr", "lr_grid.lr_end")
-"""Keys that experiment files or qbench itself set; no command line needs them."""
+"""Keys that only experiment files or qbench itself set; users never type them."""
 
 
 def unknown_key_message(typed: str, tree: Mapping[Any, object]) -> str:
     """Return the message about a key that a configuration lacks.
 
     Args:
-        typed: the key as typed, with dots, without `+` or a value.
+        typed: the dotted key as typed, without `+` and without a value.
         tree: the composed configuration, as plain dictionaries.
     """
     composed = [path for path in key_paths(tree) if path != typed and not path.startswith(f"{typed}.")]
@@ -53,15 +57,16 @@ def unknown_key_message(typed: str, tree: Mapping[Any, object]) -> str:
 
 
 def nearest_key(typed: str, known: Sequence[str]) -> str | None:
-    """Return the known key that was probably meant; None where no guess is likely right.
+    """Return the known key that was probably meant; None if no guess is likely right.
 
     Args:
-        known: keys with dots, those of a node before those inside it.
+        typed: the dotted key as typed.
+        known: dotted keys; each node comes before the keys inside it.
     """
     place, _, leaf = typed.rpartition(".")
     beside = {_leaf(key): key for key in _inside(place, known)}
     nodes = {key.rpartition(".")[0] for key in known}
-    # of keys of one name, those below the place that was typed come first, then those with the fewest dots
+    # among keys with the same name, keys inside the typed node come first, then keys with fewer dots
     elsewhere = sorted(known, key=lambda key: (not key.startswith(f"{place}."), key.count(".")))
     leaves = [key for key in elsewhere if key not in nodes and _leaf(key) != "name"]
     if close := difflib.get_close_matches(leaf, beside, n=1, cutoff=TYPO):
@@ -83,9 +88,9 @@ def nearest_key(typed: str, known: Sequence[str]) -> str | None:
 
 
 def key_paths(tree: Mapping[Any, object], place: str = "") -> Iterator[str]:
-    """Yield the keys of nested dictionaries with dots, a node before the keys inside it."""
+    """Yield the dotted keys of nested dictionaries, each node before the keys inside it."""
     for key, value in tree.items():
-        if key == ADDED:  # a mark for run identities, not a key of the user
+        if key == ADDED:  # used for run identities; users never type it
             continue
         yield f"{place}{key}"
         if isinstance(value, Mapping):
@@ -93,7 +98,7 @@ def key_paths(tree: Mapping[Any, object], place: str = "") -> Iterator[str]:
 
 
 def schema_paths(schema: type, place: str = "") -> Iterator[str]:
-    """Yield the keys that a dataclass of the configuration declares, a node before the keys inside it."""
+    """Yield the dotted keys that a dataclass declares, each node before the keys inside it."""
     for item in dataclasses.fields(schema):
         yield f"{place}{item.name}"
         if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
@@ -101,7 +106,7 @@ def schema_paths(schema: type, place: str = "") -> Iterator[str]:
 
 
 def _as_typed(key: str, declared: Sequence[str]) -> str:
-    """Return a key as a command line must write it: with a plus where the composed configuration lacks it."""
+    """Return a key as it must be typed: with `+` if the composed configuration lacks the key."""
     return f"+{key}" if key in declared else key
 
 
@@ -110,5 +115,5 @@ def _leaf(key: str) -> str:
 
 
 def _inside(place: str, known: Iterable[str]) -> list[str]:
-    """Return the keys directly inside a node; those at the top where `place` is empty."""
+    """Return the keys directly inside a node; an empty `place` is the root."""
     return [key for key in known if key.rpartition(".")[0] == place]

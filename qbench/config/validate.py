@@ -1,4 +1,4 @@
-"""Checks a composed configuration and fills in what follows; errors name keys as typed."""
+"""Checks a composed configuration and fills in derived values; errors name keys as typed."""
 
 import dataclasses
 import os
@@ -26,11 +26,11 @@ from qbench.config.unknown_key import unknown_key_message
 from qbench.errors import ConfigError
 
 NODES = ("model", "dataset", "method", "activation")
-"""The keys of `Config` that are nodes of YAML."""
+"""The keys of `Config` whose values are YAML nodes."""
 
 
 def from_dict(values: Mapping[str, object]) -> Config:
-    """Return the configuration in a stored `config.yaml`; see `from_node`."""
+    """Return the configuration from the values of a stored `config.yaml`; see `from_node`."""
     try:
         return from_node(OmegaConf.create(dict(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -38,10 +38,10 @@ def from_dict(values: Mapping[str, object]) -> Config:
 
 
 def from_node(node: DictConfig) -> Config:
-    """Check a composed configuration, fill in what follows, and return it as dataclasses.
+    """Check a composed configuration, fill in derived values, and return it as dataclasses.
 
     Raises:
-        ConfigError: a key that does not exist, or a value of the wrong type or out of range.
+        ConfigError: a key does not exist, or a value has the wrong type or is out of range.
     """
     try:
         _check_nodes(Config, node)
@@ -67,7 +67,7 @@ def from_node(node: DictConfig) -> Config:
 
 
 def _check_plain(value: object, path: str = "") -> None:
-    """Refuse YAML values that no key can have, such as bytes, dates, numbers beyond 64 bits."""
+    """Refuse YAML values that no key can have, such as bytes, dates and integers over 64 bits."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
@@ -83,7 +83,7 @@ def _check_plain(value: object, path: str = "") -> None:
 
 
 def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
-    """Refuse a plain value in place of a group of keys, and name the choice."""
+    """Refuse a plain value where a group of keys belongs; the message names the allowed values."""
     values = OmegaConf.to_container(node)
     assert isinstance(values, dict)
     for item in dataclasses.fields(schema):
@@ -107,8 +107,8 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
 def _filled(config: Config) -> Config:
     """Fill in the method's widths; turn a float run from scratch into a float baseline.
 
-    If the method requires a start or a teacher, a key left at `auto` becomes `method`: the run then
-    belongs to the same protocol as those of other methods. A typed value is a protocol of its own,
+    If the method requires a start or a teacher, a key left at `auto` becomes `method`; the run then
+    has the same protocol as the runs of other methods. A typed value makes a separate protocol,
     under which other methods can run too.
     """
     if config.init not in ("auto", *STARTS) and not os.path.exists(config.init):
@@ -134,7 +134,10 @@ def _filled(config: Config) -> Config:
 
 
 def _refuse_stored_values(config: Config) -> None:
-    """Refuse values that only stored configurations have (their method's node has no `bits`)."""
+    """Refuse values that only stored configurations may have.
+
+    In a stored configuration, the node of the method has no key `bits`.
+    """
     if "bits" not in config.method:
         return
     if config.init == "method":
@@ -148,7 +151,7 @@ def _refuse_stored_values(config: Config) -> None:
 
 
 def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str, int | None]) -> None:
-    """Take unset widths from the method, those of activations from the one composed with it."""
+    """Set unset widths to the method's; a composed activation method sets that of activations."""
     name = config.activation["name"]
     if name != "none":
         widths = widths | {"a": composed["a"]}
@@ -163,7 +166,7 @@ def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str
 
 
 def _fill_distill(distill: Distill, requires_teacher: bool) -> None:
-    """Decide on `auto`; refuse keys of a teacher if there is none."""
+    """Replace `auto`; refuse keys of a teacher if there is no teacher."""
     if distill.name == "auto":
         distill.name = "method" if requires_teacher else "none"
     if distill.teacher != "baseline" and not os.path.isdir(distill.teacher):
@@ -177,7 +180,7 @@ def _fill_distill(distill: Distill, requires_teacher: bool) -> None:
 
 
 def _check(config: Config) -> None:
-    """Check the declared ranges, and the nodes of YAML."""
+    """Check the declared ranges and the YAML nodes."""
     _check_ranges(config)
     for group in NODES:
         _check_named(group, getattr(config, group))
@@ -186,7 +189,7 @@ def _check(config: Config) -> None:
 
 
 def _check_named(group: str, node: Node) -> None:
-    """Check that a node of YAML has a name, and that its `added` names keys that it has."""
+    """Check that a YAML node has a name, and has all keys that its `added` names."""
     if not isinstance(node.get("name"), str):
         raise ConfigError(f"{group}.name is missing; choose one with {group}=NAME")
     added = node.get(ADDED) or {}
@@ -195,7 +198,7 @@ def _check_named(group: str, node: Node) -> None:
 
 
 def _check_ranges(node: object, path: str = "") -> None:
-    """Check the declared ranges of a dataclass and of those inside it."""
+    """Check the declared ranges of a dataclass and of the dataclasses inside it."""
     assert dataclasses.is_dataclass(node)
     for item in dataclasses.fields(node):
         value, key = getattr(node, item.name), f"{path}{item.name}"
@@ -226,7 +229,7 @@ def _check_schedule(optim: Optim, path: str) -> None:
 
 
 def _unknown_key(key: str, node: DictConfig) -> str:
-    """Return the message for a key that does not exist: the nearest key, and all keys of its group."""
+    """Return the message about a missing key: the nearest key, and all keys of the node."""
     if key == "experiment":
         return "experiment: no such key\nthe first line of an experiment file must be `# @package _global_`"
     tree = OmegaConf.to_container(node)
@@ -235,7 +238,7 @@ def _unknown_key(key: str, node: DictConfig) -> str:
 
 
 def _wrong_type(error: ValidationError, node: DictConfig) -> str:
-    """Return the message for a value of the wrong type, read from OmegaConf's message."""
+    """Return the message about a value of the wrong type, derived from OmegaConf's message."""
     key = str(error.full_key)
     value = OmegaConf.select(node, key)
     expected = re.search(

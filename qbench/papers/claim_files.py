@@ -1,6 +1,7 @@
 """Claims of papers: the node `claim` of the experiment files below `conf/experiment/claims/`.
 
-A claim compares arms; an arm is a set of command-line words. `scripts/claims.py` trains the arms.
+A claim compares arms; an arm is a set of command-line overrides. `scripts/claims.py` trains the
+arms.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from qbench.errors import ConfigError
 from qbench.report.statistics.hypothesis_tests import TESTS
 
 BASELINE = "baseline"
-"""The second arm that stands for the float baseline of the first arm's runs."""
+"""The value of a second arm that means the float baseline of the first arm's runs."""
 MEASURES = ("top1", "drop", "gradient_mismatch")
 CLAIM_KEYS = ("says", "source", "note", "measure", "net", "comparisons")
 COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
@@ -23,9 +24,9 @@ COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two arms, as command-line words, and the claimed relation between them.
+    """Two arms, each a tuple of command-line overrides, and the claimed relation between the arms.
 
-    `second` is None if the first arm is compared with its own float baseline.
+    `second` is None if the first arm is compared with its float baseline.
     """
 
     claim: str
@@ -41,10 +42,11 @@ class Claim:
     """The node `claim` of an experiment file.
 
     Args:
-        measure: `top1`, test top-1 in percent after the last epoch; `drop`, top-1 minus that of the run's own float
-            baseline; `gradient_mismatch`, the mean cosine between the layers' straight-through gradients and the
-            gradients of the smoothed network (see `analysis.gradient_mismatch`).
-        net: for gradient_mismatch, the words of the trained network that is measured.
+        measure: `top1` is test top-1 in percent after the last epoch. `drop` is top-1 minus the
+            top-1 of the run's float baseline. `gradient_mismatch` is the mean over layers of the
+            cosine between straight-through gradients and the gradients of the smoothed network
+            (see `analysis.gradient_mismatch`).
+        net: for `gradient_mismatch`, the overrides of the trained network that is measured.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Claim:
 
     @property
     def arms(self) -> list[tuple[str, ...]]:
-        """The arms to train, each once."""
+        """Return the arms to train, without repeats."""
         if self.measure == "gradient_mismatch":
             return [self.net]
         arms = [arm for c in self.comparisons for arm in (c.first, c.second) if arm is not None]
@@ -68,7 +70,8 @@ def read_claims(folder: Path) -> list[Claim]:
     """Return the claims below a folder, sorted by name.
 
     Raises:
-        ConfigError: a file has no node `claim`, or the node has an unknown key or a value that is not allowed.
+        ConfigError: a file has no node `claim`, or the node has an unknown key or a value that is
+            not allowed.
     """
     return [read_claim(path, str(path.relative_to(folder).with_suffix(""))) for path in sorted(folder.rglob("*.yaml"))]
 
@@ -97,7 +100,7 @@ def read_claim(path: Path, name: str) -> Claim:
 
 
 def _comparison(path: Path, claim: str, entry: Mapping[str, object]) -> Comparison:
-    """Return one checked comparison; its name is the claim's unless it has its own."""
+    """Return one checked comparison; an entry without a name gets the claim's name."""
     _refuse_unknown(path, entry, COMPARISON_KEYS)
     first, second = entry.get("first"), entry.get("second")
     if not isinstance(first, list) or not (isinstance(second, list) or second == BASELINE):
@@ -126,6 +129,6 @@ def _refuse_unknown(path: Path, node: Mapping[str, object], known: Sequence[str]
 
 
 def comparison_values(comparison: Comparison) -> dict[str, object]:
-    """Return a comparison as plain values for JSON; a second arm that is None as `baseline`."""
+    """Return a comparison as plain values for JSON; a second arm of None becomes `baseline`."""
     values = dataclasses.asdict(comparison)
     return values | {"second": BASELINE if comparison.second is None else comparison.second}

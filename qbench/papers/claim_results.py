@@ -1,4 +1,4 @@
-"""The evaluation of claims: from the runs of two arms to a verdict, adjusted over all comparisons, and a table."""
+"""Evaluates claims: tests the runs of two arms, adjusts over all comparisons, makes a table."""
 
 import math
 from collections import defaultdict
@@ -24,10 +24,11 @@ class ClaimResult:
 
     Args:
         means: the means of both arms over the seeds that are done.
-        problems: seeds without a result, and other reasons for no verdict.
-        fails_to_train: the first arm is done and the second diverged, in all seeds.
-        p, p_holm: before and after the adjustment; both None without a verdict.
-        outcome: the verdict in words; `seeds_needed` only where the data do not decide.
+        problems: seeds without a result, and other reasons why there is no verdict.
+        fails_to_train: whether, in all seeds, the first arm is done and the second diverged.
+        p, p_holm: the p-value before and after Holm's adjustment; None if there is no verdict.
+        outcome: the verdict in words.
+        seeds_needed: how many seeds a verdict needs; set only if the data do not decide.
     """
 
     comparison: Comparison
@@ -49,8 +50,8 @@ def evaluate_claim(
 ) -> ClaimResult:
     """Return the result of a comparison from the runs of its two arms, by seed.
 
-    There is no verdict if any seed has failed or diverged: the remaining seeds are not a fair sample. Their difference
-    is still given.
+    There is no verdict if any seed has failed or diverged, because the remaining seeds are not a
+    fair sample. The result still has the difference over the remaining seeds.
     """
     result = ClaimResult(comparison=comparison, seeds=sorted(first))
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
@@ -91,10 +92,10 @@ def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: 
 
 
 def _measured(run: RunRecord, measure: str) -> RunAccuracy:
-    """Return a run's measure in percent and, if its predictions are stored, each test image's part in it.
+    """Return a run's measure in percent and, if predictions are stored, the value per image.
 
     Args:
-        measure: top1, drop, or `baseline` for the top-1 of the run's float baseline.
+        measure: `top1`, `drop`, or `baseline` for the top-1 of the run's float baseline.
 
     Raises:
         ValueError: the run has no float baseline.
@@ -118,7 +119,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
-    """Return one sentence per status and reason: the seeds of an arm that are not done."""
+    """Return sentences on the seeds of an arm that are not done, one per status and reason."""
     seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for seed, run in sorted(runs.items()):
         if run.status != DONE:
@@ -133,7 +134,7 @@ def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
 def decide_claims(family: Sequence[ClaimResult]) -> None:
     """Set the verdict of every result, adjusted for the number of all comparisons (Holm).
 
-    A comparison without a verdict counts as p = 1, so that no verdict depends on what has not been run yet.
+    A comparison without a verdict counts as p = 1, so that no verdict depends on unfinished runs.
     """
     for one in family:
         if one.difference is not None and not one.problems:
@@ -154,7 +155,7 @@ def decide_claims(family: Sequence[ClaimResult]) -> None:
 
 
 def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
-    """Return how many seeds a verdict needs, at the level that Holm requires of the smallest p of all comparisons."""
+    """Return how many seeds a verdict needs at the level that Holm requires of the smallest p."""
     d = one.difference
     assert d is not None
     if d.n < 2:
@@ -167,7 +168,7 @@ def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
 
 
 def claims_table(family: Sequence[ClaimResult], claims: Mapping[str, Claim]) -> Table:
-    """Return one row per comparison; `values` has all numbers for machines."""
+    """Return a table with one row per comparison; `values` has machine-readable numbers."""
     table = Table(HEAD)
     for one in family:
         claim, c = claims[one.comparison.claim], one.comparison
@@ -192,12 +193,12 @@ def _second_arm(c: Comparison) -> str:
 
 
 def _border(c: Comparison) -> str:
-    """Return the claimed relation to the border: `> 0.5`, `> -0.5`, `within 0.5`."""
+    """Return the claimed relation of the difference to the margin, such as `> 0.5`."""
     return {"better": f"> {c.margin:g}", "at_least": f"> -{c.margin:g}", "equal": f"within {c.margin:g}"}[c.test]
 
 
 def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
-    """Return the cells of the effect, its 95 % interval and the number of seeds."""
+    """Return the cells of the effect, its 95 % confidence interval and the number of seeds."""
     if d is None:
         return "-", "-", "-"
     interval = "none" if d.n < 2 else f"{d.low:+.{places}f} to {d.high:+.{places}f}"
@@ -205,7 +206,7 @@ def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
 
 
 def _values(one: ClaimResult, claim: Claim) -> dict[str, object]:
-    """Return a result as plain values for JSON; infinite numbers as None."""
+    """Return a result as plain values for JSON; infinite numbers become None."""
     comparison = comparison_values(one.comparison)
     numbers = {} if one.difference is None else asdict(one.difference)
     return {

@@ -8,16 +8,17 @@ from qbench.config.schema import did_you_mean
 from qbench.papers.row_types import METRICS, PAPER, PROVENANCES, REPOSITORY, THIRD, Names, PublishedRow
 
 MAX_GAIN = 1.0
-"""Points by which a quantized network may exceed its float baseline without a waiver."""
+"""Percentage points by which a quantized network may exceed its float baseline without a waiver."""
 CHANCE_SLACK = 1.0
-"""Points below chance that an untrained network may score."""
+"""Percentage points below chance that a value may be without a finding."""
 Finding = tuple[PublishedRow, str]
 
 
 def lint(rows: Sequence[PublishedRow], names: Names) -> list[str]:
-    """Return the findings in some rows, one line each: `paper/id: rule: what is wrong`.
+    """Return the findings in the rows, one line each: `paper/id: rule: what is wrong`.
 
-    A row may waive a rule by name, with a reason. A waiver of a rule that the row does not break is a finding too.
+    A row may waive a rule by name, with a reason. A waiver of a rule that the row does not break is
+    a finding too.
     """
     findings = [(row, rule, what) for rule, check in RULES.items() for row, what in check(rows, names)]
     broken = {(row.paper, row.top5_of or row.id, rule) for row, rule, _ in findings}
@@ -60,7 +61,7 @@ def no_origin(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
 
 
 def no_value(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a row without a value and without a note on why, or a value of unknown provenance."""
+    """Find a row without both value and explanatory note, or a value of unknown provenance."""
     for row in rows:
         if row.value is None and not row.note:
             yield row, "value is null: add a note that says why"
@@ -69,14 +70,14 @@ def no_value(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
 
 
 def no_baseline(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a quantized row without a float baseline and without a note on why."""
+    """Find a quantized row without a float baseline and without a note that explains this."""
     for row in rows:
         if row.method != "float" and row.baseline is None and not row.baseline_note:
             yield row, "no float baseline: add baseline, or baseline_note with the reason"
 
 
 def no_recipe(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a row without a recipe and without the reason why it cannot be run."""
+    """Find a row that has neither a recipe nor the reason why the row cannot be run."""
     for row in rows:
         if not row.recipe and not row.lacks:
             yield row, "no recipe: add recipe, or lacks with the reason why it cannot be run"
@@ -95,7 +96,7 @@ def out_of_range(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 
 
 def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a value worse than guessing: an error printed as an accuracy, or the reverse."""
+    """Find a value worse than guessing: an error printed as an accuracy, or vice versa."""
     for row in rows:
         if row.metric.endswith("increase") or row.dataset not in names.datasets or row.metric not in METRICS:
             continue
@@ -107,7 +108,10 @@ def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 
 
 def complement(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find two values of one method, network and width that sum to 100: one may be an error printed as an accuracy."""
+    """Find two values of one method, network and width that sum to 100.
+
+    One of the two may be an error printed as an accuracy.
+    """
     for group in _grouped(rows, lambda r: (r.method, r.dataset, r.net, str(r.bits), r.metric)):
         for first, second in combinations(group, 2):
             a, b = first.value, second.value
@@ -125,7 +129,7 @@ def better_than_float(rows: Iterable[PublishedRow], names: Names) -> Iterator[Fi
 
 
 def two_nets(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find one value of a method, data set and width under two networks."""
+    """Find a value of one method, data set and width that appears under two networks."""
     for group in _grouped(rows, lambda r: (r.method, r.dataset, str(r.bits), r.levels)):
         for first, second in combinations(group, 2):
             a, b = first.value, second.value
@@ -136,9 +140,9 @@ def two_nets(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
 
 
 def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find top-1 and top-5 mixed under one metric.
+    """Find top-1 and top-5 values mixed under one metric.
 
-    The signs: one run or one baseline has two values, or top-5 is below top-1.
+    This is the case if one run or one baseline has two values, or if top-5 is below top-1.
     """
     rows = list(rows)
     for group in _grouped(rows, lambda r: (r.paper, r.metric, *_run_key(r))):

@@ -1,4 +1,4 @@
-"""Published results for the settings of a comparison, and the gap to ours."""
+"""Published results for the settings of a comparison, and their distance to our results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +12,14 @@ from qbench.report.tables.table import Table
 from qbench.system.files import read_yaml
 
 METHOD_KEYS = ("norm", "act")
-"""Keys of a network that a method may require; they may differ from the published ones."""
+"""Keys of a network that a method may set; their values may differ from the published network."""
 
 
 def with_published(tables: Sequence[Table]) -> list[Table]:
-    """Return tables whose settings hold the published results for their method and network.
+    """Return the tables with published results of the same method and network in each setting.
 
-    Notes say which values are remembered, how published recipes differ, and where a paper has no
-    such result.
+    Notes state which values are from memory, how published recipes differ, and which papers have
+    no result for a setting.
     """
     return [_with_published(table) for table in tables]
 
@@ -34,9 +34,9 @@ def _with_published(table: Table) -> Table:
 
 
 def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[PublishedRow]:
-    """Return the published top-1 rows for a setting: authors' first, then the best known.
+    """Return the published top-1 rows for a setting: authors' rows first, then by provenance.
 
-    A known deviation from the method counts as another method.
+    A method with a known deviation counts as another method.
     """
     options = setting.options.items()
     deviations = {f"method.{key}={value}" for key, value in options if key.endswith("deviation")}
@@ -52,7 +52,7 @@ def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[Pub
 
 
 def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
-    """Return a row's claim for a setting, and how far above it our accuracy is."""
+    """Return a row's claim for a setting, and how far our accuracy exceeds the claim."""
     mean = setting.top1.mean
     ours = {"top1": mean, "top1_error": 100 - mean}
     if setting.difference is not None:
@@ -77,7 +77,7 @@ def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
 
 
 def _accuracy_text(row: PublishedRow) -> str:
-    """Write a published error as accuracy, an increase as the difference to the float network."""
+    """Format an error as an accuracy, and an increase as the difference to the float network."""
     mark = "~" if row.provenance.startswith("memory") else ""
     if row.value is None:
         return "?"
@@ -103,9 +103,9 @@ def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) ->
 
 
 def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
-    """Return a note on a setting that no row of its method's authors matches.
+    """Return a note on a setting for which the method's authors have no row.
 
-    None if its method has no paper.
+    Return None if the method has no paper.
     """
     paper = _paper_of(setting.method)
     if paper is None:
@@ -117,7 +117,7 @@ def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
 
 
 def _paper_of(method: str) -> Paper | None:
-    """Return the paper named like a method, else one whose authors ran the method."""
+    """Return the paper with the method's name, else a paper whose authors ran the method."""
     if method == "float":
         return None
     same_name = [p for p in papers() if p.key == method]
@@ -126,12 +126,12 @@ def _paper_of(method: str) -> Paper | None:
 
 
 def _dataset_key(name: str) -> str | None:
-    """Return the name that published figures use for a data set; None if they have none of it."""
+    """Return the name of a data set in the published figures; None if they do not include it."""
     return next((key for key, known in names().datasets.items() if known.words == (f"dataset={name}",)), None)
 
 
 def _net_key(model: str, keys: Mapping[str, object]) -> str | None:
-    """Return the name that published figures use for a network with these keys, or None."""
+    """Return the name of a network with these keys in the published figures; None if absent."""
     from qbench.config.groups import conf_directory
 
     file = conf_directory() / "model" / f"{model}.yaml"

@@ -1,6 +1,7 @@
-"""The files of published figures: `figures/<paper>.yaml` per paper, and `figures/names.yaml`.
+"""Reads the published figures: one `figures/<paper>.yaml` per paper, and `figures/names.yaml`.
 
-A paper's file holds its bibliographic data, its recipes and its tables; all rows of a table share the table's keys.
+The file of a paper holds bibliographic data, recipes and tables. The keys of a table apply to all
+of its rows.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from qbench.papers.row_types import PROVENANCES, Measured, Names, Paper, Publish
 
 FOLDER = Path(__file__).parent / "figures"
 INHERITED = ("policy", "init", "epochs", "augmentation")
-"""Keys that a row takes from its recipe unless it states them itself."""
+"""Keys that a row takes from its recipe unless the row has its own value."""
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,9 +40,9 @@ def papers() -> tuple[Paper, ...]:
 
 
 def published_rows(paper: str | None = None, provenance: str | None = None) -> list[PublishedRow]:
-    """Return the rows of one paper or of all, with this provenance or a better one.
+    """Return the rows of one paper or of all papers, with the given or a better provenance.
 
-    A float baseline with a worse provenance is left out of its row.
+    If the provenance of a row's float baseline is worse, the row is returned without the baseline.
 
     Raises:
         ConfigError: there is no such paper or provenance.
@@ -71,7 +72,8 @@ def read_paper(path: Path) -> Paper:
     """Return the paper in a YAML file.
 
     Raises:
-        ConfigError: a key is unknown or missing, or a value has the wrong type; the message names file and row.
+        ConfigError: a key is unknown or missing, or a value has the wrong type. The message names
+            the file and the row.
     """
     node = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipes = {
@@ -88,7 +90,7 @@ def read_paper(path: Path) -> Paper:
 
 
 def _rows_of_entry(file: str, recipes: Mapping[str, Recipe], values: dict[str, Any]) -> list[PublishedRow]:
-    """Return the row of an entry and, if the entry has a key `top5`, the row of that figure."""
+    """Return the row of an entry and, if the entry has a key `top5`, a second row for top-5."""
     where = f"{file}: {values.get('id', 'a row without id')}"
     if (name := values.get("recipe")) and name not in recipes:
         raise ConfigError(
@@ -126,7 +128,7 @@ def _convert(kind: type[T], where: str, values: Mapping[str, Any]) -> T:
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and key not in values:
             raise ConfigError(f"{where}: {key} is missing")
-    if "epochs" in values:  # YAML reads `epochs: 200` as a number, `epochs: at most 8` as text
+    if "epochs" in values:  # YAML reads `epochs: 200` as a number but `epochs: at most 8` as text
         values = {**values, "epochs": str(values["epochs"])}
     try:
         return msgspec.convert(values, kind)

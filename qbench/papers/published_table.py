@@ -1,7 +1,7 @@
-"""Tables of published figures, next to what qbench measured.
+"""Tables of published figures beside qbench's measurements.
 
-`published_rows.py` reads the rows, `lint.py` finds impossible rows, `scripts/experiments.py` writes the experiment
-files.
+`published_rows.py` reads the rows, `lint.py` finds impossible rows, and `scripts/experiments.py`
+writes the experiment files.
 """
 
 import dataclasses
@@ -22,12 +22,13 @@ SIGNS = "to float, gap: points of accuracy; + is better than the float network, 
 
 
 def published_tables(paper: str | None, provenance: str | None, missing: bool) -> list[Table]:
-    """Return one table per paper: the published numbers, next to what qbench measured.
+    """Return one table per paper: the published numbers beside qbench's measurements.
 
     Args:
-        paper: the key of one paper; None for all.
-        provenance: the worst provenance to show; None for all.
-        missing: show only the rows that have not been measured, with the command that runs each.
+        paper: the key of one paper; None for all papers.
+        provenance: the worst provenance to show; None for all provenances.
+        missing: whether to show only rows without a measurement, each with the command that runs
+            it.
 
     Raises:
         ConfigError: there is no such paper or provenance.
@@ -41,7 +42,7 @@ def published_tables(paper: str | None, provenance: str | None, missing: bool) -
 
 
 def missing_requirements(row: PublishedRow) -> str:
-    """Return why a row has no experiment; empty if it has one."""
+    """Return the reason why a row has no experiment; empty if the row has one."""
     if row.lacks:
         return row.lacks
     net, dataset = names().nets[row.net], names().datasets[row.dataset]
@@ -50,7 +51,7 @@ def missing_requirements(row: PublishedRow) -> str:
 
 
 def command_words(row: PublishedRow) -> list[str]:
-    """Return the command-line words of a row's run.
+    """Return the command-line overrides of a row's run.
 
     Raises:
         ValueError: the row cannot be run; see `missing_requirements`.
@@ -65,12 +66,15 @@ def command_words(row: PublishedRow) -> list[str]:
 
 
 def _pretrain_word(word: str) -> str:
-    """Return the word that sets the same value for the training of the float baseline."""
+    """Return the override that sets the same value for the training of the float baseline."""
     return f"optim@pretrain.{word}" if word.startswith("optim=") else f"pretrain.{word}"
 
 
 def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
-    """Return a sentence if the paper's authors have no result on a data set (with a network, if named); else None."""
+    """Return a sentence if a paper has no result of its authors on a data set; else None.
+
+    If `net` is given, only results with this network count.
+    """
     (source,) = (p for p in papers() if p.key == paper)
     rows = [r for r in source.rows if r.dataset == dataset and net in (None, r.net)]
     if any(row.by_authors for row in rows):
@@ -89,10 +93,11 @@ def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
 
 
 def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: bool = False) -> Table:
-    """Return rows as a table with the claim next to our measurement.
+    """Return a table of the rows with the claims beside our measurements.
 
     Args:
-        missing: only rows that have not been measured, with the command that runs each.
+        missing: whether to show only rows without a measurement, each with the command that runs
+            it.
     """
     rows = [row for row in rows if not (missing and row.measured)]
     notes = [REMEMBERED] if any(claim_mark(row) or baseline_mark(row) for row in rows) else []
@@ -116,7 +121,7 @@ def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: b
 
 
 def _measured_values(row: PublishedRow) -> dict[str, float | None]:
-    """Return our distance to the claim and to our own float baseline, in points; nothing without a measurement."""
+    """Return our distance to the claim and our float baseline, in points; empty if not measured."""
     if not row.measured:
         return {}
     ours = row.measured[-1]
@@ -125,7 +130,7 @@ def _measured_values(row: PublishedRow) -> dict[str, float | None]:
 
 
 def _measured_cells(row: PublishedRow) -> tuple[str, ...]:
-    """Return the cells from `float` to `spread`."""
+    """Return the cells of the columns `float` to `spread`."""
     difference, mark = to_float(row), baseline_mark(row)
     baseline = "-" if row.baseline is None else f"{mark}{format_percent(row.baseline)}"
     claim = (baseline, "-" if difference is None else f"{claim_mark(row) or mark}{format_points(difference)}")
@@ -138,7 +143,7 @@ def _measured_cells(row: PublishedRow) -> tuple[str, ...]:
 
 
 def gap(row: PublishedRow, value: float) -> float | None:
-    """Return how much better our value is than the claimed one, in points; 0 inside a claimed range."""
+    """Return by how many points our value is better than the claim; 0 inside a claimed range."""
     if row.value is None:
         return None
     ends = sorted(row.accuracy(end) for end in (row.value, row.upper) if end is not None)
@@ -147,7 +152,7 @@ def gap(row: PublishedRow, value: float) -> float | None:
 
 
 def to_float(row: PublishedRow) -> float | None:
-    """Return how much better than its float baseline a row claims to be, in points; None if that is not known."""
+    """Return by how many points a row's claim exceeds its float baseline; None if not known."""
     if row.value is None or row.upper is not None or row.method == "float":
         return None
     if row.metric.endswith("increase"):
@@ -156,19 +161,19 @@ def to_float(row: PublishedRow) -> float | None:
 
 
 def format_claim(row: PublishedRow) -> str:
-    """Return the published value as text: with ~ in front if it is from memory, ? if it is not known."""
+    """Return the published value as text, with ~ in front if from memory; ? if not known."""
     if row.value is None:
         return "?"
     return claim_mark(row) + format_percent(row.value) + ("" if row.upper is None else f"-{format_percent(row.upper)}")
 
 
 def claim_mark(row: PublishedRow) -> str:
-    """Return ~ if the row's value is from memory, else nothing."""
+    """Return ~ if the row's value is from memory, else an empty text."""
     return "~" if row.provenance.startswith("memory") else ""
 
 
 def baseline_mark(row: PublishedRow) -> str:
-    """Return ~ if the row's float baseline is from memory, else nothing."""
+    """Return ~ if the row's float baseline is from memory, else an empty text."""
     remembered = (row.baseline_provenance or row.provenance).startswith("memory")
     return "~" if remembered and row.baseline is not None else ""
 
@@ -179,12 +184,12 @@ def format_percent(value: float) -> str:
 
 
 def format_points(value: float | None) -> str:
-    """Return points with their sign; - for None."""
+    """Return percentage points with a sign; - for None."""
     return "-" if value is None else f"{value:+.2f}"
 
 
 def _with_title(paper: Paper, table: Table) -> Table:
-    """Put the paper's title over its table, and under it the results that the paper does not have."""
+    """Put the paper's title above its table, and notes on results that the paper lacks below it."""
     name = "" if paper.title.startswith(paper.name) else f"{paper.name}: "
     table.title = f"{name}{paper.title} ({paper.year}), {paper.link}"
     table.notes = [] if not table.rows else table.notes

@@ -1,4 +1,4 @@
-"""How a run differs from its method's paper: key by key against the nearest published row."""
+"""Compares a run with its method's paper, key by key against the nearest published row."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +10,18 @@ from qbench.papers.row_types import PublishedRow
 from qbench.report.comparison.naming import flat
 
 CANDIDATES = 4
-"""Rows whose experiments are composed to find the one with the fewest differences."""
+"""Number of rows whose experiments are composed to find the row with the fewest differences."""
 KEYS_SHOWN = 12
-"""Differing keys that are listed; further ones are counted."""
+"""Number of differing keys that are listed; further keys are only counted."""
 NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 
 
 def recipe_differences(run: RunIdentity) -> list[str]:
-    """Return sentences: the nearest published row, how its experiment differs, and what the paper leaves open.
+    """Return sentences that compare a run with the nearest published row.
 
-    The keys of the protocol and of the method are compared; seeds, devices and paths are not.
+    They name the row, the keys in which its experiment differs from the run, and the settings that
+    the paper does not state. The keys of the protocol and of the method are compared; seeds,
+    devices and paths are not.
     """
     if run.is_baseline:
         return []
@@ -34,7 +36,7 @@ def recipe_differences(run: RunIdentity) -> list[str]:
         return [f"no published figures have a recipe for {method}: nothing to compare with"]
     nearest = sorted(rows, key=lambda row: _similarity(row, run), reverse=True)[:CANDIDATES]
     compared = [(_differing_keys(run, _compose_experiment(row)), row) for row in nearest]
-    differing, row = min(compared, key=lambda pair: len(pair[0]))  # the first, hence nearest, of equals
+    differing, row = min(compared, key=lambda pair: len(pair[0]))  # among equals, the first and thus nearest row
     sentences = _absence_notes(row, run)
     experiment = f"experiment={row.paper}/{row.id}"
     if differing:
@@ -49,10 +51,11 @@ def recipe_differences(run: RunIdentity) -> list[str]:
 
 
 def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, int, int, bool]:
-    """Return a sort key for a row, larger is nearer.
+    """Return a sort key for a row; a larger key means a nearer row.
 
-    In this order: same data set and network, same network, same data set, number of equal widths, few command-line
-    words that do not hold here, run by the authors.
+    The criteria, most important first: same data set and network, same network, same data set,
+    number of equal widths, few command-line overrides that the run does not have, run by the
+    authors.
     """
     dataset = f"dataset={run.dataset}" in names().datasets[row.dataset].words
     net = f"model={run.model}" in names().nets[row.net].words
@@ -63,7 +66,7 @@ def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, 
 
 
 def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration, as nested values, has this value at a dotted key."""
+    """Return whether a configuration (nested dictionaries) has this value at a dotted key."""
     node: object = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
@@ -71,7 +74,7 @@ def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
 
 
 def _as_number(value: object) -> float | str:
-    """Return a value as a number, or as text without spaces if it is none."""
+    """Return a value as a number, or as text without spaces if the value is not a number."""
     try:
         return float(str(value))
     except ValueError:
@@ -79,7 +82,7 @@ def _as_number(value: object) -> float | str:
 
 
 def _absence_notes(row: PublishedRow, run: RunIdentity) -> list[str]:
-    """Return a sentence if the authors have no result on this data set with this network."""
+    """Return a note if the row's authors have no result on the run's data set with its network."""
     datasets = [key for key, name in names().datasets.items() if f"dataset={run.dataset}" in name.words]
     nets = [key for key, name in names().nets.items() if f"model={run.model}" in name.words]
     sentence = absence_note(row.paper, nets[0] if nets else None, datasets[0]) if datasets else None
@@ -97,7 +100,7 @@ def _compose_experiment(row: PublishedRow) -> RunIdentity:
 def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
     """Return `key=ours (published: theirs)` for every key that differs.
 
-    A data set, network or optimizer of another name counts as one key.
+    A data set, network or optimizer with a different name counts as one differing key.
     """
     ours, theirs = _compared_keys(run), _compared_keys(published)
     for node, title in NODE_TITLES.items():
@@ -116,7 +119,7 @@ def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
 
 
 def _compared_keys(run: RunIdentity) -> dict[str, str]:
-    """Return the configuration keys that are compared, with values as text: protocol, method and widths."""
+    """Return the compared configuration keys, with values as text: protocol, method and widths."""
     method = {key: value for key, value in run.keys["method"].items() if key != "name"}
     values = flat(run.protocol | {"method": method, "bits": run.bits._asdict()})
     return {key: value.strip('"') for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""Published figures as typed values: what papers and third parties reported, one row per number."""
+"""Published figures as typed values: numbers reported by papers and third parties, one per row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,17 +6,20 @@ from dataclasses import dataclass, field
 from qbench.config.schema import BitWidths
 
 PROVENANCES = ("verified", "second-hand", "memory-high", "memory-medium", "memory-low", "unknown")
-"""How well a figure is known, best first: read in the source named; read in a quotation by others; remembered with
-high, medium or low confidence and not checked; not known."""
+"""How well a figure is known, best first.
+
+The values mean: read in the named source; read in a quotation by others; remembered with high,
+medium or low confidence and not checked; not known.
+"""
 PAPER, REPOSITORY, THIRD = "authors' paper", "authors' repository", "third party: "
-"""Who ran it. A name follows the third one; a remark in brackets may follow any of them."""
+"""Who ran the experiment; a name follows `THIRD`, a remark in brackets may follow any value."""
 METRICS = ("top1", "top1_error", "top1_error_increase", "top5", "top5_error", "top5_error_increase")
-"""In percent of the test images; an increase is in points over the float network of the same row."""
+"""Metrics, in percent of the test images; an increase is in points over the row's float network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What qbench measured for a row: the mean over n seeds in the row's metric, and its standard deviation.
+    """qbench's measurement for a row: mean and standard deviation over n seeds, in its metric.
 
     `baseline` is the mean of our float baselines. The `top5` keys belong to the row's top-5 figure.
     """
@@ -35,9 +38,10 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How rows were trained: command-line words, what the source leaves open, and where we deviate from it.
+    """How rows were trained: overrides, settings that the source omits, and our deviations from it.
 
-    `pretrain: same` trains the float baseline with the same optimizer and epochs. Other keys: see `PublishedRow`.
+    `pretrain: same` trains the float baseline with the same optimizer and epochs. For the other
+    keys see `PublishedRow`.
     """
 
     name: str
@@ -58,12 +62,13 @@ class PublishedRow:
     """One published number.
 
     Args:
-        value, upper: the number, or both ends where a range was published; None if the number is not known.
-        baseline: the float network's number in the same metric from the same source; else `baseline_note` says why
-            it is missing. `baseline_provenance` is set only if it differs from the row's own provenance.
-        levels: levels of the weights, where the widths do not determine them.
-        words: command-line words that follow the recipe's words.
-        lacks: why the row has no recipe.
+        value, upper: the number, or both ends if a range was published; None if not known.
+        baseline: the float network's number in the same metric from the same source. If it is
+            missing, `baseline_note` explains why. `baseline_provenance` is set only if it differs
+            from the row's provenance.
+        levels: number of levels of the weights, if the widths do not determine it.
+        words: command-line overrides that are appended to the recipe's.
+        lacks: the reason why the row has no recipe.
         waive: lint rules that the row breaks, with the reason.
         top5_of: id of the top-1 row whose top-5 figure this is; empty for all others.
     """
@@ -99,19 +104,20 @@ class PublishedRow:
 
     @property
     def by_authors(self) -> bool:
-        """Whether the method's own authors ran it."""
+        """Return whether the method's authors ran the experiment."""
         return not self.ran_by.startswith(THIRD)
 
     def accuracy(self, value: float) -> float:
-        """Convert a value of the row's metric so that more is better: an error to an accuracy, an increase to its
-        negative.
+        """Convert a value of the row's metric so that larger is better.
+
+        An error becomes an accuracy, and an increase changes its sign.
         """
         return -value if self.metric.endswith("increase") else 100 - value if "error" in self.metric else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoResult:
-    """A data set (and network) for which a paper is known to have no result, though others quote one."""
+    """A data set (and network) for which a paper has no result, although others quote one."""
 
     dataset: str
     provenance: str
@@ -140,7 +146,7 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class NetName:
-    """The title of a network and the command-line words that choose it; no words if qbench does not have it."""
+    """The title of a network, and the overrides that choose it; none if qbench lacks it."""
 
     title: str
     words: tuple[str, ...] = ()
@@ -148,7 +154,7 @@ class NetName:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetName:
-    """The title of a data set, its number of classes, and the command-line words that choose it."""
+    """The title of a data set, its number of classes, and the overrides that choose it."""
 
     title: str
     classes: int
