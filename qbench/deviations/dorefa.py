@@ -25,39 +25,39 @@ def _max_magnitude(t: Tensor) -> Tensor:
 
 @in_float32
 def detached_max(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights; the maximum is a constant in the backward pass."""
+    """Quantize weights with the maximum as a constant in the backward pass."""
     t = torch.tanh(w)
     return 2 * quantize_k(t / (2 * _max_magnitude(t)) + 0.5, bits) - 1
 
 
 @in_float32
 def rescaled_by_max(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights as `detached_max` does, and multiply by the maximum again: levels in +-max|tanh w|."""
+    """Quantize weights as `detached_max` does, and multiply by the maximum; levels are in +-max|tanh w|."""
     return _max_magnitude(torch.tanh(w)) * detached_max(w, bits)
 
 
 @in_float32
 def no_tanh_gradient(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights; tanh and the maximum have no derivative: dL/dw = dL/dw_hat."""
+    """Quantize weights with dL/dw = dL/dw_hat; tanh and the maximum are ignored in the backward pass."""
     return straight_through(w, quantize_weight(w.detach(), bits))
 
 
 @in_float32
 def sign_of_zero(w: Tensor) -> Tensor:
-    """Binarize weights with sign(0) = 0."""
+    """Binarize weights to mean|w| sign(w), with sign(0) = 0."""
     return straight_through(w, w.detach().abs().mean() * w.detach().sign())
 
 
 @in_float32
 def unit_weights(w: Tensor) -> Tensor:
-    """Binarize weights to +-1 by the formula for more bits; the gradient passes through tanh and the maximum."""
+    """Binarize weights to +-1, with the gradient of the formula for more bits, through tanh and the maximum."""
     t = torch.tanh(w)
     top = t.abs().max()
     return straight_through(t / torch.where(top == 0, torch.ones_like(top), top), sign(w))
 
 
 class DetachedMax(DoReFaWeight):
-    """Weights with the maximum as a constant in the backward pass."""
+    """Weight quantizer with the maximum as a constant in the backward pass."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -65,23 +65,23 @@ class DetachedMax(DoReFaWeight):
 
 
 class RescaledByMax(DoReFaWeight):
-    """Weights rescaled to the range of tanh w."""
+    """Weight quantizer that rescales the weights to the range of tanh w."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
         return rescaled_by_max(w, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """2^bits levels in +-max|tanh w|."""
+        """Return one group: 2^bits levels in +-max|tanh w|."""
         return Grid(super().grid(w).points * _max_magnitude(torch.tanh(w)))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes and the maximum."""
+        """Return the storage of the codes and of the maximum."""
         return Storage(w.numel(), self.bits, 4)
 
 
 class NoTanhGradient(DoReFaWeight):
-    """Weights with dL/dw = dL/dw_hat."""
+    """Weight quantizer with dL/dw = dL/dw_hat."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -89,35 +89,35 @@ class NoTanhGradient(DoReFaWeight):
 
 
 class SignOfZero(DoReFaWeight):
-    """Binary weights with sign(0) = 0: three values where a weight is zero."""
+    """Binary weight quantizer with sign(0) = 0, so that zero is a third value."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the binarized weights."""
         return sign_of_zero(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """-E, 0, E."""
+        """Return one group: -E, 0, E."""
         scale = w.abs().mean()
         return Grid(torch.stack([-scale, torch.zeros_like(scale), scale]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Two bits per weight, for three values, and the scale."""
+        """Return the storage of two bits per weight, for three values, and of the scale."""
         return Storage(w.numel(), 2, 4)
 
 
 class UnitWeights(DoReFaWeight):
-    """Binary weights without a scale."""
+    """Binary weight quantizer without a scale."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the binarized weights."""
         return unit_weights(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """-1, 1."""
+        """Return one group: -1, 1."""
         return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes alone."""
+        """Return the storage of the codes."""
         return Storage(w.numel(), 1, 0)
 
 
@@ -126,7 +126,7 @@ class UnitWeights(DoReFaWeight):
 
 @in_float32
 def tanh_activation(x: Tensor, bits: int) -> Tensor:
-    """Quantize tanh(relu(x)) divided by its maximum over the batch."""
+    """Quantize t = tanh(relu(x)), divided by the maximum of t over the batch."""
     t = torch.tanh(x.clamp(min=0))
     return quantize_k(t / _max_magnitude(t), bits)
 
@@ -148,17 +148,17 @@ def sign_activation(x: Tensor, bits: int) -> Tensor:
 
 
 def _quantize_gradient(x: Tensor, bits: int, m: Tensor, noise: Tensor) -> Tensor:
-    """Return the paper's formula, eq. 12, for a given maximum m and noise."""
+    """Return a gradient quantized by eq. 12 of the paper, for a given maximum m and noise."""
     return 2 * m * (quantize_k((x / (2 * m) + 0.5 + noise).clamp(0, 1), bits) - 0.5)
 
 
 def _sample_max(x: Tensor) -> Tensor:
-    """Return max|x| of every sample, (N, 1, ..., 1)."""
+    """Return the maximum max|x| of every sample, (N, 1, ..., 1)."""
     return x.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
 
 
 def _noise(like: Tensor, bits: int) -> Tensor:
-    """Return noise of the paper's width, with the shape of `like`."""
+    """Return noise with the paper's distribution and the shape of `like`."""
     half_step = 0.5 / (2**bits - 1)
     return torch.empty_like(like).uniform_(-half_step, half_step)
 
@@ -186,12 +186,12 @@ def no_noise(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def nan_on_zero(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (N, ...) by the formula as printed: 0 / 0 if a sample's gradient is zero."""
+    """Quantize a gradient (N, ...) by the formula as printed; a sample of zeros gives 0 / 0."""
     return _quantize_gradient(x, bits, _sample_max(x), _noise(x, bits))
 
 
 class NoisePerSample(DoReFaGradient):
-    """Gradients with one draw of noise per sample."""
+    """Gradient quantizer with one draw of noise per sample."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y; its gradient will be quantized."""
@@ -199,19 +199,19 @@ class NoisePerSample(DoReFaGradient):
 
 
 class MaxPerTensor(DoReFaGradient):
-    """Gradients with one scale for the batch."""
+    """Gradient quantizer with one scale for the batch."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y; its gradient will be quantized."""
         return on_backward(y, lambda d: max_per_tensor(d, self.bits))
 
     def grid(self, grad: Tensor) -> Grid:
-        """One group."""
+        """Return one group for the whole batch."""
         return Grid(super().grid(grad.reshape(1, -1)).points)
 
 
 class NoNoise(DoReFaGradient):
-    """Gradients rounded to the nearest level."""
+    """Gradient quantizer that rounds to the nearest level."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y; its gradient will be quantized."""
@@ -219,7 +219,7 @@ class NoNoise(DoReFaGradient):
 
 
 class NanOnZero(DoReFaGradient):
-    """Gradients without a guard for samples whose gradient is zero."""
+    """Gradient quantizer that gives 0 / 0 for samples whose gradient is zero."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y; its gradient will be quantized."""
@@ -230,7 +230,7 @@ class NanOnZero(DoReFaGradient):
 
 
 def _weights(kind: type[DoReFaWeight], what: str, source: str, *, binary: bool = False) -> Deviation:
-    """Return a deviation of weights: of those with one bit if `binary`, else of those with more."""
+    """Return a deviation of one-bit weights if `binary`, else of weights with more bits."""
 
     def where(module: Quantizer) -> bool:
         return isinstance(module, DoReFaWeight) and (module.bits == 1) is binary
@@ -250,7 +250,7 @@ def _activations(
     bits: str = "w32a2",
     binary: bool = False,
 ) -> Deviation:
-    """Return a deviation that replaces the clip of activations; with `binary` only of those with one bit."""
+    """Return a deviation that replaces the clip of activations; with `binary`, only of one-bit activations."""
 
     def apply(method: Method) -> Method:
         original = method.input
@@ -272,7 +272,7 @@ def _activations(
 
 
 def _gradients(kind: type[DoReFaGradient], what: str, source: str) -> Deviation:
-    """Return a deviation of gradients."""
+    """Return a deviation whose gradient quantizers are of the class `kind`."""
 
     def apply(method: Method) -> Method:
         original = method.output

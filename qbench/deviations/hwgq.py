@@ -21,23 +21,23 @@ def unscaled_weight(w: Tensor) -> Tensor:
 
 
 class UnscaledWeight(HWGQWeight):
-    """Binary weights without the filters' scales."""
+    """Binary weight quantizer without the filters' scales."""
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the signs."""
+        """Return the signs of the weights."""
         return unscaled_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """-1 and 1."""
+        """Return one group: -1, 1."""
         return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """One bit a weight."""
+        """Return the storage of one bit per weight."""
         return Storage(w.numel(), 1, 0)
 
 
 def old_constants(method: Method) -> Method:
-    """Round x / step to the nearest integer, with the steps that are optimal for the paper's thresholds."""
+    """Return the method with activations round(x / step), but with the steps optimal for the paper's thresholds."""
     original = method.input
 
     def deviating(name: str, layer: FloatLayer, bits: int) -> Quantizer:

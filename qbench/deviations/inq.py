@@ -13,16 +13,16 @@ from qbench.quant.method import Method, Unsupported
 
 
 def zero_beyond(w: Tensor, levels: Tensor) -> Tensor:
-    """Return the nearest of `levels` for each weight; 0 from 1.5 times the largest level on, outside all intervals."""
+    """Return the nearest of `levels` for each weight, but 0 for magnitudes of at least 1.5 times the largest level."""
     return torch.where(w.detach().abs() >= 1.5 * levels[-1], 0.0, round_to_levels(w, levels)).to(w.dtype)
 
 
 class SmallestFirst(INQWeight):
-    """Freezes the smallest magnitudes first."""
+    """Weight quantizer that freezes the smallest magnitudes first."""
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze the layer up to an accumulated portion."""
+        """Freeze further weights until the fraction `portion` of the layer is frozen."""
         _check_partition("smallest_first", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
@@ -31,7 +31,7 @@ class SmallestFirst(INQWeight):
 
 
 class OutlierToZero(INQWeight):
-    """Freezes weights that outgrew the largest level at zero."""
+    """Weight quantizer that freezes weights far beyond the largest level at zero."""
 
     def level(self, w: Tensor) -> Tensor:
         """Return the values at which weights are frozen."""
@@ -39,11 +39,11 @@ class OutlierToZero(INQWeight):
 
 
 class RemadeMasks(INQWeight):
-    """Chooses every portion from all weights: a frozen weight that others have outgrown becomes free again."""
+    """Weight quantizer that chooses every portion from all weights, so that frozen weights can become free again."""
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze exactly the largest `portion` of the layer; nothing if this portion is frozen already."""
+        """Freeze exactly the largest `portion` of the layer; do nothing if this portion is frozen already."""
         _check_partition("remade_masks", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
@@ -62,7 +62,7 @@ def _check_partition(name: str, partition: str) -> None:
 
 
 def _with_weights(kind: type[INQWeight], method: Method) -> Method:
-    """Return the method with weight quantizers of another class."""
+    """Return the method with weight quantizers of the class `kind`."""
     return replace(method, weight=recast(method.weight, kind))
 
 

@@ -15,12 +15,12 @@ from qbench.quant.quantizer import Grid
 
 
 def _zeros_passing_gradient(x: Tensor) -> Tensor:
-    """Return zeros of x's shape; their gradient passes to x unchanged."""
+    """Return zeros of the shape of x; the gradient of these zeros passes to x unchanged."""
     return straight_through(x, torch.zeros_like(x))
 
 
 class UnmaskedWeight(LSQWeight):
-    """Weights whose gradient also passes beyond the last levels."""
+    """Weight quantizer whose gradient also passes beyond the last levels."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -28,7 +28,7 @@ class UnmaskedWeight(LSQWeight):
 
 
 class UnmaskedActivation(LSQActivation):
-    """Activations whose gradient also passes beyond the last levels."""
+    """Input quantizer whose gradient also passes beyond the last levels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations."""
@@ -36,27 +36,27 @@ class UnmaskedActivation(LSQActivation):
 
 
 class UnclampedWeight(LSQWeight):
-    """Weights whose step may become negative, which reverses the order of the levels."""
+    """Weight quantizer whose step may become negative, which reverses the order of the levels."""
 
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
-        """Step times the integers of b bits."""
+        """Return one group: the step times every integer from -Qn to Qp, in ascending order."""
         return Grid(super().grid(w).points.sort(1).values)
 
 
 class UnclampedActivation(LSQActivation):
-    """Activations whose step may become negative, which reverses the order of the levels."""
+    """Input quantizer whose step may become negative, which reverses the order of the levels."""
 
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, x: Tensor) -> Grid:
-        """Step times the integers of b bits."""
+        """Return one group: the step times every integer from -Qn to Qp, in ascending order."""
         return Grid(super().grid(x).points.sort(1).values)
 
 
 def unmasked(method: Method) -> Method:
-    """Return the method with gradients that pass everywhere; steps stay above zero, as in the method itself."""
+    """Return the method with gradients that pass everywhere; steps are kept above zero, as in the method itself."""
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

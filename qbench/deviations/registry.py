@@ -20,12 +20,13 @@ class Deviation:
     """A flaw or variant found in public code.
 
     Args:
-        what: how it differs from the paper, one sentence.
-        source: where it was found, and who pointed it out.
-        apply: the paper's method -> the deviating method.
-        acts: whether it makes a difference at these widths.
-        bits: widths at which it makes a difference; only what it changes is quantized, the rest is
-            float.
+        what: how the deviation differs from the paper, one sentence.
+        source: where the deviation was found, and who pointed it out.
+        apply: function from the paper's method to the deviating method.
+        acts: function of widths that returns whether the deviation makes a difference at these
+            widths.
+        bits: widths at which the deviation makes a difference. Only the tensors that the deviation
+            changes are quantized; the others are float.
     """
 
     what: str
@@ -63,10 +64,10 @@ def deviate(method_name: str, name: str, method: Method) -> Method:
 def recast(
     site: QuantizerFactory | None, kind: type[Quantizer], where: Callable[[Quantizer], bool] = lambda module: True
 ) -> QuantizerFactory | None:
-    """Return a site whose modules get the class `kind`, a subclass of their own; their options and state are kept.
+    """Return a factory like `site` whose quantizers get the subclass `kind`, but keep their options and state.
 
     Args:
-        where: which modules; the others stay as they are.
+        where: returns whether a quantizer gets the class `kind`; other quantizers stay as they are.
     """
 
     def recast_site(name: str, layer: FloatLayer, bits: int) -> Quantizer:

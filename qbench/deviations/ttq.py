@@ -16,9 +16,9 @@ from qbench.quant.quantizer import Grid, Storage
 
 @in_float32
 def weights_for_gradient(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor) -> Tensor:
-    """Ternarize weights; the gradient of the latent weights is the weights themselves, scaled by zone.
+    """Ternarize weights with the latent weights, scaled by zone, as the gradient of the latent weights.
 
-    The gradient that arrives is ignored.
+    The gradient dL/dw_hat is ignored for the latent weights.
     """
     latent = w.detach()
     one = torch.ones_like(latent)
@@ -28,7 +28,7 @@ def weights_for_gradient(w: Tensor, positive: Tensor, negative: Tensor, threshol
 
 
 class MissingMinus(TTQWeight):
-    """Ternary weights; the gradient of the negative scale has the wrong sign."""
+    """Ternary quantizer in which the gradient of the negative scale has the wrong sign."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -36,7 +36,7 @@ class MissingMinus(TTQWeight):
 
 
 class MeanGradient(TTQWeight):
-    """Ternary weights; the gradients of the scales are divided by the number of weights."""
+    """Ternary quantizer in which the gradients of the scales are divided by the number of weights."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -45,17 +45,17 @@ class MeanGradient(TTQWeight):
 
 
 class Unclamped(TTQWeight):
-    """Ternary weights whose scales may become negative, which reverses the order of the levels."""
+    """Ternary quantizer whose scales may become negative, which reverses the order of the levels."""
 
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
-        """One group: -Wn, 0, Wp."""
+        """Return one group: -Wn, 0, Wp in ascending order."""
         return Grid(super().grid(w).points.sort(1).values)
 
 
 class UnscaledTies(TTQWeight):
-    """Ternary weights; those on the threshold become +-1."""
+    """Ternary quantizer in which weights on the threshold become +-1."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -64,17 +64,17 @@ class UnscaledTies(TTQWeight):
         return ternarize_weight(w, self.positive, self.negative, delta) + ties
 
     def grid(self, w: Tensor) -> Grid:
-        """One group: -Wn, 0, Wp, and +-1."""
+        """Return one group: -Wn, 0, Wp, -1 and 1 in ascending order."""
         points = super().grid(w).points
         return Grid(torch.cat([points, points.new_tensor([-1.0, 1.0]).reshape(1, 2, 1)], 1).sort(1).values)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Three bits per weight, for five values, and both scales."""
+        """Return the storage of three bits per weight, for five values, and of both scales."""
         return Storage(w.numel(), 3, 8)
 
 
 class WeightsForGradient(TTQWeight):
-    """Ternary weights; the gradient of the latent weights is made of the weights themselves."""
+    """Ternary quantizer in which the gradient of the latent weights is computed from these weights themselves."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -82,7 +82,7 @@ class WeightsForGradient(TTQWeight):
 
 
 def _with_weights(kind: type[TTQWeight], method: Method) -> Method:
-    """Return the method with weight quantizers of another class; scales stay above zero, as in the method itself."""
+    """Return the method with weight quantizers of the class `kind`; scales are kept above zero."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

@@ -15,7 +15,7 @@ GRADIENT_FACTOR = 1e9
 
 
 def zero_at_zero(x: Tensor, binary: Tensor) -> Tensor:
-    """Return `binary`, computed from x, with 0 where x is 0; its gradient stays the same."""
+    """Return `binary`, which was computed from x, with 0 where x is 0; the gradient of `binary` stays the same."""
     return straight_through(binary, torch.where(x.detach() == 0, 0.0, binary.detach()).to(binary.dtype))
 
 
@@ -34,36 +34,36 @@ def printed_activation_gradient(x: Tensor) -> Tensor:
 
 
 class SignOfZeroWeight(BinaryWeight):
-    """Binary weights with sign(0) = 0: three values where a weight is zero."""
+    """Binary weight quantizer with sign(0) = 0, so that zero is a third value."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the binarized weights."""
         return zero_at_zero(w, binarize_weight(w, gradient=self.gradient))
 
     def grid(self, w: Tensor) -> Grid:
-        """One group per output filter: -alpha, 0, alpha."""
+        """Return one group per output filter: -alpha, 0, alpha."""
         alpha = filter_scale(w).reshape(-1, 1)
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha], 1), lambda t: t.reshape(len(t), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Two bits per weight, for three values, and a scale per filter."""
+        """Return the storage of two bits per weight, for three values, and of one scale per filter."""
         return Storage(w.numel(), 2, 4 * len(w))
 
 
 class SignOfZeroActivation(BinaryActivation):
-    """Binary activations with sign(0) = 0: three values where an input is zero."""
+    """Binary input quantizer with sign(0) = 0, so that zero is a third value."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the signs."""
+        """Return the signs of the activations."""
         return zero_at_zero(x, binarize_activation(x))
 
     def grid(self, x: Tensor) -> Grid:
-        """-1, 0 and 1."""
+        """Return one group: -1, 0, 1."""
         return Grid(x.new_tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1))
 
 
 class PrintedWeight(BinaryWeight):
-    """Binary weights with the derivative of sign that the paper prints."""
+    """Binary weight quantizer with the derivative of sign that the paper prints."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the binarized weights."""
@@ -71,10 +71,10 @@ class PrintedWeight(BinaryWeight):
 
 
 class PrintedActivation(BinaryActivation):
-    """Binary activations with the derivative of sign that the paper prints."""
+    """Binary input quantizer with the derivative of sign that the paper prints."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the signs."""
+        """Return the signs of the activations."""
         return printed_activation_gradient(x)
 
 

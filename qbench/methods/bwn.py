@@ -13,7 +13,7 @@ Forward
     Per output filter: w_hat = alpha sign(w), alpha = mean|w|, sign(0) = +1.
 
 Backward
-    As in xnor, with gradient=paper or gradient=authors.
+    As in xnor; the option `gradient` chooses the formula.
 
 Schedule
     One phase.
@@ -29,7 +29,7 @@ Bits
 
 Protocol
     The authors' code: SGD with momentum 0.9, learning rate from 1e-2 down to 1e-4 in steps over 55
-    epochs, batch size 128. First and last layer are float.
+    epochs, batch size 128. The first and last layers are float.
 
 Choices
     gradient, center, clamp: as in xnor.

@@ -6,8 +6,8 @@ Paper
 
 Idea
     Map weights, activations and gradients to [0, 1], round to k bits there, and map back. Only the
-    rounding is straight-through. With both factors in fixed point, a dot product becomes bit
-    counts, in the forward and in the backward pass.
+    rounding is straight-through. When both factors are in fixed point, a dot product can be
+    computed by counting bits, in the forward and the backward pass.
 
 Forward
     Qk(x) = round(n x) / n, n = 2^k - 1, ties to even.
@@ -17,7 +17,8 @@ Forward
     Activations: Qk(h(x)), with h(x) = clip(x, 0, 1).
 
 Backward
-    Weights, k >= 2: through tanh and through the maximum. Weights, k = 1: dL/dw = dL/dw_hat.
+    Weights, k >= 2: the gradient passes through tanh and through the maximum. Weights, k = 1: dL/dw
+    = dL/dw_hat.
     Activations: the derivative of h. For the clip it is 1 on the closed interval 0 <= x <= 1.
     Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), with m = max|d| of the sample
     and u uniform in (-1/2, 1/2) / n, drawn for every element. f(d) is unbiased.
@@ -27,8 +28,8 @@ Schedule
     One phase, from a float network.
 
 Sites
-    weight, input, output. The output site quantizes the gradient of a layer's output, which both of
-    the layer's own gradients are computed from.
+    weight, input, output. The output site quantizes the gradient of a layer's output. The gradients
+    of the layer's weights and of its input are both computed from this gradient.
 
 State
     None.
@@ -38,27 +39,27 @@ Bits
 
 Protocol
     The paper: Adam. The authors' code for SVHN: from scratch at 1e-3, halved every 100 of 200
-    epochs, batch size 128. First and last layer are float. The last layer's input is bounded but
-    not quantized. All layers in between have batch normalization.
+    epochs, batch size 128. The first and last layers are float. The last layer's input is bounded
+    but not quantized. All layers in between have batch normalization.
 
 Choices
-    activation: the paper leaves h open, and the authors' code had three. `clip` (default): today's
-    code. `abs`: min(1, |x|), used by the SVHN script until October 2018; its quantized results were
-    measured with it. `tanh`: tanh(x) / 2, rounded on [-1/2, 1/2], used by the first published
-    AlexNet. `abs` and `tanh` need a network without ReLU in front (`model.act=fused`); the clip
-    contains the ReLU.
-    A layer that stays float keeps the network's ReLU, and so does the input of the last layer. The
-    authors' code clips there.
-    Rounding is to nearest with ties to even, as in torch and in today's TensorFlow. The authors'
-    first code rounded ties up.
+    activation: the bounded function h. The paper leaves h open, and the authors' code has had
+    three. `clip` (default) is that of today's code. `abs` is min(1, |x|). The SVHN script used it
+    until October 2018, and measured its quantized results with it. `tanh` is tanh(x) / 2, rounded
+    on [-1/2, 1/2]; the first published AlexNet used it. `abs` and `tanh` need a network without
+    ReLU in front (`model.act=fused`); the clip contains the ReLU.
+    The network's ReLU is kept in front of every layer that stays float, and in front of the last
+    layer. The authors' code clips the activations there.
+    Values are rounded to nearest with ties to even, as in torch and in today's TensorFlow. The
+    authors' first code rounded ties up.
 
 Deviations
     A sample whose gradient is zero stays zero, and a layer whose weights are all zero uses 1 as the
     maximum. The formulas give 0/0 there.
 
 Results
-    README (digits). The paper has no CIFAR-10 result; published CIFAR-10 results of DoReFa-Net are
-    third parties'.
+    README (digits). The paper has no CIFAR-10 result; published CIFAR-10 results of DoReFa-Net come
+    from third parties.
 """
 
 from collections.abc import Callable
@@ -136,7 +137,7 @@ def quantize_activation(x: Tensor, bits: int) -> Tensor:
 
 
 def _cells_of_clip(n: float) -> Cells:
-    """Return the cells of Qk(clip(x, 0, 1)): 0 below the range, one for each level, one above the range."""
+    """Return the cells of Qk(clip(x, 0, 1)): cell 0 below the range, one per level, and one above the range."""
 
     def number(x: Tensor) -> Tensor:
         clipped = x.clamp(0, 1)
@@ -168,7 +169,7 @@ def quantize_activation_tanh(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = None) -> Tensor:
-    """Quantize a gradient (N, ...) stochastically, scaled by each sample's maximum; 32 bits return x. Eq. 12.
+    """Quantize a gradient (N, ...) stochastically, scaled by each sample's maximum; 32 bits return x itself. Eq. 12.
 
     Noise is drawn for every element, from torch's global generator unless `generator` is given. A
     sample that is all zero stays zero.
@@ -186,13 +187,13 @@ def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = Non
 
 
 def _sample_max(x: Tensor) -> Tensor:
-    """Return max|x| of every sample (N, 1, ..., 1), without gradient."""
+    """Return the maximum max|x| of every sample, (N, 1, ..., 1), without gradient."""
     axes = tuple(range(1, x.dim()))
     return x.detach().abs().amax(dim=axes, keepdim=True) if axes else x.detach().abs()
 
 
 class DoReFaWeight(Quantizer):
-    """DoReFa's weights of one layer."""
+    """Quantizer of one layer's weights by DoReFa's formulas."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -203,17 +204,17 @@ class DoReFaWeight(Quantizer):
         return quantize_weight(w, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """One group: +-E for one bit, else 2^bits levels in [-1, 1]."""
+        """Return one group: +-E for one bit, else 2^bits levels in [-1, 1]."""
         levels = 2 * levels_k(self.bits, w) - 1
         return Grid((levels * w.abs().mean() if self.bits == 1 else levels).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes, and for one bit the scale E."""
+        """Return the storage of the codes and, for one bit, of the scale E."""
         return Storage(w.numel(), self.bits, 4 if self.bits == 1 else 0)
 
 
 class DoReFaActivation(Quantizer):
-    """DoReFa's activations in front of one layer; the levels of `function` extend from `low` to `low` + 1."""
+    """Quantizer of one layer's input; the levels of `function` extend from `low` to `low` + 1."""
 
     def __init__(self, function: Callable[[Tensor, int], Tensor], low: float, bits: int) -> None:
         super().__init__()
@@ -224,12 +225,12 @@ class DoReFaActivation(Quantizer):
         return self.function(x, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """2^bits levels, evenly over an interval of length 1."""
+        """Return one group: 2^bits equally spaced levels over an interval of length 1."""
         return Grid((levels_k(self.bits, x) + self.low).reshape(1, -1, 1))
 
 
 class DoReFaGradient(Quantizer):
-    """Quantizes the gradient of a layer's output."""
+    """Quantizer of the gradient of one layer's output."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -240,7 +241,7 @@ class DoReFaGradient(Quantizer):
         return on_backward(y, lambda d: quantize_gradient(d, self.bits))
 
     def grid(self, grad: Tensor) -> Grid:
-        """One scale group per sample."""
+        """Return one group per sample: 2^bits levels from -m to m, m the sample's maximum."""
         m = _sample_max(grad).reshape(-1, 1)
         return Grid(((2 * levels_k(self.bits, grad) - 1) * m).unsqueeze(-1), lambda t: t.reshape(len(t), -1, 1))
 
@@ -250,7 +251,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, int], Tensor], float]] = {
     "abs": (quantize_activation_abs, 0.0),
     "tanh": (quantize_activation_tanh, -0.5),
 }
-"""Bounded function h -> its quantizer, and its lowest level."""
+"""Name of the bounded function h -> its quantizer and the quantizer's lowest level."""
 
 CLIP_TRAITS = ("monotone_input", "idempotent_input", "clipped_input", "cells_input")
 

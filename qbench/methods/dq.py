@@ -6,66 +6,71 @@ Paper
 
 Idea
     The output of a quantized network depends smoothly on its quantization points. So train the
-    points by gradient descent, and give more of them to the layers whose weights matter more.
+    points by gradient descent, and give more points to the layers whose weights matter more.
 
 Forward
-    As in qd, weights are scaled to x in [0, 1] in buckets of k elements of the flattened tensor,
-    with alpha and beta of each bucket. All buckets of a layer share its points p_1 <= ... <= p_m.
-    w_hat = alpha p_i + beta for the nearest p_i; a tie takes the upper point.
+    As in qd, the flattened tensor is cut into buckets of k elements, and the weights of each bucket
+    are scaled to x in [0, 1] by the bucket's alpha and beta. All buckets of a layer share the
+    layer's points p_1 <= ... <= p_m. w_hat = alpha p_i + beta for the p_i nearest to x; a tie takes
+    the upper point.
 
 Backward
     dL/dp_i = sum over weights j assigned to p_i of alpha(bucket of j) dL/dw_hat_j. Weights get no
     gradient.
-    The assignments count as constant: the gradient ignores that a moved point changes which weights
-    belong to it. With few points and wide buckets, a step can therefore raise the loss.
+    The gradient treats the assignments as constant. It ignores that moving a point changes which
+    weights are assigned to the point. With few points and wide buckets, a step can therefore raise
+    the loss.
     L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, with z_t the
-    logits of the float network and z_s those of the quantized network. The teacher is the network
-    itself before quantization, the float baseline.
+    logits of the float network and z_s those of the quantized network. The teacher is the float
+    baseline, that is the same network before quantization.
 
 Schedule
     One phase, from a float network. Points are sorted after every step.
 
 Sites
-    weight. The loss is that of `distill`; by default the teacher is the float baseline.
+    weight. The option `distill` sets the loss; by default the teacher is the float baseline.
 
 State
-    points (4 2^b floats): the scaled points of a layer, ascending, with unused places filled by the
-    last point.
-    count (integer scalar): how many points are used.
+    points (4 2^b floats): the scaled points of a layer, ascending. Unused places are filled with
+    the last point.
+    count (integer scalar): the number of points in use.
 
 Bits
     w 2-8 or 32 for 2^b points per layer on average, a and g 32; by default w4a32g32.
 
 Protocol
-    CIFAR-10, authors' code: starts from the distilled float student. SGD with Nesterov momentum 0.9
-    at 1e-6 trains the points alone, 10 epochs at 4 bits and 20 at 2, batch size 25. CIFAR-100:
-    1e-4, 20 epochs. There is no run with 8 bits.
+    CIFAR-10, authors' code: training starts from the distilled float student. SGD with Nesterov
+    momentum 0.9 at learning rate 1e-6 trains the points alone, for 10 epochs at 4 bits and for 20
+    at 2 bits, with batch size 25. CIFAR-100: learning rate 1e-4, 20 epochs. There is no run with 8
+    bits.
 
 Choices
-    initial: `quantiles` of the scaled weights, percentiles linspace(0, 100, m); or `uniform`, the
-    paper's ablation.
-    allocation: `gradient` or `even`. `even` gives every layer 2^b points. With `gradient` the total
-    is 2^b times the number of layers. Every layer keeps half of its 2^b points; the other halves
-    are shared in proportion to the 2-norm of dL/dw of the float network. Points left over by
-    rounding go to the layer with fewest, and missing points come from the layer with most, one at a
-    time. (In the authors' code one layer takes or gives all of them.) A layer has at most 4 2^b
-    points; the authors have no bound. Layers share only with layers of the same bits.w.
-    The gradient for the allocation is that of cross entropy over the probe in evaluation mode. The
-    authors average five minibatches.
-    Sorting leaves the optimizer's momentum in place, as in the authors' code: momentum belongs to
-    ranks, not to points.
-    Points use the learning rate of the recipe. The authors' small rates are for plain gradients,
-    which are sums over thousands of weights; Adam rescales these. Points are not confined to [0,
-    1].
-    bucket: k, 256 as in the paper; 0 makes one bucket of the tensor. The mean of KL is that of qd.
+    initial: the points at the start. `quantiles` takes the percentiles linspace(0, 100, m) of the
+    scaled weights. `uniform` spaces the points evenly; it is the paper's ablation.
+    allocation: `gradient` or `even`. `even` gives every layer 2^b points. `gradient` keeps the same
+    total, 2^b times the number of layers: every layer keeps half of its 2^b points, and the other
+    halves are distributed in proportion to the 2-norm of each layer's dL/dw in the float network.
+    Points left over by rounding go to the layer with the fewest points, one at a time; missing
+    points come from the layer with the most. (In the authors' code a single layer takes or gives
+    all of these points.) A layer has at most 4 2^b points; the authors set no bound. Points are
+    distributed only among layers of the same bits.w.
+    For the allocation, dL/dw is the gradient of the cross entropy over the probe in evaluation
+    mode. The authors average the gradients of five minibatches.
+    Sorting the points does not sort the optimizer's momentum, as in the authors' code. Momentum
+    therefore belongs to ranks, not to points.
+    Points use the learning rate of the recipe. The authors' small learning rates suit SGD, since
+    the gradient of a point is a sum over thousands of weights; Adam rescales these sums. Points are
+    not confined to [0, 1].
+    bucket: the number k, by default 256 as in the paper; 0 makes the whole tensor one bucket. KL is
+    averaged as in qd.
 
 Deviations
     The layer policy chooses convolutions and linear layers. The authors quantize every parameter,
     including biases and batch normalization.
-    All parameters except the quantizers' are frozen from the start, as in the authors' code. The
-    running statistics of batch normalization go on moving, as in the authors' code.
-    Stored bytes are ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point. The
-    authors leave out the points.
+    All parameters except those of the quantizers are frozen from the start. The running statistics
+    of batch normalization are still updated. Both are as in the authors' code.
+    Stored bytes count ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point. The
+    authors do not count the points.
 
 Results
     README (digits).
@@ -86,17 +91,18 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 INITIALS, ALLOCATIONS = ("quantiles", "uniform"), ("gradient", "even")
 CAPACITY = 4
-"""A layer may have CAPACITY 2^bits points."""
+"""A layer may have CAPACITY times 2^bits points."""
 
 
 @in_float32
 def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256) -> Tensor:
-    """Quantize weights (any shape) to the nearest of `points` (m,) in their buckets; only the points get a gradient.
+    """Quantize weights (any shape), scaled by bucket, to the nearest of `points` (m,); only points get a gradient.
 
     Args:
-        points: ascending, on the scale where a bucket's values extend from 0 to 1; infinite points
-            are never chosen.
-        bucket_size: elements of the flattened tensor that share a scale; 0 or None for all of them.
+        points: quantization points, ascending, on the scale where the values of a bucket extend
+            from 0 to 1; infinite points are never chosen.
+        bucket_size: number of elements of the flattened tensor that share a scale; 0 or None for
+            all elements.
     """
     # scale each bucket to [0, 1]
     v_BK = in_buckets(w.detach(), bucket_size)
@@ -111,7 +117,7 @@ def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256)
 
 @in_float32
 def initial_points(w: Tensor, count: int, bucket_size: int | None = 256, initial: str = "quantiles") -> Tensor:
-    """Return `count` points, ascending in [0, 1]: quantiles of the scaled weights, or evenly spaced (uniform)."""
+    """Return `count` points, ascending in [0, 1]: quantiles of the scaled weights, or evenly spaced for `uniform`."""
     evenly = torch.linspace(0, 1, count, dtype=w.dtype, device=w.device)
     if initial == "uniform":
         return evenly
@@ -126,13 +132,13 @@ def initial_points(w: Tensor, count: int, bucket_size: int | None = 256, initial
 
 
 def allocate_points(norms: Sequence[float], points: int, maximum: int | None = None) -> list[int]:
-    """Return the number of points of each layer, `points` on average, from the norms of the layers' gradients.
+    """Return the number of points per layer, `points` on average, from the norms of the layers' gradients.
 
     Args:
-        norms: one per layer.
-        points: 2 or more. Every layer keeps half of them; the others are shared in proportion to
-            the norms.
-        maximum: most points of a single layer, at least `points`; None for no bound.
+        norms: norm of the gradient of each layer's weights.
+        points: average number of points per layer, 2 or more. Every layer gets half of this number;
+            the remaining points are distributed in proportion to the norms.
+        maximum: largest number of points of a layer, at least `points`; None for no bound.
     """
     total, base, sum_of_norms = points * len(norms), points // 2, sum(norms)
     if not sum_of_norms > 0:  # all zero, or NaN
@@ -148,7 +154,7 @@ def allocate_points(norms: Sequence[float], points: int, maximum: int | None = N
 
 
 class DQWeight(Quantizer):
-    """A layer's weights, frozen, on trained points."""
+    """Quantizer of one layer's frozen weights to trained points."""
 
     count: Tensor
 
@@ -161,14 +167,14 @@ class DQWeight(Quantizer):
 
     @torch.no_grad()
     def reset_points(self, w: Tensor, count: int) -> None:
-        """Set `count` initial points for the weights w."""
+        """Set the points to `count` initial points for the weights w."""
         points = initial_points(w, count, self.bucket, self.initial)
         self.points.copy_(torch.cat([points, points[-1:].expand(len(self.points) - count)]))
         self.count.fill_(count)
 
     @torch.no_grad()
     def sort_points(self) -> None:
-        """Sort the points in use; set the unused places to the largest of them."""
+        """Sort the points in use, and set the unused places to the largest point."""
         ordered = self._used_points().sort().values
         unused = ordered.isinf()
         self.points.copy_(torch.where(unused, ordered.masked_fill(unused, -torch.inf).max(), ordered))
@@ -178,11 +184,11 @@ class DQWeight(Quantizer):
         return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
-        """One group per bucket, all with this layer's points."""
+        """Return one group per bucket: the layer's points, scaled to the bucket."""
         return bucketed_grid(w, self.points.detach()[: int(self.count)].to(w.dtype), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes, the points, and alpha and beta of every bucket."""
+        """Return the storage of the codes, the points, and alpha and beta of every bucket."""
         count = int(self.count)
         return Storage(w.numel(), (count - 1).bit_length(), 4 * count + scale_bytes(w, self.bucket))
 
@@ -191,7 +197,7 @@ class DQWeight(Quantizer):
         return {"points": int(self.count)}
 
     def _used_points(self) -> Tensor:
-        """Return the points with infinity in unused places, without synchronizing with a GPU."""
+        """Return the points, with infinity in unused places; this does not synchronize with a GPU."""
         rank = torch.arange(len(self.points), device=self.points.device)
         return torch.where(rank < self.count, self.points, torch.inf)
 
@@ -202,7 +208,7 @@ def _sites(model: nn.Module) -> dict[str, tuple[QLayer, DQWeight]]:
 
 
 def allocate_and_freeze(model: nn.Module, probe: Probe, allocation: str) -> None:
-    """Give every layer its points, and freeze all parameters except those of quantizers."""
+    """Set the points of every layer, and freeze all parameters except those of quantizers."""
     sites = _sites(model)
     if not sites:
         return

@@ -2,17 +2,17 @@
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
-    Quantization", AAAI 2018, arXiv 1803.03289: the extended SLQ. It is not in the authors' released
-    code. That centroids become powers of two is from memory of the paper.
+    Quantization", AAAI 2018, arXiv 1803.03289: the extended SLQ. The authors' released code does
+    not contain ESLQ. That centroids become powers of two is from memory of the paper.
 
 Idea
-    SLQ finds clusters that fit the weights; INQ multiplies by shifts. Share each cluster at the
-    power of two nearest to its centroid.
+    SLQ finds clusters that fit the weights; INQ replaces multiplications by shifts. ESLQ combines
+    both: the weights of a cluster share the power of two nearest to the cluster's centroid.
 
 Forward
     As in SLQ, but every centroid c is moved to the nearest of 0, +-2^n2, ..., +-2^n1 before its
-    cluster is shared; ties go up in magnitude. n1 = floor(log2(4 max|c| / 3)), n2 = n1 + 1 -
-    2^(b-1) / 2.
+    cluster is shared; ties go to the larger magnitude. n1 = floor(log2(4 max|c| / 3)), n2 = n1 + 1
+    - 2^(b-1) / 2.
 
 Backward
     dL/dw for free weights; no gradient for frozen ones.
@@ -24,25 +24,27 @@ Sites
     weight.
 
 State
-    That of SLQ, and n1 (int scalar): the largest exponent, set by the first clustering.
+    The state of SLQ, and n1 (int scalar): the largest exponent, set by the first clustering.
 
 Bits
     w 2-8 or 32 for at most 2^(b-1) + 1 levels; a and g 32; by default w5a32g32.
 
 Protocol
-    Only that of SLQ is known.
+    Only the protocol of SLQ is known.
 
 Choices
-    The sources give no range of exponents. Here it is that of INQ, computed from the largest
-    centroid instead of the largest weight. So the largest centroid always has a level. With max|w|
-    at 2 bits, all centroids could move to 0, and the layer would vanish.
-    Two centroids may move to the same level; they are one cluster from then on. A layer therefore
-    mostly has fewer levels than in INQ; portions count the levels that exist. A cluster that moves
-    to a frozen level is absorbed. Losses and distances are measured at the power of two.
+    The sources do not state the range of exponents. Here the range is that of INQ, computed from
+    the largest centroid instead of the largest weight. So the largest centroid always has a level.
+    A range computed from max|w| could move all centroids to 0 at 2 bits, and the layer would
+    vanish.
+    Two centroids that move to the same level become one cluster. A layer therefore mostly has fewer
+    levels than in INQ; portions count the levels that exist. A cluster that moves to a frozen level
+    is frozen with it. Losses and distances are measured after the move to powers of two.
     partition, portions: as in SLQ.
 
 Deviations
-    First and last layer stay float by the layer policy (layers.first=same layers.last=same).
+    The first and last layers stay float, following the layer policy (layers.first=same
+    layers.last=same quantizes them).
 
 Results
     README (digits).
@@ -60,7 +62,7 @@ from qbench.quant.quantizer import Storage
 
 
 class ESLQWeight(slq.SLQWeight):
-    """A layer's weights, part of them powers of two next to centroids."""
+    """Quantizer of one layer's weights; frozen weights are the powers of two nearest to centroids."""
 
     n1: Tensor
 
@@ -75,7 +77,7 @@ class ESLQWeight(slq.SLQWeight):
         return round_to_levels(centroids, levels_from_exponent(int(self.n1), self.bits).to(centroids))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes and one byte for the exponent."""
+        """Return the storage of the codes and of one byte for the exponent."""
         return Storage(w.numel(), self.bits, 1)
 
 

@@ -4,16 +4,16 @@ Paper
     None: this is the baseline that each paper compares itself with.
 
 Idea
-    A quantized network is judged by its distance from the float network that it started from.
-    `method=float` is that float baseline itself, trained by the recipe under `pretrain`. With
-    `init=float` it is the baseline trained further by the recipe of the quantized runs: a control
-    for what fine-tuning alone brings.
+    A quantized network is judged by the difference between its accuracy and that of the float
+    network that it started from. `method=float` trains this float baseline by the recipe under
+    `pretrain`. With `init=float`, `method=float` trains the baseline further by the recipe of the
+    quantized runs. That run shows what fine-tuning alone gains.
 
 Forward
-    The network's own.
+    That of the network.
 
 Backward
-    The network's own.
+    That of the network.
 
 Schedule
     One phase.
@@ -28,7 +28,7 @@ Bits
     w, a and g are 32.
 
 Protocol
-    As the float baseline: `pretrain.epochs` and `pretrain.optim`. With `init=float`: `epochs` and
+    For the float baseline, `pretrain.epochs` and `pretrain.optim`; with `init=float`, `epochs` and
     `optim`.
 
 Choices
@@ -38,7 +38,7 @@ Deviations
     None known.
 
 Results
-    The column `float` of every table.
+    See the column `float` of every table.
 """
 
 from qbench.bits import Bits

@@ -7,24 +7,25 @@ Paper
 Idea
     Store everything in fixed point, without a float copy of the weights. 16 bits are enough for
     training if rounding is unbiased. Rounding to nearest always loses an update below half a step.
-    Rounding up with a probability equal to the update's fraction of a step keeps it on average.
+    Stochastic rounding keeps such an update on average: it rounds up with a probability equal to
+    the update's fraction of a step.
 
 Forward
-    A format <IL, FL> has WL = IL + FL bits, including the sign in IL. Its step is eps = 2^-FL and
-    its range [-2^(IL-1), 2^(IL-1) - eps].
-    Convert(x) saturates, never wraps, and rounds values in range. With f = floor(x / eps) eps:
-    nearest gives f if x <= f + eps / 2, else f + eps; stochastic gives f + eps with probability
-    (x - f) / eps, else f. (Saturation and stochastic rounding are from a restatement of the paper;
-    the ends of the range and the side of a tie are from memory.)
-    A layer computes y = Convert(sum of w x, + bias): products and sum are wide, and there is one
-    rounding. Weights are used as stored.
+    A format <IL, FL> has WL = IL + FL bits, including the sign in IL. The step is eps = 2^-FL; the
+    range is [-2^(IL-1), 2^(IL-1) - eps].
+    Convert(x) saturates, never wraps, and rounds values in range. Let f = floor(x / eps) eps.
+    Nearest rounding gives f if x <= f + eps / 2, else f + eps. Stochastic rounding gives f + eps
+    with probability (x - f) / eps, else f. (Saturation and stochastic rounding are from a
+    restatement of the paper; the ends of the range and the side of a tie are from memory.)
+    A layer computes y = Convert(sum of w x, + bias). The products and the sum are wide; only the
+    sum is rounded. Weights are used as stored.
 
 Backward
-    A layer's error is dL/dy = Convert of the wide sum that arrives; both of the layer's gradients
-    are computed from it. Through Convert of activations, the gradient passes where they are in
-    range, else it is 0.
-    Update: W <- Convert(W + Convert(dW)), with dW the change that the optimizer makes; biases
-    likewise.
+    A layer's error dL/dy is Convert of the wide sum that arrives from the next layers; the
+    gradients of the layer's weights and input are computed from this error. Where an activation is
+    in range, its gradient passes through Convert; elsewhere the gradient is 0.
+    Update: W <- Convert(W + Convert(dW)), with dW the change that the optimizer makes. Biases are
+    updated likewise.
 
 Schedule
     One phase, from random weights rounded to nearest.
@@ -33,39 +34,42 @@ Sites
     weight (with the bias), input, output (activations forward, errors backward).
 
 State
-    None: the weights and biases themselves are on their grid.
+    None: the weights and biases themselves are on the fixed-point grid.
 
 Bits
     The word length WL is w for weights, biases, updates and momentum, a for inputs and outputs of
     layers, g for errors: 8-20 or 32; by default w16a16g16. Below 8 bits, outputs at the default IL
-    would have fewer than 2 fraction bits. 20 is the widest format that the paper is remembered to
-    use; above it, checking float32 values against a grid shows nothing.
+    would have fewer than 2 fraction bits. 20 bits are the widest format of the paper, as
+    remembered. Above 20 bits, checking float32 values against the grid shows nothing.
 
 Protocol
-    From memory, unverified: MNIST and CIFAR-10; a perceptron and small CNNs with ReLU, no batch
-    normalization; SGD, with momentum 0.9 for the CNNs; WL 16, FL varied for weights and updates,
-    outputs at <6,10> and <4,12>.
+    From memory, unverified: MNIST and CIFAR-10; a perceptron and small CNNs with ReLU, without
+    batch normalization; SGD, with momentum 0.9 for the CNNs; WL 16; FL varied for weights and
+    updates; outputs in <6,10> and <4,12>.
 
 Choices
-    rounding: `stochastic` or `nearest` (the paper's comparison), for all conversions in training.
-    Evaluation rounds to nearest and draws no random numbers; the same holds for gradients in
-    evaluation mode.
-    integer_*: IL of each kind of tensor; FL is WL - IL. Weights, biases and updates have 2,
-    activations 6, as remembered above. Errors have -4, a range of +-1/32: the loss is a mean, so an
-    error at the logits is at most 1/64 for 64 images. Fewer images need a larger range.
-    momentum: `float`, or `fixed`: SGD's buffer or Adam's first moment is rounded after each step,
-    with integer_momentum integer bits. The paper does not say. Adam's second moment stays float,
-    since squares do not fit such a format.
-    Saturated values get no gradient, as with a clip; the sources say nothing about this.
+    rounding: `stochastic` or `nearest`, for all conversions in training. The paper compares the
+    two. Evaluation, including gradients in evaluation mode, rounds to nearest and draws no random
+    numbers.
+    integer_*: IL of each kind of tensor; FL is WL - IL. By default, IL is 2 for weights, biases and
+    updates, and 6 for activations, as remembered above. For errors it is -4, a range of +-1/32. The
+    loss is a mean, so an error at the logits is at most 1/64 for 64 images. Smaller batches need a
+    larger range.
+    momentum: `float` or `fixed`. With `fixed`, SGD's buffer or Adam's first moment is rounded after
+    each step to a format with integer_momentum integer bits. The paper does not say which it uses.
+    Adam's second moment stays float, since squares do not fit such a format.
+    The gradient of saturated values is 0, as with a clip; the sources do not mention this case.
     ReLU, pooling and sums between layers are computed in float on values that are on the grid; the
     next layer rounds its input.
 
 Deviations
-    First and last layer stay float by the layer policy; the paper has everything in fixed point.
-    The wide sum is float32's, with 24 significant bits. Near a threshold it may give the
-    neighbouring value. (On CUDA, torch's default TF32 convolutions keep 11 bits of each factor.)
-    dW is computed as the difference of the float32 values W + dW and W. Below 2^-24 for |W| < 2,
-    which is 1/1024 of a step at WL 16, it is lost.
+    The first and last layers stay float, following the layer policy; the paper has everything in
+    fixed point.
+    The wide sum is computed in float32, with 24 significant bits. Near a rounding threshold, the
+    result may therefore be the neighbouring value. (On CUDA, torch's default TF32 convolutions keep
+    11 bits of each factor.)
+    dW is computed as the difference of the float32 values W + dW and W. For |W| < 2, a dW below
+    2^-24 is therefore lost; that is 1/1024 of a step at WL 16.
 
 Results
     README (digits).
@@ -102,10 +106,11 @@ def to_fixed(
     2^-fraction_bits; gradients pass inside the range, including its ends.
 
     Args:
-        integer_bits, fraction_bits: one may be negative; their sum is 1 to 24 (float64: 1 to 53).
-        rounding: `nearest`, ties down; `stochastic`, up with the probability of the fraction, one
-            draw per element.
-        generator: for the draws; torch's global generator by default.
+        integer_bits, fraction_bits: IL and FL. One of the two may be negative; the sum is 1 to 24
+            (float64: 1 to 53).
+        rounding: `nearest`, with ties down, or `stochastic`: up with a probability equal to the
+            fraction of a step, with one draw per element.
+        generator: source of the draws; torch's global generator by default.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding}: must be one of {', '.join(ROUNDINGS)}")
@@ -140,13 +145,13 @@ def to_fixed(
 
 
 def _round_to_nearest(steps: Tensor, result: Tensor, half: Tensor, *scratch: Tensor) -> None:
-    """Round `steps` to integers in `result`, ties down; writes to `steps` and `half`."""
+    """Round `steps` to integers in `result`, ties down; `steps` and `half` are overwritten."""
     torch.add(torch.floor(steps, out=result), 0.5, out=half)
     result.add_(steps.gt_(half))
 
 
 class FixedPointFormat(NamedTuple):
-    """A fixed-point format <integer, fraction> and its rounding; float if the word length is 32."""
+    """A fixed-point format <integer, fraction> with a rounding mode; a word length of 32 means float."""
 
     integer: int
     fraction: int
@@ -166,10 +171,9 @@ class FixedPointFormat(NamedTuple):
 
 
 class GuptaWeight(Quantizer):
-    """A layer's weights, which are on their grid after `prepare` and after each step.
+    """Quantizer of one layer's weights, which are on the grid after `prepare` and after each step.
 
-    Holds the formats of the tensors that are stored with the weights too: biases, updates,
-    momentum.
+    The quantizer also holds the formats of biases, updates and momentum.
     """
 
     def __init__(
@@ -187,32 +191,32 @@ class GuptaWeight(Quantizer):
         return w
 
     def grid(self, w: Tensor) -> Grid:
-        """One group: the values of the weights' format."""
+        """Return one group: all values of the weights' format."""
         return self.weights.grid(w)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes alone; the format is fixed."""
+        """Return the storage of the codes; the format is fixed, so it takes no storage."""
         return Storage(w.numel(), self.weights.integer + self.weights.fraction, 0)
 
 
 class GuptaActivation(Quantizer):
-    """A layer's input in the activations' format."""
+    """Quantizer of one layer's input to the format of activations."""
 
     def __init__(self, activations: FixedPointFormat) -> None:
         super().__init__()
         self.activations = activations
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the rounded input; values on the grid stay the same."""
+        """Return the rounded input; values already on the grid stay the same."""
         return self.activations.convert(x, self.training)
 
     def grid(self, x: Tensor) -> Grid:
-        """One group: the values of the activations' format."""
+        """Return one group: all values of the activations' format."""
         return self.activations.grid(x)
 
 
 class GuptaOutput(Quantizer):
-    """A layer's output in the format of activations, and its gradient in the format of errors."""
+    """Quantizer of one layer's output to the format of activations, and of the output's gradient to that of errors."""
 
     def __init__(self, activations: FixedPointFormat, errors: FixedPointFormat) -> None:
         super().__init__()
@@ -225,12 +229,12 @@ class GuptaOutput(Quantizer):
         return on_backward(y, lambda d: self.errors.convert(d, training))
 
     def grid(self, grad: Tensor) -> Grid:
-        """One group: the values of the errors' format."""
+        """Return one group: all values of the errors' format."""
         return self.errors.grid(grad)
 
 
 def fixed_point_parameters(model: nn.Module) -> Iterator[tuple[Tensor, FixedPointFormat, GuptaWeight]]:
-    """Yield every weight and bias in fixed point, with its format and its layer's quantizer."""
+    """Yield every weight and bias tensor in fixed point, with the tensor's format and the layer's quantizer."""
     for layer in quantized_layers(model).values():
         if isinstance(site := layer.weight_q, GuptaWeight):
             yield layer.weight, site.weights, site
@@ -247,7 +251,7 @@ def prepare(model: nn.Module, probe: object) -> None:
 
 @torch.no_grad()
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step the optimizer; convert every update, its sum with the parameter, and momentum to fixed point."""
+    """Step the optimizer; convert updates, updated parameters and momentum to fixed point."""
     before = [(p, p.clone(), fixed_format, site) for p, fixed_format, site in fixed_point_parameters(model)]
     optimizer.step()
     for parameter, old, fixed_format, site in before:

@@ -6,19 +6,20 @@ Paper
 
 Idea
     Batch normalization without scale and shift makes the input of a nonlinearity close to N(0, 1),
-    in every layer. So one set of levels, optimal for the positive half of that Gaussian, serves all
-    layers. The backward pass needs a surrogate for the derivative of the step function; its choice
-    decides whether deep networks train.
+    in every layer. So all layers can use one set of levels, which is optimal for the positive half
+    of that Gaussian. The backward pass needs a surrogate for the derivative of the step function.
+    The choice of this surrogate decides whether deep networks train.
 
 Forward
-    Activations, positive levels q_1 < ... < q_m, m = 2^b - 1: 0 for x <= 0; else the q_i with t_i-1
-    < x <= t_i, where t_i is half way between levels, t_0 = 0 and t_m infinite. The levels minimize
-    E (Q(x) - x)^2 over the positive half of N(0, 1); uniform levels are i times a step.
+    Activations: the positive levels are q_1 < ... < q_m, m = 2^b - 1. Q(x) is 0 for x <= 0, else
+    the q_i with t_i-1 < x <= t_i; t_i is half way between q_i and q_i+1, t_0 = 0, and t_m is
+    infinite. The levels minimize E (Q(x) - x)^2 over the positive half of N(0, 1); uniform levels
+    are i times a step.
     Weights, per output filter: mean|w| sign(w), sign(0) = +1.
 
 Backward
-    Activations: vanilla 1{x > 0}; clipped 1{0 < x <= q_m}; log_tailed as clipped, but 1 / (x -
-    (q_m - 1)) above q_m.
+    Activations, by the option `backward`: the derivative is 1{x > 0} for vanilla and 1{0 < x <=
+    q_m} for clipped; log_tailed is as clipped, but 1 / (x - (q_m - 1)) above q_m.
     Weights: dL/dw = dL/dw_hat, unclipped, without alpha.
 
 Schedule
@@ -35,26 +36,26 @@ Bits
 
 Protocol
     The authors' CIFAR-10 network: VGG-small, SGD with momentum 0.9, learning rate from 0.01
-    linearly to 0 over 200 epochs, batch size 100, weight decay 5e-4, replicate-padded crops. First
-    and last layer are float, and the last layer's input is not quantized.
+    linearly to 0 over 200 epochs, batch size 100, weight decay 5e-4, replicate-padded crops. The
+    first and last layers are float, and the last layer's input is not quantized.
 
 Choices
     levels: `uniform` (the paper's networks), `optimal` (non-uniform, Lloyd-Max) or `sign`. `sign`
-    is the paper's control: one bit, sign(x) with the derivative of hard tanh, 1{|x| < 1}, instead
-    of the half-wave quantizer.
-    constants: `exact` computes the optimum. `authors` uses the rounded ones of their code: steps
-    0.799, 0.538, 0.3217, 0.185 for 1-4 bits; 0.453 and 1.51 are their non-uniform levels of 2 bits,
-    three values in all.
-    threshold: `zero` is the paper's. `half_step` puts the first threshold at half a step,
-    round(x / step), with the step that is optimal for it. Later code by the same author does so
-    with the old constants.
+    is the paper's control: instead of the half-wave quantizer, it uses the one-bit function sign(x)
+    with the derivative of hard tanh, 1{|x| < 1}.
+    constants: `exact` computes the optimum. `authors` uses the rounded constants of the authors'
+    code: steps 0.799, 0.538, 0.3217, 0.185 for 1-4 bits, and the non-uniform levels 0.453 and 1.51
+    for 2 bits (three values with 0).
+    threshold: `zero` is the paper's first threshold. `half_step` puts the first threshold at half a
+    step, as in round(x / step), and uses the step that is optimal for this threshold. Later code by
+    the same author has the threshold of half a step too, but keeps the old constants.
     A ReLU in front of the quantizer changes nothing, since x <= 0 gives 0 either way. Where the
     network allows it, the ReLU is removed.
     The offset of the log tail is not in the released code; q_m - 1 follows from continuity.
 
 Deviations
-    In the networks here, the last batch normalization, in front of the linear layer, has no scale
-    and shift either.
+    In the networks here, the last batch normalization, in front of the linear layer, also has no
+    scale and shift.
 
 Results
     README (digits, glyphs).
@@ -89,7 +90,7 @@ def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
 
     Args:
         bits: 1 to 8.
-        uniform: multiples of one step; else Lloyd-Max levels.
+        uniform: return multiples of one step; else Lloyd-Max levels.
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"bits={bits}: must be 1 to 8")
@@ -98,7 +99,7 @@ def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
 
 
 def half_step_levels(bits: int) -> Tensor:
-    """Return the uniform levels that are optimal for a first threshold of half a step, that is for round(x / step)."""
+    """Return the uniform levels that are optimal for round(x / step), whose first threshold is half a step."""
     m = 2**bits - 1
     return torch.tensor([i * _step(m, 0.5) for i in range(1, m + 1)])
 
@@ -145,7 +146,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
-    """Return the cells between thresholds, divided further at 0 and at the last level, where slopes change."""
+    """Return the cells between thresholds, divided further at 0 and at the last level, where the slope changes."""
     edges = torch.unique(torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]))
     numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
     middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
@@ -177,7 +178,7 @@ def _density(x: Tensor) -> Tensor:
 
 
 def _tail_probability(x: Tensor) -> Tensor:
-    """Return the probability of N(0, 1) above x, exact in the tail."""
+    """Return the probability that a value from N(0, 1) is above x, accurate in the tail."""
     return torch.erfc(x / math.sqrt(2)) / 2
 
 
@@ -185,7 +186,7 @@ def _tail_probability(x: Tensor) -> Tensor:
 def _step(m: int, first: float) -> float:
     """Return the optimal step of m uniform levels for thresholds at first, 1.5, 2.5, ... steps.
 
-    It is the root of the derivative of the mean squared error, found by bisection.
+    The step is the root of the derivative of the mean squared error, found by bisection.
     """
     i = torch.arange(1, m + 1, dtype=torch.float64)
 
@@ -237,7 +238,7 @@ def _lloyd_max(m: int) -> list[float]:
 
 
 class HWGQWeight(BinaryWeight):
-    """Binary weights as in BWN, with the identity as straight-through gradient."""
+    """Quantizer of one layer's weights: binary as in BWN, with the identity as straight-through gradient."""
 
     def __init__(self) -> None:
         super().__init__("identity")
@@ -248,7 +249,7 @@ class HWGQWeight(BinaryWeight):
 
 
 class HWGQActivation(Quantizer):
-    """Half-wave Gaussian quantization in front of one layer."""
+    """Half-wave Gaussian quantizer of one layer's input."""
 
     levels: Tensor
 
@@ -262,12 +263,12 @@ class HWGQActivation(Quantizer):
         return quantize_activation(x, self.levels, self.backward)
 
     def grid(self, x: Tensor) -> Grid:
-        """Zero and the positive levels."""
+        """Return one group: zero and the positive levels."""
         return Grid(torch.cat([self.levels.new_zeros(1), self.levels]).to(x.dtype).reshape(1, -1, 1))
 
 
 class HalfStepHWGQActivation(HWGQActivation):
-    """Half-wave Gaussian quantization with the first threshold at half a step."""
+    """Half-wave Gaussian quantizer with the first threshold at half a step."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations."""
@@ -275,7 +276,7 @@ class HalfStepHWGQActivation(HWGQActivation):
 
 
 def _levels(bits: int, kind: str, constants: str, threshold: str) -> Tensor:
-    """Return the levels that the options `levels`, `constants` and `threshold` ask for."""
+    """Return the levels for the options `levels`, `constants` and `threshold`."""
     if constants == "authors":
         if kind == "uniform" and bits in AUTHORS_STEPS:
             return AUTHORS_STEPS[bits] * torch.arange(1, 2**bits, dtype=torch.float64).float()
@@ -286,7 +287,7 @@ def _levels(bits: int, kind: str, constants: str, threshold: str) -> Tensor:
 
 
 def _sign_control(w: int, a: int) -> Method:
-    """Return the paper's control: binary activations, with the same weights."""
+    """Return the paper's control: binary activations, with the weights of HWGQ."""
     return Method(
         name="hwgq",
         bits=Bits(w, a),

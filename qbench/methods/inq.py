@@ -6,22 +6,22 @@ Paper
     AojunZhou/Incremental-Network-Quantization (Caffe).
 
 Idea
-    Quantize the largest weights and freeze them, retrain the others, and repeat until all are
-    quantized. The weights that are still free compensate each loss of accuracy. Multiplications
-    become shifts.
+    Quantize the largest weights and freeze them, retrain the other weights, and repeat until all
+    weights are quantized. The weights that are still free compensate the loss of accuracy. With
+    powers of two as weights, multiplications become shifts.
 
 Forward
     Per layer: levels +-2^n1, ..., +-2^n2 and 0, with s = max|w|, n1 = floor(log2(4 s / 3)), n2 = n1
     + 1 - 2^(b-1) / 2.
-    For neighbouring magnitudes l < h, 0 the lowest, |w| in [(l + h) / 2, 3 h / 2) goes to h. Frozen
-    weights keep their level, free ones are float.
+    For neighbouring magnitudes l < h of levels, the lowest being 0, |w| in [(l + h) / 2, 3 h / 2)
+    is quantized to h. Frozen weights keep their level; free weights are float.
 
 Backward
-    dL/dw for free weights; no gradient for frozen ones.
+    dL/dw for free weights; no gradient for frozen weights.
 
 Schedule
     One phase per portion, of equal length. Each phase restarts the learning-rate schedule and
-    clears momentum. In the last phase, portion 1, only batch normalization and biases are trained.
+    clears momentum. In the last phase (portion 1), only batch normalization and biases are trained.
 
 Sites
     weight.
@@ -36,18 +36,20 @@ Bits
 Protocol
     ImageNet from published float networks: SGD with momentum 0.9, weight decay 5e-4
     (GoogLeNet 2e-4). The accumulated portions depend on the network: 0.5 0.75 0.875 1 for ResNets
-    at 5 bits, finer ones for fewer bits. All layers are quantized; biases and batch normalization
-    are not. Learning rates and epochs of each portion are not in the paper.
+    at 5 bits, finer portions for fewer bits. All layers are quantized; biases and batch
+    normalization are not. The paper does not state the learning rate and the epochs of each
+    portion.
 
 Choices
-    portions: 0.5 0.75 0.875 1 (ResNets). partition: `largest` first, or `random`, the paper's
-    ablation.
-    n1 is computed for the first portion only. The authors' code computes it for every portion, from
-    a maximum that is frozen by then. The two agree unless free weights outgrow that maximum.
+    portions: by default 0.5 0.75 0.875 1, as for ResNets. partition: `largest` freezes the largest
+    weights first; `random` is the paper's ablation.
+    n1 is computed for the first portion only. The authors' code computes n1 for every portion;
+    after the first portion, the largest weight is frozen. The two agree unless free weights outgrow
+    this largest weight.
 
 Deviations
-    First and last layer stay float by the layer policy; the paper quantizes them (layers.first=same
-    layers.last=same).
+    The first and last layers stay float, following the layer policy; the paper quantizes both
+    (layers.first=same layers.last=same).
 
 Results
     README (digits).
@@ -93,12 +95,12 @@ def levels_from_exponent(n1: int, bits: int) -> Tensor:
 
 @in_float32
 def quantize_weight(w: Tensor, bits: int) -> Tensor:
-    """Quantize a layer's weights (any shape) to the levels that they define. Eq. 4. No gradient."""
+    """Quantize a layer's weights (any shape) to the levels for their maximum. Eq. 4. No gradient."""
     return round_to_levels(w, power_of_two_levels(w, bits))
 
 
 def round_to_levels(w: Tensor, levels: Tensor) -> Tensor:
-    """Return the nearest of `levels` for each weight; ties go up in magnitude. No gradient.
+    """Return the nearest of `levels` for each weight; ties go to the larger magnitude. No gradient.
 
     Weights beyond the largest level get the largest level.
     """
@@ -109,12 +111,12 @@ def round_to_levels(w: Tensor, levels: Tensor) -> Tensor:
 
 
 def select_largest(w: Tensor, portion: float, frozen: Tensor) -> Tensor:
-    """Extend the mask `frozen` by the largest free weights, to the accumulated `portion` of the layer."""
+    """Extend the mask `frozen` by the largest free weights until it covers the fraction `portion` of the layer."""
     return extend_mask(frozen, w.abs(), portion)
 
 
 class INQWeight(FrozenWeight):
-    """A layer's weights, part of them powers of two."""
+    """Quantizer of one layer's weights; frozen weights are powers of two."""
 
     n1: Tensor
 
@@ -125,7 +127,7 @@ class INQWeight(FrozenWeight):
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze the layer up to an accumulated portion."""
+        """Freeze further weights until the fraction `portion` of the layer is frozen."""
         if not self.frozen.any():  # the first portion fixes the levels
             self.n1.fill_(largest_exponent(w))
         effective = self(w)  # frozen values and free latent weights
@@ -137,11 +139,11 @@ class INQWeight(FrozenWeight):
         return round_to_levels(w, self._levels(w))
 
     def grid(self, w: Tensor) -> Grid:
-        """One group: the powers of two and zero."""
+        """Return one group: the powers of two and zero."""
         return Grid(self._levels(w).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes and one byte for the exponent."""
+        """Return the storage of the codes and of one byte for the exponent."""
         return Storage(w.numel(), self.bits, 1)
 
     def _levels(self, w: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class INQWeight(FrozenWeight):
 
 
 def check_portions(portions: Sequence[float]) -> list[float]:
-    """Return accumulated portions as floats; raise `ValueError` unless they ascend from above 0 to 1."""
+    """Return the accumulated portions as floats; raise `ValueError` unless the portions ascend from above 0 to 1."""
     checked = [float(p) for p in portions]
     if not checked or checked != sorted(set(checked)) or checked[0] <= 0 or checked[-1] != 1:
         raise ValueError(f"portions={checked}: must be ascending numbers above 0, the last one 1")
@@ -157,7 +159,7 @@ def check_portions(portions: Sequence[float]) -> list[float]:
 
 
 def build(*, w: int = 5, portions: Sequence[float] = (0.5, 0.75, 0.875, 1.0), partition: str = "largest") -> Method:
-    """Return INQ; `portions` are accumulated fractions of a layer, ascending, the last one 1."""
+    """Return INQ; `portions` are accumulated fractions of a layer, ascending; the last portion is 1."""
     stages = check_portions(portions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition}: must be one of {', '.join(PARTITIONS)}")

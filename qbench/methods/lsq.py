@@ -5,8 +5,8 @@ Paper
     arXiv 1902.08153.
 
 Idea
-    Learn the step with the gradient that rounding contributes, not only that of the clip. Scale
-    this gradient so that steps and weights change at comparable rates.
+    Learn the step from the rounded values too, not only from the clipped ones. Scale the gradient
+    of the step so that steps and weights change at comparable rates.
 
 Forward
     v_hat = s round(clip(v / s, -Qn, Qp)). Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1.
@@ -15,7 +15,7 @@ Forward
 Backward
     dL/dv = dL/dv_hat where -Qn < v / s < Qp, else 0.
     dv_hat/ds = round(v / s) - v / s inside this range, -Qn or Qp outside. dL/ds is scaled by 1 /
-    sqrt(N Qp), with N the number of weights, or of the activations of one sample.
+    sqrt(N Qp), with N the number of weights of the layer or of activations of one sample.
 
 Schedule
     One phase, from a float network.
@@ -24,20 +24,20 @@ Sites
     weight, input.
 
 State
-    step (scalar): of a layer's weights, and of its input. signed (bool): whether the input's levels
-    include negative ones. ready (bool): whether the input's step was set from data.
+    step (scalar): one for a layer's weights, one for its input. signed (bool): whether the input's
+    levels include negative ones. ready (bool): whether the input's step was set from data.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w2a2g32.
 
 Protocol
-    ImageNet: SGD with momentum 0.9 and a cosine schedule over 90 epochs, from a float network.
-    First and last layer have 8 bits.
+    ImageNet: SGD with momentum 0.9 and a cosine schedule over 90 epochs, from a float network. The
+    first and last layers have 8 bits.
 
 Choices
-    Steps start at 2 mean|v| / sqrt(Qp): those of weights from the weights, those of activations
-    from the probe, where the paper uses the first batch. An input with negative values in the probe
-    gets levels of both signs.
+    Steps start at 2 mean|v| / sqrt(Qp). For activations, the mean is taken over the probe; the
+    paper uses the first batch. An input that has negative values in the probe gets levels of both
+    signs.
 
 Deviations
     Steps are kept at 1e-8 or more.
@@ -61,15 +61,15 @@ SMALLEST = 1e-8
 
 
 def limits(bits: int, signed: bool) -> tuple[int, int]:
-    """Return (Qn, Qp): the codes are -Qn, ..., Qp."""
+    """Return (Qn, Qp); the codes are the integers from -Qn to Qp."""
     return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 @in_float32
 def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-    """Quantize x (any shape) to `step` times the integers of b bits. Eq. 1-3.
+    """Quantize x (any shape) to the multiples of `step` whose codes have `bits` bits. Eq. 1-3.
 
-    `step` is a scalar above 0, which gets the gradient of eq. 3; 32 bits return x itself.
+    `step` is a scalar above 0 and gets the gradient of eq. 3. 32 bits return x itself.
     """
     if bits == FLOAT:
         return x
@@ -98,30 +98,30 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
 
 
 def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
-    """Return 2 mean|x| / sqrt(Qp), or 1 if x is all zero."""
+    """Return the initial step 2 mean|x| / sqrt(Qp), or 1 if x is all zero."""
     start = 2 * x.detach().abs().mean() / max(limits(bits, signed)[1], 1) ** 0.5
     return torch.where(start > 0, start, torch.ones_like(start))
 
 
 def scale_gradient(step: Tensor, count: int, bits: int, signed: bool) -> Tensor:
-    """Return the step; its gradient is multiplied by `gradient_scale`."""
+    """Return the step unchanged; the backward pass multiplies its gradient by `gradient_scale`."""
     factor = gradient_scale(count, bits, signed)
     return on_backward(step, lambda grad: grad * factor)
 
 
 def gradient_scale(count: int, bits: int, signed: bool) -> float:
-    """Return 1 / sqrt(count Qp). Section 2.2."""
+    """Return the factor of a step's gradient: 1 / sqrt(count Qp). Section 2.2."""
     return float((count * max(limits(bits, signed)[1], 1)) ** -0.5)
 
 
 def _grid(step: Tensor, bits: int, signed: bool) -> Grid:
-    """Return one group: `step` times the integers of b bits."""
+    """Return one group: `step` times every integer from -Qn to Qp."""
     low, high = limits(bits, signed)
     return Grid((torch.arange(-low, high + 1, device=step.device) * step).reshape(1, -1, 1))
 
 
 class LSQWeight(Quantizer):
-    """A layer's weights with their learned step."""
+    """Quantizer of one layer's weights with a learned step."""
 
     positive_parameters: tuple[str, ...] = ("step",)
 
@@ -139,16 +139,16 @@ class LSQWeight(Quantizer):
         return gradient_scale(w.numel(), self.bits, signed=True)
 
     def grid(self, w: Tensor) -> Grid:
-        """Step times the integers of b bits."""
+        """Return one group: the step times every integer from -Qn to Qp."""
         return _grid(self.step, self.bits, signed=True)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes and the step."""
+        """Return the storage of the codes and of the step."""
         return Storage(w.numel(), self.bits, 4)
 
 
 class LSQActivation(Quantizer):
-    """A layer's input with its learned step."""
+    """Quantizer of one layer's input with a learned step."""
 
     positive_parameters: tuple[str, ...] = ("step",)
 
@@ -168,7 +168,7 @@ class LSQActivation(Quantizer):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set sign and step from inputs x of the layer."""
+        """Set `signed` and the step from inputs x of the layer."""
         self.is_signed = bool((x < 0).any()) and self.bits > 1
         self.signed.fill_(self.is_signed)
         self.step.copy_(initial_step(x, self.bits, self.is_signed))
@@ -188,18 +188,18 @@ class LSQActivation(Quantizer):
         return gradient_scale(x[0].numel(), self.bits, bool(self.signed))
 
     def grid(self, x: Tensor) -> Grid:
-        """Step times the integers of b bits."""
+        """Return one group: the step times every integer from -Qn to Qp."""
         return _grid(self.step, self.bits, bool(self.signed))
 
 
 def _reset_sign(module: nn.Module, keys: object) -> None:
-    """Forget the cached sign after a state_dict was loaded."""
+    """Reset the cached `is_signed` after a state_dict was loaded."""
     assert isinstance(module, LSQActivation)
     module.is_signed = None
 
 
 def prepare(model: nn.Module, probe: Probe) -> None:
-    """Set the steps of all inputs from the inputs of the layers in the float network, over the probe."""
+    """Set the steps of all inputs from the layers' inputs in the float network, over the probe."""
     for name, layer in quantized_layers(model).items():
         if isinstance(layer.input_q, LSQActivation):
             with float_mode(model):

@@ -2,29 +2,32 @@
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
-    Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ. There MLQ is an
-    editor's backup file, with the order of its layers written by hand.
+    Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ. MLQ is there in an
+    editor's backup file, with the order of the layers written by hand.
 
 Idea
     With three clusters per layer, few free weights remain in a layer for retraining. So partition
-    over depth too: quantize the layers that raise the loss most first, and let the layers that are
+    over depth too: first quantize the layers that raise the loss most, and let the layers that are
     still free compensate.
 
 Forward
-    Per layer k = 2^(b-1) + 1 clusters by one-dimensional k-means. A layer starts float. First its
-    boundary clusters are shared at their centroids, while the zero cluster is trained. Then all
-    weights are clustered again with the frozen centroids fixed, and the zero cluster is shared too.
+    One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer. A layer starts float. First
+    the weights of the boundary clusters are frozen at the centroids of these clusters, while the
+    zero cluster is trained. Then all weights are clustered again with the frozen centroids fixed,
+    and the zero cluster is frozen too.
 
 Backward
-    dL/dw for free weights; no gradient for frozen ones.
+    dL/dw for free weights; no gradient for frozen weights.
 
 Schedule
-    One phase for each group of clusters, boundary and zero, of equal length. In the first half of a
-    phase the layers are advanced, as evenly as the epochs allow; in the second half everything that
-    is free trains on. The learning-rate schedule restarts and momentum is cleared at the start of a
-    phase, not at each layer.
-    Whenever layers are due, the network's loss on the probe is measured for each remaining layer,
-    with only this layer's next clusters shared. The layers of largest loss are advanced.
+    One phase for each group of clusters, boundary and zero; the phases have equal length. In the
+    first half of a phase, the layers take their step (freezing their next clusters) one after
+    another, as evenly as the epochs allow. In the second half, all free weights are trained
+    further. The learning-rate schedule restarts and momentum is cleared at the start of a phase,
+    not at each layer.
+    Whenever steps are due, the network's loss on the probe is measured for each remaining layer,
+    with the next clusters of only this layer frozen. The layers with the largest loss take their
+    step.
 
 Sites
     weight.
@@ -32,31 +35,31 @@ Sites
 State
     frozen, value, centroids, settled: as in SLQ.
     turn (int, one per group of clusters): the position of this layer's step among all steps of all
-    layers, 0 if it has not come. loss (float64, one per group): the loss measured for this step,
-    NaN if none.
+    layers, 0 before the step. loss (float64, one per group): the loss measured for this step, NaN
+    if no loss was measured.
 
 Bits
     w 2 (three values), 3 (five), 4 (nine) or 32; a and g 32; by default w2a32g32.
 
 Protocol
-    CIFAR-10, ResNet-20 and ImageNet networks; at least 18 iterations by the authors' file names.
-    Their learning rates are unknown.
+    CIFAR-10, ResNet-20 and ImageNet networks; at least 18 iterations, judging by the authors' file
+    names. The learning rates are unknown.
 
 Choices
-    zero: `mean` (the authors' code) shares the zero cluster at its mean, so it is not exactly 0,
-    and the boundaries are not symmetric. `pinned` keeps a centroid at 0.
+    zero: `mean` (the authors' code) freezes the zero cluster at its mean, which is not exactly 0;
+    the boundaries are then not symmetric. `pinned` keeps a centroid at 0.
     All layers freeze their boundary clusters before any layer freezes its zero cluster. This is our
-    reading of "boundary before zero"; the sources describe states of single layers only. The
-    remaining layers are measured again each time.
-    3 and 4 bits, with five and nine clusters, are our reading throughout: the outermost two
-    clusters, then the next two inwards, and so on to the middle one.
-    depth: `false` is the ablation. All layers are advanced at once at the start of a phase, and
-    nothing is measured.
+    reading of "boundary before zero"; the sources only describe the states of single layers. The
+    remaining layers are measured again whenever steps are due.
+    The order at 3 and 4 bits, with five and nine clusters, is entirely our reading: the outermost
+    two clusters are frozen first, then the next two inwards, and so on to the middle cluster.
+    depth: `false` is the ablation. All layers take their step at the start of a phase, and nothing
+    is measured.
 
 Deviations
-    k-means is exact; the authors take ten Lloyd iterations from powers of two.
-    First and last layer stay float by the layer policy. The authors' code quantizes the first
-    layer, and the last one except in ResNet-18 (layers.first=same layers.last=same).
+    k-means is exact; the authors run ten Lloyd iterations that start from powers of two.
+    The first and last layers stay float, following the layer policy. The authors' code quantizes
+    the first layer, and the last one except in ResNet-18 (layers.first=same layers.last=same).
 
 Results
     README (digits).
@@ -80,14 +83,14 @@ CLUSTER_GROUPS = {
     3: ("outer", "inner", "zero"),
     4: ("outer", "second", "third", "inner", "zero"),
 }
-"""Bits -> the groups of clusters that are frozen one after another."""
+"""Weight width in bits -> the groups of clusters, in the order in which they are frozen."""
 PINNED: dict[str, tuple[float, ...]] = {"mean": (), "pinned": (0.0,)}
 ADVANCING_SHARE = 0.5
-"""Share of a phase in which layers are advanced; in the rest everything that is free trains on."""
+"""Share of a phase in which layers take their step; in the rest, all free weights are trained further."""
 
 
 class MLQWeight(slq.SLQWeight):
-    """A layer's weights: float, then with boundary clusters shared, then all shared."""
+    """Quantizer of one layer's weights: first float, then with boundary clusters frozen, then with all frozen."""
 
     turn: Tensor
     loss: Tensor
@@ -99,14 +102,14 @@ class MLQWeight(slq.SLQWeight):
 
     @property
     def frozen_groups(self) -> int:
-        """Return how many groups of clusters are frozen."""
+        """Return the number of groups of clusters that are frozen."""
         return int((self.turn > 0).sum())
 
     def next_clusters(self, w: Tensor) -> tuple[Clusters, Tensor]:
         """Return the current clustering, and the mask (m,) of the clusters that are frozen after the next step.
 
-        These are the clusters frozen so far, and the lowest and the highest of the free ones; in
-        the last step all.
+        The mask covers the clusters frozen so far and the lowest and the highest free cluster; in
+        the last step, it covers all clusters.
         """
         clusters = self.clusters(w)
         frozen, free = clusters.settled.clone(), (~clusters.settled).nonzero().flatten()
@@ -128,7 +131,7 @@ class MLQWeight(slq.SLQWeight):
 
 
 def steps_due(epoch: int, epochs: int, layers: int, groups: int, depth: bool = True) -> int:
-    """Return how many steps of single layers, out of `layers * groups`, are done before the training of an epoch."""
+    """Return how many of the `layers * groups` steps of single layers are done before an epoch is trained."""
     current = stage(epoch, epochs, groups)
     if not depth:
         return (current + 1) * layers
@@ -140,7 +143,7 @@ def steps_due(epoch: int, epochs: int, layers: int, groups: int, depth: bool = T
 
 @torch.no_grad()
 def freeze_next(model: nn.Module, count: int, depth: bool, probe: Probe) -> None:
-    """Freeze the next clusters of layers, of the largest loss first, until `count` steps of single layers are done.
+    """Freeze the next clusters of layers, those of largest loss first, until `count` steps of single layers are done.
 
     A group of clusters is frozen in all layers before the next group begins.
     """

@@ -6,15 +6,15 @@ Paper
 
 Idea
     Clipping activations at 1 does not suit every layer. Let each layer learn its clipping level.
-    Weight decay pulls the level down, since a smaller range has finer steps.
+    Weight decay pulls the level down, which gives a smaller range with finer steps.
 
 Forward
-    y = 0.5 (|x| - |x - alpha| + alpha), that is x clipped to [0, alpha]. x_hat = round(y n / alpha)
+    y = 0.5 (|x| - |x - alpha| + alpha); this is x clipped to [0, alpha]. x_hat = round(y n / alpha)
     alpha / n, n = 2^k - 1. Weights: DoReFa-Net's function of the same width.
 
 Backward
     dL/dx = dL/dx_hat where 0 <= x < alpha, else 0. dL/dalpha = the sum of dL/dx_hat over x >=
-    alpha; the rounded part contributes nothing.
+    alpha; values below alpha contribute nothing.
 
 Schedule
     One phase, from a float network.
@@ -29,14 +29,15 @@ Bits
     w and a each 1-16 or 32, g 32; by default w2a2g32.
 
 Protocol
-    CIFAR-10 ResNet-20: SGD with momentum 0.9 at 0.1, a tenth of it from epochs 60 and 120 of 200,
-    batch size 128, weight decay 2e-4. First and last layer have high precision.
+    CIFAR-10 ResNet-20: SGD with momentum 0.9, 200 epochs at learning rate 0.1, divided by 10 at
+    epochs 60 and 120, batch size 128, weight decay 2e-4. The first and last layers have high
+    precision.
 
 Choices
-    initial: the value at which alpha starts; 10 by default (as remembered of the paper, not checked
+    initial: the value at which alpha starts, 10 by default (remembered from the paper, not checked
     against its text).
-    decay: weight decay of alpha; 2e-4 by default, as that of the weights in the paper's protocol.
-    It acts independently of the optimizer's own weight decay.
+    decay: weight decay of alpha, 2e-4 by default, like the weights in the paper's protocol. This
+    decay is independent of the optimizer's own weight decay.
 
 Deviations
     Alpha is kept at 1e-3 or more.
@@ -65,7 +66,7 @@ SMALLEST = 1e-3
 def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     """Quantize activations (any shape) to 2^bits levels in [0, alpha]. Eq. 1-3.
 
-    alpha is a scalar above 0, which gets a gradient; 32 bits return x itself.
+    alpha is a scalar above 0 and gets a gradient. 32 bits return x itself.
     """
     if bits == FLOAT:
         return x
@@ -91,7 +92,7 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 
 def _cells(alpha: Tensor, n: float) -> Cells:
-    """Return the cells: 0 below the range, one for each level, one for x >= alpha."""
+    """Return the cells: cell 0 below the range, one per level, and one for x >= alpha."""
 
     def number(x: Tensor) -> Tensor:
         code = x.clamp(min=0).clamp_(max=scalar(alpha)).mul_(n).div_(alpha).round_()
@@ -104,7 +105,7 @@ def _cells(alpha: Tensor, n: float) -> Cells:
 
 
 class PACTActivation(Quantizer):
-    """PACT in front of one layer."""
+    """Quantizer of one layer's input, with a learned clipping level."""
 
     positive_parameters: tuple[str, ...] = ("alpha",)
 
@@ -118,7 +119,7 @@ class PACTActivation(Quantizer):
         return quantize_activation(x, self.alpha, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """2^bits levels from 0 to alpha."""
+        """Return one group: 2^bits levels from 0 to alpha."""
         return Grid((levels_k(self.bits, x) * self.alpha).reshape(1, -1, 1))
 
 
@@ -129,7 +130,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4) -> Method:
-    """Return PACT; alpha starts at `initial` and decays with weight decay `decay`."""
+    """Return PACT; `initial` is the initial alpha, and `decay` is the weight decay of alpha."""
     if initial <= SMALLEST:
         raise ValueError(f"initial={initial}: must be a number above {SMALLEST}")
     if not 0 <= decay < 1:

@@ -11,27 +11,29 @@ Idea
 
 Forward
     Weights: s round(w / s), clipped to +-s n, n = 2^(b-1) - 1, per output channel or per layer.
-    minmax: s = max|w| / n. mse: the value of least squared error among 1, 2, ..., 100 % of that.
-    Activations: as in uniform, 2^b levels over a fixed range [l, h] that contains zero, which is a
-    level; l = 0 after a ReLU. minmax: the extremes. percentile: the value that p % of all values do
-    not exceed, and its mirror image. mse: the range of least squared error among 1, 2, ..., 100 %
-    of the extremes.
+    minmax: s = max|w| / n. mse: the s of least squared error among 1, 2, ..., 100 % of the minmax
+    step.
+    Activations: as in uniform, 2^b levels over a fixed range [l, h]. The range contains zero, which
+    is a level; l = 0 after a ReLU. minmax: l and h are the extremes. percentile: h is the value
+    that p % of all values do not exceed, and l is the value that p % are not below. mse: the range
+    of least squared error among 1, 2, ..., 100 % of the extremes.
 
 Backward
-    As in uniform, for those who train on: the identity for weights; for activations the gradient
-    passes where x is in range.
+    Only needed for further training. As in uniform: the identity for weights; for activations, the
+    gradient passes where x is in range.
 
 Schedule
-    No epochs. `prepare` calibrates the weights, then the activations on the inputs of the layers in
-    the float network. Then it measures batch normalization with the quantizers in place: mean and
-    variance of each batch of the probe, averaged over batches with equal weights.
+    No epochs. `prepare` calibrates the weights, then the activations, on the layers' inputs in the
+    float network. Then it measures the statistics of batch normalization with the quantizers in
+    place: the mean and variance of each batch of the probe, averaged over batches with equal
+    weights.
 
 Sites
     weight, input.
 
 State
-    scale, (O, 1, ...) or a scalar: step of the weights; that of minmax until `prepare`. low, high
-    (scalars): range of a layer's input; 0 and 1 if nothing was calibrated.
+    scale, (O, 1, ...) or a scalar: step of the weights; until `prepare`, the minmax step. low, high
+    (scalars): range of a layer's input; 0 and 1 unless calibrated.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
@@ -40,11 +42,11 @@ Protocol
     Ours: the probe, 256 training images.
 
 Choices
-    By default both ranges are fitted by mse, and batch normalization is measured again. The options
-    differ at few bits, and there the control should not be weaker than necessary.
+    By default both ranges are fitted by mse, and batch normalization is measured again. The results
+    of the options differ at few bits; the control should not be weaker than necessary there.
     Activations are calibrated on the float network all at once, as deployment tools do, not layer
     by layer with the earlier layers quantized. percentile and mse use at most 2^20 values of a
-    layer, spread evenly. mse shrinks both ends by the same factor.
+    layer's input, spread evenly over all values. mse shrinks both ends by the same factor.
 
 Deviations
     None known.
@@ -71,25 +73,25 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 WEIGHTS, CALIBRATIONS = ("minmax", "mse"), ("minmax", "percentile", "mse")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MAX_VALUES = 2**20
-"""Values of a layer's input that calibration uses at most."""
+"""Largest number of values of a layer's input that calibration uses."""
 
 Range = tuple[Tensor, Tensor]
-"""Lower and upper end, scalars; zero is between them or one of them."""
+"""Lower and upper end of a range that contains zero, scalars."""
 
 
 @in_float32
 def quantize_weight(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Quantize weights (O, ...) to 2^bits - 1 multiples of `scale`, (O, 1, ...) or a scalar; clip weights beyond."""
+    """Quantize and clip weights (O, ...) to 2^bits - 1 multiples of `scale`, which is (O, 1, ...) or a scalar."""
     top, scale = 2 ** (bits - 1) - 1, scale.to(w.dtype)
     return straight_through(w, (w.detach() / scale).round().clamp(-top, top) * scale)
 
 
 def weight_scale(w: Tensor, bits: int, channel: bool = True, criterion: str = "minmax") -> Tensor:
-    """Return the step of weights (O, ...): (O, 1, ..., 1), or a scalar unless `channel`.
+    """Return the step of weights (O, ...), of shape (O, 1, ..., 1) with `channel`, else a scalar.
 
     Args:
-        criterion: minmax (the whole range) or mse (the fraction of it with the least squared
-            error).
+        criterion: minmax (step for the whole range) or mse (step for the fraction of the range with
+            the least squared error).
     """
     full_scale = uniform.weight_scale(w, bits, channel)
     if criterion == "minmax":
@@ -110,7 +112,7 @@ def minmax_range(x: Tensor) -> Range:
 
 
 def percentile_range(x: Tensor, percent: float) -> Range:
-    """Return the least value that `percent` (50-100) of x do not exceed, and its mirror image at the lower end.
+    """Return the range (low, high): `percent` % (50-100) of x are at most high, and `percent` % at least low.
 
     The range is widened to contain zero.
     """
@@ -120,7 +122,7 @@ def percentile_range(x: Tensor, percent: float) -> Range:
 
 
 def mse_range(x: Tensor, bits: int) -> Range:
-    """Return the extremes of x, both multiplied by the factor out of 0.01, ..., 1 of least squared error."""
+    """Return the extremes of x, both times the factor among 0.01, 0.02, ..., 1 with the least squared error."""
     low, high = minmax_range(x)
     errors = [
         (uniform.quantize_activation(x, low * percent / 100, high * percent / 100, bits) - x).square().mean()
@@ -131,7 +133,7 @@ def mse_range(x: Tensor, bits: int) -> Range:
 
 
 class PTQWeight(Quantizer):
-    """A layer's weights on a fixed uniform grid."""
+    """Quantizer of one layer's weights to a fixed uniform grid."""
 
     scale: Tensor
 
@@ -149,18 +151,18 @@ class PTQWeight(Quantizer):
         self.scale.copy_(weight_scale(w.detach(), self.bits, self.channel, self.criterion))
 
     def grid(self, w: Tensor) -> Grid:
-        """One group per output channel, or one."""
+        """Return one group per output channel, or one group for the layer."""
         top = 2 ** (self.bits - 1) - 1
         points = (torch.arange(-top, top + 1, device=w.device) * self.scale.reshape(-1, 1)).unsqueeze(-1)
         return Grid(points, lambda t: t.reshape(len(points), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes, and a scale per group."""
+        """Return the storage of the codes and of one scale per group."""
         return Storage(w.numel(), self.bits, 4 * self.scale.numel())
 
 
 class PTQActivation(Quantizer):
-    """A layer's input on a uniform grid over a fixed range."""
+    """Quantizer of one layer's input to a uniform grid over a fixed range."""
 
     low: Tensor
     high: Tensor
@@ -176,12 +178,12 @@ class PTQActivation(Quantizer):
         return uniform.quantize_activation(x, self.low, self.high, self.bits)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Set the range to quantize over."""
+        """Set the range over which the levels extend."""
         self.low.copy_(low)
         self.high.copy_(high)
 
     def grid(self, x: Tensor) -> Grid:
-        """2^bits levels, zero among them."""
+        """Return one group: 2^bits levels, including zero."""
         step, zero = uniform.step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 
@@ -190,12 +192,12 @@ class PTQActivation(Quantizer):
 def calibrate(
     model: nn.Module, batches: Sequence[Batch], find_range: Callable[[Tensor, int], Range], extremes_only: bool
 ) -> None:
-    """Fit the ranges of a network's activations to the inputs of its layers in the float network.
+    """Fit the ranges of a network's activations to the layers' inputs in the float network.
 
     Args:
-        find_range: (values (n,), bits) -> range.
-        extremes_only: give `find_range` only the extremes of each batch; else a sample of at most
-            `MAX_VALUES` values.
+        find_range: function of values (n,) and bits that returns the range.
+        extremes_only: pass only the extremes of each batch to `find_range`, else a sample of at
+            most `MAX_VALUES` values.
     """
     layers = quantized_layers(model)
     sites = {name: layer.input_q for name, layer in layers.items() if isinstance(layer.input_q, PTQActivation)}
@@ -214,10 +216,10 @@ def calibrate(
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Set the running mean and the (unbiased) variance of batch normalization to their averages over these batches.
+    """Set the running statistics of batch normalization to averages over `batches`; variances are unbiased.
 
-    Batch normalization computes with the statistics of each batch meanwhile; all else is in
-    evaluation mode.
+    During these passes, batch normalization uses the statistics of each batch; all other modules
+    are in evaluation mode.
     """
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]

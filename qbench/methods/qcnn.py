@@ -5,59 +5,61 @@ Paper
     2016, arXiv 1512.06473. Authors' code: jiaxiang-wu/quantized-cnn (C++, forward pass alone).
 
 Idea
-    Let one code stand for several weights: replace groups of neighbouring weights along the input
-    channels by one of a few learned codewords. A layer's responses then are sums of table look-ups.
-    The error of the responses matters, not that of the weights. So fit the codes to the responses,
-    layer by layer.
+    Encode several weights by one code: replace each group of neighbouring weights along the input
+    channels by one of a few learned codewords. A layer's responses are then sums of table look-ups.
+    Accuracy depends on the error of the responses, not on that of the weights. So fit the codes to
+    the responses, layer by layer.
 
 Forward
-    Input channels are divided into M subspaces of Cs' channels; zeros are appended if they do not
-    divide evenly. Each subspace has a codebook of K codewords, found by k-means; all kernel
-    positions and groups share it. w_hat is decoded in each forward pass.
+    Input channels are divided into M subspaces of Cs' channels; zeros are appended if the channels
+    do not divide evenly. Each subspace has a codebook of K codewords, found by k-means. All kernel
+    positions and groups share this codebook. w_hat is decoded in each forward pass.
     Error correction: min over D, B of sum_n |T_n - sum_m (D_m B_m)^T S_nm|^2. T is the response of
-    the float network; S is the layer's input, with the earlier layers already quantized. Subspace
-    by subspace: least squares for each codeword, then the best codeword for each output and kernel
-    position.
+    the float network; S is the layer's input, with the earlier layers already quantized. For one
+    subspace after another, each codeword is fitted by least squares; then each output and kernel
+    position gets the best codeword.
 
 Backward
-    None for quantized weights: they are fixed. Inputs get the gradient of the decoded weights.
+    Quantized weights are fixed and get no gradient. The gradient of the inputs is computed with the
+    decoded weights.
 
 Schedule
-    Quantized in `prepare`, from a float network. Then biases, batch normalization and float layers
-    are trained.
+    Weights are quantized in `prepare`, from a float network. Then biases, batch normalization and
+    float layers are trained.
 
 Sites
     weight.
 
 State
-    codebooks (M, K, Cs'): NaN where there are fewer distinct sub-vectors than K. codes, int16,
+    codebooks (M, K, Cs'): the codewords; NaN where there are fewer than K distinct sub-vectors.
+    codes, int16,
     (Ct, kh, kw, M) or (Ct, M): the index of the codeword. Both are zero until `prepare`.
 
 Bits
     w 1-8 or 32: log2(K) / Cs' rounded up, with at most 10 bits per code; a and g 32; by default
-    w1a32g32, K = 16 for Cs' = 4. The levels reported are codewords.
+    w1a32g32, K = 16 for Cs' = 4. Codewords are reported as levels.
 
 Protocol
-    ImageNet networks: Cs'/K 8/128 for convolutions (VGG-16 6/128), 3/32 or 4/32 for linear layers,
-    1/16 for the last; biases float. Convolutions come first; then linear layers are fine-tuned and
-    quantized. Correction uses 250-500 images for convolutions and 25,000 for linear layers
-    (author). VGG-16's 6/128 is remembered; it gives the reported speed-up.
+    ImageNet networks: Cs'/K is 8/128 for convolutions (VGG-16 6/128), 3/32 or 4/32 for linear
+    layers, 1/16 for the last layer; biases are float. Convolutions are quantized first; then linear
+    layers are fine-tuned and quantized. Correction uses 250-500 images for convolutions and 25,000
+    for linear layers (author). VGG-16's 6/128 is remembered; it agrees with the reported speed-up.
 
 Choices
-    The paper does not give the start and length of k-means. Here: k-means++ from one fixed seed in
-    float64, so that codes depend on the weights alone, up to 50 iterations; single weights
-    (Cs' = 1) exactly.
-    Correction: 3 sweeps, on all outputs of linear layers and on about 4,096 positions of
+    The paper does not state how k-means starts and how long it runs. Here it is k-means++ in
+    float64 with up to 50 iterations, from one fixed seed, so that codes depend on the weights
+    alone. For single weights (Cs' = 1), k-means is exact.
+    Correction makes 3 sweeps, on all outputs of linear layers and on about 4,096 positions of
     convolutions, spread over the probe.
-    The formulas of operations and bytes are derived. They give 4.16 where the authors' README has
-    4.15, and the paper's other speed-ups as remembered.
+    The formulas for operations and bytes are our derivation. They yield 4.16 where the authors'
+    README has 4.15, and reproduce the paper's other speed-ups as remembered.
 
 Deviations
     The correction also penalizes |w_hat - w|^2, with weight 0.1 times the mean square of the
-    inputs. The probe has 256 images where the paper used 25,000; directions that it does not excite
-    would be fitted to nothing.
-    All layers are quantized in one round, and the rest is trained afterwards. First and last layer
-    stay float by the layer policy.
+    inputs. The probe has 256 images where the paper used 25,000. Without the penalty, weights along
+    directions that do not occur in the probe's inputs would be undetermined.
+    All layers are quantized in one round, and the other parameters are trained afterwards. The
+    first and last layers stay float, following the layer policy.
 
 Results
     README (digits).
@@ -81,17 +83,17 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 # Shapes: Ct outputs, Cs inputs, M subspaces, K codewords, G groups, P positions, N responses.
 
 CODE_BITS = 10
-"""Bits of a code at most."""
+"""Largest width of a code in bits."""
 MAX_RESPONSES = 4096
-"""Responses of a layer that the correction uses, about."""
+"""Approximate number of responses of a layer that the correction uses."""
 
 Sampler = Callable[[QLayer, Tensor, int], Tensor]
-"""(layer, recorded tensor, about how many rows) -> the rows to keep."""
+"""(layer, recorded tensor, approximate number of rows) -> the sampled rows."""
 
 
 @in_float32
 def product_quantize(w: Tensor, subspace: int, codewords: int) -> Tensor:
-    """Quantize weights (Ct, Cs) or (Ct, Cs, kh, kw): replace every `subspace` input channels by a codeword."""
+    """Quantize weights (Ct, Cs) or (Ct, Cs, kh, kw): replace each run of `subspace` input channels by a codeword."""
     return decode(*product_codes(w, subspace, codewords), w.shape[1])
 
 
@@ -124,7 +126,7 @@ def conv_bytes(inputs: int, outputs: int, kernel: int, subspace: int, codewords:
 
 
 class QCNNWeight(Quantizer):
-    """A layer's weights as codes; all zero until `encode`, since finding them takes minutes in a large network."""
+    """Quantizer of one layer's weights to codewords. All codes are zero until `encode`, which may take minutes."""
 
     codebooks: Tensor
     codes: Tensor
@@ -137,15 +139,15 @@ class QCNNWeight(Quantizer):
         self.register_buffer("codes", weight.new_zeros(*outputs, subspaces, dtype=torch.int16))
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the decoded weights; the latent ones get no gradient."""
+        """Return the decoded weights; the latent weights get no gradient."""
         return decode(self.codebooks, self.codes, w.shape[1]).to(w.dtype)
 
     def encode(self, w: Tensor) -> None:
-        """Set the codes that k-means finds for the weights w."""
+        """Set the codebooks and codes to those that k-means finds for the weights w."""
         self._set_codes(*product_codes(w, self.subspace, self.codewords))
 
     def correct(self, w: Tensor, inputs: Tensor, targets: Tensor) -> None:
-        """Fit the codes to responses; see `error_corrected`."""
+        """Fit the codebooks and codes to the responses `targets`; see `error_corrected`."""
         self._set_codes(*error_corrected(self.codebooks, self.codes, w, inputs, targets))
 
     def _set_codes(self, codebooks: Tensor, codes: Tensor) -> None:
@@ -153,19 +155,20 @@ class QCNNWeight(Quantizer):
         self.codes.copy_(codes)
 
     def grid(self, w: Tensor) -> Grid:
-        """One group per subspace: its codewords."""
+        """Return one group per subspace: the codewords of the subspace."""
         return Grid(self.codebooks, lambda t: subvectors(t, self.subspace).flatten(0, -3).transpose(0, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """A code for several weights, and the codebooks."""
+        """Return the storage of the codes, each for several weights, and of the codebooks."""
         bits = max(1, (self.codebooks.shape[1] - 1).bit_length())
         return Storage(self.codes.numel(), bits, 4 * self.codebooks.numel())
 
 
 def patches(layer: QLayer, x: Tensor, limit: int) -> Tensor:
-    """Return the parts of a layer's input x that its responses read: (N, G, P, Cs) for about `limit` responses.
+    """Return the patches of a layer's input x for about `limit` responses: (N, G, P, Cs), one per response.
 
-    The responses are spread over all of the layer's; `responses` returns the same ones.
+    The sampled responses are spread evenly over all responses of the layer; `responses` samples the
+    same ones.
     """
     if not isinstance(layer, nn.Conv2d):
         return _spread(x.flatten(0, -2), limit)[:, None, None]
@@ -192,7 +195,7 @@ def responses(layer: QLayer, y: Tensor, limit: int) -> Tensor:
 
 
 def _spread(rows: Tensor, limit: int) -> Tensor:
-    """Return at most `limit` rows, evenly spread."""
+    """Return at most `limit` of the rows, evenly spread."""
     return rows[:: -(-len(rows) // limit) | 1]  # an odd step takes different columns in every image
 
 
@@ -201,7 +204,7 @@ def _sample_outputs(model: nn.Module, probe: Probe, layers: dict[str, QLayer], s
     """Return samples of the outputs of modules over the probe, in the order in which the modules run.
 
     Args:
-        layers: name of a module -> the layer that it is or belongs to.
+        layers: name of a module -> the layer that is this module or contains it.
     """
     outputs: dict[str, list[Tensor]] = {}
     limit = -(-MAX_RESPONSES // len(probe.batches))
@@ -215,7 +218,7 @@ def _sample_outputs(model: nn.Module, probe: Probe, layers: dict[str, QLayer], s
 
 
 def encode(model: nn.Module, probe: Probe, correct: bool) -> None:
-    """Encode the weights of a network's layers; with `correct`, fit the codes to the float network's responses."""
+    """Encode the weights of all layers; with `correct`, then fit the codes to the float network's responses."""
     layers: dict[str, QLayer] = {}
     sites: dict[str, QCNNWeight] = {}
     for name, layer in quantized_layers(model).items():
@@ -235,7 +238,7 @@ def encode(model: nn.Module, probe: Probe, correct: bool) -> None:
 
 
 def _codewords(bits: int, subspace: int, codewords: int, prefix: str) -> int:
-    """Return K of a layer.
+    """Return the number of codewords K of a layer.
 
     Raises:
         Unsupported: the codes would have more than `CODE_BITS` bits, or `codewords` does not agree
@@ -264,9 +267,10 @@ def build(
     """Return Q-CNN; the method card explains the options.
 
     Args:
-        subspace, codewords: of convolutions; 0 codewords for as many as the width allows.
+        subspace, codewords: input channels per subspace (Cs') and codewords per codebook (K) of
+            convolutions; 0 codewords for as many as the width allows.
         fc_subspace, fc_codewords: the same for linear layers.
-        error_correction: fit codes to responses; else k-means alone.
+        error_correction: fit the codes to responses; else they are those of k-means.
     """
     options = {"subspace": subspace, "fc_subspace": fc_subspace, "codewords": codewords, "fc_codewords": fc_codewords}
     for key, value in options.items():

@@ -6,15 +6,15 @@ Paper
 
 Idea
     A small quantized network learns more from the outputs of a float teacher than from labels
-    alone. One scale for each short run of weights keeps an outlier from spoiling the levels of all
-    other weights.
+    alone. Each short run of weights has its own scale, so that an outlier does not spoil the levels
+    of all other weights.
 
 Forward
     The flattened tensor is cut into buckets of k elements, across channels. The last bucket is
-    filled up with its last element; a tensor shorter than k is one bucket. Per bucket: beta = min
-    v, alpha = max v - min v (1 if below 1e-10), x = (v - beta) / alpha, s = 2^b levels including
-    both ends, w_hat = alpha round(x (s - 1)) / (s - 1) + beta. Stochastic rounding of y = x
-    (s - 1): floor(y) plus 1 with probability y - floor(y).
+    padded with its last element; a tensor shorter than k is one bucket. For each bucket v, beta =
+    min v, alpha = max v - min v (1 if below 1e-10) and x = (v - beta) / alpha. With s = 2^b levels
+    including both ends, w_hat = alpha round(x (s - 1)) / (s - 1) + beta. Stochastic rounding of y =
+    x (s - 1) gives floor(y), plus 1 with probability y - floor(y).
 
 Backward
     dL/dw = dL/dw_hat. L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2,
@@ -24,7 +24,7 @@ Schedule
     One phase.
 
 Sites
-    weight. The loss is that of `distill`; by default the teacher is the float baseline.
+    weight. The option `distill` sets the loss; by default the teacher is the float baseline.
 
 State
     None.
@@ -33,30 +33,32 @@ Bits
     w 1-8 or 32 for 2^b levels per bucket, a and g 32; by default w4a32g32.
 
 Protocol
-    CIFAR-10, authors' code: plain convolutional students; SGD with Nesterov momentum 0.9 at 0.001,
-    weight decay 2.2e-4, batch size 25, 200 epochs, the learning rate halved after 10 epochs without
-    a better test error; 2, 4 and 8 bits, k = 256, deterministic rounding, from random weights.
-    CIFAR-100: wide ResNets, 0.1 times 0.2 after 60, 120 and 160 of 200 epochs.
+    CIFAR-10, authors' code: plain convolutional students, trained from random weights; SGD with
+    Nesterov momentum 0.9, weight decay 2.2e-4, batch size 25, 200 epochs. The learning rate starts
+    at 0.001 and is halved after 10 epochs without a better test error. Widths are 2, 4 and 8 bits,
+    k = 256, with deterministic rounding. CIFAR-100: wide ResNets; the learning rate starts at 0.1
+    and is multiplied by 0.2 after 60, 120 and 160 of 200 epochs.
 
 Choices
-    bucket: k, 256 as in the paper; 0 makes one bucket of the tensor (the paper's "no bucketing").
-    stochastic: `false` as in the authors' experiments. `true` rounds at random in training only;
-    evaluation rounds to nearest.
-    trained: `false` rounds the weights of the float baseline and trains nothing, the paper's
-    control (with distill=none).
-    Rounding is to nearest with ties to even, as in the authors' code.
-    KL is the mean over the batch of the sum over classes. The authors' code also averages over
-    classes (the default of its PyTorch version, from memory): per sample its weight is 0.7 T^2 /
-    classes.
-    Left out: their gradient through minimum and maximum, and clipping of gradients at |w| > 1; the
-    authors use neither.
+    bucket: the number k, by default 256 as in the paper; 0 makes the whole tensor one bucket (the
+    paper's "no bucketing").
+    stochastic: `false`, as in the authors' experiments, rounds to nearest. `true` rounds
+    stochastically in training, and to nearest in evaluation.
+    trained: `false` (with distill=none) rounds the weights of the float baseline and trains
+    nothing. This is the paper's control.
+    Values are rounded to nearest with ties to even, as in the authors' code.
+    KL is summed over classes and averaged over the batch. The authors' code also averages over
+    classes (the default of the PyTorch version they use, from memory), so its weight per sample is
+    0.7 T^2 / classes.
+    The authors' code has two options that its experiments do not use: a gradient through minimum
+    and maximum, and clipping of gradients at |w| > 1. They are left out here.
 
 Deviations
     The layer policy chooses convolutions and linear layers. The authors quantize every parameter,
     including biases and batch normalization.
-    Training starts from the float baseline; init=scratch starts as the authors do. The baseline is
-    as large as the student unless `distill` names another run.
-    Stored bytes are codes and two floats per bucket; the paper's sizes count Huffman codes
+    Training starts from the float baseline; init=scratch starts from random weights, as the authors
+    do. The teacher is as large as the student unless `distill` names another run.
+    Stored bytes count the codes and two floats per bucket; the paper's sizes count Huffman codes
     (`huffman_bits`).
 
 Results
@@ -78,7 +80,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 # Shapes: B buckets, K elements of a bucket, L levels.
 
 MIN_RANGE = 1e-10
-"""A bucket with a smaller range counts as constant: its alpha is 1."""
+"""A bucket with a smaller range counts as constant and has alpha 1."""
 
 
 @in_float32
@@ -93,9 +95,10 @@ def quantize_bucketed(
 
     Args:
         bits: 1 or more.
-        bucket_size: elements of the flattened tensor that share a scale; 0 or None for all of them.
-        stochastic: round at random, so that the mean is w; else to nearest, ties to even.
-        generator: for the random numbers; torch's global generator by default.
+        bucket_size: number of elements of the flattened tensor that share a scale; 0 or None for
+            all elements.
+        stochastic: round at random, with mean w; else round to nearest, ties to even.
+        generator: source of the random numbers; torch's global generator by default.
     """
     if bits < 1:
         raise ValueError(f"bits={bits}: must be 1 or more")
@@ -109,7 +112,7 @@ def quantize_bucketed(
 
 
 def in_buckets(w: Tensor, bucket_size: int | None) -> Tensor:
-    """Return the flattened tensor as rows (B, K); the last row is filled up with the last element.
+    """Return the flattened tensor as rows (B, K); the last row is padded with the last element.
 
     A tensor shorter than a bucket is one row of its own length.
     """
@@ -121,19 +124,19 @@ def in_buckets(w: Tensor, bucket_size: int | None) -> Tensor:
 
 
 def from_buckets(v_BK: Tensor, like: Tensor) -> Tensor:
-    """Return rows (B, K) as a tensor of `like`'s shape, without the filling."""
+    """Return the rows (B, K) as a tensor of the shape of `like`, without the padding."""
     return v_BK.reshape(-1)[: like.numel()].view(like.shape)
 
 
 def bucket_scale(v_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return alpha, the range of each bucket (1 if it is constant), and beta, its minimum; (B, 1) each."""
+    """Return alpha, the range of each bucket (1 for a constant bucket), and beta, the minimum; (B, 1) each."""
     beta, top = v_BK.aminmax(dim=1, keepdim=True)
     alpha = top - beta
     return torch.where(alpha < MIN_RANGE, torch.ones_like(alpha), alpha), beta
 
 
 def bucketed_grid(w: Tensor, points_L: Tensor, bucket_size: int | None) -> Grid:
-    """Return the grid of scaled points (L,): one group per bucket of w."""
+    """Return the grid with one group per bucket of w: the points (L,), scaled by the bucket's alpha and beta."""
     alpha, beta = bucket_scale(in_buckets(w.detach(), bucket_size))
     return Grid((points_L * alpha + beta).unsqueeze(-1), lambda t: in_buckets(t, bucket_size).unsqueeze(-1))
 
@@ -144,12 +147,12 @@ def scale_bytes(w: Tensor, bucket_size: int | None) -> int:
 
 
 def compression_ratio(bits: int, bucket_size: int = 256, float_bits: int = 32) -> float:
-    """Return the size of floats relative to that of codes with two floats per bucket: k f / (k b + 2 f)."""
+    """Return the size of floats divided by that of codes with two floats per bucket: k f / (k b + 2 f)."""
     return bucket_size * float_bits / (bucket_size * bits + 2 * float_bits)
 
 
 def huffman_bits(counts: Iterable[int]) -> float:
-    """Return the mean length of a Huffman code in bits, from the count of each symbol; 0 for a single symbol."""
+    """Return the mean code length in bits of a Huffman code for symbols with these counts; 0 for a single symbol."""
     heap = [count for count in counts if count]
     total, bits = sum(heap), 0
     heapify(heap)
@@ -162,27 +165,27 @@ def huffman_bits(counts: Iterable[int]) -> float:
 
 
 class QDWeight(Quantizer):
-    """A layer's weights on uniform levels, bucket by bucket."""
+    """Quantizer of one layer's weights to uniform levels in buckets."""
 
     def __init__(self, bits: int, bucket: int, stochastic: bool) -> None:
         super().__init__()
         self.bits, self.bucket, self.stochastic = bits, bucket, stochastic
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the quantized weights; rounding is random in training only."""
+        """Return the quantized weights; stochastic rounding is used only in training."""
         return quantize_bucketed(w, self.bits, self.bucket, self.stochastic and self.training)
 
     def grid(self, w: Tensor) -> Grid:
-        """One group per bucket."""
+        """Return one group per bucket."""
         return bucketed_grid(w, levels_k(self.bits, w), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes, and alpha and beta of every bucket."""
+        """Return the storage of the codes and of alpha and beta of every bucket."""
         return Storage(w.numel(), self.bits, scale_bytes(w, self.bucket))
 
 
 def check_bucket(bucket: int) -> None:
-    """Raise `ValueError` for a negative bucket size, and for 1 and 2, with which nothing is quantized."""
+    """Raise `ValueError` if the bucket size is negative, or is 1 or 2, which would quantize nothing."""
     if bucket < 0 or bucket in (1, 2):
         raise ValueError(f"bucket={bucket}: must be 3 or more, and 0 for one bucket per tensor")
 

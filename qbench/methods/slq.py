@@ -1,4 +1,4 @@
-"""SLQ: weights shared within clusters; clusters are frozen group by group, the rest trains on.
+"""SLQ: weights of a cluster share a value; clusters are frozen step by step, the rest is trained further.
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
@@ -6,57 +6,60 @@ Paper
     iteration of AlexNet only).
 
 Idea
-    Take the levels from the weights themselves, by k-means. Quantize first what raises the loss
-    most, while free weights remain that can compensate. What is quantized last gets no help from
-    retraining, so let it be what raises the loss least.
+    Take the levels from the weights themselves, by k-means. First quantize the clusters that raise
+    the loss most, while free weights remain that can compensate. No retraining compensates the
+    clusters that are quantized last, so these should be the ones that raise the loss least.
 
 Forward
-    Per layer k = 2^(b-1) + 1 clusters by one-dimensional k-means, the centroid 0 pinned. Frozen
-    weights are the centroid of their cluster, free ones are float.
+    One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer, with one centroid pinned at 0.
+    Each frozen weight is the centroid of its cluster; free weights are float.
 
 Backward
-    dL/dw for free weights; no gradient for frozen ones.
+    dL/dw for free weights; no gradient for frozen weights.
 
 Schedule
-    One phase per portion, of equal length. At its start, all weights of every layer are clustered
-    again with frozen centroids fixed; a free weight nearest to a frozen centroid is absorbed by it.
-    Then the free clusters are ranked, and the next ones are frozen. The learning-rate schedule
-    restarts and momentum is cleared. In the last phase only batch normalization and biases are
-    trained.
+    One phase per portion; the phases have equal length. At the start of a phase, all weights of
+    every layer are clustered again with frozen centroids fixed; a free weight that is nearest to a
+    frozen centroid is frozen there. Then the free clusters are ranked, and the next ones are
+    frozen. The learning-rate schedule restarts and momentum is cleared. In the last phase only
+    batch normalization and biases are trained.
 
 Sites
     weight.
 
 State
     frozen (bool, shape of the weights): the mask. value (float, shape of the weights): the frozen
-    values. centroids (k): those of the last clustering, ascending, NaN where there are fewer.
-    settled (bool, k): which of the centroids are frozen.
+    values. centroids (k): centroids of the last clustering, ascending, padded with NaN. settled
+    (bool, k): which of the centroids are frozen.
 
 Bits
     w 2-8 or 32 for 2^(b-1) + 1 clusters; a and g 32; by default w5a32g32.
 
 Protocol
-    AlexNet at 5 bits, authors' code: 5, 9, 13, 15, 17 of 17 clusters; each time SGD with momentum
-    0.9, weight decay 5e-4, batch size 256, learning rate 1e-4 divided by ten every 20,000 of at
-    most 90,000 iterations. The learning rates for other networks are unknown.
+    AlexNet at 5 bits, authors' code: 5, 9, 13, 15, 17 of 17 clusters are frozen. Each phase uses
+    SGD with momentum 0.9, weight decay 5e-4, batch size 256, and a learning rate of 1e-4 that is
+    divided by ten every 20,000 of at most 90,000 iterations. The learning rates for other networks
+    are unknown.
 
 Choices
-    partition: `probe` is the paper's text as second-hand sources have it: the network's loss with
-    only this cluster replaced by its centroid, largest first, measured on the probe (clusters x
-    layers passes per phase). `weight_error`, the reviewers' reading: the sum of squared distances
-    between the weights and their centroid, largest first. `magnitude`, the authors' released code,
-    which measures nothing: zero, then pairs of clusters from the outermost inwards
-    (the positive one first). `random`: an ablation.
-    portions: accumulated fractions of the clusters, rounded down, one at least; the default gives
-    the authors' counts. Portions that give the same count of k clusters are one phase. All layers
-    advance in every phase: how the paper goes through several layers is not known.
-    k-means is exact; the authors take ten Lloyd iterations from powers of two.
-    Layers with fewer than k distinct weights have as many clusters as they need; at least one is
-    frozen in every phase.
+    partition: the order in which clusters are frozen. `probe` follows the paper's text as quoted by
+    second-hand sources. For each cluster, the network's loss on the probe is measured with only
+    this cluster replaced by its centroid; the cluster with the largest loss comes first (clusters x
+    layers passes per phase). `weight_error` is the reviewers' reading: the cluster with the largest
+    sum of squared distances between its weights and its centroid comes first. `magnitude` is the
+    order of the authors' released code, which measures nothing: zero, then pairs of clusters from
+    the outermost inwards (the positive one first). `random` is an ablation.
+    portions: accumulated fractions of the clusters. The resulting counts are rounded down and are
+    at least one; the default yields the authors' counts. Portions with the same count are one
+    phase. Every phase freezes clusters in all layers; how the paper goes through several layers is
+    not known.
+    k-means is exact; the authors run ten Lloyd iterations that start from powers of two.
+    A layer with fewer than k distinct weights has fewer clusters; at least one of them is frozen in
+    every phase.
 
 Deviations
-    First and last layer stay float by the layer policy. The authors' code quantizes the first
-    layer, and the last one except in ResNet-18 (layers.first=same layers.last=same).
+    The first and last layers stay float, following the layer policy. The authors' code quantizes
+    the first layer, and the last one except in ResNet-18 (layers.first=same layers.last=same).
 
 Results
     README (digits).
@@ -87,41 +90,41 @@ def cluster_count(bits: int) -> int:
 
 
 def cluster(w: Tensor, k: int, pinned: float | Sequence[float] | Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cluster weights (any shape) by k-means, at its global optimum.
+    """Cluster weights (any shape) by k-means; the clustering is a global optimum.
 
     Args:
-        k: most clusters; there are fewer if there are fewer distinct weights.
-        pinned: centroids that are fixed, whatever the weights are; they count among the k.
+        k: largest number of clusters; there are fewer if there are fewer distinct weights.
+        pinned: centroids that are fixed, whatever the weights are; they are among the k centroids.
 
     Returns:
-        Centroids (m,), ascending and distinct, of w's type; labels (int64, of w's shape), indices
-        of centroids.
+        Centroids (m,), ascending and distinct, with the dtype of w; labels (int64, with the shape
+        of w), the index of each weight's centroid.
     """
     clustering = kmeans(w, k, torch.as_tensor(() if pinned is None else pinned, dtype=w.dtype))
     return clustering.centroids, clustering.labels
 
 
 def merge_equal(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct `values` (k,), ascending, and the labels as indices of these."""
+    """Return the distinct `values` (k,), ascending, and the labels as indices of the distinct values."""
     distinct, index = torch.unique(values, return_inverse=True)
     return distinct, index[labels]
 
 
 def weight_errors(w: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
-    """Return for each cluster the sum of squared distances between its weights and its centroid: (m,), float64."""
+    """Return the sum of squared distances between the weights and the centroid of each cluster: (m,), float64."""
     squares = (w.detach().double() - centroids.double()[labels]) ** 2
     return torch.stack([squares[labels == c].sum() for c in range(centroids.numel())])
 
 
 def magnitude_order(centroids: Tensor) -> Tensor:
-    """Return scores (m,), float, that decrease in the authors' order: 0, then pairs from outside in, + first."""
+    """Return scores (m,), float, decreasing in the authors' order: 0, then pairs from outside in, positive first."""
     index = torch.arange(centroids.numel(), device=centroids.device)
     pair = torch.where(centroids > 0, centroids.numel() - 1 - index, index)
     return torch.where(centroids == 0, 1.0, -2.0 * pair - (centroids < 0).float())
 
 
 class Clusters(NamedTuple):
-    """A layer's clustering."""
+    """A clustering of a layer's weights."""
 
     centroids: Tensor  #: (m,), ascending
     labels: Tensor  #: the cluster of each weight, of the weights' shape
@@ -129,7 +132,7 @@ class Clusters(NamedTuple):
 
 
 class SLQWeight(FrozenWeight):
-    """A layer's weights, part of them centroids."""
+    """Quantizer of one layer's weights; frozen weights are centroids."""
 
     centroids: Tensor
     settled: Tensor
@@ -141,12 +144,12 @@ class SLQWeight(FrozenWeight):
         self.register_buffer("settled", torch.zeros_like(self.centroids, dtype=torch.bool))
 
     def shared_values(self, centroids: Tensor) -> Tensor:
-        """Return the value at which each cluster is shared: its centroid."""
+        """Return the value that the weights of each cluster share: the centroid."""
         return centroids
 
     @torch.no_grad()
     def clusters(self, w: Tensor) -> Clusters:
-        """Return a new clustering of frozen values and free weights, with frozen centroids fixed; changes no mask."""
+        """Return a new clustering of frozen values and free weights, with frozen centroids fixed; freeze nothing."""
         frozen_centroids = self.centroids[self.settled]
         pinned = torch.cat([frozen_centroids, frozen_centroids.new_tensor(self.pinned)])
         centroids, labels = cluster(self(w), self.centroids.numel(), pinned)
@@ -156,33 +159,33 @@ class SLQWeight(FrozenWeight):
 
     @torch.no_grad()
     def freeze_clusters(self, clusters: Clusters, settled: Tensor) -> None:
-        """Store a clustering and freeze the weights of its clusters `settled` (m,)."""
+        """Store a clustering, and freeze the weights of the clusters where `settled` (m,) is true."""
         self.centroids.fill_(torch.nan)[: clusters.centroids.numel()] = clusters.centroids
         self.settled.zero_()[: settled.numel()] = settled
         self.freeze(settled[clusters.labels], clusters.centroids[clusters.labels])
 
     def grid(self, w: Tensor) -> Grid:
-        """One group: the centroids."""
+        """Return one group: the centroids."""
         return Grid((self.centroids[self.settled] if self.complete else self.centroids).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes and the centroids."""
+        """Return the storage of the codes and of the centroids."""
         return Storage(w.numel(), self.bits, 4 * self.centroids.numel())
 
     def report(self) -> dict[str, float]:
-        """Return the number of clusters, the number of frozen ones, and the fraction of the weights that is frozen."""
+        """Return the number of clusters, the number of frozen clusters, and the fraction of frozen weights."""
         clusters, settled = int((~self.centroids.isnan()).sum()), int(self.settled.sum())
         return {"clusters": clusters, "settled": settled, "frozen": self.frozen.float().mean().item()}
 
 
 def loss_when_frozen(model: nn.Module, probe: Probe, site: FrozenWeight, clusters: Clusters, chosen: Tensor) -> float:
-    """Return the network's loss on the probe with the clusters `chosen` (m, bool) shared in addition to frozen ones."""
+    """Return the network's loss on the probe when the clusters `chosen` (m, bool) are frozen too."""
     with site.frozen_for_now(chosen[clusters.labels], clusters.centroids[clusters.labels]):
         return probe.loss(model)
 
 
 def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, clusters: Clusters, partition: str) -> Tensor:
-    """Return a score for each cluster (m,); the highest is frozen first. Scores of settled clusters mean nothing."""
+    """Return a score per cluster (m,); the highest is frozen first. Scores of settled clusters have no meaning."""
     if partition == "magnitude":
         return magnitude_order(clusters.centroids)
     if partition == "weight_error":
@@ -198,7 +201,7 @@ def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, clusters:
 
 @torch.no_grad()
 def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) -> None:
-    """Freeze the next clusters of every layer, up to an accumulated portion of its clusters, at least one."""
+    """Freeze at least one more cluster of every layer, until the fraction `portion` of its clusters is frozen."""
     layers = [(layer.weight_q, layer.weight) for layer in quantized_layers(model).values()]
     unfinished = [(s, w, s.clusters(w)) for s, w in layers if isinstance(s, SLQWeight) and not s.complete]
     # before anything is measured, absorb free weights nearest to a frozen centroid in all layers
@@ -211,19 +214,19 @@ def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) 
 
 
 def _portion_count(portion: float, clusters: int) -> int:
-    """Return how many of the clusters a portion is: rounded down, at least one."""
+    """Return the number of clusters in a portion of `clusters`, rounded down but at least one."""
     return max(1, int(portion * clusters + 1e-9))  # in floats, 0.29 * 100 is 28.999...
 
 
 def build(*, w: int = 5, partition: str = "probe", portions: Sequence[float] = PORTIONS) -> Method:
-    """Return SLQ; `portions` are accumulated fractions of the clusters, ascending, the last one 1."""
+    """Return SLQ; `portions` are accumulated fractions of the clusters, ascending; the last portion is 1."""
     return build_incremental("slq", SLQWeight, w, partition, portions)
 
 
 def build_incremental(
     name: str, quantizer: Callable[[Tensor, int], SLQWeight], w: int, partition: str, portions: Sequence[float]
 ) -> Method:
-    """Return a method that freezes clusters portion by portion; `quantizer` creates its weight quantizer."""
+    """Return a method that freezes clusters portion by portion; `quantizer` creates the weight quantizers."""
     accumulated = check_portions(portions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition}: must be one of {', '.join(PARTITIONS)}")

@@ -5,8 +5,8 @@ Paper
     code: czhu95/ternarynet (tensorpack).
 
 Idea
-    Latent weights decide which weights are positive, zero or negative. The values are trained: one
-    scale for the positive weights of a layer, one for the negative ones.
+    Latent weights decide which weights are positive, zero or negative. Each layer has two trained
+    scales, one for the positive weights and one for the negative weights.
 
 Forward
     w_hat = Wp where w > delta, -Wn where w < -delta, else 0.
@@ -14,8 +14,9 @@ Forward
     the fraction r of the layer lies. Delta carries no gradient.
 
 Backward
-    dL/dWp = sum of dL/dw_hat over w > delta. dL/dWn = minus the sum over w < -delta; the paper's
-    eq. 7 and ports leave out this minus, the authors' code has it. Both are sums, not means.
+    dL/dWp = sum of dL/dw_hat over w > delta. dL/dWn = minus the sum over w < -delta. The authors'
+    code has this minus; the paper's eq. 7 and ports leave it out. Both gradients are sums, not
+    means.
     Latent weights: dL/dw = dL/dw_hat times Wp, 1 or Wn in the positive, zero and negative zone. So
     a weight can leave the zero zone.
 
@@ -32,23 +33,23 @@ Bits
     w 2 (three values) or 32, a and g 32; by default w2a32g32.
 
 Protocol
-    CIFAR-10, authors' log: SGD with momentum 0.9 at 0.1, 0.01 from epoch 83, 0.001 from 124, 0.0002
-    from 301 of 400; weight decay 2e-4, on the scales too; the network is the pre-activation
-    ResNet-20 to 56 with a float first layer.
+    CIFAR-10, authors' log: SGD with momentum 0.9, 400 epochs, with learning rate 0.1, 0.01 from
+    epoch 83, 0.001 from epoch 124, 0.0002 from epoch 301; weight decay 2e-4, on the scales too. The
+    networks are the pre-activation ResNet-20 to 56 with a float first layer.
 
 Choices
     t = 0.05 as in the paper.
-    initial: the authors start both scales at 1, which lets activations explode in networks without
-    batch normalization. `mean` (default) starts them at the mean magnitude of their zone, `one` at
-    1.
-    decay: the authors decay the scales with the weights; 0 by default.
-    Weights are not divided by max|w| first; the authors' code does not do so either.
+    initial: `mean` (default) starts each scale at the mean magnitude of the weights in the scale's
+    zone. `one` starts both scales at 1, as the authors do; without batch normalization, activations
+    then explode.
+    decay: weight decay of the scales, 0 by default. The authors decay the scales like the weights.
+    Weights are not divided by max|w| first, as in the authors' code.
 
 Deviations
-    The scales are kept at 1e-8 or more. Below zero both zones would have the same sign; this has
-    been seen to cost points of accuracy.
-    The last layer stays float by the layer policy, as in the paper; in the authors' CIFAR code it
-    is ternary.
+    The scales are kept at 1e-8 or more. If a scale became negative, both zones would have the same
+    sign. This has been seen to cost points of accuracy.
+    The last layer stays float, following the layer policy, as in the paper. In the authors' CIFAR
+    code the last layer is ternary.
 
 Results
     README (digits).
@@ -69,11 +70,11 @@ THRESHOLDS, INITIALS = ("max", "sparsity"), ("mean", "one")
 
 @in_float32
 def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor | float) -> Tensor:
-    """Ternarize a layer's weights (any shape): `positive` above `threshold`, minus `negative` below minus it, else 0.
+    """Ternarize a layer's weights: `positive` above `threshold`, -`negative` below -`threshold`, else 0.
 
     Args:
-        positive, negative: scalars above 0, which get gradients.
-        threshold: a scalar, which gets no gradient.
+        positive, negative: the scales Wp and Wn, scalars above 0; both get gradients.
+        threshold: delta, a scalar; it gets no gradient.
     """
     latent = w.detach()
     above, below = latent > threshold, latent < -threshold
@@ -87,13 +88,13 @@ def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: T
 
 
 def mean_within(zone: Tensor, w: Tensor) -> Tensor:
-    """Return the mean of |w| where `zone` (bool, of w's shape) is true, a scalar; 1 if the zone is empty."""
+    """Return the mean of |w| where the mask `zone` is true, a scalar; 1 if the zone is empty."""
     mean = (w.abs() * zone).sum() / zone.sum()
     return torch.where(zone.any(), mean, torch.ones_like(mean))
 
 
 class TTQWeight(Quantizer):
-    """Ternary weights of one layer with learned scales."""
+    """Ternary quantizer of one layer's weights, with learned scales."""
 
     positive_parameters: tuple[str, ...] = ("positive", "negative")
 
@@ -118,11 +119,11 @@ class TTQWeight(Quantizer):
         return ternarize_weight(w, self.positive, self.negative, self.delta(w))
 
     def grid(self, w: Tensor) -> Grid:
-        """One group: -Wn, 0, Wp."""
+        """Return one group: -Wn, 0, Wp."""
         return Grid(torch.stack([-self.negative, torch.zeros_like(self.positive), self.positive]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Two bits a weight and both scales."""
+        """Return the storage of two bits per weight and of both scales."""
         return Storage(w.numel(), 2, 8)
 
 
@@ -133,7 +134,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str = "mean", decay: float = 0.0) -> Method:
-    """Return TTQ; t is a fraction of max|w| (threshold=max), or the fraction of weights that are zero (sparsity)."""
+    """Return TTQ; t is the fraction of max|w| (threshold=max) or of zero weights (threshold=sparsity)."""
     if threshold not in THRESHOLDS:
         raise ValueError(f"threshold={threshold}: must be one of {', '.join(THRESHOLDS)}")
     if initial not in INITIALS:

@@ -4,13 +4,13 @@ Paper
     Li, Zhang, Liu, "Ternary Weight Networks", arXiv 1605.04711 (2016).
 
 Idea
-    Approximate W by the nearest ternary tensor alpha {-1, 0, 1} in the mean square. The best
-    threshold has no closed form, but 0.7 of the mean magnitude is close to the optimum for Gaussian
-    and for uniform weights.
+    Approximate W by the nearest tensor, in the mean square, whose values are alpha times -1, 0 or
+    1. The best threshold has no closed form, but 0.7 of the mean magnitude is close to the optimum
+    for Gaussian and for uniform weights.
 
 Forward
     Per layer: delta = 0.7 mean|w|; w_hat = alpha sign(w) where |w| > delta, else 0; alpha is the
-    mean of these |w|.
+    mean of the |w| above delta.
 
 Backward
     dL/dw = dL/dw_hat.
@@ -50,7 +50,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 def threshold_and_scale(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return delta = 0.7 mean|w| and alpha, the mean of the |w| above it; scalars without gradient."""
+    """Return delta = 0.7 mean|w| and alpha, the mean of the |w| above delta; scalars without gradient."""
     magnitude = w.detach().abs()
     delta = 0.7 * magnitude.mean()
     kept = magnitude > delta
@@ -65,19 +65,19 @@ def ternarize_weight(w: Tensor) -> Tensor:
 
 
 class TWNWeight(Quantizer):
-    """Ternary weights of one layer."""
+    """Ternary quantizer of one layer's weights."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
         return ternarize_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """One group: -alpha, 0, alpha."""
+        """Return one group: -alpha, 0, alpha."""
         _, alpha = threshold_and_scale(w)
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Two bits a weight and the scale."""
+        """Return the storage of two bits per weight and of the scale."""
         return Storage(w.numel(), 2, 4)
 
 

@@ -1,23 +1,23 @@
 """Uniform: min-max fake quantization, the control that every paper is compared with.
 
 Paper
-    None of its own; the scheme of Jacob et al., "Quantization and Training of Neural Networks for
-    Efficient Integer-Arithmetic-Only Inference", CVPR 2018, arXiv 1712.05877, with symmetric
+    None of its own. It is the scheme of Jacob et al., "Quantization and Training of Neural Networks
+    for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, arXiv 1712.05877, with symmetric
     weights.
 
 Idea
-    Use equal steps over the range of the values. The gain of any other method is measured from
-    here.
+    Use equal steps over the range of the values. The gain of every other method is measured
+    relative to this control.
 
 Forward
     Weights: s round(w / s), s = max|w| / (2^(b-1) - 1), per output channel or per layer. There are
     2^b - 1 levels, including zero.
-    Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1). [l, h] is a moving
-    average of the batches' minima and maxima, widened to contain zero, which is a level.
+    Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1). [l, h] are moving
+    averages of the batches' minima and maxima, widened to contain zero. Zero is a level.
 
 Backward
-    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where x rounds to a code in range,
-    else 0.
+    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where x is rounded to a code in
+    range, else 0.
 
 Schedule
     One phase, from a float network.
@@ -35,8 +35,8 @@ Protocol
     The unified recipe.
 
 Choices
-    channel: scales of weights per output channel (default) or per layer. momentum: that of the
-    moving average, 0.1.
+    channel: one scale of weights per output channel (default) or per layer. momentum: weight of a
+    new batch in the moving averages, 0.1 by default.
 
 Deviations
     None known.
@@ -57,13 +57,13 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 @in_float32
 def quantize_weight(w: Tensor, bits: int, channel: bool = True) -> Tensor:
-    """Quantize weights (O, ...) to 2^bits - 1 symmetric levels over +-max|w| of each channel or of the layer."""
+    """Quantize weights (O, ...) to 2^bits - 1 symmetric levels in +-max|w| of each channel or of the layer."""
     scale = weight_scale(w, bits, channel)
     return straight_through(w, (w.detach() / scale).round() * scale)
 
 
 def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
-    """Return the step, (O, 1, ..., 1) or a scalar unless `channel`; 1 if all weights are zero."""
+    """Return the step, of shape (O, 1, ..., 1) with `channel`, else a scalar; 1 where all weights are zero."""
     magnitude = w.detach().abs()
     top = magnitude.amax(tuple(range(1, w.dim())), keepdim=True) if channel else magnitude.max()
     scale = top / (2 ** (bits - 1) - 1)
@@ -75,7 +75,7 @@ def quantize_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tens
     """Quantize activations (any shape) to 2^bits levels over [low, high], shifted so that 0 is a level.
 
     Args:
-        low, high: scalars, low <= 0 <= high.
+        low, high: ends of the range, scalars; low <= 0 <= high.
     """
     step, zero = step_and_zero(low.to(x.dtype), high.to(x.dtype), bits)
     top = 2**bits - 1
@@ -93,13 +93,13 @@ def quantize_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tens
 
 
 def step_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the step and the code of zero."""
+    """Return the step between levels and the code of zero."""
     step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(low.dtype).tiny)
     return step, (-low / step).round()
 
 
 class UniformWeight(Quantizer):
-    """A layer's weights on a uniform grid."""
+    """Quantizer of one layer's weights to a uniform grid."""
 
     def __init__(self, bits: int, channel: bool) -> None:
         super().__init__()
@@ -110,19 +110,19 @@ class UniformWeight(Quantizer):
         return quantize_weight(w, self.bits, self.channel)
 
     def grid(self, w: Tensor) -> Grid:
-        """One group per output channel, or one."""
+        """Return one group per output channel, or one group for the layer."""
         top = 2 ** (self.bits - 1) - 1
         scale = weight_scale(w, self.bits, self.channel).reshape(-1, 1)
         points = (torch.arange(-top, top + 1, device=w.device) * scale).unsqueeze(-1)
         return Grid(points, lambda t: t.reshape(len(points), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Codes, and a scale per group."""
+        """Return the storage of the codes and of one scale per group."""
         return Storage(w.numel(), self.bits, 4 * (len(w) if self.channel else 1))
 
 
 class UniformActivation(Quantizer):
-    """A layer's input on a uniform grid over a moving range."""
+    """Quantizer of one layer's input to a uniform grid over a moving range."""
 
     low: Tensor
     high: Tensor
@@ -136,14 +136,14 @@ class UniformActivation(Quantizer):
         self.register_buffer("seen", torch.tensor(False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the quantized activations; in training, update the range first."""
+        """Return the quantized activations; in training, first update the range."""
         if self.training:
             self.update_range(x)
         return quantize_activation(x, self.low, self.high, self.bits)
 
     @torch.no_grad()
     def update_range(self, x: Tensor) -> None:
-        """Move the range towards that of a batch; the first batch sets it."""
+        """Move the range towards that of the batch x; the first batch sets the range."""
         low, high = x.amin().float().clamp(max=0), x.amax().float().clamp(min=0)
         weight = torch.where(self.seen, self.momentum, 1.0)
         self.low.lerp_(low, weight)
@@ -151,13 +151,13 @@ class UniformActivation(Quantizer):
         self.seen.fill_(True)
 
     def grid(self, x: Tensor) -> Grid:
-        """2^bits levels, zero among them."""
+        """Return one group: 2^bits levels, including zero."""
         step, zero = step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 
 
 def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1) -> Method:
-    """Return the min-max control; `momentum` is that of the activations' moving range."""
+    """Return the min-max control; `momentum` is the weight of a new batch in the activations' range."""
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum={momentum}: must be above 0 and at most 1")
     return Method(

@@ -7,26 +7,27 @@ Paper
 
 Idea
     Among all scaled binary filters alpha B, the one with alpha = mean|W| and B = sign(W) is nearest
-    to W in the mean square. With binary activations too, a convolution becomes XNOR and bit count.
+    to W in the mean square. If activations are binary too, a convolution consists of XNOR
+    operations and bit counts.
 
 Forward
     Weights, per output filter of n weights: alpha sign(w), alpha = mean|w|, sign(0) = +1.
     Activations: sign(x).
-    With scale=K the output is multiplied by K = A * k. A is the mean of |x| over channels; k is a
-    box filter of the kernel's size, with the layer's stride and padding. For a linear layer, K is
-    mean|x|.
+    With scale=K the output is multiplied by K = A * k, a convolution with the layer's stride and
+    padding. A is the mean of |x| over channels; k is a box filter of the kernel's size. For a
+    linear layer, K is mean|x|.
 
 Backward
     Weights, gradient=paper: dL/dw = (1 / n + alpha 1{|w| <= 1}) dL/dw_hat.
-    Weights, gradient=authors: dL/dw = (alpha 1{|w| < 1} + 1 / n) (1 - 1 / c) n dL/dw_hat, c the
-    filter's input channels.
+    Weights, gradient=authors: dL/dw = (alpha 1{|w| < 1} + 1 / n) (1 - 1 / c) n dL/dw_hat, with c
+    the number of the filter's input channels.
     Activations: dL/dx = 1{|x| < 1} dL/dx_hat. K carries no gradient.
 
 Schedule
     One phase.
 
 Sites
-    weight, input; output with scale=K.
+    weight, input; with scale=K also output.
 
 State
     None.
@@ -36,21 +37,23 @@ Bits
 
 Protocol
     The authors' code: Adam, learning rate from 1e-3 down to 1e-5 in steps over 55 epochs, batch
-    size 800. First and last layer are float. Blocks are ordered batch normalization, sign,
+    size 800. The first and last layers are float. Blocks are ordered batch normalization, sign,
     convolution, pooling.
 
 Choices
-    scale: the paper multiplies by K. The authors' code leaves it out, and they say that it gains
-    less than a point; `none` is the default.
-    gradient: `paper` (default) is the formula as it is commonly read. The paper prints r 1{|r| <=
-    1} as the derivative of sign, which is taken for a misprint. The authors' code also multiplies
-    Adam's gradients by 1e9, against Adam's epsilon; this is not done here.
-    center, clamp: before every step, the authors' code subtracts from the latent weights their mean
-    over input channels, and clamps them to [-1, 1]. The paper does not mention it; both are off by
-    default.
+    scale: `K` multiplies by K, as in the paper. `none` (default) leaves out K, as in the authors'
+    code; the authors say that K gains less than a point.
+    gradient: `paper` (default) is the paper's formula as it is commonly read. The paper prints r
+    1{|r| <= 1} as the derivative of sign; this is taken for a misprint. `authors` is the formula of
+    the authors' code. That code also multiplies Adam's gradients by 1e9, so that Adam's epsilon is
+    negligible; this is not done here.
+    center, clamp: before every step, the authors' code centers the latent weights (subtracts the
+    mean over input channels) and clamps them to [-1, 1]. The paper mentions neither; both options
+    are off by default.
 
 Deviations
-    Padding is zero, a value that binary activations do not have; the authors' code does the same.
+    Inputs are padded with zeros, although binary activations are never zero. The authors' code does
+    the same.
 
 Results
     README (digits, glyphs).
@@ -81,7 +84,7 @@ def check_gradient(gradient: str) -> None:
 
 
 def filter_scale(w: Tensor) -> Tensor:
-    """Return alpha = mean|w| of every output filter, (O, 1, ..., 1), without gradient. Eq. 6."""
+    """Return the scale alpha = mean|w| of every output filter, (O, 1, ..., 1), without gradient. Eq. 6."""
     return w.detach().abs().mean(tuple(range(1, w.dim())), keepdim=True)
 
 
@@ -115,7 +118,7 @@ def binarize_activation(x: Tensor) -> Tensor:
 
 
 class BinaryWeight(Quantizer):
-    """Binary weights of one layer."""
+    """Binary quantizer of one layer's weights."""
 
     def __init__(self, gradient: str) -> None:
         super().__init__()
@@ -126,32 +129,32 @@ class BinaryWeight(Quantizer):
         return binarize_weight(w, gradient=self.gradient)
 
     def grid(self, w: Tensor) -> Grid:
-        """One group per output filter: -alpha, alpha."""
+        """Return one group per output filter: -alpha, alpha."""
         alpha = filter_scale(w).reshape(-1, 1)
         return Grid(torch.stack([-alpha, alpha], 1), lambda t: t.reshape(len(t), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """One bit a weight and a scale per filter."""
+        """Return the storage of one bit per weight and of one scale per filter."""
         return Storage(w.numel(), 1, 4 * len(w))
 
 
 class BinaryActivation(Quantizer):
-    """Binary activations in front of one layer."""
+    """Binary quantizer of one layer's input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the signs."""
+        """Return the signs of the activations."""
         return binarize_activation(x)
 
     def grid(self, x: Tensor) -> Grid:
-        """-1 and 1."""
+        """Return one group: -1, 1."""
         return Grid(x.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
 
 class InputScale(Quantizer):
-    """Multiplies a layer's products by K, the mean magnitude of the inputs that each output reads. Section 3.2.
+    """Quantizer that multiplies a layer's products by K, the mean input magnitude of each output. Section 3.2.
 
-    The layer's bias is not multiplied: K replaces the magnitudes that sign(x) removes from the
-    products.
+    The layer's bias is not multiplied, since K replaces the magnitudes that sign(x) removes from
+    the products.
     """
 
     def __init__(self, layer: FloatLayer) -> None:
@@ -168,7 +171,7 @@ class InputScale(Quantizer):
         return y * k + layer.bias.reshape(-1, *[1] * (y.dim() - 2)) * (1 - k)
 
     def _k(self, layer: nn.Conv2d | nn.Linear, magnitude: Tensor) -> Tensor:
-        """Return K, of y's shape or broadcastable to it."""
+        """Return K, of a shape that is broadcastable to the layer's output."""
         if not isinstance(layer, nn.Conv2d):
             return magnitude.mean(-1, keepdim=True)
         kernel = (layer.kernel_size[0], layer.kernel_size[1])
@@ -181,7 +184,7 @@ class InputScale(Quantizer):
 
 
 def _input_scale(layer: QLayer) -> InputScale | None:
-    """Return `InputScale` for a layer with binary input; None for a layer that reads the image or floats."""
+    """Return `InputScale` for a layer with binary input; None for a layer whose input is the image or float."""
     return InputScale(layer) if isinstance(layer.input_q, BinaryActivation) else None
 
 
@@ -189,8 +192,8 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
     """Return a layer's weight quantizer.
 
     Raises:
-        Unsupported: the filters have one input channel, for which the authors' formulas give no
-            gradient (1 - 1 / c is 0) or, with `center`, weights of zero.
+        Unsupported: the filters have one input channel. The authors' gradient is then 0, since 1 -
+            1 / c is 0; `center` would set all weights to 0.
     """
     if layer.weight.shape[1] == 1 and (gradient == "authors" or center):
         what = "gradient=authors" if gradient == "authors" else "center=true"
@@ -199,7 +202,7 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
 
 
 def center_and_clamp(model: nn.Module, *, center: bool, clamp: bool) -> None:
-    """Center the latent weights over input channels and clamp them to [-1, 1], in place (authors' code)."""
+    """Center the latent weights over input channels and clamp them to [-1, 1], in place, as in the authors' code."""
     with torch.no_grad():
         for layer in quantized_layers(model).values():
             if isinstance(layer.weight_q, BinaryWeight):
