@@ -1,7 +1,7 @@
 """Augmentation: crops and mirroring of uint8 images, colour changes of float images.
 
 Each image has its own random draws. The functions take whole batches. Images that stream from files
-are cropped one by one, by the same function.
+are cropped one at a time, by the same function.
 """
 
 import math
@@ -15,19 +15,19 @@ from torch import Tensor
 # Shapes: N images, C channels, H height, W width.
 
 CROP_DRAWS = 3
-"""Draws of an image for its crop: vertical place, horizontal place, mirroring."""
+"""Number of random draws for an image's crop: vertical place, horizontal place, mirroring."""
 
 COLOUR_DRAWS = 3
-"""Draws of an image for its colours."""
+"""Number of random draws for an image's colours."""
 
 BOX_ATTEMPTS = 10
-"""Attempts at a random box that fits into the image; each takes two draws."""
+"""Number of attempts to draw a box that fits into the image; each attempt takes two draws."""
 
 ASPECT = (3 / 4, 4 / 3)
-"""Width by height of a crop with random area: Szegedy et al. 2014, arXiv 1409.4842, section 6."""
+"""Range of width / height of a random crop: Szegedy et al. 2014, arXiv 1409.4842, section 6."""
 
 GREY = (0.299, 0.587, 0.114)
-"""Luma of red, green and blue: ITU-R BT.601."""
+"""Weights of red, green and blue in the luma: ITU-R BT.601."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,17 @@ class Augment:
     In evaluation, images are cropped in the centre, to the same size.
 
     Args:
-        pad: pixels added on each side before the random crop: black, or the border's with
-            `replicate`.
+        pad: number of pixels added on each side before the random crop; they are black, or copies
+            of the border with `replicate`.
         flip: whether half of the images are mirrored.
-        size: the crop's side in pixels; 0 stands for the image's own height and width.
+        size: side of the crop in pixels; 0 for the image's own height and width.
         area: smallest share of the image that a crop with random area and aspect covers; 0 for
             crops of `size` pixels.
-        brightness: largest change of brightness in either direction, in grey values of 255.
-        contrast: distances from the mean of each channel are multiplied by 1 - contrast to 1 +
-            contrast.
-        jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter.
+        brightness: largest change of brightness in either direction, in grey values (0 to 255).
+        contrast: each pixel's distance from the mean of its channel is multiplied by a random
+            factor from 1 - contrast to 1 + contrast.
+        jitter: brightness, contrast and saturation are each multiplied by a random factor in [1 -
+            jitter, 1 + jitter].
     """
 
     pad: int = 0
@@ -81,11 +82,11 @@ class Augment:
 
 
 def crop_and_flip(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Crop and mirror every image by its own draws.
+    """Crop and mirror each image according to the image's own draws.
 
     Args:
-        draws: uniform numbers in [0, 1), (N, 3 or more): vertical place, horizontal place,
-            mirroring.
+        draws: uniform numbers in [0, 1), (N, 3 or more); the first three of each image are for
+            vertical place, horizontal place and mirroring.
     """
     pad, (count, _, height, width) = augment.pad, images_NCHW.shape
     rows, columns = augment.size or height, augment.size or width
@@ -96,7 +97,7 @@ def crop_and_flip(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tenso
     top, left = (draws[:, 0] * (last_top + 1)).long(), (draws[:, 1] * (last_left + 1)).long()
     images = images_NCHW.movedim(1, 3)
     if augment.flip:
-        # The mirror image of a crop equals the crop, at the mirrored place, of the mirror image.
+        # Mirroring a crop is the same as cropping the mirrored image at the mirrored place.
         mirrored = draws[:, 2] < 0.5
         images = torch.cat([images, images.flip(2)])
         image, left = image + count * mirrored, torch.where(mirrored, last_left - left, left)
@@ -114,8 +115,9 @@ def _padded(images_NHWC: Tensor, pad: int, replicate: bool) -> Tensor:
 
 
 def center_crop(images_NCHW: Tensor, size: int) -> Tensor:
-    """Return the centre crop with sides of `size` pixels, rounded as torchvision rounds; 0 is the
-    whole image.
+    """Return the centre crop of `size` x `size` pixels, or the whole image if `size` is 0.
+
+    The position is rounded as in torchvision.
     """
     height, width = images_NCHW.shape[2:]
     if not size or (size, size) == (height, width):
@@ -125,12 +127,11 @@ def center_crop(images_NCHW: Tensor, size: int) -> Tensor:
 
 
 def random_box(height: int, width: int, draws: Sequence[float], area: float) -> tuple[int, int, int, int]:
-    """Return (top, left, rows, columns) of a crop that covers `area` to all of an image, with a
-    random aspect.
+    """Return (top, left, rows, columns) of a crop with random area and aspect.
 
-    The covered share is uniform, and the aspect is uniform on a logarithmic scale, as in
-    torchvision. A shape that does not fit is drawn again, up to ten times. After that the result is
-    the largest box in the centre with an allowed aspect.
+    The share of the image that the crop covers is uniform between `area` and 1. The aspect is
+    uniform on a logarithmic scale, as in torchvision. A shape that does not fit is drawn again, up
+    to ten times. After that, the result is the largest centred box with an allowed aspect.
     """
     low, high = map(math.log, ASPECT)
     for share_draw, aspect_draw in zip(*[iter(draws[CROP_DRAWS + COLOUR_DRAWS :])] * 2, strict=True):
@@ -144,13 +145,12 @@ def random_box(height: int, width: int, draws: Sequence[float], area: float) -> 
 
 
 def adjust_colours(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Change brightness, contrast and saturation of every image by its own draws; the values stay
-    in 0 to 255.
+    """Change brightness, contrast and saturation of each image; values stay in 0 to 255.
 
-    Brightness is shifted and contrast changed about each channel's mean as in DoReFa's training
-    script for SVHN (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). Then `jitter` changes
-    brightness, contrast about the mean grey, and saturation, in this order (He's ImageNet training
-    code in Torch, fb.resnet.torch, draws the order too).
+    Brightness is shifted, and contrast is changed about each channel's mean, as in DoReFa's
+    training script for SVHN (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). Then `jitter`
+    changes brightness, contrast about the mean grey, and saturation, in this order. He's ImageNet
+    training code in Torch (fb.resnet.torch) also draws the order at random.
 
     Returns:
         float32, or the images themselves if the augmentation does not change colours.
@@ -175,7 +175,7 @@ def _blend(x_NCHW: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _grey(x_NCHW: Tensor) -> Tensor:
-    """Return (N, 1, H, W)."""
+    """Return the luma of each pixel, (N, 1, H, W)."""
     if x_NCHW.shape[1] != 3:
         return x_NCHW.mean(1, keepdim=True)
     return sum((c * x_NCHW[:, i : i + 1] for i, c in enumerate(GREY)), torch.zeros_like(x_NCHW[:, :1]))

@@ -1,14 +1,14 @@
 """CIFAR-10: small colour photographs in ten classes.
 
-A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images".
-50,000 training and 10,000 test images, 3x32x32, in ten classes of equal size: airplane, automobile,
-bird, cat, deer, dog, frog, horse, ship, truck. With 10,000 test images one run's sampling error is
-about 0.5 points at 92 %.
+A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images". 50,000 training and
+10,000 test images, 3x32x32, in ten classes of equal size: airplane, automobile, bird, cat, deer,
+dog, frog, horse, ship, truck. With 10,000 test images, the sampling error of one run is about 0.5
+points at 92 %.
 
-Read from `<root>/cifar-10-batches-py/`, the Python version's files: data_batch_1 to data_batch_5,
-test_batch and batches.meta. The augmentation is the usual one (He et al. 2015, arXiv 1512.03385,
-section 4.2): a random crop of the image padded by 4 pixels, and mirroring. `replicate` pads with
-the border instead of black.
+The images are read from `<root>/cifar-10-batches-py/`, which holds the files of the Python version:
+data_batch_1 to data_batch_5, test_batch and batches.meta. The augmentation is the usual one (He et
+al. 2015, arXiv 1512.03385, section 4.2): a random crop of the image padded by 4 pixels, and
+mirroring. `replicate` pads with the border instead of black.
 """
 
 from qbench.data.augment import Augment

@@ -1,9 +1,9 @@
 """CIFAR-100: small colour photographs in a hundred classes.
 
-A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images".
-50,000 training and 10,000 test images, 3x32x32, in a hundred classes of equal size; the twenty
-coarse labels are not used. Read from `<root>/cifar-100-python/`, the Python version's files: train,
-test and meta. The augmentation is that of CIFAR-10.
+A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images". 50,000 training and
+10,000 test images, 3x32x32, in a hundred classes of equal size; the twenty coarse labels are not
+used. The images are read from `<root>/cifar-100-python/`, which holds the files of the Python
+version: train, test and meta. The augmentation is that of CIFAR-10.
 """
 
 from qbench.data.augment import Augment

@@ -1,11 +1,11 @@
 """Data sets: three splits of uint8 images, and the loader that makes batches for the network.
 
-Images that fit into memory stay there and are augmented a batch at a time. Others stream from their
-files.
+Images that fit into memory stay there and are augmented a batch at a time. Other images are read
+from their files for each batch.
 
 The order of the training images is a function of (seed, epoch). The augmentation is a function of
-(seed, epoch, index). A run that stops at any batch therefore resumes with the same images, however
-they are loaded.
+(seed, epoch, index). A run that stops at any batch therefore resumes with the same images, whether
+these are in memory or in files.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ MAX_EVALUATION_PIXELS = 2**23
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 (N, C, H, W) and labels int64 (N,), in memory."""
+    """A split in memory: images uint8 (N, C, H, W) and labels int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -37,16 +37,16 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a stored image."""
+        """Shape (C, H, W) of a stored image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
     def to(self, device: torch.device) -> "Split":
-        """Return the split on a device, its images in channels_last."""
+        """Return the split on a device, with images in channels_last."""
         return Split(self.images.to(device, memory_format=torch.channels_last), self.labels.to(device))
 
     def take(self, index: Tensor) -> Self:
-        """Return the images of an index tensor (n,)."""
+        """Return the split of the images that an index tensor (n,) selects."""
         return replace(self, images=self.images[index], labels=self.labels[index])
 
 
@@ -55,11 +55,12 @@ AnySplit = TypeVar("AnySplit", bound=Split | FileSplit)
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Three splits, and what a network must know about them.
+    """Three splits, and the facts about them that a network needs.
 
     Args:
-        val: the part of the training images that selects weights; empty with `dataset.val=0`.
-        mean, std: per channel, of images scaled to [0, 1].
+        val: validation split, the part of the training images on which the best weights are
+            selected; empty with `dataset.val=0`.
+        mean, std: constants of the normalization, per channel, for images scaled to [0, 1].
         synthetic: whether the images are rendered or random; tables of papers leave such data sets
             out.
         files: facts about the image files, for the manifest.
@@ -78,7 +79,7 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image as the network gets it."""
+        """Shape (C, H, W) of an image as the network gets it."""
         channels, height, width = self.train.shape
         return channels, self.augment.size or height, self.augment.size or width
 
@@ -89,8 +90,9 @@ class Dataset:
         return tuple(-m / s for m, s in pairs), tuple((1 - m) / s for m, s in pairs)
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Return counts and sha256 of the splits: images (or the files' names) and labels, in their
-        order.
+        """Return the number of images and the sha256 of each split.
+
+        The hash covers the images (or the names of the files) and the labels, in order.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         counts: dict[str, str | int] = {f"{name}_images": len(split) for name, split in splits.items()}
@@ -108,13 +110,15 @@ def _sha256(split: Split | FileSplit) -> str:
 
 
 def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
-    """Divide a training split into (train, val), stratified by class, always in the same way.
+    """Divide a training split into (train, val), stratified by class.
+
+    Every call gives the same result.
 
     Args:
         val: the share of the images in the validation split, 0 <= val < 1.
 
     Raises:
-        ValueError: no image remains to train on, or none is left to validate on although val > 0.
+        ValueError: the training split would be empty, or the validation split although val > 0.
     """
     if not 0 <= val < 1:
         raise ValueError(f"val={val}: must be a part of the training images, from 0 to below 1")
@@ -134,13 +138,12 @@ class Loader:
     """Makes batches: the network's input float32 (N, C, H, W) in channels_last, and labels (N,).
 
     Args:
-        data: the data set. Splits in memory are moved to `device` as a whole; they are copied
-            unless they are there in channels_last.
+        data: the data set. Splits in memory are moved to `device` as a whole; this copies them
+            unless they are already there in channels_last.
         batch_size: images per training batch. Images after the last full batch of an epoch are not
             used in that epoch.
         seed: the order and the augmentation follow from (seed, epoch).
-        workers: processes that decode images which stream from files. The batches are the same with
-            any number.
+        workers: number of processes that decode images from files; the batches do not depend on it.
     """
 
     def __init__(self, data: Dataset, batch_size: int, seed: int, device: torch.device, workers: int = 0) -> None:
@@ -150,7 +153,7 @@ class Loader:
         self.augment = data.augment
         self.batch_size, self.steps = batch_size_and_steps(data, batch_size)
         self.seed, self.device, self.workers = seed, device, workers
-        # Constants in the shape of an image: one number per channel, broadcast in channels_last, is
+        # Each constant has an image's shape: broadcasting one number per channel in channels_last is
         # eight times slower.
         channels, height, width = data.shape
         mean, std = (torch.tensor(v, device=device).expand(height, width, channels) for v in (data.mean, data.std))
@@ -186,8 +189,9 @@ class Loader:
             yield self.normalize(images), split.labels[index[0] : index[-1] + 1]
 
     def _crops(self, split: Split | FileSplit, indices: list[Tensor], draws: Tensor | None) -> Iterator[Tensor]:
-        """Yield uint8 images of the network's input size; augmented by their draws, or centre crops
-        without draws.
+        """Yield uint8 images of the network's input size.
+
+        The images are augmented according to `draws`; without draws they are centre crops.
         """
         if isinstance(split, FileSplit):
             yield from decoded_batches(split, indices, draws, self.augment, self.workers, self.device)
@@ -206,15 +210,14 @@ class Loader:
 
 
 def batch_size_and_steps(data: Dataset, batch_size: int) -> tuple[int, int]:
-    """Return the size of a training batch, at most the number of training images, and the full
-    batches per epoch.
+    """Return the size of a training batch and the number of full batches per epoch.
+
+    The size is at most the number of training images.
     """
     size = min(batch_size, len(data.train))
     return size, len(data.train) // size
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return a 63-bit generator seed that depends on (seed, epoch) alone; neighbouring pairs are
-    unrelated.
-    """
+    """Return a 63-bit generator seed for (seed, epoch); neighbouring pairs get unrelated seeds."""
     return int.from_bytes(hashlib.sha256(f"order {seed} {epoch}".encode()).digest()[:8]) >> 1

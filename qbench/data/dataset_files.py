@@ -1,9 +1,9 @@
 """Files of the published data sets: find, download and read them, and report what is wrong.
 
-File names, addresses and checksums are torchvision's, and so is the layout below `root`: files that
+File names, addresses, checksums and the layout below `root` are torchvision's, so files that
 another program downloaded with torchvision are found. The readers return uint8 images (N, C, H, W)
-and int64 labels in memory. Mean and deviation are those of the training images, unless `normalize`
-names others.
+and int64 labels in memory. Mean and deviation are computed from the training images, unless
+`normalize` names fixed ones.
 """
 
 import errno
@@ -28,10 +28,10 @@ from qbench.errors import DataError, ResourceError
 from qbench.system.torchvision import torchvision
 
 ExpectedFiles = Mapping[Path, str | None]
-"""Path -> the md5 that torchvision expects; None if it expects none."""
+"""Path of each file -> md5 that torchvision expects; None if torchvision checks none."""
 
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""Errors of permissions and disk space: they say nothing about the files."""
+"""Errors of permissions and disk space, which do not mean that a file is damaged."""
 
 
 def dataset_from_splits(
@@ -73,8 +73,8 @@ def read_cifar(kind: str, root: str, download: bool) -> tuple[Split, Split]:
 def read_mnist(kind: str, root: str, download: bool) -> tuple[Split, Split]:
     """Return (train, test) of torchvision's class `kind`, MNIST or FashionMNIST.
 
-    Read here and not by torchvision, because torchvision needs unpacked files and prefers files of
-    an old format.
+    torchvision is not used to read them, because it needs unpacked files and prefers files of an
+    old format.
     """
     source = getattr(torchvision().datasets, kind)
     top = absolute_root(root)
@@ -90,7 +90,7 @@ def read_svhn(parts: Sequence[str], root: str, download: bool) -> tuple[Split, S
     """Return (train, test) of the cropped digits; the digit 0 is class 0.
 
     Args:
-        parts: train, extra or both, joined into the training split.
+        parts: names of the parts (train, extra) that are joined into the training split.
     """
     source = torchvision().datasets.SVHN
     top = absolute_root(root)
@@ -125,12 +125,13 @@ def absolute_root(root: str) -> Path:
 
 
 def ensure_files(files: ExpectedFiles, root: Path, download: bool, fetch: Callable[[], object]) -> None:
-    """Ensure that the files exist; if not, and with `download`, call `fetch`, which writes them
-    below `root`.
+    """Ensure that the files exist, or raise an error.
+
+    If files are missing and `download` is set, call `fetch`, which writes the files below `root`.
 
     Raises:
         DataError: files are missing and `download` is off, or the download failed.
-        ResourceError: there is no disk space or no permission for them.
+        ResourceError: there is no disk space or no permission for the files.
     """
     missing = [path for path in files if not path.is_file()]
     if not download:
@@ -155,7 +156,7 @@ def ensure_files(files: ExpectedFiles, root: Path, download: bool, fetch: Callab
 
 @contextmanager
 def report_damaged(files: ExpectedFiles) -> Iterator[None]:
-    """Turn any error while some files are read into one that names the damaged files."""
+    """Turn any error in reading the files into an error that names the damaged files."""
     try:
         yield
     except (ImportError, MemoryError):
@@ -169,17 +170,18 @@ def report_damaged(files: ExpectedFiles) -> Iterator[None]:
 
 
 def read_idx(path: Path, axes: int) -> Tensor:
-    """Return the bytes of an IDX file as a tensor with `axes` axes, unpacked if the name ends in
-    .gz.
+    """Return the bytes of an IDX file as a tensor with `axes` axes.
+
+    The file is unpacked if its name ends in .gz.
 
     Raises:
-        ValueError: the file is of another kind, or its length is not what its header says. struct,
+        ValueError: the file is of another kind, or its length does not match its header. struct,
             gzip and zlib raise their own errors.
     """
     data = path.read_bytes()
     if path.suffix == ".gz":
         data = gzip.decompress(data)
-    header = (0, 8, axes)  # 8 stands for unsigned bytes
+    header = (0, 8, axes)  # 8 means unsigned bytes
     if struct.unpack_from(">HBB", data) != header:
         raise ValueError(f"begins with {data[:4].hex()}, not with {struct.pack('>HBB', *header).hex()}")
     shape = struct.unpack_from(f">{axes}I", data, 4)
@@ -194,7 +196,7 @@ def join_arrays(
     """Join arrays of images (N, C, H, W) and of labels (N,), copying once.
 
     Raises:
-        DataError: the numbers of images and labels differ, or there are none.
+        DataError: the numbers of images and labels differ, or there are no images.
     """
     split = Split(
         torch.cat([torch.as_tensor(x) for x in images]).contiguous(),

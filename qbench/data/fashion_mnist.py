@@ -1,13 +1,13 @@
 """Fashion-MNIST: grey pictures of clothes, in MNIST's format.
 
-H. Xiao, K. Rasul, R. Vollgraf, 2017, arXiv 1708.07747.
-60,000 training and 10,000 test images, 1x28x28, in ten classes of equal size: T-shirt, trouser,
-pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot. Harder than MNIST: shirts resemble
-T-shirts, pullovers and coats.
+H. Xiao, K. Rasul, R. Vollgraf, 2017, arXiv 1708.07747. 60,000 training and 10,000 test images,
+1x28x28, in ten classes of equal size: T-shirt, trouser, pullover, dress, coat, sandal, shirt,
+sneaker, bag, ankle boot. It is harder than MNIST, because shirts resemble T-shirts, pullovers and
+coats.
 
-Read from `<root>/FashionMNIST/raw/`, files named as MNIST's, or these names with .gz. The
-augmentation is that of CIFAR-10: a random crop of the image padded by 4 pixels (black, as the
-background is), and mirroring.
+The images are read from `<root>/FashionMNIST/raw/`. The files have the names of MNIST's files, with
+or without .gz. The augmentation is that of CIFAR-10: a random crop of the image padded by 4 pixels
+(black, as the background is), and mirroring.
 """
 
 from qbench.data.augment import Augment

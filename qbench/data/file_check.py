@@ -1,15 +1,15 @@
-"""Check every image file of a data set once: is it complete, its size, and the hash of all files.
+"""Check once whether every image file of a data set is complete, and hash all files.
 
 Reading all files of a large data set in every run would take longer than many runs. A data set of
-up to 4 GiB is therefore read completely, once. Of a larger one the size, the first and the last
-4096 bytes of each file are read and hashed (11 GB in ImageNet's 1,331,167 files); the fingerprint
-says which of the two was done. The result is stored in the user's cache folder, `qbench/data` below
-$XDG_CACHE_HOME or ~/.cache. It is valid as long as the names, sizes and modification times of all
-files stay the same.
+up to 4 GiB is therefore read completely, once. In a larger data set, only the size and the first
+and last 4096 bytes of each file are read and hashed (11 GB in ImageNet's 1,331,167 files). The
+fingerprint says which of the two was done. The result is stored in the user's cache folder,
+`qbench/data` below $XDG_CACHE_HOME or ~/.cache. It is valid as long as the names, sizes and
+modification times of all files stay the same.
 
-A file passes if PIL knows its header and, for JPEG and PNG, it ends as such a file does. A PNG that
-is read completely must also have correct checksums. Other formats are decoded. Damage in the middle
-of a file may be found only when the file is decoded.
+A file passes if PIL recognizes its header and, for JPEG and PNG, its end is that of a complete
+file. A PNG that is read completely must also have correct checksums. Files of other formats are
+decoded. Damage in the middle of a file may be found only when the file is decoded.
 """
 
 import hashlib
@@ -28,23 +28,24 @@ from PIL import Image
 from qbench.data.images import damaged_files_error, describe_error, to_rgb
 
 MAX_WHOLE_BYTES = 2**32
-"""Largest size of a data set whose files are read completely."""
+"""Largest size in bytes of a data set whose files are read completely."""
 
 END_BYTES = 4096
-"""Bytes that are read at both ends of the files of larger data sets."""
+"""Number of bytes that are read at each end of a file in larger data sets."""
 
 THREADS = 8
 VERSION = 2
 """Version of the cached result."""
 
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-"""PIL's name of a format -> bytes near the end of every complete file of it."""
+"""PIL's name of a format -> bytes near the end of every complete file of that format."""
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """Number, total bytes and hash of the files, what was hashed, and (height, width) if equal for
-    all, else 0.
+    """Number, total bytes and hash of the files, and which bytes were hashed.
+
+    Height and width are those of all images, or 0 if the images differ in size.
     """
 
     count: int
@@ -55,7 +56,7 @@ class FileCheck:
     width: int
 
     def manifest_entries(self) -> dict[str, str | int]:
-        """Return what the manifest says about the files."""
+        """Return the manifest's entries about the files."""
         return {
             "files": self.count, "files_bytes": self.size, "files_sha256": self.sha256, "files_hashed": self.hashed,
         }  # fmt: skip
@@ -119,8 +120,9 @@ def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[F
 
 
 def _check_file(path: str, size: int, whole: bool) -> _FileFacts:
-    """Return the hash and the size of one image file; raise an error of any kind if it is not a
-    complete image.
+    """Return the hash and the size of one image file.
+
+    An error of any kind means that the file is not a complete image.
     """
     if not size:
         raise ValueError("empty")

@@ -1,11 +1,11 @@
 """Splits whose images stay in files: worker processes decode each batch when it is needed.
 
-A batch depends on its paths and draws alone, so any number of workers makes the same batches.
+A batch depends only on its paths and draws, so the number of workers does not change the batches.
 
 The workers are those of torch's DataLoader. They come from a fork server, a fresh process, so they
-inherit no locks, open files or CUDA state. They end with the epoch, or as soon as the main process
-has ended, in whatever way. They ignore signals that are sent to the whole process group: the main
-process handles those.
+inherit no locks, open files or CUDA state. They end with the epoch, or when the main process ends
+for any reason. They ignore signals that are sent to the whole process group, because the main
+process handles such signals.
 """
 
 import multiprocessing
@@ -47,7 +47,7 @@ class FileSplit:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the smallest image that a crop is taken from."""
+        """Shape (C, H, W) of the smallest image that a crop is taken from."""
         return 3, self.side, self.side
 
     def to(self, device: torch.device) -> "FileSplit":
@@ -55,30 +55,30 @@ class FileSplit:
         return replace(self, labels=self.labels.to(device))
 
     def take(self, index: Tensor) -> Self:
-        """Return the images of an index tensor (n,)."""
+        """Return the split of the images that an index tensor (n,) selects."""
         return replace(self, names=tuple(self.names[i] for i in index.tolist()), labels=self.labels[index])
 
     def paths(self, index: Tensor) -> list[str]:
-        """Return the paths of the images of an index tensor (n,)."""
+        """Return the paths of the images that an index tensor (n,) selects."""
         return [os.path.join(self.root, self.names[i]) for i in index.tolist()]
 
 
 class DecodeJob(NamedTuple):
-    """A batch to decode: paths, and the draws of each image; without draws, centre crops."""
+    """A batch to decode: paths, and the draws of each image, or None for centre crops."""
 
     paths: list[str]
     draws: list[list[float]] | None
 
 
 class DecodedBatch(NamedTuple):
-    """Images uint8 (n, size, size, 3), and (path, reason) of each file that could not be read."""
+    """A batch: images uint8 (n, size, size, 3), and (path, reason) of each unreadable file."""
 
     images: Tensor
     bad: list[tuple[str, str]]
 
 
 class Decoder:
-    """Turns a decode job into a batch; DataLoader sends it to the workers as its data set."""
+    """Turns a decode job into a batch. DataLoader sends the decoder to the workers as its data set."""
 
     def __init__(self, side: int, augment: Augment) -> None:
         self.side, self.augment = side, augment
@@ -103,12 +103,13 @@ def decoded_batches(
     """Yield images uint8 (n, 3, size, size) in channels_last for every index tensor, in order.
 
     Args:
-        draws: (N, k) of the whole split, for augmentation; None for centre crops.
+        draws: uniform draws for augmentation, (N, k), one row per image of the split; None for
+            centre crops.
         workers: number of processes, at most one per core; 0 decodes in this process.
 
     Raises:
-        DataError: some images cannot be decoded. No batch is yielded after the first of them, but
-            the remaining files are still read, so that the message names all.
+        DataError: some images cannot be decoded. No batch is yielded after the first bad image, but
+            the remaining files are still read, so that the message names all bad files.
     """
     bad: list[tuple[str, str]] = []
     for batch in _decode_with_fallback(split, indices, draws, Decoder(split.side, augment), workers, device):
@@ -126,9 +127,9 @@ def _decode_with_fallback(
     split: FileSplit, indices: Sequence[Tensor], draws: Tensor | None, decoder: Decoder, workers: int,
     device: torch.device,
 ) -> Iterator[DecodedBatch]:  # fmt: skip
-    """Yield batches.
+    """Yield the decoded batches.
 
-    If a worker is killed, decode the rest in this process: it gives the same batches and errors.
+    If a worker is killed, this process decodes the remaining batches, with the same results.
     """
     done, workers = 0, min(workers, _cores(), len(indices))
     while True:
@@ -176,18 +177,21 @@ def _identity(batch: DecodedBatch) -> DecodedBatch:
 
 
 def _ensure_fork_server() -> None:
-    """Ensure that the fork server is running. It and its children inherit the blocked signals."""
+    """Ensure that the fork server is running.
+
+    The server and its children inherit the blocked signals.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)  # starting the tracker has unblocked them
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)  # starting the tracker unblocks the signals
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_main_process(worker: int) -> None:
-    """Start a thread in a worker that ends it when the main process ends."""
+    """Start a thread that ends the worker when the main process ends."""
     main = multiprocessing.parent_process()
     assert main is not None
     threading.Thread(target=_exit_after, args=(main.sentinel,), daemon=True).start()

@@ -1,20 +1,21 @@
 """Your own images, in one folder per class.
 
-The files are root/train/CLASS/*.jpg, and root/val/CLASS/*.jpg or root/test/CLASS/*.jpg.
-Classes are the folders of train, sorted by name; images may be in subfolders. JPEG, PNG, PPM, PGM,
-BMP, TIFF and WebP count as images by their suffix; other files are counted and ignored. Grey, CMYK,
-palette and 16-bit images become RGB. EXIF's orientation is ignored, as in torchvision. The share
-`val` of train is the validation split, and the other folder is the test split.
+The files are root/train/CLASS/*.jpg, and root/val/CLASS/*.jpg or root/test/CLASS/*.jpg. Classes are
+the folders of train, sorted by name; images may be in subfolders. The suffix decides whether a file
+is an image (JPEG, PNG, PPM, PGM, BMP, TIFF or WebP). Other files are counted and ignored. Grey,
+CMYK, palette and 16-bit images become RGB. The EXIF orientation is ignored, as in torchvision. The
+share `val` of the images in train becomes the validation split; the folder val or test is the test
+split.
 
-The shorter side is resized to `resize`, and `size` x `size` pixels are cropped: at random in
-training, in the centre in evaluation (`augment=plain`). `augment=inception` trains on crops of
-random area, 8 % to 100 % of the image, and random aspect, 3/4 to 4/3 (Szegedy et al. 2014, arXiv
-1409.4842, section 6), resized to `size`. `jitter=0.4` changes brightness, contrast and saturation
-too.
+With `augment=plain`, the shorter side is resized to `resize`, and `size` x `size` pixels are
+cropped, at random in training and in the centre in evaluation. `augment=inception` trains on crops
+of random area, 8 % to 100 % of the image, and random aspect, 3/4 to 4/3 (Szegedy et al. 2014, arXiv
+1409.4842, section 6), resized to `size`. `jitter=0.4` also changes brightness, contrast and
+saturation.
 
-Images of one height and width that fit into 2 GiB are kept in memory (not with
-`augment=inception`). Others are decoded by `runtime.num_workers` processes when they are needed.
-The batches are the same either way.
+Images are kept in memory if all have the same height and width and fit into 2 GiB, except with
+`augment=inception`. Otherwise `runtime.num_workers` processes decode them when they are needed. The
+batches are the same either way.
 """
 
 from qbench.data.augment import Augment
@@ -39,9 +40,7 @@ def build(
     jitter: float = 0.0,
     normalize: str = "imagenet",
 ) -> Dataset:
-    """Return the data set of a folder; `val` is the share of the training images in the validation
-    split.
-    """
+    """Return the data set of a folder; `val` is the share of training images used for validation."""
     top = absolute_root(root)
     classes = classes_in(top / "train")
     train = find_images(top, "train", classes)

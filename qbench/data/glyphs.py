@@ -1,33 +1,36 @@
-"""Digits and capitals rendered offline from matplotlib's fonts; some fonts are for test only.
+"""Digits and capitals rendered offline from matplotlib's fonts; the test images use other fonts.
 
-The images have CIFAR's shape, any number can be drawn, and a seed fixes them. There are 34 classes:
-0-9 and A-Z without I and O, as on number plates. In many fonts I is a bar or a 1 and O a 0, and
-many small letters equal their capitals once the size is random.
+The images have CIFAR's shape. Any number of images can be drawn, and a seed determines them. There
+are 34 classes: 0-9 and A-Z without I and O, as on number plates. In many fonts, I looks like a bar
+or a 1, and O like a 0. Small letters are left out, because many equal their capitals once the size
+is random.
 
-21 of matplotlib's 40 fonts hold digits and letters as such (DejaVu Sans, Sans Mono and Serif;
-STIXGeneral; cmb, cmr, cmss, cmti, cmtt): 16 draw the training images, 5 the test images. Left out:
-symbols (STIXSiz*, STIXNonUni*, cmex10, cmsy10, DejaVu*Display, LastResort) and cmmi10, whose digits
-are old-style. The validation images are training images, so they show the training fonts.
+21 of matplotlib's 40 fonts hold ordinary digits and letters (DejaVu Sans, Sans Mono and Serif;
+STIXGeneral; cmb, cmr, cmss, cmti, cmtt). 16 of them draw the training images and 5 the test images.
+Fonts of symbols (STIXSiz*, STIXNonUni*, cmex10, cmsy10, DejaVu*Display, LastResort) and cmmi10,
+whose digits are old-style, are not used. The validation images are a part of the training images,
+so they show the training fonts.
 
 The glyph is brighter than the background in every channel, and every image is shifted to mean 128.
-In a trial with random polarity per channel and a free mean, a small net stayed at chance for ten
-epochs.
+In a trial with random polarity per channel and a free mean, the accuracy of a small network stayed
+at chance for ten epochs.
 
-`difficulty` is one factor on everything random except colour and font: rotation, shear, size,
-proportions, place, loss of contrast, uneven background, fragments of other glyphs at the border,
-noise. 0 is an upright, centred, clean glyph. One seed draws the same glyphs, fonts and colours at
+`difficulty` scales everything random except colour and font: rotation, shear, size, proportions,
+place, loss of contrast, uneven background, fragments of other glyphs at the border, and noise. At
+0, glyphs are upright, centred and clean. The same seed draws the same glyphs, fonts and colours at
 every difficulty and size.
 
-Measured: top-1 on the 10,000 test images (sampling error +-0.5) of the float baseline of
+Top-1 was measured on the 10,000 test images (sampling error +-0.5) for the float baseline of
 
     qbench dataset=glyphs model.width=16 model.stem_stride=2 dataset.difficulty=D
 
-(pre-activation ResNet-8, 10 epochs of the 10,810 training images, SGD at 0.1 with cosine, batch 64;
-one thread): D = 1: 95.7, 1.1: 93.1, 1.2: 88.1 (one seed). With batch 128, half the steps: 0.5:
-99.9; 1: 93.3 (mean of three seeds, from 92.9 to 93.6); 1.5: 52 and still rising. The default is
-1.1: float networks end near 92 %, and bit widths differ.
+The network is a pre-activation ResNet-8, trained on one thread for 10 epochs of the 10,810 training
+images: SGD at 0.1 with a cosine schedule, batch 64. Top-1 was 95.7 at D = 1, 93.1 at 1.1 and 88.1
+at 1.2 (one seed). With batch 128, and so half the steps, it was 99.9 at 0.5, 93.3 at 1 (mean of
+three seeds, from 92.9 to 93.6), and 52 and still rising at 1.5. The default is 1.1, where float
+networks end near 92 % and bit widths differ in accuracy.
 
-22,000 images take 1.8 to 2.5 s on one core, including their mean and deviation.
+Rendering 22,000 images and computing their mean and deviation takes 1.8 to 2.5 s on one core.
 """
 
 from collections.abc import Sequence
@@ -56,13 +59,14 @@ TRAIN_FONTS = (
     *("cmb10", "cmr10", "cmti10", "cmtt10"),
 )
 
-# Images drawn at once, each label eight times. A constant, so that image i depends on (seed, i),
+# Number of images drawn at once, each label eight times. Constant, so image i depends on (seed, i),
 # not on the count.
 CHUNK = 8 * len(CLASSES)
-CAPITAL_HEIGHT = 0.5  # height of an H, as a part of the image's side
-CONTRAST = 0.5  # glyph minus background, as a part of the full scale
-TINT = 0.1  # of the full scale, to either side, for each channel
-FRAGMENTS, DISTANCE, DISTANCE_SPREAD = 2, 0.95, 0.15  # other glyphs; their distance from the middle in half sides
+CAPITAL_HEIGHT = 0.5  # height of an H, as a fraction of the image's side
+CONTRAST = 0.5  # glyph minus background, as a fraction of the full scale
+TINT = 0.1  # largest tint of a channel in either direction, as a fraction of the full scale
+# Other glyphs: number, distance from the centre and its spread in half sides.
+FRAGMENTS, DISTANCE, DISTANCE_SPREAD = 2, 0.95, 0.15
 # At difficulty 1:
 TURN = 0.45  # largest rotation to either side, in radians
 SHEAR = 0.3  # largest shear, in widths per height
@@ -70,9 +74,9 @@ SHRINK = 0.35  # largest change of the log of the size
 STRETCH = 0.15  # largest change of the log of the width and of 1 / height
 SHIFT = 0.2  # largest shift, in half sides
 FADE = 1.5  # contrast falls to 1 / (1 + FADE)
-SHADE = 0.12  # unevenness of the background, as a part of the full scale
+SHADE = 0.12  # unevenness of the background, as a fraction of the full scale
 CLUTTER = 0.85  # highest opacity of a fragment
-NOISE = 0.08  # highest standard deviation of a pixel, of the full scale; the lowest is half of it
+NOISE = 0.08  # highest standard deviation of a pixel, as a fraction of the full scale; the lowest is half as high
 
 
 def build(
@@ -88,13 +92,13 @@ def build(
     """Return the rendered data set.
 
     Args:
-        train, test: number of images.
+        train, test: number of training images, validation included, and of test images.
         size: height and width in pixels, 8 or more.
         difficulty: 0 (clean) to 2; for the default of 1.1 see the head of this file.
-        seed: 0 or more; training and test images have random streams of their own.
+        seed: seed of the images, 0 or more; training and test images use separate random streams.
         val: share of the training images in the validation split.
-        pad: of the random crop, in pixels; the border is replicated, because the background is not
-            black.
+        pad: pixels added on each side before the random crop; they replicate the border, because
+            the background is not black.
     """
     _check_minimum(0, seed=seed, pad=pad)
     _check_minimum(1, train=train, test=test)
@@ -120,12 +124,12 @@ def render(count: int, *, size: int = 32, fonts: Sequence[str], seed: int, diffi
     Every image has mean 128 before clipping.
 
     Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or
-    any global state. Its bytes are the same with one build of torch and of Pillow on one kind of
-    CPU. Images 0-33, 34-67, ... hold each class once.
+    any global state. The same builds of torch and Pillow on the same kind of CPU give the same
+    bytes. Each group of images 0-33, 34-67, ... holds every class once.
 
     Raises:
         ValueError: an argument is out of its range.
-        DataError: matplotlib does not ship the font.
+        DataError: matplotlib does not ship one of the fonts.
     """
     _check_minimum(0, seed=seed)
     _check_minimum(1, count=count, fonts=len(fonts))
@@ -205,10 +209,10 @@ def _render_chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) ->
     contrast = CONTRAST / (1 + FADE * d * uniform(3, 1, 1))
     background = TINT * symmetric(3, 1, 1) + SHADE * d * _interpolate_knots(symmetric(3, 4, 4), size)
     deviation = NOISE * d * (1 + uniform(1, 1, 1)) / 2
-    # The noise is drawn last, because its length depends on the size.
+    # The noise is drawn last, because the number of its draws depends on the image size.
     noise = deviation * torch.randn(CHUNK, 3, size, size, generator=generator)
     x = (255 * (background + contrast * ink + noise)).round_()
-    # Whole numbers: their sum is exact in any order, so with any number of threads.
+    # The sum of whole numbers is exact in any order, and so with any number of threads.
     mean = x.sum((1, 2, 3), keepdim=True, dtype=torch.float64) / x[0].numel()
     return (x - mean.round().float() + 128).clamp_(0, 255).to(torch.uint8), labels
 
@@ -216,7 +220,7 @@ def _render_chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) ->
 def _interpolate_knots(knots_NC44: Tensor, size: int) -> Tensor:
     """Interpolate 4x4 knots linearly to (N, C, size, size).
 
-    F.interpolate's last bit varies with the number of threads.
+    F.interpolate is not used, because the last bit of its results depends on the number of threads.
     """
     place = 3 * torch.arange(size) / (size - 1)
     w = (1 - (place - torch.arange(4)[:, None]).abs()).clamp(min=0)
@@ -230,8 +234,8 @@ def _warp(mask_NSS: Tensor, u_N4: Tensor, centre_N2: Tensor, size: int, d: float
     """Rotate, shear, scale and move masks; return ink in [0, 1], (N, 1, size, size).
 
     A pixel at p shows the mask at inv(turn @ shear @ scale) (p - centre). Coordinates are 0 in the
-    middle and 1 at the border. Written out, because a matrix product may sum in an order that
-    depends on the threads.
+    middle and 1 at the border. The products are written out, because torch's matrix product may sum
+    in an order that depends on the number of threads.
     """
     turn, shear, shrink, stretch = (d * u_N4)[:, :, None, None].unbind(1)
     wide, tall = (SHRINK * shrink + STRETCH * stretch).exp(), (SHRINK * shrink - STRETCH * stretch).exp()

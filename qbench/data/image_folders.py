@@ -24,18 +24,18 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 MAX_MEMORY = 2**31
 """Largest size in bytes of images that are kept in memory: 2 GiB.
 
-Fixed, so that every machine does the same.
+The limit is fixed, so that every machine does the same.
 """
 
 STATISTICS_IMAGES = 1000
-"""Number of images, evenly spaced, that give the mean and deviation of a streaming data set with
-`normalize=own`.
+"""Number of evenly spaced images from which `normalize=own` computes the mean and deviation of a
+streaming data set.
 """
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files: names below the root in order, a label for each, and the number of other
+    """Image files: their names below the root in order, their labels, and the number of other
     files.
     """
 
@@ -60,8 +60,9 @@ def classes_in(folder: Path) -> list[str]:
 
 
 def find_images(root: Path, part: str, classes: Sequence[str]) -> ImageFiles:
-    """Return the images below root/part/CLASS, at any depth; their suffixes say which files are
-    images.
+    """Return the images below root/part/CLASS, at any depth.
+
+    The suffix decides whether a file is an image.
 
     Raises:
         DataError: a class folder of train has no image, there is no image at all, or a class is not
@@ -84,11 +85,12 @@ def find_images(root: Path, part: str, classes: Sequence[str]) -> ImageFiles:
 
 
 def find_test_folder(root: Path, part: str) -> str:
-    """Return the name of the test images' folder: `part`, or for `auto` the one of val and test
-    that exists.
+    """Return the name of the folder of test images.
+
+    The name is `part`. If `part` is auto, it is val or test, whichever exists.
 
     Raises:
-        DataError: neither exists, or both do.
+        DataError: neither val nor test exists, or both do.
     """
     if part != "auto":
         return part
@@ -106,7 +108,9 @@ def dataset_from_files(
     name: str, root: Path, train: ImageFiles, test: ImageFiles, *, classes: int, val: float, side: int,
     augment: Augment, normalize: str, shape: tuple[int, int] | None = None,
 ) -> Dataset:  # fmt: skip
-    """Return the data set of image files. Images of one size that fit into memory are kept there.
+    """Return the data set of image files.
+
+    Images that have one size and fit into memory are kept in memory.
 
     Args:
         side: size in pixels to which the shorter side is resized.
@@ -151,7 +155,7 @@ def _common_shape(check: FileCheck, side: int, augment: Augment) -> tuple[int, i
 
 
 def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]) -> Split:
-    """Decode all images, each (H, W) after resizing."""
+    """Decode all images; each has the shape (H, W) after resizing."""
     images = torch.empty(len(files.names), *shape, 3, dtype=torch.uint8)
 
     def read(i: int) -> tuple[str, str] | None:
@@ -173,8 +177,9 @@ def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]
 
 
 def _statistics_images(split: Split | FileSplit) -> Tensor:
-    """Return the images that give mean and deviation: those in memory, else pixels of a sample, (1,
-    3, 1, pixels).
+    """Return the images from which mean and deviation are computed.
+
+    These are all images of a split in memory, or else the pixels of a sample, (1, 3, 1, pixels).
     """
     if isinstance(split, Split):
         return split.images
@@ -204,8 +209,9 @@ def _images_below(root: Path, folder: str) -> tuple[list[str], int]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], int]]:
-    """Yield every visible folder below one, the names of its images and the number of all of its
-    files.
+    """Yield `folder` and every visible folder below it.
+
+    Each comes with the names of its images and the number of all its files.
     """
     for path, folders, files in os.walk(folder, onerror=_raise_resource_error, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -1,7 +1,7 @@
 """One image file: decode, convert to RGB, resize, crop, and describe what is damaged.
 
 Resizing uses PIL's bilinear filter, which averages when it shrinks an image. Sizes and centre crops
-are rounded as torchvision rounds them. EXIF's orientation is ignored, as in torchvision.
+are rounded as torchvision rounds them. The EXIF orientation is ignored, as in torchvision.
 """
 
 import errno
@@ -23,12 +23,13 @@ MAX_NAMED = 20
 """Largest number of bad files that a message names."""
 
 SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors that say nothing about the file: too many open files, no memory."""
+"""Errors that do not mean that the file is damaged: too many open files, no memory."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image with three channels of 8 bits: grey is repeated, 16 bits are cut to the upper
-    8, alpha is dropped.
+    """Return an image with three channels of 8 bits.
+
+    Grey is repeated, 16-bit values are cut to their upper 8 bits, and alpha is dropped.
 
     Raises:
         ValueError: the pixels are floats, whose white level is unknown.
@@ -53,8 +54,9 @@ def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
 
 
 def decode_image(path: str | Path, side: int = 0) -> Pixels:
-    """Return a file's image as uint8 (H, W, 3), its shorter side resized to `side` unless that is
-    0.
+    """Return a file's image as uint8 (H, W, 3).
+
+    The shorter side is resized to `side` pixels unless `side` is 0.
     """
     with Image.open(path) as image:
         return np.array(resize_shorter_side(to_rgb(image), side))
@@ -65,7 +67,7 @@ def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[flo
 
     Args:
         side: size in pixels to which the shorter side is resized before a crop of fixed size.
-        augment: its `size` must be set.
+        augment: the augmentation, with `size` set.
         draws: the image's uniform draws; None for the centre crop.
     """
     if draws is not None and augment.area:
@@ -82,8 +84,9 @@ def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[flo
 
 
 def describe_error(error: Exception) -> str:
-    """Return in a few words why an image cannot be read; raise the error again if the file is not
-    its cause.
+    """Return in a few words why an image cannot be read.
+
+    If the file is not the cause of the error, raise the error again.
     """
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRORS):
         raise error
@@ -100,7 +103,7 @@ def damaged_files_error(bad: Iterable[tuple[str, str]], checked: int, folder: st
     Args:
         bad: (path, reason) of each bad file.
         checked: number of files checked.
-        folder: the files' folder.
+        folder: the folder that holds the files.
     """
     bad = sorted(bad)
     named = ", ".join(f"{path} ({why})" for path, why in bad[:MAX_NAMED])

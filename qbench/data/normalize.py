@@ -1,8 +1,7 @@
 """Normalization of images by channel: (x / 255 - mean) / deviation.
 
-`dataset.normalize` names the two constants.
-`own` stands for the mean and deviation of the training images. The other names stand for fixed
-numbers.
+`dataset.normalize` selects mean and deviation: `own` takes those of the training images, and every
+other name takes fixed numbers.
 """
 
 import torch
@@ -15,7 +14,7 @@ FIXED: dict[str, MeanAndStd] = {
     "unit": ((0.0,), (1.0,)),  # [0, 1]: Gupta et al.
     "half": ((0.5,), (0.5,)),  # [-1, 1]: Polino et al.'s code for CIFAR
     "by256": ((0.0,), (256 / 255,)),  # x / 256: DoReFa's training script for SVHN
-    # what all of torchvision's ImageNet weights were trained with: pytorch.org/vision, "Models and
+    # used to train all of torchvision's ImageNet weights: pytorch.org/vision, "Models and
     # pre-trained weights"
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
@@ -25,7 +24,8 @@ def normalization(name: str, images_NCHW: Tensor) -> MeanAndStd:
     """Return (mean, std) per channel for a value of `normalize`.
 
     Raises:
-        ValueError: the name is unknown, or its constants are for three channels.
+        ValueError: the name is unknown, or its constants are for three channels and the images have
+            another number of channels.
     """
     if name == "own":
         return mean_and_std(images_NCHW)
@@ -41,8 +41,8 @@ def normalization(name: str, images_NCHW: Tensor) -> MeanAndStd:
 def mean_and_std(images_NCHW: Tensor) -> MeanAndStd:
     """Return mean and standard deviation per channel of uint8 images, on the scale [0, 1].
 
-    Computed from counts of the grey values: exact for any number of images, without a float copy of
-    them.
+    They are computed from counts of the grey values. This is exact for any number of images and
+    needs no float copy of the images.
     """
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images_NCHW.unbind(1)])
     weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)

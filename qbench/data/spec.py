@@ -1,4 +1,4 @@
-"""Data sets without their images: shapes, classes and counts, to plan runs without the files."""
+"""Shapes, classes and counts of the data sets, to plan runs without the image files."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import torch
 from qbench.data.dataset import Dataset, Split
 
 SVHN_IMAGES = {"train": 73_257, "extra": 531_131, "both": 604_388}
-"""Value of `dataset.split` -> training images."""
+"""Value of `dataset.split` -> number of SVHN's training images."""
 
 
 class DatasetSpec(NamedTuple):
@@ -28,8 +28,9 @@ class DatasetSpec(NamedTuple):
 
 
 def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
-    """Return a data set of black images that take no memory, from the keys of `dataset`; None if it
-    is not known here.
+    """Return a data set of black images that take no memory; None if it is not known here.
+
+    `node` holds the keys of `dataset`.
 
     Raises:
         ValueError: `val` is out of range.

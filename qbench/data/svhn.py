@@ -1,19 +1,20 @@
 """SVHN, Street View House Numbers: digits cropped from photographs of house fronts.
 
 Y. Netzer et al., 2011, "Reading Digits in Natural Images with Unsupervised Feature Learning". This
-is the set's format 2: 3x32x32, ten classes, the digit in the middle, its neighbours often at the
-sides. 73,257 training and 26,032 test images, and 531,131 easier ones, "extra". Papers train on
-different parts: DoReFa on train and extra mixed, PACT on train alone. `split` selects train, extra
-or both; "both" takes 1.9 GB, 2.9 GB at size=40, and twice as much while it is read.
+is the set's format 2: 3x32x32, ten classes, with the digit in the middle and often its neighbours
+at the sides. There are 73,257 training images, 26,032 test images and 531,131 easier images, named
+"extra". Papers train on different parts: DoReFa on train and extra mixed, PACT on train alone.
+`split` selects train, extra or both. "both" takes 1.9 GB of memory, or 2.9 GB at size=40, and twice
+as much while the files are read.
 
-Read from `<root>/`: train_32x32.mat, extra_32x32.mat, test_32x32.mat, with scipy. Digit 0, which
-the files call 10, is class 0. The random crop of the image padded by 4 pixels is CIFAR's. Digits
-are not mirrored, so there is no `flip`.
+scipy reads train_32x32.mat, extra_32x32.mat and test_32x32.mat from `<root>/`. Digit 0, which the
+files call 10, is class 0. As for CIFAR, a random crop is taken of the image padded by 4 pixels.
+Digits are not mirrored, so there is no `flip`.
 
 DoReFa's training script (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py) resizes to 40x40,
 adds up to 30 grey values, multiplies the contrast by 0.5 to 1.5, divides by 256 and crops nothing:
-`size=40 brightness=30 contrast=0.5 normalize=by256 pad=0 split=both val=0`. It rounds to whole grey
-values after each change, which is not done here.
+`size=40 brightness=30 contrast=0.5 normalize=by256 pad=0 split=both val=0`. The script rounds to
+whole grey values after each change, which is not done here.
 """
 
 import torch
@@ -24,7 +25,7 @@ from qbench.data.dataset import Dataset, Split
 from qbench.data.dataset_files import dataset_from_splits, read_svhn
 
 CHUNK = 10_000
-"""Images that are resized at once."""
+"""Number of images that are resized at once."""
 SPLITS = {"train": ("train",), "extra": ("extra",), "both": ("train", "extra")}
 """Value of `split` -> parts of SVHN."""
 
@@ -53,9 +54,7 @@ def build(
 
 
 def resize_split(split: Split, size: int) -> Split:
-    """Return the split with its images resized to size x size by bilinear interpolation, and
-    rounded.
-    """
+    """Return the split with images resized to size x size by bilinear interpolation and rounded."""
     if split.images.shape[2:] == (size, size):
         return split
     chunks = (F.interpolate(x.float(), (size, size), mode="bilinear") for x in torch.split(split.images, CHUNK))

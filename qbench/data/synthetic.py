@@ -1,6 +1,6 @@
 """Random images of any shape: each class is a fixed random pattern under noise.
 
-For load and speed tests only.
+It is for load and speed tests only.
 """
 
 import torch
@@ -24,7 +24,7 @@ def build(
     """Return `train` + `test` images (channels, size, size).
 
     Args:
-        signal: the pattern's share of a pixel, 0 to 1; the rest is noise.
+        signal: share of the pattern in each pixel value, 0 to 1; the rest is noise.
         val: share of the training images in the validation split.
     """
     if min(train, test, classes, channels, size) < 1:

@@ -1,11 +1,11 @@
 """Tiny ImageNet (Stanford CS231n's class project, 2015): 200 of ImageNet's classes at 64x64 pixels.
 
-100,000 training images and 10,000 validation images, which are the test split here: the labels of
-its own test images are not public. Read from `<root>/`, the folder tiny-imagenet-200 as published:
-train/nXXXXXXXX/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt. The variant with val
-in class folders is read too. Classes are sorted by name. All images are decoded once and kept in
-memory, 1.4 GB. The augmentation is CIFAR's with twice the pixels: a random crop of the image padded
-by 8, and mirroring.
+100,000 training images and 10,000 validation images. The validation images are the test split here,
+because the labels of the published test images are not public. The images are read from `<root>/`,
+the folder tiny-imagenet-200 as published: train/nXXXXXXXX/images/*.JPEG, val/images/*.JPEG and
+val/val_annotations.txt. A val folder divided into class folders is read too. Classes are sorted by
+name. All images are decoded once and kept in memory, 1.4 GB. The augmentation is CIFAR's with twice
+the padding: a random crop of the image padded by 8, and mirroring.
 """
 
 from pathlib import Path
@@ -49,8 +49,9 @@ def build(
 
 
 def _annotated_images(root: Path, classes: list[str]) -> ImageFiles:
-    """Return the images that val_annotations.txt lists: one line per image with file, class and
-    box, separated by tabs.
+    """Return the images that val_annotations.txt lists.
+
+    Each line holds file, class and box of one image, separated by tabs.
     """
     path, names, labels = root / "val" / ANNOTATIONS, [], []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):

@@ -1,8 +1,8 @@
 """AlexNet as DoReFa-Net's authors train it (Zhou et al. 2016, arXiv 1606.06160; tensorpack's alexnet-dorefa.py).
 
-Verified in the script, which is not the paper's own code; 60,985,416 parameters for 1000 classes
-with affine BN. TTQ's authors train the same network from scratch (czhu95/ternarynet). Whether
-theirs has the biases of conv0 and fc0 is open.
+Verified in the script, which is not the paper's own code. With 1000 classes and affine BN there are
+60,985,416 parameters. TTQ's authors train the same network from scratch (czhu95/ternarynet).
+Whether their network has the biases of conv0 and fc0 is open.
 
 conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP - Q - conv3 384 - BN
 - MP - Q - conv3 384 in 2 groups - BN - Q - conv3 256 in 2 groups - BN - MP valid - Q - FC 4096
@@ -10,8 +10,8 @@ conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP -
 Max pooling of 3x3/2 is between BN and Q. No dropout. BN has eps 1e-4. The first two poolings pad as
 TensorFlow's SAME does: only at the right and bottom where the size is even.
 
-`head` is the activation in front of the last layer. Where activations are quantized, the script
-clips to [0, 1] there and does not round; else it has a ReLU.
+`head` is the activation in front of the last layer. If activations are quantized, the script clips
+to [0, 1] there and does not round; otherwise it has a ReLU.
 """
 
 from collections import OrderedDict
@@ -30,7 +30,7 @@ CONVS = ((96, 12, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2))
 class SamePool(nn.Module):
     """Max pooling of 3x3 at stride 2, padded as TensorFlow's SAME does.
 
-    Half of the padding that is needed, rounded down, comes first.
+    Half of the padding, rounded down, is at the top and left; the rest is at the bottom and right.
     """
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -41,7 +41,9 @@ class SamePool(nn.Module):
 
 
 class DoReFaAlexNet(nn.Sequential):
-    """Layers `conv0` to `conv4`, `fc0`, `fc1`, `fct`; `bn`, `pool` and `act` end as the layer's name does."""
+    """Layers `conv0` to `conv4`, `fc0`, `fc1`, `fct`; `bn`, `pool` and `act` have the ending of
+    their layer.
+    """
 
     feeds: Feeds
 

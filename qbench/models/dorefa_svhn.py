@@ -1,22 +1,22 @@
 """DoReFa-Net's networks for SVHN, models A to D (Zhou et al. 2016, arXiv 1606.06160).
 
-Model A is that of the authors' script, tensorpack's svhn-digit-dorefa.py (verified; that it is the
-paper's A follows from the paper's 80 MFLOP): images of 40x40, seven convolutions of 3, 4, 4, 8, 8,
-8 and 32 times `width` channels, with `width` 16. That it is 8, 4 and 2 in B, C and D is remembered
-from the paper, not verified. Counted: A has 2,082,378 parameters with affine BN, and 41.7 M
-multiply-adds.
+Model A is the network of the authors' script, tensorpack's svhn-digit-dorefa.py (verified). That it
+is the paper's A follows from the paper's 80 MFLOP. It takes images of 40x40 and has seven
+convolutions of 3, 4, 4, 8, 8, 8 and 32 times `width` channels, with `width` 16. The widths 8, 4 and
+2 of B, C and D are remembered from the paper, not verified. Counted: A has 2,082,378 parameters
+with affine BN, and 41.7 M multiply-adds.
 
 conv5 (bias) - MP2 - Q - conv3 - BN - Q - conv3 - BN - MP2 - Q - conv3 valid - BN - Q - conv3 - BN -
 Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - head - FC. Q is the activation that an input
 quantizer replaces. There is no BN after the first layer. Max pooling follows BN and precedes Q. BN
 has eps 1e-4.
 
-`head` is the activation in front of the last layer. Where activations are quantized, the script
-clips to [0, 1] there (min(1, |x|) until 2018) and does not round; else it has a ReLU.
+`head` is the activation in front of the last layer. If activations are quantized, the script clips
+to [0, 1] there (min(1, |x|) until 2018) and does not round; otherwise it has a ReLU.
 
 The script applies dropout after Q, but Q is inside the layer here. So values are dropped in front
-of Q without rescaling, and the output of the layer, which has no bias, is rescaled instead. The two
-are identical if Q(0) = 0.
+of Q without rescaling, and the output of the layer, which has no bias, is rescaled instead. Both
+orders give the same result if Q(0) = 0.
 """
 
 from collections import OrderedDict
@@ -30,7 +30,7 @@ from qbench.models.normalization import NORMS_2D, check_norm
 from qbench.models.residual_blocks import Feeds
 
 CONVS = ((3, 5, 0), (4, 3, 1), (4, 3, 1), (8, 3, 0), (8, 3, 1), (8, 3, 0), (32, 5, 0))
-"""Channels as a multiple of the width, kernel, padding of `conv0` to `conv6`."""
+"""Channels (as a multiple of the width), kernel and padding of `conv0` to `conv6`."""
 
 POOLED = (0, 2)
 """Numbers of the convolutions followed by max pooling of 2x2."""
@@ -49,7 +49,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "clip": lambda: nn.Hardtanh(0, 1),
     "magnitude": ClippedMagnitude,
 }
-"""Activations in front of the last layer."""
+"""Value of `head` -> activation in front of the last layer."""
 
 
 def check_head(head: str) -> None:
@@ -71,7 +71,7 @@ class UnscaledDropout(nn.Module):
 
 
 class DropoutScale(nn.Module):
-    """Divide by 1 - p in training, after a linear map without bias of the output of `UnscaledDropout`."""
+    """Divide by 1 - p in training, after a layer without bias that follows `UnscaledDropout`."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

@@ -3,11 +3,11 @@
 All of it is remembered from the paper, nothing is verified. MNIST perceptron: 1000, 1000, classes.
 MNIST CNN: conv5 8 - ReLU - MP2 - conv5 16 - ReLU - MP2 - FC 128 - ReLU - FC. CIFAR-10 CNN: three
 times conv5 64 - ReLU - MP of 3x3/2, then FC. No batch normalization; every layer has a bias.
-Weights start Gaussian with standard deviation 0.01, biases at 0; this is remembered of the
-perceptron only.
+Initial weights are Gaussian with standard deviation 0.01, and initial biases are 0; this is
+remembered for the perceptron only.
 
 Open: padding and rounding of sizes. Here the MNIST CNN does not pad. The CIFAR CNN pads by 2 and
-its max pooling rounds up. So 28x28 ends at 4x4, and 32x32 at 4x4.
+its max pooling rounds up. So images of 28x28 (MNIST) and 32x32 (CIFAR) both end at 4x4.
 """
 
 from collections import OrderedDict
@@ -19,7 +19,9 @@ from qbench.models.residual_blocks import Feeds
 
 
 class GuptaNet(nn.Sequential):
-    """Layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ...; activations `act1`, `act2`, ... count on through both."""
+    """Layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ...; activations `act1`, ... are numbered
+    through both.
+    """
 
     feeds: Feeds
 
@@ -72,7 +74,7 @@ def build(
     Args:
         convs: channels of the convolutions; empty for none.
         hidden: units of the hidden layers; empty for none.
-        pad: zeros around each convolution.
+        pad: zeros padded on each side at each convolution.
         pool: size of the max pooling after each convolution, 2 or 3; its stride is 2.
         std: standard deviation of the initial weights.
     """

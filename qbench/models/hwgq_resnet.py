@@ -5,13 +5,14 @@ Verified in the prototxts res18-, res34- and res50-hwgq-3ne-clip-poly of zhaowei
 one more BN in front of the sum. Q is the activation that an input quantizer replaces. The BN in
 front of the sum has scale and shift.
 
-Where the shape changes, the shortcut is a 1x1 convolution of the same Q, followed by such a BN as
-well. Elsewhere it is the block's input, never quantized. The first block has no BN of its own: the
-stem's BN comes right before it, so the identity shortcut of the first block is normalized. A
-bottleneck has its stride at the first 1x1 convolution. Max pooling rounds sizes up, as Caffe does.
+Where the shape changes, the shortcut is a 1x1 convolution that reads the output of the block's
+first Q, followed by a BN with scale and shift as well. Elsewhere the shortcut is the block's input,
+which is never quantized. The first block does not begin with a BN: the stem's BN comes right before
+it, so the identity shortcut of the first block is normalized. In a bottleneck, the first 1x1
+convolution has the stride. Max pooling rounds sizes up, as Caffe does.
 
-`norm` is that of the BNs in front of Q; the authors' is `no_affine`. The running averages of their
-BNs move by 0.05; here they move by torch's 0.1.
+`norm` sets the BNs in front of Q; the authors use `no_affine`. The authors' BN has momentum 0.05
+for the running averages; here it has torch's 0.1.
 """
 
 from torch import Tensor, nn

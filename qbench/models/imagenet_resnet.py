@@ -4,18 +4,19 @@
 checkpoints load): 7x7/2 convolution, BN, ReLU, max pooling of 3x3/2, then four stages of blocks. A
 block is convolution, BN, ReLU, ..., convolution, BN, sum, ReLU. A shortcut that changes the shape
 is a 1x1 convolution with BN. In a bottleneck the 3x3 convolution has the stride. The ReLU after a
-sum also feeds the next shortcut, so a quantizer can take the place of those within blocks only.
+sum also feeds the next shortcut, so a quantizer can replace only the ReLUs within blocks.
 
-`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): BN, ReLU, convolution; BN and ReLU once
-more after the last block. A shortcut that changes the shape is a 1x1 convolution of the activated
-input. The stem is followed by BN and max pooling; the ReLU is that of the first block. The first
-block has no BN of its own, since the stem's BN comes right before it; an identity shortcut there
-carries the stem's output before ReLU. LSQ and PACT are remembered to use this form (not verified).
+`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): a block repeats BN, ReLU, convolution.
+BN and ReLU follow once more after the last block. A shortcut that changes the shape is a 1x1
+convolution of the activated input. The stem is followed by BN and max pooling; the first ReLU is in
+the first block. The first block does not begin with a BN, since the stem's BN comes right before
+it. If the shortcut of the first block is the identity, it carries the stem's output before the
+ReLU. LSQ and PACT are remembered to use this form (not verified).
 
-`width` is the number of channels of the stem and of the first stage; the original ResNet has 64. 96
-is ResNet-18B of TWN and TTQ. It is remembered, not verified, that each of its blocks has 1.5 times
-the filters; whether its stem is wider is open. Here the stem is wider too, as in Polino's ResNet-18
-with k times the filters (k 1.5 and 2: `width` 96 and 128; verified in
+`width` is the number of channels of the stem and of the first stage; the original ResNet has 64.
+`width` 96 is ResNet-18B of TWN and TTQ. It is remembered, not verified, that each block of
+ResNet-18B has 1.5 times the filters; whether its stem is wider is open. Here the stem is wider too,
+as in Polino's ResNet-18 with k times the filters: k = 1.5 and 2 are `width` 96 and 128 (verified in
 antspy/quantized_distillation, cnn_models/resnet_kfilters.py).
 """
 
@@ -26,7 +27,7 @@ from qbench.models.normalization import NORMS_2D, check_norm
 from qbench.models.residual_blocks import ConvSpec, Feeds, PostBlock, PreBlock, ResidualBlock, feeds_of_blocks
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-"""Blocks of the four stages. From 50 on a block is a bottleneck."""
+"""Depth -> number of blocks per stage. From depth 50 on, blocks are bottlenecks."""
 
 FORMS = ("pre", "post")
 
@@ -34,7 +35,8 @@ FORMS = ("pre", "post")
 def block_convs(depth: int, width: int, stride: int) -> tuple[ConvSpec, ...]:
     """Return the convolutions of a block with `width` channels.
 
-    A bottleneck has its stride at the 3x3 convolution, and four times the channels at its end.
+    In a bottleneck, the 3x3 convolution has the stride, and the last convolution has four times the
+    channels.
     """
     if depth < 50:
         return (width, 3, stride), (width, 3, 1)

@@ -16,7 +16,7 @@ def init_fan_out(model: nn.Module) -> None:
 def init_fan_in(model: nn.Module) -> None:
     """Draw the weights of all convolutions and linear layers from He's Gaussian scaled by fan-in; set biases to 0.
 
-    Caffe calls it msra. Source: He et al. 2015, arXiv 1502.01852.
+    Caffe calls this initialization msra. Source: He et al. 2015, arXiv 1502.01852.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

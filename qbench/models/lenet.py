@@ -1,9 +1,10 @@
-"""LeNet as quantization papers use it: that of Caffe (examples/mnist), not LeCun's of 1998.
+"""LeNet as quantization papers use it: the network of Caffe (examples/mnist), not LeCun's of 1998.
 
-20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units, classes: 431,080
-parameters on MNIST without batch normalization. Caffe's network has a single ReLU, in front of the
-last layer. Here BN and ReLU precede every layer but the first, after max pooling as in HWGQ's
-networks. So each of these layers has an input that a quantizer can take over.
+The network has 20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units,
+and the output layer. On MNIST without batch normalization it has 431,080 parameters. Caffe's
+network has a single ReLU, in front of the last layer. Here BN and ReLU precede every layer but the
+first, after max pooling as in HWGQ's networks. So an input quantizer can replace the activation in
+front of each of these layers.
 """
 
 from collections import OrderedDict

@@ -1,7 +1,7 @@
 """MobileNetV2 for small images (Sandler et al. 2018, arXiv 1801.04381, table 2), with torchvision's layer names.
 
-The stem and the second stage keep the resolution, so that 32x32 images end at 4x4. All else is the
-paper's, and so is the number of parameters: 3,504,872 for 1000 classes. For ImageNet use
+The stem and the second stage keep the resolution, so that 32x32 images end at 4x4. All else follows
+the paper, including the number of parameters, 3,504,872 for 1000 classes. For ImageNet use
 `model=torchvision model.net=mobilenet_v2`.
 """
 
@@ -32,7 +32,9 @@ def _conv_unit(
 
 
 class InvertedResidual(ResidualBlock):
-    """1x1 expansion (unless t = 1), 3x3 depthwise, 1x1 projection without activation; plus x if the shapes agree."""
+    """1x1 expansion (unless t = 1), 3x3 depthwise, 1x1 projection without activation, plus x if the
+    shapes agree.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, norm: str) -> None:
         super().__init__()
@@ -92,7 +94,10 @@ class MobileNetV2(nn.Module):
 
 
 def multiple_of_8(channels: float) -> int:
-    """Return the nearest multiple of 8, at least 8; the next one if it loses more than a tenth of the channels."""
+    """Return the nearest multiple of 8, at least 8.
+
+    If the nearest loses more than a tenth of the channels, return the next multiple.
+    """
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 

@@ -12,14 +12,14 @@ NORMS_2D: dict[str, Norm] = {
     "no_affine": lambda channels: nn.BatchNorm2d(channels, affine=False),
     "none": lambda channels: nn.Identity(),
 }
-"""Normalization after a convolution, by the value of `model.norm`."""
+"""Value of `model.norm` -> normalization after a convolution."""
 
 NORMS_1D: dict[str, Norm] = {
     "affine": nn.BatchNorm1d,
     "no_affine": lambda features: nn.BatchNorm1d(features, affine=False),
     "none": lambda features: nn.Identity(),
 }
-"""Normalization after a linear layer, by the value of `model.norm`."""
+"""Value of `model.norm` -> normalization after a linear layer."""
 
 
 def check_norm(norm: str) -> None:

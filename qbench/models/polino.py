@@ -1,14 +1,17 @@
-"""Plain convolutional networks for CIFAR-10 of Polino et al. 2018 (arXiv 1802.05668): teacher and students, one class.
+"""Plain convolutional networks for CIFAR-10 of Polino et al. 2018 (arXiv 1802.05668): teacher and
+students.
 
 Verified in the authors' code (antspy/quantized_distillation, cnn_models/conv_forward_model.py and
-cifar10_test.py): convolution - ReLU - BN, in this order, with 2x2 max pooling and dropout of whole
-channels after some; linear - ReLU - BN - dropout; and a ReLU on the logits. Every layer has a bias.
-Convolutions keep the size. Weights start with Glorot's uniform distribution.
+cifar10_test.py). Each convolution is followed by ReLU and BN, in this order, and some also by 2x2
+max pooling and dropout of whole channels. Each hidden linear layer is followed by ReLU, BN and
+dropout. A ReLU is applied to the logits. Every layer has a bias. Convolutions keep the size.
+Initial weights have Glorot's uniform distribution.
 
-Counted: the teacher has 5.346 M parameters, students S0, S1, S2 1.000, 0.318 and 0.112 M, the
-deeper student 5.83 M. Distilled students are trained without dropout (`dropout: []`).
+Counted: the teacher has 5.346 M parameters, the students S0, S1, S2 have 1.000, 0.318 and 0.112 M,
+and the deeper student has 5.83 M. Distilled students train without dropout (`dropout: []`).
 
-BN is between an activation and the next layer, so no quantizer can take an activation's place here.
+BN is between an activation and the next layer, so no input quantizer can replace an activation
+here.
 """
 
 from collections import OrderedDict
@@ -20,7 +23,9 @@ from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
 
 
 class PolinoNet(nn.Sequential):
-    """Layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ...; `act`, `bn`, `pool` and `drop` count on through both."""
+    """Layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ...; `act`, `bn`, `pool` and `drop` are
+    numbered through both.
+    """
 
     def __init__(
         self,

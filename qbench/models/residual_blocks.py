@@ -1,8 +1,8 @@
-"""Residual blocks of both forms, and what a network says about its activations (`feeds`).
+"""Residual blocks of both forms, and `feeds`, the map from activations to the layers they feed.
 
-`feeds` maps the name of an activation module to the names of the layers that read its output, for
-activations whose output only such layers read. An input quantizer may take the place of these
-activations and of no others.
+`feeds` maps the name of an activation module to the names of the layers that read the activation's
+output. It holds only activations whose output nothing else reads. An input quantizer may replace
+these activations and no others.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,16 @@ ConvSpec = tuple[int, int, int]
 
 
 class PadShortcut(nn.Module):
-    """Shortcut A, without parameters: average over 2x2 pixels, then append channels of zeros."""
+    """Shortcut A, without parameters: average over 2x2 pixels, then add channels of zeros."""
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
         self.new_channels, self.stride = new_channels, stride
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return (N, C + new channels, H / stride, W / stride), half of the new channels on either side."""
+        """Return (N, C + new channels, H / stride, W / stride), with half of the new channels on
+        either side.
+        """
         if self.stride > 1:
             x_NCHW = F.avg_pool2d(x_NCHW, self.stride, ceil_mode=True)
         return F.pad(x_NCHW, (0, 0, 0, 0, self.new_channels // 2, self.new_channels - self.new_channels // 2))
@@ -46,7 +48,7 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
     def add_shortcut(self, in_channels: int, out_channels: int, stride: int, kind: str, norm: str) -> None:
-        """Create the shortcut: nothing if the shape stays the same, else `pad` (kind A) or `downsample` (kind B)."""
+        """Create `pad` (kind A) or `downsample` (kind B) if the shape changes, else nothing."""
         self.pad = self.downsample = None
         if stride == 1 and in_channels == out_channels:
             return
@@ -65,8 +67,8 @@ class PreBlock(ResidualBlock):
     Args:
         convs: the convolutions of the branch.
         first_bn: whether the block begins with a BN of its own.
-        ending: normalization after the last convolution and after the shortcut's; `none` in the
-            papers of this form.
+        ending: normalization after the last convolution and after the shortcut's convolution;
+            `none` in the papers of this form.
     """
 
     def __init__(

@@ -1,18 +1,18 @@
 """Residual networks for small images, both forms: pre-activation and post-activation.
 
-Depth is 6 n + 2. A 3x3 stem is followed by three stages of n basic blocks. The stages have width, 2
-width and 4 width channels at full, half and quarter resolution. A global average and one linear
-layer follow. Layers are named as in torchvision's ResNet.
+Depth is 6 n + 2. A 3x3 stem is followed by three stages of n basic blocks. The stages have `width`,
+2 `width` and 4 `width` channels at full, half and quarter resolution. A global average and one
+linear layer follow. Layers are named as in torchvision's ResNet.
 
-`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): BN, activation, convolution; BN and
-activation once more after the last block. Every activation in a block feeds only convolutions, so a
-quantizer can take its place. With shortcut A (no parameters, as in the code of TTQ's authors) the
-sum gets the block's raw input. With shortcut B (a 1x1 convolution) it gets the convolved activated
-input where the shape changes.
+`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): a block repeats BN, activation,
+convolution. BN and activation follow once more after the last block. Every activation in a block
+feeds only convolutions, so a quantizer can replace it. With shortcut A (no parameters, as in the
+code of TTQ's authors) the block's raw input is added to the branch. With shortcut B (a 1x1
+convolution), where the shape changes, the convolution of the activated input is added.
 
 `post` (He et al. 2016, Deep residual learning, arXiv 1512.03385): convolution, BN, activation; the
 block's second activation follows the sum. That activation also feeds the next shortcut, so a
-quantizer can take the place of the first one only. Shortcut B is a 1x1 convolution with BN.
+quantizer can replace only the first activation. Shortcut B is a 1x1 convolution with BN.
 
 Shortcut A averages over 2x2 pixels, as TTQ's authors do, and puts half of the zero channels on
 either side. The paper of the post form takes every second pixel instead.

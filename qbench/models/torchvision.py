@@ -2,9 +2,9 @@
 
 They are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of
 layers; for these `feeds` says which layer each activation feeds. The other networks have no
-`feeds`, and no network here takes another normalization. Methods that need either cannot be used on
-them. For ResNets use qbench/models/imagenet_resnet.py, which has torchvision's names; HWGQ has
-networks of its own.
+`feeds`, and the normalization of all networks here is fixed. So methods that need `feeds` or
+another normalization cannot be used on these networks. For ResNets use
+qbench/models/imagenet_resnet.py, which has torchvision's names; HWGQ has networks of its own.
 """
 
 import difflib
@@ -20,7 +20,11 @@ OPTIONS: dict[str, dict[str, bool]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
-"""No auxiliary heads, since no loss here uses their outputs. torchvision warns if `init_weights` is not set."""
+"""Network -> arguments for torchvision.
+
+The networks have no auxiliary heads, since no loss here uses their outputs. torchvision warns if
+`init_weights` is not set.
+"""
 
 
 def build(shape: tuple[int, int, int], classes: int, *, net: str = "resnet18") -> nn.Module:
@@ -67,11 +71,10 @@ def _run_on_meta(module: nn.Module, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _feeds_of_chain(model: nn.Module, shape: tuple[int, int, int]) -> Feeds:
-    """Return the activations of AlexNet or VGG with the layer that each feeds, for images of a shape.
+    """Return the activations of AlexNet or VGG, each with the layer that it feeds.
 
     Some modules between an activation and the next layer commute with ReLU: max pooling, dropout,
-    and the average pooling where it averages nothing, that is where the features already have the
-    size that it produces.
+    and average pooling whose input already has the output's size.
     """
     if type(model).__name__ not in ("AlexNet", "VGG"):
         return {}

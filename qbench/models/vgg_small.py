@@ -15,14 +15,17 @@ from qbench.models.normalization import NORMS_2D, check_norm
 from qbench.models.residual_blocks import Feeds
 
 POOLED = (2, 4)
-"""Numbers of the convolutions followed directly by max pooling; that of the sixth follows its activation."""
+"""Numbers of the convolutions followed directly by max pooling.
+
+After the sixth convolution, max pooling follows the activation.
+"""
 
 
 class VGGSmall(nn.Sequential):
     """Layers `conv1` to `conv6` with `bn` and `act` of the same number, and `fc`.
 
-    `norm` is that of the BNs in front of quantizers. The last BN has scale and shift, unless `norm`
-    is none.
+    `norm` sets the BNs in front of quantizers. The last BN has scale and shift, unless `norm` is
+    none.
     """
 
     feeds: Feeds
@@ -46,7 +49,10 @@ class VGGSmall(nn.Sequential):
 
 
 def build(shape: tuple[int, int, int], classes: int, *, width: int = 128, norm: str = "affine") -> nn.Module:
-    """Return a VGG-small for images of `shape` (C, H, W), 8x8 or larger; `width` channels at first, 4 width at last."""
+    """Return a VGG-small for images of `shape` (C, H, W), 8x8 or larger.
+
+    The first convolutions have `width` channels, the last ones 4 `width`.
+    """
     if width < 1:
         raise ValueError(f"width={width}: must be 1 or more channels")
     check_norm(norm)

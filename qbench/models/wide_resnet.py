@@ -2,15 +2,16 @@
 
 Verified in their code (antspy/quantized_distillation, cnn_models/wide_resnet.py): pre-activation;
 depth 6 n + 4, a stem of 16 channels, three stages of n blocks of 16, 32 and 64 times `widen`
-channels. A block is BN - ReLU - conv3 - dropout - BN - ReLU - conv3. It differs from the network's
-own paper in three ways: the second convolution has the stride, every convolution has a bias, and a
-shortcut that changes the shape is a 1x1 convolution of the block's raw input. So no activation
-feeds that convolution, and methods that take an activation's place must leave it float
-(`layers.downsample=float`).
+channels. A block is BN - ReLU - conv3 - dropout - BN - ReLU - conv3. These networks differ from the
+original paper in three ways: the second convolution has the stride, every convolution has a bias,
+and a shortcut that changes the shape is a 1x1 convolution of the block's raw input. So no
+activation feeds the shortcut's convolution, and methods that replace activations must leave this
+convolution in float (`layers.downsample=float`).
 
-BN and ReLU follow the last block once more. The running averages of this BN move by 0.9 in torch's
-sense: they are nearly those of the last batch. Convolutions start Glorot-uniform, sqrt(2) times as
-wide. Parameters for ten classes, counted: WRN-28-20 145.8 M, WRN-16-22 82.7 M.
+BN and ReLU follow the last block once more. This BN has a momentum of 0.9 in torch's sense, so its
+running averages are nearly those of the last batch. Initial weights of convolutions are
+Glorot-uniform, sqrt(2) times as wide. Counted for ten classes: WRN-28-20 has 145.8 M parameters,
+and WRN-16-22 has 82.7 M.
 """
 
 import math

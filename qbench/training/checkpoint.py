@@ -1,9 +1,8 @@
-"""Checkpoints as bytes, with a digest that is verified before anything is parsed; digests of
-weights.
+"""Checkpoints as bytes, with a digest that is verified before parsing; digests of weights.
 
-`torch.load` ignores bytes after the archive. The digest therefore stands at the end, and the file
-remains an ordinary checkpoint that loads with `weights_only=True`. Without the digest, single
-flipped bits would load without an error.
+`torch.load` ignores bytes after the archive. The digest is therefore at the end, and the file
+remains an ordinary checkpoint that loads with `weights_only=True`. Without the digest, a file with
+flipped bits could load without an error.
 """
 
 import hashlib
@@ -33,9 +32,7 @@ MAX_NAME_BYTES = 2**24
 
 
 def pack(state: Mapping[str, object]) -> bytes:
-    """Return a checkpoint of tensors, numbers, strings and containers of them, with its digest at
-    the end.
-    """
+    """Return a checkpoint of nested tensors, numbers and strings, with its digest at the end."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     body = buffer.getvalue()
@@ -58,7 +55,7 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
 
 
 def has_digest(data: bytes) -> bool:
-    """Whether a file ends as `pack` ends its files."""
+    """Return whether a file ends with a digest, as the files of `pack` do."""
     return data[-_FOOTER_BYTES:][: len(_MARK)] == _MARK
 
 
@@ -84,14 +81,12 @@ def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
 
 
 def is_zip(data: bytes) -> bool:
-    """Whether a checkpoint has the format since torch 1.6, in which every tensor has a checksum."""
+    """Return whether a checkpoint has the format since torch 1.6, with a checksum per tensor."""
     return data[:4] == b"PK\x03\x04"
 
 
 def _check_zip(data: bytes, source: str) -> None:
-    """Reject an archive that torch.load would read although it is damaged, or that is larger
-    unpacked.
-    """
+    """Raise `CheckpointError` if an archive is damaged, compressed or has too many names."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
@@ -113,9 +108,9 @@ def _check_zip(data: bytes, source: str) -> None:
 
 @contextmanager
 def bounded_memory(size: int) -> Iterator[None]:
-    """Limit this process to `size` bytes more than it has now, inside the context; on Linux only.
+    """Inside the context, limit this process to `size` bytes more than it has now (Linux only).
 
-    A hostile file of a few bytes can demand any amount of memory.
+    Without a limit, a hostile file of a few bytes can demand any amount of memory.
     """
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -146,9 +141,7 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def content_sha256(value: object) -> str:
-    """Return the sha256 of the types, shapes and bits of tensors, numbers, strings and containers
-    of them.
-    """
+    """Return the sha256 of the types, shapes and bits of nested tensors, numbers and strings."""
     digest = hashlib.sha256()
 
     def add(part: object) -> None:
@@ -176,8 +169,9 @@ def _tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def first_nonfinite(value: object, name: str = "") -> str | None:
-    """Return the dotted name of the first tensor in nested containers that holds inf or nan; None
-    if all are finite.
+    """Return the dotted name of the first tensor in nested containers that holds inf or nan.
+
+    Return None if all tensors are finite.
     """
     if isinstance(value, Tensor):
         return name if value.is_floating_point() and not torch.isfinite(value).all() else None
@@ -187,8 +181,8 @@ def first_nonfinite(value: object, name: str = "") -> str | None:
 
 
 class LoadedWeights(NamedTuple):
-    """Names of the file's quantizer tensors that were skipped, and of the network's that the file
-    does not have.
+    """Names of the file's quantizer tensors, which were skipped, and of network tensors not in the
+    file.
     """
 
     skipped: list[str]
@@ -237,7 +231,7 @@ def _check_fit(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor], sou
 
 
 def _same_type(tensor: Tensor, current: Tensor) -> bool:
-    """Whether a tensor of a file is an ordinary one, with numbers of the same kind."""
+    """Return whether a file's tensor is an ordinary one and holds the same kind of numbers."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
         return False
     same_kind = tensor.is_floating_point() == current.is_floating_point()

@@ -24,7 +24,7 @@ def must_be_finite(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the norm of all gradients, a scalar; it is not finite if any of them is not."""
+    """Return the norm of all gradients, a scalar; it is not finite if any gradient is not finite."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
 
 
@@ -32,7 +32,7 @@ def divergence_error(task: Task, state: State, what: str, images: Tensor | None 
     """Return the error that names the epoch, the step and the likely cause.
 
     Args:
-        what: what is not finite, such as `the loss is not finite`.
+        what: statement of what is not finite, such as `the loss is not finite`.
         images: the batch of the step, to find the first layer with an output that is not finite.
     """
     cause = find_cause(task, images)
@@ -41,11 +41,11 @@ def divergence_error(task: Task, state: State, what: str, images: Tensor | None 
 
 
 def find_cause(task: Task, images: Tensor | None) -> str | None:
-    """Return the name of the likely cause; None if there is none. Changes the network's buffers.
+    """Return the name of the likely cause, or None; this changes the network's buffers.
 
-    In this order: a parameter or buffer that is not finite; the first module whose output on these
-    images is not finite although its input is; the last parameter with a gradient that is not
-    finite; the parameter with the largest gradient.
+    The candidates are, in this order: a parameter or buffer that is not finite; the first module
+    whose output on these images is not finite although its input is; the last parameter with a
+    gradient that is not finite; the parameter with the largest gradient.
     """
     model = task.model
     tensor = first_nonfinite(must_be_finite(model))
@@ -63,9 +63,7 @@ def find_cause(task: Task, images: Tensor | None) -> str | None:
 
 
 def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
-    """Return the first module whose output is not finite, or a quantized layer's message about its
-    input.
-    """
+    """Return the first module whose output is not finite, or a layer's message about its input."""
     names: list[str] = []
     with _nonfinite_outputs(model, names), torch.no_grad():
         try:

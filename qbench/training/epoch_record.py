@@ -10,7 +10,7 @@ class EpochRecord:
     """The metrics of one epoch.
 
     Args:
-        epoch: counts from 0.
+        epoch: number of the epoch, from 0.
         lr: learning rate of the last step.
         train_top1: top-1 accuracy on the training batches in percent.
         seconds: training time, without evaluation.

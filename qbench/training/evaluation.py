@@ -20,7 +20,7 @@ def evaluate(
     """Return a network's accuracy on batches; None without images. The network stays in eval mode.
 
     Args:
-        forward: computes the network's output, if not the network itself.
+        forward: function that computes the network's output; None for the network itself.
         predictions: a list to which each batch adds a tensor (N, 2) of labels and predicted
             classes.
     """

@@ -3,7 +3,8 @@
 inf and nan in images, losses, gradients, weights and scales stop a run in the step in which they
 appear, and nothing of that step is saved: see `qbench.training.loop` and `qbench.quant.layers`. Two
 more conditions stop a run: a scale that is not above zero, because its levels then lose their
-order, and exploding weights. Everything else may be intended, so it is a warning, printed once.
+order, and exploding weights. Every other condition may be intended, so it causes only a warning,
+printed once.
 """
 
 from collections.abc import Mapping
@@ -36,15 +37,19 @@ shorter.
 """
 
 STANDARD_ERRORS = 3.0
-"""Standard errors above chance that count as better than chance: by luck in 1 epoch of 740."""
+"""Number of standard errors above chance that count as better than chance.
+
+A network that guesses reaches it by luck in 1 epoch of 740.
+"""
 
 HealthWarnings = dict[str, str]
 """Subject of a warning -> its text. There is one warning per subject."""
 
 
 def initial_magnitudes(model: nn.Module) -> dict[str, float]:
-    """Return the reference for each layer's later growth: its largest magnitude, at least 1 /
-    sqrt(inputs).
+    """Return the largest weight magnitude of each layer, at least 1 / sqrt(inputs).
+
+    The later growth of the layer is measured relative to this value.
     """
     return {name: max(_max_magnitude(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
 
@@ -53,7 +58,7 @@ def exploding_weights(model: nn.Module, start: Mapping[str, float], where: str) 
     """Return warnings about layers whose weights have grown too much.
 
     Args:
-        start: what `initial_magnitudes` returned.
+        start: result of `initial_magnitudes`.
         where: the place in the run, for messages: `in epoch 3, step 72`.
 
     Raises:
@@ -72,8 +77,9 @@ def exploding_weights(model: nn.Module, start: Mapping[str, float], where: str) 
 
 
 def check_scales(model: nn.Module, where: str) -> None:
-    """Raise `Diverged` if a scale is not above zero; quantizers name theirs in
-    `positive_parameters`.
+    """Raise `Diverged` if a scale is not above zero.
+
+    Quantizers list the names of their scales in `positive_parameters`.
     """
     for name, layer in quantized_layers(model).items():
         for slot, quantizer in quantizers(layer).items():
@@ -90,8 +96,9 @@ def check_scales(model: nn.Module, where: str) -> None:
 def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where: str) -> HealthWarnings:
     """Return warnings about layers that carry no information.
 
-    Such a layer has all weights on one of several levels, or the same output for all images. A
-    layer with the same input for all images gets a warning only if no earlier layer has one.
+    Such a layer has all weights on the same one of several levels, or the same output for all
+    images. A layer with the same input for all images gets a warning only if no earlier layer has
+    one.
     """
     warnings: HealthWarnings = {}
     layers, constant = quantized_layers(model), False
@@ -135,9 +142,7 @@ def _max_magnitude(layer: QLayer) -> float:
 
 
 def _weight_level_counts(layer: QLayer, weights: QuantizedTensor | None) -> Tensor:
-    """Return the number of weights on each level; empty if the weights are float or if there is
-    only one weight.
-    """
+    """Return the number of weights on each level; empty for float weights or a single weight."""
     if weights is None or layer.weight.numel() == 1 or not layer.weight_q.complete:
         return layer.weight.new_zeros(0)
     return weights.counts

@@ -1,7 +1,7 @@
 """Statistics of the quantized layers on a few training images, computed at the end of an epoch.
 
-Observing changes nothing: evaluation mode, no gradient, and the random state stays as it was. The
-statistics of a layer with weights `w` and input `a`:
+Observing changes nothing: it runs in evaluation mode without gradients and keeps the random state.
+The statistics of a layer with weights `w` and input `a`:
 
     w.top, a.top          the largest magnitude of the levels
     w.dead, a.dead        number of levels without a value
@@ -39,10 +39,10 @@ from qbench.quant.sqnr import sqnr_db
 from qbench.quant.verify import nearest_points
 
 MIN_IMAGES, MAX_IMAGES, EPOCH_SHARE, MAX_PIXELS = 8, 64, 64, 2**17
-"""Images that are observed: a 64th of an epoch's images, 8 to 64, fewer if they are large.
+"""Limits of the number of observed images: a 64th of an epoch's images, 8 to 64, fewer if large.
 
-Two forward passes over them cost about a hundredth of an epoch, which makes three passes over all
-images.
+Two forward passes over the observed images cost about a hundredth of an epoch, if an epoch costs as
+much as three forward passes over all images.
 """
 
 
@@ -76,9 +76,7 @@ class QuantizedTensor:
 
 
 class LayerTrace(NamedTuple):
-    """One layer on some images: its quantized weights and input (None if float), its float input
-    and its output.
-    """
+    """Values of one layer: quantized weights and input (None if float), float input and output."""
 
     weights: QuantizedTensor | None
     inputs: QuantizedTensor | None
@@ -87,9 +85,7 @@ class LayerTrace(NamedTuple):
 
 
 def observed_images(images: Tensor, epoch_images: int) -> Tensor:
-    """Return the first of some images (N, C, H, W), as many as may be observed after an epoch of
-    `epoch_images`.
-    """
+    """Return the first images (N, C, H, W), as many as are observed in an epoch of `epoch_images`."""
     count = min(max(epoch_images // EPOCH_SHARE, MIN_IMAGES), MAX_IMAGES, MAX_PIXELS // prod(images.shape[2:]))
     return images[: max(count, 2)]
 
@@ -118,9 +114,7 @@ def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
 
 
 def _quantized_tensor(quantizer: Quantizer, before: Tensor, after: Tensor) -> QuantizedTensor | None:
-    """Return a quantizer's tensors with its grid; None if it has no levels: float, or not set
-    yet.
-    """
+    """Return a quantizer's tensors with its grid; None if it is float or has no levels yet."""
     grid = quantizer.grid(before)
     return QuantizedTensor(before, after, grid) if grid is not None and grid.points.shape[1] else None
 
@@ -135,9 +129,9 @@ def layer_metrics(
     """Return the statistics of every layer; see the head of this file.
 
     Args:
-        traces: what `trace_layers` returned for these images.
-        last_codes: what `weight_codes` returned at the last observation; empty for none.
-        gradients: what `gradient_norms` returned after the last step.
+        traces: result of `trace_layers` for these images.
+        last_codes: result of `weight_codes` at the last observation; empty if there was none.
+        gradients: result of `gradient_norms` after the last step.
     """
     float_outputs, layers = _float_outputs(model, images, list(traces)), quantized_layers(model)
     metrics: LayerMetrics = {}
@@ -160,9 +154,7 @@ def layer_metrics(
 
 
 def weight_codes(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the codes of every layer's weights; the next observation compares its own codes with
-    them.
-    """
+    """Return the codes of every layer's weights, for comparison at the next observation."""
     codes = {}
     for name, trace in traces.items():
         if trace.weights is not None:
@@ -184,23 +176,21 @@ def gradient_norms(model: nn.Module) -> LayerMetrics:
 
 
 def weight_tensors(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return latent and quantized weights, named for TensorBoard."""
+    """Return latent and quantized weights by their names in TensorBoard."""
     tensors = {name: trace.weights for name, trace in traces.items() if trace.weights is not None}
     latent = {f"latent/{name}": tensor.before for name, tensor in tensors.items()}
     return latent | {f"quantized/{name}": tensor.after for name, tensor in tensors.items()}
 
 
 def input_tensors(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return inputs before and after quantization, named for TensorBoard."""
+    """Return inputs before and after quantization by their names in TensorBoard."""
     tensors = {name: trace.inputs for name, trace in traces.items() if trace.inputs is not None}
     before = {f"input/{name}": tensor.before for name, tensor in tensors.items()}
     return before | {f"quantized_input/{name}": tensor.after for name, tensor in tensors.items()}
 
 
 def level_counts(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the number of values on each level, in ascending order of the levels, named for
-    TensorBoard.
-    """
+    """Return the number of values on each level, in ascending order, by names in TensorBoard."""
     return {
         f"{slot}.levels/{name}": tensor.counts
         for name, trace in traces.items()

@@ -24,12 +24,13 @@ from qbench.training.task import Task
 class Callbacks:
     """Functions that the training loop calls.
 
-    Each may save a checkpoint, or raise to stop training.
+    Each function may save a checkpoint, or raise an exception to stop training.
 
     Args:
-        on_step: (state, loss), after every batch.
-        on_epoch: (state, record, losses), after every epoch; `state` is at the next epoch.
-        on_interrupt: (state), when the validation after an epoch was interrupted.
+        on_step: called with (state, loss) after every batch.
+        on_epoch: called with (state, record, losses) after every epoch; `state` is at the next
+            epoch.
+        on_interrupt: called with (state) when the validation after an epoch was interrupted.
     """
 
     on_step: Callable[[State, Tensor], None] = lambda state, loss: None
@@ -114,9 +115,7 @@ def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, images: Te
 
 
 def _begin_epoch(task: Task, state: State) -> None:
-    """Call the method before an epoch's first batch; at the start of a later phase, reset the
-    optimizer.
-    """
+    """Call the method before an epoch's first batch, and reset the optimizer in a new phase."""
     if state.epoch and task.phase(state.epoch)[0] == state.epoch:
         state.optimizer.state.clear()
     if task.method.on_epoch is not None:
@@ -146,7 +145,7 @@ def _validate(task: Task, state: State) -> Accuracy | None:
 
 
 def _keep_best(task: Task, state: State, accuracy: Accuracy) -> None:
-    """Keep the weights with the best validation top-1 (then loss).
+    """Keep the weights with the best validation top-1; ties are decided by the loss.
 
     Training stops after `patience` epochs that are not better. An epoch of an incremental method
     counts only when every layer is fully quantized.

@@ -37,12 +37,13 @@ from qbench.training.task import Task
 MIN_STEPS_BETWEEN = 100
 """Smallest number of steps between two observations, each of which costs as much as two steps.
 
-Most epochs are longer. The last epoch is observed whatever its length, and with `full` every epoch.
+Most epochs are longer. The last epoch is always observed, and with `full` every epoch is.
 """
 
 HISTOGRAMS_PER_RUN = 10
-"""Approximate number of times that a run's weights become TensorBoard histograms; with `full` every
-epoch.
+"""Approximate number of epochs per run after which weights become TensorBoard histograms.
+
+With `full`, they do so after every epoch.
 """
 
 
@@ -50,15 +51,15 @@ epoch.
 class TrainingMonitor:
     """Observes the layers of one run.
 
-    Its own memory is no part of training, but a checkpoint keeps it, so that a resumed run logs the
-    same.
+    The monitor's memory does not affect training, but a checkpoint keeps it, so that a resumed run
+    logs the same.
 
     Args:
         level: off, light or full, which decides what is logged; warnings are printed in any case.
         start: initial magnitude of each layer's weights.
         warned: subject -> text of the warnings printed so far.
-        codes: of the weights at the last observation.
-        gradients: norms after the last step.
+        codes: level index of each weight at the last observation, by layer.
+        gradients: norms of the gradients after the last step.
     """
 
     level: str
@@ -74,7 +75,7 @@ class TrainingMonitor:
         self.start = self.start or initial_magnitudes(model)
 
     def memory(self, model: nn.Module) -> dict[str, object]:
-        """Return what a checkpoint keeps: the arguments from `start` on."""
+        """Return the values that a checkpoint keeps: the arguments from `start` on."""
         kept: dict[str, object] = {"start": self.start, "warned": self.warned}
         if self.level == "off":
             return kept
@@ -92,14 +93,14 @@ class TrainingMonitor:
     def epoch(self, task: Task, state: State, record: EpochRecord | None, where: str) -> list[Record]:
         """Observe the layers at the end of an epoch: warn, and log to TensorBoard.
 
-        An epoch is skipped if the last observation was a few steps ago.
+        An epoch is skipped if too few steps have passed since the last observation.
 
         Args:
-            record: of the epoch; None if nothing is trained.
+            record: metrics of the epoch; None if nothing is trained.
             where: the place in the run, for messages.
 
         Returns:
-            The records for metrics.jsonl, (kind, step, values) each.
+            The records (kind, step, values) for metrics.jsonl.
 
         Raises:
             Diverged: see `check`; or the input of a layer is not finite.
@@ -136,7 +137,7 @@ class TrainingMonitor:
             self.logger.counts(step, level_counts(traces))
 
     def _warn(self, warnings: HealthWarnings) -> None:
-        """Print the warnings about subjects that have none yet."""
+        """Print each warning whose subject has had no warning yet."""
         for subject, text in warnings.items():
             if subject not in self.warned:
                 self.warned[subject] = f"warning: {text}"

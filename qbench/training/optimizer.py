@@ -44,8 +44,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
     """Return the learning rate of a step (from 0) in a phase of `steps` steps.
 
-    The last step of a falling schedule is one step before the final value: step number `steps`
-    would have it.
+    A falling schedule would reach its final value at step number `steps`, one after the last step.
     """
     progress = step / steps
     low, high = optim.lr_end, optim.lr

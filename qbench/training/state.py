@@ -1,6 +1,6 @@
 """The state of a training run: optimizer, weight average, counters, best weights.
 
-It is saved in checkpoints; a resumed run continues from it.
+Checkpoints contain it, and a resumed run continues from it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ class BestWeights:
 
     Args:
         rank: validation top-1, then the negative validation loss; the highest rank is the best.
-        epoch: the epoch after which they were evaluated, from 0.
+        epoch: the epoch after which the weights were evaluated, from 0.
         model: the state_dict.
     """
 
@@ -39,7 +39,8 @@ class State:
         average: the moving average of the weights, if `optim.ema` is set.
         epoch, batch: the next batch to train on; both count from 0.
         step: number of optimizer steps.
-        losses, images, hits: losses, images and correct predictions of the current epoch.
+        losses, images, hits: losses, number of images and number of correct predictions of the
+            current epoch.
         seconds: training time of the current epoch.
         stale: number of epochs since the best one.
         stopped: whether early stopping has ended training.
@@ -59,7 +60,7 @@ class State:
     stopped: bool = False
 
     def save(self, model: nn.Module) -> dict[str, object]:
-        """Return everything as tensors, numbers, strings and containers of them."""
+        """Return the state, the model and the random state as nested tensors, numbers and strings."""
         best = self.best
         return {
             "model": cpu_copy(model.state_dict()),
@@ -101,8 +102,9 @@ class State:
 class WeightAverage:
     """Exponential moving average of a network's parameters, computed by torch's `AveragedModel`.
 
-    It averages a list of the parameters, not the network: buffers are never averaged, and a copy of
-    the network would hold masks as large as the weights (1.2 times the parameters with INQ).
+    It averages a list of the parameters, not the network, because buffers are never averaged. A
+    copy of the network would also hold masks as large as the weights (1.2 times the parameters with
+    INQ).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -1,4 +1,4 @@
-"""What is trained: network, method, optimizer recipe, data, number of epochs."""
+"""The training task: network, method, optimizer recipe, data, number of epochs."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from qbench.training.optimizer import learning_rate
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on which data, for how long.
+    """A training task: network, method, data and duration.
 
     Args:
         steps: training batches per epoch.
-        train: (epoch, start) -> the epoch's training batches from number `start` on.
+        train: (epoch, start) -> the epoch's training batches from batch number `start` on.
         validate: () -> the validation batches; none without a validation split.
-        forward: computes the network's output, if not the network itself (compiled, or in another
-            precision).
+        forward: function that computes the network's output, compiled or in another precision; None
+            for the network itself.
         classes: number of classes; 0 if it is not known.
     """
 
@@ -54,6 +54,6 @@ class Task:
         return learning_rate(self.optim, (epoch - start) * self.steps + batch, (stop - start) * self.steps)
 
     def phase(self, epoch: int) -> tuple[int, int]:
-        """Return first and last + 1 epoch of the phase that an epoch belongs to."""
+        """Return the first epoch of the phase that an epoch belongs to, and one past the last."""
         borders = sorted({0, *self.method.phases(self.epochs), self.epochs})
         return next((start, stop) for start, stop in pairwise(borders) if start <= epoch < stop)
