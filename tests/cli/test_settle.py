@@ -164,7 +164,7 @@ def test_a_run_without_an_accuracy_leaves_no_verdict() -> None:
         ([LINE, f"{OTHER} dataset=glyphs"], "different data sets"),
         ([LINE, "nowhere"], "neither a directory nor a command line"),
         ([LINE, "method=dorfea"], "did you mean dorefa"),
-        ([LINE, OTHER, "--margin", "-1"], "--margin -1: allowed"),
+        ([LINE, OTHER, "--margin", "-1"], "--margin -1: must be"),
         ([LINE, OTHER, "--max-seeds", "2"], "from 3 to 1000"),
         ([LINE, OTHER, "--max-seed", "9"], "no such flag: --max-seed; did you mean --max-seeds"),
         ([LINE, OTHER, "hydra/launcher=submitit_slurm"], "allowed: hydra/launcher=basic, hydra/launcher=joblib"),

@@ -92,7 +92,7 @@ def test_refused_by_the_builders_before_any_work(configure: Configure) -> None:
         "layers.rules={nosuch*: 8}": "rules[nosuch*]: matches no layer; the layers are conv1",
         "model.norm=odd": "model.norm=odd",
         "dataset.pad=-1": "dataset.pad=-1: must be 0 to 7",
-        "runtime.device=meta": "runtime.device=meta: allowed",
+        "runtime.device=meta": "runtime.device=meta: must be",
         "runtime.device=tpu9": "runtime.device=tpu9",
     }
     for word, phrase in cases.items():

@@ -216,7 +216,7 @@ LINES = [
     row("seed=-1", "seed=-1"),
     row("seed=99999999999999999999", "seed=99999999999999999999: must be a number from 0"),
     row("rerun=maybe", "rerun=maybe: must be true or false"),
-    row(f"model.width={HUGE}", "a number of 64 bits"),
+    row(f"model.width={HUGE}", "a number up to 64 bits"),
     row("model.width=1000000", "out of memory", 5),
     row("dataset=synthetic dataset.train=9000000000000000000", "out of memory", 5),
     row("model.width=0", "model.width=0: must be 1 or more"),
@@ -282,7 +282,7 @@ PATHS = [
     start("code in a checkpoint", saved({"model": Evil()}), "is no readable checkpoint"),
     start("an archive of something else", archive, "is no readable checkpoint"),
     start("a tensor", saved(torch.zeros(2)), "holds a Tensor, not a state_dict"),
-    start("another network", saved({"fc.weight": torch.zeros(2, 3)}), "of another network"),
+    start("another network", saved({"fc.weight": torch.zeros(2, 3)}), "does not fit the network"),
     start("bytes cut off", pack({"model": {"x": torch.zeros(9)}})[:-80], "start.pt"),
     start("a byte changed", pack({"model": {"x": torch.zeros(9)}}).replace(b"model", b"madel", 1), "is damaged"),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from damaged_runs import compose_config, digest, directory, run_config
 
 from qbench.cli.main import main as cli
 from qbench.report.comparison.compare import compare
+from qbench.report.comparison.setting_table import settings_of
 from qbench.runs.event_files import RECORD_OVERHEAD
 from qbench.runs.reader import FROM_LOGS, read, read_run
 from qbench.runs.result import load_result
@@ -133,8 +134,8 @@ def test_compare_with_damaged_files_of_every_kind(
     (path / "metrics.jsonl").write_bytes(b"\xff\0garbage")
     for events in path.glob("events.*"):
         events.write_bytes(b"garbage")
-    figures = [[v["top1_mean"] for v in table.values] for table in stored]
-    assert [[v["top1_mean"] for v in table.values] for table in compare(read([str(out)]))] == figures
+    accuracies = [[s.top1.mean for s in settings_of(table)] for table in stored]
+    assert [[s.top1.mean for s in settings_of(table)] for table in compare(read([str(out)]))] == accuracies
     shutil.rmtree(out)
     out = copy_of(whole)
     path = directory(out)
