@@ -19,7 +19,7 @@ import yaml
 
 from qbench.papers import published_table as published
 from qbench.papers.lint import lint
-from qbench.papers.published_rows import names, papers, published_rows
+from qbench.papers.published_figures import names, papers, published_rows
 from qbench.papers.row_types import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, PublishedRow, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ from qbench.config import registry
 from qbench.config.fields import parse_bits
 from qbench.papers import published_table as published
 from qbench.papers.claim_files import Claim, read_claims
-from qbench.papers.published_rows import names, papers
+from qbench.papers.published_figures import names, papers
 from qbench.papers.row_types import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, PublishedRow
 from qbench.report.tables.table import Table, markdown
 

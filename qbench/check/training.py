@@ -9,7 +9,8 @@ from qbench.config.schema import Optim
 from qbench.quant.install import install
 from qbench.quant.method import Unsupported
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import pack, unpack, weights_sha256
+from qbench.training.checkpoint import pack, unpack
+from qbench.training.digests import weights_sha256
 from qbench.training.loop import Callbacks, train
 from qbench.training.state import State
 from qbench.training.task import Task

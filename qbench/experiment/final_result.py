@@ -16,7 +16,8 @@ from qbench.quant.layers import effective_weight, fully_quantized, quantized_lay
 from qbench.quant.verify import NotQuantized, verify
 from qbench.runs.result import BaselineResult, Evaluation, Result
 from qbench.runs.tensorboard import levels_figure
-from qbench.training.checkpoint import cpu_copy, weights_sha256
+from qbench.training.checkpoint import cpu_copy
+from qbench.training.digests import weights_sha256
 from qbench.training.evaluation import evaluate
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task

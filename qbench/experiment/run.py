@@ -10,7 +10,7 @@ from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.experiment.context import RunContext
 from qbench.experiment.final_result import final_result
 from qbench.experiment.planned_run import PlannedRun
-from qbench.experiment.session import Saved, TrainingSession, record_failure
+from qbench.experiment.session import TrainingSession, record_failure
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import NotFinite
 from qbench.quant.method import Unsupported
@@ -20,7 +20,7 @@ from qbench.runs import manifest
 from qbench.runs.directory import RunDirectory
 from qbench.runs.result import Result, load_result
 from qbench.training import optimizer
-from qbench.training.checkpoint import first_nonfinite
+from qbench.training.checkpoint import Saved, first_nonfinite
 from qbench.training.divergence import must_be_finite
 from qbench.training.initial_weights import is_intact, load_initial_weights
 from qbench.training.loop import train

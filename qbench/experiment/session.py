@@ -6,21 +6,20 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qbench.config.schema import Runtime
-from qbench.errors import CheckpointError, Diverged, QbenchError
+from qbench.errors import Diverged, QbenchError
 from qbench.experiment.context import RunContext
 from qbench.runs import tensorboard
 from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger, Record
 from qbench.runs.result import TrainingSpeed
 from qbench.system import files
-from qbench.training.checkpoint import first_nonfinite, pack, unpack
+from qbench.training.checkpoint import Saved, first_nonfinite, load_newest, pack
 from qbench.training.divergence import must_be_finite
 from qbench.training.epoch_record import EpochRecord
 from qbench.training.loop import Callbacks
@@ -28,7 +27,6 @@ from qbench.training.monitor import TrainingMonitor
 from qbench.training.state import State
 from qbench.training.task import Task
 
-Saved = dict[str, Any]
 """The content of a checkpoint: the run's `identity`, the training's `state`, and `session`."""
 
 
@@ -157,31 +155,9 @@ class TrainingSession:
         self.logger.records([*records, ("epoch", state.step, record.metrics())])
 
     def _newest(self) -> Saved | None:
-        """Return the newest intact checkpoint; report and remove newer ones that are damaged."""
-        for path in self.directory.checkpoints():
-            try:
-                saved = unpack(path.read_bytes(), str(path))
-                if saved.get("identity") != self.directory.identity.digest:
-                    raise CheckpointError(f"{path} belongs to another run")
-                if path.name != f"state-{_step(saved, path)}.pt":
-                    raise CheckpointError(f"{path} belongs to step {_step(saved, path)}")
-            except CheckpointError as error:
-                self.context.reporter.say(f"warning: {error}; removed, trying the one before")
-                files.convert_os_errors(path.unlink, path)
-                continue
-            self.context.reporter.say(f"going on from {path.name}")
-            return saved
-        return None
-
-
-def _step(saved: Saved, path: Path) -> int:
-    """Return the step at which a checkpoint was saved."""
-    try:
-        if not isinstance(saved["session"], dict):
-            raise TypeError
-        return int(saved["state"]["counters"][2])
-    except (KeyError, TypeError, IndexError, ValueError):
-        raise CheckpointError(f"{path} holds no state of a training") from None
+        """Return the newest intact checkpoint, None if there is none."""
+        directory = self.directory
+        return load_newest(directory.checkpoints(), directory.identity.digest, self.context.reporter.say)
 
 
 def _peak_bytes() -> int:

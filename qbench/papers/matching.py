@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qbench.papers import published_table as published
-from qbench.papers.published_rows import names, papers, published_rows
+from qbench.papers.published_figures import names, papers, published_rows
 from qbench.papers.row_types import PROVENANCES, Paper, PublishedRow
 from qbench.report.comparison.setting import PublishedMatch, Setting
 from qbench.report.comparison.setting_table import settings_of

@@ -1,13 +1,13 @@
 """Tables of published figures beside qbench's measurements.
 
-`published_rows.py` reads the rows, `lint.py` finds impossible rows, and `scripts/experiments.py`
+`published_figures.py` reads the rows, `lint.py` finds impossible rows, and `scripts/experiments.py`
 writes the experiment files.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-from qbench.papers.published_rows import names, papers, published_rows
+from qbench.papers.published_figures import names, papers, published_rows
 from qbench.papers.row_types import THIRD, Paper, PublishedRow
 from qbench.report.tables.table import Table
 

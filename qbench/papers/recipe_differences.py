@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qbench.config.identity import RunIdentity, run_identity
-from qbench.papers.published_rows import names, papers
+from qbench.papers.published_figures import names, papers
 from qbench.papers.published_table import absence_note, command_words, missing_requirements
 from qbench.papers.row_types import PublishedRow
 from qbench.report.comparison.naming import flat

@@ -10,7 +10,7 @@ import io
 import resource
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qbench.errors import CheckpointError
 from qbench.quant.layers import is_quantizer_key
+from qbench.system import files
 
 _MARK = b"\nqbench sha256 "
 _FOOTER_BYTES = len(_MARK) + 64
@@ -29,6 +30,10 @@ EXTRA_BYTES = 2**29
 
 MAX_NAME_BYTES = 2**24
 """Largest size in bytes of the names and shapes in a checkpoint: some hundred thousand tensors."""
+
+
+Saved = dict[str, Any]
+"""The content of a checkpoint: `identity`, `state` of the training, `session` counters."""
 
 
 def pack(state: Mapping[str, object]) -> bytes:
@@ -52,6 +57,42 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
     if footer[: len(_MARK)] != _MARK or hashlib.sha256(body).hexdigest().encode() != footer[len(_MARK) :]:
         raise CheckpointError(f"{source} is damaged: its sha256 does not match its content")
     return load_torch_file(body, source)
+
+
+def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], None]) -> Saved | None:
+    """Return the state that a resumed run continues from: the newest intact checkpoint of the run.
+
+    Damaged checkpoints that are newer are removed, because a run keeps only its newest ones.
+
+    Args:
+        paths: `state-<step>.pt` files, newest first.
+        identity: digest of the run's identity, which the checkpoint must hold.
+        report: gets one line for each removed checkpoint and for the one that is used.
+    """
+    for path in paths:
+        try:
+            saved = unpack(path.read_bytes(), str(path))
+            if saved.get("identity") != identity:
+                raise CheckpointError(f"{path} belongs to another run")
+            if path.name != f"state-{_saved_step(saved, path)}.pt":
+                raise CheckpointError(f"{path} belongs to step {_saved_step(saved, path)}")
+        except CheckpointError as error:
+            report(f"warning: {error}; removed, trying the one before")
+            files.convert_os_errors(path.unlink, path)
+            continue
+        report(f"going on from {path.name}")
+        return saved
+    return None
+
+
+def _saved_step(saved: Saved, path: Path) -> int:
+    """Return the step at which a checkpoint was saved."""
+    try:
+        if not isinstance(saved["session"], dict):
+            raise TypeError
+        return int(saved["state"]["counters"][2])
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise CheckpointError(f"{path} holds no state of a training") from None
 
 
 def has_digest(data: bytes) -> bool:
@@ -129,43 +170,6 @@ def bounded_memory(size: int) -> Iterator[None]:
 def cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a copy of a state_dict on the CPU that shares no memory with it."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
-
-
-def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 over sorted name, dtype, shape and contiguous bytes of a state_dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_tensor_bytes(tensor))
-    return digest.hexdigest()
-
-
-def content_sha256(value: object) -> str:
-    """Return the sha256 of the types, shapes and bits of nested tensors, numbers and strings."""
-    digest = hashlib.sha256()
-
-    def add(part: object) -> None:
-        if isinstance(part, dict):
-            digest.update(f"dict {len(part)}\n".encode())
-            for key in sorted(part, key=repr):
-                add(key)
-                add(part[key])
-        elif isinstance(part, list | tuple):
-            digest.update(f"list {len(part)}\n".encode())
-            for item in part:
-                add(item)
-        elif isinstance(part, Tensor):
-            digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
-            digest.update(_tensor_bytes(part))
-        else:
-            digest.update(f"{part!r}\n".encode())
-
-    add(value)
-    return digest.hexdigest()
-
-
-def _tensor_bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def first_nonfinite(value: object, name: str = "") -> str | None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from qbench.training.checkpoint import content_sha256, cpu_copy
+from qbench.training.checkpoint import cpu_copy
+from qbench.training.digests import content_sha256
 from qbench.training.random_state import random_state, set_random_state
 
 

@@ -22,7 +22,7 @@ from conftest import ROOT
 from helpers import qbench, results
 
 from qbench.cli.main import main
-from qbench.training.checkpoint import weights_sha256
+from qbench.training.digests import weights_sha256
 
 SMOKE = ["experiment=smoke", "method=dorefa"]
 REPEATED = [*SMOKE, "epochs=2", "bits=w2a2g6"]

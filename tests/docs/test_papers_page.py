@@ -16,7 +16,7 @@ from qbench.bits import FLOAT
 from qbench.config import compose, registry
 from qbench.config.schema import BitWidths
 from qbench.experiment.builders import build_method
-from qbench.papers.published_rows import papers
+from qbench.papers.published_figures import papers
 from qbench.papers.published_table import missing_requirements
 from qbench.papers.row_types import PROVENANCES, Paper, PublishedRow
 

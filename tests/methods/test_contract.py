@@ -24,7 +24,8 @@ from qbench.quant.probe import Probe
 from qbench.quant.verify import verify
 from qbench.runs.result import Result
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import pack, unpack, weights_sha256
+from qbench.training.checkpoint import pack, unpack
+from qbench.training.digests import weights_sha256
 from qbench.training.evaluation import evaluate
 from qbench.training.loop import train
 from qbench.training.random_state import seed_everything

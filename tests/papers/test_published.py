@@ -21,7 +21,7 @@ from qbench.config.schema import BitWidths
 from qbench.errors import ConfigError
 from qbench.papers import published_table as published
 from qbench.papers.lint import RULES, lint
-from qbench.papers.published_rows import names, papers, published_rows, read_paper
+from qbench.papers.published_figures import names, papers, published_rows, read_paper
 from qbench.papers.published_table import (
     absence_note,
     command_words,

@@ -28,7 +28,8 @@ from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import Result
 from qbench.training import loop
-from qbench.training.checkpoint import content_sha256, unpack
+from qbench.training.checkpoint import unpack
+from qbench.training.digests import content_sha256
 
 METHODS = groups.option_names("method")
 STEPS, EPOCHS, BATCH = 6, 5, 192

@@ -32,7 +32,8 @@ from qbench.experiment.planned_run import planned_run
 from qbench.experiment.setup import assemble
 from qbench.report.comparison.predictions import of_run
 from qbench.runs.result import load_result
-from qbench.training.checkpoint import unpack, weights_sha256
+from qbench.training.checkpoint import unpack
+from qbench.training.digests import weights_sha256
 from qbench.training.initial_weights import is_intact, load_initial_weights
 
 whole = damaged_runs.whole

@@ -25,7 +25,8 @@ from qbench.errors import CheckpointError
 from qbench.runs import reader as runs
 from qbench.runs.result import load_result
 from qbench.system.files import parse_json
-from qbench.training.checkpoint import unpack, weights_sha256
+from qbench.training.checkpoint import unpack
+from qbench.training.digests import weights_sha256
 
 SIZE = "optim.batch_size={0} pretrain.optim.batch_size={0}"
 LINE = ["experiment=smoke", "method=dorefa", "bits=w2a2g4", "optim.ema=0.9"]

@@ -39,7 +39,7 @@ from qbench.experiment.setup import assemble
 from qbench.quant.layers import is_quantizer_key
 from qbench.quant.verify import NotQuantized
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import content_sha256
+from qbench.training.digests import content_sha256
 from qbench.training.state import State, WeightAverage
 
 counted_clock = resumed_runs.counted_clock

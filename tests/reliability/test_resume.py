@@ -49,7 +49,7 @@ from qbench.quant.probe import Batch
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import Accuracy
 from qbench.training import loop
-from qbench.training.checkpoint import content_sha256
+from qbench.training.digests import content_sha256
 from qbench.training.evaluation import evaluate
 from qbench.training.state import State
 

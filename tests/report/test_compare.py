@@ -26,7 +26,7 @@ from qbench.config.schema import Config
 from qbench.cost.network_cost import NetworkCost
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
-from qbench.papers.published_rows import published_rows
+from qbench.papers.published_figures import published_rows
 from qbench.papers.published_table import absence_note
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude

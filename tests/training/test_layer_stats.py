@@ -401,7 +401,7 @@ def test_the_table_of_hyper_parameters_has_the_same_columns_for_all_runs(
 @pytest.mark.parametrize("name", ["lsq", "uniform", "gupta"])
 def test_observing_leaves_no_trace(name: str, configure: Configure) -> None:
     from qbench.experiment.setup import assemble
-    from qbench.training.checkpoint import content_sha256
+    from qbench.training.digests import content_sha256
     from qbench.training.random_state import random_state
 
     config = configure("experiment=smoke", f"method={name}", "init=scratch")

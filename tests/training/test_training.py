@@ -26,7 +26,8 @@ from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.probe import Probe
 from qbench.training import optimizer as optim
-from qbench.training.checkpoint import load_float_weights, load_torch_file, pack, unpack, weights_sha256
+from qbench.training.checkpoint import load_float_weights, load_torch_file, pack, unpack
+from qbench.training.digests import weights_sha256
 from qbench.training.evaluation import evaluate
 from qbench.training.loop import train
 from qbench.training.optimizer import learning_rate, parameter_groups

@@ -1,0 +1,44 @@
+"""Digests of weights and of whole training states, to compare runs bit for bit."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 over sorted name, dtype, shape and contiguous bytes of a state_dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def content_sha256(value: object) -> str:
+    """Return the sha256 of the types, shapes and bits of nested tensors, numbers and strings."""
+    digest = hashlib.sha256()
+
+    def add(part: object) -> None:
+        if isinstance(part, dict):
+            digest.update(f"dict {len(part)}\n".encode())
+            for key in sorted(part, key=repr):
+                add(key)
+                add(part[key])
+        elif isinstance(part, list | tuple):
+            digest.update(f"list {len(part)}\n".encode())
+            for item in part:
+                add(item)
+        elif isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
+            digest.update(_tensor_bytes(part))
+        else:
+            digest.update(f"{part!r}\n".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def _tensor_bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
