@@ -30,11 +30,11 @@ def normalization(name: str, images_NCHW: Tensor) -> MeanAndStd:
     if name == "own":
         return mean_and_std(images_NCHW)
     if name not in FIXED:
-        raise ValueError(f"normalize={name}: must be own, {', '.join(FIXED)}")
+        raise ValueError(f"normalize={name}: must be one of own, {', '.join(FIXED)}")
     mean, std = FIXED[name]
     channels = images_NCHW.shape[1]
     if len(mean) not in (1, channels):
-        raise ValueError(f"normalize={name} is for {len(mean)} channels, and the images have {channels}: must be own")
+        raise ValueError(f"normalize={name} is for {len(mean)} channels, and the images have {channels}: use own")
     return (mean, std) if len(mean) == channels else (mean * channels, std * channels)
 
 

@@ -217,7 +217,7 @@ def test_unaugmented_batches_are_in_order_and_limited() -> None:
 
 def test_synthetic_refuses_values_out_of_range() -> None:
     for options in ({"train": 0}, {"signal": 2.0}):
-        with pytest.raises(ValueError, match="allowed"):
+        with pytest.raises(ValueError, match="must be"):
             synthetic.build(**options)  # type: ignore[arg-type]
 
 

@@ -547,8 +547,8 @@ def test_qd_and_dq_distill_by_default() -> None:
     ("build", "options", "match"),
     [
         (qd.build, {"bucket": -1}, "bucket=-1"),
-        (qd.build, {"bucket": 2}, "bucket=2: allowed"),
-        (dq.build, {"bucket": 1}, "bucket=1: allowed"),
+        (qd.build, {"bucket": 2}, "bucket=2: must be"),
+        (dq.build, {"bucket": 1}, "bucket=1: must be"),
         (dq.build, {"initial": "kmeans"}, "initial=kmeans: must be one of quantiles, uniform"),
         (dq.build, {"allocation": "loss"}, "allocation=loss: must be one of gradient, even"),
     ],

@@ -463,5 +463,5 @@ def test_the_nominal_widths_of_codes(w: int, subspace: int, codewords: int, coun
 )
 def test_invalid_options_raise(options: dict[str, int]) -> None:
     (key,) = options
-    with pytest.raises(ValueError, match=rf"{key}=.*allowed"):
+    with pytest.raises(ValueError, match=rf"{key}=.*must be"):
         qcnn.build(**options)  # type: ignore[arg-type]
