@@ -1,4 +1,4 @@
-"""One bit width per layer under a budget, by integer programming."""
+"""Chooses one bit width per layer under a budget, by integer programming."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,10 @@ TOLERANCE = 1e-6
 
 
 class Budget(NamedTuple):
-    """A limit on `bytes` or `bitops` of the network, or on `w`, mean bits per quantized weight."""
+    """A limit on one cost of a network.
+
+    The cost is `bytes`, `bitops`, or `w`, which is the mean number of bits per quantized weight.
+    """
 
     kind: str
     limit: float
@@ -30,7 +33,7 @@ class BudgetInfeasible(ValueError):
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse bytes=20k, bitops=1G or w=3.
+    """Parse a budget such as bytes=20k, bitops=1G or w=3.
 
     Raises:
         ConfigError: the text has another form.
@@ -57,8 +60,8 @@ def allocate_widths(loss: WidthValues, costs: WidthValues, limit: float) -> dict
     scipy's milp (HiGHS) solves the problem, with one binary variable per layer and width.
 
     Args:
-        loss, costs: layer -> width -> value, for the same layers and widths; at least one width
-            per layer.
+        loss, costs: layer -> width -> value. Both have the same layers and widths, and every layer
+            has at least one width.
         limit: upper bound of the sum of `costs`.
 
     Raises:
@@ -74,7 +77,7 @@ def allocate_widths(loss: WidthValues, costs: WidthValues, limit: float) -> dict
 
 
 def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int] | None:
-    """Return the optimum of the integer program; None if the solver finds no solution."""
+    """Return the optimum of the integer program, or None if the solver finds no solution."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -98,7 +101,7 @@ def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int
 
 
 def largest_uniform_width(costs: WidthValues, limit: float) -> dict[str, int] | None:
-    """Return layer -> the largest uniform width under the budget; None if there is none."""
+    """Return layer -> width for the largest uniform width under the budget, or None."""
     shared = set.intersection(*(set(layer) for layer in costs.values()))
     for width in sorted(shared, reverse=True):
         if sum(layer[width] for layer in costs.values()) <= limit:

@@ -1,4 +1,7 @@
-"""Evaluates a finished run on its test split or other data: accuracy, calibration, predictions."""
+"""Evaluates a finished run on its test split or on other data.
+
+The results are accuracy, calibration and predictions.
+"""
 
 import csv
 import io
@@ -30,7 +33,8 @@ PREDICTION_FIELDS = np.dtype([("index", "<i8"), ("label", "<i8"), ("predicted", 
 class EvaluatedSplit:
     """Results on n test images, in percent.
 
-    They are accuracy, 95 % confidence interval of top-1, and expected calibration error.
+    The results are accuracy, the 95 % confidence interval of top-1, and the expected calibration
+    error.
     """
 
     n: int
@@ -46,7 +50,7 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> 
     Args:
         confidence: (n,), probability of the predicted class, in [0, 1].
         correct: (n,), bool, whether the predicted class equals the label.
-        bins: number of bins of equal width; each excludes its lower and includes its upper end.
+        bins: number of bins of equal width. A bin includes its upper end but not its lower end.
     """
     index = (confidence.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct.double() - confidence.double())
@@ -68,11 +72,11 @@ def evaluate(
     run: Path, words: Sequence[str] = (), *, weights: str = "last", predictions: Path | None = None,
     device: str = "auto",
 ) -> Table:  # fmt: skip
-    """Return a table with one row: a finished run on the test split of a data set.
+    """Return a table with one row, the results of a finished run on the test split of a data set.
 
     Args:
         run: the directory of the run.
-        words: overrides that name another data set; without them, the run's own is used.
+        words: overrides that name another data set. Without them, the run's own data set is used.
         predictions: file to write, .csv or .npy, with index, label, predicted class and probability
             of the predicted class for every image.
 
@@ -104,7 +108,7 @@ def evaluate(
 
 
 def _other_dataset(own: Dataset, node: Mapping[str, Any]) -> Dataset:
-    """Return another data set, normalized with the constants of the run's own data set."""
+    """Return the data set that `node` names, normalized with the constants of the run's own."""
     data = registry.create("dataset", node)
     if not isinstance(data, Dataset):
         raise ConfigError(f"dataset={node['name']}: returned a {type(data).__name__}, not a Dataset")

@@ -1,4 +1,4 @@
-"""Loads a finished run for analysis: network, data and validation images."""
+"""Loads the network, data and validation images of a finished run for analysis."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -55,9 +55,9 @@ def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch]
 
 
 def probe_batches(setup: ExperimentSetup) -> list[Batch]:
-    """Return batches of the training images on which methods measure.
+    """Return batches of the probe, the training images on which methods measure statistics.
 
-    They also serve to recompute batch normalization statistics.
+    The batches also serve to recompute batch normalization statistics.
     """
     return list(setup.loader().unaugmented("train", PROBE_IMAGES))
 

@@ -1,10 +1,11 @@
-"""The mismatch, per layer, of straight-through gradients and gradients of a smoothed network.
+"""The mismatch, in each layer, between straight-through gradients and those of a smoothed network.
 
 A quantizer's staircase Q has no useful derivative. A method therefore uses another function in the
-backward pass, and the gradients are not those of the forward pass. A smoothed network has true
-gradients: its quantizers compute E[Q(x + sigma z)], z ~ N(0, 1), which is smooth and, for small
-sigma, close to Q. The straight-through gradients are compared with the gradients of the smoothed
-network at the same weights. The choice of sigma is a convention, so several values are measured.
+backward pass, so that its straight-through gradients are not the gradients of the forward pass. A
+smoothed network does have true gradients. Its quantizers compute E[Q(x + sigma z)], z ~ N(0, 1),
+which is smooth and, for small sigma, close to Q. This module compares the straight-through
+gradients with the gradients of the smoothed network at the same weights. The choice of sigma is a
+convention, so several values are measured.
 """
 
 import copy
@@ -37,9 +38,9 @@ Mismatch = dict[str, dict[str, LayerMismatch]]
 def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: float) -> Tensor:
     """Return E[Q(x + sigma z)], z ~ N(0, 1), for a staircase Q.
 
-    Q rises to the next level at each threshold t. The expectation equals levels[0] + sum of rises
-    times Phi((x - t) / sigma). Its derivative is the sum of the rises times Gaussian densities
-    centred at the thresholds, with standard deviation sigma.
+    Q rises to the next level at each threshold t. The expectation equals levels[0] plus the sum
+    over thresholds of rise times Phi((x - t) / sigma). Its derivative is the sum over thresholds of
+    rise times a Gaussian density with mean t and standard deviation sigma.
 
     Args:
         thresholds: (m,), ascending.
@@ -55,7 +56,7 @@ class SmoothedHalfWave(Quantizer):
     """The expectation of a half-wave quantizer under noise.
 
     The quantizer is zero for negative inputs and has positive levels for positive inputs. `sigma`
-    is in steps; a step is the first positive level.
+    is in units of a step, which is the first positive level.
     """
 
     levels: Tensor
@@ -73,7 +74,10 @@ class SmoothedHalfWave(Quantizer):
 
 
 class _WithoutGradient(Quantizer):
-    """A quantizer that blocks gradients, to find layers that get gradients through a quantizer."""
+    """A quantizer that blocks gradients.
+
+    It shows which layers get their gradient through a quantizer.
+    """
 
     def __init__(self, quantizer: HWGQActivation) -> None:
         super().__init__()
@@ -87,8 +91,8 @@ def cosine_and_bias(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
     """Return the cosine between a gradient and a reference, and the bias of the gradient.
 
     The bias is the length of the gradient's projection on the reference, divided by the length of
-    the reference, minus 1. Bias 0 with a cosine below 1 means that the gradient is the reference
-    plus a perpendicular part. Bias -1 means that the gradient is perpendicular to the reference.
+    the reference, minus 1. If the bias is 0 and the cosine below 1, the gradient is the reference
+    plus a perpendicular part. If the bias is -1, the gradient is perpendicular to the reference.
     For a gradient of zeros, the cosine is 0 and the bias -1.
 
     Raises:
@@ -116,10 +120,10 @@ def gradient_mismatch(
 
     Args:
         model: a network with half-wave quantizers.
-        batches: images and labels; the gradients are those of the mean loss over all images.
+        batches: images and labels. The gradients are those of the mean loss over all images.
         loss: the loss function.
         backwards: names of the backward passes to measure.
-        sigmas: standard deviations of the noise, in steps.
+        sigmas: standard deviations of the noise, in units of a step.
 
     Raises:
         ValueError: the model has no half-wave quantizer.
@@ -142,15 +146,19 @@ def gradient_mismatch(
 
 
 def mismatch_of_run(run: Path, backwards: Sequence[str]) -> Mismatch:
-    """Return the mismatch of a finished run's network; the loss is cross entropy on the probe."""
+    """Return the mismatch of a finished run's network.
+
+    The loss is cross entropy on the probe, which is a fixed set of training images.
+    """
     setup, model = load_finished_network(run, weights="last", device="auto")
     return gradient_mismatch(model.to(setup.device), probe_batches(setup), F.cross_entropy, backwards)
 
 
 def mismatch_table(runs: Sequence[Mismatch]) -> Table:
-    """Return a table of cosine and bias, averaged over runs: per layer, then the mean over layers.
+    """Return a table of cosine and bias, averaged over runs.
 
-    There is one pair of columns per backward pass.
+    Each layer has a row, for one sigma. The last rows are the mean over layers for every sigma.
+    There is a pair of columns for each backward pass.
     """
     names = list(runs[0][str(VERDICT_SIGMA)])
     table = Table(("sigma", "layer", *(f"{name} {what}" for name in names for what in ("cosine", "bias"))))
@@ -188,7 +196,7 @@ def _weight_gradients(
     loss: Loss,
     replace: Callable[[HWGQActivation], Quantizer],
 ) -> dict[str, Tensor]:
-    """Return layer -> dL/dw, for a copy of the model with replaced half-wave quantizers."""
+    """Return layer -> dL/dw for a copy of the model in which the half-wave quantizers are replaced."""
     model = copy.deepcopy(model).train()
     for name, quantizer in list(_half_waves(model)):
         parent, _, leaf = name.rpartition(".")

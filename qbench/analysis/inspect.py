@@ -29,9 +29,10 @@ VERIFIED_IMAGES = 64
 class InspectedLayer:
     """One row of the table.
 
-    `off` is the change against all layers quantized, `only` the change against all quantizers
-    disabled. `clipped` is in percent of the inputs. `dead_in` and `dead_out` are pairs (number of
-    constant channels, number of channels).
+    `off` is the change if only this layer's quantizers are disabled, compared with all layers
+    quantized. `only` is the change if only this layer is quantized, compared with all quantizers
+    disabled. `clipped` is in percent of the inputs. `dead_in` and `dead_out` are pairs, the number
+    of constant channels and the number of all channels.
     """
 
     layer: str
@@ -66,9 +67,10 @@ def inspect(
         images: the number of validation images to measure on.
         bn_stats: whether to `recompute` the batch normalization statistics for every change or
             `keep` them.
-        sort: `leave-one-out` (loss decrease if the layer's quantizers are disabled), `leave-one-in`
-            (loss increase if only this layer is quantized) or `sqnr`, each with the worst layer
-            first; or `order`, the order of the layers in the network.
+        sort: the order of the rows. `leave-one-out` sorts by the loss decrease if the layer's
+            quantizers are disabled, `leave-one-in` by the loss increase if only this layer is
+            quantized, and `sqnr` by SQNR, each with the worst layer first. `order` is the order of
+            the layers in the network.
     """
     _, setup, model = load_finished_run(run, weights, device)
     batches, images_note = validation_batches(setup, images)

@@ -1,4 +1,4 @@
-"""Layer ablation: accuracy if one layer's quantizers are disabled, and if all others' are disabled.
+"""Layer ablation measures accuracy with one layer in float, and with all other layers in float.
 
 A layer with disabled quantizers computes in float on its latent weights.
 """
@@ -21,7 +21,7 @@ from qbench.training.evaluation import evaluate
 
 @dataclass(frozen=True)
 class LayerAblation:
-    """The accuracy of a network under changes of its quantized layers.
+    """The accuracy of a network with various layers quantized.
 
     Args:
         quantized: accuracy with all layers quantized.
@@ -64,17 +64,22 @@ class PrecedingActivation(Quantizer):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activation of x; x is not changed, because other layers may read it too."""
+        """Return the activation of x.
+
+        x itself is not changed, because other layers may read it too.
+        """
         y: Tensor = self.act(x.clone())
         return y
 
 
 @contextmanager
 def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Let the named layers compute in float on their latent weights; other layers are unchanged.
+    """Let the named layers compute in float on their latent weights.
 
-    With all layers named, the network computes the same as in `float_mode`. Parameters and buffers
-    do not change.
+    Other layers are unchanged.
+
+    If all layers are named, the network computes the same as in `float_mode`. Parameters and
+    buffers do not change.
     """
     layers, activations = quantized_layers(model), _preceding_activations(model)
     disabled = [layers[name] for name in names]
@@ -91,20 +96,20 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 
 def _preceding_activations(model: nn.Module) -> dict[str, nn.Module]:
-    """Return layer -> the preceding activation function that input quantizers replaced."""
+    """Return layer -> the activation function before it that its input quantizer replaced."""
     readers, modules = feeds(model), dict(model.named_modules())
     replaced = {name: module for name in readers if isinstance(module := modules.get(name), BypassedActivation)}
     return {reader: module.act for name, module in replaced.items() for reader in readers[name]}
 
 
 def measure_accuracy(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequence[Batch] = ()) -> Accuracy:
-    """Return top-1, top-5 and loss of a network; the network is not changed.
+    """Return top-1, top-5 and loss of a network, without changing the network.
 
     Args:
-        bn_batches: batches on which mean and variance of batch normalization are recomputed, in a
-            copy of the network; without batches, the statistics are kept. Recomputation matters
-            because some methods give quantized weights another scale than the latent weights and
-            rely on the normalization that follows.
+        bn_batches: batches on which the mean and variance of batch normalization are recomputed, in
+            a copy of the network. Without batches, the statistics are kept. Recomputation matters
+            because some methods give the quantized weights another scale than the latent weights,
+            and rely on the following normalization to undo this.
     """
     if bn_batches:
         model = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Layer sensitivity: the increase in a float network's loss if one layer is quantized.
+"""Layer sensitivity, the increase in a float network's loss if one layer is quantized.
 
 It is measured for every layer and width, without training.
 """
@@ -35,7 +35,7 @@ class FloatBaseline(NamedTuple):
     """A float network with its weights, and the data for measurements.
 
     Args:
-        batches: validation batches; `images_note` states the number of images and the split.
+        batches: validation batches. `images_note` states the number of images and the split.
         probe: batches of the training images on which methods measure.
         bn_batches: see `measure_accuracy`.
     """
@@ -50,7 +50,8 @@ class FloatBaseline(NamedTuple):
     def quantized(self, widths: Mapping[str, int]) -> nn.Module:
         """Return the network with these layers quantized at these widths and all others in float.
 
-        Nothing is trained. An incremental method quantizes all weights of the layers at once.
+        Nothing is trained. A method that would quantize step by step during training quantizes all
+        weights of the layers at once.
 
         Raises:
             Unsupported: the method does not support a width, or cannot quantize these layers alone.
@@ -106,10 +107,10 @@ class LayerSensitivity:
 def load_float_baseline(
     run: Path, words: Sequence[str], *, images: int, recompute_bn: bool, device: str
 ) -> FloatBaseline:
-    """Return the float network from which a run started, with a method to measure.
+    """Return the float network from which a run started, and the method to measure on it.
 
     Args:
-        words: overrides that name the method; without them, the run's method is used.
+        words: overrides that name the method. Without them, the run's method is used.
         recompute_bn: whether to recompute the batch normalization statistics for every measurement.
 
     Raises:
@@ -156,7 +157,7 @@ def _float_weights(run: Path, setup: ExperimentSetup) -> tuple[Path, str | None]
 
 
 def measure_sensitivity(baseline: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:
-    """Measure each layer that the run quantizes, alone, at each width that the method supports.
+    """Quantize each layer of the run alone, at each width that the method supports, and measure.
 
     Raises:
         ConfigError: the run quantizes no weights, or a layer supports none of the widths.
@@ -210,7 +211,8 @@ def _float_weight(baseline: FloatBaseline, name: str) -> Tensor:
 def squared_error(w: Tensor, w_hat: Tensor) -> float:
     """Return the squared error of quantized weights at the best scale.
 
-    The scale is fitted because normalization undoes it.
+    The scale that minimizes the error is used, because a normalization that follows undoes any
+    scale.
     """
     w, w_hat = w.double().flatten(), w_hat.double().flatten()
     power = w_hat @ w_hat
@@ -219,7 +221,7 @@ def squared_error(w: Tensor, w_hat: Tensor) -> float:
 
 
 def _other_costs(baseline: FloatBaseline, sensitivity: LayerSensitivity) -> dict[str, float]:
-    """Return kind of budget -> cost of the whole network minus the costs of the measured layers."""
+    """Return kind of budget -> cost of the network apart from the measured layers."""
     widths = {name: next(iter(layer)) for name, layer in sensitivity.loss.items()}
     whole = count_cost(baseline.quantized(widths), baseline.setup.macs)
     return {

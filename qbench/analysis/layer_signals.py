@@ -1,4 +1,4 @@
-"""Measures the signals of quantized layers on real images: SQNR, clipped inputs, dead channels."""
+"""Measures SQNR, clipped inputs and dead channels of quantized layers on real images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ RELATIVE_SLACK = 1e-6
 
 @dataclass
 class LayerSignal:
-    """Statistics of a layer's float output y and quantized output y_hat, and ranges per channel.
+    """Statistics of a layer's float output y and quantized output y_hat, and the range of each channel.
 
-    `sums` holds sums (C,) per channel over images and positions.
+    Each of the `sums` has shape (C,) and is taken per channel over images and positions.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -48,19 +48,19 @@ class LayerSignal:
         self.high[slot] = torch.maximum(self.high.get(slot, high), high)
 
     def dead_channels(self, slot: str) -> tuple[int, int]:
-        """Return the number of channels constant over images and positions, and of all channels."""
+        """Return the number of channels that are constant over images and positions, and of all channels."""
         return int((self.low[slot] == self.high[slot]).sum()), self.low[slot].numel()
 
     @property
     def sqnr(self) -> float | None:
-        """Return the power of y divided by the power of y - y_hat, in dB; None if y is zero."""
+        """Return the power of y divided by the power of y - y_hat, in dB, or None if y is zero."""
         return _sqnr(self.sums["yy"].sum().item(), self.sums["noise"].sum().item())
 
     @property
     def fitted_sqnr(self) -> float | None:
-        """Return the SQNR at the best gain and offset of y_hat per channel.
+        """Return the SQNR after the best gain and offset are applied to each channel of y_hat.
 
-        A normalization that follows would undo gain and offset.
+        They are allowed for because a normalization that follows would undo any gain and offset.
         """
         y, z, yy, zz, yz = (self.sums[key] / self.count for key in ("y", "z", "yy", "zz", "yz"))
         y_variance, covariance, z_variance = yy - y * y, yz - y * z, zz - z * z
@@ -102,7 +102,7 @@ def _add_batch(signal: LayerSignal, layer: QLayer, x: Tensor, model: nn.Module) 
 
 
 def _by_channel(layer: QLayer, x: Tensor) -> Tensor:
-    """Return a layer's inputs as (n, C): n values for each of C channels."""
+    """Return a layer's inputs in the shape (n, C), with n values for each of C channels."""
     return (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
 
 

@@ -1,4 +1,4 @@
-"""Applies overrides to a finished run for analysis: another data set, method or layer policy."""
+"""Applies overrides to a finished run, to analyse it with another data set, method or layer policy."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,8 @@
-"""The plan of a command line: runs, costs of the networks, and estimates of time and memory.
+"""The plan of a command line, with its runs, their costs, and estimates of time and memory.
 
 Nothing is trained, and published data sets need not be present. Networks are built on the meta
-device, without memory, except for a few timed training steps on random images.
+device, where they use no memory. Only for a few timed training steps on random images are they
+built on the run's device.
 """
 
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ LAYERS_HEAD = (
 def plan(planned: Sequence[PlannedRun]) -> list[Table]:
     """Return a table of all runs, including float baselines, with costs and times.
 
-    For a single run, a second table lists the layers. The notes of the second table name the
-    supported runtimes and the differences from the paper's recipe.
+    For a single run, a second table lists the layers. Its notes name the supported runtimes and the
+    differences from the paper's recipe.
     """
     table = Table(HEAD, title=f"{len(planned)} run{'s' if len(planned) > 1 else ''}")
     estimator = CostEstimator()
@@ -59,7 +60,7 @@ def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[Planned
 
 
 def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) -> float:
-    """Add the row of a run; return the run's remaining training time in seconds."""
+    """Add the row of a run, and return the run's remaining training time in seconds."""
     directory = planned.directory
     path, stored = str(directory.path), directory.stored()
     if isinstance(cost, UnsupportedRun):
@@ -83,14 +84,14 @@ def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) 
 
 
 def _parameter_bytes(setup: ExperimentSetup, params: int) -> float:
-    """Return the bytes of weights, gradients, optimizer state and an average of the weights."""
+    """Return the bytes used by weights, gradients, optimizer state and any average of the weights."""
     recipe = setup.optim
     state = 2 if recipe.name.startswith("adam") else 1 if recipe.momentum else 0
     return 4 * params * (2 + state + (recipe.ema is not None))
 
 
 def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
-    """Return the table of a run's layers; its totals equal those of `qbench compare`."""
+    """Return the table of a run's layers, whose totals equal those of `qbench compare`."""
     setup, whole, run = cost.setup, cost.cost, planned.identity
     layers = layer_costs(cost.model, setup.method, setup.macs)
     table = Table(LAYERS_HEAD, title=f"{run.model} on {run.dataset}, {run.method} {run.bits}")
@@ -125,7 +126,10 @@ def _layer_cells(layer: LayerCost) -> tuple[str, ...]:
 
 
 def _format_levels(levels: Levels | None) -> str:
-    """Format the number of levels, such as 4; `128 of 8` for codewords with several dimensions."""
+    """Format the number of levels, such as 4.
+
+    The form for codewords with several dimensions is `128 of 8`.
+    """
     if levels is None:
         return "-"
     return str(levels.number) if levels.dimension == 1 else f"{levels.number} of {levels.dimension}"

@@ -45,7 +45,7 @@ def choose_widths(sensitivity: LayerSensitivity, budget: Budget) -> Allocations:
     """Return the best widths by each measure and, for comparison, the largest uniform width.
 
     Raises:
-        ConfigError: no widths meet the budget; the message has the lowest and the highest useful
+        ConfigError: no widths meet the budget. The message states the lowest and the highest useful
             budget.
     """
     costs, rest = sensitivity.costs(budget.kind), sensitivity.rest[budget.kind]
@@ -77,14 +77,15 @@ def sensitivity(
 ) -> list[Table]:
     """Choose one width per layer, write the widths to `out`, and return two tables.
 
-    The tables show the allocations and the layers.
+    The first table shows the allocations, the second the layers.
 
     Args:
-        words: overrides that replace the run's method or layer policy; required for a float run.
-        budget: such as `bytes=20k` or `bitops=1G` for the whole network, or `w=3` bits per weight;
-            empty for the run's own width.
-        measure: which widths to write: those chosen by the loss of each layer quantized alone, or
-            by the MSE of the layer's weights.
+        words: overrides that replace the run's method or layer policy. They are required for a
+            float run.
+        budget: such as `bytes=20k` or `bitops=1G` for the whole network, or `w=3` bits per weight.
+            If it is empty, the run's own width is the budget.
+        measure: which widths to write. They are chosen either by the loss with each layer quantized
+            alone, or by the MSE of the layer's weights.
         bn_stats: whether to `recompute` the batch normalization statistics after quantization or
             `keep` them.
     """
@@ -111,14 +112,14 @@ def sensitivity(
 
 
 def _compact(value: float) -> str:
-    """Format a number with four digits and a unit, in the form of `--budget`: 20k, 1.234G."""
+    """Format a number with four digits and a unit, such as 20k or 1.234G, as `--budget` takes it."""
     return si_format(value, digits=4, gap="")
 
 
 def _allocations_table(
     run: Path, baseline: FloatBaseline, sensitivity: LayerSensitivity, chosen: Allocations, budget: Budget
 ) -> Table:
-    """Return a table with one row per allocation: costs, predicted loss and measured loss."""
+    """Return a table of costs, predicted loss and measured loss, with one row per allocation."""
     table = Table(HEAD, title=f"{run}: {baseline.setup.method_name}, not trained, under {budget}")
     all_weights = sum(sensitivity.weights.values())
     for key, widths in chosen.items():
@@ -148,7 +149,7 @@ def _allocations_table(
 def _layers_table(sensitivity: LayerSensitivity, chosen: Allocations) -> Table:
     """Return a table with one row per layer.
 
-    A row has the chosen widths, and the loss increase at each width if only this layer is
+    A row states the chosen widths and, for each width, the loss increase if only this layer is
     quantized.
     """
     widths = sorted({width for layer in sensitivity.loss.values() for width in layer})

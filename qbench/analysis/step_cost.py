@@ -1,6 +1,6 @@
 """Time and memory of a training step, measured on the run's device or estimated.
 
-Estimates follow from MACs and tensor shapes.
+Estimates are computed from MACs and tensor shapes.
 """
 
 import math
@@ -36,8 +36,9 @@ class StepCost(NamedTuple):
 
     Args:
         seconds: time per image.
-        saved: bytes per image kept for the backward pass.
-        fixed: bytes kept for the backward pass that do not depend on the number of images.
+        saved: bytes per image that are kept for the backward pass.
+        fixed: further bytes kept for the backward pass, which do not depend on the number of
+            images.
     """
 
     seconds: float
@@ -47,7 +48,7 @@ class StepCost(NamedTuple):
 
 @dataclass(frozen=True)
 class RunCost:
-    """The setup, network and costs of a run; all seeds share them."""
+    """The setup, network and costs of a run, which are the same for all seeds."""
 
     setup: ExperimentSetup
     model: nn.Module
@@ -57,7 +58,7 @@ class RunCost:
 
 @dataclass(frozen=True)
 class UnsupportedRun:
-    """The reason why the method does not support the configuration of a run."""
+    """Why a method does not support a run's configuration."""
 
     reason: str
 
@@ -65,7 +66,7 @@ class UnsupportedRun:
 class CostEstimator:
     """Estimates the cost of runs.
 
-    Each network is built once. Networks are timed until `TIMING_SECONDS` are spent; `estimated`
+    Each network is built once. Networks are timed until `TIMING_SECONDS` are spent. `estimated`
     counts the networks that were not timed.
     """
 
@@ -87,9 +88,10 @@ class CostEstimator:
         return self.known[key]
 
     def _step_cost(self, setup: ExperimentSetup, model: nn.Module) -> StepCost:
-        """Return a network's step cost: timed, estimated, or scaled from a timed network.
+        """Return a network's step cost, which is timed, estimated, or scaled from a timed network.
 
-        Scaling uses the ratio of MACs to the timed network of the nearest size.
+        Scaling starts from the timed network of the nearest size and multiplies by the ratio of the
+        MACs.
         """
         macs = max(1, sum(setup.macs.values()))
         if _smallest_batch(setup, model) * macs > 2 * TIMED_MACS and setup.device.type == "cpu":
@@ -120,7 +122,10 @@ def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
 
 
 def _smallest_batch(setup: ExperimentSetup, model: nn.Module) -> int:
-    """Return the smallest possible batch size; batch normalization needs two values per channel."""
+    """Return the smallest possible batch size.
+
+    It can exceed 1, because batch normalization needs two values per channel.
+    """
     norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
     return min(batch_size_and_steps(setup.data, setup.optim.batch_size)[0], 2 if norms else 1)
 
@@ -144,7 +149,7 @@ def time_step(setup: ExperimentSetup, macs: int, smallest: int) -> StepCost:
 def estimate_step(setup: ExperimentSetup, model: nn.Module, macs: int) -> StepCost:
     """Estimate the step cost of a network that is too large to time.
 
-    The time follows from the network's MACs and the speed of one convolution, the memory from
+    The time is computed from the network's MACs and the speed of one convolution, the memory from
     tensor shapes.
     """
     size = _smallest_batch(setup, model)
@@ -165,8 +170,8 @@ def estimate_step(setup: ExperimentSetup, model: nn.Module, macs: int) -> StepCo
 def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, int]:
     """Return the bytes that a forward pass keeps for the backward pass, without parameters.
 
-    The first number covers tensors whose first dimension is the number of images, the second covers
-    all other tensors.
+    The first number is for tensors whose first dimension is the number of images. The second number
+    is for all other tensors.
     """
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, tuple[bool, int]] = {}

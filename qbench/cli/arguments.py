@@ -1,4 +1,4 @@
-"""The parser class of the subcommands: argparse with `ConfigError` that names the allowed values.
+"""The parser class of the subcommands: argparse, but with errors that name the allowed values.
 
 A flag is typed in full, as `--flag VALUE` or `--flag=VALUE`. Flags and positional arguments may
 come in any order.
@@ -33,7 +33,7 @@ WIDEST_HELP = 110
 
 
 def help_width() -> int:
-    """Return the number of characters in a line of a help text."""
+    """Return the width of a help text, in characters per line."""
     return min(shutil.get_terminal_size().columns, WIDEST_HELP)
 
 
@@ -48,12 +48,12 @@ class SubcommandParser(argparse.ArgumentParser):
     """The parser of one subcommand.
 
     Positional arguments are declared for the help text and for completion. `parse_words` returns
-    all of them in one list, because only the subcommand can distinguish a directory from
+    all of them in one list, because only the subcommand can tell whether a word is a directory or
     `KEY=VALUE`.
 
     Args:
-        name: the subcommand, a key of `SUMMARIES`; empty for a parser of flags that several
-            subcommands share.
+        name: the subcommand, which is a key of `SUMMARIES`. The name is empty if the parser only
+            holds flags that several subcommands share.
         parents: parsers whose flags this parser accepts too.
         epilog: text printed below the flags.
     """
@@ -96,12 +96,12 @@ class SubcommandParser(argparse.ArgumentParser):
         return words, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def flags(self) -> list[str]:
-        """Return the flags in full, without `--help`."""
+        """Return the full names of all flags except `--help`."""
         options = [action.option_strings[-1] for action in self._actions if action.option_strings]
         return [option for option in options if option != "--help"]
 
     def flag_values(self, flag: str) -> list[str] | None:
-        """Return the values that can be completed after a flag; None if the flag takes no value."""
+        """Return the values that completion offers after a flag, or None if the flag takes no value."""
         action = next(action for action in self._actions if flag in action.option_strings)
         if action.nargs == 0:
             return None
@@ -112,7 +112,7 @@ class SubcommandParser(argparse.ArgumentParser):
         return [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
 
     def positional_values(self) -> list[str]:
-        """Return the values that can be completed for the positional arguments."""
+        """Return the values that completion offers for the positional arguments."""
         actions = [action for action in self._actions if not action.option_strings]
         choices = [self.suggestions.get(str(action.metavar), lambda a=action: a.choices or ())() for action in actions]
         return [str(value) for values in choices for value in values]

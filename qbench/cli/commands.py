@@ -1,4 +1,4 @@
-"""The subcommands: each takes the arguments after its name, prints, and returns the exit status."""
+"""The subcommands, each a function of the arguments after its name that returns the exit status."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from qbench.system.signals import stop_on_signals
 
 
 def plan(arguments: list[str]) -> int:
-    """Print the runs that a command line would start, with costs and times; train nothing."""
+    """Print the runs that a command line would start, with costs and times, without training."""
     from qbench.config import compose
 
     configs = compose.configurations(arguments)
@@ -25,7 +25,7 @@ def plan(arguments: list[str]) -> int:
 
 
 def check(arguments: list[str]) -> int:
-    """Check the properties that every method must have; return 0 only if all hold."""
+    """Check the properties that every method must have, and return 0 only if all of them hold."""
     from qbench.config import compose
 
     arguments, _ = parsers.check().parse_words(arguments)
@@ -87,7 +87,7 @@ def plot(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """Print tables of the runs below some directories, with the significance of differences."""
+    """Print tables of the runs in the given directories, and which differences are significant."""
     from qbench.cli.compare import run_compare
 
     print(run_compare(arguments))
@@ -95,7 +95,7 @@ def compare(arguments: list[str]) -> int:
 
 
 def settle(arguments: list[str]) -> int:
-    """Run more seeds of two settings until their difference or equivalence is decided; print the verdict."""
+    """Run more seeds of two settings until they are found different or equivalent; print the verdict."""
     from qbench.cli.settle import parse
     from qbench.experiment import jobs, sweep
     from qbench.experiment.planned_run import PlannedRun
@@ -124,7 +124,7 @@ def settle(arguments: list[str]) -> int:
 
 
 def list_names(arguments: list[str]) -> int:
-    """Print all groups with their options, the options of one group, or the runs below some directories."""
+    """Print all groups with their options, the options of one group, or the runs in given directories."""
     from qbench.cli.help import group_lines
     from qbench.config.groups import option_names
 
@@ -144,7 +144,7 @@ def list_names(arguments: list[str]) -> int:
 
 
 def list_runs(directories: list[str]) -> int:
-    """Print the runs below some directories, one per line: status, directory, test top-1 in percent."""
+    """Print one line per run in the given directories: status, directory, test top-1 in percent."""
     from qbench.runs.reader import read
 
     for run in read(directories):
@@ -182,7 +182,7 @@ def inspect(arguments: list[str]) -> int:
 
 
 def sensitivity(arguments: list[str]) -> int:
-    """Choose a bit width per layer of a run under a budget; write them to a file and print them."""
+    """Choose a bit width for each layer of a run under a budget, print the widths and save them to a file."""
     options = run_options.parse_sensitivity(arguments)
     from qbench.analysis.sensitivity import sensitivity as allocate_bits
 

@@ -21,7 +21,10 @@ from qbench.runs.reader import RunRecord, dump_records, read
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """A command line of `qbench compare`; `where` maps filtered keys to the values to keep."""
+    """A parsed command line of `qbench compare`.
+
+    `where` maps each key to filter by to the values to keep.
+    """
 
     directories: tuple[str, ...]
     where: Mapping[str, list[str]] = field(default_factory=dict)
@@ -36,7 +39,9 @@ class CompareOptions:
 
 
 def run_compare(arguments: Iterable[str]) -> str:
-    """Return what `qbench compare PLACE... [flags] [KEY=VALUE ...]` prints; write its plots and pages.
+    """Return the text that `qbench compare PLACE... [flags] [KEY=VALUE ...]` prints.
+
+    The plots and pages that the flags ask for are written to files.
 
     Raises:
         ConfigError: a flag, key or value does not exist, or no directory is given.
@@ -57,7 +62,10 @@ def run_compare(arguments: Iterable[str]) -> str:
 
 
 def parse(arguments: Iterable[str]) -> CompareOptions:
-    """Read a command line of `qbench compare`; `build_tables` checks keys and values against the runs."""
+    """Parse a command line of `qbench compare`.
+
+    Keys and values are checked against the runs later, by `build_tables`.
+    """
     words, flags = parsers.compare().parse_words(arguments)
     if "sort" in flags:
         sorted_by(Table(()), flags["sort"])
@@ -74,7 +82,7 @@ def parse(arguments: Iterable[str]) -> CompareOptions:
 
 
 def _split(value: str) -> list[str]:
-    """Return the parts of a comma-separated list; a comma inside brackets does not separate."""
+    """Split a text at its commas, except at commas inside brackets."""
     return re.split(r",(?![^\[]*\])", value)
 
 
@@ -84,7 +92,7 @@ def tables(options: CompareOptions) -> list[Table]:
 
 
 def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables for these options, with conclusions, and the runs in the tables."""
+    """Return the tables for these options, which include conclusions, and the runs in the tables."""
     runs, notes = select_runs(read(options.directories), options.where, options.by)
     made = conclude(compare(runs, options.by), options.margin)
     if options.published:

@@ -1,10 +1,13 @@
-"""Shell completion of subcommands, flags, groups and options; Hydra completes other overrides.
+"""Shell completion of subcommands, flags, groups and options.
+
+Other overrides are completed by Hydra.
 
 Packages that complete argparse parsers (argcomplete, shtab) do not fit. The most frequent command
-has no subcommand: its arguments are overrides, which only Hydra can complete, with a shell function
-of its own. Either package would add a dependency and a second shell function, and a command can
-have only one. Therefore a single shell function calls `qbench completion query`, which completes
-subcommands from their parsers and passes the rest to Hydra.
+line has no subcommand. Its arguments are overrides, which only Hydra can complete, and Hydra does
+this with its own shell function. Either package would add a dependency and a second shell function,
+but the shell allows only one such function per command. Therefore a single shell function calls
+`qbench completion query`, which completes subcommands from their parsers and passes the rest to
+Hydra.
 """
 
 import glob
@@ -37,7 +40,7 @@ complete -o default -F _qbench_complete qbench"""
 
 
 def candidates(line: str, point: str = "") -> list[str]:
-    """Return completions of the word before the cursor; none where a file name is expected.
+    """Return completions of the word before the cursor, or none where a file name is expected.
 
     Args:
         line: the command line, starting with the program's name.
@@ -81,7 +84,10 @@ def _of_training(words: Sequence[str], current: str) -> Iterable[str]:
 
 
 def _overrides(words: Sequence[str], current: str) -> list[str]:
-    """Return the completions of an override: a group's options, else Hydra's completions."""
+    """Return the completions of an override.
+
+    After a group, these are the group's options. Everywhere else they come from Hydra.
+    """
     key, equals, value = current.partition("=")
     group = key.partition("@")[0]
     if equals and group in group_names():
@@ -101,6 +107,9 @@ def _overrides(words: Sequence[str], current: str) -> list[str]:
 
 
 def _listed(typed: str, values: Iterable[str]) -> list[str]:
-    """Return each value appended to the part of a comma-separated list before the last comma."""
+    """Return completions of the last item of a comma-separated list.
+
+    Each completion repeats the earlier items, followed by one of `values`.
+    """
     before = typed[: typed.rfind(",") + 1]
     return [f"{before}{value}" for value in values]

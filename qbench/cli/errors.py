@@ -17,7 +17,10 @@ WIDEST = 1000
 
 
 def drop_unwritten(stream: TextIO) -> None:
-    """Discard text that a stream cannot write; Python would try to write it again at exit."""
+    """Discard text that a stream cannot write.
+
+    Otherwise Python would try to write the text again at exit.
+    """
     if isinstance(stream, io.TextIOWrapper):
         try:
             stream.flush()
@@ -26,7 +29,10 @@ def drop_unwritten(stream: TextIO) -> None:
 
 
 def resource_error(error: BaseException) -> list[str]:
-    """Return the message about a resource that the system refused; empty for other errors."""
+    """Return the message about a resource that the system refused.
+
+    The list is empty for other errors.
+    """
     if isinstance(error, OSError):
         return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)]
     out_of_memory = isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
@@ -36,7 +42,7 @@ def resource_error(error: BaseException) -> list[str]:
 
 
 def print_error(lines: Iterable[str]) -> None:
-    """Print at most three lines to stderr; characters that control a terminal are printed as escapes."""
+    """Print at most three lines to stderr, with terminal control characters as escapes."""
     printable = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines][:3]
     short = [x if len(x) <= WIDEST else f"{x[: WIDEST // 2]} ... {x[-WIDEST // 2 :]}" for x in printable]
     with suppress(OSError):  # if stderr cannot be written, only the exit status reports the error

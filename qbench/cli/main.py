@@ -1,4 +1,4 @@
-"""Command-line entry point: runs a subcommand if the first argument is one, else trains.
+"""The command-line entry point, which runs the subcommand or, if there is none, trains.
 
 Commands that print help, a list or a stored row do not import torch.
 """
@@ -20,7 +20,10 @@ TRACEBACK = "QBENCH_TRACEBACK"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return 0 or the exit status of the error (see `qbench.errors`)."""
+    """Run a command line and return its exit status, which is 0 if there was no error.
+
+    The exit statuses of errors are in `qbench.errors`.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a table is printed even if the encoding lacks a character
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -36,14 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         drop_unwritten(sys.stdout)
         return 0
-    except KeyboardInterrupt:  # no run has begun; a run handles signals itself
+    except KeyboardInterrupt:  # during start-up only, because a run handles signals itself
         return Interrupted.status
     except (Exception, SystemExit) as error:  # a user's function may call sys.exit, which would look like success
         return report(error)
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run a subcommand, or train; return the exit status."""
+    """Run a subcommand or train, and return the exit status."""
     first = arguments[0] if arguments else "help"
     if first == "help" or {"-h", "--help"} & set(arguments):
         return show_help(arguments[1] if first == "help" and len(arguments) > 1 else first)
@@ -65,7 +68,10 @@ def run_command(arguments: list[str]) -> int:
 
 
 def show_help(word: str) -> int:
-    """Print the help text of a subcommand; for any other word, that of the whole program."""
+    """Print the help text of a subcommand.
+
+    For any other word, print the help text of the whole program.
+    """
     if word in SUMMARIES:
         from qbench.cli.parsers import PARSERS
 
@@ -78,7 +84,7 @@ def show_help(word: str) -> int:
 
 
 def report(error: BaseException) -> int:
-    """Print an error in at most three lines; return the exit status for the error."""
+    """Print an error in at most three lines, and return its exit status."""
     resources = [] if isinstance(error, QbenchError) else resource_error(error)
     if os.environ.get(TRACEBACK) and not resources:
         traceback.print_exception(error)

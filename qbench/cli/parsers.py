@@ -1,4 +1,4 @@
-"""The parser of each subcommand: positional arguments, flags, allowed values, help texts.
+"""The parser of each subcommand, with its arguments, flags, allowed values and help texts.
 
 Modules that only one subcommand needs are imported when that subcommand's parser is made, so that
 help texts and completion stay quick. Training has no parser here: its arguments are Hydra's
@@ -24,7 +24,10 @@ LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
 def listed_groups() -> dict[str, str]:
-    """Return argument of `qbench list` -> group: the plural of each group, and `runs` -> empty."""
+    """Return argument of `qbench list` -> group.
+
+    The arguments are the plurals of the groups, and `runs`, whose group is the empty string.
+    """
     return {f"{group.removesuffix('s')}s": group for group in groups.group_names()} | {"runs": ""}
 
 
@@ -143,7 +146,10 @@ def list_() -> SubcommandParser:
 
 
 def plan() -> SubcommandParser:
-    """Return the parser of `qbench plan`, for help and completion; Hydra reads the arguments."""
+    """Return the parser of `qbench plan`.
+
+    It only serves help and completion, because Hydra reads the arguments.
+    """
     parser = SubcommandParser(
         "plan",
         epilog="It needs no data and trains nothing. It takes the flags of Hydra that a training command takes.",

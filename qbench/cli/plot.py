@@ -29,7 +29,7 @@ MOST_BITS_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class PlotOptions:
-    """A command line of `qbench plot`: overrides that configure a method, or the poster flag."""
+    """A parsed command line of `qbench plot`, which has either a method's overrides or the poster flag."""
 
     overrides: tuple[str, ...] = ()
     poster: bool = False
@@ -37,7 +37,7 @@ class PlotOptions:
 
 
 def draw(arguments: Iterable[str]) -> str:
-    """Plot one method, or all methods (`--poster`), to a file; return the file's name.
+    """Plot one method, or with `--poster` all methods, to a file, and return the file's name.
 
     Raises:
         ConfigError: the method, key, width, flag or file format does not exist.
@@ -88,10 +88,10 @@ def _poster() -> Any:
 
 
 def illustrative_bits(method: "Method") -> "Bits":
-    """Return widths at which a plot can show the levels.
+    """Return bit widths at which a method has few enough levels to be told apart in a plot.
 
-    These are the method's default widths if they have few levels. Otherwise they are 2 bits (4 for
-    gradients) if the method supports this, else the smallest supported width.
+    These are the method's default widths if they give few levels. Otherwise the width is 2 bits (4
+    for gradients). If the method does not support that, the smallest supported width is used.
     """
     from qbench.bits import FLOAT, Bits
 
@@ -124,9 +124,9 @@ def _method(words: list[str]) -> tuple["Config", "Method"]:
 
 
 def _save(figure: Any, path: Path) -> str:
-    """Write a figure; return the file's name.
+    """Write a figure to a file, and return the file's name.
 
-    Equal figures give equal bytes. A PNG gets a small palette.
+    Equal figures give files with equal bytes. A PNG file is reduced to a small palette.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,6 +1,6 @@
 """The command-line options of inspect, sensitivity and evaluate.
 
-torch is not imported, so that a mistake is reported at once.
+This module does not import torch, so that a mistake in the options is reported at once.
 """
 
 import os
@@ -55,17 +55,17 @@ class EvaluateOptions(RunOptions):
 
 
 def parse_inspect(arguments: Iterable[str]) -> InspectOptions:
-    """Read a command line of `qbench inspect`; see `_parse` for errors."""
+    """Parse a command line of `qbench inspect` (for errors see `_parse`)."""
     return InspectOptions(**_parse(run_parsers.inspect(), arguments, ""))
 
 
 def parse_sensitivity(arguments: Iterable[str]) -> SensitivityOptions:
-    """Read a command line of `qbench sensitivity`; see `_parse` for errors."""
+    """Parse a command line of `qbench sensitivity` (for errors see `_parse`)."""
     return SensitivityOptions(**_parse(run_parsers.sensitivity(), arguments, "[method=NAME ...] [--budget w=3]"))
 
 
 def parse_evaluate(arguments: Iterable[str]) -> EvaluateOptions:
-    """Read a command line of `qbench evaluate`; see `_parse` for errors."""
+    """Parse a command line of `qbench evaluate` (for errors see `_parse`)."""
     return EvaluateOptions(**_parse(run_parsers.evaluate(), arguments, "[dataset=NAME ...]"))
 
 
@@ -73,8 +73,8 @@ def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: 
     """Return the fields of a `RunOptions`.
 
     Args:
-        overrides_usage: the overrides `KEY=VALUE` that the subcommand takes, for messages; empty if
-            it takes none.
+        overrides_usage: the overrides `KEY=VALUE` that the subcommand takes, in the words of an
+            error message. It is empty if the subcommand takes none.
 
     Raises:
         ConfigError: there is no run or more than one, a flag or value is unknown, or the subcommand

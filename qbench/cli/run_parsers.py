@@ -16,7 +16,10 @@ def add_choice(parser: SubcommandParser, flag: str, choices: Iterable[str], help
 
 
 def format_flag(*more: str) -> SubcommandParser:
-    """Return a parser of `--format`, which allows the table formats and those in `more`."""
+    """Return a parser of the flag `--format`.
+
+    Its allowed values are the table formats and those in `more`.
+    """
     parser = SubcommandParser()
     add_choice(parser, "--format", (*FORMATS, *more), "how tables are printed (default: text)")
     return parser

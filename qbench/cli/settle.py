@@ -1,4 +1,4 @@
-"""Command line of `qbench settle`: two settings, the margin, and the largest number of seeds."""
+"""Reads the command line of `qbench settle`."""
 
 import shlex
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
 
 
 def _setting(word: str) -> Config:
-    """Return the configuration, with seed 0, of a setting: a run's directory or a command line."""
+    """Return the configuration of a setting, with seed 0."""
     return _from_directory(word) if Path(word).is_dir() else _from_command_line(word)
 
 

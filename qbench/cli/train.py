@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def train(arguments: list[str]) -> int:
-    """Train one run and print its row; with -m, train all combinations and print a table."""
+    """Train one run and print its row, or with -m train all combinations and print a table."""
     from qbench.config import compose
     from qbench.experiment.planned_run import planned_runs
 
@@ -33,7 +33,10 @@ def train(arguments: list[str]) -> int:
 
 
 def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
-    """Train one run and print its row; a stored row is printed without importing torch."""
+    """Train one run and print its row.
+
+    If the row is already stored, it is printed without importing torch.
+    """
     from qbench.report.tables.run_row import row
     from qbench.runs import manifest
 

@@ -1,4 +1,8 @@
-"""Types of flag values for argparse: each converts a text, or raises the allowed values."""
+"""Types of flag values for argparse.
+
+A type is a function that converts a text. If the text is not allowed, the function raises an error
+that names the allowed values.
+"""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -23,7 +27,7 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
 
 
 def list_of(choices: Iterable[str] | None = None) -> Callable[[str], tuple[str, ...]]:
-    """Return a type for a comma-separated list; `choices`, if given, are the allowed names."""
+    """Return a type for a comma-separated list, whose items must be in `choices` if that is given."""
     check: Callable[[str], str] = str if choices is None else one_of(choices)
 
     def convert(value: str) -> tuple[str, ...]:
@@ -50,7 +54,7 @@ def integer(low: int, high: int | None = None, what: str = "a whole number") -> 
 
 
 def points(value: str) -> float:
-    """Convert a margin in percentage points of top-1, 0 < margin <= 100."""
+    """Convert a margin in percentage points of top-1, which must be above 0 and at most 100."""
     try:
         margin = float(value)
     except ValueError:
@@ -85,7 +89,7 @@ def some_path(value: str) -> Path:
 
 
 def weight_widths(value: str) -> tuple[int, ...]:
-    """Convert a comma-separated list of bit widths; return them ascending, without repeats."""
+    """Convert a comma-separated list of bit widths to ascending numbers without repeats."""
     parts = value.split(",")
     if not all(part.isascii() and part.isdecimal() and len(part) < 3 and 1 <= int(part) < FLOAT for part in parts):
         raise argparse.ArgumentTypeError(f"{value}: must be numbers from 1 to {FLOAT - 1}, such as 2,4,8")
@@ -93,7 +97,7 @@ def weight_widths(value: str) -> tuple[int, ...]:
 
 
 def prediction_file(value: str) -> Path:
-    """Convert the name of a file of predictions; the file's directory must exist."""
+    """Convert the name of a file of predictions, whose directory must exist."""
     path = Path(value)
     if path.suffix not in PREDICTION_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{value}: must end in {' or '.join(PREDICTION_SUFFIXES)}")

@@ -1,4 +1,4 @@
-"""Composes configurations from `conf/` and the command line; nothing else uses Hydra."""
+"""Composes configurations from `conf/` and the command line, with Hydra."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ from qbench.config.schema import Config, did_you_mean, to_dict
 from qbench.config.validate import from_node
 from qbench.errors import ConfigError, QbenchError
 
-FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> its values: () for any, None if it takes none
+FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> values: () for any value, None for a flag without one
     **dict.fromkeys(("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")),
     **dict.fromkeys(("--shell-completion", "-sc")),
     **dict.fromkeys(("--cfg", "-c"), ("job", "hydra", "all")),
@@ -38,10 +38,10 @@ MOST_COMBINATIONS = 10_000
 
 
 def configurations(arguments: list[str]) -> list[Config]:
-    """Return the configuration of a command line; with -m, the configurations of all combinations.
+    """Return the configuration of a command line or, with -m, those of all combinations.
 
     With lr_search=grid there is one configuration per learning rate. The list is empty if the
-    command line only makes Hydra print something (`--cfg job`).
+    command line only makes Hydra print something, as `--cfg job` does.
 
     Raises:
         ConfigError: the command line does not make a valid configuration.
@@ -65,7 +65,9 @@ def configurations(arguments: list[str]) -> list[Config]:
 
 
 def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
-    """Return the nodes of all combinations; each is composed once (Hydra's sweeper composes twice).
+    """Return the nodes of all combinations.
+
+    Each node is composed only once, whereas Hydra's sweeper would compose it twice.
 
     `folder` is the user's own configuration directory.
     """
@@ -94,15 +96,15 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
 
 
 def launcher(arguments: Iterable[str]) -> str | None:
-    """Return the launcher in a command line, such as joblib; None if there is none."""
+    """Return the launcher that a command line names, such as joblib, or None."""
     chosen = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
     return chosen[-1] if chosen and chosen[-1] != "basic" else None
 
 
 def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
-    """Let Hydra's launcher call `job` with the node of every run, in the launcher's processes.
+    """Let Hydra's launcher call `job`, in its own processes, with the node of every run.
 
-    The runs of a learning-rate grid of one combination run one after another in one process.
+    If a combination has a learning-rate grid, its runs follow one another in one process.
     """
 
     def each(node: DictConfig) -> None:
@@ -129,7 +131,7 @@ def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
 
 
 def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into Hydra's flags with values, and overrides.
+    """Split a command line into two lists: Hydra's flags with their values, and the overrides.
 
     Raises:
         ConfigError: a flag or a flag's value does not exist, or an argument is not `key=value`.

@@ -1,4 +1,4 @@
-"""Fields of the configuration's dataclasses: allowed values, and the marks `free` and `added`.
+"""Fields of the configuration's dataclasses, with allowed values and the marks `free` and `added`.
 
 A key that is `free` is never part of a run's identity, because it cannot change a result; examples
 are a device and a folder. A key that is `added` was added after results had been stored. Such a key
@@ -29,10 +29,10 @@ def marked(
     added: bool = False,
     free: bool = False,
 ) -> T:
-    """Return a dataclass field with its marks and the test for allowed values, if any.
+    """Return a dataclass field with its marks and, if given, a test for allowed values.
 
     Args:
-        holds: returns whether a value is allowed.
+        holds: the test, a function that returns whether a value is allowed.
         allowed: the allowed values in words, for the error message.
         added: whether the key was added later; see the module's docstring.
         free: whether the key cannot change a result.
@@ -51,7 +51,10 @@ def within(
     added: bool = False,
     free: bool = False,
 ) -> T:
-    """Return a field for a finite number low <= x <= high; `above` excludes low, `below` high."""
+    """Return a field for a finite number from `low` to `high`.
+
+    Both ends are allowed, unless `above` excludes `low` or `below` excludes `high`.
+    """
     text = f"a number {'above' if above else 'from'} {low:.12g}"
     text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
 
@@ -86,7 +89,7 @@ def is_width(x: object) -> bool:
 
 
 def parse_bits(text: str) -> dict[str, int | None]:
-    """Return the widths in a text such as `w2a2g6`; an absent width is None."""
+    """Return the widths in a text such as `w2a2g6`, with None for each absent width."""
     match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
     if not match or not text:
         raise ConfigError(

@@ -8,7 +8,9 @@ from qbench.config import registry
 
 
 def conf_directory() -> Path:
-    """Return the folder of YAML files: beside the package in a clone, inside an installed package.
+    """Return the folder of YAML files.
+
+    In a clone the folder is beside the package. In an installed package it is inside.
 
     The folder beside the package takes precedence, because an editable installation leaves a stale
     copy inside the package.
@@ -19,7 +21,7 @@ def conf_directory() -> Path:
 
 
 def option_names(group: str) -> list[str]:
-    """Return a group's options: names of YAML files, and entry points of installed packages."""
+    """Return a group's options, which are YAML files and entry points of installed packages."""
     folder = conf_directory() / group
     files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
     if group == "activation":
@@ -38,6 +40,9 @@ def group_names() -> list[str]:
 
 
 def format_names(option_names: Iterable[str]) -> str:
-    """Return names in one line; names in a folder are only counted, as `ttq/... (7)`."""
+    """Return names in one line.
+
+    Names in a folder are not listed but counted, as in `ttq/... (7)`.
+    """
     counts = Counter("".join(name.partition("/")[:2]) for name in option_names)
     return ", ".join(f"{name}... ({count})" if name.endswith("/") else name for name, count in counts.items())

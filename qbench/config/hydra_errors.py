@@ -1,6 +1,6 @@
 """Translates errors of Hydra and OmegaConf into messages.
 
-A message has what was typed, the nearest existing name, and the allowed values.
+A message states what was typed, the nearest existing name, and the allowed values.
 """
 
 import re
@@ -65,7 +65,7 @@ def _unknown_key(key: str, arguments: list[str]) -> str | None:
     try:
         with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
             tree = OmegaConf.to_container(hydra.compose("config", overrides=chosen))
-    except Exception:  # one of the groups is wrong; Hydra's own message says so
+    except Exception:  # one of the groups is wrong, as Hydra's own message says
         return None
     assert isinstance(tree, dict)
     return None if key in key_paths(tree) else unknown_key_message(key, tree)

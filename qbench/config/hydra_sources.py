@@ -1,4 +1,7 @@
-"""Supplies Hydra with configurations without a file in `conf/`: widths, functions, layer rules."""
+"""Supplies Hydra with configurations that have no file in `conf/`.
+
+These are bit widths, the user's own functions and layer rules.
+"""
 
 import re
 from pathlib import Path
@@ -21,7 +24,7 @@ from qbench.system.files import read_yaml
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
-    """Replaces Hydra's reader of YAML files: bounds the cost, and errors name the file."""
+    """Hydra's reader of YAML files, but with a bounded cost and with errors that name the file."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Return the content of a YAML file in a configuration directory."""
@@ -52,7 +55,7 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
         return "dynamic"
 
     def available(self) -> bool:
-        """Return True: the source needs no file or network."""
+        """Return True, because the source needs no file or network."""
         return True
 
     def is_group(self, config_path: str) -> bool:

@@ -1,14 +1,14 @@
-"""The identity of a run: the configuration keys that determine its result, protocol and folder.
+"""The identity of a run, which consists of the configuration keys that determine its result.
 
-The identity holds every key of the configuration that can change the result. It must be known
-before any data is read, because `qbench plan` and the search for stored results need it. The
-fingerprint of the data is therefore not part of the identity; the result records it as
-`data_sha256`.
+The identity holds every key of the configuration that can change the result. It also determines the
+run's protocol and folder. It must be known before any data is read, because `qbench plan` and the
+search for stored results need it. The fingerprint of the data is therefore not part of the
+identity; the result records it as `data_sha256`.
 
-A key that is added later is, at its default value, part of neither the identity nor the protocol.
-Thus results that were stored before keep their identity and stay comparable. Such a key is declared
-with the mark `added` on a dataclass field. In a YAML node, the key `added` maps each later key to
-its default value.
+Some keys were added after results had been stored. Such a key is part of the identity and of the
+protocol only if its value differs from its default. Thus the stored results keep their identity and
+stay comparable. On a dataclass field, the mark `added` declares such a key. In a YAML node, the key
+`added` maps each such key to its default value.
 """
 
 import copy
@@ -100,7 +100,7 @@ def _identity_keys(config: Config) -> Node:
 
 
 def decisive_keys(node: Any) -> Node:
-    """Return a dataclass as plain values, without free keys and `added` keys at their defaults."""
+    """Return a dataclass as plain values, without `free` keys and without `added` keys at their defaults."""
     keys: Node = {}
     for item in fields(node):
         value = getattr(node, item.name)
@@ -115,7 +115,10 @@ def _default(item: Field[Any]) -> object:
 
 
 def without_added(node: Node) -> Node:
-    """Return a YAML node without the key `added` and without later keys at their defaults."""
+    """Return a YAML node without its key `added`.
+
+    A key that is named under `added` is left out too if its value is the default.
+    """
     later = node.get(ADDED) or {}
     return {key: value for key, value in node.items() if key != ADDED and not (key in later and value == later[key])}
 
@@ -124,8 +127,8 @@ def _protocol(config: Config, keys: Node) -> Node:
     """Return the keys that two runs must share to be compared.
 
     A start or a teacher that the method requires counts as part of the method, and so do the
-    network's norm and act. In a run of a learning-rate grid, the shared keys are the recipe's own
-    rate and the grid, not the run's rate.
+    network's norm and act. In a run of a learning-rate grid, the protocol includes the recipe's own
+    rate and the grid, but not the run's rate.
     """
     shared = copy.deepcopy(keys)
     for key in ("method", "activation", "bits", "seed", "runtime", "schema"):
@@ -161,7 +164,10 @@ def _options(config: Config) -> Node:
 
 
 def digest(values: Mapping[str, Json]) -> str:
-    """Return the sha256 of plain values, independent of the order of the keys; 1.0 counts as 1."""
+    """Return the sha256 of plain values.
+
+    The order of the keys does not matter, and 1.0 counts as 1.
+    """
     return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""`lr_search=grid`: one configuration becomes one run per learning rate of a grid.
+"""Implements `lr_search=grid`, which trains one run per learning rate of a grid.
 
 The grid is the same for every method, and its runs are ordinary runs.
 `qbench.report.comparison.lr_selection` selects the rate by validation accuracy.
@@ -15,14 +15,14 @@ from qbench.errors import ConfigError
 
 
 def runs(config: Config) -> list[Config]:
-    """Return the runs of a configuration: the configuration itself or, with a grid, one per rate.
+    """Return the configuration alone or, if it has a grid, one configuration per learning rate.
 
-    `optim.lr_end` is scaled by the same factor as `optim.lr`. A run that trains nothing and a
-    float baseline remain a single run.
+    `optim.lr_end` is scaled by the same factor as `optim.lr`. A run that trains nothing remains a
+    single run, and so does a float baseline.
 
     Raises:
-        ConfigError: a grid is given without lr_search=grid, or there is no validation split for
-            the selection.
+        ConfigError: a grid is given without lr_search=grid, or there is no validation split for the
+            selection.
     """
     grid = config.lr_grid
     if grid.lr is not None or grid.lr_end is not None:
@@ -52,7 +52,7 @@ def _at(config: Config, factor: float) -> Config:
 
 
 def _trains(config: Config) -> bool:
-    """Return whether any epoch is trained; post-training quantization has none.
+    """Return whether any epoch is trained, which is not the case in post-training quantization.
 
     A method that cannot be built counts as trained, so that its run reports the error.
     """

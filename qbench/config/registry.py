@@ -2,8 +2,8 @@
 
 A name is one of three things: a file below `qbench/<group>/` with a function `build`, an entry
 point of another package in the group `qbench.<group>`, or a user's `package.module:function`. The
-keys of a configuration node are the keyword arguments of the function that the node names; the
-defaults of the arguments determine the types.
+keys of a configuration node are the keyword arguments of the function that the node names. The type
+of a key is that of the argument's default.
 """
 
 import ast
@@ -33,7 +33,10 @@ Factory = Callable[..., Any]
 
 
 def names(group: str) -> list[str]:
-    """Return the names in a group except users' functions: first qbench's, then other packages'."""
+    """Return the names in a group, first those of qbench, then those of other packages.
+
+    Users' own functions are not included.
+    """
     folder = Path(__file__).parents[1] / GROUPS[group]
     return sorted(path.stem for path in folder.glob("*.py") if _defines_build(path)) + entry_names(group)
 
@@ -85,7 +88,10 @@ def known_deviations(name: str) -> dict[str, tuple[str, str]]:
 
 
 def sections(card: str) -> dict[str, str]:
-    """Return heading -> text of a card; a heading is one unindented word above indented text."""
+    """Return heading -> text of a card.
+
+    A heading is one unindented word above indented text.
+    """
     texts: dict[str, str] = {}
     for block in card.split("\n\n"):
         heading, _, text = block.partition("\n")
@@ -118,7 +124,8 @@ def create(group: str, node: Mapping[str, Any], *positional: object, **fixed: ob
         node: `name`, optionally `family` (the file, if several names share one), and arguments of
             the function.
         positional: positional arguments of the function.
-        fixed: keyword arguments of the function; the function gets only those that it takes.
+        fixed: keyword arguments of the function. Those that the function does not take are left
+            out.
 
     Raises:
         ConfigError: the function does not take a key, or a value has the wrong type or is out of
@@ -153,7 +160,7 @@ def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> 
 
 
 def defaults(group: str, name: str) -> Node:
-    """Return the node of a function without a YAML file; the values are the arguments' defaults."""
+    """Return the node of a function without a YAML file, made from the arguments' defaults."""
     node: Node = {}
     for key, parameter in inspect.signature(find(group, name)).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
@@ -173,7 +180,10 @@ def defaults(group: str, name: str) -> Node:
 
 
 def _requirements(factory: Factory) -> dict[str, str]:
-    """Return the keys `init` and `distill` for a method without a YAML file (`Method.requires`)."""
+    """Return the keys `init` and `distill` for a method without a YAML file.
+
+    The keys follow from `Method.requires`.
+    """
     unset = [p for p in inspect.signature(factory).parameters.values() if p.default is p.empty]
     try:
         requires = factory(**{p.name: 32 for p in unset}).requires

@@ -1,7 +1,9 @@
-"""The configuration of a run as dataclasses with types and ranges; `conf/` has the values.
+"""The configuration of a run as dataclasses with types and ranges.
+
+The values are in `conf/`.
 
 `qbench.config.identity` defines which keys make two runs the same run. This module does not import
-torch, so that `--help` and the repeat of a finished run answer at once.
+torch, so that `--help` answers at once, and so does a command whose run is already finished.
 """
 
 import copy
@@ -37,7 +39,10 @@ Node = dict[str, Any]
 
 @dataclass
 class BitWidths:
-    """Bit widths of weights, activations, gradients as typed; None means the method's default."""
+    """Bit widths of weights, activations and gradients as typed.
+
+    None means the method's default.
+    """
 
     w: int | None = within(None, 1, FLOAT)
     a: int | None = within(None, 1, FLOAT)
@@ -47,7 +52,7 @@ class BitWidths:
         return "".join(f"{key}{width}" for key, width in dataclasses.asdict(self).items() if width is not None)
 
     def resolved(self) -> Bits:
-        """Return the widths as numbers, 32 for those that are not set."""
+        """Return the widths as numbers, using 32 for any that are unset."""
         return Bits(self.w or FLOAT, self.a or FLOAT, self.g or FLOAT)
 
 
@@ -87,10 +92,10 @@ def _ascending(values: object) -> bool:
 
 @dataclass
 class LearningRateGrid:
-    """The learning rates of `lr_search=grid`, as factors of the recipe's learning rate.
+    """The learning rates of `lr_search=grid`, given as multiples of the recipe's learning rate.
 
-    In the configuration of a run of the grid, `lr` and `lr_end` here are the recipe's rates; the
-    run's own rates are under `optim`.
+    In a run of the grid, `lr` and `lr_end` here are the recipe's rates. The run's own rates are
+    under `optim`.
     """
 
     factors: list[float] = field(
@@ -102,7 +107,10 @@ class LearningRateGrid:
 
 
 def scaled(rate: float, factor: float) -> float:
-    """Return rate * factor, rounded to 12 digits: 0.0003 instead of 0.00030000000000000003."""
+    """Return rate * factor, rounded to 12 digits.
+
+    This gives, for example, 0.0003 instead of 0.00030000000000000003.
+    """
     return float(f"{rate * factor:.12g}")
 
 
@@ -121,7 +129,8 @@ class Layers:
 class Distill:
     """Distillation from a teacher, which is the float baseline or a finished run.
 
-    `auto` becomes `method` if the method requires a teacher; `method` has the same effect as `kd`.
+    The value `auto` becomes `method` if the method requires a teacher. The value `method` has the
+    same effect as `kd`.
     """
 
     name: str = one_of("auto", "auto", "none", "kd", "method")
@@ -142,7 +151,10 @@ class Distill:
 
 @dataclass
 class Runtime:
-    """How a run is carried out; only keys that are not marked `free` can change its results."""
+    """How a run is carried out.
+
+    Only keys that are not marked `free` can change the results.
+    """
 
     device: str = marked("auto", free=True)
     threads: int = within(1, 1, 1024)
@@ -183,7 +195,10 @@ class Config:
 
     @property
     def method_name(self) -> str:
-        """Return the method's name; `ttq+hwgq` if another method (hwgq) quantizes activations."""
+        """Return the method's name.
+
+        If another method quantizes the activations, both names are joined, as in `ttq+hwgq`.
+        """
         composed = self.activation["name"] != "none"
         return str(self.method["name"]) + (f"+{self.activation['name']}" if composed else "")
 
@@ -218,6 +233,6 @@ def baseline_config(config: Config, norm: str | None = None) -> Config:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` if one of `known` is similar to `word`, else an empty string."""
+    """Return `; did you mean ...?` with a word of `known` similar to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

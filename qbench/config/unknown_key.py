@@ -1,8 +1,10 @@
-"""The message about a key that does not exist: the nearest key anywhere, and all keys of the node.
+"""The message about a key that does not exist.
 
-A nearest key is suggested only if it is likely right: another node has a key of exactly this name,
-the name has a typing error or is part of a name (`workers` for `runtime.num_workers`), or it is a
-usual word of the field.
+It names the nearest key in the whole configuration, and all keys of the node.
+
+A nearest key is suggested only if it is likely right. This is so if the typed name is the exact
+name of a key in another node, a misspelled key, part of a key's name (`workers` for
+`runtime.num_workers`), or a usual word of the field for what a key sets.
 """
 
 import dataclasses
@@ -57,7 +59,7 @@ def unknown_key_message(typed: str, tree: Mapping[Any, object]) -> str:
 
 
 def nearest_key(typed: str, known: Sequence[str]) -> str | None:
-    """Return the known key that was probably meant; None if no guess is likely right.
+    """Return the known key that was probably meant, or None if no guess is likely right.
 
     Args:
         typed: the dotted key as typed.
@@ -88,7 +90,7 @@ def nearest_key(typed: str, known: Sequence[str]) -> str | None:
 
 
 def key_paths(tree: Mapping[Any, object], place: str = "") -> Iterator[str]:
-    """Yield the dotted keys of nested dictionaries, each node before the keys inside it."""
+    """Yield the dotted keys of nested dictionaries, with each node before the keys inside it."""
     for key, value in tree.items():
         if key == ADDED:  # used for run identities; users never type it
             continue
@@ -98,7 +100,7 @@ def key_paths(tree: Mapping[Any, object], place: str = "") -> Iterator[str]:
 
 
 def schema_paths(schema: type, place: str = "") -> Iterator[str]:
-    """Yield the dotted keys that a dataclass declares, each node before the keys inside it."""
+    """Yield the dotted keys that a dataclass declares, with each node before the keys inside it."""
     for item in dataclasses.fields(schema):
         yield f"{place}{item.name}"
         if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
@@ -106,7 +108,7 @@ def schema_paths(schema: type, place: str = "") -> Iterator[str]:
 
 
 def _as_typed(key: str, declared: Sequence[str]) -> str:
-    """Return a key as it must be typed: with `+` if the composed configuration lacks the key."""
+    """Return a key as it must be typed, with `+` in front if the composed configuration lacks it."""
     return f"+{key}" if key in declared else key
 
 
@@ -115,5 +117,5 @@ def _leaf(key: str) -> str:
 
 
 def _inside(place: str, known: Iterable[str]) -> list[str]:
-    """Return the keys directly inside a node; an empty `place` is the root."""
+    """Return the keys directly inside the node `place`, which is the root if empty."""
     return [key for key in known if key.rpartition(".")[0] == place]

@@ -1,4 +1,7 @@
-"""Checks a composed configuration and fills in derived values; errors name keys as typed."""
+"""Checks a composed configuration and fills in derived values.
+
+Errors name the keys as they are typed.
+"""
 
 import dataclasses
 import os
@@ -30,7 +33,7 @@ NODES = ("model", "dataset", "method", "activation")
 
 
 def from_dict(values: Mapping[str, object]) -> Config:
-    """Return the configuration from the values of a stored `config.yaml`; see `from_node`."""
+    """Return the configuration from the values of a stored `config.yaml` (see `from_node`)."""
     try:
         return from_node(OmegaConf.create(dict(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -83,7 +86,7 @@ def _check_plain(value: object, path: str = "") -> None:
 
 
 def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
-    """Refuse a plain value where a group of keys belongs; the message names the allowed values."""
+    """Refuse a plain value where a group of keys belongs, with a message that names allowed values."""
     values = OmegaConf.to_container(node)
     assert isinstance(values, dict)
     for item in dataclasses.fields(schema):
@@ -105,11 +108,11 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
 
 
 def _filled(config: Config) -> Config:
-    """Fill in the method's widths; turn a float run from scratch into a float baseline.
+    """Fill in the method's widths, and turn a float run from scratch into a float baseline.
 
-    If the method requires a start or a teacher, a key left at `auto` becomes `method`; the run then
-    has the same protocol as the runs of other methods. A typed value makes a separate protocol,
-    under which other methods can run too.
+    If the method requires a start or a teacher, a key left at `auto` becomes `method`. The run then
+    has the same protocol as the runs of other methods. A value typed by the user makes a separate
+    protocol instead, under which other methods can run too.
     """
     if config.init not in ("auto", *STARTS) and not os.path.exists(config.init):
         raise ConfigError(
@@ -151,7 +154,10 @@ def _refuse_stored_values(config: Config) -> None:
 
 
 def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str, int | None]) -> None:
-    """Set unset widths to the method's; a composed activation method sets that of activations."""
+    """Set unset widths to those of the method.
+
+    If another method quantizes the activations, their width comes from that method.
+    """
     name = config.activation["name"]
     if name != "none":
         widths = widths | {"a": composed["a"]}
@@ -166,7 +172,7 @@ def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str
 
 
 def _fill_distill(distill: Distill, requires_teacher: bool) -> None:
-    """Replace `auto`; refuse keys of a teacher if there is no teacher."""
+    """Replace `auto`, and refuse keys of a teacher if there is no teacher."""
     if distill.name == "auto":
         distill.name = "method" if requires_teacher else "none"
     if distill.teacher != "baseline" and not os.path.isdir(distill.teacher):
@@ -189,7 +195,7 @@ def _check(config: Config) -> None:
 
 
 def _check_named(group: str, node: Node) -> None:
-    """Check that a YAML node has a name, and has all keys that its `added` names."""
+    """Check that a YAML node has a name and all keys that are named under its key `added`."""
     if not isinstance(node.get("name"), str):
         raise ConfigError(f"{group}.name is missing; choose one with {group}=NAME")
     added = node.get(ADDED) or {}
@@ -229,7 +235,7 @@ def _check_schedule(optim: Optim, path: str) -> None:
 
 
 def _unknown_key(key: str, node: DictConfig) -> str:
-    """Return the message about a missing key: the nearest key, and all keys of the node."""
+    """Return the message about a missing key, with the nearest key and all keys of the node."""
     if key == "experiment":
         return "experiment: no such key\nthe first line of an experiment file must be `# @package _global_`"
     tree = OmegaConf.to_container(node)

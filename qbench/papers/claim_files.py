@@ -1,6 +1,6 @@
-"""Claims of papers: the node `claim` of the experiment files below `conf/experiment/claims/`.
+"""Claims of papers, read from the node `claim` of the files below `conf/experiment/claims/`.
 
-A claim compares arms; an arm is a set of command-line overrides. `scripts/claims.py` trains the
+A claim compares arms. An arm is a set of command-line overrides, and `scripts/claims.py` trains the
 arms.
 """
 
@@ -26,7 +26,7 @@ COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
 class Comparison:
     """Two arms, each a tuple of command-line overrides, and the claimed relation between the arms.
 
-    `second` is None if the first arm is compared with its float baseline.
+    If `second` is None, the first arm is compared with its float baseline.
     """
 
     claim: str
@@ -39,13 +39,13 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The node `claim` of an experiment file.
+    """A claim, as the node `claim` of an experiment file states it.
 
     Args:
-        measure: `top1` is test top-1 in percent after the last epoch. `drop` is top-1 minus the
-            top-1 of the run's float baseline. `gradient_mismatch` is the mean over layers of the
-            cosine between straight-through gradients and the gradients of the smoothed network
-            (see `analysis.gradient_mismatch`).
+        measure: the number that is compared. `top1` is test top-1 in percent after the last epoch.
+            `drop` is top-1 minus the top-1 of the run's float baseline. `gradient_mismatch` is the
+            mean over layers of the cosine between straight-through gradients and the gradients of
+            the smoothed network (see `analysis.gradient_mismatch`).
         net: for `gradient_mismatch`, the overrides of the trained network that is measured.
     """
 
@@ -77,7 +77,7 @@ def read_claims(folder: Path) -> list[Claim]:
 
 
 def read_claim(path: Path, name: str) -> Claim:
-    """Return the claim of one experiment file; see `read_claims` for errors."""
+    """Return the claim of one experiment file (for errors see `read_claims`)."""
     node = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("claim")
     if not isinstance(node, dict):
         raise ConfigError(f"{path}: the experiment has no node `claim`")
@@ -100,7 +100,10 @@ def read_claim(path: Path, name: str) -> Claim:
 
 
 def _comparison(path: Path, claim: str, entry: Mapping[str, object]) -> Comparison:
-    """Return one checked comparison; an entry without a name gets the claim's name."""
+    """Return one checked comparison.
+
+    An entry without a name gets the claim's name.
+    """
     _refuse_unknown(path, entry, COMPARISON_KEYS)
     first, second = entry.get("first"), entry.get("second")
     if not isinstance(first, list) or not (isinstance(second, list) or second == BASELINE):
@@ -129,6 +132,9 @@ def _refuse_unknown(path: Path, node: Mapping[str, object], known: Sequence[str]
 
 
 def comparison_values(comparison: Comparison) -> dict[str, object]:
-    """Return a comparison as plain values for JSON; a second arm of None becomes `baseline`."""
+    """Return a comparison as plain values for JSON.
+
+    A second arm of None becomes `baseline`.
+    """
     values = dataclasses.asdict(comparison)
     return values | {"second": BASELINE if comparison.second is None else comparison.second}

@@ -1,4 +1,8 @@
-"""Evaluates claims: tests the runs of two arms, adjusts over all comparisons, makes a table."""
+"""Evaluates claims.
+
+The runs of two arms are tested against each other for every comparison. The p-values are then
+adjusted for the number of all comparisons, and the results are put in a table.
+"""
 
 import math
 from collections import defaultdict
@@ -25,10 +29,11 @@ class ClaimResult:
     Args:
         means: the means of both arms over the seeds that are done.
         problems: seeds without a result, and other reasons why there is no verdict.
-        fails_to_train: whether, in all seeds, the first arm is done and the second diverged.
-        p, p_holm: the p-value before and after Holm's adjustment; None if there is no verdict.
+        fails_to_train: whether in every seed the first arm is done and the second has diverged.
+        p, p_holm: the p-value before and after Holm's adjustment, or None if there is no verdict.
         outcome: the verdict in words.
-        seeds_needed: how many seeds a verdict needs; set only if the data do not decide.
+        seeds_needed: how many seeds a verdict needs. It is set only if the present seeds do not
+            decide.
     """
 
     comparison: Comparison
@@ -48,10 +53,10 @@ class ClaimResult:
 def evaluate_claim(
     comparison: Comparison, measure: str, first: Mapping[int, RunRecord], second: Mapping[int, RunRecord]
 ) -> ClaimResult:
-    """Return the result of a comparison from the runs of its two arms, by seed.
+    """Return the result of a comparison; `first` and `second` map seeds to the runs of its arms.
 
     There is no verdict if any seed has failed or diverged, because the remaining seeds are not a
-    fair sample. The result still has the difference over the remaining seeds.
+    fair sample. The result still states the difference over the remaining seeds.
     """
     result = ClaimResult(comparison=comparison, seeds=sorted(first))
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
@@ -81,7 +86,7 @@ def evaluate_claim(
 
 
 def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: Mapping[int, float]) -> ClaimResult:
-    """Return the result of a comparison from one number per seed, for measures other than accuracy."""
+    """Return the result of a comparison whose measure is not accuracy, from one number per seed."""
     seeds = sorted(set(first) & set(second))
     result = ClaimResult(comparison=comparison, seeds=seeds)
     if seeds:
@@ -92,7 +97,7 @@ def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: 
 
 
 def _measured(run: RunRecord, measure: str) -> RunAccuracy:
-    """Return a run's measure in percent and, if predictions are stored, the value per image.
+    """Return a run's measure in percent and, if predictions are stored, its value for each image.
 
     Args:
         measure: `top1`, `drop`, or `baseline` for the top-1 of the run's float baseline.
@@ -119,7 +124,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
-    """Return sentences on the seeds of an arm that are not done, one per status and reason."""
+    """Return sentences about the seeds of an arm that are not done.
+
+    There is one sentence per status and reason.
+    """
     seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for seed, run in sorted(runs.items()):
         if run.status != DONE:
@@ -132,7 +140,7 @@ def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
 
 
 def decide_claims(family: Sequence[ClaimResult]) -> None:
-    """Set the verdict of every result, adjusted for the number of all comparisons (Holm).
+    """Set the verdict of every result, with Holm's adjustment for the number of all comparisons.
 
     A comparison without a verdict counts as p = 1, so that no verdict depends on unfinished runs.
     """
@@ -155,7 +163,10 @@ def decide_claims(family: Sequence[ClaimResult]) -> None:
 
 
 def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
-    """Return how many seeds a verdict needs at the level that Holm requires of the smallest p."""
+    """Return how many seeds a verdict needs.
+
+    The significance level is the one that Holm's adjustment requires of the smallest p-value.
+    """
     d = one.difference
     assert d is not None
     if d.n < 2:
@@ -168,7 +179,10 @@ def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
 
 
 def claims_table(family: Sequence[ClaimResult], claims: Mapping[str, Claim]) -> Table:
-    """Return a table with one row per comparison; `values` has machine-readable numbers."""
+    """Return a table with one row per comparison.
+
+    The table's `values` hold the same results as numbers for programs.
+    """
     table = Table(HEAD)
     for one in family:
         claim, c = claims[one.comparison.claim], one.comparison
@@ -193,7 +207,7 @@ def _second_arm(c: Comparison) -> str:
 
 
 def _border(c: Comparison) -> str:
-    """Return the claimed relation of the difference to the margin, such as `> 0.5`."""
+    """Return the claim about the difference, such as `> 0.5` for a margin of 0.5."""
     return {"better": f"> {c.margin:g}", "at_least": f"> -{c.margin:g}", "equal": f"within {c.margin:g}"}[c.test]
 
 
@@ -206,7 +220,7 @@ def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
 
 
 def _values(one: ClaimResult, claim: Claim) -> dict[str, object]:
-    """Return a result as plain values for JSON; infinite numbers become None."""
+    """Return a result as plain values for JSON, with None for infinite numbers."""
     comparison = comparison_values(one.comparison)
     numbers = {} if one.difference is None else asdict(one.difference)
     return {

@@ -1,4 +1,4 @@
-"""Rules for published figures: rows must not contradict themselves or each other, and must state their source."""
+"""Rules that find contradictions and missing sources in the published figures."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ Finding = tuple[PublishedRow, str]
 
 
 def lint(rows: Sequence[PublishedRow], names: Names) -> list[str]:
-    """Return the findings in the rows, one line each: `paper/id: rule: what is wrong`.
+    """Return the findings in the rows, one line each, as `paper/id: rule: what is wrong`.
 
     A row may waive a rule by name, with a reason. A waiver of a rule that the row does not break is
     a finding too.
@@ -61,7 +61,7 @@ def no_origin(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
 
 
 def no_value(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a row without both value and explanatory note, or a value of unknown provenance."""
+    """Find a row with neither a value nor a note that explains this, or a value of unknown provenance."""
     for row in rows:
         if row.value is None and not row.note:
             yield row, "value is null: add a note that says why"
@@ -96,7 +96,10 @@ def out_of_range(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 
 
 def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a value worse than guessing: an error printed as an accuracy, or vice versa."""
+    """Find a value worse than guessing.
+
+    It is probably an error printed as an accuracy, or vice versa.
+    """
     for row in rows:
         if row.metric.endswith("increase") or row.dataset not in names.datasets or row.metric not in METRICS:
             continue
@@ -108,9 +111,9 @@ def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 
 
 def complement(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find two values of one method, network and width that sum to 100.
+    """Find two values for the same method, network and width that sum to 100.
 
-    One of the two may be an error printed as an accuracy.
+    One of them may be an error printed as an accuracy.
     """
     for group in _grouped(rows, lambda r: (r.method, r.dataset, r.net, str(r.bits), r.metric)):
         for first, second in combinations(group, 2):
@@ -129,7 +132,7 @@ def better_than_float(rows: Iterable[PublishedRow], names: Names) -> Iterator[Fi
 
 
 def two_nets(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a value of one method, data set and width that appears under two networks."""
+    """Find a value that one method has at one width for two networks on the same data set."""
     for group in _grouped(rows, lambda r: (r.method, r.dataset, str(r.bits), r.levels)):
         for first, second in combinations(group, 2):
             a, b = first.value, second.value
@@ -142,7 +145,7 @@ def two_nets(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
 def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
     """Find top-1 and top-5 values mixed under one metric.
 
-    This is the case if one run or one baseline has two values, or if top-5 is below top-1.
+    This is suspected if one run or one baseline has two values, or if top-5 is below top-1.
     """
     rows = list(rows)
     for group in _grouped(rows, lambda r: (r.paper, r.metric, *_run_key(r))):
@@ -166,7 +169,7 @@ def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Findin
 
 
 def _run_key(row: PublishedRow) -> tuple[object, ...]:
-    """Return a key that all values of one run share."""
+    """Return a key that is equal for all values of one run."""
     protocol = (row.policy, row.init, row.words, row.recipe, row.note, row.ran_by, row.source)
     return (row.table, row.method, row.dataset, row.net, str(row.bits), row.levels, *protocol)
 

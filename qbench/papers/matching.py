@@ -1,4 +1,4 @@
-"""Published results for the settings of a comparison, and their distance to our results."""
+"""Finds published results for the settings of a comparison, and their distance to our results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,10 +16,10 @@ METHOD_KEYS = ("norm", "act")
 
 
 def with_published(tables: Sequence[Table]) -> list[Table]:
-    """Return the tables with published results of the same method and network in each setting.
+    """Return the tables, with published results of the same method and network added to each setting.
 
-    Notes state which values are from memory, how published recipes differ, and which papers have
-    no result for a setting.
+    Notes below the tables state which values are from memory, how the published recipes differ from
+    ours, and which papers have no result for a setting.
     """
     return [_with_published(table) for table in tables]
 
@@ -34,7 +34,9 @@ def _with_published(table: Table) -> Table:
 
 
 def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[PublishedRow]:
-    """Return the published top-1 rows for a setting: authors' rows first, then by provenance.
+    """Return the published top-1 rows for a setting.
+
+    Rows with a value come first, then rows by the method's authors, then rows of better provenance.
 
     A method with a known deviation counts as another method.
     """
@@ -52,7 +54,7 @@ def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[Pub
 
 
 def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
-    """Return a row's claim for a setting, and how far our accuracy exceeds the claim."""
+    """Return a row's claim for a setting, and by how much our accuracy exceeds the claim."""
     mean = setting.top1.mean
     ours = {"top1": mean, "top1_error": 100 - mean}
     if setting.difference is not None:
@@ -77,7 +79,11 @@ def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
 
 
 def _accuracy_text(row: PublishedRow) -> str:
-    """Format an error as an accuracy, and an increase as the difference to the float network."""
+    """Format a row's value so that larger is better.
+
+    An error becomes an accuracy, and an increase in error becomes the difference to the float
+    network.
+    """
     mark = "~" if row.provenance.startswith("memory") else ""
     if row.value is None:
         return "?"
@@ -88,7 +94,7 @@ def _accuracy_text(row: PublishedRow) -> str:
 
 
 def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) -> list[str]:
-    """Return notes on remembered values, keys of published rows, and papers without a result."""
+    """Return notes on values from memory, on overrides of published rows, and on papers without a result."""
     first_matches = [(s.label, s.published[0]) for s in settings if s.published]
     notes = [published.REMEMBERED] if any(match.remembered for _, match in first_matches) else []
     if first_matches:
@@ -117,7 +123,7 @@ def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
 
 
 def _paper_of(method: str) -> Paper | None:
-    """Return the paper with the method's name, else a paper whose authors ran the method."""
+    """Return the paper with the method's name or, failing that, one whose authors ran the method."""
     if method == "float":
         return None
     same_name = [p for p in papers() if p.key == method]
@@ -126,12 +132,12 @@ def _paper_of(method: str) -> Paper | None:
 
 
 def _dataset_key(name: str) -> str | None:
-    """Return the name of a data set in the published figures; None if they do not include it."""
+    """Return the name of a data set in the published figures, or None if they do not include it."""
     return next((key for key, known in names().datasets.items() if known.words == (f"dataset={name}",)), None)
 
 
 def _net_key(model: str, keys: Mapping[str, object]) -> str | None:
-    """Return the name of a network with these keys in the published figures; None if absent."""
+    """Return the name that the published figures have for a network with these keys, or None."""
     from qbench.config.groups import conf_directory
 
     file = conf_directory() / "model" / f"{model}.yaml"

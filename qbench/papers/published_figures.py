@@ -1,4 +1,4 @@
-"""Reads the published figures: one `figures/<paper>.yaml` per paper, and `figures/names.yaml`.
+"""Reads the published figures from `figures/names.yaml` and one `figures/<paper>.yaml` per paper.
 
 The file of a paper holds bibliographic data, recipes and tables. The keys of a table apply to all
 of its rows.
@@ -40,7 +40,7 @@ def papers() -> tuple[Paper, ...]:
 
 
 def published_rows(paper: str | None = None, provenance: str | None = None) -> list[PublishedRow]:
-    """Return the rows of one paper or of all papers, with the given or a better provenance.
+    """Return the rows of one paper, or of all papers, whose provenance is the given one or better.
 
     If the provenance of a row's float baseline is worse, the row is returned without the baseline.
 

@@ -22,11 +22,11 @@ SIGNS = "to float, gap: points of accuracy; + is better than the float network, 
 
 
 def published_tables(paper: str | None, provenance: str | None, missing: bool) -> list[Table]:
-    """Return one table per paper: the published numbers beside qbench's measurements.
+    """Return one table per paper, with the published numbers beside qbench's measurements.
 
     Args:
-        paper: the key of one paper; None for all papers.
-        provenance: the worst provenance to show; None for all provenances.
+        paper: the key of one paper, or None for all papers.
+        provenance: the worst provenance to show, or None for all provenances.
         missing: whether to show only rows without a measurement, each with the command that runs
             it.
 
@@ -42,7 +42,7 @@ def published_tables(paper: str | None, provenance: str | None, missing: bool) -
 
 
 def missing_requirements(row: PublishedRow) -> str:
-    """Return the reason why a row has no experiment; empty if the row has one."""
+    """Return the reason why a row has no experiment, or an empty string if the row has one."""
     if row.lacks:
         return row.lacks
     net, dataset = names().nets[row.net], names().datasets[row.dataset]
@@ -54,7 +54,7 @@ def command_words(row: PublishedRow) -> list[str]:
     """Return the command-line overrides of a row's run.
 
     Raises:
-        ValueError: the row cannot be run; see `missing_requirements`.
+        ValueError: the row cannot be run (see `missing_requirements`).
     """
     if reason := missing_requirements(row):
         raise ValueError(f"{row.paper}/{row.id}: {reason}")
@@ -66,12 +66,12 @@ def command_words(row: PublishedRow) -> list[str]:
 
 
 def _pretrain_word(word: str) -> str:
-    """Return the override that sets the same value for the training of the float baseline."""
+    """Return the override that sets, for the training of the float baseline, what `word` sets."""
     return f"optim@pretrain.{word}" if word.startswith("optim=") else f"pretrain.{word}"
 
 
 def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
-    """Return a sentence if a paper has no result of its authors on a data set; else None.
+    """Return a sentence if a paper's authors have no result on a data set, else None.
 
     If `net` is given, only results with this network count.
     """
@@ -121,7 +121,10 @@ def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: b
 
 
 def _measured_values(row: PublishedRow) -> dict[str, float | None]:
-    """Return our distance to the claim and our float baseline, in points; empty if not measured."""
+    """Return our distances to the claim and to our float baseline, in percentage points.
+
+    The result is empty if the row has no measurement.
+    """
     if not row.measured:
         return {}
     ours = row.measured[-1]
@@ -143,7 +146,10 @@ def _measured_cells(row: PublishedRow) -> tuple[str, ...]:
 
 
 def gap(row: PublishedRow, value: float) -> float | None:
-    """Return by how many points our value is better than the claim; 0 inside a claimed range."""
+    """Return by how many points our value is better than the claim.
+
+    If the claim is a range, the result is 0 inside the range.
+    """
     if row.value is None:
         return None
     ends = sorted(row.accuracy(end) for end in (row.value, row.upper) if end is not None)
@@ -152,7 +158,7 @@ def gap(row: PublishedRow, value: float) -> float | None:
 
 
 def to_float(row: PublishedRow) -> float | None:
-    """Return by how many points a row's claim exceeds its float baseline; None if not known."""
+    """Return by how many points a row's claim exceeds its float baseline, or None if not known."""
     if row.value is None or row.upper is not None or row.method == "float":
         return None
     if row.metric.endswith("increase"):
@@ -161,7 +167,10 @@ def to_float(row: PublishedRow) -> float | None:
 
 
 def format_claim(row: PublishedRow) -> str:
-    """Return the published value as text, with ~ in front if from memory; ? if not known."""
+    """Return the published value as text.
+
+    A value from memory has ~ in front. An unknown value is shown as ?.
+    """
     if row.value is None:
         return "?"
     return claim_mark(row) + format_percent(row.value) + ("" if row.upper is None else f"-{format_percent(row.upper)}")
@@ -184,12 +193,12 @@ def format_percent(value: float) -> str:
 
 
 def format_points(value: float | None) -> str:
-    """Return percentage points with a sign; - for None."""
+    """Return percentage points with a sign, or - for None."""
     return "-" if value is None else f"{value:+.2f}"
 
 
 def _with_title(paper: Paper, table: Table) -> Table:
-    """Put the paper's title above its table, and notes on results that the paper lacks below it."""
+    """Put a paper's title above its table and, below, notes on the results that the paper lacks."""
     name = "" if paper.title.startswith(paper.name) else f"{paper.name}: "
     table.title = f"{name}{paper.title} ({paper.year}), {paper.link}"
     table.notes = [] if not table.rows else table.notes

@@ -1,4 +1,4 @@
-"""Compares a run with its method's paper, key by key against the nearest published row."""
+"""Compares a run, key by key, with the nearest published row of its method's paper."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,9 +19,9 @@ NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 def recipe_differences(run: RunIdentity) -> list[str]:
     """Return sentences that compare a run with the nearest published row.
 
-    They name the row, the keys in which its experiment differs from the run, and the settings that
-    the paper does not state. The keys of the protocol and of the method are compared; seeds,
-    devices and paths are not.
+    The sentences name the row, the keys in which its experiment differs from the run, and the
+    settings that the paper does not state. Only the keys of the protocol and of the method are
+    compared, not seeds, devices or paths.
     """
     if run.is_baseline:
         return []
@@ -51,11 +51,11 @@ def recipe_differences(run: RunIdentity) -> list[str]:
 
 
 def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, int, int, bool]:
-    """Return a sort key for a row; a larger key means a nearer row.
+    """Return a sort key for a row, which is larger for a row nearer to the run.
 
     The criteria, most important first: same data set and network, same network, same data set,
-    number of equal widths, few command-line overrides that the run does not have, run by the
-    authors.
+    number of equal widths, number of command-line overrides that the run does not have (fewer is
+    nearer), run by the authors.
     """
     dataset = f"dataset={run.dataset}" in names().datasets[row.dataset].words
     net = f"model={run.model}" in names().nets[row.net].words
@@ -98,7 +98,7 @@ def _compose_experiment(row: PublishedRow) -> RunIdentity:
 
 
 def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
-    """Return `key=ours (published: theirs)` for every key that differs.
+    """Return `key=ours (published: theirs)` for every key whose values differ.
 
     A data set, network or optimizer with a different name counts as one differing key.
     """
@@ -119,7 +119,7 @@ def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
 
 
 def _compared_keys(run: RunIdentity) -> dict[str, str]:
-    """Return the compared configuration keys, with values as text: protocol, method and widths."""
+    """Return the keys that are compared (protocol, method and widths), with their values as text."""
     method = {key: value for key, value in run.keys["method"].items() if key != "name"}
     values = flat(run.protocol | {"method": method, "bits": run.bits._asdict()})
     return {key: value.strip('"') for key, value in values.items()}

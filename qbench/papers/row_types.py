@@ -1,4 +1,4 @@
-"""Published figures as typed values: numbers reported by papers and third parties, one per row."""
+"""The types of the published figures, which are numbers from papers and third parties."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,9 +19,10 @@ METRICS = ("top1", "top1_error", "top1_error_increase", "top5", "top5_error", "t
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """qbench's measurement for a row: mean and standard deviation over n seeds, in its metric.
+    """qbench's measurement for a row, as mean and standard deviation over n seeds.
 
-    `baseline` is the mean of our float baselines. The `top5` keys belong to the row's top-5 figure.
+    The numbers are in the row's metric. `baseline` is the mean of our float baselines. The keys
+    that contain `top5` are our measurement for the row's top-5 figure.
     """
 
     value: float
@@ -38,7 +39,10 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How rows were trained: overrides, settings that the source omits, and our deviations from it.
+    """How rows were trained.
+
+    A recipe has command-line overrides, the settings that the source does not state, and our
+    deviations from the source.
 
     `pretrain: same` trains the float baseline with the same optimizer and epochs. For the other
     keys see `PublishedRow`.
@@ -62,15 +66,15 @@ class PublishedRow:
     """One published number.
 
     Args:
-        value, upper: the number, or both ends if a range was published; None if not known.
-        baseline: the float network's number in the same metric from the same source. If it is
-            missing, `baseline_note` explains why. `baseline_provenance` is set only if it differs
-            from the row's provenance.
-        levels: number of levels of the weights, if the widths do not determine it.
+        value, upper: the number, or both ends if a range was published. They are None if not known.
+        baseline: the number of the float network, in the same metric and from the same source. If
+            it is missing, `baseline_note` explains why. `baseline_provenance` is set only if it
+            differs from the row's provenance.
+        levels: number of levels of the weights, if the bit widths do not determine it.
         words: command-line overrides that are appended to the recipe's.
         lacks: the reason why the row has no recipe.
         waive: lint rules that the row breaks, with the reason.
-        top5_of: id of the top-1 row whose top-5 figure this is; empty for all others.
+        top5_of: for a top-5 figure, the id of the top-1 row that it belongs to; otherwise empty.
     """
 
     paper: str
@@ -117,7 +121,7 @@ class PublishedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class NoResult:
-    """A data set (and network) for which a paper has no result, although others quote one."""
+    """A data set, and optionally a network, for which a paper has no result although others quote one."""
 
     dataset: str
     provenance: str
@@ -146,7 +150,10 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class NetName:
-    """The title of a network, and the overrides that choose it; none if qbench lacks it."""
+    """The title of a network, and the overrides that choose it.
+
+    There are no overrides if qbench lacks the network.
+    """
 
     title: str
     words: tuple[str, ...] = ()
@@ -163,7 +170,10 @@ class DatasetName:
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """The networks, data sets and methods of the published figures, by key; a method's value is its title."""
+    """The networks, data sets and methods of the published figures, each by its key.
+
+    For a method only the title is given.
+    """
 
     datasets: Mapping[str, DatasetName]
     nets: Mapping[str, NetName]
