@@ -20,7 +20,7 @@ from qbench.training.random_state import seed_everything
 
 
 def build_dataset(node: Node) -> Dataset:
-    """Return the data set that a node names; the runs of a sweep share it.
+    """Return the data set that a node names. Runs in the same process share it.
 
     Raises:
         ConfigError: the data set does not have some key or value.
@@ -39,7 +39,7 @@ def _dataset(node_json: str) -> Dataset:
 
 
 def build_imageless_dataset(node: Node) -> Dataset | None:
-    """Return a data set without images; None if the image shape and counts are not known.
+    """Return a data set without images, or None if the image shape and counts are not known.
 
     Raises:
         ConfigError: the data set does not have some key or value.
@@ -55,8 +55,8 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
     """Return the method at the given widths, combined with an activation method if one is named.
 
     Args:
-        activation: node of the method that quantizes the activations; `name: none` if `method`
-            quantizes them.
+        activation: node of the method that quantizes the activations, with `name: none` if `method`
+            does that itself.
 
     Raises:
         ConfigError: the method does not have some key or value.
@@ -70,7 +70,7 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
 
 
 def _create_method(node: Node, bits: Bits, key: str) -> Method:
-    """Return the method that a node names; `key` is the node's place, for error messages."""
+    """Return the method that a node names. Error messages name the node by `key`."""
     try:
         method = registry.create("method", node, **bits._asdict())
         if not isinstance(method, Method):
@@ -85,7 +85,7 @@ def _create_method(node: Node, bits: Bits, key: str) -> Method:
 
 
 def method_card(node: Node) -> dict[str, str]:
-    """Return choices and deviations from a method's card, and the known deviation in use."""
+    """Return the choices and deviations from a method's card, and the known deviation in use."""
     sections = registry.sections(registry.card(node["name"]))
     card = {key.lower(): sections[key] for key in ("Choices", "Deviations") if key in sections}
     deviation = registry.known_deviations(node["name"]).get(str(node.get("deviation", "none")))
@@ -95,7 +95,7 @@ def method_card(node: Node) -> dict[str, str]:
 
 
 def build_model(node: Node, data: Dataset, method: Method, seed: int, device: str = "cpu") -> nn.Module:
-    """Return the float network of a node for a data set, with the initial weights of a seed.
+    """Return the float network that a node describes, with initial weights drawn from a seed.
 
     `norm: auto` becomes the normalization that the method requires.
 

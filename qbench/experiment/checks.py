@@ -52,7 +52,7 @@ def check_distill(distill: Distill, method: Method) -> None:
 
 
 def check_average(optim: Optim, method: Method) -> None:
-    """Refuse to average the parameters of a method that keeps no float copy of them."""
+    """Refuse to average parameters if the method keeps no float copy of the parameters."""
     if optim.ema is not None and "no_master" in method.traits:
         raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
 

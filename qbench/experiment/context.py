@@ -29,7 +29,7 @@ class RunContext:
             raise Interrupted(f"stopped by signal {number}; the same command goes on from here")
 
     def checked(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield batches; before each, raise `Interrupted` if a signal asks the run to stop."""
+        """Yield batches. Before each, raise `Interrupted` if a signal asks the run to stop."""
         for batch in batches:
             self.check()
             yield batch
@@ -37,7 +37,7 @@ class RunContext:
     def waiting(self, path: Path) -> Callable[[], None]:
         """Return the function to call while another process holds a run's directory.
 
-        The function reports the wait once; it raises `Interrupted` if a signal asks the run to
+        The function reports the wait once. It raises `Interrupted` if a signal asks the run to
         stop.
         """
         announced = False

@@ -40,8 +40,8 @@ def configure_torch(runtime: Runtime) -> None:
 def tune_malloc() -> None:
     """Make glibc keep the memory of freed activations.
 
-    By default glibc returns large blocks to the system and gets them again, page by page, in every
-    training step. Other C libraries are left unchanged.
+    By default glibc returns large blocks to the system and requests the same blocks again, page by
+    page, in every training step. Other C libraries are left unchanged.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if library is not None and hasattr(library, "mallopt"):

@@ -107,7 +107,7 @@ def _evaluate(
     session: TrainingSession,
     answers: list[Tensor] | None = None,
 ) -> Evaluation:
-    """Evaluate weights on both splits; append test labels and predictions to `answers`."""
+    """Evaluate weights on both splits. Append test labels and predictions to `answers`."""
     task.model.load_state_dict(weights)
     val, test = (session.context.checked(loader.unaugmented(split)) for split in ("val", "test"))
     validated, tested = evaluate(task.model, val, task.logits), evaluate(task.model, test, task.logits, answers)
@@ -116,7 +116,7 @@ def _evaluate(
 
 
 def _log_final(model: nn.Module, state: State, session: TrainingSession, final: Evaluation) -> None:
-    """Write the final record; for TensorBoard, also the figure of levels and final metrics."""
+    """Write the final record. For TensorBoard, also write the figure of levels and the metrics."""
     splits = {"val": final.val, "test": final.test}
     metrics = {f"{split}_{key}": x for split, part in splits.items() if part for key, x in asdict(part).items()}
     session.logger.record("final", state.step, metrics)

@@ -1,4 +1,4 @@
-"""Check and do the runs of a sweep; a failed run has a result too."""
+"""Check and do the runs of a sweep. A failed run has a result too."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from qbench.system.signals import stop_on_signals
 
 
 def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
-    """Return a run's result; an error becomes a failed result.
+    """Return a run's result. An error becomes a failed result.
 
     Raises:
-        Interrupted: a signal asked the run to stop; the same command continues it.
+        Interrupted: a signal asked the run to stop. The same command continues the run.
     """
     from qbench.experiment.context import RunContext
     from qbench.experiment.run import run
@@ -34,7 +34,7 @@ def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
 
 
 def work(planned: PlannedRun) -> None:
-    """Do a run in a worker process; the outcome is written to the run's directory."""
+    """Do a run in a worker process. The outcome is written to the run's directory."""
     with stop_on_signals() as stop:
         try:
             run_catching(planned, stop)
@@ -53,14 +53,14 @@ def outcome(planned: PlannedRun) -> RunRecord:
 
 
 CHECKED_PARTS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
-"""Parts of a configuration; of all runs that agree in these parts, only one is checked."""
+"""Parts of a configuration. Only one of all runs that agree in these parts is checked."""
 
 
 def check(runs: Sequence[PlannedRun]) -> None:
     """Assemble one run of each kind, so that an error stops the sweep before its first run.
 
     Raises:
-        ConfigError: a run has a key or value that no part accepts; the first such run is reported.
+        ConfigError: a run has a key or value that no part accepts. The first such run is reported.
     """
     from qbench.experiment.setup import assemble
     from qbench.quant.method import Unsupported

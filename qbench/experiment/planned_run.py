@@ -1,4 +1,4 @@
-"""A run before it starts: the configuration and the directory, made once and passed on."""
+"""Defines a run before it starts, as a configuration and a directory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class PlannedRun:
 
 
 def planned_run(config: Config) -> PlannedRun:
-    """Return the run of a configuration, with a directory below `out`; write nothing."""
+    """Return the run of a configuration, with a directory below `out`. Write nothing."""
     identity = run_identity(config)
     return PlannedRun(config, RunDirectory(identity, Path(config.out) / directory_name(identity)))
 

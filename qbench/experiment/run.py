@@ -76,7 +76,7 @@ def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool 
 
 
 def _stored(directory: RunDirectory, intact: bool, context: RunContext) -> Result | None:
-    """Return the stored result, if `intact` only with intact weights; report damage."""
+    """Return the stored result. With `intact`, require intact weights. Report damage."""
     stored = directory.stored()
     result = load_result(directory.path)
     if directory.has_result() and (not result or result.identity != directory.identity.digest):
@@ -90,7 +90,7 @@ def _stored(directory: RunDirectory, intact: bool, context: RunContext) -> Resul
 
 
 def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | None, context: RunContext) -> Result:
-    """Train, evaluate and verify one run in its locked directory; return the result."""
+    """Train, evaluate and verify one run in its locked directory. Return the result."""
     directory.write_config()
     loader, reporter = setup.loader(), context.reporter
     if loader.batch_size < setup.optim.batch_size:
@@ -126,7 +126,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
 
 
 def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: TrainingSession) -> nn.Module:
-    """Return the quantized network on its device; load initial weights if no checkpoint exists."""
+    """Return the quantized network on its device. Load initial weights if no checkpoint exists."""
     model, start = setup.float_model(), setup.start(baseline)
     if start and not session.saved:
         identity = setup.baseline.identity.digest if setup.starts_from_baseline else None
@@ -147,7 +147,7 @@ def _state(task: Task, saved: Saved | None, seed: int) -> State:
             parameter.requires_grad_(name in trainable)
         state = State(optimizer.build_optimizer(task.model, task.optim), average)
         state.load(task.model, saved["state"])
-    except Exception as error:  # the digest is right, so the file was written like this
+    except Exception as error:  # the digest is right, so the file is not damaged but was written like this
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(f"the checkpoint to go on from does not fit: {why}\nstart over: rerun=true") from error
     if bad := first_nonfinite(must_be_finite(task.model)):

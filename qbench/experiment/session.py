@@ -43,7 +43,7 @@ class TrainingSession:
         hyperparameters: the run's row in TensorBoard's table.
 
     Attributes:
-        saved: the checkpoint to continue from; None for a new run.
+        saved: the checkpoint to continue from, or None for a new run.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class TrainingSession:
         """Write a checkpoint from which the run can continue.
 
         Raises:
-            Diverged: the state holds inf or nan, or `TrainingMonitor.check` raises this error;
-                nothing is written.
+            Diverged: the state holds inf or nan, or `TrainingMonitor.check` raises this error.
+                Nothing is written then.
         """
         session = {
             "train_seconds": self.train_seconds,
@@ -155,7 +155,7 @@ class TrainingSession:
         self.logger.records([*records, ("epoch", state.step, record.metrics())])
 
     def _newest(self) -> Saved | None:
-        """Return the newest intact checkpoint, None if there is none."""
+        """Return the newest intact checkpoint, or None if there is none."""
         directory = self.directory
         return load_newest(directory.checkpoints(), directory.identity.digest, self.context.reporter.say)
 
@@ -163,7 +163,7 @@ class TrainingSession:
 def _peak_bytes() -> int:
     """Return the peak memory of this process in bytes.
 
-    Linux's getrusage also counts the memory of the process that started this one; /proc does not.
+    On Linux, /proc is read because getrusage also counts the memory of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -174,7 +174,7 @@ def _peak_bytes() -> int:
 
 
 def record_failure(directory: RunDirectory, error: BaseException, status: str, trace: str) -> None:
-    """Write a failed or diverged result and the traceback; if writing fails, only print why."""
+    """Write a failed or diverged result and the traceback. If writing fails, only print why."""
     try:
         reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
         directory.finish(directory.new_result(status, reason))

@@ -69,7 +69,7 @@ class ExperimentSetup:
 
     @property
     def seed(self) -> int:
-        """The seed of the initial weights, the order of images and their augmentation."""
+        """The seed of the initial weights, the image order and the augmentation."""
         return self.config.seed
 
     @property
@@ -114,7 +114,7 @@ class ExperimentSetup:
         return self.config.init in ("float", "method") or self.config.distill.by_baseline
 
     def start(self, baseline: Path | None) -> Path | None:
-        """Return the path of the initial weights; None for random weights."""
+        """Return the path of the initial weights, or None for random weights."""
         if self.config.init in ("scratch", "method"):
             return None
         return baseline if self.starts_from_baseline else Path(self.config.init)
@@ -126,7 +126,7 @@ class ExperimentSetup:
 
     @property
     def network(self) -> dict[str, str]:
-        """The network's normalization, if it is not the usual one."""
+        """The network's normalization, if it differs from the usual one."""
         norm = self.method.requires.norm or self.config.model.get("norm", "auto")
         return {} if norm in ("auto", "affine") else {"norm": str(norm)}
 
@@ -152,7 +152,7 @@ class ExperimentSetup:
         return Loader(data or self.data, self.optim.batch_size, self.seed, self.device, workers)
 
     def float_model(self, device: str = "cpu") -> nn.Module:
-        """Return the float network with initial weights; on device `meta` it needs no memory."""
+        """Return the float network with initial weights. On device `meta` it needs no memory."""
         return build_model(self.config.model, self.data, self.method, self.seed, device)
 
     def install(self, model: nn.Module) -> nn.Module:
@@ -178,7 +178,7 @@ class ExperimentSetup:
         return bf16_autocast(run, self.device) if self.runtime.precision == "bf16" else run
 
     def with_teacher(self, baseline: Path | None) -> Method:
-        """Return the method, with a teacher if there is one; `baseline` is the baseline's path."""
+        """Return the method, with a teacher if there is one. `baseline` is the baseline's path."""
         distill = self.config.distill
         if not distill.on:
             return self.method
@@ -218,10 +218,10 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
 
     Args:
         planned: whether to use published data sets without images, from the known shapes and
-            counts; such a setup cannot train.
+            counts. Such a setup cannot train.
 
     Raises:
-        ConfigError: some keys or values are accepted by no part, or contradict each other.
+        ConfigError: no part accepts some keys or values, or they contradict each other.
         Unsupported: the method does not support these options or this network.
     """
     runtime, optim, distill, layers = config.runtime, config.optim, config.distill, config.layers

@@ -19,7 +19,7 @@ LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper
 
 
 def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunRecord]:
-    """Do the runs one after the other; return the outcome of each."""
+    """Do the runs one after the other. Return the outcome of each."""
     check(runs)
     failed: dict[Path, RunRecord] = {}
     with show_progress(runs, 1):
@@ -34,10 +34,10 @@ def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunReco
 
 
 def launch_all(arguments: list[str], runs: Sequence[PlannedRun], name: str, stop: Callable[[], int]) -> list[RunRecord]:
-    """Let a launcher do the runs in its own processes; return the outcome of each.
+    """Let a launcher do the runs in its own processes. Return the outcome of each.
 
-    The number of workers times threads never exceeds the number of cores, if there are enough cores
-    for one worker.
+    If there are enough cores for one worker, workers times threads never exceeds the number of
+    cores.
 
     Raises:
         ConfigError: there is no such launcher, or the launcher does not accept some key.

@@ -83,6 +83,6 @@ def _line(result: Result) -> str:
     if result.status != "done" or result.final is None:
         return f"{name}: {result.status}: {(result.reason or '').partition(chr(10))[0]}"
     seconds = f"{result.wall_seconds or 0:.1f} s"
-    if rate:  # a run of a grid: test accuracy is shown for the selected rate only
+    if rate:  # in a grid of rates, test accuracy is shown for the selected rate only
         return f"{name}: validation {result.final.val.top1 if result.final.val else float('nan'):.2f} %, {seconds}"
     return f"{name}: {result.final.test.top1:.2f} %, {seconds}"

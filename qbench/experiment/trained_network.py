@@ -13,7 +13,7 @@ from qbench.training.initial_weights import load_published
 
 
 def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
-    """Return a finished run's configuration, without start and teacher, and checkpoint.
+    """Return a finished run's configuration (without start and teacher) and its checkpoint.
 
     Args:
         run: directory of the run.

@@ -22,7 +22,8 @@ def worker_count(threads: int, limit: str = "") -> int:
 
     Args:
         threads: number of threads per process.
-        limit: the number as typed; 0 or a text that is not a number means as many as possible.
+        limit: the largest number, as typed. 0 or a text that is not a number means as many as
+            possible.
     """
     most = max(1, (os.cpu_count() or 1) // threads)
     return min(int(limit) if limit.isdecimal() else most, most) or most
@@ -63,7 +64,7 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 
 def _prepare_worker() -> None:
-    """Import the modules that every run needs; ignore signals between runs."""
+    """Import the modules that every run needs. Ignore signals between runs."""
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(kind, signal.SIG_IGN)
     for module in ("qbench.experiment.run", "torch.utils.tensorboard"):
@@ -75,7 +76,7 @@ def _prepare_worker() -> None:
 
 
 def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Callable[[], int]) -> list[PlannedRun]:
-    """Do the waiting runs in a pool; return the runs in progress if a process was killed."""
+    """Do the waiting runs in a pool. If a process was killed, return the runs in progress."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     working: dict[Future[None], PlannedRun] = {}
@@ -97,7 +98,7 @@ def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Calla
 def baselines_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """Return the runs, beginning with one run for each different float baseline.
 
-    Parallel processes then train several baselines, instead of waiting for the same one.
+    Parallel processes then train several baselines instead of all waiting for the same one.
     """
     baselines = [run_identity(baseline_config(planned.config)).digest for planned in runs]
     order = sorted(range(len(runs)), key=lambda i: baselines.index(baselines[i]) != i)

@@ -20,7 +20,7 @@ from qbench.runs.result import Protocol, Result, load_result, store_result
 from qbench.system import files
 
 FINAL = ("done", "unsupported")
-"""Statuses of results that are final: repeating the run does not compute them again."""
+"""Statuses of final results. Repeating the run does not compute such a result again."""
 KEPT_CHECKPOINTS = 2
 ARTIFACTS = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
 
@@ -56,7 +56,10 @@ class RunDirectory:
 
     @contextmanager
     def lock(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Create and lock the directory; call `waiting` every 0.5 s while another has the lock."""
+        """Create and lock the directory.
+
+        While another process holds the lock, call `waiting` every 0.5 s.
+        """
         files.make_directory(self.path)
         lock = FileLock(self.path / ".lock")
         while True:
@@ -130,7 +133,7 @@ class RunDirectory:
         return (self.path / "result.json").exists()
 
     def reset(self, *, whole: bool) -> None:
-        """Remove the result of an earlier attempt, and with `whole` all other files it wrote."""
+        """Remove an earlier attempt's result, and with `whole` all other files that it wrote."""
         paths = [self.path / "result.json"]
         if whole:
             paths += [*self.checkpoints(), *self.path.glob("events.out.tfevents.*")]

@@ -9,7 +9,7 @@ from qbench.system import files
 RECORD_OVERHEAD = 16
 """Bytes that an event file adds to the content of each record."""
 MAX_TRIES = 2**16
-"""Largest number of offsets tried to find a record after damage; more would take minutes."""
+"""Largest number of offsets tried to find a record after damage. More would take minutes."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ def read_summary(path: Path) -> EventSummary:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Yield the intact records of an event file; TensorBoard's reader stops at the first damage.
+    """Yield the intact records of an event file, whereas TensorBoard's reader stops at damage.
 
     A record consists of the content's length (8 bytes), the checksum of the length (4), the
     content, and the checksum of the content (4). If only the content is damaged, the record is

@@ -11,7 +11,7 @@ Record = dict[str, Any]
 
 
 def epochs(run: Path) -> dict[int, Record]:
-    """Return epoch (from 0) -> record of a run; lines that cannot be read are skipped."""
+    """Return epoch (from 0) -> record of a run. Lines that cannot be read are skipped."""
     return {values["epoch"]: values for values in _epoch_records(run) if values.get("kind") == "epoch"}
 
 
@@ -22,7 +22,7 @@ def observed(run: Path) -> dict[str, Record]:
 
 
 def _epoch_records(run: Path) -> list[Record]:
-    """Return the records of a run that contain an epoch, which records of single steps lack."""
+    """Return the records of whole epochs. Records of single steps contain no epoch."""
     try:
         lines = files.read(run / "metrics.jsonl").split(b"\n")
     except OSError:

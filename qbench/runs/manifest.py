@@ -34,7 +34,7 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of the clone that contains this package; None for an installed wheel."""
+    """Return the commit of the clone that contains this package, or None for an installed wheel."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -43,7 +43,10 @@ def commit() -> str | None:
 
 @cache
 def changed() -> bool | None:
-    """Return whether the clone had uncommitted changes at the first call; None outside a clone."""
+    """Return whether the clone had uncommitted changes at the first call.
+
+    None is returned outside a clone.
+    """
     root = Path(__file__).parents[2]
     status = _git(root, "status", "--porcelain", "--untracked-files=no") if commit() else None
     return None if status is None else bool(status)
@@ -52,8 +55,8 @@ def changed() -> bool | None:
 def write(path: Path, *, numerics: Mapping[str, Json], device: "torch.device", data: Mapping[str, Json]) -> None:
     """Write manifest.json.
 
-    Results are guaranteed to be equal for the same commit, torch build, kind of device, thread
-    count and precision.
+    Two runs with the same commit, torch build, kind of device, thread count and precision are
+    guaranteed to give equal results.
 
     Args:
         path: the file to write.

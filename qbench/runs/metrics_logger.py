@@ -36,9 +36,10 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        size: length of metrics.jsonl in bytes at the checkpoint; later bytes and corrupt lines are
+        size: length of metrics.jsonl in bytes at the checkpoint. Later bytes and corrupt lines are
             removed.
-        step: training step from which the run continues; TensorBoard hides later points.
+        step: training step from which the run continues. TensorBoard hides the earlier attempt's
+            points after this step.
         tensorboard: whether to write event files.
 
     Attributes:
@@ -64,11 +65,11 @@ class MetricsLogger:
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def record(self, kind: str, step: int, values: Mapping[str, Json]) -> None:
-        """Append `{"kind": ..., "step": ..., **values}`; also add the numbers to TensorBoard."""
+        """Append `{"kind": ..., "step": ..., **values}`. Also add the numbers to TensorBoard."""
         self.records([(kind, step, values)])
 
     def records(self, records: Sequence[Record]) -> None:
-        """Append several lines at once; see `record`."""
+        """Append several lines at once, each as in `record`."""
         whole = [{"kind": kind, "step": step} | dict(values) for kind, step, values in records]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in whole).encode()
 
@@ -84,7 +85,7 @@ class MetricsLogger:
             self.scalars(step, {f"{kind}/{n}": value for n, value in numbers.items() if n not in ("epoch", "images")})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add numbers to TensorBoard only; `values` maps tags to numbers."""
+        """Add numbers to TensorBoard only. `values` maps tags to numbers."""
 
         def add(writer: "SummaryWriter") -> None:
             from tensorboard.compat.proto.summary_pb2 import Summary
@@ -133,10 +134,11 @@ class MetricsLogger:
     ) -> None:
         """Add the hyper-parameters, the names of the final metrics, and the charts.
 
-        They are written to this run's event file, whereas `add_hparams` would add a second run.
+        They are written to this run's event file. TensorBoard's `add_hparams` would add a second
+        run instead.
 
         Args:
-            hparams: name -> value of each hyper-parameter.
+            hparams: names and values of the hyper-parameters.
             first: names of the hyper-parameters that TensorBoard shows by default.
             metrics: names of the final metrics.
             layout: category -> title -> chart; TensorBoard merges equal layouts of several runs.
@@ -186,7 +188,7 @@ class MetricsLogger:
 
 
 def _print_unless_os_error(args: threading.ExceptHookArgs) -> None:
-    """Print the error that ended a thread, except OSErrors, which `flush` raises again."""
+    """Print the error that ended a thread, unless it is an OSError, which `flush` raises again."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
@@ -221,7 +223,7 @@ def _bars(
 
 
 def _show_first(experiment: "Summary", names: Sequence[str]) -> None:
-    """Mark hyper-parameters as differing between runs, since TensorBoard shows such ones first."""
+    """Mark hyper-parameters as differing between runs, because TensorBoard shows these first."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin = experiment.value[0].metadata.plugin_data

@@ -16,12 +16,12 @@ PLAIN_LINES = 10
 """About how many lines a stage prints without a terminal."""
 
 REFRESH_SECONDS = 0.25
-"""Seconds between two updates of the live bar, since each takes some milliseconds from training."""
+"""Seconds between two updates of the live bar. Each update delays training by some milliseconds."""
 
 
 @dataclass
 class _Stage:
-    """A stage of training: `total` steps of `images` images each, `first` steps done before."""
+    """A stage of training with `total` steps of `images` images. `first` steps were done before."""
 
     title: str
     total: int
@@ -41,8 +41,8 @@ class ProgressReporter:
     """Shows progress and messages of one process on stderr.
 
     Args:
-        live: draw a bar if stderr is a terminal.
-        quiet: show nothing, since a sweep shows all of its runs in one view.
+        live: whether to draw a bar if stderr is a terminal.
+        quiet: whether to show nothing, as in a sweep, which shows all runs in one view.
 
     Attributes:
         log: the file to which messages are written; None before the run has a log file.
@@ -71,7 +71,7 @@ class ProgressReporter:
             append_text(self.log, text)
 
     def start(self, title: str, total: int, done: int, images: int) -> None:
-        """Begin a stage of `total` steps of `images` images each; `done` steps are complete."""
+        """Begin a stage of `total` steps of `images` images each, with `done` steps complete."""
         self.stop()
         self._stage = _Stage(title, total, done, images)
         if self._live:
@@ -80,7 +80,7 @@ class ProgressReporter:
             self._bar.add_task(title.partition("  ")[0], total=total, completed=done, text="")
 
     def step(self, done: int, loss: Callable[[], float]) -> None:
-        """Show that `done` steps are complete; `loss` is called only if the loss is shown."""
+        """Show that `done` steps are complete. Call `loss` only if the loss is shown."""
         stage, now = self._stage, time.perf_counter()
         if self._bar and now - stage.shown_at > REFRESH_SECONDS:
             stage.shown_at = now

@@ -21,7 +21,7 @@ from qbench.system import files
 DONE = "done"
 FROM_LOGS = "from the logs"
 LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "state_sha256")
-"""Fields left out of a record, since they are large or describe the machine and its files."""
+"""Fields left out of a record because they are large or describe the machine and its files."""
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -74,7 +74,10 @@ def with_baselines(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def dump_records(runs: Sequence[RunRecord]) -> str:
-    """Return runs as JSON for `load_records`, without the fields `LEFT_OUT`, each protocol once."""
+    """Return runs as JSON for `load_records`, without the fields in `LEFT_OUT`.
+
+    Each protocol is written only once.
+    """
     protocols: dict[str, Any] = {}
     records = []
     for run in runs:
@@ -118,7 +121,7 @@ def _load_record(record: dict[str, Any], protocols: Mapping[str, Any]) -> RunRec
 
 
 def read_run(path: Path) -> RunRecord:
-    """Return the run in one directory; its logs are read if there is no intact result."""
+    """Return the run in one directory. If there is no intact result, read the logs."""
     if _is_locked(path):
         return RunRecord(path=path, status="running", reason=_progress(_metrics(path)[0]))
     has_result = (path / "result.json").exists()
@@ -149,7 +152,7 @@ def _run_directories(root: Path) -> Iterator[Path]:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process holds the run's lock; process ids are not used, as they recur."""
+    """Whether a process holds the run's lock. Process ids are not used, since they recur."""
     if not (path / ".lock").exists():
         return False
     lock = FileLock(path / ".lock")
@@ -178,7 +181,10 @@ def _metrics(path: Path) -> tuple[list[Line], str]:
 
 
 def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
-    """Return a result from config.yaml and the final line of the metrics, or None without both."""
+    """Return a result from config.yaml and the final line of the metrics.
+
+    Return None if one of the two is missing.
+    """
     final = next((line for line in reversed(lines) if line.get("kind") == "final"), None)
     file = path / "config.yaml"
     measured = _final_evaluation(final) if final else None

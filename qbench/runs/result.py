@@ -31,7 +31,8 @@ class Accuracy:
 class Evaluation:
     """The accuracy of one set of weights on the test and validation splits.
 
-    `val` is None without a validation split; `epoch` counts from 0, None if nothing was trained.
+    `val` is None without a validation split. `epoch` counts from 0 and is None if nothing was
+    trained.
     """
 
     test: Accuracy
@@ -41,7 +42,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineResult:
-    """A run's float baseline: directory, and evaluations after the last and the best epoch."""
+    """A float baseline's directory, and its evaluations after the last and the best epoch."""
 
     run: str
     final: Evaluation
@@ -58,7 +59,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """Training speed without evaluation; peak memory of the process (on CUDA: device) in bytes."""
+    """Training speed without evaluation, and peak memory of the process or CUDA device in bytes."""
 
     images_per_second: float
     seconds_per_epoch: float
@@ -67,12 +68,12 @@ class TrainingSpeed:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The content of `result.json`; README describes each field.
+    """The content of `result.json`. The README describes each field.
 
     `final` is measured after the last epoch, `best` with the weights of the best validation
     accuracy. `verified` maps layer -> w, a or g -> levels found and allowed. `protocol_changes`
-    lists, in words, the changes to the shared protocol that the method requires. `run` is the
-    directory and is not stored.
+    lists, in words, the changes to the shared protocol that the method requires. `run` is the run's
+    directory, which is not stored in the file.
 
     `data_sha256` is the digest of the data set's fingerprint, which consists of the counts and the
     sha256 of every split's images and labels in order. The digest depends only on the data. It is
@@ -127,7 +128,10 @@ class Result:
 
 
 def load_result(path: Path) -> Result | None:
-    """Return the result in a run directory; None if it is missing, corrupt or of another schema."""
+    """Return the result in a run directory.
+
+    Return None if the result is missing, corrupt or of another schema.
+    """
     values = files.read_json(path / "result.json")
     if values is None or values.pop("sha256", None) != digest(values):
         return None

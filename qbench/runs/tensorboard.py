@@ -1,7 +1,7 @@
 """Defines what TensorBoard shows of a run, apart from single curves.
 
-This is a figure of the levels of each layer, charts of several curves, and the columns of the table
-of hyper-parameters.
+It shows a figure with the levels of each layer, charts of several curves, and a row in the table of
+hyper-parameters.
 """
 
 import math
@@ -24,7 +24,7 @@ Chart = list[str | list[str]]
 """A chart of the custom-scalars tab: "Multiline" and the regular expressions of the tags."""
 
 METRICS = tuple(f"{split}_{key}" for split in ("val", "test") for key in ("top1", "top5", "loss"))
-"""The final metrics; without a validation split, the columns are the same and `val_` is empty."""
+"""The final metrics. Without a validation split, the `val_` columns exist but are empty."""
 FIRST = ("method", "w", "a", "g", "seed")
 """The columns that TensorBoard shows by default."""
 
@@ -64,13 +64,13 @@ CHARTS: dict[str, dict[str, Chart]] = {
         "gradients of quantizers": _chart("[wag][.].+[.]grad/"),
     },
 }
-"""Charts with the curves of all runs, including float baselines; every run has the same charts."""
+"""Charts with the curves of all runs, including float baselines. Every run has the same charts."""
 
 
 def columns(
     method: str, bits: Bits, model: str, dataset: str, seed: int, epochs: int, optimizer: str, lr: float
 ) -> Columns:
-    """Return a run's row in the table of hyper-parameters; every run has the same columns."""
+    """Return a run's row in the table of hyper-parameters. Every run has the same columns."""
     return {
         "method": method, "w": bits.w, "a": bits.a, "g": bits.g, "model": model, "dataset": dataset, "seed": seed,
         "epochs": epochs, "optimizer": optimizer, "lr": lr,

@@ -16,7 +16,7 @@ T = TypeVar("T")
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """A value that JSON can write."""
 YAML_BYTES, YAML_VALUES = 2**16, 2**14
-"""Largest size and number of values of a YAML file; files of qbench have less than a tenth."""
+"""Largest size in bytes and number of values of a YAML file. qbench's need less than a tenth."""
 
 
 def write(path: Path, data: bytes) -> None:
@@ -51,7 +51,7 @@ def write_json(path: Path, values: Mapping[str, Json]) -> None:
 
 
 def read(path: Path) -> bytes:
-    """Return a file's bytes; pipes and devices are refused, since their data might never end.
+    """Return a file's bytes. Pipes and devices are refused, since their data might never end.
 
     Raises:
         OSError: the file does not exist or cannot be read.
@@ -62,10 +62,10 @@ def read(path: Path) -> bytes:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the plain values of a YAML file; tags that create objects are refused.
+    """Return the plain values of a YAML file. Tags that create objects are refused.
 
-    The file's size is bounded. So is the number of values, where each alias counts as the values
-    that it repeats.
+    The file's size and the number of values are limited. An alias counts as all the values that it
+    repeats.
 
     Raises:
         OSError: the file does not exist or cannot be read.
@@ -89,7 +89,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Return the number of values in a node with aliases expanded; inf if it contains itself."""
+    """Return the number of values in a node with aliases expanded, or inf if it contains itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -130,7 +130,7 @@ def make_directory(path: Path) -> None:
 
 
 def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
-    """Run an action that writes; turn an OSError into an error with path and bytes needed.
+    """Run an action that writes. Turn an OSError into an error with path and bytes needed.
 
     Raises:
         ResourceError: instead of OSError.
@@ -158,7 +158,7 @@ def sync_directory(path: Path) -> None:
 
 
 def cut(path: Path, size: int) -> int:
-    """Cut a file of JSON lines to the intact lines in the first `size` bytes; return the new size.
+    """Cut a file of JSON lines to the intact lines in its first `size` bytes. Return the new size.
 
     Raises:
         ResourceError: the disk or its permissions prevent writing.

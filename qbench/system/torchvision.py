@@ -16,12 +16,12 @@ import torch
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _MISSING = re.compile(r"operator torchvision::\w+ does not exist")
 _declared: list[torch.library.Library] = []
-"""The library objects, kept since operators exist only as long as the object declaring them."""
+"""The library objects, kept because an operator exists only as long as its library object."""
 
 
 @cache
 def torchvision() -> ModuleType:
-    """Import torchvision and return it; operators are declared only if the plain import fails."""
+    """Import and return torchvision. Declare operators only if the plain import fails."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:

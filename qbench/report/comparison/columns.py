@@ -16,8 +16,8 @@ class Column(NamedTuple):
     """A column of a table of settings.
 
     `key` returns the value that rows are sorted by, or None for a row without a value. With
-    `descending`, the largest value comes first. `show` returns the text of a cell with a value;
-    `empty` is the text of a cell without one.
+    `descending`, the largest value comes first. `show` returns the text of a cell with a value.
+    `empty` is the text of a cell without a value.
     """
 
     name: str
@@ -70,7 +70,7 @@ def _span(levels: LevelRange) -> str:
 def _published_key(setting: Setting) -> float | None:
     """Return the published top-1 in percent, the value that the column is sorted by.
 
-    A claim sorts last among the claims if its top-1 is not known.
+    A claim whose top-1 is not known sorts after all other claims.
     """
     if not setting.published:
         return None

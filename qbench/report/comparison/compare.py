@@ -24,11 +24,11 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
     """Return a table for every data set, network and protocol, and a table of missing results.
 
     A row is a setting: one method with its options at its widths. The accuracy of a setting is the
-    mean over seeds of test top-1 after the last epoch. The difference is measured from each run's
-    own float baseline. Runs of different protocols are never averaged and never share a table;
-    titles name the keys in which protocols differ. With lr_search=grid, a setting contains only the
-    runs of the learning rate that is best on validation data. Test accuracies at the other rates
-    are not shown.
+    mean over seeds of test top-1 after the last epoch. The difference in accuracy is measured from
+    each run's own float baseline. Runs of different protocols are never averaged and never share a
+    table. The titles of tables name the keys in which protocols differ. With lr_search=grid, a
+    setting contains only the runs of the learning rate that is best on validation data. Test
+    accuracies at the other rates are not shown.
 
     Args:
         runs: the records that `qbench.runs.reader.read` returns.
@@ -176,7 +176,7 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
     if not missing:
         return []
     grouped: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)
-    for run in missing:  # unsupported settings are the same for all seeds: one row; other runs: a row each
+    for run in missing:  # unsupported settings get one row for all seeds, other runs a row each
         unsupported = run.result if run.status == "unsupported" else None
         name = f"{unsupported.method} {unsupported.widths}" if unsupported else str(run.path)
         grouped[run.status, name, run.reason].append(run)

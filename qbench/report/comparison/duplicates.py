@@ -23,7 +23,7 @@ def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list
 
 
 def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) -> Iterator[str]:
-    """Yield notes on the runs left out, and on those with another accuracy than the run kept."""
+    """Yield notes on the runs left out, and on those whose accuracy differs from the run kept."""
     if not duplicates:
         return
     yield f"duplicate runs, left out: {duplicates[0].path}{_more(duplicates)}"

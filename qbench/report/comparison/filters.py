@@ -10,7 +10,7 @@ from qbench.report.comparison import naming
 from qbench.runs.reader import DONE, RunRecord
 
 VALUES_LISTED = 20
-"""Values that an error message lists at most."""
+"""Largest number of values that an error message lists."""
 RUN_DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
 RunKeys = Mapping[str, str]
 """The keys by which a run can be selected: key -> value as JSON."""
@@ -25,7 +25,7 @@ def select_runs(
 
     Args:
         where: key -> allowed values, as typed. A run matches if every key has an allowed value.
-        by: further keys that must exist in some run.
+        by: other keys, each of which must exist in some run.
 
     Raises:
         ConfigError: no run has a key, or no run has any of the values typed for a key.
@@ -76,8 +76,8 @@ def _matching(
 ) -> list[RunRecord]:
     """Return the runs that match, and the float baselines of these runs.
 
-    For a run without a result, method, widths and seed are taken from its directory name. Such a
-    run is kept unless one of these three contradicts the filter.
+    If a run has no result, its method, widths and seed are taken from the directory name. The run
+    is kept unless one of these three contradicts the filter.
     """
     kept = [run for run in runs if _matches(keys.get(id(run)) or _keys_of_directory(run), where, run.result is None)]
     baseline_names = {_directory_name(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
@@ -119,7 +119,7 @@ def _matches(keys: RunKeys, where: Mapping[str, Sequence[str]], unknown_matches:
 
 
 def _equals(key: str, stored: str, typed: str) -> bool:
-    """Whether a value stored as JSON equals the typed one; 0.001 is 1e-3, w2a2 fits w2a2g32."""
+    """Whether a stored JSON value equals the typed one: 0.001 equals 1e-3, w2a2g32 equals w2a2."""
     value = json.loads(stored)
     if isinstance(value, str):
         return value == typed or (key == "bits" and bool(typed) and set(_widths(typed)) <= set(_widths(value)))

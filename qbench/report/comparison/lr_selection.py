@@ -43,7 +43,7 @@ class Selection(NamedTuple):
 def select_learning_rate(name: str, runs: Sequence[Result], failed: Sequence[Result] = ()) -> Selection:
     """Select the rate with the best mean validation top-1 over the seeds that all candidates have.
 
-    Among rates of equal accuracy, the one nearest the recipe's rate is selected. A rate is not a
+    Among rates of equal accuracy, the rate nearest to the recipe's is selected. A rate is not a
     candidate if any of its seeds diverged, or if it has no accuracy yet.
 
     Args:
@@ -93,7 +93,7 @@ def _selection_note(selected: SelectedLearningRate, epochs: object) -> str:
 
 
 def _missing_notes(name: str, rates: Sequence[float], accuracies: Accuracies, failed: Sequence[Result]) -> list[str]:
-    """Return a note on the rates at which seeds are missing, with the reason."""
+    """Return notes on the rates at which seeds are missing, and why."""
     statuses = {(run.options[RATE], run.seed): run.status for run in failed}
     seeds = {seed for by_seed in accuracies.values() for seed in by_seed} | {seed for _, seed in statuses}
     gaps: dict[float, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))

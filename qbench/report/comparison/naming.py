@@ -27,7 +27,7 @@ def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
     named = {}
     for block, keys in protocols.items():
         title = f"{block.model} on {block.dataset}"
-        if not block.protocol:  # event files do not hold the protocol
+        if not block.protocol:  # event files do not contain the protocol
             named[block] = f"{title}; protocol not known"
             continue
         names = differing[block.dataset, block.model]
@@ -49,7 +49,7 @@ def _protocol_keys(keys: Mapping[str, object]) -> dict[str, str]:
 
 
 def flat(values: object, prefix: str = "") -> dict[str, str]:
-    """Return nested values as one flat dictionary: dotted key, such as `a.b` -> JSON."""
+    """Return nested values as one flat dictionary from dotted keys, such as `a.b`, to JSON."""
     if not isinstance(values, Mapping):
         return {prefix: json.dumps(values)}
     flattened: dict[str, str] = {}
@@ -108,7 +108,7 @@ def options(result: Result) -> dict[str, object]:
 
 
 def variant(result: Result) -> dict[str, object]:
-    """Return a method's options and, as `model.KEY`, the network keys that the run sets.
+    """Return a method's options, and the network keys that the run sets under names `model.KEY`.
 
     Runs with different options or network keys belong to different settings.
     """

@@ -1,9 +1,9 @@
 """Concludes which settings at the same widths differ, and which are equivalent.
 
 Each pair of settings in a table at the same widths is tested for a difference and for equivalence
-within a margin. Runs are paired by seed, and by test image where predictions are kept. The p-values
-of each of the two tests are adjusted by Holm's method for all pairs of one data set, network and
-protocol.
+within a margin. Runs are paired by seed, and by test image where predictions are kept. For each of
+the two tests, the p-values are adjusted by Holm's method over all pairs of the same data set,
+network and protocol.
 """
 
 from collections import defaultdict
@@ -48,7 +48,7 @@ def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
 
 
 def _conclude_family(tables: Sequence[Table], margin: float) -> list[Table]:
-    """Return tables of one protocol with conclusions; all p-values are adjusted together."""
+    """Return tables of one protocol with conclusions, based on p-values adjusted together."""
     cache: dict[str, RunAccuracy] = {}
     by_table = [_pairs(settings_of(table), cache) for table in tables]
     adjusted = adjust_p_values([pair for pairs in by_table for pair in pairs], margin)
@@ -122,8 +122,9 @@ def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[S
 def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> SettingPair:
     """Return a pair with its difference, or with McNemar's p-value.
 
-    The difference is paired by seed if two or more seeds are common, otherwise Welch's. If a
-    setting has only one seed and the two share a seed, McNemar's test is used.
+    If two or more seeds are common, the difference is paired by seed, otherwise it is Welch's
+    unpaired difference. If a setting has only one seed and the two share a seed, McNemar's test is
+    used.
     """
     groups = [_accuracies(setting, cache) for setting in (first, second)]
     seeds = sorted(set(groups[0]) & set(groups[1]))

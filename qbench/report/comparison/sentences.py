@@ -1,4 +1,4 @@
-"""Writes conclusions: how the best setting at given widths compares, and which error is larger."""
+"""Writes conclusions: how the best setting compares at its widths, and which error is larger."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from qbench.report.statistics.differences import ALPHA
 from qbench.report.statistics.power import SEEDS_LIMIT
 
 NAMES_LISTED = 6
-"""Largest number of names written out in one part of a sentence; further names are counted."""
+"""Largest number of names written out in one part of a sentence. Further names are only counted."""
 UNPAIRED = "unpaired, as their seeds differ"
 
 

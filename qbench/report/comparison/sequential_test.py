@@ -1,10 +1,10 @@
 """Tests two settings with more and more seeds until a difference or equivalence is significant.
 
-This is a group-sequential test. Repeating a test at the level 5 % after every few seeds would find
-differences where there are none. Here each of K looks tests at the level 0.05 / K (Bonferroni over
-looks). This keeps the rate of false decisions below 5 %, whatever the dependence between looks. The
-true difference cannot be zero and at least the margin at once, so the test of difference and the
-test of equivalence may both use the whole level.
+This is a group-sequential test. If a test at the level 5 % were repeated after every few seeds, it
+would find differences where there are none. Here each of K looks tests at the level 0.05 / K
+(Bonferroni over looks). This keeps the rate of false decisions below 5 %, whatever the dependence
+between looks. The test of difference and the test of equivalence may both use the whole level,
+because the true difference cannot be zero and also at least the margin.
 """
 
 import copy
@@ -24,20 +24,21 @@ from qbench.report.statistics.power import SEEDS_LIMIT, seeds_to_decide
 from qbench.runs.reader import DONE, RunRecord
 
 FIRST_LOOK, GROWTH, MAX_SEEDS = 3, 1.5, 20
-"""Seeds at the first look; growth factor from look to look; default seeds at the last look."""
+"""Seeds at the first look, growth factor between looks, and default seeds at the last look."""
 NAMED_KEYS = 3
-"""Largest number of keys that the name of a setting spells out; further keys are counted."""
+"""Largest number of keys written out in the name of a setting. Further keys are only counted."""
 
 SeedAccuracies = tuple[Sequence[RunAccuracy], Sequence[RunAccuracy]]
-"""The accuracies of both settings, one entry per seed, seeds in the same order."""
+"""The accuracies of both settings, one entry per seed, with seeds in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialTest:
-    """Two settings to compare, and how.
+    """Two settings to compare, and the parameters of the test.
 
     Args:
-        first, second: the configurations of the settings; the seed is replaced.
+        first, second: the configurations of the settings. Their seeds are replaced by those of the
+            test.
         margin: equivalence margin in points of top-1.
         max_seeds: number of seeds at the last look.
         launcher: how runs that are not stored yet are started: "" for one at a time, "joblib" for
@@ -69,7 +70,7 @@ class SequentialResult:
 
 
 class MissingRunError(Exception):
-    """Raised when a run has no accuracy, since the remaining runs would be a biased sample."""
+    """Raised when a run has no accuracy, because the other runs alone would be a biased sample."""
 
     def __init__(self, runs: Sequence[RunRecord]) -> None:
         reason = runs[0].reason.partition("\n")[0]
@@ -78,7 +79,7 @@ class MissingRunError(Exception):
 
 
 def look_schedule(max_seeds: int) -> list[int]:
-    """Return the number of seeds at each look, from 3 in steps of half as many again.
+    """Return the number of seeds at each look: 3 at first, then 1.5 times as many each time.
 
     The last number is `max_seeds`.
     """
@@ -134,7 +135,8 @@ def run_sequential_test(
 
     Args:
         test: the settings to compare.
-        run: function that trains the runs not stored yet and returns a record for every run.
+        run: function that trains the runs that are not stored yet and returns a record of every
+            run.
         report: called with a line of text after every look that decides nothing.
 
     Raises:
@@ -190,7 +192,7 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
 
 
 def _advice(test: SequentialTest, result: SequentialResult) -> str:
-    """Return how many more seeds would probably decide, or why no number would."""
+    """Return how many more seeds would probably lead to a verdict, or why no number would."""
     d = result.difference
     seeds = seeds_to_decide(d, test.margin, result.level)
     if seeds is not None:
@@ -203,8 +205,8 @@ def _advice(test: SequentialTest, result: SequentialResult) -> str:
 def names(test: SequentialTest) -> tuple[str, str]:
     """Return the names of both settings: method, widths, and the keys in which they differ.
 
-    If method and widths are the same, any differing key can be named, otherwise only keys of the
-    protocol and the network.
+    If method and widths are the same, any differing key can be named. Otherwise only differing keys
+    of the protocol and the network are named.
     """
     configs = test.first, test.second
     short = setting_name(test.first), setting_name(test.second)

@@ -1,7 +1,7 @@
 """Defines a setting: all seeds of one method at its widths under one protocol.
 
-All dataclasses are frozen. Later steps add conclusions, published results and groups of equal bytes
-to a copy made by `dataclasses.replace`.
+All dataclasses are frozen. Conclusions, published results and groups of equal bytes are added
+later, to a copy made by `dataclasses.replace`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from qbench.runs.result import TrainingSpeed
 class Estimate:
     """A mean over n seeds, with standard deviation and half-width of the 95 % confidence interval.
 
-    Standard deviation and half-width are None with one seed.
+    With one seed, standard deviation and half-width are None.
     """
 
     mean: float
@@ -67,7 +67,7 @@ class LevelRange:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedLevels:
-    """The number of verified layers (the smallest over runs), and the levels found for w, a, g."""
+    """The smallest number of verified layers over runs, and the levels found for w, a and g."""
 
     layers: int
     found: Mapping[str, LevelRange]
@@ -78,14 +78,16 @@ class PublishedMatch:
     """A published result for a setting.
 
     Args:
-        row: names the paper and the row in the published figures.
+        row: name of the paper and of the row in the published figures.
         metric: top1, top1_error or top1_error_increase.
-        claimed, upper: the published value; if `upper` is given, the range from claimed to upper.
+        claimed, upper: the published value, or the range from `claimed` to `upper` if `upper` is
+            given.
         top1: the claim as top-1 in percent; None for an increase or an unknown value.
-        text: the claim as tables show it, with ~ in front if remembered.
+        text: the claim as tables show it. A leading ~ marks a value quoted from memory.
         to_float: the claim minus the paper's float baseline, in points.
         gap: our accuracy minus the claim, in points.
-        ran_by, by_authors: who ran the published experiment; whether the method's authors did.
+        ran_by, by_authors: who ran the published experiment, and whether these were the method's
+            authors.
         provenance, remembered, source: how the value is known.
         words: command-line arguments that reproduce the row.
     """
@@ -119,15 +121,15 @@ class Setting:
         protocol: first 8 digits of the protocol's hash.
         is_baseline: whether this is a float network trained from scratch, from which other runs
             start.
-        source: the kind of file that was read, result.json or the logs.
+        source: the kind of file that the runs were read from: result.json or the logs.
         runs: one entry per run, sorted by seed.
-        top1: test top-1 in percent after the last epoch, over seeds; runs of one seed are averaged
-            first.
+        top1: test top-1 in percent after the last epoch, as an estimate over seeds. Runs of the
+            same seed are averaged first.
         difference: top-1 minus the top-1 of the run's float baseline, in points; None if any run
             has no baseline.
         levels: number of levels that a quantized weight can take.
-        cost, speed, verified: None if not recorded for any run. Speed is the mean over runs, peak
-            memory the largest.
+        cost, speed, verified: None if not recorded for any run. Speed is the mean over runs, and
+            peak memory is the largest over runs.
         learning_rate: how the learning rate was selected; only with lr_search=grid.
         conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and
             `columns.group_by_bytes`.
@@ -190,7 +192,8 @@ class Setting:
           the ideal size.
         - images_per_second, seconds_per_epoch, peak_bytes: training speed and memory.
         - verified_layers: number of verified layers.
-        - levels_found: for w, a, g the fewest and most levels found, and the most allowed.
+        - levels_found: for each of w, a and g, the fewest and most levels found and the most
+          allowed.
         - lr_search: only with lr_search=grid. optim.lr, seeds, and grid (each rate with its mean
           validation top-1).
         - pairs, winner, test_images, test_sample_ci95_half: see `Conclusion` and `PairConclusion`.

@@ -15,16 +15,17 @@ class SettingPair:
 
     Args:
         first, second: the settings.
-        difference: first minus second in points. When paired, it covers only the common seeds and
-            may then be below 0. None if fewer than two seeds can be compared.
+        difference: first minus second in points. A paired difference covers only the common seeds
+            and may be below 0. None if fewer than two seeds can be compared.
         paired_by: how runs are paired; see `PairConclusion`.
-        p_mcnemar: McNemar's p-value of two networks with the same seed and test images; None if
+        p_mcnemar: McNemar's p-value of two networks with the same seed and test images. None if
             that test does not apply.
-        p_holm: adjusted p-value of "there is no difference".
-        p_equivalent_holm: adjusted p-value of "the means differ by the margin or more".
+        p_holm: p-value of "there is no difference", adjusted by Holm's method.
+        p_equivalent_holm: p-value of "the means differ by the margin or more", adjusted by Holm's
+            method.
         leading: whether the first setting has the highest mean at these widths.
-        more_seeds: for undecided leading pairs, about how many more seeds would decide; None if no
-            number of seeds up to 1000 would.
+        more_seeds: for undecided leading pairs, about how many more seeds would lead to a verdict.
+            None if no number of seeds up to 1000 would.
     """
 
     first: Setting

@@ -1,4 +1,4 @@
-"""Sets the columns of tables of settings, sorts them, and groups settings of equal bytes."""
+"""Chooses the columns of tables of settings, sorts the rows, and groups settings of equal bytes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +10,12 @@ from qbench.report.comparison.setting import Setting
 from qbench.report.tables.table import Table
 
 BYTES_TOLERANCE = 0.05
-"""A setting exceeds the smallest setting of its group of equal bytes by at most this fraction."""
+"""Largest fraction by which a setting may exceed the smallest setting of its group of bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingRuns:
-    """Runs that lack a result for the same reason: a row in the table of missing results."""
+    """A row in the table of missing results: runs that lack a result for the same reason."""
 
     status: str
     runs: tuple[str, ...]
@@ -43,8 +43,8 @@ def with_columns(table: Table, columns: Sequence[Column]) -> Table:
 def sorted_by(table: Table, name: str) -> Table:
     """Return a table sorted by a column, or by accuracy within groups of equal bytes.
 
-    The best settings come first, settings without a value last. Only `values` is sorted, not
-    `rows`; call `with_columns` to update the rows.
+    The best settings come first, and settings without a value come last. Only `values` is sorted.
+    Call `with_columns` to update `rows`.
 
     Raises:
         ConfigError: no such column.
@@ -80,7 +80,7 @@ def find_column(name: str) -> Column:
 
 
 def group_by_bytes(settings: Iterable[Setting]) -> list[Setting]:
-    """Return settings sorted by size, with numbered groups of about equal bytes.
+    """Return settings sorted by size, each with the number of its group of about equal bytes.
 
     A setting without a cost has no group.
     """

@@ -31,18 +31,20 @@ class PairConclusion:
         other: label of the other setting.
         paired_by: "seed and test image", "seed", or "" if unpaired or not tested.
         n: number of seeds compared.
-        same_baselines: whether both start from the same float baselines.
-        difference: points of top-1, this setting minus the other, over the seeds compared.
+        same_baselines: whether the runs of both settings start from the same float baselines.
+        difference: top-1 of this setting minus that of the other, in points, over the seeds
+            compared.
         ci95: 95 % confidence interval of the difference; None with too few seeds.
-        p, p_holm: p-value of "there is no difference", unadjusted and adjusted for all pairs of the
-            comparison.
-        p_equivalent, p_equivalent_holm: the same for "the means differ by the margin or more".
-        p_mcnemar: p-value of the two networks' predictions if only one seed is common; see
-            `mcnemar`.
+        p, p_holm: p-values of "there is no difference": unadjusted, and adjusted for all pairs of
+            the comparison.
+        p_equivalent, p_equivalent_holm: the same p-values for "the means differ by the margin or
+            more".
+        p_mcnemar: McNemar's p-value of the two networks' predictions, if only one seed is common.
+            See `mcnemar`.
         margin: equivalence margin in points.
         verdict: the verdict on this setting.
-        more_seeds: about how many more seeds would decide; None if decided, or if no number of
-            seeds up to 1000 would.
+        more_seeds: about how many more seeds would lead to a verdict. None if there is one already,
+            or if no number of seeds up to 1000 would.
     """
 
     other: str

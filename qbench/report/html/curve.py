@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qbench.report.plots.training_curves import FLOAT_STAGE, SeedCurve
 
 WIDTH, HEIGHT, LEFT, BELOW = 380, 150, 34, 18
-"""Size of the drawing, and space for the numbers at the left and below, in pixels."""
+"""Width and height of the drawing, and space at the left and below for the numbers, in pixels."""
 RIGHT, TOP = 8, 6
 """Margins in pixels."""
 

@@ -47,7 +47,7 @@ class LayerRow(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The quantized layers; `parts` maps each of w, a, g that has levels to its name."""
+    """The quantized layers. `parts` maps each of w, a and g that has levels to its full name."""
 
     rows: list[LayerRow]
     parts: dict[str, str]
@@ -65,7 +65,7 @@ class LayerTable:
 
 @dataclass(frozen=True, kw_only=True)
 class SettingDetails:
-    """The details that the page shows of one setting; `cards` lists (anchor, name) of methods."""
+    """The details of one setting on the page. `cards` lists (anchor, name) of method cards."""
 
     id: str
     title: str
@@ -120,7 +120,7 @@ def setting_details(
 def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
     """Return a run's row in the table of runs.
 
-    `result` is None for a baseline that was not read itself; then only top-1 is known.
+    `result` is None for a baseline whose own result was not read. Only top-1 is then known.
     """
     val = best = seconds = "-"
     if result and result.final and result.final.val:

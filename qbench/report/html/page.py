@@ -1,8 +1,8 @@
 """Writes one self-contained HTML page of a comparison: tables, plots, details of each setting.
 
-Style, script and plots are in the file, and its content security policy forbids loading anything
-else. Jinja escapes all text that comes from results. Even if a script got through, the policy would
-prevent it from running.
+Style, script and plots are in the file. The page's content security policy forbids loading anything
+else. Jinja escapes all text that comes from results. If such text contained a script that was not
+escaped, the policy would still prevent it from running.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ Cards = dict[str, dict[str, str]]
 
 
 class Head(NamedTuple):
-    """A column's title, whether it holds numbers, and whether the largest is sorted first."""
+    """A column's title, whether it holds numbers, and whether the largest value comes first."""
 
     title: str
     numbers: bool
@@ -74,7 +74,7 @@ class Plot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One table with notes, plots and settings; `measure` labels the y-axis of learning curves."""
+    """One table with notes, plots and settings. `measure` labels the y-axis of learning curves."""
 
     id: str
     title: str
@@ -163,7 +163,7 @@ def _head(title: str, settings: Iterable[Setting]) -> Head:
 
 
 def _row(table: Table, i: int, anchor: str) -> Row:
-    """Return a row of the page; the reason of a missing run is shown with all its lines."""
+    """Return a row of the page, with the whole reason if a run is missing."""
     value, texts = table.values[i] if i < len(table.values) else None, table.rows[i]
     setting = value if isinstance(value, Setting) else None
     cells = []
@@ -195,7 +195,7 @@ def _plots(table: Table, runs: Sequence[RunRecord]) -> list[Plot]:
 
 
 def _inline_svg(svg: bytes, label: str) -> "Markup":
-    """Return matplotlib's SVG for a page, without header, global style and repeated ids."""
+    """Return matplotlib's SVG for use in a page: without header, global style and repeated ids."""
     from markupsafe import Markup, escape
 
     text = svg.decode()

@@ -13,7 +13,7 @@ from qbench.system import files
 
 
 class PageProvenance(NamedTuple):
-    """The command, the version, the number of runs per environment, and the newest run's time."""
+    """The command, qbench's version, the runs per environment, and the newest run's time."""
 
     command: str
     version: str

@@ -15,7 +15,7 @@ COSTS: dict[str, tuple[str, str, Callable[[Setting], float]]] = {
     "size": ("size (bytes, log scale)", "B", lambda s: s.cost.bytes_ideal if s.cost else 0.0),
     "bitops": ("BitOps per image (log scale)", "", lambda s: float(s.cost.bitops) if s.cost else 0.0),
 }
-"""Cost -> label of the axis, unit, and function of a setting that returns the cost (0: unknown)."""
+"""Cost -> label of the axis, unit, and function that returns a setting's cost (0 if unknown)."""
 
 
 def bits(figure: Figure, data: PlotData) -> None:
@@ -54,8 +54,8 @@ def bits(figure: Figure, data: PlotData) -> None:
 def bit_series(settings: Sequence[Setting]) -> dict[str, dict[SeriesKey, list[Setting]]]:
     """Return the settings of each line, by axis (w, a, g), then by label and other widths.
 
-    The other widths are text such as "A2 G6". If a method quantizes activations as wide as weights
-    at several widths, the text is "A=W".
+    The other widths are text such as "A2 G6". If a method has several widths, each with equal bits
+    for weights and activations, the text is "A=W".
     """
     lines: dict[str, dict[SeriesKey, list[Setting]]] = {}
     for label in dict.fromkeys(s.label for s in settings):

@@ -33,7 +33,7 @@ KINDS: dict[str, Callable[[Figure, PlotData], None]] = {
     "bits": bits, "pareto": pareto, "curves": curves, "layers": layers,
 }  # fmt: skip
 NEEDED = {"layers": "runs with metrics of their layers"}
-"""Requirements of a kind of plot, beyond finished runs of a quantized network."""
+"""What a kind of plot needs in addition to finished runs of a quantized network."""
 
 
 def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None:
@@ -93,7 +93,7 @@ def comparison_figure(
 
 
 def encoded(figure: Figure, form: str, **style: object) -> bytes:
-    """Return the bytes of a figure's file, which are the same for equal figures.
+    """Return the bytes of a figure's file. Equal figures give equal bytes.
 
     Args:
         form: png, pdf or svg.

@@ -20,7 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STARS = ("*", "H", "d", "8")
 """Markers of float networks."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-"""Markers of methods. Cycling through 11 markers and 6 colours gives 66 different pairs."""
+"""Markers of methods. Cycled together, 11 markers and 6 colours give 66 different pairs."""
 DASHES: tuple[Dash, ...] = (
     "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 3)), (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)),
 )  # fmt: skip
@@ -33,7 +33,7 @@ FAR, GOOD = 15.0, 75.0
 """The axis is logarithmic in the error if top-1 spans FAR points and the best is at least GOOD."""
 TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 100)
 FRONT = "front"
-"""Marks the names of points on a Pareto front, for `thin_out`."""
+"""Mark by which `thin_out` recognizes the names of points on a Pareto front."""
 
 
 class Style(NamedTuple):
@@ -80,7 +80,7 @@ def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) 
 
 
 def _log_error(top1: "float | NDArray[np.floating]") -> "NDArray[np.floating]":
-    """Return -log(101 - top1), where one point is added to the error so that 100 % is finite."""
+    """Return -log(101 - top1). One point is added to the error so that 100 % is finite."""
     import numpy as np
 
     return np.asarray(-np.log(np.maximum(101 - top1, 1e-9)))
@@ -116,7 +116,7 @@ def finish(panel: Axes, x_label: str, y_label: str) -> None:
 
 
 def _legend_columns(labels: Iterable[str]) -> int:
-    """Return the number of legend columns for which the longest label leaves room."""
+    """Return the number of columns that fit into the legend, given the longest label."""
     return max(1, min(9, 150 // (9 + max(map(len, labels), default=0))))
 
 
@@ -126,7 +126,10 @@ def legend_rows(labels: set[str]) -> int:
 
 
 def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """Draw one legend under the panels; a space before `_` keeps matplotlib from hiding a label."""
+    """Draw one legend under the panels.
+
+    A label that begins with `_` gets a leading space, since matplotlib would hide it otherwise.
+    """
     labelled = {(f" {label}" if label.startswith("_") else label): handle for label, handle in handles.items()}
     place = {"loc": "outside lower center", "ncols": _legend_columns(labelled), "frameon": False}
     figure.legend(list(labelled.values()), list(labelled), fontsize=7.5, labelcolor=INK, handlelength=2.6, **place)

@@ -14,7 +14,7 @@ MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%
 FLOAT_STAGE = "float"
 """The name of the float baselines' curve."""
 PLOT_MAX_SQNR = 60.0
-"""Largest SQNR in dB that is plotted, since cosines are stored in single precision."""
+"""Largest SQNR in dB that is plotted. Cosines in single precision cannot resolve larger values."""
 
 
 class SeedCurve(NamedTuple):
@@ -86,11 +86,11 @@ def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
 def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
     """Return a layer's SQNR in dB at the scale that fits best, at most `PLOT_MAX_SQNR`.
 
-    None if the cosine between the layer's output and the float output was not recorded. The scale
-    is fitted since normalization undoes it, and the quantized weights of some methods have another
-    scale than the latent weights. DoReFa's output, for example, may have a large error and still
-    point in the right direction. At the best scale, the error is the fraction 1 - cosine^2 of the
-    signal.
+    Return None if the cosine between the layer's output and the float output was not recorded. The
+    scale is fitted for two reasons. Normalization removes the scale, and the quantized weights of
+    some methods differ in scale from the latent weights. DoReFa's output, for example, may have a
+    large error and still point in the right direction. At the best scale, the error is the fraction
+    1 - cosine^2 of the signal.
     """
     cosine = metrics.get("cosine")
     if not isinstance(cosine, int | float):
@@ -100,9 +100,9 @@ def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
 
 
 def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
-    """Return the curve over seeds; each position x covers the seeds with a value at x.
+    """Return the curve over seeds, where each position x covers the seeds with a value at x.
 
-    None if no seed has a value.
+    Return None if no seed has a value.
     """
     places = sorted(set().union(*seeds))
     at = [[seed[x] for seed in seeds if x in seed] for x in places]

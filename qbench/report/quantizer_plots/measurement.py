@@ -1,7 +1,7 @@
 """Measures how a method quantizes single values, in a small layer.
 
 No formula of a method is used here. Each quantizer is evaluated to obtain its values and
-derivatives. The weights are the quantiles of N(0, 1) in a seeded order; the inputs come from a
+derivatives. The weights are the quantiles of N(0, 1) in a seeded order. The inputs come from a
 small network. Quantities that depend on a whole tensor are computed from these tensors.
 """
 
@@ -23,7 +23,7 @@ from qbench.report.quantizer_plots.transfer_curves import DRAWS, FEW_LEVELS, Cod
 PICKS = 512
 """Number of values at which derivatives are taken."""
 BISECTIONS, MAX_SHARPENED = 24, 64
-"""Bisection steps to locate a jump; largest number of jumps that are located in this way."""
+"""Number of bisection steps to locate a jump, and largest number of jumps located in this way."""
 GRADIENT_STD = 0.01
 """Standard deviation of the gradient with respect to a layer's output."""
 
@@ -91,7 +91,7 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
 
 
 def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCurves:
-    """Measure a method without float weights; apply x as an update from 0 by its step."""
+    """Measure a method without float weights: the weights after its step applies x to zeros."""
 
     def updated(model: nn.Module) -> Tensor:
         weight = model.get_parameter("middle.weight")
@@ -107,7 +107,7 @@ def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCur
 
 
 def _input_curves(method: Method) -> QuantizerCurves:
-    """Measure the quantizer of inputs over the inputs' range, extended by a fifth on each side."""
+    """Measure the input quantizer over the range of inputs, extended by a fifth on each side."""
     probe = install_in_probe(method, 1, VALUES)
     columns = VALUES
     if (size := _codeword_size(probe.layer)) > 1:

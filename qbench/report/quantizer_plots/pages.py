@@ -23,7 +23,7 @@ from qbench.report.quantizer_plots.transfer_curves import Codewords, QuantizerCu
 WIDTH, DPI = 10, 120
 """Width of a figure in inches; dots per inch."""
 COLUMNS, LISTED_THRESHOLDS = 3, 7
-"""Tiles per row of the poster; largest number of thresholds whose values are written out."""
+"""Tiles per row of the poster, and largest number of thresholds whose values are written out."""
 TITLE = "Quantizers of all methods"
 SUBTITLE = (
     "Left: forward, right: backward, both measured on the quantizers before training. Weights follow N(0, 1); "
@@ -34,7 +34,7 @@ LETTERS = {"weights": "W", "inputs": "A", "outputs": "G"}
 
 
 def method_figure(method: Method, title: str, command: str) -> Figure:
-    """Return the figure of one method, forward curves at the left, backward at the right."""
+    """Return the figure of one method: forward curves at the left, backward ones at the right."""
     measured = measure_quantizers(method)
     height = 2.55 * len(measured) + 1.15
     figure = _figure(height)

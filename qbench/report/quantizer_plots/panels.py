@@ -1,4 +1,4 @@
-"""Draws one curve into one panel; colours are Okabe and Ito's, marks differ in shape."""
+"""Draws one curve into one panel, in colours of Okabe and Ito, with marks of different shapes."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, SKY, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"
 DASHES = (0, (4, 0.7))
 MAX_STEPS = 64
-"""Largest number of jumps with which a curve is drawn as a staircase; with more, as a line."""
+"""Largest number of jumps drawn as a staircase. A curve with more is drawn as a line."""
 MAX_LARGE_MARKS, MIN_ZOOMED = 9, 60
-"""Largest number of thresholds with large marks; fewest values in a magnified part."""
+"""Largest number of thresholds with large marks, and fewest values in a magnified part."""
 BINS, MARGIN = 60, 0.08
-"""Bins of the histogram; margin of an axis as a fraction of its range."""
+"""Number of bins of the histogram, and margin of an axis as a fraction of its range."""
 
 
 class PlotSizes(NamedTuple):
-    """Sizes of text, lines and marks in points; axis fraction per tick label; format of levels."""
+    """Sizes of text, lines and marks in points, axis fraction per tick label, format of levels."""
 
     text: float
     line: float
@@ -109,7 +109,7 @@ def draw_slope(panel: Axes, curves: QuantizerCurves, sizes: PlotSizes) -> None:
 def draw_codewords(left: Axes, right: Axes, codewords: Codewords, sizes: PlotSizes) -> None:
     """Draw codewords and the encoded vectors in two dimensions into the left panel.
 
-    The right panel shows one weight of each vector -> its quantized value.
+    The right panel maps one weight of each vector to its quantized value.
     """
     size = sizes.mark**2
     left.scatter(*codewords.vectors[:, :2].T.numpy(), s=size / 8, color="0.75", lw=0)
@@ -131,7 +131,7 @@ def _draw_dots(panel: Axes, x: Tensor, y: Tensor, frozen: Tensor, sizes: PlotSiz
 def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
     """Draw the histogram of a float tensor in the background.
 
-    The highest bar, such as the zeros of ReLU, is cut to the height of the second highest.
+    The highest bar, for example that of ReLU's zeros, is cut to the height of the second highest.
     """
     counts, edges = np.histogram(tensor.numpy(), bins=BINS)
     heights = (counts / max(np.sort(counts)[-2], 1)).clip(max=1)
@@ -177,7 +177,10 @@ def _limits(*values: "NDArray[np.generic]") -> tuple[float, float]:
 
 
 def _spread_out(levels: list[float], gap: float) -> list[float]:
-    """Return levels whose labels do not overlap: the ends, zero, then repeatedly the farthest."""
+    """Return levels whose labels do not overlap.
+
+    The ends and zero come first. Then the level farthest from those chosen is added repeatedly.
+    """
     kept = [levels[0], *levels[1:][-1:]]
     rest = sorted(levels, key=abs)
     while rest:

@@ -18,7 +18,7 @@ from qbench.quant.quantizer import Quantizer
 VALUES = 4096
 IMAGES, FEATURES, CLASSES = 64, 64, 3
 EPOCHS = 20
-"""Number of epochs in which incremental methods freeze all weights; nothing is trained in them."""
+"""Number of epochs in which incremental methods freeze all weights. Nothing is trained."""
 
 
 class ProbeNetwork(nn.Sequential):
@@ -72,14 +72,14 @@ def prepare(method: Method, probe_layer: ProbeLayer) -> list[tuple[str, Quantize
     """Prepare a method and begin all its epochs.
 
     Return pairs of a phase's name and the weights' quantizer in that phase. The last pair is the
-    state at the end. For incremental methods, the state of the first epoch with at least half of
-    the weights frozen, but not all, comes before it.
+    state at the end. For incremental methods, a pair comes before it: the state of the first epoch
+    in which at least half of the weights, but not all, are frozen.
     """
     model, quantizer = probe_layer.model, probe_layer.layer.weight_q
     probe = Probe([(probe_layer.images, torch.arange(IMAGES) % CLASSES)], F.cross_entropy)
     if method.prepare:
         method.prepare(model, probe)
-    model.train()(probe_layer.images)  # for ranges that are tracked
+    model.train()(probe_layer.images)  # so that tracked ranges are set
     model.eval()
     borders = [0, *method.phases(EPOCHS)]
     phases: list[tuple[str, Quantizer]] = []

@@ -1,4 +1,4 @@
-"""Defines the measured curves of quantizers: maps of single values, and codewords of several."""
+"""Defines the measured curves of quantizers: maps of single values, and codewords of vectors."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class TransferCurve(NamedTuple):
 
     Args:
         x: (n,) float values, ascending.
-        y: (n,) function values; the mean for a stochastic function.
+        y: (n,) function values, or their mean for a stochastic function.
         band: smallest and largest y, (n,) each; None for a deterministic function.
         levels: the levels that the quantizer declares, ascending.
         tensor: the float tensor for which the function was measured.
@@ -31,7 +31,7 @@ class TransferCurve(NamedTuple):
 
     @property
     def jumps(self) -> Tensor:
-        """The indices after which y jumps; empty for a stochastic function."""
+        """The indices after which y jumps. Empty for a stochastic function."""
         return self.y.diff().nonzero().flatten() if self.band is None else torch.zeros(0, dtype=torch.long)
 
     @property
@@ -41,7 +41,7 @@ class TransferCurve(NamedTuple):
 
     @property
     def heights(self) -> Tensor:
-        """The y of every step; there is one step more than jumps."""
+        """The y of every step. There is one more step than there are jumps."""
         return self.y[torch.cat([torch.zeros(1, dtype=torch.long), self.jumps + 1])]
 
 
@@ -56,7 +56,7 @@ class QuantizerCurves:
         picks: (m,) indices into forward.x, spread evenly over its range.
         slope: (m,) derivative of the quantized value at the picks; None for outputs.
         backward: for outputs, the curve incoming gradient -> outgoing gradient.
-        frozen: (n,) whether each of forward.x is frozen; None unless only some are.
+        frozen: (n,) whether each value of forward.x is frozen. None if none or all are frozen.
         when: the phase of an incremental method.
         notes: remarks needed to read the curve correctly.
     """

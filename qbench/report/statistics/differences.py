@@ -5,9 +5,9 @@ The two groups of runs are paired by seed and, where single predictions are kept
 Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`), not from `scipy.stats`,
 whose `t.cdf` and `t.ppf` return the same numbers. `qbench compare` needs these functions whenever
 it compares two settings. Importing `scipy.stats` takes about three times as long as importing
-`scipy.special` (0.7 s and 0.2 s). Each call takes about 35 times as long, which matters with
-thousands of pairs. The tests compare the results with those of `scipy.stats`. scipy and numpy are
-imported inside the functions that use them.
+`scipy.special` (0.7 s and 0.2 s). Each call to `scipy.stats` takes about 35 times as long, which
+matters with thousands of pairs. The tests compare the results with those of `scipy.stats`. scipy
+and numpy are imported inside the functions that use them.
 """
 
 import math
@@ -59,8 +59,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Return the mean difference of values paired by seed, with Student's interval (1908).
 
     With one pair the interval is infinite and p is 1. If all differences are equal, the interval is
-    a single point, and Student's test would give p = 0. In that case p is taken from the sign-flip
-    test, 2^(1 - n) (Fisher 1935).
+    a single point, and Student's test would give p = 0. In that case the p-value is that of the
+    sign-flip test, 2^(1 - n) (Fisher 1935).
 
     Raises:
         ValueError: there is no pair, or the groups have different lengths.
@@ -81,8 +81,8 @@ def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
     Both seeds and items are random samples, and all seeds are tested on the same items. The model
     is d = 100 (first - second) = mean + seed + item + rest. The variance of the mean is then
     (MS_seeds + MS_items - MS_rest) / (seeds items), from the mean squares of the two-way table
-    without replication (Scheffé 1959, chapter 7). This is the same sum as the two-way
-    cluster-robust variance of Cameron, Gelbach and Miller 2011, here with unbiased parts. Negative
+    without replication (Scheffé 1959, chapter 7). This equals the two-way cluster-robust variance
+    of Cameron, Gelbach and Miller 2011, except that its parts are unbiased here. Negative
     components are set to zero. The degrees of freedom are Satterthwaite's (1946). A bootstrap over
     seeds and items (Owen 2007) is not used, since it overestimates the variance with few seeds and
     draws random numbers.
@@ -154,11 +154,11 @@ def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
 def with_seed_dof(d: Difference) -> Difference:
     """Return the difference with at most n - 1 degrees of freedom, where n is the number of seeds.
 
-    The degrees of freedom of `two_way` are an estimate. With two to five seeds, its p-values below
-    0.01 occur several times too often. Families of many pairs and repeated looks depend on such
-    small p-values. With n - 1 degrees of freedom, no p-value is below the exact p-value of `paired`
-    on the same seeds. The exception is when all seeds have the same difference; there `paired`
-    returns a larger p-value.
+    The degrees of freedom of `two_way` are an estimate. With two to five seeds, `two_way` returns
+    p-values below 0.01 several times too often. Families of many pairs and repeated looks depend on
+    such small p-values. With n - 1 degrees of freedom, no p-value is below the exact p-value of
+    `paired` on the same seeds. The exception is when all seeds have the same difference: then
+    `paired` returns a larger p-value.
     """
     dof = min(d.dof, d.n - 1.0)
     return d if dof == d.dof else _difference(d.mean, d.n, d.seed_variance, d.item_variance, dof, d.items)
@@ -172,8 +172,8 @@ def half_width(d: Difference, alpha: float) -> float:
 def sample_error(percent: float, items: int) -> float:
     """Return the half-width, in points, of the 95 % confidence interval of a test accuracy.
 
-    The interval is the normal approximation of the binomial distribution. At 0 and 100 %, half an
-    image is counted as right or wrong, so that the interval does not vanish.
+    The interval is the normal approximation of the binomial distribution. At 0 %, half an image is
+    counted as right, and at 100 % as wrong, so that the interval does not vanish.
 
     Args:
         percent: percentage of test images classified correctly.
@@ -191,8 +191,8 @@ def one_sided_p(d: Difference, border: float) -> float:
     1. t = (mean - border) / standard error.
     2. p = P(T >= t) = P(T <= -t) for Student's T with `dof` degrees of freedom.
 
-    If all seeds have the same difference, t is infinite, and the sign-flip test is used: p is 2^-n
-    above the border and 1 at or below it. With one seed p is 1.
+    If all seeds have the same difference, t is infinite. The sign-flip test is used instead: p is
+    2^-n for a difference above the border, otherwise 1. With one seed p is 1.
     """
     from scipy import special
 
@@ -213,7 +213,7 @@ def swapped(d: Difference) -> Difference:
 def _difference(
     mean: float, n: int, seed_variance: float, item_variance: float, dof: float, items: int | None
 ) -> Difference:
-    """Return a difference with its interval and p-value, from the parts of its squared error."""
+    """Return a difference with interval and p-value, from the parts of the squared error."""
     error = math.sqrt(seed_variance + item_variance)
     half = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, dof) * error
     low, high = mean - half, mean + half

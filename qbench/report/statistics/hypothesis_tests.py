@@ -1,7 +1,7 @@
 """Tests hypotheses on differences: McNemar, equivalence (TOST), claims, Holm.
 
-The distributions come from `scipy.special`; the module `differences` explains why not from
-`scipy.stats`.
+The distributions come from `scipy.special`, not from `scipy.stats`. The module `differences`
+explains why.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ TESTS = ("better", "at_least", "equal")
 class Evidence(NamedTuple):
     """The evidence for or against a claim.
 
-    `p` is the p-value of the direction that the data favour, doubled since both are tested. `holds`
-    is whether this direction supports the claim.
+    `p` is the p-value of the direction that the data favour, doubled because both directions are
+    tested. `holds` is true if this direction supports the claim.
     """
 
     p: float

@@ -25,7 +25,7 @@ def seeds_needed(
 ) -> int | None:
     """Return the number of seeds at which a test of such a difference has the given power.
 
-    The observed mean and variances are assumed to be the true values; `alpha` is two-sided. With
+    The observed mean and variances are assumed to be the true values. `alpha` is two-sided. With
     `seeds_alone`, the degrees of freedom are those of `with_seed_dof`. None is returned if no
     number up to 1000 is enough. Then the error from the test items is too large, the difference
     lies on the border of the test, or the variance is not known since there was only one seed.
@@ -56,12 +56,13 @@ def _power(
 ) -> "NDArray[np.floating]":
     """Return the power at n (m,) seeds for a difference at these distances from two borders.
 
-    1. Compute the squared standard error at n seeds. The part from seeds shrinks as 1 / n; the part
-       from items stays.
+    1. Compute the squared standard error at n seeds. The part from seeds shrinks as 1 / n, whereas
+       the part from items stays constant.
     2. Compute the degrees of freedom of this error after Satterthwaite; n - 1 without variance.
     3. Compute the probability of significance against each border:
        P(T <= distance / error - t(1 - alpha / 2)).
-    4. Return a lower bound of the probability of both: the sum of both probabilities minus 1.
+    4. Return a lower bound of the probability that both are significant: the sum of the two
+       probabilities minus 1.
     """
     import numpy as np
     from scipy import special

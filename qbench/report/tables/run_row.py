@@ -49,7 +49,7 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def _remarks(result: Result) -> list[str]:
-    """Return a run's directory, the meaning of its accuracy or the reason for none, and notes."""
+    """Return a run's directory, notes, and the meaning of the accuracy or why it is missing."""
     top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
     if result.synthetic:
         top1 += "; synthetic data, not comparable with papers"

@@ -77,7 +77,10 @@ def markdown(tables: Sequence[Table]) -> str:
 
 
 def comma_separated(tables: Sequence[Table]) -> str:
-    """Return one CSV; its first column is the table's title, or `note` in the rows of notes."""
+    """Return all tables as one CSV.
+
+    The first column is the table's title, or `note` in the rows of notes.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     head = next((table.head for table in tables if table.rows), ())
@@ -101,7 +104,7 @@ def as_json(tables: Sequence[Table]) -> str:
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """Return a LaTeX tabular for each table; the rules need the package booktabs."""
+    """Return a LaTeX tabular for each table. The rules need the package booktabs."""
     parts = []
     for table in tables:
         lines = [f"% {table.title}"] if table.title else []
