@@ -1,4 +1,4 @@
-"""Properties of the backward pass: everything that is trained gets the right gradient."""
+"""Properties of the backward pass: everything that is trained gets the correct gradient."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +37,9 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
     Useful means finite and not zero everywhere.
 
-    Quantizers are checked one by one, so that the layers before a quantizer that stops the gradient
-    are not blamed. The check leaves out post-training methods, weights that require no gradient,
-    and layers whose weights are all frozen.
+    Quantizers are checked one by one, so that a quantizer that stops the gradient does not make the
+    layers before it fail. The check leaves out post-training methods, weights that require no
+    gradient, and layers whose weights are all frozen.
     """
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
@@ -58,7 +58,7 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """Yield, per quantizer of a layer, what must get gradients, and these gradients."""
+    """Yield, for each quantizer of a layer, what must get a gradient, with that gradient."""
     all_frozen = isinstance(layer.weight_q, FrozenWeight) and layer.weight_q.complete
     fixed = not layer.weight.requires_grad or all_frozen
     cases: list[tuple[str, Quantizer, Callable[[Tensor], Tensor], Tensor]] = [
@@ -91,9 +91,9 @@ def _derivatives(result: Tensor, upstream: Tensor, inputs: Sequence[Tensor]) -> 
 def _balanced_over_levels(result: Tensor) -> Tensor:
     """Return random upstream gradients whose sum over equal values is 0.
 
-    A scale moves whole levels, so that it gets no gradient from such upstream gradients. Any
-    gradient that arrives has come through the rounding. The random gradients are returned unchanged
-    if most values occur once, because the tensor then has no levels, or too many.
+    A scale moves whole levels, so its gradient from such upstream gradients is 0. Any gradient that
+    still arrives has passed through the rounding. If most values occur only once, the tensor has no
+    levels, or too many. The random gradients are then returned unchanged.
     """
     upstream = torch.randn_like(result)
     _, level, count = torch.unique(result, return_inverse=True, return_counts=True)
@@ -118,7 +118,7 @@ def _arrived(name: str, what: str, grads: list[Tensor | None]) -> None:
 def learned_parameters(subject: MethodUnderTest, bits: Bits) -> None:
     """Gradients of learned parameters agree with finite differences.
 
-    Both are computed in float64, with rounding switched off.
+    Gradients and differences are computed in float64, with rounding switched off.
     """
     checked = 0
     for name, layer in subject.layers(bits):

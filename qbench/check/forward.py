@@ -27,7 +27,7 @@ Hoeffding 1963.
 
 
 def levels(subject: MethodUnderTest, bits: Bits) -> None:
-    """Values lie on the declared levels, which are not too many for the width."""
+    """Values lie on the declared levels, and there are no more levels than the width allows."""
     level_counts = verified(subject.network(bits))
     if not level_counts:
         raise PropertyViolation("no layer is quantized")
@@ -48,7 +48,8 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
 def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
     """Return whether the levels of weights are vectors.
 
-    A codebook for several weights at a time has more levels than the width of one weight allows.
+    A codebook whose entries are vectors of several weights may have more levels than the width of
+    one weight allows.
     """
     _, layer = next(subject.layers(bits))
     return key == "w" and declared_grid(layer.weight_q, layer.weight).points.shape[-1] > 1
@@ -91,7 +92,7 @@ def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """The input quantizer is monotone, idempotent, and clips the gradient, as declared."""
+    """The input quantizer is monotone and idempotent and clips the gradient, as declared."""
     traits = _declared_traits(subject, bits, "monotone_input", "idempotent_input", "clipped_input")
     for name, layer in subject.layers(bits):
         quantize, channels = layer.input_q, layer.weight.shape[1]
@@ -107,7 +108,7 @@ def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _clipped(name: str, quantize: Quantizer, x: Tensor) -> None:
-    """Raise `PropertyViolation` unless the gradient is 0 beyond the levels and nowhere else."""
+    """Raise `PropertyViolation` unless the gradient is 0 exactly where x is beyond the levels."""
     points = declared_grid(quantize, x).points.detach().flatten().nan_to_num(0)
     low, high = float(points.min()), float(points.max())
     _, slope = gradient_of(quantize, x)
@@ -152,7 +153,7 @@ def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
 def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
     """Stochastic rounding is unbiased.
 
-    The distance of the mean of many draws from the input is within Hoeffding's bound.
+    The mean of many draws differs from the input by no more than Hoeffding's bound.
     """
     random = False
     for name, layer in islice(subject.layers(bits), 2):
@@ -171,13 +172,13 @@ def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradient_behind(layer: QLayer, grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of y that the output quantizer computes from an upstream gradient."""
+    """Return the gradient of y that the output quantizer computes from the gradient `grad`."""
     y = torch.zeros_like(grad).requires_grad_()
     return torch.autograd.grad(layer.output_q(y, x), y, grad)[0]
 
 
 def _unbiased(name: str, draw: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Return whether `draw` is random; raise `PropertyViolation` if the mean is biased."""
+    """Return whether `draw` is random, and raise `PropertyViolation` if its mean is biased."""
     torch.manual_seed(7)
     first = draw().detach()
     if torch.equal(first, draw().detach()):

@@ -25,9 +25,9 @@ class Finding:
     Args:
         name: the name of the property.
         widths: number of widths at which the property was checked.
-        reason: why the property is not applicable, if it was checked at no width.
+        reason: why the property does not apply, if it was not checked at any width.
         failures: one line per width at which the property does not hold.
-        seconds: duration of the check.
+        seconds: how long the check took.
     """
 
     name: str
@@ -46,7 +46,7 @@ def check(subject: MethodUnderTest) -> list[Finding]:
     """Return a finding for every property.
 
     An error inside the method counts as a failure of the property that was being checked. The check
-    runs in one thread; at the end it restores the number of threads and the random state.
+    runs in one thread. At the end it restores the number of threads and the random state.
     """
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
@@ -111,7 +111,7 @@ def _widths(one: Property, subject: MethodUnderTest) -> list[Bits]:
 
 
 def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
-    """Return the findings as lines, with the failures of each property."""
+    """Return one line per finding, followed by the failures of the property."""
     lines = []
     for finding in findings:
         plural = "" if finding.widths == 1 else "s"
@@ -125,9 +125,9 @@ def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
 
 
 def _verdict(findings: list[Finding]) -> str:
-    """Return the numbers of properties that do not hold, hold, and are not applicable.
+    """Return how many properties do not hold, hold, and are not applicable.
 
-    Zeros are left out, except for the number of properties that hold.
+    A number that is zero is left out, except the number of properties that hold.
     """
     count = Counter(finding.state for finding in findings)
     phrases = [

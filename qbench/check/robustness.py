@@ -1,4 +1,4 @@
-"""Properties at the limits: 32 bits, degenerate tensors, inf and nan, half types."""
+"""Properties in extreme cases: 32 bits, degenerate tensors, inf and nan, half types."""
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def _finite_everywhere(model: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 def not_finite(subject: MethodUnderTest, bits: Bits) -> None:
-    """inf or nan in weights or inputs raises an error and never becomes an ordinary level."""
+    """An inf or nan in weights or inputs raises an error; it never becomes an ordinary level."""
     for bad in (float("nan"), float("inf")):
         model = subject.network(bits)
         images = batches()[0][0].clone()
@@ -97,7 +97,7 @@ def _refused(what: str, model: nn.Module, images: Tensor) -> None:
 def half_types(subject: MethodUnderTest, bits: Bits) -> None:
     """Under autocast to float16 and bfloat16, loss and gradients are finite.
 
-    Parameters get float32 gradients.
+    The gradients of parameters are float32.
     """
     for dtype in (torch.bfloat16, torch.float16):
         model = subject.network(bits).train()

@@ -24,16 +24,16 @@ Make = Callable[[Bits], Method]
 
 
 class PropertyViolation(Exception):
-    """A property does not hold; the message says where and by how much."""
+    """A property does not hold. The message says where and by how much."""
 
 
 class NotApplicable(Exception):
-    """A property does not apply to the method; the message says why."""
+    """A property does not apply to the method. The message says why."""
 
 
 @dataclass(frozen=True)
 class MethodUnderTest:
-    """A method as a function of its widths.
+    """The method that is checked, with a function that makes it at given widths.
 
     Args:
         name: the name of the method.
@@ -53,12 +53,12 @@ class MethodUnderTest:
 
     @property
     def supported_bits(self) -> list[Bits]:
-        """Every supported width of w, a or g, with the others at 32, and the default widths."""
+        """Each supported width of w, a or g, with 32 bits for the rest, and the default widths."""
         single = [Bits(**{key: width}) for key in "wag" for width in self.widths(key)]
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
 
     def float_network(self) -> nn.Module:
-        """Return a small convolutional network that the method supports, always the same."""
+        """Return a small convolutional network that the method supports, equal in all calls."""
         torch.manual_seed(1)
         norm = self.make(self.default).requires.norm or "affine"
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
@@ -112,7 +112,7 @@ def tiny_network(norm: str) -> nn.Module:
 def gradient_of(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return a module's value at x and the gradient at x for an upstream gradient of ones.
 
-    The gradient is zero if none arrives.
+    If no gradient arrives at x, zeros are returned for the gradient.
     """
     x = x.detach().clone().requires_grad_()
     y = module(x)

@@ -36,7 +36,7 @@ def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def resume(subject: MethodUnderTest, bits: Bits) -> None:
-    """Training that stops in an epoch and is resumed ends with the same weights, bit for bit."""
+    """Training stopped within an epoch and resumed ends with the same weights, bit for bit."""
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
     whole, state = _task(subject, bits)

@@ -1,8 +1,8 @@
 """Count a network's parameters, multiply-accumulates (MACs), BitOps, bytes and bits per weight.
 
 BitOps are MACs x bits of the weights x bits of the activations, summed over convolutions and linear
-layers; float counts as 32 bits. Bytes include parameters, scales and codebooks, not batch-norm
-statistics.
+layers. A float tensor counts as 32 bits. Bytes include parameters, scales and codebooks, but not
+batch-norm statistics.
 """
 
 import copy
@@ -22,7 +22,7 @@ from qbench.quant.quantizer import Storage
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     """Return the MACs of every convolution and linear layer of a float network, for one image.
 
-    They are counted on a copy of the network on the meta device, which needs no memory and no
+    The MACs are counted on a copy of the network on the meta device. This takes no memory and no
     arithmetic.
 
     Args:

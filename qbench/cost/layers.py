@@ -1,4 +1,4 @@
-"""Levels and cost of each layer of a quantized network; works on meta tensors too."""
+"""Compute the levels and cost of each layer of a quantized network, on meta tensors too."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ LevelsOf = Callable[[str, tuple[int, ...], int], Levels | None]
 
 
 def layer_costs(model: nn.Module, method: Method, macs: Mapping[str, int]) -> list[LayerCost]:
-    """Return the cost of each layer in `macs`, in that order; batch normalization is left out."""
+    """Return the cost of each layer in `macs`, in that order, without batch normalization."""
     layers = quantizable(model)
     levels_of = cache(partial(_levels, method))
     return [_cost(name, layers[name], levels_of, count) for name, count in macs.items()]
@@ -116,9 +116,9 @@ def _small_shape(layer: FloatLayer) -> tuple[int, ...]:
 
 
 def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Levels | None:
-    """Return the levels of a quantizer, read in a small layer with random weights.
+    """Return the levels of a quantizer, found by building a small layer with random weights.
 
-    The values of the weights may matter, so that meta tensors are not enough.
+    The levels may depend on the values of the weights, so meta tensors are not enough.
     """
     factory = method.weight if slot == "weight" else method.input
     if factory is None:
@@ -143,7 +143,7 @@ def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Lev
 
 
 def _read(grid: Grid, value: Tensor) -> Levels | None:
-    """Return the levels of a grid's first group; None if the group has no levels."""
+    """Return the levels of a grid's first group, or None if the group has no levels."""
     groups, _, dimension = grid.points.shape
     first = grid.points[0]
     first = first[~first.isnan().any(1)].double()
@@ -155,10 +155,11 @@ def _read(grid: Grid, value: Tensor) -> Levels | None:
 
 
 def _steps(points: Tensor) -> int | None:
-    """Return the largest of levels (L,), in units of a step of which all levels are multiples.
+    """Return the largest level in steps, if all levels (L,) are multiples of a step.
 
     The step is the smallest distance between two levels or between a level and zero, or half of
-    that distance. The result is None if there is no such step, and 0 if all levels are zero.
+    that distance. If the levels are not multiples of this step, the result is None. If all levels
+    are zero, the result is 0.
     """
     distances = torch.cat([points.abs(), points.diff().abs()])
     if not bool((distances > 0).any()):

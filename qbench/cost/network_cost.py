@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class NetworkCost:
     """Parameters, operations for one image, and bytes of a network.
 
-    `bitops` are MACs x weight bits x activation bits, summed over the layers. For
-    `bytes_ideal` every code is stored at its nominal width, for `bytes_packed` in 1, 2, 4, 8, 16 or
-    32 bits; both include scales and codebooks. `bits_per_weight` is the mean over quantized
+    `bitops` are MACs x weight bits x activation bits, summed over the layers. `bytes_ideal` assumes
+    that every code is stored at its nominal width. `bytes_packed` assumes storage in 1, 2, 4, 8, 16
+    or 32 bits. Both include scales and codebooks. `bits_per_weight` is the mean over quantized
     weights, or 32 if no weights are quantized.
     """
 

@@ -1,7 +1,7 @@
 """Decide which runtimes support a quantized network's arithmetic, with sources.
 
-Nothing is exported, and no runtime is measured. The statements about formats come from the
-documents named below.
+Nothing is exported, and no runtime is measured. The list of formats that each runtime supports
+comes from the documents named below.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,11 +39,11 @@ WIDTH_INT8 = 8
 
 
 def runs_on(layers: Sequence[LayerCost]) -> list[str]:
-    """Return one line per runtime that supports the arithmetic, or the reason why none does.
+    """Return one line per runtime that supports the arithmetic, or why no runtime does.
 
     Args:
-        layers: the layers of a network; only quantized layers count, because float layers run on
-            any runtime.
+        layers: the layers of a network. Only quantized layers are considered, because any runtime
+            can run float layers.
     """
     quantized = [layer for layer in layers if layer.bits.w < FLOAT or layer.bits.a < FLOAT]
     if not quantized:

@@ -18,27 +18,27 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 def _max_magnitude(t: Tensor) -> Tensor:
-    """Return max|t| without gradient; 1 if t is all zero."""
+    """Return max|t| without gradient, or 1 if t is all zero."""
     top = t.detach().abs().max()
     return torch.where(top == 0, torch.ones_like(top), top)
 
 
 @in_float32
 def detached_max(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights with the maximum as a constant in the backward pass."""
+    """Quantize weights; the backward pass treats the maximum as a constant."""
     t = torch.tanh(w)
     return 2 * quantize_k(t / (2 * _max_magnitude(t)) + 0.5, bits) - 1
 
 
 @in_float32
 def rescaled_by_max(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights as `detached_max` does, and multiply by the maximum; levels are in +-max|tanh w|."""
+    """Quantize weights as `detached_max` does, and multiply by the maximum. All levels are within +-max|tanh w|."""
     return _max_magnitude(torch.tanh(w)) * detached_max(w, bits)
 
 
 @in_float32
 def no_tanh_gradient(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights with dL/dw = dL/dw_hat; tanh and the maximum are ignored in the backward pass."""
+    """Quantize weights with dL/dw = dL/dw_hat. The backward pass ignores tanh and the maximum."""
     return straight_through(w, quantize_weight(w.detach(), bits))
 
 
@@ -50,14 +50,14 @@ def sign_of_zero(w: Tensor) -> Tensor:
 
 @in_float32
 def unit_weights(w: Tensor) -> Tensor:
-    """Binarize weights to +-1, with the gradient of the formula for more bits, through tanh and the maximum."""
+    """Binarize weights to +-1. As with more bits, the gradient passes through tanh and the maximum."""
     t = torch.tanh(w)
     top = t.abs().max()
     return straight_through(t / torch.where(top == 0, torch.ones_like(top), top), sign(w))
 
 
 class DetachedMax(DoReFaWeight):
-    """Weight quantizer with the maximum as a constant in the backward pass."""
+    """Weight quantizer whose backward pass treats the maximum as a constant."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -72,7 +72,7 @@ class RescaledByMax(DoReFaWeight):
         return rescaled_by_max(w, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: 2^bits levels in +-max|tanh w|."""
+        """Return a grid with one group: 2^bits levels within +-max|tanh w|."""
         return Grid(super().grid(w).points * _max_magnitude(torch.tanh(w)))
 
     def bytes(self, w: Tensor) -> Storage:
@@ -96,7 +96,7 @@ class SignOfZero(DoReFaWeight):
         return sign_of_zero(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: -E, 0, E."""
+        """Return a grid with one group: -E, 0 and E."""
         scale = w.abs().mean()
         return Grid(torch.stack([-scale, torch.zeros_like(scale), scale]).reshape(1, 3, 1))
 
@@ -113,7 +113,7 @@ class UnitWeights(DoReFaWeight):
         return unit_weights(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: -1, 1."""
+        """Return a grid with one group: -1 and 1."""
         return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
     def bytes(self, w: Tensor) -> Storage:
@@ -139,7 +139,7 @@ def tenth_of_activation(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def sign_activation(x: Tensor, bits: int) -> Tensor:
-    """Return 1 for x > 0, else 0, with the gradient of the clip; for one bit only."""
+    """Return 1 for x > 0, else 0, with the gradient of the clip. This is for one bit only."""
     clipped = x.clamp(0, 1)
     return straight_through(clipped, clipped.detach().sign())
 
@@ -148,7 +148,7 @@ def sign_activation(x: Tensor, bits: int) -> Tensor:
 
 
 def _quantize_gradient(x: Tensor, bits: int, m: Tensor, noise: Tensor) -> Tensor:
-    """Return a gradient quantized by eq. 12 of the paper, for a given maximum m and noise."""
+    """Quantize a gradient by eq. 12 of the paper, with the given maximum m and noise."""
     return 2 * m * (quantize_k((x / (2 * m) + 0.5 + noise).clamp(0, 1), bits) - 0.5)
 
 
@@ -165,14 +165,14 @@ def _noise(like: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def noise_per_sample(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (N, ...); all elements of a sample share one draw of noise."""
+    """Quantize a gradient (N, ...) with one draw of noise per sample, which all its elements share."""
     m = _sample_max(x)
     return torch.where(m == 0, torch.zeros_like(x), _quantize_gradient(x, bits, m, _noise(m, bits)))
 
 
 @in_float32
 def max_per_tensor(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (any shape) with one maximum for the batch."""
+    """Quantize a gradient (any shape) with one maximum for the whole batch."""
     m = x.abs().max()
     return torch.where(m == 0, torch.zeros_like(x), _quantize_gradient(x, bits, m, _noise(x, bits)))
 
@@ -186,7 +186,7 @@ def no_noise(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def nan_on_zero(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (N, ...) by the formula as printed; a sample of zeros gives 0 / 0."""
+    """Quantize a gradient (N, ...) by the formula as printed, which gives 0 / 0 for a sample of zeros."""
     return _quantize_gradient(x, bits, _sample_max(x), _noise(x, bits))
 
 
@@ -194,7 +194,7 @@ class NoisePerSample(DoReFaGradient):
     """Gradient quantizer with one draw of noise per sample."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y; its gradient will be quantized."""
+        """Return y. In the backward pass, the gradient of y is quantized."""
         return on_backward(y, lambda d: noise_per_sample(d, self.bits))
 
 
@@ -202,11 +202,11 @@ class MaxPerTensor(DoReFaGradient):
     """Gradient quantizer with one scale for the batch."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y; its gradient will be quantized."""
+        """Return y. In the backward pass, the gradient of y is quantized."""
         return on_backward(y, lambda d: max_per_tensor(d, self.bits))
 
     def grid(self, grad: Tensor) -> Grid:
-        """Return one group for the whole batch."""
+        """Return a grid with one group for the whole batch."""
         return Grid(super().grid(grad.reshape(1, -1)).points)
 
 
@@ -214,7 +214,7 @@ class NoNoise(DoReFaGradient):
     """Gradient quantizer that rounds to the nearest level."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y; its gradient will be quantized."""
+        """Return y. In the backward pass, the gradient of y is quantized."""
         return on_backward(y, lambda d: no_noise(d, self.bits))
 
 
@@ -222,7 +222,7 @@ class NanOnZero(DoReFaGradient):
     """Gradient quantizer that gives 0 / 0 for samples whose gradient is zero."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y; its gradient will be quantized."""
+        """Return y. In the backward pass, the gradient of y is quantized."""
         return on_backward(y, lambda d: nan_on_zero(d, self.bits))
 
 
@@ -230,7 +230,7 @@ class NanOnZero(DoReFaGradient):
 
 
 def _weights(kind: type[DoReFaWeight], what: str, source: str, *, binary: bool = False) -> Deviation:
-    """Return a deviation of one-bit weights if `binary`, else of weights with more bits."""
+    """Return a deviation that changes one-bit weights if `binary`, else weights with more bits."""
 
     def where(module: Quantizer) -> bool:
         return isinstance(module, DoReFaWeight) and (module.bits == 1) is binary
@@ -250,7 +250,7 @@ def _activations(
     bits: str = "w32a2",
     binary: bool = False,
 ) -> Deviation:
-    """Return a deviation that replaces the clip of activations; with `binary`, only of one-bit activations."""
+    """Return a deviation that replaces the clip of activations (with `binary`, only of one-bit ones)."""
 
     def apply(method: Method) -> Method:
         original = method.input

@@ -16,7 +16,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 @in_float32
 def unscaled_weight(w: Tensor) -> Tensor:
-    """Binarize weights (any shape) to their signs, sign(0) = +1, with the identity as gradient."""
+    """Binarize weights (any shape) to their signs, where sign(0) = +1, with the identity as gradient."""
     return straight_through(w, sign(w))
 
 
@@ -28,7 +28,7 @@ class UnscaledWeight(HWGQWeight):
         return unscaled_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: -1, 1."""
+        """Return a grid with one group: -1 and 1."""
         return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
     def bytes(self, w: Tensor) -> Storage:
@@ -37,14 +37,17 @@ class UnscaledWeight(HWGQWeight):
 
 
 def old_constants(method: Method) -> Method:
-    """Return the method with activations round(x / step), but with the steps optimal for the paper's thresholds."""
+    """Return the method with activations round(x / step).
+
+    The first threshold is thus half a step, although the steps are optimal for the paper's threshold, 0.
+    """
     original = method.input
 
     def deviating(name: str, layer: FloatLayer, bits: int) -> Quantizer:
         assert original is not None
         module = original(name, layer, bits)
         ranks = torch.arange(1, 2**bits, dtype=torch.float64)
-        # only the paper's quantizer with uniform levels: multiples of the first level
+        # change only the paper's quantizer with uniform levels, which are multiples of the first level
         if type(module) is not HWGQActivation or not torch.allclose(
             module.levels.double() / ranks, module.levels[0].double()
         ):

@@ -13,7 +13,7 @@ from qbench.quant.method import Method, Unsupported
 
 
 def zero_beyond(w: Tensor, levels: Tensor) -> Tensor:
-    """Return the nearest of `levels` for each weight, but 0 for magnitudes of at least 1.5 times the largest level."""
+    """Return for each weight the nearest level, or 0 if |w| is at least 1.5 times the largest level."""
     return torch.where(w.detach().abs() >= 1.5 * levels[-1], 0.0, round_to_levels(w, levels)).to(w.dtype)
 
 
@@ -34,7 +34,7 @@ class OutlierToZero(INQWeight):
     """Weight quantizer that freezes weights far beyond the largest level at zero."""
 
     def level(self, w: Tensor) -> Tensor:
-        """Return the values at which weights are frozen."""
+        """Return the values that the weights would get if they were frozen."""
         return zero_beyond(w, self._levels(w))
 
 
@@ -43,7 +43,7 @@ class RemadeMasks(INQWeight):
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze exactly the largest `portion` of the layer; do nothing if this portion is frozen already."""
+        """Freeze exactly the largest `portion` of the layer, unless this portion is frozen already."""
         _check_partition("remade_masks", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
@@ -51,7 +51,7 @@ class RemadeMasks(INQWeight):
             return
         effective = self(w)
         mask = extend_mask(torch.zeros_like(self.frozen), effective.abs(), portion)
-        w.copy_(torch.where(self.frozen & ~mask, effective, w))  # a freed weight continues from its level
+        w.copy_(torch.where(self.frozen & ~mask, effective, w))  # a weight that becomes free starts from its level
         self.value.copy_(torch.where(mask, self.level(effective), 0.0))
         self.frozen.copy_(mask)
 

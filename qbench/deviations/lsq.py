@@ -15,7 +15,7 @@ from qbench.quant.quantizer import Grid
 
 
 def _zeros_passing_gradient(x: Tensor) -> Tensor:
-    """Return zeros of the shape of x; the gradient of these zeros passes to x unchanged."""
+    """Return zeros of the shape of x. The gradient of these zeros passes to x unchanged."""
     return straight_through(x, torch.zeros_like(x))
 
 
@@ -41,7 +41,7 @@ class UnclampedWeight(LSQWeight):
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: the step times every integer from -Qn to Qp, in ascending order."""
+        """Return a grid with one group: the step times every integer from -Qn to Qp, in ascending order."""
         return Grid(super().grid(w).points.sort(1).values)
 
 
@@ -51,12 +51,12 @@ class UnclampedActivation(LSQActivation):
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: the step times every integer from -Qn to Qp, in ascending order."""
+        """Return a grid with one group: the step times every integer from -Qn to Qp, in ascending order."""
         return Grid(super().grid(x).points.sort(1).values)
 
 
 def unmasked(method: Method) -> Method:
-    """Return the method with gradients that pass everywhere; steps are kept above zero, as in the method itself."""
+    """Return the method with gradients that also pass beyond the last levels. Steps stay above zero."""
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

@@ -20,11 +20,11 @@ class Deviation:
     """A flaw or variant found in public code.
 
     Args:
-        what: how the deviation differs from the paper, one sentence.
+        what: how the deviation differs from the paper, in one sentence.
         source: where the deviation was found, and who pointed it out.
-        apply: function from the paper's method to the deviating method.
-        acts: function of widths that returns whether the deviation makes a difference at these
-            widths.
+        apply: function that takes the paper's method and returns the deviating method.
+        acts: function that takes widths and returns whether the deviation makes a difference at
+            these widths.
         bits: widths at which the deviation makes a difference. Only the tensors that the deviation
             changes are quantized; the others are float.
     """
@@ -37,7 +37,7 @@ class Deviation:
 
 
 def deviations(method: str) -> dict[str, Deviation]:
-    """Return the known deviations of a method by name; empty for a method without a file here."""
+    """Return the known deviations of a method by name. A method without a file here has none."""
     if not method.isidentifier() or find_spec(f"qbench.deviations.{method}") is None:
         return {}
     known: dict[str, Deviation] = import_module(f"qbench.deviations.{method}").DEVIATIONS
@@ -45,7 +45,7 @@ def deviations(method: str) -> dict[str, Deviation]:
 
 
 def deviate(method_name: str, name: str, method: Method) -> Method:
-    """Return the method with a deviation; the method itself for `none`.
+    """Return the method with a deviation, or the method itself if `name` is `none`.
 
     Raises:
         ValueError: there is no such deviation.
@@ -64,10 +64,10 @@ def deviate(method_name: str, name: str, method: Method) -> Method:
 def recast(
     site: QuantizerFactory | None, kind: type[Quantizer], where: Callable[[Quantizer], bool] = lambda module: True
 ) -> QuantizerFactory | None:
-    """Return a factory like `site` whose quantizers get the subclass `kind`, but keep their options and state.
+    """Return a factory like `site` whose quantizers become of class `kind` and keep their options and state.
 
     Args:
-        where: returns whether a quantizer gets the class `kind`; other quantizers stay as they are.
+        where: returns whether a quantizer gets the class `kind`. Other quantizers stay as they are.
     """
 
     def recast_site(name: str, layer: FloatLayer, bits: int) -> Quantizer:

@@ -16,9 +16,9 @@ from qbench.quant.quantizer import Grid, Storage
 
 @in_float32
 def weights_for_gradient(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor) -> Tensor:
-    """Ternarize weights with the latent weights, scaled by zone, as the gradient of the latent weights.
+    """Ternarize weights; the gradient of the latent weights is their own value, scaled by zone.
 
-    The gradient dL/dw_hat is ignored for the latent weights.
+    The gradient that arrives, dL/dw_hat, is ignored for the latent weights.
     """
     latent = w.detach()
     one = torch.ones_like(latent)
@@ -50,7 +50,7 @@ class Unclamped(TTQWeight):
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: -Wn, 0, Wp in ascending order."""
+        """Return a grid with one group: -Wn, 0 and Wp in ascending order."""
         return Grid(super().grid(w).points.sort(1).values)
 
 
@@ -64,7 +64,7 @@ class UnscaledTies(TTQWeight):
         return ternarize_weight(w, self.positive, self.negative, delta) + ties
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: -Wn, 0, Wp, -1 and 1 in ascending order."""
+        """Return a grid with one group: -Wn, 0, Wp, -1 and 1 in ascending order."""
         points = super().grid(w).points
         return Grid(torch.cat([points, points.new_tensor([-1.0, 1.0]).reshape(1, 2, 1)], 1).sort(1).values)
 
@@ -74,7 +74,7 @@ class UnscaledTies(TTQWeight):
 
 
 class WeightsForGradient(TTQWeight):
-    """Ternary quantizer in which the gradient of the latent weights is computed from these weights themselves."""
+    """Ternary quantizer that uses the latent weights, scaled by zone, as their own gradient."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -82,7 +82,7 @@ class WeightsForGradient(TTQWeight):
 
 
 def _with_weights(kind: type[TTQWeight], method: Method) -> Method:
-    """Return the method with weight quantizers of the class `kind`; scales are kept above zero."""
+    """Return the method with weight quantizers of the class `kind`. Scales are kept above zero."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

@@ -15,7 +15,7 @@ GRADIENT_FACTOR = 1e9
 
 
 def zero_at_zero(x: Tensor, binary: Tensor) -> Tensor:
-    """Return `binary`, which was computed from x, with 0 where x is 0; the gradient of `binary` stays the same."""
+    """Return `binary`, which was computed from x, but 0 where x is 0. The gradient of `binary` is unchanged."""
     return straight_through(binary, torch.where(x.detach() == 0, 0.0, binary.detach()).to(binary.dtype))
 
 
@@ -41,7 +41,7 @@ class SignOfZeroWeight(BinaryWeight):
         return zero_at_zero(w, binarize_weight(w, gradient=self.gradient))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group per output filter: -alpha, 0, alpha."""
+        """Return a grid with one group per output filter: -alpha, 0 and alpha."""
         alpha = filter_scale(w).reshape(-1, 1)
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha], 1), lambda t: t.reshape(len(t), -1, 1))
 
@@ -58,7 +58,7 @@ class SignOfZeroActivation(BinaryActivation):
         return zero_at_zero(x, binarize_activation(x))
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: -1, 0, 1."""
+        """Return a grid with one group: -1, 0 and 1."""
         return Grid(x.new_tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1))
 
 
@@ -79,7 +79,7 @@ class PrintedActivation(BinaryActivation):
 
 
 def _has_paper_gradient(module: nn.Module) -> bool:
-    """Return True; raise `Unsupported` for the gradient of the authors' code."""
+    """Return True, or raise `Unsupported` if the gradient is that of the authors' code."""
     if isinstance(module, BinaryWeight) and module.gradient != "paper":
         raise Unsupported("deviation=printed_weight_gradient needs method.gradient=paper")
     return True

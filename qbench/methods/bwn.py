@@ -49,7 +49,7 @@ from qbench.quant.method import Method
 
 
 def build(*, w: int = 1, gradient: str = "paper", center: bool = False, clamp: bool = False) -> Method:
-    """Return BWN; xnor's method card explains the options."""
+    """Return BWN. The method card of XNOR-Net explains the options."""
     check_gradient(gradient)
     changes_weights = center or clamp
     return Method(

@@ -85,7 +85,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 @in_float32
 def quantize_weight(w: Tensor, bits: int) -> Tensor:
-    """Quantize a layer's weights (any shape); 32 bits return w itself. Section 2.3, eq. 7-10.
+    """Quantize a layer's weights (any shape). With 32 bits, return w itself. Section 2.3, eq. 7-10.
 
     The maximum, and for 1 bit the scale, are taken over the whole tensor. One bit gives +-mean|w|.
     More bits give 2^bits levels in [-1, 1].
@@ -110,7 +110,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
     def backward(grad: Tensor, t: Tensor) -> Tensor:
         # -1 or 1 where |t| is the maximum, else 0
         ends = t.div(top).trunc_()
-        # gradient of the maximum, shared evenly by the elements that attain it
+        # gradient of the maximum, divided equally among the elements that attain it
         share = (grad * t).sum().div_(top).div_(ends.abs().sum().clamp_(min=1))
         # (grad - ends share) / top: through the division by the maximum and the maximum itself
         return torch.addcmul(grad, ends, share, value=-1).div_(top)
@@ -120,9 +120,9 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_activation(x: Tensor, bits: int) -> Tensor:
-    """Quantize activations (any shape): Qk(clip(x, 0, 1)), 2^bits levels in [0, 1]; 32 bits return x itself.
+    """Quantize activations (any shape): Qk(clip(x, 0, 1)), 2^bits levels in [0, 1].
 
-    Section 2.4, eq. 11.
+    With 32 bits, return x itself. Section 2.4, eq. 11.
     """
     if bits == FLOAT:
         return x
@@ -137,7 +137,7 @@ def quantize_activation(x: Tensor, bits: int) -> Tensor:
 
 
 def _cells_of_clip(n: float) -> Cells:
-    """Return the cells of Qk(clip(x, 0, 1)): cell 0 below the range, one per level, and one above the range."""
+    """Return the cells of Qk(clip(x, 0, 1)): one below the range, one per level, and one above the range."""
 
     def number(x: Tensor) -> Tensor:
         clipped = x.clamp(0, 1)
@@ -169,10 +169,10 @@ def quantize_activation_tanh(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = None) -> Tensor:
-    """Quantize a gradient (N, ...) stochastically, scaled by each sample's maximum; 32 bits return x itself. Eq. 12.
+    """Quantize a gradient (N, ...) stochastically, scaled by each sample's maximum. Eq. 12.
 
-    Noise is drawn for every element, from torch's global generator unless `generator` is given. A
-    sample that is all zero stays zero.
+    With 32 bits, return x itself. Noise is drawn for every element, from torch's global generator
+    unless `generator` is given. A sample that is all zero stays zero.
     """
     if bits == FLOAT:
         return x
@@ -204,7 +204,7 @@ class DoReFaWeight(Quantizer):
         return quantize_weight(w, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: +-E for one bit, else 2^bits levels in [-1, 1]."""
+        """Return a grid with one group: -E and E for one bit, else 2^bits levels in [-1, 1]."""
         levels = 2 * levels_k(self.bits, w) - 1
         return Grid((levels * w.abs().mean() if self.bits == 1 else levels).reshape(1, -1, 1))
 
@@ -214,7 +214,7 @@ class DoReFaWeight(Quantizer):
 
 
 class DoReFaActivation(Quantizer):
-    """Quantizer of one layer's input; the levels of `function` extend from `low` to `low` + 1."""
+    """Quantizer of one layer's input. The levels of `function` extend from `low` to `low` + 1."""
 
     def __init__(self, function: Callable[[Tensor, int], Tensor], low: float, bits: int) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class DoReFaActivation(Quantizer):
         return self.function(x, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: 2^bits equally spaced levels over an interval of length 1."""
+        """Return a grid with one group: 2^bits equally spaced levels over an interval of length 1."""
         return Grid((levels_k(self.bits, x) + self.low).reshape(1, -1, 1))
 
 
@@ -237,11 +237,11 @@ class DoReFaGradient(Quantizer):
         self.bits = bits
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y; its gradient will be quantized."""
+        """Return y. In the backward pass, the gradient of y is quantized."""
         return on_backward(y, lambda d: quantize_gradient(d, self.bits))
 
     def grid(self, grad: Tensor) -> Grid:
-        """Return one group per sample: 2^bits levels from -m to m, m the sample's maximum."""
+        """Return a grid with one group per sample: 2^bits levels from -m to m, where m is the sample's maximum."""
         m = _sample_max(grad).reshape(-1, 1)
         return Grid(((2 * levels_k(self.bits, grad) - 1) * m).unsqueeze(-1), lambda t: t.reshape(len(t), -1, 1))
 
@@ -257,7 +257,7 @@ CLIP_TRAITS = ("monotone_input", "idempotent_input", "clipped_input", "cells_inp
 
 
 def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> Method:
-    """Return DoReFa at the given widths; `activation` is the bounded function h: clip, abs or tanh."""
+    """Return DoReFa at the given widths. `activation` names the bounded function h: clip, abs or tanh."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation}: must be one of {', '.join(ACTIVATIONS)}")
     if activation != "clip" and a == FLOAT:

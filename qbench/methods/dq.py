@@ -96,13 +96,15 @@ CAPACITY = 4
 
 @in_float32
 def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256) -> Tensor:
-    """Quantize weights (any shape), scaled by bucket, to the nearest of `points` (m,); only points get a gradient.
+    """Quantize weights (any shape), scaled by bucket, to the nearest of `points` (m,).
+
+    Only the points get a gradient.
 
     Args:
-        points: quantization points, ascending, on the scale where the values of a bucket extend
-            from 0 to 1; infinite points are never chosen.
-        bucket_size: number of elements of the flattened tensor that share a scale; 0 or None for
-            all elements.
+        points: quantization points, ascending, on a scale on which the values of a bucket extend
+            from 0 to 1. Infinite points are never chosen.
+        bucket_size: number of consecutive elements of the flattened tensor that share a scale.
+            With 0 or None, all elements share one.
     """
     # scale each bucket to [0, 1]
     v_BK = in_buckets(w.detach(), bucket_size)
@@ -117,7 +119,7 @@ def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256)
 
 @in_float32
 def initial_points(w: Tensor, count: int, bucket_size: int | None = 256, initial: str = "quantiles") -> Tensor:
-    """Return `count` points, ascending in [0, 1]: quantiles of the scaled weights, or evenly spaced for `uniform`."""
+    """Return `count` points, ascending in [0, 1]: quantiles of the scaled weights, or even steps for `uniform`."""
     evenly = torch.linspace(0, 1, count, dtype=w.dtype, device=w.device)
     if initial == "uniform":
         return evenly
@@ -132,20 +134,20 @@ def initial_points(w: Tensor, count: int, bucket_size: int | None = 256, initial
 
 
 def allocate_points(norms: Sequence[float], points: int, maximum: int | None = None) -> list[int]:
-    """Return the number of points per layer, `points` on average, from the norms of the layers' gradients.
+    """Return the number of points of each layer, based on the norms of the layers' gradients.
 
     Args:
         norms: norm of the gradient of each layer's weights.
-        points: average number of points per layer, 2 or more. Every layer gets half of this number;
-            the remaining points are distributed in proportion to the norms.
-        maximum: largest number of points of a layer, at least `points`; None for no bound.
+        points: average number of points per layer, 2 or more. Every layer gets half of this number.
+            The remaining points are distributed in proportion to the norms.
+        maximum: largest number of points of a layer, at least `points`. None means no bound.
     """
     total, base, sum_of_norms = points * len(norms), points // 2, sum(norms)
     if not sum_of_norms > 0:  # all zero, or NaN
         return [points] * len(norms)
     shared = total - base * len(norms)
     counts = [min(base + round(norm / sum_of_norms * shared), maximum or total) for norm in norms]
-    # keep the total: correct rounding and the bound one point at a time
+    # keep the total: make up for rounding and the bound, one point at a time
     while sum(counts) > total:
         counts[counts.index(max(counts))] -= 1
     while sum(counts) < total:
@@ -154,7 +156,7 @@ def allocate_points(norms: Sequence[float], points: int, maximum: int | None = N
 
 
 class DQWeight(Quantizer):
-    """Quantizer of one layer's frozen weights to trained points."""
+    """Quantizer of one layer's weights, which are frozen, to trained points."""
 
     count: Tensor
 
@@ -184,7 +186,7 @@ class DQWeight(Quantizer):
         return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group per bucket: the layer's points, scaled to the bucket."""
+        """Return a grid with one group per bucket, which holds the layer's points scaled to the bucket."""
         return bucketed_grid(w, self.points.detach()[: int(self.count)].to(w.dtype), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -197,7 +199,7 @@ class DQWeight(Quantizer):
         return {"points": int(self.count)}
 
     def _used_points(self) -> Tensor:
-        """Return the points, with infinity in unused places; this does not synchronize with a GPU."""
+        """Return the points, with infinity in unused places, without synchronizing with a GPU."""
         rank = torch.arange(len(self.points), device=self.points.device)
         return torch.where(rank < self.count, self.points, torch.inf)
 
@@ -235,7 +237,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 4, bucket: int = 256, initial: str = "quantiles", allocation: str = "gradient") -> Method:
-    """Return differentiable quantization; the method card explains the options."""
+    """Return differentiable quantization. The method card explains the options."""
     check_bucket(bucket)
     if initial not in INITIALS:
         raise ValueError(f"initial={initial}: must be one of {', '.join(INITIALS)}")

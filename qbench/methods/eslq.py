@@ -62,7 +62,7 @@ from qbench.quant.quantizer import Storage
 
 
 class ESLQWeight(slq.SLQWeight):
-    """Quantizer of one layer's weights; frozen weights are the powers of two nearest to centroids."""
+    """Quantizer of one layer's weights. Each frozen weight is the power of two nearest to its centroid."""
 
     n1: Tensor
 
@@ -71,7 +71,7 @@ class ESLQWeight(slq.SLQWeight):
         self.register_buffer("n1", torch.tensor(0))
 
     def shared_values(self, centroids: Tensor) -> Tensor:
-        """Return the power of two, or 0, that is nearest to each centroid; the first call sets the exponent."""
+        """Return, for each centroid, the nearest power of two or 0. The first call sets the exponent."""
         if not self.settled.any():
             self.n1.fill_(largest_exponent(centroids))
         return round_to_levels(centroids, levels_from_exponent(int(self.n1), self.bits).to(centroids))
@@ -82,5 +82,5 @@ class ESLQWeight(slq.SLQWeight):
 
 
 def build(*, w: int = 5, partition: str = "probe", portions: Sequence[float] = slq.PORTIONS) -> Method:
-    """Return ESLQ; the options are those of SLQ."""
+    """Return ESLQ, which has the options of SLQ."""
     return slq.build_incremental("eslq", ESLQWeight, w, partition, portions)

@@ -103,13 +103,13 @@ def to_fixed(
     """Convert x (any shape) to fixed point <integer_bits, fraction_bits>: saturate, then round to the grid. Section 3.
 
     The grid has steps of 2^-fraction_bits. The range is -2^(integer_bits-1) to 2^(integer_bits-1) -
-    2^-fraction_bits; gradients pass inside the range, including its ends.
+    2^-fraction_bits. Gradients pass inside the range, including its ends.
 
     Args:
-        integer_bits, fraction_bits: IL and FL. One of the two may be negative; the sum is 1 to 24
+        integer_bits, fraction_bits: IL and FL. One of the two may be negative. The sum is 1 to 24
             (float64: 1 to 53).
-        rounding: `nearest`, with ties down, or `stochastic`: up with a probability equal to the
-            fraction of a step, with one draw per element.
+        rounding: `nearest`, with ties rounded down, or `stochastic`. Stochastic rounding draws once
+            per element, and rounds up with a probability equal to the fraction of a step.
         generator: source of the draws; torch's global generator by default.
     """
     if rounding not in ROUNDINGS:
@@ -145,26 +145,26 @@ def to_fixed(
 
 
 def _round_to_nearest(steps: Tensor, result: Tensor, half: Tensor, *scratch: Tensor) -> None:
-    """Round `steps` to integers in `result`, ties down; `steps` and `half` are overwritten."""
+    """Round `steps` to integers in `result`, ties down. `steps` and `half` are overwritten."""
     torch.add(torch.floor(steps, out=result), 0.5, out=half)
     result.add_(steps.gt_(half))
 
 
 class FixedPointFormat(NamedTuple):
-    """A fixed-point format <integer, fraction> with a rounding mode; a word length of 32 means float."""
+    """A fixed-point format <integer, fraction> with a rounding mode. A word length of 32 means float."""
 
     integer: int
     fraction: int
     rounding: str
 
     def convert(self, x: Tensor, training: bool = True) -> Tensor:
-        """Return x in this format; rounding is to nearest unless `training`."""
+        """Return x in this format. Outside training, rounding is to nearest."""
         if self.integer + self.fraction == FLOAT:
             return x
         return to_fixed(x, self.integer, self.fraction, self.rounding if training else "nearest")
 
     def grid(self, like: Tensor) -> Grid:
-        """Return all 2^WL values of the format as one group."""
+        """Return a grid with one group, all 2^WL values of the format."""
         half = 2 ** (self.integer + self.fraction - 1)
         codes = torch.arange(-half, half, device=like.device).to(like.dtype)
         return Grid((codes * 2.0**-self.fraction).reshape(1, -1, 1))
@@ -187,15 +187,15 @@ class GuptaWeight(Quantizer):
         self.weights, self.biases, self.updates, self.momentum = weights, biases, updates, momentum
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return w itself: rounding here would turn w into a float copy of the weights."""
+        """Return w itself. Rounding here would turn w into a float copy of the weights."""
         return w
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: all values of the weights' format."""
+        """Return a grid with one group, all values of the weights' format."""
         return self.weights.grid(w)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes; the format is fixed, so it takes no storage."""
+        """Return the storage of the codes. The format is fixed, so it takes no storage."""
         return Storage(w.numel(), self.weights.integer + self.weights.fraction, 0)
 
 
@@ -207,29 +207,29 @@ class GuptaActivation(Quantizer):
         self.activations = activations
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the rounded input; values already on the grid stay the same."""
+        """Return the rounded input. Values already on the grid stay the same."""
         return self.activations.convert(x, self.training)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: all values of the activations' format."""
+        """Return a grid with one group, all values of the activations' format."""
         return self.activations.grid(x)
 
 
 class GuptaOutput(Quantizer):
-    """Quantizer of one layer's output to the format of activations, and of the output's gradient to that of errors."""
+    """Quantizer that rounds one layer's output to the format of activations, and its gradient to that of errors."""
 
     def __init__(self, activations: FixedPointFormat, errors: FixedPointFormat) -> None:
         super().__init__()
         self.activations, self.errors = activations, errors
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the rounded y; its gradient will be rounded."""
+        """Return the rounded y. In the backward pass, the gradient of y is rounded."""
         training = self.training
         y = self.activations.convert(y, training)
         return on_backward(y, lambda d: self.errors.convert(d, training))
 
     def grid(self, grad: Tensor) -> Grid:
-        """Return one group: all values of the errors' format."""
+        """Return a grid with one group, all values of the errors' format."""
         return self.errors.grid(grad)
 
 
@@ -251,7 +251,7 @@ def prepare(model: nn.Module, probe: object) -> None:
 
 @torch.no_grad()
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step the optimizer; convert updates, updated parameters and momentum to fixed point."""
+    """Step the optimizer, and convert updates, updated parameters and momentum to fixed point."""
     before = [(p, p.clone(), fixed_format, site) for p, fixed_format, site in fixed_point_parameters(model)]
     optimizer.step()
     for parameter, old, fixed_format, site in before:
@@ -276,7 +276,7 @@ def build(
     momentum: str = "float",
     integer_momentum: int = 2,
 ) -> Method:
-    """Return training in fixed point; the method card explains the options."""
+    """Return training in fixed point. The method card explains the options."""
     integers = {"weights": integer_weights, "biases": integer_biases, "activations": integer_activations}
     integers |= {"errors": integer_errors, "updates": integer_updates, "momentum": integer_momentum}
     for key, value, allowed in (("rounding", rounding, ROUNDINGS), ("momentum", momentum, MOMENTUMS)):
@@ -301,9 +301,9 @@ def build(
 
     def output(name: str, layer: nn.Module, bits: int) -> GuptaOutput | None:
         assert isinstance(layer, QLayer)
-        # Width of the output: that of the layer's activations; the method's if the layer's input is
-        # the image or float. Float if the method's width is float, since then the activations are
-        # another method's.
+        # The output has the width of the layer's activations, or the method's width if the layer's
+        # input is the image or float. If the method's width is float, the output is float, because
+        # another method then quantizes the activations.
         reads_image = isinstance(layer.input_q, ImageQuantizer)
         width = a if reads_image or FLOAT in (a, layer.bits.a) else layer.bits.a
         if layer.bits == Bits() or bits == width == FLOAT:

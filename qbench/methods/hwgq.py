@@ -84,13 +84,14 @@ NEWTON_STEPS, BISECTIONS = 50, 80
 
 
 def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
-    """Return the 2^bits - 1 positive levels that are optimal for the positive half of N(0, 1), ascending, float32.
+    """Return the 2^bits - 1 positive levels that are optimal for the positive half of N(0, 1).
 
-    Zero, the level of x <= 0, is not included. Section 4.1, eq. 12-14.
+    The levels are ascending and float32. Zero, the level of x <= 0, is not included. Section 4.1,
+    eq. 12-14.
 
     Args:
         bits: 1 to 8.
-        uniform: return multiples of one step; else Lloyd-Max levels.
+        uniform: whether to return multiples of one step instead of Lloyd-Max levels.
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"bits={bits}: must be 1 to 8")
@@ -99,7 +100,7 @@ def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
 
 
 def half_step_levels(bits: int) -> Tensor:
-    """Return the uniform levels that are optimal for round(x / step), whose first threshold is half a step."""
+    """Return the optimal uniform levels for round(x / step), in which the first threshold is half a step."""
     m = 2**bits - 1
     return torch.tensor([i * _step(m, 0.5) for i in range(1, m + 1)])
 
@@ -108,7 +109,7 @@ def half_step_levels(bits: int) -> Tensor:
 def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
     """Quantize activations (any shape) to 0 and the positive `levels` (m,), ascending.
 
-    Thresholds are 0 and the midpoints between levels; a value on a threshold takes the lower level.
+    Thresholds are 0 and the midpoints between levels. A value on a threshold takes the lower level.
 
     Args:
         backward: vanilla, clipped or log_tailed; see the method card.
@@ -137,7 +138,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
         if backward == "clipped":  # 0 < x <= q_m, as the open interval up to the next number after q_m
             return grad_between(grad, x, 0, next_float(scalar(top), math.inf, x.dtype))
         passed = grad_between(grad, x, 0, math.inf)
-        # log tail: divide by x - (q_m - 1), which is 1 at q_m and clamped to 1 below
+        # log tail: divide by x - (q_m - 1), which is 1 at q_m and is clamped to 1 for smaller x
         return passed if backward == "vanilla" else passed.div_(x.sub(top - 1).clamp_(min=1))
 
     cells = None if backward == "log_tailed" else _cells(thresholds, levels)
@@ -146,7 +147,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
-    """Return the cells between thresholds, divided further at 0 and at the last level, where the slope changes."""
+    """Return the cells between thresholds, also divided at 0 and at the last level, where the slope changes."""
     edges = torch.unique(torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]))
     numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
     middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
@@ -173,7 +174,7 @@ def _slope(x: Tensor, top: Tensor, backward: str) -> Tensor:
 
 
 def _density(x: Tensor) -> Tensor:
-    """Return the density of N(0, 1); 0 at infinity."""
+    """Return the density of N(0, 1), which is 0 at infinity."""
     return torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
@@ -238,7 +239,7 @@ def _lloyd_max(m: int) -> list[float]:
 
 
 class HWGQWeight(BinaryWeight):
-    """Quantizer of one layer's weights: binary as in BWN, with the identity as straight-through gradient."""
+    """Binary quantizer of one layer's weights, as in BWN, but with the identity as gradient."""
 
     def __init__(self) -> None:
         super().__init__("identity")
@@ -263,12 +264,12 @@ class HWGQActivation(Quantizer):
         return quantize_activation(x, self.levels, self.backward)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: zero and the positive levels."""
+        """Return a grid with one group: zero and the positive levels."""
         return Grid(torch.cat([self.levels.new_zeros(1), self.levels]).to(x.dtype).reshape(1, -1, 1))
 
 
 class HalfStepHWGQActivation(HWGQActivation):
-    """Half-wave Gaussian quantizer with the first threshold at half a step."""
+    """Half-wave Gaussian quantizer whose first threshold is half a step."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations."""
@@ -308,7 +309,7 @@ def build(
     threshold: str = "zero",
     backward: str = "clipped",
 ) -> Method:
-    """Return HWGQ; the method card explains the options."""
+    """Return HWGQ. The method card explains the options."""
     allowed = {
         "levels": ("uniform", "optimal", "sign"),
         "constants": ("exact", "authors"),

@@ -72,7 +72,7 @@ PARTITIONS = ("largest", "random")
 
 
 def largest_exponent(w: Tensor) -> int:
-    """Return n1 = floor(log2(4 s / 3)), s = max|w|, of a layer's weights; 0 if they are all zero. Eq. 2."""
+    """Return n1 = floor(log2(4 s / 3)), s = max|w|, of a layer's weights, or 0 if all weights are zero. Eq. 2."""
     s = w.detach().abs().max().item()
     if s == 0:
         return 0
@@ -82,7 +82,7 @@ def largest_exponent(w: Tensor) -> int:
 
 
 def power_of_two_levels(w: Tensor, bits: int) -> Tensor:
-    """Return the 2^(bits-1) + 1 levels of a layer's weights, ascending, 0 in the middle. Eq. 1-3."""
+    """Return the 2^(bits-1) + 1 levels of a layer's weights, ascending, with 0 in the middle. Eq. 1-3."""
     return levels_from_exponent(largest_exponent(w), bits).to(w)
 
 
@@ -100,7 +100,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
 
 
 def round_to_levels(w: Tensor, levels: Tensor) -> Tensor:
-    """Return the nearest of `levels` for each weight; ties go to the larger magnitude. No gradient.
+    """Return the nearest of `levels` for each weight. Ties go to the larger magnitude. No gradient.
 
     Weights beyond the largest level get the largest level.
     """
@@ -116,7 +116,7 @@ def select_largest(w: Tensor, portion: float, frozen: Tensor) -> Tensor:
 
 
 class INQWeight(FrozenWeight):
-    """Quantizer of one layer's weights; frozen weights are powers of two."""
+    """Quantizer of one layer's weights. Frozen weights are powers of two or zero."""
 
     n1: Tensor
 
@@ -135,11 +135,11 @@ class INQWeight(FrozenWeight):
         self.freeze(extend_mask(self.frozen, score, portion), self.level(effective))
 
     def level(self, w: Tensor) -> Tensor:
-        """Return the values at which weights are frozen."""
+        """Return the values that the weights would get if they were frozen."""
         return round_to_levels(w, self._levels(w))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: the powers of two and zero."""
+        """Return a grid with one group: zero and the powers of two."""
         return Grid(self._levels(w).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
@@ -151,7 +151,7 @@ class INQWeight(FrozenWeight):
 
 
 def check_portions(portions: Sequence[float]) -> list[float]:
-    """Return the accumulated portions as floats; raise `ValueError` unless the portions ascend from above 0 to 1."""
+    """Return accumulated portions as floats; raise `ValueError` unless they ascend from above 0 to 1."""
     checked = [float(p) for p in portions]
     if not checked or checked != sorted(set(checked)) or checked[0] <= 0 or checked[-1] != 1:
         raise ValueError(f"portions={checked}: must be ascending numbers above 0, the last one 1")
@@ -159,7 +159,7 @@ def check_portions(portions: Sequence[float]) -> list[float]:
 
 
 def build(*, w: int = 5, portions: Sequence[float] = (0.5, 0.75, 0.875, 1.0), partition: str = "largest") -> Method:
-    """Return INQ; `portions` are accumulated fractions of a layer, ascending; the last portion is 1."""
+    """Return INQ. `portions` are accumulated fractions of a layer, in ascending order up to 1."""
     stages = check_portions(portions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition}: must be one of {', '.join(PARTITIONS)}")

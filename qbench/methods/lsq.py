@@ -61,7 +61,7 @@ SMALLEST = 1e-8
 
 
 def limits(bits: int, signed: bool) -> tuple[int, int]:
-    """Return (Qn, Qp); the codes are the integers from -Qn to Qp."""
+    """Return (Qn, Qp). The codes are the integers from -Qn to Qp."""
     return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
@@ -69,7 +69,7 @@ def limits(bits: int, signed: bool) -> tuple[int, int]:
 def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """Quantize x (any shape) to the multiples of `step` whose codes have `bits` bits. Eq. 1-3.
 
-    `step` is a scalar above 0 and gets the gradient of eq. 3. 32 bits return x itself.
+    `step` is a scalar above 0 and gets the gradient of eq. 3. With 32 bits, return x itself.
     """
     if bits == FLOAT:
         return x
@@ -104,7 +104,7 @@ def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
 
 
 def scale_gradient(step: Tensor, count: int, bits: int, signed: bool) -> Tensor:
-    """Return the step unchanged; the backward pass multiplies its gradient by `gradient_scale`."""
+    """Return the step unchanged. The backward pass multiplies its gradient by `gradient_scale`."""
     factor = gradient_scale(count, bits, signed)
     return on_backward(step, lambda grad: grad * factor)
 
@@ -115,7 +115,7 @@ def gradient_scale(count: int, bits: int, signed: bool) -> float:
 
 
 def _grid(step: Tensor, bits: int, signed: bool) -> Grid:
-    """Return one group: `step` times every integer from -Qn to Qp."""
+    """Return a grid with one group: `step` times every integer from -Qn to Qp."""
     low, high = limits(bits, signed)
     return Grid((torch.arange(-low, high + 1, device=step.device) * step).reshape(1, -1, 1))
 
@@ -139,7 +139,7 @@ class LSQWeight(Quantizer):
         return gradient_scale(w.numel(), self.bits, signed=True)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: the step times every integer from -Qn to Qp."""
+        """Return a grid with one group: the step times every integer from -Qn to Qp."""
         return _grid(self.step, self.bits, signed=True)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -161,7 +161,7 @@ class LSQActivation(Quantizer):
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("signed", torch.tensor(False))
         self.register_buffer("ready", torch.tensor(False))
-        # `signed` as a Python bool, None if unknown. Reading the buffer in every step would
+        # `signed` as a Python bool, or None if unknown. Reading the buffer in every step would
         # synchronize with the GPU.
         self.is_signed: bool | None = None
         self.register_load_state_dict_post_hook(_reset_sign)  # type: ignore[no-untyped-call]
@@ -175,7 +175,7 @@ class LSQActivation(Quantizer):
         self.ready.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the quantized activations; the first batch sets the step if `prepare` did not."""
+        """Return the quantized activations. If `prepare` did not set the step, the first batch does."""
         if self.is_signed is None:
             if not self.ready:
                 self.fit(x)
@@ -188,18 +188,18 @@ class LSQActivation(Quantizer):
         return gradient_scale(x[0].numel(), self.bits, bool(self.signed))
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: the step times every integer from -Qn to Qp."""
+        """Return a grid with one group: the step times every integer from -Qn to Qp."""
         return _grid(self.step, self.bits, bool(self.signed))
 
 
 def _reset_sign(module: nn.Module, keys: object) -> None:
-    """Reset the cached `is_signed` after a state_dict was loaded."""
+    """Reset the cached `is_signed` after a state_dict has been loaded."""
     assert isinstance(module, LSQActivation)
     module.is_signed = None
 
 
 def prepare(model: nn.Module, probe: Probe) -> None:
-    """Set the steps of all inputs from the layers' inputs in the float network, over the probe."""
+    """Set the steps of all input quantizers from the layers' inputs in the float network, over the probe."""
     for name, layer in quantized_layers(model).items():
         if isinstance(layer.input_q, LSQActivation):
             with float_mode(model):

@@ -90,7 +90,7 @@ ADVANCING_SHARE = 0.5
 
 
 class MLQWeight(slq.SLQWeight):
-    """Quantizer of one layer's weights: first float, then with boundary clusters frozen, then with all frozen."""
+    """Quantizer of one layer's weights. The boundary clusters are frozen first, then all others."""
 
     turn: Tensor
     loss: Tensor
@@ -108,8 +108,8 @@ class MLQWeight(slq.SLQWeight):
     def next_clusters(self, w: Tensor) -> tuple[Clusters, Tensor]:
         """Return the current clustering, and the mask (m,) of the clusters that are frozen after the next step.
 
-        The mask covers the clusters frozen so far and the lowest and the highest free cluster; in
-        the last step, it covers all clusters.
+        The mask covers the clusters frozen so far, the lowest free cluster and the highest free
+        cluster. In the last step, it covers all clusters.
         """
         clusters = self.clusters(w)
         frozen, free = clusters.settled.clone(), (~clusters.settled).nonzero().flatten()
@@ -121,7 +121,7 @@ class MLQWeight(slq.SLQWeight):
         return clusters, frozen
 
     def report(self) -> dict[str, float]:
-        """Return SLQ's report, and the turn and the measured loss of each group of clusters."""
+        """Return SLQ's report, with the turn and the measured loss of each group of clusters added."""
         report = super().report()
         for name, turn, loss in zip(CLUSTER_GROUPS[self.bits], self.turn.tolist(), self.loss.tolist(), strict=True):
             report[f"turn_{name}"] = turn
@@ -131,7 +131,7 @@ class MLQWeight(slq.SLQWeight):
 
 
 def steps_due(epoch: int, epochs: int, layers: int, groups: int, depth: bool = True) -> int:
-    """Return how many of the `layers * groups` steps of single layers are done before an epoch is trained."""
+    """Return how many of the `layers * groups` single-layer steps are done before an epoch is trained."""
     current = stage(epoch, epochs, groups)
     if not depth:
         return (current + 1) * layers
@@ -143,14 +143,15 @@ def steps_due(epoch: int, epochs: int, layers: int, groups: int, depth: bool = T
 
 @torch.no_grad()
 def freeze_next(model: nn.Module, count: int, depth: bool, probe: Probe) -> None:
-    """Freeze the next clusters of layers, those of largest loss first, until `count` steps of single layers are done.
+    """Freeze the next clusters of one layer after another, until `count` single-layer steps are done.
 
-    A group of clusters is frozen in all layers before the next group begins.
+    The layers with the largest loss come first. A group of clusters is frozen in all layers before
+    the next group begins.
     """
     sites = _sites(model)
     while (done := sum(site.frozen_groups for site, _ in sites)) < count:
         group = done // len(sites)
-        # measure each remaining layer, with its next clusters alone frozen
+        # measure the loss for each remaining layer, with only that layer's next clusters frozen
         waiting = [(site, *site.next_clusters(w)) for site, w in sites if site.frozen_groups == group]
         losses = [loss_when_frozen(model, probe, *step) if depth else torch.nan for step in waiting]
         order = torch.tensor(losses, dtype=torch.float64).argsort(descending=True, stable=True).tolist()
@@ -166,7 +167,7 @@ def _sites(model: nn.Module) -> list[tuple[MLQWeight, Tensor]]:
 
 
 def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
-    """Return MLQ; the method card explains `depth` and `zero`."""
+    """Return MLQ. The method card explains `depth` and `zero`."""
     if zero not in PINNED:
         raise ValueError(f"zero={zero}: must be one of {', '.join(PINNED)}")
     groups = len(CLUSTER_GROUPS.get(w, CLUSTER_GROUPS[2]))

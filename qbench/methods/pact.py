@@ -66,7 +66,7 @@ SMALLEST = 1e-3
 def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     """Quantize activations (any shape) to 2^bits levels in [0, alpha]. Eq. 1-3.
 
-    alpha is a scalar above 0 and gets a gradient. 32 bits return x itself.
+    alpha is a scalar above 0 and gets a gradient. With 32 bits, return x itself.
     """
     if bits == FLOAT:
         return x
@@ -92,7 +92,7 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 
 def _cells(alpha: Tensor, n: float) -> Cells:
-    """Return the cells: cell 0 below the range, one per level, and one for x >= alpha."""
+    """Return the cells: one below the range, one per level, and one for x >= alpha."""
 
     def number(x: Tensor) -> Tensor:
         code = x.clamp(min=0).clamp_(max=scalar(alpha)).mul_(n).div_(alpha).round_()
@@ -119,7 +119,7 @@ class PACTActivation(Quantizer):
         return quantize_activation(x, self.alpha, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: 2^bits levels from 0 to alpha."""
+        """Return a grid with one group: 2^bits levels from 0 to alpha."""
         return Grid((levels_k(self.bits, x) * self.alpha).reshape(1, -1, 1))
 
 
@@ -130,7 +130,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4) -> Method:
-    """Return PACT; `initial` is the initial alpha, and `decay` is the weight decay of alpha."""
+    """Return PACT. `initial` is the initial alpha, and `decay` is the weight decay of alpha."""
     if initial <= SMALLEST:
         raise ValueError(f"initial={initial}: must be a number above {SMALLEST}")
     if not 0 <= decay < 1:

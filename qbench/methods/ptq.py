@@ -87,18 +87,18 @@ def quantize_weight(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def weight_scale(w: Tensor, bits: int, channel: bool = True, criterion: str = "minmax") -> Tensor:
-    """Return the step of weights (O, ...), of shape (O, 1, ..., 1) with `channel`, else a scalar.
+    """Return the step for weights (O, ...): one per channel, (O, 1, ..., 1), with `channel`, else a scalar.
 
     Args:
-        criterion: minmax (step for the whole range) or mse (step for the fraction of the range with
-            the least squared error).
+        criterion: minmax (the step covers the whole range) or mse (the step covers the fraction of
+            the range that has the least squared error).
     """
     full_scale = uniform.weight_scale(w, bits, channel)
     if criterion == "minmax":
         return full_scale
     axes = tuple(range(1, w.dim())) if channel else tuple(range(w.dim()))
     best, least_error = full_scale, torch.full_like(full_scale, torch.inf)
-    for percent in range(100, 0, -1):  # from the whole range down: ties go to the larger range
+    for percent in range(100, 0, -1):  # start with the whole range, so that ties go to the larger range
         scale = full_scale * percent / 100
         error = (quantize_weight(w, scale, bits) - w).detach().square().mean(axes, keepdim=channel)
         best, least_error = torch.where(error < least_error, scale, best), torch.minimum(error, least_error)
@@ -112,7 +112,7 @@ def minmax_range(x: Tensor) -> Range:
 
 
 def percentile_range(x: Tensor, percent: float) -> Range:
-    """Return the range (low, high): `percent` % (50-100) of x are at most high, and `percent` % at least low.
+    """Return (low, high), such that `percent` % (50-100) of x are at most high, and `percent` % at least low.
 
     The range is widened to contain zero.
     """
@@ -122,11 +122,14 @@ def percentile_range(x: Tensor, percent: float) -> Range:
 
 
 def mse_range(x: Tensor, bits: int) -> Range:
-    """Return the extremes of x, both times the factor among 0.01, 0.02, ..., 1 with the least squared error."""
+    """Return the extremes of x times one factor.
+
+    Of the factors 0.01, 0.02, ..., 1, the one with the least squared error is used.
+    """
     low, high = minmax_range(x)
     errors = [
         (uniform.quantize_activation(x, low * percent / 100, high * percent / 100, bits) - x).square().mean()
-        for percent in range(100, 0, -1)  # from the whole range down: ties go to the larger range
+        for percent in range(100, 0, -1)  # start with the whole range, so that ties go to the larger range
     ]
     factor = (100 - int(torch.stack(errors).argmin())) / 100
     return low * factor, high * factor
@@ -151,7 +154,7 @@ class PTQWeight(Quantizer):
         self.scale.copy_(weight_scale(w.detach(), self.bits, self.channel, self.criterion))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group per output channel, or one group for the layer."""
+        """Return a grid with one group per output channel, or one for the whole layer."""
         top = 2 ** (self.bits - 1) - 1
         points = (torch.arange(-top, top + 1, device=w.device) * self.scale.reshape(-1, 1)).unsqueeze(-1)
         return Grid(points, lambda t: t.reshape(len(points), -1, 1))
@@ -183,7 +186,7 @@ class PTQActivation(Quantizer):
         self.high.copy_(high)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: 2^bits levels, including zero."""
+        """Return a grid with one group: 2^bits levels, including zero."""
         step, zero = uniform.step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 
@@ -195,9 +198,9 @@ def calibrate(
     """Fit the ranges of a network's activations to the layers' inputs in the float network.
 
     Args:
-        find_range: function of values (n,) and bits that returns the range.
-        extremes_only: pass only the extremes of each batch to `find_range`, else a sample of at
-            most `MAX_VALUES` values.
+        find_range: function that takes values (n,) and bits and returns the range.
+        extremes_only: whether to pass only the extremes of each batch to `find_range`, instead of a
+            sample of at most `MAX_VALUES` values.
     """
     layers = quantized_layers(model)
     sites = {name: layer.input_q for name, layer in layers.items() if isinstance(layer.input_q, PTQActivation)}
@@ -206,7 +209,7 @@ def calibrate(
         for images, _ in batches:
             model(images)
             for name, x, _ in calls:
-                stride = -(-x.numel() * len(batches) // MAX_VALUES) | 1  # odd, to not repeat one column of every map
+                stride = -(-x.numel() * len(batches) // MAX_VALUES) | 1  # odd, so that the sampled columns vary
                 sample = torch.stack(x.aminmax()) if extremes_only else x.flatten()[::stride]
                 samples.setdefault(name, []).append(sample)
             calls.clear()  # frees the recorded tensors of this batch
@@ -216,10 +219,10 @@ def calibrate(
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Set the running statistics of batch normalization to averages over `batches`; variances are unbiased.
+    """Set the running statistics of batch normalization to averages over `batches`.
 
-    During these passes, batch normalization uses the statistics of each batch; all other modules
-    are in evaluation mode.
+    Variances are unbiased. During these passes, batch normalization uses the statistics of each
+    batch; all other modules are in evaluation mode.
     """
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -246,7 +249,7 @@ def build(
     percentile: float = 99.99,
     reestimate: bool = True,
 ) -> Method:
-    """Return post-training quantization; the method card explains the options."""
+    """Return post-training quantization. The method card explains the options."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights}: must be one of {', '.join(WEIGHTS)}")
     if calibration not in CALIBRATIONS:

@@ -93,7 +93,7 @@ Sampler = Callable[[QLayer, Tensor, int], Tensor]
 
 @in_float32
 def product_quantize(w: Tensor, subspace: int, codewords: int) -> Tensor:
-    """Quantize weights (Ct, Cs) or (Ct, Cs, kh, kw): replace each run of `subspace` input channels by a codeword."""
+    """Replace each run of `subspace` input channels of weights (Ct, Cs) or (Ct, Cs, kh, kw) by a codeword."""
     return decode(*product_codes(w, subspace, codewords), w.shape[1])
 
 
@@ -126,7 +126,7 @@ def conv_bytes(inputs: int, outputs: int, kernel: int, subspace: int, codewords:
 
 
 class QCNNWeight(Quantizer):
-    """Quantizer of one layer's weights to codewords. All codes are zero until `encode`, which may take minutes."""
+    """Quantizer of one layer's weights to codewords. All codes are zero until `encode` is called."""
 
     codebooks: Tensor
     codes: Tensor
@@ -139,15 +139,15 @@ class QCNNWeight(Quantizer):
         self.register_buffer("codes", weight.new_zeros(*outputs, subspaces, dtype=torch.int16))
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the decoded weights; the latent weights get no gradient."""
+        """Return the decoded weights. The latent weights get no gradient."""
         return decode(self.codebooks, self.codes, w.shape[1]).to(w.dtype)
 
     def encode(self, w: Tensor) -> None:
-        """Set the codebooks and codes to those that k-means finds for the weights w."""
+        """Set the codebooks and codes to those that k-means finds for the weights w. This may take minutes."""
         self._set_codes(*product_codes(w, self.subspace, self.codewords))
 
     def correct(self, w: Tensor, inputs: Tensor, targets: Tensor) -> None:
-        """Fit the codebooks and codes to the responses `targets`; see `error_corrected`."""
+        """Fit the codebooks and codes to the responses `targets`, as `error_corrected` does."""
         self._set_codes(*error_corrected(self.codebooks, self.codes, w, inputs, targets))
 
     def _set_codes(self, codebooks: Tensor, codes: Tensor) -> None:
@@ -155,11 +155,11 @@ class QCNNWeight(Quantizer):
         self.codes.copy_(codes)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group per subspace: the codewords of the subspace."""
+        """Return a grid with one group per subspace, which holds its codewords."""
         return Grid(self.codebooks, lambda t: subvectors(t, self.subspace).flatten(0, -3).transpose(0, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes, each for several weights, and of the codebooks."""
+        """Return the storage of the codes, each of which encodes several weights, and of the codebooks."""
         bits = max(1, (self.codebooks.shape[1] - 1).bit_length())
         return Storage(self.codes.numel(), bits, 4 * self.codebooks.numel())
 
@@ -167,12 +167,12 @@ class QCNNWeight(Quantizer):
 def patches(layer: QLayer, x: Tensor, limit: int) -> Tensor:
     """Return the patches of a layer's input x for about `limit` responses: (N, G, P, Cs), one per response.
 
-    The sampled responses are spread evenly over all responses of the layer; `responses` samples the
-    same ones.
+    The sampled responses are spread evenly over all responses of the layer. The function
+    `responses` samples the same responses.
     """
     if not isinstance(layer, nn.Conv2d):
         return _spread(x.flatten(0, -2), limit)[:, None, None]
-    # pad as the layer does; `reach` is the extent of the dilated kernel, less one
+    # pad as the layer does. `reach` is the extent of the dilated kernel, less one
     reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     if isinstance(layer.padding, str):
         vertical, horizontal = ((r // 2, r - r // 2) if layer.padding == "same" else (0, 0) for r in reach)
@@ -196,7 +196,7 @@ def responses(layer: QLayer, y: Tensor, limit: int) -> Tensor:
 
 def _spread(rows: Tensor, limit: int) -> Tensor:
     """Return at most `limit` of the rows, evenly spread."""
-    return rows[:: -(-len(rows) // limit) | 1]  # an odd step takes different columns in every image
+    return rows[:: -(-len(rows) // limit) | 1]  # an odd step takes different columns from each image
 
 
 @torch.no_grad()
@@ -218,7 +218,7 @@ def _sample_outputs(model: nn.Module, probe: Probe, layers: dict[str, QLayer], s
 
 
 def encode(model: nn.Module, probe: Probe, correct: bool) -> None:
-    """Encode the weights of all layers; with `correct`, then fit the codes to the float network's responses."""
+    """Encode the weights of all layers. With `correct`, then fit the codes to the float network's responses."""
     layers: dict[str, QLayer] = {}
     sites: dict[str, QCNNWeight] = {}
     for name, layer in quantized_layers(model).items():
@@ -230,7 +230,7 @@ def encode(model: nn.Module, probe: Probe, correct: bool) -> None:
     # targets: the responses of the float network
     with float_mode(model):
         targets = _sample_outputs(model, probe, layers, responses)
-    # in execution order: the inputs of a layer come from layers quantized and corrected before
+    # in execution order: a layer's inputs come from layers that are already quantized and corrected
     for name, target in targets.items():
         source = f"{name}.input_q"
         inputs = _sample_outputs(model, probe, {source: layers[name]}, patches)[source]
@@ -264,13 +264,13 @@ def build(
     fc_codewords: int = 0,
     error_correction: bool = True,
 ) -> Method:
-    """Return Q-CNN; the method card explains the options.
+    """Return Q-CNN. The method card explains the options.
 
     Args:
         subspace, codewords: input channels per subspace (Cs') and codewords per codebook (K) of
-            convolutions; 0 codewords for as many as the width allows.
+            convolutions. With 0, as many codewords are used as the width allows.
         fc_subspace, fc_codewords: the same for linear layers.
-        error_correction: fit the codes to responses; else they are those of k-means.
+        error_correction: whether to fit the codes to responses, instead of keeping those of k-means.
     """
     options = {"subspace": subspace, "fc_subspace": fc_subspace, "codewords": codewords, "fc_codewords": fc_codewords}
     for key, value in options.items():

@@ -91,14 +91,14 @@ def quantize_bucketed(
     stochastic: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Quantize weights (any shape) to 2^bits uniform levels from the minimum to the maximum of each bucket.
+    """Quantize weights (any shape) to 2^bits uniform levels between the extremes of each bucket.
 
     Args:
         bits: 1 or more.
-        bucket_size: number of elements of the flattened tensor that share a scale; 0 or None for
-            all elements.
-        stochastic: round at random, with mean w; else round to nearest, ties to even.
-        generator: source of the random numbers; torch's global generator by default.
+        bucket_size: number of consecutive elements of the flattened tensor that share a scale.
+            With 0 or None, all elements share one.
+        stochastic: whether to round at random, with mean w, instead of to nearest, ties to even.
+        generator: source of the random numbers, by default torch's global generator.
     """
     if bits < 1:
         raise ValueError(f"bits={bits}: must be 1 or more")
@@ -112,9 +112,9 @@ def quantize_bucketed(
 
 
 def in_buckets(w: Tensor, bucket_size: int | None) -> Tensor:
-    """Return the flattened tensor as rows (B, K); the last row is padded with the last element.
+    """Return the flattened tensor as rows (B, K). The last row is padded with the last element.
 
-    A tensor shorter than a bucket is one row of its own length.
+    A tensor shorter than a bucket becomes a single row without padding.
     """
     if bucket_size is not None and bucket_size < 0:
         raise ValueError(f"bucket_size={bucket_size}: must be 1 or more, 0 for the whole tensor")
@@ -129,14 +129,14 @@ def from_buckets(v_BK: Tensor, like: Tensor) -> Tensor:
 
 
 def bucket_scale(v_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return alpha, the range of each bucket (1 for a constant bucket), and beta, the minimum; (B, 1) each."""
+    """Return each bucket's range alpha (1 for a constant bucket) and minimum beta, both of shape (B, 1)."""
     beta, top = v_BK.aminmax(dim=1, keepdim=True)
     alpha = top - beta
     return torch.where(alpha < MIN_RANGE, torch.ones_like(alpha), alpha), beta
 
 
 def bucketed_grid(w: Tensor, points_L: Tensor, bucket_size: int | None) -> Grid:
-    """Return the grid with one group per bucket of w: the points (L,), scaled by the bucket's alpha and beta."""
+    """Return the grid with one group per bucket of w, the points (L,) scaled by the bucket's alpha and beta."""
     alpha, beta = bucket_scale(in_buckets(w.detach(), bucket_size))
     return Grid((points_L * alpha + beta).unsqueeze(-1), lambda t: in_buckets(t, bucket_size).unsqueeze(-1))
 
@@ -147,17 +147,17 @@ def scale_bytes(w: Tensor, bucket_size: int | None) -> int:
 
 
 def compression_ratio(bits: int, bucket_size: int = 256, float_bits: int = 32) -> float:
-    """Return the size of floats divided by that of codes with two floats per bucket: k f / (k b + 2 f)."""
+    """Return the size of float weights divided by that of codes and two floats per bucket: k f / (k b + 2 f)."""
     return bucket_size * float_bits / (bucket_size * bits + 2 * float_bits)
 
 
 def huffman_bits(counts: Iterable[int]) -> float:
-    """Return the mean code length in bits of a Huffman code for symbols with these counts; 0 for a single symbol."""
+    """Return the mean length in bits of a Huffman code for symbols with these counts (0 for one symbol)."""
     heap = [count for count in counts if count]
     total, bits = sum(heap), 0
     heapify(heap)
     while len(heap) > 1:
-        # merge the two rarest nodes; each symbol below gets one more bit
+        # merge the two rarest nodes, which adds one bit to each symbol below them
         merged = heappop(heap) + heap[0]
         heapreplace(heap, merged)
         bits += merged
@@ -172,11 +172,11 @@ class QDWeight(Quantizer):
         self.bits, self.bucket, self.stochastic = bits, bucket, stochastic
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the quantized weights; stochastic rounding is used only in training."""
+        """Return the quantized weights. Stochastic rounding is used only in training."""
         return quantize_bucketed(w, self.bits, self.bucket, self.stochastic and self.training)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group per bucket."""
+        """Return a grid with one group per bucket."""
         return bucketed_grid(w, levels_k(self.bits, w), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -185,13 +185,13 @@ class QDWeight(Quantizer):
 
 
 def check_bucket(bucket: int) -> None:
-    """Raise `ValueError` if the bucket size is negative, or is 1 or 2, which would quantize nothing."""
+    """Raise `ValueError` if the bucket size is negative, 1 or 2. Sizes 1 and 2 would quantize nothing."""
     if bucket < 0 or bucket in (1, 2):
         raise ValueError(f"bucket={bucket}: must be 3 or more, and 0 for one bucket per tensor")
 
 
 def build(*, w: int = 4, bucket: int = 256, stochastic: bool = False, trained: bool = True) -> Method:
-    """Return quantized distillation; the method card explains the options."""
+    """Return quantized distillation. The method card explains the options."""
     check_bucket(bucket)
     return Method(
         name="qd",

@@ -90,15 +90,16 @@ def cluster_count(bits: int) -> int:
 
 
 def cluster(w: Tensor, k: int, pinned: float | Sequence[float] | Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cluster weights (any shape) by k-means; the clustering is a global optimum.
+    """Cluster weights (any shape) by globally optimal k-means.
 
     Args:
-        k: largest number of clusters; there are fewer if there are fewer distinct weights.
-        pinned: centroids that are fixed, whatever the weights are; they are among the k centroids.
+        k: largest number of clusters. There are fewer if there are fewer distinct weights.
+        pinned: centroids that are fixed, whatever the weights are. They count among the k
+            centroids.
 
     Returns:
-        Centroids (m,), ascending and distinct, with the dtype of w; labels (int64, with the shape
-        of w), the index of each weight's centroid.
+        Centroids (m,), ascending and distinct, with the dtype of w, and labels (int64, with the
+        shape of w), which are the indices of the weights' centroids.
     """
     clustering = kmeans(w, k, torch.as_tensor(() if pinned is None else pinned, dtype=w.dtype))
     return clustering.centroids, clustering.labels
@@ -111,13 +112,16 @@ def merge_equal(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weight_errors(w: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of squared distances between the weights and the centroid of each cluster: (m,), float64."""
+    """Return each cluster's sum of squared distances between weights and centroid: (m,), float64."""
     squares = (w.detach().double() - centroids.double()[labels]) ** 2
     return torch.stack([squares[labels == c].sum() for c in range(centroids.numel())])
 
 
 def magnitude_order(centroids: Tensor) -> Tensor:
-    """Return scores (m,), float, decreasing in the authors' order: 0, then pairs from outside in, positive first."""
+    """Return scores (m,), float, that decrease in the authors' order.
+
+    The order is 0, then pairs of centroids from the outside in, the positive one of a pair first.
+    """
     index = torch.arange(centroids.numel(), device=centroids.device)
     pair = torch.where(centroids > 0, centroids.numel() - 1 - index, index)
     return torch.where(centroids == 0, 1.0, -2.0 * pair - (centroids < 0).float())
@@ -132,7 +136,7 @@ class Clusters(NamedTuple):
 
 
 class SLQWeight(FrozenWeight):
-    """Quantizer of one layer's weights; frozen weights are centroids."""
+    """Quantizer of one layer's weights. Frozen weights are centroids."""
 
     centroids: Tensor
     settled: Tensor
@@ -144,12 +148,12 @@ class SLQWeight(FrozenWeight):
         self.register_buffer("settled", torch.zeros_like(self.centroids, dtype=torch.bool))
 
     def shared_values(self, centroids: Tensor) -> Tensor:
-        """Return the value that the weights of each cluster share: the centroid."""
+        """Return the value that the weights of each cluster share, which is the centroid."""
         return centroids
 
     @torch.no_grad()
     def clusters(self, w: Tensor) -> Clusters:
-        """Return a new clustering of frozen values and free weights, with frozen centroids fixed; freeze nothing."""
+        """Return a new clustering of the weights, with the frozen centroids fixed, without freezing anything."""
         frozen_centroids = self.centroids[self.settled]
         pinned = torch.cat([frozen_centroids, frozen_centroids.new_tensor(self.pinned)])
         centroids, labels = cluster(self(w), self.centroids.numel(), pinned)
@@ -165,7 +169,7 @@ class SLQWeight(FrozenWeight):
         self.freeze(settled[clusters.labels], clusters.centroids[clusters.labels])
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: the centroids."""
+        """Return a grid with one group, the centroids."""
         return Grid((self.centroids[self.settled] if self.complete else self.centroids).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
@@ -185,14 +189,14 @@ def loss_when_frozen(model: nn.Module, probe: Probe, site: FrozenWeight, cluster
 
 
 def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, clusters: Clusters, partition: str) -> Tensor:
-    """Return a score per cluster (m,); the highest is frozen first. Scores of settled clusters have no meaning."""
+    """Return a score per cluster (m,). The highest is frozen first. Scores of settled clusters mean nothing."""
     if partition == "magnitude":
         return magnitude_order(clusters.centroids)
     if partition == "weight_error":
         return weight_errors(w, clusters.centroids, clusters.labels)
     if partition == "random":
         return torch.rand(clusters.settled.shape).to(clusters.centroids.device)
-    # probe: the loss with each free cluster shared alone
+    # probe: the loss when only this one of the free clusters is frozen too
     losses = torch.zeros_like(clusters.settled, dtype=torch.float64)
     for alone in torch.eye(losses.numel(), dtype=torch.bool, device=losses.device)[~clusters.settled]:
         losses[alone] = loss_when_frozen(model, probe, site, clusters, alone)
@@ -204,7 +208,7 @@ def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) 
     """Freeze at least one more cluster of every layer, until the fraction `portion` of its clusters is frozen."""
     layers = [(layer.weight_q, layer.weight) for layer in quantized_layers(model).values()]
     unfinished = [(s, w, s.clusters(w)) for s, w in layers if isinstance(s, SLQWeight) and not s.complete]
-    # before anything is measured, absorb free weights nearest to a frozen centroid in all layers
+    # before any measurement, in all layers, freeze the free weights nearest to a frozen centroid
     for site, _, clusters in unfinished:
         site.freeze_clusters(clusters, clusters.settled)
     ranked = [scores(model, probe, site, w, clusters, partition) for site, w, clusters in unfinished]
@@ -219,18 +223,18 @@ def _portion_count(portion: float, clusters: int) -> int:
 
 
 def build(*, w: int = 5, partition: str = "probe", portions: Sequence[float] = PORTIONS) -> Method:
-    """Return SLQ; `portions` are accumulated fractions of the clusters, ascending; the last portion is 1."""
+    """Return SLQ. `portions` are accumulated fractions of the clusters, in ascending order up to 1."""
     return build_incremental("slq", SLQWeight, w, partition, portions)
 
 
 def build_incremental(
     name: str, quantizer: Callable[[Tensor, int], SLQWeight], w: int, partition: str, portions: Sequence[float]
 ) -> Method:
-    """Return a method that freezes clusters portion by portion; `quantizer` creates the weight quantizers."""
+    """Return a method that freezes clusters portion by portion. `quantizer` creates the weight quantizers."""
     accumulated = check_portions(portions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition}: must be one of {', '.join(PARTITIONS)}")
-    # portions that give the same count of clusters are one stage
+    # portions that give the same number of clusters form one stage
     stages = list({_portion_count(p, cluster_count(w)): p for p in accumulated}.values())
 
     def on_epoch(model: nn.Module, epoch: int, epochs: int, probe: Probe) -> None:

@@ -73,22 +73,22 @@ def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: T
     """Ternarize a layer's weights: `positive` above `threshold`, -`negative` below -`threshold`, else 0.
 
     Args:
-        positive, negative: the scales Wp and Wn, scalars above 0; both get gradients.
-        threshold: delta, a scalar; it gets no gradient.
+        positive, negative: the scales Wp and Wn, scalars above 0. Both get gradients.
+        threshold: delta, a scalar without gradient.
     """
     latent = w.detach()
     above, below = latent > threshold, latent < -threshold
     one, zero = torch.ones_like(latent), torch.zeros_like(latent)
     # gradient of the latent weights: times Wp, Wn or 1, by zone
     slope = torch.where(above, positive.detach(), torch.where(below, negative.detach(), one))
-    # autograd sums the gradients of Wp and Wn over their zones; -negative gives Wn's its minus
+    # autograd sums the gradients of Wp and Wn over their zones; -negative makes Wn's negative
     values = torch.where(above, positive, torch.where(below, -negative, zero))
-    # adds 0 to the values and routes the gradient to w
+    # adds 0 to the values and lets the gradient pass to w
     return values + surrogate(w, zero, slope)
 
 
 def mean_within(zone: Tensor, w: Tensor) -> Tensor:
-    """Return the mean of |w| where the mask `zone` is true, a scalar; 1 if the zone is empty."""
+    """Return the mean of |w| where the mask `zone` is true, or 1 if the zone is empty (a scalar)."""
     mean = (w.abs() * zone).sum() / zone.sum()
     return torch.where(zone.any(), mean, torch.ones_like(mean))
 
@@ -119,7 +119,7 @@ class TTQWeight(Quantizer):
         return ternarize_weight(w, self.positive, self.negative, self.delta(w))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: -Wn, 0, Wp."""
+        """Return a grid with one group: -Wn, 0 and Wp."""
         return Grid(torch.stack([-self.negative, torch.zeros_like(self.positive), self.positive]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
@@ -134,7 +134,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str = "mean", decay: float = 0.0) -> Method:
-    """Return TTQ; t is the fraction of max|w| (threshold=max) or of zero weights (threshold=sparsity)."""
+    """Return TTQ. `t` is the fraction of max|w| (threshold=max) or of zero weights (threshold=sparsity)."""
     if threshold not in THRESHOLDS:
         raise ValueError(f"threshold={threshold}: must be one of {', '.join(THRESHOLDS)}")
     if initial not in INITIALS:

@@ -50,7 +50,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 def threshold_and_scale(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return delta = 0.7 mean|w| and alpha, the mean of the |w| above delta; scalars without gradient."""
+    """Return two scalars without gradient: delta = 0.7 mean|w|, and alpha, the mean of all |w| above delta."""
     magnitude = w.detach().abs()
     delta = 0.7 * magnitude.mean()
     kept = magnitude > delta
@@ -72,7 +72,7 @@ class TWNWeight(Quantizer):
         return ternarize_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group: -alpha, 0, alpha."""
+        """Return a grid with one group: -alpha, 0 and alpha."""
         _, alpha = threshold_and_scale(w)
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha]).reshape(1, 3, 1))
 

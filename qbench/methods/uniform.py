@@ -57,13 +57,13 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 @in_float32
 def quantize_weight(w: Tensor, bits: int, channel: bool = True) -> Tensor:
-    """Quantize weights (O, ...) to 2^bits - 1 symmetric levels in +-max|w| of each channel or of the layer."""
+    """Quantize weights (O, ...) to 2^bits - 1 symmetric levels within +-max|w| of each channel or of the layer."""
     scale = weight_scale(w, bits, channel)
     return straight_through(w, (w.detach() / scale).round() * scale)
 
 
 def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
-    """Return the step, of shape (O, 1, ..., 1) with `channel`, else a scalar; 1 where all weights are zero."""
+    """Return the step, (O, 1, ..., 1) with `channel`, else a scalar. The step is 1 where all weights are zero."""
     magnitude = w.detach().abs()
     top = magnitude.amax(tuple(range(1, w.dim())), keepdim=True) if channel else magnitude.max()
     scale = top / (2 ** (bits - 1) - 1)
@@ -75,7 +75,7 @@ def quantize_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tens
     """Quantize activations (any shape) to 2^bits levels over [low, high], shifted so that 0 is a level.
 
     Args:
-        low, high: ends of the range, scalars; low <= 0 <= high.
+        low, high: ends of the range, scalars with low <= 0 <= high.
     """
     step, zero = step_and_zero(low.to(x.dtype), high.to(x.dtype), bits)
     top = 2**bits - 1
@@ -110,7 +110,7 @@ class UniformWeight(Quantizer):
         return quantize_weight(w, self.bits, self.channel)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group per output channel, or one group for the layer."""
+        """Return a grid with one group per output channel, or one for the whole layer."""
         top = 2 ** (self.bits - 1) - 1
         scale = weight_scale(w, self.bits, self.channel).reshape(-1, 1)
         points = (torch.arange(-top, top + 1, device=w.device) * scale).unsqueeze(-1)
@@ -136,14 +136,14 @@ class UniformActivation(Quantizer):
         self.register_buffer("seen", torch.tensor(False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the quantized activations; in training, first update the range."""
+        """Return the quantized activations. In training, first update the range."""
         if self.training:
             self.update_range(x)
         return quantize_activation(x, self.low, self.high, self.bits)
 
     @torch.no_grad()
     def update_range(self, x: Tensor) -> None:
-        """Move the range towards that of the batch x; the first batch sets the range."""
+        """Move the range towards that of the batch x. The first batch sets the range."""
         low, high = x.amin().float().clamp(max=0), x.amax().float().clamp(min=0)
         weight = torch.where(self.seen, self.momentum, 1.0)
         self.low.lerp_(low, weight)
@@ -151,13 +151,13 @@ class UniformActivation(Quantizer):
         self.seen.fill_(True)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: 2^bits levels, including zero."""
+        """Return a grid with one group: 2^bits levels, including zero."""
         step, zero = step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 
 
 def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1) -> Method:
-    """Return the min-max control; `momentum` is the weight of a new batch in the activations' range."""
+    """Return the min-max control. `momentum` is the weight of a new batch in the activations' range."""
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum={momentum}: must be above 0 and at most 1")
     return Method(

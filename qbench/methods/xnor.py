@@ -90,7 +90,7 @@ def filter_scale(w: Tensor) -> Tensor:
 
 @in_float32
 def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
-    """Binarize weights (O, ...) per output filter: mean|w| sign(w), sign(0) = +1. Section 3.1.
+    """Binarize weights (O, ...) per output filter: mean|w| sign(w), with sign(0) = +1. Section 3.1.
 
     Args:
         gradient: paper or authors; see the method card.
@@ -106,7 +106,7 @@ def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
 
 @in_float32
 def binarize_activation(x: Tensor) -> Tensor:
-    """Binarize activations (any shape): sign(x), sign(0) = +1, with gradient 1 where |x| < 1 and 0 elsewhere."""
+    """Binarize activations (any shape): sign(x), where sign(0) = +1, with gradient 1 where |x| < 1, else 0."""
     return fused_quantizer(
         x,
         plain=lambda x: surrogate(x, sign(x), x.detach().abs() < 1),
@@ -129,7 +129,7 @@ class BinaryWeight(Quantizer):
         return binarize_weight(w, gradient=self.gradient)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return one group per output filter: -alpha, alpha."""
+        """Return a grid with one group per output filter: -alpha and alpha."""
         alpha = filter_scale(w).reshape(-1, 1)
         return Grid(torch.stack([-alpha, alpha], 1), lambda t: t.reshape(len(t), -1, 1))
 
@@ -146,15 +146,15 @@ class BinaryActivation(Quantizer):
         return binarize_activation(x)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group: -1, 1."""
+        """Return a grid with one group: -1 and 1."""
         return Grid(x.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
 
 class InputScale(Quantizer):
-    """Quantizer that multiplies a layer's products by K, the mean input magnitude of each output. Section 3.2.
+    """Quantizer that multiplies each output by K, the mean magnitude of the inputs to that output. Section 3.2.
 
-    The layer's bias is not multiplied, since K replaces the magnitudes that sign(x) removes from
-    the products.
+    K replaces the magnitudes that sign(x) removes from the products of weights and inputs.
+    Therefore the layer's bias is not multiplied.
     """
 
     def __init__(self, layer: FloatLayer) -> None:
@@ -171,7 +171,7 @@ class InputScale(Quantizer):
         return y * k + layer.bias.reshape(-1, *[1] * (y.dim() - 2)) * (1 - k)
 
     def _k(self, layer: nn.Conv2d | nn.Linear, magnitude: Tensor) -> Tensor:
-        """Return K, of a shape that is broadcastable to the layer's output."""
+        """Return K, in a shape that can be broadcast to the layer's output."""
         if not isinstance(layer, nn.Conv2d):
             return magnitude.mean(-1, keepdim=True)
         kernel = (layer.kernel_size[0], layer.kernel_size[1])
@@ -184,7 +184,7 @@ class InputScale(Quantizer):
 
 
 def _input_scale(layer: QLayer) -> InputScale | None:
-    """Return `InputScale` for a layer with binary input; None for a layer whose input is the image or float."""
+    """Return `InputScale` for a layer with binary input, or None if the input is the image or float."""
     return InputScale(layer) if isinstance(layer.input_q, BinaryActivation) else None
 
 
@@ -193,7 +193,7 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
 
     Raises:
         Unsupported: the filters have one input channel. The authors' gradient is then 0, since 1 -
-            1 / c is 0; `center` would set all weights to 0.
+            1 / c is 0, and `center` would set all weights to 0.
     """
     if layer.weight.shape[1] == 1 and (gradient == "authors" or center):
         what = "gradient=authors" if gradient == "authors" else "center=true"
@@ -221,7 +221,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, center
 def build(
     *, w: int = 1, a: int = 1, gradient: str = "paper", scale: str = "none", center: bool = False, clamp: bool = False
 ) -> Method:
-    """Return XNOR-Net; the method card explains the options."""
+    """Return XNOR-Net. The method card explains the options."""
     check_gradient(gradient)
     if scale not in SCALES:
         raise ValueError(f"scale={scale}: must be one of {', '.join(SCALES)}")

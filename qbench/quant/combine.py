@@ -16,7 +16,7 @@ from qbench.quant.quantizer import Quantizer
 
 
 class _SteppedOptimizer(torch.optim.Optimizer):
-    """An optimizer that has already stepped, for the second of two methods in the same step."""
+    """An optimizer that has already stepped; the second of two methods gets this object."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -29,11 +29,12 @@ class _SteppedOptimizer(torch.optim.Optimizer):
 
 
 def combine(weight: Method, activation: Method) -> Method:
-    """Return the method that quantizes weights as one method does and activations as another.
+    """Return a method that quantizes weights with one method and activations with another.
 
-    Each of the two is built with its own widths and 32 bits elsewhere. Gradients are quantized by
-    `weight` if that method supports it, else by `activation`. The `prepare`, `on_epoch` and `step`
-    functions of both methods are called, each for the method's own quantizers.
+    Each of the two is built with its own widths and with 32 bits for the rest. Gradients are
+    quantized by `weight` if that method supports it, else by `activation`. The `prepare`,
+    `on_epoch` and `step` functions of both methods are called. Each acts only on the quantizers of
+    its own method.
 
     Raises:
         Unsupported: both methods replace the loss or the output of a layer, or they require
@@ -76,17 +77,17 @@ def distilled(
     weight: float = 0.7,
     hard: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Method:
-    """Return the method with the loss  weight T^2 KL(teacher || student) + (1 - weight) hard.
+    """Return the method with the loss weight T^2 KL(teacher || student) + (1 - weight) hard.
 
     Both sides of KL are softmax outputs at temperature T. KL is summed over classes and averaged
     over the batch (Hinton et al. 2015, arXiv 1503.02531; weights of Polino et al. 2018, arXiv
-    1802.05668). Public code of Polino et al. averages over classes too, which makes the same weight
-    ten times smaller on ten classes.
+    1802.05668). The public code of Polino et al. also averages over classes. With ten classes,
+    this makes the distillation term ten times smaller at the same weight.
 
     Args:
         teacher: a network that takes the same images and is not trained.
-        hard: (logits, labels) -> the loss against labels; if the method has its own loss, that
-            loss is used instead.
+        hard: (logits, labels) -> the loss against the labels. If the method has its own loss, that
+            loss replaces `hard`.
     """
     hard_loss: Loss = method.loss or (lambda model, logits, batch: hard(logits, batch[1]))
 
@@ -110,7 +111,7 @@ def _supported(method: Method, key: str) -> list[int]:
 def _combined_requirements(weight: Method, activation: Method) -> Requires:
     """Return what the two methods together require of the network.
 
-    Only the activation method's requirement on activation functions counts.
+    For the activation functions, only the requirement of the activation method counts.
     """
     first, second = weight.requires, activation.requires
     if first.norm and second.norm and first.norm != second.norm:
@@ -156,7 +157,7 @@ def _in_turn(first: Callable[..., None] | None, second: Callable[..., None] | No
 
 
 def _combined_step(weight: Method, activation: Method) -> Step | None:
-    """Return both `step` functions as one, in which the optimizer itself steps once."""
+    """Return a `step` function that calls both, in which the optimizer itself steps once."""
     first, second = weight.step, activation.step
     if first is None or second is None:
         return first or second

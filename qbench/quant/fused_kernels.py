@@ -1,10 +1,10 @@
-"""Tensor functions without gradient that take few passes over memory.
+"""Tensor functions without gradient that make few passes over memory.
 
-They compare, mask, round at random, and work block by block. On a CPU, making a bool tensor by
-comparison, applying `where` with a bool tensor, or searching takes as long as many passes over
-floats (measured by scripts/bench/where.py). These functions compare into float tensors and mask by
-the derivative of hardtanh instead. Only functions whose name ends in an underscore write to their
-input.
+The functions compare, mask, round at random, and work block by block. On a CPU, making a bool
+tensor by comparison, applying `where` with a bool tensor, or searching takes as long as many passes
+over floats (measured by scripts/bench/where.py). These functions compare into float tensors and
+mask by the derivative of hardtanh instead. Only functions whose name ends in an underscore write to
+their input.
 """
 
 import math
@@ -54,13 +54,13 @@ def _next_float_of_number(value: float, towards: float, dtype: torch.dtype) -> f
 def divide_codes_(codes: Tensor, n: float) -> Tensor:
     """Divide the integers 0 ... n by n, in place.
 
-    Multiplication by 1/n is faster; it is used where it gives the same results for all codes.
+    Multiplication by 1/n is faster. It is used if it gives the same results for all codes.
     """
     return codes.mul_(1 / n) if n in (1, 3) else codes.div_(n)
 
 
 def grad_between(grad: Tensor, x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Return grad where low < x < high, else 0; this takes one pass if the bounds are numbers."""
+    """Return grad where low < x < high, else 0, in one pass if the bounds are numbers."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return torch.where((x > low) & (x < high), grad, 0.0)
     masked: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
@@ -116,8 +116,8 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
 
     Only about sqrt(count) 64-bit numbers are drawn, in two sets. The xor of a number from one set
     with a number from the other is uniform, and any two such xors are independent. So there is no
-    bias, and sums have the variance of independent numbers. This takes a tenth of the time of
-    drawing all numbers, and the result does not depend on the number of threads.
+    bias, and sums have the same variance as sums of independent numbers. This takes a tenth of the
+    time of drawing all numbers, and the result does not depend on the number of threads.
     """
     # A table of rows x columns words of 64 bits; each word holds four numbers.
     words = (count + 3) // 4
@@ -126,7 +126,7 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
     draws = torch.empty(rows + columns, dtype=torch.int64, device=like.device)
     draws.random_(-(2**63), None, generator=generator)
     # The xor of the four corners of a rectangle in this table is 0. A one-to-one map of each 32
-    # bits removes that relation; the numbers stay uniform and pairwise independent.
+    # bits removes that relation. The numbers stay uniform and pairwise independent.
     mixed = (draws[:rows, None] ^ draws[rows:]).view(-1).view(torch.int32).mul_(MIXING)
     return mixed.view(torch.int16)[:count]
 
@@ -142,8 +142,8 @@ def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
     The result has `like`'s floating-point type, shape and strides.
 
     The numbers are meant for rounding. Of the 24 bits of each number, the upper 16 are drawn per
-    number and the lower 8 are shared by the tensor. Each number alone has the distribution of
-    torch.rand, so there is no bias; the shared part is below 2^-16.
+    number, and the lower 8 are the same for the whole tensor. Each number alone has the
+    distribution of torch.rand, so there is no bias. The shared part is below 2^-16.
     """
     shift = _shared_bits(like, generator).add_(32768)
 
@@ -159,14 +159,14 @@ def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
     Gupta et al. 2015, section 3.
 
     Integers stay unchanged. floor(x + u) would not guarantee this, because the sum x + u is rounded
-    for large x. The random numbers are made as in `uniform`; on the CPU, none are drawn for a block
-    of integers.
+    for large x. The random numbers are made as in `uniform`. On the CPU, no numbers are drawn for a
+    block that holds only integers.
     """
     return blockwise(x, stochastic_rounding_fill(x, generator), scratch=2)
 
 
 def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -> Fill:
-    """Return the function that rounds one block at random, for `blockwise` with scratch=2."""
+    """Return a function that rounds one block at random, to be passed to `blockwise`, scratch=2."""
     bound = scalar(32768 - _shared_bits(like, generator))
 
     def fill(block: Tensor, result: Tensor, fraction: Tensor, draws: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Record the calls of a network's layers; forward hooks are used in this file only."""
+"""Record the calls of a network's layers. Only this file uses forward hooks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call
 
 @contextmanager
 def eval_mode_keeping_rng(model: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode; on exit restore every module's mode and the random state."""
+    """Put a network into eval mode; on exit, restore the modules' modes and the random state."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):

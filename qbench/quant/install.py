@@ -14,7 +14,7 @@ from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
 
 
 class ImageQuantizer(Quantizer):
-    """Rounds the network's input to 2^bits even levels per channel, over the range of images.
+    """Rounds the network's input to 2^bits evenly spaced levels over each channel's range.
 
     With 8 bits and images from 8-bit files, values change only by float rounding errors.
 
@@ -61,16 +61,16 @@ def install(
 ) -> nn.Module:
     """Put a method's quantizers into a float network, in place, and return it.
 
-    Only layers whose class is exactly `Conv2d` or `Linear` change: each gets another class and
-    three new submodules. Parameters keep their names and identity, so that optimizers, hooks and
-    float checkpoints still work.
+    Only layers whose class is exactly `Conv2d` or `Linear` change. Each of these layers gets
+    another class and three new submodules. Parameters keep their names and identity, so optimizers,
+    hooks and float checkpoints still work.
 
     Args:
         policy: which layers are quantized; by default all except the first and the last.
-        example: one image batch (N, C, H, W), run to find the execution order; if None, the order
-            of registration is used.
-        act: "keep" or "fused" for the activation functions in front of input quantizers; with
-            "auto", the method decides.
+        example: one image batch (N, C, H, W), which is run to find the execution order. If None,
+            the order of registration is used.
+        act: what happens to the activation functions in front of input quantizers: "keep" or
+            "fused" (see `Requires`). With "auto", the method decides.
 
     Raises:
         Unsupported: the method does not support a width, or the network does not fit it.
@@ -116,7 +116,7 @@ def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, im
 
 
 def _checked(method: Method, layer_name: str, quantizer: object) -> Quantizer:
-    """Return `quantizer` if it is a `Quantizer`; a user's own method may have made it."""
+    """Return `quantizer`; raise `TypeError` if a user's own method made something else."""
     if not isinstance(quantizer, Quantizer):
         raise TypeError(
             f"{method.name} makes a {type(quantizer).__name__} for {layer_name}, which is no Quantizer\n"
@@ -133,7 +133,7 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
 
 
 def feeds(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the network's attribute `feeds`, activation -> layers that read it, or else {}."""
+    """Return the network's attribute `feeds` (activation -> layers that read it), or {}."""
     declared: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
     return declared
 

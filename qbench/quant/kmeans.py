@@ -1,11 +1,11 @@
-"""Globally optimal k-means of scalars, without a seed; some centroids may be fixed (pinned).
+"""Globally optimal k-means of scalars, without a seed. Some centroids may be fixed (pinned).
 
-If there are few distinct values, the solution is exact (`kmeans_dp`). Many values are put into bins
-first. Better splits between clusters are then searched near the splits found, in smaller and
-smaller parts of bins.
+If there are few distinct values, the solution is exact (`kmeans_dp`). If there are many, they are
+put into bins first, and the bins are clustered. Better splits are then searched near the splits
+between the clusters found, in smaller and smaller parts of bins.
 
-The exact packages (kmeans1d, ckwrap) cannot fix centroids, and they keep tables k times as long as
-the values.
+The existing exact packages (kmeans1d, ckwrap) cannot fix centroids, and they keep tables k times as
+long as the values.
 """
 
 from collections.abc import Sequence
@@ -50,20 +50,20 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
 
     `values` may have any shape and must be finite.
 
-    The centroids in `pinned` count among the k. They are in the result as given (in the type of
-    `values`; repeated ones count once), whether or not any value is nearest to them. If the
-    others suffice to give every remaining distinct value its own centroid, no more are returned.
+    The centroids in `pinned` count among the k. They are always in the result, unchanged except for
+    conversion to the type of `values`. Repeated ones count once. Fewer than k centroids are
+    returned if every distinct value already has its own.
 
     With up to `EXACT` distinct values (or as many as there are bins, if that is more), the inertia
     is the global minimum. The only errors are the rounding of float64 sums (1e-15 of the inertia
     with a single centroid) and of the centroids to the type of `values`. With more distinct values,
     the inertia is minimal among splits within a few bins of the best splits between bins. It then
-    exceeds the global minimum by a share of 1e-7 or less, unless splits that are far apart are
-    almost equally good. In that case the share is about (k / bins)² or less: 6e-5 up to k = 781.
+    exceeds the global minimum by a fraction of 1e-7 or less, unless splits that are far apart are
+    almost equally good. In that case the fraction is about (k / bins)² or less: 6e-5 up to k = 781.
 
-    Computed on the CPU in time n log n. Memory besides the result: 16 bytes per value; 4 more bytes
-    per value for half precision and for a tensor that is not contiguous or not on the CPU; and
-    4 (k + 100) bytes per bin or per value of `EXACT`.
+    The computation runs on the CPU in time n log n. Besides the result, it needs 16 bytes per value
+    and 4 (k + 100) bytes per bin or per value of `EXACT`. Half precision, and a tensor that is not
+    contiguous or not on the CPU, need 4 more bytes per value.
 
     Raises:
         ValueError: there are no values, some values are not finite or not floating-point, or k is
@@ -115,7 +115,7 @@ def _assign_labels(given: Tensor, c: Floats) -> Tensor:
 
 
 def _edges(c: Floats) -> Floats:
-    """Return for each pair of neighbours in c the largest float not above their midpoint."""
+    """Return, for each pair of neighbours in c, the largest float not above the midpoint."""
     a, b = c[:-1] / 2, c[1:] / 2
     middle = a + b
     # The exact rounding error of the sum (Knuth's two-sum).
@@ -179,9 +179,10 @@ def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
 def _bins(x: Floats, n: int) -> Ints:
     """Return the indices in x where about n bins begin, and x's length.
 
-    Optimal quantization gives each interval the same share of a measure: the cube root of (number
-    of values) x (width)² (Panter and Dite 1951). The function starts with bins of equal count and
-    adds cuts at equal shares of that measure, three times. Earlier cuts are kept.
+    The measure of an interval is the cube root of (number of values) x (width)². In optimal
+    quantization, all intervals have the same measure (Panter and Dite 1951). The function starts
+    with bins of equal count. Three times, it adds cuts at equal shares of the total measure.
+    Earlier cuts are kept.
     """
     cut = np.linspace(0, len(x), n // 4, dtype=np.int64)
     for _ in range(3):
@@ -223,10 +224,11 @@ def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> 
 def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> Floats:
     """Return the means of the best clusters of y whose bounds are among `options` (o, c + 1).
 
-    The first option is the clusters of c. A cluster's sum of squares about its mean is its sum of
-    squares about its centroid in c, minus size x (mean - centroid)². For `fixed` clusters, the sum
-    about the centroid counts. A value that moves to the next lower centroid adds twice the distance
-    between the two centroids times the value's distance from their midpoint.
+    The first option is the set of bounds between the clusters of c. A cluster's sum of squares
+    about its mean is its sum of squares about its centroid in c, minus size x (mean - centroid)².
+    For `fixed` clusters, the sum about the centroid counts. A value that moves to the next lower
+    centroid adds twice the distance between the two centroids times the value's distance from their
+    midpoint.
     """
     # Number and sum of the values of y before every option.
     spots = np.unique(options)

@@ -1,7 +1,7 @@
-"""Exact k-means of few distinct scalars by dynamic programming; centroids may be fixed (pins).
+"""Exact k-means of few distinct scalars by dynamic programming. Centroids may be fixed (pins).
 
-In one dimension clusters are intervals of the sorted values. The best split moves monotonically
-with the end of the interval, so that a layer of the table takes time n log n (Grønlund et al. 2017,
+In one dimension, clusters are intervals of the sorted values. The best split never decreases as the
+end of the interval increases, so a layer of the table takes time n log n (Grønlund et al. 2017,
 arXiv 1701.07204, section 2). Pins cut the line into gaps. Each gap is a separate problem, in which
 the first and last intervals belong to the pins at the gap's ends. A second dynamic program
 distributes the free centroids over the gaps.
@@ -62,8 +62,8 @@ def _merge(best: list[Solution], gap: list[Solution], free: int) -> list[Solutio
 def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: int) -> list[Solution]:
     """Return the best solutions for the values of one gap, with 0, 1, ... `most` free centroids.
 
-    Some of the first values belong to the pin `left`, and some of the last to the pin `right`; how
-    many is optimized. None means that there is no pin.
+    Some of the first values belong to the pin `left`, and some of the last to the pin `right`. The
+    function finds the best number of each. None means that there is no pin.
     """
     n = len(v)
     y = v - v[n // 2] if n else v  # around the middle, for precision
@@ -106,9 +106,9 @@ def _layer(
 ) -> tuple[Floats, NDArray[np.int32]]:
     """Return the least cost of the first i values with one more cluster, and that cluster's start.
 
-    Row i searches the best start of the cluster in m - 1 ... i - 1. The best start increases with
-    i. So a row between two known rows needs to search only between the starts of these two, and a
-    pass over all such rows at once reads every start only a few times.
+    Row i searches for the best start of the cluster in m - 1 ... i - 1. The best start never
+    decreases with i. So a row between two known rows needs to search only between the starts of
+    these two. A pass over all such rows at once reads every start only a few times.
 
     Args:
         before: (n + 1,) costs with m - 1 clusters.

@@ -30,12 +30,12 @@ class NotFinite(ValueError):
 def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
     """Return x, or raise `NotFinite` if a value is inf or nan.
 
-    The check is done only on the CPU and outside of torch.compile; elsewhere it would wait for the
-    device in every step.
+    The check is done only on the CPU and outside of torch.compile. On another device it would wait
+    for the device in every step.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return x
-    # First one pass: if the sum is finite, every value is. A sum that is not may have overflowed.
+    # One pass first: if the sum is finite, every value is. If it is not, it may have overflowed.
     if not isfinite(x.detach().sum(dtype=torch.float32).item()) and not x.isfinite().all():
         count = int((~x.isfinite()).sum())
         raise NotFinite(f"{layer.label}: {count} of {x.numel()} values of its {what} are inf or nan")
@@ -113,7 +113,8 @@ def clamp_min_(model: nn.Module, kinds: Mapping[type[nn.Module], tuple[str, ...]
     """Clamp learned scales of quantizers from below, in place.
 
     Args:
-        kinds: class of a weight or input quantizer -> names of the parameters to clamp.
+        kinds: classes of weight or input quantizers, each with the names of its parameters to
+            clamp.
         smallest: the lower bound of the parameters.
     """
     with torch.no_grad():
@@ -138,7 +139,7 @@ def fully_quantized(model: nn.Module) -> bool:
 
 
 def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Return the nonempty reports of quantizers: layer -> w, a or g -> name -> number."""
+    """Return the quantizers' nonempty reports, as layer -> w, a or g -> name -> number."""
     result = {}
     for name, layer in quantized_layers(model).items():
         if layer_report := {key: report for key, q in quantizers(layer).items() if (report := q.report())}:
@@ -157,7 +158,7 @@ def fold_quantized_weights(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def float_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Let a quantized network compute as the original float network, with the latent weights.
+    """Make a quantized network compute as the float network, with the latent weights.
 
     On exit, also after an error, the layers are quantized again.
     """

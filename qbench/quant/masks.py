@@ -1,7 +1,7 @@
 """Growing masks of frozen weights, which incremental methods (INQ, SLQ, MLQ) share.
 
-Each weight of a layer is free or frozen. The layer uses a stored value for a frozen weight, even if
-momentum and decay change the latent weight. Free weights are trained, and frozen later.
+Each weight of a layer is free or frozen. For a frozen weight, the layer uses a stored value, even
+if momentum and decay change the latent weight. Free weights are trained and are frozen later.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
 
     Args:
         frozen: the mask so far (bool); the returned mask contains it.
-        score: one number per weight, in the shape of `frozen`; the lower index wins a tie.
-        portion: share of all weights, 0 to 1, including those frozen already; a larger mask is
-            returned unchanged.
+        score: one number per weight, in the shape of `frozen`. In a tie, the lower index is chosen.
+        portion: fraction of all weights, 0 to 1, including those frozen already. If `frozen`
+            already covers more, it is returned unchanged.
     """
     missing = round(portion * frozen.numel()) - int(frozen.sum())
     extended = frozen.flatten().clone()
@@ -51,12 +51,12 @@ class FrozenWeight(Quantizer):
         return bool(self.frozen.all())
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return stored values of frozen weights, without gradient, and latent values of others."""
+        """Return stored values for frozen weights, without gradient, else latent values."""
         return torch.where(self.frozen, self.value.to(w.dtype), w)
 
     @torch.no_grad()
     def freeze(self, mask: Tensor, value: Tensor) -> None:
-        """Freeze the free weights in `mask` at `value`; weights frozen already keep their value."""
+        """Freeze the free weights in `mask` at `value`. Frozen weights keep their values."""
         new = mask & ~self.frozen
         self.value.copy_(torch.where(new, value, self.value))
         self.frozen.logical_or_(mask)
@@ -76,11 +76,11 @@ class FrozenWeight(Quantizer):
 def stage(epoch: int, epochs: int, stages: int) -> int:
     """Return the stage (counted from 0) to which an epoch belongs.
 
-    Stages have equal shares of the epochs, but the last epoch is always in the last stage.
+    The epochs are divided equally among the stages. The last epoch is always in the last stage.
     """
     return stages - 1 if epoch == epochs - 1 else epoch * stages // epochs
 
 
 def stage_borders(epochs: int, stages: int) -> list[int]:
-    """Return the first epochs of the stages after the first, for `Method.phases`."""
+    """Return the first epoch of each stage except stage 0, for `Method.phases`."""
     return [e for e in range(1, epochs) if stage(e, epochs, stages) != stage(e - 1, epochs, stages)]

@@ -1,4 +1,4 @@
-"""A quantization method, as a value that holds functions which make and train quantizers.
+"""A quantization method: an object whose functions make and train quantizers.
 
 This file does not train, read files or depend on a configuration. `qbench.quant.install.install`
 puts a method into a network; the trainer calls the other functions.
@@ -37,13 +37,13 @@ class Requires:
 
     Args:
         norm: the batch normalization in front of the input quantizer. "no_affine" has no scale and
-            shift; None accepts any normalization.
+            shift. None accepts any normalization.
         act: what to do with the activation function in front of the input quantizer. "keep" keeps
             it. "fused" removes it, because the quantizer is the activation function. "either" means
             that the quantizer contains the activation function, so that keeping or removing it
             gives the same values. It is then removed if the network declares which layers it feeds.
-        start: the initial weights. "scratch" means random weights; the float baseline is then
-            trained for comparison only.
+        start: the initial weights. "scratch" means random weights. The float baseline is then
+            trained only for comparison.
         teacher: whether the loss is a distillation from the float baseline, unless the key
             `distill` is set otherwise.
     """
@@ -62,7 +62,7 @@ Step = Callable[[nn.Module, torch.optim.Optimizer], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One paper's method, as a value. Functions that are None are skipped.
+    """One paper's method. Functions that are None are skipped.
 
     A method holds no state. Masks, scales, phases and orders are buffers or parameters of the
     quantizer modules, so that training can be resumed from the network's state_dict.
@@ -81,14 +81,14 @@ class Method:
             on the levels, so that they must not be averaged.
         weight, input, output: factories of quantizers; see `QuantizerFactory` and `OutputFactory`.
         prepare: (model, probe), called once, after the quantizers are installed and before the
-            optimizer is made; not called when a run is resumed.
-        phases: number of epochs -> first epochs of the phases after the first. At these epochs the
+            optimizer is made. It is not called when a run is resumed.
+        phases: number of epochs -> first epoch of each phase except the first. At these epochs the
             learning-rate schedule restarts and momentum is cleared.
-        on_epoch: (model, epoch, epochs, probe), called before an epoch's first batch; not called
-            when a run is resumed within that epoch.
-        loss: (model, logits, batch) -> scalar; None means the task's own loss.
-        step: (model, optimizer), called instead of optimizer.step(); may round updates, momentum
-            and parameters.
+        on_epoch: (model, epoch, epochs, probe), called before an epoch's first batch. It is not
+            called when a run is resumed within that epoch.
+        loss: (model, logits, batch) -> scalar. None means the task's own loss.
+        step: (model, optimizer), called instead of optimizer.step(). It may round updates,
+            momentum and parameters.
         needs_training: False for post-training quantization, where `prepare` does all the work and
             no epoch is trained.
         teachers: networks that the trainer moves to the device and keeps in eval mode.

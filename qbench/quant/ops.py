@@ -1,12 +1,12 @@
-"""Pure tensor functions for quantizers; all straight-through estimators are in this file.
+"""Pure tensor functions for quantizers, including all straight-through estimators.
 
 A straight-through estimator wraps only the rounding (Bengio et al. 2013, arXiv 1308.3432). Scaling,
 clipping and squashing keep their true derivatives. No function writes to its input.
 
 Each quantizer of activations has two forms, both in the method's file. The plain form is the
 definition, which autograd differentiates. The fused form works in place and saves one tensor
-(`fused_quantizer`); it is built from functions in `fused_kernels.py`. Tests check that both forms
-give equal results; `reference_kernels` selects the plain form.
+(`fused_quantizer`). It is built from functions in `fused_kernels.py`. Tests check that both forms
+give equal results. `reference_kernels` selects the plain form.
 
 The context managers here set context variables, which other threads do not inherit. The variables
 are read in the forward pass only, because autograd may run the backward pass in another thread.
@@ -41,10 +41,9 @@ _compressing = ContextVar("compressing", default=False)
 def in_float32(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
     """Decorate a function of a tensor so that it computes half types in float32.
 
-    The result has the input's type.
+    The result has the input's type. float32 and float64 inputs are not converted.
 
     float16 has 11 significant bits, too few to separate the thresholds of 8 bits from their levels.
-    float32 and float64 are not converted.
     """
 
     @wraps(function)
@@ -67,19 +66,18 @@ def _switched(variable: ContextVar[bool], value: bool) -> Iterator[None]:
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """Let all quantizers use their plain definitions while the context lasts."""
+    """Make all quantizers use their plain definitions while the context lasts."""
     with _switched(_fused, False):
         yield
 
 
 @contextmanager
 def without_rounding() -> Iterator[None]:
-    """Let `round_ste` and `straight_through` return x while the context lasts.
+    """Make `round_ste` and `straight_through` return x while the context lasts.
 
-    Quantizers use their plain definitions.
-
-    Without rounding, a quantizer is the smooth function that the backward pass differentiates. So
-    the gradients of learned scales can be compared with finite differences.
+    Quantizers then use their plain definitions. Without rounding, a quantizer is the smooth
+    function that the backward pass differentiates. Therefore the gradients of learned scales can be
+    compared with finite differences.
     """
     with _switched(_rounding, False), reference_kernels():
         yield
@@ -87,9 +85,9 @@ def without_rounding() -> Iterator[None]:
 
 @contextmanager
 def compress_activations(on: bool = True) -> Iterator[None]:
-    """Let activation quantizers save one or two bytes per element for the backward pass.
+    """Make activation quantizers save one or two bytes per element for the backward pass.
 
-    They do so only if the results stay the same.
+    A quantizer does so only if its results stay the same.
     """
     with _switched(_compressing, on):
         yield
@@ -136,23 +134,23 @@ class _OnBackward(Function):
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """Round to the nearest integer, halves to even; the gradient passes unchanged."""
+    """Round to the nearest integer, halves to even. The gradient passes unchanged."""
     return _apply(_Round, x)
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Return exactly `value` (of x's shape); pass its gradient to x unchanged.
+    """Return exactly `value` (of x's shape), and pass its gradient to x unchanged.
 
     The tensors from which `value` was computed get no gradient.
 
-    The usual `x + (value - x).detach()` is not exact in floating point: its result can differ from
+    The usual `x + (value - x).detach()` is not exact in floating point. Its result can differ from
     the level.
     """
     return _apply(_StraightThrough, x, value.detach())
 
 
 def on_backward(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return x; in the backward pass, apply `change` to the gradient that arrives."""
+    """Return x. In the backward pass, apply `change` to the gradient that arrives."""
     return _apply(_OnBackward, x, change)
 
 
@@ -169,10 +167,10 @@ class _Surrogate(Function):
 
 
 def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """Return exactly `value`; pass its gradient, times `slope`, to x.
+    """Return exactly `value`, and pass its gradient, times `slope`, to x.
 
-    The slope is the derivative with which a paper replaces that of the step function. Value and
-    slope have x's shape; a boolean slope is a mask.
+    The slope is the derivative that a paper uses in place of the step function's derivative. Value
+    and slope have x's shape. A boolean slope is a mask.
     """
     return _apply(_Surrogate, x, value.detach(), slope.detach())
 
@@ -220,10 +218,11 @@ def fused_quantizer(
 ) -> Tensor:
     """Quantize element by element, saving only x or its cells for the backward pass.
 
-    Cells are saved inside `compress_activations`.
+    Inside `compress_activations`, the cells are saved; otherwise x is.
 
-    The result need not be saved either: an operation inside `recompute_in_backward` that needs it
-    for the backward pass computes it again. Therefore the result must not be modified in place.
+    The result need not be saved either. Inside `recompute_in_backward`, an operation that needs the
+    result for its backward pass computes it again. Therefore the result must not be modified in
+    place.
 
     Args:
         learned: learned parameters, such as scales, that get gradients.
@@ -232,7 +231,7 @@ def fused_quantizer(
         value: (x, *learned) -> the same result in as few passes as possible, in place except for
             the first pass.
         backward: (grad, x, *learned) -> the gradient of x, or the gradients of x and all `learned`.
-        cells: the cells of the step function; not used if there are more than `MAX_CELLS`.
+        cells: the cells of the step function. They are not used if there are more than `MAX_CELLS`.
         repeatable: whether `value` returns the same result when called again. If not, because it
             draws random numbers, the result is saved.
     """
@@ -289,7 +288,7 @@ def sign(x: Tensor) -> Tensor:
 def quantize_k(x: Tensor, bits: int) -> Tensor:
     """Return DoReFa's Qk for x in [0, 1]: round(x n) / n, n = 2^bits - 1, straight-through.
 
-    arXiv 1606.06160, eq. 5-6.
+    The source is arXiv 1606.06160, eq. 5-6.
     """
     if bits < 1:
         raise ValueError(f"bits={bits}: must be 1 or more")

@@ -16,7 +16,7 @@ Width = str | int
 
 
 class PolicyError(ValueError):
-    """A rule matches no layer or is not valid; `key` is the rule's key below `layers`."""
+    """A rule matches no layer or is not valid. `key` is the rule's key below `layers`."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -27,16 +27,16 @@ class PolicyError(ValueError):
 class Policy:
     """Rules that set the widths of layers.
 
-    The first rule that matches a layer counts. The order is `rules`, `first`, `last`, `downsample`;
-    other layers get `same`. A number of bits sets the width of weights, and also of activations if
-    the method's activation width is below 32.
+    The first rule that matches a layer applies. The order is `rules`, `first`, `last`,
+    `downsample`. Layers without a matching rule get `same`. A number of bits sets the width of
+    weights, and also of activations if the method's activation width is below 32.
 
     Args:
         first, last: width of the first and of the last layer in execution order.
         downsample: width of 1x1 convolutions with `downsample` or `shortcut` in their name.
         input: width of the image: `same` as the first layer's activations, `float` or a number of
-            bits. The image is rounded over `image_range`, not by the method's activation quantizer,
-            which is made for activations.
+            bits. The image is rounded over `image_range`. The method's activation quantizer is not
+            used, because it is made for activations.
         rules: layer-name pattern (fnmatch) -> width, in order.
         image_range: lowest and highest values of the network's input image, each per channel.
     """

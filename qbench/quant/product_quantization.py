@@ -1,8 +1,8 @@
 """Product quantization: codewords for sub-vectors of weights, by k-means or fitted to responses.
 
-k-means starts from one fixed seed (k-means++) and computes in float64, so that the codes depend
-only on the weights, not on earlier random draws. scikit-learn is not used, because it is slow to
-import and starts its own threads. Sub-vectors of one weight are clustered exactly.
+k-means uses k-means++ with one fixed seed and computes in float64. Therefore the codes depend only
+on the weights, not on earlier random draws. scikit-learn is not used, because it is slow to import
+and starts its own threads. If a sub-vector is a single weight, the clustering is exact.
 """
 
 import torch
@@ -38,7 +38,7 @@ def product_codes(w: Tensor, subspace: int, codewords: int) -> tuple[Tensor, Ten
 def subvectors(w: Tensor, subspace: int) -> Tensor:
     """Return weights (Ct, Cs, [kh, kw]) as sub-vectors (Ct, [kh, kw,] M, s).
 
-    Zeros are appended to the channels, up to a multiple of s.
+    Channels of zeros are appended until the number of channels is a multiple of s.
     """
     rows = F.pad(w.movedim(1, -1), (0, -w.shape[1] % subspace))
     return rows.reshape(*rows.shape[:-1], -1, subspace)
@@ -99,7 +99,7 @@ def error_corrected(
     Args:
         codebooks, codes: as `product_codes` returns them.
         w: the float weights, towards which `ridge` pulls.
-        inputs: (N, G, P, Cs), the inputs of each response; (N, 1, 1, Cs) for a linear layer.
+        inputs: (N, G, P, Cs), the inputs of each response. For a linear layer: (N, 1, 1, Cs).
         targets: (N, Ct), the desired responses, without bias.
         ridge: strength of the pull, above 0, in units of the inputs' mean square.
     """
@@ -130,7 +130,7 @@ def error_corrected(
 def _fit_codewords(
     book: Tensor, chosen: Tensor, rows: Tensor, own_cols: Tensor, residual: Tensor, part: Tensor
 ) -> None:
-    """Fit the codewords of a subspace by least squares, one after the other, in place.
+    """Fit the codewords of a subspace in place, one after the other, by least squares.
 
     Args:
         book: (K, s), the codewords.

@@ -54,13 +54,13 @@ class Grid:
 
 
 class Quantizer(nn.Module):
-    """A module in a slot of a quantized layer; base class of all quantizers.
+    """The base class of all quantizers: a module in a slot of a quantized layer.
 
     `forward` depends on the slot:
 
         weights, input    forward(x) -> x_hat
-        output            forward(y, x) -> y, where x is the layer's input; its backward pass may
-                          quantize dL/dy
+        output            forward(y, x) -> y, where x is the layer's input. The backward pass may
+                          quantize dL/dy.
 
     A subclass overrides the declarations below if the defaults do not fit. Verification, costs,
     training and reports depend on these declarations, never on the class.
@@ -78,7 +78,7 @@ class Quantizer(nn.Module):
     """Weight decay of this module's own parameters."""
 
     def grid(self, x: Tensor) -> Grid | None:
-        """Return the values allowed for the result of quantizing x, or None if no grid is declared.
+        """Return the values that quantized x may take, or None if no grid is declared.
 
         x is the tensor to quantize: latent weights, a layer's input, or the gradient that arrives
         at the layer's output.
@@ -101,7 +101,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} declares no storage; define bytes(w) -> Storage")
 
     def report(self) -> Mapping[str, float]:
-        """Return numbers for the run's result, such as sparsity; empty by default."""
+        """Return named numbers for the run's result, such as sparsity. The default is none."""
         return {}
 
     @property
@@ -113,7 +113,7 @@ class Quantizer(nn.Module):
         return True
 
     def gradient_factor(self, x: Tensor) -> float:
-        """Return the factor by which the gradients of the parameters are scaled on purpose."""
+        """Return the factor by which the method deliberately scales its parameters' gradients."""
         return 1.0
 
 

@@ -7,7 +7,7 @@ MAX_SQNR = 140.0
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Return the ratio of two powers in dB, at most `MAX_SQNR`, also if there is no noise.
+    """Return the ratio of two powers in dB, at most `MAX_SQNR`; `MAX_SQNR` without noise.
 
     Args:
         signal: power of the float values, above 0.

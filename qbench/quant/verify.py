@@ -29,12 +29,12 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
     """Count the levels in every quantized layer, in one forward and backward pass.
 
     Returns:
-        layer -> w, a or g, if quantized -> the number of levels found in the fullest scale group,
-            and the number allowed.
+        For each layer and each of its quantized tensors (w, a, g): the largest number of levels
+        found in a scale group, and the number allowed.
 
     Raises:
-        NotQuantized: some value is not on the grid, or a quantizer declares no grid; the message
-            names layer and tensor.
+        NotQuantized: some value is not on the grid, or a quantizer declares no grid. The message
+            names the layer and the tensor.
     """
     layers = quantized_layers(model)
     slots = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q", "output_q")]
@@ -86,9 +86,10 @@ def _count_levels(what: str, quantizer: Quantizer, before: Tensor, after: Tensor
 
 
 def _tolerance(points: Tensor) -> Tensor:
-    """Return the largest distance at which a value counts as on a level, (G, 1), for (G, L, D).
+    """Return, per group, the largest distance at which a value counts as on a level.
 
-    It is max(ROUNDING scale, min(ARITHMETIC scale, FRACTION_OF_STEP step)).
+    `points` is (G, L, D), and the result is (G, 1). The distance is max(ROUNDING scale,
+    min(ARITHMETIC scale, FRACTION_OF_STEP step)).
     """
     # The largest magnitude of the levels of each group, made positive for a group of zeros.
     scale = points.abs().nan_to_num(0).amax((1, 2)).clamp(min=torch.finfo(points.dtype).tiny)
@@ -103,7 +104,7 @@ def _tolerance(points: Tensor) -> Tensor:
 def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return the indices of the points nearest to values, (G, n), and the distances, (G, n).
 
-    Points are (G, L, D) and values (G, n, D). Scalar points (D = 1) must be ascending; NaN among
+    Points are (G, L, D) and values (G, n, D). Scalar points (D = 1) must be ascending. NaN among
     the points is padding.
     """
     if values.shape[-1] > 1:
