@@ -6,7 +6,7 @@ Paper
     allenai/XNOR-Net (Torch).
 
 Idea
-    Use XNOR-Net's binary weights without its binary activations. Convolutions then need no
+    Use XNOR-Net's binary weights, but keep activations float. Convolutions then need no
     multiplications, and weights take 32 times less memory.
 
 Forward
@@ -28,8 +28,8 @@ Bits
     w 1 or 32, a and g 32; by default w1a32g32.
 
 Protocol
-    The authors' code: SGD with momentum 0.9, learning rate from 1e-2 down to 1e-4 in steps over 55
-    epochs, batch size 128. The first and last layers are float.
+    The authors' code: SGD with momentum 0.9, a learning rate that falls in steps from 1e-2 to 1e-4
+    over 55 epochs, batch size 128. The first and last layers are float.
 
 Choices
     gradient, center, clamp: as in xnor.

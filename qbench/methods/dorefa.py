@@ -5,14 +5,14 @@ Paper
     Gradients", arXiv 1606.06160 (2016). Authors' code: tensorpack, examples/DoReFa-Net.
 
 Idea
-    Map weights, activations and gradients to [0, 1], round to k bits there, and map back. Only the
-    rounding is straight-through. When both factors are in fixed point, a dot product can be
-    computed by counting bits, in the forward and the backward pass.
+    Map weights, activations and gradients to [0, 1], round to k bits there, and map back. The
+    backward pass treats only the rounding as the identity (straight-through). A dot product of two
+    fixed-point vectors can be computed by counting bits, in both the forward and the backward pass.
 
 Forward
     Qk(x) = round(n x) / n, n = 2^k - 1, ties to even.
     Weights, k >= 2: 2 Qk(tanh w / (2 max|tanh w|) + 1/2) - 1, with the maximum over the layer.
-    The levels are (2 i - n) / n in [-1, 1]; zero is not a level.
+    The levels are (2 i - n) / n, for i from 0 to n. Zero is not a level.
     Weights, k = 1: E sign(w), with E = mean|w| of the layer and sign(0) = +1.
     Activations: Qk(h(x)), with h(x) = clip(x, 0, 1).
 
@@ -22,7 +22,7 @@ Backward
     Activations: the derivative of h. For the clip it is 1 on the closed interval 0 <= x <= 1.
     Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), with m = max|d| of the sample
     and u uniform in (-1/2, 1/2) / n, drawn for every element. f(d) is unbiased.
-    The levels are (2 i - n) m / n; zero is not a level.
+    The levels are (2 i - n) m / n, for i from 0 to n. Zero is not a level.
 
 Schedule
     One phase, from a float network.
@@ -38,28 +38,29 @@ Bits
     w, a, g each 1-16 or 32; by default w2a32g32.
 
 Protocol
-    The paper: Adam. The authors' code for SVHN: from scratch at 1e-3, halved every 100 of 200
-    epochs, batch size 128. The first and last layers are float. The last layer's input is bounded
-    but not quantized. All layers in between have batch normalization.
+    The paper: Adam. The authors' code for SVHN: from scratch, 200 epochs, with learning rate 1e-3
+    that is halved every 100 epochs, batch size 128. The first and last layers are float. The last
+    layer's input is bounded but not quantized. All layers in between have batch normalization.
 
 Choices
-    activation: the bounded function h. The paper leaves h open, and the authors' code has had
-    three. `clip` (default) is that of today's code. `abs` is min(1, |x|). The SVHN script used it
-    until October 2018, and measured its quantized results with it. `tanh` is tanh(x) / 2, rounded
-    on [-1/2, 1/2]; the first published AlexNet used it. `abs` and `tanh` need a network without
-    ReLU in front (`model.act=fused`); the clip contains the ReLU.
+    activation: the bounded function h. The paper does not fix h, and the authors' code has used
+    three functions over time. `clip` (default) is the function in today's code. `abs` is min(1,
+    |x|). The SVHN script used it until October 2018, and its quantized results were measured with
+    it. `tanh` is tanh(x) / 2, rounded on [-1/2, 1/2]. The first published AlexNet used it. `abs`
+    and `tanh` need a network without a ReLU in front (`model.act=fused`). `clip` works with or
+    without a ReLU, because it already sets negative values to 0.
     The network's ReLU is kept in front of every layer that stays float, and in front of the last
-    layer. The authors' code clips the activations there.
+    layer. In these places, the authors' code clips the activations instead.
     Values are rounded to nearest with ties to even, as in torch and in today's TensorFlow. The
     authors' first code rounded ties up.
 
 Deviations
     A sample whose gradient is zero stays zero, and a layer whose weights are all zero uses 1 as the
-    maximum. The formulas give 0/0 there.
+    maximum. In both cases the formulas would give 0/0.
 
 Results
-    README (digits). The paper has no CIFAR-10 result; published CIFAR-10 results of DoReFa-Net come
-    from third parties.
+    README (digits). The paper has no CIFAR-10 result. The published CIFAR-10 results of DoReFa-Net
+    come from third parties.
 """
 
 from collections.abc import Callable

@@ -9,10 +9,10 @@ Idea
     points by gradient descent, and give more points to the layers whose weights matter more.
 
 Forward
-    As in qd, the flattened tensor is cut into buckets of k elements, and the weights of each bucket
-    are scaled to x in [0, 1] by the bucket's alpha and beta. All buckets of a layer share the
-    layer's points p_1 <= ... <= p_m. w_hat = alpha p_i + beta for the p_i nearest to x; a tie takes
-    the upper point.
+    As in qd, the flattened tensor is cut into buckets of k elements. The weights of each bucket are
+    scaled to x in [0, 1] with the bucket's alpha and beta. All buckets of a layer share the layer's
+    points p_1 <= ... <= p_m. w_hat = alpha p_i + beta, where p_i is the point nearest to x. If two
+    points are equally near, the upper one is taken.
 
 Backward
     dL/dp_i = sum over weights j assigned to p_i of alpha(bucket of j) dL/dw_hat_j. Weights get no
@@ -22,7 +22,7 @@ Backward
     the loss.
     L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, with z_t the
     logits of the float network and z_s those of the quantized network. The teacher is the float
-    baseline, that is the same network before quantization.
+    baseline, which is the same network before quantization.
 
 Schedule
     One phase, from a float network. Points are sorted after every step.
@@ -31,44 +31,45 @@ Sites
     weight. The option `distill` sets the loss; by default the teacher is the float baseline.
 
 State
-    points (4 2^b floats): the scaled points of a layer, ascending. Unused places are filled with
-    the last point.
+    points (4 2^b floats): the scaled points of a layer, ascending. Unused entries repeat the last
+    point.
     count (integer scalar): the number of points in use.
 
 Bits
-    w 2-8 or 32 for 2^b points per layer on average, a and g 32; by default w4a32g32.
+    w 2-8 or 32, a and g 32; by default w4a32g32. b bits mean 2^b points per layer on average.
 
 Protocol
-    CIFAR-10, authors' code: training starts from the distilled float student. SGD with Nesterov
-    momentum 0.9 at learning rate 1e-6 trains the points alone, for 10 epochs at 4 bits and for 20
-    at 2 bits, with batch size 25. CIFAR-100: learning rate 1e-4, 20 epochs. There is no run with 8
+    CIFAR-10, authors' code: training starts from the distilled float student. Only the points are
+    trained, by SGD with Nesterov momentum 0.9, learning rate 1e-6 and batch size 25, for 10 epochs
+    at 4 bits and for 20 at 2 bits. CIFAR-100: learning rate 1e-4, 20 epochs. There is no run with 8
     bits.
 
 Choices
     initial: the points at the start. `quantiles` takes the percentiles linspace(0, 100, m) of the
-    scaled weights. `uniform` spaces the points evenly; it is the paper's ablation.
+    scaled weights. `uniform` spaces the points evenly, as in the paper's ablation.
     allocation: `gradient` or `even`. `even` gives every layer 2^b points. `gradient` keeps the same
-    total, 2^b times the number of layers: every layer keeps half of its 2^b points, and the other
-    halves are distributed in proportion to the 2-norm of each layer's dL/dw in the float network.
-    Points left over by rounding go to the layer with the fewest points, one at a time; missing
-    points come from the layer with the most. (In the authors' code a single layer takes or gives
-    all of these points.) A layer has at most 4 2^b points; the authors set no bound. Points are
-    distributed only among layers of the same bits.w.
+    total, 2^b times the number of layers. Every layer keeps half of its 2^b points. The other
+    halves are pooled and distributed in proportion to the 2-norm of each layer's dL/dw in the float
+    network. If rounding leaves points over, they go one at a time to the layer that then has the
+    fewest points. If rounding gives out too many, they are taken back one at a time from the layer
+    that then has the most. (In the authors' code a single layer takes or gives all of these
+    points.) A layer has at most 4 2^b points. The authors set no bound. Points are distributed only
+    among layers with the same bits.w.
     For the allocation, dL/dw is the gradient of the cross entropy over the probe in evaluation
     mode. The authors average the gradients of five minibatches.
-    Sorting the points does not sort the optimizer's momentum, as in the authors' code. Momentum
-    therefore belongs to ranks, not to points.
+    As in the authors' code, the optimizer's momentum is not sorted along with the points. When two
+    points change places, each continues with the momentum of the other.
     Points use the learning rate of the recipe. The authors' small learning rates suit SGD, since
-    the gradient of a point is a sum over thousands of weights; Adam rescales these sums. Points are
-    not confined to [0, 1].
-    bucket: the number k, by default 256 as in the paper; 0 makes the whole tensor one bucket. KL is
-    averaged as in qd.
+    the gradient of a point is a sum over thousands of weights. Adam rescales these sums and does
+    not need such small rates. Points may leave [0, 1].
+    bucket: the number k, by default 256 as in the paper. 0 makes the whole tensor one bucket.
+    KL is averaged as in qd.
 
 Deviations
-    The layer policy chooses convolutions and linear layers. The authors quantize every parameter,
-    including biases and batch normalization.
-    All parameters except those of the quantizers are frozen from the start. The running statistics
-    of batch normalization are still updated. Both are as in the authors' code.
+    Only the weights of convolutions and linear layers are quantized, as chosen by the layer policy.
+    The authors quantize every parameter, including biases and batch normalization.
+    As in the authors' code, all parameters except those of the quantizers are frozen from the
+    start, while the running statistics of batch normalization are still updated.
     Stored bytes count ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point. The
     authors do not count the points.
 

@@ -3,16 +3,17 @@
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
     Quantization", AAAI 2018, arXiv 1803.03289: the extended SLQ. The authors' released code does
-    not contain ESLQ. That centroids become powers of two is from memory of the paper.
+    not contain ESLQ. The statement that centroids become powers of two is from memory of the paper.
 
 Idea
-    SLQ finds clusters that fit the weights; INQ replaces multiplications by shifts. ESLQ combines
-    both: the weights of a cluster share the power of two nearest to the cluster's centroid.
+    SLQ finds clusters that fit the weights. INQ uses powers of two, which replace multiplications
+    by shifts. ESLQ combines both ideas: the weights of a cluster share the power of two nearest to
+    the cluster's centroid.
 
 Forward
-    As in SLQ, but every centroid c is moved to the nearest of 0, +-2^n2, ..., +-2^n1 before its
-    cluster is shared; ties go to the larger magnitude. n1 = floor(log2(4 max|c| / 3)), n2 = n1 + 1
-    - 2^(b-1) / 2.
+    As in SLQ, but every centroid c is moved to the nearest of 0, +-2^n2, ..., +-2^n1 before the
+    weights of its cluster take its value. Ties go to the larger magnitude. n1 = floor(log2(4 max|c|
+    / 3)), n2 = n1 + 1 - 2^(b-1) / 2.
 
 Backward
     dL/dw for free weights; no gradient for frozen ones.
@@ -24,7 +25,8 @@ Sites
     weight.
 
 State
-    The state of SLQ, and n1 (int scalar): the largest exponent, set by the first clustering.
+    The state of SLQ. In addition, n1 (int scalar): the largest exponent, set by the first
+    clustering.
 
 Bits
     w 2-8 or 32 for at most 2^(b-1) + 1 levels; a and g 32; by default w5a32g32.
@@ -33,13 +35,14 @@ Protocol
     Only the protocol of SLQ is known.
 
 Choices
-    The sources do not state the range of exponents. Here the range is that of INQ, computed from
-    the largest centroid instead of the largest weight. So the largest centroid always has a level.
-    A range computed from max|w| could move all centroids to 0 at 2 bits, and the layer would
-    vanish.
-    Two centroids that move to the same level become one cluster. A layer therefore mostly has fewer
-    levels than in INQ; portions count the levels that exist. A cluster that moves to a frozen level
-    is frozen with it. Losses and distances are measured after the move to powers of two.
+    The sources do not state the range of exponents. Here INQ's formula is used, but with the
+    largest centroid in place of the largest weight. So there is always a level near the largest
+    centroid. With a range computed from max|w|, all centroids of a layer could move to 0 at 2 bits,
+    and all its weights would become 0.
+    Two centroids that move to the same level become one cluster. A layer therefore usually has
+    fewer levels than in INQ. Portions are fractions of the levels that the layer really has. A
+    cluster that moves to a level that is already frozen is frozen too. Losses and distances are
+    measured after the move to powers of two.
     partition, portions: as in SLQ.
 
 Deviations

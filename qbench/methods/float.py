@@ -1,4 +1,4 @@
-"""Float: the network without quantization. It is the baseline of every other run, and the control.
+"""Float: the network without quantization. It is the baseline of every other run, and a control.
 
 Paper
     None: this is the baseline that each paper compares itself with.

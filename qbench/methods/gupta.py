@@ -6,24 +6,26 @@ Paper
 
 Idea
     Store everything in fixed point, without a float copy of the weights. 16 bits are enough for
-    training if rounding is unbiased. Rounding to nearest always loses an update below half a step.
-    Stochastic rounding keeps such an update on average: it rounds up with a probability equal to
-    the update's fraction of a step.
+    training if rounding is unbiased. Rounding to nearest loses every update that is smaller than
+    half a step. Stochastic rounding keeps such updates on average. An update of a tenth of a step,
+    for example, is rounded up to a whole step with probability 1/10.
 
 Forward
-    A format <IL, FL> has WL = IL + FL bits, including the sign in IL. The step is eps = 2^-FL; the
-    range is [-2^(IL-1), 2^(IL-1) - eps].
-    Convert(x) saturates, never wraps, and rounds values in range. Let f = floor(x / eps) eps.
-    Nearest rounding gives f if x <= f + eps / 2, else f + eps. Stochastic rounding gives f + eps
-    with probability (x - f) / eps, else f. (Saturation and stochastic rounding are from a
-    restatement of the paper; the ends of the range and the side of a tie are from memory.)
-    A layer computes y = Convert(sum of w x, + bias). The products and the sum are wide; only the
-    sum is rounded. Weights are used as stored.
+    A format <IL, FL> has WL = IL + FL bits: IL integer bits, including the sign, and FL fraction
+    bits. The step is eps = 2^-FL. The range is [-2^(IL-1), 2^(IL-1) - eps].
+    Convert(x) moves values outside the range to the nearest end of the range (it never wraps), and
+    rounds values inside. Let f = floor(x / eps) eps. Nearest rounding gives f if x <= f + eps / 2,
+    else f + eps. Stochastic rounding gives f + eps with probability (x - f) / eps, else f.
+    (Saturation and stochastic rounding are from a restatement of the paper; the ends of the range
+    and the side of a tie are from memory.)
+    A layer computes y = Convert(sum of w x, + bias). The products and the sum are computed in a
+    wider format, and only the sum is rounded. Weights are used as stored.
 
 Backward
-    A layer's error dL/dy is Convert of the wide sum that arrives from the next layers; the
-    gradients of the layer's weights and input are computed from this error. Where an activation is
-    in range, its gradient passes through Convert; elsewhere the gradient is 0.
+    The wide sum of the gradients that arrive from the next layers is rounded by Convert. The result
+    is the layer's error dL/dy, from which the gradients of its weights and input are computed. The
+    gradient of an activation passes through Convert unchanged where the activation is in range, and
+    is 0 elsewhere.
     Update: W <- Convert(W + Convert(dW)), with dW the change that the optimizer makes. Biases are
     updated likewise.
 
@@ -40,36 +42,36 @@ Bits
     The word length WL is w for weights, biases, updates and momentum, a for inputs and outputs of
     layers, g for errors: 8-20 or 32; by default w16a16g16. Below 8 bits, outputs at the default IL
     would have fewer than 2 fraction bits. 20 bits are the widest format of the paper, as
-    remembered. Above 20 bits, checking float32 values against the grid shows nothing.
+    remembered. Above 20 bits, a check that float32 values lie on the grid would prove nothing.
 
 Protocol
-    From memory, unverified: MNIST and CIFAR-10; a perceptron and small CNNs with ReLU, without
-    batch normalization; SGD, with momentum 0.9 for the CNNs; WL 16; FL varied for weights and
-    updates; outputs in <6,10> and <4,12>.
+    From memory, unverified: The data are MNIST and CIFAR-10. The networks are a perceptron and
+    small CNNs with ReLU, without batch normalization. Training uses SGD, with momentum 0.9 for the
+    CNNs. WL is 16. FL is varied for weights and updates; outputs are in <6,10> and <4,12>.
 
 Choices
     rounding: `stochastic` or `nearest`, for all conversions in training. The paper compares the
     two. Evaluation, including gradients in evaluation mode, rounds to nearest and draws no random
     numbers.
-    integer_*: IL of each kind of tensor; FL is WL - IL. By default, IL is 2 for weights, biases and
-    updates, and 6 for activations, as remembered above. For errors it is -4, a range of +-1/32. The
-    loss is a mean, so an error at the logits is at most 1/64 for 64 images. Smaller batches need a
-    larger range.
+    integer_*: IL of each kind of tensor. FL is WL - IL. By default, IL is 2 for weights, biases and
+    updates, and 6 for activations, as remembered above. For errors it is -4, which gives a range of
+    +-1/32. This is enough for batches of 64 images: the loss is a mean over the batch, so an error
+    at the logits is at most 1/64. Smaller batches need a larger range.
     momentum: `float` or `fixed`. With `fixed`, SGD's buffer or Adam's first moment is rounded after
     each step to a format with integer_momentum integer bits. The paper does not say which it uses.
     Adam's second moment stays float, since squares do not fit such a format.
-    The gradient of saturated values is 0, as with a clip; the sources do not mention this case.
-    ReLU, pooling and sums between layers are computed in float on values that are on the grid; the
-    next layer rounds its input.
+    The gradient of saturated values is 0, as with a clip. The sources do not mention this case.
+    ReLU, pooling and sums between layers are computed in float, from values on the grid. The next
+    layer rounds the results when it quantizes its input.
 
 Deviations
-    The first and last layers stay float, following the layer policy; the paper has everything in
+    The first and last layers stay float, following the layer policy. In the paper everything is in
     fixed point.
-    The wide sum is computed in float32, with 24 significant bits. Near a rounding threshold, the
-    result may therefore be the neighbouring value. (On CUDA, torch's default TF32 convolutions keep
-    11 bits of each factor.)
+    The wide sum is computed in float32, with 24 significant bits. Where the exact sum lies close to
+    a rounding threshold, the result may therefore be the neighbouring value. (On CUDA, torch's
+    default TF32 convolutions keep 11 bits of each factor.)
     dW is computed as the difference of the float32 values W + dW and W. For |W| < 2, a dW below
-    2^-24 is therefore lost; that is 1/1024 of a step at WL 16.
+    2^-24 is therefore lost. At WL 16, this is 1/1024 of a step.
 
 Results
     README (digits).

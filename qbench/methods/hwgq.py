@@ -1,4 +1,4 @@
-"""HWGQ-Net: activations on levels fitted once to half of a Gaussian, binary weights.
+"""HWGQ-Net: binary weights, and activations on fixed levels that fit the positive half of a Gaussian.
 
 Paper
     Cai, He, Sun, Vasconcelos, "Deep Learning with Low Precision by Half-wave Gaussian
@@ -6,21 +6,21 @@ Paper
 
 Idea
     Batch normalization without scale and shift makes the input of a nonlinearity close to N(0, 1),
-    in every layer. So all layers can use one set of levels, which is optimal for the positive half
-    of that Gaussian. The backward pass needs a surrogate for the derivative of the step function.
-    The choice of this surrogate decides whether deep networks train.
+    in every layer. So all layers can use one set of levels, the set that is optimal for the
+    positive half of that Gaussian. The backward pass needs a surrogate for the derivative of the
+    step function. This choice decides whether deep networks can be trained.
 
 Forward
     Activations: the positive levels are q_1 < ... < q_m, m = 2^b - 1. Q(x) is 0 for x <= 0, else
-    the q_i with t_i-1 < x <= t_i; t_i is half way between q_i and q_i+1, t_0 = 0, and t_m is
-    infinite. The levels minimize E (Q(x) - x)^2 over the positive half of N(0, 1); uniform levels
-    are i times a step.
+    the q_i with t_i-1 < x <= t_i. Each threshold t_i is half way between q_i and q_i+1, except t_0
+    = 0 and t_m, which is infinite. The levels minimize E (Q(x) - x)^2 over the positive half of
+    N(0, 1). With uniform levels, q_i is i times a step.
     Weights, per output filter: mean|w| sign(w), sign(0) = +1.
 
 Backward
-    Activations, by the option `backward`: the derivative is 1{x > 0} for vanilla and 1{0 < x <=
-    q_m} for clipped; log_tailed is as clipped, but 1 / (x - (q_m - 1)) above q_m.
-    Weights: dL/dw = dL/dw_hat, unclipped, without alpha.
+    Activations: the option `backward` sets the derivative. vanilla: 1{x > 0}. clipped: 1{0 < x <=
+    q_m}. log_tailed: as clipped up to q_m, and 1 / (x - (q_m - 1)) above q_m.
+    Weights: dL/dw = dL/dw_hat, without clipping and without the factor alpha = mean|w|.
 
 Schedule
     One phase.
@@ -35,26 +35,29 @@ Bits
     w 1 or 32, a 1-8 or 32, g 32; by default w1a2g32.
 
 Protocol
-    The authors' CIFAR-10 network: VGG-small, SGD with momentum 0.9, learning rate from 0.01
-    linearly to 0 over 200 epochs, batch size 100, weight decay 5e-4, replicate-padded crops. The
-    first and last layers are float, and the last layer's input is not quantized.
+    The authors' CIFAR-10 network: VGG-small, SGD with momentum 0.9, a learning rate that falls
+    linearly from 0.01 to 0 over 200 epochs, batch size 100, weight decay 5e-4, and random crops
+    from images padded by repeating their border pixels. The first and last layers are float, and
+    the last layer's input is not quantized.
 
 Choices
     levels: `uniform` (the paper's networks), `optimal` (non-uniform, Lloyd-Max) or `sign`. `sign`
-    is the paper's control: instead of the half-wave quantizer, it uses the one-bit function sign(x)
+    is the paper's control. It replaces the half-wave quantizer by the one-bit function sign(x),
     with the derivative of hard tanh, 1{|x| < 1}.
     constants: `exact` computes the optimum. `authors` uses the rounded constants of the authors'
     code: steps 0.799, 0.538, 0.3217, 0.185 for 1-4 bits, and the non-uniform levels 0.453 and 1.51
     for 2 bits (three values with 0).
     threshold: `zero` is the paper's first threshold. `half_step` puts the first threshold at half a
     step, as in round(x / step), and uses the step that is optimal for this threshold. Later code by
-    the same author has the threshold of half a step too, but keeps the old constants.
-    A ReLU in front of the quantizer changes nothing, since x <= 0 gives 0 either way. Where the
-    network allows it, the ReLU is removed.
-    The offset of the log tail is not in the released code; q_m - 1 follows from continuity.
+    the same author also has its first threshold at half a step, but with the constants that are
+    optimal for threshold 0.
+    A ReLU in front of the quantizer changes nothing, since the quantizer itself maps x <= 0 to 0.
+    Where the network allows it, the ReLU is removed.
+    The released code does not contain the offset of the log tail. The value q_m - 1 makes the
+    derivative continuous at q_m.
 
 Deviations
-    In the networks here, the last batch normalization, in front of the linear layer, also has no
+    In the networks here, even the last batch normalization, in front of the linear layer, has no
     scale and shift.
 
 Results

@@ -1,4 +1,4 @@
-"""INQ: weights become powers of two portion by portion; free weights are trained to compensate.
+"""INQ: weights become powers of two, portion by portion; the free weights are trained to compensate.
 
 Paper
     Zhou, Yao, Guo, Xu, Chen, "Incremental Network Quantization: Towards Lossless CNNs with
@@ -7,21 +7,23 @@ Paper
 
 Idea
     Quantize the largest weights and freeze them, retrain the other weights, and repeat until all
-    weights are quantized. The weights that are still free compensate the loss of accuracy. With
+    weights are quantized. The weights that are still free make up for the loss of accuracy. With
     powers of two as weights, multiplications become shifts.
 
 Forward
     Per layer: levels +-2^n1, ..., +-2^n2 and 0, with s = max|w|, n1 = floor(log2(4 s / 3)), n2 = n1
     + 1 - 2^(b-1) / 2.
-    For neighbouring magnitudes l < h of levels, the lowest being 0, |w| in [(l + h) / 2, 3 h / 2)
-    is quantized to h. Frozen weights keep their level; free weights are float.
+    Let l < h be the magnitudes of two neighbouring levels; the lowest magnitude is 0. A weight with
+    |w| in [(l + h) / 2, 3 h / 2) gets the magnitude h and keeps its sign. Frozen weights keep their
+    level; free weights are float.
 
 Backward
     dL/dw for free weights; no gradient for frozen weights.
 
 Schedule
-    One phase per portion, of equal length. Each phase restarts the learning-rate schedule and
-    clears momentum. In the last phase (portion 1), only batch normalization and biases are trained.
+    One phase per portion. All phases have equal length. Each phase restarts the learning-rate
+    schedule and clears momentum. In the last phase (portion 1), only batch normalization and biases
+    are trained.
 
 Sites
     weight.
@@ -34,22 +36,23 @@ Bits
     w 2-8 or 32 for 2^(b-1) + 1 levels, 2 being ternary; a and g 32; by default w5a32g32.
 
 Protocol
-    ImageNet from published float networks: SGD with momentum 0.9, weight decay 5e-4
-    (GoogLeNet 2e-4). The accumulated portions depend on the network: 0.5 0.75 0.875 1 for ResNets
-    at 5 bits, finer portions for fewer bits. All layers are quantized; biases and batch
-    normalization are not. The paper does not state the learning rate and the epochs of each
-    portion.
+    ImageNet from published float networks: SGD with momentum 0.9 and weight decay 5e-4
+    (2e-4 for GoogLeNet). The accumulated portions depend on the network: 0.5 0.75 0.875 1 for
+    ResNets at 5 bits, and more, smaller portions at fewer bits. All layers are quantized, but
+    biases and batch normalization are not. The paper does not state the learning rate and the
+    epochs of each portion.
 
 Choices
-    portions: by default 0.5 0.75 0.875 1, as for ResNets. partition: `largest` freezes the largest
-    weights first; `random` is the paper's ablation.
-    n1 is computed for the first portion only. The authors' code computes n1 for every portion;
-    after the first portion, the largest weight is frozen. The two agree unless free weights outgrow
-    this largest weight.
+    portions: by default 0.5 0.75 0.875 1, as in the paper's ResNets.
+    partition: `largest` freezes the largest weights first. `random` chooses the weights at random,
+    as in the paper's ablation.
+    n1 is computed for the first portion only. The authors' code computes n1 again for every
+    portion. From the first portion on, however, the largest weight is frozen. So n1 is the same in
+    both cases, unless a free weight becomes larger than this frozen one.
 
 Deviations
-    The first and last layers stay float, following the layer policy; the paper quantizes both
-    (layers.first=same layers.last=same).
+    The first and last layers stay float, following the layer policy. The paper quantizes both;
+    layers.first=same layers.last=same does so here.
 
 Results
     README (digits).

@@ -5,8 +5,8 @@ Paper
     arXiv 1902.08153.
 
 Idea
-    Learn the step from the rounded values too, not only from the clipped ones. Scale the gradient
-    of the step so that steps and weights change at comparable rates.
+    Train the step by its gradient, to which all values contribute: the rounded ones as well as the
+    clipped ones. Scale this gradient so that steps and weights change at comparable rates.
 
 Forward
     v_hat = s round(clip(v / s, -Qn, Qp)). Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1.
@@ -14,8 +14,9 @@ Forward
 
 Backward
     dL/dv = dL/dv_hat where -Qn < v / s < Qp, else 0.
-    dv_hat/ds = round(v / s) - v / s inside this range, -Qn or Qp outside. dL/ds is scaled by 1 /
-    sqrt(N Qp), with N the number of weights of the layer or of activations of one sample.
+    dv_hat/ds = round(v / s) - v / s inside this range, -Qn below it, and Qp above it. dL/ds is
+    scaled by 1 / sqrt(N Qp), where N is the number of weights of the layer, or the number of
+    activations of one sample.
 
 Schedule
     One phase, from a float network.

@@ -1,33 +1,33 @@
-"""MLQ: ternary weights; outer clusters before the middle one, layers ordered by measured loss.
+"""MLQ: ternary weights; outer clusters are frozen before the middle one, and layers in the order of a measured loss.
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
-    Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ. MLQ is there in an
-    editor's backup file, with the order of the layers written by hand.
+    Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ. In that repository,
+    MLQ exists only in an editor's backup file, with the order of the layers written by hand.
 
 Idea
-    With three clusters per layer, few free weights remain in a layer for retraining. So partition
-    over depth too: first quantize the layers that raise the loss most, and let the layers that are
-    still free compensate.
+    With three clusters per layer, freezing a cluster leaves few free weights in the layer for
+    retraining. So the layers are not quantized all at once. The layers whose quantization raises
+    the loss most come first, and the layers that are still free compensate.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer. A layer starts float. First
-    the weights of the boundary clusters are frozen at the centroids of these clusters, while the
-    zero cluster is trained. Then all weights are clustered again with the frozen centroids fixed,
-    and the zero cluster is frozen too.
+    the weights of the boundary clusters (the outer ones) are frozen at their centroids, while the
+    zero cluster (the middle one) is trained further. Then all weights are clustered again with the
+    frozen centroids fixed, and the zero cluster is frozen too.
 
 Backward
     dL/dw for free weights; no gradient for frozen weights.
 
 Schedule
-    One phase for each group of clusters, boundary and zero; the phases have equal length. In the
-    first half of a phase, the layers take their step (freezing their next clusters) one after
-    another, as evenly as the epochs allow. In the second half, all free weights are trained
-    further. The learning-rate schedule restarts and momentum is cleared at the start of a phase,
-    not at each layer.
-    Whenever steps are due, the network's loss on the probe is measured for each remaining layer,
-    with the next clusters of only this layer frozen. The layers with the largest loss take their
-    step.
+    One phase for each group of clusters: first the boundary clusters, then the zero cluster. The
+    phases have equal length. In a step, a layer freezes its next clusters. In the first half of a
+    phase, the layers take their steps one after another, as evenly spread as the number of epochs
+    allows. In the second half, all free weights are trained further. The learning-rate schedule
+    restarts and momentum is cleared at the start of a phase, not at each step.
+    Whenever steps are due, each remaining layer is tried: the network's loss on the probe is
+    measured with the next clusters of this layer frozen, but not those of the other remaining
+    layers. The layers with the largest loss take their step.
 
 Sites
     weight.
@@ -35,31 +35,33 @@ Sites
 State
     frozen, value, centroids, settled: as in SLQ.
     turn (int, one per group of clusters): the position of this layer's step among all steps of all
-    layers, 0 before the step. loss (float64, one per group): the loss measured for this step, NaN
-    if no loss was measured.
+    layers, or 0 before the step.
+    loss (float64, one per group): the loss measured for this step, or NaN if no loss was measured.
 
 Bits
     w 2 (three values), 3 (five), 4 (nine) or 32; a and g 32; by default w2a32g32.
 
 Protocol
-    CIFAR-10, ResNet-20 and ImageNet networks; at least 18 iterations, judging by the authors' file
-    names. The learning rates are unknown.
+    ResNet-20 on CIFAR-10, and ImageNet networks. There are at least 18 iterations, judging by the
+    authors' file names. The learning rates are unknown.
 
 Choices
-    zero: `mean` (the authors' code) freezes the zero cluster at its mean, which is not exactly 0;
-    the boundaries are then not symmetric. `pinned` keeps a centroid at 0.
+    zero: `mean`, as in the authors' code, freezes the zero cluster at its mean. This mean is not
+    exactly 0, and the boundary clusters are then not symmetric. `pinned` keeps one centroid at
+    exactly 0.
     All layers freeze their boundary clusters before any layer freezes its zero cluster. This is our
-    reading of "boundary before zero"; the sources only describe the states of single layers. The
+    reading of "boundary before zero". The sources describe only the states of single layers. The
     remaining layers are measured again whenever steps are due.
     The order at 3 and 4 bits, with five and nine clusters, is entirely our reading: the outermost
     two clusters are frozen first, then the next two inwards, and so on to the middle cluster.
-    depth: `false` is the ablation. All layers take their step at the start of a phase, and nothing
-    is measured.
+    depth: `false` is the ablation, in which all layers take their step at the start of a phase, and
+    no loss is measured.
 
 Deviations
-    k-means is exact; the authors run ten Lloyd iterations that start from powers of two.
+    k-means is exact here. The authors run ten Lloyd iterations that start from powers of two.
     The first and last layers stay float, following the layer policy. The authors' code quantizes
-    the first layer, and the last one except in ResNet-18 (layers.first=same layers.last=same).
+    the first layer, and also the last one, except in ResNet-18. layers.first=same layers.last=same
+    quantizes both here.
 
 Results
     README (digits).

@@ -6,11 +6,11 @@ Paper
 
 Idea
     Clipping activations at 1 does not suit every layer. Let each layer learn its clipping level.
-    Weight decay pulls the level down, which gives a smaller range with finer steps.
+    Weight decay pulls the level down. A lower level means a smaller range and finer steps.
 
 Forward
-    y = 0.5 (|x| - |x - alpha| + alpha); this is x clipped to [0, alpha]. x_hat = round(y n / alpha)
-    alpha / n, n = 2^k - 1. Weights: DoReFa-Net's function of the same width.
+    y = 0.5 (|x| - |x - alpha| + alpha); that is, x clipped to [0, alpha]. x_hat = round(y n /
+    alpha) alpha / n, n = 2^k - 1. Weights: DoReFa-Net's function of the same width.
 
 Backward
     dL/dx = dL/dx_hat where 0 <= x < alpha, else 0. dL/dalpha = the sum of dL/dx_hat over x >=
@@ -29,15 +29,15 @@ Bits
     w and a each 1-16 or 32, g 32; by default w2a2g32.
 
 Protocol
-    CIFAR-10 ResNet-20: SGD with momentum 0.9, 200 epochs at learning rate 0.1, divided by 10 at
-    epochs 60 and 120, batch size 128, weight decay 2e-4. The first and last layers have high
-    precision.
+    CIFAR-10 ResNet-20: SGD with momentum 0.9, 200 epochs, batch size 128, weight decay 2e-4. The
+    learning rate starts at 0.1 and is divided by 10 at epochs 60 and 120. The first and last layers
+    have high precision.
 
 Choices
     initial: the value at which alpha starts, 10 by default (remembered from the paper, not checked
     against its text).
-    decay: weight decay of alpha, 2e-4 by default, like the weights in the paper's protocol. This
-    decay is independent of the optimizer's own weight decay.
+    decay: weight decay of alpha. The default, 2e-4, is the weight decay of the weights in the
+    paper's protocol. This option does not depend on the optimizer's own weight decay.
 
 Deviations
     Alpha is kept at 1e-3 or more.

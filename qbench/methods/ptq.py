@@ -1,7 +1,7 @@
-"""PTQ: post-training quantization, as int8 networks are deployed; the control for training.
+"""PTQ: post-training quantization, the usual way to deploy int8 networks; a control that shows what training adds.
 
 Paper
-    None of its own. It is the practice described by Krishnamoorthi, "Quantizing deep convolutional
+    None of its own. PTQ is the practice described by Krishnamoorthi, "Quantizing deep convolutional
     networks for efficient inference", arXiv 1806.08342: symmetric weights per channel, affine
     activations, ranges from a few images.
 
@@ -11,42 +11,44 @@ Idea
 
 Forward
     Weights: s round(w / s), clipped to +-s n, n = 2^(b-1) - 1, per output channel or per layer.
-    minmax: s = max|w| / n. mse: the s of least squared error among 1, 2, ..., 100 % of the minmax
-    step.
-    Activations: as in uniform, 2^b levels over a fixed range [l, h]. The range contains zero, which
-    is a level; l = 0 after a ReLU. minmax: l and h are the extremes. percentile: h is the value
-    that p % of all values do not exceed, and l is the value that p % are not below. mse: the range
-    of least squared error among 1, 2, ..., 100 % of the extremes.
+    minmax: s = max|w| / n. mse: of 1, 2, ..., 100 % of the minmax step, the s with the least
+    squared error.
+    Activations: as in uniform, 2^b levels over a fixed range [l, h]. The range contains zero, and
+    zero is a level. After a ReLU, l = 0. minmax: l and h are the extremes. percentile: p % of all
+    values are at most h, and p % are at least l. mse: of 1, 2, ..., 100 % of the extremes, the
+    range with the least squared error.
 
 Backward
-    Only needed for further training. As in uniform: the identity for weights; for activations, the
-    gradient passes where x is in range.
+    Only needed for further training. As in uniform, the derivative is 1 for weights. For
+    activations, it is 1 where x is in range, else 0.
 
 Schedule
-    No epochs. `prepare` calibrates the weights, then the activations, on the layers' inputs in the
-    float network. Then it measures the statistics of batch normalization with the quantizers in
-    place: the mean and variance of each batch of the probe, averaged over batches with equal
-    weights.
+    No epochs. `prepare` calibrates the weights first, and then the activations, on the layers'
+    inputs in the float network. Finally it measures the statistics of batch normalization with the
+    quantizers in place. These are the mean and variance of each batch of the probe, averaged over
+    the batches with equal weights.
 
 Sites
     weight, input.
 
 State
-    scale, (O, 1, ...) or a scalar: step of the weights; until `prepare`, the minmax step. low, high
-    (scalars): range of a layer's input; 0 and 1 unless calibrated.
+    scale, (O, 1, ...) or a scalar: step of the weights, which is the minmax step until `prepare`.
+    low, high (scalars): range of a layer's input, 0 and 1 until it is calibrated.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
 
 Protocol
-    Ours: the probe, 256 training images.
+    Our own: calibration on the probe, which is 256 training images.
 
 Choices
-    By default both ranges are fitted by mse, and batch normalization is measured again. The results
-    of the options differ at few bits; the control should not be weaker than necessary there.
-    Activations are calibrated on the float network all at once, as deployment tools do, not layer
-    by layer with the earlier layers quantized. percentile and mse use at most 2^20 values of a
-    layer's input, spread evenly over all values. mse shrinks both ends by the same factor.
+    By default the ranges of weights and activations are both fitted by mse, and batch normalization
+    is measured again. At few bits the options give different results, and the control should not be
+    weaker than necessary.
+    All activations are calibrated at once on the float network, as deployment tools do, and not
+    layer by layer with the earlier layers quantized.
+    percentile and mse use at most 2^20 values of a layer's input, spread evenly over all values.
+    mse shrinks both ends of the range by the same factor.
 
 Deviations
     None known.

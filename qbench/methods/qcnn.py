@@ -1,23 +1,24 @@
-"""Q-CNN: product quantization; codes are corrected by the responses of the float network.
+"""Q-CNN: product quantization, with codes fitted to the responses of the float network.
 
 Paper
     Wu, Leng, Wang, Hu, Cheng, "Quantized Convolutional Neural Networks for Mobile Devices", CVPR
-    2016, arXiv 1512.06473. Authors' code: jiaxiang-wu/quantized-cnn (C++, forward pass alone).
+    2016, arXiv 1512.06473. Authors' code: jiaxiang-wu/quantized-cnn (C++, forward pass only).
 
 Idea
-    Encode several weights by one code: replace each group of neighbouring weights along the input
-    channels by one of a few learned codewords. A layer's responses are then sums of table look-ups.
-    Accuracy depends on the error of the responses, not on that of the weights. So fit the codes to
-    the responses, layer by layer.
+    Encode several weights by one code. Each group of neighbouring weights along the input channels
+    is replaced by one of a few learned codewords. A layer's responses are then sums of table
+    look-ups. Accuracy depends on the error of the responses, not on that of the weights. So fit the
+    codes to the responses, layer by layer.
 
 Forward
-    Input channels are divided into M subspaces of Cs' channels; zeros are appended if the channels
-    do not divide evenly. Each subspace has a codebook of K codewords, found by k-means. All kernel
-    positions and groups share this codebook. w_hat is decoded in each forward pass.
+    Input channels are divided into M subspaces of Cs' channels. If they do not divide evenly, zeros
+    are appended. Each subspace has a codebook of K codewords, found by k-means. All kernel
+    positions and groups of a convolution share this codebook. w_hat is decoded in each forward
+    pass.
     Error correction: min over D, B of sum_n |T_n - sum_m (D_m B_m)^T S_nm|^2. T is the response of
-    the float network; S is the layer's input, with the earlier layers already quantized. For one
-    subspace after another, each codeword is fitted by least squares; then each output and kernel
-    position gets the best codeword.
+    the float network; S is the layer's input, with the earlier layers already quantized. The
+    subspaces are corrected one after another. In each, the codewords are fitted by least squares,
+    and then every output and kernel position gets the codeword that fits best.
 
 Backward
     Quantized weights are fixed and get no gradient. The gradient of the inputs is computed with the
@@ -36,28 +37,30 @@ State
     (Ct, kh, kw, M) or (Ct, M): the index of the codeword. Both are zero until `prepare`.
 
 Bits
-    w 1-8 or 32: log2(K) / Cs' rounded up, with at most 10 bits per code; a and g 32; by default
-    w1a32g32, K = 16 for Cs' = 4. Codewords are reported as levels.
+    w 1-8 or 32, which is log2(K) / Cs' rounded up, with at most 10 bits per code; a and g 32; by
+    default w1a32g32, K = 16 for Cs' = 4. Codewords are reported as levels.
 
 Protocol
     ImageNet networks: Cs'/K is 8/128 for convolutions (VGG-16 6/128), 3/32 or 4/32 for linear
     layers, 1/16 for the last layer; biases are float. Convolutions are quantized first; then linear
     layers are fine-tuned and quantized. Correction uses 250-500 images for convolutions and 25,000
-    for linear layers (author). VGG-16's 6/128 is remembered; it agrees with the reported speed-up.
+    for linear layers (according to an author). VGG-16's 6/128 is remembered; it agrees with the
+    reported speed-up.
 
 Choices
-    The paper does not state how k-means starts and how long it runs. Here it is k-means++ in
-    float64 with up to 50 iterations, from one fixed seed, so that codes depend on the weights
-    alone. For single weights (Cs' = 1), k-means is exact.
-    Correction makes 3 sweeps, on all outputs of linear layers and on about 4,096 positions of
-    convolutions, spread over the probe.
-    The formulas for operations and bytes are our derivation. They yield 4.16 where the authors'
-    README has 4.15, and reproduce the paper's other speed-ups as remembered.
+    The paper does not state how k-means starts or how long it runs. Here k-means++ in float64 is
+    used, with up to 50 iterations. Its seed is fixed, so that the codes depend only on the weights.
+    For single weights (Cs' = 1), k-means is exact.
+    Correction makes 3 sweeps over the subspaces. It uses all outputs of linear layers, and about
+    4,096 output positions of convolutions, spread over the probe.
+    The formulas for operations and bytes are our derivation. For one speed-up they yield 4.16,
+    where the authors' README has 4.15. They reproduce the paper's other speed-ups, as far as these
+    are remembered.
 
 Deviations
     The correction also penalizes |w_hat - w|^2, with weight 0.1 times the mean square of the
-    inputs. The probe has 256 images where the paper used 25,000. Without the penalty, weights along
-    directions that do not occur in the probe's inputs would be undetermined.
+    inputs. The reason is that the probe has only 256 images, while the paper used 25,000. Without
+    the penalty, the probe's inputs would not determine all weights.
     All layers are quantized in one round, and the other parameters are trained afterwards. The
     first and last layers stay float, following the layer policy.
 

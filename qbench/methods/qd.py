@@ -1,4 +1,4 @@
-"""Quantized distillation: weights on uniform levels in buckets, trained on a teacher's outputs.
+"""Quantized distillation: weights on uniform levels, scaled bucket by bucket, trained on a teacher's outputs.
 
 Paper
     Polino, Pascanu, Alistarh, "Model compression via distillation and quantization", ICLR 2018,
@@ -6,15 +6,15 @@ Paper
 
 Idea
     A small quantized network learns more from the outputs of a float teacher than from labels
-    alone. Each short run of weights has its own scale, so that an outlier does not spoil the levels
-    of all other weights.
+    alone. Weights are scaled in short groups (buckets), so that an outlier spoils the levels of its
+    own bucket only.
 
 Forward
     The flattened tensor is cut into buckets of k elements, across channels. The last bucket is
-    padded with its last element; a tensor shorter than k is one bucket. For each bucket v, beta =
+    padded with its last element. A tensor shorter than k is one bucket. For each bucket v, beta =
     min v, alpha = max v - min v (1 if below 1e-10) and x = (v - beta) / alpha. With s = 2^b levels
     including both ends, w_hat = alpha round(x (s - 1)) / (s - 1) + beta. Stochastic rounding of y =
-    x (s - 1) gives floor(y), plus 1 with probability y - floor(y).
+    x (s - 1) gives floor(y) + 1 with probability y - floor(y), else floor(y).
 
 Backward
     dL/dw = dL/dw_hat. L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2,
@@ -30,17 +30,17 @@ State
     None.
 
 Bits
-    w 1-8 or 32 for 2^b levels per bucket, a and g 32; by default w4a32g32.
+    w 1-8 or 32, a and g 32; by default w4a32g32. b bits mean 2^b levels per bucket.
 
 Protocol
-    CIFAR-10, authors' code: plain convolutional students, trained from random weights; SGD with
-    Nesterov momentum 0.9, weight decay 2.2e-4, batch size 25, 200 epochs. The learning rate starts
-    at 0.001 and is halved after 10 epochs without a better test error. Widths are 2, 4 and 8 bits,
-    k = 256, with deterministic rounding. CIFAR-100: wide ResNets; the learning rate starts at 0.1
-    and is multiplied by 0.2 after 60, 120 and 160 of 200 epochs.
+    CIFAR-10, authors' code: plain convolutional students are trained from random weights, by SGD
+    with Nesterov momentum 0.9, weight decay 2.2e-4, batch size 25, for 200 epochs. The learning
+    rate starts at 0.001 and is halved after 10 epochs without a better test error. Widths are 2, 4
+    and 8 bits, k = 256, with deterministic rounding. CIFAR-100: wide ResNets; the learning rate
+    starts at 0.1 and is multiplied by 0.2 after 60, 120 and 160 of 200 epochs.
 
 Choices
-    bucket: the number k, by default 256 as in the paper; 0 makes the whole tensor one bucket (the
+    bucket: the number k, by default 256 as in the paper. 0 makes the whole tensor one bucket (the
     paper's "no bucketing").
     stochastic: `false`, as in the authors' experiments, rounds to nearest. `true` rounds
     stochastically in training, and to nearest in evaluation.
@@ -48,18 +48,18 @@ Choices
     nothing. This is the paper's control.
     Values are rounded to nearest with ties to even, as in the authors' code.
     KL is summed over classes and averaged over the batch. The authors' code also averages over
-    classes (the default of the PyTorch version they use, from memory), so its weight per sample is
-    0.7 T^2 / classes.
+    classes, so there the weight of KL is 0.7 T^2 / classes. (This is the default of the PyTorch
+    version that they use, from memory.)
     The authors' code has two options that its experiments do not use: a gradient through minimum
     and maximum, and clipping of gradients at |w| > 1. They are left out here.
 
 Deviations
-    The layer policy chooses convolutions and linear layers. The authors quantize every parameter,
-    including biases and batch normalization.
-    Training starts from the float baseline; init=scratch starts from random weights, as the authors
-    do. The teacher is as large as the student unless `distill` names another run.
-    Stored bytes count the codes and two floats per bucket; the paper's sizes count Huffman codes
-    (`huffman_bits`).
+    Only the weights of convolutions and linear layers are quantized, as chosen by the layer policy.
+    The authors quantize every parameter, including biases and batch normalization.
+    Training starts from the float baseline. With init=scratch it starts from random weights, as the
+    authors do. The teacher is as large as the student unless `distill` names another run.
+    Stored bytes count the codes and two floats per bucket. The paper computes its sizes with
+    Huffman codes (`huffman_bits`).
 
 Results
     README (digits).

@@ -1,4 +1,4 @@
-"""SLQ: weights of a cluster share a value; clusters are frozen step by step, the rest is trained further.
+"""SLQ: the weights of a cluster share a value; clusters are frozen step by step while the rest is trained.
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
@@ -7,22 +7,23 @@ Paper
 
 Idea
     Take the levels from the weights themselves, by k-means. First quantize the clusters that raise
-    the loss most, while free weights remain that can compensate. No retraining compensates the
-    clusters that are quantized last, so these should be the ones that raise the loss least.
+    the loss most, while there are still free weights that can compensate. After the last clusters
+    are quantized, no free weights are left, so these should be the clusters that raise the loss
+    least.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer, with one centroid pinned at 0.
-    Each frozen weight is the centroid of its cluster; free weights are float.
+    Each frozen weight has the value of its cluster's centroid. Free weights are float.
 
 Backward
     dL/dw for free weights; no gradient for frozen weights.
 
 Schedule
-    One phase per portion; the phases have equal length. At the start of a phase, all weights of
-    every layer are clustered again with frozen centroids fixed; a free weight that is nearest to a
-    frozen centroid is frozen there. Then the free clusters are ranked, and the next ones are
-    frozen. The learning-rate schedule restarts and momentum is cleared. In the last phase only
-    batch normalization and biases are trained.
+    One phase per portion. The phases have equal length. At the start of a phase, all weights of
+    every layer are clustered again, while frozen centroids stay fixed. A free weight whose nearest
+    centroid is frozen is frozen at that centroid. Then the free clusters are ranked, and the first
+    ones in the ranking are frozen. The learning-rate schedule restarts, and momentum is cleared. In
+    the last phase only batch normalization and biases are trained.
 
 Sites
     weight.
@@ -33,33 +34,35 @@ State
     (bool, k): which of the centroids are frozen.
 
 Bits
-    w 2-8 or 32 for 2^(b-1) + 1 clusters; a and g 32; by default w5a32g32.
+    w 2-8 or 32, for 2^(b-1) + 1 clusters; a and g 32; by default w5a32g32.
 
 Protocol
-    AlexNet at 5 bits, authors' code: 5, 9, 13, 15, 17 of 17 clusters are frozen. Each phase uses
-    SGD with momentum 0.9, weight decay 5e-4, batch size 256, and a learning rate of 1e-4 that is
-    divided by ten every 20,000 of at most 90,000 iterations. The learning rates for other networks
-    are unknown.
+    AlexNet at 5 bits, authors' code: after the five phases, 5, 9, 13, 15 and 17 of the 17 clusters
+    are frozen. Each phase uses SGD with momentum 0.9, weight decay 5e-4, batch size 256, and a
+    learning rate of 1e-4 that is divided by ten every 20,000 of at most 90,000 iterations. The
+    learning rates for other networks are unknown.
 
 Choices
     partition: the order in which clusters are frozen. `probe` follows the paper's text as quoted by
     second-hand sources. For each cluster, the network's loss on the probe is measured with only
-    this cluster replaced by its centroid; the cluster with the largest loss comes first (clusters x
-    layers passes per phase). `weight_error` is the reviewers' reading: the cluster with the largest
-    sum of squared distances between its weights and its centroid comes first. `magnitude` is the
-    order of the authors' released code, which measures nothing: zero, then pairs of clusters from
-    the outermost inwards (the positive one first). `random` is an ablation.
+    this cluster replaced by its centroid. The cluster with the largest loss comes first. This takes
+    one pass over the probe per cluster and layer in every phase. `weight_error` is how the
+    reviewers understood the paper: the cluster with the largest sum of squared distances between
+    its weights and its centroid comes first. `magnitude` is the order in the authors' released
+    code, which measures nothing. The zero cluster comes first, then pairs of clusters from the
+    outermost inwards (in each pair, the positive one first). `random` is an ablation.
     portions: accumulated fractions of the clusters. The resulting counts are rounded down and are
-    at least one; the default yields the authors' counts. Portions with the same count are one
-    phase. Every phase freezes clusters in all layers; how the paper goes through several layers is
-    not known.
-    k-means is exact; the authors run ten Lloyd iterations that start from powers of two.
-    A layer with fewer than k distinct weights has fewer clusters; at least one of them is frozen in
-    every phase.
+    at least one. The default yields the authors' counts. Portions with the same count share one
+    phase. Every phase freezes clusters in all layers. It is not known in what order the paper
+    treats the layers.
+    k-means is exact here. The authors run ten Lloyd iterations that start from powers of two.
+    A layer with fewer than k distinct weights has fewer clusters. Every phase still freezes at
+    least one of them.
 
 Deviations
     The first and last layers stay float, following the layer policy. The authors' code quantizes
-    the first layer, and the last one except in ResNet-18 (layers.first=same layers.last=same).
+    the first layer, and also the last one, except in ResNet-18. layers.first=same layers.last=same
+    quantizes both here.
 
 Results
     README (digits).

@@ -10,15 +10,15 @@ Idea
 
 Forward
     w_hat = Wp where w > delta, -Wn where w < -delta, else 0.
-    threshold=max: delta = t max|w|. threshold=sparsity: delta is the quantile of |w| below which
-    the fraction r of the layer lies. Delta carries no gradient.
+    threshold=max: delta = t max|w|. threshold=sparsity: delta is the value below which the fraction
+    r of the layer's |w| lies. No gradient passes through delta.
 
 Backward
-    dL/dWp = sum of dL/dw_hat over w > delta. dL/dWn = minus the sum over w < -delta. The authors'
-    code has this minus; the paper's eq. 7 and ports leave it out. Both gradients are sums, not
-    means.
+    dL/dWp = sum of dL/dw_hat over w > delta. dL/dWn = minus the sum of dL/dw_hat over w < -delta.
+    The authors' code has this minus sign. The paper's eq. 7 and ports of the code leave it out.
+    Both gradients are sums, not means.
     Latent weights: dL/dw = dL/dw_hat times Wp, 1 or Wn in the positive, zero and negative zone. So
-    a weight can leave the zero zone.
+    weights in the zero zone get a gradient too, and can leave the zone.
 
 Schedule
     One phase, from a float network.
@@ -33,23 +33,23 @@ Bits
     w 2 (three values) or 32, a and g 32; by default w2a32g32.
 
 Protocol
-    CIFAR-10, authors' log: SGD with momentum 0.9, 400 epochs, with learning rate 0.1, 0.01 from
-    epoch 83, 0.001 from epoch 124, 0.0002 from epoch 301; weight decay 2e-4, on the scales too. The
-    networks are the pre-activation ResNet-20 to 56 with a float first layer.
+    CIFAR-10, authors' log: SGD with momentum 0.9, 400 epochs, weight decay 2e-4 (on the scales
+    too). The learning rate is 0.1, then 0.01 from epoch 83, 0.001 from epoch 124 and 0.0002 from
+    epoch 301. The networks are the pre-activation ResNet-20 to 56 with a float first layer.
 
 Choices
     t = 0.05 as in the paper.
     initial: `mean` (default) starts each scale at the mean magnitude of the weights in the scale's
-    zone. `one` starts both scales at 1, as the authors do; without batch normalization, activations
-    then explode.
+    zone. `one` starts both scales at 1, as the authors do. In networks without batch normalization,
+    activations then explode.
     decay: weight decay of the scales, 0 by default. The authors decay the scales like the weights.
-    Weights are not divided by max|w| first, as in the authors' code.
+    As in the authors' code, weights are not divided by max|w| first.
 
 Deviations
-    The scales are kept at 1e-8 or more. If a scale became negative, both zones would have the same
-    sign. This has been seen to cost points of accuracy.
-    The last layer stays float, following the layer policy, as in the paper. In the authors' CIFAR
-    code the last layer is ternary.
+    The scales are kept at 1e-8 or more. If a scale became negative, the weights of both zones would
+    have the same sign. Where this happened, it cost points of accuracy.
+    The last layer stays float, following the layer policy. This agrees with the paper, but in the
+    authors' CIFAR code the last layer is ternary.
 
 Results
     README (digits).

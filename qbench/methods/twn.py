@@ -1,12 +1,12 @@
-"""Ternary Weight Networks: three weight values; scale and threshold computed from the weights.
+"""Ternary Weight Networks: three weight values, with scale and threshold computed from the weights.
 
 Paper
     Li, Zhang, Liu, "Ternary Weight Networks", arXiv 1605.04711 (2016).
 
 Idea
-    Approximate W by the nearest tensor, in the mean square, whose values are alpha times -1, 0 or
-    1. The best threshold has no closed form, but 0.7 of the mean magnitude is close to the optimum
-    for Gaussian and for uniform weights.
+    Among all tensors whose values are alpha times -1, 0 or 1, take the one nearest to W in the mean
+    square. The best threshold has no closed form, but 0.7 of the mean magnitude is close to the
+    optimum for Gaussian and for uniform weights.
 
 Forward
     Per layer: delta = 0.7 mean|w|; w_hat = alpha sign(w) where |w| > delta, else 0; alpha is the
@@ -34,7 +34,7 @@ Choices
     None.
 
 Deviations
-    None known. A layer whose weights are all zero stays zero, where the formula gives 0/0.
+    None known. A layer whose weights are all zero stays zero, although the formula gives 0/0.
 
 Results
     README (digits).

@@ -1,9 +1,9 @@
 """Uniform: min-max fake quantization, the control that every paper is compared with.
 
 Paper
-    None of its own. It is the scheme of Jacob et al., "Quantization and Training of Neural Networks
-    for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, arXiv 1712.05877, with symmetric
-    weights.
+    None of its own. This is the scheme of Jacob et al., "Quantization and Training of Neural
+    Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, arXiv 1712.05877, with
+    symmetric weights.
 
 Idea
     Use equal steps over the range of the values. The gain of every other method is measured
@@ -13,11 +13,11 @@ Forward
     Weights: s round(w / s), s = max|w| / (2^(b-1) - 1), per output channel or per layer. There are
     2^b - 1 levels, including zero.
     Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1). [l, h] are moving
-    averages of the batches' minima and maxima, widened to contain zero. Zero is a level.
+    averages of the batches' minima and maxima, widened to contain zero, and zero is a level.
 
 Backward
-    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where x is rounded to a code in
-    range, else 0.
+    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where the code that x is rounded to
+    is in range, else 0.
 
 Schedule
     One phase, from a float network.
@@ -35,8 +35,8 @@ Protocol
     The unified recipe.
 
 Choices
-    channel: one scale of weights per output channel (default) or per layer. momentum: weight of a
-    new batch in the moving averages, 0.1 by default.
+    channel: whether weights have one scale per output channel (default) or one per layer.
+    momentum: the weight of a new batch in the moving averages, 0.1 by default.
 
 Deviations
     None known.

@@ -13,15 +13,15 @@ Idea
 Forward
     Weights, per output filter of n weights: alpha sign(w), alpha = mean|w|, sign(0) = +1.
     Activations: sign(x).
-    With scale=K the output is multiplied by K = A * k, a convolution with the layer's stride and
-    padding. A is the mean of |x| over channels; k is a box filter of the kernel's size. For a
-    linear layer, K is mean|x|.
+    With scale=K the output is multiplied by K = A * k, where * is a convolution with the layer's
+    stride and padding. A is the mean of |x| over channels, and k is a box filter (a mean) of the
+    kernel's size. For a linear layer, K is mean|x|.
 
 Backward
     Weights, gradient=paper: dL/dw = (1 / n + alpha 1{|w| <= 1}) dL/dw_hat.
     Weights, gradient=authors: dL/dw = (alpha 1{|w| < 1} + 1 / n) (1 - 1 / c) n dL/dw_hat, with c
     the number of the filter's input channels.
-    Activations: dL/dx = 1{|x| < 1} dL/dx_hat. K carries no gradient.
+    Activations: dL/dx = 1{|x| < 1} dL/dx_hat. No gradient passes through K.
 
 Schedule
     One phase.
@@ -36,24 +36,24 @@ Bits
     w 1 or 32, a 1 or 32, g 32; by default w1a1g32.
 
 Protocol
-    The authors' code: Adam, learning rate from 1e-3 down to 1e-5 in steps over 55 epochs, batch
-    size 800. The first and last layers are float. Blocks are ordered batch normalization, sign,
-    convolution, pooling.
+    The authors' code: Adam, a learning rate that falls in steps from 1e-3 to 1e-5 over 55 epochs,
+    batch size 800. The first and last layers are float. Blocks are ordered batch normalization,
+    sign, convolution, pooling.
 
 Choices
     scale: `K` multiplies by K, as in the paper. `none` (default) leaves out K, as in the authors'
-    code; the authors say that K gains less than a point.
+    code. The authors say that K gains less than a point.
     gradient: `paper` (default) is the paper's formula as it is commonly read. The paper prints r
-    1{|r| <= 1} as the derivative of sign; this is taken for a misprint. `authors` is the formula of
-    the authors' code. That code also multiplies Adam's gradients by 1e9, so that Adam's epsilon is
-    negligible; this is not done here.
+    1{|r| <= 1} as the derivative of sign. Here the factor r is taken for a misprint. `authors` is
+    the formula of the authors' code. That code also multiplies Adam's gradients by 1e9, so that
+    Adam's epsilon is negligible. The method here does not do this.
     center, clamp: before every step, the authors' code centers the latent weights (subtracts the
-    mean over input channels) and clamps them to [-1, 1]. The paper mentions neither; both options
+    mean over input channels) and clamps them to [-1, 1]. The paper mentions neither. Both options
     are off by default.
 
 Deviations
-    Inputs are padded with zeros, although binary activations are never zero. The authors' code does
-    the same.
+    Inputs are padded with zeros, as in the authors' code, although binary activations are never
+    zero.
 
 Results
     README (digits, glyphs).
