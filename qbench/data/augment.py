@@ -1,7 +1,7 @@
 """Augmentation: crops and mirroring of uint8 images, colour changes of float images.
 
-Each image has its own random draws. The functions take whole batches. Images that stream from files
-are cropped one at a time, by the same function.
+Each image has its own random draws. The functions here take whole batches. Images that stream from
+files are cropped one at a time, by the same cropping function.
 """
 
 import math
@@ -34,15 +34,16 @@ GREY = (0.299, 0.587, 0.114)
 class Augment:
     """How training images are augmented.
 
-    In evaluation, images are cropped in the centre, to the same size.
+    Evaluation images are not changed at random. They are cropped to the same size at the centre.
 
     Args:
-        pad: number of pixels added on each side before the random crop; they are black, or copies
-            of the border with `replicate`.
+        pad: number of pixels added on each side before the random crop. They are black, or copies
+            of the border if `replicate` is set.
         flip: whether half of the images are mirrored.
-        size: side of the crop in pixels; 0 for the image's own height and width.
-        area: smallest share of the image that a crop with random area and aspect covers; 0 for
-            crops of `size` pixels.
+        size: side of the square crop in pixels. With 0, the crop has the image's own height and
+            width.
+        area: if not 0, crops have a random area and aspect, and cover at least this share of the
+            image. With 0, crops have a fixed size of `size` pixels.
         brightness: largest change of brightness in either direction, in grey values (0 to 255).
         contrast: each pixel's distance from the mean of its channel is multiplied by a random
             factor from 1 - contrast to 1 + contrast.
@@ -85,8 +86,8 @@ def crop_and_flip(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tenso
     """Crop and mirror each image according to the image's own draws.
 
     Args:
-        draws: uniform numbers in [0, 1), (N, 3 or more); the first three of each image are for
-            vertical place, horizontal place and mirroring.
+        draws: uniform numbers in [0, 1), of shape (N, 3 or more). The first three of each image set
+            the vertical place and the horizontal place of the crop, and whether it is mirrored.
     """
     pad, (count, _, height, width) = augment.pad, images_NCHW.shape
     rows, columns = augment.size or height, augment.size or width
@@ -145,12 +146,12 @@ def random_box(height: int, width: int, draws: Sequence[float], area: float) -> 
 
 
 def adjust_colours(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Change brightness, contrast and saturation of each image; values stay in 0 to 255.
+    """Change brightness, contrast and saturation of each image, keeping values within 0 to 255.
 
     Brightness is shifted, and contrast is changed about each channel's mean, as in DoReFa's
     training script for SVHN (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). Then `jitter`
-    changes brightness, contrast about the mean grey, and saturation, in this order. He's ImageNet
-    training code in Torch (fb.resnet.torch) also draws the order at random.
+    changes brightness, contrast about the mean grey, and saturation, always in this order. He's
+    ImageNet training code in Torch (fb.resnet.torch) makes the same changes, but in random order.
 
     Returns:
         float32, or the images themselves if the augmentation does not change colours.

@@ -7,8 +7,9 @@ points at 92 %.
 
 The images are read from `<root>/cifar-10-batches-py/`, which holds the files of the Python version:
 data_batch_1 to data_batch_5, test_batch and batches.meta. The augmentation is the usual one (He et
-al. 2015, arXiv 1512.03385, section 4.2): a random crop of the image padded by 4 pixels, and
-mirroring. `replicate` pads with the border instead of black.
+al. 2015, arXiv 1512.03385, section 4.2): the image is padded by 4 pixels, cropped at random to its
+original size, and mirrored half of the time. With `replicate`, the padding repeats the border
+pixels instead of being black.
 """
 
 from qbench.data.augment import Augment

@@ -58,11 +58,12 @@ class Dataset:
     """Three splits, and the facts about them that a network needs.
 
     Args:
-        val: validation split, the part of the training images on which the best weights are
-            selected; empty with `dataset.val=0`.
-        mean, std: constants of the normalization, per channel, for images scaled to [0, 1].
-        synthetic: whether the images are rendered or random; tables of papers leave such data sets
-            out.
+        val: validation split, a part of the training images that is set aside to select the best
+            weights. It is empty with `dataset.val=0`.
+        mean, std: the mean and standard deviation used for normalization, per channel, for images
+            scaled to [0, 1].
+        synthetic: whether the images are rendered or random. Tables that compare with papers leave
+            such data sets out.
         files: facts about the image files, for the manifest.
     """
 
@@ -112,13 +113,14 @@ def _sha256(split: Split | FileSplit) -> str:
 def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     """Divide a training split into (train, val), stratified by class.
 
-    Every call gives the same result.
+    The division is not random: every call with the same arguments gives the same result.
 
     Args:
         val: the share of the images in the validation split, 0 <= val < 1.
 
     Raises:
-        ValueError: the training split would be empty, or the validation split although val > 0.
+        ValueError: the training split would be empty, or the validation split would be empty
+            although val > 0.
     """
     if not 0 <= val < 1:
         raise ValueError(f"val={val}: must be a part of the training images, from 0 to below 1")
@@ -138,12 +140,13 @@ class Loader:
     """Makes batches: the network's input float32 (N, C, H, W) in channels_last, and labels (N,).
 
     Args:
-        data: the data set. Splits in memory are moved to `device` as a whole; this copies them
-            unless they are already there in channels_last.
+        data: the data set. Splits in memory are moved to `device` as a whole. They are copied
+            unless they are already on that device in channels_last.
         batch_size: images per training batch. Images after the last full batch of an epoch are not
             used in that epoch.
-        seed: the order and the augmentation follow from (seed, epoch).
-        workers: number of processes that decode images from files; the batches do not depend on it.
+        seed: together with the epoch, it determines the order and the augmentation.
+        workers: number of processes that decode images from files. The batches are the same for any
+            number.
     """
 
     def __init__(self, data: Dataset, batch_size: int, seed: int, device: torch.device, workers: int = 0) -> None:
@@ -153,8 +156,8 @@ class Loader:
         self.augment = data.augment
         self.batch_size, self.steps = batch_size_and_steps(data, batch_size)
         self.seed, self.device, self.workers = seed, device, workers
-        # Each constant has an image's shape: broadcasting one number per channel in channels_last is
-        # eight times slower.
+        # Each constant is stored in the full shape of an image, because broadcasting one number per
+        # channel in channels_last is eight times slower.
         channels, height, width = data.shape
         mean, std = (torch.tensor(v, device=device).expand(height, width, channels) for v in (data.mean, data.std))
         self._mean = (255 * mean).contiguous().movedim(2, 0)
@@ -179,7 +182,7 @@ class Loader:
         Args:
             name: train, val or test.
             limit: yield only the first `limit` images.
-            size: images per batch; fewer if the images are large.
+            size: images per batch. If the images are large, batches are smaller.
         """
         split, (_, height, width) = self.splits[name], self._mean.shape
         count = len(split) if limit is None else min(limit, len(split))
@@ -191,7 +194,8 @@ class Loader:
     def _crops(self, split: Split | FileSplit, indices: list[Tensor], draws: Tensor | None) -> Iterator[Tensor]:
         """Yield uint8 images of the network's input size.
 
-        The images are augmented according to `draws`; without draws they are centre crops.
+        With `draws`, the images are augmented according to them. Without draws, they are centre
+        crops.
         """
         if isinstance(split, FileSplit):
             yield from decoded_batches(split, indices, draws, self.augment, self.workers, self.device)

@@ -1,9 +1,9 @@
 """Files of the published data sets: find, download and read them, and report what is wrong.
 
-File names, addresses, checksums and the layout below `root` are torchvision's, so files that
+File names, addresses, checksums and the layout below `root` are those of torchvision. So files that
 another program downloaded with torchvision are found. The readers return uint8 images (N, C, H, W)
-and int64 labels in memory. Mean and deviation are computed from the training images, unless
-`normalize` names fixed ones.
+and int64 labels in memory. Mean and standard deviation are computed from the training images,
+unless `normalize` selects fixed values.
 """
 
 import errno
@@ -73,8 +73,8 @@ def read_cifar(kind: str, root: str, download: bool) -> tuple[Split, Split]:
 def read_mnist(kind: str, root: str, download: bool) -> tuple[Split, Split]:
     """Return (train, test) of torchvision's class `kind`, MNIST or FashionMNIST.
 
-    torchvision is not used to read them, because it needs unpacked files and prefers files of an
-    old format.
+    The files are read without torchvision, which needs unpacked files and prefers files of an old
+    format.
     """
     source = getattr(torchvision().datasets, kind)
     top = absolute_root(root)
@@ -142,7 +142,7 @@ def ensure_files(files: ExpectedFiles, root: Path, download: bool, fetch: Callab
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".fetching.lock"):  # runs of a sweep that start together download once
+        with FileLock(root / ".fetching.lock"):  # if runs of a sweep start together, only one of them downloads
             fetch()
     except Exception as error:
         if isinstance(error, OSError) and error.errno in ACCESS_ERRORS:
@@ -175,8 +175,8 @@ def read_idx(path: Path, axes: int) -> Tensor:
     The file is unpacked if its name ends in .gz.
 
     Raises:
-        ValueError: the file is of another kind, or its length does not match its header. struct,
-            gzip and zlib raise their own errors.
+        ValueError: the file is of another kind, or its length does not match its header. Other
+            errors of a damaged file are those of struct, gzip and zlib.
     """
     data = path.read_bytes()
     if path.suffix == ".gz":

@@ -6,8 +6,8 @@ sneaker, bag, ankle boot. It is harder than MNIST, because shirts resemble T-shi
 coats.
 
 The images are read from `<root>/FashionMNIST/raw/`. The files have the names of MNIST's files, with
-or without .gz. The augmentation is that of CIFAR-10: a random crop of the image padded by 4 pixels
-(black, as the background is), and mirroring.
+or without .gz. The augmentation is that of CIFAR-10: the image is padded by 4 pixels (black, as the
+background is), cropped at random to its original size, and mirrored half of the time.
 """
 
 from qbench.data.augment import Augment

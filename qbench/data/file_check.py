@@ -2,14 +2,14 @@
 
 Reading all files of a large data set in every run would take longer than many runs. A data set of
 up to 4 GiB is therefore read completely, once. In a larger data set, only the size and the first
-and last 4096 bytes of each file are read and hashed (11 GB in ImageNet's 1,331,167 files). The
-fingerprint says which of the two was done. The result is stored in the user's cache folder,
-`qbench/data` below $XDG_CACHE_HOME or ~/.cache. It is valid as long as the names, sizes and
-modification times of all files stay the same.
+and last 4096 bytes of each file are read and hashed (11 GB in ImageNet's 1,331,167 files). The data
+set's fingerprint says whether the files were hashed completely or in part. The result is stored in
+the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. It is used again as long
+as the names, sizes and modification times of all files stay the same.
 
-A file passes if PIL recognizes its header and, for JPEG and PNG, its end is that of a complete
-file. A PNG that is read completely must also have correct checksums. Files of other formats are
-decoded. Damage in the middle of a file may be found only when the file is decoded.
+A JPEG or PNG file passes if PIL recognizes its header and the file ends as a complete file does. A
+PNG that is read completely must also have correct checksums. Files of other formats are decoded.
+Damage in the middle of a file may be found only when the file is decoded.
 """
 
 import hashlib
@@ -45,7 +45,8 @@ END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 class FileCheck:
     """Number, total bytes and hash of the files, and which bytes were hashed.
 
-    Height and width are those of all images, or 0 if the images differ in size.
+    Height and width are those that all images have in common. They are 0 if the images differ in
+    size.
     """
 
     count: int
@@ -157,7 +158,7 @@ def _load_cached(path: Path, key: str) -> FileCheck | None:
 
 
 def _store(path: Path, key: str, check: FileCheck) -> None:
-    """Write a check to the cache. If that is not possible, the next run checks again."""
+    """Write a check to the cache. If writing fails, the next run checks again."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,10 @@
 
 A batch depends only on its paths and draws, so the number of workers does not change the batches.
 
-The workers are those of torch's DataLoader. They come from a fork server, a fresh process, so they
-inherit no locks, open files or CUDA state. They end with the epoch, or when the main process ends
-for any reason. They ignore signals that are sent to the whole process group, because the main
-process handles such signals.
+The workers are those of torch's DataLoader. They are started by a fork server. It is a fresh
+process, so the workers inherit no locks, open files or CUDA state. Workers end when the epoch ends,
+or when the main process ends for any reason. They ignore signals that are sent to the whole process
+group, because the main process handles such signals.
 """
 
 import multiprocessing
@@ -71,20 +71,20 @@ class DecodeJob(NamedTuple):
 
 
 class DecodedBatch(NamedTuple):
-    """A batch: images uint8 (n, size, size, 3), and (path, reason) of each unreadable file."""
+    """A decoded batch: images uint8 (n, size, size, 3), and (path, reason) of each unreadable file."""
 
     images: Tensor
     bad: list[tuple[str, str]]
 
 
 class Decoder:
-    """Turns a decode job into a batch. DataLoader sends the decoder to the workers as its data set."""
+    """Turns a decode job into a batch. The DataLoader gets it as its dataset, so each worker has a copy."""
 
     def __init__(self, side: int, augment: Augment) -> None:
         self.side, self.augment = side, augment
 
     def __getitem__(self, job: DecodeJob) -> DecodedBatch:
-        from qbench.data.images import describe_error, load_crop  # imports PIL, which data sets in memory do not need
+        from qbench.data.images import describe_error, load_crop  # imported late, since not all runs need PIL
 
         size = self.augment.size
         images, bad = torch.zeros(len(job.paths), size, size, 3, dtype=torch.uint8), []
@@ -103,9 +103,9 @@ def decoded_batches(
     """Yield images uint8 (n, 3, size, size) in channels_last for every index tensor, in order.
 
     Args:
-        draws: uniform draws for augmentation, (N, k), one row per image of the split; None for
-            centre crops.
-        workers: number of processes, at most one per core; 0 decodes in this process.
+        draws: uniform draws for augmentation, of shape (N, k), with one row per image of the split.
+            None gives centre crops.
+        workers: number of worker processes, at most one per core. With 0, this process decodes.
 
     Raises:
         DataError: some images cannot be decoded. No batch is yielded after the first bad image, but
@@ -168,7 +168,7 @@ def _data_loader(
         multiprocessing_context=context,
         worker_init_fn=_end_with_main_process if workers else None,
         pin_memory=device.type == "cuda",
-        generator=Generator(),  # without it the loader draws from the global generator
+        generator=Generator(),  # without it, the loader would draw from the global generator
     )
 
 

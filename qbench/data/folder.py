@@ -4,18 +4,18 @@ The files are root/train/CLASS/*.jpg, and root/val/CLASS/*.jpg or root/test/CLAS
 the folders of train, sorted by name; images may be in subfolders. The suffix decides whether a file
 is an image (JPEG, PNG, PPM, PGM, BMP, TIFF or WebP). Other files are counted and ignored. Grey,
 CMYK, palette and 16-bit images become RGB. The EXIF orientation is ignored, as in torchvision. The
-share `val` of the images in train becomes the validation split; the folder val or test is the test
-split.
+validation split is the share `val` of the images in the folder train. The test split is the folder
+val or test.
 
-With `augment=plain`, the shorter side is resized to `resize`, and `size` x `size` pixels are
-cropped, at random in training and in the centre in evaluation. `augment=inception` trains on crops
-of random area, 8 % to 100 % of the image, and random aspect, 3/4 to 4/3 (Szegedy et al. 2014, arXiv
-1409.4842, section 6), resized to `size`. `jitter=0.4` also changes brightness, contrast and
-saturation.
+With `augment=plain`, the shorter side is resized to `resize`. Then `size` x `size` pixels are
+cropped, at random in training and in the centre in evaluation. With `augment=inception`, training
+crops have a random area, 8 % to 100 % of the image, and a random aspect, 3/4 to 4/3 (Szegedy et al.
+2014, arXiv 1409.4842, section 6). They are resized to `size`. `jitter=0.4` also changes brightness,
+contrast and saturation.
 
-Images are kept in memory if all have the same height and width and fit into 2 GiB, except with
-`augment=inception`. Otherwise `runtime.num_workers` processes decode them when they are needed. The
-batches are the same either way.
+Images are kept in memory if all have the same height and width and together fit into 2 GiB.
+Otherwise, and always with `augment=inception`, `runtime.num_workers` processes decode them when
+they are needed. The batches are the same either way.
 """
 
 from qbench.data.augment import Augment

@@ -1,9 +1,9 @@
 """Digits and capitals rendered offline from matplotlib's fonts; the test images use other fonts.
 
-The images have CIFAR's shape. Any number of images can be drawn, and a seed determines them. There
-are 34 classes: 0-9 and A-Z without I and O, as on number plates. In many fonts, I looks like a bar
-or a 1, and O like a 0. Small letters are left out, because many equal their capitals once the size
-is random.
+By default, the images have CIFAR's shape. Any number of images can be drawn, and the same seed
+always gives the same images. There are 34 classes: 0-9 and A-Z without I and O, as on number
+plates. In many fonts, I looks like a bar or a 1, and O like a 0. Small letters are left out,
+because many of them look like their capitals when the size is random.
 
 21 of matplotlib's 40 fonts hold ordinary digits and letters (DejaVu Sans, Sans Mono and Serif;
 STIXGeneral; cmb, cmr, cmss, cmti, cmtt). 16 of them draw the training images and 5 the test images.
@@ -12,8 +12,9 @@ whose digits are old-style, are not used. The validation images are a part of th
 so they show the training fonts.
 
 The glyph is brighter than the background in every channel, and every image is shifted to mean 128.
-In a trial with random polarity per channel and a free mean, the accuracy of a small network stayed
-at chance for ten epochs.
+Both rules were chosen after a trial without them. There, the glyph was randomly brighter or darker
+in each channel and the mean was free, and the accuracy of a small network stayed at chance for ten
+epochs.
 
 `difficulty` scales everything random except colour and font: rotation, shear, size, proportions,
 place, loss of contrast, uneven background, fragments of other glyphs at the border, and noise. At
@@ -25,12 +26,14 @@ Top-1 was measured on the 10,000 test images (sampling error +-0.5) for the floa
     qbench dataset=glyphs model.width=16 model.stem_stride=2 dataset.difficulty=D
 
 The network is a pre-activation ResNet-8, trained on one thread for 10 epochs of the 10,810 training
-images: SGD at 0.1 with a cosine schedule, batch 64. Top-1 was 95.7 at D = 1, 93.1 at 1.1 and 88.1
-at 1.2 (one seed). With batch 128, and so half the steps, it was 99.9 at 0.5, 93.3 at 1 (mean of
-three seeds, from 92.9 to 93.6), and 52 and still rising at 1.5. The default is 1.1, where float
-networks end near 92 % and bit widths differ in accuracy.
+images: SGD with learning rate 0.1, a cosine schedule and batches of 64. Top-1 was 95.7 at D = 1,
+93.1 at 1.1 and 88.1 at 1.2 (one seed). With batches of 128, and so half the steps, top-1 was 99.9
+at D = 0.5 and 93.3 at D = 1 (mean of three seeds, from 92.9 to 93.6). At D = 1.5 it was 52 and
+still rising. The default is D = 1.1, where float networks end near 92 % and different bit widths
+give different accuracy.
 
-Rendering 22,000 images and computing their mean and deviation takes 1.8 to 2.5 s on one core.
+Rendering 22,000 images and computing their mean and standard deviation takes 1.8 to 2.5 s on one
+core.
 """
 
 from collections.abc import Sequence
@@ -59,8 +62,8 @@ TRAIN_FONTS = (
     *("cmb10", "cmr10", "cmti10", "cmtt10"),
 )
 
-# Number of images drawn at once, each label eight times. Constant, so image i depends on (seed, i),
-# not on the count.
+# Number of images drawn at once, with each label eight times. This number is fixed, so that image i
+# depends on (seed, i) and not on how many images are drawn.
 CHUNK = 8 * len(CLASSES)
 CAPITAL_HEIGHT = 0.5  # height of an H, as a fraction of the image's side
 CONTRAST = 0.5  # glyph minus background, as a fraction of the full scale
@@ -94,11 +97,11 @@ def build(
     Args:
         train, test: number of training images, validation included, and of test images.
         size: height and width in pixels, 8 or more.
-        difficulty: 0 (clean) to 2; for the default of 1.1 see the head of this file.
-        seed: seed of the images, 0 or more; training and test images use separate random streams.
+        difficulty: from 0 (clean) to 2. The head of this file explains the default of 1.1.
+        seed: seed of the images, 0 or more. Training and test images use separate random streams.
         val: share of the training images in the validation split.
-        pad: pixels added on each side before the random crop; they replicate the border, because
-            the background is not black.
+        pad: pixels added on each side before the random crop. They repeat the border pixels,
+            because the background is not black.
     """
     _check_minimum(0, seed=seed, pad=pad)
     _check_minimum(1, train=train, test=test)
@@ -124,8 +127,8 @@ def render(count: int, *, size: int = 32, fonts: Sequence[str], seed: int, diffi
     Every image has mean 128 before clipping.
 
     Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or
-    any global state. The same builds of torch and Pillow on the same kind of CPU give the same
-    bytes. Each group of images 0-33, 34-67, ... holds every class once.
+    any global state. The bytes are the same wherever torch and Pillow are the same builds and the
+    CPU is of the same kind. Each group of images 0-33, 34-67, ... holds every class once.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -212,7 +215,7 @@ def _render_chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) ->
     # The noise is drawn last, because the number of its draws depends on the image size.
     noise = deviation * torch.randn(CHUNK, 3, size, size, generator=generator)
     x = (255 * (background + contrast * ink + noise)).round_()
-    # The sum of whole numbers is exact in any order, and so with any number of threads.
+    # A sum of whole numbers is exact in any order, so the number of threads does not change it.
     mean = x.sum((1, 2, 3), keepdim=True, dtype=torch.float64) / x[0].numel()
     return (x - mean.round().float() + 128).clamp_(0, 255).to(torch.uint8), labels
 
@@ -233,9 +236,9 @@ def _interpolate_knots(knots_NC44: Tensor, size: int) -> Tensor:
 def _warp(mask_NSS: Tensor, u_N4: Tensor, centre_N2: Tensor, size: int, d: float) -> Tensor:
     """Rotate, shear, scale and move masks; return ink in [0, 1], (N, 1, size, size).
 
-    A pixel at p shows the mask at inv(turn @ shear @ scale) (p - centre). Coordinates are 0 in the
-    middle and 1 at the border. The products are written out, because torch's matrix product may sum
-    in an order that depends on the number of threads.
+    A pixel at position p shows the mask at position inv(turn @ shear @ scale) (p - centre).
+    Coordinates are 0 in the middle of the image and 1 at its border. The products are written out,
+    because torch's matrix product may sum in an order that depends on the number of threads.
     """
     turn, shear, shrink, stretch = (d * u_N4)[:, :, None, None].unbind(1)
     wide, tall = (SHRINK * shrink + STRETCH * stretch).exp(), (SHRINK * shrink - STRETCH * stretch).exp()

@@ -114,10 +114,11 @@ def dataset_from_files(
 
     Args:
         side: size in pixels to which the shorter side is resized.
-        shape: (H, W) that all images must have; such a data set is always kept in memory.
+        shape: (H, W) that all images must have. A data set with a given shape is always kept in
+            memory.
 
     Raises:
-        DataError: some files are not complete images; the message names them.
+        DataError: some files are not complete images. The message names them.
         ValueError: `side`, `val` or the augmentation is out of range.
     """
     if not 1 <= augment.size <= side:
@@ -179,7 +180,8 @@ def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]
 def _statistics_images(split: Split | FileSplit) -> Tensor:
     """Return the images from which mean and deviation are computed.
 
-    These are all images of a split in memory, or else the pixels of a sample, (1, 3, 1, pixels).
+    If the split is in memory, these are all its images. Otherwise they are the pixels of a sample
+    of images, in the shape (1, 3, 1, pixels).
     """
     if isinstance(split, Split):
         return split.images

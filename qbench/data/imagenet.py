@@ -1,19 +1,20 @@
 """ImageNet, ILSVRC 2012: photographs in 1,000 classes.
 
 O. Russakovsky et al., 2014, arXiv 1409.0575. 1,281,167 training images and 50,000 validation
-images. As in all papers, the validation images are the test split here: the real test labels are
-not public. The sampling error of one run on 50,000 images is about 0.2 points at 70 %.
+images. As in all papers, the validation images serve as the test split, because the labels of the
+real test images are not public. The sampling error of one run on 50,000 images is about 0.2 points
+at 70 %.
 
 The images are read from `<root>/train/nXXXXXXXX/*.JPEG` and `<root>/val/nXXXXXXXX/*.JPEG`, the
-layout that torchvision and most programs use; classes are sorted by name. The images stream from
+layout that torchvision and most programs use. Classes are sorted by name. The images stream from
 their files.
 
-`augment=plain` resizes the shorter side to `resize`, crops `size` pixels at random and mirrors, as
-the code of XNOR, INQ and HWGQ does (HWGQ with 227 pixels). `augment=inception` crops a random area
-and aspect, with `jitter=0.4` for the colours. It follows He's ImageNet training code in Torch
-(fb.resnet.torch), as tensorpack's DoReFa script does. He's code also adds noise along the principal
-components of the colours, which is not done here. Evaluation uses the centre crop of the resized
-image.
+`augment=plain` resizes the shorter side to `resize`, crops `size` x `size` pixels at random and
+mirrors half of the images. The code of XNOR, INQ and HWGQ does the same (HWGQ with 227 pixels).
+`augment=inception` crops a random area and aspect, and `jitter=0.4` also changes the colours. This
+follows He's ImageNet training code in Torch (fb.resnet.torch), which tensorpack's DoReFa script
+follows too. He's code also adds noise along the principal components of the colours, which is not
+done here. Evaluation uses the centre crop of the resized image.
 """
 
 from qbench.data.dataset import Dataset

@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F":
         raise ValueError("its pixels are floats")
-    if image.mode.startswith("I"):  # PIL itself would turn every value above 255 into white
+    if image.mode.startswith("I"):  # left to PIL, every value above 255 would become white
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -66,9 +66,10 @@ def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[flo
     """Return a crop of a file's image as uint8 (size, size, 3).
 
     Args:
-        side: size in pixels to which the shorter side is resized before a crop of fixed size.
+        side: size in pixels to which the shorter side is resized before a crop of fixed size is
+            taken.
         augment: the augmentation, with `size` set.
-        draws: the image's uniform draws; None for the centre crop.
+        draws: the image's uniform draws. None gives the centre crop.
     """
     if draws is not None and augment.area:
         with Image.open(path) as image:

@@ -1,7 +1,7 @@
 """Normalization of images by channel: (x / 255 - mean) / deviation.
 
-`dataset.normalize` selects mean and deviation: `own` takes those of the training images, and every
-other name takes fixed numbers.
+`dataset.normalize` selects the mean and the standard deviation. `own` computes them from the
+training images. Every other name stands for fixed numbers.
 """
 
 import torch
@@ -41,8 +41,8 @@ def normalization(name: str, images_NCHW: Tensor) -> MeanAndStd:
 def mean_and_std(images_NCHW: Tensor) -> MeanAndStd:
     """Return mean and standard deviation per channel of uint8 images, on the scale [0, 1].
 
-    They are computed from counts of the grey values. This is exact for any number of images and
-    needs no float copy of the images.
+    They are computed from how often each grey value occurs. This is exact for any number of images
+    and needs no float copy of the images.
     """
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images_NCHW.unbind(1)])
     weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)

@@ -4,17 +4,18 @@ Y. Netzer et al., 2011, "Reading Digits in Natural Images with Unsupervised Feat
 is the set's format 2: 3x32x32, ten classes, with the digit in the middle and often its neighbours
 at the sides. There are 73,257 training images, 26,032 test images and 531,131 easier images, named
 "extra". Papers train on different parts: DoReFa on train and extra mixed, PACT on train alone.
-`split` selects train, extra or both. "both" takes 1.9 GB of memory, or 2.9 GB at size=40, and twice
-as much while the files are read.
+`split` selects train, extra or both. `split=both` takes 1.9 GB of memory, or 2.9 GB with size=40,
+and twice as much while the files are read.
 
 scipy reads train_32x32.mat, extra_32x32.mat and test_32x32.mat from `<root>/`. Digit 0, which the
-files call 10, is class 0. As for CIFAR, a random crop is taken of the image padded by 4 pixels.
-Digits are not mirrored, so there is no `flip`.
+files call 10, is class 0. As for CIFAR, the image is padded by 4 pixels and cropped at random to
+its original size. Digits are not mirrored, so there is no `flip`.
 
 DoReFa's training script (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py) resizes to 40x40,
-adds up to 30 grey values, multiplies the contrast by 0.5 to 1.5, divides by 256 and crops nothing:
-`size=40 brightness=30 contrast=0.5 normalize=by256 pad=0 split=both val=0`. The script rounds to
-whole grey values after each change, which is not done here.
+adds up to 30 grey values, multiplies the contrast by 0.5 to 1.5, divides by 256 and crops nothing.
+The same is done by `size=40 brightness=30 contrast=0.5 normalize=by256 pad=0 split=both val=0`. One
+difference remains: the script rounds to whole grey values after each change, and this file does
+not.
 """
 
 import torch

@@ -24,7 +24,7 @@ def build(
     """Return `train` + `test` images (channels, size, size).
 
     Args:
-        signal: share of the pattern in each pixel value, 0 to 1; the rest is noise.
+        signal: share of the pattern in each pixel value, 0 to 1. The rest is noise.
         val: share of the training images in the validation split.
     """
     if min(train, test, classes, channels, size) < 1:

@@ -1,11 +1,12 @@
 """Tiny ImageNet (Stanford CS231n's class project, 2015): 200 of ImageNet's classes at 64x64 pixels.
 
-100,000 training images and 10,000 validation images. The validation images are the test split here,
-because the labels of the published test images are not public. The images are read from `<root>/`,
-the folder tiny-imagenet-200 as published: train/nXXXXXXXX/images/*.JPEG, val/images/*.JPEG and
-val/val_annotations.txt. A val folder divided into class folders is read too. Classes are sorted by
-name. All images are decoded once and kept in memory, 1.4 GB. The augmentation is CIFAR's with twice
-the padding: a random crop of the image padded by 8, and mirroring.
+There are 100,000 training images and 10,000 validation images. The validation images serve as the
+test split, because the labels of the published test images are not public. The images are read from
+`<root>/`, the folder tiny-imagenet-200 as published: train/nXXXXXXXX/images/*.JPEG,
+val/images/*.JPEG and val/val_annotations.txt. A val folder divided into class folders is read too.
+Classes are sorted by name. All images are decoded once and kept in memory, where they take 1.4 GB.
+The augmentation is that of CIFAR-10 with twice the padding: the image is padded by 8 pixels,
+cropped at random to its original size, and mirrored half of the time.
 """
 
 from pathlib import Path

@@ -1,17 +1,17 @@
 """AlexNet as DoReFa-Net's authors train it (Zhou et al. 2016, arXiv 1606.06160; tensorpack's alexnet-dorefa.py).
 
-Verified in the script, which is not the paper's own code. With 1000 classes and affine BN there are
-60,985,416 parameters. TTQ's authors train the same network from scratch (czhu95/ternarynet).
-Whether their network has the biases of conv0 and fc0 is open.
+The network is verified in that script, which is not the paper's own code. With 1000 classes and
+affine BN, it has 60,985,416 parameters. TTQ's authors train the same network from scratch
+(czhu95/ternarynet). It is not known whether their network also has biases in conv0 and fc0.
 
 conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP - Q - conv3 384 - BN
 - MP - Q - conv3 384 in 2 groups - BN - Q - conv3 256 in 2 groups - BN - MP valid - Q - FC 4096
 (bias) - BN - Q - FC 4096 - BN - head - FC. Q is the activation that an input quantizer replaces.
-Max pooling of 3x3/2 is between BN and Q. No dropout. BN has eps 1e-4. The first two poolings pad as
-TensorFlow's SAME does: only at the right and bottom where the size is even.
+MP, max pooling of 3x3 at stride 2, is between BN and Q. There is no dropout. BN has eps 1e-4. The
+first two poolings pad as TensorFlow's SAME does: if the size is even, only at the right and bottom.
 
 `head` is the activation in front of the last layer. If activations are quantized, the script clips
-to [0, 1] there and does not round; otherwise it has a ReLU.
+them to [0, 1] there, without rounding. If they are not quantized, the script has a ReLU there.
 """
 
 from collections import OrderedDict
@@ -30,7 +30,7 @@ CONVS = ((96, 12, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2))
 class SamePool(nn.Module):
     """Max pooling of 3x3 at stride 2, padded as TensorFlow's SAME does.
 
-    Half of the padding, rounded down, is at the top and left; the rest is at the bottom and right.
+    Half of the padding, rounded down, is at the top and left. The rest is at the bottom and right.
     """
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

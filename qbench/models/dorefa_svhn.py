@@ -1,10 +1,10 @@
 """DoReFa-Net's networks for SVHN, models A to D (Zhou et al. 2016, arXiv 1606.06160).
 
-Model A is the network of the authors' script, tensorpack's svhn-digit-dorefa.py (verified). That it
-is the paper's A follows from the paper's 80 MFLOP. It takes images of 40x40 and has seven
-convolutions of 3, 4, 4, 8, 8, 8 and 32 times `width` channels, with `width` 16. The widths 8, 4 and
-2 of B, C and D are remembered from the paper, not verified. Counted: A has 2,082,378 parameters
-with affine BN, and 41.7 M multiply-adds.
+Model A is the network of the authors' script, tensorpack's svhn-digit-dorefa.py (verified). That
+this network is model A of the paper is concluded from the 80 MFLOP that the paper gives. It takes
+images of 40x40. Its seven convolutions have 3, 4, 4, 8, 8, 8 and 32 times `width` channels, with
+`width` 16. The widths 8, 4 and 2 of B, C and D are remembered from the paper, not verified. By our
+own count, A has 2,082,378 parameters with affine BN, and 41.7 M multiply-adds.
 
 conv5 (bias) - MP2 - Q - conv3 - BN - Q - conv3 - BN - MP2 - Q - conv3 valid - BN - Q - conv3 - BN -
 Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - head - FC. Q is the activation that an input
@@ -12,11 +12,12 @@ quantizer replaces. There is no BN after the first layer. Max pooling follows BN
 has eps 1e-4.
 
 `head` is the activation in front of the last layer. If activations are quantized, the script clips
-to [0, 1] there (min(1, |x|) until 2018) and does not round; otherwise it has a ReLU.
+them to [0, 1] there, without rounding (until 2018 it took min(1, |x|)). If they are not quantized,
+the script has a ReLU there.
 
-The script applies dropout after Q, but Q is inside the layer here. So values are dropped in front
-of Q without rescaling, and the output of the layer, which has no bias, is rescaled instead. Both
-orders give the same result if Q(0) = 0.
+The script applies dropout after Q. Here, Q is inside the layer that follows, so dropout comes
+before Q and does not rescale. Instead, the output of the layer is rescaled, which is possible
+because the layer has no bias. Both orders give the same result if Q(0) = 0.
 """
 
 from collections import OrderedDict

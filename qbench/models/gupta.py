@@ -1,13 +1,14 @@
 """The networks of Gupta et al. 2015, "Deep Learning with Limited Numerical Precision" (arXiv 1502.02551), in one class.
 
-All of it is remembered from the paper, nothing is verified. MNIST perceptron: 1000, 1000, classes.
-MNIST CNN: conv5 8 - ReLU - MP2 - conv5 16 - ReLU - MP2 - FC 128 - ReLU - FC. CIFAR-10 CNN: three
-times conv5 64 - ReLU - MP of 3x3/2, then FC. No batch normalization; every layer has a bias.
-Initial weights are Gaussian with standard deviation 0.01, and initial biases are 0; this is
-remembered for the perceptron only.
+All of this is remembered from the paper, and nothing is verified. MNIST perceptron: 1000, 1000,
+classes. MNIST CNN: conv5 8 - ReLU - MP2 - conv5 16 - ReLU - MP2 - FC 128 - ReLU - FC. CIFAR-10 CNN:
+three times conv5 64 - ReLU - MP of 3x3/2, then FC. There is no batch normalization, and every layer
+has a bias. Initial weights are Gaussian with standard deviation 0.01, and initial biases are 0.
+This initialization is remembered for the perceptron only.
 
-Open: padding and rounding of sizes. Here the MNIST CNN does not pad. The CIFAR CNN pads by 2 and
-its max pooling rounds up. So images of 28x28 (MNIST) and 32x32 (CIFAR) both end at 4x4.
+The padding and the rounding of sizes in the paper are not known. Here, the MNIST CNN does not pad,
+and the CIFAR CNN pads by 2. Max pooling rounds sizes up. So images of 28x28 (MNIST) and 32x32
+(CIFAR) both end at 4x4.
 """
 
 from collections import OrderedDict
@@ -72,10 +73,10 @@ def build(
     """Return a network for images of `shape` (C, H, W): 5x5 convolutions with max pooling, then hidden layers.
 
     Args:
-        convs: channels of the convolutions; empty for none.
-        hidden: units of the hidden layers; empty for none.
+        convs: channels of the convolutions. An empty list means no convolutions.
+        hidden: units of the hidden layers. An empty list means no hidden layers.
         pad: zeros padded on each side at each convolution.
-        pool: size of the max pooling after each convolution, 2 or 3; its stride is 2.
+        pool: size of the max pooling after each convolution, 2 or 3. Its stride is always 2.
         std: standard deviation of the initial weights.
     """
     if min((*convs, *hidden), default=0) < 1:

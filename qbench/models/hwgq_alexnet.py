@@ -2,14 +2,14 @@
 
 Verified in their prototxt (zhaoweicai/hwgq, alex-hwgq-3ne-clip-poly-320k): conv11/4 96 - MP - BN -
 Q - conv5 256 - MP - BN - Q - conv3 384 - BN - Q - conv3 384 - BN - Q - conv3 256 - MP - BN - Q - FC
-4096 - BN - Q - FC 4096 - BN - ReLU - FC. Q is the activation that an input quantizer replaces. Max
-pooling of 3x3/2 precedes BN. There are no groups and no dropout, and only the last layer has a
-bias. With `norm=no_affine`, the authors' form (also after fc7), there are 62,368,776 parameters for
-1000 classes.
+4096 - BN - Q - FC 4096 - BN - ReLU - FC. Q is the activation that an input quantizer replaces. MP,
+max pooling of 3x3 at stride 2, precedes BN. There are no groups and no dropout, and only the last
+layer has a bias. The authors use `norm=no_affine`, also after fc7. With it and 1000 classes, the
+network has 62,368,776 parameters.
 
 The authors' images are 227x227. Initial weights are Gaussian with standard deviation 0.01, and
-0.005 in fc6 and fc7. The authors' BN has momentum 0.05 for the running averages; here it has
-torch's 0.1.
+0.005 in fc6 and fc7. The authors' BN has momentum 0.05 for the running averages. Here it has
+torch's default of 0.1.
 """
 
 from collections import OrderedDict

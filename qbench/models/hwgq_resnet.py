@@ -1,18 +1,19 @@
 """ResNet-18, 34 and 50 as HWGQ's authors train them (Cai et al. 2017, arXiv 1702.00953).
 
 Verified in the prototxts res18-, res34- and res50-hwgq-3ne-clip-poly of zhaoweicai/hwgq: conv7/2 64
-(bias) - MP - BN, then blocks, ReLU, average, FC. A block is BN - Q - conv, two or three times, then
-one more BN in front of the sum. Q is the activation that an input quantizer replaces. The BN in
-front of the sum has scale and shift.
+(bias) - MP - BN, then blocks, ReLU, average, FC. A block repeats BN - Q - conv two or three times.
+One more BN follows, in front of the sum. Q is the activation that an input quantizer replaces. The
+BN in front of the sum has scale and shift.
 
 Where the shape changes, the shortcut is a 1x1 convolution that reads the output of the block's
-first Q, followed by a BN with scale and shift as well. Elsewhere the shortcut is the block's input,
-which is never quantized. The first block does not begin with a BN: the stem's BN comes right before
-it, so the identity shortcut of the first block is normalized. In a bottleneck, the first 1x1
-convolution has the stride. Max pooling rounds sizes up, as Caffe does.
+first Q. It is followed by a BN, also with scale and shift. Elsewhere the shortcut is the block's
+input, which is never quantized. The first block does not begin with a BN, because the stem's BN
+comes right before it. So the identity shortcut of the first block carries normalized values. In a
+bottleneck, the first 1x1 convolution has the stride. Max pooling rounds sizes up, as Caffe does.
 
-`norm` sets the BNs in front of Q; the authors use `no_affine`. The authors' BN has momentum 0.05
-for the running averages; here it has torch's 0.1.
+`norm` sets whether the BNs in front of Q have scale and shift. The authors use `no_affine`, so
+theirs have none. The authors' BN has momentum 0.05 for the running averages. Here it has torch's
+default of 0.1.
 """
 
 from torch import Tensor, nn

@@ -1,23 +1,25 @@
 """Residual networks for ImageNet of any width, in both forms, with torchvision's names: ResNet-18, 34, 50, ResNet-18B.
 
-`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385; torchvision's ResNet, whose
-checkpoints load): 7x7/2 convolution, BN, ReLU, max pooling of 3x3/2, then four stages of blocks. A
-block is convolution, BN, ReLU, ..., convolution, BN, sum, ReLU. A shortcut that changes the shape
-is a 1x1 convolution with BN. In a bottleneck the 3x3 convolution has the stride. The ReLU after a
-sum also feeds the next shortcut, so a quantizer can replace only the ReLUs within blocks.
+`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385) is also torchvision's ResNet, so
+torchvision's checkpoints load. The stem is a 7x7 convolution at stride 2, BN, ReLU and max pooling
+of 3x3 at stride 2. Four stages of blocks follow. A block is convolution, BN, ReLU, ...,
+convolution, BN, sum, ReLU. A shortcut that changes the shape is a 1x1 convolution with BN. In a
+bottleneck block the 3x3 convolution has the stride. The ReLU after a sum also feeds the next
+shortcut. A quantizer must not change the shortcut, so it can replace only the ReLUs within blocks.
 
 `pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): a block repeats BN, ReLU, convolution.
 BN and ReLU follow once more after the last block. A shortcut that changes the shape is a 1x1
-convolution of the activated input. The stem is followed by BN and max pooling; the first ReLU is in
-the first block. The first block does not begin with a BN, since the stem's BN comes right before
-it. If the shortcut of the first block is the identity, it carries the stem's output before the
-ReLU. LSQ and PACT are remembered to use this form (not verified).
+convolution of the activated input. The stem is followed by BN and max pooling, and the first ReLU
+is in the first block. The first block does not begin with a BN, since the stem's BN comes right
+before it. If the shortcut of the first block is the identity, it carries the stem's output before
+the ReLU. As far as remembered (not verified), LSQ and PACT use this form.
 
 `width` is the number of channels of the stem and of the first stage; the original ResNet has 64.
-`width` 96 is ResNet-18B of TWN and TTQ. It is remembered, not verified, that each block of
-ResNet-18B has 1.5 times the filters; whether its stem is wider is open. Here the stem is wider too,
-as in Polino's ResNet-18 with k times the filters: k = 1.5 and 2 are `width` 96 and 128 (verified in
-antspy/quantized_distillation, cnn_models/resnet_kfilters.py).
+With `width` 96, ResNet-18 becomes the ResNet-18B of TWN and TTQ. Its blocks have 1.5 times the
+filters, which is remembered and not verified. Whether its stem is wider too is not known. Here the
+stem is wider, as in Polino's ResNet-18 with k times the filters (verified in
+antspy/quantized_distillation, cnn_models/resnet_kfilters.py). There, k = 1.5 and 2 correspond to
+`width` 96 and 128.
 """
 
 from torch import Tensor, nn
@@ -35,8 +37,8 @@ FORMS = ("pre", "post")
 def block_convs(depth: int, width: int, stride: int) -> tuple[ConvSpec, ...]:
     """Return the convolutions of a block with `width` channels.
 
-    In a bottleneck, the 3x3 convolution has the stride, and the last convolution has four times the
-    channels.
+    In a bottleneck block, the 3x3 convolution has the stride, and the last convolution has four
+    times as many channels.
     """
     if depth < 50:
         return (width, 3, stride), (width, 3, 1)

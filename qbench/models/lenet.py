@@ -2,9 +2,9 @@
 
 The network has 20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units,
 and the output layer. On MNIST without batch normalization it has 431,080 parameters. Caffe's
-network has a single ReLU, in front of the last layer. Here BN and ReLU precede every layer but the
-first, after max pooling as in HWGQ's networks. So an input quantizer can replace the activation in
-front of each of these layers.
+network has a single ReLU, in front of the last layer. Here, BN and ReLU precede every layer but the
+first. Where there is max pooling, they follow it, as in HWGQ's networks. So an input quantizer can
+replace the activation in front of each of these layers.
 """
 
 from collections import OrderedDict
@@ -45,7 +45,7 @@ class LeNet(nn.Sequential):
 def build(shape: tuple[int, int, int], classes: int, *, pad: int = 0, norm: str = "affine") -> nn.Module:
     """Return a LeNet for images of `shape` (C, H, W).
 
-    Images are 16x16 or larger; with `pad=2` (zeros around each convolution) 4x4 or larger.
+    Images must be 16x16 or larger. With `pad=2` (zeros around each convolution), 4x4 is enough.
     """
     if not 0 <= pad <= 2:
         raise ValueError(f"pad={pad}: must be 0 (as in Caffe), 1 or 2")

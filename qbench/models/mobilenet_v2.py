@@ -1,8 +1,8 @@
 """MobileNetV2 for small images (Sandler et al. 2018, arXiv 1801.04381, table 2), with torchvision's layer names.
 
-The stem and the second stage keep the resolution, so that 32x32 images end at 4x4. All else follows
-the paper, including the number of parameters, 3,504,872 for 1000 classes. For ImageNet use
-`model=torchvision model.net=mobilenet_v2`.
+Unlike in the paper, the stem and the second stage keep the resolution, so that 32x32 images end at
+4x4. Everything else follows the paper, and the number of parameters is the paper's: 3,504,872 for
+1000 classes. For ImageNet use `model=torchvision model.net=mobilenet_v2`.
 """
 
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class MobileNetV2(nn.Module):
 def multiple_of_8(channels: float) -> int:
     """Return the nearest multiple of 8, at least 8.
 
-    If the nearest loses more than a tenth of the channels, return the next multiple.
+    If the nearest multiple is more than a tenth below `channels`, return the next higher one.
     """
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8

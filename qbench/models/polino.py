@@ -1,17 +1,19 @@
 """Plain convolutional networks for CIFAR-10 of Polino et al. 2018 (arXiv 1802.05668): teacher and
 students.
 
-Verified in the authors' code (antspy/quantized_distillation, cnn_models/conv_forward_model.py and
-cifar10_test.py). Each convolution is followed by ReLU and BN, in this order, and some also by 2x2
-max pooling and dropout of whole channels. Each hidden linear layer is followed by ReLU, BN and
-dropout. A ReLU is applied to the logits. Every layer has a bias. Convolutions keep the size.
-Initial weights have Glorot's uniform distribution.
+The networks are verified in the authors' code (antspy/quantized_distillation,
+cnn_models/conv_forward_model.py and cifar10_test.py). Each convolution is followed by ReLU and BN,
+in this order, and some also by 2x2 max pooling and dropout of whole channels. Each hidden linear
+layer is followed by ReLU, BN and dropout. The output layer is followed by a ReLU too. Every layer
+has a bias. Convolutions keep the height and width. Initial weights are drawn from Glorot's uniform
+distribution.
 
-Counted: the teacher has 5.346 M parameters, the students S0, S1, S2 have 1.000, 0.318 and 0.112 M,
-and the deeper student has 5.83 M. Distilled students train without dropout (`dropout: []`).
+By our own count, the teacher has 5.346 M parameters, the students S0, S1, S2 have 1.000, 0.318 and
+0.112 M, and the deeper student has 5.83 M. Distilled students train without dropout, that is with
+`dropout: []`.
 
-BN is between an activation and the next layer, so no input quantizer can replace an activation
-here.
+In these networks, a BN is between each activation and the next layer. So no input quantizer can
+replace an activation here.
 """
 
 from collections import OrderedDict
@@ -83,9 +85,10 @@ def build(
     Args:
         convs: channels of the convolutions.
         kernel: size of the convolutions, odd.
-        pools: numbers, from 1, of the convolutions followed by 2x2 max pooling.
+        pools: which convolutions are followed by 2x2 max pooling, by number, counted from 1.
         hidden: units of the hidden linear layers.
-        dropout: one rate for each max pooling and each hidden layer; empty for no dropout.
+        dropout: one rate for each max pooling and each hidden layer. An empty list means no
+            dropout.
         norm: affine, no_affine or none.
     """
     if min(convs, default=0) < 1:

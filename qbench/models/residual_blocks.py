@@ -1,8 +1,8 @@
 """Residual blocks of both forms, and `feeds`, the map from activations to the layers they feed.
 
 `feeds` maps the name of an activation module to the names of the layers that read the activation's
-output. It holds only activations whose output nothing else reads. An input quantizer may replace
-these activations and no others.
+output. It holds only those activations whose output is read by these layers and by nothing else. An
+input quantizer may replace only these.
 """
 
 from collections.abc import Sequence
@@ -62,13 +62,13 @@ class ResidualBlock(nn.Module):
 class PreBlock(ResidualBlock):
     """Pre-activation block: BN, activation, convolution, repeated; plus the shortcut.
 
-    Shortcut B is a 1x1 convolution of the activated input, shortcut A pads the raw input.
+    Shortcut B is a 1x1 convolution of the activated input. Shortcut A pads the raw input.
 
     Args:
         convs: the convolutions of the branch.
         first_bn: whether the block begins with a BN of its own.
-        ending: normalization after the last convolution and after the shortcut's convolution;
-            `none` in the papers of this form.
+        ending: normalization after the last convolution and after the shortcut's convolution. The
+            papers that use this form have `none`.
     """
 
     def __init__(

@@ -6,16 +6,18 @@ linear layer follow. Layers are named as in torchvision's ResNet.
 
 `pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): a block repeats BN, activation,
 convolution. BN and activation follow once more after the last block. Every activation in a block
-feeds only convolutions, so a quantizer can replace it. With shortcut A (no parameters, as in the
-code of TTQ's authors) the block's raw input is added to the branch. With shortcut B (a 1x1
-convolution), where the shape changes, the convolution of the activated input is added.
+feeds only convolutions, so a quantizer can replace it. The two kinds of shortcut differ in blocks
+that change the shape. Shortcut A has no parameters, as in the code of TTQ's authors, and adds the
+block's raw input to the branch. Shortcut B adds a 1x1 convolution of the activated input.
 
-`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385): convolution, BN, activation; the
-block's second activation follows the sum. That activation also feeds the next shortcut, so a
-quantizer can replace only the first activation. Shortcut B is a 1x1 convolution with BN.
+`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385): a block repeats convolution, BN,
+activation, and its second activation follows the sum. That second activation also feeds the next
+shortcut, so a quantizer can replace only the first activation of a block. Shortcut B is a 1x1
+convolution with BN.
 
-Shortcut A averages over 2x2 pixels, as TTQ's authors do, and puts half of the zero channels on
-either side. The paper of the post form takes every second pixel instead.
+In both forms, shortcut A averages over 2x2 pixels, as TTQ's authors do. It adds half of the zero
+channels before the image's channels and half after them. The paper of the post form takes every
+second pixel instead of the average.
 """
 
 from collections.abc import Sequence

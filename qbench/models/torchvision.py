@@ -1,10 +1,11 @@
 """torchvision's classification networks by name, from scratch: `model=torchvision model.net=vgg16_bn`.
 
 They are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of
-layers; for these `feeds` says which layer each activation feeds. The other networks have no
-`feeds`, and the normalization of all networks here is fixed. So methods that need `feeds` or
-another normalization cannot be used on these networks. For ResNets use
-qbench/models/imagenet_resnet.py, which has torchvision's names; HWGQ has networks of its own.
+layers, so `feeds` can say which layer each activation feeds. The other networks have no `feeds`,
+and methods that need it cannot be used on them. The normalization of all networks here is fixed,
+which excludes methods that need another one. For ResNets use qbench/models/imagenet_resnet.py,
+which has torchvision's layer names. For HWGQ use the networks of its authors, hwgq_alexnet and
+hwgq_resnet.
 """
 
 import difflib
@@ -73,8 +74,8 @@ def _run_on_meta(module: nn.Module, shape: tuple[int, int, int]) -> Tensor:
 def _feeds_of_chain(model: nn.Module, shape: tuple[int, int, int]) -> Feeds:
     """Return the activations of AlexNet or VGG, each with the layer that it feeds.
 
-    Some modules between an activation and the next layer commute with ReLU: max pooling, dropout,
-    and average pooling whose input already has the output's size.
+    There may be other modules between an activation and the next layer, if they commute with ReLU.
+    These are max pooling, dropout, and average pooling whose input already has the output's size.
     """
     if type(model).__name__ not in ("AlexNet", "VGG"):
         return {}

@@ -2,9 +2,9 @@
 
 128C3 - BN - Q - 128C3 - MP2 - BN - Q - 256C3 - BN - Q - 256C3 - MP2 - BN - Q - 512C3 - BN - Q -
 512C3 - BN - Scale - ReLU - MP2 - FC. Q is the activation that an input quantizer replaces. Pooling
-precedes BN; the last max pooling follows the last activation. Convolutions are 3x3, padded by 1,
-without bias. With `norm=no_affine`, the authors' form, the network for ten classes has 4,657,546
-parameters.
+precedes BN, except that the last max pooling follows the last activation. Convolutions are 3x3,
+padded by 1, without bias. The authors use `norm=no_affine`. With it, the network for ten classes
+has 4,657,546 parameters.
 """
 
 from collections import OrderedDict
@@ -24,8 +24,8 @@ After the sixth convolution, max pooling follows the activation.
 class VGGSmall(nn.Sequential):
     """Layers `conv1` to `conv6` with `bn` and `act` of the same number, and `fc`.
 
-    `norm` sets the BNs in front of quantizers. The last BN has scale and shift, unless `norm` is
-    none.
+    `norm` is for the BNs in front of quantizers. The last BN always has scale and shift, or is left
+    out if `norm` is none.
     """
 
     feeds: Feeds
@@ -51,7 +51,7 @@ class VGGSmall(nn.Sequential):
 def build(shape: tuple[int, int, int], classes: int, *, width: int = 128, norm: str = "affine") -> nn.Module:
     """Return a VGG-small for images of `shape` (C, H, W), 8x8 or larger.
 
-    The first convolutions have `width` channels, the last ones 4 `width`.
+    The first two convolutions have `width` channels, and the last two have 4 `width`.
     """
     if width < 1:
         raise ValueError(f"width={width}: must be 1 or more channels")

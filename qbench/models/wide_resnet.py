@@ -1,17 +1,17 @@
 """Wide residual networks (Zagoruyko and Komodakis 2016, arXiv 1605.07146) as Polino et al. 2018 train them.
 
-Verified in their code (antspy/quantized_distillation, cnn_models/wide_resnet.py): pre-activation;
-depth 6 n + 4, a stem of 16 channels, three stages of n blocks of 16, 32 and 64 times `widen`
-channels. A block is BN - ReLU - conv3 - dropout - BN - ReLU - conv3. These networks differ from the
-original paper in three ways: the second convolution has the stride, every convolution has a bias,
-and a shortcut that changes the shape is a 1x1 convolution of the block's raw input. So no
-activation feeds the shortcut's convolution, and methods that replace activations must leave this
-convolution in float (`layers.downsample=float`).
+Verified in their code (antspy/quantized_distillation, cnn_models/wide_resnet.py). The networks have
+the pre-activation form and depth 6 n + 4. A stem of 16 channels is followed by three stages of n
+blocks, with 16, 32 and 64 times `widen` channels. A block is BN - ReLU - conv3 - dropout - BN -
+ReLU - conv3. These networks differ from the original paper in three ways: the second convolution
+has the stride, every convolution has a bias, and a shortcut that changes the shape is a 1x1
+convolution of the block's raw input. So no activation feeds the shortcut's convolution, and methods
+that replace activations must leave this convolution in float (`layers.downsample=float`).
 
-BN and ReLU follow the last block once more. This BN has a momentum of 0.9 in torch's sense, so its
-running averages are nearly those of the last batch. Initial weights of convolutions are
-Glorot-uniform, sqrt(2) times as wide. Counted for ten classes: WRN-28-20 has 145.8 M parameters,
-and WRN-16-22 has 82.7 M.
+The last block is followed by one more BN and ReLU. This BN has a momentum of 0.9 in torch's sense,
+so its running averages are nearly the statistics of the last batch. Initial weights of convolutions
+are drawn from Glorot's uniform distribution, made sqrt(2) times as wide. By our own count, for ten
+classes WRN-28-20 has 145.8 M parameters, and WRN-16-22 has 82.7 M.
 """
 
 import math

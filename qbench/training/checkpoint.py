@@ -1,8 +1,8 @@
 """Checkpoints as bytes, with a digest that is verified before parsing; digests of weights.
 
-`torch.load` ignores bytes after the archive. The digest is therefore at the end, and the file
-remains an ordinary checkpoint that loads with `weights_only=True`. Without the digest, a file with
-flipped bits could load without an error.
+The digest is at the end of the file, because `torch.load` ignores bytes after the archive. So the
+file remains an ordinary checkpoint that loads with `weights_only=True`. Without the digest, a file
+with flipped bits could load without an error.
 """
 
 import hashlib
@@ -62,7 +62,8 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
 def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], None]) -> Saved | None:
     """Return the state that a resumed run continues from: the newest intact checkpoint of the run.
 
-    Damaged checkpoints that are newer are removed, because a run keeps only its newest ones.
+    A run keeps only its newest checkpoints. Damaged ones that are newer than the intact one are
+    therefore removed.
 
     Args:
         paths: `state-<step>.pt` files, newest first.
@@ -112,7 +113,7 @@ def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
     try:
         with bounded_memory(EXTRA_BYTES + 8 * len(data)), warnings.catch_warnings(action="ignore"):
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is not a checkpoint can raise anything
+    except Exception as error:  # reading a file that is not a checkpoint can raise any exception
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         reason = _printable(reason or type(error).__name__, 200)
         raise CheckpointError(f"{source} is no readable checkpoint: {reason}") from None
@@ -151,7 +152,8 @@ def _check_zip(data: bytes, source: str) -> None:
 def bounded_memory(size: int) -> Iterator[None]:
     """Inside the context, limit this process to `size` bytes more than it has now (Linux only).
 
-    Without a limit, a hostile file of a few bytes can demand any amount of memory.
+    Without a limit, a malicious file of a few bytes could make its reader allocate any amount of
+    memory.
     """
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -196,12 +198,12 @@ class LoadedWeights(NamedTuple):
 def load_float_weights(model: nn.Module, state: Mapping[str, object], source: str) -> LoadedWeights:
     """Load a float network's weights.
 
-    Tensors of quantizers in the file are skipped. Only counters of batch normalization may be
-    missing.
+    Tensors of quantizers in the file are skipped. The file must have all other tensors of the
+    network, except counters of batch normalization.
 
     Raises:
         CheckpointError: tensors are missing, unknown or of another type or shape, or hold inf or
-            nan; the message names them.
+            nan. The message names them.
     """
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     current = model.state_dict()

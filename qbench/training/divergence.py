@@ -17,14 +17,14 @@ from qbench.training.task import Task
 def must_be_finite(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that must be finite: all parameters, and the buffers outside quantizers.
 
-    A quantizer's buffer may be nan as long as it is not set.
+    Buffers of quantizers are left out, because a buffer may be nan until it is set.
     """
     parameters = {name for name, _ in model.named_parameters()}
     return {n: t for n, t in model.state_dict().items() if n in parameters or not is_quantizer_key(n)}
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the norm of all gradients, a scalar; it is not finite if any gradient is not finite."""
+    """Return the norm of all gradients together, which is not finite if any gradient is not finite."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
 
 
@@ -41,11 +41,11 @@ def divergence_error(task: Task, state: State, what: str, images: Tensor | None 
 
 
 def find_cause(task: Task, images: Tensor | None) -> str | None:
-    """Return the name of the likely cause, or None; this changes the network's buffers.
+    """Return the name of the likely cause, or None. The search changes the network's buffers.
 
-    The candidates are, in this order: a parameter or buffer that is not finite; the first module
-    whose output on these images is not finite although its input is; the last parameter with a
-    gradient that is not finite; the parameter with the largest gradient.
+    The first of these that exists is named: a parameter or buffer that is not finite; the first
+    module whose output on these images is not finite although its input is; the last parameter
+    whose gradient is not finite; the parameter with the largest gradient.
     """
     model = task.model
     tensor = first_nonfinite(must_be_finite(model))

@@ -15,7 +15,7 @@ class EpochRecord:
         train_top1: top-1 accuracy on the training batches in percent.
         seconds: training time, without evaluation.
         images: number of training images.
-        validation: None without a validation split.
+        validation: the accuracy on the validation split. None without such a split.
     """
 
     epoch: int

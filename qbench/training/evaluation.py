@@ -17,10 +17,10 @@ def evaluate(
     forward: Callable[[Tensor], Tensor] | None = None,
     predictions: list[Tensor] | None = None,
 ) -> Accuracy | None:
-    """Return a network's accuracy on batches; None without images. The network stays in eval mode.
+    """Return a network's accuracy on batches, or None without images. The network is left in eval mode.
 
     Args:
-        forward: function that computes the network's output; None for the network itself.
+        forward: function that computes the network's output. None calls the network itself.
         predictions: a list to which each batch adds a tensor (N, 2) of labels and predicted
             classes.
     """

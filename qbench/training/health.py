@@ -1,10 +1,10 @@
 """Health checks at the end of an epoch: they warn when training goes wrong, or stop it.
 
 inf and nan in images, losses, gradients, weights and scales stop a run in the step in which they
-appear, and nothing of that step is saved: see `qbench.training.loop` and `qbench.quant.layers`. Two
-more conditions stop a run: a scale that is not above zero, because its levels then lose their
-order, and exploding weights. Every other condition may be intended, so it causes only a warning,
-printed once.
+appear, and nothing of that step is saved. This is done in `qbench.training.loop` and
+`qbench.quant.layers`. The checks here stop a run in two more cases. One is a scale that is not
+above zero, because its levels then lose their order. The other is exploding weights. Everything
+else that is checked may be intended, so it causes only a warning, printed once.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ HealthWarnings = dict[str, str]
 def initial_magnitudes(model: nn.Module) -> dict[str, float]:
     """Return the largest weight magnitude of each layer, at least 1 / sqrt(inputs).
 
-    The later growth of the layer is measured relative to this value.
+    How far a layer has grown is later measured relative to this value.
     """
     return {name: max(_max_magnitude(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
 
@@ -96,9 +96,9 @@ def check_scales(model: nn.Module, where: str) -> None:
 def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where: str) -> HealthWarnings:
     """Return warnings about layers that carry no information.
 
-    Such a layer has all weights on the same one of several levels, or the same output for all
-    images. A layer with the same input for all images gets a warning only if no earlier layer has
-    one.
+    In such a layer, all weights are on one level although there are several, or the output is the
+    same for all images. If already the input is the same for all images, the layer gets a warning
+    only if no earlier layer has one.
     """
     warnings: HealthWarnings = {}
     layers, constant = quantized_layers(model), False

@@ -38,11 +38,11 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
 
 
 def load_initial_weights(model: nn.Module, path: Path, identity: str | None = None) -> str:
-    """Load float weights; return a message with the number of tensors loaded, skipped and new.
+    """Load float weights, and return a message with the number of tensors loaded, skipped and new.
 
     Args:
-        path: a checkpoint file, or the directory of a run with best.pt.
-        identity: the identity that the checkpoint must have; None for any.
+        path: a checkpoint file, or a run's directory that holds best.pt.
+        identity: the identity that the checkpoint must have. None allows any.
 
     Raises:
         CheckpointError: the file is missing, damaged, or belongs to another run or network.

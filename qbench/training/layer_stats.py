@@ -16,9 +16,9 @@ The statistics of a layer with weights `w` and input `a`:
     w.NAME, a.NAME        a quantizer's parameter or buffer that is one number: step, alpha, n1, ...
     w.NAME.grad           norm of the gradient of a quantizer's parameter
 
-All scale groups are counted together: level 3 of one channel and level 3 of another are one level.
-Weights that are not frozen count at the nearest level. A statistic that is not finite or not known
-is omitted.
+If a tensor has several scale groups, they are counted together. For example, level 3 of one channel
+and level 3 of another count as the same level. With an incremental method, a weight that is not yet
+frozen is counted at its nearest level. A statistic that is not finite or not known is omitted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -76,7 +76,7 @@ class QuantizedTensor:
 
 
 class LayerTrace(NamedTuple):
-    """Values of one layer: quantized weights and input (None if float), float input and output."""
+    """Values of one layer: its quantized weights and input (None if they are float), and its float input and output."""
 
     weights: QuantizedTensor | None
     inputs: QuantizedTensor | None
@@ -94,7 +94,7 @@ def observed_images(images: Tensor, epoch_images: int) -> Tensor:
 def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
     """Return the trace of each quantized layer on images, in the order in which the layers run.
 
-    If a layer runs several times, its last call counts.
+    If a layer runs several times, its trace is that of the last call.
     """
     if not (layers := quantized_layers(model)):
         return {}
@@ -114,7 +114,7 @@ def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
 
 
 def _quantized_tensor(quantizer: Quantizer, before: Tensor, after: Tensor) -> QuantizedTensor | None:
-    """Return a quantizer's tensors with its grid; None if it is float or has no levels yet."""
+    """Return a quantizer's tensors with its grid, or None if it is float or has no levels yet."""
     grid = quantizer.grid(before)
     return QuantizedTensor(before, after, grid) if grid is not None and grid.points.shape[1] else None
 
@@ -130,7 +130,7 @@ def layer_metrics(
 
     Args:
         traces: result of `trace_layers` for these images.
-        last_codes: result of `weight_codes` at the last observation; empty if there was none.
+        last_codes: result of `weight_codes` at the last observation. It is empty if there was none.
         gradients: result of `gradient_norms` after the last step.
     """
     float_outputs, layers = _float_outputs(model, images, list(traces)), quantized_layers(model)
@@ -223,7 +223,7 @@ def _clipped_share(tensor: QuantizedTensor) -> float:
 
 
 def _output_similarity(expected: Tensor, output: Tensor) -> dict[str, float]:
-    """Return SQNR in dB and cosine of an output; without the SQNR if the expected output is 0."""
+    """Return SQNR in dB and cosine of an output. The SQNR is left out if the expected output is 0."""
     signal, norm, error = expected.norm().item(), output.norm().item(), (output - expected).norm().item()
     if not signal:
         return {}

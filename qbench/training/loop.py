@@ -28,8 +28,8 @@ class Callbacks:
 
     Args:
         on_step: called with (state, loss) after every batch.
-        on_epoch: called with (state, record, losses) after every epoch; `state` is at the next
-            epoch.
+        on_epoch: called with (state, record, losses) after every epoch. `state` then already points
+            to the next epoch.
         on_interrupt: called with (state) when the validation after an epoch was interrupted.
     """
 
@@ -69,8 +69,8 @@ def train_epoch(task: Task, state: State, callbacks: Callbacks = Callbacks()) ->
     """Train the rest of the current epoch.
 
     Raises:
-        Diverged: a loss, a gradient or the input of a layer is not finite; the weights are those
-            before the step.
+        Diverged: a loss, a gradient or the input of a layer is not finite. The network then has the
+            weights from before the step.
     """
     model, method = task.model, task.method
     model.train()
@@ -106,7 +106,7 @@ def train_epoch(task: Task, state: State, callbacks: Callbacks = Callbacks()) ->
 
 def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, images: Tensor) -> None:
     norm = gradient_norm(task.model)
-    # On the CPU only: reading the values would make a GPU wait.
+    # Only on the CPU, because a GPU would have to wait until the values are read.
     if loss.device.type == "cpu" and not math.isfinite(loss.item() + norm.item()):
         what = "the gradients' norm" if math.isfinite(loss.item()) else "the loss"
         raise divergence_error(task, state, f"{what} is not finite", images)
@@ -115,7 +115,7 @@ def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, images: Te
 
 
 def _begin_epoch(task: Task, state: State) -> None:
-    """Call the method before an epoch's first batch, and reset the optimizer in a new phase."""
+    """Before an epoch's first batch, notify the method, and reset the optimizer if a new phase begins."""
     if state.epoch and task.phase(state.epoch)[0] == state.epoch:
         state.optimizer.state.clear()
     if task.method.on_epoch is not None:
@@ -145,10 +145,10 @@ def _validate(task: Task, state: State) -> Accuracy | None:
 
 
 def _keep_best(task: Task, state: State, accuracy: Accuracy) -> None:
-    """Keep the weights with the best validation top-1; ties are decided by the loss.
+    """Keep the weights with the best validation top-1. If two are equal, the lower loss decides.
 
-    Training stops after `patience` epochs that are not better. An epoch of an incremental method
-    counts only when every layer is fully quantized.
+    Training stops after `patience` epochs without a better result. With an incremental method, an
+    epoch counts only when every layer is fully quantized.
     """
     if not fully_quantized(task.model):
         return

@@ -51,11 +51,11 @@ With `full`, they do so after every epoch.
 class TrainingMonitor:
     """Observes the layers of one run.
 
-    The monitor's memory does not affect training, but a checkpoint keeps it, so that a resumed run
-    logs the same.
+    What the monitor remembers does not affect training. Checkpoints keep it nevertheless, so that a
+    resumed run logs the same as one that was not interrupted.
 
     Args:
-        level: off, light or full, which decides what is logged; warnings are printed in any case.
+        level: off, light or full. It decides what is logged. Warnings are printed in any case.
         start: initial magnitude of each layer's weights.
         warned: subject -> text of the warnings printed so far.
         codes: level index of each weight at the last observation, by layer.
@@ -96,14 +96,14 @@ class TrainingMonitor:
         An epoch is skipped if too few steps have passed since the last observation.
 
         Args:
-            record: metrics of the epoch; None if nothing is trained.
+            record: metrics of the epoch. None means that nothing is trained.
             where: the place in the run, for messages.
 
         Returns:
             The records (kind, step, values) for metrics.jsonl.
 
         Raises:
-            Diverged: see `check`; or the input of a layer is not finite.
+            Diverged: `check` raises it, or the input of a layer is not finite.
         """
         self.check(task.model, where)
         if record:

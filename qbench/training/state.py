@@ -34,11 +34,11 @@ class BestWeights:
 
 @dataclass
 class State:
-    """The progress of training. With the random state, a resumed run continues from it bit for bit.
+    """The progress of training. Together with the random state, it lets a resumed run continue bit for bit.
 
     Args:
         average: the moving average of the weights, if `optim.ema` is set.
-        epoch, batch: the next batch to train on; both count from 0.
+        epoch, batch: the epoch and the number of the next batch to train on. Both count from 0.
         step: number of optimizer steps.
         losses, images, hits: losses, number of images and number of correct predictions of the
             current epoch.
@@ -103,16 +103,17 @@ class State:
 class WeightAverage:
     """Exponential moving average of a network's parameters, computed by torch's `AveragedModel`.
 
-    It averages a list of the parameters, not the network, because buffers are never averaged. A
-    copy of the network would also hold masks as large as the weights (1.2 times the parameters with
-    INQ).
+    It keeps a list of averaged parameters, not a copy of the network. Buffers are never averaged,
+    so they need no copy. With INQ, for example, the copy would also hold masks as large as the
+    weights (1.2 times the parameters).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._names = [name for name, _ in model.named_parameters()]
         self._averaged = AveragedModel(_parameters(model), multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
-        # With a count of 0, the first update would copy the parameters. The average begins with the
-        # initial weights instead; after that its value does not depend on the count.
+        # With a count of 0, the first update would replace the average by the current parameters.
+        # The average must begin with the initial weights instead, so the count is not 0. Apart from
+        # that, the count does not affect the average.
         self._averaged.n_averaged.fill_(1)
 
     def parameters(self) -> dict[str, Tensor]:

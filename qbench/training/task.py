@@ -19,11 +19,13 @@ class Task:
 
     Args:
         steps: training batches per epoch.
-        train: (epoch, start) -> the epoch's training batches from batch number `start` on.
-        validate: () -> the validation batches; none without a validation split.
-        forward: function that computes the network's output, compiled or in another precision; None
-            for the network itself.
-        classes: number of classes; 0 if it is not known.
+        train: function (epoch, start) that returns the epoch's training batches from batch number
+            `start` on.
+        validate: function without arguments that returns the validation batches. Without a
+            validation split, there are none.
+        forward: function that computes the network's output, compiled or in another precision. None
+            calls the network itself.
+        classes: number of classes, or 0 if it is not known.
     """
 
     model: nn.Module
