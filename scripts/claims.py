@@ -53,20 +53,29 @@ PREFACE = """\
 # Claims
 
 Each row is one comparison from a file in `conf/experiment/claims/`, made by `{command}`. The effect is the first arm
-minus the second arm, in points of test top-1 after the last epoch (for gradient mismatch: cosine), paired by seed. The
-95 % confidence interval treats both seeds and test images as samples (two-way, `qbench/report/statistics`) and is not
-adjusted. Verdicts are two-sided at 5 % over all {family} comparisons together (Holm), so an interval may exclude the
-border although the verdict is open. The verdicts are `holds`; `does not hold`, the data support the opposite; and
-`not separable at n`, with the number of seeds needed for 80 % power if the true effect is the observed one. A
-comparison with runs that failed, diverged or are unsupported has no verdict and states why: the remaining runs are not
-a fair sample. Arms are written `first - second > border`; `unchanged` is the experiment file without a change.
+minus the second arm, in points of test top-1 after the last epoch, paired by seed. For gradient mismatch, the effect
+is in cosine. The 95 % confidence interval treats both seeds and test images as samples (two-way,
+`qbench/report/statistics`). It is not adjusted for the number of comparisons.
 
-What these data can decide: digits (1,797 real 8x8 images, 450 for test) and glyphs (characters rendered from fonts,
-with separate fonts for the 10,000 test images), thin residual networks with 8 or 20 layers and short schedules show
-whether an effect exists under one protocol, and its size there. They do not reproduce the papers' values on SVHN,
-CIFAR-10 or ImageNet, and a claim that does not hold here is not refuted there: depth, width, number of classes and
-length of training differ, and differences at 8 or 5 bits may be too small to see. Digits resolve a point or more,
-glyphs about half a point. Claims marked "from memory" are stated from memory, not quoted from the paper.
+Verdicts are two-sided at 5 % and adjusted for all {family} comparisons together (Holm). An interval may therefore
+exclude the border although the verdict is open. The verdicts are:
+
+- `holds`: the data support the claim.
+- `does not hold`: the data support the opposite.
+- `not separable at n`: n seeds do not decide. The table then gives the number of seeds needed for 80 % power if the
+  true effect is the observed one.
+
+If runs of a comparison failed, diverged or are unsupported, the comparison has no verdict and states why, because the
+remaining runs are not a fair sample. Arms are written `first - second > border`. `unchanged` is the experiment file
+without a change.
+
+The data are digits (1,797 real 8x8 images, 450 for test) and glyphs (characters rendered from fonts, with separate
+fonts for the 10,000 test images). The networks are thin residual networks with 8 or 20 layers, and schedules are
+short. Such runs can show whether an effect exists under one protocol, and how large it is there. They do not reproduce
+the papers' values on SVHN, CIFAR-10 or ImageNet. A claim that does not hold here is not refuted for the paper's
+setting, because depth, width, number of classes and length of training differ. Differences at 8 or 5 bits may be too
+small to see. Digits resolve a point or more, glyphs about half a point. Claims marked "from memory" are stated from
+memory, not quoted from the paper.
 """
 
 

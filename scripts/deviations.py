@@ -191,13 +191,14 @@ def document(table: Table, commands: Sequence[str], out: Path) -> str:
     return f"""\
 # What does a bug cost?
 
-Known deviations of public code from the papers, run as `method.deviation=NAME` and compared seed by seed with the
-faithful method at the same widths, everything else equal. Points lost are test top-1 in percent after the last epoch
-of the faithful method minus the deviation's. The 95 % confidence interval is Student's for paired differences, for each
-row alone; p is two-sided against no loss, adjusted for the number of rows (Holm). Failed and diverged runs are counted
-and never replaced: the points are over the other seeds. Where points are negative, the deviation does better here than
-the paper's formula. With `affine_norm` the float baseline has scale and shift too. The cost on this data set with this
-recipe does not determine the cost on another.
+This page measures the cost of known deviations of public code from the papers. Each deviation is run as
+`method.deviation=NAME` and compared seed by seed with the faithful method at the same widths. Everything else is
+equal. Points lost are the difference in test top-1 after the last epoch, in percent: the faithful method's minus the
+deviation's. The 95 % confidence interval is Student's for paired differences and applies to each row alone. p is
+two-sided for the null hypothesis of no loss, adjusted for the number of rows (Holm). Failed and diverged runs are
+counted and never replaced, so the points are over the other seeds. Where points are negative, the deviation does
+better here than the paper's formula. With `affine_norm`, the float baseline has scale and shift too. On another data
+set or with another recipe, the cost may be different.
 
 `scripts/deviations.py` writes this page. {len(results)} runs, float baselines included, {seconds:.0f} s of work, one
 thread per run ({machine}):
