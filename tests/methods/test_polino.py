@@ -112,7 +112,7 @@ def test_stochastic_qd_is_floor_plus_a_bernoulli_draw(count: int, size: int, bit
     w = random(count, bits)
     rows = oracle.buckets(w.numpy(), size)
     generator = torch.Generator().manual_seed(5)
-    shift = passes._shift(w, generator)
+    shift = passes._shared_bits(w, generator)
     numbers = passes.uniform_16(len(rows) * len(rows[0]), w, generator).reshape(len(rows), -1)
     draws = (32768 - numbers.double() - shift) / 65536
     got = qd.quantize_bucketed(w, bits, size, True, torch.Generator().manual_seed(5))

@@ -199,7 +199,7 @@ def test_the_correction_leaves_unused_codewords_unused() -> None:
     books, codes = qcnn.product_codes(w, 2, 8)
     x = random(20, 1, 1, 2)
     corrected, chosen = qcnn.error_corrected(books, codes, w, x, x.flatten(1) @ w.T)
-    torch.testing.assert_close(product.decoded(corrected, chosen, 2), w)
+    torch.testing.assert_close(product.decode(corrected, chosen, 2), w)
     assert torch.equal(corrected.isnan(), books.isnan())
 
 
@@ -220,7 +220,7 @@ def test_the_patches_are_the_inputs_of_the_responses(layer: nn.Module, shape: tu
     x, one = random(*shape), cast(QLayer, layer)
     with torch.no_grad():
         inputs, wanted = qcnn.patches(one, x, limit), qcnn.responses(one, layer(x), limit)
-        w = product.split(one.weight, 1).reshape(inputs.shape[1], -1, *inputs.shape[2:])
+        w = product.subvectors(one.weight, 1).reshape(inputs.shape[1], -1, *inputs.shape[2:])
         torch.testing.assert_close(torch.einsum("ngpc,gtpc->ngt", inputs, w).flatten(1), wanted)
     assert len(inputs) <= limit
 

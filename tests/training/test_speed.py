@@ -40,7 +40,7 @@ def test_training_steps() -> None:
 def test_stochastic_rounding() -> None:
     x = torch.rand(2**20)
     ratios = interleaved(
-        {"usual": lambda: torch.floor(x * 255 + torch.rand_like(x)), "ours": lambda: passes.round_up_or_down(x * 255)}
+        {"usual": lambda: torch.floor(x * 255 + torch.rand_like(x)), "ours": lambda: passes.stochastic_round(x * 255)}
     )
     assert ratios["ours"].median < SLACK * 0.6
 
