@@ -88,7 +88,7 @@ def _poster() -> Any:
 
 
 def illustrative_bits(method: "Method") -> "Bits":
-    """Return bit widths at which a method has few enough levels to be told apart in a plot.
+    """Return bit widths at which a method has few enough levels to distinguish them in a plot.
 
     These are the method's default widths if they give few levels. Otherwise the width is 2 bits (4
     for gradients). If the method does not support that, the smallest supported width is used.

@@ -27,7 +27,7 @@ def runs(config: Config) -> list[Config]:
     grid = config.lr_grid
     if grid.lr is not None or grid.lr_end is not None:
         raise ConfigError(
-            "lr_grid.lr and lr_grid.lr_end are stored by the runs of a grid; set optim.lr and optim.lr_end"
+            "lr_grid.lr and lr_grid.lr_end cannot be set, because grid runs record them; set optim.lr and optim.lr_end"
         )
     if config.lr_search != "grid":
         if grid != LearningRateGrid():

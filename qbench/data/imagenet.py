@@ -12,7 +12,7 @@ their files.
 `augment=plain` resizes the shorter side to `resize`, crops `size` x `size` pixels at random and
 mirrors half of the images. The code of XNOR, INQ and HWGQ does the same (HWGQ with 227 pixels).
 `augment=inception` crops a random area and aspect, and `jitter=0.4` also changes the colours. This
-follows He's ImageNet training code in Torch (fb.resnet.torch), which tensorpack's DoReFa script
+follows the ImageNet training code of He et al. (fb.resnet.torch), which tensorpack's DoReFa script
 follows too. He's code also adds noise along the principal components of the colours, which is not
 done here. Evaluation uses the centre crop of the resized image.
 """

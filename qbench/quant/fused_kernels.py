@@ -166,7 +166,7 @@ def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
 
 
 def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -> Fill:
-    """Return a function that rounds one block at random, to be passed to `blockwise`, scratch=2."""
+    """Return a function that rounds one block at random, for `blockwise` with `scratch=2`."""
     bound = scalar(32768 - _shared_bits(like, generator))
 
     def fill(block: Tensor, result: Tensor, fraction: Tensor, draws: Tensor) -> None:

@@ -146,7 +146,7 @@ def test_logging_and_saving_do_not_change_a_run(name: str, at: At, monkeypatch: 
                 screen = ProgressReporter(live=True)
             if variant == "evaluated twice":
                 patch.setattr(loop, "evaluate", evaluate_twice)
-                patch.setattr(experiment, "evaluate", evaluate_twice)
+                patch.setattr("qbench.experiment.final_result.evaluate", evaluate_twice)
             config = with_baseline_of(at("alone", *words, *more), base, f"variant{i}")
             again = experiment.run(planned_run(config), RunContext(screen))
         logged = {"metrics.jsonl"} if any("log_every" in word for word in more) else set()

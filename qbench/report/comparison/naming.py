@@ -116,7 +116,7 @@ def variant(result: Result) -> dict[str, object]:
 
 
 def network_keys(result: Result) -> str:
-    """Return the network keys that the method requires, as typed."""
+    """Return the network keys that the method requires, written as `key=value`."""
     return " ".join(f"{key}={value}" for key, value in sorted(result.network.items()))
 
 
