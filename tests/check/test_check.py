@@ -18,7 +18,8 @@ from qbench.check.properties import PROPERTIES
 from qbench.check.subject import MethodUnderTest
 from qbench.config import compose, groups
 from qbench.experiment.builders import build_method
-from qbench.methods import bwn, dorefa, dq, inq, pact, qcnn, qd, ttq, twn
+from qbench.methods import dorefa, dq, inq, pact, qcnn, qd, ttq, twn
+from qbench.methods.xnor import BinaryWeight
 from qbench.quant.method import Method
 from qbench.quant.ops import on_backward, straight_through
 from qbench.quant.quantizer import Grid, Quantizer, Storage
@@ -142,7 +143,7 @@ class Biased(qd.QDWeight):
         return straight_through(w, value.flatten()[: w.numel()].reshape(w.shape))
 
 
-class Float64(bwn.site(nn.Linear(2, 2), "paper", False).__class__):  # type: ignore[misc]
+class Float64(BinaryWeight):
     """Forgets half types: overflows in them."""
 
     def forward(self, w: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from qbench.config.schema import baseline_config
 from qbench.errors import CheckpointError, Interrupted, QbenchError
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.setup import assemble
-from qbench.report.comparison.predictions import of_run
+from qbench.report.comparison.predictions import load_run_accuracy
 from qbench.runs.result import load_result
 from qbench.training.checkpoint import unpack
 from qbench.training.digests import weights_sha256
@@ -290,10 +290,10 @@ def test_damaged_predictions_are_not_used_in_statistics(
     assert stored is not None
     assert stored.final is not None
     top1 = stored.final.test.top1
-    good = of_run(str(path), top1)
+    good = load_run_accuracy(str(path), top1)
     assert good.hits is not None
     for what, data in damages(file.read_bytes(), 5, flips, cuts):
         file.write_bytes(data)
-        found = of_run(str(path), top1)
+        found = load_run_accuracy(str(path), top1)
         assert found.top1 == top1, f"seed 5: {what}"
         assert found.hits is None or 100 * found.hits.mean() == pytest.approx(top1, abs=0.01), f"seed 5: {what}"
