@@ -8,17 +8,17 @@ from qbench.errors import ConfigError
 from qbench.report.tables.units import si_format
 
 WidthValues = Mapping[str, Mapping[int, float]]
-"""Layer -> width -> value."""
+"""Maps layer -> width -> value."""
 
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 TOLERANCE = 1e-6
-"""The amount, relative to the budget, by which the solver may exceed the bound."""
+"""Fraction of the budget by which the solver may exceed the budget."""
 
 
 class Budget(NamedTuple):
-    """A limit on one cost of a network.
+    """An upper bound on one kind of cost of a network.
 
-    The cost is `bytes`, `bitops`, or `w`, which is the mean number of bits per quantized weight.
+    The kind is `bytes`, `bitops` or `w`. `w` is the mean number of bits per quantized weight.
     """
 
     kind: str
@@ -40,7 +40,10 @@ def parse_budget(text: str) -> Budget:
     """
     match = re.fullmatch(r"(bytes|bitops|w)=(\d+(?:\.\d*)?|\.\d+)([kMGT]?)", text)
     if not match or (match[1] == "w" and match[3]):
-        raise ConfigError(f"--budget {text}: must be bytes=20k, bitops=1G (k, M, G, T are powers of 1000) or w=3")
+        raise ConfigError(
+            f"--budget {text}: not valid; allowed: a budget such as bytes=20k, bitops=1G or w=3 (k, "
+            f"M, G, T are powers of 1000)"
+        )
     return Budget(match[1], float(match[2]) * UNITS[match[3]])
 
 

@@ -76,7 +76,7 @@ def evaluate(
 
     Args:
         run: the directory of the run.
-        words: overrides that name another data set. Without them, the run's own data set is used.
+        words: overrides that name another data set. If empty, the run's own data set is used.
         predictions: file to write, .csv or .npy, with index, label, predicted class and probability
             of the predicted class for every image.
 
@@ -108,14 +108,14 @@ def evaluate(
 
 
 def _other_dataset(own: Dataset, node: Mapping[str, Any]) -> Dataset:
-    """Return the data set that `node` names, normalized with the constants of the run's own."""
+    """Return the data set that `node` names, normalized with the constants of the run's own data set."""
     data = registry.create("dataset", node)
     if not isinstance(data, Dataset):
         raise ConfigError(f"dataset={node['name']}: returned a {type(data).__name__}, not a Dataset")
     if (data.shape, data.classes) != (own.shape, own.classes):
         raise ConfigError(
-            f"dataset={node['name']} has {data.classes} classes of {data.shape} images; the run has {own.classes} "
-            f"classes of {own.shape}\nallowed: data of the same shape and classes"
+            f"dataset={node['name']} has {data.classes} classes and {data.shape} images; the run has "
+            f"{own.classes} classes and {own.shape} images\nallowed: data sets with the same shape and classes"
         )
     if not len(data.test):
         raise ConfigError(f"dataset={node['name']}: its test split is empty")
@@ -139,14 +139,17 @@ def _table(
         | {"ece": ece, "low": measured.low, "high": measured.high}
     )
     table.notes += [
-        "this is the test split: do not use it for selection; choose among runs by validation",
-        "interval: Clopper-Pearson, for the sampling of test images; the variation over seeds is not included",
+        "these are test results: select runs by validation accuracy, not by this table",
+        "95 % confidence interval: Clopper-Pearson over test images; it does not include the variation over seeds",
         f"ECE: expected calibration error, {BINS} bins of equal width",
     ]
     if other:
-        table.notes.append("normalized as the run's own data; class i here is compared with class i there")
+        table.notes.append(
+            "images are normalized as in the run; class i of this data set is compared with class "
+            "i of the run's data set"
+        )
     if data.synthetic:
-        table.notes.append("synthetic data: not for comparison with papers' tables")
+        table.notes.append("synthetic data: not comparable with papers' tables")
     return table
 
 

@@ -30,11 +30,15 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
     """
     result = load_result(run)
     if result is None and not (run / "config.yaml").exists():
-        raise CheckpointError(f"{run} is not a run directory: it has no config.yaml\nqbench list runs lists them")
+        raise CheckpointError(f"{run} is not a run directory: it has no config.yaml\nto list runs: qbench list runs")
     if result is None and not (run / "result.json").exists():
-        raise CheckpointError(f"{run} is not done: it has no result.json\nthe command that started it continues it")
+        raise CheckpointError(
+            f"{run} is not finished: it has no result.json\nto continue it, repeat the command that started it"
+        )
     if result is not None and result.status != "done":
-        raise CheckpointError(f"{run} is not done but {result.status}: {result.reason}".splitlines()[0])
+        raise CheckpointError(
+            f"{run} has no finished network: its status is {result.status}: {result.reason}".splitlines()[0]
+        )
     setup, model = load_finished_network(run, weights=weights, device=device)
     if result is None:  # `load_finished_network` has refused damaged results
         raise CheckpointError(f"{run / 'result.json'} is missing")
@@ -50,12 +54,12 @@ def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch]
     batches = list(setup.loader().unaugmented(split, images))
     count = sum(len(labels) for _, labels in batches)
     if split == "val":
-        return batches, f"measured on {count} validation images, none of the test split"
+        return batches, f"measured on {count} validation images; the test split is not used"
     return batches, f"measured on {count} training images, because the run has no validation split (dataset.val=0)"
 
 
 def probe_batches(setup: ExperimentSetup) -> list[Batch]:
-    """Return batches of the probe, the training images on which methods measure statistics.
+    """Return batches of the probe. The probe holds the training images on which methods measure statistics.
 
     The batches also serve to recompute batch normalization statistics.
     """
@@ -63,7 +67,7 @@ def probe_batches(setup: ExperimentSetup) -> list[Batch]:
 
 
 def bn_note(recompute: bool) -> str:
-    """Return a note that states whether batch normalization statistics are recomputed."""
+    """Return a note on whether batch normalization statistics are recomputed."""
     return f"recomputed on {PROBE_IMAGES} training images" if recompute else "kept"
 
 

@@ -1,11 +1,9 @@
-"""The mismatch, in each layer, between straight-through gradients and those of a smoothed network.
+"""Compares straight-through gradients with the gradients of a smoothed network, layer by layer.
 
-A quantizer's staircase Q has no useful derivative. A method therefore uses another function in the
-backward pass, so that its straight-through gradients are not the gradients of the forward pass. A
-smoothed network does have true gradients. Its quantizers compute E[Q(x + sigma z)], z ~ N(0, 1),
-which is smooth and, for small sigma, close to Q. This module compares the straight-through
-gradients with the gradients of the smoothed network at the same weights. The choice of sigma is a
-convention, so several values are measured.
+A quantizer's staircase Q has no useful derivative. A method therefore uses another function in the backward pass. Its
+straight-through gradients are not the gradients of the forward pass. A smoothed network has true gradients. Its
+quantizers compute E[Q(x + sigma z)], z ~ N(0, 1). This function is smooth and, for small sigma, close to Q. This module
+compares both gradients at the same weights. The choice of sigma is a convention, so several values are measured.
 """
 
 import copy
@@ -26,7 +24,7 @@ SIGMAS = (0.25, 0.5, 1.0)
 """Standard deviations of the noise, in steps of the quantizer."""
 
 VERDICT_SIGMA = 0.5
-"""The standard deviation, in steps, for the verdicts on claims."""
+"""Standard deviation of the noise, in steps, that verdicts on claims use."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LayerMismatch = dict[str, tuple[float, float]]
@@ -76,7 +74,7 @@ class SmoothedHalfWave(Quantizer):
 class _WithoutGradient(Quantizer):
     """A quantizer that blocks gradients.
 
-    It shows which layers get their gradient through a quantizer.
+    It helps to find the layers whose gradient passes through a quantizer.
     """
 
     def __init__(self, quantizer: HWGQActivation) -> None:
@@ -101,7 +99,7 @@ def cosine_and_bias(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
     a, b = gradient.double().flatten(), reference.double().flatten()
     length, reference_length = a.norm().item(), b.norm().item()
     if reference_length == 0:
-        raise ValueError("the reference gradient is zero: nothing can be compared with it")
+        raise ValueError("the reference gradient is zero; the cosine with it is not defined")
     product = torch.dot(a, b).item()
     cosine = product / (length * reference_length) if length else 0.0
     return cosine, product / reference_length**2 - 1
@@ -129,7 +127,7 @@ def gradient_mismatch(
         ValueError: the model has no half-wave quantizer.
     """
     if not list(_half_waves(model)):
-        raise ValueError("the network has no half-wave quantizer; use method=hwgq or activation=hwgq")
+        raise ValueError("the network has no half-wave quantizer; choose a run with method=hwgq or activation=hwgq")
     closed = _weight_gradients(model, batches, loss, _WithoutGradient)
     straight = {
         name: _weight_gradients(model, batches, loss, partial(_with_backward, backward=name)) for name in backwards
@@ -157,8 +155,8 @@ def mismatch_of_run(run: Path, backwards: Sequence[str]) -> Mismatch:
 def mismatch_table(runs: Sequence[Mismatch]) -> Table:
     """Return a table of cosine and bias, averaged over runs.
 
-    Each layer has a row, for one sigma. The last rows are the mean over layers for every sigma.
-    There is a pair of columns for each backward pass.
+    Each layer has one row, for a single sigma. The last rows hold the mean over layers, with one row per sigma. Each
+    backward pass has one column for the cosine and one for the bias.
     """
     names = list(runs[0][str(VERDICT_SIGMA)])
     table = Table(("sigma", "layer", *(f"{name} {what}" for name in names for what in ("cosine", "bias"))))

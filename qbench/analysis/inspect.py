@@ -29,10 +29,10 @@ VERIFIED_IMAGES = 64
 class InspectedLayer:
     """One row of the table.
 
-    `off` is the change if only this layer's quantizers are disabled, compared with all layers
-    quantized. `only` is the change if only this layer is quantized, compared with all quantizers
-    disabled. `clipped` is in percent of the inputs. `dead_in` and `dead_out` are pairs, the number
-    of constant channels and the number of all channels.
+    `off` is the change of the accuracy when this layer's quantizers are disabled. It is relative to the network with
+    all layers quantized. `only` is the change when only this layer is quantized. It is relative to the network with all
+    quantizers disabled. `clipped` is in percent of the inputs. `dead_in` and `dead_out` are pairs: the number of
+    constant channels and the number of all channels.
     """
 
     layer: str
@@ -87,14 +87,16 @@ def inspect(
         table.rows.append(_cells(row))
         table.values.append(asdict(row) | {"bits": row.bits._asdict()})
     if "no_master" in setup.method.traits:
-        table.notes.append(f"{setup.method.name} keeps no float weights: off uses the stored quantized weights")
+        table.notes.append(
+            f"{setup.method.name} keeps no float weights: the column off uses the stored quantized weights"
+        )
     table.notes += [
         f"{images_note}; all layers {_accuracy_text('on', ablation)}; {_accuracy_text('off', ablation)}",
-        "off: change if only this layer computes in float on its latent weights, against all on; "
-        "only: change if only this layer is quantized, against all off",
-        f"batch normalization statistics after each change: {bn_note(bn_stats == 'recompute')}",
-        f"SQNR in dB, of the layer's output for the same input, at most {MAX_SQNR:.0f}; "
-        "fitted: at the best gain and offset per channel",
+        "off: change when this layer alone is in float (latent weights), relative to all layers quantized; "
+        "only: change when this layer alone is quantized, relative to all layers in float",
+        f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
+        f"SQNR: of the layer's output for the same input, in dB, at most {MAX_SQNR:.0f}; "
+        "fitted: after the best gain and offset per channel",
         "clipped: inputs beyond the outermost levels; dead: channels that are constant over these images",
     ]
     return table

@@ -1,4 +1,4 @@
-"""Layer ablation measures accuracy with one layer in float, and with all other layers in float.
+"""Measures accuracy with one layer in float, and with all layers but one in float.
 
 A layer with disabled quantizers computes in float on its latent weights.
 """
@@ -37,7 +37,7 @@ class LayerAblation:
 
 
 def ablate_layers(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequence[Batch] = ()) -> LayerAblation:
-    """Measure a network with each layer in turn not quantized, and with only that layer quantized.
+    """Measure the network twice for each layer: with that layer in float, and with only that layer quantized.
 
     Args:
         bn_batches: see `measure_accuracy`.
@@ -57,7 +57,7 @@ def ablate_layers(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequen
 
 
 class PrecedingActivation(Quantizer):
-    """The activation function that a layer's input quantizer replaced, for that layer only."""
+    """The activation function that an input quantizer replaced. It applies to the input of one layer only."""
 
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 
 def _preceding_activations(model: nn.Module) -> dict[str, nn.Module]:
-    """Return layer -> the activation function before it that its input quantizer replaced."""
+    """Return a map from layer to the activation function that the layer's input quantizer replaced."""
     readers, modules = feeds(model), dict(model.named_modules())
     replaced = {name: module for name in readers if isinstance(module := modules.get(name), BypassedActivation)}
     return {reader: module.act for name, module in replaced.items() for reader in readers[name]}
@@ -106,10 +106,10 @@ def measure_accuracy(model: nn.Module, batches: Sequence[Batch], bn_batches: Seq
     """Return top-1, top-5 and loss of a network, without changing the network.
 
     Args:
-        bn_batches: batches on which the mean and variance of batch normalization are recomputed, in
-            a copy of the network. Without batches, the statistics are kept. Recomputation matters
-            because some methods give the quantized weights another scale than the latent weights,
-            and rely on the following normalization to undo this.
+        bn_batches: batches on which the mean and variance of batch normalization are recomputed, in a copy of the
+            network. Without batches, the statistics are kept. Recomputation matters for methods whose quantized weights
+            differ in scale from the latent weights. These methods rely on the next normalization layer to remove the
+            scale.
     """
     if bn_batches:
         model = copy.deepcopy(model)

@@ -1,6 +1,6 @@
-"""Layer sensitivity, the increase in a float network's loss if one layer is quantized.
+"""Measures layer sensitivity: the increase of a float network's loss when one layer is quantized.
 
-It is measured for every layer and width, without training.
+Every layer is measured at every width, without training.
 """
 
 import copy
@@ -50,8 +50,7 @@ class FloatBaseline(NamedTuple):
     def quantized(self, widths: Mapping[str, int]) -> nn.Module:
         """Return the network with these layers quantized at these widths and all others in float.
 
-        Nothing is trained. A method that would quantize step by step during training quantizes all
-        weights of the layers at once.
+        Nothing is trained. Incremental methods quantize all weights of these layers at once.
 
         Raises:
             Unsupported: the method does not support a width, or cannot quantize these layers alone.
@@ -107,10 +106,10 @@ class LayerSensitivity:
 def load_float_baseline(
     run: Path, words: Sequence[str], *, images: int, recompute_bn: bool, device: str
 ) -> FloatBaseline:
-    """Return the float network from which a run started, and the method to measure on it.
+    """Return the float network that a run started from, and the method to measure on it.
 
     Args:
-        words: overrides that name the method. Without them, the run's method is used.
+        words: overrides that name the method. If empty, the run's method is used.
         recompute_bn: whether to recompute the batch normalization statistics for every measurement.
 
     Raises:
@@ -124,8 +123,8 @@ def load_float_baseline(
         setup = assemble(config)
         if setup.network != trained.network:
             raise ConfigError(
-                f"{setup.method_name} requires model.norm={setup.method.requires.norm}, but {run} has another\n"
-                "name a run of that method: its float baseline has it"
+                f"{setup.method_name} requires model.norm={setup.method.requires.norm}; {run} has another "
+                f"norm\nchoose a run of method {setup.method_name}"
             )
         model = setup.float_model()
         load_initial_weights(model, weights, identity)
@@ -152,7 +151,7 @@ def _float_weights(run: Path, setup: ExperimentSetup) -> tuple[Path, str | None]
         return Path(init), None
     path = run.resolve().parents[1] / directory_name(setup.baseline.identity)
     if not path.is_dir():
-        raise CheckpointError(f"{run}: its float baseline is missing: {path.name}\nthe run's command trains it")
+        raise CheckpointError(f"{run}: float baseline {path.name} is missing\nto train it, repeat the run's command")
     return path, setup.baseline.identity.digest
 
 
@@ -211,8 +210,7 @@ def _float_weight(baseline: FloatBaseline, name: str) -> Tensor:
 def squared_error(w: Tensor, w_hat: Tensor) -> float:
     """Return the squared error of quantized weights at the best scale.
 
-    The scale that minimizes the error is used, because a normalization that follows undoes any
-    scale.
+    The scale that minimizes the error is used, because the next normalization layer removes any scale.
     """
     w, w_hat = w.double().flatten(), w_hat.double().flatten()
     power = w_hat @ w_hat

@@ -22,9 +22,9 @@ RELATIVE_SLACK = 1e-6
 
 @dataclass
 class LayerSignal:
-    """Statistics of a layer's float output y and quantized output y_hat, and the range of each channel.
+    """Statistics of a layer's float output y and quantized output y_hat, with the range of each channel.
 
-    Each of the `sums` has shape (C,) and is taken per channel over images and positions.
+    Each entry of `sums` has shape (C,). It is a sum over images and positions, per channel.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class LayerSignal:
         self.high[slot] = torch.maximum(self.high.get(slot, high), high)
 
     def dead_channels(self, slot: str) -> tuple[int, int]:
-        """Return the number of channels that are constant over images and positions, and of all channels."""
+        """Return two numbers: channels that are constant over images and positions, and all channels."""
         return int((self.low[slot] == self.high[slot]).sum()), self.low[slot].numel()
 
     @property
@@ -60,7 +60,7 @@ class LayerSignal:
     def fitted_sqnr(self) -> float | None:
         """Return the SQNR after the best gain and offset are applied to each channel of y_hat.
 
-        They are allowed for because a normalization that follows would undo any gain and offset.
+        The next normalization layer would remove any gain and offset.
         """
         y, z, yy, zz, yz = (self.sums[key] / self.count for key in ("y", "z", "yy", "zz", "yz"))
         y_variance, covariance, z_variance = yy - y * y, yz - y * z, zz - z * z
@@ -84,7 +84,7 @@ def layer_signals(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Layer
     for images, _ in batches:
         with recorded_calls(model, list(layers)) as calls:
             model(images)
-        for name, x, _ in calls:  # not the output: an activation may have changed it in place
+        for name, x, _ in calls:  # record the input here, since a later activation may change it in place
             _add_batch(signals[name], layers[name], x, model)
     return signals
 

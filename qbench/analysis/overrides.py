@@ -1,4 +1,4 @@
-"""Applies overrides to a finished run, to analyse it with another data set, method or layer policy."""
+"""Applies overrides to a finished run: another data set, method or layer policy for analysis."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -42,9 +42,9 @@ def override_method(config: Config, words: Sequence[str]) -> Config:
             raise ConfigError(f"{word} has no effect on sensitivity\n{METHOD_KEYS}")
     named = any(word.startswith("method=") for word in words)
     if groups - {"layers"} and not named:
-        raise ConfigError(f"{words[0]}: the method is missing: add method=NAME\n{METHOD_KEYS}")
+        raise ConfigError(f"{words[0]}: no method is given; add method=NAME\n{METHOD_KEYS}")
     if config.method_name == "float" and not named:
-        raise ConfigError("a float run has no method to quantize with: add method=NAME, for example with bits=w4a4")
+        raise ConfigError("this float run has no method; add one, such as method=lsq bits=w4a4")
     if not words:
         return config
     composed = _compose(list(words) if named else [*words, f"method={config.method['name']}"])

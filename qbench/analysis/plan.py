@@ -1,8 +1,7 @@
-"""The plan of a command line, with its runs, their costs, and estimates of time and memory.
+"""Lists the runs of a command line, with their costs and estimates of time and memory.
 
-Nothing is trained, and published data sets need not be present. Networks are built on the meta
-device, where they use no memory. Only for a few timed training steps on random images are they
-built on the run's device.
+Nothing is trained, and the data sets need not be on disk. Networks are built on the meta device, where they use no
+memory. A few training steps on random images are timed on the run's device.
 """
 
 from collections.abc import Sequence
@@ -39,12 +38,12 @@ def plan(planned: Sequence[PlannedRun]) -> list[Table]:
     last = estimator.run_cost(planned[-1]) if planned else None
     device = last.setup.device.type if isinstance(last, RunCost) else "cpu"
     table.notes.append(
-        f"about {format_duration(total)} one after the other on this machine's {device}; "
-        "without evaluation and without what methods do before training"
+        f"about {format_duration(total)} in total on this machine's {device}, one run at a time; evaluation and "
+        f"preparation before training are not included"
     )
     table.notes.append("memory: weights, gradients, optimizer state, and tensors kept for the backward pass")
     if estimator.estimated:
-        table.notes.append(f"estimated from MACs, not timed: {estimator.estimated} of these networks")
+        table.notes.append(f"{estimator.estimated} of these networks: time estimated from MACs, not measured")
     if len(planned) > 1 or not isinstance(last, RunCost):
         return [table]
     return [table, _layers_table(planned[-1], last)]
@@ -84,14 +83,14 @@ def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) 
 
 
 def _parameter_bytes(setup: ExperimentSetup, params: int) -> float:
-    """Return the bytes used by weights, gradients, optimizer state and any average of the weights."""
+    """Return the bytes of weights, gradients, optimizer state and averaged weights, if any."""
     recipe = setup.optim
     state = 2 if recipe.name.startswith("adam") else 1 if recipe.momentum else 0
     return 4 * params * (2 + state + (recipe.ema is not None))
 
 
 def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
-    """Return the table of a run's layers, whose totals equal those of `qbench compare`."""
+    """Return the table of a run's layers. Its totals equal those of `qbench compare`."""
     setup, whole, run = cost.setup, cost.cost, planned.identity
     layers = layer_costs(cost.model, setup.method, setup.macs)
     table = Table(LAYERS_HEAD, title=f"{run.model} on {run.dataset}, {run.method} {run.bits}")
@@ -106,8 +105,8 @@ def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
     table.rows.append(("all", "", *blank, *(si_format(value).rstrip() for value in sums)))
     table.values.append({"name": "all"} | asdict(whole))
     table.notes += [
-        f"weights: {whole.bits_per_weight:.2f} bits each where quantized, scales and codebooks included; "
-        f"float: {format_bytes(whole.bytes_float)}",
+        f"weights: {whole.bits_per_weight:.2f} bits per quantized weight, with scales and codebooks; float "
+        f"network: {format_bytes(whole.bytes_float)}",
         *runs_on(layers), *recipe_differences(run), *setup.protocol_changes,
     ]  # fmt: skip
     return table
@@ -128,7 +127,7 @@ def _layer_cells(layer: LayerCost) -> tuple[str, ...]:
 def _format_levels(levels: Levels | None) -> str:
     """Format the number of levels, such as 4.
 
-    The form for codewords with several dimensions is `128 of 8`.
+    For codewords of several weights, the form is `128 of 8`: 128 codewords of 8 weights.
     """
     if levels is None:
         return "-"

@@ -38,11 +38,11 @@ MEASURES = {"loss": "loss", "mse": "weight MSE"}
 LABELS = MEASURES | {"uniform": "uniform"}
 
 Allocations = dict[str, dict[str, int] | None]
-"""Measure or `uniform` -> layer -> width; None in place of widths if no uniform width fits."""
+"""Maps a measure or `uniform` to the widths of the layers, or to None if no uniform width fits."""
 
 
 def choose_widths(sensitivity: LayerSensitivity, budget: Budget) -> Allocations:
-    """Return the best widths by each measure and, for comparison, the largest uniform width.
+    """Return the best widths by each measure, and the largest uniform width for comparison.
 
     Raises:
         ConfigError: no widths meet the budget. The message states the lowest and the highest useful
@@ -57,8 +57,9 @@ def choose_widths(sensitivity: LayerSensitivity, budget: Budget) -> Allocations:
     except BudgetInfeasible:
         low, high = (_compact((rest + bound) / unit) for bound in cost_range(costs))
         raise ConfigError(
-            f"--budget {budget}: these layers and widths cost at least {budget.kind}={low}\n"
-            f"allowed: from {budget.kind}={low}; more than {budget.kind}={high} has no use"
+            f"--budget {budget}: too small; the lowest cost of these layers and widths is "
+            f"{budget.kind}={low}\nallowed: {budget.kind}={low} to {budget.kind}={high} (a larger budget changes "
+            f"nothing)"
         ) from None
     return {"loss": by_loss, "mse": by_mse, "uniform": largest_uniform_width(costs, limit)}
 
@@ -82,10 +83,10 @@ def sensitivity(
     Args:
         words: overrides that replace the run's method or layer policy. They are required for a
             float run.
-        budget: such as `bytes=20k` or `bitops=1G` for the whole network, or `w=3` bits per weight.
-            If it is empty, the run's own width is the budget.
-        measure: which widths to write. They are chosen either by the loss with each layer quantized
-            alone, or by the MSE of the layer's weights.
+        budget: `bytes=20k` or `bitops=1G` limits the whole network, `w=3` the mean bits per weight. If empty, the run's
+            own width is the budget.
+        measure: which of the allocations to write: the one chosen by the loss of each layer quantized alone, or the one
+            chosen by the MSE of the weights.
         bn_stats: whether to `recompute` the batch normalization statistics after quantization or
             `keep` them.
     """
@@ -102,9 +103,11 @@ def sensitivity(
     accuracy = measured.float_accuracy
     tables[0].notes += [
         f"{baseline.images_note}; the float network: loss {accuracy.loss:.4f}, top-1 {accuracy.top1:.2f} %",
-        "predicted: the float loss plus the increase of each layer alone; measured: all layers together; not trained",
-        f"batch normalization statistics after quantization: {bn_note(bn_stats == 'recompute')}",
-        f"written to {out}, by {MEASURES[measure]}; to train it, add layers=@{out} to the run's command line",
+        "predicted: float loss plus the sum of each layer's loss increase; measured: all layers quantized, "
+        "without training",
+        f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
+        f"widths chosen by {MEASURES[measure]} are written to {out}; to train them, add layers=@{out} to the "
+        f"run's command",
     ]
     command = " ".join([str(run), *words, f"--budget {limit}", f"--measure {measure}", f"--bn-stats {bn_stats}"])
     files.write(Path(out), _rules_file(command, measure, chosen[measure] or {}, baseline, tables[0]).encode())
@@ -124,7 +127,7 @@ def _allocations_table(
     all_weights = sum(sensitivity.weights.values())
     for key, widths in chosen.items():
         if widths is None:
-            table.notes.append("uniform: no width that all layers support meets the budget")
+            table.notes.append("uniform: no width meets the budget that all layers support")
             continue
         accuracy = baseline.measure(baseline.quantized(widths))
         bits = sum(k * sensitivity.weights[name] for name, k in widths.items()) / all_weights
@@ -149,12 +152,14 @@ def _allocations_table(
 def _layers_table(sensitivity: LayerSensitivity, chosen: Allocations) -> Table:
     """Return a table with one row per layer.
 
-    A row states the chosen widths and, for each width, the loss increase if only this layer is
+    A row contains the chosen widths. For each width it also contains the loss increase when only this layer is
     quantized.
     """
     widths = sorted({width for layer in sensitivity.loss.values() for width in layer})
     head = ("layer", "weights", "loss", "MSE", "uniform", *(f"+ at {width}" for width in widths))
-    table = Table(head, title="layers: chosen bits, and the loss increase of one layer alone at each width")
+    table = Table(
+        head, title="layers: chosen bits, and the loss increase at each width when only this layer is quantized"
+    )
     for name, losses in sensitivity.loss.items():
         bits = {key: allocation[name] if allocation else None for key, allocation in chosen.items()}
         increases = [f"{losses[width]:+.4f}" if width in losses else "-" for width in widths]
@@ -174,7 +179,8 @@ def _check_out(out: Path) -> None:
     try:
         if out.exists() and not files.read(out).startswith(MARK.encode()):
             raise ConfigError(
-                f"--out {out}: the file exists and is not from qbench sensitivity\nchoose another: --out FILE"
+                f"--out {out}: the file exists, and qbench sensitivity did not write it\nchoose another name: "
+                f"--out FILE"
             )
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}") from None
@@ -185,13 +191,13 @@ def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline:
 
     The chosen widths come first, then the run's own rules, which apply to all other layers.
     """
-    criterion = "validation losses added by each layer alone" if measure == "loss" else "squared errors of the weights"
+    criterion = "loss increases of each layer quantized alone" if measure == "loss" else "squared errors of the weights"
     lines = [
         f"{MARK}{command}",
-        f"# One width per layer, with the smallest sum of {criterion} under the budget;",
+        f"# One width per layer: the smallest sum of {criterion} under the budget,",
         f"# measured with {baseline.setup.method_name} without training. Widths by",
         *("#   {}: {} bits, {} bytes, {} BitOps, predicted loss {}".format(*row) for row in table.rows),
-        "# To train it, add layers=@FILE to the run's command line.",
+        "# To train with these widths, add layers=@FILE to the run's command.",
     ]
     rules: dict[str, int | str] = {glob.escape(name): width for name, width in widths.items()}
     rules |= {key: width for key, width in baseline.setup.policy.rules.items() if key not in rules}

@@ -24,9 +24,9 @@ from qbench.quant.method import Unsupported
 from qbench.training import optimizer as optim
 
 TIMED_MACS = 2e9
-"""Approximate MACs of a timed forward pass; training takes about half a second on one core."""
+"""Approximate MACs of a timed forward pass. A training step of this size takes about half a second on one core."""
 TIMING_SECONDS = 2.5
-"""The limit of the time spent on timing; later networks are estimated from the timed networks."""
+"""Most seconds spent on timing. Later networks are estimated from the timed networks."""
 TIMED_STEPS = 3
 """Number of short training steps that are timed, after one untimed step."""
 
@@ -36,9 +36,8 @@ class StepCost(NamedTuple):
 
     Args:
         seconds: time per image.
-        saved: bytes per image that are kept for the backward pass.
-        fixed: further bytes kept for the backward pass, which do not depend on the number of
-            images.
+        saved: bytes kept for the backward pass, per image.
+        fixed: bytes kept for the backward pass that do not depend on the number of images.
     """
 
     seconds: float
@@ -58,7 +57,7 @@ class RunCost:
 
 @dataclass(frozen=True)
 class UnsupportedRun:
-    """Why a method does not support a run's configuration."""
+    """The reason why a method does not support a run's configuration."""
 
     reason: str
 
@@ -88,10 +87,9 @@ class CostEstimator:
         return self.known[key]
 
     def _step_cost(self, setup: ExperimentSetup, model: nn.Module) -> StepCost:
-        """Return a network's step cost, which is timed, estimated, or scaled from a timed network.
+        """Return the step cost of a network: timed, estimated, or scaled from a timed network.
 
-        Scaling starts from the timed network of the nearest size and multiplies by the ratio of the
-        MACs.
+        A scaled cost is the cost of the timed network with the most similar MACs, times the ratio of the MACs.
         """
         macs = max(1, sum(setup.macs.values()))
         if _smallest_batch(setup, model) * macs > 2 * TIMED_MACS and setup.device.type == "cpu":
@@ -111,7 +109,7 @@ class CostEstimator:
 def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
     """Return the quantized network and its cost.
 
-    The network consists of meta tensors, which use no memory, if its quantizers allow it.
+    If its quantizers allow it, the network consists of meta tensors, which use no memory.
     """
     try:
         model = setup.install(setup.float_model("meta"))
