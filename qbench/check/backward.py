@@ -1,4 +1,4 @@
-"""Properties of the backward pass: everything that is trained gets the correct gradient."""
+"""Checks the backward pass: everything that is trained gets the correct gradient."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from qbench.quant.ops import without_rounding
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 FLOOR = 1e-4
-"""Gradients below this count as zero, for upstream gradients of about 1.
+"""Gradients below this value count as zero, for upstream gradients of about 1.
 
 Sums that cancel out leave rounding errors of this size.
 """
@@ -23,23 +23,22 @@ Sums that cancel out leave rounding errors of this size.
 TOLERANCE = 1e-4
 """Largest relative difference of a gradient from finite differences."""
 
-STRAIGHT = "rounding has no gradient of its own, see `round_ste` and `straight_through` in qbench/quant/ops.py"
+STRAIGHT = "rounding has no gradient; use `round_ste` and `straight_through` in qbench/quant/ops.py"
 HINTS = {
     "outputs": STRAIGHT,
-    "weights": f"{STRAIGHT}; set `requires_grad_(False)` on weights that are not trained",
+    "weights": f"{STRAIGHT}; for weights that are not trained, set `requires_grad_(False)`",
     "inputs": STRAIGHT,
-    "learned parameters": "the result must be computed from them, outside of rounding and not detached",
+    "learned parameters": "compute the result from them without rounding and without `detach`",
 }
 
 
 def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
-    """In the first epoch, weights, inputs and learned parameters get useful gradients.
+    """Check that weights, inputs and learned parameters get useful gradients in the first epoch.
 
     Useful means finite and not zero everywhere.
 
-    Quantizers are checked one by one, so that a quantizer that stops the gradient does not make the
-    layers before it fail. The check leaves out post-training methods, weights that require no
-    gradient, and layers whose weights are all frozen.
+    Quantizers are checked one by one. If one of them stops the gradient, earlier layers therefore do not fail too. The
+    check skips post-training methods, weights that require no gradient, and layers whose weights are all frozen.
     """
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
@@ -58,7 +57,7 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """Yield, for each quantizer of a layer, what must get a gradient, with that gradient."""
+    """Yield the tensors that must get a gradient, with their gradients, for each quantizer of a layer."""
     all_frozen = isinstance(layer.weight_q, FrozenWeight) and layer.weight_q.complete
     fixed = not layer.weight.requires_grad or all_frozen
     cases: list[tuple[str, Quantizer, Callable[[Tensor], Tensor], Tensor]] = [
@@ -78,7 +77,7 @@ def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[
             yield what, _derivatives(result, upstream, [value])
             value = value.detach()
         if learned := [p for p in quantizer.parameters() if p.requires_grad]:
-            wide = torch.cat([function(value), function(100 * torch.randn_like(value))])  # beyond a learned range too
+            wide = torch.cat([function(value), function(100 * torch.randn_like(value))])  # also beyond a learned range
             yield "learned parameters", _derivatives(wide, torch.randn_like(wide), learned)
 
 
@@ -91,9 +90,9 @@ def _derivatives(result: Tensor, upstream: Tensor, inputs: Sequence[Tensor]) -> 
 def _balanced_over_levels(result: Tensor) -> Tensor:
     """Return random upstream gradients whose sum over equal values is 0.
 
-    A scale moves whole levels, so its gradient from such upstream gradients is 0. Any gradient that
-    still arrives has passed through the rounding. If most values occur only once, the tensor has no
-    levels, or too many. The random gradients are then returned unchanged.
+    A scale shifts all equal values alike, so these upstream gradients give it a gradient of 0. Any gradient that still
+    arrives has passed through the rounding. If most values occur only once, the tensor has no levels or too many. In
+    that case the random gradients are returned unchanged.
     """
     upstream = torch.randn_like(result)
     _, level, count = torch.unique(result, return_inverse=True, return_counts=True)
@@ -107,16 +106,16 @@ def _balanced_over_levels(result: Tensor) -> Tensor:
 def _arrived(name: str, what: str, grads: list[Tensor | None]) -> None:
     present = [grad for grad in grads if grad is not None]
     if not present:
-        raise PropertyViolation(f"{name}: no gradient arrives at its {what}: {HINTS[what]}")
+        raise PropertyViolation(f"{name}: its {what} get no gradient: {HINTS[what]}")
     if not all(grad.isfinite().all() for grad in present):
         raise PropertyViolation(f"{name}: the gradient of its {what} is not finite")
-    floor, scale = (0, "") if what == "learned parameters" else (FLOOR, ", a scale's part left out")
+    floor, scale = (0, "") if what == "learned parameters" else (FLOOR, " (without the part of a scale)")
     if not any((grad.abs() > floor).any() for grad in present):
         raise PropertyViolation(f"{name}: the gradient of its {what} is zero everywhere{scale}: {HINTS[what]}")
 
 
 def learned_parameters(subject: MethodUnderTest, bits: Bits) -> None:
-    """Gradients of learned parameters agree with finite differences.
+    """Check that gradients of learned parameters agree with finite differences.
 
     Gradients and differences are computed in float64, with rounding switched off.
     """
@@ -129,7 +128,7 @@ def learned_parameters(subject: MethodUnderTest, bits: Bits) -> None:
                 checked += 1
                 _compare_with_differences(f"{name}: {key}", double, p, value, float(double.gradient_factor(value)))
     if not checked:
-        raise NotApplicable("it learns no parameters of its own")
+        raise NotApplicable("it has no learned parameters")
 
 
 def _compare_with_differences(name: str, quantizer: Quantizer, p: nn.Parameter, x: Tensor, factor: float) -> None:

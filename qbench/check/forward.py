@@ -1,4 +1,4 @@
-"""Properties of the forward pass: levels, declared traits, and the bias of random rounding."""
+"""Checks the forward pass: levels, declared traits, and the bias of stochastic rounding."""
 
 import math
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from qbench.quant.quantizer import Grid, Quantizer
 from qbench.quant.verify import NotQuantized, verify
 
 DRAWS = 400
-"""Number of draws of every randomly rounded tensor."""
+"""Number of times that each stochastically rounded tensor is drawn."""
 
 CHANCE = 1e-9
-"""Probability that unbiased rounding exceeds Hoeffding's bound for a mean of bounded draws.
+"""Probability that the mean of unbiased draws exceeds Hoeffding's bound.
 
 Hoeffding 1963.
 """
 
 
 def levels(subject: MethodUnderTest, bits: Bits) -> None:
-    """Values lie on the declared levels, and there are no more levels than the width allows."""
+    """Check that values lie on the declared levels, and that the width allows so many levels."""
     level_counts = verified(subject.network(bits))
     if not level_counts:
         raise PropertyViolation("no layer is quantized")
@@ -40,13 +40,13 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
             raise PropertyViolation(f"bits.{key}={width} quantizes nothing")
         mean = sum(count.allowed for count in counts) / len(counts)
         if mean > limit and not _has_vector_levels(subject, bits, key):
-            raise PropertyViolation(f"{key}: {mean:g} levels allowed on average, more than {limit} for {bits}")
+            raise PropertyViolation(f"{key}: the quantizers allow {mean:g} levels on average; {bits} allows {limit}")
         if key == "w" and max(count.found for count in counts) < 2:
-            raise PropertyViolation("weights have a single value on every layer")
+            raise PropertyViolation("the weights of each layer have a single value")
 
 
 def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
-    """Return whether the levels of weights are vectors.
+    """Return whether each level of the weights is a vector.
 
     A codebook whose entries are vectors of several weights may have more levels than the width of
     one weight allows.
@@ -63,7 +63,7 @@ def declared_grid(quantizer: Quantizer, x: Tensor) -> Grid:
 
 
 def verified(model: nn.Module) -> dict[str, dict[str, LevelCount]]:
-    """Verify a network made in this folder and return the level counts."""
+    """Return the verified level counts of a network."""
     shape = SHAPE if isinstance(next(iter(model.children())), nn.Conv2d) else (1, 1, 1)
     try:
         return verify(model, batches(shape)[0][0])
@@ -74,25 +74,25 @@ def verified(model: nn.Module) -> dict[str, dict[str, LevelCount]]:
 def _declared_traits(subject: MethodUnderTest, bits: Bits, *traits: str) -> frozenset[str]:
     declared = subject.make(bits).traits.intersection(traits)
     if not declared:
-        raise NotApplicable(f"it declares no trait {' or '.join(traits)}")
+        raise NotApplicable(f"it does not declare {' or '.join(traits)}")
     return declared
 
 
 def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
-    """The weight quantizer is odd, monotone and idempotent per scale group, as declared."""
+    """Check that weight quantizers are odd, monotone and idempotent per scale group, as declared."""
     traits = _declared_traits(subject, bits, "odd", "monotone", "idempotent")
     for name, layer in subject.layers(bits):
         w, quantize = layer.weight.detach(), layer.weight_q
         if "odd" in traits and not torch.equal(quantize(-w), -quantize(w)):
-            raise PropertyViolation(f"{name}: weights declared odd, Q(-w) is not -Q(w)")
+            raise PropertyViolation(f"{name}: weights are declared odd, but Q(-w) is not -Q(w)")
         if "monotone" in traits:
             _monotone(name, quantize, w)
         if "idempotent" in traits and not torch.allclose(quantize(quantize(w)), quantize(w), rtol=1e-5, atol=1e-7):
-            raise PropertyViolation(f"{name}: weights declared idempotent, Q(Q(w)) is not Q(w)")
+            raise PropertyViolation(f"{name}: weights are declared idempotent, but Q(Q(w)) is not Q(w)")
 
 
 def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """The input quantizer is monotone and idempotent and clips the gradient, as declared."""
+    """Check that input quantizers are monotone and idempotent and clip the gradient, as declared."""
     traits = _declared_traits(subject, bits, "monotone_input", "idempotent_input", "clipped_input")
     for name, layer in subject.layers(bits):
         quantize, channels = layer.input_q, layer.weight.shape[1]
@@ -102,7 +102,7 @@ def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
         if "idempotent_input" in traits and not torch.allclose(
             quantize(quantize(x)), quantize(x), rtol=1e-5, atol=1e-7
         ):
-            raise PropertyViolation(f"{name}: inputs declared idempotent, Q(Q(x)) is not Q(x)")
+            raise PropertyViolation(f"{name}: inputs are declared idempotent, but Q(Q(x)) is not Q(x)")
         if "clipped_input" in traits:
             _clipped(name, quantize, x)
 
@@ -112,7 +112,7 @@ def _clipped(name: str, quantize: Quantizer, x: Tensor) -> None:
     points = declared_grid(quantize, x).points.detach().flatten().nan_to_num(0)
     low, high = float(points.min()), float(points.max())
     _, slope = gradient_of(quantize, x)
-    margin = 1e-3 * (high - low)  # exactly at the ends, either is right
+    margin = 1e-3 * (high - low)  # exactly at the ends, both are correct
     beyond, inside = (x < low - margin) | (x > high + margin), (x > low + margin) & (x < high - margin)
     if (slope[beyond] != 0).any():
         raise PropertyViolation(f"{name}: gradient passes beyond the levels {low:g} to {high:g}")
@@ -125,14 +125,14 @@ def _monotone(name: str, quantize: Quantizer, x: Tensor) -> None:
     before, after = grid.arrange(x)[..., 0], grid.arrange(quantize(x))[..., 0]
     steps = after.gather(1, before.argsort(1)).diff(dim=1)
     if (steps < 0).any():
-        raise PropertyViolation(f"{name}: declared monotone, {int((steps < 0).sum())} steps go down")
+        raise PropertyViolation(f"{name}: declared monotone, but {int((steps < 0).sum())} steps go down")
 
 
 def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """A method that declares `cells_input` saves inputs as integers, not floats."""
+    """Check that a method with the trait `cells_input` saves its inputs as integers, not as floats."""
     _declared_traits(subject, bits, "cells_input")
     if bits.a > 8:
-        raise NotApplicable("above 8 bits nothing is kept as levels")
+        raise NotApplicable("above 8 bits, inputs are not saved as integers")
     sizes: list[int] = []  # elements of the float tensors that were saved
 
     def keep(t: Tensor) -> Tensor:
@@ -145,15 +145,15 @@ def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
         with compress_activations(), saved_tensors_hooks(keep, lambda t: t):
             compressed = gradient_of(layer.input_q, x)
         if max(sizes) >= x.numel():
-            raise PropertyViolation(f"{name}: saves floats of its inputs, declared cells_input")
+            raise PropertyViolation(f"{name}: cells_input is declared, but inputs are saved as floats")
         if not all(map(torch.equal, compressed, gradient_of(layer.input_q, x))):
-            raise PropertyViolation(f"{name}: other results from levels than from the inputs themselves")
+            raise PropertyViolation(f"{name}: results from the saved integers differ from results from the inputs")
 
 
 def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
-    """Stochastic rounding is unbiased.
+    """Check that stochastic rounding is unbiased.
 
-    The mean of many draws differs from the input by no more than Hoeffding's bound.
+    The difference between the mean of many draws and the input must be at most Hoeffding's bound.
     """
     random = False
     for name, layer in islice(subject.layers(bits), 2):
@@ -168,7 +168,7 @@ def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
         for what, draw, expected in cases:
             random |= _unbiased(f"{name}: {what}", draw, expected)
     if not random:
-        raise NotApplicable("it draws nothing at random")
+        raise NotApplicable("its rounding is deterministic")
 
 
 def _gradient_behind(layer: QLayer, grad: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The conformance kit, which `qbench check` runs: every property at every supported width."""
+"""Runs the checks of `qbench check`: every property at every supported width."""
 
 import time
 from collections import Counter
@@ -45,8 +45,8 @@ class Finding:
 def check(subject: MethodUnderTest) -> list[Finding]:
     """Return a finding for every property.
 
-    An error inside the method counts as a failure of the property that was being checked. The check
-    runs in one thread. At the end it restores the number of threads and the random state.
+    If the method raises an error, the property being checked has failed. The check runs in one thread. At the end it
+    restores the number of threads and the random state.
     """
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def _check_property(one: Property, subject: MethodUnderTest) -> Finding:
     except Exception as error:
         widths, finding.failures = [], [f"{type(error).__name__}: {_first_line(error)}"]
     if not widths:
-        reasons = {"weights": "it leaves weights float", "inputs": "it leaves inputs float"}
+        reasons = {"weights": "it does not quantize weights", "inputs": "it does not quantize inputs"}
         finding.reason = reasons.get(one.where, "it quantizes nothing")
     for bits in widths:
         _check_width(one, subject, bits, finding)
@@ -98,7 +98,7 @@ def _first_line(error: Exception) -> str:
 def _widths(one: Property, subject: MethodUnderTest) -> list[Bits]:
     """Return the widths at which a property is checked."""
     if one.where == "default and narrowest":
-        # narrowest: the smallest width of everything that the method can quantize
+        # narrowest: the smallest supported width of weights, inputs and gradients
         narrow = Bits(*(min(subject.widths(key), default=FLOAT) for key in "wag"))
         return list(dict.fromkeys(bits for bits in (subject.default, narrow) if bits != Bits()))
     selections: dict[str, Callable[[Bits], bool]] = {
@@ -125,9 +125,9 @@ def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
 
 
 def _verdict(findings: list[Finding]) -> str:
-    """Return how many properties do not hold, hold, and are not applicable.
+    """Return three counts as text: properties that do not hold, that hold, and that are not applicable.
 
-    A number that is zero is left out, except the number of properties that hold.
+    A zero count is left out, except for properties that hold.
     """
     count = Counter(finding.state for finding in findings)
     phrases = [

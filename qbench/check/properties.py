@@ -1,8 +1,7 @@
 """The list of properties that every method must have.
 
-A property is a function of the method under test and one of its widths. It raises
-`PropertyViolation` if the property does not hold, and `NotApplicable` if the method has nothing to
-test.
+A property is a function of the method under test and one of its widths. It raises `PropertyViolation` if the property
+does not hold, and `NotApplicable` if it cannot be tested on the method.
 """
 
 from collections.abc import Callable
@@ -19,9 +18,9 @@ from qbench.check.training import resume, round_trip
 Where = Literal["weights", "inputs", "every", "default and narrowest", "default"]
 """The widths at which a property is checked.
 
-`weights`, `inputs`: all widths that quantize weights, or inputs. `every`: all widths. `default`:
-the method's default widths. `default and narrowest`: the default widths, and the combination of the
-narrowest widths of everything that the method can quantize.
+`weights`, `inputs`: all widths that quantize weights, or inputs. `every`: all widths. `default`: the method's default
+widths. `default and narrowest`: the default widths, and the smallest supported widths of weights, inputs and gradients
+together.
 """
 
 

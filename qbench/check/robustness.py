@@ -1,4 +1,4 @@
-"""Properties in extreme cases: 32 bits, degenerate tensors, inf and nan, half types."""
+"""Checks extreme cases: 32 bits, degenerate tensors, inf and nan, 16-bit float types."""
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from qbench.quant.method import Unsupported
 
 
 def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
-    """At 32 bits everywhere, gradients equal those of the float network, bit for bit."""
+    """Check that a network at 32 bits has the float network's gradients, bit for bit."""
     try:
         method = subject.make(Bits())
     except Unsupported as reason:  # an option has no effect at 32 bits
@@ -32,18 +32,18 @@ def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
         install(method, model, example=torch.zeros(1, *SHAPE))
         advance(method, model)
     except Unsupported as reason:
-        raise PropertyViolation(f"32 bits everywhere are refused: {reason}") from None
+        raise PropertyViolation(f"the method refuses 32 bits for all parts: {reason}") from None
     model.train()
     images, labels = batches()[0]
     for network in (float_model, model):
         torch.autograd.backward(F.cross_entropy(network(images), labels))
     for (name, one), two in zip(float_model.named_parameters(), model.parameters(), strict=True):
         if one.grad is None or two.grad is None or not torch.equal(one.grad, two.grad):
-            raise PropertyViolation(f"32 bits: the gradient of {name} is not the float network's")
+            raise PropertyViolation(f"32 bits: the gradient of {name} differs from the float network's")
 
 
 def degenerate_tensors(subject: MethodUnderTest, bits: Bits) -> None:
-    """Values stay finite and on the levels if weights are all zero, all equal, or one-element."""
+    """Check that values stay finite and on the levels for all-zero, all-equal and one-element weights."""
     norm = subject.make(bits).requires.norm or "affine"
     for what, fill in (("zero", 0.0), ("constant", 0.3), ("negative constant", -0.3), ("one-element", None)):
         model = tiny_network(norm) if fill is None else subject.float_network()
@@ -74,7 +74,7 @@ def _finite_everywhere(model: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 def not_finite(subject: MethodUnderTest, bits: Bits) -> None:
-    """An inf or nan in weights or inputs raises an error; it never becomes an ordinary level."""
+    """Check that an inf or nan in weights or inputs raises an error and never becomes a level."""
     for bad in (float("nan"), float("inf")):
         model = subject.network(bits)
         images = batches()[0][0].clone()
@@ -91,13 +91,13 @@ def _refused(what: str, model: nn.Module, images: Tensor) -> None:
         model(images)
     except NotFinite:
         return
-    raise PropertyViolation(f"{what} is taken without an error")
+    raise PropertyViolation(f"{what}: accepted without an error")
 
 
 def half_types(subject: MethodUnderTest, bits: Bits) -> None:
-    """Under autocast to float16 and bfloat16, loss and gradients are finite.
+    """Check that loss and gradients are finite under autocast to float16 and bfloat16.
 
-    The gradients of parameters are float32.
+    The gradients of float32 parameters must be float32.
     """
     for dtype in (torch.bfloat16, torch.float16):
         model = subject.network(bits).train()

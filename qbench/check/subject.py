@@ -1,4 +1,4 @@
-"""The method that is checked, with small networks and synthetic data, all seeded."""
+"""Provides the method under test, with small networks and synthetic data. All random numbers are seeded."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class MethodUnderTest:
-    """The method that is checked, with a function that makes it at given widths.
+    """The method under test, with a function that makes it at given widths.
 
     Args:
         name: the name of the method.
@@ -58,7 +58,7 @@ class MethodUnderTest:
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
 
     def float_network(self) -> nn.Module:
-        """Return a small convolutional network that the method supports, equal in all calls."""
+        """Return a small convolutional network that the method supports. All calls return the same weights."""
         torch.manual_seed(1)
         norm = self.make(self.default).requires.norm or "affine"
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
@@ -110,7 +110,7 @@ def tiny_network(norm: str) -> nn.Module:
 
 
 def gradient_of(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a module's value at x and the gradient at x for an upstream gradient of ones.
+    """Return a module's output at x, and the gradient at x for an upstream gradient of ones.
 
     If no gradient arrives at x, zeros are returned for the gradient.
     """

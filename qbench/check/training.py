@@ -1,4 +1,4 @@
-"""Properties of training: checkpoints and resumed runs reproduce the same bits."""
+"""Checks training: saved and resumed training reproduces the same bits."""
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class _Stop(Exception):
 
 
 def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
-    """A new network that loads a trained network's state_dict has equal outputs, bit for bit."""
+    """Check that a network has the same outputs, bit for bit, after its state_dict is saved and loaded."""
     task, state = _task(subject, bits)
     train(task, state)
     saved = unpack(pack({"model": task.model.state_dict()}), "memory")["model"]
@@ -36,7 +36,7 @@ def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def resume(subject: MethodUnderTest, bits: Bits) -> None:
-    """Training stopped within an epoch and resumed ends with the same weights, bit for bit."""
+    """Check that training stopped within an epoch and resumed ends with the same weights, bit for bit."""
     if not subject.make(bits).needs_training:
         raise NotApplicable("it trains no epoch")
     whole, state = _task(subject, bits)
@@ -61,7 +61,7 @@ def resume(subject: MethodUnderTest, bits: Bits) -> None:
     state.load(resumed.model, saved)
     train(resumed, state)
     if weights_sha256(resumed.model.state_dict()) != weights_sha256(whole.model.state_dict()):
-        raise PropertyViolation("training that was interrupted ends in other weights")
+        raise PropertyViolation("resumed training ends with other weights than uninterrupted training")
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
