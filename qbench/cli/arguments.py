@@ -1,4 +1,4 @@
-"""The parser class of the subcommands: argparse, but with errors that name the allowed values.
+"""Defines the parser of a subcommand: argparse with errors that name the allowed values.
 
 A flag is typed in full, as `--flag VALUE` or `--flag=VALUE`. Flags and positional arguments may
 come in any order.
@@ -14,22 +14,22 @@ from qbench.errors import ConfigError
 
 SUMMARIES = {
     "check": "Check the properties that every method must have, at all widths.",
-    "compare": "Compare runs side by side, and test which differences count.",
-    "completion": "Print the bash function that completes command lines.",
+    "compare": "Compare runs in tables, and test which differences are significant.",
+    "completion": "Print the bash completion function.",
     "describe": "Print a method card: formulas, choices, known deviations.",
     "evaluate": "Evaluate a finished run on its test split or on other data.",
     "inspect": "Show each layer of a finished run: levels, SQNR, loss.",
     "list": "List groups with their options, or runs.",
     "plan": "Show the runs of a command line, with costs and time.",
-    "plot": "Plot how a method quantizes: staircase, gradient, levels.",
-    "published": "Show published results beside those measured here.",
+    "plot": "Plot a method's quantizers: staircase, gradient, levels.",
+    "published": "Show published results next to those measured here.",
     "sensitivity": "Choose a bit width for each layer under a budget.",
-    "settle": "Run more seeds of two settings until a difference is decided.",
+    "settle": "Run more seeds of two settings until a test decides.",
 }
 """Subcommand -> one-line summary, for `qbench --help` and the subcommand's own help."""
 
 WIDEST_HELP = 110
-"""Most characters in a line of a help text; narrower terminals get shorter lines."""
+"""Maximum line length of a help text; lines are shorter on narrower terminals."""
 
 
 def help_width() -> int:
@@ -47,13 +47,11 @@ class HelpFormatter(argparse.HelpFormatter):
 class SubcommandParser(argparse.ArgumentParser):
     """The parser of one subcommand.
 
-    Positional arguments are declared for the help text and for completion. `parse_words` returns
-    all of them in one list, because only the subcommand can tell whether a word is a directory or
-    `KEY=VALUE`.
+    Positional arguments are declared for the help text and for completion. `parse_words` returns all of them in one
+    list. The subcommand then decides whether a word is a directory or `KEY=VALUE`.
 
     Args:
-        name: the subcommand, which is a key of `SUMMARIES`. The name is empty if the parser only
-            holds flags that several subcommands share.
+        name: the subcommand, a key of `SUMMARIES`. Empty for a parser of flags that several subcommands share.
         parents: parsers whose flags this parser accepts too.
         epilog: text printed below the flags.
     """
@@ -72,7 +70,7 @@ class SubcommandParser(argparse.ArgumentParser):
         )
         self.name = name
         self.suggestions: dict[str, Callable[[], Iterable[str]]] = {}
-        """Flag or positional without `choices` -> function that returns the values to complete."""
+        """Maps a flag or positional without `choices` to a function that returns the values to complete."""
         for parent in parents:
             self.suggestions |= parent.suggestions
 
@@ -125,12 +123,12 @@ class SubcommandParser(argparse.ArgumentParser):
         if isinstance(error.__context__, argparse.ArgumentTypeError):  # a type of `qbench.cli.value_types`
             return f"{self.name} {error.argument_name} {error.message}"
         takes_value = "expected one argument" in error.message
-        reason = "wants a value" if takes_value else f": {error.message}"
+        reason = "needs a value" if takes_value else f": {error.message}"
         return f"{self.name} {error.argument_name} {reason}\nsee qbench {self.name} --help".replace(" :", ":")
 
     def _unknown_flag(self, word: str) -> str:
         if not word.startswith("-"):
-            return f"{self.name}: {word} is not a flag, and {self.name} takes only flags\nallowed: {self._all_flags()}"
+            return f"{self.name}: unexpected argument: {word}\nallowed: {self._all_flags()}"
         flag = word.partition("=")[0]
         return f"{self.name}: no such flag: {word}{did_you_mean(flag, self.flags())}\nallowed: {self._all_flags()}"
 

@@ -1,4 +1,4 @@
-"""The subcommands, each a function of the arguments after its name that returns the exit status."""
+"""Implements the subcommands. Each function takes the arguments after the name and returns the exit status."""
 
 import os
 import sys
@@ -32,7 +32,8 @@ def check(arguments: list[str]) -> int:
     names = [word for word in arguments if "=" not in word or word.startswith("method=")]
     if len(names) != 1:
         raise ConfigError(
-            f"check wants one method, got {len(names)}: qbench check METHOD [method.KEY=VALUE ...] [bits.KEY=N ...]"
+            f"check needs exactly one method, found {len(names)}\ntype: qbench check METHOD [method.KEY=VALUE "
+            f"...] [bits.KEY=N ...]"
         )
     for word in arguments:
         if "=" in word and word.partition("=")[0].partition(".")[0] not in ("method", "activation", "bits"):
@@ -65,21 +66,23 @@ def describe(arguments: list[str]) -> int:
     words, _ = parsers.describe().parse_words(arguments)
     if len(words) != 1:
         known = ", ".join(registry.names("method"))
-        raise ConfigError(f"describe wants one method, got {len(words)}: qbench describe METHOD\nallowed: {known}")
+        raise ConfigError(
+            f"describe needs exactly one method, found {len(words)}: qbench describe METHOD\nallowed: {known}"
+        )
     name = words[0].removeprefix("method=")
     print(registry.card(name))
-    stored = "" if ":" in name else f"; the repository has it as docs/pictures/{name}.png"
+    stored = "" if ":" in name else f"; also in the repository: docs/pictures/{name}.png"
     print(f"\nPlot\n    qbench plot {name}{stored}")
     deviations = registry.known_deviations(name)
     if deviations:
-        print("\nDeviations of public code, run by method.deviation=NAME")
+        print("\nDeviations in public code (to run one: method.deviation=NAME)")
     for key, (what, source) in deviations.items():
         print(f"    {key}: {what}\n        {source}")
     return 0
 
 
 def plot(arguments: list[str]) -> int:
-    """Write a plot of one method's effect on values, or of all methods (`--poster`), to a file."""
+    """Plot the quantizers of one method or, with `--poster`, of all methods, to a file."""
     from qbench.cli.plot import draw
 
     print(f"wrote {draw(arguments)}")
@@ -87,7 +90,7 @@ def plot(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """Print tables of the runs in the given directories, and which differences are significant."""
+    """Print tables of the runs in the given directories, with notes on significant differences."""
     from qbench.cli.compare import run_compare
 
     print(run_compare(arguments))
@@ -95,7 +98,7 @@ def compare(arguments: list[str]) -> int:
 
 
 def settle(arguments: list[str]) -> int:
-    """Run more seeds of two settings until they are found different or equivalent; print the verdict."""
+    """Run more seeds of two settings until they differ significantly or are equivalent; print the verdict."""
     from qbench.cli.settle import parse
     from qbench.experiment import jobs, sweep
     from qbench.experiment.planned_run import PlannedRun
@@ -112,7 +115,7 @@ def settle(arguments: list[str]) -> int:
             elif missing:
                 sweep.run_all(missing, stop)
             if stop():
-                raise Interrupted(f"stopped by signal {stop()}; the same command goes on from here")
+                raise Interrupted(f"stopped by signal {stop()}; to continue, repeat the command")
             return [jobs.outcome(planned) for planned in runs]
 
         try:
@@ -131,8 +134,8 @@ def list_names(arguments: list[str]) -> int:
     words, _ = parsers.list_().parse_words(arguments)
     listed = parsers.listed_groups()
     if not words:
-        print(f"{group_lines()}\n\nqbench list methods   one group, an option per line: {', '.join(listed)}")
-        print("qbench list runs      the runs below outputs; qbench list runs DIR: those below DIR")
+        print(f"{group_lines()}\n\nqbench list methods   the options of one group: {', '.join(listed)}")
+        print("qbench list runs      the runs below outputs; for the runs below DIR: qbench list runs DIR")
         return 0
     if words[0] == "runs":
         return list_runs(words[1:] or ["outputs"])
@@ -165,7 +168,7 @@ def published(arguments: list[str]) -> int:
 
 
 def inspect(arguments: list[str]) -> int:
-    """Print the levels, errors and effect on the loss of each quantized layer of a finished run."""
+    """Print levels, errors and the effect on the loss for each quantized layer of a finished run."""
     options = run_options.parse_inspect(arguments)
     from qbench.analysis.inspect import inspect as inspect_run
 
@@ -182,7 +185,7 @@ def inspect(arguments: list[str]) -> int:
 
 
 def sensitivity(arguments: list[str]) -> int:
-    """Choose a bit width for each layer of a run under a budget, print the widths and save them to a file."""
+    """Choose a bit width for each layer of a run under a budget. Print the widths and save them to a file."""
     options = run_options.parse_sensitivity(arguments)
     from qbench.analysis.sensitivity import sensitivity as allocate_bits
 
@@ -218,7 +221,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def completion(arguments: list[str]) -> int:
-    """Print the shell's completion function or, when that function asks, one candidate per line."""
+    """Print the shell's completion function or, for `completion query`, one candidate per line."""
     from qbench.cli import completion as shell
 
     words, _ = parsers.completion().parse_words(arguments)
@@ -228,7 +231,9 @@ def completion(arguments: list[str]) -> int:
         for word in shell.candidates(os.environ.get("COMP_LINE", ""), os.environ.get("COMP_POINT", "")):
             print(word)
     else:
-        raise ConfigError(f"completion {' '.join(words) or 'wants a shell'}: must be bash\nqbench completion bash")
+        raise ConfigError(
+            f"completion {' '.join(words) or 'without a shell'}: must be bash\ntype: qbench completion bash"
+        )
     return 0
 
 

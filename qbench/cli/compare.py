@@ -1,4 +1,4 @@
-"""`qbench compare`: reads the options, then filters, sorts and formats the tables."""
+"""Implements `qbench compare`: reads the options, then filters, sorts and formats the tables."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from qbench.runs.reader import RunRecord, dump_records, read
 class CompareOptions:
     """A parsed command line of `qbench compare`.
 
-    `where` maps each key to filter by to the values to keep.
+    `where` maps each filter key to the values to keep.
     """
 
     directories: tuple[str, ...]
@@ -41,7 +41,7 @@ class CompareOptions:
 def run_compare(arguments: Iterable[str]) -> str:
     """Return the text that `qbench compare PLACE... [flags] [KEY=VALUE ...]` prints.
 
-    The plots and pages that the flags ask for are written to files.
+    Plots and pages that the flags request are written to files.
 
     Raises:
         ConfigError: a flag, key or value does not exist, or no directory is given.
@@ -77,7 +77,7 @@ def parse(arguments: Iterable[str]) -> CompareOptions:
         else:
             directories.append(word)
     if not directories:
-        raise ConfigError("compare wants directories of runs: qbench compare outputs")
+        raise ConfigError("compare needs a directory of runs, such as: qbench compare outputs")
     return CompareOptions(directories=tuple(directories), where=where, **flags)
 
 
@@ -87,12 +87,12 @@ def _split(value: str) -> list[str]:
 
 
 def tables(options: CompareOptions) -> list[Table]:
-    """Return the tables that a command line asks for, with conclusions."""
+    """Return the tables that a command line requests, with conclusions."""
     return build_tables(options)[0]
 
 
 def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables for these options, which include conclusions, and the runs in the tables."""
+    """Return the tables for these options, with conclusions, and the runs that the tables contain."""
     runs, notes = select_runs(read(options.directories), options.where, options.by)
     made = conclude(compare(runs, options.by), options.margin)
     if options.published:
@@ -106,7 +106,7 @@ def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]
 
 
 def _arranged(table: Table, options: CompareOptions) -> Table:
-    """Return the table with its rows sorted and only the chosen columns."""
+    """Return the table with sorted rows and the chosen columns."""
     groups = [*options.columns, *([columns.PUBLISHED] if options.published else [])]
     groups += [columns.EQUAL_BYTES] if options.sort == columns.EQUAL_BYTES else []
     ordered = sorted_by(table, options.sort) if options.sort else table

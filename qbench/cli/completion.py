@@ -1,13 +1,12 @@
-"""Shell completion of subcommands, flags, groups and options.
+"""Completes subcommands, flags, groups and options in the shell.
 
 Other overrides are completed by Hydra.
 
-Packages that complete argparse parsers (argcomplete, shtab) do not fit. The most frequent command
-line has no subcommand. Its arguments are overrides, which only Hydra can complete, and Hydra does
-this with its own shell function. Either package would add a dependency and a second shell function,
-but the shell allows only one such function per command. Therefore a single shell function calls
-`qbench completion query`, which completes subcommands from their parsers and passes the rest to
-Hydra.
+Packages that complete argparse parsers (argcomplete, shtab) are not used. The most frequent command line has no
+subcommand, and its arguments are overrides. Only Hydra can complete overrides, with a shell function that Hydra
+provides. A package would add a second shell function, but the shell allows only one function per command. Therefore a
+single shell function calls `qbench completion query`. This subcommand completes the other subcommands from their
+parsers, and passes overrides to Hydra.
 """
 
 import glob
@@ -23,10 +22,10 @@ from qbench.config.groups import group_names, option_names
 from qbench.errors import ConfigError
 
 PLACES = ("PLACE", "RUN", "SETTING", "DIR")
-"""Positional arguments that are directories: the shell completes their names."""
+"""Positional arguments that are directories. The shell completes their names."""
 
 BASH_FUNCTION = r"""_qbench_complete() {
-    # bash takes `=` and `:` for ends of words: what was typed before the last one is cut off the candidates
+    # bash splits words at `=` and `:`, so the text before the last of them is removed from the candidates
     local word="${COMP_LINE:0:COMP_POINT}" breaks="${COMP_WORDBREAKS//[^=:]/}" typed=""
     word="${word##* }"
     [[ -n $breaks && $word == *[$breaks]* ]] && typed="${word%"${word##*[$breaks]}"}"
@@ -99,7 +98,7 @@ def _overrides(words: Sequence[str], current: str) -> list[str]:
     try:
         with redirect_stdout(printed):
             compose.configurations(["--shell-completion", "query=bash"])
-    except ConfigError:  # a word before the cursor is wrong
+    except ConfigError:  # a word before the cursor is not valid
         return []
     groups = group_names()
     names = (f"{name}=" if name in groups else name for name in printed.getvalue().split())

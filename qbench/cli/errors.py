@@ -10,14 +10,14 @@ from typing import TextIO
 BUG, SWEEP_WITH_FAILURES = 1, 8
 
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory", "overflow")
-"""Parts of torch's messages about sizes that exceed the machine's memory."""
+"""Texts by which torch's out-of-memory messages are recognized."""
 
 WIDEST = 1000
-"""Most characters in a line of an error message; longer lines lose their middle."""
+"""Maximum line length of an error message. The middle of a longer line is left out."""
 
 
 def drop_unwritten(stream: TextIO) -> None:
-    """Discard text that a stream cannot write.
+    """Discard the text that a stream has failed to write.
 
     Otherwise Python would try to write the text again at exit.
     """
@@ -29,7 +29,7 @@ def drop_unwritten(stream: TextIO) -> None:
 
 
 def resource_error(error: BaseException) -> list[str]:
-    """Return the message about a resource that the system refused.
+    """Return a message if the error means that the system refused a resource.
 
     The list is empty for other errors.
     """
@@ -37,12 +37,12 @@ def resource_error(error: BaseException) -> list[str]:
         return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)]
     out_of_memory = isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
     if out_of_memory or isinstance(error, MemoryError):
-        return [f"out of memory: {error}".splitlines()[0], "try a smaller optim.batch_size, network or data set"]
+        return [f"out of memory: {error}".splitlines()[0], "try a smaller optim.batch_size, model or data set"]
     return []
 
 
 def print_error(lines: Iterable[str]) -> None:
-    """Print at most three lines to stderr, with terminal control characters as escapes."""
+    """Print at most three lines to stderr. Control characters of the terminal are escaped."""
     printable = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines][:3]
     short = [x if len(x) <= WIDEST else f"{x[: WIDEST // 2]} ... {x[-WIDEST // 2 :]}" for x in printable]
     with suppress(OSError):  # if stderr cannot be written, only the exit status reports the error

@@ -1,4 +1,4 @@
-"""The text of `qbench --help`. The help text of a subcommand comes from its parser."""
+"""Builds the text of `qbench --help`. The help text of a subcommand comes from its parser."""
 
 from textwrap import fill
 
@@ -6,9 +6,10 @@ from qbench.cli.arguments import SUMMARIES, help_width
 
 OTHER_KEYS = "Other keys: seed, epochs, pretrain.epochs, init=auto|float|scratch|PATH, lr_search=none|grid, out, rerun"
 RESULTS = (
-    "Results are written below out (default: outputs), one directory per run. The same line again prints the stored "
-    "row, or resumes an interrupted run. Exit status: 0 done, 1 bug, 2 usage, 3 data, 4 checkpoint, 5 resources, "
-    "6 diverged, 8 sweep with failures, 75 interrupted and resumable."
+    "Results are written below out (default: outputs), one directory per run. If you repeat a command, it prints "
+    "the stored row, or resumes an interrupted run. Exit status: 0 done, 1 bug, 2 usage, 3 data, 4 checkpoint, 5 "
+    "resources, "
+    "6 diverged, 8 sweep with failures, 75 interrupted (can be resumed)."
 )
 
 
@@ -24,7 +25,7 @@ def group_lines() -> str:
 
 
 def help_screen() -> str:
-    """Return what `qbench --help` prints."""
+    """Return the text that `qbench --help` prints."""
     width = help_width()
     subcommands = "\n".join(
         fill(summary, width, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)

@@ -1,4 +1,4 @@
-"""The command-line entry point, which runs the subcommand or, if there is none, trains.
+"""Command-line entry point: runs a subcommand or, without a subcommand, trains.
 
 Commands that print help, a list or a stored row do not import torch.
 """
@@ -16,7 +16,7 @@ from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 
 TRACEBACK = "QBENCH_TRACEBACK"
-"""Environment variable: if set, errors also print their traceback."""
+"""Environment variable. If it is set, errors are printed with their traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,23 +25,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The exit statuses of errors are in `qbench.errors`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a table is printed even if the encoding lacks a character
+    if isinstance(sys.stdout, io.TextIOWrapper):  # print tables even if the encoding lacks a character
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         os.getcwd()
     except FileNotFoundError:
-        print_error(["the working directory no longer exists; change to another one"])
+        print_error(["the working directory no longer exists; change to another directory"])
         return ResourceError.status
     try:
         status = run_command(arguments)
-        print(end="", flush=True)  # flush here, where a failure can be reported, rather than when Python ends
+        print(end="", flush=True)  # flush here: a failure at Python's exit could not be reported
         return status
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         drop_unwritten(sys.stdout)
         return 0
     except KeyboardInterrupt:  # during start-up only, because a run handles signals itself
         return Interrupted.status
-    except (Exception, SystemExit) as error:  # a user's function may call sys.exit, which would look like success
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a user's function may call sys.exit, which would otherwise look like success
         return report(error)
 
 
@@ -59,7 +62,7 @@ def run_command(arguments: list[str]) -> int:
         return SUBCOMMANDS[first](arguments[1:])
     if "=" not in first and first[:1] not in ("-", "+", "~"):
         raise ConfigError(
-            f"{first}: neither a subcommand nor key=value{did_you_mean(first, SUMMARIES)}\n"
+            f"{first}: not a subcommand and not KEY=VALUE{did_you_mean(first, SUMMARIES)}\n"
             f"subcommands: {', '.join(SUMMARIES)}"
         )
     from qbench.cli.train import train
@@ -97,8 +100,8 @@ def report(error: BaseException) -> int:
         return ResourceError.status
     print_error(
         [
-            f"a bug, or an error in your own code: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            f"{TRACEBACK}=1 shows the traceback; once a run has begun, its log.txt has it too",
+            f"bug in qbench or in your own code: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            f"to see the traceback, set {TRACEBACK}=1; after a run has started, it is also in its log.txt",
         ]
     )
     return BUG

@@ -1,8 +1,7 @@
-"""The parser of each subcommand, with its arguments, flags, allowed values and help texts.
+"""Defines the parser of each subcommand: arguments, flags, allowed values and help texts.
 
-Modules that only one subcommand needs are imported when that subcommand's parser is made, so that
-help texts and completion stay quick. Training has no parser here: its arguments are Hydra's
-overrides and flags (`qbench.config.compose`).
+A module that only one subcommand needs is imported when that parser is made. This keeps help texts and completion fast.
+Training has no parser here: its arguments are Hydra's overrides and flags (`qbench.config.compose`).
 """
 
 from collections.abc import Callable
@@ -18,13 +17,13 @@ from qbench.report.comparison.verdicts import MARGIN
 METHOD = "METHOD"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 RECORD = "record"
-"""Output format that is no table: all runs in one small file that `qbench compare` can read."""
+"""An output format that is not a table: one small file with all runs, which `qbench compare` can read."""
 PAPERS = Path(__file__).parents[1] / "papers" / "figures"
 LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
 def listed_groups() -> dict[str, str]:
-    """Return argument of `qbench list` -> group.
+    """Return a map from the argument of `qbench list` to the group.
 
     The arguments are the plurals of the groups, and `runs`, whose group is the empty string.
     """
@@ -44,7 +43,7 @@ def _add_method_overrides(parser: SubcommandParser) -> None:
 
 def check() -> SubcommandParser:
     """Return the parser of `qbench check`."""
-    parser = SubcommandParser("check", epilog="The exit status is 0 only if no property is violated.")
+    parser = SubcommandParser("check", epilog="The exit status is 0 only if all properties hold.")
     _add_method(parser)
     _add_method_overrides(parser)
     return parser
@@ -56,7 +55,7 @@ def _sort_columns() -> list[str]:
 
 
 def _add_table_flags(parser: SubcommandParser) -> None:
-    parser.add_argument("--by", type=list_of(), metavar="KEY,...", help="one table for each value of these keys")
+    parser.add_argument("--by", type=list_of(), metavar="KEY,...", help="make one table per value of these keys")
     parser.add_argument(
         "--sort",
         type=some_text,
@@ -81,7 +80,7 @@ def compare() -> SubcommandParser:
         "filters",
         metavar=OVERRIDES,
         nargs="*",
-        help="only runs with this value, or one of several: method=dorefa,lsq bits.w=2 seed=0,1 optim.lr=1e-2",
+        help="select runs by one or several values: method=dorefa,lsq bits.w=2 seed=0,1 optim.lr=1e-2",
     )
     _add_table_flags(parser)
     parser.add_argument(
@@ -91,7 +90,9 @@ def compare() -> SubcommandParser:
         help=f"two settings are equivalent if their top-1 differs by less than X points (default: {MARGIN:g})",
     )
     parser.add_argument(
-        "--published", action="store_true", help="add what was published for each setting, by whom, and the gap"
+        "--published",
+        action="store_true",
+        help="add the published result of each setting, who ran it, and the gap to it",
     )
     parser.add_argument(
         "--html",
@@ -99,7 +100,7 @@ def compare() -> SubcommandParser:
         type=some_path,
         action="append",
         metavar="FILE",
-        help="write one page with tables to sort and filter, plots and the runs; it needs no network",
+        help="write one self-contained page: tables to sort and filter, plots, details of the runs",
     )
     parser.add_argument(
         "--plot",
@@ -107,19 +108,20 @@ def compare() -> SubcommandParser:
         type=some_path,
         action="append",
         metavar="FILE",
-        help="write plots as .png, .pdf or .svg; a file named bits, pareto, curves or layers holds that one alone",
+        help="write plots as .png, .pdf or .svg; a file named bits, pareto, curves or layers contains only that plot",
     )
-    parser.epilog = "--format record prints the runs themselves, small, to be read by compare again."
+    parser.epilog = "--format record prints the runs in a compact form that compare can read again."
     return parser
 
 
 def completion() -> SubcommandParser:
     """Return the parser of `qbench completion`."""
-    parser = SubcommandParser("completion", epilog='Switch completion on by: eval "$(qbench completion bash)"')
+    parser = SubcommandParser("completion", epilog='To switch completion on: eval "$(qbench completion bash)"')
     parser.add_argument(
         "what",
         choices=("bash", "query"),
-        help="bash: the function; query: what that function calls, the candidates for the line in COMP_LINE",
+        help="bash: print the function; query: print the candidates for the line in COMP_LINE (called by that "
+        "function)",
     )
     return parser
 
@@ -127,7 +129,7 @@ def completion() -> SubcommandParser:
 def describe() -> SubcommandParser:
     """Return the parser of `qbench describe`."""
     parser = SubcommandParser(
-        "describe", epilog="Formulas, what the paper leaves open and what was chosen, flaws of public code."
+        "describe", epilog="The card lists formulas, choices where the paper is silent, and deviations in public code."
     )
     _add_method(parser)
     return parser
@@ -140,7 +142,7 @@ def list_() -> SubcommandParser:
         "group", nargs="?", metavar="GROUP", choices=list(listed_groups()), help=", ".join(listed_groups())
     )
     parser.add_argument(
-        "directories", nargs="*", metavar="DIR", help="behind `runs`: where they are (default: outputs)"
+        "directories", nargs="*", metavar="DIR", help="after `runs`: where the runs are (default: outputs)"
     )
     return parser
 
@@ -148,13 +150,13 @@ def list_() -> SubcommandParser:
 def plan() -> SubcommandParser:
     """Return the parser of `qbench plan`.
 
-    It only serves help and completion, because Hydra reads the arguments.
+    It is used only for help and completion, because Hydra reads the arguments.
     """
     parser = SubcommandParser(
         "plan",
-        epilog="It needs no data and trains nothing. It takes the flags of Hydra that a training command takes.",
+        epilog="It needs no data and does not train. It accepts the same Hydra flags as a training command.",
     )
-    parser.add_argument("overrides", metavar=OVERRIDES, nargs="*", help="words of a training command")
+    parser.add_argument("overrides", metavar=OVERRIDES, nargs="*", help="arguments of a training command")
     parser.add_argument("-m", "--multirun", action="store_true", help="all combinations of comma-separated values")
     return parser
 
@@ -181,11 +183,11 @@ def published() -> SubcommandParser:
     parser = SubcommandParser("published", parents=[format_flag()])
     parser.add_argument("--paper", type=some_text, metavar="NAME", help="only the rows of this paper")
     parser.suggestions["--paper"] = lambda: [file.stem for file in PAPERS.glob("*.yaml") if file.stem != "names"]
-    add_choice(parser, "--provenance", PROVENANCES, "only rows whose source is known at least this well")
+    add_choice(parser, "--provenance", PROVENANCES, "only rows whose source has at least this quality")
     parser.add_argument(
         "--missing",
         action="store_true",
-        help="only rows that are not measured yet, with the command that runs each or what it lacks",
+        help="only rows that are not measured yet, each with its command or what is missing",
     )
     return parser
 
@@ -197,8 +199,8 @@ def settle() -> SubcommandParser:
 
     parser = SubcommandParser(
         "settle",
-        epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of both settings, then more, until the result is significant or "
-        "equivalence is shown. All looks at the data together keep the rate of false decisions below 5 %.",
+        epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of both settings, then more, until a difference or equivalence "
+        f"is significant. Over all looks at the data, the rate of false decisions stays below 5 %.",
     )
     parser.add_argument(
         "settings",
@@ -207,7 +209,11 @@ def settle() -> SubcommandParser:
         help='a run\'s directory, or a command line in quotes without seed: "method=dorefa bits=w2a2"',
     )
     parser.add_argument(
-        "launcher", nargs="?", metavar="hydra/launcher=NAME", choices=LAUNCHERS, help="joblib: runs on all cores"
+        "launcher",
+        nargs="?",
+        metavar="hydra/launcher=NAME",
+        choices=LAUNCHERS,
+        help="joblib: train several runs at once, on all cores",
     )
     parser.add_argument(
         "--margin",

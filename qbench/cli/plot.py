@@ -1,4 +1,4 @@
-"""`qbench plot`: plots what one method does to single values, or all methods on a poster."""
+"""Implements `qbench plot`: plots the quantizers of one method, or of all methods on a poster."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qbench.quant.method import Method
 
 GROUPS = ("method", "activation", "bits")
-"""The configuration groups that determine what a method does to a value."""
+"""The configuration groups that determine how a method quantizes a value."""
 USAGE = "qbench plot METHOD [bits.w=2 method.KEY=VALUE ...] [--out FILE], or qbench plot --poster [--out FILE]"
 COLOURS = 64
 """Number of colours in a PNG's palette; a small palette keeps the file small."""
@@ -29,7 +29,7 @@ MOST_BITS_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class PlotOptions:
-    """A parsed command line of `qbench plot`, which has either a method's overrides or the poster flag."""
+    """A parsed command line of `qbench plot`, with either the overrides of a method or the poster flag."""
 
     overrides: tuple[str, ...] = ()
     poster: bool = False
@@ -70,9 +70,9 @@ def parse(arguments: Iterable[str]) -> PlotOptions:
             raise ConfigError(f"{word} has no effect on plot\nallowed: method.KEY=VALUE, bits.KEY=N, activation=NAME")
     methods = [word for word in overrides if word.startswith("method=")]
     if overrides and "poster" in flags:
-        raise ConfigError(f"plot --poster plots every method; {overrides[0]} has no effect on it\n{USAGE}")
+        raise ConfigError(f"{overrides[0]} has no effect on plot --poster, which plots every method\n{USAGE}")
     if len(methods) != 1 and "poster" not in flags:
-        raise ConfigError(f"plot wants one method, got {len(methods)}\n{USAGE}")
+        raise ConfigError(f"plot needs exactly one method, found {len(methods)}\n{USAGE}")
     return PlotOptions(overrides=overrides, **flags)
 
 
@@ -90,8 +90,8 @@ def _poster() -> Any:
 def illustrative_bits(method: "Method") -> "Bits":
     """Return bit widths at which a method has few enough levels to distinguish them in a plot.
 
-    These are the method's default widths if they give few levels. Otherwise the width is 2 bits (4
-    for gradients). If the method does not support that, the smallest supported width is used.
+    The method's default widths are used if they give few levels. Otherwise the width is 2 bits, or 4 bits for
+    gradients. If the method does not support this width, its smallest supported width is used.
     """
     from qbench.bits import FLOAT, Bits
 

@@ -1,6 +1,6 @@
-"""The command-line options of inspect, sensitivity and evaluate.
+"""Defines the command-line options of inspect, sensitivity and evaluate.
 
-This module does not import torch, so that a mistake in the options is reported at once.
+This module does not import torch, so mistakes in the options are reported at once.
 """
 
 import os
@@ -73,8 +73,7 @@ def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: 
     """Return the fields of a `RunOptions`.
 
     Args:
-        overrides_usage: the overrides `KEY=VALUE` that the subcommand takes, in the words of an
-            error message. It is empty if the subcommand takes none.
+        overrides_usage: the overrides that the subcommand takes, as text for error messages. Empty if it takes none.
 
     Raises:
         ConfigError: there is no run or more than one, a flag or value is unknown, or the subcommand
@@ -84,13 +83,15 @@ def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: 
     overrides = tuple(word for word in words if "=" in word and not os.path.isdir(word))
     runs = [word for word in words if word not in overrides]
     if overrides and not overrides_usage:
-        raise ConfigError(f"{parser.name}: {overrides[0]} has no effect: the run's configuration is stored")
+        raise ConfigError(
+            f"{parser.name}: {overrides[0]} has no effect, because the configuration of a finished run is fixed"
+        )
     if len(runs) != 1:
         usage = f"qbench {parser.name} RUN {overrides_usage}".rstrip()
         raise ConfigError(
-            f"{parser.name} wants the directory of one run, got {len(runs)}: {usage}\n"
-            "qbench list runs names those below outputs"
+            f"{parser.name} needs exactly one run directory, found {len(runs)}: {usage}\nto list the runs below "
+            f"outputs: qbench list runs"
         )
     if not os.path.isdir(runs[0]):
-        raise ConfigError(f"{runs[0]}: no such directory\nqbench list runs names the runs below outputs")
+        raise ConfigError(f"{runs[0]}: no such directory\nto list the runs below outputs: qbench list runs")
     return {"run": Path(runs[0]), "overrides": overrides} | flags

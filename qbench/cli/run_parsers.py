@@ -1,4 +1,4 @@
-"""Parsers of the subcommands about one finished run, and the flags that several subcommands share."""
+"""Defines the parsers of subcommands on one finished run, and flags that several subcommands share."""
 
 from collections.abc import Iterable
 
@@ -21,12 +21,12 @@ def format_flag(*more: str) -> SubcommandParser:
     Its allowed values are the table formats and those in `more`.
     """
     parser = SubcommandParser()
-    add_choice(parser, "--format", (*FORMATS, *more), "how tables are printed (default: text)")
+    add_choice(parser, "--format", (*FORMATS, *more), "output format of the tables (default: text)")
     return parser
 
 
 def run_flags() -> SubcommandParser:
-    """Return a parser of the flags that all subcommands about one finished run share."""
+    """Return a parser of the flags that all subcommands on one finished run share."""
     parser = SubcommandParser(parents=[format_flag()])
     parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
     parser.add_argument("--device", type=some_text, help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -35,7 +35,7 @@ def run_flags() -> SubcommandParser:
 
 
 def measurement_flags() -> SubcommandParser:
-    """Return a parser of the flags that set how the effect of a layer on the loss is measured."""
+    """Return a parser of the flags for measuring the effect of a layer on the loss."""
     parser = SubcommandParser()
     parser.add_argument(
         "--images", type=integer(1), metavar="N", help="number of validation images to measure on (default: 500)"
@@ -44,7 +44,7 @@ def measurement_flags() -> SubcommandParser:
         parser,
         "--bn-stats",
         ("recompute", "keep"),
-        "batch-normalization statistics behind a changed layer (default: recompute)",
+        "batch normalization statistics after a layer is changed (default: recompute)",
     )
     return parser
 
@@ -52,7 +52,7 @@ def measurement_flags() -> SubcommandParser:
 def weights_flag() -> SubcommandParser:
     """Return a parser of `--weights`."""
     parser = SubcommandParser()
-    add_choice(parser, "--weights", ("last", "best"), "which checkpoint of the run (default: last)")
+    add_choice(parser, "--weights", ("last", "best"), "checkpoint of the run to load (default: last)")
     return parser
 
 
@@ -66,7 +66,7 @@ def evaluate() -> SubcommandParser:
         "--predictions",
         type=prediction_file,
         metavar="FILE",
-        help="write index, label, predicted class and its probability of every image, as .csv or .npy",
+        help="write index, label, predicted class and its probability for every image, as .csv or .npy",
     )
     return parser
 
@@ -78,8 +78,8 @@ def inspect() -> SubcommandParser:
         parser,
         "--sort",
         ("leave-one-out", "leave-one-in", "sqnr", "order"),
-        "worst first: by the change of the loss with this layer alone float (leave-one-out), with this layer alone "
-        "quantized (leave-one-in), or by SQNR; or in the order of the network (default: leave-one-out)",
+        "order of rows, worst first: change of the loss with only this layer in float (leave-one-out), with only "
+        "this layer quantized (leave-one-in), or SQNR (sqnr); order: as in the network (default: leave-one-out)",
     )
     return parser
 
@@ -89,7 +89,7 @@ def sensitivity() -> SubcommandParser:
     parser = SubcommandParser(
         "sensitivity",
         parents=[run_flags(), measurement_flags()],
-        epilog="layers=@FILE on the run's command line trains the widths that were written.",
+        epilog="To train with the chosen widths, add layers=@FILE to the run's command.",
     )
     parser.add_argument(
         "overrides", metavar=OVERRIDES, nargs="*", help="another method, width or layer policy: method=NAME bits.w=4"
@@ -104,11 +104,13 @@ def sensitivity() -> SubcommandParser:
         parser,
         "--measure",
         ("loss", "mse"),
-        "what is summed over layers: the validation loss that each adds, or the squared error of its weights "
-        "(default: loss)",
+        "what to minimize, summed over layers: the loss increase of each layer alone, or the squared error of "
+        "its weights (default: loss)",
     )
     parser.add_argument(
         "--widths", type=weight_widths, metavar="N,...", help="widths to choose from (default: 1,2,3,4,5,6,7,8)"
     )
-    parser.add_argument("--out", type=some_text, metavar="FILE", help="where the widths go (default: bits.yaml)")
+    parser.add_argument(
+        "--out", type=some_text, metavar="FILE", help="file to write the widths to (default: bits.yaml)"
+    )
     return parser

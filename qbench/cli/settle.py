@@ -28,19 +28,24 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
     for word in launchers:
         if word not in parsers.LAUNCHERS:
             allowed = ", ".join(parsers.LAUNCHERS)
-            raise ConfigError(f"settle {word}{did_you_mean(word, parsers.LAUNCHERS)}\nallowed: {allowed}")
+            raise ConfigError(
+                f"settle {word}: unknown launcher{did_you_mean(word, parsers.LAUNCHERS)}\nallowed: {allowed}"
+            )
     settings = [word for word in words if word not in launchers]
     if len(settings) != 2:
         raise ConfigError(
-            f"settle wants two settings, got {len(settings)}: run directories or quoted command lines, such as\n"
+            f"settle needs two settings, found {len(settings)}; a setting is a run directory or a quoted command "
+            f"line:\n"
             'qbench settle "method=dorefa bits=w2a2" "method=lsq bits=w2a2"'
         )
     first, second = map(_setting, settings)
     if run_identity(first).digest == run_identity(second).digest:
-        raise ConfigError(f"settle: both are {setting_name(first)}, the same setting")
+        raise ConfigError(f"settle: both settings are {setting_name(first)}; choose two different settings")
     if first.dataset["name"] != second.dataset["name"]:
         names = first.dataset["name"], second.dataset["name"]
-        raise ConfigError(f"settle: {names[0]} and {names[1]} are different data sets; choose settings on the same one")
+        raise ConfigError(
+            f"settle: the data sets differ: {names[0]} and {names[1]}\nchoose two settings with the same data set"
+        )
     return SequentialTest(
         first=first,
         second=second,
@@ -58,14 +63,17 @@ def _setting(word: str) -> Config:
 def _from_directory(word: str) -> Config:
     path = Path(word)
     if not (path / "config.yaml").is_file():
-        raise ConfigError(f"settle {word}: no config.yaml there\nname a run's directory, or quote a command line")
+        raise ConfigError(
+            f"settle {word}: not a run directory, because it has no config.yaml\ntype a run "
+            f"directory or a quoted command line"
+        )
     from qbench.config.validate import from_dict
 
     config = from_dict(files.read_yaml(path / "config.yaml"))
     folder = directory_name(run_identity(config)).parent.name
-    if path.absolute().parent.name != folder:  # the runs with other seeds would not be found beside this one
+    if path.absolute().parent.name != folder:  # the runs with other seeds would not be found next to this run
         raise ConfigError(
-            f"settle {word}: it was moved out of its folder {folder}\nmove it back, or quote a command line"
+            f"settle {word}: the run was moved out of its folder {folder}\nmove it back, or type a quoted command line"
         )
     return replace(config, seed=0, out=str(path.absolute().parents[1]), rerun=False)
 
@@ -76,13 +84,17 @@ def _from_command_line(word: str) -> Config:
     try:
         words = shlex.split(word)
     except ValueError as error:
-        raise ConfigError(f"settle {word}: {str(error).lower()}\nwrite key=value words in one pair of quotes") from None
+        raise ConfigError(
+            f"settle {word}: {str(error).lower()}\ntype all KEY=VALUE arguments in one pair of quotes"
+        ) from None
     for typed in words:
         if typed.partition("=")[0] in ("seed", "rerun"):
-            raise ConfigError(f"settle {word}: leave {typed} out: settle runs seeds 0, 1, 2, ... until a decision")
+            raise ConfigError(
+                f"settle {word}: {typed} is not allowed, because settle chooses the seeds\nremove {typed}"
+            )
     if "=" not in word:
-        raise ConfigError(f"settle {word}: neither a directory nor a command line\nwrite key=value words in quotes")
+        raise ConfigError(f"settle {word}: not a directory and not a command line\ntype KEY=VALUE arguments in quotes")
     configs = compose.configurations(words)
     if len(configs) != 1:
-        raise ConfigError(f"settle {word}: {len(configs)} settings; write one on each side")
+        raise ConfigError(f"settle {word}: found {len(configs)} settings; allowed: one setting in each pair of quotes")
     return configs[0]

@@ -1,4 +1,4 @@
-"""`qbench KEY=VALUE ...` and `qbench -m ...`: trains one run or a sweep and prints results."""
+"""Implements `qbench KEY=VALUE ...` and `qbench -m ...`: trains one run or a sweep and prints results."""
 
 import shutil
 import sys
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 def train(arguments: list[str]) -> int:
-    """Train one run and print its row, or with -m train all combinations and print a table."""
+    """Train one run and print its row. With -m, train all combinations and print a table."""
     from qbench.config import compose
     from qbench.experiment.planned_run import planned_runs
 
     sweep = any(flag in arguments for flag in compose.MULTIRUN)
     if not sweep and compose.launcher(arguments):
-        raise ConfigError("hydra/launcher works on a sweep: put -m first")
+        raise ConfigError("hydra/launcher is allowed only in a sweep; to start a sweep, put -m first")
     for word in arguments:
         if not compose.launcher(arguments) and word.lstrip("+").startswith(("hydra.launcher.", "hydra.sweeper.")):
             raise ConfigError(f"{word} has no effect without hydra/launcher=NAME")
     with stop_on_signals() as stop:
         configs = compose.configurations(arguments)
-        if not configs:  # a flag such as --cfg job only makes Hydra print something
+        if not configs:  # with a flag such as --cfg job, Hydra only prints something
             return 0
         runs = planned_runs(configs)
         return train_all(arguments, runs, stop) if sweep or len(configs) > 1 else train_one(runs[0], stop)
@@ -45,7 +45,7 @@ def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
     result = None if planned.config.rerun else directory.stored()
     if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
-            print(f"warning: stored under {change}; rerun=true trains it again", file=sys.stderr)
+            print(f"warning: this result was stored under {change}; to train again, add rerun=true", file=sys.stderr)
         print(row([result], width))
         directory.remove_checkpoints()
     else:
@@ -75,6 +75,6 @@ def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[],
         records = [jobs.outcome(planned) for planned in runs]
     print(text(comparison_tables(with_baselines(records))))
     if stop():
-        print(f"qbench: stopped by signal {stop()}; the same command goes on from here", file=sys.stderr)
+        print(f"qbench: stopped by signal {stop()}; to continue, repeat the command", file=sys.stderr)
         return Interrupted.status
     return SWEEP_WITH_FAILURES if any(record.status not in ("done", "unsupported") for record in records) else 0

@@ -1,7 +1,7 @@
-"""Types of flag values for argparse.
+"""Defines types of flag values for argparse.
 
-A type is a function that converts a text. If the text is not allowed, the function raises an error
-that names the allowed values.
+A type is a function that converts a text. If the text is not allowed, the function raises an error. The error names the
+allowed values.
 """
 
 import argparse
@@ -27,13 +27,13 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
 
 
 def list_of(choices: Iterable[str] | None = None) -> Callable[[str], tuple[str, ...]]:
-    """Return a type for a comma-separated list, whose items must be in `choices` if that is given."""
+    """Return a type for a comma-separated list. If `choices` is given, it must contain all items."""
     check: Callable[[str], str] = str if choices is None else one_of(choices)
 
     def convert(value: str) -> tuple[str, ...]:
         parts = tuple(check(part) for part in value.split(",") if part)
         if not parts:
-            raise argparse.ArgumentTypeError("wants a value")
+            raise argparse.ArgumentTypeError("needs a value")
         return parts
 
     return convert
@@ -70,16 +70,16 @@ def file_with_suffix(*suffixes: str) -> Callable[[str], Path]:
     def convert(value: str) -> Path:
         path = Path(value)
         if path.suffix.lower() not in suffixes:
-            raise argparse.ArgumentTypeError(f"{value}: the suffix chooses the format\nallowed: {', '.join(suffixes)}")
+            raise argparse.ArgumentTypeError(f"{value}: unknown file format\nallowed suffixes: {', '.join(suffixes)}")
         return path
 
     return convert
 
 
 def some_text(value: str) -> str:
-    """Convert a value that may be any text except the empty text."""
+    """Convert a value that may be any text except an empty one."""
     if not value:
-        raise argparse.ArgumentTypeError("wants a value")
+        raise argparse.ArgumentTypeError("needs a value")
     return value
 
 
