@@ -1,4 +1,4 @@
-"""Aggregates the runs of a setting: mean accuracies over seeds, cost, speed, verified levels."""
+"""Aggregates the runs of a setting: mean accuracy over seeds, cost, speed, verified levels."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def aggregate(
     """Return the setting that the runs belong to, with its runs sorted by seed and directory.
 
     Args:
-        label: the method's name with the options in which runs of the method differ.
+        label: the method's name, followed by the options that differ between runs of the method.
         results: one or more results of one method, protocol and widths, all with an accuracy.
         source: the kind of file that the results were read from.
         learning_rate: how the learning rate was selected; only with lr_search=grid.
@@ -59,7 +59,7 @@ def _seed_accuracy(result: Result) -> SeedAccuracy:
 
 
 def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[float]:
-    """Return one value per seed, which is the mean if a seed has several runs."""
+    """Return one value per seed. If a seed has several runs, the value is their mean."""
     grouped: dict[int, list[float]] = defaultdict(list)
     for run, value in zip(runs, values, strict=True):
         grouped[run.seed].append(value)

@@ -15,9 +15,8 @@ PUBLISHED = "published"
 class Column(NamedTuple):
     """A column of a table of settings.
 
-    `key` returns the value that rows are sorted by, or None for a row without a value. With
-    `descending`, the largest value comes first. `show` returns the text of a cell with a value.
-    `empty` is the text of a cell without a value.
+    `key` returns the sort value of a row, or None for a row without a value. With `descending`, the largest value comes
+    first. `show` returns the text of a cell with a value. `empty` is the text of a cell without a value.
     """
 
     name: str
@@ -68,9 +67,9 @@ def _span(levels: LevelRange) -> str:
 
 
 def _published_key(setting: Setting) -> float | None:
-    """Return the published top-1 in percent, the value that the column is sorted by.
+    """Return the published top-1 in percent, which is the sort value of the column.
 
-    A claim whose top-1 is not known sorts after all other claims.
+    A claim without a known top-1 sorts after all other claims.
     """
     if not setting.published:
         return None

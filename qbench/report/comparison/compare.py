@@ -21,7 +21,7 @@ MISSING_TITLE = "failed or unsupported"
 
 
 def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
-    """Return a table for every data set, network and protocol, and a table of missing results.
+    """Return one table per data set, network and protocol, and a table of missing results.
 
     A row is a setting: one method with its options at its widths. The accuracy of a setting is the
     mean over seeds of test top-1 after the last epoch. The difference in accuracy is measured from
@@ -32,8 +32,7 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
 
     Args:
         runs: the records that `qbench.runs.reader.read` returns.
-        by: keys of `naming.run_keys`. Runs with different values of these keys are put in separate
-            tables.
+        by: keys of `naming.run_keys`. Runs with different values of these keys belong to separate tables.
     """
     runs, duplicate_notes = without_duplicates(runs)
     results = [run.result for run in runs if run.status == DONE and run.result is not None]
@@ -65,7 +64,7 @@ class _Context:
 
     Args:
         baselines: results of float baselines by directory name.
-        labels: labels of methods by `naming.method_identity`.
+        labels: map from `naming.method_identity` to the label of the method.
         from_logs: paths of the runs that were read from logs.
         failed: runs of a learning-rate grid that did not finish.
     """
@@ -77,7 +76,7 @@ class _Context:
 
 
 def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
-    """Return the results by block, without the baselines that other runs start from."""
+    """Return the results by block, without the float baselines."""
     quantized = [r for r in results if not naming.is_baseline(r)]
     used = {_directory_name(r.baseline.run) for r in quantized if r.baseline}
     unused = [r for r in results if naming.is_baseline(r) and _directory_name(r.run) not in used]
@@ -154,7 +153,7 @@ def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
     """Yield notes on several runs of one seed, and on runs read from logs."""
     if len({run.seed for run in setting.runs}) < len(setting.runs):
         names = ", ".join(Path(run.run).name for run in setting.runs)
-        yield f"{setting.name}: several runs of one seed, which are averaged: {names}"
+        yield f"{setting.name}: some seeds have several runs, which are averaged: {names}"
     if logged:
         names = ", ".join(Path(r.run).name for r in sorted(logged, key=lambda r: (r.seed, r.run)))
         yield f"{setting.name}: {FROM_LOGS}: {names}"
@@ -163,7 +162,7 @@ def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
 def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Iterator[str]:
     """Yield notes on network and protocol keys that methods require, and on synthetic data."""
     for label, network in sorted({(labels[id(r)], naming.network_keys(r)) for r in results if r.network}):
-        yield f"{label}: network with {network}, as its float baseline"
+        yield f"{label}: the network and its float baseline use {network}"
     for label, change in sorted({(labels[id(r)], change) for r in results for change in r.protocol_changes}):
         yield f"{label}: {change}"
     if any(r.synthetic for r in results):
@@ -176,7 +175,7 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
     if not missing:
         return []
     grouped: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)
-    for run in missing:  # unsupported settings get one row for all seeds, other runs a row each
+    for run in missing:  # an unsupported setting gets one row for all seeds; any other run gets its own row
         unsupported = run.result if run.status == "unsupported" else None
         name = f"{unsupported.method} {unsupported.widths}" if unsupported else str(run.path)
         grouped[run.status, name, run.reason].append(run)
@@ -189,7 +188,7 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
 
 
 def _recorded_baseline(result: Result) -> Result:
-    """Return the float baseline's result as recorded in the result of a run that starts from it."""
+    """Return the float baseline's result, as recorded by a run that starts from it."""
     assert result.baseline is not None
     return Result(
         status=DONE,

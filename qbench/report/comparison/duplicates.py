@@ -1,4 +1,4 @@
-"""Removes duplicates: a run in two directories, or in a directory and a file of many runs."""
+"""Removes duplicate runs. A run may be in two directories, or in a directory and a file of many runs."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
@@ -6,7 +6,7 @@ from qbench.runs.reader import DONE, RunRecord
 
 
 def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
-    """Return every run once, and notes on the duplicates left out.
+    """Return every run once, and notes on the duplicates that are left out.
 
     A run in a directory is preferred to the same run in a file of many runs.
     """
@@ -23,15 +23,15 @@ def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list
 
 
 def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) -> Iterator[str]:
-    """Yield notes on the runs left out, and on those whose accuracy differs from the run kept."""
+    """Yield notes on the runs that are left out, and on those with another accuracy than the run kept."""
     if not duplicates:
         return
-    yield f"duplicate runs, left out: {duplicates[0].path}{_more(duplicates)}"
+    yield f"duplicate runs are left out: {duplicates[0].path}{_more(duplicates)}"
     pairs = [(run, kept[run.result.identity]) for run in duplicates if run.result]
     different = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs if _top1(run) != _top1(other)]
     if different:
         yield (
-            f"duplicates with another top-1 ({len(different)}), from other versions or machines: "
+            f"duplicates with another top-1 ({len(different)}), from another version or machine: "
             f"{different[0]}{_more(different)}"
         )
 

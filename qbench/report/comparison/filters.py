@@ -1,4 +1,4 @@
-"""Selects the runs of `qbench compare` whose keys have the values typed on the command line."""
+"""Selects runs for `qbench compare` by the keys and values of the command line."""
 
 import json
 import re
@@ -13,13 +13,13 @@ VALUES_LISTED = 20
 """Largest number of values that an error message lists."""
 RUN_DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
 RunKeys = Mapping[str, str]
-"""The keys by which a run can be selected: key -> value as JSON."""
+"""The keys that a run can be selected by: key -> value as JSON."""
 
 
 def select_runs(
     runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], by: Sequence[str] = ()
 ) -> tuple[list[RunRecord], list[str]]:
-    """Return the runs that match `where`, their float baselines, and notes on values not found.
+    """Return the runs that match `where` with their float baselines, and notes on values not found.
 
     Baselines are kept even if they do not match, since differences are measured from them.
 
@@ -51,7 +51,7 @@ def _unknown_key(key: str, known: Iterable[str]) -> str:
 def _absent_values(
     where: Mapping[str, Sequence[str]], runs: Sequence[RunRecord], keys: Mapping[int, RunKeys]
 ) -> list[str]:
-    """Return a note on every value that no run has.
+    """Return one note per value that no run has.
 
     Raises:
         ConfigError: no run has any of the values typed for a key.
@@ -66,7 +66,7 @@ def _absent_values(
             hint = "" if values[0].isdecimal() else did_you_mean(values[0], known)
             more = f" and {len(known) - VALUES_LISTED} more" if len(known) > VALUES_LISTED else ""
             listed = ", ".join(known[:VALUES_LISTED]) + more
-            raise ConfigError(f"compare {key}={','.join(values)}: no run has it{hint}\nvalues found: {listed}")
+            raise ConfigError(f"compare {key}={','.join(values)}: no run has this value{hint}\nvalues found: {listed}")
         notes += [f"no run has {key}={value}" for value in absent]
     return notes
 
@@ -76,8 +76,8 @@ def _matching(
 ) -> list[RunRecord]:
     """Return the runs that match, and the float baselines of these runs.
 
-    If a run has no result, its method, widths and seed are taken from the directory name. The run
-    is kept unless one of these three contradicts the filter.
+    If a run has no result, its method, widths and seed are read from the directory name. The run is left out only if
+    one of these three contradicts the filter.
     """
     kept = [run for run in runs if _matches(keys.get(id(run)) or _keys_of_directory(run), where, run.result is None)]
     baseline_names = {_directory_name(r.result.baseline.run) for r in kept if r.result and r.result.baseline}

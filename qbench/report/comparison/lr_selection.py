@@ -43,8 +43,8 @@ class Selection(NamedTuple):
 def select_learning_rate(name: str, runs: Sequence[Result], failed: Sequence[Result] = ()) -> Selection:
     """Select the rate with the best mean validation top-1 over the seeds that all candidates have.
 
-    Among rates of equal accuracy, the rate nearest to the recipe's is selected. A rate is not a
-    candidate if any of its seeds diverged, or if it has no accuracy yet.
+    If several rates have the same accuracy, the one nearest to the recipe's rate is selected. A rate is not a candidate
+    if any of its seeds diverged, or if it has no accuracy yet.
 
     Args:
         name: the method and its widths, for notes.
@@ -82,13 +82,16 @@ def _grid(run: Result) -> tuple[float, list[float]]:
 def _selection_note(selected: SelectedLearningRate, epochs: object) -> str:
     rates = list(selected.validation)
     if selected.rate is None:
-        return f"no {RATE} of {len(rates)} selected: no seed has a validation accuracy at every rate that converged"
-    note = f"{RATE}={selected.rate:g} selected from {len(rates)} by validation top-1, {_seeds(selected.seeds)}"
-    note += f"; {len(rates)} x {epochs} epochs a seed"
+        return (
+            f"{RATE}: none of {len(rates)} rates is selected, because no seed has a validation accuracy at all "
+            "rates that converged"
+        )
+    note = f"{RATE}={selected.rate:g} is the best of {len(rates)} by validation top-1, {_seeds(selected.seeds)}"
+    note += f"; {len(rates)} x {epochs} epochs per seed"
     if selected.rate == rates[0]:
-        note += "; it is the lowest of the grid, a lower one may be better"
+        note += "; it is the lowest rate of the grid, so a lower rate may be better"
     elif selected.rate == rates[-1]:
-        note += "; it is the highest of the grid, a higher one may be better"
+        note += "; it is the highest rate of the grid, so a higher rate may be better"
     return note
 
 
@@ -104,7 +107,7 @@ def _missing_notes(name: str, rates: Sequence[float], accuracies: Accuracies, fa
         f"{rate:g} ({'; '.join(f'{status}, {_seeds(lacking)}' for status, lacking in by_status.items())})"
         for rate, by_status in gaps.items()
     ]
-    return [f"{name}: no validation accuracy at {RATE} {', '.join(parts)}"] if parts else []
+    return [f"{name}: validation accuracy is missing at {RATE} {', '.join(parts)}"] if parts else []
 
 
 def _seeds(seeds: Sequence[int]) -> str:

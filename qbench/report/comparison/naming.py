@@ -1,4 +1,4 @@
-"""Makes names for comparisons: titles of tables, labels of methods, keys to select runs by."""
+"""Makes names for comparisons: titles of tables, labels of methods, keys of filters."""
 
 import json
 from collections import defaultdict
@@ -10,7 +10,7 @@ from qbench.runs.result import Result
 
 
 class Block(NamedTuple):
-    """The data set, network and protocol hash ("" if not known) that all runs of a table share."""
+    """The data set, network and protocol hash of all runs in a table. The hash is "" if not known."""
 
     dataset: str
     model: str
@@ -18,7 +18,7 @@ class Block(NamedTuple):
 
 
 def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
-    """Return a title for every block: network, data set, and the protocol keys that differ."""
+    """Return one title per block: network, data set, and the protocol keys that differ between blocks."""
     protocols = {block: _protocol_keys(runs[0].protocol.keys) for block, runs in blocks.items()}
     same_network: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for block, keys in protocols.items():
@@ -44,12 +44,12 @@ def _differing(protocols: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _protocol_keys(keys: Mapping[str, object]) -> dict[str, str]:
-    """Return a protocol's keys as typed, with `lr_search=none` if that key is absent."""
+    """Return a protocol's keys as typed. If `lr_search` is absent, `lr_search=none` is added."""
     return flat({"lr_search": "none", **keys} if "optim" in keys else keys)
 
 
 def flat(values: object, prefix: str = "") -> dict[str, str]:
-    """Return nested values as one flat dictionary from dotted keys, such as `a.b`, to JSON."""
+    """Return a flat dictionary of nested values. It maps dotted keys, such as `a.b`, to JSON."""
     if not isinstance(values, Mapping):
         return {prefix: json.dumps(values)}
     flattened: dict[str, str] = {}
@@ -59,9 +59,9 @@ def flat(values: object, prefix: str = "") -> dict[str, str]:
 
 
 def run_keys(run: Result) -> dict[str, str]:
-    """Return the keys by which a run can be selected, key -> JSON.
+    """Return the keys that a run can be selected by: key -> JSON.
 
-    They include the protocol's keys, method, options, widths and seed.
+    These are the protocol's keys, method, options, widths and seed.
     """
     keys: dict[str, object] = {
         "method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status,
@@ -73,7 +73,7 @@ def run_keys(run: Result) -> dict[str, str]:
 
 
 def labels(results: Iterable[Result]) -> dict[str, str]:
-    """Return a label for each `method_identity`: the method and the options that vary."""
+    """Return a map from `method_identity` to a label: the method and the options that vary."""
     by_method: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
     for result in results:
         by_method[result.method].setdefault(method_identity(result), variant(result))
@@ -88,7 +88,7 @@ def labels(results: Iterable[Result]) -> dict[str, str]:
 
 
 def method_identity(result: Result) -> str:
-    """Return a string that identifies method, options and network keys, but not the widths."""
+    """Return a string that identifies a method with its options and network keys, at any widths."""
     return result.method + json.dumps(variant(result), sort_keys=True)
 
 
@@ -108,7 +108,7 @@ def options(result: Result) -> dict[str, object]:
 
 
 def variant(result: Result) -> dict[str, object]:
-    """Return a method's options, and the network keys that the run sets under names `model.KEY`.
+    """Return a method's options and the run's network keys. The latter have names `model.KEY`.
 
     Runs with different options or network keys belong to different settings.
     """
@@ -121,5 +121,5 @@ def network_keys(result: Result) -> str:
 
 
 def is_baseline(result: Result) -> bool:
-    """Whether a run trained a float network from scratch, so that other runs can start from it."""
+    """Whether a run trained a float network from scratch. Other runs can start from such a network."""
     return result.method == "float" and result.protocol.keys.get("init") == "scratch"

@@ -1,9 +1,8 @@
-"""Concludes which settings at the same widths differ, and which are equivalent.
+"""Tests which settings at the same widths differ, and which are equivalent.
 
-Each pair of settings in a table at the same widths is tested for a difference and for equivalence
-within a margin. Runs are paired by seed, and by test image where predictions are kept. For each of
-the two tests, the p-values are adjusted by Holm's method over all pairs of the same data set,
-network and protocol.
+Each pair of settings at the same widths in a table is tested twice: for a difference, and for equivalence within a
+margin. Runs are paired by seed. If predictions are stored, they are also paired by test image. For each test, the
+p-values are adjusted by Holm's method. The adjustment covers all pairs of the same data set, network and protocol.
 """
 
 from collections import defaultdict
@@ -35,7 +34,7 @@ def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
         ValueError: the margin is not above 0.
     """
     if not margin > 0:
-        raise ValueError(f"margin={margin:g}: must be a number of points above 0")
+        raise ValueError(f"margin={margin:g}: must be above 0, in points of top-1")
     families: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for i, table in enumerate(tables):
         if settings := settings_of(table):
@@ -84,7 +83,7 @@ def _with_conclusions(settings: Sequence[Setting], pairs: Sequence[SettingPair],
 def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[SettingPair]:
     """Return the pairs with p-values adjusted by Holm's method.
 
-    Undecided leading pairs also get the number of seeds needed. Pairs without a difference are not
+    Undecided leading pairs also get the number of seeds that a verdict would need. Pairs without a difference are not
     tested and do not count in the adjustment.
     """
     tested = [(i, pair.difference) for i, pair in enumerate(family) if pair.difference is not None]
@@ -103,7 +102,7 @@ def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[Settin
 
 
 def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[SettingPair]:
-    """Return every pair of settings at the same widths, with the higher mean first.
+    """Return every pair of settings at the same widths. The setting with the higher mean comes first.
 
     Float baselines are left out.
     """
@@ -122,9 +121,8 @@ def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[S
 def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> SettingPair:
     """Return a pair with its difference, or with McNemar's p-value.
 
-    If two or more seeds are common, the difference is paired by seed, otherwise it is Welch's
-    unpaired difference. If a setting has only one seed and the two share a seed, McNemar's test is
-    used.
+    With two or more common seeds, the difference is paired by seed. Otherwise it is Welch's unpaired difference. If one
+    setting has a single seed, and the other has it too, McNemar's test is used.
     """
     groups = [_accuracies(setting, cache) for setting in (first, second)]
     seeds = sorted(set(groups[0]) & set(groups[1]))
@@ -144,7 +142,7 @@ def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> Set
 
 
 def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> dict[int, Callable[[], RunAccuracy]]:
-    """Return for each seed a function that returns the accuracy of the seed's run.
+    """Return a map from seed to a function that returns the accuracy of the seed's run.
 
     If a seed has several runs, the function returns the mean accuracy.
     """

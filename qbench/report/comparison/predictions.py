@@ -1,4 +1,4 @@
-"""Reads the test accuracy of single runs, and per-image hits where predictions are kept."""
+"""Reads the test accuracy of single runs, and the hits per image if predictions are stored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class RunAccuracy:
     Args:
         top1: test top-1 in percent, or the difference in points.
         labels: (N,) labels of the test images; None without predictions.
-        hits: (N,) whether each image was classified correctly. For a difference of two runs, 1, 0
-            or -1 per image. None without predictions.
+        hits: (N,) whether each image was classified correctly. For a difference of two runs, an entry is 1, 0 or -1.
+            None without predictions.
     """
 
     top1: float
@@ -51,7 +51,7 @@ def same_test_images(runs: Sequence[RunAccuracy]) -> bool:
 
 
 def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
-    """Return first minus second, also per image if both have hits on the same images."""
+    """Return first minus second. The result has hits if both runs have hits on the same images."""
     import numpy as np
 
     points = first.top1 - second.top1
@@ -61,7 +61,7 @@ def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
 
 
 def paired_difference(first: Sequence[RunAccuracy], second: Sequence[RunAccuracy]) -> Difference:
-    """Return the difference of two groups, paired by seed and, where possible, by test image."""
+    """Return the difference of two groups, paired by seed and, if possible, by test image."""
     import numpy as np
 
     if same_test_images([*first, *second]):

@@ -1,4 +1,4 @@
-"""Writes conclusions: how the best setting compares at its widths, and which error is larger."""
+"""Writes conclusions: how the best setting compares with others, and which error is larger."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,15 +10,14 @@ from qbench.report.statistics.differences import ALPHA
 from qbench.report.statistics.power import SEEDS_LIMIT
 
 NAMES_LISTED = 6
-"""Largest number of names written out in one part of a sentence. Further names are only counted."""
-UNPAIRED = "unpaired, as their seeds differ"
+"""Maximum number of names in one part of a sentence. Further names are only counted."""
+UNPAIRED = "unpaired, because their seeds differ"
 
 
 def sample_notes(settings: Sequence[Setting]) -> list[str]:
-    """Return a note on the errors from the test sample and from seeds, and on which is larger.
+    """Return a note on which error is larger: that of the test sample, or that of the seeds.
 
-    The list is empty if the number of test images is not known. That number is taken from the
-    first setting that has it.
+    The list is empty if no setting has a known number of test images. Otherwise the first known number is used.
     """
     samples = [(s, c.test_images, c.test_sample_ci95_half) for s in settings if (c := s.conclusion)]
     known = [(setting, images, half) for setting, images, half in samples if images and half is not None]
@@ -55,7 +54,11 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list
         return notes
     adjusted = f"p-values adjusted for {family} pairs (Holm)" if family > 1 else "one pair"
     head = f"compared {', or '.join(ways)}; {adjusted}; equivalence margin ±{margin:g} points"
-    return [f"{head}; in brackets: difference ± 95 % interval, and about how many more seeds would decide", *notes]
+    return [
+        f"{head}; in brackets: difference ± half-width of its 95 % confidence interval, and about how many "
+        f"more seeds a verdict needs",
+        *notes,
+    ]
 
 
 def _pairing(pair: SettingPair) -> str:
@@ -92,7 +95,7 @@ def _other(pair: SettingPair, margin: float) -> str:
         if pair.p_mcnemar is None:
             return label
         differ = "differ significantly" if pair.p_mcnemar < ALPHA else "do not differ significantly"
-        return f"{label} (these two networks {differ}: McNemar's exact test, p = {pair.p_mcnemar:.2g})"
+        return f"{label} (these two networks {differ}; McNemar's exact test: p = {pair.p_mcnemar:.2g})"
     if pair.verdict is Verdict.IDENTICAL:
         return label
     facts = [f"{d.mean:+.2f} ±{d.high - d.mean:.2f}" if d.standard_error else f"{d.mean:+.2f} in each of {d.n} seeds"]
@@ -108,7 +111,9 @@ def _seeds_to_decide(pair: SettingPair) -> str:
     assert d is not None
     if more:
         return f"{more:,} more seed{'s' * (more > 1)}"
-    return f"{d.items:,} test images are too few" if d.items and d.item_variance else f"{SEEDS_LIMIT:,} seeds too few"
+    return (
+        f"{d.items:,} test images are too few" if d.items and d.item_variance else f"{SEEDS_LIMIT:,} seeds are too few"
+    )
 
 
 def _enumerate(names: Sequence[str]) -> str:

@@ -1,10 +1,10 @@
-"""Tests two settings with more and more seeds until a difference or equivalence is significant.
+"""Tests two settings with an increasing number of seeds until a difference or equivalence is significant.
 
-This is a group-sequential test. If a test at the level 5 % were repeated after every few seeds, it
-would find differences where there are none. Here each of K looks tests at the level 0.05 / K
-(Bonferroni over looks). This keeps the rate of false decisions below 5 %, whatever the dependence
-between looks. The test of difference and the test of equivalence may both use the whole level,
-because the true difference cannot be zero and also at least the margin.
+This is a group-sequential test. A test at the 5 % level that is repeated after every few seeds finds too many
+differences. Here each of K looks tests at the level 0.05 / K (Bonferroni over looks). The rate of false decisions
+therefore stays below 5 % for any dependence between looks. The tests of difference and equivalence may both use the
+full level. At most one of them can be wrong, since the true difference cannot be zero and at least the margin at the
+same time.
 """
 
 import copy
@@ -24,9 +24,9 @@ from qbench.report.statistics.power import SEEDS_LIMIT, seeds_to_decide
 from qbench.runs.reader import DONE, RunRecord
 
 FIRST_LOOK, GROWTH, MAX_SEEDS = 3, 1.5, 20
-"""Seeds at the first look, growth factor between looks, and default seeds at the last look."""
+"""Number of seeds at the first look, growth factor between looks, and default number at the last look."""
 NAMED_KEYS = 3
-"""Largest number of keys written out in the name of a setting. Further keys are only counted."""
+"""Maximum number of keys in the name of a setting. Further keys are only counted."""
 
 SeedAccuracies = tuple[Sequence[RunAccuracy], Sequence[RunAccuracy]]
 """The accuracies of both settings, one entry per seed, with seeds in the same order."""
@@ -37,12 +37,10 @@ class SequentialTest:
     """Two settings to compare, and the parameters of the test.
 
     Args:
-        first, second: the configurations of the settings. Their seeds are replaced by those of the
-            test.
+        first, second: the configurations of the settings. The test replaces their seeds.
         margin: equivalence margin in points of top-1.
         max_seeds: number of seeds at the last look.
-        launcher: how runs that are not stored yet are started: "" for one at a time, "joblib" for
-            several at a time.
+        launcher: how missing runs are started: "" one at a time, "joblib" several at a time.
     """
 
     first: Config
@@ -70,11 +68,14 @@ class SequentialResult:
 
 
 class MissingRunError(Exception):
-    """Raised when a run has no accuracy, because the other runs alone would be a biased sample."""
+    """Raised if a run has no accuracy. The other runs alone would be a biased sample."""
 
     def __init__(self, runs: Sequence[RunRecord]) -> None:
         reason = runs[0].reason.partition("\n")[0]
-        super().__init__(f"no verdict: {runs[0].path} {runs[0].status}" + (f": {reason}" if reason else ""))
+        super().__init__(
+            f"no verdict: run {runs[0].path} has no accuracy, its status is {runs[0].status}"
+            + (f": {reason}" if reason else "")
+        )
         self.runs = list(runs)
 
 
@@ -95,14 +96,14 @@ def decide(
     max_seeds: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> SequentialResult:
-    """Test two settings with more and more seeds until a verdict or `max_seeds` is reached.
+    """Test two settings with an increasing number of seeds, up to a verdict or `max_seeds`.
 
     Args:
         accuracies: function that takes a number of seeds n and returns the n accuracies of each
             setting, in the order of seeds.
         margin: points of top-1 within which the settings count as equivalent.
         max_seeds: number of seeds at the last look.
-        report: called with a line of text after every look that decides nothing.
+        report: called with a line of text after every look without a verdict.
     """
     schedule = look_schedule(max_seeds)
     level = ALPHA / len(schedule)
@@ -111,7 +112,7 @@ def decide(
         if result.verdict is not Verdict.UNDECIDED or n == max_seeds:
             break
         d = result.difference
-        report(f"{n} seeds: {d.mean:+.2f} points, p = {d.p:.2g}, not below {level:.2g}; continuing")
+        report(f"{n} seeds: {d.mean:+.2f} points, p = {d.p:.2g} is not below {level:.2g}; continuing")
     return result
 
 
@@ -135,9 +136,8 @@ def run_sequential_test(
 
     Args:
         test: the settings to compare.
-        run: function that trains the runs that are not stored yet and returns a record of every
-            run.
-        report: called with a line of text after every look that decides nothing.
+        run: function that trains missing runs and returns a record of every run.
+        report: called with a line of text after every look without a verdict.
 
     Raises:
         MissingRunError: a run has no accuracy.
@@ -167,8 +167,8 @@ def _top1(record: RunRecord) -> float:
 def describe(test: SequentialTest, result: SequentialResult) -> str:
     """Return the verdict with its numbers in two sentences.
 
-    The confidence level of the interval follows from the test that decided. It is 1 - level for a
-    difference, and 1 - 2 level for equivalence, which is tested by two one-sided tests at `level`.
+    The confidence level of the interval follows from the test that decided. It is 1 - level for a difference. It is 1 -
+    2 level for equivalence, because equivalence is tested by two one-sided tests at `level`.
     """
     d, margin = result.difference, test.margin
     first, second = names(test)
@@ -179,7 +179,9 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
     numbers += f"; test top-1 {result.means[0]:.2f} and {result.means[1]:.2f}, {d.n} seeds"
     numbers += f", {d.items:,} test images" if d.items else ""
     if result.verdict is Verdict.UNDECIDED:
-        verdict = f"is not significantly different from {second}, nor shown to be equivalent within ±{margin:g} points"
+        verdict = (
+            f"is not significantly different from {second}, and not shown to be equivalent within ±{margin:g} points"
+        )
         return f"{first} {verdict}: {numbers}. {_advice(test, result)}"
     relation = {
         Verdict.ABOVE: f"is above {second}",
@@ -187,19 +189,21 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
         Verdict.EQUIVALENT: f"is equivalent to {second} within ±{margin:g} points",
     }[result.verdict]
     looks = len(look_schedule(test.max_seeds))
-    method = f"Each of {looks} looks tests at the level {result.level:.2g}, so that false decisions stay below 5 %."
+    method = (
+        f"Each of {looks} looks tests at the level {result.level:.2g}, so the rate of false decisions stays below 5 %."
+    )
     return f"{first} {relation}: {numbers}. {method}"
 
 
 def _advice(test: SequentialTest, result: SequentialResult) -> str:
-    """Return how many more seeds would probably lead to a verdict, or why no number would."""
+    """Return a sentence on how many more seeds would probably lead to a verdict, or why no number would."""
     d = result.difference
     seeds = seeds_to_decide(d, test.margin, result.level)
     if seeds is not None:
-        return f"About {max(seeds - d.n, 1)} more seeds would decide: --max-seeds {max(seeds, d.n + 1)}."
+        return f"About {max(seeds - d.n, 1)} more seeds would lead to a verdict: --max-seeds {max(seeds, d.n + 1)}."
     if d.items and d.item_variance:
-        return f"The {d.items:,} test images are too few."
-    return f"{SEEDS_LIMIT:,} seeds would not decide."
+        return f"The {d.items:,} test images are too few for a verdict."
+    return f"Even {SEEDS_LIMIT:,} seeds are too few for a verdict."
 
 
 def names(test: SequentialTest) -> tuple[str, str]:

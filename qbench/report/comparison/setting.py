@@ -18,7 +18,7 @@ from qbench.runs.result import TrainingSpeed
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over n seeds, with standard deviation and half-width of the 95 % confidence interval.
+    """A mean over n seeds, with its standard deviation and the half-width of its 95 % confidence interval.
 
     With one seed, standard deviation and half-width are None.
     """
@@ -58,7 +58,7 @@ class SeedAccuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class LevelRange:
-    """The fewest and most levels found in a layer, over layers and runs, and the most allowed."""
+    """The smallest and largest number of levels found in a layer, and the largest number allowed."""
 
     fewest: int
     most: int
@@ -67,7 +67,7 @@ class LevelRange:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedLevels:
-    """The smallest number of verified layers over runs, and the levels found for w, a and g."""
+    """The number of verified layers (the smallest over runs), and the levels found for w, a and g."""
 
     layers: int
     found: Mapping[str, LevelRange]
@@ -80,14 +80,12 @@ class PublishedMatch:
     Args:
         row: name of the paper and of the row in the published figures.
         metric: top1, top1_error or top1_error_increase.
-        claimed, upper: the published value, or the range from `claimed` to `upper` if `upper` is
-            given.
+        claimed, upper: the published value. If `upper` is given, the range from `claimed` to `upper`.
         top1: the claim as top-1 in percent; None for an increase or an unknown value.
         text: the claim as tables show it. A leading ~ marks a value quoted from memory.
         to_float: the claim minus the paper's float baseline, in points.
         gap: our accuracy minus the claim, in points.
-        ran_by, by_authors: who ran the published experiment, and whether these were the method's
-            authors.
+        ran_by, by_authors: who ran the published experiment, and whether they are the method's authors.
         provenance, remembered, source: how the value is known.
         words: command-line arguments that reproduce the row.
     """
@@ -113,14 +111,12 @@ class Setting:
     """One method at its widths under one protocol.
 
     Args:
-        label: the method's name with the options in which runs of the method differ, as typed.
+        label: the method's name, followed by the options (as typed) that differ between its runs.
         method, options, bits: the method's name, options and widths.
         network: the network keys that the method sets.
-        dataset, model, model_keys: the data set, the network and the network's keys in the
-            protocol.
+        dataset, model, model_keys: the data set, the network, and the network's keys in the protocol.
         protocol: first 8 digits of the protocol's hash.
-        is_baseline: whether this is a float network trained from scratch, from which other runs
-            start.
+        is_baseline: whether this is a float network trained from scratch. Other runs start from it.
         source: the kind of file that the runs were read from: result.json or the logs.
         runs: one entry per run, sorted by seed.
         top1: test top-1 in percent after the last epoch, as an estimate over seeds. Runs of the
@@ -175,7 +171,7 @@ class Setting:
 
     @property
     def baselines(self) -> list[str]:
-        """The directories of the float baselines, one entry per run that has a baseline."""
+        """The directories of the float baselines, one per run with a baseline."""
         return [run.baseline for run in self.runs if run.baseline is not None]
 
     def to_json(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Defines a pair of settings at the same widths, with the difference between them."""
+"""Defines a pair of settings at the same widths and their difference."""
 
 from dataclasses import dataclass
 from math import isfinite

@@ -10,12 +10,12 @@ from qbench.report.comparison.setting import Setting
 from qbench.report.tables.table import Table
 
 BYTES_TOLERANCE = 0.05
-"""Largest fraction by which a setting may exceed the smallest setting of its group of bytes."""
+"""Maximum fraction by which a setting may exceed the smallest one of its group in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingRuns:
-    """A row in the table of missing results: runs that lack a result for the same reason."""
+    """A row of the table of missing results. Its runs lack a result for the same reason."""
 
     status: str
     runs: tuple[str, ...]
@@ -27,12 +27,12 @@ class MissingRuns:
 
 
 def settings_of(table: Table) -> list[Setting]:
-    """Return the settings of a table in the order of its rows; empty for other kinds of tables."""
+    """Return the settings of a table in the order of its rows. The list is empty for other kinds of tables."""
     return [value for value in table.values if isinstance(value, Setting)]
 
 
 def with_columns(table: Table, columns: Sequence[Column]) -> Table:
-    """Return a table of settings with these columns; return other tables unchanged."""
+    """Return a table of settings with these columns. Other tables are returned unchanged."""
     settings = settings_of(table)
     if not settings:
         return table
@@ -80,7 +80,7 @@ def find_column(name: str) -> Column:
 
 
 def group_by_bytes(settings: Iterable[Setting]) -> list[Setting]:
-    """Return settings sorted by size, each with the number of its group of about equal bytes.
+    """Return settings sorted by size. Each setting has the number of its group of about equal bytes.
 
     A setting without a cost has no group.
     """

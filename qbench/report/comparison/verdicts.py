@@ -1,4 +1,4 @@
-"""Defines the verdicts on two settings, and the conclusions that a comparison draws."""
+"""Defines verdicts on two settings, and the conclusions of a comparison."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,7 +25,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class PairConclusion:
-    """The conclusion about a setting and another one with a lower mean at the same widths.
+    """The conclusion about a setting and another setting that has a lower mean at the same widths.
 
     Args:
         other: label of the other setting.
@@ -35,12 +35,10 @@ class PairConclusion:
         difference: top-1 of this setting minus that of the other, in points, over the seeds
             compared.
         ci95: 95 % confidence interval of the difference; None with too few seeds.
-        p, p_holm: p-values of "there is no difference": unadjusted, and adjusted for all pairs of
-            the comparison.
+        p, p_holm: p-values of "there is no difference", unadjusted and adjusted for all pairs.
         p_equivalent, p_equivalent_holm: the same p-values for "the means differ by the margin or
             more".
-        p_mcnemar: McNemar's p-value of the two networks' predictions, if only one seed is common.
-            See `mcnemar`.
+        p_mcnemar: McNemar's p-value of the two networks' predictions, if they share only one seed. See `mcnemar`.
         margin: equivalence margin in points.
         verdict: the verdict on this setting.
         more_seeds: about how many more seeds would lead to a verdict. None if there is one already,
@@ -71,8 +69,8 @@ class Conclusion:
         pairs: the conclusions about this setting and each setting with a lower mean.
         winner: whether the setting has the highest mean and is significantly above all others.
         test_images: number of test images; None if not known.
-        test_sample_ci95_half: half-width, in points, of the 95 % confidence interval due to the
-            test sample alone; None if the number of test images is not known.
+        test_sample_ci95_half: half-width, in points, of the 95 % confidence interval for the test sample alone. None if
+            the number of test images is not known.
     """
 
     pairs: tuple[PairConclusion, ...] = ()

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from qbench.report.plots.training_curves import FLOAT_STAGE, SeedCurve
 
 WIDTH, HEIGHT, LEFT, BELOW = 380, 150, 34, 18
-"""Width and height of the drawing, and space at the left and below for the numbers, in pixels."""
+"""Width, height, left margin and bottom margin of the drawing, in pixels."""
 RIGHT, TOP = 8, 6
-"""Margins in pixels."""
+"""Right and top margin of the drawing, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnLine:
-    """The points of a line, and of the band between its lowest and highest seed.
+    """The points of a line, and the band from the lowest to the highest seed.
 
     `kind` is the line's CSS class.
     """
@@ -61,7 +61,7 @@ class _Scale:
 
 
 def draw_curve(lines: Mapping[str, SeedCurve]) -> CurveDrawing | None:
-    """Return a drawing of learning curves, given by widths or "float"; None without curves."""
+    """Return a drawing of learning curves, or None without curves. The keys of `lines` are widths or "float"."""
     if not lines:
         return None
     epochs = [x for line in lines.values() for x in line.x]

@@ -19,7 +19,7 @@ PARTS = {"w": "weights", "a": "inputs", "g": "gradients"}
 
 
 class RunLine(NamedTuple):
-    """A row in the table of a setting's runs, as text: accuracies in percent and training time."""
+    """A row of the table of runs, as text: accuracies in percent and training time."""
 
     seed: int
     top1: str
@@ -134,7 +134,7 @@ def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
 
 
 def _options(results: Iterable[Result]) -> list[Note]:
-    """Return the options of methods as typed, with deviations marked, and the required keys."""
+    """Return the options as typed, with remarks on deviations, and the keys that the method requires."""
     notes = []
     for result in results:
         for key, value in result.options.items():
@@ -156,7 +156,7 @@ def _first_config(runs: Iterable[str]) -> str:
 
 
 def _layer_table(results: Sequence[Result]) -> LayerTable:
-    """Return each verified layer's levels, last SQNR, and quantizer parameters."""
+    """Return levels, last SQNR and quantizer parameters of each verified layer."""
     verified = [result.verified for result in results if result.verified]
     metrics = [observed(Path(result.run)) for result in results]
     names = list(dict.fromkeys(name for layers in verified for name in layers))
@@ -172,7 +172,7 @@ def _layer_table(results: Sequence[Result]) -> LayerTable:
 
 
 def _span(counts: Sequence[LevelCount]) -> str:
-    """Return the range of levels over runs as text, such as `3-4 of 4`."""
+    """Return the range of the number of levels over runs as text, such as `3-4 of 4`."""
     if not counts:
         return ""
     ends = [sorted(c.found for c in counts), sorted(c.allowed for c in counts)]
@@ -180,7 +180,7 @@ def _span(counts: Sequence[LevelCount]) -> str:
 
 
 def _parameters(results: Sequence[Result], layer: str) -> str:
-    """Return the parameters that a layer's quantizers report, from the first run that has any."""
+    """Return the parameters of a layer's quantizers. They come from the first run that reports any."""
     reports = next((result.quantizers[layer] for result in results if layer in result.quantizers), {})
     return ", ".join(
         f"{slot}.{key} {value:.4g}" if isinstance(value, float) else f"{slot}.{key} {value}"

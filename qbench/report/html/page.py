@@ -1,8 +1,7 @@
 """Writes one self-contained HTML page of a comparison: tables, plots, details of each setting.
 
-Style, script and plots are in the file. The page's content security policy forbids loading anything
-else. Jinja escapes all text that comes from results. If such text contained a script that was not
-escaped, the policy would still prevent it from running.
+Style, script and plots are in the file. The page's content security policy forbids loading anything else. Jinja escapes
+all text that comes from results. The policy also prevents scripts in such text from running.
 """
 
 import hashlib
@@ -41,7 +40,7 @@ Cards = dict[str, dict[str, str]]
 
 
 class Head(NamedTuple):
-    """A column's title, whether it holds numbers, and whether the largest value comes first."""
+    """The head of a column: title, whether it holds numbers, and whether the largest value comes first."""
 
     title: str
     numbers: bool
@@ -49,7 +48,7 @@ class Head(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell's text, and the number by which the cell is sorted (None for text)."""
+    """A cell's text and its number for sorting (None for text)."""
 
     text: str
     number: float | None
@@ -57,7 +56,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row's cells, the index of the cell that names the row, and the anchor of its details."""
+    """The cells of a row, the index of the cell with its name, and the anchor of its details."""
 
     anchor: str
     name_place: int
@@ -94,7 +93,7 @@ def page(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
         ResourceError: the file cannot be written.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"compare --html {path}: not a name of an HTML file\nallowed: a name that ends in .html")
+        raise ConfigError(f"compare --html {path}: must end in .html")
     files.write(path, html(tables, runs).encode(errors="backslashreplace"))
 
 
@@ -128,7 +127,7 @@ def _title(tables: Iterable[Table]) -> str:
 
 
 def _counts(sections: Sequence[Section], runs: Sequence[RunRecord]) -> str:
-    """Return a line with the numbers of settings and runs on the page."""
+    """Return a line with the number of settings and the number of runs on the page."""
     settings = sum(len(section.settings) for section in sections)
     statuses = Counter(run.status for run in runs)
     listed = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
@@ -163,7 +162,7 @@ def _head(title: str, settings: Iterable[Setting]) -> Head:
 
 
 def _row(table: Table, i: int, anchor: str) -> Row:
-    """Return a row of the page, with the whole reason if a run is missing."""
+    """Return a row of the page. For missing runs, it contains the full reason."""
     value, texts = table.values[i] if i < len(table.values) else None, table.rows[i]
     setting = value if isinstance(value, Setting) else None
     cells = []
@@ -179,7 +178,7 @@ def _row(table: Table, i: int, anchor: str) -> Row:
 
 
 def _number(title: str, setting: Setting) -> float | None:
-    """Return the number by which a setting's cell is sorted; None if there is no finite number."""
+    """Return the number for sorting a setting's cell, or None if there is no finite number."""
     value = BY_NAME[title].key(setting) if title in BY_NAME else None
     return value if isinstance(value, int | float) and isfinite(value) else None
 
@@ -195,7 +194,7 @@ def _plots(table: Table, runs: Sequence[RunRecord]) -> list[Plot]:
 
 
 def _inline_svg(svg: bytes, label: str) -> "Markup":
-    """Return matplotlib's SVG for use in a page: without header, global style and repeated ids."""
+    """Return matplotlib's SVG for use in a page: no header, no global style, unique ids."""
     from markupsafe import Markup, escape
 
     text = svg.decode()
@@ -208,9 +207,9 @@ def _inline_svg(svg: bytes, label: str) -> "Markup":
 
 
 def _method_cards(results: Iterable[Result]) -> Cards:
-    """Return every method's choices and deviations once, by anchor.
+    """Return the choices and deviations of each method, by anchor.
 
-    If versions of qbench recorded different texts, each text is kept.
+    If versions of qbench recorded different texts for a method, all of them are returned.
     """
     cards: dict[tuple[str, str], dict[str, str]] = {}
     for result in results:

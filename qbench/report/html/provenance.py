@@ -1,4 +1,4 @@
-"""Collects how a page was made: the command, versions, and the environments of the runs."""
+"""Collects the provenance of a page: the command, versions, and the environments of the runs."""
 
 import shlex
 import sys
@@ -13,7 +13,7 @@ from qbench.system import files
 
 
 class PageProvenance(NamedTuple):
-    """The command, qbench's version, the runs per environment, and the newest run's time."""
+    """The command, the version of qbench, the runs per environment, and the time of the newest run."""
 
     command: str
     version: str
@@ -22,7 +22,7 @@ class PageProvenance(NamedTuple):
 
 
 def page_provenance(runs: Sequence[RunRecord]) -> PageProvenance:
-    """Return how the page of these runs was made."""
+    """Return the provenance of a page with these runs."""
     environments = Counter[str]()
     times = []
     for run in runs:

@@ -10,18 +10,18 @@ from qbench.report.plots.style import DASHES, FILLS, GREY, INK, STARS, Artist, A
 
 AXES = {"w": "weight bits W", "a": "activation bits A", "g": "gradient bits G"}
 SeriesKey = tuple[str, str]
-"""The key of one line: a method's label and the widths of its other quantized parts."""
+"""The key of one line: the method's label, and the widths of the parts that are not on the x-axis."""
 COSTS: dict[str, tuple[str, str, Callable[[Setting], float]]] = {
     "size": ("size (bytes, log scale)", "B", lambda s: s.cost.bytes_ideal if s.cost else 0.0),
     "bitops": ("BitOps per image (log scale)", "", lambda s: float(s.cost.bitops) if s.cost else 0.0),
 }
-"""Cost -> label of the axis, unit, and function that returns a setting's cost (0 if unknown)."""
+"""Maps a cost to the axis label, the unit, and a function that returns a setting's cost (0 if not known)."""
 
 
 def bits(figure: Figure, data: PlotData) -> None:
-    """Draw accuracy over bits, with one line per method and widths of its other quantized parts.
+    """Draw accuracy over bits. A line belongs to one method at fixed widths of its other parts.
 
-    Settings with float weights have a separate panel, over the bits of activations or gradients.
+    Settings with float weights have a separate panel. Its x-axis is the bits of activations or gradients.
     """
     series = bit_series(data.quantized)
     places = {
@@ -36,7 +36,7 @@ def bits(figure: Figure, data: PlotData) -> None:
     for panel, (key, lines) in zip(panels, series.items(), strict=True):
         handles |= _float_lines(panel, data.floats)
         for i, ((label, other), settings) in enumerate(lines.items()):
-            # lines at the same width get different offsets, spread over 0.8 of its place
+            # points at the same width get different offsets, spread over 0.8 of the distance between widths
             offset = 0.8 * ((i + 0.5) / len(lines) - 0.5)
             x = [places[key].index(s.bits._asdict()[key]) + offset for s in settings]
             handles[series_label(label, other)] = styling.points(
@@ -52,10 +52,10 @@ def bits(figure: Figure, data: PlotData) -> None:
 
 
 def bit_series(settings: Sequence[Setting]) -> dict[str, dict[SeriesKey, list[Setting]]]:
-    """Return the settings of each line, by axis (w, a, g), then by label and other widths.
+    """Return the settings of each line, by axis (w, a or g), then by line.
 
-    The other widths are text such as "A2 G6". If a method has several widths, each with equal bits
-    for weights and activations, the text is "A=W".
+    The key of a line contains the other widths as text, such as "A2 G6". The text is "A=W" for a method with several
+    widths, all with equal bits for weights and activations.
     """
     lines: dict[str, dict[SeriesKey, list[Setting]]] = {}
     for label in dict.fromkeys(s.label for s in settings):
@@ -108,7 +108,7 @@ def pareto(figure: Figure, data: PlotData) -> None:
 
 
 def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Setting], float]) -> None:
-    """Draw the Pareto front as steps, with a ring and the setting's name at each of its points."""
+    """Draw the Pareto front as steps. Each of its points has a ring and the name of the setting."""
     best = [settings[i] for i in pareto_front([(cost(s), s.top1.mean) for s in settings])]
     x, y = [cost(s) for s in best], [s.top1.mean for s in best]
     panel.step(x, y, where="post", color=INK, lw=0.9, alpha=0.6, zorder=1)
@@ -122,8 +122,8 @@ def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Settin
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of the points (cost, accuracy) on the Pareto front, cheapest first.
 
-    A point is on the front if no other point is better in one respect and at least as good in the
-    other.
+    A point is on the front if no other point dominates it. A point dominates another one if it is better in cost or
+    accuracy and not worse in the other.
     """
     best: list[int] = []
     for i in sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1])):

@@ -1,4 +1,4 @@
-"""Plots learning curves by epoch and output errors by layer, in a small panel for each method."""
+"""Plots learning curves by epoch and output errors by layer, in one small panel per method."""
 
 from textwrap import wrap
 
@@ -9,7 +9,7 @@ from qbench.report.plots.training_curves import FLOAT_STAGE, MEASURES, Curves
 
 
 def curves(figure: Figure, data: PlotData) -> None:
-    """Draw the learning curves of each method, with float training left of quantized training."""
+    """Draw the learning curves of each method. Float training is at the left of quantized training."""
     every = [line for lines in data.curves.values() for line in lines.values()]
     first, last = min(line.x[0] for line in every), max(line.x[-1] for line in every)
     for panel in _small_multiples(figure, data.curves, MEASURES[data.measure], "epoch"):
@@ -25,7 +25,7 @@ def layers(figure: Figure, data: PlotData) -> None:
 
 
 def _small_multiples(figure: Figure, methods: Curves, y_label: str, x_label: str) -> list[Axes]:
-    """Draw a panel for every method with a line for each of the widths; return the panels."""
+    """Draw one panel per method, with one line per combination of widths. Return the panels."""
     columns = min(len(methods), ACROSS)
     grid = figure.subplots(-(-len(methods) // columns), columns, sharex=True, sharey=True, squeeze=False)
     known = sorted({key for lines in methods.values() for key in lines if key != FLOAT_STAGE}, key=_widths_key)

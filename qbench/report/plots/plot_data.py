@@ -18,9 +18,9 @@ class PlotData:
     Args:
         title: the table's title.
         quantized, floats: settings of quantized and of float networks.
-        styles: looks of points by the method's label.
+        styles: the look of points, by the method's label.
         curves, measure: learning curves, and the measure on their y-axis.
-        errors, layers: curves of output SQNR over layers, and the layers' names.
+        errors, layers: curves of output SQNR over layers, and the names of the layers.
     """
 
     title: str

@@ -1,9 +1,9 @@
 """Plots a comparison: accuracy over bits, size and BitOps, learning curves, errors by layer.
 
-Methods differ in colour (Okabe and Ito), marker and dash. In plots of curves, widths differ in
-colour and dash. Float networks are black. Bars are Student's 95 % confidence intervals over seeds;
-with one seed there is no bar. Bands of curves extend from the lowest seed to the highest. If
-accuracies are far apart, the axis is logarithmic in the error, so that good settings stay distinct.
+Methods differ in colour (Okabe and Ito), marker and dash. In plots of curves, widths differ in colour and dash. Float
+networks are black. Bars are Student's 95 % confidence intervals over seeds; with one seed there is no bar. Bands of
+curves extend from the lowest seed to the highest. If accuracies differ much, the axis is logarithmic in the error. This
+separates the good settings.
 """
 
 import os
@@ -26,18 +26,20 @@ SUFFIXES = (".png", ".pdf", ".svg")
 TITLES = {
     "bits": "Accuracy over bit width; bars: 95 % confidence intervals over seeds",
     "pareto": "Accuracy over cost; bars: 95 % confidence intervals over seeds; rings: Pareto front",
-    "curves": "Learning curves: float training left of the line, quantized training right; bands: range over seeds",
-    "layers": "Layer outputs: SQNR to the float output of the same latent weights, best scale; bands: range over seeds",
+    "curves": "Learning curves: float training at the left of the line, quantized training at the right; bands: "
+    "range over seeds",
+    "layers": "Layer outputs: SQNR relative to the float output of the latent weights, at the best scale; bands: "
+    "range over seeds",
 }
 KINDS: dict[str, Callable[[Figure, PlotData], None]] = {
     "bits": bits, "pareto": pareto, "curves": curves, "layers": layers,
 }  # fmt: skip
-NEEDED = {"layers": "runs with metrics of their layers"}
-"""What a kind of plot needs in addition to finished runs of a quantized network."""
+NEEDED = {"layers": "runs with stored layer metrics"}
+"""Maps a kind of plot to what it needs in addition to finished quantized runs."""
 
 
 def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None:
-    """Plot a comparison into a PNG, PDF or SVG file.
+    """Write plots of a comparison to a PNG, PDF or SVG file.
 
     A file named bits, pareto, curves or layers contains only the plot of that name. A file with any
     other name contains all plots.
@@ -52,7 +54,7 @@ def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
     figure = comparison_figure(tables, runs, kinds)
     if figure is None:
         needed = NEEDED.get(kinds[0], "") if len(kinds) == 1 else ""
-        needed = needed or "finished runs of a quantized network"
+        needed = needed or "finished quantized runs"
         raise ConfigError(f"compare --plot {path}: nothing to plot\nthis plot needs {needed}")
     files.write(path, encoded(figure, path.suffix.lower()[1:]))
 
@@ -60,9 +62,9 @@ def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
 def comparison_figure(
     tables: Sequence[Table], runs: Sequence[RunRecord], kinds: Iterable[str], *, titled: bool = True
 ) -> Figure | None:
-    """Return a matplotlib figure with a row of panels for every table and kind.
+    """Return a matplotlib figure with one row of panels per table and kind of plot.
 
-    None if there is nothing to plot.
+    Return None if there is nothing to plot.
     """
     os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails if MPLBACKEND names a backend that is not installed
     from matplotlib import rc_context
@@ -109,7 +111,7 @@ def encoded(figure: Figure, form: str, **style: object) -> bytes:
 
 
 def _height(kind: str, data: PlotData) -> float:
-    """Return the height of a plot with its legend in inches; 0 if there is nothing to plot."""
+    """Return the height in inches of a plot with its legend, or 0 if there is nothing to plot."""
     if kind in ("curves", "layers"):
         lines = data.curves if kind == "curves" else data.errors
         if not lines:

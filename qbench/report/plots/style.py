@@ -13,27 +13,27 @@ if TYPE_CHECKING:
 Axes = Any
 Figure = Any
 Artist = Any
-"""Types of matplotlib, which is not typed."""
+"""Stand-ins for matplotlib's types, because matplotlib has no type hints."""
 Dash = str | tuple[int, tuple[float, ...]]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STARS = ("*", "H", "d", "8")
 """Markers of float networks."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-"""Markers of methods. Cycled together, 11 markers and 6 colours give 66 different pairs."""
+"""Markers of methods. 11 markers and 6 colours, cycled together, give 66 different pairs."""
 DASHES: tuple[Dash, ...] = (
     "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 3)), (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)),
 )  # fmt: skip
 FILLS = ("full", "none", "left", "right", "bottom", "top")
 INK, GREY = "#010203", "#7f7f7f"
-"""INK is an otherwise unused shade of black, which the HTML page replaces by its text colour."""
+"""INK is a shade of black that nothing else uses. The HTML page replaces it by its text colour."""
 WIDTH, ACROSS, DPI, LINE = 10.0, 4, 150, 0.17
 """Width in inches, small panels per row, dots per inch, height of a text line in inches."""
 FAR, GOOD = 15.0, 75.0
-"""The axis is logarithmic in the error if top-1 spans FAR points and the best is at least GOOD."""
+"""The axis is logarithmic in the error if top-1 spans FAR points and the best top-1 is at least GOOD."""
 TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 100)
 FRONT = "front"
-"""Mark by which `thin_out` recognizes the names of points on a Pareto front."""
+"""Marks the names on a Pareto front, so that `thin_out` finds them."""
 
 
 class Style(NamedTuple):
@@ -59,9 +59,9 @@ def points(
 def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) -> str:
     """Scale the axis of accuracy and return its label.
 
-    All means are visible. Confidence intervals are taken into account up to a half-width of 30 % of
-    the range of the means, since longer ones would squeeze the means together. `room` is the free
-    space above, as a fraction of the range.
+    The axis contains all means. It also contains confidence intervals, up to a half-width of 30 % of the range of the
+    means. Longer intervals would make the means hard to distinguish. `room` is the free space above, as a fraction of
+    the range.
     """
     means = [s.top1.mean for s in settings]
     longest = 0.3 * (max(means) - min(means)) or 1.0
@@ -105,7 +105,7 @@ def log_axis(panel: Axes, unit: str) -> None:
 
 
 def finish(panel: Axes, x_label: str, y_label: str) -> None:
-    """Label the axes of a panel, and draw ticks, grid and frame lightly."""
+    """Label the axes of a panel, and draw ticks, grid and frame in light colours."""
     panel.set_xlabel(x_label, color=INK)
     panel.set_ylabel(y_label, color=INK)
     panel.tick_params(colors=INK, labelsize=7.5, length=2.5)
@@ -116,7 +116,7 @@ def finish(panel: Axes, x_label: str, y_label: str) -> None:
 
 
 def _legend_columns(labels: Iterable[str]) -> int:
-    """Return the number of columns that fit into the legend, given the longest label."""
+    """Return the number of legend columns that fit the figure, given the longest label."""
     return max(1, min(9, 150 // (9 + max(map(len, labels), default=0))))
 
 
@@ -136,7 +136,7 @@ def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
 
 
 def thin_out(figure: Figure) -> None:
-    """Remove names on the Pareto front that would touch the name of a more accurate point."""
+    """Remove names on the Pareto front that would overlap the name of a more accurate point."""
     figure.draw_without_rendering()
     gap = 10 * figure.dpi / 72
     for panel in (panel for place in figure.subfigs for panel in place.axes):

@@ -14,11 +14,11 @@ MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%
 FLOAT_STAGE = "float"
 """The name of the float baselines' curve."""
 PLOT_MAX_SQNR = 60.0
-"""Largest SQNR in dB that is plotted. Cosines in single precision cannot resolve larger values."""
+"""Maximum SQNR in dB in plots. Cosines in single precision cannot resolve larger values."""
 
 
 class SeedCurve(NamedTuple):
-    """The mean over seeds at each position x, and the values of the lowest and highest seed."""
+    """The mean over seeds at each position x, with the lowest and the highest value of any seed."""
 
     x: list[int]
     mean: list[float]
@@ -27,7 +27,7 @@ class SeedCurve(NamedTuple):
 
 
 Curves = dict[str, dict[str, SeedCurve]]
-"""Curves by the method's label, then by widths."""
+"""Maps the method's label, then the widths, to a curve."""
 
 
 def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | None]) -> tuple[Curves, str]:
@@ -68,7 +68,7 @@ def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | 
 
 
 def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
-    """Return curves of the last `fitted_sqnr` over the layers' indices, and the layers' names."""
+    """Return curves of the last `fitted_sqnr` over the layer index, and the names of the layers."""
     sqnr = {
         run.run: {name: fitted_sqnr(metrics) for name, metrics in observed(Path(run.run)).items()}
         for s in settings
@@ -86,11 +86,10 @@ def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
 def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
     """Return a layer's SQNR in dB at the scale that fits best, at most `PLOT_MAX_SQNR`.
 
-    Return None if the cosine between the layer's output and the float output was not recorded. The
-    scale is fitted for two reasons. Normalization removes the scale, and the quantized weights of
-    some methods differ in scale from the latent weights. DoReFa's output, for example, may have a
-    large error and still point in the right direction. At the best scale, the error is the fraction
-    1 - cosine^2 of the signal.
+    Return None if the cosine between the layer's output and the float output was not recorded. The scale is fitted for
+    two reasons. The quantized weights of some methods, such as DoReFa, differ in scale from the latent weights, and
+    normalization removes the scale of a layer's output. At the best scale, the power of the error is the fraction 1 -
+    cosine^2 of the signal's power.
     """
     cosine = metrics.get("cosine")
     if not isinstance(cosine, int | float):
@@ -100,7 +99,7 @@ def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
 
 
 def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
-    """Return the curve over seeds, where each position x covers the seeds with a value at x.
+    """Return the curve over seeds. At each position x, it covers the seeds with a value at x.
 
     Return None if no seed has a value.
     """

@@ -1,8 +1,8 @@
 """Measures how a method quantizes single values, in a small layer.
 
-No formula of a method is used here. Each quantizer is evaluated to obtain its values and
-derivatives. The weights are the quantiles of N(0, 1) in a seeded order. The inputs come from a
-small network. Quantities that depend on a whole tensor are computed from these tensors.
+This module contains no formula of a method. It evaluates each quantizer to obtain values and derivatives. The weights
+are the quantiles of N(0, 1) in a seeded random order. The inputs come from a small network. Quantities that depend on a
+whole tensor are computed from these tensors.
 """
 
 import copy
@@ -23,7 +23,7 @@ from qbench.report.quantizer_plots.transfer_curves import DRAWS, FEW_LEVELS, Cod
 PICKS = 512
 """Number of values at which derivatives are taken."""
 BISECTIONS, MAX_SHARPENED = 24, 64
-"""Number of bisection steps to locate a jump, and largest number of jumps located in this way."""
+"""Number of bisection steps to locate a jump, and maximum number of jumps to locate."""
 GRADIENT_STD = 0.01
 """Standard deviation of the gradient with respect to a layer's output."""
 
@@ -31,10 +31,9 @@ Evaluate = Callable[[nn.Module], Tensor]
 
 
 def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return curves of everything that a method quantizes, before training.
+    """Return curves of all parts that a method quantizes, before training.
 
-    If the method quantizes nothing, the curve of its float weights is returned. The global random
-    state is restored.
+    If the method quantizes nothing, return the curve of its float weights. The global random state is restored.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -49,7 +48,7 @@ def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
 
 
 def _weight_curves(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return the curves of weights, one for each phase shown, or the codewords."""
+    """Return one curve of the weights per phase shown, or the codewords."""
     probe = install_in_probe(method, 1, VALUES)
     if (size := _codeword_size(probe.layer)) > 1:
         return [_codewords(method, install_in_probe(method, VALUES // size, size))]
@@ -91,7 +90,7 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
 
 
 def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCurves:
-    """Measure a method without float weights: the weights after its step applies x to zeros."""
+    """Measure a method without float weights: its step applies the update x to weights of zero."""
 
     def updated(model: nn.Module) -> Tensor:
         weight = model.get_parameter("middle.weight")
@@ -107,7 +106,7 @@ def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCur
 
 
 def _input_curves(method: Method) -> QuantizerCurves:
-    """Measure the input quantizer over the range of inputs, extended by a fifth on each side."""
+    """Measure the input quantizer over the range of inputs, extended by 20 % on each side."""
     probe = install_in_probe(method, 1, VALUES)
     columns = VALUES
     if (size := _codeword_size(probe.layer)) > 1:
@@ -116,7 +115,7 @@ def _input_curves(method: Method) -> QuantizerCurves:
     quantizer, behind = probe.layer.input_q, probe.layer.output_q
     tensor = probe.model.middle_inputs(probe.images)
     _, levels = _first_scale_group(quantizer, tensor)
-    # the 0.1 % and 99.9 % quantiles of the inputs, and the levels if there are few
+    # the range covers the 0.1 % and 99.9 % quantiles of the inputs, and the levels if there are few
     ends = tensor.flatten().sort().values[[tensor.numel() // 1000, -1 - tensor.numel() // 1000]]
     low, high = (end.item() for end in torch.cat([ends, levels] if len(levels) <= FEW_LEVELS else [ends]).aminmax())
     margin = (high - low) / 5
@@ -125,11 +124,11 @@ def _input_curves(method: Method) -> QuantizerCurves:
     curves = replace(curves, forward=_sharpened(curves.forward, quantizer, x.shape))
     if method.bits.g < FLOAT or isinstance(behind, IdentityQuantizer):
         return curves
-    return replace(curves, notes=(*curves.notes, f"behind the layer: {type(behind).__name__}"))
+    return replace(curves, notes=(*curves.notes, f"after the layer: {type(behind).__name__}"))
 
 
 def _sharpened(curve: TransferCurve, quantizer: Quantizer, shape: torch.Size) -> TransferCurve:
-    """Move the two points next to every jump onto the jump, by bisection of all jumps at once.
+    """Move the two points next to every jump to the jump. All jumps are located at once, by bisection.
 
     This is valid for quantizers that act element by element.
     """
@@ -148,7 +147,7 @@ def _sharpened(curve: TransferCurve, quantizer: Quantizer, shape: torch.Size) ->
 
 
 def _output_curves(method: Method) -> QuantizerCurves:
-    """Measure the quantizer behind a layer for the outputs and output gradients of one sample."""
+    """Measure the output quantizer of a layer for the outputs and output gradients of one sample."""
     probe = install_in_probe(method, VALUES, 2)
     prepare(method, probe)
     quantizer, x = probe.layer.output_q, torch.ones(1, 2, 1, 1)
@@ -185,7 +184,7 @@ def _codeword_size(layer: QConv2d) -> int:
 
 
 def _first_scale_group(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first scale group's indices in the flattened tensor, and the group's levels."""
+    """Return the levels of the first scale group, and its indices in the flattened tensor."""
     places = torch.arange(like.numel())
     if (grid := quantizer.grid(like)) is None:
         return places, like.new_zeros(0)
@@ -213,7 +212,7 @@ def _evaluations(module: nn.Module, evaluate: Evaluate) -> Tensor:
 def _slopes(quantizer: Quantizer, x: Tensor, places: Tensor) -> Tensor:
     """Return the diagonal of the quantizer's Jacobian at some places (indices).
 
-    Each entry is the derivative of an element's quantized value with respect to that element.
+    An entry is the derivative of an element's quantized value with respect to this element.
     """
     x = x.detach().clone().requires_grad_()
     y = copy.deepcopy(quantizer).eval()(x)
@@ -238,7 +237,7 @@ def _sorted(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _evenly_spaced(x: Tensor) -> Tensor:
-    """Return indices of elements of the ascending x (n,) that are spread evenly over its range."""
+    """Return indices into the ascending x (n,). The chosen elements are spread evenly over the range of x."""
     wanted = torch.linspace(x[0].item(), x[-1].item(), PICKS)
     places: Tensor = torch.unique_consecutive(torch.searchsorted(x, wanted).clamp(max=len(x) - 1))
     return places

@@ -1,4 +1,4 @@
-"""Draws figures of quantizers: one method with a row per quantized part, or all methods."""
+"""Draws figures of quantizers: one method with one row per quantized part, or all methods."""
 
 import os
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ from qbench.report.quantizer_plots.transfer_curves import Codewords, QuantizerCu
 WIDTH, DPI = 10, 120
 """Width of a figure in inches; dots per inch."""
 COLUMNS, LISTED_THRESHOLDS = 3, 7
-"""Tiles per row of the poster, and largest number of thresholds whose values are written out."""
+"""Tiles per row of the poster, and maximum number of thresholds written out."""
 TITLE = "Quantizers of all methods"
 SUBTITLE = (
-    "Left: forward, right: backward, both measured on the quantizers before training. Weights follow N(0, 1); "
+    "Left: forward; right: backward; both measured on the quantizers before training. Weights follow N(0, 1); "
     "inputs come from batch normalization,\nwith ReLU if the method keeps it. Widths are the method's defaults up to 5 "
     "bits, otherwise 2 bits (gradients 4), or the smallest supported width."
 )
@@ -34,7 +34,7 @@ LETTERS = {"weights": "W", "inputs": "A", "outputs": "G"}
 
 
 def method_figure(method: Method, title: str, command: str) -> Figure:
-    """Return the figure of one method: forward curves at the left, backward ones at the right."""
+    """Return the figure of one method, with forward curves at the left and backward curves at the right."""
     measured = measure_quantizers(method)
     height = 2.55 * len(measured) + 1.15
     figure = _figure(height)
@@ -57,7 +57,7 @@ def method_figure(method: Method, title: str, command: str) -> Figure:
 
 
 def poster_figure(methods: Mapping[str, Method]) -> Figure:
-    """Return the figure of all methods, with a tile for each part that a method quantizes."""
+    """Return the figure of all methods, with one tile per part that a method quantizes."""
     tiles = [(name, curves) for name, method in methods.items() for curves in measure_quantizers(method)]
     tall, wide, top, bottom = 1.36, WIDTH / COLUMNS, 0.78, 0.5
     total_height = tall * -(-len(tiles) // COLUMNS) + top + bottom
@@ -97,7 +97,7 @@ def _draw_pair(left: Axes, right: Axes, curves: QuantizerCurves | Codewords, siz
 
 
 def _heading(curves: QuantizerCurves | Codewords) -> str:
-    """Return the name of the quantized part with its width and number of levels."""
+    """Return the name of the quantized part, with its width and number of levels."""
     if not isinstance(curves, QuantizerCurves):
         return f"weights, W{curves.bits}: {len(curves.points)} codewords of {curves.points.shape[1]} weights"
     if curves.bits == FLOAT:

@@ -1,4 +1,4 @@
-"""Draws one curve into one panel, in colours of Okabe and Ito, with marks of different shapes."""
+"""Draws one curve into one panel, in the colours of Okabe and Ito and with marks of different shapes."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, SKY, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"
 DASHES = (0, (4, 0.7))
 MAX_STEPS = 64
-"""Largest number of jumps drawn as a staircase. A curve with more is drawn as a line."""
+"""Maximum number of jumps in a staircase. A curve with more jumps is drawn as a line."""
 MAX_LARGE_MARKS, MIN_ZOOMED = 9, 60
-"""Largest number of thresholds with large marks, and fewest values in a magnified part."""
+"""Maximum number of thresholds with large marks, and minimum number of values in a magnified part."""
 BINS, MARGIN = 60, 0.08
 """Number of bins of the histogram, and margin of an axis as a fraction of its range."""
 
@@ -37,7 +37,7 @@ LARGE, SMALL = PlotSizes(9, 2.2, 7, 0.08, ".3g"), PlotSizes(7, 1.5, 4, 0.13, ".2
 def draw_curve(
     panel: Axes, curve: TransferCurve, sizes: PlotSizes, frozen: Tensor | None = None, picks: Tensor | None = None
 ) -> None:
-    """Draw a curve x -> y as a staircase, a mean with its band, or dots if a part is frozen."""
+    """Draw a curve x -> y: a staircase, a mean with its band, or dots if some values are frozen."""
     x, y = curve.x.numpy(), curve.y.numpy()
     levels = curve.levels.numpy() if frozen is None else np.unique(y[frozen.numpy()])
     few = levels if 0 < len(levels) <= FEW_LEVELS else levels[:0]
@@ -61,9 +61,9 @@ def draw_curve(
 
 
 def draw_zoom(panel: Axes, curve: TransferCurve, sizes: PlotSizes) -> None:
-    """Draw five levels around zero, magnified, into a corner.
+    """Draw the five levels around zero into a corner, magnified.
 
-    Nothing is drawn if the curve has few levels, or if too few values lie between these five.
+    Nothing is drawn if the curve has few levels, or if too few values lie between these five levels.
     """
     levels, x = curve.levels.numpy(), curve.x.numpy()
     if len(levels) <= FEW_LEVELS:
@@ -94,7 +94,7 @@ def _draw_staircase(panel: Axes, curve: TransferCurve, width: float) -> None:
 
 
 def draw_slope(panel: Axes, curves: QuantizerCurves, sizes: PlotSizes) -> None:
-    """Draw the derivative that training uses in place of the derivative of the staircase."""
+    """Draw the derivative that training uses instead of the derivative of the staircase."""
     assert curves.slope is not None
     x, d = curves.forward.x[curves.picks], curves.slope
     _draw_histogram(panel, curves.forward.tensor)
@@ -131,7 +131,7 @@ def _draw_dots(panel: Axes, x: Tensor, y: Tensor, frozen: Tensor, sizes: PlotSiz
 def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
     """Draw the histogram of a float tensor in the background.
 
-    The highest bar, for example that of ReLU's zeros, is cut to the height of the second highest.
+    The highest bar is cut to the height of the second highest. It may contain the zeros of ReLU, for example.
     """
     counts, edges = np.histogram(tensor.numpy(), bins=BINS)
     heights = (counts / max(np.sort(counts)[-2], 1)).clip(max=1)
@@ -139,7 +139,7 @@ def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
 
 
 def legend_handles(measured: list[QuantizerCurves | Codewords]) -> list[Artist]:
-    """Return the legend's entries for the elements that these curves contain."""
+    """Return the legend entries for the elements of these curves."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -179,7 +179,7 @@ def _limits(*values: "NDArray[np.generic]") -> tuple[float, float]:
 def _spread_out(levels: list[float], gap: float) -> list[float]:
     """Return levels whose labels do not overlap.
 
-    The ends and zero come first. Then the level farthest from those chosen is added repeatedly.
+    The ends and zero are chosen first. Then the level farthest from all chosen levels is added, repeatedly.
     """
     kept = [levels[0], *levels[1:][-1:]]
     rest = sorted(levels, key=abs)

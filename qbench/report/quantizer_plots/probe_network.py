@@ -1,4 +1,4 @@
-"""Defines a small network in which methods are measured, with weights that follow N(0, 1)."""
+"""Defines the small network in which methods are measured. Its weights follow N(0, 1)."""
 
 import copy
 from collections import OrderedDict
@@ -18,11 +18,11 @@ from qbench.quant.quantizer import Quantizer
 VALUES = 4096
 IMAGES, FEATURES, CLASSES = 64, 64, 3
 EPOCHS = 20
-"""Number of epochs in which incremental methods freeze all weights. Nothing is trained."""
+"""Number of epochs that incremental methods get for freezing all weights. Nothing is trained."""
 
 
 class ProbeNetwork(nn.Sequential):
-    """Three 1x1 convolutions. The middle one, behind normalization and activation, is quantized."""
+    """Three 1x1 convolutions. The middle one follows normalization and activation, and is quantized."""
 
     def __init__(self, rows: int, columns: int, norm: str) -> None:
         bn = nn.Identity() if norm == "none" else nn.BatchNorm2d(columns, affine=norm == "affine", momentum=1)
@@ -61,7 +61,7 @@ class ProbeLayer(NamedTuple):
 def install_in_probe(method: Method, rows: int, columns: int) -> ProbeLayer:
     """Return a network with a method in the middle layer, with weights (rows, columns, 1, 1)."""
     model, images = ProbeNetwork(rows, columns, method.requires.norm or "affine"), torch.randn(IMAGES, FEATURES, 1, 1)
-    model.train()(images)  # the float network's normalization adapts to its inputs
+    model.train()(images)  # let the normalization of the float network adapt to its inputs
     install(method, model)
     layer = model.get_submodule("middle")
     assert isinstance(layer, QConv2d)
@@ -71,9 +71,9 @@ def install_in_probe(method: Method, rows: int, columns: int) -> ProbeLayer:
 def prepare(method: Method, probe_layer: ProbeLayer) -> list[tuple[str, Quantizer]]:
     """Prepare a method and begin all its epochs.
 
-    Return pairs of a phase's name and the weights' quantizer in that phase. The last pair is the
-    state at the end. For incremental methods, a pair comes before it: the state of the first epoch
-    in which at least half of the weights, but not all, are frozen.
+    Return pairs of a phase's name and the weight quantizer in that phase. The last pair is the state at the end. For
+    incremental methods, another pair comes first: the state of the first epoch in which at least half of the weights,
+    but not all, are frozen.
     """
     model, quantizer = probe_layer.model, probe_layer.layer.weight_q
     probe = Probe([(probe_layer.images, torch.arange(IMAGES) % CLASSES)], F.cross_entropy)

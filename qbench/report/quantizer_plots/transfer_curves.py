@@ -1,4 +1,4 @@
-"""Defines the measured curves of quantizers: maps of single values, and codewords of vectors."""
+"""Defines the measured curves of quantizers: functions of single values, and codewords of vectors."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,7 +74,7 @@ class QuantizerCurves:
 
 @dataclass(frozen=True)
 class Codewords:
-    """Codewords that each encode s weights.
+    """Codewords, each of which encodes s weights.
 
     Args:
         bits: the width.

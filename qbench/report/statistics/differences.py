@@ -1,13 +1,11 @@
 """Computes differences between two methods: means, confidence intervals and p-values.
 
-The two groups of runs are paired by seed and, where single predictions are kept, by test image.
+Two groups of runs are paired by seed. If predictions are stored, they are also paired by test image.
 
-Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`), not from `scipy.stats`,
-whose `t.cdf` and `t.ppf` return the same numbers. `qbench compare` needs these functions whenever
-it compares two settings. Importing `scipy.stats` takes about three times as long as importing
-`scipy.special` (0.7 s and 0.2 s). Each call to `scipy.stats` takes about 35 times as long, which
-matters with thousands of pairs. The tests compare the results with those of `scipy.stats`. scipy
-and numpy are imported inside the functions that use them.
+Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`). `t.cdf` and `t.ppf` of `scipy.stats` return the
+same numbers but are slower. Importing `scipy.stats` takes 0.7 s instead of 0.2 s. Each call takes about 35 times as
+long, which matters with thousands of pairs. Tests compare the results with those of `scipy.stats`. scipy and numpy are
+imported inside the functions that use them.
 """
 
 import math
@@ -27,7 +25,7 @@ NORMAL_QUANTILE = 1.959963984540054
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, first minus second, with the values that tests of it need.
+    """A mean difference, first minus second, with the values that significance tests need.
 
     Args:
         mean: the estimated difference.
@@ -37,9 +35,8 @@ class Difference:
         standard_error: standard error of the mean; infinite with one seed, 0 if all seeds have the
             same difference.
         dof: degrees of freedom of Student's distribution.
-        seed_variance: the part of the squared standard error that is inversely proportional to the
-            number of seeds.
-        item_variance: the part of the squared standard error that only more test images reduce.
+        seed_variance: the part of the squared standard error that shrinks as 1 / (number of seeds).
+        item_variance: the part of the squared standard error that shrinks only with more test images.
         items: number of test images; None if only the seeds' accuracies were compared.
     """
 
@@ -68,7 +65,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     import numpy as np
 
     if not len(first) or len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} values: the groups are paired, one value a seed in each")
+        raise ValueError(f"{len(first)} and {len(second)} values: paired groups must have one value per seed each")
     differences = np.subtract(first, second, dtype=float)
     n = len(differences)
     squared_error = _variance(differences) / n if n > 1 else math.inf
@@ -78,14 +75,12 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
 def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
     """Return the difference in points of two groups, with both seeds and test items as samples.
 
-    Both seeds and items are random samples, and all seeds are tested on the same items. The model
-    is d = 100 (first - second) = mean + seed + item + rest. The variance of the mean is then
-    (MS_seeds + MS_items - MS_rest) / (seeds items), from the mean squares of the two-way table
-    without replication (Scheffé 1959, chapter 7). This equals the two-way cluster-robust variance
-    of Cameron, Gelbach and Miller 2011, except that its parts are unbiased here. Negative
-    components are set to zero. The degrees of freedom are Satterthwaite's (1946). A bootstrap over
-    seeds and items (Owen 2007) is not used, since it overestimates the variance with few seeds and
-    draws random numbers.
+    Both seeds and items are random samples, and all seeds are tested on the same items. The model is d = 100 (first -
+    second) = mean + seed + item + rest. The variance of the mean is then (MS_seeds + MS_items - MS_rest) / (seeds
+    items), from the mean squares of the two-way table without replication (Scheffé 1959, chapter 7). This is the
+    two-way cluster-robust variance of Cameron, Gelbach and Miller 2011, with unbiased parts. Negative components are
+    set to zero. The degrees of freedom are Satterthwaite's (1946). A bootstrap over seeds and items (Owen 2007) is not
+    used. It overestimates the variance with few seeds, and it draws random numbers.
 
     Args:
         first_hits, second_hits: (seeds, items) 1 where an item was classified correctly, otherwise
@@ -98,8 +93,8 @@ def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
 
     first, second = np.asarray(first_hits), np.asarray(second_hits)
     if first.ndim != 2 or not first.size or first.shape != second.shape:
-        raise ValueError(f"shapes {first.shape} and {second.shape}: expected (seeds, items) twice")
-    booleans = bool(first.dtype == second.dtype == np.bool_)  # one byte per value, and sums without rounding
+        raise ValueError(f"shapes {first.shape} and {second.shape}: both must be (seeds, items), with equal sizes")
+    booleans = bool(first.dtype == second.dtype == np.bool_)  # int8 uses one byte per value, and its sums are exact
     d = np.subtract(first, second, dtype=np.int8 if booleans else float)
     seeds, items = d.shape
     mean = 100 * float(d.mean())
@@ -119,7 +114,7 @@ def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
 def _mean_squares(
     d: "NDArray[np.int8] | NDArray[np.float64]", mean: float, booleans: bool
 ) -> tuple[float, float, float]:
-    """Return the mean squares of seeds, items and rest of 100 d (seeds, items) with mean `mean`."""
+    """Return the mean squares of seeds, items and rest. The table is 100 d (seeds, items), its mean is `mean`."""
     import numpy as np
 
     seeds, items = d.shape
@@ -154,11 +149,10 @@ def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
 def with_seed_dof(d: Difference) -> Difference:
     """Return the difference with at most n - 1 degrees of freedom, where n is the number of seeds.
 
-    The degrees of freedom of `two_way` are an estimate. With two to five seeds, `two_way` returns
-    p-values below 0.01 several times too often. Families of many pairs and repeated looks depend on
-    such small p-values. With n - 1 degrees of freedom, no p-value is below the exact p-value of
-    `paired` on the same seeds. The exception is when all seeds have the same difference: then
-    `paired` returns a larger p-value.
+    The degrees of freedom of `two_way` are an estimate. With two to five seeds, `two_way` returns p-values below 0.01
+    several times too often. Families of many pairs and repeated looks depend on such small p-values. With n - 1 degrees
+    of freedom, no p-value is below that of `paired` on the same seeds. There is one exception: if all seeds have the
+    same difference, `paired` returns a larger p-value.
     """
     dof = min(d.dof, d.n - 1.0)
     return d if dof == d.dof else _difference(d.mean, d.n, d.seed_variance, d.item_variance, dof, d.items)
@@ -213,12 +207,12 @@ def swapped(d: Difference) -> Difference:
 def _difference(
     mean: float, n: int, seed_variance: float, item_variance: float, dof: float, items: int | None
 ) -> Difference:
-    """Return a difference with interval and p-value, from the parts of the squared error."""
+    """Return a difference with interval and p-value, given the parts of the squared standard error."""
     error = math.sqrt(seed_variance + item_variance)
     half = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, dof) * error
     low, high = mean - half, mean + half
     one_sided = Difference(mean, low, high, n, 1.0, error, dof, seed_variance, item_variance, items)
-    # two-sided p: twice the smaller of both one-sided p-values
+    # the two-sided p-value is twice the smaller of both one-sided p-values
     p = min(1.0, 2 * min(one_sided_p(one_sided, 0.0), one_sided_p(swapped(one_sided), 0.0)))
     return Difference(mean, low, high, n, p, error, dof, seed_variance, item_variance, items)
 

@@ -1,7 +1,6 @@
-"""Tests hypotheses on differences: McNemar, equivalence (TOST), claims, Holm.
+"""Tests hypotheses about differences: McNemar's test, equivalence (TOST), claims, Holm's adjustment.
 
-The distributions come from `scipy.special`, not from `scipy.stats`. The module `differences`
-explains why.
+The distributions come from `scipy.special`. The module `differences` explains why.
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ TESTS = ("better", "at_least", "equal")
 class Evidence(NamedTuple):
     """The evidence for or against a claim.
 
-    `p` is the p-value of the direction that the data favour, doubled because both directions are
-    tested. `holds` is true if this direction supports the claim.
+    `p` is the p-value for the direction that the data favour. It is doubled because both directions are tested. `holds`
+    is true if this direction supports the claim.
     """
 
     p: float
@@ -29,11 +28,10 @@ class Evidence(NamedTuple):
 def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
     """Return the exact two-sided p-value of two networks' hits (N,) (McNemar 1947).
 
-    Only images that exactly one network classifies correctly count. If the networks are equally
-    good, each network is right on such an image with probability 1/2. The number of images that
-    the first network alone has right then follows a binomial distribution, and p is twice the lower
-    tail at the smaller count. The test is about these two networks, not about other seeds of the
-    same methods.
+    Only images that exactly one network classifies correctly count. If the networks are equally good, each is correct
+    on such an image with probability 1/2. The number of images that only the first network classifies correctly then
+    follows a binomial distribution. p is twice the lower tail at the smaller count. The test applies to these two
+    networks, not to other seeds of the same methods.
     """
     import numpy as np
     from scipy import special
@@ -47,7 +45,7 @@ def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
 def equivalent(difference: Difference, margin: float) -> float:
     """Return the p-value of "the means differ by `margin` or more" (TOST, Schuirmann 1987).
 
-    It is the larger of the p-values of "at most -margin" and "at least margin".
+    It is the larger p-value of the hypotheses "at most -margin" and "at least margin".
     """
     return max(one_sided_p(difference, -margin), one_sided_p(swapped(difference), -margin))
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 POWER = 0.8
 SEEDS_LIMIT = 1000
-"""Largest number of seeds that is tried."""
+"""Maximum number of seeds to try."""
 
 
 def seeds_needed(
@@ -23,12 +23,12 @@ def seeds_needed(
     *,
     seeds_alone: bool = False,
 ) -> int | None:
-    """Return the number of seeds at which a test of such a difference has the given power.
+    """Return the number of seeds at which a test of this difference has the given power.
 
-    The observed mean and variances are assumed to be the true values. `alpha` is two-sided. With
-    `seeds_alone`, the degrees of freedom are those of `with_seed_dof`. None is returned if no
-    number up to 1000 is enough. Then the error from the test items is too large, the difference
-    lies on the border of the test, or the variance is not known since there was only one seed.
+    The observed mean and variances are assumed to be the true values. `alpha` is two-sided. With `seeds_alone`, the
+    degrees of freedom are those of `with_seed_dof`. Return None if no number up to 1000 is enough. Possible reasons
+    are: the error from the test items is too large, the difference is on the border of the test, or the variance is not
+    known because there was only one seed.
     """
     import numpy as np
 
@@ -39,11 +39,11 @@ def seeds_needed(
     if difference.standard_error == 0:  # all seeds have the same difference: p is 2^(1 - n)
         return math.floor(1 - math.log2(alpha)) + 1 if distance else None
     inside = test == "equal" and abs(difference.mean) < margin
-    other_distance = margin + abs(difference.mean) if inside else math.inf  # `equal` has two borders to stay within
+    other_distance = margin + abs(difference.mean) if inside else math.inf  # `equal` has two borders
     for n in (
         np.arange(2, 33),
         np.arange(33, SEEDS_LIMIT + 1),
-    ):  # most need few seeds, and quantiles are slow
+    ):  # try few seeds first, because most cases need few and quantiles are slow
         chances = _power(difference, n, (distance, other_distance), alpha, seeds_alone)
         enough = (distance > 0) & (chances >= power)
         if enough.any():
@@ -56,7 +56,7 @@ def _power(
 ) -> "NDArray[np.floating]":
     """Return the power at n (m,) seeds for a difference at these distances from two borders.
 
-    1. Compute the squared standard error at n seeds. The part from seeds shrinks as 1 / n, whereas
+    1. Compute the squared standard error at n seeds. The part from seeds shrinks as 1 / n, and
        the part from items stays constant.
     2. Compute the degrees of freedom of this error after Satterthwaite; n - 1 without variance.
     3. Compute the probability of significance against each border:

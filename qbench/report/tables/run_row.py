@@ -1,4 +1,4 @@
-"""Formats the row printed at the end of a run: accuracies, widths, size, BitOps, time."""
+"""Formats the row that is printed at the end of a run: accuracies, widths, size, BitOps, time."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ HEAD = ("method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", 
 def row(results: Sequence[Result], width: int | None = None) -> str:
     """Return a table with one line per result, followed by the runs' directories and remarks.
 
-    A table wider than `width` columns is printed vertically, one line per cell.
+    A table wider than `width` characters is printed vertically, one line per cell.
     """
     remarks = [line for result in results for line in _remarks(result)]
     table = text([Table(HEAD, [cells(result) for result in results])])
@@ -49,7 +49,7 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def _remarks(result: Result) -> list[str]:
-    """Return a run's directory, notes, and the meaning of the accuracy or why it is missing."""
+    """Return notes on a run: its directory, and either what the accuracy is or why it is missing."""
     top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
     if result.synthetic:
         top1 += "; synthetic data, not comparable with papers"

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
-"""The start of text that Markdown would interpret as an HTML tag."""
+"""Matches the start of text that Markdown would interpret as an HTML tag."""
 NUMBERS = frozenset("0123456789+-.±")
 """First characters of cells that count as numbers."""
 
 
 @runtime_checkable
 class JsonRow(Protocol):
-    """A value of a table that is converted to JSON only when the table is written."""
+    """A table value that is converted to JSON only when the table is written."""
 
     def to_json(self) -> dict[str, object]:
         """Return the value as plain JSON values."""
@@ -24,10 +24,10 @@ class JsonRow(Protocol):
 
 @dataclass
 class Table:
-    """Rows of text under a head, with a title above and notes below.
+    """A table of text: title, column heads, rows and notes.
 
-    `values` holds the values from which the rows were made, for JSON and for further steps. Each is
-    a plain value or a `JsonRow`.
+    `values` holds one value per row, from which the row was made. Each is a plain value or a `JsonRow`. JSON output and
+    sorting use them.
     """
 
     head: tuple[str, ...]
@@ -95,7 +95,7 @@ def comma_separated(tables: Sequence[Table]) -> str:
 
 
 def as_json(tables: Sequence[Table]) -> str:
-    """Return JSON with every table's title, rows as plain values, and notes."""
+    """Return JSON with the title, rows (as plain values) and notes of every table."""
     plain = [
         {"title": t.title, "rows": [v.to_json() if isinstance(v, JsonRow) else v for v in t.values], "notes": t.notes}
         for t in tables
