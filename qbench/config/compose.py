@@ -22,7 +22,9 @@ from qbench.config.schema import Config, did_you_mean, to_dict
 from qbench.config.validate import from_node
 from qbench.errors import ConfigError, QbenchError
 
-FLAGS: dict[str, tuple[str, ...] | None] = {  # flag -> values: () for any value, None for a flag without one
+FLAGS: dict[
+    str, tuple[str, ...] | None
+] = {  # flag -> allowed values: () if any value is allowed, None if the flag takes no value
     **dict.fromkeys(("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")),
     **dict.fromkeys(("--shell-completion", "-sc")),
     **dict.fromkeys(("--cfg", "-c"), ("job", "hydra", "all")),
@@ -34,17 +36,17 @@ CONFIG_DIRECTORY = ("--config-dir", "-cd")
 LAUNCHER_KEYS = ("hydra/launcher=", "hydra.launcher.", "+hydra.launcher.", "hydra.sweeper.")
 HYDRA_KEYS = (*LAUNCHER_KEYS, "hydra.searchpath=")
 MOST_COMBINATIONS = 10_000
-"""The largest number of combinations in a sweep; a mistyped range could ask for far more."""
+"""Maximum number of combinations in a sweep. A mistyped range could define far more."""
 
 
 def configurations(arguments: list[str]) -> list[Config]:
-    """Return the configuration of a command line or, with -m, those of all combinations.
+    """Return the configurations of a command line: one or, with -m, one per combination.
 
-    With lr_search=grid there is one configuration per learning rate. The list is empty if the
-    command line only makes Hydra print something, as `--cfg job` does.
+    With lr_search=grid there is one configuration per learning rate. The list is empty if Hydra only prints something,
+    as with `--cfg job`.
 
     Raises:
-        ConfigError: the command line does not make a valid configuration.
+        ConfigError: the command line does not define a valid configuration.
     """
     words = [a for a in arguments if not a.startswith(LAUNCHER_KEYS)]
     nodes: list[DictConfig] = []
@@ -67,7 +69,7 @@ def configurations(arguments: list[str]) -> list[Config]:
 def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
     """Return the nodes of all combinations.
 
-    Each node is composed only once, whereas Hydra's sweeper would compose it twice.
+    Each node is composed only once. Hydra's sweeper would compose it twice.
 
     `folder` is the user's own configuration directory.
     """
@@ -91,7 +93,9 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
             for word in parser.parse_overrides(overrides)
         ]
         if prod(map(len, values)) > MOST_COMBINATIONS:
-            raise ConfigError(f"a sweep of more than {MOST_COMBINATIONS:,} combinations; write it as several")
+            raise ConfigError(
+                f"the sweep has more than {MOST_COMBINATIONS:,} combinations; split it into several sweeps"
+            )
         return [hydra.compose("config", list(words)) for words in product(*values)]
 
 
@@ -102,9 +106,9 @@ def launcher(arguments: Iterable[str]) -> str | None:
 
 
 def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
-    """Let Hydra's launcher call `job`, in its own processes, with the node of every run.
+    """Let Hydra's launcher call `job` with the node of every run. The launcher starts the processes.
 
-    If a combination has a learning-rate grid, its runs follow one another in one process.
+    If a combination has a learning-rate grid, its runs are done in sequence in one process.
     """
 
     def each(node: DictConfig) -> None:
@@ -144,10 +148,10 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
         flag, _, value = word.partition("=")
         if not word.startswith("-"):
             if not flag or ("=" not in word and not word.startswith("~")):
-                raise ConfigError(f"{word}: neither a subcommand nor key=value\nsee qbench --help for both")
+                raise ConfigError(f"{word}: not a subcommand and not KEY=VALUE\nsee qbench --help")
             if flag.startswith("hydra") and not word.startswith(HYDRA_KEYS):
                 known = ", ".join(key.rstrip("=.") for key in HYDRA_KEYS if key[0] != "+")
-                raise ConfigError(f"{word}: has no effect here\nallowed keys of Hydra: {known}")
+                raise ConfigError(f"{word}: qbench does not use this key of Hydra\nallowed keys of Hydra: {known}")
             overrides.append(word)
             continue
         if flag not in FLAGS:

@@ -1,9 +1,8 @@
-"""Fields of the configuration's dataclasses, with allowed values and the marks `free` and `added`.
+"""Defines fields for the configuration's dataclasses: allowed values, and the marks `free` and `added`.
 
-A key that is `free` is never part of a run's identity, because it cannot change a result; examples
-are a device and a folder. A key that is `added` was added after results had been stored. Such a key
-is part of the identity only if its value differs from its default, so that stored results keep
-their identity and protocol.
+A `free` key cannot change a result, so it is never part of a run's identity. Examples are a device and a folder. An
+`added` key was introduced after results had been stored. It is part of the identity only if its value differs from its
+default. Stored results therefore keep their identity and protocol.
 """
 
 import math
@@ -29,7 +28,7 @@ def marked(
     added: bool = False,
     free: bool = False,
 ) -> T:
-    """Return a dataclass field with its marks and, if given, a test for allowed values.
+    """Return a dataclass field with its marks and, optionally, a test for allowed values.
 
     Args:
         holds: the test, a function that returns whether a value is allowed.
@@ -53,7 +52,7 @@ def within(
 ) -> T:
     """Return a field for a finite number from `low` to `high`.
 
-    Both ends are allowed, unless `above` excludes `low` or `below` excludes `high`.
+    Both ends are allowed. `above` excludes `low`, and `below` excludes `high`.
     """
     text = f"a number {'above' if above else 'from'} {low:.12g}"
     text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
@@ -74,7 +73,7 @@ def one_of(default: str, *choices: str, added: bool = False, free: bool = False)
 
 def printable(default: str, *, free: bool = False) -> str:
     """Return a field for text without control characters, such as a path that tables show."""
-    allowed = "one or more characters that can be printed"
+    allowed = "text of one or more printable characters"
     return marked(default, lambda x: isinstance(x, str) and bool(x) and x.isprintable(), allowed, free=free)
 
 
@@ -93,6 +92,6 @@ def parse_bits(text: str) -> dict[str, int | None]:
     match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
     if not match or not text:
         raise ConfigError(
-            f"bits={text}: write the widths as w2, w2a2 or w2a2g6, each 1 to {FLOAT}, or bits.w=2 bits.a=2"
+            f"bits={text}: must be like w2, w2a2 or w2a2g6, with widths from 1 to {FLOAT}\nor type bits.w=2 bits.a=2"
         )
     return {key: int(width) if width else None for key, width in zip("wag", match.groups(), strict=True)}

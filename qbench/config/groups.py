@@ -1,4 +1,4 @@
-"""The configuration groups below `conf/`, and the options of each group."""
+"""Lists the configuration groups below `conf/` and the options of each group."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ from qbench.config import registry
 def conf_directory() -> Path:
     """Return the folder of YAML files.
 
-    In a clone the folder is beside the package. In an installed package it is inside.
+    In a clone the folder is next to the package. In an installed package it is inside the package.
 
-    The folder beside the package takes precedence, because an editable installation leaves a stale
-    copy inside the package.
+    The folder next to the package takes precedence, because an editable installation leaves a stale copy inside the
+    package.
     """
     package = Path(__file__).parents[1]
     beside = package.parent / "conf"
@@ -21,7 +21,7 @@ def conf_directory() -> Path:
 
 
 def option_names(group: str) -> list[str]:
-    """Return a group's options, which are YAML files and entry points of installed packages."""
+    """Return a group's options: YAML files, and entry points of installed packages."""
     folder = conf_directory() / group
     files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
     if group == "activation":
@@ -42,7 +42,7 @@ def group_names() -> list[str]:
 def format_names(option_names: Iterable[str]) -> str:
     """Return names in one line.
 
-    Names in a folder are not listed but counted, as in `ttq/... (7)`.
+    Names in a folder are counted instead of listed, as in `ttq/... (7)`.
     """
     counts = Counter("".join(name.partition("/")[:2]) for name in option_names)
     return ", ".join(f"{name}... ({count})" if name.endswith("/") else name for name, count in counts.items())

@@ -22,7 +22,7 @@ from qbench.config.unknown_key import key_paths, unknown_key_message
 
 def translate_hydra_error(error: Exception, arguments: list[str]) -> str:
     """Return qbench's message for an error that Hydra or OmegaConf raised for a command line."""
-    for argument in arguments:  # find a group whose value cannot be a name, such as null, 3 or [1]
+    for argument in arguments:  # find the group whose value cannot be a name, such as null, 3 or [1]
         key, _, value = argument.partition("=")
         is_option = key in group_names() and ":" not in value  # a user's my.net:build may raise any error
         refused = isinstance(error, TypeError) or "Config group override must be" in str(error)
@@ -32,12 +32,12 @@ def translate_hydra_error(error: Exception, arguments: list[str]) -> str:
         return _missing_option(str(error.missing_cfg_file))
     text = str(error).strip()
     if isinstance(error, RecursionError):
-        return "nested too deeply, or made of itself"
+        return "the value is nested too deeply or contains itself"
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{ambiguous[1]}: several values are a sweep\nput -m in front, or write a list as key=[a,b]"
+        return f"{ambiguous[1]}: found several values\nfor a sweep, put -m first; for a list, type key=[a,b]"
     if isinstance(error, OverrideParseException):
         reason = text.splitlines()[0]
-        return f"{error.override}: cannot be read as key=value: {reason}\nquote odd characters twice: 'key=\"value\"'"
+        return f"{error.override}: not valid as KEY=VALUE: {reason}\nquote special characters twice: 'key=\"value\"'"
     if isinstance(error, ConfigCompositionException) or isinstance(error.__cause__, OmegaConfBaseException):
         typed = re.search(r"Could not (?:override|append|add|delete)[^']*'([^']+)'", text)
         if typed and (message := _unknown_key(typed[1].lstrip("+~").partition("@")[0], arguments)):
@@ -57,7 +57,7 @@ def _missing_option(path: str) -> str:
 
 
 def _unknown_key(key: str, arguments: list[str]) -> str | None:
-    """Return the message about a key that the chosen groups lack.
+    """Return the message about a key that does not exist in the chosen groups.
 
     Return None if the key exists or the groups do not compose.
     """
@@ -65,7 +65,7 @@ def _unknown_key(key: str, arguments: list[str]) -> str | None:
     try:
         with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
             tree = OmegaConf.to_container(hydra.compose("config", overrides=chosen))
-    except Exception:  # one of the groups is wrong, as Hydra's own message says
+    except Exception:  # one of the groups is wrong; Hydra's own message says which
         return None
     assert isinstance(tree, dict)
     return None if key in key_paths(tree) else unknown_key_message(key, tree)

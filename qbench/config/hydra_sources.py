@@ -24,7 +24,7 @@ from qbench.system.files import read_yaml
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
-    """Hydra's reader of YAML files, but with a bounded cost and with errors that name the file."""
+    """Hydra's reader of YAML files, with limits on size and with errors that name the file."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Return the content of a YAML file in a configuration directory."""
@@ -33,10 +33,10 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
             return super().load_config(config_path)
         values = read_yaml(file)
         if not isinstance(values, dict | NoneType):
-            raise ConfigError(f"{file}: holds {values!r}\nexpected keys and values, such as `epochs: 3`")
+            raise ConfigError(f"{file}: contains {values!r}\nallowed: keys and values, such as `epochs: 3`")
         try:
             return super().load_config(config_path)
-        except Exception as error:  # OmegaConf and Hydra's header have rules in addition to YAML's
+        except Exception as error:  # OmegaConf and Hydra's header add rules to those of YAML
             why = error.problem if isinstance(error, MarkedYAMLError) else str(error).partition("\n")[0]
             raise ConfigError(f"{file}: {why}") from None
 
@@ -59,11 +59,11 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
         return True
 
     def is_group(self, config_path: str) -> bool:
-        """Return whether this source makes configurations of the group."""
+        """Return whether this source can make configurations of the group."""
         return config_path in ("bits", "activation", "layers", *registry.GROUPS)
 
     def is_config(self, config_path: str) -> bool:
-        """Return whether this source makes the configuration that a path names."""
+        """Return whether this source can make the configuration that a path names."""
         group, _, name = config_path.removesuffix(".yaml").partition("/")
         if group == "activation":
             return self.is_config(f"method/{name}") or option_file("method", name).is_file()
@@ -97,7 +97,7 @@ def _configuration(group: str, name: str) -> DictConfig | ListConfig:
 
 
 def _rules(name: str) -> Node:
-    """Return the rules of `layers=@FILE`, a YAML file of layer-name patterns and widths.
+    """Return the rules in the file of `layers=@FILE`: a YAML file of layer-name patterns and widths.
 
     Hydra removes the suffix `.yaml` from the name.
     """
@@ -108,7 +108,9 @@ def _rules(name: str) -> Node:
     except OSError as error:
         raise ConfigError(f"layers={name}: cannot read {file}: {error.strerror}") from None
     if not isinstance(rules, dict) or not rules:
-        raise ConfigError(f"layers={name}: {file} holds {rules!r}\nexpected patterns and widths: `layer1.*: 8`")
+        raise ConfigError(
+            f"layers={name}: {file} contains {rules!r}\nallowed: patterns and widths, such as `layer1.*: 8`"
+        )
     return rules
 
 

@@ -1,14 +1,12 @@
-"""The identity of a run, which consists of the configuration keys that determine its result.
+"""Defines the identity of a run: the configuration keys that determine its result.
 
-The identity holds every key of the configuration that can change the result. It also determines the
-run's protocol and folder. It must be known before any data is read, because `qbench plan` and the
-search for stored results need it. The fingerprint of the data is therefore not part of the
-identity; the result records it as `data_sha256`.
+The identity contains every configuration key that can change the result. It also determines the run's protocol and
+folder. `qbench plan` and the search for stored results need the identity before any data is read. The fingerprint of
+the data is therefore not part of it. The result records the fingerprint as `data_sha256`.
 
-Some keys were added after results had been stored. Such a key is part of the identity and of the
-protocol only if its value differs from its default. Thus the stored results keep their identity and
-stay comparable. On a dataclass field, the mark `added` declares such a key. In a YAML node, the key
-`added` maps each such key to its default value.
+Some keys were added after results had been stored. They are part of the identity and the protocol only if their value
+differs from the default. Stored results therefore keep their identity and stay comparable. On a dataclass field, the
+mark `added` declares an added key. In a YAML node, the key `added` maps added keys to their default values.
 """
 
 import copy
@@ -26,9 +24,9 @@ from qbench.errors import ConfigError
 from qbench.system.files import Json, read
 
 ADDED = "added"
-"""The key of a YAML node that maps keys added later to their default values."""
+"""The key of a YAML node that maps added keys to their default values."""
 WHERE = {"root", "download"}
-"""Keys of the published data sets that set where the files are and whether to download them."""
+"""Keys of the published data sets for the location and the download of the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ def _identity_keys(config: Config) -> Node:
     dataset = keys["dataset"]
     dataset.pop("recipe", None)  # the recipe's values are under epochs, optim and pretrain
     users_own = ":" in dataset["name"]
-    if not users_own and set(dataset) >= WHERE:  # the place of published files does not affect the result
+    if not users_own and set(dataset) >= WHERE:  # the location of published files does not affect the result
         keys["dataset"] = {key: value for key, value in dataset.items() if key not in WHERE}
     if config.init not in STARTS:
         keys["init"] = file_sha256("init", config.init)
@@ -100,7 +98,7 @@ def _identity_keys(config: Config) -> Node:
 
 
 def decisive_keys(node: Any) -> Node:
-    """Return a dataclass as plain values, without `free` keys and without `added` keys at their defaults."""
+    """Return a dataclass as plain values. `free` keys and `added` keys at their defaults are left out."""
     keys: Node = {}
     for item in fields(node):
         value = getattr(node, item.name)
@@ -117,7 +115,7 @@ def _default(item: Field[Any]) -> object:
 def without_added(node: Node) -> Node:
     """Return a YAML node without its key `added`.
 
-    A key that is named under `added` is left out too if its value is the default.
+    Keys named under `added` are also left out if they have their default value.
     """
     later = node.get(ADDED) or {}
     return {key: value for key, value in node.items() if key != ADDED and not (key in later and value == later[key])}
@@ -126,9 +124,9 @@ def without_added(node: Node) -> Node:
 def _protocol(config: Config, keys: Node) -> Node:
     """Return the keys that two runs must share to be compared.
 
-    A start or a teacher that the method requires counts as part of the method, and so do the
-    network's norm and act. In a run of a learning-rate grid, the protocol includes the recipe's own
-    rate and the grid, but not the run's rate.
+    Initial weights or a teacher that the method requires count as part of the method, not of the protocol. So do the
+    network's norm and act. In a run of a learning-rate grid, the protocol contains the recipe's rate and the grid, but
+    not the run's rate.
     """
     shared = copy.deepcopy(keys)
     for key in ("method", "activation", "bits", "seed", "runtime", "schema"):
@@ -148,11 +146,11 @@ def _protocol(config: Config, keys: Node) -> Node:
 
 
 def _options(config: Config) -> Node:
-    """Return the keys of the method, and those of a composed activation method as `activation.KEY`.
+    """Return the keys of the method. Keys of a composed activation method are named `activation.KEY`.
 
-    A start or a teacher that the method requires is an option too, since a run without the start or
-    teacher is a different run. The learning rate of a run of a grid is also an option. Keys that
-    were added later are left out at their default, and so is `deviation: none`.
+    Initial weights or a teacher that the method requires are options too, because a run without them is a different
+    run. In a run of a learning-rate grid, the learning rate is also an option. Added keys at their default and
+    `deviation: none` are left out.
     """
     options = {key: value for key, value in without_added(config.method).items() if key != "name"}
     composed = without_added(config.activation)

@@ -15,28 +15,24 @@ from qbench.errors import ConfigError
 
 
 def runs(config: Config) -> list[Config]:
-    """Return the configuration alone or, if it has a grid, one configuration per learning rate.
+    """Return the configurations of the grid, one per learning rate. Without a grid, return only the given one.
 
-    `optim.lr_end` is scaled by the same factor as `optim.lr`. A run that trains nothing remains a
-    single run, and so does a float baseline.
+    `optim.lr_end` is scaled by the same factor as `optim.lr`. A float baseline or a run without training remains a
+    single run.
 
     Raises:
-        ConfigError: a grid is given without lr_search=grid, or there is no validation split for the
-            selection.
+        ConfigError: a grid is given without lr_search=grid, or the selection has no validation split.
     """
     grid = config.lr_grid
     if grid.lr is not None or grid.lr_end is not None:
-        raise ConfigError(
-            "lr_grid.lr and lr_grid.lr_end cannot be set, because grid runs record them; set optim.lr and optim.lr_end"
-        )
+        raise ConfigError("lr_grid.lr and lr_grid.lr_end are set by qbench; set optim.lr and optim.lr_end instead")
     if config.lr_search != "grid":
         if grid != LearningRateGrid():
-            raise ConfigError("lr_grid.factors has no effect without lr_search=grid; add it")
+            raise ConfigError("lr_grid.factors has no effect without lr_search=grid; add lr_search=grid")
         return [config]
     if config.dataset.get("val") == 0:
         raise ConfigError(
-            "dataset.val=0: lr_search=grid chooses on the validation split, which is empty\n"
-            "add dataset.val=0.1, or lr_search=none"
+            "dataset.val=0: lr_search=grid needs a validation split\ntype dataset.val=0.1 or lr_search=none"
         )
     return [_at(config, factor) for factor in grid.factors] if _trains(config) else [config]
 
@@ -46,15 +42,15 @@ def _at(config: Config, factor: float) -> Config:
     recipe = config.optim
     lr, lr_end = scaled(recipe.lr, factor), scaled(recipe.lr_end, factor)
     if not 0 < lr < math.inf:
-        raise ConfigError(f"lr_grid.factors: {factor:g} times optim.lr={recipe.lr:g} is no learning rate")
+        raise ConfigError(f"lr_grid.factors: {factor:g} times optim.lr={recipe.lr:g} is not a valid learning rate")
     grid = LearningRateGrid(config.lr_grid.factors, recipe.lr, recipe.lr_end)
     return dataclasses.replace(config, optim=dataclasses.replace(recipe, lr=lr, lr_end=lr_end), lr_grid=grid)
 
 
 def _trains(config: Config) -> bool:
-    """Return whether any epoch is trained, which is not the case in post-training quantization.
+    """Return whether any epoch is trained. Post-training quantization trains none.
 
-    A method that cannot be built counts as trained, so that its run reports the error.
+    A method that cannot be built counts as trained. Its run then reports the error.
     """
     nodes = [node for node in (config.method, config.activation) if node["name"] != "none"]
     try:

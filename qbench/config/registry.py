@@ -1,9 +1,8 @@
 """Maps names to functions that build methods, models and data sets.
 
-A name is one of three things: a file below `qbench/<group>/` with a function `build`, an entry
-point of another package in the group `qbench.<group>`, or a user's `package.module:function`. The
-keys of a configuration node are the keyword arguments of the function that the node names. The type
-of a key is that of the argument's default.
+A name is one of three things: a file below `qbench/<group>/` with a function `build`, an entry point of another package
+in the group `qbench.<group>`, or a user's `package.module:function`. A configuration node contains a name and the
+keyword arguments of its function. A key has the type of the argument's default.
 """
 
 import ast
@@ -24,7 +23,7 @@ from qbench.errors import ConfigError, QbenchError
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
-"""Epochs and Adam's learning rates for a user's data set, which has no YAML file with a recipe."""
+"""Epochs and Adam's learning rates for a user's data set without a recipe in YAML."""
 
 NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", "added")
 """Keys of a node that are not arguments of the function that the node names."""
@@ -33,7 +32,7 @@ Factory = Callable[..., Any]
 
 
 def names(group: str) -> list[str]:
-    """Return the names in a group, first those of qbench, then those of other packages.
+    """Return the names in a group: those of qbench first, then those of other packages.
 
     Users' own functions are not included.
     """
@@ -90,7 +89,7 @@ def known_deviations(name: str) -> dict[str, tuple[str, str]]:
 def sections(card: str) -> dict[str, str]:
     """Return heading -> text of a card.
 
-    A heading is one unindented word above indented text.
+    A heading is a single unindented word above indented text.
     """
     texts: dict[str, str] = {}
     for block in card.split("\n\n"):
@@ -114,18 +113,16 @@ def find(group: str, name: str) -> Factory:
     for entry in entry_points(group=ENTRY_POINTS[group], name=name):
         return entry.load()  # type: ignore[no-any-return]
     known = names(group)
-    raise ConfigError(f"{group}={name}: no such {group}{did_you_mean(name, known)}\nknown: {', '.join(known)}")
+    raise ConfigError(f"{group}={name}: no such {group}{did_you_mean(name, known)}\nallowed: {', '.join(known)}")
 
 
 def create(group: str, node: Mapping[str, Any], *positional: object, **fixed: object) -> Any:
     """Call the function that a node names, with the node's other keys as arguments.
 
     Args:
-        node: `name`, optionally `family` (the file, if several names share one), and arguments of
-            the function.
+        node: `name`, arguments of the function, and optionally `family`, which is the file if several names share one.
         positional: positional arguments of the function.
-        fixed: keyword arguments of the function. Those that the function does not take are left
-            out.
+        fixed: keyword arguments. Those that the function does not take are ignored.
 
     Raises:
         ConfigError: the function does not take a key, or a value has the wrong type or is out of
@@ -139,7 +136,7 @@ def create(group: str, node: Mapping[str, Any], *positional: object, **fixed: ob
 
 
 def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> tuple[Factory, Node, Collection[str]]:
-    """Return a node's function, the node's keys for it, and the names of all its arguments.
+    """Return a node's function, the keyword arguments in the node, and the names of all arguments.
 
     Raises:
         ConfigError: the function does not take a key, a key is in `fixed`, or a value has the wrong
@@ -172,7 +169,7 @@ def defaults(group: str, name: str) -> Node:
         node |= {"act": "auto"} | ({"norm": "auto"} if "norm" in node else {})
     if group == "dataset":
         node["recipe"] = dict(RECIPE)
-    if ":" in name:  # the content of the user's file affects the result too
+    if ":" in name:  # the content of the user's file also affects the result
         spec = find_spec(name.partition(":")[0])
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
             node["source"] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
@@ -198,13 +195,13 @@ def _users_function(group: str, name: str) -> Factory:
     if os.getcwd() not in sys.path:  # the user's file may be in the working directory
         sys.path.insert(0, os.getcwd())
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
-        raise ConfigError(f"{group}={name}: write a function of your own as package.module:function")
+        raise ConfigError(f"{group}={name}: not a valid name; for your own function, type package.module:function")
     try:
         function: Factory | None = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
-        raise ConfigError(f"{group}={name}: {error}; looked in {os.getcwd()} and the installed packages") from None
+        raise ConfigError(f"{group}={name}: {error}; searched {os.getcwd()} and the installed packages") from None
     except Exception as error:
-        raise QbenchError(f"{group}={name}: an error in your own code: {type(error).__name__}: {error}") from error
+        raise QbenchError(f"{group}={name}: error in your own code: {type(error).__name__}: {error}") from error
     if not callable(function):
         why = "is not a function" if function is not None else f"is not in module {module}"
         raise ConfigError(f"{group}={name}: {attribute} {why}")

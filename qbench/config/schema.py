@@ -1,9 +1,9 @@
-"""The configuration of a run as dataclasses with types and ranges.
+"""Defines the configuration of a run as dataclasses with types and ranges.
 
 The values are in `conf/`.
 
-`qbench.config.identity` defines which keys make two runs the same run. This module does not import
-torch, so that `--help` answers at once, and so does a command whose run is already finished.
+`qbench.config.identity` defines when two configurations are the same run. This module does not import torch. Help texts
+and commands whose run is already finished therefore print at once.
 """
 
 import copy
@@ -21,20 +21,20 @@ from qbench.bits import FLOAT, Bits
 from qbench.config.fields import layer_width, marked, one_of, printable, within
 
 SCHEMA = 2
-"""Version of the run identity; after a change, the same configuration is a different run.
+"""Version of the run identity. If it changes, the same configuration becomes a different run.
 
-A key that is added later needs no new version. It is marked as `added` (see
-`qbench.config.identity`) and stays out of the identity at its default value.
+A new key does not need a new version. It is marked as `added` (see `qbench.config.identity`), so it is not part of the
+identity at its default value.
 """
 
 RATE = "optim.lr"
-"""The option that a run of a learning-rate grid has in addition to the options of its method."""
+"""Name of the additional option of runs in a learning-rate grid."""
 
 STARTS = ("float", "scratch", "method")
-"""Values of `init` other than paths; `auto` becomes `method` if the method trains from scratch."""
+"""Values of `init` that are not paths. `auto` becomes `method` if the method trains from scratch."""
 
 Node = dict[str, Any]
-"""A YAML node: the name of a function as `name`, the function's keys, and optionally `added`."""
+"""A YAML node: the name of a function under `name`, its keyword arguments, and optionally `added`."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class BitWidths:
         return "".join(f"{key}{width}" for key, width in dataclasses.asdict(self).items() if width is not None)
 
     def resolved(self) -> Bits:
-        """Return the widths as numbers, using 32 for any that are unset."""
+        """Return the widths as numbers. Unset widths are 32."""
         return Bits(self.w or FLOAT, self.a or FLOAT, self.g or FLOAT)
 
 
@@ -100,7 +100,7 @@ class LearningRateGrid:
 
     factors: list[float] = field(
         default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0],
-        metadata={"holds": _ascending, "allowed": "two or more ascending numbers above 0, [0.1,0.3,1,3,10]"},
+        metadata={"holds": _ascending, "allowed": "two or more ascending numbers above 0, such as [0.1,0.3,1,3,10]"},
     )
     lr: float | None = within(None, 0, above=True)
     lr_end: float | None = within(None, 0)
@@ -116,7 +116,7 @@ def scaled(rate: float, factor: float) -> float:
 
 @dataclass
 class Layers:
-    """Which layers stay in float or have their own width; see `qbench.quant.policy.Policy`."""
+    """The layers that stay in float or have their own width; see `qbench.quant.policy.Policy`."""
 
     first: int | str = layer_width("float")
     last: int | str = layer_width("float")
@@ -127,10 +127,9 @@ class Layers:
 
 @dataclass
 class Distill:
-    """Distillation from a teacher, which is the float baseline or a finished run.
+    """Distillation from a teacher: the float baseline or a finished run.
 
-    The value `auto` becomes `method` if the method requires a teacher. The value `method` has the
-    same effect as `kd`.
+    `auto` becomes `method` if the method requires a teacher. `method` has the same effect as `kd`.
     """
 
     name: str = one_of("auto", "auto", "none", "kd", "method")
@@ -151,9 +150,9 @@ class Distill:
 
 @dataclass
 class Runtime:
-    """How a run is carried out.
+    """Settings of the execution of a run.
 
-    Only keys that are not marked `free` can change the results.
+    Keys marked `free` cannot change the results.
     """
 
     device: str = marked("auto", free=True)
@@ -204,7 +203,7 @@ class Config:
 
     @property
     def is_baseline(self) -> bool:
-        """Return whether the run trains a float network from scratch by the recipe `pretrain`."""
+        """Return whether the run trains a float network from scratch with the recipe `pretrain`."""
         return self.method_name == "float" and self.init == "scratch"
 
 

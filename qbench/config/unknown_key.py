@@ -1,10 +1,10 @@
-"""The message about a key that does not exist.
+"""Makes the message about a key that does not exist.
 
-It names the nearest key in the whole configuration, and all keys of the node.
+The message names the nearest key in the whole configuration, and all keys of the node.
 
-A nearest key is suggested only if it is likely right. This is so if the typed name is the exact
-name of a key in another node, a misspelled key, part of a key's name (`workers` for
-`runtime.num_workers`), or a usual word of the field for what a key sets.
+A key is suggested only if it is probably what the user meant. There are four cases. The typed name is the name of a key
+in another node, or a misspelled key. Or it is part of a key's name (`workers` for `runtime.num_workers`), or a common
+synonym of a key.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from qbench.config.schema import Config
 TYPO, SIMILAR = 0.75, 0.6
 """Smallest similarity (difflib's ratio) to a key of the same node.
 
-A key above `TYPO` is tried before all other guesses, a key above `SIMILAR` after them.
+Keys above `TYPO` are tried before all other guesses, keys above `SIMILAR` after them.
 """
 
 FIELD_WORDS = {
@@ -31,14 +31,14 @@ FIELD_WORDS = {
     "optimizer": "optim",
     "weights": "bits.w",
 }
-"""Usual word of the field -> the key that has this meaning in qbench."""
+"""Maps a common synonym to the key of qbench."""
 
 NOT_TYPED = ("claim", "lr_grid.lr", "lr_grid.lr_end")
-"""Keys that only experiment files or qbench itself set; users never type them."""
+"""Keys that only experiment files or qbench set. Users never type them."""
 
 
 def unknown_key_message(typed: str, tree: Mapping[Any, object]) -> str:
-    """Return the message about a key that a configuration lacks.
+    """Return the message about a key that a configuration does not have.
 
     Args:
         typed: the dotted key as typed, without `+` and without a value.
@@ -48,7 +48,7 @@ def unknown_key_message(typed: str, tree: Mapping[Any, object]) -> str:
     declared = [path for path in schema_paths(Config) if path not in composed and path not in NOT_TYPED]
     place = typed.rpartition(".")[0]
     if typed in declared:
-        return f"{typed}: no such key in the chosen {place}\nto add it, write +{typed}=VALUE"
+        return f"{typed}: no such key in the chosen {place}\nto add it, type +{typed}=VALUE"
     known = [*composed, *declared, *(group for group in group_names() if group not in composed)]
     nearest = nearest_key(typed, known)
     while place and not _inside(place, known):
@@ -59,7 +59,7 @@ def unknown_key_message(typed: str, tree: Mapping[Any, object]) -> str:
 
 
 def nearest_key(typed: str, known: Sequence[str]) -> str | None:
-    """Return the known key that was probably meant, or None if no guess is likely right.
+    """Return the known key that the user probably meant, or None if there is no good guess.
 
     Args:
         typed: the dotted key as typed.
@@ -108,7 +108,7 @@ def schema_paths(schema: type, place: str = "") -> Iterator[str]:
 
 
 def _as_typed(key: str, declared: Sequence[str]) -> str:
-    """Return a key as it must be typed, with `+` in front if the composed configuration lacks it."""
+    """Return a key as it must be typed. A key that is not in the composed configuration gets a `+` in front."""
     return f"+{key}" if key in declared else key
 
 
@@ -117,5 +117,5 @@ def _leaf(key: str) -> str:
 
 
 def _inside(place: str, known: Iterable[str]) -> list[str]:
-    """Return the keys directly inside the node `place`, which is the root if empty."""
+    """Return the keys directly inside the node `place`. An empty `place` is the root."""
     return [key for key in known if key.rpartition(".")[0] == place]

@@ -37,7 +37,7 @@ def from_dict(values: Mapping[str, object]) -> Config:
     try:
         return from_node(OmegaConf.create(dict(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"no configuration: {str(error).partition(chr(10))[0]}") from None
+        raise ConfigError(f"not a valid configuration: {str(error).partition(chr(10))[0]}") from None
 
 
 def from_node(node: DictConfig) -> Config:
@@ -55,11 +55,11 @@ def from_node(node: DictConfig) -> Config:
     except ValidationError as error:
         raise ConfigError(_wrong_type(error, node)) from None
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no value; give it one: {error.full_key}=VALUE") from None
+        raise ConfigError(f"{error.full_key} has no value; type {error.full_key}=VALUE") from None
     except OverflowError as error:
         raise ConfigError(f"a number is out of range: {str(error).partition(chr(10))[0]}") from None
     except RecursionError:
-        raise ConfigError("nested too deeply, or made of itself") from None
+        raise ConfigError("a value is nested too deeply or contains itself") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{key}{str(error).splitlines()[0]}") from None
@@ -70,13 +70,13 @@ def from_node(node: DictConfig) -> Config:
 
 
 def _check_plain(value: object, path: str = "") -> None:
-    """Refuse YAML values that no key can have, such as bytes, dates and integers over 64 bits."""
+    """Refuse YAML values that are never valid, such as bytes, dates and integers over 64 bits."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ConfigError(f"{path}{key}={item}: a key is text; quote it: '{key}'")
+                raise ConfigError(f"{path}{key}={item}: a key must be text; quote it: '{key}'")
             _check_plain(item, f"{path}{key}.")
     elif isinstance(value, list | tuple):
         for item in value:
@@ -86,7 +86,7 @@ def _check_plain(value: object, path: str = "") -> None:
 
 
 def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
-    """Refuse a plain value where a group of keys belongs, with a message that names allowed values."""
+    """Refuse a plain value in place of a group of keys. The error names the allowed values."""
     values = OmegaConf.to_container(node)
     assert isinstance(values, dict)
     for item in dataclasses.fields(schema):
@@ -97,22 +97,22 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
         if not isinstance(values[item.name], dict):
             choice = f"{item.name}@{path}{item.name}=NAME" if path else f"{item.name}=NAME"
             allowed = {
-                "rules": "layer-name patterns and widths, {layer1.*: 8}",
-                "claim": "what an experiment file says",
+                "rules": "layer-name patterns and widths, such as {layer1.*: 8}",
+                "claim": "keys and values in an experiment file",
                 "lr_grid": "lr_grid.factors=[0.1,0.3,1,3,10]",
             }
-            raise ConfigError(f"{path}{item.name}={values[item.name]}: it holds keys of its own\n"
-                              f"allowed: {allowed.get(item.name, choice)}")  # fmt: skip
+            raise ConfigError(f"{path}{item.name}={values[item.name]}: must be a group of keys, not a single "
+                              f"value\nallowed: {allowed.get(item.name, choice)}")  # fmt: skip
         if isinstance(item.type, type) and nested:
             _check_nodes(item.type, node[item.name], f"{path}{item.name}.")
 
 
 def _filled(config: Config) -> Config:
-    """Fill in the method's widths, and turn a float run from scratch into a float baseline.
+    """Fill in the method's widths. Convert a float run from scratch to a float baseline.
 
-    If the method requires a start or a teacher, a key left at `auto` becomes `method`. The run then
-    has the same protocol as the runs of other methods. A value typed by the user makes a separate
-    protocol instead, under which other methods can run too.
+    If the method requires initial weights or a teacher, the value `auto` becomes `method`. The run then has the same
+    protocol as runs of other methods. A value that the user typed makes a separate protocol. Other methods can run
+    under it too.
     """
     if config.init not in ("auto", *STARTS) and not os.path.exists(config.init):
         raise ConfigError(
@@ -144,13 +144,13 @@ def _refuse_stored_values(config: Config) -> None:
     if "bits" not in config.method:
         return
     if config.init == "method":
-        raise ConfigError("init=method: must be one of auto, float, scratch, or the path of a run or a checkpoint")
+        raise ConfigError("init=method: must be auto, float, scratch, or the path of a run or a checkpoint")
     if config.distill.name == "method":
         raise ConfigError("distill.name=method: must be one of auto, none, kd")
     for group, node in (("method", config.method), ("activation", config.activation)):
         for key, known in (("init", "scratch"), ("distill", "kd")):
             if node.get(key, known) != known:
-                raise ConfigError(f"{group}.{key}={node[key]}: only the method itself sets it; write {key}={node[key]}")
+                raise ConfigError(f"{group}.{key}={node[key]}: cannot be set here; type {key}={node[key]}")
 
 
 def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str, int | None]) -> None:
@@ -166,13 +166,13 @@ def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str
             setattr(config.bits, key, widths[key] or FLOAT)
     if name != "none" and config.bits.a == FLOAT:
         raise ConfigError(
-            f"activation={name} has no effect at bits.a={FLOAT}; set the width of activations: bits.a=2 "
-            f"(qbench describe {name} lists the supported widths)"
+            f"activation={name} has no effect at bits.a={FLOAT}; set the width of activations, such as bits.a=2\n"
+            f"for the supported widths: qbench describe {name}"
         )
 
 
 def _fill_distill(distill: Distill, requires_teacher: bool) -> None:
-    """Replace `auto`, and refuse keys of a teacher if there is no teacher."""
+    """Replace `auto`. Refuse keys of a teacher if there is no teacher."""
     if distill.name == "auto":
         distill.name = "method" if requires_teacher else "none"
     if distill.teacher != "baseline" and not os.path.isdir(distill.teacher):
@@ -197,7 +197,7 @@ def _check(config: Config) -> None:
 def _check_named(group: str, node: Node) -> None:
     """Check that a YAML node has a name and all keys that are named under its key `added`."""
     if not isinstance(node.get("name"), str):
-        raise ConfigError(f"{group}.name is missing; choose one with {group}=NAME")
+        raise ConfigError(f"{group}.name is missing; type {group}=NAME")
     added = node.get(ADDED) or {}
     if not isinstance(added, dict) or not set(added) <= set(node):
         raise ConfigError(f"{group}.{ADDED}={added}: must be keys of {node['name']}, each with its default value")
@@ -223,9 +223,9 @@ def _check_ranges(node: object, path: str = "") -> None:
 def _check_schedule(optim: Optim, path: str) -> None:
     marks = optim.milestones
     if marks != sorted(marks) or not all(0 < mark < 1 for mark in marks):
-        raise ConfigError(f"{path}milestones={marks}: must be ascending fractions of a phase, each between 0 and 1")
+        raise ConfigError(f"{path}milestones={marks}: must be ascending fractions of a phase, all between 0 and 1")
     if optim.schedule == "step" and not marks:
-        raise ConfigError(f"{path}schedule=step needs milestones, e.g. '{path}milestones=[0.5,0.75]'")
+        raise ConfigError(f"{path}schedule=step needs milestones, such as '{path}milestones=[0.5,0.75]'")
     if optim.schedule == "exponential" and not 0 < optim.lr_end <= optim.lr:
         raise ConfigError(
             f"{path}lr={optim.lr:g} with {path}lr_end={optim.lr_end:g}: an exponential schedule needs 0 < lr_end <= lr"
@@ -235,7 +235,7 @@ def _check_schedule(optim: Optim, path: str) -> None:
 
 
 def _unknown_key(key: str, node: DictConfig) -> str:
-    """Return the message about a missing key, with the nearest key and all keys of the node."""
+    """Return the message about an unknown key, with the nearest key and all keys of the node."""
     if key == "experiment":
         return "experiment: no such key\nthe first line of an experiment file must be `# @package _global_`"
     tree = OmegaConf.to_container(node)
