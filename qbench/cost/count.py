@@ -1,4 +1,4 @@
-"""Count a network's parameters, multiply-accumulates (MACs), BitOps, bytes and bits per weight.
+"""Counts a network's parameters, multiply-accumulates (MACs), BitOps, bytes and bits per weight.
 
 BitOps are MACs x bits of the weights x bits of the activations, summed over convolutions and linear
 layers. A float tensor counts as 32 bits. Bytes include parameters, scales and codebooks, but not
@@ -22,8 +22,7 @@ from qbench.quant.quantizer import Storage
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     """Return the MACs of every convolution and linear layer of a float network, for one image.
 
-    The MACs are counted on a copy of the network on the meta device. This takes no memory and no
-    arithmetic.
+    The MACs are counted on a copy of the network on the meta device. This needs no memory and no arithmetic.
 
     Args:
         shape: (C, H, W) of an image.
@@ -31,13 +30,13 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     root = type(model).__name__
     try:
         counts = _flops(copy.deepcopy(model).to("meta"), torch.empty(1, *shape, device="meta"))
-    except Exception:  # a user's own network may make tensors on the CPU, or look at values
+    except Exception:  # a user's network may make tensors on the CPU or read values
         counts = _flops(copy.deepcopy(model), torch.zeros(1, *shape))
     return {name: sum(counts.get(f"{root}.{name}", {}).values()) // 2 for name in quantizable(model)}
 
 
 def _flops(model: nn.Module, images: torch.Tensor) -> Mapping[str, Mapping[object, int]]:
-    """Return module -> operation -> number of floating-point operations, two per MAC."""
+    """Return module -> operation -> number of floating-point operations. One MAC is two operations."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(images)
     counts: Mapping[str, Mapping[object, int]] = counter.get_flop_counts()

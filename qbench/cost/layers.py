@@ -1,4 +1,4 @@
-"""Compute the levels and cost of each layer of a quantized network, on meta tensors too."""
+"""Computes the levels and cost of each layer of a quantized network. Meta tensors are supported."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from qbench.quant.policy import quantizable
 from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
 
 MAX_CHANNELS = 16
-"""Most channels of the small layer from which a quantizer's levels are read."""
+"""Maximum number of channels of the small layer that is built to read a quantizer's levels."""
 
 
 class Levels(NamedTuple):
@@ -27,15 +27,15 @@ class Levels(NamedTuple):
     """The number of levels."""
 
     dimension: int
-    """Number of weights that one level represents; above 1 in product codes."""
+    """Number of weights that one level represents. It is above 1 in product codes."""
 
     per: str
     """The extent of a scale group: layer, channel, or "N values"."""
 
     steps: int | None
-    """The largest level, in units of a step of which all levels are multiples.
+    """The largest level divided by the step. All levels are multiples of the step.
 
-    None if there is no such step; 0 if it is unknown until the method has seen data.
+    None if there is no step. 0 if the step is not known before the method has seen data.
     """
 
 
@@ -49,12 +49,12 @@ class LayerCost:
 
     bits: Bits
     quantizers: Mapping[str, str]
-    """Slot (w, a, g) -> the quantizer's class, for quantizers that declare a grid."""
+    """Maps a slot (w, a, g) to the quantizer's class, for quantizers that declare a grid."""
 
     weights: Levels | None
     inputs: Levels | None
     rescaled: bool
-    """Whether the forward pass also changes the output, by a value computed from the input."""
+    """Whether the forward pass also changes the output by a value computed from the input."""
 
     params: int
     macs: int
@@ -68,7 +68,7 @@ LevelsOf = Callable[[str, tuple[int, ...], int], Levels | None]
 
 
 def layer_costs(model: nn.Module, method: Method, macs: Mapping[str, int]) -> list[LayerCost]:
-    """Return the cost of each layer in `macs`, in that order, without batch normalization."""
+    """Return the cost of each layer in `macs`, in the same order. Batch normalization is not included."""
     layers = quantizable(model)
     levels_of = cache(partial(_levels, method))
     return [_cost(name, layers[name], levels_of, count) for name, count in macs.items()]
@@ -135,9 +135,9 @@ def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Lev
         try:
             quantizer = factory("layer", layer, bits)
             with torch.no_grad():
-                quantizer(value)  # for steps and ranges that start from the first batch
+                quantizer(value)  # sets steps and ranges that are initialized from the first batch
                 grid = quantizer.grid(value)
-        except (RuntimeError, ValueError):  # no levels until the quantizer has seen the network
+        except (RuntimeError, ValueError):  # the quantizer has no levels before it has seen the network
             return None
     return None if grid is None else _read(grid, value)
 
@@ -157,9 +157,8 @@ def _read(grid: Grid, value: Tensor) -> Levels | None:
 def _steps(points: Tensor) -> int | None:
     """Return the largest level in steps, if all levels (L,) are multiples of a step.
 
-    The step is the smallest distance between two levels or between a level and zero, or half of
-    that distance. If the levels are not multiples of this step, the result is None. If all levels
-    are zero, the result is 0.
+    Let d be the smallest distance between two levels, or between a level and zero. The step is d or d / 2. If the
+    levels are not multiples of the step, the result is None. If all levels are zero, the result is 0.
     """
     distances = torch.cat([points.abs(), points.diff().abs()])
     if not bool((distances > 0).any()):

@@ -1,4 +1,4 @@
-"""The cost of a whole network, in a class that does not import torch."""
+"""Defines the cost of a whole network. This module does not import torch."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,6 @@
-"""Decide which runtimes support a quantized network's arithmetic, with sources.
+"""Decides which runtimes support a quantized network's arithmetic, and names the sources.
 
-Nothing is exported, and no runtime is measured. The list of formats that each runtime supports
-comes from the documents named below.
+Nothing is exported, and no runtime is measured. The formats of each runtime come from the documents named below.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from qbench.cost.layers import LayerCost, Levels
 
 
 class Runtime(NamedTuple):
-    """A kind of runtime: its name, the arithmetic it supports, and the documents that say so."""
+    """A kind of runtime: its name, the arithmetic that it supports, and the documents that state this."""
 
     name: str
     arithmetic: str
@@ -21,7 +20,7 @@ class Runtime(NamedTuple):
 
 INT8 = Runtime(
     "ONNX Runtime and LiteRT, as int8",
-    "linear 8-bit codes, one scale per tensor or channel for weights, one per tensor for activations",
+    "linear 8-bit codes; one scale per tensor or channel for weights, one scale per tensor for activations",
     "onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "
     "ai.google.dev/edge/litert/models/quantization_spec",
 )
@@ -39,7 +38,7 @@ WIDTH_INT8 = 8
 
 
 def runs_on(layers: Sequence[LayerCost]) -> list[str]:
-    """Return one line per runtime that supports the arithmetic, or why no runtime does.
+    """Return one line per runtime that supports the arithmetic, or the reason why no runtime does.
 
     Args:
         layers: the layers of a network. Only quantized layers are considered, because any runtime
@@ -47,34 +46,34 @@ def runs_on(layers: Sequence[LayerCost]) -> list[str]:
     """
     quantized = [layer for layer in layers if layer.bits.w < FLOAT or layer.bits.a < FLOAT]
     if not quantized:
-        return ["runs on anything: nothing is quantized"]
-    # The input of the first layer, the image, has one scale per channel; the other layers decide.
+        return ["runs on any runtime, because nothing is quantized"]
+    # The first layer's input (the image) has one scale per channel, so only the other layers are considered.
     inner = [layer for layer in quantized if layer.inputs is None or layer.inputs.per != "channel"] or quantized
     if reason := _no_runtime(inner):
         return [reason]
     runtimes = _supporting(inner)
     if not runtimes:
-        return ["simulation only: the levels are not multiples of one step, as the codes of integer runtimes must be"]
+        return ["simulation only: integer runtimes need levels that are multiples of one step"]
     lines = [f"runs on {name}: {arithmetic} ({source})" for name, arithmetic, source in runtimes]
     if INT8 in runtimes and max(max(layer.bits.w, layer.bits.a) for layer in inner) < WIDTH_INT8:
-        lines.append("int8 runtimes use 8 bits for each of these codes: fewer bits save nothing there")
+        lines.append("int8 runtimes use 8 bits per code, so fewer bits save nothing there")
     if any(layer.rescaled for layer in inner):
-        lines.append("outputs are scaled by values computed from each input: no runtime named here supports that")
+        lines.append("outputs are scaled by values computed from each input, which no listed runtime supports")
     return lines
 
 
 def _no_runtime(layers: Iterable[LayerCost]) -> str:
-    """Return why no runtime supports these layers, or why this is not known yet.
+    """Return the reason why no runtime supports these layers, or why this is not known yet.
 
     The text is empty if the answer depends on the levels.
     """
     if all(layer.bits.a == FLOAT for layer in layers):
-        why = "activations are float: codes save storage, and are turned into floats before they are used"
+        why = "activations are float, so codes of weights save storage but are converted to floats before use"
         return f"simulation, or weights stored as codes: {why}"
     if all(layer.bits.w == FLOAT for layer in layers):
-        return "simulation only: weights are float, so that quantized activations save nothing"
+        return "simulation only: weights are float, so quantized activations save nothing"
     if any(levels is None or levels.steps == 0 for layer in layers for levels in (layer.weights, layer.inputs)):
-        return "supported runtimes are known only once it has seen data, from which its levels are computed"
+        return "supported runtimes are not known yet, because the levels depend on data"
     return ""
 
 
