@@ -1,4 +1,4 @@
-"""Build data set, method and network, each from a separate node of the configuration."""
+"""Builds data set, method and network, each from one node of the configuration."""
 
 import json
 from functools import lru_cache
@@ -23,7 +23,7 @@ def build_dataset(node: Node) -> Dataset:
     """Return the data set that a node names. Runs in the same process share it.
 
     Raises:
-        ConfigError: the data set does not have some key or value.
+        ConfigError: a key or value of the node is not valid.
         DataError: the data set's files are missing or damaged.
     """
     return _dataset(json.dumps(node, sort_keys=True))
@@ -42,7 +42,7 @@ def build_imageless_dataset(node: Node) -> Dataset | None:
     """Return a data set without images, or None if the image shape and counts are not known.
 
     Raises:
-        ConfigError: the data set does not have some key or value.
+        ConfigError: a key or value of the node is not valid.
     """
     registry.checked("dataset", node)
     try:
@@ -55,13 +55,11 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
     """Return the method at the given widths, combined with an activation method if one is named.
 
     Args:
-        activation: node of the method that quantizes the activations, with `name: none` if `method`
-            does that itself.
+        activation: node of the method that quantizes the activations. Its name is `none` if `method` does that itself.
 
     Raises:
         ConfigError: the method does not have some key or value.
-        Unsupported: the method does not support the widths or options, or the two cannot be
-            composed.
+        Unsupported: the method does not support the widths or options, or the methods cannot be combined.
     """
     if activation["name"] == "none":
         return _create_method(method, bits, "method")
@@ -70,7 +68,7 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
 
 
 def _create_method(node: Node, bits: Bits, key: str) -> Method:
-    """Return the method that a node names. Error messages name the node by `key`."""
+    """Return the method that a node names. Error messages call the node `key`."""
     try:
         method = registry.create("method", node, **bits._asdict())
         if not isinstance(method, Method):
@@ -85,7 +83,7 @@ def _create_method(node: Node, bits: Bits, key: str) -> Method:
 
 
 def method_card(node: Node) -> dict[str, str]:
-    """Return the choices and deviations from a method's card, and the known deviation in use."""
+    """Return the choices and deviations of a method's card, and the known deviation in use."""
     sections = registry.sections(registry.card(node["name"]))
     card = {key.lower(): sections[key] for key in ("Choices", "Deviations") if key in sections}
     deviation = registry.known_deviations(node["name"]).get(str(node.get("deviation", "none")))
@@ -103,8 +101,8 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
         device: where the network is made; on `meta` it needs no memory.
 
     Raises:
-        ConfigError: the network does not have some key or value.
-        Unsupported: the network's normalization is not the one that the method requires.
+        ConfigError: a key or value of the node is not valid.
+        Unsupported: the network does not have the normalization that the method requires.
     """
     options = {key: value for key, value in node.items() if key != "act"}
     if options.get("norm") == "auto":

@@ -1,4 +1,4 @@
-"""Checks that the parts of an experiment fit together, before anything is written."""
+"""Checks that the parts of an experiment are compatible, before anything is written."""
 
 import shutil
 
@@ -28,48 +28,50 @@ def check_model_keys(model: Node, method: Method) -> None:
                 f"model.{key}={value} contradicts method={method.name}, which requires {need}; leave model.{key}=auto"
             )
     if model.get("act") == "fused" and method.bits.a == FLOAT:
-        raise Unsupported("model.act=fused has no effect at bits.a=32: no quantizer takes the activation's place")
+        raise Unsupported("model.act=fused has no effect at bits.a=32, because no quantizer replaces the activation")
 
 
 def check_runtime(runtime: Runtime, method: Method, device: torch.device, *, is_baseline: bool) -> None:
-    """Refuse keys of the runtime that would have no effect, or that this machine cannot provide."""
+    """Refuse runtime keys that have no effect, or that this machine does not support."""
     compressible = "cells_input" in method.traits and method.bits.a <= 8
     if runtime.compress_activations and not is_baseline and not compressible:
-        why = "no activations are quantized" if method.bits.a == FLOAT else "its backward pass needs what was quantized"
+        why = (
+            "no activations are quantized"
+            if method.bits.a == FLOAT
+            else "its backward pass needs the float activations"
+        )
         raise ConfigError(f"runtime.compress_activations=true has no effect with {method.name} {method.bits}: {why}")
     if runtime.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
-        raise ConfigError(
-            f"runtime.compile=true needs a C++ compiler on the CPU; none of {', '.join(COMPILERS)} was found"
-        )
+        raise ConfigError(f"runtime.compile=true needs a C++ compiler on the CPU; none found of {', '.join(COMPILERS)}")
 
 
 def check_distill(distill: Distill, method: Method) -> None:
-    """Refuse a teacher that would have no effect or that the method does not use."""
+    """Refuse a teacher that the method does not use, or that has no effect."""
     if distill.name == "method" and not method.requires.teacher:
-        raise Unsupported(f"{method.name} with these options does not use the teacher it requires; add distill=none")
+        raise Unsupported(f"{method.name} does not use a teacher with these options; add distill=none")
     if distill.on and not method.needs_training:
-        raise Unsupported(f"{method.name} is not trained: a teacher has no effect; add distill=none")
+        raise Unsupported(f"a teacher has no effect, because {method.name} is not trained; add distill=none")
 
 
 def check_average(optim: Optim, method: Method) -> None:
     """Refuse to average parameters if the method keeps no float copy of the parameters."""
     if optim.ema is not None and "no_master" in method.traits:
-        raise Unsupported(f"{method.name} keeps no float copy of its weights to average; leave optim.ema=null")
+        raise Unsupported(f"{method.name} keeps no float weights that could be averaged; remove optim.ema")
 
 
 def check_splits(data: Dataset, optim: Optim, name: str) -> None:
     """Refuse early stopping without validation images, and an empty test split."""
     if optim.patience is not None and not len(data.val):
-        raise ConfigError("optim.patience waits for a better validation top-1, and the validation split is empty")
+        raise ConfigError("optim.patience needs a validation split; type dataset.val=0.1 or remove optim.patience")
     if not len(data.test):
         raise ConfigError(f"dataset={name}: its test split is empty")
 
 
 def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
-    """Refuse a user's network whose normalization is not the one that the method requires.
+    """Refuse a user's network without the normalization that the method requires.
 
-    The networks of qbench have an attribute `norm` and follow the requirement. Other networks are
-    searched for batch normalization.
+    The networks of qbench have an attribute `norm` and meet the requirement. Other networks are searched for batch
+    normalization.
     """
     norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     affine = any(getattr(m, "affine", False) for m in norms)

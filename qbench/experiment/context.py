@@ -1,4 +1,4 @@
-"""The caller's part of a run: showing progress, and asking the run to stop."""
+"""Defines what the caller of a run provides: progress display and stop requests."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ class RunContext:
     def check(self) -> None:
         """Raise `Interrupted` if a signal asks the run to stop."""
         if number := self.stop():
-            raise Interrupted(f"stopped by signal {number}; the same command goes on from here")
+            raise Interrupted(f"stopped by signal {number}; to continue, repeat the command")
 
     def checked(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield batches. Before each, raise `Interrupted` if a signal asks the run to stop."""
+        """Yield batches. Before each batch, raise `Interrupted` if a signal asks the run to stop."""
         for batch in batches:
             self.check()
             yield batch
@@ -45,7 +45,7 @@ class RunContext:
         def wait() -> None:
             nonlocal announced
             if not announced:
-                self.reporter.say(f"waiting: another process works on {path}")
+                self.reporter.say(f"waiting: another process is working on {path}")
                 announced = True
             self.check()
 

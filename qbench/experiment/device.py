@@ -1,4 +1,4 @@
-"""Device, threads, determinism and memory allocation of this process."""
+"""Sets device, threads, determinism and memory allocation of this process."""
 
 import ctypes
 import os
@@ -28,10 +28,10 @@ def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Call
 
 
 def configure_torch(runtime: Runtime) -> None:
-    """Set the number of threads, the determinism and the memory allocation of this process."""
+    """Set the number of threads, determinism and memory allocation of this process."""
     torch.set_num_threads(runtime.threads)
     if runtime.deterministic:
-        # cuBLAS is deterministic only with a fixed workspace; CUDA reads this variable at start.
+        # cuBLAS is deterministic only with a fixed workspace. CUDA reads this variable when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)
     tune_malloc()
@@ -50,7 +50,7 @@ def tune_malloc() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device with a name; `auto` means the first CUDA device, else the CPU."""
+    """Return the device with a name. `auto` means the first CUDA device or, without CUDA, the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -60,5 +60,5 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"runtime.device={name}: must be one of auto, cpu, cuda, cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"runtime.device={name}: torch finds no such CUDA device; try runtime.device=cpu")
+        raise ConfigError(f"runtime.device={name}: this CUDA device is not available; try runtime.device=cpu")
     return device

@@ -1,4 +1,4 @@
-"""End a run: evaluate, verify the levels, write the weights, and make the result."""
+"""Ends a run: evaluates, verifies the levels, writes the weights, and makes the result."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -74,7 +74,7 @@ def _baseline_result(baseline: Result | None) -> BaselineResult | None:
 
 
 def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], width: int) -> int | None:
-    """Return the most levels allowed for weights, in layers of the method's own width if any."""
+    """Return the largest number of levels allowed for weights. If possible, only layers at the method's width count."""
     layers = quantized_layers(model)
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
     at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
@@ -85,16 +85,19 @@ def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
     """Return the notes to show with the run's row in a table."""
     bits, supported = setup.method.bits, setup.method.supported_bits
     if setup.is_baseline:
-        return ["trained by pretrain.epochs and pretrain.optim; epochs and optim apply to runs that start from it"]
+        return [
+            "trained with pretrain.epochs and pretrain.optim; epochs and optim apply to runs that start from "
+            "this baseline"
+        ]
     if not verified:
         return ["nothing quantized"]
     notes = [f"{setup.method.name}: {change}" for change in setup.protocol_changes]
     if bits.w < FLOAT and bits.a == FLOAT and bits.w in supported.get("a", ()):
         both = f"bits=w{bits.w}a{bits.w}"
         notes.append(
-            f"activations float; papers' 2-bit nets are usually {both}"
+            f"activations are float; 2-bit networks in papers usually have {both}"
             if bits.w == 2
-            else f"activations float; {both} quantizes them too"
+            else f"activations are float; to quantize them too: {both}"
         )
     return notes
 
@@ -107,7 +110,7 @@ def _evaluate(
     session: TrainingSession,
     answers: list[Tensor] | None = None,
 ) -> Evaluation:
-    """Evaluate weights on both splits. Append test labels and predictions to `answers`."""
+    """Evaluate weights on the validation and test splits. Append test labels and predictions to `answers`."""
     task.model.load_state_dict(weights)
     val, test = (session.context.checked(loader.unaugmented(split)) for split in ("val", "test"))
     validated, tested = evaluate(task.model, val, task.logits), evaluate(task.model, test, task.logits, answers)

@@ -1,4 +1,4 @@
-"""Check and do the runs of a sweep. A failed run has a result too."""
+"""Checks and does the runs of a sweep. A failed run also gets a result."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
     """Return a run's result. An error becomes a failed result.
 
     Raises:
-        Interrupted: a signal asked the run to stop. The same command continues the run.
+        Interrupted: a signal asked the run to stop. The same command continues the run later.
     """
     from qbench.experiment.context import RunContext
     from qbench.experiment.run import run
@@ -53,14 +53,14 @@ def outcome(planned: PlannedRun) -> RunRecord:
 
 
 CHECKED_PARTS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
-"""Parts of a configuration. Only one of all runs that agree in these parts is checked."""
+"""Parts of a configuration. Runs that agree in these parts are checked only once."""
 
 
 def check(runs: Sequence[PlannedRun]) -> None:
-    """Assemble one run of each kind, so that an error stops the sweep before its first run.
+    """Assemble one run of each kind. An error then stops the sweep before its first run.
 
     Raises:
-        ConfigError: a run has a key or value that no part accepts. The first such run is reported.
+        ConfigError: a key or value of a run is not valid. The first bad run is reported.
     """
     from qbench.experiment.setup import assemble
     from qbench.quant.method import Unsupported

@@ -1,4 +1,4 @@
-"""Defines a run before it starts, as a configuration and a directory."""
+"""Defines a planned run: a configuration and a directory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class PlannedRun:
 
     @property
     def identity(self) -> RunIdentity:
-        """The identity of the run, to which the directory belongs."""
+        """The identity of the run."""
         return self.directory.identity
 
     @property
@@ -28,11 +28,11 @@ class PlannedRun:
 
 
 def planned_run(config: Config) -> PlannedRun:
-    """Return the run of a configuration, with a directory below `out`. Write nothing."""
+    """Return the run of a configuration. Its directory is below `out`. Nothing is written."""
     identity = run_identity(config)
     return PlannedRun(config, RunDirectory(identity, Path(config.out) / directory_name(identity)))
 
 
 def planned_runs(configs: Iterable[Config]) -> list[PlannedRun]:
-    """Return the runs of some configurations, with only one run per directory."""
+    """Return the runs of some configurations, one per directory."""
     return list({run.path: run for run in map(planned_run, configs)}.values())

@@ -1,4 +1,4 @@
-"""Do a run, from the configuration to the result."""
+"""Does a run, from the configuration to the result."""
 
 import traceback
 from pathlib import Path
@@ -33,22 +33,21 @@ PROBE_IMAGES = 256
 
 
 def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool = False) -> Result:
-    """Return a run's stored result, or do the run, from the newest checkpoint if there is one.
+    """Return a run's stored result. If there is none, do the run, starting from the newest checkpoint if any.
 
     Args:
-        intact: whether to accept a stored result only if best.pt is intact too, because another run
-            will load that file.
+        intact: whether a stored result counts only if best.pt is intact too. This is needed if another run will load
+            best.pt.
 
     Raises:
-        QbenchError: one of the kinds in `qbench.errors`. A run that has started keeps its
-            directory.
+        QbenchError: any class in `qbench.errors`. A run that has started keeps its directory.
     """
     context = context or RunContext()
     directory, rerun = planned.directory, planned.config.rerun
     if not rerun and (stored := _stored(directory, intact, context)):
         directory.remove_checkpoints()
         return stored
-    manifest.changed()  # ask git now, because its process would inherit the lock and could outlive this one
+    manifest.changed()  # call git before locking: its process would inherit the lock and might outlive this process
     try:
         setup = assemble(planned.config)
     except Unsupported as reason:
@@ -58,7 +57,7 @@ def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool 
     with directory.lock(context.waiting(directory.path)):
         if not rerun and (stored := _stored(directory, intact, context)):  # another process has finished the run
             return stored
-        if directory.has_result():  # a final result to replace, or a failed run to repeat
+        if directory.has_result():  # replace a final result, or repeat a failed run
             directory.reset(whole=rerun or directory.stored() is not None)
         try:
             baseline = run(setup.baseline, context, intact=True) if setup.needs_baseline else None
@@ -94,7 +93,9 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
     directory.write_config()
     loader, reporter = setup.loader(), context.reporter
     if loader.batch_size < setup.optim.batch_size:
-        reporter.say(f"optim.batch_size={setup.optim.batch_size}: there are {loader.batch_size} training images")
+        reporter.say(
+            f"optim.batch_size={setup.optim.batch_size}: reduced to {loader.batch_size}, the number of training images"
+        )
     manifest.write(
         directory.path / "manifest.json",
         numerics=directory.identity.keys["runtime"],
@@ -126,7 +127,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
 
 
 def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: TrainingSession) -> nn.Module:
-    """Return the quantized network on its device. Load initial weights if no checkpoint exists."""
+    """Return the quantized network on its device. Without a checkpoint, load the initial weights."""
     model, start = setup.float_model(), setup.start(baseline)
     if start and not session.saved:
         identity = setup.baseline.identity.digest if setup.starts_from_baseline else None
@@ -135,7 +136,7 @@ def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: Train
 
 
 def _state(task: Task, saved: Saved | None, seed: int) -> State:
-    """Return the training state: a new one, or the one restored from a checkpoint."""
+    """Return the training state, which is new or restored from a checkpoint."""
     average = WeightAverage(task.model, task.optim.ema) if task.optim.ema is not None else None
     if not saved:
         state = State(optimizer.build_optimizer(task.model, task.optim), average)
@@ -147,9 +148,13 @@ def _state(task: Task, saved: Saved | None, seed: int) -> State:
             parameter.requires_grad_(name in trainable)
         state = State(optimizer.build_optimizer(task.model, task.optim), average)
         state.load(task.model, saved["state"])
-    except Exception as error:  # the digest is right, so the file is not damaged but was written like this
+    except Exception as error:  # the digest matches, so the file is not damaged but was written like this
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise CheckpointError(f"the checkpoint to go on from does not fit: {why}\nstart over: rerun=true") from error
+        raise CheckpointError(
+            f"cannot continue, because the checkpoint does not fit this run: {why}\nto start over, add rerun=true"
+        ) from error
     if bad := first_nonfinite(must_be_finite(task.model)):
-        raise CheckpointError(f"the checkpoint to go on from holds inf or nan: {bad}\nstart over: rerun=true")
+        raise CheckpointError(
+            f"cannot continue, because the checkpoint contains inf or nan: {bad}\nto start over, add rerun=true"
+        )
     return state

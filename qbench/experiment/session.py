@@ -1,4 +1,4 @@
-"""Connect training to the run's directory: resume, log, save and stop."""
+"""Connects training to the run's directory: resumes, logs, saves and stops."""
 
 import io
 import os
@@ -27,7 +27,7 @@ from qbench.training.monitor import TrainingMonitor
 from qbench.training.state import State
 from qbench.training.task import Task
 
-"""The content of a checkpoint: the run's `identity`, the training's `state`, and `session`."""
+"""The content of a checkpoint: the run's `identity`, the `state` of the training, and `session`."""
 
 
 class TrainingSession:
@@ -38,7 +38,7 @@ class TrainingSession:
     Args:
         directory: the directory of the run, locked by this process.
         context: the objects that the caller provides.
-        runtime: how the run is carried out.
+        runtime: settings of the execution.
         title: the name of the run in the progress display.
         hyperparameters: the run's row in TensorBoard's table.
 
@@ -71,11 +71,11 @@ class TrainingSession:
 
     @property
     def wall_seconds(self) -> float:
-        """The seconds of work on this run, including those before an interruption."""
+        """The seconds spent on this run, including those before an interruption."""
         return self._earlier_seconds + time.perf_counter() - self._began
 
     def watch(self, task: Task, state: State, images: int) -> Callbacks:
-        """Return the functions that the training loop calls; `images` is the batch size."""
+        """Return the functions that the training loop calls. `images` is the batch size."""
         context, reporter = self.context, self.context.reporter
         reporter.start(self.title, task.epochs * task.steps, state.step, images)
         self.monitor.begin(task.model)
@@ -86,7 +86,9 @@ class TrainingSession:
             reporter.step(state.step, loss.item)
             stopping = context.stop()
             due = time.perf_counter() - self._saved_at > self.runtime.checkpoint_seconds
-            if stopping or (due and state.batch < task.steps):  # the epoch's last step is saved with the epoch
+            if stopping or (
+                due and state.batch < task.steps
+            ):  # the last step of an epoch is saved together with the epoch
                 self.save(task, state)
             if stopping:
                 context.check()
@@ -103,8 +105,8 @@ class TrainingSession:
         """Write a checkpoint from which the run can continue.
 
         Raises:
-            Diverged: the state holds inf or nan, or `TrainingMonitor.check` raises this error.
-                Nothing is written then.
+            Diverged: the state contains inf or nan, or `TrainingMonitor.check` raises this error. In both cases nothing
+                is written.
         """
         session = {
             "train_seconds": self.train_seconds,
@@ -128,13 +130,13 @@ class TrainingSession:
         self.directory.write_artifact(name, pack({"model": weights, "identity": self.directory.identity.digest}))
 
     def write_predictions(self, answers: Tensor) -> None:
-        """Write predictions.npy, int16 (N, 2): label and predicted class of each test image."""
+        """Write predictions.npy, int16 (N, 2), with label and predicted class of each test image."""
         buffer = io.BytesIO()
         np.save(buffer, answers.cpu().numpy().astype(np.int16))
         self.directory.write_artifact("predictions.npy", buffer.getvalue())
 
     def speed(self, device: torch.device, epochs: int) -> TrainingSpeed:
-        """Return the speed of training alone, averaged over all `epochs`, and the peak memory."""
+        """Return the training speed without evaluation, averaged over all `epochs`, and the peak memory."""
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_bytes()
         seconds = max(self.train_seconds, 1e-9)
         return TrainingSpeed(
@@ -174,7 +176,7 @@ def _peak_bytes() -> int:
 
 
 def record_failure(directory: RunDirectory, error: BaseException, status: str, trace: str) -> None:
-    """Write a failed or diverged result and the traceback. If writing fails, only print why."""
+    """Write a failed or diverged result and the traceback. If writing fails, only print the reason."""
     try:
         reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
         directory.finish(directory.new_result(status, reason))

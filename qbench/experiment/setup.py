@@ -1,4 +1,4 @@
-"""Build the parts of an experiment from a configuration.
+"""Builds the parts of an experiment from a configuration.
 
 Only this file reads a whole configuration. Each builder gets one node of the configuration, and
 later stages use the parts.
@@ -64,7 +64,7 @@ class ExperimentSetup:
 
     @property
     def runtime(self) -> Runtime:
-        """How the run is carried out."""
+        """Settings of the execution."""
         return self.config.runtime
 
     @property
@@ -110,7 +110,7 @@ class ExperimentSetup:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the run needs the float baseline as start, for comparison or as teacher."""
+        """Whether the run needs the float baseline: for initial weights, for comparison, or as a teacher."""
         return self.config.init in ("float", "method") or self.config.distill.by_baseline
 
     def start(self, baseline: Path | None) -> Path | None:
@@ -126,7 +126,7 @@ class ExperimentSetup:
 
     @property
     def network(self) -> dict[str, str]:
-        """The network's normalization, if it differs from the usual one."""
+        """The network's normalization, if it differs from the default."""
         norm = self.method.requires.norm or self.config.model.get("norm", "auto")
         return {} if norm in ("auto", "affine") else {"norm": str(norm)}
 
@@ -142,12 +142,12 @@ class ExperimentSetup:
 
     @property
     def card(self) -> dict[str, dict[str, str]]:
-        """Choices and deviations from the method cards, for the reader of the result."""
+        """Choices and deviations from the method cards, to store with the result."""
         nodes = [node for node in (self.config.method, self.config.activation) if node["name"] != "none"]
         return {str(node["name"]): method_card(node) for node in nodes}
 
     def loader(self, data: Dataset | None = None) -> Loader:
-        """Return the loader of batches of the run's data, or of other data, on the run's device."""
+        """Return the loader of batches of the run's data, or of other data. Batches are on the run's device."""
         workers = self.runtime.num_workers
         return Loader(data or self.data, self.optim.batch_size, self.seed, self.device, workers)
 
@@ -202,26 +202,26 @@ class ExperimentSetup:
         named = f"distill.teacher={run}"
         config, state = stored_run(run, named)
         if config.dataset["name"] != dataset:
-            raise ConfigError(f"{named} was trained on {config.dataset['name']}, and this run has dataset={dataset}")
+            raise ConfigError(f"{named} was trained on {config.dataset['name']}, but this run has dataset={dataset}")
         teacher = assemble(config)
         configure_torch(self.runtime)  # `assemble` has set the options of the teacher's run
         if (teacher.data.shape, teacher.data.classes) != (data.shape, data.classes):
             raise ConfigError(
-                f"{named} has {teacher.data.classes} classes of {teacher.data.shape} images, and this run has "
-                f"{data.classes} classes of {data.shape}"
+                f"{named} has {teacher.data.classes} classes of {teacher.data.shape} images, but this run has "
+                f"{data.classes} classes of {data.shape} images"
             )
         return load_weights(teacher.install(teacher.float_model()), state, f"{named}: best.pt")
 
 
 def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
-    """Build every part once, on the CPU, so that errors are found before any work.
+    """Build every part once on the CPU, to find errors before any work.
 
     Args:
-        planned: whether to use published data sets without images, from the known shapes and
-            counts. Such a setup cannot train.
+        planned: whether to build published data sets from their known shapes and counts, without images. The setup then
+            cannot train.
 
     Raises:
-        ConfigError: no part accepts some keys or values, or they contradict each other.
+        ConfigError: keys or values are not valid, or they contradict each other.
         Unsupported: the method does not support these options or this network.
     """
     runtime, optim, distill, layers = config.runtime, config.optim, config.distill, config.layers
@@ -244,7 +244,7 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
     check_distill(distill, method)
     check_splits(data, optim, config.dataset["name"])
     if planned and config.init in STARTS:
-        with suppress(NotImplementedError, RuntimeError):  # a network or method of the user's own may read values
+        with suppress(NotImplementedError, RuntimeError):  # a user's network or method may read values
             return _checked(setup, setup.float_model("meta"))
     model = setup.float_model()
     if config.init not in STARTS:
@@ -253,7 +253,7 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
 
 
 def _checked(setup: ExperimentSetup, model: nn.Module) -> ExperimentSetup:
-    """Count the operations of a float network, and check that the method can be installed."""
+    """Count the operations of a float network. Check that the method can be installed."""
     setup.macs.clear()
     setup.macs.update(count_macs(model, setup.data.shape))
     setup.install(model)

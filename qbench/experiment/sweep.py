@@ -1,4 +1,4 @@
-"""Check a sweep, then do the runs one after the other or by a launcher."""
+"""Checks a sweep, then does the runs one after the other or with a launcher."""
 
 import re
 import sys
@@ -15,11 +15,11 @@ from qbench.runs.reader import RunRecord
 from qbench.runs.result import load_result
 
 LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper.max_batch_size", "submitit_slurm": ""}
-"""Launcher -> the key that limits the parallel runs. Hydra's plugin starts submitit."""
+"""Maps a launcher to the key that limits parallel runs. Hydra's plugin starts submitit."""
 
 
 def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunRecord]:
-    """Do the runs one after the other. Return the outcome of each."""
+    """Do the runs one after the other. Return their outcomes."""
     check(runs)
     failed: dict[Path, RunRecord] = {}
     with show_progress(runs, 1):
@@ -34,13 +34,12 @@ def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunReco
 
 
 def launch_all(arguments: list[str], runs: Sequence[PlannedRun], name: str, stop: Callable[[], int]) -> list[RunRecord]:
-    """Let a launcher do the runs in its own processes. Return the outcome of each.
+    """Let a launcher do the runs in several processes. Return their outcomes.
 
-    If there are enough cores for one worker, workers times threads never exceeds the number of
-    cores.
+    Workers times threads does not exceed the number of cores, unless one worker alone exceeds it.
 
     Raises:
-        ConfigError: there is no such launcher, or the launcher does not accept some key.
+        ConfigError: the launcher does not exist or does not accept a key.
     """
     if name not in LAUNCHERS:
         raise ConfigError(f"hydra/launcher={name}: no such launcher\nallowed: basic, {', '.join(LAUNCHERS)}")
@@ -48,7 +47,10 @@ def launch_all(arguments: list[str], runs: Sequence[PlannedRun], name: str, stop
     limits = [a.partition("=")[2] for a in arguments if key and a.startswith(f"{key}=")]
     for word in (w for w in arguments if name == "joblib" and w.lstrip("+").startswith("hydra.")):
         if not re.fullmatch(rf"{key}=(-1|[1-9]\d{{,5}})|hydra\.searchpath=.*", word):
-            raise ConfigError(f"{word}: joblib takes only {key}=N, N runs at a time, or -1 for one per core")
+            raise ConfigError(
+                f"{word}: not a key of the launcher joblib\n"
+                f"allowed: {key}=N for N runs at a time, or -1 for one run per core"
+            )
     threads = max(planned.config.runtime.threads for planned in runs)
     workers = worker_count(threads, limits[-1] if limits else "")
     with show_progress(runs, workers):

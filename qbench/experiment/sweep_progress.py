@@ -1,4 +1,4 @@
-"""Show the progress of a sweep, read from the directories of the runs."""
+"""Shows the progress of a sweep, which is read from the directories of the runs."""
 
 import sys
 import threading
@@ -21,9 +21,9 @@ POLL_SECONDS = 0.5
 
 @contextmanager
 def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
-    """Show how many runs of a sweep are done, running and left, until the context ends.
+    """Show how many runs of a sweep are done, running and left. The display ends with the context.
 
-    A thread reads the directories, so that the display works with every launcher.
+    A thread reads the directories, so the display works with every launcher.
     """
     ended = threading.Event()
     thread = threading.Thread(target=_watch, args=(runs, workers, ended), daemon=True)
@@ -40,7 +40,7 @@ def _watch(runs: Sequence[PlannedRun], workers: int, ended: threading.Event) -> 
     done = {planned.path for planned in runs if planned.directory.stored()}
     bar = _start_bar(len(paths), len(done)) if sys.stderr.isatty() else None
     if done and not bar:
-        print(f"[{len(done)}/{len(paths)}] stored already", file=sys.stderr, flush=True)
+        print(f"[{len(done)}/{len(paths)}] already stored", file=sys.stderr, flush=True)
     began = time.time()
     while True:
         last = ended.wait(POLL_SECONDS)
@@ -69,7 +69,7 @@ def _start_bar(total: int, done: int) -> "Progress":
 
 
 def _finished(paths: Sequence[Path], since: float) -> Iterator[tuple[Path, Result]]:
-    """Yield each directory whose result was written since a time, together with the result."""
+    """Yield (directory, result) for each result that was written since a time."""
     for path in paths:
         result = load_result(path)
         if result and (path / "result.json").stat().st_mtime >= since:
@@ -83,6 +83,6 @@ def _line(result: Result) -> str:
     if result.status != "done" or result.final is None:
         return f"{name}: {result.status}: {(result.reason or '').partition(chr(10))[0]}"
     seconds = f"{result.wall_seconds or 0:.1f} s"
-    if rate:  # in a grid of rates, test accuracy is shown for the selected rate only
+    if rate:  # in a learning-rate grid, test accuracy is shown only for the selected rate
         return f"{name}: validation {result.final.val.top1 if result.final.val else float('nan'):.2f} %, {seconds}"
     return f"{name}: {result.final.test.top1:.2f} %, {seconds}"

@@ -1,4 +1,4 @@
-"""Read a finished run's configuration and weights, to build the network again."""
+"""Reads a finished run's configuration and weights, to build the network again."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from qbench.training.initial_weights import load_published
 
 
 def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
-    """Return a finished run's configuration (without start and teacher) and its checkpoint.
+    """Return a finished run's configuration and checkpoint. The configuration has no initial weights and no teacher.
 
     Args:
         run: directory of the run.
@@ -31,10 +31,10 @@ def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu"
         values["runtime"]["device"] = device
         return from_dict(values), state
     except OSError as error:
-        raise CheckpointError(f"{named}: {error.filename}: {error.strerror}; is the run done?") from None
+        raise CheckpointError(f"{named}: {error.filename}: {error.strerror}; the run may not be finished") from None
     except (TypeError, KeyError, ConfigError) as error:
         why = str(error).partition("\n")[0]
-        raise CheckpointError(f"{named}: its config.yaml cannot be used: {why}") from None
+        raise CheckpointError(f"{named}: its config.yaml is not valid: {why}") from None
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Module:
@@ -47,5 +47,5 @@ def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Modu
         model.load_state_dict(state["model"])
     except (RuntimeError, KeyError) as error:
         why = str(error).partition("\n")[0]
-        raise CheckpointError(f"{named} belongs to another network than config.yaml: {why}") from None
+        raise CheckpointError(f"{named} and config.yaml belong to different networks: {why}") from None
     return model

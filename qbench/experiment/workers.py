@@ -1,4 +1,4 @@
-"""Worker processes that do the runs of a sweep in parallel."""
+"""Does the runs of a sweep in parallel, in worker processes."""
 
 import gc
 import os
@@ -18,12 +18,11 @@ from qbench.experiment.sweep_progress import POLL_SECONDS
 
 
 def worker_count(threads: int, limit: str = "") -> int:
-    """Return the number of worker processes, at most `limit`, with no more threads than cores.
+    """Return the number of worker processes: at most `limit`, and with no more threads than cores.
 
     Args:
         threads: number of threads per process.
-        limit: the largest number, as typed. 0 or a text that is not a number means as many as
-            possible.
+        limit: the largest number of processes, as typed. 0 or a text that is not a number means no limit.
     """
     most = max(1, (os.cpu_count() or 1) // threads)
     return min(int(limit) if limit.isdecimal() else most, most) or most
@@ -32,9 +31,8 @@ def worker_count(threads: int, limit: str = "") -> int:
 def run_in_processes(runs: Sequence[PlannedRun], workers: int, stop: Callable[[], int]) -> None:
     """Do the runs in joblib's processes.
 
-    If a process is killed, the runs in progress are put off until the end. Then they are done one
-    after the other, each in a separate process, so that a run that kills its process again does not
-    affect other runs.
+    If a process is killed, the runs in progress are repeated at the end. They are then done one after the other, each
+    in a separate process. A run that kills its process again therefore does not affect other runs.
     """
     waiting, suspects = baselines_first(runs), list[PlannedRun]()
     checked = False
@@ -44,7 +42,10 @@ def run_in_processes(runs: Sequence[PlannedRun], workers: int, stop: Callable[[]
                 pool.submit(check, runs).result()
                 checked = True
             if interrupted := _finish(pool, waiting, workers, stop):
-                print(f"warning: a worker was killed; it had one of {len(interrupted)} runs", file=sys.stderr)
+                print(
+                    f"warning: a worker was killed; {len(interrupted)} runs in progress will be repeated at the end",
+                    file=sys.stderr,
+                )
                 suspects += interrupted
     for planned in suspects:
         with _pool(1) as pool:
@@ -76,7 +77,7 @@ def _prepare_worker() -> None:
 
 
 def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Callable[[], int]) -> list[PlannedRun]:
-    """Do the waiting runs in a pool. If a process was killed, return the runs in progress."""
+    """Do the waiting runs in a pool. If a process is killed, return the runs in progress."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     working: dict[Future[None], PlannedRun] = {}
@@ -91,14 +92,14 @@ def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Calla
             job.result()
             del working[job]
         for process in active_children() if stop() else ():
-            process.terminate()  # the process saves its run first
+            process.terminate()  # the process first saves its run
     return []
 
 
 def baselines_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Return the runs, beginning with one run for each different float baseline.
+    """Return the runs in a new order: first one run per float baseline, then the others.
 
-    Parallel processes then train several baselines instead of all waiting for the same one.
+    Parallel processes then train different baselines, instead of waiting for the same one.
     """
     baselines = [run_identity(baseline_config(planned.config)).digest for planned in runs]
     order = sorted(range(len(runs)), key=lambda i: baselines.index(baselines[i]) != i)
