@@ -1,4 +1,4 @@
-"""Claims of papers, read from the node `claim` of the files below `conf/experiment/claims/`.
+"""Reads claims of papers from the node `claim` of the files below `conf/experiment/claims/`.
 
 A claim compares arms. An arm is a set of command-line overrides, and `scripts/claims.py` trains the
 arms.
@@ -16,7 +16,7 @@ from qbench.errors import ConfigError
 from qbench.report.statistics.hypothesis_tests import TESTS
 
 BASELINE = "baseline"
-"""The value of a second arm that means the float baseline of the first arm's runs."""
+"""Value of a second arm that stands for the float baselines of the first arm's runs."""
 MEASURES = ("top1", "drop", "gradient_mismatch")
 CLAIM_KEYS = ("says", "source", "note", "measure", "net", "comparisons")
 COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
@@ -24,7 +24,7 @@ COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two arms, each a tuple of command-line overrides, and the claimed relation between the arms.
+    """Two arms (tuples of command-line overrides) and the claimed relation between them.
 
     If `second` is None, the first arm is compared with its float baseline.
     """
@@ -39,14 +39,14 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim, as the node `claim` of an experiment file states it.
+    """A claim, read from the node `claim` of an experiment file.
 
     Args:
-        measure: the number that is compared. `top1` is test top-1 in percent after the last epoch.
-            `drop` is top-1 minus the top-1 of the run's float baseline. `gradient_mismatch` is the
-            mean over layers of the cosine between straight-through gradients and the gradients of
-            the smoothed network (see `analysis.gradient_mismatch`).
-        net: for `gradient_mismatch`, the overrides of the trained network that is measured.
+        measure: the number that is compared. `top1` is test top-1 in percent after the last epoch. `drop` is top-1
+            minus the top-1 of the run's float baseline. `gradient_mismatch` is a cosine averaged over layers (see
+            `analysis.gradient_mismatch`). It compares straight-through gradients with the gradients of the smoothed
+            network.
+        net: for `gradient_mismatch`, the overrides of the trained network to measure.
     """
 
     name: str
@@ -70,8 +70,7 @@ def read_claims(folder: Path) -> list[Claim]:
     """Return the claims below a folder, sorted by name.
 
     Raises:
-        ConfigError: a file has no node `claim`, or the node has an unknown key or a value that is
-            not allowed.
+        ConfigError: a file has no node `claim`, or the node has an unknown key or a wrong value.
     """
     return [read_claim(path, str(path.relative_to(folder).with_suffix(""))) for path in sorted(folder.rglob("*.yaml"))]
 
@@ -85,7 +84,7 @@ def read_claim(path: Path, name: str) -> Claim:
     single = {key: node.pop(key) for key in COMPARISON_KEYS if key in node}
     entries = node.pop("comparisons", [single] if single else [])
     if not entries or (single and entries != [single]):
-        raise ConfigError(f"{path}: claim needs either first and second, or a list `comparisons` of such pairs")
+        raise ConfigError(f"{path}: claim must have the keys first and second, or a list `comparisons` of such pairs")
     for key in ("says", "source"):
         if not node.get(key):
             raise ConfigError(f"{path}: claim.{key} is missing")
@@ -95,7 +94,7 @@ def read_claim(path: Path, name: str) -> Claim:
     claim = Claim(name=name, comparisons=tuple(_comparison(path, name, entry) for entry in entries), **node)
     names = [c.name for c in claim.comparisons]
     if len(set(names)) < len(names):
-        raise ConfigError(f"{path}: the comparisons of a claim need different names: {', '.join(names)}")
+        raise ConfigError(f"{path}: the comparisons of a claim must have different names: {', '.join(names)}")
     return claim
 
 
@@ -107,12 +106,14 @@ def _comparison(path: Path, claim: str, entry: Mapping[str, object]) -> Comparis
     _refuse_unknown(path, entry, COMPARISON_KEYS)
     first, second = entry.get("first"), entry.get("second")
     if not isinstance(first, list) or not (isinstance(second, list) or second == BASELINE):
-        raise ConfigError(f"{path}: first must be a list of command-line words, second such a list or `{BASELINE}`")
+        raise ConfigError(
+            f"{path}: first must be a list of command-line arguments; second must be such a list or `{BASELINE}`"
+        )
     test, margin = str(entry.get("test", "better")), float(str(entry.get("margin", 0)))
     if test not in TESTS:
         raise ConfigError(f"{path}: test={test}: must be one of {', '.join(TESTS)}")
     if margin < 0 or (test == "equal" and margin == 0):
-        raise ConfigError(f"{path}: test={test} with margin={margin:g}: must be a margin above 0")
+        raise ConfigError(f"{path}: margin={margin:g}: must be above 0 with test={test}")
     return Comparison(
         claim=claim,
         name=str(entry.get("name", claim)),

@@ -1,7 +1,7 @@
 """Evaluates claims.
 
-The runs of two arms are tested against each other for every comparison. The p-values are then
-adjusted for the number of all comparisons, and the results are put in a table.
+For every comparison, the runs of its two arms are tested. The p-values are then adjusted for the number of all
+comparisons. The results form a table.
 """
 
 import math
@@ -28,12 +28,11 @@ class ClaimResult:
 
     Args:
         means: the means of both arms over the seeds that are done.
-        problems: seeds without a result, and other reasons why there is no verdict.
-        fails_to_train: whether in every seed the first arm is done and the second has diverged.
+        problems: reasons why there is no verdict, such as seeds without a result.
+        fails_to_train: whether, in every seed, the first arm is done and the second arm has diverged.
         p, p_holm: the p-value before and after Holm's adjustment, or None if there is no verdict.
         outcome: the verdict in words.
-        seeds_needed: how many seeds a verdict needs. It is set only if the present seeds do not
-            decide.
+        seeds_needed: number of seeds that a verdict needs. It is set only without a verdict at the present number.
     """
 
     comparison: Comparison
@@ -53,10 +52,10 @@ class ClaimResult:
 def evaluate_claim(
     comparison: Comparison, measure: str, first: Mapping[int, RunRecord], second: Mapping[int, RunRecord]
 ) -> ClaimResult:
-    """Return the result of a comparison; `first` and `second` map seeds to the runs of its arms.
+    """Return the result of a comparison. `first` and `second` map seeds to the runs of its arms.
 
-    There is no verdict if any seed has failed or diverged, because the remaining seeds are not a
-    fair sample. The result still states the difference over the remaining seeds.
+    There is no verdict if any seed has failed or diverged, because the remaining seeds are a biased sample. The result
+    still contains the difference over the remaining seeds.
     """
     result = ClaimResult(comparison=comparison, seeds=sorted(first))
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
@@ -80,13 +79,15 @@ def evaluate_claim(
         return result
     result.difference = paired_difference(minuend, subtrahend)
     if result.difference.items is None:
-        result.notes.append("interval over seeds only: some run has no predictions.npy for the same test images")
+        result.notes.append(
+            "the confidence interval covers only seeds, because a run has no predictions.npy for the same test images"
+        )
     result.means = (_mean([x.top1 for x in minuend]), _mean([x.top1 for x in subtrahend]))
     return result
 
 
 def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: Mapping[int, float]) -> ClaimResult:
-    """Return the result of a comparison whose measure is not accuracy, from one number per seed."""
+    """Return the result of a comparison of a measure other than accuracy. It uses one number per seed."""
     seeds = sorted(set(first) & set(second))
     result = ClaimResult(comparison=comparison, seeds=seeds)
     if seeds:
@@ -97,7 +98,7 @@ def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: 
 
 
 def _measured(run: RunRecord, measure: str) -> RunAccuracy:
-    """Return a run's measure in percent and, if predictions are stored, its value for each image.
+    """Return a run's measure in percent. If predictions are stored, also return its value per image.
 
     Args:
         measure: `top1`, `drop`, or `baseline` for the top-1 of the run's float baseline.
@@ -112,7 +113,7 @@ def _measured(run: RunRecord, measure: str) -> RunAccuracy:
     if measure == "top1":
         return accuracy
     if result.baseline is None:
-        raise ValueError(f"{result.run} has no float baseline to compare with")
+        raise ValueError(f"{result.run} has no float baseline")
     baseline = load_run_accuracy(result.baseline.run, result.baseline.final.test.top1)
     if measure == BASELINE:
         return baseline
@@ -142,7 +143,7 @@ def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
 def decide_claims(family: Sequence[ClaimResult]) -> None:
     """Set the verdict of every result, with Holm's adjustment for the number of all comparisons.
 
-    A comparison without a verdict counts as p = 1, so that no verdict depends on unfinished runs.
+    A comparison without a verdict counts as p = 1. No verdict therefore depends on unfinished runs.
     """
     for one in family:
         if one.difference is not None and not one.problems:
@@ -163,14 +164,14 @@ def decide_claims(family: Sequence[ClaimResult]) -> None:
 
 
 def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
-    """Return how many seeds a verdict needs.
+    """Return the number of seeds that a verdict needs, as text.
 
-    The significance level is the one that Holm's adjustment requires of the smallest p-value.
+    The significance level is that of Holm's adjustment for the smallest p-value.
     """
     d = one.difference
     assert d is not None
     if d.n < 2:
-        return "one seed has no spread"
+        return "not known with one seed"
     found = seeds_needed(d, one.comparison.test, one.comparison.margin, ALPHA / comparisons)
     if found is not None:
         return str(max(found, d.n + 1))
@@ -207,7 +208,7 @@ def _second_arm(c: Comparison) -> str:
 
 
 def _border(c: Comparison) -> str:
-    """Return the claim about the difference, such as `> 0.5` for a margin of 0.5."""
+    """Return the claimed difference as text, such as `> 0.5` for a margin of 0.5."""
     return {"better": f"> {c.margin:g}", "at_least": f"> -{c.margin:g}", "equal": f"within {c.margin:g}"}[c.test]
 
 

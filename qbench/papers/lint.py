@@ -1,4 +1,4 @@
-"""Rules that find contradictions and missing sources in the published figures."""
+"""Finds contradictions and missing sources in the published figures."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,7 +8,7 @@ from qbench.config.schema import did_you_mean
 from qbench.papers.row_types import METRICS, PAPER, PROVENANCES, REPOSITORY, THIRD, Names, PublishedRow
 
 MAX_GAIN = 1.0
-"""Percentage points by which a quantized network may exceed its float baseline without a waiver."""
+"""Percentage points by which a quantized network may exceed its float baseline without a finding."""
 CHANCE_SLACK = 1.0
 """Percentage points below chance that a value may be without a finding."""
 Finding = tuple[PublishedRow, str]
@@ -26,7 +26,9 @@ def lint(rows: Sequence[PublishedRow], names: Names) -> list[str]:
     for row in rows:
         for rule in row.waive if not row.top5_of else ():
             if (row.paper, row.id, rule) not in broken:
-                lines.append(f"{row.paper}/{row.id}: waive: {rule} finds nothing here{did_you_mean(rule, RULES)}")
+                lines.append(
+                    f"{row.paper}/{row.id}: waive: {rule} has no finding in this row{did_you_mean(rule, RULES)}"
+                )
     return lines
 
 
@@ -40,7 +42,7 @@ def duplicate_id(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 
 
 def unknown_name(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a network, data set, method or metric that is not in `names.yaml` or `METRICS`."""
+    """Find a network, data set, method or metric whose name is not in `names.yaml` or `METRICS`."""
     for row in rows:
         known = (("net", names.nets), ("dataset", names.datasets), ("method", names.methods), ("metric", METRICS))
         for key, allowed in known:
@@ -61,7 +63,7 @@ def no_origin(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
 
 
 def no_value(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a row with neither a value nor a note that explains this, or a value of unknown provenance."""
+    """Find a row without a value and without a note, or with a value of unknown provenance."""
     for row in rows:
         if row.value is None and not row.note:
             yield row, "value is null: add a note that says why"
@@ -77,7 +79,7 @@ def no_baseline(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]
 
 
 def no_recipe(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a row that has neither a recipe nor the reason why the row cannot be run."""
+    """Find a row without a recipe and without the reason why the row cannot be run."""
     for row in rows:
         if not row.recipe and not row.lacks:
             yield row, "no recipe: add recipe, or lacks with the reason why it cannot be run"
@@ -107,7 +109,7 @@ def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
         for key in ("value", "baseline"):
             value = getattr(row, key)
             if value is not None and row.accuracy(value) < chance - CHANCE_SLACK:
-                yield row, f"{key} {value} is worse than chance: an error printed as an accuracy, or the reverse?"
+                yield row, f"{key} {value} is worse than chance; check whether it is an error or an accuracy"
 
 
 def complement(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
@@ -119,7 +121,7 @@ def complement(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
         for first, second in combinations(group, 2):
             a, b = first.value, second.value
             if a is not None and b is not None and abs(a - b) > 1 and abs(a + b - 100) < 0.05:
-                yield second, f"{b} is 100 - {a} of {first.paper}/{first.id}: an error printed as an accuracy?"
+                yield second, f"{b} is 100 - {a} of {first.paper}/{first.id}; check whether one of them is an error"
 
 
 def better_than_float(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
@@ -132,14 +134,14 @@ def better_than_float(rows: Iterable[PublishedRow], names: Names) -> Iterator[Fi
 
 
 def two_nets(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a value that one method has at one width for two networks on the same data set."""
+    """Find an equal value of one method at one width for two networks on the same data set."""
     for group in _grouped(rows, lambda r: (r.method, r.dataset, str(r.bits), r.levels)):
         for first, second in combinations(group, 2):
             a, b = first.value, second.value
             if first.net == second.net or a is None or b is None or first.metric[:4] != second.metric[:4]:
                 continue
             if abs(first.accuracy(a) - second.accuracy(b)) < 0.005:
-                yield second, f"{b} is the value of {first.net} in {first.paper}/{first.id}, here under {second.net}"
+                yield second, f"{b} is given for {second.net}, but {first.paper}/{first.id} gives it for {first.net}"
 
 
 def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
@@ -151,7 +153,7 @@ def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Findin
     for group in _grouped(rows, lambda r: (r.paper, r.metric, *_run_key(r))):
         for first, second in combinations(group, 2):
             if first.value != second.value:
-                yield second, f"{second.metric} is {second.value} here and {first.value} in {first.id}"
+                yield second, f"{second.metric} is {second.value} here but {first.value} in {first.id}"
     for group in _grouped(rows, lambda r: (r.paper, r.table, r.net, r.dataset, r.metric)):
         if len({row.baseline for row in group if row.baseline is not None}) > 1:
             baselines = ", ".join(str(row.baseline) for row in group)

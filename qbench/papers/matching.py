@@ -1,4 +1,4 @@
-"""Finds published results for the settings of a comparison, and their distance to our results."""
+"""Finds published results for the settings of a comparison, and computes the gaps to our results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +12,14 @@ from qbench.report.tables.table import Table
 from qbench.system.files import read_yaml
 
 METHOD_KEYS = ("norm", "act")
-"""Keys of a network that a method may set; their values may differ from the published network."""
+"""Network keys that a method may set. Their values may differ from those of the published network."""
 
 
 def with_published(tables: Sequence[Table]) -> list[Table]:
-    """Return the tables, with published results of the same method and network added to each setting.
+    """Return the tables. Each setting gets the published results of its method and network.
 
-    Notes below the tables state which values are from memory, how the published recipes differ from
-    ours, and which papers have no result for a setting.
+    Notes below the tables list values from memory, overrides of the published recipes, and papers without a result for
+    a setting.
     """
     return [_with_published(table) for table in tables]
 
@@ -54,7 +54,7 @@ def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[Pub
 
 
 def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
-    """Return a row's claim for a setting, and by how much our accuracy exceeds the claim."""
+    """Return a row's claim for a setting, and our accuracy minus the claim."""
     mean = setting.top1.mean
     ours = {"top1": mean, "top1_error": 100 - mean}
     if setting.difference is not None:
@@ -81,8 +81,7 @@ def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
 def _accuracy_text(row: PublishedRow) -> str:
     """Format a row's value so that larger is better.
 
-    An error becomes an accuracy, and an increase in error becomes the difference to the float
-    network.
+    An error is converted to an accuracy. An increase in error is converted to the difference from the float network.
     """
     mark = "~" if row.provenance.startswith("memory") else ""
     if row.value is None:
@@ -109,7 +108,7 @@ def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) ->
 
 
 def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
-    """Return a note on a setting for which the method's authors have no row.
+    """Return a note on a setting without a row by the method's authors.
 
     Return None if the method has no paper.
     """
@@ -123,7 +122,7 @@ def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
 
 
 def _paper_of(method: str) -> Paper | None:
-    """Return the paper with the method's name or, failing that, one whose authors ran the method."""
+    """Return the paper with the method's name. If there is none, return a paper whose authors ran the method."""
     if method == "float":
         return None
     same_name = [p for p in papers() if p.key == method]
@@ -132,12 +131,12 @@ def _paper_of(method: str) -> Paper | None:
 
 
 def _dataset_key(name: str) -> str | None:
-    """Return the name of a data set in the published figures, or None if they do not include it."""
+    """Return the name of a data set in the published figures, or None if it is not there."""
     return next((key for key, known in names().datasets.items() if known.words == (f"dataset={name}",)), None)
 
 
 def _net_key(model: str, keys: Mapping[str, object]) -> str | None:
-    """Return the name that the published figures have for a network with these keys, or None."""
+    """Return the name of a network with these keys in the published figures, or None."""
     from qbench.config.groups import conf_directory
 
     file = conf_directory() / "model" / f"{model}.yaml"

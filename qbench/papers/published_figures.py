@@ -40,12 +40,12 @@ def papers() -> tuple[Paper, ...]:
 
 
 def published_rows(paper: str | None = None, provenance: str | None = None) -> list[PublishedRow]:
-    """Return the rows of one paper, or of all papers, whose provenance is the given one or better.
+    """Return the rows of one or all papers with at least the given provenance.
 
-    If the provenance of a row's float baseline is worse, the row is returned without the baseline.
+    If the provenance of a row's float baseline is worse, the row is returned without its baseline.
 
     Raises:
-        ConfigError: there is no such paper or provenance.
+        ConfigError: the paper or provenance does not exist.
     """
     known = {p.key: p for p in papers()}
     if paper is not None and paper not in known:
@@ -54,7 +54,9 @@ def published_rows(paper: str | None = None, provenance: str | None = None) -> l
         )
     if provenance is not None and provenance not in PROVENANCES:
         hint = did_you_mean(provenance, PROVENANCES)
-        raise ConfigError(f"published --provenance {provenance}{hint}\nallowed: {', '.join(PROVENANCES)}")
+        raise ConfigError(
+            f"published --provenance {provenance}: unknown provenance{hint}\nallowed: {', '.join(PROVENANCES)}"
+        )
     rows = [row for p in ([known[paper]] if paper else known.values()) for row in p.rows]
     if provenance is None:
         return rows
@@ -90,11 +92,11 @@ def read_paper(path: Path) -> Paper:
 
 
 def _rows_of_entry(file: str, recipes: Mapping[str, Recipe], values: dict[str, Any]) -> list[PublishedRow]:
-    """Return the row of an entry and, if the entry has a key `top5`, a second row for top-5."""
+    """Return the row of an entry. If the entry has a key `top5`, also return a row for top-5."""
     where = f"{file}: {values.get('id', 'a row without id')}"
     if (name := values.get("recipe")) and name not in recipes:
         raise ConfigError(
-            f"{where}: recipe {name}: no such recipe{did_you_mean(name, recipes)}\nknown: {', '.join(recipes)}"
+            f"{where}: recipe {name}: no such recipe{did_you_mean(name, recipes)}\nallowed: {', '.join(recipes)}"
         )
     if name:
         values = {key: getattr(recipes[name], key) for key in INHERITED} | values

@@ -1,4 +1,4 @@
-"""Tables of published figures beside qbench's measurements.
+"""Makes tables of published figures next to qbench's measurements.
 
 `published_figures.py` reads the rows, `lint.py` finds impossible rows, and `scripts/experiments.py`
 writes the experiment files.
@@ -16,22 +16,22 @@ HEAD = (
     "spread", "ran by", "provenance",
 )  # fmt: skip
 MISSING_HEAD = ("row", "dataset", "net", "bits", "metric", "claimed", "ran by", "provenance", "to run it")
-REMEMBERED = "~ from memory, not checked against the source: do not quote it as the paper's"
-UNKNOWN = "? no number: not known here, or published only as a curve"
-SIGNS = "to float, gap: points of accuracy; + is better than the float network, or better than claimed"
+REMEMBERED = "~ from memory, not checked against the source: do not quote this value as the paper's"
+UNKNOWN = "? not known, or published only as a curve"
+SIGNS = "to float: accuracy minus that of the float network, in points; gap: our accuracy minus the claim, in points"
 
 
 def published_tables(paper: str | None, provenance: str | None, missing: bool) -> list[Table]:
-    """Return one table per paper, with the published numbers beside qbench's measurements.
+    """Return one table per paper, with the published numbers next to qbench's measurements.
 
     Args:
         paper: the key of one paper, or None for all papers.
         provenance: the worst provenance to show, or None for all provenances.
-        missing: whether to show only rows without a measurement, each with the command that runs
-            it.
+        missing: whether to show only rows without a measurement, with their
+            commands.
 
     Raises:
-        ConfigError: there is no such paper or provenance.
+        ConfigError: the paper or provenance does not exist.
     """
     rows = published_rows(paper, provenance)
     return [
@@ -66,12 +66,12 @@ def command_words(row: PublishedRow) -> list[str]:
 
 
 def _pretrain_word(word: str) -> str:
-    """Return the override that sets, for the training of the float baseline, what `word` sets."""
+    """Return the override that corresponds to `word` in the training of the float baseline."""
     return f"optim@pretrain.{word}" if word.startswith("optim=") else f"pretrain.{word}"
 
 
 def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
-    """Return a sentence if a paper's authors have no result on a data set, else None.
+    """Return a sentence if a paper's authors have no result on a data set, otherwise None.
 
     If `net` is given, only results with this network count.
     """
@@ -93,11 +93,11 @@ def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
 
 
 def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: bool = False) -> Table:
-    """Return a table of the rows with the claims beside our measurements.
+    """Return a table of the rows, with the claims next to our measurements.
 
     Args:
-        missing: whether to show only rows without a measurement, each with the command that runs
-            it.
+        missing: whether to show only rows without a measurement, with their
+            commands.
     """
     rows = [row for row in rows if not (missing and row.measured)]
     notes = [REMEMBERED] if any(claim_mark(row) or baseline_mark(row) for row in rows) else []
@@ -121,7 +121,7 @@ def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: b
 
 
 def _measured_values(row: PublishedRow) -> dict[str, float | None]:
-    """Return our distances to the claim and to our float baseline, in percentage points.
+    """Return our differences from the claim and from our float baseline, in percentage points.
 
     The result is empty if the row has no measurement.
     """
@@ -146,7 +146,7 @@ def _measured_cells(row: PublishedRow) -> tuple[str, ...]:
 
 
 def gap(row: PublishedRow, value: float) -> float | None:
-    """Return by how many points our value is better than the claim.
+    """Return our value minus the claim, in points of accuracy.
 
     If the claim is a range, the result is 0 inside the range.
     """
@@ -158,7 +158,7 @@ def gap(row: PublishedRow, value: float) -> float | None:
 
 
 def to_float(row: PublishedRow) -> float | None:
-    """Return by how many points a row's claim exceeds its float baseline, or None if not known."""
+    """Return a row's claim minus its float baseline in points of accuracy, or None if not known."""
     if row.value is None or row.upper is not None or row.method == "float":
         return None
     if row.metric.endswith("increase"):
@@ -198,7 +198,7 @@ def format_points(value: float | None) -> str:
 
 
 def _with_title(paper: Paper, table: Table) -> Table:
-    """Put a paper's title above its table and, below, notes on the results that the paper lacks."""
+    """Add the paper's title above its table, and notes on missing results of the paper below."""
     name = "" if paper.title.startswith(paper.name) else f"{paper.name}: "
     table.title = f"{name}{paper.title} ({paper.year}), {paper.link}"
     table.notes = [] if not table.rows else table.notes

@@ -1,4 +1,4 @@
-"""Compares a run, key by key, with the nearest published row of its method's paper."""
+"""Compares a run with the nearest published row of its method's paper, key by key."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +10,17 @@ from qbench.papers.row_types import PublishedRow
 from qbench.report.comparison.naming import flat
 
 CANDIDATES = 4
-"""Number of rows whose experiments are composed to find the row with the fewest differences."""
+"""Number of rows that are compared with the run to find the one with the fewest differences."""
 KEYS_SHOWN = 12
-"""Number of differing keys that are listed; further keys are only counted."""
+"""Maximum number of differing keys in a list. Further keys are only counted."""
 NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 
 
 def recipe_differences(run: RunIdentity) -> list[str]:
     """Return sentences that compare a run with the nearest published row.
 
-    The sentences name the row, the keys in which its experiment differs from the run, and the
-    settings that the paper does not state. Only the keys of the protocol and of the method are
-    compared, not seeds, devices or paths.
+    The sentences name the row, the keys that differ between its experiment and the run, and the settings that the paper
+    does not state. Only keys of the protocol and of the method are compared, not seeds, devices or paths.
     """
     if run.is_baseline:
         return []
@@ -33,10 +32,12 @@ def recipe_differences(run: RunIdentity) -> list[str]:
         if row.method == method and not row.top5_of and not missing_requirements(row)
     ]
     if not rows:
-        return [f"no published figures have a recipe for {method}: nothing to compare with"]
+        return [f"no published row has a recipe for {method}"]
     nearest = sorted(rows, key=lambda row: _similarity(row, run), reverse=True)[:CANDIDATES]
     compared = [(_differing_keys(run, _compose_experiment(row)), row) for row in nearest]
-    differing, row = min(compared, key=lambda pair: len(pair[0]))  # among equals, the first and thus nearest row
+    differing, row = min(
+        compared, key=lambda pair: len(pair[0])
+    )  # if several rows are equal, the first and therefore nearest row
     sentences = _absence_notes(row, run)
     experiment = f"experiment={row.paper}/{row.id}"
     if differing:
@@ -45,17 +46,18 @@ def recipe_differences(run: RunIdentity) -> list[str]:
     else:
         sentences.append(f"identical to {experiment}, key by key")
     (recipe,) = (paper.recipes[row.recipe] for paper in papers() if paper.key == row.paper)
-    sentences += [f"left open by the paper: {'; '.join(recipe.open)}"] if recipe.open else []
-    sentences += [f"{experiment} itself differs from its source: {'; '.join(recipe.departs)}"] if recipe.departs else []
+    sentences += [f"not stated in the paper: {'; '.join(recipe.open)}"] if recipe.open else []
+    sentences += (
+        [f"differences between {experiment} and its source: {'; '.join(recipe.departs)}"] if recipe.departs else []
+    )
     return sentences
 
 
 def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, int, int, bool]:
-    """Return a sort key for a row, which is larger for a row nearer to the run.
+    """Return a sort key for a row. Nearer rows have larger keys.
 
-    The criteria, most important first: same data set and network, same network, same data set,
-    number of equal widths, number of command-line overrides that the run does not have (fewer is
-    nearer), run by the authors.
+    The criteria are, most important first: same data set and network, same network, same data set, number of equal
+    widths, number of command-line overrides that the run does not have (fewer is nearer), run by the authors.
     """
     dataset = f"dataset={run.dataset}" in names().datasets[row.dataset].words
     net = f"model={run.model}" in names().nets[row.net].words
@@ -66,7 +68,7 @@ def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, 
 
 
 def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration (nested dictionaries) has this value at a dotted key."""
+    """Return whether a configuration has this value at a dotted key. The configuration is nested dictionaries."""
     node: object = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None

@@ -1,4 +1,4 @@
-"""The types of the published figures, which are numbers from papers and third parties."""
+"""Defines the types of published figures: numbers from papers and third parties."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from qbench.config.schema import BitWidths
 
 PROVENANCES = ("verified", "second-hand", "memory-high", "memory-medium", "memory-low", "unknown")
-"""How well a figure is known, best first.
+"""Provenances of a figure, best first.
 
-The values mean: read in the named source; read in a quotation by others; remembered with high,
-medium or low confidence and not checked; not known.
+They mean: read in the named source; read in a quotation by others; remembered with high, medium or low confidence and
+not checked; not known.
 """
 PAPER, REPOSITORY, THIRD = "authors' paper", "authors' repository", "third party: "
-"""Who ran the experiment; a name follows `THIRD`, a remark in brackets may follow any value."""
+"""Values of `ran_by`. `THIRD` is followed by a name. Any value may be followed by a remark in brackets."""
 METRICS = ("top1", "top1_error", "top1_error_increase", "top5", "top5_error", "top5_error_increase")
-"""Metrics, in percent of the test images; an increase is in points over the row's float network."""
+"""Metrics in percent of the test images. An increase is in points, relative to the row's float network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How rows were trained.
+    """The training of rows.
 
     A recipe has command-line overrides, the settings that the source does not state, and our
     deviations from the source.
@@ -66,14 +66,14 @@ class PublishedRow:
     """One published number.
 
     Args:
-        value, upper: the number, or both ends if a range was published. They are None if not known.
+        value, upper: the number, or the two ends of a published range. None if not known.
         baseline: the number of the float network, in the same metric and from the same source. If
             it is missing, `baseline_note` explains why. `baseline_provenance` is set only if it
             differs from the row's provenance.
         levels: number of levels of the weights, if the bit widths do not determine it.
         words: command-line overrides that are appended to the recipe's.
         lacks: the reason why the row has no recipe.
-        waive: lint rules that the row breaks, with the reason.
+        waive: maps a lint rule that the row breaks to the reason.
         top5_of: for a top-5 figure, the id of the top-1 row that it belongs to; otherwise empty.
     """
 
@@ -114,14 +114,14 @@ class PublishedRow:
     def accuracy(self, value: float) -> float:
         """Convert a value of the row's metric so that larger is better.
 
-        An error becomes an accuracy, and an increase changes its sign.
+        An error is converted to an accuracy. An increase changes its sign.
         """
         return -value if self.metric.endswith("increase") else 100 - value if "error" in self.metric else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoResult:
-    """A data set, and optionally a network, for which a paper has no result although others quote one."""
+    """A data set (and optionally a network) without a result in a paper, although others quote one."""
 
     dataset: str
     provenance: str
@@ -152,7 +152,7 @@ class Paper:
 class NetName:
     """The title of a network, and the overrides that choose it.
 
-    There are no overrides if qbench lacks the network.
+    There are no overrides if qbench does not have the network.
     """
 
     title: str
