@@ -1,7 +1,7 @@
-"""Augmentation: crops and mirroring of uint8 images, colour changes of float images.
+"""Augments images: crops and mirrors uint8 images, and changes colours of float images.
 
-Each image has its own random draws. The functions here take whole batches. Images that stream from
-files are cropped one at a time, by the same cropping function.
+Each image has its own random draws. The functions here take whole batches. Images that stream from files are cropped
+one at a time, with the same cropping function.
 """
 
 import math
@@ -32,23 +32,21 @@ GREY = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Augment:
-    """How training images are augmented.
+    """The augmentation of training images.
 
-    Evaluation images are not changed at random. They are cropped to the same size at the centre.
+    Evaluation images are not changed at random. They get a centre crop of the same size.
 
     Args:
-        pad: number of pixels added on each side before the random crop. They are black, or copies
-            of the border if `replicate` is set.
+        pad: number of pixels added on each side before the random crop. They are black. With `replicate`, they repeat
+            the border.
         flip: whether half of the images are mirrored.
-        size: side of the square crop in pixels. With 0, the crop has the image's own height and
-            width.
-        area: if not 0, crops have a random area and aspect, and cover at least this share of the
-            image. With 0, crops have a fixed size of `size` pixels.
+        size: side of the square crop in pixels. With 0, the crop has the height and width of the image.
+        area: the smallest share of the image in a crop with random area and aspect. With 0, crops have the fixed size
+            `size`.
         brightness: largest change of brightness in either direction, in grey values (0 to 255).
-        contrast: each pixel's distance from the mean of its channel is multiplied by a random
-            factor from 1 - contrast to 1 + contrast.
-        jitter: brightness, contrast and saturation are each multiplied by a random factor in [1 -
-            jitter, 1 + jitter].
+        contrast: a random factor from 1 - contrast to 1 + contrast multiplies each pixel's distance from its channel's
+            mean.
+        jitter: random factors in [1 - jitter, 1 + jitter] multiply brightness, contrast and saturation.
     """
 
     pad: int = 0
@@ -76,18 +74,18 @@ class Augment:
 
     @property
     def draws(self) -> int:
-        """Number of uniform draws that an image takes."""
+        """Number of uniform draws per image."""
         if self.area:
             return CROP_DRAWS + COLOUR_DRAWS + 2 * BOX_ATTEMPTS
         return CROP_DRAWS + COLOUR_DRAWS if self.changes_colours else CROP_DRAWS
 
 
 def crop_and_flip(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Crop and mirror each image according to the image's own draws.
+    """Crop and mirror each image according to its draws.
 
     Args:
-        draws: uniform numbers in [0, 1), of shape (N, 3 or more). The first three of each image set
-            the vertical place and the horizontal place of the crop, and whether it is mirrored.
+        draws: uniform numbers in [0, 1), of shape (N, 3 or more). The first three of an image determine the vertical
+            place of the crop, its horizontal place, and whether it is mirrored.
     """
     pad, (count, _, height, width) = augment.pad, images_NCHW.shape
     rows, columns = augment.size or height, augment.size or width
@@ -130,9 +128,9 @@ def center_crop(images_NCHW: Tensor, size: int) -> Tensor:
 def random_box(height: int, width: int, draws: Sequence[float], area: float) -> tuple[int, int, int, int]:
     """Return (top, left, rows, columns) of a crop with random area and aspect.
 
-    The share of the image that the crop covers is uniform between `area` and 1. The aspect is
-    uniform on a logarithmic scale, as in torchvision. A shape that does not fit is drawn again, up
-    to ten times. After that, the result is the largest centred box with an allowed aspect.
+    The share of the image that the crop covers is uniform between `area` and 1. The aspect is uniform on a logarithmic
+    scale, as in torchvision. If the shape does not fit, it is drawn again, up to ten times. After that, the crop is the
+    largest centred box with an allowed aspect.
     """
     low, high = map(math.log, ASPECT)
     for share_draw, aspect_draw in zip(*[iter(draws[CROP_DRAWS + COLOUR_DRAWS :])] * 2, strict=True):
@@ -146,12 +144,12 @@ def random_box(height: int, width: int, draws: Sequence[float], area: float) -> 
 
 
 def adjust_colours(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Change brightness, contrast and saturation of each image, keeping values within 0 to 255.
+    """Change brightness, contrast and saturation of each image. Values stay within 0 to 255.
 
-    Brightness is shifted, and contrast is changed about each channel's mean, as in DoReFa's
-    training script for SVHN (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). Then `jitter`
-    changes brightness, contrast about the mean grey, and saturation, always in this order. He's
-    ImageNet training code in Torch (fb.resnet.torch) makes the same changes, but in random order.
+    First, `brightness` shifts all values, and `contrast` scales them about each channel's mean. DoReFa's training
+    script for SVHN does the same (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). Then `jitter` changes
+    brightness, contrast about the mean grey, and saturation, in this order. He's ImageNet training code in Torch
+    (fb.resnet.torch) makes the same changes in random order.
 
     Returns:
         float32, or the images themselves if the augmentation does not change colours.

@@ -1,11 +1,10 @@
-"""Data sets: three splits of uint8 images, and the loader that makes batches for the network.
+"""Defines data sets (three splits of uint8 images) and the loader that makes batches for the network.
 
-Images that fit into memory stay there and are augmented a batch at a time. Other images are read
-from their files for each batch.
+Images that fit into memory stay there and are augmented in batches. Other images are read from their files for each
+batch.
 
-The order of the training images is a function of (seed, epoch). The augmentation is a function of
-(seed, epoch, index). A run that stops at any batch therefore resumes with the same images, whether
-these are in memory or in files.
+The order of the training images is a function of (seed, epoch). The augmentation is a function of (seed, epoch, index).
+A run that stops at any batch therefore resumes with the same images, in memory or in files.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from qbench.data.file_stream import FileSplit, decoded_batches
 # Shapes: N images, C channels, H height, W width.
 
 MAX_EVALUATION_PIXELS = 2**23
-"""Largest number of pixels in a batch for evaluation: 500 images of 129x129, 167 of 224x224."""
+"""Maximum number of pixels in an evaluation batch: 500 images of 129x129, or 167 of 224x224."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,12 @@ AnySplit = TypeVar("AnySplit", bound=Split | FileSplit)
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Three splits, and the facts about them that a network needs.
+    """A data set: three splits and their properties.
 
     Args:
-        val: validation split, a part of the training images that is set aside to select the best
-            weights. It is empty with `dataset.val=0`.
-        mean, std: the mean and standard deviation used for normalization, per channel, for images
-            scaled to [0, 1].
+        val: validation split, a part of the training images. It is used to select the best weights. It is empty with
+            `dataset.val=0`.
+        mean, std: the mean and standard deviation for normalization, per channel, on the scale [0, 1].
         synthetic: whether the images are rendered or random. Tables that compare with papers leave
             such data sets out.
         files: facts about the image files, for the manifest.
@@ -86,7 +84,7 @@ class Dataset:
 
     @property
     def image_range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Lowest and highest value per channel that the network can get."""
+        """Lowest and highest possible input value of the network, per channel."""
         pairs = list(zip(self.mean, self.std, strict=True))
         return tuple(-m / s for m, s in pairs), tuple((1 - m) / s for m, s in pairs)
 
@@ -113,17 +111,16 @@ def _sha256(split: Split | FileSplit) -> str:
 def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     """Divide a training split into (train, val), stratified by class.
 
-    The division is not random: every call with the same arguments gives the same result.
+    The division is deterministic: equal arguments give equal results.
 
     Args:
         val: the share of the images in the validation split, 0 <= val < 1.
 
     Raises:
-        ValueError: the training split would be empty, or the validation split would be empty
-            although val > 0.
+        ValueError: a split would be empty. An empty validation split is allowed with val = 0.
     """
     if not 0 <= val < 1:
-        raise ValueError(f"val={val}: must be a part of the training images, from 0 to below 1")
+        raise ValueError(f"val={val}: must be a share of the training images, from 0 to below 1")
     order = torch.randperm(len(split), generator=Generator().manual_seed(0))
     in_val, labels = torch.zeros(len(split), dtype=torch.bool), split.labels[order]
     for label in range(int(labels.max()) + 1 if len(labels) else 0):
@@ -132,7 +129,7 @@ def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     train_index, val_index = torch.arange(len(split))[~in_val], torch.arange(len(split))[in_val]
     if not len(train_index) or (val and not len(val_index)):
         where = "to train on" if not len(train_index) else "to validate on"
-        raise ValueError(f"val={val} leaves no image {where} out of {len(split)}; try val={0.1 if val != 0.1 else 0}")
+        raise ValueError(f"val={val} leaves no images {where} out of {len(split)}; try val={0.1 if val != 0.1 else 0}")
     return split.take(train_index), split.take(val_index)  # type: ignore[return-value]  # of the same kind
 
 
@@ -140,11 +137,11 @@ class Loader:
     """Makes batches: the network's input float32 (N, C, H, W) in channels_last, and labels (N,).
 
     Args:
-        data: the data set. Splits in memory are moved to `device` as a whole. They are copied
-            unless they are already on that device in channels_last.
+        data: the data set. Splits in memory are copied to `device` in channels_last, unless they already are there in
+            this format.
         batch_size: images per training batch. Images after the last full batch of an epoch are not
             used in that epoch.
-        seed: together with the epoch, it determines the order and the augmentation.
+        seed: determines, together with the epoch, the order and the augmentation.
         workers: number of processes that decode images from files. The batches are the same for any
             number.
     """
@@ -156,15 +153,15 @@ class Loader:
         self.augment = data.augment
         self.batch_size, self.steps = batch_size_and_steps(data, batch_size)
         self.seed, self.device, self.workers = seed, device, workers
-        # Each constant is stored in the full shape of an image, because broadcasting one number per
-        # channel in channels_last is eight times slower.
+        # Each constant has the full shape of an image. Broadcasting one number per channel in channels_last is eight
+        # times slower.
         channels, height, width = data.shape
         mean, std = (torch.tensor(v, device=device).expand(height, width, channels) for v in (data.mean, data.std))
         self._mean = (255 * mean).contiguous().movedim(2, 0)
         self._scale = (1 / (255 * std)).contiguous().movedim(2, 0)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the epoch's training batches from number `start` on."""
+        """Yield the epoch's training batches, starting with batch number `start`."""
         split, size = self.splits["train"], self.batch_size
         generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.randperm(len(split), generator=generator)
@@ -194,14 +191,13 @@ class Loader:
     def _crops(self, split: Split | FileSplit, indices: list[Tensor], draws: Tensor | None) -> Iterator[Tensor]:
         """Yield uint8 images of the network's input size.
 
-        With `draws`, the images are augmented according to them. Without draws, they are centre
-        crops.
+        `draws` determine the augmentation. Without draws, the images are centre crops.
         """
         if isinstance(split, FileSplit):
             yield from decoded_batches(split, indices, draws, self.augment, self.workers, self.device)
             return
         for index in indices:
-            if draws is None:  # consecutive images: a slice, not a copy
+            if draws is None:  # consecutive images: use a slice instead of a copy
                 yield center_crop(split.images[index[0] : index[-1] + 1], self.augment.size)
             else:  # channels last, so that index_select copies whole rows of memory
                 images = split.images.movedim(1, 3).index_select(0, index).movedim(3, 1)
@@ -223,5 +219,5 @@ def batch_size_and_steps(data: Dataset, batch_size: int) -> tuple[int, int]:
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return a 63-bit generator seed for (seed, epoch); neighbouring pairs get unrelated seeds."""
+    """Return a 63-bit generator seed for (seed, epoch). Neighbouring pairs get unrelated seeds."""
     return int.from_bytes(hashlib.sha256(f"order {seed} {epoch}".encode()).digest()[:8]) >> 1

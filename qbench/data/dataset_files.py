@@ -1,9 +1,8 @@
-"""Files of the published data sets: find, download and read them, and report what is wrong.
+"""Finds, downloads and reads the files of published data sets, and reports errors in them.
 
-File names, addresses, checksums and the layout below `root` are those of torchvision. So files that
-another program downloaded with torchvision are found. The readers return uint8 images (N, C, H, W)
-and int64 labels in memory. Mean and standard deviation are computed from the training images,
-unless `normalize` selects fixed values.
+File names, addresses, checksums and the layout below `root` are those of torchvision. Files that another program
+downloaded with torchvision are therefore found. The readers return uint8 images (N, C, H, W) and int64 labels in
+memory. Mean and standard deviation are computed from the training images, unless `normalize` selects fixed values.
 """
 
 import errno
@@ -28,16 +27,16 @@ from qbench.errors import DataError, ResourceError
 from qbench.system.torchvision import torchvision
 
 ExpectedFiles = Mapping[Path, str | None]
-"""Path of each file -> md5 that torchvision expects; None if torchvision checks none."""
+"""Maps the path of a file to the md5 that torchvision expects, or to None if it checks none."""
 
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""Errors of permissions and disk space, which do not mean that a file is damaged."""
+"""Error numbers of permissions and disk space. They do not mean that a file is damaged."""
 
 
 def dataset_from_splits(
     name: str, train: Split, test: Split, *, classes: int, val: float, augment: Augment, normalize: str = "own"
 ) -> Dataset:
-    """Return the data set, with the share `val` of the training images as validation split.
+    """Return the data set. The share `val` of the training images forms the validation split.
 
     Raises:
         ValueError: `val`, `normalize` or the augmentation's `pad` is out of range.
@@ -55,8 +54,7 @@ def dataset_from_splits(
 def read_cifar(kind: str, root: str, download: bool) -> tuple[Split, Split]:
     """Return (train, test) of torchvision's class `kind`, CIFAR10 or CIFAR100 with its fine labels.
 
-    The files are Python pickles. torchvision unpickles them only if their md5 is that of the
-    published files.
+    The files are Python pickles. torchvision unpickles a file only if its md5 is that of the published file.
     """
     source = getattr(torchvision().datasets, kind)
     top = absolute_root(root)
@@ -64,7 +62,7 @@ def read_cifar(kind: str, root: str, download: bool) -> tuple[Split, Split]:
     files: dict[Path, str | None] = {top / source.base_folder / name: md5 for name, md5 in listed}
     ensure_files(files, top, download, lambda: source(top, download=True))
     with report_damaged(files), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"dtype\(\): align")  # NumPy 2.4.0 to 2.4.4, of pickles as old as these
+        warnings.filterwarnings("ignore", r"dtype\(\): align")  # NumPy 2.4.0 to 2.4.4 warns about pickles of this age
         parts = [source(top, train=part) for part in (True, False)]
     train, test = (join_arrays([x.data.transpose(0, 3, 1, 2)], [x.targets], list(files)) for x in parts)
     return train, test
@@ -73,8 +71,7 @@ def read_cifar(kind: str, root: str, download: bool) -> tuple[Split, Split]:
 def read_mnist(kind: str, root: str, download: bool) -> tuple[Split, Split]:
     """Return (train, test) of torchvision's class `kind`, MNIST or FashionMNIST.
 
-    The files are read without torchvision, which needs unpacked files and prefers files of an old
-    format.
+    The files are read without torchvision, because it needs unpacked files and prefers files of an old format.
     """
     source = getattr(torchvision().datasets, kind)
     top = absolute_root(root)
@@ -90,7 +87,7 @@ def read_svhn(parts: Sequence[str], root: str, download: bool) -> tuple[Split, S
     """Return (train, test) of the cropped digits; the digit 0 is class 0.
 
     Args:
-        parts: names of the parts (train, extra) that are joined into the training split.
+        parts: names of the parts (train, extra) that form the training split.
     """
     source = torchvision().datasets.SVHN
     top = absolute_root(root)
@@ -120,14 +117,14 @@ def _idx_split(images: Path, labels: Path) -> Split:
 
 
 def absolute_root(root: str) -> Path:
-    """Return the absolute path of `dataset.root`, which may be relative or begin with ~."""
+    """Return the absolute path of `dataset.root`. `root` may be relative or begin with ~."""
     return Path(os.path.abspath(os.path.expanduser(root)))
 
 
 def ensure_files(files: ExpectedFiles, root: Path, download: bool, fetch: Callable[[], object]) -> None:
     """Ensure that the files exist, or raise an error.
 
-    If files are missing and `download` is set, call `fetch`, which writes the files below `root`.
+    If files are missing and `download` is set, call `fetch`. It writes the files below `root`.
 
     Raises:
         DataError: files are missing and `download` is off, or the download failed.
@@ -142,21 +139,23 @@ def ensure_files(files: ExpectedFiles, root: Path, download: bool, fetch: Callab
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".fetching.lock"):  # if runs of a sweep start together, only one of them downloads
+        with FileLock(
+            root / ".fetching.lock"
+        ):  # if several runs of a sweep start at the same time, only one of them downloads
             fetch()
     except Exception as error:
         if isinstance(error, OSError) and error.errno in ACCESS_ERRORS:
             raise ResourceError(f"dataset.download=true: {error.filename or root}: {error.strerror}") from None
         raise DataError(
             f"dataset.download=true: {_describe_error(error)}\n"
-            f"put these files there by hand: {_file_names(files)}\n"
-            f"in {_folder_of(files)}; dataset.root={root} finds them"
+            f"download these files by hand: {_file_names(files)}\n"
+            f"put them into {_folder_of(files)} (dataset.root={root})"
         ) from None
 
 
 @contextmanager
 def report_damaged(files: ExpectedFiles) -> Iterator[None]:
-    """Turn any error in reading the files into an error that names the damaged files."""
+    """Convert any error in reading the files to an error that names the damaged files."""
     try:
         yield
     except (ImportError, MemoryError):
@@ -175,8 +174,8 @@ def read_idx(path: Path, axes: int) -> Tensor:
     The file is unpacked if its name ends in .gz.
 
     Raises:
-        ValueError: the file is of another kind, or its length does not match its header. Other
-            errors of a damaged file are those of struct, gzip and zlib.
+        ValueError: the file is of another kind, or its length does not match its header. Damaged files can also raise
+            errors of struct, gzip and zlib.
     """
     data = path.read_bytes()
     if path.suffix == ".gz":
@@ -193,7 +192,7 @@ def join_arrays(
     labels: Sequence[Tensor | npt.NDArray[np.int64] | Sequence[int]],
     paths: Sequence[Path],
 ) -> Split:
-    """Join arrays of images (N, C, H, W) and of labels (N,), copying once.
+    """Join arrays of images (N, C, H, W) and of labels (N,), with a single copy.
 
     Raises:
         DataError: the numbers of images and labels differ, or there are no images.
@@ -217,16 +216,15 @@ def _missing_message(files: ExpectedFiles, missing: Sequence[Path], root: Path) 
     content = "them" if below == Path() else f"{below}/"
     return (
         f"{len(missing)} of {len(files)} files are missing in {_folder_of(files)}\n"
-        f"expected there: {_file_names(missing)}\n"
-        f"type dataset.root=DIR, a folder that holds {content}, or dataset.download=true to fetch them"
+        f"missing: {_file_names(missing)}\n"
+        f"type dataset.download=true, or dataset.root=DIR for a folder that contains {content}"
     )
 
 
 def _damage_message(paths: Sequence[Path], reason: str) -> str:
     return (
-        f"damaged or truncated: {', '.join(map(str, paths))}\n"
-        f"{reason}\n"
-        "delete it and type dataset.download=true, or type dataset.root=DIR, a folder with intact files"
+        f"damaged or truncated: {', '.join(map(str, paths))}\n{reason}\n"
+        f"delete it and type dataset.download=true, or type dataset.root=DIR for a folder with intact files"
     )
 
 

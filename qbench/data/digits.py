@@ -1,10 +1,9 @@
-"""Handwritten digits of scikit-learn, the default data set: 1,797 real images, 8x8, ten classes.
+"""Handwritten digits of scikit-learn: 1,797 images, 8x8, ten classes. This is the default data set.
 
-They are the test part of the "Optical Recognition of Handwritten Digits" set (UCI; E. Alpaydin, C.
-Kaynak, 1998), with grey values 0 to 16. A quarter of the images of each class forms the test split.
-It is the same in every run. One wrong image changes top-1 by 0.22 points, and the sampling error of
-one run is about 0.7 points at 97.5 %. So one run cannot show differences below one point. They need
-several seeds.
+They are the test part of the "Optical Recognition of Handwritten Digits" set (UCI; E. Alpaydin, C. Kaynak, 1998), with
+grey values 0 to 16. A quarter of the images of each class forms the test split. It is the same in every run. One wrong
+image changes top-1 by 0.22 points. The sampling error of one run is about 0.7 points at 97.5 %. Differences below one
+point therefore need several seeds.
 """
 
 import gzip
@@ -25,14 +24,11 @@ TEST_SHARE = 0.25
 def read() -> Split:
     """Return all images (1797, 1, 8, 8), with grey values 0, 15, ..., 240, and their labels.
 
-    The file is read from scikit-learn's folder. scikit-learn is not imported, because that takes a
-    second.
+    The file is read from scikit-learn's folder. scikit-learn is not imported, because the import takes a second.
     """
     spec = find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            "dataset=digits reads a file of scikit-learn, which is not installed: pip install scikit-learn"
-        )
+        raise FileNotFoundError("dataset=digits needs scikit-learn, which is not installed: pip install scikit-learn")
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.int64)

@@ -1,15 +1,14 @@
-"""Check once whether every image file of a data set is complete, and hash all files.
+"""Checks once whether every image file of a data set is complete, and hashes all files.
 
-Reading all files of a large data set in every run would take longer than many runs. A data set of
-up to 4 GiB is therefore read completely, once. In a larger data set, only the size and the first
-and last 4096 bytes of each file are read and hashed (11 GB in ImageNet's 1,331,167 files). The data
-set's fingerprint says whether the files were hashed completely or in part. The result is stored in
-the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. It is used again as long
-as the names, sizes and modification times of all files stay the same.
+Reading all files of a large data set takes longer than many runs, so the check is done only once. A data set of up to 4
+GiB is read completely. In a larger data set, only the size and the first and last 4096 bytes of each file are read and
+hashed (11 GB in ImageNet's 1,331,167 files). The data set's fingerprint states whether the files were hashed completely
+or in part. The result is stored in the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. It remains
+valid while the names, sizes and modification times of all files stay the same.
 
-A JPEG or PNG file passes if PIL recognizes its header and the file ends as a complete file does. A
-PNG that is read completely must also have correct checksums. Files of other formats are decoded.
-Damage in the middle of a file may be found only when the file is decoded.
+A JPEG or PNG file passes if PIL recognizes its header and the file has the end of a complete file. A PNG that is read
+completely must also have correct checksums. Files of other formats are decoded. Damage in the middle of a file may
+remain undetected until the file is decoded.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ from PIL import Image
 from qbench.data.images import damaged_files_error, describe_error, to_rgb
 
 MAX_WHOLE_BYTES = 2**32
-"""Largest size in bytes of a data set whose files are read completely."""
+"""Maximum size in bytes of a data set whose files are read completely."""
 
 END_BYTES = 4096
 """Number of bytes that are read at each end of a file in larger data sets."""
@@ -38,15 +37,14 @@ VERSION = 2
 """Version of the cached result."""
 
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-"""PIL's name of a format -> bytes near the end of every complete file of that format."""
+"""Maps PIL's name of a format to bytes that are near the end of every complete file of this format."""
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """Number, total bytes and hash of the files, and which bytes were hashed.
+    """The result of a check: number, total bytes and hash of the files, and which bytes were hashed.
 
-    Height and width are those that all images have in common. They are 0 if the images differ in
-    size.
+    `height` and `width` are those of all images, or 0 if the images differ in size.
     """
 
     count: int
@@ -97,7 +95,7 @@ def check_files(root: str, names: Sequence[str]) -> FileCheck:
 
 
 def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[FileCheck, list[tuple[str, str]]]:
-    """Return the check of all files, and (name, reason) of each file that fails."""
+    """Return the result of the check, and (name, reason) of each file that fails."""
     whole = sum(sizes) <= MAX_WHOLE_BYTES
     total, shapes = hashlib.sha256(), set()
     bad: list[tuple[str, str]] = []
@@ -153,12 +151,12 @@ def _load_cached(path: Path, key: str) -> FileCheck | None:
     try:
         stored = json.loads(path.read_bytes())
         return FileCheck(**stored["check"]) if stored["key"] == key else None
-    except (OSError, ValueError, TypeError, KeyError):  # missing or corrupt: check again
+    except (OSError, ValueError, TypeError, KeyError):  # the cached result is missing or corrupt: check again
         return None
 
 
 def _store(path: Path, key: str, check: FileCheck) -> None:
-    """Write a check to the cache. If writing fails, the next run checks again."""
+    """Write a result to the cache. If writing fails, the next run checks again."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

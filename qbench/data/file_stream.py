@@ -1,11 +1,10 @@
-"""Splits whose images stay in files: worker processes decode each batch when it is needed.
+"""Defines splits whose images stay in files. Worker processes decode each batch when it is needed.
 
 A batch depends only on its paths and draws, so the number of workers does not change the batches.
 
-The workers are those of torch's DataLoader. They are started by a fork server. It is a fresh
-process, so the workers inherit no locks, open files or CUDA state. Workers end when the epoch ends,
-or when the main process ends for any reason. They ignore signals that are sent to the whole process
-group, because the main process handles such signals.
+The workers are those of torch's DataLoader. A fork server starts them. The server is a fresh process, so the workers
+inherit no locks, open files or CUDA state. Workers end when the epoch or the main process ends. They ignore signals to
+the whole process group, because the main process handles these signals.
 """
 
 import multiprocessing
@@ -47,7 +46,7 @@ class FileSplit:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the smallest image that a crop is taken from."""
+        """Shape (C, H, W) of the smallest image that can be cropped."""
         return 3, self.side, self.side
 
     def to(self, device: torch.device) -> "FileSplit":
@@ -64,7 +63,7 @@ class FileSplit:
 
 
 class DecodeJob(NamedTuple):
-    """A batch to decode: paths, and the draws of each image, or None for centre crops."""
+    """A batch to decode: paths, and one row of draws per image. None in place of draws means centre crops."""
 
     paths: list[str]
     draws: list[list[float]] | None
@@ -78,13 +77,13 @@ class DecodedBatch(NamedTuple):
 
 
 class Decoder:
-    """Turns a decode job into a batch. The DataLoader gets it as its dataset, so each worker has a copy."""
+    """Decodes the images of a job into a batch. It is the DataLoader's dataset, so each worker has a copy."""
 
     def __init__(self, side: int, augment: Augment) -> None:
         self.side, self.augment = side, augment
 
     def __getitem__(self, job: DecodeJob) -> DecodedBatch:
-        from qbench.data.images import describe_error, load_crop  # imported late, since not all runs need PIL
+        from qbench.data.images import describe_error, load_crop  # imported late, because not all runs need PIL
 
         size = self.augment.size
         images, bad = torch.zeros(len(job.paths), size, size, 3, dtype=torch.uint8), []
@@ -103,13 +102,13 @@ def decoded_batches(
     """Yield images uint8 (n, 3, size, size) in channels_last for every index tensor, in order.
 
     Args:
-        draws: uniform draws for augmentation, of shape (N, k), with one row per image of the split.
-            None gives centre crops.
+        draws: uniform draws for augmentation, of shape (N, k), with one row per image of the split. None means centre
+            crops.
         workers: number of worker processes, at most one per core. With 0, this process decodes.
 
     Raises:
-        DataError: some images cannot be decoded. No batch is yielded after the first bad image, but
-            the remaining files are still read, so that the message names all bad files.
+        DataError: some images cannot be decoded. No batch is yielded after the first bad image. The remaining files are
+            still read, and the message names all bad files.
     """
     bad: list[tuple[str, str]] = []
     for batch in _decode_with_fallback(split, indices, draws, Decoder(split.side, augment), workers, device):
@@ -144,7 +143,7 @@ def _decode_with_fallback(
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
             warnings.warn(
-                f"a process that decodes images ended ({reason}); the main process decodes the rest of the epoch",
+                f"a process that decodes images ended ({reason}); the main process will decode the rest of this epoch",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -168,7 +167,7 @@ def _data_loader(
         multiprocessing_context=context,
         worker_init_fn=_end_with_main_process if workers else None,
         pin_memory=device.type == "cuda",
-        generator=Generator(),  # without it, the loader would draw from the global generator
+        generator=Generator(),  # without this argument, the loader would draw from the global generator
     )
 
 
@@ -184,7 +183,9 @@ def _ensure_fork_server() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)  # starting the tracker unblocks the signals
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, BLOCKED_SIGNALS
+        )  # starting the tracker unblocks the signals, so start it first
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,11 +1,10 @@
-"""Your own images, in one folder per class.
+"""Your own images, with one folder per class.
 
-The files are root/train/CLASS/*.jpg, and root/val/CLASS/*.jpg or root/test/CLASS/*.jpg. Classes are
-the folders of train, sorted by name; images may be in subfolders. The suffix decides whether a file
-is an image (JPEG, PNG, PPM, PGM, BMP, TIFF or WebP). Other files are counted and ignored. Grey,
-CMYK, palette and 16-bit images become RGB. The EXIF orientation is ignored, as in torchvision. The
-validation split is the share `val` of the images in the folder train. The test split is the folder
-val or test.
+The files are root/train/CLASS/*.jpg, and root/val/CLASS/*.jpg or root/test/CLASS/*.jpg. Classes are the folders of
+train, sorted by name. Images may be in subfolders. Files with the suffix of an image format (JPEG, PNG, PPM, PGM, BMP,
+TIFF or WebP) are images. Other files are counted and ignored. Grey, CMYK, palette and 16-bit images become RGB. The
+EXIF orientation is ignored, as in torchvision. The validation split is the share `val` of the images in the folder
+train. The test split is the folder val or test.
 
 With `augment=plain`, the shorter side is resized to `resize`. Then `size` x `size` pixels are
 cropped, at random in training and in the centre in evaluation. With `augment=inception`, training
@@ -13,9 +12,8 @@ crops have a random area, 8 % to 100 % of the image, and a random aspect, 3/4 to
 2014, arXiv 1409.4842, section 6). They are resized to `size`. `jitter=0.4` also changes brightness,
 contrast and saturation.
 
-Images are kept in memory if all have the same height and width and together fit into 2 GiB.
-Otherwise, and always with `augment=inception`, `runtime.num_workers` processes decode them when
-they are needed. The batches are the same either way.
+Images are kept in memory if all have the same size and together fit into 2 GiB. Otherwise, and always with
+`augment=inception`, `runtime.num_workers` processes decode them when they are needed. Both ways give the same batches.
 """
 
 from qbench.data.augment import Augment
@@ -24,7 +22,7 @@ from qbench.data.dataset_files import absolute_root
 from qbench.data.image_folders import classes_in, dataset_from_files, find_images, find_test_folder
 
 MIN_AREA = {"plain": 0.0, "inception": 0.08}
-"""Value of `augment` -> smallest share of the image in a crop; 0 for crops of fixed size."""
+"""Maps a value of `augment` to the smallest share of the image in a crop, or to 0 for crops of fixed size."""
 
 
 def build(
@@ -40,7 +38,7 @@ def build(
     jitter: float = 0.0,
     normalize: str = "imagenet",
 ) -> Dataset:
-    """Return the data set of a folder; `val` is the share of training images used for validation."""
+    """Return the data set of a folder; `val` is the share of the training images in the validation split."""
     top = absolute_root(root)
     classes = classes_in(top / "train")
     train = find_images(top, "train", classes)

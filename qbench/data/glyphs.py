@@ -1,36 +1,31 @@
 """Digits and capitals rendered offline from matplotlib's fonts; the test images use other fonts.
 
-By default, the images have CIFAR's shape. Any number of images can be drawn, and the same seed
-always gives the same images. There are 34 classes: 0-9 and A-Z without I and O, as on number
-plates. In many fonts, I looks like a bar or a 1, and O like a 0. Small letters are left out,
-because many of them look like their capitals when the size is random.
+By default, the images have CIFAR's shape. Any number of images can be drawn. The same seed always gives the same
+images. There are 34 classes: 0-9 and A-Z without I and O. In many fonts, I looks like a 1 and O like a 0. Small letters
+are left out, because many look like their capitals at random size.
 
-21 of matplotlib's 40 fonts hold ordinary digits and letters (DejaVu Sans, Sans Mono and Serif;
-STIXGeneral; cmb, cmr, cmss, cmti, cmtt). 16 of them draw the training images and 5 the test images.
-Fonts of symbols (STIXSiz*, STIXNonUni*, cmex10, cmsy10, DejaVu*Display, LastResort) and cmmi10,
-whose digits are old-style, are not used. The validation images are a part of the training images,
-so they show the training fonts.
+21 of matplotlib's 40 fonts hold ordinary digits and letters (DejaVu Sans, Sans Mono and Serif; STIXGeneral; cmb, cmr,
+cmss, cmti, cmtt). 16 of them draw the training images and 5 the test images. Symbol fonts (STIXSiz*, STIXNonUni*,
+cmex10, cmsy10, DejaVu*Display, LastResort) are not used. cmmi10 is not used because its digits are old-style. The
+validation images are a part of the training images, so they show the training fonts.
 
-The glyph is brighter than the background in every channel, and every image is shifted to mean 128.
-Both rules were chosen after a trial without them. There, the glyph was randomly brighter or darker
-in each channel and the mean was free, and the accuracy of a small network stayed at chance for ten
-epochs.
+The glyph is brighter than the background in every channel, and every image is shifted to mean 128. Both rules make the
+task learnable. Without them (the glyph randomly brighter or darker in each channel, the mean free), a small network
+stayed at chance for ten epochs.
 
-`difficulty` scales everything random except colour and font: rotation, shear, size, proportions,
-place, loss of contrast, uneven background, fragments of other glyphs at the border, and noise. At
-0, glyphs are upright, centred and clean. The same seed draws the same glyphs, fonts and colours at
-every difficulty and size.
+`difficulty` scales all random properties except colour and font: rotation, shear, size, proportions, place, loss of
+contrast, uneven background, fragments of other glyphs at the border, and noise. At 0, glyphs are upright, centred and
+clean. At every difficulty and size, the same seed draws the same glyphs, fonts and colours.
 
 Top-1 was measured on the 10,000 test images (sampling error +-0.5) for the float baseline of
 
     qbench dataset=glyphs model.width=16 model.stem_stride=2 dataset.difficulty=D
 
-The network is a pre-activation ResNet-8, trained on one thread for 10 epochs of the 10,810 training
-images: SGD with learning rate 0.1, a cosine schedule and batches of 64. Top-1 was 95.7 at D = 1,
-93.1 at 1.1 and 88.1 at 1.2 (one seed). With batches of 128, and so half the steps, top-1 was 99.9
-at D = 0.5 and 93.3 at D = 1 (mean of three seeds, from 92.9 to 93.6). At D = 1.5 it was 52 and
-still rising. The default is D = 1.1, where float networks end near 92 % and different bit widths
-give different accuracy.
+The network is a pre-activation ResNet-8, trained on one thread for 10 epochs of the 10,810 training images: SGD with
+learning rate 0.1, a cosine schedule and batches of 64. Top-1 was 95.7 at D = 1, 93.1 at 1.1 and 88.1 at 1.2 (one seed).
+With batches of 128, and therefore half the steps, top-1 was 99.9 at D = 0.5 and 93.3 at D = 1 (mean of three seeds,
+from 92.9 to 93.6). At D = 1.5 it was 52 and still rising. The default is D = 1.1. There, float networks reach about 92
+%, and different bit widths give different accuracy.
 
 Rendering 22,000 images and computing their mean and standard deviation takes 1.8 to 2.5 s on one
 core.
@@ -62,8 +57,8 @@ TRAIN_FONTS = (
     *("cmb10", "cmr10", "cmti10", "cmtt10"),
 )
 
-# Number of images drawn at once, with each label eight times. This number is fixed, so that image i
-# depends on (seed, i) and not on how many images are drawn.
+# Number of images drawn at once, with each label eight times. The number is fixed, so image i depends on (seed, i) but
+# not on the number of images.
 CHUNK = 8 * len(CLASSES)
 CAPITAL_HEIGHT = 0.5  # height of an H, as a fraction of the image's side
 CONTRAST = 0.5  # glyph minus background, as a fraction of the full scale
@@ -126,9 +121,9 @@ def render(count: int, *, size: int = 32, fonts: Sequence[str], seed: int, diffi
 
     Every image has mean 128 before clipping.
 
-    Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or
-    any global state. The bytes are the same wherever torch and Pillow are the same builds and the
-    CPU is of the same kind. Each group of images 0-33, 34-67, ... holds every class once.
+    Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or any global state. The
+    bytes are the same with the same builds of torch and Pillow and the same kind of CPU. Each group of images 0-33,
+    34-67, ... contains every class once.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -158,7 +153,7 @@ def _masks(fonts: Sequence[str], side: int) -> Tensor:
     masks = np.zeros((len(fonts), len(CLASSES), side, side), np.uint8)
     for i, name in enumerate(fonts):
         path = _font_path(name)
-        basic = ImageFont.Layout.BASIC  # Raqm, if installed, places the same letters differently
+        basic = ImageFont.Layout.BASIC  # do not use Raqm, which places the same letters differently
         _, top, _, bottom = ImageFont.truetype(path, 256, layout_engine=basic).getbbox("H")
         font = ImageFont.truetype(path, 256 * CAPITAL_HEIGHT * side / (bottom - top), layout_engine=basic)
         for j, letter in enumerate(CLASSES):
@@ -175,12 +170,10 @@ def _font_path(font: str) -> str:
     # user's home.
     spec = find_spec("matplotlib")
     if spec is None or spec.origin is None:
-        raise DataError(
-            "dataset=glyphs draws with the fonts of matplotlib, which is not installed: pip install matplotlib"
-        )
+        raise DataError("dataset=glyphs needs matplotlib, which is not installed: pip install matplotlib")
     path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{font}.ttf"
     if not path.is_file():
-        raise DataError(f"no font at {path}: use one of TRAIN_FONTS or TEST_FONTS, or reinstall matplotlib")
+        raise DataError(f"no font at {path}; use a font of TRAIN_FONTS or TEST_FONTS, or reinstall matplotlib")
     return str(path)
 
 

@@ -1,4 +1,4 @@
-"""Images in one folder per class: find them, and build a data set in memory or streaming."""
+"""Finds images in one folder per class, and builds a data set in memory or streaming from files."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -22,22 +22,20 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 """Suffixes of image files in lower case: torchvision's list for ImageFolder."""
 
 MAX_MEMORY = 2**31
-"""Largest size in bytes of images that are kept in memory: 2 GiB.
+"""Maximum size in bytes of images that are kept in memory: 2 GiB.
 
-The limit is fixed, so that every machine does the same.
+The limit is fixed, so it is the same on every machine.
 """
 
 STATISTICS_IMAGES = 1000
-"""Number of evenly spaced images from which `normalize=own` computes the mean and deviation of a
-streaming data set.
+"""Number of evenly spaced images that `normalize=own` uses to compute the mean and standard deviation of a streaming
+data set.
 """
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files: their names below the root in order, their labels, and the number of other
-    files.
-    """
+    """Image files: names below the root in order, labels, and the number of other files."""
 
     names: tuple[str, ...]
     labels: tuple[int, ...]
@@ -48,14 +46,14 @@ def classes_in(folder: Path) -> list[str]:
     """Return the names of the class folders, sorted; hidden folders do not count.
 
     Raises:
-        DataError: the folder does not exist or holds no folders.
+        DataError: the folder does not exist or contains no folders.
     """
     top = folder.parent
     if not folder.is_dir():
-        raise _layout_error(top, f"{folder}: no such folder; {top} holds {_contents(top)}")
+        raise _layout_error(top, f"{folder}: no such folder; {top} contains {_contents(top)}")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise _layout_error(top, f"{folder} holds no folders, but {_contents(folder)}")
+        raise _layout_error(top, f"{folder} contains no folders; it contains {_contents(folder)}")
     return classes
 
 
@@ -70,7 +68,9 @@ def find_images(root: Path, part: str, classes: Sequence[str]) -> ImageFiles:
     """
     folders = classes_in(root / part)
     if unknown := sorted(set(folders) - set(classes)):
-        raise _layout_error(root, f"{root / part}: no class of train is called {_first_names(unknown)}")
+        raise _layout_error(
+            root, f"{root / part}: contains folders that are not classes of train: {_first_names(unknown)}"
+        )
     names: list[str] = []
     labels: list[int] = []
     ignored = sum(not entry.is_dir() for entry in os.scandir(root / part))
@@ -80,14 +80,16 @@ def find_images(root: Path, part: str, classes: Sequence[str]) -> ImageFiles:
         names, labels, ignored = names + images, labels + [label] * len(images), ignored + others
         empty += [] if images else [name]
     if empty and (part == "train" or not names):
-        raise _layout_error(root, f"{len(empty)} class folders of {root / part} hold no images: {_first_names(empty)}")
+        raise _layout_error(
+            root, f"{len(empty)} class folders of {root / part} contain no images: {_first_names(empty)}"
+        )
     return ImageFiles(tuple(names), tuple(labels), ignored)
 
 
 def find_test_folder(root: Path, part: str) -> str:
     """Return the name of the folder of test images.
 
-    The name is `part`. If `part` is auto, it is val or test, whichever exists.
+    The name is `part`. If `part` is auto, the name is val or test: the one that exists.
 
     Raises:
         DataError: neither val nor test exists, or both do.
@@ -97,10 +99,10 @@ def find_test_folder(root: Path, part: str) -> str:
     existing = [name for name in ("val", "test") if (root / name).is_dir()]
     if len(existing) == 2:
         raise DataError(
-            f"{root} holds val/ and test/\ntype dataset.test=val or dataset.test=test: the other is not read"
+            f"{root} contains val/ and test/\ntype dataset.test=val or dataset.test=test (the other is not read)"
         )
     if not existing:
-        raise _layout_error(root, f"{root} holds neither val/ nor test/, but {_contents(root)}")
+        raise _layout_error(root, f"{root} contains neither val/ nor test/; it contains {_contents(root)}")
     return existing[0]
 
 
@@ -110,7 +112,7 @@ def dataset_from_files(
 ) -> Dataset:  # fmt: skip
     """Return the data set of image files.
 
-    Images that have one size and fit into memory are kept in memory.
+    Images are kept in memory if they have the same size and fit into memory.
 
     Args:
         side: size in pixels to which the shorter side is resized.
@@ -156,7 +158,7 @@ def _common_shape(check: FileCheck, side: int, augment: Augment) -> tuple[int, i
 
 
 def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]) -> Split:
-    """Decode all images; each has the shape (H, W) after resizing."""
+    """Decode all images. Each image has the shape (H, W) after resizing."""
     images = torch.empty(len(files.names), *shape, 3, dtype=torch.uint8)
 
     def read(i: int) -> tuple[str, str] | None:
@@ -178,7 +180,7 @@ def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]
 
 
 def _statistics_images(split: Split | FileSplit) -> Tensor:
-    """Return the images from which mean and deviation are computed.
+    """Return the images for computing mean and standard deviation.
 
     If the split is in memory, these are all its images. Otherwise they are the pixels of a sample
     of images, in the shape (1, 3, 1, pixels).
@@ -213,7 +215,7 @@ def _images_below(root: Path, folder: str) -> tuple[list[str], int]:
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], int]]:
     """Yield `folder` and every visible folder below it.
 
-    Each comes with the names of its images and the number of all its files.
+    Also yield the names of the images and the number of all files in each folder.
     """
     for path, folders, files in os.walk(folder, onerror=_raise_resource_error, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -226,14 +228,13 @@ def _raise_resource_error(error: OSError) -> None:
 
 def _layout_error(root: Path, found: str) -> DataError:
     return DataError(
-        f"{found}\n"
-        f"expected: train/CLASS/*.jpg and val/CLASS/*.jpg, or test/CLASS/*.jpg, in {root}, one folder per class\n"
-        f"type dataset.root=DIR, the folder that holds train/"
+        f"{found}\nexpected in {root}: train/CLASS/*.jpg and val/CLASS/*.jpg (or test/CLASS/*.jpg), one folder "
+        f"per class\ntype dataset.root=DIR for the folder that contains train/"
     )
 
 
 def _contents(folder: Path) -> str:
-    """Return a short list of what a folder holds."""
+    """Return a short list of a folder's content."""
     if not folder.is_dir():
         return "nothing: it does not exist"
     entries = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(folder))

@@ -5,16 +5,14 @@ images. As in all papers, the validation images serve as the test split, because
 real test images are not public. The sampling error of one run on 50,000 images is about 0.2 points
 at 70 %.
 
-The images are read from `<root>/train/nXXXXXXXX/*.JPEG` and `<root>/val/nXXXXXXXX/*.JPEG`, the
-layout that torchvision and most programs use. Classes are sorted by name. The images stream from
-their files.
+The images are read from `<root>/train/nXXXXXXXX/*.JPEG` and `<root>/val/nXXXXXXXX/*.JPEG`. torchvision and most
+programs use this layout. Classes are sorted by name. The images stream from their files.
 
-`augment=plain` resizes the shorter side to `resize`, crops `size` x `size` pixels at random and
-mirrors half of the images. The code of XNOR, INQ and HWGQ does the same (HWGQ with 227 pixels).
-`augment=inception` crops a random area and aspect, and `jitter=0.4` also changes the colours. This
-follows the ImageNet training code of He et al. (fb.resnet.torch), which tensorpack's DoReFa script
-follows too. He's code also adds noise along the principal components of the colours, which is not
-done here. Evaluation uses the centre crop of the resized image.
+`augment=plain` resizes the shorter side to `resize`, crops `size` x `size` pixels at random and mirrors half of the
+images. The code of XNOR, INQ and HWGQ does the same (HWGQ with 227 pixels). `augment=inception` crops a random area and
+aspect, and `jitter=0.4` also changes the colours. This follows the ImageNet training code of He et al.
+(fb.resnet.torch), as tensorpack's DoReFa script does. He's code also adds noise along the principal components of the
+colours. This noise is not implemented here. Evaluation uses the centre crop of the resized image.
 """
 
 from qbench.data.dataset import Dataset
@@ -40,13 +38,13 @@ def build(
 ) -> Dataset:
     """Return ImageNet; `val` is the share of the training images in the validation split."""
     if download:
-        raise ValueError("download=true: must be false; image-net.org gives ImageNet to registered users")
+        raise ValueError("download=true: must be false, because image-net.org requires registration for ImageNet")
     top = absolute_root(root)
     classes = classes_in(top / "train")
     if len(classes) != CLASSES:
         raise DataError(
-            f"{top / 'train'} holds {len(classes)} class folders; ImageNet has {CLASSES}\n"
-            f"for a part of it, or other images, type dataset=folder dataset.root={root}"
+            f"{top / 'train'} contains {len(classes)} class folders, but ImageNet has {CLASSES}\n"
+            f"for other images or a subset, type dataset=folder dataset.root={root}"
         )
     return dataset_from_files(
         "imagenet", top, find_images(top, "train", classes), find_images(top, "val", classes), classes=CLASSES, val=val,

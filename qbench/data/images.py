@@ -1,7 +1,7 @@
-"""One image file: decode, convert to RGB, resize, crop, and describe what is damaged.
+"""Handles one image file: decodes, converts to RGB, resizes, crops, and describes damage.
 
-Resizing uses PIL's bilinear filter, which averages when it shrinks an image. Sizes and centre crops
-are rounded as torchvision rounds them. The EXIF orientation is ignored, as in torchvision.
+Resizing uses PIL's bilinear filter, which averages when it shrinks an image. Sizes and centre crops are rounded as in
+torchvision. The EXIF orientation is ignored, as in torchvision.
 """
 
 import errno
@@ -20,10 +20,10 @@ from qbench.errors import DataError
 Pixels = npt.NDArray[np.uint8]
 
 MAX_NAMED = 20
-"""Largest number of bad files that a message names."""
+"""Maximum number of bad files in a message."""
 
 SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors that do not mean that the file is damaged: too many open files, no memory."""
+"""Error numbers that do not mean that the file is damaged: too many open files, no memory."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -32,11 +32,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Grey is repeated, 16-bit values are cut to their upper 8 bits, and alpha is dropped.
 
     Raises:
-        ValueError: the pixels are floats, whose white level is unknown.
+        ValueError: the pixels are floats, for which the value of white is not known.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floats")
-    if image.mode.startswith("I"):  # left to PIL, every value above 255 would become white
+    if image.mode.startswith("I"):  # PIL's own conversion would make every value above 255 white
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-    """Return an image whose shorter side has `side` pixels; 0 leaves it as it is."""
+    """Return an image whose shorter side has `side` pixels. With 0, return the image unchanged."""
     width, height = image.size
     short, long = sorted((width, height))
     if not side or short == side:
@@ -66,10 +66,9 @@ def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[flo
     """Return a crop of a file's image as uint8 (size, size, 3).
 
     Args:
-        side: size in pixels to which the shorter side is resized before a crop of fixed size is
-            taken.
+        side: size in pixels to which the shorter side is resized before a crop of fixed size.
         augment: the augmentation, with `size` set.
-        draws: the image's uniform draws. None gives the centre crop.
+        draws: the image's uniform draws. None means the centre crop.
     """
     if draws is not None and augment.area:
         with Image.open(path) as image:
@@ -85,7 +84,7 @@ def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[flo
 
 
 def describe_error(error: Exception) -> str:
-    """Return in a few words why an image cannot be read.
+    """Return a short reason why an image cannot be read.
 
     If the file is not the cause of the error, raise the error again.
     """
@@ -99,7 +98,7 @@ def describe_error(error: Exception) -> str:
 
 
 def damaged_files_error(bad: Iterable[tuple[str, str]], checked: int, folder: str) -> DataError:
-    """Return the error that names bad files with their reasons, at most twenty.
+    """Return the error that names bad files with their reasons, up to `MAX_NAMED`.
 
     Args:
         bad: (path, reason) of each bad file.
@@ -111,5 +110,5 @@ def damaged_files_error(bad: Iterable[tuple[str, str]], checked: int, folder: st
     more = f", and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
     return DataError(
         f"{len(bad)} of {checked} image files in {folder} cannot be used\n{named}{more}\n"
-        "replace them by complete files, or remove them (without them it is another data set)"
+        "replace them by complete files, or remove them (this changes the data set)"
     )

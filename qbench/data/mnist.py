@@ -1,14 +1,13 @@
 """MNIST: handwritten digits.
 
-Y. LeCun, C. Cortes, C. J. C. Burges, 1998. The digits come from NIST's forms. 60,000 training and
-10,000 test images, 1x28x28, in ten classes of about equal size. Each digit fits into a box of 20x20
-pixels, which is placed on black so that the digit's centre of mass is in the middle. Most networks
-end within a point of 100 %, so methods hardly differ here.
+Y. LeCun, C. Cortes, C. J. C. Burges, 1998. The digits come from NIST's forms. 60,000 training and 10,000 test images,
+1x28x28, in ten classes of about equal size. Each digit fits into a box of 20x20 pixels, which is placed on black so
+that the digit's centre of mass is in the middle. Most networks reach more than 99 %, so methods hardly differ here.
 
-The images are read from `<root>/MNIST/raw/`: train-images-idx3-ubyte, train-labels-idx1-ubyte,
-t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, or these names with .gz. By default the images
-are not augmented, as in most papers. `pad=2` shifts them at random, by so little that hardly any
-digit is cut. A mirrored digit is no longer a digit, so there is no `flip`.
+The images are read from `<root>/MNIST/raw/`: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte
+and t10k-labels-idx1-ubyte, or these names with .gz. By default the images are not augmented, as in most papers. `pad=2`
+shifts them at random by up to 2 pixels, which cuts hardly any digit. There is no `flip`, because a mirrored digit is no
+longer a digit.
 """
 
 from qbench.data.augment import Augment

@@ -1,7 +1,7 @@
-"""Normalization of images by channel: (x / 255 - mean) / deviation.
+"""Chooses the constants that normalize images per channel: (x / 255 - mean) / deviation.
 
-`dataset.normalize` selects the mean and the standard deviation. `own` computes them from the
-training images. Every other name stands for fixed numbers.
+`dataset.normalize` selects the mean and the standard deviation. With `own`, they are computed from the training images.
+Every other name stands for fixed numbers.
 """
 
 import torch
@@ -24,8 +24,7 @@ def normalization(name: str, images_NCHW: Tensor) -> MeanAndStd:
     """Return (mean, std) per channel for a value of `normalize`.
 
     Raises:
-        ValueError: the name is unknown, or its constants are for three channels and the images have
-            another number of channels.
+        ValueError: the name is unknown, or its constants are for another number of channels.
     """
     if name == "own":
         return mean_and_std(images_NCHW)
@@ -34,15 +33,17 @@ def normalization(name: str, images_NCHW: Tensor) -> MeanAndStd:
     mean, std = FIXED[name]
     channels = images_NCHW.shape[1]
     if len(mean) not in (1, channels):
-        raise ValueError(f"normalize={name} is for {len(mean)} channels, and the images have {channels}: use own")
+        raise ValueError(
+            f"normalize={name} is for {len(mean)} channels, but the images have {channels}; use normalize=own"
+        )
     return (mean, std) if len(mean) == channels else (mean * channels, std * channels)
 
 
 def mean_and_std(images_NCHW: Tensor) -> MeanAndStd:
     """Return mean and standard deviation per channel of uint8 images, on the scale [0, 1].
 
-    They are computed from how often each grey value occurs. This is exact for any number of images
-    and needs no float copy of the images.
+    They are computed from the histogram of grey values. This is exact for any number of images and needs no float copy
+    of the images.
     """
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images_NCHW.unbind(1)])
     weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)

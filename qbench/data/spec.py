@@ -1,4 +1,4 @@
-"""Shapes, classes and counts of the data sets, to plan runs without the image files."""
+"""Provides shapes, classes and counts of the data sets, to plan runs without the image files."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ SVHN_IMAGES = {"train": 73_257, "extra": 531_131, "both": 604_388}
 
 
 class DatasetSpec(NamedTuple):
-    """What is known about a data set without its files.
+    """The properties of a data set that are known without its files.
 
     Args:
         shape: channels, height and width as the network gets them.
@@ -28,7 +28,7 @@ class DatasetSpec(NamedTuple):
 
 
 def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
-    """Return a data set of black images that take no memory; None if it is not known here.
+    """Return a data set of black images that use no memory, or None for a data set without a specification.
 
     `node` holds the keys of `dataset`.
 
@@ -39,7 +39,7 @@ def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
     if spec is None:
         return None
     if not 0 <= node["val"] < 1:
-        raise ValueError(f"val={node['val']}: must be a part of the training images, from 0 to below 1")
+        raise ValueError(f"val={node['val']}: must be a share of the training images, from 0 to below 1")
     val_images = round(node["val"] * spec.train)
     channels = spec.shape[0]
     return Dataset(
@@ -50,7 +50,7 @@ def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
 
 
 def _dataset_spec(node: Mapping[str, Any]) -> DatasetSpec | None:
-    """Return the specification of a data set; the counts are those of its paper or site."""
+    """Return the specification of a data set. The counts come from its paper or web site."""
     name, side = str(node["name"]), int(node.get("size", 0))
     if name == "glyphs":
         return DatasetSpec((3, side, side), 34, node["train"], node["test"], synthetic=True)

@@ -1,21 +1,19 @@
 """SVHN, Street View House Numbers: digits cropped from photographs of house fronts.
 
-Y. Netzer et al., 2011, "Reading Digits in Natural Images with Unsupervised Feature Learning". This
-is the set's format 2: 3x32x32, ten classes, with the digit in the middle and often its neighbours
-at the sides. There are 73,257 training images, 26,032 test images and 531,131 easier images, named
-"extra". Papers train on different parts: DoReFa on train and extra mixed, PACT on train alone.
-`split` selects train, extra or both. `split=both` takes 1.9 GB of memory, or 2.9 GB with size=40,
-and twice as much while the files are read.
+Y. Netzer et al., 2011, "Reading Digits in Natural Images with Unsupervised Feature Learning". This is format 2 of the
+data set: 3x32x32, ten classes, with the digit in the middle and often its neighbours at the sides. There are 73,257
+training images, 26,032 test images and 531,131 easier images, named "extra". Papers train on different parts: DoReFa on
+train and extra mixed, PACT on train alone. `split` selects train, extra or both. `split=both` takes 1.9 GB of memory,
+or 2.9 GB with size=40, and twice as much while the files are read.
 
 scipy reads train_32x32.mat, extra_32x32.mat and test_32x32.mat from `<root>/`. Digit 0, which the
 files call 10, is class 0. As for CIFAR, the image is padded by 4 pixels and cropped at random to
 its original size. Digits are not mirrored, so there is no `flip`.
 
-DoReFa's training script (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py) resizes to 40x40,
-adds up to 30 grey values, multiplies the contrast by 0.5 to 1.5, divides by 256 and crops nothing.
-The same is done by `size=40 brightness=30 contrast=0.5 normalize=by256 pad=0 split=both val=0`. One
-difference remains: the script rounds to whole grey values after each change, and this file does
-not.
+DoReFa's training script (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py) resizes to 40x40, changes brightness by
+up to 30 grey values, multiplies the contrast by 0.5 to 1.5, divides by 256 and does not crop. To do the same, set
+`size=40 brightness=30 contrast=0.5 normalize=by256 pad=0 split=both val=0`. One difference remains: only the script
+rounds to whole grey values after each change.
 """
 
 import torch
@@ -28,7 +26,7 @@ from qbench.data.dataset_files import dataset_from_splits, read_svhn
 CHUNK = 10_000
 """Number of images that are resized at once."""
 SPLITS = {"train": ("train",), "extra": ("extra",), "both": ("train", "extra")}
-"""Value of `split` -> parts of SVHN."""
+"""Maps a value of `split` to parts of SVHN."""
 
 
 def build(
@@ -48,14 +46,14 @@ def build(
     if split not in SPLITS:
         raise ValueError(f"split={split}: must be one of {', '.join(SPLITS)}")
     if size < 1:
-        raise ValueError(f"size={size}: must be 1 or more; the files have 32 pixels")
+        raise ValueError(f"size={size}: must be 1 or more (the images in the files have 32 pixels)")
     augment = Augment(pad, replicate=replicate, brightness=brightness, contrast=contrast)
     train, test = (resize_split(part, size) for part in read_svhn(SPLITS[split], root, download))
     return dataset_from_splits("svhn", train, test, classes=10, val=val, augment=augment, normalize=normalize)
 
 
 def resize_split(split: Split, size: int) -> Split:
-    """Return the split with images resized to size x size by bilinear interpolation and rounded."""
+    """Return the split with images resized to size x size. Interpolation is bilinear, and values are rounded."""
     if split.images.shape[2:] == (size, size):
         return split
     chunks = (F.interpolate(x.float(), (size, size), mode="bilinear") for x in torch.split(split.images, CHUNK))

@@ -1,6 +1,6 @@
-"""Random images of any shape: each class is a fixed random pattern under noise.
+"""Random images of any shape. Each class is a fixed random pattern with noise.
 
-It is for load and speed tests only.
+They are only for load and speed tests.
 """
 
 import torch

@@ -1,12 +1,11 @@
 """Tiny ImageNet (Stanford CS231n's class project, 2015): 200 of ImageNet's classes at 64x64 pixels.
 
-There are 100,000 training images and 10,000 validation images. The validation images serve as the
-test split, because the labels of the published test images are not public. The images are read from
-`<root>/`, the folder tiny-imagenet-200 as published: train/nXXXXXXXX/images/*.JPEG,
-val/images/*.JPEG and val/val_annotations.txt. A val folder divided into class folders is read too.
-Classes are sorted by name. All images are decoded once and kept in memory, where they take 1.4 GB.
-The augmentation is that of CIFAR-10 with twice the padding: the image is padded by 8 pixels,
-cropped at random to its original size, and mirrored half of the time.
+There are 100,000 training images and 10,000 validation images. The validation images serve as the test split, because
+the labels of the published test images are not public. The images are read from `<root>/`, the folder tiny-imagenet-200
+as published: train/nXXXXXXXX/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt. A val folder with class
+folders is also accepted. Classes are sorted by name. All images are decoded once and kept in memory. They use 1.4 GB.
+The augmentation is that of CIFAR-10 with twice the padding: the image is padded by 8 pixels, cropped at random to its
+original size, and mirrored half of the time.
 """
 
 from pathlib import Path
@@ -33,13 +32,15 @@ def build(
 ) -> Dataset:
     """Return Tiny ImageNet; `val` is the share of the training images in the validation split."""
     if download:
-        raise ValueError("download=true: must be false; fetch tiny-imagenet-200.zip from cs231n.stanford.edu by hand")
+        raise ValueError(
+            "download=true: must be false; download tiny-imagenet-200.zip from cs231n.stanford.edu by hand"
+        )
     top = absolute_root(root)
     classes = classes_in(top / "train")
     if len(classes) != CLASSES:
         raise DataError(
-            f"{top / 'train'} holds {len(classes)} class folders; Tiny ImageNet has {CLASSES}\n"
-            f"for a part of it, or other images, type dataset=folder dataset.root={root}"
+            f"{top / 'train'} contains {len(classes)} class folders, but Tiny ImageNet has {CLASSES}\n"
+            f"for other images or a subset, type dataset=folder dataset.root={root}"
         )
     annotated = (top / "val" / ANNOTATIONS).is_file() and (top / "val" / "images").is_dir()
     test = _annotated_images(top, classes) if annotated else find_images(top, "val", classes)
@@ -50,21 +51,21 @@ def build(
 
 
 def _annotated_images(root: Path, classes: list[str]) -> ImageFiles:
-    """Return the images that val_annotations.txt lists.
+    """Return the images in val_annotations.txt.
 
-    Each line holds file, class and box of one image, separated by tabs.
+    Each line contains file, class and box of one image, separated by tabs.
     """
     path, names, labels = root / "val" / ANNOTATIONS, [], []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         name, _, rest = line.partition("\t")
         label = rest.partition("\t")[0]
         if label not in classes or "/" in name:
-            raise DataError(f"{path}, line {number}: expected are a file name, a tab and a class of train")
+            raise DataError(f"{path}, line {number}: must be a file name, a tab and a class of train")
         names.append(f"val/images/{name}")
         labels.append(classes.index(label))
     existing = {f"val/images/{entry.name}" for entry in (root / "val" / "images").iterdir()}
     unlisted = sorted(name for name in existing - set(names) if name.lower().endswith(SUFFIXES))
     if unlisted or not names:
         example = f", such as {unlisted[0]}" if unlisted else ""
-        raise DataError(f"{path} lists {len(names)} images, and does not list {len(unlisted)} others{example}")
+        raise DataError(f"{path} lists {len(names)} images; {len(unlisted)} image files are not listed{example}")
     return ImageFiles(tuple(names), tuple(labels), len(existing - set(names)))
