@@ -1,8 +1,8 @@
 """Manages a run's directory: lock, config.yaml, checkpoints and result.
 
-The path is derived from the run's identity. The same command therefore finds the same run again,
-whether as a single run, as part of a sweep, or started by a launcher. `result.json` is written
-last. Until then the directory holds the checkpoints from which the run can continue.
+The path is derived from the run's identity. The same command therefore finds the same run again. This also holds for
+sweeps and launchers. `result.json` is written last. Until then the directory contains checkpoints, so an interrupted
+run can continue.
 """
 
 import re
@@ -20,7 +20,7 @@ from qbench.runs.result import Protocol, Result, load_result, store_result
 from qbench.system import files
 
 FINAL = ("done", "unsupported")
-"""Statuses of final results. Repeating the run does not compute such a result again."""
+"""Statuses of final results. A final result is not computed again if the run is repeated."""
 KEPT_CHECKPOINTS = 2
 ARTIFACTS = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
 
@@ -36,13 +36,13 @@ def directory_name(identity: RunIdentity) -> Path:
 
 
 def path_component(name: str) -> str:
-    """Return a name in which a dot replaces each run of characters that are unsafe in a path."""
+    """Return a name without characters that are unsafe in a path. A dot replaces each group of them."""
     return re.sub(r"[^A-Za-z0-9._+]+", ".", name).strip(".")
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory of one run; the method `lock` creates it."""
+    """The directory of one run. The method `lock` creates it."""
 
     identity: RunIdentity
     path: Path
@@ -77,12 +77,12 @@ class RunDirectory:
             lock.release()
 
     def write_config(self) -> None:
-        """Write the whole configuration to config.yaml, from which the run can be repeated."""
+        """Write the whole configuration to config.yaml. The file is sufficient to repeat the run."""
         text = yaml.safe_dump(self.identity.config, sort_keys=False, allow_unicode=True)
         files.write(self.path / "config.yaml", text.encode())
 
     def new_result(self, status: str, reason: str | None = None) -> Result:
-        """Return a result with the fields that the run's identity determines."""
+        """Return a result whose identity fields are filled in."""
         identity = self.identity
         return Result(
             status=status, reason=reason, method=identity.method, options=identity.options,
@@ -100,7 +100,7 @@ class RunDirectory:
         return result
 
     def remove_checkpoints(self) -> None:
-        """Remove the checkpoints of a finished run that was killed before it could remove them.
+        """Remove the checkpoints of a finished run, in case it was killed before it removed them.
 
         Do nothing if another process has the lock, or if the directory cannot be written to.
         """
@@ -116,7 +116,7 @@ class RunDirectory:
             path.unlink()
 
     def write_artifact(self, name: str, data: bytes) -> None:
-        """Write a file that is kept after the run, such as last.pt."""
+        """Write a file that remains after the run, such as last.pt."""
         files.write(self.path / name, data)
 
     def checkpoints(self) -> list[Path]:
@@ -129,11 +129,11 @@ class RunDirectory:
         return [path for _, path in sorted(by_step, reverse=True)]
 
     def has_result(self) -> bool:
-        """Whether result.json exists, whatever its status."""
+        """Whether result.json exists, with any status."""
         return (self.path / "result.json").exists()
 
     def reset(self, *, whole: bool) -> None:
-        """Remove an earlier attempt's result, and with `whole` all other files that it wrote."""
+        """Remove the result of an earlier attempt. With `whole`, also remove all other files that it wrote."""
         paths = [self.path / "result.json"]
         if whole:
             paths += [*self.checkpoints(), *self.path.glob("events.out.tfevents.*")]

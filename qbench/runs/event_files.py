@@ -1,4 +1,4 @@
-"""Reads hyper-parameters and final scalars from TensorBoard event files, even damaged ones."""
+"""Reads hyper-parameters and final scalars from TensorBoard event files. Damaged files are supported."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from pathlib import Path
 from qbench.system import files
 
 RECORD_OVERHEAD = 16
-"""Bytes that an event file adds to the content of each record."""
+"""Number of bytes of a record in addition to its content."""
 MAX_TRIES = 2**16
-"""Largest number of offsets tried to find a record after damage. More would take minutes."""
+"""Maximum number of offsets to try when searching for a record after damage. More would take minutes."""
 
 
 @dataclass
 class EventSummary:
-    """Hyper-parameters, the scalars under `final/`, and messages on parts that cannot be read."""
+    """Hyper-parameters, the scalars under `final/`, and messages about parts that cannot be read."""
 
     hyperparameters: dict[str, bool | float | str] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
@@ -22,7 +22,7 @@ class EventSummary:
 
 
 def read_summary(path: Path) -> EventSummary:
-    """Return the summary of all event files in a directory; later files override earlier ones."""
+    """Return the summary of all event files in a directory. Later files override earlier ones."""
     summary = EventSummary()
     paths = sorted(path.glob("events.out.tfevents.*"))
     if not paths:
@@ -49,7 +49,7 @@ def read_summary(path: Path) -> EventSummary:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Yield the intact records of an event file, whereas TensorBoard's reader stops at damage.
+    """Yield the intact records of an event file. TensorBoard's own reader stops at damage.
 
     A record consists of the content's length (8 bytes), the checksum of the length (4), the
     content, and the checksum of the content (4). If only the content is damaged, the record is

@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl of one run: records of epochs and the last statistics of each layer."""
+"""Reads metrics.jsonl of one run: the records of epochs, and the last statistics of each layer."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ Record = dict[str, Any]
 
 
 def epochs(run: Path) -> dict[int, Record]:
-    """Return epoch (from 0) -> record of a run. Lines that cannot be read are skipped."""
+    """Return a map from epoch (from 0) to its record. Lines that cannot be read are skipped."""
     return {values["epoch"]: values for values in _epoch_records(run) if values.get("kind") == "epoch"}
 
 
 def observed(run: Path) -> dict[str, Record]:
-    """Return layer -> last recorded statistics of a run; empty if none were recorded."""
+    """Return a map from layer to its last recorded statistics. It is empty if none were recorded."""
     records = [values["layers"] for values in _epoch_records(run) if isinstance(values.get("layers"), dict)]
     return {name: layer for name, layer in records[-1].items() if isinstance(layer, dict)} if records else {}
 
@@ -34,7 +34,7 @@ def _epoch_records(run: Path) -> list[Record]:
 def baseline_directory(result: Result) -> Path | None:
     """Return the directory of a run's float baseline, or None without a baseline.
 
-    A directory of that name next to the run's directory is preferred to the recorded path.
+    A directory of the same name next to the run's directory is preferred to the recorded path.
     """
     if not result.baseline:
         return None

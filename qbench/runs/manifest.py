@@ -1,4 +1,4 @@
-"""Records the versions, commit, machine and data with which a run was computed."""
+"""Records the versions, commit, machine and data of a run."""
 
 import platform
 import subprocess
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 EQUAL_UNDER = ("commit", "torch build", "kind of device", "threads", "precision")
-"""The conditions that must be equal for a repeated run to give bit-identical results."""
+"""The conditions for bit-identical results: they must be equal in both runs."""
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn", "tensorboard")
 
 
@@ -34,7 +34,7 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of the clone that contains this package, or None for an installed wheel."""
+    """Return the commit of the clone that contains this package. For an installed wheel, return None."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -55,8 +55,7 @@ def changed() -> bool | None:
 def write(path: Path, *, numerics: Mapping[str, Json], device: "torch.device", data: Mapping[str, Json]) -> None:
     """Write manifest.json.
 
-    Two runs with the same commit, torch build, kind of device, thread count and precision are
-    guaranteed to give equal results.
+    Two runs give equal results if they have the same commit, torch build, kind of device, thread count and precision.
 
     Args:
         path: the file to write.
@@ -86,7 +85,7 @@ def write(path: Path, *, numerics: Mapping[str, Json], device: "torch.device", d
 
 
 def changed_since(path: Path) -> list[str]:
-    """Return a message for each change of commit or torch version since a manifest was written."""
+    """Return one message per change of commit or torch version since a manifest was written."""
     stored = files.read_json(path) or {}
     pairs = [
         ("commit", stored.get("commit"), commit()),

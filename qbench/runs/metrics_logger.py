@@ -36,22 +36,20 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        size: length of metrics.jsonl in bytes at the checkpoint. Later bytes and corrupt lines are
-            removed.
-        step: training step from which the run continues. TensorBoard hides the earlier attempt's
-            points after this step.
+        size: length of metrics.jsonl in bytes at the checkpoint. Bytes after it and corrupt lines are removed.
+        step: training step at which the run continues. TensorBoard then hides later points of the earlier attempt.
         tensorboard: whether to write event files.
 
     Attributes:
         path: the run's directory.
-        lost: how many of the `size` bytes were missing or corrupt.
+        lost: number of missing or corrupt bytes among the first `size` bytes.
     """
 
     def __init__(self, path: Path, *, size: int = 0, step: int = 0, tensorboard: bool = True) -> None:
         self.path = path
         self._metrics = path / "metrics.jsonl"
         self.lost = size - files.cut(self._metrics, size)
-        if not step:  # an attempt that reached no checkpoint left points that would be shown twice
+        if not step:  # hide points of an attempt that reached no checkpoint; they would be shown twice
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
         self._writer: SummaryWriter | None = None
@@ -134,14 +132,13 @@ class MetricsLogger:
     ) -> None:
         """Add the hyper-parameters, the names of the final metrics, and the charts.
 
-        They are written to this run's event file. TensorBoard's `add_hparams` would add a second
-        run instead.
+        They are written to this run's event file. TensorBoard's own `add_hparams` would add a second run.
 
         Args:
             hparams: names and values of the hyper-parameters.
             first: names of the hyper-parameters that TensorBoard shows by default.
             metrics: names of the final metrics.
-            layout: category -> title -> chart; TensorBoard merges equal layouts of several runs.
+            layout: category -> title -> chart. TensorBoard merges equal layouts of several runs.
         """
 
         def add(writer: "SummaryWriter") -> None:
@@ -188,13 +185,13 @@ class MetricsLogger:
 
 
 def _print_unless_os_error(args: threading.ExceptHookArgs) -> None:
-    """Print the error that ended a thread, unless it is an OSError, which `flush` raises again."""
+    """Print the error that ended a thread. An OSError is not printed, because `flush` raises it again."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append lines to log.txt, each after the current time."""
+    """Append lines to log.txt. Each line starts with the current time."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
     buffer = io.StringIO()
     for line in text.splitlines() or [""]:
@@ -217,13 +214,13 @@ def _bars(
 ) -> None:
     """Add a histogram with counts (n,) between edges (n + 1,).
 
-    `sums` holds the number, sum, and sum of squares of the values.
+    `sums` contains the number, the sum, and the sum of squares of the values.
     """
     writer.add_histogram_raw(name, edges[0], edges[-1], *sums, edges[1:], counts, step)
 
 
 def _show_first(experiment: "Summary", names: Sequence[str]) -> None:
-    """Mark hyper-parameters as differing between runs, because TensorBoard shows these first."""
+    """Mark hyper-parameters as different between runs. TensorBoard shows such hyper-parameters first."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin = experiment.value[0].metadata.plugin_data

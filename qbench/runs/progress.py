@@ -1,4 +1,4 @@
-"""Shows a run's progress: a live bar on a terminal, plain lines elsewhere."""
+"""Shows a run's progress: a live bar on a terminal, otherwise plain lines."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PLAIN_LINES = 10
-"""About how many lines a stage prints without a terminal."""
+"""Approximate number of lines per stage without a terminal."""
 
 REFRESH_SECONDS = 0.25
 """Seconds between two updates of the live bar. Each update delays training by some milliseconds."""
@@ -21,7 +21,7 @@ REFRESH_SECONDS = 0.25
 
 @dataclass
 class _Stage:
-    """A stage of training with `total` steps of `images` images. `first` steps were done before."""
+    """A stage of training: `total` steps of `images` images. `first` steps were done earlier."""
 
     title: str
     total: int
@@ -33,7 +33,7 @@ class _Stage:
     printed: int = -1
 
     def speed(self, done: int) -> float:
-        """Return the images per second since the stage began, with `done` steps complete."""
+        """Return the images per second since the stage began. `done` steps are complete."""
         return (done - self.first) * self.images / max(time.perf_counter() - self.since, 1e-9)
 
 
@@ -42,7 +42,7 @@ class ProgressReporter:
 
     Args:
         live: whether to draw a bar if stderr is a terminal.
-        quiet: whether to show nothing, as in a sweep, which shows all runs in one view.
+        quiet: whether to show nothing. A sweep sets it, because it shows all runs in one view.
 
     Attributes:
         log: the file to which messages are written; None before the run has a log file.
@@ -71,7 +71,7 @@ class ProgressReporter:
             append_text(self.log, text)
 
     def start(self, title: str, total: int, done: int, images: int) -> None:
-        """Begin a stage of `total` steps of `images` images each, with `done` steps complete."""
+        """Begin a stage of `total` steps of `images` images each. `done` steps are already complete."""
         self.stop()
         self._stage = _Stage(title, total, done, images)
         if self._live:
@@ -80,7 +80,7 @@ class ProgressReporter:
             self._bar.add_task(title.partition("  ")[0], total=total, completed=done, text="")
 
     def step(self, done: int, loss: Callable[[], float]) -> None:
-        """Show that `done` steps are complete. Call `loss` only if the loss is shown."""
+        """Show that `done` steps are complete. `loss` is called only if the loss is shown."""
         stage, now = self._stage, time.perf_counter()
         if self._bar and now - stage.shown_at > REFRESH_SECONDS:
             stage.shown_at = now
@@ -115,7 +115,7 @@ def live_bar() -> "Progress":
     from rich.table import Column
 
     whole, short = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    columns = (  # a narrow terminal cuts the text, not the bar or the time left
+    columns = (  # on a narrow terminal, the text is cut, but not the bar and the remaining time
         TextColumn("{task.description}", table_column=whole),
         BarColumn(bar_width=12),
         TextColumn("{task.percentage:>3.0f} %", table_column=whole),

@@ -21,7 +21,7 @@ from qbench.system import files
 DONE = "done"
 FROM_LOGS = "from the logs"
 LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "state_sha256")
-"""Fields left out of a record because they are large or describe the machine and its files."""
+"""Fields that are left out of a record, because they are large or describe the machine and its files."""
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -31,9 +31,8 @@ Line = dict[str, Any]
 class RunRecord:
     """A run directory with its result, or with the reason why there is none.
 
-    `status` is the status of the result, or running, unfinished, corrupt or not begun. `unread`
-    names the damaged parts of the run's files. `recorded` marks a run that was read from a file of
-    many runs.
+    `status` is the status of the result, or running, unfinished, corrupt or not begun. `unread` names the damaged parts
+    of the run's files. `recorded` is true if the run was read from a file of many runs.
     """
 
     path: Path
@@ -46,20 +45,20 @@ class RunRecord:
 
 
 def read(names: Iterable[str]) -> list[RunRecord]:
-    """Return all runs in directories, and in files written from `dump_records`, sorted by path.
+    """Return all runs in directories and in files made by `dump_records`, sorted by path.
 
     Raises:
         ConfigError: a name does not exist, or a file is not a record of runs.
     """
     paths: set[Path] = set()
     recorded: dict[Path, RunRecord] = {}
-    for name in names:  # os.path raises no error for a name that is empty or too long
+    for name in names:  # os.path does not raise an error for a name that is empty or too long
         if os.path.isfile(name):
             recorded |= {run.path: run for run in load_records(Path(name))}
         elif os.path.isdir(name):
             paths |= set(_run_directories(Path(name)))
         else:
-            raise ConfigError(f"{name}: no such directory or file\nname a directory of runs, such as outputs")
+            raise ConfigError(f"{name}: no such directory or file\ntype a directory of runs, such as outputs")
     runs = [read_run(path) for path in sorted(paths)]
     return sorted([*runs, *recorded.values()], key=lambda run: run.path) if recorded else runs
 
@@ -103,7 +102,7 @@ def load_records(file: Path) -> list[RunRecord]:
         return [_load_record(record, values["protocols"]) for record in values["runs"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         made_by = "qbench compare DIR --format record"
-        raise ConfigError(f"{file}: not a record of runs\nname a directory, or a file that {made_by} wrote") from None
+        raise ConfigError(f"{file}: not a record of runs\ntype a directory, or a file that {made_by} wrote") from None
 
 
 def _load_record(record: dict[str, Any], protocols: Mapping[str, Any]) -> RunRecord:
@@ -152,7 +151,7 @@ def _run_directories(root: Path) -> Iterator[Path]:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process holds the run's lock. Process ids are not used, since they recur."""
+    """Whether a process holds the run's lock. Process ids are not used, because the system reuses them."""
     if not (path / ".lock").exists():
         return False
     lock = FileLock(path / ".lock")
@@ -169,7 +168,7 @@ def _progress(lines: list[Line]) -> str:
 
 
 def _metrics(path: Path) -> tuple[list[Line], str]:
-    """Return the intact lines of metrics.jsonl, and a message about damaged lines."""
+    """Return the intact lines of metrics.jsonl, and a message if lines are damaged."""
     file = path / "metrics.jsonl"
     try:
         texts = [text for text in files.read(file).split(b"\n") if text] if file.exists() else []
@@ -206,9 +205,9 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
 
 
 def _result_from_events(path: Path, unread: list[str]) -> Result | None:
-    """Return a result, whose protocol is not known, from the event files, or None.
+    """Return a result from the event files, or None. Its protocol is not known.
 
-    Messages on parts that cannot be read are appended to `unread`.
+    Messages about parts that cannot be read are appended to `unread`.
     """
     summary = event_files.read_summary(path)
     unread += summary.unread

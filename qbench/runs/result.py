@@ -1,4 +1,4 @@
-"""Defines the typed result of a run, which is the content of `result.json`."""
+"""Defines the typed result of a run: the content of `result.json`."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -51,7 +51,7 @@ class BaselineResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """The keys that two runs must share to be compared, and their digest ("" if not known)."""
+    """The keys that must be equal to compare two runs, and their digest ("" if not known)."""
 
     hash: str
     keys: dict[str, Any]
@@ -59,7 +59,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """Training speed without evaluation, and peak memory of the process or CUDA device in bytes."""
+    """Training speed without evaluation, and peak memory of the process or CUDA device, in bytes."""
 
     images_per_second: float
     seconds_per_epoch: float
@@ -70,15 +70,13 @@ class TrainingSpeed:
 class Result:
     """The content of `result.json`. The README describes each field.
 
-    `final` is measured after the last epoch, `best` with the weights of the best validation
-    accuracy. `verified` maps layer -> w, a or g -> levels found and allowed. `protocol_changes`
-    lists, in words, the changes to the shared protocol that the method requires. `run` is the run's
-    directory, which is not stored in the file.
+    `final` is measured after the last epoch, `best` at the best validation accuracy. `verified` maps layer -> w, a or g
+    -> levels found and allowed. `protocol_changes` lists, in words, the changes to the shared protocol that the method
+    requires. `run` is the run's directory, which is not stored in the file.
 
-    `data_sha256` is the digest of the data set's fingerprint, which consists of the counts and the
-    sha256 of every split's images and labels in order. The digest depends only on the data. It is
-    not part of `identity`, which must be known without reading data. When the data is opened later,
-    the digest shows whether a stored run was trained on the same data.
+    `data_sha256` is the digest of the data set's fingerprint. The fingerprint contains the counts and the sha256 of
+    every split's images and labels in order. The digest is not part of `identity`, because the identity must be known
+    before any data is read. It shows whether a stored run was trained on the present data.
     """
 
     schema: int = SCHEMA
@@ -142,7 +140,7 @@ def load_result(path: Path) -> Result | None:
 
 
 def parse_result(values: dict[str, Any]) -> Result:
-    """Return a result from plain values, with the type and range of every field checked.
+    """Return a result from plain values. The type and range of every field are checked.
 
     Raises:
         ValueError: a field is missing or unknown, or has a wrong type or value.
@@ -154,9 +152,9 @@ def parse_result(values: dict[str, Any]) -> Result:
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
     if result.schema != SCHEMA:
-        raise ValueError(f"schema {result.schema}: this version reads schema {SCHEMA}")
+        raise ValueError(f"schema {result.schema}: must be {SCHEMA}")
     if set(result.bits) != set("wag"):
-        raise ValueError(f"bits has the keys {', '.join(result.bits)}: expected w, a, g")
+        raise ValueError(f"bits has the keys {', '.join(result.bits)}: must be w, a, g")
     if result.status == "done" and result.final is None:
         raise ValueError("status is done, but there is no accuracy")
     return result
@@ -169,7 +167,7 @@ def store_result(path: Path, result: Result) -> None:
 
 
 def with_checksum(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with the sha256 of their JSON added under the key `sha256`."""
+    """Return the values, with the sha256 of their JSON under the key `sha256`."""
     plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
     plain.pop("sha256", None)
     return plain | {"sha256": digest(plain)}

@@ -1,7 +1,6 @@
-"""Defines what TensorBoard shows of a run, apart from single curves.
+"""Defines what TensorBoard shows of a run in addition to single curves.
 
-It shows a figure with the levels of each layer, charts of several curves, and a row in the table of
-hyper-parameters.
+This is a figure with the levels of each layer, charts of several curves, and a row in the table of hyper-parameters.
 """
 
 import math
@@ -87,13 +86,15 @@ def levels_figure(weights: Mapping[str, tuple[Tensor, Tensor]]) -> "Figure | Non
     """
     if not weights:
         return None
-    os.environ["MPLBACKEND"] = "agg"  # a backend that is set but not installed would make the import fail
+    os.environ["MPLBACKEND"] = "agg"  # the import fails if MPLBACKEND names a backend that is not installed
     from matplotlib.figure import Figure
 
     columns = min(4, len(weights))
     rows = math.ceil(len(weights) / columns)
     height = 1.9 * rows + 0.4
-    figure = Figure(figsize=(3 * columns, height))  # a layout engine and twin axes would take longer than a short run
+    figure = Figure(
+        figsize=(3 * columns, height)
+    )  # no layout engine and no twin axes, because they take longer than a short run
     figure.subplots_adjust(0.5 / (3 * columns), 0.6 / height, 0.99, 1 - 0.3 / height, 0.14, 0.5)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for panel, (name, (latent, quantized)) in zip(panels, weights.items(), strict=False):
@@ -107,5 +108,7 @@ def levels_figure(weights: Mapping[str, tuple[Tensor, Tensor]]) -> "Figure | Non
         panel.tick_params(labelsize=6)
     for panel in panels[len(weights) :]:
         panel.set_axis_off()
-    figure.supxlabel("lines: share of the quantized weights; grey: latent weights, the tallest bar 1", fontsize=8)
+    figure.supxlabel(
+        "lines: share of the quantized weights; grey: histogram of latent weights, scaled to a maximum of 1", fontsize=8
+    )
     return figure
