@@ -1,4 +1,4 @@
-"""Writes durable files, each completely or not at all; reads JSON and YAML."""
+"""Writes files durably and atomically. Reads JSON and YAML."""
 
 import errno
 import json
@@ -14,19 +14,19 @@ from qbench.errors import ConfigError, ResourceError
 
 T = TypeVar("T")
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
-"""A value that JSON can write."""
+"""A value that JSON can represent."""
 YAML_BYTES, YAML_VALUES = 2**16, 2**14
-"""Largest size in bytes and number of values of a YAML file. qbench's need less than a tenth."""
+"""Maximum size in bytes and number of values of a YAML file. qbench's own files stay below a tenth."""
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file's content by `data` durably.
+    """Replace a file's content by `data`, durably.
 
     The data is written to a temporary file, flushed and synced. Then the file is renamed, and the
     directory is synced.
 
     Raises:
-        ResourceError: the disk or its permissions prevent writing; the old file is unchanged.
+        ResourceError: disk space or permissions prevent writing. The old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -51,7 +51,7 @@ def write_json(path: Path, values: Mapping[str, Json]) -> None:
 
 
 def read(path: Path) -> bytes:
-    """Return a file's bytes. Pipes and devices are refused, since their data might never end.
+    """Return a file's bytes. Pipes and devices are refused, because their data might never end.
 
     Raises:
         OSError: the file does not exist or cannot be read.
@@ -76,16 +76,21 @@ def read_yaml(path: Path) -> Any:
         loader = yaml.SafeLoader(data[: YAML_BYTES + 1])
         node = loader.get_single_node() if len(data) <= YAML_BYTES else None
         if len(data) > YAML_BYTES or _values(node, {}) > YAML_VALUES:
-            most = f"{YAML_BYTES:,} bytes and, with what aliases repeat, {YAML_VALUES:,} values"
-            raise ConfigError(f"{path}: too large: must be {most}")
+            most = f"at most {YAML_BYTES:,} bytes and {YAML_VALUES:,} values (with aliases expanded)"
+            raise ConfigError(f"{path}: too large; allowed: {most}")
         return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ConfigError(f"{path}: {where}{error.problem or error.context}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # the last three come from odd scalars
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the last three are raised for unusual scalars
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
@@ -100,7 +105,7 @@ def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object, or None if the file is missing, corrupt or holds something else."""
+    """Return the JSON object in a file, or None if the file is missing, corrupt or not an object."""
     try:
         return parse_json(read(path))
     except OSError:
@@ -108,10 +113,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def parse_json(data: bytes) -> dict[str, Any] | None:
-    """Return a JSON object, or None if the bytes are corrupt or hold something else."""
+    """Return the JSON object in some bytes, or None if they are corrupt or not an object."""
 
     def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no JSON")
+        raise ValueError(f"{word} is not valid JSON")
 
     try:
         values = json.loads(data, parse_constant=refuse)
@@ -130,10 +135,10 @@ def make_directory(path: Path) -> None:
 
 
 def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
-    """Run an action that writes. Turn an OSError into an error with path and bytes needed.
+    """Run an action that writes. Convert an OSError to an error with the path and the bytes needed.
 
     Raises:
-        ResourceError: instead of OSError.
+        ResourceError: the action raised an OSError.
     """
     try:
         return action()
@@ -142,10 +147,12 @@ def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
 
 
 def resource_error(error: OSError, path: Path, need: int = 0) -> ResourceError:
-    """Return an error that states why the system could not write."""
+    """Return an error with the reason why the system could not write."""
     needed = f" ({need:,} bytes needed)" if need else ""
     why = error.strerror or error
-    return ResourceError(f"cannot write {path}{needed}: {why}\nmake room or choose another place with out=DIR")
+    return ResourceError(
+        f"cannot write {path}{needed}: {why}\nfree disk space, or choose another directory with out=DIR"
+    )
 
 
 def sync_directory(path: Path) -> None:
@@ -158,7 +165,7 @@ def sync_directory(path: Path) -> None:
 
 
 def cut(path: Path, size: int) -> int:
-    """Cut a file of JSON lines to the intact lines in its first `size` bytes. Return the new size.
+    """Truncate a file of JSON lines to the intact lines in its first `size` bytes. Return the new size.
 
     Raises:
         ResourceError: the disk or its permissions prevent writing.

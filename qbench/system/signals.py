@@ -1,4 +1,4 @@
-"""Stores received signals in a number that loops read, so that a run stops between two steps."""
+"""Stores the last received signal. Loops read it, so a run stops between two steps."""
 
 import os
 import signal
@@ -11,9 +11,8 @@ from types import FrameType
 def stop_on_signals() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the last signal received, or 0.
 
-    SIGINT, SIGTERM and SIGUSR1 are handled. SIGINT after an earlier signal ends the process at
-    once. This leaves no damage: files are written completely or not at all, and locks are released
-    when the process ends.
+    SIGINT, SIGTERM and SIGUSR1 are handled. SIGINT after an earlier signal ends the process at once. This is safe,
+    because files are written atomically, and locks are released when the process ends.
     """
     number = 0
 

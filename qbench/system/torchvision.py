@@ -1,4 +1,4 @@
-"""Imports torchvision, whose plain import fails with some CPU-only builds of torch.
+"""Imports torchvision. A plain import fails with some CPU-only builds of torch.
 
 With such builds the compiled part of torchvision is missing, and `import torchvision` raises
 "operator torchvision::nms does not exist". Networks and data sets do not need this operator. If the
@@ -16,7 +16,7 @@ import torch
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _MISSING = re.compile(r"operator torchvision::\w+ does not exist")
 _declared: list[torch.library.Library] = []
-"""The library objects, kept because an operator exists only as long as its library object."""
+"""The library objects. An operator exists only as long as its library object."""
 
 
 @cache
@@ -29,7 +29,7 @@ def torchvision() -> ModuleType:
             raise
     _declare("nms", "qnms")
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # half imported
+        del sys.modules[name]  # remove what was imported before the failure
     return importlib.import_module("torchvision")
 
 
