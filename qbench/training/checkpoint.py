@@ -1,8 +1,8 @@
-"""Checkpoints as bytes, with a digest that is verified before parsing; digests of weights.
+"""Packs checkpoints into bytes, with a digest that is verified before parsing.
 
-The digest is at the end of the file, because `torch.load` ignores bytes after the archive. So the
-file remains an ordinary checkpoint that loads with `weights_only=True`. Without the digest, a file
-with flipped bits could load without an error.
+The digest is at the end of the file, because `torch.load` ignores bytes after the archive. The file therefore remains
+an ordinary checkpoint that loads with `weights_only=True`. Without the digest, a file with flipped bits could load
+without an error.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ _MARK = b"\nqbench sha256 "
 _FOOTER_BYTES = len(_MARK) + 64
 
 EXTRA_BYTES = 2**29
-"""Memory in bytes that reading a checkpoint may take, in addition to 8 times the file's size."""
+"""Maximum memory in bytes for reading a checkpoint, in addition to 8 times the file's size."""
 
 MAX_NAME_BYTES = 2**24
-"""Largest size in bytes of the names and shapes in a checkpoint: some hundred thousand tensors."""
+"""Maximum size in bytes of the names and shapes in a checkpoint. It is enough for some hundred thousand tensors."""
 
 
 Saved = dict[str, Any]
@@ -60,14 +60,13 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
 
 
 def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], None]) -> Saved | None:
-    """Return the state that a resumed run continues from: the newest intact checkpoint of the run.
+    """Return the newest intact checkpoint of a run, from which the run can continue.
 
-    A run keeps only its newest checkpoints. Damaged ones that are newer than the intact one are
-    therefore removed.
+    Newer checkpoints are damaged and are removed.
 
     Args:
         paths: `state-<step>.pt` files, newest first.
-        identity: digest of the run's identity, which the checkpoint must hold.
+        identity: digest of the run's identity. The checkpoint must contain it.
         report: gets one line for each removed checkpoint and for the one that is used.
     """
     for path in paths:
@@ -78,10 +77,10 @@ def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], No
             if path.name != f"state-{_saved_step(saved, path)}.pt":
                 raise CheckpointError(f"{path} belongs to step {_saved_step(saved, path)}")
         except CheckpointError as error:
-            report(f"warning: {error}; removed, trying the one before")
+            report(f"warning: {error}; the file is removed, and the previous checkpoint is tried")
             files.convert_os_errors(path.unlink, path)
             continue
-        report(f"going on from {path.name}")
+        report(f"continuing from {path.name}")
         return saved
     return None
 
@@ -93,20 +92,20 @@ def _saved_step(saved: Saved, path: Path) -> int:
             raise TypeError
         return int(saved["state"]["counters"][2])
     except (KeyError, TypeError, IndexError, ValueError):
-        raise CheckpointError(f"{path} holds no state of a training") from None
+        raise CheckpointError(f"{path} does not contain a training state") from None
 
 
 def has_digest(data: bytes) -> bool:
-    """Return whether a file ends with a digest, as the files of `pack` do."""
+    """Return whether a file ends with a digest, like the files of `pack`."""
     return data[-_FOOTER_BYTES:][: len(_MARK)] == _MARK
 
 
 def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
-    """Return the dictionary in any file of `torch.save`; code in the file never runs.
+    """Return the dictionary in any file of `torch.save`. Code in the file is never run.
 
     Raises:
-        CheckpointError: the file is of another kind, or the checksums inside do not match. The
-            format before torch 1.6 has no checksums.
+        CheckpointError: the file is not a checkpoint, or the checksums inside do not match. The format before torch 1.6
+            has no checksums.
     """
     if is_zip(data):
         _check_zip(data, source)
@@ -116,9 +115,9 @@ def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
     except Exception as error:  # reading a file that is not a checkpoint can raise any exception
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         reason = _printable(reason or type(error).__name__, 200)
-        raise CheckpointError(f"{source} is no readable checkpoint: {reason}") from None
+        raise CheckpointError(f"{source} is not a readable checkpoint: {reason}") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{source} holds a {type(state).__name__}, not a state_dict")
+        raise CheckpointError(f"{source} contains a {type(state).__name__}, not a state_dict")
     return state
 
 
@@ -134,11 +133,13 @@ def _check_zip(data: bytes, source: str) -> None:
             records = archive.infolist()
             end = data.rfind(b"PK\x05\x06") + 22 + len(archive.comment)
             if end != len(data) and not has_digest(data):
-                raise CheckpointError(f"{source} is damaged: something follows the end of its archive")
+                raise CheckpointError(f"{source} is damaged: there are bytes after the end of its archive")
             if any(r.compress_type for r in records) or sum(r.file_size for r in records) > len(data):
-                raise CheckpointError(f"{source} is no checkpoint: torch.save compresses nothing")
+                raise CheckpointError(f"{source} is not a checkpoint: its content is compressed")
             if any(r.file_size > MAX_NAME_BYTES for r in records if r.filename.endswith("data.pkl")):
-                raise CheckpointError(f"{source} names too many tensors; at most {MAX_NAME_BYTES:,} bytes of names")
+                raise CheckpointError(
+                    f"{source} contains too many tensors; their names may take at most {MAX_NAME_BYTES:,} bytes"
+                )
             if bad := archive.testzip():
                 raise CheckpointError(f"{source} is damaged: the checksum of its {_printable(bad)} does not match")
     except CheckpointError:
@@ -150,10 +151,9 @@ def _check_zip(data: bytes, source: str) -> None:
 
 @contextmanager
 def bounded_memory(size: int) -> Iterator[None]:
-    """Inside the context, limit this process to `size` bytes more than it has now (Linux only).
+    """Limit this process to `size` more bytes of memory inside the context (Linux only).
 
-    Without a limit, a malicious file of a few bytes could make its reader allocate any amount of
-    memory.
+    Without a limit, a malicious file of a few bytes could make the reader allocate any amount of memory.
     """
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -170,12 +170,12 @@ def bounded_memory(size: int) -> Iterator[None]:
 
 
 def cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a copy of a state_dict on the CPU that shares no memory with it."""
+    """Return a copy of a state_dict on the CPU. The copy shares no memory with the original."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
 def first_nonfinite(value: object, name: str = "") -> str | None:
-    """Return the dotted name of the first tensor in nested containers that holds inf or nan.
+    """Return the dotted name of the first tensor with inf or nan in nested containers.
 
     Return None if all tensors are finite.
     """
@@ -187,9 +187,7 @@ def first_nonfinite(value: object, name: str = "") -> str | None:
 
 
 class LoadedWeights(NamedTuple):
-    """Names of the file's quantizer tensors, which were skipped, and of network tensors not in the
-    file.
-    """
+    """Names of quantizer tensors in the file, which were skipped, and of network tensors that are not in the file."""
 
     skipped: list[str]
     new: list[str]
@@ -202,8 +200,7 @@ def load_float_weights(model: nn.Module, state: Mapping[str, object], source: st
     network, except counters of batch normalization.
 
     Raises:
-        CheckpointError: tensors are missing, unknown or of another type or shape, or hold inf or
-            nan. The message names them.
+        CheckpointError: tensors are missing, unknown, of another type or shape, or not finite. The message names them.
     """
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     current = model.state_dict()
@@ -211,7 +208,7 @@ def load_float_weights(model: nn.Module, state: Mapping[str, object], source: st
     _check_fit({name: t for name, t in tensors.items() if name not in skipped}, current, source)
     loaded = {name: tensors[name] for name in current if name in tensors}
     if bad := first_nonfinite(loaded):
-        raise CheckpointError(f"{source}: {bad} holds inf or nan")
+        raise CheckpointError(f"{source}: {bad} contains inf or nan")
     model.load_state_dict(loaded, strict=False)
     return LoadedWeights([*map(_printable, skipped)], [name for name in current if name not in tensors])
 
@@ -237,7 +234,7 @@ def _check_fit(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor], sou
 
 
 def _same_type(tensor: Tensor, current: Tensor) -> bool:
-    """Return whether a file's tensor is an ordinary one and holds the same kind of numbers."""
+    """Return whether a file's tensor is an ordinary tensor with the same kind of numbers."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
         return False
     same_kind = tensor.is_floating_point() == current.is_floating_point()

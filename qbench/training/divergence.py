@@ -1,4 +1,4 @@
-"""Find the first tensor that is not finite, so that the error can name it."""
+"""Finds the first tensor that is not finite, to name it in the error."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,14 +17,14 @@ from qbench.training.task import Task
 def must_be_finite(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that must be finite: all parameters, and the buffers outside quantizers.
 
-    Buffers of quantizers are left out, because a buffer may be nan until it is set.
+    Buffers of quantizers are left out, because they may be nan until they are set.
     """
     parameters = {name for name, _ in model.named_parameters()}
     return {n: t for n, t in model.state_dict().items() if n in parameters or not is_quantizer_key(n)}
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the norm of all gradients together, which is not finite if any gradient is not finite."""
+    """Return the norm of all gradients together. It is not finite if any gradient is not finite."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
 
 
@@ -32,8 +32,8 @@ def divergence_error(task: Task, state: State, what: str, images: Tensor | None 
     """Return the error that names the epoch, the step and the likely cause.
 
     Args:
-        what: statement of what is not finite, such as `the loss is not finite`.
-        images: the batch of the step, to find the first layer with an output that is not finite.
+        what: the start of the message, such as `the loss is not finite`.
+        images: the batch of the step. It is used to find the first layer whose output is not finite.
     """
     cause = find_cause(task, images)
     where = f"in epoch {state.epoch}, step {state.step}{f', first at {cause}' if cause else ''}"
@@ -43,9 +43,9 @@ def divergence_error(task: Task, state: State, what: str, images: Tensor | None 
 def find_cause(task: Task, images: Tensor | None) -> str | None:
     """Return the name of the likely cause, or None. The search changes the network's buffers.
 
-    The first of these that exists is named: a parameter or buffer that is not finite; the first
-    module whose output on these images is not finite although its input is; the last parameter
-    whose gradient is not finite; the parameter with the largest gradient.
+    These causes are tried in order: a parameter or buffer that is not finite; the first module with a finite input and
+    an output that is not finite; the last parameter whose gradient is not finite; the parameter with the largest
+    gradient.
     """
     model = task.model
     tensor = first_nonfinite(must_be_finite(model))
@@ -63,7 +63,7 @@ def find_cause(task: Task, images: Tensor | None) -> str | None:
 
 
 def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
-    """Return the first module whose output is not finite, or a layer's message about its input."""
+    """Return the first module whose output is not finite, or the message of a layer about its input."""
     names: list[str] = []
     with _nonfinite_outputs(model, names), torch.no_grad():
         try:
@@ -75,7 +75,7 @@ def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
 
 @contextmanager
 def _nonfinite_outputs(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Add to `names` the modules whose output is not finite, in the order in which they run."""
+    """Add the modules whose output is not finite to `names`, in execution order."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:

@@ -27,9 +27,7 @@ class EpochRecord:
     validation: Accuracy | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Return the record as metrics.jsonl holds it; validation metrics have the prefix
-        `val_`.
-        """
+        """Return the record as stored in metrics.jsonl. Validation metrics have the prefix `val_`."""
         validation = asdict(self.validation) if self.validation else {}
         return {
             "epoch": self.epoch, "lr": self.lr, "train_loss": self.train_loss, "train_top1": self.train_top1,

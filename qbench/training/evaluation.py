@@ -1,4 +1,4 @@
-"""Evaluation: top-1, top-5 and mean cross entropy of a network on batches."""
+"""Evaluates top-1, top-5 and mean cross entropy of a network on batches."""
 
 from collections.abc import Callable, Iterable
 
@@ -20,9 +20,8 @@ def evaluate(
     """Return a network's accuracy on batches, or None without images. The network is left in eval mode.
 
     Args:
-        forward: function that computes the network's output. None calls the network itself.
-        predictions: a list to which each batch adds a tensor (N, 2) of labels and predicted
-            classes.
+        forward: function that computes the network's output. None means the network itself.
+        predictions: a list that gets one tensor (N, 2) of labels and predicted classes per batch.
     """
     model.eval()
     run = model if forward is None else forward

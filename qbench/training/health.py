@@ -1,10 +1,9 @@
-"""Health checks at the end of an epoch: they warn when training goes wrong, or stop it.
+"""Checks the health of training at the end of an epoch: warns of problems, or stops the run.
 
-inf and nan in images, losses, gradients, weights and scales stop a run in the step in which they
-appear, and nothing of that step is saved. This is done in `qbench.training.loop` and
-`qbench.quant.layers`. The checks here stop a run in two more cases. One is a scale that is not
-above zero, because its levels then lose their order. The other is exploding weights. Everything
-else that is checked may be intended, so it causes only a warning, printed once.
+If inf or nan appears in images, losses, gradients, weights or scales, the run stops in that step, and the step is not
+saved. `qbench.training.loop` and `qbench.quant.layers` do this. The checks here stop a run in two more cases: exploding
+weights, and a scale that is not above zero. Levels with such a scale lose their order. All other findings may be
+intended, so they only cause a warning, which is printed once.
 """
 
 from collections.abc import Mapping
@@ -18,10 +17,10 @@ from qbench.training.epoch_record import EpochRecord
 from qbench.training.layer_stats import SLOTS, LayerTrace, QuantizedTensor
 
 WARN_GROWTH = 100.0
-"""Growth of a layer's largest weight, relative to its initial value, that gives a warning.
+"""Growth of a layer's largest weight, relative to its initial value, that causes a warning.
 
-Adam takes steps as large as the learning rate. At a rate of 0.01, a layer that starts at 1 needs
-10^4 steps in one direction to grow that much.
+Adam's steps are as large as the learning rate. At a rate of 0.01, a weight that starts at 1 needs 10^4 steps in one
+direction to grow that much.
 """
 
 MAX_GROWTH = 1e4
@@ -32,24 +31,23 @@ usual size are lost.
 """
 
 MIN_STEPS = 300
-"""Number of steps after which a network should be better than chance: warm-ups and cold starts are
-shorter.
+"""Number of steps after which a network should be better than chance. A warm-up is shorter.
 """
 
 STANDARD_ERRORS = 3.0
 """Number of standard errors above chance that count as better than chance.
 
-A network that guesses reaches it by luck in 1 epoch of 740.
+A network that guesses exceeds this in 1 of 740 epochs.
 """
 
 HealthWarnings = dict[str, str]
-"""Subject of a warning -> its text. There is one warning per subject."""
+"""Maps the subject of a warning to its text. There is one warning per subject."""
 
 
 def initial_magnitudes(model: nn.Module) -> dict[str, float]:
     """Return the largest weight magnitude of each layer, at least 1 / sqrt(inputs).
 
-    How far a layer has grown is later measured relative to this value.
+    The growth of a layer is measured relative to this value.
     """
     return {name: max(_max_magnitude(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
 
@@ -68,11 +66,13 @@ def exploding_weights(model: nn.Module, start: Mapping[str, float], where: str) 
     for name, layer in _layers(model).items():
         magnitude = _max_magnitude(layer)
         growth = magnitude / start.get(name, magnitude or 1.0)
-        text = f"{name}: its largest weight, {magnitude:.3g}, is {growth:,.0f} times its initial value, {where}"
+        text = f"{name}: the largest weight is {magnitude:.3g}, {growth:,.0f} times its initial value, {where}"
         if growth > MAX_GROWTH:
-            raise Diverged(f"{text}; likely the learning rate is too high\ntry a lower optim.lr, or optim.clip_norm=1")
+            raise Diverged(
+                f"{text}; probably the learning rate is too high\ntry a lower optim.lr, or optim.clip_norm=1"
+            )
         if growth > WARN_GROWTH:
-            warnings[f"range {name}"] = f"{text}; likely optim.lr is too high"
+            warnings[f"range {name}"] = f"{text}; probably optim.lr is too high"
     return warnings
 
 
@@ -88,17 +88,16 @@ def check_scales(model: nn.Module, where: str) -> None:
                 scale = tensors[key].detach()
                 if not (scale > 0).all():
                     raise Diverged(
-                        f"{name}.{SLOTS[slot]}.{key} is {scale.min().item():.3g}, and must be above 0, {where}; "
-                        "likely a step was too large\ntry a lower optim.lr"
+                        f"{name}.{SLOTS[slot]}.{key} is {scale.min().item():.3g} {where}, but must be above 0; "
+                        f"probably a step was too large\ntry a lower optim.lr"
                     )
 
 
 def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where: str) -> HealthWarnings:
     """Return warnings about layers that carry no information.
 
-    In such a layer, all weights are on one level although there are several, or the output is the
-    same for all images. If already the input is the same for all images, the layer gets a warning
-    only if no earlier layer has one.
+    In such a layer, all weights are on one of several levels, or the output is the same for all images. If the input is
+    also the same for all images, the layer gets a warning only if no earlier layer has one.
     """
     warnings: HealthWarnings = {}
     layers, constant = quantized_layers(model), False
@@ -106,20 +105,24 @@ def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where:
         counts = _weight_level_counts(layers[name], trace.weights)
         if len(counts) > 1 and (counts > 0).sum() == 1:
             warnings[f"level {name}"] = (
-                f"{name}: all its weights are on one level of {len(counts)}, {where}; "
-                "likely they are small relative to the level's scale, or all have one sign"
+                f"{name}: all weights are on one of {len(counts)} levels, {where}; probably they are small "
+                f"relative to the scale, or have the same sign"
             )
         constant_input = _equal_for_all_images(trace.input)
         if not _equal_for_all_images(trace.output) or (constant and constant_input):
             continue
         constant = True
-        cause = "its input is too" if constant_input else "its weights are 0, or its inputs are on one level"
-        warnings[f"output {name}"] = f"{name}: its output is the same for all images, {where}; likely {cause}"
+        cause = (
+            "because its input is also the same"
+            if constant_input
+            else "because its weights are 0 or its inputs are on one level"
+        )
+        warnings[f"output {name}"] = f"{name}: the output is the same for all images, {where}; probably {cause}"
     return warnings
 
 
 def at_chance(record: EpochRecord, classes: int, step: int, where: str) -> HealthWarnings:
-    """Return a warning if the training accuracy is not better than guessing one of `classes`."""
+    """Return a warning if the training accuracy is not better than guessing among `classes` classes."""
     if step < MIN_STEPS or classes < 2 or not record.images:
         return {}
     chance = 1 / classes
@@ -127,8 +130,8 @@ def at_chance(record: EpochRecord, classes: int, step: int, where: str) -> Healt
     if record.train_top1 > 100 * limit:
         return {}
     return {
-        "chance": f"training accuracy is {record.train_top1:.1f} % of {classes} classes, which is chance, {where}; "
-        "likely optim.lr is too high or too low, or the labels do not belong to the images"
+        "chance": f"training accuracy is {record.train_top1:.1f} % with {classes} classes, not better than "
+        f"chance, {where}; probably optim.lr is too high or too low, or the labels do not match the images"
     }
 
 

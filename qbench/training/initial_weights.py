@@ -1,4 +1,4 @@
-"""Load the float weights that a run starts from: those of another run, or of a checkpoint file."""
+"""Loads the float weights that a run starts from: those of another run or of a checkpoint file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,24 +25,24 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        CheckpointError: the file is damaged, or result.json beside it belongs to another run.
+        CheckpointError: the file is damaged, or result.json in its folder belongs to another run.
     """
     file = run / name
     state = unpack(files.read(file), str(file))
     result = load_result(run)
     if result is None and (run / "result.json").exists():
-        raise CheckpointError(f"{run / 'result.json'} is damaged; repeat the command of that run to restore it")
+        raise CheckpointError(f"{run / 'result.json'} is damaged; to restore it, repeat the command of that run")
     if result and result.identity != state.get("identity"):
-        raise CheckpointError(f"{file} and result.json beside it belong to different runs")
+        raise CheckpointError(f"{file} and the result.json next to it belong to different runs")
     return state
 
 
 def load_initial_weights(model: nn.Module, path: Path, identity: str | None = None) -> str:
-    """Load float weights, and return a message with the number of tensors loaded, skipped and new.
+    """Load float weights. Return a message with the numbers of loaded, skipped and new tensors.
 
     Args:
-        path: a checkpoint file, or a run's directory that holds best.pt.
-        identity: the identity that the checkpoint must have. None allows any.
+        path: a checkpoint file, or a run's directory with best.pt.
+        identity: the identity that the checkpoint must have. None allows any identity.
 
     Raises:
         CheckpointError: the file is missing, damaged, or belongs to another run or network.
@@ -50,10 +50,10 @@ def load_initial_weights(model: nn.Module, path: Path, identity: str | None = No
     file = path / "best.pt" if path.is_dir() else path
     state, notes = _read(path, file)
     if identity is not None and state.get("identity") != identity:
-        raise CheckpointError(f"{file} belongs to another run; train the float baseline again with rerun=true")
+        raise CheckpointError(f"{file} belongs to another run; to train the float baseline again, add rerun=true")
     weights = state.get("model", state)
     if not isinstance(weights, dict):
-        raise CheckpointError(f"{file}: its key `model` holds a {type(weights).__name__}, not a state_dict")
+        raise CheckpointError(f"{file}: its key `model` contains a {type(weights).__name__}, not a state_dict")
     skipped, new = load_float_weights(model, weights, str(file))
     notes += [f"{len(skipped)} skipped ({', '.join(skipped[:3])}, ...)"] if skipped else []
     notes += [f"{len(new)} new ({', '.join(new[:3])}, ...)"] if new else []
@@ -69,4 +69,4 @@ def _read(path: Path, file: Path) -> tuple[Mapping[str, Any], list[str]]:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}; the initial weights are missing") from None
     state = unpack(data, str(file)) if has_digest(data) else load_torch_file(data, str(file))
-    return state, [] if is_zip(data) else ["in a format without checksums: damage would not be noticed"]
+    return state, [] if is_zip(data) else ["the format has no checksums, so damage would not be noticed"]

@@ -1,7 +1,7 @@
-"""Statistics of the quantized layers on a few training images, computed at the end of an epoch.
+"""Computes statistics of the quantized layers on a few training images, at the end of an epoch.
 
-Observing changes nothing: it runs in evaluation mode without gradients and keeps the random state.
-The statistics of a layer with weights `w` and input `a`:
+Observing does not affect training: it runs in evaluation mode without gradients and keeps the random state. The
+statistics of a layer with weights `w` and input `a`:
 
     w.top, a.top          the largest magnitude of the levels
     w.dead, a.dead        number of levels without a value
@@ -16,9 +16,9 @@ The statistics of a layer with weights `w` and input `a`:
     w.NAME, a.NAME        a quantizer's parameter or buffer that is one number: step, alpha, n1, ...
     w.NAME.grad           norm of the gradient of a quantizer's parameter
 
-If a tensor has several scale groups, they are counted together. For example, level 3 of one channel
-and level 3 of another count as the same level. With an incremental method, a weight that is not yet
-frozen is counted at its nearest level. A statistic that is not finite or not known is omitted.
+If a tensor has several scale groups, they are counted together. For example, level 3 of one channel and level 3 of
+another count as the same level. With an incremental method, a weight that is not frozen yet is counted at its nearest
+level. Statistics that are not finite or not known are omitted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,10 +39,10 @@ from qbench.quant.sqnr import sqnr_db
 from qbench.quant.verify import nearest_points
 
 MIN_IMAGES, MAX_IMAGES, EPOCH_SHARE, MAX_PIXELS = 8, 64, 64, 2**17
-"""Limits of the number of observed images: a 64th of an epoch's images, 8 to 64, fewer if large.
+"""Limits for the number of observed images: 1/64 of an epoch's images, 8 to 64 images, and fewer if they are large.
 
-Two forward passes over the observed images cost about a hundredth of an epoch, if an epoch costs as
-much as three forward passes over all images.
+An epoch costs about three forward passes over all images. Two forward passes over the observed images therefore cost
+about 1 % of an epoch.
 """
 
 
@@ -52,7 +52,7 @@ SIGNIFICANT_DIGITS = 6
 SLOTS = {"w": "weight_q", "a": "input_q", "g": "output_q"}
 
 LayerMetrics = dict[str, dict[str, float]]
-"""Layer -> statistic -> value."""
+"""Maps layer -> statistic -> value."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class QuantizedTensor:
 
 
 class LayerTrace(NamedTuple):
-    """Values of one layer: its quantized weights and input (None if they are float), and its float input and output."""
+    """The values of one layer: quantized weights and input (None if they are float), float input, and output."""
 
     weights: QuantizedTensor | None
     inputs: QuantizedTensor | None
@@ -85,14 +85,14 @@ class LayerTrace(NamedTuple):
 
 
 def observed_images(images: Tensor, epoch_images: int) -> Tensor:
-    """Return the first images (N, C, H, W), as many as are observed in an epoch of `epoch_images`."""
+    """Return the first images (N, C, H, W). Their number is the one to observe in an epoch of `epoch_images` images."""
     count = min(max(epoch_images // EPOCH_SHARE, MIN_IMAGES), MAX_IMAGES, MAX_PIXELS // prod(images.shape[2:]))
     return images[: max(count, 2)]
 
 
 @torch.no_grad()
 def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
-    """Return the trace of each quantized layer on images, in the order in which the layers run.
+    """Return the trace of each quantized layer on images, in execution order.
 
     If a layer runs several times, its trace is that of the last call.
     """
@@ -114,7 +114,7 @@ def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
 
 
 def _quantized_tensor(quantizer: Quantizer, before: Tensor, after: Tensor) -> QuantizedTensor | None:
-    """Return a quantizer's tensors with its grid, or None if it is float or has no levels yet."""
+    """Return a quantizer's tensors with its grid. Return None if it is float or has no levels yet."""
     grid = quantizer.grid(before)
     return QuantizedTensor(before, after, grid) if grid is not None and grid.points.shape[1] else None
 
@@ -126,11 +126,11 @@ def layer_metrics(
     last_codes: Mapping[str, Tensor],
     gradients: LayerMetrics,
 ) -> LayerMetrics:
-    """Return the statistics of every layer; see the head of this file.
+    """Return the statistics of every layer; see the docstring of this module.
 
     Args:
         traces: result of `trace_layers` for these images.
-        last_codes: result of `weight_codes` at the last observation. It is empty if there was none.
+        last_codes: result of `weight_codes` at the last observation, or empty.
         gradients: result of `gradient_norms` after the last step.
     """
     float_outputs, layers = _float_outputs(model, images, list(traces)), quantized_layers(model)
@@ -164,7 +164,7 @@ def weight_codes(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
 
 
 def gradient_norms(model: nn.Module) -> LayerMetrics:
-    """Return the norms of the gradients of the last step, by layer; empty if there are none."""
+    """Return the norms of the gradients of the last step, by layer. The result is empty without gradients."""
     norms: LayerMetrics = {}
     for name, layer in quantized_layers(model).items():
         parameters: list[tuple[str, Tensor]] = [("w.grad", layer.weight)]
@@ -223,7 +223,7 @@ def _clipped_share(tensor: QuantizedTensor) -> float:
 
 
 def _output_similarity(expected: Tensor, output: Tensor) -> dict[str, float]:
-    """Return SQNR in dB and cosine of an output. The SQNR is left out if the expected output is 0."""
+    """Return SQNR in dB and cosine of an output. If the expected output is 0, the SQNR is left out."""
     signal, norm, error = expected.norm().item(), output.norm().item(), (output - expected).norm().item()
     if not signal:
         return {}
@@ -233,7 +233,7 @@ def _output_similarity(expected: Tensor, output: Tensor) -> dict[str, float]:
 
 
 def _scalars(layer: QLayer) -> Iterator[tuple[str, float]]:
-    """Yield (name, value) of the quantizers' parameters and buffers that are one number."""
+    """Yield (name, value) of the parameters and buffers of quantizers that are single numbers."""
     for key, slot in SLOTS.items():
         quantizer = layer.get_submodule(slot)
         for name, tensor in chain(quantizer.named_parameters(), quantizer.named_buffers()):

@@ -1,4 +1,4 @@
-"""The training loop, shared by float pretraining and fine-tuning."""
+"""Implements the training loop of float pretraining and fine-tuning."""
 
 import math
 import time
@@ -28,9 +28,8 @@ class Callbacks:
 
     Args:
         on_step: called with (state, loss) after every batch.
-        on_epoch: called with (state, record, losses) after every epoch. `state` then already points
-            to the next epoch.
-        on_interrupt: called with (state) when the validation after an epoch was interrupted.
+        on_epoch: called with (state, record, losses) after every epoch. `state` already points to the next epoch.
+        on_interrupt: called with (state) if the validation after an epoch was interrupted.
     """
 
     on_step: Callable[[State, Tensor], None] = lambda state, loss: None
@@ -39,7 +38,7 @@ class Callbacks:
 
 
 def train(task: Task, state: State, callbacks: Callbacks = Callbacks()) -> None:
-    """Train from `state` to the end, or until early stopping.
+    """Train from `state` to the last epoch or until early stopping.
 
     Raises:
         Diverged: a loss, a gradient or the input of a layer is not finite.
@@ -106,7 +105,7 @@ def train_epoch(task: Task, state: State, callbacks: Callbacks = Callbacks()) ->
 
 def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, images: Tensor) -> None:
     norm = gradient_norm(task.model)
-    # Only on the CPU, because a GPU would have to wait until the values are read.
+    # Done only on the CPU, because reading the values would make a GPU wait.
     if loss.device.type == "cpu" and not math.isfinite(loss.item() + norm.item()):
         what = "the gradients' norm" if math.isfinite(loss.item()) else "the loss"
         raise divergence_error(task, state, f"{what} is not finite", images)
@@ -115,7 +114,7 @@ def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, images: Te
 
 
 def _begin_epoch(task: Task, state: State) -> None:
-    """Before an epoch's first batch, notify the method, and reset the optimizer if a new phase begins."""
+    """Notify the method before an epoch's first batch. Reset the optimizer if a new phase begins."""
     if state.epoch and task.phase(state.epoch)[0] == state.epoch:
         state.optimizer.state.clear()
     if task.method.on_epoch is not None:
@@ -131,9 +130,7 @@ def _training_metrics(state: State) -> tuple[float, float]:
 
 
 def _validate(task: Task, state: State) -> Accuracy | None:
-    """Evaluate on the validation split and keep the best weights; None without a validation
-    split.
-    """
+    """Evaluate on the validation split and keep the best weights. Return None without a validation split."""
     with evaluated_weights(task.model, state):
         accuracy = evaluate(task.model, task.validate(), task.logits)
         if accuracy is None:
@@ -145,10 +142,10 @@ def _validate(task: Task, state: State) -> Accuracy | None:
 
 
 def _keep_best(task: Task, state: State, accuracy: Accuracy) -> None:
-    """Keep the weights with the best validation top-1. If two are equal, the lower loss decides.
+    """Keep the weights with the best validation top-1. If two epochs have the same top-1, the lower loss decides.
 
-    Training stops after `patience` epochs without a better result. With an incremental method, an
-    epoch counts only when every layer is fully quantized.
+    Training stops after `patience` epochs without a better result. With an incremental method, epochs count only if
+    every layer is fully quantized.
     """
     if not fully_quantized(task.model):
         return

@@ -1,4 +1,4 @@
-"""Monitor the quantized layers of a run at the end of epochs, for warnings and logs."""
+"""Monitors the quantized layers of a run at the end of epochs, for warnings and logs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,15 +35,15 @@ from qbench.training.state import State
 from qbench.training.task import Task
 
 MIN_STEPS_BETWEEN = 100
-"""Smallest number of steps between two observations, each of which costs as much as two steps.
+"""Minimum number of steps between two observations. An observation costs as much as two steps.
 
-Most epochs are longer. The last epoch is always observed, and with `full` every epoch is.
+Most epochs are longer. The last epoch is always observed. With `full`, every epoch is observed.
 """
 
 HISTOGRAMS_PER_RUN = 10
-"""Approximate number of epochs per run after which weights become TensorBoard histograms.
+"""Approximate number of epochs per run at which histograms of weights are logged to TensorBoard.
 
-With `full`, they do so after every epoch.
+With `full`, they are logged after every epoch.
 """
 
 
@@ -51,8 +51,8 @@ With `full`, they do so after every epoch.
 class TrainingMonitor:
     """Observes the layers of one run.
 
-    What the monitor remembers does not affect training. Checkpoints keep it nevertheless, so that a
-    resumed run logs the same as one that was not interrupted.
+    The state of the monitor does not affect training. Checkpoints contain it, so a resumed run logs the same as an
+    uninterrupted run.
 
     Args:
         level: off, light or full. It decides what is logged. Warnings are printed in any case.
@@ -75,7 +75,7 @@ class TrainingMonitor:
         self.start = self.start or initial_magnitudes(model)
 
     def memory(self, model: nn.Module) -> dict[str, object]:
-        """Return the values that a checkpoint keeps: the arguments from `start` on."""
+        """Return the values that a checkpoint stores: all arguments from `start` to the last."""
         kept: dict[str, object] = {"start": self.start, "warned": self.warned}
         if self.level == "off":
             return kept
@@ -96,7 +96,7 @@ class TrainingMonitor:
         An epoch is skipped if too few steps have passed since the last observation.
 
         Args:
-            record: metrics of the epoch. None means that nothing is trained.
+            record: metrics of the epoch, or None if nothing is trained.
             where: the place in the run, for messages.
 
         Returns:
@@ -137,7 +137,7 @@ class TrainingMonitor:
             self.logger.counts(step, level_counts(traces))
 
     def _warn(self, warnings: HealthWarnings) -> None:
-        """Print each warning whose subject has had no warning yet."""
+        """Print the warnings whose subject is new."""
         for subject, text in warnings.items():
             if subject not in self.warned:
                 self.warned[subject] = f"warning: {text}"

@@ -1,4 +1,4 @@
-"""Optimizers, their parameter groups and the learning-rate schedules."""
+"""Builds optimizers, their parameter groups and the learning-rate schedules."""
 
 import math
 
@@ -20,9 +20,9 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Return the parameters grouped by learning-rate factor and weight decay.
 
-    Weight decay applies to weights of two and more dimensions, not to biases and batch
-    normalization. For a quantizer's parameters, learning-rate factor and weight decay are the
-    attributes `lr_scale` (default 1) and `weight_decay` (default 0) of the module that holds them.
+    Weight decay applies to weights with two or more dimensions, not to biases and batch normalization. A module with
+    quantizer parameters sets their learning-rate factor by the attribute `lr_scale` (default 1), and their weight decay
+    by `weight_decay` (default 0).
     """
     of_quantizers: dict[int, tuple[float, float]] = {}  # id of a parameter -> its learning-rate factor and decay
     for layer in (m for m in model.modules() if isinstance(m, QLayer)):
@@ -44,8 +44,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
     """Return the learning rate of a step (from 0) in a phase of `steps` steps.
 
-    A falling schedule does not quite reach its final value: it would do so at step number `steps`,
-    one after the last step.
+    A decreasing schedule does not fully reach its final value in the last step. It would reach the value one step
+    later, at step number `steps`.
     """
     progress = step / steps
     low, high = optim.lr_end, optim.lr

@@ -1,4 +1,4 @@
-"""The state of all random number generators: seed, save, restore."""
+"""Seeds, saves and restores the state of all random number generators."""
 
 import random
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def random_state() -> dict[str, object]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Set the generators to a state that `random_state` returned."""
+    """Restore a state of the generators that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,6 +1,6 @@
-"""The state of a training run: optimizer, weight average, counters, best weights.
+"""Defines the state of training: optimizer, weight average, counters, best weights.
 
-Checkpoints contain it, and a resumed run continues from it.
+Checkpoints contain the state. A resumed run continues from it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ class BestWeights:
 
 @dataclass
 class State:
-    """The progress of training. Together with the random state, it lets a resumed run continue bit for bit.
+    """The progress of training. With it and the random state, a resumed run reproduces the same bits.
 
     Args:
         average: the moving average of the weights, if `optim.ema` is set.
@@ -43,7 +43,7 @@ class State:
         losses, images, hits: losses, number of images and number of correct predictions of the
             current epoch.
         seconds: training time of the current epoch.
-        stale: number of epochs since the best one.
+        stale: number of epochs since the best epoch.
         stopped: whether early stopping has ended training.
     """
 
@@ -88,7 +88,7 @@ class State:
         return content_sha256({name: part for name, part in self.save(model).items() if name != "seconds"})
 
     def load(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
-        """Restore what `save` returned, including the model and the random state."""
+        """Restore a state that `save` returned, with the model and the random state."""
         model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average:
@@ -103,17 +103,15 @@ class State:
 class WeightAverage:
     """Exponential moving average of a network's parameters, computed by torch's `AveragedModel`.
 
-    It keeps a list of averaged parameters, not a copy of the network. Buffers are never averaged,
-    so they need no copy. With INQ, for example, the copy would also hold masks as large as the
-    weights (1.2 times the parameters).
+    It stores a list of averaged parameters instead of a copy of the network, because buffers are never averaged. With
+    INQ, for example, a copy would also contain masks (1.2 times the size of the parameters).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._names = [name for name, _ in model.named_parameters()]
         self._averaged = AveragedModel(_parameters(model), multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
-        # With a count of 0, the first update would replace the average by the current parameters.
-        # The average must begin with the initial weights instead, so the count is not 0. Apart from
-        # that, the count does not affect the average.
+        # With a count of 0, the first update would replace the average by the current parameters. The average must
+        # start from the initial weights, so the count is not 0. The count has no other effect.
         self._averaged.n_averaged.fill_(1)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -122,7 +120,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, parameters: Mapping[str, Tensor]) -> None:
-        """Restore what `parameters` returned."""
+        """Restore parameters that `parameters` returned."""
         for name, p in self.parameters().items():
             p.copy_(parameters[name])
 
@@ -132,7 +130,7 @@ class WeightAverage:
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Give the network its averaged parameters inside the context."""
+        """Use the averaged parameters in the network inside the context."""
         trained = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.load_state_dict(self.parameters(), strict=False)
         try:
@@ -147,7 +145,7 @@ def _parameters(model: nn.Module) -> nn.ParameterList:
 
 @contextmanager
 def evaluated_weights(model: nn.Module, state: State) -> Iterator[None]:
-    """Give the network the weights for evaluation: the averaged ones if averaging is on."""
+    """Use the evaluation weights in the network inside the context: the averaged parameters if averaging is on."""
     if state.average is None:
         yield
     else:

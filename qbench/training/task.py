@@ -1,4 +1,4 @@
-"""The training task: network, method, optimizer recipe, data, number of epochs."""
+"""Defines a training task: network, method, optimizer recipe, data, number of epochs."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,12 +19,11 @@ class Task:
 
     Args:
         steps: training batches per epoch.
-        train: function (epoch, start) that returns the epoch's training batches from batch number
-            `start` on.
-        validate: function without arguments that returns the validation batches. Without a
-            validation split, there are none.
-        forward: function that computes the network's output, compiled or in another precision. None
-            calls the network itself.
+        train: function (epoch, start) that returns the epoch's training batches, starting with batch number `start`.
+        validate: function without arguments that returns the validation batches. It returns none without a validation
+            split.
+        forward: function that computes the network's output, compiled or in another precision. None means the network
+            itself.
         classes: number of classes, or 0 if it is not known.
     """
 
@@ -45,17 +44,17 @@ class Task:
         return run(images)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of a batch, a scalar: the method's loss, by default cross entropy."""
+        """Return the loss of a batch as a scalar. The method defines the loss; the default is cross entropy."""
         if self.method.loss is not None:
             return self.method.loss(self.model, logits, batch)
         return F.cross_entropy(logits, batch[1], label_smoothing=self.optim.label_smoothing)
 
     def rate(self, epoch: int, batch: int) -> float:
-        """Return the learning rate of a batch; the schedule starts again in every phase."""
+        """Return the learning rate of a batch. The schedule starts again in every phase."""
         start, stop = self.phase(epoch)
         return learning_rate(self.optim, (epoch - start) * self.steps + batch, (stop - start) * self.steps)
 
     def phase(self, epoch: int) -> tuple[int, int]:
-        """Return the first epoch of the phase that an epoch belongs to, and one past the last."""
+        """Return the range of an epoch's phase: its first epoch, and the epoch after its last."""
         borders = sorted({0, *self.method.phases(self.epochs), self.epochs})
         return next((start, stop) for start, stop in pairwise(borders) if start <= epoch < stop)
