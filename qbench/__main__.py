@@ -1,4 +1,4 @@
-"""`python -m qbench` is the command `qbench`."""
+"""Lets `python -m qbench` run the command `qbench`."""
 
 import sys
 

@@ -20,7 +20,7 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True)
 class LevelCount:
-    """Numbers of levels found and allowed in the fullest scale group of a quantized tensor."""
+    """The numbers of levels found and allowed in the scale group that has most levels."""
 
     found: int
     allowed: int

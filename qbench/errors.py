@@ -1,5 +1,4 @@
-"""Errors that a user can meet. Each class has the exit status of the command; any other exception
-is a bug (1).
+"""Defines the errors that are shown to users. Each class has an exit status. Any other exception is a bug (status 1).
 
 A message has at most three lines: what was found, what is allowed, what to type instead.
 """
@@ -36,7 +35,7 @@ class ResourceError(QbenchError):
 
 
 class Diverged(QbenchError):
-    """Training met inf or nan, exploding weights, or a scale that is not positive."""
+    """Training produced inf or nan, exploding weights, or a scale that is not positive."""
 
     status = 6
 
