@@ -201,11 +201,11 @@ def test_supported_runtimes() -> None:
         text = notes(w, a, Bits(4, 4))
         assert tuple(name in text for name in names) == expected, (w, a)
     assert "simulation only" in notes(uneven, four, Bits(4, 4))
-    assert "known only once it has seen data" in notes(four, later, Bits(8, 8))
+    assert "the levels depend on data" in notes(four, later, Bits(8, 8))
     assert "computed from each input" in notes(two, two, Bits(1, 1), rescaled=True)
     assert "stored as codes" in notes(four, None, Bits(4))
     assert "weights are float" in notes(None, four, Bits(32, 4))
-    assert runs_on([_layer(None, None, Bits())]) == ["runs on anything: nothing is quantized"]  # type: ignore[list-item]
+    assert runs_on([_layer(None, None, Bits())]) == ["runs on any runtime, because nothing is quantized"]  # type: ignore[list-item]
 
 
 def test_levels_are_those_of_the_quantizers(configure: Configure) -> None:
@@ -237,7 +237,7 @@ def test_the_nearest_published_row_and_the_differences(planned: Planned, untimed
     assert "schedule=" in nearest
     assert any("DoReFa has no CIFAR-10 result" in n for n in planned("method=dorefa", "dataset=cifar10")[1].notes)
     (note,) = [n for n in planned("method=uniform")[1].notes if "recipe" in n]
-    assert "no published figures have a recipe for uniform" in note
+    assert "no published row has a recipe for uniform" in note
 
 
 @pytest.mark.parametrize(

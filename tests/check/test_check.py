@@ -263,11 +263,11 @@ def _behind() -> Method:
 GRADIENTLESS = {
     "weights rounded": (weights(plainly_rounded), "its weights is zero everywhere"),
     "weights rounded, scale not": (weights(with_a_live_scale), "its weights is zero everywhere"),
-    "weights detached": (weights(cut_off), "no gradient arrives at its weights"),
+    "weights detached": (weights(cut_off), "its weights get no gradient"),
     "weights neither trained nor fixed": (lambda: replace(dq.build(), prepare=None), "`requires_grad_(False)`"),
     "inputs rounded": (_rounded, "its inputs is zero everywhere"),
     "outputs rounded": (_behind, "its outputs is zero everywhere"),
-    "clip detached": (_unlearned, "no gradient arrives at its learned parameters"),
+    "clip detached": (_unlearned, "its learned parameters get no gradient"),
 }
 
 
@@ -322,9 +322,9 @@ def test_properties_that_are_not_applicable_are_named_and_counted() -> None:
         UNBIASED,
     }
     text = report(one, findings)
-    assert f"not applicable: {UNBIASED}  (it draws nothing at random)" in text
-    assert "not applicable: inputs: monotone, idempotent, clipped as declared  (it leaves inputs float)" in text
-    assert "(it declares no trait odd or monotone or idempotent)" in text
+    assert f"not applicable: {UNBIASED}  (its rounding is deterministic)" in text
+    assert "not applicable: inputs: monotone, idempotent, clipped as declared  (it does not quantize inputs)" in text
+    assert "(it does not declare odd or monotone or idempotent)" in text
     assert "bare: 8 properties hold, 5 are not applicable, " in text
 
 

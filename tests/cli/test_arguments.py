@@ -117,12 +117,12 @@ def test_options_have_types_and_defaults(tmp_path: Path) -> None:
         (["--formt", "md"], "compare: no such flag: --formt; did you mean --format?\nallowed: --format, --by, "),
         (["--form", "md"], "compare: no such flag: --form; did you mean --format?\nallowed: "),
         (["--format", "txt"], "compare --format txt; did you mean text?\nallowed: text, md, csv, json, latex, record"),
-        (["--format"], "compare --format wants a value\nsee qbench compare --help"),
-        (["--format", "--published"], "compare --format wants a value\nsee qbench compare --help"),
-        (["--by="], "compare --by wants a value"),
+        (["--format"], "compare --format needs a value\nsee qbench compare --help"),
+        (["--format", "--published"], "compare --format needs a value\nsee qbench compare --help"),
+        (["--by="], "compare --by needs a value"),
         (["--margin", "-1"], "compare --margin -1: must be a number of points of top-1 above 0"),
         (["--published=no"], "compare --published: ignored explicit argument 'no'"),
-        ([], "compare wants directories of runs: qbench compare outputs"),
+        ([], "compare needs a directory of runs, such as: qbench compare outputs"),
     ],
 )
 def test_mistakes_are_named_with_what_is_allowed(words: list[str], message: str) -> None:

@@ -155,7 +155,7 @@ def test_rerun_trains_a_stored_run_again(
 def test_unsupported_is_recorded_with_its_reason(tmp_path: Path, run: Callable[..., Output]) -> None:
     for done in (run("method=float", "bits.w=2", f"out={tmp_path}") for _ in range(2)):
         assert done.status == 2
-        assert "leaves weights float" in done.stdout
+        assert "does not quantize weights" in done.stdout
     (result,) = results(tmp_path).values()
     assert result["status"] == "unsupported"
 
@@ -237,7 +237,7 @@ def test_an_interrupted_rerun_resumes(tmp_path: Path, run: Callable[..., Output]
     assert _killed(tmp_path, 0.2, signal.SIGTERM, "rerun=true") == 75
     again = run(*words, "rerun=true")
     assert again.status == 0
-    assert "going on from state-" in again.stderr
+    assert "continuing from state-" in again.stderr
     assert {n: r["weights_sha256"] for n, r in results(tmp_path).items()} == {
         n: r["weights_sha256"] for n, r in before.items()
     }
@@ -310,7 +310,7 @@ def test_a_signal_stops_with_status_75_and_the_same_line_resumes(tmp_path: Path,
     assert status == 75
     again = run(*KILLED, f"out={tmp_path}")
     assert again.status == 0
-    assert "going on from state-" in again.stderr
+    assert "continuing from state-" in again.stderr
     for log in tmp_path.rglob("metrics.jsonl"):
         epochs = [json.loads(line)["epoch"] for line in log.read_text().splitlines() if '"kind": "epoch"' in line]
         assert epochs == list(range(len(epochs)))

@@ -135,14 +135,17 @@ def test_the_verdict_in_words() -> None:
     run = stub({"w2a2g32": [94.0, 95.1, 96.2, 0, 0], "w4a4g32": [90.0, 91.0, 92.0, 0, 0]})
     assert run_sequential_test(test, run) == (
         "dorefa w2a2g32 is above dorefa w4a4g32: +4.10 points, 97.5 % confidence interval +3.74 to +4.46; test top-1 "
-        "95.10 and 91.00, 3 seeds. Each of 2 looks tests at the level 0.025, so that false decisions stay below 5 %."
+        "95.10 and 91.00, 3 seeds. Each of 2 looks tests at the level 0.025, so the rate of false "
+        "decisions stays below 5 %."
     )
     alike = stub({"w2a2g32": [94.0, 95.1, 96.2, 94.0, 95.0], "w4a4g32": [94.1, 95.0, 96.2, 94.1, 94.9]})
     assert "dorefa w2a2g32 is equivalent to dorefa w4a4g32 within ±0.5 points: " in run_sequential_test(test, alike)
     apart = stub({"w2a2g32": [94.0, 95.1, 92.2, 94.0, 95.0], "w4a4g32": [90.1, 97.0, 93.2, 94.1, 90.9]})
     printed = run_sequential_test(test, apart)
-    assert "dorefa w2a2g32 is not significantly different from dorefa w4a4g32, nor shown to be equivalent" in printed
-    assert "more seeds would decide: --max-seeds " in printed
+    assert (
+        "dorefa w2a2g32 is not significantly different from dorefa w4a4g32, and not shown to be equivalent" in printed
+    )
+    assert "more seeds would lead to a verdict: --max-seeds " in printed
 
 
 def test_a_run_without_an_accuracy_leaves_no_verdict() -> None:
@@ -155,14 +158,14 @@ def test_a_run_without_an_accuracy_leaves_no_verdict() -> None:
 @pytest.mark.parametrize(
     ("words", "phrase"),
     [
-        ([], "wants two settings, got 0"),
-        ([LINE], "wants two settings, got 1"),
-        ([LINE, LINE], "the same setting"),
+        ([], "needs two settings, found 0"),
+        ([LINE], "needs two settings, found 1"),
+        ([LINE, LINE], "choose two different settings"),
         ([LINE, f"{OTHER} seed=3"], "leave seed=3 out"),
         ([LINE, f"{OTHER} rerun=true"], "leave rerun=true out"),
         ([LINE, "-m method=dorefa bits=w1,w3"], "2 settings"),
-        ([LINE, f"{OTHER} dataset=glyphs"], "different data sets"),
-        ([LINE, "nowhere"], "neither a directory nor a command line"),
+        ([LINE, f"{OTHER} dataset=glyphs"], "the data sets differ"),
+        ([LINE, "nowhere"], "not a directory and not a command line"),
         ([LINE, "method=dorfea"], "did you mean dorefa"),
         ([LINE, OTHER, "--margin", "-1"], "--margin -1: must be"),
         ([LINE, OTHER, "--max-seeds", "2"], "from 3 to 1000"),

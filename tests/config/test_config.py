@@ -40,7 +40,7 @@ REFUSED = {
     "pretrain.optim.lr=-1": ("pretrain.optim.lr=-1", "above 0"),
     "seed=-1": ("seed=-1", "from 0"),
     "seed=1.5": ("seed=1.5", "whole number"),
-    "seed=[": ("seed=[", "key=value"),
+    "seed=[": ("seed=[", "KEY=VALUE"),
     "epochs=0": ("epochs=0", "from 1"),
     "layers.first=abc": ("layers.first=abc", "float, same or a number of bits"),
     "layers.first=8.5": ("layers.first=8.5", "float, same or a number of bits"),
@@ -54,9 +54,9 @@ REFUSED = {
     "pretrain.optim=adam": ("pretrain.optim=adam", "optim@pretrain.optim=NAME"),
     "layers.rules=abc": ("layers.rules=abc", "{layer1.*: 8}"),
     "seed=null": ("seed=None", "a value"),
-    "seed=1,2": ("seed=1,2", "put -m in front"),
+    "seed=1,2": ("seed=1,2", "put -m first"),
     "init=": ("init=", "scratch"),
-    "init=é": ("init=é", "quote odd characters"),
+    "init=é": ("init=é", "quote special characters"),
     "optim.ema=1": ("optim.ema=1", "below 1"),
     "model.act=odd": ("model.act=odd", "auto, keep, fused"),
     "~method": ("method",),
@@ -64,7 +64,7 @@ REFUSED = {
     "--frobnicate": ("--frobnicate", "no such flag"),
     "--cfg=jop": ("--cfg jop", "job, hydra, all"),
     "--package": ("--package", "a value"),
-    "frobnicate": ("frobnicate", "key=value"),
+    "frobnicate": ("frobnicate", "KEY=VALUE"),
 }
 
 

@@ -132,7 +132,7 @@ REFUSED = {
     "lr_grid.lr=0.1": ("lr_grid.lr", "no such key"),
     "+lr_grid.lr=0.1": ("lr_grid.lr", "set optim.lr"),
     "lr_grid.factors=[1,1e400]": ("lr_grid.factors", "ascending"),
-    "optim.lr=1e308": ("no learning rate", "optim.lr=1e+308"),
+    "optim.lr=1e308": ("not a valid learning rate", "optim.lr=1e+308"),
 }
 
 
@@ -171,7 +171,7 @@ def test_validation_selects_and_the_other_rates_test_accuracy_is_not_shown(tmp_p
         ],
     }
     assert table.notes == [
-        "dorefa w2a32g32: optim.lr=0.01 selected from 3 by validation top-1, seeds 0, 1; 3 x 30 epochs a seed"
+        "dorefa w2a32g32: optim.lr=0.01 is the best of 3 by validation top-1, seeds 0, 1; 3 x 30 epochs per seed"
     ]
     for name, form in FORMATS.items():
         shown = form(found)
@@ -206,7 +206,7 @@ def test_each_method_and_width_has_its_own_rate(tmp_path: Path) -> None:
     ends = [
         note.split(": ")[0]
         for note in table.notes
-        if "of the grid, a lower one may be better" in note or "a higher one may be" in note
+        if "of the grid, so a lower rate may be better" in note or "a higher rate may be" in note
     ]
     assert ends == ["dorefa activation=abs w2a2g32", "dorefa activation=clip w4a32g32", "ttq w2a32g32"]
 
@@ -228,7 +228,7 @@ def test_the_mean_is_over_the_seeds_that_all_rates_have(tmp_path: Path) -> None:
     assert setting.learning_rate.rate == OWN
     assert setting.learning_rate.seeds == (0,)
     assert [run.seed for run in setting.runs] == [0, 1]
-    assert table.notes[-1] == "dorefa w2a32g32: no validation accuracy at optim.lr 0.001 (missing, seed 1)"
+    assert table.notes[-1] == "dorefa w2a32g32: validation accuracy is missing at optim.lr 0.001 (missing, seed 1)"
 
 
 def test_a_rate_that_diverges_for_one_seed_is_not_selected(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_rate_that_diverges_for_one_seed_is_not_selected(tmp_path: Path) -> No
     assert setting.learning_rate.rate == OWN
     assert setting.learning_rate.seeds == (0, 1)
     assert setting.learning_rate.validation[HIGH] is None
-    assert table.notes[-1] == "dorefa w2a32g32: no validation accuracy at optim.lr 0.1 (diverged, seed 1)"
+    assert table.notes[-1] == "dorefa w2a32g32: validation accuracy is missing at optim.lr 0.1 (diverged, seed 1)"
     assert rest.rows[0][0] == "diverged"
 
 
@@ -284,8 +284,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {r["options"]["optim.lr"] for r in children} == {0.0001, 0.01}
     best = max(children, key=lambda r: r["final"]["val"]["top1"])
     assert len({r["final"]["val"]["top1"] for r in children}) == 2, "equal rates would not show which one is selected"
-    assert f"optim.lr={best['options']['optim.lr']:g} selected from 2" in shown
-    assert "2 x 1 epochs a seed" in shown
+    assert f"optim.lr={best['options']['optim.lr']:g} is the best of 2" in shown
+    assert "2 x 1 epochs per seed" in shown
     assert len([line for line in shown.splitlines() if line.startswith("dorefa   ")]) == 1
     assert main([*words, f"out={tmp_path}"]) == 0
     assert capsys.readouterr().out == shown

@@ -352,7 +352,7 @@ def test_named_normalizations() -> None:
     batch = random_batch()
     assert normalization("unit", batch) == ((0.0,) * 3, (1.0,) * 3)
     assert normalization("half", batch[:, :1]) == ((0.5,), (0.5,))
-    with pytest.raises(ValueError, match="is for 3 channels, and the images have 1"):
+    with pytest.raises(ValueError, match="is for 3 channels, but the images have 1"):
         normalization("imagenet", batch[:, :1])
     torchvision()
     from torchvision.transforms._presets import ImageClassification

@@ -65,7 +65,7 @@ def test_the_test_split_is_val_or_test(tmp_path: Path) -> None:
     assert len(build_folder(root).test) == 9
     write_images(tmp_path / "other", tested="val")
     (tmp_path / "other" / "val").rename(root / "val")
-    with pytest.raises(DataError, match=r"holds val/ and test/\ntype dataset\.test=val or dataset\.test=test"):
+    with pytest.raises(DataError, match=r"contains val/ and test/\ntype dataset\.test=val or dataset\.test=test"):
         build_folder(root)
     assert build_folder(root, test="val").test.names[0].startswith("val/")  # type: ignore[union-attr]
     assert build_folder(root, test="test").test.names[0].startswith("test/")  # type: ignore[union-attr]
@@ -80,12 +80,18 @@ def _flatten(path: Path) -> None:
 
 LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (remove_folder, r"train: no such folder; .* holds nothing: it does not exist"),
-    "no train": (lambda root: remove_folder(root / "train"), r"train: no such folder; .* holds val/"),
-    "no test": (lambda root: remove_folder(root / "val"), r"holds neither val/ nor test/, but train/"),
-    "flat": (lambda root: _flatten(root / "train"), r"train holds no folders, but 00\.jpg, .* 04\.jpg and 13 more"),
-    "flat test": (lambda root: _flatten(root / "val"), r"val holds no folders, but 00\.jpg"),
+    "no train": (lambda root: remove_folder(root / "train"), r"train: no such folder; .* contains val/"),
+    "no test": (lambda root: remove_folder(root / "val"), r"contains neither val/ nor test/; it contains train/"),
+    "flat": (
+        lambda root: _flatten(root / "train"),
+        r"train contains no folders; it contains 00\.jpg, .* 04\.jpg and 13 more",
+    ),
+    "flat test": (lambda root: _flatten(root / "val"), r"val contains no folders; it contains 00\.jpg"),
     "an empty class": (lambda root: (root / "train" / "elk").mkdir(), r"1 class folders of .*train hold no .*: elk"),
-    "an unknown class": (lambda root: (root / "val" / "elk").mkdir(), r"val: no class of train is called elk"),
+    "an unknown class": (
+        lambda root: (root / "val" / "elk").mkdir(),
+        r"val: contains folders that are not classes of train: elk",
+    ),
 }
 
 
@@ -98,7 +104,7 @@ def test_errors_name_the_expected_layout(case: str, tmp_path: Path) -> None:
         build_folder(root)
     lines = str(raised.value).splitlines()
     assert len(lines) == 3
-    assert f"expected: train/CLASS/*.jpg and val/CLASS/*.jpg, or test/CLASS/*.jpg, in {root}" in lines[1]
+    assert f"expected in {root}: train/CLASS/*.jpg and val/CLASS/*.jpg (or test/CLASS/*.jpg)" in lines[1]
     assert "dataset.root=DIR" in lines[2]
 
 
@@ -162,7 +168,9 @@ def test_imagenet(tmp_path: Path, configure: Configure, monkeypatch: pytest.Monk
     assert imagenet.build(root=str(tmp_path), val=0.0, augment="plain").augment == Augment(flip=True, size=224)
     assert (data.mean, data.std) == FIXED["imagenet"]
     monkeypatch.undo()
-    with pytest.raises(DataError, match=r"holds 20 class folders; ImageNet has 1000\n.*dataset=folder dataset.root="):
+    with pytest.raises(
+        DataError, match=r"contains 20 class folders, but ImageNet has 1000\n.*dataset=folder dataset.root="
+    ):
         imagenet.build(root=str(tmp_path))
     with pytest.raises(ValueError, match=r"image-net\.org"):
         imagenet.build(root=str(tmp_path), download=True)
@@ -194,10 +202,10 @@ def test_annotations_and_sizes_of_tiny_imagenet_are_checked(tmp_path: Path) -> N
     notes = tmp_path / "val" / "val_annotations.txt"
     whole = notes.read_text()
     notes.write_text(whole.replace("n00000007", "n99999999"))
-    with pytest.raises(DataError, match=r"val_annotations.txt, line 2: expected are"):
+    with pytest.raises(DataError, match=r"val_annotations.txt, line 2: must be"):
         tiny_imagenet.build(root=str(tmp_path))
     notes.write_text("".join(whole.splitlines(keepends=True)[:-2]))
-    with pytest.raises(DataError, match=r"lists 198 images, and does not list 2 others, such as val/images/val_198"):
+    with pytest.raises(DataError, match=r"lists 198 images; 2 image files are not listed, such as val/images/val_198"):
         tiny_imagenet.build(root=str(tmp_path))
     notes.write_text(whole + "val_777.JPEG\tn00000001\n")
     with pytest.raises(DataError, match=r"1 of 401 .*\nval/images/val_777.JPEG \(No such file or directory\)"):

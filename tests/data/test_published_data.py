@@ -171,5 +171,5 @@ def test_svhn_needs_only_the_files_of_the_split(
 ) -> None:
     write_svhn(tmp_path, datasets.SVHN, monkeypatch, train=30, test=20)
     assert len(svhn.build(root=str(tmp_path), val=0.5).test) == 20
-    with pytest.raises(DataError, match=r"1 of 3 files are missing in .*\nexpected there: extra_32x32\.mat\n"):
+    with pytest.raises(DataError, match=r"1 of 3 files are missing in .*\nmissing: extra_32x32\.mat\n"):
         svhn.build(root=str(tmp_path), split="both")

@@ -197,7 +197,7 @@ def test_an_interrupted_sweep_continues(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 75, message
-    assert "the same command goes on" in message
+    assert "to continue, repeat the command" in message
     finished = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
     assert 1 <= len(finished) < 4
     assert qbench(*words).returncode == 0

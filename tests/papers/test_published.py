@@ -345,7 +345,7 @@ def test_json_has_plain_numbers() -> None:
         (["--provenance", "verfied"], "published --provenance verfied; did you mean verified?"),
         (["--paprr", "ttq"], "published: no such flag: --paprr; did you mean --paper?"),
         (["--format", "xml"], "published --format xml"),
-        (["--paper"], "published --paper wants a value"),
+        (["--paper"], "published --paper needs a value"),
         (["ttq"], "published: ttq is not a flag"),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
         assert any(newest.name in line and line.startswith("warning:") for line in messages), (
             f"seed {seed}: {what}: {messages}"
         )
-        assert f"going on from {before.name}" in messages, f"seed {seed}: {what}: {messages}"
+        assert f"continuing from {before.name}" in messages, f"seed {seed}: {what}: {messages}"
         shutil.rmtree(out)
     if count > 3:
         counted(f"R6 checkpoint: {count} whole runs from the checkpoint before, final state equal")
@@ -82,7 +82,7 @@ def test_without_a_good_checkpoint_a_run_restarts_and_keeps_its_new_checkpoints(
         "state-3.pt",
     ]
     result, messages = run_config(compose_config(out))
-    assert "going on from state-4.pt" in messages, "damaged files with higher numbers do not hide new checkpoints"
+    assert "continuing from state-4.pt" in messages, "damaged files with higher numbers do not hide new checkpoints"
     assert result.state_sha256 == digest(whole)
 
 

@@ -146,7 +146,7 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, no
             case = f"random.Random({folder}), variant {variant}, killed after {delays} s: {job.stderr()}"
             assert status in (0, -signal.SIGKILL), case
             assert wrong_records(out) == [], case
-            resumed += "going on from state-" in job.stderr()
+            resumed += "continuing from state-" in job.stderr()
             kills += status != 0
         assert finished(out) == expected, case
         assert left_over(out) == wrong_logs(out) == [], case
@@ -193,7 +193,7 @@ def test_killed_at_a_point(
             assert step >= faults.announced(announced)[run], f"an announced checkpoint of {run.name} is lost: {case}"
         again = server.start(words, out=out)
         assert again.wait(SECONDS) == 0, f"{case}, then {again.stderr()}"
-        assert all(f"going on from state-{step}.pt" in again.stderr() for step in newest.values()), case
+        assert all(f"continuing from state-{step}.pt" in again.stderr() for step in newest.values()), case
         assert finished(out) == expected, case
         assert wrong_records(out) == left_over(out) == wrong_logs(out) == [], case
         shutil.rmtree(out)
@@ -293,7 +293,7 @@ def test_a_waiting_process_takes_over(server: Server, tmp_path: Path, rounds: in
         assert [job.wait(SECONDS) for job in jobs] == [0] * 4, [job.stderr() for job in jobs]
         slowest = max(slowest, time.monotonic() - killed)
         logs = [job.stderr() for job in jobs]
-        steps = [int(number) for log in logs for number in re.findall(r"going on from state-(\d+)", log)]
+        steps = [int(number) for log in logs for number in re.findall(r"continuing from state-(\d+)", log)]
         assert len(steps) == 1, logs
         assert steps[0] >= step, f"seed {seed}: resumed at step {steps} although {step} was saved"
         assert trainings(jobs, baseline) == 1, logs
@@ -325,6 +325,9 @@ def test_many_runs_at_once(server: Server, tmp_path: Path, different: int, same:
     jobs = together(server, [words] * same, out)
     assert finished(out) == expected
     assert [trainings(jobs, one(out, f"{method}-*")) for method in ("float", "dorefa")] == [1, 1]
-    assert sum(f"waiting: another process works on {one(out, 'dorefa-*')}" in job.stderr() for job in jobs) == same - 1
+    assert (
+        sum(f"waiting: another process is working on {one(out, 'dorefa-*')}" in job.stderr() for job in jobs)
+        == same - 1
+    )
     assert wrong_records(tmp_path) == wrong_logs(tmp_path) == []
     note(f"R24: {different} different runs at once equal their solo runs; of {same} identical ones {same - 1} waited")

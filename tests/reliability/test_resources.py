@@ -112,5 +112,5 @@ def test_a_folder_that_cannot_be_created() -> None:
             job = server.start(WORDS, out=out)
             assert job.wait(60) == 5, job.stderr()
             assert out in job.stderr()
-            assert "another place with out=DIR" in job.stderr()
+            assert "another directory with out=DIR" in job.stderr()
             assert "Traceback" not in job.stderr()

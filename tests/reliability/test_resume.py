@@ -70,7 +70,7 @@ def test_a_run_stopped_at_any_moment_ends_the_same(name: str, optimizer: str, em
     config = at("alone", *recipe(name, optimizer, ema))
     method = registry.create("method", {"name": name})
     if ema is not None and "no_master" in method.traits:
-        with pytest.raises(Unsupported, match="no float copy of its weights to average"):
+        with pytest.raises(Unsupported, match="keeps no float weights that could be averaged"):
             assemble(config)
         tally("combinations refused, nothing to average (R3)")
         return

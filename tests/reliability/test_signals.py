@@ -76,7 +76,7 @@ def test_a_signal_while_waiting_for_another_process(configure: Configure, tmp_pa
         log = job.folder / "stderr"
         while not (log.exists() and "waiting" in log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert "another process works on" in job.stderr()
+        assert "another process is working on" in job.stderr()
         job.kill(kind)
         assert job.wait(SOON) == 75, job.stderr()
     assert not list(tmp_path.rglob("result.json"))

@@ -104,7 +104,7 @@ def test_float_baselines_on_another_kind_of_network_are_a_row_of_their_own(confi
     (table,) = tables(configure())
     assert [row[0] for row in table.rows] == ["float", "float norm=no_affine", "dorefa", "hwgq"]
     assert [row[6] for row in table.rows] == ["98.00", "97.50", "97.00", "95.00"]
-    assert table.notes == ["hwgq: network with norm=no_affine, as its float baseline"]
+    assert table.notes == ["hwgq: the network and its float baseline use norm=no_affine"]
 
 
 def test_baselines_next_to_runs_are_read_and_none_twice(configure: Configure) -> None:
@@ -143,7 +143,7 @@ def test_several_runs_of_one_seed_are_noted_and_count_once(configure: Configure)
     assert (setting.top1.n, setting.top1.mean, setting.top1.std) == (1, 96.5, None)
     assert setting.difference
     assert setting.difference.mean == -1.5
-    assert any("several runs of one seed" in note for note in table.notes)
+    assert any("some seeds have several runs" in note for note in table.notes)
 
 
 def test_a_copy_of_a_run_is_not_a_second_run(configure: Configure, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_copy_of_a_run_is_not_a_second_run(configure: Configure, tmp_path: Pat
     shutil.copytree(path, path.with_name("copy"))
     (table,) = tables(configure())
     assert settings_of(table)[1].top1.n == 1
-    assert "duplicate runs, left out" in table.notes[-1]
+    assert "duplicate runs are left out" in table.notes[-1]
 
 
 def test_runs_moved_out_of_their_folder_keep_their_baselines(configure: Configure, tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_record_gives_the_tables_of_its_runs(planted: tuple[str, Path], tmp_pa
         assert command.run_compare([str(file), *words]).replace("\n\n\n", "\n\n") == without_sample
     shutil.rmtree(there / Path(planted[1]).relative_to(planted[0]))
     both = command.run_compare([str(there), str(file)])
-    assert "duplicate runs, left out" in both
+    assert "duplicate runs are left out" in both
     assert re.search(r"^failed +\S+here", both, re.MULTILINE), "what only the record has"
 
 
@@ -410,7 +410,7 @@ def test_a_directory_stands_before_its_record(planted: tuple[str, Path], tmp_pat
     alone = command.tables(command.parse([planted[0]]))
     assert [settings for table in both if (settings := settings_of(table))] == [settings_of(alone[0])]
     notes = "\n".join(note for table in both for note in table.notes)
-    assert "duplicate runs, left out: 0/first/digits-resnet8/dorefa-w2a32g32-s0" in notes
+    assert "duplicate runs are left out: 0/first/digits-resnet8/dorefa-w2a32g32-s0" in notes
     assert re.search(r"duplicates with another top-1 \(1\).* 87\.00, kept 97\.00$", notes, re.MULTILINE)
 
 
@@ -534,15 +534,15 @@ def test_accuracy_at_equal_bytes(configure: Configure) -> None:
         (["--by", "bits.x"], "did you mean bits"),
         (["--sort", "acuracy"], "no such column; did you mean accuracy"),
         (["--columns", "acuracy"], "did you mean accuracy"),
-        (["--columns"], "wants a value"),
+        (["--columns"], "needs a value"),
         (["--margin", "0"], "above 0"),
         (["--margin=wide"], "above 0"),
         (["--format", "txt"], "did you mean text"),
         (["--publishe"], "did you mean --published"),
-        (["method=dorefaa"], "method=dorefaa: no run has it; did you mean dorefa?\nvalues found: dorefa, lsq"),
-        (["epochs=3"], "epochs=3: no run has it\nvalues found: 30"),
-        (["bits=w4a2"], "bits=w4a2: no run has it; did you mean w4a4g32?\nvalues found: w2a2g32, w4a4g32"),
-        (["bits.w=3"], "bits.w=3: no run has it\nvalues found: 2, 4"),
+        (["method=dorefaa"], "method=dorefaa: no run has this value; did you mean dorefa?\nvalues found: dorefa, lsq"),
+        (["epochs=3"], "epochs=3: no run has this value\nvalues found: 30"),
+        (["bits=w4a2"], "bits=w4a2: no run has this value; did you mean w4a4g32?\nvalues found: w2a2g32, w4a4g32"),
+        (["bits.w=3"], "bits.w=3: no run has this value\nvalues found: 2, 4"),
     ],
 )
 def test_wrong_words_are_refused(

@@ -161,7 +161,7 @@ def test_how_the_page_was_made(out: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_page_of_nothing(tmp_path: Path) -> None:
     page([], [], tmp_path / "empty.html")
     assert "No runs found." in " ".join(Reader((tmp_path / "empty.html").read_text()).words)
-    with pytest.raises(ConfigError, match=r"ends in \.html"):
+    with pytest.raises(ConfigError, match=r"must end in \.html"):
         page([], [], tmp_path / "page.pdf")
 
 

@@ -206,7 +206,7 @@ def test_the_file_name_selects_the_plot(configure: Configure, runs: Any, tmp_pat
     assert (tmp_path / "other.svg").stat().st_size > 1.5 * (tmp_path / "bits.svg").stat().st_size
     with pytest.raises(ConfigError, match=r"allowed: \.png, \.pdf, \.svg"):
         plot(tables, found, tmp_path / "bits.jpg")
-    with pytest.raises(ConfigError, match="metrics of their layers"):
+    with pytest.raises(ConfigError, match="stored layer metrics"):
         plot(tables, found, tmp_path / "layers.png")
 
 

@@ -248,7 +248,7 @@ def test_one_seed_has_no_spread() -> None:
 def test_different_seeds_are_not_paired_and_several_runs_of_a_seed_count_once() -> None:
     table = concluded(setting("a", A), setting("b", B, seeds=[4, 5, 6, 7]))
     assert conclusions(table)[0].pairs[0].p == pytest.approx(stats.ttest_ind(A, B, equal_var=False).pvalue)
-    assert "compared unpaired, as their seeds differ" in table.notes[0]
+    assert "compared unpaired, because their seeds differ" in table.notes[0]
     twice = concluded(setting("a", [*A, 96.0], seeds=[0, 1, 2, 3, 3]), setting("b", B))
     assert conclusions(twice)[0].pairs[0].p == pytest.approx(stats.ttest_rel([*A[:3], 96.6], B).pvalue)
 
@@ -270,7 +270,7 @@ def test_predictions_are_read_where_both_have_them(tmp_path: Path) -> None:
     single = concluded(*(replace(s, runs=s.runs[:1]) for s in members))
     p = stats.binomtest(int((hits["a"][0] & ~hits["b"][0]).sum()), int((hits["a"][0] ^ hits["b"][0]).sum())).pvalue
     assert conclusions(single)[0].pairs[0].p_mcnemar == pytest.approx(p)
-    assert f"these two networks differ significantly: McNemar's exact test, p = {p:.2g}" in single.notes[0]
+    assert f"these two networks differ significantly; McNemar's exact test: p = {p:.2g}" in single.notes[0]
 
 
 def test_which_error_is_the_larger(tmp_path: Path) -> None:

@@ -91,8 +91,9 @@ def warnings_of(config: Any) -> tuple[list[str], list[str]]:
 
 
 FAULTS = {
-    "weights": f"warning: {LAYER}: all its weights are on one level of 4, in epoch 1, step 36; likely they are small",
-    "inputs": f"warning: {LAYER}: its output is the same for all images, in epoch 1, step 36; likely its input is too",
+    "weights": f"warning: {LAYER}: all weights are on one of 4 levels, in epoch 1, step 36; probably they are small",
+    "inputs": f"warning: {LAYER}: the output is the same for all images, in epoch 1, step 36; "
+    "probably because its input is also the same",
 }
 
 
@@ -128,10 +129,12 @@ def test_a_resumed_run_does_not_repeat_a_warning(configure: Configure) -> None:
 def test_growing_weights_give_a_warning_and_exploding_weights_stop_the_run(configure: Configure) -> None:
     notes, _ = warnings_of(configure(*WORDS, NAMED, "method.fault=range", "method.times=300"))
     assert len(notes) == 1
-    assert notes[0].startswith(f"warning: {LAYER}: its largest weight, ")
-    assert "times its initial value, in epoch 1, step 36; likely optim.lr is too high" in notes[0]
+    assert notes[0].startswith(f"warning: {LAYER}: the largest weight is ")
+    assert "times its initial value, in epoch 1, step 36; probably optim.lr is too high" in notes[0]
     config = configure(*WORDS, NAMED, "method.fault=range", "method.times=3e4", "runtime.checkpoint_seconds=0")
-    with pytest.raises(Diverged, match=f"{LAYER}: its largest weight, .*, in epoch 1, step {STEP}; likely") as caught:
+    with pytest.raises(
+        Diverged, match=f"{LAYER}: the largest weight is .*, in epoch 1, step {STEP}; probably"
+    ) as caught:
         run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
     assert caught.value.status == 6
     directory = planned_run(config).directory
@@ -145,7 +148,7 @@ def test_growing_weights_give_a_warning_and_exploding_weights_stop_the_run(confi
 
 def test_exploding_weights_stop_the_run_at_the_end_of_the_epoch_without_a_save(configure: Configure) -> None:
     config = configure(*WORDS, NAMED, "method.fault=range", "method.times=3e4", "runtime.observe=off")
-    with pytest.raises(Diverged, match=f"{LAYER}: its largest weight, .*, in epoch 1, step 36; likely"):
+    with pytest.raises(Diverged, match=f"{LAYER}: the largest weight is .*, in epoch 1, step 36; probably"):
         run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
     assert [path.name for path in planned_run(config).directory.checkpoints()] == ["state-18.pt"]
 
@@ -153,7 +156,7 @@ def test_exploding_weights_stop_the_run_at_the_end_of_the_epoch_without_a_save(c
 @pytest.mark.parametrize(("often", "step", "newest"), [("0", STEP, STEP - 1), ("1e9", 36, 18)])
 def test_a_scale_below_zero_stops_the_run(configure: Configure, often: str, step: int, newest: int) -> None:
     config = configure(*WORDS, NAMED, "method.fault=scale", f"runtime.checkpoint_seconds={often}")
-    expected = f"{LAYER}.weight_q.step is -0.25, and must be above 0, in epoch 1, step {step}; likely a step was too"
+    expected = f"{LAYER}.weight_q.step is -0.25 in epoch 1, step {step}, but must be above 0; probably a step was too"
     with pytest.raises(Diverged, match=expected):
         run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
     saved = unpack(planned_run(config).directory.checkpoints()[0].read_bytes(), "")["state"]
@@ -168,7 +171,7 @@ def test_accuracy_at_chance_gives_a_warning_after_enough_steps(
     monkeypatch.setattr(health, "MIN_STEPS", 30)
     notes, _ = warnings_of(configure(*words, "model=test_health:blind"))
     assert len(notes) == 1
-    assert "% of 10 classes, which is chance, in epoch 1, step 36; likely optim.lr" in notes[0]
+    assert "% with 10 classes, not better than chance, in epoch 1, step 36; probably optim.lr" in notes[0]
     assert warnings_of(configure(*words))[0] == []
 
 
@@ -218,7 +221,7 @@ def test_growth_is_relative_to_the_initial_weights_or_to_the_inputs_if_those_are
         assert list(health.exploding_weights(model, start, "")) == subjects
     with torch.no_grad():
         model[1].weight.fill_(-5001.0)
-    with pytest.raises(Diverged, match="1: its largest weight, 5e"):
+    with pytest.raises(Diverged, match="1: the largest weight is 5e"):
         health.exploding_weights(model, start, "")
 
 

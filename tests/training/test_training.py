@@ -332,8 +332,8 @@ def test_compressed_activations_give_identical_weights(smoke: Configure, tmp_pat
     ("words", "why"),
     [
         (("method=dorefa", "bits=w2"), "no activations are quantized"),
-        (("method=lsq", "bits=w2a2"), "needs what was quantized"),
-        (("method=dorefa", "bits=w2a16"), "needs what was quantized"),
+        (("method=lsq", "bits=w2a2"), "needs the float activations"),
+        (("method=dorefa", "bits=w2a16"), "needs the float activations"),
     ],
 )
 def test_compression_without_effect_is_an_error(smoke: Configure, words: tuple[str, ...], why: str) -> None:
