@@ -116,8 +116,8 @@ class Method:
             if width != FLOAT and width not in self.supported_bits.get(key, ()):
                 widths = [k for k in range(1, FLOAT) if k in self.supported_bits.get(key, ())]
                 what = {"w": "weights", "a": "activations", "g": "gradients"}[key]
-                allowed = f"{_ranges(widths)} or {FLOAT}" if widths else f"{FLOAT} only: it leaves {what} float"
-                raise Unsupported(f"{self.name} does not know bits.{key}={width} for {what}; it knows {allowed}")
+                allowed = f"{_ranges(widths)} or {FLOAT}" if widths else f"{FLOAT} ({what} are not quantized)"
+                raise Unsupported(f"{self.name} does not support bits.{key}={width} for {what}; allowed: {allowed}")
 
 
 def _ranges(widths: list[int]) -> str:
