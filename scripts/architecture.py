@@ -3,8 +3,8 @@
 
 Usage, after scripts/test made the environment: .venv/bin/python scripts/architecture.py [--check]
 
-The folders stand in the order that tests/test_imports.py holds (LAYERS). An arrow is an import that no chain of other
-arrows implies. `bits` and `errors`, which most folders import, get none.
+The folders are in the order of LAYERS in tests/test_imports.py. An arrow is an import that no chain of other arrows
+implies. `bits` and `errors`, which most folders import, get none.
 """
 
 import ast
@@ -38,7 +38,7 @@ CAPTIONS = {
 }
 FOUNDATION = ("bits", "errors")
 WIDTH, BOX, HIGH, ROW, MARGIN = 800, 156, 44, 80, 14
-"""Pixels: the picture, a box and its height, from row to row, around all."""
+"""Sizes in pixels: width of the picture, width and height of a box, distance of rows, margin."""
 GAP, LANE, PORT = 28, 20, 20
 """Pixels between two boxes of a row, for an arrow that passes through a row, between two arrow ends at a box."""
 STYLE = """
@@ -69,7 +69,7 @@ class Item:
 
 
 def layers() -> tuple[str, ...]:
-    """Return the order of the folders, from the test that holds it."""
+    """Return the order of the folders, read from the test that defines it."""
     tree = ast.parse((ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8"))
     (value,) = (
         node.value
@@ -81,7 +81,7 @@ def layers() -> tuple[str, ...]:
 
 
 def imports() -> dict[str, set[str]]:
-    """Return folder -> the folders that its modules import anywhere, itself left out."""
+    """Return a map from folder to the other folders that its modules import."""
     found: dict[str, set[str]] = {folder: set() for folder in layers()}
     for path in (path for path in (ROOT / "qbench").rglob("*.py") if path.name != "__init__.py"):
         folder = path.relative_to(ROOT / "qbench").with_suffix("").parts[0]
@@ -95,7 +95,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """Return folder -> folders to draw an arrow to: imports without those that a longer chain implies."""
+    """Return a map from folder to the folders that get an arrow. Imports that a longer chain implies are left out."""
     direct = {folder: names - set(FOUNDATION) for folder, names in imports().items()}
 
     def reached(folder: str) -> set[str]:
@@ -106,7 +106,7 @@ def arrows() -> dict[str, set[str]]:
 
 
 def rows(drawn: dict[str, set[str]]) -> list[list[Item]]:
-    """Return the rows from top to bottom: a folder that one of the row above it imports begins the next row."""
+    """Return the rows from top to bottom. A new row begins at a folder that a folder of the current row imports."""
     places: list[list[Item]] = [[]]
     for folder in (name for name in layers() if name not in FOUNDATION):
         if any(folder in drawn.get(item.folder, ()) for item in places[-1]):
@@ -131,7 +131,7 @@ def _join(upper: Item, lower: Item) -> None:
 
 
 def place(places: list[list[Item]]) -> None:
-    """Give every item its centre: near those that it is joined to, in an order with few crossings."""
+    """Set the centre of every item: near the items that it is connected to, and in an order with few crossings."""
     for row in places:
         _spread(row)
     for sweep in range(40):
@@ -154,7 +154,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _spread(row: list[Item], wanted: list[float] | None = None) -> None:
-    """Place a row's items at the centres wanted, moved apart where they would overlap, within the picture."""
+    """Place a row's items near the given centres, within the picture and without overlap."""
     edge = float(MARGIN)
     for item, centre in zip(row, wanted or [WIDTH / 2] * len(row), strict=True):
         item.x = max(centre, edge + item.width / 2)
@@ -237,7 +237,7 @@ def main() -> int:
         return 0
     if PICTURE.read_text(encoding="utf-8") == svg():
         return 0
-    print("docs/architecture.svg: not what the source says; run scripts/architecture.py", file=sys.stderr)
+    print("docs/architecture.svg is out of date; run scripts/architecture.py", file=sys.stderr)
     return 1
 
 

@@ -41,7 +41,7 @@ from qbench.system import files
 
 ROOT = Path(__file__).resolve().parents[1]
 FINAL = (DONE, "unsupported", "diverged")
-"""Statuses that a repeated run would not change; a failed run is repeated."""
+"""Statuses that remain if a run is repeated. A failed run is repeated."""
 BACKWARD = "method.backward="
 
 Arm = tuple[str, ...]
@@ -137,7 +137,7 @@ def stored_run(config: Config) -> RunRecord:
 
 
 def arm_runs(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> dict[int, RunRecord]:
-    """Return the stored runs of an arm by seed; if its words do not compose, every seed counts as failed."""
+    """Return the stored runs of an arm by seed. If its configuration is not valid, every seed counts as failed."""
     try:
         configs = arm_configs(claim, arm, seeds, out)
     except ConfigError as error:
@@ -209,7 +209,7 @@ def missing_work(claim: Claim, seeds: list[int], out: str, counted: set[str]) ->
 
 
 def stored_seconds(path: Path) -> float:
-    """Return how long the stored run of the first seed took, as an estimate for the other seeds."""
+    """Return the time of the stored run of the first seed, as an estimate for the other seeds."""
     return float((files.read_json(path / "result.json") or {}).get("wall_seconds") or 0)
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Counts files that take a `Config`, and places that make a run's directory.
+"""Counts files that use a `Config`, and places that make a run's directory.
 
     python scripts/config_travel.py
 
-The first list is of the files of qbench/ in which a function, a method or a field of a class is
-annotated with `Config`. The second is of the calls that make a `RunDirectory`, directly or through
-`planned_run` and `planned_runs`, which take a configuration. Both are read from the syntax trees.
+The first list contains files of qbench/ in which a parameter or a field of a class is annotated with `Config`. The
+second list contains calls that make a `RunDirectory`, directly or through `planned_run` and `planned_runs`. Both lists
+are read from the syntax trees.
 """
 
 import ast

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what a bug costs: train every known public deviation and the faithful method, and compare seed by seed.
+"""Measures the cost of bugs: trains every known public deviation and the faithful method, and compares them by seed.
 
 Usage, after `scripts/test` made the environment:
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def sweep_words(seeds: int, common: Iterable[str]) -> Iterable[list[str]]:
-    """Yield the words of one sweep per method and widths: all deviations measured there, and `none`."""
+    """Yield the arguments of one sweep per method and widths: `none`, and all deviations measured there."""
     for method, bits, names in groups():
         yield [
             "-m", f"method={method}", f"bits={bits}", f"method.deviation={','.join(['none', *names])}",
@@ -97,7 +97,7 @@ def deviations_table(records: Sequence[RunRecord], seeds: int) -> Table:
     runs = [run for run in records if run.result is not None and run.result.seed < seeds]
     protocols = {(r.result.dataset, r.result.model, r.result.protocol.hash) for r in runs if not _is_float(r)}
     if len(protocols) != 1:
-        raise SystemExit(f"the runs belong to {len(protocols)} protocols or data sets; read a directory with one")
+        raise SystemExit(f"the runs belong to {len(protocols)} protocols or data sets; must be one")
     ((dataset, model, _),) = protocols
     settings: dict[tuple[str, str, str], SeedRuns] = defaultdict(dict)
     for run in runs:
@@ -153,7 +153,7 @@ def _add_row(
 
 
 def _no_effect(deviating: SeedRuns, faithful: SeedRuns) -> str:
-    """Return a note if a deviation left the weights of every pair of runs identical; else nothing."""
+    """Return a note if a deviation did not change the weights of any run, otherwise an empty list."""
     digests = [
         {
             s: run.result.weights_sha256

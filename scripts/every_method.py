@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run every method at every supported width on digits with three seeds, and print the table; takes some minutes.
+"""Runs every method at every supported width on digits with three seeds, and prints a table. It takes some minutes.
 
 Each width of weights, activations and gradients that a method supports is run alone, the others at 32 bits. Every run
 is verified; the exit status is 1 if a run is not verified or failed. Stored runs are not repeated. Usage, after
@@ -45,7 +45,7 @@ KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
 
 
 class RunAccuracy(NamedTuple):
-    """What the table needs of a run: method, network keys, widths, and test top-1 in percent."""
+    """The data of a run in the table: method, network keys, widths, and test top-1 in percent."""
 
     method: str
     network: dict[str, str]

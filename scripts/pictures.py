@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw docs/pictures: what each method does to single values, one file per method and a poster of all methods.
+"""Draws docs/pictures: the quantizers of each method, with one file per method and a poster of all methods.
 
 Usage, after scripts/test made the environment: .venv/bin/python scripts/pictures.py [METHOD ...]
 """

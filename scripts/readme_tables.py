@@ -30,7 +30,7 @@ DOCUMENTS = "README.md", "docs/performance.md", "docs/reliability.md", "docs/uni
 MARKER = re.compile(r"(<!-- table: ((?:qbench|scripts/).*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDS = ROOT / "docs" / "records"
 RECORDED = ("qbench", "scripts/every_method.py", "scripts/unified.py")
-"""How the commands of tables of results start; the other tables have timings and counts."""
+"""Prefixes of commands that make tables of results. The other tables contain timings and counts."""
 
 
 def record_path(command: str) -> Path:
@@ -77,7 +77,7 @@ def script_output(command: str, *more: str) -> str:
 
 
 def table_text(command: str, stored: bool) -> str | None:
-    """Return the text of a command's table; with `stored` from its record, None if it has none."""
+    """Return the text of a command's table. With `stored`, read it from its record, or return None without a record."""
     record = record_path(command)
     if not command.startswith(RECORDED):
         return None if stored else script_output(command)

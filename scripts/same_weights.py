@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check that a change of the code changed no weights: train the same short runs before and after it.
+"""Checks that a change of the code does not change weights: trains the same short runs before and after it.
 
     scripts/same_weights.py COMMIT
 
@@ -32,7 +32,7 @@ def lines(checkout: Path) -> list[str]:
 
 
 def weights(checkout: Path, line: str, out: Path) -> str:
-    """Train one line with the code of `checkout`; return the sha256 of the weights, or why there is none."""
+    """Train one line with the code of `checkout`. Return the sha256 of the weights, or the reason why there is none."""
     folder = out / re.sub(r"\W+", "-", line)
     words = [*line.split(), *SHORT, f"out={folder}"]
     environment = os.environ | {"PYTHONPATH": str(checkout)}

@@ -113,7 +113,9 @@ def sweep_keys(typed: Iterable[str]) -> dict[str, str]:
     """Return the keys of the quantized networks: the typed ones, and defaults for the others."""
     keys = dict(word.partition("=")[::2] for word in typed if not word.startswith("hydra"))
     if "init" in keys:
-        raise ConfigError(f"init={keys['init']}: every network here starts from its float baseline\nleave init out")
+        raise ConfigError(
+            f"init={keys['init']}: not allowed, because every network here starts from its float baseline\nremove init"
+        )
     methods = [name for name in groups.option_names("method") if name != "float"]
     return {"method": ",".join(methods)} | DEFAULTS | keys
 
@@ -124,7 +126,7 @@ def compose_sweep(keys: Mapping[str, str]) -> list[Config]:
 
 
 def train(keys: dict[str, str], launcher: list[str], stop: Callable[[], int]) -> list[RunRecord]:
-    """Run what is not stored: first the methods, then the controls for their bytes.
+    """Run the missing runs: first the methods, then the controls with their bytes.
 
     Return all runs with their float baselines.
 
@@ -134,7 +136,7 @@ def train(keys: dict[str, str], launcher: list[str], stop: Callable[[], int]) ->
     quantized = compose_sweep(keys)
     controls = {kind: compose_sweep(keys | changed) for kind, changed in CONTROLS.items()}
     if "width" not in controls["float"][0].model:
-        raise ConfigError(f"model={keys['model']} has no key `width`: its control cannot be narrowed")
+        raise ConfigError(f"model={keys['model']}: has no key `width`, which the control needs")
     records = run([*quantized, *controls["float"]], launcher, stop)
     budgets = {row.bytes for row in network_rows(list(records.values())) if row.role == QUANTIZED and row.bytes}
     narrow = [
@@ -149,7 +151,7 @@ def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> 
     if any(not planned.directory.stored() for planned in runs):
         sweep.launch_all(launcher, runs, "joblib", stop)
     if stop():
-        raise Interrupted(f"stopped by signal {stop()}; the same command continues")
+        raise Interrupted(f"stopped by signal {stop()}; to continue, repeat the command")
     return {planned.path: jobs.outcome(planned) for planned in runs}
 
 
@@ -231,7 +233,7 @@ def rows_table(title: str, rows: list[NetworkRow], full_width: int) -> Table:
 
 
 def control_sentence(kind: str, block: list[NetworkRow]) -> str:
-    """Return which methods of a width are above their control, which below, and which not significantly different."""
+    """Return a sentence on the methods of a width: above, below, or not significantly different from their control."""
     bits = block[0].setting.bits.w
     sides: dict[str, list[str]] = {"above": [], "below": [], "not significantly different": []}
     pairs = [(row, *pair) for row in block if (pair := row.controls[kind])]

@@ -1,4 +1,4 @@
-"""Time and inertia of one-dimensional k-means, against np.sort and other packages.
+"""Measures time and inertia of one-dimensional k-means, relative to np.sort and other packages.
 
     .venv/bin/python scripts/bench/kmeans.py
 
@@ -65,7 +65,7 @@ PEERS: dict[str, tuple[str, Solver]] = {
 
 
 def importable() -> dict[str, Solver]:
-    """Return ours and the peers that can be imported; print which are skipped."""
+    """Return our function and the peers that can be imported. Print the skipped peers."""
     solvers: dict[str, Solver] = {"ours": ours}
     for name, (module, solve) in PEERS.items():
         try:

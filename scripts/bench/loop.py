@@ -1,4 +1,4 @@
-"""Times an epoch of the training loop, with logging and progress, against a bare loop.
+"""Times an epoch of the training loop, with logging and progress, relative to a bare loop.
 
 .venv/bin/python scripts/bench/loop.py [--rounds 21] [KEY=VALUE ...]
 """

@@ -1,4 +1,4 @@
-"""Interleaved timing of contenders in one process, ratios by round, tables in Markdown."""
+"""Times contenders interleaved in one process, computes ratios by round, and prints Markdown tables."""
 
 import os
 import platform
@@ -16,8 +16,8 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of a contender over that of the baseline in the same round: median, quartiles, rounds;
-    and its median in seconds.
+    """Ratio of a contender's time to the baseline's time in the same round: median, quartiles, number of rounds. Also
+    the contender's median in seconds.
     """
 
     median: float

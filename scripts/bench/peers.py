@@ -1,4 +1,4 @@
-"""Training step times of the peers: packages that quantize, and the methods as in public code.
+"""Times training steps of the peers: packages that quantize, and the methods as in public code.
 
     .venv/bin/python scripts/bench/peers.py [--rounds 21] [--channels-last] [--here]
 
@@ -31,8 +31,7 @@ LEARNING_STEPS = 300
 
 
 def contenders(compiled: bool = True) -> dict[str, Make]:
-    """Return the peers that run in this interpreter, `make(device, layout)` giving one step; print
-    which are skipped.
+    """Return the peers that run in this interpreter. `make(device, layout)` returns one step. Print the skipped peers.
 
     Names say what they quantize. Setup takes about 25 s for torch.compile (`compiled`) and 10 s for
     Brevitas. The first import of QPyTorch compiles it, about 30 s.

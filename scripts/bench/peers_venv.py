@@ -1,4 +1,4 @@
-"""A separate virtual environment for the peers, which are not among the project's requirements.
+"""Makes a separate virtual environment for the peers, which are not requirements of the project.
 
 `enter(VENV)` at the top of a script's `main` makes it on first use (minutes, 2 GB) and runs the
 script again in it. pip is used as the user has configured it: PIP_FIND_LINKS, PIP_INDEX_URL,
@@ -19,9 +19,7 @@ PEERS = ("brevitas", "qtorch ninja", "kmeans1d", "ckwrap", "ckmeans-1d-dp")
 
 
 def enter(path: Path, packages: Sequence[str] = PEERS) -> None:
-    """Run this script again, with its arguments, under the interpreter in `path`; return if it
-    already does.
-    """
+    """Run this script again with its arguments under the interpreter in `path`. Return if it already runs there."""
     if Path(sys.prefix).resolve() == path.resolve():
         return
     python = ensure(path, packages)
@@ -53,7 +51,7 @@ def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
 
 
 def install_once(path: Path, python: Path, name: str, arguments: Sequence[str]) -> str:
-    """Return "" or why pip could not install; a stored result is returned again."""
+    """Return "" or the reason why pip could not install. A stored result is reused."""
     stored = path / f"{name.replace(' ', '_')}.tried"
     if not stored.exists():
         progress(f"installing {name}")

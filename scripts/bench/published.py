@@ -1,8 +1,7 @@
-"""The methods as in public implementations, in plain torch, to compare step times with.
+"""Implements the methods as in public code, in plain torch, to compare step times.
 
-Written after reading the code named at each function. Nothing is slowed down on purpose, and what
-they do once an epoch is not done at every step here. NCHW by default, as in that code; first and
-last layer are float.
+Each function follows the public code that it names. Nothing is slowed down on purpose. Work that the public code does
+once per epoch is not done at every step. NCHW by default, as in that code; first and last layer are float.
 """
 
 import math
@@ -247,7 +246,7 @@ def half_frozen(w: Tensor) -> Tensor:
 
 
 def assemble(w: Tensor, fixed: Tensor) -> Tensor:
-    """Return the weights, with those that are numbers in `fixed` (the frozen ones) replaced by it."""
+    """Return the weights. Weights that are frozen (not nan in `fixed`) are replaced by `fixed`."""
     taken = ~torch.isnan(fixed)
     whole = torch.zeros_like(fixed)
     whole[taken] = fixed[taken]

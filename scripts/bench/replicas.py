@@ -1,4 +1,4 @@
-"""Would many small networks train faster as one? N seeds as grouped convolutions.
+"""Measures whether many small networks train faster as one, with N seeds as grouped convolutions.
 
     .venv/bin/python scripts/bench/replicas.py [-n 8] [--rounds 21]
 

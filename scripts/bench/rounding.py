@@ -1,4 +1,4 @@
-"""Times stochastic rounding of 2^20 numbers against floor(x n + rand_like(x)).
+"""Times stochastic rounding of 2^20 numbers, relative to floor(x n + rand_like(x)).
 
 .venv/bin/python scripts/bench/rounding.py [--threads 1] [--rounds 41]
 """

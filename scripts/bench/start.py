@@ -1,4 +1,4 @@
-"""Times how long the command line takes to answer, and the default run to its first training step.
+"""Times the command line until it prints, and the default run until its first training step.
 
     .venv/bin/python scripts/bench/start.py [--rounds 11]
 

@@ -1,4 +1,4 @@
-"""Times a training step of ResNet-20 under every method and the peers, against float.
+"""Times a training step of ResNet-20 with every method and the peers, relative to float.
 
     .venv/bin/python scripts/bench/step.py [--threads 1] [--rounds 21] [--device cpu] [--no-peers]
         [NAME ...]
