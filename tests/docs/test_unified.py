@@ -258,7 +258,7 @@ def test_the_document_has_the_table_of_its_command(script: ModuleType) -> None:
 
 def test_unsuitable_keys_are_refused(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["init=scratch"]) == ConfigError.status
-    assert "leave init out" in capsys.readouterr().err
+    assert "remove init" in capsys.readouterr().err
     assert script.main(["model=lenet", "dataset=synthetic", "method=dorefa", "seed=0"]) == ConfigError.status
     assert "width" in capsys.readouterr().err
 

@@ -218,7 +218,7 @@ def test_plan_names_every_run_and_trains_nothing(tmp_path: Path) -> None:
     assert planned.returncode == 0, planned.stderr
     assert planned.stdout.count("float-w32a32g32") == 2
     assert planned.stdout.count("new ") == 4
-    assert planned.stdout.count("unsupported: dorefa does not know bits.w=17") == 2
+    assert planned.stdout.count("unsupported: dorefa does not support bits.w=17") == 2
     assert "one after the other" in planned.stdout
     assert not (tmp_path / "o").exists()
     assert qbench(*words).returncode == 0

@@ -280,7 +280,7 @@ def test_a_format_by_its_suffix_and_the_same_bytes_again(suffix: str, start: byt
         ([], "wants one method"),
         (["--poster", "twn"], "no effect on plot --poster"),
         (["twn", "bits.a=2"], "leaves activations float"),
-        (["hwgq", "bits.a=9"], "it knows 1-8 or 32"),
+        (["hwgq", "bits.a=9"], "allowed: 1-8 or 32"),
     ],
 )
 def test_errors(words: list[str], phrase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
