@@ -1,4 +1,4 @@
-"""Combine a weight method with an activation method, or any method with a teacher."""
+"""Combines a weight method with an activation method, or a method with a teacher."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +16,7 @@ from qbench.quant.quantizer import Quantizer
 
 
 class _SteppedOptimizer(torch.optim.Optimizer):
-    """An optimizer that has already stepped; the second of two methods gets this object."""
+    """Stands for an optimizer that has already stepped. The second of two methods gets it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -41,7 +41,10 @@ def combine(weight: Method, activation: Method) -> Method:
             different networks.
     """
     if weight.name == activation.name:
-        raise Unsupported(f"activation={weight.name} is what method={weight.name} does itself; set bits.a alone")
+        raise Unsupported(
+            f"activation={weight.name} has no effect, because method={weight.name} already "
+            f"quantizes activations; remove it and set bits.a"
+        )
     owner = weight if _supported(weight, "g") else activation
     bits = Bits(weight.bits.w, activation.bits.a, owner.bits.g)
     if weight.loss and activation.loss:
@@ -109,13 +112,16 @@ def _supported(method: Method, key: str) -> list[int]:
 
 
 def _combined_requirements(weight: Method, activation: Method) -> Requires:
-    """Return what the two methods together require of the network.
+    """Return the requirements of both methods on the network.
 
     For the activation functions, only the requirement of the activation method counts.
     """
     first, second = weight.requires, activation.requires
     if first.norm and second.norm and first.norm != second.norm:
-        raise Unsupported(f"{weight.name} requires model.norm={first.norm}, {activation.name} model.norm={second.norm}")
+        raise Unsupported(
+            f"method={weight.name} and activation={activation.name} cannot be combined: they "
+            f"require model.norm={first.norm} and model.norm={second.norm}"
+        )
     return Requires(
         norm=first.norm or second.norm,
         act=second.act,
@@ -138,14 +144,14 @@ def _combined_output(weight: Method, activation: Method, owner: Method) -> Outpu
             and (quantizer := method.output(name, layer, bits if method is owner else FLOAT)) is not None
         ]
         if len(quantizers) > 1:
-            raise Unsupported(f"{weight.name} and {activation.name} both change the output behind {name}")
+            raise Unsupported(f"{weight.name} and {activation.name} both change the output of {name}")
         return quantizers[0] if quantizers else None
 
     return output
 
 
 def _in_turn(first: Callable[..., None] | None, second: Callable[..., None] | None) -> Callable[..., None] | None:
-    """Return a function that calls the first and then the second; None if both are None."""
+    """Return a function that calls the first function, then the second. Return None if both are None."""
     if first is None or second is None:
         return first or second
 
@@ -157,7 +163,7 @@ def _in_turn(first: Callable[..., None] | None, second: Callable[..., None] | No
 
 
 def _combined_step(weight: Method, activation: Method) -> Step | None:
-    """Return a `step` function that calls both, in which the optimizer itself steps once."""
+    """Return a `step` function that calls both functions but steps the optimizer only once."""
     first, second = weight.step, activation.step
     if first is None or second is None:
         return first or second

@@ -1,4 +1,4 @@
-"""Tensor functions without gradient that make few passes over memory.
+"""Provides tensor functions without gradient that make few passes over memory.
 
 The functions compare, mask, round at random, and work block by block. On a CPU, making a bool
 tensor by comparison, applying `where` with a bool tensor, or searching takes as long as many passes
@@ -25,7 +25,7 @@ MIXING = 0x2C1B3C6D
 """An odd factor, so that multiplying 32-bit integers by it is one to one."""
 
 MAX_EDGES = 31
-"""With more edges than this, a search is faster than comparing with each edge."""
+"""Number of edges above which a search is faster than comparing with each edge."""
 
 
 def scalar(x: Tensor) -> float | Tensor:
@@ -125,8 +125,8 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
     columns = -(-words // rows)
     draws = torch.empty(rows + columns, dtype=torch.int64, device=like.device)
     draws.random_(-(2**63), None, generator=generator)
-    # The xor of the four corners of a rectangle in this table is 0. A one-to-one map of each 32
-    # bits removes that relation. The numbers stay uniform and pairwise independent.
+    # The xor of the four corners of a rectangle in this table is 0. A one-to-one map of each 32 bits removes this
+    # relation. The numbers stay uniform and pairwise independent.
     mixed = (draws[:rows, None] ^ draws[rows:]).view(-1).view(torch.int32).mul_(MIXING)
     return mixed.view(torch.int16)[:count]
 

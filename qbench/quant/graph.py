@@ -1,4 +1,4 @@
-"""Record the calls of a network's layers. Only this file uses forward hooks."""
+"""Records the calls of a network's layers. Only this file uses forward hooks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Install a method's quantizers in a float network."""
+"""Installs a method's quantizers in a float network."""
 
 from collections.abc import Mapping
 
@@ -80,7 +80,7 @@ def install(
     policy = policy or Policy()
     layers = quantizable(model)
     if any(isinstance(layer, QLayer) for layer in layers.values()):
-        raise Unsupported(f"{type(model).__name__} already has quantizers; install into a float network")
+        raise Unsupported(f"{type(model).__name__} already has quantizers; must be a float network")
     assigned = assign(model, method.bits, policy, example)
     image_layer = next(iter(assigned))
     for name, bits in assigned.items():
@@ -119,8 +119,8 @@ def _checked(method: Method, layer_name: str, quantizer: object) -> Quantizer:
     """Return `quantizer`; raise `TypeError` if a user's own method made something else."""
     if not isinstance(quantizer, Quantizer):
         raise TypeError(
-            f"{method.name} makes a {type(quantizer).__name__} for {layer_name}, which is no Quantizer\n"
-            "derive its class from qbench.quant.quantizer.Quantizer (a torch.nn.Module with defaults)"
+            f"{method.name} makes a {type(quantizer).__name__} for {layer_name}, which is not a Quantizer\n"
+            f"derive its class from qbench.quant.quantizer.Quantizer (a torch.nn.Module with defaults)"
         )
     return quantizer
 
@@ -158,7 +158,8 @@ def _bypass_activations(method: Method, model: nn.Module, assigned: Mapping[str,
         elif quantized and needs == "fused":
             float_readers = ", ".join(sorted(set(readers) - set(quantized)))
             raise Unsupported(
-                f"{name} feeds {quantized[0]} (quantized) and {float_readers} (float): give both the same bits"
+                f"the activation {name} feeds {quantized[0]} (quantized) and {float_readers} (float)\n"
+                f"set the same bits for all of them"
             )
 
 
@@ -169,20 +170,20 @@ def _check_feeds(
     assigned: Mapping[str, Bits],
     act: str,
 ) -> None:
-    """Raise `Unsupported` if `feeds` lacks what replacing the activation functions needs."""
+    """Raise `Unsupported` if `feeds` is not sufficient to replace the activation functions."""
     needs = method.requires.act
     if not readers_of and (needs == "fused" or act == "fused"):
         raise Unsupported(
-            f"{method.name} replaces the activation function, but {type(model).__name__} does not say which layers its "
-            "activations feed (attribute `feeds`); the networks of qbench do"
+            f"{method.name} replaces the activation function, but {type(model).__name__} has no attribute "
+            f"`feeds`\nadd a dictionary from each activation to the layers that it feeds, as in the networks of qbench"
         )
     fed = {reader for readers in readers_of.values() for reader in readers}
     if unknown := {*readers_of, *fed} - dict(model.named_modules()).keys():
-        raise Unsupported(f"{type(model).__name__}.feeds names modules it does not have: {', '.join(sorted(unknown))}")
+        raise Unsupported(f"{type(model).__name__}.feeds names modules that do not exist: {', '.join(sorted(unknown))}")
     image_layer = next(iter(assigned))
     unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name != image_layer]
     if needs == "fused" and unfed:
         raise Unsupported(
-            f"{method.name} replaces the activation function, but no activation feeds {unfed[0]} alone; "
-            "leave its activations float"
+            f"{method.name} replaces the activation function, but no activation feeds only {unfed[0]}\n"
+            f"leave the activations of this layer in float"
         )

@@ -1,11 +1,9 @@
-"""Globally optimal k-means of scalars, without a seed. Some centroids may be fixed (pinned).
+"""Clusters scalars by globally optimal k-means, without a seed. Some centroids may be fixed (pinned).
 
-If there are few distinct values, the solution is exact (`kmeans_dp`). If there are many, they are
-put into bins first, and the bins are clustered. Better splits are then searched near the splits
-between the clusters found, in smaller and smaller parts of bins.
+With few distinct values, the solution is exact (`kmeans_dp`). With many distinct values, bins of values are clustered
+first. Then better splits are searched near the splits found, in parts of bins that become smaller and smaller.
 
-The existing exact packages (kmeans1d, ckwrap) cannot fix centroids, and they keep tables k times as
-long as the values.
+Existing exact packages (kmeans1d, ckwrap) cannot fix centroids, and their tables are k times as long as the values.
 """
 
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from torch import Tensor
 from qbench.quant.kmeans_dp import Floats, optimal_centroids, prefix_sums
 
 EXACT = 10_000
-"""Up to this many distinct values, all splits are considered; above, only splits between bins."""
+"""Number of distinct values up to which all splits are considered. Above it, only splits between bins are."""
 
 BINS = 128
 """Number of bins per centroid."""
@@ -38,7 +36,7 @@ Ints = NDArray[np.int64]
 
 
 class Clustering(NamedTuple):
-    """What `kmeans` returns."""
+    """The result of `kmeans`."""
 
     centroids: Tensor  #: (c,), ascending and distinct, of the values' type and device
     labels: Tensor  #: int64, of the values' shape: index of the nearest centroid, the lower one of two equally near
@@ -46,7 +44,7 @@ class Clustering(NamedTuple):
 
 
 def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clustering:
-    """Cluster all elements of `values` around k centroids of least inertia. No gradient.
+    """Cluster all elements of `values` around k centroids with minimal inertia. No gradient.
 
     `values` may have any shape and must be finite.
 
@@ -75,7 +73,7 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
     native = np.sort(given.cpu().numpy(), axis=None)
     ends = np.concatenate((native[:1], native[-1:], pins)).astype(np.float64)  # NaN sorts to the end
     if not np.isfinite(ends).all():
-        raise ValueError("values, pinned: NaN or infinity among them; k-means needs finite numbers")
+        raise ValueError("values and pinned must be finite; found NaN or infinity")
 
     # Scale by a power of two, which is exact, to a magnitude of 1: no square overflows or vanishes.
     power = int(np.frexp(np.abs(ends).max())[1]) - 1
@@ -95,10 +93,10 @@ def _check(values: Tensor, k: int, pinned: Sequence[float] | Tensor) -> Floats:
     if not values.is_floating_point():
         raise ValueError(f"values of {values.dtype}: k-means needs a floating-point tensor")
     if not values.numel():
-        raise ValueError("values: k-means of an empty tensor; it needs at least one value")
+        raise ValueError("values must not be empty")
     pins = np.unique(torch.as_tensor(pinned, dtype=values.dtype).detach().cpu().double().numpy())
     if k < max(1, len(pins)):
-        raise ValueError(f"k={k}: must be integers from {max(1, len(pins))}, including the pinned centroids")
+        raise ValueError(f"k={k}: must be an integer of at least {max(1, len(pins))}, with pinned centroids included")
     return pins
 
 

@@ -1,4 +1,4 @@
-"""Exact k-means of few distinct scalars by dynamic programming. Centroids may be fixed (pins).
+"""Computes exact k-means of few distinct scalars by dynamic programming. Centroids may be fixed (pins).
 
 In one dimension, clusters are intervals of the sorted values. The best split never decreases as the
 end of the interval increases, so a layer of the table takes time n log n (Grønlund et al. 2017,
@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 class Solution(NamedTuple):
-    """The least cost (weighted squared distances) and its free centroids, ascending."""
+    """The minimal cost (weighted squared distances), and its free centroids in ascending order."""
 
     cost: float
     centroids: Floats

@@ -1,4 +1,4 @@
-"""Quantized layers: convolutions and linear layers, each with three quantizers."""
+"""Defines quantized layers: convolutions and linear layers, each with three quantizers."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ FloatLayer = nn.Conv2d | nn.Linear
 
 
 class NotFinite(ValueError):
-    """The input of a quantizer holds inf or nan.
+    """Raised if the input of a quantizer contains inf or nan.
 
     Most quantizers would silently turn such a value into an ordinary level.
     """

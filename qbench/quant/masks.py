@@ -1,4 +1,4 @@
-"""Growing masks of frozen weights, which incremental methods (INQ, SLQ, MLQ) share.
+"""Implements the growing masks of frozen weights that incremental methods (INQ, SLQ, MLQ) share.
 
 Each weight of a layer is free or frozen. For a frozen weight, the layer uses a stored value, even
 if momentum and decay change the latent weight. Free weights are trained and are frozen later.
@@ -14,7 +14,7 @@ from qbench.quant.quantizer import Quantizer
 
 
 def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
-    """Return `frozen` plus the free weights of highest score, up to a portion of all weights.
+    """Return `frozen` extended by the free weights with the highest scores, up to a portion of all weights.
 
     Args:
         frozen: the mask so far (bool); the returned mask contains it.
@@ -51,7 +51,7 @@ class FrozenWeight(Quantizer):
         return bool(self.frozen.all())
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return stored values for frozen weights, without gradient, else latent values."""
+        """Return the stored values (without gradient) of frozen weights, and the latent values of free weights."""
         return torch.where(self.frozen, self.value.to(w.dtype), w)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A quantization method: an object whose functions make and train quantizers.
+"""Defines a quantization method: an object whose functions make and train quantizers.
 
 This file does not train, read files or depend on a configuration. `qbench.quant.install.install`
 puts a method into a network; the trainer calls the other functions.
@@ -28,12 +28,12 @@ been set.
 
 
 class Unsupported(Exception):
-    """The method cannot use this width, option or network; the message says why."""
+    """Raised if a method does not support a width, option or network. The message states the reason."""
 
 
 @dataclass(frozen=True)
 class Requires:
-    """What a method requires of the network around its quantizers.
+    """The requirements of a method on the network around its quantizers.
 
     Args:
         norm: the batch normalization in front of the input quantizer. "no_affine" has no scale and

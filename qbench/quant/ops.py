@@ -1,4 +1,4 @@
-"""Pure tensor functions for quantizers, including all straight-through estimators.
+"""Provides pure tensor functions for quantizers, including all straight-through estimators.
 
 A straight-through estimator wraps only the rounding (Bengio et al. 2013, arXiv 1308.3432). Scaling,
 clipping and squashing keep their true derivatives. No function writes to its input.
@@ -31,7 +31,7 @@ Context = Any
 """The context that autograd passes to a Function; torch declares no types for its attributes."""
 
 MAX_CELLS = 2**8 + 3
-"""Largest number of cells that are numbered: those of 8 bits, and those beyond either end."""
+"""Maximum number of cells: those of 8 bits, and one beyond each end."""
 
 _rounding = ContextVar("rounding", default=True)
 _fused = ContextVar("fused", default=True)

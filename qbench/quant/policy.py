@@ -1,4 +1,4 @@
-"""Decide which layers a method quantizes, and with how many bits."""
+"""Decides which layers a method quantizes, and with how many bits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ Width = str | int
 
 
 class PolicyError(ValueError):
-    """A rule matches no layer or is not valid. `key` is the rule's key below `layers`."""
+    """Raised if a rule matches no layer or is not valid. `key` is the rule's key below `layers`."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ def quantizable(model: nn.Module) -> dict[str, FloatLayer]:
 
 
 def execution_order(model: nn.Module, example: Tensor | None) -> list[str]:
-    """Return the names of the layers in the order in which the layers first run.
+    """Return the names of the layers in the order of their first execution.
 
     Layers that do not run in eval mode (auxiliary heads) are left out.
 

@@ -1,4 +1,4 @@
-"""Measurements on a fixed part of the training split, for methods that use data."""
+"""Measures on a fixed part of the training split, for methods that use data."""
 
 from collections.abc import Callable, Sequence
 

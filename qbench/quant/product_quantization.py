@@ -1,4 +1,4 @@
-"""Product quantization: codewords for sub-vectors of weights, by k-means or fitted to responses.
+"""Implements product quantization: codewords for sub-vectors of weights, by k-means or fitted to responses.
 
 k-means uses k-means++ with one fixed seed and computes in float64. Therefore the codes depend only
 on the weights, not on earlier random draws. scikit-learn is not used, because it is slow to import

@@ -1,4 +1,4 @@
-"""The base class of quantizers, and the properties that each quantizer declares."""
+"""Defines the base class of quantizers and the properties that quantizers declare."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -98,7 +98,9 @@ class Quantizer(nn.Module):
         Raises:
             NotImplementedError: the class does not define this method.
         """
-        raise NotImplementedError(f"{type(self).__name__} declares no storage; define bytes(w) -> Storage")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not declare its storage; define the method bytes(w) -> Storage"
+        )
 
     def report(self) -> Mapping[str, float]:
         """Return named numbers for the run's result, such as sparsity. The default is none."""

@@ -1,4 +1,4 @@
-"""The signal-to-quantization-noise ratio (SQNR)."""
+"""Computes the signal-to-quantization-noise ratio (SQNR)."""
 
 from math import log10
 
@@ -7,7 +7,7 @@ MAX_SQNR = 140.0
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Return the ratio of two powers in dB, at most `MAX_SQNR`; `MAX_SQNR` without noise.
+    """Return the ratio of two powers in dB, at most `MAX_SQNR`. Without noise, return `MAX_SQNR`.
 
     Args:
         signal: power of the float values, above 0.

@@ -1,4 +1,4 @@
-"""Verify that a network is really quantized, by counting the levels of the tensors it uses."""
+"""Verifies that a network is quantized, by counting the levels of the tensors that it uses."""
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ FRACTION_OF_STEP = 0.05
 
 
 class NotQuantized(Exception):
-    """Values that a quantizer produced are not on its declared grid."""
+    """Raised if values of a quantizer are not on its declared grid."""
 
 
 def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]:
