@@ -1,10 +1,9 @@
 """DoReFa-Net's networks for SVHN, models A to D (Zhou et al. 2016, arXiv 1606.06160).
 
-Model A is the network of the authors' script, tensorpack's svhn-digit-dorefa.py (verified). That
-this network is model A of the paper is concluded from the 80 MFLOP that the paper gives. It takes
-images of 40x40. Its seven convolutions have 3, 4, 4, 8, 8, 8 and 32 times `width` channels, with
-`width` 16. The widths 8, 4 and 2 of B, C and D are remembered from the paper, not verified. By our
-own count, A has 2,082,378 parameters with affine BN, and 41.7 M multiply-adds.
+Model A is the network of the authors' script, tensorpack's svhn-digit-dorefa.py (verified). We conclude from the
+paper's 80 MFLOP that this network is model A. It takes images of 40x40. Its seven convolutions have 3, 4, 4, 8, 8, 8
+and 32 times `width` channels, with `width` 16. The widths 8, 4 and 2 of B, C and D are remembered from the paper, not
+verified. By our own count, A has 2,082,378 parameters with affine BN, and 41.7 M multiply-adds.
 
 conv5 (bias) - MP2 - Q - conv3 - BN - Q - conv3 - BN - MP2 - Q - conv3 valid - BN - Q - conv3 - BN -
 Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - head - FC. Q is the activation that an input

@@ -80,7 +80,9 @@ def build(
         std: standard deviation of the initial weights.
     """
     if min((*convs, *hidden), default=0) < 1:
-        raise ValueError(f"convs={list(convs)} and hidden={list(hidden)}: must be one layer or more, each of 1 or more")
+        raise ValueError(
+            f"convs={list(convs)} and hidden={list(hidden)}: must contain at least one layer, all of size 1 or more"
+        )
     if not 0 <= pad <= 2:
         raise ValueError(f"pad={pad}: must be 0, 1 or 2")
     if pool not in (2, 3):

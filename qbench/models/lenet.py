@@ -1,10 +1,9 @@
-"""LeNet as quantization papers use it: the network of Caffe (examples/mnist), not LeCun's of 1998.
+"""LeNet as used in quantization papers: Caffe's network (examples/mnist), not LeCun's network of 1998.
 
-The network has 20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units,
-and the output layer. On MNIST without batch normalization it has 431,080 parameters. Caffe's
-network has a single ReLU, in front of the last layer. Here, BN and ReLU precede every layer but the
-first. Where there is max pooling, they follow it, as in HWGQ's networks. So an input quantizer can
-replace the activation in front of each of these layers.
+The network has 20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units, and the output layer.
+On MNIST without batch normalization it has 431,080 parameters. Caffe's network has a single ReLU, in front of the last
+layer. Here, BN and ReLU precede every layer but the first. They follow max pooling, as in HWGQ's networks. An input
+quantizer can therefore replace the activation in front of each of these layers.
 """
 
 from collections import OrderedDict
@@ -52,7 +51,9 @@ def build(shape: tuple[int, int, int], classes: int, *, pad: int = 0, norm: str 
     check_norm(norm)
     height, width = (_output_size(_output_size(size, pad), pad) for size in shape[1:])
     if min(height, width) < 1:
-        raise ValueError(f"pad={pad}: images of {shape[1]}x{shape[2]} are too small; pad=2 takes 4x4 and larger")
+        raise ValueError(
+            f"pad={pad}: images of {shape[1]}x{shape[2]} are too small; with pad=2, they must be 4x4 or larger"
+        )
     return LeNet(shape[0], classes, 50 * height * width, pad, norm)
 
 

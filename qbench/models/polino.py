@@ -92,7 +92,7 @@ def build(
         norm: affine, no_affine or none.
     """
     if min(convs, default=0) < 1:
-        raise ValueError(f"convs={list(convs)}: must be one layer or more, each of 1 or more channels")
+        raise ValueError(f"convs={list(convs)}: must contain at least one layer, all with 1 or more channels")
     if min(hidden, default=1) < 1:
         raise ValueError(f"hidden={list(hidden)}: each layer must have 1 or more units")
     if kernel < 1 or kernel % 2 == 0:
@@ -102,10 +102,12 @@ def build(
     rates = list(dropout) or [0.0] * (len(pools) + len(hidden))
     if len(rates) != len(pools) + len(hidden) or not all(0 <= rate < 1 for rate in rates):
         raise ValueError(
-            f"dropout={list(dropout)}: must be {len(pools) + len(hidden)} rates from 0 to below 1, one for each of "
-            "pools and hidden, or none"
+            f"dropout={list(dropout)}: must be {len(pools) + len(hidden)} rates from 0 to below 1 (one per entry "
+            f"of pools and hidden), or empty"
         )
     check_norm(norm)
     if min(size >> len(pools) for size in shape[1:]) < 1:
-        raise ValueError(f"pools={list(pools)}: images of {shape[1]}x{shape[2]} are too small for so many poolings")
+        raise ValueError(
+            f"pools={list(pools)}: images of {shape[1]}x{shape[2]} are too small for this number of poolings"
+        )
     return PolinoNet(shape, classes, convs=convs, kernel=kernel, pools=pools, hidden=hidden, rates=rates, norm=norm)

@@ -1,8 +1,7 @@
 """Residual blocks of both forms, and `feeds`, the map from activations to the layers they feed.
 
-`feeds` maps the name of an activation module to the names of the layers that read the activation's
-output. It holds only those activations whose output is read by these layers and by nothing else. An
-input quantizer may replace only these.
+`feeds` maps the name of an activation module to the names of the layers that read the activation's output. It contains
+only activations whose output nothing else reads. An input quantizer may replace only these activations.
 """
 
 from collections.abc import Sequence

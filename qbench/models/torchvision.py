@@ -1,11 +1,10 @@
 """torchvision's classification networks by name, from scratch: `model=torchvision model.net=vgg16_bn`.
 
-They are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of
-layers, so `feeds` can say which layer each activation feeds. The other networks have no `feeds`,
-and methods that need it cannot be used on them. The normalization of all networks here is fixed,
-which excludes methods that need another one. For ResNets use qbench/models/imagenet_resnet.py,
-which has torchvision's layer names. For HWGQ use the networks of its authors, hwgq_alexnet and
-hwgq_resnet.
+They are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of layers, so they
+have the attribute `feeds`. The other networks have no `feeds`, and methods that need it cannot be used on them. The
+normalization of all networks here is fixed. Methods that require another normalization cannot be used. For ResNets use
+qbench/models/imagenet_resnet.py, which has torchvision's layer names. For HWGQ use the networks of its authors,
+hwgq_alexnet and hwgq_resnet.
 """
 
 import difflib
@@ -41,10 +40,10 @@ def build(shape: tuple[int, int, int], classes: int, *, net: str = "resnet18") -
             f"allowed: {', '.join(some)} and {len(known) - len(some)} more (torchvision.models.list_models)"
         )
     if shape[0] != 3:
-        raise ValueError(f"net={net}: images of {shape[0]} channel(s); torchvision's networks take 3")
+        raise ValueError(f"net={net}: the images have {shape[0]} channel(s); torchvision's networks need 3")
     model: nn.Module = models.get_model(net, weights=None, num_classes=classes, **OPTIONS.get(net, {}))
     if error := _shape_error(model, shape):
-        raise ValueError(f"net={net}: does not take images of {shape[1]}x{shape[2]}\ntorch says: {error}")
+        raise ValueError(f"net={net}: does not support images of {shape[1]}x{shape[2]}\ntorch's error: {error}")
     if feeds := _feeds_of_chain(model, shape):
         model.feeds = feeds  # type: ignore[assignment]
     return model
