@@ -1,7 +1,7 @@
-"""Known deviations of public code from the papers: what `method.deviation=NAME` runs instead of the paper's method.
+"""Registers known deviations of public code from the papers. `method.deviation=NAME` runs one of them.
 
-Each file here has the name of a method and holds `DEVIATIONS`. The methods' own files implement the
-papers only.
+Each file in this folder has the name of a method and contains `DEVIATIONS`. The methods' own files implement only the
+papers.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def deviate(method_name: str, name: str, method: Method) -> Method:
 def recast(
     site: QuantizerFactory | None, kind: type[Quantizer], where: Callable[[Quantizer], bool] = lambda module: True
 ) -> QuantizerFactory | None:
-    """Return a factory like `site` whose quantizers become of class `kind` and keep their options and state.
+    """Return a factory like `site` whose quantizers have the class `kind` and the same options and state.
 
     Args:
         where: returns whether a quantizer gets the class `kind`. Other quantizers stay as they are.
