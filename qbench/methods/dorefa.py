@@ -262,7 +262,9 @@ def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> 
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation}: must be one of {', '.join(ACTIVATIONS)}")
     if activation != "clip" and a == FLOAT:
-        raise Unsupported(f"activation={activation} has no effect at bits.a={FLOAT}: the network's own ReLU is used")
+        raise Unsupported(
+            f"activation={activation} has no effect at bits.a={FLOAT}, because the network's ReLU is used"
+        )
     function, low = ACTIVATIONS[activation]
     widths = (*range(1, 17), FLOAT)
     return Method(

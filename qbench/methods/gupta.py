@@ -288,7 +288,9 @@ def build(
         if integer not in INTEGERS:
             raise ValueError(f"integer_{key}={integer}: must be {INTEGERS[0]} to {INTEGERS[-1]}")
     if momentum == "fixed" and w == FLOAT:
-        raise Unsupported(f"momentum=fixed has no effect at bits.w={FLOAT}: its word length is that of weights")
+        raise Unsupported(
+            f"momentum=fixed has no effect at bits.w={FLOAT}, because momentum has the word length of weights"
+        )
 
     def fixed_format(kind: str, bits: int) -> FixedPointFormat:
         return FixedPointFormat(integers[kind], bits - integers[kind], rounding)

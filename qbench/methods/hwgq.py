@@ -324,10 +324,10 @@ def build(
             raise ValueError(f"{key}={given[key]}: must be one of {', '.join(choices)}")
     if levels == "sign":
         if (constants, threshold, backward) != ("exact", "zero", "clipped"):
-            raise Unsupported("levels=sign has no constants, threshold or backward; leave these keys unset")
+            raise Unsupported("levels=sign does not use constants, threshold or backward; remove these keys")
         return _sign_control(w, a)
     if threshold == "half_step" and levels != "uniform":
-        raise Unsupported("threshold=half_step is round(x / step): set levels=uniform")
+        raise Unsupported("threshold=half_step needs levels=uniform")
     kind = HalfStepHWGQActivation if threshold == "half_step" else HWGQActivation
     return Method(
         name="hwgq",

@@ -176,7 +176,7 @@ def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
 
     def site(name: str, layer: FloatLayer, bits: int) -> MLQWeight:
         if bits != w:  # layers take turns group by group, so all layers need the same groups
-            raise Unsupported(f"mlq needs the same width in all layers: {name} has {bits} bits, bits.w is {w}")
+            raise Unsupported(f"mlq needs the same width in all layers, but {name} has {bits} bits and bits.w={w}")
         return MLQWeight(layer.weight.detach(), bits, PINNED[zero])
 
     def on_epoch(model: nn.Module, epoch: int, epochs: int, probe: Probe) -> None:

@@ -249,12 +249,12 @@ def _codewords(bits: int, subspace: int, codewords: int, prefix: str) -> int:
     """
     if not codewords and bits * subspace > CODE_BITS:
         raise Unsupported(
-            f"bits.w={bits}: a code for {subspace} weights has {bits * subspace} bits, more than {CODE_BITS}; "
-            f"set method.{prefix}subspace={CODE_BITS // bits} or less"
+            f"bits.w={bits}: a code for {subspace} weights would have {bits * subspace} bits; the maximum is "
+            f"{CODE_BITS}\ntype method.{prefix}subspace={CODE_BITS // bits} or less"
         )
     if codewords and bits != (width := -(-(codewords - 1).bit_length() // subspace)):
-        fix = f"set bits.w={width}, or method.{prefix}codewords=0 for as many as the width allows"
-        raise Unsupported(f"bits.w={bits}: {codewords} codewords for {subspace} weights are {width} bits; {fix}")
+        fix = f"type bits.w={width}, or method.{prefix}codewords=0 for the number that bits.w allows"
+        raise Unsupported(f"bits.w={bits}: {codewords} codewords for {subspace} weights need {width} bits; {fix}")
     return codewords or 2 ** (bits * subspace)
 
 
@@ -280,7 +280,7 @@ def build(
         if key.endswith("subspace") and value < 1:
             raise ValueError(f"{key}={value}: must be 1 or more")
         if key.endswith("codewords") and value and not 2 <= value <= 2**CODE_BITS:
-            raise ValueError(f"{key}={value}: must be 2 to {2**CODE_BITS}, and 0 for as many as bits.w allows")
+            raise ValueError(f"{key}={value}: must be 2 to {2**CODE_BITS}, or 0 for the number that bits.w allows")
 
     def weight(name: str, layer: FloatLayer, bits: int) -> QCNNWeight:
         assert isinstance(layer, nn.Conv2d | nn.Linear)

@@ -117,7 +117,7 @@ def in_buckets(w: Tensor, bucket_size: int | None) -> Tensor:
     A tensor shorter than a bucket becomes a single row without padding.
     """
     if bucket_size is not None and bucket_size < 0:
-        raise ValueError(f"bucket_size={bucket_size}: must be 1 or more, 0 for the whole tensor")
+        raise ValueError(f"bucket_size={bucket_size}: must be 1 or more, or 0 for the whole tensor")
     flat = w.reshape(-1)
     size = min(bucket_size or flat.numel(), flat.numel())
     return torch.cat([flat, flat[-1:].expand(-flat.numel() % size)]).view(-1, size)
@@ -187,7 +187,7 @@ class QDWeight(Quantizer):
 def check_bucket(bucket: int) -> None:
     """Raise `ValueError` if the bucket size is negative, 1 or 2. Sizes 1 and 2 would quantize nothing."""
     if bucket < 0 or bucket in (1, 2):
-        raise ValueError(f"bucket={bucket}: must be 3 or more, and 0 for one bucket per tensor")
+        raise ValueError(f"bucket={bucket}: must be 3 or more, or 0 for one bucket per tensor")
 
 
 def build(*, w: int = 4, bucket: int = 256, stochastic: bool = False, trained: bool = True) -> Method:

@@ -197,7 +197,7 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
     """
     if layer.weight.shape[1] == 1 and (gradient == "authors" or center):
         what = "gradient=authors" if gradient == "authors" else "center=true"
-        raise Unsupported(f"{what} cannot train filters of one input channel; leave such layers float")
+        raise Unsupported(f"{what} cannot train filters with one input channel; leave these layers in float")
     return BinaryWeight(gradient)
 
 
@@ -226,7 +226,9 @@ def build(
     if scale not in SCALES:
         raise ValueError(f"scale={scale}: must be one of {', '.join(SCALES)}")
     if a == FLOAT and scale == "K":
-        raise Unsupported(f"scale=K has no effect at bits.a={FLOAT}: it restores the magnitudes that sign(x) removes")
+        raise Unsupported(
+            f"scale=K has no effect at bits.a={FLOAT}, because it restores the magnitudes that sign(x) removes"
+        )
     changes_weights = center or clamp
     return Method(
         name="xnor",
