@@ -155,7 +155,7 @@ def test_rerun_trains_a_stored_run_again(
 def test_unsupported_is_recorded_with_its_reason(tmp_path: Path, run: Callable[..., Output]) -> None:
     for done in (run("method=float", "bits.w=2", f"out={tmp_path}") for _ in range(2)):
         assert done.status == 2
-        assert "does not quantize weights" in done.stdout
+        assert "weights are not quantized" in done.stdout
     (result,) = results(tmp_path).values()
     assert result["status"] == "unsupported"
 

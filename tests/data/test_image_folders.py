@@ -79,7 +79,7 @@ def _flatten(path: Path) -> None:
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (remove_folder, r"train: no such folder; .* holds nothing: it does not exist"),
+    "nothing": (remove_folder, r"train: no such folder; .* contains nothing: it does not exist"),
     "no train": (lambda root: remove_folder(root / "train"), r"train: no such folder; .* contains val/"),
     "no test": (lambda root: remove_folder(root / "val"), r"contains neither val/ nor test/; it contains train/"),
     "flat": (

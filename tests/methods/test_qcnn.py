@@ -434,8 +434,8 @@ def test_the_stored_bytes_are_those_of_the_formula(layer: nn.Conv2d | nn.Linear)
     [
         ({"w": 3}, r"bits\.w=3.*method\.subspace=3 or less"),
         ({"w": 8, "subspace": 2}, r"bits\.w=8.*method\.subspace=1 or less"),
-        ({"w": 1, "codewords": 64}, r"bits\.w=1: 64 codewords .* set bits\.w=2"),
-        ({"w": 1, "fc_codewords": 32}, r"bits\.w=1: 32 codewords .* set bits\.w=2, or method\.fc_codewords=0"),
+        ({"w": 1, "codewords": 64}, r"bits\.w=1: 64 codewords .* type bits\.w=2"),
+        ({"w": 1, "fc_codewords": 32}, r"bits\.w=1: 32 codewords .* type bits\.w=2, or method\.fc_codewords=0"),
     ],
 )
 def test_widths_that_disagree_with_the_codes_are_unsupported(options: dict[str, int], message: str) -> None:

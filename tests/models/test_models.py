@@ -297,7 +297,7 @@ def test_the_recorder_sees_that_a_shortcut_reads_an_activation() -> None:
         (resnet.build, CIFAR, {"form": "middle"}, r"form=middle: must be pre .* or post"),
         (resnet.build, CIFAR, {"depth": 21}, r"depth=21: must be 6 n \+ 2"),
         (resnet.build, CIFAR, {"shortcut": "C"}, r"shortcut=C: must be A .* or B"),
-        (lenet.build, (1, 12, 12), {}, r"pad=0: .* 12x12 are too small; pad=2"),
+        (lenet.build, (1, 12, 12), {}, r"pad=0: .* 12x12 are too small; with pad=2"),
         (lenet.build, (1, 3, 3), {"pad": 2}, r"pad=2: .* 3x3"),
         (lenet.build, MNIST, {"pad": 3}, r"pad=3: must be 0"),
         (lenet.build, MNIST, {"norm": "batch"}, r"norm=batch: must be one of auto, affine, no_affine, none"),
@@ -308,9 +308,9 @@ def test_the_recorder_sees_that_a_shortcut_reads_an_activation() -> None:
         (mobilenet_v2.build, CIFAR, {"width_mult": 0.0}, r"width_mult=0.0: must be a factor above 0"),
         (mobilenet_v2.build, CIFAR, {"dropout": 1.0}, r"dropout=1.0: must be at least 0"),
         (zoo.build, CIFAR, {"net": "resnet19"}, r"net=resnet19: .*; did you mean resnet1.*\?\nallowed: alexnet"),
-        (zoo.build, MNIST, {"net": "resnet18"}, r"net=resnet18: images of 1 channel\(s\).* take 3"),
-        (zoo.build, CIFAR, {"net": "alexnet"}, r"net=alexnet: does not take images of 32x32\ntorch says: Given input"),
-        (zoo.build, CIFAR, {"net": "vit_b_32"}, r"net=vit_b_32: does not take images of 32x32\ntorch says: Wrong"),
+        (zoo.build, MNIST, {"net": "resnet18"}, r"net=resnet18: the images have 1 channel\(s\).* need 3"),
+        (zoo.build, CIFAR, {"net": "alexnet"}, r"net=alexnet: does not support images of 32x32\ntorch's error: Given input"),
+        (zoo.build, CIFAR, {"net": "vit_b_32"}, r"net=vit_b_32: does not support images of 32x32\ntorch's error: Wrong"),
     ],
 )  # fmt: skip
 def test_invalid_options_raise(

@@ -491,10 +491,10 @@ def test_the_middle_of_two_neighbours_is_not_rounded(dtype: torch.dtype) -> None
 @pytest.mark.parametrize(
     ("values", "k", "pinned", "message"),
     [
-        ([], 1, (), "empty tensor"),
-        ([1.0], 0, (), "k=0: must be integers from 1"),
-        ([1.0], -1, (), "k=-1: must be integers from 1"),
-        ([1.0], 2, (1, 2, 3), "k=2: must be integers from 3"),
+        ([], 1, (), "must not be empty"),
+        ([1.0], 0, (), "k=0: must be an integer of at least 1"),
+        ([1.0], -1, (), "k=-1: must be an integer of at least 1"),
+        ([1.0], 2, (1, 2, 3), "k=2: must be an integer of at least 3"),
         ([1.0, float("nan"), 2], 1, (), "NaN or infinity"),
         ([1.0, float("inf")], 1, (), "NaN or infinity"),
         ([1.0, -float("inf")], 1, (), "NaN or infinity"),

@@ -202,7 +202,9 @@ def test_a_quantizer_has_defaults_and_says_when_it_declares_no_storage() -> None
     assert not quantizer.declares_grid
     assert (quantizer.complete, quantizer.report(), quantizer.gradient_factor(x)) == (True, {}, 1.0)
     assert (quantizer.positive_parameters, quantizer.lr_scale, quantizer.weight_decay) == ((), 1.0, 0.0)
-    with pytest.raises(NotImplementedError, match=r"Quantizer declares no storage; define bytes\(w\)"):
+    with pytest.raises(
+        NotImplementedError, match=r"Quantizer does not declare its storage; define the method bytes\(w\)"
+    ):
         quantizer.bytes(x)
     assert IdentityQuantizer()(x) is x
     assert IdentityQuantizer()(x, x + 1) is x

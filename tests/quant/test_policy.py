@@ -139,7 +139,7 @@ def test_unknown_widths_are_unsupported_with_a_reason() -> None:
         install(dorefa.build(w=17), net())
     from qbench.methods import float as float_method
 
-    with pytest.raises(Unsupported, match="does not quantize weights"):
+    with pytest.raises(Unsupported, match="weights are not quantized"):
         install(float_method.build(w=2), net())
 
 

@@ -279,7 +279,7 @@ def test_a_format_by_its_suffix_and_the_same_bytes_again(suffix: str, start: byt
         (["twn", "ttq"], "wants one method"),
         ([], "wants one method"),
         (["--poster", "twn"], "no effect on plot --poster"),
-        (["twn", "bits.a=2"], "leaves activations float"),
+        (["twn", "bits.a=2"], "activations are not quantized"),
         (["hwgq", "bits.a=9"], "allowed: 1-8 or 32"),
     ],
 )
