@@ -144,7 +144,7 @@ def _refuse_stored_values(config: Config) -> None:
     if "bits" not in config.method:
         return
     if config.init == "method":
-        raise ConfigError("init=method: must be auto, float, scratch, or the path of a run or a checkpoint")
+        raise ConfigError("init=method: must be one of auto, float, scratch, or the path of a run or a checkpoint")
     if config.distill.name == "method":
         raise ConfigError("distill.name=method: must be one of auto, none, kd")
     for group, node in (("method", config.method), ("activation", config.activation)):
