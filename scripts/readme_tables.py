@@ -8,7 +8,7 @@ the command's `out=`, without conclusions; a script of this folder prints its ow
     .venv/bin/python scripts/readme_tables.py --from-records # runs nothing: writes the tables from docs/records
     .venv/bin/python scripts/readme_tables.py --check        # runs nothing: compares the tables with docs/records
 
-docs/records holds the results that the tables were made from, so that everybody can rebuild and examine them.
+docs/records contains the results of the tables. With it, everybody can rebuild and examine the tables.
 """
 
 import json

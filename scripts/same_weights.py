@@ -3,9 +3,9 @@
 
     scripts/same_weights.py COMMIT
 
-checks COMMIT out into a temporary worktree, trains every method on digits there and in the working tree (seed 0, 3
-float and 3 quantized epochs), and compares `weights_sha256` run by run. Checksums depend on the processor, so both are
-trained on this machine. Exit status 1 if any run differs.
+COMMIT is checked out into a temporary worktree. Every method is trained on digits there and in the working tree (seed
+0, 3 float and 3 quantized epochs). `weights_sha256` is compared for each run. Checksums depend on the processor, so
+both are trained on this machine. The exit status is 1 if any run differs.
 """
 
 import json

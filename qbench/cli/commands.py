@@ -157,7 +157,7 @@ def list_runs(directories: list[str]) -> int:
 
 
 def published(arguments: list[str]) -> int:
-    """Print published results beside the results measured here."""
+    """Print published results next to the results measured here."""
     from qbench.papers.published_table import published_tables
 
     words, flags = parsers.published().parse_words(arguments)

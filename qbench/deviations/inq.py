@@ -39,7 +39,7 @@ class OutlierToZero(INQWeight):
 
 
 class RemadeMasks(INQWeight):
-    """Weight quantizer that chooses every portion from all weights, so that frozen weights can become free again."""
+    """Weight quantizer that chooses every portion from all weights. Frozen weights can become free again."""
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:

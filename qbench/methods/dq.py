@@ -187,7 +187,7 @@ class DQWeight(Quantizer):
         return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per bucket, which holds the layer's points scaled to the bucket."""
+        """Return a grid with one group per bucket. A group contains the layer's points, scaled to the bucket."""
         return bucketed_grid(w, self.points.detach()[: int(self.count)].to(w.dtype), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:

@@ -158,11 +158,11 @@ class QCNNWeight(Quantizer):
         self.codes.copy_(codes)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per subspace, which holds its codewords."""
+        """Return a grid with one group per subspace. A group contains the codewords of its subspace."""
         return Grid(self.codebooks, lambda t: subvectors(t, self.subspace).flatten(0, -3).transpose(0, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes, each of which encodes several weights, and of the codebooks."""
+        """Return the storage of codes and codebooks. A code encodes several weights."""
         bits = max(1, (self.codebooks.shape[1] - 1).bit_length())
         return Storage(self.codes.numel(), bits, 4 * self.codebooks.numel())
 

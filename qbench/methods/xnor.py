@@ -160,7 +160,9 @@ class InputScale(Quantizer):
     def __init__(self, layer: FloatLayer) -> None:
         super().__init__()
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        self.owner = (layer,)  # in a tuple: as an attribute it would be registered as a submodule of its own submodule
+        self.owner = (
+            layer,
+        )  # in a tuple: a plain attribute would register the layer as a submodule of its own submodule
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return (y - bias) K + bias."""

@@ -47,7 +47,7 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
     def add_shortcut(self, in_channels: int, out_channels: int, stride: int, kind: str, norm: str) -> None:
-        """Create `pad` (kind A) or `downsample` (kind B) if the shape changes, else nothing."""
+        """If the shape changes, create `pad` (kind A) or `downsample` (kind B)."""
         self.pad = self.downsample = None
         if stride == 1 and in_channels == out_channels:
             return
@@ -65,7 +65,7 @@ class PreBlock(ResidualBlock):
 
     Args:
         convs: the convolutions of the branch.
-        first_bn: whether the block begins with a BN of its own.
+        first_bn: whether the block begins with a BN.
         ending: normalization after the last convolution and after the shortcut's convolution. The
             papers that use this form have `none`.
     """

@@ -1,10 +1,9 @@
 """Provides tensor functions without gradient that make few passes over memory.
 
-The functions compare, mask, round at random, and work block by block. On a CPU, making a bool
-tensor by comparison, applying `where` with a bool tensor, or searching takes as long as many passes
-over floats (measured by scripts/bench/where.py). These functions compare into float tensors and
-mask by the derivative of hardtanh instead. Only functions whose name ends in an underscore write to
-their input.
+The functions compare, mask, round at random, and work block by block. On a CPU, three operations are slow: comparing
+into a bool tensor, `where` with a bool tensor, and searching. Each costs as much as many passes over floats (measured
+by scripts/bench/where.py). These functions compare into float tensors and mask by the derivative of hardtanh instead.
+Only functions whose name ends in an underscore write to their input.
 """
 
 import math

@@ -20,7 +20,7 @@ QuantizerFactory = Callable[[str, FloatLayer, int], Quantizer]
 """(layer name, layer, bits below 32) -> quantizer of the layer's weights or input."""
 
 OutputFactory = Callable[[str, QLayer, int], Quantizer | None]
-"""(layer name, layer, bits of the gradient) -> quantizer behind the layer, or None.
+"""(layer name, layer, bits of the gradient) -> quantizer of the layer's output, or None.
 
 It is called for every quantized layer after `layer.bits`, `layer.weight_q` and `layer.input_q` have
 been set.

@@ -67,7 +67,7 @@ def _clusters(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lloyd(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return k centers and labels for points (n, s), of which more than k must be distinct."""
+    """Return k centers and labels for points (n, s). More than k points must be distinct."""
     # k-means++: each next center is drawn with a probability proportional to the squared distance
     # to the nearest one.
     generator, centers = torch.Generator().manual_seed(0), points[:1]

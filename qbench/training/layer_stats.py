@@ -85,7 +85,9 @@ class LayerTrace(NamedTuple):
 
 
 def observed_images(images: Tensor, epoch_images: int) -> Tensor:
-    """Return the first images (N, C, H, W). Their number is the one to observe in an epoch of `epoch_images` images."""
+    """Return the first of the images (N, C, H, W), as many as an observation in an epoch of `epoch_images` images
+    uses.
+    """
     count = min(max(epoch_images // EPOCH_SHARE, MIN_IMAGES), MAX_IMAGES, MAX_PIXELS // prod(images.shape[2:]))
     return images[: max(count, 2)]
 

@@ -34,9 +34,8 @@ def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3,
     """Time every contender `repeat` times in every round, in a rotating order; the first one is the
     baseline.
 
-    Machines are shared, so only times of the same round are compared. Each contender runs once
-    untimed before it is timed, because in practice a step follows one of its own kind, not another
-    contender that has filled the caches.
+    Machines are shared, so only times of the same round are compared. Each contender runs once untimed before it is
+    timed. In practice a step follows a step of the same kind, and the caches contain its data.
     """
     names = list(contenders)
     for _ in range(warm):

@@ -65,5 +65,5 @@ def install_once(path: Path, python: Path, name: str, arguments: Sequence[str]) 
 
 
 def progress(line: str) -> None:
-    """Print progress to stderr, so that stdout holds only the table."""
+    """Print progress to stderr, because stdout is only for the table."""
     print(line, file=sys.stderr, flush=True)

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def ours(split: Split, augment: Augment) -> Work:
-    """Return a function that takes the next batches of the project's loader, epoch after epoch."""
+    """Return a function that reads the next batches of the project's loader. Epochs follow each other."""
     none = split.take(torch.arange(0))
     data = Dataset(
         name="random", train=split, val=none, test=none, classes=1, mean=MEAN, std=STD, augment=augment
@@ -60,7 +60,7 @@ def ours(split: Split, augment: Augment) -> Work:
 
 
 def theirs(images: Tensor, labels: Tensor) -> Work:
-    """Return a function that takes as many batches of torchvision's transforms."""
+    """Return a function that reads the same number of batches from torchvision's transforms."""
     torchvision()
     from torchvision.transforms import v2
 
@@ -80,7 +80,7 @@ def collated(transform: Callable[[Tensor], Tensor], samples: list[tuple[Tensor, 
 
 
 def by_image(images: Tensor) -> None:
-    """Make as many batches by the plain definition."""
+    """Make the same number of batches by the plain definition."""
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (MEAN, STD))
     for index in torch.randint(IMAGES, (BATCHES, BATCH)):
         batch = []

@@ -254,8 +254,8 @@ def assemble(w: Tensor, fixed: Tensor) -> Tensor:
 
 
 def inq_masked(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of INQ W5A32, half of it frozen, as in quantlab: the frozen ones are put in at
-    every forward pass.
+    """Return a step of INQ W5A32 with half of the weights frozen, as in quantlab. Every forward pass inserts the frozen
+    weights.
     """
 
     def frozen(layer: nn.Conv2d) -> nn.Module:
@@ -285,7 +285,7 @@ class MaskedSGD(torch.optim.Optimizer):
 
 
 def inq_optimizer(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of INQ W5A32, half of it frozen, as in INQ-pytorch.
+    """Return a step of INQ W5A32 with half of the weights frozen, as in INQ-pytorch.
 
     Weights are overwritten once; updates are masked.
     """

@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/bench/replicas.py [-n 8] [--rounds 21]
 
-They are compared with the same N one by one. Each network keeps its own parameters, quantizers,
-optimizer and batch norm, so that every method fits; convolutions, norms and sums run together on
-activations (B, N C, H, W). One thread. The project does not use this: docs/performance.md says why.
+They are compared with the same N one by one. Each network keeps its own parameters, quantizers, optimizer and batch
+norm, so every method can be used; convolutions, norms and sums run together on activations (B, N C, H, W). One thread.
+The project does not use this: docs/performance.md says why.
 """
 
 import argparse
@@ -103,9 +103,7 @@ def network(method: Method, shape: tuple[int, int, int], width: int, seed: int) 
 
 
 def steps(method: Method, shape: tuple[int, int, int], width: int, n: int) -> tuple[Work, Work, Work]:
-    """Return a step of N networks one by one, one of all together, and the largest difference of
-    their losses.
-    """
+    """Return a step of N separate networks, a step of the joined network, and the largest difference of their losses."""
     networks = [network(method, shape, width, seed) for seed in range(n)]
     others = [network(method, shape, width, seed) for seed in range(n)]
     whole = joined(others)

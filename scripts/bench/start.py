@@ -39,7 +39,7 @@ REPORT = f"print('HEAVY', *[name for name in {HEAVY} if name in sys.modules])"
 
 
 def timed(script: str, words: list[str], folder: str) -> tuple[float, str]:
-    """Return the seconds that a process takes and the heavy packages it loaded."""
+    """Return the run time of a process in seconds, and the heavy packages that it loaded."""
     began = time.perf_counter()
     command = [sys.executable, "-c", script.format(report=REPORT), *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)

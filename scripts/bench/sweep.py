@@ -30,9 +30,7 @@ WORDS = [
 
 
 def timed(words: list[str], folder: Path) -> tuple[float, dict[str, str], int]:
-    """Return the seconds that a sweep takes, the weights' digests by run, and the number of float
-    baselines trained.
-    """
+    """Return the seconds of a sweep, the digests of the weights by run, and the number of trained float baselines."""
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "qbench", *WORDS, *words, f"out={folder}"], capture_output=True, text=True, check=True

@@ -25,7 +25,7 @@ def select_runs(
 
     Args:
         where: key -> allowed values, as typed. A run matches if every key has an allowed value.
-        by: other keys, each of which must exist in some run.
+        by: other keys. Each key must exist in at least one run.
 
     Raises:
         ConfigError: no run has a key, or no run has any of the values typed for a key.
