@@ -103,7 +103,7 @@ def network(method: Method, shape: tuple[int, int, int], width: int, seed: int) 
 
 
 def steps(method: Method, shape: tuple[int, int, int], width: int, n: int) -> tuple[Work, Work, Work]:
-    """Return a step of N separate networks, a step of the joined network, and the largest difference of their losses."""
+    """Return a step of N separate networks, one of the joined network, and the largest difference of the losses."""
     networks = [network(method, shape, width, seed) for seed in range(n)]
     others = [network(method, shape, width, seed) for seed in range(n)]
     whole = joined(others)
