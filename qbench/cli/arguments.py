@@ -14,7 +14,7 @@ from qbench.errors import ConfigError
 
 SUMMARIES = {
     "check": "Check the properties that every method must have, at all widths.",
-    "compare": "Compare runs in tables, and test which differences are significant.",
+    "compare": "Compare runs in tables, and test their differences.",
     "completion": "Print the bash completion function.",
     "describe": "Print a method card: formulas, choices, known deviations.",
     "evaluate": "Evaluate a finished run on its test split or on other data.",
