@@ -52,30 +52,37 @@ ArmRuns = dict[Arm, dict[int, RunRecord]]
 PREFACE = """\
 # Claims
 
-Each row is one comparison from a file in `conf/experiment/claims/`, made by `{command}`. The effect is the first arm
-minus the second arm, in points of test top-1 after the last epoch, paired by seed. For gradient mismatch, the effect
-is in cosine. The 95 % confidence interval treats both seeds and test images as samples (two-way,
-`qbench/report/statistics`). It is not adjusted for the number of comparisons.
+This page tests claims of the papers with runs. `{command}` trained the runs
+and wrote this page. Each row of the table is one comparison from a file in `conf/experiment/claims/`. A comparison has
+two arms, which are the settings that are compared.
 
-Verdicts are two-sided at 5 % and adjusted for all {family} comparisons together (Holm). An interval may therefore
-exclude the border although the verdict is open. The verdicts are:
+The effect is the test top-1 of the first arm minus that of the second arm, after the last epoch, in points. Runs are
+paired by seed. For gradient mismatch, the effect is a difference in cosine. The column `95 % interval` has the
+confidence interval of the effect. It treats both seeds and test images as samples (two-way,
+`qbench/report/statistics`).
+
+Each comparison is tested two-sided at the 5 % level. The p-values are adjusted for all {family} comparisons together
+(Holm), but the intervals are not. A comparison can therefore be undecided although its interval does not contain the
+threshold. The outcomes are:
 
 - `holds`: the data support the claim.
-- `does not hold`: the data support the opposite.
-- `not separable at n`: n seeds do not decide. The table then gives the number of seeds needed for 80 % power if the
-  true effect is the observed one.
+- `does not hold`: the data support the opposite of the claim.
+- `not separable at n`: n seeds do not decide the comparison. The column `n needed` has the number of seeds that would
+  give 80 % power if the true effect were the observed one.
 
-If runs of a comparison failed, diverged or are unsupported, the comparison has no verdict and states why, because the
-remaining runs are not a fair sample. Arms are written `first - second > border`. `unchanged` is the experiment file
-without a change.
+A comparison has no outcome if some of its runs failed, diverged or are unsupported, because the remaining runs are not
+a fair sample. The table then states the reason.
+
+The column `arms` has the form `first - second > threshold`. `unchanged` is the experiment file without changes. The
+sections below the table give the mean of each arm and the commands.
 
 The data are digits (1,797 real 8x8 images, 450 for test) and glyphs (characters rendered from fonts, with separate
 fonts for the 10,000 test images). The networks are thin residual networks with 8 or 20 layers, and schedules are
 short. Such runs can show whether an effect exists under one protocol, and how large it is there. They do not reproduce
-the papers' values on SVHN, CIFAR-10 or ImageNet. A claim that does not hold here is not refuted for the paper's
-setting, because depth, width, number of classes and length of training differ. Differences at 8 or 5 bits may be too
-small to see. Digits resolve a point or more, glyphs about half a point. Claims marked "from memory" are stated from
-memory, not quoted from the paper.
+the papers' values on SVHN, CIFAR-10 or ImageNet. A claim that does not hold here may still hold in the paper's setting,
+because depth, width, number of classes and length of training differ. Digits can show effects of one point or more, and
+glyphs effects of about half a point. Differences at 8 or 5 bits may be too small to see. "From memory" marks claims
+that are stated from memory and not quoted from the paper.
 """
 
 
@@ -276,7 +283,7 @@ def machine_text(runs: dict[str, ArmRuns]) -> str:
     first, commits = manifests[0], sorted({str(manifest["commit"])[:7] for manifest in manifests})
     system, torch = str(first["platform"]).partition("-")[0], first["versions"]["torch"]
     return (
-        f"{os.cpu_count()} cores, {first['processor']}, {system}, torch {torch}, {first['threads']} thread a run, "
+        f"{os.cpu_count()} cores, {first['processor']}, {system}, torch {torch}, {first['threads']} thread per run, "
         f"{first['device']}, commit {' and '.join(commits)}"
     )
 

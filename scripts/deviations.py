@@ -34,7 +34,7 @@ METHODS = sorted(path.stem for path in (ROOT / "qbench/deviations").glob("[a-z]*
 GLYPHS = ("dataset=glyphs", "model.width=8", "model.stem_stride=2", "epochs=4", "runtime.tensorboard=false")
 SOME_FAILED = 8  # exit status of a sweep in which some runs failed
 HEAD = (
-    "method", "widths", "deviation", "top-1 %", "points lost", "95 % interval", "p (Holm)", "n", "not done",
+    "method", "widths", "deviation", "top-1 %", "points lost", "95 % CI", "p (Holm)", "n", "not done",
     "what it does", "source",
 )  # fmt: skip
 
@@ -191,17 +191,20 @@ def document(table: Table, commands: Sequence[str], out: Path) -> str:
     return f"""\
 # What does a bug cost?
 
-This page measures the cost of known deviations of public code from the papers. Each deviation is run as
-`method.deviation=NAME` and compared seed by seed with the faithful method at the same widths. Everything else is
-equal. Points lost are the difference in test top-1 after the last epoch, in percent: the faithful method's minus the
-deviation's. The 95 % confidence interval is Student's for paired differences and applies to each row alone. p is
-two-sided for the null hypothesis of no loss, adjusted for the number of rows (Holm). Failed and diverged runs are
-counted and never replaced, so the points are over the other seeds. Where points are negative, the deviation does
-better here than the paper's formula. With `affine_norm`, the float baseline has scale and shift too. On another data
-set or with another recipe, the cost may be different.
+Public code of some methods deviates from the papers. This page measures how much accuracy each known deviation costs.
+`method.deviation=NAME` trains the method with the deviation. The result is compared, seed by seed, with the method
+without the deviation, at the same widths. Everything else is the same, except that with `affine_norm` the float
+baseline has scale and shift too.
 
-`scripts/deviations.py` writes this page. {len(results)} runs, float baselines included, {seconds:.0f} s of work, one
-thread per run ({machine}):
+The column `points lost` is the test top-1 without the deviation minus the test top-1 with the deviation, in percentage
+points after the last epoch. If it is negative, the deviation gives a higher accuracy here than the paper's formula. The
+column `95 % CI` is Student's confidence interval for paired differences. It is not adjusted for the number of rows. The
+null hypothesis of `p (Holm)` is that the deviation costs nothing. This p-value is two-sided and adjusted for the number
+of rows. Failed and diverged runs are counted and never replaced, so the points are over the other seeds. On another
+data set or with another recipe, the cost may be different.
+
+`scripts/deviations.py` wrote this page from {len(results)} runs, float baselines included.
+The runs took {seconds:.0f} s of work, with one thread per run ({machine}):
 
 {listed}
 

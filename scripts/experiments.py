@@ -97,14 +97,14 @@ def comment_texts(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow],
     claims = "; ".join(claim_text(each) for each in (row, *top5))
     ran_by = RAN_BY.get(row.ran_by) or row.ran_by.replace(THIRD, "a third party, ")
     note = [f"{capitalized(row.note)}."] if row.note else []
-    opened = [f"Left open by the source, and our choice: {'; '.join(recipe.open)}."] if recipe.open else []
-    departs = [f"Differences from the source: {'; '.join(recipe.departs)}."] if recipe.departs else []
+    opened = [f"Left open by the source, with our choice: {sentences(recipe.open)}"] if recipe.open else []
+    departs = [f"Differences from the source: {sentences(recipe.departs)}"] if recipe.departs else []
     provenance = f"{row.provenance} ({PROVENANCE_TEXTS[row.provenance]})"
     return [
         f"{paper.name}, {row.table}: {place}{method}, {widths}: {claims}.",
-        f"Run by: {ran_by}. Provenance: {provenance}; source: {row.source}.",
+        f"Run by: {ran_by}. Provenance: {provenance}. Source: {row.source}.",
         *note,
-        f"Layers: {row.policy}. Recipe: {recipe.provenance}; source: {recipe.source}.",
+        f"Layers: {row.policy}. Source of the recipe: {recipe.source} ({recipe.provenance}).",
         *opened,
         *departs,
     ]
@@ -116,6 +116,10 @@ def claim_text(row: PublishedRow) -> str:
     if row.baseline is None or row.method == "float":
         return claim
     return f"{claim} (float {published.baseline_mark(row)}{published.format_percent(row.baseline)})"
+
+
+def sentences(texts: Iterable[str]) -> str:
+    return " ".join(f"{capitalized(text)}." for text in texts)
 
 
 def capitalized(text: str) -> str:

@@ -221,7 +221,7 @@ def method_entry(name: str) -> str:
     """Return a method's idea, widths, and where its formulas are."""
     card = cards()[name]
     widths = card["Bits"].partition(". ")[0].removesuffix(".")
-    home = f"Formulas: {formulas(name)}; full card: `qbench describe {name}`; [picture](pictures/{name}.png)."
+    home = f"Formulas: {formulas(name)}. Full card: `qbench describe {name}`. [Picture](pictures/{name}.png)."
     return "\n".join([bullet(f"{linked(name)}: {card['Idea']}"), inner(f"Widths: {widths}."), inner(home)])
 
 
@@ -244,12 +244,27 @@ def claimed_part(paper: Paper) -> str:
     total = len(paper.rows)
     ran = sum(bool(row.measured) for row in paper.rows)
     runnable = sum(not published.missing_requirements(row) for row in paper.rows)
-    text = f"{len(shown)} of {total} rows" if shown else f"No value of its {total} rows is known here"
-    text += f"; all rows: `qbench published --paper {paper.key}`. "
-    text += f"Run here: {ran}; ready to run where the data are present: {runnable}."
-    absent = [s for n in paper.no_result if (s := published.absence_note(paper.key, n.net, n.dataset))]
-    text += "".join(f" {sentence[0].upper()}{sentence[1:]}." for sentence in absent)
+    text = f"The table shows {len(shown)} of {total} rows." if shown else f"None of the {total} values is known here."
+    text += f" `qbench published --paper {paper.key}` lists all rows. "
+    text += f"{ran} rows have been run here, and {runnable} can be run once their data are present."
+    text += "".join(f" {sentence}." for sentence in absence_sentences(paper))
     return "\n\n".join(["**Claimed**", *([markdown([table])] if shown else []), wrapped(text)])
+
+
+def absence_sentences(paper: Paper) -> list[str]:
+    """Return on which data sets the authors have no result; data sets with equal provenance share a sentence."""
+    notes = [note for n in paper.no_result if (note := published.absence_note(paper.key, n.net, n.dataset))]
+    alike = re.compile(f"{paper.name} has no (.+) result( \\(.+\\))?")
+    by_provenance: dict[str, list[str]] = {}
+    for match in filter(None, map(alike.fullmatch, notes)):
+        by_provenance.setdefault(match[2] or "", []).append(match[1])
+    merged = [f"{paper.name} has no {listed(titles)} result{mark}" for mark, titles in by_provenance.items()]
+    return merged + [capitalized(note) for note in notes if not alike.fullmatch(note)]
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Return the texts as a list in words."""
+    return " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
 
 
 def row_link(paper: Paper, row: PublishedRow) -> str:
@@ -263,13 +278,13 @@ def measured_part(paper: Paper) -> str:
     """Return the claims that were tested here, one bullet each."""
     lines = []
     for claim in claims_of(paper):
-        unit = " (in cosine)" if claim.measure == "gradient_mismatch" else ""
+        unit = " Effects are in cosine." if claim.measure == "gradient_mismatch" else ""
         by_outcome: dict[str, list[str]] = {}
         for row in sorted(outcomes().get(claim.name, ()), key=verdict_order):
             effect = f"{row['name']} {row['effect']}{border(row)}".strip()
             by_outcome.setdefault(row["outcome"], []).append(effect)
-        results = "; ".join(f"*{key}:* {', '.join(values)}" for key, values in by_outcome.items()) or "Not run"
-        lines.append(bullet(f"[{claim.name}](claims.md#{claim.name}): {claim.says} {results}{unit}."))
+        results = " ".join(f"*{capitalized(key)}:* {', '.join(values)}." for key, values in by_outcome.items())
+        lines.append(bullet(f"[{claim.name}](claims.md#{claim.name}): {claim.says} {results or 'Not run.'}{unit}"))
     none = "No claim of this paper has been tested; the [README](../README.md) has its results on digits."
     return "**Measured here**\n\n" + ("\n".join(lines) or wrapped(none))
 
@@ -294,7 +309,7 @@ def deviations_part(paper: Paper) -> str:
     for name in methods_of(paper):
         for deviation, (what, _) in registry.known_deviations(name).items():
             row = cost.get((name, deviation))
-            points = f"{row['widths']}: {row['points lost']}, {row['95 % interval']}" if row else "not measured"
+            points = f"{row['widths']}: {row['points lost']}, 95 % CI {row['95 % CI']}" if row else "not measured"
             points = f"{row['widths']}: no effect" if row and row["p (Holm)"] == "-" else points
             known.append(bullet(f"`{deviation}` ({points}): {what}"))
     return "\n".join(["**Deviations**", "", *lines, *(["", texts()["deviations"], "", *known] if known else [])])
@@ -308,14 +323,14 @@ def open_part(paper: Paper) -> str:
         reason.replace("; ", ", ") for row in paper.rows if (reason := published.missing_requirements(row))
     )
     lacks = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
-    lines += [f"Rows that cannot be run: {lacks}."] if lacks else []
+    lines += [f"Some rows cannot be run, for these reasons (number of rows in brackets): {lacks}."] if lacks else []
     return "\n".join(["**Open**", "", *map(bullet, lines)]) if lines else ""
 
 
 def recipe_sentences(paper: Paper, key: str) -> list[str]:
     """Return, as sentences, what the recipes leave open (`open`) or change (`departs`)."""
     entries = [(text, recipe) for recipe in paper.recipes.values() for text in getattr(recipe, key)]
-    return unique(marked(text[:1].upper() + text[1:], recipe.provenance) for text, recipe in entries)
+    return unique(marked(capitalized(text), recipe.provenance) for text, recipe in entries)
 
 
 def controls() -> str:
@@ -326,7 +341,7 @@ def controls() -> str:
         card = cards()[name]
         is_a = card["is"].partition(": ")[2]
         lines.append(bullet(f"{linked(name)}: {is_a} {card['Idea']} Paper: {card['Paper']}"))
-    return "## Controls\n\nMethods to compare the papers' methods with.\n\n" + "\n".join(lines)
+    return "## Controls\n\nThe papers' methods are compared with these methods.\n\n" + "\n".join(lines)
 
 
 def related_papers() -> Iterable[str]:
@@ -346,8 +361,8 @@ def related_entry(paper: dict[str, Any]) -> str:
     nearest = re.sub(r"`(\w+)`", lambda it: linked(it[1]) if it[1] in cards() else it[0], paper["nearest"])
     checked = next(fact["provenance"] for fact in paper["facts"] if provenance_text(fact["provenance"]) != MEMORY)
     parts = {"title and authors": known["paper"], "link": known["link"], "idea": checked}
-    how = ", ".join(f"{part} {word}" for part, word in parts.items()) if len(set(parts.values())) > 1 else checked
-    text = f"{title}. {idea} *Nearest here:* {nearest} *Known:* {how} ({paper['source']})."
+    how = ", ".join(f"{part}: {word}" for part, word in parts.items()) if len(set(parts.values())) > 1 else checked
+    text = f"{title}. {idea} *Nearest here:* {nearest} *Provenance:* {how} ({paper['source']})."
     return bullet(f"**{paper['name']}**, *{paper['status']}*. {text}")
 
 
@@ -371,6 +386,10 @@ def linked(method: str) -> str:
 def slug(heading: str) -> str:
     """Return a heading's anchor on GitHub."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def one_line(text: str) -> str:

@@ -4,10 +4,10 @@
     .venv/bin/python scripts/unified.py [KEY=VALUE ...] [--format md]
 
 By default: CIFAR-10, ResNet-20, all methods, float activations, seeds 0 to 2. Keys of qbench replace these
-(dataset=glyphs method=dorefa,ttq seed=0,1,2,3,4). The controls show what the same bytes give without the method: for
-every quantized network, the float network and the 8-bit network (uniform, min-max) with the largest model.width whose
-bytes do not exceed the quantized network's, trained with the same recipe for the same epochs. Stored runs are not
-trained again.
+(dataset=glyphs method=dorefa,ttq seed=0,1,2,3,4). The controls show which accuracy the same bytes give without the
+method. Every quantized network has two controls: a float network and an 8-bit network (uniform, min-max). Each control
+has the largest model.width at which it takes no more bytes than the quantized network. Controls are trained with the
+same recipe for the same epochs. Stored runs are not trained again.
 
 `--record FILE` stores the results, `--from FILE` prints the tables of stored results and runs nothing.
 """
@@ -221,7 +221,7 @@ def tables(records: Sequence[RunRecord]) -> list[Table]:
         block = [row for row in rows if row.role == QUANTIZED and row.setting.bits.w == bits]
         pairs = [row.controls[kind] for kind in CONTROLS for row in block]
         controls = {id(pair[0]): pair[0] for pair in pairs if pair}
-        title = f"{bits} bits per weight, followed by the controls of the same bytes"
+        title = f"{bits} bits per weight, followed by controls of equal bytes"
         result.append(rows_table(title, [*block, *controls.values()], full_width))
         result[-1].notes.extend(control_sentence(kind, block) for kind in CONTROLS)
     result[-1].notes.extend(dict.fromkeys(note for table in compared for note in table.notes))
@@ -245,7 +245,8 @@ def control_sentence(kind: str, block: list[NetworkRow]) -> str:
     percents = sorted(round(100 * (control.bytes or 0) / (row.bytes or 1)) for row, control, _ in pairs)
     share = f"{percents[0]} % to {percents[-1]} %" if percents[0] < percents[-1] else f"{percents[0]} %"
     methods = "; ".join(f"{side}: {', '.join(names) or 'none'}" for side, names in sides.items())
-    return f"W{bits} against the {kind} network within their bytes (it has {share} of them): {methods}"
+    size = f"{share} of the bytes of the quantized networks"
+    return f"W{bits} compared with {kind} controls, which have {size}. Methods {methods}"
 
 
 def cells(row: NetworkRow, full_width: int) -> tuple[str, ...]:

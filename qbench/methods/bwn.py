@@ -6,7 +6,7 @@ Paper
     allenai/XNOR-Net (Torch).
 
 Idea
-    Use XNOR-Net's binary weights, but keep activations float. Convolutions then need no
+    BWN uses XNOR-Net's binary weights, but keeps activations float. Convolutions then need no
     multiplications, and weights take 32 times less memory.
 
 Forward

@@ -5,9 +5,10 @@ Paper
     Gradients", arXiv 1606.06160 (2016). Authors' code: tensorpack, examples/DoReFa-Net.
 
 Idea
-    Map weights, activations and gradients to [0, 1], round to k bits there, and map back. The
-    backward pass treats only the rounding as the identity (straight-through). A dot product of two
-    fixed-point vectors can be computed by counting bits, in both the forward and the backward pass.
+    Weights, activations and gradients are mapped to [0, 1], rounded to k bits there, and mapped
+    back. The backward pass treats only the rounding as the identity (straight-through). A dot
+    product of two fixed-point vectors can be computed by counting bits, both in the forward and in
+    the backward pass.
 
 Forward
     Qk(x) = round(n x) / n, n = 2^k - 1, ties to even.

@@ -5,8 +5,8 @@ Paper
     arXiv 1802.05668, algorithm 2. Authors' code: antspy/quantized_distillation (PyTorch 0.3).
 
 Idea
-    The output of a quantized network depends smoothly on its quantization points. So train the
-    points by gradient descent, and give more points to the layers whose weights matter more.
+    The output of a quantized network depends smoothly on its quantization points. The points can
+    therefore be trained by gradient descent. Layers whose weights matter more get more points.
 
 Forward
     As in qd, the flattened tensor is cut into buckets of k elements. The weights of each bucket are
@@ -17,9 +17,8 @@ Forward
 Backward
     dL/dp_i = sum over weights j assigned to p_i of alpha(bucket of j) dL/dw_hat_j. Weights get no
     gradient.
-    The gradient treats the assignments as constant. It ignores that moving a point changes which
-    weights are assigned to the point. With few points and wide buckets, a step can therefore raise
-    the loss.
+    The gradient treats the assignments as constant. It ignores that the assignments change when a
+    point moves. With few points and wide buckets, a step can therefore raise the loss.
     L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, with z_t the
     logits of the float network and z_s those of the quantized network. The teacher is the float
     baseline, which is the same network before quantization.

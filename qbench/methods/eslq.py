@@ -7,8 +7,8 @@ Paper
 
 Idea
     SLQ finds clusters that fit the weights. INQ uses powers of two, which replace multiplications
-    by shifts. ESLQ combines both ideas: the weights of a cluster share the power of two nearest to
-    the cluster's centroid.
+    by shifts. ESLQ combines both ideas: all weights of a cluster take the power of two that is
+    nearest to the cluster's centroid.
 
 Forward
     As in SLQ, but every centroid c is moved to the nearest of 0, +-2^n2, ..., +-2^n1 before the
@@ -29,7 +29,7 @@ State
     clustering.
 
 Bits
-    w 2-8 or 32 for at most 2^(b-1) + 1 levels; a and g 32; by default w5a32g32.
+    w 2-8 or 32, a and g 32; by default w5a32g32. A width b gives at most 2^(b-1) + 1 levels.
 
 Protocol
     Only the protocol of SLQ is known.
@@ -46,8 +46,8 @@ Choices
     partition, portions: as in SLQ.
 
 Deviations
-    The first and last layers stay float, following the layer policy (layers.first=same
-    layers.last=same quantizes them).
+    The first and last layers stay float, following the layer policy. layers.first=same
+    layers.last=same quantizes both.
 
 Results
     README (digits).

@@ -5,10 +5,10 @@ Paper
     ICML 2015, arXiv 1502.02551. No official code is known.
 
 Idea
-    Store everything in fixed point, without a float copy of the weights. 16 bits are enough for
-    training if rounding is unbiased. Rounding to nearest loses every update that is smaller than
-    half a step. Stochastic rounding keeps such updates on average. An update of a tenth of a step,
-    for example, is rounded up to a whole step with probability 1/10.
+    All numbers are stored in fixed point, without a float copy of the weights. 16 bits are enough
+    for training if rounding is unbiased. Rounding to nearest loses every update that is smaller
+    than half a step. Stochastic rounding keeps such updates on average. For example, it rounds an
+    update of a tenth of a step up to a whole step with probability 1/10.
 
 Forward
     A format <IL, FL> has WL = IL + FL bits: IL integer bits, including the sign, and FL fraction
@@ -24,8 +24,8 @@ Forward
 Backward
     The wide sum of the gradients that arrive from the next layers is rounded by Convert. The result
     is the layer's error dL/dy, from which the gradients of its weights and input are computed. The
-    gradient of an activation passes through Convert unchanged where the activation is in range, and
-    is 0 elsewhere.
+    gradient of an activation passes through Convert unchanged where the activation is in range.
+    Elsewhere it is 0.
     Update: W <- Convert(W + Convert(dW)), with dW the change that the optimizer makes. Biases are
     updated likewise.
 
@@ -39,10 +39,11 @@ State
     None: the weights and biases themselves are on the fixed-point grid.
 
 Bits
-    The word length WL is w for weights, biases, updates and momentum, a for inputs and outputs of
-    layers, g for errors: 8-20 or 32; by default w16a16g16. Below 8 bits, outputs at the default IL
-    would have fewer than 2 fraction bits. 20 bits are the widest format of the paper, as
-    remembered. Above 20 bits, a check that float32 values lie on the grid would prove nothing.
+    w, a and g each 8-20 or 32; by default w16a16g16. They are word lengths WL: w for weights,
+    biases, updates and momentum, a for inputs and outputs of layers, and g for errors. Below 8
+    bits, outputs at the default IL would have fewer than 2 fraction bits. 20 bits are the widest
+    format of the paper, as remembered. Above 20 bits, a check that float32 values are on the grid
+    would prove nothing.
 
 Protocol
     From memory, unverified: The data are MNIST and CIFAR-10. The networks are a perceptron and

@@ -5,16 +5,16 @@ Paper
     Quantization", CVPR 2017, arXiv 1702.00953. Authors' code: zhaoweicai/hwgq (Caffe).
 
 Idea
-    Batch normalization without scale and shift makes the input of a nonlinearity close to N(0, 1),
-    in every layer. So all layers can use one set of levels, the set that is optimal for the
-    positive half of that Gaussian. The backward pass needs a surrogate for the derivative of the
-    step function. This choice decides whether deep networks can be trained.
+    In every layer, batch normalization without scale and shift makes the input of the nonlinearity
+    close to N(0, 1). All layers can therefore use one set of levels, which is optimal for the
+    positive half of N(0, 1). The backward pass needs a surrogate for the derivative of the step
+    function. The choice of this surrogate decides whether deep networks can be trained.
 
 Forward
     Activations: the positive levels are q_1 < ... < q_m, m = 2^b - 1. Q(x) is 0 for x <= 0, else
-    the q_i with t_i-1 < x <= t_i. Each threshold t_i is half way between q_i and q_i+1, except t_0
-    = 0 and t_m, which is infinite. The levels minimize E (Q(x) - x)^2 over the positive half of
-    N(0, 1). With uniform levels, q_i is i times a step.
+    the q_i with t_i-1 < x <= t_i. Each threshold t_i is half way between q_i and q_i+1, but t_0 is
+    0 and t_m is infinite. The levels minimize E (Q(x) - x)^2 over the positive half of N(0, 1).
+    With uniform levels, q_i is i times a step.
     Weights, per output filter: mean|w| sign(w), sign(0) = +1.
 
 Backward
@@ -57,8 +57,8 @@ Choices
     derivative continuous at q_m.
 
 Deviations
-    In the networks here, even the last batch normalization, in front of the linear layer, has no
-    scale and shift.
+    In the networks here, the last batch normalization, in front of the linear layer, has no scale
+    and shift either.
 
 Results
     README (digits, glyphs).

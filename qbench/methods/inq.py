@@ -6,9 +6,9 @@ Paper
     AojunZhou/Incremental-Network-Quantization (Caffe).
 
 Idea
-    Quantize the largest weights and freeze them, retrain the other weights, and repeat until all
-    weights are quantized. The weights that are still free make up for the loss of accuracy. With
-    powers of two as weights, multiplications become shifts.
+    The largest weights are quantized and frozen, and the other weights are trained further. These
+    steps are repeated until all weights are quantized. The weights that are still free make up for
+    the loss of accuracy. Since weights are powers of two, multiplications become shifts.
 
 Forward
     Per layer: levels +-2^n1, ..., +-2^n2 and 0, with s = max|w|, n1 = floor(log2(4 s / 3)), n2 = n1
@@ -33,7 +33,8 @@ State
     values. n1 (int scalar): the largest exponent, set when the first portion is frozen.
 
 Bits
-    w 2-8 or 32 for 2^(b-1) + 1 levels, 2 being ternary; a and g 32; by default w5a32g32.
+    w 2-8 or 32, a and g 32; by default w5a32g32. A width b gives 2^(b-1) + 1 levels, so 2 bits are
+    ternary.
 
 Protocol
     ImageNet from published float networks: SGD with momentum 0.9 and weight decay 5e-4
@@ -51,8 +52,8 @@ Choices
     both cases, unless a free weight becomes larger than this frozen one.
 
 Deviations
-    The first and last layers stay float, following the layer policy. The paper quantizes both;
-    layers.first=same layers.last=same does so here.
+    The first and last layers stay float, following the layer policy. The paper quantizes both
+    layers. layers.first=same layers.last=same quantizes both here.
 
 Results
     README (digits).

@@ -5,8 +5,9 @@ Paper
     arXiv 1902.08153.
 
 Idea
-    Train the step by its gradient, to which all values contribute: the rounded ones as well as the
-    clipped ones. Scale this gradient so that steps and weights change at comparable rates.
+    The step is trained by its gradient. All values contribute to this gradient: the rounded ones as
+    well as the clipped ones. The gradient is scaled so that steps and weights change at comparable
+    rates.
 
 Forward
     v_hat = s round(clip(v / s, -Qn, Qp)). Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1.

@@ -7,8 +7,8 @@ Paper
 
 Idea
     With three clusters per layer, freezing a cluster leaves few free weights in the layer for
-    retraining. So the layers are not quantized all at once. The layers whose quantization raises
-    the loss most come first, and the layers that are still free compensate.
+    retraining. The layers are therefore not quantized all at once. The layers whose quantization
+    raises the loss most come first, and the layers that are still free compensate.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer. A layer starts float. First
@@ -25,9 +25,10 @@ Schedule
     phase, the layers take their steps one after another, as evenly spread as the number of epochs
     allows. In the second half, all free weights are trained further. The learning-rate schedule
     restarts and momentum is cleared at the start of a phase, not at each step.
-    Whenever steps are due, each remaining layer is tried: the network's loss on the probe is
-    measured with the next clusters of this layer frozen, but not those of the other remaining
-    layers. The layers with the largest loss take their step.
+    Before steps are taken, the loss is measured once for each remaining layer. For this
+    measurement, the next clusters of this layer are frozen, but those of the other remaining layers
+    are not. The loss is the network's loss on the probe. The layers with the largest loss take
+    their step.
 
 Sites
     weight.
@@ -51,7 +52,7 @@ Choices
     exactly 0.
     All layers freeze their boundary clusters before any layer freezes its zero cluster. This is our
     reading of "boundary before zero". The sources describe only the states of single layers. The
-    remaining layers are measured again whenever steps are due.
+    loss of the remaining layers is measured again whenever steps are due.
     The order at 3 and 4 bits, with five and nine clusters, is entirely our reading: the outermost
     two clusters are frozen first, then the next two inwards, and so on to the middle cluster.
     depth: `false` is the ablation, in which all layers take their step at the start of a phase, and

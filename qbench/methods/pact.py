@@ -5,8 +5,8 @@ Paper
     arXiv 1805.06085 (2018).
 
 Idea
-    Clipping activations at 1 does not suit every layer. Let each layer learn its clipping level.
-    Weight decay pulls the level down. A lower level means a smaller range and finer steps.
+    Clipping activations at 1 does not suit every layer. In PACT, every layer learns its clipping
+    level. Weight decay pulls this level down. A lower level means a smaller range and finer steps.
 
 Forward
     y = 0.5 (|x| - |x - alpha| + alpha); that is, x clipped to [0, alpha]. x_hat = round(y n /

@@ -6,8 +6,8 @@ Paper
     activations, ranges from a few images.
 
 Idea
-    Fit each range to the weights of the float network and to its activations on some training
-    images. Train nothing.
+    Each range is fitted to the weights of the float network, or to its activations on some training
+    images. Nothing is trained.
 
 Forward
     Weights: s round(w / s), clipped to +-s n, n = 2^(b-1) - 1, per output channel or per layer.

@@ -5,10 +5,10 @@ Paper
     2016, arXiv 1512.06473. Authors' code: jiaxiang-wu/quantized-cnn (C++, forward pass only).
 
 Idea
-    Encode several weights by one code. Each group of neighbouring weights along the input channels
-    is replaced by one of a few learned codewords. A layer's responses are then sums of table
-    look-ups. Accuracy depends on the error of the responses, not on that of the weights. So fit the
-    codes to the responses, layer by layer.
+    One code stands for several weights. A few learned codewords replace the groups of neighbouring
+    weights along the input channels. The responses of a layer are then sums of table look-ups.
+    Accuracy depends on the error of the responses, not on the error of the weights. The codes are
+    therefore fitted to the responses, layer by layer.
 
 Forward
     Input channels are divided into M subspaces of Cs' channels. If they do not divide evenly, zeros
@@ -37,8 +37,8 @@ State
     (Ct, kh, kw, M) or (Ct, M): the index of the codeword. Both are zero until `prepare`.
 
 Bits
-    w 1-8 or 32, which is log2(K) / Cs' rounded up, with at most 10 bits per code; a and g 32; by
-    default w1a32g32, K = 16 for Cs' = 4. Codewords are reported as levels.
+    w 1-8 or 32, a and g 32; by default w1a32g32. The width w is log2(K) / Cs' rounded up, and a
+    code has at most 10 bits. The default is K = 16 for Cs' = 4. Codewords are reported as levels.
 
 Protocol
     ImageNet networks: Cs'/K is 8/128 for convolutions (VGG-16 6/128), 3/32 or 4/32 for linear

@@ -6,10 +6,9 @@ Paper
     iteration of AlexNet only).
 
 Idea
-    Take the levels from the weights themselves, by k-means. First quantize the clusters that raise
-    the loss most, while there are still free weights that can compensate. After the last clusters
-    are quantized, no free weights are left, so these should be the clusters that raise the loss
-    least.
+    k-means takes the levels from the weights themselves. The clusters that raise the loss most are
+    quantized first, while there are still free weights that can compensate. The clusters that raise
+    the loss least are quantized last, because no free weights are left then.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer, with one centroid pinned at 0.
@@ -34,7 +33,7 @@ State
     (bool, k): which of the centroids are frozen.
 
 Bits
-    w 2-8 or 32, for 2^(b-1) + 1 clusters; a and g 32; by default w5a32g32.
+    w 2-8 or 32, a and g 32; by default w5a32g32. A width b gives 2^(b-1) + 1 clusters.
 
 Protocol
     AlexNet at 5 bits, authors' code: after the five phases, 5, 9, 13, 15 and 17 of the 17 clusters
@@ -44,13 +43,14 @@ Protocol
 
 Choices
     partition: the order in which clusters are frozen. `probe` follows the paper's text as quoted by
-    second-hand sources. For each cluster, the network's loss on the probe is measured with only
+    second-hand sources. It measures the network's loss on the probe once per cluster, with only
     this cluster replaced by its centroid. The cluster with the largest loss comes first. This takes
-    one pass over the probe per cluster and layer in every phase. `weight_error` is how the
-    reviewers understood the paper: the cluster with the largest sum of squared distances between
-    its weights and its centroid comes first. `magnitude` is the order in the authors' released
-    code, which measures nothing. The zero cluster comes first, then pairs of clusters from the
-    outermost inwards (in each pair, the positive one first). `random` is an ablation.
+    one pass over the probe per cluster and layer in every phase. `weight_error` follows the
+    reviewers' understanding of the paper. The error of a cluster is the sum of squared distances
+    between its weights and its centroid. The cluster with the largest error comes first.
+    `magnitude` is the order in the authors' released code, which measures nothing. The zero cluster
+    comes first, then pairs of clusters from the outermost inwards (in each pair, the positive one
+    first). `random` is an ablation.
     portions: accumulated fractions of the clusters. The resulting counts are rounded down and are
     at least one. The default yields the authors' counts. Portions with the same count share one
     phase. Every phase freezes clusters in all layers. It is not known in what order the paper

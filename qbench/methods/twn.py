@@ -4,7 +4,7 @@ Paper
     Li, Zhang, Liu, "Ternary Weight Networks", arXiv 1605.04711 (2016).
 
 Idea
-    Among all tensors whose values are alpha times -1, 0 or 1, take the one nearest to W in the mean
+    Of all tensors with the values -alpha, 0 and alpha, TWN takes the one nearest to W in the mean
     square. The best threshold has no closed form, but 0.7 of the mean magnitude is close to the
     optimum for Gaussian and for uniform weights.
 

@@ -6,8 +6,8 @@ Paper
     symmetric weights.
 
 Idea
-    Use equal steps over the range of the values. The gain of every other method is measured
-    relative to this control.
+    The levels are equally spaced over the range of the values. The gain of every other method is
+    measured relative to this control.
 
 Forward
     Weights: s round(w / s), s = max|w| / (2^(b-1) - 1), per output channel or per layer. There are

@@ -6,9 +6,9 @@ Paper
     (Torch).
 
 Idea
-    Among all scaled binary filters alpha B, the one with alpha = mean|W| and B = sign(W) is nearest
-    to W in the mean square. If activations are binary too, a convolution consists of XNOR
-    operations and bit counts.
+    Of all scaled binary filters alpha B, the one with alpha = mean|W| and B = sign(W) is nearest to
+    W in the mean square. If activations are binary too, a convolution consists of XNOR operations
+    and bit counts.
 
 Forward
     Weights, per output filter of n weights: alpha sign(w), alpha = mean|w|, sign(0) = +1.
@@ -47,9 +47,9 @@ Choices
     1{|r| <= 1} as the derivative of sign. Here the factor r is taken for a misprint. `authors` is
     the formula of the authors' code. That code also multiplies Adam's gradients by 1e9, so that
     Adam's epsilon is negligible. The method here does not do this.
-    center, clamp: before every step, the authors' code centers the latent weights (subtracts the
-    mean over input channels) and clamps them to [-1, 1]. The paper mentions neither. Both options
-    are off by default.
+    center, clamp: before every step, the authors' code subtracts the latent weights' mean over
+    input channels (center) and clamps the latent weights to [-1, 1] (clamp). The paper mentions
+    neither. Both options are off by default.
 
 Deviations
     Inputs are padded with zeros, as in the authors' code, although binary activations are never

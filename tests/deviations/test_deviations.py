@@ -533,7 +533,7 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
     )
     assert (none["top-1 %"], none["points lost"], none["n"], none["source"]) == ("91.00", "-", "3", "-")
     # Differences 10, 8, 9: mean 9, standard error 1/sqrt(3), t for two degrees of freedom 4.3027.
-    assert (minus["top-1 %"], minus["points lost"], minus["95 % interval"]) == ("82.00", "+9.00", "+6.52 to +11.48")
+    assert (minus["top-1 %"], minus["points lost"], minus["95 % CI"]) == ("82.00", "+9.00", "+6.52 to +11.48")
     assert minus["source"].startswith("TropComplique")
     assert (minus["n"], minus["not done"]) == ("3", "-")
     # Differences -0.5 and 0.5 in the seeds that ended; the third is counted and named.
@@ -558,7 +558,7 @@ def test_one_seed_gives_no_interval_and_protocols_are_not_mixed(tmp_path: Path) 
     store(tmp_path, "ttq", "w2", "missing_minus", 0, 80.0)
     table = module.deviations_table(read([str(tmp_path)]), 1)
     (row,) = (dict(zip(table.head, row, strict=True)) for row in table.rows if row[2] == "missing_minus")
-    assert (row["points lost"], row["95 % interval"], row["p (Holm)"], row["n"]) == ("+10.00", "-", "-", "1")
+    assert (row["points lost"], row["95 % CI"], row["p (Holm)"], row["n"]) == ("+10.00", "-", "-", "1")
     store(tmp_path, "ttq", "w2", "mean_gradient", 0, 80.0, hash="b")
     with pytest.raises(SystemExit, match="2 protocols"):
         module.deviations_table(read([str(tmp_path)]), 1)

@@ -128,7 +128,7 @@ def test_the_number_of_runs_is_stated() -> None:
         ran, ready = (
             sum(map(what, paper.rows)) for what in (lambda r: bool(r.measured), lambda r: not missing_requirements(r))
         )
-        counts = f"Run here: {ran}; ready to run where the data are present: {ready}."
+        counts = f"{ran} rows have been run here, and {ready} can be run once their data are present."
         assert counts in " ".join(SECTIONS[paper.name].split())
 
 

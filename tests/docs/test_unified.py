@@ -198,10 +198,14 @@ def test_sentences_on_controls(script: ModuleType, records: list[RunRecord]) -> 
     _, two, _ = script.tables(records)
     against_float, against_int8 = two.notes[:2]
     # 700 of 1000, 900 and 800 bytes; 900 of 1000 and 900
-    assert against_float.startswith("W2 against the float network within their bytes (it has 70 % to 88 % of them): ")
-    assert against_float.endswith("above: dorefa; below: ttq; not significantly different: lsq")
-    assert against_int8.startswith("W2 against the 8-bit network within their bytes (it has 90 % to 100 % of them): ")
-    assert against_int8.endswith("above: none; below: lsq; not significantly different: dorefa")
+    assert against_float.startswith(
+        "W2 compared with float controls, which have 70 % to 88 % of the bytes of the quantized networks. "
+    )
+    assert against_float.endswith("Methods above: dorefa; below: ttq; not significantly different: lsq")
+    assert against_int8.startswith(
+        "W2 compared with 8-bit controls, which have 90 % to 100 % of the bytes of the quantized networks. "
+    )
+    assert against_int8.endswith("Methods above: none; below: lsq; not significantly different: dorefa")
 
 
 def test_a_seed_without_control_is_left_out(script: ModuleType, records: list[RunRecord]) -> None:

@@ -323,7 +323,7 @@ def test_missing_shows_the_command_or_why_a_row_cannot_be_run() -> None:
     (line,) = (each for each in out.splitlines() if each.startswith("ttq/resnet20_cifar10 "))
     assert line.endswith("qbench experiment=ttq/resnet20_cifar10")
     (line,) = (each for each in out.splitlines() if each.startswith("ttq/resnet18b "))
-    assert line.endswith("not yet: its recipe is not known")
+    assert line.endswith("not yet: the recipe is not known")
     measured = changed_row(
         measured=(Measured(value=9, n=1, spread=None, seeds="0", date="d", device="cpu", commit="c"),)
     )
