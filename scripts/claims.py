@@ -264,13 +264,15 @@ def claim_section(
         if one.means is not None:
             places = 4 if claim.measure == "gradient_mismatch" else 2
             first, second = (f"{x:.{places}f}" for x in one.means)
-            lines.append(f"- {one.comparison.name}: {first} against {second}; {one.outcome}")
+            lines.append(f"- {one.comparison.name}: means {first} and {second}; {one.outcome}")
         lines += [f"- {one.comparison.name}: {text}" for text in one.problems + one.notes]
     lines += ["", *(f"    qbench {' '.join(sweep_words(claim, arm, seeds, out))}" for arm in arms), ""]
     runs = [run for arm in arms.values() for run in arm.values()]
     done = sum(run.status == DONE for run in runs)
     seconds = sum(run.result.wall_seconds or 0.0 for run in runs if run.result is not None)
-    lines.append(f"{done} of {len(runs)} runs done, {seconds:.0f} s of work without float baselines; {machine}.")
+    lines.append(
+        f"{done} of {len(runs)} runs are done. They took {seconds:.0f} s, without float baselines ({machine})."
+    )
     return "\n".join(lines) + "\n"
 
 

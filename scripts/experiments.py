@@ -97,7 +97,7 @@ def comment_texts(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow],
     claims = "; ".join(claim_text(each) for each in (row, *top5))
     ran_by = RAN_BY.get(row.ran_by) or row.ran_by.replace(THIRD, "a third party, ")
     note = [f"{capitalized(row.note)}."] if row.note else []
-    opened = [f"Left open by the source, with our choice: {sentences(recipe.open)}"] if recipe.open else []
+    opened = [f"Open questions and our choices: {sentences(recipe.open)}"] if recipe.open else []
     departs = [f"Differences from the source: {sentences(recipe.departs)}"] if recipe.departs else []
     provenance = f"{row.provenance} ({PROVENANCE_TEXTS[row.provenance]})"
     return [

@@ -361,8 +361,8 @@ def related_entry(paper: dict[str, Any]) -> str:
     nearest = re.sub(r"`(\w+)`", lambda it: linked(it[1]) if it[1] in cards() else it[0], paper["nearest"])
     checked = next(fact["provenance"] for fact in paper["facts"] if provenance_text(fact["provenance"]) != MEMORY)
     parts = {"title and authors": known["paper"], "link": known["link"], "idea": checked}
-    how = ", ".join(f"{part}: {word}" for part, word in parts.items()) if len(set(parts.values())) > 1 else checked
-    text = f"{title}. {idea} *Nearest here:* {nearest} *Provenance:* {how} ({paper['source']})."
+    how = "; ".join(f"{part}: {word}" for part, word in parts.items()) if len(set(parts.values())) > 1 else checked
+    text = f"{title}. {idea} *Nearest here:* {nearest} *Provenance:* {how}. *Sources:* {paper['source']}."
     return bullet(f"**{paper['name']}**, *{paper['status']}*. {text}")
 
 

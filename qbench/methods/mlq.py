@@ -61,8 +61,8 @@ Choices
 Deviations
     k-means is exact here. The authors run ten Lloyd iterations that start from powers of two.
     The first and last layers stay float, following the layer policy. The authors' code quantizes
-    the first layer, and also the last one, except in ResNet-18. layers.first=same layers.last=same
-    quantizes both here.
+    the first layer. It also quantizes the last layer, except in ResNet-18. layers.first=same
+    layers.last=same quantizes both here.
 
 Results
     README (digits).

@@ -11,12 +11,12 @@ Idea
 
 Forward
     Weights: s round(w / s), clipped to +-s n, n = 2^(b-1) - 1, per output channel or per layer.
-    minmax: s = max|w| / n. mse: of 1, 2, ..., 100 % of the minmax step, the s with the least
+    minmax: s = max|w| / n. mse: s is 1, 2, ... or 100 % of the minmax step, whichever has the least
     squared error.
     Activations: as in uniform, 2^b levels over a fixed range [l, h]. The range contains zero, and
     zero is a level. After a ReLU, l = 0. minmax: l and h are the extremes. percentile: p % of all
-    values are at most h, and p % are at least l. mse: of 1, 2, ..., 100 % of the extremes, the
-    range with the least squared error.
+    values are at most h, and p % are at least l. mse: l and h are 1, 2, ... or 100 % of the
+    extremes, whichever has the least squared error.
 
 Backward
     Only needed for further training. As in uniform, the derivative is 1 for weights. For

@@ -44,7 +44,7 @@ Protocol
     ImageNet networks: Cs'/K is 8/128 for convolutions (VGG-16 6/128), 3/32 or 4/32 for linear
     layers, 1/16 for the last layer; biases are float. Convolutions are quantized first; then linear
     layers are fine-tuned and quantized. Correction uses 250-500 images for convolutions and 25,000
-    for linear layers (according to an author). VGG-16's 6/128 is remembered; it agrees with the
+    for linear layers (according to an author). VGG-16's 6/128 is from memory, and agrees with the
     reported speed-up.
 
 Choices

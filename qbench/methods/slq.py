@@ -6,9 +6,9 @@ Paper
     iteration of AlexNet only).
 
 Idea
-    k-means takes the levels from the weights themselves. The clusters that raise the loss most are
-    quantized first, while there are still free weights that can compensate. The clusters that raise
-    the loss least are quantized last, because no free weights are left then.
+    The levels come from the weights themselves, by k-means. The clusters that raise the loss most
+    are quantized first, while there are still free weights that can compensate. The clusters that
+    raise the loss least are quantized last, because no free weights are left then.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer, with one centroid pinned at 0.
@@ -61,8 +61,8 @@ Choices
 
 Deviations
     The first and last layers stay float, following the layer policy. The authors' code quantizes
-    the first layer, and also the last one, except in ResNet-18. layers.first=same layers.last=same
-    quantizes both here.
+    the first layer. It also quantizes the last layer, except in ResNet-18. layers.first=same
+    layers.last=same quantizes both here.
 
 Results
     README (digits).

@@ -47,7 +47,7 @@ Choices
 
 Deviations
     The scales are kept at 1e-8 or more. If a scale became negative, the weights of both zones would
-    have the same sign. Where this happened, it cost points of accuracy.
+    have the same sign. In runs where this happened, accuracy dropped.
     The last layer stays float, following the layer policy. This agrees with the paper, but in the
     authors' CIFAR code the last layer is ternary.
 

@@ -47,7 +47,7 @@ def missing_requirements(row: PublishedRow) -> str:
         return row.lacks
     net, dataset = names().nets[row.net], names().datasets[row.dataset]
     missing = [name.title for name in (net, dataset) if not name.words]
-    return f"qbench has no {' and no '.join(missing)}" if missing else "" if row.recipe else "its recipe is not known"
+    return f"{' and '.join(missing)} is not in qbench" if missing else "" if row.recipe else "the recipe is not known"
 
 
 def command_words(row: PublishedRow) -> list[str]:

@@ -438,7 +438,7 @@ def test_pretrain_same_uses_one_optimizer_for_the_baseline() -> None:
 
 def test_a_row_that_cannot_be_run_states_why() -> None:
     assert missing_requirements(by_id("inq", "alexnet_dns_w5")) == "pruning is not in qbench"
-    assert missing_requirements(by_id("hwgq", "vgg_w1a2")) == "qbench has no HWGQ's VGG variant"
+    assert missing_requirements(by_id("hwgq", "vgg_w1a2")) == "HWGQ's VGG variant is not in qbench"
     with pytest.raises(ValueError, match="inq/alexnet_dns_w5: pruning"):
         command_words(by_id("inq", "alexnet_dns_w5"))
     assert text([published_table([by_id("inq", "alexnet_dns_w5")])])
