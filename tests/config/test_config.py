@@ -180,7 +180,7 @@ def test_a_stored_configuration_comes_back(configure: Configure) -> None:
 
 
 def test_every_yaml_of_the_tree_composes(configure: Configure) -> None:
-    for group in groups.group_names():
+    for group in sorted({*groups.group_names()} - {"experiment"}):  # see tests/methods/test_method_model_pairs.py
         for name in groups.option_names(group):
             config = configure(f"{group}={name}", *(["bits.a=2"] if group == "activation" and name != "none" else []))
             node = getattr(config, group, None)

@@ -1,5 +1,6 @@
 """Test what every method must fulfil: each test runs over all files of conf/method."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -9,7 +10,7 @@ from conftest import Configure
 from helpers import quantizing_bits
 
 from qbench.bits import FLOAT
-from qbench.config import groups, registry
+from qbench.config import compose, groups, registry
 from qbench.config.schema import Config
 from qbench.data.dataset import Loader
 from qbench.deviations.registry import deviations
@@ -27,7 +28,7 @@ from qbench.training import optimizer as optim
 from qbench.training.checkpoint import pack, unpack
 from qbench.training.digests import weights_sha256
 from qbench.training.evaluation import evaluate
-from qbench.training.loop import train
+from qbench.training.loop import Callbacks, train
 from qbench.training.random_state import seed_everything
 from qbench.training.state import State
 from qbench.training.task import Task
@@ -42,6 +43,9 @@ TRAITS = {
     *("monotone_input", "idempotent_input", "clipped_input", "cells_input"),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
+REPRESENTATIVES = ("dorefa", "gupta", "inq", "lsq", "ptq", "qd", "slq")
+"""Methods for which runs are stopped and resumed in the fast tier: plain, with random draws, with steps that freeze
+weights, with learned steps, without training, with a teacher, with codebooks. The others are in the long tier."""
 
 
 def trained(
@@ -60,10 +64,24 @@ def trained(
     )  # fmt: skip
     seed_everything(config.seed)
     state, losses = State(optim.build_optimizer(model, config.optim)), []
-    from qbench.training.loop import Callbacks
-
     train(task, state, Callbacks(on_step=lambda state, loss: losses.append(loss.item())))
     return task, state, losses
+
+
+@functools.cache
+def trained_once(name: str) -> tuple[Config, Task, State, list[float]]:
+    """Train a method with the default recipe and seed; the tests that share the result do not change it."""
+    words = ["experiment=smoke", f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch"]
+    (config,) = compose.configurations(words)
+    return config, *trained(config)
+
+
+@functools.cache
+def losses_of_float(norm: str | None) -> list[float]:
+    """Return the losses of two float epochs by SGD in a network with a normalization, or with the default one."""
+    words = ["experiment=smoke", "optim=sgd", "init=scratch", "epochs=2", "pretrain.epochs=2"]
+    (config,) = compose.configurations([*words, *([f"model.norm={norm}"] if norm else [])])
+    return trained(config)[2]
 
 
 @every_method
@@ -121,28 +139,29 @@ def test_the_declared_properties_hold(name: str) -> None:
 
 
 @every_method
-def test_the_same_seed_gives_the_same_training(name: str, smoke: Configure) -> None:
-    first, second, other = (
-        trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", f"seed={s}"))
-        for s in (0, 0, 1)
-    )
-    assert first[2] == second[2]
-    assert weights_sha256(first[0].model.state_dict()) == weights_sha256(second[0].model.state_dict())
-    assert first[2] != other[2]
+def test_the_same_seed_gives_the_same_training(name: str) -> None:
+    config, task, _, losses = trained_once(name)
+    again, _, losses_again = trained(config)
+    assert losses_again == losses
+    assert weights_sha256(again.model.state_dict()) == weights_sha256(task.model.state_dict())
+
+
+def test_another_seed_gives_another_training(smoke: Configure) -> None:
+    _, _, losses = trained(smoke("method=dorefa", f"bits={quantizing_bits('dorefa')}", "init=scratch", "seed=1"))
+    assert losses != trained_once("dorefa")[3]
 
 
 @every_method
-def test_the_evaluation_is_deterministic_and_draws_no_random_numbers(name: str, smoke: Configure) -> None:
-    task, _, _ = trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch"))
+def test_the_evaluation_is_deterministic_and_draws_no_random_numbers(name: str) -> None:
+    _, task, _, _ = trained_once(name)
     before = torch.get_rng_state()
     assert evaluate(task.model, task.validate()) == evaluate(task.model, task.validate())
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @every_method
-def test_a_checkpoint_restores_the_exact_state(name: str, smoke: Configure) -> None:
-    config = smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch")
-    task, state, _ = trained(config)
+def test_a_checkpoint_restores_the_exact_state(name: str) -> None:
+    config, task, state, _ = trained_once(name)
     saved = unpack(pack(state.save(task.model)), "memory")
     parts = assemble(config)
     model = parts.install(parts.float_model())
@@ -158,8 +177,8 @@ def test_a_checkpoint_restores_the_exact_state(name: str, smoke: Configure) -> N
 
 
 @every_method
-def test_every_tensor_of_a_quantizer_is_in_the_state_dict(name: str, smoke: Configure) -> None:
-    task, _, _ = trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch"))
+def test_every_tensor_of_a_quantizer_is_in_the_state_dict(name: str) -> None:
+    _, task, _, _ = trained_once(name)
     kept = {id(t) for t in [*task.model.parameters(), *task.model.buffers()]}
     for layer in quantized_layers(task.model).values():
         for module in (m for site in (layer.weight_q, layer.input_q, layer.output_q) for m in site.modules()):
@@ -173,9 +192,8 @@ def test_32_bits_give_the_float_computation_bit_for_bit(name: str, smoke: Config
     bits = "" if name == "float" else f"bits=w{FLOAT}a{FLOAT}g{FLOAT}"
     words = ["optim=sgd", "init=scratch", "epochs=2", "pretrain.epochs=2"]
     norm = registry.create("method", {"name": name}).requires.norm  # the normalization that the method requires
-    _, _, float_losses = trained(smoke("method=float", *words, *([f"model.norm={norm}"] if norm else [])))
     _, _, losses = trained(smoke(f"method={name}", *([bits] if bits else []), *words))
-    assert losses == float_losses
+    assert losses == losses_of_float(norm)
 
 
 def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple[Result, Result]:
@@ -197,7 +215,9 @@ def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple
     return whole, run(planned_run(smoke(*words)), RunContext())
 
 
-@every_method
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in REPRESENTATIVES else pytest.mark.full) for name in METHODS]
+)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(name: str, smoke: Configure) -> None:
     words = [f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
     if not registry.create("method", {"name": name}).needs_training:
@@ -211,8 +231,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(name: str, smoke: Configur
     assert (again.final, again.best) == (whole.final, whole.best)
 
 
-@pytest.mark.parametrize("calls", [1, 17, 18, 19, 20])
-@pytest.mark.parametrize("optimizer", ["sgd", "unified"])
+@pytest.mark.parametrize(
+    ("optimizer", "calls"), [("sgd", 1), ("unified", 17), ("sgd", 18), ("unified", 19), ("sgd", 20)]
+)
 def test_a_resumed_run_keeps_every_option_of_the_optimizer(smoke: Configure, optimizer: str, calls: int) -> None:
     """Stop after the first, the last but one and the last batch of an epoch, after the epoch, and in the next one."""
     options = ["optim.ema=0.9", "optim.clip_norm=1", "optim.label_smoothing=0.1", "optim.patience=5"]
