@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 from conftest import ROOT
 from PIL import Image
@@ -21,7 +22,15 @@ from qbench.runs.result import Accuracy, BaselineResult, Evaluation, load_result
 
 
 def qbench(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process without a terminal."""
+    """Run the command in a process without a terminal.
+
+    The process is forked from a server that has imported torch, unless the command has an environment or starts
+    further processes.
+    """
+    if not environment and not any("launcher" in word for word in words):
+        with faults.server() as server:
+            job = server.start(words, cwd=cwd)
+            return subprocess.CompletedProcess(words, job.wait(), job.stdout(), job.stderr())
     return subprocess.run(
         [sys.executable, "-m", "qbench", *words],
         capture_output=True, text=True, cwd=cwd, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,

@@ -16,6 +16,7 @@ from qbench.bits import Bits
 from qbench.check.kit import Finding, check, report
 from qbench.check.properties import PROPERTIES
 from qbench.check.subject import MethodUnderTest
+from qbench.cli.main import main as cli
 from qbench.config import compose, groups
 from qbench.experiment.builders import build_method
 from qbench.methods import dorefa, dq, inq, pact, qcnn, qd, ttq, twn
@@ -45,8 +46,13 @@ NOT_APPLICABLE_TO = {
 
 
 @pytest.mark.parametrize("name", groups.option_names("method"))
-def test_every_method_has_every_property(name: str) -> None:
+@pytest.mark.parametrize("widths", ["three", pytest.param("all", marks=pytest.mark.full)])
+def test_every_method_has_every_property(name: str, widths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the narrowest, the default and the widest width of each method; in the long tier, check all widths."""
     one = method_under_test(name)
+    if widths == "three" and len(supported := one.supported_bits) > 3:
+        few = list(dict.fromkeys([supported[0], one.default, supported[-1]]))
+        monkeypatch.setattr(MethodUnderTest, "supported_bits", few)
     findings = check(one)
     assert not any(finding.failures for finding in findings), report(one, findings)
     if name != "float":
@@ -370,10 +376,10 @@ def test_the_command_line(tmp_path: Path) -> None:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     good, bad, unknown, nothing = run("twn"), run("planted:build"), run("method=nosuch"), run()
-    assert run("ttq", "dorefa").returncode == run("ttq", "--cfg=job").returncode == 2
-    assert run("ttq", "bits.w=5").returncode == 2
-    assert run("bwn", "activation=hwgq").returncode == 0
-    assert run("xnor", "method.scale=K").returncode == 0
+    for refused in (["ttq", "dorefa"], ["ttq", "--cfg=job"], ["ttq", "bits.w=5"]):
+        assert cli(["check", *refused]) == 2, refused
+    for holds in (["bwn", "activation=hwgq"], ["xnor", "method.scale=K"]):
+        assert cli(["check", *holds]) == 0, holds
     assert good.returncode == 0, good.stdout + good.stderr
     assert "twn: 9 properties hold, 4 are not applicable, " in good.stdout
     assert bad.returncode == 1

@@ -5,15 +5,18 @@ family of networks and method. The files of claims are composed in tests/papers/
 included here.
 """
 
-import copy
-import functools
 import math
-from collections.abc import Callable
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, Configure
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,14 +39,35 @@ from qbench.training.state import State
 from qbench.training.task import Task
 
 STEPS = 2
+SHARED = Path()
 FILES = [name for name in groups.option_names("experiment") if "/" in name and not name.startswith("claims/")]
 PAPERS = sorted({name.partition("/")[0] for name in FILES})
 every_paper = pytest.mark.parametrize("paper", PAPERS)
 NARROW = {"width": 4, "width_mult": 0.05, "widen": 1}
 
 
-@functools.cache
+@pytest.fixture(scope="session", autouse=True)
+def _composed_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep composed files in a folder that all processes of a test session share."""
+    folder = tmp_path_factory.getbasetemp()  # one folder per process; its parent belongs to the session
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "SHARED", folder / "composed")
+        yield
+
+
 def configurations(paper: str) -> dict[str, list[Config]]:
+    """Return what `compose_files` returns; it is computed once per test session."""
+    SHARED.mkdir(exist_ok=True)
+    with FileLock(SHARED / f"{paper}.lock"):
+        file = SHARED / paper
+        if not file.exists():
+            file.write_bytes(pickle.dumps(compose_files(paper)))
+        by_file: dict[str, list[Config]] = pickle.loads(file.read_bytes())
+        return by_file
+
+
+def compose_files(paper: str) -> dict[str, list[Config]]:
     """Return the configurations of each file of a paper; for `claims`, those of each arm."""
     if paper != "claims":
         names = [name for name in FILES if name.startswith(f"{paper}/")]
@@ -59,7 +83,7 @@ def pairs(paper: str) -> dict[str, Config]:
     for name, (config,) in configurations(paper).items():
         network = (config.model, config.dataset["name"], config.dataset.get("size"))
         first.setdefault(repr((network, config.method, config.bits, config.activation)), (name, config))
-    return {name: copy.deepcopy(config) for name, config in first.values()}
+    return dict(first.values())
 
 
 def families(paper: str) -> dict[str, Config]:

@@ -102,14 +102,14 @@ class Server:
         self._number = itertools.count()
         self._read_answer(START_SECONDS)
 
-    def start(self, words: Sequence[str], out: Path | str | None = None, **fault: Any) -> Job:
-        """Start a command with these words, `out=` if given, and a fault."""
+    def start(self, words: Sequence[str], out: Path | str | None = None, cwd: Path | str = ROOT, **fault: Any) -> Job:
+        """Start a command with these words, `out=` if given, in a working directory, with a fault."""
         words = [*words, *([f"out={out}"] if out else [])]
         folder = self.folder / str(next(self._number))
         folder.mkdir()
         for name in ("stdout", "stderr"):
             (folder / name).touch()
-        request = {"words": words, "folder": str(folder), "fault": fault}
+        request = {"words": words, "folder": str(folder), "cwd": str(cwd), "fault": fault}
         assert self.process.stdin
         self.process.stdin.write(json.dumps(request, default=str) + "\n")
         return Job(self._read_answer(START_SECONDS)["pid"], folder)
@@ -243,7 +243,8 @@ def run(request: dict[str, Any]) -> None:
         handle = os.open(name, os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, target)
         os.close(handle)
-    sys.argv = ["qbench", *words]
+    os.chdir(request["cwd"])
+    sys.argv, sys.path[0] = ["qbench", *words], request["cwd"]  # as `python -m qbench` sets them
     status = 1
     try:
         from qbench.cli.main import main
