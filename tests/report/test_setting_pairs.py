@@ -106,7 +106,7 @@ def test_hits_as_bools_and_as_numbers_are_the_same() -> None:
 
 
 def setting(label: str, top1: Sequence[float], seeds: Sequence[int] | None = None, **changes: Any) -> Setting:
-    """Return a setting with these accuracies, one a seed, at w2a2g32."""
+    """Return a setting with these accuracies, one per seed, at w2a2g32."""
     seeds = range(len(top1)) if seeds is None else seeds
     runs = tuple(
         SeedAccuracy(seed=seed, run=f"{label}{seed}", top1=value, baseline=f"float{seed}", baseline_top1=99.0)
