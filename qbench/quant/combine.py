@@ -144,7 +144,9 @@ def _combined_output(weight: Method, activation: Method, owner: Method) -> Outpu
             and (quantizer := method.output(name, layer, bits if method is owner else FLOAT)) is not None
         ]
         if len(quantizers) > 1:
-            raise Unsupported(f"{weight.name} and {activation.name} both change the output of {name}")
+            raise Unsupported(
+                f"{weight.name} and {activation.name} both change the output of {name}\nuse one of them alone"
+            )
         return quantizers[0] if quantizers else None
 
     return output

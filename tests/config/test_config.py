@@ -86,7 +86,7 @@ def test_refused_by_the_builders_before_any_work(configure: Configure) -> None:
         "model.depth=x": "model.depth=x: must be a whole number",
         "method.activation=relu": "method.activation=relu: must be one of clip, abs, tanh",
         "dataset.val=1": "dataset.val=1",
-        "dataset.val=0.9999": "leaves no image to train on",
+        "dataset.val=0.9999": "leaves no images to train on",
         "dataset.val=-0.1": "dataset.val=-0.1",
         "layers.downsample=8": "layers.downsample: matches no layer",
         "layers.rules={nosuch*: 8}": "rules[nosuch*]: matches no layer; the layers are conv1",

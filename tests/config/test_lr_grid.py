@@ -122,7 +122,7 @@ def test_launchers_of_hydra_get_the_same_runs(tmp_path: Path, words: list[str]) 
 
 REFUSED = {
     "lr_search=gird": ("lr_search=gird", "none, grid"),
-    "dataset.val=0": ("dataset.val=0", "add dataset.val=0.1"),
+    "dataset.val=0": ("dataset.val=0", "type dataset.val=0.1"),
     "lr_grid.factors=[1]": ("lr_grid.factors", "two or more ascending numbers"),
     "lr_grid.factors=[1,0.5]": ("lr_grid.factors", "ascending"),
     "lr_grid.factors=[0,1]": ("lr_grid.factors", "above 0"),
@@ -251,7 +251,7 @@ def test_without_validation_accuracy_nothing_is_selected(tmp_path: Path) -> None
     plant(first, 97.0, 90.0)
     table = only_table(tmp_path)
     assert [row[0] for row in table.rows] == ["float"]
-    assert "no optim.lr of 3 selected" in table.notes[0]
+    assert "none of 3 rates is selected" in table.notes[0]
     assert "97" not in str(table.values)
 
 

@@ -87,7 +87,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"train contains no folders; it contains 00\.jpg, .* 04\.jpg and 13 more",
     ),
     "flat test": (lambda root: _flatten(root / "val"), r"val contains no folders; it contains 00\.jpg"),
-    "an empty class": (lambda root: (root / "train" / "elk").mkdir(), r"1 class folders of .*train hold no .*: elk"),
+    "an empty class": (lambda root: (root / "train" / "elk").mkdir(), r"1 class folders of .*train contain no .*: elk"),
     "an unknown class": (
         lambda root: (root / "val" / "elk").mkdir(),
         r"val: contains folders that are not classes of train: elk",

@@ -362,8 +362,8 @@ def test_a_claim_of_one_comparison_or_of_several(tmp_path: Path) -> None:
         (GOOD + "margin: -1", "above 0"),
         (GOOD + "measure: top5", "top1, drop, gradient_mismatch"),
         ("source: b\nfirst: [a]\nsecond: [b]", "claim.says"),
-        ("says: a\nsource: b\nfirst: x\nsecond: [b]", "list of command-line words"),
-        (GOOD + "comparisons: [{first: [a], second: [b]}]", "either"),
+        ("says: a\nsource: b\nfirst: x\nsecond: [b]", "list of command-line arguments"),
+        (GOOD + "comparisons: [{first: [a], second: [b]}]", "or a list `comparisons`"),
         ("says: a\nsource: b\ncomparisons: [{first: [a], second: [b]}, {first: [a], second: [c]}]", "different names"),
     ],
 )
@@ -457,7 +457,7 @@ def test_predictions_give_the_two_way_interval_else_seeds_only(tmp_path: Path) -
     assert plain.difference
     assert plain.difference.items is None
     assert plain.difference.mean == pytest.approx(result.difference.mean)
-    assert "seeds only" in plain.notes[0]
+    assert "covers only seeds" in plain.notes[0]
 
 
 def test_predictions_that_contradict_the_accuracy_are_not_used(tmp_path: Path) -> None:

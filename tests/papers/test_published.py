@@ -257,7 +257,7 @@ def test_values_from_memory_are_marked() -> None:
     assert not any(note.startswith("~") for note in known.notes)
     unknown = published_table([by_id("slq", "alexnet_w5")])
     assert unknown.rows[0][5] == "?"
-    assert unknown.notes[0].startswith("? no number")
+    assert unknown.notes[0].startswith("? not known")
 
 
 def test_every_value_from_memory_has_the_mark() -> None:
@@ -346,7 +346,7 @@ def test_json_has_plain_numbers() -> None:
         (["--paprr", "ttq"], "published: no such flag: --paprr; did you mean --paper?"),
         (["--format", "xml"], "published --format xml"),
         (["--paper"], "published --paper needs a value"),
-        (["ttq"], "published: ttq is not a flag"),
+        (["ttq"], "published: unexpected argument: ttq"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,7 @@ PHRASES = {
     "nan tensor": "contains inf or nan",
     "complex tensor": "other type",
     "other names": "missing",
-    "a list": "holds a list",
+    "a list": "contains a list",
 }
 
 READER = """
