@@ -12,13 +12,14 @@ import hydra
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from qbench.config import lr_grid
-from qbench.config.groups import conf_directory
+from qbench.config.groups import conf_directory, group_names
 from qbench.config.hydra_errors import translate_hydra_error
 from qbench.config.hydra_sources import register_sources
-from qbench.config.schema import Config, did_you_mean, to_dict
+from qbench.config.schema import Config, did_you_mean, sweep_hint, to_dict
 from qbench.config.validate import from_node
 from qbench.errors import ConfigError, QbenchError
 
@@ -80,9 +81,11 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
         if folder is not None:
             path = GlobalHydra.instance().config_loader().get_search_path()
             path.prepend("command-line", f"file://{os.path.abspath(folder)}", SearchPathQuery(provider="schema"))
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
+        for word in parsed:
+            _refuse_lists(word)
         if not sweep:
             return [hydra.compose("config", overrides)]
-        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         values = [
             [
                 f"{word.get_key_element()}={value}"
@@ -90,13 +93,25 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
             ]
             if word.is_sweep_override()
             else [word.input_line or ""]
-            for word in parser.parse_overrides(overrides)
+            for word in parsed
         ]
         if prod(map(len, values)) > MOST_COMBINATIONS:
             raise ConfigError(
                 f"the sweep has more than {MOST_COMBINATIONS:,} combinations; split it into several sweeps"
             )
         return [hydra.compose("config", list(words)) for words in product(*values)]
+
+
+def _refuse_lists(word: Override) -> None:
+    """Refuse a list of a group's options, of which Hydra would silently let the last one win."""
+    if word.key_or_group not in group_names():
+        return
+    values = islice(word.sweep_iterator(), MOST_COMBINATIONS) if word.is_sweep_override() else [word.value()]
+    for value in values:
+        if isinstance(value, list):
+            key = word.get_key_element().lstrip("+")
+            typed = ",".join(map(str, value))
+            raise ConfigError(f"{key}=[{typed}]: must be one value, not a list\n{sweep_hint(key, value)}")
 
 
 def launcher(arguments: Iterable[str]) -> str | None:

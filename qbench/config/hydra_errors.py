@@ -33,8 +33,10 @@ def translate_hydra_error(error: Exception, arguments: list[str]) -> str:
     text = str(error).strip()
     if isinstance(error, RecursionError):
         return "the value is nested too deeply or contains itself"
-    if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{ambiguous[1]}: found several values\nfor a sweep, put -m first; for a list, type key=[a,b]"
+    if several := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text):
+        is_option = several[1].partition("=")[0].partition("@")[0] in group_names()
+        as_list = "" if is_option else "; for a list, type key=[a,b]"
+        return f"{several[1]}: found several values\nfor a sweep, put -m first{as_list}"
     if isinstance(error, OverrideParseException):
         reason = text.splitlines()[0]
         return f"{error.override}: not valid as KEY=VALUE: {reason}\nquote special characters twice: 'key=\"value\"'"

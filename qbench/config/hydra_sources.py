@@ -34,6 +34,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
         values = read_yaml(file)
         if not isinstance(values, dict | NoneType):
             raise ConfigError(f"{file}: contains {values!r}\nallowed: keys and values, such as `epochs: 3`")
+        _refuse_lists(file, values)
         try:
             return super().load_config(config_path)
         except Exception as error:  # OmegaConf and Hydra's header add rules to those of YAML
@@ -83,6 +84,15 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Return an empty list, because there are infinitely many names."""
         return []
+
+
+def _refuse_lists(file: Path, values: Node | None) -> None:
+    """Refuse a list of options in `defaults`, of which Hydra would silently let the last one win."""
+    entries = (values or {}).get("defaults")
+    for entry in entries if isinstance(entries, list) else ():
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(value, list):
+                raise ConfigError(f"{file}: `{key}: {value}` must be one value, not a list")
 
 
 def _configuration(group: str, name: str) -> DictConfig | ListConfig:

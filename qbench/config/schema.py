@@ -231,6 +231,12 @@ def baseline_config(config: Config, norm: str | None = None) -> Config:
     return baseline
 
 
+def sweep_hint(key: str, values: Iterable[object]) -> str:
+    """Return the line of a message that shows how to type a sweep over a list of values."""
+    typed = ",".join(map(str, values))
+    return f"one run for each value: -m {key}={typed}" if "," in typed else f"type {key}={typed or 'VALUE'}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` with a word of `known` similar to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

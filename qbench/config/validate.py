@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from types import NoneType
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from qbench.bits import FLOAT
@@ -24,6 +24,7 @@ from qbench.config.schema import (
     Node,
     Optim,
     baseline_config,
+    sweep_hint,
 )
 from qbench.config.unknown_key import unknown_key_message
 from qbench.errors import ConfigError
@@ -255,4 +256,5 @@ def _wrong_type(error: ValidationError, node: DictConfig) -> str:
         "ListConfig": "a list",
     }  # fmt: skip
     kind = words.get(expected.group(1), WIDTHS) if expected else "a value" if value is None else "another type"
-    return f"{key}={value}: must be {kind}"
+    sweep = f"\n{sweep_hint(key, value)}" if isinstance(value, ListConfig) else ""
+    return f"{key}={value}: must be {kind}{sweep}"

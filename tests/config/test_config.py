@@ -50,7 +50,7 @@ REFUSED = {
     "method=null": ("method=null", "no such method", "dorefa"),
     "optim=null": ("optim=null", "no such optim", "sgd"),
     "bits=2": ("bits=2", "w2a2g6"),
-    "runtime=[1]": ("runtime=[1]", "no such runtime"),
+    "runtime=[1]": ("runtime=[1]", "must be one value, not a list", "type runtime=1"),
     "pretrain.optim=adam": ("pretrain.optim=adam", "optim@pretrain.optim=NAME"),
     "layers.rules=abc": ("layers.rules=abc", "{layer1.*: 8}"),
     "seed=null": ("seed=None", "a value"),
@@ -66,6 +66,42 @@ REFUSED = {
     "--package": ("--package", "a value"),
     "frobnicate": ("frobnicate", "KEY=VALUE"),
 }
+
+
+LISTS = {  # a list where one option is wanted -> the last line of the message
+    "bits=[w2a2,w4a4]": "one run for each value: -m bits=w2a2,w4a4",
+    "bits=[w1,w2]": "one run for each value: -m bits=w1,w2",
+    "optim=[sgd,adam]": "one run for each value: -m optim=sgd,adam",
+    "dataset=[digits,glyphs]": "one run for each value: -m dataset=digits,glyphs",
+    "method=[float,'dorefa']": "one run for each value: -m method=float,dorefa",
+    "model=[resnet8,lenet]": "one run for each value: -m model=resnet8,lenet",
+    "activation=[none,hwgq]": "one run for each value: -m activation=none,hwgq",
+    "layers=[default,default]": "one run for each value: -m layers=default,default",
+    "optim@pretrain.optim=[sgd,adam]": "one run for each value: -m optim@pretrain.optim=sgd,adam",
+    "experiment=[smoke,claims/qd_kd]": "one run for each value: -m experiment=smoke,claims/qd_kd",
+    "+bits=[w2,w4]": "one run for each value: -m bits=w2,w4",
+    "bits=[w2]": "type bits=w2",
+    "bits=[]": "type bits=VALUE",
+    "-m bits=[w2,w4],w8": "one run for each value: -m bits=w2,w4",
+    "-m bits=choice(w8,[w2,w4])": "one run for each value: -m bits=w2,w4",
+}
+
+
+@pytest.mark.parametrize("words", LISTS)
+def test_a_list_where_one_option_is_wanted_does_not_take_the_last(words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose.configurations(words.split())
+    first, last = str(caught.value).splitlines()
+    assert first.endswith("must be one value, not a list"), first
+    assert last == LISTS[words]
+
+
+def test_a_list_of_options_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\ndefaults:\n  - override /bits: [w2, w4]\n")
+    with pytest.raises(ConfigError, match="must be one value, not a list"):
+        compose.configurations(["experiment=mine", "--config-dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("word", REFUSED)
