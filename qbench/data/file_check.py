@@ -9,22 +9,27 @@ valid while the names, sizes and modification times of all files stay the same.
 A JPEG or PNG file passes if PIL recognizes its header and the file has the end of a complete file. A PNG that is read
 completely must also have correct checksums. Files of other formats are decoded. Damage in the middle of a file may
 remain undetected until the file is decoded.
+
+Images of more than 8 bits per channel are decoded too. White is 65535 in such an image, so that values of 10 or 12 bits
+would become almost black. Such a set is refused.
 """
 
 import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from qbench.data.images import damaged_files_error, describe_error, to_rgb
+from qbench.data.images import MAX_DEEP, damaged_files_error, describe_error, is_deep, to_rgb
+from qbench.errors import DataError
 
 MAX_WHOLE_BYTES = 2**32
 """Maximum size in bytes of a data set whose files are read completely."""
@@ -33,7 +38,7 @@ END_BYTES = 4096
 """Number of bytes that are read at each end of a file in larger data sets."""
 
 THREADS = 8
-VERSION = 2
+VERSION = 3
 """Version of the cached result."""
 
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
@@ -62,9 +67,15 @@ class FileCheck:
 
 
 class _FileFacts(NamedTuple):
+    """One file: its hash, its size in pixels, and its largest value if it has more than 8 bits.
+
+    The largest value is that of the upper 8 bits. It is None for an image of 8 bits.
+    """
+
     digest: bytes
     height: int
     width: int
+    brightest: int | None
 
 
 def check_files(root: str, names: Sequence[str]) -> FileCheck:
@@ -98,6 +109,7 @@ def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[F
     """Return the result of the check, and (name, reason) of each file that fails."""
     whole = sum(sizes) <= MAX_WHOLE_BYTES
     total, shapes = hashlib.sha256(), set()
+    brightest: dict[str, int] = {}  # part of the data set, such as train -> largest value of its deep images
     bad: list[tuple[str, str]] = []
 
     def check(i: int) -> _FileFacts | str:
@@ -113,9 +125,23 @@ def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[F
                 continue
             total.update(f"{names[i]}\0{sizes[i]}\0".encode(errors="surrogateescape") + facts.digest)
             shapes.add((facts.height, facts.width))
+            if facts.brightest is not None:
+                part = names[i].partition("/")[0]
+                brightest[part] = max(brightest.get(part, 0), facts.brightest)
+    _refuse_dark(root, brightest)
     height, width = shapes.pop() if len(shapes) == 1 else (0, 0)
     hashed = "names and whole files" if whole else f"names, sizes, first and last {END_BYTES} bytes of each file"
     return FileCheck(len(names), sum(sizes), total.hexdigest(), hashed, height, width), bad
+
+
+def _refuse_dark(root: str, brightest: Mapping[str, int]) -> None:
+    """Refuse images of more than 8 bits that leave the upper bits of 16 unused."""
+    for part, value in brightest.items():
+        if value < 128:
+            raise DataError(
+                f"{os.path.join(root, part)}: images of 16 bits in which no value is above {(value << 8) + 255}\n"
+                f"white must be {MAX_DEEP}: scale all images by one factor, or write them with 8 bits"
+            )
 
 
 def _check_file(path: str, size: int, whole: bool) -> _FileFacts:
@@ -134,11 +160,14 @@ def _check_file(path: str, size: int, whole: bool) -> _FileFacts:
             width, height = image.size
             mark = END_MARKS.get(image.format or "")
             has_end = mark is not None and mark in data[-END_BYTES:]
-            if image.format == "PNG" and (whole or not has_end):
+            brightest = None
+            if is_deep(image):
+                brightest = int(np.asarray(to_rgb(image)).max())
+            elif image.format == "PNG" and (whole or not has_end):
                 image.verify()
             elif not has_end:
                 to_rgb(image)
-        return _FileFacts(hashlib.sha256(data).digest(), height, width)
+        return _FileFacts(hashlib.sha256(data).digest(), height, width, brightest)
 
 
 def _cache_path(root: str) -> Path:

@@ -1,10 +1,11 @@
 """Your own images, with one folder per class.
 
 The files are root/train/CLASS/*.jpg, and root/val/CLASS/*.jpg or root/test/CLASS/*.jpg. Classes are the folders of
-train, sorted by name. Images may be in subfolders. Files with the suffix of an image format (JPEG, PNG, PPM, PGM, BMP,
-TIFF or WebP) are images. Other files are counted and ignored. Grey, CMYK, palette and 16-bit images become RGB. The
-EXIF orientation is ignored, as in torchvision. The validation split is the share `val` of the images in the folder
-train. The test split is the folder val or test.
+train, sorted by name. Images may be in subfolders. A link to a folder that is read already is refused. Files with the
+suffix of an image format (JPEG, PNG, PPM, PGM, BMP, TIFF or WebP) are images. Other files are counted and ignored.
+Grey, CMYK, palette and 16-bit images become RGB. White is 65535 in 16-bit images, and sets that use fewer bits are
+refused. The EXIF orientation is ignored, as in torchvision. The validation split is the share `val` of the images in
+the folder train. The test split is the folder val or test.
 
 With `augment=plain`, the shorter side is resized to `resize`. Then `size` x `size` pixels are
 cropped, at random in training and in the centre in evaluation. With `augment=inception`, training
@@ -42,7 +43,7 @@ def build(
     top = absolute_root(root)
     classes = classes_in(top / "train")
     train = find_images(top, "train", classes)
-    test_images = find_images(top, find_test_folder(top, test), classes)
+    test_images = find_images(top, find_test_folder(top, test), classes, train)
     return dataset_from_files(
         "folder", top, train, test_images, classes=len(classes), val=val, side=resize,
         augment=photo_augment(augment, size, pad, flip, jitter), normalize=normalize,

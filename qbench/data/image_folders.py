@@ -1,8 +1,8 @@
 """Finds images in one folder per class, and builds a data set in memory or streaming from files."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -32,14 +32,23 @@ STATISTICS_IMAGES = 1000
 data set.
 """
 
+FolderId = tuple[int, int]
+"""Device and inode of a folder, which are the same on every path to it."""
+
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files: names below the root in order, labels, and the number of other files."""
+    """Image files: names below the root in order, and labels.
+
+    Args:
+        ignored: number of other files.
+        folders: all folders that were read.
+    """
 
     names: tuple[str, ...]
     labels: tuple[int, ...]
     ignored: int = 0
+    folders: Mapping[FolderId, Path] = field(default_factory=dict)
 
 
 def classes_in(folder: Path) -> list[str]:
@@ -57,14 +66,15 @@ def classes_in(folder: Path) -> list[str]:
     return classes
 
 
-def find_images(root: Path, part: str, classes: Sequence[str]) -> ImageFiles:
+def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles | None = None) -> ImageFiles:
     """Return the images below root/part/CLASS, at any depth.
 
-    The suffix decides whether a file is an image.
+    The suffix decides whether a file is an image. `train` is the training images, whose folders
+    must not be read again as test images.
 
     Raises:
-        DataError: a class folder of train has no image, there is no image at all, or a class is not
-            in `classes`.
+        DataError: a class folder of train has no image, there is no image at all, a class is not in
+            `classes`, or a link leads to a folder that is read already.
     """
     folders = classes_in(root / part)
     if unknown := sorted(set(folders) - set(classes)):
@@ -75,15 +85,17 @@ def find_images(root: Path, part: str, classes: Sequence[str]) -> ImageFiles:
     labels: list[int] = []
     ignored = sum(not entry.is_dir() for entry in os.scandir(root / part))
     empty = []
+    known = {_folder_id(root): root} | dict(train.folders if train else {})
+    _enter(root / part, known)
     for label, name in enumerate(classes):
-        images, others = _images_below(root, f"{part}/{name}") if name in folders else ([], 0)
+        images, others = _images_below(root, f"{part}/{name}", known) if name in folders else ([], 0)
         names, labels, ignored = names + images, labels + [label] * len(images), ignored + others
         empty += [] if images else [name]
     if empty and (part == "train" or not names):
         raise _layout_error(
             root, f"{len(empty)} class folders of {root / part} contain no images: {_first_names(empty)}"
         )
-    return ImageFiles(tuple(names), tuple(labels), ignored)
+    return ImageFiles(tuple(names), tuple(labels), ignored, known)
 
 
 def find_test_folder(root: Path, part: str) -> str:
@@ -203,23 +215,39 @@ def _statistics_images(split: Split | FileSplit) -> Tensor:
     return torch.from_numpy(pixels).T[None, :, None, :]
 
 
-def _images_below(root: Path, folder: str) -> tuple[list[str], int]:
+def _images_below(root: Path, folder: str, known: dict[FolderId, Path]) -> tuple[list[str], int]:
     """Return the names of the images below root/folder, sorted, and the number of other files."""
     names, others = [], 0
-    for path, images, file_count in _walk(root / folder):
+    for path, images, file_count in _walk(root / folder, known):
         others += file_count - len(images)
         names += [os.path.relpath(os.path.join(path, name), root) for name in images]
     return sorted(names), others
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], int]]:
+def _walk(folder: Path, known: dict[FolderId, Path]) -> Iterator[tuple[str, list[str], int]]:
     """Yield `folder` and every visible folder below it.
 
     Also yield the names of the images and the number of all files in each folder.
     """
     for path, folders, files in os.walk(folder, onerror=_raise_resource_error, followlinks=True):
+        _enter(Path(path), known)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield path, [n for n in files if n.lower().endswith(SUFFIXES) and not n.startswith(".")], len(files)
+
+
+def _enter(folder: Path, known: dict[FolderId, Path]) -> None:
+    """Add a folder to the known folders. Refuse it if a link led to a known folder."""
+    first = known.setdefault(_folder_id(folder), folder)
+    if first != folder:
+        raise DataError(
+            f"{folder} is the folder {first}, which is read already\n"
+            "remove the link: each image must have one label, and no test image may be a training image"
+        )
+
+
+def _folder_id(folder: Path) -> FolderId:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _raise_resource_error(error: OSError) -> None:

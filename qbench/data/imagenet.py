@@ -46,7 +46,8 @@ def build(
             f"{top / 'train'} contains {len(classes)} class folders, but ImageNet has {CLASSES}\n"
             f"for other images or a subset, type dataset=folder dataset.root={root}"
         )
+    train = find_images(top, "train", classes)
     return dataset_from_files(
-        "imagenet", top, find_images(top, "train", classes), find_images(top, "val", classes), classes=CLASSES, val=val,
-        side=resize, augment=photo_augment(augment, size, 0, flip, jitter), normalize=normalize,
+        "imagenet", top, train, find_images(top, "val", classes, train), classes=CLASSES, val=val, side=resize,
+        augment=photo_augment(augment, size, 0, flip, jitter), normalize=normalize,
     )  # fmt: skip

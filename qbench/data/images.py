@@ -5,13 +5,14 @@ torchvision. The EXIF orientation is ignored, as in torchvision.
 """
 
 import errno
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from qbench.data.augment import Augment, center_crop, crop_and_flip, random_box
@@ -21,6 +22,9 @@ Pixels = npt.NDArray[np.uint8]
 
 MAX_NAMED = 20
 """Maximum number of bad files in a message."""
+
+MAX_DEEP = 2**16 - 1
+"""White in an image of more than 8 bits."""
 
 SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Error numbers that do not mean that the file is damaged: too many open files, no memory."""
@@ -32,15 +36,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Grey is repeated, 16-bit values are cut to their upper 8 bits, and alpha is dropped.
 
     Raises:
-        ValueError: the pixels are floats, for which the value of white is not known.
+        ValueError: the pixels are floats, or integers outside 16 bits, for which the value of white is not known.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floats")
     if image.mode.startswith("I"):  # PIL's own conversion would make every value above 255 white
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > MAX_DEEP:
+            raise ValueError(f"its pixels are {low} to {high}; must be 0 to {MAX_DEEP}")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def is_deep(image: ImageFile.ImageFile) -> bool:
+    """Return whether an image that is not decoded yet has more than 8 bits per channel.
+
+    A PPM or PGM file states its white level, to which PIL scales. It therefore counts as 8 bits.
+    """
+    raw_modes = " ".join(str(tile[3]) for tile in image.tile)
+    return image.format != "PPM" and (image.mode.startswith("I") or bool(re.search(";16[BLNS]", raw_modes)))
 
 
 def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:

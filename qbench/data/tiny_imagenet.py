@@ -43,9 +43,10 @@ def build(
             f"for other images or a subset, type dataset=folder dataset.root={root}"
         )
     annotated = (top / "val" / ANNOTATIONS).is_file() and (top / "val" / "images").is_dir()
-    test = _annotated_images(top, classes) if annotated else find_images(top, "val", classes)
+    train = find_images(top, "train", classes)
+    test = _annotated_images(top, classes) if annotated else find_images(top, "val", classes, train)
     return dataset_from_files(
-        "tiny_imagenet", top, find_images(top, "train", classes), test, classes=CLASSES, val=val, side=SIDE,
+        "tiny_imagenet", top, train, test, classes=CLASSES, val=val, side=SIDE,
         augment=Augment(pad, flip, replicate, size=SIDE), normalize=normalize, shape=(SIDE, SIDE),
     )  # fmt: skip
 

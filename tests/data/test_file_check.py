@@ -1,17 +1,22 @@
 """Damaged image files and the fingerprint of the files."""
 
+import io
 import json
 import os
+import struct
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import image_sets
+import numpy as np
 import pytest
 import torch
 from helpers import picture, write_images
 from image_sets import CPU, all_batches, build_folder, equal, expected_epoch_seed, halved
+from PIL import Image
 
 from qbench.data import file_check, images
 from qbench.data.dataset import Dataset, Loader
@@ -182,3 +187,79 @@ def test_the_fingerprint_covers_the_split(tmp_path: Path) -> None:
     assert {key for key in first if first[key] != second[key]} == {
         "train_images", "val_images", "train_sha256", "val_sha256"
     }  # fmt: skip
+
+
+def _deep_png(values: Any, color: int) -> bytes:
+    """Return a PNG of 16 bits per channel; PIL writes grey ones only."""
+    height, width = values.shape[:2]
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def _saved_by_pil(values: Any, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind)
+    return buffer.getvalue()
+
+
+DEEP: dict[str, tuple[str, Callable[[Any], bytes]]] = {
+    "grey PNG": ("png", lambda v: _deep_png(v, 0)),
+    "RGB PNG": ("png", lambda v: _deep_png(np.stack([v] * 3, 2), 2)),
+    "grey PNG with alpha": ("png", lambda v: _deep_png(np.stack([v, v * 0 + 65535], 2), 4)),
+    "RGB PNG with alpha": ("png", lambda v: _deep_png(np.stack([v, v, v, v * 0 + 65535], 2), 6)),
+    "16-bit TIFF": ("tif", lambda v: _saved_by_pil(v, "TIFF")),
+    "32-bit TIFF": ("tif", lambda v: _saved_by_pil(v.astype(np.int32), "TIFF")),
+}
+
+
+@pytest.mark.parametrize("read", ["whole", "ends"])
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_images_that_use_few_bits_are_refused(
+    kind: str, read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if read == "ends":
+        monkeypatch.setattr(file_check, "MAX_WHOLE_BYTES", 0)
+    suffix, encode = DEEP[kind]
+    root, values = tmp_path / "set", np.arange(256, dtype=np.uint16).reshape(16, 16)
+
+    def write(part: str, white: int) -> None:
+        for name in ("ant", "bee"):
+            (root / part / name).mkdir(parents=True, exist_ok=True)
+            (root / part / name / f"0.{suffix}").write_bytes(encode(values * (white // 255)))
+
+    write("train", 65535)
+    write("val", 65535)
+    data = build_folder(root, size=16, val=0.0)
+    assert torch.equal(data.train.images[0, 0], torch.arange(256).reshape(16, 16)), "all 256 levels"  # type: ignore[union-attr]
+    for bits in (8, 10, 12, 15):
+        write("val", 2**bits - 1)
+        with pytest.raises(DataError, match=r"set/val: images of 16 bits in which no value is above .*\nwhite must be"):
+            build_folder(root, size=16, val=0.0)
+    write("val", 65535)
+    write("train", 1023)
+    with pytest.raises(DataError, match=r"set/train: images of 16 bits in which no value is above 1023\n"):
+        build_folder(root, size=16, val=0.0)
+
+
+def test_integers_outside_16_bits_are_refused(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "set", suffix="tif")
+    for low, high in ((0, 70_000), (-5, 60_000)):
+        image = np.linspace(low, high, 256).astype(np.int32).reshape(16, 16)
+        (root / "train" / "bee" / "2.tif").write_bytes(_saved_by_pil(image, "TIFF"))
+        with pytest.raises(DataError, match=rf"train/bee/2.tif \(its pixels are {low} to {high}; must be 0 to 65535\)"):
+            build_folder(root)
+
+
+def test_a_dark_pgm_states_its_own_white_level(tmp_path: Path) -> None:
+    root, values = tmp_path / "set", np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for part in ("train", "val"):
+        (root / part / "ant").mkdir(parents=True)
+        (root / part / "ant" / "0.pgm").write_bytes(b"P5 16 16 1023\n" + values.astype(">u2").tobytes())
+    train = build_folder(root, size=16, val=0.0).train.images[0, 0].numpy()  # type: ignore[union-attr]
+    assert train[0, 0] == 0
+    assert np.abs(train - values / 1023 * 256).max() <= 1, "a quarter of white at most"

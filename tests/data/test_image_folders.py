@@ -277,3 +277,29 @@ def test_a_command_that_streams_images(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "set" / "train" / "bee" / "2.jpg").write_bytes(b"")
     assert cli([*words, "seed=1"]) == 3
     assert "train/bee/2.jpg (empty)" in capsys.readouterr().err
+
+
+LINKS = {  # link below the set -> what it leads to
+    "to the folder above": ("train/ant/loop", ".."),
+    "to itself": ("train/ant/loop", "."),
+    "of two classes": ("train/ant/more", "../bee"),
+    "to the root, as a class": ("train/zoo", ".."),
+    "to the test images": ("train/ant/more", "../../val"),
+    "to a folder outside, twice": ("train/ant/store", "../../../store"),
+    "test images that are training images": ("val/ant/more", "../../train/ant"),
+    "a test folder that is train": ("test", "train"),
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_a_link_cannot_make_an_image_count_twice(case: str, tmp_path: Path) -> None:
+    link, target = LINKS[case]
+    root = write_images(tmp_path / "set")
+    options = {"test": "test"} if link == "test" else {}
+    (tmp_path / "store").mkdir()
+    picture(1, 20, 20).save(tmp_path / "store" / "x.png")
+    (root / "train" / "cow" / "outside").symlink_to(tmp_path / "store")
+    assert len(build_folder(root).train) == 19, "a single link to a folder outside is followed"
+    (root / link).symlink_to(target)
+    with pytest.raises(DataError, match=r"is the folder .*, which is read already\nremove the link"):
+        build_folder(root, **options)
