@@ -16,9 +16,9 @@ from torch import Tensor
 
 from qbench.analysis.finished_run import FinishedRun, load_finished_run
 from qbench.analysis.overrides import override_dataset
-from qbench.config import registry
 from qbench.data.dataset import Dataset
 from qbench.errors import ConfigError
+from qbench.experiment.builders import build_dataset
 from qbench.report.tables.table import Table
 from qbench.runs.result import Accuracy
 from qbench.system import files
@@ -109,9 +109,7 @@ def evaluate(
 
 def _other_dataset(own: Dataset, node: Mapping[str, Any]) -> Dataset:
     """Return the data set that `node` names, normalized with the constants of the run's own data set."""
-    data = registry.create("dataset", node)
-    if not isinstance(data, Dataset):
-        raise ConfigError(f"dataset={node['name']}: returned a {type(data).__name__}, not a Dataset")
+    data = build_dataset(dict(node))
     if (data.shape, data.classes) != (own.shape, own.classes):
         raise ConfigError(
             f"dataset={node['name']} has {data.classes} classes and {data.shape} images; the run has "

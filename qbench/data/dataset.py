@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from qbench.data.augment import Augment, adjust_colours, center_crop, crop_and_flip
 from qbench.data.file_stream import FileSplit, decoded_batches
+from qbench.errors import DataError
 
 # Shapes: N images, C channels, H height, W width.
 
@@ -26,10 +27,20 @@ MAX_EVALUATION_PIXELS = 2**23
 
 @dataclass(frozen=True)
 class Split:
-    """A split in memory: images uint8 (N, C, H, W) and labels int64 (N,)."""
+    """A split in memory: images uint8 (N, C, H, W) and labels int64 (N,).
+
+    Raises:
+        DataError: the images or labels have another type or shape.
+    """
 
     images: Tensor
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        _check_tensor("images", self.images, torch.uint8, 4, "(255 * images).round().to(torch.uint8)")
+        _check_tensor("labels", self.labels, torch.int64, 1, "labels.long(), labels.argmax(1)")
+        if len(self.images) != len(self.labels):
+            raise DataError(f"a split of {len(self.images)} images and {len(self.labels)} labels: must be as many")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,6 +58,15 @@ class Split:
     def take(self, index: Tensor) -> Self:
         """Return the split of the images that an index tensor (n,) selects."""
         return replace(self, images=self.images[index], labels=self.labels[index])
+
+
+def _check_tensor(name: str, value: object, dtype: torch.dtype, dims: int, conversions: str) -> None:
+    """Refuse a split's tensor of another type or number of dimensions."""
+    if isinstance(value, Tensor) and value.dtype == dtype and value.dim() == dims:
+        return
+    found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    allowed = {"images": "uint8 (N, C, H, W) with values 0 to 255", "labels": "int64 (N,) with values from 0"}
+    raise DataError(f"{name} of a split are {found}: must be {allowed[name]}\nto convert: {conversions}")
 
 
 AnySplit = TypeVar("AnySplit", bound=Split | FileSplit)

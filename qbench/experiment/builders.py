@@ -10,6 +10,7 @@ from qbench.bits import FLOAT, Bits
 from qbench.config import registry
 from qbench.config.schema import Node
 from qbench.data.dataset import Dataset
+from qbench.data.dataset_check import check_dataset
 from qbench.data.spec import placeholder_dataset
 from qbench.deviations.registry import deviate
 from qbench.errors import ConfigError
@@ -24,7 +25,7 @@ def build_dataset(node: Node) -> Dataset:
 
     Raises:
         ConfigError: a key or value of the node is not valid.
-        DataError: the data set's files are missing or damaged.
+        DataError: the data set's files are missing or damaged, or its values are not valid.
     """
     return _dataset(json.dumps(node, sort_keys=True))
 
@@ -35,6 +36,7 @@ def _dataset(node_json: str) -> Dataset:
     data = registry.create("dataset", node)
     if not isinstance(data, Dataset):
         raise ConfigError(f"dataset={node['name']}: returned a {type(data).__name__}, not a Dataset")
+    check_dataset(data, str(node["name"]))
     return data
 
 

@@ -130,9 +130,10 @@ class TrainingSession:
         self.directory.write_artifact(name, pack({"model": weights, "identity": self.directory.identity.digest}))
 
     def write_predictions(self, answers: Tensor) -> None:
-        """Write predictions.npy, int16 (N, 2), with label and predicted class of each test image."""
+        """Write predictions.npy, int16 or int32 (N, 2), with label and predicted class of each test image."""
         buffer = io.BytesIO()
-        np.save(buffer, answers.cpu().numpy().astype(np.int16))
+        fits = int(answers.max()) <= np.iinfo(np.int16).max
+        np.save(buffer, answers.cpu().numpy().astype(np.int16 if fits else np.int32))
         self.directory.write_artifact("predictions.npy", buffer.getvalue())
 
     def speed(self, device: torch.device, epochs: int) -> TrainingSpeed:

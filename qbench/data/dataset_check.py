@@ -1,0 +1,70 @@
+"""Checks the values of a data set before a run uses them, also those of a user's own data set."""
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from qbench.data.dataset import Dataset, Split
+from qbench.data.file_stream import FileSplit
+from qbench.errors import DataError
+
+
+def check_dataset(data: Dataset, name: str) -> None:
+    """Refuse a data set whose labels, images or normalization cannot be meant.
+
+    `name` is the value of `dataset`, for the message.
+
+    Raises:
+        DataError: the message says what was found and what is allowed.
+    """
+    for problem in _problems(data):
+        raise DataError(f"dataset={name}: {problem}")
+
+
+def _problems(data: Dataset) -> Iterator[str]:
+    """Yield what is wrong with a data set. After the first problem, the rest means nothing."""
+    if type(data.classes) is not int or data.classes < 2:
+        yield f"classes={data.classes!r}: must be an int from 2 on"
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    typed: dict[str, object] = {**splits}  # a user's function may have returned anything
+    for part, value in typed.items():
+        if not isinstance(value, Split | FileSplit):
+            yield f"{part} is a {type(value).__name__}: must be a Split or a FileSplit"
+    if not len(data.train):
+        yield "train holds no images"
+    for part, split in splits.items():
+        if len(split):
+            yield from (f"{part}: {problem}" for problem in _label_problems(split.labels, data.classes))
+            yield from (f"{part}: {problem}" for problem in _image_problems(split, data))
+    if data.train.labels.min() == data.train.labels.max():
+        yield f"train: all labels are {int(data.train.labels[0])}: must be of two or more classes"
+    yield from _constant_problems(data)
+
+
+def _label_problems(labels: Tensor, classes: int) -> Iterator[str]:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        from_one = "\nto start at 0: labels - 1" if low == 1 and high == classes else ""
+        yield f"labels are {low} to {high}: must be 0 to {classes - 1}{from_one}"
+
+
+def _image_problems(split: Split | FileSplit, data: Dataset) -> Iterator[str]:
+    if isinstance(split, Split) and (high := int(split.images.max())) <= 1:
+        yield f"no value of the images is above {high}: must be 0 to 255\nfor images from 0 to 1: 255 * images"
+    shape, expected, crop = split.shape, data.train.shape, data.augment.size
+    if shape[0] != expected[0] or (not crop and shape != expected):
+        yield f"images are {shape}, those of train are {expected}: must be equal"
+    if crop and min(shape[1:]) < crop:
+        yield f"images are {shape}: must be at least {crop} x {crop} pixels, the size of a crop"
+
+
+def _constant_problems(data: Dataset) -> Iterator[str]:
+    channels = data.train.shape[0]
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != channels:
+            yield f"{key}={values}: must be {channels} numbers, one per channel"
+    if not all(0 <= x <= 1 for x in data.mean):
+        yield f"mean={data.mean}: must be 0 to 1, for images scaled to 0 to 1"
+    if not all(0 < x < math.inf for x in data.std):
+        yield f"std={data.std}: must be above 0, for images scaled to 0 to 1"

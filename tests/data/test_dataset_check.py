@@ -1,0 +1,131 @@
+"""A data set of the user's own: its values are checked before any training."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qbench.cli.main import main as cli
+from qbench.data import synthetic
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset, Split
+from qbench.data.dataset_check import check_dataset
+from qbench.data.file_stream import FileSplit
+from qbench.errors import DataError
+
+
+def small() -> Dataset:
+    return synthetic.build(train=40, test=20, classes=4, channels=1, size=8)
+
+
+def with_labels(part: str, change: Callable[[Any], Any]) -> Callable[[Dataset], Dataset]:
+    def changed(data: Dataset) -> Dataset:
+        split = getattr(data, part)
+        return replace(data, **{part: Split(split.images, change(split.labels))})
+
+    return changed
+
+
+def with_images(part: str, change: Callable[[Any], Any]) -> Callable[[Dataset], Dataset]:
+    def changed(data: Dataset) -> Dataset:
+        split = getattr(data, part)
+        return replace(data, **{part: Split(change(split.images), split.labels)})
+
+    return changed
+
+
+def with_crops_of(size: int) -> Callable[[Dataset], Dataset]:
+    return lambda data: replace(data, augment=Augment(size=size))
+
+
+WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
+    "a label out of range": (with_labels("train", lambda y: y * 2), "train: labels are 0 to 6: must be 0 to 3"),
+    "a test label out of range": (with_labels("test", lambda y: y + 2), "test: labels are 2 to 5: must be 0 to 3"),
+    "negative labels": (with_labels("train", lambda y: y - 1), "train: labels are -1 to 2: must be 0 to 3"),
+    "labels from 1": (with_labels("train", lambda y: y + 1), "1 to 4: must be 0 to 3\nto start at 0: labels - 1"),
+    "validation labels from 1": (with_labels("val", lambda y: y + 1), "val: labels are "),
+    "one-hot labels": (with_labels("train", lambda y: torch.eye(4)[y].long()), "int64 (36, 4): must be int64 (N,)"),
+    "int8 labels": (with_labels("test", lambda y: y.to(torch.int8)), "torch.int8 (20,): must be int64 (N,)"),
+    "int32 labels": (with_labels("train", lambda y: y.int()), "torch.int32 (36,): must be int64 (N,)"),
+    "float labels": (with_labels("train", lambda y: y.float()), "torch.float32 (36,): must be int64 (N,)"),
+    "labels of numpy": (with_labels("train", lambda y: y.numpy()), "labels of a split are a ndarray: must be int64"),
+    "labels in a list": (with_labels("train", lambda y: y.tolist()), "labels of a split are a list: must be int64"),
+    "float images from 0 to 1": (with_images("train", lambda x: x / 255), "torch.float32 (36, 1, 8, 8): must be uint8"),
+    "float test images": (with_images("test", lambda x: x.float()), "torch.float32 (20, 1, 8, 8): must be uint8"),
+    "float images with NaN": (with_images("train", lambda x: x / 0.0), "torch.float32 (36, 1, 8, 8): must be uint8"),
+    "images cut to 0 and 1": (with_images("train", lambda x: x // 128), "train: no value of the images is above 1"),
+    "int64 images": (with_images("train", lambda x: x.long()), "torch.int64 (36, 1, 8, 8): must be uint8"),
+    "images without channels": (with_images("train", lambda x: x[:, 0]), "torch.uint8 (36, 8, 8): must be uint8 (N, C"),
+    "images of numpy": (with_images("train", lambda x: x.numpy()), "images of a split are a ndarray: must be uint8"),
+    "more images than labels": (with_labels("train", lambda y: y[:-1]), "36 images and 35 labels: must be as many"),
+    "test images of another size": (with_images("test", lambda x: x[..., 1:]), "test: images are (1, 8, 7), those"),
+    "test images in colour": (with_images("test", lambda x: x.repeat(1, 3, 1, 1)), "test: images are (3, 8, 8), those"),
+    "crops larger than images": (with_crops_of(9), "train: images are (1, 8, 8): must be at least 9 x 9 pixels"),
+    "std of 0": (lambda data: replace(data, std=(0.0,)), "std=(0.0,): must be above 0"),
+    "std of NaN": (lambda data: replace(data, std=(float("nan"),)), "std=(nan,): must be above 0"),
+    "mean of NaN": (lambda data: replace(data, mean=(float("nan"),)), "mean=(nan,): must be 0 to 1"),
+    "mean of 0 to 255": (lambda data: replace(data, mean=(127.5,)), "mean=(127.5,): must be 0 to 1"),
+    "mean of three channels": (lambda data: replace(data, mean=(0.5,) * 3), "must be 1 numbers, one per channel"),
+    "one class": (lambda data: replace(data, classes=1), "classes=1: must be an int from 2 on"),
+    "images of one class": (with_labels("train", torch.zeros_like), "train: all labels are 0: must be of two or more"),
+    "classes as float": (lambda data: replace(data, classes=4.0), "classes=4.0: must be an int"),
+    "no training images": (lambda data: replace(data, train=data.train.take(torch.arange(0))), "train holds no images"),
+    "a split of torch": (
+        lambda data: replace(data, test=torch.utils.data.TensorDataset(data.test.labels)),
+        "test is a TensorDataset: must be a Split or a FileSplit",
+    ),
+    "files with labels out of range": (
+        lambda data: replace(data, test=FileSplit("/x", ("a.png",), torch.tensor([4]), 8)),
+        "test: labels are 4 to 4: must be 0 to 3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_values_that_cannot_be_meant_are_refused(case: str) -> None:
+    change, phrase = WRONG[case]
+    with pytest.raises(DataError) as raised:
+        check_dataset(change(small()), "mine:data")
+    assert phrase in str(raised.value)
+    assert len(str(raised.value).splitlines()) <= 2
+
+
+def test_usual_data_sets_pass() -> None:
+    for data in (small(), replace(small(), val=small().val.take(torch.arange(0))), replace(small(), std=(256 / 255,))):
+        check_dataset(data, "mine:data")
+    check_dataset(replace(small(), augment=Augment(size=7)), "mine:data")
+
+
+def test_float_images_of_a_user_end_with_status_3_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "with_floats.py").write_text(
+        "from dataclasses import replace\n"
+        "from qbench.data import synthetic\n"
+        "from qbench.data.dataset import Split\n"
+        "def data(*, val: float = 0.1):\n"
+        "    data = synthetic.build(train=40, test=20, size=8)\n"
+        "    return replace(data, train=Split(data.train.images / 255, data.train.labels))\n"
+    )
+    assert cli(["dataset=with_floats:data", "epochs=1", "pretrain.epochs=1"]) == 3
+    assert "images of a split are torch.float32" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(32_767, np.int16), (32_768, np.int32), (70_000, np.int32)])
+def test_predictions_of_many_classes_are_stored_whole(largest: int, dtype: type, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from qbench.experiment.session import TrainingSession
+
+    answers = torch.tensor([[0, 1], [largest, 2]])
+    written = SimpleNamespace(write_artifact=lambda name, data: (tmp_path / name).write_bytes(data))
+    TrainingSession.write_predictions(SimpleNamespace(directory=written), answers)  # type: ignore[arg-type]
+    stored = np.load(tmp_path / "predictions.npy")
+    assert stored.dtype == dtype
+    assert stored.tolist() == answers.tolist()
