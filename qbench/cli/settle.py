@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qbench.cli import parsers
+from qbench.cli.train import refuse_missing_devices
 from qbench.config.identity import run_identity
 from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
@@ -39,6 +40,7 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
             'qbench settle "method=dorefa bits=w2a2" "method=lsq bits=w2a2"'
         )
     first, second = map(_setting, settings)
+    refuse_missing_devices([first, second])
     if run_identity(first).digest == run_identity(second).digest:
         raise ConfigError(f"settle: both settings are {setting_name(first)}; choose two different settings")
     if first.dataset["name"] != second.dataset["name"]:

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from qbench.cli.errors import SWEEP_WITH_FAILURES
@@ -10,6 +10,7 @@ from qbench.errors import ConfigError, Interrupted
 from qbench.system.signals import stop_on_signals
 
 if TYPE_CHECKING:
+    from qbench.config.schema import Config
     from qbench.experiment.planned_run import PlannedRun
 
 
@@ -28,8 +29,21 @@ def train(arguments: list[str]) -> int:
         configs = compose.configurations(arguments)
         if not configs:  # with a flag such as --cfg job, Hydra only prints something
             return 0
+        refuse_missing_devices(configs)
         runs = planned_runs(configs)
         return train_all(arguments, runs, stop) if sweep or len(configs) > 1 else train_one(runs[0], stop)
+
+
+def refuse_missing_devices(configs: "Iterable[Config]") -> None:
+    """Refuse a device that this machine lacks, even if a result from another device is stored.
+
+    torch is imported only if a device other than the CPU is typed.
+    """
+    for name in dict.fromkeys(config.runtime.device for config in configs):
+        if name not in ("auto", "cpu"):
+            from qbench.experiment.device import choose_device
+
+            choose_device(name)
 
 
 def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
@@ -39,6 +53,7 @@ def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
     """
     from qbench.report.tables.run_row import row
     from qbench.runs import manifest
+    from qbench.system import files
 
     directory = planned.directory
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -46,6 +61,9 @@ def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
     if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
             print(f"warning: this result was stored under {change}; to train again, add rerun=true", file=sys.stderr)
+        device = (files.read_json(directory.path / "manifest.json") or {}).get("device")
+        if planned.config.runtime.device.partition(":")[0] not in ("auto", device or "auto"):
+            print(f"warning: this result was computed on {device}; to train again, add rerun=true", file=sys.stderr)
         print(row([result], width))
         directory.remove_checkpoints()
     else:

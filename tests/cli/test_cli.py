@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -141,6 +142,26 @@ def test_a_repeat_prints_the_stored_row_without_torch(
     again = qbench(*REPEATED, f"out={out}", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
+
+
+def test_a_stored_row_does_not_stand_for_another_device(
+    run_once: tuple[Path, subprocess.CompletedProcess[str]], run: Callable[..., Output]
+) -> None:
+    out, first = run_once
+    words = [*REPEATED, f"out={out}"]
+    for name in ("cuda:99", "nope", "meta"):
+        for command in (words, ["-m", *words, "seed=0"]):
+            refused = run(*command, f"runtime.device={name}")
+            assert (refused.status, refused.stdout) == (2, ""), name
+            assert refused.stderr.startswith(f"qbench: runtime.device={name}: "), refused.stderr
+    assert run("settle", shlex.join(words), shlex.join([*words, "bits.w=3", "runtime.device=cuda:99"])).status == 2
+    assert run(*words, "runtime.device=cpu") == (0, first.stdout, "")
+    manifest = next(out.rglob("dorefa*")) / "manifest.json"
+    stored = manifest.read_text()
+    manifest.write_text(stored.replace('"device": "cpu"', '"device": "cuda"'))
+    warned = run(*words, "runtime.device=cpu")
+    manifest.write_text(stored)
+    assert warned == (0, first.stdout, "warning: this result was computed on cuda; to train again, add rerun=true\n")
 
 
 def test_rerun_trains_a_stored_run_again(
