@@ -3,7 +3,6 @@
 Commands that print help, a list or a stored row do not import torch.
 """
 
-import io
 import os
 import sys
 import traceback
@@ -14,6 +13,7 @@ from qbench.cli.arguments import SUMMARIES
 from qbench.cli.errors import BUG, drop_unwritten, print_error, resource_error
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
+from qbench.system.streams import keep_running_without_reader
 
 TRACEBACK = "QBENCH_TRACEBACK"
 """Environment variable. If it is set, errors are printed with their traceback."""
@@ -25,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The exit statuses of errors are in `qbench.errors`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # print tables even if the encoding lacks a character
-        sys.stdout.reconfigure(errors="backslashreplace")
+    keep_running_without_reader()
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -36,9 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = run_command(arguments)
         print(end="", flush=True)  # flush here: a failure at Python's exit could not be reported
         return status
-    except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
-        drop_unwritten(sys.stdout)
-        return 0
     except KeyboardInterrupt:  # during start-up only, because a run handles signals itself
         return Interrupted.status
     except (

@@ -15,6 +15,7 @@ from qbench.config.schema import baseline_config
 from qbench.experiment.jobs import check, work
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.sweep_progress import POLL_SECONDS
+from qbench.system.streams import keep_running_without_reader
 
 
 def worker_count(threads: int, limit: str = "") -> int:
@@ -66,6 +67,7 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 def _prepare_worker() -> None:
     """Import the modules that every run needs. Ignore signals between runs."""
+    keep_running_without_reader()
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(kind, signal.SIG_IGN)
     for module in ("qbench.experiment.run", "torch.utils.tensorboard"):

@@ -1,0 +1,68 @@
+"""Standard output and error of a process whose reader, terminal or disk may be gone.
+
+A run must not fail because nobody reads its messages. Messages on stderr are therefore dropped if
+they cannot be written. Output on stdout is dropped if its reader is gone, as in `| head -1`. If the
+disk is full, stdout still raises, because the user wants that file.
+"""
+
+import errno
+import io
+import os
+import select
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET})
+"""Errors of a closed pipe, a terminal that was hung up, a closed descriptor and a closed socket."""
+
+
+class LossyFile(io.FileIO):
+    """A file descriptor that drops what it cannot write, for some errors, or for all with None."""
+
+    def __init__(self, descriptor: int, dropped: frozenset[int] | None) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._dropped = dropped
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """Write some bytes, and return how many. Wait if the descriptor does not block."""
+        try:
+            while (count := super().write(data)) is None:
+                select.select([], [self], [])
+            return count
+        except OSError as error:
+            if self._dropped is not None and error.errno not in self._dropped:
+                raise
+            return memoryview(data).nbytes
+
+
+def keep_running_without_reader() -> None:
+    """Replace sys.stdout and sys.stderr by streams that survive the loss of their reader.
+
+    Characters that the encoding lacks are written as escapes. Closed descriptors (`>&-`) are opened
+    on the null device. Otherwise the next file that is opened, such as a log, would get the number
+    of stdout. Streams that a caller has put in their place stay.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null == descriptor:
+                os.set_inheritable(null, True)
+            else:
+                os.dup2(null, descriptor)
+                os.close(null)
+    sys.stdout = _lossy(sys.stdout, sys.__stdout__, 1, READER_GONE)
+    sys.stderr = _lossy(sys.stderr, sys.__stderr__, 2, None)
+
+
+def _lossy(stream: TextIO | None, original: TextIO | None, descriptor: int, dropped: frozenset[int] | None) -> TextIO:
+    """Return the stream to use for a descriptor, with the encoding of the present one."""
+    if stream is not original and stream is not None:
+        return stream
+    encoding, lines = getattr(stream, "encoding", "utf-8"), descriptor == 2 or os.isatty(descriptor)
+    buffer = io.BufferedWriter(LossyFile(descriptor, dropped))
+    return io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=lines)
