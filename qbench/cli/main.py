@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     keep_running_without_reader()
+    # Processes that this one starts must not import modules from the working directory.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         os.getcwd()
     except FileNotFoundError:

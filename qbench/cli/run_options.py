@@ -11,6 +11,7 @@ from typing import Any
 
 from qbench.cli import run_parsers
 from qbench.cli.arguments import SubcommandParser
+from qbench.config.foreign_code import refuse_foreign_code
 from qbench.errors import ConfigError
 
 
@@ -76,8 +77,8 @@ def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: 
         overrides_usage: the overrides that the subcommand takes, as text for error messages. Empty if it takes none.
 
     Raises:
-        ConfigError: there is no run or more than one, a flag or value is unknown, or the subcommand
-            does not take one of the arguments.
+        ConfigError: there is no run or more than one, a flag or value is unknown, the subcommand
+            does not take one of the arguments, or the run names code without `--trust`.
     """
     words, flags = parser.parse_words(arguments)
     overrides = tuple(word for word in words if "=" in word and not os.path.isdir(word))
@@ -94,4 +95,6 @@ def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: 
         )
     if not os.path.isdir(runs[0]):
         raise ConfigError(f"{runs[0]}: no such directory\nto list the runs below outputs: qbench list runs")
+    if not flags.pop("trust", False):
+        refuse_foreign_code(Path(runs[0]), runs[0], "to run that code: --trust")
     return {"run": Path(runs[0]), "overrides": overrides} | flags

@@ -31,6 +31,7 @@ def run_flags() -> SubcommandParser:
     parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
     parser.add_argument("--device", type=some_text, help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.suggestions["--device"] = lambda: ("auto", "cpu", "cuda")
+    parser.add_argument("--trust", action="store_true", help="run code of its own that the run's config.yaml names")
     return parser
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qbench.cli import parsers
 from qbench.cli.train import refuse_missing_devices
+from qbench.config.foreign_code import refuse_foreign_code
 from qbench.config.identity import run_identity
 from qbench.config.schema import Config, did_you_mean
 from qbench.errors import ConfigError
@@ -71,12 +72,14 @@ def _from_directory(word: str) -> Config:
         )
     from qbench.config.validate import from_dict
 
+    refuse_foreign_code(path, f"settle {word}", "to run that code, quote the command line of the setting")
     config = from_dict(files.read_yaml(path / "config.yaml"))
     folder = directory_name(run_identity(config)).parent.name
     if path.absolute().parent.name != folder:  # the runs with other seeds would not be found next to this run
         raise ConfigError(
             f"settle {word}: the run was moved out of its folder {folder}\nmove it back, or type a quoted command line"
         )
+    config.distill.trust = False  # only a user can trust a teacher
     return replace(config, seed=0, out=str(path.absolute().parents[1]), rerun=False)
 
 

@@ -136,6 +136,7 @@ class Distill:
     teacher: str = "baseline"
     temperature: float = within(2.0, 0, above=True)
     weight: float = within(0.7, 0, 1)
+    trust: bool = marked(False, free=True)
 
     @property
     def on(self) -> bool:

@@ -34,11 +34,26 @@ NODES = ("model", "dataset", "method", "activation")
 
 
 def from_dict(values: Mapping[str, object]) -> Config:
-    """Return the configuration from the values of a stored `config.yaml` (see `from_node`)."""
+    """Return the configuration from the values of a stored `config.yaml` (see `from_node`).
+
+    Interpolations are refused. A stored configuration has none, and they could read the environment.
+    """
+    _check_no_interpolation(values)
     try:
         return from_node(OmegaConf.create(dict(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"not a valid configuration: {str(error).partition(chr(10))[0]}") from None
+
+
+def _check_no_interpolation(value: object, path: str = "") -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_no_interpolation(item, f"{path}{key}.")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_no_interpolation(item, path)
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{path[:-1]}={value}: a stored configuration must hold values, not ${{...}}")
 
 
 def from_node(node: DictConfig) -> Config:

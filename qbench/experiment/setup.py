@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.config.schema import STARTS, Config, Optim, Runtime, baseline_config
+from qbench.config.foreign_code import foreign_code, refuse_foreign_code
+from qbench.config.schema import STARTS, Config, Optim, Runtime, baseline_config, to_dict
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset, Loader
 from qbench.errors import ConfigError
@@ -196,10 +197,13 @@ class ExperimentSetup:
         """Return the teacher, the network of a finished run, with the run's best weights.
 
         Raises:
-            ConfigError: the teacher was trained on other data.
+            ConfigError: the teacher was trained on other data, or it names code that is not trusted.
         """
         run, dataset, data = Path(self.config.distill.teacher), self.config.dataset["name"], self.data
         named = f"distill.teacher={run}"
+        if not self.config.distill.trust:
+            known = foreign_code(to_dict(self.config))
+            refuse_foreign_code(run, named, "to run that code: distill.trust=true", known)
         config, state = stored_run(run, named)
         if config.dataset["name"] != dataset:
             raise ConfigError(f"{named} was trained on {config.dataset['name']}, but this run has dataset={dataset}")

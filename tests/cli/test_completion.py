@@ -59,7 +59,10 @@ def test_bash_completes(bash: str) -> None:
         ("qbench comp", ["compare", "completion"]),
         ("qbench help set", ["settle"]),
         ("qbench inspect", ["inspect"]),
-        ("qbench inspect RUN --", ["--bn-stats", "--device", "--format", "--help", "--images", "--sort", "--weights"]),
+        (
+            "qbench inspect RUN --",
+            ["--bn-stats", "--device", "--format", "--help", "--images", "--sort", "--trust", "--weights"],
+        ),
         ("qbench inspect RUN --sort ", ["leave-one-in", "leave-one-out", "order", "sqnr"]),
         ("qbench inspect RUN --sort leave-one-i", ["leave-one-in"]),
         ("qbench inspect RUN --images ", []),

@@ -1,0 +1,45 @@
+"""Finds code of its own that a stored configuration names, so that nobody runs it unasked.
+
+A run's directory may come from somebody else. Its config.yaml can name any function as
+`package.module:function`, which is imported from the working directory. Such code runs only if the
+user says so.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from qbench.config.registry import GROUPS
+from qbench.errors import ConfigError, QbenchError
+from qbench.system import files
+
+
+def foreign_code(values: object) -> list[str]:
+    """Return `KEY=NAME` for each function outside qbench that a configuration's values name."""
+    nodes = values if isinstance(values, Mapping) else {}
+    return [
+        f"{group}.{key}={node[key]}"
+        for group in (*GROUPS, "activation")
+        if isinstance(node := nodes.get(group), Mapping)
+        for key in ("name", "family")
+        if ":" in str(node.get(key, ""))
+    ]
+
+
+def refuse_foreign_code(run: Path, named: str, fix: str, known: Collection[str] = ()) -> None:
+    """Refuse a run whose config.yaml names code outside qbench, except the code in `known`.
+
+    Args:
+        named: name of the run in the message.
+        fix: what to type to run the code.
+
+    Raises:
+        ConfigError: config.yaml names such code.
+    """
+    try:
+        values = files.read_yaml(run / "config.yaml")
+    except (OSError, QbenchError):  # loading the run reports it
+        return
+    if foreign := [code for code in foreign_code(values) if code not in known]:
+        raise ConfigError(
+            f"{named}: its config.yaml names code that is not part of qbench: {', '.join(foreign)}\n{fix}"
+        )
