@@ -199,7 +199,7 @@ def overview(by_year: Sequence[Paper]) -> str:
         name, methods = f"[{paper.name}](#{slug(paper.name)})", ", ".join(map(linked, methods_of(paper)))
         row = (name, str(paper.year), what, methods, *cells, f"{ran} of {len(paper.rows)}")
         table.rows.append((*row, verdicts if tested else "none"))
-    return markdown([table]) + "\n\n" + texts()["columns"]
+    return markdown([table], links=True) + "\n\n" + texts()["columns"]
 
 
 def paper_section(paper: Paper) -> str:
@@ -248,7 +248,7 @@ def claimed_part(paper: Paper) -> str:
     text += f" `qbench published --paper {paper.key}` lists all rows. "
     text += f"{ran} rows have been run here, and {runnable} can be run once their data are present."
     text += "".join(f" {sentence}." for sentence in absence_sentences(paper))
-    return "\n\n".join(["**Claimed**", *([markdown([table])] if shown else []), wrapped(text)])
+    return "\n\n".join(["**Claimed**", *([markdown([table], links=True)] if shown else []), wrapped(text)])
 
 
 def absence_sentences(paper: Paper) -> list[str]:

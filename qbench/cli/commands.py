@@ -8,6 +8,7 @@ from qbench.cli import parsers, run_options
 from qbench.cli.errors import BUG, SWEEP_WITH_FAILURES, print_error
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError, Interrupted
+from qbench.report.tables.escape import printable
 from qbench.report.tables.table import FORMATS
 from qbench.system.signals import stop_on_signals
 
@@ -152,7 +153,7 @@ def list_runs(directories: list[str]) -> int:
 
     for run in read(directories):
         top1 = run.result.top1 if run.status == "done" and run.result else None
-        print(f"{run.status:<12}{run.path}" + ("" if top1 is None else f"  {top1:.2f} %"))
+        print(f"{run.status:<12}{printable(str(run.path))}" + ("" if top1 is None else f"  {top1:.2f} %"))
     return 0
 
 

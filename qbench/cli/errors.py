@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TextIO
 
+from qbench.report.tables.escape import printable
+
 BUG, SWEEP_WITH_FAILURES = 1, 8
 
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory", "overflow")
@@ -43,8 +45,8 @@ def resource_error(error: BaseException) -> list[str]:
 
 def print_error(lines: Iterable[str]) -> None:
     """Print at most three lines to stderr. Control characters of the terminal are escaped."""
-    printable = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines][:3]
-    short = [x if len(x) <= WIDEST else f"{x[: WIDEST // 2]} ... {x[-WIDEST // 2 :]}" for x in printable]
+    shown = [printable(line) for line in lines][:3]
+    short = [x if len(x) <= WIDEST else f"{x[: WIDEST // 2]} ... {x[-WIDEST // 2 :]}" for x in shown]
     with suppress(OSError):  # if stderr cannot be written, only the exit status reports the error
         print("\n".join([f"qbench: {short[0]}", *short[1:]]), file=sys.stderr)
     drop_unwritten(sys.stderr)

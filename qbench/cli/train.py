@@ -51,6 +51,7 @@ def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
 
     If the row is already stored, it is printed without importing torch.
     """
+    from qbench.report.tables.escape import printable
     from qbench.report.tables.run_row import row
     from qbench.runs import manifest
     from qbench.system import files
@@ -60,10 +61,16 @@ def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
     result = None if planned.config.rerun else directory.stored()
     if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
-            print(f"warning: this result was stored under {change}; to train again, add rerun=true", file=sys.stderr)
-        device = (files.read_json(directory.path / "manifest.json") or {}).get("device")
-        if planned.config.runtime.device.partition(":")[0] not in ("auto", device or "auto"):
-            print(f"warning: this result was computed on {device}; to train again, add rerun=true", file=sys.stderr)
+            print(
+                f"warning: this result was stored under {printable(change)}; to train again, add rerun=true",
+                file=sys.stderr,
+            )
+        device = str((files.read_json(directory.path / "manifest.json") or {}).get("device") or "auto")
+        if planned.config.runtime.device.partition(":")[0] not in ("auto", device):
+            print(
+                f"warning: this result was computed on {printable(device)}; to train again, add rerun=true",
+                file=sys.stderr,
+            )
         print(row([result], width))
         directory.remove_checkpoints()
     else:

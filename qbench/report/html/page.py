@@ -23,6 +23,7 @@ from qbench.report.html.provenance import page_provenance
 from qbench.report.plots.plots import KINDS, TITLES, comparison_figure, encoded
 from qbench.report.plots.style import INK
 from qbench.report.plots.training_curves import MEASURES, learning_curves
+from qbench.report.tables.escape import printable
 from qbench.report.tables.table import Table
 from qbench.runs.reader import RunRecord
 from qbench.runs.result import Result
@@ -106,7 +107,9 @@ def html(tables: Sequence[Table], runs: Sequence[RunRecord]) -> str:
     results = {str(run.path): run.result for run in runs if run.result}
     cards = _method_cards(results.values())
     sections = [_section(f"t{i}", table, runs, results, cards) for i, table in enumerate(tables)]
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_finalize
+    )
     environment.filters["code"] = lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
     template = environment.from_string(HERE.with_suffix(".html").read_text(encoding="utf-8"))
     return template.render(
@@ -119,6 +122,11 @@ def html(tables: Sequence[Table], runs: Sequence[RunRecord]) -> str:
         script=Markup(script),
         digest=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _finalize(value: object) -> object:
+    """Return a value of the template; text is without control characters except line ends."""
+    return printable(value, keep="\n\t") if type(value) is str else value
 
 
 def _title(tables: Iterable[Table]) -> str:

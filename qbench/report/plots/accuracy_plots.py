@@ -7,6 +7,7 @@ from qbench.report.comparison.setting import Setting
 from qbench.report.plots import style as styling
 from qbench.report.plots.plot_data import PlotData
 from qbench.report.plots.style import DASHES, FILLS, GREY, INK, STARS, Artist, Axes, Figure, Style
+from qbench.report.tables.escape import printable
 
 AXES = {"w": "weight bits W", "a": "activation bits A", "g": "gradient bits G"}
 SeriesKey = tuple[str, str]
@@ -116,7 +117,7 @@ def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Settin
     for setting, at in zip(best, zip(x, y, strict=True), strict=True):
         name = setting.label if setting.is_float else f"{setting.label} {setting.short_widths}"
         turned = {"rotation": 40, "rotation_mode": "anchor", "fontsize": 7, "color": INK, "gid": styling.FRONT}
-        panel.annotate(name, at, (3, 6), textcoords="offset points", **turned).set_in_layout(False)
+        panel.annotate(printable(name), at, (3, 6), textcoords="offset points", **turned).set_in_layout(False)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -6,6 +6,7 @@ from qbench.report.plots import style as styling
 from qbench.report.plots.plot_data import PlotData
 from qbench.report.plots.style import ACROSS, COLOURS, DASHES, INK, Artist, Axes, Figure
 from qbench.report.plots.training_curves import FLOAT_STAGE, MEASURES, Curves
+from qbench.report.tables.escape import printable
 
 
 def curves(figure: Figure, data: PlotData) -> None:
@@ -21,7 +22,7 @@ def curves(figure: Figure, data: PlotData) -> None:
 def layers(figure: Figure, data: PlotData) -> None:
     """Draw the SQNR of each layer's output, for each method."""
     for panel in _small_multiples(figure, data.errors, "SQNR (dB)", "layer"):
-        panel.set_xticks(range(len(data.layers)), data.layers, rotation=90, fontsize=5.5)
+        panel.set_xticks(range(len(data.layers)), [*map(printable, data.layers)], rotation=90, fontsize=5.5)
 
 
 def _small_multiples(figure: Figure, methods: Curves, y_label: str, x_label: str) -> list[Axes]:
@@ -38,7 +39,7 @@ def _small_multiples(figure: Figure, methods: Curves, y_label: str, x_label: str
             panel.fill_between(line.x, line.low, line.high, color=colour, alpha=0.2, lw=0)
             marker = "o" if len(line.x) == 1 else ""
             (handles[key],) = panel.plot(line.x, line.mean, color=colour, ls=dash, lw=1.3, marker=marker, ms=3)
-        panel.set_title("\n".join(wrap(name, 36)), loc="left", fontsize=8, pad=3, color=INK)
+        panel.set_title("\n".join(wrap(printable(name), 36)), loc="left", fontsize=8, pad=3, color=INK)
         is_lowest = place + columns >= len(methods)
         styling.finish(panel, x_label if is_lowest else "", y_label if place % columns == 0 else "")
         panel.tick_params(labelbottom=is_lowest)

@@ -18,6 +18,7 @@ from qbench.report.plots.accuracy_plots import bit_series, bits, pareto, series_
 from qbench.report.plots.curve_plots import curves, layers
 from qbench.report.plots.plot_data import PlotData, read_plot_data
 from qbench.report.plots.style import ACROSS, DPI, INK, LINE, WIDTH, Figure
+from qbench.report.tables.escape import printable
 from qbench.report.tables.table import Table
 from qbench.runs.reader import RunRecord
 from qbench.system import files
@@ -76,7 +77,7 @@ def comparison_figure(
     for data in read_plot_data(tables, runs, curves="curves" in kinds, layers="layers" in kinds):
         for kind in kinds:
             if height := _height(kind, data):
-                heading = [*wrap(data.title, 120)] if data.title != last_title else []
+                heading = [*wrap(printable(data.title), 120)] if data.title != last_title else []
                 heading = [*heading, TITLES[kind]] if titled else []
                 last_title = data.title
                 parts.append((kind, data, heading, height + LINE * len(heading)))

@@ -5,6 +5,7 @@ from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qbench.report.comparison.setting import Setting
+from qbench.report.tables.escape import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,7 +131,8 @@ def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
 
     A label that begins with `_` gets a leading space, since matplotlib would hide it otherwise.
     """
-    labelled = {(f" {label}" if label.startswith("_") else label): handle for label, handle in handles.items()}
+    shown = {printable(label): handle for label, handle in handles.items()}
+    labelled = {(f" {label}" if label.startswith("_") else label): handle for label, handle in shown.items()}
     place = {"loc": "outside lower center", "ncols": _legend_columns(labelled), "frameon": False}
     figure.legend(list(labelled.values()), list(labelled), fontsize=7.5, labelcolor=INK, handlelength=2.6, **place)
 

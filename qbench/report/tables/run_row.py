@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from qbench.report.tables.escape import printable
 from qbench.report.tables.table import Table, text
 from qbench.report.tables.units import si_format
 from qbench.runs.result import Result
@@ -19,9 +20,10 @@ def row(results: Sequence[Result], width: int | None = None) -> str:
     table = text([Table(HEAD, [cells(result) for result in results])])
     if width is not None and max(map(len, table.splitlines())) > width:
         table = "\n\n".join(
-            "\n".join(f"{name:<13}{cell}" for name, cell in zip(HEAD, cells(result), strict=True)) for result in results
+            "\n".join(f"{name:<13}{printable(cell)}" for name, cell in zip(HEAD, cells(result), strict=True))
+            for result in results
         )
-    return "\n".join([table, *remarks])
+    return "\n".join([table, *map(printable, remarks)])
 
 
 def cells(result: Result) -> tuple[str, ...]:

@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-TAG = re.compile(r"<(?=[A-Za-z/!?])")
-"""Matches the start of text that Markdown would interpret as an HTML tag."""
+from qbench.report.tables import escape
+
 NUMBERS = frozenset("0123456789+-.±")
 """First characters of cells that count as numbers."""
 
@@ -49,30 +49,30 @@ def text(tables: Sequence[Table]) -> str:
         if i:
             console.print()
         if table.title:
-            console.print(Text(table.title))
+            console.print(Text(escape.printable(table.title)))
         if table.rows:
             grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
             for name, numeric in zip(table.head, _numeric(table), strict=True):
-                grid.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+                grid.add_column(Text(escape.printable(name)), justify="right" if numeric else "left", no_wrap=True)
             for row in table.rows:
-                grid.add_row(*(Text(cell) for cell in row))
+                grid.add_row(*(Text(escape.printable(cell)) for cell in row))
             console.print(grid)
         for note in table.notes:
-            console.print(Text(note))
+            console.print(Text(escape.printable(note)))
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
-def markdown(tables: Sequence[Table]) -> str:
-    """Return tables as GitHub Markdown."""
-    parts = []
+def markdown(tables: Sequence[Table], *, links: bool = False) -> str:
+    """Return tables as GitHub Markdown. `links` keeps links, as in the project's own documents."""
+    parts, escaped = [], partial(escape.markdown, links=links)
     for table in tables:
-        lines = [f"**{table.title}**", ""] if table.title else []
+        lines = [f"**{escaped(table.title)}**", ""] if table.title else []
         if table.rows:
-            lines.append(_markdown_row(table.head))
+            lines.append(_markdown_row(map(escaped, table.head)))
             lines.append(_markdown_row(["---:" if numeric else "---" for numeric in _numeric(table)]))
-            lines += [_markdown_row(TAG.sub("&lt;", cell.replace("|", "\\|")) for cell in row) for row in table.rows]
+            lines += [_markdown_row(map(escaped, row)) for row in table.rows]
             lines += [""] if table.notes else []
-        parts.append("\n".join([*lines, *(f"- {note}" for note in table.notes)]))
+        parts.append("\n".join([*lines, *(f"- {escaped(note)}" for note in table.notes)]))
     return "\n\n".join(parts)
 
 
@@ -84,13 +84,14 @@ def comma_separated(tables: Sequence[Table]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     head = next((table.head for table in tables if table.rows), ())
-    writer.writerow(["table", *head])
+    lines = [["table", *head]]
     for table in tables:
-        writer.writerows([table.title, *row] for row in table.rows if table.head == head)
+        lines += ([table.title, *row] for row in table.rows if table.head == head)
     for table in tables:
         if table.head != head:
-            writer.writerows([table.title, *row] for row in table.rows)
-        writer.writerows(["note", note] for note in table.notes)
+            lines += ([table.title, *row] for row in table.rows)
+        lines += (["note", note] for note in table.notes)
+    writer.writerows(map(escape.csv, line) for line in lines)
     return buffer.getvalue().rstrip("\n")
 
 
@@ -107,7 +108,7 @@ def latex(tables: Sequence[Table]) -> str:
     """Return a LaTeX tabular for each table. The rules need the package booktabs."""
     parts = []
     for table in tables:
-        lines = [f"% {table.title}"] if table.title else []
+        lines = [escape.latex_comment(table.title)] if table.title else []
         if table.rows:
             columns = "".join("r" if numeric else "l" for numeric in _numeric(table))
             lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
@@ -118,7 +119,7 @@ def latex(tables: Sequence[Table]) -> str:
                 r"\bottomrule",
                 r"\end{tabular}",
             ]
-        parts.append("\n".join([*lines, *(f"% {note}" for note in table.notes)]))
+        parts.append("\n".join([*lines, *map(escape.latex_comment, table.notes)]))
     return "\n\n".join(parts)
 
 
@@ -141,6 +142,4 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    escapes = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    escapes |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return " & ".join("".join(escapes.get(c, c) for c in cell) for cell in cells) + r" \\"
+    return " & ".join(map(escape.latex, cells)) + r" \\"

@@ -1,0 +1,62 @@
+"""Escapes text for each format of a table.
+
+Names, reasons and notes come from files that anybody may have written. In no format may they become
+control sequences, markup, formulas or commands.
+"""
+
+import re
+
+# ruff: noqa: RUF001
+TAG = re.compile(r"<(?=[A-Za-z/!?])")
+"""The start of text that Markdown would interpret as an HTML tag."""
+ENTITY = re.compile(r"&(?=#?\w+;)")
+"""The start of text that Markdown would interpret as a character reference."""
+LINK = re.compile(r"\](?=[(\[:])")
+"""The end of the text of a link, an image or a link definition in Markdown."""
+FORMULA = "=@＝＠"  # spreadsheets read the full-width signs too
+SIGNS = "+-＋－"
+NUMBER = re.compile(r"[+-]?[\d.]*[\d.,:;±+% -]*[A-Za-z]{0,3}")
+"""A number, also with its error and unit; a spreadsheet may read it."""
+LATEX = {
+    "\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "[": "{[}", "*": "{*}",  # at the start of a row, the \\ before it would take them as arguments
+} | {sign: f"\\{sign}" for sign in "&%$#_{}"}  # fmt: skip
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return text for a terminal, a plot or a page: one line, without control characters.
+
+    Characters that cannot be printed are written as in Python's strings, such as `\\x1b`. Those in
+    `keep` stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def markdown(text: str, *, links: bool = False) -> str:
+    """Return text for GitHub Markdown, also inside a table: no HTML, no column borders.
+
+    `links` keeps links, as in the project's own documents.
+    """
+    text = printable(text).replace("\\", "\\\\").replace("|", "\\|")
+    text = TAG.sub("&lt;", ENTITY.sub("&amp;", text))
+    return text if links else LINK.sub(r"\\]", text)
+
+
+def csv(text: str) -> str:
+    """Return text for a cell of a CSV file. A leading `'` keeps spreadsheets from reading a formula."""
+    text = printable(text)
+    is_formula = text.lstrip().startswith(tuple(FORMULA))
+    is_formula |= text.lstrip().startswith(tuple(SIGNS)) and not NUMBER.fullmatch(text)
+    return f"'{text}" if is_formula else text
+
+
+def latex(text: str) -> str:
+    """Return text for a cell of a LaTeX table."""
+    return "".join(LATEX.get(c, c) for c in printable(text))
+
+
+def latex_comment(text: str) -> str:
+    """Return a comment of LaTeX: one line, so that no part of it is a command."""
+    return f"% {printable(text)}"
