@@ -82,8 +82,7 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
             path = GlobalHydra.instance().config_loader().get_search_path()
             path.prepend("command-line", f"file://{os.path.abspath(folder)}", SearchPathQuery(provider="schema"))
         parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
-        for word in parsed:
-            _refuse_lists(word)
+        _refuse_several_options(parsed)
         if not sweep:
             return [hydra.compose("config", overrides)]
         values = [
@@ -102,16 +101,26 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
         return [hydra.compose("config", list(words)) for words in product(*values)]
 
 
-def _refuse_lists(word: Override) -> None:
-    """Refuse a list of a group's options, of which Hydra would silently let the last one win."""
-    if word.key_or_group not in group_names():
-        return
-    values = islice(word.sweep_iterator(), MOST_COMBINATIONS) if word.is_sweep_override() else [word.value()]
-    for value in values:
-        if isinstance(value, list):
-            key = word.get_key_element().lstrip("+")
-            typed = ",".join(map(str, value))
-            raise ConfigError(f"{key}=[{typed}]: must be one value, not a list\n{sweep_hint(key, value)}")
+def _refuse_several_options(words: Iterable[Override]) -> None:
+    """Refuse several options of one group, of which Hydra would silently take the last.
+
+    They are typed as a list, `bits=[w2a2,w4a4]`, or as two words, `bits=w2a2 bits=w4a4`.
+    """
+    typed: dict[str, str] = {}
+    for word in words:
+        if word.key_or_group not in group_names():
+            continue
+        key = word.get_key_element().lstrip("+")
+        values = islice(word.sweep_iterator(), MOST_COMBINATIONS) if word.is_sweep_override() else [word.value()]
+        for value in values:
+            if isinstance(value, list):
+                listed = ",".join(map(str, value))
+                raise ConfigError(f"{key}=[{listed}]: must be one value, not a list\n{sweep_hint(key, value)}")
+        line = word.input_line or ""
+        if key in typed:
+            options = [text.partition("=")[2] for text in (typed[key], line)]
+            raise ConfigError(f"{typed[key]} {line}: {key} must be typed once\n{sweep_hint(key, options)}")
+        typed[key] = line
 
 
 def launcher(arguments: Iterable[str]) -> str | None:

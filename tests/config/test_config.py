@@ -96,6 +96,21 @@ def test_a_list_where_one_option_is_wanted_does_not_take_the_last(words: str) ->
     assert last == LISTS[words]
 
 
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ("bits=w2a2 bits=w4a4", "-m bits=w2a2,w4a4"),
+        ("method=dorefa method=ttq", "-m method=dorefa,ttq"),
+        ("optim@pretrain.optim=adam optim@pretrain.optim=sgd", "-m optim@pretrain.optim=adam,sgd"),
+        ("-m dataset=digits,glyphs dataset=mnist", "-m dataset=digits,glyphs,mnist"),
+    ],
+)
+def test_a_group_that_is_typed_twice_does_not_take_the_last(words: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match="must be typed once") as caught:
+        compose.configurations(words.split())
+    assert str(caught.value).endswith(fix)
+
+
 def test_a_list_of_options_in_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     file = tmp_path / "experiment" / "mine.yaml"
