@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun
 from qbench.bits import FLOAT
+from qbench.cost.count import coverage
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batch_size_and_steps
@@ -104,7 +105,9 @@ def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
     sums = (whole.params, whole.macs, whole.bitops, whole.bytes_ideal, whole.bytes_packed)
     table.rows.append(("all", "", *blank, *(si_format(value).rstrip() for value in sums)))
     table.values.append({"name": "all"} | asdict(whole))
+    left_float = coverage(cost.model, setup.macs)
     table.notes += [
+        *([left_float] if left_float else []),
         f"weights: {whole.bits_per_weight:.2f} bits per quantized weight, with scales and codebooks; float "
         f"network: {format_bytes(whole.bytes_float)}",
         *runs_on(layers), *recipe_differences(run), *setup.protocol_changes,
@@ -116,7 +119,7 @@ def _layer_cells(layer: LayerCost) -> tuple[str, ...]:
     widths = (str(width) if width < FLOAT else "float" for width in layer.bits)
     quantizers = " ".join(dict.fromkeys(layer.quantizers.values())) or "-"
     numbers = (layer.params, layer.macs, layer.bitops, layer.bytes_ideal, layer.bytes_packed)
-    shape = "x".join(map(str, layer.shape))
+    shape = "x".join(map(str, layer.shape)) or "-"
     scales = layer.weights.per if layer.weights else "-"
     return (
         layer.name, shape, *widths, _format_levels(layer.weights), scales, _format_levels(layer.inputs), quantizers,

@@ -1,46 +1,99 @@
 """Counts a network's parameters, multiply-accumulates (MACs), BitOps, bytes and bits per weight.
 
-BitOps are MACs x bits of the weights x bits of the activations, summed over convolutions and linear
-layers. A float tensor counts as 32 bits. Bytes include parameters, scales and codebooks, but not
-batch-norm statistics.
+BitOps are MACs x bits of the weights x bits of the activations, summed over all layers and all
+other products of matrices, such as those of attention. A float tensor counts as 32 bits. Bytes
+include parameters, scales and codebooks, but not batch-norm statistics.
 """
 
-import copy
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qbench.bits import FLOAT, Bits
 from qbench.cost.network_cost import NetworkCost
-from qbench.quant.layers import QLayer, is_quantizer_key, quantized_layers
-from qbench.quant.policy import quantizable
+from qbench.quant.graph import eval_mode_keeping_rng, intercepted_calls
+from qbench.quant.layers import FLOAT_CLASS, QUANTIZED_CLASS, FloatLayer, QLayer, is_quantizer_key, quantized_layers
 from qbench.quant.quantizer import Storage
+
+MOST_NAMES = 8
+"""Most layers that `coverage` names."""
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
-    """Return the MACs of every convolution and linear layer of a float network, for one image.
+    """Return the MACs of every layer with weights of a float network, for one image.
 
-    The MACs are counted on a copy of the network on the meta device. This needs no memory and no arithmetic.
+    Layers with weights are convolutions, linear layers, and all other modules that hold parameters
+    with two or more dimensions. Modules that multiply matrices themselves are included too; the
+    network itself has the name "". The MACs are counted on the meta device. This takes no memory
+    and no arithmetic.
 
     Args:
         shape: (C, H, W) of an image.
     """
-    root = type(model).__name__
     try:
-        counts = _flops(copy.deepcopy(model).to("meta"), torch.empty(1, *shape, device="meta"))
-    except Exception:  # a user's network may make tensors on the CPU or read values
-        counts = _flops(copy.deepcopy(model), torch.zeros(1, *shape))
-    return {name: sum(counts.get(f"{root}.{name}", {}).values()) // 2 for name in quantizable(model)}
+        with torch.device("meta"):
+            state = {n: t.to("meta") for n, t in chain(model.named_parameters(), model.named_buffers())}
+            counts = _own_macs(model, lambda: torch.func.functional_call(model, state, torch.empty(1, *shape)))
+    except Exception:  # a user's own network may look at values
+        # without oneDNN, whose recurrent layers are not counted; without a warning about Intel's GPUs
+        with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
+            counts = _own_macs(model, lambda: model(torch.zeros(1, *shape)))
+    return {name: counts[name] for name, module in model.named_modules() if counts[name] or _has_weights(module)}
 
 
-def _flops(model: nn.Module, images: torch.Tensor) -> Mapping[str, Mapping[object, int]]:
-    """Return module -> operation -> number of floating-point operations. One MAC is two operations."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(images)
-    counts: Mapping[str, Mapping[object, int]] = counter.get_flop_counts()
-    return counts
+def _own_macs(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
+    """Return the MACs of every module, without those of the modules inside it."""
+    own: Counter[str] = Counter()
+
+    def call(name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before, inside_before = counter.get_total_flops() // 2, own.total()
+        result = forward(*args, **kwargs)
+        own[name] += counter.get_total_flops() // 2 - before - (own.total() - inside_before)
+        return result
+
+    names, fast = [name for name, _ in model.named_modules()], torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # functions that compute many layers at once are not counted
+    try:
+        with (
+            eval_mode_keeping_rng(model), intercepted_calls(model, names, call), torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter,
+        ):  # fmt: skip
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return own
+
+
+def _has_weights(module: nn.Module) -> bool:
+    weights = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    return isinstance(module, FloatLayer) or (weights and "Norm" not in type(module).__name__)
+
+
+def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
+    """Return in words which layers of a quantized network are float, if some cannot be quantized.
+
+    The result is None if the layer policy alone decides which layers are float, and for a float
+    network.
+    """
+    quantized, modules = quantized_layers(model), dict(model.named_modules())
+    left = [name for name in macs if name not in quantized]
+    kinds = {name: type(modules[name]) for name in left}
+    other = [name for name in left if kinds[name] not in QUANTIZED_CLASS and kinds[name] not in FLOAT_CLASS]
+    if not quantized or not other:
+        return None
+    words = [f"{name or 'the network itself'} ({kinds[name].__name__})" if name in other else name for name in left]
+    more = f" and {len(words) - MOST_NAMES} more" if len(words) > MOST_NAMES else ""
+    return (
+        f"{len(macs) - len(left)} of {len(macs)} layers with weights are quantized; "
+        f"left float: {', '.join(words[:MOST_NAMES])}{more}"
+    )
 
 
 def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.cost.count import storage
-from qbench.quant.install import ImageQuantizer
-from qbench.quant.layers import FloatLayer, QLayer, quantizers
+from qbench.quant.image import ImageQuantizer
+from qbench.quant.layers import FloatLayer, QLayer, TransposedConvolution, new_float_layer, quantizers
 from qbench.quant.method import Method
-from qbench.quant.policy import quantizable
 from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
 
 MAX_CHANNELS = 16
@@ -63,18 +62,19 @@ class LayerCost:
     bytes_packed: int
 
 
-LevelsOf = Callable[[str, tuple[int, ...], int], Levels | None]
-"""(slot, shape of a small layer, bits) -> levels, or None if they are not known."""
+LevelsOf = Callable[..., Levels | None]
+"""(slot, class and shape of a small layer, bits) -> levels, or None if they are not known."""
 
 
 def layer_costs(model: nn.Module, method: Method, macs: Mapping[str, int]) -> list[LayerCost]:
     """Return the cost of each layer in `macs`, in the same order. Batch normalization is not included."""
-    layers = quantizable(model)
     levels_of = cache(partial(_levels, method))
-    return [_cost(name, layers[name], levels_of, count) for name, count in macs.items()]
+    return [_cost(name, model.get_submodule(name), levels_of, count) for name, count in macs.items()]
 
 
-def _cost(name: str, layer: FloatLayer, levels_of: LevelsOf, macs: int) -> LayerCost:
+def _cost(name: str, layer: nn.Module, levels_of: LevelsOf, macs: int) -> LayerCost:
+    if not isinstance(layer, FloatLayer):
+        return _float_cost(name or type(layer).__name__, layer, macs)
     quantized = layer if isinstance(layer, QLayer) else None
     bits = quantized.bits if quantized else Bits()
     bias = 0 if layer.bias is None else layer.bias.numel()
@@ -88,7 +88,7 @@ def _cost(name: str, layer: FloatLayer, levels_of: LevelsOf, macs: int) -> Layer
         shape=tuple(layer.weight.shape),
         bits=bits,
         quantizers={k: _title(q) for k, q in quantizers(quantized).items() if q.declares_grid} if quantized else {},
-        weights=levels_of("weight", _small_shape(layer), bits.w) if bits.w < FLOAT else None,
+        weights=levels_of("weight", type(layer), _small_shape(layer), bits.w) if bits.w < FLOAT else None,
         inputs=_input_levels(quantized, levels_of) if quantized else None,
         rescaled=quantized is not None and bits.g == FLOAT and type(quantized.output_q) is not IdentityQuantizer,
         params=layer.weight.numel() + bias,
@@ -99,6 +99,26 @@ def _cost(name: str, layer: FloatLayer, levels_of: LevelsOf, macs: int) -> Layer
     )
 
 
+def _float_cost(name: str, module: nn.Module, macs: int) -> LayerCost:
+    """Return the cost of a module that cannot be quantized, such as a recurrent layer."""
+    own = list(module.parameters(recurse=False))
+    params = sum(parameter.numel() for parameter in own)
+    return LayerCost(
+        name=name,
+        shape=tuple(max(own, key=torch.Tensor.numel).shape) if own else (),
+        bits=Bits(),
+        quantizers={},
+        weights=None,
+        inputs=None,
+        rescaled=False,
+        params=params,
+        macs=macs,
+        bitops=macs * FLOAT * FLOAT,
+        bytes_ideal=4 * params,
+        bytes_packed=4 * params,
+    )
+
+
 def _title(quantizer: Quantizer) -> str:
     return f"{type(quantizer).__module__.rpartition('.')[2]}.{type(quantizer).__qualname__}"
 
@@ -106,7 +126,7 @@ def _title(quantizer: Quantizer) -> str:
 def _input_levels(layer: QLayer, levels_of: LevelsOf) -> Levels | None:
     if isinstance(layer.input_q, ImageQuantizer):
         return Levels(2**layer.input_q.bits, 1, "channel", None)
-    return levels_of("input", _small_shape(layer), layer.bits.a) if layer.bits.a < FLOAT else None
+    return levels_of("input", type(layer), _small_shape(layer), layer.bits.a) if layer.bits.a < FLOAT else None
 
 
 def _small_shape(layer: FloatLayer) -> tuple[int, ...]:
@@ -115,7 +135,7 @@ def _small_shape(layer: FloatLayer) -> tuple[int, ...]:
     return (min(outputs, MAX_CHANNELS), min(inputs, MAX_CHANNELS), *kernel)
 
 
-def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Levels | None:
+def _levels(method: Method, slot: str, kind: type[nn.Module], shape: tuple[int, ...], bits: int) -> Levels | None:
     """Return the levels of a quantizer, found by building a small layer with random weights.
 
     The levels may depend on the values of the weights, so meta tensors are not enough.
@@ -125,13 +145,10 @@ def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Lev
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer: FloatLayer = nn.Linear(shape[1], shape[0])
-        if len(shape) > 2:
-            layer = nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]))
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        layer = _small_layer(kind, shape)
         value: Tensor = layer.weight.detach()
         if slot == "input":
-            value = torch.rand(2, shape[1], *((4, 4) if len(shape) > 2 else ()))
+            value = torch.rand(2, shape[1], *[4] * len(shape[2:]))
         try:
             quantizer = factory("layer", layer, bits)
             with torch.no_grad():
@@ -140,6 +157,17 @@ def _levels(method: Method, slot: str, shape: tuple[int, ...], bits: int) -> Lev
         except (RuntimeError, ValueError):  # the quantizer has no levels before it has seen the network
             return None
     return None if grid is None else _read(grid, value)
+
+
+def _small_layer(kind: type[nn.Module], shape: tuple[int, ...]) -> FloatLayer:
+    """Return a float layer of a class with weights of a shape."""
+    outputs, inputs, *kernel = shape
+    if issubclass(kind, TransposedConvolution):
+        outputs, inputs = inputs, outputs
+    layer = new_float_layer(kind, inputs, outputs, kernel)
+    if len(kernel) == 2:
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    return layer
 
 
 def _read(grid: Grid, value: Tensor) -> Levels | None:

@@ -2,6 +2,7 @@
 
 import json
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import nn
@@ -117,5 +118,7 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model={node['name']}: returned a {type(model).__name__}, not a torch.nn.Module")
         check_norm(model, method.requires, method.name)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for tensor in chain(model.parameters(), model.buffers()):
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
     return model

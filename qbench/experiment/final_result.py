@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qbench.bits import FLOAT, LevelCount
 from qbench.config.identity import digest
-from qbench.cost.count import count_cost
+from qbench.cost.count import count_cost, coverage
 from qbench.data.dataset import Loader
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
@@ -60,7 +60,7 @@ def final_result(
         data_sha256=digest(setup.data.fingerprint()), cost=count_cost(model, setup.macs),
         speed=session.speed(setup.device, state.epoch), quantizers=reports(model), card=setup.card,
         protocol_changes=setup.protocol_changes, weights_sha256=weights_sha256(last), state_sha256=state_sha256,
-        wall_seconds=session.wall_seconds, notes=[*_notes(setup, verified), *session.monitor.warned.values()],
+        wall_seconds=session.wall_seconds, notes=[*_notes(setup, model, verified), *session.monitor.warned.values()],
     )  # fmt: skip
     _log_final(model, state, session, final)
     session.logger.close()
@@ -81,7 +81,7 @@ def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], 
     return max(at_width or allowed.values(), default=None)
 
 
-def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
+def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, object]) -> list[str]:
     """Return the notes to show with the run's row in a table."""
     bits, supported = setup.method.bits, setup.method.supported_bits
     if setup.is_baseline:
@@ -92,6 +92,8 @@ def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
     if not verified:
         return ["nothing quantized"]
     notes = [f"{setup.method.name}: {change}" for change in setup.protocol_changes]
+    if left_float := coverage(model, setup.macs):
+        notes.append(left_float)
     if bits.w < FLOAT and bits.a == FLOAT and bits.w in supported.get("a", ()):
         both = f"bits=w{bits.w}a{bits.w}"
         notes.append(

@@ -86,7 +86,7 @@ from torch import Generator, Tensor, nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import blockwise, grad_within, stochastic_rounding_fill
-from qbench.quant.install import ImageQuantizer
+from qbench.quant.image import ImageQuantizer
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import fused_quantizer, in_float32, on_backward, straight_through

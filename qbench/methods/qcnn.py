@@ -77,7 +77,7 @@ from torch.nn import functional as F
 from qbench.bits import FLOAT, Bits
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import FloatLayer, QLayer, float_mode, quantized_layers
-from qbench.quant.method import Method, Unsupported
+from qbench.quant.method import Method, Unsupported, check_kind
 from qbench.quant.ops import in_float32
 from qbench.quant.probe import Probe
 from qbench.quant.product_quantization import decode, error_corrected, product_codes, subvectors
@@ -283,7 +283,7 @@ def build(
             raise ValueError(f"{key}={value}: must be 2 to {2**CODE_BITS}, or 0 for the number that bits.w allows")
 
     def weight(name: str, layer: FloatLayer, bits: int) -> QCNNWeight:
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        check_kind("qcnn", name, layer)
         prefix = "fc_" if isinstance(layer, nn.Linear) else ""
         size, count = options[f"{prefix}subspace"], options[f"{prefix}codewords"]
         quantizer = QCNNWeight(layer.weight, size, _codewords(bits, size, count, prefix))

@@ -68,7 +68,7 @@ from torch.nn import functional as F
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import above, at_least, grad_between
 from qbench.quant.layers import FloatLayer, QLayer, quantized_layers
-from qbench.quant.method import Method, Requires, Unsupported
+from qbench.quant.method import Method, Requires, Unsupported, check_kind
 from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, surrogate
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
@@ -185,9 +185,12 @@ class InputScale(Quantizer):
         return k.repeat_interleave(layer.out_channels // layer.groups, 1) if layer.groups > 1 else k
 
 
-def _input_scale(layer: QLayer) -> InputScale | None:
+def _input_scale(name: str, layer: QLayer) -> InputScale | None:
     """Return `InputScale` for a layer with binary input, or None if the input is the image or float."""
-    return InputScale(layer) if isinstance(layer.input_q, BinaryActivation) else None
+    if not isinstance(layer.input_q, BinaryActivation):
+        return None
+    check_kind("xnor with scale=K", name, layer)
+    return InputScale(layer)
 
 
 def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWeight:
@@ -240,7 +243,7 @@ def build(
         traits=frozenset({"odd", "monotone", "idempotent"} | SIGN_TRAITS),
         weight=lambda name, layer, bits: weight_quantizer(layer, gradient, center),
         input=lambda name, layer, bits: BinaryActivation(),
-        output=(lambda name, layer, bits: _input_scale(layer)) if scale == "K" else None,
+        output=(lambda name, layer, bits: _input_scale(name, layer)) if scale == "K" else None,
         prepare=(lambda model, probe: center_and_clamp(model, center=center, clamp=clamp)) if changes_weights else None,
         step=partial(optimizer_step, center=center, clamp=clamp) if changes_weights else None,
     )

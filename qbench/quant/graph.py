@@ -1,11 +1,30 @@
-"""Records the calls of a network's layers. Only this file uses forward hooks."""
+"""Looks at what a network computes: the calls of its layers, and its graph of operations.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+A network is looked at while it runs on an example, so that any Python code in it is followed.
+Nothing in this file changes what a network computes in training. Calls are intercepted, not hooked:
+torch takes another path through some modules if they have hooks, and this path would be looked at
+instead of the one that evaluation takes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+Forward = Callable[..., Any]
+Interceptor = Callable[[str, nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
+"""(name, module, its forward function, arguments, keyword arguments) -> the result of the call."""
+
+IMAGE = "image"
+"""The name of the operation that stands for the network's input."""
+
+UNKNOWN = "?"
+"""Stands for an operation that made a tensor and was not recorded, such as a function of NumPy."""
 
 
 class Call(NamedTuple):
@@ -16,20 +35,239 @@ class Call(NamedTuple):
     output: Tensor
 
 
+class Operation(NamedTuple):
+    """One operation of a network: the call of a module or of a function of torch.
+
+    Args:
+        name: unique name. A module has its name in the network, and a function its own name; from
+            the second call on, the number of the call follows, as in `conv1:2`.
+        module: name of the called module, or None for a function.
+        kind: class of the module, or name of the function.
+        reads: operations whose results are arguments, in the arguments' order; `IMAGE` for the
+            network's input, `UNKNOWN` for tensors of unknown origin.
+        parameters: the network's parameters and buffers that a function takes as arguments.
+    """
+
+    name: str
+    module: str | None
+    kind: str
+    reads: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+
+
+@contextmanager
+def intercepted_calls(model: nn.Module, names: Iterable[str], interceptor: Interceptor) -> Iterator[None]:
+    """Let a function carry out the calls of the named modules while the context lasts."""
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(_intercepted_calls_of(name, model.get_submodule(name), interceptor))
+        yield
+
+
+@contextmanager
+def _intercepted_calls_of(name: str, module: nn.Module, interceptor: Interceptor) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # set by code that replaced the method of this one module
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs) if own else type(module).forward(module, *args, **kwargs)
+
+    module.__dict__["forward"] = lambda *args, **kwargs: interceptor(name, module, forward, args, kwargs)
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+
 @contextmanager
 def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call]]:
     """Record the calls of the named modules in execution order, until the context ends."""
     calls: list[Call] = []
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda module, args, output: calls.append(Call(name, args[0], output))
+    def record(name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = forward(*args, **kwargs)
+        calls.append(Call(name, args[0] if args else next(iter(kwargs.values())), output))
+        return output
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    try:
+    with intercepted_calls(model, names, record):
         yield calls
+
+
+def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -> list[Operation]:
+    """Return the operations that a network carries out on images in eval mode, in execution order.
+
+    A module without submodules is one operation. Other modules are not listed; the operations in
+    them are. Parameters, and tensors that a network holds, are not operations.
+
+    Args:
+        images: (N, C, H, W), also on the meta device.
+        layers: names of modules with submodules that are one operation nevertheless.
+    """
+    single = [name for name, module in model.named_modules() if name in layers or not next(module.children(), None)]
+    recorder = _Recorder(model, images)
+    with (
+        eval_mode_keeping_rng(model),
+        torch.no_grad(),
+        intercepted_calls(model, single, recorder.call_module),
+        recorder,
+    ):
+        model(images)
+    return recorder.operations
+
+
+class _Recorder(TorchFunctionMode):
+    """Records operations and, for every tensor, the operation that made it."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        self.operations = [Operation(IMAGE, None, IMAGE, ())]
+        self._made_by: dict[int, str] = {id(images): IMAGE}
+        self._kept: list[Any] = [images]  # keeps the tensors, because an id is unique among living objects only
+        named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        self._parameters: dict[int, str] = {}
+        for name, tensor in named:
+            self._parameters.setdefault(id(tensor), name)
+        self._calls: Counter[str] = Counter()
+        self._inside_module = False
+
+    def __torch_function__(self, func: Forward, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self._inside_module:
+            name = resolve_name(func) or getattr(func, "__name__", str(func))
+            kind = name.removesuffix(".__get__").rpartition(".")[2]
+            changes_argument = kind == "__setitem__" or (kind.endswith("_") and not kind.endswith("__"))
+            self._add(None, kind, (args, kwargs), (result, kwargs.get("out"), args[0] if changes_argument else None))
+        return result
+
+    def call_module(
+        self, name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Carry out the call of a module, and record it as one operation."""
+        if self._inside_module:
+            return forward(*args, **kwargs)
+        self._inside_module = True
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            self._inside_module = False
+        self._add(name, type(module).__name__, (args, kwargs), result)
+        return result
+
+    def _add(self, module: str | None, kind: str, arguments: object, results: object) -> None:
+        made = list(tensors(results))
+        if not made:
+            return  # a question, such as the one for a tensor's shape
+        read = list(tensors(arguments))
+        base = kind if module is None else module
+        self._calls[base] += 1
+        name = base if self._calls[base] == 1 else f"{base}:{self._calls[base]}"
+        parameters = tuple(self._parameters[id(t)] for t in read if id(t) in self._parameters)
+        reads = tuple(self._made_by.get(id(t), UNKNOWN) for t in read if id(t) not in self._parameters)
+        self.operations.append(Operation(name, module, kind, reads, parameters))
+        self._kept += [*read, *made]
+        self._made_by |= {id(t): name for t in made}
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors(item)
+
+
+def between(graph: Sequence[Operation], start: str, end: str) -> list[Operation]:
+    """Return the operations on which `end` depends and that depend on `start`, in execution order.
+
+    Neither `start` nor `end` is included. An operation with unknown reads counts as depending on
+    `start`.
+    """
+    after = {start, UNKNOWN}
+    for operation in graph:
+        if any(read in after for read in operation.reads):
+            after.add(operation.name)
+    needed = {end}
+    for operation in reversed(graph):
+        if operation.name in needed:
+            needed |= set(operation.reads)
+    inside = (needed & after) - {start, end}
+    return [operation for operation in graph if operation.name in inside]
+
+
+def read_without_call(model: nn.Module, images: Tensor, names: Collection[str]) -> list[str]:
+    """Return the layers whose weights reach the network's output in another way than by a call.
+
+    Such weights are not quantized there. The network runs as in evaluation, on weights that are NaN
+    except while their own layer runs.
+
+    Args:
+        images: a few images (N, C, H, W) with memory, so not on the meta device.
+        names: layers whose attribute `weight` is a parameter.
+    """
+    with eval_mode_keeping_rng(model), torch.no_grad():
+        if not _moves(model, images, names, frozenset()):
+            return []
+        lost = frozenset(_lost(model(images)))  # outputs that are NaN anyway
+        return [name for name in names if _moves(model, images, [name], lost)]
+
+
+def _moves(model: nn.Module, images: Tensor, names: Collection[str], lost: frozenset[tuple[int, int]]) -> bool:
+    try:
+        with _hidden_weights(model, names):
+            return not set(_lost(model(images))) <= lost
+    except Exception:  # code that looks at values, such as a check for NaN
+        return True
+
+
+def _lost(output: object) -> Iterator[tuple[int, int]]:
+    """Yield the places in a network's output that are NaN."""
+    for i, tensor in enumerate(tensors(output)):
+        for place in tensor.flatten().isnan().nonzero().flatten().tolist():
+            yield i, place
+
+
+@contextmanager
+def _hidden_weights(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Make the weights of layers NaN, except while the layer itself runs."""
+    weights = {name: model.get_parameter(f"{name}.weight") for name in names}
+    values = {name: weight.data for name, weight in weights.items()}
+    nothing = {name: value.new_full((), torch.nan).expand_as(value) for name, value in values.items()}
+
+    def call(name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        weights[name].data = values[name]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            weights[name].data = nothing[name]
+
+    try:
+        for name, weight in weights.items():
+            weight.data = nothing[name]
+        with intercepted_calls(model, names, call):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for name, weight in weights.items():
+            weight.data = values[name]
+
+
+def call_inner_layers(model: nn.Module) -> None:
+    """Make transformer encoder layers call their linear layers in evaluation too.
+
+    In evaluation, torch computes such a layer by one function that reads all weights itself, unless
+    the layer has a hook.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_hook(_keep_output)
+
+
+def _keep_output(module: nn.Module, args: object, output: object) -> None:
+    """Change nothing."""
 
 
 @contextmanager

@@ -1,54 +1,25 @@
 """Installs a method's quantizers in a float network."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.layers import QUANTIZED_CLASS, BypassedActivation, FloatLayer, QLayer
-from qbench.quant.method import Method, Unsupported
-from qbench.quant.ops import levels_k, quantize_k
+from qbench.quant.graph import call_inner_layers, read_without_call
+from qbench.quant.image import ImageQuantizer, image_quantizers
+from qbench.quant.layers import (
+    QUANTIZED_CLASS,
+    BypassedActivation,
+    FloatLayer,
+    QLayer,
+    TransposedConvolution,
+    computed_weight,
+    new_float_layer,
+)
+from qbench.quant.method import Method, Unsupported, float_rule
 from qbench.quant.policy import Policy, assign, quantizable
-from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
-
-
-class ImageQuantizer(Quantizer):
-    """Rounds the network's input to 2^bits evenly spaced levels over each channel's range.
-
-    With 8 bits and images from 8-bit files, values change only by float rounding errors.
-
-    Args:
-        bits: width of the rounded values.
-        low, high: smallest and largest value of each channel.
-    """
-
-    low: Tensor
-    span: Tensor
-
-    def __init__(self, bits: int, low: tuple[float, ...], high: tuple[float, ...]) -> None:
-        super().__init__()
-        self.bits = bits
-        self.register_buffer("low", torch.tensor(low).reshape(1, -1, 1, 1), persistent=False)
-        self.register_buffer("span", (torch.tensor(high) - torch.tensor(low)).reshape(1, -1, 1, 1), persistent=False)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the rounded images, in the same shape.
-
-        The shape is (N, C, H, W), or (N, C H W) before a linear layer.
-        """
-        x = self._in_channels(x_NCHW)
-        scaled = ((x - self.low) / self.span).clamp(0, 1)
-        return (quantize_k(scaled, self.bits) * self.span + self.low).reshape(x_NCHW.shape)
-
-    def grid(self, x_NCHW: Tensor) -> Grid:
-        """Return the grid, with one scale group per channel."""
-        points = levels_k(self.bits, x_NCHW) * self.span.reshape(-1, 1) + self.low.reshape(-1, 1)
-        channels = points.shape[0]
-        return Grid(points.unsqueeze(-1), lambda t: self._in_channels(t).movedim(1, 0).reshape(channels, -1, 1))
-
-    def _in_channels(self, x: Tensor) -> Tensor:
-        return x if x.dim() == 4 else x.reshape(len(x), self.low.numel(), -1, 1)
+from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 
 def install(
@@ -61,13 +32,14 @@ def install(
 ) -> nn.Module:
     """Put a method's quantizers into a float network, in place, and return it.
 
-    Only layers whose class is exactly `Conv2d` or `Linear` change. Each of these layers gets
-    another class and three new submodules. Parameters keep their names and identity, so optimizers,
-    hooks and float checkpoints still work.
+    Only layers change whose class is exactly one of torch's convolutions, transposed convolutions
+    or `Linear`. Each of these layers gets another class and three new submodules. Parameters keep
+    their names and identity, so optimizers, hooks and float checkpoints still work.
 
     Args:
         policy: which layers are quantized; by default all except the first and the last.
-        example: one image batch (N, C, H, W), which is run to find the execution order. If None,
+        example: one image batch (N, C, H, W), which is run to find the execution order, the layers
+            that read the image, and weights that are used without a call of their layer. If None,
             the order of registration is used.
         act: what happens to the activation functions in front of input quantizers: "keep" or
             "fused" (see `Requires`). With "auto", the method decides.
@@ -81,23 +53,28 @@ def install(
     layers = quantizable(model)
     if any(isinstance(layer, QLayer) for layer in layers.values()):
         raise Unsupported(f"{type(model).__name__} already has quantizers; must be a float network")
+    call_inner_layers(model)
     assigned = assign(model, method.bits, policy, example)
-    image_layer = next(iter(assigned))
+    quantized = [name for name, bits in assigned.items() if bits != Bits()]
+    for name in quantized:
+        _check_layer(name, layers[name])
+    _check_shared(model, quantized)
+    if example is not None and not example.is_meta:
+        _check_calls(model, quantized, example[:1])
+    image = image_quantizers(model, assigned, policy, example)
+    for name in quantized:
+        method.check(assigned[name]._replace(a=FLOAT) if name in image else assigned[name])
+    _bypass_activations(method, model, assigned, image, act)
     for name, bits in assigned.items():
-        if bits != Bits():
-            _check_layer(name, layers[name])
-            method.check(bits._replace(a=FLOAT) if name == image_layer else bits)
-    _bypass_activations(method, model, assigned, act)
-    for name, bits in assigned.items():
-        _quantize_layer(method, name, layers[name], bits, policy if name == image_layer else None)
+        _quantize_layer(method, name, layers[name], bits, image.get(name))
     return model
 
 
-def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, image: Policy | None) -> None:
+def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, image: ImageQuantizer | None) -> None:
     """Turn one float layer into its quantized class.
 
     Args:
-        image: the policy if this layer reads the image, else None.
+        image: the quantizer of the layer's input if the layer reads the image.
     """
     layer.__class__ = QUANTIZED_CLASS.get(type(layer), type(layer))
     if not isinstance(layer, QLayer):
@@ -106,9 +83,11 @@ def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, im
     layer.label, layer.bits = name, bits
     layer.weight_q, layer.input_q, layer.output_q = (IdentityQuantizer() for _ in range(3))
     if bits.w < FLOAT and method.weight:
+        if isinstance(layer, TransposedConvolution):
+            _check_transposed(method, name, layer, bits.w)
         layer.weight_q = _checked(method, name, method.weight(name, layer, bits.w)).to(device)
-    if bits.a < FLOAT and image:
-        layer.input_q = ImageQuantizer(bits.a, *image.image_range).to(device)
+    if image:
+        layer.input_q = image.to(device)
     elif bits.a < FLOAT and method.input:
         layer.input_q = _checked(method, name, method.input(name, layer, bits.a)).to(device)
     if bits != Bits() and method.output and (output := method.output(name, layer, bits.g)) is not None:
@@ -126,10 +105,65 @@ def _checked(method: Method, layer_name: str, quantizer: object) -> Quantizer:
 
 
 def _check_layer(name: str, layer: FloatLayer) -> None:
+    if remedy := computed_weight(layer):
+        raise Unsupported(
+            f"{name}: its weight is computed in every forward pass\nfirst {remedy}; or {float_rule(name)}"
+        )
     if type(layer) not in QUANTIZED_CLASS:
-        raise Unsupported(f"{name} is a {type(layer).__name__}; only exact Conv2d and Linear layers are quantized")
-    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        raise Unsupported(
+            f"{name} is a {type(layer).__name__}; only exact layers of torch are quantized: "
+            f"{', '.join(kind.__name__ for kind in QUANTIZED_CLASS)}\n{float_rule(name)}"
+        )
+    if not isinstance(layer, nn.Linear) and layer.padding_mode != "zeros":
         raise Unsupported(f"{name} pads with {layer.padding_mode!r}; only zero padding is quantized")
+
+
+def _check_shared(model: nn.Module, quantized: Iterable[str]) -> None:
+    """Raise `Unsupported` if a quantized layer and another module have the same weights.
+
+    The other module would use them in float, or quantize them in its own way.
+    """
+    owners: dict[object, dict[int, str]] = {}  # memory of a parameter -> its modules, by identity
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module = name.rpartition(".")[0]
+        owners.setdefault(_memory(parameter), {}).setdefault(id(model.get_submodule(module)), module)
+    for name in quantized:
+        sharing = [other for other in owners[_memory(model.get_parameter(f"{name}.weight"))].values() if other != name]
+        if sharing:
+            raise Unsupported(
+                f"{name} and {sharing[0] or 'the network itself'} share a weight; it cannot be quantized for {name} "
+                f"alone\n{float_rule(name)}"
+            )
+
+
+def _memory(parameter: Tensor) -> object:
+    return id(parameter) if parameter.is_meta or not parameter.numel() else (parameter.device, parameter.data_ptr())
+
+
+def _check_calls(model: nn.Module, quantized: Collection[str], images: Tensor) -> None:
+    """Raise `Unsupported` if evaluation uses weights without a call of their layer."""
+    if read := read_without_call(model, images, quantized):
+        raise Unsupported(
+            f"{read[0]}: its weight is also used without a call of the layer, and would stay float there\n"
+            f"call the layer, or {float_rule(read[0])}"
+        )
+
+
+def _check_transposed(method: Method, name: str, layer: FloatLayer, bits: int) -> None:
+    """Raise `Unsupported` if a method treats the outputs of a transposed convolution separately.
+
+    A method takes the first axis of the weights for the outputs. Here it is the axis of the inputs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        sample = new_float_layer(type(layer), 2, 3, layer.weight.shape[2:])
+    weight = sample.weight.detach()
+    quantizer = _checked(method, name, method.weight(name, sample, bits)) if method.weight else None
+    grid = quantizer.grid(weight) if quantizer else None
+    if grid is not None and (grid.points.shape[0] > 1 or grid.points.shape[2] > 1):
+        raise Unsupported(
+            f"{name} is a {type(sample).__name__}, whose weights {method.name} cannot quantize: its scales belong to "
+            f"single outputs of a layer\n{float_rule(name)}"
+        )
 
 
 def feeds(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -138,7 +172,9 @@ def feeds(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return declared
 
 
-def _bypass_activations(method: Method, model: nn.Module, assigned: Mapping[str, Bits], act: str) -> None:
+def _bypass_activations(
+    method: Method, model: nn.Module, assigned: Mapping[str, Bits], image: Collection[str], act: str
+) -> None:
     """Bypass the activation functions that quantizers replace.
 
     An activation function is replaced if every layer that reads it has an input quantizer.
@@ -149,7 +185,7 @@ def _bypass_activations(method: Method, model: nn.Module, assigned: Mapping[str,
     if method.bits.a == FLOAT or "keep" in (act, needs):
         return
     readers_of = feeds(model)
-    _check_feeds(method, model, readers_of, assigned, act)
+    _check_feeds(method, model, readers_of, assigned, image, act)
     for name, readers in readers_of.items():
         quantized = [reader for reader in readers if assigned[reader].a < FLOAT]
         if len(quantized) == len(readers):
@@ -168,6 +204,7 @@ def _check_feeds(
     model: nn.Module,
     readers_of: Mapping[str, tuple[str, ...]],
     assigned: Mapping[str, Bits],
+    image: Collection[str],
     act: str,
 ) -> None:
     """Raise `Unsupported` if `feeds` is not sufficient to replace the activation functions."""
@@ -180,8 +217,7 @@ def _check_feeds(
     fed = {reader for readers in readers_of.values() for reader in readers}
     if unknown := {*readers_of, *fed} - dict(model.named_modules()).keys():
         raise Unsupported(f"{type(model).__name__}.feeds names modules that do not exist: {', '.join(sorted(unknown))}")
-    image_layer = next(iter(assigned))
-    unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name != image_layer]
+    unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name not in image]
     if needs == "fused" and unfed:
         raise Unsupported(
             f"{method.name} replaces the activation function, but no activation feeds only {unfed[0]}\n"

@@ -1,7 +1,7 @@
 """Defines quantized layers: convolutions and linear layers, each with three quantizers."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 
@@ -16,8 +16,13 @@ from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 # Shapes: N batch, C channels, H height, W width.
 
-FloatLayer = nn.Conv2d | nn.Linear
+FloatLayer = (
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
+)
 """A layer that can be quantized."""
+
+TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+"""A layer whose weights are (inputs, outputs / groups, ...); those of the others are (outputs, ...)."""
 
 
 class NotFinite(ValueError):
@@ -42,6 +47,40 @@ def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
     return x
 
 
+def _finite(layer: "QLayer", input: Tensor) -> Tensor:
+    """Return the input of a layer, or raise `NotFinite` if the input or the weights are not finite."""
+    _check_finite(layer, "weights", layer.weight)
+    return _check_finite(layer, "input", input)
+
+
+def _quantized(layer: "QLayer", input: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the output of a layer, computed from its quantized input and quantized weights."""
+    x, w = layer.input_q(_finite(layer, input)), layer.weight_q(layer.weight)
+    with recompute_in_backward(x):
+        y = compute(x, w)
+    return layer.output_q(y, input)
+
+
+class QConv1d(nn.Conv1d):
+    """A convolution over one axis with three quantizers; see `QConv2d`."""
+
+    label: str
+    bits: Bits
+    input_q: Quantizer
+    weight_q: Quantizer
+    output_q: Quantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input))
+        return _quantized(
+            self,
+            input,
+            lambda x, w: F.conv1d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups),
+        )
+
+
 class QConv2d(nn.Conv2d):
     """A convolution with three quantizers.
 
@@ -56,13 +95,110 @@ class QConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input with the quantized weights."""
-        x, w = _check_finite(self, "input", input), _check_finite(self, "weights", self.weight)
         if self.bits == Bits():
-            return super().forward(x)
-        x, w = self.input_q(x), self.weight_q(w)
-        with recompute_in_backward(x):
-            y = F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return self.output_q(y, input)
+            return super().forward(_finite(self, input))
+        return _quantized(
+            self,
+            input,
+            lambda x, w: F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups),
+        )
+
+
+class QConv3d(nn.Conv3d):
+    """A convolution over three axes with three quantizers; see `QConv2d`."""
+
+    label: str
+    bits: Bits
+    input_q: Quantizer
+    weight_q: Quantizer
+    output_q: Quantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input))
+        return _quantized(
+            self,
+            input,
+            lambda x, w: F.conv3d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups),
+        )
+
+
+class QConvTranspose1d(nn.ConvTranspose1d):
+    """A transposed convolution over one axis with three quantizers; see `QConv2d`."""
+
+    label: str
+    bits: Bits
+    input_q: Quantizer
+    weight_q: Quantizer
+    output_q: Quantizer
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the transposed convolution to the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input), output_size)
+        padding, extra = _padding(self, input, output_size)
+        return _quantized(
+            self,
+            input,
+            lambda x, w: F.conv_transpose1d(x, w, self.bias, self.stride, padding, extra, self.groups, self.dilation),
+        )
+
+
+class QConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution with three quantizers; see `QConv2d`."""
+
+    label: str
+    bits: Bits
+    input_q: Quantizer
+    weight_q: Quantizer
+    output_q: Quantizer
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the transposed convolution to the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input), output_size)
+        padding, extra = _padding(self, input, output_size)
+        return _quantized(
+            self,
+            input,
+            lambda x, w: F.conv_transpose2d(x, w, self.bias, self.stride, padding, extra, self.groups, self.dilation),
+        )
+
+
+class QConvTranspose3d(nn.ConvTranspose3d):
+    """A transposed convolution over three axes with three quantizers; see `QConv2d`."""
+
+    label: str
+    bits: Bits
+    input_q: Quantizer
+    weight_q: Quantizer
+    output_q: Quantizer
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the transposed convolution to the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input), output_size)
+        padding, extra = _padding(self, input, output_size)
+        return _quantized(
+            self,
+            input,
+            lambda x, w: F.conv_transpose3d(x, w, self.bias, self.stride, padding, extra, self.groups, self.dilation),
+        )
+
+
+def _padding(
+    layer: TransposedConvolution, x: Tensor, output_size: Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the padding of a transposed convolution, and what it adds to the smallest size of its output."""
+    padding, axes = layer.padding, len(layer.kernel_size)
+    assert isinstance(padding, tuple)  # torch allows words for other convolutions only
+    if output_size is None:
+        return padding, tuple(layer.output_padding)
+    options = zip(layer.stride, padding, layer.dilation, layer.kernel_size, strict=True)
+    fixed = [step * (kernel - 1) + 1 - stride - 2 * pad for stride, pad, step, kernel in options]
+    sizes = zip(output_size[-axes:], x.shape[-axes:], layer.stride, fixed, strict=True)
+    return padding, tuple(wanted - size * stride - rest for wanted, size, stride, rest in sizes)
 
 
 class QLinear(nn.Linear):
@@ -76,22 +212,27 @@ class QLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the quantized input by the quantized weights."""
-        x, w = _check_finite(self, "input", input), _check_finite(self, "weights", self.weight)
         if self.bits == Bits():
-            return super().forward(x)
-        x, w = self.input_q(x), self.weight_q(w)
-        with recompute_in_backward(x):
-            y = F.linear(x, w, self.bias)
-        return self.output_q(y, input)
+            return super().forward(_finite(self, input))
+        return _quantized(self, input, lambda x, w: F.linear(x, w, self.bias))
 
 
-QLayer = QConv2d | QLinear
+QLayer = QConv1d | QConv2d | QConv3d | QConvTranspose1d | QConvTranspose2d | QConvTranspose3d | QLinear
 
-QUANTIZED_CLASS: Mapping[type[nn.Module], type[QLayer]] = {nn.Conv2d: QConv2d, nn.Linear: QLinear}
+QUANTIZED_CLASS: Mapping[type[nn.Module], type[QLayer]] = {
+    nn.Conv1d: QConv1d, nn.Conv2d: QConv2d, nn.Conv3d: QConv3d, nn.ConvTranspose1d: QConvTranspose1d,
+    nn.ConvTranspose2d: QConvTranspose2d, nn.ConvTranspose3d: QConvTranspose3d, nn.Linear: QLinear,
+}  # fmt: skip
 """Class of a float layer -> class of its quantized form."""
 
 FLOAT_CLASS: Mapping[type[nn.Module], type[nn.Module]] = {q: float_class for float_class, q in QUANTIZED_CLASS.items()}
 """The reverse of `QUANTIZED_CLASS`."""
+
+
+def new_float_layer(kind: type[nn.Module], inputs: int, outputs: int, kernel: Sequence[int]) -> FloatLayer:
+    """Return a float layer with initial weights, whose class is `kind` or, if `kind` is quantized, its float class."""
+    make: Callable[..., FloatLayer] = FLOAT_CLASS.get(kind, kind)  # type: ignore[assignment]
+    return make(inputs, outputs) if issubclass(kind, nn.Linear) else make(inputs, outputs, tuple(kernel))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QLayer]:
@@ -148,12 +289,42 @@ def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
 
 
 def fold_quantized_weights(model: nn.Module) -> nn.Module:
-    """Return a copy of the network with effective weights and without weight quantizers."""
+    """Return a copy of the network with effective weights and without weight quantizers.
+
+    Layers that share their latent weights get weights of their own.
+
+    Raises:
+        ValueError: the weights of a layer are computed in every forward pass.
+    """
+    for name, layer in quantized_layers(model).items():
+        if remedy := computed_weight(layer):
+            raise ValueError(f"{name}: its weight is computed in every forward pass\nfirst {remedy}")
     folded = copy.deepcopy(model)
-    for layer in quantized_layers(folded).values():
-        layer.weight.data = effective_weight(layer).clone()
+    layers = quantized_layers(folded).values()
+    # All effective weights are computed before the first latent weight is replaced.
+    for layer, weight in [(layer, effective_weight(layer).clone()) for layer in layers]:
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         layer.weight_q = IdentityQuantizer()
     return folded
+
+
+def computed_weight(layer: nn.Module) -> str | None:
+    """Return how to turn a weight that is computed in every forward pass into a parameter.
+
+    The result is None if the weight is a parameter already.
+    """
+    own = {name for name, _ in layer.named_parameters(recurse=False)}
+    if "weight" in own:
+        return None
+    if hasattr(layer, "weight_mask"):
+        return "call torch.nn.utils.prune.remove(layer, 'weight')"
+    if "weight_g" in own:
+        return "call torch.nn.utils.remove_weight_norm(layer)"
+    if hasattr(layer, "weight_u"):
+        return "call torch.nn.utils.remove_spectral_norm(layer)"
+    if hasattr(layer, "parametrizations"):
+        return "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    return "make `weight` a torch.nn.Parameter of the layer"
 
 
 @contextmanager

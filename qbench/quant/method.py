@@ -31,6 +31,20 @@ class Unsupported(Exception):
     """Raised if a method does not support a width, option or network. The message states the reason."""
 
 
+def check_kind(method_name: str, layer_name: str, layer: nn.Module) -> None:
+    """Refuse a layer that is neither a `Conv2d` nor a `Linear`, for a method that has no formula for others."""
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        kind = type(layer).__name__.removeprefix("Q")
+        raise Unsupported(
+            f"{layer_name} is a {kind}; {method_name} quantizes Conv2d and Linear only\n{float_rule(layer_name)}"
+        )
+
+
+def float_rule(layer_name: str) -> str:
+    """Return what to type to leave a layer float."""
+    return f"leave it float: 'layers.rules={{{layer_name}: float}}'"
+
+
 @dataclass(frozen=True)
 class Requires:
     """The requirements of a method on the network around its quantizers.

@@ -38,7 +38,8 @@ class Policy:
             bits. The image is rounded over `image_range`. The method's activation quantizer is not
             used, because it is made for activations.
         rules: layer-name pattern (fnmatch) -> width, in order.
-        image_range: lowest and highest values of the network's input image, each per channel.
+        image_range: lowest and highest values of the network's input image, each per channel or the
+            same for all channels. It must be given if the image is rounded.
     """
 
     first: Width = "float"
@@ -46,7 +47,7 @@ class Policy:
     downsample: Width = "same"
     input: Width = "same"
     rules: Mapping[str, Width] = field(default_factory=dict)
-    image_range: tuple[tuple[float, ...], tuple[float, ...]] = ((0.0,), (1.0,))
+    image_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 def quantizable(model: nn.Module) -> dict[str, FloatLayer]:

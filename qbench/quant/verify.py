@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.bits import FLOAT, LevelCount
-from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
-from qbench.quant.layers import QLayer, quantized_layers
+from qbench.quant.graph import eval_mode_keeping_rng, read_without_call, recorded_calls
+from qbench.quant.layers import QLayer, computed_weight, quantized_layers
 from qbench.quant.quantizer import Quantizer
 
 ROUNDING = 4e-7
@@ -22,25 +22,33 @@ FRACTION_OF_STEP = 0.05
 
 
 class NotQuantized(Exception):
-    """Raised if values of a quantizer are not on its declared grid."""
+    """Raised if the network computes with values that are not on the declared grid of a quantizer."""
 
 
 def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]:
     """Count the levels in every quantized layer, in one forward and backward pass.
+
+    Before that, the network runs on one image to see that evaluation uses no weight without its
+    quantizer.
 
     Returns:
         For each layer and each of its quantized tensors (w, a, g): the largest number of levels
         found in a scale group, and the number allowed.
 
     Raises:
-        NotQuantized: some value is not on the grid, or a quantizer declares no grid. The message
-            names the layer and the tensor.
+        NotQuantized: some value is not on the grid, a quantizer declares no grid, or evaluation does
+            not call a layer. The message names the layer and the tensor.
     """
     layers = quantized_layers(model)
+    parameters = [name for name, layer in layers.items() if computed_weight(layer) is None]
+    if read := read_without_call(model, images[:1], parameters):
+        raise NotQuantized(f"{read[0]}: evaluation uses its float weight without a call of the layer")
     slots = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q", "output_q")]
     with eval_mode_keeping_rng(model), torch.enable_grad(), recorded_calls(model, slots) as calls:
         logits = model(images)
         passed = {slot: (before, after) for slot, before, after in calls}
+        if missing := [name for name in layers if f"{name}.weight_q" not in passed]:
+            raise NotQuantized(f"{missing[0]}: evaluation does not call the layer")
         gradient_slots = [f"{name}.output_q" for name, layer in layers.items() if layer.bits.g < FLOAT]
         if gradient_slots:
             # Any wrong label gives gradients that are not zero.

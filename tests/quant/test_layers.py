@@ -1,16 +1,19 @@
 """Verification, storage and cost of quantized networks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from qbench.bits import Bits, LevelCount
+from qbench.config import registry
 from qbench.cost.count import count_cost, count_macs
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
 from qbench.quant.install import install
-from qbench.quant.layers import NotFinite, quantized_layers
-from qbench.quant.method import Method
+from qbench.quant.layers import NotFinite, float_mode, quantized_layers
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import levels_k, on_backward, round_ste, sign, straight_through
 from qbench.quant.policy import Policy
 from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer, Storage
@@ -26,7 +29,7 @@ def net(method: Method, policy: Policy | None = None) -> nn.Module:
 
 
 def test_levels_are_counted_in_a_forward_pass() -> None:
-    counts = verify(net(dorefa.build(w=3, a=2, g=4), Policy(last=8, first=8)), X)
+    counts = verify(net(dorefa.build(w=3, a=2, g=4), Policy(last=8, first=8, image_range=((-5.0,), (5.0,)))), X)
     assert list(counts) == ["conv1", *[f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)], "fc"]
     assert counts["layer1.0.conv1"]["w"] == LevelCount(8, 8)
     assert counts["layer1.0.conv1"]["a"] == LevelCount(4, 4)
@@ -164,7 +167,12 @@ def test_bitops_of_resnet18_at_224(bits: int, ends: str | int, expected: float) 
         model = torchvision().models.resnet18(weights=None)
     macs = count_macs(model, (3, 224, 224))
     example = torch.empty(1, 3, 224, 224, device="meta")
-    install(dorefa.build(w=bits, a=bits), model, Policy(first=ends, last=ends), example=example)
+    install(
+        dorefa.build(w=bits, a=bits),
+        model,
+        Policy(first=ends, last=ends, image_range=((0.0,), (1.0,))),
+        example=example,
+    )
     assert count_cost(model, macs).bitops / 1e9 == pytest.approx(expected, rel=5e-4)
 
 
@@ -209,3 +217,58 @@ def test_a_quantizer_has_defaults_and_says_when_it_declares_no_storage() -> None
     assert IdentityQuantizer()(x) is x
     assert IdentityQuantizer()(x, x + 1) is x
     assert dorefa.DoReFaWeight(2).declares_grid
+
+
+OTHER_LAYERS = [
+    nn.Conv1d(4, 6, 3, 2, padding=1, groups=2),
+    nn.Conv3d(4, 6, (1, 3, 3), padding="same"),
+    nn.ConvTranspose1d(4, 6, 3, 2, padding=1),
+    nn.ConvTranspose2d(4, 6, (2, 3), (2, 3), padding=(0, 1), groups=2, bias=False),
+    nn.ConvTranspose3d(4, 6, 2, 2, dilation=1),
+]
+
+
+@pytest.mark.parametrize("layer", OTHER_LAYERS, ids=lambda layer: type(layer).__name__)
+def test_convolutions_of_other_kinds_compute_with_the_quantized_tensors(layer: nn.Module) -> None:
+    axes = layer.weight.dim() - 2
+    x = torch.randn(2, 4, *[5] * axes, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Identity(), copy.deepcopy(layer))
+    policy = Policy(first="same", last="same", input="float")
+    install(dorefa.build(w=2, a=4), model, policy, example=x)
+    model[1].input_q = dorefa.build(w=2, a=4).input("1", layer, 4)
+    model[1].bits = Bits(2, 4)
+    expected = copy.deepcopy(layer)
+    expected.weight.data = dorefa.quantize_weight(layer.weight, 2).detach()
+    assert torch.equal(model(x), expected(dorefa.quantize_activation(x, 4)))
+    assert {key: count.allowed for key, count in verify(model, x)["1"].items()} == {"w": 4, "a": 16}
+    if "Transpose" in type(layer).__name__:
+        size = [length + 1 for length in layer(x).shape[2:]]
+        assert torch.equal(model[1](x, output_size=size), expected(dorefa.quantize_activation(x, 4), output_size=size))
+    with float_mode(model):
+        assert torch.equal(model(x), layer(x))
+
+
+PER_OUTPUT = {"uniform", "xnor", "bwn", "hwgq", "ptq", "qcnn"}
+"""Methods whose scales or codebooks belong to single outputs of a layer."""
+
+
+@pytest.mark.parametrize("name", registry.names("method"))
+@pytest.mark.parametrize("layer", OTHER_LAYERS[:3:2], ids=lambda layer: type(layer).__name__)
+def test_a_method_quantizes_other_convolutions_or_names_the_layer(name: str, layer: nn.Module) -> None:
+    method = registry.create("method", {"name": name})
+    if name == "float":
+        return
+    method = registry.create("method", {"name": name}, w=method.bits.w, a=32)
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), copy.deepcopy(layer), nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randn(2, 4, 8)
+    model(x)
+    if name == "qcnn" or (name in PER_OUTPUT and isinstance(layer, nn.ConvTranspose1d)):
+        with pytest.raises(
+            Unsupported, match=r"^1 is a Conv(Transpose)?1d\b.*\nleave it float: 'layers.rules={1: float}'"
+        ):
+            install(method, model, example=x)
+        return
+    install(method, model, example=x)
+    model(x).sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model[1].named_parameters() if n != "bias")
+    assert model[1].weight_q.bytes(model[1].weight).codes == layer.weight.numel()

@@ -9,7 +9,8 @@ from torch import nn
 from qbench.bits import Bits
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
-from qbench.quant.install import ImageQuantizer, install
+from qbench.quant.image import ImageQuantizer
+from qbench.quant.install import install
 from qbench.quant.layers import (
     BypassedActivation,
     QConv2d,

@@ -1,0 +1,157 @@
+"""Quantizes the image: finds the layers that read it, and rounds it to evenly spaced levels."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qbench.bits import FLOAT, Bits
+from qbench.quant.graph import IMAGE, Operation, between, eval_mode_keeping_rng, operations, recorded_calls
+from qbench.quant.method import Unsupported
+from qbench.quant.ops import levels_k, quantize_k
+from qbench.quant.policy import Policy
+from qbench.quant.quantizer import Grid, Quantizer
+
+REARRANGING = frozenset(
+    {
+        "__getitem__", "cat", "channel_shuffle", "chunk", "clone", "concat", "contiguous", "data", "detach", "expand",
+        "expand_as", "flatten", "flip", "float", "movedim", "mT", "narrow", "permute", "pixel_shuffle",
+        "pixel_unshuffle", "repeat", "reshape", "reshape_as", "roll", "rot90", "select", "split", "squeeze", "stack",
+        "swapaxes", "T", "t", "to", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
+        "Flatten", "Identity", "PixelShuffle", "PixelUnshuffle", "Unflatten", "Unfold",
+    }
+)  # fmt: skip
+"""Functions and modules of torch that only move or copy the values of an image."""
+
+
+class ImageQuantizer(Quantizer):
+    """Rounds the network's input to 2^bits evenly spaced levels over each channel's range.
+
+    With 8 bits and images from 8-bit files, values change only by float rounding errors.
+
+    Args:
+        bits: width of the rounded values.
+        low, high: smallest and largest value of each channel.
+        channel: the channel from which each value of the layer's input comes, (1, ...), in a shape
+            that can be expanded to the input's. None means (N, C, H, W).
+    """
+
+    low: Tensor
+    span: Tensor
+    channel: Tensor
+
+    def __init__(
+        self, bits: int, low: tuple[float, ...], high: tuple[float, ...], channel: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        channel = torch.arange(len(low)).reshape(1, -1, 1, 1) if channel is None else channel.cpu()
+        self.register_buffer("channel", channel, persistent=False)
+        self.register_buffer("low", torch.tensor(low)[channel], persistent=False)
+        self.register_buffer("span", (torch.tensor(high) - torch.tensor(low))[channel], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the rounded input of the layer, in the same shape."""
+        scaled = ((x - self.low) / self.span).clamp(0, 1)
+        return quantize_k(scaled, self.bits) * self.span + self.low
+
+    def grid(self, x: Tensor) -> Grid:
+        """Return the grid, with one scale group per channel."""
+        channel, low, span = (t.expand(1, *x.shape[1:]).flatten() for t in (self.channel, self.low, self.span))
+        places = [(channel == one).nonzero().flatten() for one in torch.unique(channel)]
+        first = torch.stack([place[0] for place in places])
+        points = levels_k(self.bits, x) * span[first].unsqueeze(1) + low[first].unsqueeze(1)
+        # Channels with fewer values are filled up with values that they have already.
+        most = torch.arange(max(map(len, places)), device=x.device)
+        index = torch.stack([place[most % len(place)] for place in places])
+        return Grid(
+            points.unsqueeze(-1), lambda t: t.reshape(len(t), -1)[:, index].movedim(1, 0).reshape(len(index), -1, 1)
+        )
+
+
+def image_quantizers(
+    model: nn.Module, assigned: Mapping[str, Bits], policy: Policy, example: Tensor | None
+) -> dict[str, ImageQuantizer]:
+    """Return the image quantizer of each layer that reads the image and has quantized activations.
+
+    Args:
+        assigned: the widths of the layers, in execution order.
+        example: see `install`.
+
+    Raises:
+        Unsupported: the first layer reads something else, or the range of the image is not known.
+    """
+    first, narrow = next(iter(assigned)), [name for name, bits in assigned.items() if bits.a < FLOAT]
+    if example is None:
+        if first in narrow:
+            raise Unsupported(f"what {first} reads is not known: call install with example=, one batch of images")
+        return {}
+    if not narrow:
+        return {}
+    graph = operations(model, example, assigned)
+    readers = [name for name in narrow if _reads_image(graph, name)]
+    if first in narrow and first not in readers:
+        raise Unsupported(
+            f"{first}, the first layer, does not read the image but {_computed(graph, first)}\n"
+            "leave its input float: layers.input=float"
+        )
+    return {name: _image_quantizer(model, graph, name, assigned[name].a, policy, example) for name in readers}
+
+
+def _image_like(graph: Sequence[Operation]) -> Collection[str]:
+    """Return the operations whose results hold values of the image and nothing else."""
+    image_like = {IMAGE}
+    for operation in graph:
+        if operation.kind in REARRANGING and operation.reads and image_like.issuperset(operation.reads):
+            image_like.add(operation.name)
+    return image_like
+
+
+def _reads_image(graph: Sequence[Operation], layer: str) -> bool:
+    reads = {read for operation in graph if operation.module == layer for read in operation.reads}
+    return bool(reads) and reads <= set(_image_like(graph))
+
+
+def _computed(graph: Sequence[Operation], layer: str) -> str:
+    """Return in words what a layer reads that is not the image."""
+    image_like = _image_like(graph)
+    computed = [operation for operation in between(graph, IMAGE, layer) if operation.name not in image_like]
+    if not computed:
+        return "values of unknown origin"
+    last = next((operation for operation in reversed(computed) if operation.kind not in REARRANGING), computed[-1])
+    return f"the result of {last.kind}" + (f" {last.module}" if last.module else "")
+
+
+def _image_quantizer(
+    model: nn.Module, graph: Sequence[Operation], name: str, bits: int, policy: Policy, example: Tensor
+) -> ImageQuantizer:
+    if policy.image_range is None:
+        raise Unsupported(
+            f"{name} reads the image, and the range of the image is not known\n"
+            "say Policy(image_range=((LOW, ...), (HIGH, ...))), per channel, or Policy(input='float')"
+        )
+    channels = example.shape[1]
+    low, high = (ends * channels if len(ends) == 1 else ends for ends in policy.image_range)
+    if not len(low) == len(high) == channels:
+        raise Unsupported(f"image_range has {len(low)} and {len(high)} channels, and the images have {channels}")
+    direct = all(operation.reads == (IMAGE,) for operation in graph if operation.module == name)
+    return ImageQuantizer(bits, low, high, None if direct else _channels(model, name, example))
+
+
+def _channels(model: nn.Module, name: str, example: Tensor) -> Tensor:
+    """Return the channel of each value that a layer reads; see `ImageQuantizer`.
+
+    The network runs on an image in which every value is the number of its channel.
+    """
+    shape = (1, -1, *[1] * (example.dim() - 2))
+    numbers = torch.arange(example.shape[1], device=example.device).to(example.dtype).reshape(shape)
+    with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, [name]) as calls:
+        model(numbers.expand(1, *example.shape[1:]))
+    channel = calls[0].input
+    if channel.is_meta:
+        return torch.zeros((1,) * channel.dim(), dtype=torch.long)
+    channel = channel[:1].long()
+    for axis in range(1, channel.dim()):  # a single value stands for an axis along which all are equal
+        if (channel == channel.narrow(axis, 0, 1)).all():
+            channel = channel.narrow(axis, 0, 1)
+    return channel

@@ -1,0 +1,136 @@
+"""MACs, BitOps and bytes of layers that are not quantized, and what is said about them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.cost.count import count_cost, count_macs, coverage
+from qbench.cost.layers import layer_costs
+from qbench.methods import dorefa, uniform
+from qbench.models import mlp
+from qbench.quant.install import install
+from qbench.quant.policy import Policy
+
+SHAPE, X = (3, 8, 8), torch.zeros(1, 3, 8, 8)
+
+
+class Mixed(nn.Module):
+    """Layers of many kinds. For one image: 8 time steps of 24 inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(24, 8, 3), nn.Conv1d(8, 8, 1, groups=2)
+        self.rnn, self.embedding = nn.LSTM(8, 4, batch_first=True, bidirectional=True), nn.Embedding(5, 8)
+        self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm((6, 8))
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(self.conv1(x.flatten(1, 2))).transpose(1, 2)  # (N, 6, 8)
+        h, _ = self.rnn(h, (torch.zeros(2, len(x), 4), torch.zeros(2, len(x), 4)))
+        h = self.norm(h + self.embedding(torch.arange(5))[:1])
+        h, _ = self.attention(h, h, h, need_weights=False)
+        y: Tensor = self.fc(h.mean(1)) @ self.fc.weight @ self.fc.weight.t()
+        return y
+
+
+MACS = {
+    "": 2 * 2 * 8,
+    "conv1": 6 * 8 * 24 * 3,
+    "conv2": 6 * 8 * 4,
+    "rnn": 2 * 6 * 16 * (8 + 4),
+    "embedding": 0,
+    "attention": 6 * 8 * 8 * 4 + 2 * 2 * 6 * 6 * 4,  # projections, then scores and sums of two heads
+    "attention.out_proj": 0,  # its weights are used by `attention`
+    "fc": 16,
+}
+
+
+def test_every_product_is_counted_once() -> None:
+    assert count_macs(Mixed(), SHAPE) == MACS
+
+
+class ReadsValues(Mixed):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.sum().item() == 0, "cannot run on the meta device"
+        return super().forward(x)
+
+
+def test_the_counts_are_the_same_for_a_network_that_reads_values() -> None:
+    assert count_macs(ReadsValues(), SHAPE) == MACS
+
+
+def test_what_cannot_be_quantized_counts_as_float_and_is_named() -> None:
+    model, macs = Mixed(), count_macs(Mixed(), SHAPE)
+    install(dorefa.build(w=2, a=4), model, Policy(last="same", rules={"fc": "float"}), example=X)
+    assert coverage(model, macs) == (
+        "1 of 8 layers with weights are quantized; left float: the network itself (Mixed), conv1, rnn (LSTM), "
+        "embedding (Embedding), attention (MultiheadAttention), "
+        "attention.out_proj (NonDynamicallyQuantizableLinear), fc"
+    )
+    cost = count_cost(model, macs)
+    assert cost.macs == sum(MACS.values())
+    assert cost.bitops == MACS["conv2"] * 2 * 4 + (sum(MACS.values()) - MACS["conv2"]) * 1024
+    assert cost.params == sum(p.numel() for p in model.parameters())
+    rows = {row.name: row for row in layer_costs(model, dorefa.build(w=2, a=4), macs)}
+    assert (rows["rnn"].shape, rows["rnn"].params, rows["rnn"].bits.w) == ((16, 8), 2 * 16 * (8 + 4 + 2), 32)
+    assert rows["Mixed"].bitops == MACS[""] * 1024
+    assert sum(row.bitops for row in rows.values()) == cost.bitops
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(rules={"fc2": "float"})])
+def test_nothing_is_said_where_the_policy_alone_decides(policy: Policy) -> None:
+    model = mlp.build(SHAPE, 10, hidden=3, width=6)
+    assert coverage(install(dorefa.build(w=2), model, policy, example=X), count_macs(model, SHAPE)) is None
+
+
+def transposed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.ReLU(), nn.Unflatten(1, (6, 1)),
+        nn.Conv3d(6, 2, (1, 3, 3)), nn.Flatten(), nn.Unflatten(1, (10, -1)), nn.ConvTranspose1d(10, 2, 3),
+        nn.Flatten(), nn.LazyLinear(4),
+    )  # fmt: skip
+
+
+def test_convolutions_of_all_kinds_are_counted_and_quantized() -> None:
+    model = transposed()
+    model(X)
+    macs = count_macs(model, SHAPE)
+    assert macs == {
+        "0": 64 * 12,
+        "1": 64 * 9 * 4 * 3,
+        "4": 15 * 15 * 2 * 6 * 9,
+        "7": 45 * 10 * 2 * 3,
+        "9": 2 * 47 * 4,
+    }
+    install(dorefa.build(w=2, a=4), model, example=X)
+    cost = count_cost(model, macs)
+    inner = [macs[name] for name in "147"]
+    assert cost.bitops == 8 * sum(inner) + 1024 * (sum(macs.values()) - sum(inner))
+    codes = 4 * 3 * 9 + 6 * 2 * 9 + 10 * 2 * 3
+    assert cost.bytes_ideal == 4 * (cost.params - codes) + codes * 2 / 8
+    weights = {row.name: row.weights for row in layer_costs(model, dorefa.build(w=2, a=4), macs)}
+    assert {name: levels and (levels.number, levels.per) for name, levels in weights.items()} == {
+        "0": None, "1": (4, "layer"), "4": (4, "layer"), "7": (4, "layer"), "9": None,
+    }  # fmt: skip
+
+
+def test_functions_of_torch_that_hold_weights_are_not_forgotten() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.fc = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Linear(4, 2)
+            self.mid = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(self.mid(F.conv2d(x, self.kernel).mean((2, 3))))
+            return y
+
+    model = Functional()
+    macs = count_macs(model, SHAPE)
+    assert macs == {"": 36 * 4 * 27, "fc": 8, "mid": 16}
+    install(uniform.build(), model, Policy(first="same", image_range=((0.0,), (1.0,)), input="float"), example=X)
+    assert coverage(model, macs) == (
+        "1 of 3 layers with weights are quantized; left float: the network itself (Functional), fc"
+    )

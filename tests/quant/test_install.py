@@ -1,0 +1,215 @@
+"""Networks of users in which a layer's weights are used, made, shared or left out in unusual ways."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from qbench.methods import dorefa, lsq, ttq
+from qbench.quant.install import install
+from qbench.quant.layers import effective_weight, float_mode, fold_quantized_weights, quantized_layers
+from qbench.quant.method import Unsupported
+from qbench.quant.policy import Policy
+from qbench.quant.verify import NotQuantized, verify
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+RULE = "leave it float: 'layers.rules={%s: float}'"
+
+
+class Net(nn.Module):
+    """Three linear layers, the middle one of which is quantized; `middle` computes with it."""
+
+    def __init__(self, middle: "Callable[[Net, Tensor], Tensor] | None" = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.mid, self.last = nn.Linear(192, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.middle = middle or (lambda net, h: net.mid(h))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.middle(self, self.first(x.flatten(1)).relu()))
+        return y
+
+
+def transformer(layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, layers) if layers > 1 else layer
+    return nn.Sequential(nn.Flatten(2), nn.Linear(64, 8), encoder, nn.Flatten(), nn.Linear(24, 10))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_evaluation_of_a_transformer_uses_the_quantized_weights(layers: int) -> None:
+    """Without gradients torch computes an encoder layer by one function that reads the weights itself."""
+    original = transformer(layers).eval()
+    model = install(dorefa.build(w=2, a=2), copy.deepcopy(original), example=X).eval()
+    assert len(quantized_layers(model)) == 2 * layers
+    with_gradients = model(X)  # here torch calls the layers
+    with torch.no_grad():
+        expected = model(X)
+        torch.testing.assert_close(expected, with_gradients.detach())
+        assert torch.equal(pickle.loads(pickle.dumps(model))(X), expected)
+        assert torch.equal(fold_quantized_weights(model)(X), expected)
+        with float_mode(model):
+            torch.testing.assert_close(model(X), original(X))
+        assert not torch.allclose(original(X), expected, atol=0.05)
+
+
+USES: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "transposed": lambda net, h: F.linear(net.mid(h), net.mid.weight.t()),
+    "same": lambda net, h: F.linear(net.mid(h), net.mid.weight, net.mid.bias),
+    "matmul": lambda net, h: net.mid(h) @ net.mid.weight,
+    "detached": lambda net, h: net.mid(h) * net.mid.weight.detach().norm(),
+    "data": lambda net, h: net.mid(h) + net.mid.weight.data.mean(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_weight_that_is_used_without_a_call_of_its_layer_is_refused(use: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        install(dorefa.build(w=2), Net(USES[use]), example=X)
+    assert str(caught.value) == (
+        "mid: its weight is also used without a call of the layer, and would stay float there\n"
+        "call the layer, or leave it float: 'layers.rules={mid: float}'"
+    )
+    assert not quantized_layers(install(dorefa.build(w=2), Net(USES[use]), Policy(rules={"mid": "float"}), example=X))
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda net, h: net.mid(h) if torch.is_grad_enabled() else F.linear(h, net.mid.weight),
+        lambda net, h: net.mid(h) if net.training else h @ net.mid.weight,
+    ],
+)
+def test_verification_sees_what_evaluation_alone_computes(middle: Callable[[Net, Tensor], Tensor]) -> None:
+    model = install(dorefa.build(w=2), Net(middle))  # without an example, the network does not run
+    with pytest.raises(NotQuantized, match=r"mid: evaluation uses its float weight without a call of the layer"):
+        verify(model, X)
+    unused = install(dorefa.build(w=2), Net(lambda net, h: h))
+    with pytest.raises(NotQuantized, match="mid: evaluation does not call the layer"):
+        verify(unused, X)
+
+
+def twice(net: Net, h: Tensor) -> Tensor:
+    return net.mid(net.mid(h))
+
+
+HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "called twice": twice,
+    "attributes": lambda net, h: net.mid(h.to(net.mid.weight.dtype).reshape(-1, net.mid.weight.shape[1])),
+    "forward": lambda net, h: net.mid.forward(h),
+    "measured": lambda net, h: (net.mid.weight.abs().max(), net.mid(h))[1],
+}
+
+
+@pytest.mark.parametrize("use", HARMLESS)
+def test_harmless_uses_of_a_layer_go_on_working(use: str) -> None:
+    net = Net(HARMLESS[use])
+    net.mid.register_forward_pre_hook(lambda module, args: None)
+    model = install(dorefa.build(w=2), net, example=X).eval()
+    assert list(quantized_layers(model)) == ["mid"]
+    assert verify(model, X)["mid"]["w"].allowed == 4
+    w = effective_weight(model.mid)
+    h = model.first(X.flatten(1)).relu()
+    for _ in range(2 if use == "called twice" else 1):
+        h = F.linear(h, w, model.mid.bias)
+    assert torch.equal(model(X), model.last(h))
+    assert torch.equal(fold_quantized_weights(model)(X), model(X))
+
+
+def parametrized(layer: nn.Linear) -> None:
+    parametrizations.weight_norm(layer)
+
+
+def made_by_a_hook(layer: nn.Linear) -> None:
+    layer.own = nn.Parameter(layer.weight.detach().clone())
+    del layer.weight
+    layer.register_forward_pre_hook(lambda module, args: setattr(module, "weight", module.own * 1))
+    layer.weight = layer.own * 1
+
+
+COMPUTED: dict[str, tuple[Callable[[nn.Linear], object], str]] = {
+    "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "prune.remove(layer, 'weight')"),
+    "weight_norm": (torch.nn.utils.weight_norm, "remove_weight_norm(layer)"),
+    "spectral_norm": (torch.nn.utils.spectral_norm, "remove_spectral_norm(layer)"),
+    "parametrization": (parametrized, "remove_parametrizations(layer, 'weight')"),
+    "orthogonal": (parametrizations.orthogonal, "remove_parametrizations(layer, 'weight')"),
+    "hook": (made_by_a_hook, "make `weight` a torch.nn.Parameter"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_is_computed_in_every_forward_pass_is_refused(kind: str) -> None:
+    change, remedy = COMPUTED[kind]
+    net = Net()
+    change(net.mid)
+    with pytest.raises(Unsupported, match=r"^mid: its weight is computed in every forward pass\n") as caught:
+        install(dorefa.build(w=2), net, example=X)
+    assert remedy in str(caught.value)
+    assert RULE % "mid" in str(caught.value)
+    after = install(dorefa.build(w=2), Net(), example=X).eval()
+    change(after.mid)
+    assert verify(after, X)["mid"]["w"].found <= 4, "the quantizer is still applied"
+    with pytest.raises(ValueError, match="mid: its weight is computed") as caught_value:
+        fold_quantized_weights(after)
+    assert remedy in str(caught_value.value)
+
+
+def test_after_pruning_is_made_permanent_the_weights_fold() -> None:
+    model = install(dorefa.build(w=2), Net(), example=X).eval()
+    prune.l1_unstructured(model.mid, "weight", 0.5)
+    prune.remove(model.mid, "weight")
+    folded = fold_quantized_weights(model)
+    assert torch.equal(folded(X), model(X))
+    assert folded.mid.weight.unique().numel() == 4
+
+
+def shared(how: str) -> nn.Module:
+    net = Net()
+    net.other = nn.Linear(16, 16)
+    if how in ("quantized", "float"):
+        net.other.weight = net.mid.weight
+    elif how == "view":
+        net.other.weight = nn.Parameter(net.mid.weight.detach().t())
+    elif how == "data":
+        net.other.weight.data = net.mid.weight.data
+    else:
+        net.other = nn.Embedding(16, 16)
+        net.other.weight = net.mid.weight
+    net.middle = lambda net, h: net.other(net.mid(h) if how != "embedding" else net.mid(h).argmax(1))
+    return net
+
+
+@pytest.mark.parametrize("how", ["quantized", "float", "view", "data", "embedding"])
+def test_a_shared_weight_is_refused(how: str) -> None:
+    policy = Policy(rules={"other": "float"}) if how != "quantized" and how != "embedding" else None
+    with pytest.raises(Unsupported, match=r"^mid and other share a weight") as caught:
+        install(dorefa.build(w=2), shared(how), policy, example=X)
+    assert RULE % "mid" in str(caught.value)
+    float_both = Policy(rules={"mid": "float"} | ({"other": "float"} if how != "embedding" else {}))
+    assert not quantized_layers(install(dorefa.build(w=2), shared(how), float_both, example=X))
+
+
+@pytest.mark.parametrize("method", [dorefa.build(w=2), lsq.build(w=2, a=32), ttq.build(w=2)])
+@pytest.mark.parametrize("other", ["quantized", "float"])
+def test_weights_tied_after_installation_fold_to_the_same_outputs(method: object, other: str) -> None:
+    net = shared("none")
+    net.other = nn.Linear(16, 16)
+    net.middle = lambda net, h: net.other(net.mid(h))
+    rules = {} if other == "quantized" else {"other": "float"}
+    model = install(method, net, Policy(rules=rules), example=X).eval()
+    model.other.weight = model.mid.weight
+    assert torch.equal(fold_quantized_weights(model)(X), model(X))
+
+
+def test_a_module_under_two_names_is_not_a_shared_weight() -> None:
+    net = Net(lambda net, h: net.again(net.mid(h)))
+    net.again = net.mid
+    assert list(quantized_layers(install(dorefa.build(w=2), net, example=X))) == ["mid"]
