@@ -135,7 +135,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
     top = levels[-1]  # q_m
 
     def plain(x: Tensor) -> Tensor:
-        return surrogate(x, lookup(x, thresholds, levels), _slope(x.detach(), top, backward))
+        return surrogate(x, lookup(x, thresholds, levels), _slope(x, top, backward))
 
     def derivative(grad: Tensor, x: Tensor) -> Tensor:
         if backward == "clipped":  # 0 < x <= q_m, as the open interval up to the next number after q_m

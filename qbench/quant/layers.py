@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from qbench.bits import Bits
 from qbench.quant.graph import eval_mode_keeping_rng
-from qbench.quant.ops import recompute_in_backward
+from qbench.quant.ops import named_transform, recompute_in_backward
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 # Shapes: N batch, C channels, H height, W width.
@@ -41,7 +41,11 @@ def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return x
     # One pass first: if the sum is finite, every value is. If it is not, it may have overflowed.
-    if not isfinite(x.detach().sum(dtype=torch.float32).item()) and not x.isfinite().all():
+    try:
+        total = x.detach().sum(dtype=torch.float32).item()
+    except RuntimeError as error:
+        raise named_transform(error) from None
+    if not isfinite(total) and not x.isfinite().all():
         count = int((~x.isfinite()).sum())
         raise NotFinite(f"{layer.label}: {count} of {x.numel()} values of its {what} are inf or nan")
     return x

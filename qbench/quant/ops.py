@@ -22,6 +22,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import saved_tensors_hooks
 
 from qbench.quant.fused_kernels import at_least
@@ -32,6 +33,11 @@ Context = Any
 
 MAX_CELLS = 2**8 + 3
 """Maximum number of cells: those of 8 bits, and one beyond each end."""
+
+TRANSFORMS = (
+    "quantizers do not work inside torch.func.grad, vmap, jvp and other transforms of functions\n"
+    "use torch.autograd.grad, with create_graph=True for second derivatives"
+)
 
 _rounding = ContextVar("rounding", default=True)
 _fused = ContextVar("fused", default=True)
@@ -98,8 +104,17 @@ def _rounds() -> bool:
 
 
 def _apply(function: type[Function], *args: object) -> Tensor:
-    result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    try:
+        result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise named_transform(error) from None
     return result
+
+
+def named_transform(error: RuntimeError) -> Exception:
+    """Return an error that names torch.func if a transform of functions caused `error`, else `error`."""
+    caused = any(word in str(error) for word in ("functorch", "vmap", "forward AD"))
+    return NotImplementedError(TRANSFORMS) if caused else error
 
 
 class _Round(Function):
@@ -130,7 +145,10 @@ class _OnBackward(Function):
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.change(grads[0]), None
+        changed = ctx.change(grads[0])
+        if torch.is_grad_enabled() and grads[0].requires_grad and not changed.requires_grad:
+            raise NotImplementedError("gradients that are quantized have no derivatives: leave bits.g=32")
+        return changed, None
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -170,9 +188,10 @@ def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """Return exactly `value`, and pass its gradient, times `slope`, to x.
 
     The slope is the derivative that a paper uses in place of the step function's derivative. Value
-    and slope have x's shape. A boolean slope is a mask.
+    and slope have x's shape. A boolean slope is a mask. The slope may be differentiated once more,
+    if it was computed from x.
     """
-    return _apply(_Surrogate, x, value.detach(), slope.detach())
+    return _apply(_Surrogate, x, value.detach(), slope)
 
 
 class Cells(NamedTuple):
@@ -193,18 +212,42 @@ Gradients = Callable[..., Tensor | tuple[Tensor, ...]]
 class _Fused(Function):
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, saved: Tensor, restore: Values, value: Values, gradients: Gradients, *learned: Tensor
+        ctx: Context, x: Tensor, saved: Tensor | None, restore: Values, forms: "_Forms", *learned: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(saved, *learned)
-        ctx.restore, ctx.gradients = restore, gradients
-        return value(x, *learned)
+        ctx.save_for_backward(x if saved is None else saved, *learned)
+        ctx.compressed, ctx.restore, ctx.forms = saved is not None, restore, forms
+        return forms.value(x, *learned)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, *learned = ctx.saved_tensors
-        result = ctx.gradients(grads[0], ctx.restore(saved), *learned)
-        first, *others = result if isinstance(result, tuple) else (result,)
-        return first, None, None, None, None, *others
+        if torch.is_grad_enabled():  # with create_graph=True, the gradient is differentiated too
+            if ctx.compressed:
+                raise NotImplementedError("second derivatives need runtime.compress_activations=false")
+            first, *others = _gradients_by_definition(ctx.forms.plain, grads[0], saved, *learned)
+        else:
+            result = ctx.forms.backward(grads[0], ctx.restore(saved), *learned)
+            first, *others = result if isinstance(result, tuple) else (result,)
+        return first, None, None, None, *others
+
+
+class _Forms(NamedTuple):
+    """The functions of a fused quantizer; see `fused_quantizer`."""
+
+    plain: Values
+    value: Values
+    backward: Gradients
+
+
+def _gradients_by_definition(plain: Values, grad: Tensor, *inputs: Tensor) -> list[Tensor | None]:
+    """Return the gradients of all inputs as functions of `grad` and the inputs, which autograd differentiates."""
+    wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
+    result = plain(*inputs)
+    found = torch.autograd.grad(result, [inputs[i] for i in wanted], grad, create_graph=True, allow_unused=True)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
 
 
 def fused_quantizer(
@@ -227,7 +270,7 @@ def fused_quantizer(
     Args:
         learned: learned parameters, such as scales, that get gradients.
         plain: (x, *learned) -> quantized x, by definition, in operations that autograd
-            differentiates.
+            differentiates, also for second derivatives.
         value: (x, *learned) -> the same result in as few passes as possible, in place except for
             the first pass.
         backward: (grad, x, *learned) -> the gradient of x, or the gradients of x and all `learned`.
@@ -238,14 +281,17 @@ def fused_quantizer(
     if torch.compiler.is_compiling() or not _fused.get():
         return plain(x, *learned)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *learned)):
+        if unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]  # the derivative would be 0
+            raise NotImplementedError(TRANSFORMS)
         return value(x.detach(), *learned)
     # What is saved for backward: x itself, or the numbers of its cells in one or two bytes.
-    saved = x.detach()
+    saved, compressed = x.detach(), None
     restore: Values = _identity
     if _compressing.get() and cells and cells.size <= MAX_CELLS:
         dtype, number_type = x.dtype, torch.uint8 if cells.size <= 256 else torch.int16
         saved, restore = cells.number(saved).to(number_type), lambda number: cells.inside(number.to(dtype))
-    result = _apply(_Fused, x, saved, restore, value, backward, *learned)
+        compressed = saved
+    result = _apply(_Fused, x, compressed, restore, _Forms(plain, value, backward), *learned)
     if repeatable:
         fixed = [parameter.detach() for parameter in learned]
         result.recompute = lambda: value(restore(saved), *fixed)  # type: ignore[attr-defined]
