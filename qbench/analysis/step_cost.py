@@ -22,6 +22,7 @@ from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.method import Unsupported
 from qbench.training import optimizer as optim
+from qbench.training.task import compute_logits
 
 TIMED_MACS = 2e9
 """Approximate MACs of a timed forward pass. A training step of this size takes about half a second on one core."""
@@ -180,7 +181,7 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, int]:
         return x
 
     with saved_tensors_hooks(record, lambda x: x):
-        logits = model(images)
+        logits = compute_logits(model, images)
     del logits
     per_image, fixed = (
         sum(size for key, (by_image, size) in saved.items() if by_image == wanted and key not in parameters)
@@ -198,7 +199,7 @@ def _step_seconds(
     start = time.perf_counter()
     for _ in range(steps):
         optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(model(batch[0]), batch[1]))
+        torch.autograd.backward(F.cross_entropy(compute_logits(model, batch[0]), batch[1]))
         step()
     if setup.device.type == "cuda":
         torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from qbench.data.dataset import Loader
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
 from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
-from qbench.quant.verify import NotQuantized, verify
+from qbench.quant.verify import NotQuantized, clipped_negatives, verify
 from qbench.runs.result import BaselineResult, Evaluation, Result
 from qbench.runs.tensorboard import levels_figure
 from qbench.training.checkpoint import cpu_copy
@@ -21,6 +21,9 @@ from qbench.training.digests import weights_sha256
 from qbench.training.evaluation import evaluate
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
+
+NOTED_SHARE = 0.01
+"""Share of a layer's inputs that are negative, and become 0, from which the row has a note."""
 
 VERIFIED_IMAGES = 64
 """Number of training images for which the levels of activations and gradients are verified."""
@@ -49,10 +52,12 @@ def final_result(
     final = _evaluate(task, last, state.epoch - 1 if state.epoch else None, loader, session, answers)
     if not fully_quantized(model):
         raise NotQuantized("after the last epoch some weights are still float")
-    verified = verify(model, next(iter(loader.unaugmented("train", VERIFIED_IMAGES)))[0])
+    images = next(iter(loader.unaugmented("train", VERIFIED_IMAGES)))[0]
+    verified = verify(model, images)
     session.write_predictions(torch.cat(answers))
     session.write_weights("last.pt", last)
     session.write_weights("best.pt", best_weights)
+    notes = [*_notes(setup, model, verified, images), *session.monitor.warned.values()]
     result = replace(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
@@ -60,7 +65,7 @@ def final_result(
         data_sha256=digest(setup.data.fingerprint()), cost=count_cost(model, setup.macs),
         speed=session.speed(setup.device, state.epoch), quantizers=reports(model), card=setup.card,
         protocol_changes=setup.protocol_changes, weights_sha256=weights_sha256(last), state_sha256=state_sha256,
-        wall_seconds=session.wall_seconds, notes=[*_notes(setup, model, verified), *session.monitor.warned.values()],
+        wall_seconds=session.wall_seconds, notes=notes,
     )  # fmt: skip
     _log_final(model, state, session, final)
     session.logger.close()
@@ -81,7 +86,7 @@ def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], 
     return max(at_width or allowed.values(), default=None)
 
 
-def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, object]) -> list[str]:
+def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, object], images: Tensor) -> list[str]:
     """Return the notes to show with the run's row in a table."""
     bits, supported = setup.method.bits, setup.method.supported_bits
     if setup.is_baseline:
@@ -94,6 +99,12 @@ def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, obje
     notes = [f"{setup.method.name}: {change}" for change in setup.protocol_changes]
     if left_float := coverage(model, setup.macs):
         notes.append(left_float)
+    clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}
+    if clipped:
+        worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])
+        notes.append(
+            f"activations are signed, levels are not: {len(clipped)} layers set negative inputs to 0 ({worst} of them)"
+        )
     if bits.w < FLOAT and bits.a == FLOAT and bits.w in supported.get("a", ()):
         both = f"bits=w{bits.w}a{bits.w}"
         notes.append(

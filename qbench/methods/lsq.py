@@ -178,6 +178,8 @@ class LSQActivation(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations. If `prepare` did not set the step, the first batch does."""
+        if not len(x):
+            return x
         if self.is_signed is None:
             if not self.ready:
                 self.fit(x)

@@ -137,15 +137,15 @@ class UniformActivation(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations. In training, first update the range."""
-        if self.training:
+        if self.training and x.numel():
             self.update_range(x)
         return quantize_activation(x, self.low, self.high, self.bits)
 
     @torch.no_grad()
     def update_range(self, x: Tensor) -> None:
         """Move the range towards that of the batch x. The first batch sets the range."""
-        low, high = x.amin().float().clamp(max=0), x.amax().float().clamp(min=0)
-        weight = torch.where(self.seen, self.momentum, 1.0)
+        low, high = (end.to(self.low.dtype) for end in (x.amin().clamp(max=0), x.amax().clamp(min=0)))
+        weight = torch.where(self.seen, self.momentum, 1.0).to(low.dtype)
         self.low.lerp_(low, weight)
         self.high.lerp_(high, weight)
         self.seen.fill_(True)

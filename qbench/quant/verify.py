@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from qbench.bits import FLOAT, LevelCount
 from qbench.quant.graph import eval_mode_keeping_rng, read_without_call, recorded_calls
-from qbench.quant.layers import QLayer, computed_weight, quantized_layers
+from qbench.quant.image import ImageQuantizer
+from qbench.quant.layers import BypassedActivation, QLayer, computed_weight, quantized_layers
 from qbench.quant.quantizer import Quantizer
 
 ROUNDING = 4e-7
@@ -59,6 +60,29 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
             gradients = iter(torch.autograd.grad(loss, tensors))
             passed |= {slot: (next(gradients), next(gradients)) for slot in gradient_slots}
     return {name: _verify_layer(name, layer, passed) for name, layer in layers.items()}
+
+
+def clipped_negatives(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Return, by layer, the share of inputs that are negative where all levels are at least 0.
+
+    Such inputs become 0. This is intended where the quantizer replaces a ReLU, so these layers are
+    left out, and so are layers that read the image or have no negative inputs.
+    """
+    bypassed = {name for name, module in model.named_modules() if isinstance(module, BypassedActivation)}
+    intended = {layer for name, readers in getattr(model, "feeds", {}).items() if name in bypassed for layer in readers}
+    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bits.a < FLOAT}
+    slots = {
+        f"{n}.input_q": n for n in layers if n not in intended and not isinstance(layers[n].input_q, ImageQuantizer)
+    }
+    with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, list(slots)) as calls:
+        model(images)
+    shares = {}
+    for slot, before, _ in calls:
+        grid = layers[slots[slot]].input_q.grid(before)
+        share = (before < 0).float().mean().item()
+        if share and grid is not None and not bool((grid.points < 0).any()):
+            shares[slots[slot]] = share
+    return shares
 
 
 def _verify_layer(name: str, layer: QLayer, passed: dict[str, tuple[Tensor, Tensor]]) -> dict[str, LevelCount]:

@@ -8,9 +8,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.config.schema import Optim
+from qbench.errors import ConfigError
 from qbench.quant.method import Method
 from qbench.quant.probe import Batch, Probe
 from qbench.training.optimizer import learning_rate
+
+
+def compute_logits(network: Callable[[Tensor], object], images: Tensor) -> Tensor:
+    """Return a network's output for images (N, ...), which must be logits (N, classes).
+
+    Raises:
+        ConfigError: the output is something else, such as a dictionary that holds the logits, or
+            the network cannot train on a single image.
+    """
+    try:
+        output = network(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"optim.batch_size={len(images)}: batch normalization has one value per channel to train on\n"
+            "set optim.batch_size=2 or more, or use a network without batch normalization"
+        ) from None
+    if isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(images):
+        return output
+    found = f"a {type(output).__name__}"
+    if isinstance(output, Tensor):
+        found = f"a tensor {tuple(output.shape)}"
+    elif isinstance(output, dict):
+        found += f" with {', '.join(map(str, output))}"
+    raise ConfigError(
+        f"the network returns {found} for {len(images)} images; allowed: a tensor of logits (images, classes)\n"
+        "return the logits alone, also in training: the function in model=my.module:function may wrap the network"
+    )
 
 
 @dataclass(frozen=True)
@@ -39,9 +69,12 @@ class Task:
     classes: int = 0
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the network's output as the run computes it."""
-        run = self.model if self.forward is None else self.forward
-        return run(images)
+        """Return the network's output as the run computes it.
+
+        Raises:
+            ConfigError: the network does not return logits, or cannot train on a single image.
+        """
+        return compute_logits(self.model if self.forward is None else self.forward, images)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss of a batch as a scalar. The method defines the loss; the default is cross entropy."""

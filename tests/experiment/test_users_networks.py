@@ -1,0 +1,149 @@
+"""Runs of networks that users bring: what they print, and how they are refused."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Configure
+
+from qbench.analysis.plan import plan
+from qbench.errors import ConfigError
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run
+from qbench.runs.result import Result
+
+NETWORKS = """
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+def layers(*middle):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), *middle, nn.Linear(16, 10))
+
+def weight_norm(shape, classes):
+    return layers(nn.utils.weight_norm(nn.Linear(16, 16)))
+
+def parametrized(shape, classes):
+    return layers(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)))
+
+def pruned(shape, classes):
+    linear = nn.Linear(16, 16)
+    prune.l1_unstructured(linear, "weight", 0.5)
+    return layers(linear)
+
+def tied(shape, classes):
+    a, b = nn.Linear(16, 16), nn.Linear(16, 16)
+    b.weight = a.weight
+    return layers(a, nn.ReLU(), b)
+
+def normalized(shape, classes):
+    return nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+
+def transformer(shape, classes):
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+    return nn.Sequential(nn.Flatten(2), nn.Linear(64, 16), layer, nn.Flatten(), nn.Linear(16, 10))
+
+def silu(shape, classes):
+    return layers(nn.SiLU(), nn.Linear(16, 16))
+
+def one_value(shape, classes):
+    return layers(nn.BatchNorm1d(16), nn.Linear(16, 16))
+
+class Dict(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.net = layers(nn.Linear(16, 16))
+
+    def forward(self, x):
+        return {"logits": self.net(x), "features": x}
+
+class Pair(Dict):
+    def forward(self, x):
+        return (self.net(x), x) if self.training else self.net(x)
+
+class Flat(Dict):
+    def forward(self, x):
+        return self.net(x).flatten()
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the words of a short run, after putting the networks where they can be imported."""
+    (tmp_path / "users_networks.py").write_text(NETWORKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return ["init=scratch", "epochs=1", "pretrain.epochs=1", "method=dorefa", "bits=w2a2", "runtime.tensorboard=false"]
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (
+            "weight_norm",
+            "2: its weight is computed in every forward pass\nfirst call torch.nn.utils.remove_weight_norm",
+        ),
+        ("parametrized", "2: its weight is computed in every forward pass\nfirst call torch.nn.utils.parametrize"),
+        ("pruned", "2: its weight is computed in every forward pass\nfirst call torch.nn.utils.prune.remove(layer, "),
+        ("tied", "2 and 4 share a weight"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_network_that_cannot_be_quantized_is_an_unsupported_run(
+    configure: Configure, words: list[str], network: str, reason: str
+) -> None:
+    """An unsupported run does not end a sweep."""
+    result = run(planned_run(configure(*words, f"model=users_networks:{network}")))
+    assert result.status == "unsupported"
+    assert str(result.reason).startswith(reason)
+
+
+def test_what_the_first_layer_reads_is_found_before_anything_trains(configure: Configure, words: list[str]) -> None:
+    network = [*words, "model=users_networks:normalized"]
+    result = run(planned_run(configure(*network, "layers.first=8")))
+    assert result.status == "unsupported"
+    assert "does not read the image but the result of BatchNorm2d 0" in str(result.reason)
+    assert run(planned_run(configure(*network, "layers.first=8", "layers.input=float"))).status == "done"
+
+
+def test_the_row_names_what_is_left_float(configure: Configure, words: list[str]) -> None:
+    planned = planned_run(configure(*words, "model=users_networks:transformer"))
+    line = (
+        "2 of 6 layers with weights are quantized; left float: 1, 2.self_attn (MultiheadAttention), "
+        "2.self_attn.out_proj (NonDynamicallyQuantizableLinear), 4"
+    )
+    assert line in plan([planned])[-1].notes
+    result: Result = run(planned)
+    assert line in result.notes
+    assert result.verified is not None
+    assert list(result.verified) == ["2.linear1", "2.linear2"]
+
+
+def test_signed_activations_before_unsigned_levels_are_noted(configure: Configure, words: list[str]) -> None:
+    notes = run(planned_run(configure(*words, "model=users_networks:silu"))).notes
+    (note,) = (line for line in notes if line.startswith("activations are signed, levels are not: 1 layers set "))
+    assert "(3 " in note
+    signed = run(planned_run(configure(*words, "model=users_networks:silu", "method=lsq"))).notes
+    assert not any("signed" in line for line in signed)
+    relu = run(planned_run(configure(*words, "model=mlp", "model.width=16"))).notes
+    assert not any("signed" in line for line in relu)
+
+
+@pytest.mark.parametrize(
+    ("network", "found"),
+    [("Dict", "a dict with logits, features"), ("Pair", "a tuple"), ("Flat", r"a tensor \(\d+,\)")],
+)
+def test_a_network_that_does_not_return_logits_is_refused(
+    configure: Configure, words: list[str], network: str, found: str
+) -> None:
+    planned = planned_run(configure(*words, f"model=users_networks:{network}"))
+    for attempt in (lambda: run(planned), lambda: plan([planned])):
+        with pytest.raises(ConfigError, match=f"the network returns {found} .* allowed: a tensor of logits"):
+            attempt()
+
+
+def test_a_batch_of_one_image_is_refused_where_batch_normalization_needs_two(
+    configure: Configure, words: list[str]
+) -> None:
+    planned = planned_run(configure(*words, "model=users_networks:one_value", "optim.batch_size=1"))
+    for attempt in (lambda: run(planned), lambda: plan([planned])):
+        with pytest.raises(ConfigError, match=r"optim\.batch_size=1: .*\nset optim\.batch_size=2"):
+            attempt()
