@@ -75,6 +75,7 @@ class Optim:
     clip_norm: float | None = within(None, 0, above=True)
     ema: float | None = within(None, 0, 1, below=True)
     patience: int | None = within(None, 1)
+    bias_lr: float = within(1.0, 0, above=True, added=True)
 
 
 @dataclass

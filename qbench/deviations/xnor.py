@@ -6,12 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from qbench.deviations.registry import Deviation, recast
-from qbench.methods.xnor import BinaryActivation, BinaryWeight, binarize_activation, binarize_weight, filter_scale
+from qbench.methods.xnor import (
+    ADAM_FACTOR,
+    BinaryActivation,
+    BinaryWeight,
+    binarize_activation,
+    binarize_weight,
+    filter_scale,
+    multiply_gradients,
+)
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import in_float32, sign, straight_through, surrogate
 from qbench.quant.quantizer import Grid, Storage
-
-GRADIENT_FACTOR = 1e9
 
 
 def zero_at_zero(x: Tensor, binary: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ class PrintedActivation(BinaryActivation):
 
 
 def _has_paper_gradient(module: nn.Module) -> bool:
-    """Return True, or raise `Unsupported` if the gradient is that of the authors' code."""
+    """Return True, or raise `Unsupported` if the gradient is that of other code."""
     if isinstance(module, BinaryWeight) and module.gradient != "paper":
         raise Unsupported("deviation=printed_weight_gradient needs method.gradient=paper")
     return True
@@ -89,9 +95,7 @@ def times_1e9(method: Method) -> Method:
     """Return the method with all gradients multiplied by 1e9 before each step."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad.mul_(GRADIENT_FACTOR)
+        multiply_gradients(model, ADAM_FACTOR)
         (method.step or (lambda model, optimizer: optimizer.step()))(model, optimizer)
 
     return replace(method, step=step)

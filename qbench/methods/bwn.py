@@ -28,8 +28,9 @@ Bits
     w 1 or 32, a and g 32; by default w1a32g32.
 
 Protocol
-    The authors' code: SGD with momentum 0.9, a learning rate that falls in steps from 1e-2 to 1e-4
-    over 55 epochs, batch size 128. The first and last layers are float.
+    The authors' code: SGD with momentum 0.9, batch size 128, 55 epochs. The learning rate is 1e-2,
+    then 5e-3 from epoch 19, 1e-3 from epoch 30, 5e-4 from epoch 44 and 1e-4 from epoch 53. Weight
+    decay is 5e-4 up to epoch 29 and 0 afterwards. The first and last layers are float.
 
 Choices
     gradient, center, clamp: as in xnor.
@@ -41,10 +42,8 @@ Results
     README (digits, glyphs).
 """
 
-from functools import partial
-
 from qbench.bits import FLOAT, Bits
-from qbench.methods.xnor import center_and_clamp, check_gradient, optimizer_step, weight_quantizer
+from qbench.methods.xnor import center_and_clamp, check_gradient, step_function, weight_quantizer
 from qbench.quant.method import Method
 
 
@@ -59,5 +58,5 @@ def build(*, w: int = 1, gradient: str = "paper", center: bool = False, clamp: b
         traits=frozenset({"odd", "monotone", "idempotent"}),
         weight=lambda name, layer, bits: weight_quantizer(layer, gradient, center),
         prepare=(lambda model, probe: center_and_clamp(model, center=center, clamp=clamp)) if changes_weights else None,
-        step=partial(optimizer_step, center=center, clamp=clamp) if changes_weights else None,
+        step=step_function(w, gradient, center, clamp),
     )

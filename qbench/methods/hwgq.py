@@ -20,6 +20,7 @@ Forward
 Backward
     Activations: the option `backward` sets the derivative. vanilla: 1{x > 0}. clipped: 1{0 < x <=
     q_m}. log_tailed: as clipped up to q_m, and 1 / (x - (q_m - 1)) above q_m.
+    levels=sign: 1{|x| <= 1}.
     Weights: dL/dw = dL/dw_hat, without clipping and without the factor alpha = mean|w|.
 
 Schedule
@@ -38,15 +39,17 @@ Protocol
     The authors' CIFAR-10 network: VGG-small, SGD with momentum 0.9, a learning rate that falls
     linearly from 0.01 to 0 over 200 epochs, batch size 100, weight decay 5e-4, and random crops
     from images padded by repeating their border pixels. The first and last layers are float, and
-    the last layer's input is not quantized.
+    the last layer's input is not quantized. The last layer's bias has twice the learning rate and
+    no weight decay. The running averages of batch normalization have momentum 0.05.
 
 Choices
     levels: `uniform` (the paper's networks), `optimal` (non-uniform, Lloyd-Max) or `sign`. `sign`
     is the paper's control. It replaces the half-wave quantizer by the one-bit function sign(x),
-    with the derivative of hard tanh, 1{|x| < 1}.
-    constants: `exact` computes the optimum. `authors` uses the rounded constants of the authors'
-    code: steps 0.799, 0.538, 0.3217, 0.185 for 1-4 bits, and the non-uniform levels 0.453 and 1.51
-    for 2 bits (three values with 0).
+    with the derivative of hard tanh.
+    constants: `exact` computes the optimum. `authors` uses rounded constants. For 2 bits they are
+    those of the authors' code: step 0.538, or the non-uniform levels 0.453 and 1.51 (three values
+    with 0). The authors' code has no constants for other widths. For 1, 3 and 4 bits, the steps
+    0.799, 0.3217 and 0.185 are those of EdMIPS, later code by the same first author.
     threshold: `zero` is the paper's first threshold. `half_step` puts the first threshold at half a
     step, as in round(x / step), and uses the step that is optimal for this threshold. Later code by
     the same author also has its first threshold at half a step, but with the constants that are
@@ -57,8 +60,9 @@ Choices
     derivative continuous at q_m.
 
 Deviations
-    In the networks here, the last batch normalization, in front of the linear layer, has no scale
-    and shift either.
+    In the authors' CIFAR-10 network, the last batch normalization, in front of ReLU and the linear
+    layer, has scale and shift. The networks vgg_small and hwgq_resnet follow the authors. In the
+    other networks here, no batch normalization has scale and shift.
 
 Results
     README (digits, glyphs).
@@ -71,15 +75,24 @@ import torch
 from torch import Tensor
 
 from qbench.bits import FLOAT, Bits
-from qbench.methods.xnor import BinaryActivation as SignActivation
-from qbench.methods.xnor import BinaryWeight, filter_scale
-from qbench.quant.fused_kernels import grad_between, lookup, next_float, scalar, step_function
+from qbench.methods.xnor import BinaryActivation, BinaryWeight, filter_scale
+from qbench.quant.fused_kernels import (
+    above,
+    at_least,
+    grad_between,
+    grad_within,
+    lookup,
+    next_float,
+    scalar,
+    step_function,
+)
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, straight_through, surrogate
 from qbench.quant.quantizer import Grid, Quantizer
 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
+"""Bits -> rounded step; 2 bits: the authors' code, else zhaoweicai/EdMIPS, models/quant_module.py."""
 AUTHORS_OPTIMAL = {2: (0.453, 1.51)}
 BACKWARD_TRAITS = {"vanilla": {"cells_input"}, "clipped": {"clipped_input", "cells_input"}, "log_tailed": set[str]()}
 TRAITS = frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"})
@@ -167,6 +180,19 @@ def binarize_weight(w: Tensor) -> Tensor:
     return straight_through(w, filter_scale(w) * sign(w))
 
 
+@in_float32
+def binarize_activation(x: Tensor) -> Tensor:
+    """Binarize activations (any shape): sign(x), where sign(0) = +1, with gradient 1 where |x| <= 1, else 0."""
+    return fused_quantizer(
+        x,
+        plain=lambda x: surrogate(x, sign(x), x.detach().abs() <= 1),
+        value=sign,
+        backward=lambda grad, x: grad_within(grad, x, -1, 1),
+        # four cells: x < -1, [-1, 0), [0, 1], x > 1; value and gradient are constant in each
+        cells=Cells(lambda x: at_least(x, -1).add_(at_least(x, 0)).add_(above(x, 1)), lambda c: c.sub_(1.5), 4),
+    )
+
+
 def _slope(x: Tensor, top: Tensor, backward: str) -> Tensor:
     """Return the surrogate derivative at x, for the largest level `top`."""
     if backward == "vanilla":
@@ -252,6 +278,14 @@ class HWGQWeight(BinaryWeight):
         return binarize_weight(w)
 
 
+class SignActivation(BinaryActivation):
+    """Binary quantizer of one layer's input, the paper's control."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the signs of the activations."""
+        return binarize_activation(x)
+
+
 class HWGQActivation(Quantizer):
     """Half-wave Gaussian quantizer of one layer's input."""
 
@@ -286,7 +320,7 @@ def _levels(bits: int, kind: str, constants: str, threshold: str) -> Tensor:
             return AUTHORS_STEPS[bits] * torch.arange(1, 2**bits, dtype=torch.float64).float()
         if kind == "optimal" and bits in AUTHORS_OPTIMAL:
             return torch.tensor(AUTHORS_OPTIMAL[bits])
-        raise Unsupported(f"the authors' code has no {kind} constants for bits.a={bits}; use method.constants=exact")
+        raise Unsupported(f"there are no published {kind} constants for bits.a={bits}; use method.constants=exact")
     return half_step_levels(bits) if threshold == "half_step" else half_wave_levels(bits, kind == "uniform")
 
 

@@ -19,8 +19,11 @@ Forward
 
 Backward
     Weights, gradient=paper: dL/dw = (1 / n + alpha 1{|w| <= 1}) dL/dw_hat.
-    Weights, gradient=authors: dL/dw = (alpha 1{|w| < 1} + 1 / n) (1 - 1 / c) n dL/dw_hat, with c
-    the number of the filter's input channels.
+    Weights, gradient=authors: dL/dw = (alpha 1{|w| < 1} + 1 / n) (1 - 1 / c) dL/dw_hat, with c the
+    number of the filter's input channels. Before each step, SGD's gradient of these weights is
+    multiplied by n, and all of Adam's gradients by 1e9.
+    Weights, gradient=jiecaoyu: dL/dw = (alpha 1{|w| <= 1} g + sign(w) / n sum of g sign(w)) (1 - 1
+    / c) n, with g = dL/dw_hat and the sum over the filter.
     Activations: dL/dx = 1{|x| < 1} dL/dx_hat. No gradient passes through K.
 
 Schedule
@@ -36,20 +39,23 @@ Bits
     w 1 or 32, a 1 or 32, g 32; by default w1a1g32.
 
 Protocol
-    The authors' code: Adam, a learning rate that falls in steps from 1e-3 to 1e-5 over 55 epochs,
-    batch size 800. The first and last layers are float. Blocks are ordered batch normalization,
-    sign, convolution, pooling.
+    The authors' code: Adam, batch size 800, 55 epochs. The learning rate is 1e-3, then 5e-4 from
+    epoch 19, 1e-4 from epoch 30, 5e-5 from epoch 44 and 1e-5 from epoch 53. Weight decay is 5e-4 up
+    to epoch 29 and 0 afterwards. The first and last layers are float. Blocks are ordered batch
+    normalization, sign, convolution, pooling.
 
 Choices
     scale: `K` multiplies by K, as in the paper. `none` (default) leaves out K, as in the authors'
     code. The authors say that K gains less than a point.
     gradient: `paper` (default) is the paper's formula as it is commonly read. The paper prints r
     1{|r| <= 1} as the derivative of sign. Here the factor r is taken for a misprint. `authors` is
-    the formula of the authors' code. That code also multiplies Adam's gradients by 1e9, so that
-    Adam's epsilon is negligible. The method here does not do this.
-    center, clamp: before every step, the authors' code subtracts the latent weights' mean over
-    input channels (center) and clamps the latent weights to [-1, 1] (clamp). The paper mentions
-    neither. Both options are off by default.
+    the formula of the authors' code. Its factor 1e9 makes Adam's epsilon and weight decay
+    negligible. `jiecaoyu` is the formula of jiecaoyu/XNOR-Net-PyTorch (its CIFAR-10 code). It adds
+    the derivative of alpha with respect to every weight of the filter, which the paper's formula
+    leaves out.
+    center, clamp: before every step, the authors' code centers the latent weights (subtracts the
+    mean over input channels) and clamps them to [-1, 1]. The paper mentions neither. Both options
+    are off by default.
 
 Deviations
     Inputs are padded with zeros, as in the authors' code, although binary activations are never
@@ -68,11 +74,13 @@ from torch.nn import functional as F
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import above, at_least, grad_between
 from qbench.quant.layers import FloatLayer, QLayer, quantized_layers
-from qbench.quant.method import Method, Requires, Unsupported, check_kind
-from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, surrogate
+from qbench.quant.method import Method, Requires, Step, Unsupported, check_kind
+from qbench.quant.ops import Cells, fused_quantizer, in_float32, on_backward, sign, straight_through, surrogate
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
-GRADIENTS = ("paper", "authors")
+GRADIENTS = ("paper", "authors", "jiecaoyu")
+ADAM_FACTOR = 1e9
+"""Factor of all gradients before a step of Adam, in the authors' code."""
 SCALES = ("none", "K")
 SIGN_TRAITS = {"monotone_input", "idempotent_input", "clipped_input", "cells_input"}
 
@@ -97,11 +105,19 @@ def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
     """
     check_gradient(gradient)
     alpha, n = filter_scale(w), w[0].numel()  # n: weights of one filter
+    value, latent = alpha * sign(w), w.detach()
+    if gradient == "paper":
+        return surrogate(w, value, alpha * (latent.abs() <= 1) + 1 / n)
+    centering = 1 - 1 / w.shape[1]
     if gradient == "authors":
-        slope = (alpha * (w.detach().abs() < 1) + 1 / n) * (1 - 1 / w.shape[1]) * n
-    else:
-        slope = alpha * (w.detach().abs() <= 1) + 1 / n
-    return surrogate(w, alpha * sign(w), slope)
+        return surrogate(w, value, (alpha * (latent.abs() < 1) + 1 / n) * centering)
+    signs = latent.sign()
+
+    def exact(grad: Tensor) -> Tensor:
+        through_alpha = (grad * signs).mean(tuple(range(1, grad.dim())), keepdim=True) * signs
+        return (grad * alpha * (latent.abs() <= 1) + through_alpha) * (centering * n)
+
+    return straight_through(on_backward(w, exact), value)
 
 
 @in_float32
@@ -197,11 +213,11 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
     """Return a layer's weight quantizer.
 
     Raises:
-        Unsupported: the filters have one input channel. The authors' gradient is then 0, since 1 -
-            1 / c is 0, and `center` would set all weights to 0.
+        Unsupported: the filters have one input channel. The gradients with the factor 1 - 1 / c
+            are then 0, and `center` would set all weights to 0.
     """
-    if layer.weight.shape[1] == 1 and (gradient == "authors" or center):
-        what = "gradient=authors" if gradient == "authors" else "center=true"
+    if layer.weight.shape[1] == 1 and (gradient != "paper" or center):
+        what = "center=true" if gradient == "paper" else f"gradient={gradient}"
         raise Unsupported(f"{what} cannot train filters with one input channel; leave these layers in float")
     return BinaryWeight(gradient)
 
@@ -217,10 +233,38 @@ def center_and_clamp(model: nn.Module, *, center: bool, clamp: bool) -> None:
                     layer.weight.clamp_(-1, 1)
 
 
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, center: bool, clamp: bool) -> None:
-    """Step the optimizer, then apply `center_and_clamp`."""
+def multiply_gradients(model: nn.Module, factor: float) -> None:
+    """Multiply the gradients of all parameters by `factor`, in place."""
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.mul_(factor)
+
+
+def scale_as_authors(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Multiply SGD's gradients of binary weights by n, or all gradients of Adam by 1e9, as in the authors' code."""
+    if isinstance(optimizer, torch.optim.Adam):
+        multiply_gradients(model, ADAM_FACTOR)
+        return
+    for layer in quantized_layers(model).values():
+        if isinstance(layer.weight_q, BinaryWeight) and layer.weight.grad is not None:
+            layer.weight.grad.mul_(layer.weight[0].numel())
+
+
+def optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, gradient: str, center: bool, clamp: bool
+) -> None:
+    """Scale gradients if `gradient` is authors, step the optimizer, then apply `center_and_clamp`."""
+    if gradient == "authors":
+        scale_as_authors(model, optimizer)
     optimizer.step()
     center_and_clamp(model, center=center, clamp=clamp)
+
+
+def step_function(w: int, gradient: str, center: bool, clamp: bool) -> Step | None:
+    """Return `Method.step`, or None if the options leave the optimizer's own step as it is."""
+    if w == FLOAT or not (gradient == "authors" or center or clamp):
+        return None
+    return partial(optimizer_step, gradient=gradient, center=center, clamp=clamp)
 
 
 def build(
@@ -245,5 +289,5 @@ def build(
         input=lambda name, layer, bits: BinaryActivation(),
         output=(lambda name, layer, bits: _input_scale(name, layer)) if scale == "K" else None,
         prepare=(lambda model, probe: center_and_clamp(model, center=center, clamp=clamp)) if changes_weights else None,
-        step=partial(optimizer_step, center=center, clamp=clamp) if changes_weights else None,
+        step=step_function(w, gradient, center, clamp),
     )

@@ -8,15 +8,15 @@ layer has a bias. The authors use `norm=no_affine`, also after fc7. With it and 
 network has 62,368,776 parameters.
 
 The authors' images are 227x227. Initial weights are Gaussian with standard deviation 0.01, and
-0.005 in fc6 and fc7. The authors' BN has momentum 0.05 for the running averages. Here it has
-torch's default of 0.1.
+0.005 in fc6 and fc7. The authors' BN has momentum 0.05 for the running averages
+(`bn_momentum=0.05`).
 """
 
 from collections import OrderedDict
 
 from torch import nn
 
-from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
+from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm, set_bn_momentum
 from qbench.models.residual_blocks import Feeds
 
 CONVS = ((96, 11, 0), (256, 5, 2), (384, 3, 1), (384, 3, 1), (256, 3, 1))
@@ -58,7 +58,14 @@ class HWGQAlexNet(nn.Sequential):
                     nn.init.zeros_(module.bias)
 
 
-def build(shape: tuple[int, int, int], classes: int, *, width_mult: float = 1.0, norm: str = "affine") -> nn.Module:
+def build(
+    shape: tuple[int, int, int],
+    classes: int,
+    *,
+    width_mult: float = 1.0,
+    norm: str = "affine",
+    bn_momentum: float = 0.1,
+) -> nn.Module:
     """Return an AlexNet for images of `shape` (C, H, W), 39x39 or larger, `width_mult` times as wide as HWGQ's."""
     if width_mult <= 0:
         raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
@@ -69,7 +76,9 @@ def build(shape: tuple[int, int, int], classes: int, *, width_mult: float = 1.0,
             "the paper's are 227x227"
         )
     height, width = (_pooled_size(_pooled_size(_pooled_size((size - 11) // 4 + 1))) for size in shape[1:])
-    return HWGQAlexNet(shape[0], classes, height * width, width_mult, norm)
+    model = HWGQAlexNet(shape[0], classes, height * width, width_mult, norm)
+    set_bn_momentum(model, bn_momentum)
+    return model
 
 
 def _pooled_size(size: int) -> int:

@@ -12,15 +12,14 @@ comes right before it. So the identity shortcut of the first block carries norma
 bottleneck, the first 1x1 convolution has the stride. Max pooling rounds sizes up, as Caffe does.
 
 `norm` sets whether the BNs in front of Q have scale and shift. The authors use `no_affine`, so
-theirs have none. The authors' BN has momentum 0.05 for the running averages. Here it has torch's
-default of 0.1.
+theirs have none. The authors' BN has momentum 0.05 for the running averages (`bn_momentum=0.05`).
 """
 
 from torch import Tensor, nn
 
 from qbench.models.imagenet_resnet import DEPTHS, block_convs
 from qbench.models.initialization import init_fan_in
-from qbench.models.normalization import NORMS_2D, check_norm
+from qbench.models.normalization import NORMS_2D, check_norm, set_bn_momentum
 from qbench.models.residual_blocks import Feeds, PreBlock, feeds_of_blocks
 
 
@@ -59,7 +58,13 @@ class HWGQResNet(nn.Module):
 
 
 def build(
-    shape: tuple[int, int, int], classes: int, *, depth: int = 18, width: int = 64, norm: str = "affine"
+    shape: tuple[int, int, int],
+    classes: int,
+    *,
+    depth: int = 18,
+    width: int = 64,
+    norm: str = "affine",
+    bn_momentum: float = 0.1,
 ) -> nn.Module:
     """Return a ResNet for images of `shape` (C, H, W), 5x5 or larger; depth 18, 34 or 50, `width` 64 in the paper."""
     if depth not in DEPTHS:
@@ -69,4 +74,6 @@ def build(
     check_norm(norm)
     if min(shape[1:]) < 5:
         raise ValueError(f"name=hwgq_resnet: images of {shape[1]}x{shape[2]} are too small; they must be 5x5 or larger")
-    return HWGQResNet(shape[0], classes, depth=depth, width=width, norm=norm)
+    model = HWGQResNet(shape[0], classes, depth=depth, width=width, norm=norm)
+    set_bn_momentum(model, bn_momentum)
+    return model

@@ -26,3 +26,16 @@ def check_norm(norm: str) -> None:
     """Raise `ValueError` if `norm` is not a value of `model.norm`."""
     if norm not in NORMS_2D:
         raise ValueError(f"norm={norm}: must be one of auto, {', '.join(NORMS_2D)}")
+
+
+def set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    """Set the momentum of the running averages of all batch normalizations of a network.
+
+    Raises:
+        ValueError: `momentum`, the weight of the newest batch, is not above 0 and below 1.
+    """
+    if not 0 < momentum < 1:
+        raise ValueError(f"bn_momentum={momentum}: must be above 0 and below 1")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = momentum

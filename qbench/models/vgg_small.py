@@ -4,14 +4,15 @@
 512C3 - BN - Scale - ReLU - MP2 - FC. Q is the activation that an input quantizer replaces. Pooling
 precedes BN, except that the last max pooling follows the last activation. Convolutions are 3x3,
 padded by 1, without bias. The authors use `norm=no_affine`. With it, the network for ten classes
-has 4,657,546 parameters.
+has 4,657,546 parameters. The authors' BN has momentum 0.05 for the running averages
+(`bn_momentum=0.05`).
 """
 
 from collections import OrderedDict
 
 from torch import nn
 
-from qbench.models.normalization import NORMS_2D, check_norm
+from qbench.models.normalization import NORMS_2D, check_norm, set_bn_momentum
 from qbench.models.residual_blocks import Feeds
 
 POOLED = (2, 4)
@@ -48,7 +49,9 @@ class VGGSmall(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # Caffe's msra: fan-in
 
 
-def build(shape: tuple[int, int, int], classes: int, *, width: int = 128, norm: str = "affine") -> nn.Module:
+def build(
+    shape: tuple[int, int, int], classes: int, *, width: int = 128, norm: str = "affine", bn_momentum: float = 0.1
+) -> nn.Module:
     """Return a VGG-small for images of `shape` (C, H, W), 8x8 or larger.
 
     The first two convolutions have `width` channels, and the last two have 4 `width`.
@@ -58,4 +61,6 @@ def build(shape: tuple[int, int, int], classes: int, *, width: int = 128, norm: 
     check_norm(norm)
     if min(shape[1:]) < 8:
         raise ValueError(f"name=vgg_small: images of {shape[1]}x{shape[2]} are too small; they must be 8x8 or larger")
-    return VGGSmall(shape[0], classes, (shape[1] // 8) * (shape[2] // 8), width, norm)
+    model = VGGSmall(shape[0], classes, (shape[1] // 8) * (shape[2] // 8), width, norm)
+    set_bn_momentum(model, bn_momentum)
+    return model

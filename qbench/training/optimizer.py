@@ -11,29 +11,34 @@ from qbench.quant.layers import QLayer
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """Return the optimizer over all parameters that require a gradient."""
-    groups = parameter_groups(model, optim.weight_decay)
+    groups = parameter_groups(model, optim.weight_decay, optim.bias_lr)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)
     return torch.optim.Adam(groups, lr=optim.lr, eps=optim.eps, fused=True)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float, bias_lr: float = 1.0) -> list[dict[str, object]]:
     """Return the parameters grouped by learning-rate factor and weight decay.
 
-    Weight decay applies to weights with two or more dimensions, not to biases and batch normalization. A module with
-    quantizer parameters sets their learning-rate factor by the attribute `lr_scale` (default 1), and their weight decay
-    by `weight_decay` (default 0).
+    Weight decay applies to weights of two and more dimensions, not to biases and batch
+    normalization. `bias_lr` is the learning-rate factor of the biases of layers with such weights.
+    For a quantizer's parameters, learning-rate factor and weight decay are the attributes
+    `lr_scale` (default 1) and `weight_decay` (default 0) of the module that holds them.
     """
-    of_quantizers: dict[int, tuple[float, float]] = {}  # id of a parameter -> its learning-rate factor and decay
+    rules: dict[int, tuple[float, float]] = {}  # id of a parameter -> its learning-rate factor and decay
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if "bias" in own and "weight" in own and own["weight"].dim() > 1:
+            rules[id(own["bias"])] = bias_lr, 0.0
     for layer in (m for m in model.modules() if isinstance(m, QLayer)):
         for quantizer in (layer.weight_q, layer.input_q, layer.output_q):
             for module in quantizer.modules():
                 rule = float(getattr(module, "lr_scale", 1.0)), float(getattr(module, "weight_decay", 0.0))
-                of_quantizers.update({id(p): rule for p in module.parameters(recurse=False)})
+                rules.update({id(p): rule for p in module.parameters(recurse=False)})
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in model.parameters():
         if p.requires_grad:
-            rule = of_quantizers.get(id(p), (1.0, weight_decay if p.dim() > 1 else 0.0))
+            rule = rules.get(id(p), (1.0, weight_decay if p.dim() > 1 else 0.0))
             grouped.setdefault(rule, []).append(p)
     return [
         {"params": params, "lr_scale": lr_scale, "weight_decay": decay}

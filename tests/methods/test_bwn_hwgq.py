@@ -5,6 +5,7 @@ q: positive levels, q_m the largest; t: thresholds.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from itertools import product
 
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from oracle_hwgq import DIGITS, HALF_STEP, LLOYD, PUBLISHED_STEP, THREE, TWO, UNIFORM, FloatArray
 from torch import Tensor
 
-from qbench.methods import xnor
+from qbench.methods import hwgq, xnor
 from qbench.methods.hwgq import binarize_weight, half_wave_levels, quantize_activation
+from qbench.quant.ops import compress_activations, reference_kernels
 
 Subject = Callable[..., Tensor]
 
@@ -353,10 +355,10 @@ def test_the_comparison_rejects_every_flaw(check: Callable[..., None], build: Su
         check(partial(build, flaw=flaw))
 
 
-@pytest.mark.parametrize("gradient", xnor.GRADIENTS)
+@pytest.mark.parametrize("gradient", ["paper", "authors"])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3, 3)])
 def test_the_weights_of_xnor_are_those_of_bwn_with_another_gradient(gradient: str, shape: tuple[int, ...]) -> None:
-    """Paper: g (1/n + alpha 1{|w| <= 1}); authors' code: g (alpha 1{|w| < 1} + 1/n) (1 - 1/c) n."""
+    """Paper: g (1/n + alpha 1{|w| <= 1}); authors' code: g (alpha 1{|w| < 1} + 1/n) (1 - 1/c)."""
     w = torch.linspace(-1.5, 1.5, int(np.prod(shape)), dtype=torch.float64).reshape(shape)
     w.view(-1)[:2] = torch.tensor([1.0, -1.0])
     w.requires_grad_()
@@ -370,7 +372,7 @@ def test_the_weights_of_xnor_are_those_of_bwn_with_another_gradient(gradient: st
         alpha = sum(abs(x) for x in row.tolist()) / n
         for x, u, d in zip(row.tolist(), up.tolist(), grad.tolist(), strict=True):
             inside = abs(x) <= 1 if gradient == "paper" else abs(x) < 1
-            expected = u * (1 / n + alpha * inside) * (1 if gradient == "paper" else (1 - 1 / c) * n)
+            expected = u * (1 / n + alpha * inside) * (1 if gradient == "paper" else 1 - 1 / c)
             assert d == pytest.approx(expected, rel=1e-12)
 
 
@@ -392,3 +394,21 @@ def test_the_input_scale_of_xnor_is_that_computed_by_hand() -> None:
     assert scaled[0, 3, 0, 0].item() == pytest.approx(2 * (1 + 2 + 4 + 5) / 9)
     linear = xnor.InputScale(torch.nn.Linear(3, 2, bias=False))(torch.ones(1, 2), torch.tensor([[1.0, -2, 6]]))
     assert linear.tolist() == [[3.0, 3.0]]
+
+
+def test_the_sign_control_of_hwgq_passes_the_gradient_at_its_ends() -> None:
+    """zhaoweicai/hwgq, quant_layer.cpp, hard_tanh: -1 <= x <= 1, where XNOR-Net's code has -1 < x < 1."""
+    x = torch.tensor([-2.0, -1.0000001, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.0000001, 2.0])
+    site = hwgq.build(w=1, a=1, levels="sign").input
+    assert site is not None
+    quantizer = site("conv", torch.nn.Conv2d(1, 1, 1), 1)
+    for contexts in ([], [reference_kernels()], [compress_activations()]):
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            leaf = x.clone().requires_grad_()
+            out = quantizer(leaf)
+            out.sum().backward()
+        assert out.tolist() == [-1, -1, -1, -1, 1, 1, 1, 1, 1, 1]
+        assert leaf.grad is not None
+        assert leaf.grad.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]

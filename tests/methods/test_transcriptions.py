@@ -22,7 +22,7 @@ from qbench.models import mlp
 from qbench.quant import fused_kernels as passes
 from qbench.quant.install import install
 from qbench.quant.layers import quantized_layers
-from qbench.quant.method import Method
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import quantize_k, sign, straight_through, surrogate
 from qbench.quant.policy import Policy
 from qbench.quant.probe import Probe
@@ -71,7 +71,7 @@ def check(function: Callable[..., Tensor], want: Pair, x: Array, *scales: float)
 
 
 @inputs
-@pytest.mark.parametrize("gradient", ["paper", "authors"])
+@pytest.mark.parametrize("gradient", ["paper", "authors", "jiecaoyu"])
 def test_the_weights_of_xnor(x: Array, gradient: str) -> None:
     check(partial(xnor.binarize_weight, gradient=gradient), paper.xnor_weight(x, gradient), x)
 
@@ -100,6 +100,32 @@ def test_the_weights_are_centered_and_clamped_after_a_step(
             want = paper.centred(want) if center else want
             want = paper.clamped(want) if clamp else want
         agree(p, want, name)
+
+
+@pytest.mark.parametrize("method", [bwn.build, partial(xnor.build, a=32), xnor.build], ids=["bwn", "xnor", "xnor_a1"])
+def test_the_authors_scale_gradients_before_a_step(method: Callable[..., Method]) -> None:
+    """allenai/XNOR-Net: with SGD, gradients of binary weights times n; with Adam, all gradients times 1e9."""
+    parts = method(gradient="authors")
+    assert parts.step is not None
+    for adam in (False, True):
+        model = install(parts, convolutions("none"), ALL)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1e-8)
+        parameters = list(model.parameters())
+        parts.step(model, torch.optim.Adam(parameters, lr=0.01) if adam else torch.optim.SGD(parameters, lr=0.5))
+        for name, p in model.named_parameters():
+            n = p[0].numel() if "weight" in name else 1
+            # Adam's first step is lr g / (|g| + eps): with g = 10, all of lr; with g = 1e-8, half of lr
+            agree(before[name] - p, np.full(p.shape, 0.01 if adam else 0.5e-8 * n), name, 1e-8)
+
+
+@pytest.mark.parametrize("gradient", ["authors", "jiecaoyu"])
+def test_the_gradients_of_code_need_filters_of_two_channels(gradient: str) -> None:
+    site = bwn.build(gradient=gradient).weight
+    assert site is not None
+    with pytest.raises(Unsupported, match=f"gradient={gradient} cannot train filters with one input channel"):
+        site("conv", nn.Conv2d(1, 4, 3), 1)
 
 
 # Ternary weights

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, Configure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.config import registry
+from qbench.config.identity import run_identity
 from qbench.cost.count import count_macs
 from qbench.methods import dorefa, hwgq, xnor
 from qbench.models import (
@@ -251,6 +252,22 @@ def test_the_norms_before_a_sum_keep_scale_and_shift_in_hwgqs_resnet() -> None:
 def test_the_convolution_of_a_bottleneck_that_has_the_stride(build: Build, strides: tuple[int, ...]) -> None:
     block = build(CIFAR, 5, depth=50, width=4).get_submodule("layer2.0")
     assert tuple(getattr(block, f"conv{i}").stride[0] for i in (1, 2, 3)) == strides
+
+
+@pytest.mark.parametrize("name", ["vgg_small", "hwgq_alexnet", "hwgq_resnet18", "hwgq_resnet34", "hwgq_resnet50"])
+def test_the_running_averages_of_hwgqs_networks_can_have_the_authors_momentum(configure: Configure, name: str) -> None:
+    """The prototxts: moving_average_fraction 0.95. The option stays out of the identity at torch's default."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    for words, momentum in (([], 0.1), (["model.bn_momentum=0.05"], 0.05)):
+        config = configure("method=hwgq", "dataset=tiny_imagenet", f"model={name}", *words)
+        options = {key: value for key, value in config.model.items() if key not in ("norm", "act")}
+        with torch.device("meta"):
+            model = registry.create("model", options, (3, 64, 64), 10)
+        assert isinstance(model, nn.Module)
+        assert {m.momentum for m in model.modules() if isinstance(m, kinds)} == {momentum}
+        assert ("bn_momentum" in run_identity(config).keys["model"]) is bool(words)
+    with pytest.raises(ValueError, match="must be above 0 and below 1"):
+        hwgq_resnet.build(CIFAR, 10, width=4, bn_momentum=1.0)
 
 
 def test_the_first_block_of_hwgqs_resnet_adds_the_normalized_stem() -> None:

@@ -43,14 +43,23 @@ def filter_scales(w: Array) -> Array:
 
 def xnor_weight(w: Array, gradient: str = "paper") -> Pair:
     """Paper: dC/dW = dC/dW~ (1/n + alpha 1{|W| <= 1}). Authors: (alpha 1{|W| < 1} + 1/n) (1 -
-    1/c_in) n, where c_in is the number of input channels, or of inputs in a linear layer.
+    1/c_in), where c_in is the number of input channels, or of inputs in a linear layer. Jiecaoyu: (g alpha
+    1{|W| <= 1} + sign(W)/n sum g sign(W)) (1 - 1/c_in) n, with sign(0) = 0.
     """
-    n, alpha = w[0].size, filter_scales(w)
+    n, alpha, value = w[0].size, filter_scales(w), filter_scales(w) * sign(w)
     if gradient == "paper":
-        slope = 1 / n + alpha * (np.abs(w) <= 1)
-    else:
-        slope = (alpha * (np.abs(w) < 1) + 1 / n) * (1 - 1 / w.shape[1]) * n
-    return alpha * sign(w), lambda g: g * slope
+        return value, lambda g: g * (1 / n + alpha * (np.abs(w) <= 1))
+    if gradient == "authors":
+        return value, lambda g: g * (alpha * (np.abs(w) < 1) + 1 / n) * (1 - 1 / w.shape[1])
+
+    def back(g: Array) -> Array:
+        out = np.zeros_like(w)
+        for f, up, scale, by in zip(w, g, alpha.ravel(), out, strict=True):
+            shared = sum(float(u) * float(np.sign(x)) for u, x in zip(up.ravel(), f.ravel(), strict=True)) / n
+            by[...] = (up * scale * (np.abs(f) <= 1) + np.sign(f) * shared) * (1 - 1 / w.shape[1]) * n
+        return out
+
+    return value, back
 
 
 def xnor_activation(x: Array) -> Pair:

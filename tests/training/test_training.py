@@ -19,7 +19,7 @@ from qbench.errors import CheckpointError, ConfigError, Diverged
 from qbench.experiment.device import COMPILERS
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
-from qbench.methods import dorefa
+from qbench.methods import dorefa, lsq
 from qbench.methods import float as float_method
 from qbench.models import mlp
 from qbench.quant.install import install
@@ -133,6 +133,21 @@ def test_weight_decay_excludes_biases_and_norms_and_quantizers_set_their_own() -
     optimizer = optim.build_optimizer(model, Optim(name="sgd", lr=1.0))
     optim.set_learning_rate(optimizer, 0.5)
     assert sorted({g["lr"] for g in optimizer.param_groups}) == [0.05, 0.5]
+
+
+def test_biases_of_layers_can_have_their_own_learning_rate() -> None:
+    """Caffe's lr_mult of 2 for biases of layers, which have no decay; norms and quantizers keep their rate."""
+    model = install(lsq.build(w=2, a=2), mlp.build((1, 4, 4), 3, hidden=2, width=16))
+    optimizer = optim.build_optimizer(model, Optim(name="sgd", lr=1.0, weight_decay=0.5, bias_lr=2.0))
+    optim.set_learning_rate(optimizer, 0.25)
+    rules = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        weights = isinstance(module, nn.Linear)
+        want = (0.5 if weights and p.dim() == 1 else 0.25, 0.5 if weights and p.dim() == 2 else 0.0)
+        assert rules[id(p)] == want, name
+    assert (0.5, 0.0) in rules.values()
+    assert {g["lr_scale"] for g in parameter_groups(model, 0.5)} == {1.0}
 
 
 def test_gradient_clipping_label_smoothing_and_weight_averaging() -> None:
