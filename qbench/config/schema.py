@@ -138,6 +138,7 @@ class Distill:
     temperature: float = within(2.0, 0, above=True)
     weight: float = within(0.7, 0, 1)
     trust: bool = marked(False, free=True)
+    average: str = one_of("batch", "batch", "classes", added=True)
 
     @property
     def on(self) -> bool:

@@ -42,7 +42,8 @@ class UnclampedWeight(LSQWeight):
 
     def grid(self, w: Tensor) -> Grid:
         """Return a grid with one group: the step times every integer from -Qn to Qp, in ascending order."""
-        return Grid(super().grid(w).points.sort(1).values)
+        grid = super().grid(w)
+        return Grid(grid.points.sort(1).values, grid.arrange)
 
 
 class UnclampedActivation(LSQActivation):

@@ -191,7 +191,14 @@ class ExperimentSetup:
             teacher = self._load_teacher()
         hard = partial(F.cross_entropy, label_smoothing=self.optim.label_smoothing)
         teacher = teacher.to(self.device).eval().requires_grad_(False)
-        return distilled(self.method, teacher, temperature=distill.temperature, weight=distill.weight, hard=hard)
+        return distilled(
+            self.method,
+            teacher,
+            temperature=distill.temperature,
+            weight=distill.weight,
+            average=distill.average,
+            hard=hard,
+        )
 
     def _load_teacher(self) -> nn.Module:
         """Return the teacher, the network of a finished run, with the run's best weights.

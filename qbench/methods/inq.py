@@ -23,7 +23,8 @@ Backward
 Schedule
     One phase per portion. All phases have equal length. Each phase restarts the learning-rate
     schedule and clears momentum. In the last phase (portion 1), only batch normalization and biases
-    are trained.
+    are trained. With variant=authors, the last phase is the last epoch, and no parameter is trained
+    in it; the running averages of batch normalization are still updated.
 
 Sites
     weight.
@@ -47,6 +48,10 @@ Choices
     portions: by default 0.5 0.75 0.875 1, as in the paper's ResNets.
     partition: `largest` freezes the largest weights first. `random` chooses the weights at random,
     as in the paper's ablation.
+    variant: `paper` (default) follows the paper. `authors` follows three details of the authors'
+    code. A weight half way between two levels goes to the lower magnitude. The number of weights in
+    a portion is rounded up. After the last portion is frozen, nothing is trained: that solver run
+    has max_iter: 1.
     n1 is computed for the first portion only. The authors' code computes n1 again for every
     portion. From the first portion on, however, the largest weight is frozen. So n1 is the same in
     both cases, unless a free weight becomes larger than this frozen one.
@@ -73,6 +78,7 @@ from qbench.quant.ops import in_float32
 from qbench.quant.quantizer import Grid, Storage
 
 PARTITIONS = ("largest", "random")
+VARIANTS = ("paper", "authors")
 
 
 def largest_exponent(w: Tensor) -> int:
@@ -103,15 +109,15 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
     return round_to_levels(w, power_of_two_levels(w, bits))
 
 
-def round_to_levels(w: Tensor, levels: Tensor) -> Tensor:
-    """Return the nearest of `levels` for each weight. Ties go to the larger magnitude. No gradient.
+def round_to_levels(w: Tensor, levels: Tensor, *, ties_up: bool = True) -> Tensor:
+    """Return the nearest of `levels` for each weight. Ties go to the larger magnitude if `ties_up`. No gradient.
 
     Weights beyond the largest level get the largest level.
     """
     magnitudes = levels[levels.numel() // 2 :].to(w)  # 0 and the positive levels
     borders = (magnitudes[1:] + magnitudes[:-1]) / 2
     w = w.detach()
-    return magnitudes[torch.bucketize(w.abs().contiguous(), borders, right=True)] * w.sign()
+    return magnitudes[torch.bucketize(w.abs().contiguous(), borders, right=ties_up)] * w.sign()
 
 
 def select_largest(w: Tensor, portion: float, frozen: Tensor) -> Tensor:
@@ -124,9 +130,9 @@ class INQWeight(FrozenWeight):
 
     n1: Tensor
 
-    def __init__(self, weight: Tensor, bits: int) -> None:
+    def __init__(self, weight: Tensor, bits: int, variant: str = "paper") -> None:
         super().__init__(weight)
-        self.bits = bits
+        self.bits, self.variant = bits, variant
         self.register_buffer("n1", torch.tensor(0))
 
     @torch.no_grad()
@@ -134,13 +140,15 @@ class INQWeight(FrozenWeight):
         """Freeze further weights until the fraction `portion` of the layer is frozen."""
         if not self.frozen.any():  # the first portion fixes the levels
             self.n1.fill_(largest_exponent(w))
+        if self.variant == "authors":
+            portion = rounded_up(portion, w.numel())
         effective = self(w)  # frozen values and free latent weights
         score = torch.rand_like(effective) if partition == "random" else effective.abs()
         self.freeze(extend_mask(self.frozen, score, portion), self.level(effective))
 
     def level(self, w: Tensor) -> Tensor:
         """Return the values that the weights would get if they were frozen."""
-        return round_to_levels(w, self._levels(w))
+        return round_to_levels(w, self._levels(w), ties_up=self.variant == "paper")
 
     def grid(self, w: Tensor) -> Grid:
         """Return a grid with one group: zero and the powers of two."""
@@ -162,22 +170,48 @@ def check_portions(portions: Sequence[float]) -> list[float]:
     return checked
 
 
-def build(*, w: int = 5, portions: Sequence[float] = (0.5, 0.75, 0.875, 1.0), partition: str = "largest") -> Method:
+def rounded_up(portion: float, count: int) -> float:
+    """Return the fraction of `count` weights in a portion whose number of weights is rounded up.
+
+    The authors' code leaves int(rest * count) weights free, with the rest as a decimal number.
+    """
+    return 1 - int(round(1 - portion, 12) * count) / count
+
+
+def optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer, unless every weight is frozen."""
+    sites = [q for layer in quantized_layers(model).values() if isinstance(q := layer.weight_q, INQWeight)]
+    if not all(site.complete for site in sites):
+        optimizer.step()
+
+
+def build(
+    *,
+    w: int = 5,
+    portions: Sequence[float] = (0.5, 0.75, 0.875, 1.0),
+    partition: str = "largest",
+    variant: str = "paper",
+) -> Method:
     """Return INQ. `portions` are accumulated fractions of a layer, in ascending order up to 1."""
     stages = check_portions(portions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition}: must be one of {', '.join(PARTITIONS)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant}: must be one of {', '.join(VARIANTS)}")
+    short_end = variant == "authors"
 
     def on_epoch(model: torch.nn.Module, epoch: int, epochs: int, probe: object) -> None:
+        portion = stages[stage(epoch, epochs, len(stages), short_end)]
         for layer in quantized_layers(model).values():
             if isinstance(layer.weight_q, INQWeight):
-                layer.weight_q.freeze_next(layer.weight, stages[stage(epoch, epochs, len(stages))], partition)
+                layer.weight_q.freeze_next(layer.weight, portion, partition)
 
     return Method(
         name="inq",
         bits=Bits(w),
         supported_bits={"w": (*range(2, 9), FLOAT)},
-        weight=lambda name, layer, bits: INQWeight(layer.weight.detach(), bits),
-        phases=(lambda epochs: stage_borders(epochs, len(stages))) if w < FLOAT else (lambda epochs: ()),
+        weight=lambda name, layer, bits: INQWeight(layer.weight.detach(), bits, variant),
+        phases=(lambda epochs: stage_borders(epochs, len(stages), short_end)) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
+        step=optimizer_step if short_end and w < FLOAT else None,
     )

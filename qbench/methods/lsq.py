@@ -26,7 +26,8 @@ Sites
     weight, input.
 
 State
-    step (scalar): one for a layer's weights, one for its input. signed (bool): whether the input's
+    step (scalar): one for a layer's weights, one for its input; with channel=true, the weights'
+    step is (output channels, 1, ...). signed (bool): whether the input's
     levels include negative ones. ready (bool): whether the input's step was set from data.
 
 Bits
@@ -37,6 +38,8 @@ Protocol
     first and last layers have 8 bits.
 
 Choices
+    channel: `false` (default) is the paper's one step per layer. `true` is one step per output
+    channel, as in many later papers and libraries; N is then the number of weights of the channel.
     Steps start at 2 mean|v| / sqrt(Qp). For activations, the mean is taken over the probe; the
     paper uses the first batch. An input that has negative values in the probe gets levels of both
     signs.
@@ -71,7 +74,8 @@ def limits(bits: int, signed: bool) -> tuple[int, int]:
 def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """Quantize x (any shape) to the multiples of `step` whose codes have `bits` bits. Eq. 1-3.
 
-    `step` is a scalar above 0 and gets the gradient of eq. 3. With 32 bits, return x itself.
+    `step` is above 0 and gets the gradient of eq. 3. It is a scalar, or has one element per index
+    of the first axis, as (O, 1, ..., 1). With 32 bits, return x itself.
     """
     if bits == FLOAT:
         return x
@@ -92,16 +96,23 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
         inside = grad_between(grad, v, -low, high)
         v.clamp_(-low, high)
         # gradient of the step: -Qn or Qp times grad where clipped ...
-        at_ends = grad.sub(inside).mul_(v).sum()
+        at_ends = _sum_to(grad.sub(inside).mul_(v), step)
         # ... and round(v) - v elsewhere, which is 0 at the ends
-        return inside, v.round().sub_(v).mul_(grad).sum() + at_ends
+        return inside, _sum_to(v.round().sub_(v).mul_(grad), step) + at_ends
 
     return fused_quantizer(x, step.to(x.dtype), plain=plain, value=value, backward=backward)
 
 
-def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
-    """Return the initial step 2 mean|x| / sqrt(Qp), or 1 if x is all zero."""
-    start = 2 * x.detach().abs().mean() / max(limits(bits, signed)[1], 1) ** 0.5
+def _sum_to(values: Tensor, step: Tensor) -> Tensor:
+    """Return the sum of the values that share a step, in the step's shape."""
+    return values.sum() if step.dim() == 0 else values.sum(tuple(range(1, values.dim())), keepdim=True)
+
+
+def initial_step(x: Tensor, bits: int, signed: bool, channel: bool = False) -> Tensor:
+    """Return the initial step 2 mean|x| / sqrt(Qp), or 1 if x is all zero. With `channel`, one per index of axis 0."""
+    magnitude = x.detach().abs()
+    mean = magnitude.mean(tuple(range(1, x.dim())), keepdim=True) if channel else magnitude.mean()
+    start = 2 * mean / max(limits(bits, signed)[1], 1) ** 0.5
     return torch.where(start > 0, start, torch.ones_like(start))
 
 
@@ -117,9 +128,10 @@ def gradient_scale(count: int, bits: int, signed: bool) -> float:
 
 
 def _grid(step: Tensor, bits: int, signed: bool) -> Grid:
-    """Return a grid with one group: `step` times every integer from -Qn to Qp."""
+    """Return a grid with one group per step: the step times every integer from -Qn to Qp."""
     low, high = limits(bits, signed)
-    return Grid((torch.arange(-low, high + 1, device=step.device) * step).reshape(1, -1, 1))
+    points = (torch.arange(-low, high + 1, device=step.device) * step.reshape(-1, 1)).unsqueeze(2)
+    return Grid(points) if step.dim() == 0 else Grid(points, lambda t: t.reshape(len(t), -1, 1))
 
 
 class LSQWeight(Quantizer):
@@ -127,26 +139,27 @@ class LSQWeight(Quantizer):
 
     positive_parameters: tuple[str, ...] = ("step",)
 
-    def __init__(self, layer: FloatLayer, bits: int) -> None:
+    def __init__(self, layer: FloatLayer, bits: int, channel: bool = False) -> None:
         super().__init__()
         self.bits = bits
-        self.step = nn.Parameter(initial_step(layer.weight, bits, signed=True))
+        self.step = nn.Parameter(initial_step(layer.weight, bits, True, channel))
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
-        return quantize(w, scale_gradient(self.step, w.numel(), self.bits, signed=True), self.bits, True)
+        count = w.numel() // self.step.numel()
+        return quantize(w, scale_gradient(self.step, count, self.bits, signed=True), self.bits, True)
 
     def gradient_factor(self, w: Tensor) -> float:
         """Return the factor of the step's gradient."""
-        return gradient_scale(w.numel(), self.bits, signed=True)
+        return gradient_scale(w.numel() // self.step.numel(), self.bits, signed=True)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: the step times every integer from -Qn to Qp."""
+        """Return a grid with one group per step: the step times every integer from -Qn to Qp."""
         return _grid(self.step, self.bits, signed=True)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of the step."""
-        return Storage(w.numel(), self.bits, 4)
+        """Return the storage of the codes and of the steps."""
+        return Storage(w.numel(), self.bits, 4 * self.step.numel())
 
 
 class LSQActivation(Quantizer):
@@ -217,15 +230,15 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     clamp_min_(model, {LSQWeight: ("step",), LSQActivation: ("step",)}, SMALLEST)
 
 
-def build(*, w: int = 2, a: int = 2) -> Method:
-    """Return LSQ."""
+def build(*, w: int = 2, a: int = 2, channel: bool = False) -> Method:
+    """Return LSQ. The method card explains the option."""
     return Method(
         name="lsq",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
         requires=Requires(act="keep"),
         traits=frozenset({"monotone", "idempotent", "monotone_input", "idempotent_input", "clipped_input"}),
-        weight=lambda name, layer, bits: LSQWeight(layer, bits),
+        weight=lambda name, layer, bits: LSQWeight(layer, bits, channel),
         input=lambda name, layer, bits: LSQActivation(bits),
         prepare=prepare,
         step=optimizer_step,

@@ -48,8 +48,8 @@ Choices
     nothing. This is the paper's control.
     Values are rounded to nearest with ties to even, as in the authors' code.
     KL is summed over classes and averaged over the batch. The authors' code also averages over
-    classes, so there the weight of KL is 0.7 T^2 / classes. (This is the default of the PyTorch
-    version that they use, from memory.)
+    classes, so there the weight of KL is 0.7 T^2 / classes; distill.average=classes does so here.
+    (This is the default of the PyTorch version that they use, from memory.)
     The authors' code has two options that its experiments do not use: a gradient through minimum
     and maximum, and clipping of gradients at |w| > 1. They are left out here.
 

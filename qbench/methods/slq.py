@@ -55,7 +55,10 @@ Choices
     at least one. The default yields the authors' counts. Portions with the same count share one
     phase. Every phase freezes clusters in all layers. It is not known in what order the paper
     treats the layers.
-    k-means is exact here. The authors run ten Lloyd iterations that start from powers of two.
+    clustering: `exact` (default) finds the optimal clusters. `lloyd` follows the authors' code: ten
+    Lloyd iterations from the centroids 0 and +-2^(m - j), with m = floor(log2 max|w|) and j = 0, 1,
+    and so on. A cluster without weights keeps its centroid. In later phases, the free centroids
+    start from their powers of two again.
     A layer with fewer than k distinct weights has fewer clusters. Every phase still freezes at
     least one of them.
 
@@ -69,6 +72,7 @@ Results
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,6 +89,8 @@ from qbench.quant.quantizer import Grid, Storage
 
 PARTITIONS = ("probe", "weight_error", "magnitude", "random")
 PORTIONS = (0.3, 0.55, 0.8, 0.9, 1.0)
+CLUSTERINGS = ("exact", "lloyd")
+LLOYD_STEPS = 10
 
 
 def cluster_count(bits: int) -> int:
@@ -106,6 +112,34 @@ def cluster(w: Tensor, k: int, pinned: float | Sequence[float] | Tensor | None =
     """
     clustering = kmeans(w, k, torch.as_tensor(() if pinned is None else pinned, dtype=w.dtype))
     return clustering.centroids, clustering.labels
+
+
+def power_of_two_starts(w: Tensor, k: int) -> Tensor:
+    """Return the centroids from which the authors' code starts: (k,), ascending, with 0 in the middle."""
+    largest = torch.floor(torch.log2(w.detach().abs().max().clamp(min=torch.finfo(w.dtype).tiny)))
+    powers = torch.exp2(largest - torch.arange(k // 2, device=w.device)).to(w.dtype)
+    return torch.cat([-powers, w.new_zeros(1), powers.flip(0)])
+
+
+def lloyd(w: Tensor, starts: Tensor, fixed: Tensor, steps: int = LLOYD_STEPS) -> tuple[Tensor, Tensor]:
+    """Move centroids to the means of their clusters, `steps` times, as in the authors' code.
+
+    Args:
+        starts: the initial centroids (k,), ascending.
+        fixed: which of them stay where they are (k, bool).
+
+    Returns:
+        Centroids (k,), ascending, and labels (int64, with the shape of w). A weight half way
+        between two centroids belongs to the lower one.
+    """
+    values, centroids = w.detach().flatten().double(), starts.double()
+    for _ in range(steps):
+        labels = torch.bucketize(values, (centroids[1:] + centroids[:-1]) / 2)
+        counts = labels.bincount(minlength=centroids.numel())
+        means = values.new_zeros(centroids.shape).index_add_(0, labels, values) / counts
+        centroids = torch.where(fixed | (counts == 0), centroids, means)
+    centroids = centroids.to(w.dtype)
+    return centroids, torch.bucketize(w.detach().contiguous(), (centroids[1:] + centroids[:-1]) / 2)
 
 
 def merge_equal(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,9 +178,9 @@ class SLQWeight(FrozenWeight):
     centroids: Tensor
     settled: Tensor
 
-    def __init__(self, weight: Tensor, bits: int, pinned: Sequence[float] = (0.0,)) -> None:
+    def __init__(self, weight: Tensor, bits: int, pinned: Sequence[float] = (0.0,), clustering: str = "exact") -> None:
         super().__init__(weight)
-        self.bits, self.pinned = bits, tuple(pinned)
+        self.bits, self.pinned, self.clustering = bits, tuple(pinned), clustering
         self.register_buffer("centroids", weight.new_full((cluster_count(bits),), torch.nan, requires_grad=False))
         self.register_buffer("settled", torch.zeros_like(self.centroids, dtype=torch.bool))
 
@@ -158,8 +192,13 @@ class SLQWeight(FrozenWeight):
     def clusters(self, w: Tensor) -> Clusters:
         """Return a new clustering of the weights, with the frozen centroids fixed, without freezing anything."""
         frozen_centroids = self.centroids[self.settled]
-        pinned = torch.cat([frozen_centroids, frozen_centroids.new_tensor(self.pinned)])
-        centroids, labels = cluster(self(w), self.centroids.numel(), pinned)
+        if self.clustering == "lloyd":
+            starts = power_of_two_starts(w, self.centroids.numel())
+            starts, order = torch.where(self.settled, self.centroids, starts).sort(stable=True)
+            centroids, labels = lloyd(self(w), starts, self.settled[order] | (starts == 0))
+        else:
+            pinned = torch.cat([frozen_centroids, frozen_centroids.new_tensor(self.pinned)])
+            centroids, labels = cluster(self(w), self.centroids.numel(), pinned)
         centroids, labels = merge_equal(self.shared_values(centroids), labels)
         empty = labels.flatten().bincount(minlength=centroids.numel()) == 0
         return Clusters(centroids, labels, torch.isin(centroids, frozen_centroids) | empty)
@@ -225,9 +264,13 @@ def _portion_count(portion: float, clusters: int) -> int:
     return max(1, int(portion * clusters + 1e-9))  # in floats, 0.29 * 100 is 28.999...
 
 
-def build(*, w: int = 5, partition: str = "probe", portions: Sequence[float] = PORTIONS) -> Method:
+def build(
+    *, w: int = 5, partition: str = "probe", portions: Sequence[float] = PORTIONS, clustering: str = "exact"
+) -> Method:
     """Return SLQ. `portions` are accumulated fractions of the clusters, in ascending order up to 1."""
-    return build_incremental("slq", SLQWeight, w, partition, portions)
+    if clustering not in CLUSTERINGS:
+        raise ValueError(f"clustering={clustering}: must be one of {', '.join(CLUSTERINGS)}")
+    return build_incremental("slq", partial(SLQWeight, clustering=clustering), w, partition, portions)
 
 
 def build_incremental(

@@ -34,8 +34,8 @@ Bits
 
 Protocol
     CIFAR-10, authors' log: SGD with momentum 0.9, 400 epochs, weight decay 2e-4 (on the scales
-    too). The learning rate is 0.1, then 0.01 from epoch 83, 0.001 from epoch 124 and 0.0002 from
-    epoch 301. The networks are the pre-activation ResNet-20 to 56 with a float first layer.
+    too). The learning rate is 0.0002 in the first epoch, then 0.1, 0.01 from epoch 83, 0.001 from
+    epoch 124 and 0.0002 from epoch 301. The networks are the pre-activation ResNet-20 to 56 with a float first layer.
 
 Choices
     t = 0.05 as in the paper.

@@ -78,17 +78,19 @@ def distilled(
     *,
     temperature: float = 2.0,
     weight: float = 0.7,
+    average: str = "batch",
     hard: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Method:
     """Return the method with the loss weight T^2 KL(teacher || student) + (1 - weight) hard.
 
-    Both sides of KL are softmax outputs at temperature T. KL is summed over classes and averaged
-    over the batch (Hinton et al. 2015, arXiv 1503.02531; weights of Polino et al. 2018, arXiv
-    1802.05668). The public code of Polino et al. also averages over classes. With ten classes,
-    this makes the distillation term ten times smaller at the same weight.
+    Both sides of KL are softmax outputs at temperature T (Hinton et al. 2015, arXiv 1503.02531;
+    weights of Polino et al. 2018, arXiv 1802.05668).
 
     Args:
         teacher: a network that takes the same images and is not trained.
+        average: `batch` sums KL over classes and averages it over the batch. `classes` also
+            averages over classes, as in the public code of Polino et al. With ten classes, this
+            makes the distillation term ten times smaller at the same weight.
         hard: (logits, labels) -> the loss against the labels. If the method has its own loss, that
             loss replaces `hard`.
     """
@@ -98,6 +100,8 @@ def distilled(
         with torch.no_grad():
             target = F.log_softmax(teacher(batch[0]) / temperature, 1)
         soft = F.kl_div(F.log_softmax(logits / temperature, 1), target, reduction="batchmean", log_target=True)
+        if average == "classes":
+            soft = soft / logits.shape[1]
         return weight * temperature**2 * soft + (1 - weight) * hard_loss(model, logits, batch)
 
     return replace(method, loss=loss, teachers=(*method.teachers, teacher))

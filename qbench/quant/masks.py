@@ -73,14 +73,20 @@ class FrozenWeight(Quantizer):
             self.value.copy_(before[1])
 
 
-def stage(epoch: int, epochs: int, stages: int) -> int:
+def stage(epoch: int, epochs: int, stages: int, short_end: bool = False) -> int:
     """Return the stage (counted from 0) to which an epoch belongs.
 
     The epochs are divided equally among the stages. The last epoch is always in the last stage.
+    With `short_end`, the last stage is the last epoch alone, and the others share the rest.
     """
-    return stages - 1 if epoch == epochs - 1 else epoch * stages // epochs
+    if epoch == epochs - 1:
+        return stages - 1
+    if short_end:
+        return max(stage(epoch, epochs - 1, stages - 1), 0)
+    return epoch * stages // epochs
 
 
-def stage_borders(epochs: int, stages: int) -> list[int]:
+def stage_borders(epochs: int, stages: int, short_end: bool = False) -> list[int]:
     """Return the first epoch of each stage except stage 0, for `Method.phases`."""
-    return [e for e in range(1, epochs) if stage(e, epochs, stages) != stage(e - 1, epochs, stages)]
+    numbers = [stage(epoch, epochs, stages, short_end) for epoch in range(epochs)]
+    return [epoch for epoch in range(1, epochs) if numbers[epoch] != numbers[epoch - 1]]

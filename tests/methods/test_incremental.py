@@ -130,6 +130,51 @@ def test_the_stages_share_the_epochs_and_the_last_epoch_is_complete() -> None:
     assert stage_borders(1, 4) == []
 
 
+def test_the_authors_of_inq_round_ties_down() -> None:
+    """AojunZhou's power2.cpp: a strict comparison keeps the lower magnitude, also next to zero."""
+    levels = inq.levels_from_exponent(0, 3)  # 0, 1/2, 1
+    ties = torch.tensor([0.25, -0.25, 0.75, -0.75, 0.2500001, 0.7500001])
+    assert inq.round_to_levels(ties, levels).tolist() == [0.5, -0.5, 1, -1, 0.5, 1]
+    assert inq.round_to_levels(ties, levels, ties_up=False).tolist() == [0, 0, 0.5, -0.5, 0.5, 1]
+    site = inq.INQWeight(torch.tensor([1.0, 0.75, 0.25, 0.1]), 3, "authors")
+    site.freeze_next(torch.tensor([1.0, 0.75, 0.25, 0.1]), 1.0, "largest")
+    assert site.value.tolist() == [1.0, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("count", "want"), [(10, [3, 6, 8, 10]), (7, [3, 5, 6, 7]), (864, [260, 519, 692, 864])])
+def test_the_authors_of_inq_round_portions_up(count: int, want: list[int]) -> None:
+    """AojunZhou's blob.cpp: all but int(count * 0.7), int(count * 0.4), int(count * 0.2), 0 weights."""
+    w = torch.linspace(0.1, 1, count)
+    site = inq.INQWeight(w, 5, "authors")
+    frozen = []
+    for portion in (0.3, 0.6, 0.8, 1.0):
+        site.freeze_next(w, portion, "largest")
+        frozen.append(int(site.frozen.sum()))
+    assert frozen == want
+    assert want == [count - int(count * rest) for rest in (0.7, 0.4, 0.2, 0.0)]
+
+
+def test_the_authors_of_inq_train_nothing_after_the_last_portion() -> None:
+    assert [stage(e, 9, 4, short_end=True) for e in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 3]
+    assert [stage(e, 2, 4, short_end=True) for e in range(2)] == [2, 3]
+    assert [stage(e, 3, 1, short_end=True) for e in range(3)] == [0, 0, 0]
+    assert stage_borders(9, 4, short_end=True) == [3, 6, 8]
+    for variant, moves in (("paper", True), ("authors", False)):
+        method = inq.build(w=3, portions=[0.5, 1.0], variant=variant)
+        model = install(method, mlp.build((1, 2, 2), 3, hidden=2, width=8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for epoch in range(3):
+            assert method.on_epoch is not None
+            method.on_epoch(model, epoch, 3, None)  # type: ignore[arg-type]
+            before = [p.detach().clone() for p in model.parameters()]
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            (method.step or (lambda model, optimizer: optimizer.step()))(model, optimizer)
+            moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+            assert all(moved) if moves or epoch < 2 else not any(moved), (variant, epoch)
+        assert fully_quantized(model)
+
+
 def test_a_frozen_weight_keeps_its_first_value() -> None:
     site = FrozenWeight(torch.zeros(3))
     site.freeze(torch.tensor([True, False, False]), torch.tensor([1.0, 1, 1]))

@@ -1,5 +1,7 @@
 """Test PACT and LSQ against direct transcriptions of their equations, forward and backward."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from qbench.methods import lsq, pact
 from qbench.models import mlp
 from qbench.quant.install import install
 from qbench.quant.layers import quantized_layers
+from qbench.quant.ops import reference_kernels
 from qbench.quant.probe import Probe
 
 GRID = torch.arange(-48, 49, dtype=torch.float64) / 16
@@ -54,6 +57,35 @@ def test_the_gradient_scale_and_initial_step_of_lsq() -> None:
         for step in (s, lsq.scale_gradient(s, 400, 3, True))
     )
     assert scaled.item() == pytest.approx(plain.item() / (400 * 3) ** 0.5)
+
+
+@pytest.mark.parametrize("shape", [(3, 32), (3, 2, 4, 4)])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_step_per_channel_is_lsq_of_every_channel_alone(bits: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    kind = torch.nn.Linear(32, 3) if len(shape) == 2 else torch.nn.Conv2d(2, 3, 4)
+    layer = kind.double()
+    layer.weight.data *= torch.tensor([0.1, 1.0, 8.0]).reshape(-1, *[1] * (len(shape) - 1))
+    channels, up = lsq.LSQWeight(layer, bits, channel=True), torch.randn(shape, dtype=torch.float64)
+    assert channels.step.shape == (3, *[1] * (len(shape) - 1))
+    for context in (nullcontext(), reference_kernels()):
+        w = layer.weight.detach().clone().requires_grad_()
+        with context:
+            out = channels(w)
+            got = torch.autograd.grad(out, (w, channels.step), up)
+        for o in range(3):
+            alone = torch.nn.Linear(32, 1).double()
+            alone.weight.data = layer.weight.detach()[o].reshape(1, -1)
+            one = lsq.LSQWeight(alone, bits)
+            v = alone.weight.detach().clone().requires_grad_()
+            want = one(v)
+            by_v, by_step = torch.autograd.grad(want, (v, one.step), up[o].reshape(1, -1))
+            torch.testing.assert_close(out[o].reshape(1, -1), want, rtol=1e-12, atol=0)
+            torch.testing.assert_close(got[0][o].reshape(1, -1), by_v, rtol=1e-12, atol=0)
+            torch.testing.assert_close(got[1][o].reshape(()), by_step, rtol=1e-12, atol=0)
+    assert channels.grid(layer.weight).points.shape == (3, 2**bits, 1)
+    assert channels.bytes(layer.weight) == (96, bits, 12)
+    assert channels.gradient_factor(layer.weight) == pytest.approx((32 * (2 ** (bits - 1) - 1)) ** -0.5)
 
 
 def test_the_input_steps_of_lsq_are_set_from_the_probe_with_their_sign() -> None:

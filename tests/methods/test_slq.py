@@ -21,7 +21,15 @@ from qbench.quant.probe import Probe
 
 ALL_LAYERS = Policy(first="same", last="same")
 COUNTS = [(2, 3), (3, 5), (4, 9), (5, 17)]
-INCREMENTAL = [slq.build(w=2), slq.build(w=3), eslq.build(w=5), mlq.build(), mlq.build(w=3), mlq.build(depth=False)]
+INCREMENTAL = [
+    slq.build(w=2),
+    slq.build(w=3),
+    slq.build(w=5, clustering="lloyd"),
+    eslq.build(w=5),
+    mlq.build(),
+    mlq.build(w=3),
+    mlq.build(depth=False),
+]
 incremental = pytest.mark.parametrize("method", INCREMENTAL, ids=lambda m: f"{m.name}-{m.bits}")
 
 
@@ -87,6 +95,52 @@ def test_the_clusters_have_the_least_squared_error(pins: list[float], k: int) ->
         expected, places = clustered(w, k, pins)
         np.testing.assert_allclose(centroids.numpy(), expected, rtol=1e-12, atol=1e-12)
         assert np.array_equal(labels.numpy(), places)
+
+
+def lloyd_by_hand(w: Array, starts: list[float], fixed: list[bool]) -> tuple[Array, Array]:
+    """Ten textbook steps: every weight goes to the nearest centroid, every free centroid to its weights' mean."""
+    centroids = np.array(starts)
+    for _ in range(10):
+        nearest = np.abs(w.ravel()[:, None] - centroids).argmin(1)
+        for i in range(len(centroids)):
+            if not fixed[i] and (nearest == i).any():
+                centroids[i] = w.ravel()[nearest == i].mean()
+    return centroids, np.abs(w.ravel()[:, None] - centroids).argmin(1).reshape(w.shape)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_the_lloyd_steps_of_the_authors_of_slq(bits: int) -> None:
+    """kmeans.hpp: starts at 0 and +-2^floor(log2 max|w|) / 2^j; zero is pinned; frozen centroids stay."""
+    w = np.random.default_rng(bits).normal(size=(30, 20)) * 0.3
+    k, top = 2 ** (bits - 1) + 1, 2.0 ** math.floor(math.log2(np.abs(w).max()))
+    powers = [top / 2**j for j in range(k // 2)]
+    starts = [*(-p for p in powers), 0.0, *reversed(powers)]
+    assert slq.power_of_two_starts(torch.tensor(w), k).tolist() == starts
+    site = slq.SLQWeight(torch.tensor(w), bits, clustering="lloyd")
+    clusters = site.clusters(torch.tensor(w))
+    centroids, labels = lloyd_by_hand(w, starts, [s == 0 for s in starts])
+    np.testing.assert_allclose(clusters.centroids.numpy(), centroids, rtol=1e-12)
+    assert np.array_equal(clusters.labels.numpy(), labels)
+    settled = clusters.settled.clone()
+    settled[[0, k // 2]] = True
+    site.freeze_clusters(clusters, settled)
+    again = site.clusters(torch.tensor(w * 0.9))
+    starts = [c if f else s for c, f, s in zip(centroids, settled.tolist(), starts, strict=True)]
+    moved = np.where(site.frozen.numpy(), site.value.numpy(), w * 0.9)
+    assert starts == sorted(starts)
+    want, _ = lloyd_by_hand(moved, starts, settled.tolist())
+    np.testing.assert_allclose(again.centroids.numpy(), want, rtol=1e-12)
+    assert torch.equal(again.centroids[settled], clusters.centroids[settled])
+
+
+def test_ten_lloyd_steps_leave_more_error_than_exact_clusters() -> None:
+    w = torch.from_numpy(np.random.default_rng(0).normal(size=20000) * 0.05)
+    errors = {}
+    for clustering in slq.CLUSTERINGS:
+        clusters = slq.SLQWeight(w, 5, clustering=clustering).clusters(w)
+        errors[clustering] = ((w - clusters.centroids[clusters.labels]) ** 2).mean().item() / w.var().item()
+    assert errors["exact"] == pytest.approx(0.0084, abs=0.0003)
+    assert errors["lloyd"] > 1.5 * errors["exact"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -106,6 +106,10 @@ def test_the_distillation_loss_follows_its_formula() -> None:
     kl = (p * (np.log(p) - np.log(q))).sum(1).mean()
     hard = -np.log(softmax(s)[np.arange(7), y.numpy()]).mean()
     assert loss.item() == pytest.approx(0.6 * 9 * kl + 0.4 * hard, rel=1e-5)
+    over_classes = distilled(bwn.build(), teacher, temperature=3.0, weight=0.6, average="classes").loss
+    assert over_classes is not None
+    averaged = over_classes(student, student(x), (x, y))
+    assert averaged.item() == pytest.approx(0.6 * 9 * kl / 3 + 0.4 * hard, rel=1e-5)
     loss.backward()
     assert student.weight.grad is not None
     assert teacher.weight.grad is None
@@ -116,8 +120,10 @@ def result_of(configure: Configure, *words: str) -> Result:
 
 
 def test_a_teacher_for_every_method(configure: Configure) -> None:
-    without, distilled_run = (result_of(configure, "method=dorefa", *words) for words in ([], ["distill=kd"]))
+    words = ([], ["distill=kd"], ["distill=kd", "distill.average=classes"])
+    without, distilled_run, over_classes = (result_of(configure, "method=dorefa", *w) for w in words)
     assert without.weights_sha256 != distilled_run.weights_sha256
+    assert over_classes.weights_sha256 != distilled_run.weights_sha256
     assert without.protocol.hash != distilled_run.protocol.hash, "part of the protocol"
     assert without.baseline == distilled_run.baseline
 
