@@ -110,6 +110,26 @@ def test_it_stops_at_the_first_look_that_decides() -> None:
     assert [line.partition(" ")[0] for line in messages] == ["3", "5", "8"]
 
 
+def exact(differences: list[float]) -> Callable[[int], tuple[list[RunAccuracy], list[RunAccuracy]]]:
+    """Return accuracies of two settings with these differences."""
+    return lambda n: ([RunAccuracy(90 + d) for d in differences[:n]], [RunAccuracy(90.0)] * n)
+
+
+@pytest.mark.parametrize(("t", "verdict"), [(2.9, Verdict.UNDECIDED), (2.95, Verdict.EQUIVALENT)])
+def test_equivalence_is_tested_at_the_level_of_the_look(t: float, verdict: Verdict) -> None:
+    """One look of three seeds at 5 %: t(2) is 2.920 at 95 % one-sided, and 1.886 at 90 %."""
+    spread = 0.5 * 3**0.5 / t  # of the differences, so that the margin is t standard errors away from their mean, 0
+    assert decide(exact([-spread, 0.0, spread]), 0.5, 3).verdict is verdict
+
+
+def test_the_interval_of_equivalence_has_twice_the_level() -> None:
+    """One look at 5 %: TOST at 5 % goes with a 90 % interval, t(2) at 95 % one-sided 2.91999."""
+    test = parse([LINE, OTHER, "--max-seeds=3"])
+    alike = stub({"w2a2g32": [94.1, 95.0, 95.9], "w4a4g32": [94.0, 95.0, 96.0]})
+    half = 2.91999 * 0.1 / 3**0.5
+    assert f"90 % confidence interval {-half:+.2f} to {half:+.2f}" in run_sequential_test(test, alike)
+
+
 def stub(
     figures: dict[str, list[float]], statuses: dict[int, str] | None = None
 ) -> Callable[[list[PlannedRun]], list[RunRecord]]:

@@ -101,6 +101,21 @@ def test_the_input_steps_of_lsq_are_set_from_the_probe_with_their_sign() -> None
     assert site.signed
 
 
+def test_one_bit_of_lsq_has_no_sign() -> None:
+    """With a sign, Qp would be 0: the levels would be -step and 0, and the initial step could not be computed."""
+    x = torch.tensor([-3.0, -1.0, 0.5, 2.0])
+    for bits, signed in ((1, False), (2, True)):
+        site = lsq.LSQActivation(bits)
+        site.fit(x)
+        assert bool(site.signed) is signed
+        assert site.step.item() == pytest.approx(2 * 1.625 / lsq.limits(bits, signed)[1] ** 0.5)
+    one = lsq.LSQActivation(1)
+    one.fit(x)
+    assert set(one(x).tolist()) <= {0.0, one.step.item()}
+    assert one(torch.tensor([9.0])).item() == one.step.item() > 0
+    assert one.grid(x).points.flatten().tolist() == [0.0, one.step.item()]
+
+
 @pytest.mark.parametrize("method", [pact, lsq])
 def test_half_precision_inputs_are_computed_in_float32(method: object) -> None:
     x = torch.rand(64).half()

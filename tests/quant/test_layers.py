@@ -9,10 +9,10 @@ from torch import nn
 from qbench.bits import Bits, LevelCount
 from qbench.config import registry
 from qbench.cost.count import count_cost, count_macs
-from qbench.methods import dorefa
+from qbench.methods import dorefa, hwgq
 from qbench.models import mlp, resnet
 from qbench.quant.install import install
-from qbench.quant.layers import NotFinite, float_mode, quantized_layers
+from qbench.quant.layers import BypassedActivation, NotFinite, float_mode, quantized_layers
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import levels_k, on_backward, round_ste, sign, straight_through
 from qbench.quant.policy import Policy
@@ -272,3 +272,69 @@ def test_a_method_quantizes_other_convolutions_or_names_the_layer(name: str, lay
     model(x).sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model[1].named_parameters() if n != "bias")
     assert model[1].weight_q.bytes(model[1].weight).codes == layer.weight.numel()
+
+
+def with_a_hole(x: torch.Tensor) -> torch.Tensor:
+    flat = x.clone().flatten()
+    flat[0] = torch.nan
+    return flat.reshape(x.shape)
+
+
+class OneNaN(Quantizer):
+    """A quantizer one of whose values is NaN."""
+
+    def __init__(self, inner: Quantizer) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return with_a_hole(self.inner(x))
+
+    def grid(self, x: torch.Tensor) -> Grid | None:
+        return self.inner.grid(x)
+
+
+@pytest.mark.parametrize("slot", ["weight_q", "input_q"])
+def test_nan_is_on_no_level(slot: str) -> None:
+    """A comparison with NaN is false, so that "farther than the tolerance" would let it pass."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))  # nothing behind the layer refuses NaN
+    model = install(dorefa.build(w=2, a=2), network, Policy(first="same", last="same", input="same"))
+    (layer,) = quantized_layers(model).values()
+    verify(model, X)
+    setattr(layer, slot, OneNaN(getattr(layer, slot)))
+    with pytest.raises(NotQuantized, match=r"1 of \d+ values lie off"):
+        verify(model, X)
+
+
+@pytest.mark.parametrize(
+    ("codes", "width", "packed"), [(5, 1, 1), (5, 2, 2), (5, 3, 3), (5, 4, 3), (5, 5, 5), (5, 9, 10), (5, 17, 20)]
+)
+def test_packed_bytes_by_hand(codes: int, width: int, packed: int) -> None:
+    """3 bits take lanes of 4, 5 to 8 bits a byte each, 9 to 16 two, 17 four; the last byte is filled up."""
+    assert Storage(codes, width, 7).packed == packed + 7
+    assert Storage(codes, width, 7).ideal == codes * width / 8 + 7
+
+
+def test_packed_bytes_of_a_network_by_hand() -> None:
+    model = install(dorefa.build(w=3, a=2), mlp.build((1, 4, 4), 3, hidden=2, width=10))
+    cost = count_cost(model, count_macs(model, (1, 4, 4)))
+    weights, (layer,) = 10 * 10, quantized_layers(model).values()
+    rest = 4 * (sum(p.numel() for p in model.parameters()) - layer.weight.numel())
+    assert layer.weight.numel() == weights
+    assert cost.bytes_packed - cost.bytes_ideal == pytest.approx(weights * (4 - 3) / 8)
+    assert cost.bytes_ideal == pytest.approx(rest + weights * 3 / 8)
+
+
+def test_the_float_mode_of_a_network_has_its_activation_functions() -> None:
+    torch.manual_seed(0)
+    network = resnet.build((3, 8, 8), 10, depth=8, width=4).eval()
+    with torch.no_grad():
+        before = network(X)
+        model = install(hwgq.build(), network, example=X, act="fused")
+        bypassed = [m for m in model.modules() if isinstance(m, BypassedActivation)]
+        assert bypassed
+        assert not torch.equal(model(X), before)
+        with float_mode(model):
+            assert torch.equal(model(X), before)
+            assert all(m.active for m in bypassed)
+        assert not any(m.active for m in bypassed)

@@ -21,7 +21,7 @@ from qbench.report.comparison.setting_table import settings_of
 from qbench.report.comparison.verdicts import Conclusion, PairConclusion, Verdict
 from qbench.report.statistics.differences import half_width, paired, sample_error, two_way, unpaired, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
-from qbench.report.statistics.power import seeds_needed
+from qbench.report.statistics.power import seeds_needed, seeds_to_decide
 from qbench.report.tables.table import Table
 
 FAMILIES = 2000
@@ -81,6 +81,26 @@ def test_with_seed_dof_has_the_degrees_of_freedom_of_the_seeds() -> None:
     assert careful.p >= paired(*(100 * arm.mean(1) for arm in arms)).p
     alike = paired([1.0, 2.0, 4.0], [0.0, 0.0, 1.0])
     assert with_seed_dof(alike) is alike
+
+
+def test_with_seed_dof_never_adds_degrees_of_freedom() -> None:
+    """Two images decide: their mean square has one degree of freedom, and ten seeds must not turn it into nine."""
+    first, second = np.ones((10, 2), dtype=bool), np.zeros((10, 2), dtype=bool)
+    second[:, 1] = True
+    second[0, 1] = False
+    plain = two_way(first, second)
+    assert 1 <= plain.dof < 2
+    assert with_seed_dof(plain) is plain
+
+
+def test_the_error_from_seeds_is_never_below_that_of_single_images() -> None:
+    """Every seed has one of two images right, by turns: equal means, so that only the rest varies."""
+    first = np.array([[1, 0], [0, 1], [1, 0], [0, 1]])
+    d = two_way(first, np.zeros((4, 2)))
+    # 100 d is 100 or 0 around a mean of 50: the rest has the sum of squares 8 50^2 and (4 - 1)(2 - 1) dof
+    rest = 8 * 50**2 / 3
+    assert d.seed_variance == pytest.approx(rest / 8)
+    assert (d.item_variance, d.mean) == (0, 50)
 
 
 @pytest.mark.parametrize(("distance", "spread"), [(1.0, 1.0), (0.3, 1.0), (3.0, 0.5)])
@@ -206,6 +226,22 @@ def test_seeds_advised_for_equivalence_have_the_power(mean: float, spread: float
     assert n
     found = [equivalent(paired(rng.normal(mean, spread, n), [0.0] * n), 0.5) < 0.05 for _ in range(FAMILIES)]
     assert 0.76 <= sum(found) / FAMILIES <= 0.9
+
+
+def test_the_seeds_advised_allow_for_every_undecided_pair() -> None:
+    """Each of two undecided pairs is tested at half the level, so that more seeds are needed than for one."""
+    near = [96.8, 96.0, 97.8, 97.2]
+    table = concluded(setting("a", A), setting("c", C), setting("d", near))
+    more = {pair.other: pair.more_seeds for pair in conclusions(table)[0].pairs}
+    undecided = [pair for pair in pairs_of(table) if pair.verdict is Verdict.UNDECIDED]
+    level = 0.05 / len(undecided)
+    assert len(undecided) > 1
+    n = seeds_to_decide(paired(A, C), 0.5, level)
+    assert n is not None
+    assert more["c"] == n - 4
+    alone = seeds_to_decide(paired(A, C), 0.5, 0.05)
+    assert alone is not None
+    assert alone < n
 
 
 def test_only_the_same_widths_of_one_block_are_compared() -> None:

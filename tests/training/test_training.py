@@ -32,7 +32,7 @@ from qbench.training.evaluation import evaluate
 from qbench.training.loop import train
 from qbench.training.optimizer import learning_rate, parameter_groups
 from qbench.training.random_state import random_state, set_random_state
-from qbench.training.state import State, WeightAverage
+from qbench.training.state import BestWeights, State, WeightAverage
 from qbench.training.task import Task
 
 STEPS = 5
@@ -133,6 +133,20 @@ def test_weight_decay_excludes_biases_and_norms_and_quantizers_set_their_own() -
     optimizer = optim.build_optimizer(model, Optim(name="sgd", lr=1.0))
     optim.set_learning_rate(optimizer, 0.5)
     assert sorted({g["lr"] for g in optimizer.param_groups}) == [0.05, 0.5]
+
+
+def test_a_restored_state_has_the_best_weights() -> None:
+    task = make_task(float_method.build(), epochs=2)
+    state = make_state(task)
+    state.best = BestWeights((50.0, -1.0), 3, {"x": torch.ones(2)})
+    other = make_state(make_task(float_method.build(), epochs=2))
+    other.load(task.model, state.save(task.model))
+    assert other.best is not None
+    assert (other.best.rank, other.best.epoch) == ((50.0, -1.0), 3)
+    assert torch.equal(other.best.model["x"], torch.ones(2))
+    state.best = None
+    other.load(task.model, state.save(task.model))
+    assert other.best is None
 
 
 def test_biases_of_layers_can_have_their_own_learning_rate() -> None:
