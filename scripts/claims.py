@@ -2,21 +2,26 @@
 """Test the papers' claims below conf/experiment/claims/ with runs, and write docs/claims.md.
 
     .venv/bin/python scripts/claims.py [NAME ...] [--seeds 0-9] [--out outputs/claims] [--docs docs/claims.md]
-                                    [--plan | --report]
+                                    [--plan | --report | --from FILE] [--record FILE]
 
 Trains the arms of the named claims (without a name, of all claims) that are not stored yet. --plan shows what would be
 trained and how long it would take; --report trains nothing. The document always has all claims, because Holm's
 adjustment is over all of them; its values are also written to OUT/claims.json. Claims share runs whose configurations
 are equal.
+
+--record FILE stores the runs of all claims with their hits and the sha256 of their weights; --from FILE writes the
+document from such a file and needs no runs.
 """
 
 import argparse
 import copy
+import json
 import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,8 @@ from qbench.papers.claim_results import (
     unfinished_seeds,
 )
 from qbench.report.tables.table import Table, markdown
-from qbench.runs.reader import DONE, RunRecord, read_run
+from qbench.runs.hits import Hits, load_hits
+from qbench.runs.reader import DONE, RunRecord, dump_records, load_records, read_run, with_baselines
 from qbench.system import files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,9 +86,9 @@ The data are digits (1,797 real 8x8 images, 450 for test) and glyphs (characters
 fonts for the 10,000 test images). The networks are thin residual networks with 8 or 20 layers, and schedules are
 short. Such runs can show whether an effect exists under one protocol, and how large it is there. They do not reproduce
 the papers' values on SVHN, CIFAR-10 or ImageNet. A claim that does not hold here may still hold in the paper's setting,
-because depth, width, number of classes and length of training differ. Digits can show effects of one point or more, and
-glyphs effects of about half a point. Differences at 8 or 5 bits may be too small to see. "From memory" marks claims
-that are stated from memory and not quoted from the paper.
+because depth, width, number of classes and length of training differ. The interval of each row shows which effects the
+data can decide. Differences at 8 or 5 bits may be too small to see. "From memory" marks claims that are stated from
+memory and not quoted from the paper.
 """
 
 
@@ -94,8 +100,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--docs", default="docs/claims.md", type=Path, help="document to write")
     parser.add_argument("--plan", action="store_true", help="show what would be trained; train nothing")
     parser.add_argument("--report", action="store_true", help="write the document from stored runs; train nothing")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="store the runs behind the document")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="read the runs from such a file")
     options = parser.parse_args(arguments)
     try:
+        stored = Stored.load(options.source) if options.source else Stored()
         claims = claim_files.read_claims(groups.conf_directory() / "experiment" / "claims")
         known = [claim.name for claim in claims]
         if unknown := [name for name in options.names if name not in known]:
@@ -104,14 +113,63 @@ def main(arguments: list[str]) -> int:
         if options.plan:
             print_plan(chosen, options.seeds, options.out)
             return 0
-        if not options.report:
+        if not options.report and not options.source:
             for claim in chosen:
                 train(claim, options.seeds, options.out)
-        write_report(claims, options.seeds, options.out, options.docs)
+        write_report(claims, options.seeds, options.out, options.docs, stored, options.record)
     except QbenchError as error:
         print(f"scripts/claims.py: {error}", file=sys.stderr)
         return error.status
     return 0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Runs and measurements from a record; without a file, nothing.
+
+    Args:
+        runs: name of a run's directory -> the run.
+        mismatch: claim -> gradient mismatch by seed.
+        machine: the machine of the runs, in words.
+    """
+
+    runs: Mapping[str, RunRecord] = field(default_factory=dict)
+    mismatch: Mapping[str, Any] = field(default_factory=dict)
+    machine: str = ""
+
+    @staticmethod
+    def load(file: Path) -> "Stored":
+        """Read a file that `write_record` wrote."""
+        runs = {place(run.path): run for run in load_records(file)}
+        values = json.loads(file.read_text("utf-8"))
+        return Stored(runs, values["gradient_mismatch"], values["machine"])
+
+    def run(self, planned: RunRecord) -> RunRecord:
+        """Return the stored run in place of one that has no directory here."""
+        return self.runs.get(place(planned.path), planned)
+
+    @property
+    def hits(self) -> dict[str, Hits]:
+        """Name of a run's directory -> its hits."""
+        return {name: run.hits for name, run in self.runs.items() if run.hits}
+
+
+def place(path: Path) -> str:
+    """Return the part of a run's path that is the same wherever the runs are: folder and directory."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def write_record(file: Path, runs: Iterable[RunRecord], mismatch: Mapping[str, Any], machine: str) -> None:
+    """Write the runs with their float baselines, one entry a run."""
+    found = with_baselines(list({run.path: run for run in runs}.values()))
+    relative = [replace(run, path=Path(place(run.path)), hits=run.hits or hits_of(run)) for run in found]
+    values = json.loads(dump_records(relative)) | {"gradient_mismatch": mismatch, "machine": machine}
+    files.write(file, (json.dumps(values, separators=(",", ":"), sort_keys=True) + "\n").encode())
+
+
+def hits_of(run: RunRecord) -> Hits | None:
+    top1 = run.result.top1 if run.result else None
+    return None if top1 is None else load_hits(run.path, top1)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -220,23 +278,28 @@ def stored_seconds(path: Path) -> float:
     return float((files.read_json(path / "result.json") or {}).get("wall_seconds") or 0)
 
 
-def write_report(claims: list[Claim], seeds: list[int], out: str, docs: Path) -> None:
-    """Evaluate every claim and write OUT/claims.json and the document."""
+def write_report(
+    claims: list[Claim], seeds: list[int], out: str, docs: Path, stored: Stored, record: Path | None
+) -> None:
+    """Evaluate every claim and write OUT/claims.json, the document, and the record if there is a name for it."""
     results: list[ClaimResult] = []
     runs: dict[str, ArmRuns] = {}
     mismatch: dict[str, dict[str, Any]] = {}
     for claim in claims:
-        arms = runs[claim.name] = {arm: arm_runs(claim, arm, seeds, out) for arm in claim.arms}
+        arms = runs[claim.name] = {
+            arm: {seed: stored.run(run) for seed, run in arm_runs(claim, arm, seeds, out).items()} for arm in claim.arms
+        }
         if claim.measure == "gradient_mismatch":
-            mismatch[claim.name] = measure_mismatch(claim, arms[claim.net], out)
+            measured = stored.mismatch.get(claim.name)
+            mismatch[claim.name] = measured or measure_mismatch(claim, arms[claim.net], out)
             results += mismatch_results(claim, arms[claim.net], mismatch[claim.name])
             continue
         for c in claim.comparisons:
             second = {} if c.second is None else arms[c.second]
-            results.append(evaluate_claim(c, claim.measure, arms[c.first], second))
+            results.append(evaluate_claim(c, claim.measure, arms[c.first], second, stored.hits))
     decide_claims(results)
     table = claims_table(results, {claim.name: claim for claim in claims})
-    machine = machine_text(runs)
+    machine = stored.machine or machine_text(runs)
     files.make_directory(Path(out))
     values = {"seeds": seeds, "machine": machine, "comparisons": table.values, "gradient_mismatch": mismatch}
     files.write_json(Path(out) / "claims.json", values)
@@ -250,6 +313,9 @@ def write_report(claims: list[Claim], seeds: list[int], out: str, docs: Path) ->
         if claim.name in mismatch:
             parts.append(layers_section(mismatch[claim.name]))
     files.write(docs, "\n".join(part for part in parts if part).encode())
+    if record:
+        every = [run for arms in runs.values() for arm in arms.values() for run in arm.values()]
+        write_record(record, every, mismatch, machine)
     counts = Counter(one.outcome.partition(":")[0].partition(" at ")[0] for one in results)
     print(f"{docs}: {len(results)} comparisons: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
 

@@ -7,6 +7,8 @@ Usage, after `scripts/test` made the environment:
     .venv/bin/python scripts/deviations.py --seeds 20      # more seeds; stored runs are not repeated
     .venv/bin/python scripts/deviations.py --quick         # on digits; only prints the table, as with further keys
     .venv/bin/python scripts/deviations.py --seeds 2 experiment=smoke dataset=digits out=/tmp/smoke
+    .venv/bin/python scripts/deviations.py --record FILE   # also store the runs with the sha256 of their weights
+    .venv/bin/python scripts/deviations.py --from FILE     # write docs/deviations.md from such a file; trains nothing
 """
 
 import argparse
@@ -26,7 +28,7 @@ from qbench.deviations.registry import deviations
 from qbench.report.statistics.differences import Difference, paired
 from qbench.report.statistics.hypothesis_tests import holm
 from qbench.report.tables.table import Table, markdown
-from qbench.runs.reader import DONE, RunRecord, read
+from qbench.runs.reader import DONE, RunRecord, dump_records, read
 from qbench.runs.result import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at 0")
     parser.add_argument("--quick", action="store_true", help="digits instead of glyphs")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="store the runs behind the document")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="read the runs from such a file")
     parser.add_argument("keys", nargs="*", help="further keys of qbench, such as out=DIRECTORY")
     options = parser.parse_args()
     if options.seeds < 1:
@@ -55,14 +59,19 @@ def main() -> None:
     out = ROOT / common["out"].partition("=")[2]
     sweeps = list(sweep_words(options.seeds, common.values()))
     start = time.perf_counter()
-    for words in sweeps:
+    for words in sweeps if options.source is None else ():
         print("qbench", *words, file=sys.stderr)
         status = subprocess.run([sys.executable, "-m", "qbench", *words], cwd=ROOT, stdout=sys.stderr).returncode
         if status not in (0, SOME_FAILED):
             raise SystemExit(f"qbench ended with status {status}")
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    table = deviations_table(read([str(out)]), options.seeds)
-    text = document(table, [f"qbench {' '.join(words)}" for words in sweeps], out)
+    runs = read([str(options.source or out)])
+    machine = json.loads(options.source.read_text("utf-8"))["machine"] if options.source else describe_machine(out)
+    if options.record:
+        values = json.loads(dump_records(runs)) | {"machine": machine}
+        options.record.write_text(json.dumps(values, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
+    table = deviations_table(runs, options.seeds)
+    text = document(table, [f"qbench {' '.join(words)}" for words in sweeps], runs, machine)
     if options.quick or options.keys:
         print(text)
     else:
@@ -132,7 +141,7 @@ def _add_row(
     top1 = list(_top1(runs).values())
     failed = Counter(runs[s].status if s in runs else "missing" for s in range(seeds) if s not in _top1(runs))
     known = deviations(method).get(name)
-    has_interval = difference is not None and difference.n > 1
+    has_interval = difference is not None and difference.n > 1 and difference.standard_error > 0
     table.rows.append(
         (
             method, bits, name,
@@ -177,16 +186,20 @@ def _is_float(run: RunRecord) -> bool:
     return result is not None and result.method == "float"
 
 
-def document(table: Table, commands: Sequence[str], out: Path) -> str:
-    """Return the page: what was measured, how and where, and the table."""
-    manifests = list(out.rglob("manifest.json"))
-    results = list(out.rglob("result.json"))
-    if not manifests or not results:
+def describe_machine(out: Path) -> str:
+    """Return the machine of the runs in words."""
+    manifests = sorted(out.rglob("manifest.json"))
+    if not manifests:
         raise SystemExit(f"{out}: no finished run")
     manifest = json.loads(manifests[0].read_text())
-    seconds = sum(json.loads(path.read_text())["wall_seconds"] or 0 for path in results)
     torch = manifest["versions"]["torch"]
-    machine = f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {torch}"
+    return f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {torch}"
+
+
+def document(table: Table, commands: Sequence[str], runs: Sequence[RunRecord], machine: str) -> str:
+    """Return the page: what was measured, how and where, and the table."""
+    results = [run.result for run in runs if run.result]
+    seconds = sum(result.wall_seconds or 0 for result in results)
     listed = "\n".join(f"    {line}" for line in commands)
     return f"""\
 # What does a bug cost?

@@ -94,7 +94,8 @@ def tables(options: CompareOptions) -> list[Table]:
 def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
     """Return the tables for these options, with conclusions, and the runs that the tables contain."""
     runs, notes = select_runs(read(options.directories), options.where, options.by)
-    made = conclude(compare(runs, options.by), options.margin)
+    hits = {str(run.path): run.hits for run in runs if run.hits}
+    made = conclude(compare(runs, options.by), options.margin, hits)
     if options.published:
         from qbench.papers.matching import with_published
 

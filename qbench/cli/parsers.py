@@ -200,7 +200,7 @@ def settle() -> SubcommandParser:
     parser = SubcommandParser(
         "settle",
         epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of both settings, then more, until a difference or equivalence "
-        f"is significant. Over all looks at the data, the rate of false decisions stays below 5 %.",
+        "is significant. All looks at the data share a level of 5 %, also if a test goes on with more seeds.",
     )
     parser.add_argument(
         "settings",

@@ -8,17 +8,22 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
 
 from qbench.papers.claim_files import BASELINE, Claim, Comparison, comparison_values
 from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference, run_difference
-from qbench.report.statistics.differences import ALPHA, Difference, paired
+from qbench.report.statistics.differences import ALPHA, Difference, paired, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import evidence, holm
 from qbench.report.statistics.power import SEEDS_LIMIT, seeds_needed
 from qbench.report.tables.table import Table
+from qbench.runs.hits import Hits
 from qbench.runs.reader import DONE, RunRecord
 
 NOT_STARTED = "not started"
 """The status of a run without a directory."""
+CAUTIOUS_SEEDS = 10
+"""With fewer seeds, a claim is tested with the degrees of freedom of the seeds; see `with_seed_dof`."""
 HEAD = ("claim", "source", "arms", "effect", "95 % interval", "n", "p (Holm)", "outcome", "n needed")
 
 
@@ -50,9 +55,15 @@ class ClaimResult:
 
 
 def evaluate_claim(
-    comparison: Comparison, measure: str, first: Mapping[int, RunRecord], second: Mapping[int, RunRecord]
+    comparison: Comparison,
+    measure: str,
+    first: Mapping[int, RunRecord],
+    second: Mapping[int, RunRecord],
+    hits: Mapping[str, Hits] = MappingProxyType({}),
 ) -> ClaimResult:
     """Return the result of a comparison. `first` and `second` map seeds to the runs of its arms.
+
+    `hits` has the hits of runs of a record, by folder and directory. Hits of other runs are read from their directories.
 
     There is no verdict if any seed has failed or diverged, because the remaining seeds are a biased sample. The result
     still contains the difference over the remaining seeds.
@@ -68,16 +79,18 @@ def evaluate_claim(
     )
     seeds = [s for s in result.seeds if all(runs[s].status == DONE for runs in arms.values())]
     try:
-        minuend = [_measured(first[s], measure) for s in seeds]
+        minuend = [_measured(first[s], measure, hits) for s in seeds]
         subtrahend = [
-            _measured(second[s], measure) if comparison.second else _measured(first[s], BASELINE) for s in seeds
+            _measured(second[s], measure, hits) if comparison.second else _measured(first[s], BASELINE, hits)
+            for s in seeds
         ]
     except ValueError as error:
         result.problems.append(str(error))
         return result
     if not seeds:
         return result
-    result.difference = paired_difference(minuend, subtrahend)
+    difference = paired_difference(minuend, subtrahend)
+    result.difference = with_seed_dof(difference) if difference.n < CAUTIOUS_SEEDS else difference
     if result.difference.items is None:
         result.notes.append(
             "the confidence interval covers only seeds, because a run has no predictions.npy for the same test images"
@@ -97,7 +110,7 @@ def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: 
     return result
 
 
-def _measured(run: RunRecord, measure: str) -> RunAccuracy:
+def _measured(run: RunRecord, measure: str, hits: Mapping[str, Hits]) -> RunAccuracy:
     """Return a run's measure in percent. If predictions are stored, also return its value per image.
 
     Args:
@@ -109,15 +122,21 @@ def _measured(run: RunRecord, measure: str) -> RunAccuracy:
     result = run.result
     assert result is not None
     assert result.final is not None
-    accuracy = load_run_accuracy(result.run, result.final.test.top1)
+    accuracy = load_run_accuracy(result.run, result.final.test.top1, hits.get(_place(result.run)))
     if measure == "top1":
         return accuracy
     if result.baseline is None:
         raise ValueError(f"{result.run} has no float baseline")
-    baseline = load_run_accuracy(result.baseline.run, result.baseline.final.test.top1)
+    stored = hits.get(_place(result.baseline.run))
+    baseline = load_run_accuracy(result.baseline.run, result.baseline.final.test.top1, stored)
     if measure == BASELINE:
         return baseline
     return run_difference(accuracy, baseline)
+
+
+def _place(run: str) -> str:
+    """Return folder and directory of a run, which are the same wherever the runs are."""
+    return "/".join(Path(run).parts[-2:])
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -216,7 +235,8 @@ def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
     """Return the cells of the effect, its 95 % confidence interval and the number of seeds."""
     if d is None:
         return "-", "-", "-"
-    interval = "none" if d.n < 2 else f"{d.low:+.{places}f} to {d.high:+.{places}f}"
+    tied = d.n < 2 or d.standard_error == 0  # no interval follows from one value, or from equal ones
+    interval = "-" if tied else f"{d.low:+.{places}f} to {d.high:+.{places}f}"
     return f"{d.mean:+.{places}f}", interval, str(d.n)
 
 

@@ -15,6 +15,7 @@ from qbench.config.identity import run_identity
 from qbench.config.validate import from_dict
 from qbench.errors import ConfigError
 from qbench.runs import event_files
+from qbench.runs.hits import Hits, load_hits, pack_hits, unpack_hits
 from qbench.runs.result import Evaluation, Protocol, Result, load_result, parse_result
 from qbench.system import files
 
@@ -32,7 +33,8 @@ class RunRecord:
     """A run directory with its result, or with the reason why there is none.
 
     `status` is the status of the result, or running, unfinished, corrupt or not begun. `unread` names the damaged parts
-    of the run's files. `recorded` is true if the run was read from a file of many runs.
+    of the run's files. `recorded` is true if the run was read from a file of many runs. Such a
+    run may have its `hits`.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     recorded: bool = False
+    hits: Hits | None = None
 
 
 def read(names: Iterable[str]) -> list[RunRecord]:
@@ -75,7 +78,8 @@ def with_baselines(runs: Sequence[RunRecord]) -> list[RunRecord]:
 def dump_records(runs: Sequence[RunRecord]) -> str:
     """Return runs as JSON for `load_records`, without the fields in `LEFT_OUT`.
 
-    Each protocol is written only once.
+    Each protocol is written only once. A run with stored predictions gets its hits, one bit per
+    test image, so that a comparison can pair runs by image.
     """
     protocols: dict[str, Any] = {}
     records = []
@@ -87,6 +91,9 @@ def dump_records(runs: Sequence[RunRecord]) -> str:
             protocols[result["protocol"]["hash"]] = result["protocol"]["keys"]
             result["protocol"] = result["protocol"] | {"keys": None}
             record["result"] = result
+            top1 = run.result.top1
+            if top1 is not None and (hits := run.hits or load_hits(run.path, top1)):
+                record["hits"] = pack_hits(hits)
         records.append(record)
     return json.dumps({"protocols": protocols, "runs": records}, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
@@ -116,6 +123,8 @@ def _load_record(record: dict[str, Any], protocols: Mapping[str, Any]) -> RunRec
         run.result = parse_result(values | {"run": str(path), "protocol": protocol})
         if run.result.status != status:
             raise ValueError(path)
+        if (packed := record.get("hits")) and run.result.top1 is not None:
+            run.hits = unpack_hits(packed, run.result.top1)
     return run
 
 

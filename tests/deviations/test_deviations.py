@@ -32,7 +32,7 @@ from qbench.quant.install import install
 from qbench.quant.layers import QLinear, effective_weight, quantized_layers
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.verify import verify
-from qbench.runs.reader import read
+from qbench.runs.reader import dump_records, read
 from qbench.runs.result import Accuracy, Evaluation, Protocol, Result, store_result
 
 METHODS = {"dorefa": dorefa, "xnor": xnor, "hwgq": hwgq, "ttq": ttq, "inq": inq, "lsq": lsq}
@@ -538,6 +538,10 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
     assert (minus["n"], minus["not done"]) == ("3", "-")
     # Differences -0.5 and 0.5 in the seeds that ended; the third is counted and named.
     assert (ties["points lost"], ties["n"], ties["not done"]) == ("+0.00", "2", "1 diverged")
+    assert rows["ttq", "unclamped_scales"]["95 % interval"] == "-", "a tie has no interval"
+    record = tmp_path / "record.json"
+    record.write_text(dump_records(read([str(tmp_path)])))
+    assert module.deviations_table(read([str(record)]), 3) == table, "the record of the runs gives the same table"
     assert "ttq w2 unscaled_ties, seed 1: diverged: Diverged: the loss is nan" in table.notes
     assert "ttq w2 unclamped_scales had no effect: identical weights in 3 of 3 seeds" in table.notes
     assert rows["ttq", "unclamped_scales"]["p (Holm)"] == "-", "no test where nothing differed"
@@ -545,7 +549,7 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
     assert minus["p (Holm)"] == "0.0082"
     assert ties["p (Holm)"] == "1"
     assert (mean_gradient["top-1 %"], mean_gradient["n"], mean_gradient["not done"]) == ("-", "0", "3 missing")
-    page = module.document(table, ["qbench -m method=ttq"], tmp_path)
+    page = module.document(table, ["qbench -m method=ttq"], read([str(tmp_path)]), module.describe_machine(tmp_path))
     assert "    qbench -m method=ttq\n" in page
     assert "16 runs" in page
     assert "32 s of work" in page

@@ -17,6 +17,7 @@ from qbench.cost.count import count_macs
 from qbench.methods import dorefa, hwgq, xnor
 from qbench.models import (
     dorefa_alexnet,
+    dorefa_resnet,
     dorefa_svhn,
     gupta,
     hwgq_alexnet,
@@ -42,6 +43,7 @@ THIN: dict[str, tuple[Build, Shape, dict[str, Any]]] = {
     "svhn": (dorefa_svhn.build, SVHN, {"width": 2}),
     "svhn clip": (dorefa_svhn.build, (3, 44, 37), {"width": 1, "head": "clip"}),
     "dorefa_alexnet": (dorefa_alexnet.build, (3, 44, 61), {"width_mult": 0.05}),
+    "dorefa_resnet18": (dorefa_resnet.build, (3, 33, 32), {"width": 4}),
     "hwgq_alexnet": (hwgq_alexnet.build, (3, 39, 43), {"width_mult": 0.05}),
     "hwgq_resnet18": (hwgq_resnet.build, (3, 33, 30), {"width": 4}),
     "hwgq_resnet50": (hwgq_resnet.build, CIFAR, {"width": 4, "depth": 50}),
@@ -111,6 +113,38 @@ def test_the_alexnet_of_dorefa_has_the_size_of_the_script() -> None:
     assert macs["conv2"] == 27**2 * 384 * 256 * 3**2
     assert macs["conv4"] == 14**2 * 256 * 192 * 3**2
     assert macs["fc0"] == 6**2 * 256 * 4096
+
+
+def test_the_resnet18_of_dorefa_is_that_of_tensorpacks_script() -> None:
+    """Parameters by hand; averages before BN; a projection in the first block, as the script's loaded weights have."""
+    model = build_from_conf("dorefa_resnet18", IMAGENET, 1000)
+    convs = 64 * 3 * 49 + 64 + sum(n * m * k * k for n, m, k in (
+        *[(64, 64, 3)] * 4, (64, 64, 1), (128, 64, 3), *[(128, 128, 3)] * 3, (128, 64, 1), (256, 128, 3),
+        *[(256, 256, 3)] * 3, (256, 128, 1), (512, 256, 3), *[(512, 512, 3)] * 3, (512, 256, 1),
+    ))  # fmt: skip
+    norms = 2 * (4 * 64 + (64 + 3 * 128) + (128 + 3 * 256) + (256 + 3 * 512) + 512)
+    assert sum(p.numel() for p in model.parameters()) == convs + norms + 512 * 1000 + 1000
+    with torch.device("meta"):
+        sizes = [torch.empty(1, 3, 224, 224)]
+    assert model(sizes[0]).shape == (1, 1000)
+    thin = dorefa_resnet.build((3, 64, 64), 5, width=2).eval()
+    x = torch.rand(1, 3, 64, 64)
+    stem = thin.conv1(F.pad(x, (3, 2, 3, 2)))  # type: ignore[operator]
+    assert stem.shape[2:] == (32, 32)
+    edge = torch.cat([stem[..., :1, :], stem, stem[..., -1:, :]], 2)
+    edge = torch.cat([edge[..., :1], edge, edge[..., -1:]], 3)
+    seen: list[Tensor] = []
+    block = thin.blocks[2]  # type: ignore[index]
+    thin.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # type: ignore[index]
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    block.bn1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    thin.fct.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        thin(x)
+        assert torch.equal(seen[0], F.max_pool2d(edge, 3, 2))
+        assert torch.equal(seen[2], F.avg_pool2d(seen[1], 2))
+    assert seen[3].max() <= 49, "values in [0, 1], averaged, times 49"
+    assert [b.downsample is not None for b in thin.blocks] == [True, False] * 4  # type: ignore[union-attr]
 
 
 def test_the_alexnet_of_hwgq_has_the_size_of_the_prototxt() -> None:

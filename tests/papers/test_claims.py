@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
@@ -605,6 +606,14 @@ def test_from_claims_to_document(two_claims: ModuleType, tmp_path: Path, capsys:
     assert two_claims.main(words) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("result.json")} == before, "stored runs are reused"
     assert (tmp_path / "d" / "claims.md").read_text() == text
+    assert two_claims.main([*words, "--report", "--record", "r.json"]) == 0
+    record = json.loads((tmp_path / "r.json").read_text())
+    done = [run for run in record["runs"] if run["status"] == "done"]
+    assert done
+    assert all(run["result"]["weights_sha256"] and run["hits"] for run in done)
+    shutil.rmtree(tmp_path / "o")
+    assert two_claims.main([*words[:-1], "d/again.md", "--from", "r.json"]) == 0
+    assert (tmp_path / "d" / "again.md").read_text() == text, "the record alone gives the same document"
 
 
 def test_an_unknown_claim_is_refused(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

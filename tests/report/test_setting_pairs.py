@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qbench.bits import Bits
+from qbench.report.comparison.aggregation import with_control
+from qbench.report.comparison.columns import COLUMNS
 from qbench.report.comparison.pairs import adjust_p_values, conclude
 from qbench.report.comparison.predictions import RunAccuracy, paired_difference
 from qbench.report.comparison.setting import SeedAccuracy, Setting, estimate
@@ -20,9 +22,10 @@ from qbench.report.comparison.setting_pair import SettingPair
 from qbench.report.comparison.setting_table import settings_of
 from qbench.report.comparison.verdicts import Conclusion, PairConclusion, Verdict
 from qbench.report.statistics.differences import half_width, paired, sample_error, two_way, unpaired, with_seed_dof
-from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
+from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar, outlying, sign_flip
 from qbench.report.statistics.power import seeds_needed, seeds_to_decide
 from qbench.report.tables.table import Table
+from qbench.runs.hits import Hits
 
 FAMILIES = 2000
 
@@ -57,6 +60,29 @@ def test_unpaired_is_welchs() -> None:
     assert unpaired([1.0, 1.0], [0.0, 0.0]).p == pytest.approx(0.5), "no spread is no certainty"
     with pytest.raises(ValueError, match="two or more"):
         unpaired([1.0], [0.0, 1.0])
+
+
+def test_sign_flips_by_hand() -> None:
+    """Of the eight sums of ±1 ±2 ±3, two are as large as 6; with one sign turned, 4 is reached by four."""
+    assert sign_flip([1.0, 2.0, 3.0]) == 2 / 8
+    assert sign_flip([-1.0, 2.0, 3.0]) == 4 / 8
+    assert sign_flip([0.1] * 5) == sign_flip([-0.1] * 5) == 2 / 2**5
+    assert sign_flip([0.0, 0.0]) == 1
+    rng = np.random.default_rng(0)
+    d = rng.normal(0.3, 1, 14)
+    theirs = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert sign_flip(list(d)) == pytest.approx(theirs.pvalue)
+    many = rng.normal(0.5, 1, 24)
+    theirs = stats.permutation_test((many,), np.mean, permutation_type="samples", n_resamples=50_000, rng=1)
+    assert sign_flip(list(many)) == pytest.approx(theirs.pvalue, abs=0.01)
+
+
+def test_outlying_values_by_hand() -> None:
+    """Distances from the median 0 are 1, 0.5, 0, 0.5, 1, 30: their median is 0.75, and five deviations are 5.56."""
+    assert outlying([-1.0, -0.5, 0.0, 0.0, 0.5, 30.0]) == [5]
+    assert outlying([1.0, 2.0, 3.0, 4.0]) == []
+    assert outlying([2.0] * 5) == []
+    assert outlying([2.0] * 5 + [2.5]) == [5]
 
 
 def test_equivalence_is_two_one_sided_tests() -> None:
@@ -170,7 +196,8 @@ def test_pairs_are_tested_by_seed_and_adjusted_together() -> None:
     assert got[1].difference == pytest.approx(np.mean(A) - np.mean(B))
     assert not first.winner
     assert table.notes[0].startswith(
-        "compared by seed; p-values adjusted for 3 pairs (Holm); equivalence margin ±0.5 points"
+        "compared by seed (over seeds alone: the error of the test sample is left out); p-values adjusted for 3 pairs "
+        "(Holm), difference and equivalence each as a family of its own; equivalence margin ±0.5 points"
     )
     more = got[0].more_seeds
     assert more == seeds_needed(paired(A, C), "equal", 0.5, 2 * 0.05, seeds_alone=True) - 4  # type: ignore[operator]
@@ -230,7 +257,7 @@ def test_seeds_advised_for_equivalence_have_the_power(mean: float, spread: float
 
 def test_the_seeds_advised_allow_for_every_undecided_pair() -> None:
     """Each of two undecided pairs is tested at half the level, so that more seeds are needed than for one."""
-    near = [96.8, 96.0, 97.8, 97.2]
+    near = [96.7, 96.4, 97.7, 96.8]
     table = concluded(setting("a", A), setting("c", C), setting("d", near))
     more = {pair.other: pair.more_seeds for pair in conclusions(table)[0].pairs}
     undecided = [pair for pair in pairs_of(table) if pair.verdict is Verdict.UNDECIDED]
@@ -307,6 +334,47 @@ def test_predictions_are_read_where_both_have_them(tmp_path: Path) -> None:
     p = stats.binomtest(int((hits["a"][0] & ~hits["b"][0]).sum()), int((hits["a"][0] ^ hits["b"][0]).sum())).pvalue
     assert conclusions(single)[0].pairs[0].p_mcnemar == pytest.approx(p)
     assert f"these two networks differ significantly; McNemar's exact test: p = {p:.2g}" in single.notes[0]
+
+
+def test_hits_of_a_record_serve_as_predictions(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    hits, members = dict[str, Hits](), []
+    for name, chance in (("a", 0.9), ("b", 0.6)):
+        correct = rng.random((3, 200)) < chance
+        members.append(setting(name, list(100 * correct.mean(1))))
+        hits |= {f"{name}{seed}": Hits("images", row) for seed, row in enumerate(correct)}
+    (table,) = conclude([Table((), values=members)], hits=hits)
+    (pair,) = conclusions(table)[0].pairs
+    arms = [np.stack([hits[f"{name}{seed}"].correct for seed in range(3)]) for name in "ab"]
+    assert pair.paired_by == "seed and test image"
+    assert pair.p == pytest.approx(with_seed_dof(two_way(*arms)).p)
+    a = settings_of(table)[0]
+    assert a.conclusion is not None
+    assert a.conclusion.test_images == 200
+    half = a.top1.ci95_half
+    assert half is not None
+    both = (half**2 + sample_error(a.top1.mean, 200) ** 2) ** 0.5
+    assert f"a {a.top1.mean:.2f} (±{half:.2f} over seeds, ±{both:.2f} with the test sample) is " in table.notes[-1]
+
+
+def test_the_difference_from_the_float_control() -> None:
+    """Over the seeds of both: 90 - 92 and 91 - 94; the baseline and the control themselves have none."""
+    control = setting("float init=float", [92.0, 94.0, 50.0], method="float", bits=Bits(32, 32))
+    baseline = setting("float", [91.0, 91.0], method="float", is_baseline=True)
+    found = with_control([baseline, control, setting("a", [90.0, 91.0])])
+    assert [s.over_control and s.over_control.mean for s in found] == [None, None, -2.5]
+    cells = {column.name: column.cell(found[2]) for column in COLUMNS}
+    assert (cells["over float"], cells["over float 95 % CI"]) == ("-2.50", "±6.35")
+    assert found[2].to_json()["over_control_mean"] == -2.5
+    assert all(s.over_control is None for s in with_control([baseline, setting("a", [90.0])]))
+
+
+def test_equal_accuracies_have_no_interval() -> None:
+    tied = setting("a", [90.0, 90.0], difference=estimate([-1.0, -1.0]))
+    cells = {column.name: column.cell(tied) for column in COLUMNS}
+    assert (cells["std"], cells["95 % CI"], cells["diff 95 % CI"]) == ("0.00", "-", "-")
+    spread = setting("a", [90.0, 91.0])
+    assert {c.name: c.cell(spread) for c in COLUMNS}["95 % CI"] == "±6.35"
 
 
 def test_which_error_is_the_larger(tmp_path: Path) -> None:
@@ -402,8 +470,7 @@ def test_false_equivalence_at_the_margin() -> None:
 
 def test_runs_are_paired_by_image_where_all_have_the_same_images() -> None:
     hits = np.array([True, False, True, True])
-    labels = np.arange(4)
-    full, bare = RunAccuracy(75.0, labels, hits), RunAccuracy(75.0)
+    full, bare = RunAccuracy(75.0, "these", hits), RunAccuracy(75.0)
     assert paired_difference([full, full], [full, full]).items == 4
     assert paired_difference([full, bare], [full, full]).items is None
-    assert paired_difference([full, full], [RunAccuracy(75.0, labels + 1, hits)] * 2).items is None
+    assert paired_difference([full, full], [RunAccuracy(75.0, "others", hits)] * 2).items is None

@@ -1,5 +1,6 @@
 """Durable files, a run's directory and lock, logs cut to a checkpoint, the progress reporter."""
 
+import copy
 import dataclasses
 import errno
 import itertools
@@ -9,17 +10,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Configure
 from helpers import evaluation
 
 from qbench.cost.network_cost import NetworkCost
-from qbench.errors import ResourceError
+from qbench.errors import ConfigError, ResourceError
 from qbench.experiment.planned_run import planned_run
 from qbench.report.tables.run_row import row
 from qbench.runs import manifest
 from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
+from qbench.runs.reader import RunRecord, dump_records, load_records
 from qbench.runs.result import BaselineResult, Protocol, Result, with_checksum
 from qbench.system import files
 
@@ -192,3 +195,34 @@ def test_the_row() -> None:
     assert unsupported.split()[-1] == "unsupported"
     assert "      a hint" in rest
     assert "      why" in rest
+
+
+def test_a_record_keeps_hits_and_weights(tmp_path: Path) -> None:
+    """One bit an image, in a file that is read without the runs' directories."""
+    labels, predicted = np.arange(11) % 3, np.zeros(11, dtype=np.int64)
+    run = tmp_path / "run"
+    run.mkdir()
+    np.save(run / "predictions.npy", np.stack([labels, predicted], 1).astype(np.int16))
+    top1 = 100 * 4 / 11
+    result = Result(
+        status="done", run=str(run), final=evaluation(top1), method="x", bits={"w": 2, "a": 32, "g": 32}, seed=0,
+        dataset="d", model="m", protocol=Protocol(hash="1", keys={}), weights_sha256="abc",
+    )  # fmt: skip
+    text = dump_records([RunRecord(path=run, status="done", result=result)])
+    (run / "predictions.npy").unlink()
+    record = tmp_path / "record.json"
+    record.write_text(text)
+    (loaded,) = load_records(record)
+    assert loaded.hits is not None
+    assert loaded.hits.correct.tolist() == [label == 0 for label in labels]
+    assert loaded.result is not None
+    assert loaded.result.weights_sha256 == "abc"
+    assert dump_records([loaded]) == text, "a record of a record is the same"
+    values = json.loads(text)
+    assert len(values["runs"][0]["hits"]["bits"]) == 4, "11 images are two bytes"
+    for change in ({"images": 12}, {"images": 90}, {"bits": "!"}, {"bits": "AAA="}, {"labels_sha256": None}):
+        damaged = copy.deepcopy(values)
+        damaged["runs"][0]["hits"] |= change
+        record.write_text(json.dumps(damaged))
+        with pytest.raises(ConfigError, match="not a record of runs"):
+            load_records(record)

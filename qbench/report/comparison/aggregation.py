@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import mean
 
 from qbench.bits import Bits, LevelCount
@@ -48,6 +49,26 @@ def aggregate(
         verified=_verified_levels(results),
         learning_rate=learning_rate,
     )
+
+
+def with_control(settings: Sequence[Setting]) -> list[Setting]:
+    """Return settings with their differences from the float control, if the table has one.
+
+    The control is the float network trained on from its float baseline, as long as the other
+    settings (`method=float init=float`). A difference is over the seeds that both settings have.
+    """
+    controls = [s for s in settings if s.method == "float" and not s.is_baseline and not s.network]
+    if len(controls) != 1:
+        return list(settings)
+    by_seed = {run.seed: run.top1 for run in controls[0].runs}
+    found = []
+    for setting in settings:
+        runs = [run for run in setting.runs if run.seed in by_seed]
+        if runs and not setting.is_baseline and setting is not controls[0]:
+            over = estimate(_by_seed(runs, [run.top1 - by_seed[run.seed] for run in runs]))
+            setting = replace(setting, over_control=over)
+        found.append(setting)
+    return found
 
 
 def _seed_accuracy(result: Result) -> SeedAccuracy:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from qbench.report.comparison.setting import LevelRange, Setting
 from qbench.report.tables.units import si_format
 
-SETS = ("accuracy", "cost", "speed", "verification")
+SETS = ("accuracy", "control", "cost", "speed", "verification")
 DEFAULT = ("accuracy", "cost")
 EQUAL_BYTES = "equal-bytes"
 PUBLISHED = "published"
@@ -55,6 +55,11 @@ def _si_column(
     return Column(name, group, key, show, descending)
 
 
+def _half_width(half: float | None) -> str:
+    """Return the half-width of an interval; - if all seeds have one value, which says nothing about other seeds."""
+    return f"±{half:.2f}" if half else "-"
+
+
 def _levels_found(setting: Setting) -> str | None:
     """Return how many of the allowed levels the layers use, such as `w 4 of 4, a 3-4 of 4`."""
     if setting.verified is None or not setting.verified.found:
@@ -92,10 +97,18 @@ COLUMNS = (
     _column("top-1 %", "accuracy", lambda s: s.top1.mean, "{:.2f}", descending=True),
     _column("std", "accuracy", lambda s: s.top1.std, "{:.2f}"),
     _column("n", "accuracy", lambda s: s.top1.n, descending=True),
-    _column("95 % CI", "accuracy", lambda s: s.top1.ci95_half, "±{:.2f}", empty=""),
+    Column("95 % CI", "accuracy", lambda s: s.top1.ci95_half, lambda s: _half_width(s.top1.ci95_half), empty=""),
     _column("diff", "accuracy", lambda s: s.difference.mean if s.difference else None, "{:+.2f}", descending=True),
+    Column(
+        "diff 95 % CI", "accuracy", lambda s: s.difference.ci95_half if s.difference else None,
+        lambda s: _half_width(s.difference.ci95_half if s.difference else None), empty="",
+    ),
     _column(
-        "diff 95 % CI", "accuracy", lambda s: s.difference.ci95_half if s.difference else None, "±{:.2f}", empty=""
+        "over float", "control", lambda s: s.over_control.mean if s.over_control else None, "{:+.2f}", descending=True
+    ),
+    Column(
+        "over float 95 % CI", "control", lambda s: s.over_control.ci95_half if s.over_control else None,
+        lambda s: _half_width(s.over_control.ci95_half if s.over_control else None), empty="",
     ),
     Column(PUBLISHED, PUBLISHED, _published_key, lambda s: s.published[0].text if s.published else "", True, ""),
     _column("gap", PUBLISHED, _published_gap, "{:+.2f}", descending=True, empty=""),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qbench.bits import FLOAT
 from qbench.report.comparison import naming
-from qbench.report.comparison.aggregation import aggregate
+from qbench.report.comparison.aggregation import aggregate, with_control
 from qbench.report.comparison.columns import DEFAULT, columns_in
 from qbench.report.comparison.duplicates import without_duplicates
 from qbench.report.comparison.lr_selection import SelectedLearningRate, is_candidate, select_learning_rate
@@ -126,6 +126,7 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
         if selection.runs:
             add(label, selection.runs, selection.learning_rate)
         notes += selection.notes
+    settings = with_control(settings)
     notes += _protocol_notes(results, labels)
     return with_columns(Table((), title=title, values=settings, notes=notes), columns_in(DEFAULT))
 
@@ -163,10 +164,20 @@ def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Ite
     """Yield notes on network and protocol keys that methods require, and on synthetic data."""
     for label, network in sorted({(labels[id(r)], naming.network_keys(r)) for r in results if r.network}):
         yield f"{label}: the network and its float baseline use {network}"
-    for label, change in sorted({(labels[id(r)], change) for r in results for change in r.protocol_changes}):
+    changes = {(labels[id(r)], _with_epochs(change, r)) for r in results for change in r.protocol_changes}
+    for label, change in sorted(changes):
         yield f"{label}: {change}"
     if any(r.synthetic for r in results):
         yield "synthetic data: not comparable with papers' tables"
+
+
+def _with_epochs(change: str, result: Result) -> str:
+    """Return a change of the protocol; training from scratch also states how many epochs it lacks."""
+    keys = result.protocol.keys
+    epochs, before = keys.get("epochs"), (keys.get("pretrain") or {}).get("epochs")
+    if not change.startswith("trained from scratch") or not epochs or not before:
+        return change
+    return f"{change}, for {epochs} epochs; the others have {before} more, in their float baseline"
 
 
 def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:

@@ -6,12 +6,13 @@ p-values are adjusted by Holm's method. The adjustment covers all pairs of the s
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 
 from qbench.bits import Bits
 from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference, same_test_images
@@ -24,11 +25,19 @@ from qbench.report.statistics.differences import ALPHA, sample_error, unpaired, 
 from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
 from qbench.report.statistics.power import seeds_to_decide
 from qbench.report.tables.table import Table
+from qbench.runs.hits import Hits
 from qbench.system import files
 
 
-def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
+def conclude(
+    tables: Sequence[Table], margin: float = MARGIN, hits: Mapping[str, Hits] = MappingProxyType({})
+) -> list[Table]:
     """Return the tables of `compare` with conclusions added to the settings and notes.
+
+    Args:
+        margin: equivalence margin in points of top-1.
+        hits: run -> its hits, for runs of a record. Those of other runs are read from their
+            directories.
 
     Raises:
         ValueError: the margin is not above 0.
@@ -41,32 +50,44 @@ def conclude(tables: Sequence[Table], margin: float = MARGIN) -> list[Table]:
             families[settings[0].dataset, settings[0].model, settings[0].protocol].append(i)
     concluded = dict(enumerate(tables))
     for places in families.values():
-        with_conclusions = _conclude_family([tables[i] for i in places], margin)
+        with_conclusions = _conclude_family([tables[i] for i in places], margin, hits)
         concluded |= dict(zip(places, with_conclusions, strict=True))
     return [concluded[i] for i in range(len(tables))]
 
 
-def _conclude_family(tables: Sequence[Table], margin: float) -> list[Table]:
+def _conclude_family(tables: Sequence[Table], margin: float, hits: Mapping[str, Hits]) -> list[Table]:
     """Return tables of one protocol with conclusions, based on p-values adjusted together."""
-    cache: dict[str, RunAccuracy] = {}
+    cache = {
+        run.run: load_run_accuracy(run.run, run.top1, hits[run.run])
+        for table in tables
+        for setting in settings_of(table)
+        for run in setting.runs
+        if run.run in hits
+    }
     by_table = [_pairs(settings_of(table), cache) for table in tables]
     adjusted = adjust_p_values([pair for pairs in by_table for pair in pairs], margin)
     family = sum(pair.difference is not None for pair in adjusted)
     remaining, concluded = iter(adjusted), []
     for table, pairs in zip(tables, by_table, strict=True):
         table_pairs = [next(remaining) for _ in pairs]
-        settings = _with_conclusions(settings_of(table), table_pairs, margin)
+        settings = _with_conclusions(settings_of(table), table_pairs, margin, hits)
+        by_old = dict(zip(map(id, settings_of(table)), settings, strict=True))
+        table_pairs = [replace(pair, first=by_old[id(pair.first)]) for pair in table_pairs]
         notes = [*sample_notes(settings), *pair_notes(table_pairs, margin, family)]
         concluded.append(replace(table, values=settings, notes=[*table.notes, *notes]))
     return concluded
 
 
-def _with_conclusions(settings: Sequence[Setting], pairs: Sequence[SettingPair], margin: float) -> list[Setting]:
+def _with_conclusions(
+    settings: Sequence[Setting], pairs: Sequence[SettingPair], margin: float, hits: Mapping[str, Hits]
+) -> list[Setting]:
     """Return the settings with conclusions drawn from the pairs and the number of test images."""
     by_first: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
         by_first[id(pair.first)].append(pair)
-    images = next((count for s in settings for run in s.runs[:2] if (count := count_test_images(Path(run.run)))), None)
+    runs = [run.run for setting in settings for run in setting.runs[:2]]
+    counts = (len(hits[run].correct) if run in hits else count_test_images(Path(run)) for run in runs)
+    images = next((count for count in counts if count), None)
     concluded = []
     for setting in settings:
         lower = by_first[id(setting)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qbench.report.statistics.differences import Difference, paired, two_way
+from qbench.runs.hits import Hits, load_hits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,36 +19,25 @@ class RunAccuracy:
 
     Args:
         top1: test top-1 in percent, or the difference in points.
-        labels: (N,) labels of the test images; None without predictions.
+        images: sha256 of the labels of the test images; None without predictions.
         hits: (N,) whether each image was classified correctly. For a difference of two runs, an entry is 1, 0 or -1.
             None without predictions.
     """
 
     top1: float
-    labels: "NDArray[np.integer] | None" = None
+    images: str | None = None
     hits: "NDArray[np.bool_] | NDArray[np.float64] | None" = None
 
 
-def load_run_accuracy(run: str, top1: float) -> RunAccuracy:
-    """Return a run's accuracy, without hits if predictions.npy is damaged or contradicts `top1`."""
-    import numpy as np
-
-    try:
-        labels, predicted = np.load(Path(run) / "predictions.npy").T
-    except Exception:  # NumPy raises many kinds of errors on damaged files
-        return RunAccuracy(top1)
-    hits = labels == predicted
-    return RunAccuracy(top1, labels, hits) if hits.size and abs(100 * hits.mean() - top1) < 0.01 else RunAccuracy(top1)
+def load_run_accuracy(run: str, top1: float, hits: Hits | None = None) -> RunAccuracy:
+    """Return a run's accuracy, with `hits` if given, else with those of its predictions.npy if it is intact."""
+    found = hits or load_hits(Path(run), top1)
+    return RunAccuracy(top1, found.labels_sha256, found.correct) if found else RunAccuracy(top1)
 
 
 def same_test_images(runs: Sequence[RunAccuracy]) -> bool:
     """Whether all runs have hits on the same test images."""
-    import numpy as np
-
-    first = runs[0].labels
-    return first is not None and all(
-        run.labels is not None and (run.labels is first or np.array_equal(run.labels, first)) for run in runs
-    )
+    return runs[0].images is not None and len({run.images for run in runs}) == 1
 
 
 def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
@@ -57,7 +47,7 @@ def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
     points = first.top1 - second.top1
     if first.hits is None or second.hits is None or not same_test_images([first, second]):
         return RunAccuracy(points)
-    return RunAccuracy(points, first.labels, np.subtract(first.hits, second.hits, dtype=float))
+    return RunAccuracy(points, first.images, np.subtract(first.hits, second.hits, dtype=float))
 
 
 def paired_difference(first: Sequence[RunAccuracy], second: Sequence[RunAccuracy]) -> Difference:

@@ -1,5 +1,6 @@
 """Writes conclusions: how the best setting compares with others, and which error is larger."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from qbench.report.statistics.power import SEEDS_LIMIT
 NAMES_LISTED = 6
 """Maximum number of names in one part of a sentence. Further names are only counted."""
 UNPAIRED = "unpaired, because their seeds differ"
+WITHOUT_IMAGES = "over seeds alone: the error of the test sample is left out"
 
 
 def sample_notes(settings: Sequence[Setting]) -> list[str]:
@@ -53,6 +55,7 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list
     if not ways:
         return notes
     adjusted = f"p-values adjusted for {family} pairs (Holm)" if family > 1 else "one pair"
+    adjusted += ", difference and equivalence each as a family of its own" if family > 1 else ""
     head = f"compared {', or '.join(ways)}; {adjusted}; equivalence margin ±{margin:g} points"
     return [
         f"{head}; in brackets: difference ± half-width of its 95 % confidence interval, and about how many "
@@ -62,7 +65,9 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list
 
 
 def _pairing(pair: SettingPair) -> str:
-    return f"by {pair.paired_by}" if pair.paired_by else UNPAIRED
+    """Return how two settings were compared, and whether the intervals leave the test sample out."""
+    left_out = "" if pair.difference and pair.difference.items else f" ({WITHOUT_IMAGES})"
+    return (f"by {pair.paired_by}" if pair.paired_by else UNPAIRED) + left_out
 
 
 def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
@@ -85,7 +90,15 @@ def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
         "no spread": "has too few common seeds with {}",
     }
     parts = [words[relation].format(_enumerate(names)) for relation, names in relations.items() if names]
-    return f"{best.bits}: {best.label} {best.top1.mean:.2f} {'; '.join(parts)}"
+    return f"{best.bits}: {best.label} {best.top1.mean:.2f}{_errors(best)} {'; '.join(parts)}"
+
+
+def _errors(setting: Setting) -> str:
+    """Return the two errors of an accuracy in brackets, or an empty string unless both are known."""
+    over_seeds, sample = setting.top1.ci95_half, setting.conclusion and setting.conclusion.test_sample_ci95_half
+    if not over_seeds or not sample:
+        return ""
+    return f" (±{over_seeds:.2f} over seeds, ±{math.hypot(over_seeds, sample):.2f} with the test sample)"
 
 
 def _other(pair: SettingPair, margin: float) -> str:

@@ -1,10 +1,17 @@
 """Tests two settings with an increasing number of seeds until a difference or equivalence is significant.
 
-This is a group-sequential test. A test at the 5 % level that is repeated after every few seeds finds too many
-differences. Here each of K looks tests at the level 0.05 / K (Bonferroni over looks). The rate of false decisions
-therefore stays below 5 % for any dependence between looks. The tests of difference and equivalence may both use the
-full level. At most one of them can be wrong, since the true difference cannot be zero and at least the margin at the
-same time.
+This is a group-sequential test. If a test at the level 5 % were repeated after every few seeds, it
+would find differences where there are none. Here look number k tests at the level 0.05 / (k (k +
+1)), by Bonferroni over looks. All levels together are 0.05, for any number of looks. So a test may
+go on later with a larger `max_seeds`: the looks so far keep their levels, and no level is spent
+twice. The test of difference and the test of equivalence may both use the whole level, because the
+true difference cannot be zero and also at least the margin.
+
+What holds: the rate of false decisions is at most 5 % if the seeds' differences are about normally
+distributed. It is larger if a few seeds of one setting collapse. As long as no collapsed seed is
+among the first ones, the sample does not show that the means are equal. No test of the same seeds
+can avoid this. The verdict therefore comes with the p-value of the sign-flip test, which does not
+assume a normal distribution, and with a warning that names outlying seeds.
 """
 
 import copy
@@ -19,12 +26,12 @@ from qbench.report.comparison.naming import flat
 from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference
 from qbench.report.comparison.verdicts import MARGIN, Verdict
 from qbench.report.statistics.differences import ALPHA, Difference, half_width, with_seed_dof
-from qbench.report.statistics.hypothesis_tests import equivalent
+from qbench.report.statistics.hypothesis_tests import equivalent, outlying, sign_flip
 from qbench.report.statistics.power import SEEDS_LIMIT, seeds_to_decide
 from qbench.runs.reader import DONE, RunRecord
 
-FIRST_LOOK, GROWTH, MAX_SEEDS = 3, 1.5, 20
-"""Number of seeds at the first look, growth factor between looks, and default number at the last look."""
+FIRST_LOOK, GROWTH, MAX_SEEDS = 3, 1.5, 18
+"""Number of seeds at the first look, growth factor between looks, and default maximum number of seeds."""
 NAMED_KEYS = 3
 """Maximum number of keys in the name of a setting. Further keys are only counted."""
 
@@ -39,7 +46,7 @@ class SequentialTest:
     Args:
         first, second: the configurations of the settings. The test replaces their seeds.
         margin: equivalence margin in points of top-1.
-        max_seeds: number of seeds at the last look.
+        max_seeds: maximum number of seeds. The last look is the last one of the schedule that needs no more seeds.
         launcher: how missing runs are started: "" one at a time, "joblib" several at a time.
     """
 
@@ -58,13 +65,15 @@ class SequentialResult:
         verdict: the verdict on the first setting.
         difference: first minus second in points.
         means: mean test top-1 of both settings in percent.
-        level: the significance level of each look.
+        level: the significance level of the last look.
+        by_seed: first minus second of every seed, in points.
     """
 
     verdict: Verdict
     difference: Difference
     means: tuple[float, float]
     level: float
+    by_seed: tuple[float, ...]
 
 
 class MissingRunError(Exception):
@@ -80,14 +89,20 @@ class MissingRunError(Exception):
 
 
 def look_schedule(max_seeds: int) -> list[int]:
-    """Return the number of seeds at each look: 3 at first, then 1.5 times as many each time.
+    """Return the number of seeds at each look: 3 at first, then 1.5 times as many each time, rounded up.
 
-    The last number is `max_seeds`.
+    The numbers do not depend on `max_seeds`, except that looks with more seeds are left out.
     """
-    schedule = [FIRST_LOOK]
-    while schedule[-1] < max_seeds:
-        schedule.append(min(math.ceil(GROWTH * schedule[-1]), max_seeds))
+    schedule, n = [FIRST_LOOK], math.ceil(GROWTH * FIRST_LOOK)
+    while n <= max_seeds:
+        schedule.append(n)
+        n = math.ceil(GROWTH * n)
     return schedule
+
+
+def look_level(number: int) -> float:
+    """Return the level of look number 1, 2, ...: 0.05 / (k (k + 1)). The sum over all looks is 0.05."""
+    return ALPHA / (number * (number + 1))
 
 
 def decide(
@@ -96,20 +111,20 @@ def decide(
     max_seeds: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> SequentialResult:
-    """Test two settings with an increasing number of seeds, up to a verdict or `max_seeds`.
+    """Test two settings with an increasing number of seeds, up to a verdict or the last look.
 
     Args:
         accuracies: function that takes a number of seeds n and returns the n accuracies of each
             setting, in the order of seeds.
         margin: points of top-1 within which the settings count as equivalent.
-        max_seeds: number of seeds at the last look.
+        max_seeds: maximum number of seeds.
         report: called with a line of text after every look without a verdict.
     """
     schedule = look_schedule(max_seeds)
-    level = ALPHA / len(schedule)
-    for n in schedule:
+    for number, n in enumerate(schedule, 1):
+        level = look_level(number)
         result = _look(accuracies(n), margin, level)
-        if result.verdict is not Verdict.UNDECIDED or n == max_seeds:
+        if result.verdict is not Verdict.UNDECIDED or n == schedule[-1]:
             break
         d = result.difference
         report(f"{n} seeds: {d.mean:+.2f} points, p = {d.p:.2g} is not below {level:.2g}; continuing")
@@ -124,7 +139,8 @@ def _look(accuracies: SeedAccuracies, margin: float, level: float) -> Sequential
         verdict = Verdict.ABOVE if d.mean > 0 else Verdict.BELOW
     else:
         verdict = Verdict.EQUIVALENT if equivalent(d, margin) < level else Verdict.UNDECIDED
-    return SequentialResult(verdict=verdict, difference=d, means=(first, second), level=level)
+    by_seed = tuple(one.top1 - other.top1 for one, other in zip(*accuracies, strict=True))
+    return SequentialResult(verdict=verdict, difference=d, means=(first, second), level=level, by_seed=by_seed)
 
 
 def run_sequential_test(
@@ -178,29 +194,43 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
     numbers += f"{d.mean - half:+.2f} to {d.mean + half:+.2f}"
     numbers += f"; test top-1 {result.means[0]:.2f} and {result.means[1]:.2f}, {d.n} seeds"
     numbers += f", {d.items:,} test images" if d.items else ""
+    warning = _warning(result)
     if result.verdict is Verdict.UNDECIDED:
         verdict = (
             f"is not significantly different from {second}, and not shown to be equivalent within ±{margin:g} points"
         )
-        return f"{first} {verdict}: {numbers}. {_advice(test, result)}"
+        return f"{first} {verdict}: {numbers}. {_advice(test, result)}{warning}"
     relation = {
         Verdict.ABOVE: f"is above {second}",
         Verdict.BELOW: f"is below {second}",
         Verdict.EQUIVALENT: f"is equivalent to {second} within ±{margin:g} points",
     }[result.verdict]
-    looks = len(look_schedule(test.max_seeds))
     method = (
-        f"Each of {looks} looks tests at the level {result.level:.2g}, so the rate of false decisions stays below 5 %."
+        f"This look tests at the level {result.level:.2g}; the levels of all looks together are 5 %, "
+        f"for about normal differences. Sign-flip test over seeds: p = {sign_flip(result.by_seed):.2g}."
     )
-    return f"{first} {relation}: {numbers}. {method}"
+    return f"{first} {relation}: {numbers}. {method}{warning}"
+
+
+def _warning(result: SequentialResult) -> str:
+    """Return a warning that names outlying seeds, or an empty string."""
+    seeds = ", ".join(map(str, outlying(result.by_seed)))
+    if not seeds:
+        return ""
+    return (
+        f" Warning: the difference is far from the others in seed {seeds}; if seeds of one setting can collapse, "
+        "the mean and its interval are not reliable."
+    )
 
 
 def _advice(test: SequentialTest, result: SequentialResult) -> str:
     """Return a sentence on how many more seeds would probably lead to a verdict, or why no number would."""
     d = result.difference
-    seeds = seeds_to_decide(d, test.margin, result.level)
+    next_level = look_level(len(look_schedule(test.max_seeds)) + 1)
+    seeds = seeds_to_decide(d, test.margin, next_level)
     if seeds is not None:
-        return f"About {max(seeds - d.n, 1)} more seeds would lead to a verdict: --max-seeds {max(seeds, d.n + 1)}."
+        look = next(n for n in look_schedule(10 * SEEDS_LIMIT) if n >= max(seeds, d.n + 1))
+        return f"About {look - d.n} more seeds would lead to a verdict: --max-seeds {look}."
     if d.items and d.item_variance:
         return f"The {d.items:,} test images are too few for a verdict."
     return f"Even {SEEDS_LIMIT:,} seeds are too few for a verdict."

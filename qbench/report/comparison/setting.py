@@ -123,6 +123,8 @@ class Setting:
             same seed are averaged first.
         difference: top-1 minus the top-1 of the run's float baseline, in points; None if any run
             has no baseline.
+        over_control: top-1 minus that of the float network that was trained on as long, in points,
+            over the seeds of both; None without such a setting in the table.
         levels: number of levels that a quantized weight can take.
         cost, speed, verified: None if not recorded for any run. Speed is the mean over runs, and
             peak memory is the largest over runs.
@@ -145,6 +147,7 @@ class Setting:
     runs: tuple[SeedAccuracy, ...]
     top1: Estimate
     difference: Estimate | None = None
+    over_control: Estimate | None = None
     levels: int | None = None
     cost: NetworkCost | None = None
     speed: TrainingSpeed | None = None
@@ -181,6 +184,8 @@ class Setting:
 
         - top1_mean, top1_std, top1_ci95_half: percent; n: number of seeds.
         - diff_mean, diff_ci95_half: top-1 minus the float baseline's, in points.
+        - over_control_mean, over_control_ci95_half: top-1 minus the float control's, in points; only
+          if the table has that control.
         - seeds, runs, top1: one entry per run.
         - baseline_top1: one entry per run; null if any run has no baseline.
         - baselines: directories of the float baselines.
@@ -214,6 +219,11 @@ class Setting:
             "model_keys": dict(self.model_keys),
             "protocol": self.protocol,
         }
+        if self.over_control is not None:
+            values |= {
+                "over_control_mean": self.over_control.mean,
+                "over_control_ci95_half": self.over_control.ci95_half,
+            }
         if self.learning_rate is not None:
             values["lr_search"] = self.learning_rate.to_json()
         if self.conclusion is not None:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 TESTS = ("better", "at_least", "equal")
+EXACT_FLIPS = 16
+"""Up to this number of differences, the sign-flip test tries all signs."""
+OUTLYING = 5
+"""A value farther from the median than this number of robust standard deviations is outlying."""
 
 
 class Evidence(NamedTuple):
@@ -40,6 +44,38 @@ def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     lower_tail = float(special.bdtr(min(only_first, only_second), only_first + only_second, 0.5))
     return min(1.0, 2 * lower_tail)
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """Return the two-sided p-value of the sign-flip test of paired differences (Fisher 1935).
+
+    Under the null hypothesis, every difference is as likely as its negative. p is the share of all
+    2^n choices of signs whose sum is at least as far from 0 as the observed one. Unlike Student's
+    test, it needs no normal distribution. With n differences, p is at least 2^(1 - n). Above 16
+    differences, the share of 2^16 random choices is returned (fixed seed, observed one included).
+    """
+    import numpy as np
+
+    d = np.asarray(differences, dtype=float)
+    if len(d) <= EXACT_FLIPS:
+        signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
+    else:
+        signs = 1 - 2 * np.random.default_rng(0).integers(0, 2, (2**EXACT_FLIPS, len(d)))
+        signs[0] = 1
+    sums, tolerance = np.abs(signs @ d), 1e-9 * np.abs(d).sum()
+    return float((sums >= abs(d.sum()) - tolerance).mean())
+
+
+def outlying(values: Sequence[float]) -> list[int]:
+    """Return the indices of values that are far from the others.
+
+    A value is far if its distance from the median is more than 5 standard deviations, estimated as
+    1.4826 times the median distance from the median (Hampel 1974).
+    """
+    import numpy as np
+
+    distance = np.abs(np.asarray(values, dtype=float) - np.median(values))
+    return [int(i) for i in np.flatnonzero(distance > OUTLYING * 1.4826 * np.median(distance) + 1e-9)]
 
 
 def equivalent(difference: Difference, margin: float) -> float:

@@ -1,0 +1,97 @@
+"""ResNet-18 of DoReFa-Net's authors (Zhou et al. 2016, arXiv 1606.06160; tensorpack's resnet-dorefa.py).
+
+Verified in that script, which only evaluates a trained network; how it was trained is not known.
+conv7/2 64 (bias) - MP - blocks - BN - head - average times 49 - FC. Before conv1, three rows and
+columns are padded at the top and left, two at the bottom and right. Before MP, the border is
+repeated once. A block is BN - Q - conv3 - BN - Q - conv3, plus its input. Where the shape changes,
+and in the first block of all, the shortcut is a 1x1 convolution that reads the output of the
+block's first Q. A block with stride averages its input over 2x2 pixels before its first BN, and its
+convolutions have stride 1. The script calls the convolution in the first block's shortcut and the
+factor 49 bugs of the trained network. BN has eps 1e-4. Q is the activation that an input quantizer
+replaces.
+
+`head` is the activation in front of the average. The script clips to [0, 1] there.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.models.dorefa_svhn import HEADS, check_head, init_as_tensorpack
+from qbench.models.normalization import NORMS_2D, check_norm
+from qbench.models.residual_blocks import Feeds, ResidualBlock, feeds_of_blocks
+
+AVERAGE_FACTOR = 49
+"""Factor behind the average over positions: the number of positions for images of 224x224."""
+
+
+class DoReFaBlock(ResidualBlock):
+    """Pre-activation block; `projected` has a 1x1 convolution as shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, projected: bool, norm: str) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        bias = norm == "none"
+        self.bn1, self.act1 = NORMS_2D[norm](in_channels), nn.ReLU()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias)
+        self.bn2, self.act2 = NORMS_2D[norm](channels), nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.pad = None
+        self.downsample = nn.Conv2d(in_channels, channels, 1, bias=bias) if projected else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return branch + shortcut."""
+        x = self.pool(x)
+        y: Tensor = self.act1(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(y)
+        y = self.conv2(self.act2(self.bn2(self.conv1(y))))
+        return y + shortcut
+
+    def local_feeds(self) -> Feeds:
+        """Return both activations; the first one also feeds the shortcut's convolution."""
+        extra = ("downsample",) if self.downsample is not None else ()
+        return {"act1": ("conv1", *extra), "act2": ("conv2",)}
+
+
+class DoReFaResNet(nn.Module):
+    """ResNet-18 of tensorpack; see the module's docstring."""
+
+    feeds: Feeds
+
+    def __init__(self, channels: int, classes: int, *, width: int, head: str, norm: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.conv1 = nn.Conv2d(channels, width, 7, 2)
+        blocks, in_channels = list[nn.Module](), width
+        for stage in range(4):
+            for i in range(2):
+                out, stride = width * 2**stage, 2 if stage and i == 0 else 1
+                blocks.append(DoReFaBlock(in_channels, out, stride, i == 0, norm))
+                in_channels = out
+        self.blocks = nn.Sequential(*blocks)
+        self.bn, self.act = NORMS_2D[norm](in_channels), HEADS[head]()
+        self.fct = nn.Linear(in_channels, classes)
+        self.feeds = feeds_of_blocks(self)
+        init_as_tensorpack(self)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return logits (N, classes)."""
+        x = self.conv1(F.pad(x_NCHW, (3, 2, 3, 2)))
+        x = F.max_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 2)
+        x = self.act(self.bn(self.blocks(x)))
+        logits: Tensor = self.fct(x.mean((2, 3)) * AVERAGE_FACTOR)
+        return logits
+
+
+def build(
+    shape: tuple[int, int, int], classes: int, *, width: int = 64, head: str = "clip", norm: str = "affine"
+) -> nn.Module:
+    """Return a ResNet-18 for images of `shape` (C, H, W), 32x32 or larger; `width` is 64 in the script."""
+    if width < 1:
+        raise ValueError(f"width={width}: must be 1 or more channels")
+    check_head(head)
+    check_norm(norm)
+    if min(shape[1:]) < 32:
+        raise ValueError(
+            f"name=dorefa_resnet18: images of {shape[1]}x{shape[2]} are too small; they must be 32x32 or larger"
+        )
+    return DoReFaResNet(shape[0], classes, width=width, head=head, norm=norm)

@@ -1,0 +1,70 @@
+"""Which test images a run classified correctly: read from predictions.npy, and packed for a record of many runs."""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The hits of one run.
+
+    Args:
+        labels_sha256: sha256 of the labels of the test images, as int64 in order. Runs with the same
+            value were tested on the same images.
+        correct: (N,) whether each image was classified correctly.
+    """
+
+    labels_sha256: str
+    correct: "NDArray[np.bool_]"
+
+
+def load_hits(run: Path, top1: float) -> Hits | None:
+    """Return the hits of a run, or None if predictions.npy is missing or damaged, or contradicts `top1`."""
+    import numpy as np
+
+    try:
+        labels, predicted = np.load(run / "predictions.npy").T
+        hits = Hits(hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest(), labels == predicted)
+    except Exception:  # NumPy raises many kinds of errors on damaged files
+        return None
+    return hits if _agrees(hits, top1) else None
+
+
+def pack_hits(hits: Hits) -> dict[str, Any]:
+    """Return hits as plain values, with one bit per image."""
+    import numpy as np
+
+    bits = base64.b64encode(np.packbits(hits.correct).tobytes()).decode()
+    return {"images": len(hits.correct), "labels_sha256": hits.labels_sha256, "bits": bits}
+
+
+def unpack_hits(values: Mapping[str, Any], top1: float) -> Hits:
+    """Return the hits that `pack_hits` packed.
+
+    Raises:
+        ValueError: the values are not packed hits, or they contradict `top1`.
+    """
+    import numpy as np
+
+    images, sha256 = values.get("images"), values.get("labels_sha256")
+    if not isinstance(images, int) or images < 1 or not isinstance(sha256, str):
+        raise ValueError(f"images={images}, labels_sha256={sha256}: not the hits of a run")
+    packed = np.frombuffer(base64.b64decode(str(values.get("bits")), validate=True), np.uint8)
+    if len(packed) != -(-images // 8):
+        raise ValueError(f"{len(packed)} bytes are not {images} bits")
+    hits = Hits(sha256, np.unpackbits(packed, count=images).astype(np.bool_))
+    if not _agrees(hits, top1):
+        raise ValueError(f"{100 * hits.correct.mean():.2f} % of the images are hits, but top-1 is {top1:.2f} %")
+    return hits
+
+
+def _agrees(hits: Hits, top1: float) -> bool:
+    return hits.correct.size > 0 and abs(100 * float(hits.correct.mean()) - top1) < 0.01

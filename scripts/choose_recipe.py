@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Choose the optimizer of the shared recipe on validation images, over several methods.
+
+    .venv/bin/python scripts/choose_recipe.py [KEY=VALUE ...] [--record FILE]    # trains what is not stored
+    .venv/bin/python scripts/choose_recipe.py --from FILE                        # trains nothing
+
+A recipe's score is its mean validation top-1 after the last epoch, over methods and seeds. The recipe with the best
+score is chosen. Test accuracies are neither read nor shown.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from qbench.report.comparison.setting import estimate
+from qbench.report.tables.table import Table, markdown
+from qbench.runs.reader import DONE, RunRecord, dump_records, read
+
+RECIPES = ("unified", "adam", "adam_cosine", "sgd")
+"""Values of `optim`."""
+WORDS = {
+    "method": "method=dorefa,lsq,ttq,hwgq,inq",
+    "seed": "seed=0,1,2,3,4",
+    "optim": f"optim={','.join(RECIPES)}",
+    "out": "out=outputs/recipe",
+    "runtime.tensorboard": "runtime.tensorboard=false",
+}
+"""Words of the sweep; words on the command line replace those with the same key."""
+SOME_FAILED = 8
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/choose_recipe.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="keys of qbench, such as dataset=glyphs")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="store the runs")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="read the runs from such a file")
+    options = parser.parse_args(arguments)
+    words = WORDS | {word.partition("=")[0]: word for word in options.keys}
+    command = ["-m", *words.values(), "hydra/launcher=joblib"]
+    if options.source is None:
+        status = subprocess.run([sys.executable, "-m", "qbench", *command]).returncode
+        if status not in (0, SOME_FAILED):
+            return status
+    runs = read([str(options.source or words["out"].partition("=")[2])])
+    if options.record:
+        options.record.write_text(dump_records(runs) + "\n", encoding="utf-8")
+    table, chosen = recipe_table(runs)
+    print(f"qbench {' '.join(command)}\n\n{markdown([table])}\n\nchosen on validation: {chosen}")
+    return 0
+
+
+def recipe_table(runs: Sequence[RunRecord]) -> tuple[Table, str]:
+    """Return a table of mean validation top-1 by recipe and setting, and the recipe with the best mean.
+
+    Only settings and seeds that all recipes have count.
+
+    Raises:
+        SystemExit: there is no run that all recipes have.
+    """
+    found: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
+    for run in runs:
+        result = run.result
+        if run.status != DONE or result is None or result.method == "float" or not (result.final and result.final.val):
+            continue
+        setting = f"{result.method} {result.widths}"
+        found[recipe_name(result.protocol.keys["optim"])][setting, result.seed] = result.final.val.top1
+    common = set.intersection(*map(set, found.values())) if found else set()
+    if not common:
+        raise SystemExit("no setting and seed has a validation accuracy under every recipe")
+    settings = sorted({setting for setting, _ in common})
+    table = Table(("recipe", *settings, "mean", "95 % CI over settings"))
+    means = {}
+    for recipe, accuracies in sorted(found.items()):
+        by_setting = [mean(accuracies[key] for key in common if key[0] == setting) for setting in settings]
+        score = estimate(by_setting)
+        means[recipe] = score.mean
+        half = f"±{score.ci95_half:.2f}" if score.ci95_half else "-"
+        table.rows.append((recipe, *(f"{x:.2f}" for x in by_setting), f"{score.mean:.2f}", half))
+    return table, max(means, key=lambda recipe: means[recipe])
+
+
+def recipe_name(optim: dict[str, object]) -> str:
+    """Return a recipe in words that tell it from the others."""
+    return json.dumps({key: optim.get(key) for key in ("name", "lr", "schedule")}, separators=(", ", "=")).strip("{}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
