@@ -63,7 +63,7 @@ def evaluate_claim(
 ) -> ClaimResult:
     """Return the result of a comparison. `first` and `second` map seeds to the runs of its arms.
 
-    `hits` has the hits of runs of a record, by folder and directory. Hits of other runs are read from their directories.
+    `hits` has the hits of runs of a record, by folder and directory. Hits of other runs are read from their files.
 
     There is no verdict if any seed has failed or diverged, because the remaining seeds are a biased sample. The result
     still contains the difference over the remaining seeds.
