@@ -4,6 +4,7 @@
     .venv/bin/python scripts/mutants.py --cover          # first: which tests run which lines (the whole fast suite)
     .venv/bin/python scripts/mutants.py --sample 120     # then: 120 mutants; a stopped run continues
     .venv/bin/python scripts/mutants.py --report         # the score and the survivors, from what is stored
+    .venv/bin/python scripts/mutants.py --report --docs  # also write them into docs/reliability.md
 
 A mutant is one small change: another comparison or arithmetic operator, `and` for `or`, a negated condition, a number
 plus one, a flipped truth value, `min` for `max`, a call left out, or a result replaced by None. The sample is drawn
@@ -186,8 +187,9 @@ def run_mutant(mutant: Mutant, tests: Sequence[str], tree: Path, limit: float) -
         return "timeout"
     finally:
         path.write_bytes(source)
-    if done.returncode not in (0, 1, 2):  # 2: the mutant breaks an import
-        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout.decode()[-2000:]}")
+    broken = b"ERROR collecting" in done.stdout or b"ImportError while loading conftest" in done.stderr
+    if done.returncode not in (0, 1) and not broken:
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{(done.stdout + done.stderr).decode()[-2000:]}")
     return "killed" if done.returncode else "survived"
 
 
@@ -211,12 +213,20 @@ def score(outcomes: Sequence[Outcome], command: str) -> str:
 
 
 LIVING = ("survived", "uncovered")
+PAGE, BEGIN, END = ROOT / "docs" / "reliability.md", "<!-- mutants -->\n", "<!-- end -->"
+
+
+def write_page(text: str) -> None:
+    """Write the score between the marks of docs/reliability.md."""
+    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/mutants.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cover", action="store_true", help="run the tests and store which lines they run")
     parser.add_argument("--report", action="store_true", help="print the score of the stored outcomes")
+    parser.add_argument("--docs", action="store_true", help="write the score into docs/reliability.md")
     parser.add_argument("--sample", type=int, default=120, metavar="N", help="number of mutants (default: 120)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
     parser.add_argument("--folders", default=",".join(FOLDERS), help="folders of qbench/ (default: all five)")
@@ -253,7 +263,10 @@ def main(arguments: Sequence[str]) -> int:
                 f"{number}/{len(sample)} {done.outcome} ({done.tests} tests, {done.seconds} s) {done.name}", flush=True
             )
     outcomes = [stored[mutant.key] for mutant in sample if mutant.key in stored]
-    print(score(outcomes, f"scripts/mutants.py --sample {options.sample} --seed {options.seed}"))
+    text = score(outcomes, f"scripts/mutants.py --sample {options.sample} --seed {options.seed}")
+    print(text)
+    if options.docs:
+        write_page(text)
     return 0
 
 

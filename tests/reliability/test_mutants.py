@@ -70,6 +70,7 @@ def test_a_sample_is_the_same_each_time_and_has_every_folder(script: ModuleType)
 
 def test_killed_survived_and_uncovered(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "qbench").mkdir()
+    (tmp_path / "qbench" / "__init__.py").touch()
     source = "def f(x):\n    return x + 1\n"
     (tmp_path / "qbench" / "f.py").write_text(source)
     (tmp_path / "test_f.py").write_text(
@@ -84,6 +85,10 @@ def test_killed_survived_and_uncovered(script: ModuleType, tmp_path: Path) -> No
     ):
         assert script.run_mutant(mutant, tests, tmp_path, 60) == outcome
         assert (tmp_path / "qbench" / "f.py").read_text() == source
+    broken = script.Mutant("qbench/f.py", 1, 0, 3, "wrong", "def")
+    assert script.run_mutant(broken, ["test_f.py::test_f"], tmp_path, 60) == "killed", "it cannot be imported"
+    with pytest.raises(SystemExit, match="not found"):
+        script.run_mutant(mutant, ["test_f.py::test_gone"], tmp_path, 60)
     made = [
         script.Outcome(str(i), f"m{i}", "quant", outcome, 1, 1.0)
         for i, outcome in enumerate(("killed", "timeout", "survived", "uncovered"))
@@ -92,3 +97,14 @@ def test_killed_survived_and_uncovered(script: ModuleType, tmp_path: Path) -> No
     assert "`the command`: 2 of 4 mutants killed (50 %)." in text
     assert "- survived: `m2`" in text
     assert "- uncovered: `m3`" in text
+
+
+def test_the_score_is_written_between_its_marks(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- end -->\n<!-- mutants -->\nold\n<!-- end -->\nb\n")
+    monkeypatch.setattr(script, "PAGE", page)
+    script.write_page("new")
+    assert page.read_text() == "a\n<!-- end -->\n<!-- mutants -->\nnew\n<!-- end -->\nb\n"
+    assert "<!-- mutants -->\n" in (ROOT / "docs" / "reliability.md").read_text("utf-8")

@@ -107,6 +107,26 @@ def test_float_baselines_on_another_kind_of_network_are_a_row_of_their_own(confi
     assert table.notes == ["hwgq: the network and its float baseline use norm=no_affine"]
 
 
+def test_a_method_trained_from_scratch_says_how_many_epochs_it_lacks(configure: Configure) -> None:
+    """Gupta's method has 30 epochs; the others have those and the 60 of their float baseline."""
+    plant(configure("method=gupta"), 95.0, protocol_changes=["trained from scratch, as the method requires"])
+    plant(configure("method=dorefa"), 97.0, 98.0)
+    (table,) = tables(configure())
+    assert table.notes == [
+        "gupta: trained from scratch, as the method requires, for 30 epochs; the others have 60 more, in their float "
+        "baseline"
+    ]
+
+
+def test_the_float_control_and_the_difference_from_it(configure: Configure) -> None:
+    for seed, (control, own) in enumerate([(98.5, 97.0), (98.0, 96.0)]):
+        plant(configure("method=float", "init=float", f"seed={seed}"), control, 98.0)
+        plant(configure("method=dorefa", "bits=w2", f"seed={seed}"), own, 98.0)
+    (table,) = tables(configure())
+    over = {s.name: s.over_control and s.over_control.mean for s in settings_of(table)}
+    assert [value for value in over.values() if value] == [-1.75]
+
+
 def test_baselines_next_to_runs_are_read_and_none_twice(configure: Configure) -> None:
     float_run = plant(configure("method=float"), 98.0)
     baseline = BaselineResult(run=f"elsewhere/before/{float_run.name}", final=evaluation(98.0))
