@@ -68,6 +68,7 @@ def test_sign_flips_by_hand() -> None:
     assert sign_flip([-1.0, 2.0, 3.0]) == 4 / 8
     assert sign_flip([0.1] * 5) == sign_flip([-0.1] * 5) == 2 / 2**5
     assert sign_flip([0.0, 0.0]) == 1
+    assert sign_flip([1.0] * 40) == 2**-16, "above 16 differences, only the observed signs of 2^16 reach 40"
     rng = np.random.default_rng(0)
     d = rng.normal(0.3, 1, 14)
     theirs = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf)
@@ -117,6 +118,24 @@ def test_with_seed_dof_never_adds_degrees_of_freedom() -> None:
     plain = two_way(first, second)
     assert 1 <= plain.dof < 2
     assert with_seed_dof(plain) is plain
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (4, 30), (7, 5)])
+def test_two_way_is_the_table_without_replication(shape: tuple[int, int]) -> None:
+    """Scheffe 1959, chapter 7: the mean squares of seeds, items and residuals, and Satterthwaite's dof."""
+    rng = np.random.default_rng(sum(shape))
+    first, second = rng.random(shape), rng.random(shape) < 0.5 + rng.normal(0, 0.3, (1, shape[1]))
+    d = 100 * (first - second)
+    seeds, items = shape
+    by_seed, by_item = d.mean(1, keepdims=True), d.mean(0, keepdims=True)
+    rest = ((d - by_seed - by_item + d.mean()) ** 2).sum() / ((seeds - 1) * (items - 1))
+    ms_seeds, ms_items = items * by_seed.var(ddof=1), seeds * by_item.var(ddof=1)
+    got = two_way(first, second)
+    assert got.seed_variance == pytest.approx(max(ms_seeds, rest) / d.size)
+    assert got.item_variance == pytest.approx(max(ms_items - rest, 0) / d.size)
+    total = max(ms_seeds, rest) + max(ms_items - rest, 0)
+    terms = ms_seeds**2 / (seeds - 1) + ms_items**2 / (items - 1) + rest**2 / ((seeds - 1) * (items - 1))
+    assert got.dof == pytest.approx(max(total**2 / terms, 1))
 
 
 def test_the_error_from_seeds_is_never_below_that_of_single_images() -> None:
