@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.analysis.bit_allocation import sum_over_layers
-from qbench.analysis.finished_run import load_finished_run, probe_batches, validation_batches
+from qbench.analysis.finished_run import FinishedRun, load_finished_run, probe_batches, validation_batches
 from qbench.analysis.layer_ablation import measure_accuracy
 from qbench.analysis.overrides import override_method
 from qbench.bits import FLOAT
+from qbench.config.identity import file_sha256
 from qbench.config.schema import STARTS
 from qbench.cost.count import count_cost, storage
 from qbench.errors import CheckpointError, ConfigError
@@ -26,8 +27,8 @@ from qbench.quant.layers import effective_weight, quantized_layers
 from qbench.quant.method import Unsupported
 from qbench.quant.probe import Batch, Probe
 from qbench.runs.directory import directory_name
-from qbench.runs.result import Accuracy
-from qbench.system import files
+from qbench.runs.result import Accuracy, load_result
+from qbench.runs.stored_config import recorded_files, stored_config
 from qbench.training.initial_weights import load_initial_weights
 
 
@@ -116,8 +117,9 @@ def load_float_baseline(
         CheckpointError: the run or its float baseline is missing or damaged.
         ConfigError: `words` do not configure a method for this network.
     """
-    trained = load_finished_run(run, "best", device).setup
-    weights, identity = _float_weights(run, trained)
+    finished = load_finished_run(run, "best", device)
+    trained = finished.setup
+    weights, identity = _float_weights(run, finished)
     config = replace(override_method(trained.config, words), init="scratch")
     try:
         setup = assemble(config)
@@ -142,17 +144,25 @@ def load_float_baseline(
         raise ConfigError(str(reason)) from None
 
 
-def _float_weights(run: Path, setup: ExperimentSetup) -> tuple[Path, str | None]:
-    """Return the path of the float weights and, if known, the identity that the file must have."""
-    init = str(files.read_yaml(run / "config.yaml")["init"])
+def _float_weights(run: Path, finished: FinishedRun) -> tuple[Path, str | None]:
+    """Return the path of the float weights and, if known, the identity that the file must have.
+
+    The float baseline is a run in the same folder. It is found by its identity, so that renamed
+    directories are found too.
+    """
+    setup, init = finished.setup, stored_config(run).init
     if setup.method.name == "float":
         return run, None
     if init not in STARTS:
+        if file_sha256("init", init) != recorded_files(finished.result)["init"]:
+            raise CheckpointError(f"{run}: init={init} was changed after the run\nrestore the file")
         return Path(init), None
-    path = run.resolve().parents[1] / directory_name(setup.baseline.identity)
-    if not path.is_dir():
-        raise CheckpointError(f"{run}: float baseline {path.name} is missing\nto train it, repeat the run's command")
-    return path, setup.baseline.identity.digest
+    identity = setup.baseline.identity
+    for file in sorted(run.resolve().parent.glob("*/result.json")):
+        if (result := load_result(file.parent)) and result.identity == identity.digest:
+            return file.parent, identity.digest
+    name = directory_name(identity).name
+    raise CheckpointError(f"{run}: float baseline {name} is missing\nto train it, repeat the run's command")
 
 
 def measure_sensitivity(baseline: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:

@@ -14,7 +14,6 @@ from qbench.errors import ConfigError
 from qbench.report.comparison.sequential_test import MAX_SEEDS, SequentialTest, setting_name
 from qbench.report.comparison.verdicts import MARGIN
 from qbench.runs.directory import directory_name
-from qbench.system import files
 
 
 def parse(arguments: Iterable[str]) -> SequentialTest:
@@ -70,10 +69,10 @@ def _from_directory(word: str) -> Config:
             f"settle {word}: not a run directory, because it has no config.yaml\ntype a run "
             f"directory or a quoted command line"
         )
-    from qbench.config.validate import from_dict
+    from qbench.runs.stored_config import stored_config
 
     refuse_foreign_code(path, f"settle {word}", "to run that code, quote the command line of the setting")
-    config = from_dict(files.read_yaml(path / "config.yaml"))
+    config = stored_config(path)
     folder = directory_name(run_identity(config)).parent.name
     if path.absolute().parent.name != folder:  # the runs with other seeds would not be found next to this run
         raise ConfigError(

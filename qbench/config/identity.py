@@ -58,9 +58,14 @@ class RunIdentity:
     config: Node
 
 
-def run_identity(config: Config) -> RunIdentity:
-    """Return the identity of the run that a configuration describes."""
-    keys = _identity_keys(config)
+def run_identity(config: Config, recorded: Mapping[str, str] | None = None) -> RunIdentity:
+    """Return the identity of the run that a configuration describes.
+
+    Args:
+        recorded: `init` and `distill.teacher` -> sha256 of the checkpoint that the key named when
+            the run was trained. By default the checkpoints are read.
+    """
+    keys = _identity_keys(config, recorded or {})
     protocol = _protocol(config, keys)
     key, method, bits = digest(keys), config.method_name, config.bits.resolved()
     dataset, model = str(config.dataset["name"]), str(config.model["name"])
@@ -80,7 +85,7 @@ def run_identity(config: Config) -> RunIdentity:
     )
 
 
-def _identity_keys(config: Config) -> Node:
+def _identity_keys(config: Config, recorded: Mapping[str, str]) -> Node:
     """Return all keys that determine the result, as plain values."""
     keys: Node = {"schema": SCHEMA, **decisive_keys(config)}
     for group in ("model", "dataset", "method", "activation"):
@@ -91,9 +96,10 @@ def _identity_keys(config: Config) -> Node:
     if not users_own and set(dataset) >= WHERE:  # the location of published files does not affect the result
         keys["dataset"] = {key: value for key, value in dataset.items() if key not in WHERE}
     if config.init not in STARTS:
-        keys["init"] = file_sha256("init", config.init)
+        keys["init"] = recorded.get("init") or file_sha256("init", config.init)
     if config.distill.teacher != "baseline":
-        keys["distill"]["teacher"] = file_sha256("distill.teacher", config.distill.teacher)
+        teacher = recorded.get("distill.teacher")
+        keys["distill"]["teacher"] = teacher or file_sha256("distill.teacher", config.distill.teacher)
     return keys
 
 

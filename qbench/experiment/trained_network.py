@@ -1,14 +1,14 @@
 """Reads a finished run's configuration and weights, to build the network again."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from qbench.config.schema import Config
-from qbench.config.validate import from_dict
-from qbench.errors import CheckpointError, ConfigError
-from qbench.system import files
+from qbench.config.schema import Config, Distill
+from qbench.errors import CheckpointError
+from qbench.runs.stored_config import stored_config
 from qbench.training.initial_weights import load_published
 
 
@@ -22,19 +22,15 @@ def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu"
         device: device to set in the configuration.
 
     Raises:
-        CheckpointError: a file of the run is missing or damaged.
+        CheckpointError: a file of the run is missing, damaged or edited.
     """
     try:
-        values = files.read_yaml(run / "config.yaml")
         state = load_published(run, f"{weights}.pt")
-        values |= {"init": "scratch", "distill": {"name": "none"}}
-        values["runtime"]["device"] = device
-        return from_dict(values), state
+        config = stored_config(run, str(state.get("identity")))
     except OSError as error:
         raise CheckpointError(f"{named}: {error.filename}: {error.strerror}; the run may not be finished") from None
-    except (TypeError, KeyError, ConfigError) as error:
-        why = str(error).partition("\n")[0]
-        raise CheckpointError(f"{named}: its config.yaml is not valid: {why}") from None
+    runtime = replace(config.runtime, device=device)
+    return replace(config, init="scratch", distill=Distill("none"), runtime=runtime), state
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Module:

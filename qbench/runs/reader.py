@@ -192,6 +192,9 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
     """Return a result from config.yaml and the final line of the metrics.
 
     Return None if one of the two is missing.
+
+    Raises:
+        ValueError: config.yaml does not describe the run that gave the directory its name.
     """
     final = next((line for line in reversed(lines) if line.get("kind") == "final"), None)
     file = path / "config.yaml"
@@ -199,6 +202,9 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
     if measured is None or not file.exists():
         return None
     identity = run_identity(from_dict(files.read_yaml(file)))
+    named = re.fullmatch(r".*-([0-9a-f]{8})", path.name)
+    if named and not identity.digest.startswith(named[1]):
+        raise ValueError("config.yaml was edited after the run: it describes another run than the directory's name")
     return Result(
         status=DONE,
         method=identity.method,

@@ -10,6 +10,7 @@ from qbench.errors import CheckpointError
 from qbench.runs.result import load_result
 from qbench.system import files
 from qbench.training.checkpoint import has_digest, is_zip, load_float_weights, load_torch_file, unpack
+from qbench.training.digests import weights_sha256
 
 
 def is_intact(file: Path, identity: str) -> bool:
@@ -25,7 +26,8 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        CheckpointError: the file is damaged, or result.json in its folder belongs to another run.
+        CheckpointError: the file is damaged, or result.json in its folder belongs to another run
+            or to other weights.
     """
     file = run / name
     state = unpack(files.read(file), str(file))
@@ -34,6 +36,8 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
         raise CheckpointError(f"{run / 'result.json'} is damaged; to restore it, repeat the command of that run")
     if result and result.identity != state.get("identity"):
         raise CheckpointError(f"{file} and the result.json next to it belong to different runs")
+    if result and name == "last.pt" and result.weights_sha256 not in (None, weights_sha256(state["model"])):
+        raise CheckpointError(f"{file} does not hold the weights of the result.json next to it")
     return state
 
 

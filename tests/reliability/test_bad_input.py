@@ -349,7 +349,7 @@ FILES = [
     log("a list", "- 1\n- 2\n", "corrupt"),
     log("nothing", "", "corrupt"),
     log("nested", "a: " + "[" * 5000, "nested too deeply"),
-    row("distill=kd distill.teacher=t method=dorefa", "its config.yaml is not valid", 4, "teacher: alias bomb",
+    row("distill=kd distill.teacher=t method=dorefa", "config.yaml is not valid", 4, "teacher: alias bomb",
         files={"t/config.yaml": bomb(), "t/best.pt": b"unread"}),
 ]  # fmt: skip
 

@@ -1,0 +1,59 @@
+"""Reads a run's config.yaml, and refuses a file that was edited after the run."""
+
+from pathlib import Path
+from typing import Any
+
+from qbench.config.identity import run_identity
+from qbench.config.schema import STARTS, Config
+from qbench.config.validate import from_dict
+from qbench.errors import CheckpointError, ConfigError
+from qbench.runs.result import Result, load_result
+from qbench.system import files
+
+
+def stored_config(run: Path, identity: str | None = None) -> Config:
+    """Return the configuration of a run, which must be the one that the run was trained with.
+
+    The checkpoints that `init` and `distill.teacher` name may be gone, because result.json holds
+    their digests.
+
+    Args:
+        identity: digest of the identity that the run's weights hold. Without it, the identity in
+            result.json decides; if there is no result either, any configuration is returned.
+
+    Raises:
+        OSError: config.yaml cannot be read.
+        CheckpointError: config.yaml describes another run, or is not a configuration.
+    """
+    file, result = run / "config.yaml", load_result(run)
+    try:
+        config = _parse(files.read_yaml(file), run)
+        found = run_identity(config, recorded_files(result)).digest
+    except (TypeError, KeyError, ConfigError) as error:
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(f"{file} is not valid: {why}") from None
+    if found != (identity or (result.identity if result else found)):
+        raise CheckpointError(
+            f"{file} was edited after the run: it describes another run than the stored weights and result\n"
+            "restore the file; to train the edited configuration, type its keys on a command line"
+        )
+    return config
+
+
+def recorded_files(result: Result | None) -> dict[str, str]:
+    """Return `init` and `distill.teacher` -> sha256 of the checkpoint that the key named."""
+    keys = result.protocol.keys if result else {}
+    digests = {"init": keys.get("init"), "distill.teacher": (keys.get("distill") or {}).get("teacher")}
+    return {key: str(value) for key, value in digests.items() if value}
+
+
+def _parse(values: dict[str, Any], run: Path) -> Config:
+    """Return the configuration in a file's values. The files that it names need not exist."""
+    init, teacher = values["init"], values["distill"]["teacher"]
+    if init not in STARTS:
+        values |= {"init": str(run)}
+    if teacher != "baseline":
+        values["distill"] |= {"teacher": str(run)}
+    config = from_dict(values)
+    config.init, config.distill.teacher = init, teacher
+    return config
