@@ -49,6 +49,8 @@ NO_TORCH = (  # importing these must not import torch: --help, a stored row and 
     "errors",
     "cli",
     "config",
+    "data/sources",
+    "experiment/data_check",
     "papers",
     "report/comparison",
     "report/html",

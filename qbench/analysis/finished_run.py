@@ -6,6 +6,8 @@ from typing import NamedTuple
 from torch import nn
 
 from qbench.errors import CheckpointError
+from qbench.experiment.builders import images_sha256
+from qbench.experiment.data_check import check_same_data
 from qbench.experiment.run import PROBE_IMAGES
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.experiment.trained_network import load_weights, stored_run
@@ -82,9 +84,10 @@ def load_finished_network(
         device: the value of `runtime.device` in `ExperimentSetup.config`.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or the data set holds other images.
         DataError: the run's data set is missing.
     """
     config, state = stored_run(run, str(run), weights, device)
     setup = assemble(config)
+    check_same_data(run, images_sha256(setup.data), setup.data.name)
     return setup, load_weights(setup.install(setup.float_model()), state, f"{run}: {weights}.pt")

@@ -102,6 +102,7 @@ def settle(arguments: list[str]) -> int:
     """Run more seeds of two settings until they differ significantly or are equivalent; print the verdict."""
     from qbench.cli.settle import parse
     from qbench.experiment import jobs, sweep
+    from qbench.experiment.data_check import check_stored
     from qbench.experiment.planned_run import PlannedRun
     from qbench.report.comparison.sequential_test import MissingRunError, run_sequential_test
     from qbench.runs.reader import RunRecord
@@ -110,6 +111,7 @@ def settle(arguments: list[str]) -> int:
     with stop_on_signals() as stop:
 
         def run(runs: list[PlannedRun]) -> list[RunRecord]:
+            check_stored(runs)
             missing = [planned for planned in runs if not planned.directory.stored()]
             if missing and test.launcher == "joblib":
                 sweep.launch_all([], missing, test.launcher, stop)

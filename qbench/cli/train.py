@@ -51,11 +51,13 @@ def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
 
     If the row is already stored, it is printed without importing torch.
     """
+    from qbench.experiment.data_check import check_stored
     from qbench.report.tables.escape import printable
     from qbench.report.tables.run_row import row
     from qbench.runs import manifest
     from qbench.system import files
 
+    check_stored([planned])
     directory = planned.directory
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     result = None if planned.config.rerun else directory.stored()
@@ -89,10 +91,12 @@ def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[],
     """Train the runs of a sweep and print their table."""
     from qbench.config import compose
     from qbench.experiment import jobs, sweep
+    from qbench.experiment.data_check import check_stored
     from qbench.report.comparison.compare import compare as comparison_tables
     from qbench.report.tables.table import text
     from qbench.runs.reader import with_baselines
 
+    check_stored(runs)
     if any(planned.config.rerun or not planned.directory.stored() for planned in runs):
         name = compose.launcher(arguments)
         records = sweep.launch_all(arguments, runs, name, stop) if name else sweep.run_all(runs, stop)

@@ -10,6 +10,7 @@ A run that stops at any batch therefore resumes with the same images, in memory 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self, TypeVar
 
 import torch
@@ -115,7 +116,12 @@ class Dataset:
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         counts: dict[str, str | int] = {f"{name}_images": len(split) for name, split in splits.items()}
-        return counts | {f"{name}_sha256": _sha256(split) for name, split in splits.items()} | dict(self.files)
+        return counts | self._split_sha256 | dict(self.files)
+
+    @cached_property
+    def _split_sha256(self) -> dict[str, str]:
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {f"{name}_sha256": _sha256(split) for name, split in splits.items()}
 
 
 def _sha256(split: Split | FileSplit) -> str:

@@ -9,7 +9,9 @@ from torch import nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.config import registry
+from qbench.config.identity import digest
 from qbench.config.schema import Node
+from qbench.data import sources
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_check import check_dataset
 from qbench.data.spec import placeholder_dataset
@@ -34,11 +36,18 @@ def build_dataset(node: Node) -> Dataset:
 @lru_cache(maxsize=2)
 def _dataset(node_json: str) -> Dataset:
     node = json.loads(node_json)
+    before = sources.stamp(node)
     data = registry.create("dataset", node)
     if not isinstance(data, Dataset):
         raise ConfigError(f"dataset={node['name']}: returned a {type(data).__name__}, not a Dataset")
     check_dataset(data, str(node["name"]))
+    sources.remember_sha256(node, before, images_sha256(data))
     return data
+
+
+def images_sha256(data: Dataset) -> str:
+    """Return the digest of a data set's fingerprint, which covers all images and labels in order."""
+    return digest({key: value for key, value in data.fingerprint().items() if key != "files_ignored"})
 
 
 def build_imageless_dataset(node: Node) -> Dataset | None:

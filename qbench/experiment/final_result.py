@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, LevelCount
-from qbench.config.identity import digest
 from qbench.cost.count import count_cost, coverage
 from qbench.data.dataset import Loader
+from qbench.experiment.builders import images_sha256
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
 from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
@@ -62,7 +62,7 @@ def final_result(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
         levels=_levels(model, verified, setup.method.bits.w), baseline=_baseline_result(baseline),
-        data_sha256=digest(setup.data.fingerprint()), cost=count_cost(model, setup.macs),
+        data_sha256=images_sha256(setup.data), cost=count_cost(model, setup.macs),
         speed=session.speed(setup.device, state.epoch), quantizers=reports(model), card=setup.card,
         protocol_changes=setup.protocol_changes, weights_sha256=weights_sha256(last), state_sha256=state_sha256,
         wall_seconds=session.wall_seconds, notes=notes,

@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from qbench.errors import CheckpointError, Diverged, Interrupted
+from qbench.experiment.builders import images_sha256
 from qbench.experiment.context import RunContext
+from qbench.experiment.data_check import has_other_data, other_data_error
 from qbench.experiment.final_result import final_result
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.session import TrainingSession, record_failure
@@ -32,19 +34,27 @@ PROBE_IMAGES = 256
 """Number of training images on which methods measure."""
 
 
-def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool = False) -> Result:
+def run(
+    planned: PlannedRun, context: RunContext | None = None, *, intact: bool = False, replace_other_data: bool = False
+) -> Result:
     """Return a run's stored result. If there is none, do the run, starting from the newest checkpoint if any.
 
     Args:
         intact: whether a stored result counts only if best.pt is intact too. This is needed if another run will load
             best.pt.
+        replace_other_data: whether to train again if the stored result was measured with other
+            images than the data set holds now. Otherwise this is an error.
 
     Raises:
         QbenchError: any class in `qbench.errors`. A run that has started keeps its directory.
     """
     context = context or RunContext()
     directory, rerun = planned.directory, planned.config.rerun
-    if not rerun and (stored := _stored(directory, intact, context)):
+
+    def stored_result() -> Result | None:
+        return None if rerun else _stored(planned, intact, replace_other_data, context)
+
+    if stored := stored_result():
         directory.remove_checkpoints()
         return stored
     manifest.changed()  # call git before locking: its process would inherit the lock and might outlive this process
@@ -55,12 +65,12 @@ def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool 
             directory.write_config()
             return directory.finish(directory.new_result("unsupported", str(reason)))
     with directory.lock(context.waiting(directory.path)):
-        if not rerun and (stored := _stored(directory, intact, context)):  # another process has finished the run
+        if stored := stored_result():  # another process has finished the run
             return stored
         if directory.has_result():  # replace a final result, or repeat a failed run
-            directory.reset(whole=rerun or directory.stored() is not None)
+            directory.reset(whole=rerun or replace_other_data or directory.stored() is not None)
         try:
-            baseline = run(setup.baseline, context, intact=True) if setup.needs_baseline else None
+            baseline = _baseline_result(setup, context) if setup.needs_baseline else None
             context.reporter.log = directory.path / "log.txt"
             return directory.finish(_train(setup, directory, baseline, context))
         except Interrupted:
@@ -74,8 +84,18 @@ def run(planned: PlannedRun, context: RunContext | None = None, *, intact: bool 
             context.reporter.log = None
 
 
-def _stored(directory: RunDirectory, intact: bool, context: RunContext) -> Result | None:
-    """Return the stored result. With `intact`, require intact weights. Report damage."""
+def _baseline_result(setup: ExperimentSetup, context: RunContext) -> Result:
+    """Return the result of the float baseline. `rerun=true` trains it again only on other images."""
+    return run(setup.baseline, context, intact=True, replace_other_data=setup.config.rerun)
+
+
+def _stored(planned: PlannedRun, intact: bool, replace_other_data: bool, context: RunContext) -> Result | None:
+    """Return the stored result. With `intact`, require intact weights. Report damage.
+
+    Raises:
+        CheckpointError: the result was measured with other images, and is not to be replaced.
+    """
+    directory = planned.directory
     stored = directory.stored()
     result = load_result(directory.path)
     if directory.has_result() and (not result or result.identity != directory.identity.digest):
@@ -84,6 +104,11 @@ def _stored(directory: RunDirectory, intact: bool, context: RunContext) -> Resul
     weights = directory.path / "best.pt"
     if stored and intact and stored.status == "done" and not is_intact(weights, directory.identity.digest):
         context.reporter.say(f"warning: {weights} is damaged or missing; the run starts over")
+        return None
+    if stored and has_other_data(planned, stored, context.reporter.say):
+        if not replace_other_data:
+            raise other_data_error([directory.path], stored.dataset)
+        context.reporter.say(f"warning: {directory.path} was trained on other images; the run starts over")
         return None
     return stored
 
@@ -102,7 +127,8 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         device=setup.device,
         data=setup.data.fingerprint(),
     )
-    session = TrainingSession(directory, context, setup.runtime, setup.title, setup.hyperparameters)
+    data_sha256 = images_sha256(setup.data)
+    session = TrainingSession(directory, context, setup.runtime, setup.title, setup.hyperparameters, data_sha256)
     try:
         baseline_path = Path(baseline.run) if baseline else None
         method = setup.with_teacher(baseline_path)

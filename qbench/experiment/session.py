@@ -14,6 +14,7 @@ from torch import Tensor
 from qbench.config.schema import Runtime
 from qbench.errors import Diverged, QbenchError
 from qbench.experiment.context import RunContext
+from qbench.experiment.data_check import other_data_error
 from qbench.runs import tensorboard
 from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger, Record
@@ -27,7 +28,7 @@ from qbench.training.monitor import TrainingMonitor
 from qbench.training.state import State
 from qbench.training.task import Task
 
-"""The content of a checkpoint: the run's `identity`, the `state` of the training, and `session`."""
+"""The content of a checkpoint: `identity` of the run, `data`, `state` of the training, `session`."""
 
 
 class TrainingSession:
@@ -41,6 +42,7 @@ class TrainingSession:
         runtime: settings of the execution.
         title: the name of the run in the progress display.
         hyperparameters: the run's row in TensorBoard's table.
+        data_sha256: digest of the images, which every checkpoint holds.
 
     Attributes:
         saved: the checkpoint to continue from, or None for a new run.
@@ -53,8 +55,10 @@ class TrainingSession:
         runtime: Runtime,
         title: str,
         hyperparameters: tensorboard.Columns,
+        data_sha256: str,
     ) -> None:
         self.directory, self.context, self.runtime, self.title = directory, context, runtime, title
+        self.data_sha256 = data_sha256
         self.saved = self._newest()
         past = self.saved["session"] if self.saved else {}
         self.train_seconds: float = past.get("train_seconds", 0.0)
@@ -121,7 +125,8 @@ class TrainingSession:
         ):
             raise Diverged(f"{bad} is not finite in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
         self.monitor.check(task.model, f"in epoch {state.epoch}, step {state.step}")
-        data = pack({"identity": self.directory.identity.digest, "state": saved, "session": session})
+        identity = self.directory.identity.digest
+        data = pack({"identity": identity, "data": self.data_sha256, "state": saved, "session": session})
         self.directory.save_state(state.step, data)
         self._saved_at = time.perf_counter()
 
@@ -158,9 +163,16 @@ class TrainingSession:
         self.logger.records([*records, ("epoch", state.step, record.metrics())])
 
     def _newest(self) -> Saved | None:
-        """Return the newest intact checkpoint, or None if there is none."""
+        """Return the newest intact checkpoint, or None if there is none.
+
+        Raises:
+            CheckpointError: the run had other images when the checkpoint was saved.
+        """
         directory = self.directory
-        return load_newest(directory.checkpoints(), directory.identity.digest, self.context.reporter.say)
+        saved = load_newest(directory.checkpoints(), directory.identity.digest, self.context.reporter.say)
+        if saved and saved.get("data") != self.data_sha256:
+            raise other_data_error([directory.path], directory.identity.dataset)
+        return saved
 
 
 def _peak_bytes() -> int:

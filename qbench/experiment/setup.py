@@ -24,9 +24,11 @@ from qbench.experiment.builders import (
     build_imageless_dataset,
     build_method,
     build_model,
+    images_sha256,
     method_card,
 )
 from qbench.experiment.checks import check_average, check_distill, check_model_keys, check_runtime, check_splits
+from qbench.experiment.data_check import check_same_data
 from qbench.experiment.device import bf16_autocast, choose_device, configure_torch
 from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.experiment.trained_network import load_weights, stored_run
@@ -205,6 +207,7 @@ class ExperimentSetup:
 
         Raises:
             ConfigError: the teacher was trained on other data, or it names code that is not trusted.
+            CheckpointError: its data set holds other images now.
         """
         run, dataset, data = Path(self.config.distill.teacher), self.config.dataset["name"], self.data
         named = f"distill.teacher={run}"
@@ -215,6 +218,7 @@ class ExperimentSetup:
         if config.dataset["name"] != dataset:
             raise ConfigError(f"{named} was trained on {config.dataset['name']}, but this run has dataset={dataset}")
         teacher = assemble(config)
+        check_same_data(run, images_sha256(teacher.data), dataset)
         configure_torch(self.runtime)  # `assemble` has set the options of the teacher's run
         if (teacher.data.shape, teacher.data.classes) != (data.shape, data.classes):
             raise ConfigError(

@@ -102,6 +102,7 @@ LOST = {
 }
 TESTED_ELSEWHERE = {
     "identity": "without it a checkpoint is not used (tests/reliability/test_damaged_files.py)",
+    "data": "digest of the images (tests/experiment/test_data_check.py)",
     "state.random.cuda": "empty without a GPU",
     "session.wall_seconds": "test_a_run_may_be_stopped_several_times",
     "session.memory": "memory of warnings and observation (tests/training/test_layer_stats.py)",
@@ -184,7 +185,7 @@ def without(saved: dict[str, Any] | None, initial: dict[str, Any], piece: str) -
 
 def test_every_piece_of_a_checkpoint_is_tested(at: At) -> None:
     saved = newest_checkpoint(stopped(at("alone", *recipe("float", "sgd", 0.9)), 1))
-    existing = {"identity", *(f"session.{key}" for key in saved["session"])}
+    existing = {"identity", "data", *(f"session.{key}" for key in saved["session"])}
     for key, part in saved["state"].items():
         inner = COUNTERS if key == "counters" else part if key == "random" else ()
         existing |= {f"state.{key}.{name}" for name in inner} or {f"state.{key}"}

@@ -9,6 +9,7 @@ from qbench.bits import FLOAT
 from qbench.report.comparison import naming
 from qbench.report.comparison.aggregation import aggregate, with_control
 from qbench.report.comparison.columns import DEFAULT, columns_in
+from qbench.report.comparison.data_versions import separate_data_versions
 from qbench.report.comparison.duplicates import without_duplicates
 from qbench.report.comparison.lr_selection import SelectedLearningRate, is_candidate, select_learning_rate
 from qbench.report.comparison.setting import Setting
@@ -25,17 +26,17 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
 
     A row is a setting: one method with its options at its widths. The accuracy of a setting is the
     mean over seeds of test top-1 after the last epoch. The difference in accuracy is measured from
-    each run's own float baseline. Runs of different protocols are never averaged and never share a
-    table. The titles of tables name the keys in which protocols differ. With lr_search=grid, a
-    setting contains only the runs of the learning rate that is best on validation data. Test
-    accuracies at the other rates are not shown.
+    each run's own float baseline. Runs of different protocols, or on different images, are never
+    averaged and never share a table. The titles of tables name the keys in which protocols differ.
+    With lr_search=grid, a setting contains only the runs of the learning rate that is best on
+    validation data. Test accuracies at the other rates are not shown.
 
     Args:
         runs: the records that `qbench.runs.reader.read` returns.
         by: keys of `naming.run_keys`. Runs with different values of these keys belong to separate tables.
     """
     runs, duplicate_notes = without_duplicates(runs)
-    results = [run.result for run in runs if run.status == DONE and run.result is not None]
+    results = separate_data_versions([run.result for run in runs if run.status == DONE and run.result is not None])
     context = _Context(
         baselines={_directory_name(r.run): r for r in results if naming.is_baseline(r)},
         labels=naming.labels(results),
@@ -137,7 +138,9 @@ def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, 
     for result in results:
         if result.baseline:
             name = _directory_name(result.baseline.run)
-            grouped[naming.network_keys(result)][name] = context.baselines.get(name) or _recorded_baseline(result)
+            found = context.baselines.get(name)
+            same_data = found is not None and found.data_sha256 in (None, result.data_sha256)
+            grouped[naming.network_keys(result)][name] = found if found and same_data else _recorded_baseline(result)
     return [(network, list(baselines.values())) for network, baselines in sorted(grouped.items())]
 
 

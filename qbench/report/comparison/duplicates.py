@@ -15,11 +15,17 @@ def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list
     for run in sorted(runs, key=lambda r: (r.recorded, str(r.path))):
         finished = run.result is not None and run.status in (DONE, "unsupported")
         identity = (run.result.identity if finished and run.result else "") or id(run)
-        if identity in kept:
+        if identity in kept and _same_images(run, kept[identity]):
             duplicates.append(run)
         else:
-            kept[identity] = run
+            kept[(identity, run.path) if identity in kept else identity] = run
     return list(kept.values()), list(_notes(duplicates, kept))
+
+
+def _same_images(run: RunRecord, other: RunRecord) -> bool:
+    """Whether two runs of one identity had the same images, as far as is known."""
+    digests = {r.result.data_sha256 for r in (run, other) if r.result and r.result.data_sha256}
+    return len(digests) < 2
 
 
 def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) -> Iterator[str]:

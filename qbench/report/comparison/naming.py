@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from qbench.config.schema import RATE
+from qbench.report.comparison import data_versions
 from qbench.runs.result import Result
 
 
@@ -33,6 +34,8 @@ def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
         names = differing[block.dataset, block.model]
         if keys.get("lr_search") == '"grid"':
             names = sorted({*names, "lr_grid.factors", "lr_search"})
+        if data_versions.KEY in keys:
+            names = sorted({*names, data_versions.KEY})
         typed = [f"{n}={keys.get(n, '?')}" for n in names if n in keys or not n.startswith("lr_grid.")]
         named[block] = title + (f"; protocol with {', '.join(typed)}" if typed else "")
     return named

@@ -1,0 +1,38 @@
+"""Separates runs that were measured on different images under one name of a data set."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qbench.config.identity import digest
+from qbench.runs.result import Result
+
+KEY = "data"
+"""The protocol key that holds the first digits of the images' digest, if they differ."""
+
+
+def separate_data_versions(results: Sequence[Result]) -> list[Result]:
+    """Return the results, with the images as part of the protocol where they differ.
+
+    Runs with the same keys of `dataset` have the same images unless the files were changed. Then
+    the runs get different protocols, so that they share no table and are not compared.
+    """
+    versions: dict[str, set[str]] = defaultdict(set)
+    for result in results:
+        versions[_dataset_keys(result)] |= {result.data_sha256} if result.data_sha256 else set()
+    return [_marked(result) if len(versions[_dataset_keys(result)]) > 1 else result for result in results]
+
+
+def _dataset_keys(result: Result) -> str:
+    return json.dumps([result.dataset, result.protocol.keys.get("dataset")], sort_keys=True)
+
+
+def _marked(result: Result) -> Result:
+    version = (result.data_sha256 or "unknown")[:8]
+    protocol = replace(
+        result.protocol,
+        hash=digest({"hash": result.protocol.hash, KEY: version}),
+        keys=result.protocol.keys | {KEY: version},
+    )
+    return replace(result, protocol=protocol)
