@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Split, split_validation
 from qbench.data.normalize import normalization
 from qbench.errors import DataError, ResourceError
+from qbench.system.locks import locked
 from qbench.system.torchvision import torchvision
 
 ExpectedFiles = Mapping[Path, str | None]
@@ -139,10 +139,10 @@ def ensure_files(files: ExpectedFiles, root: Path, download: bool, fetch: Callab
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(
-            root / ".fetching.lock"
-        ):  # if several runs of a sweep start at the same time, only one of them downloads
+        with locked(root / ".fetching.lock"):  # if runs of a sweep start at the same time, only one of them downloads
             fetch()
+    except ResourceError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in ACCESS_ERRORS:
             raise ResourceError(f"dataset.download=true: {error.filename or root}: {error.strerror}") from None

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from qbench.config.identity import RunIdentity
 from qbench.runs.result import Protocol, Result, load_result, store_result
 from qbench.system import files
+from qbench.system.locks import locked
 
 FINAL = ("done", "unsupported")
 """Statuses of final results. A final result is not computed again if the run is repeated."""
@@ -61,20 +62,9 @@ class RunDirectory:
         While another process holds the lock, call `waiting` every 0.5 s.
         """
         files.make_directory(self.path)
-        lock = FileLock(self.path / ".lock")
-        while True:
-            try:
-                lock.acquire(timeout=0.5)
-                break
-            except Timeout:
-                waiting()
-            except OSError as error:
-                raise files.resource_error(error, self.path / ".lock") from error
-        try:
+        with locked(self.path / ".lock", waiting):
             self._remove_temporary_files()
             yield
-        finally:
-            lock.release()
 
     def write_config(self) -> None:
         """Write the whole configuration to config.yaml. The file is sufficient to repeat the run."""
@@ -105,7 +95,7 @@ class RunDirectory:
         Do nothing if another process has the lock, or if the directory cannot be written to.
         """
         if self.checkpoints():
-            with suppress(OSError), FileLock(self.path / ".lock", timeout=0):
+            with suppress(OSError), FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False):
                 for path in self.checkpoints() if self.stored() else ():
                     path.unlink()
 

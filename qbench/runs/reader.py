@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from filelock import FileLock, Timeout
 
 from qbench.config.identity import run_identity
 from qbench.config.validate import from_dict
@@ -18,6 +17,7 @@ from qbench.runs import event_files
 from qbench.runs.hits import Hits, load_hits, pack_hits, unpack_hits
 from qbench.runs.result import Evaluation, Protocol, Result, load_result, parse_result
 from qbench.system import files
+from qbench.system.locks import is_locked
 
 DONE = "done"
 FROM_LOGS = "from the logs"
@@ -130,7 +130,7 @@ def _load_record(record: dict[str, Any], protocols: Mapping[str, Any]) -> RunRec
 
 def read_run(path: Path) -> RunRecord:
     """Return the run in one directory. If there is no intact result, read the logs."""
-    if _is_locked(path):
+    if is_locked(path / ".lock"):
         return RunRecord(path=path, status="running", reason=_progress(_metrics(path)[0]))
     has_result = (path / "result.json").exists()
     if has_result and (result := load_result(path)):
@@ -157,18 +157,6 @@ def _run_directories(root: Path) -> Iterator[Path]:
     for path in [root, *(p for p in root.rglob("*") if p.is_dir())]:
         if any(next(path.glob(mark), None) for mark in marks):
             yield path
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds the run's lock. Process ids are not used, because the system reuses them."""
-    if not (path / ".lock").exists():
-        return False
-    lock = FileLock(path / ".lock")
-    try:
-        with lock.acquire(timeout=0):
-            return False
-    except (Timeout, OSError):
-        return True
 
 
 def _progress(lines: list[Line]) -> str:

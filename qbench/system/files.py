@@ -126,12 +126,20 @@ def parse_json(data: bytes) -> dict[str, Any] | None:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents.
+    """Create a directory and its parents durably: each new one is synced in its parent.
 
     Raises:
         ResourceError: the disk or its permissions prevent creation.
     """
-    convert_os_errors(lambda: path.mkdir(parents=True, exist_ok=True), path)
+
+    def make() -> None:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            sync_directory(folder.parent)
+        path.mkdir(exist_ok=True)  # an error if it is a file
+
+    convert_os_errors(make, path)
 
 
 def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:

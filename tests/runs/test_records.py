@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Configure
-from helpers import evaluation
+from filelock import FileLock
+from helpers import evaluation, plant
 
 from qbench.cost.network_cost import NetworkCost
 from qbench.errors import ConfigError, ResourceError
@@ -22,7 +24,7 @@ from qbench.report.tables.run_row import row
 from qbench.runs import manifest
 from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
-from qbench.runs.reader import RunRecord, dump_records, load_records
+from qbench.runs.reader import RunRecord, dump_records, load_records, read_run
 from qbench.runs.result import BaselineResult, Protocol, Result, with_checksum
 from qbench.system import files
 
@@ -137,6 +139,75 @@ def test_only_one_process_locks_a_directory(configure: Configure) -> None:
         raise AssertionError("two locks at once")
     with second.lock(waiting):
         pass
+
+
+NO_ANSWER = ("EROFS", "EACCES", "ENOSYS", "EOPNOTSUPP", "ENOLCK")
+
+
+@pytest.mark.parametrize("error", NO_ANSWER)
+@pytest.mark.parametrize("call", ["open", "flock"])
+def test_a_lock_that_cannot_be_asked_is_not_held(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, error: str, call: str
+) -> None:
+    path = plant(configure("method=dorefa", "bits=w2"), 90.0)
+    original, code = os.open, getattr(errno, error)
+
+    def fail(file: Any, *arguments: Any, **options: Any) -> Any:
+        if call == "open" and not str(file).endswith(".lock"):
+            return original(file, *arguments, **options)
+        raise OSError(code, os.strerror(code), str(file))
+
+    assert read_run(path).status == "done"
+    monkeypatch.setattr(*((os, "open") if call == "open" else (fcntl, "flock")), fail)
+    assert read_run(path).status == "done"
+    (path / "result.json").unlink()
+    assert read_run(path).status == "unfinished"
+
+
+@pytest.mark.parametrize("error", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+def test_a_file_system_without_locks(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, code = planned_run(configure("method=dorefa")).directory, getattr(errno, error)
+    with directory.lock():
+        pass  # leaves a lock file
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    began = time.monotonic()
+    with directory.lock(lambda: pytest.fail("another process does not hold it")):
+        assert (directory.path / ".lock").exists()
+    assert time.monotonic() - began < 1
+    assert "the file system has no locks" in capsys.readouterr().err
+
+
+def test_a_lock_on_a_read_only_directory_is_seen(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, original = plant(configure("method=dorefa", "bits=w2"), 90.0), os.open
+
+    def read_only(file: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+        return original(file, flags, *arguments, **options)
+
+    with FileLock(path / ".lock"):
+        monkeypatch.setattr(os, "open", read_only)
+        assert read_run(path).status == "running"
+    assert read_run(path).status == "done"
+
+
+def test_new_directories_are_synced_in_their_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_directory", synced.append)
+    files.make_directory(tmp_path / "a" / "b" / "c")
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    files.make_directory(tmp_path / "a" / "d")
+    files.make_directory(tmp_path / "a" / "d")
+    assert synced[3:] == [tmp_path / "a"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="file"):
+        files.make_directory(tmp_path / "file")
 
 
 def test_changes_since_a_manifest(tmp_path: Path) -> None:

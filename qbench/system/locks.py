@@ -1,0 +1,69 @@
+"""Locks on files, which end with the process that holds them.
+
+Some file systems have no locks: their errors say that the question has no answer, not that another
+process holds the lock.
+"""
+
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qbench.system import files
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+"""Errors of file systems that have no locks."""
+POLL_SECONDS = 0.5
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock file, which is created and stays. Without locks, warn and go on.
+
+    While another process holds the lock, call `waiting` every 0.5 s.
+
+    Raises:
+        ResourceError: the file cannot be created or opened.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    while True:
+        try:
+            lock.acquire(timeout=POLL_SECONDS)
+            break
+        except Timeout:
+            waiting()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise files.resource_error(error, path) from error
+            why = "the file system has no locks; start no other process that writes there"
+            print(f"warning: {path}: {why}", file=sys.stderr)
+            break
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds a lock file; False if it is missing or cannot be asked.
+
+    The file is only read, so that the answer is right on a read-only file system too.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
