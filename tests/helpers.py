@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,21 @@ def qbench(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.Comp
         [sys.executable, "-m", "qbench", *words],
         capture_output=True, text=True, cwd=cwd, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
     )  # fmt: skip
+
+
+def processes_of(session: int) -> list[int]:
+    """Return the ids of the processes of a session that are alive."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, own = stat.read_text().rpartition(")")[2].split()[:4]
+            found += [int(stat.parent.name)] if int(own) == session and state != "Z" else []
+    return sorted(found)
+
+
+def semaphores() -> set[str]:
+    """Return the names of the named semaphores of all processes."""
+    return {path.name for path in Path("/dev/shm").glob("sem.*")}
 
 
 def results(out: Path) -> dict[str, dict[str, object]]:

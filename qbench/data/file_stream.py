@@ -23,9 +23,9 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from qbench.data.augment import Augment
+from qbench.system.signals import STOP_SIGNALS
 
 START_METHOD = "forkserver"
-BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,11 @@ def _ensure_fork_server() -> None:
 
     The server and its children inherit the blocked signals.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, BLOCKED_SIGNALS
-        )  # starting the tracker unblocks the signals, so start it first
+        # starting the tracker unblocks the signals, so start it first
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

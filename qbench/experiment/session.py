@@ -88,14 +88,11 @@ class TrainingSession:
 
         def step(state: State, loss: Tensor) -> None:
             reporter.step(state.step, loss.item)
-            stopping = context.stop()
             due = time.perf_counter() - self._saved_at > self.runtime.checkpoint_seconds
-            if stopping or (
-                due and state.batch < task.steps
-            ):  # the last step of an epoch is saved together with the epoch
+            # the last step of an epoch is saved together with the epoch
+            if context.stop() or (due and state.batch < task.steps):
                 self.save(task, state)
-            if stopping:
-                context.check()
+                context.check()  # also for a signal that came while saving
 
         def epoch(state: State, record: EpochRecord, losses: list[Tensor]) -> None:
             self._write_epoch(task, state, record, losses)

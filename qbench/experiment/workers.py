@@ -15,7 +15,11 @@ from qbench.config.schema import baseline_config
 from qbench.experiment.jobs import check, work
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.sweep_progress import POLL_SECONDS
+from qbench.system.signals import STOP_SIGNALS, end_with_parent, step_in_progress
 from qbench.system.streams import keep_running_without_reader
+
+CHECKS = 3
+"""Number of times that the check of a sweep begins again if its process is killed."""
 
 
 def worker_count(threads: int, limit: str = "") -> int:
@@ -36,12 +40,13 @@ def run_in_processes(runs: Sequence[PlannedRun], workers: int, stop: Callable[[]
     in a separate process. A run that kills its process again therefore does not affect other runs.
     """
     waiting, suspects = baselines_first(runs), list[PlannedRun]()
-    checked = False
+    checks = CHECKS
     while waiting and not stop():
         with _pool(workers) as pool:
-            if not checked:
-                pool.submit(check, runs).result()
-                checked = True
+            if checks and not _checked(pool, runs, stop):
+                checks -= 1
+                continue
+            checks = 0
             if interrupted := _finish(pool, waiting, workers, stop):
                 print(
                     f"warning: a worker was killed; {len(interrupted)} runs in progress will be repeated at the end",
@@ -49,8 +54,9 @@ def run_in_processes(runs: Sequence[PlannedRun], workers: int, stop: Callable[[]
                 )
                 suspects += interrupted
     for planned in suspects:
+        left = [planned]
         with _pool(1) as pool:
-            if _finish(pool, [planned], 1, stop):
+            if _finish(pool, left, 1, stop) or (left and not stop()):
                 print(f"warning: the process of {planned.path} was killed again", file=sys.stderr)
 
 
@@ -58,17 +64,18 @@ def run_in_processes(runs: Sequence[PlannedRun], workers: int, stop: Callable[[]
 def _pool(workers: int) -> Iterator[Executor]:
     from joblib.externals.loky.process_executor import ProcessPoolExecutor
 
-    pool = ProcessPoolExecutor(workers, initializer=_prepare_worker)
+    pool = ProcessPoolExecutor(workers, initializer=_prepare_worker, initargs=(os.getpid(),))
     try:
         yield pool
     finally:
         pool.shutdown(kill_workers=True)
 
 
-def _prepare_worker() -> None:
-    """Import the modules that every run needs. Ignore signals between runs."""
+def _prepare_worker(parent: int) -> None:
+    """Import the modules that every run needs. Ignore signals between runs; end with the parent."""
+    end_with_parent(parent)
     keep_running_without_reader()
-    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for kind in STOP_SIGNALS:
         signal.signal(kind, signal.SIG_IGN)
     for module in ("qbench.experiment.run", "torch.utils.tensorboard"):
         import_module(module)
@@ -78,23 +85,50 @@ def _prepare_worker() -> None:
     gc.freeze()  # joblib's workers collect garbage every second; leave out these objects
 
 
+def _checked(pool: Executor, runs: Sequence[PlannedRun], stop: Callable[[], int]) -> bool:
+    """Check the runs in a process. Return False if the process was killed or a signal came.
+
+    Raises:
+        ConfigError: a run has a key or value that no part accepts.
+    """
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    try:
+        job = pool.submit(check, runs)
+        while not stop() and not wait([job], POLL_SECONDS).done:
+            pass
+        if job.done():
+            job.result()
+        return job.done()
+    except BrokenProcessPool:
+        print("warning: the process that checks the runs was killed", file=sys.stderr)
+        return False
+
+
 def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Callable[[], int]) -> list[PlannedRun]:
-    """Do the waiting runs in a pool. If a process is killed, return the runs in progress."""
+    """Do the waiting runs in a pool. If a process was killed, return the runs in progress.
+
+    The runs that had not begun then stay in `waiting`.
+    """
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     working: dict[Future[None], PlannedRun] = {}
-    while working or (waiting and not stop()):
-        while waiting and len(working) < workers and not stop():
-            planned = waiting.pop(0)
-            working[pool.submit(work, planned)] = planned
-        ended, _ = wait(working, POLL_SECONDS, FIRST_COMPLETED)
-        if any(isinstance(job.exception(), BrokenProcessPool) for job in ended):
-            return [planned for job, planned in working.items() if not job.done() or job.exception()]
-        for job in ended:
-            job.result()
-            del working[job]
-        for process in active_children() if stop() else ():
-            process.terminate()  # the process first saves its run
+    with step_in_progress():  # each worker ends in time by itself
+        while working or (waiting and not stop()):
+            try:
+                while waiting and len(working) < workers and not stop():
+                    working[pool.submit(work, waiting[0])] = waiting[0]
+                    del waiting[0]
+            except BrokenProcessPool:  # a process was killed between two runs
+                return [planned for job, planned in working.items() if not job.done() or job.exception()]
+            ended, _ = wait(working, POLL_SECONDS, FIRST_COMPLETED)
+            if any(isinstance(job.exception(), BrokenProcessPool) for job in ended):
+                return [planned for job, planned in working.items() if not job.done() or job.exception()]
+            for job in ended:
+                job.result()
+                del working[job]
+            for process in active_children() if stop() else ():
+                process.terminate()  # the process first saves its run
     return []
 
 

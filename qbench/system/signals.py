@@ -1,31 +1,75 @@
-"""Stores the last received signal. Loops read it, so a run stops between two steps."""
+"""Stops a process on a signal: between two steps of training, and soon if anything else takes long."""
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+from qbench.errors import Interrupted
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+GRACE_SECONDS = 10.0
+"""Seconds from a signal, or from the end of the step that it met, to the end of the process."""
+
+_step = threading.RLock()
+
+
+@contextmanager
+def step_in_progress() -> Iterator[None]:
+    """Let the work inside end before the time limit of a signal begins."""
+    with _step:
+        yield
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the last signal received, or 0.
 
-    SIGINT, SIGTERM and SIGUSR1 are handled. SIGINT after an earlier signal ends the process at once. This is safe,
-    because files are written atomically, and locks are released when the process ends.
+    The process is expected to stop soon after a signal. If it has not left the context 10 s after
+    the step that it was in, it ends at once, and so it does on SIGINT after an earlier signal. This
+    is safe, because files are written atomically, and locks are released when the process ends.
+    SIGHUP has no effect where it is ignored, as under nohup.
     """
     number = 0
+    left = threading.Event()
+
+    def end_late() -> None:
+        with _step:
+            pass
+        if not left.wait(GRACE_SECONDS):
+            message = f"qbench: stopped by signal {number}; the same command goes on from the last checkpoint\n"
+            with suppress(OSError):
+                os.write(2, message.encode())
+            os._exit(Interrupted.status)
 
     def note(received: int, frame: FrameType | None) -> None:
         nonlocal number
         if received == signal.SIGINT and number:
-            os._exit(75)
+            os._exit(Interrupted.status)
+        if not number:
+            threading.Thread(target=end_late, daemon=True).start()
         number = received
 
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    kinds = [kind for kind in STOP_SIGNALS if kind != signal.SIGHUP or not ignored]
     before = {kind: signal.signal(kind, note) for kind in kinds}
     try:
         yield lambda: number
     finally:
+        left.set()
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def end_with_parent(parent: int) -> None:
+    """Start a thread that ends this process as soon as its parent process, `parent`, has ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(Interrupted.status)
+
+    threading.Thread(target=watch, daemon=True).start()

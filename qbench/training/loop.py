@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qbench.errors import Diverged, Interrupted
 from qbench.quant.layers import NotFinite, fully_quantized
 from qbench.runs.result import Accuracy
+from qbench.system.signals import step_in_progress
 from qbench.training.checkpoint import cpu_copy
 from qbench.training.divergence import divergence_error, gradient_norm
 from qbench.training.epoch_record import EpochRecord
@@ -77,30 +78,36 @@ def train_epoch(task: Task, state: State, callbacks: Callbacks = Callbacks()) ->
         teacher.eval()
     began = time.perf_counter()
     for batch in task.train(state.epoch, state.batch):
-        images, labels = batch
-        set_learning_rate(state.optimizer, task.rate(state.epoch, state.batch))
-        try:
-            logits = task.logits(images)
-        except NotFinite as error:
-            raise divergence_error(task, state, str(error), images) from None
-        loss = task.loss(logits, batch)
-        state.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        _check_and_clip_gradients(task, state, loss, images)
-        if method.step is None:
-            state.optimizer.step()
-        else:
-            method.step(model, state.optimizer)
-        if state.average:
-            state.average.update(model)
-        loss = loss.detach()
+        with step_in_progress():
+            loss, hits = _train_step(task, state, batch)
         state.batch, state.step = state.batch + 1, state.step + 1
         state.losses.append(loss)
-        state.images += len(labels)
-        state.hits = state.hits + (logits.argmax(1) == labels).sum()
+        state.images += len(batch[1])
+        state.hits = state.hits + hits
         now = time.perf_counter()
         state.seconds, began = state.seconds + now - began, now
         callbacks.on_step(state, loss)
+
+
+def _train_step(task: Task, state: State, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Update the network with one batch. Return the loss and the number of correct predictions."""
+    model, method, (images, labels) = task.model, task.method, batch
+    set_learning_rate(state.optimizer, task.rate(state.epoch, state.batch))
+    try:
+        logits = task.logits(images)
+    except NotFinite as error:
+        raise divergence_error(task, state, str(error), images) from None
+    loss = task.loss(logits, batch)
+    state.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    _check_and_clip_gradients(task, state, loss, images)
+    if method.step is None:
+        state.optimizer.step()
+    else:
+        method.step(model, state.optimizer)
+    if state.average:
+        state.average.update(model)
+    return loss.detach(), (logits.argmax(1) == labels).sum()
 
 
 def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, images: Tensor) -> None:

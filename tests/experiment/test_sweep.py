@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from helpers import qbench, results
+from helpers import processes_of, qbench, results, semaphores
 
 from qbench.config import groups
 from qbench.experiment import workers
@@ -26,6 +26,9 @@ def data(*, val: float = 0.1):
     raise DataError("planted: no such file")
 
 def build(*, w: int = 2, a: int = 32, g: int = 32, how: str = "not"):
+    if how == "check" and not os.path.exists("checked"):
+        open("checked", "w").close()
+        os.kill(os.getpid(), 9)
     def step(model, optimizer):
         if how == "raise":
             raise KeyError("planted")
@@ -167,6 +170,36 @@ def test_a_killed_worker_costs_nothing(tmp_path: Path) -> None:
     assert stored.keys() == {"not", "kill"}, "a run that kills every process has no result"
     assert stored["kill"] == stored["not"] is not None
     assert done.stdout.count("unfinished") == 1
+
+
+def test_a_worker_killed_while_the_sweep_is_checked_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SABOTAGE)
+    words = [*SMOKE, "method=mine:build", "method.how=check", "seed=0,1", "out=o", "hydra/launcher=joblib"]
+    done = qbench(*words, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 0, done.stderr
+    assert "the process that checks the runs was killed" in done.stderr
+    assert len(digests(tmp_path / "o")) == 4
+
+
+@pytest.mark.parametrize("kinds", [["SIGKILL"], ["SIGHUP"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGKILL"]])
+def test_workers_end_with_the_main_process(tmp_path: Path, kinds: list[str]) -> None:
+    before = semaphores()
+    words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4,w5", "epochs=500", f"out={tmp_path}", "hydra/launcher=joblib"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qbench", *words], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while len(list(tmp_path.rglob("dorefa*/metrics.jsonl"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    assert len(processes_of(process.pid)) > 2
+    for kind in kinds:
+        process.send_signal(signal.Signals[kind])
+        time.sleep(0.1)
+    sent = time.monotonic()
+    assert process.wait(timeout=10) in (75, -signal.SIGKILL)
+    while processes_of(process.pid) and time.monotonic() - sent < 10:
+        time.sleep(0.05)
+    assert not processes_of(process.pid)
+    assert semaphores() <= before
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])

@@ -6,8 +6,11 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 import yaml
 from conftest import counted
 from faults import Job, Server
-from helpers import qbench
+from helpers import processes_of, qbench, semaphores
 
 from qbench.config.identity import run_identity
 from qbench.config.schema import Config
@@ -331,3 +334,52 @@ def test_many_runs_at_once(server: Server, tmp_path: Path, different: int, same:
     )
     assert wrong_records(tmp_path) == wrong_logs(tmp_path) == []
     note(f"R24: {different} different runs at once equal their solo runs; of {same} identical ones {same - 1} waited")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("count", [30])
+def test_kills_of_all_processes_of_a_parallel_sweep(tmp_path: Path, count: int) -> None:
+    """SIGKILL of the main process, a worker or a helper process of a joblib sweep, at random times.
+
+    The same command, repeated, ends like an undisturbed sweep. It never reports a bug (status 1),
+    and 10 s after the main process has ended, no process and no semaphore is left.
+    """
+    words = ["-m", *LINE, QUIET, LARGE_BATCHES, "bits=w2a2,w3,w4", "seed=0,1", "epochs=4", "pretrain.epochs=2"]
+    alone = qbench(*words, f"out={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    expected, before = finished(tmp_path / "alone"), semaphores()
+    kills, folder, statuses, slowest = 0, 0, list[int](), 0.0
+    draw = random.Random(0)
+    while kills < count:
+        out, status = tmp_path / f"killed{folder}", -1
+        while status != 0:
+            with open(tmp_path / "log", "wb") as log:
+                job = subprocess.Popen(
+                    [sys.executable, "-m", "qbench", *words, f"out={out}", "hydra/launcher=joblib"],
+                    stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
+                )  # fmt: skip
+            while job.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    job.wait(draw.uniform(0, 8))
+                alive = processes_of(job.pid)
+                if job.poll() is None and kills < count and alive:
+                    with suppress(ProcessLookupError):
+                        os.kill(draw.choice(alive), signal.SIGKILL)
+                        kills += 1
+            ended, status = time.monotonic(), job.wait()
+            while (processes_of(job.pid) or semaphores() - before) and time.monotonic() - ended < SECONDS:
+                time.sleep(0.05)
+            slowest = max(slowest, time.monotonic() - ended)
+            statuses.append(status)
+            text = (tmp_path / "log").read_text()
+            assert status in (0, 8, -signal.SIGKILL), (kills, status, text)
+            assert slowest < 10, (kills, text)
+            assert "Traceback" not in text, (kills, text)
+        assert finished(out) == expected, (kills, text)
+        assert wrong_records(out) == left_over(out) == wrong_logs(out) == [], (kills, text)
+        shutil.rmtree(out)
+        folder += 1
+    counted(
+        f"joblib: {kills} kills over all processes, {folder} sweeps ended with H, statuses "
+        f"{ {s: statuses.count(s) for s in sorted(set(statuses))} }, all processes gone within {slowest:.1f} s"
+    )

@@ -2,6 +2,9 @@
 (R16).
 """
 
+import multiprocessing
+import os
+import pkgutil
 import random
 import signal
 import time
@@ -96,6 +99,79 @@ def test_a_second_interrupt_ends_at_once_without_damage(tmp_path: Path) -> None:
             again = server.start([*WORDS, f"out={out}"])
             assert again.wait(60) == 0, again.stderr()
             assert finished_digests(out) == finished_digests(tmp_path / "alone"), i
+
+
+SLOW = {
+    "a step": ("qbench.training.loop.gradient_norm", 3.0),
+    "a save": ("qbench.runs.directory.RunDirectory.save_state", 60.0),
+    "reading the data": ("qbench.data.digits.read", 60.0),
+    "the initial weights": ("qbench.experiment.run._initial_model", 60.0),
+    "validation": ("qbench.training.loop.evaluate", 60.0),
+    "the final check": ("qbench.experiment.final_result.verify", 60.0),
+}
+
+
+@pytest.mark.parametrize("slow", SLOW)
+def test_a_signal_while_something_takes_long(tmp_path: Path, slow: str) -> None:
+    """The process ends within the time limit, and a step that has begun is finished and saved."""
+    from qbench.cli.main import main
+    from qbench.experiment import builders
+    from qbench.system import signals
+
+    name, seconds = SLOW[slow]
+    where, _, attribute = name.rpartition(".")
+    owner = pkgutil.resolve_name(where)
+    began = tmp_path / "began"
+    words = [*WORDS, "method=float", "bits=w32a32g32", "pretrain.epochs=1", f"out={tmp_path}"]
+    original = getattr(owner, attribute)
+
+    def sleeping(*arguments: Any, **options: Any) -> Any:
+        begins, first = time.monotonic(), not began.exists()
+        began.touch()
+        while first and time.monotonic() - begins < seconds:
+            time.sleep(0.1)
+        return original(*arguments, **options)
+
+    def child() -> None:
+        setattr(owner, attribute, sleeping)
+        signals.GRACE_SECONDS = 1.0
+        builders._dataset.cache_clear()
+        os._exit(main(words))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    assert process.pid
+    while not began.exists() and process.is_alive():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGTERM)
+    sent = time.monotonic()
+    process.join(30)
+    assert process.exitcode == 75
+    assert time.monotonic() - sent < 1 + 5 + (seconds if slow == "a step" else 0)
+    if slow == "a step":
+        assert [path.name for path in tmp_path.rglob("state-*.pt")] == ["state-1.pt"]
+
+
+def test_a_signal_while_saving_ends_before_the_next_step(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qbench.errors import Interrupted
+    from qbench.experiment.context import RunContext
+    from qbench.experiment.run import run
+    from qbench.runs.directory import RunDirectory
+    from qbench.runs.progress import ProgressReporter
+
+    config = configure(*WORDS, "method=float", "bits=w32a32g32")
+    original, signals = RunDirectory.save_state, []
+
+    def save_state(self: RunDirectory, step: int, data: bytes) -> None:
+        original(self, step, data)
+        signals.append(signal.SIGTERM)
+
+    monkeypatch.setattr(RunDirectory, "save_state", save_state)
+    with pytest.raises(Interrupted):
+        run(planned_run(config), RunContext(ProgressReporter(quiet=True), lambda: signals[0] if signals else 0))
+    assert [path.name for path in planned_run(config).directory.checkpoints()] == ["state-1.pt"]
+    assert len(signals) == 1, "saved once"
 
 
 def test_a_signal_during_evaluation_keeps_the_epoch(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
