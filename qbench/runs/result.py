@@ -7,15 +7,20 @@ from typing import Annotated, Any
 
 import msgspec
 
-from qbench.bits import LevelCount
+from qbench.bits import FLOAT, LevelCount
 from qbench.config.identity import digest
+from qbench.config.schema import RATE
 from qbench.cost.network_cost import NetworkCost
 from qbench.system import files
 
 SCHEMA = 3
 """Version of result.json; results of other versions are not read."""
 
+Name = Annotated[str, msgspec.Meta(min_length=1)]
 Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
+Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Width = Annotated[int, msgspec.Meta(ge=1, le=FLOAT)]
+STATUSES = ("done", "failed", "diverged", "unsupported")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +87,14 @@ class Result:
     schema: int = SCHEMA
     status: str
     reason: str | None = None
-    method: str
+    method: Name
     options: dict[str, Any] = field(default_factory=dict)
-    bits: dict[str, int]
+    bits: dict[str, Width]
     network: dict[str, str] = field(default_factory=dict)
     levels: int | None = None
-    seed: int
-    dataset: str
-    model: str
+    seed: Seed
+    dataset: Name
+    model: Name
     synthetic: bool = False
     run: str = ""
     identity: str = ""
@@ -128,15 +133,17 @@ class Result:
 def load_result(path: Path) -> Result | None:
     """Return the result in a run directory.
 
-    Return None if the result is missing, corrupt or of another schema.
+    Return None if the result is missing, corrupt or of another schema. The protocol must match its
+    hash, because tables read its keys.
     """
     values = files.read_json(path / "result.json")
     if values is None or values.pop("sha256", None) != digest(values):
         return None
     try:
-        return parse_result(values | {"run": str(path)})
+        result = parse_result(values | {"run": str(path)})
     except ValueError:
         return None
+    return result if result.protocol.hash == digest(result.protocol.keys) else None
 
 
 def parse_result(values: dict[str, Any]) -> Result:
@@ -147,14 +154,21 @@ def parse_result(values: dict[str, Any]) -> Result:
     """
     if unknown := set(values) - {f.name for f in fields(Result)}:
         raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
+    text = json.dumps(values, ensure_ascii=False)
+    if "\\u0000" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("a text holds NUL or half a surrogate pair, which no file name or page can hold")
     try:
         result = msgspec.convert(values, Result)
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
     if result.schema != SCHEMA:
         raise ValueError(f"schema {result.schema}: must be {SCHEMA}")
+    if result.status not in STATUSES:
+        raise ValueError(f"status {result.status}: must be one of {', '.join(STATUSES)}")
     if set(result.bits) != set("wag"):
         raise ValueError(f"bits has the keys {', '.join(result.bits)}: must be w, a, g")
+    if not isinstance(result.options.get(RATE, 0.0), float | int):
+        raise ValueError(f"options: {RATE} is not a number")
     if result.status == "done" and result.final is None:
         raise ValueError("status is done, but there is no accuracy")
     return result

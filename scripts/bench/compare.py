@@ -22,6 +22,7 @@ from measure import machine, markdown
 
 from qbench.bits import LevelCount
 from qbench.config import compose
+from qbench.config.identity import digest
 from qbench.cost.network_cost import NetworkCost
 from qbench.experiment.planned_run import planned_run
 from qbench.report.comparison.compare import compare
@@ -65,10 +66,11 @@ def _result(template: Result, method: str, bits: dict[str, int], seed: int, epoc
     evaluation = Evaluation(test=accuracy, val=accuracy, epoch=epochs - 1)
     float_accuracy = Accuracy(top1=98.0, top5=99.9, loss=0.1)
     layer = {"w": LevelCount(4, 4), "a": LevelCount(4, 4)}
+    keys = template.protocol.keys | {"epochs": epochs}
     return replace(
         template, method=method, options={}, bits=bits, seed=seed, final=evaluation, best=evaluation,
         baseline=BaselineResult(run=f"float-s{seed}-{epochs}", final=Evaluation(test=float_accuracy)),
-        protocol=Protocol(hash=f"{epochs:064x}", keys=template.protocol.keys | {"epochs": epochs}),
+        protocol=Protocol(hash=digest(keys), keys=keys),
         identity=f"{method}{bits}{seed}{epochs}", levels=4, wall_seconds=3.0,
         verified={f"layer{i}.conv{j}": layer for i in range(1, 4) for j in (1, 2)},
         cost=NetworkCost(
