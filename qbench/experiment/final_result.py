@@ -1,6 +1,6 @@
 """Ends a run: evaluates, verifies the levels, writes the weights, and makes the result."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -14,7 +14,8 @@ from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
 from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
 from qbench.quant.verify import NotQuantized, clipped_negatives, verify
-from qbench.runs.result import BaselineResult, Evaluation, Result
+from qbench.runs import manifest
+from qbench.runs.result import BaselineResult, Evaluation, Result, short_commit
 from qbench.runs.tensorboard import levels_figure
 from qbench.training.checkpoint import cpu_copy
 from qbench.training.digests import weights_sha256
@@ -57,7 +58,8 @@ def final_result(
     session.write_predictions(torch.cat(answers))
     session.write_weights("last.pt", last)
     session.write_weights("best.pt", best_weights)
-    notes = [*_notes(setup, model, verified, images), *session.monitor.warned.values()]
+    commits = manifest.code_versions(session.directory.path / "manifest.json")
+    notes = [*_notes(setup, model, verified, images), *_commit_notes(commits), *session.monitor.warned.values()]
     result = replace(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
@@ -65,7 +67,7 @@ def final_result(
         data_sha256=images_sha256(setup.data), cost=count_cost(model, setup.macs),
         speed=session.speed(setup.device, state.epoch), quantizers=reports(model), card=setup.card,
         protocol_changes=setup.protocol_changes, weights_sha256=weights_sha256(last), state_sha256=state_sha256,
-        wall_seconds=session.wall_seconds, notes=notes,
+        wall_seconds=session.wall_seconds, commits=commits, notes=notes,
     )  # fmt: skip
     _log_final(model, state, session, final)
     session.logger.close()
@@ -113,6 +115,11 @@ def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, obje
             else f"activations are float; to quantize them too: {both}"
         )
     return notes
+
+
+def _commit_notes(commits: Sequence[str]) -> list[str]:
+    """Return a note on a run that was continued by another commit."""
+    return [f"trained by several commits of qbench: {', '.join(map(short_commit, commits))}"] if commits[1:] else []
 
 
 def _evaluate(

@@ -121,14 +121,9 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         reporter.say(
             f"optim.batch_size={setup.optim.batch_size}: reduced to {loader.batch_size}, the number of training images"
         )
-    manifest.write(
-        directory.path / "manifest.json",
-        numerics=directory.identity.keys["runtime"],
-        device=setup.device,
-        data=setup.data.fingerprint(),
-    )
     data_sha256 = images_sha256(setup.data)
     session = TrainingSession(directory, context, setup.runtime, setup.title, setup.hyperparameters, data_sha256)
+    _write_manifest(setup, directory, session)
     try:
         baseline_path = Path(baseline.run) if baseline else None
         method = setup.with_teacher(baseline_path)
@@ -150,6 +145,20 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         raise Diverged(f"{error}; try a lower optim.lr") from None
     finally:
         session.logger.abandon()
+
+
+def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: TrainingSession) -> None:
+    """Write the manifest. Warn if other code or another torch saved the checkpoint to go on from."""
+    path, resumed = directory.path / "manifest.json", session.saved is not None
+    for change in manifest.changed_since(path) if resumed else ():
+        session.context.reporter.say(f"warning: the run began under {change}; rerun=true starts over")
+    manifest.write(
+        path,
+        numerics=directory.identity.keys["runtime"],
+        device=setup.device,
+        data=setup.data.fingerprint(),
+        resumed=resumed,
+    )
 
 
 def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: TrainingSession) -> nn.Module:

@@ -52,7 +52,26 @@ def changed() -> bool | None:
     return None if status is None else bool(status)
 
 
-def write(path: Path, *, numerics: Mapping[str, Json], device: "torch.device", data: Mapping[str, Json]) -> None:
+def code_version() -> str | None:
+    """Return the commit, with `+changes` if there were uncommitted changes, or None outside a clone."""
+    own = commit()
+    return f"{own}+changes" if own and changed() else own
+
+
+def code_versions(path: Path) -> list[str]:
+    """Return the code versions that trained a run, in order, from its manifest."""
+    stored = (files.read_json(path) or {}).get("commits")
+    return [word for word in stored if isinstance(word, str)] if isinstance(stored, list) else []
+
+
+def write(
+    path: Path,
+    *,
+    numerics: Mapping[str, Json],
+    device: "torch.device",
+    data: Mapping[str, Json],
+    resumed: bool = False,
+) -> None:
     """Write manifest.json.
 
     Two runs give equal results if they have the same commit, torch build, kind of device, thread count and precision.
@@ -62,13 +81,18 @@ def write(path: Path, *, numerics: Mapping[str, Json], device: "torch.device", d
         numerics: the runtime keys that can change the numbers.
         device: the device on which the run is computed.
         data: the data set's fingerprint.
+        resumed: whether the run continues, so that the code versions in the old manifest are kept.
     """
     import torch
+
+    own = code_version()
+    versions_so_far = code_versions(path) if resumed else []
 
     files.write_json(
         path,
         {
             "commit": commit(),
+            "commits": [*versions_so_far, *([own] if own and own not in versions_so_far[-1:] else [])],
             "uncommitted_changes": changed(),
             "versions": versions(),
             "platform": platform.platform(),
@@ -87,9 +111,11 @@ def write(path: Path, *, numerics: Mapping[str, Json], device: "torch.device", d
 def changed_since(path: Path) -> list[str]:
     """Return one message per change of commit or torch version since a manifest was written."""
     stored = files.read_json(path) or {}
+    found = stored.get("versions")
+    versions_then = found if isinstance(found, dict) else {}
     pairs = [
         ("commit", stored.get("commit"), commit()),
-        ("torch", (stored.get("versions") or {}).get("torch"), versions()["torch"]),
+        ("torch", versions_then.get("torch"), versions()["torch"]),
     ]
     return [f"{what} {then} (now {now})" for what, then, now in pairs if then and now and then != now]
 

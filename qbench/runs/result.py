@@ -82,6 +82,9 @@ class Result:
     `data_sha256` is the digest of the data set's fingerprint. The fingerprint contains the counts and the sha256 of
     every split's images and labels in order. The digest is not part of `identity`, because the identity must be known
     before any data is read. It shows whether a stored run was trained on the present data.
+
+    `commits` are the commits of qbench that trained the run, in order. There are several if the run was continued after
+    a change of the code.
     """
 
     schema: int = SCHEMA
@@ -110,6 +113,7 @@ class Result:
     weights_sha256: str | None = None
     state_sha256: str | None = None
     data_sha256: str | None = None
+    commits: list[str] = field(default_factory=list)
     wall_seconds: float | None = None
     protocol_changes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -172,6 +176,12 @@ def parse_result(values: dict[str, Any]) -> Result:
     if result.status == "done" and result.final is None:
         raise ValueError("status is done, but there is no accuracy")
     return result
+
+
+def short_commit(commit: str) -> str:
+    """Return the first eight digits of a commit, and `+changes` if there were uncommitted changes."""
+    digits, plus, changes = commit.partition("+")
+    return digits[:8] + plus + changes
 
 
 def store_result(path: Path, result: Result) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from filelock import FileLock
 from helpers import evaluation, plant
 
 from qbench.cost.network_cost import NetworkCost
-from qbench.errors import ConfigError, ResourceError
+from qbench.errors import ConfigError, Interrupted, ResourceError
+from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run
+from qbench.report.comparison.compare import compare
 from qbench.report.tables.run_row import row
 from qbench.runs import manifest
 from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
-from qbench.runs.reader import RunRecord, dump_records, load_records, read_run
+from qbench.runs.reader import RunRecord, dump_records, load_records, read, read_run
 from qbench.runs.result import BaselineResult, Protocol, Result, with_checksum
 from qbench.system import files
 
@@ -218,6 +222,37 @@ def test_changes_since_a_manifest(tmp_path: Path) -> None:
     files.write_json(path, {"commit": manifest.commit(), "versions": {"torch": "1.0"}})
     (change,) = manifest.changed_since(path)
     assert change.startswith("torch 1.0 (now ")
+
+
+def test_a_run_that_goes_on_under_another_commit(
+    smoke: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It warns, its manifest, result and row name all commits, and so does a table of such runs."""
+    said: list[str] = []
+    reporter = ProgressReporter(quiet=True)
+    monkeypatch.setattr(reporter, "say", said.append)
+    monkeypatch.setattr(manifest, "changed", lambda: False)
+    polls = iter([0, 15, 15])
+    planned = planned_run(smoke("method=float"))
+    for commit, stop in (("a" * 40, lambda: next(polls)), ("b" * 40, lambda: 0)):
+        monkeypatch.setattr(manifest, "commit", lambda: commit)  # noqa: B023
+        with suppress(Interrupted):
+            result = run(planned, RunContext(reporter, stop))
+    stored = files.read_json(planned.path / "manifest.json")
+    assert stored is not None
+    assert stored["commits"] == result.commits == ["a" * 40, "b" * 40]
+    assert any(f"the run began under commit {'a' * 40} (now {'b' * 40})" in line for line in said), said
+    assert "trained by several commits of qbench: aaaaaaaa, bbbbbbbb" in row([result])
+    monkeypatch.setattr(manifest, "changed", lambda: True)
+    again = run(planned_run(dataclasses.replace(planned.config, rerun=True)), RunContext(reporter))
+    assert again.commits == ["b" * 40 + "+changes"], "a new start keeps no older commit"
+    other = run(planned_run(smoke("method=float", "seed=1")), RunContext(reporter))
+    assert not any("several commits" in note for table in compare(read([str(tmp_path)])) for note in table.notes)
+    monkeypatch.setattr(manifest, "changed", lambda: False)
+    run(planned_run(dataclasses.replace(planned.config, rerun=True)), RunContext(reporter))
+    notes = [note for table in compare(read([str(tmp_path)])) for note in table.notes]
+    assert other.commits == again.commits
+    assert any("bbbbbbbb (1 run), bbbbbbbb+changes (1 run)" in note for note in notes), notes
 
 
 def test_plain_lines_are_few_and_all_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Groups runs into settings, and settings into tables by data set, network and protocol."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from qbench.report.comparison.setting import Setting
 from qbench.report.comparison.setting_table import MissingRuns, with_columns
 from qbench.report.tables.table import Table
 from qbench.runs.reader import DONE, FROM_LOGS, RunRecord
-from qbench.runs.result import Result
+from qbench.runs.result import Result, short_commit
 
 MISSING_TITLE = "failed or unsupported"
 
@@ -128,7 +128,7 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
             add(label, selection.runs, selection.learning_rate)
         notes += selection.notes
     settings = with_control(settings)
-    notes += _protocol_notes(results, labels)
+    notes += [*_protocol_notes(results, labels), *_commit_notes(results, context)]
     return with_columns(Table((), title=title, values=settings, notes=notes), columns_in(DEFAULT))
 
 
@@ -181,6 +181,16 @@ def _with_epochs(change: str, result: Result) -> str:
     if not change.startswith("trained from scratch") or not epochs or not before:
         return change
     return f"{change}, for {epochs} epochs; the others have {before} more, in their float baseline"
+
+
+def _commit_notes(results: Sequence[Result], context: _Context) -> Iterator[str]:
+    """Yield a note if the runs of a table and their float baselines are of several commits."""
+    names = {_directory_name(r.baseline.run) for r in results if r.baseline}
+    every = [*results, *(context.baselines[name] for name in sorted(names & set(context.baselines)))]
+    counts = Counter(" then ".join(map(short_commit, r.commits)) for r in every if r.commits)
+    if len(counts) > 1:
+        listed = ", ".join(f"{commits} ({count} run{'s' * (count > 1)})" for commits, count in counts.most_common())
+        yield f"runs of several commits of qbench, which may compute differently: {listed}"
 
 
 def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
