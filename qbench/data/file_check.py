@@ -4,7 +4,7 @@ Reading all files of a large data set takes longer than many runs, so the check 
 GiB is read completely. In a larger data set, only the size and the first and last 4096 bytes of each file are read and
 hashed (11 GB in ImageNet's 1,331,167 files). The data set's fingerprint states whether the files were hashed completely
 or in part. The result is stored in the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. It remains
-valid while the names, sizes and modification times of all files stay the same.
+valid while the names, sizes, modification times and inodes of all files stay the same.
 
 A JPEG or PNG file passes if PIL recognizes its header and the file has the end of a complete file. A PNG that is read
 completely must also have correct checksums. Files of other formats are decoded. Damage in the middle of a file may
@@ -90,7 +90,9 @@ def check_files(root: str, names: Sequence[str]) -> FileCheck:
         try:
             status = os.stat(os.path.join(root, name))
             sizes.append(status.st_size)
-            key.update(f"\0{name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
+            key.update(
+                f"\0{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}".encode(errors="surrogateescape")
+            )
         except OSError as error:  # a broken link
             sizes.append(0)
             bad.append((name, describe_error(error)))

@@ -101,14 +101,18 @@ def test_every_use_of_a_run_with_other_images_is_refused(
     assert digests(tmp_path / "out") != before
 
 
-@pytest.mark.parametrize("change", ["one image", "labels of test", "equal size and time", "a new image", "fewer"])
+@pytest.mark.parametrize(
+    "change",
+    ["one image", "labels of test", "equal size and time", "streamed, equal size and time", "a new image", "fewer"],
+)
 def test_which_changes_are_noticed(
     words: list[str], tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "set"
     for path in root.rglob("*.bmp"):
         os.utime(path, (1, 1))
-    assert cli([*words, "method=float", "bits=w32a32g32"]) == 0
+    words += ["method=float", "bits=w32a32g32", *(["dataset.augment=inception"] if "streamed" in change else [])]
+    assert cli(words) == 0
     image = root / "train" / "ant" / "0.bmp"
     if change == "one image":
         data = bytearray(image.read_bytes())
@@ -116,7 +120,7 @@ def test_which_changes_are_noticed(
         image.write_bytes(data)
     elif change == "labels of test":
         swap(root, ("val",))
-    elif change == "equal size and time":
+    elif change.endswith("equal size and time"):
         swap(root, ("train",))
         assert {os.stat(path).st_mtime for path in root.rglob("*.bmp")} == {1}
     elif change == "a new image":
@@ -124,7 +128,7 @@ def test_which_changes_are_noticed(
     else:
         image.unlink()
     forget()
-    status, _, error = command([*words, "method=float", "bits=w32a32g32"], capsys)
+    status, _, error = command(words, capsys)
     assert (status, OTHER in error) == (CheckpointError.status, True), error
 
 
