@@ -48,9 +48,9 @@ def processes_of(session: int) -> list[int]:
     return sorted(found)
 
 
-def semaphores() -> set[str]:
-    """Return the names of the named semaphores of all processes."""
-    return {path.name for path in Path("/dev/shm").glob("sem.*")}
+def semaphores(pid: int) -> list[str]:
+    """Return the names of joblib's semaphores that a main process made."""
+    return sorted(path.name for path in Path("/dev/shm").glob(f"sem.*-{pid}-*"))
 
 
 def results(out: Path) -> dict[str, dict[str, object]]:
