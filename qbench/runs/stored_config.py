@@ -47,8 +47,10 @@ def recorded_files(result: Result | None) -> dict[str, str]:
     return {key: str(value) for key, value in digests.items() if value}
 
 
-def _parse(values: dict[str, Any], run: Path) -> Config:
+def _parse(values: Any, run: Path) -> Config:
     """Return the configuration in a file's values. The files that it names need not exist."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"the file contains {values!r}, not keys and values")
     init, teacher = values["init"], values["distill"]["teacher"]
     if init not in STARTS:
         values |= {"init": str(run)}

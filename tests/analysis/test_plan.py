@@ -237,7 +237,7 @@ def test_a_method_without_levels_is_allowed() -> None:
     )
     from qbench.cost.layers import _levels
 
-    assert _levels(method, "weight", (4, 4, 3, 3), 2) is None
+    assert _levels(method, "weight", nn.Conv2d, (4, 4, 3, 3), 2) is None
 
 
 def test_the_nearest_published_row_and_the_differences(planned: Planned, untimed: None) -> None:

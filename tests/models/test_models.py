@@ -208,7 +208,8 @@ def test_the_network_of_every_conf_file_trains_on_a_batch(name: str) -> None:
 def test_the_conf_files_hold_the_keys_of_the_build_functions(name: str) -> None:
     build = registry.find("model", CONF[name].get("family", name))
     keys = [k for k, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    assert set(CONF[name]) - {"family"} == {"name", "act", *keys}
+    assert set(CONF[name]) - {"family", "added"} == {"name", "act", *keys}
+    assert CONF[name].get("added", {}).items() <= CONF[name].items()
     assert CONF[name]["name"] == name
     assert CONF[name]["act"] == CONF[name].get("norm", "auto") == "auto"
 
