@@ -298,7 +298,7 @@ class OneNaN(Quantizer):
 def test_nan_is_on_no_level(slot: str) -> None:
     """A comparison with NaN is false, so that "farther than the tolerance" would let it pass."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))  # nothing behind the layer refuses NaN
-    model = install(dorefa.build(w=2, a=2), network, Policy(first="same", last="same", input="same"))
+    model = install(dorefa.build(w=2, a=2), network, Policy(first="same", last="same", input="same"), example=X)
     (layer,) = quantized_layers(model).values()
     verify(model, X)
     setattr(layer, slot, OneNaN(getattr(layer, slot)))
