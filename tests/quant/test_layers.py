@@ -297,8 +297,9 @@ class OneNaN(Quantizer):
 @pytest.mark.parametrize("slot", ["weight_q", "input_q"])
 def test_nan_is_on_no_level(slot: str) -> None:
     """A comparison with NaN is false, so that "farther than the tolerance" would let it pass."""
+    whole = Policy(first="same", last="same", input="same", image_range=((-9.0,) * 3, (9.0,) * 3))
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))  # nothing behind the layer refuses NaN
-    model = install(dorefa.build(w=2, a=2), network, Policy(first="same", last="same", input="same"), example=X)
+    model = install(dorefa.build(w=2, a=2), network, whole, example=X)
     (layer,) = quantized_layers(model).values()
     verify(model, X)
     setattr(layer, slot, OneNaN(getattr(layer, slot)))
