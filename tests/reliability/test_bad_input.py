@@ -200,7 +200,7 @@ LINES = [
     row("bits.w=two", "bits.w=two: must be a whole number"),
     row("bits.w=0", "bits.w=0: must be a number from 1 to 32"),
     row("bits.w=1.5", "bits.w=1.5: must be a whole number"),
-    row("bits.w=[1,2]", "bits.w=[1, 2]: must be a whole number\\none run for each value: -m bits.w=1,2"),
+    row("bits.w=[1,2]", "bits.w=[1, 2]: must be a whole number\none run for each value: -m bits.w=1,2"),
     row("bits.w=1,2", "found several values"),
     row("bits=w99", "bits.w=99"),
     row("bits=", "must be like w2"),
@@ -349,8 +349,10 @@ FILES = [
     log("a list", "- 1\n- 2\n", "corrupt"),
     log("nothing", "", "corrupt"),
     log("nested", "a: " + "[" * 5000, "nested too deeply"),
-    row("distill=kd distill.teacher=t method=dorefa", "config.yaml is not valid", 4, "teacher: alias bomb",
+    row("distill=kd distill.teacher=t method=dorefa", "t/best.pt is damaged", 4, "teacher: alias bomb",
         files={"t/config.yaml": bomb(), "t/best.pt": b"unread"}),
+    row("settle t method=dorefa", "config.yaml is not valid: t/config.yaml: too large", 4, "settle: alias bomb",
+        files={"t/config.yaml": bomb()}),
 ]  # fmt: skip
 
 OWN_CODE = [
