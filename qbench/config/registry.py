@@ -2,7 +2,8 @@
 
 A name is one of three things: a file below `qbench/<group>/` with a function `build`, an entry point of another package
 in the group `qbench.<group>`, or a user's `package.module:function`. A configuration node contains a name and the
-keyword arguments of its function. A key has the type of the argument's default.
+keyword arguments of its function. A key has the type of the argument's default. If the argument is annotated with a
+union of types, a list in it is allowed too.
 """
 
 import ast
@@ -15,7 +16,7 @@ from collections.abc import Callable, Collection, Container, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from qbench.config.schema import Node, did_you_mean
 from qbench.errors import ConfigError, QbenchError
@@ -145,14 +146,15 @@ def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> 
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
     options = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
-    known = {key: p.default for key, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = {key: p for key, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for key, value in options.items():
         if key not in known or key in fixed:
             allowed = [f"{group}.{k}" for k in known if k not in fixed]
             hint = did_you_mean(f"{group}.{key}", allowed)
             raise ConfigError(f"{group}.{key}: {name} has no such key{hint}\nallowed: {', '.join(allowed) or 'none'}")
-        if not _same_type(value, known[key]):
-            raise ConfigError(f"{group}.{key}={value}: must be {_kind(known[key])}, such as {known[key]}")
+        default = known[key].default
+        if not (_same_type(value, default) or (isinstance(value, list) and _takes_list(known[key].annotation))):
+            raise ConfigError(f"{group}.{key}={value}: must be {_kind(default)}, such as {default}")
     return factory, options, known
 
 
@@ -218,6 +220,11 @@ def _same_type(value: object, default: object) -> bool:
     if isinstance(default, tuple):
         return isinstance(value, list | tuple)
     return isinstance(value, type(default))
+
+
+def _takes_list(annotation: object) -> bool:
+    """Return whether a union of types, such as `str | list[float]`, contains a list."""
+    return any(get_origin(kind) is list for kind in get_args(annotation))
 
 
 def _kind(default: object) -> str:

@@ -15,6 +15,7 @@ pixels instead of being black.
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_files import dataset_from_splits, read_cifar
+from qbench.data.normalize import Normalize
 
 
 def build(
@@ -25,7 +26,7 @@ def build(
     pad: int = 4,
     flip: bool = True,
     replicate: bool = False,
-    normalize: str = "own",
+    normalize: Normalize = "own",
 ) -> Dataset:
     """Return CIFAR-10; `val` is the share of the training images in the validation split."""
     train, test = read_cifar("CIFAR10", root, download)

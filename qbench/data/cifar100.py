@@ -9,6 +9,7 @@ version: train, test and meta. The augmentation is that of CIFAR-10.
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_files import dataset_from_splits, read_cifar
+from qbench.data.normalize import Normalize
 
 
 def build(
@@ -19,7 +20,7 @@ def build(
     pad: int = 4,
     flip: bool = True,
     replicate: bool = False,
-    normalize: str = "own",
+    normalize: Normalize = "own",
 ) -> Dataset:
     """Return CIFAR-100; `val` is the share of the training images in the validation split."""
     train, test = read_cifar("CIFAR100", root, download)

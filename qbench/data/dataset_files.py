@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Split, split_validation
-from qbench.data.normalize import normalization
+from qbench.data.normalize import Normalize, normalization
 from qbench.errors import DataError, ResourceError
 from qbench.system.locks import locked
 from qbench.system.torchvision import torchvision
@@ -34,7 +34,7 @@ ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQ
 
 
 def dataset_from_splits(
-    name: str, train: Split, test: Split, *, classes: int, val: float, augment: Augment, normalize: str = "own"
+    name: str, train: Split, test: Split, *, classes: int, val: float, augment: Augment, normalize: Normalize = "own"
 ) -> Dataset:
     """Return the data set. The share `val` of the training images forms the validation split.
 

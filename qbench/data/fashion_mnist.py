@@ -13,6 +13,7 @@ mirrored half of the time.
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_files import dataset_from_splits, read_mnist
+from qbench.data.normalize import Normalize
 
 
 def build(
@@ -23,7 +24,7 @@ def build(
     pad: int = 4,
     flip: bool = True,
     replicate: bool = False,
-    normalize: str = "own",
+    normalize: Normalize = "own",
 ) -> Dataset:
     """Return Fashion-MNIST; `val` is the share of the training images in the validation split."""
     train, test = read_mnist("FashionMNIST", root, download)

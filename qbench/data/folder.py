@@ -21,6 +21,7 @@ from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_files import absolute_root
 from qbench.data.image_folders import classes_in, dataset_from_files, find_images, find_test_folder
+from qbench.data.normalize import Normalize
 
 MIN_AREA = {"plain": 0.0, "inception": 0.08}
 """Maps a value of `augment` to the smallest share of the image in a crop, or to 0 for crops of fixed size."""
@@ -37,7 +38,7 @@ def build(
     pad: int = 0,
     flip: bool = True,
     jitter: float = 0.0,
-    normalize: str = "imagenet",
+    normalize: Normalize = "imagenet",
 ) -> Dataset:
     """Return the data set of a folder; `val` is the share of the training images in the validation split."""
     top = absolute_root(root)

@@ -15,7 +15,7 @@ from qbench.data.dataset import Dataset, Split, split_validation
 from qbench.data.file_check import THREADS, FileCheck, check_files
 from qbench.data.file_stream import FileSplit
 from qbench.data.images import Pixels, damaged_files_error, decode_image, describe_error
-from qbench.data.normalize import normalization
+from qbench.data.normalize import Normalize, normalization
 from qbench.errors import DataError, ResourceError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -120,7 +120,7 @@ def find_test_folder(root: Path, part: str) -> str:
 
 def dataset_from_files(
     name: str, root: Path, train: ImageFiles, test: ImageFiles, *, classes: int, val: float, side: int,
-    augment: Augment, normalize: str, shape: tuple[int, int] | None = None,
+    augment: Augment, normalize: Normalize, shape: tuple[int, int] | None = None,
 ) -> Dataset:  # fmt: skip
     """Return the data set of image files.
 

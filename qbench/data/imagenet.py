@@ -19,6 +19,7 @@ from qbench.data.dataset import Dataset
 from qbench.data.dataset_files import absolute_root
 from qbench.data.folder import photo_augment
 from qbench.data.image_folders import classes_in, dataset_from_files, find_images
+from qbench.data.normalize import Normalize
 from qbench.errors import DataError
 
 CLASSES = 1000
@@ -34,7 +35,7 @@ def build(
     augment: str = "inception",
     flip: bool = True,
     jitter: float = 0.0,
-    normalize: str = "imagenet",
+    normalize: Normalize = "imagenet",
 ) -> Dataset:
     """Return ImageNet; `val` is the share of the training images in the validation split."""
     if download:

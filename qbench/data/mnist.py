@@ -13,10 +13,11 @@ longer a digit.
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_files import dataset_from_splits, read_mnist
+from qbench.data.normalize import Normalize
 
 
 def build(
-    *, root: str = "data", download: bool = False, val: float = 0.1, pad: int = 0, normalize: str = "own"
+    *, root: str = "data", download: bool = False, val: float = 0.1, pad: int = 0, normalize: Normalize = "own"
 ) -> Dataset:
     """Return MNIST; `val` is the share of the training images in the validation split."""
     train, test = read_mnist("MNIST", root, download)

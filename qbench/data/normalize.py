@@ -1,11 +1,17 @@
 """Chooses the constants that normalize images per channel: (x / 255 - mean) / deviation.
 
 `dataset.normalize` selects the mean and the standard deviation. With `own`, they are computed from the training images.
-Every other name stands for fixed numbers.
+Every other name stands for fixed numbers. Two lists, [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]], are the mean and the
+standard deviation themselves.
 """
+
+import math
 
 import torch
 from torch import Tensor
+
+Normalize = str | list[list[float]]
+"""A value of `dataset.normalize`: a name, or mean and standard deviation."""
 
 MeanAndStd = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation, each with one number per channel."""
@@ -20,23 +26,41 @@ FIXED: dict[str, MeanAndStd] = {
 }
 
 
-def normalization(name: str, images_NCHW: Tensor) -> MeanAndStd:
-    """Return (mean, std) per channel for a value of `normalize`.
+def normalization(normalize: Normalize, images_NCHW: Tensor) -> MeanAndStd:
+    """Return (mean, std) per channel for a value of `normalize`. One number stands for all channels.
 
     Raises:
-        ValueError: the name is unknown, or its constants are for another number of channels.
+        ValueError: the name is unknown, the lists are not a mean and a standard deviation, or the constants are for
+            another number of channels.
     """
-    if name == "own":
+    if normalize == "own":
         return mean_and_std(images_NCHW)
-    if name not in FIXED:
-        raise ValueError(f"normalize={name}: must be one of own, {', '.join(FIXED)}")
-    mean, std = FIXED[name]
+    if isinstance(normalize, str) and normalize not in FIXED:
+        raise ValueError(f"normalize={normalize}: must be one of own, {', '.join(FIXED)}, or [MEANS,DEVIATIONS]")
+    mean, std = FIXED[normalize] if isinstance(normalize, str) else _numbers(normalize)
     channels = images_NCHW.shape[1]
     if len(mean) not in (1, channels):
         raise ValueError(
-            f"normalize={name} is for {len(mean)} channels, but the images have {channels}; use normalize=own"
+            f"normalize={normalize} is for {len(mean)} channels, but the images have {channels}; use normalize=own"
         )
     return (mean, std) if len(mean) == channels else (mean * channels, std * channels)
+
+
+def _numbers(lists: list[list[float]]) -> MeanAndStd:
+    """Return mean and standard deviation from two lists of equal length.
+
+    Raises:
+        ValueError: the lists are something else.
+    """
+    if len(lists) == 2 and all(isinstance(numbers, list) and numbers for numbers in lists):
+        mean, std = lists
+        numbers = [x for x in (*mean, *std) if isinstance(x, int | float) and math.isfinite(x)]
+        if len(mean) == len(std) and len(numbers) == 2 * len(mean) and min(std) > 0:
+            return tuple(map(float, mean)), tuple(map(float, std))
+    raise ValueError(
+        f"normalize={lists}: must be means and deviations above 0, of images in [0, 1], by channel\n"
+        "write normalize=[[0.49,0.48,0.45],[0.25,0.24,0.26]]"
+    )
 
 
 def mean_and_std(images_NCHW: Tensor) -> MeanAndStd:

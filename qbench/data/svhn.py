@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Split
 from qbench.data.dataset_files import dataset_from_splits, read_svhn
+from qbench.data.normalize import Normalize
 
 CHUNK = 10_000
 """Number of images that are resized at once."""
@@ -40,7 +41,7 @@ def build(
     size: int = 32,
     brightness: float = 0.0,
     contrast: float = 0.0,
-    normalize: str = "own",
+    normalize: Normalize = "own",
 ) -> Dataset:
     """Return SVHN; `val` is the share of the images of `split` in the validation split."""
     if split not in SPLITS:

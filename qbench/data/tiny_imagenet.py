@@ -14,6 +14,7 @@ from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_files import absolute_root
 from qbench.data.image_folders import SUFFIXES, ImageFiles, classes_in, dataset_from_files, find_images
+from qbench.data.normalize import Normalize
 from qbench.errors import DataError
 
 CLASSES, SIDE = 200, 64
@@ -28,7 +29,7 @@ def build(
     pad: int = 8,
     flip: bool = True,
     replicate: bool = False,
-    normalize: str = "own",
+    normalize: Normalize = "own",
 ) -> Dataset:
     """Return Tiny ImageNet; `val` is the share of the training images in the validation split."""
     if download:

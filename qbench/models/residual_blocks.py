@@ -20,19 +20,31 @@ ConvSpec = tuple[int, int, int]
 """Output channels, kernel size, stride of one convolution of a block."""
 
 
-class PadShortcut(nn.Module):
-    """Shortcut A, without parameters: average over 2x2 pixels, then add channels of zeros."""
+SHORTCUTS = ("A", "A_stride", "B")
+"""Kinds of shortcut where the shape changes: average or every second pixel, both with channels of
+zeros, and a 1x1 convolution.
+"""
 
-    def __init__(self, new_channels: int, stride: int) -> None:
+
+class PadShortcut(nn.Module):
+    """Shortcut A, without parameters: fewer pixels, then channels of zeros.
+
+    Args:
+        average: whether to average over 2x2 pixels; otherwise every second pixel is taken.
+    """
+
+    def __init__(self, new_channels: int, stride: int, *, average: bool) -> None:
         super().__init__()
-        self.new_channels, self.stride = new_channels, stride
+        self.new_channels, self.stride, self.average = new_channels, stride, average
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return (N, C + new channels, H / stride, W / stride), with half of the new channels on
         either side.
         """
-        if self.stride > 1:
+        if self.stride > 1 and self.average:
             x_NCHW = F.avg_pool2d(x_NCHW, self.stride, ceil_mode=True)
+        elif self.stride > 1:
+            x_NCHW = x_NCHW[:, :, :: self.stride, :: self.stride]
         return F.pad(x_NCHW, (0, 0, 0, 0, self.new_channels // 2, self.new_channels - self.new_channels // 2))
 
 
@@ -47,12 +59,12 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
     def add_shortcut(self, in_channels: int, out_channels: int, stride: int, kind: str, norm: str) -> None:
-        """If the shape changes, create `pad` (kind A) or `downsample` (kind B)."""
+        """If the shape changes, create `pad` (both kinds A) or `downsample` (kind B)."""
         self.pad = self.downsample = None
         if stride == 1 and in_channels == out_channels:
             return
-        if kind == "A":
-            self.pad = PadShortcut(out_channels - in_channels, stride)
+        if kind != "B":
+            self.pad = PadShortcut(out_channels - in_channels, stride, average=kind == "A")
         else:
             conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(conv, NORMS_2D[norm](out_channels))

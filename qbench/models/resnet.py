@@ -15,9 +15,10 @@ activation, and its second activation follows the sum. That second activation al
 shortcut, so a quantizer can replace only the first activation of a block. Shortcut B is a 1x1
 convolution with BN.
 
-In both forms, shortcut A averages over 2x2 pixels, as TTQ's authors do. It adds half of the zero
-channels before the image's channels and half after them. The paper of the post form takes every
-second pixel instead of the average.
+In both forms, shortcut A averages over 2x2 pixels, as TTQ's authors do, and shortcut A_stride takes
+every second pixel, as in the paper of the post form (section 4.2). Both add half of the zero
+channels before the image's channels and half after them. With form=post and shortcut=A_stride, the
+checkpoints of akamaster/pytorch_resnet_cifar10 give the error that its README states.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,15 @@ from torch import Tensor, nn
 
 from qbench.models.initialization import init_fan_out
 from qbench.models.normalization import NORMS_2D, check_norm
-from qbench.models.residual_blocks import ConvSpec, Feeds, PostBlock, PreBlock, ResidualBlock, feeds_of_blocks
+from qbench.models.residual_blocks import (
+    SHORTCUTS,
+    ConvSpec,
+    Feeds,
+    PostBlock,
+    PreBlock,
+    ResidualBlock,
+    feeds_of_blocks,
+)
 
 FORMS = ("pre", "post")
 
@@ -106,7 +115,7 @@ def build(
     Args:
         depth: 6 n + 2.
         width: channels of the stem and the first stage.
-        shortcut: A or B.
+        shortcut: A, A_stride or B.
         norm: affine, no_affine or none.
         form: pre or post.
     """
@@ -116,8 +125,9 @@ def build(
         raise ValueError(f"width={width}: must be 1 or more channels")
     if stem_stride < 1:
         raise ValueError(f"stem_stride={stem_stride}: must be 1 or more")
-    if shortcut not in ("A", "B"):
-        raise ValueError(f"shortcut={shortcut}: must be A (average, zero channels) or B (1x1 convolution)")
+    if shortcut not in SHORTCUTS:
+        allowed = "A (average, zero channels), A_stride (every second pixel, zero channels) or B (1x1 convolution)"
+        raise ValueError(f"shortcut={shortcut}: must be {allowed}")
     check_norm(norm)
     if form not in FORMS:
         raise ValueError(f"form={form}: must be pre (BN, activation, convolution) or post (activation last)")

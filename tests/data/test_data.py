@@ -352,6 +352,8 @@ def test_named_normalizations() -> None:
     batch = random_batch()
     assert normalization("unit", batch) == ((0.0,) * 3, (1.0,) * 3)
     assert normalization("half", batch[:, :1]) == ((0.5,), (0.5,))
+    assert normalization([[0.1, 0.2, 0.3], [1, 2, 3]], batch) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    assert normalization([[0.1], [0.5]], batch) == ((0.1,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match="is for 3 channels, but the images have 1"):
         normalization("imagenet", batch[:, :1])
     torchvision()

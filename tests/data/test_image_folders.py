@@ -123,7 +123,12 @@ def test_an_empty_class_of_the_test_split_is_allowed(tmp_path: Path) -> None:
         ({"augment": "inception", "pad": 1}, "pad=1 has no effect with augment=inception"),
         ({"pad": 12}, "pad=12: must be 0 to 11"),
         ({"jitter": 1.5}, r"jitter=1\.5: must be 0 to 1"),
-        ({"normalize": "mine"}, "normalize=mine: must be one of own, unit, half, by256, imagenet"),
+        ({"normalize": "mine"}, "normalize=mine: must be one of own, unit, half, by256, imagenet, or"),
+        ({"normalize": [[0.5] * 3, [0.5] * 2]}, r"normalize=.*: must be means and deviations"),
+        ({"normalize": [[0.5] * 3, [0.5, 0.5, 0]]}, r"normalize=.*: must be means and deviations above 0"),
+        ({"normalize": [0.5, 0.5]}, r"normalize=.*: must be means and deviations"),
+        ({"normalize": [[0.5] * 2, [0.5] * 2]}, "normalize=.* is for 2 channels, but the images have 3"),
+        ({"normalize": 3}, "normalize=3: must be a word, such as imagenet"),
         ({"val": 1.0}, r"val=1\.0: must be"),
     ],
 )

@@ -33,6 +33,7 @@ NETWORKS: list[tuple[Build, tuple[int, int, int], dict[str, Any]]] = [
     (resnet.build, CIFAR, {"depth": 14, "width": 4, "shortcut": "B"}),
     (resnet.build, CIFAR, {"depth": 14, "width": 4, "form": "post"}),
     (resnet.build, CIFAR, {"depth": 14, "width": 4, "form": "post", "shortcut": "B"}),
+    (resnet.build, CIFAR, {"depth": 14, "width": 4, "form": "post", "shortcut": "A_stride"}),
     (lenet.build, MNIST, {}),
     (vgg_small.build, CIFAR, {"width": 4}),
     (mobilenet_v2.build, CIFAR, {"width_mult": 0.5}),
@@ -297,7 +298,7 @@ def test_the_recorder_sees_that_a_shortcut_reads_an_activation() -> None:
     [
         (resnet.build, CIFAR, {"form": "middle"}, r"form=middle: must be pre .* or post"),
         (resnet.build, CIFAR, {"depth": 21}, r"depth=21: must be 6 n \+ 2"),
-        (resnet.build, CIFAR, {"shortcut": "C"}, r"shortcut=C: must be A .* or B"),
+        (resnet.build, CIFAR, {"shortcut": "C"}, r"shortcut=C: must be A .*A_stride .* or B"),
         (lenet.build, (1, 12, 12), {}, r"pad=0: .* 12x12 are too small; with pad=2"),
         (lenet.build, (1, 3, 3), {"pad": 2}, r"pad=2: .* 3x3"),
         (lenet.build, MNIST, {"pad": 3}, r"pad=3: must be 0"),

@@ -239,6 +239,18 @@ def test_the_shortcut_of_ttq_averages_and_pads_zeros_on_both_sides() -> None:
     assert not y[:, 6:].any()
 
 
+@pytest.mark.parametrize("form", ["pre", "post"])
+@pytest.mark.parametrize("size", [6, 7])
+def test_the_shortcut_of_he_takes_every_second_pixel_and_pads_zeros_on_both_sides(form: str, size: int) -> None:
+    block = resnet.build(CIFAR, 10, depth=8, width=4, form=form, shortcut="A_stride").get_submodule("layer2.0").eval()
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.rand(2, 4, size, size)  # at least 0, so that the activation after the sum changes nothing
+    y = block(x)
+    assert torch.equal(y[:, 2:6], x[:, :, [0, 2, 4, 6][: (size + 1) // 2]][..., [0, 2, 4, 6][: (size + 1) // 2]])
+    assert not y[:, :2].any()
+    assert not y[:, 6:].any()
+
+
 # Order
 
 
