@@ -17,6 +17,7 @@ from qbench.errors import ConfigError
 T = TypeVar("T")
 
 ACTS = ("auto", "keep", "fused")
+HEADS = ("keep", "new")
 WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qbench.bits import Bits
-from qbench.config.schema import RATE, SCHEMA, STARTS, Config, Node, to_dict
+from qbench.config.schema import RATE, SCHEMA, Config, Node, to_dict
 from qbench.errors import ConfigError
 from qbench.system.files import Json, read
 
@@ -95,7 +95,7 @@ def _identity_keys(config: Config, recorded: Mapping[str, str]) -> Node:
     users_own = ":" in dataset["name"]
     if not users_own and set(dataset) >= WHERE:  # the location of published files does not affect the result
         keys["dataset"] = {key: value for key, value in dataset.items() if key not in WHERE}
-    if config.init not in STARTS:
+    if config.starts_from_file:
         keys["init"] = recorded.get("init") or file_sha256("init", config.init)
     if config.distill.teacher != "baseline":
         teacher = recorded.get("distill.teacher")

@@ -27,6 +27,9 @@ A new key does not need a new version. It is marked as `added` (see `qbench.conf
 identity at its default value.
 """
 
+BASELINE_MODEL = {"act": "auto", "head": "keep"}
+"""Keys of the network that do not apply to a float baseline, with their defaults."""
+
 RATE = "optim.lr"
 """Name of the additional option of runs in a learning-rate grid."""
 
@@ -187,7 +190,7 @@ class Config:
     runtime: Runtime = field(default_factory=Runtime)
     pretrain: Pretrain = field(default_factory=Pretrain)
     seed: int = within(0, 0, 2**31 - 1)
-    epochs: int = within(MISSING, 1)
+    epochs: int = within(MISSING, 0)
     lr_search: str = one_of("none", "none", "grid", added=True)
     lr_grid: LearningRateGrid = field(default_factory=LearningRateGrid, metadata={"added": True})
     init: str = "auto"
@@ -203,6 +206,11 @@ class Config:
         """
         composed = self.activation["name"] != "none"
         return str(self.method["name"]) + (f"+{self.activation['name']}" if composed else "")
+
+    @property
+    def starts_from_file(self) -> bool:
+        """Return whether the run starts from a checkpoint file or another run, by its path."""
+        return self.init not in STARTS
 
     @property
     def is_baseline(self) -> bool:
@@ -227,8 +235,7 @@ def baseline_config(config: Config, norm: str | None = None) -> Config:
     baseline.layers, baseline.distill = Layers(), Distill("none")
     baseline.init, baseline.rerun = "scratch", False
     baseline.lr_search, baseline.lr_grid = "none", LearningRateGrid()
-    if "act" in baseline.model:
-        baseline.model["act"] = "auto"
+    baseline.model |= {key: value for key, value in BASELINE_MODEL.items() if key in baseline.model}
     if norm is not None and baseline.model.get("norm") == "auto":
         baseline.model["norm"] = norm
     return baseline

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from qbench.bits import FLOAT
-from qbench.config.fields import ACTS, WIDTHS, is_width, parse_bits
+from qbench.config.fields import ACTS, HEADS, WIDTHS, is_width, parse_bits
 from qbench.config.identity import ADDED
 from qbench.config.schema import (
     STARTS,
@@ -130,10 +130,12 @@ def _filled(config: Config) -> Config:
     protocol as runs of other methods. A value that the user typed makes a separate protocol. Other methods can run
     under it too.
     """
+    if config.init == "imagenet":
+        config.init = _imagenet_weights(config)
     if config.init not in ("auto", *STARTS) and not os.path.exists(config.init):
         raise ConfigError(
             f"init={config.init}: no such file or directory\n"
-            "allowed: auto, float, scratch, or the path of a run's directory or a checkpoint"
+            "allowed: auto, float, scratch, imagenet, or the path of a run's directory or a checkpoint"
         )
     _refuse_stored_values(config)
     nodes = (config.method, config.activation)
@@ -152,6 +154,22 @@ def _filled(config: Config) -> Config:
     return config
 
 
+def _imagenet_weights(config: Config) -> str:
+    """Return the path of torchvision's ImageNet weights for the run's network.
+
+    Raises:
+        CheckpointError: the file is not on this machine, or it is damaged.
+        ConfigError: torchvision has no weights for this network.
+    """
+    from qbench.system.torchvision import imagenet_weights  # imports torch
+
+    net = str(config.model.get("net", config.model["name"]))
+    try:
+        return str(imagenet_weights(net, download=bool(config.dataset.get("download"))))
+    except ValueError as error:
+        raise ConfigError(f"init=imagenet: {error}") from None
+
+
 def _refuse_stored_values(config: Config) -> None:
     """Refuse values that only stored configurations may have.
 
@@ -163,6 +181,8 @@ def _refuse_stored_values(config: Config) -> None:
         raise ConfigError("init=method: must be one of auto, float, scratch, or the path of a run or a checkpoint")
     if config.distill.name == "method":
         raise ConfigError("distill.name=method: must be one of auto, none, kd")
+    if config.model.get("head") == "new" and config.init in ("auto", *STARTS):
+        raise ConfigError(f"model.head=new has no effect with init={config.init}; name a checkpoint: init=FILE")
     for group, node in (("method", config.method), ("activation", config.activation)):
         for key, known in (("init", "scratch"), ("distill", "kd")):
             if node.get(key, known) != known:
@@ -208,6 +228,8 @@ def _check(config: Config) -> None:
         _check_named(group, getattr(config, group))
     if config.model.get("act", "auto") not in ACTS:
         raise ConfigError(f"model.act={config.model['act']}: must be one of {', '.join(ACTS)}")
+    if config.model.get("head", "keep") not in HEADS:
+        raise ConfigError(f"model.head={config.model['head']}: must be one of {', '.join(HEADS)}")
 
 
 def _check_named(group: str, node: Node) -> None:

@@ -1,14 +1,18 @@
 """Builds data set, method and network, each from one node of the configuration."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.config import registry
+from qbench.config.groups import option_file, option_names
 from qbench.config.identity import digest
 from qbench.config.schema import Node
 from qbench.data import sources
@@ -20,6 +24,8 @@ from qbench.errors import ConfigError
 from qbench.experiment.checks import check_norm
 from qbench.quant.combine import combine
 from qbench.quant.method import Method, Unsupported
+from qbench.system.files import read_yaml
+from qbench.training.initial_weights import fits
 from qbench.training.random_state import seed_everything
 
 
@@ -116,7 +122,7 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
         ConfigError: a key or value of the node is not valid.
         Unsupported: the network does not have the normalization that the method requires.
     """
-    options = {key: value for key, value in node.items() if key != "act"}
+    options = {key: value for key, value in node.items() if key not in ("act", "head")}
     if options.get("norm") == "auto":
         del options["norm"]
         if method.requires.norm is not None:
@@ -131,3 +137,26 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
             if tensor.dim() == 4:
                 tensor.data = tensor.data.to(memory_format=torch.channels_last)
     return model
+
+
+def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
+    """Return the networks of `conf/model`, as typed, that a checkpoint file's weights fit."""
+    method = build_method({"name": "float"}, {"name": "none"}, Bits())
+    found = []
+    for words, node in _networks():
+        with suppress(ConfigError, Unsupported, NotImplementedError, RuntimeError):  # the images may not fit either
+            if fits(build_model(node, data, method, 0, "meta"), weights):
+                found.append(words)
+    return found
+
+
+def _networks() -> Iterator[tuple[str, Node]]:
+    """Yield the networks of `conf/model`, those with two forms in both, as (words to type, node)."""
+    for name in option_names("model"):
+        if not option_file("model", name).is_file():  # of another package
+            continue
+        node = read_yaml(option_file("model", name))
+        yield f"model={name}", node
+        if "form" in node:
+            form = "post" if node["form"] == "pre" else "pre"
+            yield f"model={name} model.form={form}", node | {"form": form}

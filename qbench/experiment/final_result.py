@@ -36,7 +36,7 @@ def final_result(
     state: State,
     loader: Loader,
     session: TrainingSession,
-    baseline: Result | None,
+    baseline: BaselineResult | None,
 ) -> Result:
     """Evaluate and verify a trained network, write the weights, and return the result.
 
@@ -59,11 +59,12 @@ def final_result(
     session.write_weights("last.pt", last)
     session.write_weights("best.pt", best_weights)
     commits = manifest.code_versions(session.directory.path / "manifest.json")
-    notes = [*_notes(setup, model, verified, images), *_commit_notes(commits), *session.monitor.warned.values()]
+    notes = [*_baseline_note(baseline), *_notes(setup, model, verified, images), *_commit_notes(commits)]
+    notes += session.monitor.warned.values()
     result = replace(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
-        levels=_levels(model, verified, setup.method.bits.w), baseline=_baseline_result(baseline),
+        levels=_levels(model, verified, setup.method.bits.w), baseline=baseline,
         data_sha256=images_sha256(setup.data), cost=count_cost(model, setup.macs),
         speed=session.speed(setup.device, state.epoch), quantizers=reports(model), card=setup.card,
         protocol_changes=setup.protocol_changes, weights_sha256=weights_sha256(last), state_sha256=state_sha256,
@@ -74,18 +75,19 @@ def final_result(
     return result
 
 
-def _baseline_result(baseline: Result | None) -> BaselineResult | None:
-    if baseline is None or baseline.final is None:
-        return None
-    return BaselineResult(run=baseline.run, final=baseline.final, best=baseline.best)
-
-
 def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], width: int) -> int | None:
     """Return the largest number of levels allowed for weights. If possible, only layers at the method's width count."""
     layers = quantized_layers(model)
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
     at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
     return max(at_width or allowed.values(), default=None)
+
+
+def _baseline_note(baseline: BaselineResult | None) -> list[str]:
+    """Return a note on a float baseline from a checkpoint file."""
+    if baseline is None or baseline.sha256 is None:
+        return []
+    return [f"float: the network of {baseline.run}, sha256 {baseline.sha256[:12]}"]
 
 
 def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, object], images: Tensor) -> list[str]:

@@ -1,11 +1,14 @@
 """Does a run, from the configuration to the result."""
 
+import copy
 import traceback
 from pathlib import Path
 
 from torch import nn
 from torch.nn import functional as F
 
+from qbench.config.identity import file_sha256
+from qbench.data.dataset import Loader
 from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.context import RunContext
@@ -20,10 +23,11 @@ from qbench.quant.ops import compress_activations
 from qbench.quant.probe import Probe
 from qbench.runs import manifest
 from qbench.runs.directory import RunDirectory
-from qbench.runs.result import Result, load_result
+from qbench.runs.result import BaselineResult, Evaluation, Result, load_result
 from qbench.training import optimizer
 from qbench.training.checkpoint import Saved, first_nonfinite
 from qbench.training.divergence import must_be_finite
+from qbench.training.evaluation import evaluate
 from qbench.training.initial_weights import is_intact, load_initial_weights
 from qbench.training.loop import train
 from qbench.training.random_state import seed_everything
@@ -127,7 +131,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
     try:
         baseline_path = Path(baseline.run) if baseline else None
         method = setup.with_teacher(baseline_path)
-        model = _initial_model(setup, baseline_path, session)
+        model, compared = _initial_model(setup, baseline, loader, session)
         probe = Probe(list(loader.unaugmented("train", PROBE_IMAGES)), F.cross_entropy)
         if method.prepare and not session.saved:
             method.prepare(model, probe)
@@ -140,7 +144,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         with compress_activations(setup.runtime.compress_activations):
             train(task, state, session.watch(task, state, loader.batch_size))
         reporter.stop()
-        return final_result(setup, task, state, loader, session, baseline)
+        return final_result(setup, task, state, loader, session, compared)
     except NotFinite as error:
         raise Diverged(f"{error}; try a lower optim.lr") from None
     finally:
@@ -161,13 +165,36 @@ def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: Tr
     )
 
 
-def _initial_model(setup: ExperimentSetup, baseline: Path | None, session: TrainingSession) -> nn.Module:
-    """Return the quantized network on its device. Without a checkpoint, load the initial weights."""
-    model, start = setup.float_model(), setup.start(baseline)
-    if start and not session.saved:
-        identity = setup.baseline.identity.digest if setup.starts_from_baseline else None
-        session.context.reporter.say(load_initial_weights(model, start, identity))
-    return setup.install(model).to(setup.device)
+def _initial_model(
+    setup: ExperimentSetup, baseline: Result | None, loader: Loader, session: TrainingSession
+) -> tuple[nn.Module, BaselineResult | None]:
+    """Return the quantized network on its device, and the float baseline to compare with.
+
+    Initial weights are loaded if no checkpoint exists. The network of a checkpoint file is
+    evaluated before it is quantized: it is the baseline.
+    """
+    model, compared = setup.float_model(), None
+    if setup.config.starts_from_file:
+        weights = setup.load_file(model)
+        session.context.reporter.say(weights.message)
+        if weights.is_float:
+            compared = _file_baseline(setup, model, loader, session.context)
+    elif baseline is not None and baseline.final is not None:
+        compared = BaselineResult(run=baseline.run, final=baseline.final, best=baseline.best)
+        if setup.starts_from_baseline and not session.saved:
+            weights = load_initial_weights(model, Path(baseline.run), setup.baseline.identity.digest)
+            session.context.reporter.say(weights.message)
+    return setup.install(model).to(setup.device), compared
+
+
+def _file_baseline(setup: ExperimentSetup, model: nn.Module, loader: Loader, context: RunContext) -> BaselineResult:
+    """Evaluate the float network of a checkpoint file on both splits."""
+    network = copy.deepcopy(model).to(setup.device)
+    forward = setup.forward(network)
+    val, test = (evaluate(network, context.checked(loader.unaugmented(split)), forward) for split in ("val", "test"))
+    assert test is not None  # `check_splits` refuses an empty test split
+    path = setup.config.init
+    return BaselineResult(run=path, final=Evaluation(test=test, val=val), sha256=file_sha256("init", path))
 
 
 def _state(task: Task, saved: Saved | None, seed: int) -> State:

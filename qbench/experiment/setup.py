@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.config.foreign_code import foreign_code, refuse_foreign_code
-from qbench.config.schema import STARTS, Config, Optim, Runtime, baseline_config, to_dict
+from qbench.config.schema import Config, Optim, Runtime, baseline_config, to_dict
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset, Loader
-from qbench.errors import ConfigError
+from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import (
     build_dataset,
     build_imageless_dataset,
@@ -26,6 +26,7 @@ from qbench.experiment.builders import (
     build_model,
     images_sha256,
     method_card,
+    networks_that_fit,
 )
 from qbench.experiment.checks import check_average, check_distill, check_model_keys, check_runtime, check_splits
 from qbench.experiment.data_check import check_same_data
@@ -34,10 +35,12 @@ from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.experiment.trained_network import load_weights, stored_run
 from qbench.quant.combine import distilled
 from qbench.quant.install import install
+from qbench.quant.layers import fully_quantized
 from qbench.quant.method import Method
 from qbench.quant.policy import Policy, PolicyError
 from qbench.runs import tensorboard
-from qbench.training.initial_weights import load_initial_weights
+from qbench.training.checkpoint import DoesNotFit
+from qbench.training.initial_weights import InitialWeights, load_initial_weights
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,9 @@ class ExperimentSetup:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the run needs the float baseline: for initial weights, for comparison, or as a teacher."""
-        return self.config.init in ("float", "method") or self.config.distill.by_baseline
-
-    def start(self, baseline: Path | None) -> Path | None:
-        """Return the path of the initial weights, or None for random weights."""
-        if self.config.init in ("scratch", "method"):
-            return None
-        return baseline if self.starts_from_baseline else Path(self.config.init)
+        """Whether the run needs a float baseline that is trained here: as a start, for comparison, or as a teacher."""
+        by_baseline = self.config.distill.by_baseline and not self.config.starts_from_file
+        return self.config.init in ("float", "method") or by_baseline
 
     @property
     def starts_from_baseline(self) -> bool:
@@ -171,6 +169,20 @@ class ExperimentSetup:
         except PolicyError as error:
             raise ConfigError(f"layers.{error.key}: {error}") from None
 
+    def load_file(self, model: nn.Module) -> InitialWeights:
+        """Load the checkpoint file that `init` names.
+
+        Raises:
+            CheckpointError: the file is damaged or does not fit. The message names networks that fit.
+        """
+        path, new_head = Path(self.config.init), self.config.model.get("head") == "new"
+        try:
+            return load_initial_weights(model, path, new_head=new_head)
+        except DoesNotFit as error:
+            fitting = networks_that_fit(path, self.data)
+            found = f"it fits {', '.join(fitting)}" if fitting else "it fits no network of qbench (qbench list)"
+            raise CheckpointError(f"{error}\n{found}") from None
+
     def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the function that computes the network's output in training and evaluation.
 
@@ -187,8 +199,13 @@ class ExperimentSetup:
             return self.method
         if distill.by_baseline:
             teacher = self.float_model()
-            assert baseline is not None
-            load_initial_weights(teacher, baseline, self.baseline.identity.digest)
+            if baseline is not None:
+                load_initial_weights(teacher, baseline, self.baseline.identity.digest)
+            elif not self.load_file(teacher).is_float:
+                raise ConfigError(
+                    f"init={self.config.init} is no float network that could be the teacher\n"
+                    "name one with distill.teacher=RUN, or add distill=none"
+                )
         else:
             teacher = self._load_teacher()
         hard = partial(F.cross_entropy, label_smoothing=self.optim.label_smoothing)
@@ -258,12 +275,12 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
         setup._load_teacher()
     check_distill(distill, method)
     check_splits(data, optim, config.dataset["name"])
-    if planned and config.init in STARTS:
+    if planned and not config.starts_from_file:
         with suppress(NotImplementedError, RuntimeError):  # a user's network or method may read values
             return _checked(setup, setup.float_model("meta"))
     model = setup.float_model()
-    if config.init not in STARTS:
-        load_initial_weights(model, Path(config.init))
+    if config.starts_from_file:
+        setup.load_file(model)
     return _checked(setup, model)
 
 
@@ -271,5 +288,7 @@ def _checked(setup: ExperimentSetup, model: nn.Module) -> ExperimentSetup:
     """Count the operations of a float network. Check that the method can be installed."""
     setup.macs.clear()
     setup.macs.update(count_macs(model, setup.data.shape))
-    setup.install(model)
+    installed = setup.install(model)
+    if setup.method.needs_training and not setup.epochs and not fully_quantized(installed):
+        raise ConfigError(f"epochs=0: {setup.method.name} quantizes its weights in the course of training")
     return setup

@@ -6,11 +6,11 @@ affine BN, it has 60,985,416 parameters. TTQ's authors train the same network fr
 
 conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP - Q - conv3 384 - BN
 - MP - Q - conv3 384 in 2 groups - BN - Q - conv3 256 in 2 groups - BN - MP valid - Q - FC 4096
-(bias) - BN - Q - FC 4096 - BN - head - FC. Q is the activation that an input quantizer replaces.
+(bias) - BN - Q - FC 4096 - BN - last_act - FC. Q is the activation that an input quantizer replaces.
 MP, max pooling of 3x3 at stride 2, is between BN and Q. There is no dropout. BN has eps 1e-4. The
 first two poolings pad as TensorFlow's SAME does: if the size is even, only at the right and bottom.
 
-`head` is the activation in front of the last layer. If activations are quantized, the script clips
+`last_act` is the activation in front of the last layer. If activations are quantized, the script clips
 them to [0, 1] there, without rounding. If they are not quantized, the script has a ReLU there.
 """
 
@@ -19,7 +19,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.models.dorefa_svhn import HEADS, check_head, init_as_tensorpack
+from qbench.models.dorefa_svhn import LAST_ACTS, check_last_act, init_as_tensorpack
 from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
 from qbench.models.residual_blocks import Feeds
 
@@ -47,7 +47,7 @@ class DoReFaAlexNet(nn.Sequential):
 
     feeds: Feeds
 
-    def __init__(self, channels: int, classes: int, positions: int, *, factor: float, head: str, norm: str) -> None:
+    def __init__(self, channels: int, classes: int, positions: int, *, factor: float, last_act: str, norm: str) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, (out, kernel, groups) in enumerate(CONVS):
             out = _scaled(out, factor)
@@ -67,7 +67,7 @@ class DoReFaAlexNet(nn.Sequential):
         for i in (0, 1):
             layers[f"fc{i}"] = nn.Linear(features, hidden, bias=i == 0 or norm == "none")
             layers[f"bnfc{i}"] = NORMS_1D[norm](hidden)
-            layers[f"actfc{i}"] = HEADS[head]() if i == 1 else nn.ReLU()
+            layers[f"actfc{i}"] = LAST_ACTS[last_act]() if i == 1 else nn.ReLU()
             features = hidden
         super().__init__(layers | {"fct": nn.Linear(hidden, classes)})
         self.norm = norm
@@ -77,12 +77,12 @@ class DoReFaAlexNet(nn.Sequential):
 
 
 def build(
-    shape: tuple[int, int, int], classes: int, *, width_mult: float = 1.0, head: str = "relu", norm: str = "affine"
+    shape: tuple[int, int, int], classes: int, *, width_mult: float = 1.0, last_act: str = "relu", norm: str = "affine"
 ) -> nn.Module:
     """Return an AlexNet for images of `shape` (C, H, W), 44x44 or larger, `width_mult` times as wide as DoReFa's."""
     if width_mult <= 0:
         raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
-    check_head(head)
+    check_last_act(last_act)
     check_norm(norm)
     height, width = (_output_size(size) for size in shape[1:])
     if min(height, width) < 1:
@@ -90,7 +90,7 @@ def build(
             f"name=dorefa_alexnet: images of {shape[1]}x{shape[2]} are too small; they must be 44x44 or larger, "
             "the paper's are 224x224"
         )
-    return DoReFaAlexNet(shape[0], classes, height * width, factor=width_mult, head=head, norm=norm)
+    return DoReFaAlexNet(shape[0], classes, height * width, factor=width_mult, last_act=last_act, norm=norm)
 
 
 def _scaled(channels: int, factor: float) -> int:

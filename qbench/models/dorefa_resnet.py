@@ -1,7 +1,7 @@
 """ResNet-18 of DoReFa-Net's authors (Zhou et al. 2016, arXiv 1606.06160; tensorpack's resnet-dorefa.py).
 
 Verified in that script, which only evaluates a trained network; how it was trained is not known.
-conv7/2 64 (bias) - MP - blocks - BN - head - average times 49 - FC. Before conv1, three rows and
+conv7/2 64 (bias) - MP - blocks - BN - last_act - average times 49 - FC. Before conv1, three rows and
 columns are padded at the top and left, two at the bottom and right. Before MP, the border is
 repeated once. A block is BN - Q - conv3 - BN - Q - conv3, plus its input. Where the shape changes,
 and in the first block of all, the shortcut is a 1x1 convolution that reads the output of the
@@ -10,13 +10,13 @@ convolutions have stride 1. The script calls the convolution in the first block'
 factor 49 bugs of the trained network. BN has eps 1e-4. Q is the activation that an input quantizer
 replaces.
 
-`head` is the activation in front of the average. The script clips to [0, 1] there.
+`last_act` is the activation in front of the average. The script clips to [0, 1] there.
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.models.dorefa_svhn import HEADS, check_head, init_as_tensorpack
+from qbench.models.dorefa_svhn import LAST_ACTS, check_last_act, init_as_tensorpack
 from qbench.models.normalization import NORMS_2D, check_norm
 from qbench.models.residual_blocks import Feeds, ResidualBlock, feeds_of_blocks
 
@@ -57,7 +57,7 @@ class DoReFaResNet(nn.Module):
 
     feeds: Feeds
 
-    def __init__(self, channels: int, classes: int, *, width: int, head: str, norm: str) -> None:
+    def __init__(self, channels: int, classes: int, *, width: int, last_act: str, norm: str) -> None:
         super().__init__()
         self.norm = norm
         self.conv1 = nn.Conv2d(channels, width, 7, 2)
@@ -68,7 +68,7 @@ class DoReFaResNet(nn.Module):
                 blocks.append(DoReFaBlock(in_channels, out, stride, i == 0, norm))
                 in_channels = out
         self.blocks = nn.Sequential(*blocks)
-        self.bn, self.act = NORMS_2D[norm](in_channels), HEADS[head]()
+        self.bn, self.act = NORMS_2D[norm](in_channels), LAST_ACTS[last_act]()
         self.fct = nn.Linear(in_channels, classes)
         self.feeds = feeds_of_blocks(self)
         init_as_tensorpack(self)
@@ -83,15 +83,15 @@ class DoReFaResNet(nn.Module):
 
 
 def build(
-    shape: tuple[int, int, int], classes: int, *, width: int = 64, head: str = "clip", norm: str = "affine"
+    shape: tuple[int, int, int], classes: int, *, width: int = 64, last_act: str = "clip", norm: str = "affine"
 ) -> nn.Module:
     """Return a ResNet-18 for images of `shape` (C, H, W), 32x32 or larger; `width` is 64 in the script."""
     if width < 1:
         raise ValueError(f"width={width}: must be 1 or more channels")
-    check_head(head)
+    check_last_act(last_act)
     check_norm(norm)
     if min(shape[1:]) < 32:
         raise ValueError(
             f"name=dorefa_resnet18: images of {shape[1]}x{shape[2]} are too small; they must be 32x32 or larger"
         )
-    return DoReFaResNet(shape[0], classes, width=width, head=head, norm=norm)
+    return DoReFaResNet(shape[0], classes, width=width, last_act=last_act, norm=norm)

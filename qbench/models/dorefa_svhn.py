@@ -6,11 +6,11 @@ and 32 times `width` channels, with `width` 16. The widths 8, 4 and 2 of B, C an
 verified. By our own count, A has 2,082,378 parameters with affine BN, and 41.7 M multiply-adds.
 
 conv5 (bias) - MP2 - Q - conv3 - BN - Q - conv3 - BN - MP2 - Q - conv3 valid - BN - Q - conv3 - BN -
-Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - head - FC. Q is the activation that an input
+Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - last_act - FC. Q is the activation that an input
 quantizer replaces. There is no BN after the first layer. Max pooling follows BN and precedes Q. BN
 has eps 1e-4.
 
-`head` is the activation in front of the last layer. If activations are quantized, the script clips
+`last_act` is the activation in front of the last layer. If activations are quantized, the script clips
 them to [0, 1] there, without rounding (until 2018 it took min(1, |x|)). If they are not quantized,
 the script has a ReLU there.
 
@@ -44,18 +44,18 @@ class ClippedMagnitude(nn.Module):
         return x.abs().clamp(max=1)
 
 
-HEADS: dict[str, Callable[[], nn.Module]] = {
+LAST_ACTS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "clip": lambda: nn.Hardtanh(0, 1),
     "magnitude": ClippedMagnitude,
 }
-"""Value of `head` -> activation in front of the last layer."""
+"""Value of `last_act` -> activation in front of the last layer."""
 
 
-def check_head(head: str) -> None:
-    """Raise `ValueError` if `head` is not one of `HEADS`."""
-    if head not in HEADS:
-        raise ValueError(f"head={head}: must be one of {', '.join(HEADS)}")
+def check_last_act(last_act: str) -> None:
+    """Raise `ValueError` if `last_act` is not one of `LAST_ACTS`."""
+    if last_act not in LAST_ACTS:
+        raise ValueError(f"last_act={last_act}: must be one of {', '.join(LAST_ACTS)}")
 
 
 class UnscaledDropout(nn.Module):
@@ -96,7 +96,7 @@ class SVHNNet(nn.Sequential):
     feeds: Feeds
 
     def __init__(
-        self, channels: int, classes: int, positions: int, *, width: int, dropout: float, head: str, norm: str
+        self, channels: int, classes: int, positions: int, *, width: int, dropout: float, last_act: str, norm: str
     ) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, (factor, kernel, pad) in enumerate(CONVS):
@@ -109,7 +109,7 @@ class SVHNNet(nn.Sequential):
                 layers[f"bn{i}"] = NORMS_2D[norm](channels)
             if i in POOLED:
                 layers[f"pool{i}"] = nn.MaxPool2d(2, ceil_mode=True)  # TensorFlow's SAME
-            layers[f"act{i}"] = HEADS[head]() if i == 6 else nn.ReLU()
+            layers[f"act{i}"] = LAST_ACTS[last_act]() if i == 6 else nn.ReLU()
             if i == 5:
                 layers["drop5"] = UnscaledDropout(dropout)
         super().__init__(layers | {"flatten": nn.Flatten(), "fc1": nn.Linear(channels * positions, classes)})
@@ -125,7 +125,7 @@ def build(
     *,
     width: int = 16,
     dropout: float = 0.5,
-    head: str = "relu",
+    last_act: str = "relu",
     norm: str = "affine",
 ) -> nn.Module:
     """Return model A (`width` 16), B (8), C (4) or D (2) for images of `shape` (C, H, W), 37x37 or larger."""
@@ -133,7 +133,7 @@ def build(
         raise ValueError(f"width={width}: must be 1 or more; models A to D have 16, 8, 4 and 2")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
-    check_head(head)
+    check_last_act(last_act)
     check_norm(norm)
     height, columns = (_output_size(size) for size in shape[1:])
     if min(height, columns) < 1:
@@ -141,7 +141,7 @@ def build(
             f"name=dorefa_svhn: images of {shape[1]}x{shape[2]} are too small; they must be 37x37 or larger, "
             "the paper's are 40x40"
         )
-    return SVHNNet(shape[0], classes, height * columns, width=width, dropout=dropout, head=head, norm=norm)
+    return SVHNNet(shape[0], classes, height * columns, width=width, dropout=dropout, last_act=last_act, norm=norm)
 
 
 def _output_size(size: int) -> int:

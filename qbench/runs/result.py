@@ -47,11 +47,16 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineResult:
-    """A float baseline's directory, and its evaluations after the last and the best epoch."""
+    """A float baseline's directory, and its evaluations after the last and the best epoch.
+
+    If the run starts from a checkpoint file, the file's network is the baseline, evaluated before
+    it is quantized. `run` is then the file's path, and `sha256` that of its content.
+    """
 
     run: str
     final: Evaluation
     best: Evaluation | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

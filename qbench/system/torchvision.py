@@ -5,13 +5,17 @@ With such builds the compiled part of torchvision is missing, and `import torchv
 operators are declared without an implementation, the import succeeds.
 """
 
+import hashlib
 import importlib
 import re
 import sys
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from qbench.errors import CheckpointError
 
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _MISSING = re.compile(r"operator torchvision::\w+ does not exist")
@@ -31,6 +35,36 @@ def torchvision() -> ModuleType:
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # remove what was imported before the failure
     return importlib.import_module("torchvision")
+
+
+def imagenet_weights(net: str, *, download: bool) -> Path:
+    """Return the path of torchvision's first ImageNet weights of a network, in torch's cache of downloads.
+
+    Args:
+        download: whether to fetch the file if it is missing.
+
+    Raises:
+        ValueError: torchvision has no weights for a network of this name.
+        CheckpointError: the file is missing and is not to be fetched, cannot be fetched, or is
+            damaged.
+    """
+    models = torchvision().models
+    if net not in models.list_models(module=models):
+        raise ValueError(f"torchvision has no ImageNet weights for {net}; name a checkpoint: init=FILE")
+    url = str(models.get_model_weights(net).IMAGENET1K_V1.url)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        if not download:
+            raise CheckpointError(f"init=imagenet: {path} is missing\nfetch {url}, or add dataset.download=true")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except OSError as error:
+            raise CheckpointError(f"init=imagenet: {error}\nput {url} at {path} by hand") from None
+    stated = path.stem.rpartition("-")[2]  # torchvision's names end with the first digits of the file's sha256
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(stated):
+        raise CheckpointError(f"init=imagenet: {path} is damaged: its sha256 does not begin with {stated}; delete it")
+    return path
 
 
 def _declare(*operators: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qbench.errors import CheckpointError
 from qbench.quant.layers import is_quantizer_key
 from qbench.system import files
+from qbench.training.foreign_weights import printable
 
 _MARK = b"\nqbench sha256 "
 _FOOTER_BYTES = len(_MARK) + 64
@@ -114,7 +115,7 @@ def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # reading a file that is not a checkpoint can raise any exception
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-        reason = _printable(reason or type(error).__name__, 200)
+        reason = printable(reason or type(error).__name__, 200)
         raise CheckpointError(f"{source} is not a readable checkpoint: {reason}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{source} contains a {type(state).__name__}, not a state_dict")
@@ -141,11 +142,11 @@ def _check_zip(data: bytes, source: str) -> None:
                     f"{source} contains too many tensors; their names may take at most {MAX_NAME_BYTES:,} bytes"
                 )
             if bad := archive.testzip():
-                raise CheckpointError(f"{source} is damaged: the checksum of its {_printable(bad)} does not match")
+                raise CheckpointError(f"{source} is damaged: the checksum of its {printable(bad)} does not match")
     except CheckpointError:
         raise
     except Exception as error:  # zipfile raises many kinds for corrupt files
-        reason = _printable(str(error), 200) or type(error).__name__
+        reason = printable(str(error), 200) or type(error).__name__
         raise CheckpointError(f"{source} is damaged: {reason}") from None
 
 
@@ -186,6 +187,10 @@ def first_nonfinite(value: object, name: str = "") -> str | None:
     return next((bad for bad in names if bad), None)
 
 
+class DoesNotFit(CheckpointError):
+    """The tensors of a checkpoint belong to another network."""
+
+
 class LoadedWeights(NamedTuple):
     """Names of quantizer tensors in the file, which were skipped, and of network tensors that are not in the file."""
 
@@ -200,21 +205,22 @@ def load_float_weights(model: nn.Module, state: Mapping[str, object], source: st
     network, except counters of batch normalization.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, of another type or shape, or not finite. The message names them.
+        DoesNotFit: tensors are missing, unknown, or of another type or shape. The message names them.
+        CheckpointError: tensors are not finite.
     """
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     current = model.state_dict()
     skipped = [name for name in tensors if name not in current and is_quantizer_key(name)]
-    _check_fit({name: t for name, t in tensors.items() if name not in skipped}, current, source)
+    check_fit({name: t for name, t in tensors.items() if name not in skipped}, current, source)
     loaded = {name: tensors[name] for name in current if name in tensors}
     if bad := first_nonfinite(loaded):
         raise CheckpointError(f"{source}: {bad} contains inf or nan")
     model.load_state_dict(loaded, strict=False)
-    return LoadedWeights([*map(_printable, skipped)], [name for name in current if name not in tensors])
+    return LoadedWeights([*map(printable, skipped)], [name for name in current if name not in tensors])
 
 
-def _check_fit(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor], source: str) -> None:
-    """Raise `CheckpointError` if tensors of a file do not fit the tensors of a network."""
+def check_fit(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor], source: str) -> None:
+    """Raise `DoesNotFit` if tensors of a file do not fit the tensors of a network."""
     common = [name for name in current if name in tensors]
     other_type = [name for name in common if not _same_type(tensors[name], current[name])]
     other_shape = [name for name in common if not other_type and tensors[name].shape != current[name].shape]
@@ -229,8 +235,8 @@ def _check_fit(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor], sou
     for problem, names in problems.items():
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            shown = ", ".join(map(_printable, names[:4]))
-            raise CheckpointError(f"{source} does not fit the network: {problem}: {shown}{more}")
+            shown = ", ".join(map(printable, names[:4]))
+            raise DoesNotFit(f"{source} does not fit the network: {problem}: {shown}{more}")
 
 
 def _same_type(tensor: Tensor, current: Tensor) -> bool:
@@ -239,8 +245,3 @@ def _same_type(tensor: Tensor, current: Tensor) -> bool:
         return False
     same_kind = tensor.is_floating_point() == current.is_floating_point()
     return same_kind and torch.can_cast(tensor.dtype, current.dtype)
-
-
-def _printable(text: str, length: int = 99) -> str:
-    """Return text from a file without control characters, at most `length` characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:length])

@@ -2,15 +2,40 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from qbench.errors import CheckpointError
+from qbench.quant.layers import is_quantizer_key
 from qbench.runs.result import load_result
 from qbench.system import files
-from qbench.training.checkpoint import has_digest, is_zip, load_float_weights, load_torch_file, unpack
+from qbench.training.checkpoint import (
+    DoesNotFit,
+    check_fit,
+    has_digest,
+    is_zip,
+    load_float_weights,
+    load_torch_file,
+    unpack,
+)
 from qbench.training.digests import weights_sha256
+from qbench.training.foreign_weights import find_state_dict, last_layer, rename_weights
+from qbench.training.safetensors_file import is_safetensors, load_safetensors
+
+
+class InitialWeights(NamedTuple):
+    """What was loaded.
+
+    Args:
+        message: one line: the file, the number of tensors, and everything that was renamed or left
+            out.
+        is_float: whether the file holds a whole float network, so that its accuracy is that of a
+            float baseline. It does not if it holds quantizers, or if the last layer is new.
+    """
+
+    message: str
+    is_float: bool
 
 
 def is_intact(file: Path, identity: str) -> bool:
@@ -41,36 +66,91 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
     return state
 
 
-def load_initial_weights(model: nn.Module, path: Path, identity: str | None = None) -> str:
-    """Load float weights. Return a message with the numbers of loaded, skipped and new tensors.
+def load_initial_weights(
+    model: nn.Module, path: Path, identity: str | None = None, *, new_head: bool = False
+) -> InitialWeights:
+    """Load float weights into a network.
 
     Args:
         path: a checkpoint file, or a run's directory with best.pt.
         identity: the identity that the checkpoint must have. None allows any identity.
+        new_head: whether the last layer keeps its random weights.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or belongs to another run or network.
+        DoesNotFit: the file belongs to another network.
+        CheckpointError: the file is missing or damaged, belongs to another run, or has another
+            number of classes.
     """
-    file = path / "best.pt" if path.is_dir() else path
-    state, notes = _read(path, file)
-    if identity is not None and state.get("identity") != identity:
+    file, (content, notes) = str(_file(path)), _read(path)
+    if identity is not None and content.get("identity") != identity:
         raise CheckpointError(f"{file} belongs to another run; to train the float baseline again, add rerun=true")
-    weights = state.get("model", state)
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{file}: its key `model` contains a {type(weights).__name__}, not a state_dict")
-    skipped, new = load_float_weights(model, weights, str(file))
+    weights, found = find_state_dict(content, file)
+    tensors, renamed = rename_weights(weights, model, file)
+    head = _head(model)
+    if new_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in head}
+    else:
+        _check_classes(tensors, head, file)
+    skipped, new = load_float_weights(model, tensors | head if new_head else tensors, file)
+    notes = [*found, *renamed, *_cast(tensors), *notes]
     notes += [f"{len(skipped)} skipped ({', '.join(skipped[:3])}, ...)"] if skipped else []
     notes += [f"{len(new)} new ({', '.join(new[:3])}, ...)"] if new else []
-    return f"weights from {file}: {len(weights) - len(skipped)} tensors loaded" + "".join(f", {n}" for n in notes)
+    notes += [f"the last layer is new ({', '.join(head)})"] if new_head else []
+    message = f"weights from {file}: {len(tensors) - len(skipped)} tensors loaded"
+    return InitialWeights(message + "".join(f", {note}" for note in notes), not (skipped or new_head))
 
 
-def _read(path: Path, file: Path) -> tuple[Mapping[str, Any], list[str]]:
+def fits(model: nn.Module, path: Path) -> bool:
+    """Return whether a checkpoint file holds the weights of a network of this kind."""
+    file = str(_file(path))
+    weights, _ = find_state_dict(_read(path)[0], file)
+    tensors = rename_weights(weights, model, file).tensors
+    try:
+        check_fit({k: t for k, t in tensors.items() if not is_quantizer_key(k)}, model.state_dict(), file)
+    except DoesNotFit:
+        return False
+    return True
+
+
+def _file(path: Path) -> Path:
+    return path / "best.pt" if path.is_dir() else path
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], list[str]]:
     """Return the content of a weights file, and notes on its format."""
+    file = _file(path)
     try:
         if path.is_dir():
             return load_published(path), []
         data = files.read(file)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}; the initial weights are missing") from None
-    state = unpack(data, str(file)) if has_digest(data) else load_torch_file(data, str(file))
-    return state, [] if is_zip(data) else ["the format has no checksums, so damage would not be noticed"]
+    unchecked = [] if is_zip(data) else ["the format has no checksums, so damage would not be noticed"]
+    if is_safetensors(data):
+        return load_safetensors(data, str(file)), unchecked
+    return unpack(data, str(file)) if has_digest(data) else load_torch_file(data, str(file)), unchecked
+
+
+def _head(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a network's last layer; none if it is not linear."""
+    last = last_layer(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if last and name.startswith(f"{last}.")}
+
+
+def _check_classes(tensors: Mapping[str, Tensor], head: Mapping[str, Tensor], source: str) -> None:
+    """Raise `CheckpointError` if the last layer differs from the network's only in the number of classes."""
+    for name, current in head.items():
+        if name in tensors and name.endswith("weight") and tensors[name].ndim == current.ndim:
+            (theirs, *inputs), (ours, *expected) = tensors[name].shape, current.shape
+            if theirs != ours and inputs == expected:
+                raise CheckpointError(
+                    f"{source}: its last layer has {theirs} classes, but the data set has {ours}\n"
+                    "add model.head=new to start with a new last layer (transfer learning)"
+                )
+
+
+def _cast(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return a note if the file contains floats of another precision than float32."""
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+    others = [dtype for dtype in dtypes if dtype != "float32"]
+    return [f"{', '.join(others)} converted to float32"] if others else []

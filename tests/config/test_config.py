@@ -41,7 +41,7 @@ REFUSED = {
     "seed=-1": ("seed=-1", "from 0"),
     "seed=1.5": ("seed=1.5", "whole number"),
     "seed=[": ("seed=[", "KEY=VALUE"),
-    "epochs=0": ("epochs=0", "from 1"),
+    "epochs=-1": ("epochs=-1", "from 0"),
     "layers.first=abc": ("layers.first=abc", "float, same or a number of bits"),
     "layers.first=8.5": ("layers.first=8.5", "float, same or a number of bits"),
     "layers.rules={conv1: 0}": ("layers.rules[conv1]=0", "float, same or a number of bits"),

@@ -113,7 +113,8 @@ def test_an_added_field_counts_only_where_it_differs_from_its_default(configure:
 def test_an_added_key_of_yaml_counts_only_where_it_differs_from_its_value(configure: Configure, group: str) -> None:
     config = configure("method=dorefa", "bits=w2a2")
     before, options = both(config), run_identity(config).options
-    node = getattr(config, group) | {"added": {"polish": 1, "order": [1, 2]}}
+    node = getattr(config, group)
+    node = node | {"added": node.get("added", {}) | {"polish": 1, "order": [1, 2]}}
     at_default = replace(config, **{group: node | {"polish": 1.0, "order": [1, 2]}})
     assert both(at_default) == before
     assert run_identity(at_default).options == options

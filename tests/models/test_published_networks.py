@@ -41,7 +41,7 @@ CIFAR, MNIST, SVHN, IMAGENET, CAFFE = (3, 32, 32), (1, 28, 28), (3, 40, 40), (3,
 
 THIN: dict[str, tuple[Build, Shape, dict[str, Any]]] = {
     "svhn": (dorefa_svhn.build, SVHN, {"width": 2}),
-    "svhn clip": (dorefa_svhn.build, (3, 44, 37), {"width": 1, "head": "clip"}),
+    "svhn clip": (dorefa_svhn.build, (3, 44, 37), {"width": 1, "last_act": "clip"}),
     "dorefa_alexnet": (dorefa_alexnet.build, (3, 44, 61), {"width_mult": 0.05}),
     "dorefa_resnet18": (dorefa_resnet.build, (3, 33, 32), {"width": 4}),
     "hwgq_alexnet": (hwgq_alexnet.build, (3, 39, 43), {"width_mult": 0.05}),
@@ -389,10 +389,10 @@ def test_the_dropout_of_the_svhn_models_acts_after_the_quantizer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "expected"), [("relu", [0, 0.5, 3]), ("clip", [0, 0.5, 1]), ("magnitude", [1, 0.5, 1])]
+    ("last_act", "expected"), [("relu", [0, 0.5, 3]), ("clip", [0, 0.5, 1]), ("magnitude", [1, 0.5, 1])]
 )
-def test_the_head_activations(head: str, expected: list[float]) -> None:
-    act = dorefa_svhn.build(SVHN, 10, width=1, head=head).act6
+def test_activations_in_front_of_the_last_layer(last_act: str, expected: list[float]) -> None:
+    act = dorefa_svhn.build(SVHN, 10, width=1, last_act=last_act).act6
     assert act(torch.tensor([-2, 0.5, 3])).tolist() == expected
 
 
@@ -578,8 +578,8 @@ def test_too_small_images_raise(build: Build, smallest: int, options: dict[str, 
     [
         (dorefa_svhn.build, {"width": 0}, r"width=0: must be 1 or more; models A to D have 16, 8, 4 and 2"),
         (dorefa_svhn.build, {"dropout": 1.0}, r"dropout=1.0: must be at least 0 and below 1"),
-        (dorefa_svhn.build, {"head": "tanh"}, r"head=tanh: must be one of relu, clip, magnitude"),
-        (dorefa_alexnet.build, {"head": "tanh"}, r"head=tanh: must be one of relu, clip, magnitude"),
+        (dorefa_svhn.build, {"last_act": "tanh"}, r"last_act=tanh: must be one of relu, clip, magnitude"),
+        (dorefa_alexnet.build, {"last_act": "tanh"}, r"last_act=tanh: must be one of relu, clip, magnitude"),
         (dorefa_alexnet.build, {"width_mult": 0.0}, r"width_mult=0.0: must be a factor above 0"),
         (hwgq_alexnet.build, {"width_mult": -1.0}, r"width_mult=-1.0: must be a factor above 0"),
         (hwgq_resnet.build, {"depth": 20}, r"depth=20: must be one of 18, 34, 50"),

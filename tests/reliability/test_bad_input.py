@@ -209,7 +209,7 @@ LINES = [
     row("optim.lr=-1", "optim.lr=-1"),
     row("optim.lr=", "optim.lr=: must be a number"),
     row(f"optim.lr={HUGE}", "out of range"),
-    row("epochs=0", "epochs=0: must be a number from 1"),
+    row("epochs=-1", "epochs=-1: must be a number from 0"),
     row("epochs=${nowhere}", "'nowhere' not found"),
     row("epochs=${epochs}", "Recursive interpolation"),
     row("~epochs", "epochs has no value"),

@@ -163,9 +163,9 @@ def test_damage_to_a_foreign_checkpoint_is_detected_or_harmless(
 def test_a_format_without_checksums_gives_a_note(whole: Path, tmp_path: Path) -> None:
     model = assemble(compose_config(whole)).float_model()
     torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert "has no checksums" in load_initial_weights(model, tmp_path / "old.pt")
+    assert "has no checksums" in load_initial_weights(model, tmp_path / "old.pt").message
     torch.save(model.state_dict(), tmp_path / "new.pt")
-    assert "checksums" not in load_initial_weights(model, tmp_path / "new.pt")
+    assert "checksums" not in load_initial_weights(model, tmp_path / "new.pt").message
 
 
 @flips_and_cuts

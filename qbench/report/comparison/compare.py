@@ -115,8 +115,8 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
         settings.append(aggregate(label, members, source, learning_rate))
         notes.extend(_member_notes(settings[-1], logged))
 
-    for network, baselines in _baselines(results, context):
-        add(f"float {network}".strip(), baselines)
+    for label, baselines in _baselines(results, context):
+        add(label, baselines)
     labels = {id(r): context.labels[naming.method_identity(r)] for r in results}
     for label, members in _members(results, labels):
         if not is_candidate(members[0]):
@@ -133,15 +133,17 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
 
 
 def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, list[Result]]]:
-    """Return the float baselines, grouped by the network keys that methods require."""
+    """Return label -> float baselines, by the network keys that methods require and by checkpoint file."""
     grouped: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
         if result.baseline:
             name = _directory_name(result.baseline.run)
+            file = name if result.baseline.sha256 else ""
+            label = " ".join(word for word in ("float", naming.network_keys(result), file) if word)
             found = context.baselines.get(name)
             same_data = found is not None and found.data_sha256 in (None, result.data_sha256)
-            grouped[naming.network_keys(result)][name] = found if found and same_data else _recorded_baseline(result)
-    return [(network, list(baselines.values())) for network, baselines in sorted(grouped.items())]
+            grouped[label][name] = found if found and same_data else _recorded_baseline(result)
+    return [(label, list(baselines.values())) for label, baselines in sorted(grouped.items())]
 
 
 def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple[str, list[Result]]]:
@@ -170,6 +172,9 @@ def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Ite
     changes = {(labels[id(r)], _with_epochs(change, r)) for r in results for change in r.protocol_changes}
     for label, change in sorted(changes):
         yield f"{label}: {change}"
+    files = {(_directory_name(r.baseline.run), r.baseline.sha256) for r in results if r.baseline}
+    for name, sha256 in sorted((name, sha256) for name, sha256 in files if sha256):
+        yield f"float {name}: pretrained weights, sha256 {sha256}"
     if any(r.synthetic for r in results):
         yield "synthetic data: not comparable with papers' tables"
 

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from qbench.config.schema import RATE
@@ -107,6 +108,8 @@ def options(result: Result) -> dict[str, object]:
     """
     options = {key: value for key, value in result.options.items() if key != RATE}
     init = result.protocol.keys.get("init")
+    if result.baseline and result.baseline.sha256:  # the protocol has the file's sha256
+        init = Path(result.baseline.run).name
     return options | ({"init": init} if result.method == "float" and init else {})
 
 

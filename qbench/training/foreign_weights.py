@@ -1,0 +1,110 @@
+"""Weights that other programs wrote: find the state_dict in a file, and give its tensors this network's names.
+
+A file contains the state_dict itself, or has it under one of the keys `WRAPPERS`. Its names may begin
+with the prefixes that DataParallel, torch.compile and training frameworks add, and its last layer
+may have another name. Everything that is renamed or left out is described in a note.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from qbench.errors import CheckpointError
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "ema", "state_dict_ema", "model_ema")
+"""Keys under which programs store a state_dict. If a file has several, the first one is used."""
+
+PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")
+"""Prefixes of DataParallel and torch's `AveragedModel`, Lightning, torch.compile, and frameworks."""
+
+HEADS = ("fc", "linear", "classifier", "head")
+"""Names of a network's last layer."""
+
+COUNTERS = ("n_averaged",)
+"""Tensors of wrappers that are no weights: the number of updates of an `AveragedModel`."""
+
+
+class RenamedWeights(NamedTuple):
+    """Tensors under a network's names, and notes on what was renamed or left out."""
+
+    tensors: dict[str, Tensor]
+    notes: list[str]
+
+
+def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], list[str]]:
+    """Return the state_dict in a file's content, and a note on the key that it was under.
+
+    Raises:
+        CheckpointError: the key holds something else.
+    """
+    present = [key for key in WRAPPERS if key in content and not isinstance(content[key], Tensor)]
+    key, *others = [name for name in present if isinstance(content[name], dict)] or present or [""]
+    if not key:
+        return content, []
+    if not isinstance(content[key], dict):
+        raise CheckpointError(f"{source}: its key `{key}` contains a {type(content[key]).__name__}, not a state_dict")
+    usual = key == "model" and not others  # as in qbench's own files
+    return content[key], [] if usual else [f"from its key {key}", *(f"{other} not used" for other in others)]
+
+
+def rename_weights(weights: Mapping[str, Any], model: nn.Module, source: str) -> RenamedWeights:
+    """Return a file's tensors with prefixes removed and the last layer named as in the network.
+
+    Raises:
+        CheckpointError: two tensors would get the same name.
+    """
+    known = model.state_dict().keys()
+    tensors: dict[str, Tensor] = {}
+    prefixes: dict[str, None] = {}
+    others = [str(name) for name, value in weights.items() if not isinstance(value, Tensor) or name in COUNTERS]
+    for name, value in weights.items():
+        if str(name) in others:
+            continue
+        short = _without_prefixes(str(name), known)
+        if short in tensors:
+            raise CheckpointError(f"{source}: two of its tensors would be named {printable(short)}")
+        tensors[short] = value
+        if len(short) < len(str(name)):
+            prefixes[str(name)[: -len(short)]] = None
+    notes = [f"prefix {', '.join(list(prefixes)[:3])} removed"] if prefixes else []
+    if renamed := _head_names(tensors, model):
+        found, last = renamed
+        tensors = {f"{last}{k.removeprefix(found)}" if k.startswith(f"{found}.") else k: v for k, v in tensors.items()}
+        notes.append(f"{found} renamed to {last}")
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        notes.append(f"{len(others)} left out that are no weights ({', '.join(map(printable, others[:3]))}{more})")
+    return RenamedWeights(tensors, notes)
+
+
+def _without_prefixes(name: str, known: Iterable[str]) -> str:
+    """Remove prefixes from a name until the network has it or no prefix is left."""
+    while name not in known:
+        prefix = next((p for p in PREFIXES if name.startswith(p) and name != p), "")
+        if not prefix:
+            break
+        name = name.removeprefix(prefix)
+    return name
+
+
+def last_layer(model: nn.Module) -> str | None:
+    """Return the name of a network's last linear layer, or None if it has none."""
+    return next((name for name, m in reversed([*model.named_modules()]) if isinstance(m, nn.Linear)), None)
+
+
+def _head_names(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[str, str] | None:
+    """Return (name in the file, name in the network) of the last layer if they differ and its inputs fit."""
+    last, known = last_layer(model), model.state_dict()
+    if last is None or f"{last}.weight" in tensors:
+        return None
+    inputs = known[f"{last}.weight"].shape[1:]
+    unknown = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and name not in known]
+    heads = [name for name in unknown if set(name.split(".")) & set(HEADS) and tensors[f"{name}.weight"].ndim == 2]
+    fitting = [name for name in heads if tensors[f"{name}.weight"].shape[1:] == inputs]
+    return (fitting[0], last) if len(fitting) == 1 else None
+
+
+def printable(text: str, length: int = 99) -> str:
+    """Return text from a file without control characters, at most `length` characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:length])
