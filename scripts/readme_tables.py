@@ -26,10 +26,10 @@ from qbench.report.tables.table import markdown
 from qbench.runs.reader import dump_records, load_records, read
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = "README.md", "docs/performance.md", "docs/reliability.md", "docs/unified.md"
+DOCUMENTS = "README.md", "docs/performance.md", "docs/reliability.md", "docs/results.md", "docs/unified.md"
 MARKER = re.compile(r"(<!-- table: ((?:qbench|scripts/).*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDS = ROOT / "docs" / "records"
-RECORDED = ("qbench", "scripts/every_method.py", "scripts/unified.py")
+RECORDED = ("qbench", "scripts/cifar10.py", "scripts/every_method.py", "scripts/unified.py")
 """Prefixes of commands that make tables of results. The other tables contain timings and counts."""
 
 

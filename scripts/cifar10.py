@@ -1,0 +1,263 @@
+#!/usr/bin/env python3
+"""Compare the methods on CIFAR-10 by fine-tuning a pretrained ResNet-20 for a few epochs.
+
+    .venv/bin/python scripts/cifar10.py --root DATA --init CHECKPOINT [--seeds 0,1,2] [--epochs 4] [KEY=VALUE ...]
+
+DATA contains cifar-10-batches-py/. CHECKPOINT is resnet20-12fca82f.th of akamaster/pytorch_resnet_cifar10 (8.27 % test
+error). The protocol:
+
+- One recipe for every setting: Adam from 1e-3 to 1e-5 (exponential), batch size 64, crops and flips. Papers that
+  fine-tune a float network with Adam start at 1e-3 (EWGS, ResNet-20 on CIFAR-10) or 1.25e-3 (N2UQ). The rates of 1e-4
+  of others belong to many times as many epochs.
+- All 50,000 training images are used. The validation images were seen in pretraining, so none are held out. Nothing is
+  selected: every accuracy is that after the last epoch.
+- The first and the last layer are float. The float control is trained for as long.
+- Seeds decide the order of the images and the augmentation. All settings of one seed run before the next seed begins.
+
+The runs are done one after another in this process. Stored runs are not repeated, so the same command continues. Keys
+of qbench replace those of the protocol. After every run, the results are stored in --record FILE, by default
+docs/records/cifar10.json; `scripts/readme_tables.py --from-records cifar10` then writes docs/results.md. `--from FILE`
+prints the tables of stored results and runs nothing.
+
+Three methods are left out, because they need another network than the checkpoint's: HWGQ and Gupta's fixed point need
+another normalization, and XNOR-Net's activations need a network in which BN and activation come first.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+
+from qbench.bits import Bits
+from qbench.config import compose
+from qbench.config.fields import parse_bits
+from qbench.errors import Interrupted, QbenchError
+from qbench.experiment.jobs import outcome, run_catching
+from qbench.experiment.planned_run import PlannedRun, planned_runs
+from qbench.report.comparison.compare import compare
+from qbench.report.comparison.setting import Setting
+from qbench.report.comparison.setting_table import settings_of
+from qbench.report.statistics.differences import paired
+from qbench.report.tables.table import FORMATS, Table
+from qbench.report.tables.units import si_format
+from qbench.runs.reader import DONE, RunRecord, dump_records, load_records
+from qbench.system import files
+from qbench.system.signals import stop_on_signals
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "docs" / "records" / "cifar10.json"
+CHECKPOINT = "resnet20-12fca82f.th"
+KEYS = {
+    "model": "resnet20", "model.form": "post", "model.shortcut": "A_stride",
+    "dataset": "cifar10", "dataset.normalize": "imagenet", "dataset.val": "0",
+    "runtime.tensorboard": "false",
+}  # fmt: skip
+EVERY_WIDTH = ("dorefa", "lsq", "uniform", "inq", "slq", "eslq", "qd", "dq")
+"""Methods with settings at 2, 3 and 4 bits per weight and float activations."""
+BOTH = ("dorefa", "pact", "lsq", "uniform")
+"""Methods with settings in which weights and activations have the same width."""
+HEAD = ("method", "W", "A", "levels", "bits/weight", "bytes", "top-1 %", "std", "n", "diff", "over float control")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A setting of the protocol.
+
+    Args:
+        method: the method's name, with the method of the activations after a plus sign if there is one.
+        group: the title of its table.
+    """
+
+    method: str
+    bits: str
+    group: str
+
+    @property
+    def words(self) -> list[str]:
+        """The words of a command line that choose the setting."""
+        weight, _, activation = self.method.partition("+")
+        return [f"method={weight}", f"bits={self.bits}", *([f"activation={activation}"] if activation else [])]
+
+    @property
+    def key(self) -> tuple[str, Bits]:
+        """The method's name and widths, as in a result."""
+        return self.method, Bits(**{key: width or 32 for key, width in parse_bits(self.bits).items()})
+
+
+def wanted_settings() -> list[Wanted]:
+    """Return the settings in the order in which they are run."""
+    names = {4: "4 bits per weight", 3: "3 bits per weight", 2: "2 bits per weight, and ternary weights"}
+    both = "Weights and activations quantized"
+    ptq = "Post-training quantization, nothing is trained"
+    found = [Wanted("float", "w32a32", "Float")]
+    found += [Wanted("ptq", bits, ptq) for bits in ("w8a8", "w4a8", "w4a4", "w4a32", "w3a32", "w2a32")]
+    for width in (2, 3, 4):
+        found += [Wanted(method, f"w{width}a{width}", both) for method in BOTH]
+        found += [Wanted(method, f"w{width}a32", names[width]) for method in EVERY_WIDTH]
+    found += [Wanted(method, "w2a32", names[2]) for method in ("ttq", "twn", "mlq")]
+    found += [Wanted(method, "w1a32", "1 bit per weight") for method in ("bwn", "dorefa", "qcnn")]
+    found += [Wanted(method, "w5a32", "5 bits per weight") for method in ("inq", "slq", "eslq")]
+    found += [Wanted("dorefa", "w1a1", both)]
+    found += [Wanted(method, "w1a2", both) for method in ("dorefa", "bwn+pact")]
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/cifar10.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="keys of qbench, instead of the protocol's")
+    parser.add_argument("--root", default="data", help="the folder that contains cifar-10-batches-py/")
+    parser.add_argument("--init", default=CHECKPOINT, help="the checkpoint to start from")
+    parser.add_argument("--out", default="outputs/cifar10", help="folder of all runs")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", default="4")
+    parser.add_argument("--only", default="", metavar="NAMES", help="only these settings, such as lsq,dorefa:w2a2")
+    parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE", help="store the results in FILE")
+    parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="print the tables of stored results")
+    parser.add_argument("--list", action="store_true", help="print the settings, and run nothing")
+    parser.add_argument("--format", choices=FORMATS, default="md")
+    options = parser.parse_args(arguments)
+    only = set(filter(None, options.only.split(",")))
+    chosen = [w for w in wanted_settings() if not only or {w.method, f"{w.method}:{w.bits}"} & only]
+    if options.list:
+        print("\n".join(" ".join(wanted.words) for wanted in chosen))
+        return 0
+    try:
+        if options.stored:
+            records, note = stored_results(options.stored)
+        else:
+            records = train(planned(options, chosen), options.record)
+            note = note_on(records)
+    except QbenchError as error:
+        print(f"scripts/cifar10.py: {error}", file=sys.stderr)
+        return error.status
+    print(FORMATS[options.format](tables(records)))
+    if options.format == "md":
+        print(f"\n{note}")
+    return 0
+
+
+def planned(options: argparse.Namespace, chosen: Sequence[Wanted]) -> list[PlannedRun]:
+    """Return the runs in their order: all settings of the first seed, then of the second, and so on."""
+    typed = dict(word.partition("=")[::2] for word in options.keys)
+    usual = {key: value for key, value in KEYS.items() if "dataset" not in typed or not key.startswith("dataset.")}
+    own = {} if "dataset" in typed else {"dataset.root": options.root}
+    shared = usual | own | {"init": options.init, "out": options.out, "epochs": options.epochs} | typed
+    configs = []
+    for seed in options.seeds.split(","):
+        for wanted in chosen:
+            words = [f"{key}={value}" for key, value in shared.items()]
+            configs += compose.configurations([*words, *wanted.words, f"seed={seed}"])
+    return planned_runs(configs)
+
+
+def train(runs: Sequence[PlannedRun], record: Path) -> list[RunRecord]:
+    """Do the runs one after another, and store the results after each. Return the records of all that began.
+
+    Raises:
+        Interrupted: a signal was received.
+    """
+    records: list[RunRecord] = []
+    with stop_on_signals() as stop:
+        for number, run in enumerate(runs, 1):
+            if stop():
+                raise Interrupted(f"stopped by signal {stop()}; the same command continues")
+            result = run_catching(run, stop)
+            shown = f"{result.top1:.2f} %" if result.top1 is not None else f"{result.status}: {result.reason}"
+            print(f"{number} of {len(runs)}  {run.path.name}  {shown}", file=sys.stderr, flush=True)
+            records = [found for each in runs if (found := outcome(each)).status != "not begun"]
+            store(record, records)
+    return records
+
+
+def stored_results(record: Path) -> tuple[list[RunRecord], str]:
+    """Return the runs of a record and the note on them; none if the file does not exist yet."""
+    if not record.is_file():
+        return [], "No run is recorded yet."
+    return load_records(record), json.loads(record.read_text())["note"]
+
+
+def store(record: Path, records: Sequence[RunRecord]) -> None:
+    content = json.loads(dump_records(records)) | {"note": note_on(records)}
+    record.parent.mkdir(parents=True, exist_ok=True)
+    files.write(record, (json.dumps(content, separators=(",", ":")) + "\n").encode())
+
+
+def tables(records: Sequence[RunRecord]) -> list[Table]:
+    """Return one table per group of settings, then a table of what is missing."""
+    settings = [setting for table in compare(records) for setting in settings_of(table)]
+    control = next((s for s in settings if s.is_float and not s.is_baseline), None)
+    wanted = wanted_settings()
+    result = []
+    for group in dict.fromkeys(w.group for w in wanted):
+        keys = [w.key for w in wanted if w.group == group]
+        members = [s for s in settings if not s.is_baseline and (s.method, s.bits) in keys]
+        members.sort(key=lambda s: (s.bits.w, s.bits.a, -s.top1.mean))
+        if group == "Float":
+            members = [s for s in settings if s.is_baseline] + members
+        rows = [cells(setting, control) for setting in members]
+        if rows:
+            result.append(Table(HEAD, rows, [setting.to_json() for setting in members], group))
+    measured = {(s.method, s.bits): s.top1.n for s in settings if not s.is_baseline}
+    most = max(measured.values(), default=0)
+    missing = [f"{w.method} {w.bits}" for w in wanted if w.key not in measured]
+    fewer = [f"{w.method} {w.bits}" for w in wanted if 0 < measured.get(w.key, 0) < most]
+    notes = [f"{len(measured)} of {len(wanted)} settings are measured, with {most} seeds at most"]
+    notes += [f"not measured: {', '.join(missing)}"] if missing else []
+    notes += [f"measured with fewer than {most} seeds: {', '.join(fewer)}"] if fewer else []
+    failed = [run for run in records if run.status != DONE]
+    notes += [f"{run.path.name}: {run.status}: {run.reason.partition(chr(10))[0]}" for run in failed]
+    return [*result, Table((), title="What is missing", notes=notes)]
+
+
+def cells(setting: Setting, control: Setting | None) -> tuple[str, ...]:
+    """Return a row's cells in the order of HEAD."""
+    return (
+        "float, trained for as long" if setting.is_float and not setting.is_baseline else setting.label,
+        str(setting.bits.w),
+        str(setting.bits.a),
+        str(setting.levels or "-"),
+        "-" if setting.cost is None else f"{setting.cost.bits_per_weight:.2f}",
+        "-" if setting.cost is None else f"{si_format(setting.cost.bytes_ideal)}B",
+        f"{setting.top1.mean:.2f}",
+        "-" if setting.top1.std is None else f"{setting.top1.std:.2f}",
+        str(setting.top1.n),
+        "-" if setting.difference is None else f"{setting.difference.mean:+.2f}",
+        "-" if control is None or setting.is_float else over_control(setting, control),
+    )
+
+
+def over_control(setting: Setting, control: Setting) -> str:
+    """Return the difference to the float control, with the half-width of its 95 % confidence interval, by seed."""
+    ours, floats = ({run.seed: run.top1 for run in each.runs} for each in (setting, control))
+    seeds = sorted(ours.keys() & floats.keys())
+    if len(seeds) < 2:
+        return f"{ours[seeds[0]] - floats[seeds[0]]:+.2f}" if seeds else "-"
+    difference = paired([ours[seed] for seed in seeds], [floats[seed] for seed in seeds])
+    return f"{difference.mean:+.2f} ±{difference.high - difference.mean:.2f}"
+
+
+def note_on(records: Sequence[RunRecord]) -> str:
+    """Return sentences on the protocol, and on how long the runs took."""
+    results = [run.result for run in records if run.result and run.status == DONE]
+    seconds = [result.wall_seconds for result in results if result.wall_seconds]
+    epochs = sorted({result.protocol.keys["epochs"] for result in results})
+    pretrained = sorted({(Path(b.run).name, b.sha256 or "") for r in results if (b := r.baseline)})
+    start = "; ".join(f"{name} (sha256 {sha256[:12]})" for name, sha256 in pretrained) or "no checkpoint yet"
+    return (
+        f"Every run starts from {start} and is trained for {', '.join(map(str, epochs))} epochs on all 50,000 "
+        "training images. The validation images were seen in pretraining, so none are held out, and every accuracy is "
+        f"that after the last epoch. n is the number of seeds. {len(results)} runs, "
+        f"{mean(seconds) if seconds else 0:.0f} s each on average, one thread per run "
+        f"({platform.machine()}, {platform.system()}, torch {version('torch')})."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
