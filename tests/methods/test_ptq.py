@@ -185,7 +185,7 @@ def check_normalization(reestimate: Reestimate) -> None:
     torch.manual_seed(1)
     model, batches = Net().train(), some_batches()
     model.bn1.running_mean.fill_(0.2)  # type: ignore[union-attr]
-    prepared(model, batches, w=3, a=4, reestimate=False)
+    prepared(model, batches, w=3, a=4, reestimate="none")
     before = torch.get_rng_state()
     reestimate(model, batches)
     assert torch.equal(torch.get_rng_state(), before)
@@ -242,7 +242,7 @@ def test_the_check_rejects_wrong_reestimation(mutant: Reestimate) -> None:
 def test_the_statistics_stay_the_same_without_reestimation() -> None:
     model = Net()
     kept = copy.deepcopy(model.bn1.state_dict())
-    prepared(model, some_batches(), reestimate=False)
+    prepared(model, some_batches(), reestimate="none")
     assert all(torch.equal(value, kept[key]) for key, value in model.bn1.state_dict().items())
 
 
@@ -250,7 +250,7 @@ def test_the_statistics_stay_the_same_without_reestimation() -> None:
 def test_the_activations_are_calibrated_on_the_float_network(calibration: str) -> None:
     torch.manual_seed(2)
     model, batches = Net(), some_batches()
-    layers = prepared(model, batches, w=2, a=2, calibration=calibration, percentile=90.0, reestimate=False)
+    layers = prepared(model, batches, w=2, a=2, calibration=calibration, percentile=90.0, reestimate="none")
     with torch.no_grad(), float_mode(model.eval()):
         x = torch.cat([images for images, _ in batches])
         x = model.act(model.bn1(model.fc1(x)))
@@ -298,6 +298,58 @@ def top1_of(model: nn.Module, loader: Loader) -> float:
     return accuracy.top1
 
 
+Statistics = list[tuple[Tensor, Tensor]]
+
+
+def statistics_of(model: nn.Module) -> Statistics:
+    return [(bn.running_mean.clone(), bn.running_var.clone()) for bn in (model.bn1, model.bn2)]  # type: ignore[operator, union-attr]
+
+
+def check_shift(shift: Reestimate) -> None:
+    """The mean changes by the difference and the variance by the ratio of two measurements on the same images."""
+    torch.manual_seed(1)
+    model, batches = Net().train(), some_batches()
+    for i, bn in enumerate((model.bn1, model.bn2)):
+        bn.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]
+        bn.running_var.uniform_(1 + i, 2 + i)  # type: ignore[union-attr]
+    prepared(model, batches, w=3, a=4, reestimate="none")
+    floats, quantized = copy.deepcopy(model), copy.deepcopy(model)
+    in_the_float_network(floats, batches)
+    ptq.reestimate_norms(quantized, batches)
+    old, before = statistics_of(model), torch.get_rng_state()
+    shift(model, batches)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(m.training for m in model.modules())
+    assert (model.bn1.momentum, model.bn2.momentum) == (0.1, 0.3)
+    measured = zip(statistics_of(model), old, statistics_of(floats), statistics_of(quantized), strict=True)
+    for (mean, var), (old_mean, old_var), (float_mean, float_var), (new_mean, new_var) in measured:
+        torch.testing.assert_close(mean, old_mean + new_mean - float_mean)
+        torch.testing.assert_close(var, old_var * new_var / float_var)
+        assert not torch.allclose(mean, old_mean, atol=1e-3)
+
+
+def test_batch_normalization_is_shifted_by_what_quantization_changes() -> None:
+    check_shift(ptq.shift_norms)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mutant", [ptq.reestimate_norms, lambda model, batches: None])
+def test_the_check_rejects_a_wrong_shift(mutant: Reestimate) -> None:
+    with pytest.raises(AssertionError):
+        check_shift(mutant)
+
+
+def test_a_shift_without_quantizers_changes_nothing() -> None:
+    model = Net().train()
+    model.bn1.running_var.uniform_(1, 2)  # type: ignore[union-attr]
+    prepared(model, some_batches(), w=3, a=4, reestimate="none")
+    old = statistics_of(model)
+    with float_mode(model):
+        ptq.shift_norms(model, some_batches())
+    for now, then in zip(statistics_of(model), old, strict=True):
+        assert torch.equal(now[0], then[0])
+        assert torch.equal(now[1], then[1])
+
+
 def test_int8_is_within_a_point_of_float_on_digits() -> None:
     loader = Loader(digits.build(), 64, 0, torch.device("cpu"))
     torch.manual_seed(0)
@@ -313,7 +365,7 @@ def test_int8_is_within_a_point_of_float_on_digits() -> None:
     baseline = top1_of(model, loader)
     assert baseline > 94
     probe = list(loader.unaugmented("train", 256))
-    for options in ({}, {"weights": "minmax", "calibration": "percentile", "reestimate": False}, {"channel": False}):
+    for options in ({}, {"weights": "minmax", "calibration": "percentile", "reestimate": "none"}, {"channel": False}):
         quantized = prepared(copy.deepcopy(model), probe, **options)
         assert abs(top1_of(quantized, loader) - baseline) <= 1
         counts = verify(quantized, probe[0][0])
@@ -322,13 +374,16 @@ def test_int8_is_within_a_point_of_float_on_digits() -> None:
             layer["w"].allowed == 255 and ("a" not in layer or layer["a"].allowed == 256) for layer in counts.values()
         )
     ternary = {}
-    for again in (True, False):
+    for again in ptq.REESTIMATES:
         quantized = prepared(copy.deepcopy(model), probe, w=2, a=32, reestimate=again)
         ternary[again] = top1_of(quantized, loader)
-    assert ternary[True] > ternary[False] + 10, "at two bits the statistics of the float network are far off"
+    off = "at two bits the statistics of the float network are far off"
+    assert min(ternary["shift"], ternary["replace"]) > ternary["none"] + 10, off
 
 
-@pytest.mark.parametrize("options", [{"weights": "max"}, {"calibration": "kl"}, {"percentile": 10.0}])
+@pytest.mark.parametrize(
+    "options", [{"weights": "max"}, {"calibration": "kl"}, {"percentile": 10.0}, {"reestimate": "all"}]
+)
 def test_invalid_options_raise(options: dict[str, object]) -> None:
     (key,) = options
     with pytest.raises(ValueError, match=rf"{key}=.*must be"):
