@@ -7,6 +7,7 @@ memory. Mean and standard deviation are computed from the training images, unles
 
 import errno
 import gzip
+import hashlib
 import os
 import struct
 import warnings
@@ -26,8 +27,25 @@ from qbench.errors import DataError, ResourceError
 from qbench.system.locks import locked
 from qbench.system.torchvision import torchvision
 
+OTHER_MD5 = "its md5 is not that of the published file"
 ExpectedFiles = Mapping[Path, str | None]
 """Maps the path of a file to the md5 that torchvision expects, or to None if it checks none."""
+
+MNIST_MD5 = {
+    "MNIST": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
+"""md5 of the unpacked files. torchvision has only those of the packed ones, which differ if a file was packed again."""
 
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """Error numbers of permissions and disk space. They do not mean that a file is damaged."""
@@ -80,7 +98,11 @@ def read_mnist(kind: str, root: str, download: bool) -> tuple[Split, Split]:
     packed = [folder / name for name, _ in source.resources]
     files = [b if b.is_file() and not a.is_file() else a for a, b in zip(unpacked, packed, strict=True)]
     ensure_files(dict.fromkeys(files), top, download, lambda: source(top, download=True))
-    return _idx_split(*files[:2]), _idx_split(*files[2:])
+    splits = _idx_split(*files[:2]), _idx_split(*files[2:])
+    others = [path for path in files if _content_md5(path) != MNIST_MD5[kind][path.name.removesuffix(".gz")]]
+    if others:
+        raise DataError(_damage_message(others, OTHER_MD5))
+    return splits
 
 
 def read_svhn(parts: Sequence[str], root: str, download: bool) -> tuple[Split, Split]:
@@ -164,7 +186,7 @@ def report_damaged(files: ExpectedFiles) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in ACCESS_ERRORS:
             raise ResourceError(f"{error.filename or _folder_of(files)}: {error.strerror}") from None
         damaged = _damaged_files(files)
-        reason = "its md5 is not that of the published file" if damaged else _describe_error(error)
+        reason = OTHER_MD5 if damaged else _describe_error(error)
         raise DataError(_damage_message(damaged or list(files), reason)) from None
 
 
@@ -185,6 +207,12 @@ def read_idx(path: Path, axes: int) -> Tensor:
         raise ValueError(f"begins with {data[:4].hex()}, not with {struct.pack('>HBB', *header).hex()}")
     shape = struct.unpack_from(f">{axes}I", data, 4)
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape).copy())
+
+
+def _content_md5(path: Path) -> str:
+    """Return the md5 of an IDX file's unpacked content."""
+    data = path.read_bytes()
+    return hashlib.md5(gzip.decompress(data) if path.suffix == ".gz" else data).hexdigest()
 
 
 def join_arrays(

@@ -90,8 +90,6 @@ def test_errors_name_damaged_files(
         (tmp_path / file).write_bytes(gzip.compress(plain.read_bytes()))
         plain.unlink()
     damage(tmp_path / file, how)
-    if how == "flipped" and "mnist" in name and not file.endswith(".gz"):
-        return  # one bit of an unpacked IDX file: the format has no checksum, and torchvision reads it too
     with pytest.raises(DataError) as raised:
         BUILDS[name](root=str(tmp_path))
     first, *rest = str(raised.value).splitlines()
