@@ -1,5 +1,6 @@
 """Bit widths of weights, activations and gradients."""
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,12 @@ class Bits(NamedTuple):
 
     def __str__(self) -> str:
         return f"w{self.w}a{self.a}g{self.g}"
+
+
+def weight_width(text: str) -> int | None:
+    """Return the width in a text such as `w8`, which leaves activations in float; None for other text."""
+    match = re.fullmatch(r"w(\d{1,2})", text)
+    return int(match[1]) if match and 1 <= int(match[1]) <= FLOAT else None
 
 
 @dataclass(frozen=True)

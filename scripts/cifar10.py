@@ -57,9 +57,9 @@ KEYS = {
     "dataset": "cifar10", "dataset.normalize": "imagenet", "dataset.val": "0",
     "runtime.tensorboard": "false",
 }  # fmt: skip
-EVERY_WIDTH = ("dorefa", "lsq", "uniform", "inq", "slq", "eslq", "qd", "dq")
+EVERY_WIDTH = ("dorefa", "lsq", "uniform", "apot", "inq", "slq", "eslq", "qd", "dq")
 """Methods with settings at 2, 3 and 4 bits per weight and float activations."""
-BOTH = ("dorefa", "pact", "lsq", "uniform")
+BOTH = ("dorefa", "pact", "lsq", "uniform", "apot")
 """Methods with settings in which weights and activations have the same width."""
 HEAD = ("method", "W", "A", "levels", "bits/weight", "bytes", "top-1 %", "std", "n", "diff", "over float control")
 
@@ -246,10 +246,12 @@ def over_control(setting: Setting, control: Setting) -> str:
 def note_on(records: Sequence[RunRecord]) -> str:
     """Return sentences on the protocol, and on how long the runs took."""
     results = [run.result for run in records if run.result and run.status == DONE]
+    if not results:
+        return "No run is done yet."
     seconds = [result.wall_seconds for result in results if result.wall_seconds]
     epochs = sorted({result.protocol.keys["epochs"] for result in results})
     pretrained = sorted({(Path(b.run).name, b.sha256 or "") for r in results if (b := r.baseline)})
-    start = "; ".join(f"{name} (sha256 {sha256[:12]})" for name, sha256 in pretrained) or "no checkpoint yet"
+    start = "; ".join(f"{name} (sha256 {sha256[:12]})" for name, sha256 in pretrained)
     return (
         f"Every run starts from {start} and is trained for {', '.join(map(str, epochs))} epochs on all 50,000 "
         "training images. The validation images were seen in pretraining, so none are held out, and every accuracy is "

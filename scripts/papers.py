@@ -25,7 +25,7 @@ from qbench.config.fields import parse_bits
 from qbench.papers import published_table as published
 from qbench.papers.claim_files import Claim, read_claims
 from qbench.papers.published_figures import names, papers
-from qbench.papers.row_types import PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, PublishedRow
+from qbench.papers.row_types import CHECKPOINT, PAPER, PROVENANCES, REPOSITORY, THIRD, Paper, PublishedRow
 from qbench.report.tables.table import Table, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,7 +174,7 @@ def shown_rows(paper: Paper) -> list[PublishedRow]:
 def rank(row: PublishedRow) -> tuple[Any, ...]:
     """Return the sort key of `shown_rows`; the smallest is shown."""
     widths = {"w": row.bits.w, "a": row.bits.a, "g": row.bits.g}
-    ran_by = next(i for i, kind in enumerate((PAPER, REPOSITORY, THIRD)) if row.ran_by.startswith(kind))
+    ran_by = next(i for i, kind in enumerate((PAPER, REPOSITORY, CHECKPOINT, THIRD)) if row.ran_by.startswith(kind))
     provenance, top5 = PROVENANCES.index(row.provenance), "top5" in row.metric
     not_default, better = widths != default_bits(row.method), -row.accuracy(row.value or 0)
     not_runnable = bool(published.missing_requirements(row))

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import TypeVar
 
-from qbench.bits import FLOAT
+from qbench.bits import FLOAT, weight_width
 from qbench.errors import ConfigError
 
 T = TypeVar("T")
 
 ACTS = ("auto", "keep", "fused")
 HEADS = ("keep", "new")
-WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}"
+WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}; w8 for 8 bits of weights alone"
 
 
 def marked(
@@ -84,8 +84,10 @@ def layer_width(default: int | str) -> int | str:
 
 
 def is_width(x: object) -> bool:
-    """Return whether x is `float`, `same` or a number of bits."""
-    return x in ("float", "same") or (isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT)
+    """Return whether x is `float`, `same`, a number of bits, or a width of weights alone."""
+    if isinstance(x, str):
+        return x in ("float", "same") or weight_width(x) is not None
+    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT
 
 
 def parse_bits(text: str) -> dict[str, int | None]:

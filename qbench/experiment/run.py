@@ -28,7 +28,7 @@ from qbench.training import optimizer
 from qbench.training.checkpoint import Saved, first_nonfinite
 from qbench.training.divergence import must_be_finite
 from qbench.training.evaluation import evaluate
-from qbench.training.initial_weights import is_intact, load_initial_weights
+from qbench.training.initial_weights import is_intact, load_initial_weights, load_quantizers
 from qbench.training.loop import train
 from qbench.training.random_state import seed_everything
 from qbench.training.state import State, WeightAverage
@@ -179,7 +179,9 @@ def _initial_model(
         session.context.reporter.say(weights.message)
         if weights.is_float:
             compared = _file_baseline(setup, model, loader, session.context)
-    elif baseline is not None and baseline.final is not None:
+        load_quantizers(setup.install(model), weights.quantizers, setup.config.init)
+        return model.to(setup.device), compared
+    if baseline is not None and baseline.final is not None:
         compared = BaselineResult(run=baseline.run, final=baseline.final, best=baseline.best)
         if setup.starts_from_baseline and not session.saved:
             weights = load_initial_weights(model, Path(baseline.run), setup.baseline.identity.digest)

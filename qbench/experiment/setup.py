@@ -40,7 +40,7 @@ from qbench.quant.method import Method
 from qbench.quant.policy import Policy, PolicyError
 from qbench.runs import tensorboard
 from qbench.training.checkpoint import DoesNotFit
-from qbench.training.initial_weights import InitialWeights, load_initial_weights
+from qbench.training.initial_weights import InitialWeights, load_initial_weights, load_quantizers
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class ExperimentSetup:
         """
         path, new_head = Path(self.config.init), self.config.model.get("head") == "new"
         try:
-            return load_initial_weights(model, path, new_head=new_head)
+            return load_initial_weights(model, path, new_head=new_head, foreign_names=self.method.foreign_names)
         except DoesNotFit as error:
             fitting = networks_that_fit(path, self.data)
             found = f"it fits {', '.join(fitting)}" if fitting else "it fits no network of qbench (qbench list)"
@@ -279,16 +279,16 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
         with suppress(NotImplementedError, RuntimeError):  # a user's network or method may read values
             return _checked(setup, setup.float_model("meta"))
     model = setup.float_model()
-    if config.starts_from_file:
-        setup.load_file(model)
-    return _checked(setup, model)
+    return _checked(setup, model, setup.load_file(model) if config.starts_from_file else None)
 
 
-def _checked(setup: ExperimentSetup, model: nn.Module) -> ExperimentSetup:
+def _checked(setup: ExperimentSetup, model: nn.Module, weights: InitialWeights | None = None) -> ExperimentSetup:
     """Count the operations of a float network. Check that the method can be installed."""
     setup.macs.clear()
     setup.macs.update(count_macs(model, setup.data.shape))
     installed = setup.install(model)
+    if weights:
+        load_quantizers(installed, weights.quantizers, setup.config.init)
     if setup.method.needs_training and not setup.epochs and not fully_quantized(installed):
         raise ConfigError(f"epochs=0: {setup.method.name} quantizes its weights in the course of training")
     return setup

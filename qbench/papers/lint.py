@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
 from qbench.config.schema import did_you_mean
-from qbench.papers.row_types import METRICS, PAPER, PROVENANCES, REPOSITORY, THIRD, Names, PublishedRow
+from qbench.papers.row_types import CHECKPOINT, METRICS, PAPER, PROVENANCES, REPOSITORY, THIRD, Names, PublishedRow
 
 MAX_GAIN = 1.0
 """Percentage points by which a quantized network may exceed its float baseline without a finding."""
@@ -58,8 +58,8 @@ def no_origin(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
         if not row.source:
             yield row, "no source"
         named = row.ran_by.startswith(THIRD) and row.ran_by != THIRD
-        if row.ran_by not in (PAPER, REPOSITORY) and not named:
-            yield row, f"ran_by {row.ran_by or '(none)'}; allowed: {PAPER}, {REPOSITORY}, {THIRD}NAME"
+        if row.ran_by not in (PAPER, REPOSITORY, CHECKPOINT) and not named:
+            yield row, f"ran_by {row.ran_by or '(none)'}; allowed: {PAPER}, {REPOSITORY}, {CHECKPOINT}, {THIRD}NAME"
 
 
 def no_value(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ They mean: read in the named source; read in a quotation by others; remembered w
 not checked; not known.
 """
 PAPER, REPOSITORY, THIRD = "authors' paper", "authors' repository", "third party: "
+CHECKPOINT = "authors' checkpoint, evaluated here"
 """Values of `ran_by`. `THIRD` is followed by a name. Any value may be followed by a remark in brackets."""
 METRICS = ("top1", "top1_error", "top1_error_increase", "top5", "top5_error", "top5_error_increase")
 """Metrics in percent of the test images. An increase is in points, relative to the row's float network."""

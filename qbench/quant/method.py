@@ -105,6 +105,8 @@ class Method:
             momentum and parameters.
         needs_training: False for post-training quantization, where `prepare` does all the work and
             no epoch is trained.
+        foreign_names: end of a tensor's name in the authors' checkpoints -> its end here. A run that
+            starts from such a file takes its quantizers too.
         teachers: networks that the trainer moves to the device and keeps in eval mode.
     """
 
@@ -122,6 +124,7 @@ class Method:
     loss: Loss | None = None
     step: Step | None = None
     needs_training: bool = True
+    foreign_names: Mapping[str, str] = field(default_factory=dict)
     teachers: tuple[nn.Module, ...] = ()
 
     def check(self, bits: Bits) -> None:

@@ -7,12 +7,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from qbench.bits import FLOAT, Bits
+from qbench.bits import FLOAT, Bits, weight_width
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import FloatLayer
 
 Width = str | int
-"""`float`, `same` (the method's widths, as in other layers) or a number of bits."""
+"""`float`, `same` (the method's widths, as in other layers), a number of bits, or `w8` for weights alone."""
 
 
 class PolicyError(ValueError):
@@ -29,7 +29,8 @@ class Policy:
 
     The first rule that matches a layer applies. The order is `rules`, `first`, `last`,
     `downsample`. Layers without a matching rule get `same`. A number of bits sets the width of
-    weights, and also of activations if the method's activation width is below 32.
+    weights, and also of activations if the method's activation width is below 32. `w8` sets 8 bits
+    for weights, and leaves the layer's input in float.
 
     Args:
         first, last: width of the first and of the last layer in execution order.
@@ -110,7 +111,9 @@ def _widths(key: str, width: Width, bits: Bits) -> Bits:
         return bits
     if isinstance(width, int) and not isinstance(width, bool) and 1 <= width <= FLOAT:
         return bits._replace(w=width, a=width if bits.a < FLOAT else FLOAT)
-    raise PolicyError(key, f"got {width!r}; allowed: float, same or a number of bits from 1 to {FLOAT}")
+    if isinstance(width, str) and (weights := weight_width(width)) is not None:
+        return bits._replace(w=weights, a=FLOAT)
+    raise PolicyError(key, f"got {width!r}; allowed: float, same, a number of bits from 1 to {FLOAT}, or w8")
 
 
 def _image_width(width: Width) -> int:

@@ -13,6 +13,7 @@ from qbench.system import files
 from qbench.training.checkpoint import (
     DoesNotFit,
     check_fit,
+    first_nonfinite,
     has_digest,
     is_zip,
     load_float_weights,
@@ -30,12 +31,14 @@ class InitialWeights(NamedTuple):
     Args:
         message: one line: the file, the number of tensors, and everything that was renamed or left
             out.
-        is_float: whether the file holds a whole float network, so that its accuracy is that of a
-            float baseline. It does not if it holds quantizers, or if the last layer is new.
+        is_float: whether the file contains a whole float network, so that its accuracy is that of a
+            float baseline. It does not if it contains quantizers, or if the last layer is new.
+        quantizers: tensors of quantizers that the run starts from.
     """
 
     message: str
     is_float: bool
+    quantizers: dict[str, Tensor]
 
 
 def is_intact(file: Path, identity: str) -> bool:
@@ -67,7 +70,12 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
 
 
 def load_initial_weights(
-    model: nn.Module, path: Path, identity: str | None = None, *, new_head: bool = False
+    model: nn.Module,
+    path: Path,
+    identity: str | None = None,
+    *,
+    new_head: bool = False,
+    foreign_names: Mapping[str, str] = {},
 ) -> InitialWeights:
     """Load float weights into a network.
 
@@ -75,6 +83,7 @@ def load_initial_weights(
         path: a checkpoint file, or a run's directory with best.pt.
         identity: the identity that the checkpoint must have. None allows any identity.
         new_head: whether the last layer keeps its random weights.
+        foreign_names: see `Method`.
 
     Raises:
         DoesNotFit: the file belongs to another network.
@@ -86,6 +95,8 @@ def load_initial_weights(
         raise CheckpointError(f"{file} belongs to another run; to train the float baseline again, add rerun=true")
     weights, found = find_state_dict(content, file)
     tensors, renamed = rename_weights(weights, model, file)
+    quantizers = _renamed_quantizers(tensors, foreign_names)
+    tensors = {name: tensor for name, tensor in tensors.items() if not _ending(name, foreign_names)}
     head = _head(model)
     if new_head:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in head}
@@ -96,8 +107,46 @@ def load_initial_weights(
     notes += [f"{len(skipped)} skipped ({', '.join(skipped[:3])}, ...)"] if skipped else []
     notes += [f"{len(new)} new ({', '.join(new[:3])}, ...)"] if new else []
     notes += [f"the last layer is new ({', '.join(head)})"] if new_head else []
+    notes += [f"{len(quantizers)} of quantizers"] if quantizers else []
     message = f"weights from {file}: {len(tensors) - len(skipped)} tensors loaded"
-    return InitialWeights(message + "".join(f", {note}" for note in notes), not (skipped or new_head))
+    is_float = not (skipped or quantizers or new_head)
+    return InitialWeights(message + "".join(f", {note}" for note in notes), is_float, quantizers)
+
+
+def load_quantizers(model: nn.Module, quantizers: Mapping[str, Tensor], source: str) -> None:
+    """Load tensors of quantizers into a network with a method's quantizers.
+
+    Raises:
+        CheckpointError: tensors are missing, have other shapes or are not finite, or the network
+            has no such quantizer.
+    """
+    current = model.state_dict()
+    ends = {name.rpartition(".")[2] for name in quantizers}
+    expected = [n for n in current if is_quantizer_key(n) and n.rpartition(".")[2] in ends] if quantizers else []
+    differing = sorted(set(expected) ^ set(quantizers))
+    differing += [n for n in quantizers if n in current and quantizers[n].shape != current[n].shape]
+    if differing:
+        raise CheckpointError(
+            f"{source}: its quantizers do not fit: {', '.join(differing[:4])}\n"
+            "quantize the same layers as the file: set bits and layers.*"
+        )
+    if bad := first_nonfinite(dict(quantizers)):
+        raise CheckpointError(f"{source}: {bad} contains inf or nan")
+    model.load_state_dict(quantizers, strict=False)
+
+
+def _ending(name: str, foreign_names: Mapping[str, str]) -> str | None:
+    """Return the foreign ending of a tensor's name, or None if it has none."""
+    return next((ending for ending in foreign_names if name.endswith(f".{ending}")), None)
+
+
+def _renamed_quantizers(tensors: Mapping[str, Tensor], foreign_names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the tensors with foreign endings, under their names here."""
+    return {
+        f"{name.removesuffix(ending)}{foreign_names[ending]}": tensor
+        for name, tensor in tensors.items()
+        if (ending := _ending(name, foreign_names))
+    }
 
 
 def fits(model: nn.Module, path: Path) -> bool:

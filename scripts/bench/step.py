@@ -63,6 +63,7 @@ CASES = (
     Case("hwgq w1a2 log_tailed", "hwgq", {"backward": "log_tailed"}),
     Case("pact w2a2", "pact", {}),
     Case("lsq w2a2", "lsq", {}),
+    Case("apot w2a2", "apot", {"w": 2, "a": 2}),
     Case("uniform w8a8", "uniform", {}),
     Case("inq w5, all frozen", "inq", {}, epoch=EPOCHS - 1),
     Case("slq w5, all frozen", "slq", {"w": 5}, epoch=EPOCHS - 1),

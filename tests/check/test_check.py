@@ -36,7 +36,7 @@ REACH, LEARNED = "gradients reach what is trained", "gradients of learned parame
 UNBIASED, RESUME = "stochastic rounding is unbiased", "resume"
 
 APPLICABLE_TO = {
-    LEARNED: {"dq", "lsq", "pact", "ttq"},  # points, steps, clips, scales that are trained
+    LEARNED: {"apot", "dq", "lsq", "pact", "ttq"},  # points, steps, clips, scales that are trained
     UNBIASED: {"dorefa", "gupta"},  # noise in gradients, stochastic rounding; qd's is an option
 }
 NOT_APPLICABLE_TO = {

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,38 +24,45 @@ TINY = ["dataset=synthetic", "dataset.channels=3", "dataset.size=8", "dataset.tr
         "dataset.val=0", "model=resnet8", "model.width=4"]  # fmt: skip
 
 
+Planned = Callable[[Sequence[cifar10.Wanted], str], list[PlannedRun]]
+WANTED = cifar10.wanted_settings()
+
+
 @pytest.fixture
-def runs(tmp_path: Path) -> list[PlannedRun]:
-    """The runs of two seeds on tiny data."""
+def planned(tmp_path: Path) -> Planned:
+    """Return a function from settings and seeds to their runs on tiny data."""
     model = resnet.build((3, 8, 8), 10, depth=8, width=4, form="post", shortcut="A_stride")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "tiny.pt")
-    options = argparse.Namespace(
-        keys=TINY, root="", init=str(tmp_path / "tiny.pt"), out=str(tmp_path / "out"), seeds="0,1", epochs="4"
-    )
-    return cifar10.planned(options, cifar10.wanted_settings())
+    words = {"keys": TINY, "root": "", "init": str(tmp_path / "tiny.pt"), "out": str(tmp_path / "out"), "epochs": "4"}
+    return lambda wanted, seeds: cifar10.planned(argparse.Namespace(**words, seeds=seeds), wanted)
 
 
-def test_every_setting_can_be_run_from_a_checkpoint(runs: list[PlannedRun]) -> None:
-    wanted = cifar10.wanted_settings()
-    assert len({each.key for each in wanted}) == len(wanted) >= 36
-    assert [run.config.seed for run in runs] == [0] * len(wanted) + [1] * len(wanted), "one seed of all first"
-    for each, run in zip(wanted, runs, strict=False):
+@pytest.mark.full
+def test_every_setting_can_be_run_from_a_checkpoint(planned: Planned) -> None:
+    runs = planned(WANTED, "0")
+    for each, run in zip(WANTED, runs, strict=True):
         setup = assemble(run.config)
         assert not setup.needs_baseline
         assert (setup.method_name, setup.method.bits) == each.key
         assert run.identity.protocol_hash == runs[0].identity.protocol_hash, "all settings share a table"
 
 
-def test_a_partial_record_states_n_and_what_is_missing(runs: list[PlannedRun], tmp_path: Path) -> None:
+def test_all_settings_of_a_seed_come_before_the_next_seed(planned: Planned) -> None:
+    runs = planned(WANTED[:3], "0,1")
+    assert [run.config.seed for run in runs] == [0, 0, 0, 1, 1, 1]
+    assert len({each.key for each in WANTED}) == len(WANTED) >= 36
+
+
+def test_a_partial_record_states_n_and_what_is_missing(planned: Planned, tmp_path: Path) -> None:
     pretrained = BaselineResult(run="tiny.pt", final=evaluation(91.0), sha256="12" * 32)
-    wanted = cifar10.wanted_settings()
-    chosen = {"float": [90.0, 92.0], "ptq": [80.0], "lsq": [85.0, 85.5]}
-    for i, run in enumerate(runs):
-        each = wanted[i % len(wanted)]
-        values = chosen.get(each.method, [])
-        if each.bits in ("w32a32", "w8a8", "w2a2") and run.config.seed < len(values):
+    top1 = {"float": [90.0, 92.0], "ptq": [80.0], "lsq": [85.0, 85.5], "ttq": []}
+    chosen = [each for each in WANTED if each.method in top1 and each.bits in ("w32a32", "w8a8", "w2a2")]
+    for run in planned(chosen, "0,1"):
+        values = top1[run.identity.method]
+        if run.config.seed < len(values):
             plant(run.config, values[run.config.seed], pretrained)
-    plant(next(run.config for run in runs if run.identity.method == "ttq"), 0.0, status="failed", reason="no luck")
+    (failed,) = planned([each for each in WANTED if each.method == "ttq"], "0")
+    plant(failed.config, 0.0, status="failed", reason="no luck")
     record = tmp_path / "record.json"
     cifar10.store(record, read([str(tmp_path / "out")]))
     *tables, missing = cifar10.tables(cifar10.stored_results(record)[0])
@@ -63,10 +71,10 @@ def test_a_partial_record_states_n_and_what_is_missing(runs: list[PlannedRun], t
     assert rows["float, trained for as long", "32", "32"][6:10] == ("91.00", "1.41", "2", "+0.00")
     assert rows["ptq", "8", "8"][6:] == ("80.00", "-", "1", "-11.00", "-10.00")
     assert rows["lsq", "2", "2"][10].startswith("-5.75 ±")
-    assert f"3 of {len(wanted)} settings are measured, with 2 seeds at most" in missing.notes
+    assert f"3 of {len(WANTED)} settings are measured, with 2 seeds at most" in missing.notes
     assert "measured with fewer than 2 seeds: ptq w8a8" in missing.notes
     assert any("no luck" in note for note in missing.notes)
     (not_measured,) = [note for note in missing.notes if note.startswith("not measured")]
-    assert not_measured.count(",") == len(wanted) - 4
+    assert not_measured.count(",") == len(WANTED) - 4
     assert "ttq w2a32" in not_measured
     assert cifar10.stored_results(tmp_path / "none.json") == ([], "No run is recorded yet.")

@@ -55,13 +55,14 @@ def test_the_published_figures_pass_the_lint() -> None:
     assert lint(published_rows(), names()) == []
     assert len(published_rows()) >= 350
     assert {p.key for p in papers()} == {
-        *("dorefa", "gupta", "hwgq", "inq", "lsq", "pact", "polino", "qcnn", "slq", "ttq", "twn", "xnor"),
+        *("apot", "dorefa", "gupta", "hwgq", "inq", "lsq", "pact", "polino", "qcnn", "slq", "ttq", "twn", "xnor"),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("paper", "id_", "value", "baseline", "provenance"),
     [
+        ("apot", "resnet20_w3a3", 92.49, 92.96, "verified"),  # yhhhli/APoT_Quantization, README
         ("ttq", "resnet20_cifar10", 8.87, 8.23, "verified"),  # czhu95/ternarynet, README
         ("ttq", "resnet56_cifar10", 6.44, 6.80, "verified"),
         ("ttq", "alexnet_top5", 20.3, 19.7, "verified"),

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qbench.config import compose, registry
-from qbench.methods import dorefa, gupta, hwgq, lsq, pact, uniform, xnor
+from qbench.methods import apot, dorefa, gupta, hwgq, lsq, pact, uniform, xnor
 from qbench.models import resnet
 from qbench.quant import fused_kernels, ops
 from qbench.quant.install import install
@@ -64,6 +64,7 @@ ACTIVATIONS = {
         f"uniform {b}": (lambda x, b=b: uniform.quantize_activation(x, T(-0.4), T(1.3), b), ())
         for b in (1, 2, 4, 8, 16)
     },
+    **{f"apot {b}": (lambda x, a, b=b: apot.quantize_activation(x, a, b), (T(0.7),)) for b in (2, 3, 4, 5)},
     "xnor": (xnor.binarize_activation, ()),
     **{
         f"hwgq {b} {u} {how}": (

@@ -1,0 +1,279 @@
+"""APoT: levels that are sums of powers of two, on normalized weights and with learned clipping levels.
+
+Paper
+    Li, Dong, Wang, "Additive Powers-of-Two Quantization: An Efficient Non-uniform Discretization
+    for Neural Networks", ICLR 2020, arXiv 1909.13144. Formulas from the authors' code for CIFAR,
+    yhhhli/APoT_Quantization at 13204f1.
+
+Idea
+    Weights and activations are bell-shaped, so levels should be dense near zero. Plain powers of
+    two leave gaps near the top. A sum of a few powers of two has neither fault, and a product with
+    it still needs only shifts and additions. Normalizing the weights first makes one clipping level
+    suit all of training.
+
+Forward
+    Levels of code B: all sums of one element of each set below, divided by the largest sum. 2: {0,
+    1/2, 1/4, 1/8}. 3: {0, 1/2, 1/4, 1/16} + {0, 1/8}. 4: {0, 1/2, 1/8, 1/32} + {0, 1/4, 1/16,
+    1/64}. 5: {0, 1/2, 1/8, 1/64} + {0, 1/4, 1/16, 1/128} + {0, 1/32}.
+    Weights of b bits: w = (W - mean(W)) / std(W), w_hat = alpha sign(w) project(clip(|w| / alpha, 0,
+    1)) with code b - 1, that is 2^b - 1 levels. With 2 bits, the levels are -alpha, 0, alpha. The
+    layer uses w_hat as it is; the following batch normalization takes care of the scale.
+    Activations of b bits: x_hat = alpha project(clip(x / alpha, 0, 1)) with code b.
+    Weights of 8 bits, for the first and last layers: round(127 W / m) m / 127, m = max|W|.
+
+Backward
+    Weights: dL/dw = dL/dw_hat everywhere, also where clipped; mean and std count as constants.
+    Activations: dL/dx = dL/dx_hat where 0 <= x <= alpha, else 0.
+    d/dalpha: project(v) - v inside, sign(v) where clipped, with v the value divided by alpha.
+
+Schedule
+    One phase, from a float network. The authors start each width from the next larger one; use
+    init=RUN for that.
+
+Sites
+    weight, input.
+
+State
+    alpha (scalar): one clipping level for a layer's weights, one for its input.
+
+Bits
+    w 2-6, 8 or 32, a 2-5 or 32, g 32; by default w4a4g32.
+
+Protocol
+    CIFAR-10 ResNet-20 with 1x1 convolutions as shortcuts: 300 epochs of SGD with momentum 0.9, batch
+    size 128, learning rate 0.04 divided by 10 at epochs 150 and 225, weight decay 1e-4 (3e-5 with 2
+    bits). The weights of the first and last layers have 8 bits, and their inputs are float:
+    layers.first=w8 layers.last=w8. The authors keep the weights with the best test accuracy.
+
+Choices
+    initial_weight, initial_input: where alpha starts, 3 and 8 as in the code for CIFAR. In the
+    authors' logs, the trained levels are between 1 and 2.5.
+    decay: weight decay of alpha, 1e-4 as in the authors' script. The script also gives alpha learning
+    rates of its own; here it has the optimizer's.
+    edge_scale: abs (default), or max for m = max(W) as in the authors' code. Their own networks then
+    have codes down to -145, which 8 bits do not hold; their checkpoints need it.
+    A value halfway between two levels goes to the lower one. In the authors' code, the order of a
+    Python set decides.
+
+Deviations
+    Inputs below 0 become 0 and get no gradient. The code only clips at the top, because a ReLU comes
+    before it. Alpha is kept at 1e-3 or more. A tensor whose deviation is 0 is not scaled.
+
+Results
+    docs/results.md (CIFAR-10), and the authors' checkpoints evaluated here (README).
+"""
+
+from functools import lru_cache
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from qbench.bits import FLOAT, Bits
+from qbench.quant.fused_kernels import grad_between, grad_within, next_float, step_function
+from qbench.quant.layers import clamp_min_
+from qbench.quant.method import Method, Requires
+from qbench.quant.ops import fused_quantizer, in_float32, straight_through
+from qbench.quant.quantizer import Grid, Quantizer, Storage
+
+SMALLEST = 1e-3
+EDGE_BITS = 8
+"""Width of the weights of the first and last layers, which have uniform levels."""
+
+SETS: dict[int, tuple[tuple[float, ...], ...]] = {
+    1: ((0, 1),),
+    2: ((0, 1 / 2, 1 / 4, 1 / 8),),
+    3: ((0, 1 / 2, 1 / 4, 1 / 16), (0, 1 / 8)),
+    4: ((0, 1 / 2, 1 / 8, 1 / 32), (0, 1 / 4, 1 / 16, 1 / 64)),
+    5: ((0, 1 / 2, 1 / 8, 1 / 64), (0, 1 / 4, 1 / 16, 1 / 128), (0, 1 / 32)),
+}
+"""Code -> the sets of which one element each is summed. Code 1 is that of ternary weights."""
+
+
+@lru_cache
+def levels(code: int) -> tuple[float, ...]:
+    """Return the 2^code levels of a code, ascending from 0 to 1. Section 2.2 of the paper."""
+    sums = sorted({sum(terms) for terms in product(*SETS[code])})
+    return tuple(value / sums[-1] for value in sums)
+
+
+def project(v: Tensor, code: int) -> Tensor:
+    """Return the nearest level for v (any shape); values above 1 become 1, values below 0 become 0. No gradient."""
+    points = torch.tensor(levels(code), dtype=v.dtype, device=v.device)
+    return step_function(v, (points[1:] + points[:-1]) / 2, points[1:])
+
+
+def normalized(w: Tensor) -> Tensor:
+    """Return (w - mean) / std over the whole tensor; mean and std get no gradient."""
+    fixed = w.detach()
+    std = fixed.std() if fixed.numel() > 1 else torch.zeros_like(fixed.sum())
+    return (w - fixed.mean()) / torch.where(std > 0, std, torch.ones_like(std))
+
+
+@in_float32
+def quantize_weight(w: Tensor, alpha: Tensor, bits: int) -> Tensor:
+    """Normalize weights (any shape), and quantize them to 2^bits - 1 levels from -alpha to alpha.
+
+    `alpha` is a scalar above 0 and gets a gradient. With 32 bits, return w itself.
+    """
+    if bits == FLOAT:
+        return w
+    scaled = normalized(w)
+    v = scaled.detach() / alpha
+    sign, size = v.detach().sign(), v.detach().abs()
+    inside = straight_through(v, project(size, bits - 1) * sign)
+    quantized = torch.where(size > 1, sign, inside) * alpha
+    return quantized + (scaled - scaled.detach())  # adds 0: the gradient of the weights is not clipped
+
+
+@in_float32
+def quantize_edge_weight(w: Tensor, edge_scale: str = "abs") -> Tensor:
+    """Quantize the weights of a first or last layer to multiples of `_top` / 127, straight-through."""
+    top = _top(w, edge_scale)
+    return straight_through(w, (w.detach() / top * 127).round() / 127 * top)
+
+
+def _top(w: Tensor, edge_scale: str) -> Tensor:
+    """Return max|w|, or max(w) for edge_scale=max if it is above 0; 1 if all weights are 0."""
+    fixed = w.detach()
+    largest, highest = fixed.abs().max(), fixed.max()
+    top = torch.where(highest > 0, highest, largest) if edge_scale == "max" else largest
+    return torch.where(top > 0, top, torch.ones_like(top))
+
+
+@in_float32
+def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
+    """Quantize activations (any shape) to 2^bits levels from 0 to alpha.
+
+    `alpha` is a scalar above 0 and gets a gradient. With 32 bits, return x itself.
+    """
+    if bits == FLOAT:
+        return x
+
+    def plain(x: Tensor, alpha: Tensor) -> Tensor:
+        v = x / alpha
+        inside = straight_through(v, project(v, bits))
+        ends = (v > 1).to(v.dtype)
+        return torch.where((v >= 0) & (v <= 1), inside, ends) * alpha
+
+    def value(x: Tensor, alpha: Tensor) -> Tensor:
+        return project(x / alpha, bits).mul_(alpha)
+
+    def backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        v = x / alpha
+        inside = grad_within(grad, v, 0, 1)
+        # the gradient of alpha: 1 times grad where clipped at the top, project(v) - v inside
+        above = grad - grad_between(grad, v, -torch.inf, next_float(1, torch.inf, v.dtype))
+        return inside, project(v, bits).sub_(v).mul_(inside).sum() + above.sum()
+
+    return fused_quantizer(x, alpha.to(x.dtype), plain=plain, value=value, backward=backward)
+
+
+class APoTWeight(Quantizer):
+    """Quantizer of one layer's weights, normalized and with a learned clipping level."""
+
+    positive_parameters: tuple[str, ...] = ("alpha",)
+
+    def __init__(self, bits: int, initial: float, decay: float) -> None:
+        super().__init__()
+        self.bits, self.weight_decay = bits, decay
+        self.alpha = nn.Parameter(torch.tensor(initial))
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the quantized weights, on the scale of normalized weights."""
+        return quantize_weight(w, self.alpha, self.bits)
+
+    def grid(self, w: Tensor) -> Grid:
+        """Return a grid with one group: the levels of both signs times alpha."""
+        points = torch.tensor(levels(self.bits - 1), device=w.device, dtype=self.alpha.dtype)
+        return Grid((torch.cat([-points[1:].flip(0), points]) * self.alpha).reshape(1, -1, 1))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Return the storage of the codes and of alpha."""
+        return Storage(w.numel(), self.bits, 4)
+
+
+class APoTEdgeWeight(Quantizer):
+    """Quantizer of the weights of a first or last layer: 8 bits, uniform levels."""
+
+    def __init__(self, edge_scale: str) -> None:
+        super().__init__()
+        self.edge_scale = edge_scale
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the quantized weights."""
+        return quantize_edge_weight(w, self.edge_scale)
+
+    def grid(self, w: Tensor) -> Grid:
+        """Return a grid with one group: 255 levels, and with edge_scale=max those below that the weights have."""
+        top = _top(w, self.edge_scale)
+        lowest = min(-127, int((w.detach().min() / top * 127).round()))
+        return Grid((torch.arange(lowest, 128, device=w.device) / 127 * top).reshape(1, -1, 1))
+
+    def bytes(self, w: Tensor) -> Storage:
+        """Return the storage of the codes and of the scale."""
+        return Storage(w.numel(), EDGE_BITS, 4)
+
+
+class APoTActivation(Quantizer):
+    """Quantizer of one layer's input, with a learned clipping level."""
+
+    positive_parameters: tuple[str, ...] = ("alpha",)
+
+    def __init__(self, bits: int, initial: float, decay: float) -> None:
+        super().__init__()
+        self.bits, self.weight_decay = bits, decay
+        self.alpha = nn.Parameter(torch.tensor(initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized activations."""
+        return quantize_activation(x, self.alpha, self.bits)
+
+    def grid(self, x: Tensor) -> Grid:
+        """Return a grid with one group: the levels times alpha."""
+        points = torch.tensor(levels(self.bits), device=x.device, dtype=self.alpha.dtype)
+        return Grid((points * self.alpha).reshape(1, -1, 1))
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer, then keep the clipping levels above zero."""
+    optimizer.step()
+    clamp_min_(model, {APoTWeight: ("alpha",), APoTActivation: ("alpha",)}, SMALLEST)
+
+
+def build(
+    *,
+    w: int = 4,
+    a: int = 4,
+    initial_weight: float = 3.0,
+    initial_input: float = 8.0,
+    decay: float = 1e-4,
+    edge_scale: str = "abs",
+) -> Method:
+    """Return APoT.
+
+    Args:
+        initial_weight, initial_input: initial clipping levels, of weights and of inputs.
+        decay: weight decay of the clipping levels.
+        edge_scale: scale of 8-bit weights, abs or max; see the method card.
+    """
+    if edge_scale not in ("abs", "max"):
+        raise ValueError(f"edge_scale={edge_scale}: must be abs (max|W|) or max (max(W), as in the authors' code)")
+    for name, initial in (("initial_weight", initial_weight), ("initial_input", initial_input)):
+        if initial <= SMALLEST:
+            raise ValueError(f"{name}={initial}: must be a number above {SMALLEST}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay={decay}: must be at least 0 and below 1")
+    return Method(
+        name="apot",
+        bits=Bits(w, a),
+        supported_bits={"w": (*range(2, 7), EDGE_BITS, FLOAT), "a": (*range(2, 6), FLOAT)},
+        requires=Requires(act="keep"),
+        traits=frozenset({"odd", "monotone", "monotone_input", "idempotent_input", "clipped_input"}),
+        weight=lambda name, layer, bits: (
+            APoTEdgeWeight(edge_scale) if bits == EDGE_BITS else APoTWeight(bits, initial_weight, decay)
+        ),
+        input=lambda name, layer, bits: APoTActivation(bits, initial_input, decay),
+        step=optimizer_step,
+        foreign_names={"act_alpha": "input_q.alpha", "weight_quant.wgt_alpha": "weight_q.alpha"},
+    )
