@@ -16,7 +16,7 @@ error). The protocol:
 
 The runs are done one after another in this process. Stored runs are not repeated, so the same command continues. Keys
 of qbench replace those of the protocol. After every run, the results are stored in --record FILE, by default
-docs/records/cifar10.json; `scripts/readme_tables.py --from-records cifar10` then writes docs/results.md. `--from FILE`
+docs/records/cifar10.json; `scripts/tables.py --from-records cifar10` then writes docs/results.md. `--from FILE`
 prints the tables of stored results and runs nothing.
 
 Three methods are left out, because they need another network than the checkpoint's: HWGQ and Gupta's fixed point need

@@ -226,8 +226,20 @@ def method_entry(name: str) -> str:
 
 
 def claimed_part(paper: Paper) -> str:
-    """Return the table of shown rows, with our measurements if there are any, and the number of all rows."""
+    """Return the table of shown rows, and the number of all rows."""
     shown = shown_rows(paper)
+    total = len(paper.rows)
+    ran = sum(bool(row.measured) for row in paper.rows)
+    runnable = sum(not published.missing_requirements(row) for row in paper.rows)
+    text = f"The table shows {len(shown)} of {total} rows." if shown else f"None of the {total} values is known here."
+    text += f" `qbench published --paper {paper.key}` lists all rows. "
+    text += f"{ran} rows have been run here, and {runnable} can be run once their data are present."
+    text += "".join(f" {sentence}." for sentence in absence_sentences(paper))
+    return "\n\n".join(["**Claimed**", *([rows_table(shown)] if shown else []), wrapped(text)])
+
+
+def rows_table(shown: Sequence[PublishedRow]) -> str:
+    """Return the table of published rows, with our measurements if there are any."""
     ours = any(row.measured for row in shown)
     head = ("row", "network, data", "widths", "measure", "claimed", "float", "to float", "ran by", "provenance")
     table = Table((*head, "ours") if ours else head)
@@ -236,19 +248,12 @@ def claimed_part(paper: Paper) -> str:
         mark, difference = published.baseline_mark(row), published.to_float(row)
         baseline = "-" if row.baseline is None else f"{mark}{published.format_percent(row.baseline)}"
         to_float = "-" if difference is None else f"{published.claim_mark(row) or mark}{difference:+.2f}"
-        cells = [row_link(paper, row), f"{net}, {dataset}"]
+        cells = [row_link(row), f"{net}, {dataset}"]
         cells += [f"{row.bits}" + (f", {row.levels} levels" if row.levels else ""), METRICS[row.metric]]
         cells += [published.format_claim(row), baseline, to_float, row.ran_by, row.provenance]
         cells += [published.format_percent(row.measured[-1].value) if row.measured else "-"] if ours else []
         table.rows.append(tuple(cells))
-    total = len(paper.rows)
-    ran = sum(bool(row.measured) for row in paper.rows)
-    runnable = sum(not published.missing_requirements(row) for row in paper.rows)
-    text = f"The table shows {len(shown)} of {total} rows." if shown else f"None of the {total} values is known here."
-    text += f" `qbench published --paper {paper.key}` lists all rows. "
-    text += f"{ran} rows have been run here, and {runnable} can be run once their data are present."
-    text += "".join(f" {sentence}." for sentence in absence_sentences(paper))
-    return "\n\n".join(["**Claimed**", *([markdown([table], links=True)] if shown else []), wrapped(text)])
+    return markdown([table], links=True)
 
 
 def absence_sentences(paper: Paper) -> list[str]:
@@ -267,11 +272,11 @@ def listed(texts: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
 
 
-def row_link(paper: Paper, row: PublishedRow) -> str:
+def row_link(row: PublishedRow) -> str:
     """Return a row's id, linked to its experiment file if it has one."""
     if published.missing_requirements(row):
         return row.id
-    return f"[{row.id}](../conf/experiment/{paper.key}/{row.id}.yaml)"
+    return f"[{row.id}](../conf/experiment/{row.paper}/{row.top5_of or row.id}.yaml)"
 
 
 def measured_part(paper: Paper) -> str:
@@ -285,7 +290,7 @@ def measured_part(paper: Paper) -> str:
             by_outcome.setdefault(row["outcome"], []).append(effect)
         results = " ".join(f"*{capitalized(key)}:* {', '.join(values)}." for key, values in by_outcome.items())
         lines.append(bullet(f"[{claim.name}](claims.md#{claim.name}): {claim.says} {results or 'Not run.'}{unit}"))
-    none = "No claim of this paper has been tested; the [README](../README.md) has its results on digits."
+    none = "No claim of this paper has been tested; [results.md](results.md) has its results on digits."
     return "**Measured here**\n\n" + ("\n".join(lines) or wrapped(none))
 
 

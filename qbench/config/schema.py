@@ -107,7 +107,10 @@ class LearningRateGrid:
         metadata={"holds": _ascending, "allowed": "two or more ascending numbers above 0, such as [0.1,0.3,1,3,10]"},
     )
     lr: float | None = within(None, 0, above=True)
+    """The recipe's learning rate. qbench sets it in the runs of a grid; do not type it."""
+
     lr_end: float | None = within(None, 0)
+    """The recipe's last learning rate, set in the same way."""
 
 
 def scaled(rate: float, factor: float) -> float:
@@ -197,6 +200,7 @@ class Config:
     out: str = printable("outputs", free=True)
     rerun: bool = marked(False, free=True)
     claim: dict[str, Any] | None = field(default=None, metadata={"free": True})
+    """The claim that an experiment file tests. `scripts/claims.py` reads it; it has no effect on a run."""
 
     @property
     def method_name(self) -> str:

@@ -39,7 +39,7 @@ Deviations
     None known.
 
 Results
-    README (digits, glyphs).
+    docs/results.md (digits, glyphs).
 """
 
 from qbench.bits import FLOAT, Bits

@@ -60,7 +60,7 @@ Deviations
     maximum. In both cases the formulas would give 0/0.
 
 Results
-    README (digits). The paper has no CIFAR-10 result. The published CIFAR-10 results of DoReFa-Net
+    docs/results.md (digits). The paper has no CIFAR-10 result. The published CIFAR-10 results of DoReFa-Net
     come from third parties.
 """
 

@@ -73,7 +73,7 @@ Deviations
     authors do not count the points.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 from collections.abc import Sequence

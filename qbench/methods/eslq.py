@@ -50,7 +50,7 @@ Deviations
     layers.last=same quantizes both.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 from collections.abc import Sequence

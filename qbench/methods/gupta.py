@@ -75,7 +75,7 @@ Deviations
     2^-24 is therefore lost. At WL 16, this is 1/1024 of a step.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 from collections.abc import Iterator

@@ -65,7 +65,7 @@ Deviations
     other networks here, no batch normalization has scale and shift.
 
 Results
-    README (digits, glyphs).
+    docs/results.md (digits, glyphs).
 """
 
 import math

@@ -61,7 +61,7 @@ Deviations
     layers. layers.first=same layers.last=same quantizes both here.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 from collections.abc import Sequence

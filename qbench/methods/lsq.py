@@ -48,7 +48,7 @@ Deviations
     Steps are kept at 1e-8 or more.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 import torch

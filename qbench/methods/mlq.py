@@ -65,7 +65,7 @@ Deviations
     layers.last=same quantizes both here.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 from math import ceil, isnan

@@ -43,7 +43,7 @@ Deviations
     Alpha is kept at 1e-3 or more.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 from math import inf

@@ -58,8 +58,8 @@ Deviations
     None known.
 
 Results
-    README (digits) and docs/unified.md (glyphs), both measured with reestimate=replace. docs/results.md
-    (CIFAR-10).
+    docs/results.md: CIFAR-10, and digits with reestimate=replace. docs/unified.md: glyphs with
+    reestimate=replace.
 """
 
 import copy

@@ -65,7 +65,7 @@ Deviations
     first and last layers stay float, following the layer policy.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 from collections.abc import Callable

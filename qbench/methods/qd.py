@@ -62,7 +62,7 @@ Deviations
     Huffman codes (`huffman_bits`).
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 from collections.abc import Iterable

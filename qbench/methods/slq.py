@@ -68,7 +68,7 @@ Deviations
     layers.last=same quantizes both here.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 from collections.abc import Callable, Sequence

@@ -52,7 +52,7 @@ Deviations
     authors' CIFAR code the last layer is ternary.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 import torch

@@ -37,7 +37,7 @@ Deviations
     None known. A layer whose weights are all zero stays zero, although the formula gives 0/0.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 import torch

@@ -42,7 +42,7 @@ Deviations
     None known.
 
 Results
-    README (digits).
+    docs/results.md (digits).
 """
 
 import torch

@@ -62,7 +62,7 @@ Deviations
     zero.
 
 Results
-    README (digits, glyphs).
+    docs/results.md (digits, glyphs).
 """
 
 from functools import partial

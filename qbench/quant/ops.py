@@ -269,11 +269,11 @@ def fused_quantizer(
 
     Args:
         learned: learned parameters, such as scales, that get gradients.
-        plain: (x, *learned) -> quantized x, by definition, in operations that autograd
+        plain: `(x, *learned) -> x_hat`, by definition, in operations that autograd
             differentiates, also for second derivatives.
-        value: (x, *learned) -> the same result in as few passes as possible, in place except for
+        value: `(x, *learned)` -> the same result in as few passes as possible, in place except for
             the first pass.
-        backward: (grad, x, *learned) -> the gradient of x, or the gradients of x and all `learned`.
+        backward: `(grad, x, *learned)` -> the gradient of x, or the gradients of x and all `learned`.
         cells: the cells of the step function. They are not used if there are more than `MAX_CELLS`.
         repeatable: whether `value` returns the same result when called again. If not, because it
             draws random numbers, the result is saved.

@@ -56,11 +56,8 @@ class Grid:
 class Quantizer(nn.Module):
     """The base class of all quantizers: a module in a slot of a quantized layer.
 
-    `forward` depends on the slot:
-
-        weights, input    forward(x) -> x_hat
-        output            forward(y, x) -> y, where x is the layer's input. The backward pass may
-                          quantize dL/dy.
+    `forward` depends on the slot. For weights and inputs it is `forward(x) -> x_hat`. For outputs
+    it is `forward(y, x) -> y`, where x is the layer's input; its backward pass may quantize dL/dy.
 
     A subclass overrides the declarations below if the defaults do not fit. Verification, costs,
     training and reports depend on these declarations, never on the class.

@@ -78,7 +78,7 @@ class TrainingSpeed:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The content of `result.json`. The README describes each field.
+    """The content of `result.json`. docs/reference/run-directory.md describes each field.
 
     `final` is measured after the last epoch, `best` at the best validation accuracy. `verified` maps layer -> w, a or g
     -> levels found and allowed. `protocol_changes` lists, in words, the changes to the shared protocol that the method

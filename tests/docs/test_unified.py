@@ -254,7 +254,7 @@ def test_the_default_command(script: ModuleType) -> None:
 def test_the_document_has_the_table_of_its_command(script: ModuleType) -> None:
     text = (ROOT / "docs" / "unified.md").read_text(encoding="utf-8")
     ((command, body),) = re.findall(r"<!-- table: (scripts/unified.py .*?) -->\n(.*?)<!-- end -->", text, re.DOTALL)
-    assert f"`{command}`" in body, "run scripts/readme_tables.py unified"
+    assert f"`{command}`" in body, "run scripts/tables.py unified"
     assert not re.search(r"^\| (failed|diverged|unfinished|running|corrupt) ", body, re.MULTILINE)
     (config,) = script.compose_sweep(script.sweep_keys([*command.split()[1:], "method=ttq", "bits=w2a32", "seed=0"]))
     assert f"| ttq | 2 | 32 | 3 | 2.00 | {config.model['width']} |" in body

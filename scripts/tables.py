@@ -2,11 +2,12 @@
 """Rebuild the tables in the documents: run the command in each marker and write its output below.
 
 A marker is `<!-- table: COMMAND -->`, its end `<!-- end -->`. For a sweep the table is that of `qbench compare` over
-the command's `out=`, without conclusions; a script of this folder prints its own table. Stored runs are not repeated.
+the command's `out=`, without conclusions. `qbench compare RECORD ...` and a script of this folder print their own
+table. Stored runs are not repeated.
 
-    .venv/bin/python scripts/readme_tables.py [WORD ...]     # only the tables whose command contains one of the words
-    .venv/bin/python scripts/readme_tables.py --from-records # runs nothing: writes the tables from docs/records
-    .venv/bin/python scripts/readme_tables.py --check        # runs nothing: compares the tables with docs/records
+    .venv/bin/python scripts/tables.py [WORD ...]     # only the tables whose command contains one of the words
+    .venv/bin/python scripts/tables.py --from-records # runs nothing: writes the tables from docs/records
+    .venv/bin/python scripts/tables.py --check        # runs nothing: compares the tables with docs/records
 
 docs/records contains the results of the tables. With it, everybody can rebuild and examine the tables.
 """
@@ -21,12 +22,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from qbench.cli.compare import run_compare
 from qbench.report.comparison.compare import compare
 from qbench.report.tables.table import markdown
 from qbench.runs.reader import dump_records, load_records, read
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = "README.md", "docs/performance.md", "docs/reliability.md", "docs/results.md", "docs/unified.md"
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("performance", "reliability", "results", "unified")))
 MARKER = re.compile(r"(<!-- table: ((?:qbench|scripts/).*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDS = ROOT / "docs" / "records"
 RECORDED = ("qbench", "scripts/cifar10.py", "scripts/every_method.py", "scripts/unified.py")
@@ -51,7 +53,6 @@ def table_from_sweep(command: str) -> str:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "qbench", *words], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     print(f"{command}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    os.chdir(ROOT)
     runs = read([out])
     seconds = sum(run.result.wall_seconds or 0 for run in runs if run.result)
     written = [*Path(out).rglob("manifest.json"), *Path(out).rglob("result.json")]
@@ -79,6 +80,8 @@ def script_output(command: str, *more: str) -> str:
 def table_text(command: str, stored: bool) -> str | None:
     """Return the text of a command's table. With `stored`, read it from its record, or return None without a record."""
     record = record_path(command)
+    if command.startswith("qbench compare "):
+        return run_compare(command.split()[2:]) + "\n"
     if not command.startswith(RECORDED):
         return None if stored else script_output(command)
     if command.startswith("qbench"):
@@ -89,6 +92,7 @@ def table_text(command: str, stored: bool) -> str | None:
 def main(arguments: Sequence[str]) -> int:
     check = "--check" in arguments
     stored = check or "--from-records" in arguments
+    os.chdir(ROOT)
     words = [word for word in arguments if not word.startswith("--")]
     changed: list[str] = []
 
@@ -106,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
         if not check:
             document.write_text(text, encoding="utf-8")
     for command in changed if check else ():
-        print(f"differs from its record: {command}; run scripts/readme_tables.py --from-records", file=sys.stderr)
+        print(f"differs from its record: {command}; run scripts/tables.py --from-records", file=sys.stderr)
     return 1 if check and changed else 0
 
 
