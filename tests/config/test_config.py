@@ -18,7 +18,7 @@ from qbench.experiment.planned_run import planned_run
 from qbench.runs.directory import directory_name
 
 REFUSED = {
-    "method=dorfa": ("method=dorfa", "did you mean dorefa?", "allowed: bwn, dorefa"),
+    "method=dorfa": ("method=dorfa", "did you mean dorefa?", "allowed: apot, bwn, dorefa"),
     "metod=dorefa": ("metod", "did you mean method?"),
     "model=resnet9": ("model=resnet9", "resnet8"),
     "experiment=nosuch": ("experiment=nosuch", "smoke"),

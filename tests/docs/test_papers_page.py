@@ -22,7 +22,7 @@ from qbench.papers.row_types import PROVENANCES, Paper, PublishedRow
 
 PAGE = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
 RELATED: list[dict[str, Any]] = yaml.safe_load((ROOT / "docs" / "papers.yaml").read_text(encoding="utf-8"))["papers"]
-EXPECTED = ("LQ-Nets", "APoT", "DSQ", "QIL", "Mostly 4-bit", "ShrinkBench")
+EXPECTED = ("LQ-Nets", "DSQ", "QIL", "Mostly 4-bit", "ShrinkBench")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 
 
