@@ -132,7 +132,8 @@ def main(arguments: Sequence[str]) -> int:
         if options.stored:
             records, note = stored_results(options.stored)
         else:
-            records = train(planned(options, chosen), options.record)
+            folders = [Path(options.out).parent, Path(options.init).parent]
+            records = train(planned(options, chosen), options.record, folders)
             note = note_on(records)
     except QbenchError as error:
         print(f"scripts/cifar10.py: {error}", file=sys.stderr)
@@ -157,8 +158,11 @@ def planned(options: argparse.Namespace, chosen: Sequence[Wanted]) -> list[Plann
     return planned_runs(configs)
 
 
-def train(runs: Sequence[PlannedRun], record: Path) -> list[RunRecord]:
+def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> list[RunRecord]:
     """Do the runs one after another, and store the results after each. Return the records of all that began.
+
+    Args:
+        folders: absolute folders whose names the record leaves out.
 
     Raises:
         Interrupted: a signal was received.
@@ -172,7 +176,7 @@ def train(runs: Sequence[PlannedRun], record: Path) -> list[RunRecord]:
             shown = f"{result.top1:.2f} %" if result.top1 is not None else f"{result.status}: {result.reason}"
             print(f"{number} of {len(runs)}  {run.path.name}  {shown}", file=sys.stderr, flush=True)
             records = [found for each in runs if (found := outcome(each)).status != "not begun"]
-            store(record, records)
+            store(record, records, folders)
     return records
 
 
@@ -183,8 +187,12 @@ def stored_results(record: Path) -> tuple[list[RunRecord], str]:
     return load_records(record), json.loads(record.read_text())["note"]
 
 
-def store(record: Path, records: Sequence[RunRecord]) -> None:
-    content = json.loads(dump_records(records)) | {"note": note_on(records)}
+def store(record: Path, records: Sequence[RunRecord], folders: Sequence[Path]) -> None:
+    """Write a record. It is published, so it names files without the folders of this machine."""
+    text = dump_records(records)
+    for folder in folders:
+        text = text.replace(f"{folder}/", "") if folder.is_absolute() else text
+    content = json.loads(text) | {"note": note_on(records)}
     record.parent.mkdir(parents=True, exist_ok=True)
     files.write(record, (json.dumps(content, separators=(",", ":")) + "\n").encode())
 

@@ -81,7 +81,7 @@ def test_defaults_and_ranges_are_those_of_a_run() -> None:
     assert "| `optim.clip_norm` | float or null | above 0 | `null` |" in KEYS
     assert "| `seed` | int | 0 to 2147483647 | `0` |" in KEYS
     assert "| `optim.batch_size` | int | 1 or more | `64` |" in KEYS
-    assert "| `epochs` | int | 1 or more | that of `dataset.recipe.finetune` |" in KEYS
+    assert "| `epochs` | int | 0 or more | that of `dataset.recipe.finetune` |" in KEYS
     assert "| `lr_grid.factors` | list of float |" in KEYS
     assert "| `dataset.pad` | int | `1` | largest random shift in pixels |" in KEYS
     assert "| `model.depth` | int | resnet110 `110`, resnet20 `20`," in KEYS
