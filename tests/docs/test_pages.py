@@ -70,7 +70,8 @@ def test_every_command_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return [tuple(axis[min(i, len(axis) - 1)] for axis in axes) for i in range(max(map(len, axes)))]
 
     monkeypatch.chdir(tmp_path)
-    Path("resnet18.pth").touch()  # initial weights must exist
+    for weights in ("resnet18.pth", "resnet20.th"):  # initial weights must exist
+        Path(weights).touch()
     monkeypatch.setattr(compose, "product", each_value_once)
     lines = {tuple(words) for page in GUIDES for words in commands(page)}
     trained = [list(words) for words in lines if words[0] not in SUBCOMMANDS]
