@@ -1,17 +1,20 @@
 """AlexNet as DoReFa-Net's authors train it (Zhou et al. 2016, arXiv 1606.06160; tensorpack's alexnet-dorefa.py).
 
-The network is verified in that script, which is not the paper's own code. With 1000 classes and
-affine BN, it has 60,985,416 parameters. TTQ's authors train the same network from scratch
-(czhu95/ternarynet). It is not known whether their network also has biases in conv0 and fc0.
+We verified the network in that script, which is not the paper's own code. With 1000 classes and
+affine BN, the network has 60,985,416 parameters. TTQ's authors train the same network from scratch
+(czhu95/ternarynet). It is not known whether the network of TTQ's authors also has biases in conv0
+and fc0. The layers are:
 
 conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP - Q - conv3 384 - BN
 - MP - Q - conv3 384 in 2 groups - BN - Q - conv3 256 in 2 groups - BN - MP valid - Q - FC 4096
 (bias) - BN - Q - FC 4096 - BN - last_act - FC. Q is the activation that an input quantizer replaces.
-MP, max pooling of 3x3 at stride 2, is between BN and Q. There is no dropout. BN has eps 1e-4. The
-first two poolings pad as TensorFlow's SAME does: if the size is even, only at the right and bottom.
+MP is max pooling of 3x3 at stride 2, and it is between BN and Q. There is no dropout. BN has eps
+1e-4. The first two poolings pad as TensorFlow's SAME does. If the size is even, SAME pads only at
+the right and bottom.
 
-`last_act` is the activation in front of the last layer. If activations are quantized, the script clips
-them to [0, 1] there, without rounding. If they are not quantized, the script has a ReLU there.
+`last_act` is the activation in front of the last layer. In the script, this activation depends on
+whether activations are quantized. If they are, the activation clips to [0, 1] and does not round.
+If they are not, the activation is a ReLU.
 """
 
 from collections import OrderedDict
@@ -24,7 +27,7 @@ from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
 from qbench.models.residual_blocks import Feeds
 
 CONVS = ((96, 12, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2))
-"""Channels, kernel, groups of `conv0` to `conv4`."""
+"""Each entry: number of channels, kernel size and number of groups of one of `conv0` to `conv4`."""
 
 
 class SamePool(nn.Module):
@@ -34,15 +37,16 @@ class SamePool(nn.Module):
     """
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return (N, C, ceil(H / 2), ceil(W / 2))."""
+        """Return the pooled images, of shape (N, C, ceil(H / 2), ceil(W / 2))."""
         height, width = x_NCHW.shape[-2:]
         pads = (width % 2, 1, height % 2, 1)
         return F.max_pool2d(F.pad(x_NCHW, pads, value=float("-inf")), 3, 2)
 
 
 class DoReFaAlexNet(nn.Sequential):
-    """Layers `conv0` to `conv4`, `fc0`, `fc1`, `fct`; `bn`, `pool` and `act` have the ending of
-    their layer.
+    """AlexNet with the layers `conv0` to `conv4`, `fc0`, `fc1` and `fct`.
+
+    A module `bn`, `pool` or `act` has the same ending in its name as the layer that it follows.
     """
 
     feeds: Feeds
@@ -79,7 +83,10 @@ class DoReFaAlexNet(nn.Sequential):
 def build(
     shape: tuple[int, int, int], classes: int, *, width_mult: float = 1.0, last_act: str = "relu", norm: str = "affine"
 ) -> nn.Module:
-    """Return an AlexNet for images of `shape` (C, H, W), 44x44 or larger, `width_mult` times as wide as DoReFa's."""
+    """Return an AlexNet for images of `shape` (C, H, W), which must be 44x44 or larger.
+
+    The network is `width_mult` times as wide as DoReFa's.
+    """
     if width_mult <= 0:
         raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
     check_last_act(last_act)
@@ -87,14 +94,14 @@ def build(
     height, width = (_output_size(size) for size in shape[1:])
     if min(height, width) < 1:
         raise ValueError(
-            f"name=dorefa_alexnet: images of {shape[1]}x{shape[2]} are too small; they must be 44x44 or larger, "
-            "the paper's are 224x224"
+            f"name=dorefa_alexnet: images of {shape[1]}x{shape[2]} are too small; they must be 44x44 or larger "
+            "(the paper uses 224x224)"
         )
     return DoReFaAlexNet(shape[0], classes, height * width, factor=width_mult, last_act=last_act, norm=norm)
 
 
 def _scaled(channels: int, factor: float) -> int:
-    """Return the number of channels times `factor`, made even since some layers have two groups."""
+    """Return `channels` times `factor`, rounded to an even number because some layers have two groups."""
     return max(2, 2 * round(channels * factor / 2))
 
 

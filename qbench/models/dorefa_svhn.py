@@ -1,22 +1,23 @@
 """DoReFa-Net's networks for SVHN, models A to D (Zhou et al. 2016, arXiv 1606.06160).
 
-Model A is the network of the authors' script, tensorpack's svhn-digit-dorefa.py (verified). We conclude from the
-paper's 80 MFLOP that this network is model A. It takes images of 40x40. Its seven convolutions have 3, 4, 4, 8, 8, 8
-and 32 times `width` channels, with `width` 16. The widths 8, 4 and 2 of B, C and D are remembered from the paper, not
-verified. By our own count, A has 2,082,378 parameters with affine BN, and 41.7 M multiply-adds.
+We verified the network in the authors' script, tensorpack's svhn-digit-dorefa.py. We conclude from the paper's 80 MFLOP
+that the network of this script is model A. It takes images of 40x40. Its seven convolutions have 3, 4, 4, 8, 8, 8 and
+32 times `width` channels, where `width` is 16. The widths 8, 4 and 2 of models B, C and D are remembered from the paper
+and not verified. By our own count, model A has 2,082,378 parameters with affine BN, and 41.7 M multiply-adds. The
+layers are:
 
 conv5 (bias) - MP2 - Q - conv3 - BN - Q - conv3 - BN - MP2 - Q - conv3 valid - BN - Q - conv3 - BN -
 Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - last_act - FC. Q is the activation that an input
 quantizer replaces. There is no BN after the first layer. Max pooling follows BN and precedes Q. BN
 has eps 1e-4.
 
-`last_act` is the activation in front of the last layer. If activations are quantized, the script clips
-them to [0, 1] there, without rounding (until 2018 it took min(1, |x|)). If they are not quantized,
-the script has a ReLU there.
+`last_act` is the activation in front of the last layer. In the script, this activation depends on
+whether activations are quantized. If they are, the activation clips to [0, 1] and does not round
+(until 2018 it was min(1, |x|)). If they are not, the activation is a ReLU.
 
-The script applies dropout after Q. Here, Q is inside the layer that follows, so dropout comes
-before Q and does not rescale. Instead, the output of the layer is rescaled, which is possible
-because the layer has no bias. Both orders give the same result if Q(0) = 0.
+The script applies dropout after Q. In qbench, Q is inside the next layer, so dropout comes before
+Q. This dropout does not rescale its output. Instead, the output of the next layer is rescaled. This
+is possible because that layer has no bias. Both orders give the same result if Q(0) = 0.
 """
 
 from collections import OrderedDict
@@ -30,14 +31,14 @@ from qbench.models.normalization import NORMS_2D, check_norm
 from qbench.models.residual_blocks import Feeds
 
 CONVS = ((3, 5, 0), (4, 3, 1), (4, 3, 1), (8, 3, 0), (8, 3, 1), (8, 3, 0), (32, 5, 0))
-"""Channels (as a multiple of the width), kernel and padding of `conv0` to `conv6`."""
+"""Each entry: channels as a multiple of the width, kernel size and padding of one of `conv0` to `conv6`."""
 
 POOLED = (0, 2)
-"""Numbers of the convolutions followed by max pooling of 2x2."""
+"""Numbers of the convolutions that are followed by max pooling of 2x2."""
 
 
 class ClippedMagnitude(nn.Module):
-    """min(1, |x|)."""
+    """Activation min(1, |x|)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return min(1, |x|)."""
@@ -49,7 +50,7 @@ LAST_ACTS: dict[str, Callable[[], nn.Module]] = {
     "clip": lambda: nn.Hardtanh(0, 1),
     "magnitude": ClippedMagnitude,
 }
-"""Value of `last_act` -> activation in front of the last layer."""
+"""Maps each value of `last_act` to the activation in front of the last layer."""
 
 
 def check_last_act(last_act: str) -> None:
@@ -71,7 +72,10 @@ class UnscaledDropout(nn.Module):
 
 
 class DropoutScale(nn.Module):
-    """Divide by 1 - p in training, after a layer without bias that follows `UnscaledDropout`."""
+    """Divide by 1 - p in training.
+
+    This module follows a layer without bias whose input comes from `UnscaledDropout`.
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ class DropoutScale(nn.Module):
 
 
 def init_as_tensorpack(model: nn.Module) -> None:
-    """Initialize as tensorpack's scripts do: weights by fan-in, biases 0, and an eps of 1e-4 in every BN."""
+    """Initialize weights by fan-in, set biases to 0, and set eps to 1e-4 in every BN, as tensorpack's scripts do."""
     init_fan_in(model)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
@@ -91,7 +95,10 @@ def init_as_tensorpack(model: nn.Module) -> None:
 
 
 class SVHNNet(nn.Sequential):
-    """Layers `conv0` to `conv6`, followed by `bn`, `pool` and `act` of the same number, and `fc1`."""
+    """Network with the layers `conv0` to `conv6` and `fc1`.
+
+    Modules `bn`, `pool` and `act` are numbered like the layer that they follow.
+    """
 
     feeds: Feeds
 
@@ -128,7 +135,10 @@ def build(
     last_act: str = "relu",
     norm: str = "affine",
 ) -> nn.Module:
-    """Return model A (`width` 16), B (8), C (4) or D (2) for images of `shape` (C, H, W), 37x37 or larger."""
+    """Return a network for images of `shape` (C, H, W), which must be 37x37 or larger.
+
+    Model A has `width` 16, B has 8, C has 4 and D has 2.
+    """
     if width < 1:
         raise ValueError(f"width={width}: must be 1 or more; models A to D have 16, 8, 4 and 2")
     if not 0 <= dropout < 1:
@@ -138,8 +148,8 @@ def build(
     height, columns = (_output_size(size) for size in shape[1:])
     if min(height, columns) < 1:
         raise ValueError(
-            f"name=dorefa_svhn: images of {shape[1]}x{shape[2]} are too small; they must be 37x37 or larger, "
-            "the paper's are 40x40"
+            f"name=dorefa_svhn: images of {shape[1]}x{shape[2]} are too small; they must be 37x37 or larger "
+            "(the paper uses 40x40)"
         )
     return SVHNNet(shape[0], classes, height * columns, width=width, dropout=dropout, last_act=last_act, norm=norm)
 

@@ -1,14 +1,14 @@
 """The networks of Gupta et al. 2015, "Deep Learning with Limited Numerical Precision" (arXiv 1502.02551), in one class.
 
-All of this is remembered from the paper, and nothing is verified. MNIST perceptron: 1000, 1000,
-classes. MNIST CNN: conv5 8 - ReLU - MP2 - conv5 16 - ReLU - MP2 - FC 128 - ReLU - FC. CIFAR-10 CNN:
-three times conv5 64 - ReLU - MP of 3x3/2, then FC. There is no batch normalization, and every layer
-has a bias. Initial weights are Gaussian with standard deviation 0.01, and initial biases are 0.
-This initialization is remembered for the perceptron only.
+The following is remembered from the paper, and nothing is verified. The MNIST perceptron has two
+hidden layers of 1000 units. The MNIST CNN is conv5 8 - ReLU - MP2 - conv5 16 - ReLU - MP2 - FC 128
+- ReLU - FC. The CIFAR-10 CNN is three times conv5 64 - ReLU - MP of 3x3/2, then FC. There is no
+batch normalization, and every layer has a bias. Initial weights are Gaussian with standard
+deviation 0.01, and initial biases are 0. This initialization is remembered for the perceptron only.
 
-The padding and the rounding of sizes in the paper are not known. Here, the MNIST CNN does not pad,
-and the CIFAR CNN pads by 2. Max pooling rounds sizes up. So images of 28x28 (MNIST) and 32x32
-(CIFAR) both end at 4x4.
+The paper's padding and rounding of sizes are not known. In qbench, the MNIST CNN does not pad, and
+the CIFAR CNN pads by 2. Max pooling rounds sizes up. Images of 28x28 (MNIST) and 32x32 (CIFAR)
+therefore both shrink to 4x4 in front of the first linear layer.
 """
 
 from collections import OrderedDict
@@ -20,8 +20,9 @@ from qbench.models.residual_blocks import Feeds
 
 
 class GuptaNet(nn.Sequential):
-    """Layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ...; activations `act1`, ... are numbered
-    through both.
+    """Network with the layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ....
+
+    The activations `act1`, `act2`, ... are numbered over all these layers.
     """
 
     feeds: Feeds
@@ -70,12 +71,14 @@ def build(
     pool: int = 2,
     std: float = 0.01,
 ) -> nn.Module:
-    """Return a network for images of `shape` (C, H, W): 5x5 convolutions with max pooling, then hidden layers.
+    """Return a network of 5x5 convolutions with max pooling, followed by linear layers.
 
     Args:
-        convs: channels of the convolutions. An empty list means no convolutions.
-        hidden: units of the hidden layers. An empty list means no hidden layers.
-        pad: zeros padded on each side at each convolution.
+        shape: shape (C, H, W) of an image.
+        classes: number of classes.
+        convs: number of channels of each convolution. An empty list means no convolutions.
+        hidden: number of units of each hidden linear layer. An empty list means no hidden layers.
+        pad: number of zeros that each convolution adds on each side of its input, 0 to 2.
         pool: size of the max pooling after each convolution, 2 or 3. Its stride is always 2.
         std: standard deviation of the initial weights.
     """
@@ -93,6 +96,6 @@ def build(
 
 
 def _output_size(size: int, pad: int, pool: int) -> int:
-    """Return the height or width after a 5x5 convolution and max pooling that rounds up; 0 if nothing is left."""
+    """Return the height or width after a 5x5 convolution and max pooling that rounds up, or 0 if no pixel is left."""
     size += 2 * pad - 4
     return (size - pool + 1) // 2 + 1 if size > 0 else 0

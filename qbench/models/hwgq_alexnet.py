@@ -1,14 +1,16 @@
 """AlexNet as HWGQ's authors train it (Cai et al. 2017, arXiv 1702.00953).
 
-Verified in their prototxt (zhaoweicai/hwgq, alex-hwgq-3ne-clip-poly-320k): conv11/4 96 - MP - BN -
-Q - conv5 256 - MP - BN - Q - conv3 384 - BN - Q - conv3 384 - BN - Q - conv3 256 - MP - BN - Q - FC
-4096 - BN - Q - FC 4096 - BN - ReLU - FC. Q is the activation that an input quantizer replaces. MP,
-max pooling of 3x3 at stride 2, precedes BN. There are no groups and no dropout, and only the last
-layer has a bias. The authors use `norm=no_affine`, also after fc7. With it and 1000 classes, the
-network has 62,368,776 parameters.
+We verified the network in their prototxt (zhaoweicai/hwgq, alex-hwgq-3ne-clip-poly-320k). The
+layers are:
 
-The authors' images are 227x227. Initial weights are Gaussian with standard deviation 0.01, and
-0.005 in fc6 and fc7. The authors' BN has momentum 0.05 for the running averages
+conv11/4 96 - MP - BN - Q - conv5 256 - MP - BN - Q - conv3 384 - BN - Q - conv3 384 - BN - Q -
+conv3 256 - MP - BN - Q - FC 4096 - BN - Q - FC 4096 - BN - ReLU - FC. Q is the activation that an
+input quantizer replaces. MP is max pooling of 3x3 at stride 2, and it precedes BN. There are no
+groups and no dropout, and only the last layer has a bias. The authors use `norm=no_affine`, also
+after fc7. With `norm=no_affine` and 1000 classes, the network has 62,368,776 parameters.
+
+The authors' images are 227x227. Initial weights are Gaussian with standard deviation 0.005 in fc6
+and fc7, and 0.01 in the other layers. The authors' BN has momentum 0.05 for the running averages
 (`bn_momentum=0.05`).
 """
 
@@ -20,14 +22,17 @@ from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm, set_bn_m
 from qbench.models.residual_blocks import Feeds
 
 CONVS = ((96, 11, 0), (256, 5, 2), (384, 3, 1), (384, 3, 1), (256, 3, 1))
-"""Channels, kernel, padding of `conv1` to `conv5`."""
+"""Each entry: number of channels, kernel size and padding of one of `conv1` to `conv5`."""
 
 POOLED = (1, 2, 5)
-"""Numbers of the convolutions followed directly by max pooling."""
+"""Numbers of the convolutions that are directly followed by max pooling."""
 
 
 class HWGQAlexNet(nn.Sequential):
-    """Layers `conv1` to `conv5` and `fc6` to `fc8`; `pool`, `bn` and `act` have the number of the layer before them."""
+    """AlexNet with the layers `conv1` to `conv5` and `fc6` to `fc8`.
+
+    Modules `pool`, `bn` and `act` are numbered like the layer that they follow.
+    """
 
     feeds: Feeds
 
@@ -66,14 +71,17 @@ def build(
     norm: str = "affine",
     bn_momentum: float = 0.1,
 ) -> nn.Module:
-    """Return an AlexNet for images of `shape` (C, H, W), 39x39 or larger, `width_mult` times as wide as HWGQ's."""
+    """Return an AlexNet for images of `shape` (C, H, W), which must be 39x39 or larger.
+
+    The network is `width_mult` times as wide as HWGQ's.
+    """
     if width_mult <= 0:
         raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
     check_norm(norm)
     if min(shape[1:]) < 39:
         raise ValueError(
-            f"name=hwgq_alexnet: images of {shape[1]}x{shape[2]} are too small; they must be 39x39 or larger, "
-            "the paper's are 227x227"
+            f"name=hwgq_alexnet: images of {shape[1]}x{shape[2]} are too small; they must be 39x39 or larger "
+            "(the paper uses 227x227)"
         )
     height, width = (_pooled_size(_pooled_size(_pooled_size((size - 11) // 4 + 1))) for size in shape[1:])
     model = HWGQAlexNet(shape[0], classes, height * width, width_mult, norm)

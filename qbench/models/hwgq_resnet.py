@@ -1,18 +1,20 @@
 """ResNet-18, 34 and 50 as HWGQ's authors train them (Cai et al. 2017, arXiv 1702.00953).
 
-Verified in the prototxts res18-, res34- and res50-hwgq-3ne-clip-poly of zhaoweicai/hwgq: conv7/2 64
-(bias) - MP - BN, then blocks, ReLU, average, FC. A block repeats BN - Q - conv two or three times.
-One more BN follows, in front of the sum. Q is the activation that an input quantizer replaces. The
-BN in front of the sum has scale and shift.
+We verified the networks in the prototxts res18-, res34- and res50-hwgq-3ne-clip-poly of
+zhaoweicai/hwgq. The stem is conv7/2 64 (bias) - MP - BN. Then come blocks, ReLU, average pooling and
+FC. A block repeats BN - Q - conv two or three times. One more BN with scale and shift follows, in
+front of the sum. Q is the activation that an input quantizer replaces.
 
-Where the shape changes, the shortcut is a 1x1 convolution that reads the output of the block's
-first Q. It is followed by a BN, also with scale and shift. Elsewhere the shortcut is the block's
-input, which is never quantized. The first block does not begin with a BN, because the stem's BN
-comes right before it. So the identity shortcut of the first block carries normalized values. In a
-bottleneck, the first 1x1 convolution has the stride. Max pooling rounds sizes up, as Caffe does.
+If a block changes the shape, its shortcut is a 1x1 convolution that reads the output of the block's
+first Q. A BN with scale and shift follows this convolution. In the other blocks, the shortcut is
+the block's input, which is never quantized. The first block does not begin with a BN, because the
+stem's BN comes right before it. The identity shortcut of the first block therefore carries
+normalized values. In a bottleneck, the first 1x1 convolution has the stride. Max pooling rounds
+sizes up, as Caffe does.
 
 `norm` sets whether the BNs in front of Q have scale and shift. The authors use `no_affine`, so
-theirs have none. The authors' BN has momentum 0.05 for the running averages (`bn_momentum=0.05`).
+their BNs have neither. The authors' BN has momentum 0.05 for the running averages
+(`bn_momentum=0.05`).
 """
 
 from torch import Tensor, nn
@@ -66,7 +68,10 @@ def build(
     norm: str = "affine",
     bn_momentum: float = 0.1,
 ) -> nn.Module:
-    """Return a ResNet for images of `shape` (C, H, W), 5x5 or larger; depth 18, 34 or 50, `width` 64 in the paper."""
+    """Return a ResNet for images of `shape` (C, H, W), which must be 5x5 or larger.
+
+    `depth` is 18, 34 or 50. `width` is the number of channels of the stem, 64 in the paper.
+    """
     if depth not in DEPTHS:
         raise ValueError(f"depth={depth}: must be one of {', '.join(map(str, DEPTHS))}")
     if width < 1:

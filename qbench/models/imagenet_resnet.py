@@ -1,11 +1,12 @@
-"""Residual networks for ImageNet of any width, in both forms, with torchvision's names: ResNet-18, 34, 50, ResNet-18B.
+"""ResNet-18, 34 and 50 for ImageNet, of any width, in post- and pre-activation form, with torchvision's layer names.
 
 `post` (He et al. 2016, Deep residual learning, arXiv 1512.03385) is also torchvision's ResNet, so
 torchvision's checkpoints load. The stem is a 7x7 convolution at stride 2, BN, ReLU and max pooling
 of 3x3 at stride 2. Four stages of blocks follow. A block is convolution, BN, ReLU, ...,
 convolution, BN, sum, ReLU. A shortcut that changes the shape is a 1x1 convolution with BN. In a
 bottleneck block the 3x3 convolution has the stride. The ReLU after a sum also feeds the next
-shortcut. A quantizer must not change the shortcut, so it can replace only the ReLUs within blocks.
+shortcut. A quantizer must not change a shortcut, so a quantizer can replace only the ReLUs within
+blocks.
 
 `pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): a block repeats BN, ReLU, convolution.
 BN and ReLU follow once more after the last block. A shortcut that changes the shape is a 1x1
@@ -14,12 +15,12 @@ is in the first block. The first block does not begin with a BN, since the stem'
 before it. If the shortcut of the first block is the identity, it carries the stem's output before
 the ReLU. As far as remembered (not verified), LSQ and PACT use this form.
 
-`width` is the number of channels of the stem and of the first stage; the original ResNet has 64.
-With `width` 96, ResNet-18 becomes the ResNet-18B of TWN and TTQ. Its blocks have 1.5 times the
-filters, which is remembered and not verified. Whether its stem is wider too is not known. Here the
-stem is wider, as in Polino's ResNet-18 with k times the filters (verified in
-antspy/quantized_distillation, cnn_models/resnet_kfilters.py). There, k = 1.5 and 2 correspond to
-`width` 96 and 128.
+`width` is the number of channels of the stem and of the first stage. In the original ResNet it is
+64. With `width` 96, ResNet-18 becomes the ResNet-18B of TWN and TTQ. The blocks of ResNet-18B have
+1.5 times the filters, which is remembered and not verified. It is not known whether its stem is
+wider too. In qbench the stem is wider, as in Polino's ResNet-18 with k times the filters (verified
+in antspy/quantized_distillation, cnn_models/resnet_kfilters.py). The factors k = 1.5 and k = 2
+correspond to `width` 96 and 128.
 """
 
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from qbench.models.normalization import NORMS_2D, check_norm
 from qbench.models.residual_blocks import ConvSpec, Feeds, PostBlock, PreBlock, ResidualBlock, feeds_of_blocks
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-"""Depth -> number of blocks per stage. From depth 50 on, blocks are bottlenecks."""
+"""Maps a depth to the number of blocks per stage. From depth 50 on, blocks are bottlenecks."""
 
 FORMS = ("pre", "post")
 
@@ -95,13 +96,15 @@ def build(
     form: str = "post",
     norm: str = "affine",
 ) -> nn.Module:
-    """Return a ResNet for images of `shape` (C, H, W) of any size.
+    """Return a ResNet for images of any size.
 
     Args:
-        depth: 18, 34 or 50.
-        width: channels of the stem and the first stage.
-        form: pre or post.
-        norm: affine, no_affine or none.
+        shape: shape (C, H, W) of an image.
+        classes: number of classes.
+        depth: number of weighted layers as in the network's name, 18, 34 or 50.
+        width: number of channels of the stem and the first stage.
+        form: order of the layers in a block, `pre` (activation first) or `post` (activation last).
+        norm: kind of batch normalization, one of affine, no_affine and none.
     """
     if depth not in DEPTHS:
         raise ValueError(f"depth={depth}: must be one of {', '.join(map(str, DEPTHS))}")

@@ -1,9 +1,9 @@
 """LeNet as used in quantization papers: Caffe's network (examples/mnist), not LeCun's network of 1998.
 
 The network has 20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units, and the output layer.
-On MNIST without batch normalization it has 431,080 parameters. Caffe's network has a single ReLU, in front of the last
-layer. Here, BN and ReLU precede every layer but the first. They follow max pooling, as in HWGQ's networks. An input
-quantizer can therefore replace the activation in front of each of these layers.
+On MNIST without batch normalization, the network has 431,080 parameters. Caffe's network has a single ReLU, in front of
+the last layer. In qbench, BN and ReLU precede every layer except the first. BN and ReLU follow max pooling, as in
+HWGQ's networks. An input quantizer can therefore replace the activation in front of each of these layers.
 """
 
 from collections import OrderedDict
@@ -15,7 +15,10 @@ from qbench.models.residual_blocks import Feeds
 
 
 class LeNet(nn.Sequential):
-    """Layers `conv1`, `conv2`, `fc1`, `fc2`; `bn` and `act` have the number of the layer before them."""
+    """LeNet with the layers `conv1`, `conv2`, `fc1` and `fc2`.
+
+    Modules `bn` and `act` are numbered in the order in which they are applied.
+    """
 
     feeds: Feeds
 
@@ -44,7 +47,8 @@ class LeNet(nn.Sequential):
 def build(shape: tuple[int, int, int], classes: int, *, pad: int = 0, norm: str = "affine") -> nn.Module:
     """Return a LeNet for images of `shape` (C, H, W).
 
-    Images must be 16x16 or larger. With `pad=2` (zeros around each convolution), 4x4 is enough.
+    `pad` is the number of zeros that each convolution adds on each side of its input. With `pad=0`, images must be
+    16x16 or larger. With `pad=2`, images must be 4x4 or larger.
     """
     if not 0 <= pad <= 2:
         raise ValueError(f"pad={pad}: must be 0 (as in Caffe), 1 or 2")

@@ -1,4 +1,7 @@
-"""Multilayer perceptron: hidden layers of equal width, each a linear layer, batch normalization and an activation."""
+"""Multilayer perceptron with hidden layers of equal width.
+
+A hidden layer is a linear layer, followed by batch normalization and an activation.
+"""
 
 import math
 
@@ -9,7 +12,10 @@ from qbench.models.residual_blocks import Feeds
 
 
 class MLP(nn.Module):
-    """Linear layers `fc1`, `fc2`, ...; `bn` and `act` of the same number follow all but the last."""
+    """Perceptron with the linear layers `fc1`, `fc2`, ....
+
+    Each linear layer except the last is followed by a `bn` and an `act` of the same number.
+    """
 
     feeds: Feeds
 

@@ -1,8 +1,9 @@
 """MobileNetV2 for small images (Sandler et al. 2018, arXiv 1801.04381, table 2), with torchvision's layer names.
 
-Unlike in the paper, the stem and the second stage keep the resolution, so that 32x32 images end at
-4x4. Everything else follows the paper, and the number of parameters is the paper's: 3,504,872 for
-1000 classes. For ImageNet use `model=torchvision model.net=mobilenet_v2`.
+Unlike in the paper, the stem and the second stage keep the resolution, so that images of 32x32
+shrink only to 4x4. Everything else follows the paper. With 1000 classes the network has 3,504,872
+parameters, as many as the paper's network. For ImageNet use `model=torchvision
+model.net=mobilenet_v2`.
 """
 
 from torch import Tensor, nn
@@ -20,20 +21,21 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-"""Expansion t, channels c, blocks n, stride s of the first block."""
+"""Each entry describes one stage: expansion t, channels c, number of blocks n, and stride s of the first block."""
 
 
 def _conv_unit(
     in_channels: int, out_channels: int, kernel: int, norm: str, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
-    """Return convolution, BN, ReLU6."""
+    """Return a sequence of convolution, BN and ReLU6."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=norm == "none")
     return nn.Sequential(conv, NORMS_2D[norm](out_channels), nn.ReLU6())
 
 
 class InvertedResidual(ResidualBlock):
-    """1x1 expansion (unless t = 1), 3x3 depthwise, 1x1 projection without activation, plus x if the
-    shapes agree.
+    """Block of a 1x1 expansion, a 3x3 depthwise convolution and a 1x1 projection without activation.
+
+    With t = 1 there is no expansion. If input and output have the same shape, the input is added.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, norm: str) -> None:
@@ -49,12 +51,12 @@ class InvertedResidual(ResidualBlock):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the branch, plus x if the shapes agree."""
+        """Return the output of the branch, plus x if both have the same shape."""
         y: Tensor = self.conv(x)
         return x + y if self.residual else y
 
     def local_feeds(self) -> Feeds:
-        """Return both activations, or the only one if nothing is expanded."""
+        """Return the feeds of both activations, or of the only activation if the block has no expansion."""
         if self.expands:
             return {"conv.0.2": ("conv.1.0",), "conv.1.2": ("conv.2",)}
         return {"conv.0.2": ("conv.1",)}

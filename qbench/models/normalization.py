@@ -1,25 +1,25 @@
-"""Batch normalization of the networks: with scale and shift, without them, or none at all."""
+"""Kinds of batch normalization that a network can have: affine, without scale and shift, or none."""
 
 from collections.abc import Callable
 
 from torch import nn
 
 Norm = Callable[[int], nn.Module]
-"""Number of channels (or features) -> normalization layer."""
+"""Function from the number of channels (or features) to a normalization layer."""
 
 NORMS_2D: dict[str, Norm] = {
     "affine": nn.BatchNorm2d,
     "no_affine": lambda channels: nn.BatchNorm2d(channels, affine=False),
     "none": lambda channels: nn.Identity(),
 }
-"""Value of `model.norm` -> normalization after a convolution."""
+"""Maps each value of `model.norm` to the normalization after a convolution."""
 
 NORMS_1D: dict[str, Norm] = {
     "affine": nn.BatchNorm1d,
     "no_affine": lambda features: nn.BatchNorm1d(features, affine=False),
     "none": lambda features: nn.Identity(),
 }
-"""Value of `model.norm` -> normalization after a linear layer."""
+"""Maps each value of `model.norm` to the normalization after a linear layer."""
 
 
 def check_norm(norm: str) -> None:

@@ -1,19 +1,19 @@
-"""Plain convolutional networks for CIFAR-10 of Polino et al. 2018 (arXiv 1802.05668): teacher and
-students.
+"""The teacher and the students of Polino et al. 2018 (arXiv 1802.05668): convolutional networks for
+CIFAR-10 without shortcuts.
 
-The networks are verified in the authors' code (antspy/quantized_distillation,
+We verified the networks in the authors' code (antspy/quantized_distillation,
 cnn_models/conv_forward_model.py and cifar10_test.py). Each convolution is followed by ReLU and BN,
-in this order, and some also by 2x2 max pooling and dropout of whole channels. Each hidden linear
-layer is followed by ReLU, BN and dropout. The output layer is followed by a ReLU too. Every layer
-has a bias. Convolutions keep the height and width. Initial weights are drawn from Glorot's uniform
-distribution.
+in this order. Some convolutions are also followed by 2x2 max pooling and dropout of whole channels.
+Each hidden linear layer is followed by ReLU, BN and dropout. The output layer is followed by a ReLU
+too. Every layer has a bias. Convolutions keep the height and width. Initial weights are drawn from
+Glorot's uniform distribution.
 
 By our own count, the teacher has 5.346 M parameters, the students S0, S1, S2 have 1.000, 0.318 and
-0.112 M, and the deeper student has 5.83 M. Distilled students train without dropout, that is with
-`dropout: []`.
+0.112 M, and the deeper student has 5.83 M. Distilled students train without dropout, which is
+`dropout: []` in qbench.
 
-In these networks, a BN is between each activation and the next layer. So no input quantizer can
-replace an activation here.
+In these networks, a BN is between each activation and the next layer. An input quantizer therefore
+cannot replace an activation of these networks.
 """
 
 from collections import OrderedDict
@@ -25,8 +25,9 @@ from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
 
 
 class PolinoNet(nn.Sequential):
-    """Layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ...; `act`, `bn`, `pool` and `drop` are
-    numbered through both.
+    """Network with the layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ....
+
+    The modules `act`, `bn`, `pool` and `drop` are numbered over all these layers.
     """
 
     def __init__(
@@ -80,23 +81,25 @@ def build(
     dropout: Sequence[float] = (0.2, 0.3, 0.4),
     norm: str = "affine",
 ) -> nn.Module:
-    """Return a network for images of `shape` (C, H, W); the defaults are student S0.
+    """Return a network. The default values describe student S0.
 
     Args:
-        convs: channels of the convolutions.
-        kernel: size of the convolutions, odd.
-        pools: which convolutions are followed by 2x2 max pooling, by number, counted from 1.
-        hidden: units of the hidden linear layers.
-        dropout: one rate for each max pooling and each hidden layer. An empty list means no
-            dropout.
-        norm: affine, no_affine or none.
+        shape: shape (C, H, W) of an image.
+        classes: number of classes.
+        convs: number of channels of each convolution.
+        kernel: kernel size of the convolutions, an odd number.
+        pools: numbers of the convolutions that are followed by 2x2 max pooling, counted from 1.
+        hidden: number of units of each hidden linear layer.
+        dropout: one dropout rate for each max pooling and each hidden layer. An empty list means
+            no dropout.
+        norm: kind of batch normalization, one of affine, no_affine and none.
     """
     if min(convs, default=0) < 1:
         raise ValueError(f"convs={list(convs)}: must contain at least one layer, all with 1 or more channels")
     if min(hidden, default=1) < 1:
         raise ValueError(f"hidden={list(hidden)}: each layer must have 1 or more units")
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel={kernel}: must be odd sizes")
+        raise ValueError(f"kernel={kernel}: must be an odd number")
     if list(pools) != sorted(set(pools) & set(range(1, len(convs) + 1))):
         raise ValueError(f"pools={list(pools)}: must be numbers from 1 to {len(convs)}, ascending")
     rates = list(dropout) or [0.0] * (len(pools) + len(hidden))
@@ -107,7 +110,5 @@ def build(
         )
     check_norm(norm)
     if min(size >> len(pools) for size in shape[1:]) < 1:
-        raise ValueError(
-            f"pools={list(pools)}: images of {shape[1]}x{shape[2]} are too small for this number of poolings"
-        )
+        raise ValueError(f"pools={list(pools)}: images of {shape[1]}x{shape[2]} are too small for so many poolings")
     return PolinoNet(shape, classes, convs=convs, kernel=kernel, pools=pools, hidden=hidden, rates=rates, norm=norm)

@@ -1,4 +1,4 @@
-"""Residual blocks of both forms, and `feeds`, the map from activations to the layers they feed.
+"""Residual blocks in pre- and post-activation form, and `feeds`, the map from activations to the layers they feed.
 
 `feeds` maps the name of an activation module to the names of the layers that read the activation's output. It contains
 only activations whose output nothing else reads. An input quantizer may replace only these activations.
@@ -14,23 +14,26 @@ from qbench.models.normalization import NORMS_2D
 # Shapes: N batch, C channels, H height, W width.
 
 Feeds = dict[str, tuple[str, ...]]
-"""Activation -> the layers that read its output; nothing else reads it."""
+"""Maps the name of an activation to the names of the layers that read its output. Nothing else reads this output."""
 
 ConvSpec = tuple[int, int, int]
-"""Output channels, kernel size, stride of one convolution of a block."""
+"""Number of output channels, kernel size and stride of one convolution of a block."""
 
 
 SHORTCUTS = ("A", "A_stride", "B")
-"""Kinds of shortcut where the shape changes: average or every second pixel, both with channels of
-zeros, and a 1x1 convolution.
+"""Kinds of shortcut in blocks that change the shape.
+
+A averages over 2x2 pixels, and A_stride takes every second pixel. Both add channels of zeros. B is a 1x1 convolution.
 """
 
 
 class PadShortcut(nn.Module):
-    """Shortcut A, without parameters: fewer pixels, then channels of zeros.
+    """Shortcut A or A_stride, which reduces the number of pixels and then adds channels of zeros. It has no parameters.
 
     Args:
-        average: whether to average over 2x2 pixels; otherwise every second pixel is taken.
+        new_channels: number of channels that are added.
+        stride: factor by which height and width are reduced.
+        average: whether the shortcut averages over 2x2 pixels. Otherwise it takes every second pixel.
     """
 
     def __init__(self, new_channels: int, stride: int, *, average: bool) -> None:
@@ -38,8 +41,9 @@ class PadShortcut(nn.Module):
         self.new_channels, self.stride, self.average = new_channels, stride, average
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return (N, C + new channels, H / stride, W / stride), with half of the new channels on
-        either side.
+        """Return a tensor of shape (N, C + new channels, H / stride, W / stride).
+
+        Half of the new channels come before the input's channels, and half come after them.
         """
         if self.stride > 1 and self.average:
             x_NCHW = F.avg_pool2d(x_NCHW, self.stride, ceil_mode=True)
@@ -59,7 +63,7 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
     def add_shortcut(self, in_channels: int, out_channels: int, stride: int, kind: str, norm: str) -> None:
-        """If the shape changes, create `pad` (both kinds A) or `downsample` (kind B)."""
+        """Create the module `pad` (kinds A and A_stride) or `downsample` (kind B) if the block changes the shape."""
         self.pad = self.downsample = None
         if stride == 1 and in_channels == out_channels:
             return
@@ -71,15 +75,15 @@ class ResidualBlock(nn.Module):
 
 
 class PreBlock(ResidualBlock):
-    """Pre-activation block: BN, activation, convolution, repeated; plus the shortcut.
+    """Pre-activation block, whose branch repeats BN, activation, convolution.
 
     Shortcut B is a 1x1 convolution of the activated input. Shortcut A pads the raw input.
 
     Args:
         convs: the convolutions of the branch.
         first_bn: whether the block begins with a BN.
-        ending: normalization after the last convolution and after the shortcut's convolution. The
-            papers that use this form have `none`.
+        ending: kind of normalization after the last convolution and after the shortcut's convolution. It is `none` in
+            the papers that use this form.
     """
 
     def __init__(
@@ -104,7 +108,7 @@ class PreBlock(ResidualBlock):
         self.add_shortcut(in_channels, channels, stride, shortcut, ending)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return branch + shortcut."""
+        """Return the sum of branch and shortcut."""
         y: Tensor = self.get_submodule("act1")(self.get_submodule("bn1")(x))
         shortcut = x
         if self.downsample is not None:
@@ -119,13 +123,13 @@ class PreBlock(ResidualBlock):
         return y + shortcut
 
     def local_feeds(self) -> Feeds:
-        """Return all activations of the block; the first one also feeds the convolution of shortcut B."""
+        """Return the feeds of all activations. The first activation also feeds the convolution of shortcut B."""
         extra = ("downsample.0",) if self.downsample is not None else ()
         return {f"act{i}": (f"conv{i}", *(extra if i == 1 else ())) for i in range(1, self.count + 1)}
 
 
 class PostBlock(ResidualBlock):
-    """Post-activation block: convolution, BN, activation, repeated; the last activation follows the sum.
+    """Post-activation block, whose branch repeats convolution, BN, activation. The last activation follows the sum.
 
     Shortcut B is a 1x1 convolution with BN.
 
@@ -160,7 +164,10 @@ class PostBlock(ResidualBlock):
         return activated
 
     def local_feeds(self) -> Feeds:
-        """Return the activations within the block; the last one also feeds the next block's shortcut."""
+        """Return the feeds of the activations within the branch.
+
+        The last activation is not included, because it also feeds the next block's shortcut.
+        """
         return {f"act{i}": (f"conv{i + 1}",) for i in range(1, self.count)}
 
 

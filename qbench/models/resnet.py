@@ -1,6 +1,6 @@
-"""Residual networks for small images, both forms: pre-activation and post-activation.
+"""Residual networks for small images, in pre-activation and post-activation form.
 
-Depth is 6 n + 2. A 3x3 stem is followed by three stages of n basic blocks. The stages have `width`,
+The depth is 6 n + 2. A 3x3 stem is followed by three stages of n basic blocks. The stages have `width`,
 2 `width` and 4 `width` channels at full, half and quarter resolution. A global average and one
 linear layer follow. Layers are named as in torchvision's ResNet.
 
@@ -15,9 +15,9 @@ activation, and its second activation follows the sum. That second activation al
 shortcut, so a quantizer can replace only the first activation of a block. Shortcut B is a 1x1
 convolution with BN.
 
-In both forms, shortcut A averages over 2x2 pixels, as TTQ's authors do, and shortcut A_stride takes
-every second pixel, as in the paper of the post form (section 4.2). Both add half of the zero
-channels before the image's channels and half after them. With form=post and shortcut=A_stride, the
+In both forms, shortcut A averages over 2x2 pixels, as TTQ's authors do. Shortcut A_stride takes every
+second pixel, as in the paper of the post form (section 4.2). Both shortcuts add half of the zero
+channels before the input's channels and half after them. With form=post and shortcut=A_stride, the
 checkpoints of akamaster/pytorch_resnet_cifar10 give the error that its README states.
 """
 
@@ -110,14 +110,17 @@ def build(
     norm: str = "affine",
     form: str = "pre",
 ) -> nn.Module:
-    """Return a ResNet for images of `shape` (C, H, W).
+    """Return a ResNet for small images.
 
     Args:
-        depth: 6 n + 2.
-        width: channels of the stem and the first stage.
-        shortcut: A, A_stride or B.
-        norm: affine, no_affine or none.
-        form: pre or post.
+        shape: shape (C, H, W) of an image.
+        classes: number of classes.
+        depth: number of layers, 6 n + 2 for n blocks per stage.
+        width: number of channels of the stem and the first stage.
+        stem_stride: stride of the stem's convolution.
+        shortcut: kind of shortcut in blocks that change the shape, one of A, A_stride and B.
+        norm: kind of batch normalization, one of affine, no_affine and none.
+        form: order of the layers in a block, `pre` (activation first) or `post` (activation last).
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth={depth}: must be 6 n + 2: 8, 14, 20, 32, 44, 56, 110")

@@ -1,9 +1,9 @@
-"""torchvision's classification networks by name, from scratch: `model=torchvision model.net=vgg16_bn`.
+"""torchvision's classification networks by name, with random initial weights: `model=torchvision model.net=vgg16_bn`.
 
-They are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of layers, so they
-have the attribute `feeds`. The other networks have no `feeds`, and methods that need it cannot be used on them. The
-normalization of all networks here is fixed. Methods that require another normalization cannot be used. For ResNets use
-qbench/models/imagenet_resnet.py, which has torchvision's layer names. For HWGQ use the networks of its authors,
+The networks are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of layers, so
+they have the attribute `feeds`. The other networks have no `feeds`, and methods that need `feeds` cannot be used on
+them. The normalization of each network is fixed. Methods that require another normalization cannot be used. For ResNets
+use qbench/models/imagenet_resnet.py, which has torchvision's layer names. For HWGQ use the networks of its authors,
 hwgq_alexnet and hwgq_resnet.
 """
 
@@ -20,10 +20,10 @@ OPTIONS: dict[str, dict[str, bool]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
-"""Network -> arguments for torchvision.
+"""Maps a network to its arguments for torchvision.
 
-The networks have no auxiliary heads, since no loss here uses their outputs. torchvision warns if
-`init_weights` is not set.
+The networks are built without auxiliary heads, because no loss in qbench uses the outputs of these heads. torchvision
+warns if `init_weights` is not set.
 """
 
 
@@ -50,7 +50,7 @@ def build(shape: tuple[int, int, int], classes: int, *, net: str = "resnet18") -
 
 
 def _shape_error(model: nn.Module, shape: tuple[int, int, int]) -> str | None:
-    """Return torch's error for images of this shape, or None if the network takes them. Nothing is computed."""
+    """Return torch's error for images of this shape, or None if the network supports them. Nothing is computed."""
     try:
         _run_on_meta(model, shape)
     except (RuntimeError, AssertionError) as error:
@@ -71,17 +71,17 @@ def _run_on_meta(module: nn.Module, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _feeds_of_chain(model: nn.Module, shape: tuple[int, int, int]) -> Feeds:
-    """Return the activations of AlexNet or VGG, each with the layer that it feeds.
+    """Return the feeds of AlexNet or VGG, or an empty map for another network.
 
-    There may be other modules between an activation and the next layer, if they commute with ReLU.
-    These are max pooling, dropout, and average pooling whose input already has the output's size.
+    An activation counts even if there are other modules between it and the next layer, as long as these modules commute
+    with ReLU. Such modules are max pooling, dropout, and average pooling whose input already has the output's size.
     """
     if type(model).__name__ not in ("AlexNet", "VGG"):
         return {}
     feeds: Feeds = {}
     features = model.get_submodule("features")
     size = tuple(_run_on_meta(features, shape).shape[-2:])
-    activation: str | None = None  # the last activation, while only modules that commute with ReLU follow it
+    activation: str | None = None  # the last activation, or None after a module that does not commute with ReLU
     for part in ("features", "avgpool", "classifier"):
         for name, module in model.get_submodule(part).named_modules(prefix=part):
             if isinstance(module, nn.ReLU):

@@ -1,10 +1,12 @@
 """VGG-small for CIFAR as HWGQ's authors train it (Cai et al. 2017, arXiv 1702.00953; their CIFAR-10 prototxt).
 
+The layers are:
+
 128C3 - BN - Q - 128C3 - MP2 - BN - Q - 256C3 - BN - Q - 256C3 - MP2 - BN - Q - 512C3 - BN - Q -
 512C3 - BN - Scale - ReLU - MP2 - FC. Q is the activation that an input quantizer replaces. Pooling
 precedes BN, except that the last max pooling follows the last activation. Convolutions are 3x3,
-padded by 1, without bias. The authors use `norm=no_affine`. With it, the network for ten classes
-has 4,657,546 parameters. The authors' BN has momentum 0.05 for the running averages
+padded by 1, without bias. The authors use `norm=no_affine`. With `norm=no_affine` and ten classes,
+the network has 4,657,546 parameters. The authors' BN has momentum 0.05 for the running averages
 (`bn_momentum=0.05`).
 """
 
@@ -16,17 +18,17 @@ from qbench.models.normalization import NORMS_2D, check_norm, set_bn_momentum
 from qbench.models.residual_blocks import Feeds
 
 POOLED = (2, 4)
-"""Numbers of the convolutions followed directly by max pooling.
+"""Numbers of the convolutions that are directly followed by max pooling.
 
 After the sixth convolution, max pooling follows the activation.
 """
 
 
 class VGGSmall(nn.Sequential):
-    """Layers `conv1` to `conv6` with `bn` and `act` of the same number, and `fc`.
+    """VGG-small with the layers `conv1` to `conv6` and `fc`.
 
-    `norm` is for the BNs in front of quantizers. The last BN always has scale and shift, or is left
-    out if `norm` is none.
+    Each convolution is followed by a `bn` and an `act` of the same number. `norm` applies to the BNs in front of
+    quantizers. The last BN always has scale and shift, but it is left out if `norm` is none.
     """
 
     feeds: Feeds
@@ -52,9 +54,9 @@ class VGGSmall(nn.Sequential):
 def build(
     shape: tuple[int, int, int], classes: int, *, width: int = 128, norm: str = "affine", bn_momentum: float = 0.1
 ) -> nn.Module:
-    """Return a VGG-small for images of `shape` (C, H, W), 8x8 or larger.
+    """Return a VGG-small for images of `shape` (C, H, W), which must be 8x8 or larger.
 
-    The first two convolutions have `width` channels, and the last two have 4 `width`.
+    The first two convolutions have `width` channels, and the last two have 4 times as many.
     """
     if width < 1:
         raise ValueError(f"width={width}: must be 1 or more channels")

@@ -1,17 +1,18 @@
 """Wide residual networks (Zagoruyko and Komodakis 2016, arXiv 1605.07146) as Polino et al. 2018 train them.
 
-Verified in their code (antspy/quantized_distillation, cnn_models/wide_resnet.py). The networks have
-the pre-activation form and depth 6 n + 4. A stem of 16 channels is followed by three stages of n
-blocks, with 16, 32 and 64 times `widen` channels. A block is BN - ReLU - conv3 - dropout - BN -
-ReLU - conv3. These networks differ from the original paper in three ways: the second convolution
-has the stride, every convolution has a bias, and a shortcut that changes the shape is a 1x1
-convolution of the block's raw input. So no activation feeds the shortcut's convolution, and methods
-that replace activations must leave this convolution in float (`layers.downsample=float`).
+We verified the networks in the code of Polino et al. (antspy/quantized_distillation,
+cnn_models/wide_resnet.py). The networks have the pre-activation form and depth 6 n + 4. A stem of
+16 channels is followed by three stages of n blocks, with 16, 32 and 64 times `widen` channels. A
+block is BN - ReLU - conv3 - dropout - BN - ReLU - conv3. These networks differ from the original
+paper in three ways: the second convolution of a block has the stride, every convolution has a bias,
+and a shortcut that changes the shape is a 1x1 convolution of the block's raw input. No activation
+therefore feeds the shortcut's convolution. Methods that replace activations must leave this
+convolution in float (`layers.downsample=float`).
 
 The last block is followed by one more BN and ReLU. This BN has a momentum of 0.9 in torch's sense,
 so its running averages are nearly the statistics of the last batch. Initial weights of convolutions
-are drawn from Glorot's uniform distribution, made sqrt(2) times as wide. By our own count, for ten
-classes WRN-28-20 has 145.8 M parameters, and WRN-16-22 has 82.7 M.
+are drawn from Glorot's uniform distribution, made sqrt(2) times as wide. By our own count, WRN-28-20
+has 145.8 M parameters and WRN-16-22 has 82.7 M, both for ten classes.
 """
 
 import math
@@ -23,7 +24,7 @@ from qbench.models.residual_blocks import Feeds, ResidualBlock, feeds_of_blocks
 
 
 class WideBlock(ResidualBlock):
-    """BN, activation, convolution, dropout, BN, activation, strided convolution; plus the shortcut."""
+    """Block whose branch is BN, activation, convolution, dropout, BN, activation, strided convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float, norm: str) -> None:
         super().__init__()
@@ -38,14 +39,14 @@ class WideBlock(ResidualBlock):
         self.shortcut = nn.Sequential(*([] if same else [nn.Conv2d(in_channels, out_channels, 1, stride)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return branch + shortcut."""
+        """Return the sum of branch and shortcut."""
         y: Tensor = self.dropout(self.conv1(self.act1(self.bn1(x))))
         y = self.conv2(self.act2(self.bn2(y)))
         shortcut: Tensor = self.shortcut(x)
         return y + shortcut
 
     def local_feeds(self) -> Feeds:
-        """Return both activations; the shortcut reads neither."""
+        """Return the feeds of both activations. The shortcut reads neither activation."""
         return {"act1": ("conv1",), "act2": ("conv2",)}
 
 
@@ -96,7 +97,10 @@ def build(
     dropout: float = 0.3,
     norm: str = "affine",
 ) -> nn.Module:
-    """Return a wide ResNet for images of `shape` (C, H, W): depth 6 n + 4, channels `widen` times those of a ResNet."""
+    """Return a wide ResNet for images of `shape` (C, H, W).
+
+    `depth` is 6 n + 4 for n blocks per stage. The stages have `widen` times the channels of a ResNet.
+    """
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth={depth}: must be 6 n + 4: 10, 16, 22, 28, 40")
     if widen < 1:
