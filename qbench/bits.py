@@ -9,7 +9,7 @@ FLOAT = 32
 
 
 class Bits(NamedTuple):
-    """Widths of weights, activations and gradients in bits; a width of 32 means float."""
+    """Widths of weights (w), activations (a) and gradients (g) in bits. A width of 32 means float."""
 
     w: int = FLOAT
     a: int = FLOAT
@@ -27,7 +27,10 @@ def weight_width(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class LevelCount:
-    """The numbers of levels found and allowed in the scale group that has most levels."""
+    """Number of levels that occur in a tensor, and number that its grid allows.
+
+    Both numbers are those of the scale group that has the most levels.
+    """
 
     found: int
     allowed: int

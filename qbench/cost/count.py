@@ -1,8 +1,8 @@
 """Counts a network's parameters, multiply-accumulates (MACs), BitOps, bytes and bits per weight.
 
-BitOps are MACs x bits of the weights x bits of the activations, summed over all layers and all
-other products of matrices, such as those of attention. A float tensor counts as 32 bits. Bytes
-include parameters, scales and codebooks, but not batch-norm statistics.
+The BitOps of a layer are its MACs x weight bits x activation bits. The BitOps of a network are the sum
+over all layers and all other products of matrices, such as those of attention. A float tensor counts
+as 32 bits. Bytes include parameters, scales and codebooks, but not batch-norm statistics.
 """
 
 import warnings
@@ -30,12 +30,13 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     """Return the MACs of every layer with weights of a float network, for one image.
 
     Layers with weights are convolutions, linear layers, and all other modules that hold parameters
-    with two or more dimensions. Modules that multiply matrices themselves are included too; the
-    network itself has the name "". The MACs are counted on the meta device. This takes no memory
-    and no arithmetic.
+    with two or more dimensions. Modules that multiply matrices themselves are included too. The
+    network itself has the name "". The MACs are counted on the meta device, which needs no memory
+    and no arithmetic. If the network does not run on the meta device, it runs on the CPU.
 
     Args:
-        shape: (C, H, W) of an image.
+        model: the float network. It is not changed.
+        shape: shape (C, H, W) of an image.
     """
     try:
         with torch.device("meta"):
@@ -97,7 +98,7 @@ def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
 
 
 def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
-    """Return the cost of a network, quantized or float, given the MACs of each layer."""
+    """Return the cost of a quantized or float network whose layers have the given MACs."""
     layers = quantized_layers(model)
     stored = {name: storage(layer) for name, layer in layers.items() if layer.bits.w < FLOAT}
     codes = sum(s.codes for s in stored.values())
@@ -116,6 +117,6 @@ def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
 
 
 def storage(layer: QLayer) -> Storage:
-    """Return the storage of a layer's quantized weights, as declared by the weight quantizer."""
+    """Return the bytes that a layer's quantized weights need, as declared by the weight quantizer."""
     with torch.no_grad():
         return layer.weight_q.bytes(layer.weight)

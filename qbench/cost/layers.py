@@ -1,4 +1,4 @@
-"""Computes the levels and cost of each layer of a quantized network. Meta tensors are supported."""
+"""Computes the levels and the cost of each layer of a quantized network. The network may be on the meta device."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from qbench.quant.method import Method
 from qbench.quant.quantizer import Grid, IdentityQuantizer, Quantizer
 
 MAX_CHANNELS = 16
-"""Maximum number of channels of the small layer that is built to read a quantizer's levels."""
+"""Maximum number of channels of the small layer that is built to find a quantizer's levels."""
 
 
 class Levels(NamedTuple):
@@ -26,15 +26,15 @@ class Levels(NamedTuple):
     """The number of levels."""
 
     dimension: int
-    """Number of weights that one level represents. It is above 1 in product codes."""
+    """Number of weights that one level represents. This number is above 1 for product quantization."""
 
     per: str
-    """The extent of a scale group: layer, channel, or "N values"."""
+    """The tensor part that shares one scale: "layer", "channel", or "N values" for a group of N values."""
 
     steps: int | None
-    """The largest level divided by the step. All levels are multiples of the step.
+    """The largest level divided by the step, if all levels are multiples of one step.
 
-    None if there is no step. 0 if the step is not known before the method has seen data.
+    The value is None if there is no such step, and 0 if the step is not known before the method has seen data.
     """
 
 
@@ -48,12 +48,12 @@ class LayerCost:
 
     bits: Bits
     quantizers: Mapping[str, str]
-    """Maps a slot (w, a, g) to the quantizer's class, for quantizers that declare a grid."""
+    """Maps a tensor (w, a or g) to the class of its quantizer. Only quantizers that declare a grid are included."""
 
     weights: Levels | None
     inputs: Levels | None
     rescaled: bool
-    """Whether the forward pass also changes the output by a value computed from the input."""
+    """Whether the forward pass scales the layer's output by a value computed from the layer's input."""
 
     params: int
     macs: int
@@ -63,11 +63,14 @@ class LayerCost:
 
 
 LevelsOf = Callable[..., Levels | None]
-"""(slot, class and shape of a small layer, bits) -> levels, or None if they are not known."""
+"""Function from (slot, class and shape of a small layer, bits) to the levels, or to None if they are not known.
+
+The slot is "weight" or "input".
+"""
 
 
 def layer_costs(model: nn.Module, method: Method, macs: Mapping[str, int]) -> list[LayerCost]:
-    """Return the cost of each layer in `macs`, in the same order. Batch normalization is not included."""
+    """Return the cost of each layer in `macs`, in the order of `macs`. Batch normalization is not included."""
     levels_of = cache(partial(_levels, method))
     return [_cost(name, model.get_submodule(name), levels_of, count) for name, count in macs.items()]
 
@@ -130,15 +133,16 @@ def _input_levels(layer: QLayer, levels_of: LevelsOf) -> Levels | None:
 
 
 def _small_shape(layer: FloatLayer) -> tuple[int, ...]:
-    """Return the shape of the weights with at most `MAX_CHANNELS` channels."""
+    """Return the shape of the weights, with the channels reduced to at most `MAX_CHANNELS`."""
     outputs, inputs, *kernel = layer.weight.shape
     return (min(outputs, MAX_CHANNELS), min(inputs, MAX_CHANNELS), *kernel)
 
 
 def _levels(method: Method, slot: str, kind: type[nn.Module], shape: tuple[int, ...], bits: int) -> Levels | None:
-    """Return the levels of a quantizer, found by building a small layer with random weights.
+    """Return the levels of a quantizer.
 
-    The levels may depend on the values of the weights, so meta tensors are not enough.
+    The levels are found by building a small layer with random weights. Meta tensors would not do, because the levels
+    may depend on the values of the weights.
     """
     factory = method.weight if slot == "weight" else method.input
     if factory is None:
@@ -183,10 +187,13 @@ def _read(grid: Grid, value: Tensor) -> Levels | None:
 
 
 def _steps(points: Tensor) -> int | None:
-    """Return the largest level in steps, if all levels (L,) are multiples of a step.
+    """Return the largest level divided by the step, or None if the levels are not multiples of one step.
 
-    Let d be the smallest distance between two levels, or between a level and zero. The step is d or d / 2. If the
-    levels are not multiples of the step, the result is None. If all levels are zero, the result is 0.
+    Let d be the smallest distance between two levels, or between a level and zero. The step can be d or d / 2. If all
+    levels are zero, the result is 0.
+
+    Args:
+        points: the levels in ascending order, of shape (L,) for L levels.
     """
     distances = torch.cat([points.abs(), points.diff().abs()])
     if not bool((distances > 0).any()):

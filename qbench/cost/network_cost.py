@@ -8,9 +8,9 @@ class NetworkCost:
     """Parameters, operations for one image, and bytes of a network.
 
     `bitops` are MACs x weight bits x activation bits, summed over the layers. `bytes_ideal` assumes
-    that every code is stored at its nominal width. `bytes_packed` assumes storage in 1, 2, 4, 8, 16
-    or 32 bits. Both include scales and codebooks. `bits_per_weight` is the mean over quantized
-    weights, or 32 if no weights are quantized.
+    that every code is stored at its nominal width. `bytes_packed` assumes that every code takes 1,
+    2, 4, 8, 16 or 32 bits. Both numbers of bytes include scales and codebooks. `bits_per_weight` is
+    the mean over quantized weights, or 32 if no weights are quantized.
     """
 
     params: int

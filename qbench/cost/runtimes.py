@@ -1,6 +1,6 @@
-"""Decides which runtimes support a quantized network's arithmetic, and names the sources.
+"""Decides which runtimes support the arithmetic of a quantized network.
 
-Nothing is exported, and no runtime is measured. The formats of each runtime come from the documents named below.
+The formats of each runtime come from the documents named below. No network is exported, and no runtime is measured.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from qbench.cost.layers import LayerCost, Levels
 
 
 class Runtime(NamedTuple):
-    """A kind of runtime: its name, the arithmetic that it supports, and the documents that state this."""
+    """A kind of runtime: its name, the arithmetic that it supports, and the documents that describe this arithmetic."""
 
     name: str
     arithmetic: str
@@ -38,7 +38,7 @@ WIDTH_INT8 = 8
 
 
 def runs_on(layers: Sequence[LayerCost]) -> list[str]:
-    """Return one line per runtime that supports the arithmetic, or the reason why no runtime does.
+    """Return one line per runtime that supports the layers' arithmetic, or the reason why no runtime does.
 
     Args:
         layers: the layers of a network. Only quantized layers are considered, because any runtime
@@ -56,20 +56,20 @@ def runs_on(layers: Sequence[LayerCost]) -> list[str]:
         return ["simulation only: integer runtimes need levels that are multiples of one step"]
     lines = [f"runs on {name}: {arithmetic} ({source})" for name, arithmetic, source in runtimes]
     if INT8 in runtimes and max(max(layer.bits.w, layer.bits.a) for layer in inner) < WIDTH_INT8:
-        lines.append("int8 runtimes use 8 bits per code, so fewer bits save nothing there")
+        lines.append("int8 runtimes use 8 bits per code, so a smaller width saves nothing on them")
     if any(layer.rescaled for layer in inner):
         lines.append("outputs are scaled by values computed from each input, which no listed runtime supports")
     return lines
 
 
 def _no_runtime(layers: Iterable[LayerCost]) -> str:
-    """Return the reason why no runtime supports these layers, or why this is not known yet.
+    """Return the reason why no runtime supports these layers, or why the supported runtimes are not known yet.
 
-    The text is empty if the answer depends on the levels.
+    The result is an empty text if the levels decide which runtimes support the layers.
     """
     if all(layer.bits.a == FLOAT for layer in layers):
-        why = "activations are float, so codes of weights save storage but are converted to floats before use"
-        return f"simulation, or weights stored as codes: {why}"
+        why = "activations are float, so weight codes save storage but are converted to floats before use"
+        return f"simulation, or storage of the weights as codes: {why}"
     if all(layer.bits.w == FLOAT for layer in layers):
         return "simulation only: weights are float, so quantized activations save nothing"
     if any(levels is None or levels.steps == 0 for layer in layers for levels in (layer.weights, layer.inputs)):
