@@ -1,4 +1,4 @@
-"""Checks the backward pass: everything that is trained gets the correct gradient."""
+"""Checks the backward pass: all weights, inputs and parameters that are trained must get a correct gradient."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -15,33 +15,33 @@ from qbench.quant.ops import without_rounding
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 FLOOR = 1e-4
-"""Gradients below this value count as zero, for upstream gradients of about 1.
+"""Largest gradient that counts as zero, for upstream gradients of about 1.
 
-Sums that cancel out leave rounding errors of this size.
+Sums whose terms cancel leave rounding errors of this size.
 """
 
 TOLERANCE = 1e-4
-"""Largest relative difference of a gradient from finite differences."""
+"""Largest allowed relative difference between a gradient and its estimate by finite differences."""
 
-STRAIGHT = "rounding has no gradient; use `round_ste` and `straight_through` in qbench/quant/ops.py"
+STRAIGHT = "the gradient of rounding is zero; use `round_ste` or `straight_through` in qbench/quant/ops.py"
 HINTS = {
     "outputs": STRAIGHT,
     "weights": f"{STRAIGHT}; for weights that are not trained, set `requires_grad_(False)`",
     "inputs": STRAIGHT,
-    "learned parameters": "compute the result from them without rounding and without `detach`",
+    "learned parameters": "compute the result from these parameters, and do not round or `detach` them",
 }
 
 
 def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
     """Check that weights, inputs and learned parameters get useful gradients in the first epoch.
 
-    Useful means finite and not zero everywhere.
+    A gradient is useful if it is finite and not zero everywhere.
 
-    Quantizers are checked one by one. If one of them stops the gradient, earlier layers therefore do not fail too. The
+    Each quantizer is checked separately, so a quantizer that stops the gradient does not make earlier layers fail. The
     check skips post-training methods, weights that require no gradient, and layers whose weights are all frozen.
     """
     if not subject.make(bits).needs_training:
-        raise NotApplicable("it trains no epoch")
+        raise NotApplicable("the method does not train")
     model = subject.network(bits, epoch=0).train()
     layers = quantized_layers(model)
     torch.manual_seed(6)
@@ -53,11 +53,11 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
             checked += 1
             _arrived(name, what, grads)
     if not checked:
-        raise NotApplicable("its weights are fixed before the first step, and nothing else is trained")
+        raise NotApplicable("the weights are fixed before the first step, and nothing else is trained")
 
 
 def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """Yield the tensors that must get a gradient, with their gradients, for each quantizer of a layer."""
+    """Yield pairs for each quantizer of a layer: what must get a gradient, and the gradients that it gets."""
     all_frozen = isinstance(layer.weight_q, FrozenWeight) and layer.weight_q.complete
     fixed = not layer.weight.requires_grad or all_frozen
     cases: list[tuple[str, Quantizer, Callable[[Tensor], Tensor], Tensor]] = [
@@ -90,9 +90,9 @@ def _derivatives(result: Tensor, upstream: Tensor, inputs: Sequence[Tensor]) -> 
 def _balanced_over_levels(result: Tensor) -> Tensor:
     """Return random upstream gradients whose sum over equal values is 0.
 
-    A scale shifts all equal values alike, so these upstream gradients give it a gradient of 0. Any gradient that still
-    arrives has passed through the rounding. If most values occur only once, the tensor has no levels or too many. In
-    that case the random gradients are returned unchanged.
+    A scale changes all equal values by the same amount, so its gradient is 0 for these upstream gradients. Any other
+    gradient therefore has passed through the rounding. If most values occur only once, the tensor has no levels or too
+    many of them. In that case, the random gradients are returned without balancing.
     """
     upstream = torch.randn_like(result)
     _, level, count = torch.unique(result, return_inverse=True, return_counts=True)
@@ -109,15 +109,15 @@ def _arrived(name: str, what: str, grads: list[Tensor | None]) -> None:
         raise PropertyViolation(f"{name}: its {what} get no gradient: {HINTS[what]}")
     if not all(grad.isfinite().all() for grad in present):
         raise PropertyViolation(f"{name}: the gradient of its {what} is not finite")
-    floor, scale = (0, "") if what == "learned parameters" else (FLOOR, " (without the part of a scale)")
+    floor, scale = (0, "") if what == "learned parameters" else (FLOOR, " (apart from the gradient through a scale)")
     if not any((grad.abs() > floor).any() for grad in present):
         raise PropertyViolation(f"{name}: the gradient of its {what} is zero everywhere{scale}: {HINTS[what]}")
 
 
 def learned_parameters(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that gradients of learned parameters agree with finite differences.
+    """Check that the gradients of learned parameters agree with finite differences.
 
-    Gradients and differences are computed in float64, with rounding switched off.
+    Both are computed in float64, and rounding is switched off.
     """
     checked = 0
     for name, layer in subject.layers(bits):
@@ -128,7 +128,7 @@ def learned_parameters(subject: MethodUnderTest, bits: Bits) -> None:
                 checked += 1
                 _compare_with_differences(f"{name}: {key}", double, p, value, float(double.gradient_factor(value)))
     if not checked:
-        raise NotApplicable("it has no learned parameters")
+        raise NotApplicable("the method has no learned parameters")
 
 
 def _compare_with_differences(name: str, quantizer: Quantizer, p: nn.Parameter, x: Tensor, factor: float) -> None:
@@ -144,4 +144,6 @@ def _compare_with_differences(name: str, quantizer: Quantizer, p: nn.Parameter, 
             flat[i] += small
             expected, got = factor * (values[0] - values[1]) / (2 * small), grad.view(-1)[i].item()
             if abs(got - expected) > TOLERANCE * max(1.0, abs(expected)):
-                raise PropertyViolation(f"{name}[{i}]: gradient {got:g}, finite differences {expected:g}")
+                raise PropertyViolation(
+                    f"{name}[{i}]: the gradient is {got:g}, but finite differences give {expected:g}"
+                )

@@ -17,17 +17,14 @@ from qbench.quant.quantizer import Grid, Quantizer
 from qbench.quant.verify import NotQuantized, verify
 
 DRAWS = 400
-"""Number of times that each stochastically rounded tensor is drawn."""
+"""Number of times that each tensor is stochastically rounded."""
 
 CHANCE = 1e-9
-"""Probability that the mean of unbiased draws exceeds Hoeffding's bound.
-
-Hoeffding 1963.
-"""
+"""Probability that the mean error of unbiased rounding exceeds Hoeffding's bound by chance (Hoeffding 1963)."""
 
 
 def levels(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that values lie on the declared levels, and that the width allows so many levels."""
+    """Check that all values are on the declared levels, and that there are not more levels than the width allows."""
     level_counts = verified(subject.network(bits))
     if not level_counts:
         raise PropertyViolation("no layer is quantized")
@@ -40,30 +37,35 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
             raise PropertyViolation(f"bits.{key}={width} quantizes nothing")
         mean = sum(count.allowed for count in counts) / len(counts)
         if mean > limit and not _has_vector_levels(subject, bits, key):
-            raise PropertyViolation(f"{key}: the quantizers allow {mean:g} levels on average; {bits} allows {limit}")
+            raise PropertyViolation(
+                f"{key}: the quantizers allow {mean:g} levels on average, but {bits} allows at most {limit}"
+            )
         if key == "w" and max(count.found for count in counts) < 2:
-            raise PropertyViolation("the weights of each layer have a single value")
+            raise PropertyViolation("all weights of a layer have the same value, in every layer")
 
 
 def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
-    """Return whether each level of the weights is a vector.
+    """Return whether each level of the weights is a vector of several weights.
 
-    A codebook whose entries are vectors of several weights may have more levels than the width of
-    one weight allows.
+    A codebook of such vectors may have more entries than the width of one weight allows.
     """
     _, layer = next(subject.layers(bits))
     return key == "w" and declared_grid(layer.weight_q, layer.weight).points.shape[-1] > 1
 
 
 def declared_grid(quantizer: Quantizer, x: Tensor) -> Grid:
-    """Return a quantizer's grid at x; raise `PropertyViolation` if none is declared."""
+    """Return a quantizer's grid for the values x, or raise `PropertyViolation` if the quantizer declares no grid."""
     if (grid := quantizer.grid(x)) is None:
         raise PropertyViolation(f"{type(quantizer).__name__} declares no grid")
     return grid
 
 
 def verified(model: nn.Module) -> dict[str, dict[str, LevelCount]]:
-    """Return the verified level counts of a network."""
+    """Return the level counts of a network, by layer and tensor.
+
+    Raises:
+        PropertyViolation: a value is not on its grid.
+    """
     shape = SHAPE if isinstance(next(iter(model.children())), nn.Conv2d) else (1, 1, 1)
     try:
         return verify(model, batches(shape)[0][0])
@@ -74,12 +76,12 @@ def verified(model: nn.Module) -> dict[str, dict[str, LevelCount]]:
 def _declared_traits(subject: MethodUnderTest, bits: Bits, *traits: str) -> frozenset[str]:
     declared = subject.make(bits).traits.intersection(traits)
     if not declared:
-        raise NotApplicable(f"it does not declare {' or '.join(traits)}")
+        raise NotApplicable(f"the method does not declare {' or '.join(traits)}")
     return declared
 
 
 def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that weight quantizers are odd, monotone and idempotent per scale group, as declared."""
+    """Check that weight quantizers have the declared traits: odd, monotone and idempotent within each scale group."""
     traits = _declared_traits(subject, bits, "odd", "monotone", "idempotent")
     for name, layer in subject.layers(bits):
         w, quantize = layer.weight.detach(), layer.weight_q
@@ -92,7 +94,7 @@ def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that input quantizers are monotone and idempotent and clip the gradient, as declared."""
+    """Check that input quantizers have the declared traits: monotone, idempotent, and clipping of the gradient."""
     traits = _declared_traits(subject, bits, "monotone_input", "idempotent_input", "clipped_input")
     for name, layer in subject.layers(bits):
         quantize, channels = layer.input_q, layer.weight.shape[1]
@@ -112,12 +114,14 @@ def _clipped(name: str, quantize: Quantizer, x: Tensor) -> None:
     points = declared_grid(quantize, x).points.detach().flatten().nan_to_num(0)
     low, high = float(points.min()), float(points.max())
     _, slope = gradient_of(quantize, x)
-    margin = 1e-3 * (high - low)  # exactly at the ends, both are correct
+    margin = 1e-3 * (high - low)  # exactly at the lowest or highest level, any gradient is right
     beyond, inside = (x < low - margin) | (x > high + margin), (x > low + margin) & (x < high - margin)
     if (slope[beyond] != 0).any():
-        raise PropertyViolation(f"{name}: gradient passes beyond the levels {low:g} to {high:g}")
+        raise PropertyViolation(
+            f"{name}: the gradient is nonzero for some inputs outside the levels {low:g} to {high:g}"
+        )
     if inside.any() and not (slope[inside] != 0).all():
-        raise PropertyViolation(f"{name}: no gradient passes within the levels {low:g} to {high:g}")
+        raise PropertyViolation(f"{name}: the gradient is zero for some inputs within the levels {low:g} to {high:g}")
 
 
 def _monotone(name: str, quantize: Quantizer, x: Tensor) -> None:
@@ -125,7 +129,7 @@ def _monotone(name: str, quantize: Quantizer, x: Tensor) -> None:
     before, after = grid.arrange(x)[..., 0], grid.arrange(quantize(x))[..., 0]
     steps = after.gather(1, before.argsort(1)).diff(dim=1)
     if (steps < 0).any():
-        raise PropertyViolation(f"{name}: declared monotone, but {int((steps < 0).sum())} steps go down")
+        raise PropertyViolation(f"{name}: declared monotone, but the output falls at {int((steps < 0).sum())} places")
 
 
 def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
@@ -133,7 +137,7 @@ def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
     _declared_traits(subject, bits, "cells_input")
     if bits.a > 8:
         raise NotApplicable("above 8 bits, inputs are not saved as integers")
-    sizes: list[int] = []  # elements of the float tensors that were saved
+    sizes: list[int] = []  # number of elements of each float tensor that was saved
 
     def keep(t: Tensor) -> Tensor:
         sizes.append(t.numel() if t.is_floating_point() else 0)
@@ -147,13 +151,14 @@ def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
         if max(sizes) >= x.numel():
             raise PropertyViolation(f"{name}: cells_input is declared, but inputs are saved as floats")
         if not all(map(torch.equal, compressed, gradient_of(layer.input_q, x))):
-            raise PropertyViolation(f"{name}: results from the saved integers differ from results from the inputs")
+            raise PropertyViolation(f"{name}: results computed from the saved integers differ from the usual results")
 
 
 def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
     """Check that stochastic rounding is unbiased.
 
-    The difference between the mean of many draws and the input must be at most Hoeffding's bound.
+    Each tensor is rounded `DRAWS` times. The difference between the mean result and the tensor must be at most
+    Hoeffding's bound.
     """
     random = False
     for name, layer in islice(subject.layers(bits), 2):
@@ -168,7 +173,7 @@ def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
         for what, draw, expected in cases:
             random |= _unbiased(f"{name}: {what}", draw, expected)
     if not random:
-        raise NotApplicable("its rounding is deterministic")
+        raise NotApplicable("the method's rounding is deterministic")
 
 
 def _gradient_behind(layer: QLayer, grad: Tensor, x: Tensor) -> Tensor:
@@ -178,18 +183,28 @@ def _gradient_behind(layer: QLayer, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _unbiased(name: str, draw: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Return whether `draw` is random, and raise `PropertyViolation` if its mean is biased."""
+    """Return whether the rounding by `draw` is random, and raise `PropertyViolation` if it is biased.
+
+    Args:
+        name: the tensor's name in messages.
+        draw: function that rounds the tensor and returns the result.
+        expected: the tensor before rounding, which is the mean of unbiased rounding.
+    """
     torch.manual_seed(7)
     first = draw().detach()
     if torch.equal(first, draw().detach()):
         return False
     draws = torch.stack([draw().detach().double() for _ in range(DRAWS)])
-    step = (draws.amax(0) - draws.amin(0)).max().item()  # each draw is one of two neighbouring levels
+    step = (draws.amax(0) - draws.amin(0)).max().item()  # each result is one of two neighbouring levels
     error = draws.mean(0) - expected.double().clamp(draws.min(), draws.max())
     # Hoeffding: P(|mean - expectation| > t) <= 2 exp(-2 n t² / step²).
     bound = step * math.sqrt(math.log(2 / CHANCE) / (2 * DRAWS)) + 1e-6
     if error.abs().max() > bound:
-        raise PropertyViolation(f"{name}: biased by up to {error.abs().max() / step:.2f} steps over {DRAWS} draws")
+        raise PropertyViolation(
+            f"{name}: the mean of {DRAWS} roundings is off by up to {error.abs().max() / step:.2f} steps"
+        )
     if error.mean().abs() > bound / math.sqrt(error.numel()) + 1e-6:
-        raise PropertyViolation(f"{name}: biased by {error.mean() / step:.3f} steps on average over {DRAWS} draws")
+        raise PropertyViolation(
+            f"{name}: the mean of {DRAWS} roundings is off by {error.mean() / step:.3f} steps on average"
+        )
     return True

@@ -15,7 +15,7 @@ from qbench.quant.method import Unsupported
 HOLDS, FAILS, NOT_APPLICABLE = "holds", "does not hold", "not applicable"
 
 MAX_FAILURES = 6
-"""Largest number of failures printed per property."""
+"""Maximum number of failures that are printed for a property."""
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Finding:
 def check(subject: MethodUnderTest) -> list[Finding]:
     """Return a finding for every property.
 
-    If the method raises an error, the property being checked has failed. The check runs in one thread. At the end it
-    restores the number of threads and the random state.
+    If the method raises an error during a check, the checked property does not hold. The checks run in one thread. At
+    the end, the number of threads and the random state are restored.
     """
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
@@ -64,8 +64,8 @@ def _check_property(one: Property, subject: MethodUnderTest) -> Finding:
     except Exception as error:
         widths, finding.failures = [], [f"{type(error).__name__}: {_first_line(error)}"]
     if not widths:
-        reasons = {"weights": "it does not quantize weights", "inputs": "it does not quantize inputs"}
-        finding.reason = reasons.get(one.where, "it quantizes nothing")
+        reasons = {"weights": "the method does not quantize weights", "inputs": "the method does not quantize inputs"}
+        finding.reason = reasons.get(one.where, "the method quantizes nothing")
     for bits in widths:
         _check_width(one, subject, bits, finding)
     finding.seconds = time.perf_counter() - began
@@ -83,7 +83,7 @@ def _check_width(one: Property, subject: MethodUnderTest, bits: Bits, finding: F
         return
     except Unsupported as error:
         finding.reason = finding.reason or str(error)
-        if bits == subject.default:  # other widths may be excluded by options
+        if bits == subject.default:  # options may exclude any width except the default
             finding.failures.append(f"{bits}: {error}")
         return
     except Exception as error:
@@ -111,7 +111,7 @@ def _widths(one: Property, subject: MethodUnderTest) -> list[Bits]:
 
 
 def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
-    """Return one line per finding, followed by the failures of the property."""
+    """Return the findings as text. Each finding has one line, followed by one line per failure."""
     lines = []
     for finding in findings:
         plural = "" if finding.widths == 1 else "s"
@@ -125,9 +125,9 @@ def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
 
 
 def _verdict(findings: list[Finding]) -> str:
-    """Return three counts as text: properties that do not hold, that hold, and that are not applicable.
+    """Return the numbers of properties that do not hold, that hold, and that are not applicable, as text.
 
-    A zero count is left out, except for properties that hold.
+    Counts of zero are left out, except that of the properties that hold.
     """
     count = Counter(finding.state for finding in findings)
     phrases = [

@@ -1,7 +1,7 @@
 """The list of properties that every method must have.
 
-A property is a function of the method under test and one of its widths. It raises `PropertyViolation` if the property
-does not hold, and `NotApplicable` if it cannot be tested on the method.
+A property is checked by a function of the method under test and one of its widths. The function raises
+`PropertyViolation` if the property does not hold, and `NotApplicable` if the property does not apply to the method.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,18 @@ from qbench.check.training import resume, round_trip
 Where = Literal["weights", "inputs", "every", "default and narrowest", "default"]
 """The widths at which a property is checked.
 
-`weights`, `inputs`: all widths that quantize weights, or inputs. `every`: all widths. `default`: the method's default
-widths. `default and narrowest`: the default widths, and the smallest supported widths of weights, inputs and gradients
-together.
+- `weights`: all widths at which weights are quantized.
+- `inputs`: all widths at which inputs are quantized.
+- `every`: all widths.
+- `default`: the method's default widths.
+- `default and narrowest`: the default widths, and the combination of the smallest supported widths of weights, inputs
+  and gradients.
 """
 
 
 @dataclass(frozen=True)
 class Property:
-    """A property and the widths at which it is checked."""
+    """The name of a property, the function that checks it, and the widths at which it is checked."""
 
     name: str
     holds: Callable[[MethodUnderTest, Bits], None]
@@ -37,14 +40,16 @@ PROPERTIES = (
     Property("levels", levels, "every"),
     Property("weights: odd, monotone, idempotent as declared", function_of_weights, "weights"),
     Property("inputs: monotone, idempotent, clipped as declared", function_of_inputs, "inputs"),
-    Property("inputs: kept as levels with the same results, as declared", compressed_inputs, "inputs"),
-    Property("gradients reach what is trained", gradients_arrive, "every"),
-    Property("gradients of learned parameters", learned_parameters, "default and narrowest"),
+    Property("inputs: saved as integers with the same results, as declared", compressed_inputs, "inputs"),
+    Property("weights, inputs and learned parameters get gradients", gradients_arrive, "every"),
+    Property(
+        "gradients of learned parameters agree with finite differences", learned_parameters, "default and narrowest"
+    ),
     Property("stochastic rounding is unbiased", unbiased_rounding, "every"),
-    Property("32 bits are float", float_at_32, "default and narrowest"),
-    Property("zero, constant, one-element tensors", degenerate_tensors, "every"),
-    Property("inf and nan are refused", not_finite, "default and narrowest"),
-    Property("float16 and bfloat16 under autocast", half_types, "default"),
-    Property("state_dict round trip", round_trip, "default and narrowest"),
-    Property("resume", resume, "default and narrowest"),
+    Property("32 bits give the float network's gradients", float_at_32, "default and narrowest"),
+    Property("zero, constant and one-element weights give finite values", degenerate_tensors, "every"),
+    Property("inf and nan raise an error", not_finite, "default and narrowest"),
+    Property("float16 and bfloat16 autocast gives finite gradients", half_types, "default"),
+    Property("a saved and loaded state_dict gives the same outputs", round_trip, "default and narrowest"),
+    Property("resumed training gives the same weights", resume, "default and narrowest"),
 )

@@ -1,4 +1,4 @@
-"""Checks extreme cases: 32 bits, degenerate tensors, inf and nan, 16-bit float types."""
+"""Checks extreme cases: widths of 32 bits, degenerate weights, inf and nan, and 16-bit float types."""
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,17 @@ from qbench.quant.method import Unsupported
 
 
 def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that a network at 32 bits has the float network's gradients, bit for bit."""
+    """Check that a network whose widths are all 32 bits has exactly the float network's gradients."""
     try:
         method = subject.make(Bits())
-    except Unsupported as reason:  # an option has no effect at 32 bits
+    except Unsupported as reason:  # the method has an option that has no effect at 32 bits
         raise NotApplicable(str(reason)) from None
     float_model, model = subject.float_network().train(), subject.float_network()
     try:
         install(method, model, example=torch.zeros(1, *SHAPE))
         advance(method, model)
     except Unsupported as reason:
-        raise PropertyViolation(f"the method refuses 32 bits for all parts: {reason}") from None
+        raise PropertyViolation(f"the method does not accept 32 bits for w, a and g: {reason}") from None
     model.train()
     images, labels = batches()[0]
     for network in (float_model, model):
@@ -43,7 +43,7 @@ def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def degenerate_tensors(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that values stay finite and on the levels for all-zero, all-equal and one-element weights."""
+    """Check that values stay finite and on the levels if the weights are zero, constant or a single element."""
     norm = subject.make(bits).requires.norm or "affine"
     for what, fill in (("zero", 0.0), ("constant", 0.3), ("negative constant", -0.3), ("one-element", None)):
         model = tiny_network(norm) if fill is None else subject.float_network()
@@ -74,7 +74,7 @@ def _finite_everywhere(model: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 def not_finite(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that an inf or nan in weights or inputs raises an error and never becomes a level."""
+    """Check that an inf or nan in weights or inputs raises an error instead of becoming a level."""
     for bad in (float("nan"), float("inf")):
         model = subject.network(bits)
         images = batches()[0][0].clone()
@@ -91,11 +91,11 @@ def _refused(what: str, model: nn.Module, images: Tensor) -> None:
         model(images)
     except NotFinite:
         return
-    raise PropertyViolation(f"{what}: accepted without an error")
+    raise PropertyViolation(f"{what}: the network raises no error")
 
 
 def half_types(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that loss and gradients are finite under autocast to float16 and bfloat16.
+    """Check that the loss and the gradients are finite under autocast to float16 and to bfloat16.
 
     The gradients of float32 parameters must be float32.
     """

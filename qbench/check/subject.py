@@ -1,4 +1,4 @@
-"""Provides the method under test, with small networks and synthetic data. All random numbers are seeded."""
+"""Provides the method under test, small networks and synthetic data. All random numbers are seeded."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ from qbench.quant.probe import Batch, Probe
 SHAPE, CLASSES, IMAGES, BATCH = (1, 8, 8), 3, 48, 16
 
 EPOCHS = 4
-"""Number of epochs in which incremental methods quantize the whole network."""
+"""Number of training epochs. Methods that quantize step by step quantize the whole network within these epochs."""
 
 Make = Callable[[Bits], Method]
 
 
 class PropertyViolation(Exception):
-    """A property does not hold. The message says where and by how much."""
+    """A property does not hold. The message says where, and how large the deviation is."""
 
 
 class NotApplicable(Exception):
@@ -33,11 +33,11 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class MethodUnderTest:
-    """The method under test, with a function that makes it at given widths.
+    """The method under test, and a function that creates it at given widths.
 
     Args:
         name: the name of the method.
-        make: function of the widths that returns the method.
+        make: function that returns the method at the widths in its argument.
         default: the default widths of the method.
     """
 
@@ -47,13 +47,13 @@ class MethodUnderTest:
     _networks: dict[tuple[Bits, int], nn.Module] = field(default_factory=dict)
 
     def widths(self, key: str) -> list[int]:
-        """Return the supported widths of w, a or g below 32."""
+        """Return the supported widths below 32 of weights, activations or gradients (`key` w, a or g)."""
         supported = self.make(self.default).supported_bits.get(key, ())
         return [width for width in range(1, FLOAT) if width in supported]
 
     @property
     def supported_bits(self) -> list[Bits]:
-        """Each supported width of w, a or g, with 32 bits for the rest, and the default widths."""
+        """The default widths, and each supported width of w, a or g combined with 32 bits for the other two."""
         single = [Bits(**{key: width}) for key in "wag" for width in self.widths(key)]
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
 
@@ -64,7 +64,7 @@ class MethodUnderTest:
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
 
     def network(self, bits: Bits, epoch: int = EPOCHS - 1) -> nn.Module:
-        """Return `float_network` with the method installed, prepared, and advanced to an epoch."""
+        """Return `float_network` after the method has been installed, prepared, and advanced to an epoch."""
         method = self.make(bits)
         key = bits, epoch if method.on_epoch else 0
         if key not in self._networks:
@@ -80,7 +80,7 @@ class MethodUnderTest:
 
 
 def advance(method: Method, model: nn.Module, data: Probe | None = None, last: int = EPOCHS - 1) -> None:
-    """Prepare a method and call `on_epoch` for all epochs up to `last`, without training."""
+    """Prepare a method and call its `on_epoch` for all epochs up to `last`. The network is not trained."""
     data = data or probe()
     torch.manual_seed(2)
     if method.prepare:
@@ -110,9 +110,9 @@ def tiny_network(norm: str) -> nn.Module:
 
 
 def gradient_of(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a module's output at x, and the gradient at x for an upstream gradient of ones.
+    """Return a module's output for input x, and the gradient of the output's sum with respect to x.
 
-    If no gradient arrives at x, zeros are returned for the gradient.
+    If x gets no gradient, the returned gradient is zero.
     """
     x = x.detach().clone().requires_grad_()
     y = module(x)

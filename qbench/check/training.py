@@ -1,4 +1,4 @@
-"""Checks training: saved and resumed training reproduces the same bits."""
+"""Checks that saving, loading and resuming do not change the results of training."""
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ RECIPE = Optim(name="sgd", lr=0.02, schedule="cosine", batch_size=16)
 
 
 class _Stop(Exception):
-    """Raised to end training in the middle of an epoch."""
+    """Ends training in the middle of an epoch."""
 
 
 def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that a network has the same outputs, bit for bit, after its state_dict is saved and loaded."""
+    """Check that a network has exactly the same outputs after its state_dict is saved and loaded."""
     task, state = _task(subject, bits)
     train(task, state)
     saved = unpack(pack({"model": task.model.state_dict()}), "memory")["model"]
@@ -36,9 +36,9 @@ def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def resume(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that training stopped within an epoch and resumed ends with the same weights, bit for bit."""
+    """Check that training that is stopped within an epoch and resumed ends with exactly the same weights."""
     if not subject.make(bits).needs_training:
-        raise NotApplicable("it trains no epoch")
+        raise NotApplicable("the method does not train")
     whole, state = _task(subject, bits)
     train(whole, state)
     first, state = _task(subject, bits)
@@ -61,17 +61,17 @@ def resume(subject: MethodUnderTest, bits: Bits) -> None:
     state.load(resumed.model, saved)
     train(resumed, state)
     if weights_sha256(resumed.model.state_dict()) != weights_sha256(whole.model.state_dict()):
-        raise PropertyViolation("resumed training ends with other weights than uninterrupted training")
+        raise PropertyViolation("the weights after resumed training differ from those after uninterrupted training")
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     if not any(p.requires_grad for p in model.parameters()):
-        raise Unsupported("nothing is trained")
+        raise Unsupported("the network has no trainable parameters")
     return optim.build_optimizer(model, RECIPE)
 
 
 def _task(subject: MethodUnderTest, bits: Bits, *, prepare: bool = True) -> tuple[Task, State]:
-    """Return a training task and its state, before the first step."""
+    """Return a training task and the state of training before its first step."""
     method, model = subject.make(bits), subject.float_network()
     install(method, model, example=torch.zeros(1, *SHAPE))
     torch.manual_seed(2)

@@ -32,8 +32,10 @@ def method_under_test(name: str) -> MethodUnderTest:
     return MethodUnderTest(name, build, config.bits.resolved())
 
 
-REACH, LEARNED = "gradients reach what is trained", "gradients of learned parameters"
-UNBIASED, RESUME = "stochastic rounding is unbiased", "resume"
+REACH = "weights, inputs and learned parameters get gradients"
+LEARNED = "gradients of learned parameters agree with finite differences"
+UNBIASED, RESUME = "stochastic rounding is unbiased", "resumed training gives the same weights"
+FLOAT_AT_32, NOT_FINITE = "32 bits give the float network's gradients", "inf and nan raise an error"
 
 APPLICABLE_TO = {
     LEARNED: {"apot", "dq", "lsq", "pact", "ttq"},  # points, steps, clips, scales that are trained
@@ -57,7 +59,7 @@ def test_every_method_has_every_property(name: str, widths: str, monkeypatch: py
     assert not any(finding.failures for finding in findings), report(one, findings)
     if name != "float":
         checked = {finding.name for finding in findings if finding.widths}
-        assert {"levels", "32 bits are float", "state_dict round trip", "inf and nan are refused"} <= checked
+        assert {"levels", FLOAT_AT_32, "a saved and loaded state_dict gives the same outputs", NOT_FINITE} <= checked
         assert {one for one in APPLICABLE_TO if name in APPLICABLE_TO[one]} == checked & APPLICABLE_TO.keys()
         assert {
             one for one in NOT_APPLICABLE_TO if name not in NOT_APPLICABLE_TO[one]
@@ -189,13 +191,13 @@ PLANTED = {
     "off by a little": (weights(off_by_a_little), "levels"),
     "not odd": (weights(shifted), "weights: odd, monotone, idempotent as declared"),
     "not monotone": (weights(upside_down), "weights: odd, monotone, idempotent as declared"),
-    "nan for zeros": (weights(poisoned_by_zeros), "zero, constant, one-element tensors"),
-    "state in no state_dict": (weights(counting), "resume"),
-    "sign of a scale's gradient": (_ttq, "gradients of learned parameters"),
-    "mean for sum": (_pact, "gradients of learned parameters"),
+    "nan for zeros": (weights(poisoned_by_zeros), "zero, constant and one-element weights give finite values"),
+    "state in no state_dict": (weights(counting), RESUME),
+    "sign of a scale's gradient": (_ttq, LEARNED),
+    "mean for sum": (_pact, LEARNED),
     "gradient beyond the clip": (_leaky, "inputs: monotone, idempotent, clipped as declared"),
-    "never float": (_not_float, "32 bits are float"),
-    "biased": (_biased, "stochastic rounding is unbiased"),
+    "never float": (_not_float, FLOAT_AT_32),
+    "biased": (_biased, UNBIASED),
 }
 
 
@@ -323,14 +325,14 @@ def test_properties_that_are_not_applicable_are_named_and_counted() -> None:
     assert {finding.name for finding in findings if not finding.widths} == {
         "weights: odd, monotone, idempotent as declared",
         "inputs: monotone, idempotent, clipped as declared",
-        "inputs: kept as levels with the same results, as declared",
+        "inputs: saved as integers with the same results, as declared",
         LEARNED,
         UNBIASED,
     }
     text = report(one, findings)
-    assert f"not applicable: {UNBIASED}  (its rounding is deterministic)" in text
-    assert "not applicable: inputs: monotone, idempotent, clipped as declared  (it does not quantize inputs)" in text
-    assert "(it does not declare odd or monotone or idempotent)" in text
+    assert f"not applicable: {UNBIASED}  (the method's rounding is deterministic)" in text
+    assert "clipped as declared  (the method does not quantize inputs)" in text
+    assert "(the method does not declare odd or monotone or idempotent)" in text
     assert "bare: 8 properties hold, 5 are not applicable, " in text
 
 
