@@ -1,7 +1,8 @@
 """Reads claims of papers from the node `claim` of the files below `conf/experiment/claims/`.
 
-A claim compares arms. An arm is a set of command-line overrides, and `scripts/claims.py` trains the
-arms.
+A claim consists of comparisons. A comparison has two arms. An arm is a list of command-line
+overrides that describes a run, such as `method=ttq bits.w=2`. `scripts/claims.py` trains the runs of
+all arms over several seeds.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from qbench.errors import ConfigError
 from qbench.report.statistics.hypothesis_tests import TESTS
 
 BASELINE = "baseline"
-"""Value of a second arm that stands for the float baselines of the first arm's runs."""
+"""Value of `second` that selects the float baselines of the first arm's runs as the second arm."""
 MEASURES = ("top1", "drop", "gradient_mismatch")
 CLAIM_KEYS = ("says", "source", "note", "measure", "net", "comparisons")
 COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
@@ -24,9 +25,16 @@ COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two arms (tuples of command-line overrides) and the claimed relation between them.
+    """Two arms and the claimed relation between them.
 
-    If `second` is None, the first arm is compared with its float baseline.
+    Args:
+        claim: the name of the claim.
+        name: the name of the comparison. It is the claim's name if the claim has only one comparison.
+        first: command-line overrides of the first arm.
+        second: command-line overrides of the second arm. If it is None, the first arm is compared with its float
+            baseline.
+        test: the kind of hypothesis test, one of `TESTS`.
+        margin: the margin of the test, in the unit of the claim's measure.
     """
 
     claim: str
@@ -42,11 +50,16 @@ class Claim:
     """A claim, read from the node `claim` of an experiment file.
 
     Args:
-        measure: the number that is compared. `top1` is test top-1 in percent after the last epoch. `drop` is top-1
-            minus the top-1 of the run's float baseline. `gradient_mismatch` is a cosine averaged over layers (see
-            `analysis.gradient_mismatch`). It compares straight-through gradients with the gradients of the smoothed
-            network.
-        net: for `gradient_mismatch`, the overrides of the trained network to measure.
+        name: the path of the claim's file below the folder of claims, without suffix.
+        says: the claim in words.
+        source: the paper and the place in the paper that make the claim.
+        note: a remark on how the claim is tested.
+        measure: the number that is compared. `top1` is the test top-1 in percent after the last epoch. `drop` is this
+            top-1 minus the top-1 of the run's float baseline. `gradient_mismatch` is the cosine between the
+            straight-through gradients and the gradients of the smoothed network, averaged over layers (see
+            `analysis.gradient_mismatch`).
+        net: command-line overrides of the trained network on which `gradient_mismatch` is measured.
+        comparisons: the comparisons that test the claim.
     """
 
     name: str
@@ -59,7 +72,7 @@ class Claim:
 
     @property
     def arms(self) -> list[tuple[str, ...]]:
-        """Return the arms to train, without repeats."""
+        """Return the arms that must be trained. Each arm occurs once."""
         if self.measure == "gradient_mismatch":
             return [self.net]
         arms = [arm for c in self.comparisons for arm in (c.first, c.second) if arm is not None]
@@ -76,10 +89,10 @@ def read_claims(folder: Path) -> list[Claim]:
 
 
 def read_claim(path: Path, name: str) -> Claim:
-    """Return the claim of one experiment file (for errors see `read_claims`)."""
+    """Return the claim of one experiment file. The errors are those of `read_claims`."""
     node = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("claim")
     if not isinstance(node, dict):
-        raise ConfigError(f"{path}: the experiment has no node `claim`")
+        raise ConfigError(f"{path}: the file has no node `claim`, which states what is compared")
     _refuse_unknown(path, node, (*CLAIM_KEYS, *COMPARISON_KEYS))
     single = {key: node.pop(key) for key in COMPARISON_KEYS if key in node}
     entries = node.pop("comparisons", [single] if single else [])
@@ -87,7 +100,7 @@ def read_claim(path: Path, name: str) -> Claim:
         raise ConfigError(f"{path}: claim must have the keys first and second, or a list `comparisons` of such pairs")
     for key in ("says", "source"):
         if not node.get(key):
-            raise ConfigError(f"{path}: claim.{key} is missing")
+            raise ConfigError(f"{path}: claim.{key} is missing; every claim needs it")
     if node.get("measure", "top1") not in MEASURES:
         raise ConfigError(f"{path}: claim.measure={node['measure']}: must be one of {', '.join(MEASURES)}")
     node["net"] = tuple(node.get("net", ()))
@@ -99,9 +112,9 @@ def read_claim(path: Path, name: str) -> Claim:
 
 
 def _comparison(path: Path, claim: str, entry: Mapping[str, object]) -> Comparison:
-    """Return one checked comparison.
+    """Return a comparison after checking its entry.
 
-    An entry without a name gets the claim's name.
+    If the entry has no name, the comparison gets the claim's name.
     """
     _refuse_unknown(path, entry, COMPARISON_KEYS)
     first, second = entry.get("first"), entry.get("second")
@@ -133,9 +146,6 @@ def _refuse_unknown(path: Path, node: Mapping[str, object], known: Sequence[str]
 
 
 def comparison_values(comparison: Comparison) -> dict[str, object]:
-    """Return a comparison as plain values for JSON.
-
-    A second arm of None becomes `baseline`.
-    """
+    """Return a comparison as plain values for JSON. If the second arm is None, its value is `baseline`."""
     values = dataclasses.asdict(comparison)
     return values | {"second": BASELINE if comparison.second is None else comparison.second}

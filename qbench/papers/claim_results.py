@@ -1,7 +1,6 @@
-"""Evaluates claims.
+"""Tests the comparisons of claims on finished runs, and makes a table of the results.
 
-For every comparison, the runs of its two arms are tested. The p-values are then adjusted for the number of all
-comparisons. The results form a table.
+The p-values are adjusted for the number of all comparisons. `claim_files.py` explains claims, comparisons and arms.
 """
 
 import math
@@ -21,9 +20,9 @@ from qbench.runs.hits import Hits
 from qbench.runs.reader import DONE, RunRecord
 
 NOT_STARTED = "not started"
-"""The status of a run without a directory."""
+"""The status of a run that has no directory yet."""
 CAUTIOUS_SEEDS = 10
-"""With fewer seeds, a claim is tested with the degrees of freedom of the seeds; see `with_seed_dof`."""
+"""With fewer seeds than this, a claim is tested with the degrees of freedom of the seeds (see `with_seed_dof`)."""
 HEAD = ("claim", "source", "arms", "effect", "95 % interval", "n", "p (Holm)", "outcome", "n needed")
 
 
@@ -32,12 +31,19 @@ class ClaimResult:
     """The result of one comparison.
 
     Args:
-        means: the means of both arms over the seeds that are done.
-        problems: reasons why there is no verdict, such as seeds without a result.
-        fails_to_train: whether, in every seed, the first arm is done and the second arm has diverged.
-        p, p_holm: the p-value before and after Holm's adjustment, or None if there is no verdict.
+        comparison: the comparison that is tested.
+        seeds: the seeds of the runs that are compared.
+        means: the mean of each arm over the seeds whose runs are done.
+        difference: the first arm's measure minus the second arm's, paired by seed.
+        problems: reasons why the test cannot be made, such as seeds without a result.
+        notes: remarks on the difference.
+        fails_to_train: whether the first arm is done and the second arm has diverged in every seed.
+        p: the p-value before Holm's adjustment, or None if the test cannot be made.
+        holds: whether the difference supports the claim.
+        p_holm: the p-value after Holm's adjustment, or None if the test cannot be made.
         outcome: the verdict in words.
-        seeds_needed: number of seeds that a verdict needs. It is set only without a verdict at the present number.
+        seeds_needed: the number of seeds that would decide the comparison, as text. It is empty if the comparison is
+            decided or if the test cannot be made.
     """
 
     comparison: Comparison
@@ -61,12 +67,17 @@ def evaluate_claim(
     second: Mapping[int, RunRecord],
     hits: Mapping[str, Hits] = MappingProxyType({}),
 ) -> ClaimResult:
-    """Return the result of a comparison. `first` and `second` map seeds to the runs of its arms.
+    """Return the result of a comparison, before the verdict.
 
-    `hits` has the hits of runs of a record, by folder and directory. Hits of other runs are read from their files.
+    If any seed has failed or diverged, the result has a problem, because the remaining seeds are a biased sample. The
+    result still contains the difference over the remaining seeds.
 
-    There is no verdict if any seed has failed or diverged, because the remaining seeds are a biased sample. The result
-    still contains the difference over the remaining seeds.
+    Args:
+        comparison: the comparison.
+        measure: the claim's measure, `top1` or `drop`.
+        first: the runs of the first arm, by seed.
+        second: the runs of the second arm, by seed.
+        hits: the hits of runs of a record, by folder and directory. Hits of other runs are read from their files.
     """
     result = ClaimResult(comparison=comparison, seeds=sorted(first))
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
@@ -93,14 +104,15 @@ def evaluate_claim(
     result.difference = with_seed_dof(difference) if difference.n < CAUTIOUS_SEEDS else difference
     if result.difference.items is None:
         result.notes.append(
-            "the confidence interval covers only seeds, because a run has no predictions.npy for the same test images"
+            "the confidence interval covers the variation between seeds but not between test images, because a run "
+            "has no predictions.npy for the same test images"
         )
     result.means = (_mean([x.top1 for x in minuend]), _mean([x.top1 for x in subtrahend]))
     return result
 
 
 def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: Mapping[int, float]) -> ClaimResult:
-    """Return the result of a comparison of a measure other than accuracy. It uses one number per seed."""
+    """Return the result of a comparison whose measure is not an accuracy. `first` and `second` map seeds to values."""
     seeds = sorted(set(first) & set(second))
     result = ClaimResult(comparison=comparison, seeds=seeds)
     if seeds:
@@ -111,9 +123,10 @@ def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: 
 
 
 def _measured(run: RunRecord, measure: str, hits: Mapping[str, Hits]) -> RunAccuracy:
-    """Return a run's measure in percent. If predictions are stored, also return its value per image.
+    """Return a run's measure in percent, with its value per test image if predictions are stored.
 
     Args:
+        run: a run that is done.
         measure: `top1`, `drop`, or `baseline` for the top-1 of the run's float baseline.
 
     Raises:
@@ -144,9 +157,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
-    """Return sentences about the seeds of an arm that are not done.
+    """Return sentences about the seeds whose runs are not done, one for each status and reason.
 
-    There is one sentence per status and reason.
+    Args:
+        arm: "first" or "second".
+        runs: the runs of this arm, by seed.
     """
     seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
     for seed, run in sorted(runs.items()):
@@ -160,9 +175,10 @@ def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
 
 
 def decide_claims(family: Sequence[ClaimResult]) -> None:
-    """Set the verdict of every result, with Holm's adjustment for the number of all comparisons.
+    """Set the verdict of every result after adjusting all p-values by Holm's method.
 
-    A comparison without a verdict counts as p = 1. No verdict therefore depends on unfinished runs.
+    A comparison that cannot be tested counts as p = 1. The number of comparisons in the adjustment therefore does not
+    depend on which runs are finished.
     """
     for one in family:
         if one.difference is not None and not one.problems:
@@ -183,9 +199,9 @@ def decide_claims(family: Sequence[ClaimResult]) -> None:
 
 
 def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
-    """Return the number of seeds that a verdict needs, as text.
+    """Return the number of seeds that would decide a comparison, as text.
 
-    The significance level is that of Holm's adjustment for the smallest p-value.
+    The significance level is the one that Holm's method uses for the smallest p-value.
     """
     d = one.difference
     assert d is not None
@@ -201,7 +217,7 @@ def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
 def claims_table(family: Sequence[ClaimResult], claims: Mapping[str, Claim]) -> Table:
     """Return a table with one row per comparison.
 
-    The table's `values` hold the same results as numbers for programs.
+    The table's `values` contain the same results as numbers, for use by programs.
     """
     table = Table(HEAD)
     for one in family:
@@ -232,7 +248,12 @@ def _border(c: Comparison) -> str:
 
 
 def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
-    """Return the cells of the effect, its 95 % confidence interval and the number of seeds."""
+    """Return the cells of the effect, its 95 % confidence interval and the number of seeds.
+
+    Args:
+        d: the difference between the arms, or None if it is not known.
+        places: number of decimal places.
+    """
     if d is None:
         return "-", "-", "-"
     tied = d.n < 2 or d.standard_error == 0  # no interval follows from one value, or from equal ones
@@ -241,7 +262,7 @@ def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
 
 
 def _values(one: ClaimResult, claim: Claim) -> dict[str, object]:
-    """Return a result as plain values for JSON, with None for infinite numbers."""
+    """Return a result as plain values for JSON. Infinite numbers become None."""
     comparison = comparison_values(one.comparison)
     numbers = {} if one.difference is None else asdict(one.difference)
     return {

@@ -1,4 +1,7 @@
-"""Finds contradictions and missing sources in the published figures."""
+"""Finds contradictions and missing sources in the numbers that were copied from papers.
+
+Each rule is a function. It yields a finding, which is a row and a text, for every row that breaks the rule.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,17 +11,17 @@ from qbench.config.schema import did_you_mean
 from qbench.papers.row_types import CHECKPOINT, METRICS, PAPER, PROVENANCES, REPOSITORY, THIRD, Names, PublishedRow
 
 MAX_GAIN = 1.0
-"""Percentage points by which a quantized network may exceed its float baseline without a finding."""
+"""Largest gain over the float baseline, in percentage points, that is not reported as a finding."""
 CHANCE_SLACK = 1.0
-"""Percentage points below chance that a value may be without a finding."""
+"""Largest distance below chance, in percentage points, that is not reported as a finding."""
 Finding = tuple[PublishedRow, str]
 
 
 def lint(rows: Sequence[PublishedRow], names: Names) -> list[str]:
-    """Return the findings in the rows, one line each, as `paper/id: rule: what is wrong`.
+    """Return one line per finding in the rows, in the form `paper/id: rule: what is wrong`.
 
-    A row may waive a rule by name, with a reason. A waiver of a rule that the row does not break is
-    a finding too.
+    A row's key `waive` suppresses the findings of a rule and gives the reason. If the row does not
+    break a waived rule, the waiver itself is a finding.
     """
     findings = [(row, rule, what) for rule, check in RULES.items() for row, what in check(rows, names)]
     broken = {(row.paper, row.top5_of or row.id, rule) for row, rule, _ in findings}
@@ -27,7 +30,7 @@ def lint(rows: Sequence[PublishedRow], names: Names) -> list[str]:
         for rule in row.waive if not row.top5_of else ():
             if (row.paper, row.id, rule) not in broken:
                 lines.append(
-                    f"{row.paper}/{row.id}: waive: {rule} has no finding in this row{did_you_mean(rule, RULES)}"
+                    f"{row.paper}/{row.id}: waive: this row does not break the rule {rule}{did_you_mean(rule, RULES)}"
                 )
     return lines
 
@@ -37,7 +40,7 @@ def duplicate_id(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
     seen = set()
     for row in rows:
         if (row.paper, row.id) in seen:
-            yield row, "another row of the paper has this id"
+            yield row, "another row of this paper has the same id"
         seen.add((row.paper, row.id))
 
 
@@ -56,7 +59,7 @@ def no_origin(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
         if row.provenance not in PROVENANCES:
             yield row, f"provenance {row.provenance or '(none)'}; allowed: {', '.join(PROVENANCES)}"
         if not row.source:
-            yield row, "no source"
+            yield row, "no source: add source"
         named = row.ran_by.startswith(THIRD) and row.ran_by != THIRD
         if row.ran_by not in (PAPER, REPOSITORY, CHECKPOINT) and not named:
             yield row, f"ran_by {row.ran_by or '(none)'}; allowed: {PAPER}, {REPOSITORY}, {CHECKPOINT}, {THIRD}NAME"
@@ -68,7 +71,7 @@ def no_value(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
         if row.value is None and not row.note:
             yield row, "value is null: add a note that says why"
         if row.value is not None and row.provenance == "unknown":
-            yield row, "a value of unknown provenance"
+            yield row, "value is set but provenance is unknown: set provenance, or set value to null"
 
 
 def no_baseline(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
@@ -82,7 +85,7 @@ def no_recipe(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
     """Find a row without a recipe and without the reason why the row cannot be run."""
     for row in rows:
         if not row.recipe and not row.lacks:
-            yield row, "no recipe: add recipe, or lacks with the reason why it cannot be run"
+            yield row, "no recipe: add recipe, or lacks with the reason why the row cannot be run"
 
 
 def out_of_range(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
@@ -98,9 +101,9 @@ def out_of_range(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 
 
 def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a value worse than guessing.
+    """Find a value that is worse than guessing.
 
-    It is probably an error printed as an accuracy, or vice versa.
+    Such a value is probably an error under an accuracy's metric, or vice versa.
     """
     for row in rows:
         if row.metric.endswith("increase") or row.dataset not in names.datasets or row.metric not in METRICS:
@@ -113,9 +116,9 @@ def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 
 
 def complement(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find two values for the same method, network and width that sum to 100.
+    """Find two values for the same method, network and width whose sum is 100.
 
-    One of them may be an error printed as an accuracy.
+    One of the two values may be an error under an accuracy's metric.
     """
     for group in _grouped(rows, lambda r: (r.method, r.dataset, r.net, str(r.bits), r.metric)):
         for first, second in combinations(group, 2):
@@ -134,20 +137,20 @@ def better_than_float(rows: Iterable[PublishedRow], names: Names) -> Iterator[Fi
 
 
 def two_nets(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find an equal value of one method at one width for two networks on the same data set."""
+    """Find two networks for which a method has the same value at the same width on the same data set."""
     for group in _grouped(rows, lambda r: (r.method, r.dataset, str(r.bits), r.levels)):
         for first, second in combinations(group, 2):
             a, b = first.value, second.value
             if first.net == second.net or a is None or b is None or first.metric[:4] != second.metric[:4]:
                 continue
             if abs(first.accuracy(a) - second.accuracy(b)) < 0.005:
-                yield second, f"{b} is given for {second.net}, but {first.paper}/{first.id} gives it for {first.net}"
+                yield second, f"the value {b} for {second.net} is also that of {first.paper}/{first.id} for {first.net}"
 
 
 def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find top-1 and top-5 values mixed under one metric.
+    """Find rows in which a top-1 value may have been confused with a top-5 value.
 
-    This is suspected if one run or one baseline has two values, or if top-5 is below top-1.
+    A row is reported if a run or a baseline has two values of one metric, or if top-5 is worse than top-1.
     """
     rows = list(rows)
     for group in _grouped(rows, lambda r: (r.paper, r.metric, *_run_key(r))):
@@ -159,7 +162,7 @@ def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Findin
             baselines = ", ".join(str(row.baseline) for row in group)
             yield (
                 group[-1],
-                f"one table has several float baselines of {group[-1].net}: {baselines}",
+                f"one table has several float baselines for {group[-1].net}: {baselines}",
             )
     for group in _grouped(rows, lambda r: (r.paper, *_run_key(r))):
         for first in (r for r in group if r.metric.startswith("top1") and not r.metric.endswith("increase")):
@@ -171,7 +174,7 @@ def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Findin
 
 
 def _run_key(row: PublishedRow) -> tuple[object, ...]:
-    """Return a key that is equal for all values of one run."""
+    """Return a key that is equal for all rows with values of the same run."""
     protocol = (row.policy, row.init, row.words, row.recipe, row.note, row.ran_by, row.source)
     return (row.table, row.method, row.dataset, row.net, str(row.bits), row.levels, *protocol)
 

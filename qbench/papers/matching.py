@@ -16,10 +16,10 @@ METHOD_KEYS = ("norm", "act")
 
 
 def with_published(tables: Sequence[Table]) -> list[Table]:
-    """Return the tables. Each setting gets the published results of its method and network.
+    """Return copies of the tables in which each setting has the published results of its method and network.
 
-    Notes below the tables list values from memory, overrides of the published recipes, and papers without a result for
-    a setting.
+    Notes below a table say which values are from memory, which overrides the published recipes have, and which papers
+    have no result for a setting.
     """
     return [_with_published(table) for table in tables]
 
@@ -36,9 +36,14 @@ def _with_published(table: Table) -> Table:
 def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[PublishedRow]:
     """Return the published top-1 rows for a setting.
 
-    Rows with a value come first, then rows by the method's authors, then rows of better provenance.
+    The rows are sorted by three criteria, most important first. Rows with a value come before rows without one, rows by
+    the method's authors before rows by others, and rows of better provenance before rows of worse provenance. A row
+    matches only if it has the same known deviations from the method as the setting.
 
-    A method with a known deviation counts as another method.
+    Args:
+        setting: a setting of a comparison.
+        dataset: the setting's data set as named in the published rows, or None if they do not have it.
+        net: the setting's network as named in the published rows, or None if they do not have it.
     """
     options = setting.options.items()
     deviations = {f"method.{key}={value}" for key, value in options if key.endswith("deviation")}
@@ -54,7 +59,7 @@ def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[Pub
 
 
 def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
-    """Return a row's claim for a setting, and our accuracy minus the claim."""
+    """Return the published value of a row, and the difference between our accuracy and this value."""
     mean = setting.top1.mean
     ours = {"top1": mean, "top1_error": 100 - mean}
     if setting.difference is not None:
@@ -79,9 +84,9 @@ def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
 
 
 def _accuracy_text(row: PublishedRow) -> str:
-    """Format a row's value so that larger is better.
+    """Return a row's value as text, converted so that a larger value is better.
 
-    An error is converted to an accuracy. An increase in error is converted to the difference from the float network.
+    An error becomes an accuracy. An increase in error becomes a difference in accuracy to the float network.
     """
     mark = "~" if row.provenance.startswith("memory") else ""
     if row.value is None:
@@ -93,36 +98,36 @@ def _accuracy_text(row: PublishedRow) -> str:
 
 
 def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) -> list[str]:
-    """Return notes on values from memory, on overrides of published rows, and on papers without a result."""
+    """Return the notes for a table (see `with_published`)."""
     first_matches = [(s.label, s.published[0]) for s in settings if s.published]
     notes = [published.REMEMBERED] if any(match.remembered for _, match in first_matches) else []
     if first_matches:
-        notes.append("gap: our top-1 minus the published one, in points; papers used their own recipes")
+        notes.append("gap: our top-1 minus the published top-1, in points; the papers used their own recipes")
     typed = sorted({(label, " ".join(match.words)) for label, match in first_matches})
-    notes += [f"{label}: published with {words}" for label, words in typed if words]
+    notes += [f"{label}: the published result was obtained with {words}" for label, words in typed if words]
     if dataset is None:
-        return [*notes, f"no published results on {settings[0].dataset}"]
+        return [*notes, f"no published results on {settings[0].dataset} are known"]
     unmatched = [s for s in settings if not s.is_baseline and not any(m.by_authors for m in s.published or ())]
     absent = dict.fromkeys(_absence(s, dataset, net) for s in unmatched)
     return [*notes, *(sentence for sentence in absent if sentence)]
 
 
 def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
-    """Return a note on a setting without a row by the method's authors.
-
-    Return None if the method has no paper.
-    """
+    """Return a note that the method's authors have no result for a setting, or None if the method has no paper."""
     paper = _paper_of(setting.method)
     if paper is None:
         return None
     if sentence := published.absence_note(paper.key, net, dataset):
         return sentence
     network = f"{setting.model} on {names().datasets[dataset].title}"
-    return f"no published {network} result of {paper.name} at {setting.bits}"
+    return f"no published result of {paper.name} for {network} at {setting.bits} is known"
 
 
 def _paper_of(method: str) -> Paper | None:
-    """Return the paper with the method's name. If there is none, return a paper whose authors ran the method."""
+    """Return the paper with the method's name.
+
+    If there is no such paper, return a paper whose authors ran the method, or None if there is none either.
+    """
     if method == "float":
         return None
     same_name = [p for p in papers() if p.key == method]
@@ -131,12 +136,12 @@ def _paper_of(method: str) -> Paper | None:
 
 
 def _dataset_key(name: str) -> str | None:
-    """Return the name of a data set in the published figures, or None if it is not there."""
+    """Return the name that a data set has in `figures/names.yaml`, or None if it is not there."""
     return next((key for key, known in names().datasets.items() if known.words == (f"dataset={name}",)), None)
 
 
 def _net_key(model: str, keys: Mapping[str, object]) -> str | None:
-    """Return the name of a network with these keys in the published figures, or None."""
+    """Return the name that a network with these keys has in `figures/names.yaml`, or None if it is not there."""
     from qbench.config.groups import conf_directory
 
     file = conf_directory() / "model" / f"{model}.yaml"

@@ -1,7 +1,8 @@
-"""Reads the published figures from `figures/names.yaml` and one `figures/<paper>.yaml` per paper.
+"""Reads the published figures, which are numbers copied from papers.
 
-The file of a paper holds bibliographic data, recipes and tables. The keys of a table apply to all
-of its rows.
+They are in `figures/names.yaml` and in one file `figures/<paper>.yaml` per paper. The file of a
+paper contains bibliographic data, recipes and tables. A key that is set for a table applies to all
+rows of the table.
 """
 
 import dataclasses
@@ -40,9 +41,13 @@ def papers() -> tuple[Paper, ...]:
 
 
 def published_rows(paper: str | None = None, provenance: str | None = None) -> list[PublishedRow]:
-    """Return the rows of one or all papers with at least the given provenance.
+    """Return the rows whose provenance is the given one or better.
 
-    If the provenance of a row's float baseline is worse, the row is returned without its baseline.
+    If the float baseline of such a row has a worse provenance, the row is returned without its baseline.
+
+    Args:
+        paper: the key of one paper, or None for all papers.
+        provenance: one of `PROVENANCES`, or None for all rows.
 
     Raises:
         ConfigError: the paper or provenance does not exist.
@@ -64,7 +69,7 @@ def published_rows(paper: str | None = None, provenance: str | None = None) -> l
     return [
         row
         if (row.baseline_provenance or row.provenance) in allowed
-        else dataclasses.replace(row, baseline=None, baseline_note=f"its provenance is below {provenance}")
+        else dataclasses.replace(row, baseline=None, baseline_note=f"its provenance is worse than {provenance}")
         for row in rows
         if row.provenance in allowed
     ]
@@ -92,7 +97,7 @@ def read_paper(path: Path) -> Paper:
 
 
 def _rows_of_entry(file: str, recipes: Mapping[str, Recipe], values: dict[str, Any]) -> list[PublishedRow]:
-    """Return the row of an entry. If the entry has a key `top5`, also return a row for top-5."""
+    """Return the row of an entry, and a second row for top-5 if the entry has a key `top5`."""
     where = f"{file}: {values.get('id', 'a row without id')}"
     if (name := values.get("recipe")) and name not in recipes:
         raise ConfigError(
@@ -117,7 +122,7 @@ def _rows_of_entry(file: str, recipes: Mapping[str, Recipe], values: dict[str, A
 
 
 def _convert(kind: type[T], where: str, values: Mapping[str, Any]) -> T:
-    """Return a dataclass made from plain values.
+    """Return a dataclass of type `kind` with the given values. `where` is the place named in error messages.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value has the wrong type.

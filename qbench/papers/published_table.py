@@ -1,7 +1,7 @@
-"""Makes tables of published figures next to qbench's measurements.
+"""Makes tables that show published numbers next to qbench's measurements.
 
-`published_figures.py` reads the rows, `lint.py` finds impossible rows, and `scripts/experiments.py`
-writes the experiment files.
+`published_figures.py` reads the published rows, `lint.py` finds impossible rows, and
+`scripts/experiments.py` writes an experiment file for each row that can be run.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ def published_tables(paper: str | None, provenance: str | None, missing: bool) -
     Args:
         paper: the key of one paper, or None for all papers.
         provenance: the worst provenance to show, or None for all provenances.
-        missing: whether to show only rows without a measurement, with their
-            commands.
+        missing: whether to show only rows that qbench has not measured yet, each with the command
+            that runs it.
 
     Raises:
         ConfigError: the paper or provenance does not exist.
@@ -66,12 +66,12 @@ def command_words(row: PublishedRow) -> list[str]:
 
 
 def _pretrain_word(word: str) -> str:
-    """Return the override that corresponds to `word` in the training of the float baseline."""
+    """Return the override that has the same effect as `word`, but on the training of the float baseline."""
     return f"optim@pretrain.{word}" if word.startswith("optim=") else f"pretrain.{word}"
 
 
 def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
-    """Return a sentence if a paper's authors have no result on a data set, otherwise None.
+    """Return a sentence that a paper's authors have no result on a data set, or None if they have one.
 
     If `net` is given, only results with this network count.
     """
@@ -87,17 +87,19 @@ def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
         sentence = f"{source.name} has no {title} result"
         sentence += "" if known[0].provenance == "verified" else f" ({known[0].provenance})"
     else:
-        sentence = f"no published {title} result of {source.name}"
+        sentence = f"no published result of {source.name} for {title} is known"
     others = dict.fromkeys(row.ran_by.removeprefix(THIRD) for row in rows)
     return f"{sentence}; third party: {', '.join(others)}" if others else sentence
 
 
 def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: bool = False) -> Table:
-    """Return a table of the rows, with the claims next to our measurements.
+    """Return a table of published values next to our measurements, with one line per row.
 
     Args:
-        missing: whether to show only rows without a measurement, with their
-            commands.
+        rows: the published rows.
+        title: the title of the table.
+        missing: whether to show only rows that qbench has not measured yet, each with the command
+            that runs it.
     """
     rows = [row for row in rows if not (missing and row.measured)]
     notes = [REMEMBERED] if any(claim_mark(row) or baseline_mark(row) for row in rows) else []
@@ -121,7 +123,7 @@ def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: b
 
 
 def _measured_values(row: PublishedRow) -> dict[str, float | None]:
-    """Return our differences from the claim and from our float baseline, in percentage points.
+    """Return two differences in percentage points: our value minus the published one, and minus our float baseline.
 
     The result is empty if the row has no measurement.
     """
@@ -146,9 +148,9 @@ def _measured_cells(row: PublishedRow) -> tuple[str, ...]:
 
 
 def gap(row: PublishedRow, value: float) -> float | None:
-    """Return our value minus the claim, in points of accuracy.
+    """Return our value minus the published value, in percentage points of accuracy, or None if either is not known.
 
-    If the claim is a range, the result is 0 inside the range.
+    If the published value is a range and our value is inside it, the result is 0.
     """
     if row.value is None:
         return None
@@ -158,7 +160,10 @@ def gap(row: PublishedRow, value: float) -> float | None:
 
 
 def to_float(row: PublishedRow) -> float | None:
-    """Return a row's claim minus its float baseline in points of accuracy, or None if not known."""
+    """Return a row's published value minus its float baseline in percentage points of accuracy.
+
+    The result is None if one of the two numbers is not known.
+    """
     if row.value is None or row.upper is not None or row.method == "float":
         return None
     if row.metric.endswith("increase"):
@@ -167,22 +172,19 @@ def to_float(row: PublishedRow) -> float | None:
 
 
 def format_claim(row: PublishedRow) -> str:
-    """Return the published value as text.
-
-    A value from memory has ~ in front. An unknown value is shown as ?.
-    """
+    """Return the published value as text. A value from memory begins with ~, and an unknown value is ?."""
     if row.value is None:
         return "?"
     return claim_mark(row) + format_percent(row.value) + ("" if row.upper is None else f"-{format_percent(row.upper)}")
 
 
 def claim_mark(row: PublishedRow) -> str:
-    """Return ~ if the row's value is from memory, else an empty text."""
+    """Return ~ if the row's value is from memory, otherwise an empty text."""
     return "~" if row.provenance.startswith("memory") else ""
 
 
 def baseline_mark(row: PublishedRow) -> str:
-    """Return ~ if the row's float baseline is from memory, else an empty text."""
+    """Return ~ if the row's float baseline is from memory, otherwise an empty text."""
     remembered = (row.baseline_provenance or row.provenance).startswith("memory")
     return "~" if remembered and row.baseline is not None else ""
 
@@ -193,12 +195,12 @@ def format_percent(value: float) -> str:
 
 
 def format_points(value: float | None) -> str:
-    """Return percentage points with a sign, or - for None."""
+    """Return percentage points as text with a sign, or - for None."""
     return "-" if value is None else f"{value:+.2f}"
 
 
 def _with_title(paper: Paper, table: Table) -> Table:
-    """Add the paper's title above its table, and notes on missing results of the paper below."""
+    """Add the paper's title to its table, and notes on data sets for which the paper has no result."""
     name = "" if paper.title.startswith(paper.name) else f"{paper.name}: "
     table.title = f"{name}{paper.title} ({paper.year}), {paper.link}"
     table.notes = [] if not table.rows else table.notes

@@ -1,4 +1,4 @@
-"""Compares a run with the nearest published row of its method's paper, key by key."""
+"""Compares the configuration of a run with that of the nearest published row of its method."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +10,18 @@ from qbench.papers.row_types import PublishedRow
 from qbench.report.comparison.naming import flat
 
 CANDIDATES = 4
-"""Number of rows that are compared with the run to find the one with the fewest differences."""
+"""Number of similar rows among which the row with the fewest differing keys is chosen."""
 KEYS_SHOWN = 12
-"""Maximum number of differing keys in a list. Further keys are only counted."""
+"""Maximum number of differing keys that are listed. Further keys are only counted."""
 NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 
 
 def recipe_differences(run: RunIdentity) -> list[str]:
     """Return sentences that compare a run with the nearest published row.
 
-    The sentences name the row, the keys that differ between its experiment and the run, and the settings that the paper
-    does not state. Only keys of the protocol and of the method are compared, not seeds, devices or paths.
+    The sentences name the row's experiment, the keys whose values differ between this experiment and the run, and the
+    settings that the paper does not state. Only keys of the protocol and of the method are compared. Seeds, devices and
+    paths are not compared.
     """
     if run.is_baseline:
         return []
@@ -37,14 +38,14 @@ def recipe_differences(run: RunIdentity) -> list[str]:
     compared = [(_differing_keys(run, _compose_experiment(row)), row) for row in nearest]
     differing, row = min(
         compared, key=lambda pair: len(pair[0])
-    )  # if several rows are equal, the first and therefore nearest row
+    )  # of rows with equally many differing keys, `min` takes the first one, which is the most similar
     sentences = _absence_notes(row, run)
     experiment = f"experiment={row.paper}/{row.id}"
     if differing:
         more = f", and {len(differing) - KEYS_SHOWN} more keys" if len(differing) > KEYS_SHOWN else ""
         sentences.append(f"nearest published row: {experiment}; differences: {', '.join(differing[:KEYS_SHOWN])}{more}")
     else:
-        sentences.append(f"identical to {experiment}, key by key")
+        sentences.append(f"all compared keys are identical to those of {experiment}")
     (recipe,) = (paper.recipes[row.recipe] for paper in papers() if paper.key == row.paper)
     sentences += [f"not stated in the paper: {'; '.join(recipe.open)}"] if recipe.open else []
     sentences += (
@@ -54,10 +55,16 @@ def recipe_differences(run: RunIdentity) -> list[str]:
 
 
 def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, int, int, bool]:
-    """Return a sort key for a row. Nearer rows have larger keys.
+    """Return a sort key that is larger for rows that are more similar to a run.
 
-    The criteria are, most important first: same data set and network, same network, same data set, number of equal
-    widths, number of command-line overrides that the run does not have (fewer is nearer), run by the authors.
+    The criteria are, most important first:
+
+    1. The row has the run's data set and network.
+    2. The row has the run's network.
+    3. The row has the run's data set.
+    4. The number of equal widths is large.
+    5. The number of the row's command-line overrides that the run does not have is small.
+    6. The row was measured by the method's authors.
     """
     dataset = f"dataset={run.dataset}" in names().datasets[row.dataset].words
     net = f"model={run.model}" in names().nets[row.net].words
@@ -68,7 +75,7 @@ def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, 
 
 
 def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration has this value at a dotted key. The configuration is nested dictionaries."""
+    """Return whether a configuration (nested dictionaries) has this value at a dotted key."""
     node: object = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
@@ -76,7 +83,7 @@ def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
 
 
 def _as_number(value: object) -> float | str:
-    """Return a value as a number, or as text without spaces if the value is not a number."""
+    """Return a value as a number if possible, otherwise as text without spaces."""
     try:
         return float(str(value))
     except ValueError:
@@ -84,7 +91,7 @@ def _as_number(value: object) -> float | str:
 
 
 def _absence_notes(row: PublishedRow, run: RunIdentity) -> list[str]:
-    """Return a note if the row's authors have no result on the run's data set with its network."""
+    """Return a note if the row's authors have no result with the run's network on its data set, else an empty list."""
     datasets = [key for key, name in names().datasets.items() if f"dataset={run.dataset}" in name.words]
     nets = [key for key, name in names().nets.items() if f"model={run.model}" in name.words]
     sentence = absence_note(row.paper, nets[0] if nets else None, datasets[0]) if datasets else None
@@ -92,7 +99,7 @@ def _absence_notes(row: PublishedRow, run: RunIdentity) -> list[str]:
 
 
 def _compose_experiment(row: PublishedRow) -> RunIdentity:
-    """Return the identity of a row's experiment."""
+    """Return the identity of the run that a row's experiment file describes."""
     from qbench.config import compose
 
     (config,) = compose.configurations([f"experiment={row.paper}/{row.id}"])
@@ -100,9 +107,9 @@ def _compose_experiment(row: PublishedRow) -> RunIdentity:
 
 
 def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
-    """Return `key=ours (published: theirs)` for every key whose values differ.
+    """Return a text `key=ours (published: theirs)` for every key whose value differs.
 
-    A data set, network or optimizer with a different name counts as one differing key.
+    If the data set, network or optimizer has a different name, it counts as one differing key.
     """
     ours, theirs = _compared_keys(run), _compared_keys(published)
     for node, title in NODE_TITLES.items():
@@ -121,7 +128,7 @@ def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
 
 
 def _compared_keys(run: RunIdentity) -> dict[str, str]:
-    """Return the keys that are compared (protocol, method and widths), with their values as text."""
+    """Return the values, as text, of the keys that are compared. These keys describe protocol, method and widths."""
     method = {key: value for key, value in run.keys["method"].items() if key != "name"}
     values = flat(run.protocol | {"method": method, "bits": run.bits._asdict()})
     return {key: value.strip('"') for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""Defines the types of published figures: numbers from papers and third parties."""
+"""Defines the types of published figures, which are numbers from papers and from third parties."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,24 +6,30 @@ from dataclasses import dataclass, field
 from qbench.config.schema import BitWidths
 
 PROVENANCES = ("verified", "second-hand", "memory-high", "memory-medium", "memory-low", "unknown")
-"""Provenances of a figure, best first.
+"""Where a number comes from, best first.
 
-They mean: read in the named source; read in a quotation by others; remembered with high, medium or low confidence and
-not checked; not known.
+- `verified`: the number was read in the named source.
+- `second-hand`: the number was read in a text that quotes the source.
+- `memory-high`, `memory-medium`, `memory-low`: the number is remembered with high, medium or low confidence. It was not
+  checked.
+- `unknown`: the number is not known.
 """
 PAPER, REPOSITORY, THIRD = "authors' paper", "authors' repository", "third party: "
 CHECKPOINT = "authors' checkpoint, evaluated here"
-"""Values of `ran_by`. `THIRD` is followed by a name. Any value may be followed by a remark in brackets."""
+"""Values of `ran_by`. `THIRD` is followed by the name of the third party."""
 METRICS = ("top1", "top1_error", "top1_error_increase", "top5", "top5_error", "top5_error_increase")
-"""Metrics in percent of the test images. An increase is in points, relative to the row's float network."""
+"""Metrics in percent of the test images.
+
+An increase is the error minus the error of the row's float network, in percentage points.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """qbench's measurement for a row, as mean and standard deviation over n seeds.
 
-    The numbers are in the row's metric. `baseline` is the mean of our float baselines. The keys
-    that contain `top5` are our measurement for the row's top-5 figure.
+    The numbers have the row's metric. `baseline` is the mean of our float baselines. The keys whose
+    names contain `top5` are our measurement of top-5 for the same runs.
     """
 
     value: float
@@ -40,13 +46,11 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The training of rows.
+    """How the network of a row is trained. Several rows can share a recipe.
 
-    A recipe has command-line overrides, the settings that the source does not state, and our
-    deviations from the source.
-
-    `pretrain: same` trains the float baseline with the same optimizer and epochs. For the other
-    keys see `PublishedRow`.
+    `words` are command-line overrides. `open` lists the settings that the source does not state.
+    `departs` lists our deviations from the source. With `pretrain: same`, the float baseline is
+    trained with the same optimizer and number of epochs. For the other keys see `PublishedRow`.
     """
 
     name: str
@@ -67,15 +71,18 @@ class PublishedRow:
     """One published number.
 
     Args:
-        value, upper: the number, or the two ends of a published range. None if not known.
-        baseline: the number of the float network, in the same metric and from the same source. If
-            it is missing, `baseline_note` explains why. `baseline_provenance` is set only if it
-            differs from the row's provenance.
+        value: the published number, or the lower end of a published range. None if it is not known.
+        upper: the upper end of a published range, or None for a single number.
+        baseline: the published number of the float network, in the same metric and from the same
+            source.
+        baseline_note: the reason why `baseline` is missing.
+        baseline_provenance: the provenance of `baseline`, if it differs from the row's provenance.
         levels: number of levels of the weights, if the bit widths do not determine it.
-        words: command-line overrides that are appended to the recipe's.
+        words: command-line overrides that are appended to those of the recipe.
         lacks: the reason why the row has no recipe.
-        waive: maps a lint rule that the row breaks to the reason.
-        top5_of: for a top-5 figure, the id of the top-1 row that it belongs to; otherwise empty.
+        waive: maps each lint rule that the row may break to the reason.
+        top5_of: the id of the row with the same run's top-1 value, if this row has a top-5 value.
+            Otherwise empty.
     """
 
     paper: str
@@ -113,16 +120,16 @@ class PublishedRow:
         return not self.ran_by.startswith(THIRD)
 
     def accuracy(self, value: float) -> float:
-        """Convert a value of the row's metric so that larger is better.
+        """Return a value of the row's metric, converted so that a larger value is better.
 
-        An error is converted to an accuracy. An increase changes its sign.
+        An error becomes an accuracy. An increase in error changes its sign.
         """
         return -value if self.metric.endswith("increase") else 100 - value if "error" in self.metric else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoResult:
-    """A data set (and optionally a network) without a result in a paper, although others quote one."""
+    """A data set, and optionally a network, for which a paper has no result although others quote one."""
 
     dataset: str
     provenance: str
@@ -151,9 +158,9 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class NetName:
-    """The title of a network, and the overrides that choose it.
+    """The title of a network, and the command-line overrides that select it.
 
-    There are no overrides if qbench does not have the network.
+    The overrides are empty if qbench does not have the network.
     """
 
     title: str
@@ -162,7 +169,7 @@ class NetName:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetName:
-    """The title of a data set, its number of classes, and the overrides that choose it."""
+    """The title of a data set, its number of classes, and the command-line overrides that select it."""
 
     title: str
     classes: int
@@ -171,9 +178,9 @@ class DatasetName:
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """The networks, data sets and methods of the published figures, each by its key.
+    """The networks, data sets and methods of the published figures, each by its key in the YAML files.
 
-    For a method only the title is given.
+    A method is represented only by its title.
     """
 
     datasets: Mapping[str, DatasetName]

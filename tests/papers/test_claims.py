@@ -458,7 +458,7 @@ def test_predictions_give_the_two_way_interval_else_seeds_only(tmp_path: Path) -
     assert plain.difference
     assert plain.difference.items is None
     assert plain.difference.mean == pytest.approx(result.difference.mean)
-    assert "covers only seeds" in plain.notes[0]
+    assert "variation between seeds but not between test images" in plain.notes[0]
 
 
 def test_predictions_that_contradict_the_accuracy_are_not_used(tmp_path: Path) -> None:

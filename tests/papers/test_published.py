@@ -304,7 +304,9 @@ def test_missing_results_are_stated() -> None:
     assert absence_note("dorefa", None, "svhn") is None
     assert absence_note("ttq", "resnet20", "cifar10") is None
     assert absence_note("inq", None, "cifar10") == "INQ has no CIFAR-10 result"
-    assert absence_note("hwgq", "resnet20", "cifar10") == "no published ResNet-20 on CIFAR-10 result of HWGQ"
+    assert (
+        absence_note("hwgq", "resnet20", "cifar10") == "no published result of HWGQ for ResNet-20 on CIFAR-10 is known"
+    )
 
 
 def test_missing_results_are_stated_below_the_tables() -> None:

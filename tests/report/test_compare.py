@@ -616,7 +616,7 @@ def test_published_results_and_the_gap_to_them(configure: Configure) -> None:
     assert all(s.published == () for s in settings_of(thin)), "a thinner network is not the paper's"
     made = plant(configure("method=dorefa", f"out={configure().out}/digits"), 97.0, 98.0)
     (digits,) = command.tables(command.parse([str(made), "--published"]))
-    assert "no published results on digits" in digits.notes
+    assert "no published results on digits are known" in digits.notes
 
 
 # --- accuracies do not depend on other runs
