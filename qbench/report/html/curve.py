@@ -13,7 +13,7 @@ RIGHT, TOP = 8, 6
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnLine:
-    """The points of a line, and the band from the lowest to the highest seed.
+    """The points of a line, and the outline of its band. The band shows the range from the lowest to the highest seed.
 
     `kind` is the line's CSS class.
     """
@@ -25,7 +25,10 @@ class DrawnLine:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveDrawing:
-    """The curves, the border between float and quantized training (or None), and axis numbers."""
+    """The lines of a drawing, the sizes of the drawing, and the numbers on its axes.
+
+    `border` is the place between float and quantized training, or None without float training.
+    """
 
     lines: list[DrawnLine]
     summary: str
@@ -61,7 +64,7 @@ class _Scale:
 
 
 def draw_curve(lines: Mapping[str, SeedCurve]) -> CurveDrawing | None:
-    """Return a drawing of learning curves, or None without curves. The keys of `lines` are widths or "float"."""
+    """Return a drawing of learning curves, or None if `lines` is empty. The keys of `lines` are widths or "float"."""
     if not lines:
         return None
     epochs = [x for line in lines.values() for x in line.x]

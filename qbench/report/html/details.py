@@ -1,4 +1,4 @@
-"""Collects the details of one setting for the page: runs, layers, options, comparisons."""
+"""Collects the details of one setting for the HTML page: its runs, layers, options and comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ PARTS = {"w": "weights", "a": "inputs", "g": "gradients"}
 
 
 class RunLine(NamedTuple):
-    """A row of the table of runs, as text: accuracies in percent and training time."""
+    """A row of the table of runs, with accuracies in percent and the training time as text."""
 
     seed: int
     top1: str
@@ -30,14 +30,18 @@ class RunLine(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A key as typed, and a remark on it."""
+    """An override such as `method.clip=2`, and a remark on it."""
 
     text: str
     remark: str
 
 
 class LayerRow(NamedTuple):
-    """A layer's levels found by part, output SQNR in dB, and parameters of quantizers, as text."""
+    """A row of the table of layers, as text.
+
+    `levels` maps each of w, a and g to the number of levels found. `sqnr` is the output's SQNR in dB. `parameters`
+    lists the values of the quantizers' parameters.
+    """
 
     name: str
     levels: dict[str, str]
@@ -47,7 +51,7 @@ class LayerRow(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The quantized layers. `parts` maps each of w, a and g that has levels to its full name."""
+    """The table of quantized layers. `parts` maps each of w, a and g for which there are levels to its full name."""
 
     rows: list[LayerRow]
     parts: dict[str, str]
@@ -65,7 +69,7 @@ class LayerTable:
 
 @dataclass(frozen=True, kw_only=True)
 class SettingDetails:
-    """The details of one setting on the page. `cards` lists (anchor, name) of method cards."""
+    """The details of one setting on the page. `cards` lists the method cards as pairs (anchor, name)."""
 
     id: str
     title: str
@@ -94,9 +98,9 @@ def setting_details(
     Args:
         anchor: the setting's id on the page.
         setting: the setting.
-        lines: learning curves of the setting's method, by widths or "float".
-        results: results by the run's directory.
-        cards: method cards by anchor, each with its `name`.
+        lines: learning curves of the setting's method. The keys are widths or "float".
+        results: results of the runs. The keys are the runs' directories.
+        cards: method cards, each with its `name`. The keys are the cards' anchors.
     """
     own_results = [results[run.run] for run in setting.runs if run.run in results]
     methods = {name for result in own_results for name in result.card}
@@ -120,7 +124,7 @@ def setting_details(
 def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
     """Return a run's row in the table of runs.
 
-    `result` is None for a baseline whose own result was not read. Only top-1 is then known.
+    `result` is None for a float baseline whose result.json was not read. Only its top-1 is then known.
     """
     val = best = seconds = "-"
     if result and result.final and result.final.val:
@@ -134,7 +138,7 @@ def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
 
 
 def _options(results: Iterable[Result]) -> list[Note]:
-    """Return the options as typed, with remarks on deviations, and the keys that the method requires."""
+    """Return the method's options and the network keys that the method requires, each with a remark."""
     notes = []
     for result in results:
         for key, value in result.options.items():
@@ -146,7 +150,7 @@ def _options(results: Iterable[Result]) -> list[Note]:
 
 
 def _first_config(runs: Iterable[str]) -> str:
-    """Return the text of the first config.yaml that can be read."""
+    """Return the text of the first config.yaml that can be read in the given run directories."""
     for run in runs:
         try:
             return files.read(Path(run) / "config.yaml").decode(errors="replace")
@@ -156,7 +160,7 @@ def _first_config(runs: Iterable[str]) -> str:
 
 
 def _layer_table(results: Sequence[Result]) -> LayerTable:
-    """Return levels, last SQNR and quantizer parameters of each verified layer."""
+    """Return a table with one row for each layer whose levels were verified."""
     verified = [result.verified for result in results if result.verified]
     metrics = [observed(Path(result.run)) for result in results]
     names = list(dict.fromkeys(name for layers in verified for name in layers))
@@ -172,7 +176,7 @@ def _layer_table(results: Sequence[Result]) -> LayerTable:
 
 
 def _span(counts: Sequence[LevelCount]) -> str:
-    """Return the range of the number of levels over runs as text, such as `3-4 of 4`."""
+    """Return the numbers of levels found and allowed as text, such as `3-4 of 4` if runs differ."""
     if not counts:
         return ""
     ends = [sorted(c.found for c in counts), sorted(c.allowed for c in counts)]
@@ -180,7 +184,7 @@ def _span(counts: Sequence[LevelCount]) -> str:
 
 
 def _parameters(results: Sequence[Result], layer: str) -> str:
-    """Return the parameters of a layer's quantizers. They come from the first run that reports any."""
+    """Return the parameters of a layer's quantizers as text, taken from the first run that reports any."""
     reports = next((result.quantizers[layer] for result in results if layer in result.quantizers), {})
     return ", ".join(
         f"{slot}.{key} {value:.4g}" if isinstance(value, float) else f"{slot}.{key} {value}"

@@ -1,7 +1,8 @@
-"""Writes one self-contained HTML page of a comparison: tables, plots, details of each setting.
+"""Writes a comparison as one self-contained HTML page with tables, plots and the details of each setting.
 
-Style, script and plots are in the file. The page's content security policy forbids loading anything else. Jinja escapes
-all text that comes from results. The policy also prevents scripts in such text from running.
+The file contains its style, script and plots. The page's content security policy forbids loading anything else. Jinja
+escapes all text that comes from results. If such text contained a script, the policy would also keep the script from
+running.
 """
 
 import hashlib
@@ -37,11 +38,15 @@ HERE = Path(__file__)
 BY_NAME = {column.name: column for column in COLUMNS}
 
 Cards = dict[str, dict[str, str]]
-"""Method cards by anchor, each with its `name`, `choices` and `deviations`."""
+"""Maps an anchor to a method card, which is a dictionary with the keys `name`, `choices` and `deviations`."""
 
 
 class Head(NamedTuple):
-    """The head of a column: title, whether it holds numbers, and whether the largest value comes first."""
+    """The head of a column.
+
+    `numbers` says whether the column contains numbers. `descending` says whether the first sorting puts the largest
+    value first.
+    """
 
     title: str
     numbers: bool
@@ -49,7 +54,7 @@ class Head(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell's text and its number for sorting (None for text)."""
+    """The text of a cell, and the number by which the cell is sorted. The number is None for text."""
 
     text: str
     number: float | None
@@ -57,7 +62,10 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The cells of a row, the index of the cell with its name, and the anchor of its details."""
+    """A row of a table on the page.
+
+    `name_place` is the index of the cell with the setting's name. `anchor` is the place of the setting's details.
+    """
 
     anchor: str
     name_place: int
@@ -66,7 +74,7 @@ class Row:
 
 
 class Plot(NamedTuple):
-    """A plot's title and its SVG."""
+    """The title and the SVG text of a plot."""
 
     title: str
     svg: "Markup"
@@ -74,7 +82,7 @@ class Plot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One table with notes, plots and settings. `measure` labels the y-axis of learning curves."""
+    """One table of the page with its notes, plots and settings. `measure` labels the y-axis of learning curves."""
 
     id: str
     title: str
@@ -90,7 +98,7 @@ def page(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
     """Write a comparison as one HTML file.
 
     Raises:
-        ConfigError: the suffix is not that of an HTML file.
+        ConfigError: the file name does not end in .html.
         ResourceError: the file cannot be written.
     """
     if path.suffix.lower() not in SUFFIXES:
@@ -170,7 +178,7 @@ def _head(title: str, settings: Iterable[Setting]) -> Head:
 
 
 def _row(table: Table, i: int, anchor: str) -> Row:
-    """Return a row of the page. For missing runs, it contains the full reason."""
+    """Return a row of the page. A row for missing runs contains the full reason why they are missing."""
     value, texts = table.values[i] if i < len(table.values) else None, table.rows[i]
     setting = value if isinstance(value, Setting) else None
     cells = []
@@ -186,7 +194,7 @@ def _row(table: Table, i: int, anchor: str) -> Row:
 
 
 def _number(title: str, setting: Setting) -> float | None:
-    """Return the number for sorting a setting's cell, or None if there is no finite number."""
+    """Return the number by which a setting's cell is sorted, or None if the cell has no finite number."""
     value = BY_NAME[title].key(setting) if title in BY_NAME else None
     return value if isinstance(value, int | float) and isfinite(value) else None
 
@@ -202,7 +210,7 @@ def _plots(table: Table, runs: Sequence[RunRecord]) -> list[Plot]:
 
 
 def _inline_svg(svg: bytes, label: str) -> "Markup":
-    """Return matplotlib's SVG for use in a page: no header, no global style, unique ids."""
+    """Return matplotlib's SVG text changed for use in a page, with unique ids and without header and global style."""
     from markupsafe import Markup, escape
 
     text = svg.decode()
@@ -215,9 +223,9 @@ def _inline_svg(svg: bytes, label: str) -> "Markup":
 
 
 def _method_cards(results: Iterable[Result]) -> Cards:
-    """Return the choices and deviations of each method, by anchor.
+    """Return the method cards by anchor.
 
-    If versions of qbench recorded different texts for a method, all of them are returned.
+    If several versions of qbench recorded different texts for a method, there is one card for each text.
     """
     cards: dict[tuple[str, str], dict[str, str]] = {}
     for result in results:

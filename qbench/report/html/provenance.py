@@ -1,4 +1,4 @@
-"""Collects the provenance of a page: the command, versions, and the environments of the runs."""
+"""Collects how a page was made: the command, the version of qbench, and the environments of the runs."""
 
 import shlex
 import sys
@@ -13,7 +13,7 @@ from qbench.system import files
 
 
 class PageProvenance(NamedTuple):
-    """The command, the version of qbench, the runs per environment, and the time of the newest run."""
+    """The command, the version of qbench, the number of runs per environment, and the time of the newest run."""
 
     command: str
     version: str

@@ -11,18 +11,19 @@ from qbench.report.tables.escape import printable
 
 AXES = {"w": "weight bits W", "a": "activation bits A", "g": "gradient bits G"}
 SeriesKey = tuple[str, str]
-"""The key of one line: the method's label, and the widths of the parts that are not on the x-axis."""
+"""The key of one line: the method's label, and the widths that are not on the x-axis, as text."""
 COSTS: dict[str, tuple[str, str, Callable[[Setting], float]]] = {
     "size": ("size (bytes, log scale)", "B", lambda s: s.cost.bytes_ideal if s.cost else 0.0),
     "bitops": ("BitOps per image (log scale)", "", lambda s: float(s.cost.bitops) if s.cost else 0.0),
 }
-"""Maps a cost to the axis label, the unit, and a function that returns a setting's cost (0 if not known)."""
+"""Maps a cost to its axis label, its unit, and the function that returns this cost for a setting (0 if not known)."""
 
 
 def bits(figure: Figure, data: PlotData) -> None:
-    """Draw accuracy over bits. A line belongs to one method at fixed widths of its other parts.
+    """Draw accuracy over bit width.
 
-    Settings with float weights have a separate panel. Its x-axis is the bits of activations or gradients.
+    A line shows one method. One width changes along the x-axis, and the other widths are fixed. Settings with float
+    weights have a separate panel, whose x-axis is the width of activations or gradients.
     """
     series = bit_series(data.quantized)
     places = {
@@ -37,7 +38,7 @@ def bits(figure: Figure, data: PlotData) -> None:
     for panel, (key, lines) in zip(panels, series.items(), strict=True):
         handles |= _float_lines(panel, data.floats)
         for i, ((label, other), settings) in enumerate(lines.items()):
-            # points at the same width get different offsets, spread over 0.8 of the distance between widths
+            # lines get different offsets at the same width, spread over 0.8 of the distance between two widths
             offset = 0.8 * ((i + 0.5) / len(lines) - 0.5)
             x = [places[key].index(s.bits._asdict()[key]) + offset for s in settings]
             handles[series_label(label, other)] = styling.points(
@@ -53,10 +54,10 @@ def bits(figure: Figure, data: PlotData) -> None:
 
 
 def bit_series(settings: Sequence[Setting]) -> dict[str, dict[SeriesKey, list[Setting]]]:
-    """Return the settings of each line, by axis (w, a or g), then by line.
+    """Return the settings of each line. The outer keys are the x-axis (w, a or g), and the inner keys are the lines.
 
-    The key of a line contains the other widths as text, such as "A2 G6". The text is "A=W" for a method with several
-    widths, all with equal bits for weights and activations.
+    The key of a line contains the fixed widths as text, such as "A2 G6". If a method has several widths, and weights
+    and activations have equal bits in all of them, the text is "A=W".
     """
     lines: dict[str, dict[SeriesKey, list[Setting]]] = {}
     for label in dict.fromkeys(s.label for s in settings):
@@ -72,15 +73,12 @@ def bit_series(settings: Sequence[Setting]) -> dict[str, dict[SeriesKey, list[Se
 
 
 def series_label(label: str, other: str) -> str:
-    """Return a line's entry in the legend."""
+    """Return the legend text of a line. `other` are the widths that are fixed on this line."""
     return f"{label}, {other}" if other else label
 
 
 def _float_lines(panel: Axes, floats: Sequence[Setting]) -> dict[str, Artist]:
-    """Draw float networks as horizontal lines with bands for the confidence intervals.
-
-    Return the legend's handles.
-    """
+    """Draw float networks as horizontal lines, with confidence intervals as bands, and return the legend's handles."""
     handles = {}
     for setting, dash in zip(floats, DASHES, strict=False):
         top1, half = setting.top1.mean, setting.top1.ci95_half
@@ -91,7 +89,7 @@ def _float_lines(panel: Axes, floats: Sequence[Setting]) -> dict[str, Artist]:
 
 
 def pareto(figure: Figure, data: PlotData) -> None:
-    """Draw accuracy over size and over BitOps, and the Pareto front of each."""
+    """Draw accuracy over size and accuracy over BitOps, each with its Pareto front."""
     stars = {s.label: Style(INK, STARS[i % len(STARS)], "") for i, s in enumerate(data.floats)}
     styles = stars | data.styles
     handles: dict[str, Artist] = {}
@@ -109,7 +107,7 @@ def pareto(figure: Figure, data: PlotData) -> None:
 
 
 def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Setting], float]) -> None:
-    """Draw the Pareto front as steps. Each of its points has a ring and the name of the setting."""
+    """Draw the Pareto front as a line of steps. Each point on the front gets a ring and the name of its setting."""
     best = [settings[i] for i in pareto_front([(cost(s), s.top1.mean) for s in settings])]
     x, y = [cost(s) for s in best], [s.top1.mean for s in best]
     panel.step(x, y, where="post", color=INK, lw=0.9, alpha=0.6, zorder=1)
@@ -123,8 +121,8 @@ def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Settin
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of the points (cost, accuracy) on the Pareto front, cheapest first.
 
-    A point is on the front if no other point dominates it. A point dominates another one if it is better in cost or
-    accuracy and not worse in the other.
+    A point is on the front if no other point dominates it. Point p dominates point q if p is better in cost or accuracy
+    and not worse in either.
     """
     best: list[int] = []
     for i in sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1])):

@@ -17,10 +17,13 @@ class PlotData:
 
     Args:
         title: the table's title.
-        quantized, floats: settings of quantized and of float networks.
-        styles: the look of points, by the method's label.
-        curves, measure: learning curves, and the measure on their y-axis.
-        errors, layers: curves of output SQNR over layers, and the names of the layers.
+        quantized: the settings with quantized networks.
+        floats: the settings with float networks.
+        styles: maps a method's label to the look of its points.
+        curves: learning curves.
+        measure: the measure that the learning curves show, a key of `MEASURES`.
+        errors: curves of the output SQNR over the layers.
+        layers: the names of the layers.
     """
 
     title: str
@@ -34,9 +37,9 @@ class PlotData:
 
 
 def read_plot_data(tables: Sequence[Table], runs: Sequence[RunRecord], *, curves: bool, layers: bool) -> list[PlotData]:
-    """Return the data of every table with quantized settings.
+    """Return the data of every table that has quantized settings.
 
-    metrics.jsonl is read only with `curves` or `layers`.
+    The files metrics.jsonl are read only if `curves` or `layers` is true.
     """
     results = {str(run.path): run.result for run in runs if run.result}
     labels = sorted({s.label for table in tables for s in settings_of(table) if not s.is_float})

@@ -1,9 +1,9 @@
-"""Plots a comparison: accuracy over bits, size and BitOps, learning curves, errors by layer.
+"""Plots a comparison: accuracy over bits, size and BitOps, learning curves, and output errors over layers.
 
-Methods differ in colour (Okabe and Ito), marker and dash. In plots of curves, widths differ in colour and dash. Float
-networks are black. Bars are Student's 95 % confidence intervals over seeds; with one seed there is no bar. Bands of
-curves extend from the lowest seed to the highest. If accuracies differ much, the axis is logarithmic in the error. This
-separates the good settings.
+Methods have different colours (Okabe and Ito), markers and dashes. In plots of curves, widths have different colours
+and dashes. Float networks are black. Bars are Student's 95 % confidence intervals over seeds. With one seed, there is
+no bar. The band of a curve extends from the lowest seed to the highest. If accuracies differ much, the accuracy axis is
+logarithmic in the error, because this separates settings of high accuracy.
 """
 
 import os
@@ -36,14 +36,14 @@ KINDS: dict[str, Callable[[Figure, PlotData], None]] = {
     "bits": bits, "pareto": pareto, "curves": curves, "layers": layers,
 }  # fmt: skip
 NEEDED = {"layers": "runs with stored layer metrics"}
-"""Maps a kind of plot to what it needs in addition to finished quantized runs."""
+"""Maps a kind of plot to the runs that it needs, if finished quantized runs are not enough."""
 
 
 def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None:
     """Write plots of a comparison to a PNG, PDF or SVG file.
 
-    A file named bits, pareto, curves or layers contains only the plot of that name. A file with any
-    other name contains all plots.
+    If the file's name without suffix is bits, pareto, curves or layers, the file contains only that
+    plot. Otherwise the file contains all plots.
 
     Raises:
         ConfigError: the suffix is not supported, or there is nothing to plot.
@@ -63,10 +63,7 @@ def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
 def comparison_figure(
     tables: Sequence[Table], runs: Sequence[RunRecord], kinds: Iterable[str], *, titled: bool = True
 ) -> Figure | None:
-    """Return a matplotlib figure with one row of panels per table and kind of plot.
-
-    Return None if there is nothing to plot.
-    """
+    """Return a matplotlib figure with one row of panels for each table and kind of plot, or None without any plot."""
     os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails if MPLBACKEND names a backend that is not installed
     from matplotlib import rc_context
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -96,11 +93,12 @@ def comparison_figure(
 
 
 def encoded(figure: Figure, form: str, **style: object) -> bytes:
-    """Return the bytes of a figure's file. Equal figures give equal bytes.
+    """Return the bytes of the file of a figure. Equal figures give equal bytes.
 
     Args:
-        form: png, pdf or svg.
-        style: matplotlib's settings (rcParams) for this file.
+        figure: a matplotlib figure.
+        form: the file format, one of png, pdf and svg.
+        style: matplotlib settings (rcParams) for this file.
     """
     from matplotlib import rc_context
 
@@ -112,7 +110,7 @@ def encoded(figure: Figure, form: str, **style: object) -> bytes:
 
 
 def _height(kind: str, data: PlotData) -> float:
-    """Return the height in inches of a plot with its legend, or 0 if there is nothing to plot."""
+    """Return the height in inches that a plot with its legend needs, or 0 if there is nothing to plot."""
     if kind in ("curves", "layers"):
         lines = data.curves if kind == "curves" else data.errors
         if not lines:

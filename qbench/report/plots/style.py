@@ -1,4 +1,4 @@
-"""Defines the look of plots: colours, points with confidence intervals, axes, legends."""
+"""Defines how plots look: colours, points with confidence intervals, axes and legends."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import nan
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 Axes = Any
 Figure = Any
 Artist = Any
-"""Stand-ins for matplotlib's types, because matplotlib has no type hints."""
+"""Names for matplotlib's types, which are `Any` because matplotlib has no type hints."""
 Dash = str | tuple[int, tuple[float, ...]]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STARS = ("*", "H", "d", "8")
 """Markers of float networks."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-"""Markers of methods. 11 markers and 6 colours, cycled together, give 66 different pairs."""
+"""Markers of methods. The 11 markers and 6 colours repeat together only after 66 methods."""
 DASHES: tuple[Dash, ...] = (
     "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 3)), (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)),
 )  # fmt: skip
@@ -29,16 +29,16 @@ FILLS = ("full", "none", "left", "right", "bottom", "top")
 INK, GREY = "#010203", "#7f7f7f"
 """INK is a shade of black that nothing else uses. The HTML page replaces it by its text colour."""
 WIDTH, ACROSS, DPI, LINE = 10.0, 4, 150, 0.17
-"""Width in inches, small panels per row, dots per inch, height of a text line in inches."""
+"""Width of a plot in inches, number of small panels per row, dots per inch, and height of a text line in inches."""
 FAR, GOOD = 15.0, 75.0
-"""The axis is logarithmic in the error if top-1 spans FAR points and the best top-1 is at least GOOD."""
+"""The accuracy axis is logarithmic if top-1 has a range of at least FAR points and its maximum is at least GOOD %."""
 TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 100)
 FRONT = "front"
-"""Marks the names on a Pareto front, so that `thin_out` finds them."""
+"""The mark by which `thin_out` finds the names of settings on a Pareto front."""
 
 
 class Style(NamedTuple):
-    """The look of a method's points."""
+    """The colour and the shape of a method's points."""
 
     colour: str
     marker: str
@@ -58,11 +58,15 @@ def points(
 
 
 def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) -> str:
-    """Scale the axis of accuracy and return its label.
+    """Scale the accuracy axis of a panel and return the label of the axis.
 
-    The axis contains all means. It also contains confidence intervals, up to a half-width of 30 % of the range of the
-    means. Longer intervals would make the means hard to distinguish. `room` is the free space above, as a fraction of
-    the range.
+    The axis shows all means. A confidence interval is shown up to a half-width of 30 % of the range of the means.
+    Longer intervals are cut, because showing them would make the means hard to distinguish.
+
+    Args:
+        panel: the panel.
+        settings: the settings whose accuracies are drawn.
+        room: free space above the highest point, as a fraction of the axis range.
     """
     means = [s.top1.mean for s in settings]
     longest = 0.3 * (max(means) - min(means)) or 1.0
@@ -81,7 +85,7 @@ def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) 
 
 
 def _log_error(top1: "float | NDArray[np.floating]") -> "NDArray[np.floating]":
-    """Return -log(101 - top1). One point is added to the error so that 100 % is finite."""
+    """Return -log(101 - top1) for top-1 in percent. One point is added to the error so that 100 % is finite."""
     import numpy as np
 
     return np.asarray(-np.log(np.maximum(101 - top1, 1e-9)))
@@ -94,7 +98,7 @@ def _from_log_error(value: "float | NDArray[np.floating]") -> "NDArray[np.floati
 
 
 def log_axis(panel: Axes, unit: str) -> None:
-    """Make the axis of cost logarithmic, with SI prefixes and the unit in its tick labels."""
+    """Make the x-axis logarithmic, and write its tick labels with SI prefixes and the unit."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     panel.set_xscale("log")
@@ -106,7 +110,7 @@ def log_axis(panel: Axes, unit: str) -> None:
 
 
 def finish(panel: Axes, x_label: str, y_label: str) -> None:
-    """Label the axes of a panel, and draw ticks, grid and frame in light colours."""
+    """Label the axes of a panel, and draw its ticks, grid and frame in light colours."""
     panel.set_xlabel(x_label, color=INK)
     panel.set_ylabel(y_label, color=INK)
     panel.tick_params(colors=INK, labelsize=7.5, length=2.5)
@@ -117,19 +121,19 @@ def finish(panel: Axes, x_label: str, y_label: str) -> None:
 
 
 def _legend_columns(labels: Iterable[str]) -> int:
-    """Return the number of legend columns that fit the figure, given the longest label."""
+    """Return the number of legend columns that fit into a figure, which depends on the longest label."""
     return max(1, min(9, 150 // (9 + max(map(len, labels), default=0))))
 
 
 def legend_rows(labels: set[str]) -> int:
-    """Return the number of text lines that a legend takes."""
+    """Return the number of text lines of a legend with these labels."""
     return -(-(len(labels) + 1) // _legend_columns(labels))
 
 
 def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """Draw one legend under the panels.
+    """Draw one legend for all panels, below the panels.
 
-    A label that begins with `_` gets a leading space, since matplotlib would hide it otherwise.
+    A label that begins with `_` gets a leading space, because matplotlib hides labels that begin with `_`.
     """
     shown = {printable(label): handle for label, handle in handles.items()}
     labelled = {(f" {label}" if label.startswith("_") else label): handle for label, handle in shown.items()}
@@ -138,7 +142,7 @@ def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
 
 
 def thin_out(figure: Figure) -> None:
-    """Remove names on the Pareto front that would overlap the name of a more accurate point."""
+    """Remove each name on a Pareto front that would overlap the name of a more accurate point."""
     figure.draw_without_rendering()
     gap = 10 * figure.dpi / 72
     for panel in (panel for place in figure.subfigs for panel in place.axes):

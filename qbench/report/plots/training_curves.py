@@ -1,4 +1,4 @@
-"""Reads curves from metrics.jsonl: learning curves by epoch, output errors by layer."""
+"""Reads curves from the files metrics.jsonl: learning curves over epochs, and output errors over layers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%
 FLOAT_STAGE = "float"
 """The name of the float baselines' curve."""
 PLOT_MAX_SQNR = 60.0
-"""Maximum SQNR in dB in plots. Cosines in single precision cannot resolve larger values."""
+"""Maximum SQNR in dB in plots. The SQNR is computed from a float32 cosine, which cannot resolve larger values."""
 
 
 class SeedCurve(NamedTuple):
-    """The mean over seeds at each position x, with the lowest and the highest value of any seed."""
+    """The mean over seeds at each position x, and the lowest and the highest value of a seed at each x."""
 
     x: list[int]
     mean: list[float]
@@ -27,18 +27,18 @@ class SeedCurve(NamedTuple):
 
 
 Curves = dict[str, dict[str, SeedCurve]]
-"""Maps the method's label, then the widths, to a curve."""
+"""Maps a method's label to a map from widths (as text) to a curve."""
 
 
 def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | None]) -> tuple[Curves, str]:
-    """Return learning curves of settings and their float baselines, and the measure shown.
+    """Return the learning curves of settings and their float baselines, and the name of the measure.
 
-    The measure is validation top-1, or training top-1 if no run has a validation split. Epochs of
-    quantized training are numbered from 1; the last epoch of float training is 0.
+    The measure is validation top-1, or training top-1 if no run has a validation split. The first
+    epoch of quantized training has number 1. The last epoch of float training has number 0.
 
     Args:
         settings: the settings to show.
-        results: results by the run's directory.
+        results: maps a run's directory to its result.
     """
     baselines = {
         run.run: path
@@ -68,7 +68,10 @@ def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | 
 
 
 def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
-    """Return curves of the last `fitted_sqnr` over the layer index, and the names of the layers."""
+    """Return curves of `fitted_sqnr` over the layer index, and the names of the layers.
+
+    The metrics are those that each run recorded last.
+    """
     sqnr = {
         run.run: {name: fitted_sqnr(metrics) for name, metrics in observed(Path(run.run)).items()}
         for s in settings
@@ -84,12 +87,13 @@ def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
 
 
 def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
-    """Return a layer's SQNR in dB at the scale that fits best, at most `PLOT_MAX_SQNR`.
+    """Return a layer's SQNR in dB, computed at the output scale that gives the smallest error.
 
-    Return None if the cosine between the layer's output and the float output was not recorded. The scale is fitted for
-    two reasons. The quantized weights of some methods, such as DoReFa, differ in scale from the latent weights, and
-    normalization removes the scale of a layer's output. At the best scale, the power of the error is the fraction 1 -
-    cosine^2 of the signal's power.
+    The result is at most `PLOT_MAX_SQNR`. It is None if the run did not record the cosine between the layer's output
+    and the float output. At the best scale, the error has the fraction 1 - cosine^2 of the signal's power.
+
+    The scale is fitted for two reasons. The quantized weights of some methods, such as DoReFa, differ in scale from the
+    latent weights. And the next normalization layer removes the scale of the output anyway.
     """
     cosine = metrics.get("cosine")
     if not isinstance(cosine, int | float):
@@ -99,9 +103,9 @@ def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
 
 
 def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
-    """Return the curve over seeds. At each position x, it covers the seeds with a value at x.
+    """Return the curve over seeds, or None if no seed has a value.
 
-    Return None if no seed has a value.
+    At each position x, mean, minimum and maximum are taken over the seeds that have a value at x.
     """
     places = sorted(set().union(*seeds))
     at = [[seed[x] for seed in seeds if x in seed] for x in places]

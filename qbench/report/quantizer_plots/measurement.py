@@ -1,8 +1,8 @@
-"""Measures how a method quantizes single values, in a small layer.
+"""Measures how a method quantizes single values in a small layer.
 
 This module contains no formula of a method. It evaluates each quantizer to obtain values and derivatives. The weights
-are the quantiles of N(0, 1) in a seeded random order. The inputs come from a small network. Quantities that depend on a
-whole tensor are computed from these tensors.
+are the quantiles of N(0, 1) in a seeded random order. The inputs come from a small network. A quantizer whose scale
+depends on a whole tensor computes the scale from these weights or inputs.
 """
 
 import copy
@@ -21,9 +21,9 @@ from qbench.report.quantizer_plots.probe_network import VALUES, ProbeLayer, inst
 from qbench.report.quantizer_plots.transfer_curves import DRAWS, FEW_LEVELS, Codewords, QuantizerCurves, TransferCurve
 
 PICKS = 512
-"""Number of values at which derivatives are taken."""
+"""Number of values at which derivatives are computed."""
 BISECTIONS, MAX_SHARPENED = 24, 64
-"""Number of bisection steps to locate a jump, and maximum number of jumps to locate."""
+"""Number of bisection steps that locate a jump, and maximum number of jumps that are located."""
 GRADIENT_STD = 0.01
 """Standard deviation of the gradient with respect to a layer's output."""
 
@@ -31,7 +31,7 @@ Evaluate = Callable[[nn.Module], Tensor]
 
 
 def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return curves of all parts that a method quantizes, before training.
+    """Return the curves of weights, inputs and outputs, as far as a method quantizes them, before training.
 
     If the method quantizes nothing, return the curve of its float weights. The global random state is restored.
     """
@@ -48,7 +48,7 @@ def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
 
 
 def _weight_curves(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return one curve of the weights per phase shown, or the codewords."""
+    """Return one curve of the weights for each phase that `prepare` returns, or codewords for product quantization."""
     probe = install_in_probe(method, 1, VALUES)
     if (size := _codeword_size(probe.layer)) > 1:
         return [_codewords(method, install_in_probe(method, VALUES // size, size))]
@@ -64,13 +64,13 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
     """Measure a quantizer of weights or inputs.
 
     Args:
-        what: weights or inputs.
-        bits: the width.
-        quantizer: the quantizer to measure.
-        x: the values at which the quantizer is evaluated. If x is `like`, only the elements of the
-            first scale group are kept.
+        what: "weights" or "inputs".
+        bits: the width in bits.
+        quantizer: the quantizer that is measured.
+        x: the values at which the quantizer is evaluated. If `x` is the same tensor as `like`, only
+            the elements of the first scale group are kept.
         like: the tensor whose first scale group determines the levels.
-        tensor: the float tensor for the histogram.
+        tensor: the float tensor whose histogram is drawn behind the curve.
     """
     places, levels = _first_scale_group(quantizer, like)
     places = places if x is like else torch.arange(x.numel())
@@ -90,7 +90,10 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
 
 
 def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCurves:
-    """Measure a method without float weights: its step applies the update x to weights of zero."""
+    """Measure the optimizer step of a method without float weights.
+
+    The step applies the update x to weights that are zero.
+    """
 
     def updated(model: nn.Module) -> Tensor:
         weight = model.get_parameter("middle.weight")
@@ -106,7 +109,7 @@ def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCur
 
 
 def _input_curves(method: Method) -> QuantizerCurves:
-    """Measure the input quantizer over the range of inputs, extended by 20 % on each side."""
+    """Measure the input quantizer over the range of its inputs, extended by 20 % on each side."""
     probe = install_in_probe(method, 1, VALUES)
     columns = VALUES
     if (size := _codeword_size(probe.layer)) > 1:
@@ -115,7 +118,7 @@ def _input_curves(method: Method) -> QuantizerCurves:
     quantizer, behind = probe.layer.input_q, probe.layer.output_q
     tensor = probe.model.middle_inputs(probe.images)
     _, levels = _first_scale_group(quantizer, tensor)
-    # the range covers the 0.1 % and 99.9 % quantiles of the inputs, and the levels if there are few
+    # the range extends from the 0.1 % to the 99.9 % quantile of the inputs, and includes all levels if there are few
     ends = tensor.flatten().sort().values[[tensor.numel() // 1000, -1 - tensor.numel() // 1000]]
     low, high = (end.item() for end in torch.cat([ends, levels] if len(levels) <= FEW_LEVELS else [ends]).aminmax())
     margin = (high - low) / 5
@@ -128,9 +131,9 @@ def _input_curves(method: Method) -> QuantizerCurves:
 
 
 def _sharpened(curve: TransferCurve, quantizer: Quantizer, shape: torch.Size) -> TransferCurve:
-    """Move the two points next to every jump to the jump. All jumps are located at once, by bisection.
+    """Move the two points next to each jump as close to the jump as bisection allows.
 
-    This is valid for quantizers that act element by element.
+    All jumps are located at the same time. The quantizer must act element by element.
     """
     jumps = curve.jumps
     if not 0 < len(jumps) <= MAX_SHARPENED:
@@ -147,7 +150,7 @@ def _sharpened(curve: TransferCurve, quantizer: Quantizer, shape: torch.Size) ->
 
 
 def _output_curves(method: Method) -> QuantizerCurves:
-    """Measure the output quantizer of a layer for the outputs and output gradients of one sample."""
+    """Measure a layer's output quantizer on the outputs of one image and on gradients of these outputs."""
     probe = install_in_probe(method, VALUES, 2)
     prepare(method, probe)
     quantizer, x = probe.layer.output_q, torch.ones(1, 2, 1, 1)
@@ -184,7 +187,7 @@ def _codeword_size(layer: QConv2d) -> int:
 
 
 def _first_scale_group(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the levels of the first scale group, and its indices in the flattened tensor."""
+    """Return the indices of the first scale group in the flattened tensor, and the levels of this group."""
     places = torch.arange(like.numel())
     if (grid := quantizer.grid(like)) is None:
         return places, like.new_zeros(0)
@@ -194,10 +197,10 @@ def _first_scale_group(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tens
 
 
 def _evaluations(module: nn.Module, evaluate: Evaluate) -> Tensor:
-    """Return the results (draws, ...) of `evaluate` on fresh copies of a module.
+    """Return the results of `evaluate` on fresh copies of a module, stacked along a new first dimension.
 
-    A stochastic module is evaluated `DRAWS` times in training mode, a deterministic one once in
-    evaluation mode.
+    A stochastic module is evaluated `DRAWS` times in training mode. A deterministic module is evaluated
+    once in evaluation mode.
     """
 
     def once() -> Tensor:
@@ -210,9 +213,9 @@ def _evaluations(module: nn.Module, evaluate: Evaluate) -> Tensor:
 
 
 def _slopes(quantizer: Quantizer, x: Tensor, places: Tensor) -> Tensor:
-    """Return the diagonal of the quantizer's Jacobian at some places (indices).
+    """Return the derivative of an element's quantized value with respect to this element, for some elements of x.
 
-    An entry is the derivative of an element's quantized value with respect to this element.
+    `places` are the indices of these elements in the flattened x.
     """
     x = x.detach().clone().requires_grad_()
     y = copy.deepcopy(quantizer).eval()(x)
@@ -226,7 +229,14 @@ def _slopes(quantizer: Quantizer, x: Tensor, places: Tensor) -> Tensor:
 
 
 def _transfer_curve(x: Tensor, values: Tensor, levels: Tensor, tensor: Tensor) -> TransferCurve:
-    """Return the curve from x (n,), ascending, to the mean of values (draws, n)."""
+    """Return the curve from x to the mean of the values.
+
+    Args:
+        x: n float values in ascending order, of shape (n,).
+        values: results of each evaluation, of shape (evaluations, n).
+        levels: the levels that the quantizer declares.
+        tensor: the float tensor whose histogram is drawn behind the curve.
+    """
     band = (values.amin(0), values.amax(0)) if len(values) > 1 else None
     return TransferCurve(x, values.mean(0) if band else values[0], band, levels, tensor.flatten())
 
@@ -237,7 +247,7 @@ def _sorted(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _evenly_spaced(x: Tensor) -> Tensor:
-    """Return indices into the ascending x (n,). The chosen elements are spread evenly over the range of x."""
+    """Return the indices of elements that are spread evenly over the range of x. The elements of x ascend."""
     wanted = torch.linspace(x[0].item(), x[-1].item(), PICKS)
     places: Tensor = torch.unique_consecutive(torch.searchsorted(x, wanted).clamp(max=len(x) - 1))
     return places

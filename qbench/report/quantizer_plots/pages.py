@@ -1,4 +1,7 @@
-"""Draws figures of quantizers: one method with one row per quantized part, or all methods."""
+"""Draws figures of quantizers, either of one method or of all methods.
+
+A figure shows weights, inputs and outputs separately, as far as a method quantizes them.
+"""
 
 import os
 from collections.abc import Mapping
@@ -21,9 +24,9 @@ from qbench.report.quantizer_plots.panels import (
 from qbench.report.quantizer_plots.transfer_curves import Codewords, QuantizerCurves
 
 WIDTH, DPI = 10, 120
-"""Width of a figure in inches; dots per inch."""
+"""Width of a figure in inches, and number of dots per inch."""
 COLUMNS, LISTED_THRESHOLDS = 3, 7
-"""Tiles per row of the poster, and maximum number of thresholds written out."""
+"""Number of tiles per row of the poster, and maximum number of thresholds that are written below a curve."""
 TITLE = "Quantizers of all methods"
 SUBTITLE = (
     "Left: forward; right: backward; both measured on the quantizers before training. Weights follow N(0, 1); "
@@ -57,7 +60,7 @@ def method_figure(method: Method, title: str, command: str) -> Figure:
 
 
 def poster_figure(methods: Mapping[str, Method]) -> Figure:
-    """Return the figure of all methods, with one tile per part that a method quantizes."""
+    """Return the figure of all methods, with one tile for each tensor (weights, inputs, outputs) that is quantized."""
     tiles = [(name, curves) for name, method in methods.items() for curves in measure_quantizers(method)]
     tall, wide, top, bottom = 1.36, WIDTH / COLUMNS, 0.78, 0.5
     total_height = tall * -(-len(tiles) // COLUMNS) + top + bottom
@@ -85,7 +88,7 @@ def _figure(height: float) -> Figure:
 
 
 def _draw_pair(left: Axes, right: Axes, curves: QuantizerCurves | Codewords, sizes: PlotSizes) -> None:
-    """Draw the forward and backward curves into two panels."""
+    """Draw the forward curve into the left panel and the backward curve into the right panel."""
     if not isinstance(curves, QuantizerCurves):
         draw_codewords(left, right, curves, sizes)
         return
@@ -97,7 +100,7 @@ def _draw_pair(left: Axes, right: Axes, curves: QuantizerCurves | Codewords, siz
 
 
 def _heading(curves: QuantizerCurves | Codewords) -> str:
-    """Return the name of the quantized part, with its width and number of levels."""
+    """Return a heading that names the quantized tensor, its width and its number of levels."""
     if not isinstance(curves, QuantizerCurves):
         return f"weights, W{curves.bits}: {len(curves.points)} codewords of {curves.points.shape[1]} weights"
     if curves.bits == FLOAT:
@@ -109,7 +112,7 @@ def _heading(curves: QuantizerCurves | Codewords) -> str:
 
 
 def _titles(curves: QuantizerCurves | Codewords) -> tuple[str, str]:
-    """Return the titles of both panels."""
+    """Return the titles of the left and the right panel."""
     if not isinstance(curves, QuantizerCurves):
         no_gradient = "no gradient reaches the weights: codes are fixed"
         return _heading(curves), no_gradient if curves.fixed else "one weight of each"
@@ -121,7 +124,7 @@ def _titles(curves: QuantizerCurves | Codewords) -> tuple[str, str]:
 
 
 def _axes(curves: QuantizerCurves | Codewords) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Return the labels (x, y) of both panels, with the thresholds if there are few."""
+    """Return the axis labels (x, y) of the left and the right panel. A few thresholds are added to the left x label."""
     if not isinstance(curves, QuantizerCurves):
         rank = f"of {curves.points.shape[1]} weights"
         return (f"the first {rank}", "the second"), (f"float w, the first {rank}", r"quantized $\hat{w}$")

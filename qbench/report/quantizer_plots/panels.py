@@ -1,4 +1,4 @@
-"""Draws one curve into one panel, in the colours of Okabe and Ito and with marks of different shapes."""
+"""Draws one curve into one panel. The colours are those of Okabe and Ito, and the marks have different shapes."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, SKY, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"
 DASHES = (0, (4, 0.7))
 MAX_STEPS = 64
-"""Maximum number of jumps in a staircase. A curve with more jumps is drawn as a line."""
+"""Maximum number of jumps of a curve that is drawn as a staircase. A curve with more jumps is drawn as a line."""
 MAX_LARGE_MARKS, MIN_ZOOMED = 9, 60
-"""Maximum number of thresholds with large marks, and minimum number of values in a magnified part."""
+"""Maximum number of thresholds that get large marks, and minimum number of values in a magnified section."""
 BINS, MARGIN = 60, 0.08
 """Number of bins of the histogram, and margin of an axis as a fraction of its range."""
 
 
 class PlotSizes(NamedTuple):
-    """Sizes of text, lines and marks in points, axis fraction per tick label, format of levels."""
+    """The sizes in a plot: text, lines and marks in points, the axis fraction per tick label, the format of levels."""
 
     text: float
     line: float
@@ -37,7 +37,7 @@ LARGE, SMALL = PlotSizes(9, 2.2, 7, 0.08, ".3g"), PlotSizes(7, 1.5, 4, 0.13, ".2
 def draw_curve(
     panel: Axes, curve: TransferCurve, sizes: PlotSizes, frozen: Tensor | None = None, picks: Tensor | None = None
 ) -> None:
-    """Draw a curve x -> y: a staircase, a mean with its band, or dots if some values are frozen."""
+    """Draw a curve x -> y as a staircase, as a mean with its band, or as dots if some values are frozen."""
     x, y = curve.x.numpy(), curve.y.numpy()
     levels = curve.levels.numpy() if frozen is None else np.unique(y[frozen.numpy()])
     few = levels if 0 < len(levels) <= FEW_LEVELS else levels[:0]
@@ -61,9 +61,9 @@ def draw_curve(
 
 
 def draw_zoom(panel: Axes, curve: TransferCurve, sizes: PlotSizes) -> None:
-    """Draw the five levels around zero into a corner, magnified.
+    """Draw a magnified section of the curve, with the five levels around zero, into a corner of the panel.
 
-    Nothing is drawn if the curve has few levels, or if too few values lie between these five levels.
+    Nothing is drawn if the curve has few levels, or if too few values are between these five levels.
     """
     levels, x = curve.levels.numpy(), curve.x.numpy()
     if len(levels) <= FEW_LEVELS:
@@ -107,9 +107,10 @@ def draw_slope(panel: Axes, curves: QuantizerCurves, sizes: PlotSizes) -> None:
 
 
 def draw_codewords(left: Axes, right: Axes, codewords: Codewords, sizes: PlotSizes) -> None:
-    """Draw codewords and the encoded vectors in two dimensions into the left panel.
+    """Draw codewords and the vectors that they encode.
 
-    The right panel maps one weight of each vector to its quantized value.
+    The left panel shows the first two dimensions. The right panel shows the quantized value of one weight of each
+    vector over its float value.
     """
     size = sizes.mark**2
     left.scatter(*codewords.vectors[:, :2].T.numpy(), s=size / 8, color="0.75", lw=0)
@@ -131,7 +132,7 @@ def _draw_dots(panel: Axes, x: Tensor, y: Tensor, frozen: Tensor, sizes: PlotSiz
 def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
     """Draw the histogram of a float tensor in the background.
 
-    The highest bar is cut to the height of the second highest. It may contain the zeros of ReLU, for example.
+    The highest bar is cut to the height of the second highest, because it may contain the many zeros after a ReLU.
     """
     counts, edges = np.histogram(tensor.numpy(), bins=BINS)
     heights = (counts / max(np.sort(counts)[-2], 1)).clip(max=1)
@@ -139,7 +140,7 @@ def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
 
 
 def legend_handles(measured: list[QuantizerCurves | Codewords]) -> list[Artist]:
-    """Return the legend entries for the elements of these curves."""
+    """Return the legend entries for the graphical elements that occur in these curves."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -164,22 +165,23 @@ def legend_handles(measured: list[QuantizerCurves | Codewords]) -> list[Artist]:
 
 
 def format_number(value: float, digits: str) -> str:
-    """Return a number formatted for an axis, with a typographic minus sign and without -0."""
+    """Return a number as text for an axis. The minus sign is typographic, and -0 is written as 0."""
     text = f"{value:{digits}}"
     return (f"{0:{digits}}" if not float(text) else text).replace("-", "\u2212")
 
 
 def _limits(*values: "NDArray[np.generic]") -> tuple[float, float]:
-    """Return the ends of an axis that shows all values."""
+    """Return the lower and the upper end of an axis on which all values are visible."""
     low, high = (float(end(np.concatenate(values))) for end in (np.min, np.max))
     margin = MARGIN * ((high - low) or 1)
     return low - margin, high + margin
 
 
 def _spread_out(levels: list[float], gap: float) -> list[float]:
-    """Return levels whose labels do not overlap.
+    """Return the levels that get labels, chosen so that labels are at least `gap` apart.
 
-    The ends and zero are chosen first. Then the level farthest from all chosen levels is added, repeatedly.
+    The lowest level, the highest level and zero are chosen first. Then the level that is farthest from all chosen
+    levels is added, until no label fits any more.
     """
     kept = [levels[0], *levels[1:][-1:]]
     rest = sorted(levels, key=abs)

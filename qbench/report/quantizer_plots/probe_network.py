@@ -18,11 +18,14 @@ from qbench.quant.quantizer import Quantizer
 VALUES = 4096
 IMAGES, FEATURES, CLASSES = 64, 64, 3
 EPOCHS = 20
-"""Number of epochs that incremental methods get for freezing all weights. Nothing is trained."""
+"""Number of epochs within which incremental methods freeze all weights. The network is not trained in these epochs."""
 
 
 class ProbeNetwork(nn.Sequential):
-    """Three 1x1 convolutions. The middle one follows normalization and activation, and is quantized."""
+    """Network of three 1x1 convolutions.
+
+    The middle convolution is quantized. Its input is normalized and has passed an activation.
+    """
 
     def __init__(self, rows: int, columns: int, norm: str) -> None:
         bn = nn.Identity() if norm == "none" else nn.BatchNorm2d(columns, affine=norm == "affine", momentum=1)
@@ -44,14 +47,17 @@ class ProbeNetwork(nn.Sequential):
 
 
 def normal_values(count: int) -> Tensor:
-    """Return quantiles of N(0, 1) at the centers of `count` equal bins, shuffled, float32."""
+    """Return `count` quantiles of N(0, 1) in random order, as float32.
+
+    The quantiles are taken at the centers of `count` bins of equal probability.
+    """
     ranks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     ascending: Tensor = torch.special.ndtri(ranks).float()
     return ascending[torch.randperm(count)]
 
 
 class ProbeLayer(NamedTuple):
-    """The network, its quantized middle layer, and input images."""
+    """The probe network, its quantized middle layer, and images for the network."""
 
     model: ProbeNetwork
     layer: QConv2d
@@ -59,7 +65,7 @@ class ProbeLayer(NamedTuple):
 
 
 def install_in_probe(method: Method, rows: int, columns: int) -> ProbeLayer:
-    """Return a network with a method in the middle layer, with weights (rows, columns, 1, 1)."""
+    """Return a probe network whose middle layer is quantized and has weights of shape (rows, columns, 1, 1)."""
     model, images = ProbeNetwork(rows, columns, method.requires.norm or "affine"), torch.randn(IMAGES, FEATURES, 1, 1)
     model.train()(images)  # let the normalization of the float network adapt to its inputs
     install(method, model)
@@ -69,11 +75,10 @@ def install_in_probe(method: Method, rows: int, columns: int) -> ProbeLayer:
 
 
 def prepare(method: Method, probe_layer: ProbeLayer) -> list[tuple[str, Quantizer]]:
-    """Prepare a method and begin all its epochs.
+    """Prepare a method, begin all its epochs, and return its weight quantizer in one or two phases.
 
-    Return pairs of a phase's name and the weight quantizer in that phase. The last pair is the state at the end. For
-    incremental methods, another pair comes first: the state of the first epoch in which at least half of the weights,
-    but not all, are frozen.
+    Each phase is a pair of a name and the quantizer. The last pair is the state at the end. For incremental methods, it
+    is preceded by the state in the first epoch in which at least half of the weights, but not all, are frozen.
     """
     model, quantizer = probe_layer.model, probe_layer.layer.weight_q
     probe = Probe([(probe_layer.images, torch.arange(IMAGES) % CLASSES)], F.cross_entropy)

@@ -1,4 +1,4 @@
-"""Defines the measured curves of quantizers: functions of single values, and codewords of vectors."""
+"""Defines the measured curves of quantizers, which are functions of single values or codewords for vectors."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 DRAWS = 200
-"""Number of evaluations of a stochastic quantizer."""
+"""Number of times that a stochastic quantizer is evaluated."""
 FEW_LEVELS = 17
-"""Largest number of levels that a plot shows one by one."""
+"""Largest number of levels that a plot shows individually."""
 
 
 class TransferCurve(NamedTuple):
     """A measured function x -> y.
 
     Args:
-        x: (n,) float values, ascending.
-        y: (n,) function values, or their mean for a stochastic function.
-        band: smallest and largest y, (n,) each; None for a deterministic function.
-        levels: the levels that the quantizer declares, ascending.
+        x: n float values in ascending order, of shape (n,).
+        y: the function's value at each x, or its mean for a stochastic function, of shape (n,).
+        band: the smallest and the largest value at each x, both of shape (n,). None for a deterministic function.
+        levels: the levels that the quantizer declares, in ascending order.
         tensor: the float tensor for which the function was measured.
     """
 
@@ -31,17 +31,17 @@ class TransferCurve(NamedTuple):
 
     @property
     def jumps(self) -> Tensor:
-        """The indices after which y jumps. Empty for a stochastic function."""
+        """The indices of the points directly before a jump of y. The result is empty for a stochastic function."""
         return self.y.diff().nonzero().flatten() if self.band is None else torch.zeros(0, dtype=torch.long)
 
     @property
     def thresholds(self) -> Tensor:
-        """The x of the jumps, half way between the neighbouring points."""
+        """The positions of the jumps, each half way between the two neighbouring x."""
         return (self.x[self.jumps] + self.x[self.jumps + 1]) / 2
 
     @property
     def heights(self) -> Tensor:
-        """The y of every step. There is one more step than there are jumps."""
+        """The value y on each step of the staircase. There is one more step than there are jumps."""
         return self.y[torch.cat([torch.zeros(1, dtype=torch.long), self.jumps + 1])]
 
 
@@ -50,15 +50,15 @@ class QuantizerCurves:
     """The measured quantization of a layer's weights, inputs or outputs.
 
     Args:
-        what: weights, inputs or outputs.
-        bits: the width.
-        forward: the curve float value -> quantized value.
-        picks: (m,) indices into forward.x, spread evenly over its range.
-        slope: (m,) derivative of the quantized value at the picks; None for outputs.
-        backward: for outputs, the curve incoming gradient -> outgoing gradient.
-        frozen: (n,) whether each value of forward.x is frozen. None if none or all are frozen.
-        when: the phase of an incremental method.
-        notes: remarks needed to read the curve correctly.
+        what: "weights", "inputs" or "outputs".
+        bits: the width in bits.
+        forward: the curve from a float value to its quantized value.
+        picks: m indices into `forward.x`, of shape (m,). The values at these indices are spread evenly over the range.
+        slope: the derivative of the quantized value at each pick, of shape (m,). None for outputs.
+        backward: the curve from the incoming to the outgoing gradient, for outputs. Otherwise None.
+        frozen: whether each value of `forward.x` is frozen, of shape (n,). None if no values or all values are frozen.
+        when: the name of the phase of an incremental method.
+        notes: remarks that are needed to read the curve correctly.
     """
 
     what: str
@@ -74,13 +74,13 @@ class QuantizerCurves:
 
 @dataclass(frozen=True)
 class Codewords:
-    """Codewords, each of which encodes s weights.
+    """The k codewords of a product quantizer. Each codeword encodes a group of s weights.
 
     Args:
-        bits: the width.
-        vectors: (n, s) groups of float weights.
-        decoded: (n, s) the codeword of each group.
-        points: (k, s) all codewords.
+        bits: the width in bits.
+        vectors: n groups of float weights, of shape (n, s).
+        decoded: the codeword of each group, of shape (n, s).
+        points: all codewords, of shape (k, s).
         fixed: whether no gradient reaches the float weights.
     """
 

@@ -1,4 +1,4 @@
-"""Formats the row that is printed at the end of a run: accuracies, widths, size, BitOps, time."""
+"""Formats the row that is printed at the end of a run, with its accuracies, widths, size, BitOps and time."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ HEAD = ("method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", 
 def row(results: Sequence[Result], width: int | None = None) -> str:
     """Return a table with one line per result, followed by the runs' directories and remarks.
 
-    A table wider than `width` characters is printed vertically, one line per cell.
+    If the table is wider than `width` characters, it is printed vertically, with one line per cell.
     """
     remarks = [line for result in results for line in _remarks(result)]
     table = text([Table(HEAD, [cells(result) for result in results])])
@@ -27,7 +27,7 @@ def row(results: Sequence[Result], width: int | None = None) -> str:
 
 
 def cells(result: Result) -> tuple[str, ...]:
-    """Return a result's cells in the order of `HEAD`.
+    """Return the cells of a result's row, in the order of `HEAD`.
 
     Accuracies are test top-1 in percent after the last epoch.
     """
@@ -51,7 +51,7 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def _remarks(result: Result) -> list[str]:
-    """Return notes on a run: its directory, and either what the accuracy is or why it is missing."""
+    """Return lines with a run's directory, and with the meaning of its accuracy or the reason why it is missing."""
     top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
     if result.synthetic:
         top1 += "; synthetic data, not comparable with papers"

@@ -11,12 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 from qbench.report.tables import escape
 
 NUMBERS = frozenset("0123456789+-.±")
-"""First characters of cells that count as numbers."""
+"""Characters with which the text of a number can begin."""
 
 
 @runtime_checkable
 class JsonRow(Protocol):
-    """A table value that is converted to JSON only when the table is written."""
+    """An object in `Table.values` that is converted to JSON only when the table is written."""
 
     def to_json(self) -> dict[str, object]:
         """Return the value as plain JSON values."""
@@ -24,10 +24,10 @@ class JsonRow(Protocol):
 
 @dataclass
 class Table:
-    """A table of text: title, column heads, rows and notes.
+    """A table of text with a title, column heads, rows and notes.
 
-    `values` holds one value per row, from which the row was made. Each is a plain value or a `JsonRow`. JSON output and
-    sorting use them.
+    `values` contains the object from which each row was made. The object is a plain value or a `JsonRow`, and it is
+    used for JSON output and for sorting.
     """
 
     head: tuple[str, ...]
@@ -38,7 +38,7 @@ class Table:
 
 
 def text(tables: Sequence[Table]) -> str:
-    """Return tables as text for a terminal, as wide as the longest rows."""
+    """Return tables as text for a terminal. Long rows are not wrapped."""
     from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
@@ -77,9 +77,9 @@ def markdown(tables: Sequence[Table], *, links: bool = False) -> str:
 
 
 def comma_separated(tables: Sequence[Table]) -> str:
-    """Return all tables as one CSV.
+    """Return all tables as one CSV text.
 
-    The first column is the table's title, or `note` in the rows of notes.
+    The first column contains the table's title. In rows that contain a note, it contains `note`.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -96,7 +96,7 @@ def comma_separated(tables: Sequence[Table]) -> str:
 
 
 def as_json(tables: Sequence[Table]) -> str:
-    """Return JSON with the title, rows (as plain values) and notes of every table."""
+    """Return JSON text with the title, the rows and the notes of every table. Rows are plain values instead of text."""
     plain = [
         {"title": t.title, "rows": [v.to_json() if isinstance(v, JsonRow) else v for v in t.values], "notes": t.notes}
         for t in tables
@@ -105,7 +105,7 @@ def as_json(tables: Sequence[Table]) -> str:
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """Return a LaTeX tabular for each table. The rules need the package booktabs."""
+    """Return a LaTeX tabular environment for each table. The horizontal lines need the package booktabs."""
     parts = []
     for table in tables:
         lines = [escape.latex_comment(table.title)] if table.title else []
@@ -133,7 +133,7 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Return for each column whether it holds only numbers and is therefore aligned right."""
+    """Return for each column whether it contains only numbers. Such columns are aligned right."""
     return [all(not cell or cell[0] in NUMBERS for cell in column) for column in zip(*table.rows, strict=True)]
 
 
