@@ -1,4 +1,4 @@
-"""Chooses one bit width per layer under a budget, by integer programming."""
+"""Chooses one bit width for each layer, so that the network meets a budget, by integer programming."""
 
 import re
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ from qbench.errors import ConfigError
 from qbench.report.tables.units import si_format
 
 WidthValues = Mapping[str, Mapping[int, float]]
-"""Maps layer -> width -> value."""
+"""Maps a layer's name to a map from widths in bits to values."""
 
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 TOLERANCE = 1e-6
-"""Fraction of the budget by which the solver may exceed the budget."""
+"""Amount by which the solver's solution may exceed the budget, as a fraction of the budget."""
 
 
 class Budget(NamedTuple):
-    """An upper bound on one kind of cost of a network.
+    """An upper limit on one kind of cost of a network.
 
-    The kind is `bytes`, `bitops` or `w`. `w` is the mean number of bits per quantized weight.
+    The kind is `bytes`, `bitops` or `w`, where `w` is the mean number of bits per quantized weight.
     """
 
     kind: str
@@ -29,11 +29,11 @@ class Budget(NamedTuple):
 
 
 class BudgetInfeasible(ValueError):
-    """Raised if no choice of widths meets the budget."""
+    """No choice of widths meets the budget."""
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse a budget such as bytes=20k, bitops=1G or w=3.
+    """Return the budget that a text such as bytes=20k, bitops=1G or w=3 describes.
 
     Raises:
         ConfigError: the text has another form.
@@ -41,31 +41,32 @@ def parse_budget(text: str) -> Budget:
     match = re.fullmatch(r"(bytes|bitops|w)=(\d+(?:\.\d*)?|\.\d+)([kMGT]?)", text)
     if not match or (match[1] == "w" and match[3]):
         raise ConfigError(
-            f"--budget {text}: not valid; allowed: a budget such as bytes=20k, bitops=1G or w=3 (k, "
-            f"M, G, T are powers of 1000)"
+            f"--budget {text}: must be a kind of cost and its limit\ntype for example bytes=20k, bitops=1G or w=3 "
+            f"(k, M, G and T are powers of 1000)"
         )
     return Budget(match[1], float(match[2]) * UNITS[match[3]])
 
 
 def sum_over_layers(values: WidthValues, widths: Mapping[str, int]) -> float:
-    """Return the sum over layers of the values at the chosen widths."""
+    """Return the sum of the layers' values at the chosen widths."""
     return sum(values[name][width] for name, width in widths.items())
 
 
 def cost_range(costs: WidthValues) -> tuple[float, float]:
-    """Return the lowest and the highest total cost of any choice of widths."""
+    """Return the lowest and the highest total cost that a choice of widths can have."""
     return sum(min(layer.values()) for layer in costs.values()), sum(max(layer.values()) for layer in costs.values())
 
 
 def allocate_widths(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int]:
-    """Return layer -> width with the smallest sum of losses at a total cost of at most `limit`.
+    """Return the width of each layer that gives the smallest sum of losses at a total cost of at most `limit`.
 
-    scipy's milp (HiGHS) solves the problem, with one binary variable per layer and width.
+    scipy's milp (HiGHS) solves the problem, with one binary variable for each layer and width.
 
     Args:
-        loss, costs: layer -> width -> value. Both have the same layers and widths, and every layer
-            has at least one width.
-        limit: upper bound of the sum of `costs`.
+        loss: loss of each layer at each width.
+        costs: cost of each layer at each width. The layers and widths are those of `loss`, and every layer has at least
+            one width.
+        limit: upper limit of the total cost.
 
     Raises:
         BudgetInfeasible: even the cheapest widths cost more than `limit`.
@@ -80,7 +81,7 @@ def allocate_widths(loss: WidthValues, costs: WidthValues, limit: float) -> dict
 
 
 def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int] | None:
-    """Return the optimum of the integer program, or None if the solver finds no solution."""
+    """Return the width of each layer in the optimum of the integer program, or None if the solver finds no solution."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -104,7 +105,10 @@ def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int
 
 
 def largest_uniform_width(costs: WidthValues, limit: float) -> dict[str, int] | None:
-    """Return layer -> width for the largest uniform width under the budget, or None."""
+    """Return the largest width that all layers support and at which they meet the budget, for each layer.
+
+    The result is None if there is no such width.
+    """
     shared = set.intersection(*(set(layer) for layer in costs.values()))
     for width in sorted(shared, reverse=True):
         if sum(layer[width] for layer in costs.values()) <= limit:

@@ -1,6 +1,6 @@
-"""Evaluates a finished run on its test split or on other data.
+"""Evaluates a finished run on its own test split or on that of another data set.
 
-The results are accuracy, calibration and predictions.
+The results are accuracy, calibration error and predictions.
 """
 
 import csv
@@ -31,10 +31,10 @@ PREDICTION_FIELDS = np.dtype([("index", "<i8"), ("label", "<i8"), ("predicted", 
 
 @dataclass(frozen=True)
 class EvaluatedSplit:
-    """Results on n test images, in percent.
+    """Results on n test images.
 
-    The results are accuracy, the 95 % confidence interval of top-1, and the expected calibration
-    error.
+    `low` and `high` are the ends of the 95 % confidence interval of top-1. These and
+    `calibration_error` are in percent.
     """
 
     n: int
@@ -48,8 +48,8 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> 
     """Return the expected calibration error in percent (Guo et al. 2017, arXiv 1706.04599, eq. 3).
 
     Args:
-        confidence: (n,), probability of the predicted class, in [0, 1].
-        correct: (n,), bool, whether the predicted class equals the label.
+        confidence: probability of the predicted class for n images, of shape (n,), in [0, 1].
+        correct: whether the predicted class equals the label, bool of shape (n,).
         bins: number of bins of equal width. A bin includes its upper end but not its lower end.
     """
     index = (confidence.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)
@@ -58,9 +58,9 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> 
 
 
 def proportion_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the exact 95 % confidence interval of a proportion, in percent.
+    """Return the lower and upper end of the exact 95 % confidence interval of a proportion, in percent.
 
-    The method is that of Clopper and Pearson 1934.
+    Source: Clopper and Pearson 1934.
     """
     from scipy.stats import binomtest
 
@@ -72,13 +72,14 @@ def evaluate(
     run: Path, words: Sequence[str] = (), *, weights: str = "last", predictions: Path | None = None,
     device: str = "auto",
 ) -> Table:  # fmt: skip
-    """Return a table with one row, the results of a finished run on the test split of a data set.
+    """Return a table with one row, which has the results of a finished run on a test split.
 
     Args:
         run: the directory of the run.
-        words: overrides that name another data set. If empty, the run's own data set is used.
-        predictions: file to write, .csv or .npy, with index, label, predicted class and probability
-            of the predicted class for every image.
+        words: command-line overrides that name another data set. If empty, the run's data set is used.
+        weights: `best` or `last`, the checkpoint that is evaluated.
+        predictions: a .csv or .npy file into which the predictions are written, or None. It gets the index, the label,
+            the predicted class and its probability for every image.
 
     Raises:
         ConfigError: the other data set has a different image shape or different classes.
@@ -116,7 +117,7 @@ def _other_dataset(own: Dataset, node: Mapping[str, Any]) -> Dataset:
             f"{own.classes} classes and {own.shape} images\nallowed: data sets with the same shape and classes"
         )
     if not len(data.test):
-        raise ConfigError(f"dataset={node['name']}: its test split is empty")
+        raise ConfigError(f"dataset={node['name']}: the test split is empty; choose another data set")
     return replace(data, mean=own.mean, std=own.std)
 
 
@@ -138,12 +139,12 @@ def _table(
     )
     table.notes += [
         "these are test results: select runs by validation accuracy, not by this table",
-        "95 % confidence interval: Clopper-Pearson over test images; it does not include the variation over seeds",
+        "95 % interval: Clopper-Pearson confidence interval over test images, without the variation between seeds",
         f"ECE: expected calibration error, {BINS} bins of equal width",
     ]
     if other:
         table.notes.append(
-            "images are normalized as in the run; class i of this data set is compared with class "
+            "images are normalized with the constants of the run's data set; class i of this data set counts as class "
             "i of the run's data set"
         )
     if data.synthetic:

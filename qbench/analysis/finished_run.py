@@ -16,7 +16,7 @@ from qbench.runs.result import Result, load_result
 
 
 class FinishedRun(NamedTuple):
-    """The result and setup of a run, and its network in eval mode on the run's device."""
+    """The result, the setup and the network of a finished run. The network is in eval mode, on the run's device."""
 
     result: Result
     setup: ExperimentSetup
@@ -24,7 +24,12 @@ class FinishedRun(NamedTuple):
 
 
 def load_finished_run(run: Path, weights: str = "last", device: str = "auto") -> FinishedRun:
-    """Load a finished run with the weights of the `last` epoch or the `best` validation accuracy.
+    """Return a finished run with the weights of the last epoch or those of the best validation accuracy.
+
+    Args:
+        run: the directory of the run.
+        weights: `last` or `best`.
+        device: the device on which the network is placed, a value of `runtime.device`.
 
     Raises:
         CheckpointError: the run is not done, or a file is missing or damaged.
@@ -32,17 +37,20 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
     """
     result = load_result(run)
     if result is None and not (run / "config.yaml").exists():
-        raise CheckpointError(f"{run} is not a run directory: it has no config.yaml\nto list runs: qbench list runs")
+        raise CheckpointError(
+            f"{run} is not a run directory, because it has no config.yaml\nto list runs, type: qbench list runs"
+        )
     if result is None and not (run / "result.json").exists():
         raise CheckpointError(
-            f"{run} is not finished: it has no result.json\nto continue it, repeat the command that started it"
+            f"{run} is not finished, because it has no result.json\n"
+            "to continue the run, repeat the command that started it"
         )
     if result is not None and result.status != "done":
         raise CheckpointError(
-            f"{run} has no finished network: its status is {result.status}: {result.reason}".splitlines()[0]
+            f"{run} has no trained network, because its status is {result.status}: {result.reason}".splitlines()[0]
         )
     setup, model = load_finished_network(run, weights=weights, device=device)
-    if result is None:  # `load_finished_network` has refused damaged results
+    if result is None:  # `load_finished_network` has already raised an error if result.json is damaged
         raise CheckpointError(f"{run / 'result.json'} is missing")
     return FinishedRun(result, setup, model.to(setup.device).eval())
 
@@ -50,7 +58,7 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
 def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
     """Return batches of the first validation images, and a note that names the split.
 
-    Without a validation split, the batches hold training images.
+    If the run has no validation split, the batches contain training images.
     """
     split = "val" if len(setup.data.val) else "train"
     batches = list(setup.loader().unaugmented(split, images))
@@ -61,15 +69,15 @@ def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch]
 
 
 def probe_batches(setup: ExperimentSetup) -> list[Batch]:
-    """Return batches of the probe. The probe holds the training images on which methods measure statistics.
+    """Return the batches of the probe, which are the training images on which methods measure statistics.
 
-    The batches also serve to recompute batch normalization statistics.
+    Batch normalization statistics are also recomputed on these images.
     """
     return list(setup.loader().unaugmented("train", PROBE_IMAGES))
 
 
 def bn_note(recompute: bool) -> str:
-    """Return a note on whether batch normalization statistics are recomputed."""
+    """Return a note that says whether batch normalization statistics are recomputed or kept."""
     return f"recomputed on {PROBE_IMAGES} training images" if recompute else "kept"
 
 
@@ -79,9 +87,10 @@ def load_finished_network(
     """Return the setup of a finished run and its quantized network, on the CPU.
 
     Args:
+        run: the directory of the run.
         weights: `best` for the weights with the best validation accuracy, `last` for those of the
             last epoch.
-        device: the value of `runtime.device` in `ExperimentSetup.config`.
+        device: the value of `runtime.device` in the returned setup's configuration.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the data set holds other images.

@@ -1,9 +1,10 @@
 """Compares straight-through gradients with the gradients of a smoothed network, layer by layer.
 
-A quantizer's staircase Q has no useful derivative. A method therefore uses another function in the backward pass. Its
-straight-through gradients are not the gradients of the forward pass. A smoothed network has true gradients. Its
-quantizers compute E[Q(x + sigma z)], z ~ N(0, 1). This function is smooth and, for small sigma, close to Q. This module
-compares both gradients at the same weights. The choice of sigma is a convention, so several values are measured.
+A quantizer's staircase Q has no useful derivative, so a method uses the derivative of another function in the backward
+pass. The resulting straight-through gradients are not the gradients of the forward pass. In the smoothed network, each
+quantizer computes E[Q(x + sigma z)] with z ~ N(0, 1). This function is smooth, and it is close to Q for small sigma.
+The smoothed network therefore has true gradients. This module compares both kinds of gradient at the same weights. No
+value of sigma is the right one, so several values are measured.
 """
 
 import copy
@@ -21,28 +22,30 @@ from qbench.quant.quantizer import Quantizer
 from qbench.report.tables.table import Table
 
 SIGMAS = (0.25, 0.5, 1.0)
-"""Standard deviations of the noise, in steps of the quantizer."""
+"""Standard deviations of the noise that are measured, in steps of the quantizer."""
 
 VERDICT_SIGMA = 0.5
-"""Standard deviation of the noise, in steps, that verdicts on claims use."""
+"""Standard deviation of the noise that verdicts on claims use, in steps of the quantizer."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LayerMismatch = dict[str, tuple[float, float]]
-"""Layer -> (cosine, bias)."""
+"""Maps a layer to the cosine and the bias of its straight-through gradient."""
 Mismatch = dict[str, dict[str, LayerMismatch]]
-"""Sigma (as text) -> backward pass -> layer -> (cosine, bias)."""
+"""Maps sigma (as text) and then the name of a backward pass to the mismatch of all layers."""
 
 
 def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: float) -> Tensor:
-    """Return E[Q(x + sigma z)], z ~ N(0, 1), for a staircase Q.
+    """Return E[Q(x + sigma z)] with z ~ N(0, 1) for a staircase Q.
 
-    Q rises to the next level at each threshold t. The expectation equals levels[0] plus the sum
-    over thresholds of rise times Phi((x - t) / sigma). Its derivative is the sum over thresholds of
-    rise times a Gaussian density with mean t and standard deviation sigma.
+    At each threshold t, Q rises by r to the next level. The expectation equals levels[0] plus the sum of
+    r Phi((x - t) / sigma) over all thresholds, where Phi is the distribution function of N(0, 1). Its derivative is the
+    sum of r times a Gaussian density with mean t and standard deviation sigma.
 
     Args:
-        thresholds: (m,), ascending.
-        levels: (m + 1,), ascending.
+        x: the inputs, of any shape.
+        thresholds: the m thresholds in ascending order, of shape (m,).
+        levels: the m + 1 levels in ascending order, of shape (m + 1,).
+        sigma: standard deviation of the noise, in units of x.
     """
     y = levels[0].expand_as(x)
     for threshold, rise in zip(thresholds, levels[1:] - levels[:-1], strict=True):
@@ -51,10 +54,10 @@ def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: flo
 
 
 class SmoothedHalfWave(Quantizer):
-    """The expectation of a half-wave quantizer under noise.
+    """The expectation of a half-wave quantizer's output when noise is added to its input.
 
-    The quantizer is zero for negative inputs and has positive levels for positive inputs. `sigma`
-    is in units of a step, which is the first positive level.
+    A half-wave quantizer is zero for negative inputs and has positive levels for positive inputs.
+    `sigma` is the standard deviation of the noise in units of the first positive level.
     """
 
     levels: Tensor
@@ -65,17 +68,14 @@ class SmoothedHalfWave(Quantizer):
         self.sigma = sigma * float(positive[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the expectation of the quantizer's output under noise."""
+        """Return the expected output of the quantizer."""
         thresholds = (self.levels[1:] + self.levels[:-1]) / 2
         thresholds[0] = 0
         return smoothed_staircase(x, thresholds.to(x), self.levels.to(x), self.sigma)
 
 
 class _WithoutGradient(Quantizer):
-    """A quantizer that blocks gradients.
-
-    It helps to find the layers whose gradient passes through a quantizer.
-    """
+    """A quantizer that blocks gradients, which shows the layers whose gradient passes through a quantizer."""
 
     def __init__(self, quantizer: HWGQActivation) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ class _WithoutGradient(Quantizer):
 def cosine_and_bias(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
     """Return the cosine between a gradient and a reference, and the bias of the gradient.
 
-    The bias is the length of the gradient's projection on the reference, divided by the length of
-    the reference, minus 1. If the bias is 0 and the cosine below 1, the gradient is the reference
-    plus a perpendicular part. If the bias is -1, the gradient is perpendicular to the reference.
-    For a gradient of zeros, the cosine is 0 and the bias -1.
+    The bias is p / r - 1. Here, p is the length of the gradient's projection on the reference, and
+    r is the length of the reference. If the bias is 0 and the cosine is below 1, the gradient is
+    the reference plus a perpendicular part. If the bias is -1, the gradient is perpendicular to the
+    reference. If the gradient is zero, the cosine is 0 and the bias is -1.
 
     Raises:
         ValueError: the reference is zero.
@@ -99,7 +99,7 @@ def cosine_and_bias(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
     a, b = gradient.double().flatten(), reference.double().flatten()
     length, reference_length = a.norm().item(), b.norm().item()
     if reference_length == 0:
-        raise ValueError("the reference gradient is zero; the cosine with it is not defined")
+        raise ValueError("the reference gradient is zero, so the cosine is not defined")
     product = torch.dot(a, b).item()
     cosine = product / (length * reference_length) if length else 0.0
     return cosine, product / reference_length**2 - 1
@@ -120,8 +120,8 @@ def gradient_mismatch(
         model: a network with half-wave quantizers.
         batches: images and labels. The gradients are those of the mean loss over all images.
         loss: the loss function.
-        backwards: names of the backward passes to measure.
-        sigmas: standard deviations of the noise, in units of a step.
+        backwards: names of the backward passes that are measured.
+        sigmas: standard deviations of the noise, in steps of the quantizer.
 
     Raises:
         ValueError: the model has no half-wave quantizer.
@@ -155,8 +155,8 @@ def mismatch_of_run(run: Path, backwards: Sequence[str]) -> Mismatch:
 def mismatch_table(runs: Sequence[Mismatch]) -> Table:
     """Return a table of cosine and bias, averaged over runs.
 
-    Each layer has one row, for a single sigma. The last rows hold the mean over layers, with one row per sigma. Each
-    backward pass has one column for the cosine and one for the bias.
+    The first rows show each layer at `VERDICT_SIGMA`. The last rows show the mean over layers at each sigma. Each
+    backward pass has one column for the cosine and one column for the bias.
     """
     names = list(runs[0][str(VERDICT_SIGMA)])
     table = Table(("sigma", "layer", *(f"{name} {what}" for name in names for what in ("cosine", "bias"))))
@@ -194,7 +194,10 @@ def _weight_gradients(
     loss: Loss,
     replace: Callable[[HWGQActivation], Quantizer],
 ) -> dict[str, Tensor]:
-    """Return layer -> dL/dw for a copy of the model in which the half-wave quantizers are replaced."""
+    """Return the gradient dL/dw of each layer, for a copy of the model with other quantizers.
+
+    `replace` returns the quantizer that takes the place of a half-wave quantizer.
+    """
     model = copy.deepcopy(model).train()
     for name, quantizer in list(_half_waves(model)):
         parent, _, leaf = name.rpartition(".")

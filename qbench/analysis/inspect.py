@@ -1,6 +1,6 @@
 """Makes a table of the quantized layers of a finished run.
 
-The columns are levels, SQNR, clipping, dead channels and ablation.
+The columns show levels, SQNR, clipping, dead channels, and the accuracy with and without a layer's quantizers.
 """
 
 import math
@@ -22,17 +22,26 @@ HEAD = (
     "off: loss", "off: top-1", "only: loss", "only: top-1",
 )  # fmt: skip
 VERIFIED_IMAGES = 64
-"""Number of images on which levels are counted, as at the end of a run."""
+"""Number of images on which levels are counted. It is the same number as at the end of a run."""
 
 
 @dataclass(frozen=True)
 class InspectedLayer:
     """One row of the table.
 
-    `off` is the change of the accuracy when this layer's quantizers are disabled. It is relative to the network with
-    all layers quantized. `only` is the change when only this layer is quantized. It is relative to the network with all
-    quantizers disabled. `clipped` is in percent of the inputs. `dead_in` and `dead_out` are pairs: the number of
-    constant channels and the number of all channels.
+    Args:
+        layer: the layer's name.
+        bits: the layer's widths.
+        levels: maps w and a to the numbers of levels found and allowed.
+        sqnr: the SQNR of the layer's output in dB, or None if the output is zero.
+        fitted: the SQNR in dB after the best gain and offset are applied to each channel.
+        clipped: percentage of inputs beyond the outermost levels, or None if inputs are not quantized.
+        dead_in: the number of constant input channels, and the number of all input channels.
+        dead_out: the number of constant output channels, and the number of all output channels.
+        off_loss, off_top1: change of loss and top-1 if only this layer's quantizers are disabled, relative to the
+            network with all layers quantized.
+        only_loss, only_top1: change of loss and top-1 if only this layer is quantized, relative to the network with all
+            quantizers disabled.
     """
 
     layer: str
@@ -64,20 +73,22 @@ def inspect(
     """Return the table of a finished run's quantized layers.
 
     Args:
-        images: the number of validation images to measure on.
-        bn_stats: whether to `recompute` the batch normalization statistics for every change or
-            `keep` them.
-        sort: the order of the rows. `leave-one-out` sorts by the loss decrease if the layer's
-            quantizers are disabled, `leave-one-in` by the loss increase if only this layer is
-            quantized, and `sqnr` by SQNR, each with the worst layer first. `order` is the order of
-            the layers in the network.
+        run: the directory of the run.
+        weights: `last` or `best`, the checkpoint that is inspected.
+        images: number of validation images on which the layers are measured.
+        bn_stats: `recompute` or `keep`, whether batch normalization statistics are recomputed whenever
+            quantizers are disabled.
+        sort: the order of the rows. `leave-one-out` sorts by the loss decrease when the layer's
+            quantizers are disabled. `leave-one-in` sorts by the loss increase when only this layer
+            is quantized. `sqnr` sorts by SQNR. In these three cases, the worst layer comes first.
+            `order` is the order of the layers in the network.
     """
     _, setup, model = load_finished_run(run, weights, device)
     batches, images_note = validation_batches(setup, images)
     layers = quantized_layers(model)
     table = Table(HEAD, title=f"{run}, weights of {weights}.pt")
     if not layers:
-        table.notes.append("nothing is quantized")
+        table.notes.append("this run quantizes nothing, so there are no layers to inspect")
         return table
     levels = verify(model, batches[0][0][:VERIFIED_IMAGES])
     signals = layer_signals(model, batches)
@@ -88,15 +99,15 @@ def inspect(
         table.values.append(asdict(row) | {"bits": row.bits._asdict()})
     if "no_master" in setup.method.traits:
         table.notes.append(
-            f"{setup.method.name} keeps no float weights: the column off uses the stored quantized weights"
+            f"{setup.method.name} keeps no float weights, so the columns off use the stored quantized weights"
         )
     table.notes += [
         f"{images_note}; all layers {_accuracy_text('on', ablation)}; {_accuracy_text('off', ablation)}",
         "off: change when this layer alone is in float (latent weights), relative to all layers quantized; "
         "only: change when this layer alone is quantized, relative to all layers in float",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
-        f"SQNR: of the layer's output for the same input, in dB, at most {MAX_SQNR:.0f}; "
-        "fitted: after the best gain and offset per channel",
+        f"SQNR: quantized output compared with float output for the same input, in dB, at most {MAX_SQNR:.0f}; "
+        "fitted: SQNR after the best gain and offset per channel",
         "clipped: inputs beyond the outermost levels; dead: channels that are constant over these images",
     ]
     return table

@@ -1,6 +1,6 @@
-"""Measures accuracy with one layer in float, and with all layers but one in float.
+"""Measures a network's accuracy with one layer in float, and with all layers except one in float.
 
-A layer with disabled quantizers computes in float on its latent weights.
+A layer is in float if its quantizers are disabled. It then computes with its latent weights.
 """
 
 import copy
@@ -21,13 +21,13 @@ from qbench.training.evaluation import evaluate
 
 @dataclass(frozen=True)
 class LayerAblation:
-    """The accuracy of a network with various layers quantized.
+    """The accuracies of a network with different layers quantized.
 
     Args:
         quantized: accuracy with all layers quantized.
         float_: accuracy with the quantizers of all layers disabled.
-        leave_one_out: layer -> accuracy with the quantizers of only this layer disabled.
-        leave_one_in: layer -> accuracy with only this layer quantized.
+        leave_one_out: maps a layer to the accuracy with the quantizers of only this layer disabled.
+        leave_one_in: maps a layer to the accuracy with only this layer quantized.
     """
 
     quantized: Accuracy
@@ -37,10 +37,12 @@ class LayerAblation:
 
 
 def ablate_layers(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequence[Batch] = ()) -> LayerAblation:
-    """Measure the network twice for each layer: with that layer in float, and with only that layer quantized.
+    """Measure a network twice for each layer: with this layer in float, and with only this layer quantized.
 
     Args:
-        bn_batches: see `measure_accuracy`.
+        model: the quantized network. It is not changed.
+        batches: the images on which accuracy is measured.
+        bn_batches: the images on which batch normalization statistics are recomputed (see `measure_accuracy`).
     """
     names = list(quantized_layers(model))
 
@@ -57,7 +59,7 @@ def ablate_layers(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequen
 
 
 class PrecedingActivation(Quantizer):
-    """The activation function that an input quantizer replaced. It applies to the input of one layer only."""
+    """The activation function that an input quantizer has replaced, applied to the input of only one layer."""
 
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class PrecedingActivation(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of x.
 
-        x itself is not changed, because other layers may read it too.
+        The tensor x is not changed, because other layers may read it too.
         """
         y: Tensor = self.act(x.clone())
         return y
@@ -74,12 +76,10 @@ class PrecedingActivation(Quantizer):
 
 @contextmanager
 def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Let the named layers compute in float on their latent weights.
+    """Let the named layers compute in float with their latent weights, within a `with` block.
 
-    Other layers are unchanged.
-
-    If all layers are named, the network computes the same as in `float_mode`. Parameters and
-    buffers do not change.
+    Other layers are unchanged. If all layers are named, the network computes the same as in
+    `float_mode`. Parameters and buffers do not change.
     """
     layers, activations = quantized_layers(model), _preceding_activations(model)
     disabled = [layers[name] for name in names]
@@ -96,20 +96,21 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 
 def _preceding_activations(model: nn.Module) -> dict[str, nn.Module]:
-    """Return a map from layer to the activation function that the layer's input quantizer replaced."""
+    """Return the activation function that a layer's input quantizer has replaced, by layer."""
     readers, modules = feeds(model), dict(model.named_modules())
     replaced = {name: module for name in readers if isinstance(module := modules.get(name), BypassedActivation)}
     return {reader: module.act for name, module in replaced.items() for reader in readers[name]}
 
 
 def measure_accuracy(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequence[Batch] = ()) -> Accuracy:
-    """Return top-1, top-5 and loss of a network, without changing the network.
+    """Return top-1, top-5 and loss of a network. The network is not changed.
 
     Args:
-        bn_batches: batches on which the mean and variance of batch normalization are recomputed, in a copy of the
-            network. Without batches, the statistics are kept. Recomputation matters for methods whose quantized weights
-            differ in scale from the latent weights. These methods rely on the next normalization layer to remove the
-            scale.
+        model: the network.
+        batches: the images on which accuracy is measured.
+        bn_batches: the images on which the mean and variance of batch normalization are recomputed, in a copy of the
+            network. If there are none, the statistics are kept. Some methods need the recomputation: their quantized
+            weights differ in scale from the latent weights, and the next normalization layer must remove this scale.
     """
     if bn_batches:
         model = copy.deepcopy(model)

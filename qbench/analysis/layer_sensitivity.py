@@ -1,6 +1,6 @@
-"""Measures layer sensitivity: the increase of a float network's loss when one layer is quantized.
+"""Measures layer sensitivity, the increase of a float network's loss when only one layer is quantized.
 
-Every layer is measured at every width, without training.
+Every layer is measured at every width. The network is not trained.
 """
 
 import copy
@@ -36,9 +36,10 @@ class FloatBaseline(NamedTuple):
     """A float network with its weights, and the data for measurements.
 
     Args:
-        batches: validation batches. `images_note` states the number of images and the split.
-        probe: batches of the training images on which methods measure.
-        bn_batches: see `measure_accuracy`.
+        batches: the validation images on which accuracy is measured.
+        images_note: a note that states the number of these images and their split.
+        probe: the training images on which methods measure statistics.
+        bn_batches: the images on which batch normalization statistics are recomputed (see `measure_accuracy`).
     """
 
     setup: ExperimentSetup
@@ -49,9 +50,12 @@ class FloatBaseline(NamedTuple):
     images_note: str = ""
 
     def quantized(self, widths: Mapping[str, int]) -> nn.Module:
-        """Return the network with these layers quantized at these widths and all others in float.
+        """Return the network with some layers quantized and all other layers in float.
 
-        Nothing is trained. Incremental methods quantize all weights of these layers at once.
+        The network is not trained. Incremental methods quantize all weights of the layers at once.
+
+        Args:
+            widths: maps the layers that are quantized to their widths.
 
         Raises:
             Unsupported: the method does not support a width, or cannot quantize these layers alone.
@@ -63,27 +67,28 @@ class FloatBaseline(NamedTuple):
         if method.prepare:
             method.prepare(model, self.probe)
         if method.on_epoch:
-            method.on_epoch(model, 0, 1, self.probe)  # epoch 0 of 1, which is also the last
+            method.on_epoch(model, 0, 1, self.probe)  # the only epoch is also the last one
         return model
 
     def measure(self, model: nn.Module) -> Accuracy:
-        """Return the accuracy on the validation batches."""
+        """Return the accuracy of a network on `batches`."""
         return measure_accuracy(model, self.batches, self.bn_batches)
 
 
 @dataclass
 class LayerSensitivity:
-    """Measurements and costs of each layer quantized alone.
+    """Measurements and costs of each layer at each width.
 
-    `loss`, `mse`, `bytes` and `bitops` map layer -> width -> value.
+    `loss`, `mse`, `bytes` and `bitops` map a layer's name to a map from widths to values.
 
     Args:
-        weights: layer -> number of weights.
+        weights: maps a layer's name to its number of weights.
         float_accuracy: accuracy of the network without any quantizer.
-        loss: increase of the validation loss.
-        mse: squared error of the layer's weights, divided by the number of all weights.
-        bytes, bitops: costs of the layer.
-        rest: kind of budget -> cost of the network apart from these layers.
+        loss: increase of the validation loss when only this layer is quantized.
+        mse: squared error of the layer's weights, divided by the number of weights of all layers.
+        bytes: bytes of the layer's weights.
+        bitops: BitOps of the layer for one image.
+        rest: maps a kind of budget to the cost of the network without these layers.
     """
 
     weights: dict[str, int]
@@ -95,9 +100,9 @@ class LayerSensitivity:
     rest: dict[str, float] = field(default_factory=dict)
 
     def costs(self, kind: str) -> dict[str, dict[int, float]]:
-        """Return layer -> width -> cost for a kind of budget.
+        """Return the cost of each layer at each width, for a kind of budget.
 
-        For `w` the cost is the number of bits of all weights of the layer, an exact integer.
+        For the kind `w`, the cost is the number of bits of all weights of the layer, which is an exact integer.
         """
         if kind != "w":
             return self.bytes if kind == "bytes" else self.bitops
@@ -107,11 +112,14 @@ class LayerSensitivity:
 def load_float_baseline(
     run: Path, words: Sequence[str], *, images: int, recompute_bn: bool, device: str
 ) -> FloatBaseline:
-    """Return the float network that a run started from, and the method to measure on it.
+    """Return the float network that a run started from, with the method that quantizes its layers.
 
     Args:
-        words: overrides that name the method. If empty, the run's method is used.
-        recompute_bn: whether to recompute the batch normalization statistics for every measurement.
+        run: the directory of the run.
+        words: command-line overrides that name the method. If empty, the run's method is used.
+        images: number of validation images on which accuracy is measured.
+        recompute_bn: whether batch normalization statistics are recomputed for every measurement.
+        device: the device on which the network is placed, a value of `runtime.device`.
 
     Raises:
         CheckpointError: the run or its float baseline is missing or damaged.
@@ -166,7 +174,7 @@ def _float_weights(run: Path, finished: FinishedRun) -> tuple[Path, str | None]:
 
 
 def measure_sensitivity(baseline: FloatBaseline, widths: Sequence[int]) -> LayerSensitivity:
-    """Quantize each layer of the run alone, at each width that the method supports, and measure.
+    """Measure the network with only one layer quantized, for each layer and each width that the method supports.
 
     Raises:
         ConfigError: the run quantizes no weights, or a layer supports none of the widths.
@@ -188,7 +196,7 @@ def measure_sensitivity(baseline: FloatBaseline, widths: Sequence[int]) -> Layer
             for table, value in zip(tables, values, strict=True):
                 table[name][width] = value
         if not sensitivity.loss[name]:
-            raise ConfigError(f"{name} supports none of the widths {', '.join(map(str, widths))}: {refused}")
+            raise ConfigError(f"layer {name} supports none of the widths {', '.join(map(str, widths))}: {refused}")
     sensitivity.rest = _other_costs(baseline, sensitivity)
     return sensitivity
 
@@ -198,14 +206,14 @@ def _layers_with_quantized_weights(baseline: FloatBaseline) -> list[str]:
     names = [name for name, layer in layers.items() if layer.bits.w < FLOAT]
     if not names:
         method = baseline.setup.method
-        raise ConfigError(f"{method.name} {method.bits} quantizes no weights: set bits.w")
+        raise ConfigError(f"{method.name} {method.bits} quantizes no weights; add for example bits.w=2")
     return names
 
 
 def _measure_layer(
     baseline: FloatBaseline, name: str, width: int, sensitivity: LayerSensitivity
 ) -> tuple[float, float, float, float]:
-    """Return loss increase, squared error, bytes and BitOps of one layer at one width."""
+    """Return loss increase, squared weight error, bytes and BitOps of one layer at one width."""
     model = baseline.quantized({name: width})
     layer = quantized_layers(model)[name]
     error = squared_error(_float_weight(baseline, name), effective_weight(layer)) / sum(sensitivity.weights.values())
@@ -218,9 +226,9 @@ def _float_weight(baseline: FloatBaseline, name: str) -> Tensor:
 
 
 def squared_error(w: Tensor, w_hat: Tensor) -> float:
-    """Return the squared error of quantized weights at the best scale.
+    """Return the squared error of quantized weights after they are multiplied by the scale that minimizes the error.
 
-    The scale that minimizes the error is used, because the next normalization layer removes any scale.
+    The scale does not matter, because the next normalization layer removes it.
     """
     w, w_hat = w.double().flatten(), w_hat.double().flatten()
     power = w_hat @ w_hat
@@ -229,7 +237,7 @@ def squared_error(w: Tensor, w_hat: Tensor) -> float:
 
 
 def _other_costs(baseline: FloatBaseline, sensitivity: LayerSensitivity) -> dict[str, float]:
-    """Return kind of budget -> cost of the network apart from the measured layers."""
+    """Return the cost of the network without the measured layers, for each kind of budget."""
     widths = {name: next(iter(layer)) for name, layer in sensitivity.loss.items()}
     whole = count_cost(baseline.quantized(widths), baseline.setup.macs)
     return {

@@ -1,4 +1,4 @@
-"""Measures SQNR, clipped inputs and dead channels of quantized layers on real images."""
+"""Measures the SQNR, the clipped inputs and the dead channels of quantized layers on images of the data set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,14 +17,19 @@ from qbench.quant.sqnr import sqnr_db
 # Shapes: n values per channel, C channels.
 
 RELATIVE_SLACK = 1e-6
-"""Distance beyond the outermost level, relative to the largest level, at which clipping starts."""
+"""A value counts as clipped if it is beyond the outermost level by more than this fraction of the largest level."""
 
 
 @dataclass
 class LayerSignal:
-    """Statistics of a layer's float output y and quantized output y_hat, with the range of each channel.
+    """Statistics of a layer with C channels, from its float output y and its quantized output y_hat.
 
-    Each entry of `sums` has shape (C,). It is a sum over images and positions, per channel.
+    Args:
+        sums: sums of y, y_hat and their products over images and positions, each of shape (C,).
+        count: number of values per channel in these sums.
+        low, high: smallest and largest value of each channel, for the layer's inputs ("in") and outputs ("out").
+        clipped: number of inputs beyond the outermost levels, or None if inputs are not quantized.
+        inputs: number of all inputs.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -35,20 +40,20 @@ class LayerSignal:
     inputs: int = 0
 
     def add(self, y: Tensor, y_hat: Tensor) -> None:
-        """Add the outputs of a batch, each (n, C), to the sums."""
+        """Add the outputs of a batch to the sums. Both tensors have shape (n, C)."""
         y, y_hat = y.double(), y_hat.double()
         parts = {"y": y, "z": y_hat, "yy": y * y, "zz": y_hat * y_hat, "yz": y * y_hat, "noise": (y - y_hat) ** 2}
         self.sums = {key: self.sums.get(key, 0) + part.sum(0) for key, part in parts.items()}
         self.count += len(y)
 
     def extend_range(self, slot: str, values: Tensor) -> None:
-        """Extend the range of each channel so that it includes the values (n, C)."""
+        """Extend the range of each channel so that it includes the values, which have shape (n, C)."""
         low, high = values.amin(0), values.amax(0)
         self.low[slot] = torch.minimum(self.low.get(slot, low), low)
         self.high[slot] = torch.maximum(self.high.get(slot, high), high)
 
     def dead_channels(self, slot: str) -> tuple[int, int]:
-        """Return two numbers: channels that are constant over images and positions, and all channels."""
+        """Return the number of channels that are constant over images and positions, and the number of all channels."""
         return int((self.low[slot] == self.high[slot]).sum()), self.low[slot].numel()
 
     @property
@@ -60,7 +65,7 @@ class LayerSignal:
     def fitted_sqnr(self) -> float | None:
         """Return the SQNR after the best gain and offset are applied to each channel of y_hat.
 
-        The next normalization layer would remove any gain and offset.
+        A gain and an offset do not matter, because the next normalization layer removes them.
         """
         y, z, yy, zz, yz = (self.sums[key] / self.count for key in ("y", "z", "yy", "zz", "yz"))
         y_variance, covariance, z_variance = yy - y * y, yz - y * z, zz - z * z
@@ -84,7 +89,7 @@ def layer_signals(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Layer
     for images, _ in batches:
         with recorded_calls(model, list(layers)) as calls:
             model(images)
-        for name, x, _ in calls:  # record the input here, since a later activation may change it in place
+        for name, x, _ in calls:  # use the input at once, because a later activation may change it in place
             _add_batch(signals[name], layers[name], x, model)
     return signals
 
@@ -102,14 +107,14 @@ def _add_batch(signal: LayerSignal, layer: QLayer, x: Tensor, model: nn.Module) 
 
 
 def _by_channel(layer: QLayer, x: Tensor) -> Tensor:
-    """Return a layer's inputs in the shape (n, C), with n values for each of C channels."""
+    """Return a layer's inputs reshaped to (n, C), with n values for each of C channels."""
     return (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
 
 
 def _count_clipped(grid: Grid, x: Tensor) -> int:
-    """Count the values beyond the outermost levels.
+    """Return the number of values beyond the outermost levels.
 
-    If the lowest level is 0, values below it count as rectified, not as clipped.
+    If the lowest level is 0, values below 0 do not count as clipped, because they are rectified as by a ReLU.
     """
     points = grid.points[..., 0]
     slack = RELATIVE_SLACK * points.abs().nan_to_num(0).amax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Applies overrides to a finished run: another data set, method or layer policy for analysis."""
+"""Applies command-line overrides to a finished run, which select another data set, method or layer policy."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ METHOD_KEYS = "allowed: method=NAME with bits=..., activation=NAME, method.KEY=V
 
 
 def override_dataset(node: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Return the node of the data set that the overrides `words` choose.
+    """Return the configuration node of the data set that the overrides `words` select.
 
-    Without `dataset=` the overrides change keys of the run's own data set.
+    If `dataset=` is not among the overrides, they change keys of the run's own data set.
 
     Raises:
-        ConfigError: an override belongs to another group, or does not compose.
+        ConfigError: an override belongs to another group, or is not valid.
     """
     for word in words:
         if _group(word) != "dataset":
@@ -30,7 +30,7 @@ def override_dataset(node: Mapping[str, Any], words: Sequence[str]) -> dict[str,
 
 
 def override_method(config: Config, words: Sequence[str]) -> Config:
-    """Return a run's configuration with the method and layer policy that the overrides choose.
+    """Return a run's configuration with the method and the layer policy that the overrides select.
 
     Raises:
         ConfigError: an override belongs to another group, widths are given without a method, or
@@ -44,7 +44,7 @@ def override_method(config: Config, words: Sequence[str]) -> Config:
     if groups - {"layers"} and not named:
         raise ConfigError(f"{words[0]}: no method is given; add method=NAME\n{METHOD_KEYS}")
     if config.method_name == "float" and not named:
-        raise ConfigError("this float run has no method; add one, such as method=lsq bits=w4a4")
+        raise ConfigError("this run is a float run and has no method; add a method, such as method=lsq bits=w4a4")
     if not words:
         return config
     composed = _compose(list(words) if named else [*words, f"method={config.method['name']}"])

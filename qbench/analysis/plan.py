@@ -1,7 +1,7 @@
-"""Lists the runs of a command line, with their costs and estimates of time and memory.
+"""Lists the runs of a command line, with their costs and with estimates of time and memory.
 
-Nothing is trained, and the data sets need not be on disk. Networks are built on the meta device, where they use no
-memory. A few training steps on random images are timed on the run's device.
+No network is trained, and the data sets need not be on disk. Networks are built on the meta device, where they use no
+memory. Time is measured on a few training steps with random images on the run's device.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ LAYERS_HEAD = (
 def plan(planned: Sequence[PlannedRun]) -> list[Table]:
     """Return a table of all runs, including float baselines, with costs and times.
 
-    For a single run, a second table lists the layers. Its notes name the supported runtimes and the
-    differences from the paper's recipe.
+    If there is only one run, a second table lists its layers. The notes of this table name the supported
+    runtimes and the differences from the paper's recipe.
     """
     table = Table(HEAD, title=f"{len(planned)} run{'s' if len(planned) > 1 else ''}")
     estimator = CostEstimator()
@@ -44,14 +44,14 @@ def plan(planned: Sequence[PlannedRun]) -> list[Table]:
     )
     table.notes.append("memory: weights, gradients, optimizer state, and tensors kept for the backward pass")
     if estimator.estimated:
-        table.notes.append(f"{estimator.estimated} of these networks: time estimated from MACs, not measured")
+        table.notes.append(f"the time of {estimator.estimated} of these networks is estimated from MACs, not measured")
     if len(planned) > 1 or not isinstance(last, RunCost):
         return [table]
     return [table, _layers_table(planned[-1], last)]
 
 
 def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[PlannedRun]:
-    """Return the run, preceded by its float baseline if the run needs one."""
+    """Return a list with the run, preceded by its float baseline if the run needs one."""
     cost = estimator.run_cost(planned)
     if isinstance(cost, UnsupportedRun) or not cost.setup.needs_baseline:
         return [planned]
@@ -60,7 +60,7 @@ def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[Planned
 
 
 def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) -> float:
-    """Add the row of a run, and return the run's remaining training time in seconds."""
+    """Add the row of a run to the table, and return the run's remaining training time in seconds."""
     directory = planned.directory
     path, stored = str(directory.path), directory.stored()
     if isinstance(cost, UnsupportedRun):
@@ -84,7 +84,7 @@ def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) 
 
 
 def _parameter_bytes(setup: ExperimentSetup, params: int) -> float:
-    """Return the bytes of weights, gradients, optimizer state and averaged weights, if any."""
+    """Return the bytes of weights, gradients and optimizer state, and of averaged weights if the run has them."""
     recipe = setup.optim
     state = 2 if recipe.name.startswith("adam") else 1 if recipe.momentum else 0
     return 4 * params * (2 + state + (recipe.ema is not None))
@@ -128,9 +128,9 @@ def _layer_cells(layer: LayerCost) -> tuple[str, ...]:
 
 
 def _format_levels(levels: Levels | None) -> str:
-    """Format the number of levels, such as 4.
+    """Return the number of levels as text, such as 4.
 
-    For codewords of several weights, the form is `128 of 8`: 128 codewords of 8 weights.
+    For product quantization, a text such as `128 of 8` means 128 codewords of 8 weights each.
     """
     if levels is None:
         return "-"
@@ -138,12 +138,12 @@ def _format_levels(levels: Levels | None) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Format a number of bytes with three digits and a unit, such as 7.18 kB."""
+    """Return a number of bytes as text with three digits and a unit, such as 7.18 kB."""
     return f"{si_format(count)}B"
 
 
 def format_duration(seconds: float) -> str:
-    """Format a time with its two largest units, such as 3 h 20 min."""
+    """Return a time as text with its two largest units, such as 3 h 20 min."""
     rest = round(seconds)
     parts: list[str] = []
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):

@@ -1,6 +1,7 @@
-"""Chooses a bit width per layer under a budget.
+"""Chooses one bit width per layer, so that the network meets a budget.
 
-The results are a table of allocations, a table of layers, and a file of widths for training.
+The results are a table of allocations, a table of layers, and a file of widths. An allocation is a choice of one width
+for each layer. A run can be trained with the widths in the file.
 """
 
 import glob
@@ -33,19 +34,19 @@ from qbench.system import files
 
 HEAD = ("widths by", "bits", "bytes", "BitOps", "predicted loss", "measured loss", "top-1 %")
 MARK = "# qbench sensitivity "
-"""The start of the first line of the written file."""
+"""The text with which the first line of the written file begins."""
 MEASURES = {"loss": "loss", "mse": "weight MSE"}
 LABELS = MEASURES | {"uniform": "uniform"}
 
 Allocations = dict[str, dict[str, int] | None]
-"""Maps a measure or `uniform` to the widths of the layers, or to None if no uniform width fits."""
+"""Maps a measure or `uniform` to the widths of the layers. The value is None if no uniform width meets the budget."""
 
 
 def choose_widths(sensitivity: LayerSensitivity, budget: Budget) -> Allocations:
-    """Return the best widths by each measure, and the largest uniform width for comparison.
+    """Return the best allocation by each measure, and the allocation with the largest uniform width for comparison.
 
     Raises:
-        ConfigError: no widths meet the budget. The message states the lowest and the highest useful
+        ConfigError: no allocation meets the budget. The message states the lowest and the highest useful
             budget.
     """
     costs, rest = sensitivity.costs(budget.kind), sensitivity.rest[budget.kind]
@@ -78,17 +79,22 @@ def sensitivity(
 ) -> list[Table]:
     """Choose one width per layer, write the widths to `out`, and return two tables.
 
-    The first table shows the allocations, the second the layers.
+    The first table shows the allocations, and the second table shows the layers.
 
     Args:
-        words: overrides that replace the run's method or layer policy. They are required for a
-            float run.
-        budget: `bytes=20k` or `bitops=1G` limits the whole network, `w=3` the mean bits per weight. If empty, the run's
-            own width is the budget.
-        measure: which of the allocations to write: the one chosen by the loss of each layer quantized alone, or the one
-            chosen by the MSE of the weights.
-        bn_stats: whether to `recompute` the batch normalization statistics after quantization or
-            `keep` them.
+        run: the directory of the run.
+        words: command-line overrides that replace the run's method or layer policy. They must name a
+            method if the run is a float run.
+        budget: text such as `bytes=20k` or `bitops=1G`, which limits the whole network, or `w=3`, which
+            limits the mean bits per weight. If empty, the run's own width is the budget.
+        measure: the allocation that is written. `loss` minimizes the sum of the loss increases of the
+            layers, each quantized alone. `mse` minimizes the squared error of the weights.
+        widths: the widths in bits among which the layers' widths are chosen.
+        images: number of validation images on which the loss is measured.
+        bn_stats: `recompute` or `keep`, whether batch normalization statistics are recomputed after
+            quantization.
+        out: the path of the written file.
+        device: the device on which the network is measured, a value of `runtime.device`.
     """
     _check_out(Path(out))
     parsed = parse_budget(budget) if budget else None
@@ -106,7 +112,7 @@ def sensitivity(
         "predicted: float loss plus the sum of each layer's loss increase; measured: all layers quantized, "
         "without training",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
-        f"widths chosen by {MEASURES[measure]} are written to {out}; to train them, add layers=@{out} to the "
+        f"the widths chosen by {MEASURES[measure]} are in {out}; to train with them, add layers=@{out} to the "
         f"run's command",
     ]
     command = " ".join([str(run), *words, f"--budget {limit}", f"--measure {measure}", f"--bn-stats {bn_stats}"])
@@ -115,19 +121,19 @@ def sensitivity(
 
 
 def _compact(value: float) -> str:
-    """Format a number with four digits and a unit, such as 20k or 1.234G, as `--budget` takes it."""
+    """Return a number as text that `--budget` accepts, with four digits and an SI prefix, such as 1.234G."""
     return si_format(value, digits=4, gap="")
 
 
 def _allocations_table(
     run: Path, baseline: FloatBaseline, sensitivity: LayerSensitivity, chosen: Allocations, budget: Budget
 ) -> Table:
-    """Return a table of costs, predicted loss and measured loss, with one row per allocation."""
+    """Return a table with the costs, the predicted loss and the measured loss of each allocation."""
     table = Table(HEAD, title=f"{run}: {baseline.setup.method_name}, not trained, under {budget}")
     all_weights = sum(sensitivity.weights.values())
     for key, widths in chosen.items():
         if widths is None:
-            table.notes.append("uniform: no width meets the budget that all layers support")
+            table.notes.append("uniform: none of the widths that all layers support meets the budget")
             continue
         accuracy = baseline.measure(baseline.quantized(widths))
         bits = sum(k * sensitivity.weights[name] for name, k in widths.items()) / all_weights
@@ -152,8 +158,8 @@ def _allocations_table(
 def _layers_table(sensitivity: LayerSensitivity, chosen: Allocations) -> Table:
     """Return a table with one row per layer.
 
-    A row contains the chosen widths. For each width it also contains the loss increase when only this layer is
-    quantized.
+    A row shows the layer's width in each allocation. It also shows the loss increase at each width when only this layer
+    is quantized.
     """
     widths = sorted({width for layer in sensitivity.loss.values() for width in layer})
     head = ("layer", "weights", "loss", "MSE", "uniform", *(f"+ at {width}" for width in widths))
@@ -173,23 +179,23 @@ def _layers_table(sensitivity: LayerSensitivity, chosen: Allocations) -> Table:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse to overwrite a file that this subcommand did not write."""
+    """Raise `ConfigError` if the file exists and was not written by this subcommand, or if it cannot be written."""
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: no such directory: {out.parent}")
     try:
         if out.exists() and not files.read(out).startswith(MARK.encode()):
             raise ConfigError(
-                f"--out {out}: the file exists, and qbench sensitivity did not write it\nchoose another name: "
-                f"--out FILE"
+                f"--out {out}: the file exists and was not written by qbench sensitivity, so it is not overwritten\n"
+                f"choose another name with --out FILE"
             )
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}") from None
 
 
 def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline: FloatBaseline, table: Table) -> str:
-    """Return the text of a file of `layers.rules`.
+    """Return the text of the written file, which has the form of `layers.rules`.
 
-    The chosen widths come first, then the run's own rules, which apply to all other layers.
+    The chosen widths come first. The run's own rules follow, and they apply to all other layers.
     """
     criterion = "loss increases of each layer quantized alone" if measure == "loss" else "squared errors of the weights"
     lines = [

@@ -1,6 +1,6 @@
-"""Time and memory of a training step, measured on the run's device or estimated.
+"""Measures or estimates the time and the memory of a training step.
 
-Estimates are computed from MACs and tensor shapes.
+Measurements are made on the run's device. Estimates are computed from MACs and tensor shapes.
 """
 
 import math
@@ -25,9 +25,9 @@ from qbench.training import optimizer as optim
 from qbench.training.task import compute_logits
 
 TIMED_MACS = 2e9
-"""Approximate MACs of a timed forward pass. A training step of this size takes about half a second on one core."""
+"""Approximate number of MACs of a timed forward pass. A training step of this size takes about 0.5 s on one core."""
 TIMING_SECONDS = 2.5
-"""Most seconds spent on timing. Later networks are estimated from the timed networks."""
+"""Seconds after which no more networks are timed. Later networks are estimated from the timed networks."""
 TIMED_STEPS = 3
 """Number of short training steps that are timed, after one untimed step."""
 
@@ -36,9 +36,9 @@ class StepCost(NamedTuple):
     """The cost of a training step.
 
     Args:
-        seconds: time per image.
-        saved: bytes kept for the backward pass, per image.
-        fixed: bytes kept for the backward pass that do not depend on the number of images.
+        seconds: time per image, in seconds.
+        saved: bytes per image that are kept for the backward pass.
+        fixed: bytes that are kept for the backward pass and do not depend on the number of images.
     """
 
     seconds: float
@@ -48,7 +48,7 @@ class StepCost(NamedTuple):
 
 @dataclass(frozen=True)
 class RunCost:
-    """The setup, network and costs of a run, which are the same for all seeds."""
+    """The setup, the network and the costs of a run. They are the same for all seeds."""
 
     setup: ExperimentSetup
     model: nn.Module
@@ -64,10 +64,10 @@ class UnsupportedRun:
 
 
 class CostEstimator:
-    """Estimates the cost of runs.
+    """Estimates the costs of runs.
 
-    Each network is built once. Networks are timed until `TIMING_SECONDS` are spent. `estimated`
-    counts the networks that were not timed.
+    Each network is built only once. Networks are timed until timing has taken `TIMING_SECONDS` in
+    total. `estimated` counts the networks that were not timed.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class CostEstimator:
         self.spent, self.estimated = 0.0, 0
 
     def run_cost(self, planned: PlannedRun) -> RunCost | UnsupportedRun:
-        """Return the cost of a run."""
+        """Return the cost of a run, or the reason why its method does not support its configuration."""
         key = digest(planned.identity.keys | {"seed": 0})
         if key not in self.known:
             try:
@@ -88,9 +88,11 @@ class CostEstimator:
         return self.known[key]
 
     def _step_cost(self, setup: ExperimentSetup, model: nn.Module) -> StepCost:
-        """Return the step cost of a network: timed, estimated, or scaled from a timed network.
+        """Return the step cost of a network.
 
-        A scaled cost is the cost of the timed network with the most similar MACs, times the ratio of the MACs.
+        If the network is small and there is time left, the step is timed. If the network is too large to be timed on a
+        CPU, the cost is estimated by `estimate_step`. Otherwise, the cost of the timed network with the most similar
+        MACs is multiplied by the ratio of the MACs.
         """
         macs = max(1, sum(setup.macs.values()))
         if _smallest_batch(setup, model) * macs > 2 * TIMED_MACS and setup.device.type == "cpu":
@@ -110,7 +112,7 @@ class CostEstimator:
 def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
     """Return the quantized network and its cost.
 
-    If its quantizers allow it, the network consists of meta tensors, which use no memory.
+    The network is on the meta device, where it uses no memory, unless its quantizers need values.
     """
     try:
         model = setup.install(setup.float_model("meta"))
@@ -121,18 +123,23 @@ def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
 
 
 def _smallest_batch(setup: ExperimentSetup, model: nn.Module) -> int:
-    """Return the smallest possible batch size.
+    """Return the smallest batch size with which the network can be trained.
 
-    It can exceed 1, because batch normalization needs two values per channel.
+    The size is 2 if the network has batch normalization, which needs two values per channel. Otherwise it is 1.
     """
     norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
     return min(batch_size_and_steps(setup.data, setup.optim.batch_size)[0], 2 if norms else 1)
 
 
 def time_step(setup: ExperimentSetup, macs: int, smallest: int) -> StepCost:
-    """Time training steps on random images, on the run's device.
+    """Return the step cost of a network, measured with random images on the run's device.
 
-    On a CPU the timed batches may be smaller than the run's.
+    On a CPU, the timed batches may be smaller than the run's batches.
+
+    Args:
+        setup: the setup of the run.
+        macs: MACs of the network for one image.
+        smallest: the smallest batch size with which the network can be trained.
     """
     model = setup.install(setup.float_model()).to(setup.device).train()
     optimizer = optim.build_optimizer(model, setup.optim)
@@ -146,10 +153,10 @@ def time_step(setup: ExperimentSetup, macs: int, smallest: int) -> StepCost:
 
 
 def estimate_step(setup: ExperimentSetup, model: nn.Module, macs: int) -> StepCost:
-    """Estimate the step cost of a network that is too large to time.
+    """Return an estimate of the step cost, for a network that is too large to be timed.
 
-    The time is computed from the network's MACs and the speed of one convolution, the memory from
-    tensor shapes.
+    The time is computed from the network's MACs and the measured speed of one convolution. The memory is
+    computed from tensor shapes.
     """
     size = _smallest_batch(setup, model)
     images = torch.empty(size, *setup.data.shape, device=next(model.parameters()).device)
@@ -167,10 +174,10 @@ def estimate_step(setup: ExperimentSetup, model: nn.Module, macs: int) -> StepCo
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Return the bytes that a forward pass keeps for the backward pass, without parameters.
+    """Return two numbers of bytes that a forward pass keeps for the backward pass.
 
-    The first number is for tensors whose first dimension is the number of images. The second number
-    is for all other tensors.
+    The first number is for tensors whose first dimension is the number of images. The second number is for all other
+    tensors except parameters.
     """
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, tuple[bool, int]] = {}
@@ -193,7 +200,7 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, int]:
 def _step_seconds(
     setup: ExperimentSetup, model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], steps: int
 ) -> float:
-    """Return the time of one training step: forward, backward and optimizer."""
+    """Return the time in seconds of one training step, which is a forward pass, a backward pass and an update."""
     method_step = setup.method.step
     step: Callable[[], object] = optimizer.step if method_step is None else lambda: method_step(model, optimizer)
     start = time.perf_counter()

@@ -145,7 +145,7 @@ def test_every_experiment_plans_without_data(planned: Planned, untimed: None, ex
         same = [
             note
             for note in tables[1].notes
-            if note.startswith("identical to experiment=") and note.endswith("key by key")
+            if note.startswith("all compared keys are identical to those of experiment=")
         ]
         assert same or config.is_baseline, "a row of the same recipe is the nearest one"
     for form in FORMATS.values():
@@ -213,7 +213,7 @@ def test_supported_runtimes() -> None:
     assert "simulation only" in notes(uneven, four, Bits(4, 4))
     assert "the levels depend on data" in notes(four, later, Bits(8, 8))
     assert "computed from each input" in notes(two, two, Bits(1, 1), rescaled=True)
-    assert "stored as codes" in notes(four, None, Bits(4))
+    assert "storage of the weights as codes" in notes(four, None, Bits(4))
     assert "weights are float" in notes(None, four, Bits(32, 4))
     assert runs_on([_layer(None, None, Bits())]) == ["runs on any runtime, because nothing is quantized"]  # type: ignore[list-item]
 
