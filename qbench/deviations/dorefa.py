@@ -1,4 +1,4 @@
-"""Deviations of public code from DoReFa-Net: from the paper and from today's code of its authors."""
+"""Deviations of public code from DoReFa-Net's paper and from the authors' present code."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,27 +18,30 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 def _max_magnitude(t: Tensor) -> Tensor:
-    """Return max|t| without gradient, or 1 if t is all zero."""
+    """Return max|t| without gradient, or 1 if all elements of t are zero."""
     top = t.detach().abs().max()
     return torch.where(top == 0, torch.ones_like(top), top)
 
 
 @in_float32
 def detached_max(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights; the backward pass treats the maximum as a constant."""
+    """Quantize weights. The backward pass treats the maximum as a constant."""
     t = torch.tanh(w)
     return 2 * quantize_k(t / (2 * _max_magnitude(t)) + 0.5, bits) - 1
 
 
 @in_float32
 def rescaled_by_max(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights as `detached_max` does, and multiply by the maximum. All levels are within +-max|tanh w|."""
+    """Quantize weights as `detached_max` does, then multiply by the maximum.
+
+    All levels are between -max|tanh w| and max|tanh w|.
+    """
     return _max_magnitude(torch.tanh(w)) * detached_max(w, bits)
 
 
 @in_float32
 def no_tanh_gradient(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights with dL/dw = dL/dw_hat. The backward pass ignores tanh and the maximum."""
+    """Quantize weights with dL/dw = dL/dw_hat, so the backward pass ignores tanh and the maximum."""
     return straight_through(w, quantize_weight(w.detach(), bits))
 
 
@@ -50,7 +53,7 @@ def sign_of_zero(w: Tensor) -> Tensor:
 
 @in_float32
 def unit_weights(w: Tensor) -> Tensor:
-    """Binarize weights to +-1. As with more bits, the gradient passes through tanh and the maximum."""
+    """Binarize weights to +-1. The gradient passes through tanh and the maximum, as it does with more bits."""
     t = torch.tanh(w)
     top = t.abs().max()
     return straight_through(t / torch.where(top == 0, torch.ones_like(top), top), sign(w))
@@ -65,18 +68,18 @@ class DetachedMax(DoReFaWeight):
 
 
 class RescaledByMax(DoReFaWeight):
-    """Weight quantizer that rescales the weights to the range of tanh w."""
+    """Weight quantizer that rescales the quantized weights to the range of tanh w."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
         return rescaled_by_max(w, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: 2^bits levels within +-max|tanh w|."""
+        """Return a grid with one group of 2^bits levels between -max|tanh w| and max|tanh w|."""
         return Grid(super().grid(w).points * _max_magnitude(torch.tanh(w)))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of the maximum."""
+        """Return the bytes that the codes and the maximum need."""
         return Storage(w.numel(), self.bits, 4)
 
 
@@ -96,12 +99,12 @@ class SignOfZero(DoReFaWeight):
         return sign_of_zero(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: -E, 0 and E."""
+        """Return a grid with one group of the levels -E, 0 and E, where E = mean|w|."""
         scale = w.abs().mean()
         return Grid(torch.stack([-scale, torch.zeros_like(scale), scale]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of two bits per weight, for three values, and of the scale."""
+        """Return the bytes of the codes and the scale. A code needs two bits, because it has three values."""
         return Storage(w.numel(), 2, 4)
 
 
@@ -113,11 +116,11 @@ class UnitWeights(DoReFaWeight):
         return unit_weights(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: -1 and 1."""
+        """Return a grid with one group of the levels -1 and 1."""
         return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes."""
+        """Return the bytes that the codes need."""
         return Storage(w.numel(), 1, 0)
 
 
@@ -139,7 +142,7 @@ def tenth_of_activation(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def sign_activation(x: Tensor, bits: int) -> Tensor:
-    """Return 1 for x > 0, else 0, with the gradient of the clip. This is for one bit only."""
+    """Return 1 for x > 0 and 0 otherwise, with the gradient of the clip. The width is always one bit."""
     clipped = x.clamp(0, 1)
     return straight_through(clipped, clipped.detach().sign())
 
@@ -148,12 +151,12 @@ def sign_activation(x: Tensor, bits: int) -> Tensor:
 
 
 def _quantize_gradient(x: Tensor, bits: int, m: Tensor, noise: Tensor) -> Tensor:
-    """Quantize a gradient by eq. 12 of the paper, with the given maximum m and noise."""
+    """Quantize a gradient by eq. 12 of the paper, with the maximum m and the noise given."""
     return 2 * m * (quantize_k((x / (2 * m) + 0.5 + noise).clamp(0, 1), bits) - 0.5)
 
 
 def _sample_max(x: Tensor) -> Tensor:
-    """Return the maximum max|x| of every sample, (N, 1, ..., 1)."""
+    """Return max|x| of each of the N samples, in the shape (N, 1, ..., 1)."""
     return x.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
 
 
@@ -165,14 +168,14 @@ def _noise(like: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def noise_per_sample(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (N, ...) with one draw of noise per sample, which all its elements share."""
+    """Quantize a gradient (N, ...) with noise that is the same random number for all elements of a sample."""
     m = _sample_max(x)
     return torch.where(m == 0, torch.zeros_like(x), _quantize_gradient(x, bits, m, _noise(m, bits)))
 
 
 @in_float32
 def max_per_tensor(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (any shape) with one maximum for the whole batch."""
+    """Quantize a gradient of any shape with one maximum for the whole batch."""
     m = x.abs().max()
     return torch.where(m == 0, torch.zeros_like(x), _quantize_gradient(x, bits, m, _noise(x, bits)))
 
@@ -186,12 +189,12 @@ def no_noise(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def nan_on_zero(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (N, ...) by the formula as printed, which gives 0 / 0 for a sample of zeros."""
+    """Quantize a gradient (N, ...) by the printed formula, which gives 0 / 0 if all elements of a sample are zero."""
     return _quantize_gradient(x, bits, _sample_max(x), _noise(x, bits))
 
 
 class NoisePerSample(DoReFaGradient):
-    """Gradient quantizer with one draw of noise per sample."""
+    """Gradient quantizer with one random number of noise per sample."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y. In the backward pass, the gradient of y is quantized."""
@@ -199,7 +202,7 @@ class NoisePerSample(DoReFaGradient):
 
 
 class MaxPerTensor(DoReFaGradient):
-    """Gradient quantizer with one scale for the batch."""
+    """Gradient quantizer with one scale for the whole batch."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y. In the backward pass, the gradient of y is quantized."""
@@ -219,7 +222,7 @@ class NoNoise(DoReFaGradient):
 
 
 class NanOnZero(DoReFaGradient):
-    """Gradient quantizer that gives 0 / 0 for samples whose gradient is zero."""
+    """Gradient quantizer whose result is 0 / 0 for samples whose gradient is zero."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y. In the backward pass, the gradient of y is quantized."""
@@ -230,7 +233,10 @@ class NanOnZero(DoReFaGradient):
 
 
 def _weights(kind: type[DoReFaWeight], what: str, source: str, *, binary: bool = False) -> Deviation:
-    """Return a deviation that changes one-bit weights if `binary`, else weights with more bits."""
+    """Return a deviation of the weight quantizer.
+
+    It changes one-bit weights if `binary` is true, otherwise weights with more bits.
+    """
 
     def where(module: Quantizer) -> bool:
         return isinstance(module, DoReFaWeight) and (module.bits == 1) is binary
@@ -250,7 +256,10 @@ def _activations(
     bits: str = "w32a2",
     binary: bool = False,
 ) -> Deviation:
-    """Return a deviation that replaces the clip of activations (with `binary`, only of one-bit ones)."""
+    """Return a deviation that replaces the clip of activations.
+
+    If `binary` is true, it changes only one-bit activations.
+    """
 
     def apply(method: Method) -> Method:
         original = method.input
@@ -260,7 +269,7 @@ def _activations(
             module = original(layer_name, layer, width)
             assert isinstance(module, DoReFaActivation)
             if module.function is not quantize_activation:
-                raise Unsupported(f"deviation={name} replaces the clip; set method.activation=clip")
+                raise Unsupported(f"deviation={name} changes the clip of activations, so add method.activation=clip")
             if width == 1 or not binary:
                 module.function = function
             return module

@@ -1,4 +1,4 @@
-"""Deviations of later code, and of the defaults of the authors' code, from HWGQ-Net's paper."""
+"""Deviations from HWGQ-Net's paper, in later code and in the defaults of the authors' code."""
 
 from dataclasses import replace
 
@@ -16,30 +16,30 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 @in_float32
 def unscaled_weight(w: Tensor) -> Tensor:
-    """Binarize weights (any shape) to their signs, where sign(0) = +1, with the identity as gradient."""
+    """Return the signs of weights of any shape, where sign(0) = +1. The gradient passes unchanged."""
     return straight_through(w, sign(w))
 
 
 class UnscaledWeight(HWGQWeight):
-    """Binary weight quantizer without the filters' scales."""
+    """Binary weight quantizer without a scale per filter."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the signs of the weights."""
         return unscaled_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: -1 and 1."""
+        """Return a grid with one group of the levels -1 and 1."""
         return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of one bit per weight."""
+        """Return the bytes of codes with one bit per weight."""
         return Storage(w.numel(), 1, 0)
 
 
 def old_constants(method: Method) -> Method:
-    """Return the method with activations round(x / step).
+    """Return the method with activations quantized as step x round(x / step).
 
-    The first threshold is thus half a step, although the steps are optimal for the paper's threshold, 0.
+    The first threshold is therefore half a step, although the steps are optimal only for the paper's threshold of 0.
     """
     original = method.input
 
@@ -47,7 +47,7 @@ def old_constants(method: Method) -> Method:
         assert original is not None
         module = original(name, layer, bits)
         ranks = torch.arange(1, 2**bits, dtype=torch.float64)
-        # change only the paper's quantizer with uniform levels, which are multiples of the first level
+        # Only the paper's quantizer with uniform levels is changed. Its levels are multiples of the first level.
         if type(module) is not HWGQActivation or not torch.allclose(
             module.levels.double() / ranks, module.levels[0].double()
         ):

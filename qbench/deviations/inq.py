@@ -22,7 +22,7 @@ class SmallestFirst(INQWeight):
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze further weights until the fraction `portion` of the layer is frozen."""
+        """Freeze more weights, smallest magnitudes first, until the fraction `portion` of the layer is frozen."""
         _check_partition("smallest_first", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
@@ -31,10 +31,10 @@ class SmallestFirst(INQWeight):
 
 
 class OutlierToZero(INQWeight):
-    """Weight quantizer that freezes weights far beyond the largest level at zero."""
+    """Weight quantizer that freezes weights at zero if they are far beyond the largest level."""
 
     def level(self, w: Tensor) -> Tensor:
-        """Return the values that the weights would get if they were frozen."""
+        """Return the level that each weight would get if it were frozen."""
         return zero_beyond(w, self._levels(w))
 
 
@@ -43,7 +43,10 @@ class RemadeMasks(INQWeight):
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze exactly the largest `portion` of the layer, unless this portion is frozen already."""
+        """Freeze the weights of largest magnitude, a fraction `portion` of the layer, and make all others free.
+
+        Nothing changes if this fraction is already frozen.
+        """
         _check_partition("remade_masks", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))

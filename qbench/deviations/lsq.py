@@ -15,12 +15,12 @@ from qbench.quant.quantizer import Grid
 
 
 def _zeros_passing_gradient(x: Tensor) -> Tensor:
-    """Return zeros of the shape of x. The gradient of these zeros passes to x unchanged."""
+    """Return a tensor of zeros with the shape of x. Its gradient passes to x unchanged."""
     return straight_through(x, torch.zeros_like(x))
 
 
 class UnmaskedWeight(LSQWeight):
-    """Weight quantizer whose gradient also passes beyond the last levels."""
+    """Weight quantizer whose gradient also passes for weights beyond the outermost levels."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -28,7 +28,7 @@ class UnmaskedWeight(LSQWeight):
 
 
 class UnmaskedActivation(LSQActivation):
-    """Input quantizer whose gradient also passes beyond the last levels."""
+    """Input quantizer whose gradient also passes for inputs beyond the outermost levels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations."""
@@ -41,7 +41,7 @@ class UnclampedWeight(LSQWeight):
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: the step times every integer from -Qn to Qp, in ascending order."""
+        """Return a grid with one group, which has the step times every integer from -Qn to Qp in ascending order."""
         grid = super().grid(w)
         return Grid(grid.points.sort(1).values, grid.arrange)
 
@@ -52,12 +52,12 @@ class UnclampedActivation(LSQActivation):
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: the step times every integer from -Qn to Qp, in ascending order."""
+        """Return a grid with one group, which has the step times every integer from -Qn to Qp in ascending order."""
         return Grid(super().grid(x).points.sort(1).values)
 
 
 def unmasked(method: Method) -> Method:
-    """Return the method with gradients that also pass beyond the last levels. Steps stay above zero."""
+    """Return the method with gradients that also pass for values beyond the outermost levels. Steps stay above zero."""
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

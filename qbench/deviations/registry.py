@@ -1,7 +1,7 @@
-"""Registers known deviations of public code from the papers. `method.deviation=NAME` runs one of them.
+"""Registers known deviations of public code from the papers. `method.deviation=NAME` applies one of them.
 
-Each file in this folder has the name of a method and contains `DEVIATIONS`. The methods' own files implement only the
-papers.
+Each other file in this folder has the name of a method and contains the deviations `DEVIATIONS` of that method. The
+files in `qbench/methods/` implement only the papers.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ class Deviation:
     """A flaw or variant found in public code.
 
     Args:
-        what: how the deviation differs from the paper, in one sentence.
-        source: where the deviation was found, and who pointed it out.
+        what: a sentence that states how the deviation differs from the paper.
+        source: the code in which the deviation was found, and where it was pointed out.
         apply: function that takes the paper's method and returns the deviating method.
-        acts: function that takes widths and returns whether the deviation makes a difference at
-            these widths.
-        bits: widths at which the deviation makes a difference. Only the tensors that the deviation
-            changes are quantized; the others are float.
+        acts: function that takes widths and returns whether the deviation has an effect at these
+            widths.
+        bits: example of widths at which the deviation has an effect. Tensors that the deviation
+            does not change are float at these widths.
     """
 
     what: str
@@ -37,7 +37,7 @@ class Deviation:
 
 
 def deviations(method: str) -> dict[str, Deviation]:
-    """Return the known deviations of a method by name. A method without a file here has none."""
+    """Return the known deviations of a method by name. A method without a file in this folder has no deviations."""
     if not method.isidentifier() or find_spec(f"qbench.deviations.{method}") is None:
         return {}
     known: dict[str, Deviation] = import_module(f"qbench.deviations.{method}").DEVIATIONS
@@ -45,11 +45,11 @@ def deviations(method: str) -> dict[str, Deviation]:
 
 
 def deviate(method_name: str, name: str, method: Method) -> Method:
-    """Return the method with a deviation, or the method itself if `name` is `none`.
+    """Return the method with the deviation `name`, or the method itself if `name` is `none`.
 
     Raises:
-        ValueError: there is no such deviation.
-        Unsupported: the deviation makes no difference at the method's widths.
+        ValueError: the method has no such deviation.
+        Unsupported: the deviation has no effect at the method's widths.
     """
     if name == "none":
         return method
@@ -64,10 +64,14 @@ def deviate(method_name: str, name: str, method: Method) -> Method:
 def recast(
     site: QuantizerFactory | None, kind: type[Quantizer], where: Callable[[Quantizer], bool] = lambda module: True
 ) -> QuantizerFactory | None:
-    """Return a factory like `site` whose quantizers have the class `kind` and the same options and state.
+    """Return a factory that makes the same quantizers as `site` but gives them the class `kind`.
+
+    Their options and state stay the same.
 
     Args:
-        where: returns whether a quantizer gets the class `kind`. Other quantizers stay as they are.
+        site: a factory of quantizers, or None.
+        kind: the new class.
+        where: function that returns whether a quantizer gets the new class. Other quantizers are not changed.
     """
 
     def recast_site(name: str, layer: FloatLayer, bits: int) -> Quantizer:

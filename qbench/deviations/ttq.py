@@ -1,4 +1,4 @@
-"""Deviations of public code, mostly of ports, from the paper and the authors' code of TTQ."""
+"""Deviations of public code from TTQ's paper and from the authors' code. Most of this code is a port to PyTorch."""
 
 from dataclasses import replace
 
@@ -16,9 +16,10 @@ from qbench.quant.quantizer import Grid, Storage
 
 @in_float32
 def weights_for_gradient(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor) -> Tensor:
-    """Ternarize weights; the gradient of the latent weights is their own value, scaled by zone.
+    """Ternarize weights. The gradient of the latent weights is their own value times a scale.
 
-    The gradient that arrives, dL/dw_hat, is ignored for the latent weights.
+    The scale is Wp for weights above the threshold, Wn for weights below its negative, and 1 for the others. The true
+    gradient dL/dw_hat does not reach the latent weights.
     """
     latent = w.detach()
     one = torch.ones_like(latent)
@@ -50,12 +51,12 @@ class Unclamped(TTQWeight):
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: -Wn, 0 and Wp in ascending order."""
+        """Return a grid with one group of the levels -Wn, 0 and Wp, in ascending order."""
         return Grid(super().grid(w).points.sort(1).values)
 
 
 class UnscaledTies(TTQWeight):
-    """Ternary quantizer in which weights on the threshold become +-1."""
+    """Ternary quantizer in which weights whose magnitude is exactly the threshold become +-1."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -64,17 +65,17 @@ class UnscaledTies(TTQWeight):
         return ternarize_weight(w, self.positive, self.negative, delta) + ties
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: -Wn, 0, Wp, -1 and 1 in ascending order."""
+        """Return a grid with one group of the levels -Wn, 0, Wp, -1 and 1, in ascending order."""
         points = super().grid(w).points
         return Grid(torch.cat([points, points.new_tensor([-1.0, 1.0]).reshape(1, 2, 1)], 1).sort(1).values)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of three bits per weight, for five values, and of both scales."""
+        """Return the bytes of the codes and both scales. A code needs three bits, because it has five values."""
         return Storage(w.numel(), 3, 8)
 
 
 class WeightsForGradient(TTQWeight):
-    """Ternary quantizer that uses the latent weights, scaled by zone, as their own gradient."""
+    """Ternary quantizer in which the gradient of a latent weight is its own value times a scale."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -82,7 +83,7 @@ class WeightsForGradient(TTQWeight):
 
 
 def _with_weights(kind: type[TTQWeight], method: Method) -> Method:
-    """Return the method with weight quantizers of the class `kind`. Scales are kept above zero."""
+    """Return the method with weight quantizers of the class `kind`. Each training step keeps the scales above zero."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

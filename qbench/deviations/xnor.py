@@ -1,4 +1,4 @@
-"""Deviations from XNOR-Net as it is commonly read: those of public code, and of the formulas as printed."""
+"""Deviations from the usual reading of XNOR-Net, in public code and in the paper's printed formulas."""
 
 from dataclasses import replace
 
@@ -21,13 +21,17 @@ from qbench.quant.quantizer import Grid, Storage
 
 
 def zero_at_zero(x: Tensor, binary: Tensor) -> Tensor:
-    """Return `binary`, which was computed from x, but 0 where x is 0. The gradient of `binary` is unchanged."""
+    """Return `binary`, with 0 wherever x is 0. The gradient is that of `binary`, which was computed from x."""
     return straight_through(binary, torch.where(x.detach() == 0, 0.0, binary.detach()).to(binary.dtype))
 
 
 @in_float32
 def printed_weight_gradient(w: Tensor) -> Tensor:
-    """Binarize weights (O, ...) with dL/dw = (1 / n + alpha w 1{|w| <= 1}) dL/dw_hat."""
+    """Binarize weights with dL/dw = (1 / n + alpha w 1{|w| <= 1}) dL/dw_hat.
+
+    The weights have shape (O, ...) for O output filters. n is the number of weights of a filter, and alpha is the
+    filter's scale.
+    """
     alpha, latent = filter_scale(w), w.detach()
     return surrogate(w, alpha * sign(w), alpha * latent * (latent.abs() <= 1) + 1 / w[0].numel())
 
@@ -47,12 +51,12 @@ class SignOfZeroWeight(BinaryWeight):
         return zero_at_zero(w, binarize_weight(w, gradient=self.gradient))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per output filter: -alpha, 0 and alpha."""
+        """Return a grid with one group per output filter, which has the levels -alpha, 0 and alpha."""
         alpha = filter_scale(w).reshape(-1, 1)
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha], 1), lambda t: t.reshape(len(t), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of two bits per weight, for three values, and of one scale per filter."""
+        """Return the bytes of the codes (two bits each, because they have three values) and of one scale per filter."""
         return Storage(w.numel(), 2, 4 * len(w))
 
 
@@ -64,7 +68,7 @@ class SignOfZeroActivation(BinaryActivation):
         return zero_at_zero(x, binarize_activation(x))
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: -1, 0 and 1."""
+        """Return a grid with one group of the levels -1, 0 and 1."""
         return Grid(x.new_tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1))
 
 
@@ -85,7 +89,7 @@ class PrintedActivation(BinaryActivation):
 
 
 def _has_paper_gradient(module: nn.Module) -> bool:
-    """Return True, or raise `Unsupported` if the gradient is that of other code."""
+    """Return True, or raise `Unsupported` if the quantizer uses the gradient of other code."""
     if isinstance(module, BinaryWeight) and module.gradient != "paper":
         raise Unsupported("deviation=printed_weight_gradient needs method.gradient=paper")
     return True
