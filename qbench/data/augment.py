@@ -1,7 +1,7 @@
-"""Augments images: crops and mirrors uint8 images, and changes colours of float images.
+"""Augments images. It crops and mirrors uint8 images, and changes the colours of float images.
 
-Each image has its own random draws. The functions here take whole batches. Images that stream from files are cropped
-one at a time, with the same cropping function.
+Each image has its own random numbers, which are called draws. The functions in this module take whole batches. Images
+that stream from files are cropped one at a time, with the same cropping function.
 """
 
 import math
@@ -15,19 +15,19 @@ from torch import Tensor
 # Shapes: N images, C channels, H height, W width.
 
 CROP_DRAWS = 3
-"""Number of random draws for an image's crop: vertical place, horizontal place, mirroring."""
+"""Number of random numbers for an image's crop: one each for the vertical place, the horizontal place and mirroring."""
 
 COLOUR_DRAWS = 3
-"""Number of random draws for an image's colours."""
+"""Number of random numbers for the change of an image's colours."""
 
 BOX_ATTEMPTS = 10
-"""Number of attempts to draw a box that fits into the image; each attempt takes two draws."""
+"""Number of attempts to find a random box that fits into the image. Each attempt needs two random numbers."""
 
 ASPECT = (3 / 4, 4 / 3)
-"""Range of width / height of a random crop: Szegedy et al. 2014, arXiv 1409.4842, section 6."""
+"""Range of width / height of a random crop (Szegedy et al. 2014, arXiv 1409.4842, section 6)."""
 
 GREY = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in the luma: ITU-R BT.601."""
+"""Weights of red, green and blue in the luma (ITU-R BT.601)."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,17 @@ class Augment:
     Evaluation images are not changed at random. They get a centre crop of the same size.
 
     Args:
-        pad: number of pixels added on each side before the random crop. They are black. With `replicate`, they repeat
-            the border.
+        pad: number of pixels that are added on each side before the random crop.
+        replicate: whether the added pixels repeat the image's border. Otherwise they are black.
         flip: whether half of the images are mirrored.
-        size: side of the square crop in pixels. With 0, the crop has the height and width of the image.
-        area: the smallest share of the image in a crop with random area and aspect. With 0, crops have the fixed size
-            `size`.
+        size: side of the square crop in pixels. If it is 0, the crop has the height and width of the image.
+        area: smallest fraction of the image's area that a crop of random area and aspect covers. If it is 0, crops have
+            the fixed size `size`.
         brightness: largest change of brightness in either direction, in grey values (0 to 255).
-        contrast: a random factor from 1 - contrast to 1 + contrast multiplies each pixel's distance from its channel's
-            mean.
-        jitter: random factors in [1 - jitter, 1 + jitter] multiply brightness, contrast and saturation.
+        contrast: largest relative change of contrast. Each pixel's distance from its channel's mean is multiplied by a
+            random factor from 1 - contrast to 1 + contrast.
+        jitter: largest relative change of brightness, contrast and saturation. Each of the three is multiplied by a
+            random factor from 1 - jitter to 1 + jitter.
     """
 
     pad: int = 0
@@ -74,18 +75,20 @@ class Augment:
 
     @property
     def draws(self) -> int:
-        """Number of uniform draws per image."""
+        """Number of uniform random numbers that an image needs."""
         if self.area:
             return CROP_DRAWS + COLOUR_DRAWS + 2 * BOX_ATTEMPTS
         return CROP_DRAWS + COLOUR_DRAWS if self.changes_colours else CROP_DRAWS
 
 
 def crop_and_flip(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Crop and mirror each image according to its draws.
+    """Return a crop of each image, mirrored or not.
 
     Args:
-        draws: uniform numbers in [0, 1), of shape (N, 3 or more). The first three of an image determine the vertical
-            place of the crop, its horizontal place, and whether it is mirrored.
+        images_NCHW: the images.
+        draws: uniform random numbers in [0, 1), of shape (N, 3 or more). The first three numbers of an image determine
+            the vertical place of the crop, its horizontal place, and whether the crop is mirrored.
+        augment: the augmentation.
     """
     pad, (count, _, height, width) = augment.pad, images_NCHW.shape
     rows, columns = augment.size or height, augment.size or width
@@ -128,9 +131,14 @@ def center_crop(images_NCHW: Tensor, size: int) -> Tensor:
 def random_box(height: int, width: int, draws: Sequence[float], area: float) -> tuple[int, int, int, int]:
     """Return (top, left, rows, columns) of a crop with random area and aspect.
 
-    The share of the image that the crop covers is uniform between `area` and 1. The aspect is uniform on a logarithmic
-    scale, as in torchvision. If the shape does not fit, it is drawn again, up to ten times. After that, the crop is the
-    largest centred box with an allowed aspect.
+    The fraction of the image that the crop covers is uniform between `area` and 1. The aspect is uniform on a
+    logarithmic scale, as in torchvision. There are up to ten attempts to find a shape that fits into the image. If
+    all of them fail, the crop is the largest centred box with an allowed aspect.
+
+    Args:
+        height, width: size of the image in pixels.
+        draws: the image's uniform random numbers in [0, 1).
+        area: smallest fraction of the image that the crop covers.
     """
     low, high = map(math.log, ASPECT)
     for share_draw, aspect_draw in zip(*[iter(draws[CROP_DRAWS + COLOUR_DRAWS :])] * 2, strict=True):
@@ -144,7 +152,7 @@ def random_box(height: int, width: int, draws: Sequence[float], area: float) -> 
 
 
 def adjust_colours(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Change brightness, contrast and saturation of each image. Values stay within 0 to 255.
+    """Return the images with changed brightness, contrast and saturation. All values stay between 0 and 255.
 
     First, `brightness` shifts all values, and `contrast` scales them about each channel's mean. DoReFa's training
     script for SVHN does the same (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). Then `jitter` changes
@@ -174,7 +182,7 @@ def _blend(x_NCHW: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _grey(x_NCHW: Tensor) -> Tensor:
-    """Return the luma of each pixel, (N, 1, H, W)."""
+    """Return the luma of each pixel, in the shape (N, 1, H, W)."""
     if x_NCHW.shape[1] != 3:
         return x_NCHW.mean(1, keepdim=True)
     return sum((c * x_NCHW[:, i : i + 1] for i, c in enumerate(GREY)), torch.zeros_like(x_NCHW[:, :1]))

@@ -1,10 +1,11 @@
-"""Defines data sets (three splits of uint8 images) and the loader that makes batches for the network.
+"""Defines data sets, which are three splits of uint8 images, and the loader that makes batches for the network.
 
 Images that fit into memory stay there and are augmented in batches. Other images are read from their files for each
 batch.
 
-The order of the training images is a function of (seed, epoch). The augmentation is a function of (seed, epoch, index).
-A run that stops at any batch therefore resumes with the same images, in memory or in files.
+The order of the training images depends only on (seed, epoch). The augmentation of an image depends only on (seed,
+epoch, index of the image). A run that stops at any batch therefore resumes with the same images, whether they are in
+memory or in files.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ MAX_EVALUATION_PIXELS = 2**23
 
 @dataclass(frozen=True)
 class Split:
-    """A split in memory: images uint8 (N, C, H, W) and labels int64 (N,).
+    """A split in memory, with images uint8 (N, C, H, W) and labels int64 (N,).
 
     Raises:
         DataError: the images or labels have another type or shape.
@@ -53,7 +54,7 @@ class Split:
         return channels, height, width
 
     def to(self, device: torch.device) -> "Split":
-        """Return the split on a device, with images in channels_last."""
+        """Return the split on a device, with the images in the memory format channels_last."""
         return Split(self.images.to(device, memory_format=torch.channels_last), self.labels.to(device))
 
     def take(self, index: Tensor) -> Self:
@@ -75,15 +76,19 @@ AnySplit = TypeVar("AnySplit", bound=Split | FileSplit)
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A data set: three splits and their properties.
+    """A data set, which consists of three splits and their properties.
 
     Args:
-        val: validation split, a part of the training images. It is used to select the best weights. It is empty with
-            `dataset.val=0`.
+        name: the data set's name.
+        train, test: the training and the test split.
+        val: the validation split, which is a part of the training images. It is used to select the best weights. It is
+            empty if `dataset.val=0`.
+        classes: number of classes.
         mean, std: the mean and standard deviation for normalization, per channel, on the scale [0, 1].
-        synthetic: whether the images are rendered or random. Tables that compare with papers leave
-            such data sets out.
-        files: facts about the image files, for the manifest.
+        augment: the augmentation of training images.
+        synthetic: whether the images are rendered or random. Tables that compare runs with papers do
+            not show such data sets.
+        files: facts about the image files, which are stored in the manifest.
     """
 
     name: str
@@ -105,14 +110,14 @@ class Dataset:
 
     @property
     def image_range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Lowest and highest possible input value of the network, per channel."""
+        """Lowest and highest value that a network input can have, per channel."""
         pairs = list(zip(self.mean, self.std, strict=True))
         return tuple(-m / s for m, s in pairs), tuple((1 - m) / s for m, s in pairs)
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return the number of images and the sha256 of each split.
 
-        The hash covers the images (or the names of the files) and the labels, in order.
+        The hash is computed over the images (or the names of their files) and the labels, in order.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         counts: dict[str, str | int] = {f"{name}_images": len(split) for name, split in splits.items()}
@@ -137,13 +142,14 @@ def _sha256(split: Split | FileSplit) -> str:
 def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     """Divide a training split into (train, val), stratified by class.
 
-    The division is deterministic: equal arguments give equal results.
+    The division is deterministic, so equal arguments give equal results.
 
     Args:
-        val: the share of the images in the validation split, 0 <= val < 1.
+        split: the training split.
+        val: fraction of the images that form the validation split, 0 <= val < 1.
 
     Raises:
-        ValueError: a split would be empty. An empty validation split is allowed with val = 0.
+        ValueError: the training split would be empty, or the validation split would be empty although val is not 0.
     """
     if not 0 <= val < 1:
         raise ValueError(f"val={val}: must be a share of the training images, from 0 to below 1")
@@ -160,16 +166,18 @@ def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
 
 
 class Loader:
-    """Makes batches: the network's input float32 (N, C, H, W) in channels_last, and labels (N,).
+    """Makes batches for the network.
+
+    A batch consists of normalized images, float32 (N, C, H, W) in channels_last, and labels (N,).
 
     Args:
         data: the data set. Splits in memory are copied to `device` in channels_last, unless they already are there in
             this format.
-        batch_size: images per training batch. Images after the last full batch of an epoch are not
-            used in that epoch.
-        seed: determines, together with the epoch, the order and the augmentation.
-        workers: number of processes that decode images from files. The batches are the same for any
-            number.
+        batch_size: number of images per training batch. Images after the last full batch of an epoch are not used in
+            that epoch.
+        seed: number that, together with the epoch, determines the order and the augmentation.
+        device: the device of the batches.
+        workers: number of processes that decode images from files. This number does not change the batches.
     """
 
     def __init__(self, data: Dataset, batch_size: int, seed: int, device: torch.device, workers: int = 0) -> None:
@@ -187,7 +195,7 @@ class Loader:
         self._scale = (1 / (255 * std)).contiguous().movedim(2, 0)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the epoch's training batches, starting with batch number `start`."""
+        """Yield the training batches of an epoch, beginning with batch number `start`."""
         split, size = self.splits["train"], self.batch_size
         generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.randperm(len(split), generator=generator)
@@ -200,12 +208,12 @@ class Loader:
             yield self.normalize(images), split.labels[index]
 
     def unaugmented(self, name: str, limit: int | None = None, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the images of a split in order, without augmentation.
+        """Yield batches of the images of a split in order, without augmentation.
 
         Args:
-            name: train, val or test.
-            limit: yield only the first `limit` images.
-            size: images per batch. If the images are large, batches are smaller.
+            name: "train", "val" or "test".
+            limit: number of images after which the function stops, or None for all images.
+            size: number of images per batch. Batches are smaller if the images are large.
         """
         split, (_, height, width) = self.splits[name], self._mean.shape
         count = len(split) if limit is None else min(limit, len(split))
@@ -215,9 +223,10 @@ class Loader:
             yield self.normalize(images), split.labels[index[0] : index[-1] + 1]
 
     def _crops(self, split: Split | FileSplit, indices: list[Tensor], draws: Tensor | None) -> Iterator[Tensor]:
-        """Yield uint8 images of the network's input size.
+        """Yield one batch of uint8 images of the network's input size for each index tensor.
 
-        `draws` determine the augmentation. Without draws, the images are centre crops.
+        `draws` are the random numbers of the augmentation, with one row per image of the split. If it is None, the
+        images are centre crops.
         """
         if isinstance(split, FileSplit):
             yield from decoded_batches(split, indices, draws, self.augment, self.workers, self.device)
@@ -245,5 +254,5 @@ def batch_size_and_steps(data: Dataset, batch_size: int) -> tuple[int, int]:
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return a 63-bit generator seed for (seed, epoch). Neighbouring pairs get unrelated seeds."""
+    """Return a 63-bit generator seed for (seed, epoch). Neighbouring pairs have unrelated seeds."""
     return int.from_bytes(hashlib.sha256(f"order {seed} {epoch}".encode()).digest()[:8]) >> 1

@@ -47,8 +47,9 @@ END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 
 @dataclass(frozen=True)
 class FileCheck:
-    """The result of a check: number, total bytes and hash of the files, and which bytes were hashed.
+    """The result of a check.
 
+    It contains the number, the total bytes and the hash of the files, and a text that says which bytes were hashed.
     `height` and `width` are those of all images, or 0 if the images differ in size.
     """
 
@@ -60,7 +61,7 @@ class FileCheck:
     width: int
 
     def manifest_entries(self) -> dict[str, str | int]:
-        """Return the manifest's entries about the files."""
+        """Return the entries about the files that are stored in a run's manifest."""
         return {
             "files": self.count, "files_bytes": self.size, "files_sha256": self.sha256, "files_hashed": self.hashed,
         }  # fmt: skip
@@ -82,7 +83,7 @@ def check_files(root: str, names: Sequence[str]) -> FileCheck:
     """Check all files below `root`, or return the cached result of an earlier check.
 
     Raises:
-        DataError: some files are not complete images; the message names them.
+        DataError: some files are not complete images. The message names these files.
     """
     bad: list[tuple[str, str]] = []
     sizes, key = [], hashlib.sha256(f"{VERSION} {root}".encode(errors="surrogateescape"))
@@ -108,7 +109,7 @@ def check_files(root: str, names: Sequence[str]) -> FileCheck:
 
 
 def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[FileCheck, list[tuple[str, str]]]:
-    """Return the result of the check, and (name, reason) of each file that fails."""
+    """Return the result of the check, and (name, reason) of each file that is not a complete image."""
     whole = sum(sizes) <= MAX_WHOLE_BYTES
     total, shapes = hashlib.sha256(), set()
     brightest: dict[str, int] = {}  # part of the data set, such as train -> largest value of its deep images
@@ -117,7 +118,7 @@ def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[F
     def check(i: int) -> _FileFacts | str:
         try:
             return _check_file(os.path.join(root, names[i]), sizes[i], whole)
-        except Exception as error:  # PIL raises many kinds for damaged files
+        except Exception as error:  # PIL raises many kinds of errors for damaged files
             return describe_error(error)
 
     with ThreadPool(THREADS) as pool:
@@ -147,9 +148,9 @@ def _refuse_dark(root: str, brightest: Mapping[str, int]) -> None:
 
 
 def _check_file(path: str, size: int, whole: bool) -> _FileFacts:
-    """Return the hash and the size of one image file.
+    """Return the hash of one image file and the image's size.
 
-    An error of any kind means that the file is not a complete image.
+    The function raises an error of any kind if the file is not a complete image.
     """
     if not size:
         raise ValueError("empty")
@@ -187,7 +188,7 @@ def _load_cached(path: Path, key: str) -> FileCheck | None:
 
 
 def _store(path: Path, key: str, check: FileCheck) -> None:
-    """Write a result to the cache. If writing fails, the next run checks again."""
+    """Write a result to the cache. If writing fails, the next run repeats the check."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

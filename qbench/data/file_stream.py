@@ -1,10 +1,11 @@
 """Defines splits whose images stay in files. Worker processes decode each batch when it is needed.
 
-A batch depends only on its paths and draws, so the number of workers does not change the batches.
+A batch depends only on the paths of its images and on the random numbers of their augmentation (draws). The number of
+workers therefore does not change the batches.
 
-The workers are those of torch's DataLoader. A fork server starts them. The server is a fresh process, so the workers
-inherit no locks, open files or CUDA state. Workers end when the epoch or the main process ends. They ignore signals to
-the whole process group, because the main process handles these signals.
+The workers are processes of torch's DataLoader, started by a fork server. The server is a fresh process, so the workers
+inherit no locks, open files or CUDA state. Workers end when the epoch or the main process ends. Workers ignore signals
+to the whole process group, because the main process handles these signals.
 """
 
 import multiprocessing
@@ -30,10 +31,13 @@ START_METHOD = "forkserver"
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Images in files below `root`, with labels int64 (N,).
+    """A split with images in files and labels int64 (N,).
 
     Args:
-        side: size in pixels to which the shorter side is resized before a crop of fixed size.
+        root: the folder of the files.
+        names: names of the files relative to `root`.
+        labels: the labels.
+        side: size in pixels to which the shorter side of an image is resized before a crop of fixed size.
     """
 
     root: str
@@ -63,21 +67,27 @@ class FileSplit:
 
 
 class DecodeJob(NamedTuple):
-    """A batch to decode: paths, and one row of draws per image. None in place of draws means centre crops."""
+    """The paths of the images of a batch, and one row of random numbers per image.
+
+    If the random numbers are None, the images get centre crops.
+    """
 
     paths: list[str]
     draws: list[list[float]] | None
 
 
 class DecodedBatch(NamedTuple):
-    """A decoded batch: images uint8 (n, size, size, 3), and (path, reason) of each unreadable file."""
+    """The images of a batch, uint8 (n, size, size, 3), and (path, reason) of each file that cannot be read."""
 
     images: Tensor
     bad: list[tuple[str, str]]
 
 
 class Decoder:
-    """Decodes the images of a job into a batch. It is the DataLoader's dataset, so each worker has a copy."""
+    """Decodes the images of a job into a batch.
+
+    The DataLoader uses the object as its dataset, so each worker gets a copy.
+    """
 
     def __init__(self, side: int, augment: Augment) -> None:
         self.side, self.augment = side, augment
@@ -90,7 +100,7 @@ class Decoder:
         for i, path in enumerate(job.paths):
             try:
                 images[i] = load_crop(path, self.side, self.augment, job.draws[i] if job.draws else None)
-            except Exception as error:  # PIL raises many kinds for damaged files
+            except Exception as error:  # PIL raises many kinds of errors for damaged files
                 bad.append((path, describe_error(error)))
         return DecodedBatch(images, bad)
 
@@ -99,12 +109,16 @@ def decoded_batches(
     split: FileSplit, indices: Sequence[Tensor], draws: Tensor | None, augment: Augment, workers: int,
     device: torch.device,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Yield images uint8 (n, 3, size, size) in channels_last for every index tensor, in order.
+    """Yield one batch of images uint8 (n, 3, size, size) in channels_last for each index tensor, in order.
 
     Args:
-        draws: uniform draws for augmentation, of shape (N, k), with one row per image of the split. None means centre
-            crops.
-        workers: number of worker processes, at most one per core. With 0, this process decodes.
+        split: the split of N images.
+        indices: the indices of the n images of each batch.
+        draws: uniform random numbers of the augmentation, of shape (N, k), with k numbers per image of the split. None
+            means centre crops.
+        augment: the augmentation.
+        workers: number of worker processes, at most one per core. If it is 0, this process decodes the images.
+        device: the device of the batches.
 
     Raises:
         DataError: some images cannot be decoded. No batch is yielded after the first bad image. The remaining files are
@@ -128,7 +142,7 @@ def _decode_with_fallback(
 ) -> Iterator[DecodedBatch]:  # fmt: skip
     """Yield the decoded batches.
 
-    If a worker is killed, this process decodes the remaining batches, with the same results.
+    If a worker is killed, this process decodes the remaining batches. The results are the same.
     """
     done, workers = 0, min(workers, _cores(), len(indices))
     while True:
@@ -167,7 +181,7 @@ def _data_loader(
         multiprocessing_context=context,
         worker_init_fn=_end_with_main_process if workers else None,
         pin_memory=device.type == "cuda",
-        generator=Generator(),  # without this argument, the loader would draw from the global generator
+        generator=Generator(),  # without this argument, the loader would use the global random generator
     )
 
 
@@ -183,7 +197,7 @@ def _ensure_fork_server() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()
-        # starting the tracker unblocks the signals, so start it first
+        # the resource tracker is started first, because its start unblocks the signals
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
     finally:
@@ -198,7 +212,7 @@ def _end_with_main_process(worker: int) -> None:
 
 
 def _exit_after(process: int) -> None:
-    """Wait for the end of a process, given its handle, and exit."""
+    """Wait until the process with the given handle ends, then end this process."""
     wait([process])
     os._exit(0)
 

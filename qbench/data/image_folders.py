@@ -1,4 +1,7 @@
-"""Finds images in one folder per class, and builds a data set in memory or streaming from files."""
+"""Finds images in folders, one folder per class, and builds a data set from them.
+
+The images are kept in memory, or they stream from their files.
+"""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,17 +22,15 @@ from qbench.data.normalize import Normalize, normalization
 from qbench.errors import DataError, ResourceError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Suffixes of image files in lower case: torchvision's list for ImageFolder."""
+"""Suffixes of image files in lower case. The list is that of torchvision's ImageFolder."""
 
 MAX_MEMORY = 2**31
-"""Maximum size in bytes of images that are kept in memory: 2 GiB.
-
-The limit is fixed, so it is the same on every machine.
-"""
+"""Maximum total size in bytes of images that are kept in memory (2 GiB). The limit is the same on every machine."""
 
 STATISTICS_IMAGES = 1000
-"""Number of evenly spaced images that `normalize=own` uses to compute the mean and standard deviation of a streaming
-data set.
+"""Number of images from which `normalize=own` computes mean and standard deviation if the images stream from files.
+
+These images are evenly spaced in the training split.
 """
 
 FolderId = tuple[int, int]
@@ -38,9 +39,11 @@ FolderId = tuple[int, int]
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files: names below the root in order, and labels.
+    """The image files of a split.
 
     Args:
+        names: names of the files below the root, in order.
+        labels: the labels of the images.
         ignored: number of other files.
         folders: all folders that were read.
     """
@@ -52,7 +55,7 @@ class ImageFiles:
 
 
 def classes_in(folder: Path) -> list[str]:
-    """Return the names of the class folders, sorted; hidden folders do not count.
+    """Return the names of the class folders, sorted. Hidden folders do not count.
 
     Raises:
         DataError: the folder does not exist or contains no folders.
@@ -67,10 +70,9 @@ def classes_in(folder: Path) -> list[str]:
 
 
 def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles | None = None) -> ImageFiles:
-    """Return the images below root/part/CLASS, at any depth.
+    """Return the image files below root/part/CLASS, at any depth. The suffix decides whether a file is an image.
 
-    The suffix decides whether a file is an image. `train` is the training images, whose folders
-    must not be read again as test images.
+    `train` contains the training images, whose folders must not be read again as test images.
 
     Raises:
         DataError: a class folder of train has no image, there is no image at all, a class is not in
@@ -101,7 +103,7 @@ def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles
 def find_test_folder(root: Path, part: str) -> str:
     """Return the name of the folder of test images.
 
-    The name is `part`. If `part` is auto, the name is val or test: the one that exists.
+    This is `part`. If `part` is auto, it is val or test, whichever exists.
 
     Raises:
         DataError: neither val nor test exists, or both do.
@@ -122,13 +124,13 @@ def dataset_from_files(
     name: str, root: Path, train: ImageFiles, test: ImageFiles, *, classes: int, val: float, side: int,
     augment: Augment, normalize: Normalize, shape: tuple[int, int] | None = None,
 ) -> Dataset:  # fmt: skip
-    """Return the data set of image files.
+    """Return a data set of image files.
 
-    Images are kept in memory if they have the same size and fit into memory.
+    Images are kept in memory if they all have the same size and take at most `MAX_MEMORY` bytes.
 
     Args:
-        side: size in pixels to which the shorter side is resized.
-        shape: (H, W) that all images must have. A data set with a given shape is always kept in
+        side: size in pixels to which the shorter side of each image is resized.
+        shape: (H, W) that all images must have, or None. If it is given, images are always kept in
             memory.
 
     Raises:
@@ -158,7 +160,7 @@ def dataset_from_files(
 
 
 def _common_shape(check: FileCheck, side: int, augment: Augment) -> tuple[int, int] | None:
-    """Return (H, W) of the resized images if all have the same size and fit into memory."""
+    """Return (H, W) of the resized images, or None if their sizes differ or they do not fit into memory."""
     height, width = check.height, check.width
     if not height or augment.area:
         return None
@@ -170,7 +172,7 @@ def _common_shape(check: FileCheck, side: int, augment: Augment) -> tuple[int, i
 
 
 def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]) -> Split:
-    """Decode all images. Each image has the shape (H, W) after resizing."""
+    """Return a split in memory with all images. Each image must have the shape (H, W) after resizing."""
     images = torch.empty(len(files.names), *shape, 3, dtype=torch.uint8)
 
     def read(i: int) -> tuple[str, str] | None:
@@ -180,11 +182,11 @@ def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]
                 height, width = image.shape[:2]
                 return files.names[i], f"{height}x{width} pixels, expected {shape[0]}x{shape[1]}"
             images[i] = torch.from_numpy(image)
-        except Exception as error:  # PIL raises many kinds for damaged files
+        except Exception as error:  # PIL raises many kinds of errors for damaged files
             return files.names[i], describe_error(error)
         return None
 
-    with ThreadPool(THREADS) as pool:  # PIL decodes without Python's lock
+    with ThreadPool(THREADS) as pool:  # threads run in parallel, because PIL releases Python's lock when it decodes
         bad = [failure for failure in pool.imap(read, range(len(images)), chunksize=16) if failure]
     if bad:
         raise damaged_files_error(bad, len(images), str(root))
@@ -192,10 +194,10 @@ def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]
 
 
 def _statistics_images(split: Split | FileSplit) -> Tensor:
-    """Return the images for computing mean and standard deviation.
+    """Return the images from which mean and standard deviation are computed.
 
-    If the split is in memory, these are all its images. Otherwise they are the pixels of a sample
-    of images, in the shape (1, 3, 1, pixels).
+    If the split is in memory, these are all its images. Otherwise the result contains the pixels of
+    `STATISTICS_IMAGES` images in the shape (1, 3, 1, pixels).
     """
     if isinstance(split, Split):
         return split.images
@@ -225,10 +227,7 @@ def _images_below(root: Path, folder: str, known: dict[FolderId, Path]) -> tuple
 
 
 def _walk(folder: Path, known: dict[FolderId, Path]) -> Iterator[tuple[str, list[str], int]]:
-    """Yield `folder` and every visible folder below it.
-
-    Also yield the names of the images and the number of all files in each folder.
-    """
+    """Yield `folder` and every visible folder below it, each with the names of its images and its number of files."""
     for path, folders, files in os.walk(folder, onerror=_raise_resource_error, followlinks=True):
         _enter(Path(path), known)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -262,7 +261,7 @@ def _layout_error(root: Path, found: str) -> DataError:
 
 
 def _contents(folder: Path) -> str:
-    """Return a short list of a folder's content."""
+    """Return a text that lists a few names in a folder."""
     if not folder.is_dir():
         return "nothing: it does not exist"
     entries = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(folder))

@@ -1,7 +1,7 @@
-"""Handles one image file: decodes, converts to RGB, resizes, crops, and describes damage.
+"""Decodes, converts, resizes and crops one image file, and describes damage to the file.
 
-Resizing uses PIL's bilinear filter, which averages when it shrinks an image. Sizes and centre crops are rounded as in
-torchvision. The EXIF orientation is ignored, as in torchvision.
+Resizing uses PIL's bilinear filter, which averages pixels when an image shrinks. Sizes and centre crops are rounded as
+in torchvision. The EXIF orientation is ignored, as in torchvision.
 """
 
 import errno
@@ -21,25 +21,27 @@ from qbench.errors import DataError
 Pixels = npt.NDArray[np.uint8]
 
 MAX_NAMED = 20
-"""Maximum number of bad files in a message."""
+"""Maximum number of bad files that a message names."""
 
 MAX_DEEP = 2**16 - 1
 """White in an image of more than 8 bits."""
 
 SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Error numbers that do not mean that the file is damaged: too many open files, no memory."""
+"""Numbers of system errors (too many open files, no memory) that do not mean that the file is damaged."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image with three channels of 8 bits.
 
-    Grey is repeated, 16-bit values are cut to their upper 8 bits, and alpha is dropped.
+    A grey channel is repeated three times. Values of 16 bits are reduced to their upper 8 bits. An alpha channel is
+    dropped.
 
     Raises:
-        ValueError: the pixels are floats, or integers outside 16 bits, for which the value of white is not known.
+        ValueError: the pixels are floats, or integers that do not fit into 16 bits. They cannot be converted, because
+            the value of white is not known.
     """
     if image.mode == "F":
-        raise ValueError("its pixels are floats")
+        raise ValueError("the pixels are floats")
     if image.mode.startswith("I"):  # PIL's own conversion would make every value above 255 white
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
@@ -61,7 +63,7 @@ def is_deep(image: ImageFile.ImageFile) -> bool:
 
 
 def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-    """Return an image whose shorter side has `side` pixels. With 0, return the image unchanged."""
+    """Return the image resized so that its shorter side has `side` pixels, or unchanged if `side` is 0."""
     width, height = image.size
     short, long = sorted((width, height))
     if not side or short == side:
@@ -71,10 +73,7 @@ def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
 
 
 def decode_image(path: str | Path, side: int = 0) -> Pixels:
-    """Return a file's image as uint8 (H, W, 3).
-
-    The shorter side is resized to `side` pixels unless `side` is 0.
-    """
+    """Return a file's image as uint8 (H, W, 3). The shorter side is resized to `side` pixels unless `side` is 0."""
     with Image.open(path) as image:
         return np.array(resize_shorter_side(to_rgb(image), side))
 
@@ -83,9 +82,10 @@ def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[flo
     """Return a crop of a file's image as uint8 (size, size, 3).
 
     Args:
+        path: the path of the file.
         side: size in pixels to which the shorter side is resized before a crop of fixed size.
-        augment: the augmentation, with `size` set.
-        draws: the image's uniform draws. None means the centre crop.
+        augment: the augmentation. Its `size` must be above 0.
+        draws: the image's uniform random numbers in [0, 1), or None for the centre crop.
     """
     if draws is not None and augment.area:
         with Image.open(path) as image:
@@ -101,26 +101,23 @@ def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[flo
 
 
 def describe_error(error: Exception) -> str:
-    """Return a short reason why an image cannot be read.
-
-    If the file is not the cause of the error, raise the error again.
-    """
+    """Return a short reason why an image cannot be read, or raise the error again if the file is not its cause."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRORS):
         raise error
     if isinstance(error, UnidentifiedImageError):
-        return "no image"
+        return "not an image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:80] or type(error).__name__
 
 
 def damaged_files_error(bad: Iterable[tuple[str, str]], checked: int, folder: str) -> DataError:
-    """Return the error that names bad files with their reasons, up to `MAX_NAMED`.
+    """Return an error that names up to `MAX_NAMED` bad files with their reasons.
 
     Args:
         bad: (path, reason) of each bad file.
-        checked: number of files checked.
-        folder: the folder that holds the files.
+        checked: number of files that were checked.
+        folder: the folder that contains the files.
     """
     bad = sorted(bad)
     named = ", ".join(f"{path} ({why})" for path, why in bad[:MAX_NAMED])

@@ -30,7 +30,7 @@ streamed = image_sets.streamed
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (halved, ""),
     "empty": (lambda path: path.write_bytes(b""), "empty"),
-    "a page": (lambda path: path.write_text("<!DOCTYPE html><html>sign in</html>"), "no image"),
+    "a page": (lambda path: path.write_text("<!DOCTYPE html><html>sign in</html>"), "not an image"),
     "zeros at the end": (lambda path: path.write_bytes(path.read_bytes()[:-200] + bytes(200)), ""),
     "a link to nothing": (lambda path: (path.unlink(), path.symlink_to("nowhere")), "No such file or directory"),
     "head only": (lambda path: path.write_bytes(path.read_bytes()[:30]), ""),
