@@ -1,4 +1,4 @@
-"""Finds the first tensor that is not finite, to name it in the error."""
+"""Finds the first tensor that is not finite, so that the error message can name it."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,37 +15,44 @@ from qbench.training.task import Task
 
 
 def must_be_finite(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that must be finite: all parameters, and the buffers outside quantizers.
+    """Return all parameters, and all buffers outside quantizers. All of these tensors must be finite.
 
-    Buffers of quantizers are left out, because they may be nan until they are set.
+    Buffers of quantizers are not included, because they may be nan until they are set.
     """
     parameters = {name for name, _ in model.named_parameters()}
     return {n: t for n, t in model.state_dict().items() if n in parameters or not is_quantizer_key(n)}
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the norm of all gradients together. It is not finite if any gradient is not finite."""
+    """Return the norm of the vector of all gradients. The norm is not finite if a gradient is not finite."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
 
 
 def divergence_error(task: Task, state: State, what: str, images: Tensor | None = None) -> Diverged:
-    """Return the error that names the epoch, the step and the likely cause.
+    """Return an error that names the epoch, the step and the likely cause.
 
     Args:
-        what: the start of the message, such as `the loss is not finite`.
-        images: the batch of the step. It is used to find the first layer whose output is not finite.
+        task: the training task.
+        state: the state of training.
+        what: the beginning of the message, such as `the loss is not finite`.
+        images: the images of the step, which are used to find the first layer whose output is not finite. None means
+            that only parameters and buffers are examined.
     """
     cause = find_cause(task, images)
-    where = f"in epoch {state.epoch}, step {state.step}{f', first at {cause}' if cause else ''}"
+    where = f"in epoch {state.epoch}, step {state.step}{f' (likely cause: {cause})' if cause else ''}"
     return Diverged(f"{what} {where}; try a lower optim.lr")
 
 
 def find_cause(task: Task, images: Tensor | None) -> str | None:
     """Return the name of the likely cause, or None. The search changes the network's buffers.
 
-    These causes are tried in order: a parameter or buffer that is not finite; the first module with a finite input and
-    an output that is not finite; the last parameter whose gradient is not finite; the parameter with the largest
-    gradient.
+    The following causes are tried in this order:
+
+    1. a parameter or buffer that is not finite
+    2. images that are not finite
+    3. the first module whose output is not finite although its input is
+    4. the last parameter whose gradient is not finite
+    5. the parameter with the largest gradient
     """
     model = task.model
     tensor = first_nonfinite(must_be_finite(model))
@@ -63,7 +70,11 @@ def find_cause(task: Task, images: Tensor | None) -> str | None:
 
 
 def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
-    """Return the first module whose output is not finite, or the message of a layer about its input."""
+    """Return the name of the first module whose output is not finite.
+
+    If a quantized layer raises an error about its input before that, return the message of this error. If all outputs
+    are finite, return None.
+    """
     names: list[str] = []
     with _nonfinite_outputs(model, names), torch.no_grad():
         try:
@@ -75,7 +86,7 @@ def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
 
 @contextmanager
 def _nonfinite_outputs(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Add the modules whose output is not finite to `names`, in execution order."""
+    """Within a `with` block, add the names of modules whose output is not finite to `names`, in execution order."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:

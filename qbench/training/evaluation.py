@@ -1,4 +1,4 @@
-"""Evaluates top-1, top-5 and mean cross entropy of a network on batches."""
+"""Computes top-1, top-5 and mean cross entropy of a network on batches."""
 
 from collections.abc import Callable, Iterable
 
@@ -17,11 +17,14 @@ def evaluate(
     forward: Callable[[Tensor], Tensor] | None = None,
     predictions: list[Tensor] | None = None,
 ) -> Accuracy | None:
-    """Return a network's accuracy on batches, or None without images. The network is left in eval mode.
+    """Return a network's accuracy on batches, or None if there are no images. The network is left in eval mode.
 
     Args:
+        model: the network.
+        batches: batches of images and labels.
         forward: function that computes the network's output. None means the network itself.
-        predictions: a list that gets one tensor (N, 2) of labels and predicted classes per batch.
+        predictions: a list to which one tensor is added per batch. The tensor has shape (N, 2) for N images and
+            contains labels and predicted classes.
     """
     model.eval()
     run = model if forward is None else forward

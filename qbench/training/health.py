@@ -1,9 +1,10 @@
-"""Checks the health of training at the end of an epoch: warns of problems, or stops the run.
+"""Checks the health of training at the end of an epoch, and warns of problems or stops the run.
 
 If inf or nan appears in images, losses, gradients, weights or scales, the run stops in that step, and the step is not
-saved. `qbench.training.loop` and `qbench.quant.layers` do this. The checks here stop a run in two more cases: exploding
-weights, and a scale that is not above zero. Levels with such a scale lose their order. All other findings may be
-intended, so they only cause a warning, which is printed once.
+saved. This is done by `qbench.training.loop` and `qbench.quant.layers`. The checks in this module stop a run in two
+more cases. One is exploding weights. The other is a scale that is not above zero, because levels with such a scale
+are not in ascending order. All other findings may be intended, so each of them only causes a warning, which is
+printed once.
 """
 
 from collections.abc import Mapping
@@ -17,37 +18,36 @@ from qbench.training.epoch_record import EpochRecord
 from qbench.training.layer_stats import SLOTS, LayerTrace, QuantizedTensor
 
 WARN_GROWTH = 100.0
-"""Growth of a layer's largest weight, relative to its initial value, that causes a warning.
+"""Factor of growth of a layer's largest weight, relative to its initial value, that causes a warning.
 
-Adam's steps are as large as the learning rate. At a rate of 0.01, a weight that starts at 1 needs 10^4 steps in one
-direction to grow that much.
+Adam's steps are as large as the learning rate. With a learning rate of 0.01, a weight that starts at 1 needs 10^4 steps
+in one direction to grow by this factor.
 """
 
 MAX_GROWTH = 1e4
-"""Growth of a layer's largest weight, relative to its initial value, that stops the run.
+"""Factor of growth of a layer's largest weight, relative to its initial value, that stops the run.
 
-Neighbouring float32 numbers then differ by a thousandth of the initial weights, and updates of the
-usual size are lost.
+At this magnitude, neighbouring float32 numbers differ by a thousandth of the initial weights. Updates
+of the usual size are lost in rounding.
 """
 
 MIN_STEPS = 300
-"""Number of steps after which a network should be better than chance. A warm-up is shorter.
-"""
+"""Number of steps after which a network should be better than chance. A warm-up of the learning rate is shorter."""
 
 STANDARD_ERRORS = 3.0
-"""Number of standard errors above chance that count as better than chance.
+"""Number of standard errors by which an accuracy must exceed chance to count as better than chance.
 
-A network that guesses exceeds this in 1 of 740 epochs.
+A network that guesses exceeds this limit in 1 of 740 epochs.
 """
 
 HealthWarnings = dict[str, str]
-"""Maps the subject of a warning to its text. There is one warning per subject."""
+"""Maps the subject of a warning, such as `range conv1`, to its text. There is only one warning per subject."""
 
 
 def initial_magnitudes(model: nn.Module) -> dict[str, float]:
-    """Return the largest weight magnitude of each layer, at least 1 / sqrt(inputs).
+    """Return the largest weight magnitude of each layer, relative to which growth is measured.
 
-    The growth of a layer is measured relative to this value.
+    The magnitude of a layer is at least 1 / sqrt(n), where n is the number of inputs of one output.
     """
     return {name: max(_max_magnitude(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
 
@@ -56,11 +56,12 @@ def exploding_weights(model: nn.Module, start: Mapping[str, float], where: str) 
     """Return warnings about layers whose weights have grown too much.
 
     Args:
-        start: result of `initial_magnitudes`.
-        where: the place in the run, for messages: `in epoch 3, step 72`.
+        model: the network.
+        start: initial magnitudes of the layers, as returned by `initial_magnitudes`.
+        where: text for messages that says when the check was made, such as `in epoch 3, step 72`.
 
     Raises:
-        Diverged: a layer has grown by more than `MAX_GROWTH`.
+        Diverged: a layer's largest weight has grown by more than the factor `MAX_GROWTH`.
     """
     warnings = {}
     for name, layer in _layers(model).items():
@@ -89,15 +90,16 @@ def check_scales(model: nn.Module, where: str) -> None:
                 if not (scale > 0).all():
                     raise Diverged(
                         f"{name}.{SLOTS[slot]}.{key} is {scale.min().item():.3g} {where}, but must be above 0; "
-                        f"probably a step was too large\ntry a lower optim.lr"
+                        f"probably an optimizer step was too large\ntry a lower optim.lr"
                     )
 
 
 def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where: str) -> HealthWarnings:
-    """Return warnings about layers that carry no information.
+    """Return warnings about layers whose weights or outputs carry no information.
 
-    In such a layer, all weights are on one of several levels, or the output is the same for all images. If the input is
-    also the same for all images, the layer gets a warning only if no earlier layer has one.
+    A layer gets a warning if all its weights are on the same level although several levels are allowed, or if its
+    output is the same for all images. If its input is also the same for all images, it gets a warning about its
+    output only if no earlier layer has one.
     """
     warnings: HealthWarnings = {}
     layers, constant = quantized_layers(model), False
@@ -105,17 +107,17 @@ def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where:
         counts = _weight_level_counts(layers[name], trace.weights)
         if len(counts) > 1 and (counts > 0).sum() == 1:
             warnings[f"level {name}"] = (
-                f"{name}: all weights are on one of {len(counts)} levels, {where}; probably they are small "
-                f"relative to the scale, or have the same sign"
+                f"{name}: all weights are on a single level (of {len(counts)}), {where}; probably the weights are "
+                f"small relative to the scale, or have the same sign"
             )
         constant_input = _equal_for_all_images(trace.input)
         if not _equal_for_all_images(trace.output) or (constant and constant_input):
             continue
         constant = True
         cause = (
-            "because its input is also the same"
+            "because the layer's input is also the same"
             if constant_input
-            else "because its weights are 0 or its inputs are on one level"
+            else "because all weights of the layer are 0 or all its inputs are on one level"
         )
         warnings[f"output {name}"] = f"{name}: the output is the same for all images, {where}; probably {cause}"
     return warnings
@@ -130,7 +132,7 @@ def at_chance(record: EpochRecord, classes: int, step: int, where: str) -> Healt
     if record.train_top1 > 100 * limit:
         return {}
     return {
-        "chance": f"training accuracy is {record.train_top1:.1f} % with {classes} classes, not better than "
+        "chance": f"training accuracy is {record.train_top1:.1f} % with {classes} classes, which is not better than "
         f"chance, {where}; probably optim.lr is too high or too low, or the labels do not match the images"
     }
 
@@ -145,12 +147,12 @@ def _max_magnitude(layer: QLayer) -> float:
 
 
 def _weight_level_counts(layer: QLayer, weights: QuantizedTensor | None) -> Tensor:
-    """Return the number of weights on each level; empty for float weights or a single weight."""
+    """Return the number of weights on each level. The result is empty if the layer has float weights or one weight."""
     if weights is None or layer.weight.numel() == 1 or not layer.weight_q.complete:
         return layer.weight.new_zeros(0)
     return weights.counts
 
 
 def _equal_for_all_images(x: Tensor) -> bool:
-    """Whether a batch (N, ...) is the same for every image."""
+    """Return whether a tensor (N, ...) has the same values for all N images."""
     return bool((x == x[:1]).all())

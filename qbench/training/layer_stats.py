@@ -1,24 +1,25 @@
 """Computes statistics of the quantized layers on a few training images, at the end of an epoch.
 
-Observing does not affect training: it runs in evaluation mode without gradients and keeps the random state. The
-statistics of a layer with weights `w` and input `a`:
+An observation is one computation of these statistics. It does not affect training, because it runs in evaluation mode
+without gradients and keeps the random state. A layer with weights `w` and input `a` has the following statistics:
 
-    w.top, a.top          the largest magnitude of the levels
-    w.dead, a.dead        number of levels without a value
+    w.top, a.top          largest magnitude of the levels
+    w.dead, a.dead        number of levels on which there is no value
     w.entropy, a.entropy  entropy of the level frequencies, in bits
-    w.flips               share of the weights on another level than at the last observation
-    w.frozen              share of the weights that an incremental method has frozen
-    a.clipped             share of the input above the highest level or, if some levels are
-                          negative, below the lowest
-    sqnr, cosine          of the output, relative to the float network with the same latent weights:
-                          signal over error in dB, and cosine of the angle
+    w.flips               fraction of the weights that changed level since the previous observation
+    w.frozen              fraction of the weights that an incremental method has frozen
+    a.clipped             fraction of the inputs that are above the highest level or, if some levels
+                          are negative, below the lowest level
+    sqnr                  power of the float output over power of the error of the output, in dB
+    cosine                cosine of the angle between the output and the float output
     w.grad                norm of the latent weights' gradient in the last step, after clipping
     w.NAME, a.NAME        a quantizer's parameter or buffer that is one number: step, alpha, n1, ...
     w.NAME.grad           norm of the gradient of a quantizer's parameter
 
-If a tensor has several scale groups, they are counted together. For example, level 3 of one channel and level 3 of
-another count as the same level. With an incremental method, a weight that is not frozen yet is counted at its nearest
-level. Statistics that are not finite or not known are omitted.
+The float output is that of the float network with the same latent weights. If a tensor has several scale groups, they
+are counted together. For example, level 3 of one channel and level 3 of another channel count as the same level. With
+an incremental method, a weight that is not frozen yet is counted at its nearest level. Statistics that are not finite
+or not known are omitted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,25 +40,26 @@ from qbench.quant.sqnr import sqnr_db
 from qbench.quant.verify import nearest_points
 
 MIN_IMAGES, MAX_IMAGES, EPOCH_SHARE, MAX_PIXELS = 8, 64, 64, 2**17
-"""Limits for the number of observed images: 1/64 of an epoch's images, 8 to 64 images, and fewer if they are large.
+"""Limits for the number of observed images, and for the number of pixels of all observed images together.
 
-An epoch costs about three forward passes over all images. Two forward passes over the observed images therefore cost
-about 1 % of an epoch.
+The number of observed images is 1/64 of an epoch's images, but between 8 and 64, and fewer if the images are large. An
+epoch costs about three forward passes over all images. Two forward passes over the observed images therefore cost about
+1 % of an epoch.
 """
 
 
 SIGNIFICANT_DIGITS = 6
-"""Significant digits of the recorded statistics."""
+"""Number of significant digits of the recorded statistics."""
 
 SLOTS = {"w": "weight_q", "a": "input_q", "g": "output_q"}
 
 LayerMetrics = dict[str, dict[str, float]]
-"""Maps layer -> statistic -> value."""
+"""Maps a layer to its statistics, which are a map from names such as `w.top` to values."""
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor before and after its quantizer, and the allowed values."""
+    """A tensor before and after quantization, and the grid of allowed values."""
 
     before: Tensor
     after: Tensor
@@ -65,7 +67,7 @@ class QuantizedTensor:
 
     @cached_property
     def codes(self) -> Tensor:
-        """The index of each value's level, (groups, values of a group)."""
+        """The index of each value's level, of shape (groups, values per group)."""
         return nearest_points(self.grid.arrange(self.after), self.grid.points)[0]
 
     @property
@@ -76,7 +78,14 @@ class QuantizedTensor:
 
 
 class LayerTrace(NamedTuple):
-    """The values of one layer: quantized weights and input (None if they are float), float input, and output."""
+    """The tensors of one layer in a forward pass.
+
+    Args:
+        weights: the quantized weights, or None if weights are float.
+        inputs: the quantized inputs, or None if inputs are float.
+        input: the layer's input before quantization.
+        output: the layer's output.
+    """
 
     weights: QuantizedTensor | None
     inputs: QuantizedTensor | None
@@ -85,8 +94,9 @@ class LayerTrace(NamedTuple):
 
 
 def observed_images(images: Tensor, epoch_images: int) -> Tensor:
-    """Return the first of the images (N, C, H, W), as many as an observation in an epoch of `epoch_images` images
-    uses.
+    """Return the images that an observation uses, which are the first of `images` (N, C, H, W).
+
+    Their number depends on `epoch_images`, the number of images in an epoch.
     """
     count = min(max(epoch_images // EPOCH_SHARE, MIN_IMAGES), MAX_IMAGES, MAX_PIXELS // prod(images.shape[2:]))
     return images[: max(count, 2)]
@@ -94,9 +104,9 @@ def observed_images(images: Tensor, epoch_images: int) -> Tensor:
 
 @torch.no_grad()
 def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
-    """Return the trace of each quantized layer on images, in execution order.
+    """Return the tensors of each quantized layer in a forward pass on images, in execution order.
 
-    If a layer runs several times, its trace is that of the last call.
+    If a layer runs several times, the tensors are those of its last call.
     """
     if not (layers := quantized_layers(model)):
         return {}
@@ -116,7 +126,7 @@ def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
 
 
 def _quantized_tensor(quantizer: Quantizer, before: Tensor, after: Tensor) -> QuantizedTensor | None:
-    """Return a quantizer's tensors with its grid. Return None if it is float or has no levels yet."""
+    """Return a tensor before and after its quantizer, or None if the quantizer is float or has no levels yet."""
     grid = quantizer.grid(before)
     return QuantizedTensor(before, after, grid) if grid is not None and grid.points.shape[1] else None
 
@@ -128,12 +138,14 @@ def layer_metrics(
     last_codes: Mapping[str, Tensor],
     gradients: LayerMetrics,
 ) -> LayerMetrics:
-    """Return the statistics of every layer; see the docstring of this module.
+    """Return the statistics of every layer, which the docstring of this module describes.
 
     Args:
-        traces: result of `trace_layers` for these images.
-        last_codes: result of `weight_codes` at the last observation, or empty.
-        gradients: result of `gradient_norms` after the last step.
+        model: the network.
+        images: the observed images.
+        traces: the tensors of the layers for these images, as returned by `trace_layers`.
+        last_codes: the weights' codes at the previous observation, as returned by `weight_codes`, or an empty map.
+        gradients: the norms of the gradients after the last step, as returned by `gradient_norms`.
     """
     float_outputs, layers = _float_outputs(model, images, list(traces)), quantized_layers(model)
     metrics: LayerMetrics = {}
@@ -156,7 +168,7 @@ def layer_metrics(
 
 
 def weight_codes(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the codes of every layer's weights, for comparison at the next observation."""
+    """Return the codes of every layer's weights, which the next observation compares with its own."""
     codes = {}
     for name, trace in traces.items():
         if trace.weights is not None:
@@ -166,7 +178,7 @@ def weight_codes(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
 
 
 def gradient_norms(model: nn.Module) -> LayerMetrics:
-    """Return the norms of the gradients of the last step, by layer. The result is empty without gradients."""
+    """Return the norms of the gradients of the last step, by layer. The result is empty if there are no gradients."""
     norms: LayerMetrics = {}
     for name, layer in quantized_layers(model).items():
         parameters: list[tuple[str, Tensor]] = [("w.grad", layer.weight)]
@@ -178,21 +190,21 @@ def gradient_norms(model: nn.Module) -> LayerMetrics:
 
 
 def weight_tensors(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return latent and quantized weights by their names in TensorBoard."""
+    """Return the latent and the quantized weights of the layers, by the tensors' names in TensorBoard."""
     tensors = {name: trace.weights for name, trace in traces.items() if trace.weights is not None}
     latent = {f"latent/{name}": tensor.before for name, tensor in tensors.items()}
     return latent | {f"quantized/{name}": tensor.after for name, tensor in tensors.items()}
 
 
 def input_tensors(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return inputs before and after quantization by their names in TensorBoard."""
+    """Return the inputs of the layers before and after quantization, by the tensors' names in TensorBoard."""
     tensors = {name: trace.inputs for name, trace in traces.items() if trace.inputs is not None}
     before = {f"input/{name}": tensor.before for name, tensor in tensors.items()}
     return before | {f"quantized_input/{name}": tensor.after for name, tensor in tensors.items()}
 
 
 def level_counts(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the number of values on each level, in ascending order, by names in TensorBoard."""
+    """Return the number of values on each level, in ascending order of the levels, by names in TensorBoard."""
     return {
         f"{slot}.levels/{name}": tensor.counts
         for name, trace in traces.items()
@@ -225,7 +237,7 @@ def _clipped_share(tensor: QuantizedTensor) -> float:
 
 
 def _output_similarity(expected: Tensor, output: Tensor) -> dict[str, float]:
-    """Return SQNR in dB and cosine of an output. If the expected output is 0, the SQNR is left out."""
+    """Return the SQNR in dB and the cosine of an output. If the expected output is 0, the SQNR is omitted."""
     signal, norm, error = expected.norm().item(), output.norm().item(), (output - expected).norm().item()
     if not signal:
         return {}
@@ -235,7 +247,7 @@ def _output_similarity(expected: Tensor, output: Tensor) -> dict[str, float]:
 
 
 def _scalars(layer: QLayer) -> Iterator[tuple[str, float]]:
-    """Yield (name, value) of the parameters and buffers of quantizers that are single numbers."""
+    """Yield (name, value) of each parameter and buffer of a quantizer that is a single number."""
     for key, slot in SLOTS.items():
         quantizer = layer.get_submodule(slot)
         for name, tensor in chain(quantizer.named_parameters(), quantizer.named_buffers()):

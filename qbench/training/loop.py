@@ -1,4 +1,4 @@
-"""Implements the training loop of float pretraining and fine-tuning."""
+"""Implements the training loop, which trains float baselines and quantized networks."""
 
 import math
 import time
@@ -28,9 +28,10 @@ class Callbacks:
     Each function may save a checkpoint, or raise an exception to stop training.
 
     Args:
-        on_step: called with (state, loss) after every batch.
-        on_epoch: called with (state, record, losses) after every epoch. `state` already points to the next epoch.
-        on_interrupt: called with (state) if the validation after an epoch was interrupted.
+        on_step: function of (state, loss) that is called after every batch.
+        on_epoch: function of (state, record, losses) that is called after every epoch. `state` already points to the
+            next epoch.
+        on_interrupt: function of (state) that is called if the validation after an epoch was interrupted.
     """
 
     on_step: Callable[[State, Tensor], None] = lambda state, loss: None
@@ -39,7 +40,7 @@ class Callbacks:
 
 
 def train(task: Task, state: State, callbacks: Callbacks = Callbacks()) -> None:
-    """Train from `state` to the last epoch or until early stopping.
+    """Train from `state` until the last epoch ends or early stopping ends training.
 
     Raises:
         Diverged: a loss, a gradient or the input of a layer is not finite.
@@ -70,7 +71,7 @@ def train_epoch(task: Task, state: State, callbacks: Callbacks = Callbacks()) ->
 
     Raises:
         Diverged: a loss, a gradient or the input of a layer is not finite. The network then has the
-            weights from before the step.
+            weights that it had before the step.
     """
     model, method = task.model, task.method
     model.train()
@@ -112,16 +113,16 @@ def _train_step(task: Task, state: State, batch: tuple[Tensor, Tensor]) -> tuple
 
 def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, images: Tensor) -> None:
     norm = gradient_norm(task.model)
-    # Done only on the CPU, because reading the values would make a GPU wait.
+    # This check is done only on the CPU. On a GPU, reading the values would make training wait for the GPU.
     if loss.device.type == "cpu" and not math.isfinite(loss.item() + norm.item()):
-        what = "the gradients' norm" if math.isfinite(loss.item()) else "the loss"
+        what = "the norm of the gradients" if math.isfinite(loss.item()) else "the loss"
         raise divergence_error(task, state, f"{what} is not finite", images)
     if task.optim.clip_norm is not None:
         nn.utils.clip_grads_with_norm_(task.model.parameters(), task.optim.clip_norm, norm)
 
 
 def _begin_epoch(task: Task, state: State) -> None:
-    """Notify the method before an epoch's first batch. Reset the optimizer if a new phase begins."""
+    """Reset the optimizer if a new phase of the method begins, and call the method's `on_epoch`."""
     if state.epoch and task.phase(state.epoch)[0] == state.epoch:
         state.optimizer.state.clear()
     if task.method.on_epoch is not None:
@@ -129,7 +130,7 @@ def _begin_epoch(task: Task, state: State) -> None:
 
 
 def _training_metrics(state: State) -> tuple[float, float]:
-    """Return the mean loss and the top-1 accuracy in percent on the epoch's training batches."""
+    """Return the mean loss and the top-1 accuracy in percent over the training batches of the epoch."""
     losses = torch.stack(state.losses)
     if not torch.isfinite(losses).all():
         raise Diverged(f"the loss is not finite in epoch {state.epoch}; try a lower optim.lr")
@@ -137,7 +138,10 @@ def _training_metrics(state: State) -> tuple[float, float]:
 
 
 def _validate(task: Task, state: State) -> Accuracy | None:
-    """Evaluate on the validation split and keep the best weights. Return None without a validation split."""
+    """Evaluate the network on the validation split, and keep its weights if they are the best so far.
+
+    Return the accuracy, or None if there is no validation split.
+    """
     with evaluated_weights(task.model, state):
         accuracy = evaluate(task.model, task.validate(), task.logits)
         if accuracy is None:
@@ -149,9 +153,9 @@ def _validate(task: Task, state: State) -> Accuracy | None:
 
 
 def _keep_best(task: Task, state: State, accuracy: Accuracy) -> None:
-    """Keep the weights with the best validation top-1. If two epochs have the same top-1, the lower loss decides.
+    """Keep the weights if their validation top-1 is the best so far. If top-1 is equal, the lower loss decides.
 
-    Training stops after `patience` epochs without a better result. With an incremental method, epochs count only if
+    Training stops after `patience` epochs without a better result. With an incremental method, an epoch counts only if
     every layer is fully quantized.
     """
     if not fully_quantized(task.model):

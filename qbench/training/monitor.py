@@ -1,4 +1,4 @@
-"""Monitors the quantized layers of a run at the end of epochs, for warnings and logs."""
+"""Observes the quantized layers of a run at the end of epochs, prints warnings and writes logs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,13 +37,13 @@ from qbench.training.task import Task
 MIN_STEPS_BETWEEN = 100
 """Minimum number of steps between two observations. An observation costs as much as two steps.
 
-Most epochs are longer. The last epoch is always observed. With `full`, every epoch is observed.
+Most epochs have more steps than this. The last epoch is always observed. At level `full`, every epoch is observed.
 """
 
 HISTOGRAMS_PER_RUN = 10
-"""Approximate number of epochs per run at which histograms of weights are logged to TensorBoard.
+"""Approximate number of times per run that histograms of weights are written to TensorBoard.
 
-With `full`, they are logged after every epoch.
+At level `full`, they are written after every epoch.
 """
 
 
@@ -51,15 +51,17 @@ With `full`, they are logged after every epoch.
 class TrainingMonitor:
     """Observes the layers of one run.
 
-    The state of the monitor does not affect training. Checkpoints contain it, so a resumed run logs the same as an
-    uninterrupted run.
+    The state of the monitor does not affect training. Checkpoints contain this state, so a resumed run logs the same as
+    an uninterrupted run.
 
     Args:
-        level: off, light or full. It decides what is logged. Warnings are printed in any case.
-        start: initial magnitude of each layer's weights.
-        warned: subject -> text of the warnings printed so far.
-        codes: level index of each weight at the last observation, by layer.
-        gradients: norms of the gradients after the last step.
+        level: "off", "light" or "full", which decides what is logged. Warnings are printed at every level.
+        logger: the logger of metrics and histograms.
+        reporter: the object that prints warnings.
+        start: the initial magnitude of each layer's weights.
+        warned: the warnings that were printed so far. It maps a subject to a text.
+        codes: the level index of each weight at the previous observation, by layer.
+        gradients: the norms of the gradients after the last step.
     """
 
     level: str
@@ -71,11 +73,11 @@ class TrainingMonitor:
     gradients: LayerMetrics = field(default_factory=dict)
 
     def begin(self, model: nn.Module) -> None:
-        """Store the initial magnitudes of the weights, unless a checkpoint has restored them."""
+        """Store the initial magnitudes of the weights, unless they were restored from a checkpoint."""
         self.start = self.start or initial_magnitudes(model)
 
     def memory(self, model: nn.Module) -> dict[str, object]:
-        """Return the values that a checkpoint stores: all arguments from `start` to the last."""
+        """Return the values of the arguments from `start` to `gradients`, which a checkpoint stores."""
         kept: dict[str, object] = {"start": self.start, "warned": self.warned}
         if self.level == "off":
             return kept
@@ -85,25 +87,28 @@ class TrainingMonitor:
         """Raise `Diverged` if weights explode or a scale is not above zero.
 
         Args:
-            where: the place in the run, for messages.
+            model: the network.
+            where: text for messages that says when the check is made, such as `in epoch 3, step 72`.
         """
         check_scales(model, where)
         self._warn(exploding_weights(model, self.start, where))
 
     def epoch(self, task: Task, state: State, record: EpochRecord | None, where: str) -> list[Record]:
-        """Observe the layers at the end of an epoch: warn, and log to TensorBoard.
+        """Observe the layers at the end of an epoch, print warnings, and write statistics to TensorBoard.
 
-        An epoch is skipped if too few steps have passed since the last observation.
+        The layers are not observed if too few steps have passed since the previous observation.
 
         Args:
-            record: metrics of the epoch, or None if nothing is trained.
-            where: the place in the run, for messages.
+            task: the training task.
+            state: the state of training.
+            record: metrics of the epoch, or None if the network is not trained.
+            where: text for messages that says when the observation is made, such as `in epoch 3, step 72`.
 
         Returns:
-            The records (kind, step, values) for metrics.jsonl.
+            records (kind, step, values) for metrics.jsonl.
 
         Raises:
-            Diverged: `check` raises it, or the input of a layer is not finite.
+            Diverged: weights explode, a scale is not above zero, or the input of a layer is not finite.
         """
         self.check(task.model, where)
         if record:
@@ -128,7 +133,7 @@ class TrainingMonitor:
         return [("layers", state.step, {"epoch": record.epoch if record else None, "layers": metrics})]
 
     def _log(self, step: int, traces: Mapping[str, LayerTrace], metrics: LayerMetrics, with_weights: bool) -> None:
-        """Log statistics and, with `with_weights`, histograms to TensorBoard."""
+        """Write statistics to TensorBoard, and also histograms if `with_weights` is true."""
         self.logger.scalars(step, {f"{key}/{name}": x for name, layer in metrics.items() for key, x in layer.items()})
         if with_weights:
             self.logger.histograms(step, weight_tensors(traces))
@@ -137,7 +142,7 @@ class TrainingMonitor:
             self.logger.counts(step, level_counts(traces))
 
     def _warn(self, warnings: HealthWarnings) -> None:
-        """Print the warnings whose subject is new."""
+        """Print each warning whose subject has not been warned about before."""
         for subject, text in warnings.items():
             if subject not in self.warned:
                 self.warned[subject] = f"warning: {text}"

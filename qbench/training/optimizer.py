@@ -1,4 +1,4 @@
-"""Builds optimizers, their parameter groups and the learning-rate schedules."""
+"""Builds optimizers and their parameter groups, and computes learning rates."""
 
 import math
 
@@ -10,7 +10,7 @@ from qbench.quant.layers import QLayer
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """Return the optimizer over all parameters that require a gradient."""
+    """Return an optimizer for all parameters of a network that require a gradient."""
     groups = parameter_groups(model, optim.weight_decay, optim.bias_lr)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)
@@ -18,12 +18,12 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, bias_lr: float = 1.0) -> list[dict[str, object]]:
-    """Return the parameters grouped by learning-rate factor and weight decay.
+    """Return the parameters in groups of equal learning-rate factor and weight decay.
 
-    Weight decay applies to weights of two and more dimensions, not to biases and batch
-    normalization. `bias_lr` is the learning-rate factor of the biases of layers with such weights.
-    For a quantizer's parameters, learning-rate factor and weight decay are the attributes
-    `lr_scale` (default 1) and `weight_decay` (default 0) of the module that holds them.
+    Weight decay applies to weights with two or more dimensions. It does not apply to biases and batch
+    normalization. `bias_lr` is the learning-rate factor of the biases of layers with such weights. A
+    module with quantizer parameters sets their learning-rate factor by its attribute `lr_scale`
+    (default 1), and their weight decay by its attribute `weight_decay` (default 0).
     """
     rules: dict[int, tuple[float, float]] = {}  # id of a parameter -> its learning-rate factor and decay
     for module in model.modules():
@@ -47,9 +47,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, bias_lr: float = 1.0
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """Return the learning rate of a step (from 0) in a phase of `steps` steps.
+    """Return the learning rate of a step in a phase of `steps` steps. Steps are counted from 0.
 
-    A decreasing schedule does not fully reach its final value in the last step. It would reach the value one step
+    A decreasing schedule does not quite reach its final value in the last step. It would reach this value one step
     later, at step number `steps`.
     """
     progress = step / steps

@@ -1,6 +1,6 @@
-"""Defines the state of training: optimizer, weight average, counters, best weights.
+"""Defines the state of training, which consists of the optimizer, the weight average, counters and the best weights.
 
-Checkpoints contain the state. A resumed run continues from it.
+Checkpoints contain this state. A resumed run continues from it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,9 +22,9 @@ class BestWeights:
     """The weights with the best validation accuracy so far.
 
     Args:
-        rank: validation top-1, then the negative validation loss; the highest rank is the best.
-        epoch: the epoch after which the weights were evaluated, from 0.
-        model: the state_dict.
+        rank: the pair of validation top-1 and negative validation loss. The largest pair is the best.
+        epoch: the epoch after which the weights were evaluated, counted from 0.
+        model: the network's state_dict with these weights.
     """
 
     rank: tuple[float, float]
@@ -34,15 +34,21 @@ class BestWeights:
 
 @dataclass
 class State:
-    """The progress of training. With it and the random state, a resumed run reproduces the same bits.
+    """The progress of training.
+
+    A run that resumes from this state and the random state gives exactly the same results as an uninterrupted run.
 
     Args:
-        average: the moving average of the weights, if `optim.ema` is set.
-        epoch, batch: the epoch and the number of the next batch to train on. Both count from 0.
-        step: number of optimizer steps.
-        losses, images, hits: losses, number of images and number of correct predictions of the
-            current epoch.
-        seconds: training time of the current epoch.
+        optimizer: the optimizer.
+        average: the moving average of the weights, or None if `optim.ema` is not set.
+        epoch: number of the current epoch, counted from 0.
+        batch: number of the next batch in this epoch, counted from 0.
+        step: number of optimizer steps so far.
+        losses: the losses of the current epoch's batches.
+        images: number of images in these batches.
+        hits: number of correct predictions in these batches.
+        seconds: training time of the current epoch in seconds.
+        best: the weights with the best validation accuracy so far, or None.
         stale: number of epochs since the best epoch.
         stopped: whether early stopping has ended training.
     """
@@ -84,7 +90,7 @@ class State:
         }
 
     def digest(self, model: nn.Module) -> str:
-        """Return the sha256 of everything saved except the training time."""
+        """Return the sha256 of all values that `save` returns, except the training time."""
         return content_sha256({name: part for name, part in self.save(model).items() if name != "seconds"})
 
     def load(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
@@ -103,15 +109,16 @@ class State:
 class WeightAverage:
     """Exponential moving average of a network's parameters, computed by torch's `AveragedModel`.
 
-    It stores a list of averaged parameters instead of a copy of the network, because buffers are never averaged. With
-    INQ, for example, a copy would also contain masks (1.2 times the size of the parameters).
+    The object stores only the averaged parameters, because buffers are never averaged. A copy of the whole network
+    would be larger. With INQ, for example, it would also contain masks, which take 1.2 times the size of the
+    parameters.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._names = [name for name, _ in model.named_parameters()]
         self._averaged = AveragedModel(_parameters(model), multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
-        # With a count of 0, the first update would replace the average by the current parameters. The average must
-        # start from the initial weights, so the count is not 0. The count has no other effect.
+        # The average must start from the initial weights. If the count of updates were 0, the first update would
+        # replace the average by the current parameters. The count has no other effect.
         self._averaged.n_averaged.fill_(1)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -120,17 +127,17 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, parameters: Mapping[str, Tensor]) -> None:
-        """Restore parameters that `parameters` returned."""
+        """Restore the averaged parameters from a result of `parameters`."""
         for name, p in self.parameters().items():
             p.copy_(parameters[name])
 
     def update(self, model: nn.Module) -> None:
-        """Move each average towards the network's parameter by 1 - decay of the difference."""
+        """Move each average towards the network's parameter by the fraction 1 - decay of their difference."""
         self._averaged.update_parameters(_parameters(model))
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Use the averaged parameters in the network inside the context."""
+        """Let a network use the averaged parameters within a `with` block."""
         trained = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.load_state_dict(self.parameters(), strict=False)
         try:
@@ -145,7 +152,10 @@ def _parameters(model: nn.Module) -> nn.ParameterList:
 
 @contextmanager
 def evaluated_weights(model: nn.Module, state: State) -> Iterator[None]:
-    """Use the evaluation weights in the network inside the context: the averaged parameters if averaging is on."""
+    """Let a network use the weights for evaluation within a `with` block.
+
+    These are the averaged parameters if `optim.ema` is set, and otherwise the network's own parameters.
+    """
     if state.average is None:
         yield
     else:

@@ -1,4 +1,4 @@
-"""Defines a training task: network, method, optimizer recipe, data, number of epochs."""
+"""Defines a training task, which states what is trained, on which data and for how long."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,13 +45,19 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class Task:
-    """A training task: network, method, data and duration.
+    """The network, the method, the optimizer recipe, the data and the duration of training.
 
     Args:
-        steps: training batches per epoch.
-        train: function (epoch, start) that returns the epoch's training batches, starting with batch number `start`.
-        validate: function without arguments that returns the validation batches. It returns none without a validation
-            split.
+        model: the network.
+        method: the quantization method.
+        optim: the optimizer recipe.
+        epochs: number of epochs.
+        steps: number of training batches per epoch.
+        train: function of (epoch, start) that returns the training batches of an epoch, beginning with batch number
+            `start`.
+        validate: function without arguments that returns the validation batches. They are empty if there is no
+            validation split.
+        probe: training images on which the method measures statistics.
         forward: function that computes the network's output, compiled or in another precision. None means the network
             itself.
         classes: number of classes, or 0 if it is not known.
@@ -69,7 +75,7 @@ class Task:
     classes: int = 0
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the network's output as the run computes it.
+        """Return the network's output, computed by `forward` if it is given.
 
         Raises:
             ConfigError: the network does not return logits, or cannot train on a single image.
@@ -77,17 +83,17 @@ class Task:
         return compute_logits(self.model if self.forward is None else self.forward, images)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of a batch as a scalar. The method defines the loss; the default is cross entropy."""
+        """Return the loss of a batch as a scalar. It is the method's loss, or cross entropy if the method has none."""
         if self.method.loss is not None:
             return self.method.loss(self.model, logits, batch)
         return F.cross_entropy(logits, batch[1], label_smoothing=self.optim.label_smoothing)
 
     def rate(self, epoch: int, batch: int) -> float:
-        """Return the learning rate of a batch. The schedule starts again in every phase."""
+        """Return the learning rate of a batch. The schedule starts again in each phase of the method."""
         start, stop = self.phase(epoch)
         return learning_rate(self.optim, (epoch - start) * self.steps + batch, (stop - start) * self.steps)
 
     def phase(self, epoch: int) -> tuple[int, int]:
-        """Return the range of an epoch's phase: its first epoch, and the epoch after its last."""
+        """Return the first epoch of the phase that contains an epoch, and the first epoch of the next phase."""
         borders = sorted({0, *self.method.phases(self.epochs), self.epochs})
         return next((start, stop) for start, stop in pairwise(borders) if start <= epoch < stop)

@@ -91,9 +91,10 @@ def warnings_of(config: Any) -> tuple[list[str], list[str]]:
 
 
 FAULTS = {
-    "weights": f"warning: {LAYER}: all weights are on one of 4 levels, in epoch 1, step 36; probably they are small",
+    "weights": f"warning: {LAYER}: all weights are on a single level (of 4), in epoch 1, step 36; "
+    "probably the weights are small",
     "inputs": f"warning: {LAYER}: the output is the same for all images, in epoch 1, step 36; "
-    "probably because its input is also the same",
+    "probably because the layer's input is also the same",
 }
 
 
@@ -156,7 +157,7 @@ def test_exploding_weights_stop_the_run_at_the_end_of_the_epoch_without_a_save(c
 @pytest.mark.parametrize(("often", "step", "newest"), [("0", STEP, STEP - 1), ("1e9", 36, 18)])
 def test_a_scale_below_zero_stops_the_run(configure: Configure, often: str, step: int, newest: int) -> None:
     config = configure(*WORDS, NAMED, "method.fault=scale", f"runtime.checkpoint_seconds={often}")
-    expected = f"{LAYER}.weight_q.step is -0.25 in epoch 1, step {step}, but must be above 0; probably a step was too"
+    expected = f"{LAYER}.weight_q.step is -0.25 in epoch 1, step {step}, but must be above 0; probably"
     with pytest.raises(Diverged, match=expected):
         run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
     saved = unpack(planned_run(config).directory.checkpoints()[0].read_bytes(), "")["state"]
@@ -171,7 +172,7 @@ def test_accuracy_at_chance_gives_a_warning_after_enough_steps(
     monkeypatch.setattr(health, "MIN_STEPS", 30)
     notes, _ = warnings_of(configure(*words, "model=test_health:blind"))
     assert len(notes) == 1
-    assert "% with 10 classes, not better than chance, in epoch 1, step 36; probably optim.lr" in notes[0]
+    assert "% with 10 classes, which is not better than chance, in epoch 1, step 36; probably optim.lr" in notes[0]
     assert warnings_of(configure(*words))[0] == []
 
 
