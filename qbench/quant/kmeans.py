@@ -1,9 +1,11 @@
-"""Clusters scalars by globally optimal k-means, without a seed. Some centroids may be fixed (pinned).
+"""Clusters scalars by globally optimal k-means, which needs no random numbers. Some centroids may be fixed (pinned).
 
-With few distinct values, the solution is exact (`kmeans_dp`). With many distinct values, bins of values are clustered
-first. Then better splits are searched near the splits found, in parts of bins that become smaller and smaller.
+If there are few distinct values, the solution is exact (`kmeans_dp`). If there are many, bins of values are clustered
+first. Better splits are then searched for near the splits that were found. Each round of this search uses smaller parts
+of bins.
 
-Existing exact packages (kmeans1d, ckwrap) cannot fix centroids, and their tables are k times as long as the values.
+Existing exact packages (kmeans1d, ckwrap) cannot fix centroids. They also need tables that are k times as long as the
+values, for k centroids.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from torch import Tensor
 from qbench.quant.kmeans_dp import Floats, optimal_centroids, prefix_sums
 
 EXACT = 10_000
-"""Number of distinct values up to which all splits are considered. Above it, only splits between bins are."""
+"""Maximum number of distinct values for which all splits are considered. With more, only splits between bins are."""
 
 BINS = 128
 """Number of bins per centroid."""
@@ -27,10 +29,10 @@ RANGE = (2_000, 100_000)
 """Smallest and largest total number of bins."""
 
 ZOOMS, REACH, PARTS = 3, 8, 4
-"""Rounds of refinement, bins searched on either side of each split, and parts per bin."""
+"""Number of rounds of refinement, number of bins that are searched on either side of a split, and parts per bin."""
 
 CHUNK = 1 << 16
-"""Number of elements processed at a time: as many as stay in the cache."""
+"""Number of elements that are processed at a time. They fit into the processor's cache."""
 
 Ints = NDArray[np.int64]
 
@@ -38,30 +40,35 @@ Ints = NDArray[np.int64]
 class Clustering(NamedTuple):
     """The result of `kmeans`."""
 
-    centroids: Tensor  #: (c,), ascending and distinct, of the values' type and device
-    labels: Tensor  #: int64, of the values' shape: index of the nearest centroid, the lower one of two equally near
-    inertia: float  #: sum of squared distances to the nearest of `centroids`
+    centroids: Tensor  #: c distinct centroids in ascending order, with the type and device of the values
+    labels: Tensor  #: index of the nearest centroid (the lower one in a tie), int64 with the shape of the values
+    inertia: float  #: sum of the squared distances of the values from their nearest centroids
 
 
 def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clustering:
-    """Cluster all elements of `values` around k centroids with minimal inertia. No gradient.
+    """Return the clustering of all elements of `values` with minimal inertia. The result has no gradient.
 
-    `values` may have any shape and must be finite.
+    If there are at most `EXACT` distinct values (or at most as many as bins, if that is more), the
+    inertia is the global minimum. The only errors come from rounding: float64 sums have an error of
+    1e-15 of the inertia that a single centroid would have, and centroids are rounded to the type of
+    `values`.
 
-    The centroids in `pinned` count among the k. They are always in the result, unchanged except for
-    conversion to the type of `values`. Repeated ones count once. Fewer than k centroids are
-    returned if every distinct value already has its own.
+    If there are more distinct values, the inertia is minimal among splits that are within a few bins
+    of the best splits between bins. The inertia then exceeds the global minimum by a fraction of 1e-7
+    or less, unless splits that are far apart are almost equally good. In that case, the fraction is
+    about (k / bins)² or less, which is 6e-5 up to k = 781.
 
-    With up to `EXACT` distinct values (or as many as there are bins, if that is more), the inertia
-    is the global minimum. The only errors are the rounding of float64 sums (1e-15 of the inertia
-    with a single centroid) and of the centroids to the type of `values`. With more distinct values,
-    the inertia is minimal among splits within a few bins of the best splits between bins. It then
-    exceeds the global minimum by a fraction of 1e-7 or less, unless splits that are far apart are
-    almost equally good. In that case the fraction is about (k / bins)² or less: 6e-5 up to k = 781.
+    The computation runs on the CPU. For n values, its time is proportional to n log n. Besides the
+    result, it needs 16 bytes per value, and 4 (k + 100) bytes per bin or per distinct value up to
+    `EXACT`. If `values` has half precision, is not contiguous or is not on the CPU, it needs 4 more
+    bytes per value.
 
-    The computation runs on the CPU in time n log n. Besides the result, it needs 16 bytes per value
-    and 4 (k + 100) bytes per bin or per value of `EXACT`. Half precision, and a tensor that is not
-    contiguous or not on the CPU, need 4 more bytes per value.
+    Args:
+        values: finite floating-point values of any shape.
+        k: number of centroids, including the pinned ones. Fewer are returned if every distinct value
+            already has its own centroid.
+        pinned: centroids that are always in the result. They are only converted to the type of
+            `values`. Equal centroids count once.
 
     Raises:
         ValueError: there are no values, some values are not finite or not floating-point, or k is
@@ -71,16 +78,16 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
     half = values.dtype in (torch.float16, torch.bfloat16)
     given = (values.detach().float() if half else values.detach()).contiguous()
     native = np.sort(given.cpu().numpy(), axis=None)
-    ends = np.concatenate((native[:1], native[-1:], pins)).astype(np.float64)  # NaN sorts to the end
+    ends = np.concatenate((native[:1], native[-1:], pins)).astype(np.float64)  # sorting puts NaN at the end
     if not np.isfinite(ends).all():
-        raise ValueError("values and pinned must be finite; found NaN or infinity")
+        raise ValueError("values and pinned must be finite, but contain NaN or infinity")
 
-    # Scale by a power of two, which is exact, to a magnitude of 1: no square overflows or vanishes.
+    # Scale to a magnitude of about 1, so that no square overflows or underflows. A power of two keeps this exact.
     power = int(np.frexp(np.abs(ends).max())[1]) - 1
     x = np.ldexp(native, -power, dtype=np.float64)
-    del native  # for its memory
+    del native  # frees its memory
     scaled = np.ldexp(_centroids(x, k, np.ldexp(pins, -power)), power)
-    # Round the centroids to the values' type; two may become one.
+    # Round the centroids to the values' type. Two centroids may become equal.
     centroids = torch.from_numpy(scaled).to(values.dtype)
     c = np.unique(centroids.double().numpy())
     inertia = _inertia(x, np.ldexp(c, -power)) * 2.0**power * 2.0**power
@@ -89,22 +96,21 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
 
 
 def _check(values: Tensor, k: int, pinned: Sequence[float] | Tensor) -> Floats:
-    """Check the arguments; return the pins, rounded to the values' type, ascending and distinct."""
+    """Check the arguments and return the distinct pinned centroids in ascending order, rounded to the values' type."""
     if not values.is_floating_point():
-        raise ValueError(f"values of {values.dtype}: k-means needs a floating-point tensor")
+        raise ValueError(f"values have type {values.dtype}; k-means needs a floating-point tensor")
     if not values.numel():
         raise ValueError("values must not be empty")
     pins = np.unique(torch.as_tensor(pinned, dtype=values.dtype).detach().cpu().double().numpy())
     if k < max(1, len(pins)):
-        raise ValueError(f"k={k}: must be an integer of at least {max(1, len(pins))}, with pinned centroids included")
+        raise ValueError(f"k={k}: must be an integer of at least {max(1, len(pins))}, including pinned centroids")
     return pins
 
 
 def _assign_labels(given: Tensor, c: Floats) -> Tensor:
-    """Return for every value the index of the nearest centroid in c, the lower one in a tie."""
+    """Return the index of the nearest centroid in c for every value. In a tie, it is the lower centroid."""
     edges = torch.from_numpy(_edges(c))
-    # Round the edges down to the values' type, so that comparisons in that type have the same
-    # results.
+    # Round the edges down to the values' type. Comparisons in this type then have the same results as in float64.
     below = edges.to(given.dtype)
     below = torch.where(below.double() > edges, torch.nextafter(below, torch.full_like(below, -torch.inf)), below)
     if given.device.type == "cpu" and len(below) < 256:
@@ -113,22 +119,22 @@ def _assign_labels(given: Tensor, c: Floats) -> Tensor:
 
 
 def _edges(c: Floats) -> Floats:
-    """Return, for each pair of neighbours in c, the largest float not above the midpoint."""
+    """Return the largest float that is not above the midpoint, for each pair of neighbours in c."""
     a, b = c[:-1] / 2, c[1:] / 2
     middle = a + b
-    # The exact rounding error of the sum (Knuth's two-sum).
+    # Compute the exact rounding error of the sum (Knuth's two-sum).
     rounded = middle - a
     error = (a - (middle - rounded)) + (b - rounded)
     return np.where(error < 0, np.nextafter(middle, -np.inf), middle)
 
 
 def _bounds(x: Floats, c: Floats) -> Ints:
-    """Return the index in ascending x where each centroid's cluster begins, and x's length."""
+    """Return the index in the ascending x at which each centroid's cluster begins, followed by the length of x."""
     return np.concatenate(([0], np.searchsorted(x, _edges(c), side="right"), [len(x)]))
 
 
 def _inertia(x: Floats, c: Floats) -> float:
-    """Return the sum of squared distances of ascending x to the nearest centroids in c."""
+    """Return the sum of the squared distances of the ascending x from the nearest centroids in c."""
     total, bounds = 0.0, _bounds(x, c)
     for m, (begin, end) in zip(c, pairwise(bounds), strict=True):
         for i in range(begin, end, CHUNK):
@@ -138,9 +144,9 @@ def _inertia(x: Floats, c: Floats) -> float:
 
 
 def _count_below(x: NDArray[np.floating], edges: NDArray[np.floating]) -> Ints:
-    """Return for each value in x how many edges are below that value.
+    """Return the number of edges that are below each value in x.
 
-    With few edges, comparing with all of them is faster than any search.
+    If there are few edges, comparing each value with all of them is faster than a search.
     """
     labels = np.empty(x.shape, np.int64)
     less, count = np.empty(min(x.size, CHUNK), np.bool_), np.empty(min(x.size, CHUNK), np.uint8)
@@ -156,16 +162,16 @@ def _count_below(x: NDArray[np.floating], edges: NDArray[np.floating]) -> Ints:
 
 
 def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
-    """Return the centroids for x, ascending."""
+    """Return the centroids for the values x, in ascending order."""
     bins = min(max(RANGE[0], BINS * k), RANGE[1])
     new = x[1:] != x[:-1]
     if np.count_nonzero(new) < max(EXACT, bins):
-        # Few distinct values: use each, with its count as weight.
+        # If there are few distinct values, each of them is used, with its count as weight.
         first = np.append(0, np.flatnonzero(new) + 1)
         return optimal_centroids(x[first], np.diff(first, append=len(x)).astype(np.float64), k, pins)
-    del new  # for its memory
-    # Many distinct values: use the mean of each bin, computed around the median for precision and
-    # clipped to the bin's range.
+    del new  # frees its memory
+    # If there are many distinct values, the mean of each bin is used. For precision, the means are computed relative to
+    # the median, and they are clipped to the range of the bin.
     centre = x[len(x) // 2]
     y = x - centre
     cut = _bins(x, bins)
@@ -175,42 +181,42 @@ def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
 
 
 def _bins(x: Floats, n: int) -> Ints:
-    """Return the indices in x where about n bins begin, and x's length.
+    """Return the indices in x at which about n bins begin, followed by the length of x.
 
-    The measure of an interval is the cube root of (number of values) x (width)². In optimal
+    Let the measure of an interval be the cube root of (number of values) x (width)². In optimal
     quantization, all intervals have the same measure (Panter and Dite 1951). The function starts
-    with bins of equal count. Three times, it adds cuts at equal shares of the total measure.
+    with bins of equal count. It then adds cuts three times, at equal fractions of the total measure.
     Earlier cuts are kept.
     """
     cut = np.linspace(0, len(x), n // 4, dtype=np.int64)
     for _ in range(3):
-        # The accumulated measure at both ends of every bin, and the values there.
+        # Accumulate the measure at both ends of every bin, and collect the values at these ends.
         low, high = x[cut[:-1]], x[cut[1:] - 1]
         share = np.append(0, np.cumsum(np.cbrt(np.diff(cut) * (high - low) ** 2)))
         ends = np.stack((low, high), 1).ravel()
-        # Where the measure reaches n / 4 equal shares.
+        # Find the values at which the measure reaches equal fractions of its total.
         edges = np.interp(np.linspace(0, share[-1], n // 4), np.repeat(share, 2)[1:-1], ends)
         cut = np.union1d(cut, np.searchsorted(x, edges))
     return cut
 
 
 def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> Floats:
-    """Return c after a search for better splits of x near those of c.
+    """Return better centroids, found by a search for better splits of x near the splits of c.
 
     Args:
-        x: (n,), values, ascending.
-        y: (n,), x minus a constant.
-        cut: the indices in x where bins begin, and x's length.
-        c: centroids, including the pins.
-        pins: fixed centroids.
+        x: n values in ascending order, of shape (n,).
+        y: x minus a constant, of shape (n,).
+        cut: the indices in x at which bins begin, followed by the length of x.
+        c: the centroids, including the fixed ones.
+        pins: the fixed centroids.
     """
     centre, fixed = x[0] - y[0], np.isin(c, pins)
     near = np.arange(-REACH * PARTS, REACH * PARTS + 1)[:, None] / PARTS
     for _ in range(ZOOMS):
         bounds = _bounds(x, c)
-        if not np.diff(bounds)[~fixed].all():  # a free centroid without values
+        if not np.diff(bounds)[~fixed].all():  # some centroid that is not fixed has no values
             break
-        # Indices in x around each split, in parts of bins; the ends of x have no alternative.
+        # Collect indices in x near each split, one part of a bin apart. There is no alternative to the ends of x.
         options = np.interp(np.searchsorted(cut, bounds[1:-1]) + near, np.arange(len(cut)), cut).astype(np.int64)
         options = np.pad(options, ((0, 0), (1, 1)), constant_values=(0, len(x)))
         options = np.concatenate((bounds[None], options))
@@ -220,22 +226,28 @@ def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> 
 
 
 def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> Floats:
-    """Return the means of the best clusters of y whose bounds are among `options` (o, c + 1).
+    """Return the means of the best clusters of y whose bounds are among `options`.
 
-    The first option is the set of bounds between the clusters of c. A cluster's sum of squares
-    about its mean is its sum of squares about its centroid in c, minus size x (mean - centroid)².
-    For `fixed` clusters, the sum about the centroid counts. A value that moves to the next lower
-    centroid adds twice the distance between the two centroids times the value's distance from their
-    midpoint.
+    The cost of a cluster is the sum of squares of its values about its mean. This is the sum of squares about its
+    centroid in c, minus size x (mean - centroid)². The cost of a fixed cluster is the sum of squares about its
+    centroid. If a value moves to the next lower centroid, the sum of squares about the centroids grows by twice the
+    distance between the two centroids times the value's distance from their midpoint.
+
+    Args:
+        options: possible bounds of the k clusters, of shape (number of options, k + 1). The first row has the bounds
+            between the clusters of c.
+        y: the values in ascending order.
+        c: the k centroids.
+        fixed: whether each centroid is fixed.
     """
-    # Number and sum of the values of y before every option.
+    # Compute the number and the sum of the values of y before every option.
     spots = np.unique(options)
     where = np.searchsorted(spots, options)
     n, s = spots[where].astype(np.float64), prefix_sums(np.add.reduceat(y, spots[:-1]))[where]
-    # Cost of moving a bound away from the first option, in squares about c.
+    # Compute how much the sum of squares about c grows if a bound moves away from the first option.
     moved = np.zeros(n.shape)
     moved[:, 1:-1] = np.diff(c) * (2 * (s - s[0])[:, 1:-1] - (c[1:] + c[:-1]) * (n - n[0])[:, 1:-1])
-    # One cluster after the other: cost[o] is the least cost with the upper bound at option o.
+    # Add one cluster after the other. cost[o] is the least cost if the upper bound is at option o.
     cost, begins = np.zeros(len(n)), []
     for i, m in enumerate(c):
         size = n[:, i + 1] - n[:, i, None]
@@ -243,7 +255,7 @@ def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> F
         trial = np.where(size < (0 if fixed[i] else 1), np.inf, cost[:, None] - gain)
         begins.append(trial.argmin(0))
         cost = trial.min(0) + moved[:, i + 1]
-    # Follow the best bounds back and take the means.
+    # Follow the best bounds back from the last cluster, and compute the means.
     row, means = 0, np.empty(len(c))
     for i in reversed(range(len(c))):
         end, row = row, begins[i][row]

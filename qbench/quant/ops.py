@@ -3,14 +3,14 @@
 A straight-through estimator wraps only the rounding (Bengio et al. 2013, arXiv 1308.3432). Scaling,
 clipping and squashing keep their true derivatives. No function writes to its input.
 
-Each quantizer of activations has two forms, both in the method's file. The plain form is the
-definition, which autograd differentiates. The fused form works in place and saves one tensor
-(`fused_quantizer`). It is built from functions in `fused_kernels.py`. Tests check that both forms
-give equal results. `reference_kernels` selects the plain form.
+Each quantizer of activations has two forms, and both are in the method's file. The plain form is
+the definition, which autograd differentiates. The fused form works in place and saves only one
+tensor (`fused_quantizer`). It is built from functions in `fused_kernels.py`. Tests check that both
+forms give equal results. `reference_kernels` selects the plain form.
 
-The context managers here set context variables, which other threads do not inherit. The variables
-are read in the forward pass only, because autograd may run the backward pass in another thread.
-Compiled code ignores them, because torch.compile cannot read context variables.
+The context managers in this module set context variables, which other threads do not inherit. The
+variables are read only in the forward pass, because autograd may run the backward pass in another
+thread. Compiled code ignores the variables, because torch.compile cannot read context variables.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,10 +29,10 @@ from qbench.quant.fused_kernels import at_least
 
 P = ParamSpec("P")
 Context = Any
-"""The context that autograd passes to a Function; torch declares no types for its attributes."""
+"""The context that autograd passes to a Function. It is `Any`, because torch declares no types for its attributes."""
 
 MAX_CELLS = 2**8 + 3
-"""Maximum number of cells: those of 8 bits, and one beyond each end."""
+"""Maximum number of cells of a step function (`Cells`): those of 8 bits, and one more beyond each end."""
 
 TRANSFORMS = (
     "quantizers do not work inside torch.func.grad, vmap, jvp and other transforms of functions\n"
@@ -45,11 +45,10 @@ _compressing = ContextVar("compressing", default=False)
 
 
 def in_float32(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Decorate a function of a tensor so that it computes half types in float32.
+    """Decorate a function of a tensor so that it converts float16 and bfloat16 inputs to float32 for its computation.
 
-    The result has the input's type. float32 and float64 inputs are not converted.
-
-    float16 has 11 significant bits, too few to separate the thresholds of 8 bits from their levels.
+    The result has the input's type. Inputs in float32 and float64 are not converted. The conversion is needed because
+    float16 has only 11 significant bits, which are too few to separate the thresholds of 8 bits from the levels.
     """
 
     @wraps(function)
@@ -72,18 +71,18 @@ def _switched(variable: ContextVar[bool], value: bool) -> Iterator[None]:
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """Make all quantizers use their plain definitions while the context lasts."""
+    """Make all quantizers use their plain definitions within a `with` block."""
     with _switched(_fused, False):
         yield
 
 
 @contextmanager
 def without_rounding() -> Iterator[None]:
-    """Make `round_ste` and `straight_through` return x while the context lasts.
+    """Make `round_ste` and `straight_through` return x within a `with` block.
 
-    Quantizers then use their plain definitions. Without rounding, a quantizer is the smooth
-    function that the backward pass differentiates. Therefore the gradients of learned scales can be
-    compared with finite differences.
+    Quantizers also use their plain definitions. A quantizer without rounding is the smooth function
+    that the backward pass differentiates. The gradients of learned scales can therefore be compared
+    with finite differences.
     """
     with _switched(_rounding, False), reference_kernels():
         yield
@@ -91,9 +90,9 @@ def without_rounding() -> Iterator[None]:
 
 @contextmanager
 def compress_activations(on: bool = True) -> Iterator[None]:
-    """Make activation quantizers save one or two bytes per element for the backward pass.
+    """Make activation quantizers save only one or two bytes per element for the backward pass, within a `with` block.
 
-    A quantizer does so only if its results stay the same.
+    A quantizer does this only if its results stay the same.
     """
     with _switched(_compressing, on):
         yield
@@ -152,23 +151,21 @@ class _OnBackward(Function):
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """Round to the nearest integer, halves to even. The gradient passes unchanged."""
+    """Round to the nearest integer, and halves to the nearest even integer. The gradient passes unchanged."""
     return _apply(_Round, x)
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Return exactly `value` (of x's shape), and pass its gradient to x unchanged.
+    """Return exactly `value`, which has the shape of x, and pass its gradient to x unchanged.
 
-    The tensors from which `value` was computed get no gradient.
-
-    The usual `x + (value - x).detach()` is not exact in floating point. Its result can differ from
-    the level.
+    The tensors from which `value` was computed get no gradient. The usual `x + (value - x).detach()`
+    is not used, because it is not exact in floating point and can differ from the level.
     """
     return _apply(_StraightThrough, x, value.detach())
 
 
 def on_backward(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return x. In the backward pass, apply `change` to the gradient that arrives."""
+    """Return x. In the backward pass, the gradient of x is the result of `change` for the gradient of the output."""
     return _apply(_OnBackward, x, change)
 
 
@@ -185,24 +182,24 @@ class _Surrogate(Function):
 
 
 def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """Return exactly `value`, and pass its gradient, times `slope`, to x.
+    """Return exactly `value`, and pass its gradient to x after multiplying the gradient by `slope`.
 
     The slope is the derivative that a paper uses in place of the step function's derivative. Value
-    and slope have x's shape. A boolean slope is a mask. The slope may be differentiated once more,
-    if it was computed from x.
+    and slope have the shape of x. A boolean slope is a mask. If the slope was computed from x, it may
+    be differentiated once more.
     """
     return _apply(_Surrogate, x, value.detach(), slope)
 
 
 class Cells(NamedTuple):
-    """The cells of a step function, each with one value and one slope.
+    """The cells of a step function. A cell is an interval of x in which the function has one value and one slope.
 
-    The backward pass needs only the cell of each element of x.
+    The backward pass needs to know only in which cell each element of x is.
     """
 
-    number: Callable[[Tensor], Tensor]  #: x -> the number of every element's cell, 0 ... size - 1, in x's type
-    inside: Callable[[Tensor], Tensor]  #: cell numbers -> for each, an x inside that cell
-    size: int  #: the number of cells; with more than `MAX_CELLS`, cells are not used
+    number: Callable[[Tensor], Tensor]  #: function from x to the number of each element's cell, from 0, in x's type
+    inside: Callable[[Tensor], Tensor]  #: function from cell numbers to one x inside each of these cells
+    size: int  #: number of cells; if it is above `MAX_CELLS`, cells are not used
 
 
 Values = Callable[..., Tensor]
@@ -259,24 +256,26 @@ def fused_quantizer(
     cells: Cells | None = None,
     repeatable: bool = True,
 ) -> Tensor:
-    """Quantize element by element, saving only x or its cells for the backward pass.
+    """Quantize element by element, and save only one tensor for the backward pass.
 
-    Inside `compress_activations`, the cells are saved; otherwise x is.
+    Inside `compress_activations`, this tensor contains the cells of the elements of x. Otherwise it is x.
 
-    The result need not be saved either. Inside `recompute_in_backward`, an operation that needs the
-    result for its backward pass computes it again. Therefore the result must not be modified in
-    place.
+    The next operation often needs the result of quantization for its own backward pass. Inside
+    `recompute_in_backward`, it computes the result again instead of saving it. The result must therefore not be
+    modified in place.
 
     Args:
-        learned: learned parameters, such as scales, that get gradients.
-        plain: `(x, *learned) -> x_hat`, by definition, in operations that autograd
+        x: the float values.
+        learned: the learned parameters, such as scales, that get gradients.
+        plain: function of (x, *learned) that returns the quantized x by definition, in operations that autograd
             differentiates, also for second derivatives.
-        value: `(x, *learned)` -> the same result in as few passes as possible, in place except for
-            the first pass.
-        backward: `(grad, x, *learned)` -> the gradient of x, or the gradients of x and all `learned`.
-        cells: the cells of the step function. They are not used if there are more than `MAX_CELLS`.
-        repeatable: whether `value` returns the same result when called again. If not, because it
-            draws random numbers, the result is saved.
+        value: function of (x, *learned) that returns the same result in as few passes over memory as possible. All
+            passes except the first work in place.
+        backward: function of (grad, x, *learned) that returns the gradient of x, or the gradients of x and all
+            `learned`.
+        cells: the cells of the step function, or None. They are not used if there are more than `MAX_CELLS`.
+        repeatable: whether `value` returns the same result when it is called again. It does not if it uses random
+            numbers. The result is then saved and not computed again.
     """
     if torch.compiler.is_compiling() or not _fused.get():
         return plain(x, *learned)
@@ -284,7 +283,7 @@ def fused_quantizer(
         if unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]  # the derivative would be 0
             raise NotImplementedError(TRANSFORMS)
         return value(x.detach(), *learned)
-    # What is saved for backward: x itself, or the numbers of its cells in one or two bytes.
+    # Save x itself for the backward pass, or the numbers of its cells in one or two bytes per element.
     saved, compressed = x.detach(), None
     restore: Values = _identity
     if _compressing.get() and cells and cells.size <= MAX_CELLS:
@@ -304,16 +303,16 @@ def _identity(x: Tensor) -> Tensor:
 
 @contextmanager
 def recompute_in_backward(x: Tensor) -> Iterator[None]:
-    """Recompute x in the backward pass instead of saving x, if `fused_quantizer` made x.
+    """Make operations in a `with` block recompute x in their backward pass instead of saving x.
 
-    While the context lasts, an operation that would save x for its backward pass saves a function
-    that recomputes x.
+    This works only if x is a result of `fused_quantizer`. Instead of x, an operation saves a function that recomputes
+    x.
     """
     recompute = None if torch.compiler.is_compiling() else getattr(x, "recompute", None)
     if recompute is None or not torch.is_grad_enabled():
         yield
         return
-    storage = _storage(x)  # the hook lives as long as the packed values; it must not keep x itself
+    storage = _storage(x)  # the hook must not refer to x, because it exists as long as the saved tensors
     with saved_tensors_hooks(
         lambda saved: recompute if _storage(saved) == storage else saved,
         lambda saved: saved if isinstance(saved, Tensor) else saved(),
@@ -322,19 +321,19 @@ def recompute_in_backward(x: Tensor) -> Iterator[None]:
 
 
 def _storage(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Return address, shape and strides, which identify a tensor's memory."""
+    """Return the address, the shape and the strides of a tensor, which identify its memory."""
     return x.data_ptr(), x.shape, x.stride()
 
 
 def sign(x: Tensor) -> Tensor:
-    """Return the sign, with sign(0) = +1, so that there are only two levels. No gradient."""
+    """Return the sign of x without gradient. sign(0) is +1, so that there are only two levels."""
     return at_least(x, 0).mul_(2).sub_(1)
 
 
 def quantize_k(x: Tensor, bits: int) -> Tensor:
-    """Return DoReFa's Qk for x in [0, 1]: round(x n) / n, n = 2^bits - 1, straight-through.
+    """Return DoReFa's Qk(x) = round(x n) / n with n = 2^bits - 1, for x in [0, 1]. The gradient passes unchanged.
 
-    The source is arXiv 1606.06160, eq. 5-6.
+    Source: arXiv 1606.06160, eq. 5-6.
     """
     if bits < 1:
         raise ValueError(f"bits={bits}: must be 1 or more")
@@ -343,6 +342,6 @@ def quantize_k(x: Tensor, bits: int) -> Tensor:
 
 
 def levels_k(bits: int, like: Tensor) -> Tensor:
-    """Return the 2^bits levels of `quantize_k`, ascending, in `like`'s type and on its device."""
+    """Return the 2^bits levels of `quantize_k` in ascending order, with the type and device of `like`."""
     n = 2**bits - 1
     return torch.arange(n + 1, device=like.device).to(like.dtype) / float(n)

@@ -1,4 +1,4 @@
-"""Measures on a fixed part of the training split, for methods that use data."""
+"""Defines the probe, which is a fixed part of the training split on which methods take measurements."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 
 Batch = tuple[Tensor, Tensor]
-"""Images (N, C, H, W) as the network takes them, and labels (N,)."""
+"""N normalized images of shape (N, C, H, W), as the network gets them, and their labels (N,)."""
 
 
 class Probe:
-    """A fixed part of the training split, used to measure losses, gradients or layer responses.
+    """A fixed part of the training split, on which losses, gradients and layer outputs are measured.
 
-    All measurements run in eval mode, leave batch-norm statistics unchanged and restore the random
+    All measurements run in eval mode, do not change batch-norm statistics, and restore the random
     state. No quantization method ever sees validation or test data.
 
     Args:
-        batches: batches as the network takes them, on the network's device.
-        loss: (logits, labels) -> mean loss of the batch, a scalar.
+        batches: normalized images with labels, on the network's device.
+        loss: function of (logits, labels) that returns the mean loss of a batch as a scalar.
     """
 
     def __init__(self, batches: Sequence[Batch], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -27,19 +27,19 @@ class Probe:
         self._loss = loss
 
     def loss(self, model: nn.Module) -> float:
-        """Return the mean loss over the probe."""
+        """Return the mean loss of a network over the probe's images."""
         with eval_mode_keeping_rng(model), torch.no_grad():
             return self._mean_loss(model).item()
 
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return parameter name -> gradient of the mean loss, without changing any `.grad`."""
+        """Return the gradient of the mean loss for each parameter, by name. No `.grad` is changed."""
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with eval_mode_keeping_rng(model), torch.enable_grad():
             grads = torch.autograd.grad(self._mean_loss(model), list(named.values()), allow_unused=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
 
     def responses(self, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
-        """Return a layer's inputs and outputs, concatenated over the probe, without gradient."""
+        """Return a layer's inputs and outputs for all images of the probe. They have no gradient."""
         with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, [layer]) as calls:
             for images, _ in self.batches:
                 model(images)
