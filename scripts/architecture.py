@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Draws docs/architecture.svg: the folders of qbench/ and what imports what, read from the source.
+"""Draws docs/architecture.svg, which shows the folders of qbench/ and the imports between them.
 
-Usage, after scripts/test made the environment: .venv/bin/python scripts/architecture.py [--check]
+    .venv/bin/python scripts/architecture.py [--check]
 
-The folders are in the order of LAYERS in tests/test_imports.py. An arrow is an import that no chain of other arrows
-implies. `bits` and `errors`, which most folders import, get none.
+The environment .venv is made by scripts/test. With --check, nothing is written, and the exit status is 1 if the file is
+out of date. Imports are read from the source. The folders are in the order of LAYERS in tests/test_imports.py. An arrow
+is an import that no chain of other arrows implies. `bits` and `errors` have no arrows, because most folders import
+them.
 """
 
 import ast
@@ -38,9 +40,11 @@ CAPTIONS = {
 }
 FOUNDATION = ("bits", "errors")
 WIDTH, BOX, HIGH, ROW, MARGIN = 800, 156, 44, 80, 14
-"""Sizes in pixels: width of the picture, width and height of a box, distance of rows, margin."""
+"""Sizes in pixels: width of the picture, width of a box, height of a box, distance between rows, margin."""
 GAP, LANE, PORT = 28, 20, 20
-"""Pixels between two boxes of a row, for an arrow that passes through a row, between two arrow ends at a box."""
+"""Distances in pixels: between two boxes of a row, width for an arrow that passes through a row, between two arrow ends
+at a box.
+"""
 STYLE = """
   .page { fill: #ffffff } .box { fill: #eef3fb; stroke: #3b6ea8 } .free { fill: #f3f3f3; stroke: #8a8a8a }
   text { font: 12px system-ui, sans-serif; fill: #444444; text-anchor: middle }
@@ -56,7 +60,10 @@ STYLE = """
 
 @dataclass
 class Item:
-    """A box, or the place where an arrow passes through a row (`folder` is empty); `x` is its centre."""
+    """A box, or the place where an arrow passes through a row. In the second case, `folder` is empty.
+
+    `x` is the centre in pixels.
+    """
 
     folder: str = ""
     x: float = 0.0
@@ -69,7 +76,7 @@ class Item:
 
 
 def layers() -> tuple[str, ...]:
-    """Return the order of the folders, read from the test that defines it."""
+    """Return the folders in their order, which is read from tests/test_imports.py."""
     tree = ast.parse((ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8"))
     (value,) = (
         node.value
@@ -81,7 +88,7 @@ def layers() -> tuple[str, ...]:
 
 
 def imports() -> dict[str, set[str]]:
-    """Return a map from folder to the other folders that its modules import."""
+    """Return the other folders that the modules of each folder import."""
     found: dict[str, set[str]] = {folder: set() for folder in layers()}
     for path in (path for path in (ROOT / "qbench").rglob("*.py") if path.name != "__init__.py"):
         folder = path.relative_to(ROOT / "qbench").with_suffix("").parts[0]
@@ -95,7 +102,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """Return a map from folder to the folders that get an arrow. Imports that a longer chain implies are left out."""
+    """Return the folders to which each folder has an arrow. An import that a longer chain implies has no arrow."""
     direct = {folder: names - set(FOUNDATION) for folder, names in imports().items()}
 
     def reached(folder: str) -> set[str]:
@@ -106,7 +113,10 @@ def arrows() -> dict[str, set[str]]:
 
 
 def rows(drawn: dict[str, set[str]]) -> list[list[Item]]:
-    """Return the rows from top to bottom. A new row begins at a folder that a folder of the current row imports."""
+    """Return the rows from top to bottom.
+
+    If a folder of the current row imports the next folder, the next folder begins a new row.
+    """
     places: list[list[Item]] = [[]]
     for folder in (name for name in layers() if name not in FOUNDATION):
         if any(folder in drawn.get(item.folder, ()) for item in places[-1]):
@@ -131,12 +141,15 @@ def _join(upper: Item, lower: Item) -> None:
 
 
 def place(places: list[list[Item]]) -> None:
-    """Set the centre of every item: near the items that it is connected to, and in an order with few crossings."""
+    """Set the centre of every item.
+
+    An item is near the items to which it is connected, and the order of the items gives few crossings.
+    """
     for row in places:
         _spread(row)
     for sweep in range(40):
         for row in places if sweep % 2 == 0 else reversed(places):
-            if sweep < 30:  # order each row by the row that was placed before it, then only move
+            if sweep < 30:  # first order each row by the row that was placed before it, and later only move items
                 joined = {id(item): (item.below if sweep % 2 else item.above) or [item] for item in row}
             else:
                 joined = {id(item): [*item.above, *item.below] for item in row}
@@ -170,13 +183,13 @@ def _top(row: int) -> int:
 
 
 def _port(item: Item, others: list[Item], other: Item) -> float:
-    """Return where on an item's edge the arrow from or to another one ends."""
+    """Return the place on an item's edge at which the arrow from or to another item ends, as x in pixels."""
     index = next(i for i, one in enumerate(others) if one is other)
     return item.x + PORT * (index - (len(others) - 1) / 2) if item.folder else item.x
 
 
 def _arrows(start: Item, row: int) -> list[str]:
-    """Return the arrows from a box: curves through the rows that they pass, a head where they end."""
+    """Return the arrows that begin at a box. An arrow is a curve with a head at its end."""
     parts = []
     for below in start.below:
         upper, lower, i = start, below, row
@@ -203,7 +216,7 @@ def _box(folder: str, x: float, y: int, kind: str = "box") -> list[str]:
 
 
 def svg() -> str:
-    """Return the picture."""
+    """Return the picture as SVG text."""
     places = rows(arrows())
     place(places)
     boxes = [part for i, row in enumerate(places) for o in row if o.folder for part in _box(o.folder, o.x, _top(i))]

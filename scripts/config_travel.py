@@ -17,13 +17,13 @@ MAKERS = ("RunDirectory", "planned_run", "planned_runs")
 
 
 def trees() -> dict[str, ast.Module]:
-    """Return path -> syntax tree of every module of the package."""
+    """Return the syntax tree of every module of the package, by path."""
     paths = sorted(PACKAGE.rglob("*.py"))
     return {str(path.relative_to(PACKAGE.parent)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def names_config(annotation: ast.expr | None) -> bool:
-    """Whether an annotation contains the class `Config`, as a name or within a string."""
+    """Return whether an annotation contains the class `Config`, as a name or within a string."""
     for node in ast.walk(annotation) if annotation else ():
         if isinstance(node, ast.Name) and node.id == "Config":
             return True
@@ -52,7 +52,7 @@ def annotations(tree: ast.Module) -> Iterator[tuple[int, ast.expr | None]]:
 
 
 def takers() -> dict[str, list[int]]:
-    """Return file -> the lines at which a `Config` is taken, for files with any."""
+    """Return the lines at which a parameter or field is annotated with `Config`, for each file that has such lines."""
     lines = {file: sorted(line for line, a in annotations(tree) if names_config(a)) for file, tree in trees().items()}
     return {file: found for file, found in lines.items() if found}
 

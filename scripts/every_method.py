@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Runs every method at every supported width on digits with three seeds, and prints a table. It takes some minutes.
+"""Runs every method at every supported width on digits with three seeds, and prints a table. This takes some minutes.
 
-Each width of weights, activations and gradients that a method supports is run alone, the others at 32 bits. Every run
-is verified; the exit status is 1 if a run is not verified or failed. Stored runs are not repeated. Usage, after
-scripts/test made the environment: .venv/bin/python scripts/every_method.py [KEY=VALUE ...]
+    .venv/bin/python scripts/every_method.py [KEY=VALUE ...]
 
-`--record FILE` stores the results, `--from FILE` prints the table of stored results and runs nothing.
+The environment .venv is made by scripts/test. A run quantizes only weights, activations or gradients, and the other two
+have 32 bits. The levels of every run are verified. The exit status is 1 if a run has failed or is not verified. Stored
+runs are not repeated.
+
+`--record FILE` stores the results. `--from FILE` prints the table of stored results and runs nothing.
 """
 
 import argparse
@@ -45,7 +47,7 @@ KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
 
 
 class RunAccuracy(NamedTuple):
-    """The data of a run in the table: method, network keys, widths, and test top-1 in percent."""
+    """The data of a run that the table needs: method, network keys, widths, and test top-1 in percent."""
 
     method: str
     network: dict[str, str]
@@ -54,7 +56,7 @@ class RunAccuracy(NamedTuple):
 
 
 def single_widths(method: str) -> list[str]:
-    """Return every supported width of weights, activations and gradients, each alone."""
+    """Return the values of `bits` in which one of w, a and g has a supported width and the other two have 32 bits."""
     (config,) = compose.configurations([f"method={method}"])
     supported = build_method(config.method, config.activation, config.bits.resolved()).supported_bits
     single = (Bits(**{key: k}) for key in "wag" for k in range(1, FLOAT) if k in supported.get(key, ()))
@@ -62,7 +64,7 @@ def single_widths(method: str) -> list[str]:
 
 
 def run(method: str, keys: Sequence[str]) -> None:
-    """Run the sweep of one method."""
+    """Run one method at all its widths with three seeds."""
     widths = single_widths(method)
     words = ["-m", f"method={method}", *([f"bits={','.join(widths)}"] if widths else []), *WORDS, *keys]
     done = subprocess.run([sys.executable, "-m", "qbench", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -75,7 +77,10 @@ def accuracies(results: Sequence[Result]) -> list[RunAccuracy]:
 
 
 def accuracy_table(runs: Sequence[RunAccuracy]) -> str:
-    """Return the table: a row per method and what it quantizes, a column per width, mean test top-1 in each cell."""
+    """Return a table of mean test top-1 in percent.
+
+    It has one row for each method and quantized tensor, and one column for each width.
+    """
     rows: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     baselines: dict[str, list[float]] = defaultdict(list)
     for method, network, bits, top1 in runs:
@@ -97,7 +102,7 @@ def accuracy_table(runs: Sequence[RunAccuracy]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("keys", nargs="*", help="further keys of qbench, such as model.width=4")
+    parser.add_argument("keys", nargs="*", help="more overrides for all runs, such as model.width=4")
     parser.add_argument("--record", type=Path, metavar="FILE", help="store the results in FILE")
     parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="print the table of stored results")
     options = parser.parse_args()
@@ -121,7 +126,7 @@ def main() -> int:
 
 
 def footer(done: Sequence[Result]) -> str:
-    """Return a sentence on what was run and how long it took."""
+    """Return a sentence that states what was run and how long it took."""
     seconds = sum(r.wall_seconds or 0 for r in done)
     layers = sum(len(r.verified or {}) for r in done)
     written = [*(ROOT / OUT).rglob("manifest.json"), *(ROOT / OUT).rglob("result.json")]

@@ -3,8 +3,8 @@
 
     .venv/bin/python scripts/experiments.py [--check]
 
-Files without a row are removed. --check writes nothing: it lists the files that would change and exits with 1 if there
-are any.
+Files for which there is no row are removed. With --check, nothing is written. The script then lists the files that
+would change, and exits with status 1 if there are any.
 """
 
 import argparse
@@ -40,7 +40,7 @@ METRICS = {
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/experiments.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; list the files that would change")
+    parser.add_argument("--check", action="store_true", help="write nothing, and list the files that would change")
     check = parser.parse_args(arguments).check
     wanted = experiments()
     stale = [path for path in existing_files() if path not in wanted]
@@ -59,12 +59,12 @@ def main(arguments: list[str]) -> int:
 
 
 def existing_files() -> list[Path]:
-    """Return the experiment files that exist for the papers with published rows."""
+    """Return the existing experiment files of all papers that have published rows."""
     return sorted(path for paper in papers() for path in (CONF / "experiment" / paper.key).glob("*.yaml"))
 
 
 def experiments() -> dict[Path, str]:
-    """Return the text of every experiment file by path; a top-5 value is stated in its top-1 row's file."""
+    """Return the text of every experiment file, by path. A top-5 value is stated in the file of its top-1 row."""
     texts = {}
     for paper in papers():
         for row in paper.rows:
@@ -90,7 +90,10 @@ def experiment_text(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow
 
 
 def comment_texts(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow], recipe: Recipe) -> list[str]:
-    """Return what is claimed, who ran it, its provenance, and how the recipe relates to its source."""
+    """Return the comments of an experiment file.
+
+    They state the published value, who measured it, its provenance, and how the recipe differs from its source.
+    """
     widths = f"W{row.bits.w} A{row.bits.a} G{row.bits.g}" + (f", {row.levels} levels" if row.levels else "")
     place = f"{names().nets[row.net].title} on {names().datasets[row.dataset].title}"
     method = "" if row.method == paper.key else f", {names().methods[row.method]}"
@@ -111,7 +114,7 @@ def comment_texts(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow],
 
 
 def claim_text(row: PublishedRow) -> str:
-    """Return a row's value with its metric and its float baseline."""
+    """Return a row's value with its metric and its float baseline, as text."""
     claim = "not known" if row.value is None else f"{published.format_claim(row)} {METRICS[row.metric]}"
     if row.baseline is None or row.method == "float":
         return claim
@@ -127,7 +130,7 @@ def capitalized(text: str) -> str:
 
 
 def split_words(words: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Split command-line words into group choices and nested keys; the last word for a key counts."""
+    """Split command-line overrides into choices of groups and nested keys. The last override of a key counts."""
     choices: dict[str, str] = {}
     keys: dict[str, Any] = {}
     for word in words:
@@ -148,7 +151,7 @@ def is_group(key: str) -> bool:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a word's value as YAML, and 1e-5 as a number, as on the command line."""
+    """Return the value of an override, parsed as YAML. As on the command line, 1e-5 is a number."""
     return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else yaml.safe_load(text)
 
 

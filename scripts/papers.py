@@ -3,7 +3,8 @@
 
     .venv/bin/python scripts/papers.py [--check]
 
---check writes nothing: it prints the lines that would change and exits with 1 if there are any.
+With --check, nothing is written. The script then prints the lines that would change, and exits with status 1 if there
+are any.
 """
 
 import argparse
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "papers.md"
 WIDTH = 118
 MAX_ROWS = 6
-"""Published rows that a paper's section shows."""
+"""Maximum number of published rows that a paper's section shows."""
 MEMORY = "from memory"
 KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
 METRICS = {
@@ -45,7 +46,7 @@ Rows = list[dict[str, str]]
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/papers.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; print the lines that would change")
+    parser.add_argument("--check", action="store_true", help="write nothing, and print the lines that would change")
     check = parser.parse_args(arguments).check
     wanted, existing = page(), PAGE.read_text("utf-8") if PAGE.is_file() else ""
     if not check:
@@ -78,7 +79,7 @@ def texts() -> dict[str, Any]:
 
 
 def methods_of(paper: Paper) -> list[str]:
-    """Return the methods whose cards name the paper's arXiv number, those with the most published rows first."""
+    """Return the methods whose cards name the paper's arXiv number. Methods with more published rows come first."""
     number, rows = paper.link.rpartition("/")[2], Counter(row.method for row in paper.rows)
     methods = [name for name in registry.names("method") if number in cards()[name].get("Paper", "")]
     return sorted(methods, key=lambda name: (-rows[name], name))
@@ -86,7 +87,10 @@ def methods_of(paper: Paper) -> list[str]:
 
 @cache
 def cards() -> dict[str, dict[str, str]]:
-    """Return every method's card: section -> text on one line; the first line of the card is under `is`."""
+    """Return every method's card. A card maps the name of a section to its text on one line.
+
+    The first line of the card has the name `is`.
+    """
     by_method = {}
     for name in registry.names("method"):
         card = registry.card(name)
@@ -107,8 +111,9 @@ def claims_of(paper: Paper) -> list[Claim]:
 
 @cache
 def outcomes() -> dict[str, Rows]:
-    """Return the rows of the table in docs/claims.md by claim; `name` is the comparison's, empty if it is the only
-    one.
+    """Return the rows of the table in docs/claims.md, by claim.
+
+    The entry `name` of a row is the name of its comparison. It is empty if the claim has only one comparison.
     """
     by_claim: dict[str, Rows] = {}
     for row in table_rows(ROOT / "docs" / "claims.md", "claim"):
@@ -118,7 +123,10 @@ def outcomes() -> dict[str, Rows]:
 
 
 def table_rows(document: Path, first: str) -> Rows:
-    """Return the rows of a document's tables whose first column is headed `first`, by column head."""
+    """Return the rows of all tables in a document whose first column has the head `first`.
+
+    A row maps column heads to cells.
+    """
     head: list[str] = []
     rows: Rows = []
     for line in document.read_text(encoding="utf-8").splitlines():
@@ -133,15 +141,15 @@ def table_rows(document: Path, first: str) -> Rows:
 
 
 def quantized_letters(method: str) -> str:
-    """Return the letters of what a method quantizes: those that its card does not keep at 32 bits."""
+    """Return the letters of w, a and g that a method quantizes. Its card states 32 bits for the other letters."""
     kept = "".join(re.findall(r"\b([wag](?:(?:, | and )[wag])*) (?:are )?32\b", cards()[method]["Bits"]))
     return "".join(letter for letter in KINDS if letter not in kept)
 
 
 def formulas(method: str) -> str:
-    """Return the public functions in a method's module that take a tensor, or that make one from numbers.
+    """Return the names of the public functions in a method's module that take a tensor or make one from numbers.
 
-    If there are none, return the methods whose functions it imports.
+    If there are none, return the names of the methods whose functions the module imports.
     """
     tree = ast.parse((ROOT / "qbench" / "methods" / f"{method}.py").read_text(encoding="utf-8"))
     functions, imported = [], []
@@ -163,7 +171,7 @@ def default_bits(method: str) -> dict[str, int]:
 
 
 def shown_rows(paper: Paper) -> list[PublishedRow]:
-    """Return the rows to show, by the rule in the page's head."""
+    """Return the rows that a paper's section shows. The introduction of the page states the rule for this choice."""
     candidates = [r for r in paper.rows if r.method in methods_of(paper) and r.value is not None and not r.top5_of]
     chosen: dict[tuple[str, str, str], PublishedRow] = {}
     for row in sorted(candidates, key=rank):
@@ -172,7 +180,7 @@ def shown_rows(paper: Paper) -> list[PublishedRow]:
 
 
 def rank(row: PublishedRow) -> tuple[Any, ...]:
-    """Return the sort key of `shown_rows`; the smallest is shown."""
+    """Return the key by which `shown_rows` sorts rows. Rows with the smallest keys are shown."""
     widths = {"w": row.bits.w, "a": row.bits.a, "g": row.bits.g}
     ran_by = next(i for i, kind in enumerate((PAPER, REPOSITORY, CHECKPOINT, THIRD)) if row.ran_by.startswith(kind))
     provenance, top5 = PROVENANCES.index(row.provenance), "top5" in row.metric
@@ -218,7 +226,7 @@ def paper_section(paper: Paper) -> str:
 
 
 def method_entry(name: str) -> str:
-    """Return a method's idea, widths, and where its formulas are."""
+    """Return the bullet of a method, with its idea, its widths and the place of its formulas."""
     card = cards()[name]
     widths = card["Bits"].partition(". ")[0].removesuffix(".")
     home = f"Formulas: {formulas(name)}. Full card: `qbench describe {name}`. [Picture](pictures/{name}.png)."
@@ -257,7 +265,10 @@ def rows_table(shown: Sequence[PublishedRow]) -> str:
 
 
 def absence_sentences(paper: Paper) -> list[str]:
-    """Return on which data sets the authors have no result; data sets with equal provenance share a sentence."""
+    """Return sentences that name the data sets for which the authors have no result.
+
+    Data sets with equal provenance share a sentence.
+    """
     notes = [note for n in paper.no_result if (note := published.absence_note(paper.key, n.net, n.dataset))]
     alike = re.compile(f"{paper.name} has no (.+) result( \\(.+\\))?")
     by_provenance: dict[str, list[str]] = {}
@@ -268,7 +279,7 @@ def absence_sentences(paper: Paper) -> list[str]:
 
 
 def listed(texts: Sequence[str]) -> str:
-    """Return the texts as a list in words."""
+    """Return the texts joined by commas and a final "or"."""
     return " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
 
 
@@ -280,7 +291,7 @@ def row_link(row: PublishedRow) -> str:
 
 
 def measured_part(paper: Paper) -> str:
-    """Return the claims that were tested here, one bullet each."""
+    """Return the part on the claims that qbench has tested, with one bullet per claim."""
     lines = []
     for claim in claims_of(paper):
         unit = " Effects are in cosine." if claim.measure == "gradient_mismatch" else ""
@@ -299,13 +310,19 @@ def verdict_order(row: dict[str, str]) -> list[bool]:
 
 
 def border(row: dict[str, str]) -> str:
-    """Return the claimed border of a comparison; empty if the claim is only that the first arm is better."""
+    """Return the margin that a comparison claims, as text.
+
+    The text is empty if the claim is only that the first arm is better.
+    """
     match = re.search(r"(> -?[\d.]+|within [\d.]+)$", row["arms"])
     return "" if match is None or match[0] == "> 0" else f" (claimed {match[0].replace('>', 'above')})"
 
 
 def deviations_part(paper: Paper) -> str:
-    """Return where qbench deviates from the paper, and known deviations of public code with their cost here."""
+    """Return the part on qbench's deviations from the paper, and on known deviations of public code.
+
+    For the latter, the measured loss of accuracy is stated.
+    """
     lines = [bullet(f"`{name}`: {cards()[name]['Deviations']}") for name in methods_of(paper)]
     departs = recipe_sentences(paper, "departs")
     lines += [bullet(f"Recipes of experiments: {' '.join(departs)}")] if departs else []
@@ -321,7 +338,7 @@ def deviations_part(paper: Paper) -> str:
 
 
 def open_part(paper: Paper) -> str:
-    """Return what the available sources leave open, and which rows cannot be run."""
+    """Return the part on open questions, which also lists the rows that cannot be run."""
     lines = recipe_sentences(paper, "open")
     lines += [one_line(paper.scope)] if paper.scope else []
     reasons = Counter(
@@ -333,13 +350,16 @@ def open_part(paper: Paper) -> str:
 
 
 def recipe_sentences(paper: Paper, key: str) -> list[str]:
-    """Return, as sentences, what the recipes leave open (`open`) or change (`departs`)."""
+    """Return sentences from a paper's recipes.
+
+    With the key `open`, they say what the source leaves open. With `departs`, they say what differs from the source.
+    """
     entries = [(text, recipe) for recipe in paper.recipes.values() for text in getattr(recipe, key)]
     return unique(marked(capitalized(text), recipe.provenance) for text, recipe in entries)
 
 
 def controls() -> str:
-    """Return the section of the methods that belong to no paper with published figures."""
+    """Return the section on methods that do not belong to a paper with published figures."""
     of_papers = {name for paper in papers() for name in methods_of(paper)}
     lines = []
     for name in (name for name in registry.names("method") if name not in of_papers):
@@ -372,7 +392,7 @@ def related_entry(paper: dict[str, Any]) -> str:
 
 
 def marked(sentence: str, provenance: str) -> str:
-    """Return a sentence, marked if it is from memory and does not say so itself."""
+    """Return a sentence, with a mark if it is from memory and does not itself say that."""
     needs_mark = provenance_text(provenance) == MEMORY and not re.search("memory|remember", sentence)
     return f"{sentence} ({MEMORY})." if needs_mark else f"{sentence}."
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Draws docs/pictures: the quantizers of each method, a poster of all methods, and the README's comparison.
 
-Usage, after scripts/test made the environment: .venv/bin/python scripts/pictures.py [METHOD ...]
+    .venv/bin/python scripts/pictures.py [METHOD ...]
+
+The environment .venv is made by scripts/test.
 """
 
 import sys

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Checks that a change of the code does not change weights: trains the same short runs before and after it.
+"""Trains short runs with the old and the new code, and checks that a change of the code does not change their weights.
 
     scripts/same_weights.py COMMIT
 
 COMMIT is checked out into a temporary worktree. Every method is trained on digits there and in the working tree (seed
 0, 3 float and 3 quantized epochs). `weights_sha256` is compared for each run. Checksums depend on the processor, so
-both are trained on this machine. The exit status is 1 if any run differs.
+both versions are trained on this machine. The exit status is 1 if any run differs.
 """
 
 import json
@@ -27,12 +27,15 @@ EXTRA = (
 
 
 def lines(checkout: Path) -> list[str]:
-    """Return the command lines to train: every method at its default widths, then `EXTRA`."""
+    """Return the command lines of the runs, which are every method at its default widths, and then `EXTRA`."""
     return [f"method={path.stem}" for path in sorted((checkout / "conf" / "method").glob("*.yaml"))] + list(EXTRA)
 
 
 def weights(checkout: Path, line: str, out: Path) -> str:
-    """Train one line with the code of `checkout`. Return the sha256 of the weights, or the reason why there is none."""
+    """Train the run of a command line with the code in `checkout`.
+
+    Return the sha256 of the weights, or the reason why there is none.
+    """
     folder = out / re.sub(r"\W+", "-", line)
     words = [*line.split(), *SHORT, f"out={folder}"]
     environment = os.environ | {"PYTHONPATH": str(checkout)}

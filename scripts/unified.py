@@ -3,13 +3,14 @@
 
     .venv/bin/python scripts/unified.py [KEY=VALUE ...] [--format md]
 
-By default: CIFAR-10, ResNet-20, all methods, float activations, seeds 0 to 2. Keys of qbench replace these
-(dataset=glyphs method=dorefa,ttq seed=0,1,2,3,4). The controls show which accuracy the same bytes give without the
-method. Every quantized network has two controls: a float network and an 8-bit network (uniform, min-max). Each control
-has the largest model.width at which it takes no more bytes than the quantized network. Controls are trained with the
-same recipe for the same epochs. Stored runs are not trained again.
+The defaults are CIFAR-10, ResNet-20, all methods, float activations and seeds 0 to 2. Overrides of qbench replace the
+defaults, such as dataset=glyphs method=dorefa,ttq seed=0,1,2,3,4. The controls show which accuracy a network of the
+same bytes reaches without the method. Every quantized network has two controls, a float network and an 8-bit network
+(uniform, min-max). Each control has the largest model.width at which it takes no more bytes than the quantized
+network. Controls are trained with the same recipe and for the same number of epochs. Stored runs are not trained
+again.
 
-`--record FILE` stores the results, `--from FILE` prints the tables of stored results and runs nothing.
+`--record FILE` stores the results. `--from FILE` prints the tables of stored results and runs nothing.
 """
 
 import argparse
@@ -48,8 +49,11 @@ CONTROLS = {
     "float": {"method": "float", "bits": "w32a32", "init": "float"},
     "8-bit": {"method": "uniform", "bits": "w8a32"},
 }
-"""The networks that get the same bytes. Both start from a float baseline of their own width, like the methods, and
-train for as many epochs after it: `init=float` makes the float network a fine-tuned one."""
+"""The kinds of controls, with their overrides.
+
+Like the methods, a control starts from a float baseline of its own width and trains for the same number of epochs after
+it. With `init=float`, this means that the float control is fine-tuned.
+"""
 QUANTIZED, BASELINE = "quantized", "baseline"
 
 HEAD = (
@@ -60,12 +64,13 @@ HEAD = (
 
 @dataclass
 class NetworkRow:
-    """One line of the tables: a setting with the width of its network.
+    """One row of the tables, which is a setting with the width of its network.
 
     Args:
-        role: `quantized`, `baseline`, or a kind of control.
-        top1: seed -> test top-1 in percent.
-        controls: kind -> the control and the difference to it, paired by seed; None if no control is small enough.
+        role: "quantized", "baseline", or a kind of control.
+        top1: test top-1 in percent, by seed.
+        controls: for each kind of control, the control and the difference to it, paired by seed. The value is None if
+            no control is small enough.
     """
 
     setting: Setting
@@ -76,7 +81,7 @@ class NetworkRow:
 
     @property
     def bytes(self) -> float | None:
-        """The ideal bytes of the network; None if its cost is not known."""
+        """The ideal bytes of the network, or None if its cost is not known."""
         return self.setting.cost.bytes_ideal if self.setting.cost else None
 
 
@@ -84,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/unified.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="keys of qbench that replace the defaults")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="overrides of qbench that replace the defaults")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument("--record", type=Path, metavar="FILE", help="store the results in FILE")
     parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="print the tables of stored results")
@@ -110,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def sweep_keys(typed: Iterable[str]) -> dict[str, str]:
-    """Return the keys of the quantized networks: the typed ones, and defaults for the others."""
+    """Return the keys of the quantized networks. Keys that were not typed have their defaults."""
     keys = dict(word.partition("=")[::2] for word in typed if not word.startswith("hydra"))
     if "init" in keys:
         raise ConfigError(
@@ -126,9 +131,9 @@ def compose_sweep(keys: Mapping[str, str]) -> list[Config]:
 
 
 def train(keys: dict[str, str], launcher: list[str], stop: Callable[[], int]) -> list[RunRecord]:
-    """Run the missing runs: first the methods, then the controls with their bytes.
+    """Train the runs that are not stored, and return all runs with their float baselines.
 
-    Return all runs with their float baselines.
+    The methods are trained first, and then the controls, whose bytes depend on the methods.
 
     Raises:
         Interrupted: a signal was received.
@@ -136,7 +141,7 @@ def train(keys: dict[str, str], launcher: list[str], stop: Callable[[], int]) ->
     quantized = compose_sweep(keys)
     controls = {kind: compose_sweep(keys | changed) for kind, changed in CONTROLS.items()}
     if "width" not in controls["float"][0].model:
-        raise ConfigError(f"model={keys['model']}: has no key `width`, which the control needs")
+        raise ConfigError(f"model={keys['model']}: the network has no key `width`, which the controls need")
     records = run([*quantized, *controls["float"]], launcher, stop)
     budgets = {row.bytes for row in network_rows(list(records.values())) if row.role == QUANTIZED and row.bytes}
     narrow = [
@@ -146,7 +151,7 @@ def train(keys: dict[str, str], launcher: list[str], stop: Callable[[], int]) ->
 
 
 def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> dict[Path, RunRecord]:
-    """Run the configurations that are not stored; return the outcome of all by path."""
+    """Run the configurations that are not stored, and return the outcome of all configurations by path."""
     runs = planned_runs(configs)
     if any(not planned.directory.stored() for planned in runs):
         sweep.launch_all(launcher, runs, "joblib", stop)
@@ -156,7 +161,7 @@ def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> 
 
 
 def control_widths(budgets: Iterable[float], controls: Mapping[str, list[Config]]) -> list[tuple[str, int]]:
-    """Return the controls, (kind, width), for some numbers of bytes."""
+    """Return the controls for some numbers of bytes, as pairs (kind, width)."""
     from qbench.experiment.setup import assemble
 
     setups = {kind: assemble(configs[0], planned=True) for kind, configs in controls.items()}
@@ -165,13 +170,16 @@ def control_widths(budgets: Iterable[float], controls: Mapping[str, list[Config]
 
 
 def widest_within(setup: "ExperimentSetup", budget: float) -> int:
-    """Return the largest `model.width`, up to the network's own, with at most these bytes; 0 if there is none."""
+    """Return the largest `model.width` at which the network takes at most `budget` bytes.
+
+    The width is at most the network's own. If no width is small enough, the result is 0.
+    """
     widths = range(1, setup.config.model["width"] + 1)
     return bisect_right(widths, budget, key=lambda width: bytes_at(setup, width))
 
 
 def bytes_at(setup: "ExperimentSetup", width: int) -> float:
-    """Return the ideal bytes of a run's network at a width, built without memory (meta tensors)."""
+    """Return the ideal bytes of a run's network at a width. The network is built on the meta device."""
     from qbench.cost.count import count_cost
 
     narrow = replace(setup, config=with_width(setup.config, width))
@@ -183,7 +191,7 @@ def with_width(config: Config, width: int) -> Config:
 
 
 def network_rows(records: Sequence[RunRecord]) -> list[NetworkRow]:
-    """Return the settings of `qbench compare` with role and width, quantized ones with their controls."""
+    """Return the settings of `qbench compare` with their roles and widths. Quantized settings have their controls."""
     available = {run.result.run for run in records if run.status == DONE and run.result}
     rows: list[NetworkRow] = []
     for setting in (setting for table in compare(records) for setting in settings_of(table)):
@@ -212,7 +220,7 @@ def compare_with_control(
 
 
 def tables(records: Sequence[RunRecord]) -> list[Table]:
-    """Return the table of the float network, one per width with its controls, and that of runs without a result."""
+    """Return the tables: one of the float network, one for each number of bits, and one of runs without a result."""
     rows, compared = network_rows(records), compare(records)
     full_width = max((row.width for row in rows), default=0)
     floats = [row for row in rows if row.role in (BASELINE, "float") and row.width == full_width]
@@ -233,7 +241,7 @@ def rows_table(title: str, rows: list[NetworkRow], full_width: int) -> Table:
 
 
 def control_sentence(kind: str, block: list[NetworkRow]) -> str:
-    """Return a sentence on the methods of a width: above, below, or not significantly different from their control."""
+    """Return a sentence that says which methods are above, below or not significantly different from their control."""
     bits = block[0].setting.bits.w
     sides: dict[str, list[str]] = {"above": [], "below": [], "not significantly different": []}
     pairs = [(row, *pair) for row in block if (pair := row.controls[kind])]
@@ -250,7 +258,7 @@ def control_sentence(kind: str, block: list[NetworkRow]) -> str:
 
 
 def cells(row: NetworkRow, full_width: int) -> tuple[str, ...]:
-    """Return a row's cells in the order of HEAD."""
+    """Return the cells of a row, in the order of `HEAD`."""
     setting, names = row.setting, {"float": "float, fine-tuned", "8-bit": "8-bit (uniform)"}
     pairs = [row.controls.get(kind) for kind in CONTROLS]
     difference = setting.difference
@@ -287,7 +295,10 @@ def plain_values(row: NetworkRow) -> dict[str, object]:
 
 
 def footer(typed: Sequence[str], records: Sequence[RunRecord]) -> str:
-    """Return a sentence on what was run and how long it took; keys that do not change results are left out."""
+    """Return a sentence that states what was run and how long it took.
+
+    Overrides that do not change results are left out.
+    """
     seconds = [run.result.wall_seconds or 0 for run in records if run.result and run.status == DONE]
     times = [file.stat().st_mtime for run in records for file in run.path.glob("*.json")]
     command = " ".join(["scripts/unified.py", *(word for word in typed if not word.startswith(("out=", "hydra")))])

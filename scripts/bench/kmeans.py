@@ -2,10 +2,12 @@
 
     .venv/bin/python scripts/bench/kmeans.py
 
-Two tables: a million weights from a normal distribution, with times relative to np.sort of the same
-float32 array; then layers, relative to the exact kmeans1d. Inertia is relative to the least found,
-computed from the returned centroids in float64. Packages, in the peers' environment: scikit-learn,
-kmeans1d, ckwrap, ckmeans-1d-dp; slow ones are timed twice. Takes about a minute.
+The script prints two tables. The first one is for a million weights from a normal distribution, with
+times relative to np.sort of the same float32 array. The second one is for weights of layers, with
+times relative to the exact package kmeans1d. Inertia is computed in float64 from the returned
+centroids, and is relative to the smallest inertia of all packages. The packages are scikit-learn,
+kmeans1d, ckwrap and ckmeans-1d-dp. They are installed into a separate environment (peers_venv.py).
+Slow packages are timed only twice. The script takes about a minute.
 """
 
 import importlib
@@ -22,13 +24,13 @@ from peers_venv import VENV, enter
 from qbench.quant.kmeans import kmeans
 
 Array = NDArray[np.float32]
-Solver = Callable[[Array, int], NDArray[np.floating]]  # returns centroids; labels are computed and dropped
+Solver = Callable[[Array, int], NDArray[np.floating]]  # returns centroids; it also computes labels
 
 TARGET = 12
-"""Largest acceptable time over that of np.sort."""
+"""Largest acceptable ratio of the time to that of np.sort."""
 
 SLOW = 0.2
-"""Seconds from which a package is timed only twice."""
+"""Packages that take at least this many seconds are timed only twice."""
 
 LAYERS = [(1_000, 3), (1_000, 16), (4_000, 3), (4_000, 16), (9_000, 16), (36_864, 3), (36_864, 16)]
 
@@ -65,7 +67,7 @@ PEERS: dict[str, tuple[str, Solver]] = {
 
 
 def importable() -> dict[str, Solver]:
-    """Return our function and the peers that can be imported. Print the skipped peers."""
+    """Return our function and the functions of the packages that can be imported. Print which packages are skipped."""
     solvers: dict[str, Solver] = {"ours": ours}
     for name, (module, solve) in PEERS.items():
         try:
@@ -78,7 +80,7 @@ def importable() -> dict[str, Solver]:
 
 
 def inertia(x: Array, centroids: NDArray[np.floating]) -> float:
-    """Return the sum of squared distances to the nearest centroid."""
+    """Return the sum of the squared distances of the values from their nearest centroids."""
     c = np.sort(centroids.astype(np.float64))
     return float(np.square(x - c[np.searchsorted((c[1:] + c[:-1]) / 2, x)]).sum())
 

@@ -32,9 +32,7 @@ CASES = {"digits, resnet8, float": [], "digits, resnet8, DoReFa W2A2": ["method=
 
 
 def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
-    """Return an epoch of a bare loop, an epoch of ours, and a function that removes the progress
-    bar.
-    """
+    """Return functions that run an epoch of a bare loop, run an epoch of ours, and remove the progress bar."""
     (config,) = compose.configurations([*words, "init=scratch", "dataset.pad=0", f"out={out}"])
     parts = assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)
@@ -70,9 +68,9 @@ def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
 
 @contextmanager
 def terminal() -> Iterator[None]:
-    """Make stderr a terminal while the context lasts, and drop its text.
+    """Make stderr a terminal within a `with` block, and discard what is written to it.
 
-    The progress bar is drawn only on a terminal.
+    This is needed because the progress bar is drawn only on a terminal.
     """
     ours, theirs = os.openpty()
     saved = os.dup(2)
@@ -90,7 +88,7 @@ def _drain(descriptor: int) -> None:
     try:
         while os.read(descriptor, 65536):
             pass
-    except OSError:  # the other end is closed
+    except OSError:  # the other end of the terminal is closed
         os.close(descriptor)
 
 
@@ -105,7 +103,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, terminal():
             bare, ours, stop = works([*words, *options.words], str(Path(folder)))
             ratios = interleaved({"bare": bare, "ours": ours}, options.rounds, repeat=3)
-            stop()  # it captures what is printed
+            stop()  # the progress bar would capture what is printed
             rows.append((name, str(ratios["ours"]), "1.03", f"{1000 * ratios['bare'].seconds:.0f} ms"))
     print(f"{machine()}, 1 thread, {options.rounds} rounds of 3 epochs\n")
     print(markdown(("an epoch of the training loop", "time / bare loop", "target", "bare loop"), rows))

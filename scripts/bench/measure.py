@@ -1,4 +1,4 @@
-"""Times contenders interleaved in one process, computes ratios by round, and prints Markdown tables."""
+"""Times several functions (contenders) in turn in one process, and prints ratios of their times as Markdown tables."""
 
 import os
 import platform
@@ -16,8 +16,10 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratio of a contender's time to the baseline's time in the same round: median, quartiles, number of rounds. Also
-    the contender's median in seconds.
+    """The ratio of a contender's time to the baseline's time in the same round.
+
+    It has the median and the quartiles over the rounds, the number of rounds, and the contender's median time in
+    seconds.
     """
 
     median: float
@@ -31,11 +33,16 @@ class Ratio:
 
 
 def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3, repeat: int = 1) -> dict[str, Ratio]:
-    """Time every contender `repeat` times in every round, in a rotating order; the first one is the
-    baseline.
+    """Return the ratio of each contender's time to that of the first contender, which is the baseline.
 
-    Machines are shared, so only times of the same round are compared. Each contender runs once untimed before it is
-    timed. In practice a step follows a step of the same kind, and the caches contain its data.
+    Machines are shared, so only times of the same round are compared. Every contender runs once untimed before it is
+    timed, so that the caches contain its data. In practice they do, because a step follows a step of the same kind.
+
+    Args:
+        contenders: maps a name to a function.
+        rounds: number of rounds. The order of the contenders rotates from round to round.
+        warm: number of rounds before the timed ones.
+        repeat: number of timed calls of each contender in a round.
     """
     names = list(contenders)
     for _ in range(warm):
@@ -55,7 +62,7 @@ def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3,
 
 
 def seconds(work: Work, repeat: int = 1) -> float:
-    """Return the mean wall time of one call."""
+    """Return the mean wall time of one call in seconds."""
     began = time.perf_counter()
     for _ in range(repeat):
         work()
@@ -65,7 +72,7 @@ def seconds(work: Work, repeat: int = 1) -> float:
 
 
 def machine() -> str:
-    """Return a line that describes the machine of the measurement."""
+    """Return a line that describes this machine."""
     system = f"{platform.system()}, Python {platform.python_version()}"
     return f"{processor()}, {os.cpu_count()} cores, {system}, {versions('torch')}"
 
@@ -81,7 +88,7 @@ def processor() -> str:
 
 
 def versions(*packages: str) -> str:
-    """Return `package version, ...` of those that are installed."""
+    """Return a text `package version, ...` that lists the installed ones of these packages."""
     installed = []
     for package in packages:
         try:
@@ -92,6 +99,6 @@ def versions(*packages: str) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
+    """Return a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,11 +1,12 @@
-"""Memory that ResNet-20 keeps for the backward pass under each method (batch 64, 3x32x32).
+"""Measures the memory that ResNet-20 keeps for the backward pass under each method (batch 64, 3x32x32).
 
     .venv/bin/python scripts/bench/memory.py
 
-Alive: bytes allocated after a forward pass and not before it, by torch's profiler. Saved: distinct
-storages that saved_tensors_hooks see, which do not include what a layer recomputes instead of
-saving. Both are relative to the float network, whose ReLU is replaced by the quantizer if the
-method does so.
+Two numbers are measured. `alive` is the number of bytes that are allocated after a forward pass but
+were not before it, measured by torch's profiler. `saved` is the number of bytes of the distinct
+storages that saved_tensors_hooks see. It does not include tensors that a layer recomputes instead of
+saving. Both are relative to the float network. In the quantized network, a quantizer takes the place
+of a ReLU if the method replaces activations.
 """
 
 import json
@@ -25,7 +26,7 @@ from qbench.quant import ops
 
 
 def alive(model: nn.Module, images: Tensor) -> int:
-    """Return the bytes that a forward pass leaves allocated."""
+    """Return the number of bytes that are still allocated after a forward pass."""
     model(images)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         logits = model(images)
@@ -34,7 +35,7 @@ def alive(model: nn.Module, images: Tensor) -> int:
 
 
 def saved(model: nn.Module, images: Tensor) -> int:
-    """Return the bytes of the distinct storages that are saved for backward."""
+    """Return the number of bytes of the distinct storages that are saved for the backward pass."""
     storages: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def saved(model: nn.Module, images: Tensor) -> int:
 
 
 def peak(epochs: int) -> int:
-    """Return the peak memory in bytes of the default run's process, with a number of epochs."""
+    """Return the peak memory in bytes of a process that trains the default run for a number of epochs."""
     with tempfile.TemporaryDirectory() as folder:
         words = [f"out={folder}", "method=dorefa", "bits=w2a2", "init=scratch", f"epochs={epochs}"]
         subprocess.run([sys.executable, "-m", "qbench", *words], check=True, capture_output=True)

@@ -1,10 +1,10 @@
-"""Times epochs with runtime.observe off, light and full, logging and saving included.
+"""Times epochs with runtime.observe off, light and full. The times include logging and saving.
 
     .venv/bin/python scripts/bench/observe.py [--rounds 21] [KEY=VALUE ...]
 
-The baseline, blind, is a run that never inspects its layers; even `off` does, for warnings.
-TensorBoard is on. There is no validation, which makes all ratios larger; inspections and histograms
-are as frequent as in a run of default length.
+The baseline, named blind, is a run that never observes its layers. Even a run with `off` observes
+them, because warnings need it. TensorBoard is on. The runs do not validate, which makes all ratios
+larger. Observations and histograms are as frequent as in a run of default length.
 """
 
 import argparse
@@ -38,7 +38,7 @@ IMAGES, EPOCHS = 256, 6
 
 
 def work(words: list[str], out: Path, level: str) -> Work:
-    """Return an epoch of a run that inspects its layers at a level."""
+    """Return a function that trains an epoch of a run that observes its layers at a level."""
     observe = "off" if level == "blind" else level
     (config,) = compose.configurations([*words, "init=scratch", f"runtime.observe={observe}", f"out={out / level}"])
     parts = assemble(config)

@@ -1,12 +1,15 @@
-"""Times training steps of the peers: packages that quantize, and the methods as in public code.
+"""Times training steps of the peers, which are other packages for quantization and the methods as in public code.
 
     .venv/bin/python scripts/bench/peers.py [--rounds 21] [--channels-last] [--here]
 
-ResNet-20 for 3x32x32 images, batch 64: zero_grad, forward, cross entropy, backward, SGD with
-momentum; one thread. Time and bytes saved for backward are relative to float in channels_last. The
-packages are installed into a separate environment on first use (peers_venv.py); with --here those
-that this interpreter can import are measured. Not included: torchao, whose QAT does not change
-nn.Conv2d. Takes about four minutes, and twice that on first use.
+The network is ResNet-20 for 3x32x32 images, with batches of 64. A step consists of zero_grad,
+forward, cross entropy, backward, and an update by SGD with momentum. It runs in one thread. Time and
+bytes saved for the backward pass are relative to the float network in channels_last.
+
+The packages are installed into a separate environment on first use (peers_venv.py). With --here,
+nothing is installed, and only packages that this interpreter can import are measured. torchao is not
+included, because its QAT does not change nn.Conv2d. The script takes about four minutes, and twice
+as long on first use.
 """
 
 import argparse
@@ -27,14 +30,15 @@ from published import PUBLISHED, dorefa_net
 from torch import Tensor, nn
 
 LEARNING_STEPS = 300
-"""Steps in which Brevitas collects statistics of its activations, before it learns their scales."""
+"""Number of steps in which Brevitas collects statistics of activations, before it learns their scales."""
 
 
 def contenders(compiled: bool = True) -> dict[str, Make]:
-    """Return the peers that run in this interpreter. `make(device, layout)` returns one step. Print the skipped peers.
+    """Return the peers that run in this interpreter, by name, and print which peers are skipped.
 
-    Names say what they quantize. Setup takes about 25 s for torch.compile (`compiled`) and 10 s for
-    Brevitas. The first import of QPyTorch compiles it, about 30 s.
+    A peer is a function `make(device, layout)` that returns a training step. Its name says what it
+    quantizes. The setup takes about 25 s for torch.compile (`compiled`) and 10 s for Brevitas. The
+    first import of QPyTorch compiles it, which takes about 30 s.
     """
     makes_by_name = dict(PUBLISHED)
     if compiled and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))):
@@ -48,8 +52,8 @@ def contenders(compiled: bool = True) -> dict[str, Make]:
 
 
 def imports(package: str) -> bool:
-    """Try to import a package; print why if that fails."""
-    if package == "qtorch":  # it calls ninja by name: use the one next to this interpreter
+    """Return whether a package can be imported. If it cannot, print the reason."""
+    if package == "qtorch":  # it calls ninja by name, so put the ninja next to this interpreter first in PATH
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         importlib.import_module(package)
@@ -60,7 +64,7 @@ def imports(package: str) -> bool:
 
 
 def compiled_dorefa(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of DoReFa under torch.compile, warmed up; print how long that took."""
+    """Return a step of DoReFa under torch.compile after three untimed steps, and print how long these took."""
     net = dorefa_net()
     work = training_step(net, device, layout=layout)
     net.compile()
@@ -72,9 +76,9 @@ def compiled_dorefa(device: Device, layout: Layout = NCHW) -> Work:
 
 
 def torch_ao(bits: int) -> Make:
-    """Return a function that makes steps of torch.ao's QAT layers.
+    """Return a function that makes a step of torch.ao's QAT layers.
 
-    They use fused moving averages; weights are per channel at 8 bits.
+    The layers use fused moving averages. At 8 bits, weights have one scale per channel.
     """
     ao, qat = (importlib.import_module(name) for name in ("torch.ao.quantization", "torch.ao.nn.qat"))
 
@@ -106,7 +110,7 @@ def torch_ao(bits: int) -> Make:
 
 
 def brevitas(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of Brevitas after its first 300 steps, which run here with four images each."""
+    """Return a step of Brevitas after its first 300 steps. These steps run in this function, with four images each."""
     net = brevitas_net()
     first = training_step(net, device, layout=layout, batch=4)
     for _ in range(LEARNING_STEPS + 10):
@@ -115,12 +119,12 @@ def brevitas(device: Device, layout: Layout = NCHW) -> Work:
 
 
 def brevitas_cold(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of Brevitas that collects statistics while it is called fewer than 300 times."""
+    """Return a step of Brevitas that collects statistics in its first 300 calls."""
     return training_step(brevitas_net(), device, layout=layout)
 
 
 def brevitas_net() -> nn.Module:
-    """Return a network with QuantConv2d and QuantReLU at two bits and their defaults."""
+    """Return a network with QuantConv2d and QuantReLU at two bits and with default options."""
     layers: Any = importlib.import_module("brevitas.nn")
 
     def convolution(layer: nn.Conv2d) -> nn.Module:
@@ -140,8 +144,9 @@ def brevitas_net() -> nn.Module:
 
 
 def qpytorch(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of QPyTorch: activations and errors after every ReLU, weights, gradients,
-    momentum; 8 bits.
+    """Return a step of QPyTorch at 8 bits.
+
+    It quantizes weights, gradients and momentum, and also activations and their gradients after every ReLU.
     """
     qtorch, quant, optim = (importlib.import_module(name) for name in ("qtorch", "qtorch.quant", "qtorch.optim"))
     narrow, fine = qtorch.FixedPoint(wl=8, fl=4), qtorch.FixedPoint(wl=8, fl=7)
@@ -167,11 +172,11 @@ PACKAGES: Mapping[str, Mapping[str, Make]] = {
 
 
 def saved_bytes(work: Work) -> int:
-    """Return the bytes of the distinct storages that one call saves for backward.
+    """Return the number of bytes of the distinct storages that one call saves for the backward pass.
 
-    What a Function keeps by means other than save_for_backward is not counted.
+    Tensors that a Function keeps without save_for_backward are not counted.
     """
-    kept: dict[int, Tensor] = {}  # the tensors themselves, so that no address is used twice
+    kept: dict[int, Tensor] = {}  # the tensors are kept alive, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
@@ -185,8 +190,10 @@ def saved_bytes(work: Work) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--channels-last", action="store_true", help="the peers in channels_last too, not in NCHW")
-    parser.add_argument("--here", action="store_true", help="install nothing, measure what can be imported")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="run the peers in channels_last too, instead of NCHW"
+    )
+    parser.add_argument("--here", action="store_true", help="install nothing, and measure only what can be imported")
     arguments = parser.parse_args()
     if not arguments.here:
         enter(VENV)

@@ -1,8 +1,8 @@
 """Makes a separate virtual environment for the peers, which are not requirements of the project.
 
-`enter(VENV)` at the top of a script's `main` makes it on first use (minutes, 2 GB) and runs the
-script again in it. pip is used as the user has configured it: PIP_FIND_LINKS, PIP_INDEX_URL,
-pip.conf. What does not install is skipped.
+A script calls `enter(VENV)` at the beginning of its `main`. On first use, this makes the environment,
+which takes minutes and 2 GB. It then runs the script again in the environment. pip uses the user's
+configuration (PIP_FIND_LINKS, PIP_INDEX_URL, pip.conf). Packages that do not install are skipped.
 """
 
 import os
@@ -19,7 +19,10 @@ PEERS = ("brevitas", "qtorch ninja", "kmeans1d", "ckwrap", "ckmeans-1d-dp")
 
 
 def enter(path: Path, packages: Sequence[str] = PEERS) -> None:
-    """Run this script again with its arguments under the interpreter in `path`. Return if it already runs there."""
+    """Run this script again, with its arguments, under the interpreter of the environment `path`.
+
+    If the script already runs under this interpreter, do nothing.
+    """
     if Path(sys.prefix).resolve() == path.resolve():
         return
     python = ensure(path, packages)
@@ -28,12 +31,17 @@ def enter(path: Path, packages: Sequence[str] = PEERS) -> None:
 
 
 def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
-    """Make an environment with this clone of the project and every peer that installs; return its
-    interpreter.
+    """Make an environment with this clone of the project and all peers that install, and return its interpreter.
 
-    Each of `packages` (names separated by spaces are installed together) is tried once: a file in
-    `path` holds the result, and deleting it gives another try. Raises SystemExit if torch or the
-    project itself do not install.
+    The installation of each package is tried only once. A file in `path` stores the result. Deleting this file leads
+    to another try.
+
+    Args:
+        path: the folder of the environment.
+        packages: names of packages. Names in one text, separated by spaces, are installed together.
+
+    Raises:
+        SystemExit: torch or the project itself cannot be installed.
     """
     python = path / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
@@ -51,7 +59,7 @@ def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
 
 
 def install_once(path: Path, python: Path, name: str, arguments: Sequence[str]) -> str:
-    """Return "" or the reason why pip could not install. A stored result is reused."""
+    """Install with pip, and return the reason of a failure or an empty text. A stored result is reused."""
     stored = path / f"{name.replace(' ', '_')}.tried"
     if not stored.exists():
         progress(f"installing {name}")
@@ -65,5 +73,5 @@ def install_once(path: Path, python: Path, name: str, arguments: Sequence[str]) 
 
 
 def progress(line: str) -> None:
-    """Print progress to stderr, because stdout is only for the table."""
+    """Print a line to stderr, because stdout is only for the table."""
     print(line, file=sys.stderr, flush=True)

@@ -1,10 +1,11 @@
-"""Images per second of crop (pad 4), mirror and normalise on 3x32x32 uint8 images; one thread.
+"""Measures how many images per second are cropped (pad 4), mirrored and normalised (3x32x32 uint8, one thread).
 
     .venv/bin/python scripts/bench/pipeline.py
 
-In every round each way makes the same number of images, from 50,000 random ones. torchvision
-transforms them one by one in two persistent workers of a DataLoader, on tensors, without PIL. The
-table also has processor time, for shared machines; that of the workers is not known.
+Several ways are compared. In every round, each way makes the same number of images from 50,000
+random ones. torchvision transforms images one by one, in two persistent workers of a DataLoader, on
+tensors and without PIL. The table also has processor time, because other programs may slow down the
+machine. The processor time of the workers is not known.
 """
 
 import statistics
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def ours(split: Split, augment: Augment) -> Work:
-    """Return a function that reads the next batches of the project's loader. Epochs follow each other."""
+    """Return a function that reads the next batches of the project's loader. A new epoch follows when one ends."""
     none = split.take(torch.arange(0))
     data = Dataset(
         name="random", train=split, val=none, test=none, classes=1, mean=MEAN, std=STD, augment=augment
@@ -75,12 +76,12 @@ def theirs(images: Tensor, labels: Tensor) -> Work:
 
 
 def collated(transform: Callable[[Tensor], Tensor], samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the batch of a worker's samples, each transformed on its own."""
+    """Return a batch of a worker's samples after transforming each of them separately."""
     return torch.stack([transform(image) for image, _ in samples]), torch.stack([label for _, label in samples])
 
 
 def by_image(images: Tensor) -> None:
-    """Make the same number of batches by the plain definition."""
+    """Make the same number of batches one image at a time, with plain torch operations."""
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (MEAN, STD))
     for index in torch.randint(IMAGES, (BATCHES, BATCH)):
         batch = []
@@ -92,7 +93,7 @@ def by_image(images: Tensor) -> None:
 
 
 def drain(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Take every batch and check that none is missing."""
+    """Read all batches, and check that none is missing."""
     assert sum(len(labels) for _, labels in batches) == BATCH * BATCHES
 
 
@@ -104,7 +105,7 @@ def clocked(work: Work, processor_times: list[float]) -> None:
 
 
 def row(name: str, ratio: Ratio, processor_times: list[float]) -> tuple[str, ...]:
-    """Return a way's line of the table."""
+    """Return the row of the table for one way."""
     images = BATCH * BATCHES
     processor = "-" if name == THEIRS else f"{images / statistics.median(processor_times):,.0f}"
     return name, f"{images / ratio.seconds:,.0f}", processor, str(ratio), TARGETS.get(name, "")

@@ -1,4 +1,4 @@
-"""The network and step that all contenders share: ResNet-20, 3x32x32, batch 64, SGD."""
+"""Provides the network and the training step of all contenders (ResNet-20, 3x32x32, batch 64, SGD)."""
 
 from collections.abc import Callable, Iterable
 
@@ -23,9 +23,9 @@ def plain(
     activation: Callable[[], nn.Module] = nn.ReLU,
     norm: str = "affine",
 ) -> nn.Module:
-    """Return a ResNet-20 with its layers and activations replaced.
+    """Return a ResNet-20 with other layers and activations.
 
-    The first and last layer and the last activation stay.
+    The first layer, the last layer and the last activation are not replaced.
     """
     torch.manual_seed(0)
     net = build(SHAPE, CLASSES, norm=norm).train()
@@ -37,12 +37,12 @@ def plain(
 
 
 def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """Return torch's SGD with its defaults."""
+    """Return torch's SGD with learning rate 0.01 and momentum 0.9, and all other options at their defaults."""
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
 
 def placed(net: nn.Module, device: Device, layout: Layout) -> nn.Module:
-    """Move a network, in place, and return it."""
+    """Move a network to a device and a memory format in place, and return the network."""
     return net.to(device).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
@@ -58,10 +58,10 @@ def training_step(
     update: Hook | None = None,
     batch: int = BATCH,
 ) -> Work:
-    """Return one step on a fixed batch: zero_grad, `before`, forward, backward, `between`, update,
-    `after`.
+    """Return a function that makes one training step on a fixed batch.
 
-    The update is the optimizer's own step, unless another is given.
+    The step consists of zero_grad, `before`, forward, backward, `between`, update and `after`, in this order. The
+    update is the optimizer's own step, unless another update is given.
     """
     placed(net, device, layout).train()
     optimizer = optimizer or sgd(net.parameters())
@@ -82,14 +82,14 @@ def training_step(
 
 
 def data(device: Device, layout: Layout, batch: int = BATCH) -> tuple[Tensor, Tensor]:
-    """Return images and labels, the same each time."""
+    """Return random images and labels, which are the same in every call."""
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *SHAPE, generator=draw).to(device, memory_format=layout)
     return images, torch.randint(CLASSES, (batch,), generator=draw).to(device)
 
 
 class Conv(nn.Conv2d):
-    """A convolution like `layer` whose weights pass through a function or module first."""
+    """A convolution with the weights of `layer`, which first pass through a function or module."""
 
     def __init__(self, layer: nn.Conv2d, quantize: Callable[[Tensor], Tensor]) -> None:
         size = layer.weight.shape[2]

@@ -1,7 +1,8 @@
-"""Implements the methods as in public code, in plain torch, to compare step times.
+"""Implements the methods as in public code, in plain torch, so that step times can be compared.
 
 Each function follows the public code that it names. Nothing is slowed down on purpose. Work that the public code does
-once per epoch is not done at every step. NCHW by default, as in that code; first and last layer are float.
+once per epoch is not done at every step. The memory format is NCHW by default, as in that code. The first and the last
+layer are float.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 
 class Round(Function):
-    """Round to multiples of a step and pass the gradient on; most ports clone it, as here."""
+    """Round to multiples of a step, and pass the gradient on. The gradient is cloned, as in most ports."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, per_unit: float) -> Tensor:
@@ -27,21 +28,19 @@ class Round(Function):
 
 
 def round_to(x: Tensor, per_unit: float) -> Tensor:
-    """Return x on multiples of 1 / per_unit, straight-through."""
+    """Return x rounded to multiples of 1 / per_unit. The gradient passes unchanged."""
     return Round.apply(x, per_unit)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def dorefa_weights(w: Tensor, levels: int = 3) -> Tensor:
-    """Return 2-bit weights as in pytorch_DoReFaNet and code derived from it: multiplied by the
-    maximum.
-    """
+    """Return 2-bit weights as in pytorch_DoReFaNet and code derived from it. They are multiplied by the maximum."""
     t = torch.tanh(w)
     largest = torch.max(torch.abs(t)).detach()
     return largest * (2 * round_to(t / 2 / largest + 0.5, levels) - 1)
 
 
 def dorefa_net() -> nn.Module:
-    """Return DoReFa W2A2 as in pytorch_DoReFaNet: clamp, then a separate rounding."""
+    """Return a network with DoReFa W2A2 as in pytorch_DoReFaNet, which clamps and rounds in separate steps."""
     return plain(lambda c: Conv(c, dorefa_weights), lambda: Act(lambda x: round_to(torch.clamp(x, 0, 1), 3)))
 
 
@@ -51,8 +50,9 @@ def dorefa(device: Device, layout: Layout = NCHW) -> Work:
 
 
 class Pact(Function):
-    """PACT's activation as in KwangHoonAn/PACT: the input is saved, and the backward pass builds
-    masks from comparisons.
+    """PACT's activation as in KwangHoonAn/PACT.
+
+    The input is saved, and the backward pass makes masks by comparisons.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ def pact(device: Device, layout: Layout = NCHW) -> Work:
 
 
 class LearnedStep(nn.Module):
-    """LSQ as in its paper's appendix and in lsq-net: detach tricks around scale and rounding."""
+    """LSQ as in its paper's appendix and in lsq-net, where `detach` sets the gradients of scale and rounding."""
 
     def __init__(self, low: int, high: int, values: Tensor | None = None) -> None:
         super().__init__()
@@ -101,21 +101,22 @@ class LearnedStep(nn.Module):
 
 
 def lsq(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of LSQ W2A2, one step size per tensor."""
+    """Return a training step of LSQ W2A2 with one step size per tensor."""
     net = plain(lambda c: Conv(c, LearnedStep(-2, 1, c.weight)), lambda: LearnedStep(0, 3))
     return training_step(net, device, layout=layout)
 
 
 def hwgq_weights(w: Tensor) -> Tensor:
-    """Return 1-bit weights whose scale is the tensor's standard deviation times the Gaussian step,
-    as in EdMIPS.
+    """Return 1-bit weights as in EdMIPS.
+
+    Their scale is the tensor's standard deviation times the optimal step for a Gaussian.
     """
     step = 1.596 * w.detach().std().item()
     return StraightThrough.apply(w, step)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class StraightThrough(Function):
-    """EdMIPS's weight quantizer at one bit: halves of a step, bounded."""
+    """EdMIPS's weight quantizer at one bit, whose levels are plus and minus half a step."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, w: Tensor, step: float) -> Tensor:
@@ -127,7 +128,7 @@ class StraightThrough(Function):
 
 
 def hwgq(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of HWGQ W1A2 as in EdMIPS: clamp at three steps of 0.538, then rounding."""
+    """Return a step of HWGQ W1A2 as in EdMIPS, which clamps at three steps of 0.538 and then rounds."""
     step = 0.538
     net = plain(lambda c: Conv(c, hwgq_weights), lambda: Act(lambda x: round_to(x.clamp(0, 3 * step), 1 / step)))
     return training_step(net, device, layout=layout)
@@ -139,12 +140,12 @@ def hidden(net: nn.Module) -> list[nn.Conv2d]:
 
 
 def ttq(device: Device, layout: Layout = NCHW, threshold: float = 0.05) -> Work:
-    """Return a step of TTQ W2A32 as in trained-ternary-quantization: kernels overwritten after the
-    optimizers.
+    """Return a step of TTQ W2A32 as in trained-ternary-quantization.
 
-    Float kernels are kept apart from the network's; after backward, masks turn the kernels'
-    gradients into those of the float kernels and of the two scales. Signs as in the chain rule;
-    three optimizers, as in that code.
+    The float kernels are stored separately from the network's kernels. After the backward pass,
+    masks convert the gradients of the kernels to those of the float kernels and of the two scales.
+    Three optimizers then update these, as in that code, and the kernels are overwritten. The signs of
+    the gradients follow the chain rule.
     """
     net = placed(plain(), device, layout)
     kernels = [layer.weight for layer in hidden(net)]
@@ -180,7 +181,7 @@ def ttq(device: Device, layout: Layout = NCHW, threshold: float = 0.05) -> Work:
 
 
 class Sign(Function):
-    """The sign as in XNOR-Net-PyTorch; indexing clears the gradient outside of -1 to 1."""
+    """The sign as in XNOR-Net-PyTorch, which sets the gradient outside of -1 to 1 to zero by indexing."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -197,11 +198,11 @@ class Sign(Function):
 
 
 def xnor(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of XNOR W1A1 as in XNOR-Net-PyTorch: binarize, forward and backward, restore,
-    gradients, update.
+    """Return a step of XNOR W1A1 as in XNOR-Net-PyTorch.
 
-    Its earliest versions also compute the mean of |x| over the channels without using it; that is
-    left out.
+    The step binarizes the weights, runs forward and backward, restores the weights, corrects the gradients and updates
+    the weights. The earliest versions of that code also compute the mean of |x| over the channels, but do not use it.
+    This step does not compute it.
     """
     net = placed(plain(activation=lambda: Act(Sign.apply)), device, layout)
     kernels = [layer.weight for layer in hidden(net)]
@@ -233,7 +234,7 @@ def xnor(device: Device, layout: Layout = NCHW) -> Work:
 
 
 def power_of_two(w: Tensor, bits: int = 5) -> Tensor:
-    """Return INQ's weights, the nearest of zero and the powers of two."""
+    """Return INQ's quantized weights, each of which is zero or a power of two, whichever is nearest."""
     top = torch.floor(torch.log2(4 * w.abs().max() / 3)).item()
     grid = torch.tensor([0.0, *(2.0 ** (top - i) for i in range(2 ** (bits - 2)))], device=w.device)
     nearest = (w.abs().unsqueeze(-1) - grid).abs().argmin(-1)
@@ -241,12 +242,12 @@ def power_of_two(w: Tensor, bits: int = 5) -> Tensor:
 
 
 def half_frozen(w: Tensor) -> Tensor:
-    """Return INQ's mask of the larger half of the weights."""
+    """Return INQ's mask for the half of the weights that has the larger magnitudes."""
     return w.abs() >= w.abs().median()
 
 
 def assemble(w: Tensor, fixed: Tensor) -> Tensor:
-    """Return the weights. Weights that are frozen (not nan in `fixed`) are replaced by `fixed`."""
+    """Return the weights, in which frozen weights are replaced by `fixed`. `fixed` is nan for weights that are free."""
     taken = ~torch.isnan(fixed)
     whole = torch.zeros_like(fixed)
     whole[taken] = fixed[taken]
@@ -254,8 +255,9 @@ def assemble(w: Tensor, fixed: Tensor) -> Tensor:
 
 
 def inq_masked(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of INQ W5A32 with half of the weights frozen, as in quantlab. Every forward pass inserts the frozen
-    weights.
+    """Return a step of INQ W5A32 with half of the weights frozen, as in quantlab.
+
+    Every forward pass inserts the frozen weights.
     """
 
     def frozen(layer: nn.Conv2d) -> nn.Module:
@@ -267,7 +269,7 @@ def inq_masked(device: Device, layout: Layout = NCHW) -> Work:
 
 
 class MaskedSGD(torch.optim.Optimizer):
-    """SGD as in INQ-pytorch: a mask for every parameter, multiplied at every step."""
+    """SGD as in INQ-pytorch, which multiplies the update of every parameter by a mask."""
 
     def __init__(self, parameters: Iterable[Tensor], masks: list[Tensor]) -> None:
         super().__init__(parameters, {"lr": 0.01, "momentum": 0.9})
@@ -287,7 +289,7 @@ class MaskedSGD(torch.optim.Optimizer):
 def inq_optimizer(device: Device, layout: Layout = NCHW) -> Work:
     """Return a step of INQ W5A32 with half of the weights frozen, as in INQ-pytorch.
 
-    Weights are overwritten once; updates are masked.
+    The frozen weights are set once, and masks keep updates from changing them.
     """
     net = placed(plain(), device, layout)
     kernels = {id(layer.weight) for layer in hidden(net)}

@@ -1,10 +1,11 @@
-"""Measures whether many small networks train faster as one, with N seeds as grouped convolutions.
+"""Measures whether N small networks (N seeds) train faster when they are joined into one network.
 
     .venv/bin/python scripts/bench/replicas.py [-n 8] [--rounds 21]
 
-They are compared with the same N one by one. Each network keeps its own parameters, quantizers, optimizer and batch
-norm, so every method can be used; convolutions, norms and sums run together on activations (B, N C, H, W). One thread.
-The project does not use this: docs/performance.md says why.
+The time of the joined network is compared with that of the same N networks one by one. Each network keeps its own
+parameters, quantizers, optimizer and batch norm, so every method can be used. Convolutions (grouped), norms and sums
+run together on activations of shape (B, N C, H, W), for B images and C channels per network. One thread is used. The
+project does not train in this way, and docs/performance.md says why.
 """
 
 import argparse
@@ -29,14 +30,14 @@ CASES = [((1, 8, 8), 8), ((1, 8, 8), 16), ((3, 32, 32), 8)]
 
 
 class Convolutions(nn.Module):
-    """N convolutions as one with groups; each quantizes its own weights and channels."""
+    """N convolutions as one grouped convolution. Each of them quantizes its own weights and input channels."""
 
     def __init__(self, layers: list[QConv2d]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, N O, H, W)."""
+        """Return the outputs of all networks, of shape (B, N O, H, W) for O output channels per network."""
         layers: list[QConv2d] = list(self.layers)  # type: ignore[arg-type]
         weights = torch.cat([layer.weight_q(layer.weight) for layer in layers])
         if not isinstance(layers[0].input_q, IdentityQuantizer):
@@ -53,33 +54,33 @@ class Norms(nn.Module):
         self.norms = nn.ModuleList(norms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize; the statistics for evaluation, which no step needs, are not updated."""
+        """Return the normalized x. Running statistics are not updated, because a training step does not need them."""
         weight, bias = (torch.cat([getattr(norm, key) for norm in self.norms]) for key in ("weight", "bias"))
         return F.batch_norm(x, None, None, weight, bias, training=True)
 
 
 class Linears(nn.Module):
-    """N linear layers over (B, N C), giving (N, B, K)."""
+    """N linear layers with inputs (B, N C) and outputs (N, B, K), for K classes."""
 
     def __init__(self, layers: list[QLinear]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of all."""
+        """Return the logits of all networks."""
         parts = zip(self.layers, x.chunk(len(self.layers), 1), strict=True)
         return torch.stack([layer(part) for layer, part in parts])
 
 
 class Pads(nn.Module):
-    """N parameter-free shortcuts: each fills its own part of the channels."""
+    """N shortcuts without parameters, each of which has its own channels."""
 
     def __init__(self, pads: list[PadShortcut]) -> None:
         super().__init__()
         self.pads = nn.ModuleList(pads)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the padded parts, concatenated."""
+        """Return the padded channels of all networks, concatenated."""
         return torch.cat([pad(part) for pad, part in zip(self.pads, x.chunk(len(self.pads), 1), strict=True)], 1)
 
 
@@ -87,7 +88,7 @@ JOINED = {QConv2d: Convolutions, nn.BatchNorm2d: Norms, QLinear: Linears, PadSho
 
 
 def joined(networks: list[nn.Module]) -> nn.Module:
-    """Return one network with the layers of all."""
+    """Return one network that joins the layers of all networks."""
     whole = copy.deepcopy(networks[0])
     for name, module in networks[0].named_modules():
         if kind := JOINED.get(type(module)):
@@ -96,7 +97,7 @@ def joined(networks: list[nn.Module]) -> nn.Module:
 
 
 def network(method: Method, shape: tuple[int, int, int], width: int, seed: int) -> nn.Module:
-    """Return a ResNet-8 with a method in it."""
+    """Return a ResNet-8 that is quantized by a method."""
     torch.manual_seed(seed)
     model = install(method, build(shape, 10, depth=8, width=width), example=torch.zeros(1, *shape))
     return model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload,no-any-return]

@@ -1,9 +1,9 @@
-"""Times the command line until it prints, and the default run until its first training step.
+"""Times commands until they have printed, and the default run until its first training step.
 
     .venv/bin/python scripts/bench/start.py [--rounds 11]
 
-Wall time of whole processes, including whatever else the machine does. `imports` lists the heavy
-packages loaded.
+The script measures the wall time of whole processes, so other programs on the machine affect it. The
+column `imports` lists the heavy packages that a process has loaded.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def fresh(name: str, folder: str, turn: int) -> list[str]:
-    """Return the output folder of a run that must not be stored yet."""
+    """Return the override of the output folder, for a run whose result must not be stored yet."""
     return [f"out={Path(folder) / str(turn)}"] if name.startswith("first") else []
 
 

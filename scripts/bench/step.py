@@ -3,10 +3,11 @@
     .venv/bin/python scripts/bench/step.py [--threads 1] [--rounds 21] [--device cpu] [--no-peers]
         [NAME ...]
 
-ResNet-20 for 3x32x32 images, batch 64, SGD. Ratios are measured in one process, interleaved: the
-median of the rounds and its quartiles. The baseline is fp32 in channels_last; a second column has
-the ratio of medians to stock fp32 (NCHW, torch's SGD with its defaults). The peers (peers.py) run
-in NCHW, their default; their packages are installed into a separate environment on first use.
+The network is ResNet-20 for 3x32x32 images, with batches of 64 and SGD. All steps are timed in turn
+in one process. The table has the median and the quartiles of the ratios over the rounds. The baseline
+is fp32 in channels_last. A second column has the ratio to stock fp32 (NCHW, torch's SGD with default
+options), computed from the medians. The peers (peers.py) run in NCHW, their default memory format.
+Their packages are installed into a separate environment on first use.
 """
 
 import argparse
@@ -41,8 +42,10 @@ PUBLIC = "dorefa w2a2, public functions in a plain net"
 
 @dataclass(frozen=True)
 class Case:
-    """A method at some widths, timed in an epoch (for methods that change over epochs); `target` is
-    a ratio to float.
+    """A method at some widths that is timed.
+
+    `epoch` is the epoch in which incremental methods are timed. `target` is the largest acceptable ratio to the float
+    step time.
     """
 
     label: str
@@ -82,19 +85,19 @@ def built(case: Case) -> Method:
 
 
 def installed(method: Method) -> nn.Module:
-    """Return a ResNet-20 with a method in it, in channels_last."""
+    """Return a ResNet-20 in channels_last that is quantized by a method."""
     model = install(method, plain(norm=method.requires.norm or "affine"), example=torch.zeros(1, *SHAPE))
     return model.to(memory_format=NHWC)  # type: ignore[call-overload,no-any-return]
 
 
 def fp32(device: Device) -> Work:
-    """Return the baseline: the same network, loop and optimizer, without quantizers."""
+    """Return a step of the baseline, which has the same network, loop and optimizer but no quantizers."""
     net = plain().to(device)
     return training_step(net, device, optim.build_optimizer(net, SGD), layout=NHWC)
 
 
 def quantized(case: Case, device: Device) -> Work:
-    """Return a step through the project's layers."""
+    """Return a step of a network with the project's quantized layers."""
     method = built(case)
     model = installed(method).to(device)
     probe = Probe([data(device, NHWC)], F.cross_entropy)
@@ -109,7 +112,7 @@ def quantized(case: Case, device: Device) -> Work:
 
 
 def public_functions(device: Device) -> Work:
-    """Return a step of a plain network that calls DoReFa's public functions."""
+    """Return a step of a network of plain torch layers that calls DoReFa's public functions."""
     net = plain(
         lambda layer: Conv(layer, partial(dorefa.quantize_weight, bits=2)),
         lambda: Act(partial(dorefa.quantize_activation, bits=2)),
@@ -118,7 +121,7 @@ def public_functions(device: Device) -> Work:
 
 
 def compiled(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
-    """Return a function that makes a network's step under torch.compile, warmed up."""
+    """Return a function that makes a step of a network under torch.compile, after a first untimed step."""
 
     def make_step(device: Device) -> Work:
         net = make().to(device)
@@ -132,7 +135,7 @@ def compiled(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
 
 
 def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
-    """Return a function that makes a network's step as with runtime.precision=bf16."""
+    """Return a function that makes a step of a network as runtime.precision=bf16 does."""
 
     def make_step(device: Device) -> Work:
         net = make().to(device)
@@ -144,14 +147,14 @@ def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
 
 
 def dorefa_w2a2() -> nn.Module:
-    """Return a network with DoReFa in it, 2 bits for weights and activations."""
+    """Return a network with DoReFa at 2 bits for weights and activations."""
     return installed(dorefa.build(w=2, a=2))
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only contenders whose name contains one of these")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="time only contenders whose name contains NAME")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", default="cpu")

@@ -1,9 +1,9 @@
-"""Times a sweep of 24 short runs, one by one and by joblib on all cores.
+"""Times a sweep of 24 short runs, first one by one and then with joblib on all cores.
 
     .venv/bin/python scripts/bench/sweep.py [--rounds 3]
 
-The results of both ways are compared. Both train their own float baselines, one per seed. Times
-include processes and their start.
+The script also checks that both ways give the same results. Each way trains its own float baselines,
+one per seed. Times include the start of processes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WORDS = [
 
 
 def timed(words: list[str], folder: Path) -> tuple[float, dict[str, str], int]:
-    """Return the seconds of a sweep, the digests of the weights by run, and the number of trained float baselines."""
+    """Return the seconds of a sweep, the sha256 of each run's weights, and the number of trained float baselines."""
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "qbench", *WORDS, *words, f"out={folder}"], capture_output=True, text=True, check=True

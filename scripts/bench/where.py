@@ -1,10 +1,10 @@
-"""Shows where time is spent: in single passes over memory and in a training step.
+"""Measures the time of single passes over memory, and the times of the parts of a training step.
 
     .venv/bin/python scripts/bench/where.py
 
-The step is ResNet-20's, batch 64, 3x32x32, one thread, under torch's profiler (which adds a few per
-cent). Before: the quantizers' plain definitions, by autograd (`ops.reference_kernels`). After:
-their fused forms.
+The step is one of ResNet-20 with a batch of 64 images of 3x32x32, in one thread. torch's profiler
+measures it, which adds a few per cent. In the table, "before" means the quantizers' plain
+definitions, which autograd differentiates (`ops.reference_kernels`). "After" means their fused forms.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ KINDS = {
 
 
 def passes() -> list[tuple[str, str]]:
-    """Return the times of single operations, in microseconds for 2^20 float32 numbers."""
+    """Return the time of each of several operations on 2^20 float32 numbers, in microseconds."""
     x, y, other = torch.randn(COUNT), torch.randn(COUNT), torch.randn(COUNT)
     mask = x > 0
     works: dict[str, Work] = {
@@ -60,7 +60,7 @@ def passes() -> list[tuple[str, str]]:
 
 
 def kinds(work: Work) -> dict[str, float]:
-    """Return the milliseconds of a step by kind of operation."""
+    """Return how many milliseconds of a step each kind of operation takes."""
     for _ in range(3):
         work()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
