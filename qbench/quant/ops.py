@@ -267,11 +267,11 @@ def fused_quantizer(
     Args:
         x: the float values.
         learned: the learned parameters, such as scales, that get gradients.
-        plain: function of (x, *learned) that returns the quantized x by definition, in operations that autograd
+        plain: function of `(x, *learned)` that returns the quantized x by definition, in operations that autograd
             differentiates, also for second derivatives.
-        value: function of (x, *learned) that returns the same result in as few passes over memory as possible. All
+        value: function of `(x, *learned)` that returns the same result in as few passes over memory as possible. All
             passes except the first work in place.
-        backward: function of (grad, x, *learned) that returns the gradient of x, or the gradients of x and all
+        backward: function of `(grad, x, *learned)` that returns the gradient of x, or the gradients of x and all
             `learned`.
         cells: the cells of the step function, or None. They are not used if there are more than `MAX_CELLS`.
         repeatable: whether `value` returns the same result when it is called again. It does not if it uses random
