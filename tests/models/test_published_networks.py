@@ -306,7 +306,7 @@ def test_the_running_averages_of_hwgqs_networks_can_have_the_authors_momentum(co
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
     for words, momentum in (([], 0.1), (["model.bn_momentum=0.05"], 0.05)):
         config = configure("method=hwgq", "dataset=tiny_imagenet", f"model={name}", *words)
-        options = {key: value for key, value in config.model.items() if key not in ("norm", "act")}
+        options = {key: value for key, value in config.model.items() if key not in ("norm", "act", "head")}
         with torch.device("meta"):
             model = registry.create("model", options, (3, 64, 64), 10)
         assert isinstance(model, nn.Module)
