@@ -30,10 +30,14 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def configure(tmp_path: Path) -> Configure:
-    """Return a function from command-line words to a configuration in the test's own folder."""
+    """Return a function from command-line words to a configuration in the test's own folder.
+
+    If a key is given twice, the last word counts, so that a test can replace words that it shares with others.
+    """
 
     def made(*words: str) -> Config:
-        (config,) = compose.configurations([f"out={tmp_path}", *words])
+        by_key = {word.partition("=")[0]: word for word in (f"out={tmp_path}", *words)}
+        (config,) = compose.configurations(list(by_key.values()))
         return config
 
     return made

@@ -102,25 +102,28 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
 
 
 def _refuse_several_options(words: Iterable[Override]) -> None:
-    """Refuse several options of one group, of which Hydra would silently take the last.
+    """Refuse several values of one key and several options of one group. Hydra would silently take the last.
 
-    They are typed as a list, `bits=[w2a2,w4a4]`, or as two words, `bits=w2a2 bits=w4a4`.
+    They are typed as two words, `epochs=1 epochs=2`, or for a group as a list, `bits=[w2a2,w4a4]`.
     """
     typed: dict[str, str] = {}
     for word in words:
-        if word.key_or_group not in group_names():
-            continue
-        key = word.get_key_element().lstrip("+")
-        values = islice(word.sweep_iterator(), MOST_COMBINATIONS) if word.is_sweep_override() else [word.value()]
-        for value in values:
-            if isinstance(value, list):
-                listed = ",".join(map(str, value))
-                raise ConfigError(f"{key}=[{listed}]: must be one value, not a list\n{sweep_hint(key, value)}")
+        key = word.get_key_element().lstrip("+~")
+        if word.key_or_group in group_names():
+            _refuse_list(key, word)
         line = word.input_line or ""
         if key in typed:
             options = [text.partition("=")[2] for text in (typed[key], line)]
             raise ConfigError(f"{typed[key]} {line}: {key} must be typed once\n{sweep_hint(key, options)}")
         typed[key] = line
+
+
+def _refuse_list(key: str, word: Override) -> None:
+    values = islice(word.sweep_iterator(), MOST_COMBINATIONS) if word.is_sweep_override() else [word.value()]
+    for value in values:
+        if isinstance(value, list):
+            listed = ",".join(map(str, value))
+            raise ConfigError(f"{key}=[{listed}]: must be one value, not a list\n{sweep_hint(key, value)}")
 
 
 def launcher(arguments: Iterable[str]) -> str | None:

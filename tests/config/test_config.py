@@ -103,9 +103,13 @@ def test_a_list_where_one_option_is_wanted_does_not_take_the_last(words: str) ->
         ("method=dorefa method=ttq", "-m method=dorefa,ttq"),
         ("optim@pretrain.optim=adam optim@pretrain.optim=sgd", "-m optim@pretrain.optim=adam,sgd"),
         ("-m dataset=digits,glyphs dataset=mnist", "-m dataset=digits,glyphs,mnist"),
+        ("epochs=1 epochs=2", "-m epochs=1,2"),
+        ("bits.w=2 seed=0 bits.w=3", "-m bits.w=2,3"),
+        ("-m seed=0,1 seed=2", "-m seed=0,1,2"),
+        ("optim.lr=0.1 ++optim.lr=0.2", "-m optim.lr=0.1,0.2"),
     ],
 )
-def test_a_group_that_is_typed_twice_does_not_take_the_last(words: str, fix: str) -> None:
+def test_a_key_that_is_typed_twice_does_not_take_the_last(words: str, fix: str) -> None:
     with pytest.raises(ConfigError, match="must be typed once") as caught:
         compose.configurations(words.split())
     assert str(caught.value).endswith(fix)
