@@ -199,36 +199,56 @@ def between(graph: Sequence[Operation], start: str, end: str) -> list[Operation]
     return [operation for operation in graph if operation.name in inside]
 
 
-def read_without_call(model: nn.Module, images: Tensor, names: Collection[str]) -> list[str]:
+def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], *, training: bool = False) -> list[str]:
     """Return the layers whose weights reach the network's output in another way than by a call.
 
-    Such weights are not quantized there. The network runs as in evaluation, on weights that are NaN
-    except while their own layer runs.
+    Such weights are not quantized there. The network runs on weights that are NaN except while their
+    own layer runs. Its output must not change by that. A change other than to NaN, as by the sign of
+    weights, is seen only if two runs on the same images have equal outputs.
 
     Args:
         images: a few images (N, C, H, W) with memory, so not on the meta device.
         names: layers whose attribute `weight` is a parameter.
+        training: run the network as in training. Its buffers do not change.
     """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
     with eval_mode_keeping_rng(model), torch.no_grad():
-        if not _moves(model, images, names, frozenset()):
-            return []
-        lost = frozenset(_lost(model(images)))  # outputs that are NaN anyway
-        return [name for name in names if _moves(model, images, [name], lost)]
+        model.train(training)
+        try:
+            plain = _outputs(model, images)
+            if not _moves(model, images, names, plain):
+                return []
+            return [name for name in names if _moves(model, images, [name], plain)]
+        finally:
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
 
 
-def _moves(model: nn.Module, images: Tensor, names: Collection[str], lost: frozenset[tuple[int, int]]) -> bool:
+def _moves(model: nn.Module, images: Tensor, names: Collection[str], plain: Sequence[Tensor]) -> bool:
+    """Whether hiding weights changes the outputs. `plain` is the outputs with all weights."""
     try:
         with _hidden_weights(model, names):
-            return not set(_lost(model(images))) <= lost
+            hidden = _outputs(model, images)
     except Exception:  # code that looks at values, such as a check for NaN
         return True
+    if _equal(hidden, plain):
+        return False
+    finite = [[tensor.isfinite() for tensor in outputs] for outputs in (hidden, plain)]
+    return not _equal(*finite) or _equal(plain, _outputs(model, images))
 
 
-def _lost(output: object) -> Iterator[tuple[int, int]]:
-    """Yield the places in a network's output that are NaN."""
-    for i, tensor in enumerate(tensors(output)):
-        for place in tensor.flatten().isnan().nonzero().flatten().tolist():
-            yield i, place
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return the tensors in a network's output. The network draws the same random numbers every time."""
+    torch.manual_seed(0)
+    return list(tensors(model(images.clone())))
+
+
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether all values are equal; NaN equals NaN."""
+    pairs = list(zip(some, others, strict=False))
+    same_shapes = len(some) == len(others) and all(x.shape == y.shape for x, y in pairs)
+    return same_shapes and all(bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in pairs)
 
 
 @contextmanager

@@ -140,13 +140,22 @@ def _memory(parameter: Tensor) -> object:
     return id(parameter) if parameter.is_meta or not parameter.numel() else (parameter.device, parameter.data_ptr())
 
 
-def _check_calls(model: nn.Module, quantized: Collection[str], images: Tensor) -> None:
-    """Raise `Unsupported` if evaluation uses weights without a call of their layer."""
-    if read := read_without_call(model, images, quantized):
-        raise Unsupported(
-            f"{read[0]}: its weight is also used without a call of the layer, and would stay float there\n"
-            f"call the layer, or {float_rule(read[0])}"
-        )
+def _check_calls(model: nn.Module, quantized: Collection[str], example: Tensor) -> None:
+    """Raise `Unsupported` if evaluation or training uses weights without a call of their layer."""
+    images = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+    for training in (False, True):
+        batch = torch.cat([images, 1 - images]) if training else images  # batch normalization needs two images
+        try:
+            read = read_without_call(model, batch, quantized, training=training)
+        except Exception:
+            if not training:
+                raise
+            continue  # the first step of training reports the error
+        if read:
+            raise Unsupported(
+                f"{read[0]}: its weight is also used without a call of the layer{' in training' if training else ''}, "
+                f"and would stay float there\ncall the layer, or {float_rule(read[0])}"
+            )
 
 
 def _check_transposed(method: Method, name: str, layer: FloatLayer, bits: int) -> None:

@@ -66,6 +66,9 @@ USES: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "matmul": lambda net, h: net.mid(h) @ net.mid.weight,
     "detached": lambda net, h: net.mid(h) * net.mid.weight.detach().norm(),
     "data": lambda net, h: net.mid(h) + net.mid.weight.data.mean(),
+    "signs": lambda net, h: net.mid(h) + F.linear(h, net.mid.weight.sign()),
+    "counted": lambda net, h: net.mid(h) * (net.mid.weight > 0).float().mean(),
+    "chosen": lambda net, h: net.mid(h) + h[:, net.mid.weight[0].argsort()],
 }
 
 
@@ -96,6 +99,30 @@ def test_verification_sees_what_evaluation_alone_computes(middle: Callable[[Net,
         verify(unused, X)
 
 
+TRAINING: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "linear": lambda net, h: F.linear(h, net.mid.weight, net.mid.bias) if net.training else net.mid(h),
+    "signs": lambda net, h: net.mid(h) + (h @ net.mid.weight.sign() if net.training else 0),
+    "norm": lambda net, h: net.mid(h) / (net.mid.weight.norm() if net.training else 1),
+}
+
+
+@pytest.mark.parametrize("use", TRAINING)
+def test_a_weight_that_training_uses_without_a_call_of_its_layer_is_refused(use: str) -> None:
+    with pytest.raises(Unsupported, match="mid: its weight is also used without a call of the layer in training,"):
+        install(dorefa.build(w=2), Net(TRAINING[use]), example=X)
+
+
+def test_looking_at_training_changes_neither_buffers_nor_random_numbers() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 16))
+    model.append(nn.Linear(16, 10))
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    install(dorefa.build(w=2), model, example=X)
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+
+
 def twice(net: Net, h: Tensor) -> Tensor:
     return net.mid(net.mid(h))
 
@@ -105,6 +132,7 @@ HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "attributes": lambda net, h: net.mid(h.to(net.mid.weight.dtype).reshape(-1, net.mid.weight.shape[1])),
     "forward": lambda net, h: net.mid.forward(h),
     "measured": lambda net, h: (net.mid.weight.abs().max(), net.mid(h))[1],
+    "random in training": lambda net, h: net.mid(F.dropout(h, training=net.training)),
 }
 
 
