@@ -147,6 +147,12 @@ def _table(
             "images are normalized with the constants of the run's data set; class i of this data set counts as class "
             "i of the run's data set"
         )
+    stored = result.final if weights == "last" else result.best
+    if not other and stored and stored.test.top1 != accuracy.top1:
+        table.notes.append(
+            f"result.json has {stored.test.top1:.2f} % for these weights and images: another device or version, or a "
+            "network whose output depends on more than its weights"
+        )
     if data.synthetic:
         table.notes.append("synthetic data: not comparable with papers' tables")
     return table

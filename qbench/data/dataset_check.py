@@ -1,13 +1,18 @@
-"""Checks the values of a data set before a run uses them, also those of a user's own data set."""
+"""Checks the values of a data set, also those of a user's own data set."""
 
 import math
 from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
 
 from torch import Tensor
 
 from qbench.data.dataset import Dataset, Split
 from qbench.data.file_stream import FileSplit
 from qbench.errors import DataError
+
+MAX_READ_BYTES = 2**32
+"""Maximum size in bytes of the files of a split that are read to compare its images."""
 
 
 def check_dataset(data: Dataset, name: str) -> None:
@@ -68,3 +73,37 @@ def _constant_problems(data: Dataset) -> Iterator[str]:
         yield f"mean={data.mean}: must be 0 to 1, for images scaled to 0 to 1"
     if not all(0 < x < math.inf for x in data.std):
         yield f"std={data.std}: must be above 0, for images scaled to 0 to 1"
+
+
+def repeated_images(data: Dataset) -> list[str]:
+    """Return in words how many test and validation images are also images of an earlier split.
+
+    Images in memory are compared by all their values, and files by their content. A split of more
+    than 4 GiB of files is not compared.
+    """
+    seen: set[bytes] = set()
+    notes = []
+    for part, split, earlier in (
+        ("train", data.train, ""),
+        ("val", data.val, "of train"),
+        ("test", data.test, "of train or val"),
+    ):
+        digests = _digests(split)
+        repeated = sum(digest in seen for digest in digests)
+        seen.update(digests)
+        if earlier and repeated:
+            notes.append(
+                f"{repeated:,} of {len(digests):,} {part} images are also images {earlier}, so accuracy on {part} is "
+                "not that on unseen images"
+            )
+    return notes
+
+
+def _digests(split: Split | FileSplit) -> list[bytes]:
+    """Return the digest of each image; an empty list if the files are too many to read."""
+    if isinstance(split, Split):
+        return [sha256(image.contiguous().numpy().data).digest() for image in split.images]
+    paths = [Path(split.root, name) for name in split.names]
+    if sum(path.stat().st_size for path in paths) > MAX_READ_BYTES:
+        return []
+    return [sha256(path.read_bytes()).digest() for path in paths]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qbench.bits import FLOAT, LevelCount
 from qbench.cost.count import count_cost, coverage
 from qbench.data.dataset import Loader
+from qbench.data.dataset_check import repeated_images
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
@@ -19,7 +20,7 @@ from qbench.runs.result import BaselineResult, Evaluation, Result, short_commit
 from qbench.runs.tensorboard import levels_figure
 from qbench.training.checkpoint import cpu_copy
 from qbench.training.digests import weights_sha256
-from qbench.training.evaluation import evaluate
+from qbench.training.evaluation import evaluate, unsteady_evaluation
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
 
@@ -93,14 +94,17 @@ def _baseline_note(baseline: BaselineResult | None) -> list[str]:
 def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, object], images: Tensor) -> list[str]:
     """Return the notes to show with the run's row in a table."""
     bits, supported = setup.method.bits, setup.method.supported_bits
+    unsteady = unsteady_evaluation(model, images)
+    notes = [*repeated_images(setup.data), *([unsteady] if unsteady else [])]
     if setup.is_baseline:
         return [
             "trained with pretrain.epochs and pretrain.optim; epochs and optim apply to runs that start from "
-            "this baseline"
+            "this baseline",
+            *notes,
         ]
     if not verified:
-        return ["nothing quantized"]
-    notes = [f"{setup.method.name}: {change}" for change in setup.protocol_changes]
+        return ["nothing quantized", *notes]
+    notes += [f"{setup.method.name}: {change}" for change in setup.protocol_changes]
     if left_float := coverage(model, setup.macs):
         notes.append(left_float)
     clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
 
@@ -40,3 +41,35 @@ def evaluate(
         top5 += int(hits.sum())
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
     return Accuracy(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count) if count else None
+
+
+@torch.no_grad()
+def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
+    """Return in words why a network's accuracy is not a property of its weights alone, or None.
+
+    The output for an image must be the same whenever the image is evaluated, and whatever other
+    images are in its batch. Batches of one shape are compared, so that equal computations give equal
+    bits. The buffers of the network do not change.
+
+    Args:
+        images: (N, C, H, W). With fewer than two images, batches are not compared.
+    """
+    half = len(images) // 2
+    mixed = images.clone()  # in the same memory format
+    mixed[half:] = images[half:].flip(-1) + 1
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with eval_mode_keeping_rng(model):
+        first, second, in_other_batch = (model(x.clone()).nan_to_num() for x in (images, images, mixed))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    if not torch.equal(first, second):
+        return (
+            "two evaluations of the same images differ: the network draws random numbers or changes its state in eval "
+            "mode (F.dropout needs training=self.training)"
+        )
+    if not torch.equal(first[:half], in_other_batch[:half]):
+        return (
+            "the output for an image depends on the other images of its batch, also in eval mode: the accuracy is that "
+            "of these batches"
+        )
+    return None

@@ -19,8 +19,10 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor) -> Tenso
 
     Raises:
         ConfigError: the output is something else, such as a dictionary that holds the logits, or
-            the network cannot train on a single image.
+            the network cannot train on a single image, or it changes the images, which a teacher and
+            measurements read too.
     """
+    version = _version(images)
     try:
         output = network(images)
     except ValueError as error:
@@ -30,6 +32,11 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor) -> Tenso
             f"optim.batch_size={len(images)}: batch normalization has one value per channel to train on\n"
             "set optim.batch_size=2 or more, or use a network without batch normalization"
         ) from None
+    if _version(images) != version:
+        raise ConfigError(
+            "the network changes its input in place, so that whatever reads the same images later gets others\n"
+            "in its forward function, change a copy: x = x.clone()"
+        )
     if isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(images):
         return output
     found = f"a {type(output).__name__}"
@@ -41,6 +48,11 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor) -> Tenso
         f"the network returns {found} for {len(images)} images; allowed: a tensor of logits (images, classes)\n"
         "return the logits alone, also in training: the function in model=my.module:function may wrap the network"
     )
+
+
+def _version(images: Tensor) -> int:
+    """Return the number of changes in place; inference tensors do not count them."""
+    return 0 if images.is_inference() else images._version
 
 
 @dataclass(frozen=True)

@@ -355,6 +355,35 @@ def printed_tables(capsys: pytest.CaptureFixture[str], *words: str | Path) -> li
     return json.loads(capsys.readouterr().out)["tables"]  # type: ignore[no-any-return]
 
 
+REMEMBERING = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.trained = False  # not in the state_dict
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, classes))
+
+    def forward(self, x):
+        self.trained |= self.training
+        return -self.net(x) if self.trained else self.net(x)
+"""
+
+
+def test_evaluate_notes_an_accuracy_that_the_weights_do_not_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "remembering.py").write_text(REMEMBERING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["init=scratch", "epochs=2", "pretrain.epochs=1", "method=dorefa", "bits.w=4", "runtime.tensorboard=false"]
+    assert cli([*words, "model=remembering:Net", f"out={tmp_path}"]) == 0
+    (run,) = tmp_path.glob("*/dorefa-*")
+    (table,) = printed_tables(capsys, "evaluate", run, "--trust")
+    stored = json.loads((run / "result.json").read_text())["final"]["test"]["top1"]
+    assert table["rows"][0]["top1"] < stored - 20
+    assert any(f"result.json has {stored:.2f} %" in note for note in table["notes"])
+
+
 def test_evaluate_repeats_the_runs_own_accuracy_and_predictions(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,6 +395,7 @@ def test_evaluate_repeats_the_runs_own_accuracy_and_predictions(
     assert row["n"] == 450
     assert row["low"] < row["top1"] < row["high"]
     assert any("select runs by validation accuracy" in note for note in table["notes"])
+    assert not any("result.json has" in note for note in table["notes"])
     own = np.load(run / "predictions.npy")
     printed_tables(capsys, "evaluate", run, "--predictions", tmp_path / "p.npy")
     printed_tables(capsys, "evaluate", run, f"--predictions={tmp_path / 'p.csv'}")

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qbench.cli.main import main as cli
 from qbench.data import synthetic
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Split
-from qbench.data.dataset_check import check_dataset
+from qbench.data.dataset_check import check_dataset, repeated_images
 from qbench.data.file_stream import FileSplit
 from qbench.errors import DataError
 
@@ -129,3 +130,28 @@ def test_predictions_of_many_classes_are_stored_whole(largest: int, dtype: type,
     stored = np.load(tmp_path / "predictions.npy")
     assert stored.dtype == dtype
     assert stored.tolist() == answers.tolist()
+
+
+def in_files(split: Split, root: Path) -> FileSplit:
+    """Return the split with each image in a file. Files with equal images have equal content."""
+    names = tuple(f"{root.name}{i}.png" for i in range(len(split)))
+    for name, image in zip(names, split.images, strict=True):
+        Image.fromarray(image.movedim(0, 2).expand(-1, -1, 3).numpy()).save(root.parent / name)
+    return FileSplit(str(root.parent), names, split.labels, 8)
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_test_and_validation_images_that_are_training_images_are_counted(tmp_path: Path, files: bool) -> None:
+    data = small()
+    assert not repeated_images(data)
+    train, val, test = data.train, data.val, data.test
+    val = Split(torch.cat([val.images, train.images[:3]]), torch.cat([val.labels, train.labels[:3]]))
+    known = torch.cat([train.images[5:7], val.images[:1]])
+    test = Split(torch.cat([test.images, known]), torch.cat([test.labels, torch.zeros(3, dtype=torch.int64)]))
+    splits: dict[str, Any] = {"train": train, "val": val, "test": test}
+    if files:
+        splits = {name: in_files(split, tmp_path / name) for name, split in splits.items()}
+    assert [note.partition(",")[0] for note in repeated_images(replace(data, **splits))] == [
+        f"3 of {len(val)} val images are also images of train",
+        f"3 of {len(test)} test images are also images of train or val",
+    ]

@@ -48,6 +48,51 @@ def silu(shape, classes):
 def one_value(shape, classes):
     return layers(nn.BatchNorm1d(16), nn.Linear(16, 16))
 
+class Dropout(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.net = layers(nn.Linear(16, 16))
+
+    def forward(self, x):
+        return self.net(nn.functional.dropout(x, 0.2))
+
+class Centred(Dropout):
+    def forward(self, x):
+        return self.net(x - x.mean(0, keepdim=True))
+
+class NeverInEval(Dropout):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.net = nn.Sequential(nn.BatchNorm2d(1), *layers(nn.Linear(16, 16)))
+
+    def train(self, mode=True):
+        return super().train(True)
+
+    def forward(self, x):
+        return self.net(x)
+
+class Counting(Dropout):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x) + self.calls
+
+class Steady(Dropout):
+    def forward(self, x):
+        return self.net(nn.functional.dropout(x, 0.2, self.training))
+
+class ChangesImages(Dropout):
+    def forward(self, x):
+        return self.net(x.mul_(0.5))
+
+class ChangesView(Dropout):
+    def forward(self, x):
+        x[:, :, 0] = 0
+        return self.net(x)
+
 class Dict(nn.Module):
     def __init__(self, shape, classes):
         super().__init__()
@@ -128,6 +173,26 @@ def test_signed_activations_before_unsigned_levels_are_noted(configure: Configur
 
 
 @pytest.mark.parametrize(
+    ("network", "note"),
+    [
+        ("Dropout", "two evaluations of the same images differ"),
+        ("Counting", "two evaluations of the same images differ"),
+        ("Centred", "the output for an image depends on the other images of its batch"),
+        ("NeverInEval", "the output for an image depends on the other images of its batch"),
+        ("Steady", None),
+    ],
+)
+@pytest.mark.parametrize("method", ["dorefa", "float"])
+def test_an_accuracy_that_depends_on_more_than_the_weights_is_noted(
+    configure: Configure, words: list[str], network: str, note: str | None, method: str
+) -> None:
+    widths = "bits=w2a2" if method == "dorefa" else "bits=auto"
+    result = run(planned_run(configure(*words, f"model=users_networks:{network}", f"method={method}", widths)))
+    found = [line for line in result.notes if "two evaluations" in line or "its batch" in line]
+    assert [line.partition(":")[0].partition(",")[0] for line in found] == ([note] if note else [])
+
+
+@pytest.mark.parametrize(
     ("network", "found"),
     [("Dict", "a dict with logits, features"), ("Pair", "a tuple"), ("Flat", r"a tensor \(\d+,\)")],
 )
@@ -137,6 +202,15 @@ def test_a_network_that_does_not_return_logits_is_refused(
     planned = planned_run(configure(*words, f"model=users_networks:{network}"))
     for attempt in (lambda: run(planned), lambda: plan([planned])):
         with pytest.raises(ConfigError, match=f"the network returns {found} .* allowed: a tensor of logits"):
+            attempt()
+
+
+@pytest.mark.parametrize("network", ["ChangesImages", "ChangesView"])
+def test_a_network_that_changes_its_images_is_refused(configure: Configure, words: list[str], network: str) -> None:
+    """With a teacher, the teacher would see the changed images."""
+    planned = planned_run(configure(*words, f"model=users_networks:{network}"))
+    for attempt in (lambda: run(planned), lambda: plan([planned])):
+        with pytest.raises(ConfigError, match=r"changes its input in place.*\n.*x\.clone\(\)"):
             attempt()
 
 
