@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun
 from qbench.bits import FLOAT
-from qbench.cost.count import coverage
+from qbench.cost.count import coverage, idle_layers
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batch_size_and_steps
@@ -105,9 +105,8 @@ def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
     sums = (whole.params, whole.macs, whole.bitops, whole.bytes_ideal, whole.bytes_packed)
     table.rows.append(("all", "", *blank, *(si_format(value).rstrip() for value in sums)))
     table.values.append({"name": "all"} | asdict(whole))
-    left_float = coverage(cost.model, setup.macs)
     table.notes += [
-        *([left_float] if left_float else []),
+        *filter(None, (coverage(cost.model, setup.macs), idle_layers(cost.model, setup.macs))),
         f"weights: {whole.bits_per_weight:.2f} bits per quantized weight, with scales and codebooks; float "
         f"network: {format_bytes(whole.bytes_float)}",
         *runs_on(layers), *recipe_differences(run), *setup.protocol_changes,

@@ -97,6 +97,19 @@ def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
     )
 
 
+def idle_layers(model: nn.Module, macs: Mapping[str, int]) -> str | None:
+    """Return in words which layers of a quantized network do not run in evaluation, or None.
+
+    Their weights are float and count in the size.
+    """
+    modules = dict(model.named_modules())
+    idle = [name for name, count in macs.items() if not count and type(modules[name]) in QUANTIZED_CLASS]
+    if not quantized_layers(model) or not idle:
+        return None
+    more = f" and {len(idle) - MOST_NAMES} more" if len(idle) > MOST_NAMES else ""
+    return f"not called in evaluation, but counted in the size, in float: {', '.join(idle[:MOST_NAMES])}{more}"
+
+
 def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
     """Return the cost of a quantized or float network whose layers have the given MACs."""
     layers = quantized_layers(model)

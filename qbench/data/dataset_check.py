@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qbench.data.dataset import Dataset, Split
 from qbench.data.file_stream import FileSplit
 from qbench.errors import DataError
+
+MAX_NAMED = 5
+"""Maximum number of classes in a note."""
 
 MAX_READ_BYTES = 2**32
 """Maximum size in bytes of the files of a split that are read to compare its images."""
@@ -73,6 +77,21 @@ def _constant_problems(data: Dataset) -> Iterator[str]:
         yield f"mean={data.mean}: must be 0 to 1, for images scaled to 0 to 1"
     if not all(0 < x < math.inf for x in data.std):
         yield f"std={data.std}: must be above 0, for images scaled to 0 to 1"
+
+
+def unseen_classes(data: Dataset) -> list[str]:
+    """Return in words how many validation and test images are of classes without a training image."""
+    trained = data.train.labels.unique()
+    notes = []
+    for part, split in (("val", data.val), ("test", data.test)):
+        unseen = split.labels[~torch.isin(split.labels, trained)]
+        if len(unseen):
+            classes = unseen.unique().tolist()
+            named = ", ".join(map(str, classes[:MAX_NAMED])) + (", ..." if len(classes) > MAX_NAMED else "")
+            notes.append(
+                f"{len(unseen):,} of {len(split):,} {part} images are of classes without a training image ({named})"
+            )
+    return notes
 
 
 def repeated_images(data: Dataset) -> list[str]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, LevelCount
-from qbench.cost.count import count_cost, coverage
+from qbench.cost.count import count_cost, coverage, idle_layers
 from qbench.data.dataset import Loader
-from qbench.data.dataset_check import repeated_images
+from qbench.data.dataset_check import repeated_images, unseen_classes
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
@@ -20,7 +20,7 @@ from qbench.runs.result import BaselineResult, Evaluation, Result, short_commit
 from qbench.runs.tensorboard import levels_figure
 from qbench.training.checkpoint import cpu_copy
 from qbench.training.digests import weights_sha256
-from qbench.training.evaluation import evaluate, unsteady_evaluation
+from qbench.training.evaluation import evaluate, returns_probabilities, unsteady_evaluation
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
 
@@ -94,8 +94,7 @@ def _baseline_note(baseline: BaselineResult | None) -> list[str]:
 def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, object], images: Tensor) -> list[str]:
     """Return the notes to show with the run's row in a table."""
     bits, supported = setup.method.bits, setup.method.supported_bits
-    unsteady = unsteady_evaluation(model, images)
-    notes = [*repeated_images(setup.data), *([unsteady] if unsteady else [])]
+    notes = _accuracy_notes(setup, model, images)
     if setup.is_baseline:
         return [
             "trained with pretrain.epochs and pretrain.optim; epochs and optim apply to runs that start from "
@@ -105,8 +104,7 @@ def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, obje
     if not verified:
         return ["nothing quantized", *notes]
     notes += [f"{setup.method.name}: {change}" for change in setup.protocol_changes]
-    if left_float := coverage(model, setup.macs):
-        notes.append(left_float)
+    notes += filter(None, (coverage(model, setup.macs), idle_layers(model, setup.macs)))
     clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}
     if clipped:
         worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])
@@ -120,6 +118,16 @@ def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, obje
             if bits.w == 2
             else f"activations are float; to quantize them too: {both}"
         )
+    return notes
+
+
+def _accuracy_notes(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
+    """Return notes on data and networks whose accuracy does not mean what a reader expects."""
+    notes = [*repeated_images(setup.data), *unseen_classes(setup.data)]
+    if unsteady := unsteady_evaluation(model, images):
+        notes.append(unsteady)
+    if returns_probabilities(model, images):
+        notes.append("the network returns probabilities; the loss takes them for logits and applies softmax again")
     return notes
 
 

@@ -209,20 +209,14 @@ def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], 
     Args:
         images: a few images (N, C, H, W) with memory, so not on the meta device.
         names: layers whose attribute `weight` is a parameter.
-        training: run the network as in training. Its buffers do not change.
+        training: run the network as in training, which may change its buffers and attributes.
     """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
     with eval_mode_keeping_rng(model), torch.no_grad():
         model.train(training)
-        try:
-            plain = _outputs(model, images)
-            if not _moves(model, images, names, plain):
-                return []
-            return [name for name in names if _moves(model, images, [name], plain)]
-        finally:
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+        plain = _outputs(model, images)
+        if not _moves(model, images, names, plain):
+            return []
+        return [name for name in names if _moves(model, images, [name], plain)]
 
 
 def _moves(model: nn.Module, images: Tensor, names: Collection[str], plain: Sequence[Tensor]) -> bool:

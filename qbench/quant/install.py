@@ -1,6 +1,7 @@
 """Installs a method's quantizers in a float network."""
 
-from collections.abc import Collection, Iterable, Mapping
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -143,19 +144,25 @@ def _memory(parameter: Tensor) -> object:
 def _check_calls(model: nn.Module, quantized: Collection[str], example: Tensor) -> None:
     """Raise `Unsupported` if evaluation or training uses weights without a call of their layer."""
     images = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
-    for training in (False, True):
-        batch = torch.cat([images, 1 - images]) if training else images  # batch normalization needs two images
-        try:
-            read = read_without_call(model, batch, quantized, training=training)
-        except Exception:
-            if not training:
-                raise
-            continue  # the first step of training reports the error
-        if read:
-            raise Unsupported(
-                f"{read[0]}: its weight is also used without a call of the layer{' in training' if training else ''}, "
-                f"and would stay float there\ncall the layer, or {float_rule(read[0])}"
-            )
+    _refuse_read(read_without_call(model, images, quantized), "")
+    _refuse_read(_read_in_training(model, torch.cat([images, 1 - images]), quantized), " in training")
+
+
+def _read_in_training(model: nn.Module, images: Tensor, quantized: Collection[str]) -> list[str]:
+    """Return the layers whose weights training uses without a call, as far as a copy of the network can be trained."""
+    try:
+        trained = copy.deepcopy(model)  # training may change buffers and attributes
+        return read_without_call(trained, images, quantized, training=True)
+    except Exception:  # the first step of training reports it
+        return []
+
+
+def _refuse_read(read: Sequence[str], when: str) -> None:
+    if read:
+        raise Unsupported(
+            f"{read[0]}: its weight is also used without a call of the layer{when}, and would stay float there\n"
+            f"call the layer, or {float_rule(read[0])}"
+        )
 
 
 def _check_transposed(method: Method, name: str, layer: FloatLayer, bits: int) -> None:

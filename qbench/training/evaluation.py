@@ -73,3 +73,11 @@ def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
             "of these batches"
         )
     return None
+
+
+@torch.no_grad()
+def returns_probabilities(model: nn.Module, images: Tensor) -> bool:
+    """Whether a network's outputs for images (N, C, H, W) are probabilities, which the loss takes for logits."""
+    with eval_mode_keeping_rng(model):
+        outputs = model(images.clone()).float()
+    return bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), outputs.new_ones(len(outputs)), atol=1e-4)

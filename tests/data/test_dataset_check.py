@@ -14,7 +14,7 @@ from qbench.cli.main import main as cli
 from qbench.data import synthetic
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Split
-from qbench.data.dataset_check import check_dataset, repeated_images
+from qbench.data.dataset_check import check_dataset, repeated_images, unseen_classes
 from qbench.data.file_stream import FileSplit
 from qbench.errors import DataError
 
@@ -155,3 +155,13 @@ def test_test_and_validation_images_that_are_training_images_are_counted(tmp_pat
         f"3 of {len(val)} val images are also images of train",
         f"3 of {len(test)} test images are also images of train or val",
     ]
+
+
+def test_images_of_classes_without_training_images_are_counted() -> None:
+    data = small()
+    assert not unseen_classes(data)
+    labels = torch.tensor([3, 0, 3, 1, 2])
+    changed = with_labels("train", lambda labels: labels.clamp(max=1))(data)
+    changed = replace(changed, val=data.val.take(torch.tensor([], dtype=torch.int64)))
+    changed = replace(changed, test=Split(data.test.images[:5], labels))
+    assert unseen_classes(changed) == ["3 of 5 test images are of classes without a training image (2, 3)"]

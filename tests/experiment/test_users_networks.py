@@ -80,6 +80,22 @@ class Counting(Dropout):
         self.calls += 1
         return self.net(x) + self.calls
 
+class Softmax(Dropout):
+    def forward(self, x):
+        return self.net(x).softmax(1)
+
+class LogSoftmax(Dropout):
+    def forward(self, x):
+        return self.net(x).log_softmax(1)
+
+class Auxiliary(Dropout):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.aux = nn.Linear(64, classes)
+
+    def forward(self, x):
+        return self.net(x) + self.aux(x.flatten(1)) if self.training else self.net(x)
+
 class Steady(Dropout):
     def forward(self, x):
         return self.net(nn.functional.dropout(x, 0.2, self.training))
@@ -179,6 +195,8 @@ def test_signed_activations_before_unsigned_levels_are_noted(configure: Configur
         ("Counting", "two evaluations of the same images differ"),
         ("Centred", "the output for an image depends on the other images of its batch"),
         ("NeverInEval", "the output for an image depends on the other images of its batch"),
+        ("Softmax", "the network returns probabilities; the loss takes them for logits and applies softmax again"),
+        ("LogSoftmax", None),
         ("Steady", None),
     ],
 )
@@ -188,8 +206,16 @@ def test_an_accuracy_that_depends_on_more_than_the_weights_is_noted(
 ) -> None:
     widths = "bits=w2a2" if method == "dorefa" else "bits=auto"
     result = run(planned_run(configure(*words, f"model=users_networks:{network}", f"method={method}", widths)))
-    found = [line for line in result.notes if "two evaluations" in line or "its batch" in line]
-    assert [line.partition(":")[0].partition(",")[0] for line in found] == ([note] if note else [])
+    expected = ("two evaluations", "the output for an image", "the network returns")
+    found = [line for line in result.notes if line.startswith(expected)]
+    assert [line.partition(":")[0].partition(", also")[0] for line in found] == ([note] if note else [])
+
+
+def test_layers_that_evaluation_does_not_call_are_noted(configure: Configure, words: list[str]) -> None:
+    planned = planned_run(configure(*words, "model=users_networks:Auxiliary"))
+    line = "not called in evaluation, but counted in the size, in float: aux"
+    assert line in plan([planned])[-1].notes
+    assert line in run(planned).notes
 
 
 @pytest.mark.parametrize(

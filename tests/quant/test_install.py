@@ -112,13 +112,28 @@ def test_a_weight_that_training_uses_without_a_call_of_its_layer_is_refused(use:
         install(dorefa.build(w=2), Net(TRAINING[use]), example=X)
 
 
-def test_looking_at_training_changes_neither_buffers_nor_random_numbers() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 16))
-    model.append(nn.Linear(16, 10))
+class InitializedByData(nn.Module):
+    """Takes its scale from the first batch of training, and counts the batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.batches = nn.Parameter(torch.ones(())), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.batches:
+            self.scale.data = 1 / x.detach().std()
+        self.batches += self.training
+        return self.scale * x
+
+
+def test_looking_at_training_changes_no_state_and_no_random_numbers() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), InitializedByData(), nn.Dropout())
+    model.extend([nn.Linear(16, 16), nn.Linear(16, 10)])
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     install(dorefa.build(w=2), model, example=X)
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert model[3].batches == 0
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
 
