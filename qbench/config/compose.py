@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice, pairwise, product
 from math import prod
+from pathlib import Path
 
 import hydra
 from hydra.core.config_search_path import SearchPathQuery
@@ -56,6 +57,8 @@ def configurations(arguments: list[str]) -> list[Config]:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", r"provider=.* is not available")  # a search path that does not exist
             folders = [value for flag, value in pairwise(flags) if flag in CONFIG_DIRECTORY]
+            for folder in folders:
+                _check_folder(Path(folder))
             if set(flags) - set(folders) <= {*MULTIRUN, *CONFIG_DIRECTORY, "--run", "-r"}:
                 nodes = _composed(overrides, any(flag in MULTIRUN for flag in flags), *folders[-1:])
             else:
@@ -74,8 +77,6 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
 
     `folder` is the user's own configuration directory.
     """
-    if folder is not None and not os.path.isdir(folder):
-        raise ConfigError(f"{CONFIG_DIRECTORY[0]} {folder}: no such directory")
     register_sources()
     with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
         if folder is not None:
@@ -99,6 +100,16 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
                 f"the sweep has more than {MOST_COMBINATIONS:,} combinations; split it into several sweeps"
             )
         return [hydra.compose("config", list(words)) for words in product(*values)]
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a user's configuration directory if qbench's files take the place of some of its own."""
+    if not folder.is_dir():
+        raise ConfigError(f"{CONFIG_DIRECTORY[0]} {folder}: no such directory")
+    for file in sorted(folder.rglob("*.yaml")):
+        own = conf_directory() / file.relative_to(folder)
+        if own.is_file() and own.read_bytes() != file.read_bytes():
+            raise ConfigError(f"{file}: qbench has a file of this name, which would be used instead; rename it")
 
 
 def _refuse_several_options(words: Iterable[Override]) -> None:

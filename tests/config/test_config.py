@@ -1,5 +1,6 @@
 """The configuration: what is refused and how, what follows from a key, which runs are the same."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,22 @@ def test_a_list_of_options_in_a_file_is_refused(tmp_path: Path) -> None:
     file.write_text("# @package _global_\ndefaults:\n  - override /bits: [w2, w4]\n")
     with pytest.raises(ConfigError, match="must be one value, not a list"):
         compose.configurations(["experiment=mine", "--config-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["optim/sgd.yaml", "experiment/smoke.yaml", "method/dorefa.yaml"])
+def test_a_users_file_with_the_name_of_one_of_ours_is_not_passed_over(tmp_path: Path, name: str) -> None:
+    """Hydra would take ours, `optim.lr=0.1`."""
+    file = tmp_path / name
+    file.parent.mkdir()
+    file.write_text("name: sgd\nlr: 0.7\n")
+    words = ["method=dorefa", "optim=sgd", "--config-dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match=f"{name}: qbench has a file of this name"):
+        compose.configurations(words)
+    shutil.copy(groups.conf_directory() / name, file)
+    (config,) = compose.configurations(words)
+    assert config.optim.lr == 0.1
+    file.rename(file.with_name("mine.yaml"))
+    compose.configurations(words)
 
 
 @pytest.mark.parametrize("word", REFUSED)
