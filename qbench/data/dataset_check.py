@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from qbench.data.dataset import Dataset, Split
@@ -81,12 +80,12 @@ def _constant_problems(data: Dataset) -> Iterator[str]:
 
 def unseen_classes(data: Dataset) -> list[str]:
     """Return in words how many validation and test images are of classes without a training image."""
-    trained = data.train.labels.unique()
+    trained = set(data.train.labels.tolist())
     notes = []
     for part, split in (("val", data.val), ("test", data.test)):
-        unseen = split.labels[~torch.isin(split.labels, trained)]
-        if len(unseen):
-            classes = unseen.unique().tolist()
+        unseen = [label for label in split.labels.tolist() if label not in trained]
+        if unseen:
+            classes = sorted(set(unseen))
             named = ", ".join(map(str, classes[:MAX_NAMED])) + (", ..." if len(classes) > MAX_NAMED else "")
             notes.append(
                 f"{len(unseen):,} of {len(split):,} {part} images are of classes without a training image ({named})"

@@ -134,6 +134,9 @@ def read_run(path: Path) -> RunRecord:
         return RunRecord(path=path, status="running", reason=_progress(_metrics(path)[0]))
     has_result = (path / "result.json").exists()
     if has_result and (result := load_result(path)):
+        if not _is_named(path, result.identity):
+            reason = f"result.json belongs to another run: {result.method} {result.widths}, seed {result.seed}"
+            return RunRecord(path=path, status="corrupt", reason=reason)
         return RunRecord(path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes)
     reasons = ["result.json is corrupt or of another version"] if has_result else []
     lines, damage = _metrics(path)
@@ -150,6 +153,12 @@ def read_run(path: Path) -> RunRecord:
             return RunRecord(path=path, status=DONE, result=logged, notes=[FROM_LOGS], unread=[*reasons, *unread])
     status, reason = ("corrupt", "; ".join(reasons)) if reasons else ("unfinished", _progress(lines))
     return RunRecord(path=path, status=status, reason=reason, unread=unread)
+
+
+def _is_named(path: Path, identity: str) -> bool:
+    """Whether a directory's name ends with the digits of this identity, or with no digits of any run."""
+    named = re.fullmatch(r".*-([0-9a-f]{8})", path.name)
+    return not named or not identity or identity.startswith(named[1])
 
 
 def _run_directories(root: Path) -> Iterator[Path]:
@@ -190,8 +199,7 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
     if measured is None or not file.exists():
         return None
     identity = run_identity(from_dict(files.read_yaml(file)))
-    named = re.fullmatch(r".*-([0-9a-f]{8})", path.name)
-    if named and not identity.digest.startswith(named[1]):
+    if not _is_named(path, identity.digest):
         raise ValueError("config.yaml was edited after the run: it describes another run than the directory's name")
     return Result(
         status=DONE,

@@ -669,7 +669,7 @@ def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, m
     for seed in (0, 1):
         path = out / f"dorefa-w2a32g32-s{seed}-0000000{seed}"
         path.mkdir()
-        whole = asdict(replace(model_result, seed=seed, final=evaluation(97.0 + seed), identity=str(seed)))
+        whole = asdict(replace(model_result, seed=seed, final=evaluation(97.0 + seed), identity=f"0000000{seed}"))
         del whole["run"]
         text = json.dumps(with_checksum(whole))
         for name, content in (

@@ -131,3 +131,18 @@ def test_sensitivity_finds_the_baseline_of_renamed_directories(run: Path, tmp_pa
     else:
         run = run.rename(run.with_name("best-so-far"))
     assert cli(["sensitivity", str(run), "--out", str(tmp_path / "b.yaml"), "--images", "32"]) == 0
+
+
+def test_a_result_of_another_run_is_corrupt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It used to count as a second copy of the other run, so that one run of each setting was missing unnoticed."""
+    (baseline,) = run.parent.glob("float-*")
+    renamed = run.with_name("renamed")
+    shutil.copytree(run, renamed)
+    assert read_run(renamed).status == "done"
+    shutil.copy(baseline / "result.json", run / "result.json")
+    record = read_run(run)
+    assert (record.status, record.reason) == (
+        "corrupt", "result.json belongs to another run: float w32a32g32, seed 0"
+    )  # fmt: skip
+    assert cli(["compare", str(run.parents[1])]) == 0
+    assert "result.json belongs to another run" in capsys.readouterr().out
