@@ -66,7 +66,8 @@ def single_widths(method: str) -> list[str]:
 def run(method: str, keys: Sequence[str]) -> None:
     """Run one method at all its widths with three seeds."""
     widths = single_widths(method)
-    words = ["-m", f"method={method}", *([f"bits={','.join(widths)}"] if widths else []), *WORDS, *keys]
+    common = {word.partition("=")[0]: word for word in (*WORDS, *keys)}
+    words = ["-m", f"method={method}", *([f"bits={','.join(widths)}"] if widths else []), *common.values()]
     done = subprocess.run([sys.executable, "-m", "qbench", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
     if done.returncode:
         print(f"{method}: qbench ended with status {done.returncode}", file=sys.stderr)
