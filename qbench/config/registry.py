@@ -13,13 +13,15 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Container, Mapping
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from qbench.config.schema import Node, did_you_mean
 from qbench.errors import ConfigError, QbenchError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
 
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
@@ -43,7 +45,14 @@ def names(group: str) -> list[str]:
 
 def entry_names(group: str) -> list[str]:
     """Return the names that other installed packages register."""
-    return sorted(entry.name for entry in entry_points(group=ENTRY_POINTS[group]))
+    return sorted(entry.name for entry in _entry_points(group))
+
+
+def _entry_points(group: str) -> "EntryPoints":
+    """Return what other installed packages register for a group."""
+    from importlib.metadata import entry_points  # takes as long as a tenth of a stored row
+
+    return entry_points(group=ENTRY_POINTS[group])
 
 
 def card(name: str) -> str:
@@ -111,7 +120,7 @@ def find(group: str, name: str) -> Factory:
     if name.isidentifier() and find_spec(f"qbench.{GROUPS[group]}.{name}"):
         build: Factory = importlib.import_module(f"qbench.{GROUPS[group]}.{name}").build
         return build
-    for entry in entry_points(group=ENTRY_POINTS[group], name=name):
+    for entry in _entry_points(group).select(name=name):
         return entry.load()  # type: ignore[no-any-return]
     known = names(group)
     raise ConfigError(f"{group}={name}: no such {group}{did_you_mean(name, known)}\nallowed: {', '.join(known)}")
