@@ -62,7 +62,8 @@ def command_words(row: PublishedRow) -> list[str]:
     words = [*names().datasets[row.dataset].words, *names().nets[row.net].words, f"method={row.method}"]
     words += [f"bits.{key}={width}" for key, width in dataclasses.asdict(row.bits).items()]
     pretrain = [_pretrain_word(word) for word in recipe.words if word.startswith(("optim", "epochs="))]
-    return [*words, *recipe.words, *(pretrain if recipe.pretrain == "same" else ()), *row.words]
+    words += [*recipe.words, *(pretrain if recipe.pretrain == "same" else ()), *row.words]
+    return list({word.partition("=")[0]: word for word in words}.values())  # a row's word replaces the recipe's
 
 
 def _pretrain_word(word: str) -> str:
