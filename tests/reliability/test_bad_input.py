@@ -35,7 +35,7 @@ from qbench.cost.count import count_macs
 from qbench.errors import CheckpointError
 from qbench.models import mlp
 from qbench.training.checkpoint import load_torch_file, pack, unpack
-from qbench.training.initial_weights import load_initial_weights
+from qbench.training.initial_weights import InitialWeights, load_initial_weights
 
 SECONDS = 20
 """Time limit of a command in tests; the target of 5 s is for an idle machine."""
@@ -855,7 +855,7 @@ def test_fuzzed_checkpoints(shard: int, count: int, workdir: Path) -> None:
         ):  # fmt: skip
             try:
                 with at_most(SECONDS):
-                    assert isinstance(read(), dict | str)
+                    assert isinstance(read(), dict | InitialWeights)
             except CheckpointError as error:
                 messages.append(str(error))
         assert all(text.isprintable() for text in messages[-3:]), messages
