@@ -40,7 +40,7 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
             'qbench settle "method=dorefa bits=w2a2" "method=lsq bits=w2a2"'
         )
     first, second = map(_setting, settings)
-    refuse_missing_devices([first, second])
+    refuse_missing_devices([first.runtime.device, second.runtime.device])
     if run_identity(first).digest == run_identity(second).digest:
         raise ConfigError(f"settle: both settings are {setting_name(first)}; choose two different settings")
     if first.dataset["name"] != second.dataset["name"]:

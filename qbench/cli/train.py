@@ -10,7 +10,6 @@ from qbench.errors import ConfigError, Interrupted
 from qbench.system.signals import stop_on_signals
 
 if TYPE_CHECKING:
-    from qbench.config.schema import Config
     from qbench.experiment.planned_run import PlannedRun
 
 
@@ -29,17 +28,17 @@ def train(arguments: list[str]) -> int:
         configs = compose.configurations(arguments)
         if not configs:  # with a flag such as --cfg job, Hydra only prints something
             return 0
-        refuse_missing_devices(configs)
+        refuse_missing_devices(config.runtime.device for config in configs)
         runs = planned_runs(configs)
         return train_all(arguments, runs, stop) if sweep or len(configs) > 1 else train_one(runs[0], stop)
 
 
-def refuse_missing_devices(configs: "Iterable[Config]") -> None:
+def refuse_missing_devices(devices: Iterable[str]) -> None:
     """Refuse a device that this machine lacks, even if a result from another device is stored.
 
     torch is imported only if a device other than the CPU is typed.
     """
-    for name in dict.fromkeys(config.runtime.device for config in configs):
+    for name in dict.fromkeys(devices):
         if name not in ("auto", "cpu"):
             from qbench.experiment.device import choose_device
 

@@ -42,7 +42,9 @@ class Split:
         _check_tensor("images", self.images, torch.uint8, 4, "(255 * images).round().to(torch.uint8)")
         _check_tensor("labels", self.labels, torch.int64, 1, "labels.long(), labels.argmax(1)")
         if len(self.images) != len(self.labels):
-            raise DataError(f"a split of {len(self.images)} images and {len(self.labels)} labels: must be as many")
+            raise DataError(
+                f"a split has {len(self.images)} images but {len(self.labels)} labels; the numbers must be equal"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -225,13 +225,11 @@ def join_arrays(
     Raises:
         DataError: the numbers of images and labels differ, or there are no images.
     """
-    split = Split(
-        torch.cat([torch.as_tensor(x) for x in images]).contiguous(),
-        torch.cat([torch.as_tensor(y, dtype=torch.int64) for y in labels]),
-    )
-    if len(split.images) != len(split.labels) or not len(split):
-        raise DataError(_damage_message(paths, f"{len(split.images)} images, {len(split.labels)} labels"))
-    return split
+    images_NCHW = torch.cat([torch.as_tensor(x) for x in images]).contiguous()
+    labels_N = torch.cat([torch.as_tensor(y, dtype=torch.int64) for y in labels])
+    if len(images_NCHW) != len(labels_N) or not len(labels_N):
+        raise DataError(_damage_message(paths, f"{len(images_NCHW)} images, {len(labels_N)} labels"))
+    return Split(images_NCHW, labels_N)
 
 
 def _damaged_files(files: ExpectedFiles) -> list[Path]:

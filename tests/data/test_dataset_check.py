@@ -62,7 +62,7 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "int64 images": (with_images("train", lambda x: x.long()), "torch.int64 (36, 1, 8, 8): must be uint8"),
     "images without channels": (with_images("train", lambda x: x[:, 0]), "torch.uint8 (36, 8, 8): must be uint8 (N, C"),
     "images of numpy": (with_images("train", lambda x: x.numpy()), "images of a split are a ndarray: must be uint8"),
-    "more images than labels": (with_labels("train", lambda y: y[:-1]), "36 images and 35 labels: must be as many"),
+    "more images than labels": (with_labels("train", lambda y: y[:-1]), "36 images but 35 labels"),
     "test images of another size": (with_images("test", lambda x: x[..., 1:]), "test: images are (1, 8, 7), those"),
     "test images in colour": (with_images("test", lambda x: x.repeat(1, 3, 1, 1)), "test: images are (3, 8, 8), those"),
     "crops larger than images": (with_crops_of(9), "train: images are (1, 8, 8): must be at least 9 x 9 pixels"),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.fields import parse_bits
+from qbench.config.identity import digest
 from qbench.deviations.registry import deviate, deviations
 from qbench.methods import dorefa, hwgq, inq, lsq, ttq, xnor
 from qbench.models import mlp
@@ -498,16 +499,17 @@ def load_script() -> ModuleType:
 
 def store(root: Path, method: str, bits: str, deviation: str, seed: int, top1: float | None, **changed: Any) -> None:
     """Write the result of a run; a run without top-1 has diverged."""
-    path = root / f"{method}-{bits}-{deviation}-{seed}-{changed.get('hash', '')}"
+    path = root / f"{method}-{bits}-{deviation}-{seed}-{changed.get('protocol', '')}"
     done = top1 is not None
     accuracy = Accuracy(top1=top1, top5=100.0, loss=1.0) if top1 is not None else None
     final = Evaluation(test=accuracy, val=accuracy) if accuracy else None
+    keys = changed.get("protocol", {})
     result = Result(
         status="done" if done else "diverged", reason=None if done else "Diverged: the loss is nan\nat step 3",
         method=method, options={} if deviation == "none" else {"deviation": deviation},
         bits={key: width or 32 for key, width in parse_bits(bits).items()},
         seed=seed, dataset="glyphs", model="resnet8",
-        protocol=Protocol(hash=changed.get("hash", "a"), keys={}), final=final, wall_seconds=2.0,
+        protocol=Protocol(hash=digest(keys), keys=keys), final=final, wall_seconds=2.0,
         weights_sha256=changed.get("weights", f"{deviation} {seed}"),
     )  # fmt: skip
     path.mkdir(parents=True)
@@ -538,7 +540,7 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
     assert (minus["n"], minus["not done"]) == ("3", "-")
     # Differences -0.5 and 0.5 in the seeds that ended; the third is counted and named.
     assert (ties["points lost"], ties["n"], ties["not done"]) == ("+0.00", "2", "1 diverged")
-    assert rows["ttq", "unclamped_scales"]["95 % interval"] == "-", "a tie has no interval"
+    assert rows["ttq", "unclamped_scales"]["95 % CI"] == "-", "a tie has no interval"
     record = tmp_path / "record.json"
     record.write_text(dump_records(read([str(tmp_path)])))
     assert module.deviations_table(read([str(record)]), 3) == table, "the record of the runs gives the same table"
@@ -563,7 +565,7 @@ def test_one_seed_gives_no_interval_and_protocols_are_not_mixed(tmp_path: Path) 
     table = module.deviations_table(read([str(tmp_path)]), 1)
     (row,) = (dict(zip(table.head, row, strict=True)) for row in table.rows if row[2] == "missing_minus")
     assert (row["points lost"], row["95 % CI"], row["p (Holm)"], row["n"]) == ("+10.00", "-", "-", "1")
-    store(tmp_path, "ttq", "w2", "mean_gradient", 0, 80.0, hash="b")
+    store(tmp_path, "ttq", "w2", "mean_gradient", 0, 80.0, protocol={"epochs": 3})
     with pytest.raises(SystemExit, match="2 protocols"):
         module.deviations_table(read([str(tmp_path)]), 1)
 

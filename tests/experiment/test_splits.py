@@ -64,11 +64,18 @@ def three_splits() -> Dataset:
     return Dataset(name="marked", **splits, classes=CLASSES, mean=(MEAN,), std=(STD,))  # type: ignore[arg-type]
 
 
-def read_marks(images: Tensor) -> tuple[str, Tensor]:
-    """Return the split of a batch, which must be one for all images, and the labels."""
+def read_marks(images: Tensor) -> tuple[str | None, Tensor]:
+    """Return the split of a batch, which must be one for all images, and the labels.
+
+    The split is None for random images, by which the network is looked at.
+    """
     pixels = (255 * (images[:, 0, 0, :2] * STD + MEAN)).round().long()
-    (mark,) = pixels[:, 0].unique().tolist()
-    return next(name for name, value in MARKS.items() if value == mark), pixels[:, 1]
+    names = {value: name for name, value in MARKS.items()}
+    splits = {names.get(mark) for mark in pixels[:, 0].unique().tolist()}
+    if None in splits:
+        return None, pixels[:, 1]
+    (split,) = splits
+    return split, pixels[:, 1]
 
 
 class Recording(nn.Module):
@@ -84,8 +91,8 @@ class Recording(nn.Module):
         h = self.bn1(self.conv1(x)).relu()
         h = self.bn2(self.conv2(h)).relu()
         logits: Tensor = self.fc(h.mean(3).flatten(1))
-        if x.count_nonzero():  # not the example that `install` traces
-            split, labels = read_marks(x)
+        split, labels = read_marks(x)
+        if split is not None and x.count_nonzero():  # not the example that `install` traces
             CALLS.append(Call(split, self.training, len(x), int((logits.argmax(1) == labels).sum())))
         return logits
 
@@ -187,7 +194,7 @@ def test_analyses_of_a_run_read_validation_images_and_measure_on_training_images
 
     validated, note = validation_batches(setup, 100)
     assert read(validated) == [("val", COUNTS["val"])]
-    assert note == "measured on 7 validation images, none of the test split"
+    assert note == "measured on 7 validation images; the test split is not used"
     assert read(probe_batches(setup)) == [("train", COUNTS["train"])]
 
 

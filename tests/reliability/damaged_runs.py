@@ -22,7 +22,7 @@ from qbench.runs.result import Result, load_result
 
 SIZE = ("optim.batch_size=128", "pretrain.optim.batch_size=128")  # 9 steps per epoch
 WORDS = ("experiment=smoke", "method=dorefa", "epochs=2", "runtime.checkpoint_seconds=0", "runtime.log_every=5", *SIZE)
-STOP_AT = 15  # call of `stop` at which the run is interrupted, in its second epoch
+STOP_AT = 28  # call of `stop` at which the run is interrupted, in its second epoch
 JUNK = (b"\n", b"\0", b"junk" * 5000)
 
 flips_and_cuts = pytest.mark.parametrize(

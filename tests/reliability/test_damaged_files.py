@@ -76,7 +76,7 @@ def test_without_a_good_checkpoint_a_run_restarts_and_keeps_its_new_checkpoints(
     for path in planned_run(compose_config(out)).directory.checkpoints():
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(Interrupted):
-        run_config(compose_config(out), stop_at=4)
+        run_config(compose_config(out), stop_at=8)
     assert [path.name for path in planned_run(compose_config(out)).directory.checkpoints()] == [
         "state-4.pt",
         "state-3.pt",

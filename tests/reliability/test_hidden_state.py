@@ -34,6 +34,7 @@ RECOMPUTED = {
     "task.validate": "the loader",
     "task.method.teachers": "the teacher: loaded again from the float baseline, never trained",
     "task.method.loss(teacher)": "the teacher",
+    "task.model: ImageQuantizer.channel": "from the shape of images",
     "task.model: ImageQuantizer.low": "from the range of images",
     "task.model: ImageQuantizer.span": "from the range of images",
     "task.model: hwgq.HWGQActivation.levels": "from width and options",

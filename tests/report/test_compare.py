@@ -182,15 +182,13 @@ def test_runs_moved_out_of_their_folder_keep_their_baselines(configure: Configur
     assert [(t.title, t.rows) for t in compare(read([str(tmp_path / "moved")]))] == before
 
 
-def test_a_run_without_a_known_protocol_changes_no_other_title(configure: Configure) -> None:
+def test_a_run_whose_protocol_does_not_fit_its_hash_changes_no_other_title(configure: Configure) -> None:
     plant(configure("method=dorefa"), 97.0, 98.0)
     path = plant(configure("method=twn"), 96.0, 98.0)
     stored = json.loads((path / "result.json").read_text())
     changed = stored | {"protocol": {"hash": "", "keys": {"epochs": 30}, "identity": ""}}
     (path / "result.json").write_text(json.dumps(with_checksum(changed)))
-    assert sorted(t.title for t in tables(configure())) == [
-        "resnet8 on digits", "resnet8 on digits; protocol not known",
-    ]  # fmt: skip
+    assert sorted(t.title for t in tables(configure())) == ["failed or unsupported", "resnet8 on digits"]
 
 
 def test_an_invalid_result_is_corrupt_and_harms_no_other(configure: Configure) -> None:
