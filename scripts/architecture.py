@@ -23,6 +23,7 @@ CAPTIONS = {
     "analysis": "plan, inspect, evaluate",
     "papers": "published figures, claims",
     "report": "tables, statistics, plots",
+    "deploy": "exported files",
     "check": "conformance kit",
     "experiment": "a run, a sweep",
     "training": "training loop, state",

@@ -5,20 +5,21 @@ The results are accuracy, calibration error and predictions.
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qbench.analysis.finished_run import FinishedRun, load_finished_run
+from qbench.analysis.finished_run import load_finished_run
 from qbench.analysis.overrides import override_dataset
 from qbench.data.dataset import Dataset
 from qbench.errors import ConfigError
 from qbench.experiment.builders import build_dataset
+from qbench.quant.probe import Batch
 from qbench.report.tables.table import Table
 from qbench.runs.result import Accuracy
 from qbench.system import files
@@ -85,35 +86,43 @@ def evaluate(
         ConfigError: the other data set has a different image shape or different classes.
     """
     finished = load_finished_run(run, weights, device)
-    setup, data = finished.setup, finished.setup.data
+    setup, data, result = finished.setup, finished.setup.data, finished.result
     if words:
-        data = _other_dataset(data, override_dataset(setup.config.dataset, words))
-    answers: list[Tensor] = []
-    batch_confidences: list[Tensor] = []
-    compute = setup.forward(finished.model)
-
-    def forward(images: Tensor) -> Tensor:
-        logits = compute(images)
-        batch_confidences.append(logits.float().softmax(1).amax(1))
-        return logits
-
-    accuracy = evaluate_model(finished.model, setup.loader(data).unaugmented("test"), forward, answers)
-    labels, predicted = torch.cat(answers).cpu().unbind(1)
-    confidence, correct = torch.cat(batch_confidences).cpu(), labels == predicted
-    if predictions:
-        write_predictions(predictions, labels, predicted, confidence)
-    assert accuracy is not None  # the test split has images
-    low, high = proportion_interval(int(correct.sum()), len(labels))
-    measured = EvaluatedSplit(len(labels), accuracy, low, high, calibration_error(confidence, correct))
-    return _table(run, weights, finished, data, measured, other=bool(words))
+        own = Expected(data.shape, data.classes, data.mean, data.std, "run")
+        data = other_dataset(own, override_dataset(setup.config.dataset, words))
+    batches = setup.loader(data).unaugmented("test")
+    measured = measure(finished.model, setup.forward(finished.model), batches, predictions)
+    trained = f"{result.method} {result.widths}, {result.model} trained on {result.dataset}"
+    evaluated = table(run, trained, weights, data, measured, other=bool(words))
+    stored = result.final if weights == "last" else result.best
+    if not words and stored and stored.test.top1 != measured.accuracy.top1:
+        evaluated.notes.append(
+            f"result.json has {stored.test.top1:.2f} % for these weights and images: another device or version, or a "
+            "network whose output depends on more than its weights"
+        )
+    return evaluated
 
 
-def _other_dataset(own: Dataset, node: Mapping[str, Any]) -> Dataset:
-    """Return the data set that `node` names, normalized with the constants of the run's own data set."""
+class Expected(NamedTuple):
+    """What a network expects of a data set. `owner` is `run` or `file`, for messages."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    owner: str
+
+
+def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
+    """Return the data set that `node` names, normalized with the network's own constants.
+
+    Raises:
+        ConfigError: the data set has a different image shape or different classes, or no test images.
+    """
     data = build_dataset(dict(node))
     if (data.shape, data.classes) != (own.shape, own.classes):
         raise ConfigError(
-            f"dataset={node['name']} has {data.classes} classes and {data.shape} images; the run has "
+            f"dataset={node['name']} has {data.classes} classes and {data.shape} images; the {own.owner} has "
             f"{own.classes} classes and {own.shape} images\nallowed: data sets with the same shape and classes"
         )
     if not len(data.test):
@@ -121,11 +130,38 @@ def _other_dataset(own: Dataset, node: Mapping[str, Any]) -> Dataset:
     return replace(data, mean=own.mean, std=own.std)
 
 
-def _table(
-    run: Path, weights: str, finished: FinishedRun, data: Dataset, measured: EvaluatedSplit, other: bool
-) -> Table:
-    result, accuracy, ece = finished.result, measured.accuracy, measured.calibration_error
-    table = Table(HEAD, title=f"{run}: {result.method} {result.widths}, {result.model} trained on {result.dataset}")
+def measure(
+    model: nn.Module, compute: Callable[[Tensor], Tensor], batches: Iterable[Batch], predictions: Path | None
+) -> EvaluatedSplit:
+    """Return a network's results on the test images in `batches`, and write its predictions to a file, if given."""
+    answers: list[Tensor] = []
+    batch_confidences: list[Tensor] = []
+
+    def forward(images: Tensor) -> Tensor:
+        logits = compute(images)
+        batch_confidences.append(logits.float().softmax(1).amax(1))
+        return logits
+
+    accuracy = evaluate_model(model, batches, forward, answers)
+    labels, predicted = torch.cat(answers).cpu().unbind(1)
+    confidence, correct = torch.cat(batch_confidences).cpu(), labels == predicted
+    if predictions:
+        write_predictions(predictions, labels, predicted, confidence)
+    assert accuracy is not None  # the test split has images
+    low, high = proportion_interval(int(correct.sum()), len(labels))
+    return EvaluatedSplit(len(labels), accuracy, low, high, calibration_error(confidence, correct))
+
+
+def table(place: Path, trained: str, weights: str, data: Dataset, measured: EvaluatedSplit, other: bool) -> Table:
+    """Return the table of one network's results.
+
+    Args:
+        place: the run or the exported file.
+        trained: method, widths, network and data set of training, in words.
+        other: whether `data` is not the data set of the run.
+    """
+    accuracy, ece = measured.accuracy, measured.calibration_error
+    table = Table(HEAD, title=f"{place}: {trained}")
     table.rows.append(
         (
             f"{data.name} test", weights, str(measured.n), f"{accuracy.top1:.2f}",
@@ -133,7 +169,7 @@ def _table(
         )
     )  # fmt: skip
     table.values.append(
-        {"run": str(run), "data": data.name, "weights": weights, "n": measured.n}
+        {"run": str(place), "data": data.name, "weights": weights, "n": measured.n}
         | asdict(accuracy)
         | {"ece": ece, "low": measured.low, "high": measured.high}
     )
@@ -146,12 +182,6 @@ def _table(
         table.notes.append(
             "images are normalized with the constants of the run's data set; class i of this data set counts as class "
             "i of the run's data set"
-        )
-    stored = result.final if weights == "last" else result.best
-    if not other and stored and stored.test.top1 != accuracy.top1:
-        table.notes.append(
-            f"result.json has {stored.test.top1:.2f} % for these weights and images: another device or version, or a "
-            "network whose output depends on more than its weights"
         )
     if data.synthetic:
         table.notes.append("synthetic data: not comparable with papers' tables")

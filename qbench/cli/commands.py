@@ -208,8 +208,13 @@ def sensitivity(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Print the accuracy of a finished run on its test split, or on another data set."""
+    """Print the accuracy of a finished run or an exported file on its test split, or on another data set."""
     options = run_options.parse_evaluate(arguments)
+    if not options.run.is_dir():
+        from qbench.analysis.export import evaluate_file
+
+        print(FORMATS[options.format]([evaluate_file(options.run, options.overrides, predictions=options.predictions)]))
+        return 0
     from qbench.analysis.evaluate import evaluate as evaluate_run
 
     table = evaluate_run(
@@ -220,6 +225,15 @@ def evaluate(arguments: list[str]) -> int:
         device=options.device,
     )
     print(FORMATS[options.format]([table]))
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """Write a finished run to one file, verified against the run."""
+    options = run_options.parse_export(arguments)
+    from qbench.analysis.export import export as export_run
+
+    print("\n".join(export_run(options.run, options.to, options.out, weights=options.weights).lines))
     return 0
 
 
@@ -246,6 +260,7 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "completion": completion,
     "describe": describe,
     "evaluate": evaluate,
+    "export": export,
     "inspect": inspect,
     "list": list_names,
     "plan": plan,

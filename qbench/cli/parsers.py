@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qbench.cli.arguments import SubcommandParser
-from qbench.cli.run_parsers import OVERRIDES, add_choice, evaluate, format_flag, inspect, sensitivity
+from qbench.cli.run_parsers import OVERRIDES, add_choice, evaluate, export, format_flag, inspect, sensitivity
 from qbench.cli.value_types import file_with_suffix, integer, list_of, points, some_path, some_text
 from qbench.config import groups
 from qbench.report.comparison import columns
@@ -236,6 +236,7 @@ PARSERS: dict[str, Callable[[], SubcommandParser]] = {
     "completion": completion,
     "describe": describe,
     "evaluate": evaluate,
+    "export": export,
     "inspect": inspect,
     "list": list_,
     "plan": plan,

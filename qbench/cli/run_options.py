@@ -1,4 +1,4 @@
-"""Defines the command-line options of inspect, sensitivity and evaluate.
+"""Defines the command-line options of inspect, sensitivity, evaluate and export.
 
 This module does not import torch, so mistakes in the options are reported at once.
 """
@@ -17,7 +17,7 @@ from qbench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The directory of a finished run, overrides, and the flags that all three subcommands take."""
+    """The directory of a finished run, overrides, and the flags that most of these subcommands take."""
 
     run: Path
     overrides: tuple[str, ...] = ()
@@ -55,6 +55,15 @@ class EvaluateOptions(RunOptions):
     predictions: Path | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(RunOptions):
+    """A command line of `qbench export`."""
+
+    weights: str = "last"
+    to: str = "packed"
+    out: Path | None = None
+
+
 def parse_inspect(arguments: Iterable[str]) -> InspectOptions:
     """Parse a command line of `qbench inspect` (for errors see `_parse`)."""
     return InspectOptions(**_parse(run_parsers.inspect(), arguments, ""))
@@ -66,22 +75,51 @@ def parse_sensitivity(arguments: Iterable[str]) -> SensitivityOptions:
 
 
 def parse_evaluate(arguments: Iterable[str]) -> EvaluateOptions:
-    """Parse a command line of `qbench evaluate` (for errors see `_parse`)."""
-    return EvaluateOptions(**_parse(run_parsers.evaluate(), arguments, "[dataset=NAME ...]"))
+    """Parse a command line of `qbench evaluate` (for errors see `_parse`). Its run may be an exported file.
+
+    Raises:
+        ConfigError: see `_parse`; or a flag has no effect on an exported file.
+    """
+    values = _parse(run_parsers.evaluate(), arguments, "[dataset=NAME ...]", takes_file=True)
+    options = EvaluateOptions(**values)
+    if os.path.isfile(options.run):
+        if "weights" in values:
+            raise ConfigError("evaluate: --weights has no effect on an exported file, which has one set of weights")
+        if options.device not in ("auto", "cpu"):
+            raise ConfigError(f"evaluate: --device {options.device}: exported files run on the CPU")
+    return options
 
 
-def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: str) -> dict[str, Any]:
+def parse_export(arguments: Iterable[str]) -> ExportOptions:
+    """Parse a command line of `qbench export` (for errors see `_parse`).
+
+    Raises:
+        ConfigError: see `_parse`; or the directory of the file to write does not exist.
+    """
+    options = ExportOptions(**_parse(run_parsers.export(), arguments, ""))
+    if options.out and not options.out.parent.is_dir():
+        raise ConfigError(f"export --out {options.out}: no such directory: {options.out.parent}")
+    if options.out and options.out.is_dir():
+        raise ConfigError(f"export --out {options.out}: is a directory; type the name of a file")
+    return options
+
+
+def _parse(
+    parser: SubcommandParser, arguments: Iterable[str], overrides_usage: str, *, takes_file: bool = False
+) -> dict[str, Any]:
     """Return the fields of a `RunOptions`.
 
     Args:
         overrides_usage: the overrides that the subcommand takes, as text for error messages. Empty if it takes none.
+        takes_file: whether the run may be a file instead of a directory.
 
     Raises:
         ConfigError: there is no run or more than one, a flag or value is unknown, the subcommand
             does not take one of the arguments, or the run names code without `--trust`.
     """
     words, flags = parser.parse_words(arguments)
-    overrides = tuple(word for word in words if "=" in word and not os.path.isdir(word))
+    exists = os.path.exists if takes_file else os.path.isdir
+    overrides = tuple(word for word in words if "=" in word and not exists(word))
     runs = [word for word in words if word not in overrides]
     if overrides and not overrides_usage:
         raise ConfigError(
@@ -93,8 +131,10 @@ def _parse(parser: SubcommandParser, arguments: Iterable[str], overrides_usage: 
             f"{parser.name} needs exactly one run directory, found {len(runs)}: {usage}\nto list the runs below "
             f"outputs: qbench list runs"
         )
-    if not os.path.isdir(runs[0]):
-        raise ConfigError(f"{runs[0]}: no such directory\nto list the runs below outputs: qbench list runs")
-    if not flags.pop("trust", False):
+    if not exists(runs[0]):
+        what = "file or directory" if takes_file else "directory"
+        raise ConfigError(f"{runs[0]}: no such {what}\nto list the runs below outputs: qbench list runs")
+    trusted = flags.pop("trust", False)
+    if os.path.isdir(runs[0]) and not trusted:
         refuse_foreign_code(Path(runs[0]), runs[0], "to run that code: --trust")
     return {"run": Path(runs[0]), "overrides": overrides} | flags

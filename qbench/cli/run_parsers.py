@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 
 from qbench.cli.arguments import SubcommandParser
-from qbench.cli.value_types import integer, one_of, prediction_file, some_text, weight_widths
+from qbench.cli.value_types import integer, one_of, prediction_file, some_path, some_text, weight_widths
 from qbench.report.tables.table import FORMATS
 
 OVERRIDES = "KEY=VALUE"
+EXPORT_FORMS = ("packed",)
 
 
 def add_choice(parser: SubcommandParser, flag: str, choices: Iterable[str], help_text: str) -> None:
@@ -59,7 +60,11 @@ def weights_flag() -> SubcommandParser:
 
 def evaluate() -> SubcommandParser:
     """Return the parser of `qbench evaluate`."""
-    parser = SubcommandParser("evaluate", parents=[run_flags(), weights_flag()])
+    parser = SubcommandParser(
+        "evaluate",
+        parents=[run_flags(), weights_flag()],
+        epilog="In place of RUN, evaluate also takes a file of qbench export.",
+    )
     parser.add_argument(
         "overrides", metavar=OVERRIDES, nargs="*", help="another data set: dataset=NAME dataset.KEY=VALUE ..."
     )
@@ -68,6 +73,21 @@ def evaluate() -> SubcommandParser:
         type=prediction_file,
         metavar="FILE",
         help="write index, label, predicted class and its probability for every image, as .csv or .npy",
+    )
+    return parser
+
+
+def export() -> SubcommandParser:
+    """Return the parser of `qbench export`."""
+    parser = SubcommandParser(
+        "export",
+        parents=[weights_flag()],
+        epilog="The file is written only if it agrees with the run on all test images. See docs/export.md.",
+    )
+    parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
+    add_choice(parser, "--to", EXPORT_FORMS, "the form: true sub-byte codes (default: packed)")
+    parser.add_argument(
+        "--out", type=some_path, metavar="FILE", help="file to write (default: network.qbench in the run's directory)"
     )
     return parser
 

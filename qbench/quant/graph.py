@@ -20,6 +20,9 @@ Forward = Callable[..., Any]
 Interceptor = Callable[[str, nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
 """(name, module, its forward function, arguments, keyword arguments) -> the result of the call."""
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keyword arguments of a call."""
+
 IMAGE = "image"
 """The name of the operation that stands for the network's input."""
 
@@ -105,7 +108,7 @@ def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -
         layers: names of modules with submodules that are one operation nevertheless.
     """
     single = [name for name, module in model.named_modules() if name in layers or not next(module.children(), None)]
-    recorder = _Recorder(model, images)
+    recorder = Recorder(model, images)
     with (
         eval_mode_keeping_rng(model),
         torch.no_grad(),
@@ -116,7 +119,7 @@ def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -
     return recorder.operations
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Records operations and, for every tensor, the operation that made it."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
@@ -129,33 +132,47 @@ class _Recorder(TorchFunctionMode):
         for name, tensor in named:
             self._parameters.setdefault(id(tensor), name)
         self._calls: Counter[str] = Counter()
-        self._inside_module = False
+        self._paused = False
 
     def __torch_function__(self, func: Forward, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self._inside_module:
+        if not self._paused:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
             kind = name.removesuffix(".__get__").rpartition(".")[2]
             changes_argument = kind == "__setitem__" or (kind.endswith("_") and not kind.endswith("__"))
-            self._add(None, kind, (args, kwargs), (result, kwargs.get("out"), args[0] if changes_argument else None))
+            self.add(None, kind, (args, kwargs), (result, kwargs.get("out"), args[0] if changes_argument else None))
         return result
 
     def call_module(
         self, name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Carry out the call of a module, and record it as one operation."""
-        if self._inside_module:
+        if self._paused:
             return forward(*args, **kwargs)
-        self._inside_module = True
-        try:
+        with self.unrecorded():
             result = forward(*args, **kwargs)
-        finally:
-            self._inside_module = False
-        self._add(name, type(module).__name__, (args, kwargs), result)
+        self.add(name, type(module).__name__, (args, kwargs), result)
         return result
 
-    def _add(self, module: str | None, kind: str, arguments: object, results: object) -> None:
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Record nothing while the context lasts."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def add(self, module: str | None, kind: str, arguments: Arguments, results: object) -> None:
+        """Record one operation.
+
+        Args:
+            module: name of the called module, or None for a function.
+            kind: class of the module, or name of the function.
+            arguments: the arguments and the keyword arguments.
+            results: the result. For a function, also the tensors that it has written to.
+        """
         made = list(tensors(results))
         if not made:
             return  # a question, such as the one for a tensor's shape

@@ -1,0 +1,52 @@
+"""Defines what an exported file says of its run and its data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from qbench.errors import CheckpointError
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a file says of the run that it was exported from, and of the images that its network takes.
+
+    The network takes images x = (pixel / 255 - mean) / std, per channel.
+
+    Args:
+        title: method, widths, network and data set, in words.
+        identity: the run's identity.
+        weights: the run's checkpoint, `last` or `best`.
+        dataset: the configuration of the run's data set.
+        shape: channels, height and width of an image.
+        batch_size: number of images with which the export was verified.
+        threads: number of torch's threads with which the export was verified.
+    """
+
+    title: str
+    identity: str
+    weights: str
+    dataset: dict[str, Any]
+    shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    batch_size: int
+    threads: int
+
+
+def read_about(values: Mapping[str, Any], source: str) -> About:
+    """Return what a file says of its run.
+
+    Raises:
+        CheckpointError: fields are missing, unknown or have another type.
+    """
+    try:
+        about = msgspec.convert(values, About)
+        if min(*about.shape, about.classes, about.batch_size, about.threads) < 1:
+            raise ValueError("sizes must be 1 or more")
+        if not len(about.mean) == len(about.std) == about.shape[0]:
+            raise ValueError("mean and std need one number per channel")
+    except (msgspec.ValidationError, ValueError) as error:
+        raise CheckpointError(f"{source} is damaged: {error}") from None
+    return about

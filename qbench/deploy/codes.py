@@ -1,0 +1,267 @@
+"""Encodes quantized weights as integer codes, and decodes them to the same floats.
+
+One encoder serves all methods. It reads the levels and the scale groups from the grid that each
+weight quantizer declares (`qbench.quant.quantizer.Grid`).
+
+The weights of a scale group share their levels. A layout says which weights these are:
+
+    tensor       all weights
+    channel      the weights of one index along the first axis
+    bucket:N     N consecutive weights of the flattened tensor
+    subspace:D   sub-vectors of D input channels; each subspace of channels is a group, and each
+                 sub-vector has one code
+
+Levels are stored in one of three forms, chosen so that decoding gives exactly the floats that the
+quantizer returns:
+
+    steps        (first + step code) scale, with one scale per group
+    span         points[code] scale + low, with one scale and one low per group; the points are
+                 code / (count - 1), or a table that all groups share
+    book         a table of levels per group
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from math import ceil, prod
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qbench.quant.quantizer import Quantizer
+from qbench.quant.verify import nearest_points
+
+MAX_CODE_BITS = 16
+
+
+class NotEncodable(Exception):
+    """Raised if weights do not lie on levels that codes can represent. The message states the reason."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of every scale group.
+
+    Args:
+        form: steps, span or book.
+        count: number of levels of a group.
+        first, step: the integers of the form `steps`.
+        scale: (groups,); empty for `book`.
+        low: (groups,) for `span`, else empty.
+        book: (groups, count, dimension) for `book`; (count,) or empty for `span`, else empty.
+    """
+
+    form: str
+    count: int
+    first: int = 0
+    step: int = 1
+    scale: Tensor = field(default_factory=lambda: torch.empty(0))
+    low: Tensor = field(default_factory=lambda: torch.empty(0))
+    book: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def values(self) -> Tensor:
+        """Return the levels (groups, count, dimension)."""
+        if self.form == "book":
+            return self.book
+        codes = torch.arange(self.count).to(self.scale.dtype)
+        if self.form == "steps":
+            return ((codes * self.step + self.first) * self.scale[:, None]).unsqueeze(-1)
+        points = self.book if len(self.book) else codes / float(max(self.count - 1, 1))
+        return (points * self.scale[:, None] + self.low[:, None]).unsqueeze(-1)
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors that a file stores."""
+        return self.scale, self.low, self.book
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Weights as codes.
+
+    Args:
+        shape: shape of the weights.
+        order: the axes from the largest stride to the smallest. Sums in a convolution may depend on
+            it.
+        layout: which weights form a scale group; see the module's docstring.
+        levels: the levels of the groups.
+        codes: the codes in the order of the layout, (groups, codes per group) flattened and without
+            padding, packed without gaps, lowest bit first.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    layout: str
+    levels: Levels
+    codes: np.ndarray
+
+    @property
+    def bits(self) -> int:
+        """The width of a code."""
+        return code_bits(self.levels.count)
+
+    def numbers(self) -> Tensor:
+        """Return the codes (groups, codes per group)."""
+        groups, per_group, _ = places(self.layout, self.shape).shape
+        count = code_count(self.layout, self.shape)
+        codes = torch.from_numpy(unpack(self.codes, count, self.bits))
+        # the last bucket may be padded
+        return F.pad(codes, (0, groups * per_group - count)).reshape(groups, per_group)
+
+    def decode(self) -> Tensor:
+        """Return the weights as floats, with the strides of the original tensor."""
+        place, values = places(self.layout, self.shape), self.levels.values()
+        groups = torch.arange(len(place)).unsqueeze(1)
+        vectors = values[groups, self.numbers()]
+        flat = torch.empty(prod(self.shape) + 1, dtype=values.dtype)
+        flat[place.flatten()] = vectors.flatten()  # the padding is written to the last place
+        axes = [0] * len(self.order)
+        for i, axis in enumerate(self.order):
+            axes[axis] = i
+        weights = flat[:-1].reshape(self.shape)
+        return weights.permute(self.order).contiguous().permute(axes)
+
+
+def code_bits(count: int) -> int:
+    """Return the number of bits of a code for `count` levels."""
+    return max(1, (count - 1).bit_length())
+
+
+def code_count(layout: str, shape: tuple[int, ...]) -> int:
+    """Return the number of codes of a tensor."""
+    kind, _, size = layout.partition(":")
+    if kind == "subspace":
+        return prod(shape) // shape[1] * ceil(shape[1] / int(size))
+    return prod(shape)
+
+
+def places(layout: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the places of the weights of each group in the flattened tensor: (groups, codes, dimension).
+
+    Padding has the place after the last weight.
+    """
+    kind, _, size = layout.partition(":")
+    count = prod(shape)
+    index = torch.arange(count).reshape(shape)
+    if kind == "tensor":
+        return index.reshape(1, -1, 1)
+    if kind == "channel":
+        return index.reshape(shape[0], -1, 1)
+    if kind == "bucket":
+        width = min(int(size), count)
+        return F.pad(index.flatten(), (0, -count % width), value=count).reshape(-1, width, 1)
+    rows = F.pad(index.movedim(1, -1), (0, -shape[1] % int(size)), value=count)
+    rows = rows.reshape(-1, rows.shape[-1] // int(size), int(size))
+    return rows.transpose(0, 1)
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Return codes (n,) as bytes, `bits` bits each without gaps, lowest bit first."""
+    planes = (codes[:, None] >> np.arange(bits)) & 1
+    return np.packbits(planes.astype(np.uint8), bitorder="little")
+
+
+def unpack(data: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """Return the `count` codes in bytes that `pack` made, as int64."""
+    planes = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
+    return planes.astype(np.int64) @ (1 << np.arange(bits, dtype=np.int64))
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Return the number of bytes of `count` codes."""
+    return -(-count * bits // 8)
+
+
+@torch.no_grad()
+def encode(quantizer: Quantizer, latent: Tensor, weights: Tensor) -> Encoded:
+    """Encode the weights that a quantizer returns for latent weights.
+
+    Raises:
+        NotEncodable: the quantizer declares no grid, or decoding would not give the same floats.
+    """
+    grid = quantizer.grid(latent)
+    if grid is None:
+        raise NotEncodable(f"{type(quantizer).__name__} declares no grid")
+    if weights.dtype != torch.float32:
+        raise NotEncodable(f"its weights are {weights.dtype}, not float32")
+    shape = tuple(weights.shape)
+    layout = _layout(grid.arrange(torch.arange(1, weights.numel() + 1).reshape(shape)), shape)
+    vectors, points = grid.arrange(weights), grid.points.to(weights.dtype)
+    if points.shape[2] == 1:
+        points = points.sort(1).values  # codebooks need not be ascending
+    if points.shape[1] > 2**MAX_CODE_BITS:
+        raise NotEncodable(f"it has {points.shape[1]:,} levels; at most {2**MAX_CODE_BITS:,}")
+    codes, _ = nearest_points(vectors, points)
+    # the exact floats of the quantizer; a point of the grid may differ by a rounding error
+    exact, used = points.clone(), torch.zeros(points.shape[:2], dtype=torch.bool)
+    groups = torch.arange(len(points)).unsqueeze(1)
+    exact[groups, codes], used[groups, codes] = vectors, True
+    if not torch.equal(exact[groups, codes], vectors):
+        raise NotEncodable("weights with the same level differ")
+    levels = _levels(quantizer, grid.arrange(latent), exact, used)
+    order = tuple(sorted(range(weights.dim()), key=weights.stride, reverse=True))
+    flat = codes.flatten()[: code_count(layout, shape)].numpy()
+    encoded = Encoded(shape, order, layout, levels, pack(flat, code_bits(levels.count)))
+    if not torch.equal(encoded.decode(), weights):
+        raise NotEncodable("decoding would not give the same floats")
+    return encoded
+
+
+def _layout(found: Tensor, shape: tuple[int, ...]) -> str:
+    """Return the layout in which a grid arranges the numbers 1, 2, ... of the weights; 0 is padding."""
+    groups, per_group, dimension = found.shape
+    candidates = ["tensor"] if groups == 1 else ["channel", f"bucket:{per_group}"]
+    for layout in [f"subspace:{dimension}"] if len(shape) > 1 and dimension > 1 else [*candidates, "subspace:1"]:
+        place = places(layout, shape) + 1
+        padding = place > prod(shape)
+        if place.shape == found.shape and torch.equal(place[~padding], found[~padding]):
+            return layout
+    raise NotEncodable("its scale groups are not the tensor, the channels, buckets or subspaces of channels")
+
+
+def _levels(quantizer: Quantizer, latent: Tensor, exact: Tensor, used: Tensor) -> Levels:
+    """Return the shortest form of the levels (G, L, 1 or D) that gives the same floats where they are used.
+
+    Args:
+        latent: the latent weights (G, n, 1 or D).
+    """
+    count = exact.shape[1]
+    if exact.shape[2] == 1 and count > 1:
+        for found in chain(_multiples(exact[..., 0]), _spans(quantizer, latent[..., 0], exact[..., 0], used)):
+            if ((found.values() == exact) | ~used.unsqueeze(-1)).all():
+                return found
+    return Levels("book", count, book=exact.nan_to_num(0.0))
+
+
+def _multiples(points: Tensor) -> Iterator[Levels]:
+    """Yield candidates in which levels (G, L) are integers times a scale."""
+    count = points.shape[1]
+    zeros = (points[0] == 0).nonzero().flatten().tolist()
+    # ..., -1, 0, 1, ..., or, without 0, odd integers ..., -1, 1, 3, ...
+    for first, step in [(-place, 1) for place in zeros] or [(1 - count, 2)]:
+        for unit in (1, -1):
+            place, rest = divmod(unit - first, step)
+            if rest == 0 and 0 <= place < count:
+                yield Levels("steps", count, first, step, scale=points[:, place] * unit)
+
+
+def _spans(quantizer: Quantizer, latent: Tensor, points: Tensor, used: Tensor) -> Iterator[Levels]:
+    """Yield candidates in which levels (G, L) are a table, which all groups share, times a scale plus a low end.
+
+    The scale and the low end of a group are those of its latent weights or those of its levels.
+    """
+    count, (low, high) = points.shape[1], latent.aminmax(dim=1)
+    shared = [t.detach()[:count] for t in quantizer.state_dict().values() if t.dim() == 1 and len(t) >= count]
+    books = [points.new_empty(0), *(t.to(points.dtype) for t in shared if t.is_floating_point())]
+    ends = [(high - low, low), (torch.ones_like(low), low), (points[:, -1] - points[:, 0], points[:, 0])]
+    for book in books:
+        best = ends[0]
+        done = torch.zeros(len(points), dtype=torch.bool)
+        for scale, start in ends:
+            found = Levels("span", count, scale=scale, low=start, book=book)
+            fits = ((found.values()[..., 0] == points) | ~used).all(1) & ~done
+            best = torch.where(fits, scale, best[0]), torch.where(fits, start, best[1])
+            done |= fits
+        yield Levels("span", count, scale=best[0], low=best[1], book=book)

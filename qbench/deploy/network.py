@@ -1,0 +1,174 @@
+"""Defines a plain network: a list of torch functions with their arguments, which runs without the classes of a model.
+
+A network is a fixed program. Its steps call functions of `FUNCTIONS` only, so a file that describes
+a network cannot run other code.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qbench.deploy.codes import Encoded
+
+
+class Ref(NamedTuple):
+    """The result of a step; step -1 is the image. `item` is the place in a result that is a sequence."""
+
+    step: int
+    item: int | None = None
+
+
+class Stored(NamedTuple):
+    """A tensor of the network: weights, or parameters of normalization."""
+
+    name: str
+
+
+class Batch(NamedTuple):
+    """A size that is `factor` times the number of images."""
+
+    factor: int
+
+
+Argument = Any
+"""`Ref`, `Stored`, `Batch`, a number, a text, None, a slice, or a tuple of arguments."""
+
+
+class Step(NamedTuple):
+    """One call of a function.
+
+    Args:
+        function: a name in `FUNCTIONS`.
+        where: the module of the original network that made the call, for messages.
+    """
+
+    function: str
+    args: tuple[Argument, ...]
+    kwargs: Mapping[str, Argument]
+    where: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in evaluation mode, on the CPU, in float32.
+
+    Args:
+        steps: the program. A step refers to earlier steps only.
+        output: the logits (N, classes).
+        tensors: float tensors by name.
+        weights: quantized weights by name.
+    """
+
+    steps: Sequence[Step]
+    output: Ref
+    tensors: Mapping[str, Tensor]
+    weights: Mapping[str, Encoded]
+
+    def decoded(self) -> dict[str, Tensor]:
+        """Return all tensors by name, with quantized weights as floats."""
+        return dict(self.tensors) | {name: weight.decode() for name, weight in self.weights.items()}
+
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """Return the function from images (N, C, H, W) to logits (N, classes)."""
+        stored, last = self.decoded(), _last_uses(self.steps, self.output)
+
+        @torch.no_grad()
+        def run(images: Tensor) -> Tensor:
+            results: dict[int, Any] = {-1: images}
+
+            def value(argument: Argument) -> Any:
+                match argument:
+                    case Ref(step, item):
+                        return results[step] if item is None else results[step][item]
+                    case Stored(name):
+                        return stored[name]
+                    case Batch(factor):
+                        return factor * len(images)
+                    case tuple():
+                        return tuple(map(value, argument))
+                return argument
+
+            for i, step in enumerate(self.steps):
+                kwargs = {key: value(argument) for key, argument in step.kwargs.items()}
+                results[i] = FUNCTIONS[step.function](*map(value, step.args), **kwargs)
+                for used in last.get(i, ()):
+                    del results[used]
+            logits: Tensor = value(self.output)
+            return logits
+
+        return run
+
+
+def _last_uses(steps: Sequence[Step], output: Ref) -> dict[int, list[int]]:
+    """Return, for each step, the results that no later step reads."""
+    last = {ref.step: i for i, step in enumerate(steps) for ref in refs((step.args, tuple(step.kwargs.values())))}
+    freed: dict[int, list[int]] = {}
+    for used, step in last.items():
+        if used != output.step:
+            freed.setdefault(step, []).append(used)
+    return freed
+
+
+def refs(argument: Argument) -> Iterator[Ref]:
+    """Yield the references in nested arguments."""
+    if isinstance(argument, Ref):
+        yield argument
+    elif isinstance(argument, tuple) and not isinstance(argument, Stored | Batch):
+        for item in argument:
+            yield from refs(item)
+
+
+def quantize(x: Tensor, thresholds: Tensor, levels: Tensor) -> Tensor:
+    """Return levels[number of thresholds at or below x], for each element of x (N, C, ...).
+
+    Args:
+        thresholds: (E,), ascending, or (C, E) for one step function per channel.
+        levels: (E + 1,) or (C, E + 1).
+
+    Raises:
+        ValueError: x contains inf or nan.
+    """
+    if not isfinite(x.sum().item()) and not x.isfinite().all():
+        raise ValueError("the input of a quantizer contains inf or nan")
+    if thresholds.dim() == 1:
+        values = levels[torch.bucketize(x.contiguous(), thresholds, right=True)]
+    else:
+        rows = x.movedim(1, 0)
+        codes = torch.searchsorted(thresholds, rows.reshape(len(rows), -1), right=True)
+        values = levels.gather(1, codes).reshape(rows.shape).movedim(0, 1)
+    return torch.empty_like(x).copy_(values)  # with the strides of x, on which sums in later steps may depend
+
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "quantize": quantize,
+    "getitem": operator.getitem,
+    "view": torch.Tensor.reshape,
+    **{
+        name: getattr(F, name)
+        for name in (
+            "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
+            "batch_norm", "layer_norm", "group_norm", "local_response_norm", "normalize", "relu", "relu6", "hardtanh",
+            "hardswish", "hardsigmoid", "silu", "gelu", "leaky_relu", "elu", "selu", "softplus", "mish",
+            "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+            "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "pad",
+            "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "scaled_dot_product_attention",
+        )
+    },
+    **{
+        name: getattr(torch.Tensor, name)
+        for name in (
+            "add", "sub", "mul", "div", "neg", "abs", "square", "sqrt", "rsqrt", "pow", "exp", "log", "sigmoid", "tanh",
+            "clamp", "softmax", "log_softmax", "mean", "sum", "amax", "amin", "flatten", "reshape", "unflatten",
+            "squeeze", "unsqueeze", "permute", "transpose", "movedim", "expand", "repeat", "chunk", "split", "unbind",
+            "select", "narrow", "contiguous", "clone", "matmul", "repeat_interleave",
+        )
+    },
+    **{name: getattr(torch, name) for name in ("cat", "stack", "rsub", "bmm")},
+}  # fmt: skip
+"""Name of a step's function -> the function of torch that computes it."""

@@ -1,0 +1,236 @@
+"""Writes and reads packed files: a network whose weights are codes of their true width.
+
+A file has the safetensors format, with four tensors:
+
+    floats   float32: parameters in float, scales, codebooks, thresholds, levels
+    codes    uint8: the codes of the weights, without gaps
+    header   uint8: JSON, compressed by zlib: the steps of the network, layouts, places in the tensors
+             above, and the fields of `About`
+    sha256   uint8 (32,): the digest of the three tensors above
+
+It contains no code. Its network calls functions of `qbench.deploy.network.FUNCTIONS` only.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from qbench.deploy.about import About, read_about
+from qbench.deploy.codes import MAX_CODE_BITS, Encoded, Levels, code_bits, code_count, packed_size
+from qbench.deploy.network import FUNCTIONS, Argument, Batch, Network, Ref, Step, Stored
+from qbench.errors import CheckpointError
+from qbench.training.checkpoint import EXTRA_BYTES, bounded_memory
+from qbench.training.safetensors_file import is_safetensors, load_safetensors
+
+SUFFIX = ".qbench"
+VERSION = 1
+PARTS = ("floats", "codes", "header")
+MAX_HEADER_BYTES = 2**24
+MAX_STEPS = 2**14
+FORMS = ("steps", "span", "book")
+
+
+class Packed(NamedTuple):
+    """The content of a packed file, and the bytes of its parts."""
+
+    network: Network
+    about: About
+    sizes: Mapping[str, int]
+
+
+def pack_network(network: Network, about: About) -> bytes:
+    """Return the bytes of a packed file."""
+    floats: list[np.ndarray] = []
+    codes: list[np.ndarray] = []
+
+    def place(data: list[np.ndarray], values: np.ndarray) -> int:
+        """Append values and return where they begin."""
+        data.append(values)
+        return sum(map(len, data)) - len(values)
+
+    def place_tensor(tensor: Tensor) -> dict[str, Any]:
+        values = tensor.detach().contiguous().numpy().reshape(-1)
+        return {"shape": list(tensor.shape), "at": place(floats, values)}
+
+    weights = {
+        name: {
+            "shape": list(w.shape), "order": list(w.order), "layout": w.layout, "form": w.levels.form,
+            "count": w.levels.count, "first": w.levels.first, "step": w.levels.step,
+            "scale": place_tensor(w.levels.scale), "low": place_tensor(w.levels.low),
+            "book": place_tensor(w.levels.book), "at": place(codes, w.codes),
+        }
+        for name, w in network.weights.items()
+    }  # fmt: skip
+    header = {
+        "version": VERSION, "about": msgspec.to_builtins(about),
+        "steps": [[s.function, _plain(s.args), {k: _plain(v) for k, v in s.kwargs.items()}, s.where]
+                  for s in network.steps],
+        "output": list(network.output),
+        "tensors": {name: place_tensor(tensor) for name, tensor in network.tensors.items()},
+        "weights": weights,
+    }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    parts = {
+        "floats": np.concatenate([np.empty(0, np.float32), *floats]).astype("<f4"),
+        "codes": np.concatenate([np.empty(0, np.uint8), *codes]),
+        "header": np.frombuffer(zlib.compress(text, 9), np.uint8),
+    }
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts.values())).digest()
+    return _safetensors(parts | {"sha256": np.frombuffer(digest, np.uint8)})
+
+
+def _safetensors(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Return the bytes of a safetensors file with float32 and uint8 tensors of one axis."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "qbench packed network", "version": str(VERSION)}}
+    start = 0
+    for name, tensor in tensors.items():
+        dtype = "F32" if tensor.dtype == np.float32 else "U8"
+        entries[name] = {"dtype": dtype, "shape": [len(tensor)], "data_offsets": [start, start + tensor.nbytes]}
+        start += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + b"".join(tensor.tobytes() for tensor in tensors.values())
+
+
+def _plain(argument: Argument) -> Any:
+    """Return an argument as JSON."""
+    match argument:
+        case Ref(step, item):
+            return {"step": step} if item is None else {"step": step, "item": item}
+        case Stored(name):
+            return {"tensor": name}
+        case Batch(factor):
+            return {"images": factor}
+        case slice():
+            return {"slice": [argument.start, argument.stop, argument.step]}
+        case float():
+            return argument if np.isfinite(argument) else {"float": str(argument)}
+        case tuple():
+            return [_plain(item) for item in argument]
+    return argument
+
+
+def unpack_network(data: bytes, source: str) -> Packed:
+    """Return the content of a packed file. Memory is bounded, whatever the file contains.
+
+    Raises:
+        CheckpointError: the file is damaged, truncated, has another version, or its network cannot
+            run.
+    """
+    if not is_safetensors(data):
+        raise CheckpointError(f"{source} is damaged, truncated, or not a packed file of qbench export")
+    try:
+        with bounded_memory(EXTRA_BYTES + 1024 * len(data)):
+            packed = _unpack(load_safetensors(data, source), source)
+            _try(packed)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a malicious file can raise any exception
+        reason = "".join(c for c in f"{type(error).__name__}: {error}".splitlines()[0][:200] if c.isprintable())
+        raise CheckpointError(f"{source} is damaged: {reason}") from None
+    return packed
+
+
+def _unpack(tensors: Mapping[str, Tensor], source: str) -> Packed:
+    if set(tensors) != {*PARTS, "sha256"} or tensors["floats"].dtype != torch.float32:
+        raise CheckpointError(f"{source} is not a packed file of qbench export")
+    parts = {name: tensors[name].numpy() for name in PARTS}
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts.values())).digest()
+    if tensors["sha256"].numpy().tobytes() != digest:
+        raise CheckpointError(f"{source} is damaged: its sha256 does not match its content")
+    decompressor = zlib.decompressobj()
+    text = decompressor.decompress(parts["header"].tobytes(), MAX_HEADER_BYTES)
+    if not decompressor.eof:
+        raise ValueError(f"a header of more than {MAX_HEADER_BYTES:,} bytes")
+    header = json.loads(text)
+    if header["version"] != VERSION:
+        raise CheckpointError(
+            f"{source} has version {header['version']!r} of the format; this qbench reads version {VERSION}\n"
+            "export the run again"
+        )
+    about = read_about(header["about"], source)
+    named = {name: _tensor(entry, tensors["floats"]) for name, entry in header["tensors"].items()}
+    weights = {name: _weight(entry, tensors["floats"], parts["codes"]) for name, entry in header["weights"].items()}
+    if len(header["steps"]) > MAX_STEPS:
+        raise ValueError(f"{len(header['steps'])} steps; at most {MAX_STEPS}")
+    steps = [_step(i, *entry) for i, entry in enumerate(header["steps"])]
+    step, item = header["output"]
+    network = Network(steps, _argument({"step": step, "item": item}, len(steps)), named, weights)
+    return Packed(network, about, {name: part.nbytes for name, part in parts.items()})
+
+
+def _try(packed: Packed) -> None:
+    """Run the network on one black image."""
+    shape = packed.about.shape
+    if prod(shape) > 2**22:
+        raise ValueError(f"images of {shape}")
+    logits = packed.network.function()(torch.zeros(1, *shape))
+    if tuple(logits.shape) != (1, packed.about.classes):
+        raise ValueError(f"its network returns {tuple(logits.shape)}, not one row of {packed.about.classes} logits")
+
+
+def _tensor(entry: Mapping[str, Any], floats: Tensor) -> Tensor:
+    shape, start = _sizes(entry["shape"]), _natural(entry["at"])
+    if start + prod(shape) > len(floats):
+        raise ValueError(f"a tensor of {shape} at {start} of {len(floats)} floats")
+    return floats[start : start + prod(shape)].reshape(shape).clone()
+
+
+def _weight(entry: Mapping[str, Any], floats: Tensor, codes: np.ndarray) -> Encoded:
+    shape, order, form = _sizes(entry["shape"]), _sizes(entry["order"]), entry["form"]
+    count, start = _natural(entry["count"]), _natural(entry["at"])
+    scale, low, book = (_tensor(entry[key], floats) for key in ("scale", "low", "book"))
+    if sorted(order) != list(range(len(shape))) or form not in FORMS or not 1 <= count <= 2**MAX_CODE_BITS:
+        raise ValueError(f"weights of {shape} in the form {form} with {count} levels")
+    if prod(shape) > 1024 * (len(codes) + len(floats) + 1):
+        raise ValueError(f"weights of {shape} from {len(codes)} bytes of codes")
+    layout = entry["layout"]
+    size = packed_size(code_count(layout, shape), code_bits(count))
+    if start + size > len(codes):
+        raise ValueError(f"{size} bytes of codes at {start} of {len(codes)}")
+    levels = Levels(form, count, int(entry["first"]), int(entry["step"]), scale, low, book)
+    return Encoded(shape, order, layout, levels, codes[start : start + size])
+
+
+def _step(place: int, function: str, args: list[Any], kwargs: dict[str, Any], where: str) -> Step:
+    if function not in FUNCTIONS:
+        raise ValueError(f"step {place} calls an unknown function")
+    return Step(function, _argument(args, place), {k: _argument(v, place) for k, v in kwargs.items()}, str(where))
+
+
+def _argument(value: Any, place: int) -> Argument:
+    """Return an argument of the step at a place from JSON."""
+    if isinstance(value, list):
+        return tuple(_argument(item, place) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "step" in value:
+        step, item = value["step"], value.get("item")
+        if not isinstance(step, int) or not -1 <= step < place:
+            raise ValueError(f"step {place} reads step {step}")
+        return Ref(step, None if item is None else _natural(item))
+    if "tensor" in value:
+        return Stored(str(value["tensor"]))
+    if "images" in value:
+        return Batch(_natural(value["images"]))
+    if "slice" in value:
+        return slice(*(None if end is None else int(end) for end in value["slice"]))
+    return float(value["float"])
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    return tuple(_natural(value) for value in values)
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0 or value >= 2**40:
+        raise ValueError(f"{value!r} is not a size")
+    return value

@@ -1,0 +1,102 @@
+"""Finds the thresholds and levels of an activation quantizer, so that it can run without its code.
+
+In evaluation, an activation quantizer is a step function of single values, which rises or falls on
+each side of 0. If such a function has equal values at both ends of an interval, it is constant
+between them. So bisection over all floats finds every level and the exact thresholds.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_LEVELS = 2**8 + 1
+"""Largest number of levels on each side of 0."""
+
+MAX_TABLES = 64
+"""Largest number of different step functions in one layer."""
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+class NotSteps(Exception):
+    """Raised if a quantizer is not a step function of single values. The message states the reason."""
+
+
+@torch.no_grad()
+def step_function(function: Callable[[Tensor], Tensor], example: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the thresholds and levels of a quantizer; see `qbench.deploy.network.quantize`.
+
+    Args:
+        function: the quantizer in evaluation mode.
+        example: an input (N, C, ...) of the quantizer, which tells the shape.
+
+    Raises:
+        NotSteps: the quantizer has too many levels, or other places in a channel have other levels.
+    """
+    shape = (example.shape[1], *[1] * (example.dim() - 2))
+
+    def at(x: Tensor) -> Tensor:
+        """Return the results (n, C) for values (n,), each placed in all channels."""
+        places = x.reshape(-1, *[1] * len(shape)).expand(-1, *shape).contiguous()
+        return function(places).flatten(2)[..., 0] if len(shape) > 1 else function(places)
+
+    def of_channel(channel: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: at(x)[:, channel]
+
+    tables: list[tuple[Tensor, Tensor]] = []
+    table_of = torch.full((shape[0],), -1)
+    while len(left := (table_of < 0).nonzero().flatten()):
+        if len(tables) == MAX_TABLES:
+            raise NotSteps("its channels have too many different levels")
+        channel = int(left[0])
+        edges = _edges(of_channel(channel))
+        starts = torch.cat([edges.new_tensor([-LARGEST]), edges])
+        ends = torch.cat([torch.nextafter(edges, edges.new_tensor(-torch.inf)), edges.new_tensor([LARGEST])])
+        low, high = at(starts), at(ends)
+        tables.append((edges, low[:, channel]))
+        # the same steps in another channel
+        same = (low == low[:, [channel]]).all(0) & (high == low[:, [channel]]).all(0)
+        table_of[same & (table_of < 0)] = len(tables) - 1
+        if table_of[channel] < 0:
+            raise NotSteps("its quantizer is not a step function on each side of 0")
+    if len(tables) == 1:
+        return tables[0]
+    most = max(len(edges) for edges, _ in tables)
+    thresholds = torch.stack([F.pad(edges, (0, most - len(edges)), value=torch.inf) for edges, _ in tables])
+    levels = torch.stack([F.pad(heights, (0, most - len(edges))) for edges, heights in tables])
+    return thresholds[table_of], levels[table_of]
+
+
+def _edges(function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return all x, ascending, at which a step function differs from its value at the next smaller float."""
+    found = []
+    low, high = _ordered(torch.tensor([-LARGEST, 0.0])), _ordered(torch.tensor([0.0, LARGEST]))
+    at_low, at_high = function(_float(low)), function(_float(high))
+    while True:
+        # an interval with equal ends is constant
+        differ = at_low != at_high
+        low, high, at_low, at_high = low[differ], high[differ], at_low[differ], at_high[differ]
+        if len(low) > 2 * MAX_LEVELS:
+            raise NotSteps(f"its quantizer has more than {MAX_LEVELS - 1} levels")
+        found.append(high[high - low == 1])
+        wide = high - low > 1
+        if not wide.any():
+            return _float(torch.cat(found).sort().values)
+        low, high, at_low, at_high = low[wide], high[wide], at_low[wide], at_high[wide]
+        middle = (low + high) >> 1
+        at_middle = function(_float(middle))
+        low, high = torch.cat([low, middle]), torch.cat([middle, high])
+        at_low, at_high = torch.cat([at_low, at_middle]), torch.cat([at_middle, at_high])
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """Return integers in the order of the floats x. Neighbouring floats have neighbouring integers."""
+    bits = x.view(torch.int32).long()
+    return torch.where(bits >= 0, bits, -(bits + 2**31))
+
+
+def _float(number: Tensor) -> Tensor:
+    """Return the floats of integers from `_ordered`."""
+    return torch.where(number >= 0, number, -number - 2**31).to(torch.int32).view(torch.float32)

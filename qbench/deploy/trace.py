@@ -1,0 +1,285 @@
+"""Turns a quantized network into a plain one: records the functions of torch that it calls on images.
+
+Weight quantizers become codes, and input quantizers become thresholds. All other Python code of the
+model and of the method is gone; what it has called is recorded.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbench.bits import FLOAT
+from qbench.deploy.codes import Encoded, NotEncodable, encode
+from qbench.deploy.network import FUNCTIONS, Argument, Batch, Network, Ref, Step, Stored, refs
+from qbench.deploy.steps import NotSteps, step_function
+from qbench.errors import ConfigError
+from qbench.quant.graph import Arguments, Recorder, eval_mode_keeping_rng, intercepted_calls, tensors
+from qbench.quant.layers import QLayer, quantized_layers
+
+MAX_BITS = 8
+"""Largest width of weights and activations in an exported file."""
+
+UNCHANGED = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "detach", "data", "view_as"})
+"""Functions that return their first argument's values in evaluation."""
+
+CREATES = frozenset({"new_full", "new_zeros", "new_ones", "new_tensor", "zeros_like", "ones_like", "full_like"})
+"""Functions whose result does not depend on the values of their arguments."""
+
+
+class NotExportable(ConfigError):
+    """The network or its method cannot be exported. The message names the layer, the reason and what would work."""
+
+
+@dataclass
+class _Program:
+    """What has been recorded: the steps, and the tensors that they read."""
+
+    steps: list[Step] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, tuple[str, Tensor]] = field(default_factory=dict)  # name -> layer, its quantized weights
+
+
+def trace(model: nn.Module, images: Tensor) -> Network:
+    """Return the plain form of a quantized network.
+
+    The network runs on two batches of different sizes. What differs between them must be a size.
+
+    Args:
+        images: (N, C, H, W), at least 5 of them, on the CPU, as the network takes them.
+
+    Raises:
+        NotExportable: a width, a quantizer or a function of the network cannot be exported.
+    """
+    layers = quantized_layers(model)
+    _check(layers)
+    batches = images[:2], images[2:5]
+    (first, output), (second, other_output) = (_record(model, batch, layers) for batch in batches)
+    if [step.function for step in first.steps] != [step.function for step in second.steps] or output != other_output:
+        raise NotExportable("the network calls other functions on other images; such a network cannot be exported")
+    steps = []
+    for step, other in zip(first.steps, second.steps, strict=True):
+        merged = _merged((step.args, dict(step.kwargs)), (other.args, dict(other.kwargs)), step)
+        steps.append(step._replace(args=merged[0], kwargs=merged[1]))
+    for name, tensor in first.tensors.items():
+        if not _same(tensor, second.tensors.get(name)):
+            raise NotExportable(f"{name}: depends on the images in a way that is not a function of torch")
+    weights = {name: _encode(layer, layers[layer], weight) for name, (layer, weight) in first.weights.items()}
+    return _live(steps, output, first.tensors, weights)
+
+
+def _check(layers: Mapping[str, QLayer]) -> None:
+    """Refuse layers whose widths or state cannot be exported."""
+    for name, layer in layers.items():
+        for key, what, width in (("w", "weights", layer.bits.w), ("a", "activations", layer.bits.a)):
+            if MAX_BITS < width < FLOAT:
+                raise NotExportable(
+                    f"{name} has {width}-bit {what}; exported files have at most {MAX_BITS} bits\n"
+                    f"train with bits.{key}={MAX_BITS} or less, or bits.{key}={FLOAT}"
+                )
+        if not layer.weight_q.complete:
+            raise NotExportable(f"{name}: some of its weights are still float\nexport the finished run")
+
+
+def _encode(name: str, layer: QLayer, weight: Tensor) -> Encoded:
+    try:
+        return encode(layer.weight_q, layer.weight.detach(), weight)
+    except NotEncodable as reason:
+        raise NotExportable(f"{name}: its weights cannot be stored as codes: {reason}") from None
+
+
+class _Tracer(Recorder):
+    """Records steps, with references in place of tensors."""
+
+    def __init__(self, model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> None:
+        super().__init__(model, images)
+        self.program, self._layers, self._where = _Program(), layers, [""]
+        self._values: dict[int, Ref | Stored] = {id(images): Ref(-1)}
+        self._names = {
+            id(tensor): name
+            for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+        }
+
+    def call_container(
+        self, name: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Carry out the call of a module whose functions are recorded."""
+        self._where.append(name)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._where.pop()
+
+    def call_output(
+        self, name: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Carry out the call of an output quantizer.
+
+        If its result depends on the layer's input, its functions are recorded.
+        """
+        y, x = args
+        with self.unrecorded():
+            single = torch.equal(forward(y, x), forward(y, 2 * x + 1))
+        return (self.call_module if single else self.call_container)(name, module, forward, args, kwargs)
+
+    def add(self, module: str | None, kind: str, arguments: Arguments, results: Any) -> None:
+        """Record one call of a function or of a quantizer."""
+        super().add(module, kind, arguments, results)
+        if module is not None:
+            self._add_quantizer(module, arguments[0][0], results)
+            return
+        result, out, changed = results
+        args, kwargs = arguments
+        if not list(tensors(result)):
+            return
+        converted = self._arguments(args), {key: self._arguments(value) for key, value in kwargs.items()}
+        if kind in CREATES or not any(True for _ in refs((converted[0], tuple(converted[1].values())))):
+            return  # does not depend on the image: its result is a constant
+        function = kind if kind.endswith("__") else kind.removesuffix("_")
+        function = {"__getitem__": "getitem", "__rsub__": "rsub"}.get(function, function)
+        value: Ref | Stored
+        first = converted[0][0] if converted[0] else None
+        if isinstance(first, Ref) and (function in UNCHANGED or (result is args[0] and changed is None)):
+            value = first
+        else:
+            converted[1].pop("inplace", None)
+            value = self._add_step("out=" if out is not None else function, *converted)
+        if isinstance(result, Tensor):
+            self._values[id(result)] = value
+        else:
+            assert isinstance(value, Ref)
+            self._values |= {id(t): value._replace(item=i) for i, t in enumerate(result) if isinstance(t, Tensor)}
+        if changed is not None:
+            self._values[id(changed)] = value
+
+    def _add_step(self, function: str, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> Ref:
+        self.program.steps.append(Step(function, args, kwargs, self._where[-1]))
+        return Ref(len(self.program.steps) - 1)
+
+    def _add_quantizer(self, module: str, x: Tensor, result: Tensor) -> None:
+        name, _, slot = module.rpartition(".")
+        if slot == "weight_q":
+            weight = module  # not the name of the latent weights
+            self.program.weights[weight] = name, result
+            self._values[id(result)] = Stored(weight)
+            return
+        value = self._arguments(x)
+        if not isinstance(value, Ref):
+            raise NotExportable(f"{name}: its input does not come from the images by functions of torch")
+        if torch.equal(result, x):
+            self._values[id(result)] = value  # the identity, such as a quantizer of gradients
+            return
+        quantizer = self._layers[name].get_submodule(slot)
+        function: Callable[[Tensor], Tensor] = quantizer if slot == "input_q" else lambda y: quantizer(y, y)
+        try:
+            with self.unrecorded():
+                thresholds, levels = step_function(function, x)
+        except NotSteps as reason:
+            raise NotExportable(f"{name}: {reason}\nexport needs an activation quantizer with thresholds") from None
+        self.program.tensors |= {f"{module}.thresholds": thresholds, f"{module}.levels": levels}
+        stored = (Stored(f"{module}.thresholds"), Stored(f"{module}.levels"))
+        self._where.append(name)
+        self._values[id(result)] = self._add_step("quantize", (value, *stored), {})
+        self._where.pop()
+
+    def _arguments(self, value: Any) -> Argument:
+        """Return an argument with references in place of tensors."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._values:
+                name = self._names.get(id(value)) or f"constant{len(self.program.tensors)}"
+                self.program.tensors[name] = value.detach()
+                self._values[id(value)] = Stored(name)
+            return self._values[id(value)]
+        if isinstance(value, tuple | list):
+            return tuple(map(self._arguments, value))
+        return value
+
+
+def _record(model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> tuple[_Program, Ref]:
+    tracer = _Tracer(model, images, layers)
+    single = {f"{name}.{slot}" for name in layers for slot in ("weight_q", "input_q")}
+    outputs = {f"{name}.output_q" for name in layers}
+    others = [name for name, _ in model.named_modules() if name not in single | outputs]
+    with (
+        eval_mode_keeping_rng(model),
+        torch.no_grad(),
+        intercepted_calls(model, sorted(single), tracer.call_module),
+        intercepted_calls(model, sorted(outputs), tracer.call_output),
+        intercepted_calls(model, others, tracer.call_container),
+        tracer,
+    ):
+        result = model(images)
+    output = tracer._values.get(id(result)) if isinstance(result, Tensor) else None
+    if not isinstance(output, Ref) or result.dim() != 2 or len(result) != len(images):
+        raise NotExportable("the network's output is not one tensor of logits (N, classes), computed from the images")
+    return tracer.program, output
+
+
+def _merged(first: Argument, second: Argument, step: Step) -> Any:
+    """Return an argument that holds for both batches, which have 2 and 3 images."""
+    if isinstance(first, dict):
+        return {key: _merged(value, second[key], step) for key, value in first.items()}
+    if isinstance(first, Ref | Stored):
+        if first == second:
+            return first
+    elif isinstance(first, tuple):
+        if len(first) == len(second):
+            return tuple(_merged(one, other, step) for one, other in zip(first, second, strict=True))
+    elif first is second or (type(first) is type(second) and first == second):
+        return first
+    elif isinstance(first, int) and isinstance(second, int) and first % 2 == 0 and first // 2 * 3 == second:
+        return Batch(first // 2)
+    raise NotExportable(
+        f"{step.where or 'the network'}: an argument of {step.function} depends on the images\n"
+        "only sizes may depend on the number of images"
+    )
+
+
+def _same(first: Tensor, second: Tensor | None) -> bool:
+    return second is not None and first.shape == second.shape and torch.equal(first, second)
+
+
+def _live(steps: Sequence[Step], output: Ref, found: Mapping[str, Tensor], weights: Mapping[str, Encoded]) -> Network:
+    """Return the network of those steps on which the output depends.
+
+    Raises:
+        NotExportable: one of these steps calls a function that files cannot describe.
+    """
+    needed = {output.step}
+    for i in reversed(range(len(steps))):
+        if i in needed:
+            needed |= {ref.step for ref in refs((steps[i].args, tuple(steps[i].kwargs.values())))}
+    number = {-1: -1} | {old: new for new, old in enumerate(sorted(needed - {-1}))}
+    kept = [_renumbered(steps[i], number) for i in sorted(needed - {-1})]
+    for step in kept:
+        if step.function not in FUNCTIONS:
+            raise NotExportable(f"{step.where or 'the network'}: export does not know the function {step.function}")
+    names = {stored.name for step in kept for stored in _stored((step.args, tuple(step.kwargs.values())))}
+    for name in names & found.keys():
+        if found[name].dtype != torch.float32:
+            raise NotExportable(f"{name} is {found[name].dtype}; exported networks compute in float32")
+    return Network(
+        kept, Ref(number[output.step], output.item), {name: found[name] for name in sorted(names & found.keys())},
+        {name: weight for name, weight in weights.items() if name in names},
+    )  # fmt: skip
+
+
+def _renumbered(step: Step, number: Mapping[int, int]) -> Step:
+    def renumber(argument: Argument) -> Argument:
+        if isinstance(argument, Ref):
+            return argument._replace(step=number[argument.step])
+        if isinstance(argument, tuple) and not isinstance(argument, Stored | Batch):
+            return tuple(map(renumber, argument))
+        return argument
+
+    return step._replace(args=renumber(step.args), kwargs={k: renumber(v) for k, v in step.kwargs.items()})
+
+
+def _stored(argument: Argument) -> Iterator[Stored]:
+    if isinstance(argument, Stored):
+        yield argument
+    elif isinstance(argument, tuple) and not isinstance(argument, Ref | Batch):
+        for item in argument:
+            yield from _stored(item)

@@ -1,0 +1,430 @@
+"""Packed files: bit-equal logits for every method, true sizes, refusals, damaged files."""
+
+import json
+import random
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Configure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.analysis.export import evaluate_file, export, load_exported
+from qbench.bits import FLOAT
+from qbench.cli.main import main as cli
+from qbench.config import compose, groups, registry
+from qbench.deploy import packed
+from qbench.deploy.about import About
+from qbench.deploy.codes import Encoded, encode, pack, unpack
+from qbench.deploy.network import quantize
+from qbench.deploy.packed import pack_network, unpack_network
+from qbench.deploy.steps import NotSteps, step_function
+from qbench.deploy.trace import NotExportable, trace
+from qbench.errors import CheckpointError, ConfigError
+from qbench.experiment.context import RunContext
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run as train_run
+from qbench.experiment.setup import assemble
+from qbench.methods import dorefa
+from qbench.quant.install import install
+from qbench.quant.layers import quantized_layers
+from qbench.quant.policy import Policy
+from qbench.quant.probe import Probe
+from qbench.quant.quantizer import Grid, Quantizer
+from qbench.training.safetensors_file import load_safetensors
+
+METHODS = [name for name in groups.option_names("method") if name != "float"]
+EPOCHS = 12
+ABOUT = About(
+    title="a test", identity="0", weights="last", dataset={"name": "digits"}, shape=(1, 8, 8), classes=10,
+    mean=(0.5,), std=(0.5,), batch_size=64, threads=1,
+)  # fmt: skip
+
+
+def quantized(configure: Configure, *words: str) -> tuple[nn.Module, list[Tensor]]:
+    """Return a network with a method's quantizers, prepared, and two batches of test images."""
+    parts = assemble(configure("experiment=smoke", "init=scratch", *words))
+    model = parts.install(parts.float_model())
+    probe = Probe(list(parts.loader().unaugmented("train", 64)), F.cross_entropy)
+    if parts.method.prepare:
+        parts.method.prepare(model, probe)
+    for epoch in range(EPOCHS if parts.method.on_epoch else 0):
+        parts.method.on_epoch(model, epoch, EPOCHS, probe)  # type: ignore[misc]
+    for images, _ in probe.batches:  # statistics of batch normalization, ranges of activations
+        model(images)
+    return model.eval(), [images for images, _ in parts.loader().unaugmented("test", 100)]
+
+
+def widths(name: str) -> list[str]:
+    """Return every pair of widths up to 8, each width of weights and of activations at least once."""
+    supported = registry.create("method", {"name": name}).supported_bits
+    w, a = ([k for k in range(1, 9) if k in supported.get(key, ())] or [FLOAT] for key in "wa")
+    return [f"w{w[min(i, len(w) - 1)]}a{a[min(i, len(a) - 1)]}" for i in range(max(len(w), len(a)))]
+
+
+def check_packed(model: nn.Module, batches: list[Tensor]) -> packed.Packed:
+    """Assert that the packed network returns the same bits; return the content of its file."""
+    content = unpack_network(pack_network(trace(model, batches[0]), ABOUT), "file")
+    run = content.network.function()
+    with torch.no_grad():
+        assert all(torch.equal(run(images), model(images)) for images in batches)
+    return content
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_at_every_width_has_the_same_bits(name: str, configure: Configure) -> None:
+    pairs = widths(name)
+    for bits in {pairs[0], pairs[len(pairs) // 2], pairs[-1]}:
+        # a code of Q-CNN for several weights has at most ten bits
+        options = ("method.subspace=1", "method.fc_subspace=1") if name == "qcnn" and bits > "w2" else ()
+        model, batches = quantized(configure, f"method={name}", f"bits={bits}g{FLOAT}", *options)
+        content = check_packed(model, batches)
+        layers = quantized_layers(model)
+        assert len(content.network.weights) == len(layers) > 0
+        for key, weight in content.network.weights.items():
+            layer = layers[key.removesuffix(".weight_q")]
+            declared = layer.weight_q.bytes(layer.weight)
+            # codes of the declared width; tables of levels are at most 256 floats larger
+            assert len(weight.codes) == -(-declared.codes * weight.bits // 8)
+            assert weight.bits <= declared.code_bits
+            stored = len(weight.codes) + 4 * sum(t.numel() for t in weight.levels.stored)
+            assert stored <= declared.ideal + (1024 if weight.layout == "tensor" else 8)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method=dorefa", "bits=w2a2g4", "method.activation=abs"),
+        ("method=dorefa", "bits=w3a3", "method.activation=tanh"),
+        ("method=xnor", "method.scale=K"),
+        ("method=hwgq", "method.threshold=half_step", "bits.a=3"),
+        ("method=hwgq", "bits.a=8", "method.levels=optimal"),
+        ("method=uniform", "layers.first=8", "layers.last=8"),
+        ("method=uniform", "bits=w4a4", "method.channel=false"),
+        ("method=qd", "bits.w=8", "method.bucket=50"),
+        ("method=gupta", "bits=w8a8g8"),
+        ("method=twn", "activation=lsq", "bits.a=4"),
+        ("method=lsq", "model=mlp", "layers.first=8", "~model.width"),
+        ("method=lsq", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width"),
+        ("method=lsq", "model.form=post", "model.shortcut=B"),
+        ("method=float",),
+    ],
+    ids=" ".join,
+)
+def test_options_and_networks_have_the_same_bits(words: tuple[str, ...], configure: Configure) -> None:
+    check_packed(*quantized(configure, *words))
+
+
+def test_levels_of_one_channel_are_not_those_of_another() -> None:
+    """Images of three channels with different ranges need one table per channel."""
+    ranges = ((-1.0, -2.0, 0.0), (1.0, 3.0, 0.5))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
+    policy = Policy(first="same", last="same", image_range=ranges)
+    images = torch.randn(9, 3, 8, 8)
+    install(dorefa.build(w=4, a=4), model, policy, example=images[:1])
+    network = trace(model, images)
+    assert network.tensors["0.input_q.thresholds"].shape == (3, 15)
+    assert torch.equal(network.function()(images), model(images))
+
+
+def test_thresholds_and_levels_are_exact() -> None:
+    thresholds, levels = step_function(lambda x: dorefa.quantize_activation(x, 2), torch.zeros(1, 1, 2, 2))
+    assert levels.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    for edge, expected in zip(thresholds, (0.5 / 3, 1.5 / 3, 2.5 / 3), strict=True):
+        assert edge.item() == pytest.approx(expected, abs=1e-7)
+        below = torch.nextafter(edge, torch.tensor(-1.0))
+        assert dorefa.quantize_activation(edge, 2) != dorefa.quantize_activation(below, 2)
+    assert quantize(torch.tensor([[-3.0, 0.4, 9.0]]), thresholds, levels).tolist() == [[0, levels[1].item(), 1]]
+
+
+def test_a_function_without_steps_is_refused() -> None:
+    with pytest.raises(NotSteps, match="more than 256 levels"):
+        step_function(torch.relu, torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="inf or nan"):
+        quantize(torch.tensor([[torch.nan]]), torch.zeros(1), torch.zeros(2))
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_codes_are_packed_without_gaps(bits: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 2**bits, 77)
+    data = pack(codes, bits)
+    assert len(data) == -(-77 * bits // 8)
+    assert (unpack(data, 77, bits) == codes).all()
+
+
+def test_packed_codes_by_hand() -> None:
+    """The levels -1, -1/3, 1/3, 1 as codes 0 to 3, lowest bits first."""
+    w = torch.tensor([[-1.0, -1 / 3, 1 / 3, 1.0, 1.0]])
+    encoded = encode(dorefa.DoReFaWeight(2), w, dorefa.DoReFaWeight(2)(torch.atanh(w * 0.9)))
+    assert encoded.codes.tolist() == [0b11_10_01_00, 0b11]
+    assert (encoded.layout, encoded.levels.form, encoded.bits) == ("tensor", "span", 2)
+    assert encoded.levels.scale.tolist() == [2.0]
+    assert encoded.levels.low.tolist() == [-1.0]
+
+
+class Halved(Quantizer):
+    """A quantizer of a user, without a formula that qbench knows: two levels per row, not equally spaced groups."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return torch.where(w > 0, 0.5, -0.25) * torch.arange(1, len(w) + 1).reshape(-1, 1)
+
+    def grid(self, w: Tensor) -> Grid:
+        rows = torch.arange(1, len(w) + 1).reshape(-1, 1)
+        return Grid((torch.tensor([-0.25, 0.5]) * rows).unsqueeze(-1), lambda t: t.reshape(len(t), -1, 1))
+
+
+def test_any_declared_grid_is_encoded() -> None:
+    w = torch.randn(3, 7)
+    encoded = encode(Halved(), w, Halved()(w))
+    assert torch.equal(encoded.decode(), Halved()(w))
+    assert encoded.layout == "channel"
+
+
+def refusal(model: nn.Module, images: Tensor) -> str:
+    with pytest.raises(NotExportable) as error:
+        trace(model, images)
+    assert error.value.status == 2
+    assert len(str(error.value).splitlines()) <= 2
+    return str(error.value)
+
+
+def test_what_cannot_be_packed_is_refused_with_its_layer(configure: Configure) -> None:
+    model, (images, *_) = quantized(configure, "method=dorefa", "bits=w9a2")
+    assert "layer1.0.conv1 has 9-bit weights; exported files have at most 8 bits" in refusal(model, images)
+    model, (images, *_) = quantized(configure, "method=dorefa", "bits=w2a16")
+    assert "train with bits.a=8 or less, or bits.a=32" in refusal(model, images)
+    model, (images, *_) = quantized(configure, "method=inq")
+    weight_q = quantized_layers(model)["layer2.0.conv1"].weight_q
+    weight_q.frozen[0] = False  # type: ignore[operator, union-attr]
+    assert "layer2.0.conv1: some of its weights are still float" in refusal(model, images)
+
+
+class Odd(nn.Module):
+    """A network with one operation that cannot be exported."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.change = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(2, 3), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.change(self.conv(x)).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: torch.special.i0(x), "does not know the function i0"),
+        (lambda x: torch.from_numpy(x.detach().numpy().copy()) * x, "in a way that is not a function of torch"),
+        (lambda x: x * float(x.sum()), "an argument of mul depends on the images"),
+        (lambda x: x.relu() if len(x) == 2 else x, "calls other functions on other images"),
+    ],
+    ids=["unknown", "numpy", "value", "branch"],
+)
+def test_networks_that_cannot_be_traced_are_refused(change: Any, message: str) -> None:
+    model, images = Odd(change), torch.randn(6, 1, 4, 4)
+    install(dorefa.build(w=2), model, example=images[:1])
+    assert message in refusal(model, images)
+
+
+def test_sizes_may_depend_on_the_number_of_images() -> None:
+    model, images = Odd(lambda x: x.view(2 * len(x), -1).reshape(len(x), 2, 4, 4)), torch.randn(7, 1, 4, 4)
+    install(dorefa.build(w=2), model, example=images[:1])
+    assert torch.equal(trace(model, images).function()(images), model.eval()(images))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a finished run on digits."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs")
+    (config,) = compose.configurations(
+        [f"out={out}", "experiment=smoke", "runtime.tensorboard=false", "runtime.threads=1", "method=lsq", "bits=w2a2"]
+    )
+    planned = planned_run(config)
+    train_run(planned, RunContext())
+    return planned.directory.path
+
+
+def test_export_and_evaluate_on_the_command_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "n.qbench"
+    assert cli(["export", str(finished), "--out", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert f"wrote {file}: {file.stat().st_size:,} bytes" in said
+    assert "verified on 450 test images: all logits have the same bits" in said
+    tables = []
+    for place in (finished, file):
+        assert cli(["evaluate", str(place), "--format", "json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["tables"][0]["rows"]
+        tables.append({key: value for key, value in row.items() if key != "run"})
+    assert tables[0] == tables[1]
+    assert cli(["export", str(finished)]) == 0
+    assert (finished / "network.qbench").read_bytes() == file.read_bytes()
+
+
+def test_the_file_is_a_safetensors_file(finished: Path) -> None:
+    library = pytest.importorskip("safetensors.numpy", reason="needs the package safetensors")
+    export(finished)
+    tensors = library.load_file(finished / "network.qbench")
+    assert {name: str(t.dtype) for name, t in tensors.items()} == {
+        "floats": "float32", "codes": "uint8", "header": "uint8", "sha256": "uint8",
+    }  # fmt: skip
+    assert json.loads(zlib.decompress(tensors["header"].tobytes()))["about"]["dataset"]["name"] == "digits"
+
+
+def test_nothing_is_written_if_the_logits_differ(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Encoded, "decode", lambda self, decode=Encoded.decode: decode(self) + 0.5)
+    assert cli(["export", str(finished), "--out", str(tmp_path / "n.qbench")]) == 2
+    assert not list(tmp_path.iterdir())
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["export"], 2, "exactly one run directory"),
+        (["export", "nowhere"], 2, "no such directory"),
+        (["export", "RUN", "--to", "pakced"], 2, "did you mean packed"),
+        (["export", "RUN", "--out", "nowhere/n.qbench"], 2, "no such directory: nowhere"),
+        (["export", "RUN", "--out", "."], 2, "is a directory"),
+        (["export", "RUN", "bits=w4"], 2, "has no effect"),
+        (["export", "EMPTY"], 4, "is not a run directory"),
+        (["evaluate", "nowhere.qbench"], 2, "no such file or directory"),
+        (["evaluate", "FILE", "--weights", "best"], 2, "has no effect on an exported file"),
+        (["evaluate", "FILE", "--device", "cuda"], 2, "exported files run on the CPU"),
+        (["evaluate", "FILE", "dataset=synthetic"], 2, "same shape and classes"),
+        (["evaluate", "TEXT"], 4, "not a packed file"),
+    ],
+)
+def test_wrong_arguments_and_files(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: list[str], status: int, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text("not a network")
+    export(finished, out=tmp_path / "n.qbench")
+    places = {"RUN": str(finished), "EMPTY": "empty", "TEXT": "text", "FILE": "n.qbench"}
+    assert cli([places.get(word, word) for word in words]) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) <= 2
+
+
+def test_an_unfinished_run_is_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twin = tmp_path / finished.name
+    shutil.copytree(finished, twin)
+    (twin / "result.json").unlink()
+    assert cli(["export", str(twin)]) == CheckpointError.status
+    assert "is not finished" in capsys.readouterr().err
+    assert not (twin / "network.qbench").is_file() or (finished / "network.qbench").is_file()
+
+
+def test_a_damaged_file_is_refused_at_every_byte(finished: Path) -> None:
+    whole = export(finished).path.read_bytes()
+    draws = random.Random(0)
+    for cut in [0, 7, 8, 100, *draws.choices(range(len(whole)), k=20)]:
+        with pytest.raises(CheckpointError):
+            unpack_network(whole[:cut], "file")
+    for place in [*range(8), *draws.choices(range(len(whole)), k=120)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draws.randrange(8)
+        with suppress(CheckpointError):
+            content = unpack_network(bytes(damaged), "file")
+            # a byte without meaning, such as one in __metadata__
+            assert pack_network(content.network, content.about) == whole
+    with pytest.raises(CheckpointError):
+        unpack_network(whole + b"\0", "file")
+
+
+def rewritten(whole: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """Return a packed file with a changed header and correct digests, as an attacker would write it."""
+    parts = {name: tensor.numpy() for name, tensor in load_safetensors(whole, "").items()}
+    header = json.loads(zlib.decompress(parts["header"].tobytes()))
+    change(header)
+    parts["header"] = np.frombuffer(zlib.compress(json.dumps(header).encode()), np.uint8)
+    digest = sha256(b"".join(parts[name].tobytes() for name in packed.PARTS)).digest()
+    return packed._safetensors(
+        {name: parts[name] for name in packed.PARTS} | {"sha256": np.frombuffer(digest, np.uint8)}
+    )
+
+
+def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
+    *keys, last, value = path
+
+    def change(header: dict[str, Any]) -> None:
+        node: Any = header
+        for key in keys:
+            node = next(iter(node.values())) if key == "*" else node[key]
+        node[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("version", 2), "has version 2 of the format; this qbench reads version 1"),
+        (_set("about", "shape", [1, 2**20, 2**20]), "damaged"),
+        (_set("about", "shape", [1, 9]), "damaged"),
+        (_set("about", "classes", 3), "not one row of 3 logits"),
+        (_set("weights", "*", "shape", [2**30, 2**30]), "damaged"),
+        (_set("weights", "*", "shape", [4, 4, 3, 2]), "damaged"),
+        (_set("weights", "*", "at", 2**39), "damaged"),
+        (_set("weights", "*", "layout", "bucket:0"), "damaged"),
+        (_set("weights", "*", "layout", "subspace:1000000"), "damaged"),
+        (_set("weights", "*", "count", 2**16 + 1), "damaged"),
+        (_set("weights", "*", "order", [0, 0, 1, 2]), "damaged"),
+        (_set("tensors", "*", "shape", [-1]), "damaged"),
+        (_set("tensors", "*", "at", 10**9), "damaged"),
+        (_set("steps", 0, 0, "system"), "calls an unknown function"),
+        (_set("steps", 0, 1, [{"step": 5}]), "step 0 reads step 5"),
+        (_set("steps", 0, ["repeat", [{"step": -1}, 2**20, 2**10, 2**10], {}, ""]), "damaged"),
+        (_set("output", [2**20, None]), "damaged"),
+        (_set("steps", []), "damaged"),
+        (_set("about", {}), "damaged"),
+    ],
+    ids=map(str, range(19)),
+)
+def test_a_header_that_lies_is_refused(finished: Path, change: Any, message: str) -> None:
+    whole = export(finished).path.read_bytes()
+    assert rewritten(whole, lambda header: None)  # unchanged headers are accepted
+    unpack_network(rewritten(whole, lambda header: None), "file")
+    with pytest.raises(CheckpointError, match=message):
+        unpack_network(rewritten(whole, change), "file")
+
+
+def test_a_header_that_unpacks_to_gigabytes_is_refused() -> None:
+    parts = {"floats": np.empty(0, np.float32), "codes": np.empty(0, np.uint8)}
+    header = np.frombuffer(zlib.compress(b"0" * 2**26), np.uint8)
+    digest = np.frombuffer(sha256(header.tobytes()).digest(), np.uint8)
+    with pytest.raises(CheckpointError, match="a header of more than"):
+        unpack_network(packed._safetensors(parts | {"header": header, "sha256": digest}), "file")
+    with pytest.raises(CheckpointError, match="truncated"):
+        unpack_network(struct.pack("<Q", 2**60) + b"{" + bytes(100), "file")
+
+
+def test_a_data_set_of_code_is_run_only_if_it_is_typed(finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "n.qbench"
+    file.write_bytes(rewritten(export(finished).path.read_bytes(), _set("about", "dataset", {"name": "os:system"})))
+    with pytest.raises(ConfigError, match="is code that is not in the file"):
+        evaluate_file(file)
+    assert evaluate_file(file, ["dataset=digits"]).rows
+
+
+def test_load_exported_gives_a_module(finished: Path) -> None:
+    model, about = load_exported(export(finished).path)
+    assert model(torch.zeros(3, *about.shape)).shape == (3, about.classes)
