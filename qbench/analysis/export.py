@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from qbench.analysis.evaluate import Expected, measure, other_dataset, table
 from qbench.analysis.finished_run import FinishedRun, load_finished_run
 from qbench.analysis.overrides import override_dataset
+from qbench.bits import FLOAT
 from qbench.data.dataset import Loader
 from qbench.deploy import packed
 from qbench.deploy.about import About
-from qbench.deploy.agreement import Agreement, compare
+from qbench.deploy.agreement import Agreement, batch_noise, compare
+from qbench.deploy.onnx_file import to_onnx
+from qbench.deploy.runtimes import RUNTIMES, about_onnx
 from qbench.deploy.trace import NotExportable, trace
 from qbench.errors import CheckpointError, ConfigError
+from qbench.quant.layers import quantized_layers
 from qbench.quant.probe import Batch
 from qbench.report.tables.table import Table
 from qbench.system import files
@@ -49,26 +53,88 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
     finished = load_finished_run(run, weights, "cpu")
     batches = list(finished.setup.loader().unaugmented("test"))
     path = out or run / DEFAULT_NAMES[to]
-    network = trace(finished.model, _examples(batches))
-    data = packed.pack_network(network, _about(finished, weights))
-    read = packed.unpack_network(data, str(path))
-    agreement = compare(finished.model, read.network.function(), batches)
-    if not agreement.identical:
-        raise NotExportable(
-            f"{run}: the packed network does not compute the same logits as the run (difference {agreement.largest:g})"
-        )
+    network, about = trace(finished.model, _examples(batches)), _about(finished, weights, to)
+    if to == "packed":
+        data = packed.pack_network(network, about)
+        agreement, how = _verify_packed(finished, data, batches, path)
+    else:
+        data = to_onnx(network, about)
+        agreement, how = _verify_onnx(finished, about, data, batches, path)
     files.write(path, data)
     cost = finished.result.cost
-    ideal = f"; the ideal size is {cost.bytes_ideal:,.0f}, the float network's {cost.bytes_float:,}" if cost else ""
-    parts = ", ".join(f"{size:,} {name}" for name, size in read.sizes.items())
-    return Export(path, agreement, (
-        f"wrote {path}: {len(data):,} bytes ({parts}{ideal})",
-        f"verified on {agreement.images} test images: all logits have the same bits as those of the run",
-    ))  # fmt: skip
+    sizes = f"; ideal {cost.bytes_ideal:,.0f}, float {cost.bytes_float:,}" if cost else ""
+    return Export(path, agreement, (f"wrote {path}: {len(data):,} bytes{sizes}", *how))
 
 
-DEFAULT_NAMES: Mapping[str, str] = {"packed": f"network{packed.SUFFIX}"}
+DEFAULT_NAMES: Mapping[str, str] = {
+    "packed": f"network{packed.SUFFIX}", "onnx": "network.onnx", "int8": "network-int8.onnx",
+}  # fmt: skip
 """Form -> the name of its file in the run's directory."""
+
+NARROW, NARROW_TOLERANCE, WIDE_TOLERANCE = 4, 2e-5, 2e-2
+"""Largest width in bits of the first tolerance, and the tolerances of logits in ONNX files."""
+
+NOISE_IMAGES = 64
+
+
+def _verify_packed(
+    finished: FinishedRun, data: bytes, batches: Sequence[Batch], path: Path
+) -> tuple[Agreement, list[str]]:
+    """Compare a packed file with its run, and return the agreement, also in words.
+
+    Raises:
+        NotExportable: some logits have other bits.
+    """
+    content = packed.unpack_network(data, str(path))
+    agreement = compare(finished.model, content.network.function(), batches)
+    if not agreement.identical:
+        raise NotExportable(
+            f"the packed network does not compute the same logits as the run; the largest difference is "
+            f"{agreement.largest:.2g}"
+        )
+    parts = ", ".join(f"{size:,} of {name}" for name, size in content.sizes.items())
+    verified = f"verified on {agreement.images} test images: all logits have the same bits as those of the run"
+    return agreement, [f"bytes: {parts}", verified]
+
+
+def _verify_onnx(
+    finished: FinishedRun, about: About, data: bytes, batches: Sequence[Batch], path: Path
+) -> tuple[Agreement, list[str]]:
+    """Compare an ONNX file with its run in each runtime, and return the worst agreement, also in words.
+
+    Raises:
+        NotExportable: a predicted class differs, or logits differ by more than the tolerance.
+    """
+    widths = [width for layer in quantized_layers(finished.model).values() for width in layer.bits[:2] if width < FLOAT]
+    tolerance = NARROW_TOLERANCE if max(widths, default=0) <= NARROW else WIDE_TOLERANCE
+    noise = batch_noise(finished.model, batches[0][0][:NOISE_IMAGES])
+    agreements: list[Agreement] = []
+    lines = []
+    for name in VERIFIED_IN[about.form]:
+        try:
+            function = RUNTIMES[name](data, about, str(path))
+        except ConfigError as missing:
+            if not agreements:
+                raise
+            lines.append(f"not verified in {name}: {missing}".replace("\n", "; "))
+            continue
+        found = compare(finished.model, function, batches)
+        if found.same_class < found.images or not found.largest <= max(tolerance, noise):
+            raise NotExportable(
+                f"{name} predicts the run's class for {found.same_class} of {found.images} test images; the largest "
+                f"difference of logits is {found.largest:.2g}, allowed {tolerance:g}\n"
+                "try: qbench export RUN --to packed"
+            )
+        agreements.append(found)
+        lines.append(
+            f"verified in {name} on {found.images} test images: the same classes; logits differ by at most "
+            f"{found.largest:.2g} (allowed {tolerance:g}; torch itself by {noise:.2g} between batch sizes)"
+        )
+    return max(agreements, key=lambda agreement: agreement.largest), lines
+
+
+VERIFIED_IN: Mapping[str, Sequence[str]] = {"onnx": ("onnxruntime",), "int8": ("onnxruntime", "openvino")}
+"""Form -> the runtimes in which a file is verified."""
 
 
 def _examples(batches: Sequence[Batch]) -> Tensor:
@@ -77,11 +143,11 @@ def _examples(batches: Sequence[Batch]) -> Tensor:
     return images.repeat(5, *[1] * (images.dim() - 1))[:5] if len(images) < 5 else images
 
 
-def _about(finished: FinishedRun, weights: str) -> About:
+def _about(finished: FinishedRun, weights: str, form: str) -> About:
     setup, result = finished.setup, finished.result
     data, config = setup.data, setup.config
     return About(
-        title=f"{result.method} {result.widths}, {result.model} trained on {result.dataset}",
+        form=form, title=f"{result.method} {result.widths}, {result.model} trained on {result.dataset}",
         identity=result.identity, weights=weights, dataset=dict(config.dataset), shape=data.shape,
         classes=data.classes, mean=data.mean, std=data.std, batch_size=config.optim.batch_size,
         threads=config.runtime.threads,
@@ -100,34 +166,46 @@ class _Exported(nn.Module):
         return self.function(images)
 
 
-def load_exported(file: Path) -> tuple[nn.Module, About]:
+def load_exported(file: Path, runtime: str | None = None) -> tuple[nn.Module, About]:
     """Return the network of an exported file, and what the file says of it.
 
     The network takes normalized images (N, C, H, W); see `About`.
 
+    Args:
+        runtime: for ONNX files, onnxruntime (the default) or openvino.
+
     Raises:
         CheckpointError: the file is missing, damaged or not an exported file.
+        ConfigError: the runtime is missing, or is given for a packed file.
     """
     try:
         data = files.read(file)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
+    if file.suffix == ".onnx":
+        about = about_onnx(data, str(file))
+        return _Exported(RUNTIMES[runtime or "onnxruntime"](data, about, str(file))), about
+    if runtime:
+        raise ConfigError(f"{file}: packed files run in torch; --runtime is for ONNX files")
     content = packed.unpack_network(data, str(file))
     return _Exported(content.network.function()), content.about
 
 
-def evaluate_file(file: Path, words: Sequence[str] = (), *, predictions: Path | None = None) -> Table:
+def evaluate_file(
+    file: Path, words: Sequence[str] = (), *, predictions: Path | None = None, runtime: str | None = None
+) -> Table:
     """Return a table with one row, the results of an exported file on the test split of a data set.
 
     Args:
         words: overrides that name another data set. If empty, the run's own data set is used.
         predictions: see `qbench.analysis.evaluate.evaluate`.
+        runtime: see `load_exported`.
 
     Raises:
         CheckpointError: the file is damaged.
-        ConfigError: the data set does not fit the file's network.
+        ConfigError: the data set does not fit the file's network, or a package is missing.
     """
-    model, about = load_exported(file)
+    model, about = load_exported(file, runtime)
     name = str(about.dataset.get("name", ""))
     if ":" in name and not any(word.startswith("dataset=") for word in words):
         raise ConfigError(f"{file}: its data set {name} is code that is not in the file\ntype dataset={name} to run it")

@@ -213,7 +213,10 @@ def evaluate(arguments: list[str]) -> int:
     if not options.run.is_dir():
         from qbench.analysis.export import evaluate_file
 
-        print(FORMATS[options.format]([evaluate_file(options.run, options.overrides, predictions=options.predictions)]))
+        of_file = evaluate_file(
+            options.run, options.overrides, predictions=options.predictions, runtime=options.runtime
+        )
+        print(FORMATS[options.format]([of_file]))
         return 0
     from qbench.analysis.evaluate import evaluate as evaluate_run
 

@@ -53,6 +53,7 @@ class EvaluateOptions(RunOptions):
 
     weights: str = "last"
     predictions: Path | None = None
+    runtime: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,8 @@ def parse_evaluate(arguments: Iterable[str]) -> EvaluateOptions:
             raise ConfigError("evaluate: --weights has no effect on an exported file, which has one set of weights")
         if options.device not in ("auto", "cpu"):
             raise ConfigError(f"evaluate: --device {options.device}: exported files run on the CPU")
+    elif options.runtime:
+        raise ConfigError("evaluate: --runtime has no effect on a run; it is for exported ONNX files")
     return options
 
 

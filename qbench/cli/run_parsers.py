@@ -7,7 +7,8 @@ from qbench.cli.value_types import integer, one_of, prediction_file, some_path, 
 from qbench.report.tables.table import FORMATS
 
 OVERRIDES = "KEY=VALUE"
-EXPORT_FORMS = ("packed",)
+EXPORT_FORMS = ("packed", "onnx", "int8")
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 def add_choice(parser: SubcommandParser, flag: str, choices: Iterable[str], help_text: str) -> None:
@@ -74,6 +75,7 @@ def evaluate() -> SubcommandParser:
         metavar="FILE",
         help="write index, label, predicted class and its probability for every image, as .csv or .npy",
     )
+    add_choice(parser, "--runtime", RUNTIMES, "what runs an exported ONNX file (default: onnxruntime)")
     return parser
 
 
@@ -85,9 +87,18 @@ def export() -> SubcommandParser:
         epilog="The file is written only if it agrees with the run on all test images. See docs/export.md.",
     )
     parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
-    add_choice(parser, "--to", EXPORT_FORMS, "the form: true sub-byte codes (default: packed)")
+    add_choice(
+        parser,
+        "--to",
+        EXPORT_FORMS,
+        "the form: packed (codes of their true width, the run's bits), onnx (integer weights, standard operators) or "
+        "int8 (ONNX that runtimes compute in 8-bit integers) (default: packed)",
+    )
     parser.add_argument(
-        "--out", type=some_path, metavar="FILE", help="file to write (default: network.qbench in the run's directory)"
+        "--out",
+        type=some_path,
+        metavar="FILE",
+        help="file to write (default: network.qbench, network.onnx or network-int8.onnx in the run's directory)",
     )
     return parser
 

@@ -14,6 +14,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     The network takes images x = (pixel / 255 - mean) / std, per channel.
 
     Args:
+        form: packed, onnx or int8.
         title: method, widths, network and data set, in words.
         identity: the run's identity.
         weights: the run's checkpoint, `last` or `best`.
@@ -23,6 +24,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         threads: number of torch's threads with which the export was verified.
     """
 
+    form: str
     title: str
     identity: str
     weights: str

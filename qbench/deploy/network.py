@@ -45,13 +45,14 @@ class Step(NamedTuple):
 
     Args:
         function: a name in `FUNCTIONS`.
-        where: the module of the original network that made the call, for messages.
+        where: the module of the original network that made the call, for messages. Files do not
+            store it.
     """
 
     function: str
     args: tuple[Argument, ...]
     kwargs: Mapping[str, Argument]
-    where: str
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,20 @@ class Network:
         """Return all tensors by name, with quantized weights as floats."""
         return dict(self.tensors) | {name: weight.decode() for name, weight in self.weights.items()}
 
-    def function(self) -> Callable[[Tensor], Tensor]:
-        """Return the function from images (N, C, H, W) to logits (N, classes)."""
+    def shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the shape of each step's result for two images of a shape (C, H, W); empty if it is not one tensor."""
+        found: list[tuple[int, ...]] = []
+        self.function(lambda result: found.append(tuple(result.shape) if isinstance(result, Tensor) else ()))(
+            torch.zeros(2, *shape)
+        )
+        return found
+
+    def function(self, observe: Callable[[Any], None] = lambda result: None) -> Callable[[Tensor], Tensor]:
+        """Return the function from images (N, C, H, W) to logits (N, classes).
+
+        Args:
+            observe: called with the result of each step.
+        """
         stored, last = self.decoded(), _last_uses(self.steps, self.output)
 
         @torch.no_grad()
@@ -97,6 +110,7 @@ class Network:
             for i, step in enumerate(self.steps):
                 kwargs = {key: value(argument) for key, argument in step.kwargs.items()}
                 results[i] = FUNCTIONS[step.function](*map(value, step.args), **kwargs)
+                observe(results[i])
                 for used in last.get(i, ()):
                     del results[used]
             logits: Tensor = value(self.output)

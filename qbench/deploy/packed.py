@@ -4,8 +4,8 @@ A file has the safetensors format, with four tensors:
 
     floats   float32: parameters in float, scales, codebooks, thresholds, levels
     codes    uint8: the codes of the weights, without gaps
-    header   uint8: JSON, compressed by zlib: the steps of the network, layouts, places in the tensors
-             above, and the fields of `About`
+    header   uint8: JSON, compressed by zlib: the steps of the network, the shapes of what the tensors
+             above hold, in their order, layouts, and the fields of `About`
     sha256   uint8 (32,): the digest of the three tensors above
 
 It contains no code. Its network calls functions of `qbench.deploy.network.FUNCTIONS` only.
@@ -36,6 +36,7 @@ PARTS = ("floats", "codes", "header")
 MAX_HEADER_BYTES = 2**24
 MAX_STEPS = 2**14
 FORMS = ("steps", "span", "book")
+LEVELS = ("scale", "low", "book")
 
 
 class Packed(NamedTuple):
@@ -49,32 +50,28 @@ class Packed(NamedTuple):
 def pack_network(network: Network, about: About) -> bytes:
     """Return the bytes of a packed file."""
     floats: list[np.ndarray] = []
-    codes: list[np.ndarray] = []
 
-    def place(data: list[np.ndarray], values: np.ndarray) -> int:
-        """Append values and return where they begin."""
-        data.append(values)
-        return sum(map(len, data)) - len(values)
+    def place(tensor: Tensor) -> list[int]:
+        """Append a tensor to the floats, and return its shape."""
+        floats.append(tensor.detach().contiguous().numpy().reshape(-1))
+        return list(tensor.shape)
 
-    def place_tensor(tensor: Tensor) -> dict[str, Any]:
-        values = tensor.detach().contiguous().numpy().reshape(-1)
-        return {"shape": list(tensor.shape), "at": place(floats, values)}
-
+    tensors = {name: place(tensor) for name, tensor in network.tensors.items()}
     weights = {
         name: {
             "shape": list(w.shape), "order": list(w.order), "layout": w.layout, "form": w.levels.form,
             "count": w.levels.count, "first": w.levels.first, "step": w.levels.step,
-            "scale": place_tensor(w.levels.scale), "low": place_tensor(w.levels.low),
-            "book": place_tensor(w.levels.book), "at": place(codes, w.codes),
+            "scale": place(w.levels.scale), "low": place(w.levels.low), "book": place(w.levels.book),
         }
         for name, w in network.weights.items()
     }  # fmt: skip
+    codes = [w.codes for w in network.weights.values()]
     header = {
         "version": VERSION, "about": msgspec.to_builtins(about),
-        "steps": [[s.function, _plain(s.args), {k: _plain(v) for k, v in s.kwargs.items()}, s.where]
+        "steps": [[s.function, _plain(s.args), {k: _plain(v) for k, v in s.kwargs.items()}]
                   for s in network.steps],
         "output": list(network.output),
-        "tensors": {name: place_tensor(tensor) for name, tensor in network.tensors.items()},
+        "tensors": tensors,
         "weights": weights,
     }  # fmt: skip
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
@@ -89,7 +86,7 @@ def pack_network(network: Network, about: About) -> bytes:
 
 def _safetensors(tensors: Mapping[str, np.ndarray]) -> bytes:
     """Return the bytes of a safetensors file with float32 and uint8 tensors of one axis."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "qbench packed network", "version": str(VERSION)}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "qbench packed"}}
     start = 0
     for name, tensor in tensors.items():
         dtype = "F32" if tensor.dtype == np.float32 else "U8"
@@ -157,8 +154,11 @@ def _unpack(tensors: Mapping[str, Tensor], source: str) -> Packed:
             "export the run again"
         )
     about = read_about(header["about"], source)
-    named = {name: _tensor(entry, tensors["floats"]) for name, entry in header["tensors"].items()}
-    weights = {name: _weight(entry, tensors["floats"], parts["codes"]) for name, entry in header["weights"].items()}
+    floats, codes = _Parts(tensors["floats"]), _Parts(tensors["codes"])
+    named = {name: floats.tensor(shape) for name, shape in header["tensors"].items()}
+    weights = {name: _weight(entry, floats, codes) for name, entry in header["weights"].items()}
+    if floats.left or codes.left:
+        raise ValueError(f"{floats.left} floats and {codes.left} codes too many")
     if len(header["steps"]) > MAX_STEPS:
         raise ValueError(f"{len(header['steps'])} steps; at most {MAX_STEPS}")
     steps = [_step(i, *entry) for i, entry in enumerate(header["steps"])]
@@ -177,33 +177,43 @@ def _try(packed: Packed) -> None:
         raise ValueError(f"its network returns {tuple(logits.shape)}, not one row of {packed.about.classes} logits")
 
 
-def _tensor(entry: Mapping[str, Any], floats: Tensor) -> Tensor:
-    shape, start = _sizes(entry["shape"]), _natural(entry["at"])
-    if start + prod(shape) > len(floats):
-        raise ValueError(f"a tensor of {shape} at {start} of {len(floats)} floats")
-    return floats[start : start + prod(shape)].reshape(shape).clone()
+class _Parts:
+    """Takes parts of a flat tensor, one after the other."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self._flat, self._place = flat, 0
+
+    @property
+    def left(self) -> int:
+        """The number of elements that have not been taken."""
+        return len(self._flat) - self._place
+
+    def tensor(self, sizes: Any) -> Tensor:
+        """Return the next part as a tensor with these sizes."""
+        shape = _sizes(sizes)
+        if prod(shape) > self.left:
+            raise ValueError(f"a tensor of {shape} in the last {self.left} of {len(self._flat)} elements")
+        start, self._place = self._place, self._place + prod(shape)
+        return self._flat[start : self._place].reshape(shape).clone()
 
 
-def _weight(entry: Mapping[str, Any], floats: Tensor, codes: np.ndarray) -> Encoded:
-    shape, order, form = _sizes(entry["shape"]), _sizes(entry["order"]), entry["form"]
-    count, start = _natural(entry["count"]), _natural(entry["at"])
-    scale, low, book = (_tensor(entry[key], floats) for key in ("scale", "low", "book"))
+def _weight(entry: Mapping[str, Any], floats: _Parts, codes: _Parts) -> Encoded:
+    shape, order, form, count = _sizes(entry["shape"]), _sizes(entry["order"]), entry["form"], _natural(entry["count"])
     if sorted(order) != list(range(len(shape))) or form not in FORMS or not 1 <= count <= 2**MAX_CODE_BITS:
         raise ValueError(f"weights of {shape} in the form {form} with {count} levels")
-    if prod(shape) > 1024 * (len(codes) + len(floats) + 1):
-        raise ValueError(f"weights of {shape} from {len(codes)} bytes of codes")
-    layout = entry["layout"]
-    size = packed_size(code_count(layout, shape), code_bits(count))
-    if start + size > len(codes):
-        raise ValueError(f"{size} bytes of codes at {start} of {len(codes)}")
-    levels = Levels(form, count, int(entry["first"]), int(entry["step"]), scale, low, book)
-    return Encoded(shape, order, layout, levels, codes[start : start + size])
+    if prod(shape) > 1024 * (codes.left + floats.left + 1):
+        raise ValueError(f"weights of {shape} from {codes.left} bytes of codes")
+    levels = Levels(
+        form, count, int(entry["first"]), int(entry["step"]), *(floats.tensor(entry[key]) for key in LEVELS)
+    )
+    size = packed_size(code_count(entry["layout"], shape), code_bits(count))
+    return Encoded(shape, order, entry["layout"], levels, codes.tensor([size]).numpy())
 
 
-def _step(place: int, function: str, args: list[Any], kwargs: dict[str, Any], where: str) -> Step:
+def _step(place: int, function: str, args: list[Any], kwargs: dict[str, Any]) -> Step:
     if function not in FUNCTIONS:
         raise ValueError(f"step {place} calls an unknown function")
-    return Step(function, _argument(args, place), {k: _argument(v, place) for k, v in kwargs.items()}, str(where))
+    return Step(function, _argument(args, place), {k: _argument(v, place) for k, v in kwargs.items()})
 
 
 def _argument(value: Any, place: int) -> Argument:

@@ -11,57 +11,37 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import exported
+import msgspec
 import numpy as np
 import pytest
 import torch
 from conftest import Configure
+from exported import about_digits, quantized
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qbench.analysis.export import evaluate_file, export, load_exported
 from qbench.bits import FLOAT
 from qbench.cli.main import main as cli
-from qbench.config import compose, groups, registry
+from qbench.config import groups, registry
 from qbench.deploy import packed
-from qbench.deploy.about import About
 from qbench.deploy.codes import Encoded, encode, pack, unpack
 from qbench.deploy.network import quantize
 from qbench.deploy.packed import pack_network, unpack_network
 from qbench.deploy.steps import NotSteps, step_function
 from qbench.deploy.trace import NotExportable, trace
 from qbench.errors import CheckpointError, ConfigError
-from qbench.experiment.context import RunContext
-from qbench.experiment.planned_run import planned_run
-from qbench.experiment.run import run as train_run
-from qbench.experiment.setup import assemble
-from qbench.methods import dorefa
+from qbench.methods import dorefa, lsq
+from qbench.models import resnet
 from qbench.quant.install import install
 from qbench.quant.layers import quantized_layers
 from qbench.quant.policy import Policy
-from qbench.quant.probe import Probe
 from qbench.quant.quantizer import Grid, Quantizer
 from qbench.training.safetensors_file import load_safetensors
 
 METHODS = [name for name in groups.option_names("method") if name != "float"]
-EPOCHS = 12
-ABOUT = About(
-    title="a test", identity="0", weights="last", dataset={"name": "digits"}, shape=(1, 8, 8), classes=10,
-    mean=(0.5,), std=(0.5,), batch_size=64, threads=1,
-)  # fmt: skip
-
-
-def quantized(configure: Configure, *words: str) -> tuple[nn.Module, list[Tensor]]:
-    """Return a network with a method's quantizers, prepared, and two batches of test images."""
-    parts = assemble(configure("experiment=smoke", "init=scratch", *words))
-    model = parts.install(parts.float_model())
-    probe = Probe(list(parts.loader().unaugmented("train", 64)), F.cross_entropy)
-    if parts.method.prepare:
-        parts.method.prepare(model, probe)
-    for epoch in range(EPOCHS if parts.method.on_epoch else 0):
-        parts.method.on_epoch(model, epoch, EPOCHS, probe)  # type: ignore[misc]
-    for images, _ in probe.batches:  # statistics of batch normalization, ranges of activations
-        model(images)
-    return model.eval(), [images for images, _ in parts.loader().unaugmented("test", 100)]
+ABOUT = about_digits("packed")
+finished = exported.finished
 
 
 def widths(name: str) -> list[str]:
@@ -113,6 +93,7 @@ def test_every_method_at_every_width_has_the_same_bits(name: str, configure: Con
         ("method=qd", "bits.w=8", "method.bucket=50"),
         ("method=gupta", "bits=w8a8g8"),
         ("method=twn", "activation=lsq", "bits.a=4"),
+        ("method=lsq", "bits=w32a2"),
         ("method=lsq", "model=mlp", "layers.first=8", "~model.width"),
         ("method=lsq", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width"),
         ("method=lsq", "model.form=post", "model.shortcut=B"),
@@ -169,6 +150,19 @@ def test_packed_codes_by_hand() -> None:
     assert (encoded.layout, encoded.levels.form, encoded.bits) == ("tensor", "span", 2)
     assert encoded.levels.scale.tolist() == [2.0]
     assert encoded.levels.low.tolist() == [-1.0]
+
+
+def test_resnet20_with_two_bits_fits_in_85_kilobytes(configure: Configure) -> None:
+    """The float network has 1.1 MB. Batch normalization is included, with its four vectors."""
+    config = configure("dataset=cifar10", "method=lsq", "bits=w2a2")
+    model, images = resnet.build((3, 32, 32), 10, depth=20), torch.randn(5, 3, 32, 32)
+    install(lsq.build(w=2, a=2), model, example=images[:1])
+    model(images)
+    about = msgspec.structs.replace(
+        ABOUT, title="lsq w2a2g32, resnet20 trained on cifar10", identity=sha256(b"").hexdigest(),
+        dataset=dict(config.dataset), shape=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616),
+    )  # fmt: skip
+    assert len(pack_network(trace(model.eval(), images), about)) <= 85_000
 
 
 class Halved(Quantizer):
@@ -240,19 +234,6 @@ def test_sizes_may_depend_on_the_number_of_images() -> None:
     model, images = Odd(lambda x: x.view(2 * len(x), -1).reshape(len(x), 2, 4, 4)), torch.randn(7, 1, 4, 4)
     install(dorefa.build(w=2), model, example=images[:1])
     assert torch.equal(trace(model, images).function()(images), model.eval()(images))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a finished run on digits."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("runs")
-    (config,) = compose.configurations(
-        [f"out={out}", "experiment=smoke", "runtime.tensorboard=false", "runtime.threads=1", "method=lsq", "bits=w2a2"]
-    )
-    planned = planned_run(config)
-    train_run(planned, RunContext())
-    return planned.directory.path
 
 
 def test_export_and_evaluate_on_the_command_line(
@@ -383,21 +364,22 @@ def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("about", "classes", 3), "not one row of 3 logits"),
         (_set("weights", "*", "shape", [2**30, 2**30]), "damaged"),
         (_set("weights", "*", "shape", [4, 4, 3, 2]), "damaged"),
-        (_set("weights", "*", "at", 2**39), "damaged"),
+        (_set("weights", "*", "book", [2**39]), "damaged"),
         (_set("weights", "*", "layout", "bucket:0"), "damaged"),
         (_set("weights", "*", "layout", "subspace:1000000"), "damaged"),
         (_set("weights", "*", "count", 2**16 + 1), "damaged"),
         (_set("weights", "*", "order", [0, 0, 1, 2]), "damaged"),
-        (_set("tensors", "*", "shape", [-1]), "damaged"),
-        (_set("tensors", "*", "at", 10**9), "damaged"),
+        (_set("tensors", "more", [-1]), "-1 is not a size"),
+        (_set("tensors", "more", [10**9]), "damaged"),
+        (_set("tensors", {}), "damaged"),
         (_set("steps", 0, 0, "system"), "calls an unknown function"),
         (_set("steps", 0, 1, [{"step": 5}]), "step 0 reads step 5"),
-        (_set("steps", 0, ["repeat", [{"step": -1}, 2**20, 2**10, 2**10], {}, ""]), "damaged"),
+        (_set("steps", 0, ["repeat", [{"step": -1}, 2**20, 2**10, 2**10], {}]), "damaged"),
         (_set("output", [2**20, None]), "damaged"),
         (_set("steps", []), "damaged"),
         (_set("about", {}), "damaged"),
     ],
-    ids=map(str, range(19)),
+    ids=map(str, range(20)),
 )
 def test_a_header_that_lies_is_refused(finished: Path, change: Any, message: str) -> None:
     whole = export(finished).path.read_bytes()

@@ -1,0 +1,24 @@
+"""Imports the packages that only exported files need."""
+
+import importlib
+import warnings
+from typing import Any
+
+from qbench.errors import ConfigError
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Return a module of an optional dependency.
+
+    Args:
+        extra: name of the group in pyproject.toml that installs it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return importlib.import_module(module)
+    except ImportError:
+        packages = {"onnx": "onnx onnxruntime", "openvino": "openvino"}[extra]
+        raise ConfigError(f"the package {module} is missing\ninstall it: pip install {packages}") from None

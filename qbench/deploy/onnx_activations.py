@@ -1,0 +1,98 @@
+"""Adds activation quantizers to an ONNX graph: QuantizeLinear and DequantizeLinear, rounding, or comparisons."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qbench.deploy.onnx_functions import NoConverter
+from qbench.deploy.onnx_graph import OnnxGraph
+
+MAX_COMPARISONS = 30
+"""Largest number of thresholds that become comparisons: those of 4 bits, on both sides of 0."""
+
+HALF_STEP = 1e-4
+"""Largest distance of a threshold from the middle between two levels, in steps, for rounding."""
+
+
+def add_quantizer(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tensor) -> str:
+    """Add the nodes of an activation quantizer."""
+    linear = _linear_steps(thresholds, levels)
+    few = thresholds.shape[-1] <= MAX_COMPARISONS
+    if linear and (graph.int8 or not few):
+        step, low = linear
+        return _quantize_linear(graph, x, thresholds, levels, step, low)
+    if not few:
+        raise NoConverter("an activation quantizer of more than 4 bits whose thresholds are not half steps")
+    shape = [1, -1, *[1] * (len(graph.shape(x)) - 2)] if thresholds.dim() == 2 else []
+    y = graph.constant("level", levels[..., 0].reshape(shape).numpy())
+    for i in range(thresholds.shape[-1]):
+        edge = graph.constant("threshold", thresholds[..., i].reshape(shape).numpy())
+        level = graph.constant("level", levels[..., i + 1].reshape(shape).numpy())
+        y = graph.node("Where", graph.node("GreaterOrEqual", x, edge), level, y)
+    return _exact_integers(graph, y, levels)
+
+
+def _quantize_linear(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tensor, step: Tensor, low: Tensor) -> str:
+    """Add the nodes of a rounding function with levels low + k step, k = 0, 1, ..."""
+    shape = [1, -1, *[1] * (len(graph.shape(x)) - 2)] if levels.dim() == 2 else []
+
+    def constant(name: str, value: Tensor) -> str:
+        return graph.constant(name, value.reshape(shape).numpy())
+
+    count, zero, middles = levels.shape[-1], (-low / step).round(), _middles(levels)
+    shifted = bool(((low + zero * step).abs() > HALF_STEP * step).any() or zero.max() > 255 or zero.min() < 0)
+    down, up = bool((thresholds > middles).all()), bool((thresholds <= middles).all())
+    if not (shifted or down or up):  # QuantizeLinear rounds values in the middle to the even code
+        if count < 256:  # the integer type has more values than there are levels
+            x = graph.node("Max", x, constant("low", -zero * step))
+            x = graph.node("Min", x, constant("high", (count - 1 - zero) * step))
+        scale, zeros = graph.constant("scale", step.numpy()), graph.constant("zero", zero.to(torch.uint8).numpy())
+        codes = graph.node("QuantizeLinear", x, scale, zeros, axis=1)
+        return graph.node("DequantizeLinear", codes, scale, zeros, axis=1)
+    offset = low if shifted else torch.zeros_like(low)
+    x = graph.node("Div", graph.node("Sub", x, constant("low", offset)) if shifted else x, constant("step", step))
+    if down:
+        x = graph.node("Ceil", graph.node("Sub", x, graph.floats(0.5)))
+    else:
+        x = graph.node("Floor", graph.node("Add", x, graph.floats(0.5))) if up else graph.node("Round", x)
+    first = torch.zeros_like(zero) if shifted else -zero
+    x = graph.node("Max", x, constant("low", first))
+    x = graph.node("Min", x, constant("high", first + count - 1))
+    y = graph.node("Mul", x, constant("step", step))
+    return graph.node("Add", y, constant("low", offset)) if shifted else _exact_integers(graph, y, levels)
+
+
+def _exact_integers(graph: OnnxGraph, y: str, levels: Tensor) -> str:
+    """Add QuantizeLinear and DequantizeLinear that change nothing, so that the next layer computes in integers."""
+    if not graph.int8:
+        return y
+    distinct = torch.unique(levels)
+    unit = distinct.diff().min()
+    if len(distinct) == 2 and bool(distinct[0] == -distinct[1]):
+        unit = distinct[1]
+    integers = distinct / unit
+    if levels.dim() == 2 or bool(((integers - integers.round()).abs() > HALF_STEP).any()):
+        raise NoConverter("activations whose levels are not multiples of one step")
+    zero = 128 if bool((distinct < 0).any()) else 0
+    if bool((integers.round() + zero > 255).any() | (integers.round() + zero < 0).any()):
+        raise NoConverter("activations of more than 8 bits")
+    scale, zeros = graph.floats(unit.item()), graph.constant("zero", np.array(zero, np.uint8))
+    return graph.node("DequantizeLinear", graph.node("QuantizeLinear", y, scale, zeros), scale, zeros)
+
+
+def _middles(levels: Tensor) -> Tensor:
+    return (levels[..., 1:] + levels[..., :-1]) / 2
+
+
+def _linear_steps(thresholds: Tensor, levels: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the step and the lowest level of a rounding function, or None for other step functions.
+
+    Its levels are equally spaced, and its thresholds are in the middle between them.
+    """
+    count = levels.shape[-1]
+    low, step = levels[..., 0], (levels[..., -1] - levels[..., 0]) / max(count - 1, 1)
+    if count < 2 or bool((step <= 0).any()):
+        return None
+    ideal = low.unsqueeze(-1) + torch.arange(count).to(levels.dtype) * step.unsqueeze(-1)
+    off = torch.cat([(levels - ideal).abs(), (thresholds - _middles(levels)).abs()], -1)
+    return None if bool((off > HALF_STEP * step.unsqueeze(-1)).any()) else (step, low)

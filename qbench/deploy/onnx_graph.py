@@ -1,0 +1,102 @@
+"""Builds an ONNX graph with standard operators only, node by node, and writes it as a file."""
+
+import hashlib
+import json
+from collections import Counter
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from qbench.deploy.about import About
+from qbench.deploy.extras import import_extra
+
+METADATA, DIGEST = "qbench", "qbench_sha256"
+"""Keys of the file's metadata: the fields of `About` as JSON, and the sha256 of the graph and of that JSON."""
+
+OPSET, OPSET_WITH_UINT2 = (21, 10), (25, 13)
+"""Version of the operators, and of the file format that it needs."""
+
+
+class OnnxGraph:
+    """A graph under construction, with the input `images` and the output `logits`. Values have names.
+
+    Args:
+        shape: channels, height and width of an image.
+        int8: whether runtimes shall compute in 8-bit integers.
+    """
+
+    def __init__(self, shape: tuple[int, ...], int8: bool) -> None:
+        self._onnx = import_extra("onnx", "onnx")
+        self.int8 = int8
+        self._nodes: list[Any] = []
+        self._initializers: dict[str, Any] = {}
+        self._counts: Counter[str] = Counter()
+        self._shapes: dict[str, tuple[int, ...]] = {"images": (2, *shape)}
+        self._has_uint2 = False
+
+    def node(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        """Add a node, and return the name of its output; by default it is derived from the operator."""
+        name = name or self._unique(operator)
+        self._nodes.append(self._onnx.helper.make_node(operator, list(inputs), [name], name, **attributes))
+        return name
+
+    def constant(self, name: str, array: np.ndarray, kind: str | None = None) -> str:
+        """Add a constant, and return its name.
+
+        Args:
+            kind: name of an integer type of ONNX, such as UINT4; by default the array's own type.
+        """
+        name = self._unique(name)
+        if kind is None:
+            tensor = self._onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+        else:
+            number = getattr(self._onnx.TensorProto, kind)
+            tensor = self._onnx.helper.make_tensor(name, number, array.shape, array.flatten().tolist())
+            self._has_uint2 |= kind == "UINT2"
+        self._initializers[name] = tensor
+        self.set_shape(name, tuple(array.shape))
+        return name
+
+    def floats(self, *values: float) -> str:
+        """Return the name of a float constant: a scalar for one value, else a vector."""
+        return self.constant("constant", np.array(values if len(values) > 1 else values[0], np.float32))
+
+    def integers(self, *values: int) -> str:
+        """Return the name of an int64 vector."""
+        return self.constant("constant", np.array(values, np.int64))
+
+    def shape(self, value: str) -> tuple[int, ...]:
+        """Return the shape of a value for two images."""
+        return self._shapes[value]
+
+    def set_shape(self, value: str, shape: tuple[int, ...]) -> None:
+        """Set the shape of a value for two images."""
+        self._shapes[value] = shape
+
+    def file(self, about: About) -> bytes:
+        """Return the bytes of the file."""
+        helper, float32 = self._onnx.helper, self._onnx.TensorProto.FLOAT
+        inputs = [helper.make_tensor_value_info("images", float32, ["N", *about.shape])]
+        outputs = [helper.make_tensor_value_info("logits", float32, ["N", about.classes])]
+        graph = helper.make_graph(self._nodes, "qbench", inputs, outputs, list(self._initializers.values()))
+        opset, version = OPSET_WITH_UINT2 if self._has_uint2 else OPSET
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=version, producer_name="qbench"
+        )
+        text = json.dumps(msgspec.to_builtins(about))
+        helper.set_model_props(model, {METADATA: text, DIGEST: graph_digest(model, text)})
+        self._onnx.checker.check_model(model, full_check=True)
+        data: bytes = model.SerializeToString()
+        return data
+
+    def _unique(self, name: str) -> str:
+        self._counts[name] += 1
+        return name if self._counts[name] == 1 else f"{name}_{self._counts[name]}"
+
+
+def graph_digest(model: Any, about: str) -> str:
+    """Return the sha256 of an ONNX model's operators, graph and description."""
+    opsets = "".join(f"{entry.domain}:{entry.version} " for entry in model.opset_import)
+    graph = model.graph.SerializeToString(deterministic=True)
+    return hashlib.sha256(opsets.encode() + about.encode() + graph).hexdigest()

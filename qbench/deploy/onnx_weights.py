@@ -1,0 +1,95 @@
+"""Adds quantized weights to an ONNX graph: integer codes, and the nodes that turn them into floats."""
+
+import numpy as np
+import torch
+
+from qbench.deploy.codes import Encoded, code_count
+from qbench.deploy.onnx_graph import OnnxGraph
+from qbench.deploy.trace import NotExportable
+
+INT64 = 7
+"""The number of the type int64 in ONNX."""
+
+
+def add_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
+    """Add codes and the nodes that turn them into the weights; return the name of the weights."""
+    if graph.int8:
+        return _int8_weights(graph, name, weight)
+    levels, codes = weight.levels, weight.numbers().numpy()
+    base = f"{name}.codes"
+    if levels.form == "book" or len(levels.book):
+        number = graph.node("Cast", _codes(graph, base, codes, weight.bits), to=INT64)
+        if levels.form == "span":
+            points = graph.node("Gather", graph.constant(name, levels.book.numpy()), number)
+            values = graph.node("Mul", points, graph.constant(name, levels.scale.unsqueeze(1).numpy()))
+            values = graph.node("Add", values, graph.constant(name, levels.low.unsqueeze(1).numpy()))
+        else:
+            book = graph.constant(name, levels.book.numpy())  # (G, L, D)
+            number = graph.node("Unsqueeze", number, graph.integers(2))
+            values = graph.node("GatherND", book, number, batch_dims=1)
+        return _arranged(graph, name, values, weight)
+    if levels.form == "steps":
+        scale, low = levels.scale * levels.step, levels.scale * levels.first
+    else:
+        scale, low = levels.scale / float(max(levels.count - 1, 1)), levels.low
+    stored = _codes(graph, base, codes, weight.bits)
+    values = graph.node("DequantizeLinear", stored, graph.constant(name, scale.numpy()), axis=0)
+    values = graph.node("Add", values, graph.constant(name, low.unsqueeze(1).numpy()))
+    return _arranged(graph, name, values, weight)
+
+
+def _codes(graph: OnnxGraph, name: str, codes: np.ndarray, bits: int) -> str:
+    kind = next(kind for width, kind in ((2, "UINT2"), (4, "UINT4"), (8, "UINT8"), (16, "UINT16")) if bits <= width)
+    return graph.constant(name, codes, kind)
+
+
+def _arranged(graph: OnnxGraph, name: str, values: str, weight: Encoded) -> str:
+    """Return values in the order of the layout as weights of their shape."""
+    kind, shape = weight.layout.partition(":")[0], weight.shape
+    if kind == "bucket":
+        flat = graph.node("Reshape", values, graph.integers(-1))
+        values = graph.node("Slice", flat, graph.integers(0), graph.integers(code_count(weight.layout, shape)))
+    if kind != "subspace":
+        result = graph.node("Reshape", values, graph.integers(*shape))
+    else:
+        # (subspaces, outputs and kernel places, dimension) -> (outputs, kernel places, channels)
+        rows = graph.node("Transpose", values, perm=[1, 0, 2])
+        rows = graph.node("Reshape", rows, graph.integers(shape[0], *shape[2:], -1))
+        last = len(shape) - 1
+        rows = graph.node("Slice", rows, graph.integers(0), graph.integers(shape[1]), graph.integers(last))
+        result = graph.node("Transpose", rows, perm=[0, last, *range(1, last)])
+    graph.set_shape(result, shape)
+    return result
+
+
+def _int8_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
+    """Add weights as 8-bit integers around zero, with one scale or one per output channel."""
+    levels = weight.levels
+    if weight.layout not in ("tensor", "channel") or levels.form == "book" or len(levels.book):
+        raise NotExportable(
+            f"{name.removesuffix('.weight_q')}: int8 needs equally spaced weights with one scale per layer or "
+            "channel\ntry: qbench export RUN --to onnx"
+        )
+    codes = weight.numbers()
+    if levels.form == "steps":
+        integers, scale = codes * levels.step + levels.first, levels.scale
+    else:
+        # symmetric around 0: odd multiples of half a step
+        n = levels.count - 1
+        integers, scale = 2 * codes - n, levels.scale / (2 * n)
+        if not torch.equal(levels.low, -levels.scale / 2):
+            raise NotExportable(f"{name.removesuffix('.weight_q')}: int8 needs weights that are symmetric around 0")
+    largest = int(integers.abs().max())
+    if largest > 127:
+        raise NotExportable(
+            f"{name.removesuffix('.weight_q')}: int8 needs weights within +-127, and these are integers up to "
+            f"{largest}\ntrain with bits.w=7 or less, or: qbench export RUN --to onnx"
+        )
+    array = integers.reshape(weight.shape).to(torch.int8).numpy()
+    scales = graph.constant(name, (scale if weight.layout == "channel" else scale[0]).numpy())
+    # the zero point 0 is written out, because runtimes look for it
+    zeros = graph.constant(name, np.zeros(graph.shape(scales), np.int8))
+    stored = graph.constant(f"{name}.codes", array)
+    result = graph.node("DequantizeLinear", stored, scales, zeros, axis=0)
+    graph.set_shape(result, weight.shape)
+    return result

@@ -1,0 +1,96 @@
+"""Runs ONNX files in ONNX Runtime and in OpenVINO, on the CPU."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from qbench.deploy.about import About, read_about
+from qbench.deploy.extras import import_extra
+from qbench.deploy.onnx_graph import DIGEST, METADATA, graph_digest
+from qbench.errors import CheckpointError
+
+Function = Callable[[Tensor], Tensor]
+"""Normalized images (N, C, H, W) -> logits (N, classes)."""
+
+
+def in_onnxruntime(data: bytes, about: About, source: str) -> Function:
+    """Return the function that an ONNX file computes in ONNX Runtime.
+
+    Raises:
+        CheckpointError: the file is damaged, or ONNX Runtime lacks an operator.
+        ConfigError: the package onnxruntime is missing.
+    """
+    library = import_extra("onnxruntime", "onnx")
+    options = library.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = about.threads, 4
+    if about.form == "onnx":
+        # otherwise weights of fewer than 8 bits are turned into floats in every call
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    with _named_errors(source, "ONNX Runtime"):
+        session = library.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        with _named_errors(source, "ONNX Runtime"):
+            return torch.from_numpy(session.run(["logits"], {"images": images.contiguous().numpy()})[0])
+
+    return run
+
+
+def in_openvino(data: bytes, about: About, source: str) -> Function:
+    """Return the function that an ONNX file computes in OpenVINO.
+
+    Raises:
+        CheckpointError: the file is damaged, or OpenVINO lacks an operator or type.
+        ConfigError: the package openvino is missing.
+    """
+    library = import_extra("openvino", "openvino")
+    with _named_errors(source, "OpenVINO"):
+        core = library.Core()
+        settings = {"INFERENCE_NUM_THREADS": about.threads, "INFERENCE_PRECISION_HINT": "f32"}
+        model = core.compile_model(core.read_model(data), "CPU", settings)
+
+    def run(images: Tensor) -> Tensor:
+        with _named_errors(source, "OpenVINO"):
+            return torch.from_numpy(model({"images": images.contiguous().numpy()})["logits"].copy())
+
+    return run
+
+
+RUNTIMES: Mapping[str, Callable[[bytes, About, str], Function]] = {
+    "onnxruntime": in_onnxruntime,
+    "openvino": in_openvino,
+}
+
+
+def about_onnx(data: bytes, source: str) -> About:
+    """Return what an ONNX file says of its run.
+
+    Raises:
+        CheckpointError: the file is damaged, or `qbench export` did not write it.
+        ConfigError: the package onnx is missing.
+    """
+    onnx = import_extra("onnx", "onnx")
+    with _named_errors(source, "onnx"):
+        model = onnx.load_model_from_string(data)
+        values = {entry.key: entry.value for entry in model.metadata_props}
+    if METADATA not in values:
+        raise CheckpointError(f"{source} is not a file of qbench export: it has no metadata `{METADATA}`")
+    if values.get(DIGEST) != graph_digest(model, values[METADATA]):
+        raise CheckpointError(f"{source} is damaged: its sha256 does not match its content")
+    try:
+        return read_about(json.loads(values[METADATA]), source)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{source} is damaged: its metadata is not JSON") from None
+
+
+@contextmanager
+def _named_errors(source: str, reader: str) -> Iterator[None]:
+    """Convert errors of a runtime, which have many classes, to one that names the file."""
+    try:
+        yield
+    except Exception as error:
+        reason = "".join(c if c.isprintable() else " " for c in str(error)[:200]).strip() or type(error).__name__
+        raise CheckpointError(f"{source} cannot be run by {reader}: {reason}") from None
