@@ -51,15 +51,14 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
         CheckpointError: the run is not finished or damaged, or the export computes something else.
     """
     finished = load_finished_run(run, weights, "cpu")
-    batches = list(finished.setup.loader().unaugmented("test"))
     path = out or run / DEFAULT_NAMES[to]
-    network, about = trace(finished.model, _examples(batches)), _about(finished, weights, to)
+    network, about = trace(finished.model, _test_images(finished, 5)), _about(finished, weights, to)
     if to == "packed":
         data = packed.pack_network(network, about)
-        agreement, how = _verify_packed(finished, data, batches, path)
+        agreement, how = _verify_packed(finished, data, path)
     else:
         data = to_onnx(network, about)
-        agreement, how = _verify_onnx(finished, about, data, batches, path)
+        agreement, how = _verify_onnx(finished, about, data, path)
     files.write(path, data)
     cost = finished.result.cost
     sizes = f"; ideal {cost.bytes_ideal:,.0f}, float {cost.bytes_float:,}" if cost else ""
@@ -77,16 +76,14 @@ NARROW, NARROW_TOLERANCE, WIDE_TOLERANCE = 4, 2e-5, 2e-2
 NOISE_IMAGES = 64
 
 
-def _verify_packed(
-    finished: FinishedRun, data: bytes, batches: Sequence[Batch], path: Path
-) -> tuple[Agreement, list[str]]:
+def _verify_packed(finished: FinishedRun, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
     """Compare a packed file with its run, and return the agreement, also in words.
 
     Raises:
         NotExportable: some logits have other bits.
     """
     content = packed.unpack_network(data, str(path))
-    agreement = compare(finished.model, content.network.function(), batches)
+    agreement = compare(finished.model, content.network.function(), _test_batches(finished))
     if not agreement.identical:
         raise NotExportable(
             f"the packed network does not compute the same logits as the run; the largest difference is "
@@ -97,9 +94,7 @@ def _verify_packed(
     return agreement, [f"bytes: {parts}", verified]
 
 
-def _verify_onnx(
-    finished: FinishedRun, about: About, data: bytes, batches: Sequence[Batch], path: Path
-) -> tuple[Agreement, list[str]]:
+def _verify_onnx(finished: FinishedRun, about: About, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
     """Compare an ONNX file with its run in each runtime, and return the worst agreement, also in words.
 
     Raises:
@@ -107,7 +102,7 @@ def _verify_onnx(
     """
     widths = [width for layer in quantized_layers(finished.model).values() for width in layer.bits[:2] if width < FLOAT]
     tolerance = NARROW_TOLERANCE if max(widths, default=0) <= NARROW else WIDE_TOLERANCE
-    noise = batch_noise(finished.model, batches[0][0][:NOISE_IMAGES])
+    noise = batch_noise(finished.model, _test_images(finished, NOISE_IMAGES))
     agreements: list[Agreement] = []
     lines = []
     for name in VERIFIED_IN[about.form]:
@@ -118,7 +113,7 @@ def _verify_onnx(
                 raise
             lines.append(f"not verified in {name}: {missing}".replace("\n", "; "))
             continue
-        found = compare(finished.model, function, batches)
+        found = compare(finished.model, function, _test_batches(finished))
         if found.same_class < found.images or not found.largest <= max(tolerance, noise):
             raise NotExportable(
                 f"{name} predicts the run's class for {found.same_class} of {found.images} test images; the largest "
@@ -137,10 +132,14 @@ VERIFIED_IN: Mapping[str, Sequence[str]] = {"onnx": ("onnxruntime",), "int8": ("
 """Form -> the runtimes in which a file is verified."""
 
 
-def _examples(batches: Sequence[Batch]) -> Tensor:
-    """Return five test images, from which functions and shapes are recorded. No values are."""
-    images = batches[0][0][:5]
-    return images.repeat(5, *[1] * (images.dim() - 1))[:5] if len(images) < 5 else images
+def _test_batches(finished: FinishedRun) -> Iterator[Batch]:
+    return finished.setup.loader().unaugmented("test")
+
+
+def _test_images(finished: FinishedRun, count: int) -> Tensor:
+    """Return `count` test images, which repeat if there are fewer."""
+    images = torch.cat([images for images, _ in finished.setup.loader().unaugmented("test", count)])
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
 
 def _about(finished: FinishedRun, weights: str, form: str) -> About:
@@ -149,7 +148,7 @@ def _about(finished: FinishedRun, weights: str, form: str) -> About:
     return About(
         form=form, title=f"{result.method} {result.widths}, {result.model} trained on {result.dataset}",
         identity=result.identity, weights=weights, dataset=dict(config.dataset), shape=data.shape,
-        classes=data.classes, mean=data.mean, std=data.std, batch_size=config.optim.batch_size,
+        classes=data.classes, mean=data.mean, std=data.std, 
         threads=config.runtime.threads,
     )  # fmt: skip
 
@@ -213,7 +212,7 @@ def evaluate_file(
     own = Expected(about.shape, about.classes, about.mean, about.std, "file")
     data = other_dataset(own, node)
     with _threads(about.threads):
-        batches = Loader(data, about.batch_size, 0, torch.device("cpu"), 0).unaugmented("test")
+        batches = Loader(data, 1, 0, torch.device("cpu"), 0).unaugmented("test")
         measured = measure(model, model, batches, predictions)
     return table(file, about.title, about.weights, data, measured, other=bool(words))
 

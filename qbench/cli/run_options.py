@@ -97,9 +97,12 @@ def parse_export(arguments: Iterable[str]) -> ExportOptions:
     """Parse a command line of `qbench export` (for errors see `_parse`).
 
     Raises:
-        ConfigError: see `_parse`; or the directory of the file to write does not exist.
+        ConfigError: see `_parse`; or the file to write has another ending, or its directory does not exist.
     """
     options = ExportOptions(**_parse(run_parsers.export(), arguments, ""))
+    ending = ".qbench" if options.to == "packed" else ".onnx"
+    if options.out and options.out.suffix != ending:
+        raise ConfigError(f"export --out {options.out}: must end in {ending} for --to {options.to}")
     if options.out and not options.out.parent.is_dir():
         raise ConfigError(f"export --out {options.out}: no such directory: {options.out.parent}")
     if options.out and options.out.is_dir():

@@ -20,7 +20,6 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         weights: the run's checkpoint, `last` or `best`.
         dataset: the configuration of the run's data set.
         shape: channels, height and width of an image.
-        batch_size: number of images with which the export was verified.
         threads: number of torch's threads with which the export was verified.
     """
 
@@ -33,7 +32,6 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    batch_size: int
     threads: int
 
 
@@ -45,7 +43,7 @@ def read_about(values: Mapping[str, Any], source: str) -> About:
     """
     try:
         about = msgspec.convert(values, About)
-        if min(*about.shape, about.classes, about.batch_size, about.threads) < 1:
+        if min(*about.shape, about.classes, about.threads) < 1:
             raise ValueError("sizes must be 1 or more")
         if not len(about.mean) == len(about.std) == about.shape[0]:
             raise ValueError("mean and std need one number per channel")

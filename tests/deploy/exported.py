@@ -23,7 +23,7 @@ def about_digits(form: str) -> About:
     """Return a description of a network for digits."""
     return About(
         form=form, title="a test", identity="0", weights="last", dataset={"name": "digits"}, shape=(1, 8, 8),
-        classes=10, mean=(0.5,), std=(0.5,), batch_size=64, threads=1,
+        classes=10, mean=(0.5,), std=(0.5,), threads=1,
     )  # fmt: skip
 
 

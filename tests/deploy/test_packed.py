@@ -280,7 +280,9 @@ def test_nothing_is_written_if_the_logits_differ(
         (["export", "nowhere"], 2, "no such directory"),
         (["export", "RUN", "--to", "pakced"], 2, "did you mean packed"),
         (["export", "RUN", "--out", "nowhere/n.qbench"], 2, "no such directory: nowhere"),
-        (["export", "RUN", "--out", "."], 2, "is a directory"),
+        (["export", "RUN", "--out", "FOLDER"], 2, "is a directory"),
+        (["export", "RUN", "--out", "n.onnx"], 2, "must end in .qbench for --to packed"),
+        (["export", "RUN", "--to", "onnx", "--out", "n.qbench"], 2, "must end in .onnx for --to onnx"),
         (["export", "RUN", "bits=w4"], 2, "has no effect"),
         (["export", "EMPTY"], 4, "is not a run directory"),
         (["evaluate", "nowhere.qbench"], 2, "no such file or directory"),
@@ -296,9 +298,10 @@ def test_wrong_arguments_and_files(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.qbench").mkdir()
     (tmp_path / "text").write_text("not a network")
     export(finished, out=tmp_path / "n.qbench")
-    places = {"RUN": str(finished), "EMPTY": "empty", "TEXT": "text", "FILE": "n.qbench"}
+    places = {"RUN": str(finished), "EMPTY": "empty", "TEXT": "text", "FOLDER": "folder.qbench", "FILE": "n.qbench"}
     assert cli([places.get(word, word) for word in words]) == status
     error = capsys.readouterr().err
     assert message in error
