@@ -42,7 +42,7 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
 
     Args:
         run: the directory of the run.
-        to: the form; see docs/export.md.
+        to: the form; see docs/guides/export.md.
         out: the file to write; by default `network` with the form's ending, in the run's directory.
         weights: the run's checkpoint, `last` or `best`.
 

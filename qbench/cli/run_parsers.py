@@ -33,8 +33,12 @@ def run_flags() -> SubcommandParser:
     parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
     parser.add_argument("--device", type=some_text, help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.suggestions["--device"] = lambda: ("auto", "cpu", "cuda")
-    parser.add_argument("--trust", action="store_true", help="run code of its own that the run's config.yaml names")
+    _add_trust(parser)
     return parser
+
+
+def _add_trust(parser: SubcommandParser) -> None:
+    parser.add_argument("--trust", action="store_true", help="run code of its own that the run's config.yaml names")
 
 
 def measurement_flags() -> SubcommandParser:
@@ -84,7 +88,7 @@ def export() -> SubcommandParser:
     parser = SubcommandParser(
         "export",
         parents=[weights_flag()],
-        epilog="The file is written only if it agrees with the run on all test images. See docs/export.md.",
+        epilog="The file is written only if it agrees with the run on all test images. See docs/guides/export.md.",
     )
     parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
     add_choice(
@@ -100,6 +104,7 @@ def export() -> SubcommandParser:
         metavar="FILE",
         help="file to write (default: network.qbench, network.onnx or network-int8.onnx in the run's directory)",
     )
+    _add_trust(parser)
     return parser
 
 
