@@ -210,7 +210,7 @@ def _gelu(g: OnnxGraph, x: str, approximate: str = "none") -> str:
     return g.node("Gelu", x, approximate=approximate)
 
 
-def _softmax(g: OnnxGraph, x: str, dim: int = -1) -> str:
+def _softmax(g: OnnxGraph, x: str, dim: int = -1, dtype: None = None) -> str:
     return g.node("Softmax", x, axis=dim)
 
 

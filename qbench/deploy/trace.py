@@ -19,6 +19,14 @@ from qbench.errors import ConfigError
 from qbench.quant.graph import Arguments, Recorder, eval_mode_keeping_rng, intercepted_calls, tensors
 from qbench.quant.layers import QLayer, quantized_layers
 
+NO_EFFECT = ("inplace", "_stacklevel")
+"""Arguments that change no result."""
+
+READS_VALUES = frozenset(
+    {"__bool__", "__float__", "__int__", "__index__", "__contains__", "item", "tolist", "numpy", "equal", "allclose"}
+)
+"""Functions that give values of a tensor to Python. What Python does with them cannot be recorded."""
+
 MAX_BITS = 8
 """Largest width of weights and activations in an exported file."""
 
@@ -96,6 +104,8 @@ class _Tracer(Recorder):
     def __init__(self, model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> None:
         super().__init__(model, images)
         self.program, self._layers, self._where = _Program(), layers, [""]
+        # layers that ask whether their input is finite, and do nothing else with its values
+        self._checking = {name for name, module in model.named_modules() if isinstance(module, QLayer)}
         self._values: dict[int, Ref | Stored] = {id(images): Ref(-1)}
         self._names = {
             id(tensor): name
@@ -132,10 +142,19 @@ class _Tracer(Recorder):
             return
         result, out, changed = results
         args, kwargs = arguments
+        if (
+            kind in READS_VALUES
+            and self._where[-1] not in self._checking
+            and any(True for _ in refs(self._arguments(args)))
+        ):
+            raise NotExportable(
+                f"{self._where[-1] or 'the network'}: reads values of a tensor that depends on the images ({kind})\n"
+                "such a network is not the same for all images"
+            )
         if not list(tensors(result)):
             return
         converted = self._arguments(args), {key: self._arguments(value) for key, value in kwargs.items()}
-        if kind in CREATES or not any(True for _ in refs((converted[0], tuple(converted[1].values())))):
+        if kind in CREATES or not next(refs((converted[0], tuple(converted[1].values()))), None):
             return  # does not depend on the image: its result is a constant
         function = kind if kind.endswith("__") else kind.removesuffix("_")
         function = {"__getitem__": "getitem", "__rsub__": "rsub"}.get(function, function)
@@ -144,7 +163,8 @@ class _Tracer(Recorder):
         if isinstance(first, Ref) and (function in UNCHANGED or (result is args[0] and changed is None)):
             value = first
         else:
-            converted[1].pop("inplace", None)
+            for key in NO_EFFECT:
+                converted[1].pop(key, None)
             value = self._add_step("out=" if out is not None else function, *converted)
         if isinstance(result, Tensor):
             self._values[id(result)] = value

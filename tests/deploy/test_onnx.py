@@ -180,6 +180,56 @@ def test_what_onnx_files_cannot_hold_is_refused(
     assert len(str(error.value).splitlines()) <= 2
 
 
+class Inserted(nn.Module):
+    """A quantized convolution, a module or function under test, a mean over the image, and a linear layer."""
+
+    def __init__(self, inserted: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.conv, self.inserted = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, padding=1), inserted
+        channels = inserted(torch.zeros(2, 4, 8, 8)).flatten(2).shape[1]
+        self.fc = nn.Linear(channels, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.inserted(self.conv(self.first(x))).flatten(2).mean(2))
+        return logits
+
+
+FUNCTIONS = {
+    "conv2d groups": nn.Conv2d(4, 6, 3, 2, 1, dilation=2, groups=2), "conv2d same": nn.Conv2d(4, 3, 3, padding="same", dilation=2),
+    "conv2d valid": nn.Conv2d(4, 3, 3, padding="valid"),
+    "conv_transpose2d": nn.ConvTranspose2d(4, 3, 3, 2, 1, output_padding=1),
+    "batch_norm no affine": nn.BatchNorm2d(4, affine=False), "layer_norm": nn.LayerNorm([4, 8, 8]),
+    "max_pool2d": nn.MaxPool2d(3, 2, 1), "max_pool2d ceil": nn.MaxPool2d(3, 2, ceil_mode=True),
+    "avg_pool2d": nn.AvgPool2d(3, 2, 1), "avg_pool2d no pad": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d((2, 4)), "pad": lambda x: F.pad(x, (1, 2, 0, 3), value=0.5),
+    "pad channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), "pad reflect": lambda x: F.pad(x, (1, 2, 3, 0), "reflect"),
+    "relu6": nn.ReLU6(), "hardswish": nn.Hardswish(), "hardsigmoid": nn.Hardsigmoid(), "silu": nn.SiLU(),
+    "gelu": nn.GELU(), "gelu tanh": nn.GELU("tanh"), "leaky_relu": nn.LeakyReLU(0.2),
+    "hardtanh": nn.Hardtanh(-0.3, 0.4),
+    "softmax": nn.Softmax(1), "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "clamp": lambda x: x.clamp(min=-0.1),
+    "arithmetic": lambda x: 1 - (2 * x + 0.5 - x * x) / 3, "abs, sqrt, exp, neg": lambda x: -(x.abs().sqrt().exp()),
+    "cat": lambda x: torch.cat([x, x[:, 1:3]], 1), "slice": lambda x: x[:, :, 1:, 2:5],
+    "transpose": lambda x: x.transpose(2, 3).contiguous(), "permute": lambda x: x.permute(0, 1, 3, 2).clone(),
+    "view": lambda x: x.view(len(x), 2, -1), "reshape": lambda x: x.reshape(-1, 4, 16, 4),
+    "flatten": lambda x: x.flatten(1, 2), "unsqueeze": lambda x: x.unsqueeze(2).squeeze(2),
+    "sum": lambda x: x.sum(3, keepdim=True), "in place": lambda x: F.relu_(x + 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_those_of_torch(name: str) -> None:
+    """Both forms: the packed network has the same bits, and ONNX Runtime the same logits."""
+    model, images = Inserted(FUNCTIONS[name]), torch.randn(6, 1, 8, 8)
+    install(dorefa.build(w=4), model, Policy(rules={"inserted*": "float"} if name.startswith("conv") else {}),
+            example=images[:1])  # fmt: skip
+    model(images)  # statistics of batch normalization
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(trace(model, images).function()(images), model(images))
+    check_onnx(model, [images], "onnx", "onnxruntime", NARROW)
+
+
 class Unusual(nn.Module):
     """A network with a function that only packed files know."""
 
