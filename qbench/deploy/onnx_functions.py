@@ -27,8 +27,8 @@ def _conv(axes: int) -> Converter:
     ) -> str:  # fmt: skip
         attributes: dict[str, Any] = {"strides": _many(stride, axes), "dilations": _many(dilation, axes)}
         if padding == "same":
-            # torch pads the odd one at the end, as SAME_UPPER does
-            attributes["auto_pad"] = "SAME_UPPER"
+            totals = [d * (k - 1) for d, k in zip(_many(dilation, axes), g.shape(w)[2:], strict=True)]
+            attributes["pads"] = [total // 2 for total in totals] + [total - total // 2 for total in totals]
         elif padding != "valid":
             attributes["pads"] = _many(padding, axes) * 2
         return g.node("Conv", x, w, *([bias] if bias else []), group=groups, **attributes)

@@ -196,7 +196,8 @@ class Inserted(nn.Module):
 
 
 FUNCTIONS = {
-    "conv2d groups": nn.Conv2d(4, 6, 3, 2, 1, dilation=2, groups=2), "conv2d same": nn.Conv2d(4, 3, 3, padding="same", dilation=2),
+    "conv2d groups": nn.Conv2d(4, 6, 3, 2, 1, dilation=2, groups=2),
+    "conv2d same": nn.Conv2d(4, 3, 3, padding="same", dilation=2),
     "conv2d valid": nn.Conv2d(4, 3, 3, padding="valid"),
     "conv_transpose2d": nn.ConvTranspose2d(4, 3, 3, 2, 1, output_padding=1),
     "batch_norm no affine": nn.BatchNorm2d(4, affine=False), "layer_norm": nn.LayerNorm([4, 8, 8]),
