@@ -16,12 +16,14 @@ class Agreement(NamedTuple):
         images: number of images.
         same_class: number of images with the same predicted class.
         largest: the largest difference of two logits.
+        magnitude: the largest magnitude of the run's logits.
         identical: whether all logits have the same bits.
     """
 
     images: int
     same_class: int
     largest: float
+    magnitude: float
     identical: bool
 
 
@@ -30,15 +32,16 @@ def compare(
     run: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], batches: Iterable[Batch]
 ) -> Agreement:
     """Compare the logits of a run and of an exported network."""
-    images, same, largest, identical = 0, 0, 0.0, True
+    images, same, largest, magnitude, identical = 0, 0, 0.0, 0.0, True
     for batch, _ in batches:
         expected, found = run(batch), exported(batch)
         images += len(batch)
         same += int((expected.argmax(1) == found.argmax(1)).sum())
         difference = (expected - found).abs().max().item()
         largest = max(largest, torch.inf if difference != difference else difference)
+        magnitude = max(magnitude, expected.abs().max().item())
         identical &= torch.equal(expected, found)
-    return Agreement(images, same, largest, identical)
+    return Agreement(images, same, largest, magnitude, identical)
 
 
 @torch.no_grad()

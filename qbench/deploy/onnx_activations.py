@@ -41,6 +41,9 @@ def _quantize_linear(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tenso
 
     count, zero, middles = levels.shape[-1], (-low / step).round(), _middles(levels)
     shifted = bool(((low + zero * step).abs() > HALF_STEP * step).any() or zero.max() > 255 or zero.min() < 0)
+    if not shifted and levels.dim() == 1:  # the quantizer's own step, without a rounding error
+        place = int(zero)
+        step = levels[place + 1] if place + 1 < count else -levels[place - 1]
     down, up = bool((thresholds > middles).all()), bool((thresholds <= middles).all())
     if not (shifted or down or up):  # QuantizeLinear rounds values in the middle to the even code
         if count < 256:  # the integer type has more values than there are levels

@@ -282,12 +282,12 @@ def test_the_file_runs_without_qbench(finished: Path) -> None:
     assert accuracy == pytest.approx(evaluate_file(file).values[0]["top1"])
 
 
+@pytest.mark.parametrize("shift", [torch.eye(10)[0] * 100, torch.full((10,), 0.01)], ids=["class", "logits"])
 def test_a_file_that_disagrees_is_not_written(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shift: Tensor, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qbench.analysis import export as module
 
-    shift = torch.eye(10)[0] * 100
     monkeypatch.setattr(
         module, "RUNTIMES", {"onnxruntime": lambda *a: lambda x: RUNTIMES["onnxruntime"](*a)(x) + shift}
     )
