@@ -100,7 +100,7 @@ def test_the_conf_file_agrees_with_the_build_function(name: str, configure: Conf
     signature = inspect.signature(registry.find("method", name)).parameters
     options = {key: p.default for key, p in signature.items() if key not in "wag"}
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    assert {k: v for k, v in config.method.items() if k not in ("name", "deviation")} == options
+    assert {k: v for k, v in config.method.items() if k not in ("name", "deviation", "added")} == options
     assert ("deviation" in config.method) == bool(deviations(name))
     requires = registry.create("method", {"name": name}).requires
     assert (config.init == "method") == (requires.start == "scratch")
