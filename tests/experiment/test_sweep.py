@@ -123,7 +123,8 @@ def test_the_first_runs_need_different_baselines() -> None:
     assert sorted(map(repr, ordered)) == sorted(map(repr, runs))
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.full), "joblib"])
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_twelve_runs_with_five_sabotaged(tmp_path: Path, launcher: str) -> None:
     """R18: with joblib, one worker is killed too."""
     (tmp_path / "mine.py").write_text(SABOTAGE)
@@ -181,7 +182,18 @@ def test_a_worker_killed_while_the_sweep_is_checked_costs_nothing(tmp_path: Path
     assert len(digests(tmp_path / "o")) == 4
 
 
-@pytest.mark.parametrize("kinds", [["SIGKILL"], ["SIGHUP"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGKILL"]])
+LONG = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["SIGKILL"],
+        pytest.param(["SIGHUP"], marks=LONG),
+        ["SIGINT", "SIGINT"],
+        pytest.param(["SIGTERM", "SIGKILL"], marks=LONG),
+    ],
+)
 def test_workers_end_with_the_main_process(tmp_path: Path, kinds: list[str]) -> None:
     words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4,w5", "epochs=500", f"out={tmp_path}", "hydra/launcher=joblib"]
     process = subprocess.Popen(
@@ -201,7 +213,7 @@ def test_workers_end_with_the_main_process(tmp_path: Path, kinds: list[str]) -> 
     assert not semaphores(process.pid)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=LONG)])
 def test_parallel_processes_stop_and_continue(tmp_path: Path, kind: signal.Signals) -> None:
     words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4,w5", "epochs=200", f"out={tmp_path}", "hydra/launcher=joblib"]
     process = subprocess.Popen(
