@@ -516,8 +516,11 @@ def test_the_verification_of_a_run_covers_all_widths(bits: int) -> None:
 
 @pytest.mark.parametrize("image", ["float", 8, "same"])
 def test_the_width_of_the_image_is_not_that_of_the_first_layers_output(image: int | str) -> None:
-    policy = Policy(first="same", last="float", input=image, rules={"fc2": 12})
-    model = install(gupta.build(), mlp.build((1, 2, 2), 3, hidden=3, norm="none"), policy)
+    rules, image_range = {"fc2": 12}, ((-1.0,), (1.0,))
+    policy = Policy(first="same", last="float", input=image, rules=rules, image_range=image_range)
+    model = install(
+        gupta.build(), mlp.build((1, 2, 2), 3, hidden=3, norm="none"), policy, example=torch.rand(2, 1, 2, 2)
+    )
     layers = quantized_layers(model)
     found = [layers[name].output_q.activations for name in ("fc1", "fc2", "fc3")]
     assert found == [FixedPointFormat(6, fraction, "stochastic") for fraction in (10, 6, 10)]

@@ -432,8 +432,8 @@ def test_the_stored_bytes_are_those_of_the_formula(layer: nn.Conv2d | nn.Linear)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"w": 3}, r"bits\.w=3.*method\.subspace=3 or less"),
-        ({"w": 8, "subspace": 2}, r"bits\.w=8.*method\.subspace=1 or less"),
+        ({"w": 3}, r"(?s)bits\.w=3.*method\.subspace=3 or less"),
+        ({"w": 8, "subspace": 2}, r"(?s)bits\.w=8.*method\.subspace=1 or less"),
         ({"w": 1, "codewords": 64}, r"bits\.w=1: 64 codewords .* type bits\.w=2"),
         ({"w": 1, "fc_codewords": 32}, r"bits\.w=1: 32 codewords .* type bits\.w=2, or method\.fc_codewords=0"),
     ],

@@ -96,7 +96,7 @@ def test_a_small_disk(tmp_path: Path) -> None:
                 assert statuses[-1] in (0, 5), job.stderr()
                 if statuses[-1] == 5:
                     assert "bytes needed): No space left on device" in job.stderr()
-                    assert "make room" in job.stderr()
+                    assert "free disk space" in job.stderr()
                 verify_checkpoints(disk)
             assert statuses[0] == 5
             assert statuses[-1] == 0

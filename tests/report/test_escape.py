@@ -148,7 +148,7 @@ def hostile_runs(configure: Configure) -> list[RunRecord]:
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_plots_of_hostile_names_are_well_formed(hostile_runs: list[RunRecord], tmp_path: Path) -> None:
-    assert sum(run.result is not None for run in hostile_runs) >= len(HOSTILE)
+    assert sum(run.result is not None for run in hostile_runs) >= len(HOSTILE) - 1  # half a surrogate pair is refused
     tables = compare(hostile_runs)
     plot(tables, hostile_runs, tmp_path / "bits.svg")
     content = (tmp_path / "bits.svg").read_text(encoding="utf-8")
