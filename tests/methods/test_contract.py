@@ -44,8 +44,11 @@ TRAITS = {
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 REPRESENTATIVES = ("dorefa", "gupta", "inq", "lsq", "ptq", "qd", "slq")
-"""Methods for which runs are stopped and resumed in the fast tier: plain, with random draws, with steps that freeze
+"""Methods for which runs are repeated, stopped and resumed in the fast tier: plain, with random draws, with steps that freeze
 weights, with learned steps, without training, with a teacher, with codebooks. The others are in the long tier."""
+representatives = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in REPRESENTATIVES else pytest.mark.full) for name in METHODS]
+)
 
 
 def trained(
@@ -138,7 +141,7 @@ def test_the_declared_properties_hold(name: str) -> None:
         assert torch.equal(site(-layer.weight), -site(layer.weight))
 
 
-@every_method
+@representatives
 def test_the_same_seed_gives_the_same_training(name: str) -> None:
     config, task, _, losses = trained_once(name)
     again, _, losses_again = trained(config)
@@ -215,9 +218,7 @@ def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple
     return whole, run(planned_run(smoke(*words)), RunContext())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in REPRESENTATIVES else pytest.mark.full) for name in METHODS]
-)
+@representatives
 def test_a_resumed_run_ends_like_an_uninterrupted_one(name: str, smoke: Configure) -> None:
     words = [f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
     if not registry.create("method", {"name": name}).needs_training:

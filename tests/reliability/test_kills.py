@@ -289,7 +289,7 @@ def test_a_waiting_process_takes_over(server: Server, tmp_path: Path, rounds: in
         leader.kill(signal.SIGSTOP)  # it holds the lock until it is killed, even if the others start slowly
         ((baseline, step),) = faults.announced(announced).items()
         jobs = [server.start([*words, f"optim.lr={1e-4 * (i + 1)}"], out=out) for i in range(4)]
-        wait_until(lambda: all(f"works on {baseline}" in job.stderr() for job in jobs), "waiting", jobs)  # noqa: B023
+        wait_until(lambda: all(f"working on {baseline}" in job.stderr() for job in jobs), "waiting", jobs)  # noqa: B023
         killed = time.monotonic()
         leader.kill()
         assert leader.wait(SECONDS) == -signal.SIGKILL
