@@ -44,8 +44,9 @@ TRAITS = {
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 REPRESENTATIVES = ("dorefa", "gupta", "inq", "lsq", "ptq", "qd", "slq")
-"""Methods for which runs are repeated, stopped and resumed in the fast tier: plain, with random draws, with steps that freeze
-weights, with learned steps, without training, with a teacher, with codebooks. The others are in the long tier."""
+"""Methods whose runs are repeated, stopped and resumed in the fast tier: plain, with random draws, with steps that
+freeze weights, with learned steps, without training, with a teacher, with codebooks. The others are in the long tier.
+"""
 representatives = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in REPRESENTATIVES else pytest.mark.full) for name in METHODS]
 )
