@@ -65,130 +65,25 @@ def _quantized(layer: "QLayer", input: Tensor, compute: Callable[[Tensor, Tensor
     return layer.output_q(y, input)
 
 
-class QConv1d(nn.Conv1d):
-    """A convolution over one axis with three quantizers; see `QConv2d`."""
-
-    label: str
-    bits: Bits
-    input_q: Quantizer
-    weight_q: Quantizer
-    output_q: Quantizer
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve the quantized input with the quantized weights."""
-        if self.bits == Bits():
-            return super().forward(_finite(self, input))
-        return _quantized(
-            self,
-            input,
-            lambda x, w: F.conv1d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups),
-        )
+def _convolution(layer: "QConvolution", input: Tensor, convolve: Callable[..., Tensor]) -> Tensor:
+    """Return the output of a quantized convolution. `convolve` is torch's function for its number of axes."""
+    return _quantized(
+        layer,
+        input,
+        lambda x, w: convolve(x, w, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups),
+    )
 
 
-class QConv2d(nn.Conv2d):
-    """A convolution with three quantizers.
-
-    `weight` and `bias` are the (latent) parameters of the float layer.
-    """
-
-    label: str
-    bits: Bits
-    input_q: Quantizer
-    weight_q: Quantizer
-    output_q: Quantizer
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve the quantized input with the quantized weights."""
-        if self.bits == Bits():
-            return super().forward(_finite(self, input))
-        return _quantized(
-            self,
-            input,
-            lambda x, w: F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups),
-        )
-
-
-class QConv3d(nn.Conv3d):
-    """A convolution over three axes with three quantizers; see `QConv2d`."""
-
-    label: str
-    bits: Bits
-    input_q: Quantizer
-    weight_q: Quantizer
-    output_q: Quantizer
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve the quantized input with the quantized weights."""
-        if self.bits == Bits():
-            return super().forward(_finite(self, input))
-        return _quantized(
-            self,
-            input,
-            lambda x, w: F.conv3d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups),
-        )
-
-
-class QConvTranspose1d(nn.ConvTranspose1d):
-    """A transposed convolution over one axis with three quantizers; see `QConv2d`."""
-
-    label: str
-    bits: Bits
-    input_q: Quantizer
-    weight_q: Quantizer
-    output_q: Quantizer
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Apply the transposed convolution to the quantized input with the quantized weights."""
-        if self.bits == Bits():
-            return super().forward(_finite(self, input), output_size)
-        padding, extra = _padding(self, input, output_size)
-        return _quantized(
-            self,
-            input,
-            lambda x, w: F.conv_transpose1d(x, w, self.bias, self.stride, padding, extra, self.groups, self.dilation),
-        )
-
-
-class QConvTranspose2d(nn.ConvTranspose2d):
-    """A transposed convolution with three quantizers; see `QConv2d`."""
-
-    label: str
-    bits: Bits
-    input_q: Quantizer
-    weight_q: Quantizer
-    output_q: Quantizer
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Apply the transposed convolution to the quantized input with the quantized weights."""
-        if self.bits == Bits():
-            return super().forward(_finite(self, input), output_size)
-        padding, extra = _padding(self, input, output_size)
-        return _quantized(
-            self,
-            input,
-            lambda x, w: F.conv_transpose2d(x, w, self.bias, self.stride, padding, extra, self.groups, self.dilation),
-        )
-
-
-class QConvTranspose3d(nn.ConvTranspose3d):
-    """A transposed convolution over three axes with three quantizers; see `QConv2d`."""
-
-    label: str
-    bits: Bits
-    input_q: Quantizer
-    weight_q: Quantizer
-    output_q: Quantizer
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Apply the transposed convolution to the quantized input with the quantized weights."""
-        if self.bits == Bits():
-            return super().forward(_finite(self, input), output_size)
-        padding, extra = _padding(self, input, output_size)
-        return _quantized(
-            self,
-            input,
-            lambda x, w: F.conv_transpose3d(x, w, self.bias, self.stride, padding, extra, self.groups, self.dilation),
-        )
+def _transposed_convolution(
+    layer: "QTransposedConvolution", input: Tensor, output_size: list[int] | None, convolve: Callable[..., Tensor]
+) -> Tensor:
+    """Return the output of a quantized transposed convolution; see `_convolution`."""
+    padding, extra = _padding(layer, input, output_size)
+    return _quantized(
+        layer,
+        input,
+        lambda x, w: convolve(x, w, layer.bias, layer.stride, padding, extra, layer.groups, layer.dilation),
+    )
 
 
 def _padding(
@@ -205,14 +100,82 @@ def _padding(
     return padding, tuple(wanted - size * stride - rest for wanted, size, stride, rest in sizes)
 
 
-class QLinear(nn.Linear):
-    """A linear layer with three quantizers; see `QConv2d`."""
+class _Quantizers:
+    """What each quantized layer has in addition to its float layer.
+
+    `weight` and `bias` are the (latent) parameters of the float layer. If nothing is quantized, the
+    layer computes what the float layer does.
+    """
 
     label: str
     bits: Bits
     input_q: Quantizer
     weight_q: Quantizer
     output_q: Quantizer
+
+
+class QConv1d(_Quantizers, nn.Conv1d):
+    """A convolution over one axis with three quantizers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input))
+        return _convolution(self, input, F.conv1d)
+
+
+class QConv2d(_Quantizers, nn.Conv2d):
+    """A convolution with three quantizers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input))
+        return _convolution(self, input, F.conv2d)
+
+
+class QConv3d(_Quantizers, nn.Conv3d):
+    """A convolution over three axes with three quantizers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input))
+        return _convolution(self, input, F.conv3d)
+
+
+class QConvTranspose1d(_Quantizers, nn.ConvTranspose1d):
+    """A transposed convolution over one axis with three quantizers."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the transposed convolution to the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input), output_size)
+        return _transposed_convolution(self, input, output_size, F.conv_transpose1d)
+
+
+class QConvTranspose2d(_Quantizers, nn.ConvTranspose2d):
+    """A transposed convolution with three quantizers."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the transposed convolution to the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input), output_size)
+        return _transposed_convolution(self, input, output_size, F.conv_transpose2d)
+
+
+class QConvTranspose3d(_Quantizers, nn.ConvTranspose3d):
+    """A transposed convolution over three axes with three quantizers."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the transposed convolution to the quantized input with the quantized weights."""
+        if self.bits == Bits():
+            return super().forward(_finite(self, input), output_size)
+        return _transposed_convolution(self, input, output_size, F.conv_transpose3d)
+
+
+class QLinear(_Quantizers, nn.Linear):
+    """A linear layer with three quantizers."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the quantized input by the quantized weights."""
@@ -221,7 +184,9 @@ class QLinear(nn.Linear):
         return _quantized(self, input, lambda x, w: F.linear(x, w, self.bias))
 
 
-QLayer = QConv1d | QConv2d | QConv3d | QConvTranspose1d | QConvTranspose2d | QConvTranspose3d | QLinear
+QConvolution = QConv1d | QConv2d | QConv3d
+QTransposedConvolution = QConvTranspose1d | QConvTranspose2d | QConvTranspose3d
+QLayer = QConvolution | QTransposedConvolution | QLinear
 
 QUANTIZED_CLASS: Mapping[type[nn.Module], type[QLayer]] = {
     nn.Conv1d: QConv1d, nn.Conv2d: QConv2d, nn.Conv3d: QConv3d, nn.ConvTranspose1d: QConvTranspose1d,
