@@ -60,23 +60,22 @@ Deviations
     before it. Alpha is kept at 1e-3 or more. A tensor whose deviation is 0 is not scaled.
 
 Results
-    docs/results.md (CIFAR-10), and the authors' checkpoints evaluated here (README).
+    docs/results.md (CIFAR-10). docs/guides/checkpoints.md has the authors' checkpoints, evaluated here.
 """
 
 from functools import lru_cache
 from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbench.bits import FLOAT, Bits
+from qbench.methods.pact import SMALLEST, LearnedClip, optimizer_step
 from qbench.quant.fused_kernels import grad_between, grad_within, next_float, step_function
-from qbench.quant.layers import clamp_min_
 from qbench.quant.method import Method, Requires
 from qbench.quant.ops import fused_quantizer, in_float32, straight_through
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
-SMALLEST = 1e-3
 EDGE_BITS = 8
 """Width of the weights of the first and last layers, which have uniform levels."""
 
@@ -169,15 +168,8 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     return fused_quantizer(x, alpha.to(x.dtype), plain=plain, value=value, backward=backward)
 
 
-class APoTWeight(Quantizer):
-    """Quantizer of one layer's weights, normalized and with a learned clipping level."""
-
-    positive_parameters: tuple[str, ...] = ("alpha",)
-
-    def __init__(self, bits: int, initial: float, decay: float) -> None:
-        super().__init__()
-        self.bits, self.weight_decay = bits, decay
-        self.alpha = nn.Parameter(torch.tensor(initial))
+class APoTWeight(LearnedClip):
+    """Quantizer of one layer's weights, which it normalizes first."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights, on the scale of normalized weights."""
@@ -215,15 +207,8 @@ class APoTEdgeWeight(Quantizer):
         return Storage(w.numel(), EDGE_BITS, 4)
 
 
-class APoTActivation(Quantizer):
-    """Quantizer of one layer's input, with a learned clipping level."""
-
-    positive_parameters: tuple[str, ...] = ("alpha",)
-
-    def __init__(self, bits: int, initial: float, decay: float) -> None:
-        super().__init__()
-        self.bits, self.weight_decay = bits, decay
-        self.alpha = nn.Parameter(torch.tensor(initial))
+class APoTActivation(LearnedClip):
+    """Quantizer of one layer's input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations."""
@@ -233,12 +218,6 @@ class APoTActivation(Quantizer):
         """Return a grid with one group: the levels times alpha."""
         points = torch.tensor(levels(self.bits), device=x.device, dtype=self.alpha.dtype)
         return Grid((points * self.alpha).reshape(1, -1, 1))
-
-
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step the optimizer, then keep the clipping levels above zero."""
-    optimizer.step()
-    clamp_min_(model, {APoTWeight: ("alpha",), APoTActivation: ("alpha",)}, SMALLEST)
 
 
 def build(

@@ -104,8 +104,8 @@ def _cells(alpha: Tensor, n: float) -> Cells:
     return Cells(number, inside, int(n) + 3)
 
 
-class PACTActivation(Quantizer):
-    """Quantizer of one layer's input, with a learned clipping level."""
+class LearnedClip(Quantizer):
+    """Base class of quantizers with a learned clipping level `alpha`, a scalar with its own weight decay."""
 
     positive_parameters: tuple[str, ...] = ("alpha",)
 
@@ -113,6 +113,10 @@ class PACTActivation(Quantizer):
         super().__init__()
         self.bits, self.weight_decay = bits, decay
         self.alpha = nn.Parameter(torch.tensor(initial))
+
+
+class PACTActivation(LearnedClip):
+    """Quantizer of one layer's input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations."""
@@ -126,7 +130,7 @@ class PACTActivation(Quantizer):
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Step the optimizer, then keep the clipping levels above zero."""
     optimizer.step()
-    clamp_min_(model, {PACTActivation: ("alpha",)}, SMALLEST)
+    clamp_min_(model, {LearnedClip: ("alpha",)}, SMALLEST)
 
 
 def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4) -> Method:
