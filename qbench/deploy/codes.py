@@ -189,8 +189,6 @@ def encode(quantizer: Quantizer, latent: Tensor, weights: Tensor) -> Encoded:
     shape = tuple(weights.shape)
     layout = _layout(grid.arrange(torch.arange(1, weights.numel() + 1).reshape(shape)), shape)
     vectors, points = grid.arrange(weights), grid.points.to(weights.dtype)
-    if points.shape[2] == 1:
-        points = points.sort(1).values  # codebooks need not be ascending
     if points.shape[1] > 2**MAX_CODE_BITS:
         raise NotEncodable(f"it has {points.shape[1]:,} levels; at most {2**MAX_CODE_BITS:,}")
     codes, _ = nearest_points(vectors, points)

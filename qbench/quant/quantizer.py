@@ -43,14 +43,19 @@ class Grid:
 
     Args:
         points: (groups, levels, dimension), the allowed values of every scale group. The dimension
-            is 1 except for product codes. Scalars are ascending. Groups with fewer levels are
-            padded with NaN.
+            is 1 except for product codes. Scalars may be given in any order; they are sorted. Groups
+            with fewer levels are padded with NaN.
         arrange: function that reshapes a tensor to (groups, elements, dimension), so that the
             elements of a group can be compared with the points of that group.
     """
 
     points: Tensor
     arrange: Callable[[Tensor], Tensor] = one_group
+
+    def __post_init__(self) -> None:
+        # the search for the nearest point bisects sorted scalars; NaN is sorted to the end
+        if self.points.shape[2] == 1:
+            object.__setattr__(self, "points", self.points.sort(1).values)
 
 
 class Quantizer(nn.Module):

@@ -339,3 +339,13 @@ def test_the_float_mode_of_a_network_has_its_activation_functions() -> None:
             assert torch.equal(model(X), before)
             assert all(m.active for m in bypassed)
         assert not any(m.active for m in bypassed)
+
+
+def test_the_scalars_of_a_grid_are_sorted_and_its_product_codes_are_not() -> None:
+    """Q-CNN's corrected codebooks of one scalar per codeword are in any order."""
+    nan = torch.nan
+    scalars = torch.tensor([[3.0, -1.0, 2.0], [1.0, nan, 0.0]]).unsqueeze(2)
+    expected = torch.tensor([[-1.0, 2.0, 3.0], [0.0, 1.0, nan]]).unsqueeze(2)
+    assert torch.equal(Grid(scalars).points.nan_to_num(9), expected.nan_to_num(9))
+    vectors = torch.tensor([[[3.0, 0.0], [1.0, 5.0]]])
+    assert torch.equal(Grid(vectors).points, vectors)
