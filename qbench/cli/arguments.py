@@ -6,6 +6,7 @@ come in any order.
 
 import argparse
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -79,13 +80,15 @@ class SubcommandParser(argparse.ArgumentParser):
         """Return the positional arguments in the order typed, and the values of the typed flags.
 
         Raises:
-            ConfigError: an unknown flag, a flag without a value, or a value that is not allowed.
+            ConfigError: an unknown flag, a flag without a value, a flag typed twice, or a value that is not allowed.
         """
+        arguments = list(arguments)
+        self._refuse_repeated(arguments)
         positionals = [action for action in self._actions if not action.option_strings]
         for action in positionals:
             action.nargs, action.required, action.choices = "*", False, None
         try:
-            namespace, unknown = self.parse_known_intermixed_args(list(arguments))
+            namespace, unknown = self.parse_known_intermixed_args(arguments)
         except argparse.ArgumentError as error:
             raise ConfigError(self._invalid_value(error)) from None
         if unknown:
@@ -93,6 +96,13 @@ class SubcommandParser(argparse.ArgumentParser):
         values = vars(namespace)
         words = [word for action in positionals for word in values.pop(action.dest, ())]
         return words, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def _refuse_repeated(self, arguments: Sequence[str]) -> None:
+        """Refuse a flag that is typed twice, of which argparse would silently take the last value."""
+        typed = Counter(word.partition("=")[0] for word in arguments)
+        for action in self._actions:
+            if not isinstance(action, argparse._AppendAction) and sum(typed[o] for o in action.option_strings) > 1:
+                raise ConfigError(f"{self.name}: {action.option_strings[-1]} must be typed once")
 
     def flags(self) -> list[str]:
         """Return the full names of all flags except `--help`."""

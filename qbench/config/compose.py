@@ -176,7 +176,8 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     """Split a command line into two lists: Hydra's flags with their values, and the overrides.
 
     Raises:
-        ConfigError: a flag or a flag's value does not exist, or an argument is not `key=value`.
+        ConfigError: a flag or a flag's value does not exist, a flag with a value is typed twice, or an argument
+            is not `key=value`.
     """
     flags: list[str] = []
     overrides: list[str] = []
@@ -204,5 +205,7 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
             value = "all"
         if not value or (allowed and value not in allowed):
             raise ConfigError(f"{flag} {value}: must be {', '.join(allowed) or 'a value'}".replace(" :", ":"))
+        if flag in flags:
+            raise ConfigError(f"{flag} must be typed once")
         flags += [flag, value]
     return flags, overrides

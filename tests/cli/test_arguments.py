@@ -114,6 +114,8 @@ def test_options_have_types_and_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--margin", "0.5", "--margin=5"], "compare: --margin must be typed once"),
+        (["--format", "md", "--format", "csv"], "compare: --format must be typed once"),
         (["--formt", "md"], "compare: no such flag: --formt; did you mean --format?\nallowed: --format, --by, "),
         (["--form", "md"], "compare: no such flag: --form; did you mean --format?\nallowed: "),
         (["--format", "txt"], "compare --format txt; did you mean text?\nallowed: text, md, csv, json, latex, record"),

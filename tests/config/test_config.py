@@ -270,6 +270,11 @@ def test_widths_are_parsed() -> None:
             parse_bits(text)
 
 
+def test_a_flag_with_a_value_is_typed_once() -> None:
+    with pytest.raises(ConfigError, match="--config-dir must be typed once"):
+        compose.sorted_out(["--config-dir", "a", "--config-dir=b"])
+
+
 def test_flags_may_stand_anywhere() -> None:
     assert compose.sorted_out(["a=1", "-m", "b=2", "--cfg", "job", "-p", "bits", "c=3", "--info"]) == (
         ["-m", "--cfg", "job", "-p", "bits", "--info", "all"], ["a=1", "b=2", "c=3"],
