@@ -76,7 +76,7 @@ def _check_tensor(name: str, value: object, dtype: torch.dtype, dims: int, conve
 AnySplit = TypeVar("AnySplit", bound=Split | FileSplit)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
     """A data set, which consists of three splits and their properties.
 

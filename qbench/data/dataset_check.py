@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -76,6 +77,15 @@ def _constant_problems(data: Dataset) -> Iterator[str]:
         yield f"mean={data.mean}: must be 0 to 1, for images scaled to 0 to 1"
     if not all(0 < x < math.inf for x in data.std):
         yield f"std={data.std}: must be above 0, for images scaled to 0 to 1"
+
+
+@lru_cache(maxsize=2)
+def dataset_notes(data: Dataset) -> tuple[str, ...]:
+    """Return notes on a data set whose accuracy does not mean what a reader expects.
+
+    All images are read, so runs of one process that share a data set share its notes.
+    """
+    return (*repeated_images(data), *unseen_classes(data))
 
 
 def unseen_classes(data: Dataset) -> list[str]:

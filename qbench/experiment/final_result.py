@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qbench.bits import FLOAT, LevelCount
 from qbench.cost.count import count_cost, coverage, idle_layers
 from qbench.data.dataset import Loader
-from qbench.data.dataset_check import repeated_images, unseen_classes
+from qbench.data.dataset_check import dataset_notes
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
@@ -123,7 +123,7 @@ def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, obje
 
 def _accuracy_notes(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
     """Return notes on data and networks whose accuracy does not mean what a reader expects."""
-    notes = [*repeated_images(setup.data), *unseen_classes(setup.data)]
+    notes = [*dataset_notes(setup.data)]
     if unsteady := unsteady_evaluation(model, images):
         notes.append(unsteady)
     if returns_probabilities(model, images):
