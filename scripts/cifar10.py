@@ -31,7 +31,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
 
 from qbench.bits import Bits
 from qbench.config import compose
@@ -214,11 +213,12 @@ def tables(records: Sequence[RunRecord]) -> list[Table]:
             result.append(Table(HEAD, rows, [setting.to_json() for setting in members], group))
     measured = {(s.method, s.bits): s.top1.n for s in settings if not s.is_baseline}
     most = max(measured.values(), default=0)
+    seeds = f"{most} seed{'s' * (most != 1)}"
     missing = [f"{w.method} {w.bits}" for w in wanted if w.key not in measured]
     fewer = [f"{w.method} {w.bits}" for w in wanted if 0 < measured.get(w.key, 0) < most]
-    notes = [f"{len(measured)} of {len(wanted)} settings are measured, with {most} seeds at most"]
+    notes = [f"{len(measured)} of {len(wanted)} settings are measured, with {seeds} at most"]
     notes += [f"not measured: {', '.join(missing)}"] if missing else []
-    notes += [f"measured with fewer than {most} seeds: {', '.join(fewer)}"] if fewer else []
+    notes += [f"measured with fewer than {seeds}: {', '.join(fewer)}"] if fewer else []
     failed = [run for run in records if run.status != DONE]
     notes += [f"{run.path.name}: {run.status}: {run.reason.partition(chr(10))[0]}" for run in failed]
     return [*result, Table((), title="What is missing", notes=notes)]
@@ -252,19 +252,17 @@ def over_control(setting: Setting, control: Setting) -> str:
 
 
 def note_on(records: Sequence[RunRecord]) -> str:
-    """Return sentences on the protocol, and on how long the runs took."""
+    """Return sentences on the protocol."""
     results = [run.result for run in records if run.result and run.status == DONE]
     if not results:
         return "No run is done yet."
-    seconds = [result.wall_seconds for result in results if result.wall_seconds]
     epochs = sorted({result.protocol.keys["epochs"] for result in results})
     pretrained = sorted({(Path(b.run).name, b.sha256 or "") for r in results if (b := r.baseline)})
     start = "; ".join(f"{name} (sha256 {sha256[:12]})" for name, sha256 in pretrained)
     return (
-        f"Every run starts from {start} and is trained for {', '.join(map(str, epochs))} epochs on all 50,000 "
-        "training images. The validation images were seen in pretraining, so none are held out, and every accuracy is "
-        f"that after the last epoch. n is the number of seeds. {len(results)} runs, "
-        f"{mean(seconds) if seconds else 0:.0f} s each on average, one thread per run "
+        f"Every run starts from {start} and, except with ptq, is trained for {', '.join(map(str, epochs))} epochs "
+        "on all 50,000 training images. The validation images were seen in pretraining, so none are held out, and "
+        f"every accuracy is that after the last epoch. n is the number of seeds. {len(results)} runs, one thread per run "
         f"({platform.machine()}, {platform.system()}, torch {version('torch')})."
     )
 
