@@ -262,7 +262,7 @@ def note_on(records: Sequence[RunRecord]) -> str:
     return (
         f"Every run starts from {start} and, except with ptq, is trained for {', '.join(map(str, epochs))} epochs "
         "on all 50,000 training images. The validation images were seen in pretraining, so none are held out, and "
-        f"every accuracy is that after the last epoch. n is the number of seeds. {len(results)} runs, one thread per run "
+        f"every accuracy is that after the last epoch. n is the number of seeds. {len(results)} runs, one thread each "
         f"({platform.machine()}, {platform.system()}, torch {version('torch')})."
     )
 
