@@ -45,7 +45,7 @@ def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[st
     if not isinstance(content[key], dict):
         raise CheckpointError(f"{source}: its key `{key}` contains a {type(content[key]).__name__}, not a state_dict")
     usual = key == "model" and not others  # as in qbench's own files
-    return content[key], [] if usual else [f"from its key {key}", *(f"{other} not used" for other in others)]
+    return content[key], [] if usual else [f"taken from the key {key}", *(f"{other} not used" for other in others)]
 
 
 def rename_weights(weights: Mapping[str, Any], model: nn.Module, source: str) -> RenamedWeights:
@@ -74,7 +74,9 @@ def rename_weights(weights: Mapping[str, Any], model: nn.Module, source: str) ->
         notes.append(f"{found} renamed to {last}")
     if others:
         more = ", ..." if len(others) > 3 else ""
-        notes.append(f"{len(others)} left out that are no weights ({', '.join(map(printable, others[:3]))}{more})")
+        notes.append(
+            f"{len(others)} other entries left out that are not weights ({', '.join(map(printable, others[:3]))}{more})"
+        )
     return RenamedWeights(tensors, notes)
 
 

@@ -107,10 +107,10 @@ def load_initial_weights(
     notes += [f"{len(skipped)} skipped ({', '.join(skipped[:3])}, ...)"] if skipped else []
     notes += [f"{len(new)} new ({', '.join(new[:3])}, ...)"] if new else []
     notes += [f"the last layer is new ({', '.join(head)})"] if new_head else []
-    notes += [f"{len(quantizers)} of quantizers"] if quantizers else []
+    notes += [f"{len(quantizers)} tensors of quantizers"] if quantizers else []
     message = f"weights from {file}: {len(tensors) - len(skipped)} tensors loaded"
     is_float = not (skipped or quantizers or new_head)
-    return InitialWeights(message + "".join(f", {note}" for note in notes), is_float, quantizers)
+    return InitialWeights(message + "".join(f"; {note}" for note in notes), is_float, quantizers)
 
 
 def load_quantizers(model: nn.Module, quantizers: Mapping[str, Tensor], source: str) -> None:

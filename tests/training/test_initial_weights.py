@@ -55,14 +55,14 @@ def safetensors(weights: Weights) -> bytes:
 
 FILES: dict[str, tuple[Callable[[Weights], Any], list[str]]] = {
     "bare": (lambda w: w, []),
-    "state_dict": (lambda w: {"epoch": 3, "state_dict": w}, ["from its key state_dict"]),
+    "state_dict": (lambda w: {"epoch": 3, "state_dict": w}, ["taken from the key state_dict"]),
     "model": (lambda w: {"model": w}, []),
-    "model_state_dict": (lambda w: {"model_state_dict": w}, ["from its key model_state_dict"]),
-    "net": (lambda w: {"net": w, "acc": 91.0}, ["from its key net"]),
+    "model_state_dict": (lambda w: {"model_state_dict": w}, ["taken from the key model_state_dict"]),
+    "net": (lambda w: {"net": w, "acc": 91.0}, ["taken from the key net"]),
     "ema": (lambda w: {"ema": renamed("", "module.")(w) | {"n_averaged": torch.tensor(7)}},
-            ["from its key ema", "prefix module. removed", "1 left out that are no weights (n_averaged)"]),
-    "model and ema": (lambda w: {"ema": {}, "model": w}, ["from its key model", "ema not used"]),
-    "a name and weights": (lambda w: {"model": "resnet8", "net": w}, ["from its key net"]),
+            ["taken from the key ema", "prefix module. removed", "1 other entries left out that are not weights (n_averaged)"]),
+    "model and ema": (lambda w: {"ema": {}, "model": w}, ["taken from the key model", "ema not used"]),
+    "a name and weights": (lambda w: {"model": "resnet8", "net": w}, ["taken from the key net"]),
     "module.": (renamed("", "module."), ["prefix module. removed"]),
     "model.": (renamed("", "model."), ["prefix model. removed"]),
     "compiled": (renamed("", "_orig_mod.module."), ["prefix _orig_mod.module. removed"]),
@@ -71,7 +71,7 @@ FILES: dict[str, tuple[Callable[[Weights], Any], list[str]]] = {
                           ["prefix backbone. removed", "head.fc renamed to fc"]),
     "linear": (renamed("fc", "linear"), ["linear renamed to fc"]),
     "classifier": (renamed("fc", "module.classifier.1"), ["prefix module. removed", "classifier.1 renamed to fc"]),
-    "with numbers": (lambda w: w | {"epoch": 3, "best": 91.0}, ["2 left out that are no weights (epoch, best)"]),
+    "with numbers": (lambda w: w | {"epoch": 3, "best": 91.0}, ["2 other entries left out that are not weights (epoch, best)"]),
 }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_a_state_dict_is_found_and_its_names_are_translated(name: str, weights: 
     model = network()
     loaded = load_initial_weights(model, tmp_path / "file.pth")
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
-    assert loaded.message == ", ".join([f"weights from {tmp_path / 'file.pth'}: {len(weights)} tensors loaded", *notes])
+    assert loaded.message == "; ".join([f"weights from {tmp_path / 'file.pth'}: {len(weights)} tensors loaded", *notes])
     assert loaded.is_float
 
 
