@@ -74,9 +74,7 @@ def rename_weights(weights: Mapping[str, Any], model: nn.Module, source: str) ->
         notes.append(f"{found} renamed to {last}")
     if others:
         more = ", ..." if len(others) > 3 else ""
-        notes.append(
-            f"{len(others)} other entries left out that are not weights ({', '.join(map(printable, others[:3]))}{more})"
-        )
+        notes.append(f"not weights, so left out: {', '.join(map(printable, others[:3]))}{more}")
     return RenamedWeights(tensors, notes)
 
 

@@ -60,7 +60,7 @@ FILES: dict[str, tuple[Callable[[Weights], Any], list[str]]] = {
     "model_state_dict": (lambda w: {"model_state_dict": w}, ["taken from the key model_state_dict"]),
     "net": (lambda w: {"net": w, "acc": 91.0}, ["taken from the key net"]),
     "ema": (lambda w: {"ema": renamed("", "module.")(w) | {"n_averaged": torch.tensor(7)}},
-            ["taken from the key ema", "prefix module. removed", "1 other entries left out that are not weights (n_averaged)"]),
+            ["taken from the key ema", "prefix module. removed", "not weights, so left out: n_averaged"]),
     "model and ema": (lambda w: {"ema": {}, "model": w}, ["taken from the key model", "ema not used"]),
     "a name and weights": (lambda w: {"model": "resnet8", "net": w}, ["taken from the key net"]),
     "module.": (renamed("", "module."), ["prefix module. removed"]),
@@ -71,7 +71,7 @@ FILES: dict[str, tuple[Callable[[Weights], Any], list[str]]] = {
                           ["prefix backbone. removed", "head.fc renamed to fc"]),
     "linear": (renamed("fc", "linear"), ["linear renamed to fc"]),
     "classifier": (renamed("fc", "module.classifier.1"), ["prefix module. removed", "classifier.1 renamed to fc"]),
-    "with numbers": (lambda w: w | {"epoch": 3, "best": 91.0}, ["2 other entries left out that are not weights (epoch, best)"]),
+    "with numbers": (lambda w: w | {"epoch": 3, "best": 91.0}, ["not weights, so left out: epoch, best"]),
 }  # fmt: skip
 
 
