@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from filelock import FileLock
 
 from qbench.config.identity import RunIdentity
 from qbench.runs.result import Protocol, Result, load_result, store_result
@@ -95,6 +94,8 @@ class RunDirectory:
         Do nothing if another process has the lock, or if the directory cannot be written to.
         """
         if self.checkpoints():
+            from filelock import FileLock
+
             with suppress(OSError), FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False):
                 for path in self.checkpoints() if self.stored() else ():
                     path.unlink()

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from qbench.system import files
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
@@ -30,6 +28,8 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     Raises:
         ResourceError: the file cannot be created or opened.
     """
+    from filelock import FileLock, Timeout  # takes 15 ms, which a stored row does not need
+
     lock = FileLock(path, fallback_to_soft=False)
     while True:
         try:
