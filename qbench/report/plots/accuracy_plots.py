@@ -1,6 +1,7 @@
 """Plots accuracy over bit widths and over cost."""
 
 from collections.abc import Callable, Sequence
+from textwrap import wrap
 
 from qbench.bits import FLOAT
 from qbench.report.comparison.setting import Setting
@@ -10,6 +11,8 @@ from qbench.report.plots.style import DASHES, FILLS, GREY, INK, STARS, Artist, A
 from qbench.report.tables.escape import printable
 
 AXES = {"w": "weight bits W", "a": "activation bits A", "g": "gradient bits G"}
+FRONT_LETTERS = 80
+"""Number of letters that fit below a panel of half the figure's width."""
 SeriesKey = tuple[str, str]
 """The key of one line: the method's label, and the widths that are not on the x-axis, as text."""
 COSTS: dict[str, tuple[str, str, Callable[[Setting], float]]] = {
@@ -84,7 +87,7 @@ def _float_lines(panel: Axes, floats: Sequence[Setting]) -> dict[str, Artist]:
         top1, half = setting.top1.mean, setting.top1.ci95_half
         handles[setting.label] = panel.axhline(top1, color=INK, ls=dash, lw=1, zorder=1)
         if half is not None:
-            panel.axhspan(top1 - half, top1 + half, color=GREY, alpha=0.22, lw=0, zorder=0)
+            panel.axhspan(top1 - half, top1 + half, color=GREY, alpha=0.15, lw=0, zorder=0)
     return handles
 
 
@@ -101,21 +104,35 @@ def pareto(figure: Figure, data: PlotData) -> None:
                 handles[name] = styling.points(panel, [cost(s) for s in members], members, style._replace(dash=""))
         _draw_front(panel, settings, cost)
         styling.log_axis(panel, unit)
-        y_label = styling.accuracy_axis(panel, everything, room=0.3)
-        styling.finish(panel, label, y_label if key == "size" else "")
+        y_label = styling.accuracy_axis(panel, everything)
+        x_label = "\n".join([label, *front_names(settings, cost)])
+        styling.finish(panel, x_label, y_label if key == "size" else "")
     styling.legend(figure, handles)
 
 
 def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Setting], float]) -> None:
-    """Draw the Pareto front as a line of steps. Each point on the front gets a ring and the name of its setting."""
-    best = [settings[i] for i in pareto_front([(cost(s), s.top1.mean) for s in settings])]
+    """Draw the Pareto front as a line of steps. Each point on the front gets a ring with its place on the front."""
+    best = front(settings, cost)
     x, y = [cost(s) for s in best], [s.top1.mean for s in best]
     panel.step(x, y, where="post", color=INK, lw=0.9, alpha=0.6, zorder=1)
     panel.plot(x, y, "o", ms=9, mfc="none", mec=INK, mew=0.8, zorder=4)
-    for setting, at in zip(best, zip(x, y, strict=True), strict=True):
-        name = setting.label if setting.is_float else f"{setting.label} {setting.short_widths}"
-        turned = {"rotation": 40, "rotation_mode": "anchor", "fontsize": 7, "color": INK, "gid": styling.FRONT}
-        panel.annotate(printable(name), at, (3, 6), textcoords="offset points", **turned).set_in_layout(False)
+    for place, at in enumerate(zip(x, y, strict=True), 1):
+        look = {"fontsize": 7, "color": INK, "weight": "bold", "ha": "right", "va": "bottom"}
+        panel.annotate(str(place), at, (-4, 3), textcoords="offset points", **look).set_in_layout(False)
+
+
+def front(settings: Sequence[Setting], cost: Callable[[Setting], float]) -> list[Setting]:
+    """Return the settings on the Pareto front of accuracy and cost, cheapest first."""
+    known = [s for s in settings if cost(s)]
+    return [known[i] for i in pareto_front([(cost(s), s.top1.mean) for s in known])]
+
+
+def front_names(settings: Sequence[Setting], cost: Callable[[Setting], float]) -> list[str]:
+    """Return the lines of text that name the settings on the Pareto front by their numbers."""
+    names = [s.label if s.is_float else f"{s.label} {s.short_widths}" for s in front(settings, cost)]
+    # a no-break space keeps the parts of a name on one line
+    listed = [f"{place} {printable(name)}".replace(" ", "\N{NO-BREAK SPACE}") for place, name in enumerate(names, 1)]
+    return wrap(f"Pareto front: {', '.join(listed)}", FRONT_LETTERS) if names else []
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -14,7 +14,7 @@ from textwrap import wrap
 
 from qbench.errors import ConfigError
 from qbench.report.plots import style as styling
-from qbench.report.plots.accuracy_plots import bit_series, bits, pareto, series_label
+from qbench.report.plots.accuracy_plots import COSTS, bit_series, bits, front_names, pareto, series_label
 from qbench.report.plots.curve_plots import curves, layers
 from qbench.report.plots.plot_data import PlotData, read_plot_data
 from qbench.report.plots.style import ACROSS, DPI, INK, LINE, WIDTH, Figure
@@ -26,7 +26,7 @@ from qbench.system import files
 SUFFIXES = (".png", ".pdf", ".svg")
 TITLES = {
     "bits": "Accuracy over bit width; bars: 95 % confidence intervals over seeds",
-    "pareto": "Accuracy over cost; bars: 95 % confidence intervals over seeds; rings: Pareto front",
+    "pareto": "Accuracy over cost; bars: 95 % confidence intervals over seeds; rings with numbers: Pareto front",
     "curves": "Learning curves: float training at the left of the line, quantized training at the right; bands: "
     "range over seeds",
     "layers": "Layer outputs: SQNR relative to the float output of the latent weights, at the best scale; bands: "
@@ -88,7 +88,6 @@ def comparison_figure(
             KINDS[kind](place, data)
             if heading:
                 place.suptitle("\n".join(heading), x=0.01, ha="left", fontsize=9, weight="bold", color=INK)
-        styling.thin_out(figure)
     return figure
 
 
@@ -123,6 +122,7 @@ def _height(kind: str, data: PlotData) -> float:
     labels = {s.label for s in data.floats}
     if kind == "bits":
         labels |= {series_label(*key) for lines in bit_series(data.quantized).values() for key in lines}
-    else:
-        labels |= set(data.styles)
-    return 3.1 + LINE * styling.legend_rows(labels)
+        return 3.1 + LINE * styling.legend_rows(labels)
+    labels |= set(data.styles)
+    below = max(len(front_names([*data.floats, *data.quantized], cost)) for *_, cost in COSTS.values())
+    return 3.1 + LINE * (styling.legend_rows(labels) + below)

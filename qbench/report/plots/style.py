@@ -33,8 +33,6 @@ WIDTH, ACROSS, DPI, LINE = 10.0, 4, 150, 0.17
 FAR, GOOD = 15.0, 75.0
 """The accuracy axis is logarithmic if top-1 has a range of at least FAR points and its maximum is at least GOOD %."""
 TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 100)
-FRONT = "front"
-"""The mark by which `thin_out` finds the names of settings on a Pareto front."""
 
 
 class Style(NamedTuple):
@@ -139,17 +137,3 @@ def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
     labelled = {(f" {label}" if label.startswith("_") else label): handle for label, handle in shown.items()}
     place = {"loc": "outside lower center", "ncols": _legend_columns(labelled), "frameon": False}
     figure.legend(list(labelled.values()), list(labelled), fontsize=7.5, labelcolor=INK, handlelength=2.6, **place)
-
-
-def thin_out(figure: Figure) -> None:
-    """Remove each name on a Pareto front that would overlap the name of a more accurate point."""
-    figure.draw_without_rendering()
-    gap = 10 * figure.dpi / 72
-    for panel in (panel for place in figure.subfigs for panel in place.axes):
-        kept: list[float] = []
-        for text in reversed([text for text in panel.texts if text.get_gid() == FRONT]):
-            x = panel.transData.transform(text.xy)[0]
-            if any(abs(x - other) < gap for other in kept):
-                text.remove()
-            else:
-                kept.append(x)
