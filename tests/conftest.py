@@ -1,8 +1,9 @@
 """What the tests share: configurations composed as by the command line, and small runs."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,13 @@ def counted(line: str) -> None:
     if path := os.environ.get("QBENCH_RELIABILITY"):
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def tiered(values: Iterable[Any], fast: Collection[Any]) -> list[Any]:
+    """Return the parameters of a test of which only `fast` belong to the fast tier."""
+    values = list(values)
+    assert set(fast) <= set(values)
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, Configure
+from conftest import ROOT, Configure, tiered
 from torch import nn
 
 from qbench.analysis import plan, step_cost
@@ -33,11 +32,8 @@ EXPERIMENTS = sorted(
     str(path.relative_to(ROOT / "conf/experiment").with_suffix(""))
     for path in (ROOT / "conf/experiment").rglob("*.yaml")
 )
-ROW_OF_A_TABLE = re.compile(r"_(w\d|levels|nearest|stochastic|s\d).*")
-"""The end of an experiment's name in which rows of one published table differ, such as `_w1a2g4`."""
-
-REPRESENTATIVES = {ROW_OF_A_TABLE.sub("", name): name for name in reversed(EXPERIMENTS)}.values()
-"""The first row of each published table. The other rows are planned in the long tier."""
+REPRESENTATIVES = {name.partition("/")[0]: name for name in reversed(EXPERIMENTS)}.values()
+"""The first file of each paper. The others are planned in the long tier."""
 
 Planned = Callable[..., list[Table]]
 
@@ -129,10 +125,7 @@ def test_imagenet_networks_are_planned_without_memory(
     assert runs.values[-1]["steps"] == 30 * (round(0.99 * 1_281_167) // 64)
 
 
-@pytest.mark.parametrize(
-    "experiment",
-    [pytest.param(name, marks=[] if name in REPRESENTATIVES else pytest.mark.full) for name in EXPERIMENTS],
-)
+@pytest.mark.parametrize("experiment", tiered(EXPERIMENTS, REPRESENTATIVES))
 def test_every_experiment_plans_without_data(planned: Planned, untimed: None, experiment: str) -> None:
     tables = planned(f"experiment={experiment}")
     assert len(tables) == 2, "one run and its layers"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiered
 from torch import Tensor, nn
 
 from qbench.bits import Bits
@@ -47,10 +48,14 @@ NOT_APPLICABLE_TO = {
 }
 
 
-@pytest.mark.parametrize("name", groups.option_names("method"))
-@pytest.mark.parametrize("widths", ["three", pytest.param("all", marks=pytest.mark.full)])
+FAST = ("dorefa", "float", "gupta", "inq", "lsq", "ptq", "qcnn", "xnor")
+"""Methods that are checked in the fast tier. The other methods' quantizers have the properties of one of these."""
+
+
+@pytest.mark.parametrize("name", tiered(groups.option_names("method"), FAST))
+@pytest.mark.parametrize("widths", tiered(["three", "all"], ["three"]))
 def test_every_method_has_every_property(name: str, widths: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the narrowest, the default and the widest width of each method; in the long tier, check all widths."""
+    """Check the narrowest, the default and the widest width of a method; in the long tier, check all widths."""
     one = method_under_test(name)
     if widths == "three" and len(supported := one.supported_bits) > 3:
         few = list(dict.fromkeys([supported[0], one.default, supported[-1]]))

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, tiered
 from exported import about_digits, quantized
 from torch import Tensor, nn
 
@@ -63,9 +63,10 @@ def check_packed(model: nn.Module, batches: list[Tensor]) -> packed.Packed:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_at_every_width_has_the_same_bits(name: str, configure: Configure) -> None:
+@pytest.mark.parametrize("place", tiered(["narrow", "middle", "wide"], ["middle"]))
+def test_every_method_at_every_width_has_the_same_bits(name: str, place: str, configure: Configure) -> None:
     pairs = widths(name)
-    for bits in {pairs[0], pairs[len(pairs) // 2], pairs[-1]}:
+    for bits in [pairs[{"narrow": 0, "middle": len(pairs) // 2, "wide": -1}[place]]]:
         # a code of Q-CNN for several weights has at most ten bits
         options = ("method.subspace=1", "method.fc_subspace=1") if name == "qcnn" and bits > "w2" else ()
         model, batches = quantized(configure, f"method={name}", f"bits={bits}g{FLOAT}", *options)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, tiered
 from helpers import quantizing_bits
 
 from qbench.bits import FLOAT
@@ -47,9 +47,7 @@ REPRESENTATIVES = ("dorefa", "gupta", "inq", "lsq", "ptq", "qd", "slq")
 """Methods whose runs are repeated, stopped and resumed in the fast tier: plain, with random draws, with steps that
 freeze weights, with learned steps, without training, with a teacher, with codebooks. The others are in the long tier.
 """
-representatives = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in REPRESENTATIVES else pytest.mark.full) for name in METHODS]
-)
+representatives = pytest.mark.parametrize("name", tiered(METHODS, REPRESENTATIVES))
 
 
 def trained(

@@ -1,13 +1,14 @@
 """Test that every experiment file gives one run, and that its network trains with its method on two random images.
 
-The long tier tests all pairs of network and method at the papers' sizes. The fast tier tests one thin network for each
-family of networks and method. The files of claims are composed in tests/papers/test_claims.py; their pairs are
-included here.
+The long tier tests all pairs of network and method at the papers' sizes. The fast tier tests the first file of each
+published table, and one thin network for each family of networks and method. The files of claims are composed in
+tests/papers/test_claims.py; their pairs are included here.
 """
 
 import math
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Configure
+from conftest import ROOT, Configure, tiered
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +43,11 @@ STEPS = 2
 SHARED = Path()
 FILES = [name for name in groups.option_names("experiment") if "/" in name and not name.startswith("claims/")]
 PAPERS = sorted({name.partition("/")[0] for name in FILES})
+ROW_OF_A_TABLE = re.compile(r"_(w\d|levels|nearest|stochastic|s\d).*")
+"""The end of a file's name in which rows of one published table differ, such as `_w1a2g4`."""
+FIRST_ROWS = {ROW_OF_A_TABLE.sub("", name): name for name in reversed(FILES)}.values()
 every_paper = pytest.mark.parametrize("paper", PAPERS)
+rows = pytest.mark.parametrize("rows", tiered(["first", "all"], ["first"]))
 NARROW = {"width": 4, "width_mult": 0.05, "widen": 1}
 
 
@@ -56,40 +61,41 @@ def _composed_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def configurations(paper: str) -> dict[str, list[Config]]:
+def configurations(paper: str, rows: str = "all") -> dict[str, list[Config]]:
     """Return what `compose_files` returns; it is computed once per test session."""
     SHARED.mkdir(exist_ok=True)
-    with FileLock(SHARED / f"{paper}.lock"):
-        file = SHARED / paper
+    with FileLock(SHARED / f"{paper}.{rows}.lock"):
+        file = SHARED / f"{paper}.{rows}"
         if not file.exists():
-            file.write_bytes(pickle.dumps(compose_files(paper)))
+            file.write_bytes(pickle.dumps(compose_files(paper, rows)))
         by_file: dict[str, list[Config]] = pickle.loads(file.read_bytes())
         return by_file
 
 
-def compose_files(paper: str) -> dict[str, list[Config]]:
-    """Return the configurations of each file of a paper; for `claims`, those of each arm."""
+def compose_files(paper: str, rows: str) -> dict[str, list[Config]]:
+    """Return the configurations of each file of a paper, or of the first of each table; for `claims`, of each arm."""
     if paper != "claims":
-        names = [name for name in FILES if name.startswith(f"{paper}/")]
+        files = FILES if rows == "all" else FIRST_ROWS
+        names = [name for name in files if name.startswith(f"{paper}/")]
         return {name: compose.configurations([f"experiment={name}"]) for name in names}
     arms = [(claim.name, arm) for claim in read_claims(ROOT / "conf" / "experiment" / "claims") for arm in claim.arms]
     lines = [(f"experiment=claims/{name}", *arm) for name, arm in arms]
     return {" ".join(line): compose.configurations(list(line)) for line in lines}
 
 
-def pairs(paper: str) -> dict[str, Config]:
+def pairs(paper: str, rows: str = "all") -> dict[str, Config]:
     """Return the first file for each combination of network, method with options, widths and activation method."""
     first: dict[str, tuple[str, Config]] = {}
-    for name, (config,) in configurations(paper).items():
+    for name, (config,) in configurations(paper, rows).items():
         network = (config.model, config.dataset["name"], config.dataset.get("size"))
         first.setdefault(repr((network, config.method, config.bits, config.activation)), (name, config))
     return dict(first.values())
 
 
-def families(paper: str) -> dict[str, Config]:
+def families(paper: str, rows: str = "first") -> dict[str, Config]:
     """Return the first file for each family of networks and method, with a thin network and small photographs."""
     first: dict[tuple[str, str], tuple[str, Config]] = {}
-    for name, config in pairs(paper).items():
+    for name, config in pairs(paper, rows).items():
         first.setdefault((config.model.get("family", config.model["name"]), config.method_name), (name, config))
     for _, config in first.values():
         config.model |= {key: value for key, value in NARROW.items() if key in config.model}
@@ -123,8 +129,9 @@ def _single_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_paper
-def test_every_file_gives_one_run(paper: str) -> None:
-    by_file = configurations(paper)
+@rows
+def test_every_file_gives_one_run(paper: str, rows: str) -> None:
+    by_file = configurations(paper, rows)
     assert by_file
     for name, configs in by_file.items():
         assert len(configs) == 1, name
@@ -189,7 +196,8 @@ def failures(configs: dict[str, Config]) -> list[str]:
 
 
 @every_paper
-def test_the_thin_networks_train_with_their_methods(paper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@rows
+def test_the_thin_networks_train_with_their_methods(paper: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = registry.create
 
     def create(group: str, *arguments: Any, **options: Any) -> Any:
@@ -197,7 +205,7 @@ def test_the_thin_networks_train_with_their_methods(paper: str, monkeypatch: pyt
         return narrowed(created) if group == "model" else created
 
     monkeypatch.setattr(registry, "create", create)
-    assert failures(families(paper)) == []
+    assert failures(families(paper, rows)) == []
 
 
 def test_the_errors_of_failing_pairs_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +239,9 @@ def test_the_networks_of_the_papers_sizes_train_with_their_methods(paper: str, m
 
 
 @every_paper
-def test_the_networks_of_the_papers_sizes_take_their_methods_on_the_meta_device(paper: str) -> None:
-    for name, config in pairs(paper).items():
+@rows
+def test_the_networks_of_the_papers_sizes_take_their_methods_on_the_meta_device(paper: str, rows: str) -> None:
+    for name, config in pairs(paper, rows).items():
         parts = assemble(config, planned=True)
         model = parts.install(parts.float_model("meta"))
         assert all(p.is_meta for p in model.parameters()), name

@@ -13,6 +13,7 @@ import kmeans1d
 import numpy as np
 import pytest
 import torch
+from conftest import tiered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -281,7 +282,7 @@ def test_a_layer() -> None:
     assert 0.0 in clustering.centroids.tolist()
 
 
-@pytest.mark.parametrize("k", [2, 8, 16, 32])
+@pytest.mark.parametrize("k", tiered([2, 8, 16, 32], [2, 16]))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_more_distinct_values_than_the_exact_limit(shape: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EXACT", 2_000)
@@ -296,7 +297,7 @@ def test_more_distinct_values_than_the_exact_limit(shape: str, k: int, monkeypat
     assert 1 - 1e-12 <= ratio <= 1 + max(1e-6, (k / 2_000) ** 2)
 
 
-@pytest.mark.parametrize("k", [3, 16, 32])
+@pytest.mark.parametrize("k", tiered([3, 16, 32], [16]))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_slightly_more_values_than_the_exact_limit(shape: str, k: int) -> None:
     values = sample(shape, 40_000, k).float()

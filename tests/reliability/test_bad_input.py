@@ -631,8 +631,8 @@ def fuzz(check: Callable[..., None], shard: int, count: int, *examples: st.Searc
 
 
 def shards(total: int, each: int) -> list[Any]:
-    """One shard of 100 examples for the fast tier, and the shards of the full tier."""
-    return [(0, 100), *(pytest.param(n, each, marks=pytest.mark.full) for n in range(1, total // each + 1))]
+    """One shard of 40 examples for the fast tier, and the shards of the full tier."""
+    return [(0, 40), *(pytest.param(n, each, marks=pytest.mark.full) for n in range(1, total // each + 1))]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiered
 
 from qbench.system.streams import READER_GONE, LossyFile
 
@@ -34,7 +34,7 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("case", LOST)
+@pytest.mark.parametrize("case", tiered(LOST, ["both into head", "both closed"]))
 def test_a_run_survives_the_loss_of_its_display(case: str, tmp_path: Path) -> None:
     done = shell(LOST[case].format(RUN), tmp_path)
     results = [json.loads(path.read_text()) for path in (tmp_path / "o").rglob("result.json")]
@@ -44,13 +44,14 @@ def test_a_run_survives_the_loss_of_its_display(case: str, tmp_path: Path) -> No
         assert "Traceback" not in path.read_text()
 
 
-@pytest.mark.parametrize("case", ["both into a reader that is gone", "stdout closed", "stderr closed"])
+@pytest.mark.parametrize("case", tiered(list(LOST)[1:5], ["stdout closed"]))
 def test_the_status_is_that_of_the_command(case: str, tmp_path: Path) -> None:
     assert shell(LOST[case].format(FAILING), tmp_path).stdout.endswith("status 2\n")
     assert shell(LOST[case].format("method=dorfa"), tmp_path).stdout.endswith("status 2\n")
     assert shell(LOST[case].format("list methods"), tmp_path).stdout.endswith("status 0\n")
 
 
+@pytest.mark.full
 def test_a_sweep_with_workers_survives_the_loss_of_its_display(tmp_path: Path) -> None:
     words = f"-m {RUN} seed=0,1 hydra/launcher=joblib hydra.launcher.n_jobs=2"
     assert shell(f"QBENCH {words} 2>&1 | true", tmp_path).stdout.endswith("status 0\n")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import resumed_runs
 import torch
+from conftest import tiered
 from resumed_runs import METHODS, At, recipe, resumed
 from torch import nn
 
@@ -47,9 +48,7 @@ REPRESENTATIVES = ("float", "dorefa", "lsq", "inq", "qd", "gupta")
 """Float, stateless, learned, incremental, distilled, and without latent weights."""
 
 
-@pytest.mark.parametrize(
-    "name", [*REPRESENTATIVES, *(pytest.param(n, marks=pytest.mark.full) for n in METHODS if n not in REPRESENTATIVES)]
-)
+@pytest.mark.parametrize("name", tiered(METHODS, REPRESENTATIVES))
 def test_no_part_of_a_run_is_outside_the_saved_state(name: str, at: At, monkeypatch: pytest.MonkeyPatch) -> None:
     """Walk through everything that the loop can reach; compare plain values before and after
     training.

@@ -123,7 +123,7 @@ def wrong_logs(out: Path) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("count", tiers(10, 200))
+@pytest.mark.parametrize("count", tiers(6, 200))
 def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, note: Note) -> None:
     """R1, R19: the same command, repeated until it is not killed, ends like an undisturbed run."""
     ordinary = qbench(*LONG, f"out={tmp_path / 'ordinary'}")  # a process that the fork server did not start
@@ -159,7 +159,7 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, no
     note(f"R1, R19: {kills} kills at random moments, {folder} runs ended with H, {resumed} times from a checkpoint")
 
 
-@pytest.mark.parametrize("count", tiers(2, None))
+@pytest.mark.parametrize("count", tiers(1, None))
 @pytest.mark.parametrize("kind", ["kill_at", "half_at"])
 @pytest.mark.parametrize("tensorboard", ["true", "false"])
 def test_killed_at_a_point(
@@ -245,7 +245,7 @@ def one(out: Path, pattern: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("rounds", "count"), tiers((2, 4), (20, 16)))
+@pytest.mark.parametrize(("rounds", "count"), tiers((1, 3), (20, 16)))
 def test_processes_that_need_the_same_untrained_baseline(
     server: Server, tmp_path: Path, rounds: int, count: int, note: Note
 ) -> None:
@@ -307,7 +307,7 @@ def test_a_waiting_process_takes_over(server: Server, tmp_path: Path, rounds: in
     note(f"R10: {rounds} times the baseline's process was killed; four waiting processes ended within {slowest:.1f} s")
 
 
-@pytest.mark.parametrize(("different", "same"), tiers((8, 4), (32, 16)))
+@pytest.mark.parametrize(("different", "same"), tiers((4, 2), (32, 16)))
 def test_many_runs_at_once(server: Server, tmp_path: Path, different: int, same: int, note: Note) -> None:
     """R24: different runs do not disturb each other; of identical runs, one trains and the others
     wait.

@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiered
 from torch import Tensor
 
 from qbench.bits import Bits
@@ -238,7 +238,7 @@ def test_widths_of_the_poster(build: object, bits: Bits) -> None:
     assert illustrative_bits(build()) == bits  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", groups.option_names("method"))
+@pytest.mark.parametrize("name", tiered(groups.option_names("method"), ["dorefa", "float", "gupta", "inq", "qcnn"]))
 def test_every_method_draws(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = {"gupta": ["bits=w8a8g8"], "dorefa": ["bits=w2a2g4"]}.get(name, [])
