@@ -14,13 +14,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from qbench.bits import Bits
 from qbench.config.schema import RATE, SCHEMA, Config, Node, to_dict
 from qbench.errors import ConfigError
+from qbench.system.caches import cached_for_command
 from qbench.system.files import Json, read
 
 ADDED = "added"
@@ -184,7 +184,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@cache
+@cached_for_command(256)
 def file_sha256(key: str, path: str) -> str:
     """Return the sha256 of the content of the checkpoint that a key names.
 

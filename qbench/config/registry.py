@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from qbench.config.schema import Node, did_you_mean
+from qbench.config.users_modules import import_current
 from qbench.errors import ConfigError, QbenchError
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _users_function(group: str, name: str) -> Factory:
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
         raise ConfigError(f"{group}={name}: not a valid name; for your own function, type package.module:function")
     try:
-        function: Factory | None = getattr(importlib.import_module(module), attribute, None)
+        function: Factory | None = getattr(import_current(module), attribute, None)
     except ImportError as error:
         raise ConfigError(f"{group}={name}: {error}; searched {os.getcwd()} and the installed packages") from None
     except Exception as error:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from qbench.errors import ConfigError
 from qbench.experiment.checks import check_norm
 from qbench.quant.combine import combine
 from qbench.quant.method import Method, Unsupported
+from qbench.system.caches import cached_for_command
 from qbench.system.files import read_yaml
 from qbench.training.initial_weights import fits
 from qbench.training.random_state import seed_everything
@@ -39,7 +39,7 @@ def build_dataset(node: Node) -> Dataset:
     return _dataset(json.dumps(node, sort_keys=True))
 
 
-@lru_cache(maxsize=2)
+@cached_for_command(2)
 def _dataset(node_json: str) -> Dataset:
     node = json.loads(node_json)
     before = sources.stamp(node)

@@ -8,7 +8,6 @@ This module does not import torch unless images must be read.
 import json
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from qbench.config.schema import Node
@@ -16,6 +15,7 @@ from qbench.data import sources
 from qbench.errors import CheckpointError, DataError
 from qbench.experiment.planned_run import PlannedRun
 from qbench.runs.result import Result, load_result
+from qbench.system.caches import cached_for_command
 
 
 def current_sha256(node: Node) -> str:
@@ -29,7 +29,7 @@ def current_sha256(node: Node) -> str:
     return _current_sha256(json.dumps(node, sort_keys=True))
 
 
-@lru_cache(maxsize=8)
+@cached_for_command(8)
 def _current_sha256(node_json: str) -> str:
     node = json.loads(node_json)
     if sources.are_gone(node):

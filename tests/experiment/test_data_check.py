@@ -12,7 +12,7 @@ from helpers import plant, write_images
 from qbench.cli.main import main as cli
 from qbench.data import sources
 from qbench.errors import CheckpointError, Interrupted
-from qbench.experiment import builders, data_check
+from qbench.experiment import builders
 from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
@@ -20,20 +20,15 @@ from qbench.report.comparison.compare import compare
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.reader import read
 from qbench.runs.result import load_result
+from qbench.system.caches import clear_caches
 
 OTHER = "trained on other images than dataset="
-
-
-def forget() -> None:
-    """Do what the start of another process does."""
-    builders._dataset.cache_clear()
-    data_check._current_sha256.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget()
+    clear_caches()
 
 
 @pytest.fixture
@@ -54,7 +49,7 @@ def swap(root: Path, parts: tuple[str, ...] = ("train", "val")) -> None:
         first.rename(other)
         second.rename(first)
         other.rename(second)
-    forget()
+    clear_caches()
 
 
 def command(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -132,7 +127,7 @@ def test_which_changes_are_noticed(
         (image.parent / "more.bmp").write_bytes(image.read_bytes())
     else:
         image.unlink()
-    forget()
+    clear_caches()
     status, _, error = command(words, capsys)
     assert (status, OTHER in error) == (CheckpointError.status, True), error
 
@@ -145,14 +140,14 @@ def test_equal_images_in_files_that_changed(
     for path in (tmp_path / "set").rglob("*.bmp"):
         os.utime(path, (2, 2))
     (tmp_path / "set" / "train" / "ant" / "notes.txt").write_text("not an image")
-    forget()
+    clear_caches()
     assert cli(float_run) == 0, "the images are read and found equal"
-    forget()
+    clear_caches()
     monkeypatch.setattr(builders, "_dataset", lambda node: pytest.fail("the images are read again"))
     assert cli(float_run) == 0
     monkeypatch.undo()
     (tmp_path / "set").rename(tmp_path / "away")
-    forget()
+    clear_caches()
     status, out, error = command(float_run, capsys)
     assert status == 0
     assert "%" in out
@@ -200,10 +195,10 @@ def test_a_data_set_of_the_users_own(
         "pretrain.optim.batch_size=16", f"out={tmp_path}",
     ]  # fmt: skip
     assert cli(typed) == 0
-    forget()
+    clear_caches()
     assert cli(typed) == 0
     np.save(values, np.arange(48)[::-1] % 3)
-    forget()
+    clear_caches()
     status, _, error = command(typed, capsys)
     assert (status, OTHER in error) == (CheckpointError.status, True), error
 

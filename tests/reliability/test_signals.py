@@ -19,6 +19,7 @@ from helpers import finished_digests
 
 from qbench.config.schema import baseline_config
 from qbench.experiment.planned_run import planned_run
+from qbench.system.caches import clear_caches
 from qbench.training.checkpoint import unpack
 
 WORDS = [
@@ -115,7 +116,6 @@ SLOW = {
 def test_a_signal_while_something_takes_long(tmp_path: Path, slow: str) -> None:
     """The process ends within the time limit, and a step that has begun is finished and saved."""
     from qbench.cli.main import main
-    from qbench.experiment import builders
     from qbench.system import signals
 
     name, seconds = SLOW[slow]
@@ -136,7 +136,7 @@ def test_a_signal_while_something_takes_long(tmp_path: Path, slow: str) -> None:
     def child() -> None:
         setattr(owner, attribute, sleeping)
         signals.GRACE_SECONDS = 1.0
-        builders._dataset.cache_clear()
+        clear_caches()
         os._exit(main(words))
 
     process = multiprocessing.get_context("fork").Process(target=child)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from qbench.cli.main import main as cli
-from qbench.config.identity import file_sha256
 from qbench.errors import CheckpointError
 from qbench.runs.reader import read_run
+from qbench.system.caches import clear_caches
 from qbench.training.checkpoint import pack, unpack
 
 SMOKE = ["experiment=smoke", "runtime.tensorboard=false"]
@@ -102,7 +102,7 @@ def test_the_checkpoint_that_a_run_started_from_may_be_gone(
     assert cli(["sensitivity", str(child), "--out", str(tmp_path / "b.yaml"), "--images", "32"]) == 0
     other = unpack((run / "best.pt").read_bytes(), "other")
     start.write_bytes(pack({"model": other["model"]}))
-    file_sha256.cache_clear()  # each command is usually a process of its own
+    clear_caches()  # each command is usually a process of its own
     assert cli(["sensitivity", str(child), "--out", str(tmp_path / "b.yaml"), "--images", "32"]) == 4
     assert "was changed after the run" in capsys.readouterr().err
     start.unlink()
