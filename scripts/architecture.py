@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
 CAPTIONS = {
     "__main__": "python -m qbench",
+    "api": "Python interface",
     "cli": "subcommands",
     "analysis": "plan, inspect, evaluate",
     "papers": "published figures, claims",

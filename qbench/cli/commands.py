@@ -154,8 +154,7 @@ def list_runs(directories: list[str]) -> int:
     from qbench.runs.reader import read
 
     for run in read(directories):
-        top1 = run.result.top1 if run.status == "done" and run.result else None
-        print(f"{run.status:<12}{printable(str(run.path))}" + ("" if top1 is None else f"  {top1:.2f} %"))
+        print(printable(str(run)))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -48,14 +48,7 @@ def run_compare(arguments: Iterable[str]) -> str:
     """
     options = parse(arguments)
     made, runs = build_tables(options)
-    for path in options.plots:
-        from qbench.report.plots.plots import plot
-
-        plot(made, runs, path)
-    for path in options.pages:
-        from qbench.report.html.page import page
-
-        page(made, runs, path)
+    write_files(options, made, runs)
     if options.format == RECORD:
         return dump_records(runs)
     return "no runs found" if options.format == "text" and not made else FORMATS[options.format](made)
@@ -76,8 +69,6 @@ def parse(arguments: Iterable[str]) -> CompareOptions:
             where.setdefault(key, []).extend(_split(value))
         else:
             directories.append(word)
-    if not directories:
-        raise ConfigError("compare needs a directory of runs, such as: qbench compare outputs")
     return CompareOptions(directories=tuple(directories), where=where, **flags)
 
 
@@ -86,14 +77,38 @@ def _split(value: str) -> list[str]:
     return re.split(r",(?![^\[]*\])", value)
 
 
+def write_files(options: CompareOptions, made: list[Table], runs: list[RunRecord]) -> None:
+    """Write the plots and pages that the options request."""
+    for path in options.plots:
+        from qbench.report.plots.plots import plot
+
+        plot(made, runs, path)
+    for path in options.pages:
+        from qbench.report.html.page import page
+
+        page(made, runs, path)
+
+
 def tables(options: CompareOptions) -> list[Table]:
     """Return the tables that a command line requests, with conclusions."""
     return build_tables(options)[0]
 
 
-def build_tables(options: CompareOptions) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables for these options, with conclusions, and the runs that the tables contain."""
-    runs, notes = select_runs(read(options.directories), options.where, options.by)
+def build_tables(options: CompareOptions, others: Sequence[RunRecord] = ()) -> tuple[list[Table], list[RunRecord]]:
+    """Return the tables for these options, with conclusions, and the runs that the tables contain.
+
+    Args:
+        others: runs to compare besides those of the directories.
+
+    Raises:
+        ConfigError: a key or value does not exist, or there is neither a directory nor another run.
+    """
+    if not options.directories and not others:
+        raise ConfigError("compare needs a directory of runs, such as: qbench compare outputs")
+    found = read(options.directories)
+    paths = {run.path for run in found}
+    found += [run for run in others if run.path not in paths]
+    runs, notes = select_runs(found, options.where, options.by)
     hits = {str(run.path): run.hits for run in runs if run.hits}
     made = conclude(compare(runs, options.by), options.margin, hits)
     if options.published:

@@ -10,27 +10,42 @@ from qbench.errors import ConfigError, Interrupted
 from qbench.system.signals import stop_on_signals
 
 if TYPE_CHECKING:
+    from qbench.experiment.context import RunContext
     from qbench.experiment.planned_run import PlannedRun
+    from qbench.runs.reader import RunRecord
+    from qbench.runs.result import Result
 
 
 def train(arguments: list[str]) -> int:
     """Train one run and print its row. With -m, train all combinations and print a table."""
     from qbench.config import compose
-    from qbench.experiment.planned_run import planned_runs
 
     sweep = any(flag in arguments for flag in compose.MULTIRUN)
-    if not sweep and compose.launcher(arguments):
+    with stop_on_signals() as stop:
+        runs = runs_of(arguments)
+        if not runs:  # with a flag such as --cfg job, Hydra only prints something
+            return 0
+        return train_all(arguments, runs, stop) if sweep or len(runs) > 1 else train_one(runs[0], stop)
+
+
+def runs_of(arguments: list[str]) -> "list[PlannedRun]":
+    """Return the runs that the arguments of a training command define. Nothing is written.
+
+    Raises:
+        ConfigError: the arguments do not define valid runs.
+    """
+    from qbench.config import compose
+    from qbench.experiment.planned_run import planned_runs
+
+    launcher = compose.launcher(arguments)
+    if launcher and not any(flag in arguments for flag in compose.MULTIRUN):
         raise ConfigError("hydra/launcher is allowed only in a sweep; to start a sweep, put -m first")
     for word in arguments:
-        if not compose.launcher(arguments) and word.lstrip("+").startswith(("hydra.launcher.", "hydra.sweeper.")):
+        if not launcher and word.lstrip("+").startswith(("hydra.launcher.", "hydra.sweeper.")):
             raise ConfigError(f"{word} has no effect without hydra/launcher=NAME")
-    with stop_on_signals() as stop:
-        configs = compose.configurations(arguments)
-        if not configs:  # with a flag such as --cfg job, Hydra only prints something
-            return 0
-        refuse_missing_devices(config.runtime.device for config in configs)
-        runs = planned_runs(configs)
-        return train_all(arguments, runs, stop) if sweep or len(configs) > 1 else train_one(runs[0], stop)
+    configs = compose.configurations(arguments)
+    refuse_missing_devices(config.runtime.device for config in configs)
+    return planned_runs(configs)
 
 
 def refuse_missing_devices(devices: Iterable[str]) -> None:
@@ -50,59 +65,89 @@ def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
 
     If the row is already stored, it is printed without importing torch.
     """
+    from qbench.report.tables.run_row import row
+
+    result = stored_result(planned, lambda text: print(f"warning: {text}", file=sys.stderr))
+    if not result:
+        from qbench.experiment.context import RunContext
+        from qbench.runs.progress import ProgressReporter
+
+        result = new_result(planned, RunContext(ProgressReporter(live=planned.config.runtime.progress), stop))
+    print(row([result], shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    return ConfigError.status if result.status == "unsupported" else 0
+
+
+def stored_result(planned: "PlannedRun", warn: Callable[[str], object]) -> "Result | None":
+    """Return the stored result of a run, or None if the run must be trained. torch is not imported.
+
+    Args:
+        warn: is called with a warning if the result was computed by another version of the code or on another device.
+
+    Raises:
+        CheckpointError: the result was measured with other images than the data set holds now.
+    """
     from qbench.experiment.data_check import check_stored
     from qbench.report.tables.escape import printable
-    from qbench.report.tables.run_row import row
     from qbench.runs import manifest
     from qbench.system import files
 
     check_stored([planned])
     directory = planned.directory
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     result = None if planned.config.rerun else directory.stored()
     if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
-            print(
-                f"warning: this result was stored under {printable(change)}; to train again, add rerun=true",
-                file=sys.stderr,
-            )
+            warn(f"this result was stored under {printable(change)}; to train again, add rerun=true")
         device = str((files.read_json(directory.path / "manifest.json") or {}).get("device") or "auto")
         if planned.config.runtime.device.partition(":")[0] not in ("auto", device):
-            print(
-                f"warning: this result was computed on {printable(device)}; to train again, add rerun=true",
-                file=sys.stderr,
-            )
-        print(row([result], width))
+            warn(f"this result was computed on {printable(device)}; to train again, add rerun=true")
         directory.remove_checkpoints()
-    else:
-        from qbench.experiment.context import RunContext
-        from qbench.experiment.run import run
-        from qbench.runs.metrics_logger import append_text
-        from qbench.runs.progress import ProgressReporter
+    return result
 
-        result = run(planned, RunContext(ProgressReporter(live=planned.config.runtime.progress), stop))
-        print(row([result], width))
-        append_text(directory.path / "log.txt", row([result]))
-    return ConfigError.status if result.status == "unsupported" else 0
+
+def new_result(planned: "PlannedRun", context: "RunContext") -> "Result":
+    """Do a run and return its result. The row of its table is added to log.txt."""
+    from qbench.experiment.run import run
+    from qbench.report.tables.run_row import row
+    from qbench.runs.metrics_logger import append_text
+
+    result = run(planned, context)
+    append_text(planned.path / "log.txt", row([result]))
+    return result
 
 
 def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[], int]) -> int:
     """Train the runs of a sweep and print their table."""
-    from qbench.config import compose
-    from qbench.experiment import jobs, sweep
-    from qbench.experiment.data_check import check_stored
     from qbench.report.comparison.compare import compare as comparison_tables
     from qbench.report.tables.table import text
     from qbench.runs.reader import with_baselines
 
-    check_stored(runs)
-    if any(planned.config.rerun or not planned.directory.stored() for planned in runs):
-        name = compose.launcher(arguments)
-        records = sweep.launch_all(arguments, runs, name, stop) if name else sweep.run_all(runs, stop)
-    else:
-        records = [jobs.outcome(planned) for planned in runs]
+    records = records_of(arguments, runs, stop)
     print(text(comparison_tables(with_baselines(records))))
     if stop():
         print(f"qbench: stopped by signal {stop()}; to continue, repeat the command", file=sys.stderr)
         return Interrupted.status
     return SWEEP_WITH_FAILURES if any(record.status not in ("done", "unsupported") for record in records) else 0
+
+
+def records_of(
+    arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[], int], *, progress: bool = True
+) -> "list[RunRecord]":
+    """Train the runs of a sweep that have no stored result, and return the records of all runs.
+
+    Args:
+        arguments: the command line, which names the launcher.
+        progress: whether to show on stderr which runs are done.
+
+    Raises:
+        CheckpointError: a stored result was measured with other images than the data set holds now.
+    """
+    from qbench.config import compose
+    from qbench.experiment import jobs, sweep
+    from qbench.experiment.data_check import check_stored
+
+    check_stored(runs)
+    if all(planned.directory.stored() and not planned.config.rerun for planned in runs):
+        return [jobs.outcome(planned) for planned in runs]
+    if name := compose.launcher(arguments):
+        return sweep.launch_all(arguments, runs, name, stop, progress=progress)
+    return sweep.run_all(runs, stop, progress=progress)

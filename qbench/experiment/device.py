@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbench.config.schema import Runtime
 from qbench.errors import ConfigError
@@ -25,6 +25,19 @@ def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Call
             return run(images).float()
 
     return forward
+
+
+class _Bf16Network(nn.Module):
+    """Runs the forward pass of the class that it is combined with under bfloat16 autocast."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return bf16_autocast(super().forward, images.device)(images)
+
+
+def as_bf16_network(model: nn.Module) -> nn.Module:
+    """Make a network's own forward pass compute in bfloat16, in place, and return the network."""
+    model.__class__ = type(type(model).__name__, (_Bf16Network, type(model)), {})
+    return model
 
 
 def configure_torch(runtime: Runtime) -> None:

@@ -25,7 +25,7 @@ def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
 
     try:
         return run(planned, RunContext(ProgressReporter(quiet=True), stop))
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         raise
     except BaseException as error:  # sys.exit or a lack of memory in one run must not end other runs
         stored = load_result(planned.path)

@@ -77,7 +77,7 @@ def run(
             baseline = _baseline_result(setup, context) if setup.needs_baseline else None
             context.reporter.log = directory.path / "log.txt"
             return directory.finish(_train(setup, directory, baseline, context))
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):  # the run is not finished, and the same call continues it
             raise
         except BaseException as error:
             status = "diverged" if isinstance(error, Diverged) else "failed"

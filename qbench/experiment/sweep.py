@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,11 +19,11 @@ LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper
 """Maps a launcher to the key that limits parallel runs. Hydra's plugin starts submitit."""
 
 
-def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunRecord]:
+def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int], *, progress: bool = True) -> list[RunRecord]:
     """Do the runs one after the other. Return their outcomes."""
     check(runs)
     failed: dict[Path, RunRecord] = {}
-    with show_progress(runs, 1):
+    with show_progress(runs, 1) if progress else nullcontext():
         for planned in runs:
             try:
                 result = run_catching(planned, stop)
@@ -33,7 +34,9 @@ def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int]) -> list[RunReco
     return [failed.get(planned.path) or outcome(planned) for planned in runs]
 
 
-def launch_all(arguments: list[str], runs: Sequence[PlannedRun], name: str, stop: Callable[[], int]) -> list[RunRecord]:
+def launch_all(
+    arguments: list[str], runs: Sequence[PlannedRun], name: str, stop: Callable[[], int], *, progress: bool = True
+) -> list[RunRecord]:
     """Let a launcher do the runs in several processes. Return their outcomes.
 
     Workers times threads does not exceed the number of cores, unless one worker alone exceeds it.
@@ -53,7 +56,7 @@ def launch_all(arguments: list[str], runs: Sequence[PlannedRun], name: str, stop
             )
     threads = max(planned.config.runtime.threads for planned in runs)
     workers = worker_count(threads, limits[-1] if limits else "")
-    with show_progress(runs, workers):
+    with show_progress(runs, workers) if progress else nullcontext():
         if name == "joblib":
             run_in_processes(runs, workers, stop)
         else:

@@ -46,6 +46,10 @@ class RunRecord:
     recorded: bool = False
     hits: Hits | None = None
 
+    def __str__(self) -> str:
+        top1 = self.result.top1 if self.status == DONE and self.result else None
+        return f"{self.status:<12}{self.path}" + ("" if top1 is None else f"  {top1:.2f} %")
+
 
 def read(names: Iterable[str]) -> list[RunRecord]:
     """Return all runs in directories and in files made by `dump_records`, sorted by path.

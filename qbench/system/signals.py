@@ -64,6 +64,37 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
             signal.signal(kind, handler)
 
 
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns SIGINT after Ctrl-C, or 0. For runs inside a user's own process.
+
+    Unlike in `stop_on_signals`, the process is never ended. The work inside is expected to stop soon after Ctrl-C, and
+    then a `KeyboardInterrupt` leaves the context. A second Ctrl-C raises it at once. In a thread other than the main
+    one, where Python does not allow signal handlers, the function always returns 0.
+    """
+    number = 0
+
+    def note(received: int, frame: FrameType | None) -> None:
+        nonlocal number
+        if number:
+            raise KeyboardInterrupt
+        number = received
+
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+        yield lambda: 0
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: number
+    except Interrupted as error:
+        raise KeyboardInterrupt(str(error)) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if number:
+        raise KeyboardInterrupt
+
+
 def end_with_parent(parent: int) -> None:
     """Start a thread that ends this process as soon as its parent process, `parent`, has ended."""
 

@@ -1,4 +1,4 @@
-"""Selects runs for `qbench compare` by the keys and values of the command line."""
+"""Selects runs by the keys and values of the command line."""
 
 import json
 import re
@@ -30,6 +30,14 @@ def select_runs(
     Raises:
         ConfigError: no run has a key, or no run has any of the values typed for a key.
     """
+    matched, notes = matching_runs(runs, where, by)
+    return _with_baselines(matched, runs), notes
+
+
+def matching_runs(
+    runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], by: Sequence[str] = ()
+) -> tuple[list[RunRecord], list[str]]:
+    """Return the runs that match `where`, and notes on values not found. For the arguments see `select_runs`."""
     if not runs or not (where or by):
         return list(runs), []
     keys = {id(run): naming.run_keys(run.result) for run in runs if run.result is not None}
@@ -74,12 +82,16 @@ def _absent_values(
 def _matching(
     runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], keys: Mapping[int, RunKeys]
 ) -> list[RunRecord]:
-    """Return the runs that match, and the float baselines of these runs.
+    """Return the runs that match.
 
     If a run has no result, its method, widths and seed are read from the directory name. The run is left out only if
     one of these three contradicts the filter.
     """
-    kept = [run for run in runs if _matches(keys.get(id(run)) or _keys_of_directory(run), where, run.result is None)]
+    return [run for run in runs if _matches(keys.get(id(run)) or _keys_of_directory(run), where, run.result is None)]
+
+
+def _with_baselines(kept: Sequence[RunRecord], runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return those of `runs` that are kept or are the float baseline of a kept run."""
     baseline_names = {_directory_name(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
     chosen = {id(run) for run in kept}
     baselines = [r for r in runs if r.result and r.status == DONE and naming.is_baseline(r.result)]

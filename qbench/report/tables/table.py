@@ -52,7 +52,7 @@ def text(tables: Sequence[Table]) -> str:
             console.print(Text(escape.printable(table.title)))
         if table.rows:
             grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            for name, numeric in zip(table.head, _numeric(table), strict=True):
+            for name, numeric in zip(table.head, numeric_columns(table), strict=True):
                 grid.add_column(Text(escape.printable(name)), justify="right" if numeric else "left", no_wrap=True)
             for row in table.rows:
                 grid.add_row(*(Text(escape.printable(cell)) for cell in row))
@@ -69,7 +69,7 @@ def markdown(tables: Sequence[Table], *, links: bool = False) -> str:
         lines = [f"**{escaped(table.title)}**", ""] if table.title else []
         if table.rows:
             lines.append(_markdown_row(map(escaped, table.head)))
-            lines.append(_markdown_row(["---:" if numeric else "---" for numeric in _numeric(table)]))
+            lines.append(_markdown_row(["---:" if numeric else "---" for numeric in numeric_columns(table)]))
             lines += [_markdown_row(map(escaped, row)) for row in table.rows]
             lines += [""] if table.notes else []
         parts.append("\n".join([*lines, *(f"- {escaped(note)}" for note in table.notes)]))
@@ -110,7 +110,7 @@ def latex(tables: Sequence[Table]) -> str:
     for table in tables:
         lines = [escape.latex_comment(table.title)] if table.title else []
         if table.rows:
-            columns = "".join("r" if numeric else "l" for numeric in _numeric(table))
+            columns = "".join("r" if numeric else "l" for numeric in numeric_columns(table))
             lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
             lines += [
                 _latex_row(table.head),
@@ -132,7 +132,7 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 }
 
 
-def _numeric(table: Table) -> list[bool]:
+def numeric_columns(table: Table) -> list[bool]:
     """Return for each column whether it contains only numbers. Such columns are aligned right."""
     return [all(not cell or cell[0] in NUMBERS for cell in column) for column in zip(*table.rows, strict=True)]
 

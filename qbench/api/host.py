@@ -1,0 +1,70 @@
+"""Makes qbench a guest in the user's process: it changes nothing that it does not restore."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from qbench.errors import ConfigError
+from qbench.system.caches import clear_caches
+from qbench.system.signals import stop_on_interrupt
+
+_one_call = threading.RLock()
+
+
+@contextmanager
+def exclusive_call() -> Iterator[Callable[[], int]]:
+    """Let one thread at a time use what a process has only once: random generators, torch's settings, Hydra.
+
+    Files are read again, because they may have changed since the last call. Yields a function that returns SIGINT
+    after Ctrl-C, else 0; see `stop_on_interrupt`.
+    """
+    with _one_call:
+        clear_caches()
+        with stop_on_interrupt() as stop:
+            yield stop
+
+
+@contextmanager
+def torch_settings_restored(*, training: bool) -> Iterator[None]:
+    """Restore the random generators, the number of threads and the determinism of torch after a call.
+
+    Args:
+        training: whether a run is trained inside.
+
+    Raises:
+        ConfigError: torch has settings with which a run would compute other values than its identity says.
+    """
+    import torch
+
+    from qbench.training.random_state import random_state, set_random_state
+
+    _check_defaults(training)
+    generators, threads = random_state(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        set_random_state(generators)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def _check_defaults(training: bool) -> None:
+    """Refuse settings of torch that change computed values and are not part of a run's configuration."""
+    import torch
+
+    if torch.get_default_dtype() != torch.float32:
+        raise _changed(f"the default dtype is {torch.get_default_dtype()}", "torch.set_default_dtype(torch.float32)")
+    if torch.get_default_device().type != "cpu":
+        raise _changed(f"the default device is {torch.get_default_device()}", "torch.set_default_device(None)")
+    if not training:
+        return
+    if torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee"):
+        raise _changed("the precision of float32 is reduced", "torch.set_float32_matmul_precision('highest')")
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise ConfigError("a run cannot be trained inside torch.no_grad, torch.inference_mode or torch.autocast")
+
+
+def _changed(found: str, fix: str) -> ConfigError:
+    return ConfigError(f"torch was set up in a way that changes results: {found}\nfirst call {fix}")

@@ -1,0 +1,212 @@
+"""Reads, compares and loads finished runs from Python, by the same functions as the command line."""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbench.api.host import exclusive_call, torch_settings_restored
+from qbench.api.words import Value, command_words
+from qbench.cli.compare import build_tables, parse, write_files
+from qbench.config.foreign_code import refuse_foreign_code
+from qbench.errors import ConfigError
+from qbench.report.comparison.filters import matching_runs
+from qbench.report.comparison.naming import run_keys
+from qbench.report.tables.table import Table, numeric_columns, text
+from qbench.runs.reader import RunRecord, read, with_baselines
+from qbench.runs.result import Result
+
+if TYPE_CHECKING:
+    import pandas
+    from torch import nn
+
+logger = logging.getLogger("qbench")
+
+WEIGHTS = ("last", "best")
+
+
+class Runs(tuple[RunRecord, ...]):
+    """An immutable sequence of runs. `result` of a run is None if the run is not finished."""
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return one flat dictionary per run: status, method, bits, accuracies in percent, and costs.
+
+        `top1` is the test accuracy after the last epoch; `final.val.top1`, `best.test.top1` and so on are those of
+        both splits after the last and the best epoch. Further keys are the configuration keys whose values differ
+        between the runs, such as `optim.lr`. A run without a result has only `status`, `reason` and `run`.
+        """
+        keys = [run_keys(run.result) if run.result else {} for run in self]
+        found = [known for known in keys if known]
+        names = sorted({name for known in found for name in known})
+        differing = [name for name in names if len({known.get(name) for known in found}) > 1]
+        rows = []
+        for run, known in zip(self, keys, strict=True):
+            row = _row(run)
+            row |= {name: json.loads(known.get(name, "null")) for name in differing if name not in row}
+            rows.append(row)
+        return rows
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """Return a pandas table with one row per run. The columns are the keys of `to_dicts`.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise ConfigError(
+                "to_frame needs pandas, which is not installed\nto install it: pip install pandas"
+            ) from None
+        return pandas.DataFrame(self.to_dicts())
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self)) or "no runs"
+
+
+class Tables(tuple[Table, ...]):
+    """The tables of a comparison. They print as text, and a notebook shows them as HTML."""
+
+    def __str__(self) -> str:
+        return text(self) if self else "no runs found"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return "".join(map(_html, self)) or "no runs found"
+
+
+def load(*words: str | Path, **keys: Value) -> Runs:
+    """Return the runs in directories or in a record, sorted by path.
+
+    Example:
+        >>> runs = qbench.load("outputs")
+        >>> runs = qbench.load("outputs", "method=dorefa,lsq", "bits.w=2")
+
+    Args:
+        words: directories, records of `qbench compare --format record`, and filters `KEY=VALUE,...` as on the command
+            line of `qbench compare`.
+        keys: key -> value or values, an alternative to filters among the words.
+
+    Raises:
+        ConfigError: a directory does not exist, or no run has a key or value.
+    """
+    options = parse(command_words("load", words, keys))
+    if not options.directories:
+        raise ConfigError('load needs a directory of runs, such as: qbench.load("outputs")')
+    runs, notes = matching_runs(read(options.directories), options.where)
+    for note in notes:
+        logger.warning(note)
+    return Runs(runs)
+
+
+def compare(
+    *places: str | Path | Iterable[RunRecord],
+    by: str | Sequence[str] = (),
+    sort: str = "",
+    columns: str | Sequence[str] = (),
+    margin: float | None = None,
+    published: bool = False,
+    html: str | Path | None = None,
+    plot: str | Path | None = None,
+    **keys: Value,
+) -> Tables:
+    """Return tables of runs with conclusions, as `qbench compare` does.
+
+    Example:
+        >>> tables = qbench.compare("outputs", "method=dorefa,lsq", columns="accuracy")
+        >>> tables = qbench.compare(runs)
+
+    Args:
+        places: directories, records, filters `KEY=VALUE,...`, and runs, such as those of `sweep` or `load`. Float
+            baselines of runs are read too.
+        by: keys; make one table per value of these keys.
+        sort: the column by which rows are sorted.
+        columns: sets of columns, such as `accuracy`.
+        margin: two settings are equivalent if their top-1 differs by less than this number of points.
+        published: whether to add the published result of each setting.
+        html: a .html file to which the comparison is written as one page.
+        plot: a .png, .pdf or .svg file to which plots are written.
+        keys: key -> value or values, an alternative to filters among the places.
+
+    Raises:
+        ConfigError: a directory, key or value does not exist, or there are no runs.
+    """
+    words = command_words("compare", [place for place in places if isinstance(place, str | Path)], keys)
+    records = [run for place in places if not isinstance(place, str | Path) for run in place]
+    flags = {"by": by, "sort": sort, "columns": columns, "margin": margin, "html": html, "plot": plot}
+    for flag, value in flags.items():
+        if value not in (None, "", ()):
+            typed = value if isinstance(value, str | Path | float | int) else ",".join(value or ())
+            words.append(f"--{flag}={typed}")
+    options = parse([*words, *(["--published"] if published else [])])
+    made, runs = build_tables(options, with_baselines(records))
+    write_files(options, made, runs)
+    return Tables(made)
+
+
+def load_model(
+    run: str | Path | RunRecord | Result, *, weights: str = "last", device: str = "auto", trust: bool = False
+) -> "nn.Module":
+    """Return the quantized network of a finished run in eval mode, as `qbench evaluate` uses it.
+
+    The network computes with quantized weights and activations. Its input is a batch of images of the run's shape,
+    scaled to [0, 1] and normalized with the constants of the run's data set; `load_finished_run` returns these
+    constants and the run's own batches.
+
+    Args:
+        run: a run, its result or its directory.
+        weights: `last` or `best`, the weights after the last epoch or those with the best validation accuracy.
+        device: where the network is placed: `auto`, `cpu`, `cuda` or `cuda:1`.
+        trust: whether code outside qbench may run that the run's configuration names.
+
+    Raises:
+        ConfigError: an argument is not valid, or the run names code that is not trusted.
+        CheckpointError: the run is not finished, a file is missing or damaged, or the data set holds other images.
+        DataError: the run's data set is missing.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights}: must be {' or '.join(WEIGHTS)}")
+    path = run.path if isinstance(run, RunRecord) else Path(run.run if isinstance(run, Result) else run)
+    if not trust:
+        refuse_foreign_code(path, str(path), "to run that code: load_model(..., trust=True)")
+    with exclusive_call(), torch_settings_restored(training=False):
+        from qbench.analysis.finished_run import load_finished_run
+        from qbench.experiment.device import as_bf16_network
+
+        finished = load_finished_run(path, weights, device)
+        bf16 = finished.setup.runtime.precision == "bf16"
+        return as_bf16_network(finished.model) if bf16 else finished.model
+
+
+def _row(run: RunRecord) -> dict[str, Any]:
+    """Return the values of a run that every row has."""
+    result = run.result
+    row: dict[str, Any] = {"status": run.status, "reason": run.reason or None, "run": str(run.path)}
+    if result is None:
+        return row
+    row |= {"method": result.method, "bits": result.widths, **{f"bits.{key}": result.bits[key] for key in "wag"}}
+    row |= {"dataset": result.dataset, "model": result.model, "seed": result.seed}
+    row |= {"top1": result.top1, "baseline_top1": result.baseline_top1}
+    for name, evaluation in (("final", result.final), ("best", result.best)):
+        for split in ("test", "val"):
+            if accuracy := getattr(evaluation, split, None):
+                row |= {f"{name}.{split}.{key}": value for key, value in asdict(accuracy).items()}
+    return row | (asdict(result.cost) if result.cost else {}) | {"wall_seconds": result.wall_seconds}
+
+
+def _html(table: Table) -> str:
+    """Return a table as HTML with its title and notes."""
+    parts = [f"<p><b>{escape(table.title)}</b></p>"] if table.title else []
+    if table.rows:
+        aligned = [f' style="text-align: {"right" if numeric else "left"}"' for numeric in numeric_columns(table)]
+        lines = [("th", table.head), *(("td", row) for row in table.rows)]
+        cells = [
+            "".join(f"<{tag}{style}>{escape(cell)}</{tag}>" for cell, style in zip(row, aligned, strict=True))
+            for tag, row in lines
+        ]
+        parts.append(f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>")
+    return "".join([*parts, *(f"<p>{escape(note)}</p>" for note in table.notes)])

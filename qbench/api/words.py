@@ -1,0 +1,52 @@
+"""Turns the arguments of a Python call into the words of a command line."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
+from pathlib import Path
+
+from qbench.errors import ConfigError
+
+Scalar = str | int | float | bool | Path | None
+Value = Scalar | Sequence[Scalar]
+"""The value of a keyword argument. In a sweep, a list or a range contains several values of its key."""
+
+
+def command_words(
+    call: str, words: Iterable[str | Path], keys: Mapping[str, Value], flags: Iterable[str] = ()
+) -> list[str]:
+    """Return words and keywords as the words of a command line.
+
+    Args:
+        call: the function that was called, for messages.
+        words: directories, or `KEY=VALUE` as typed on a command line.
+        keys: key -> value.
+        flags: the flags that are allowed among the words.
+
+    Raises:
+        ConfigError: a word is another flag, or a value cannot be typed on a command line.
+    """
+    typed = [str(word) for word in words]
+    for word in typed:
+        if word.startswith("-") and word.partition("=")[0] not in flags:
+            hint = "; to train several runs, call qbench.sweep" if word in ("-m", "--multirun") else ""
+            raise ConfigError(f"{call} {word}: flags of the command line are not allowed in Python{hint}")
+    return [*typed, *(f"{key}={as_typed(key, value)}" for key, value in keys.items())]
+
+
+def as_typed(key: str, value: object) -> str:
+    """Return a value as it is typed after `KEY=`. A path is quoted, because it may contain any character.
+
+    Raises:
+        ConfigError: the value has another type than `Value`.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Path):
+        return "'" + str(value).replace("'", r"\'") + "'"
+    if isinstance(value, Number):
+        return str(value)
+    if isinstance(value, list | tuple | range):
+        return ",".join(as_typed(key, item) for item in value)
+    raise ConfigError(f"{key}: its value is a {type(value).__name__}; must be a text, number, bool, None, Path or list")

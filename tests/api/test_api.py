@@ -1,0 +1,384 @@
+"""The Python interface: it does what the command line does, and leaves the user's process as it was."""
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import qbench
+from qbench.analysis.finished_run import load_finished_run
+from qbench.api.words import command_words
+from qbench.cli.compare import run_compare
+from qbench.cli.main import main as cli
+from qbench.errors import CheckpointError, ConfigError, Diverged
+from qbench.experiment import session
+from qbench.report.tables.table import Table
+from qbench.training.evaluation import evaluate
+
+SMOKE = ("experiment=smoke", "runtime.tensorboard=false", "epochs=2")
+WORDS = (*SMOKE, "method=dorefa", "bits=w2a2")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the four runs of a sweep, and their float baselines."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("out")
+    runs = qbench.sweep(*SMOKE, out=folder, method=["dorefa", "lsq"], bits="w2a2", seed=range(2))
+    assert [run.status for run in runs] == ["done"] * 4
+    return folder
+
+
+def test_importing_it_takes_no_time_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, time; began = time.process_time(); import qbench; took = time.process_time() - began;"
+        "print(took, *[name for name in sys.modules if name.startswith(('qbench.', 'torch', 'numpy', 'hydra'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    seconds, *imported = done.stdout.split()
+    assert imported == []
+    assert float(seconds) < 0.05
+
+
+def test_every_name_is_found() -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    for name in qbench.__all__:
+        assert getattr(qbench, name).__name__ in (name, "fold_quantized_weights")
+        assert name in page
+    assert set(qbench.__all__) <= set(dir(qbench))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        qbench.trian  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_run_is_that_of_the_command_line_and_is_stored(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(5)
+    drawn = torch.get_rng_state()
+    torch.set_num_threads(2)
+    result = qbench.run(*WORDS, out=tmp_path)
+    assert torch.get_num_threads() == 2
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert capsys.readouterr() == ("", "")
+    (stored,) = qbench.load(out, method="dorefa", seed=0)
+    assert stored.result is not None
+    assert result.weights_sha256 == stored.result.weights_sha256, "the same weights as in a sweep"
+    file = Path(result.run) / "result.json"
+    written = file.stat().st_mtime_ns
+    assert qbench.run(*WORDS, out=str(tmp_path)) == result
+    assert cli([*WORDS, f"out={tmp_path}"]) == 0
+    assert f"{result.top1:.2f} %" in capsys.readouterr().out
+    assert file.stat().st_mtime_ns == written, "the command line finds the run that Python has stored"
+
+
+def test_progress_is_shown_if_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    qbench.run(*SMOKE, "method=float", out=tmp_path, progress=True)
+    assert "float  resnet8 on digits, seed 0: epoch 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"seed": 1, "bits.w": 2}, ["seed=1", "bits.w=2"]),
+        ({"rerun": True, "optim.ema": None}, ["rerun=true", "optim.ema=null"]),
+        ({"method": ["dorefa", "lsq"], "seed": range(3)}, ["method=dorefa,lsq", "seed=0,1,2"]),
+        ({"optim.lr": np.float64(1e-5), "seed": np.int64(3)}, ["optim.lr=1e-05", "seed=3"]),
+        ({"out": Path("it's, my=runs")}, [r"out='it\'s, my=runs'"]),
+    ],
+)
+def test_keywords_are_words(keys: dict[str, object], words: list[str]) -> None:
+    assert command_words("run", [], keys) == words  # type: ignore[arg-type]
+
+
+def test_any_directory_can_be_named(tmp_path: Path) -> None:
+    folder = tmp_path / "it's, my=runs [1]"
+    result = qbench.run(*SMOKE, "method=float", out=folder)
+    assert Path(result.run).parents[1] == folder
+
+
+@pytest.mark.parametrize(
+    ("call", "words", "message"),
+    [
+        (qbench.run, ["method=dorfa"], "did you mean dorefa"),
+        (qbench.run, ["method=dorefa,lsq"], "-m"),
+        (qbench.run, ["-m", "method=dorefa,lsq"], "run -m: flags .*call qbench.sweep"),
+        (qbench.run, ["--cfg", "job"], "run --cfg: flags of the command line are not allowed"),
+        (qbench.run, ["method=dorefa", "lr_search=grid"], "a sweep of 5 runs; call qbench.sweep"),
+        (qbench.run, ["method=twn", "bits.a=2"], "twn"),
+        (qbench.sweep, ["method=dorefa,lqs"], "method=lqs: no such method"),
+        (qbench.load, ["method=lsq"], "load needs a directory"),
+        (qbench.load, ["nowhere"], "nowhere: no such directory"),
+        (qbench.compare, [], "compare needs a directory"),
+        (qbench.load_model, ["nowhere"], "not a run directory"),
+    ],
+)
+def test_mistakes(
+    call: Callable[..., object], words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(qbench.QbenchError, match=message):
+        call(*words)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".pt"]
+
+
+def test_values_that_cannot_be_typed_are_refused() -> None:
+    with pytest.raises(ConfigError, match="seed: its value is a set"):
+        qbench.run(seed={1})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="progres: no such key"):
+        qbench.run(progres=True)
+
+
+def test_a_failed_run_raises_and_a_failed_run_of_a_sweep_does_not(tmp_path: Path) -> None:
+    lost = (*WORDS, "optim.lr=1e30", "optim.lr_end=1e30")
+    with pytest.raises(Diverged, match=r"try a lower optim\.lr"):
+        qbench.run(*lost, out=tmp_path)
+    (run,) = qbench.sweep(*lost, out=tmp_path)
+    assert (run.status, run.result and run.result.top1) == ("diverged", None)
+
+
+def test_a_sweep_has_the_rows_of_the_command_line(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMOKE, "method=dorefa,lsq", "bits=w2a2", "seed=0,1"]
+    runs = qbench.sweep(*words, out=out)
+    assert cli(["-m", *words, f"out={out}"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split()[:6] for line in str(qbench.compare(runs)).splitlines() if line.startswith(("dorefa", "lsq"))]
+    assert len(lines) >= 2
+    assert [line.split()[:6] for line in printed.splitlines() if line.startswith(("dorefa", "lsq"))][:2] == lines[:2]
+
+
+def test_compare_prints_what_the_command_line_prints(out: Path, tmp_path: Path) -> None:
+    assert str(qbench.compare(out)) == run_compare([str(out)])
+    page = tmp_path / "page.html"
+    made = qbench.compare(out, "method=lsq", seed=[0, 1], columns="accuracy", sort="method", margin=2, html=page)
+    expected = run_compare([str(out), "method=lsq", "seed=0,1", "--columns=accuracy", "--sort=method", "--margin=2"])
+    assert str(made) == expected
+    assert repr(made) == expected
+    assert page.is_file()
+    everything = qbench.compare(qbench.load(out))
+    assert str(everything) == run_compare([str(out)])
+    assert str(qbench.compare(qbench.load(out, "method=lsq"))) == run_compare([str(out), "method=lsq"])
+    with pytest.raises(ConfigError, match="did you mean accuracy"):
+        qbench.compare(out, columns=["acuracy"])
+
+
+def test_a_notebook_shows_tables(out: Path) -> None:
+    tables = qbench.compare(out)
+    html = tables._repr_html_()
+    for cell in tables[0].rows[0]:
+        assert f">{cell}</td>" in html
+    assert qbench.Tables([Table(("<b>",), [("<i>",)])])._repr_html_().count("&lt;") == 2
+    assert str(qbench.Tables()) == "no runs found"
+
+
+def test_load_filters_and_lists(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(qbench.load(out)) == 6
+    runs = qbench.load(out, "method=lsq,twn", seed=1)
+    assert [(run.result.method, run.result.seed) for run in runs if run.result] == [("lsq", 1)]
+    assert caplog.messages == ["no run has method=twn"]
+    assert repr(runs) == f"done        {runs[0].path}  {runs[0].result.top1:.2f} %"  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="no run has this value; did you mean lsq"):
+        qbench.load(out, method="lsqq")
+
+
+def test_runs_as_rows(out: Path) -> None:
+    rows = qbench.load(out, method=["dorefa", "lsq"]).to_dicts()
+    assert [(row["method"], row["bits.w"], row["bits"], row["seed"]) for row in rows] == [
+        ("dorefa", 2, "w2a2g32", 0), ("dorefa", 2, "w2a2g32", 1), ("lsq", 2, "w2a2g32", 0), ("lsq", 2, "w2a2g32", 1),
+    ]  # fmt: skip
+    for row in rows:
+        (run,) = qbench.load(row["run"])
+        assert run.result is not None
+        assert run.result.final is not None
+        assert run.result.final.val is not None
+        assert (row["top1"], row["final.val.loss"]) == (run.result.top1, run.result.final.val.loss)
+        assert row["baseline_top1"] == run.result.baseline_top1
+        assert run.result.cost is not None
+        assert row["bits_per_weight"] == run.result.cost.bits_per_weight
+        assert "epochs" not in row, "all runs have the same"
+    assert {row["init"] for row in qbench.load(out).to_dicts()} == {"float", "scratch"}
+
+
+def test_runs_as_a_frame(out: Path) -> None:
+    pytest.importorskip("pandas")
+    frame = qbench.load(out, method="lsq").to_frame()
+    assert frame.shape[0] == 2
+    assert frame["top1"].mean() == np.mean([row["top1"] for row in qbench.load(out, method="lsq").to_dicts()])
+
+
+def test_a_frame_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match="pip install pandas"):
+        qbench.Runs().to_frame()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loaded_network_has_the_accuracy_of_the_result(precision: str, tmp_path: Path) -> None:
+    result = qbench.run(*WORDS, f"runtime.precision={precision}", out=tmp_path)
+    network = qbench.load_model(result)
+    assert not network.training
+    batches = list(load_finished_run(Path(result.run)).setup.loader().unaugmented("test"))
+    with torch.no_grad():
+        logits = torch.cat([network(images) for images, _ in batches])
+    assert result.final is not None
+    assert evaluate(network, batches, network) == result.final.test
+    with torch.autocast("cpu", torch.bfloat16):
+        low = torch.cat([network(images).float() for images, _ in batches])
+    assert torch.equal(low, logits) is (precision == "bf16")
+
+
+def test_what_can_be_loaded(out: Path) -> None:
+    (run,) = qbench.load(out, method="lsq", seed=0)
+    a, b = qbench.load_model(run), qbench.load_model(str(run.path), weights="best")
+    assert a.state_dict().keys() == b.state_dict().keys()
+    with pytest.raises(ConfigError, match="weights=first: must be last or best"):
+        qbench.load_model(run, weights="first")
+    folded = qbench.fold(a)
+    assert max(p.unique().numel() for n, p in folded.named_parameters() if n.endswith("0.conv2.weight")) <= 4
+
+
+def test_threads(out: Path, tmp_path: Path) -> None:
+    """Runs in two threads at the same time have the weights of runs in the main thread."""
+    found: dict[int, str | None] = {}
+
+    def work(seed: int) -> None:
+        found[seed] = qbench.run(*WORDS, out=tmp_path, seed=seed).weights_sha256
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = {row.result.seed: row.result.weights_sha256 for row in qbench.load(out, "method=dorefa") if row.result}
+    assert found == alone
+
+
+def test_ctrl_c_keeps_the_run_and_its_weights(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    save = session.TrainingSession.save
+
+    def interrupted(self: session.TrainingSession, *arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save(self, *arguments)  # type: ignore[arg-type]
+
+    qbench.run(*SMOKE, "method=float", out=tmp_path)
+    monkeypatch.setattr(session.TrainingSession, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        qbench.run(*WORDS, out=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [run.status for run in qbench.load(tmp_path, method="dorefa")] == ["unfinished"]
+    with pytest.raises(KeyboardInterrupt):
+        qbench.sweep(*WORDS, out=tmp_path, seed=[0, 1])
+    monkeypatch.undo()
+    (alone,) = qbench.load(out, method="dorefa", seed=0)
+    assert alone.result is not None
+    assert qbench.run(*WORDS, out=tmp_path).weights_sha256 == alone.result.weights_sha256
+
+
+def test_a_second_ctrl_c_is_obeyed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(session.TrainingSession, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        qbench.run(*SMOKE, "method=float", out=tmp_path)
+    assert [run.status for run in qbench.load(tmp_path)] == ["unfinished"], "not failed"
+
+
+def test_torch_with_other_defaults_is_refused(tmp_path: Path) -> None:
+    def refused(phrase: str) -> None:
+        with pytest.raises(ConfigError, match=phrase):
+            qbench.run(*WORDS, out=tmp_path)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        refused("default dtype is torch.float64")
+        with pytest.raises(ConfigError, match="default dtype"):
+            qbench.load_model(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        refused("default device is meta")
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            refused("cannot be trained inside")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("imported_by", ["qbench", "user"])
+def test_a_changed_file_is_another_run_with_other_code(
+    imported_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    code = (
+        "from torch import nn\n\ndef build(shape, classes):\n"
+        "    return nn.Sequential(nn.Conv2d(1, {0}, 3), nn.ReLU(), nn.Conv2d({0}, {0}, 3), nn.ReLU(), nn.Flatten(),"
+        " nn.Linear(16 * {0}, classes))\n"
+    )
+    name = f"net_of_{imported_by}"
+    words = ["runtime.tensorboard=false", "epochs=1", "pretrain.epochs=1", f"model={name}:build", "method=float"]
+    widths = []
+    for width in (2, 12):  # another length of the file, so that Python's bytecode is not used again
+        Path(f"{name}.py").write_text(code.format(width))
+        if imported_by == "user" and not widths:
+            import_module(name)
+            widths.append(2)
+            continue
+        result = qbench.run(*words)
+        assert result.cost is not None
+        widths.append((result.cost.params - 10) // (16 * 10))
+    assert widths[1] > 3 * widths[0], widths
+    with pytest.raises(ConfigError, match="write it to a file"):
+        qbench.run("model=__main__:build", "method=float")
+
+
+def test_changed_images_are_noticed_in_the_same_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("images_in_file.py").write_text(
+        "import numpy as np, torch\nfrom qbench.data.dataset import Dataset, Split\n\ndef build():\n"
+        "    x = torch.from_numpy(np.load('x.npy')); y = torch.arange(60) % 3\n"
+        "    part = lambda i: Split(x[i::3], y[i::3].div(1).long())\n"
+        "    y = torch.arange(180) % 4\n"
+        "    return Dataset(name='mine', train=part(0), val=part(1), test=part(2), classes=4, mean=(.5,), std=(.5,))\n"
+    )
+    rng = np.random.default_rng(0)
+    words = ["runtime.tensorboard=false", "epochs=1", "dataset=images_in_file:build", "model=mlp", "method=float"]
+    np.save("x.npy", rng.integers(0, 255, (180, 1, 6, 6), dtype=np.uint8))
+    qbench.run(*words, "init=scratch")
+    np.save("x.npy", rng.integers(0, 255, (180, 1, 6, 6), dtype=np.uint8))
+    with pytest.raises(CheckpointError, match="trained on other images"):
+        qbench.run(*words, "init=scratch")
+
+
+def test_in_an_application_of_hydra(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text("key: 1")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        with pytest.raises(ConfigError, match="did you mean dorefa"):
+            qbench.run("method=dorfa")
+        assert qbench.run(*SMOKE, "method=float", out=tmp_path).status == "done"
+        assert hydra.compose("theirs").key == 1
+
+
+def test_warnings_are_logged(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run,) = qbench.load(out, method="dorefa", seed=1)
+    manifest = run.path / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"torch": "', '"torch": "0.'))
+    with caplog.at_level(logging.WARNING, "qbench"):
+        qbench.run(*WORDS, out=out, seed=1)
+    manifest.write_text(text)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("this result was stored under torch 0.")
