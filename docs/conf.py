@@ -1,10 +1,11 @@
 """Sphinx configuration of the documentation site; `scripts/docs` builds it.
 
 Pages in docs/ are written for GitHub. Links that leave docs/ are rewritten here. Three pages come from files in the
-root folder, and the pages of methods are generated.
+root folder, one from a notebook, and the pages of methods are generated.
 """
 
 import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -38,8 +39,13 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 default_role = "literal"  # docstrings mark code with single backquotes
 
-ROOT_PAGES = {"index": "README.md", "contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
-"""Page of the site -> file in the root folder."""
+INSERTED = {
+    "index": "README.md",
+    "contributing": "CONTRIBUTING.md",
+    "changelog": "CHANGELOG.md",
+    "notebook": "docs/tutorial.ipynb",
+}
+"""Page of the site -> file that the page shows."""
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^()#:\s]+)(#[^()\s]*)?\)")
 
 
@@ -47,13 +53,22 @@ def site_path(target: Path) -> Path:
     """Return the file of the site that shows a file of the repository; the file itself if there is none."""
     if target.parent == ROOT / "qbench" / "methods":
         return DOCS / "methods" / f"{target.stem}.md"
-    return next((DOCS / f"{name}.md" for name, source in ROOT_PAGES.items() if target == ROOT / source), target)
+    return next((DOCS / f"{name}.md" for name, source in INSERTED.items() if target == ROOT / source), target)
+
+
+def markdown(file: Path) -> str:
+    """Return the text of a Markdown file, or the cells of a notebook as Markdown."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".ipynb":
+        return text
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(f"```python\n{source}\n```" if kind == "code" else source for kind, source in cells)
 
 
 def adapt(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Insert a root file into its page, and rewrite links to files. A link to a folder becomes its text."""
+    """Insert a file into its page, and rewrite links to files. A link to a folder becomes its text."""
     page = DOCS / f"{docname}.md"
-    origin = ROOT / ROOT_PAGES[docname] if docname in ROOT_PAGES else page
+    origin = ROOT / INSERTED[docname] if docname in INSERTED else page
 
     def rewritten(match: re.Match[str]) -> str:
         text, link, anchor = match[1], match[2], match[3] or ""
@@ -66,7 +81,7 @@ def adapt(app: Sphinx, docname: str, source: list[str]) -> None:
 
     if origin != page:
         toctrees = source[0] if docname == "index" else ""
-        source[0] = f"{origin.read_text(encoding='utf-8')}\n{toctrees}"
+        source[0] = f"{markdown(origin)}\n{toctrees}"
     source[0] = LINK.sub(rewritten, source[0])
 
 

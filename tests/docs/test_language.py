@@ -44,7 +44,7 @@ INSTEAD = {  # pattern -> what to write
 }
 FOLDERS = ("qbench", "conf", "docs", "scripts", "tests")
 FILES = ("README.md", "CONTRIBUTING.md")
-SUFFIXES = ("", ".css", ".html", ".js", ".md", ".py", ".svg", ".toml", ".yaml")
+SUFFIXES = ("", ".css", ".html", ".ipynb", ".js", ".md", ".py", ".svg", ".toml", ".yaml")
 PRINTED = re.compile(r"<!-- table: .*?<!-- end -->", re.DOTALL)
 
 

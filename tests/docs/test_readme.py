@@ -1,13 +1,16 @@
 """The README is short and complete, and its examples of own code work as printed."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from pages import commands
+from torch import nn
 
+import qbench
 from qbench.cli.main import main as cli
 from qbench.config import compose, groups
 
@@ -25,8 +28,8 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write the README's modules, and images for its data set, into the current folder."""
     monkeypatch.chdir(tmp_path)
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        (name,) = re.findall(r"\A# (my_\w+\.py): ", code)
-        Path(name).write_text(code)
+        for name in re.findall(r"\A# (my_\w+\.py): ", code):
+            Path(name).write_text(code)
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 3
     images = rng.integers(0, 80, (120, 1, 8, 8), dtype=np.uint8)
@@ -51,6 +54,21 @@ def test_it_shows_the_first_commands() -> None:
     assert lines[0] == "method=dorefa bits.w=2"
     assert any(line.startswith("-m ") and "bits=w2a2" in line and "seed=" in line for line in lines)
     assert "compare outputs --html report.html" in lines
+
+
+@pytest.mark.full
+def test_its_python_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example runs, with a thin network and one epoch."""
+    (code,) = re.findall(r"```python\n(import qbench\n.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    short = partial(qbench.sweep, "experiment=smoke", "runtime.tensorboard=false")
+    monkeypatch.setattr(qbench, "sweep", short, raising=False)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert len(re.findall(r"^(?:dorefa|lsq) .* 3 ", capsys.readouterr().out, re.MULTILINE)) == 4
+    assert isinstance(names["model"], nn.Module)
 
 
 @pytest.mark.usefixtures("own_code")
