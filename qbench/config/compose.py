@@ -4,7 +4,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice, pairwise, product
 from math import prod
 from pathlib import Path
@@ -78,7 +79,7 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
     `folder` is the user's own configuration directory.
     """
     register_sources()
-    with hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
+    with _instead_of_users_hydra(), hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
         if folder is not None:
             path = GlobalHydra.instance().config_loader().get_search_path()
             path.prepend("command-line", f"file://{os.path.abspath(folder)}", SearchPathQuery(provider="schema"))
@@ -100,6 +101,17 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
                 f"the sweep has more than {MOST_COMBINATIONS:,} combinations; split it into several sweeps"
             )
         return [hydra.compose("config", list(words)) for words in product(*values)]
+
+
+@contextmanager
+def _instead_of_users_hydra() -> Iterator[None]:
+    """Let Hydra be initialized although the program that calls qbench may be an application of Hydra itself."""
+    users = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = users
 
 
 def _check_folder(folder: Path) -> None:
