@@ -60,8 +60,8 @@ def final_result(
     session.write_weights("last.pt", last)
     session.write_weights("best.pt", best_weights)
     commits = manifest.code_versions(session.directory.path / "manifest.json")
-    notes = [*_baseline_note(baseline), *_notes(setup, model, verified, images), *_commit_notes(commits)]
-    notes += session.monitor.warned.values()
+    notes = [*_baseline_note(baseline), *_notes(setup, verified), *_commit_notes(commits)]
+    warnings = [*_warnings(setup, model, images), *session.monitor.warned.values()]
     result = replace(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
@@ -69,7 +69,7 @@ def final_result(
         data_sha256=images_sha256(setup.data), cost=count_cost(model, setup.macs),
         speed=session.speed(setup.device, state.epoch), quantizers=reports(model), card=setup.card,
         protocol_changes=setup.protocol_changes, weights_sha256=weights_sha256(last), state_sha256=state_sha256,
-        wall_seconds=session.wall_seconds, commits=commits, notes=notes,
+        wall_seconds=session.wall_seconds, commits=commits, notes=notes, warnings=warnings,
     )  # fmt: skip
     _log_final(model, state, session, final)
     session.logger.close()
@@ -91,26 +91,17 @@ def _baseline_note(baseline: BaselineResult | None) -> list[str]:
     return [f"float: the network of {baseline.run}, sha256 {baseline.sha256[:12]}"]
 
 
-def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, object], images: Tensor) -> list[str]:
-    """Return the notes to show with the run's row in a table."""
+def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
+    """Return the notes to show with the run's row."""
     bits, supported = setup.method.bits, setup.method.supported_bits
-    notes = _accuracy_notes(setup, model, images)
     if setup.is_baseline:
         return [
             "trained with pretrain.epochs and pretrain.optim; epochs and optim apply to runs that start from "
-            "this baseline",
-            *notes,
+            "this baseline"
         ]
     if not verified:
-        return ["nothing quantized", *notes]
-    notes += [f"{setup.method.name}: {change}" for change in setup.protocol_changes]
-    notes += filter(None, (coverage(model, setup.macs), idle_layers(model, setup.macs)))
-    clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}
-    if clipped:
-        worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])
-        notes.append(
-            f"activations are signed, levels are not: {len(clipped)} layers set negative inputs to 0 ({worst} of them)"
-        )
+        return ["nothing quantized"]
+    notes = [f"{setup.method.name}: {change}" for change in setup.protocol_changes]
     if bits.w < FLOAT and bits.a == FLOAT and bits.w in supported.get("a", ()):
         both = f"bits=w{bits.w}a{bits.w}"
         notes.append(
@@ -121,14 +112,21 @@ def _notes(setup: ExperimentSetup, model: nn.Module, verified: Mapping[str, obje
     return notes
 
 
-def _accuracy_notes(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
-    """Return notes on data and networks whose accuracy does not mean what a reader expects."""
-    notes = [*dataset_notes(setup.data)]
+def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
+    """Return warnings on data and networks whose accuracy or size does not mean what a reader expects."""
+    warnings = [*dataset_notes(setup.data)]
     if unsteady := unsteady_evaluation(model, images):
-        notes.append(unsteady)
+        warnings.append(unsteady)
     if returns_probabilities(model, images):
-        notes.append("the network returns probabilities; the loss takes them for logits and applies softmax again")
-    return notes
+        warnings.append("the network returns probabilities; the loss takes them for logits and applies softmax again")
+    warnings += filter(None, (coverage(model, setup.macs), idle_layers(model, setup.macs)))
+    clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}
+    if clipped:
+        worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])
+        warnings.append(
+            f"activations are signed, levels are not: {len(clipped)} layers set negative inputs to 0 ({worst} of them)"
+        )
+    return warnings
 
 
 def _commit_notes(commits: Sequence[str]) -> list[str]:

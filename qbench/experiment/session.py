@@ -82,12 +82,13 @@ class TrainingSession:
         """Return the functions that the training loop calls. `images` is the batch size."""
         context, reporter = self.context, self.context.reporter
         reporter.start(self.title, task.epochs * task.steps, state.step, images)
-        self.monitor.begin(task.model)
+        self.monitor.begin(task.model, state.step)
         if not task.epochs:
             self.logger.records(self.monitor.epoch(task, state, None, "without training"))
 
         def step(state: State, loss: Tensor) -> None:
             reporter.step(state.step, loss.item)
+            self.monitor.step(task.model, state.step)
             due = time.perf_counter() - self._saved_at > self.runtime.checkpoint_seconds
             # the last step of an epoch is saved together with the epoch
             if context.stop() or (due and state.batch < task.steps):

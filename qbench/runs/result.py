@@ -88,6 +88,8 @@ class Result:
     every split's images and labels in order. The digest is not part of `identity`, because the identity must be known
     before any data is read. It shows whether a stored run was trained on the present data.
 
+    `warnings` are facts that limit what the accuracy or the size means. `notes` are other remarks.
+
     `commits` are the commits of qbench that trained the run, in order. There are several if the run was continued after
     a change of the code.
     """
@@ -122,6 +124,7 @@ class Result:
     wall_seconds: float | None = None
     protocol_changes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def widths(self) -> str:

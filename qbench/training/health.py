@@ -7,13 +7,14 @@ are not in ascending order. All other findings may be intended, so each of them 
 printed once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 
 from torch import Tensor, nn
 
 from qbench.errors import Diverged
-from qbench.quant.layers import QLayer, quantized_layers, quantizers
+from qbench.quant.layers import QLayer, is_quantizer_key, quantized_layers, quantizers
+from qbench.quant.masks import FrozenWeight
 from qbench.training.epoch_record import EpochRecord
 from qbench.training.layer_stats import SLOTS, LayerTrace, QuantizedTensor
 
@@ -33,6 +34,12 @@ of the usual size are lost in rounding.
 
 MIN_STEPS = 300
 """Number of steps after which a network should be better than chance. A warm-up of the learning rate is shorter."""
+
+MOST_NAMES = 4
+"""Most parameters that a warning names."""
+
+FIRST_STEPS = 100
+"""Number of steps in which every parameter should get a gradient. Layers may be skipped at random in some of them."""
 
 STANDARD_ERRORS = 3.0
 """Number of standard errors by which an accuracy must exceed chance to count as better than chance.
@@ -135,6 +142,37 @@ def at_chance(record: EpochRecord, classes: int, step: int, where: str) -> Healt
         "chance": f"training accuracy is {record.train_top1:.1f} % with {classes} classes, which is not better than "
         f"chance, {where}; probably optim.lr is too high or too low, or the labels do not match the images"
     }
+
+
+def to_train(model: nn.Module) -> list[str]:
+    """Return the names of the network's own parameters that require a gradient, without those of quantizers."""
+    return [name for name, p in model.named_parameters() if p.requires_grad and not is_quantizer_key(name)]
+
+
+def still_without_gradient(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the parameters among `names` whose gradient is missing or 0 in this step.
+
+    Parameters that the method has frozen are left out.
+    """
+    parameters = dict(model.named_parameters())
+    frozen = {f"{name}.weight" for name, layer in quantized_layers(model).items() if _all_frozen(layer)}
+    waiting = [name for name in names if parameters[name].requires_grad and name not in frozen]
+    return [name for name in waiting if (grad := parameters[name].grad) is None or not grad.any()]
+
+
+def untrained(names: Sequence[str], steps: int) -> HealthWarnings:
+    """Return a warning about parameters that had no gradient in the first steps."""
+    if not names or not steps:
+        return {}
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return {
+        "gradient": f"not trained: {', '.join(names[:MOST_NAMES])}{more} had no gradient in the first "
+        f"{min(steps, FIRST_STEPS)} steps; probably forward() detaches or copies something, or does not use them"
+    }
+
+
+def _all_frozen(layer: QLayer) -> bool:
+    return isinstance(layer.weight_q, FrozenWeight) and layer.weight_q.complete
 
 
 def _layers(model: nn.Module) -> dict[str, QLayer]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qbench.errors import Diverged, Interrupted
+from qbench.errors import ConfigError, Diverged, Interrupted
 from qbench.quant.layers import NotFinite, fully_quantized
 from qbench.runs.result import Accuracy
 from qbench.system.signals import step_in_progress
@@ -99,6 +99,11 @@ def _train_step(task: Task, state: State, batch: tuple[Tensor, Tensor]) -> tuple
     except NotFinite as error:
         raise divergence_error(task, state, str(error), images) from None
     loss = task.loss(logits, batch)
+    if not loss.requires_grad:
+        raise ConfigError(
+            "the loss does not depend on any parameter that is trained\n"
+            "the network's forward function must not end with detach(), .data or torch.no_grad()"
+        )
     state.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     _check_and_clip_gradients(task, state, loss, images)

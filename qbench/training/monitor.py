@@ -12,12 +12,16 @@ from qbench.runs.metrics_logger import MetricsLogger, Record
 from qbench.runs.progress import ProgressReporter
 from qbench.training.epoch_record import EpochRecord
 from qbench.training.health import (
+    FIRST_STEPS,
     HealthWarnings,
     at_chance,
     check_scales,
     degenerate_layers,
     exploding_weights,
     initial_magnitudes,
+    still_without_gradient,
+    to_train,
+    untrained,
 )
 from qbench.training.layer_stats import (
     LayerMetrics,
@@ -62,6 +66,7 @@ class TrainingMonitor:
         warned: the warnings that were printed so far. It maps a subject to a text.
         codes: the level index of each weight at the previous observation, by layer.
         gradients: the norms of the gradients after the last step.
+        without_gradient: the parameters that had no gradient so far, or None before the first step.
     """
 
     level: str
@@ -71,14 +76,24 @@ class TrainingMonitor:
     warned: dict[str, str] = field(default_factory=dict)
     codes: dict[str, Tensor] = field(default_factory=dict)
     gradients: LayerMetrics = field(default_factory=dict)
+    without_gradient: list[str] | None = None
 
-    def begin(self, model: nn.Module) -> None:
-        """Store the initial magnitudes of the weights, unless they were restored from a checkpoint."""
+    def begin(self, model: nn.Module, step: int) -> None:
+        """Store what the network has before training, unless it was restored from a checkpoint."""
         self.start = self.start or initial_magnitudes(model)
+        if self.without_gradient is None:
+            self.without_gradient = [] if step else to_train(model)
+
+    def step(self, model: nn.Module, step: int) -> None:
+        """Look for gradients in the first steps. This usually ends after one step."""
+        if self.without_gradient and step <= FIRST_STEPS:
+            self.without_gradient = still_without_gradient(model, self.without_gradient)
 
     def memory(self, model: nn.Module) -> dict[str, object]:
-        """Return the values of the arguments from `start` to `gradients`, which a checkpoint stores."""
-        kept: dict[str, object] = {"start": self.start, "warned": self.warned}
+        """Return the values of the arguments from `start` on, which a checkpoint stores."""
+        kept: dict[str, object] = {
+            "start": self.start, "warned": self.warned, "without_gradient": self.without_gradient,
+        }  # fmt: skip
         if self.level == "off":
             return kept
         return kept | {"codes": self.codes, "gradients": gradient_norms(model) or self.gradients}
@@ -113,6 +128,8 @@ class TrainingMonitor:
         self.check(task.model, where)
         if record:
             self._warn(at_chance(record, task.classes, state.step, where))
+        if state.step >= FIRST_STEPS or _is_last_epoch(task, state):
+            self._warn(untrained(self.without_gradient or [], state.step))
         period = 1 if self.level == "full" else ceil(MIN_STEPS_BETWEEN / task.steps)
         if not task.probe.batches or not (_is_last_epoch(task, state) or state.epoch % period == 0):
             return []
@@ -145,8 +162,8 @@ class TrainingMonitor:
         """Print each warning whose subject has not been warned about before."""
         for subject, text in warnings.items():
             if subject not in self.warned:
-                self.warned[subject] = f"warning: {text}"
-                self.reporter.say(self.warned[subject])
+                self.warned[subject] = text
+                self.reporter.say(f"warning: {text}")
 
 
 def _is_last_epoch(task: Task, state: State) -> bool:

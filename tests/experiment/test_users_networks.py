@@ -12,6 +12,8 @@ from qbench.experiment.run import run
 from qbench.runs.result import Result
 
 NETWORKS = """
+import copy
+
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -96,6 +98,57 @@ class Auxiliary(Dropout):
     def forward(self, x):
         return self.net(x) + self.aux(x.flatten(1)) if self.training else self.net(x)
 
+class Detached(Dropout):
+    def forward(self, x):
+        return self.net[3](self.net[2](self.net[1](x.flatten(1)).detach()))
+
+class ResidualData(Dropout):
+    def forward(self, x):
+        h = self.net[1](x.flatten(1))
+        return self.net[3](h + self.net[2](h).data)
+
+class WithoutGradient(Dropout):
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.net[1](x.flatten(1))
+        return self.net[3](self.net[2](h))
+
+class Copied(Dropout):
+    def forward(self, x):
+        return self.net[3](copy.deepcopy(self.net[2])(self.net[1](x.flatten(1))))
+
+class Rounded(Dropout):
+    def forward(self, x):
+        return self.net[3](self.net[2](self.net[1](x.flatten(1)).round()))
+
+class Unused(Dropout):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.spare = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.net(x)
+
+class FrozenByUser(Dropout):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.net[1].requires_grad_(False)
+
+    def forward(self, x):
+        return self.net(x)
+
+class SkippedAtFirst(Dropout):
+    steps = 0
+
+    def forward(self, x):
+        self.steps += self.training
+        h = self.net[1](x.flatten(1))
+        return self.net[3](self.net[2](h) if self.steps > 2 or not self.training else h)
+
+class DetachedOutput(Dropout):
+    def forward(self, x):
+        return self.net(x).detach()
+
 class Steady(Dropout):
     def forward(self, x):
         return self.net(nn.functional.dropout(x, 0.2, self.training))
@@ -173,18 +226,18 @@ def test_the_row_names_what_is_left_float(configure: Configure, words: list[str]
     )
     assert line in plan([planned])[-1].notes
     result: Result = run(planned)
-    assert line in result.notes
+    assert line in result.warnings
     assert result.verified is not None
     assert list(result.verified) == ["2.linear1", "2.linear2"]
 
 
 def test_signed_activations_before_unsigned_levels_are_noted(configure: Configure, words: list[str]) -> None:
-    notes = run(planned_run(configure(*words, "model=users_networks:silu"))).notes
+    notes = run(planned_run(configure(*words, "model=users_networks:silu"))).warnings
     (note,) = (line for line in notes if line.startswith("activations are signed, levels are not: 1 layers set "))
     assert "(3 " in note
-    signed = run(planned_run(configure(*words, "model=users_networks:silu", "method=lsq"))).notes
+    signed = run(planned_run(configure(*words, "model=users_networks:silu", "method=lsq"))).warnings
     assert not any("signed" in line for line in signed)
-    relu = run(planned_run(configure(*words, "model=mlp", "model.width=16"))).notes
+    relu = run(planned_run(configure(*words, "model=mlp", "model.width=16"))).warnings
     assert not any("signed" in line for line in relu)
 
 
@@ -207,15 +260,62 @@ def test_an_accuracy_that_depends_on_more_than_the_weights_is_noted(
     widths = "bits=w2a2" if method == "dorefa" else "bits=auto"
     result = run(planned_run(configure(*words, f"model=users_networks:{network}", f"method={method}", widths)))
     expected = ("two evaluations", "the output for an image", "the network returns")
-    found = [line for line in result.notes if line.startswith(expected)]
+    found = [line for line in result.warnings if line.startswith(expected)]
     assert [line.partition(":")[0].partition(", also")[0] for line in found] == ([note] if note else [])
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [
+        ("Detached", "net.1.weight, net.1.bias"),
+        ("ResidualData", "net.2.weight, net.2.bias"),
+        ("WithoutGradient", "net.1.weight, net.1.bias"),
+        ("Copied", "net.2.weight, net.2.bias"),
+        ("Rounded", "net.1.weight, net.1.bias"),
+        ("Unused", "spare.weight, spare.bias"),
+        ("FrozenByUser", ""),
+        ("SkippedAtFirst", ""),
+        ("Steady", ""),
+    ],
+)
+@pytest.mark.parametrize("method", ["dorefa", "float"])
+def test_parameters_without_a_gradient_are_named(
+    configure: Configure, words: list[str], network: str, parameters: str, method: str
+) -> None:
+    words += [f"method={method}", "bits=w2" if method == "dorefa" else "bits=auto", "optim@pretrain.optim=adam"]
+    result = run(planned_run(configure(*words, f"model=users_networks:{network}")))
+    found = [line for line in result.warnings if line.startswith("not trained")]
+    assert found == (
+        [
+            f"not trained: {parameters} had no gradient in the first 18 steps; "
+            "probably forward() detaches or copies something, or does not use them"
+        ]
+        if parameters
+        else []
+    )
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("inq", 1), ("slq", 2), ("qcnn", 1), ("dq", 1)])
+def test_weights_that_a_method_freezes_are_not_named(
+    configure: Configure, words: list[str], method: str, epochs: int
+) -> None:
+    network = [f"method={method}", "bits=auto", "model=mlp", "model.width=16", f"epochs={epochs}", "distill=none"]
+    result = run(planned_run(configure(*words, *network)))
+    assert result.status == "done"
+    assert not [line for line in result.warnings if line.startswith("not trained")]
+
+
+def test_a_network_without_any_gradient_is_refused(configure: Configure, words: list[str]) -> None:
+    planned = planned_run(configure(*words, "model=users_networks:DetachedOutput"))
+    with pytest.raises(ConfigError, match=r"does not depend on any parameter that is trained\n.*detach\(\)"):
+        run(planned)
 
 
 def test_layers_that_evaluation_does_not_call_are_noted(configure: Configure, words: list[str]) -> None:
     planned = planned_run(configure(*words, "model=users_networks:Auxiliary"))
     line = "not called in evaluation, but counted in the size, in float: aux"
     assert line in plan([planned])[-1].notes
-    assert line in run(planned).notes
+    assert line in run(planned).warnings
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,32 @@ def test_a_method_trained_from_scratch_says_how_many_epochs_it_lacks(configure: 
     ]
 
 
+def test_warnings_of_runs_are_footnotes_of_their_settings(configure: Configure) -> None:
+    for seed in range(3):
+        found = ["test holds 3 images of train", *(["0.weight had no gradient"] if seed else [])]
+        plant(configure("method=dorefa", "bits=w2", f"seed={seed}"), 95.0, 98.0, warnings=found)
+        plant(configure("method=lsq", "bits=w2", f"seed={seed}"), 96.0, 98.0, warnings=list("abcd") if seed else [])
+    plant(configure("method=ttq"), 97.0, 98.0, warnings=["test holds 3 images of train"])
+    plant(configure("method=twn"), 97.0, 98.0)
+    (table,) = tables(configure())
+    assert table.notes == [
+        "warning: dorefa w2a32g32, ttq w2a32g32: test holds 3 images of train",
+        "warning: dorefa w2a32g32: 0.weight had no gradient (seed 1, 2)",
+        *(f"warning: lsq w2a2g32: {letter} (seed 1, 2)" for letter in "abc"),
+        "warning: lsq w2a2g32: 1 more in result.json",
+    ]
+    by_name = {s.label: s.to_json()["warnings"] for s in settings_of(table)}
+    assert by_name["lsq"] == [f"{letter} (seed 1, 2)" for letter in "abcd"]
+    assert by_name["twn"] == by_name["float"] == []
+
+
+def test_a_warning_of_every_setting_is_written_once_without_names(configure: Configure) -> None:
+    for method in ("dorefa", "ttq"):
+        plant(configure(f"method={method}", "init=scratch"), 95.0, warnings=["images of test are in train"])
+    (table,) = tables(configure())
+    assert table.notes == ["warning: all settings: images of test are in train"]
+
+
 def test_the_float_control_and_the_difference_from_it(configure: Configure) -> None:
     for seed, (control, own) in enumerate([(98.5, 97.0), (98.0, 96.0)]):
         plant(configure("method=float", "init=float", f"seed={seed}"), control, 98.0)

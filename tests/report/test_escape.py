@@ -139,6 +139,7 @@ def hostile_runs(configure: Configure) -> list[RunRecord]:
             "method": text,
             "options": {text: text},
             "notes": [text],
+            "warnings": [text],
         }
         if "\ud800" not in text:
             values["model"] = text

@@ -72,6 +72,7 @@ def out(configure: Configure) -> str:
         layers = {"layer1.conv1": {"w": {"found": 3 + seed % 2, "allowed": 4}}}
         card = {"dorefa": {"choices": "`clip`, of <three>", "deviations": "a zero stays zero"}}
         path = plant(configure("method=dorefa", f"seed={seed}"), top1, 98.0, verified=layers, card=card, notes=["well"])
+        change(path, warnings=[f"not trained {EVIL}"])
         write_metrics(path, [epoch_line(0, 50.0), epoch_line(1, 60.0), '{"kind": "epo'])
     plant(configure("method=dorefa", "bits.w=10"), 98.5, 98.0)
     change(plant(configure("method=ttq"), 90.0, 98.0), method=EVIL)
@@ -99,6 +100,8 @@ def test_every_setting_row_and_reason_is_there_once_and_escaped(out: str) -> Non
     assert words.count(f"{EVIL}\nsecond line") == 1
     assert words.count("the loss is nan") == 1
     assert sum(EVIL in word for word in words) >= 3
+    assert words.count(f"not trained {EVIL}") == 1, "in the details of its setting"
+    assert words.count(f"warning: dorefa w2a32g32: not trained {EVIL}") == 1, "below the table"
     assert EVIL not in text
     assert len(read_back.all("script")) == 1
 

@@ -37,7 +37,7 @@ def runs(configure: Configure, tmp_path: Path) -> list[Path]:
         "quantizers": {"conv1": {"scale": 0.5, "points": [0.0, 0.25]}}, "card": {"dorefa": {"choices": "none"}},
         "speed": TrainingSpeed(images_per_second=10.0, seconds_per_epoch=2.0, peak_bytes=3),
         "weights_sha256": "a" * 64, "state_sha256": "b" * 64, "data_sha256": "c" * 64, "wall_seconds": 3.0,
-        "protocol_changes": ["not trained"], "notes": ["a note"], "reason": "none",
+        "protocol_changes": ["not trained"], "notes": ["a note"], "warnings": ["one"], "reason": "none",
     }  # fmt: skip
     first = plant(configure("method=dorefa", "bits=w2a2"), 90.0, 92.0, **full)
     others = [plant(configure("method=dorefa", "bits=w2a2", f"seed={s}"), 90.0 + s, 92.0) for s in (1, 2)]
@@ -97,7 +97,7 @@ def test_a_wrong_value_hides_no_other_run(runs: list[Path], tmp_path: Path, coun
 def test_a_wrong_value_in_the_page_and_the_plots(runs: list[Path], tmp_path: Path) -> None:
     file = runs[0] / "result.json"
     good = json.loads(file.read_text())
-    shown = ("quantizers", "verified", "speed", "cost", "best", "notes", "card", "baseline", "levels", "network")
+    shown = ("quantizers", "verified", "speed", "cost", "best", "notes", "warnings", "card", "baseline", "network")
     chosen = [case for case in mutants(good) if case[0][0] in shown]
     for address, wrong in random.Random(1).sample(chosen, 12):
         file.write_text(json.dumps(with_checksum(mutated(good, address, wrong))))

@@ -48,6 +48,7 @@ def aggregate(
         speed=_mean_speed(results),
         verified=_verified_levels(results),
         learning_rate=learning_rate,
+        warnings=_warnings(results),
     )
 
 
@@ -96,6 +97,19 @@ def _mean_speed(results: Sequence[Result]) -> TrainingSpeed | None:
         images_per_second=mean(s.images_per_second for s in known),
         seconds_per_epoch=mean(s.seconds_per_epoch for s in known),
         peak_bytes=max(s.peak_bytes for s in known),
+    )
+
+
+def _warnings(results: Sequence[Result]) -> tuple[str, ...]:
+    """Return every warning once. One that some seeds lack ends with the seeds that have it."""
+    seeds: dict[str, dict[int, None]] = defaultdict(dict)
+    for result in results:
+        for warning in result.warnings:
+            seeds[warning][result.seed] = None
+    count = len({result.seed for result in results})
+    return tuple(
+        text if len(having) == count else f"{text} (seed {', '.join(map(str, having))})"
+        for text, having in seeds.items()
     )
 
 

@@ -14,6 +14,7 @@ from qbench.report.comparison.duplicates import without_duplicates
 from qbench.report.comparison.lr_selection import SelectedLearningRate, is_candidate, select_learning_rate
 from qbench.report.comparison.setting import Setting
 from qbench.report.comparison.setting_table import MissingRuns, with_columns
+from qbench.report.comparison.warning_notes import warning_notes
 from qbench.report.tables.table import Table
 from qbench.runs.reader import DONE, FROM_LOGS, RunRecord
 from qbench.runs.result import Result, short_commit
@@ -128,7 +129,7 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
             add(label, selection.runs, selection.learning_rate)
         notes += selection.notes
     settings = with_control(settings)
-    notes += [*_protocol_notes(results, labels), *_commit_notes(results, context)]
+    notes += [*warning_notes(settings), *_protocol_notes(results, labels), *_commit_notes(results, context)]
     return with_columns(Table((), title=title, values=settings, notes=notes), columns_in(DEFAULT))
 
 

@@ -129,6 +129,7 @@ class Setting:
         cost, speed, verified: None if not recorded for any run. Speed is the mean over runs, and
             peak memory is the largest over runs.
         learning_rate: how the learning rate was selected; only with lr_search=grid.
+        warnings: the warnings of the runs, each once, with its seeds if other seeds lack it.
         conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and
             `columns.group_by_bytes`.
     """
@@ -153,6 +154,7 @@ class Setting:
     speed: TrainingSpeed | None = None
     verified: VerifiedLevels | None = None
     learning_rate: SelectedLearningRate | None = None
+    warnings: tuple[str, ...] = ()
     conclusion: Conclusion | None = None
     published: tuple[PublishedMatch, ...] | None = None
     bytes_group: int | None = None
@@ -195,6 +197,7 @@ class Setting:
         - verified_layers: number of verified layers.
         - levels_found: for each of w, a and g, the fewest and most levels found and the most
           allowed.
+        - warnings: facts that limit what the accuracy or the size means, each once.
         - lr_search: only with lr_search=grid. optim.lr, seeds, and grid (each rate with its mean
           validation top-1).
         - pairs, winner, test_images, test_sample_ci95_half: see `Conclusion` and `PairConclusion`.
@@ -210,6 +213,7 @@ class Setting:
             **_cost_values(self.cost),
             **_speed_values(self.speed),
             **_level_values(self.verified),
+            "warnings": list(self.warnings),
             "source": self.source,
             "is_baseline": self.is_baseline,
             "options": dict(self.options),

@@ -57,4 +57,5 @@ def _remarks(result: Result) -> list[str]:
         top1 += "; synthetic data, not comparable with papers"
     remarks = [result.reason] if result.reason else [top1]
     remarks += [f"{key}={value}: not the paper's method" for key, value in result.options.items() if key in DEVIATIONS]
-    return [f"run   {result.run}", *(f"      {line}" for line in remarks + result.notes)]
+    remarks += result.notes + [f"warning: {warning}" for warning in result.warnings]
+    return [f"run   {result.run}", *(f"      {line}" for line in remarks)]
