@@ -12,18 +12,21 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qbench.bits import FLOAT, Bits
 from qbench.cost.network_cost import NetworkCost
-from qbench.quant.graph import eval_mode_keeping_rng, intercepted_calls
+from qbench.quant.graph import Recorder, eval_mode_keeping_rng, intercepted_calls
 from qbench.quant.layers import FLOAT_CLASS, QUANTIZED_CLASS, FloatLayer, QLayer, is_quantizer_key, quantized_layers
 from qbench.quant.quantizer import Storage
 
 MOST_NAMES = 8
 """Most layers that `coverage` names."""
+
+NOTED_SHARE = 0.01
+"""Values that are not parameters are noted from this share of the number of parameters on."""
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
@@ -108,6 +111,40 @@ def idle_layers(model: nn.Module, macs: Mapping[str, int]) -> str | None:
         return None
     more = f" and {len(idle) - MOST_NAMES} more" if len(idle) > MOST_NAMES else ""
     return f"not called in evaluation, but counted in the size, in float: {', '.join(idle[:MOST_NAMES])}{more}"
+
+
+def values_outside(model: nn.Module, images: Tensor) -> str | None:
+    """Return in words what a network computes with besides its parameters, if it is not counted in the size.
+
+    Parameters that are not registered, as those of layers in a Python list, are not trained either.
+
+    Args:
+        images: a few images (N, C, H, W).
+    """
+    recorders = [Recorder(model, images), Recorder(model, images)]
+    for recorder in recorders:
+        with (
+            eval_mode_keeping_rng(model), torch.no_grad(),
+            intercepted_calls(model, quantized_layers(model), recorder.call_module), recorder,
+        ):  # fmt: skip
+            model(images)
+    once, again = recorders
+    memory = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    # What both calls read was there before; other tensors of unknown origin are made in every call.
+    held = [
+        t for key, t in once.foreign.items() if key in again.foreign and t.untyped_storage().data_ptr() not in memory
+    ]
+    if unregistered := [t for t in held if t.requires_grad]:
+        return (
+            f"parameters that are not registered ({len(unregistered)} with {sum(t.numel() for t in unregistered):,} "
+            "values) are neither trained nor counted in the size; layers in a list need nn.ModuleList"
+        )
+    read = {name for operation in once.operations for name in operation.parameters}
+    held += [b for name, b in model.named_buffers() if name in read and b.dim() > 1]
+    count = sum(t.numel() for t in held if t.is_floating_point())
+    if count < NOTED_SHARE * sum(p.numel() for p in model.parameters()):
+        return None
+    return f"the network computes with {count:,} values that are not parameters: they are float, and not in the size"
 
 
 def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:

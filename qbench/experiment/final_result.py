@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, LevelCount
-from qbench.cost.count import count_cost, coverage, idle_layers
+from qbench.cost.count import count_cost, coverage, idle_layers, values_outside
 from qbench.data.dataset import Loader
 from qbench.data.dataset_check import dataset_notes
 from qbench.experiment.builders import images_sha256
@@ -119,7 +119,8 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
         warnings.append(unsteady)
     if returns_probabilities(model, images):
         warnings.append("the network returns probabilities; the loss takes them for logits and applies softmax again")
-    warnings += filter(None, (coverage(model, setup.macs), idle_layers(model, setup.macs)))
+    sizes = coverage(model, setup.macs), idle_layers(model, setup.macs), values_outside(model, images[:1])
+    warnings += filter(None, sizes)
     clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}
     if clipped:
         worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])

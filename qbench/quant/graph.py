@@ -120,11 +120,15 @@ def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -
 
 
 class Recorder(TorchFunctionMode):
-    """Records operations and, for every tensor, the operation that made it."""
+    """Records operations and, for every tensor, the operation that made it.
+
+    `foreign` holds, by id, the tensors of unknown origin that operations have read.
+    """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         super().__init__()
         self.operations = [Operation(IMAGE, None, IMAGE, ())]
+        self.foreign: dict[int, Tensor] = {}
         self._made_by: dict[int, str] = {id(images): IMAGE}
         self._kept: list[Any] = [images]  # keeps the tensors, because an id is unique among living objects only
         named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
@@ -182,6 +186,7 @@ class Recorder(TorchFunctionMode):
         name = base if self._calls[base] == 1 else f"{base}:{self._calls[base]}"
         parameters = tuple(self._parameters[id(t)] for t in read if id(t) in self._parameters)
         reads = tuple(self._made_by.get(id(t), UNKNOWN) for t in read if id(t) not in self._parameters)
+        self.foreign |= {id(t): t for t in read if id(t) not in self._parameters and id(t) not in self._made_by}
         self.operations.append(Operation(name, module, kind, reads, parameters))
         self._kept += [*read, *made]
         self._made_by |= {id(t): name for t in made}
@@ -266,24 +271,25 @@ def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 def _hidden_weights(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Make the weights of layers NaN, except while the layer itself runs."""
     weights = {name: model.get_parameter(f"{name}.weight") for name in names}
-    values = {name: weight.data for name, weight in weights.items()}
-    nothing = {name: value.new_full((), torch.nan).expand_as(value) for name, value in values.items()}
+    memory = {name: weight.data for name, weight in weights.items()}  # other tensors of the network may share it
+    values = {name: weight.data.clone() for name, weight in weights.items()}
 
     def call(name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weights[name].data = values[name]
         try:
             return forward(*args, **kwargs)
         finally:
-            weights[name].data = nothing[name]
+            weights[name].data = memory[name]
 
     try:
-        for name, weight in weights.items():
-            weight.data = nothing[name]
+        for tensor in memory.values():
+            tensor.fill_(torch.nan)
         with intercepted_calls(model, names, call):
             yield
     finally:
         for name, weight in weights.items():
-            weight.data = values[name]
+            weight.data = memory[name]
+            weight.data.copy_(values[name])
 
 
 def call_inner_layers(model: nn.Module) -> None:

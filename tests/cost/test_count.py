@@ -1,13 +1,16 @@
 """MACs, BitOps and bytes of layers that are not quantized, and what is said about them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.cost.count import count_cost, count_macs, coverage
+from qbench.cost.count import count_cost, count_macs, coverage, values_outside
 from qbench.cost.layers import layer_costs
-from qbench.methods import dorefa, uniform
+from qbench.methods import dorefa, lsq, uniform
 from qbench.models import mlp
 from qbench.quant.install import install
 from qbench.quant.policy import Policy
@@ -134,3 +137,52 @@ def test_functions_of_torch_that_hold_weights_are_not_forgotten() -> None:
     assert coverage(model, macs) == (
         "1 of 3 layers with weights are quantized; left float: the network itself (Functional), fc"
     )
+
+
+class Holding(nn.Module):
+    """A network of 16 + 160 parameters that also computes with what `hold` gives it."""
+
+    def __init__(self, hold: Callable[[nn.Module], object], use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 40)
+        self.use = use
+        hold(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.use(self, self.norm(self.first(x))))
+        return y
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+LIST = "not registered (2 with 20 values)"
+VALUES = "computes with 16 values that are not parameters"
+HOLDING: dict[str, tuple[Callable[[Any], object], Callable[[Any, Tensor], Tensor], str | None]] = {
+    "layers in a list": (lambda m: setattr(m, "a", [nn.Linear(4, 4)]), lambda m, h: m.a[0](h), LIST),
+    "layers in a dictionary": (lambda m: setattr(m, "a", {"x": nn.Linear(4, 4)}), lambda m, h: m.a["x"](h), LIST),
+    "a tensor with gradient": (
+        lambda m: setattr(m, "a", torch.ones(4, 4, requires_grad=True)), lambda m, h: h @ m.a, "(1 with 16 values)"
+    ),
+    "a tensor": (lambda m: setattr(m, "a", torch.ones(4, 4)), lambda m, h: h @ m.a.t(), VALUES),
+    "a buffer": (lambda m: m.register_buffer("a", torch.ones(4, 4)), lambda m, h: h @ m.a, VALUES),
+    "a buffer of no use": (lambda m: m.register_buffer("a", torch.ones(4, 4)), lambda m, h: h, None),
+    "one number": (lambda m: setattr(m, "a", torch.ones(())), lambda m, h: h * m.a, None),
+    "a new tensor in every call": (lambda m: None, lambda m, h: Doubled.apply(h) @ torch.ones(4, 4), None),
+    "a parameter under another name": (lambda m: setattr(m, "a", m.first.weight.data), lambda m, h: h @ m.a, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOLDING)
+def test_values_that_are_not_counted_in_the_size_are_named(case: str) -> None:
+    hold, use, expected = HOLDING[case]
+    found = values_outside(Holding(hold, use), torch.ones(2, 4))
+    assert expected in found if expected and found else found == expected
+
+
+def test_values_of_quantizers_are_not_outside() -> None:
+    model = install(lsq.build(w=2, a=2), nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))))
+    assert values_outside(model, torch.ones(2, 4)) is None

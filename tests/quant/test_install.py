@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,41 @@ def test_a_weight_that_is_used_without_a_call_of_its_layer_is_refused(use: str) 
         "call the layer, or leave it float: 'layers.rules={mid: float}'"
     )
     assert not quantized_layers(install(dorefa.build(w=2), Net(USES[use]), Policy(rules={"mid": "float"}), example=X))
+
+
+class Alias(Net):
+    """A network that holds the memory of a weight under another name."""
+
+    def __init__(self, hold: "Callable[[Alias, Tensor], object]", middle: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__(middle)
+        hold(self, self.mid.weight)
+
+
+ALIASES: dict[str, tuple[Callable[[Alias, Tensor], object], Callable[[Any, Tensor], Tensor]]] = {
+    "attribute": (lambda net, w: setattr(net, "a", w.detach()), lambda net, h: net.mid(h) + F.linear(h, net.a)),
+    "data": (lambda net, w: setattr(net, "a", w.data), lambda net, h: net.mid(h) + h @ net.a),
+    "buffer": (lambda net, w: net.register_buffer("a", w.detach()), lambda net, h: F.linear(net.mid(h), net.a)),
+    "list": (lambda net, w: setattr(net, "a", [w.detach().t()]), lambda net, h: net.mid(h @ net.a[0])),
+    "row": (lambda net, w: setattr(net, "a", w.detach()[3]), lambda net, h: net.mid(h) * net.a),
+    "numpy": (
+        lambda net, w: setattr(net, "a", w.detach().numpy()),
+        lambda net, h: net.mid(h) @ torch.from_numpy(net.a),
+    ),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_a_tensor_that_shares_the_memory_of_a_weight_is_refused(alias: str) -> None:
+    net = Alias(*ALIASES[alias])
+    weight = net.mid.weight.detach().clone()
+    with pytest.raises(Unsupported, match="mid: its weight is also used without a call of the layer"):
+        install(dorefa.build(w=2), net, example=X)
+    assert torch.equal(net.mid.weight, weight), "the weights are as before"
+    model = install(dorefa.build(w=2), Alias(*ALIASES[alias]))
+    with pytest.raises(NotQuantized, match="mid: evaluation"):
+        verify(model, X)
+    unread = Alias(ALIASES[alias][0], lambda net, h: net.mid(h))
+    assert list(quantized_layers(install(dorefa.build(w=2), unread, example=X))) == ["mid"]
 
 
 @pytest.mark.parametrize(
