@@ -10,9 +10,11 @@ from qbench.bits import FLOAT, LevelCount
 from qbench.cost.count import count_cost, coverage, idle_layers, values_outside
 from qbench.data.dataset import Loader
 from qbench.data.dataset_check import dataset_notes
+from qbench.errors import CheckpointError
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
+from qbench.experiment.trained_network import load_weights
 from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
 from qbench.quant.verify import NotQuantized, clipped_negatives, verify
 from qbench.runs import manifest
@@ -20,7 +22,7 @@ from qbench.runs.result import BaselineResult, Evaluation, Result, short_commit
 from qbench.runs.tensorboard import levels_figure
 from qbench.training.checkpoint import cpu_copy
 from qbench.training.digests import weights_sha256
-from qbench.training.evaluation import evaluate, returns_probabilities, unsteady_evaluation
+from qbench.training.evaluation import evaluate, returns_probabilities, state_outside, unsteady_evaluation
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
 
@@ -117,6 +119,8 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
     warnings = [*dataset_notes(setup.data)]
     if unsteady := unsteady_evaluation(model, images):
         warnings.append(unsteady)
+    else:
+        warnings += _reload_warnings(setup, model, images)
     if returns_probabilities(model, images):
         warnings.append("the network returns probabilities; the loss takes them for logits and applies softmax again")
     sizes = coverage(model, setup.macs), idle_layers(model, setup.macs), values_outside(model, images[:1])
@@ -128,6 +132,16 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
             f"activations are signed, levels are not: {len(clipped)} layers set negative inputs to 0 ({worst} of them)"
         )
     return warnings
+
+
+def _reload_warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
+    """Return a warning if a new network with the state_dict of the trained one computes other outputs."""
+    network = setup.install(setup.float_model()).to(setup.device)
+    try:
+        outside = state_outside(model, load_weights(network, {"model": model.state_dict()}, "last.pt"), images)
+    except CheckpointError as error:
+        return [str(error)]
+    return [outside] if outside else []
 
 
 def _commit_notes(commits: Sequence[str]) -> list[str]:

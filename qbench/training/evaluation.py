@@ -10,6 +10,9 @@ from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
 
+RELOAD_TOLERANCE = 1e-3
+"""Largest difference of a reloaded network's outputs, relative to their norm. On a CPU they are equal."""
+
 
 @torch.inference_mode()
 def evaluate(
@@ -73,6 +76,29 @@ def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
             "of these batches"
         )
     return None
+
+
+@torch.no_grad()
+def state_outside(model: nn.Module, reloaded: nn.Module, images: Tensor) -> str | None:
+    """Return in words that a network's outputs depend on more than its state_dict, or None.
+
+    Args:
+        model: the network as it was trained.
+        reloaded: a new network with the state_dict of `model`.
+        images: (N, C, H, W).
+    """
+    outputs = []
+    for network in (model, reloaded):
+        with eval_mode_keeping_rng(network):
+            outputs.append(network(images.clone()).float())
+    trained, found = outputs
+    if (trained - found).norm() <= RELOAD_TOLERANCE * trained.norm():
+        return None
+    return (
+        "the network has state that is not in its state_dict (an attribute, or a buffer with persistent=False): "
+        "best.pt, last.pt and a continued run compute other outputs, and `best` is measured with that state of the "
+        "last epoch"
+    )
 
 
 @torch.no_grad()

@@ -98,6 +98,46 @@ class Auxiliary(Dropout):
     def forward(self, x):
         return self.net(x) + self.aux(x.flatten(1)) if self.training else self.net(x)
 
+class KeepsAttribute(Dropout):
+    seen = 1.0
+
+    def forward(self, x):
+        if self.training:
+            self.seen = 0.9 * self.seen + 0.2
+        return self.net(x) * self.seen
+
+class KeepsBuffer(Dropout):
+    persistent = False
+
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.register_buffer("seen", torch.zeros(()), persistent=self.persistent)
+
+    def forward(self, x):
+        if self.training:
+            self.seen += x.mean().detach()
+        return self.net(x) + self.seen * x.flatten(1)[:, :10]
+
+class KeepsPersistentBuffer(KeepsBuffer):
+    persistent = True
+
+class KeepsMean(Dropout):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.before = {}
+
+    def forward(self, x):
+        h = self.net[1](x.flatten(1))
+        if self.training:
+            self.before["mean"] = h.detach().mean(0)
+        return self.net[3](self.net[2](h - self.before.get("mean", 0)))
+
+class AddsBuffer(Dropout):
+    def forward(self, x):
+        if self.training:
+            self.register_buffer("seen", torch.ones(()))
+        return self.net(x)
+
 class Detached(Dropout):
     def forward(self, x):
         return self.net[3](self.net[2](self.net[1](x.flatten(1)).detach()))
@@ -262,6 +302,26 @@ def test_an_accuracy_that_depends_on_more_than_the_weights_is_noted(
     expected = ("two evaluations", "the output for an image", "the network returns")
     found = [line for line in result.warnings if line.startswith(expected)]
     assert [line.partition(":")[0].partition(", also")[0] for line in found] == ([note] if note else [])
+
+
+@pytest.mark.parametrize(
+    ("network", "kept"),
+    [
+        ("KeepsAttribute", "the network has state that is not in its state_dict"),
+        ("KeepsBuffer", "the network has state that is not in its state_dict"),
+        ("KeepsMean", "the network has state that is not in its state_dict"),
+        ("AddsBuffer", "last.pt and config.yaml belong to different networks"),
+        ("KeepsPersistentBuffer", None),
+    ],
+)
+@pytest.mark.parametrize("method", ["dorefa", "float"])
+def test_state_that_is_not_in_the_weights_file_is_noted(
+    configure: Configure, words: list[str], network: str, kept: str | None, method: str
+) -> None:
+    words += [f"method={method}", "bits=w2" if method == "dorefa" else "bits=auto"]
+    warnings = run(planned_run(configure(*words, f"model=users_networks:{network}"))).warnings
+    found = [line for line in warnings if line.startswith(("the network has state", "last.pt"))]
+    assert [line.partition(" (")[0].partition(":")[0] for line in found] == ([kept] if kept else [])
 
 
 @pytest.mark.parametrize(
