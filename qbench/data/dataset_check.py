@@ -6,14 +6,24 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qbench.data.dataset import Dataset, Split
-from qbench.data.file_stream import FileSplit
+from qbench.data.file_stream import FileSplit, decoded_batches
 from qbench.errors import DataError
 
 MAX_NAMED = 5
 """Maximum number of classes in a note."""
+
+EXPECTED = 10
+"""Number of images that a split should have of a class, by its share in train, for its absence to be noted."""
+
+SAMPLED, MIN_SAMPLED = 256, 8
+"""Largest and smallest number of images of a split whose grey values are compared with those of train."""
+
+MAX_SHIFT, STANDARD_ERRORS = 0.25, 5.0
+"""Limits on the difference in grey values between splits, in standard deviations of train and in standard errors."""
 
 MAX_READ_BYTES = 2**32
 """Maximum size in bytes of the files of a split that are read to compare its images."""
@@ -85,7 +95,7 @@ def dataset_notes(data: Dataset) -> tuple[str, ...]:
 
     All images are read, so runs of one process that share a data set share its notes.
     """
-    return (*repeated_images(data), *unseen_classes(data))
+    return (*repeated_images(data), *unseen_classes(data), *missing_classes(data), *other_scale(data))
 
 
 def unseen_classes(data: Dataset) -> list[str]:
@@ -101,6 +111,56 @@ def unseen_classes(data: Dataset) -> list[str]:
                 f"{len(unseen):,} of {len(split):,} {part} images are of classes without a training image ({named})"
             )
     return notes
+
+
+def missing_classes(data: Dataset) -> list[str]:
+    """Return in words which classes validation and test images should be of, but are not."""
+    shares = data.train.labels.bincount(minlength=data.classes) / len(data.train)
+    notes = []
+    for part, split in (("val", data.val), ("test", data.test)):
+        counts = split.labels.bincount(minlength=data.classes)
+        missing = ((counts == 0) & (shares * len(split) >= EXPECTED)).nonzero().flatten().tolist()
+        if len(split) > 1 and int(counts.max()) == len(split):
+            notes.append(f"all {len(split):,} {part} images are of class {int(counts.argmax())}")
+        elif missing:
+            named = ", ".join(map(str, missing[:MAX_NAMED])) + (", ..." if len(missing) > MAX_NAMED else "")
+            notes.append(f"no {part} image is of {len(missing)} of the {data.classes} classes ({named})")
+    return notes
+
+
+def other_scale(data: Dataset) -> list[str]:
+    """Return in words which splits have other grey values than train, as after another scaling or inversion.
+
+    The mean and the standard deviation of an image are compared, each averaged over a sample.
+    """
+    train = _grey_values(data.train, data)
+    spread = (train[:, 1].square().mean() + train[:, 0].var(unbiased=False)).sqrt()  # of all pixels
+    notes = []
+    for part, split in (("val", data.val), ("test", data.test)):
+        own = _grey_values(split, data)
+        if min(len(own), len(train)) < MIN_SAMPLED:
+            continue
+        error = (own.var(0) / len(own) + train.var(0) / len(train)).sqrt()
+        difference = (own.mean(0) - train.mean(0)).abs()
+        if (difference > torch.maximum(MAX_SHIFT * spread, STANDARD_ERRORS * error)).any():
+            (mean, std), (train_mean, train_std) = own.mean(0).tolist(), train.mean(0).tolist()
+            notes.append(
+                f"{part} images have other grey values than those of train: mean {mean:.0f} and standard deviation "
+                f"{std:.0f} of an image, instead of {train_mean:.0f} and {train_std:.0f}"
+            )
+    return notes
+
+
+def _grey_values(split: Split | FileSplit, data: Dataset) -> Tensor:
+    """Return the mean and the standard deviation of each image of a sample, (n, 2), in grey values."""
+    count = min(len(split), SAMPLED)
+    index = torch.linspace(0, max(len(split) - 1, 0), count).long()
+    if isinstance(split, Split):
+        images = split.images[index]
+    else:
+        (images,) = decoded_batches(split, [index], None, data.augment, 0, torch.device("cpu")) if count else [index]
+    values = images.reshape(count, -1).float()
+    return torch.stack([values.mean(1), values.std(1, unbiased=False)], 1)
 
 
 def repeated_images(data: Dataset) -> list[str]:

@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from qbench.cli.main import main as cli
-from qbench.data import synthetic
+from qbench.data import digits, glyphs, synthetic
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Split
-from qbench.data.dataset_check import check_dataset, repeated_images, unseen_classes
+from qbench.data.dataset_check import (
+    check_dataset,
+    dataset_notes,
+    missing_classes,
+    other_scale,
+    repeated_images,
+    unseen_classes,
+)
 from qbench.data.file_stream import FileSplit
 from qbench.errors import DataError
 
@@ -165,3 +173,71 @@ def test_images_of_classes_without_training_images_are_counted() -> None:
     changed = replace(changed, val=data.val.take(torch.tensor([], dtype=torch.int64)))
     changed = replace(changed, test=Split(data.test.images[:5], labels))
     assert unseen_classes(changed) == ["3 of 5 test images are of classes without a training image (2, 3)"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (lambda y: torch.zeros_like(y) + 2, "all 80 test images are of class 2"),
+        (lambda y: torch.where(y == 3, 1, y), "no test image is of 1 of the 4 classes (3)"),
+        (lambda y: y % 2 + 2, "no test image is of 2 of the 4 classes (0, 1)"),
+        (lambda y: y, None),
+    ],
+)
+def test_classes_without_test_images_are_named(labels: Callable[[Tensor], Tensor], note: str | None) -> None:
+    data = with_labels("test", labels)(synthetic.build(train=80, test=80, classes=4, channels=1, size=8))
+    assert missing_classes(data) == ([note] if note else [])
+
+
+def test_a_class_that_is_rare_in_train_may_be_missing_in_test() -> None:
+    data = synthetic.build(train=80, test=80, classes=4, channels=1, size=8)
+    data = with_labels("test", lambda y: y.clamp(max=2))(data)
+    rare = with_labels("train", lambda y: torch.where(torch.arange(len(y)) < 8, 3, y.clamp(max=2)))(data)
+    assert missing_classes(rare) == []
+    assert missing_classes(data) == ["no test image is of 1 of the 4 classes (3)"]
+
+
+SCALES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "equal": (lambda x: x, False),
+    "half": (lambda x: x // 2, True),
+    "4 bits": (lambda x: x // 16, True),
+    "0 to 3": (lambda x: x // 64, True),
+    "brighter": (lambda x: x // 4 + 192, True),
+    "less contrast around the same mean": (lambda x: x // 4 + 96, True),
+    "inverted": (lambda x: 255 - x, True),
+    "a tenth darker": (lambda x: (0.9 * x).to(torch.uint8), False),
+}
+
+
+def dark(n: int) -> Dataset:
+    """Return images of which most pixels are dark, so that inversion is seen."""
+    data = synthetic.build(train=n, test=n, classes=4, channels=1, size=8)
+    for part in ("train", "val", "test"):
+        data = with_images(part, lambda x: (x.float() ** 2 / 255).to(torch.uint8))(data)
+    return data
+
+
+@pytest.mark.parametrize("case", SCALES)
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_images_on_another_scale_than_those_of_train_are_noted(case: str, part: str) -> None:
+    change, noted = SCALES[case]
+    notes = other_scale(with_images(part, change)(dark(300)))
+    assert [note.partition(":")[0] for note in notes] == (
+        [f"{part} images have other grey values than those of train"] if noted else []
+    )
+
+
+def test_grey_values_of_files_are_compared_too(tmp_path: Path) -> None:
+    data = dark(20)
+    files = {part: in_files(getattr(data, part), tmp_path / part) for part in ("train", "val")}
+    brighter = Split(data.test.images // 4 + 192, data.test.labels)
+    data = replace(data, **files, test=in_files(brighter, tmp_path / "test"), augment=Augment(size=8))
+    (note,) = other_scale(data)
+    mean, train = brighter.images.float().mean(), dark(20).train.images.float().mean()
+    assert note.startswith(f"test images have other grey values than those of train: mean {mean:.0f} and")
+    assert f"instead of {train:.0f} and" in note
+
+
+@pytest.mark.parametrize("build", [synthetic.build, digits.build, glyphs.build])
+def test_data_sets_of_qbench_have_no_notes(build: Callable[[], Dataset]) -> None:
+    assert dataset_notes(build()) == ()
