@@ -201,12 +201,12 @@ def _step_seconds(
     setup: ExperimentSetup, model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], steps: int
 ) -> float:
     """Return the time in seconds of one training step, which is a forward pass, a backward pass and an update."""
-    method_step = setup.method.step
+    method_step, classes = setup.method.step, setup.data.classes
     step: Callable[[], object] = optimizer.step if method_step is None else lambda: method_step(model, optimizer)
     start = time.perf_counter()
     for _ in range(steps):
         optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(compute_logits(model, batch[0]), batch[1]))
+        torch.autograd.backward(F.cross_entropy(compute_logits(model, batch[0], classes), batch[1]))
         step()
     if setup.device.type == "cuda":
         torch.cuda.synchronize()

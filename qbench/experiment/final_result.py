@@ -121,6 +121,11 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
         warnings.append(unsteady)
     else:
         warnings += _reload_warnings(setup, model, images)
+    if _same_for_every_seed(setup):
+        warnings.append(
+            "the initial weights are the same for every seed (the network's function loads weights or sets a seed of "
+            "its own), so seeds differ less than they should"
+        )
     if returns_probabilities(model, images):
         warnings.append("the network returns probabilities; the loss takes them for logits and applies softmax again")
     sizes = coverage(model, setup.macs), idle_layers(model, setup.macs), values_outside(model, images[:1])
@@ -142,6 +147,13 @@ def _reload_warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -
     except CheckpointError as error:
         return [str(error)]
     return [outside] if outside else []
+
+
+def _same_for_every_seed(setup: ExperimentSetup) -> bool:
+    """Whether two seeds give a network the same initial weights, except for constant ones."""
+    pairs = zip(setup.float_model().parameters(), setup.float_model(seed=setup.seed + 1).parameters(), strict=True)
+    random = [(one, other) for one, other in pairs if one.dim() > 1 and one.min() < one.max()]
+    return bool(random) and all(torch.equal(one, other) for one, other in random)
 
 
 def _commit_notes(commits: Sequence[str]) -> list[str]:

@@ -152,9 +152,14 @@ class ExperimentSetup:
         workers = self.runtime.num_workers
         return Loader(data or self.data, self.optim.batch_size, self.seed, self.device, workers)
 
-    def float_model(self, device: str = "cpu") -> nn.Module:
-        """Return the float network with initial weights. On device `meta` it needs no memory."""
-        return build_model(self.config.model, self.data, self.method, self.seed, device)
+    def float_model(self, device: str = "cpu", seed: int | None = None) -> nn.Module:
+        """Return the float network with initial weights. On device `meta` it needs no memory.
+
+        Args:
+            device: where the network is made.
+            seed: the seed of the initial weights, by default that of the run.
+        """
+        return build_model(self.config.model, self.data, self.method, self.seed if seed is None else seed, device)
 
     def install(self, model: nn.Module) -> nn.Module:
         """Put the method into a float network, following the run's layer policy.

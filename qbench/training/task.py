@@ -14,13 +14,18 @@ from qbench.quant.probe import Batch, Probe
 from qbench.training.optimizer import learning_rate
 
 
-def compute_logits(network: Callable[[Tensor], object], images: Tensor) -> Tensor:
+def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes: int = 0) -> Tensor:
     """Return a network's output for images (N, ...), which must be logits (N, classes).
 
+    Args:
+        network: function that returns the output.
+        images: one batch.
+        classes: number of classes of the data set, or 0 if it is not known.
+
     Raises:
-        ConfigError: the output is something else, such as a dictionary that holds the logits, or
-            the network cannot train on a single image, or it changes the images, which a teacher and
-            measurements read too.
+        ConfigError: the output is something else, such as a dictionary that holds the logits; there
+            are more or fewer logits than classes; the network cannot train on a single image; or it
+            changes the images, which a teacher and measurements read too.
     """
     version = _version(images)
     try:
@@ -38,6 +43,11 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor) -> Tenso
             "in its forward function, change a copy: x = x.clone()"
         )
     if isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(images):
+        if classes not in (0, output.shape[1]):
+            raise ConfigError(
+                f"the network returns {output.shape[1]} logits per image; must be {classes}, one per class\n"
+                "the function in model=my.module:function gets the number as its argument `classes`"
+            )
         return output
     found = f"a {type(output).__name__}"
     if isinstance(output, Tensor):
@@ -92,7 +102,7 @@ class Task:
         Raises:
             ConfigError: the network does not return logits, or cannot train on a single image.
         """
-        return compute_logits(self.model if self.forward is None else self.forward, images)
+        return compute_logits(self.model if self.forward is None else self.forward, images, self.classes)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss of a batch as a scalar. It is the method's loss, or cross entropy if the method has none."""

@@ -98,6 +98,24 @@ class Auxiliary(Dropout):
     def forward(self, x):
         return self.net(x) + self.aux(x.flatten(1)) if self.training else self.net(x)
 
+def seeded(shape, classes):
+    torch.manual_seed(0)
+    return layers(nn.Linear(16, 16))
+
+def loaded(shape, classes):
+    net = layers(nn.Linear(16, 16))
+    net.load_state_dict({k: torch.linspace(-0.1, 0.1, v.numel()).view(v.shape) for k, v in net.state_dict().items()})
+    return net
+
+def by_seed(shape, classes):
+    return layers(nn.Linear(16, 16))
+
+def thousand(shape, classes):
+    return nn.Sequential(layers(nn.Linear(16, 16)), nn.Linear(10, 1000))
+
+def three(shape, classes):
+    return nn.Sequential(layers(nn.Linear(16, 16)), nn.Linear(10, 3))
+
 class KeepsAttribute(Dropout):
     seen = 1.0
 
@@ -363,6 +381,24 @@ def test_weights_that_a_method_freezes_are_not_named(
     result = run(planned_run(configure(*words, *network)))
     assert result.status == "done"
     assert not [line for line in result.warnings if line.startswith("not trained")]
+
+
+@pytest.mark.parametrize(("network", "same"), [("seeded", True), ("loaded", True), ("by_seed", False)])
+def test_initial_weights_that_do_not_depend_on_the_seed_are_noted(
+    configure: Configure, words: list[str], network: str, same: bool
+) -> None:
+    warnings = run(planned_run(configure(*words, f"model=users_networks:{network}"))).warnings
+    assert sum(line.startswith("the initial weights are the same for every seed") for line in warnings) == same
+
+
+@pytest.mark.parametrize(("network", "count"), [("thousand", 1000), ("three", 3)])
+def test_a_network_with_another_number_of_classes_is_refused(
+    configure: Configure, words: list[str], network: str, count: int
+) -> None:
+    planned = planned_run(configure(*words, f"model=users_networks:{network}"))
+    for attempt in (lambda: run(planned), lambda: plan([planned])):
+        with pytest.raises(ConfigError, match=f"returns {count} logits per image; must be 10, one per class\n"):
+            attempt()
 
 
 def test_a_network_without_any_gradient_is_refused(configure: Configure, words: list[str]) -> None:

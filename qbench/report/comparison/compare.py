@@ -42,7 +42,7 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
         baselines={_directory_name(r.run): r for r in results if naming.is_baseline(r)},
         labels=naming.labels(results),
         from_logs={str(run.path) for run in runs if FROM_LOGS in run.notes},
-        failed=[r.result for r in runs if r.status != DONE and r.result and is_candidate(r.result)],
+        failed=[r.result for r in runs if r.status != DONE and r.result],
     )
     blocks = _blocks(results)
     titles = naming.titles(blocks)
@@ -68,7 +68,7 @@ class _Context:
         baselines: results of float baselines by directory name.
         labels: map from `naming.method_identity` to the label of the method.
         from_logs: paths of the runs that were read from logs.
-        failed: runs of a learning-rate grid that did not finish.
+        failed: results of runs that did not finish.
     """
 
     baselines: Mapping[str, Result]
@@ -120,10 +120,11 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
         add(label, baselines)
     labels = {id(r): context.labels[naming.method_identity(r)] for r in results}
     for label, members in _members(results, labels):
+        failed = [r for r in context.failed if naming.setting_key(r) == naming.setting_key(members[0])]
         if not is_candidate(members[0]):
             add(label, members)
+            notes += _diverged_notes(settings[-1], failed)
             continue
-        failed = [r for r in context.failed if naming.setting_key(r) == naming.setting_key(members[0])]
         selection = select_learning_rate(f"{label} {members[0].widths}", members, failed)
         if selection.runs:
             add(label, selection.runs, selection.learning_rate)
@@ -164,6 +165,14 @@ def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
     if logged:
         names = ", ".join(Path(r.run).name for r in sorted(logged, key=lambda r: (r.seed, r.run)))
         yield f"{setting.name}: {FROM_LOGS}: {names}"
+
+
+def _diverged_notes(setting: Setting, failed: Sequence[Result]) -> Iterator[str]:
+    """Yield a note on the seeds that diverged, without which the mean may be too good."""
+    seeds = {r.seed for r in failed if r.status == "diverged"} - {run.seed for run in setting.runs}
+    if seeds:
+        named = ", ".join(map(str, sorted(seeds)))
+        yield f"warning: {setting.name}: diverged with seed {named}, which the mean leaves out"
 
 
 def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Iterator[str]:
