@@ -138,6 +138,22 @@ def test_warnings_of_runs_are_footnotes_of_their_settings(configure: Configure) 
     assert by_name["twn"] == by_name["float"] == []
 
 
+def test_sizes_that_differ_between_seeds_are_averaged_and_noted(configure: Configure) -> None:
+    """With `dq`, the gradients of the trained network decide the number of levels."""
+    for seed, size in enumerate((7000.0, 8000.0, 9900.0)):
+        cost = NetworkCost(
+            params=1, macs=1, bitops=100 + seed, bytes_float=1, bytes_ideal=size, bytes_packed=int(size),
+            bits_per_weight=2.0 + seed,
+        )  # fmt: skip
+        plant(configure("method=dq", f"seed={seed}"), 95.0, 98.0, cost=cost)
+    (table,) = tables(configure())
+    cost = settings_of(table)[1].cost
+    assert cost is not None
+    assert (cost.bytes_ideal, cost.bytes_packed, cost.bits_per_weight, cost.bitops) == (8300.0, 8300, 3.0, 101)
+    (note,) = [note for note in table.notes if "size" in note]
+    assert note.endswith("the size differs between runs, from 7 kB to 9.9 kB; the mean is shown")
+
+
 def test_a_warning_of_every_setting_is_written_once_without_names(configure: Configure) -> None:
     for method in ("dorefa", "ttq"):
         plant(configure(f"method={method}", "init=scratch"), 95.0, warnings=["images of test are in train"])

@@ -6,9 +6,11 @@ from dataclasses import replace
 from statistics import mean
 
 from qbench.bits import Bits, LevelCount
+from qbench.cost.network_cost import NetworkCost
 from qbench.report.comparison import naming
 from qbench.report.comparison.lr_selection import SelectedLearningRate
 from qbench.report.comparison.setting import LevelRange, SeedAccuracy, Setting, VerifiedLevels, estimate
+from qbench.report.tables.units import si_format
 from qbench.runs.result import Result, TrainingSpeed
 
 
@@ -44,11 +46,11 @@ def aggregate(
         top1=estimate(_by_seed(runs, [run.top1 for run in runs])),
         difference=estimate(_by_seed(runs, differences)) if complete else None,
         levels=next((r.levels for r in results if r.levels is not None), None),
-        cost=next((r.cost for r in results if r.cost), None),
+        cost=_mean_cost(results),
         speed=_mean_speed(results),
         verified=_verified_levels(results),
         learning_rate=learning_rate,
-        warnings=_warnings(results),
+        warnings=(*_warnings(results), *_size_warnings(results)),
     )
 
 
@@ -86,6 +88,29 @@ def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[floa
     for run, value in zip(runs, values, strict=True):
         grouped[run.seed].append(value)
     return [mean(seed_values) for seed_values in grouped.values()]
+
+
+def _mean_cost(results: Sequence[Result]) -> NetworkCost | None:
+    """Return the cost of the runs. Sizes that depend on the trained network, as with `dq`, are means."""
+    known = [r.cost for r in results if r.cost]
+    if not known or known.count(known[0]) == len(known):
+        return known[0] if known else None
+    return replace(
+        known[0],
+        bitops=round(mean(cost.bitops for cost in known)),
+        bytes_ideal=mean(cost.bytes_ideal for cost in known),
+        bytes_packed=round(mean(cost.bytes_packed for cost in known)),
+        bits_per_weight=mean(cost.bits_per_weight for cost in known),
+    )
+
+
+def _size_warnings(results: Sequence[Result]) -> list[str]:
+    sizes = [r.cost.bytes_ideal for r in results if r.cost]
+    if not sizes or min(sizes) == max(sizes):
+        return []
+    return [
+        f"the size differs between runs, from {si_format(min(sizes))}B to {si_format(max(sizes))}B; the mean is shown"
+    ]
 
 
 def _mean_speed(results: Sequence[Result]) -> TrainingSpeed | None:
