@@ -85,6 +85,18 @@ def read(path: Path) -> Commented:
     return Commented(description, yaml.safe_load(text) or {}, comments)
 
 
+def read_option(group: str, name: str) -> Commented:
+    """Return the values and comments of an option, with those of the files that it includes."""
+    path = groups.option_file(group, name)
+    file = read(path)
+    values, comments = dict(file.values), dict(file.comments)
+    for included in values.pop("defaults", ()):
+        if included != "_self_":
+            shared = read(path.with_name(f"{included}.yaml"))
+            values, comments = shared.values | values, shared.comments | comments
+    return Commented(file.description, values, comments)
+
+
 # --- keys of the schema
 
 
@@ -125,7 +137,7 @@ def from_yaml(name: str) -> tuple[Any, str]:
     if group not in SCHEMA_FILES:
         file = read(CONF / "config.yaml")
         return lookup(file.values, name), file.comments.get(name, "")
-    files = [read(groups.option_file(group, option)) for option in options(group)]
+    files = [read_option(group, option) for option in options(group)]
     comment = next((file.comments[key] for file in files if key in file.comments), "")
     return lookup(files[0].values, key), comment
 
@@ -168,13 +180,13 @@ def families(group: str) -> dict[str, list[str]]:
     """Return family -> options that have the same keys because they share a function."""
     found: dict[str, list[str]] = {}
     for name in sorted(path.stem for path in (CONF / group).glob("*.yaml")):
-        found.setdefault(str(read(groups.option_file(group, name)).values.get("family", name)), []).append(name)
+        found.setdefault(str(read_option(group, name).values.get("family", name)), []).append(name)
     return found
 
 
 def node_keys(group: str, names: Sequence[str]) -> Iterator[Key]:
     """Yield the keys of options that share a function, with the default of each option if they differ."""
-    files = {name: read(groups.option_file(group, name)) for name in names}
+    files = {name: read_option(group, name) for name in names}
     others = [read(path) for path in sorted((CONF / group).glob("*.yaml"))]
     for key in dict.fromkeys(key for file in files.values() for key in file.values):
         if key in NOT_ARGUMENTS and key not in ("recipe", "deviation"):
@@ -221,12 +233,12 @@ def configuration_page() -> str:
 
 def option_list(group: str, names: Iterable[str]) -> str:
     """Return one bullet per option, with its first comment."""
-    return "\n".join(f"- `{group}={name}`: {read(groups.option_file(group, name)).description}" for name in names)
+    return "\n".join(f"- `{group}={name}`: {read_option(group, name).description}" for name in names)
 
 
 def values_by_option(group: str, names: Sequence[str]) -> str:
     """Return a table of the values that differ between the options of a group."""
-    files = [read(groups.option_file(group, name)).values for name in names]
+    files = [read_option(group, name).values for name in names]
     keys = list(dict.fromkeys(key for values in files for key in values))
     rows = [[shown(values[key]) if key in values else "" for values in files] for key in keys]
     differ = [(f"`{group}.{key}`", *row) for key, row in zip(keys, rows, strict=True) if len(set(row)) > 1]

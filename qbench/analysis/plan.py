@@ -86,7 +86,7 @@ def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) 
 def _parameter_bytes(setup: ExperimentSetup, params: int) -> float:
     """Return the bytes of weights, gradients and optimizer state, and of averaged weights if the run has them."""
     recipe = setup.optim
-    state = 2 if recipe.name.startswith("adam") else 1 if recipe.momentum else 0
+    state = 2 if recipe.name != "sgd" else 1 if recipe.momentum else 0
     return 4 * params * (2 + state + (recipe.ema is not None))
 
 

@@ -21,9 +21,13 @@ def conf_directory() -> Path:
 
 
 def option_names(group: str) -> list[str]:
-    """Return a group's options: YAML files, and entry points of installed packages."""
+    """Return a group's options: YAML files, and entry points of installed packages.
+
+    A file whose name starts with `_` is no option: other files of the group include it.
+    """
     folder = conf_directory() / group
-    files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    paths = [path for path in folder.rglob("*.yaml") if not path.name.startswith("_")]
+    files = sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)
     if group == "activation":
         return files + option_names("method")
     return files + (registry.entry_names(group) if group in registry.GROUPS else [])

@@ -61,11 +61,14 @@ class BitWidths:
 
 @dataclass
 class Optim:
-    """Optimizer, learning-rate schedule, batch size and other settings of a training step."""
+    """Optimizer, learning-rate schedule, batch size and other settings of a training step.
 
-    name: str = one_of("adam", "adam", "sgd")
+    `accumulate` batches of `batch_size` images make one update of the weights.
+    """
+
+    name: str = one_of("adam", "adam", "adamw", "radam", "sgd")
     lr: float = within(MISSING, 0, above=True)
-    schedule: str = one_of("constant", "constant", "linear", "cosine", "exponential", "step")
+    schedule: str = one_of("constant", "constant", "linear", "cosine", "exponential", "step", "one_cycle")
     lr_end: float = within(0.0, 0)
     milestones: list[float] = field(default_factory=list)
     gamma: float = within(0.1, 0, 1, above=True)
@@ -79,6 +82,13 @@ class Optim:
     ema: float | None = within(None, 0, 1, below=True)
     patience: int | None = within(None, 1)
     bias_lr: float = within(1.0, 0, above=True, added=True)
+    warmup: float = within(0.0, 0, added=True)
+    factors: list[float] = field(default_factory=list, metadata={"added": True})
+    accumulate: int = within(1, 1, added=True)
+    decay_norm_and_bias: bool = marked(False, added=True)
+    decay_until: float = within(1.0, 0, 1, above=True, added=True)
+    quantizer_lr: float = within(1.0, 0, above=True, added=True)
+    quantizer_decay: float | None = within(None, 0, added=True)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from qbench.bits import FLOAT
 from qbench.config.fields import ACTS, HEADS, WIDTHS, is_width, parse_bits
 from qbench.config.identity import ADDED
+from qbench.config.recipe_checks import check_recipes, check_schedule
 from qbench.config.schema import (
     STARTS,
     BitWidths,
@@ -224,6 +225,7 @@ def _fill_distill(distill: Distill, requires_teacher: bool) -> None:
 def _check(config: Config) -> None:
     """Check the declared ranges and the YAML nodes."""
     _check_ranges(config)
+    check_recipes(config)
     for group in NODES:
         _check_named(group, getattr(config, group))
     if config.model.get("act", "auto") not in ACTS:
@@ -251,25 +253,11 @@ def _check_ranges(node: object, path: str = "") -> None:
         elif value is not None and "holds" in item.metadata and not item.metadata["holds"](value):
             raise ConfigError(f"{key}={value}: must be {item.metadata['allowed']}")
     if isinstance(node, Optim):
-        _check_schedule(node, path)
+        check_schedule(node, path)
     if isinstance(node, Layers):
         for pattern, width in (node.rules or {}).items():
             if not is_width(width):
                 raise ConfigError(f"{path}rules[{pattern}]={width}: must be {WIDTHS}")
-
-
-def _check_schedule(optim: Optim, path: str) -> None:
-    marks = optim.milestones
-    if marks != sorted(marks) or not all(0 < mark < 1 for mark in marks):
-        raise ConfigError(f"{path}milestones={marks}: must be ascending fractions of a phase, all between 0 and 1")
-    if optim.schedule == "step" and not marks:
-        raise ConfigError(f"{path}schedule=step needs milestones, such as '{path}milestones=[0.5,0.75]'")
-    if optim.schedule == "exponential" and not 0 < optim.lr_end <= optim.lr:
-        raise ConfigError(
-            f"{path}lr={optim.lr:g} with {path}lr_end={optim.lr_end:g}: an exponential schedule needs 0 < lr_end <= lr"
-        )
-    if optim.nesterov and not optim.momentum:
-        raise ConfigError(f"{path}nesterov=true needs {path}momentum above 0")
 
 
 def _unknown_key(key: str, node: DictConfig) -> str:

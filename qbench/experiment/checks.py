@@ -1,16 +1,20 @@
 """Checks that the parts of an experiment are compatible, before anything is written."""
 
 import shutil
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
 
 from qbench.bits import FLOAT
+from qbench.config.registry import defaults
 from qbench.config.schema import Distill, Node, Optim, Runtime
-from qbench.data.dataset import Dataset
+from qbench.data.dataset import Dataset, batch_size_and_steps
 from qbench.errors import ConfigError
 from qbench.experiment.device import COMPILERS
 from qbench.quant.method import Method, Requires, Unsupported
+from qbench.training.schedule import updates_per_epoch, warmup_steps
 
 
 def check_model_keys(model: Node, method: Method) -> None:
@@ -65,6 +69,36 @@ def check_splits(data: Dataset, optim: Optim, name: str) -> None:
         raise ConfigError("optim.patience needs a validation split; type dataset.val=0.1 or remove optim.patience")
     if not len(data.test):
         raise ConfigError(f"dataset={name}: its test split is empty")
+
+
+def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int]) -> None:
+    """Refuse updates of more batches than an epoch has, and a warm-up that fills a phase of training.
+
+    Args:
+        key: where the recipe is in the configuration, such as `pretrain.optim`.
+        borders: first epoch of each phase, and the number of epochs.
+    """
+    _, batches = batch_size_and_steps(data, optim.batch_size)
+    if optim.accumulate > batches:
+        raise ConfigError(f"{key}.accumulate={optim.accumulate}: must be at most {batches}, the batches of an epoch")
+    steps = updates_per_epoch(optim, batches)
+    shortest = min((stop - start for start, stop in pairwise(sorted(set(borders)))), default=0)
+    if shortest and warmup_steps(optim, steps) >= shortest * steps:
+        raise ConfigError(
+            f"{key}.warmup={optim.warmup:g}: must be shorter than each phase of training; the shortest has {shortest} "
+            f"epochs of {steps} steps"
+        )
+
+
+def check_quantizer_decay(optim: Optim, nodes: Iterable[Node]) -> None:
+    """Refuse two values for the weight decay of one method's quantizers."""
+    for node in nodes:
+        own = node.get("decay")
+        if None not in (own, optim.quantizer_decay) and own != defaults("method", str(node["name"])).get("decay"):
+            raise ConfigError(
+                f"method.decay={own} and optim.quantizer_decay={optim.quantizer_decay}: both are the weight decay of "
+                f"{node['name']}'s quantizers\ntype one of them"
+            )
 
 
 def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:

@@ -28,7 +28,15 @@ from qbench.experiment.builders import (
     method_card,
     networks_that_fit,
 )
-from qbench.experiment.checks import check_average, check_distill, check_model_keys, check_runtime, check_splits
+from qbench.experiment.checks import (
+    check_average,
+    check_distill,
+    check_model_keys,
+    check_quantizer_decay,
+    check_runtime,
+    check_splits,
+    check_updates,
+)
 from qbench.experiment.data_check import check_same_data
 from qbench.experiment.device import bf16_autocast, choose_device, configure_torch
 from qbench.experiment.planned_run import PlannedRun, planned_run
@@ -280,6 +288,12 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
         setup._load_teacher()
     check_distill(distill, method)
     check_splits(data, optim, config.dataset["name"])
+    if setup.epochs:
+        key = "pretrain.optim" if setup.is_baseline else "optim"
+        check_updates(data, optim, key, [0, *method.phases(setup.epochs), setup.epochs])
+    if setup.needs_baseline:
+        check_updates(data, config.pretrain.optim, "pretrain.optim", [0, config.pretrain.epochs])
+    check_quantizer_decay(optim, (config.method, config.activation))
     if planned and not config.starts_from_file:
         with suppress(NotImplementedError, RuntimeError):  # a user's network or method may read values
             return _checked(setup, setup.float_model("meta"))

@@ -91,9 +91,14 @@ def train_epoch(task: Task, state: State, callbacks: Callbacks = Callbacks()) ->
 
 
 def _train_step(task: Task, state: State, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Update the network with one batch. Return the loss and the number of correct predictions."""
+    """Train on one batch. Return the loss and the number of correct predictions.
+
+    The gradient of an update is that of the mean loss over all images of its batches, which have equal sizes. The last
+    of these batches updates the network. Batch normalization normalizes each batch by itself.
+    """
     model, method, (images, labels) = task.model, task.method, batch
-    set_learning_rate(state.optimizer, task.rate(state.epoch, state.batch))
+    update = task.update(state.batch)
+    set_learning_rate(state.optimizer, task.rate(state.epoch, state.batch), decay=task.decays(state.epoch, state.batch))
     try:
         logits = task.logits(images)
     except NotFinite as error:
@@ -104,9 +109,14 @@ def _train_step(task: Task, state: State, batch: tuple[Tensor, Tensor]) -> tuple
             "the loss does not depend on any parameter that is trained\n"
             "the network's forward function must not end with detach(), .data or torch.no_grad()"
         )
-    state.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    if state.batch == update[0]:
+        state.optimizer.zero_grad()
+    share = loss if len(update) == 1 else loss / len(update)
+    share.backward()  # type: ignore[no-untyped-call]
+    state.in_update = state.batch != update[-1]
     _check_and_clip_gradients(task, state, loss, images)
+    if state.in_update:
+        return loss.detach(), (logits.argmax(1) == labels).sum()
     if method.step is None:
         state.optimizer.step()
     else:
@@ -122,7 +132,7 @@ def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, images: Te
     if loss.device.type == "cpu" and not math.isfinite(loss.item() + norm.item()):
         what = "the norm of the gradients" if math.isfinite(loss.item()) else "the loss"
         raise divergence_error(task, state, f"{what} is not finite", images)
-    if task.optim.clip_norm is not None:
+    if task.optim.clip_norm is not None and not state.in_update:
         nn.utils.clip_grads_with_norm_(task.model.parameters(), task.optim.clip_norm, norm)
 
 

@@ -43,7 +43,7 @@ class State:
         average: the moving average of the weights, or None if `optim.ema` is not set.
         epoch: number of the current epoch, counted from 0.
         batch: number of the next batch in this epoch, counted from 0.
-        step: number of optimizer steps so far.
+        step: number of batches so far. Each of them is an update of the weights unless `optim.accumulate` is set.
         losses: the losses of the current epoch's batches.
         images: number of images in these batches.
         hits: number of correct predictions in these batches.
@@ -51,6 +51,7 @@ class State:
         best: the weights with the best validation accuracy so far, or None.
         stale: number of epochs since the best epoch.
         stopped: whether early stopping has ended training.
+        in_update: whether the gradients of some batches are accumulated, and other batches of the update follow.
     """
 
     optimizer: torch.optim.Optimizer
@@ -65,11 +66,13 @@ class State:
     best: BestWeights | None = None
     stale: int = 0
     stopped: bool = False
+    in_update: bool = False
 
     def save(self, model: nn.Module) -> dict[str, object]:
         """Return the state, the model and the random state as nested tensors, numbers and strings."""
         best = self.best
-        return {
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return ({"gradients": cpu_copy(gradients)} if self.in_update else {}) | {
             "model": cpu_copy(model.state_dict()),
             "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
             "optimizer": self.optimizer.state_dict(),
@@ -103,6 +106,10 @@ class State:
         self.losses = list(saved["losses"].unbind())
         self.seconds, best = saved["seconds"], saved["best"]
         self.best = BestWeights(tuple(best["rank"]), best["epoch"], best["model"]) if best else None
+        self.in_update = "gradients" in saved
+        for name, p in model.named_parameters():
+            if name in saved.get("gradients", {}):
+                p.grad = saved["gradients"][name].to(p, memory_format=torch.preserve_format)
         set_random_state(saved["random"])
 
 

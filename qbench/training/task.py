@@ -11,7 +11,7 @@ from qbench.config.schema import Optim
 from qbench.errors import ConfigError
 from qbench.quant.method import Method
 from qbench.quant.probe import Batch, Probe
-from qbench.training.optimizer import learning_rate
+from qbench.training.schedule import learning_rate, updates_per_epoch, warmup_steps
 
 
 def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes: int = 0) -> Tensor:
@@ -111,9 +111,31 @@ class Task:
         return F.cross_entropy(logits, batch[1], label_smoothing=self.optim.label_smoothing)
 
     def rate(self, epoch: int, batch: int) -> float:
-        """Return the learning rate of a batch. The schedule starts again in each phase of the method."""
+        """Return the learning rate of a batch's update. The schedule starts again in each phase of the method."""
+        update, updates = self._update_in_phase(epoch, batch)
+        warmup = warmup_steps(self.optim, updates_per_epoch(self.optim, self.steps))
+        return learning_rate(self.optim, update, updates, warmup)
+
+    def decays(self, epoch: int, batch: int) -> bool:
+        """Return whether a batch's update has weight decay. `decay_until` is a share of each phase."""
+        update, updates = self._update_in_phase(epoch, batch)
+        return update / updates < self.optim.decay_until
+
+    def _update_in_phase(self, epoch: int, batch: int) -> tuple[int, int]:
+        """Return the number of a batch's update in its phase, from 0, and the number of updates in the phase."""
         start, stop = self.phase(epoch)
-        return learning_rate(self.optim, (epoch - start) * self.steps + batch, (stop - start) * self.steps)
+        per_epoch = updates_per_epoch(self.optim, self.steps)
+        return (epoch - start) * per_epoch + batch // self.optim.accumulate, (stop - start) * per_epoch
+
+    def update(self, batch: int) -> range:
+        """Return the numbers of the batches that make one update of the weights together with a batch.
+
+        These are `optim.accumulate` batches. The last update of an epoch has fewer if their number does not divide the
+        number of batches.
+        """
+        size = self.optim.accumulate
+        start = batch - batch % size
+        return range(start, min(start + size, self.steps))
 
     def phase(self, epoch: int) -> tuple[int, int]:
         """Return the first epoch of the phase that contains an epoch, and the first epoch of the next phase."""

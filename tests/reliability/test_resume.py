@@ -87,6 +87,19 @@ def test_a_run_stopped_at_any_moment_ends_the_same(name: str, optimizer: str, em
         tally("runs stopped and resumed (R3)")
 
 
+@pytest.mark.parametrize(("name", "optimizer"), [("ttq", "sgd"), pytest.param("lsq", "radam", marks=pytest.mark.full)])
+def test_a_run_stopped_inside_an_update_of_several_batches_ends_the_same(name: str, optimizer: str, at: At) -> None:
+    """Six batches an epoch make updates of four and two batches."""
+    config = at("alone", *recipe(name, optimizer, None, epochs=2, accumulate=4, warmup=0.5))
+    whole, _ = uninterrupted(config)
+    for call, inside in ((1, True), (3, True), (4, False), (5, True), (EPOCH_CALLS + 2, True)):
+        again = with_baseline_of(config, whole, f"stopped{call}")
+        saved = newest_checkpoint(stopped(again, call))["state"]
+        assert saved["counters"][1] == call % EPOCH_CALLS
+        assert ("gradients" in saved) is inside, call
+        assert differences(whole, resumed(again)) == set(), with_replay(f"call {call}")
+
+
 def test_a_run_may_be_stopped_several_times(at: At) -> None:
     config = at("alone", *recipe("mlq", "sgd", 0.9))
     whole, _ = uninterrupted(config)

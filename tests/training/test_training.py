@@ -1,7 +1,6 @@
 """The training loop, learning-rate schedules, options of a step, and checkpoints."""
 
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from qbench.errors import CheckpointError, ConfigError, Diverged
 from qbench.experiment.device import COMPILERS
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
-from qbench.methods import dorefa, lsq
+from qbench.methods import dorefa
 from qbench.methods import float as float_method
 from qbench.models import mlp
 from qbench.quant.install import install
@@ -30,7 +29,6 @@ from qbench.training.checkpoint import load_float_weights, load_torch_file, pack
 from qbench.training.digests import weights_sha256
 from qbench.training.evaluation import evaluate
 from qbench.training.loop import train
-from qbench.training.optimizer import learning_rate, parameter_groups
 from qbench.training.random_state import random_state, set_random_state
 from qbench.training.state import BestWeights, State, WeightAverage
 from qbench.training.task import Task
@@ -57,28 +55,6 @@ def make_task(method: Method | None = None, epochs: int = 3, model: nn.Module | 
 def make_state(task: Task) -> State:
     average = WeightAverage(task.model, task.optim.ema) if task.optim.ema is not None else None
     return State(optim.build_optimizer(task.model, task.optim), average)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ({"schedule": "constant"}, [1, 1, 1, 1]),
-        ({"schedule": "linear", "lr_end": 0.2}, [1, 0.8, 0.6, 0.4]),
-        ({"schedule": "cosine"}, [1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2]),
-        ({"schedule": "exponential", "lr_end": 1e-4}, [1, 0.1, 0.01, 0.001]),
-        ({"schedule": "step", "milestones": [0.5, 0.75], "gamma": 0.1}, [1, 1, 0.1, 0.01]),
-    ],
-)
-def test_schedules_by_hand(schedule: dict[str, Any], expected: list[float]) -> None:
-    rates = [learning_rate(Optim(lr=1.0, **schedule), step, 4) for step in range(4)]
-    assert rates == pytest.approx(expected)
-
-
-def test_adam_from_1e_4_falls_to_1e_6() -> None:
-    rates = [learning_rate(Optim(lr=1e-4, schedule="exponential", lr_end=1e-6), s, 100) for s in range(101)]
-    assert rates[0] == pytest.approx(1e-4)
-    assert rates[50] == pytest.approx(1e-5)
-    assert rates[100] == pytest.approx(1e-6)
 
 
 def test_a_phase_restarts_the_schedule_and_clears_momentum() -> None:
@@ -118,23 +94,6 @@ def test_callables_of_the_method_are_called_at_the_right_time() -> None:
     assert not teacher.training
 
 
-def test_weight_decay_excludes_biases_and_norms_and_quantizers_set_their_own() -> None:
-    class WithScale(dorefa.DoReFaWeight):
-        lr_scale, weight_decay = 0.1, 0.5
-
-        def __init__(self) -> None:
-            super().__init__(2)
-            self.scale = nn.Parameter(torch.ones(()))
-
-    method = replace(dorefa.build(w=2), weight=lambda name, layer, bits: WithScale())
-    model = install(method, mlp.build((1, 4, 4), 3, hidden=2, width=16))
-    groups = {(g["lr_scale"], g["weight_decay"]): len(g["params"]) for g in parameter_groups(model, 1e-3)}  # type: ignore[arg-type]
-    assert groups == {(1.0, 1e-3): 3, (1.0, 0.0): 5, (0.1, 0.5): 1}
-    optimizer = optim.build_optimizer(model, Optim(name="sgd", lr=1.0))
-    optim.set_learning_rate(optimizer, 0.5)
-    assert sorted({g["lr"] for g in optimizer.param_groups}) == [0.05, 0.5]
-
-
 def test_a_restored_state_has_the_best_weights() -> None:
     task = make_task(float_method.build(), epochs=2)
     state = make_state(task)
@@ -147,21 +106,6 @@ def test_a_restored_state_has_the_best_weights() -> None:
     state.best = None
     other.load(task.model, state.save(task.model))
     assert other.best is None
-
-
-def test_biases_of_layers_can_have_their_own_learning_rate() -> None:
-    """Caffe's lr_mult of 2 for biases of layers, which have no decay; norms and quantizers keep their rate."""
-    model = install(lsq.build(w=2, a=2), mlp.build((1, 4, 4), 3, hidden=2, width=16))
-    optimizer = optim.build_optimizer(model, Optim(name="sgd", lr=1.0, weight_decay=0.5, bias_lr=2.0))
-    optim.set_learning_rate(optimizer, 0.25)
-    rules = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-    for name, p in model.named_parameters():
-        module = model.get_submodule(name.rpartition(".")[0])
-        weights = isinstance(module, nn.Linear)
-        want = (0.5 if weights and p.dim() == 1 else 0.25, 0.5 if weights and p.dim() == 2 else 0.0)
-        assert rules[id(p)] == want, name
-    assert (0.5, 0.0) in rules.values()
-    assert {g["lr_scale"] for g in parameter_groups(model, 0.5)} == {1.0}
 
 
 def test_gradient_clipping_label_smoothing_and_weight_averaging() -> None:

@@ -1,0 +1,44 @@
+"""Checks that the keys of a training recipe fit together."""
+
+import math
+
+from qbench.config.schema import Config, Optim
+from qbench.errors import ConfigError
+
+
+def check_schedule(optim: Optim, path: str) -> None:
+    """Check the learning-rate schedule of a recipe. `path` is its place, such as `pretrain.optim.`."""
+    marks = optim.milestones
+    if marks != sorted(marks) or not all(0 < mark < 1 for mark in marks):
+        raise ConfigError(f"{path}milestones={marks}: must be ascending fractions of a phase, all between 0 and 1")
+    if optim.schedule == "step" and not marks:
+        raise ConfigError(f"{path}schedule=step needs milestones, such as '{path}milestones=[0.5,0.75]'")
+    factors = optim.factors
+    if factors and (
+        optim.schedule != "step" or len(factors) != len(marks) + 1 or not all(0 < f < math.inf for f in factors)
+    ):
+        raise ConfigError(
+            f"{path}factors={factors}: must be numbers above 0, one more than milestones, with schedule=step\n"
+            f"such as '{path}milestones=[0.5,0.75]' '{path}factors=[1,0.5,0.1]'"
+        )
+    if optim.schedule == "one_cycle" and optim.warmup:
+        raise ConfigError(f"{path}schedule=one_cycle has a warm-up of its own; remove {path}warmup")
+    if optim.schedule == "exponential" and not 0 < optim.lr_end <= optim.lr:
+        raise ConfigError(
+            f"{path}lr={optim.lr:g} with {path}lr_end={optim.lr_end:g}: an exponential schedule needs 0 < lr_end <= lr"
+        )
+    if optim.nesterov and not optim.momentum:
+        raise ConfigError(f"{path}nesterov=true needs {path}momentum above 0")
+
+
+def check_recipes(config: Config) -> None:
+    """Check a run's recipe and that of its float baseline."""
+    pretrain = config.pretrain
+    for path, optim, epochs in (("", config.optim, config.epochs), ("pretrain.", pretrain.optim, pretrain.epochs)):
+        if epochs and optim.warmup >= epochs:
+            raise ConfigError(f"{path}optim.warmup={optim.warmup:g}: must be below {path}epochs={epochs}")
+    if (pretrain.optim.quantizer_lr, pretrain.optim.quantizer_decay) != (1.0, None):
+        raise ConfigError(
+            "pretrain.optim.quantizer_lr and quantizer_decay have no effect: a float baseline has no quantizers\n"
+            "type optim.quantizer_lr or optim.quantizer_decay"
+        )

@@ -1,0 +1,61 @@
+"""Computes the learning rate of each step, that is of each update of the weights.
+
+The functions are closed formulas of the step, so a resumed run needs no state of a scheduler. Where `torch.optim` has
+the same schedule, tests compare the values.
+"""
+
+import math
+
+from qbench.config.schema import Optim
+
+RISE = 0.3
+"""Share of the steps in which the learning rate of `one_cycle` rises, as in torch's `OneCycleLR`."""
+
+START_DIVISOR = 25.0
+"""`one_cycle` starts at the highest learning rate divided by this number, as in torch's `OneCycleLR`."""
+
+
+def learning_rate(optim: Optim, step: int, steps: int, warmup: int = 0) -> float:
+    """Return the learning rate of a step in a phase of `steps` steps. Steps are counted from 0.
+
+    In the first `warmup` steps, the rate rises linearly and reaches `lr` in the last of them. The schedule takes the
+    remaining steps.
+
+    A decreasing schedule does not quite reach its final value in the last step. It would reach this value one step
+    later, at step number `steps`. Only `one_cycle` reaches it in the last step, as in torch.
+    """
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    step, steps = step - warmup, steps - warmup
+    progress = step / steps
+    low, high = optim.lr_end, optim.lr
+    if optim.schedule == "linear":
+        return high + (low - high) * progress
+    if optim.schedule == "cosine":
+        return _cosine(high, low, progress)
+    if optim.schedule == "exponential":
+        return float(high * (low / high) ** progress)
+    if optim.schedule == "step":
+        passed = sum(progress >= milestone for milestone in optim.milestones)
+        return float(high * (optim.factors[passed] if optim.factors else optim.gamma**passed))
+    if optim.schedule == "one_cycle":
+        top = RISE * steps - 1
+        if step <= top:
+            return _cosine(high / START_DIVISOR, high, step / top)
+        return _cosine(high, low, (step - top) / (steps - 1 - top))
+    return high
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    """Return the value between `start` and `end` on half a cosine, at `progress` from 0 to 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def updates_per_epoch(optim: Optim, batches: int) -> int:
+    """Return the number of updates of the weights in an epoch. The last one may have fewer batches than the others."""
+    return math.ceil(batches / optim.accumulate)
+
+
+def warmup_steps(optim: Optim, steps: int) -> int:
+    """Return the number of warm-up steps with `steps` steps per epoch. It is at least 1 if there is warm-up."""
+    return max(1, round(optim.warmup * steps)) if optim.warmup else 0
