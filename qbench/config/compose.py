@@ -14,14 +14,14 @@ import hydra
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from qbench.config import lr_grid
-from qbench.config.groups import conf_directory, group_names
+from qbench.config.groups import conf_directory
 from qbench.config.hydra_errors import translate_hydra_error
 from qbench.config.hydra_sources import register_sources
-from qbench.config.schema import Config, did_you_mean, sweep_hint, to_dict
+from qbench.config.overrides import MOST_COMBINATIONS, check_overrides, refuse_deletions
+from qbench.config.schema import Config, did_you_mean, to_dict
 from qbench.config.validate import from_node
 from qbench.errors import ConfigError, QbenchError
 
@@ -38,8 +38,6 @@ MULTIRUN = ("-m", "--multirun")
 CONFIG_DIRECTORY = ("--config-dir", "-cd")
 LAUNCHER_KEYS = ("hydra/launcher=", "hydra.launcher.", "+hydra.launcher.", "hydra.sweeper.")
 HYDRA_KEYS = (*LAUNCHER_KEYS, "hydra.searchpath=")
-MOST_COMBINATIONS = 10_000
-"""Maximum number of combinations in a sweep. A mistyped range could define far more."""
 
 
 def configurations(arguments: list[str]) -> list[Config]:
@@ -61,7 +59,7 @@ def configurations(arguments: list[str]) -> list[Config]:
             for folder in folders:
                 _check_folder(Path(folder))
             if set(flags) - set(folders) <= {*MULTIRUN, *CONFIG_DIRECTORY, "--run", "-r"}:
-                nodes = _composed(overrides, any(flag in MULTIRUN for flag in flags), *folders[-1:])
+                nodes = compose_nodes(overrides, any(flag in MULTIRUN for flag in flags), *folders[-1:])
             else:
                 _hydra(words, nodes.append)
     except QbenchError:
@@ -71,7 +69,7 @@ def configurations(arguments: list[str]) -> list[Config]:
     return [run for node in nodes for run in lr_grid.runs(from_node(node))]
 
 
-def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
+def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
     """Return the nodes of all combinations.
 
     Each node is composed only once. Hydra's sweeper would compose it twice.
@@ -84,9 +82,10 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
             path = GlobalHydra.instance().config_loader().get_search_path()
             path.prepend("command-line", f"file://{os.path.abspath(folder)}", SearchPathQuery(provider="schema"))
         parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
-        _refuse_several_options(parsed)
+        check_overrides(parsed)
+        deleted = [word for word in parsed if word.is_delete()]
         if not sweep:
-            return [hydra.compose("config", overrides)]
+            return [refuse_deletions(deleted, hydra.compose("config", overrides))]
         values = [
             [
                 f"{word.get_key_element()}={value}"
@@ -100,7 +99,7 @@ def _composed(overrides: list[str], sweep: bool, folder: str | None = None) -> l
             raise ConfigError(
                 f"the sweep has more than {MOST_COMBINATIONS:,} combinations; split it into several sweeps"
             )
-        return [hydra.compose("config", list(words)) for words in product(*values)]
+        return [refuse_deletions(deleted, hydra.compose("config", list(words))) for words in product(*values)]
 
 
 @contextmanager
@@ -122,31 +121,6 @@ def _check_folder(folder: Path) -> None:
         own = conf_directory() / file.relative_to(folder)
         if own.is_file() and own.read_bytes() != file.read_bytes():
             raise ConfigError(f"{file}: qbench has a file of this name, which would be used instead; rename it")
-
-
-def _refuse_several_options(words: Iterable[Override]) -> None:
-    """Refuse several values of one key and several options of one group. Hydra would silently take the last.
-
-    They are typed as two words, `epochs=1 epochs=2`, or for a group as a list, `bits=[w2a2,w4a4]`.
-    """
-    typed: dict[str, str] = {}
-    for word in words:
-        key = word.get_key_element().lstrip("+~")
-        if word.key_or_group in group_names():
-            _refuse_list(key, word)
-        line = word.input_line or ""
-        if key in typed:
-            options = [text.partition("=")[2] for text in (typed[key], line)]
-            raise ConfigError(f"{typed[key]} {line}: {key} must be typed once\n{sweep_hint(key, options)}")
-        typed[key] = line
-
-
-def _refuse_list(key: str, word: Override) -> None:
-    values = islice(word.sweep_iterator(), MOST_COMBINATIONS) if word.is_sweep_override() else [word.value()]
-    for value in values:
-        if isinstance(value, list):
-            listed = ",".join(map(str, value))
-            raise ConfigError(f"{key}=[{listed}]: must be one value, not a list\n{sweep_hint(key, value)}")
 
 
 def launcher(arguments: Iterable[str]) -> str | None:

@@ -4,8 +4,10 @@ These are bit widths, the user's own functions and layer rules.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
+from typing import Any
 
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
@@ -22,6 +24,8 @@ from qbench.config.schema import Node
 from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
 
+LAUNCH = "type it on the command line: hydra/launcher=NAME, hydra.launcher.KEY=VALUE"
+
 
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
     """Hydra's reader of YAML files, with limits on size and with errors that name the file."""
@@ -30,11 +34,14 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
         """Return the content of a YAML file in a configuration directory."""
         file = Path(self.path) / self._normalize_file_name(config_path)
         if self.provider == "main":
-            return super().load_config(config_path)
+            result = super().load_config(config_path)
+            if config_path not in ("config", "config.yaml"):
+                _refuse_ignored(file, result.config)
+            return result
         values = read_yaml(file)
         if not isinstance(values, dict | NoneType):
             raise ConfigError(f"{file}: contains {values!r}\nallowed: keys and values, such as `epochs: 3`")
-        _refuse_lists(file, values)
+        _refuse_ignored(file, values or {})
         try:
             return super().load_config(config_path)
         except Exception as error:  # OmegaConf and Hydra's header add rules to those of YAML
@@ -86,12 +93,15 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
         return []
 
 
-def _refuse_lists(file: Path, values: Node | None) -> None:
-    """Refuse a list of options in `defaults`, of which Hydra would silently let the last one win."""
-    entries = (values or {}).get("defaults")
-    for entry in entries if isinstance(entries, list) else ():
-        for key, value in entry.items() if isinstance(entry, dict) else ():
-            if isinstance(value, list):
+def _refuse_ignored(file: Path, values: Mapping[Any, Any]) -> None:
+    """Refuse what Hydra would silently ignore: keys of its own, and options in a list before the last one."""
+    if "hydra" in values:
+        raise ConfigError(f"{file}: `hydra:` has no effect in a file\n{LAUNCH}")
+    for entry in values.get("defaults") or ():
+        for key, value in entry.items() if isinstance(entry, Mapping) else ():
+            if str(key).removeprefix("override ").lstrip("/").startswith("hydra/"):
+                raise ConfigError(f"{file}: `{key}: {value}` has no effect in a file\n{LAUNCH}")
+            if isinstance(value, Sequence) and not isinstance(value, str):
                 raise ConfigError(f"{file}: `{key}: {value}` must be one value, not a list")
 
 

@@ -78,6 +78,7 @@ def read_yaml(path: Path) -> Any:
         if len(data) > YAML_BYTES or _values(node, {}) > YAML_VALUES:
             most = f"at most {YAML_BYTES:,} bytes and {YAML_VALUES:,} values (with aliases expanded)"
             raise ConfigError(f"{path}: too large; allowed: {most}")
+        _refuse_repeated_keys(path, node)
         return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
@@ -91,6 +92,26 @@ def read_yaml(path: Path) -> Any:
         AttributeError,
     ) as error:  # the last three are raised for unusual scalars
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _refuse_repeated_keys(path: Path, node: yaml.Node | None) -> None:
+    """Refuse a mapping in which a key is there twice. PyYAML would silently take the last one."""
+    waiting, seen = [node], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, yaml.CollectionNode) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, yaml.MappingNode):
+            keys = set[str]()
+            for key, value in part.value:
+                waiting.append(value)
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in keys:
+                        raise ConfigError(f"{path}: line {key.start_mark.line + 1}: {key.value} is there twice")
+                    keys.add(key.value)
+        else:
+            waiting += part.value
 
 
 def _values(node: yaml.Node | None, known: dict[int, float]) -> float:

@@ -70,7 +70,21 @@ REFUSED = {
     "init=é": ("init=é", "quote special characters"),
     "optim.ema=1": ("optim.ema=1", "below 1"),
     "model.act=odd": ("model.act=odd", "auto, keep, fused"),
-    "~method": ("method",),
+    "~method": ("~method", "type method=NAME"),
+    "~optim.schedule": (
+        "~optim.schedule: a key cannot be removed",
+        "type optim.schedule=VALUE; allowed: constant, lin",
+    ),
+    "~optim.schedule=exponential": ("~optim.schedule=exponential", "type optim.schedule=VALUE"),
+    "~pretrain.optim.lr": ("~pretrain.optim.lr", "type pretrain.optim.lr=VALUE; allowed: a number above 0"),
+    "~optim.ema": ("~optim.ema", "type optim.ema=null"),
+    "~seed": ("~seed", "type seed=VALUE"),
+    "~layers": ("~layers", "type layers=NAME"),
+    "~layers.rules": ("~layers.rules", "type layers.rules=null"),
+    "~dataset.val": ("~dataset.val", "type dataset.val=VALUE"),
+    "layers.rules={conv1: 8, layer1.*: 4, conv1: 2}": ("conv1 must be typed once",),
+    "layers.rules={conv1: 8, conv1: 8}": ("conv1 must be typed once",),
+    "claim={a: {b: 1, b: 2}}": ("b must be typed once",),
     "method=no.such.module:build": ("no.such.module:build", "No module named"),
     "--frobnicate": ("--frobnicate", "no such flag"),
     "--cfg=jop": ("--cfg jop", "job, hydra, all"),
@@ -132,6 +146,33 @@ def test_a_list_of_options_in_a_file_is_refused(tmp_path: Path) -> None:
     file.write_text("# @package _global_\ndefaults:\n  - override /bits: [w2, w4]\n")
     with pytest.raises(ConfigError, match="must be one value, not a list"):
         compose.configurations(["experiment=mine", "--config-dir", str(tmp_path)])
+
+
+def test_keys_of_a_network_that_the_chosen_one_does_not_have_may_be_removed(configure: Configure) -> None:
+    config = configure("experiment=smoke", "model=mobilenet_v2", "~model.width")
+    assert "width" not in config.model
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {launcher: {n_jobs: 2}}\n",
+        "defaults:\n  - override /hydra/launcher: joblib\n",
+        "defaults:\n  - /hydra/launcher: joblib\n",
+    ],
+)
+def test_keys_of_hydra_in_a_file_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    with pytest.raises(ConfigError, match="has no effect in a file\ntype it on the command line: hydra/launcher=NAME"):
+        compose.configurations(["experiment=mine", "--config-dir", str(tmp_path)])
+
+
+def test_a_pattern_that_is_twice_in_a_file_of_rules_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text("conv1: 8\nlayer1.*: 4\nconv1: 2\n")
+    with pytest.raises(ConfigError, match="line 3: conv1 is there twice"):
+        compose.configurations(["method=dorefa", f"layers=@{file}"])
 
 
 @pytest.mark.parametrize("name", ["optim/sgd.yaml", "experiment/smoke.yaml", "method/dorefa.yaml"])

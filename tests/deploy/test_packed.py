@@ -97,7 +97,7 @@ def test_every_method_at_every_width_has_the_same_bits(name: str, place: str, co
         ("method=gupta", "bits=w8a8g8"),
         ("method=twn", "activation=lsq", "bits.a=4"),
         ("method=lsq", "bits=w32a2"),
-        ("method=lsq", "model=mlp", "layers.first=8", "~model.width"),
+        ("method=lsq", "model=mlp", "layers.first=8", "model.width=128"),
         ("method=lsq", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width"),
         ("method=lsq", "model.form=post", "model.shortcut=B"),
         ("method=float",),

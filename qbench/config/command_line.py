@@ -1,0 +1,104 @@
+"""Finds a command line that describes a stored configuration."""
+
+import copy
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from qbench.config import compose
+from qbench.config.foreign_code import foreign_code
+from qbench.config.groups import option_file, option_names
+from qbench.config.identity import ADDED, run_identity
+from qbench.config.schema import Config, to_dict
+from qbench.config.validate import from_node
+from qbench.errors import ConfigError
+from qbench.system.files import read_yaml
+
+NODES = {"model": "resnet8", "dataset": "digits", "method": "float", "activation": "none"}
+"""Groups whose option has the name of the node, with their default options."""
+OPTIMIZERS = {"optim": "optim", "pretrain.optim": "optim@pretrain.optim"}
+"""Where a recipe is in the configuration -> the word that chooses its option."""
+NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")
+
+
+def command_line(config: Config, recorded: Mapping[str, str] | None = None) -> str | None:
+    """Return `qbench KEY=VALUE ...` for a configuration: options of groups, and keys that differ from these options.
+
+    Return None if no command line describes the same run: for one run of a learning-rate grid, for checkpoints that are
+    gone, and for functions outside qbench, which would have to be imported.
+
+    Args:
+        recorded: as in `run_identity`.
+    """
+    values = to_dict(config)
+    if foreign_code(values):
+        return None
+    try:
+        words = [f"{group}={values[group]['name']}" for group, name in NODES.items() if values[group]["name"] != name]
+        words += [] if config.is_baseline else [f"bits={config.bits}"]
+        _, differing = _differences(words, values, config)
+        for key, word in OPTIMIZERS.items():
+            if any(each.startswith(f"{key}.") for each in differing):
+                words.append(f"{word}={_nearest_option(_at(values, key))}")
+        node, differing = _differences(words, values, config)
+        words += [f"{'' if _has(node, key) else '+'}{key}={_text(value)}" for key, value in differing.items()]
+        (again,) = compose.configurations(words)
+        same = run_identity(again).digest == run_identity(config, recorded).digest
+    except ConfigError:
+        return None
+    return f"qbench {shlex.join(words)}" if same else None
+
+
+def _counts(key: str, config: Config) -> bool:
+    """Return whether a key can be typed. A float baseline takes its recipe from `pretrain`."""
+    return key not in NOT_TYPED and not (config.is_baseline and key.startswith(("optim.", "epochs", "init", "layers.")))
+
+
+def _differences(words: list[str], values: Mapping[str, Any], config: Config) -> tuple[DictConfig, dict[str, Any]]:
+    """Return the composed node of some words, and the keys that it lacks or has other values of, with these values."""
+    (node,) = compose.compose_nodes(words, sweep=False)
+    found = dict(_leaves(to_dict(from_node(copy.deepcopy(node)))))
+    differing = {key: value for key, value in _leaves(values) if found.get(key, "") != value and _counts(key, config)}
+    return node, differing
+
+
+def _leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values. The rules of layers are one value, because their patterns contain dots."""
+    for name, value in values.items():
+        key = f"{place}{name}"
+        if isinstance(value, Mapping) and key != "layers.rules" and name != ADDED:
+            yield from _leaves(value, f"{key}.")
+        elif name != ADDED:
+            yield key, value
+
+
+def _at(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _nearest_option(recipe: Mapping[str, Any]) -> str:
+    """Return the option of `optim` of which a recipe has the most values."""
+
+    def score(name: str) -> int:
+        own = read_yaml(option_file("optim", name))
+        fixed = {key: value for key, value in own.items() if key != "defaults" and "${" not in str(value)}
+        return sum(1 if recipe.get(key) == value else -1 for key, value in fixed.items())
+
+    return max(option_names("optim"), key=score)
+
+
+def _has(node: DictConfig, key: str) -> bool:
+    """Return whether the chosen options have a key. Another key needs a `+`."""
+    place, _, name = key.rpartition(".")
+    parent = OmegaConf.select(node, place) if place else node
+    return parent is not None and name in parent
+
+
+def _text(value: object) -> str:
+    """Return a value as typed on the command line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,108 @@
+"""Checks the words `KEY=VALUE` and `~KEY` of a command line where Hydra accepts them silently."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from antlr4 import CommonTokenStream, InputStream
+from hydra.core.override_parser.types import Override
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
+from hydra.grammar.gen.OverrideParser import OverrideParser
+from omegaconf import DictConfig, OmegaConf
+
+from qbench.config.groups import group_names, option_file
+from qbench.config.schema import Config, sweep_hint
+from qbench.errors import ConfigError
+from qbench.system.files import read_yaml
+
+MOST_COMBINATIONS = 10_000
+"""Maximum number of combinations in a sweep. A mistyped range could define far more."""
+
+
+def check_overrides(words: Iterable[Override]) -> None:
+    """Refuse several values of one key and several options of one group. Hydra would silently take the last.
+
+    They are typed as two words, `epochs=1 epochs=2`, for a group as a list, `bits=[w2a2,w4a4]`, or as two equal keys
+    in braces, `layers.rules={conv1: 8, conv1: 4}`.
+    """
+    typed: dict[str, str] = {}
+    for word in words:
+        key = word.get_key_element().lstrip("+~")
+        if word.key_or_group in group_names():
+            _refuse_list(key, word)
+        line = word.input_line or ""
+        if word.is_delete() and (word.key_or_group in group_names() or _schema_field(str(word.key_or_group))):
+            raise _removed(word)
+        if repeated := _repeated_in_braces(line):
+            raise ConfigError(f"{line}: {repeated} must be typed once")
+        if key in typed:
+            options = [text.partition("=")[2] for text in (typed[key], line)]
+            raise ConfigError(f"{typed[key]} {line}: {key} must be typed once\n{sweep_hint(key, options)}")
+        typed[key] = line
+
+
+def _refuse_list(key: str, word: Override) -> None:
+    values = islice(word.sweep_iterator(), MOST_COMBINATIONS) if word.is_sweep_override() else [word.value()]
+    for value in values:
+        if isinstance(value, list):
+            listed = ",".join(map(str, value))
+            raise ConfigError(f"{key}=[{listed}]: must be one value, not a list\n{sweep_hint(key, value)}")
+
+
+def _repeated_in_braces(word: str) -> str | None:
+    """Return the first key that is typed twice within the same braces of an override, or None."""
+    if "{" not in word:
+        return None
+
+    def dictionaries(tree: Any) -> Iterator[OverrideParser.DictContainerContext]:
+        if isinstance(tree, OverrideParser.DictContainerContext):
+            yield tree
+        for child in getattr(tree, "children", None) or ():
+            yield from dictionaries(child)
+
+    for dictionary in dictionaries(OverrideParser(CommonTokenStream(OverrideLexer(InputStream(word)))).override()):
+        keys = [pair.dictKey().getText() for pair in dictionary.dictKeyValuePair()]
+        if repeated := next((key for key in keys if keys.count(key) > 1), None):
+            return str(repeated)
+    return None
+
+
+def refuse_deletions(words: Iterable[Override], node: DictConfig) -> DictConfig:
+    """Return a composed configuration, from which no word `~KEY` may have removed a key of the chosen option.
+
+    The argument of a network, a data set or a method would silently have the default of its function. Keys that the
+    option does not have may be removed: an experiment file may set them for another option.
+    """
+    for word in words:
+        group, _, inside = str(word.key_or_group).partition(".")
+        file = option_file(group, str(OmegaConf.select(node, f"{group}.name")))
+        if file.is_file() and inside in (read_yaml(file) or {}):
+            raise _removed(word)
+    return node
+
+
+def _removed(word: Override) -> ConfigError:
+    return ConfigError(f"{word.input_line}: a key cannot be removed\n{_instead(str(word.key_or_group))}")
+
+
+def _instead(key: str) -> str:
+    """Return what to type instead of `~key`."""
+    item = _schema_field(key)
+    if key in group_names() or item is None:
+        return f"type {key}={'NAME' if key in group_names() else 'VALUE'}"
+    if "None" in str(item.type):
+        return f"to switch it off, type {key}=null"
+    allowed = str(item.metadata.get("allowed", ""))
+    return f"type {key}=VALUE" + (f"; allowed: {allowed}" if allowed else "")
+
+
+def _schema_field(key: str) -> dataclasses.Field[Any] | None:
+    """Return the field of the schema that a dotted key names, or None for an argument of a function."""
+    *groups, name = key.split(".")
+    schema: Any = Config
+    for group in groups:
+        schema = {item.name: item.type for item in dataclasses.fields(schema)}.get(group)
+        if not dataclasses.is_dataclass(schema):
+            return None
+    return {item.name: item for item in dataclasses.fields(schema)}.get(name)
