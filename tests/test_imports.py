@@ -48,6 +48,7 @@ ONLY = {  # folders that stay usable on their own, and all that they may import
     "report/tables": {"config", "errors", "report/statistics", "runs"},
 }
 NO_TORCH = (  # importing these must not import torch: --help, a stored row and compare answer at once
+    "analysis/description",
     "bits",
     "errors",
     "api",

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from qbench.cli import parsers, run_options
 from qbench.cli.errors import BUG, SWEEP_WITH_FAILURES, print_error
@@ -61,15 +62,19 @@ def check(arguments: list[str]) -> int:
 
 
 def describe(arguments: list[str]) -> int:
-    """Print a method card."""
+    """Print a method card, or what a run was."""
     from qbench.config import registry
+    from qbench.config.groups import option_names
 
     words, _ = parsers.describe().parse_words(arguments)
+    if len(words) == 1 and words[0] not in option_names("method") and os.path.isdir(words[0]):
+        from qbench.analysis.description import description
+
+        print(description(Path(words[0])))
+        return 0
     if len(words) != 1:
         known = ", ".join(registry.names("method"))
-        raise ConfigError(
-            f"describe needs exactly one method, found {len(words)}: qbench describe METHOD\nallowed: {known}"
-        )
+        raise ConfigError(f"describe needs exactly one method or run's directory, found {len(words)}\nmethods: {known}")
     name = words[0].removeprefix("method=")
     print(registry.card(name))
     stored = "" if ":" in name else f"; also in the repository: docs/pictures/{name}.png"

@@ -129,9 +129,12 @@ def completion() -> SubcommandParser:
 def describe() -> SubcommandParser:
     """Return the parser of `qbench describe`."""
     parser = SubcommandParser(
-        "describe", epilog="The card lists formulas, choices where the paper is silent, and deviations in public code."
+        "describe",
+        epilog="The card lists formulas, choices where the paper is silent, and deviations in public code. The "
+        "description of a run has the command that repeats it, its data, recipe, accuracy, versions and notes.",
     )
-    _add_method(parser)
+    parser.add_argument("method", metavar=METHOD, help="a method, package.module:function, or a run's directory")
+    parser.suggestions[METHOD] = lambda: groups.option_names("method")
     return parser
 
 

@@ -59,7 +59,10 @@ def parse(arguments: Iterable[str]) -> SequentialTest:
 
 def _setting(word: str) -> Config:
     """Return the configuration of a setting, with seed 0."""
-    return _from_directory(word) if Path(word).is_dir() else _from_command_line(word)
+    config = _from_directory(word) if Path(word).is_dir() else _from_command_line(word)
+    if config.debug:
+        raise ConfigError(f"settle {word}: the accuracy of a run with debug=true means nothing; leave out debug=true")
+    return config
 
 
 def _from_directory(word: str) -> Config:

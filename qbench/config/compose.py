@@ -66,7 +66,10 @@ def configurations(arguments: list[str]) -> list[Config]:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own errors, and a user's YAML file that cannot be read
         raise ConfigError(translate_hydra_error(error, arguments)) from None
-    return [run for node in nodes for run in lr_grid.runs(from_node(node))]
+    configs = [run for node in nodes for run in lr_grid.runs(from_node(node))]
+    if any(config.debug for config in configs) and (len(configs) > 1 or {*MULTIRUN} & {*flags}):
+        raise ConfigError("debug=true is for a single run: leave out -m and lr_search=grid")
+    return configs
 
 
 def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:

@@ -209,6 +209,7 @@ class Config:
     init: str = "auto"
     out: str = printable("outputs", free=True)
     rerun: bool = marked(False, free=True)
+    debug: bool = marked(False, added=True)
     claim: dict[str, Any] | None = field(default=None, metadata={"free": True})
     """The claim that an experiment file tests. `scripts/claims.py` reads it; it has no effect on a run."""
 

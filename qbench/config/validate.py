@@ -139,6 +139,8 @@ def _filled(config: Config) -> Config:
             "allowed: auto, float, scratch, imagenet, or the path of a run's directory or a checkpoint"
         )
     _refuse_stored_values(config)
+    if config.debug:
+        _one_step(config)
     nodes = (config.method, config.activation)
     widths, composed_widths = (parse_bits(str(node.pop("bits", f"w{FLOAT}"))) for node in nodes)
     from_scratch = "scratch" in [node.pop("init", "") for node in nodes]
@@ -153,6 +155,16 @@ def _filled(config: Config) -> Config:
     if config.init == "auto":
         config.init = "method" if from_scratch else "float"
     return config
+
+
+def _one_step(config: Config) -> None:
+    """Make a configuration one of a debug run: one epoch at most, without warm-up, and never a stored result.
+
+    The data set of the run has the images of one update of the weights (`qbench.experiment.setup`).
+    """
+    config.epochs, config.pretrain.epochs, config.rerun = min(config.epochs, 1), 1, True
+    for optim in (config.optim, config.pretrain.optim):
+        optim.warmup = 0.0
 
 
 def _imagenet_weights(config: Config) -> str:

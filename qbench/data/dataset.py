@@ -141,6 +141,19 @@ def _sha256(split: Split | FileSplit) -> str:
     return digest.hexdigest()
 
 
+def few_images(data: Dataset, train: int, others: int) -> Dataset:
+    """Return a data set with at most `train` training images, and `others` images of each other split.
+
+    The images are evenly spread over a split, so that splits that are sorted by class have several classes.
+    """
+
+    def few(split: Split | FileSplit, most: int) -> Split | FileSplit:
+        count = min(most, len(split))
+        return split.take(torch.arange(count) * len(split) // max(count, 1))
+
+    return replace(data, train=few(data.train, train), val=few(data.val, others), test=few(data.test, others))
+
+
 def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     """Divide a training split into (train, val), stratified by class.
 

@@ -63,7 +63,7 @@ def final_result(
     session.write_weights("best.pt", best_weights)
     commits = manifest.code_versions(session.directory.path / "manifest.json")
     notes = [*_baseline_note(baseline), *_notes(setup, verified), *_commit_notes(commits)]
-    warnings = [*_warnings(setup, model, images), *session.monitor.warned.values()]
+    warnings = [*_debug_warning(setup), *_warnings(setup, model, images), *session.monitor.warned.values()]
     result = replace(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
@@ -84,6 +84,13 @@ def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], 
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
     at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
     return max(at_width or allowed.values(), default=None)
+
+
+def _debug_warning(setup: ExperimentSetup) -> list[str]:
+    """Return a warning about a debug run, whose accuracy means nothing."""
+    if not setup.config.debug:
+        return []
+    return [f"debug=true: trained on {len(setup.data.train)} images in one step; the accuracy means nothing"]
 
 
 def _baseline_note(baseline: BaselineResult | None) -> list[str]:

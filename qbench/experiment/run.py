@@ -4,6 +4,7 @@ import copy
 import traceback
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -71,7 +72,7 @@ def run(
     with directory.lock(context.waiting(directory.path)):
         if stored := stored_result():  # another process has finished the run
             return stored
-        if directory.has_result():  # replace a final result, or repeat a failed run
+        if directory.has_result() or planned.config.debug:  # replace a final result, or repeat a failed run
             directory.reset(whole=rerun or replace_other_data or directory.stored() is not None)
         try:
             baseline = _baseline_result(setup, context) if setup.needs_baseline else None
@@ -141,7 +142,8 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
             forward=setup.forward(model), classes=setup.data.classes,
         )  # fmt: skip
         state = _state(task, session.saved, setup.seed)
-        with compress_activations(setup.runtime.compress_activations):
+        anomalies = torch.is_anomaly_enabled() or setup.config.debug
+        with compress_activations(setup.runtime.compress_activations), torch.autograd.set_detect_anomaly(anomalies):
             train(task, state, session.watch(task, state, loader.batch_size))
         reporter.stop()
         return final_result(setup, task, state, loader, session, compared)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from qbench.config.foreign_code import foreign_code, refuse_foreign_code
 from qbench.config.schema import Config, Optim, Runtime, baseline_config, to_dict
 from qbench.cost.count import count_macs
-from qbench.data.dataset import Dataset, Loader
+from qbench.data.dataset import Dataset, Loader, few_images
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import (
     build_dataset,
@@ -49,6 +49,9 @@ from qbench.quant.policy import Policy, PolicyError
 from qbench.runs import tensorboard
 from qbench.training.checkpoint import DoesNotFit
 from qbench.training.initial_weights import InitialWeights, load_initial_weights, load_quantizers
+
+DEBUG_IMAGES = 64
+"""Number of validation images, and of test images, of a debug run."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +127,19 @@ class ExperimentSetup:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the run needs a float baseline that is trained here: as a start, for comparison, or as a teacher."""
+        """Whether the run needs a float baseline that is trained here: as a start, for comparison, or as a teacher.
+
+        A debug run needs none. Its network and its teacher then have random weights.
+        """
+        if self.config.debug:
+            return False
         by_baseline = self.config.distill.by_baseline and not self.config.starts_from_file
         return self.config.init in ("float", "method") or by_baseline
 
     @property
     def starts_from_baseline(self) -> bool:
         """Whether training starts from the weights of the float baseline."""
-        return self.config.init == "float"
+        return self.config.init == "float" and not self.config.debug
 
     @property
     def network(self) -> dict[str, str]:
@@ -214,7 +222,7 @@ class ExperimentSetup:
             teacher = self.float_model()
             if baseline is not None:
                 load_initial_weights(teacher, baseline, self.baseline.identity.digest)
-            elif not self.load_file(teacher).is_float:
+            elif self.config.starts_from_file and not self.load_file(teacher).is_float:
                 raise ConfigError(
                     f"init={self.config.init} is no float network that could be the teacher\n"
                     "name one with distill.teacher=RUN, or add distill=none"
@@ -273,6 +281,8 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
     configure_torch(runtime)
     device = choose_device(runtime.device)
     data = (build_imageless_dataset(config.dataset) if planned else None) or build_dataset(config.dataset)
+    if config.debug:
+        data = few_images(data, optim.batch_size * optim.accumulate, DEBUG_IMAGES)
     bits = config.bits.resolved()
     method = build_method(config.method, config.activation, bits)
     method.check(bits)

@@ -28,11 +28,15 @@ ARTIFACTS = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt"
 def directory_name(identity: RunIdentity) -> Path:
     """Return a run's folder below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<hash>.
 
-    The hash is the first eight digits of the identity's digest.
+    The hash is the first eight digits of the identity's digest. A run with debug=true is below `debug`.
     """
     folder = f"{path_component(identity.dataset)}-{path_component(identity.model)}"
     method = path_component(identity.method)
-    return Path(folder, f"{method}-{identity.bits}-s{identity.seed}-{identity.digest[:8]}")
+    return Path(
+        "debug" if identity.config["debug"] else "",
+        folder,
+        f"{method}-{identity.bits}-s{identity.seed}-{identity.digest[:8]}",
+    )
 
 
 def path_component(name: str) -> str:

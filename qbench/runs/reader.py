@@ -54,6 +54,8 @@ class RunRecord:
 def read(names: Iterable[str]) -> list[RunRecord]:
     """Return all runs in directories and in files made by `dump_records`, sorted by path.
 
+    Runs with debug=true are left out.
+
     Raises:
         ConfigError: a name does not exist, or a file is not a record of runs.
     """
@@ -66,8 +68,18 @@ def read(names: Iterable[str]) -> list[RunRecord]:
             paths |= set(_run_directories(Path(name)))
         else:
             raise ConfigError(f"{name}: no such directory or file\ntype a directory of runs, such as outputs")
-    runs = [read_run(path) for path in sorted(paths)]
+    runs = [run for path in sorted(paths) if not _is_debug(run := read_run(path))]
     return sorted([*runs, *recorded.values()], key=lambda run: run.path) if recorded else runs
+
+
+def _is_debug(run: RunRecord) -> bool:
+    """Return whether a run has debug=true: from its result, or else from its config.yaml."""
+    if run.result:
+        return bool(run.result.protocol.keys.get("debug"))
+    try:
+        return re.search(rb"^debug: true$", files.read(run.path / "config.yaml"), re.MULTILINE) is not None
+    except OSError:
+        return False
 
 
 def with_baselines(runs: Sequence[RunRecord]) -> list[RunRecord]:

@@ -112,7 +112,12 @@ def _train_step(task: Task, state: State, batch: tuple[Tensor, Tensor]) -> tuple
     if state.batch == update[0]:
         state.optimizer.zero_grad()
     share = loss if len(update) == 1 else loss / len(update)
-    share.backward()  # type: ignore[no-untyped-call]
+    try:
+        share.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "returned nan values" not in str(error):  # torch's detect_anomaly found a step of the backward pass
+            raise
+        raise divergence_error(task, state, str(error).rstrip("."), images) from error
     state.in_update = state.batch != update[-1]
     _check_and_clip_gradients(task, state, loss, images)
     if state.in_update:

@@ -1,0 +1,142 @@
+"""Says in words what a run was, from the records in its directory. This module does not import torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qbench.bits import FLOAT
+from qbench.config import registry
+from qbench.config.command_line import command_line
+from qbench.config.schema import Config, Optim
+from qbench.errors import ConfigError, QbenchError
+from qbench.report.tables.escape import printable
+from qbench.runs.reader import RunRecord, read_run
+from qbench.runs.result import Evaluation, Result, short_commit
+from qbench.runs.stored_config import recorded_files, stored_config
+from qbench.system import files
+
+WIDTH = 12
+"""Columns of the names at the left."""
+
+
+def description(path: Path) -> str:
+    """Return lines about a run: command, method, widths, data, recipe, accuracy, versions and notes.
+
+    Raises:
+        ConfigError: the directory holds no run.
+    """
+    record = read_run(path)
+    if record.result is None and not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: no run is here\ntype a run's directory; to list them: qbench list runs DIR")
+    try:
+        config: Config | str = stored_config(path)
+    except (OSError, QbenchError) as error:
+        config = str(error).partition("\n")[0]
+    manifest = files.read_json(path / "manifest.json") or {}
+    lines = [*_outcome(path, record), *_setup(config, record.result, manifest), *_records(record, manifest)]
+    return "\n".join(f"{name:<{WIDTH}}{printable(text)}" for name, text in lines)
+
+
+def _outcome(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
+    """Yield the run, its status, its accuracy and that of its float baseline."""
+    result = record.result
+    yield "run", str(path)
+    yield "status", f"{record.status}{f': {record.reason}' if record.reason else ''}"
+    if result is None:
+        return
+    yield "what", f"{result.method} {result.widths} of {result.model} on {result.dataset}, seed {result.seed}"
+    if result.final:
+        yield "last epoch", _accuracy(result.final)
+    if result.best:
+        yield "best epoch", f"{_accuracy(result.best)} (selected on validation)"
+    if base := result.baseline:
+        yield "float", f"{_accuracy(base.final)}; {base.run}"
+
+
+def _accuracy(evaluation: Evaluation) -> str:
+    epoch = "" if evaluation.epoch is None else f"epoch {evaluation.epoch + 1}: "
+    val = f", validation top-1 {evaluation.val.top1:.2f} %" if evaluation.val else ""
+    test = evaluation.test
+    return f"{epoch}test top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4g}{val}"
+
+
+def _setup(config: Config | str, result: Result | None, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the command, the method, the layers, the data and the recipe."""
+    typed = " ".join(map(str, manifest.get("command") or ()))
+    if isinstance(config, str):
+        yield "config", config
+    else:
+        command = command_line(config, recorded_files(result))
+        yield "command", command or f"not found; typed was: qbench {typed}"
+        yield from _method(config)
+    if result and result.verified:
+        widths = [f"{name} {' '.join(f'{key}:{levels.found}' for key, levels in counts.items())}"
+                  for name, counts in result.verified.items()]  # fmt: skip
+        yield "quantized", f"{len(widths)} layers, with the number of levels found: {', '.join(widths)}"
+    if result and result.cost and result.cost.bits_per_weight < FLOAT:
+        yield (
+            "size",
+            (
+                f"{result.cost.bytes_ideal:,.0f} bytes (float {result.cost.bytes_float:,}), "
+                f"{result.cost.bits_per_weight:.2f} bits per quantized weight"
+            ),
+        )
+    if isinstance(config, Config):
+        yield "layers", ", ".join(f"{key} {value}" for key, value in vars(config.layers).items() if value is not None)
+        yield "start", {"float": "the float baseline", "scratch": "random weights",
+                        "method": "random weights, as the method requires"}.get(config.init, config.init)  # fmt: skip
+    data = manifest.get("data") or {}
+    counts = [f"{data[f'{split}_images']:,} {split}" for split in ("train", "val", "test") if f"{split}_images" in data]
+    if counts:
+        sha256 = f"; sha256 {result.data_sha256[:12]}" if result and result.data_sha256 else ""
+        yield "data", f"{result.dataset if result else ''} {', '.join(counts)} images{sha256}".strip()
+    if isinstance(config, Config):
+        yield "recipe", recipe_text(config.optim, config.epochs)
+
+
+def _method(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield each method's title from its card, and its options."""
+    for node in (config.method, config.activation):
+        name = str(node["name"])
+        if name in ("none", "float") or ":" in name:
+            continue
+        title = registry.card(name).partition("\n")[0]
+        options = ", ".join(f"{key}={value}" for key, value in node.items() if key not in ("name", "added"))
+        yield "method", f"{title}{f' Options: {options}' if options else ''}"
+
+
+def recipe_text(optim: Optim, epochs: int) -> str:
+    """Return a recipe in words. Keys that switch something off are left out."""
+    falls = f" to {optim.lr_end:g}" if optim.schedule in ("linear", "cosine", "exponential", "one_cycle") else ""
+    parts = [
+        f"{epochs} epoch{'s' * (epochs != 1)} of {optim.name}",
+        f"learning rate {optim.lr:g}{falls} ({optim.schedule})",
+    ]
+    parts += [f"batch size {optim.batch_size}{f' x {optim.accumulate}' if optim.accumulate > 1 else ''}"]
+    parts += [f"weight decay {optim.weight_decay:g}"]
+    more = {key: value for key, value in vars(optim).items() if key in SWITCHES and value != getattr(Optim, key)}
+    return ", ".join([*parts, *(f"{key} {value}" for key, value in more.items())])
+
+
+SWITCHES = ("warmup", "label_smoothing", "clip_norm", "ema", "patience", "bias_lr", "decay_norm_and_bias",
+            "decay_until", "quantizer_lr", "quantizer_decay", "nesterov")  # fmt: skip
+"""Keys of a recipe that are off at their defaults."""
+
+
+def _records(record: RunRecord, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield versions, commits, the machine, the time and the notes."""
+    versions = {name: version for name, version in (manifest.get("versions") or {}).items() if version}
+    if versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    result = record.result
+    if commits := (result.commits if result else []) or manifest.get("commits"):
+        yield "commits", ", ".join(short_commit(str(commit)) for commit in commits)
+    if device := manifest.get("device"):
+        keys = ("device_name", "precision", "threads", "platform")
+        yield "machine", ", ".join([str(device), *(f"{key} {manifest[key]}" for key in keys if manifest.get(key))])
+    if result and result.wall_seconds is not None:
+        yield "time", f"{result.wall_seconds:.1f} s"
+    for warning in result.warnings if result else ():
+        yield "warning", warning
+    for note in [*(result.protocol_changes if result else []), *record.notes, *record.unread]:
+        yield "note", note

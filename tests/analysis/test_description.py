@@ -1,0 +1,59 @@
+"""`qbench describe RUN`: what a run was, from its records."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Configure
+
+from qbench.analysis.description import description, recipe_text
+from qbench.cli.main import main
+from qbench.config.schema import Optim
+from qbench.errors import ConfigError
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run
+
+
+def test_a_description_has_the_command_and_the_records(
+    smoke: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = smoke("method=lsq", "bits=w2a2", "debug=true", "optim.batch_size=32")
+    result = run(planned_run(config))
+    assert result.final is not None
+    lines = dict(line.split(maxsplit=1) for line in description(Path(result.run)).splitlines())
+    assert lines["status"] == "done"
+    assert f"test top-1 {result.final.test.top1:.2f} %" in lines["last"]
+    assert lines["command"].startswith("qbench method=lsq bits=w2a2g32 ")
+    assert "debug=true" in lines["command"]
+    assert lines["method"].startswith("Learned step size quantization") or lines["method"].startswith("LSQ")
+    assert lines["data"].startswith("digits 32 train, 64 val, 64 test images; sha256 ")
+    assert lines["recipe"].startswith("1 epoch of adam, learning rate 0.01 to 0.0001 (exponential), batch size 32")
+    assert "torch" in lines["versions"]
+    assert main(["describe", result.run]) == 0
+    shown = capsys.readouterr().out
+    assert "debug=true: trained on 32 images in one step" in shown
+    (Path(result.run) / "config.yaml").write_text("seed: 1\n")
+    assert "config      " in description(Path(result.run)), "an edited configuration is not described"
+
+
+def test_a_description_does_not_import_torch(smoke: Configure) -> None:
+    result = run(planned_run(smoke("method=dorefa", "debug=true", "optim.batch_size=32")))
+    code = "import sys; from qbench.cli.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, "describe", result.run], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    manifest = json.loads((Path(result.run) / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] in done.stdout
+
+
+def test_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run is here"):
+        description(tmp_path)
+
+
+def test_recipes_in_words() -> None:
+    optim = Optim(name="sgd", lr=0.1, schedule="step", milestones=[0.5], accumulate=4, ema=0.9, decay_until=0.5)
+    assert recipe_text(optim, 3) == (
+        "3 epochs of sgd, learning rate 0.1 (step), batch size 64 x 4, weight decay 0, ema 0.9, decay_until 0.5"
+    )
