@@ -21,8 +21,12 @@ def plan(arguments: list[str]) -> int:
     configs = compose.configurations(arguments)
     from qbench.analysis.plan import plan as plan_tables
     from qbench.experiment.planned_run import planned_run
+    from qbench.report.comparison.comparable import sweep_warnings
 
-    print(FORMATS["text"](plan_tables([planned_run(config) for config in configs])))
+    runs = [planned_run(config) for config in configs]
+    print(FORMATS["text"](plan_tables(runs)))
+    for warning in sweep_warnings(planned.identity for planned in runs):
+        print(warning, file=sys.stderr)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Implements `qbench KEY=VALUE ...` and `qbench -m ...`: trains one run or a sweep and prints results."""
 
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -116,16 +117,18 @@ def new_result(planned: "PlannedRun", context: "RunContext") -> "Result":
 
 
 def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[], int]) -> int:
-    """Train the runs of a sweep and print their table."""
+    """Train the runs of a sweep. Print their tables, the conclusions, and the next commands."""
     from qbench.report.comparison.compare import compare as comparison_tables
+    from qbench.report.comparison.pairs import conclude
     from qbench.report.tables.table import text
     from qbench.runs.reader import with_baselines
 
     records = records_of(arguments, runs, stop)
-    print(text(comparison_tables(with_baselines(records))))
+    print(text(conclude(comparison_tables(with_baselines(records)))))
     if stop():
         print(f"qbench: stopped by signal {stop()}; to continue, repeat the command", file=sys.stderr)
         return Interrupted.status
+    print(next_commands(planned.config.out for planned in runs))
     return SWEEP_WITH_FAILURES if any(record.status not in ("done", "unsupported") for record in records) else 0
 
 
@@ -136,7 +139,7 @@ def records_of(
 
     Args:
         arguments: the command line, which names the launcher.
-        progress: whether to show on stderr which runs are done.
+        progress: whether to show the runs in work on stderr, and settings that are not ranked against each other.
 
     Raises:
         CheckpointError: a stored result was measured with other images than the data set holds now.
@@ -144,10 +147,19 @@ def records_of(
     from qbench.config import compose
     from qbench.experiment import jobs, sweep
     from qbench.experiment.data_check import check_stored
+    from qbench.report.comparison.comparable import sweep_warnings
 
     check_stored(runs)
     if all(planned.directory.stored() and not planned.config.rerun for planned in runs):
         return [jobs.outcome(planned) for planned in runs]
+    for warning in sweep_warnings(planned.identity for planned in runs) if progress else ():
+        print(warning, file=sys.stderr, flush=True)
     if name := compose.launcher(arguments):
         return sweep.launch_all(arguments, runs, name, stop, progress=progress)
     return sweep.run_all(runs, stop, progress=progress)
+
+
+def next_commands(folders: Iterable[str]) -> str:
+    """Return the lines that end a sweep: the folders of the runs, and what to type next."""
+    names = shlex.join(dict.fromkeys(folders))
+    return f"\nruns   {names}\nnext   qbench compare {names}\n       qbench compare {names} --html report.html"

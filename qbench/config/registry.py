@@ -68,6 +68,19 @@ def card(name: str) -> str:
     return inspect.getdoc(inspect.getmodule(find("method", name))) or ""
 
 
+def widths(name: str) -> str:
+    """Return which widths of w, a and g a method has, without importing its module.
+
+    A method outside qbench is taken to have all three.
+    """
+    path = Path(__file__).parents[1] / GROUPS["method"] / f"{name}.py"
+    if not name.isidentifier() or not path.exists():
+        return "wag"
+    functions = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    arguments = next(f.args.kwonlyargs for f in functions if f.name == "build")
+    return "".join(argument.arg for argument in arguments if argument.arg in ("w", "a", "g"))
+
+
 def known_deviations(name: str) -> dict[str, tuple[str, str]]:
     """Return deviation -> (description, source) for a method, without importing its module."""
     path = Path(__file__).parents[1] / "deviations" / f"{name}.py"

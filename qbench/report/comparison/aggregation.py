@@ -9,9 +9,12 @@ from qbench.bits import Bits, LevelCount
 from qbench.cost.network_cost import NetworkCost
 from qbench.report.comparison import naming
 from qbench.report.comparison.lr_selection import SelectedLearningRate
-from qbench.report.comparison.setting import LevelRange, SeedAccuracy, Setting, VerifiedLevels, estimate
+from qbench.report.comparison.setting import Estimate, LevelRange, SeedAccuracy, Setting, VerifiedLevels, estimate
 from qbench.report.tables.units import si_format
 from qbench.runs.result import Result, TrainingSpeed
+
+NOT_FINE_TUNED = ("trained from scratch", "not trained")
+"""Beginnings of the protocol changes of runs that were not trained on from their float baseline."""
 
 
 def aggregate(
@@ -41,6 +44,7 @@ def aggregate(
         model_keys=first.protocol.keys.get("model") or {},
         protocol=first.protocol.hash[:8],
         is_baseline=naming.is_baseline(first),
+        fine_tuned=not any(change.startswith(NOT_FINE_TUNED) for change in first.protocol_changes),
         source=source,
         runs=runs,
         top1=estimate(_by_seed(runs, [run.top1 for run in runs])),
@@ -59,19 +63,43 @@ def with_control(settings: Sequence[Setting]) -> list[Setting]:
 
     The control is the float network trained on from its float baseline, as long as the other
     settings (`method=float init=float`). A difference is over the seeds that both settings have.
+    A setting has no difference if no control has the normalization of its network, or if the
+    setting was not itself trained on from its float baseline.
     """
-    controls = [s for s in settings if s.method == "float" and not s.is_baseline and not s.network]
-    if len(controls) != 1:
-        return list(settings)
-    by_seed = {run.seed: run.top1 for run in controls[0].runs}
-    found = []
+    return [replace(setting, over_control=_over_control(setting, settings)) for setting in settings]
+
+
+def control_notes(settings: Sequence[Setting]) -> list[str]:
+    """Return a note on the settings whose network has another normalization than every control."""
+    controls = [setting for setting in settings if _is_control(setting)]
+    missing: dict[str, list[str]] = defaultdict(list)
     for setting in settings:
-        runs = [run for run in setting.runs if run.seed in by_seed]
-        if runs and not setting.is_baseline and setting is not controls[0]:
-            over = estimate(_by_seed(runs, [run.top1 - by_seed[run.seed] for run in runs]))
-            setting = replace(setting, over_control=over)
-        found.append(setting)
-    return found
+        if _can_have_control(setting) and not any(control.network == setting.network for control in controls):
+            typed = " ".join(f"model.{key}={value}" for key, value in setting.network.items()) or "model.norm=auto"
+            missing[typed].append(setting.name)
+    return [
+        f"{', '.join(names)}: no float control has the same normalization; to add it: method=float init=float {typed}"
+        for typed, names in missing.items()
+        if controls
+    ]
+
+
+def _is_control(setting: Setting) -> bool:
+    return setting.method == "float" and not setting.is_baseline
+
+
+def _can_have_control(setting: Setting) -> bool:
+    return setting.fine_tuned and setting.method != "float"
+
+
+def _over_control(setting: Setting, settings: Sequence[Setting]) -> Estimate | None:
+    """Return the difference of a setting from its float control, or None without exactly one control."""
+    controls = [s for s in settings if _is_control(s) and s.network == setting.network]
+    if len(controls) != 1 or not _can_have_control(setting):
+        return None
+    by_seed = {run.seed: run.top1 for run in controls[0].runs}
+    runs = [run for run in setting.runs if run.seed in by_seed]
+    return estimate(_by_seed(runs, [run.top1 - by_seed[run.seed] for run in runs])) if runs else None
 
 
 def _seed_accuracy(result: Result) -> SeedAccuracy:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from qbench.bits import FLOAT
 from qbench.report.comparison import naming
-from qbench.report.comparison.aggregation import aggregate, with_control
+from qbench.report.comparison.aggregation import aggregate, control_notes, with_control
 from qbench.report.comparison.columns import DEFAULT, columns_in
+from qbench.report.comparison.comparable import compared_result, unlike_widths
 from qbench.report.comparison.data_versions import separate_data_versions
 from qbench.report.comparison.duplicates import without_duplicates
 from qbench.report.comparison.lr_selection import SelectedLearningRate, is_candidate, select_learning_rate
@@ -130,7 +131,8 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
             add(label, selection.runs, selection.learning_rate)
         notes += selection.notes
     settings = with_control(settings)
-    notes += [*warning_notes(settings), *_protocol_notes(results, labels), *_commit_notes(results, context)]
+    notes += [*_unlike_notes(results), *control_notes(settings), *warning_notes(settings)]
+    notes += [*_protocol_notes(results, labels), *_commit_notes(results, context)]
     return with_columns(Table((), title=title, values=settings, notes=notes), columns_in(DEFAULT))
 
 
@@ -187,6 +189,12 @@ def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Ite
         yield f"float {name}: pretrained weights, sha256 {sha256}"
     if any(r.synthetic for r in results):
         yield "synthetic data: not comparable with papers' tables"
+
+
+def _unlike_notes(results: Sequence[Result]) -> Iterator[str]:
+    """Yield notes on methods whose settings have no widths in common."""
+    for unlike in unlike_widths(map(compared_result, results)):
+        yield f"{unlike.statement} ({unlike.advice})" if unlike.advice else unlike.statement
 
 
 def _with_epochs(change: str, result: Result) -> str:

@@ -42,6 +42,11 @@ def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
     return named
 
 
+def differing_keys(protocols: Iterable[Mapping[str, object]]) -> list[str]:
+    """Return the keys, such as `optim.lr`, in which protocols differ."""
+    return _differing([_protocol_keys(keys) for keys in protocols])
+
+
 def _differing(protocols: Sequence[Mapping[str, str]]) -> list[str]:
     names = sorted(set().union(*protocols))
     return [n for n in names if len({keys.get(n, "?") for keys in protocols}) > 1]

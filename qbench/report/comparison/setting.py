@@ -117,14 +117,15 @@ class Setting:
         dataset, model, model_keys: the data set, the network, and the network's keys in the protocol.
         protocol: first 8 digits of the protocol's hash.
         is_baseline: whether this is a float network trained from scratch. Other runs start from it.
+        fine_tuned: whether the network was trained on from its float baseline, for the protocol's epochs.
         source: the kind of file that the runs were read from: result.json or the logs.
         runs: one entry per run, sorted by seed.
         top1: test top-1 in percent after the last epoch, as an estimate over seeds. Runs of the
             same seed are averaged first.
         difference: top-1 minus the top-1 of the run's float baseline, in points; None if any run
             has no baseline.
-        over_control: top-1 minus that of the float network that was trained on as long, in points,
-            over the seeds of both; None without such a setting in the table.
+        over_control: top-1 minus that of the float network of the same normalization that was trained on as long, in
+            points, over the seeds of both; None without such a setting in the table.
         levels: number of levels that a quantized weight can take.
         cost, speed, verified: None if not recorded for any run. Speed is the mean over runs, and
             peak memory is the largest over runs.
@@ -158,6 +159,7 @@ class Setting:
     conclusion: Conclusion | None = None
     published: tuple[PublishedMatch, ...] | None = None
     bytes_group: int | None = None
+    fine_tuned: bool = True
 
     @property
     def name(self) -> str:

@@ -1,0 +1,130 @@
+"""Finds methods that cannot be ranked against each other, because their widths or protocols differ."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import NamedTuple, TypeVar
+
+from qbench.bits import FLOAT, Bits
+from qbench.config import registry
+from qbench.config.identity import RunIdentity
+from qbench.report.comparison.naming import differing_keys
+from qbench.runs.result import Result
+
+T = TypeVar("T")
+KEYS_LISTED = 4
+"""Maximum number of protocol keys that a message lists."""
+
+
+class Compared(NamedTuple):
+    """The part of a run that decides which other runs it can be ranked against."""
+
+    method: str
+    bits: Bits
+    dataset: str
+    model: str
+    protocol_hash: str
+    protocol: Mapping[str, object]
+
+
+def compared_result(result: Result) -> Compared:
+    """Return the part of a result that decides which other runs it can be ranked against."""
+    protocol = result.protocol
+    return Compared(result.method, Bits(**result.bits), result.dataset, result.model, protocol.hash, protocol.keys)
+
+
+class Unlike(NamedTuple):
+    """A statement on settings that are not ranked against each other, and what to type instead, if anything."""
+
+    statement: str
+    advice: str = ""
+
+
+def sweep_warnings(runs: Iterable[RunIdentity]) -> list[str]:
+    """Return a warning for each kind of settings in a sweep that cannot be ranked against each other."""
+    compared = [Compared(r.method, r.bits, r.dataset, r.model, r.protocol_hash, r.protocol) for r in runs]
+    found = [*unlike_widths(compared), *unlike_protocols(compared)]
+    return [f"warning: {unlike.statement}\n{unlike.advice}".rstrip() for unlike in found]
+
+
+def unlike_widths(runs: Iterable[Compared]) -> list[Unlike]:
+    """Return statements on methods with the same width of weights, but never the same of activations and gradients.
+
+    Two methods are like if they share widths, or if other methods connect them: a method at both widths shows what the
+    difference in width costs.
+    """
+    by_width: dict[int, dict[str, set[Bits]]] = defaultdict(lambda: defaultdict(set))
+    for run in runs:
+        if run.method != "float":
+            by_width[run.bits.w][run.method].add(run.bits)
+    found: dict[tuple[tuple[str, ...], ...], dict[tuple[str, ...], list[Bits]]] = {}
+    for _, widths in sorted(by_width.items()):
+        groups = _connected(widths)
+        if len(groups) > 1:
+            slot = found.setdefault(groups, {group: [] for group in groups})
+            for group in groups:
+                slot[group] += sorted(set().union(*(widths[method] for method in group)), reverse=True)
+    return [_unlike(by_group) for by_group in found.values()]
+
+
+def unlike_protocols(runs: Iterable[Compared]) -> list[Unlike]:
+    """Return statements on methods that share no protocol, for each network and data set."""
+    protocols: dict[tuple[str, str], dict[str, dict[str, Mapping[str, object]]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for run in runs:
+        if run.method != "float":
+            protocols[run.model, run.dataset][run.method][run.protocol_hash] = run.protocol
+    found = []
+    for (model, dataset), by_method in protocols.items():
+        groups = _connected({method: set(keys) for method, keys in by_method.items()})
+        if len(groups) > 1:
+            names = differing_keys([keys for values in by_method.values() for keys in values.values()])
+            more = f" and {len(names) - KEYS_LISTED} more keys" if len(names) > KEYS_LISTED else ""
+            found.append(
+                Unlike(
+                    f"{model} on {dataset}: {' and '.join(map(', '.join, groups))} have no protocol in common; "
+                    f"these are not ranked against each other",
+                    f"for equal protocols, give all methods the same {', '.join(names[:KEYS_LISTED])}{more}",
+                )
+            )
+    return found
+
+
+def _connected(values: Mapping[str, Set[T]]) -> tuple[tuple[str, ...], ...]:
+    """Return groups of names that share a value, directly or through other names of the group."""
+    groups: list[set[str]] = []
+    for name, own in values.items():
+        linked = [group for group in groups if any(values[other] & own for other in group)]
+        groups = [group for group in groups if group not in linked] + [{name}.union(*linked)]
+    return tuple(sorted(tuple(sorted(group)) for group in groups))
+
+
+def _unlike(by_group: Mapping[tuple[str, ...], Sequence[Bits]]) -> Unlike:
+    widths = [bits for group in by_group.values() for bits in group]
+    gradients = any(bits.g != FLOAT for bits in widths)
+    what = [
+        name for key, name in (("a", "activations"), ("g", "gradients")) if len({b._asdict()[key] for b in widths}) > 1
+    ]
+
+    def typed(bits: Bits) -> str:
+        return str(bits) if gradients else f"w{bits.w}a{bits.a}"
+
+    parts = [f"{', '.join(group)} {', '.join(map(typed, found))}" for group, found in by_group.items()]
+    methods = [method for group in by_group for method in group]
+    choices = {
+        ",".join(map(typed, found)): None
+        for found in by_group.values()
+        if all(_takes(method, bits) for method in methods for bits in found)
+    }
+    return Unlike(
+        f"{' and '.join(what)} have different widths: {'; '.join(parts)}; these are not ranked against each other",
+        f"for equal widths, type {' or '.join(f'bits={choice}' for choice in choices)}" if choices else "",
+    )
+
+
+def _takes(method: str, bits: Bits) -> bool:
+    """Whether a method has widths of activations and gradients, where these are not float."""
+    parts = [registry.widths(name) for name in method.split("+")]
+    if len(parts) > 1 and bits.a == FLOAT:  # the method of the activations would have no effect
+        return False
+    return all(bits._asdict()[key] == FLOAT or any(key in part for part in parts) for key in "ag")
