@@ -1,22 +1,36 @@
-"""Shows the progress of a sweep, which is read from the directories of the runs."""
+"""Shows the progress of a sweep: a live view on a terminal, otherwise one line for each event."""
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from qbench.config.schema import RATE
 from qbench.experiment.planned_run import PlannedRun
-from qbench.runs.result import Result, load_result
+from qbench.experiment.sweep_status import Events, RunInWork, SweepStatus
+from qbench.runs.result import Result
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.console import RenderableType
+    from rich.table import Table
 
 POLL_SECONDS = 0.5
-"""Seconds between two readings of the directories."""
+"""Seconds between two looks at the directories."""
+EPOCH_SECONDS = 30.0
+"""Without a terminal, a run has at most one line for its epochs in this many seconds."""
+
+
+class Display(Protocol):
+    """What shows the events of a sweep."""
+
+    def show(self, events: Events) -> None:
+        """Show what happened since the previous call."""
+
+    def stop(self) -> None:
+        """End the display."""
 
 
 @contextmanager
@@ -24,9 +38,23 @@ def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
     """Show how many runs of a sweep are done, running and left. The display ends with the context.
 
     A thread reads the directories, so the display works with every launcher.
+
+    Args:
+        workers: the largest number of runs at a time.
     """
+    status = SweepStatus(runs)
+    live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and all(p.config.runtime.progress for p in runs)
+    # rich draws from Python's generator when it is imported: that must happen before a run seeds it
+    display: Display = LiveView(status, workers) if live else EventLines(status)
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(runs, workers, ended), daemon=True)
+
+    def watch() -> None:
+        while not ended.wait(POLL_SECONDS):
+            display.show(status.look())
+        display.show(status.look())
+        display.stop()
+
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -35,54 +63,130 @@ def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
         thread.join()
 
 
-def _watch(runs: Sequence[PlannedRun], workers: int, ended: threading.Event) -> None:
-    paths = list(dict.fromkeys(planned.path for planned in runs))
-    done = {planned.path for planned in runs if planned.directory.stored()}
-    bar = _start_bar(len(paths), len(done)) if sys.stderr.isatty() else None
-    if done and not bar:
-        print(f"[{len(done)}/{len(paths)}] already stored", file=sys.stderr, flush=True)
-    began = time.time()
-    while True:
-        last = ended.wait(POLL_SECONDS)
-        for path, result in _finished([p for p in paths if p not in done], since=began - 1):
-            done.add(path)
-            if not bar:
-                print(f"[{len(done)}/{len(paths)}] {_line(result)}", file=sys.stderr, flush=True)
-        if bar:
-            left = len(paths) - len(done)
-            running = min(workers, sum((p / "config.yaml").exists() for p in paths if p not in done))
-            text = f"{len(done)} done, {running} running, {left - running} left"
-            bar.update(bar.task_ids[0], completed=len(done), text=text)
-        if last:
-            break
-    if bar:
-        bar.stop()
+class EventLines:
+    """Prints one line for each event, without control characters."""
+
+    def __init__(self, status: SweepStatus) -> None:
+        self._status = status
+        self._printed: dict[str, float] = {}
+        if status.done:
+            self._print("already stored")
+
+    def show(self, events: Events) -> None:
+        """Print the events. Of the epochs of a run, print one every `EPOCH_SECONDS`."""
+        for name, result in events.finished:
+            self._print(f"{name}: {', '.join(outcome(result))}")
+        for run in events.started:
+            self._printed[run.name] = time.monotonic()
+            self._print(f"{run.name}: running, {run.done} of {run.epochs} epochs done")
+        for run in events.epochs:
+            if time.monotonic() - self._printed[run.name] > EPOCH_SECONDS:
+                self._printed[run.name] = time.monotonic()
+                self._print(f"{run.name}: {_epoch_text(run)}")
+
+    def stop(self) -> None:
+        """Do nothing: every line is complete."""
+
+    def _print(self, text: str) -> None:
+        print(f"[{len(self._status.done)}/{self._status.total}] {text}", file=sys.stderr, flush=True)
 
 
-def _start_bar(total: int, done: int) -> "Progress":
-    from qbench.runs.progress import live_bar
-
-    bar = live_bar()
-    bar.start()
-    bar.add_task(f"sweep of {total}", total=total, completed=done, text="")
-    return bar
+def _epoch_text(run: RunInWork) -> str:
+    epoch, loss, train, val, speed, left = cells(run)
+    accuracies = f"train {train} %" + (f", val {val} %" if val else "")
+    return f"epoch {epoch}, loss {loss}, {accuracies}, {speed} images/s, {left} left"
 
 
-def _finished(paths: Sequence[Path], since: float) -> Iterator[tuple[Path, Result]]:
-    """Yield (directory, result) for each result that was written since a time."""
-    for path in paths:
-        result = load_result(path)
-        if result and (path / "result.json").stat().st_mtime >= since:
-            yield path, result
+class LiveView:
+    """Shows the runs in work on the terminal, below a line for each finished run."""
+
+    def __init__(self, status: SweepStatus, workers: int) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._status, self._workers = status, workers
+        self._began, self._stored = time.monotonic(), status.completed
+        self._width = max(map(len, status.names), default=0)
+        self._live = Live(
+            console=Console(stderr=True), auto_refresh=False, transient=True, redirect_stdout=sys.stdout.isatty(),
+        )  # fmt: skip
+        self._live.start()
+        if status.done:
+            self._live.console.print(f"{len(status.done)} of {status.total} runs are already stored")
+
+    def show(self, events: Events) -> None:
+        """Print a line for each finished run, and draw the runs in work again."""
+        for name, result in events.finished:
+            line = f"{name:<{self._width}}  {'  '.join(outcome(result))}"
+            self._live.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._live.update(self._picture(), refresh=True)
+
+    def stop(self) -> None:
+        """Remove the view. The lines of finished runs stay."""
+        self._live.stop()
+
+    def _picture(self) -> "RenderableType":
+        from rich.console import Group
+
+        room = max(self._live.console.height - 4, 1)
+        in_work = list(self._status.in_work.values())
+        table = self._table(in_work[:room])
+        hidden = [f"and {len(in_work) - room} more runs in work"] if len(in_work) > room else []
+        return Group(self._summary(len(in_work)), *([table] if in_work else []), *hidden)
+
+    def _summary(self, in_work: int) -> "Table":
+        """Return a line with a bar, the counts of runs, and the time left."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        status, done = self._status, len(self._status.done)
+        if not in_work and status.completed == self._stored:  # imports and checks come before the first run
+            self._began = time.monotonic()
+        running = min(in_work, self._workers, status.total - done)
+        gained, elapsed = status.completed - self._stored, time.monotonic() - self._began
+        left = f", {duration(elapsed / gained * (status.total - status.completed))} left" if gained > 0 else ""
+        line = Table.grid(padding=(0, 1))
+        text = f"{done} of {status.total} runs done, {running} running, {status.total - done - running} waiting{left}"
+        line.add_row(ProgressBar(status.total, status.completed, width=12), text)
+        return line
+
+    def _table(self, runs: Sequence[RunInWork]) -> "Table":
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("running", no_wrap=True, overflow="crop", min_width=min(self._width, 20))
+        for head in ("epoch", "loss", "train %", "val %", "images/s", "left"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for run in runs:
+            table.add_row(Text(run.name), *cells(run))
+        return table
 
 
-def _line(result: Result) -> str:
-    name = f"{result.method} {result.widths} s{result.seed}"
-    if rate := result.options.get(RATE):
-        name += f" {RATE}={rate:g}"
+def cells(run: RunInWork) -> tuple[str, ...]:
+    """Return epoch, loss, training and validation top-1, images per second, and time left. Unknown cells are empty."""
+    metrics, left = run.latest, run.seconds_left
+    epoch = f"{run.done}/{run.epochs}"
+    if not metrics or left is None:
+        return (epoch, *[""] * 5)
+    val = "" if metrics.val_top1 is None else f"{metrics.val_top1:.1f}"
+    speed = f"{metrics.images_per_second:,.0f}"
+    return epoch, f"{metrics.train_loss:.4f}", f"{metrics.train_top1:.1f}", val, speed, duration(left)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as 0:12 or 3:04:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def outcome(result: Result) -> tuple[str, ...]:
+    """Return a run's accuracy and time, or the reason why it has none."""
     if result.status != "done" or result.final is None:
-        return f"{name}: {result.status}: {(result.reason or '').partition(chr(10))[0]}"
+        reason = (result.reason or "").partition("\n")[0]
+        return (f"{result.status}: {''.join(letter if letter.isprintable() else '?' for letter in reason)}",)
     seconds = f"{result.wall_seconds or 0:.1f} s"
-    if rate:  # in a learning-rate grid, test accuracy is shown only for the selected rate
-        return f"{name}: validation {result.final.val.top1 if result.final.val else float('nan'):.2f} %, {seconds}"
-    return f"{name}: {result.final.test.top1:.2f} %, {seconds}"
+    if RATE in result.options:  # in a learning-rate grid, test accuracy is shown only for the selected rate
+        return (f"validation {result.final.val.top1 if result.final.val else float('nan'):.2f} %", seconds)
+    return (f"{result.final.test.top1:.2f} %", seconds)

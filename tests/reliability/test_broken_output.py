@@ -59,6 +59,25 @@ def test_a_sweep_with_workers_survives_the_loss_of_its_display(tmp_path: Path) -
     assert [result["status"] for result in results] == ["done"] * 4
 
 
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_a_sweep_survives_a_terminal_that_is_hung_up(terminal: str, tmp_path: Path) -> None:
+    master, slave = os.openpty()
+    words = ["-m", *RUN.split(), "seed=0,1", "epochs=20", "runtime.tensorboard=false"]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "qbench", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=slave, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": terminal},
+    )  # fmt: skip
+    os.close(slave)
+    shown = b""
+    while b"dorefa w2a32g32 s0" not in shown:
+        shown += os.read(master, 4096)
+    os.close(master)
+    out = sweep.communicate(timeout=120)[0]
+    assert sweep.returncode == 0
+    assert out.rstrip().endswith("qbench compare o --html report.html")
+    assert (b"\x1b" in shown) == (terminal == "xterm")
+
+
 def test_a_full_disk_under_stdout_is_an_error(tmp_path: Path) -> None:
     done = shell("QBENCH list methods > /dev/full", tmp_path)
     assert (done.stdout, done.stderr) == ("status 5\n", "qbench: No space left on device\n")
