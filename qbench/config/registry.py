@@ -13,6 +13,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Container, Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
@@ -56,6 +57,7 @@ def _entry_points(group: str) -> "EntryPoints":
     return entry_points(group=ENTRY_POINTS[group])
 
 
+@cache
 def card(name: str) -> str:
     """Return a method's card (the docstring of its module) without importing qbench's modules.
 

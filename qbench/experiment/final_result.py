@@ -20,6 +20,7 @@ from qbench.quant.verify import NotQuantized, clipped_negatives, verify
 from qbench.runs import manifest
 from qbench.runs.result import BaselineResult, Evaluation, Result, short_commit
 from qbench.runs.tensorboard import levels_figure
+from qbench.runs.tensorboard_tags import QUANT
 from qbench.training.checkpoint import cpu_copy
 from qbench.training.digests import weights_sha256
 from qbench.training.evaluation import evaluate, returns_probabilities, state_outside, unsteady_evaluation
@@ -185,13 +186,13 @@ def _evaluate(
 
 
 def _log_final(model: nn.Module, state: State, session: TrainingSession, final: Evaluation) -> None:
-    """Write the final record. For TensorBoard, also write the figure of levels and the metrics."""
+    """Write the final record. For TensorBoard, also write the figure of levels."""
     splits = {"val": final.val, "test": final.test}
     metrics = {f"{split}_{key}": x for split, part in splits.items() if part for key, x in asdict(part).items()}
     session.logger.record("final", state.step, metrics)
     if session.runtime.tensorboard and (figure := levels_figure(_quantized_weights(model))) is not None:
-        session.logger.figure(state.step, "levels", figure)
-    session.logger.end({f"hparam/{key}": value for key, value in metrics.items()})
+        session.logger.figure(state.step, f"{QUANT}levels", figure)
+    session.logger.end()
 
 
 def _quantized_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

@@ -127,7 +127,9 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
             f"optim.batch_size={setup.optim.batch_size}: reduced to {loader.batch_size}, the number of training images"
         )
     data_sha256 = images_sha256(setup.data)
-    session = TrainingSession(directory, context, setup.runtime, setup.title, setup.hyperparameters, data_sha256)
+    session = TrainingSession(
+        directory, context, setup.runtime, setup.title, setup.hyperparameters, setup.texts, data_sha256
+    )
     _write_manifest(setup, directory, session)
     try:
         baseline_path = Path(baseline.run) if baseline else None

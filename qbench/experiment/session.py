@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class TrainingSession:
         runtime: settings of the execution.
         title: the name of the run in the progress display.
         hyperparameters: the run's row in TensorBoard's table.
+        texts: title -> text, for TensorBoard.
         data_sha256: digest of the images, which every checkpoint holds.
 
     Attributes:
@@ -55,6 +57,7 @@ class TrainingSession:
         runtime: Runtime,
         title: str,
         hyperparameters: tensorboard.Columns,
+        texts: Mapping[str, str],
         data_sha256: str,
     ) -> None:
         self.directory, self.context, self.runtime, self.title = directory, context, runtime, title
@@ -67,8 +70,7 @@ class TrainingSession:
         self._began = self._saved_at = time.perf_counter()
         step, size = self.saved["state"]["counters"][2] if self.saved else 0, past.get("log_size", 0)
         self.logger = MetricsLogger(directory.path, size=size, step=step, tensorboard=runtime.tensorboard)
-        metrics = [f"hparam/{name}" for name in tensorboard.METRICS]
-        self.logger.begin(hyperparameters, tensorboard.FIRST, metrics, tensorboard.CHARTS)
+        self.logger.begin(hyperparameters, tensorboard.FIRST, tensorboard.METRICS, tensorboard.CHARTS, texts)
         self.monitor = TrainingMonitor(runtime.observe, self.logger, context.reporter, **past.get("memory", {}))
         if lost := self.logger.lost:
             context.reporter.say(f"warning: {directory.path / 'metrics.jsonl'} is damaged: {lost} bytes are lost")

@@ -4,6 +4,8 @@ Only this file reads a whole configuration. Each builder gets one node of the co
 later stages use the parts.
 """
 
+import shlex
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.config import registry
 from qbench.config.foreign_code import foreign_code, refuse_foreign_code
 from qbench.config.schema import Config, Optim, Runtime, baseline_config, to_dict
 from qbench.cost.count import count_macs
@@ -119,6 +122,13 @@ class ExperimentSetup:
         return tensorboard.columns(
             self.method_name, bits, model, dataset, self.seed, config.epochs, self.optim.name, self.optim.lr
         )
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The command line and the method cards, for TensorBoard."""
+        names = [str(node["name"]) for node in (self.config.method, self.config.activation) if node["name"] != "none"]
+        cards = {f"method card/{name}": registry.card(name) for name in names}
+        return {"command": shlex.join(["qbench", *sys.argv[1:]])} | cards
 
     @cached_property
     def baseline(self) -> PlannedRun:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qbench.runs.tensorboard_tags import final_metrics
 from qbench.system import files
 
 RECORD_OVERHEAD = 16
@@ -14,7 +15,7 @@ MAX_TRIES = 2**16
 
 @dataclass
 class EventSummary:
-    """Hyper-parameters, the scalars under `final/`, and messages about parts that cannot be read."""
+    """Hyper-parameters, the final metrics, and messages about parts that cannot be read."""
 
     hyperparameters: dict[str, bool | float | str] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
@@ -30,7 +31,7 @@ def read_summary(path: Path) -> EventSummary:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    content = b""
+    content, scalars = b"", dict[str, float]()
     for file in paths:
         data = files.read(file)
         lost = len(data)
@@ -39,10 +40,11 @@ def read_summary(path: Path) -> EventSummary:
             for value in Event.FromString(record).summary.value:
                 if value.tag == "_hparams_/session_start_info":
                     content = value.metadata.plugin_data.content
-                elif value.tag.startswith("final/"):
-                    summary.final[value.tag.removeprefix("final/")] = value.simple_value
+                elif value.HasField("simple_value"):
+                    scalars[value.tag] = value.simple_value
         if lost:
             summary.unread.append(f"{file.name}: {lost:,} bytes cannot be read")
+    summary.final = final_metrics(scalars)
     stored = HParamsPluginData.FromString(content).session_start_info.hparams
     summary.hyperparameters = {key: getattr(value, value.WhichOneof("kind")) for key, value in stored.items()}
     return summary

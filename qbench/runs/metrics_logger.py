@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qbench.runs.tensorboard_tags import scalar_tags
 from qbench.system import files
 from qbench.system.files import Json
 
@@ -63,7 +65,7 @@ class MetricsLogger:
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def record(self, kind: str, step: int, values: Mapping[str, Json]) -> None:
-        """Append `{"kind": ..., "step": ..., **values}`. Also add the numbers to TensorBoard."""
+        """Append `{"kind": ..., "step": ..., **values}`. Also add numbers with a tag to TensorBoard."""
         self.records([(kind, step, values)])
 
     def records(self, records: Sequence[Record]) -> None:
@@ -79,8 +81,7 @@ class MetricsLogger:
 
         files.convert_os_errors(append, self._metrics, len(text))
         for kind, step, values in records:
-            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-            self.scalars(step, {f"{kind}/{n}": value for n, value in numbers.items() if n not in ("epoch", "images")})
+            self.scalars(step, scalar_tags(kind, values))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add numbers to TensorBoard only. `values` maps tags to numbers."""
@@ -91,7 +92,8 @@ class MetricsLogger:
             found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
             writer.file_writer.add_summary(Summary(value=found), step)
 
-        self._write(add)
+        if values:
+            self._write(add)
 
     def histograms(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
         """Add a histogram of each tensor to TensorBoard.
@@ -129,31 +131,34 @@ class MetricsLogger:
         first: Sequence[str],
         metrics: Sequence[str],
         layout: "Mapping[str, Mapping[str, Chart]]",
+        texts: Mapping[str, str],
     ) -> None:
-        """Add the hyper-parameters, the names of the final metrics, and the charts.
+        """Add the hyper-parameters, the tags of the final metrics, the charts, and texts.
 
         They are written to this run's event file. TensorBoard's own `add_hparams` would add a second run.
 
         Args:
             hparams: names and values of the hyper-parameters.
             first: names of the hyper-parameters that TensorBoard shows by default.
-            metrics: names of the final metrics.
+            metrics: tags of the final metrics.
             layout: category -> title -> chart. TensorBoard merges equal layouts of several runs.
+            texts: title -> plain text.
         """
 
         def add(writer: "SummaryWriter") -> None:
-            from torch.utils.tensorboard.summary import custom_scalars
+            from torch.utils.tensorboard.summary import custom_scalars, text
             from torch.utils.tensorboard.summary import hparams as summaries
 
             experiment, start, _ = summaries(dict(hparams), dict.fromkeys(metrics, 0.0))
             _show_first(experiment, first)
-            for summary in (experiment, start, custom_scalars(layout)):
+            plain = [text(title, _as_code(content)) for title, content in texts.items()]
+            for summary in (experiment, start, custom_scalars(layout), *plain):
                 writer.file_writer.add_summary(summary)
 
         self._write(add)
 
-    def end(self, metrics: Mapping[str, float]) -> None:
-        """Add the final metrics that `begin` has named, and mark the run as finished."""
+    def end(self) -> None:
+        """Mark the run as finished."""
 
         def add(writer: "SummaryWriter") -> None:
             from torch.utils.tensorboard.summary import hparams
@@ -161,7 +166,6 @@ class MetricsLogger:
             writer.file_writer.add_summary(hparams({}, {})[2])
 
         self._write(add)
-        self.scalars(0, metrics)
 
     def close(self) -> None:
         """Flush and close the event file.
@@ -228,6 +232,11 @@ def _show_first(experiment: "Summary", names: Sequence[str]) -> None:
     for info in data.experiment.hparam_infos:
         info.differs = info.name in names
     plugin.content = data.SerializeToString()
+
+
+def _as_code(content: str) -> str:
+    """Return text as a code block of Markdown. Bytes of a command line that are not UTF-8 are escaped."""
+    return indent(content.encode(errors="backslashreplace").decode(), "    ")
 
 
 def _writer(path: Path, step: int) -> "SummaryWriter":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qbench.bits import Bits
+from qbench.runs.tensorboard_tags import FINAL, QUANT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,45 +23,49 @@ Columns = dict[str, bool | int | float | str]
 Chart = list[str | list[str]]
 """A chart of the custom-scalars tab: "Multiline" and the regular expressions of the tags."""
 
-METRICS = tuple(f"{split}_{key}" for split in ("val", "test") for key in ("top1", "top5", "loss"))
-"""The final metrics. Without a validation split, the `val_` columns exist but are empty."""
+METRICS = tuple(FINAL.values())
+"""The tags of the final metrics. Without a validation split, these columns exist but are empty."""
 FIRST = ("method", "w", "a", "g", "seed")
 """The columns that TensorBoard shows by default."""
 
 
-def _chart(*tags: str) -> Chart:
-    return ["Multiline", list(tags)]
+def _chart(tag: str) -> Chart:
+    return ["Multiline", [tag]]
+
+
+def _layer_chart(tag: str) -> Chart:
+    return _chart(f"{QUANT}{tag}")
 
 
 STATISTICS = ("top", "dead", "entropy", "flips", "frozen", "clipped", "grad")
 """Statistics of a layer that are not parameters of the layer's quantizers."""
 CHARTS: dict[str, dict[str, Chart]] = {
     "float and quantized": {
-        "top-1 on training images, %": _chart("epoch/train_top1$"),
-        "top-1 on validation images, %": _chart("epoch/val_top1$"),
-        "training loss": _chart("epoch/train_loss$"),
-        "validation loss": _chart("epoch/val_loss$"),
-        "learning rate": _chart("epoch/lr$"),
+        "top-1 on training images, %": _chart("accuracy/train$"),
+        "top-1 on validation images, %": _chart("accuracy/val$"),
+        "training loss": _chart("loss/train$"),
+        "validation loss": _chart("loss/val$"),
+        "learning rate": _chart("optim/lr$"),
     },
     "layers: quantized against float": {
-        "SQNR of outputs, dB": _chart("sqnr/"),
-        "cosine of outputs": _chart("cosine/"),
+        "SQNR of outputs, dB": _layer_chart("sqnr/"),
+        "cosine of outputs": _layer_chart("cosine/"),
     },
     "layers: levels": {
-        "entropy of weights, bits": _chart("w.entropy/"),
-        "entropy of inputs, bits": _chart("a.entropy/"),
-        "unused levels of weights": _chart("w.dead/"),
-        "unused levels of inputs": _chart("a.dead/"),
-        "clipped inputs": _chart("a.clipped/"),
-        "largest level of weights": _chart("w.top/"),
-        "largest level of inputs": _chart("a.top/"),
+        "entropy of weights, bits": _layer_chart("w.entropy/"),
+        "entropy of inputs, bits": _layer_chart("a.entropy/"),
+        "unused levels of weights": _layer_chart("w.dead/"),
+        "unused levels of inputs": _layer_chart("a.dead/"),
+        "clipped inputs": _layer_chart("a.clipped/"),
+        "largest level of weights": _layer_chart("w.top/"),
+        "largest level of inputs": _layer_chart("a.top/"),
     },
     "layers: motion": {
-        "weights whose level changed": _chart("w.flips/"),
-        "frozen weights": _chart("w.frozen/"),
-        "gradient of latent weights": _chart("w.grad/"),
-        "parameters of quantizers: steps, scales, clips": _chart(rf"[wag][.](?!({'|'.join(STATISTICS)})/)\w+/"),
-        "gradients of quantizers": _chart("[wag][.].+[.]grad/"),
+        "weights whose level changed": _layer_chart("w.flips/"),
+        "frozen weights": _layer_chart("w.frozen/"),
+        "gradient of latent weights": _layer_chart("w.grad/"),
+        "parameters of quantizers: steps, scales, clips": _layer_chart(rf"[wag][.](?!({'|'.join(STATISTICS)})/)\w+/"),
+        "gradients of quantizers": _layer_chart("[wag][.].+[.]grad/"),
     },
 }
 """Charts with the curves of all runs, including float baselines. Every run has the same charts."""

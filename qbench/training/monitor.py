@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from qbench.errors import Diverged
 from qbench.quant.layers import NotFinite
 from qbench.runs.metrics_logger import MetricsLogger, Record
 from qbench.runs.progress import ProgressReporter
+from qbench.runs.tensorboard_tags import QUANT
 from qbench.training.epoch_record import EpochRecord
 from qbench.training.health import (
     FIRST_STEPS,
@@ -38,6 +40,7 @@ from qbench.training.layer_stats import (
 from qbench.training.state import State
 from qbench.training.task import Task
 
+T = TypeVar("T")
 MIN_STEPS_BETWEEN = 100
 """Minimum number of steps between two observations. An observation costs as much as two steps.
 
@@ -151,12 +154,13 @@ class TrainingMonitor:
 
     def _log(self, step: int, traces: Mapping[str, LayerTrace], metrics: LayerMetrics, with_weights: bool) -> None:
         """Write statistics to TensorBoard, and also histograms if `with_weights` is true."""
-        self.logger.scalars(step, {f"{key}/{name}": x for name, layer in metrics.items() for key, x in layer.items()})
+        scalars = {f"{key}/{name}": x for name, layer in metrics.items() for key, x in layer.items()}
+        self.logger.scalars(step, _quant(scalars))
         if with_weights:
-            self.logger.histograms(step, weight_tensors(traces))
+            self.logger.histograms(step, _quant(weight_tensors(traces)))
         if self.level == "full":
-            self.logger.histograms(step, input_tensors(traces))
-            self.logger.counts(step, level_counts(traces))
+            self.logger.histograms(step, _quant(input_tensors(traces)))
+            self.logger.counts(step, _quant(level_counts(traces)))
 
     def _warn(self, warnings: HealthWarnings) -> None:
         """Print each warning whose subject has not been warned about before."""
@@ -164,6 +168,11 @@ class TrainingMonitor:
             if subject not in self.warned:
                 self.warned[subject] = text
                 self.reporter.say(f"warning: {text}")
+
+
+def _quant(values: Mapping[str, T]) -> dict[str, T]:
+    """Return values by their tags in TensorBoard."""
+    return {f"{QUANT}{name}": value for name, value in values.items()}
 
 
 def _is_last_epoch(task: Task, state: State) -> bool:

@@ -127,9 +127,23 @@ def test_tensorboard_reads_scalars_histograms_figure_and_hparams_as_one_run(
     assert len(runs) == 2, sorted(runs)
     (name,) = (n for n in runs if "dorefa" in n)
     tags = runs[name]
-    assert {"epoch/train_loss", "epoch/val_top1", "epoch/lr", "step/loss", "final/test_top1"} <= set(tags["scalars"])
-    assert {"latent/layer1.0.conv1", "quantized/layer1.0.conv1"} <= set(tags["histograms"])
-    assert tags["images"] == ["levels"]
+    outside = [tag for tag in tags["scalars"] if not tag.startswith("quant/")]
+    assert sorted(outside) == [
+        "accuracy/train", "accuracy/val", "accuracy/val_top5", "loss/step", "loss/train", "loss/val", "optim/lr",
+        "speed/images_per_second", "test/loss", "test/top1", "test/top5",
+    ]  # fmt: skip
+    shown = {tag.partition("/")[0] for kind in ("scalars", "histograms", "images") for tag in tags[kind]}
+    assert sorted(shown)[:2] == ["accuracy", "loss"], "TensorBoard opens the first two groups"
+    assert {"quant/latent/layer1.0.conv1", "quant/quantized/layer1.0.conv1"} <= set(tags["histograms"])
+    assert tags["images"] == ["quant/levels"]
+    texts = {
+        tag: reader.GetAccumulator(name).Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        for tag, metadata in reader.GetAccumulator(name).summary_metadata.items()
+        if metadata.plugin_data.plugin_name == "text"
+    }
+    assert set(texts) == {"command/text_summary", "method card/dorefa/text_summary"}
+    assert texts["command/text_summary"].startswith("    qbench ")
+    assert "DoReFa" in texts["method card/dorefa/text_summary"]
     plugin = reader.GetAccumulator(name).summary_metadata
     assert any(m.plugin_data.plugin_name == "hparams" for m in plugin.values())
 

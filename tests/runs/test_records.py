@@ -30,6 +30,7 @@ from qbench.runs.metrics_logger import MetricsLogger
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.reader import RunRecord, dump_records, load_records, read, read_run
 from qbench.runs.result import BaselineResult, Protocol, Result, with_checksum
+from qbench.runs.tensorboard_tags import SPEED, final_metrics, scalar_tags
 from qbench.system import files
 
 
@@ -75,7 +76,7 @@ def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path, monkey
     def write(size: int, step: int, steps: list[int]) -> int:
         logger = MetricsLogger(tmp_path, size=size, step=step)
         for at in steps:
-            logger.record("epoch", at, {"loss": float(at)})
+            logger.record("epoch", at, {"train_loss": float(at)})
         logger.close()
         return logger.size
 
@@ -84,7 +85,24 @@ def test_tensorboard_keeps_every_epoch_once_over_a_resume(tmp_path: Path, monkey
     write(0, 36, [])
     write(size, 36, [54, 72])
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in events.Scalars("epoch/loss")] == [18, 36, 54, 72]
+    assert [event.step for event in events.Scalars("loss/train")] == [18, 36, 54, 72]
+
+
+def test_a_command_line_that_is_not_utf8_can_be_logged(tmp_path: Path) -> None:
+    logger = MetricsLogger(tmp_path)
+    logger.begin({"w": 2}, ["w"], ["test/top1"], {}, {"command": "qbench dataset.root=\udcff"})
+    logger.close()
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"dataset.root=\\udcff" in file.read_bytes()
+
+
+def test_the_final_metrics_are_read_back_from_their_tags() -> None:
+    final = {f"{split}_{key}": float(i) for i, key in enumerate(("top1", "top5", "loss")) for split in ("val", "test")}
+    assert final_metrics(scalar_tags("final", final)) == final
+    epoch = {"epoch": 3, "images": 600, "seconds": 2.0, "train_top1": 90.0, "val_top1": 80.0, "other": "text"}
+    assert scalar_tags("epoch", epoch) == {"accuracy/train": 90.0, "accuracy/val": 80.0, SPEED: 300.0}
+    assert final_metrics(scalar_tags("epoch", epoch)) == {"val_top1": 80.0}, "without the test split"
+    assert scalar_tags("layers", {"epoch": 3, "layers": {}}) == {}
 
 
 def test_a_stored_result_counts_only_if_it_is_intact_and_of_this_run(configure: Configure) -> None:
