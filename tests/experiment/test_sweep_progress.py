@@ -161,7 +161,7 @@ def test_without_a_terminal_there_is_a_line_for_each_event(tmp_path: Path) -> No
         "method=dorefa",
         "bits=w2a2",
         "seed=0,1",
-        "epochs=60",
+        "epochs=30",
         "runtime.tensorboard=false",
     ]
     done = qbench(*words, "out=o", cwd=tmp_path)
@@ -169,6 +169,6 @@ def test_without_a_terminal_there_is_a_line_for_each_event(tmp_path: Path) -> No
     lines = done.stderr.splitlines()
     for seed in (0, 1):
         about = [line for line in lines if f"dorefa w2a2g32 s{seed}: " in line]
-        assert re.search(r"running, \d+ of 60 epochs done$", about[0]), done.stderr
+        assert re.search(r"running, \d+ of 30 epochs done$", about[0]), done.stderr
         assert re.fullmatch(rf"\[{seed + 1}/2\] dorefa w2a2g32 s{seed}: \d+\.\d\d %, \d+\.\d s", about[-1]), done.stderr
     assert all(line.isprintable() for line in lines), done.stderr

@@ -196,7 +196,7 @@ def test_compare_from_damaged_event_files(whole: Path, tmp_path: Path, count: in
             assert found.result.final.val in (final.val, None), case
         else:
             assert found.reason, case
-    assert kinds["unfinished"] > count / 2, "most are cut before the results at the end"
+    assert kinds["unfinished"] > count / 3, "many are cut before the results, which come before the figure"
     assert kinds["done"] > count / 2, "most flips are in records that are not needed"
     if count == 300:
         counted(f"R20 event files: {len(cases)} truncations and flips compared, 0 tracebacks: {kinds}")
