@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Configure
 from helpers import epoch_line, plant, write_metrics
 
 from qbench.errors import ConfigError
+from qbench.methods import dorefa
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.html.page import html, page
+from qbench.report.quantizer_plots.measurement import forward_curves, measure_quantizers
 from qbench.runs.reader import read
 from qbench.runs.result import with_checksum
 
@@ -144,7 +147,7 @@ def test_a_setting_shows_its_runs_layers_choices_and_configuration(out: str) -> 
     assert "<code>clip</code>, of &lt;three&gt;" in text.partition('id="m0"')[2]
     assert "name: dorefa" in details
     assert "validation top-1 (%)" in details
-    (line,) = re.findall(r'<polyline class="own" points="([^"]*)"', details)
+    line = re.findall(r'<polyline class="own" points="([^"]*)"', details)[0]
     assert line == "34.0,126.0 372.0,6.0", "two epochs, from 50 % below to 60 % above"
 
 
@@ -325,3 +328,30 @@ def test_a_browser_sorts_filters_and_opens_without_a_complaint(out: str, tmp_pat
     assert browser.js("window.evil") is None
     assert browser.js("performance.getEntriesByType('resource').length") == 0
     assert browser.complaints == []
+
+
+def drawn_values(points: str) -> set[str]:
+    return {point.partition(",")[2] for point in points.split()}
+
+
+def test_each_setting_of_qbenchs_own_methods_shows_its_quantizers(configure: Configure) -> None:
+    plant(configure("method=dorefa", "bits=w2a2"), 96.0, 98.0)
+    change(plant(configure("method=ttq"), 90.0, 98.0), options={"t": 0.05})
+    change(plant(configure("method=twn"), 90.0, 98.0), options={"a_key_of_another_version": 1})
+    change(plant(configure("method=bwn"), 90.0, 98.0), method="os:getcwd")
+    read_back = Reader(made(str(configure().out)))
+    curves = [line["points"] or "" for line in read_back.all("polyline")]
+    assert [len(drawn_values(points)) for points in curves] == [4, 4, 3], "weights and inputs of dorefa, weights of ttq"
+    captions = [" ".join(word.split()) for word in read_back.words if " becomes " in word]
+    assert [caption.partition(":")[0] for caption in captions] == [
+        "weights, 4 levels", "inputs, 4 levels", "weights, 3 levels",
+    ]  # fmt: skip
+
+
+def test_forward_curves_are_those_of_qbench_plot() -> None:
+    method = dorefa.build(w=2, a=2)
+    weights, inputs = measure_quantizers(method)
+    curves = forward_curves(method)
+    assert torch.equal(curves["weights"].y, weights.forward.y)
+    assert torch.equal(curves["weights"].x, weights.forward.x)
+    assert torch.equal(curves["inputs"].y, inputs.forward.y)

@@ -10,6 +10,7 @@ from qbench.bits import LevelCount
 from qbench.report.comparison.setting import SeedAccuracy, Setting
 from qbench.report.comparison.verdicts import PairConclusion
 from qbench.report.html.curve import CurveDrawing, draw_curve
+from qbench.report.html.quantizer import QuantizerDrawing, draw_quantizers
 from qbench.report.plots.training_curves import FLOAT_STAGE, SeedCurve
 from qbench.runs.history import observed
 from qbench.runs.result import Result
@@ -79,6 +80,7 @@ class SettingDetails:
     runs: list[RunLine]
     folders: list[str]
     curve: CurveDrawing | None
+    quantizers: list[QuantizerDrawing]
     layers: LayerTable
     options: list[Note]
     config: str
@@ -113,6 +115,7 @@ def setting_details(
         runs=[_run_line(run, results.get(run.run)) for run in setting.runs],
         folders=list(dict.fromkeys(str(Path(run.run).parent) for run in setting.runs)),
         curve=draw_curve({k: line for k, line in lines.items() if k in (FLOAT_STAGE, setting.short_widths)}),
+        quantizers=draw_quantizers(own_results[0]) if own_results else [],
         layers=_layer_table(own_results),
         options=_options(own_results[:1]),
         config=_first_config(run.run for run in setting.runs),
