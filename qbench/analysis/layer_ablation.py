@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qbench.methods.ptq import reestimate_norms
-from qbench.quant.install import feeds
+from qbench.quant.feeds import feeds
 from qbench.quant.layers import BypassedActivation, quantized_layers
 from qbench.quant.probe import Batch
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer

@@ -1,17 +1,17 @@
 """Installs a method's quantizers in a float network."""
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
+from qbench.quant.feeds import bypass_activations
 from qbench.quant.graph import call_inner_layers, read_without_call
 from qbench.quant.image import ImageQuantizer, image_quantizers
 from qbench.quant.layers import (
     QUANTIZED_CLASS,
-    BypassedActivation,
     FloatLayer,
     QLayer,
     TransposedConvolution,
@@ -40,8 +40,8 @@ def install(
     Args:
         policy: which layers are quantized; by default all except the first and the last.
         example: one image batch (N, C, H, W), which is run to find the execution order, the layers
-            that read the image, and weights that are used without a call of their layer. If None,
-            the order of registration is used.
+            that read the image, weights that are used without a call of their layer, and the
+            activation functions in front of layers. If None, the order of registration is used.
         act: what happens to the activation functions in front of input quantizers: "keep" or
             "fused" (see `Requires`). With "auto", the method decides.
 
@@ -65,7 +65,7 @@ def install(
     image = image_quantizers(model, assigned, policy, example)
     for name in quantized:
         method.check(assigned[name]._replace(a=FLOAT) if name in image else assigned[name])
-    _bypass_activations(method, model, assigned, image, act)
+    bypass_activations(method, model, assigned, image, act, example)
     for name, bits in assigned.items():
         _quantize_layer(method, name, layers[name], bits, image.get(name))
     return model
@@ -179,63 +179,4 @@ def _check_transposed(method: Method, name: str, layer: FloatLayer, bits: int) -
         raise Unsupported(
             f"{name} is a {type(sample).__name__}, whose weights {method.name} cannot quantize: its scales belong to "
             f"single outputs of a layer\n{float_rule(name)}"
-        )
-
-
-def feeds(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the network's attribute `feeds` (activation -> layers that read it), or {}."""
-    declared: dict[str, tuple[str, ...]] = getattr(model, "feeds", {})
-    return declared
-
-
-def _bypass_activations(
-    method: Method, model: nn.Module, assigned: Mapping[str, Bits], image: Collection[str], act: str
-) -> None:
-    """Bypass the activation functions that quantizers replace.
-
-    An activation function is replaced if every layer that reads it has an input quantizer.
-    """
-    needs = method.requires.act
-    if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
-        raise Unsupported(f"{method.name} requires the activations before its quantizers to be {needs}, not {act}")
-    if method.bits.a == FLOAT or "keep" in (act, needs):
-        return
-    readers_of = feeds(model)
-    _check_feeds(method, model, readers_of, assigned, image, act)
-    for name, readers in readers_of.items():
-        quantized = [reader for reader in readers if assigned[reader].a < FLOAT]
-        if len(quantized) == len(readers):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, BypassedActivation(model.get_submodule(name)))
-        elif quantized and needs == "fused":
-            float_readers = ", ".join(sorted(set(readers) - set(quantized)))
-            raise Unsupported(
-                f"the activation {name} feeds {quantized[0]} (quantized) and {float_readers} (float)\n"
-                f"set the same bits for all of them"
-            )
-
-
-def _check_feeds(
-    method: Method,
-    model: nn.Module,
-    readers_of: Mapping[str, tuple[str, ...]],
-    assigned: Mapping[str, Bits],
-    image: Collection[str],
-    act: str,
-) -> None:
-    """Raise `Unsupported` if `feeds` is not sufficient to replace the activation functions."""
-    needs = method.requires.act
-    if not readers_of and (needs == "fused" or act == "fused"):
-        raise Unsupported(
-            f"{method.name} replaces the activation function, but {type(model).__name__} has no attribute "
-            f"`feeds`\nadd a dictionary from each activation to the layers that it feeds, as in the networks of qbench"
-        )
-    fed = {reader for readers in readers_of.values() for reader in readers}
-    if unknown := {*readers_of, *fed} - dict(model.named_modules()).keys():
-        raise Unsupported(f"{type(model).__name__}.feeds names modules that do not exist: {', '.join(sorted(unknown))}")
-    unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name not in image]
-    if needs == "fused" and unfed:
-        raise Unsupported(
-            f"{method.name} replaces the activation function, but no activation feeds only {unfed[0]}\n"
-            f"leave the activations of this layer in float"
         )

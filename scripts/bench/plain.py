@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.models.resnet import build
-from qbench.quant.install import feeds
+from qbench.quant.feeds import feeds
 
 Work = Callable[[], Tensor]
 Hook = Callable[[], object]

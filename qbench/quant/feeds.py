@@ -1,0 +1,188 @@
+"""Finds and bypasses the activation functions that input quantizers replace.
+
+`feeds` maps the name of an activation module to the layers that read its output. It contains only activations whose
+output nothing else reads. A network declares it as an attribute. For a network without the attribute it is traced, if
+the method needs it.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from qbench.bits import FLOAT, Bits
+from qbench.quant.graph import IMAGE, UNKNOWN, Operation, operations
+from qbench.quant.image import REARRANGING
+from qbench.quant.layers import BypassedActivation
+from qbench.quant.method import Method, Unsupported
+
+Feeds = Mapping[str, tuple[str, ...]]
+"""Name of an activation -> names of the layers that read its output."""
+
+COMMUTING = REARRANGING | {
+    "AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d",
+    "MaxPool1d", "MaxPool2d", "MaxPool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "dropout", "dropout2d",
+    "max_pool1d", "max_pool2d", "max_pool3d",
+}  # fmt: skip
+"""Functions and modules of torch that give the same result before and after a ReLU."""
+
+FUNCTIONS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "relu6", "hardtanh")
+"""Functions of torch that act as a ReLU and cannot be bypassed, because they are no modules."""
+
+
+class TracedFeeds(NamedTuple):
+    """The activations that quantizers may replace, and for each other layer the reason why there is none."""
+
+    feeds: Feeds
+    reasons: Mapping[str, str]
+
+
+def feeds(model: nn.Module) -> Feeds:
+    """Return the network's attribute `feeds` (activation -> layers that read it), or {}."""
+    declared: Feeds = getattr(model, "feeds", {})
+    return declared
+
+
+def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> TracedFeeds:
+    """Return the feeds of a network, found by running it.
+
+    An activation is a module `nn.ReLU`. It may be called several times. Between it and a layer there may be
+    operations that commute with it, such as max pooling.
+
+    Args:
+        example: one image batch (N, C, H, W), also on the meta device.
+        layers: the names of the layers.
+    """
+    graph = operations(model, example, layers)
+    if any(UNKNOWN in operation.reads for operation in graph):
+        return TracedFeeds(
+            {}, dict.fromkeys(layers, "the origin of some values is not known (tensors that are no buffers, or NumPy)")
+        )
+    activations = [operation for operation in graph if operation.module and operation.kind == "ReLU"]
+    readers = {operation.name: list(_readers(graph, operation.name)) for operation in activations}
+    found: dict[str, tuple[str, ...]] = {}
+    others: dict[str, str] = {}  # an activation that something else reads -> the reason
+    for module in dict.fromkeys(operation.module for operation in activations if operation.module):
+        calls = [operation.name for operation in activations if operation.module == module]
+        read_by = [reader for call in calls for reader in readers[call]]
+        also = [reader for reader in read_by if reader.module not in layers]
+        if also or not read_by:
+            what = ", ".join(dict.fromkeys(_in_words(reader) for reader in also)) or "the output"
+            shared = f"is called {len(calls)} times, and " if len(calls) > 1 else ""
+            others[module] = f"{module} {shared}feeds {what} too"
+        else:
+            found[module] = tuple(dict.fromkeys(reader.module for reader in read_by if reader.module))
+    fed = {layer for read in found.values() for layer in read}
+    return TracedFeeds(found, {layer: _reason(graph, layer, others) for layer in layers if layer not in fed})
+
+
+def _readers(graph: Sequence[Operation], name: str) -> Iterator[Operation]:
+    """Yield the operations that read a result, directly or through operations that commute with ReLU."""
+    passed = {name}
+    for operation in graph:
+        if passed.isdisjoint(operation.reads):
+            continue
+        if operation.kind in COMMUTING:
+            passed.add(operation.name)
+        else:
+            yield operation
+
+
+def _reason(graph: Sequence[Operation], layer: str, others: Mapping[str, str]) -> str:
+    """Return why no activation in front of a layer can be replaced."""
+    by_name = {operation.name: operation for operation in graph}
+    ahead = [read for operation in graph if operation.module == layer for read in operation.reads]
+    while ahead:
+        operation = by_name[ahead.pop()]
+        if reason := others.get(operation.module or ""):
+            return reason
+        if operation.kind in FUNCTIONS:
+            return f"it reads the function {operation.kind}, which is no module nn.ReLU"
+        if operation.kind not in COMMUTING and operation.name != IMAGE:
+            return f"it reads {_in_words(operation)}, not an nn.ReLU"
+        ahead += operation.reads
+    return "it reads no nn.ReLU"
+
+
+def _in_words(operation: Operation) -> str:
+    return f"{operation.kind} {operation.module}" if operation.module else operation.kind
+
+
+def bypass_activations(
+    method: Method, model: nn.Module, assigned: Mapping[str, Bits], image: Collection[str], act: str,
+    example: Tensor | None,
+) -> None:  # fmt: skip
+    """Bypass the activation functions that quantizers replace.
+
+    An activation function is replaced if every layer that reads it has an input quantizer. A network without the
+    attribute `feeds` gets it, if the activation functions must be replaced.
+
+    Args:
+        assigned: the widths of the layers.
+        image: the layers that read the image.
+        act: see `install`.
+        example: see `install`.
+
+    Raises:
+        Unsupported: the method needs another treatment than `act`, or an activation function that must be replaced
+            cannot be.
+    """
+    needs = method.requires.act
+    if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
+        raise Unsupported(f"{method.name} requires the activations before its quantizers to be {needs}, not {act}")
+    if method.bits.a == FLOAT or "keep" in (act, needs):
+        return
+    reasons: Mapping[str, str] = {}
+    if "fused" in (act, needs) and not feeds(model) and example is not None:
+        traced, reasons = trace_feeds(model, example, assigned)
+        model.feeds = traced  # type: ignore[assignment]  # nn.Module declares its attributes as tensors and modules
+    readers_of = feeds(model)
+    _check_feeds(method, model, readers_of, assigned, image, act, reasons)
+    for name, readers in readers_of.items():
+        quantized = [reader for reader in readers if assigned[reader].a < FLOAT]
+        if len(quantized) == len(readers):
+            _bypass(model, model.get_submodule(name))
+        elif quantized and needs == "fused":
+            float_readers = ", ".join(sorted(set(readers) - set(quantized)))
+            raise Unsupported(
+                f"the activation {name} feeds {quantized[0]} (quantized) and {float_readers} (float)\n"
+                f"set the same bits for all of them, or give each an activation of its own"
+            )
+
+
+def _bypass(model: nn.Module, activation: nn.Module) -> None:
+    """Put a bypassed activation in place of an activation, under each of its names."""
+    bypassed = BypassedActivation(activation)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is activation:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, bypassed)
+
+
+def _check_feeds(
+    method: Method, model: nn.Module, readers_of: Feeds, assigned: Mapping[str, Bits], image: Collection[str],
+    act: str, reasons: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Raise `Unsupported` if `feeds` is not sufficient to replace the activation functions."""
+    needs = method.requires.act
+    if not readers_of and not reasons and "fused" in (needs, act):
+        raise Unsupported(
+            f"{method.name} replaces the activation function, but {type(model).__name__} has no attribute "
+            f"`feeds`\ncall install with example=, one batch of images, to find which layers each activation feeds"
+        )
+    fed = {reader for readers in readers_of.values() for reader in readers}
+    if unknown := {*readers_of, *fed} - dict(model.named_modules()).keys():
+        raise Unsupported(f"{type(model).__name__}.feeds names modules that do not exist: {', '.join(sorted(unknown))}")
+    unfed = [name for name, bits in assigned.items() if bits.a < FLOAT and name not in fed and name not in image]
+    if reasons and unfed and (needs == "fused" or not readers_of):
+        more = f" and {len(unfed) - 1} more" if len(unfed) > 1 else ""
+        raise Unsupported(
+            f"{method.name} replaces the activation function, which is not possible for {unfed[0]}{more}: "
+            f"{reasons[unfed[0]]}\ngive each of these layers an nn.ReLU of its own, or keep its input float: "
+            f"'layers.rules={{{unfed[0]}: w{method.bits.w}}}'"
+        )
+    if needs == "fused" and unfed:
+        raise Unsupported(
+            f"{method.name} replaces the activation function, but no activation feeds only {unfed[0]}\n"
+            f"leave the activations of this layer in float"
+        )

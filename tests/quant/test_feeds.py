@@ -1,0 +1,132 @@
+"""The activations that quantizers replace, found by running a network that does not declare them."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench.methods import dorefa, hwgq, pact, xnor
+from qbench.models import lenet, mobilenet_v2, resnet, vgg_small, wide_resnet
+from qbench.quant.feeds import feeds, trace_feeds
+from qbench.quant.install import install
+from qbench.quant.layers import BypassedActivation, float_mode, quantized_layers
+from qbench.quant.method import Unsupported
+from qbench.quant.policy import Policy, execution_order
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+DECLARED: Mapping[str, Callable[[], nn.Module]] = {
+    "pre-activation": lambda: resnet.build((3, 32, 32), 10, depth=8, width=4),
+    "pre-activation, 1x1 shortcut": lambda: resnet.build((3, 32, 32), 10, depth=14, width=4, shortcut="B"),
+    "post-activation": lambda: resnet.build((3, 32, 32), 10, depth=14, width=4, form="post"),
+    "wide": lambda: wide_resnet.build((3, 32, 32), 10, depth=10, widen=1),
+    "max pooling": lambda: vgg_small.build((3, 32, 32), 10, width=4),
+    "flattened": lambda: lenet.build((3, 32, 32), 10),
+}
+
+NOT_DECLARED = {"max pooling": {"act6": {"fc"}}}
+"""The authors of HWGQ keep the input of the last layer float."""
+
+
+@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tracing_finds_what_the_networks_of_qbench_declare(name: str, device: str) -> None:
+    with torch.device(device):
+        model = DECLARED[name]()
+    declared = {act: set(layers) for act, layers in feeds(model).items()} | NOT_DECLARED.get(name, {})
+    traced = trace_feeds(model, X.to(device), execution_order(model, X.to(device)))
+    assert declared
+    assert {act: set(layers) for act, layers in traced.feeds.items()} == declared
+
+
+class Shared(nn.Module):
+    """A plain network that calls one ReLU in several places, under two names; `last` is in front of the last layer."""
+
+    def __init__(self, forward: str = "shared") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.act, self.last, self.how = nn.ReLU(), nn.ReLU(), forward
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(c, 4, 3, padding=1) for c in (3, 4, 4))
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(4) for _ in range(3))
+        self.tail = nn.Sequential(self.act, nn.MaxPool2d(2), nn.Dropout(0.1))
+        self.fc = nn.Linear(4 * 16 * 16, 5)
+        self.constant = torch.ones(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(x)))
+        if self.how == "functional":
+            x = self.conv3(F.relu(self.bn2(self.conv2(x))))
+        elif self.how == "sum":
+            x = x + self.conv3(self.tail[0](self.bn2(self.conv2(x))))
+            return self.fc(F.max_pool2d(self.last(self.bn3(x)), 2).flatten(1))  # type: ignore[no-any-return]
+        elif self.how == "unknown":
+            x = self.conv2(x) + self.constant
+        else:
+            x = self.conv3(self.tail(self.bn2(self.conv2(x))))
+            return self.fc(self.last(self.bn3(x)).flatten(1))  # type: ignore[no-any-return]
+        return self.fc(F.max_pool2d(self.last(self.bn3(x)), 2).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_a_shared_activation_is_replaced_under_each_of_its_names() -> None:
+    original = Shared().eval()
+    model = install(xnor.build(), copy.deepcopy(original), example=X)
+    assert feeds(model) == {"act": ("conv2", "conv3"), "last": ("fc",)}
+    assert isinstance(model.act, BypassedActivation)
+    assert model.tail[0] is model.act
+    assert not isinstance(model.last, BypassedActivation), "the last layer is float"
+    assert list(quantized_layers(model)) == ["conv2", "conv3"]
+    seen: list[Tensor] = []
+    model.conv3.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.eval()(X)
+    assert (seen[0] < 0).any(), "sign(x) needs the negative values"
+    with float_mode(model):
+        torch.testing.assert_close(model(X), original(X))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("functional", "conv3: it reads the function relu, which is no module nn.ReLU"),
+        ("sum", "conv2 and 1 more: act is called 2 times, and feeds add too"),
+        ("unknown", "conv2: the origin of some values is not known"),
+    ],
+)
+def test_what_cannot_be_replaced_is_named(how: str, reason: str) -> None:
+    with pytest.raises(Unsupported) as raised:
+        install(xnor.build(), Shared(how), example=X)
+    first, second = str(raised.value).split("\n")
+    assert first.startswith(f"xnor replaces the activation function, which is not possible for {reason}")
+    assert second.startswith("give each of these layers an nn.ReLU of its own, or keep its input float: ")
+    rule = second.partition("layers.rules={")[2].rstrip("'}").split(": ")
+    assert rule[1] == "w1"
+    allowed = Policy(rules={"conv[23]": "w1"})
+    layers = quantized_layers(install(xnor.build(), Shared(how), allowed, example=X))
+    assert all(layer.bits.a == 32 for layer in layers.values())
+
+
+METHODS: Mapping[str, Any] = {
+    "pact": lambda: pact.build(w=2, a=2),
+    "dorefa": lambda: dorefa.build(w=2, a=2),
+    "hwgq": lambda: hwgq.build(w=1, a=2),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_replacing_and_keeping_give_the_same_values(name: str) -> None:
+    """For these methods the quantizer contains the activation function."""
+    kept = install(METHODS[name](), Shared(), example=X).eval()
+    fused = install(METHODS[name](), Shared(), example=X, act="fused").eval()
+    assert isinstance(fused.act, BypassedActivation)
+    assert not isinstance(kept.act, BypassedActivation)
+    assert torch.equal(kept(X), fused(X))
+
+
+def test_a_network_without_any_relu_module_is_refused_if_one_must_be_replaced() -> None:
+    with torch.device("meta"):
+        model = mobilenet_v2.build((3, 32, 32), 10)
+    del model.feeds
+    with pytest.raises(Unsupported, match="which is not possible for"):
+        install(pact.build(), model, example=X.to("meta"), act="fused")
