@@ -1,26 +1,25 @@
 """Maps names to functions that build methods, models and data sets.
 
 A name is one of three things: a file below `qbench/<group>/` with a function `build`, an entry point of another package
-in the group `qbench.<group>`, or a user's `package.module:function`. A configuration node contains a name and the
-keyword arguments of its function. A key has the type of the argument's default. If the argument is annotated with a
-union of types, a list in it is allowed too.
+in the group `qbench.<group>`, or a user's `package.module:name` of a function or class. A configuration node contains
+a name and the arguments of its function (see `signature.py`).
 """
 
 import ast
 import hashlib
 import importlib
 import inspect
-import os
-import sys
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
+from qbench.config.identity import ADDED
 from qbench.config.schema import Node, did_you_mean
-from qbench.config.users_modules import import_current
-from qbench.errors import ConfigError, QbenchError
+from qbench.config.signature import FILLED, Factory, arguments, check_missing, default_values, has_type, type_name
+from qbench.config.users_code import users_function
+from qbench.errors import ConfigError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
@@ -30,10 +29,8 @@ ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset":
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
 """Epochs and Adam's learning rates for a user's data set without a recipe in YAML."""
 
-NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", "added")
+NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", ADDED)
 """Keys of a node that are not arguments of the function that the node names."""
-
-Factory = Callable[..., Any]
 
 
 def names(group: str) -> list[str]:
@@ -132,7 +129,7 @@ def find(group: str, name: str) -> Factory:
         ConfigError: the name does not exist, or its module cannot be imported.
     """
     if ":" in name:
-        return _users_function(group, name)
+        return users_function(group, name)
     if name.isidentifier() and find_spec(f"qbench.{GROUPS[group]}.{name}"):
         build: Factory = importlib.import_module(f"qbench.{GROUPS[group]}.{name}").build
         return build
@@ -142,27 +139,29 @@ def find(group: str, name: str) -> Factory:
     raise ConfigError(f"{group}={name}: no such {group}{did_you_mean(name, known)}\nallowed: {', '.join(known)}")
 
 
-def create(group: str, node: Mapping[str, Any], *positional: object, **fixed: object) -> Any:
+def create(group: str, node: Mapping[str, Any], **fixed: object) -> Any:
     """Call the function that a node names, with the node's other keys as arguments.
 
     Args:
         node: `name`, arguments of the function, and optionally `family`, which is the file if several names share one.
-        positional: positional arguments of the function.
-        fixed: keyword arguments. Those that the function does not take are ignored.
+        fixed: other arguments. Those that the function does not take are ignored.
 
     Raises:
-        ConfigError: the function does not take a key, or a value has the wrong type or is out of
-            range.
+        ConfigError: the function does not take a key, a value has the wrong type or is out of range, or an argument
+            has no value.
     """
     factory, options, known = checked(group, node, fixed)
+    check_missing(group, str(node["name"]), known, {**options, **fixed})
     try:
-        return factory(*positional, **options, **{key: value for key, value in fixed.items() if key in known})
+        return factory(**options, **{key: value for key, value in fixed.items() if key in known})
     except ValueError as error:
         raise ConfigError(f"{group}.{error}") from None
 
 
-def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> tuple[Factory, Node, Collection[str]]:
-    """Return a node's function, the keyword arguments in the node, and the names of all arguments.
+def checked(
+    group: str, node: Mapping[str, Any], fixed: Collection[str] = ()
+) -> tuple[Factory, Node, Mapping[str, inspect.Parameter]]:
+    """Return a node's function, the arguments in the node, and all arguments.
 
     Raises:
         ConfigError: the function does not take a key, a key is in `fixed`, or a value has the wrong
@@ -171,29 +170,36 @@ def checked(group: str, node: Mapping[str, Any], fixed: Container[str] = ()) -> 
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
     options = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
-    known = {key: p for key, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = arguments(group, name, factory)
     for key, value in options.items():
         if key not in known or key in fixed:
             allowed = [f"{group}.{k}" for k in known if k not in fixed]
             hint = did_you_mean(f"{group}.{key}", allowed)
             raise ConfigError(f"{group}.{key}: {name} has no such key{hint}\nallowed: {', '.join(allowed) or 'none'}")
-        default = known[key].default
-        if not (_same_type(value, default) or (isinstance(value, list) and _takes_list(known[key].annotation))):
-            raise ConfigError(f"{group}.{key}={value}: must be {_kind(default)}, such as {default}")
+        if not has_type(value, known[key]):
+            default = known[key].default
+            raise ConfigError(f"{group}.{key}={value}: must be {type_name(default)}, such as {default}")
     return factory, options, known
+
+
+def takes(group: str, node: Mapping[str, Any], key: str) -> bool:
+    """Return whether the function that a node names has an argument of this name."""
+    name = str(node["name"])
+    return key in arguments(group, name, find(group, str(node.get("family", name))))
 
 
 def defaults(group: str, name: str) -> Node:
     """Return the node of a function without a YAML file, made from the arguments' defaults."""
-    node: Node = {}
-    for key, parameter in inspect.signature(find(group, name)).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
-            node[key] = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+    factory = find(group, name)
+    known = arguments(group, name, factory)
+    node: Node = default_values(group, known)
     if group == "method":
-        node["bits"] = "".join(f"{key}{node.pop(key)}" for key in "wag" if key in node) or "w32"
-        node |= _requirements(find(group, name))
+        widths = {key: known[key].default for key in FILLED["method"] if key in known}
+        set_widths = [f"{key}{width}" for key, width in widths.items() if width is not inspect.Parameter.empty]
+        node["bits"] = "".join(set_widths) or "w32"
+        node |= _requirements(factory)
     if group == "model":
-        node |= {"act": "auto"} | ({"norm": "auto"} if "norm" in node else {})
+        node |= {"act": "auto", "norm": "auto"} | ({} if "norm" in node else {ADDED: {"norm": "auto"}})
     if group == "dataset":
         node["recipe"] = dict(RECIPE)
     if ":" in name:  # the content of the user's file also affects the result
@@ -215,46 +221,6 @@ def _requirements(factory: Factory) -> dict[str, str]:
         return {}
     start = {"init": "scratch"} if requires.start == "scratch" else {}
     return start | ({"distill": "kd"} if requires.teacher else {})
-
-
-def _users_function(group: str, name: str) -> Factory:
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the user's file may be in the working directory
-        sys.path.insert(0, os.getcwd())
-    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
-        raise ConfigError(f"{group}={name}: not a valid name; for your own function, type package.module:function")
-    try:
-        function: Factory | None = getattr(import_current(module), attribute, None)
-    except ImportError as error:
-        raise ConfigError(f"{group}={name}: {error}; searched {os.getcwd()} and the installed packages") from None
-    except Exception as error:
-        raise QbenchError(f"{group}={name}: error in your own code: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        why = "is not a function" if function is not None else f"is not in module {module}"
-        raise ConfigError(f"{group}={name}: {attribute} {why}")
-    return function
-
-
-def _same_type(value: object, default: object) -> bool:
-    if default is None or default is inspect.Parameter.empty:
-        return True
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, float):
-        return isinstance(value, int | float)
-    if isinstance(default, tuple):
-        return isinstance(value, list | tuple)
-    return isinstance(value, type(default))
-
-
-def _takes_list(annotation: object) -> bool:
-    """Return whether a union of types, such as `str | list[float]`, contains a list."""
-    return any(get_origin(kind) is list for kind in get_args(annotation))
-
-
-def _kind(default: object) -> str:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list"}
-    return kinds.get(type(default), f"a {type(default).__name__}")
 
 
 def _defines_build(path: Path) -> bool:

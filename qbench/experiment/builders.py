@@ -14,6 +14,7 @@ from qbench.config import registry
 from qbench.config.groups import option_file, option_names
 from qbench.config.identity import digest
 from qbench.config.schema import Node
+from qbench.config.signature import CLASS_COUNTS
 from qbench.data import sources
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_check import check_dataset
@@ -21,6 +22,7 @@ from qbench.data.spec import placeholder_dataset
 from qbench.deviations.registry import deviate
 from qbench.errors import ConfigError
 from qbench.experiment.checks import check_norm
+from qbench.models.normalization import remove_scale_and_shift
 from qbench.quant.combine import combine
 from qbench.quant.method import Method, Unsupported
 from qbench.system.caches import cached_for_command
@@ -113,7 +115,8 @@ def method_card(node: Node) -> dict[str, str]:
 def build_model(node: Node, data: Dataset, method: Method, seed: int, device: str = "cpu") -> nn.Module:
     """Return the float network that a node describes, with initial weights drawn from a seed.
 
-    `norm: auto` becomes the normalization that the method requires.
+    `norm: auto` becomes the normalization that the method requires. From a user's network without an argument `norm`,
+    `no_affine` removes scale and shift of all batch normalizations.
 
     Args:
         device: where the network is made; on `meta` it needs no memory.
@@ -123,15 +126,21 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
         Unsupported: the network does not have the normalization that the method requires.
     """
     options = {key: value for key, value in node.items() if key not in ("act", "head")}
-    if options.get("norm") == "auto":
-        del options["norm"]
-        if method.requires.norm is not None:
-            options["norm"] = method.requires.norm
+    norm = str(options.get("norm", "auto"))
+    takes_norm = registry.takes("model", node, "norm")
+    if norm == "auto" or not takes_norm:
+        options.pop("norm", None)
+    if norm == "auto" and "norm" in node and method.requires.norm is not None:
+        norm = method.requires.norm
+        options |= {"norm": norm} if takes_norm else {}
+    counts = dict.fromkeys(CLASS_COUNTS, data.classes)
     with torch.device(device):
         seed_everything(seed)
-        model = registry.create("model", options, data.shape, data.classes)
+        model = registry.create("model", options, shape=data.shape, **counts)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model={node['name']}: returned a {type(model).__name__}, not a torch.nn.Module")
+        if norm == "no_affine" and not takes_norm:
+            remove_scale_and_shift(model)
         check_norm(model, method.requires, method.name)
         for tensor in chain(model.parameters(), model.buffers()):
             if tensor.dim() == 4:

@@ -2,10 +2,10 @@
 
 import shutil
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qbench.bits import FLOAT
 from qbench.config.registry import defaults
@@ -13,6 +13,7 @@ from qbench.config.schema import Distill, Node, Optim, Runtime
 from qbench.data.dataset import Dataset, batch_size_and_steps
 from qbench.errors import ConfigError
 from qbench.experiment.device import COMPILERS
+from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.training.schedule import updates_per_epoch, warmup_steps
 
@@ -99,6 +100,31 @@ def check_quantizer_decay(optim: Optim, nodes: Iterable[Node]) -> None:
                 f"method.decay={own} and optim.quantizer_decay={optim.quantizer_decay}: both are the weight decay of "
                 f"{node['name']}'s quantizers\ntype one of them"
             )
+
+
+def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
+    """Refuse a user's network that fails on the images, or whose outputs are not the classes.
+
+    Raises:
+        ConfigError: on the CPU. On the meta device, where a network may fail although it is right, the error itself.
+    """
+    device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    try:
+        with eval_mode_keeping_rng(model), torch.no_grad():
+            output = model(torch.zeros(2, *data.shape, device=device))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if device.type == "meta" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(
+            f"model={name}: fails on images of shape {(2, *data.shape)} (N, C, H, W): {reason}\n"
+            "make the network fit the images: an argument shape of the function gets their (C, H, W)"
+        ) from error
+    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] != data.classes:
+        raise ConfigError(
+            f"model={name}: has {output.shape[1]} outputs for the {data.classes} classes of dataset={data.name}\n"
+            "give the class an argument num_classes, or the function build(shape, classes); it gets their number"
+        )
 
 
 def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:

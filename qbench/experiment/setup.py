@@ -35,6 +35,7 @@ from qbench.experiment.checks import (
     check_average,
     check_distill,
     check_model_keys,
+    check_outputs,
     check_quantizer_decay,
     check_runtime,
     check_splits,
@@ -323,6 +324,9 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
 
 def _checked(setup: ExperimentSetup, model: nn.Module, weights: InitialWeights | None = None) -> ExperimentSetup:
     """Count the operations of a float network. Check that the method can be installed."""
+    name = str(setup.config.model["name"])
+    if ":" in name:
+        check_outputs(model, setup.data, name)
     setup.macs.clear()
     setup.macs.update(count_macs(model, setup.data.shape))
     installed = setup.install(model)

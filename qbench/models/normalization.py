@@ -28,6 +28,15 @@ def check_norm(norm: str) -> None:
         raise ValueError(f"norm={norm}: must be one of auto, {', '.join(NORMS_2D)}")
 
 
+def remove_scale_and_shift(model: nn.Module) -> None:
+    """Remove the parameters of all batch normalizations of a network, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
+            module.affine = False
+            module.register_parameter("weight", None)
+            module.register_parameter("bias", None)
+
+
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
     """Set the momentum of the running averages of all batch normalizations of a network.
 

@@ -9,6 +9,7 @@ from qbench.analysis.plan import plan
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
+from qbench.experiment.setup import assemble
 from qbench.runs.result import Result
 
 NETWORKS = """
@@ -232,6 +233,28 @@ class Pair(Dict):
     def forward(self, x):
         return (self.net(x), x) if self.training else self.net(x)
 
+class WrongCount(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 7))
+
+class WrongShape(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Flatten(), nn.Linear(784, num_classes))
+
+class Residual(nn.Module):
+    # as in torchvision: one ReLU module that is called after each normalization, and after the sum
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.stem, self.bn0, self.relu = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(True)
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.relu(self.bn0(self.stem(x)))
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.fc(self.relu(x + y).mean((2, 3)))
+
 class Flat(Dict):
     def forward(self, x):
         return self.net(x).flatten()
@@ -443,3 +466,40 @@ def test_a_batch_of_one_image_is_refused_where_batch_normalization_needs_two(
     for attempt in (lambda: run(planned), lambda: plan([planned])):
         with pytest.raises(ConfigError, match=r"optim\.batch_size=1: .*\nset optim\.batch_size=2"):
             attempt()
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("WrongCount", r"has 7 outputs for the 10 classes of dataset=digits\ngive the class an argument num_classes"),
+        (
+            "WrongShape",
+            r"fails on images of shape \(2, 1, 8, 8\) \(N, C, H, W\): RuntimeError: .*\nmake the network fit",
+        ),
+    ],
+)
+def test_a_network_for_other_images_or_classes_is_refused(
+    configure: Configure, words: list[str], network: str, message: str
+) -> None:
+    planned = planned_run(configure(*words, f"model=users_networks:{network}"))
+    for attempt in (lambda: run(planned), lambda: plan([planned])):
+        with pytest.raises(ConfigError, match=f"model=users_networks:{network}: {message}"):
+            attempt()
+
+
+def test_scale_and_shift_are_removed_from_a_network_for_a_method_that_requires_it(
+    configure: Configure, words: list[str]
+) -> None:
+    words = [*words, "model=users_networks:Residual"]
+    affine = run(planned_run(configure(*words, "method=pact")))
+    result = run(planned_run(configure(*words, "method=hwgq", "bits=auto")))
+    assert (affine.status, result.status) == ("done", "done")
+    assert result.cost is not None
+    assert affine.cost is not None
+    assert affine.cost.params - result.cost.params == 2 * (8 + 8 + 8), "scale and shift of three normalizations"
+    assert result.network == {"norm": "no_affine"}
+    setup = assemble(configure(*words, "method=hwgq", "bits=auto"))
+    assert setup.baseline.config.model["norm"] == "no_affine", "the float baseline has no scale and shift either"
+    result = run(planned_run(configure(*words, "method=xnor", "bits=auto")))
+    assert result.status == "unsupported"
+    assert "which is not possible for conv1 and 1 more: relu is called 3 times, and feeds add, mean too" in str(result.reason)

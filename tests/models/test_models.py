@@ -45,7 +45,7 @@ every_network = pytest.mark.parametrize(("build", "shape", "options"), NETWORKS)
 def build_from_conf(name: str, shape: tuple[int, int, int], classes: int, **options: object) -> nn.Module:
     """Build the network of a file of conf/model; values `auto` are left to the builder's default."""
     node = {key: value for key, value in (CONF[name] | options).items() if value != "auto"}
-    return registry.create("model", node, shape, classes)  # type: ignore[no-any-return]
+    return registry.create("model", node, shape=shape, classes=classes)  # type: ignore[no-any-return]
 
 
 def count_parameters(model: nn.Module) -> int:

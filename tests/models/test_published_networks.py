@@ -76,7 +76,7 @@ def build_from_conf(name: str, shape: Shape, classes: int, **options: object) ->
     """Build the network of a file of conf/model on the meta device, which takes no memory."""
     node = {k: v for k, v in (CONF[name] | options).items() if v != "auto" and k != "act"}
     with torch.device("meta"):
-        return registry.create("model", node, shape, classes)  # type: ignore[no-any-return]
+        return registry.create("model", node, shape=shape, classes=classes)  # type: ignore[no-any-return]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -308,7 +308,7 @@ def test_the_running_averages_of_hwgqs_networks_can_have_the_authors_momentum(co
         config = configure("method=hwgq", "dataset=tiny_imagenet", f"model={name}", *words)
         options = {key: value for key, value in config.model.items() if key not in ("norm", "act", "head")}
         with torch.device("meta"):
-            model = registry.create("model", options, (3, 64, 64), 10)
+            model = registry.create("model", options, shape=(3, 64, 64), classes=10)
         assert isinstance(model, nn.Module)
         assert {m.momentum for m in model.modules() if isinstance(m, kinds)} == {momentum}
         assert ("bn_momentum" in run_identity(config).keys["model"]) is bool(words)

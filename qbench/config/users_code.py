@@ -1,0 +1,59 @@
+"""Imports a user's own function or class: `package.module:name`."""
+
+import inspect
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from qbench.config.schema import did_you_mean
+from qbench.config.signature import Factory
+from qbench.config.users_modules import import_current
+from qbench.errors import ConfigError, QbenchError
+
+
+def users_function(group: str, name: str) -> Factory:
+    """Return the function or class that `name` refers to.
+
+    Raises:
+        ConfigError: the name is not valid, or there is no such module, function or class.
+        QbenchError: the module cannot be imported, because of an error in it.
+    """
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # the user's file may be in the working directory
+        sys.path.insert(0, os.getcwd())
+    _check_name(group, module_name, attribute)
+    try:
+        module = import_current(module_name)
+    except ImportError as error:
+        hint = did_you_mean(module_name, [path.stem for path in Path().glob("*.py")])
+        raise ConfigError(f"{group}={name}: {error}{hint}; searched {os.getcwd()} and the installed packages") from None
+    except Exception as error:
+        raise QbenchError(f"{group}={name}: error in your own code: {type(error).__name__}: {error}") from error
+    function: Factory | None = getattr(module, attribute, None)
+    if function is None:
+        hint = did_you_mean(attribute, own_names(module))
+        raise ConfigError(f"{group}={name}: {attribute} is not in module {module_name}{hint}")
+    if not callable(function):
+        raise ConfigError(f"{group}={name}: {attribute} is not a function")
+    if hasattr(function, "parameters") and not inspect.isclass(function):
+        raise ConfigError(
+            f"{group}={name}: {attribute} is a {type(function).__name__} that exists already; it must be made for "
+            f"each run, from the run's seed\nname its class, or a function that returns a new one"
+        )
+    return function
+
+
+def _check_name(group: str, module: str, attribute: str) -> None:
+    """Raise `ConfigError` if the parts of a name cannot be those of a module and a function."""
+    if all(part.isidentifier() for part in [*module.split("."), attribute]) and not module.endswith(".py"):
+        return
+    path = module.removesuffix(".py").strip("./").replace("/", ".").replace(os.sep, ".")
+    typed = f"{path}:{attribute}" if module.endswith(".py") or "/" in module else "package.module:function"
+    raise ConfigError(f"{group}={module}:{attribute}: not a valid name; for your own function, type {group}={typed}")
+
+
+def own_names(module: ModuleType) -> list[str]:
+    """Return the names of the functions and classes that a module defines itself."""
+    found = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+    return [key for key, value in found.items() if callable(value) and value.__module__ == module.__name__]
