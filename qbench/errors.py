@@ -17,7 +17,7 @@ class ConfigError(QbenchError):
 
 
 class DataError(QbenchError):
-    """A data set is missing or damaged."""
+    """A data set is missing or damaged, or it has another form than expected."""
 
     status = 3
 

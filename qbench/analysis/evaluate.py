@@ -88,7 +88,7 @@ def evaluate(
     finished = load_finished_run(run, weights, device)
     setup, data, result = finished.setup, finished.setup.data, finished.result
     if words:
-        own = Expected(data.shape, data.classes, data.mean, data.std, "run")
+        own = Expected(data.shape, data.classes, data.mean, data.std, data.white, "run")
         data = other_dataset(own, override_dataset(setup.config.dataset, words))
     batches = setup.loader(data).unaugmented("test")
     measured = measure(finished.model, setup.forward(finished.model), batches, predictions)
@@ -104,12 +104,13 @@ def evaluate(
 
 
 class Expected(NamedTuple):
-    """What a network expects of a data set. `owner` is `run` or `file`, for messages."""
+    """What a network expects of a data set; see `Dataset`. `owner` is `run` or `file`, for messages."""
 
     shape: tuple[int, int, int]
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    white: int
     owner: str
 
 
@@ -124,6 +125,12 @@ def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
         raise ConfigError(
             f"dataset={node['name']} has {data.classes} classes and {data.shape} images; the {own.owner} has "
             f"{own.classes} classes and {own.shape} images\nallowed: data sets with the same shape and classes"
+        )
+    if data.white != own.white:
+        kinds = {255: "8-bit images", 1: "float images"}
+        raise ConfigError(
+            f"dataset={node['name']} has {kinds[data.white]}; the {own.owner} was trained on {kinds[own.white]}, so "
+            "that they cannot be normalized alike"
         )
     if not len(data.test):
         raise ConfigError(f"dataset={node['name']}: the test split is empty; choose another data set")

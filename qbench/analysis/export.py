@@ -149,7 +149,7 @@ def _about(finished: FinishedRun, weights: str, form: str) -> About:
     return About(
         form=form, title=f"{result.method} {result.widths}, {result.model} trained on {result.dataset}",
         identity=result.identity, weights=weights, dataset=dict(config.dataset), shape=data.shape,
-        classes=data.classes, mean=data.mean, std=data.std, 
+        classes=data.classes, mean=data.mean, std=data.std, white=data.white,
         threads=config.runtime.threads,
     )  # fmt: skip
 
@@ -210,7 +210,7 @@ def evaluate_file(
     if ":" in name and not any(word.startswith("dataset=") for word in words):
         raise ConfigError(f"{file}: its data set {name} is code that is not in the file\ntype dataset={name} to run it")
     node = override_dataset(about.dataset, words) if words else about.dataset
-    own = Expected(about.shape, about.classes, about.mean, about.std, "file")
+    own = Expected(about.shape, about.classes, about.mean, about.std, about.white, "file")
     data = other_dataset(own, node)
     with _threads(about.threads):
         batches = Loader(data, 1, 0, torch.device("cpu"), 0).unaugmented("test")

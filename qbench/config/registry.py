@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
+VAL = 0.1
+"""Share of the training images that are the validation split, of a user's data set without a split of its own."""
+
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
 """Epochs and Adam's learning rates for a user's data set without a recipe in YAML."""
 
@@ -202,6 +205,7 @@ def defaults(group: str, name: str) -> Node:
         node |= {"act": "auto", "norm": "auto"} | ({} if "norm" in node else {ADDED: {"norm": "auto"}})
     if group == "dataset":
         node["recipe"] = dict(RECIPE)
+        node |= {} if "val" in node else {"val": VAL, ADDED: {"val": VAL}}
     if ":" in name:  # the content of the user's file also affects the result
         spec = find_spec(name.partition(":")[0])
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():

@@ -1,7 +1,7 @@
-"""Defines data sets, which are three splits of uint8 images, and the loader that makes batches for the network.
+"""Defines data sets, which are three splits of images, and the loader that makes batches for the network.
 
-Images that fit into memory stay there and are augmented in batches. Other images are read from their files for each
-batch.
+Images that fit into memory stay there and are augmented in batches. Other images are read from their files, or from a
+user's data set, for each batch.
 
 The order of the training images depends only on (seed, epoch). The augmentation of an image depends only on (seed,
 epoch, index of the image). A run that stops at any batch therefore resumes with the same images, whether they are in
@@ -9,7 +9,7 @@ memory or in files.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self, TypeVar
@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from qbench.data.augment import Augment, adjust_colours, center_crop, crop_and_flip
+from qbench.data.drawn_split import DrawnSplit, Ends
 from qbench.data.file_stream import FileSplit, decoded_batches
 from qbench.errors import DataError
 
@@ -29,7 +30,7 @@ MAX_EVALUATION_PIXELS = 2**23
 
 @dataclass(frozen=True)
 class Split:
-    """A split in memory, with images uint8 (N, C, H, W) and labels int64 (N,).
+    """A split in memory, with images uint8 or float32 (N, C, H, W) and labels int64 (N,).
 
     Raises:
         DataError: the images or labels have another type or shape.
@@ -39,8 +40,8 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        _check_tensor("images", self.images, torch.uint8, 4, "(255 * images).round().to(torch.uint8)")
-        _check_tensor("labels", self.labels, torch.int64, 1, "labels.long(), labels.argmax(1)")
+        _check_tensor("images", self.images, (torch.uint8, torch.float32), 4, "images.to(torch.uint8), images.float()")
+        _check_tensor("labels", self.labels, (torch.int64,), 1, "labels.long(), labels.argmax(1)")
         if len(self.images) != len(self.labels):
             raise DataError(
                 f"a split has {len(self.images)} images but {len(self.labels)} labels; the numbers must be equal"
@@ -55,6 +56,11 @@ class Split:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8 or float32."""
+        return self.images.dtype
+
     def to(self, device: torch.device) -> "Split":
         """Return the split on a device, with the images in the memory format channels_last."""
         return Split(self.images.to(device, memory_format=torch.channels_last), self.labels.to(device))
@@ -64,16 +70,22 @@ class Split:
         return replace(self, images=self.images[index], labels=self.labels[index])
 
 
-def _check_tensor(name: str, value: object, dtype: torch.dtype, dims: int, conversions: str) -> None:
+def _check_tensor(name: str, value: object, dtypes: Collection[torch.dtype], dims: int, conversions: str) -> None:
     """Refuse a split's tensor of another type or number of dimensions."""
-    if isinstance(value, Tensor) and value.dtype == dtype and value.dim() == dims:
+    if isinstance(value, Tensor) and value.dtype in dtypes and value.dim() == dims:
         return
     found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    allowed = {"images": "uint8 (N, C, H, W) with values 0 to 255", "labels": "int64 (N,) with values from 0"}
+    allowed = {
+        "images": "uint8 (N, C, H, W) with values 0 to 255, or float32",
+        "labels": "int64 (N,) with values from 0",
+    }
     raise DataError(f"{name} of a split are {found}: must be {allowed[name]}\nto convert: {conversions}")
 
 
-AnySplit = TypeVar("AnySplit", bound=Split | FileSplit)
+StoredSplit = Split | FileSplit | DrawnSplit
+"""A split of any kind."""
+
+AnySplit = TypeVar("AnySplit", bound=StoredSplit)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +98,8 @@ class Dataset:
         val: the validation split, which is a part of the training images. It is used to select the best weights. It is
             empty if `dataset.val=0`.
         classes: number of classes.
-        mean, std: the mean and standard deviation for normalization, per channel, on the scale [0, 1].
+        mean, std: the mean and standard deviation for normalization, per channel. For uint8 images they are on the
+            scale [0, 1], and for float images on the scale of the images.
         augment: the augmentation of training images.
         synthetic: whether the images are rendered or random. Tables that compare runs with papers do
             not show such data sets.
@@ -94,9 +107,9 @@ class Dataset:
     """
 
     name: str
-    train: Split | FileSplit
-    val: Split | FileSplit
-    test: Split | FileSplit
+    train: StoredSplit
+    val: StoredSplit
+    test: StoredSplit
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -111,10 +124,21 @@ class Dataset:
         return channels, self.augment.size or height, self.augment.size or width
 
     @property
-    def image_range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Lowest and highest value that a network input can have, per channel."""
+    def white(self) -> int:
+        """The value of a stored image that is 1 on the scale of mean and std: 255 for uint8, 1 for float images."""
+        return 255 if self.train.dtype == torch.uint8 else 1
+
+    @property
+    def image_range(self) -> Ends:
+        """Lowest and highest value that a network input can have, per channel.
+
+        For float images, these are the lowest and highest values of the training images.
+        """
         pairs = list(zip(self.mean, self.std, strict=True))
-        return tuple(-m / s for m, s in pairs), tuple((1 - m) / s for m, s in pairs)
+        if self.white == 255:
+            return tuple(-m / s for m, s in pairs), tuple((1 - m) / s for m, s in pairs)
+        low, high = (zip(ends, pairs, strict=True) for ends in _value_ends(self.train))
+        return tuple((x - m) / s for x, (m, s) in low), tuple((x - m) / s for x, (m, s) in high)
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return the number of images and the sha256 of each split.
@@ -131,11 +155,22 @@ class Dataset:
         return {f"{name}_sha256": _sha256(split) for name, split in splits.items()}
 
 
-def _sha256(split: Split | FileSplit) -> str:
+def _value_ends(split: StoredSplit) -> Ends:
+    """Return the lowest and highest value of the images of a split, per channel."""
+    if isinstance(split, FileSplit):
+        return (0.0,) * 3, (255.0,) * 3
+    if isinstance(split, DrawnSplit):
+        return split.ends
+    return tuple(split.images.amin((0, 2, 3)).tolist()), tuple(split.images.amax((0, 2, 3)).tolist())
+
+
+def _sha256(split: StoredSplit) -> str:
     digest = hashlib.sha256()
     if isinstance(split, FileSplit):
         digest.update("\0".join(split.names).encode(errors="surrogateescape"))
-    for tensor in (split.labels,) if isinstance(split, FileSplit) else (split.images, split.labels):
+    if isinstance(split, DrawnSplit):
+        digest.update(b"".join(split.digests))
+    for tensor in (split.images, split.labels) if isinstance(split, Split) else (split.labels,):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
@@ -196,7 +231,7 @@ class Loader:
     """
 
     def __init__(self, data: Dataset, batch_size: int, seed: int, device: torch.device, workers: int = 0) -> None:
-        self.splits: dict[str, Split | FileSplit] = {
+        self.splits: dict[str, StoredSplit] = {
             "train": data.train.to(device), "val": data.val.to(device), "test": data.test.to(device),
         }  # fmt: skip
         self.augment = data.augment
@@ -206,8 +241,8 @@ class Loader:
         # times slower.
         channels, height, width = data.shape
         mean, std = (torch.tensor(v, device=device).expand(height, width, channels) for v in (data.mean, data.std))
-        self._mean = (255 * mean).contiguous().movedim(2, 0)
-        self._scale = (1 / (255 * std)).contiguous().movedim(2, 0)
+        self._mean = (data.white * mean).contiguous().movedim(2, 0)
+        self._scale = (1 / (data.white * std)).contiguous().movedim(2, 0)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the training batches of an epoch, beginning with batch number `start`."""
@@ -237,14 +272,18 @@ class Loader:
         for index, images in zip(indices, self._crops(split, indices, None), strict=True):
             yield self.normalize(images), split.labels[index[0] : index[-1] + 1]
 
-    def _crops(self, split: Split | FileSplit, indices: list[Tensor], draws: Tensor | None) -> Iterator[Tensor]:
-        """Yield one batch of uint8 images of the network's input size for each index tensor.
+    def _crops(self, split: StoredSplit, indices: list[Tensor], draws: Tensor | None) -> Iterator[Tensor]:
+        """Yield one batch of images of the network's input size for each index tensor.
 
         `draws` are the random numbers of the augmentation, with one row per image of the split. If it is None, the
         images are centre crops.
         """
         if isinstance(split, FileSplit):
             yield from decoded_batches(split, indices, draws, self.augment, self.workers, self.device)
+            return
+        if isinstance(split, DrawnSplit):  # its own transform has augmented the images
+            for index in indices:
+                yield split.read(index, None if draws is None else draws[index]).to(self.device)
             return
         for index in indices:
             if draws is None:  # consecutive images: use a slice instead of a copy
@@ -254,8 +293,10 @@ class Loader:
                 yield crop_and_flip(images, draws[index], self.augment)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
-        """Return (x / 255 - mean) / std as float32 in channels_last."""
+        """Return (x / white - mean) / std as float32 in channels_last; see `Dataset.white`."""
         floats = images_NCHW.to(torch.float32, memory_format=torch.channels_last)
+        if floats is images_NCHW:  # perhaps the stored images, which must not change
+            return (floats - self._mean).mul_(self._scale)
         return floats.sub_(self._mean).mul_(self._scale)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qbench.data.dataset import Dataset, Split
-from qbench.data.file_stream import FileSplit, decoded_batches
+from qbench.data.dataset import Dataset, Split, StoredSplit
+from qbench.data.drawn_split import DrawnSplit
+from qbench.data.file_stream import decoded_batches
 from qbench.errors import DataError
 
 MAX_NAMED = 5
@@ -48,7 +49,7 @@ def _problems(data: Dataset) -> Iterator[str]:
     splits = {"train": data.train, "val": data.val, "test": data.test}
     typed: dict[str, object] = {**splits}  # a user's function may have returned anything
     for part, value in typed.items():
-        if not isinstance(value, Split | FileSplit):
+        if not isinstance(value, StoredSplit):
             yield f"{part} is a {type(value).__name__}: must be a Split or a FileSplit"
     if not len(data.train):
         yield "train holds no images"
@@ -68,14 +69,32 @@ def _label_problems(labels: Tensor, classes: int) -> Iterator[str]:
         yield f"labels are {low} to {high}: must be 0 to {classes - 1}{from_one}"
 
 
-def _image_problems(split: Split | FileSplit, data: Dataset) -> Iterator[str]:
-    if isinstance(split, Split) and (high := int(split.images.max())) <= 1:
-        yield f"no value of the images is above {high}: must be 0 to 255\nfor images from 0 to 1: 255 * images"
+def _image_problems(split: StoredSplit, data: Dataset) -> Iterator[str]:
+    if split.dtype != data.train.dtype:
+        yield f"images are {split.dtype}, those of train are {data.train.dtype}: must be equal"
+    if isinstance(split, Split):
+        yield from _value_problems(split.images)
     shape, expected, crop = split.shape, data.train.shape, data.augment.size
     if shape[0] != expected[0] or (not crop and shape != expected):
         yield f"images are {shape}, those of train are {expected}: must be equal"
+    if split.dtype != torch.uint8 and data.augment.changes_colours:
+        yield "augment: brightness, contrast and jitter are for uint8 images; they are float"
     if crop and min(shape[1:]) < crop:
         yield f"images are {shape}: must be at least {crop} x {crop} pixels, the size of a crop"
+
+
+def _value_problems(images: Tensor) -> Iterator[str]:
+    low, high = images.min().item(), images.max().item()
+    if images.dtype == torch.uint8:
+        if high <= 1:
+            yield f"no value of the images is above {high}: must be 0 to 255\nfor images from 0 to 1: 255 * images"
+    elif not math.isfinite(high - low):  # also false for NaN
+        yield "the images hold inf or nan"
+    elif low >= 0 and 1 < high <= 255 and bool((images == images.round()).all()):
+        yield (
+            f"the float images are whole numbers from {low:g} to {high:g}, which are not normalized\n"
+            "return them as 8-bit images: images.to(torch.uint8), in NumPy images.astype('uint8')"
+        )
 
 
 def _constant_problems(data: Dataset) -> Iterator[str]:
@@ -83,7 +102,7 @@ def _constant_problems(data: Dataset) -> Iterator[str]:
     for key, values in (("mean", data.mean), ("std", data.std)):
         if len(values) != channels:
             yield f"{key}={values}: must be {channels} numbers, one per channel"
-    if not all(0 <= x <= 1 for x in data.mean):
+    if not all(math.isfinite(x) and (0 <= x <= 1 or data.white == 1) for x in data.mean):
         yield f"mean={data.mean}: must be 0 to 1, for images scaled to 0 to 1"
     if not all(0 < x < math.inf for x in data.std):
         yield f"std={data.std}: must be above 0, for images scaled to 0 to 1"
@@ -143,20 +162,23 @@ def other_scale(data: Dataset) -> list[str]:
         error = (own.var(0) / len(own) + train.var(0) / len(train)).sqrt()
         difference = (own.mean(0) - train.mean(0)).abs()
         if (difference > torch.maximum(MAX_SHIFT * spread, STANDARD_ERRORS * error)).any():
-            (mean, std), (train_mean, train_std) = own.mean(0).tolist(), train.mean(0).tolist()
+            digits = ".0f" if data.white == 255 else ".2f"
+            mean, std, *of_train = (f"{value:{digits}}" for value in (*own.mean(0).tolist(), *train.mean(0).tolist()))
             notes.append(
-                f"{part} images have other grey values than those of train: mean {mean:.0f} and standard deviation "
-                f"{std:.0f} of an image, instead of {train_mean:.0f} and {train_std:.0f}"
+                f"{part} images have other grey values than those of train: mean {mean} and standard deviation "
+                f"{std} of an image, instead of {' and '.join(of_train)}"
             )
     return notes
 
 
-def _grey_values(split: Split | FileSplit, data: Dataset) -> Tensor:
+def _grey_values(split: StoredSplit, data: Dataset) -> Tensor:
     """Return the mean and the standard deviation of each image of a sample, (n, 2), in grey values."""
     count = min(len(split), SAMPLED)
     index = torch.linspace(0, max(len(split) - 1, 0), count).long()
     if isinstance(split, Split):
         images = split.images[index]
+    elif isinstance(split, DrawnSplit):
+        images = split.read(index, None) if count else index
     else:
         (images,) = decoded_batches(split, [index], None, data.augment, 0, torch.device("cpu")) if count else [index]
     values = images.reshape(count, -1).float()
@@ -187,8 +209,10 @@ def repeated_images(data: Dataset) -> list[str]:
     return notes
 
 
-def _digests(split: Split | FileSplit) -> list[bytes]:
+def _digests(split: StoredSplit) -> list[bytes]:
     """Return the digest of each image; an empty list if the files are too many to read."""
+    if isinstance(split, DrawnSplit):
+        return list(split.digests)
     if isinstance(split, Split):
         return [sha256(image.contiguous().numpy().data).digest() for image in split.images]
     paths = [Path(split.root, name) for name in split.names]

@@ -53,6 +53,11 @@ class FileSplit:
         """Shape (C, H, W) of the smallest image that can be cropped."""
         return 3, self.side, self.side
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of decoded images."""
+        return torch.uint8
+
     def to(self, device: torch.device) -> "FileSplit":
         """Return the split with its labels on a device."""
         return replace(self, labels=self.labels.to(device))

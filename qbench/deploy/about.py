@@ -11,7 +11,7 @@ from qbench.errors import CheckpointError
 class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a file says of the run that it was exported from, and of the images that its network takes.
 
-    The network takes images x = (pixel / 255 - mean) / std, per channel.
+    The network takes images x = (pixel / white - mean) / std, per channel.
 
     Args:
         form: packed, onnx or int8.
@@ -20,6 +20,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         weights: the run's checkpoint, `last` or `best`.
         dataset: the configuration of the run's data set.
         shape: channels, height and width of an image.
+        white: 255 for 8-bit images, 1 for float images.
         threads: number of torch's threads with which the export was verified.
     """
 
@@ -33,6 +34,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     mean: tuple[float, ...]
     std: tuple[float, ...]
     threads: int
+    white: int = 255
 
 
 def read_about(values: Mapping[str, Any], source: str) -> About:
@@ -43,7 +45,7 @@ def read_about(values: Mapping[str, Any], source: str) -> About:
     """
     try:
         about = msgspec.convert(values, About)
-        if min(*about.shape, about.classes, about.threads) < 1:
+        if min(*about.shape, about.classes, about.threads, about.white) < 1:
             raise ValueError("sizes must be 1 or more")
         if not len(about.mean) == len(about.std) == about.shape[0]:
             raise ValueError("mean and std need one number per channel")

@@ -18,9 +18,10 @@ from qbench.config.signature import CLASS_COUNTS
 from qbench.data import sources
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_check import check_dataset
+from qbench.data.own_data import as_dataset, has_validation
 from qbench.data.spec import placeholder_dataset
 from qbench.deviations.registry import deviate
-from qbench.errors import ConfigError
+from qbench.errors import ConfigError, DataError
 from qbench.experiment.checks import check_norm
 from qbench.models.normalization import remove_scale_and_shift
 from qbench.quant.combine import combine
@@ -45,12 +46,30 @@ def build_dataset(node: Node) -> Dataset:
 def _dataset(node_json: str) -> Dataset:
     node = json.loads(node_json)
     before = sources.stamp(node)
-    data = registry.create("dataset", node)
-    if not isinstance(data, Dataset):
-        raise ConfigError(f"dataset={node['name']}: returned a {type(data).__name__}, not a Dataset")
+    data = _created_dataset(node)
     check_dataset(data, str(node["name"]))
     sources.remember_sha256(node, before, images_sha256(data))
     return data
+
+
+def _created_dataset(node: Node) -> Dataset:
+    """Return the data set of the function that a node names. A user's function returns one of several forms."""
+    name, val = str(node["name"]), float(node.get("val", registry.VAL))
+    returned = registry.create("dataset", _arguments(node))
+    if has_validation(returned) and val != registry.VAL and not registry.takes("dataset", node, "val"):
+        raise ConfigError(f"dataset.val={val} has no effect, because {name} returns a validation split of its own")
+    try:
+        return as_dataset(name, returned, val)
+    except DataError as error:
+        raise DataError(f"dataset={name}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"dataset.{error}") from None
+
+
+def _arguments(node: Node) -> Node:
+    """Return the node of a data set without the share of validation images, if its function does not take it."""
+    takes_val = registry.takes("dataset", node, "val")
+    return {key: value for key, value in node.items() if key != "val" or takes_val}
 
 
 def images_sha256(data: Dataset) -> str:
@@ -64,7 +83,7 @@ def build_imageless_dataset(node: Node) -> Dataset | None:
     Raises:
         ConfigError: a key or value of the node is not valid.
     """
-    registry.checked("dataset", node)
+    registry.checked("dataset", _arguments(node))
     try:
         return placeholder_dataset(node)
     except ValueError as error:

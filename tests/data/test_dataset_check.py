@@ -63,9 +63,9 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "float labels": (with_labels("train", lambda y: y.float()), "torch.float32 (36,): must be int64 (N,)"),
     "labels of numpy": (with_labels("train", lambda y: y.numpy()), "labels of a split are a ndarray: must be int64"),
     "labels in a list": (with_labels("train", lambda y: y.tolist()), "labels of a split are a list: must be int64"),
-    "float images from 0 to 1": (with_images("train", lambda x: x / 255), "torch.float32 (36, 1, 8, 8): must be uint8"),
-    "float test images": (with_images("test", lambda x: x.float()), "torch.float32 (20, 1, 8, 8): must be uint8"),
-    "float images with NaN": (with_images("train", lambda x: x / 0.0), "torch.float32 (36, 1, 8, 8): must be uint8"),
+    "float images from 0 to 1": (with_images("train", lambda x: x / 255), "val: images are torch.uint8, those of train are torch.f"),
+    "float test images": (with_images("test", lambda x: x.float()), "test: images are torch.float32, those of train are torch.u"),
+    "float images with NaN": (with_images("train", lambda x: x / 0.0), "train: the images hold inf or nan"),
     "images cut to 0 and 1": (with_images("train", lambda x: x // 128), "train: no value of the images is above 1"),
     "int64 images": (with_images("train", lambda x: x.long()), "torch.int64 (36, 1, 8, 8): must be uint8"),
     "images without channels": (with_images("train", lambda x: x[:, 0]), "torch.uint8 (36, 8, 8): must be uint8 (N, C"),
@@ -74,6 +74,7 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "test images of another size": (with_images("test", lambda x: x[..., 1:]), "test: images are (1, 8, 7), those"),
     "test images in colour": (with_images("test", lambda x: x.repeat(1, 3, 1, 1)), "test: images are (3, 8, 8), those"),
     "crops larger than images": (with_crops_of(9), "train: images are (1, 8, 8): must be at least 9 x 9 pixels"),
+    "float64 images": (with_images("train", lambda x: x.double()), "torch.float64 (36, 1, 8, 8): must be uint8 (N, C"),
     "std of 0": (lambda data: replace(data, std=(0.0,)), "std=(0.0,): must be above 0"),
     "std of NaN": (lambda data: replace(data, std=(float("nan"),)), "std=(nan,): must be above 0"),
     "mean of NaN": (lambda data: replace(data, mean=(float("nan"),)), "mean=(nan,): must be 0 to 1"),
@@ -109,7 +110,7 @@ def test_usual_data_sets_pass() -> None:
     check_dataset(replace(small(), augment=Augment(size=7)), "mine:data")
 
 
-def test_float_images_of_a_user_end_with_status_3_before_any_training(
+def test_images_of_two_types_end_with_status_3_before_any_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -122,7 +123,7 @@ def test_float_images_of_a_user_end_with_status_3_before_any_training(
         "    return replace(data, train=Split(data.train.images / 255, data.train.labels))\n"
     )
     assert cli(["dataset=with_floats:data", "epochs=1", "pretrain.epochs=1"]) == 3
-    assert "images of a split are torch.float32" in capsys.readouterr().err
+    assert "val: images are torch.uint8, those of train are torch.float32" in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
 
 

@@ -502,4 +502,6 @@ def test_scale_and_shift_are_removed_from_a_network_for_a_method_that_requires_i
     assert setup.baseline.config.model["norm"] == "no_affine", "the float baseline has no scale and shift either"
     result = run(planned_run(configure(*words, "method=xnor", "bits=auto")))
     assert result.status == "unsupported"
-    assert "which is not possible for conv1 and 1 more: relu is called 3 times, and feeds add, mean too" in str(result.reason)
+    assert "which is not possible for conv1 and 1 more: relu is called 3 times, and feeds add, mean too" in str(
+        result.reason
+    )

@@ -1,0 +1,311 @@
+"""Data sets of users: arrays, tensors and torch data sets, 8-bit or float, with transforms that are random or not."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Configure
+from PIL import Image
+from torch import Tensor
+
+from qbench.analysis.evaluate import Expected, other_dataset
+from qbench.data import own_data
+from qbench.data.dataset import Dataset, Loader, Split, split_validation
+from qbench.data.dataset_check import check_dataset, repeated_images
+from qbench.data.drawn_split import DrawnSplit
+from qbench.data.own_data import as_dataset
+from qbench.errors import ConfigError, DataError
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run
+from qbench.experiment.setup import assemble
+from qbench.training.random_state import random_state
+
+CPU = torch.device("cpu")
+LABELS = torch.arange(40) % 4
+IMAGES = torch.randint(0, 256, (40, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+FLOATS = (IMAGES.float() / 255 - 0.5) / 0.25
+
+
+class Items:
+    """A map-style data set as torchvision's: images of PIL or tensors, with a transform."""
+
+    def __init__(self, transform: Callable[[Any], Any] = lambda image: image, images: Tensor = IMAGES) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(self.images[index]), int(LABELS[index])
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.movedim(0, 2).numpy())
+
+
+def normalized(image: Tensor) -> Tensor:
+    return (image.float() / 255 - 0.5) / 0.25
+
+
+SHIFTS: dict[str, Callable[[], float]] = {
+    "torch": lambda: torch.rand(()).item(),
+    "numpy": lambda: float(np.random.rand()),
+    "python": random.random,
+}
+
+
+def shifted(library: str) -> Callable[[Tensor], Tensor]:
+    return lambda image: normalized(image) + SHIFTS[library]()
+
+
+def first_batch(data: Dataset, epoch: int = 0, seed: int = 0) -> Tensor:
+    return next(Loader(data, 8, seed, CPU).train(epoch))[0]
+
+
+UINT8: dict[str, Any] = {
+    "tensors": (IMAGES, LABELS),
+    "arrays": (IMAGES.numpy(), LABELS.numpy()),
+    "labels of another integer type": (IMAGES.numpy(), LABELS.numpy().astype(np.int32)),
+    "labels uint8": (IMAGES, LABELS.to(torch.uint8)),
+    "a list of both": [IMAGES, LABELS],
+    "tensors of a torch data set": Items(),
+    "images of PIL": Items(to_pil),
+    "torch's own data set": torch.utils.data.TensorDataset(IMAGES, LABELS),
+    "a part of a data set": torch.utils.data.Subset(Items(), range(40)),
+}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", UINT8)
+def test_8_bit_images_in_all_forms_give_one_data_set(form: str) -> None:
+    train, val = split_validation(Split(IMAGES, LABELS), 0.2)
+    data = as_dataset("mine:data", (UINT8[form], UINT8["tensors"]), 0.2)
+    check_dataset(data, "mine:data")
+    assert isinstance(data.train, Split)
+    assert torch.equal(data.train.images, train.images)
+    assert torch.equal(data.val.labels, val.labels)
+    assert data.classes == 4
+    grey = train.images.double() / 255
+    torch.testing.assert_close(torch.tensor(data.mean), grey.mean((0, 2, 3)).float())
+    torch.testing.assert_close(torch.tensor(data.std), grey.std((0, 2, 3), correction=0).float())
+
+
+FLOAT: dict[str, Any] = {
+    "tensors": (FLOATS, LABELS),
+    "float64": (FLOATS.double().numpy(), LABELS.numpy()),
+    "torch data set": Items(normalized),
+}
+
+
+@pytest.mark.parametrize("form", FLOAT)
+def test_float_images_reach_the_network_unchanged(form: str) -> None:
+    data = as_dataset("mine:data", (FLOAT[form], FLOAT[form], FLOAT[form]), 0.1)
+    check_dataset(data, "mine:data")
+    assert isinstance(data.train, Split)
+    before = data.train.images.clone()
+    loader = Loader(data, 8, 0, CPU)
+    for part in ("train", "val", "test"):
+        seen = torch.cat([images for images, _ in loader.unaugmented(part, size=7)])
+        torch.testing.assert_close(seen, FLOATS, rtol=0, atol=1e-6)
+    for images, labels in loader.train(0):
+        for image, label in zip(images, labels, strict=True):
+            assert label == LABELS[(FLOATS - image).flatten(1).abs().amax(1).argmin()]
+    assert torch.equal(data.train.images, before), "stored images must not change"
+    low, high = data.image_range
+    torch.testing.assert_close(torch.tensor(low), FLOATS.amin((0, 2, 3)))
+    torch.testing.assert_close(torch.tensor(high), FLOATS.amax((0, 2, 3)))
+
+
+def test_float_images_of_a_data_set_are_normalized_on_their_own_scale() -> None:
+    split = Split(FLOATS, LABELS)
+    data = Dataset(name="x", train=split, val=split, test=split, classes=4, mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 5.0))
+    check_dataset(data, "x")
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    (images, _) = next(Loader(data, 8, 0, CPU).unaugmented("test"))
+    torch.testing.assert_close(images, (FLOATS - mean) / std)
+    assert torch.equal(split.images, (IMAGES.float() / 255 - 0.5) / 0.25)
+    low, _ = data.image_range
+    torch.testing.assert_close(torch.tensor(low), ((FLOATS - mean) / std).amin((0, 2, 3)))
+
+
+@pytest.mark.parametrize("library", SHIFTS)
+def test_a_random_transform_is_drawn_in_every_epoch_from_the_seed(library: str) -> None:
+    data = as_dataset("mine:data", (Items(shifted(library)), Items(normalized)), 0.2)
+    check_dataset(data, "mine:data")
+    assert isinstance(data.train, DrawnSplit)
+    assert isinstance(data.test, Split)
+    assert (len(data.train), len(data.val)) == (32, 8)
+    before = random_state()
+    once, again = first_batch(data), first_batch(data)
+    after = random_state()
+    assert str(before) == str(after), "training's own random numbers do not depend on the transform"
+    assert torch.equal(once, again)
+    assert not torch.equal(once, first_batch(data, epoch=1))
+    assert not torch.equal(once, first_batch(data, seed=1))
+    loader = Loader(data, 8, 0, CPU)
+    batches = list(loader.train(0))
+    assert torch.equal(batches[2][0], next(loader.train(0, start=2))[0]), "a run continues with the same images"
+    for images, labels in loader.train(1):
+        for image, label in zip(images, labels, strict=True):
+            difference = (image - FLOATS).flatten(1)
+            spread = difference.amax(1) - difference.amin(1)  # 0 for the image itself, which is shifted as a whole
+            assert spread.min() < 1e-5
+            assert label == LABELS[spread.argmin()]
+    evaluated = [torch.cat([x for x, _ in loader.unaugmented("val")]) for _ in range(2)]
+    assert torch.equal(*evaluated)
+    other = as_dataset("mine:data", (Items(shifted(library)), Items(normalized)), 0.2)
+    assert other.fingerprint() == data.fingerprint()
+    changed = as_dataset("mine:data", (Items(shifted(library), 255 - IMAGES), Items(normalized)), 0.2)
+    assert changed.fingerprint() != data.fingerprint()
+
+
+def test_a_data_set_that_does_not_fit_into_memory_is_read_in_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = as_dataset("mine:data", (Items(to_pil), Items(to_pil)), 0.2)
+    monkeypatch.setattr(own_data, "MAX_MEMORY", 100)
+    read = as_dataset("mine:data", (Items(to_pil), Items(to_pil)), 0.2)
+    assert isinstance(read.train, DrawnSplit)
+    assert (read.mean, read.std, read.image_range) == (kept.mean, kept.std, kept.image_range)
+    assert torch.equal(first_batch(read), first_batch(kept))
+    assert len(repeated_images(read)) == len(repeated_images(kept)) == 1
+
+
+class OwnGenerator:
+    """Draws from a generator that nobody seeds."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng()
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return normalized(image) + self.rng.random()
+
+
+class NoLength(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([])
+
+
+PAIR = (IMAGES, LABELS)
+EXPECTED = (
+    "expected: a Dataset, or (train, test) or (train, val, test), each of them (images, labels) or a torch data set"
+)
+WRONG: dict[str, tuple[Any, str, str]] = {
+    "nothing": (None, "returned a NoneType", EXPECTED),
+    "one split": (PAIR, "returned a tuple of 2: Tensor, Tensor", EXPECTED),
+    "four tensors": ((*PAIR, *PAIR), "returned a tuple of 4: Tensor, Tensor, Tensor, Tensor", EXPECTED),
+    "a dictionary": ({"train": PAIR}, "returned a dict", EXPECTED),
+    "names of files": (("train.npz", "test.npz"), "train is a str", EXPECTED),
+    "loaders": (
+        (torch.utils.data.DataLoader(Items()), PAIR), "train is a DataLoader; of a DataLoader, return its dataset",  # type: ignore[arg-type]
+        EXPECTED,
+    ),
+    "an iterable data set": ((NoLength(), PAIR), "train is a NoLength", EXPECTED),
+    "images without labels": ((IMAGES, IMAGES, IMAGES), "returned a tuple of 3", EXPECTED),
+    "grey images without channels": (
+        ((IMAGES[:, 0], LABELS), PAIR), "train: images are (40, 6, 6): must be (N, C, H, W)", "images[:, None]",
+    ),
+    "channels last": (
+        ((IMAGES.movedim(1, 3).numpy(), LABELS), PAIR), "train: images are (40, 6, 6, 3): must be (N, C, H, W)",
+        "images.transpose(0, 3, 1, 2)",
+    ),
+    "int64 images": (((IMAGES.long(), LABELS), PAIR), "torch.int64 (40, 3, 6, 6): must be uint8 (N, C, H, W)", "float()"),
+    "float labels": (((IMAGES, LABELS.float()), PAIR), "labels of a split are torch.float32 (40,)", "labels.long()"),
+    "one-hot labels": (((IMAGES, torch.eye(4)[LABELS].long()), PAIR), "int64 (40, 4): must be int64", "argmax(1)"),
+    "more images than labels": (((IMAGES, LABELS[1:]), PAIR), "train: a split has 40 images but 39 labels", ""),
+    "items without labels": ((Items(), [IMAGES[0], IMAGES[1], IMAGES[2]]), "test is a list of 3", EXPECTED),
+    "arrays as items": ((Items(lambda x: x.numpy()), PAIR), "train: image 0 is a ndarray: must be a tensor", "ToTensor()"),
+    "another size": (
+        (Items(lambda x: x[:, : 3 + int(x[0, 0, 0]) % 3]), PAIR), "train: image ", "Resize and CenterCrop",
+    ),
+    "an unseeded generator": ((Items(OwnGenerator()), PAIR), "changes whenever it is read", "torch's generator"),
+    "floats from 0 to 255": (
+        ((IMAGES.float(), LABELS), (IMAGES.float(), LABELS)), "train: the float images are whole numbers from 0 to 255",
+        "astype('uint8')",
+    ),
+    "nan": (((FLOATS / 0, LABELS), (FLOATS, LABELS)), "train: the images hold inf or nan", ""),
+    "two types": (((FLOATS, LABELS), PAIR), "test: images are torch.uint8, those of train are torch.float32", ""),
+    "labels from 1": (((IMAGES, LABELS), (IMAGES, LABELS + 1)), "test: labels are 1 to 4: must be 0 to 3", "labels - 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_other_forms_are_refused_with_the_expected_form(case: str) -> None:
+    returned, found, fix = WRONG[case]
+    with pytest.raises(DataError) as raised:
+        check_dataset(as_dataset("mine:data", returned, 0.1), "mine:data")
+    message = str(raised.value)
+    assert found in message
+    assert fix in message
+    assert len(message.splitlines()) <= 2
+
+
+MODULE = """
+import torch
+from torch.utils.data import Dataset
+from qbench.data import synthetic
+
+class Noisy(Dataset):
+    def __init__(self, split, noise):
+        self.split, self.noise = split, noise
+    def __len__(self):
+        return len(self.split)
+    def __getitem__(self, index):
+        image = self.split.images[index] / 255 - 0.5
+        return image + self.noise * torch.rand(()), self.split.labels[index]
+
+def source():
+    return synthetic.build(train=80, test=40, classes=4, channels=1, size=8, val=0.0)
+
+def arrays():
+    data = source()
+    return (data.train.images.numpy(), data.train.labels), (data.test.images, data.test.labels)
+
+def noisy(*, noise=0.1, val=0.2):
+    data = source()
+    return Noisy(data.train, noise), Noisy(data.test, 0.0)
+
+def whole():
+    return source()
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    (tmp_path / "users_data.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    short = ["epochs=2", "pretrain.epochs=2", "optim.batch_size=16", "pretrain.optim.batch_size=16"]
+    return ["model=mlp", "model.width=8", "method=lsq", "layers.first=8", *short, "runtime.tensorboard=false"]
+
+
+@pytest.mark.parametrize(("function", "val"), [("arrays", 8), ("noisy", 16)])
+def test_a_run_on_data_of_a_user_is_repeated_bit_for_bit(
+    configure: Configure, words: list[str], function: str, val: int, tmp_path: Path
+) -> None:
+    """The first layer rounds the image over the range of the training images."""
+    digests = set()
+    for place in ("a", "b"):
+        config = configure(*words, f"dataset=users_data:{function}", f"out={tmp_path / place}")
+        assert len(assemble(config).data.val) == val
+        result = run(planned_run(config))
+        assert (result.status, result.levels) == ("done", 4)
+        digests.add(result.state_sha256)
+    assert len(digests) == 1
+
+
+def test_the_share_of_validation_images_is_a_key(configure: Configure, words: list[str]) -> None:
+    shares = [assemble(configure(*words, "dataset=users_data:arrays", *more)) for more in ([], ["dataset.val=0.25"])]
+    assert [len(setup.data.val) for setup in shares] == [8, 20]
+    default = planned_run(configure(*words, "dataset=users_data:arrays")).identity
+    assert "val" not in default.keys["dataset"], "an added key is no part of the identity at its default"
+    with pytest.raises(ConfigError, match=r"dataset\.val=0\.25 has no effect, because users_data:whole returns a val"):
+        assemble(configure(*words, "dataset=users_data:whole", "dataset.val=0.25"))
+
+
+def test_float_and_8_bit_images_are_not_exchanged_in_evaluation(configure: Configure) -> None:
+    digits = configure("dataset=digits").dataset
+    own = Expected((1, 8, 8), 10, (0.0,), (1.0,), 1, "run")
+    with pytest.raises(ConfigError, match="dataset=digits has 8-bit images; the run was trained on float images"):
+        other_dataset(own, digits)
+    assert other_dataset(own._replace(white=255), digits).mean == (0.0,)
