@@ -203,16 +203,22 @@ def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     """
     if not 0 <= val < 1:
         raise ValueError(f"val={val}: must be a share of the training images, from 0 to below 1")
-    order = torch.randperm(len(split), generator=Generator().manual_seed(0))
-    in_val, labels = torch.zeros(len(split), dtype=torch.bool), split.labels[order]
-    for label in range(int(labels.max()) + 1 if len(labels) else 0):
-        members = order[labels == label]
-        in_val[members[: round(val * len(members))]] = True
+    in_val = stratified_share(split.labels, val)
     train_index, val_index = torch.arange(len(split))[~in_val], torch.arange(len(split))[in_val]
     if not len(train_index) or (val and not len(val_index)):
         where = "to train on" if not len(train_index) else "to validate on"
         raise ValueError(f"val={val} leaves no images {where} out of {len(split)}; try val={0.1 if val != 0.1 else 0}")
     return split.take(train_index), split.take(val_index)  # type: ignore[return-value]  # of the same kind
+
+
+def stratified_share(labels: Tensor, share: float) -> Tensor:
+    """Return a mask (N,) that selects a share of the images of each class. Equal arguments give equal results."""
+    order = torch.randperm(len(labels), generator=Generator().manual_seed(0))
+    chosen, in_order = torch.zeros(len(labels), dtype=torch.bool), labels[order]
+    for label in range(int(labels.max()) + 1 if len(labels) else 0):
+        members = order[in_order == label]
+        chosen[members[: round(share * len(members))]] = True
+    return chosen
 
 
 class Loader:

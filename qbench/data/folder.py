@@ -7,6 +7,9 @@ Grey, CMYK, palette and 16-bit images become RGB. White is 65535 in 16-bit image
 refused. The EXIF orientation is ignored, as in torchvision. The validation split is the share `val` of the images in
 the folder train. The test split is the folder val or test.
 
+With `test=0.2`, the files are root/CLASS/*.jpg. The test split is a fifth of the images of each class, always the same
+images.
+
 With `augment=plain`, the shorter side is resized to `resize`. Then `size` x `size` pixels are
 cropped, at random in training and in the centre in evaluation. With `augment=inception`, training
 crops have a random area, 8 % to 100 % of the image, and a random aspect, 3/4 to 4/3 (Szegedy et al.
@@ -20,7 +23,14 @@ Images are kept in memory if all have the same size and together fit into 2 GiB.
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset
 from qbench.data.dataset_files import absolute_root
-from qbench.data.image_folders import classes_in, dataset_from_files, find_images, find_test_folder
+from qbench.data.image_folders import (
+    classes_in,
+    classes_of_one_folder,
+    dataset_from_files,
+    find_images,
+    find_test_folder,
+    hold_out_test,
+)
 from qbench.data.normalize import Normalize
 
 MIN_AREA = {"plain": 0.0, "inception": 0.08}
@@ -30,7 +40,7 @@ MIN_AREA = {"plain": 0.0, "inception": 0.08}
 def build(
     *,
     root: str = "data",
-    test: str = "auto",
+    test: str | float = "auto",
     val: float = 0.1,
     size: int = 224,
     resize: int = 256,
@@ -40,11 +50,20 @@ def build(
     jitter: float = 0.0,
     normalize: Normalize = "imagenet",
 ) -> Dataset:
-    """Return the data set of a folder; `val` is the share of the training images in the validation split."""
+    """Return the data set of a folder.
+
+    Args:
+        test: folder of the test images, or the share of test images in one folder of classes.
+        val: share of the training images in the validation split.
+    """
     top = absolute_root(root)
-    classes = classes_in(top / "train")
-    train = find_images(top, "train", classes)
-    test_images = find_images(top, find_test_folder(top, test), classes, train)
+    if isinstance(test, str):
+        classes = classes_in(top, "train")
+        train = find_images(top, "train", classes)
+        test_images = find_images(top, find_test_folder(top, test), classes, train)
+    else:
+        classes = classes_of_one_folder(top)
+        train, test_images = hold_out_test(find_images(top, ".", classes), test)
     return dataset_from_files(
         "folder", top, train, test_images, classes=len(classes), val=val, side=resize,
         augment=photo_augment(augment, size, pad, flip, jitter), normalize=normalize,

@@ -5,7 +5,7 @@ The images are kept in memory, or they stream from their files.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qbench.data.augment import Augment
-from qbench.data.dataset import Dataset, Split, split_validation
+from qbench.data.dataset import Dataset, Split, split_validation, stratified_share
 from qbench.data.file_check import THREADS, FileCheck, check_files
 from qbench.data.file_stream import FileSplit
 from qbench.data.images import Pixels, damaged_files_error, decode_image, describe_error
@@ -54,31 +54,49 @@ class ImageFiles:
     folders: Mapping[FolderId, Path] = field(default_factory=dict)
 
 
-def classes_in(folder: Path) -> list[str]:
-    """Return the names of the class folders, sorted. Hidden folders do not count.
+def classes_in(root: Path, part: str) -> list[str]:
+    """Return the names of the class folders of a part of a data set, sorted. Hidden folders do not count.
+
+    The part `.` is the root itself.
 
     Raises:
         DataError: the folder does not exist or contains no folders.
     """
-    top = folder.parent
+    folder = root / part
     if not folder.is_dir():
-        raise _layout_error(top, f"{folder}: no such folder; {top} contains {_contents(top)}")
+        raise _layout_error(root, f"{folder}: no such folder; {folder.parent} contains {_contents(folder.parent)}")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise _layout_error(top, f"{folder} contains no folders; it contains {_contents(folder)}")
+        raise _layout_error(root, f"{folder} contains no folders; it contains {_contents(folder)}")
+    return classes
+
+
+def classes_of_one_folder(root: Path) -> list[str]:
+    """Return the names of the class folders of a folder that is not divided into splits.
+
+    Raises:
+        DataError: the folder does not exist, contains no folders, or is divided.
+    """
+    classes = classes_in(root, ".")
+    if "train" in classes and set(classes) <= {"train", "val", "test"}:
+        raise DataError(
+            f"{root} contains {_first_names([f'{name}/' for name in classes])}, which are splits and not classes\n"
+            f"type dataset.test=auto for these splits, or dataset.root={root / 'train'} for train/ alone"
+        )
     return classes
 
 
 def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles | None = None) -> ImageFiles:
     """Return the image files below root/part/CLASS, at any depth. The suffix decides whether a file is an image.
 
-    `train` contains the training images, whose folders must not be read again as test images.
+    The part `.` is the root itself. `train` contains the training images, whose folders must not be read again as test
+    images.
 
     Raises:
         DataError: a class folder of train has no image, there is no image at all, a class is not in
             `classes`, or a link leads to a folder that is read already.
     """
-    folders = classes_in(root / part)
+    folders = classes_in(root, part)
     if unknown := sorted(set(folders) - set(classes)):
         raise _layout_error(
             root, f"{root / part}: contains folders that are not classes of train: {_first_names(unknown)}"
@@ -93,7 +111,7 @@ def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles
         images, others = _images_below(root, f"{part}/{name}", known) if name in folders else ([], 0)
         names, labels, ignored = names + images, labels + [label] * len(images), ignored + others
         empty += [] if images else [name]
-    if empty and (part == "train" or not names):
+    if empty and (part in ("train", ".") or not names):
         raise _layout_error(
             root, f"{len(empty)} class folders of {root / part} contain no images: {_first_names(empty)}"
         )
@@ -118,6 +136,32 @@ def find_test_folder(root: Path, part: str) -> str:
     if not existing:
         raise _layout_error(root, f"{root} contains neither val/ nor test/; it contains {_contents(root)}")
     return existing[0]
+
+
+def hold_out_test(files: ImageFiles, share: float) -> tuple[ImageFiles, ImageFiles]:
+    """Divide the images of one folder into (train, test), stratified by class and always in the same way.
+
+    Args:
+        share: the share of test images, above 0 and below 1.
+
+    Raises:
+        ValueError: `share` is out of range, a class has no training image left, or there is no test image.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"test={share}: must be a share of the images, above 0 and below 1")
+    in_test = stratified_share(torch.tensor(files.labels), share)
+    classes, trained = (
+        set(files.labels),
+        {y for y, test in zip(files.labels, in_test.tolist(), strict=True) if not test},
+    )
+    if len(trained) < len(classes) or not in_test.any():
+        without = f"{len(classes - trained)} classes without training images" if trained < classes else "no test images"
+        raise ValueError(f"test={share}: leaves {without}, of {len(files.labels)} images in {len(classes)} classes")
+    train, test = (
+        replace(files, names=tuple(files.names[i] for i in places), labels=tuple(files.labels[i] for i in places))
+        for places in ((~in_test).nonzero().flatten().tolist(), in_test.nonzero().flatten().tolist())
+    )
+    return train, replace(test, ignored=0)
 
 
 def dataset_from_files(
@@ -256,7 +300,8 @@ def _raise_resource_error(error: OSError) -> None:
 def _layout_error(root: Path, found: str) -> DataError:
     return DataError(
         f"{found}\nexpected in {root}: train/CLASS/*.jpg and val/CLASS/*.jpg (or test/CLASS/*.jpg), one folder "
-        f"per class\ntype dataset.root=DIR for the folder that contains train/"
+        f"per class\ntype dataset.root=DIR for the folder that contains train/, or dataset=folder "
+        "dataset.test=0.2 for the folder that contains CLASS/*.jpg"
     )
 
 

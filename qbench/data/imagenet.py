@@ -41,7 +41,7 @@ def build(
     if download:
         raise ValueError("download=true: must be false, because image-net.org requires registration for ImageNet")
     top = absolute_root(root)
-    classes = classes_in(top / "train")
+    classes = classes_in(top, "train")
     if len(classes) != CLASSES:
         raise DataError(
             f"{top / 'train'} contains {len(classes)} class folders, but ImageNet has {CLASSES}\n"

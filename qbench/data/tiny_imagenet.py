@@ -37,7 +37,7 @@ def build(
             "download=true: must be false; download tiny-imagenet-200.zip from cs231n.stanford.edu by hand"
         )
     top = absolute_root(root)
-    classes = classes_in(top / "train")
+    classes = classes_in(top, "train")
     if len(classes) != CLASSES:
         raise DataError(
             f"{top / 'train'} contains {len(classes)} class folders, but Tiny ImageNet has {CLASSES}\n"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import image_sets
 import pytest
@@ -18,12 +19,13 @@ from qbench.cli.main import main as cli
 from qbench.config import compose
 from qbench.config.identity import run_identity
 from qbench.config.registry import create
-from qbench.data import imagenet, tiny_imagenet
+from qbench.data import folder, imagenet, tiny_imagenet
 from qbench.data.augment import Augment
 from qbench.data.dataset import Loader, Split
 from qbench.data.file_stream import FileSplit
 from qbench.data.normalize import FIXED
 from qbench.errors import ConfigError, DataError
+from qbench.experiment.builders import build_dataset
 from qbench.runs.directory import directory_name
 
 temporary_cache = image_sets.temporary_cache
@@ -308,3 +310,60 @@ def test_a_link_cannot_make_an_image_count_twice(case: str, tmp_path: Path) -> N
     (root / link).symlink_to(target)
     with pytest.raises(DataError, match=r"is the folder .*, which is read already\nremove the link"):
         build_folder(root, **options)
+
+
+def one_folder(root: Path, counts: tuple[int, ...] = (5, 10, 20)) -> Path:
+    """Write the images of three classes into one folder."""
+    for c, (name, count) in enumerate(zip(CLASSES, counts, strict=True)):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            picture(100 * c + i, 20, 20).save(root / name / f"{i}.png")
+    return root
+
+
+def test_a_share_of_one_folder_is_the_test_split(tmp_path: Path) -> None:
+    """The split is stratified, and always the same."""
+    root = one_folder(tmp_path / "photos")
+    (root / "notes.txt").write_text("")
+    options: dict[str, Any] = {"root": str(root), "size": 16, "resize": 18, "augment": "inception"}
+    data = folder.build(test=0.2, val=0.25, **options)
+    parts = {part: getattr(data, part) for part in ("train", "val", "test")}
+    counts = {part: split.labels.bincount().tolist() for part, split in parts.items()}
+    assert counts == {"train": [3, 6, 12], "val": [1, 2, 4], "test": [1, 2, 4]}
+    names = [name for split in parts.values() for name in split.names]
+    assert len(set(names)) == 35
+    assert all((root / name).is_file() for name in names)
+    assert all(CLASSES[label] in name for name, label in zip(parts["test"].names, parts["test"].labels, strict=True))
+    assert data.fingerprint()["files_ignored"] == 1
+    assert folder.build(test=0.2, val=0.25, **options).fingerprint() == data.fingerprint()
+    assert folder.build(test=0.4, val=0.25, **options).test.names != parts["test"].names
+
+
+@pytest.mark.parametrize(
+    ("test", "counts", "divided", "message"),
+    [
+        (0.0, (5, 5, 5), False, "test=0.0: must be a share of the images, above 0 and below 1"),
+        (1, (5, 5, 5), False, "test=1: must be a share"),
+        (0.9, (1, 5, 5), False, "test=0.9: leaves 1 classes without training images, of 11 images in 3 classes"),
+        (0.1, (1, 2, 3), False, "test=0.1: leaves no test images, of 6 images in 3 classes"),
+        (0.2, (5, 5, 5), True, "contains train/, val/, which are splits and not classes\ntype dataset.test=auto"),
+        ("auto", (5, 5, 5), False, "or dataset=folder dataset.test=0.2 for the folder that contains CLASS/*.jpg"),
+    ],
+)
+def test_a_folder_that_cannot_be_divided_is_refused(
+    test: Any, counts: tuple[int, ...], divided: bool, message: str, tmp_path: Path
+) -> None:
+    root = write_images(tmp_path) if divided else one_folder(tmp_path, counts)
+    with pytest.raises((DataError, ValueError)) as raised:
+        folder.build(root=str(root), test=test, size=16, resize=18)
+    assert message in str(raised.value)
+    assert len(str(raised.value).splitlines()) <= 3
+
+
+def test_a_share_or_a_name_can_be_typed(tmp_path: Path, configure: Configure) -> None:
+    words = ["dataset=folder", f"dataset.root={one_folder(tmp_path / 'photos')}", "dataset.size=16"]
+    data = build_dataset(configure(*words, "dataset.resize=18", "dataset.test=0.2").dataset)
+    assert (len(data.train), len(data.val), len(data.test)) == (25, 3, 7)
+    for value in ("[val]", "true"):
+        with pytest.raises(ConfigError, match=r"dataset\.test="):
+            build_dataset(configure(*words, f"dataset.test={value}").dataset)

@@ -210,12 +210,12 @@ WRONG: dict[str, tuple[Any, str, str]] = {
         ((IMAGES.movedim(1, 3).numpy(), LABELS), PAIR), "train: images are (40, 6, 6, 3): must be (N, C, H, W)",
         "images.transpose(0, 3, 1, 2)",
     ),
-    "int64 images": (((IMAGES.long(), LABELS), PAIR), "torch.int64 (40, 3, 6, 6): must be uint8 (N, C, H, W)", "float()"),
+    "int64 images": (((IMAGES.long(), LABELS), PAIR), "torch.int64 (40, 3, 6, 6): must be uint8 (N, C", "float()"),
     "float labels": (((IMAGES, LABELS.float()), PAIR), "labels of a split are torch.float32 (40,)", "labels.long()"),
     "one-hot labels": (((IMAGES, torch.eye(4)[LABELS].long()), PAIR), "int64 (40, 4): must be int64", "argmax(1)"),
     "more images than labels": (((IMAGES, LABELS[1:]), PAIR), "train: a split has 40 images but 39 labels", ""),
     "items without labels": ((Items(), [IMAGES[0], IMAGES[1], IMAGES[2]]), "test is a list of 3", EXPECTED),
-    "arrays as items": ((Items(lambda x: x.numpy()), PAIR), "train: image 0 is a ndarray: must be a tensor", "ToTensor()"),
+    "arrays as items": ((Items(lambda x: x.numpy()), PAIR), "train: image 0 is a ndarray: must be", "ToTensor()"),
     "another size": (
         (Items(lambda x: x[:, : 3 + int(x[0, 0, 0]) % 3]), PAIR), "train: image ", "Resize and CenterCrop",
     ),
@@ -226,7 +226,7 @@ WRONG: dict[str, tuple[Any, str, str]] = {
     ),
     "nan": (((FLOATS / 0, LABELS), (FLOATS, LABELS)), "train: the images hold inf or nan", ""),
     "two types": (((FLOATS, LABELS), PAIR), "test: images are torch.uint8, those of train are torch.float32", ""),
-    "labels from 1": (((IMAGES, LABELS), (IMAGES, LABELS + 1)), "test: labels are 1 to 4: must be 0 to 3", "labels - 1"),
+    "labels from 1": (((IMAGES, LABELS), (IMAGES, LABELS + 1)), "test: labels are 1 to 4: must be 0", "labels - 1"),
 }  # fmt: skip
 
 
