@@ -84,6 +84,9 @@ class SubcommandParser(argparse.ArgumentParser):
         """
         arguments = list(arguments)
         self._refuse_repeated(arguments)
+        for word in arguments:
+            if f"-{word.partition('=')[0]}" in self.flags():  # argparse would read -html as -h
+                raise ConfigError(self._unknown_flag(word))
         positionals = [action for action in self._actions if not action.option_strings]
         for action in positionals:
             action.nargs, action.required, action.choices = "*", False, None

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from qbench.cli.arguments import SUMMARIES
 from qbench.cli.errors import BUG, drop_unwritten, print_error, resource_error
-from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 from qbench.system.streams import keep_running_without_reader
 
@@ -65,10 +64,9 @@ def run_command(arguments: list[str]) -> int:
 
         return SUBCOMMANDS[first](arguments[1:])
     if "=" not in first and first[:1] not in ("-", "+", "~"):
-        raise ConfigError(
-            f"{first}: not a subcommand and not KEY=VALUE{did_you_mean(first, SUMMARIES)}\n"
-            f"subcommands: {', '.join(SUMMARIES)}"
-        )
+        from qbench.config.typed_words import unknown_word_message
+
+        raise ConfigError(unknown_word_message(first, arguments[1:], list(SUMMARIES)))
     from qbench.cli.train import train
 
     return train(arguments)

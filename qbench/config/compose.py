@@ -22,6 +22,7 @@ from qbench.config.hydra_errors import translate_hydra_error
 from qbench.config.hydra_sources import register_sources
 from qbench.config.overrides import MOST_COMBINATIONS, check_overrides, refuse_deletions
 from qbench.config.schema import Config, did_you_mean, to_dict
+from qbench.config.typed_words import as_key_value
 from qbench.config.validate import from_node
 from qbench.errors import ConfigError, QbenchError
 
@@ -176,14 +177,18 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
         flag, _, value = word.partition("=")
         if not word.startswith("-"):
             if not flag or ("=" not in word and not word.startswith("~")):
-                raise ConfigError(f"{word}: not a subcommand and not KEY=VALUE\nsee qbench --help")
+                typed = as_key_value(word, words)
+                fix = f"type {typed}" if typed else "see qbench --help"
+                raise ConfigError(f"{word}: not a subcommand and not KEY=VALUE\n{fix}")
             if flag.startswith("hydra") and not word.startswith(HYDRA_KEYS):
                 known = ", ".join(key.rstrip("=.") for key in HYDRA_KEYS if key[0] != "+")
                 raise ConfigError(f"{word}: qbench does not use this key of Hydra\nallowed keys of Hydra: {known}")
             overrides.append(word)
             continue
         if flag not in FLAGS:
-            raise ConfigError(f"{word}: no such flag{did_you_mean(flag, FLAGS)}\nsee qbench --help")
+            typed = as_key_value(word, words)
+            hint = f"\ntype {typed}" if typed else f"{did_you_mean(flag, FLAGS)}\nsee qbench --help"
+            raise ConfigError(f"{word}: no such flag{hint}")
         allowed = FLAGS[flag]
         if allowed is None:
             flags.append(flag)

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qbench.config.fields import parse_bits
 from qbench.config.groups import conf_directory, format_names, group_names, option_names
 from qbench.config.schema import did_you_mean
+from qbench.config.typed_words import own_code_hint
 from qbench.config.unknown_key import key_paths, unknown_key_message
 
 
@@ -38,6 +39,8 @@ def translate_hydra_error(error: Exception, arguments: list[str]) -> str:
         as_list = "" if is_option else "; for a list, type key=[a,b]"
         return f"{several[1]}: found several values\nfor a sweep, put -m first{as_list}"
     if isinstance(error, OverrideParseException):
+        if repeated := re.fullmatch(r"([\w./@]+)==+(.+)", str(error.override), re.DOTALL):
+            return f"{error.override}: not valid as KEY=VALUE\ntype {repeated[1]}={repeated[2]}"
         reason = text.splitlines()[0]
         return f"{error.override}: not valid as KEY=VALUE: {reason}\nquote special characters twice: 'key=\"value\"'"
     if isinstance(error, ConfigCompositionException) or isinstance(error.__cause__, OmegaConfBaseException):
@@ -55,7 +58,9 @@ def _missing_option(path: str) -> str:
     known = option_names(group)
     if not known:
         return f"{group}={name}: no such group{did_you_mean(group, group_names())}\nallowed: {', '.join(group_names())}"
-    return f"{group}={name}: no such {group}{did_you_mean(name, known)}\nallowed: {format_names(known)}"
+    own = own_code_hint(group, name)
+    hint = "" if own else did_you_mean(name, known)
+    return f"{group}={name}: no such {group}{hint}\nallowed: {format_names(known)}{own}"
 
 
 def _unknown_key(key: str, arguments: list[str]) -> str | None:

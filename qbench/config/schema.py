@@ -264,5 +264,7 @@ def sweep_hint(key: str, values: Iterable[object]) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` with a word of `known` similar to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    words = list(known)
+    same = [other for other in words if other.lower() == word.lower()]
+    close = same or difflib.get_close_matches(word, words, n=1, cutoff=0.55)
     return f"; did you mean {close[0]}?" if close else ""
