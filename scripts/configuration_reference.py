@@ -38,7 +38,7 @@ in `optim.lr=0.1`. `optim@pretrain.optim=adam` chooses the optimizer of the floa
 `experiment=NAME` loads a file below `conf/experiment/`."""
 
 GROUP_TEXTS = {
-    "model": "The network: one of the options below, or your own function, `model=my_net:build`.",
+    "model": "The network: one of the options below, or your own class or function, `model=my_net:Net`.",
     "dataset": "The data: one of the options below, or your own function, `dataset=my_data:build`.",
     "method": "The method: one of the options below, or your own function, `method=my_method:build`.",
 }

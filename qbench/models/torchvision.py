@@ -1,8 +1,8 @@
 """torchvision's classification networks by name, with random initial weights: `model=torchvision model.net=vgg16_bn`.
 
 The networks are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of layers, so
-they have the attribute `feeds`. The other networks have no `feeds`, and methods that need `feeds` cannot be used on
-them. The normalization of each network is fixed. Methods that require another normalization cannot be used. For ResNets
+they have the attribute `feeds`. The feeds of the other networks are found by running them, if a method needs them. The
+normalization of each network is fixed. Methods that require another normalization cannot be used. For ResNets
 use qbench/models/imagenet_resnet.py, which has torchvision's layer names. For HWGQ use the networks of its authors,
 hwgq_alexnet and hwgq_resnet.
 """

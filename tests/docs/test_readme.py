@@ -79,7 +79,7 @@ def test_a_network_and_data_of_ones_own(capsys: pytest.CaptureFixture[str]) -> N
     float_top1, top1 = map(float, re.findall(r"([\d.]+) %", row)[:2])
     assert min(float_top1, top1) > 60, "chance is 33 %"
     assert re.search(r"^lsq +2 +2 +32 +4 ", row, re.MULTILINE)
-    (line,) = re.findall(r"^qbench (model=my_net:build .*)$", README, re.MULTILINE)
+    (line,) = re.findall(r"^qbench (model=my_net:Net .*)$", README, re.MULTILINE)
     (config,) = compose.configurations(line.split())
     assert config.model["width"] == 32
 
