@@ -74,7 +74,7 @@ def test_its_python_example(
 @pytest.mark.usefixtures("own_code")
 def test_a_network_and_data_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = re.findall(r"^qbench (dataset=my_data:build .*)$", README, re.MULTILINE)
-    assert cli([*line.split(), "epochs=4", "pretrain.epochs=8", "runtime.tensorboard=false"]) == 0
+    assert cli([*line.split(), "epochs=12", "pretrain.epochs=24", "runtime.tensorboard=false"]) == 0
     row = capsys.readouterr().out
     float_top1, top1 = map(float, re.findall(r"([\d.]+) %", row)[:2])
     assert min(float_top1, top1) > 60, "chance is 33 %"
