@@ -182,7 +182,7 @@ def few_images(data: Dataset, train: int, others: int) -> Dataset:
     The images are evenly spread over a split, so that splits that are sorted by class have several classes.
     """
 
-    def few(split: Split | FileSplit, most: int) -> Split | FileSplit:
+    def few(split: StoredSplit, most: int) -> StoredSplit:
         count = min(most, len(split))
         return split.take(torch.arange(count) * len(split) // max(count, 1))
 
