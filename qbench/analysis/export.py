@@ -19,6 +19,7 @@ from qbench.data.dataset import Loader
 from qbench.deploy import packed
 from qbench.deploy.about import About
 from qbench.deploy.agreement import Agreement, batch_noise, compare
+from qbench.deploy.container import SUFFIX
 from qbench.deploy.onnx_file import to_onnx
 from qbench.deploy.runtimes import RUNTIMES, about_onnx
 from qbench.deploy.trace import NotExportable, trace
@@ -66,7 +67,7 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
 
 
 DEFAULT_NAMES: Mapping[str, str] = {
-    "packed": f"network{packed.SUFFIX}", "onnx": "network.onnx", "int8": "network-int8.onnx",
+    "packed": f"network{SUFFIX}", "onnx": "network.onnx", "int8": "network-int8.onnx",
 }  # fmt: skip
 """Form -> the name of its file in the run's directory."""
 

@@ -1,19 +1,14 @@
 """Writes and reads packed files: a network whose weights are codes of their true width.
 
-A file has the safetensors format, with four tensors:
+A file is a container (`qbench.deploy.container`) with two arrays:
 
     floats   float32: parameters in float, scales, codebooks, thresholds, levels
     codes    uint8: the codes of the weights, without gaps
-    header   uint8: JSON, compressed by zlib: the steps of the network, the shapes of what the tensors
-             above hold, in their order, layouts, and the fields of `About`
-    sha256   uint8 (32,): the digest of the three tensors above
 
-It contains no code. Its network calls functions of `qbench.deploy.network.FUNCTIONS` only.
+Its header has the steps of the network, the shapes of what the arrays hold, in their order, layouts,
+and the fields of `About`. It contains no code. Its network calls functions of `qbench.deploy.network.FUNCTIONS` only.
 """
 
-import hashlib
-import json
-import zlib
 from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
@@ -25,15 +20,19 @@ from torch import Tensor
 
 from qbench.deploy.about import About, read_about
 from qbench.deploy.codes import MAX_CODE_BITS, Encoded, Levels, code_bits, code_count, packed_size
+from qbench.deploy.container import (
+    check_image,
+    check_logits,
+    check_version,
+    guarded,
+    natural,
+    read_container,
+    write_container,
+)
 from qbench.deploy.network import FUNCTIONS, Argument, Batch, Network, Ref, Step, Stored
-from qbench.errors import CheckpointError
-from qbench.training.checkpoint import EXTRA_BYTES, bounded_memory
-from qbench.training.safetensors_file import is_safetensors, load_safetensors
 
-SUFFIX = ".qbench"
 VERSION = 1
-PARTS = ("floats", "codes", "header")
-MAX_HEADER_BYTES = 2**24
+PARTS = ("floats", "codes")
 MAX_STEPS = 2**14
 FORMS = ("steps", "span", "book")
 LEVELS = ("scale", "low", "book")
@@ -74,27 +73,11 @@ def pack_network(network: Network, about: About) -> bytes:
         "tensors": tensors,
         "weights": weights,
     }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     parts = {
         "floats": np.concatenate([np.empty(0, np.float32), *floats]).astype("<f4"),
         "codes": np.concatenate([np.empty(0, np.uint8), *codes]),
-        "header": np.frombuffer(zlib.compress(text, 9), np.uint8),
     }
-    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts.values())).digest()
-    return _safetensors(parts | {"sha256": np.frombuffer(digest, np.uint8)})
-
-
-def _safetensors(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Return the bytes of a safetensors file with float32 and uint8 tensors of one axis."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "qbench packed"}}
-    start = 0
-    for name, tensor in tensors.items():
-        dtype = "F32" if tensor.dtype == np.float32 else "U8"
-        entries[name] = {"dtype": dtype, "shape": [len(tensor)], "data_offsets": [start, start + tensor.nbytes]}
-        start += tensor.nbytes
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + b"".join(tensor.tobytes() for tensor in tensors.values())
+    return write_container(parts, header, "packed")
 
 
 def _plain(argument: Argument) -> Any:
@@ -122,39 +105,24 @@ def unpack_network(data: bytes, source: str) -> Packed:
         CheckpointError: the file is damaged, truncated, has another version, or its network cannot
             run.
     """
-    if not is_safetensors(data):
-        raise CheckpointError(f"{source} is damaged, truncated, or not a packed file of qbench export")
-    try:
-        with bounded_memory(EXTRA_BYTES + 1024 * len(data)):
-            packed = _unpack(load_safetensors(data, source), source)
-            _try(packed)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a malicious file can raise any exception
-        reason = "".join(c for c in f"{type(error).__name__}: {error}".splitlines()[0][:200] if c.isprintable())
-        raise CheckpointError(f"{source} is damaged: {reason}") from None
-    return packed
+
+    def read() -> Packed:
+        packed = _unpack(data, source)
+        check_image(packed.about.shape)
+        logits = packed.network.function()(torch.zeros(1, *packed.about.shape))
+        check_logits(tuple(logits.shape), packed.about.classes)
+        return packed
+
+    return guarded(read, data, source)
 
 
-def _unpack(tensors: Mapping[str, Tensor], source: str) -> Packed:
-    if set(tensors) != {*PARTS, "sha256"} or tensors["floats"].dtype != torch.float32:
-        raise CheckpointError(f"{source} is not a packed file of qbench export")
-    parts = {name: tensors[name].numpy() for name in PARTS}
-    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts.values())).digest()
-    if tensors["sha256"].numpy().tobytes() != digest:
-        raise CheckpointError(f"{source} is damaged: its sha256 does not match its content")
-    decompressor = zlib.decompressobj()
-    text = decompressor.decompress(parts["header"].tobytes(), MAX_HEADER_BYTES)
-    if not decompressor.eof:
-        raise ValueError(f"a header of more than {MAX_HEADER_BYTES:,} bytes")
-    header = json.loads(text)
-    if header["version"] != VERSION:
-        raise CheckpointError(
-            f"{source} has version {header['version']!r} of the format; this qbench reads version {VERSION}\n"
-            "export the run again"
-        )
+def _unpack(data: bytes, source: str) -> Packed:
+    parts, header = read_container(data, PARTS, source)
+    if parts["floats"].dtype != np.float32:
+        raise ValueError("its floats are not float32")
+    check_version(header, VERSION, source)
     about = read_about(header["about"], source)
-    floats, codes = _Parts(tensors["floats"]), _Parts(tensors["codes"])
+    floats, codes = (_Parts(torch.from_numpy(parts[name])) for name in PARTS)
     named = {name: floats.tensor(shape) for name, shape in header["tensors"].items()}
     weights = {name: _weight(entry, floats, codes) for name, entry in header["weights"].items()}
     if floats.left or codes.left:
@@ -164,17 +132,9 @@ def _unpack(tensors: Mapping[str, Tensor], source: str) -> Packed:
     steps = [_step(i, *entry) for i, entry in enumerate(header["steps"])]
     step, item = header["output"]
     network = Network(steps, _argument({"step": step, "item": item}, len(steps)), named, weights)
-    return Packed(network, about, {name: part.nbytes for name, part in parts.items()})
-
-
-def _try(packed: Packed) -> None:
-    """Run the network on one black image."""
-    shape = packed.about.shape
-    if prod(shape) > 2**22:
-        raise ValueError(f"images of {shape}")
-    logits = packed.network.function()(torch.zeros(1, *shape))
-    if tuple(logits.shape) != (1, packed.about.classes):
-        raise ValueError(f"its network returns {tuple(logits.shape)}, not one row of {packed.about.classes} logits")
+    sizes = {name: part.nbytes for name, part in parts.items()}
+    sizes["header"] = len(data) - sum(sizes.values())
+    return Packed(network, about, sizes)
 
 
 class _Parts:
@@ -198,7 +158,7 @@ class _Parts:
 
 
 def _weight(entry: Mapping[str, Any], floats: _Parts, codes: _Parts) -> Encoded:
-    shape, order, form, count = _sizes(entry["shape"]), _sizes(entry["order"]), entry["form"], _natural(entry["count"])
+    shape, order, form, count = _sizes(entry["shape"]), _sizes(entry["order"]), entry["form"], natural(entry["count"])
     if sorted(order) != list(range(len(shape))) or form not in FORMS or not 1 <= count <= 2**MAX_CODE_BITS:
         raise ValueError(f"weights of {shape} in the form {form} with {count} levels")
     if prod(shape) > 1024 * (codes.left + floats.left + 1):
@@ -226,21 +186,15 @@ def _argument(value: Any, place: int) -> Argument:
         step, item = value["step"], value.get("item")
         if not isinstance(step, int) or not -1 <= step < place:
             raise ValueError(f"step {place} reads step {step}")
-        return Ref(step, None if item is None else _natural(item))
+        return Ref(step, None if item is None else natural(item))
     if "tensor" in value:
         return Stored(str(value["tensor"]))
     if "images" in value:
-        return Batch(_natural(value["images"]))
+        return Batch(natural(value["images"]))
     if "slice" in value:
         return slice(*(None if end is None else int(end) for end in value["slice"]))
     return float(value["float"])
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    return tuple(_natural(value) for value in values)
-
-
-def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0 or value >= 2**40:
-        raise ValueError(f"{value!r} is not a size")
-    return value
+    return tuple(natural(value) for value in values)

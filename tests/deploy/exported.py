@@ -1,6 +1,8 @@
 """Networks and finished runs for the tests of exported files."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +54,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     planned = planned_run(config)
     train_run(planned, RunContext())
     return planned.directory.path
+
+
+def header_change(*path: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a function that sets one value in a file's header; `*` stands for the first key.
+
+    Args:
+        path: keys, and then the value.
+    """
+    *keys, last, value = path
+
+    def change(header: dict[str, Any]) -> None:
+        node: Any = header
+        for key in keys:
+            node = next(iter(node.values())) if key == "*" else node[key]
+        node[last] = value
+
+    return change

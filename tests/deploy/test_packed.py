@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Configure, tiered
-from exported import about_digits, quantized
+from exported import about_digits, header_change, quantized
 from torch import Tensor, nn
 
 from qbench.analysis.export import evaluate_file, export, load_exported
 from qbench.bits import FLOAT
 from qbench.cli.main import main as cli
 from qbench.config import groups, registry
-from qbench.deploy import packed
+from qbench.deploy import container, packed
 from qbench.deploy.codes import Encoded, encode, pack, unpack
 from qbench.deploy.network import quantize
 from qbench.deploy.packed import pack_network, unpack_network
@@ -295,7 +295,7 @@ def test_nothing_is_written_if_the_logits_differ(
         (["evaluate", "FILE", "--weights", "best"], 2, "has no effect on an exported file"),
         (["evaluate", "FILE", "--device", "cuda"], 2, "exported files run on the CPU"),
         (["evaluate", "FILE", "dataset=synthetic"], 2, "same shape and classes"),
-        (["evaluate", "TEXT"], 4, "not a packed file"),
+        (["evaluate", "TEXT"], 4, "not a file of qbench export"),
     ],
 )
 def test_wrong_arguments_and_files(
@@ -345,48 +345,32 @@ def rewritten(whole: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
     parts = {name: tensor.numpy() for name, tensor in load_safetensors(whole, "").items()}
     header = json.loads(zlib.decompress(parts["header"].tobytes()))
     change(header)
-    parts["header"] = np.frombuffer(zlib.compress(json.dumps(header).encode()), np.uint8)
-    digest = sha256(b"".join(parts[name].tobytes() for name in packed.PARTS)).digest()
-    return packed._safetensors(
-        {name: parts[name] for name in packed.PARTS} | {"sha256": np.frombuffer(digest, np.uint8)}
-    )
-
-
-def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
-    *keys, last, value = path
-
-    def change(header: dict[str, Any]) -> None:
-        node: Any = header
-        for key in keys:
-            node = next(iter(node.values())) if key == "*" else node[key]
-        node[last] = value
-
-    return change
+    return container.write_container({name: parts[name] for name in packed.PARTS}, header, "packed")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("version", 2), "has version 2 of the format; this qbench reads version 1"),
-        (_set("about", "shape", [1, 2**20, 2**20]), "damaged"),
-        (_set("about", "shape", [1, 9]), "damaged"),
-        (_set("about", "classes", 3), "not one row of 3 logits"),
-        (_set("weights", "*", "shape", [2**30, 2**30]), "damaged"),
-        (_set("weights", "*", "shape", [4, 4, 3, 2]), "damaged"),
-        (_set("weights", "*", "book", [2**39]), "damaged"),
-        (_set("weights", "*", "layout", "bucket:0"), "damaged"),
-        (_set("weights", "*", "layout", "subspace:1000000"), "damaged"),
-        (_set("weights", "*", "count", 2**16 + 1), "damaged"),
-        (_set("weights", "*", "order", [0, 0, 1, 2]), "damaged"),
-        (_set("tensors", "more", [-1]), "-1 is not a size"),
-        (_set("tensors", "more", [10**9]), "damaged"),
-        (_set("tensors", {}), "damaged"),
-        (_set("steps", 0, 0, "system"), "calls an unknown function"),
-        (_set("steps", 0, 1, [{"step": 5}]), "step 0 reads step 5"),
-        (_set("steps", 0, ["repeat", [{"step": -1}, 2**20, 2**10, 2**10], {}]), "damaged"),
-        (_set("output", [2**20, None]), "damaged"),
-        (_set("steps", []), "damaged"),
-        (_set("about", {}), "damaged"),
+        (header_change("version", 2), "has version 2 of the format; this qbench reads version 1"),
+        (header_change("about", "shape", [1, 2**20, 2**20]), "damaged"),
+        (header_change("about", "shape", [1, 9]), "damaged"),
+        (header_change("about", "classes", 3), "not one row of 3 logits"),
+        (header_change("weights", "*", "shape", [2**30, 2**30]), "damaged"),
+        (header_change("weights", "*", "shape", [4, 4, 3, 2]), "damaged"),
+        (header_change("weights", "*", "book", [2**39]), "damaged"),
+        (header_change("weights", "*", "layout", "bucket:0"), "damaged"),
+        (header_change("weights", "*", "layout", "subspace:1000000"), "damaged"),
+        (header_change("weights", "*", "count", 2**16 + 1), "damaged"),
+        (header_change("weights", "*", "order", [0, 0, 1, 2]), "damaged"),
+        (header_change("tensors", "more", [-1]), "-1 is not a size"),
+        (header_change("tensors", "more", [10**9]), "damaged"),
+        (header_change("tensors", {}), "damaged"),
+        (header_change("steps", 0, 0, "system"), "calls an unknown function"),
+        (header_change("steps", 0, 1, [{"step": 5}]), "step 0 reads step 5"),
+        (header_change("steps", 0, ["repeat", [{"step": -1}, 2**20, 2**10, 2**10], {}]), "damaged"),
+        (header_change("output", [2**20, None]), "damaged"),
+        (header_change("steps", []), "damaged"),
+        (header_change("about", {}), "damaged"),
     ],
     ids=map(str, range(20)),
 )
@@ -400,17 +384,18 @@ def test_a_header_that_lies_is_refused(finished: Path, change: Any, message: str
 
 def test_a_header_that_unpacks_to_gigabytes_is_refused() -> None:
     parts = {"floats": np.empty(0, np.float32), "codes": np.empty(0, np.uint8)}
-    header = np.frombuffer(zlib.compress(b"0" * 2**26), np.uint8)
-    digest = np.frombuffer(sha256(header.tobytes()).digest(), np.uint8)
+    whole = container.write_container(parts, {"version": "0" * 2**26}, "packed")
     with pytest.raises(CheckpointError, match="a header of more than"):
-        unpack_network(packed._safetensors(parts | {"header": header, "sha256": digest}), "file")
+        unpack_network(whole, "file")
     with pytest.raises(CheckpointError, match="truncated"):
         unpack_network(struct.pack("<Q", 2**60) + b"{" + bytes(100), "file")
 
 
 def test_a_data_set_of_code_is_run_only_if_it_is_typed(finished: Path, tmp_path: Path) -> None:
     file = tmp_path / "n.qbench"
-    file.write_bytes(rewritten(export(finished).path.read_bytes(), _set("about", "dataset", {"name": "os:system"})))
+    file.write_bytes(
+        rewritten(export(finished).path.read_bytes(), header_change("about", "dataset", {"name": "os:system"}))
+    )
     with pytest.raises(ConfigError, match="is code that is not in the file"):
         evaluate_file(file)
     assert evaluate_file(file, ["dataset=digits"]).rows
