@@ -11,22 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qbench.analysis import verify_export
 from qbench.analysis.evaluate import Expected, measure, other_dataset, table
 from qbench.analysis.finished_run import FinishedRun, load_finished_run
 from qbench.analysis.overrides import override_dataset
-from qbench.bits import FLOAT
 from qbench.data.dataset import Loader
 from qbench.deploy import packed
 from qbench.deploy.about import About
-from qbench.deploy.agreement import Agreement, batch_noise, compare
-from qbench.deploy.container import SUFFIX
+from qbench.deploy.agreement import Agreement
+from qbench.deploy.container import SUFFIX, kind_of
+from qbench.deploy.integer_convert import to_integers
+from qbench.deploy.integer_file import pack_integers, unpack_integers
 from qbench.deploy.onnx_file import to_onnx
 from qbench.deploy.runtimes import RUNTIMES, about_onnx
-from qbench.deploy.trace import NotExportable, trace
+from qbench.deploy.trace import trace
 from qbench.errors import CheckpointError, ConfigError
-from qbench.quant.layers import quantized_layers
-from qbench.quant.probe import Batch
 from qbench.report.tables.table import Table
+from qbench.runs.directory import PACKED_FILE
 from qbench.system import files
 
 
@@ -53,13 +54,17 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
     """
     finished = load_finished_run(run, weights, "cpu")
     path = out or run / DEFAULT_NAMES[to]
-    network, about = trace(finished.model, _test_images(finished, 5)), _about(finished, weights, to)
+    network, about = trace(finished.model, verify_export.first_images(finished, 5)), _about(finished, weights, to)
     if to == "packed":
         data = packed.pack_network(network, about)
-        agreement, how = _verify_packed(finished, data, path)
+        agreement, how = verify_export.verify_packed(finished, data, path)
+    elif to == "integer":
+        converted = to_integers(network, about)
+        data = pack_integers(converted.network, about)
+        agreement, how = verify_export.verify_integers(finished, network, converted, data, path)
     else:
         data = to_onnx(network, about)
-        agreement, how = _verify_onnx(finished, about, data, path)
+        agreement, how = verify_export.verify_onnx(finished, about, data, path)
     files.write(path, data)
     cost = finished.result.cost
     sizes = f"; ideal {cost.bytes_ideal:,.0f}, float {cost.bytes_float:,}" if cost else ""
@@ -67,81 +72,10 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
 
 
 DEFAULT_NAMES: Mapping[str, str] = {
-    "packed": f"network{SUFFIX}", "onnx": "network.onnx", "int8": "network-int8.onnx",
+    "packed": PACKED_FILE, "onnx": "network.onnx", "int8": "network-int8.onnx",
+    "qonnx": "network-qonnx.onnx", "integer": f"network-integer{SUFFIX}",
 }  # fmt: skip
 """Form -> the name of its file in the run's directory."""
-
-NARROW, NARROW_TOLERANCE, WIDE_TOLERANCE = 4, 2e-5, 2e-2
-"""Largest width in bits of the first tolerance; tolerances of logits in ONNX files, relative to the largest logit."""
-
-NOISE_IMAGES = 64
-
-
-def _verify_packed(finished: FinishedRun, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
-    """Compare a packed file with its run, and return the agreement, also in words.
-
-    Raises:
-        NotExportable: some logits have other bits.
-    """
-    content = packed.unpack_network(data, str(path))
-    agreement = compare(finished.model, content.network.function(), _test_batches(finished))
-    if not agreement.identical:
-        raise NotExportable(
-            f"the packed network does not compute the same logits as the run; the largest difference is "
-            f"{agreement.largest:.2g}"
-        )
-    parts = ", ".join(f"{size:,} of {name}" for name, size in content.sizes.items())
-    verified = f"verified on {agreement.images} test images: all logits have the same bits as those of the run"
-    return agreement, [f"bytes: {parts}", verified]
-
-
-def _verify_onnx(finished: FinishedRun, about: About, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
-    """Compare an ONNX file with its run in each runtime, and return the worst agreement, also in words.
-
-    Raises:
-        NotExportable: a predicted class differs, or logits differ by more than the tolerance.
-    """
-    widths = [width for layer in quantized_layers(finished.model).values() for width in layer.bits[:2] if width < FLOAT]
-    tolerance = NARROW_TOLERANCE if max(widths, default=0) <= NARROW else WIDE_TOLERANCE
-    noise = batch_noise(finished.model, _test_images(finished, NOISE_IMAGES))
-    agreements: list[Agreement] = []
-    lines = []
-    for name in VERIFIED_IN[about.form]:
-        try:
-            function = RUNTIMES[name](data, about, str(path))
-        except ConfigError as missing:
-            if not agreements:
-                raise
-            lines.append(f"not verified in {name}: {missing}".replace("\n", "; "))
-            continue
-        found = compare(finished.model, function, _test_batches(finished))
-        allowed = max(tolerance * max(1.0, found.magnitude), noise)
-        if found.same_class < found.images or not found.largest <= allowed:
-            raise NotExportable(
-                f"{name} predicts the run's class for {found.same_class} of {found.images} test images; the largest "
-                f"difference of logits is {found.largest:.2g}, allowed {allowed:.2g}\n"
-                "try: qbench export RUN --to packed"
-            )
-        agreements.append(found)
-        lines.append(
-            f"verified in {name} on {found.images} test images: the same classes; logits differ by at most "
-            f"{found.largest:.2g} (allowed {allowed:.2g}; torch itself by {noise:.2g} between batch sizes)"
-        )
-    return max(agreements, key=lambda agreement: agreement.largest), lines
-
-
-VERIFIED_IN: Mapping[str, Sequence[str]] = {"onnx": ("onnxruntime",), "int8": ("onnxruntime", "openvino")}
-"""Form -> the runtimes in which a file is verified."""
-
-
-def _test_batches(finished: FinishedRun) -> Iterator[Batch]:
-    return finished.setup.loader().unaugmented("test")
-
-
-def _test_images(finished: FinishedRun, count: int) -> Tensor:
-    """Return `count` test images, which repeat if there are fewer."""
-    images = torch.cat([images for images, _ in finished.setup.loader().unaugmented("test", count)])
-    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
 
 def _about(finished: FinishedRun, weights: str, form: str) -> About:
@@ -173,7 +107,7 @@ def load_exported(file: Path, runtime: str | None = None) -> tuple[nn.Module, Ab
     The network takes normalized images (N, C, H, W); see `About`.
 
     Args:
-        runtime: for ONNX files, onnxruntime (the default) or openvino.
+        runtime: for ONNX files, onnxruntime (the default) or openvino; files of the form qonnx run in qonnx.
 
     Raises:
         CheckpointError: the file is missing, damaged or not an exported file.
@@ -185,9 +119,15 @@ def load_exported(file: Path, runtime: str | None = None) -> tuple[nn.Module, Ab
         raise CheckpointError(f"{file}: {error.strerror}") from None
     if file.suffix == ".onnx":
         about = about_onnx(data, str(file))
-        return _Exported(RUNTIMES[runtime or "onnxruntime"](data, about, str(file))), about
+        if about.form == "qonnx" and runtime not in (None, "qonnx"):
+            raise ConfigError(f"{file}: --runtime {runtime}: files of the form qonnx run in the package qonnx only")
+        runtime = runtime or ("qonnx" if about.form == "qonnx" else "onnxruntime")
+        return _Exported(RUNTIMES[runtime](data, about, str(file))), about
     if runtime:
-        raise ConfigError(f"{file}: packed files run in torch; --runtime is for ONNX files")
+        raise ConfigError(f"{file}: --runtime is for ONNX files; packed files run in torch, integer files in NumPy")
+    if kind_of(data) == "integer":
+        integers = unpack_integers(data, str(file))
+        return _Exported(integers.function()), integers.about
     content = packed.unpack_network(data, str(file))
     return _Exported(content.network.function()), content.about
 

@@ -100,7 +100,7 @@ def parse_export(arguments: Iterable[str]) -> ExportOptions:
         ConfigError: see `_parse`; or the file to write has another ending, or its directory does not exist.
     """
     options = ExportOptions(**_parse(run_parsers.export(), arguments, ""))
-    ending = ".qbench" if options.to == "packed" else ".onnx"
+    ending = ".qbench" if options.to in ("packed", "integer") else ".onnx"
     if options.out and options.out.suffix != ending:
         raise ConfigError(f"export --out {options.out}: must end in {ending} for --to {options.to}")
     if options.out and not options.out.parent.is_dir():

@@ -7,7 +7,7 @@ from qbench.cli.value_types import integer, one_of, prediction_file, some_path, 
 from qbench.report.tables.table import FORMATS
 
 OVERRIDES = "KEY=VALUE"
-EXPORT_FORMS = ("packed", "onnx", "int8")
+EXPORT_FORMS = ("packed", "onnx", "int8", "qonnx", "integer")
 RUNTIMES = ("onnxruntime", "openvino")
 
 
@@ -95,14 +95,16 @@ def export() -> SubcommandParser:
         parser,
         "--to",
         EXPORT_FORMS,
-        "the form: packed (codes of their true width, the run's bits), onnx (integer weights, standard operators) or "
-        "int8 (ONNX that runtimes compute in 8-bit integers) (default: packed)",
+        "the form: packed (codes of their true width, the run's bits), onnx (integer weights, standard operators), "
+        "int8 (ONNX that runtimes compute in 8-bit integers), qonnx (Quant nodes for FINN and hls4ml) or integer "
+        "(integer arithmetic with thresholds, runs in NumPy) (default: packed)",
     )
     parser.add_argument(
         "--out",
         type=some_path,
         metavar="FILE",
-        help="file to write (default: network.qbench, network.onnx or network-int8.onnx in the run's directory)",
+        help="file to write (default: network.qbench, network.onnx, network-FORM.onnx or network-integer.qbench in the "
+        "run's directory)",
     )
     _add_trust(parser)
     return parser

@@ -14,7 +14,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     The network takes images x = (pixel / white - mean) / std, per channel.
 
     Args:
-        form: packed, onnx or int8.
+        form: packed, onnx, int8, qonnx or integer.
         title: method, widths, network and data set, in words.
         identity: the run's identity.
         weights: the run's checkpoint, `last` or `best`.

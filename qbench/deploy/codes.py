@@ -21,7 +21,7 @@ quantizer returns:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import ceil, prod
 
@@ -71,6 +71,10 @@ class Levels:
         points = self.book if len(self.book) else codes / float(max(self.count - 1, 1))
         return (points * self.scale[:, None] + self.low[:, None]).unsqueeze(-1)
 
+    def to(self, dtype: torch.dtype) -> "Levels":
+        """Return the levels with tensors of another type."""
+        return replace(self, scale=self.scale.to(dtype), low=self.low.to(dtype), book=self.book.to(dtype))
+
     @property
     def stored(self) -> tuple[Tensor, Tensor, Tensor]:
         """The tensors that a file stores."""
@@ -110,9 +114,13 @@ class Encoded:
         # the last bucket may be padded
         return F.pad(codes, (0, groups * per_group - count)).reshape(groups, per_group)
 
-    def decode(self) -> Tensor:
-        """Return the weights as floats, with the strides of the original tensor."""
-        place, values = places(self.layout, self.shape), self.levels.values()
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weights as floats, with the strides of the original tensor.
+
+        Args:
+            dtype: float64 computes the levels of `steps` and `span` with more digits.
+        """
+        place, values = places(self.layout, self.shape), self.levels.to(dtype).values()
         groups = torch.arange(len(place)).unsqueeze(1)
         vectors = values[groups, self.numbers()]
         flat = torch.empty(prod(self.shape) + 1, dtype=values.dtype)

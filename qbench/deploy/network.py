@@ -71,25 +71,29 @@ class Network:
     tensors: Mapping[str, Tensor]
     weights: Mapping[str, Encoded]
 
-    def decoded(self) -> dict[str, Tensor]:
+    def decoded(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Return all tensors by name, with quantized weights as floats."""
-        return dict(self.tensors) | {name: weight.decode() for name, weight in self.weights.items()}
+        tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        return tensors | {name: weight.decode(dtype) for name, weight in self.weights.items()}
 
     def shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
         """Return the shape of each step's result for two images of a shape (C, H, W); empty if it is not one tensor."""
         found: list[tuple[int, ...]] = []
-        self.function(lambda result: found.append(tuple(result.shape) if isinstance(result, Tensor) else ()))(
+        self.function(lambda _, result: found.append(tuple(result.shape) if isinstance(result, Tensor) else ()))(
             torch.zeros(2, *shape)
         )
         return found
 
-    def function(self, observe: Callable[[Any], None] = lambda result: None) -> Callable[[Tensor], Tensor]:
+    def function(
+        self, observe: Callable[[int, Any], None] = lambda place, result: None, dtype: torch.dtype = torch.float32
+    ) -> Callable[[Tensor], Tensor]:
         """Return the function from images (N, C, H, W) to logits (N, classes).
 
         Args:
-            observe: called with the result of each step.
+            observe: called with the place and the result of each step.
+            dtype: the type of the images and of all results.
         """
-        stored, last = self.decoded(), _last_uses(self.steps, self.output)
+        stored, last = self.decoded(dtype), _last_uses(self.steps, self.output)
 
         @torch.no_grad()
         def run(images: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ class Network:
             for i, step in enumerate(self.steps):
                 kwargs = {key: value(argument) for key, argument in step.kwargs.items()}
                 results[i] = FUNCTIONS[step.function](*map(value, step.args), **kwargs)
-                observe(results[i])
+                observe(i, results[i])
                 for used in last.get(i, ()):
                     del results[used]
             logits: Tensor = value(self.output)

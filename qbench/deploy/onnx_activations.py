@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qbench.deploy.linear import NotLinear, integer_levels
 from qbench.deploy.onnx_functions import NoConverter
 from qbench.deploy.onnx_graph import OnnxGraph
 
@@ -16,7 +17,7 @@ HALF_STEP = 1e-4
 
 def add_quantizer(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tensor) -> str:
     """Add the nodes of an activation quantizer."""
-    linear = _linear_steps(thresholds, levels)
+    linear = linear_steps(thresholds, levels)
     few = thresholds.shape[-1] <= MAX_COMPARISONS
     if linear and (graph.int8 or not few):
         step, low = linear
@@ -39,12 +40,12 @@ def _quantize_linear(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tenso
     def constant(name: str, value: Tensor) -> str:
         return graph.constant(name, value.reshape(shape).numpy())
 
-    count, zero, middles = levels.shape[-1], (-low / step).round(), _middles(levels)
+    count, zero = levels.shape[-1], (-low / step).round()
     shifted = bool(((low + zero * step).abs() > HALF_STEP * step).any() or zero.max() > 255 or zero.min() < 0)
     if not shifted and levels.dim() == 1:  # the quantizer's own step, without a rounding error
         place = int(zero)
         step = levels[place + 1] if place + 1 < count else -levels[place - 1]
-    down, up = bool((thresholds > middles).all()), bool((thresholds <= middles).all())
+    down, up = rounds_middles(thresholds, levels)
     if not (shifted or down or up):  # QuantizeLinear rounds values in the middle to the even code
         if count < 256:  # the integer type has more values than there are levels
             x = graph.node("Max", x, constant("low", -zero * step))
@@ -69,17 +70,16 @@ def _exact_integers(graph: OnnxGraph, y: str, levels: Tensor) -> str:
     """Add QuantizeLinear and DequantizeLinear that change nothing, so that the next layer computes in integers."""
     if not graph.int8:
         return y
-    distinct = torch.unique(levels)
-    unit = distinct.diff().min()
-    if len(distinct) == 2 and bool(distinct[0] == -distinct[1]):
-        unit = distinct[1]
-    integers = distinct / unit
-    if levels.dim() == 2 or bool(((integers - integers.round()).abs() > HALF_STEP).any()):
-        raise NoConverter("activations whose levels are not multiples of one step")
-    zero = 128 if bool((distinct < 0).any()) else 0
-    if bool((integers.round() + zero > 255).any() | (integers.round() + zero < 0).any()):
+    try:
+        if levels.dim() == 2:
+            raise NotLinear("activations whose channels have different levels")
+        integers, unit = integer_levels(levels)
+    except NotLinear as reason:
+        raise NoConverter(str(reason)) from None
+    zero = 128 if bool((integers < 0).any()) else 0
+    if bool((integers + zero > 255).any() | (integers + zero < 0).any()):
         raise NoConverter("activations of more than 8 bits")
-    scale, zeros = graph.floats(unit.item()), graph.constant("zero", np.array(zero, np.uint8))
+    scale, zeros = graph.floats(unit), graph.constant("zero", np.array(zero, np.uint8))
     return graph.node("DequantizeLinear", graph.node("QuantizeLinear", y, scale, zeros), scale, zeros)
 
 
@@ -87,7 +87,13 @@ def _middles(levels: Tensor) -> Tensor:
     return (levels[..., 1:] + levels[..., :-1]) / 2
 
 
-def _linear_steps(thresholds: Tensor, levels: Tensor) -> tuple[Tensor, Tensor] | None:
+def rounds_middles(thresholds: Tensor, levels: Tensor) -> tuple[bool, bool]:
+    """Return whether values in the middle between two levels are always rounded down, and whether always up."""
+    middles = _middles(levels)
+    return bool((thresholds > middles).all()), bool((thresholds <= middles).all())
+
+
+def linear_steps(thresholds: Tensor, levels: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the step and the lowest level of a rounding function, or None for other step functions.
 
     Its levels are equally spaced, and its thresholds are in the middle between them.

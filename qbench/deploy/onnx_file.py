@@ -13,6 +13,7 @@ from qbench.deploy.onnx_activations import add_quantizer
 from qbench.deploy.onnx_functions import CONVERTERS, NoConverter
 from qbench.deploy.onnx_graph import OnnxGraph
 from qbench.deploy.onnx_weights import add_weights
+from qbench.deploy.qonnx_nodes import add_quant_activation
 from qbench.deploy.trace import NotExportable
 
 TABLES = (".thresholds", ".levels")
@@ -23,13 +24,13 @@ def to_onnx(network: Network, about: About) -> bytes:
     """Return the bytes of an ONNX file with the input `images` (N, C, H, W) and the output `logits` (N, classes).
 
     Args:
-        about: its form is `onnx`, or `int8` for weights and activations in 8-bit integers.
+        about: its form is `onnx`, `int8` for weights and activations in 8-bit integers, or `qonnx`.
 
     Raises:
         NotExportable: a function, a quantizer or weights cannot be converted.
         ConfigError: the package onnx is missing.
     """
-    graph = OnnxGraph(about.shape, about.form == "int8")
+    graph = OnnxGraph(about.shape, about.form)
     if graph.int8 and not any(step.function == "quantize" for step in network.steps):
         raise NotExportable(
             "no layer has quantized activations, so nothing can be computed in integers\n"
@@ -57,7 +58,7 @@ def to_onnx(network: Network, about: About) -> bytes:
             results[i] = _add_step(graph, step, value)
         except (NoConverter, TypeError) as reason:
             raise NotExportable(
-                f"{step.where or 'the network'}: ONNX export does not support {reason}\n"
+                f"{step.where or 'the network'}: {about.form} export does not support {reason}\n"
                 "try: qbench export RUN --to packed"
             ) from None
         graph.set_shape(results[i], shape)
@@ -69,7 +70,7 @@ def _add_step(graph: OnnxGraph, step: Step, value: Any) -> str:
     """Add the nodes of a step, and return the name of its result."""
     args, kwargs = map(value, step.args), {key: value(argument) for key, argument in step.kwargs.items()}
     if step.function == "quantize":
-        return add_quantizer(graph, *args)
+        return (add_quant_activation if graph.qonnx else add_quantizer)(graph, *args)
     if step.function not in CONVERTERS:
         raise NoConverter(f"the function {step.function}")
     result: str = CONVERTERS[step.function](graph, *args, **kwargs)

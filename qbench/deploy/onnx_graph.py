@@ -14,6 +14,9 @@ from qbench.deploy.extras import import_extra
 METADATA, DIGEST = "qbench", "qbench_sha256"
 """Keys of the file's metadata: the fields of `About` as JSON, and the sha256 of the graph and of that JSON."""
 
+QONNX_DOMAIN, QONNX_OPSET = "qonnx.custom_op.general", 1
+"""Domain and version of the operators Quant and BipolarQuant."""
+
 OPSET, OPSET_WITH_UINT2 = (21, 10), (25, 13)
 """Version of the operators, and of the file format that it needs."""
 
@@ -23,12 +26,12 @@ class OnnxGraph:
 
     Args:
         shape: channels, height and width of an image.
-        int8: whether runtimes shall compute in 8-bit integers.
+        form: onnx, int8 (runtimes shall compute in 8-bit integers) or qonnx.
     """
 
-    def __init__(self, shape: tuple[int, ...], int8: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], form: str) -> None:
         self._onnx = import_extra("onnx", "onnx")
-        self.int8 = int8
+        self.int8, self.qonnx = form == "int8", form == "qonnx"
         self._nodes: list[Any] = []
         self._initializers: dict[str, Any] = {}
         self._counts: Counter[str] = Counter()
@@ -77,13 +80,14 @@ class OnnxGraph:
     def file(self, about: About) -> bytes:
         """Return the bytes of the file."""
         helper, float32 = self._onnx.helper, self._onnx.TensorProto.FLOAT
-        inputs = [helper.make_tensor_value_info("images", float32, ["N", *about.shape])]
-        outputs = [helper.make_tensor_value_info("logits", float32, ["N", about.classes])]
+        images = 1 if self.qonnx else "N"  # FINN needs a fixed number of images
+        inputs = [helper.make_tensor_value_info("images", float32, [images, *about.shape])]
+        outputs = [helper.make_tensor_value_info("logits", float32, [images, about.classes])]
         graph = helper.make_graph(self._nodes, "qbench", inputs, outputs, list(self._initializers.values()))
         opset, version = OPSET_WITH_UINT2 if self._has_uint2 else OPSET
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=version, producer_name="qbench"
-        )
+        opsets = [helper.make_opsetid("", opset)]
+        opsets += [helper.make_opsetid(QONNX_DOMAIN, QONNX_OPSET)] if self.qonnx else []
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="qbench")
         text = json.dumps(msgspec.to_builtins(about))
         helper.set_model_props(model, {METADATA: text, DIGEST: graph_digest(model, text)})
         self._onnx.checker.check_model(model, full_check=True)

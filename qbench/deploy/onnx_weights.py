@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from qbench.deploy.codes import Encoded, code_count
+from qbench.deploy.linear import NotLinear, integer_weights
 from qbench.deploy.onnx_graph import OnnxGraph
+from qbench.deploy.qonnx_nodes import add_quant_weights
 from qbench.deploy.trace import NotExportable
 
 INT64 = 7
@@ -15,6 +17,8 @@ def add_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
     """Add codes and the nodes that turn them into the weights; return the name of the weights."""
     if graph.int8:
         return _int8_weights(graph, name, weight)
+    if graph.qonnx:
+        return add_quant_weights(graph, name, weight)
     levels, codes = weight.levels, weight.numbers().numpy()
     base = f"{name}.codes"
     if levels.form == "book" or len(levels.book):
@@ -64,28 +68,19 @@ def _arranged(graph: OnnxGraph, name: str, values: str, weight: Encoded) -> str:
 
 def _int8_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
     """Add weights as 8-bit integers around zero, with one scale or one per output channel."""
-    levels = weight.levels
-    if weight.layout not in ("tensor", "channel") or levels.form == "book" or len(levels.book):
+    try:
+        integers, scale = integer_weights(weight)
+    except NotLinear as reason:
         raise NotExportable(
-            f"{name.removesuffix('.weight_q')}: int8 needs equally spaced weights with one scale per layer or "
-            "channel\ntry: qbench export RUN --to onnx"
-        )
-    codes = weight.numbers()
-    if levels.form == "steps":
-        integers, scale = codes * levels.step + levels.first, levels.scale
-    else:
-        # symmetric around 0: odd multiples of half a step
-        n = levels.count - 1
-        integers, scale = 2 * codes - n, levels.scale / (2 * n)
-        if not torch.equal(levels.low, -levels.scale / 2):
-            raise NotExportable(f"{name.removesuffix('.weight_q')}: int8 needs weights that are symmetric around 0")
+            f"{name.removesuffix('.weight_q')}: int8 {reason}\ntry: qbench export RUN --to onnx"
+        ) from None
     largest = int(integers.abs().max())
     if largest > 127:
         raise NotExportable(
             f"{name.removesuffix('.weight_q')}: int8 needs weights within +-127, and these are integers up to "
             f"{largest}\ntrain with bits.w=7 or less, or: qbench export RUN --to onnx"
         )
-    array = integers.reshape(weight.shape).to(torch.int8).numpy()
+    array = integers.to(torch.int8).numpy()
     scales = graph.constant(name, (scale if weight.layout == "channel" else scale[0]).numpy())
     # the zero point 0 is written out, because runtimes look for it
     zeros = graph.constant(name, np.zeros(graph.shape(scales), np.int8))

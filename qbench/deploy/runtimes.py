@@ -1,8 +1,9 @@
-"""Runs ONNX files in ONNX Runtime and in OpenVINO, on the CPU."""
+"""Runs ONNX files in ONNX Runtime, in OpenVINO and in the package qonnx, on the CPU."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +60,40 @@ def in_openvino(data: bytes, about: About, source: str) -> Function:
     return run
 
 
+def in_qonnx(data: bytes, about: About, source: str) -> Function:
+    """Return the function that an ONNX file computes in the package qonnx, which runs one node after the other.
+
+    Raises:
+        CheckpointError: the file is damaged, or qonnx lacks an operator.
+        ConfigError: the package qonnx is missing.
+    """
+    import_extra("qonnx", "qonnx")
+    wrapper = import_extra("qonnx.core.modelwrapper", "qonnx")
+    execution = import_extra("qonnx.core.onnx_exec", "qonnx")
+    shapes = import_extra("qonnx.transformation.infer_shapes", "qonnx")
+    models: dict[int, Any] = {}
+
+    def model_for(count: int) -> Any:
+        """Return the model for a number of images."""
+        if count not in models:
+            model = wrapper.ModelWrapper(data)
+            model.set_tensor_shape("images", [count, *about.shape])
+            model.set_tensor_shape("logits", [count, about.classes])
+            models[count] = model.transform(shapes.InferShapes())
+        return models[count]
+
+    def run(images: Tensor) -> Tensor:
+        with _named_errors(source, "qonnx"):
+            inputs = {"images": images.contiguous().numpy()}
+            return torch.from_numpy(execution.execute_onnx(model_for(len(images)), inputs)["logits"].copy())
+
+    return run
+
+
 RUNTIMES: Mapping[str, Callable[[bytes, About, str], Function]] = {
     "onnxruntime": in_onnxruntime,
     "openvino": in_openvino,
+    "qonnx": in_qonnx,
 }
 
 

@@ -24,6 +24,18 @@ FINAL = ("done", "unsupported")
 KEPT_CHECKPOINTS = 2
 ARTIFACTS = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
 
+PACKED_FILE = "network.qbench"
+"""The packed file that `qbench export` writes into a run's directory by default."""
+
+
+def packed_bytes(path: Path) -> int | None:
+    """Return the size of the packed file in a run's directory, or None without a file that is as new as the result."""
+    with suppress(OSError):
+        file = (path / PACKED_FILE).stat()
+        if file.st_mtime_ns >= (path / "result.json").stat().st_mtime_ns:
+            return file.st_size
+    return None
+
 
 def directory_name(identity: RunIdentity) -> Path:
     """Return a run's folder below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<hash>.

@@ -1,0 +1,135 @@
+"""Verifies exported files against their run, on the run's test images."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qbench.analysis.finished_run import FinishedRun
+from qbench.bits import FLOAT
+from qbench.deploy import packed
+from qbench.deploy.about import About
+from qbench.deploy.agreement import Agreement, batch_noise, compare
+from qbench.deploy.integer_convert import Converted, compare_codes
+from qbench.deploy.integer_file import unpack_integers
+from qbench.deploy.network import Network
+from qbench.deploy.runtimes import RUNTIMES
+from qbench.deploy.trace import NotExportable
+from qbench.errors import ConfigError
+from qbench.quant.layers import quantized_layers
+from qbench.quant.probe import Batch
+
+NARROW = 4
+"""Largest width in bits of the first of the two limits below."""
+
+NARROW_TOLERANCE, WIDE_TOLERANCE = 2e-5, 2e-2
+"""Tolerances of logits in ONNX files, relative to the largest logit."""
+
+NARROW_CODES, WIDE_CODES = 0.0, 5e-4
+"""Largest share of activation codes of integer files that may differ from those of a simulation in float64."""
+
+COMPARED_CODES, CODES_BATCH = 1_000_000, 50
+"""Number of codes after which no more are compared, and the number of images that are compared at once."""
+
+NOISE_IMAGES = 64
+
+
+def verify_packed(finished: FinishedRun, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
+    """Compare a packed file with its run, and return the agreement, also in words.
+
+    Raises:
+        NotExportable: some logits have other bits.
+    """
+    content = packed.unpack_network(data, str(path))
+    agreement = compare(finished.model, content.network.function(), run_images(finished))
+    if not agreement.identical:
+        raise NotExportable(
+            f"the packed network does not compute the same logits as the run; the largest difference is "
+            f"{agreement.largest:.2g}"
+        )
+    parts = ", ".join(f"{size:,} of {name}" for name, size in content.sizes.items())
+    verified = f"verified on {agreement.images} test images: all logits have the same bits as those of the run"
+    return agreement, [f"bytes: {parts}", verified]
+
+
+def verify_onnx(finished: FinishedRun, about: About, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
+    """Compare an ONNX file with its run in each runtime, and return the worst agreement, also in words.
+
+    Raises:
+        NotExportable: a predicted class differs, or logits differ by more than the tolerance.
+    """
+    tolerance = NARROW_TOLERANCE if _largest_width(finished) <= NARROW else WIDE_TOLERANCE
+    noise = batch_noise(finished.model, first_images(finished, NOISE_IMAGES))
+    agreements: list[Agreement] = []
+    lines = []
+    for name in VERIFIED_IN[about.form]:
+        try:
+            function = RUNTIMES[name](data, about, str(path))
+        except ConfigError as missing:
+            if not agreements:
+                raise
+            lines.append(f"not verified in {name}: {missing}".replace("\n", "; "))
+            continue
+        found = compare(finished.model, function, run_images(finished))
+        allowed = max(tolerance * max(1.0, found.magnitude), noise)
+        if found.same_class < found.images or not found.largest <= allowed:
+            raise NotExportable(
+                f"{name} predicts the run's class for {found.same_class} of {found.images} test images; the largest "
+                f"difference of logits is {found.largest:.2g}, allowed {allowed:.2g}\n"
+                "try: qbench export RUN --to packed"
+            )
+        agreements.append(found)
+        lines.append(
+            f"verified in {name} on {found.images} test images: the same classes; logits differ by at most "
+            f"{found.largest:.2g} (allowed {allowed:.2g}; torch itself by {noise:.2g} between batch sizes)"
+        )
+    return max(agreements, key=lambda agreement: agreement.largest), lines
+
+
+VERIFIED_IN: Mapping[str, Sequence[str]] = {
+    "onnx": ("onnxruntime",), "int8": ("onnxruntime", "openvino"), "qonnx": ("qonnx",),
+}  # fmt: skip
+"""Form -> the runtimes in which a file is verified."""
+
+
+def run_images(finished: FinishedRun) -> Iterator[Batch]:
+    """Yield the run's test images and labels."""
+    return finished.setup.loader().unaugmented("test")
+
+
+def first_images(finished: FinishedRun, count: int) -> Tensor:
+    """Return `count` test images, which repeat if there are fewer."""
+    images = torch.cat([images for images, _ in finished.setup.loader().unaugmented("test", count)])
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
+
+
+def verify_integers(
+    finished: FinishedRun, traced: Network, converted: Converted, data: bytes, path: Path
+) -> tuple[Agreement, list[str]]:
+    """Compare an integer file with its run, and its codes with a simulation in float64. Return the agreement.
+
+    Raises:
+        NotExportable: a predicted class differs, or too many codes differ.
+    """
+    content = unpack_integers(data, str(path))
+    batches = finished.setup.loader().unaugmented("test", CODES_BATCH)
+    codes = compare_codes(traced, converted, content.network, batches, COMPARED_CODES)
+    agreement = compare(finished.model, content.function(), run_images(finished))
+    allowed = int(codes.codes * (NARROW_CODES if _largest_width(finished) <= NARROW else WIDE_CODES))
+    if codes.differing > allowed or agreement.same_class < agreement.images:
+        raise NotExportable(
+            f"{codes.differing:,} of {codes.codes:,} activation codes differ, allowed {allowed:,}; the run's class is "
+            f"predicted for {agreement.same_class} of {agreement.images} test images\n"
+            "try: qbench export RUN --to packed"
+        )
+    return agreement, [
+        f"verified on {agreement.images} test images: the same classes; {codes.differing:,} of {codes.codes:,} "
+        f"activation codes of {codes.images} images differ from a simulation in float64 (allowed {allowed:,})"
+    ]
+
+
+def _largest_width(finished: FinishedRun) -> int:
+    """Return the largest width of quantized weights and activations, or 0."""
+    layers = quantized_layers(finished.model).values()
+    return max((width for layer in layers for width in layer.bits[:2] if width < FLOAT), default=0)

@@ -1,0 +1,127 @@
+"""Turns a traced network into an integer network.
+
+Quantized layers multiply integer codes. Batch normalization, bias and activation functions after
+them become part of the next quantizer's integer thresholds, one set per channel. Sums of a residual
+network are fixed-point numbers with a format per channel. Float layers, and layers that read an image
+whose levels are not multiples of one step, compute in float64.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from qbench.deploy.about import About
+from qbench.deploy.integer_builder import Builder, NotInteger, QuantizerPlace
+from qbench.deploy.integer_functions import HANDLERS
+from qbench.deploy.integer_network import IntegerNetwork
+from qbench.deploy.linear import NotLinear, integer_levels
+from qbench.deploy.network import Network, Step, refs
+from qbench.deploy.trace import NotExportable
+from qbench.quant.probe import Batch
+
+LAYERS = ("conv2d", "linear")
+OTHER_FORM = "try: qbench export RUN --to packed"
+
+
+class Converted(NamedTuple):
+    """An integer network, and its quantizers."""
+
+    network: IntegerNetwork
+    quantizers: Sequence[QuantizerPlace]
+
+
+def to_integers(network: Network, about: About) -> Converted:
+    """Return a network as an integer network.
+
+    Raises:
+        NotExportable: a layer's weights, its activations or a function have no integer form. The
+            message names the layer and the reason.
+    """
+    builder = Builder(network, about, _leading_to(network.steps, "quantize"))
+    for place, step in enumerate(network.steps):
+        layer = step.where or "the network"
+        try:
+            if layer.endswith(".output_q"):
+                raise NotInteger("does not support output scales that are computed from each input")
+            if step.function not in HANDLERS:
+                raise NotInteger(f"does not support the function {step.function}")
+            args, kwargs = builder.begin(place, step)
+            builder.finish(HANDLERS[step.function](builder, *args, **kwargs))
+        except (NotInteger, NotLinear) as reason:
+            text = str(reason) if "\n" in str(reason) else f"{reason}\n{OTHER_FORM}"
+            raise NotExportable(f"{layer}: integer {text}") from None
+        except TypeError:
+            raise NotExportable(
+                f"{layer}: integer does not support these arguments of {step.function}\n{OTHER_FORM}"
+            ) from None
+    if not any(step.function in LAYERS and step.inputs[0] in builder.integer_places for step in builder.steps):
+        raise NotExportable(
+            "no layer has quantized weights and quantized activations, so nothing can be computed in integers\n"
+            "train with bits.w=8 and bits.a=8 or less, or: qbench export RUN --to packed"
+        )
+    logits = builder.result(network.output.step)
+    if logits.integer:
+        builder.as_real(logits)
+    return Converted(IntegerNetwork(builder.steps), builder.quantizers)
+
+
+def _leading_to(steps: Sequence[Step], function: str) -> set[int]:
+    """Return the places of the steps on which a step that calls a function depends."""
+    found: set[int] = set()
+    for place in reversed(range(len(steps))):
+        if steps[place].function == function or place in found:
+            found |= {ref.step for ref in refs((steps[place].args, tuple(steps[place].kwargs.values())))}
+    return found
+
+
+class CodeAgreement(NamedTuple):
+    """How many activation codes were compared on how many images, and how many differ."""
+
+    images: int
+    codes: int
+    differing: int
+
+
+def compare_codes(
+    traced: Network, converted: Converted, network: IntegerNetwork, batches: Iterable[Batch], enough: int
+) -> CodeAgreement:
+    """Compare the activation codes of an integer network with those of the traced network in float64.
+
+    In float64, a level is exactly its integer times the unit, and weights are exactly their integers
+    times their scale.
+
+    Args:
+        converted: the result of `to_integers`.
+        network: its network, after writing and reading.
+        enough: number of codes after which no more batches are compared.
+    """
+    levels = {}
+    for quantizer in converted.quantizers:
+        integers, unit = integer_levels(traced.tensors[quantizer.levels])
+        levels[quantizer.levels] = torch.tensor(unit, dtype=torch.float64) * integers
+    simulation = replace(traced, tensors={**traced.tensors, **levels})
+    images = codes = differing = 0
+    for batch, _ in batches:
+        expected: dict[int, Any] = {}
+        found: dict[int, Any] = {}
+        simulation.function(_keeper(expected, {q.traced for q in converted.quantizers}), torch.float64)(batch.double())
+        network.run(batch.numpy(), _keeper(found, {q.integer for q in converted.quantizers}))
+        for quantizer in converted.quantizers:
+            difference = (expected[quantizer.traced].numpy() / quantizer.unit).round() != found[quantizer.integer]
+            codes, differing = codes + difference.size, differing + int(difference.sum())
+        images += len(batch)
+        if codes >= enough:
+            break
+    return CodeAgreement(images, codes, differing)
+
+
+def _keeper(results: dict[int, Any], wanted: set[int]) -> Callable[[int, Any], None]:
+    """Return a function that keeps the results of some steps."""
+
+    def keep(place: int, result: Any) -> None:
+        if place in wanted:
+            results[place] = result
+
+    return keep

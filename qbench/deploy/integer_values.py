@@ -1,0 +1,136 @@
+"""Describes the tensors of an integer network, and computes thresholds and fixed-point formats for them.
+
+A tensor stores numbers q, and means the values clamp(scale q + shift). Scale and shift are float64,
+one per channel. Batch normalization changes only scale and shift, so it costs nothing: they become
+part of the thresholds of the next quantizer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qbench.deploy.integer_network import LARGEST
+
+INT_BITS = 30
+"""Fixed-point numbers are at most 2^30, so that the sum of two of them fits into 32 bits."""
+
+MAX_FRACTION = 40
+"""Largest number of fraction bits."""
+
+ROUNDING = 4
+"""Largest rounding error of a fixed-point sum: one unit each for its parts, and a reserve."""
+
+MULTIPLIER_BITS, MAX_SHIFT, PRODUCT_BITS = 30, 31, 61
+"""Sizes of a multiplier, of the right shift after it, and of their product with a number."""
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of an integer network.
+
+    Args:
+        place: the step that computes it; -1 is the image.
+        integer: whether q is int32, otherwise float64 with scale 1 and shift 0.
+        scale, shift, low, high: (C, 1, ..), or (F,) for tensors (N, F). low and high are the
+            smallest and the largest q that any image of the run's range can cause.
+        floor, ceiling: the clamp.
+        codes: whether it holds the integer levels of a quantizer.
+        image: whether it holds the values of the image, possibly rounded or moved.
+    """
+
+    place: int
+    integer: bool
+    scale: Array
+    shift: Array
+    low: Array
+    high: Array
+    floor: float = -np.inf
+    ceiling: float = np.inf
+    codes: bool = False
+    image: bool = False
+
+    @property
+    def clamped(self) -> bool:
+        """Whether the clamp is still to be applied."""
+        return (self.floor, self.ceiling) != (-np.inf, np.inf)
+
+    def interval(self) -> tuple[Array, Array]:
+        """Return the smallest and the largest value of each channel."""
+        ends = self.scale * self.low + self.shift, self.scale * self.high + self.shift
+        low, high = np.minimum(*ends), np.maximum(*ends)
+        return np.clip(low, self.floor, self.ceiling), np.clip(high, self.floor, self.ceiling)
+
+    def clamp(self, low: float, high: float) -> "Value":
+        """Return this value after one more clamp."""
+        return replace(
+            self, floor=min(max(self.floor, low), high), ceiling=min(max(self.ceiling, low), high), codes=False
+        )
+
+    def by_channel(self, place: int, change: Callable[[Array], Array]) -> "Value":
+        """Return this value as the result of a step that changes the places of channels and no values."""
+        ends = change(self.low), change(self.high)
+        return replace(self, place=place, scale=change(self.scale), shift=change(self.shift), low=ends[0], high=ends[1])
+
+    def normalized(self, scale: Array, shift: Array) -> "Value":
+        """Return scale times this value plus shift."""
+        return replace(self, scale=self.scale * scale, shift=self.shift * scale + shift, codes=False, image=False)
+
+
+def real(place: int, low: Array, high: Array, image: bool = False) -> Value:
+    """Return a float64 tensor with the given range."""
+    return Value(place, False, np.ones_like(low), np.zeros_like(low), low, high, image=image)
+
+
+def fraction_bits(low: Array, high: Array) -> Array:
+    """Return the largest number of fraction bits with which fixed-point numbers hold the values from low to high."""
+    largest = np.maximum(np.maximum(np.abs(low), np.abs(high)), 2.0 ** (INT_BITS - MAX_FRACTION))
+    bits: Array = (INT_BITS - np.ceil(np.log2(largest))).astype(np.int64)
+    return bits
+
+
+def fixed(place: int, low: Array, high: Array, fraction: Array) -> Value:
+    """Return a fixed-point tensor with values from low to high, apart from rounding."""
+    ends = np.floor(np.ldexp(low, fraction)) - ROUNDING, np.ceil(np.ldexp(high, fraction)) + ROUNDING
+    return Value(place, True, np.ldexp(np.ones_like(low), -fraction), np.zeros_like(low), *ends)
+
+
+def rescaling(value: Value, fraction: Array) -> dict[str, Array]:
+    """Return the arrays of a step `rescale` that gives a tensor as fixed-point numbers, with its clamp."""
+    factor, offset = np.ldexp(value.scale, fraction), np.ldexp(value.shift, fraction)
+    largest = np.maximum(np.abs(value.low), np.abs(value.high))
+    # the product with the largest number, plus the offset, must fit into 64 bits
+    room = PRODUCT_BITS - np.ceil(np.log2(largest * np.abs(factor) + np.abs(offset) + 2))
+    precision = MULTIPLIER_BITS - np.ceil(np.log2(np.abs(factor) + np.ldexp(1.0, -MAX_SHIFT)))
+    shift = np.clip(np.minimum(room, precision), 0, MAX_SHIFT).astype(np.int64)
+    floor, ceiling = (np.full_like(factor, end) for end in (value.floor, value.ceiling))
+    return {
+        "multiplier": np.rint(np.ldexp(factor, shift)).astype(np.int64),
+        "offset": np.rint(np.ldexp(offset, shift)).astype(np.int64),
+        "shift": shift,
+        "low": np.clip(np.rint(np.ldexp(floor, fraction)), -LARGEST, LARGEST).astype(np.int64),
+        "high": np.clip(np.rint(np.ldexp(ceiling, fraction)), -LARGEST, LARGEST).astype(np.int64),
+    }
+
+
+def integer_thresholds(value: Value, thresholds: Array) -> tuple[Array, Array]:
+    """Return thresholds (C, E) for sign q, and the sign (C,). They count what `thresholds` count for the values.
+
+    Args:
+        thresholds: (1, E) or (C, E), ascending.
+    """
+    scale, shift, low, high = (part.reshape(-1, 1) for part in (value.scale, value.shift, value.low, value.high))
+    sign = np.where(scale < 0, -1.0, 1.0)
+    scale, low, high = scale * sign, np.where(sign < 0, -high, low), np.where(sign < 0, -low, high)
+    # the clamp moves values below the floor up to it
+    edges = np.where(thresholds <= value.floor, -np.inf, np.where(thresholds > value.ceiling, np.inf, thresholds))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        first = np.ceil((edges - shift) / scale)
+    first = np.where(scale == 0, np.where(shift >= edges, low, high + 1), np.clip(first, low, high + 1))
+    # the division may have rounded to a neighbour of the smallest q that reaches the threshold
+    best = first + 1
+    for candidate in (first, first - 1):
+        best = np.where(scale * candidate + shift >= edges, candidate, best)
+    return np.clip(best, low, high + 1).astype(np.int64), sign.reshape(-1).astype(np.int8)

@@ -1,0 +1,55 @@
+"""Reads weights and activation levels as integers times a scale, for forms that compute in integers."""
+
+import torch
+from torch import Tensor
+
+from qbench.deploy.codes import Encoded
+
+OFF_INTEGER = 1e-4
+"""Largest distance of a level from an integer multiple of the step, in steps."""
+
+
+class NotLinear(Exception):
+    """Raised if weights or levels are not integers times a scale. The message states the reason."""
+
+
+def integer_weights(weight: Encoded) -> tuple[Tensor, Tensor]:
+    """Return weights as integers in their shape, and their scale: (1,), or one per index of the first axis.
+
+    Raises:
+        NotLinear: the weights have another form.
+    """
+    levels = weight.levels
+    if weight.layout not in ("tensor", "channel") or levels.form == "book" or len(levels.book):
+        raise NotLinear("needs equally spaced weights with one scale per layer or channel")
+    codes = weight.numbers()
+    if levels.form == "steps":
+        numbers, scale = codes * levels.step + levels.first, levels.scale
+    else:
+        # symmetric around 0: odd multiples of half a step
+        n = levels.count - 1
+        numbers, scale = 2 * codes - n, levels.scale / (2 * n)
+        if not torch.equal(levels.low, -levels.scale / 2):
+            raise NotLinear("needs weights that are symmetric around 0")
+    return numbers.reshape(weight.shape), scale
+
+
+def integer_levels(levels: Tensor) -> tuple[Tensor, float]:
+    """Return the levels of activations as integers in their shape, and the unit of which they are multiples.
+
+    Raises:
+        NotLinear: the levels are not multiples of one unit.
+    """
+    distinct = torch.unique(levels.double())
+    if len(distinct) < 2:
+        raise NotLinear("activations with only one level")
+    step = distinct.diff().min()
+    largest = distinct[distinct.abs().argmax()]
+    for unit in (step, step / 2):  # levels without 0 are odd multiples of half a step
+        if (integer := (largest / unit).round()) == 0:
+            continue
+        exact = largest / integer  # the largest level has the smallest relative rounding error
+        multiples = levels.double() / exact
+        if bool(((multiples - multiples.round()).abs() <= OFF_INTEGER).all()):
+            return multiples.round().long(), exact.item()
+    raise NotLinear("activations whose levels are not multiples of one step")
