@@ -7,6 +7,7 @@ memory. Time is measured on a few training steps with random images on the run's
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from qbench.analysis.export_forms import export_lines, refused_forms
 from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun
 from qbench.bits import FLOAT
 from qbench.cost.count import coverage, idle_layers
@@ -18,6 +19,7 @@ from qbench.experiment.setup import ExperimentSetup
 from qbench.papers.recipe_differences import recipe_differences
 from qbench.report.tables.table import Table
 from qbench.report.tables.units import si_format
+from qbench.runs.directory import PACKED_FILE, packed_bytes
 
 HEAD = ("run", "state", "epochs", "steps", "params", "size", "BitOps", "memory", "time")
 LAYERS_HEAD = (
@@ -36,6 +38,9 @@ def plan(planned: Sequence[PlannedRun]) -> list[Table]:
     estimator = CostEstimator()
     runs = {run.path: run for one in planned for run in with_baseline(one, estimator)}
     total = sum(_add_run(table, run, estimator.run_cost(run)) for run in runs.values())
+    for path in runs:
+        if measured := packed_bytes(path):
+            table.notes.append(f"{path / PACKED_FILE}: {measured:,} bytes, measured; the size above is the ideal one")
     last = estimator.run_cost(planned[-1]) if planned else None
     device = last.setup.device.type if isinstance(last, RunCost) else "cpu"
     table.notes.append(
@@ -99,6 +104,7 @@ def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
         table.rows.append(_layer_cells(layer))
         table.values.append(asdict(layer) | {"bits": layer.bits._asdict()})
     rest = whole.params - sum(layer.params for layer in layers)
+    refused = refused_forms(setup, whole.params)
     blank = ("",) * 7
     if rest:
         table.rows.append(("the rest", "", *blank, str(rest), "0", "0", str(4 * rest), str(4 * rest)))
@@ -109,7 +115,7 @@ def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
         *filter(None, (coverage(cost.model, setup.macs), idle_layers(cost.model, setup.macs))),
         f"weights: {whole.bits_per_weight:.2f} bits per quantized weight, with scales and codebooks; float "
         f"network: {format_bytes(whole.bytes_float)}",
-        *runs_on(layers), *recipe_differences(run), *setup.protocol_changes,
+        *runs_on(layers, refused), *export_lines(refused or {}), *recipe_differences(run), *setup.protocol_changes,
     ]  # fmt: skip
     return table
 

@@ -1,9 +1,10 @@
 """Decides which runtimes support the arithmetic of a quantized network.
 
-The formats of each runtime come from the documents named below. No network is exported, and no runtime is measured.
+The formats of each runtime come from the documents named below. No runtime is measured. Where the export of qbench was
+asked whether it accepts a network, its answer counts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from qbench.bits import FLOAT
@@ -37,12 +38,14 @@ FPGA = Runtime(
 WIDTH_INT8 = 8
 
 
-def runs_on(layers: Sequence[LayerCost]) -> list[str]:
+def runs_on(layers: Sequence[LayerCost], refused: Mapping[str, str] | None = None) -> list[str]:
     """Return one line per runtime that supports the layers' arithmetic, or the reason why no runtime does.
 
     Args:
         layers: the layers of a network. Only quantized layers are considered, because any runtime
             can run float layers.
+        refused: forms of `qbench export` (`int8`, `qonnx`), each with the reason why the network
+            cannot be exported, or an empty text.
     """
     quantized = [layer for layer in layers if layer.bits.w < FLOAT or layer.bits.a < FLOAT]
     if not quantized:
@@ -51,7 +54,7 @@ def runs_on(layers: Sequence[LayerCost]) -> list[str]:
     inner = [layer for layer in quantized if layer.inputs is None or layer.inputs.per != "channel"] or quantized
     if reason := _no_runtime(inner):
         return [reason]
-    runtimes = _supporting(inner)
+    runtimes = _supporting(inner, refused or {})
     if not runtimes:
         return ["simulation only: integer runtimes need levels that are multiples of one step"]
     lines = [f"runs on {name}: {arithmetic} ({source})" for name, arithmetic, source in runtimes]
@@ -77,13 +80,14 @@ def _no_runtime(layers: Iterable[LayerCost]) -> str:
     return ""
 
 
-def _supporting(layers: Iterable[LayerCost]) -> list[Runtime]:
+def _supporting(layers: Iterable[LayerCost], refused: Mapping[str, str]) -> list[Runtime]:
     pairs = [(layer.weights, layer.inputs) for layer in layers]
     linear = all(_linear(w) and _linear(a) for w, a in pairs)
+    int8 = linear and all(_fits_int8(w) and _fits_int8(a) for w, a in pairs)
     supported = {
         BINARY: all(_binary(w) and _binary(a) for w, a in pairs),
-        INT8: linear and all(_fits_int8(w) and _fits_int8(a) for w, a in pairs),
-        FPGA: linear,
+        INT8: not refused["int8"] if "int8" in refused else int8,
+        FPGA: not refused["qonnx"] if "qonnx" in refused else linear,
     }
     return [runtime for runtime, yes in supported.items() if yes]
 

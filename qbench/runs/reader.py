@@ -14,6 +14,7 @@ from qbench.config.identity import run_identity
 from qbench.config.validate import from_dict
 from qbench.errors import ConfigError
 from qbench.runs import event_files
+from qbench.runs.directory import packed_bytes
 from qbench.runs.hits import Hits, load_hits, pack_hits, unpack_hits
 from qbench.runs.result import Evaluation, Protocol, Result, load_result, parse_result
 from qbench.system import files
@@ -34,7 +35,7 @@ class RunRecord:
 
     `status` is the status of the result, or running, unfinished, corrupt or not begun. `unread` names the damaged parts
     of the run's files. `recorded` is true if the run was read from a file of many runs. Such a
-    run may have its `hits`.
+    run may have its `hits`. `file_bytes` is the size of an exported packed file in the run's directory.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class RunRecord:
     unread: list[str] = field(default_factory=list)
     recorded: bool = False
     hits: Hits | None = None
+    file_bytes: int | None = None
 
     def __str__(self) -> str:
         top1 = self.result.top1 if self.status == DONE and self.result else None
@@ -153,7 +155,10 @@ def read_run(path: Path) -> RunRecord:
         if not _is_named(path, result.identity):
             reason = f"result.json belongs to another run: {result.method} {result.widths}, seed {result.seed}"
             return RunRecord(path=path, status="corrupt", reason=reason)
-        return RunRecord(path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes)
+        return RunRecord(
+            path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes,
+            file_bytes=packed_bytes(path),
+        )  # fmt: skip
     reasons = ["result.json is corrupt or of another version"] if has_result else []
     lines, damage = _metrics(path)
     unread = [f"metrics.jsonl: {damage}"] if damage else []

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.method import Method
 from qbench.quant.quantizer import IdentityQuantizer
 from qbench.report.tables.table import FORMATS, Table
+from qbench.runs.directory import PACKED_FILE
 
 EXPERIMENTS = sorted(
     str(path.relative_to(ROOT / "conf/experiment").with_suffix(""))
@@ -209,6 +211,35 @@ def test_supported_runtimes() -> None:
     assert "storage of the weights as codes" in notes(four, None, Bits(4))
     assert "weights are float" in notes(None, four, Bits(32, 4))
     assert runs_on([_layer(None, None, Bits())]) == ["runs on any runtime, because nothing is quantized"]  # type: ignore[list-item]
+
+
+def test_a_plan_says_what_the_export_accepts(planned: Planned, untimed: None) -> None:
+    pytest.importorskip("onnx", reason="needs the extra onnx")
+    notes = planned("method=lsq", "bits=w4a4")[1].notes
+    assert "qbench export accepts the forms packed, onnx, int8, qonnx, integer" in notes
+    assert any(note.startswith(f"runs on {INT8.name}") for note in notes)
+    notes = planned("method=dorefa", "bits=w8a8")[1].notes
+    assert "qbench export accepts the forms packed, onnx, qonnx, integer" in notes
+    (refused,) = [note for note in notes if note.startswith("qbench export refuses int8: layer1.0.conv1: int8 needs")]
+    assert "+-127" in refused
+    assert not any(note.startswith(f"runs on {INT8.name}") for note in notes)
+    notes = planned("method=inq")[1].notes
+    assert "qbench export accepts the forms packed, onnx" in notes, "as it is after its last epoch"
+    notes = planned("method=gupta")[1].notes
+    assert any("refuses packed, onnx, int8, qonnx, integer: layer1.0.conv1 has 16-bit weights" in n for n in notes)
+    notes = planned("model=resnet50", "dataset=imagenet", "method=lsq")[1].notes
+    assert not any("qbench export" in note for note in notes), "too large to ask about"
+
+
+def test_a_plan_shows_the_measured_size_of_an_export(planned: Planned, untimed: None) -> None:
+    directory = Path(planned("method=lsq")[0].rows[-1][0])
+    directory.mkdir(parents=True)
+    (directory / "result.json").write_text("{}")
+    (directory / PACKED_FILE).write_bytes(b"x" * 1234)
+    notes = planned("method=lsq")[0].notes
+    assert f"{directory / PACKED_FILE}: 1,234 bytes, measured; the size above is the ideal one" in notes
+    os.utime(directory / PACKED_FILE, (0, 0))  # older than the result, so of other weights
+    assert not any("1,234" in note for note in planned("method=lsq")[0].notes)
 
 
 def test_levels_are_those_of_the_quantizers(configure: Configure) -> None:

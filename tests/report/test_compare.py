@@ -31,8 +31,10 @@ from qbench.papers.published_table import absence_note
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.comparison.setting_table import MissingRuns, settings_of
+from qbench.report.html.page import html
 from qbench.report.tables.table import FORMATS, Table
-from qbench.runs.reader import FROM_LOGS, RunRecord, read, with_baselines
+from qbench.runs.directory import PACKED_FILE
+from qbench.runs.reader import FROM_LOGS, RunRecord, dump_records, read, with_baselines
 from qbench.runs.result import BaselineResult, Result, with_checksum
 
 
@@ -61,6 +63,23 @@ def test_mean_spread_number_and_difference(configure: Configure) -> None:
     assert table.rows[2][6:12] == ("96.17", "1.04", "3", "±2.59", "-1.67", "±3.99"), (
         "4.3027 times 1.0408, 1.6073 / 3^0.5"
     )
+
+
+def test_the_measured_size_of_an_exported_file_is_next_to_the_ideal_one(configure: Configure) -> None:
+    path = plant(configure("method=dorefa"), 97.0, 98.0)
+    (table,) = tables(configure())
+    assert "file" not in table.head
+    (path / PACKED_FILE).write_bytes(b"x" * 7_654)
+    (table,) = tables(configure())
+    place = table.head.index("file")
+    assert table.head[place - 1] == "size"
+    assert [row[place] for row in table.rows] == ["-", "7.65 kB"]
+    assert [setting.to_json().get("bytes_file") for setting in settings_of(table)] == [None, 7_654]
+    found = read([configure().out])
+    assert "7.65 kB" in html(conclude(compare(found)), found)
+    record = path.parent / "record.json"
+    record.write_text(dump_records(found))
+    assert "file" not in compare(read([str(record)]))[0].head, "a record has no files"
 
 
 def test_order_of_runs_and_failed_ones_never_change_an_accuracy(configure: Configure) -> None:

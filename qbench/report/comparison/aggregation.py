@@ -1,7 +1,7 @@
 """Aggregates the runs of a setting: mean accuracy over seeds, cost, speed, verified levels."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
 
@@ -18,14 +18,16 @@ NOT_FINE_TUNED = ("trained from scratch", "not trained")
 
 
 def aggregate(
-    label: str, results: Sequence[Result], source: str, learning_rate: SelectedLearningRate | None = None
-) -> Setting:
+    label: str, results: Sequence[Result], source: str, file_bytes: Mapping[str, int],
+    learning_rate: SelectedLearningRate | None = None,
+) -> Setting:  # fmt: skip
     """Return the setting that the runs belong to, with its runs sorted by seed and directory.
 
     Args:
         label: the method's name, followed by the options that differ between runs of the method.
         results: one or more results of one method, protocol and widths, all with an accuracy.
         source: the kind of file that the results were read from.
+        file_bytes: sizes of exported packed files, by the run's directory.
         learning_rate: how the learning rate was selected; only with lr_search=grid.
     """
     results = sorted(results, key=lambda r: (r.seed, r.run))
@@ -51,6 +53,7 @@ def aggregate(
         difference=estimate(_by_seed(runs, differences)) if complete else None,
         levels=next((r.levels for r in results if r.levels is not None), None),
         cost=_mean_cost(results),
+        file_bytes=next((file_bytes[r.run] for r in results if r.run in file_bytes), None),
         speed=_mean_speed(results),
         verified=_verified_levels(results),
         learning_rate=learning_rate,

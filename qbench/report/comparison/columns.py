@@ -16,7 +16,8 @@ class Column(NamedTuple):
     """A column of a table of settings.
 
     `key` returns the sort value of a row, or None for a row without a value. With `descending`, the largest value comes
-    first. `show` returns the text of a cell with a value. `empty` is the text of a cell without a value.
+    first. `show` returns the text of a cell with a value. `empty` is the text of a cell without a value. A table in
+    which no setting has a value is without the column if it is `optional`.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Column(NamedTuple):
     show: Callable[[Setting], str]
     descending: bool = False
     empty: str = "-"
+    optional: bool = False
 
     def cell(self, setting: Setting) -> str:
         """Return the text of a setting's cell."""
@@ -117,6 +119,7 @@ COLUMNS = (
         lambda s: s.published[0].ran_by if s.published else "", empty="",
     ),
     _si_column("size", "cost", lambda s: s.cost.bytes_ideal if s.cost else None, "B"),
+    _si_column("file", "cost", lambda s: s.file_bytes, "B")._replace(optional=True),
     _si_column("BitOps", "cost", lambda s: s.cost.bitops if s.cost else None),
     _si_column("images/s", "speed", lambda s: s.speed.images_per_second if s.speed else None, descending=True),
     _column("s/epoch", "speed", lambda s: s.speed.seconds_per_epoch if s.speed else None, "{:.3g}"),
@@ -131,4 +134,4 @@ def columns_in(groups: Iterable[str]) -> list[Column]:
     return [column for column in COLUMNS if column.group in ("", *groups)]
 
 
-HEAD = tuple(column.name for column in columns_in(DEFAULT))
+HEAD = tuple(column.name for column in columns_in(DEFAULT) if not column.optional)

@@ -44,6 +44,7 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
         labels=naming.labels(results),
         from_logs={str(run.path) for run in runs if FROM_LOGS in run.notes},
         failed=[r.result for r in runs if r.status != DONE and r.result],
+        file_bytes={str(run.path): run.file_bytes for run in runs if run.file_bytes is not None},
     )
     blocks = _blocks(results)
     titles = naming.titles(blocks)
@@ -70,11 +71,13 @@ class _Context:
         labels: map from `naming.method_identity` to the label of the method.
         from_logs: paths of the runs that were read from logs.
         failed: results of runs that did not finish.
+        file_bytes: sizes of exported packed files, by path of the run.
     """
 
     baselines: Mapping[str, Result]
     labels: Mapping[str, str]
     from_logs: set[str]
+    file_bytes: Mapping[str, int]
     failed: Sequence[Result]
 
 
@@ -114,7 +117,7 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
     def add(label: str, members: Sequence[Result], learning_rate: SelectedLearningRate | None = None) -> None:
         logged = [r for r in members if r.run in context.from_logs]
         source = FROM_LOGS if logged else "result.json"
-        settings.append(aggregate(label, members, source, learning_rate))
+        settings.append(aggregate(label, members, source, context.file_bytes, learning_rate))
         notes.extend(_member_notes(settings[-1], logged))
 
     for label, baselines in _baselines(results, context):

@@ -129,6 +129,7 @@ class Setting:
         levels: number of levels that a quantized weight can take.
         cost, speed, verified: None if not recorded for any run. Speed is the mean over runs, and
             peak memory is the largest over runs.
+        file_bytes: the size of a run's exported packed file; None if no run has one.
         learning_rate: how the learning rate was selected; only with lr_search=grid.
         warnings: the warnings of the runs, each once, with its seeds if other seeds lack it.
         conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and
@@ -152,6 +153,7 @@ class Setting:
     over_control: Estimate | None = None
     levels: int | None = None
     cost: NetworkCost | None = None
+    file_bytes: int | None = None
     speed: TrainingSpeed | None = None
     verified: VerifiedLevels | None = None
     learning_rate: SelectedLearningRate | None = None
@@ -195,6 +197,7 @@ class Setting:
         - baselines: directories of the float baselines.
         - bytes, bytes_packed, params, macs, bitops, bits_per_weight: cost of the network; bytes is
           the ideal size.
+        - bytes_file: size of an exported packed file; only if a run of the setting has one.
         - images_per_second, seconds_per_epoch, peak_bytes: training speed and memory.
         - verified_layers: number of verified layers.
         - levels_found: for each of w, a and g, the fewest and most levels found and the most
@@ -213,6 +216,7 @@ class Setting:
             "levels": self.levels,
             **_accuracy_values(self),
             **_cost_values(self.cost),
+            **({} if self.file_bytes is None else {"bytes_file": self.file_bytes}),
             **_speed_values(self.speed),
             **_level_values(self.verified),
             "warnings": list(self.warnings),

@@ -32,10 +32,14 @@ def settings_of(table: Table) -> list[Setting]:
 
 
 def with_columns(table: Table, columns: Sequence[Column]) -> Table:
-    """Return a table of settings with these columns. Other tables are returned unchanged."""
+    """Return a table of settings with these columns. Other tables are returned unchanged.
+
+    Optional columns without a value are left out.
+    """
     settings = settings_of(table)
     if not settings:
         return table
+    columns = [c for c in columns if not c.optional or any(c.key(setting) is not None for setting in settings)]
     rows = [tuple(column.cell(setting) for column in columns) for setting in settings]
     return replace(table, head=tuple(column.name for column in columns), rows=rows)
 
