@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from qbench.errors import CheckpointError
 
@@ -35,6 +36,16 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     std: tuple[float, ...]
     threads: int
     white: int = 255
+
+
+IMAGE_ROUNDING = 1e-5
+"""Largest rounding error of a normalized image, which is float32."""
+
+
+def image_range(about: About) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smallest and the largest value of normalized 8-bit images, (C, 1, 1)."""
+    mean, std = (np.array(values).reshape(-1, 1, 1) for values in (about.mean, about.std))
+    return (0 - mean) / std - IMAGE_ROUNDING, (1 - mean) / std + IMAGE_ROUNDING
 
 
 def read_about(values: Mapping[str, Any], source: str) -> About:

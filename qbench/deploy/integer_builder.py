@@ -5,14 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qbench.deploy.about import About
+from qbench.deploy.about import About, image_range
 from qbench.deploy.integer_network import IntegerStep
 from qbench.deploy.integer_values import Value, fixed, fraction_bits, real, rescaling
 from qbench.deploy.network import Network, Ref, Step, Stored
 
 Array = np.ndarray
-IMAGE_ROUNDING = 1e-5
-"""Largest rounding error of a normalized image, which is float32."""
 
 
 class NotInteger(Exception):
@@ -50,8 +48,7 @@ class Builder:
         self._shapes = [*network.shapes(about.shape), (2, *about.shape)]
         self._quantized_later = quantized_later
         self._converted: dict[tuple[int, bytes], Value] = {}
-        mean, std = (np.array(values).reshape(-1, 1, 1) for values in (about.mean, about.std))
-        self._values = {-1: real(-1, (0 - mean) / std - IMAGE_ROUNDING, (1 - mean) / std + IMAGE_ROUNDING, image=True)}
+        self._values = {-1: real(-1, *image_range(about), image=True)}
         self._here, self._step = -1, network.steps[0]
 
     def begin(self, place: int, step: Step) -> tuple[list[Any], dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbench.deploy.about import About, read_about
+from qbench.deploy.about import About, image_range, read_about
 from qbench.deploy.codes import code_bits, pack, packed_size, unpack
 from qbench.deploy.container import (
     check_image,
@@ -49,9 +49,15 @@ class IntegerFile(NamedTuple):
     about: About
 
     def function(self) -> Callable[[Tensor], Tensor]:
-        """Return the function from normalized images (N, C, H, W) to logits (N, classes)."""
+        """Return the function from normalized images (N, C, H, W) to logits (N, classes).
+
+        It raises `ValueError` for images outside the range of 8-bit pixels, for which its integers may not suffice.
+        """
+        low, high = image_range(self.about)
 
         def run(images: Tensor) -> Tensor:
+            if not ((low <= images.numpy()) & (images.numpy() <= high)).all():
+                raise ValueError("the images are outside the range of 8-bit pixels, normalized as the file says")
             starts = range(0, len(images), IMAGES_AT_ONCE)
             parts = [self.network.run(images[start : start + IMAGES_AT_ONCE].numpy()) for start in starts]
             return torch.from_numpy(np.concatenate(parts)).float()

@@ -8,7 +8,7 @@ import exported
 import numpy as np
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, tiered
 from exported import about_digits, quantized
 from torch import Tensor, nn
 
@@ -66,11 +66,13 @@ FORMS = [
     (("method=lsq", "bits=w32a2"), NARROW),
     (("method=lsq", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width"), NARROW),
 ]
+FAST = [FORMS[i] for i in (0, 7, 9)]
 
 
-@pytest.mark.parametrize(("words", "tolerance"), FORMS, ids=[" ".join(words) for words, _ in FORMS])
-def test_qonnx_predicts_the_classes_of_the_run(words: tuple[str, ...], tolerance: float, configure: Configure) -> None:
+@pytest.mark.parametrize("form", tiered(FORMS, FAST), ids=[" ".join(words) for words, _ in FORMS])
+def test_qonnx_predicts_the_classes_of_the_run(form: tuple[tuple[str, ...], float], configure: Configure) -> None:
     needs_qonnx()
+    words, tolerance = form
     model, batches = quantized(configure, *words)
     about = about_digits("qonnx")
     data = to_onnx(trace(model, batches[0]), about)
@@ -80,10 +82,11 @@ def test_qonnx_predicts_the_classes_of_the_run(words: tuple[str, ...], tolerance
     assert found.largest <= tolerance * max(1.0, found.magnitude)
 
 
-@pytest.mark.parametrize(("words", "tolerance"), FORMS, ids=[" ".join(words) for words, _ in FORMS])
+@pytest.mark.parametrize("form", tiered(FORMS, FAST), ids=[" ".join(words) for words, _ in FORMS])
 def test_weights_are_integers_times_a_scale_within_the_bits_of_their_node(
-    words: tuple[str, ...], tolerance: float, configure: Configure
+    form: tuple[tuple[str, ...], float], configure: Configure
 ) -> None:
+    words, _ = form
     model, batches = quantized(configure, *words)
     graph = read_graph(model, batches[0])
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1, "FINN needs a fixed number of images"
