@@ -28,10 +28,14 @@ from qbench.report.tables.table import markdown
 from qbench.runs.reader import dump_records, load_records, read
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("performance", "reliability", "results", "unified")))
+DOCUMENTS = (
+    "README.md",
+    "docs/guides/export.md",
+    *(f"docs/{name}.md" for name in ("performance", "reliability", "results", "unified")),
+)
 MARKER = re.compile(r"(<!-- table: ((?:qbench|scripts/).*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDS = ROOT / "docs" / "records"
-RECORDED = ("qbench", "scripts/cifar10.py", "scripts/every_method.py", "scripts/unified.py")
+RECORDED = ("qbench", "scripts/cifar10.py", "scripts/every_method.py", "scripts/export_table.py", "scripts/unified.py")
 """Prefixes of commands that make tables of results. The other tables contain timings and counts."""
 
 

@@ -1,0 +1,41 @@
+"""scripts/export_table.py: the table from planted results, and the record behind docs/guides/export.md."""
+
+import json
+import sys
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import export_table
+from export_table import FormResult, Row
+
+from qbench.config import groups
+
+
+def test_the_table_by_hand() -> None:
+    forms = {
+        "packed": FormResult(bytes=5_123, same_class=450), "onnx": FormResult(bytes=7_000, same_class=449),
+        "int8": FormResult(reason="layer1: int8 needs"), "qonnx": FormResult(reason="? the package qonnx is missing"),
+        "integer": FormResult(bytes=6_001, same_class=450),
+    }  # fmt: skip
+    row = Row(method="lsq", bits="w2a2g32", ideal=4_000.25, float_size=76_328, images=450, forms=forms)
+    head, line, written = export_table.size_table([row]).splitlines()
+    assert head == "| method | W A | float | ideal | packed | onnx | int8 | qonnx | integer | same class |"
+    assert line.count("|") == head.count("|")
+    assert written == "| lsq | 2 2 | 76,328 | 4,000 | 5,123 | 7,000 | - | ? | 6,001 | 449 of 450 |"
+
+
+def test_the_record_has_every_method_with_all_forms_verified() -> None:
+    stored = json.loads((ROOT / "docs" / "records" / "export_table.json").read_text())
+    rows = export_table.loaded_rows(stored["rows"])
+    assert {row.method for row in rows} == set(groups.option_names("method"))
+    for row in rows:
+        assert list(row.forms) == list(export_table.FORMS)
+        for form, found in row.forms.items():
+            assert (found.bytes is None) == bool(found.reason), (row.method, form)
+            assert not found.reason.startswith("?"), "all packages were installed"
+            assert found.same_class in (None, row.images)
+        assert row.forms["packed"].bytes
+    written = (ROOT / "docs" / "guides" / "export.md").read_text()
+    assert f"{export_table.size_table(rows)}\n\n{stored['note']}\n" in written
