@@ -113,8 +113,8 @@ def verify_integers(
         NotExportable: a predicted class differs, or too many codes differ.
     """
     content = unpack_integers(data, str(path))
-    batches = finished.setup.loader().unaugmented("test", CODES_BATCH)
-    codes = compare_codes(traced, converted, content.network, batches, COMPARED_CODES)
+    parts = finished.setup.loader().unaugmented("test", size=CODES_BATCH)
+    codes = compare_codes(traced, converted, content.network, parts, COMPARED_CODES)
     agreement = compare(finished.model, content.function(), run_images(finished))
     allowed = int(codes.codes * (NARROW_CODES if _largest_width(finished) <= NARROW else WIDE_CODES))
     if codes.differing > allowed or agreement.same_class < agreement.images:
