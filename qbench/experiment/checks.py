@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qbench.bits import FLOAT
 from qbench.config.registry import defaults
@@ -16,6 +16,7 @@ from qbench.experiment.device import COMPILERS
 from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.training.schedule import updates_per_epoch, warmup_steps
+from qbench.training.task import compute_logits
 
 
 def check_model_keys(model: Node, method: Method) -> None:
@@ -103,15 +104,17 @@ def check_quantizer_decay(optim: Optim, nodes: Iterable[Node]) -> None:
 
 
 def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
-    """Refuse a user's network that fails on the images, or whose outputs are not the classes.
+    """Refuse a user's network that fails on the images, or that does not return logits of the classes.
+
+    On the meta device, where a network may fail although it is right, its own error is raised.
 
     Raises:
-        ConfigError: on the CPU. On the meta device, where a network may fail although it is right, the error itself.
+        ConfigError: the network does not fit the images or the classes.
     """
     device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     try:
         with eval_mode_keeping_rng(model), torch.no_grad():
-            output = model(torch.zeros(2, *data.shape, device=device))
+            compute_logits(model, torch.zeros(2, *data.shape, device=device), data.classes)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if device.type == "meta" or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -120,11 +123,6 @@ def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
             f"model={name}: fails on images of shape {(2, *data.shape)} (N, C, H, W): {reason}\n"
             "make the network fit the images: an argument shape of the function gets their (C, H, W)"
         ) from error
-    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] != data.classes:
-        raise ConfigError(
-            f"model={name}: has {output.shape[1]} outputs for the {data.classes} classes of dataset={data.name}\n"
-            "give the class an argument num_classes, or the function build(shape, classes); it gets their number"
-        )
 
 
 def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:

@@ -46,7 +46,7 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
         if classes not in (0, output.shape[1]):
             raise ConfigError(
                 f"the network returns {output.shape[1]} logits per image; must be {classes}, one per class\n"
-                "the function in model=my.module:function gets the number as its argument `classes`"
+                "the class or function in model=my.module:Net gets the number as `num_classes` or `classes`"
             )
         return output
     found = f"a {type(output).__name__}"

@@ -87,7 +87,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("model=nets:Nett", 2, "did you mean Net?"),
     ("model=nets:net", 2, "name its class, or a function that returns a new one"),
     ("model=nets:deep", 2, "tried Net(), Net(num_classes) or build(shape, classes)\ngive depth a default value"),
-    ("model=nets:TenOfTwelve", 2, "has 12 outputs for the 10 classes of dataset=digits\ngive the class an arg"),
+    ("model=nets:TenOfTwelve", 2, "must be 10, one per class\nthe class or function in model=my.module:Net gets"),
     ("model=nets:ForMnist", 2, "fails on images of shape (2, 1, 8, 8) (N, C, H, W): RuntimeError: mat1 and mat2"),
     ("model=nets:Net model.depth=3", 2, "model.depth: no such key"),
     # data of the user's own
