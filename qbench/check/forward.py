@@ -41,7 +41,7 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
                 f"{key}: the quantizers allow {mean:g} levels on average, but {bits} allows at most {limit}"
             )
         if key == "w" and max(count.found for count in counts) < 2:
-            raise PropertyViolation("all weights of a layer have the same value, in every layer")
+            raise PropertyViolation("in every layer, all weights have the same value")
 
 
 def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:

@@ -23,14 +23,14 @@ from qbench.quant.layers import FLOAT_CLASS, QUANTIZED_CLASS, FloatLayer, QLayer
 from qbench.quant.quantizer import Storage
 
 MOST_NAMES = 8
-"""Most layers that `coverage` names."""
+"""Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
 
 NOTED_SHARE = 0.01
 """Values that are not parameters are noted from this share of the number of parameters on."""
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
-    """Return the MACs of every layer with weights of a float network, for one image.
+    """Return the MACs of every layer with weights in a float network, for one image.
 
     Layers with weights are convolutions, linear layers, and all other modules that hold parameters
     with two or more dimensions. Modules that multiply matrices themselves are included too. The
@@ -45,8 +45,9 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
         with torch.device("meta"):
             state = {n: t.to("meta") for n, t in chain(model.named_parameters(), model.named_buffers())}
             counts = _own_macs(model, lambda: torch.func.functional_call(model, state, torch.empty(1, *shape)))
-    except Exception:  # a user's own network may look at values
-        # without oneDNN, whose recurrent layers are not counted; without a warning about Intel's GPUs
+    except Exception:  # a user's own network may need values, which meta tensors do not have
+        # without oneDNN, because its recurrent layers are not counted; without its warning about
+        # Intel's GPUs
         with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
             counts = _own_macs(model, lambda: model(torch.zeros(1, *shape)))
     return {name: counts[name] for name, module in model.named_modules() if counts[name] or _has_weights(module)}
@@ -63,7 +64,7 @@ def _own_macs(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
         return result
 
     names, fast = [name for name, _ in model.named_modules()], torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # functions that compute many layers at once are not counted
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter misses functions that compute many layers at once
     try:
         with (
             eval_mode_keeping_rng(model), intercepted_calls(model, names, call), torch.no_grad(),
@@ -81,10 +82,9 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
-    """Return in words which layers of a quantized network are float, if some cannot be quantized.
+    """Return a sentence that names the float layers of a network, if some of them cannot be quantized.
 
-    The result is None if the layer policy alone decides which layers are float, and for a float
-    network.
+    The result is None if all float layers could be quantized, and for a float network.
     """
     quantized, modules = quantized_layers(model), dict(model.named_modules())
     left = [name for name in macs if name not in quantized]
@@ -101,7 +101,7 @@ def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
 
 
 def idle_layers(model: nn.Module, macs: Mapping[str, int]) -> str | None:
-    """Return in words which layers of a quantized network do not run in evaluation, or None.
+    """Return a sentence that names the layers of a quantized network that do not run in evaluation, or None.
 
     Their weights are float and count in the size.
     """
@@ -110,7 +110,7 @@ def idle_layers(model: nn.Module, macs: Mapping[str, int]) -> str | None:
     if not quantized_layers(model) or not idle:
         return None
     more = f" and {len(idle) - MOST_NAMES} more" if len(idle) > MOST_NAMES else ""
-    return f"not called in evaluation, but counted in the size, in float: {', '.join(idle[:MOST_NAMES])}{more}"
+    return f"not called in evaluation, but counted in the size as float layers: {', '.join(idle[:MOST_NAMES])}{more}"
 
 
 def values_outside(model: nn.Module, images: Tensor) -> str | None:

@@ -303,7 +303,7 @@ CSYHHU = "csyhhu/Awesome-Deep-Neural-Network-Compression, Codes/DoReFa/module.py
 DEVIATIONS = {
     "detached_max": _weights(
         DetachedMax, "The maximum of |tanh w| is a constant in the backward pass.",
-        "jsk1107/dorefanet-pytorch, dorefanet.py; expected so by a test in larq/larq#651",
+        "jsk1107/dorefanet-pytorch, dorefanet.py; a test in larq/larq#651 expects it",
     ),
     "rescaled_by_max": _weights(
         RescaledByMax,
@@ -311,7 +311,7 @@ DEVIATIONS = {
         "zzzxxxttt/pytorch_DoReFaNet, utils/quant_dorefa.py; questioned in its issue 10",
     ),
     "no_tanh_gradient": _weights(
-        NoTanhGradient, "tanh and the maximum have no derivative: dL/dw = dL/dw_hat.",
+        NoTanhGradient, "The backward pass ignores tanh and the maximum: dL/dw = dL/dw_hat.",
         "hpi-xnor/BMXNet#36",
     ),
     "sign_of_zero": _weights(

@@ -1,4 +1,4 @@
-"""Deviations of public code from TTQ's paper and from the authors' code. Most of this code is a port to PyTorch."""
+"""Deviations of public code from TTQ's paper and from the authors' code. Most of it is from ports to PyTorch."""
 
 from dataclasses import replace
 
@@ -98,7 +98,7 @@ def _ternary(bits: Bits) -> bool:
 
 DEVIATIONS = {
     "missing_minus": Deviation(
-        "The gradient of Wn lacks its minus, as eq. 7 prints it.",
+        "The gradient of Wn lacks its minus sign, as in the paper's eq. 7.",
         "TropComplique/trained-ternary-quantization, utils/quantization.py, and its issue 6",
         lambda method: _with_weights(MissingMinus, method),
         acts=_ternary, bits="w2",

@@ -2,33 +2,37 @@
 
 Paper
     Li, Dong, Wang, "Additive Powers-of-Two Quantization: An Efficient Non-uniform Discretization
-    for Neural Networks", ICLR 2020, arXiv 1909.13144. Formulas from the authors' code for CIFAR,
-    yhhhli/APoT_Quantization at 13204f1.
+    for Neural Networks", ICLR 2020, arXiv 1909.13144. The formulas are from the authors' code for
+    CIFAR, yhhhli/APoT_Quantization at commit 13204f1.
 
 Idea
     Weights and activations are bell-shaped, so levels should be dense near zero. Plain powers of
-    two leave gaps near the top. A sum of a few powers of two has neither fault, and a product with
-    it still needs only shifts and additions. Normalizing the weights first makes one clipping level
-    suit all of training.
+    two leave gaps near the top. Sums of a few powers of two are dense near zero and leave no such
+    gaps. A product with such a sum still needs only shifts and additions. The weights are
+    normalized first, so that the same clipping level suits all of training.
 
 Forward
-    Levels of code B: all sums of one element of each set below, divided by the largest sum. 2: {0,
-    1/2, 1/4, 1/8}. 3: {0, 1/2, 1/4, 1/16} + {0, 1/8}. 4: {0, 1/2, 1/8, 1/32} + {0, 1/4, 1/16,
-    1/64}. 5: {0, 1/2, 1/8, 1/64} + {0, 1/4, 1/16, 1/128} + {0, 1/32}.
+    The 2^B levels of B bits are all sums of one element from each set below, divided by the largest
+    sum. B = 2: {0, 1/2, 1/4, 1/8}. B = 3: {0, 1/2, 1/4, 1/16} + {0, 1/8}. B = 4: {0, 1/2, 1/8,
+    1/32} + {0, 1/4, 1/16, 1/64}. B = 5: {0, 1/2, 1/8, 1/64} + {0, 1/4, 1/16, 1/128} + {0, 1/32}.
+    The function project(v) returns the level nearest to v.
     Weights of b bits: w = (W - mean(W)) / std(W), w_hat = alpha sign(w) project(clip(|w| / alpha, 0,
-    1)) with code b - 1, that is 2^b - 1 levels. With 2 bits, the levels are -alpha, 0, alpha. The
-    layer uses w_hat as it is; the following batch normalization takes care of the scale.
-    Activations of b bits: x_hat = alpha project(clip(x / alpha, 0, 1)) with code b.
+    1)), with B = b - 1. With the sign, there are 2^b - 1 levels. With 2 bits, the levels are
+    -alpha, 0, alpha. The layer uses w_hat as it is; the following batch normalization takes care of
+    the scale.
+    Activations of b bits: x_hat = alpha project(clip(x / alpha, 0, 1)), with B = b.
     Weights of 8 bits, for the first and last layers: round(127 W / m) m / 127, m = max|W|.
 
 Backward
-    Weights: dL/dw = dL/dw_hat everywhere, also where clipped; mean and std count as constants.
+    Weights: dL/dw = dL/dw_hat everywhere, also where clipped; mean and std are treated as
+    constants.
     Activations: dL/dx = dL/dx_hat where 0 <= x <= alpha, else 0.
-    d/dalpha: project(v) - v inside, sign(v) where clipped, with v the value divided by alpha.
+    Let v be the value divided by alpha. The derivative with respect to alpha is sign(v) where v is
+    clipped, else project(v) - v.
 
 Schedule
-    One phase, from a float network. The authors start each width from the next larger one; use
-    init=RUN for that.
+    One phase, from a float network. The authors start each width from the trained network of the
+    next larger width; in qbench, use init=RUN for that.
 
 Sites
     weight, input.
@@ -46,21 +50,23 @@ Protocol
     layers.first=w8 layers.last=w8. The authors keep the weights with the best test accuracy.
 
 Choices
-    initial_weight, initial_input: where alpha starts, 3 and 8 as in the code for CIFAR. In the
-    authors' logs, the trained levels are between 1 and 2.5.
-    decay: weight decay of alpha, 1e-4 as in the authors' script. The script also gives alpha learning
-    rates of its own; here it has the optimizer's.
-    edge_scale: abs (default), or max for m = max(W) as in the authors' code. Their own networks then
-    have codes down to -145, which 8 bits do not hold; their checkpoints need it.
-    A value halfway between two levels goes to the lower one. In the authors' code, the order of a
-    Python set decides.
+    initial_weight, initial_input: initial values of alpha, 3 and 8 by default, as in the code for
+    CIFAR. In the authors' logs, the trained values are between 1 and 2.5.
+    decay: weight decay of alpha, 1e-4 as in the authors' script. The script also has separate
+    learning rates for alpha. Here alpha has the same learning rate as the weights.
+    edge_scale: `abs` (default) uses m = max|W|. `max` uses m = max(W), as in the authors' code; the
+    authors' checkpoints need it. With `max`, the codes in these checkpoints go down to -145, which
+    does not fit into 8 bits.
+    A value halfway between two levels goes to the lower one. In the authors' code, the result
+    depends on the order of a Python set.
 
 Deviations
-    Inputs below 0 become 0 and get no gradient. The code only clips at the top, because a ReLU comes
-    before it. Alpha is kept at 1e-3 or more. A tensor whose deviation is 0 is not scaled.
+    Inputs below 0 become 0 and get no gradient. The authors' code clips only at the top, because a
+    ReLU comes before it. Alpha is kept at 1e-3 or more. If the standard deviation of the weights is
+    0, they are not divided by it.
 
 Results
-    docs/results.md (CIFAR-10). docs/guides/checkpoints.md has the authors' checkpoints, evaluated here.
+    docs/results.md (CIFAR-10). docs/guides/checkpoints.md evaluates the authors' checkpoints.
 """
 
 from functools import lru_cache
@@ -86,12 +92,12 @@ SETS: dict[int, tuple[tuple[float, ...], ...]] = {
     4: ((0, 1 / 2, 1 / 8, 1 / 32), (0, 1 / 4, 1 / 16, 1 / 64)),
     5: ((0, 1 / 2, 1 / 8, 1 / 64), (0, 1 / 4, 1 / 16, 1 / 128), (0, 1 / 32)),
 }
-"""Code -> the sets of which one element each is summed. Code 1 is that of ternary weights."""
+"""Maps B to the sets for B bits. A level is the sum of one element from each set. B = 1 is for ternary weights."""
 
 
 @lru_cache
 def levels(code: int) -> tuple[float, ...]:
-    """Return the 2^code levels of a code, ascending from 0 to 1. Section 2.2 of the paper."""
+    """Return the 2^B levels of B = `code` bits, ascending from 0 to 1. Section 2.2 of the paper."""
     sums = sorted({sum(terms) for terms in product(*SETS[code])})
     return tuple(value / sums[-1] for value in sums)
 
@@ -122,18 +128,18 @@ def quantize_weight(w: Tensor, alpha: Tensor, bits: int) -> Tensor:
     sign, size = v.detach().sign(), v.detach().abs()
     inside = straight_through(v, project(size, bits - 1) * sign)
     quantized = torch.where(size > 1, sign, inside) * alpha
-    return quantized + (scaled - scaled.detach())  # adds 0: the gradient of the weights is not clipped
+    return quantized + (scaled - scaled.detach())  # adds 0, so that clipped weights get a gradient
 
 
 @in_float32
 def quantize_edge_weight(w: Tensor, edge_scale: str = "abs") -> Tensor:
-    """Quantize the weights of a first or last layer to multiples of `_top` / 127, straight-through."""
+    """Quantize the weights of a first or last layer to multiples of `_top` / 127, with the identity as gradient."""
     top = _top(w, edge_scale)
     return straight_through(w, (w.detach() / top * 127).round() / 127 * top)
 
 
 def _top(w: Tensor, edge_scale: str) -> Tensor:
-    """Return max|w|, or max(w) for edge_scale=max if it is above 0; 1 if all weights are 0."""
+    """Return max|w|; for edge_scale=max, return max(w) if max(w) > 0. If all weights are 0, return 1."""
     fixed = w.detach()
     largest, highest = fixed.abs().max(), fixed.max()
     top = torch.where(highest > 0, highest, largest) if edge_scale == "max" else largest
@@ -161,7 +167,7 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     def backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         v = x / alpha
         inside = grad_within(grad, v, 0, 1)
-        # the gradient of alpha: 1 times grad where clipped at the top, project(v) - v inside
+        # the gradient of alpha: grad where v is clipped at the top, (project(v) - v) grad inside
         above = grad - grad_between(grad, v, -torch.inf, next_float(1, torch.inf, v.dtype))
         return inside, project(v, bits).sub_(v).mul_(inside).sum() + above.sum()
 
@@ -197,7 +203,7 @@ class APoTEdgeWeight(Quantizer):
         return quantize_edge_weight(w, self.edge_scale)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: 255 levels, and with edge_scale=max those below that the weights have."""
+        """Return a grid with one group: 255 levels, and with edge_scale=max also the lower levels that weights need."""
         top = _top(w, self.edge_scale)
         lowest = min(-127, int((w.detach().min() / top * 127).round()))
         return Grid((torch.arange(lowest, 128, device=w.device) / 127 * top).reshape(1, -1, 1))

@@ -20,7 +20,8 @@ Forward
 Backward
     Weights, k >= 2: the gradient passes through tanh and through the maximum. Weights, k = 1: dL/dw
     = dL/dw_hat.
-    Activations: the derivative of h. For the clip it is 1 on the closed interval 0 <= x <= 1.
+    Activations: dL/dx = h'(x) dL/dx_hat. For the clip, h'(x) is 1 where 0 <= x <= 1, and 0
+    elsewhere.
     Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), with m = max|d| of the sample
     and u uniform in (-1/2, 1/2) / n, drawn for every element. f(d) is unbiased.
     The levels are (2 i - n) m / n, for i from 0 to n. Zero is not a level.
@@ -39,17 +40,18 @@ Bits
     w, a, g each 1-16 or 32; by default w2a32g32.
 
 Protocol
-    The paper: Adam. The authors' code for SVHN: from scratch, 200 epochs, with learning rate 1e-3
-    that is halved every 100 epochs, batch size 128. The first and last layers are float. The last
-    layer's input is bounded but not quantized. All layers in between have batch normalization.
+    The paper uses Adam. The authors' code for SVHN trains from scratch for 200 epochs with batch
+    size 128. The learning rate is 1e-3, and is halved every 100 epochs. The first and last layers
+    are float. The last layer's input is bounded but not quantized. All layers in between have batch
+    normalization.
 
 Choices
     activation: the bounded function h. The paper does not fix h, and the authors' code has used
     three functions over time. `clip` (default) is the function in today's code. `abs` is min(1,
-    |x|). The SVHN script used it until October 2018, and its quantized results were measured with
-    it. `tanh` is tanh(x) / 2, rounded on [-1/2, 1/2]. The first published AlexNet used it. `abs`
-    and `tanh` need a network without a ReLU in front (`model.act=fused`). `clip` works with or
-    without a ReLU, because it already sets negative values to 0.
+    |x|). The authors' SVHN script used `abs` until October 2018, and its results were measured with
+    `abs`. `tanh` is tanh(x) / 2, rounded on [-1/2, 1/2]. The authors' first published AlexNet used
+    `tanh`. `abs` and `tanh` need a network without a ReLU in front (`model.act=fused`). `clip`
+    works with or without a ReLU, because it already sets negative values to 0.
     The network's ReLU is kept in front of every layer that stays float, and in front of the last
     layer. In these places, the authors' code clips the activations instead.
     Values are rounded to nearest with ties to even, as in torch and in today's TensorFlow. The
@@ -114,7 +116,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
         ends = t.div(top).trunc_()
         # gradient of the maximum, divided equally among the elements that attain it
         share = (grad * t).sum().div_(top).div_(ends.abs().sum().clamp_(min=1))
-        # (grad - ends share) / top: through the division by the maximum and the maximum itself
+        # gradient of t / top with respect to t: (grad - ends * share) / top
         return torch.addcmul(grad, ends, share, value=-1).div_(top)
 
     return fused_quantizer(t, plain=plain, value=value, backward=backward)
@@ -216,7 +218,7 @@ class DoReFaWeight(Quantizer):
 
 
 class DoReFaActivation(Quantizer):
-    """Quantizer of one layer's input. The levels of `function` extend from `low` to `low` + 1."""
+    """Quantizer of one layer's input by `function`, whose levels extend from `low` to `low` + 1."""
 
     def __init__(self, function: Callable[[Tensor, int], Tensor], low: float, bits: int) -> None:
         super().__init__()
@@ -253,7 +255,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, int], Tensor], float]] = {
     "abs": (quantize_activation_abs, 0.0),
     "tanh": (quantize_activation_tanh, -0.5),
 }
-"""Name of the bounded function h -> its quantizer and the quantizer's lowest level."""
+"""Maps the name of a bounded function h to its quantizer and to the lowest level of this quantizer."""
 
 CLIP_TRAITS = ("monotone_input", "idempotent_input", "clipped_input", "cells_input")
 

@@ -91,7 +91,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 INITIALS, ALLOCATIONS = ("quantiles", "uniform"), ("gradient", "even")
 CAPACITY = 4
-"""A layer may have CAPACITY times 2^bits points."""
+"""Maximum number of points of a layer, as a multiple of 2^bits."""
 
 
 @in_float32
@@ -102,7 +102,7 @@ def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256)
 
     Args:
         points: quantization points, ascending, on a scale on which the values of a bucket extend
-            from 0 to 1. Infinite points are never chosen.
+            from 0 to 1. A point may be infinite; it is then never chosen.
         bucket_size: number of consecutive elements of the flattened tensor that share a scale.
             With 0 or None, all elements share one.
     """

@@ -11,9 +11,9 @@ Idea
     nearest to the cluster's centroid.
 
 Forward
-    As in SLQ, but every centroid c is moved to the nearest of 0, +-2^n2, ..., +-2^n1 before the
-    weights of its cluster take its value. Ties go to the larger magnitude. n1 = floor(log2(4 max|c|
-    / 3)), n2 = n1 + 1 - 2^(b-1) / 2.
+    As in SLQ, but the weights of a cluster do not get the value of its centroid c. They get the
+    value nearest to c among 0, +-2^n2, ..., +-2^n1. Ties go to the larger magnitude. n1 =
+    floor(log2(4 max|c| / 3)), n2 = n1 + 1 - 2^(b-1) / 2.
 
 Backward
     dL/dw for free weights; no gradient for frozen ones.

@@ -10,10 +10,10 @@ Idea
     quantized runs. That run shows what fine-tuning alone gains.
 
 Forward
-    That of the network.
+    The forward pass of the network is not changed.
 
 Backward
-    That of the network.
+    The backward pass of the network is not changed.
 
 Schedule
     One phase.
@@ -28,8 +28,8 @@ Bits
     w, a and g are 32.
 
 Protocol
-    For the float baseline, `pretrain.epochs` and `pretrain.optim`; with `init=float`, `epochs` and
-    `optim`.
+    The float baseline uses `pretrain.epochs` and `pretrain.optim`. With `init=float`, the run uses
+    `epochs` and `optim`.
 
 Choices
     None.

@@ -17,7 +17,7 @@ Forward
     rounds values inside. Let f = floor(x / eps) eps. Nearest rounding gives f if x <= f + eps / 2,
     else f + eps. Stochastic rounding gives f + eps with probability (x - f) / eps, else f.
     (Saturation and stochastic rounding are from a restatement of the paper; the ends of the range
-    and the side of a tie are from memory.)
+    and the rounding of ties are from memory.)
     A layer computes y = Convert(sum of w x, + bias). The products and the sum are computed in a
     wider format, and only the sum is rounded. Weights are used as stored.
 
@@ -42,8 +42,8 @@ Bits
     w, a and g each 8-20 or 32; by default w16a16g16. They are word lengths WL: w for weights,
     biases, updates and momentum, a for inputs and outputs of layers, and g for errors. Below 8
     bits, outputs at the default IL would have fewer than 2 fraction bits. 20 bits are the widest
-    format of the paper, as remembered. Above 20 bits, a check that float32 values are on the grid
-    would prove nothing.
+    format of the paper, as remembered. Above 20 bits, float32 is too coarse to show that a value is
+    off the grid.
 
 Protocol
     From memory, unverified: The data are MNIST and CIFAR-10. The networks are a perceptron and

@@ -51,9 +51,8 @@ Choices
     with 0). The authors' code has no constants for other widths. For 1, 3 and 4 bits, the steps
     0.799, 0.3217 and 0.185 are those of EdMIPS, later code by the same first author.
     threshold: `zero` is the paper's first threshold. `half_step` puts the first threshold at half a
-    step, as in round(x / step), and uses the step that is optimal for this threshold. Later code by
-    the same author also has its first threshold at half a step, but with the constants that are
-    optimal for threshold 0.
+    step, as in round(x / step), and uses the step that is optimal for this threshold. EdMIPS also
+    has its first threshold at half a step. Its constants, however, are optimal for threshold 0.
     A ReLU in front of the quantizer changes nothing, since the quantizer itself maps x <= 0 to 0.
     Where the network allows it, the ReLU is removed.
     The released code does not contain the offset of the log tail. The value q_m - 1 makes the
@@ -61,8 +60,8 @@ Choices
 
 Deviations
     In the authors' CIFAR-10 network, the last batch normalization, in front of ReLU and the linear
-    layer, has scale and shift. The networks vgg_small and hwgq_resnet follow the authors. In the
-    other networks here, no batch normalization has scale and shift.
+    layer, has scale and shift. The networks vgg_small and hwgq_resnet follow the authors. In all
+    other networks of qbench, no batch normalization has scale and shift.
 
 Results
     docs/results.md (digits, glyphs).
@@ -92,7 +91,10 @@ from qbench.quant.quantizer import Grid, Quantizer
 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
-"""Bits -> rounded step; 2 bits: the authors' code, else zhaoweicai/EdMIPS, models/quant_module.py."""
+"""Maps bits to a rounded step.
+
+The step for 2 bits is from the authors' code. The others are from zhaoweicai/EdMIPS, models/quant_module.py.
+"""
 AUTHORS_OPTIMAL = {2: (0.453, 1.51)}
 BACKWARD_TRAITS = {"vanilla": {"cells_input"}, "clipped": {"clipped_input", "cells_input"}, "log_tailed": set[str]()}
 TRAITS = frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"})
@@ -125,7 +127,8 @@ def half_step_levels(bits: int) -> Tensor:
 def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
     """Quantize activations (any shape) to 0 and the positive `levels` (m,), ascending.
 
-    Thresholds are 0 and the midpoints between levels. A value on a threshold takes the lower level.
+    Thresholds are 0 and the midpoints between levels. A value that is equal to a threshold gets the
+    lower level.
 
     Args:
         backward: vanilla, clipped or log_tailed; see the method card.
@@ -163,7 +166,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
-    """Return the cells between thresholds, also divided at 0 and at the last level, where the slope changes."""
+    """Return the cells, with borders at the thresholds, at 0 and at the last level. The slope may change at borders."""
     edges = torch.unique(torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]))
     numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
     middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
@@ -243,8 +246,9 @@ def _lloyd_max(m: int) -> list[float]:
 
     Lloyd's iteration has the same fixed point but converges slowly for many levels.
     """
-    # Start from the levels of high resolution. Their density is proportional to the cube root of
-    # the Gaussian's (Panter and Dite 1951), which is another Gaussian, of variance 3.
+    # Start from the levels that are optimal in the limit of many levels. Their density is
+    # proportional to the cube root of the Gaussian density (Panter and Dite 1951). This cube root
+    # is a Gaussian of variance 3.
     ranks = (torch.arange(m, dtype=torch.float64) + 0.5) / m
     q = math.sqrt(3) * math.sqrt(2) * torch.erfinv(ranks)
     zero, infinite = torch.zeros(1, dtype=torch.float64), torch.tensor([math.inf], dtype=torch.float64)

@@ -50,8 +50,8 @@ Choices
     as in the paper's ablation.
     variant: `paper` (default) follows the paper. `authors` follows three details of the authors'
     code. A weight half way between two levels goes to the lower magnitude. The number of weights in
-    a portion is rounded up. After the last portion is frozen, nothing is trained: that solver run
-    has max_iter: 1.
+    a portion is rounded up. After the last portion is frozen, nothing is trained, because the
+    authors' last solver has max_iter: 1.
     n1 is computed for the first portion only. The authors' code computes n1 again for every
     portion. From the first portion on, however, the largest weight is frozen. So n1 is the same in
     both cases, unless a free weight becomes larger than this frozen one.
@@ -171,9 +171,10 @@ def check_portions(portions: Sequence[float]) -> list[float]:
 
 
 def rounded_up(portion: float, count: int) -> float:
-    """Return the fraction of `count` weights in a portion whose number of weights is rounded up.
+    """Return the portion after its number of weights, portion times `count`, has been rounded up.
 
-    The authors' code leaves int(rest * count) weights free, with the rest as a decimal number.
+    The authors' code leaves int(rest * count) weights free, where rest is the decimal number
+    1 - portion.
     """
     return 1 - int(round(1 - portion, 12) * count) / count
 

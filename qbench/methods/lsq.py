@@ -26,9 +26,9 @@ Sites
     weight, input.
 
 State
-    step (scalar): one for a layer's weights, one for its input; with channel=true, the weights'
-    step is (output channels, 1, ...). signed (bool): whether the input's
-    levels include negative ones. ready (bool): whether the input's step was set from data.
+    step (scalar): one for a layer's weights, one for its input. With channel=true, the weights have
+    one step per output channel, (O, 1, ...). signed (bool): whether the input's levels include
+    negative values. ready (bool): whether the input's step was set from data.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w2a2g32.
@@ -39,7 +39,7 @@ Protocol
 
 Choices
     channel: `false` (default) is the paper's one step per layer. `true` is one step per output
-    channel, as in many later papers and libraries; N is then the number of weights of the channel.
+    channel, as in many later papers and libraries. N is then the number of weights of the channel.
     Steps start at 2 mean|v| / sqrt(Qp). For activations, the mean is taken over the probe; the
     paper uses the first batch. An input that has negative values in the probe gets levels of both
     signs.
@@ -72,7 +72,7 @@ def limits(bits: int, signed: bool) -> tuple[int, int]:
 
 @in_float32
 def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-    """Quantize x (any shape) to the multiples of `step` whose codes have `bits` bits. Eq. 1-3.
+    """Quantize x (any shape) to `step` times an integer from -Qn to Qp; see `limits`. Eq. 1-3.
 
     `step` is above 0 and gets the gradient of eq. 3. It is a scalar, or has one element per index
     of the first axis, as (O, 1, ..., 1). With 32 bits, return x itself.
@@ -216,7 +216,7 @@ def _reset_sign(module: nn.Module, keys: object) -> None:
 
 
 def prepare(model: nn.Module, probe: Probe) -> None:
-    """Set the steps of all input quantizers from the layers' inputs in the float network, over the probe."""
+    """Set the step of every input quantizer from the layer's inputs, measured on the probe in the float network."""
     for name, layer in quantized_layers(model).items():
         if isinstance(layer.input_q, LSQActivation):
             with float_mode(model):

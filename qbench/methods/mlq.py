@@ -27,8 +27,8 @@ Schedule
     restarts and momentum is cleared at the start of a phase, not at each step.
     Before steps are taken, the loss is measured once for each remaining layer. For this
     measurement, the next clusters of this layer are frozen, but those of the other remaining layers
-    are not. The loss is the network's loss on the probe. The layers with the largest loss take
-    their step.
+    are not. The loss is the network's loss on the probe, a fixed part of the training images. The
+    layers with the largest loss take their step.
 
 Sites
     weight.

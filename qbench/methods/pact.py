@@ -73,7 +73,7 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     n = float(2**bits - 1)
 
     def plain(x: Tensor, alpha: Tensor) -> Tensor:
-        clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))  # x = alpha counts for alpha, as in eq. 3's gradient
+        clipped = torch.where(x >= alpha, alpha, x.clamp(min=0))  # at x = alpha, the gradient goes to alpha (eq. 3)
         top = alpha.detach()
         return straight_through(clipped, (clipped.detach() * n / top).round() * top / n)
 

@@ -19,17 +19,17 @@ Forward
     extremes, whichever has the least squared error.
 
 Backward
-    Only needed for further training. As in uniform, the derivative is 1 for weights. For
-    activations, it is 1 where x is in range, else 0.
+    The backward pass is needed only if the network is trained further. As in uniform, the
+    derivative is 1 for weights. For activations, it is 1 where x is in range, else 0.
 
 Schedule
-    No epochs. `prepare` calibrates the weights first, and then the activations, on the layers'
-    inputs in the float network. Finally it adapts the statistics of batch normalization to the
-    quantizers (`reestimate`). shift: on the probe, the statistics are measured in the float network
-    and again with the quantizers in place. The running mean changes by the difference, and the
-    running variance by the ratio. replace: the statistics become those with the quantizers in place,
-    that is the mean and variance of each batch of the probe, averaged over the batches with equal
-    weights. none: they stay those of the float network.
+    No epochs. `prepare` first calibrates the weights. It then calibrates the activations on the
+    layers' inputs in the float network. Finally it adapts the statistics of batch normalization to
+    the quantizers (`reestimate`). shift: the statistics are measured on the probe, in the float
+    network and again with the quantizers in place. The running mean changes by the difference, and
+    the running variance by the ratio. replace: the statistics are measured with the quantizers in
+    place. They are the mean and variance of each batch of the probe, averaged over the batches with
+    equal weights. none: the statistics of the float network are kept.
 
 Sites
     weight, input.

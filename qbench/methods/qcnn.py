@@ -287,7 +287,7 @@ def build(
         prefix = "fc_" if isinstance(layer, nn.Linear) else ""
         size, count = options[f"{prefix}subspace"], options[f"{prefix}codewords"]
         quantizer = QCNNWeight(layer.weight, size, _codewords(bits, size, count, prefix))
-        layer.weight.requires_grad_(False)  # here, since this also runs when a run is resumed
+        layer.weight.requires_grad_(False)  # set here, because this function also runs when training is resumed
         return quantizer
 
     return Method(

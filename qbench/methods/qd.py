@@ -80,7 +80,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 # Shapes: B buckets, K elements of a bucket, L levels.
 
 MIN_RANGE = 1e-10
-"""A bucket with a smaller range counts as constant and has alpha 1."""
+"""A bucket with a smaller range is treated as constant, and its alpha is 1."""
 
 
 @in_float32
@@ -97,7 +97,8 @@ def quantize_bucketed(
         bits: 1 or more.
         bucket_size: number of consecutive elements of the flattened tensor that share a scale.
             With 0 or None, all elements share one.
-        stochastic: whether to round at random, with mean w, instead of to nearest, ties to even.
+        stochastic: whether to round at random, so that the mean result is w. Otherwise values are
+            rounded to nearest, with ties to even.
         generator: source of the random numbers, by default torch's global generator.
     """
     if bits < 1:
@@ -147,7 +148,7 @@ def scale_bytes(w: Tensor, bucket_size: int | None) -> int:
 
 
 def compression_ratio(bits: int, bucket_size: int = 256, float_bits: int = 32) -> float:
-    """Return the size of float weights divided by that of codes and two floats per bucket: k f / (k b + 2 f)."""
+    """Return the size of float weights, divided by the size of codes and two floats per bucket: k f / (k b + 2 f)."""
     return bucket_size * float_bits / (bucket_size * bits + 2 * float_bits)
 
 

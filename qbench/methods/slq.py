@@ -43,14 +43,15 @@ Protocol
 
 Choices
     partition: the order in which clusters are frozen. `probe` follows the paper's text as quoted by
-    second-hand sources. It measures the network's loss on the probe once per cluster, with only
-    this cluster replaced by its centroid. The cluster with the largest loss comes first. This takes
-    one pass over the probe per cluster and layer in every phase. `weight_error` follows the
-    reviewers' understanding of the paper. The error of a cluster is the sum of squared distances
-    between its weights and its centroid. The cluster with the largest error comes first.
-    `magnitude` is the order in the authors' released code, which measures nothing. The zero cluster
-    comes first, then pairs of clusters from the outermost inwards (in each pair, the positive one
-    first). `random` is an ablation.
+    second-hand sources. It measures the network's loss on the probe, which is a fixed part of the
+    training images. The loss is measured once per cluster, with only this cluster replaced by its
+    centroid. The cluster with the largest loss comes first. This takes one pass over the probe per
+    cluster and layer in every phase. `weight_error` follows the reviewers' understanding of the
+    paper. The error of a cluster is the sum of squared distances between its weights and its
+    centroid. The cluster with the largest error comes first. `magnitude` is the order in the
+    authors' released code, which measures nothing. The zero cluster comes first, then pairs of
+    clusters from the outermost inwards (in each pair, the positive one first). `random` is an
+    ablation.
     portions: accumulated fractions of the clusters. The resulting counts are rounded down and are
     at least one. The default yields the authors' counts. Portions with the same count share one
     phase. Every phase freezes clusters in all layers. It is not known in what order the paper
@@ -103,8 +104,7 @@ def cluster(w: Tensor, k: int, pinned: float | Sequence[float] | Tensor | None =
 
     Args:
         k: largest number of clusters. There are fewer if there are fewer distinct weights.
-        pinned: centroids that are fixed, whatever the weights are. They count among the k
-            centroids.
+        pinned: centroids that are fixed, whatever the weights are. k includes them.
 
     Returns:
         Centroids (m,), ascending and distinct, with the dtype of w, and labels (int64, with the
@@ -126,7 +126,7 @@ def lloyd(w: Tensor, starts: Tensor, fixed: Tensor, steps: int = LLOYD_STEPS) ->
 
     Args:
         starts: the initial centroids (k,), ascending.
-        fixed: which of them stay where they are (k, bool).
+        fixed: whether each centroid stays where it is (k, bool).
 
     Returns:
         Centroids (k,), ascending, and labels (int64, with the shape of w). A weight half way
@@ -238,7 +238,7 @@ def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, clusters:
         return weight_errors(w, clusters.centroids, clusters.labels)
     if partition == "random":
         return torch.rand(clusters.settled.shape).to(clusters.centroids.device)
-    # probe: the loss when only this one of the free clusters is frozen too
+    # probe: the loss if, of all free clusters, only this cluster is frozen
     losses = torch.zeros_like(clusters.settled, dtype=torch.float64)
     for alone in torch.eye(losses.numel(), dtype=torch.bool, device=losses.device)[~clusters.settled]:
         losses[alone] = loss_when_frozen(model, probe, site, clusters, alone)
@@ -250,7 +250,7 @@ def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) 
     """Freeze at least one more cluster of every layer, until the fraction `portion` of its clusters is frozen."""
     layers = [(layer.weight_q, layer.weight) for layer in quantized_layers(model).values()]
     unfinished = [(s, w, s.clusters(w)) for s, w in layers if isinstance(s, SLQWeight) and not s.complete]
-    # before any measurement, in all layers, freeze the free weights nearest to a frozen centroid
+    # before any measurement, freeze in all layers the free weights whose nearest centroid is frozen
     for site, _, clusters in unfinished:
         site.freeze_clusters(clusters, clusters.settled)
     ranked = [scores(model, probe, site, w, clusters, partition) for site, w, clusters in unfinished]

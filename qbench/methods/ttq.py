@@ -11,7 +11,7 @@ Idea
 Forward
     w_hat = Wp where w > delta, -Wn where w < -delta, else 0.
     threshold=max: delta = t max|w|. threshold=sparsity: delta is the value below which the fraction
-    r of the layer's |w| lies. No gradient passes through delta.
+    t of the layer's |w| lies. No gradient passes through delta.
 
 Backward
     dL/dWp = sum of dL/dw_hat over w > delta. dL/dWn = minus the sum of dL/dw_hat over w < -delta.
@@ -35,10 +35,11 @@ Bits
 Protocol
     CIFAR-10, authors' log: SGD with momentum 0.9, 400 epochs, weight decay 2e-4 (on the scales
     too). The learning rate is 0.0002 in the first epoch, then 0.1, 0.01 from epoch 83, 0.001 from
-    epoch 124 and 0.0002 from epoch 301. The networks are the pre-activation ResNet-20 to 56 with a float first layer.
+    epoch 124 and 0.0002 from epoch 301. The networks are
+    pre-activation ResNets with 20 to 56 layers. Their first layer is float.
 
 Choices
-    t = 0.05 as in the paper.
+    t: 0.05 by default, as in the paper.
     initial: `mean` (default) starts each scale at the mean magnitude of the weights in the scale's
     zone. `one` starts both scales at 1, as the authors do. In networks without batch normalization,
     activations then explode.

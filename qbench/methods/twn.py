@@ -28,7 +28,7 @@ Bits
     w 2 (three values) or 32, a and g 32; by default w2a32g32.
 
 Protocol
-    Not recorded here; the unified recipe is used.
+    The paper's recipe is not recorded here. The unified recipe (`optim=unified`) is used.
 
 Choices
     None.

@@ -12,12 +12,13 @@ Idea
 Forward
     Weights: s round(w / s), s = max|w| / (2^(b-1) - 1), per output channel or per layer. There are
     2^b - 1 levels, including zero.
-    Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1). [l, h] are moving
-    averages of the batches' minima and maxima, widened to contain zero, and zero is a level.
+    Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1). l and h are moving
+    averages of the minima and maxima of the batches. [l, h] is widened to contain zero, and zero is
+    a level.
 
 Backward
-    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where the code that x is rounded to
-    is in range, else 0.
+    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where x, after rounding, is not
+    beyond the outermost levels, else 0.
 
 Schedule
     One phase, from a float network.
@@ -32,7 +33,7 @@ Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
 
 Protocol
-    The unified recipe.
+    The unified recipe, which is the same for all methods (`optim=unified`).
 
 Choices
     channel: whether weights have one scale per output channel (default) or one per layer.

@@ -46,9 +46,9 @@ Protocol
 
 Choices
     scale: `K` multiplies by K, as in the paper. `none` (default) leaves out K, as in the authors'
-    code. The authors say that K gains less than a point.
+    code. The authors say that K improves accuracy by less than one point.
     gradient: `paper` (default) is the paper's formula as it is commonly read. The paper prints r
-    1{|r| <= 1} as the derivative of sign. Here the factor r is taken for a misprint. `authors` is
+    1{|r| <= 1} as the derivative of sign. qbench takes the factor r for a misprint. `authors` is
     the formula of the authors' code. Its factor 1e9 makes Adam's epsilon and weight decay
     negligible. `jiecaoyu` is the formula of jiecaoyu/XNOR-Net-PyTorch (its CIFAR-10 code). It adds
     the derivative of alpha with respect to every weight of the filter, which the paper's formula
@@ -253,7 +253,7 @@ def scale_as_authors(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 def optimizer_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, gradient: str, center: bool, clamp: bool
 ) -> None:
-    """Scale gradients if `gradient` is authors, step the optimizer, then apply `center_and_clamp`."""
+    """Scale the gradients if `gradient` is "authors", step the optimizer, then apply `center_and_clamp`."""
     if gradient == "authors":
         scale_as_authors(model, optimizer)
     optimizer.step()
@@ -261,7 +261,7 @@ def optimizer_step(
 
 
 def step_function(w: int, gradient: str, center: bool, clamp: bool) -> Step | None:
-    """Return `Method.step`, or None if the options leave the optimizer's own step as it is."""
+    """Return the function `Method.step`, or None if the optimizer's own step is sufficient for the options."""
     if w == FLOAT or not (gradient == "authors" or center or clamp):
         return None
     return partial(optimizer_step, gradient=gradient, center=center, clamp=clamp)
@@ -276,7 +276,7 @@ def build(
         raise ValueError(f"scale={scale}: must be one of {', '.join(SCALES)}")
     if a == FLOAT and scale == "K":
         raise Unsupported(
-            f"scale=K has no effect at bits.a={FLOAT}, because it restores the magnitudes that sign(x) removes"
+            f"scale=K has no effect at bits.a={FLOAT}, because float inputs keep the magnitudes that K would restore"
         )
     changes_weights = center or clamp
     return Method(

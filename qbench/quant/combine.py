@@ -16,7 +16,7 @@ from qbench.quant.quantizer import Quantizer
 
 
 class _SteppedOptimizer(torch.optim.Optimizer):
-    """Stands for an optimizer that has already stepped. The second of two methods gets it."""
+    """Wraps an optimizer that has already stepped. The second of two methods gets it, and cannot step it again."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer

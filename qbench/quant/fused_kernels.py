@@ -28,7 +28,7 @@ MAX_EDGES = 31
 
 
 def scalar(x: Tensor) -> float | Tensor:
-    """Return a one-element CPU tensor as a number, and a tensor on another device detached.
+    """Return a one-element CPU tensor as a number, and a tensor on another device as a detached tensor.
 
     Reading a number from another device would wait for that device.
     """

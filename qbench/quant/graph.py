@@ -1,9 +1,8 @@
-"""Looks at what a network computes: the calls of its layers, and its graph of operations.
+"""Records what a network computes: the calls of its layers, and its graph of operations.
 
-A network is looked at while it runs on an example, so that any Python code in it is followed.
-Nothing in this file changes what a network computes in training. Calls are intercepted, not hooked:
-torch takes another path through some modules if they have hooks, and this path would be looked at
-instead of the one that evaluation takes.
+The network is recorded while it runs on an example, so it may contain any Python code. Nothing in
+this file changes what a network computes in training. Calls are intercepted without hooks, because
+with hooks torch computes some modules in another way than in evaluation.
 """
 
 from collections import Counter
@@ -27,7 +26,7 @@ IMAGE = "image"
 """The name of the operation that stands for the network's input."""
 
 UNKNOWN = "?"
-"""Stands for an operation that made a tensor and was not recorded, such as a function of NumPy."""
+"""The name of all operations that were not recorded, such as a function of NumPy."""
 
 
 class Call(NamedTuple):
@@ -42,8 +41,8 @@ class Operation(NamedTuple):
     """One operation of a network: the call of a module or of a function of torch.
 
     Args:
-        name: unique name. A module has its name in the network, and a function its own name; from
-            the second call on, the number of the call follows, as in `conv1:2`.
+        name: unique name. It is the module's name in the network, or the function's own name. From
+            the second call on, the number of the call is appended, as in `conv1:2`.
         module: name of the called module, or None for a function.
         kind: class of the module, or name of the function.
         reads: operations whose results are arguments, in the arguments' order; `IMAGE` for the
@@ -60,7 +59,7 @@ class Operation(NamedTuple):
 
 @contextmanager
 def intercepted_calls(model: nn.Module, names: Iterable[str], interceptor: Interceptor) -> Iterator[None]:
-    """Let a function carry out the calls of the named modules while the context lasts."""
+    """Call `interceptor` instead of the named modules while the context lasts."""
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(_intercepted_calls_of(name, model.get_submodule(name), interceptor))
@@ -100,12 +99,12 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call
 def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -> list[Operation]:
     """Return the operations that a network carries out on images in eval mode, in execution order.
 
-    A module without submodules is one operation. Other modules are not listed; the operations in
-    them are. Parameters, and tensors that a network holds, are not operations.
+    A module without submodules is one operation. Other modules are not listed, but the operations
+    inside them are. Parameters and buffers are not operations.
 
     Args:
         images: (N, C, H, W), also on the meta device.
-        layers: names of modules with submodules that are one operation nevertheless.
+        layers: names of modules that are treated as one operation although they have submodules.
     """
     single = [name for name, module in model.named_modules() if name in layers or not next(module.children(), None)]
     recorder = Recorder(model, images)
@@ -179,7 +178,7 @@ class Recorder(TorchFunctionMode):
         """
         made = list(tensors(results))
         if not made:
-            return  # a question, such as the one for a tensor's shape
+            return  # no tensor was made, as in a query of a tensor's shape
         read = list(tensors(arguments))
         base = kind if module is None else module
         self._calls[base] += 1
@@ -206,8 +205,8 @@ def tensors(value: object) -> Iterator[Tensor]:
 def between(graph: Sequence[Operation], start: str, end: str) -> list[Operation]:
     """Return the operations on which `end` depends and that depend on `start`, in execution order.
 
-    Neither `start` nor `end` is included. An operation with unknown reads counts as depending on
-    `start`.
+    Neither `start` nor `end` is included. An operation that reads a tensor of unknown origin is
+    assumed to depend on `start`.
     """
     after = {start, UNKNOWN}
     for operation in graph:
@@ -222,16 +221,18 @@ def between(graph: Sequence[Operation], start: str, end: str) -> list[Operation]
 
 
 def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], *, training: bool = False) -> list[str]:
-    """Return the layers whose weights reach the network's output in another way than by a call.
+    """Return the layers whose weights affect the network's output without a call of the layer.
 
-    Such weights are not quantized there. The network runs on weights that are NaN except while their
-    own layer runs. Its output must not change by that. A change other than to NaN, as by the sign of
-    weights, is seen only if two runs on the same images have equal outputs.
+    Weights that are used in this way are not quantized. To find them, the network runs with weights
+    that are NaN except while their own layer runs. If its output changes, some weights are used
+    without a call. Changes to values other than NaN are considered only if two runs on the same
+    images have equal outputs.
 
     Args:
-        images: a few images (N, C, H, W) with memory, so not on the meta device.
+        images: a few images (N, C, H, W), not on the meta device.
         names: layers whose attribute `weight` is a parameter.
-        training: run the network as in training, which may change its buffers and attributes.
+        training: whether to run the network in training mode, which may change buffers and
+            attributes.
     """
     with eval_mode_keeping_rng(model), torch.no_grad():
         model.train(training)
@@ -242,7 +243,7 @@ def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], 
 
 
 def _moves(model: nn.Module, images: Tensor, names: Collection[str], plain: Sequence[Tensor]) -> bool:
-    """Whether hiding weights changes the outputs. `plain` is the outputs with all weights."""
+    """Return whether hiding weights changes the outputs. `plain` has the outputs without hidden weights."""
     try:
         with _hidden_weights(model, names):
             hidden = _outputs(model, images)
@@ -261,7 +262,7 @@ def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether all values are equal; NaN equals NaN."""
+    """Return whether all values are equal. NaN equals NaN."""
     pairs = list(zip(some, others, strict=False))
     same_shapes = len(some) == len(others) and all(x.shape == y.shape for x, y in pairs)
     return same_shapes and all(bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in pairs)
@@ -304,7 +305,7 @@ def call_inner_layers(model: nn.Module) -> None:
 
 
 def _keep_output(module: nn.Module, args: object, output: object) -> None:
-    """Change nothing."""
+    """Return None, so that the output is kept."""
 
 
 @contextmanager

@@ -32,8 +32,9 @@ class ImageQuantizer(Quantizer):
     Args:
         bits: width of the rounded values.
         low, high: smallest and largest value of each channel.
-        channel: the channel from which each value of the layer's input comes, (1, ...), in a shape
-            that can be expanded to the input's. None means (N, C, H, W).
+        channel: number of the image channel from which each value of the layer's input comes. Its
+            shape, (1, ...), can be expanded to that of the input. None means that the input has the
+            shape (N, C, H, W).
     """
 
     low: Tensor
@@ -79,12 +80,13 @@ def image_quantizers(
         example: see `install`.
 
     Raises:
-        Unsupported: the first layer reads something else, or the range of the image is not known.
+        Unsupported: the first layer does not read the image, or the range of the image is not
+            known.
     """
     first, narrow = next(iter(assigned)), [name for name, bits in assigned.items() if bits.a < FLOAT]
     if example is None:
         if first in narrow:
-            raise Unsupported(f"what {first} reads is not known: call install with example=, one batch of images")
+            raise Unsupported(f"{first}: its input is not known; call install with example=IMAGES, one batch of images")
         return {}
     if not narrow:
         return {}
@@ -99,7 +101,7 @@ def image_quantizers(
 
 
 def _image_like(graph: Sequence[Operation]) -> Collection[str]:
-    """Return the operations whose results hold values of the image and nothing else."""
+    """Return the operations whose results contain only values of the image."""
     image_like = {IMAGE}
     for operation in graph:
         if operation.kind in REARRANGING and operation.reads and image_like.issuperset(operation.reads):
@@ -113,7 +115,7 @@ def _reads_image(graph: Sequence[Operation], layer: str) -> bool:
 
 
 def _computed(graph: Sequence[Operation], layer: str) -> str:
-    """Return in words what a layer reads that is not the image."""
+    """Return, in words, what a layer reads instead of the image."""
     image_like = _image_like(graph)
     computed = [operation for operation in between(graph, IMAGE, layer) if operation.name not in image_like]
     if not computed:
@@ -128,12 +130,12 @@ def _image_quantizer(
     if policy.image_range is None:
         raise Unsupported(
             f"{name} reads the image, and the range of the image is not known\n"
-            "say Policy(image_range=((LOW, ...), (HIGH, ...))), per channel, or Policy(input='float')"
+            "pass Policy(image_range=((LOW, ...), (HIGH, ...))), per channel, or Policy(input='float')"
         )
     channels = example.shape[1]
     low, high = (ends * channels if len(ends) == 1 else ends for ends in policy.image_range)
     if not len(low) == len(high) == channels:
-        raise Unsupported(f"image_range has {len(low)} and {len(high)} channels, and the images have {channels}")
+        raise Unsupported(f"image_range has {len(low)} and {len(high)} channels, but images have {channels}")
     direct = all(operation.reads == (IMAGE,) for operation in graph if operation.module == name)
     return ImageQuantizer(bits, low, high, None if direct else _channels(model, name, example))
 
@@ -151,7 +153,7 @@ def _channels(model: nn.Module, name: str, example: Tensor) -> Tensor:
     if channel.is_meta:
         return torch.zeros((1,) * channel.dim(), dtype=torch.long)
     channel = channel[:1].long()
-    for axis in range(1, channel.dim()):  # a single value stands for an axis along which all are equal
+    for axis in range(1, channel.dim()):  # keep one value of an axis along which all values are equal
         if (channel == channel.narrow(axis, 0, 1)).all():
             channel = channel.narrow(axis, 0, 1)
     return channel

@@ -33,15 +33,16 @@ def install(
 ) -> nn.Module:
     """Put a method's quantizers into a float network, in place, and return it.
 
-    Only layers change whose class is exactly one of torch's convolutions, transposed convolutions
-    or `Linear`. Each of these layers gets another class and three new submodules. Parameters keep
-    their names and identity, so optimizers, hooks and float checkpoints still work.
+    A layer is changed only if its class is exactly one of torch's convolutions, transposed
+    convolutions or `Linear`. Such a layer gets another class and three new submodules. Parameters
+    keep their names and identity, so optimizers, hooks and float checkpoints still work.
 
     Args:
         policy: which layers are quantized; by default all except the first and the last.
-        example: one image batch (N, C, H, W), which is run to find the execution order, the layers
-            that read the image, weights that are used without a call of their layer, and the
-            activation functions in front of layers. If None, the order of registration is used.
+        example: one batch of images (N, C, H, W). The network runs on it to find the execution
+            order, the layers that read the image, weights that are used without a call of their
+            layer, and the activation functions in front of layers. If None, the order of
+            registration is used.
         act: what happens to the activation functions in front of input quantizers: "keep" or
             "fused" (see `Requires`). With "auto", the method decides.
 
@@ -112,7 +113,7 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
         )
     if type(layer) not in QUANTIZED_CLASS:
         raise Unsupported(
-            f"{name} is a {type(layer).__name__}; only exact layers of torch are quantized: "
+            f"{name} is a {type(layer).__name__}; torch's own classes are quantized, not subclasses: "
             f"{', '.join(kind.__name__ for kind in QUANTIZED_CLASS)}\n{float_rule(name)}"
         )
     if not isinstance(layer, nn.Linear) and layer.padding_mode != "zeros":
@@ -149,11 +150,11 @@ def _check_calls(model: nn.Module, quantized: Collection[str], example: Tensor) 
 
 
 def _read_in_training(model: nn.Module, images: Tensor, quantized: Collection[str]) -> list[str]:
-    """Return the layers whose weights training uses without a call, as far as a copy of the network can be trained."""
+    """Return the layers whose weights training uses without a call, or none if a copy cannot be trained."""
     try:
         trained = copy.deepcopy(model)  # training may change buffers and attributes
         return read_without_call(trained, images, quantized, training=True)
-    except Exception:  # the first step of training reports it
+    except Exception:  # the first step of training reports this error
         return []
 
 
@@ -168,7 +169,8 @@ def _refuse_read(read: Sequence[str], when: str) -> None:
 def _check_transposed(method: Method, name: str, layer: FloatLayer, bits: int) -> None:
     """Raise `Unsupported` if a method treats the outputs of a transposed convolution separately.
 
-    A method takes the first axis of the weights for the outputs. Here it is the axis of the inputs.
+    Methods assume that the first axis of the weights is the axis of the outputs. In a transposed
+    convolution, it is the axis of the inputs.
     """
     with torch.random.fork_rng(devices=[]):
         sample = new_float_layer(type(layer), 2, 3, layer.weight.shape[2:])

@@ -20,7 +20,7 @@ from torch import Tensor
 from qbench.quant.kmeans_dp import Floats, optimal_centroids, prefix_sums
 
 EXACT = 10_000
-"""Maximum number of distinct values for which all splits are considered. With more, only splits between bins are."""
+"""Maximum number of distinct values for which all splits are considered, and not only splits between bins."""
 
 BINS = 128
 """Number of bins per centroid."""

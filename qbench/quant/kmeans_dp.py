@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 class Solution(NamedTuple):
-    """The minimal cost (weighted squared distances), and its free centroids in ascending order."""
+    """The minimal cost (weighted squared distances), and the free centroids with this cost in ascending order."""
 
     cost: float
     centroids: Floats
@@ -49,7 +49,7 @@ def optimal_centroids(v: Floats, w: Floats, k: int, pins: Floats) -> Floats:
 
 
 def _merge(best: list[Solution], gap: list[Solution], free: int) -> list[Solution]:
-    """Return the best solutions for the gaps so far and the next, by number of free centroids."""
+    """Return the best solutions for the gaps so far plus one more gap, indexed by the number of free centroids."""
     sums = [[solution.cost + more.cost for more in gap] for solution in best]
     merged = []
     for n in range(min(free, len(best) + len(gap) - 2) + 1):

@@ -22,7 +22,7 @@ FloatLayer = (
 """A layer that can be quantized."""
 
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-"""A layer whose weights are (inputs, outputs / groups, ...); those of the others are (outputs, ...)."""
+"""A layer whose weights have the shape (inputs, outputs / groups, ...). In other layers, outputs come first."""
 
 
 class NotFinite(ValueError):
@@ -40,7 +40,8 @@ def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return x
-    # One pass first: if the sum is finite, every value is. If it is not, it may have overflowed.
+    # First a single pass: if the sum is finite, every value is finite. Otherwise the sum may have
+    # overflowed, so every value is checked.
     try:
         total = x.detach().sum(dtype=torch.float32).item()
     except RuntimeError as error:
@@ -66,7 +67,7 @@ def _quantized(layer: "QLayer", input: Tensor, compute: Callable[[Tensor, Tensor
 
 
 def _convolution(layer: "QConvolution", input: Tensor, convolve: Callable[..., Tensor]) -> Tensor:
-    """Return the output of a quantized convolution. `convolve` is torch's function for its number of axes."""
+    """Return the output of a quantized convolution. `convolve` is torch's function for convolutions of this class."""
     return _quantized(
         layer,
         input,
@@ -89,7 +90,7 @@ def _transposed_convolution(
 def _padding(
     layer: TransposedConvolution, x: Tensor, output_size: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the padding of a transposed convolution, and what it adds to the smallest size of its output."""
+    """Return the padding and the output padding of a transposed convolution, one number per axis each."""
     padding, axes = layer.padding, len(layer.kernel_size)
     assert isinstance(padding, tuple)  # torch allows words for other convolutions only
     if output_size is None:
@@ -101,7 +102,7 @@ def _padding(
 
 
 class _Quantizers:
-    """What each quantized layer has in addition to its float layer.
+    """The attributes that each quantized layer has in addition to those of its float layer.
 
     `weight` and `bias` are the (latent) parameters of the float layer. If nothing is quantized, the
     layer computes what the float layer does.
@@ -278,7 +279,7 @@ def fold_quantized_weights(model: nn.Module) -> nn.Module:
 
 
 def computed_weight(layer: nn.Module) -> str | None:
-    """Return how to turn a weight that is computed in every forward pass into a parameter.
+    """Return, as text, how to turn a weight that is computed in every forward pass into a parameter.
 
     The result is None if the weight is a parameter already.
     """
@@ -318,7 +319,7 @@ def float_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class BypassedActivation(nn.Module):
-    """Holds an activation function that the input quantizers of the next layers replace.
+    """Contains an activation function that the input quantizers of the next layers replace.
 
     The module returns its input unchanged; inside `float_mode` it applies the activation function.
     """

@@ -32,7 +32,7 @@ class Unsupported(Exception):
 
 
 def check_kind(method_name: str, layer_name: str, layer: nn.Module) -> None:
-    """Refuse a layer that is neither a `Conv2d` nor a `Linear`, for a method that has no formula for others."""
+    """Raise `Unsupported` unless the layer is a `Conv2d` or a `Linear`. Some methods have formulas for these only."""
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         kind = type(layer).__name__.removeprefix("Q")
         raise Unsupported(
@@ -55,7 +55,8 @@ class Requires:
         act: what to do with the activation function in front of the input quantizer. "keep" keeps
             it. "fused" removes it, because the quantizer is the activation function. "either" means
             that the quantizer contains the activation function, so that keeping or removing it
-            gives the same values. It is then removed if the network declares which layers it feeds.
+            gives the same values. The activation function is then removed if the network declares
+            which layers it feeds.
         start: the initial weights. "scratch" means random weights. The float baseline is then
             trained only for comparison.
         teacher: whether the loss is a distillation from the float baseline, unless the key
@@ -92,7 +93,7 @@ class Method:
             the activation quantizer is 0 beyond the levels and nonzero everywhere between them.
             "cells_input": up to 8 bits, the backward pass of the activation quantizer needs only
             the level (see `ops.compress_activations`). "no_master": the parameters themselves lie
-            on the levels, so that they must not be averaged.
+            on the levels, so they must not be averaged.
         weight, input, output: factories of quantizers; see `QuantizerFactory` and `OutputFactory`.
         prepare: (model, probe), called once, after the quantizers are installed and before the
             optimizer is made. It is not called when a run is resumed.
@@ -105,8 +106,8 @@ class Method:
             momentum and parameters.
         needs_training: False for post-training quantization, where `prepare` does all the work and
             no epoch is trained.
-        foreign_names: end of a tensor's name in the authors' checkpoints -> its end here. A run that
-            starts from such a file takes its quantizers too.
+        foreign_names: maps the end of a tensor's name in the authors' checkpoints to the end of its
+            name in qbench. A run that starts from such a checkpoint also loads its quantizers.
         teachers: networks that the trainer moves to the device and keeps in eval mode.
     """
 

@@ -165,7 +165,7 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
 
 
 def on_backward(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return x. In the backward pass, the gradient of x is the result of `change` for the gradient of the output."""
+    """Return x. In the backward pass, the gradient of x is `change(gradient of the output)`."""
     return _apply(_OnBackward, x, change)
 
 

@@ -14,7 +14,7 @@ ROUNDING = 4e-7
 """Largest distance from a level due to float32 rounding, relative to the group's largest level."""
 
 ARITHMETIC = 1e-5
-"""Largest distance that a method's own arithmetic may cause, relative to the same level.
+"""Largest distance that a method's own arithmetic may cause, relative to the group's largest level.
 
 The distance is also limited by `FRACTION_OF_STEP`."""
 
@@ -29,8 +29,8 @@ class NotQuantized(Exception):
 def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]:
     """Count the levels in every quantized layer, in one forward and backward pass.
 
-    Before that, the network runs on one image to see that evaluation uses no weight without its
-    quantizer.
+    Before that, the network runs on one image. This run checks that evaluation uses no weight
+    without its quantizer.
 
     Returns:
         For each layer and each of its quantized tensors (w, a, g): the largest number of levels
@@ -63,10 +63,11 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
 
 
 def clipped_negatives(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Return, by layer, the share of inputs that are negative where all levels are at least 0.
+    """Return the fraction of negative inputs for each layer whose input levels are all at least 0.
 
-    Such inputs become 0. This is intended where the quantizer replaces a ReLU, so these layers are
-    left out, and so are layers that read the image or have no negative inputs.
+    Quantization sets such inputs to 0. This is intended if the quantizer replaces a ReLU, so these
+    layers are left out. Layers that read the image, and layers without negative inputs, are left
+    out too.
     """
     bypassed = {name for name, module in model.named_modules() if isinstance(module, BypassedActivation)}
     intended = {layer for name, readers in getattr(model, "feeds", {}).items() if name in bypassed for layer in readers}
@@ -118,10 +119,11 @@ def _count_levels(what: str, quantizer: Quantizer, before: Tensor, after: Tensor
 
 
 def _tolerance(points: Tensor) -> Tensor:
-    """Return, per group, the largest distance at which a value counts as on a level.
+    """Return the largest allowed distance between a value and its level, for each group.
 
-    `points` is (G, L, D), and the result is (G, 1). The distance is max(ROUNDING scale,
-    min(ARITHMETIC scale, FRACTION_OF_STEP step)).
+    `points` is (G, L, D), and the result is (G, 1). For a group with largest magnitude `scale` and
+    smallest step `step`, the distance is max(ROUNDING scale, min(ARITHMETIC scale, FRACTION_OF_STEP
+    step)).
     """
     # The largest magnitude of the levels of each group, made positive for a group of zeros.
     scale = points.abs().nan_to_num(0).amax((1, 2)).clamp(min=torch.finfo(points.dtype).tiny)

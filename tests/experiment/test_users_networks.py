@@ -428,7 +428,7 @@ def test_a_network_without_any_gradient_is_refused(configure: Configure, words: 
 
 def test_layers_that_evaluation_does_not_call_are_noted(configure: Configure, words: list[str]) -> None:
     planned = planned_run(configure(*words, "model=users_networks:Auxiliary"))
-    line = "not called in evaluation, but counted in the size, in float: aux"
+    line = "not called in evaluation, but counted in the size as float layers: aux"
     assert line in plan([planned])[-1].notes
     assert line in run(planned).warnings
 

@@ -125,11 +125,11 @@ def test_the_range_of_the_image_is_not_guessed() -> None:
     def net() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(256, 10))
 
-    with pytest.raises(Unsupported, match=r"0 reads the image, and the range of the image is not known\nsay Policy"):
+    with pytest.raises(Unsupported, match=r"0 reads the image, and the range of the image is not known\npass Policy"):
         install(dorefa.build(w=2, a=2), net(), Policy(first=8), example=X)
-    with pytest.raises(Unsupported, match="what 0 reads is not known: call install with example="):
+    with pytest.raises(Unsupported, match="0: its input is not known; call install with example="):
         install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((0.0,), (1.0,))))
-    with pytest.raises(Unsupported, match="image_range has 2 and 2 channels, and the images have 3"):
+    with pytest.raises(Unsupported, match="image_range has 2 and 2 channels, but images have 3"):
         install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((0.0, 0), (1.0, 1))), example=X)
     one = install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((-3.0,), (3.0,))), example=X)
     assert one[0].input_q(torch.full((1, 3, 8, 8), -9.0)).unique().tolist() == [-3]
