@@ -15,7 +15,7 @@ from qbench.quant.ops import without_rounding
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 FLOOR = 1e-4
-"""Largest gradient that counts as zero, for upstream gradients of about 1.
+"""Largest gradient that is treated as zero, for upstream gradients of about 1.
 
 Sums whose terms cancel leave rounding errors of this size.
 """

@@ -1,8 +1,8 @@
 """Counts a network's parameters, multiply-accumulates (MACs), BitOps, bytes and bits per weight.
 
-The BitOps of a layer are its MACs x weight bits x activation bits. The BitOps of a network are the sum
-over all layers and all other products of matrices, such as those of attention. A float tensor counts
-as 32 bits. Bytes include parameters, scales and codebooks, but not batch-norm statistics.
+The BitOps of a layer are its MACs x weight bits x activation bits. The BitOps of a network are
+summed over all layers and all other matrix products, such as those in attention. A float tensor
+counts as 32 bits. Bytes include parameters, scales and codebooks, but not batch-norm statistics.
 """
 
 import warnings
@@ -32,7 +32,7 @@ NOTED_SHARE = 0.01
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     """Return the MACs of every layer with weights in a float network, for one image.
 
-    Layers with weights are convolutions, linear layers, and all other modules that hold parameters
+    Layers with weights are convolutions, linear layers, and all other modules that have parameters
     with two or more dimensions. Modules that multiply matrices themselves are included too. The
     network itself has the name "". The MACs are counted on the meta device, which needs no memory
     and no arithmetic. If the network does not run on the meta device, it runs on the CPU.

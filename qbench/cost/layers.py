@@ -141,8 +141,8 @@ def _small_shape(layer: FloatLayer) -> tuple[int, ...]:
 def _levels(method: Method, slot: str, kind: type[nn.Module], shape: tuple[int, ...], bits: int) -> Levels | None:
     """Return the levels of a quantizer.
 
-    The levels are found by building a small layer with random weights. Meta tensors would not do, because the levels
-    may depend on the values of the weights.
+    The levels are found by building a small layer with random weights. Meta tensors are not sufficient, because the
+    levels may depend on the values of the weights.
     """
     factory = method.weight if slot == "weight" else method.input
     if factory is None:

@@ -53,7 +53,7 @@ def old_constants(method: Method) -> Method:
         ):
             raise Unsupported("deviation=old_constants needs method.levels=uniform method.threshold=zero")
         if bits not in AUTHORS_STEPS:
-            raise Unsupported(f"deviation=old_constants has steps for 1 to 4 bits; {name} has {bits}")
+            raise Unsupported(f"deviation=old_constants has steps for 1 to 4 bits, but {name} has {bits} bits")
         return HalfStepHWGQActivation(AUTHORS_STEPS[bits] * ranks, module.backward)
 
     return replace(method, input=deviating)

@@ -44,10 +44,11 @@ Bits
     w 2-6, 8 or 32, a 2-5 or 32, g 32; by default w4a4g32.
 
 Protocol
-    CIFAR-10 ResNet-20 with 1x1 convolutions as shortcuts: 300 epochs of SGD with momentum 0.9, batch
-    size 128, learning rate 0.04 divided by 10 at epochs 150 and 225, weight decay 1e-4 (3e-5 with 2
-    bits). The weights of the first and last layers have 8 bits, and their inputs are float:
-    layers.first=w8 layers.last=w8. The authors keep the weights with the best test accuracy.
+    CIFAR-10 ResNet-20 with 1x1 convolutions as shortcuts: 300 epochs of SGD with momentum 0.9 and
+    batch size 128. The learning rate is 0.04, and is divided by 10 at epochs 150 and 225. Weight
+    decay is 1e-4 (3e-5 with 2 bits). The weights of the first and last layers have 8 bits, and
+    their inputs are float: layers.first=w8 layers.last=w8. The authors keep the weights with the
+    best test accuracy.
 
 Choices
     initial_weight, initial_input: initial values of alpha, 3 and 8 by default, as in the code for

@@ -39,9 +39,9 @@ Bits
 
 Protocol
     CIFAR-10, authors' code: training starts from the distilled float student. Only the points are
-    trained, by SGD with Nesterov momentum 0.9, learning rate 1e-6 and batch size 25, for 10 epochs
-    at 4 bits and for 20 at 2 bits. CIFAR-100: learning rate 1e-4, 20 epochs. There is no run with 8
-    bits.
+    trained, by SGD with Nesterov momentum 0.9, learning rate 1e-6 and batch size 25. There are 10
+    epochs at 4 bits, and 20 epochs at 2 bits. CIFAR-100: learning rate 1e-4, 20 epochs. There is no
+    run with 8 bits.
 
 Choices
     initial: the points at the start. `quantiles` takes the percentiles linspace(0, 100, m) of the
@@ -69,8 +69,8 @@ Deviations
     The authors quantize every parameter, including biases and batch normalization.
     As in the authors' code, all parameters except those of the quantizers are frozen from the
     start, while the running statistics of batch normalization are still updated.
-    Stored bytes count ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point. The
-    authors do not count the points.
+    Stored bytes include ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point.
+    The authors do not count the points.
 
 Results
     docs/results.md (digits).

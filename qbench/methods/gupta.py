@@ -14,8 +14,8 @@ Forward
     A format <IL, FL> has WL = IL + FL bits: IL integer bits, including the sign, and FL fraction
     bits. The step is eps = 2^-FL. The range is [-2^(IL-1), 2^(IL-1) - eps].
     Convert(x) moves values outside the range to the nearest end of the range (it never wraps), and
-    rounds values inside. Let f = floor(x / eps) eps. Nearest rounding gives f if x <= f + eps / 2,
-    else f + eps. Stochastic rounding gives f + eps with probability (x - f) / eps, else f.
+    rounds values inside. Let f = floor(x / eps) eps. Nearest rounding returns f if x <= f + eps /
+    2, else f + eps. Stochastic rounding returns f + eps with probability (x - f) / eps, else f.
     (Saturation and stochastic rounding are from a restatement of the paper; the ends of the range
     and the rounding of ties are from memory.)
     A layer computes y = Convert(sum of w x, + bias). The products and the sum are computed in a
@@ -27,7 +27,7 @@ Backward
     gradient of an activation passes through Convert unchanged where the activation is in range.
     Elsewhere it is 0.
     Update: W <- Convert(W + Convert(dW)), with dW the change that the optimizer makes. Biases are
-    updated likewise.
+    updated in the same way.
 
 Schedule
     One phase, from random weights rounded to nearest.
@@ -56,8 +56,8 @@ Choices
     numbers.
     integer_*: IL of each kind of tensor. FL is WL - IL. By default, IL is 2 for weights, biases and
     updates, and 6 for activations, as remembered above. For errors it is -4, which gives a range of
-    +-1/32. This is enough for batches of 64 images: the loss is a mean over the batch, so an error
-    at the logits is at most 1/64. Smaller batches need a larger range.
+    +-1/32. This is enough for batches of 64 images. The loss is a mean over the batch, so errors at
+    the logits are then at most 1/64. Smaller batches need a larger range.
     momentum: `float` or `fixed`. With `fixed`, SGD's buffer or Adam's first moment is rounded after
     each step to a format with integer_momentum integer bits. The paper does not say which it uses.
     Adam's second moment stays float, since squares do not fit such a format.
@@ -111,9 +111,10 @@ def to_fixed(
     Args:
         integer_bits, fraction_bits: IL and FL. One of the two may be negative. The sum is 1 to 24
             (float64: 1 to 53).
-        rounding: `nearest`, with ties rounded down, or `stochastic`. Stochastic rounding draws once
-            per element, and rounds up with a probability equal to the fraction of a step.
-        generator: source of the draws; torch's global generator by default.
+        rounding: `nearest`, with ties rounded down, or `stochastic`. Stochastic rounding draws one
+            random number per element. It rounds up with a probability equal to the distance from
+            the lower grid value in steps.
+        generator: source of the random numbers, by default torch's global generator.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding}: must be one of {', '.join(ROUNDINGS)}")
@@ -176,7 +177,7 @@ class FixedPointFormat(NamedTuple):
 class GuptaWeight(Quantizer):
     """Quantizer of one layer's weights, which are on the grid after `prepare` and after each step.
 
-    The quantizer also holds the formats of biases, updates and momentum.
+    The quantizer also contains the formats of biases, updates and momentum.
     """
 
     def __init__(

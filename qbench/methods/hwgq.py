@@ -36,11 +36,11 @@ Bits
     w 1 or 32, a 1-8 or 32, g 32; by default w1a2g32.
 
 Protocol
-    The authors' CIFAR-10 network: VGG-small, SGD with momentum 0.9, a learning rate that falls
-    linearly from 0.01 to 0 over 200 epochs, batch size 100, weight decay 5e-4, and random crops
-    from images padded by repeating their border pixels. The first and last layers are float, and
-    the last layer's input is not quantized. The last layer's bias has twice the learning rate and
-    no weight decay. The running averages of batch normalization have momentum 0.05.
+    The authors train VGG-small on CIFAR-10 by SGD with momentum 0.9, batch size 100 and weight
+    decay 5e-4. The learning rate falls linearly from 0.01 to 0 over 200 epochs. Images are padded
+    by repeating their border pixels, and are then cropped at random. The first and last layers are
+    float, and the last layer's input is not quantized. The last layer's bias has twice the learning
+    rate and no weight decay. The running averages of batch normalization have momentum 0.05.
 
 Choices
     levels: `uniform` (the paper's networks), `optimal` (non-uniform, Lloyd-Max) or `sign`. `sign`

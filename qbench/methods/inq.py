@@ -23,8 +23,8 @@ Backward
 Schedule
     One phase per portion. All phases have equal length. Each phase restarts the learning-rate
     schedule and clears momentum. In the last phase (portion 1), only batch normalization and biases
-    are trained. With variant=authors, the last phase is the last epoch, and no parameter is trained
-    in it; the running averages of batch normalization are still updated.
+    are trained. With variant=authors, the last phase is the last epoch. No parameter is trained in
+    it, but the running averages of batch normalization are still updated.
 
 Sites
     weight.
@@ -39,10 +39,10 @@ Bits
 
 Protocol
     ImageNet from published float networks: SGD with momentum 0.9 and weight decay 5e-4
-    (2e-4 for GoogLeNet). The accumulated portions depend on the network: 0.5 0.75 0.875 1 for
-    ResNets at 5 bits, and more, smaller portions at fewer bits. All layers are quantized, but
-    biases and batch normalization are not. The paper does not state the learning rate and the
-    epochs of each portion.
+    (2e-4 for GoogLeNet). The accumulated portions depend on the network. For ResNets at 5 bits,
+    they are 0.5 0.75 0.875 1. At fewer bits, there are more and smaller portions. All layers are
+    quantized, but biases and batch normalization are not. The paper does not state the learning
+    rate and the epochs of each portion.
 
 Choices
     portions: by default 0.5 0.75 0.875 1, as in the paper's ResNets.
@@ -87,7 +87,7 @@ def largest_exponent(w: Tensor) -> int:
     if s == 0:
         return 0
     n = floor(log2(4 * s / 3))
-    # log2 is rounded and may be one too high next to a power of two; 3 2^n <= 4 s is exact
+    # n may be one too high next to a power of two, because log2 is rounded; 3 2^n <= 4 s is exact
     return n - 1 if 3 * 2.0**n > 4 * s else n
 
 
@@ -166,7 +166,7 @@ def check_portions(portions: Sequence[float]) -> list[float]:
     """Return accumulated portions as floats; raise `ValueError` unless they ascend from above 0 to 1."""
     checked = [float(p) for p in portions]
     if not checked or checked != sorted(set(checked)) or checked[0] <= 0 or checked[-1] != 1:
-        raise ValueError(f"portions={checked}: must be ascending numbers above 0, the last one 1")
+        raise ValueError(f"portions={checked}: must be ascending numbers above 0 that end with 1")
     return checked
 
 

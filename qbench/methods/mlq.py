@@ -22,9 +22,10 @@ Backward
 Schedule
     One phase for each group of clusters: first the boundary clusters, then the zero cluster. The
     phases have equal length. In a step, a layer freezes its next clusters. In the first half of a
-    phase, the layers take their steps one after another, as evenly spread as the number of epochs
-    allows. In the second half, all free weights are trained further. The learning-rate schedule
-    restarts and momentum is cleared at the start of a phase, not at each step.
+    phase, the layers take their steps one after another. The steps are spread as evenly as the
+    number of epochs allows. In the second half, all free weights are trained further. The
+    learning-rate schedule restarts and momentum is cleared at the start of a phase, not at each
+    step.
     Before steps are taken, the loss is measured once for each remaining layer. For this
     measurement, the next clusters of this layer are frozen, but those of the other remaining layers
     are not. The loss is the network's loss on the probe, a fixed part of the training images. The
@@ -53,7 +54,7 @@ Choices
     All layers freeze their boundary clusters before any layer freezes its zero cluster. This is our
     reading of "boundary before zero". The sources describe only the states of single layers. The
     loss of the remaining layers is measured again whenever steps are due.
-    The order at 3 and 4 bits, with five and nine clusters, is entirely our reading: the outermost
+    The order at 3 and 4 bits, with five and nine clusters, is entirely our reading. The outermost
     two clusters are frozen first, then the next two inwards, and so on to the middle cluster.
     depth: `false` is the ablation, in which all layers take their step at the start of a phase, and
     no loss is measured.

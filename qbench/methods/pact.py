@@ -34,8 +34,8 @@ Protocol
     have high precision.
 
 Choices
-    initial: the value at which alpha starts, 10 by default (remembered from the paper, not checked
-    against its text).
+    initial: the initial value of alpha. The default, 10, is remembered from the paper and not
+    verified.
     decay: weight decay of alpha. The default, 2e-4, is the weight decay of the weights in the
     paper's protocol. This option does not depend on the optimizer's own weight decay.
 

@@ -49,8 +49,8 @@ Choices
     batch normalization are shifted. At few bits the options give different results, and the control
     should not be weaker than necessary. The statistics of 256 images are noisy. With replace, this
     noise costs more than 8 bits do. With shift, it is the same in both measurements and cancels.
-    All activations are calibrated at once on the float network, as deployment tools do, and not
-    layer by layer with the earlier layers quantized.
+    All activations are calibrated at once on the float network, as deployment tools do. They are
+    not calibrated layer by layer with the earlier layers quantized.
     percentile and mse use at most 2^20 values of a layer's input, spread evenly over all values.
     mse shrinks both ends of the range by the same factor.
 
@@ -100,7 +100,7 @@ def weight_scale(w: Tensor, bits: int, channel: bool = True, criterion: str = "m
 
     Args:
         criterion: minmax (the step covers the whole range) or mse (the step covers the fraction of
-            the range that has the least squared error).
+            the range with the least squared error).
     """
     full_scale = uniform.weight_scale(w, bits, channel)
     if criterion == "minmax":

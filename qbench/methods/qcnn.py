@@ -5,7 +5,7 @@ Paper
     2016, arXiv 1512.06473. Authors' code: jiaxiang-wu/quantized-cnn (C++, forward pass only).
 
 Idea
-    One code stands for several weights. A few learned codewords replace the groups of neighbouring
+    One code represents several weights. A few learned codewords replace the groups of neighbouring
     weights along the input channels. The responses of a layer are then sums of table look-ups.
     Accuracy depends on the error of the responses, not on the error of the weights. The codes are
     therefore fitted to the responses, layer by layer.
@@ -34,7 +34,7 @@ Sites
 State
     codebooks (M, K, Cs'): the codewords; NaN where there are fewer than K distinct sub-vectors.
     codes, int16,
-    (Ct, kh, kw, M) or (Ct, M): the index of the codeword. Both are zero until `prepare`.
+    (Ct, kh, kw, M) or (Ct, M): the indices of the codewords. Both are zero until `prepare`.
 
 Bits
     w 1-8 or 32, a and g 32; by default w1a32g32. The width w is log2(K) / Cs' rounded up, and a

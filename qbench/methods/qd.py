@@ -14,7 +14,7 @@ Forward
     padded with its last element. A tensor shorter than k is one bucket. For each bucket v, beta =
     min v, alpha = max v - min v (1 if below 1e-10) and x = (v - beta) / alpha. With s = 2^b levels
     including both ends, w_hat = alpha round(x (s - 1)) / (s - 1) + beta. Stochastic rounding of y =
-    x (s - 1) gives floor(y) + 1 with probability y - floor(y), else floor(y).
+    x (s - 1) returns floor(y) + 1 with probability y - floor(y), else floor(y).
 
 Backward
     dL/dw = dL/dw_hat. L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2,
@@ -33,11 +33,11 @@ Bits
     w 1-8 or 32, a and g 32; by default w4a32g32. b bits mean 2^b levels per bucket.
 
 Protocol
-    CIFAR-10, authors' code: plain convolutional students are trained from random weights, by SGD
-    with Nesterov momentum 0.9, weight decay 2.2e-4, batch size 25, for 200 epochs. The learning
-    rate starts at 0.001 and is halved after 10 epochs without a better test error. Widths are 2, 4
-    and 8 bits, k = 256, with deterministic rounding. CIFAR-100: wide ResNets; the learning rate
-    starts at 0.1 and is multiplied by 0.2 after 60, 120 and 160 of 200 epochs.
+    CIFAR-10, authors' code: plain convolutional students are trained from random weights for 200
+    epochs. The optimizer is SGD with Nesterov momentum 0.9, weight decay 2.2e-4 and batch size 25.
+    The learning rate starts at 0.001 and is halved after 10 epochs without a better test error.
+    Widths are 2, 4 and 8 bits, k = 256, with deterministic rounding. CIFAR-100: wide ResNets; the
+    learning rate starts at 0.1 and is multiplied by 0.2 after 60, 120 and 160 of 200 epochs.
 
 Choices
     bucket: the number k, by default 256 as in the paper. 0 makes the whole tensor one bucket (the
@@ -49,7 +49,7 @@ Choices
     Values are rounded to nearest with ties to even, as in the authors' code.
     KL is summed over classes and averaged over the batch. The authors' code also averages over
     classes, so there the weight of KL is 0.7 T^2 / classes; distill.average=classes does so here.
-    (This is the default of the PyTorch version that they use, from memory.)
+    (From memory, this is the default of the authors' version of PyTorch.)
     The authors' code has two options that its experiments do not use: a gradient through minimum
     and maximum, and clipping of gradients at |w| > 1. They are left out here.
 
@@ -58,7 +58,7 @@ Deviations
     The authors quantize every parameter, including biases and batch normalization.
     Training starts from the float baseline. With init=scratch it starts from random weights, as the
     authors do. The teacher is as large as the student unless `distill` names another run.
-    Stored bytes count the codes and two floats per bucket. The paper computes its sizes with
+    Stored bytes include the codes and two floats per bucket. The paper computes its sizes with
     Huffman codes (`huffman_bits`).
 
 Results

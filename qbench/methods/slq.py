@@ -37,9 +37,9 @@ Bits
 
 Protocol
     AlexNet at 5 bits, authors' code: after the five phases, 5, 9, 13, 15 and 17 of the 17 clusters
-    are frozen. Each phase uses SGD with momentum 0.9, weight decay 5e-4, batch size 256, and a
-    learning rate of 1e-4 that is divided by ten every 20,000 of at most 90,000 iterations. The
-    learning rates for other networks are unknown.
+    are frozen. Each phase uses SGD with momentum 0.9, weight decay 5e-4 and batch size 256, for at
+    most 90,000 iterations. The learning rate is 1e-4, and is divided by ten every 20,000
+    iterations. The learning rates for other networks are unknown.
 
 Choices
     partition: the order in which clusters are frozen. `probe` follows the paper's text as quoted by
@@ -108,7 +108,7 @@ def cluster(w: Tensor, k: int, pinned: float | Sequence[float] | Tensor | None =
 
     Returns:
         Centroids (m,), ascending and distinct, with the dtype of w, and labels (int64, with the
-        shape of w), which are the indices of the weights' centroids.
+        shape of w). A label is the index of a weight's centroid.
     """
     clustering = kmeans(w, k, torch.as_tensor(() if pinned is None else pinned, dtype=w.dtype))
     return clustering.centroids, clustering.labels

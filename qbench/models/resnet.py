@@ -18,7 +18,7 @@ convolution with BN.
 In both forms, shortcut A averages over 2x2 pixels, as TTQ's authors do. Shortcut A_stride takes every
 second pixel, as in the paper of the post form (section 4.2). Both shortcuts add half of the zero
 channels before the input's channels and half after them. With form=post and shortcut=A_stride, the
-checkpoints of akamaster/pytorch_resnet_cifar10 give the error that its README states.
+checkpoints of akamaster/pytorch_resnet_cifar10 have the test error that its README states.
 """
 
 from collections.abc import Sequence
@@ -123,7 +123,7 @@ def build(
         form: order of the layers in a block, `pre` (activation first) or `post` (activation last).
     """
     if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth={depth}: must be 6 n + 2: 8, 14, 20, 32, 44, 56, 110")
+        raise ValueError(f"depth={depth}: must be 6 n + 2, such as 8, 14, 20, 32, 44, 56 or 110")
     if width < 1:
         raise ValueError(f"width={width}: must be 1 or more channels")
     if stem_stride < 1:

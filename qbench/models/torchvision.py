@@ -73,8 +73,9 @@ def _run_on_meta(module: nn.Module, shape: tuple[int, int, int]) -> Tensor:
 def _feeds_of_chain(model: nn.Module, shape: tuple[int, int, int]) -> Feeds:
     """Return the feeds of AlexNet or VGG, or an empty map for another network.
 
-    An activation counts even if there are other modules between it and the next layer, as long as these modules commute
-    with ReLU. Such modules are max pooling, dropout, and average pooling whose input already has the output's size.
+    An activation is included even if there are other modules between it and the next layer, as long as these modules
+    commute with ReLU. Such modules are max pooling, dropout, and average pooling whose input already has the output's
+    size.
     """
     if type(model).__name__ not in ("AlexNet", "VGG"):
         return {}

@@ -102,7 +102,7 @@ def build(
     `depth` is 6 n + 4 for n blocks per stage. The stages have `widen` times the channels of a ResNet.
     """
     if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f"depth={depth}: must be 6 n + 4: 10, 16, 22, 28, 40")
+        raise ValueError(f"depth={depth}: must be 6 n + 4, such as 10, 16, 22, 28 or 40")
     if widen < 1:
         raise ValueError(f"widen={widen}: must be 1 or more")
     if not 0 <= dropout < 1:

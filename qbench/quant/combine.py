@@ -83,8 +83,8 @@ def distilled(
 ) -> Method:
     """Return the method with the loss weight T^2 KL(teacher || student) + (1 - weight) hard.
 
-    Both sides of KL are softmax outputs at temperature T (Hinton et al. 2015, arXiv 1503.02531;
-    weights of Polino et al. 2018, arXiv 1802.05668).
+    KL compares softmax outputs at temperature T (Hinton et al. 2015, arXiv 1503.02531). The default
+    values of `temperature` and `weight` are those of Polino et al. 2018, arXiv 1802.05668.
 
     Args:
         teacher: a network that takes the same images and is not trained.

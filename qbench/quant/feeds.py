@@ -129,7 +129,7 @@ def bypass_activations(
     """
     needs = method.requires.act
     if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
-        raise Unsupported(f"{method.name} requires the activations before its quantizers to be {needs}, not {act}")
+        raise Unsupported(f"{method.name} requires act={needs} (activations before its quantizers), not act={act}")
     if method.bits.a == FLOAT or "keep" in (act, needs):
         return
     reasons: Mapping[str, str] = {}

@@ -118,7 +118,7 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
     bias, and sums have the same variance as sums of independent numbers. This takes a tenth of the
     time of drawing all numbers, and the result does not depend on the number of threads.
     """
-    # A table of rows x columns words of 64 bits; each word holds four numbers.
+    # A table of rows x columns words of 64 bits; each word contains four numbers.
     words = (count + 3) // 4
     rows = math.isqrt(words) + 1
     columns = -(-words // rows)
@@ -159,7 +159,7 @@ def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
 
     Integers stay unchanged. floor(x + u) would not guarantee this, because the sum x + u is rounded
     for large x. The random numbers are made as in `uniform`. On the CPU, no numbers are drawn for a
-    block that holds only integers.
+    block that contains only integers.
     """
     return blockwise(x, stochastic_rounding_fill(x, generator), scratch=2)
 

@@ -23,7 +23,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a call."""
 
 IMAGE = "image"
-"""The name of the operation that stands for the network's input."""
+"""The name of the operation that represents the network's input."""
 
 UNKNOWN = "?"
 """The name of all operations that were not recorded, such as a function of NumPy."""
@@ -221,7 +221,7 @@ def between(graph: Sequence[Operation], start: str, end: str) -> list[Operation]
 
 
 def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], *, training: bool = False) -> list[str]:
-    """Return the layers whose weights affect the network's output without a call of the layer.
+    """Return the layers whose weights affect the network's output without calling the layer.
 
     Weights that are used in this way are not quantized. To find them, the network runs with weights
     that are NaN except while their own layer runs. If its output changes, some weights are used

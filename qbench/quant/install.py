@@ -40,7 +40,7 @@ def install(
     Args:
         policy: which layers are quantized; by default all except the first and the last.
         example: one batch of images (N, C, H, W). The network runs on it to find the execution
-            order, the layers that read the image, weights that are used without a call of their
+            order, the layers that read the image, weights that are used without calling their
             layer, and the activation functions in front of layers. If None, the order of
             registration is used.
         act: what happens to the activation functions in front of input quantizers: "keep" or
@@ -143,14 +143,14 @@ def _memory(parameter: Tensor) -> object:
 
 
 def _check_calls(model: nn.Module, quantized: Collection[str], example: Tensor) -> None:
-    """Raise `Unsupported` if evaluation or training uses weights without a call of their layer."""
+    """Raise `Unsupported` if evaluation or training uses weights without calling their layer."""
     images = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
     _refuse_read(read_without_call(model, images, quantized), "")
     _refuse_read(_read_in_training(model, torch.cat([images, 1 - images]), quantized), " in training")
 
 
 def _read_in_training(model: nn.Module, images: Tensor, quantized: Collection[str]) -> list[str]:
-    """Return the layers whose weights training uses without a call, or none if a copy cannot be trained."""
+    """Return the layers whose weights training uses without calling the layer, or none if a copy cannot be trained."""
     try:
         trained = copy.deepcopy(model)  # training may change buffers and attributes
         return read_without_call(trained, images, quantized, training=True)
@@ -161,7 +161,7 @@ def _read_in_training(model: nn.Module, images: Tensor, quantized: Collection[st
 def _refuse_read(read: Sequence[str], when: str) -> None:
     if read:
         raise Unsupported(
-            f"{read[0]}: its weight is also used without a call of the layer{when}, and would stay float there\n"
+            f"{read[0]}: its weight is also used without calling the layer{when}, and would stay float there\n"
             f"call the layer, or {float_rule(read[0])}"
         )
 
@@ -179,6 +179,6 @@ def _check_transposed(method: Method, name: str, layer: FloatLayer, bits: int) -
     grid = quantizer.grid(weight) if quantizer else None
     if grid is not None and (grid.points.shape[0] > 1 or grid.points.shape[2] > 1):
         raise Unsupported(
-            f"{name} is a {type(sample).__name__}, whose weights {method.name} cannot quantize: its scales belong to "
-            f"single outputs of a layer\n{float_rule(name)}"
+            f"{name} is a {type(sample).__name__}; {method.name} cannot quantize its weights, because it has separate "
+            f"scales for a layer's outputs\n{float_rule(name)}"
         )

@@ -49,8 +49,8 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
     """Return the clustering of all elements of `values` with minimal inertia. The result has no gradient.
 
     If there are at most `EXACT` distinct values (or at most as many as bins, if that is more), the
-    inertia is the global minimum. The only errors come from rounding: float64 sums have an error of
-    1e-15 of the inertia that a single centroid would have, and centroids are rounded to the type of
+    inertia is the global minimum. The only errors are rounding errors. Sums in float64 have an
+    error of 1e-15 times the inertia of a single cluster, and centroids are rounded to the type of
     `values`.
 
     If there are more distinct values, the inertia is minimal among splits that are within a few bins
@@ -230,8 +230,9 @@ def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> F
 
     The cost of a cluster is the sum of squares of its values about its mean. This is the sum of squares about its
     centroid in c, minus size x (mean - centroid)². The cost of a fixed cluster is the sum of squares about its
-    centroid. If a value moves to the next lower centroid, the sum of squares about the centroids grows by twice the
-    distance between the two centroids times the value's distance from their midpoint.
+    centroid. Let a value move to the cluster of the next lower centroid. The sum of squares about the centroids then
+    grows by 2 d m, where d is the distance between the two centroids, and m is the distance of the value from their
+    midpoint.
 
     Args:
         options: possible bounds of the k clusters, of shape (number of options, k + 1). The first row has the bounds

@@ -106,9 +106,9 @@ def _layer(
 ) -> tuple[Floats, NDArray[np.int32]]:
     """Return the least cost of the first i values with one more cluster, and that cluster's start.
 
-    Row i searches for the best start of the cluster in m - 1 ... i - 1. The best start never
-    decreases with i. So a row between two known rows needs to search only between the starts of
-    these two. A pass over all such rows at once reads every start only a few times.
+    For row i, the best start of the cluster is one of m - 1, ..., i - 1. The best start never
+    decreases with i. For a row between two known rows, only the starts between those of the known
+    rows are searched. A pass over all such rows at once reads every start only a few times.
 
     Args:
         before: (n + 1,) costs with m - 1 clusters.

@@ -59,8 +59,8 @@ class Requires:
             which layers it feeds.
         start: the initial weights. "scratch" means random weights. The float baseline is then
             trained only for comparison.
-        teacher: whether the loss is a distillation from the float baseline, unless the key
-            `distill` is set otherwise.
+        teacher: whether, by default, the loss is a distillation from the float baseline. The key
+            `distill` can change this.
     """
 
     norm: Literal["affine", "no_affine", "none"] | None = None
@@ -79,7 +79,7 @@ Step = Callable[[nn.Module, torch.optim.Optimizer], None]
 class Method:
     """One paper's method. Functions that are None are skipped.
 
-    A method holds no state. Masks, scales, phases and orders are buffers or parameters of the
+    A method has no state. Masks, scales, phases and orders are buffers or parameters of the
     quantizer modules, so that training can be resumed from the network's state_dict.
 
     Args:

@@ -32,7 +32,7 @@ Context = Any
 """The context that autograd passes to a Function. It is `Any`, because torch declares no types for its attributes."""
 
 MAX_CELLS = 2**8 + 3
-"""Maximum number of cells of a step function (`Cells`): those of 8 bits, and one more beyond each end."""
+"""Maximum number of cells of a step function (`Cells`). It is sufficient for 8 bits and the cells beyond both ends."""
 
 TRANSFORMS = (
     "quantizers do not work inside torch.func.grad, vmap, jvp and other transforms of functions\n"
@@ -146,7 +146,7 @@ class _OnBackward(Function):
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None]:
         changed = ctx.change(grads[0])
         if torch.is_grad_enabled() and grads[0].requires_grad and not changed.requires_grad:
-            raise NotImplementedError("gradients that are quantized have no derivatives: leave bits.g=32")
+            raise NotImplementedError("quantized gradients have no derivatives; use bits.g=32")
         return changed, None
 
 
@@ -197,8 +197,8 @@ class Cells(NamedTuple):
     The backward pass needs to know only in which cell each element of x is.
     """
 
-    number: Callable[[Tensor], Tensor]  #: function from x to the number of each element's cell, from 0, in x's type
-    inside: Callable[[Tensor], Tensor]  #: function from cell numbers to one x inside each of these cells
+    number: Callable[[Tensor], Tensor]  #: maps x to the number of each element's cell (0, 1, ...), in x's type
+    inside: Callable[[Tensor], Tensor]  #: maps cell numbers to one value of x inside each of these cells
     size: int  #: number of cells; if it is above `MAX_CELLS`, cells are not used
 
 
@@ -312,7 +312,7 @@ def recompute_in_backward(x: Tensor) -> Iterator[None]:
     if recompute is None or not torch.is_grad_enabled():
         yield
         return
-    storage = _storage(x)  # the hook must not refer to x, because it exists as long as the saved tensors
+    storage = _storage(x)  # the hook exists as long as the saved tensors, so it must not refer to x
     with saved_tensors_hooks(
         lambda saved: recompute if _storage(saved) == storage else saved,
         lambda saved: saved if isinstance(saved, Tensor) else saved(),

@@ -102,7 +102,7 @@ def _squared_distances(points: Tensor, centers: Tensor) -> Tensor:
 def error_corrected(
     codebooks: Tensor, codes: Tensor, w: Tensor, inputs: Tensor, targets: Tensor, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor]:
-    """Return codebooks and codes that give responses with a smaller error.
+    """Return codebooks and codes whose responses have a smaller error.
 
     The error is reduced by block-coordinate descent in float64.
 

@@ -43,7 +43,7 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
     layers = quantized_layers(model)
     parameters = [name for name, layer in layers.items() if computed_weight(layer) is None]
     if read := read_without_call(model, images[:1], parameters):
-        raise NotQuantized(f"{read[0]}: evaluation uses its float weight without a call of the layer")
+        raise NotQuantized(f"{read[0]}: evaluation uses its float weight without calling the layer")
     slots = [f"{name}.{slot}" for name in layers for slot in ("input_q", "weight_q", "output_q")]
     with eval_mode_keeping_rng(model), torch.enable_grad(), recorded_calls(model, slots) as calls:
         logits = model(images)

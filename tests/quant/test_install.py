@@ -78,7 +78,7 @@ def test_a_weight_that_is_used_without_a_call_of_its_layer_is_refused(use: str) 
     with pytest.raises(Unsupported) as caught:
         install(dorefa.build(w=2), Net(USES[use]), example=X)
     assert str(caught.value) == (
-        "mid: its weight is also used without a call of the layer, and would stay float there\n"
+        "mid: its weight is also used without calling the layer, and would stay float there\n"
         "call the layer, or leave it float: 'layers.rules={mid: float}'"
     )
     assert not quantized_layers(install(dorefa.build(w=2), Net(USES[use]), Policy(rules={"mid": "float"}), example=X))
@@ -128,7 +128,7 @@ def test_a_tensor_that_shares_the_memory_of_a_weight_is_refused(alias: str) -> N
 )
 def test_verification_sees_what_evaluation_alone_computes(middle: Callable[[Net, Tensor], Tensor]) -> None:
     model = install(dorefa.build(w=2), Net(middle))  # without an example, the network does not run
-    with pytest.raises(NotQuantized, match=r"mid: evaluation uses its float weight without a call of the layer"):
+    with pytest.raises(NotQuantized, match=r"mid: evaluation uses its float weight without calling the layer"):
         verify(model, X)
     unused = install(dorefa.build(w=2), Net(lambda net, h: h))
     with pytest.raises(NotQuantized, match="mid: evaluation does not call the layer"):
@@ -144,7 +144,7 @@ TRAINING: dict[str, Callable[[Net, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("use", TRAINING)
 def test_a_weight_that_training_uses_without_a_call_of_its_layer_is_refused(use: str) -> None:
-    with pytest.raises(Unsupported, match="mid: its weight is also used without a call of the layer in training,"):
+    with pytest.raises(Unsupported, match="mid: its weight is also used without calling the layer in training,"):
         install(dorefa.build(w=2), Net(TRAINING[use]), example=X)
 
 
