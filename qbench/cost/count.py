@@ -46,8 +46,7 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
             state = {n: t.to("meta") for n, t in chain(model.named_parameters(), model.named_buffers())}
             counts = _own_macs(model, lambda: torch.func.functional_call(model, state, torch.empty(1, *shape)))
     except Exception:  # a user's own network may need values, which meta tensors do not have
-        # without oneDNN, because its recurrent layers are not counted; without its warning about
-        # Intel's GPUs
+        # The counter misses the recurrent layers of oneDNN. torch may warn about Intel's GPUs.
         with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
             counts = _own_macs(model, lambda: model(torch.zeros(1, *shape)))
     return {name: counts[name] for name, module in model.named_modules() if counts[name] or _has_weights(module)}

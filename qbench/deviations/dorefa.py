@@ -151,7 +151,7 @@ def sign_activation(x: Tensor, bits: int) -> Tensor:
 
 
 def _quantize_gradient(x: Tensor, bits: int, m: Tensor, noise: Tensor) -> Tensor:
-    """Quantize a gradient by eq. 12 of the paper, with the maximum m and the noise given."""
+    """Quantize a gradient by eq. 12 of the paper, with the given maximum m and the given noise."""
     return 2 * m * (quantize_k((x / (2 * m) + 0.5 + noise).clamp(0, 1), bits) - 0.5)
 
 

@@ -80,7 +80,7 @@ def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: T
     latent = w.detach()
     above, below = latent > threshold, latent < -threshold
     one, zero = torch.ones_like(latent), torch.zeros_like(latent)
-    # gradient of the latent weights: times Wp, Wn or 1, by zone
+    # factor of the latent weights' gradient: Wp, Wn or 1, depending on the zone
     slope = torch.where(above, positive.detach(), torch.where(below, negative.detach(), one))
     # autograd sums the gradients of Wp and Wn over their zones; -negative makes Wn's negative
     values = torch.where(above, positive, torch.where(below, -negative, zero))

@@ -22,8 +22,8 @@ Backward
     Weights, gradient=authors: dL/dw = (alpha 1{|w| < 1} + 1 / n) (1 - 1 / c) dL/dw_hat, with c the
     number of the filter's input channels. Before each step, SGD's gradient of these weights is
     multiplied by n, and all of Adam's gradients by 1e9.
-    Weights, gradient=jiecaoyu: dL/dw = (alpha 1{|w| <= 1} g + sign(w) / n sum of g sign(w)) (1 - 1
-    / c) n, with g = dL/dw_hat and the sum over the filter.
+    Weights, gradient=jiecaoyu: dL/dw = (alpha 1{|w| <= 1} g + sign(w) s / n) (1 - 1 / c) n, with g
+    = dL/dw_hat and s the sum of g sign(w) over the filter.
     Activations: dL/dx = 1{|x| < 1} dL/dx_hat. No gradient passes through K.
 
 Schedule

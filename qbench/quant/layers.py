@@ -193,7 +193,7 @@ QUANTIZED_CLASS: Mapping[type[nn.Module], type[QLayer]] = {
     nn.Conv1d: QConv1d, nn.Conv2d: QConv2d, nn.Conv3d: QConv3d, nn.ConvTranspose1d: QConvTranspose1d,
     nn.ConvTranspose2d: QConvTranspose2d, nn.ConvTranspose3d: QConvTranspose3d, nn.Linear: QLinear,
 }  # fmt: skip
-"""Class of a float layer -> class of its quantized form."""
+"""Maps the class of a float layer to the class of its quantized form."""
 
 FLOAT_CLASS: Mapping[type[nn.Module], type[nn.Module]] = {q: float_class for float_class, q in QUANTIZED_CLASS.items()}
 """The reverse of `QUANTIZED_CLASS`."""

@@ -274,8 +274,8 @@ def fused_quantizer(
         backward: function of `(grad, x, *learned)` that returns the gradient of x, or the gradients of x and all
             `learned`.
         cells: the cells of the step function, or None. They are not used if there are more than `MAX_CELLS`.
-        repeatable: whether `value` returns the same result when it is called again. It does not if it uses random
-            numbers. The result is then saved and not computed again.
+        repeatable: whether `value` returns the same result when it is called again. With random numbers, it does not.
+            The result is then saved and not computed again.
     """
     if torch.compiler.is_compiling() or not _fused.get():
         return plain(x, *learned)
