@@ -26,7 +26,7 @@ MOST_NAMES = 8
 """Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
 
 NOTED_SHARE = 0.01
-"""Values that are not parameters are noted from this share of the number of parameters on."""
+"""Smallest number of values outside the parameters that is noted, as a fraction of the number of parameters."""
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
@@ -113,9 +113,10 @@ def idle_layers(model: nn.Module, macs: Mapping[str, int]) -> str | None:
 
 
 def values_outside(model: nn.Module, images: Tensor) -> str | None:
-    """Return in words what a network computes with besides its parameters, if it is not counted in the size.
+    """Return a sentence about the values that a network uses besides its parameters, or None if there are few of them.
 
-    Parameters that are not registered, as those of layers in a Python list, are not trained either.
+    Such values are not counted in the size. Parameters that are not registered, such as those of
+    layers in a Python list, are not trained either.
 
     Args:
         images: a few images (N, C, H, W).
@@ -129,7 +130,8 @@ def values_outside(model: nn.Module, images: Tensor) -> str | None:
             model(images)
     once, again = recorders
     memory = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    # What both calls read was there before; other tensors of unknown origin are made in every call.
+    # A tensor that both calls read existed before. Other tensors of unknown origin are made in each
+    # call.
     held = [
         t for key, t in once.foreign.items() if key in again.foreign and t.untyped_storage().data_ptr() not in memory
     ]

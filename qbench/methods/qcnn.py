@@ -15,8 +15,9 @@ Forward
     are appended. Each subspace has a codebook of K codewords, found by k-means. All kernel
     positions and groups of a convolution share this codebook. w_hat is decoded in each forward
     pass.
-    Error correction: min over D, B of sum_n |T_n - sum_m (D_m B_m)^T S_nm|^2. T is the response of
-    the float network; S is the layer's input, with the earlier layers already quantized. The
+    Error correction fits the codewords D and the codes B to the responses T of the float network.
+    It minimizes sum_n |T_n - sum_m (D_m B_m)^T S_nm|^2, where B_m selects one codeword of subspace
+    m per output, and S is the layer's input with the earlier layers already quantized. The
     subspaces are corrected one after another. In each, the codewords are fitted by least squares,
     and then every output and kernel position gets the codeword that fits best.
 

@@ -9,8 +9,8 @@ If a block changes the shape, its shortcut is a 1x1 convolution that reads the o
 first Q. A BN with scale and shift follows this convolution. In the other blocks, the shortcut is
 the block's input, which is never quantized. The first block does not begin with a BN, because the
 stem's BN comes right before it. The identity shortcut of the first block therefore carries
-normalized values. In a bottleneck, the first 1x1 convolution has the stride. Max pooling rounds
-sizes up, as Caffe does.
+normalized values. In a bottleneck, the first 1x1 convolution has the block's stride. Max pooling
+rounds sizes up, as Caffe does.
 
 `norm` sets whether the BNs in front of Q have scale and shift. The authors use `no_affine`, so
 their BNs have neither. The authors' BN has momentum 0.05 for the running averages

@@ -121,7 +121,7 @@ def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -
 class Recorder(TorchFunctionMode):
     """Records operations and, for every tensor, the operation that made it.
 
-    `foreign` holds, by id, the tensors of unknown origin that operations have read.
+    `foreign` maps ids to the tensors of unknown origin that operations have read.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:

@@ -109,7 +109,7 @@ ALIASES: dict[str, tuple[Callable[[Alias, Tensor], object], Callable[[Any, Tenso
 def test_a_tensor_that_shares_the_memory_of_a_weight_is_refused(alias: str) -> None:
     net = Alias(*ALIASES[alias])
     weight = net.mid.weight.detach().clone()
-    with pytest.raises(Unsupported, match="mid: its weight is also used without a call of the layer"):
+    with pytest.raises(Unsupported, match="mid: its weight is also used without calling the layer"):
         install(dorefa.build(w=2), net, example=X)
     assert torch.equal(net.mid.weight, weight), "the weights are as before"
     model = install(dorefa.build(w=2), Alias(*ALIASES[alias]))
