@@ -92,7 +92,7 @@ def _padding(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the padding and the output padding of a transposed convolution, one number per axis each."""
     padding, axes = layer.padding, len(layer.kernel_size)
-    assert isinstance(padding, tuple)  # torch allows words for other convolutions only
+    assert isinstance(padding, tuple)  # only other convolutions allow strings, such as "same"
     if output_size is None:
         return padding, tuple(layer.output_padding)
     options = zip(layer.stride, padding, layer.dilation, layer.kernel_size, strict=True)
