@@ -1,7 +1,7 @@
 """Decides which runtimes support the arithmetic of a quantized network.
 
-The formats of each runtime come from the documents named below. No runtime is measured. Where the export of qbench was
-asked whether it accepts a network, its answer counts.
+The formats of each runtime come from the documents named below. No runtime is measured. If `qbench export` has been
+asked whether it accepts a network, its answer is used.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

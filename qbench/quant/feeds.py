@@ -1,8 +1,8 @@
 """Finds and bypasses the activation functions that input quantizers replace.
 
 `feeds` maps the name of an activation module to the layers that read its output. It contains only activations whose
-output nothing else reads. A network declares it as an attribute. For a network without the attribute it is traced, if
-the method needs it.
+output nothing else reads. A network declares it as an attribute. For a network without this attribute, `feeds` is found
+by running the network, if the method needs it.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from qbench.quant.layers import BypassedActivation
 from qbench.quant.method import Method, Unsupported
 
 Feeds = Mapping[str, tuple[str, ...]]
-"""Name of an activation -> names of the layers that read its output."""
+"""Maps the name of an activation to the names of the layers that read its output."""
 
 COMMUTING = REARRANGING | {
     "AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d",
@@ -27,11 +27,11 @@ COMMUTING = REARRANGING | {
 """Functions and modules of torch that give the same result before and after a ReLU."""
 
 FUNCTIONS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "relu6", "hardtanh")
-"""Functions of torch that act as a ReLU and cannot be bypassed, because they are no modules."""
+"""Functions of torch that are used like a ReLU. They cannot be bypassed, because they are not modules."""
 
 
 class TracedFeeds(NamedTuple):
-    """The activations that quantizers may replace, and for each other layer the reason why there is none."""
+    """The activations that quantizers may replace. For each layer that reads none of them, `reasons` has the reason."""
 
     feeds: Feeds
     reasons: Mapping[str, str]
@@ -46,8 +46,8 @@ def feeds(model: nn.Module) -> Feeds:
 def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> TracedFeeds:
     """Return the feeds of a network, found by running it.
 
-    An activation is a module `nn.ReLU`. It may be called several times. Between it and a layer there may be
-    operations that commute with it, such as max pooling.
+    An activation is a module `nn.ReLU`. It may be called several times. Operations that commute with ReLU, such as max
+    pooling, may be between the activation and a layer.
 
     Args:
         example: one image batch (N, C, H, W), also on the meta device.
@@ -124,8 +124,7 @@ def bypass_activations(
         example: see `install`.
 
     Raises:
-        Unsupported: the method needs another treatment than `act`, or an activation function that must be replaced
-            cannot be.
+        Unsupported: `act` contradicts the method, or a required replacement is not possible.
     """
     needs = method.requires.act
     if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
@@ -151,7 +150,7 @@ def bypass_activations(
 
 
 def _bypass(model: nn.Module, activation: nn.Module) -> None:
-    """Put a bypassed activation in place of an activation, under each of its names."""
+    """Replace an activation by a bypassed activation, under each of its names."""
     bypassed = BypassedActivation(activation)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is activation:
