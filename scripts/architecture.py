@@ -28,6 +28,7 @@ CAPTIONS = {
     "check": "conformance kit",
     "experiment": "a run, a sweep",
     "training": "training loop, state",
+    "distributed": "shards, processes",
     "runs": "run directories, results",
     "deviations": "flaws of public code",
     "methods": "one paper, one file",

@@ -188,6 +188,10 @@ class Runtime:
     num_workers: int = within(2, 0, 64, free=True)
 
 
+def _power_of_two(value: object) -> bool:
+    return isinstance(value, int) and value > 0 and value & (value - 1) == 0
+
+
 @dataclass
 class Config:
     """The configuration of one run."""
@@ -204,6 +208,7 @@ class Config:
     pretrain: Pretrain = field(default_factory=Pretrain)
     seed: int = within(0, 0, 2**31 - 1)
     epochs: int = within(MISSING, 0)
+    batch_shards: int = marked(1, _power_of_two, "a power of two, such as 1, 2, 4 or 8", added=True)
     lr_search: str = one_of("none", "none", "grid", added=True)
     lr_grid: LearningRateGrid = field(default_factory=LearningRateGrid, metadata={"added": True})
     init: str = "auto"

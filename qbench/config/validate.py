@@ -244,6 +244,20 @@ def _check(config: Config) -> None:
         raise ConfigError(f"model.act={config.model['act']}: must be one of {', '.join(ACTS)}")
     if config.model.get("head", "keep") not in HEADS:
         raise ConfigError(f"model.head={config.model['head']}: must be one of {', '.join(HEADS)}")
+    _check_shards(config)
+
+
+def _check_shards(config: Config) -> None:
+    """Check that batches can be divided into shards of equal size, and that a divided batch is not compiled."""
+    shards = config.batch_shards
+    for key, optim in (("optim", config.optim), ("pretrain.optim", config.pretrain.optim)):
+        if optim.batch_size % shards:
+            raise ConfigError(
+                f"batch_shards={shards} does not divide {key}.batch_size={optim.batch_size}\n"
+                f"type {key}.batch_size={-(-optim.batch_size // shards) * shards}, or fewer shards"
+            )
+    if shards > 1 and config.runtime.compile:
+        raise ConfigError(f"batch_shards={shards}: must be 1 for a compiled network\nremove runtime.compile=true")
 
 
 def _check_named(group: str, node: Node) -> None:

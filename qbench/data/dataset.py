@@ -234,15 +234,27 @@ class Loader:
         seed: number that, together with the epoch, determines the order and the augmentation.
         device: the device of the batches.
         workers: number of processes that decode images from files. This number does not change the batches.
+        shards: number of equal shards into which each training batch is divided.
+        own: the numbers of the shards to make.
     """
 
-    def __init__(self, data: Dataset, batch_size: int, seed: int, device: torch.device, workers: int = 0) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        workers: int = 0,
+        shards: int = 1,
+        own: range = range(1),
+    ) -> None:
         self.splits: dict[str, StoredSplit] = {
             "train": data.train.to(device), "val": data.val.to(device), "test": data.test.to(device),
         }  # fmt: skip
         self.augment = data.augment
         self.batch_size, self.steps = batch_size_and_steps(data, batch_size)
         self.seed, self.device, self.workers = seed, device, workers
+        self._shards, self._own = shards, own
         # Each constant has the full shape of an image. Broadcasting one number per channel in channels_last is eight
         # times slower.
         channels, height, width = data.shape
@@ -251,14 +263,18 @@ class Loader:
         self._scale = (1 / (data.white * std)).contiguous().movedim(2, 0)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the training batches of an epoch, beginning with batch number `start`."""
-        split, size = self.splits["train"], self.batch_size
+        """Yield the shards of an epoch's training batches, beginning with batch number `start`.
+
+        Each shard is made by itself. Its images are therefore the same bits, whichever process makes it.
+        """
+        split, size = self.splits["train"], self.batch_size // self._shards
         generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.randperm(len(split), generator=generator)
         draws = torch.rand(len(split), self.augment.draws, generator=generator)  # row i belongs to image i of the split
         draws_device = self.device if isinstance(split, Split) else torch.device("cpu")
         order, draws = order.to(draws_device), draws.to(draws_device)
-        indices = [order[step * size : (step + 1) * size] for step in range(start, self.steps)]
+        numbers = [step * self._shards + shard for step in range(start, self.steps) for shard in self._own]
+        indices = [order[number * size : (number + 1) * size] for number in numbers]
         for index, images in zip(indices, self._crops(split, indices, draws), strict=True):
             images = adjust_colours(images, draws[index].to(self.device), self.augment)
             yield self.normalize(images), split.labels[index]

@@ -125,6 +125,16 @@ def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
         ) from error
 
 
+def check_shards(data: Dataset, optim: Optim, shards: int) -> None:
+    """Refuse shards that do not divide a batch that the number of training images has reduced."""
+    size, _ = batch_size_and_steps(data, optim.batch_size)
+    if size % shards:
+        raise ConfigError(
+            f"batch_shards={shards} does not divide {size}, the number of training images, to which "
+            f"optim.batch_size={optim.batch_size} is reduced\ntype optim.batch_size={size - size % shards or 1}"
+        )
+
+
 def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
     """Refuse a user's network without the normalization that the method requires.
 

@@ -141,7 +141,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         task = Task(
             model=model, method=method, optim=setup.optim, epochs=setup.epochs, steps=loader.steps,
             train=loader.train, validate=lambda: context.checked(loader.unaugmented("val")), probe=probe,
-            forward=setup.forward(model), classes=setup.data.classes,
+            forward=setup.forward(model), classes=setup.data.classes, shards=setup.shards,
         )  # fmt: skip
         state = _state(task, session.saved, setup.seed)
         anomalies = torch.is_anomaly_enabled() or setup.config.debug

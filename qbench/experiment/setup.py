@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from qbench.config.foreign_code import foreign_code, refuse_foreign_code
 from qbench.config.schema import Config, Optim, Runtime, baseline_config, to_dict
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset, Loader, few_images
+from qbench.distributed.group import Group
+from qbench.distributed.shards import Shards
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import (
     build_dataset,
@@ -38,6 +40,7 @@ from qbench.experiment.checks import (
     check_outputs,
     check_quantizer_decay,
     check_runtime,
+    check_shards,
     check_splits,
     check_updates,
 )
@@ -69,6 +72,7 @@ class ExperimentSetup:
         policy: the rules for the widths of layers.
         macs: layer -> multiply-accumulates for one image.
         device: the device on which the network is trained.
+        group: the processes of the run.
     """
 
     config: Config
@@ -77,6 +81,7 @@ class ExperimentSetup:
     policy: Policy
     macs: dict[str, int]
     device: torch.device
+    group: Group = field(default_factory=Group)
 
     @property
     def optim(self) -> Optim:
@@ -174,10 +179,17 @@ class ExperimentSetup:
         nodes = [node for node in (self.config.method, self.config.activation) if node["name"] != "none"]
         return {str(node["name"]): method_card(node) for node in nodes}
 
+    @property
+    def shards(self) -> Shards:
+        """The shards of each training batch."""
+        return Shards(self.config.batch_shards, self.seed, self.group)
+
     def loader(self, data: Dataset | None = None) -> Loader:
         """Return the loader of batches of the run's data, or of other data. Batches are on the run's device."""
-        workers = self.runtime.num_workers
-        return Loader(data or self.data, self.optim.batch_size, self.seed, self.device, workers)
+        workers, shards = self.runtime.num_workers, self.shards
+        return Loader(
+            data or self.data, self.optim.batch_size, self.seed, self.device, workers, shards.count, shards.own
+        )
 
     def float_model(self, device: str = "cpu", seed: int | None = None) -> nn.Module:
         """Return the float network with initial weights. On device `meta` it needs no memory.
@@ -315,6 +327,7 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
     if setup.needs_baseline:
         check_updates(data, config.pretrain.optim, "pretrain.optim", [0, config.pretrain.epochs])
     check_quantizer_decay(optim, (config.method, config.activation))
+    check_shards(data, optim, config.batch_shards)
     if planned and not config.starts_from_file:
         with suppress(NotImplementedError, RuntimeError):  # a user's network or method may read values
             return _checked(setup, setup.float_model("meta"))

@@ -2,21 +2,24 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qbench.errors import ConfigError, Diverged, Interrupted
+from qbench.errors import Diverged, Interrupted
 from qbench.quant.layers import NotFinite, fully_quantized
+from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
 from qbench.system.signals import step_in_progress
 from qbench.training.checkpoint import cpu_copy
 from qbench.training.divergence import divergence_error, gradient_norm
 from qbench.training.epoch_record import EpochRecord
 from qbench.training.evaluation import evaluate
+from qbench.training.gradients import compute_gradients, images_of
 from qbench.training.optimizer import set_learning_rate
+from qbench.training.random_state import seed_everything
 from qbench.training.state import BestWeights, State, evaluated_weights
 from qbench.training.task import Task
 
@@ -78,67 +81,56 @@ def train_epoch(task: Task, state: State, callbacks: Callbacks = Callbacks()) ->
     for teacher in method.teachers:
         teacher.eval()
     began = time.perf_counter()
-    for batch in task.train(state.epoch, state.batch):
+    shards = iter(task.train(state.epoch, state.batch))
+    for batch in zip(*[shards] * len(task.shards.own), strict=True):
         with step_in_progress():
             loss, hits = _train_step(task, state, batch)
         state.batch, state.step = state.batch + 1, state.step + 1
         state.losses.append(loss)
-        state.images += len(batch[1])
+        state.images += len(batch[0][1]) * task.shards.count
         state.hits = state.hits + hits
         now = time.perf_counter()
         state.seconds, began = state.seconds + now - began, now
         callbacks.on_step(state, loss)
 
 
-def _train_step(task: Task, state: State, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _train_step(task: Task, state: State, shards: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """Train on one batch. Return the loss and the number of correct predictions.
 
     The gradient of an update is that of the mean loss over all images of its batches, which have equal sizes. The last
-    of these batches updates the network. Batch normalization normalizes each batch by itself.
+    of these batches updates the network. Batch normalization normalizes each batch, or each of its shards, by itself.
     """
-    model, method, (images, labels) = task.model, task.method, batch
-    update = task.update(state.batch)
+    model, method = task.model, task.method
     set_learning_rate(state.optimizer, task.rate(state.epoch, state.batch), decay=task.decays(state.epoch, state.batch))
-    try:
-        logits = task.logits(images)
-    except NotFinite as error:
-        raise divergence_error(task, state, str(error), images) from None
-    loss = task.loss(logits, batch)
-    if not loss.requires_grad:
-        raise ConfigError(
-            "the loss does not depend on any parameter that is trained\n"
-            "the network's forward function must not end with detach(), .data or torch.no_grad()"
-        )
-    if state.batch == update[0]:
-        state.optimizer.zero_grad()
-    share = loss if len(update) == 1 else loss / len(update)
-    try:
-        share.backward()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        if "returned nan values" not in str(error):  # torch's detect_anomaly found a step of the backward pass
-            raise
-        raise divergence_error(task, state, str(error).rstrip("."), images) from error
-    state.in_update = state.batch != update[-1]
-    _check_and_clip_gradients(task, state, loss, images)
+    loss, hits = compute_gradients(task, state, shards)
+    state.in_update = state.batch != task.update(state.batch)[-1]
+    _check_and_clip_gradients(task, state, loss, shards)
     if state.in_update:
-        return loss.detach(), (logits.argmax(1) == labels).sum()
+        return loss, hits
+    _seed_shared_draws(task, state, "step")
     if method.step is None:
         state.optimizer.step()
     else:
         method.step(model, state.optimizer)
     if state.average:
         state.average.update(model)
-    return loss.detach(), (logits.argmax(1) == labels).sum()
+    return loss, hits
 
 
-def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, images: Tensor) -> None:
+def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, shards: Sequence[Batch]) -> None:
     norm = gradient_norm(task.model)
     # This check is done only on the CPU. On a GPU, reading the values would make training wait for the GPU.
     if loss.device.type == "cpu" and not math.isfinite(loss.item() + norm.item()):
         what = "the norm of the gradients" if math.isfinite(loss.item()) else "the loss"
-        raise divergence_error(task, state, f"{what} is not finite", images)
+        raise divergence_error(task, state, f"{what} is not finite", images_of(shards))
     if task.optim.clip_norm is not None and not state.in_update:
         nn.utils.clip_grads_with_norm_(task.model.parameters(), task.optim.clip_norm, norm)
+
+
+def _seed_shared_draws(task: Task, state: State, purpose: str) -> None:
+    """Seed the draws of what all processes do alike. A batch that is not divided needs no seed: its draws follow."""
+    if task.shards.count > 1:
+        seed_everything(task.shards.draw_seed(purpose, state.step))
 
 
 def _begin_epoch(task: Task, state: State) -> None:
@@ -146,6 +138,7 @@ def _begin_epoch(task: Task, state: State) -> None:
     if state.epoch and task.phase(state.epoch)[0] == state.epoch:
         state.optimizer.state.clear()
     if task.method.on_epoch is not None:
+        _seed_shared_draws(task, state, "epoch")
         task.method.on_epoch(task.model, state.epoch, task.epochs, task.probe)
 
 

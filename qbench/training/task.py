@@ -1,13 +1,14 @@
 """Defines a training task, which states what is trained, on which data and for how long."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.config.schema import Optim
+from qbench.distributed.shards import Shards
 from qbench.errors import ConfigError
 from qbench.quant.method import Method
 from qbench.quant.probe import Batch, Probe
@@ -76,13 +77,14 @@ class Task:
         epochs: number of epochs.
         steps: number of training batches per epoch.
         train: function of (epoch, start) that returns the training batches of an epoch, beginning with batch number
-            `start`.
+            `start`. If batches are divided, it returns their shards that this process computes, one after the other.
         validate: function without arguments that returns the validation batches. They are empty if there is no
             validation split.
         probe: training images on which the method measures statistics.
         forward: function that computes the network's output, compiled or in another precision. None means the network
             itself.
         classes: number of classes, or 0 if it is not known.
+        shards: the division of each batch into shards.
     """
 
     model: nn.Module
@@ -95,6 +97,7 @@ class Task:
     probe: Probe
     forward: Callable[[Tensor], Tensor] | None = None
     classes: int = 0
+    shards: Shards = field(default_factory=Shards)
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the network's output, computed by `forward` if it is given.
