@@ -10,7 +10,8 @@ from types import FrameType
 
 from qbench.errors import Interrupted
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""SIGUSR1 and SIGUSR2 are the warnings of SLURM and submitit before a job is preempted."""
 GRACE_SECONDS = 10.0
 """Seconds from a signal, or from the end of the step that it met, to the end of the process."""
 

@@ -131,7 +131,7 @@ from qbench.data import folder
 from qbench.data.dataset import Loader
 
 if __name__ == "__main__":
-    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(kind, lambda number, frame: None)
     with FileLock(sys.argv[2]), open(sys.argv[2] + ".log", "w"):
         data = folder.build(root=sys.argv[1], size=12, resize=16, val=0.0)
@@ -201,7 +201,7 @@ def test_workers_end_with_the_main_process_and_hold_no_lock(streamed: Path, tmp_
 @proc
 def test_workers_ignore_signals_to_the_process_group(streamed: Path, tmp_path: Path) -> None:
     with _running_script(streamed, tmp_path) as (main, _, mark):
-        for kind in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        for kind in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             os.killpg(main.pid, kind)
         time.sleep(0.5)
         assert len(_processes(mark)) >= 4

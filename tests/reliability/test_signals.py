@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1 at any moment: status 75, a checkpoint that verifies, no process left
+"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 at any moment: status 75, a checkpoint that verifies, no process left
 (R16).
 """
 
@@ -32,7 +32,7 @@ WORDS = [
     "pretrain.optim.batch_size=192",
     "runtime.checkpoint_seconds=0",
 ]
-KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SOON = 10.0  # seconds
 
 
@@ -46,7 +46,7 @@ def test_a_signal_at_any_moment(tmp_path: Path, count: int) -> None:
         took, expected, stopped = time.monotonic() - began, finished_digests(tmp_path / "alone"), 0
         draw = random.Random(count)
         for i in range(count):
-            out, kind, after = tmp_path / f"run{i}", KINDS[i % 3], draw.uniform(0.05, 0.9 * took)
+            out, kind, after = tmp_path / f"run{i}", KINDS[i % 4], draw.uniform(0.05, 0.9 * took)
             replay = f"seed {count}, number {i}: {kind.name} after {after:.3f} s"
             job = server.start([*WORDS, f"out={out}"])
             time.sleep(after)
