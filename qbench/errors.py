@@ -40,7 +40,15 @@ class Diverged(QbenchError):
     status = 6
 
 
+class ProcessesDiffer(QbenchError):
+    """Several processes of a run must compute the same, but do not."""
+
+
 class Interrupted(QbenchError):
-    """A signal stopped the run; the same command continues it."""
+    """A signal stopped the run, or one of its processes was lost; the same command continues it."""
 
     status = 75
+
+
+class ProcessLost(Interrupted):
+    """One of several processes of a run ended without an error of its own, for example because it was killed."""

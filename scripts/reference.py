@@ -64,7 +64,8 @@ def exit_statuses() -> Iterator[tuple[str, str]]:
     """Yield each exit status and its meaning."""
     yield "0", "The command succeeded."
     yield "1", "A bug of qbench or an error in your own code, or a property that `qbench check` refutes."
-    for error in sorted(errors.QbenchError.__subclasses__(), key=lambda error: error.status):
+    classes = [error for error in errors.QbenchError.__subclasses__() if error.status > 1]
+    for error in sorted(classes, key=lambda error: error.status):
         if error.status == errors.Interrupted.status:
             yield "8", "Some runs of a sweep failed, diverged or are unfinished."
         yield str(error.status), " ".join((error.__doc__ or "").split())

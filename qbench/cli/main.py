@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from qbench.cli.arguments import SUMMARIES
 from qbench.cli.errors import BUG, drop_unwritten, print_error, resource_error
+from qbench.distributed.launch import passed_on
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 from qbench.system.streams import keep_running_without_reader
 
@@ -27,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The exit statuses of errors are in `qbench.errors`.
     """
+    return passed_on(exit_status(arguments))
+
+
+def exit_status(arguments: Sequence[str] | None) -> int:
+    """Run a command line and return its exit status. Errors are printed."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     gc.set_threshold(STARTUP_OBJECTS)
     atexit.register(gc.freeze)  # at its exit, Python would search all objects for garbage, which takes 50 ms

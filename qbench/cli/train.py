@@ -3,10 +3,13 @@
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qbench.cli.errors import SWEEP_WITH_FAILURES
+from qbench.distributed.group import Group
+from qbench.distributed.launch import launch
 from qbench.errors import ConfigError, Interrupted
 from qbench.system.signals import stop_on_signals
 
@@ -22,11 +25,45 @@ def train(arguments: list[str]) -> int:
     from qbench.config import compose
 
     sweep = any(flag in arguments for flag in compose.MULTIRUN)
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, joined_group() as group:
         runs = runs_of(arguments)
         if not runs:  # with a flag such as --cfg job, Hydra only prints something
             return 0
-        return train_all(arguments, runs, stop) if sweep or len(runs) > 1 else train_one(runs[0], stop)
+        many = "-m" if sweep else "lr_search=grid" if len(runs) > 1 else ""
+        refuse_processes(group.size, runs[0].config.batch_shards, many)
+        return train_all(arguments, runs, stop) if many else train_one(runs[0], stop, group)
+
+
+@contextmanager
+def joined_group() -> Iterator[Group]:
+    """Join the processes that torchrun has started. torch is imported only if there are several."""
+    if launch() is None:
+        yield Group()
+    else:
+        from qbench.distributed import torch_group
+
+        with torch_group.joined_group() as group:
+            yield group
+
+
+def refuse_processes(size: int, shards: int, many: str) -> None:
+    """Refuse several processes that do not share the shards of a batch, or that would each do many runs.
+
+    Args:
+        size: number of processes.
+        shards: number of shards of a batch.
+        many: what makes several runs of the command line, or "" if it is one run.
+    """
+    if size > 1 and many:
+        raise ConfigError(
+            f"{many}: {size} processes share a single run\nfor a sweep, start one process, with hydra/launcher=joblib"
+        )
+    if shards % size:
+        enough = 1 << (size - 1).bit_length()
+        raise ConfigError(
+            f"batch_shards={shards} cannot be shared by {size} processes, which must divide it\n"
+            f"type batch_shards={enough} and start {enough} processes, or fewer"
+        )
 
 
 def runs_of(arguments: list[str]) -> "list[PlannedRun]":
@@ -61,19 +98,19 @@ def refuse_missing_devices(devices: Iterable[str]) -> None:
             choose_device(name)
 
 
-def train_one(planned: "PlannedRun", stop: Callable[[], int]) -> int:
+def train_one(planned: "PlannedRun", stop: Callable[[], int], group: Group) -> int:
     """Train one run and print its row.
 
     If the row is already stored, it is printed without importing torch.
     """
     from qbench.report.tables.run_row import row
 
-    result = stored_result(planned, lambda text: print(f"warning: {text}", file=sys.stderr))
+    result = group.from_first(lambda: stored_result(planned, lambda text: print(f"warning: {text}", file=sys.stderr)))
     if not result:
         from qbench.experiment.context import RunContext
         from qbench.runs.progress import ProgressReporter
 
-        result = new_result(planned, RunContext(ProgressReporter(live=planned.config.runtime.progress), stop))
+        result = new_result(planned, RunContext(ProgressReporter(live=planned.config.runtime.progress), stop, group))
     print(row([result], shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     return ConfigError.status if result.status == "unsupported" else 0
 
@@ -112,7 +149,8 @@ def new_result(planned: "PlannedRun", context: "RunContext") -> "Result":
     from qbench.runs.metrics_logger import append_text
 
     result = run(planned, context)
-    append_text(planned.path / "log.txt", row([result]))
+    if context.writes:
+        append_text(planned.path / "log.txt", row([result]))
     return result
 
 

@@ -279,20 +279,33 @@ class Loader:
             images = adjust_colours(images, draws[index].to(self.device), self.augment)
             yield self.normalize(images), split.labels[index]
 
-    def unaugmented(self, name: str, limit: int | None = None, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+    def unaugmented(
+        self, name: str, limit: int | None = None, size: int = 500, *, first: int = 0, every: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of the images of a split in order, without augmentation.
 
         Args:
             name: "train", "val" or "test".
             limit: number of images after which the function stops, or None for all images.
             size: number of images per batch. Batches are smaller if the images are large.
+            first, every: number of the first batch, and distance to the next one. With these, several processes share
+                a split.
         """
-        split, (_, height, width) = self.splits[name], self._mean.shape
+        split = self.splits[name]
         count = len(split) if limit is None else min(limit, len(split))
-        size = min(size, max(1, MAX_EVALUATION_PIXELS // (height * width)))
-        indices = [torch.arange(start, min(start + size, count)) for start in range(0, count, size)]
+        size = self._evaluation_size(size)
+        starts = range(0, count, size)[first::every]
+        indices = [torch.arange(start, min(start + size, count)) for start in starts]
         for index, images in zip(indices, self._crops(split, indices, None), strict=True):
             yield self.normalize(images), split.labels[index[0] : index[-1] + 1]
+
+    def batch_count(self, name: str, size: int = 500) -> int:
+        """Return the number of batches that `unaugmented` yields for all images of a split."""
+        return -(-len(self.splits[name]) // self._evaluation_size(size))
+
+    def _evaluation_size(self, size: int) -> int:
+        _, height, width = self._mean.shape
+        return min(size, max(1, MAX_EVALUATION_PIXELS // (height * width)))
 
     def _crops(self, split: StoredSplit, indices: list[Tensor], draws: Tensor | None) -> Iterator[Tensor]:
         """Yield one batch of images of the network's input size for each index tensor.

@@ -1,7 +1,7 @@
 """Defines the processes that share a run, and the ways in which they agree.
 
-`Group` stands for a run in a single process. Every function then returns what this process alone has. This module does
-not import torch.
+`Group` stands for a run in a single process. Every function then returns what this process alone has.
+`qbench.distributed.torch_group` has the group of several processes. This module does not import torch.
 """
 
 from collections.abc import Callable, Sequence

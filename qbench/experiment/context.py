@@ -1,12 +1,20 @@
 """Defines what the caller of a run provides: progress display and stop requests."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from qbench.distributed.group import Group
 from qbench.errors import Interrupted
+from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
+
+if TYPE_CHECKING:
+    from qbench.data.dataset import Loader
+    from qbench.quant.probe import Batch
 
 T = TypeVar("T")
 
@@ -17,15 +25,28 @@ class RunContext:
 
     Args:
         reporter: shows progress and messages.
-        stop: function that returns the number of the signal that asks the run to stop, or 0.
+        stop: function that returns the number of the signal that asks this process to stop, or 0.
+        group: the processes of the run. They call the methods of their contexts in the same order.
     """
 
     reporter: ProgressReporter = field(default_factory=ProgressReporter)
     stop: Callable[[], int] = lambda: 0
+    group: Group = field(default_factory=Group)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.group.rank == 0
+
+    def agree(self, save: bool) -> tuple[int, bool]:
+        """Return the signal that asks some process to stop, or 0, and whether some process wants to save."""
+        number, saves = self.group.largest(self.stop(), int(save))
+        return number, bool(saves)
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal asks the run to stop."""
-        if number := self.stop():
+        number, _ = self.agree(save=False)
+        if number:
             raise Interrupted(f"stopped by signal {number}; to continue, repeat the command")
 
     def checked(self, batches: Iterable[T]) -> Iterator[T]:
@@ -33,6 +54,38 @@ class RunContext:
         for batch in batches:
             self.check()
             yield batch
+
+    def evaluation_batches(self, loader: "Loader", split: str) -> "Iterator[Batch]":
+        """Yield the batches of a split that this process evaluates.
+
+        Before each of them, all processes raise `Interrupted` if a signal asks one of them to stop.
+        """
+        group = self.group
+        if group.size == 1:
+            yield from self.checked(loader.unaugmented(split))
+            return
+        batches = loader.unaugmented(split, first=group.rank, every=group.size)
+        for _ in range(0, loader.batch_count(split), group.size):
+            self.check()
+            yield from islice(batches, 1)  # the last turn may have no batch for this process
+
+    @contextmanager
+    def lock(self, directory: RunDirectory) -> Iterator[None]:
+        """Hold the lock of a run's directory. Process 0 takes it for all processes of the run."""
+        group, waiting = self.group, self.waiting(directory.path)
+
+        def wait() -> None:
+            group.from_first(lambda: False)
+            waiting()
+
+        if self.writes:
+            with directory.lock(wait):
+                group.from_first(lambda: True)
+                yield
+        else:
+            while not group.from_first(bool):
+                self.check()
+            yield
 
     def waiting(self, path: Path) -> Callable[[], None]:
         """Return the function to call while another process holds a run's directory.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.config.schema import Runtime
+from qbench.distributed.launch import launch
 from qbench.errors import ConfigError
 
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))
@@ -63,7 +64,12 @@ def tune_malloc() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device with a name. `auto` means the first CUDA device or, without CUDA, the CPU."""
+    """Return the device with a name. `auto` means the first CUDA device or, without CUDA, the CPU.
+
+    Several processes of a run on one machine take its CUDA devices in turn.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available() and (place := launch()) is not None:
+        return torch.device("cuda", place.local_rank % torch.cuda.device_count())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -179,8 +179,10 @@ def _evaluate(
 ) -> Evaluation:
     """Evaluate weights on the validation and test splits. Append test labels and predictions to `answers`."""
     task.model.load_state_dict(weights)
-    val, test = (session.context.checked(loader.unaugmented(split)) for split in ("val", "test"))
-    validated, tested = evaluate(task.model, val, task.logits), evaluate(task.model, test, task.logits, answers)
+    context = session.context
+    val, test = (context.evaluation_batches(loader, split) for split in ("val", "test"))
+    validated = evaluate(task.model, val, task.logits, group=context.group)
+    tested = evaluate(task.model, test, task.logits, answers, context.group)
     assert tested is not None  # `check_splits` refuses an empty test split
     return Evaluation(test=tested, val=validated, epoch=epoch)
 

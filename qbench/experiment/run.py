@@ -55,34 +55,42 @@ def run(
     """
     context = context or RunContext()
     directory, rerun = planned.directory, planned.config.rerun
+    if not context.writes:
+        directory = directory.read_only()
 
     def stored_result() -> Result | None:
-        return None if rerun else _stored(planned, intact, replace_other_data, context)
+        return context.group.from_first(
+            lambda: None if rerun else _stored(planned, intact, replace_other_data, context)
+        )
 
     if stored := stored_result():
         directory.remove_checkpoints()
         return stored
     manifest.changed()  # call git before locking: its process would inherit the lock and might outlive this process
     try:
-        setup = assemble(planned.config)
+        setup = assemble(planned.config, context.group)
     except Unsupported as reason:
-        with directory.lock(context.waiting(directory.path)):
+        with context.lock(directory):
             directory.write_config()
             return directory.finish(directory.new_result("unsupported", str(reason)))
-    with directory.lock(context.waiting(directory.path)):
+    with context.lock(directory):
         if stored := stored_result():  # another process has finished the run
             return stored
-        if directory.has_result() or planned.config.debug:  # replace a final result, or repeat a failed run
+        repeated = directory.has_result() or planned.config.debug  # a final result is replaced, a failed run repeated
+        if context.writes and repeated:
             directory.reset(whole=rerun or replace_other_data or directory.stored() is not None)
         try:
             baseline = _baseline_result(setup, context) if setup.needs_baseline else None
-            context.reporter.log = directory.path / "log.txt"
-            return directory.finish(_train(setup, directory, baseline, context))
+            if context.writes:
+                context.reporter.log = directory.path / "log.txt"
+            result = _train(setup, directory, baseline, context)
+            return context.group.from_first(lambda: directory.finish(result))
         except (Interrupted, KeyboardInterrupt):  # the run is not finished, and the same call continues it
             raise
         except BaseException as error:
             status = "diverged" if isinstance(error, Diverged) else "failed"
-            record_failure(directory, error, status, traceback.format_exc())
+            if context.writes:
+                record_failure(directory, error, status, traceback.format_exc())
             raise
         finally:
             context.reporter.stop()
@@ -130,7 +138,8 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
     session = TrainingSession(
         directory, context, setup.runtime, setup.title, setup.hyperparameters, setup.texts, data_sha256
     )
-    _write_manifest(setup, directory, session)
+    if context.writes:
+        _write_manifest(setup, directory, session)
     try:
         baseline_path = Path(baseline.run) if baseline else None
         method = setup.with_teacher(baseline_path)
@@ -140,7 +149,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
             method.prepare(model, probe)
         task = Task(
             model=model, method=method, optim=setup.optim, epochs=setup.epochs, steps=loader.steps,
-            train=loader.train, validate=lambda: context.checked(loader.unaugmented("val")), probe=probe,
+            train=loader.train, validate=lambda: context.evaluation_batches(loader, "val"), probe=probe,
             forward=setup.forward(model), classes=setup.data.classes, shards=setup.shards,
         )  # fmt: skip
         state = _state(task, session.saved, setup.seed)
@@ -166,6 +175,7 @@ def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: Tr
         device=setup.device,
         data=setup.data.fingerprint(),
         resumed=resumed,
+        processes=session.context.group.size,
     )
 
 
@@ -197,7 +207,10 @@ def _file_baseline(setup: ExperimentSetup, model: nn.Module, loader: Loader, con
     """Evaluate the float network of a checkpoint file on both splits."""
     network = copy.deepcopy(model).to(setup.device)
     forward = setup.forward(network)
-    val, test = (evaluate(network, context.checked(loader.unaugmented(split)), forward) for split in ("val", "test"))
+    val, test = (
+        evaluate(network, context.evaluation_batches(loader, split), forward, group=context.group)
+        for split in ("val", "test")
+    )
     assert test is not None  # `check_splits` refuses an empty test split
     path = setup.config.init
     return BaselineResult(run=path, final=Evaluation(test=test, val=val), sha256=file_sha256("init", path))

@@ -18,7 +18,7 @@ from qbench.experiment.context import RunContext
 from qbench.experiment.data_check import other_data_error
 from qbench.runs import tensorboard
 from qbench.runs.directory import RunDirectory
-from qbench.runs.metrics_logger import MetricsLogger, Record
+from qbench.runs.metrics_logger import MetricsLogger, Record, SilentLogger
 from qbench.runs.result import TrainingSpeed
 from qbench.system import files
 from qbench.training.checkpoint import Saved, first_nonfinite, load_newest, pack
@@ -62,14 +62,18 @@ class TrainingSession:
     ) -> None:
         self.directory, self.context, self.runtime, self.title = directory, context, runtime, title
         self.data_sha256 = data_sha256
-        self.saved = self._newest()
+        self.saved = context.group.from_first(self._newest)
         past = self.saved["session"] if self.saved else {}
         self.train_seconds: float = past.get("train_seconds", 0.0)
         self.train_images: int = past.get("train_images", 0)
         self._earlier_seconds: float = past.get("wall_seconds", 0.0)
         self._began = self._saved_at = time.perf_counter()
         step, size = self.saved["state"]["counters"][2] if self.saved else 0, past.get("log_size", 0)
-        self.logger = MetricsLogger(directory.path, size=size, step=step, tensorboard=runtime.tensorboard)
+        self.logger = (
+            MetricsLogger(directory.path, size=size, step=step, tensorboard=runtime.tensorboard)
+            if context.writes
+            else SilentLogger(directory.path)
+        )
         self.logger.begin(hyperparameters, tensorboard.FIRST, tensorboard.METRICS, tensorboard.CHARTS, texts)
         self.monitor = TrainingMonitor(runtime.observe, self.logger, context.reporter, **past.get("memory", {}))
         if lost := self.logger.lost:
@@ -91,27 +95,30 @@ class TrainingSession:
         def step(state: State, loss: Tensor) -> None:
             reporter.step(state.step, loss.item)
             self.monitor.step(task.model, state.step)
-            due = time.perf_counter() - self._saved_at > self.runtime.checkpoint_seconds
+            due = context.writes and time.perf_counter() - self._saved_at > self.runtime.checkpoint_seconds
             # the last step of an epoch is saved together with the epoch
-            if context.stop() or (due and state.batch < task.steps):
+            if any(context.agree(save=due and state.batch < task.steps)):
                 self.save(task, state)
                 context.check()  # also for a signal that came while saving
 
         def epoch(state: State, record: EpochRecord, losses: list[Tensor]) -> None:
             self._write_epoch(task, state, record, losses)
             reporter.epoch(state.step, record.metrics())
+            state.check_equal(task.model, context.group)
             self.save(task, state)
             context.check()
 
         return Callbacks(step, epoch, lambda state: self.save(task, state))
 
     def save(self, task: Task, state: State) -> None:
-        """Write a checkpoint from which the run can continue.
+        """Write a checkpoint from which the run can continue, if this process writes.
 
         Raises:
             Diverged: the state contains inf or nan, or `TrainingMonitor.check` raises this error. In both cases nothing
                 is written.
         """
+        if not self.context.writes:
+            return
         session = {
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,

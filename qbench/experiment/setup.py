@@ -289,10 +289,11 @@ class ExperimentSetup:
         return load_weights(teacher.install(teacher.float_model()), state, f"{named}: best.pt")
 
 
-def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
+def assemble(config: Config, group: Group | None = None, *, planned: bool = False) -> ExperimentSetup:
     """Build every part once on the CPU, to find errors before any work.
 
     Args:
+        group: the processes that share the run. None means that there is only one.
         planned: whether to build published data sets from their known shapes and counts, without images. The setup then
             cannot train.
 
@@ -316,7 +317,7 @@ def assemble(config: Config, *, planned: bool = False) -> ExperimentSetup:
         first=layers.first, last=layers.last, downsample=layers.downsample, input=layers.input,
         rules=layers.rules or {}, image_range=data.image_range,
     )  # fmt: skip
-    setup = ExperimentSetup(config, data, method, policy, {}, device)
+    setup = ExperimentSetup(config, data, method, policy, {}, device, group or Group())
     if distill.on and not distill.by_baseline:
         setup._load_teacher()
     check_distill(distill, method)

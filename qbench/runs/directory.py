@@ -148,7 +148,34 @@ class RunDirectory:
         for path in paths:
             files.convert_os_errors(partial(path.unlink, missing_ok=True), path)
 
+    def read_only(self) -> "RunDirectory":
+        """Return the directory for a process that writes nothing, because another process of the run does."""
+        return ReadOnlyDirectory(self.identity, self.path)
+
     def _remove_temporary_files(self) -> None:
         """Remove the temporary files of a process that was killed while writing."""
         for path in self.path.glob(".*.tmp"):
             path.unlink(missing_ok=True)
+
+
+class ReadOnlyDirectory(RunDirectory):
+    """The directory of a run in a process that writes nothing."""
+
+    def write_config(self) -> None:
+        """Do nothing."""
+
+    def finish(self, result: Result) -> Result:
+        """Return the result."""
+        return result
+
+    def remove_checkpoints(self) -> None:
+        """Do nothing."""
+
+    def save_state(self, step: int, data: bytes) -> None:
+        """Do nothing."""
+
+    def write_artifact(self, name: str, data: bytes) -> None:
+        """Do nothing."""
+
+    def reset(self, *, whole: bool) -> None:
+        """Do nothing."""

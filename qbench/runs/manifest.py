@@ -71,6 +71,7 @@ def write(
     device: "torch.device",
     data: Mapping[str, Json],
     resumed: bool = False,
+    processes: int = 1,
 ) -> None:
     """Write manifest.json.
 
@@ -82,6 +83,7 @@ def write(
         device: the device on which the run is computed.
         data: the data set's fingerprint.
         resumed: whether the run continues, so that the code versions in the old manifest are kept.
+        processes: number of processes that share the run.
     """
     import torch
 
@@ -99,6 +101,7 @@ def write(
             "processor": platform.machine(),
             "device": device.type,
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "processes": processes,
             "precision": "fp32",
             **numerics,
             "equal_under": EQUAL_UNDER,

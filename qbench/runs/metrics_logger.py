@@ -188,6 +188,17 @@ class MetricsLogger:
             files.convert_os_errors(lambda: action(writer), self.path)
 
 
+class SilentLogger(MetricsLogger):
+    """Stands for the logger in a process that writes nothing, because another process of the run does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lost = path, 0
+        self._metrics, self._writer = path / "metrics.jsonl", None
+
+    def records(self, records: Sequence[Record]) -> None:
+        """Do nothing."""
+
+
 def _print_unless_os_error(args: threading.ExceptHookArgs) -> None:
     """Print the error that ended a thread. An OSError is not printed, because `flush` raises it again."""
     if not isinstance(args.exc_value, OSError):

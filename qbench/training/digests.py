@@ -40,5 +40,16 @@ def content_sha256(value: object) -> str:
     return digest.hexdigest()
 
 
+def named_digests(value: object, name: str = "") -> dict[str, str]:
+    """Return the sha256 of every tensor and other value in nested containers, by names such as `model.fc.bias`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
+    if items is None:
+        return {name: content_sha256(value)}
+    found: dict[str, str] = {}
+    for key, part in items:
+        found |= named_digests(part, f"{name}.{key}" if name else str(key))
+    return found
+
+
 def _tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

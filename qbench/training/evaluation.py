@@ -1,11 +1,14 @@
 """Computes top-1, top-5 and mean cross entropy of a network on batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.distributed.group import Group
 from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
@@ -20,30 +23,61 @@ def evaluate(
     batches: Iterable[Batch],
     forward: Callable[[Tensor], Tensor] | None = None,
     predictions: list[Tensor] | None = None,
+    group: Group | None = None,
 ) -> Accuracy | None:
     """Return a network's accuracy on batches, or None if there are no images. The network is left in eval mode.
 
+    Several processes share the batches. The sums are made in the order of the batches, so they do not depend on the
+    number of processes.
+
     Args:
         model: the network.
-        batches: batches of images and labels.
+        batches: batches of images and labels. Of W processes, process r has every W-th batch, from number r on.
         forward: function that computes the network's output. None means the network itself.
         predictions: a list to which one tensor is added per batch. The tensor has shape (N, 2) for N images and
             contains labels and predicted classes.
+        group: the processes that share the batches. None means that there is only one.
     """
     model.eval()
     run = model if forward is None else forward
+    own = [_measure(run(images).float(), labels, predictions is not None) for images, labels in batches]
     count, top1, top5, loss = 0, 0, 0, 0.0
-    for images, labels in batches:
-        logits = run(images).float()
-        top_classes = logits.topk(min(5, logits.shape[1]), 1).indices
-        hits = top_classes == labels[:, None]
-        if predictions is not None:
-            predictions.append(torch.stack([labels, top_classes[:, 0]], 1))
-        count += len(labels)
-        top1 += int(hits[:, 0].sum())
-        top5 += int(hits.sum())
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+    for measured in own if group is None else _in_order(group.gather(own)):
+        count += measured.images
+        top1 += measured.top1
+        top5 += measured.top5
+        loss += measured.loss
+        if predictions is not None and measured.predictions is not None:
+            predictions.append(measured.predictions)
     return Accuracy(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count) if count else None
+
+
+class _Measured(NamedTuple):
+    """Sums over the images of one batch, and the labels and predicted classes (N, 2) if they are asked for."""
+
+    images: int
+    top1: int
+    top5: int
+    loss: float
+    predictions: Tensor | None
+
+
+def _measure(logits: Tensor, labels: Tensor, keep_predictions: bool) -> _Measured:
+    top_classes = logits.topk(min(5, logits.shape[1]), 1).indices
+    hits = top_classes == labels[:, None]
+    return _Measured(
+        images=len(labels),
+        top1=int(hits[:, 0].sum()),
+        top5=int(hits.sum()),
+        loss=F.cross_entropy(logits, labels, reduction="sum").item(),
+        predictions=torch.stack([labels, top_classes[:, 0]], 1).cpu() if keep_predictions else None,
+    )
+
+
+def _in_order(parts: list[list[_Measured]]) -> Iterator[_Measured]:
+    """Yield the measurements of all processes in the order of the batches."""
+    for turn in zip_longest(*parts):
+        yield from (measured for measured in turn if measured is not None)
 
 
 @torch.no_grad()

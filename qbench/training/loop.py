@@ -156,7 +156,7 @@ def _validate(task: Task, state: State) -> Accuracy | None:
     Return the accuracy, or None if there is no validation split.
     """
     with evaluated_weights(task.model, state):
-        accuracy = evaluate(task.model, task.validate(), task.logits)
+        accuracy = evaluate(task.model, task.validate(), task.logits, group=task.shards.group)
         if accuracy is None:
             return None
         if not math.isfinite(accuracy.loss):

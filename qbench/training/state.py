@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from qbench.distributed.group import Group
+from qbench.errors import ProcessesDiffer
 from qbench.training.checkpoint import cpu_copy
-from qbench.training.digests import content_sha256
+from qbench.training.digests import content_sha256, named_digests
 from qbench.training.random_state import random_state, set_random_state
 
 
@@ -95,6 +97,25 @@ class State:
     def digest(self, model: nn.Module) -> str:
         """Return the sha256 of all values that `save` returns, except the training time."""
         return content_sha256({name: part for name, part in self.save(model).items() if name != "seconds"})
+
+    def check_equal(self, model: nn.Module, group: Group) -> None:
+        """Raise `ProcessesDiffer` if the state differs between the processes of a run.
+
+        Times are not compared, nor are the generators of CUDA devices, which are seeded for every pass.
+        """
+        if group.size == 1:
+            return
+        saved = {name: part for name, part in self.save(model).items() if name != "seconds"}
+        saved["random"] = {name: part for name, part in random_state().items() if name != "cuda"}
+        first, *others = group.gather(named_digests(saved))
+        for rank, digests in enumerate(others, 1):
+            names = [name for name in {**first, **digests} if first.get(name) != digests.get(name)]
+            if names:
+                more = f" and {len(names) - 1} more" if names[1:] else ""
+                raise ProcessesDiffer(
+                    f"processes 0 and {rank} differ after step {self.step}: {names[0]}{more}\n"
+                    "the method or the network must compute the same in every process"
+                )
 
     def load(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
         """Restore a state that `save` returned, with the model and the random state."""

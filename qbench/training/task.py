@@ -15,13 +15,14 @@ from qbench.quant.probe import Batch, Probe
 from qbench.training.schedule import learning_rate, updates_per_epoch, warmup_steps
 
 
-def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes: int = 0) -> Tensor:
+def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes: int = 0, shards: int = 1) -> Tensor:
     """Return a network's output for images (N, ...), which must be logits (N, classes).
 
     Args:
         network: function that returns the output.
-        images: one batch.
+        images: one batch, or one of its shards.
         classes: number of classes of the data set, or 0 if it is not known.
+        shards: number of shards of the batch, for messages.
 
     Raises:
         ConfigError: the output is something else, such as a dictionary that holds the logits; there
@@ -35,8 +36,9 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigError(
-            f"optim.batch_size={len(images)}: batch normalization has one value per channel to train on\n"
-            "set optim.batch_size=2 or more, or use a network without batch normalization"
+            f"optim.batch_size={shards * len(images)}{f' in {shards} shards' if shards > 1 else ''}: batch "
+            "normalization has one value per channel to train on\n"
+            f"set optim.batch_size={2 * shards} or more, or use a network without batch normalization"
         ) from None
     if _version(images) != version:
         raise ConfigError(
@@ -78,8 +80,8 @@ class Task:
         steps: number of training batches per epoch.
         train: function of (epoch, start) that returns the training batches of an epoch, beginning with batch number
             `start`. If batches are divided, it returns their shards that this process computes, one after the other.
-        validate: function without arguments that returns the validation batches. They are empty if there is no
-            validation split.
+        validate: function without arguments that returns the validation batches that this process evaluates. They are
+            empty if there is no validation split.
         probe: training images on which the method measures statistics.
         forward: function that computes the network's output, compiled or in another precision. None means the network
             itself.
@@ -105,7 +107,8 @@ class Task:
         Raises:
             ConfigError: the network does not return logits, or cannot train on a single image.
         """
-        return compute_logits(self.model if self.forward is None else self.forward, images, self.classes)
+        network = self.model if self.forward is None else self.forward
+        return compute_logits(network, images, self.classes, self.shards.count)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss of a batch as a scalar. It is the method's loss, or cross entropy if the method has none."""

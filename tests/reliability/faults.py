@@ -19,8 +19,12 @@ of `Server.start`:
     file_limit=n    no file may grow beyond n bytes (RLIMIT_FSIZE)
     count=path      at the end write {"events": ..., "writes": ..., "points": both, "named": each} to a file
     announce=path   append "STEP RUN" to a file whenever `save_state` has returned: an announced checkpoint
+    at_step=n       in step number n, from 1: do what `step_fault` says
+    step_fault=what raise (ValueError), data (DataError), nan (in the images), drift (one weight changes), kill, or
+                    USR2 and others: the signal of this name to itself
     hold=path       after composing the configuration, create the file PATH.PID and wait for PATH, so that
                     many commands begin at the same moment
+`environment` adds environment variables, for a command that is one of several processes of a run.
 """
 
 import errno as errno_codes
@@ -38,7 +42,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +106,10 @@ class Server:
         self._number = itertools.count()
         self._read_answer(START_SECONDS)
 
-    def start(self, words: Sequence[str], out: Path | str | None = None, cwd: Path | str = ROOT, **fault: Any) -> Job:
+    def start(
+        self, words: Sequence[str], out: Path | str | None = None, cwd: Path | str = ROOT,
+        environment: Mapping[str, str] | None = None, **fault: Any,
+    ) -> Job:  # fmt: skip
         """Start a command with these words, `out=` if given, in a working directory, with a fault."""
         words = [*words, *([f"out={out}"] if out else [])]
         folder = self.folder / str(next(self._number))
@@ -110,6 +117,7 @@ class Server:
         for name in ("stdout", "stderr"):
             (folder / name).touch()
         request = {"words": words, "folder": str(folder), "cwd": str(cwd), "fault": fault}
+        request["environment"] = dict(environment or {})
         assert self.process.stdin
         self.process.stdin.write(json.dumps(request, default=str) + "\n")
         return Job(self._read_answer(START_SECONDS)["pid"], folder)
@@ -244,6 +252,7 @@ def run(request: dict[str, Any]) -> None:
         os.dup2(handle, target)
         os.close(handle)
     os.chdir(request["cwd"])
+    os.environ.update(request["environment"])
     sys.argv, sys.path[0] = ["qbench", *words], request["cwd"]  # as `python -m qbench` sets them
     status = 1
     try:
@@ -263,6 +272,7 @@ def run(request: dict[str, Any]) -> None:
 def install_fault(
     out: str, *, kill_at: int = 0, half_at: int = 0, fail_at: int = 0, errno: str = "EIO", persistent: bool = False,
     file_limit: int = 0, count: str = "", announce: str = "", hold: str = "",
+    at_step: int = 0, step_fault: str = "",
 ) -> Callable[[], None]:  # fmt: skip
     """Make this process die or fail at a point; return a function to call at the end."""
     root = os.path.abspath(out)
@@ -304,6 +314,8 @@ def install_fault(
         _announce(announce)
     if hold:
         _hold(Path(hold))
+    if at_step:
+        _fail_in_step(at_step, step_fault)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if kill_at or half_at or fail_at or count:
@@ -380,13 +392,39 @@ def _hold(signal: Path) -> None:
 
     original = experiment.assemble
 
-    def assemble(config: Any) -> Any:
+    def assemble(config: Any, *rest: Any) -> Any:
         signal.with_name(f"{signal.name}.{os.getpid()}").touch()
         while not signal.exists():
             time.sleep(0.001)
-        return original(config)
+        return original(config, *rest)
 
     experiment.assemble = assemble
+
+
+def _fail_in_step(number: int, what: str) -> None:
+    """Make a training step fail. The steps of the float baseline count too."""
+    from qbench.errors import DataError
+    from qbench.training import loop
+
+    original, steps = loop.compute_gradients, itertools.count(1)
+
+    def compute_gradients(task: Any, state: Any, shards: Any) -> Any:
+        due = next(steps) == number
+        if due and what == "raise":
+            raise ValueError("an error in a step")
+        if due and what == "data":
+            raise DataError("cat/7.jpg: damaged")
+        if due and what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if due and what == "nan":
+            shards = [(images * float("nan"), labels) for images, labels in shards]
+        if due and what == "drift":
+            next(task.model.parameters()).data.flatten()[0] += 1
+        if due and what not in ("raise", "data", "kill", "nan", "drift"):
+            os.kill(os.getpid(), getattr(signal, f"SIG{what}"))
+        return original(task, state, shards)
+
+    loop.compute_gradients = compute_gradients
 
 
 if __name__ == "__main__":

@@ -207,11 +207,11 @@ assert screen._live and random.getstate() == before
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def evaluate_twice(model: nn.Module, batches: Iterable[Batch], *more: Any) -> Accuracy | None:
+def evaluate_twice(model: nn.Module, batches: Iterable[Batch], *more: Any, **options: Any) -> Accuracy | None:
     """Evaluate two times; the first result is not used."""
     batches = list(batches)
     evaluate(model, batches, *more[:1])
-    return evaluate(model, batches, *more)
+    return evaluate(model, batches, *more, **options)
 
 
 @every_method

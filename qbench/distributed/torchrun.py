@@ -1,0 +1,59 @@
+"""Starts torchrun so that signals reach qbench, and qbench's exit status reaches the caller.
+
+    python -m qbench.distributed.torchrun --nproc-per-node=4 -m qbench method=dorefa batch_shards=4
+
+torchrun itself passes on only some signals, and ends with status 1 whatever the status of its processes is.
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+
+from qbench.distributed.launch import STATUS_FOLDER
+from qbench.errors import Interrupted
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+
+
+def main(arguments: list[str]) -> int:
+    """Run torchrun with its own arguments. Return the exit status of the process of lowest rank that has one.
+
+    If all processes were killed, or a signal came before they began, it is the status of an interrupted run.
+    """
+    for name in SIGNALS.split(","):  # until torchrun has its own handlers, before it starts processes
+        signal.signal(getattr(signal, name), _stop)
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):  # qbench prints its own messages
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    unknown = 0  # the status if no process has written its own
+    with tempfile.TemporaryDirectory(prefix="qbench-") as folder:
+        os.environ[STATUS_FOLDER] = folder
+        try:
+            run.main([f"--signals-to-handle={SIGNALS}", *arguments])
+        except SignalException:
+            unknown = Interrupted.status
+        except ChildFailedError as error:
+            ends = [failure.exitcode for failure in error.failures.values()]  # below 0: ended by a signal
+            unknown = max(ends) if max(ends) > 0 else Interrupted.status
+        statuses = {int(path.name): int(path.read_text()) for path in Path(folder).iterdir()}
+    if statuses:
+        return statuses[min(statuses)]
+    if unknown == Interrupted.status:
+        print("qbench: all processes were stopped; to continue, repeat the command", file=sys.stderr)
+    return unknown
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    print(f"qbench: stopped by signal {number}; to continue, repeat the command", file=sys.stderr)
+    sys.exit(Interrupted.status)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
