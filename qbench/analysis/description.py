@@ -7,7 +7,7 @@ from typing import Any
 from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.command_line import command_line
-from qbench.config.schema import Config, Optim
+from qbench.config.schema import Node, Optim, to_dict
 from qbench.errors import ConfigError, QbenchError
 from qbench.report.tables.escape import printable
 from qbench.runs.reader import RunRecord, read_run
@@ -29,11 +29,13 @@ def description(path: Path) -> str:
     if record.result is None and not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: no run is here\ntype a run's directory; to list them: qbench list runs DIR")
     try:
-        config: Config | str = stored_config(path)
+        config = stored_config(path)
+        values: Node | str = to_dict(config)
+        recipe = recipe_text(config.optim, config.epochs)
     except (OSError, QbenchError) as error:
-        config = str(error).partition("\n")[0]
+        values, recipe = str(error).partition("\n")[0], ""
     manifest = files.read_json(path / "manifest.json") or {}
-    lines = [*_outcome(path, record), *_setup(config, record.result, manifest), *_records(record, manifest)]
+    lines = [*_outcome(path, record), *_setup(values, recipe, record.result, manifest), *_records(record, manifest)]
     return "\n".join(f"{name:<{WIDTH}}{printable(text)}" for name, text in lines)
 
 
@@ -60,15 +62,17 @@ def _accuracy(evaluation: Evaluation) -> str:
     return f"{epoch}test top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4g}{val}"
 
 
-def _setup(config: Config | str, result: Result | None, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _setup(
+    values: Node | str, recipe: str, result: Result | None, manifest: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
     """Yield the command, the method, the layers, the data and the recipe."""
     typed = " ".join(map(str, manifest.get("command") or ()))
-    if isinstance(config, str):
-        yield "config", config
+    if isinstance(values, str):
+        yield "config", values
     else:
-        command = command_line(config, recorded_files(result))
+        command = command_line(values, recorded_files(result))
         yield "command", command or f"not found; typed was: qbench {typed}"
-        yield from _method(config)
+        yield from _methods(values["method"], values["activation"])
     if result and result.verified:
         widths = [f"{name} {' '.join(f'{key}:{levels.found}' for key, levels in counts.items())}"
                   for name, counts in result.verified.items()]  # fmt: skip
@@ -81,22 +85,23 @@ def _setup(config: Config | str, result: Result | None, manifest: dict[str, Any]
                 f"{result.cost.bits_per_weight:.2f} bits per quantized weight"
             ),
         )
-    if isinstance(config, Config):
-        yield "layers", ", ".join(f"{key} {value}" for key, value in vars(config.layers).items() if value is not None)
+    if not isinstance(values, str):
+        yield "layers", ", ".join(f"{key} {value}" for key, value in values["layers"].items() if value is not None)
+        start = str(values["init"])
         yield "start", {"float": "the float baseline", "scratch": "random weights",
-                        "method": "random weights, as the method requires"}.get(config.init, config.init)  # fmt: skip
+                        "method": "random weights, as the method requires"}.get(start, start)  # fmt: skip
     data = manifest.get("data") or {}
     counts = [f"{data[f'{split}_images']:,} {split}" for split in ("train", "val", "test") if f"{split}_images" in data]
     if counts:
         sha256 = f"; sha256 {result.data_sha256[:12]}" if result and result.data_sha256 else ""
         yield "data", f"{result.dataset if result else ''} {', '.join(counts)} images{sha256}".strip()
-    if isinstance(config, Config):
-        yield "recipe", recipe_text(config.optim, config.epochs)
+    if recipe:
+        yield "recipe", recipe
 
 
-def _method(config: Config) -> Iterator[tuple[str, str]]:
+def _methods(*nodes: Node) -> Iterator[tuple[str, str]]:
     """Yield each method's title from its card, and its options."""
-    for node in (config.method, config.activation):
+    for node in nodes:
         name = str(node["name"])
         if name in ("none", "float") or ":" in name:
             continue

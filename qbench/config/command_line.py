@@ -12,8 +12,8 @@ from qbench.config import compose
 from qbench.config.foreign_code import foreign_code
 from qbench.config.groups import option_file, option_names
 from qbench.config.identity import ADDED, run_identity
-from qbench.config.schema import Config, to_dict
-from qbench.config.validate import from_node
+from qbench.config.schema import Node, to_dict
+from qbench.config.validate import from_dict, from_node
 from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
 
@@ -24,8 +24,8 @@ OPTIMIZERS = {"optim": "optim", "pretrain.optim": "optim@pretrain.optim"}
 NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")
 
 
-def command_line(config: Config, recorded: Mapping[str, str] | None = None) -> str | None:
-    """Return `qbench KEY=VALUE ...` for a configuration: options of groups, and keys that differ from these options.
+def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str | None:
+    """Return `qbench KEY=VALUE ...` for the values of a configuration: options of groups, and keys that differ.
 
     Return None if no command line describes the same run: for one run of a learning-rate grid, for checkpoints that are
     gone, and for functions outside qbench, which would have to be imported.
@@ -33,17 +33,17 @@ def command_line(config: Config, recorded: Mapping[str, str] | None = None) -> s
     Args:
         recorded: as in `run_identity`.
     """
-    values = to_dict(config)
     if foreign_code(values):
         return None
     try:
+        config = from_dict(values)
         words = [f"{group}={values[group]['name']}" for group, name in NODES.items() if values[group]["name"] != name]
         words += [] if config.is_baseline else [f"bits={config.bits}"]
-        _, differing = _differences(words, values, config)
+        _, differing = _differences(words, values, config.is_baseline)
         for key, word in OPTIMIZERS.items():
             if any(each.startswith(f"{key}.") for each in differing):
                 words.append(f"{word}={_nearest_option(_at(values, key))}")
-        node, differing = _differences(words, values, config)
+        node, differing = _differences(words, values, config.is_baseline)
         words += [f"{'' if _has(node, key) else '+'}{key}={_text(value)}" for key, value in differing.items()]
         (again,) = compose.configurations(words)
         same = run_identity(again).digest == run_identity(config, recorded).digest
@@ -52,16 +52,18 @@ def command_line(config: Config, recorded: Mapping[str, str] | None = None) -> s
     return f"qbench {shlex.join(words)}" if same else None
 
 
-def _counts(key: str, config: Config) -> bool:
+def _counts(key: str, is_baseline: bool) -> bool:
     """Return whether a key can be typed. A float baseline takes its recipe from `pretrain`."""
-    return key not in NOT_TYPED and not (config.is_baseline and key.startswith(("optim.", "epochs", "init", "layers.")))
+    return key not in NOT_TYPED and not (is_baseline and key.startswith(("optim.", "epochs", "init", "layers.")))
 
 
-def _differences(words: list[str], values: Mapping[str, Any], config: Config) -> tuple[DictConfig, dict[str, Any]]:
+def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[DictConfig, dict[str, Any]]:
     """Return the composed node of some words, and the keys that it lacks or has other values of, with these values."""
     (node,) = compose.compose_nodes(words, sweep=False)
     found = dict(_leaves(to_dict(from_node(copy.deepcopy(node)))))
-    differing = {key: value for key, value in _leaves(values) if found.get(key, "") != value and _counts(key, config)}
+    differing = {
+        key: value for key, value in _leaves(values) if found.get(key, "") != value and _counts(key, is_baseline)
+    }
     return node, differing
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from qbench.config.schema import Config, Optim
+from qbench.config.schema import Optim, Pretrain
 from qbench.errors import ConfigError
 
 
@@ -31,12 +31,11 @@ def check_schedule(optim: Optim, path: str) -> None:
         raise ConfigError(f"{path}nesterov=true needs {path}momentum above 0")
 
 
-def check_recipes(config: Config) -> None:
+def check_recipes(optim: Optim, epochs: int, pretrain: Pretrain) -> None:
     """Check a run's recipe and that of its float baseline."""
-    pretrain = config.pretrain
-    for path, optim, epochs in (("", config.optim, config.epochs), ("pretrain.", pretrain.optim, pretrain.epochs)):
-        if epochs and optim.warmup >= epochs:
-            raise ConfigError(f"{path}optim.warmup={optim.warmup:g}: must be below {path}epochs={epochs}")
+    for path, recipe, length in (("", optim, epochs), ("pretrain.", pretrain.optim, pretrain.epochs)):
+        if length and recipe.warmup >= length:
+            raise ConfigError(f"{path}optim.warmup={recipe.warmup:g}: must be below {path}epochs={length}")
     if (pretrain.optim.quantizer_lr, pretrain.optim.quantizer_decay) != (1.0, None):
         raise ConfigError(
             "pretrain.optim.quantizer_lr and quantizer_decay have no effect: a float baseline has no quantizers\n"

@@ -237,7 +237,7 @@ def _fill_distill(distill: Distill, requires_teacher: bool) -> None:
 def _check(config: Config) -> None:
     """Check the declared ranges and the YAML nodes."""
     _check_ranges(config)
-    check_recipes(config)
+    check_recipes(config.optim, config.epochs, config.pretrain)
     for group in NODES:
         _check_named(group, getattr(config, group))
     if config.model.get("act", "auto") not in ACTS:

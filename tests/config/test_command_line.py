@@ -8,6 +8,7 @@ from conftest import Configure
 from qbench.config import compose
 from qbench.config.command_line import command_line
 from qbench.config.identity import run_identity
+from qbench.config.schema import to_dict
 
 WORDS = {  # typed -> words of the command line
     "method=dorefa bits=w2a2": ["method=dorefa", "bits=w2a2g32"],
@@ -34,7 +35,7 @@ WORDS = {  # typed -> words of the command line
 @pytest.mark.parametrize("typed", WORDS)
 def test_the_command_line_describes_the_same_run(typed: str, configure: Configure) -> None:
     config = configure(*typed.split())
-    found = command_line(config)
+    found = command_line(to_dict(config))
     assert found is not None
     program, *words = shlex.split(found)
     assert program == "qbench"
@@ -47,7 +48,7 @@ def test_the_command_line_describes_the_same_run(typed: str, configure: Configur
 @pytest.mark.parametrize("name", ["ttq/resnet20_cifar10", "xnor/alexnet_bwn", "gupta/cifar_cnn_stochastic_fl12"])
 def test_experiments_of_papers_have_a_command_line(name: str, configure: Configure) -> None:
     config = configure(f"experiment={name}")
-    found = command_line(config)
+    found = command_line(to_dict(config))
     assert found is not None
     (again,) = compose.configurations(shlex.split(found)[1:])
     assert run_identity(again).digest == run_identity(config).digest
@@ -55,7 +56,7 @@ def test_experiments_of_papers_have_a_command_line(name: str, configure: Configu
 
 def test_one_run_of_a_grid_and_foreign_code_have_none(configure: Configure) -> None:
     grid = compose.configurations(["method=dorefa", "lr_search=grid"])
-    assert command_line(grid[0]) is None
+    assert command_line(to_dict(grid[0])) is None
     config = configure("method=dorefa")
     config.model["name"] = "my.module:build"
-    assert command_line(config) is None
+    assert command_line(to_dict(config)) is None
